@@ -1,4 +1,4 @@
-"""Many processes: world, ZeRO engines, checkpoints. The only room of Accelerate and DeepSpeed (law L6)."""
+"""Processes, ZeRO engines, checkpoints. No other package imports Accelerate or DeepSpeed (law L6)."""
 
 import os
 

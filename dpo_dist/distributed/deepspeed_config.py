@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration of the policy and of a model that is only scored."""
+"""DeepSpeed's configuration for the policy and for a model that is only scored."""
 
 import os
 from typing import Any
@@ -26,12 +26,13 @@ _NO_LEAVES: dict[str, list[str]] = {"classes": []}
 OVERLAPS = True
 """Whether ZeRO-2 and ZeRO-3 exchange gradients on GPUs while backward computes (`overlap_comm`).
 
-Only `selftest` changes it: without the overlap a step has the same numbers, takes longer, and less memory.
+Only `selftest` changes this: without overlap a step has the same numbers, but needs more time and less
+memory.
 """
 
 
 def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dtype) -> dict[str, Any]:
-    """Return DeepSpeed's configuration of the policy, without `communication`."""
+    """Return DeepSpeed's configuration for the policy, without `communication`."""
     overlaps = OVERLAPS and torch.cuda.is_available()
     zero: dict[str, Any] = {"stage": ZERO_STAGES[parallelism.kind], "overlap_comm": overlaps}
     if parallelism.kind is ParallelismKind.zero3:
@@ -53,7 +54,7 @@ def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dty
 
 
 def _reduction(parallelism: ParallelismConfig, dtype: Dtype) -> Dtype:
-    """Return the precision of sums over processes, whose error in bf16 grows with their number."""
+    """Return the precision of gradient sums over processes; in bf16 the error grows with their number."""
     processes = os.environ.get("WORLD_SIZE", "1")
     is_wide = parallelism.reduce_in_float32
     if is_wide is None:
@@ -62,7 +63,7 @@ def _reduction(parallelism: ParallelismConfig, dtype: Dtype) -> Dtype:
 
 
 def communication(stage: int, hidden_size: int, *, trains: bool = True) -> dict[str, int]:
-    """Return the bucket sizes of a ZeRO configuration, in elements, for a model of this width.
+    """Return ZeRO's bucket sizes, in elements, for a model of this width.
 
     Stages 1 and 2 reduce about one decoder layer at a time, 2e8 elements for a 7B model, where DeepSpeed
     would allocate 5e8, as it does in stage 1 with bf16 whatever is configured. Stage 3 has the values of
@@ -83,7 +84,7 @@ def communication(stage: int, hidden_size: int, *, trains: bool = True) -> dict[
 
 
 def frozen_config(offload: Offload, dtype: Dtype) -> dict[str, Any]:
-    """Return DeepSpeed's configuration of a model that is only scored: sharded weights, no optimizer."""
+    """Return DeepSpeed's configuration for a model that is only scored: sharded weights, no optimizer."""
     zero: dict[str, Any] = {"stage": 3, "leaf_module": _NO_LEAVES}
     if offload is not Offload.none:
         zero["offload_param"] = _offload(offload)

@@ -1,7 +1,7 @@
-"""The wall towards DeepSpeed and Accelerate: no other file uses their undocumented parts.
+"""Undocumented parts of DeepSpeed and Accelerate; no other file uses them.
 
-A version that changes one of these parts fails a test in tests/unit/distributed/test_deepspeed_internals.py,
-which calls the functions below on real engines of one rank, or one of two ranks in tests/dist:
+If a new version changes one of these parts, a test fails: tests/unit/distributed/test_deepspeed_internals.py
+calls the functions below on real engines with one rank, and these files of tests/dist with two ranks:
 `test_checkpoint.py` (master weights, states of CPU Adam), `test_averages.py` (a reference that follows the
 policy), `test_engine.py`, `test_generation.py` (orders of gathering).
 """
@@ -29,11 +29,11 @@ from dpo_dist.model.lora import active_adapters, adapted_layers
 Range = tuple[nn.Parameter, int, int, int]
 """A part of a weight in a flat tensor: the weight, start in the tensor, start in the weight, length."""
 Flat = tuple[Tensor, list[Range]]
-"""A flat tensor of master weights, this rank's part of a group of weights, with their ranges."""
+"""A flat tensor with this rank's part of a group of master weights, and the weights' ranges in it."""
 
 
 def is_sharded(weight: Any) -> bool:
-    """Return whether ZeRO-3 shards a weight: outside of forwards the weight itself is empty."""
+    """Return whether ZeRO-3 shards a weight, which is then empty outside of forwards."""
     return hasattr(weight, "ds_id")
 
 
@@ -44,12 +44,12 @@ def shard_of(weight: Any) -> Tensor | None:
 
 
 def whole_shape(weight: Any) -> tuple[int, ...]:
-    """Return the shape of a weight, which ZeRO-3 may shard."""
+    """Return the whole shape of a weight, sharded by ZeRO-3 or not."""
     return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def whole_numel(weight: Any) -> int:
-    """Return the number of elements of a weight, which ZeRO-3 may shard."""
+    """Return the number of elements of a whole weight, sharded by ZeRO-3 or not."""
     return int(getattr(weight, "ds_numel", weight.numel()))
 
 
@@ -59,7 +59,7 @@ def zero_kind(engine: Any) -> str:
 
 
 def inner_optimizer(engine: Any) -> Any:
-    """Return the AdamW in the optimizer of an engine: it has the states and updates the master weights."""
+    """Return the AdamW in an engine's ZeRO optimizer, which has the states and updates the master weights."""
     return engine.optimizer.optimizer
 
 
@@ -80,9 +80,9 @@ def set_loss_scale(engine: Any, scale: float) -> None:
 
 
 def reduce_in_optimizer_only(engine: Any) -> None:
-    """Keep a ZeRO-1 engine in bf16 with one process from reducing gradients to itself after backward.
+    """Stop a bf16 ZeRO-1 engine of one process from reducing gradients with itself after backward.
 
-    It would round them to bf16, which takes 5 % of a step. Optimizers of other stages reduce in backward.
+    Rounding them to bf16 would take 5 % of a step. Optimizers of other stages reduce during backward.
     """
     if isinstance(engine.optimizer, BF16_Optimizer):
         engine.enable_backward_allreduce = False
@@ -104,14 +104,14 @@ def flat_masters(engine: Any, rank: int) -> list[Flat]:
 
 
 def shard_range(weight: Any, rank: int) -> tuple[int, int]:
-    """Return first element and length of a rank's slice of a weight that ZeRO-3 shards."""
+    """Return the first element and the length of a rank's slice of a ZeRO-3 weight."""
     size = weight.partition_numel()
     first = min(rank * size, weight.ds_numel)
     return first, min(size, weight.ds_numel - first)
 
 
 def _ranges_of_mapping(weights: Sequence[Any]) -> list[Range]:
-    """Stages 1 and 2 cut all weights together, laid end to end, into one slice for each rank."""
+    """Return the ranges in stages 1 and 2, which concatenate all weights and cut one slice per rank."""
     ranges = []
     for weight in weights:
         if weight._hp_mapping is not None:  # None: no element of it is in this rank's slice
@@ -121,7 +121,7 @@ def _ranges_of_mapping(weights: Sequence[Any]) -> list[Range]:
 
 
 def _ranges_of_stage_3(weights: Sequence[Any], rank: int) -> list[Range]:
-    """Stage 3 cuts each weight into slices of equal length, of which the last ones may be padded."""
+    """Return the ranges in stage 3, which cuts each weight into equal slices; the last may be padded."""
     ranges, start = [], 0
     for weight in weights:
         first, length = shard_range(weight, rank)
@@ -132,7 +132,7 @@ def _ranges_of_stage_3(weights: Sequence[Any], rank: int) -> list[Range]:
 
 
 def write_masters_to_model(engine: Any) -> None:
-    """Set the weights of the forward to the master weights; collective."""
+    """Copy the master weights to the weights of the forward; collective."""
     optimizer = engine.optimizer
     if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer.update_lp_params()
@@ -144,9 +144,9 @@ def write_masters_to_model(engine: Any) -> None:
 
 
 def drop_gradients(engine: Any) -> None:
-    """Forget the gradients of an update that was not applied.
+    """Drop the gradients of an update that was not applied.
 
-    With ZeRO-2, bf16 and offload the next gradients would be added to them.
+    With ZeRO-2, bf16 and offload, the next gradients would be added to these.
     """
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
@@ -154,10 +154,10 @@ def drop_gradients(engine: Any) -> None:
 
 
 def restore_powers(adam: Any, step: int) -> None:
-    """Give DeepSpeed's CPU Adam the powers of its betas that it has after `step` updates.
+    """Set the powers of beta in DeepSpeed's CPU Adam to their values after `step` updates.
 
-    It multiplies them in float32 with every update and has no other access to them. After any other number of
-    updates than the next one it computes the power anew, which is rounded differently.
+    CPU Adam multiplies the powers in float32 with every update, and gives no access to them. If it skips an
+    update number, it computes the power directly, with another rounding.
     """
     beta1, beta2 = adam.param_groups[0]["betas"]
     dummies = [torch.zeros(1) for _ in range(4)]
@@ -166,7 +166,7 @@ def restore_powers(adam: Any, step: int) -> None:
 
 
 def _gathering(engine: Any) -> Any:
-    """Return the part of an engine that gathers weights: it replaces the optimizer where there is none."""
+    """Return the part of an engine that gathers weights; without an optimizer, it is in its place."""
     return getattr(engine.optimizer, "parameter_offload", engine.optimizer)
 
 
@@ -207,7 +207,7 @@ def record_gather_orders(engine: Any) -> None:
 
 @contextlib.contextmanager
 def gathered_once(engine: Any) -> Iterator[None]:
-    """Keep weights that ZeRO-3 gathers in the block until its end; it would release each after its use."""
+    """Keep weights that ZeRO-3 gathers inside the block until its end, not only until their use."""
     weights = [weight for weight in engine.module.parameters() if not weight.ds_persist]
     try:
         for weight in weights:
@@ -216,37 +216,38 @@ def gathered_once(engine: Any) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.ds_persist = False
-    # After an error weights may be in flight, which cannot be released: it would hide the error.
+    # Not after an error: releasing weights in flight would raise another error and hide the first.
     _gathering(engine).param_coordinator.release_and_reset_all(engine.module)
 
 
 def release_gathered(weights: Iterable[Any]) -> None:
-    """Release small weights that ZeRO-3 keeps gathered between forwards: the next one gathers them."""
+    """Release small weights that ZeRO-3 keeps gathered, so that the next forward gathers them again."""
     for weight in weights:
         if weight.ds_status is ZeroParamStatus.AVAILABLE:
             weight.partition()
 
 
 def forget_process_group() -> None:
-    """Let DeepSpeed and Accelerate join other processes later: they keep the group that was destroyed."""
+    """Reset DeepSpeed and Accelerate, which keep a destroyed process group and could not join a new one."""
     deepspeed.comm.comm.cdb = None
     forget_accelerate_state()
 
 
 def forget_accelerate_state() -> None:
-    """Let Accelerate find its processes anew."""
+    """Reset Accelerate, so that it looks for its processes again."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def use_gloo_all_reduce() -> None:
-    """Keep DeepSpeed from compiling its own all-reduce for CPUs at first use; gloo needs no compiler."""
+    """Make DeepSpeed all-reduce on CPUs by gloo; its own kernel would need a compiler at first use."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def restore_linear() -> None:
-    """Undo DeepSpeed's replacement of `torch.nn.functional.linear`, made whenever it loads sharded weights.
+    """Restore `torch.nn.functional.linear`, which DeepSpeed replaces whenever it loads sharded weights.
 
-    The replacement adds biases after rounding the product: in bf16 it changes log-probs of unsharded models.
+    The replacement rounds the product before it adds the bias: in bf16 it changes unsharded models'
+    log-probs.
     """
     torch.nn.functional.linear = getattr(
         InsertPostInitMethodToModuleSubClasses, "linear_bk", torch.nn.functional.linear

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpo_dist.foundation.errors import DeviceMemoryError
 
-_KEPT_FREE = 0.1  # share of the memory that is not given away
+_KEPT_FREE = 0.1  # share of the memory that stays free
 _ROOT = Path("/sys/fs/cgroup")
 _PROCESS_CGROUPS = Path("/proc/self/cgroup")
 _CONTROLLERS = {
@@ -25,7 +25,7 @@ _CONTROLLERS = {
 
 
 def available_memory(root: Path = _ROOT, process_cgroups: Path = _PROCESS_CGROUPS) -> int:
-    """Return bytes of host memory, below the limits of this process's cgroups, less a tenth of the memory."""
+    """Return the free bytes of host memory within this process's cgroup limits, minus a tenth of all."""
     memory = psutil.virtual_memory()
     free = [memory.available - _KEPT_FREE * memory.total]
     lines = process_cgroups.read_text().splitlines() if process_cgroups.exists() else []
@@ -45,7 +45,7 @@ def available_memory(root: Path = _ROOT, process_cgroups: Path = _PROCESS_CGROUP
 
 
 def free_memory(device: torch.device, processes: int) -> int:
-    """Return bytes that this process can still use on its GPU, or on CPUs, a share of the host's memory."""
+    """Return the bytes that this process can still use on its GPU; on CPUs, a share of host memory."""
     if device.type != "cuda":
         return available_memory() // processes
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -60,13 +60,13 @@ _POLICY_REMEDY = (
 
 
 def wait_for_device() -> None:
-    """Wait until the device is idle: memory that one of its streams still uses must not be released."""
+    """Wait until the device is idle, before memory that one of its streams may still use is released."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def return_memory() -> None:
-    """Release memory without references: the device's, pinned memory of the host, free pages of the heap."""
+    """Release unreferenced memory: on the device, pinned on the host, and free pages of the heap."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc keeps most pages between tensors that live on
         ctypes.CDLL(None).malloc_trim(0)
@@ -76,7 +76,7 @@ def return_memory() -> None:
 
 
 def return_host_memory() -> None:
-    """Release pinned memory of the host without references."""
+    """Release unreferenced pinned host memory."""
     if torch.cuda.is_available() and hasattr(torch.accelerator, "empty_host_cache"):  # not in every version
         torch.accelerator.empty_host_cache()
 

@@ -75,7 +75,7 @@ def _check_same_layout(reference: dict[str, nn.Parameter], policy: dict[str, nn.
     )
     if differing := sorted({name for name, _ in first ^ second}):
         raise ConfigError(
-            "a reference that is updated from the policy needs weights of the same names and shapes",
+            "a reference that is updated from the policy needs the policy's weight names and shapes",
             where="loss.sync_reference, reference.path",
             got=f"{len(differing)} weights of other names or shapes: {', '.join(differing[:5])}",
             remedy="set reference.path to a model of the policy's shapes, or remove loss.sync_reference",

@@ -59,10 +59,10 @@ from dpo_dist.objective.token_logps import Statistic
 def mark_zero3_leaves(model: PackedCausalLM) -> None:
     """Mark the modules whose weights ZeRO-3 gathers together and whose gradients it reduces together.
 
-    These are decoder layers: fewer and larger messages are faster, and compiled code has no hooks. They are
-    also modules that may use only some of their weights: a rank that skips a part would not gather it, and
-    the others would wait. Layers that share weights (Zamba) are no leaves: only the first would reduce their
-    gradients.
+    Decoder layers are marked because fewer and larger messages are faster, and compiled code has no hooks.
+    Modules that may use only some of their weights are marked because a rank that skips a part would not
+    gather it, and the other ranks would wait. Layers that share weights (Zamba) are not marked: only the
+    first would reduce the shared gradients.
     """
     layers = decoder_layers(model.causal_lm)
     uses = Counter(weight for layer in layers for weight in layer.parameters())
@@ -72,13 +72,13 @@ def mark_zero3_leaves(model: PackedCausalLM) -> None:
 
 
 def unsharded_loading(world: World) -> contextlib.AbstractContextManager[None]:
-    """Make transformers load unsharded weights inside the block, whatever the policy's configuration."""
+    """Make transformers load unsharded weights inside the block, also if the policy is sharded."""
     return sharded_loading(world, {"zero_optimization": {"stage": 0}})
 
 
 @contextlib.contextmanager
 def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[None]:
-    """Make transformers shard weights by this configuration inside the block, not by the policy's."""
+    """Make transformers shard weights by `deepspeed_config`, not by the policy's, inside the block."""
     inner = HfDeepSpeedConfig(deepspeed_config)  # bound to a name: transformers has only a weak reference
     try:
         yield
@@ -88,7 +88,7 @@ def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[
 
 
 class Engine:
-    """A model that scores micro-batches: as it is, or sharded by DeepSpeed."""
+    """A model that scores micro-batches, sharded by DeepSpeed or not."""
 
     def __init__(self, model: PackedCausalLM, engine: Any):
         self.model, self._engine = model, engine
@@ -118,10 +118,10 @@ class Engine:
 
     @contextlib.contextmanager
     def generating(self, *, of_base: bool = False) -> Iterator[Any]:
-        """Yield the transformers model in a state in which it generates, `of_base` without the adapter.
+        """Yield the transformers model ready for generation; with `of_base`, without its adapter.
 
-        Training after the block continues as if it had not been. If `is_synchronised`, all ranks make the
-        same number of forwards in the block, and sharded weights are gathered once where they fit.
+        The block does not change training. If `is_synchronised`, all ranks must make the same number of
+        forwards in the block, and sharded weights are gathered once if they fit into memory.
         """
         was_training = self._engine.training
         self._engine.eval()
@@ -182,13 +182,13 @@ _STEPS_TO_DOUBLE = 1000
 
 @dataclass(frozen=True)
 class LossScale:
-    """A power of two, by which the loss of a step is multiplied, and the updates since it last changed."""
+    """The factor of the loss in fp16, a power of two, and the updates since its last change."""
 
     value: float = START
     applied: int = 0
 
     def after(self, *, is_applied: bool) -> "LossScale":
-        """Return the scale of the next step: half after an overflow, double after 1,000 updates without."""
+        """Return the next step's scale: half after an overflow, double after 1,000 without one."""
         if not is_applied:
             return LossScale(max(_LOWEST, self.value / 2))
         if self.applied + 1 == _STEPS_TO_DOUBLE:
@@ -199,12 +199,12 @@ class LossScale:
 ADAM_EPS = 1e-8
 """Added to the root of the second moment."""
 
-# Size of the states that an optimizer keeps beside a master weight, in sizes of the master weight.
-STATES_OF_ADAM = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5}
+# Size of an optimizer's states for a master weight, relative to the master weight.
+STATES_PER_MASTER = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5}
 
 
 def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Return AdamW for the trained weights; Accelerate replaces an offloaded one by DeepSpeed's CPU Adam."""
+    """Return AdamW for the trained weights; with offload, Accelerate replaces it by DeepSpeed's CPU Adam."""
     groups, betas = _parameter_groups(model, optim.weight_decay), (optim.betas[0], optim.betas[1])
     if optim.kind is OptimizerKind.adamw:
         return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=ADAM_EPS, fused=True)
@@ -218,7 +218,7 @@ def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.O
 def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[str, Any]]:
     """Return parameter groups with weight decay for matrices, and without for biases and norms.
 
-    Weights without a gradient, as those of a vision tower, are not decayed either: they stay as they are.
+    Weights without a gradient, such as a vision tower's, are not decayed either, so that they do not change.
     """
     unmoved = without_gradient(model.causal_lm)
 
@@ -236,8 +236,8 @@ def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[s
 class PolicyEngine(Engine):
     """The trained model: forward, accumulated backward, optimizer step. Methods are collective.
 
-    `loss_scale` is that of the next step in fp16; `has_overflowed` says that the last step was not applied,
-    and that a smaller loss scale may help.
+    `loss_scale` is the next step's in fp16. `has_overflowed` says that the last step was not applied, and
+    that a smaller loss scale may help.
     """
 
     def __init__(
@@ -246,10 +246,12 @@ class PolicyEngine(Engine):
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(communication(zero["stage"], model.hidden_size))
         mark_zero3_leaves(model)
-        if zero["stage"] < 3:  # ZeRO-3 does so for its leaves; aliases would keep their weights gathered
+        if (
+            zero["stage"] < 3
+        ):  # ZeRO-3 joins the gradients of its leaves itself; aliases would keep their weights gathered
             for module in partly_used_blocks(model.causal_lm):
                 join_gradients(module)
-        world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
+        world.barrier()  # ranks load at unequal speed, and DeepSpeed's calls would time out
         engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
         if world.size == 1:
             reduce_in_optimizer_only(engine)
@@ -265,10 +267,10 @@ class PolicyEngine(Engine):
         longest = max(map(torch.numel, masters), default=0)
         if is_eight_bit(inner_optimizer(engine)) and longest >= 2**31:
             raise ConfigError(
-                "the kernels of adamw_8bit number the weights of a process by 31 bits",
+                "the kernels of adamw_8bit index a process's weights by 31 bits",
                 where="optim.kind",
                 got=f"{longest:,} weights in one tensor of a process",
-                remedy="set parallelism=zero3, which cuts them into groups of 1e9, or optim.kind=adamw",
+                remedy="set parallelism=zero3, which cuts weights into groups of 1e9, or optim.kind=adamw",
             )
         if ema_decay is not None:
             self._averages = {master: master.detach().clone() for master in masters}
@@ -290,7 +292,7 @@ class PolicyEngine(Engine):
         return logps, sums
 
     def _forward(self, batch: PackedBatch, statistics: Sequence[Statistic], **options: bool) -> Any:
-        """Name `batch` in out-of-memory errors of the forward, and of the backward that follows."""
+        """Run the forward; out-of-memory errors in it and in the next backward name `batch`."""
         work = "a micro-batch" if self._engine.training else "scoring"
         self._current = f"{work}: {size_in_words(batch.layout, self.model.arrangement)}"
         with explain_out_of_memory(self._current):
@@ -313,7 +315,7 @@ class PolicyEngine(Engine):
             return self.token_logps(batch)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Accumulate gradients of this rank's sum of losses; `is_last` ends the accumulation of the step.
+        """Accumulate the gradients of this rank's sum of losses; `is_last` ends the step's accumulation.
 
         DeepSpeed averages gradients over ranks, so the loss is multiplied by the world size to get the sum.
         """
@@ -324,7 +326,7 @@ class PolicyEngine(Engine):
     def step(self, learning_rate: float) -> Tensor:
         """Clip gradients, update weights, and return the norm before clipping, a scalar on the device.
 
-        If the norm is not finite, which it is on all ranks or on none, no weight has changed.
+        If the norm is not finite, no weight has changed; all ranks agree on this.
         """
         set_learning_rate(self._engine, learning_rate)
         with explain_out_of_memory("the optimizer's step"):
@@ -342,7 +344,7 @@ class PolicyEngine(Engine):
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._world.device)
 
     def set_loss_scale(self, scale: LossScale | None) -> None:
-        """Scale the next losses by `scale`, which is None unless the model is in fp16; on all ranks alike."""
+        """Scale the next losses by `scale`, the same on all ranks; None if the model is not in fp16."""
         self.loss_scale = scale
         if scale is not None:
             set_loss_scale(self._engine, scale.value)

@@ -1,1 +1,1 @@
-"""Weights and the packed forward pass."""
+"""The model: its files, its weights and its packed forward pass."""

@@ -1,4 +1,4 @@
-"""What is known about architectures: checks of config.json, and the losses that they define for routers."""
+"""Facts about model architectures: checks of config.json, exact kernels, and the router's losses."""
 
 import inspect
 import sys
@@ -19,8 +19,8 @@ from dpo_dist.config.losses import MODEL_COEFFICIENT, RouterConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.router import RouterLoss
 
-# Text models, by `model_type`, that are exact with Liger's norms, rotary embedding and gated MLP, too
-# (tests/gpu/test_layers_gpu.py), and the activation that Liger computes whatever config.json names.
+# Text models (`model_type`) for which Liger's norms, rotary embedding and gated MLP are exact
+# (tests/gpu/test_layers_gpu.py), with the activation that Liger computes even if config.json names another.
 _SWIGLU = """
 deepseek_v3 exaone4 glm4 gpt_oss granite llama llama4_text ministral mistral mixtral olmo2 olmo3 phi3 qwen2
 qwen3 qwen3_5_text qwen3_moe smollm3
@@ -28,34 +28,35 @@ qwen3 qwen3_5_text qwen3_moe smollm3
 _GEGLU = "gemma gemma2 gemma3_text"
 EXACT_WITH_LIGER = dict.fromkeys(_SWIGLU.split(), "silu") | dict.fromkeys(_GEGLU.split(), "gelu_pytorch_tanh")
 
-# Architectures that mix tokens outside of attention or do not call the registered attention. The check at
-# start tries others packed first. tests/unit/model/test_architectures.py has one of each.
-_IN_ROWS = """
+# Architectures that mix tokens outside of attention, or do not call the registered attention function:
+# packing would give wrong log-probs. The check at start tries all other architectures packed first.
+# tests/unit/model/test_architectures.py has a model of each.
+_UNPACKABLE = """
 bamba bloom codegen falcon falcon_h1 falcon_mamba gpt_neo gptj granitemoehybrid jamba mamba mamba2
 minimax mpt nemotron_h olmo_hybrid qwen3_5_text qwen3_next recurrent_gemma rwkv xglm xlstm
 """
-IN_ROWS = frozenset(_IN_ROWS.split())
+UNPACKABLE = frozenset(_UNPACKABLE.split())
 
-# Rows that tables of learned positions have beside the positions, as in OPT.
+# Tables of learned positions may have a few rows more than positions, as in OPT.
 _SPARE_POSITIONS = 8
 
-# Parts of the names of options that make training random (dropout, layerdrop, router_jitter_noise), or that
-# divide weights in place for evaluation, which exports would write (rescale_every of RWKV).
+# Parts of the names of options that make training random (dropout, layerdrop, router_jitter_noise), and
+# RWKV's rescale_every, which divides weights in place in evaluation: an export would write the divided
+# weights.
 _NOISES = ("drop", "jitter", "noise", "rescale_every")
 
-# Routers that draw experts at random in training only, and the option that names a noise but is a threshold
-# of the experts' weights in evaluation, too (SparseMixer of Phi-3.5-MoE, arXiv:2409.12136).
+# Routers that draw experts at random in training, by `model_type`: the router's module, and an option that is
+# named noise but is a threshold for the experts' weights (SparseMixer of Phi-3.5-MoE, arXiv:2409.12136).
 SAMPLING_ROUTERS = {"phimoe": ("router", "router_jitter_noise")}
 
-
 _FIXED_POSITIONS = frozenset({"codegen", "ctrl", "gptj", "mpt"})
-"""Architectures with a table of positions that is no embedding, beyond which a forward fails."""
+"""Architectures that store positions in a table that is not an embedding; longer sequences fail."""
 
 
 def auto_class(model_config: Any, trust_remote_code: bool) -> Any:
-    """Return the auto class that loads the class that config.json names.
+    """Return the transformers auto class that loads the model class named in config.json.
 
-    The text class of a model that also reads images has other names of weights, and lacks its other parts.
+    A model that also reads images must not load as its text class, which renames weights and drops parts.
     """
     kind = type(model_config)
     text = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
@@ -69,14 +70,14 @@ def auto_class(model_config: Any, trust_remote_code: bool) -> Any:
 
 
 def recorded_arrangement(model_type: str) -> Arrangement:
-    """Return the cheapest arrangement that may be exact for an architecture, `packed` if it is not known."""
-    return Arrangement.padded if model_type in IN_ROWS else Arrangement.packed
+    """Return the cheapest arrangement that may be exact for an architecture; `packed` if it is unknown."""
+    return Arrangement.padded if model_type in UNPACKABLE else Arrangement.packed
 
 
 def check_causal(model_config: Any, key: str = "model.path") -> None:
     """Check that config.json describes a causal model; the check at start tries the model itself."""
     text = model_config.get_text_config()
-    # Gemma 4 has a value by which only tokens of images see later ones.
+    # With "vision" (Gemma 4), only image tokens attend to later tokens.
     is_one_way = getattr(text, "use_bidirectional_attention", None) in (None, False, "vision")
     if not (is_one_way and getattr(text, "is_causal", True)):
         raise ConfigError(
@@ -88,32 +89,32 @@ def check_causal(model_config: Any, key: str = "model.path") -> None:
 
 
 def check_positions(causal_lm: Any, max_length: int, key: str = "model.path") -> None:
-    """Check that a model with a table of positions has one for each input token."""
+    """Check that a model's table of positions is long enough for `max_length`."""
     text = causal_lm.config.get_text_config()
     positions = getattr(text, "max_seq_len" if text.model_type == "mpt" else "max_position_embeddings", None)
     if not isinstance(positions, int) or max_length - 1 <= positions:
         return
-    tokens = set(causal_lm.get_input_embeddings().modules())  # original and copy, if an adapter has one
+    tokens = set(causal_lm.get_input_embeddings().modules())  # with an adapter: the original and its copy
     tables = [m for m in causal_lm.modules() if isinstance(m, nn.Embedding) and m not in tokens]
     has_table = any(positions <= table.num_embeddings <= positions + _SPARE_POSITIONS for table in tables)
     if has_table or text.model_type in _FIXED_POSITIONS:
         raise ConfigError(
-            "the model has fewer positions than a sequence of data.max_length needs",
+            "the model has too few positions for data.max_length",
             where=f"data.max_length, {key}",
-            got=f"{max_length} with {positions} positions",
+            got=f"{max_length}, and the model has {positions} positions",
             expected=f"{positions + 1} or less; the last token of a sequence is not an input",
             remedy=f"set data.max_length to {positions + 1} or less",
         )
 
 
 def training_notes(model_config: Any, max_length: int) -> list[str]:
-    """Return notes for the user on the training of a supported model, one line each."""
+    """Return a warning if `max_length` exceeds the model's positions."""
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if positions is None or max_length - 1 <= positions:
         return []
     return [
-        f"warning: data.max_length={max_length:,} is more than the {positions:,} positions of the model "
-        "(max_position_embeddings): its log-probs of longer sequences may mean little"
+        f"warning: data.max_length={max_length:,} is more than the model's {positions:,} positions "
+        "(max_position_embeddings): log-probs of longer sequences may be meaningless"
     ]
 
 
@@ -125,7 +126,7 @@ def is_noise(name: str, value: object, model_type: str) -> bool:
 
 
 def switch_off_noise(model_config: Any) -> None:
-    """Set the options by which training differs from evaluation to 0, also in configurations of parts."""
+    """Set options by which training differs from evaluation to 0, also in the model's parts."""
     for name, value in vars(model_config).items():
         if is_noise(name, value, model_config.model_type):
             setattr(model_config, name, type(value)(0))
@@ -133,25 +134,25 @@ def switch_off_noise(model_config: Any) -> None:
             switch_off_noise(value)
 
 
-# Of `load_balancing_loss_func` where it is the formula of `objective.router`: Doge's has another one.
-_PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
+# The signature of `load_balancing_loss_func` where it is the formula of `objective.router`; Doge's differs.
+_LOSS_PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 
 def own_coefficient(causal_lm: Any) -> float | None:
-    """Return config.json's coefficient of the load-balancing loss, by default 0; None: no such loss."""
+    """Return config.json's coefficient of the load-balancing loss, by default 0; None without such a loss."""
     function = getattr(sys.modules[type(causal_lm).__module__], "load_balancing_loss_func", None)
     text, facts = causal_lm.config.get_text_config(), vars(causal_lm)
-    if text is not causal_lm.config:  # a model of several parts has no such attributes of its own
+    if text is not causal_lm.config:  # a model of several parts has these options in its text config
         names = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
         facts = {name: getattr(text, name, None) for name in names}
-    is_known = function is not None and list(inspect.signature(function).parameters) == _PARAMETERS
+    is_known = function is not None and list(inspect.signature(function).parameters) == _LOSS_PARAMETERS
     if not is_known or not facts.get("num_experts") or not facts.get("num_experts_per_tok"):
         return None
     return facts.get("router_aux_loss_coef", facts.get("aux_loss_coef")) or 0.0
 
 
 def router_loss(config: RouterConfig | None, causal_lm: Any) -> RouterLoss | None:
-    """Return the losses of the routers that training adds; None if `config` is None or asks for none."""
+    """Return the router losses that training adds; None if `config` asks for none."""
     if config is None or config == RouterConfig():
         return None
     coefficient = own_coefficient(causal_lm)
@@ -164,11 +165,11 @@ def router_loss(config: RouterConfig | None, causal_lm: Any) -> RouterLoss | Non
             remedy="remove loss.router",
         )
     if config.aux_coefficient != MODEL_COEFFICIENT:
-        given = None if config.aux_coefficient is None else float(config.aux_coefficient)
-        return RouterLoss(given, config.z_coefficient)
+        aux = None if config.aux_coefficient is None else float(config.aux_coefficient)
+        return RouterLoss(aux, config.z_coefficient)
     if not coefficient:
         raise ConfigError(
-            "the model's config.json has no coefficient of the load-balancing loss",
+            "the model's config.json has no coefficient for the load-balancing loss",
             where="loss.router.aux_coefficient",
             got=f"{MODEL_COEFFICIENT} for {causal_lm.config.model_type}",
             remedy="set loss.router.aux_coefficient to a number, such as 0.001",
@@ -177,7 +178,7 @@ def router_loss(config: RouterConfig | None, causal_lm: Any) -> RouterLoss | Non
 
 
 def router_notes(config: RouterConfig | None, causal_lm: Any) -> list[str]:
-    """Return a line on the losses of the routers of a model that is trained; none without routers."""
+    """Return a note on router losses in training; no note for a model without routers."""
     if config is None or (coefficient := own_coefficient(causal_lm)) is None:
         return []
     if (added := router_loss(config, causal_lm)) is None:

@@ -1,4 +1,4 @@
-"""The check at start compares training's log-probs of a model with those of its own plain forward."""
+"""The check at start: training must compute the log-probs of the model's own plain forward."""
 
 import contextlib
 import logging
@@ -21,46 +21,48 @@ from dpo_dist.foundation.errors import ConfigError, DeviceMemoryError, first_lin
 from dpo_dist.foundation.text import first_few
 from dpo_dist.model.architectures import check_positions, recorded_arrangement
 from dpo_dist.model.attention.kernels import choose_backend
-from dpo_dist.model.attention.ulysses import cannot_be_shared
+from dpo_dist.model.attention.ulysses import sharing_error
 from dpo_dist.model.layers import layer_values, partly_used_blocks
-from dpo_dist.model.library_internals import attention_of
-from dpo_dist.model.packed import PackedCausalLM, forget_lengths
+from dpo_dist.model.library_internals import attention_name
+from dpo_dist.model.packed import PackedCausalLM, reset_rope
 
 log = logging.getLogger(__name__)
 
 Score = Callable[[PackedBatch], Tensor]
-"""Log-probs of the targets of a batch on its device, float32 [targets]; may be collective."""
+"""Map a batch to the log-probs of its targets, float32 [targets] on the device; may be collective."""
 Agree = Callable[[str], str]
-"""Fault of this rank (empty: none) to that of the lowest rank that has one; collective."""
-
+"""Map this rank's fault (empty: none) to the fault of the lowest rank that has one; collective."""
 
 _USUAL_LENGTH = 64
-# Sequences of this length are tried at most: their scores would cost more than the start of a run.
+# The longest sequence that is tried: attention scores of longer ones would slow down the start.
 LONGEST = 1280
 _SHORT_LENGTH = 24
-# Beyond these, tokens of a trained vocabulary may never have been seen.
+# Only token ids below this are drawn: later ones may be untrained.
 _IDS = 10_000
-# Largest difference of a token in float32: rounding of the softmax, and a share of the spread of log-probs.
+# Largest difference of a token in float32: rounding of softmax, plus a share of log-probs' standard
+# deviation.
 _ROUNDING = 2e-5
 _SHARE_OF_SPREAD = 5e-4
-# Difference of the mean token in 16 bits that needs no explanation, as a share of the spread, and what
-# rounding explains, as a multiple of the change that it makes.
-_TYPICAL, _NOISES = 0.005, 2.0
-# Effect of another response on the median of the tokens that follow it first, as a multiple of the change by
-# rounding, and of the change in a second forward of the same batch: some kernels round otherwise each time.
-_NEIGHBOUR_NOISES, _REPEATS = 0.1, 5.0
-_NEAR = 8
-# Effect of other later tokens on the mean token in 16 bits: shapes are equal, so hardly any is rounding.
+# Largest mean difference of tokens in 16 bits: a share of log-probs' standard deviation, or a multiple of the
+# change that one more rounding of the embeddings makes.
+_SHARE_IN_16_BITS, _NOISE_FACTOR = 0.005, 2.0
+# Largest median change of the first tokens after a response when that response is replaced: a multiple of the
+# change by rounding, or of the change between two forwards of one batch, as some kernels do not repeat
+# results.
+_NEIGHBOUR_FACTOR, _REPEAT_FACTOR = 0.1, 5.0
+_TOKENS_AFTER = 8
+# Largest mean change of tokens in 16 bits when later tokens are replaced, as a share of log-probs' standard
+# deviation: the shapes are equal, so that rounding hardly changes.
 _FUTURE = 0.02
-# The same with int8 weights: a column of inputs with an outlier in any token is not rounded in all of them
-# (arXiv 2208.07339), so other tokens change rounding.
-_INT8_OTHERS = 0.1
+# The same with int8 weights: an outlier in one token keeps its column of inputs unrounded for all tokens
+# (arXiv:2208.07339), so that other tokens change the rounding.
+_FUTURE_IN_INT8 = 0.1
 
 
 class StartCheck:
-    """The check of a model in evaluation mode, by invented sequences of at most `max_length` tokens.
+    """Check a model in evaluation mode on invented sequences.
 
-    `max_length` is that of the longest prompt plus response. Methods without an underscore are collective.
+    `max_length` is the longest prompt plus response, in tokens. Public methods are collective.
     """
 
     _plain: Tensor  # log-probs by the model's own forward of one row at a time
@@ -87,7 +89,7 @@ class StartCheck:
         self._noise = 0.0
 
     def choose_arrangement(self) -> None:
-        """Arrange the model in the cheapest way that computes the log-probs of its own forward."""
+        """Set the cheapest arrangement that computes the log-probs of the model's own forward."""
         check_positions(self._model.causal_lm, self._max_length, self._key)
         self._refuse(
             self._score_plainly,
@@ -100,7 +102,7 @@ class StartCheck:
             "choose a causal language model, or remove dropout and noise from the model's own code",
         )
         model, failures = self._model, []
-        for arrangement, own_logits in _ladder(model, self._max_length):
+        for arrangement, own_logits in _candidates(model, self._max_length):
             fault = self._fault(partial(self._fault_of, arrangement, own_logits))
             if not fault:
                 break
@@ -108,7 +110,7 @@ class StartCheck:
             failures.append(f"{arrangement} with {head}: {fault}")
         else:
             if model.sequence is not None:
-                raise cannot_be_shared(self._kind, model.sequence.ranks, "; ".join(failures))
+                raise sharing_error(self._kind, model.sequence.ranks, "; ".join(failures))
             raise ConfigError(
                 "training would not compute the log-probs of this model's own forward",
                 where=self._key,
@@ -123,20 +125,20 @@ class StartCheck:
     def check_training(self) -> None:
         """Check that the model computes the same log-probs in training mode; leave it in that mode.
 
-        Its own code may have dropout that no option switches off.
+        The model's own code may have dropout that no option switches off.
         """
         self._model.train()
         self._refuse(
             self._change_by_training,
             "this model computes other log-probs in training mode",
-            "remove from the model's own code dropout, noise and what else works in training only",
+            "remove dropout, noise and anything else that differs in training from the model's own code",
         )
 
     def check_use(self) -> None:
-        """Check that each sequence uses the same trained weights of the model, which is in training mode.
+        """Check that every sequence uses the same trained weights; the model is in training mode.
 
-        Ranks add up gradients weight by weight. A rank whose sequences do not use one has no gradient to add,
-        and the others would wait for it.
+        Ranks reduce gradients weight by weight: if one rank's sequences do not use a weight, the other ranks
+        would wait for its gradient.
         """
         self._refuse(
             self._sometimes_used,
@@ -150,9 +152,9 @@ class StartCheck:
             raise ConfigError(message, where=self._key, got=f"{self._kind}, {fault}", remedy=remedy)
 
     def _fault(self, work: Callable[[], str]) -> str:
-        """Return the fault that `work` returns, or the first line of an error, on some rank. Collective.
+        """Return the fault of `work`, or the first line of its error, agreed by all ranks. Collective.
 
-        A model can raise anything if it is called in an unusual way. Exhausted memory is raised.
+        A model can raise anything if it is called in an unusual way. Out-of-memory errors are raised.
         """
         try:
             fault = work()
@@ -173,7 +175,7 @@ class StartCheck:
         return self._scores(self._batch)
 
     def _score_plainly(self) -> str:
-        """Compute the plain log-probs and how much rounding explains; return what is not finite, in words."""
+        """Compute the plain log-probs and their change by rounding; return a fault if one is not finite."""
         self._plain = self._tried = self._scores_as(Arrangement.single, own_logits=True)
         self._spread = float(self._plain.std())
         if not self._is_float32:
@@ -185,17 +187,17 @@ class StartCheck:
 
     @property
     def _rounding(self) -> float:
-        """Return the difference of the mean token that rounding explains, in nats."""
-        return _ROUNDING + max(_TYPICAL * self._spread, _NOISES * self._noise)
+        """Return the largest mean difference of tokens that rounding explains, in nats."""
+        return _ROUNDING + max(_SHARE_IN_16_BITS * self._spread, _NOISE_FACTOR * self._noise)
 
     @property
     def _exact(self) -> float:
         return _ROUNDING + _SHARE_OF_SPREAD * self._spread
 
     def _effect_of_later_tokens(self) -> str:
-        """Return in words the largest effect of later tokens on a token; empty: none but rounding.
+        """Return how much later tokens change a log-prob; empty if rounding explains the change.
 
-        The last two responses have one length, and begin with the same tokens.
+        The last two responses have the same length, and begin with the same tokens.
         """
         tokens = len(self._examples[-1].responses[0])
         first, second = self._plain[-2 * tokens :].view(2, -1)[:, : max(1, tokens // 2)]
@@ -204,11 +206,11 @@ class StartCheck:
         if self._is_float32:
             is_rounding = largest <= self._exact
         else:
-            is_rounding = mean <= (_INT8_OTHERS if self._is_int8 else _FUTURE) * self._spread
+            is_rounding = mean <= (_FUTURE_IN_INT8 if self._is_int8 else _FUTURE) * self._spread
         return "" if is_rounding else f"a log-prob changes by {largest:.2g} nats with the tokens after it"
 
     def _fault_of(self, arrangement: Arrangement, own_logits: bool) -> str:
-        """Return why this arrangement of the model is not exact; empty: it is. Collective."""
+        """Return why this arrangement is not exact; empty if it is exact. Collective."""
         self._tried = self._scores_as(arrangement, own_logits)
         neighbours = ""
         if not self._is_float32 and arrangement is not Arrangement.single:
@@ -221,30 +223,30 @@ class StartCheck:
         return f"log-probs differ by up to {largest:.2g} nats, by {mean:.2g} in the mean"
 
     def _effect_of_neighbours(self) -> str:
-        """Return in words the effect of the first response on the tokens that follow it; empty: none."""
+        """Return how much the first response changes the tokens after it; empty if rounding explains it."""
         example = self._examples[0]
         first, second = example.responses
         other = replace(example, responses=(first[::-1].copy(), second))
-        # The prompt predicts the first token.
-        near = slice(len(first) + min(1, len(second) - 1), len(first) + min(1 + _NEAR, len(second)))
+        # The prompt predicts the first token, so that token is left out.
+        near = slice(len(first) + min(1, len(second) - 1), len(first) + min(1 + _TOKENS_AFTER, len(second)))
         effect, repeated = (
             float((self._scores(batch) - self._tried)[near].abs().median())
             for batch in (_packed([other, *self._examples[1:]]), self._batch)
         )
-        allowed = max(_REPEATS * repeated, _NEIGHBOUR_NOISES * self._noise)
+        allowed = max(_REPEAT_FACTOR * repeated, _NEIGHBOUR_FACTOR * self._noise)
         if self._is_int8:
-            allowed = max(allowed, _INT8_OTHERS * self._spread)
+            allowed = max(allowed, _FUTURE_IN_INT8 * self._spread)
         return "" if effect <= allowed else f"log-probs change by {effect:.2g} nats with other responses"
 
     def _change_by_training(self) -> str:
         mean, limit = float((self._scores(self._batch) - self._tried).abs().mean()), self._rounding
         if self._is_int8 and self._device.type != "cuda":
-            # There, bitsandbytes rounds the inputs of int8 weights in evaluation mode only.
-            limit = max(limit, _INT8_OTHERS * self._spread)
-        return "" if mean <= limit else f"by {mean:.2g} nats in the mean"
+            # On CPUs, bitsandbytes rounds the inputs of int8 weights in evaluation mode only.
+            limit = max(limit, _FUTURE_IN_INT8 * self._spread)
+        return "" if mean <= limit else f"log-probs change by {mean:.2g} nats in the mean"
 
     def _sometimes_used(self) -> str:
-        """Return the first weights that only a long or only a short sequence uses; empty: there are none."""
+        """Return the names of weights that only a long or only a short sequence uses; empty if none."""
         causal_lm, long = self._model.causal_lm, self._examples[0]
         short = Example(long.prompt_ids[:2], (long.responses[0][:1],))
         differing = self._used(long) ^ self._used(short)
@@ -252,7 +254,7 @@ class StartCheck:
         return first_few([name for name, weight in causal_lm.named_parameters() if weight in differing])
 
     def _used(self, example: Example) -> set[nn.Parameter]:
-        """Return the weights with a gradient from the log-probs of an example."""
+        """Return the weights that get a gradient from an example's log-probs."""
         with torch.enable_grad():
             logps = self._score(_packed([example]).to(self._device))
         seen, used, waiting = set(), set(), [logps.grad_fn]
@@ -268,7 +270,7 @@ class StartCheck:
 
 @contextlib.contextmanager
 def _rounded_once_more(causal_lm: nn.Module) -> Iterator[None]:
-    """Change each value of embeddings by up to a rounding error of its dtype, at random."""
+    """Inside the block, change embeddings at random by up to one rounding error of their dtype."""
     generator = torch.Generator().manual_seed(0)
 
     def change(_module: Any, _inputs: Any, embedded: Tensor) -> Tensor:
@@ -286,14 +288,14 @@ def _rounded_once_more(causal_lm: nn.Module) -> Iterator[None]:
 
 
 def trial_examples(causal_lm: Any, max_length: int) -> list[Example]:
-    """Return two invented examples of two responses each, within `max_length` tokens.
+    """Return two invented examples with two responses each, of at most `max_length` tokens.
 
-    The first is longer than the model's sliding window, if that is short. The responses of the second have
-    one length, and begin alike. The ids are ordinary text: none that the configuration names.
+    The first example is longer than the model's sliding window if the window is short. The second example's
+    responses have the same length and begin with the same tokens. No id is one that the configuration names.
     """
     config = causal_lm.config.get_text_config()
     limits = [*layer_values(config, "sliding_window"), *layer_values(config, "attention_chunk_size")]
-    limits += (getattr(config, "compress_rates", None) or {}).values()  # keys that stand for so many tokens
+    limits += (getattr(config, "compress_rates", None) or {}).values()  # tokens in one compressed key
     tried = [limit * 5 // 4 for limit in limits if isinstance(limit, int) and limit * 5 // 4 <= LONGEST]
     length = max(4, min(max_length, max([_USUAL_LENGTH, *tried])))
     short = min(length, _SHORT_LENGTH)
@@ -311,24 +313,24 @@ def trial_examples(causal_lm: Any, max_length: int) -> list[Example]:
 
 
 def _named_ids(config: Any) -> set[int]:
-    """Return the token ids that a configuration names, of which an option may have several in a list."""
+    """Return the token ids in a configuration's options, alone or in lists."""
     values = [value for name, value in vars(config).items() if name.endswith(("_id", "_index"))]
     ids = [id_ for value in values for id_ in (value if isinstance(value, list | tuple) else [value])]
     return {id_ for id_ in ids if isinstance(id_, int)}
 
 
 def _packed(examples: Sequence[Example]) -> PackedBatch:
-    """Return a batch of invented examples, whose keys are not read."""
+    """Return a batch of invented examples, without real keys."""
     responses = sum(len(example.responses) for example in examples)
     return pack(examples, np.zeros((responses, 2), dtype=np.uint64))
 
 
-def _ladder(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangement, bool]]:
-    """Yield arrangements, the cheapest first: the output layer in chunks, then all logits at once.
+def _candidates(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangement, bool]]:
+    """Yield arrangements with the chunked output layer, then with all logits at once; the cheapest first.
 
-    Ranks can share the tokens of a packed batch only.
+    Under sequence parallelism only the packed arrangement is possible.
     """
-    is_alone = model.mixes_lengths(max_length)
+    is_alone = model.exceeds_rope_limit(max_length)
     if model.sequence is not None:
         if model.has_chunked_head and model.can_pack(own_logits=False) and not is_alone:
             yield Arrangement.packed, False
@@ -343,8 +345,8 @@ def _ladder(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangemen
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """The arrangement that a check found for these facts of a model, up to `longest` tokens."""
+class _CheckResult:
+    """The arrangement that the check found for a model with these facts, up to `longest` tokens."""
 
     facts: tuple[torch.dtype, torch.device, str]
     longest: int
@@ -352,12 +354,12 @@ class _Checked:
     own_logits: bool
 
 
-_CHECKED: WeakKeyDictionary[PreTrainedModel, _Checked] = WeakKeyDictionary()
+_CHECK_RESULTS: WeakKeyDictionary[PreTrainedModel, _CheckResult] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def temporarily_packed(model: PackedCausalLM | PreTrainedModel, longest: int) -> Iterator[PackedCausalLM]:
-    """Yield `model` as a packed model of up to `longest` tokens; it gets its own attention and head back.
+    """Yield `model` as a packed model for up to `longest` tokens; restore its attention and head at the end.
 
     A model is checked once, and again for longer sequences or after a change of precision or device.
     """
@@ -371,22 +373,22 @@ def temporarily_packed(model: PackedCausalLM | PreTrainedModel, longest: int) ->
             got=type(model).__name__,
             remedy="call model.eval(): dropout makes log-probs random; for a PeftModel pass get_base_model()",
         )
-    head, attention = model.get_output_embeddings(), attention_of(model)
+    head, attention = model.get_output_embeddings(), attention_name(model)
     facts = next(model.parameters()).dtype, model.device, attention
     dtype = Dtype.fp32 if facts[0] == torch.float32 else Dtype.bf16
     backend = choose_backend(AttentionBackend.auto, dtype, model.device)
-    known = _CHECKED.get(model)
+    known = _CHECK_RESULTS.get(model)
     try:
         packed = PackedCausalLM(model, backend, arrangement=Arrangement.padded).eval()
         if known is not None and known.facts == facts and longest <= known.longest:
             packed.arrange(known.arrangement, own_logits=known.own_logits)
         else:
             StartCheck(packed, packed, model.device, longest, "model").choose_arrangement()
-            _CHECKED[model] = _Checked(facts, longest, packed.arrangement, packed.own_logits)
+            _CHECK_RESULTS[model] = _CheckResult(facts, longest, packed.arrangement, packed.own_logits)
         yield packed
     finally:
-        forget_lengths(model)
+        reset_rope(model)
         if head is not None:
             model.set_output_embeddings(head)
-        if attention_of(model) != attention:
+        if attention_name(model) != attention:
             model.set_attn_implementation(attention)

@@ -10,32 +10,32 @@ from torch import Tensor, nn
 
 from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.config.schema import ModelConfig
-from dpo_dist.model.attention.kernels import heads_of_layers
+from dpo_dist.model.attention.kernels import layer_heads
 from dpo_dist.model.layers import layer_values, other_weights
 
-# Forward, gradient of the input, gradient of the weight: each a multiplication and an addition.
+# FLOPs per weight and token: forward, input gradient and weight gradient are one multiply-add each.
 _FORWARD = 2
 _FORWARD_AND_BACKWARD = 6
-# A frozen weight has no gradient.
+# A frozen weight has no weight gradient.
 _FORWARD_AND_INPUT_GRADIENT = 4
-# Time of a FLOP in attention and in the output layer relative to one in the layers' matrices: 1.37 and 0.88
-# by least squares over timed micro-batches (40M Qwen2 shape, float32, one core of an AMD EPYC). With them,
-# the times of 10 micro-batches of very different shapes are predicted within 5 %.
+# Time of a FLOP in attention and in the output layer, relative to a FLOP in the layers' matrices. Least
+# squares over timed micro-batches gave 1.37 and 0.88 (40M Qwen2 shape, float32, one core of an AMD EPYC);
+# these predict the times of 10 micro-batches of very different shapes within 5 %.
 _ATTENTION_SLOWNESS = 1.4
 _HEAD_SLOWNESS = 0.9
 REACHED_SHARES = 0.5, 0.35
-"""Shares of the peak of matrix products that training reached on an H100, the best and the usual."""
-_NOT_OF_A_STEP = (".lora_", ".original_module.", ".modules_to_save.")
-_EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+"""Shares of the matrix-product peak that training reached on an H100: the best, and the usual."""
+_UNUSED_WEIGHTS = (".lora_", ".original_module.", ".modules_to_save.")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 
 
 @dataclass(frozen=True)
 class StepFlops:
     """Useful FLOPs of a training step, without recomputation.
 
-    `per_token` in the matrices of all layers, `per_target` in the output layer, `per_attended` in all layers
-    for each query-key pair, also of a token with itself. Windows count as full attention. Of a forward alone:
-    `forward_per_token` and `forward_per_target`, more than a third where weights are frozen.
+    `per_token` counts all layers' matrices, `per_target` the output layer, `per_attended` each query-key pair
+    in all layers, also a token with itself. Sliding windows count as full attention. `forward_per_token` and
+    `forward_per_target` count a forward alone.
     """
 
     per_token: float
@@ -44,23 +44,23 @@ class StepFlops:
     forward_per_token: float = 0.0
     forward_per_target: float = 0.0
 
-    def of(self, tokens: int, targets: int, attended: int) -> float:
-        """Return the FLOPs of a step with these counts."""
+    def step(self, tokens: int, targets: int, attended: int) -> float:
+        """Return the FLOPs of a training step with these counts."""
         return self.per_token * tokens + self.per_target * targets + self.per_attended * attended
 
-    def of_forward(self, tokens: int, targets: int, attended: int) -> float:
+    def forward(self, tokens: int, targets: int, attended: int) -> float:
         """Return the FLOPs of a forward alone with these counts."""
-        of_weights = self.forward_per_token * tokens + self.forward_per_target * targets
-        return of_weights + self.per_attended * attended * _FORWARD / _FORWARD_AND_BACKWARD
+        in_weights = self.forward_per_token * tokens + self.forward_per_target * targets
+        return in_weights + self.per_attended * attended * _FORWARD / _FORWARD_AND_BACKWARD
 
 
 def step_flops(causal_lm: Any) -> StepFlops:
-    """Return the FLOPs of a model's training step, from shapes alone.
+    """Return the FLOPs of a model's training step, from its weights' shapes alone.
 
-    Each token is multiplied by all weights of two dimensions or more, except embeddings, which are looked up,
-    and experts (three dimensions, the first numbers the experts), of which it visits as many as config.json
-    says. Frozen weights have no gradient; modules that an adapter trains in full replace the original ones.
-    Norms, rotations and softmax are not counted.
+    Each token is multiplied by all weights of two or more dimensions, except embeddings, which are looked up.
+    Of stacked experts (three dimensions, experts first) it visits as many as config.json says. Frozen weights
+    have no gradient; modules that an adapter trains in full replace the original ones. Norms, rotations and
+    softmax are not counted.
     """
     text, output = causal_lm.config.get_text_config(), causal_lm.get_output_embeddings().weight
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
@@ -70,7 +70,7 @@ def step_flops(causal_lm: Any) -> StepFlops:
     per_token, forward = 0.0, 0.0
     for name, weight in causal_lm.named_parameters():
         # A continued adapter also has a frozen copy.
-        is_unused = not weight.requires_grad and any(part in name for part in _NOT_OF_A_STEP)
+        is_unused = not weight.requires_grad and any(part in name for part in _UNUSED_WEIGHTS)
         is_bias = weight.dim() < 2 or name.endswith("bias")  # biases of stacked experts
         if id(weight) in outside or is_unused or is_bias:
             continue
@@ -78,7 +78,7 @@ def step_flops(causal_lm: Any) -> StepFlops:
         share = min(1.0, visited / len(weight)) if is_of_experts else 1.0
         per_token += _per_weight(weight) * share * weight.numel()
         forward += _FORWARD * share * weight.numel()
-    widths = [heads.query * (heads.dim + heads.value_dim) for heads in heads_of_layers(text)]
+    widths = [heads.query * (heads.dim + heads.value_dim) for heads in layer_heads(text)]
     attention = text.num_hidden_layers * fmean(widths) if widths else 0.0
     return StepFlops(
         per_token,
@@ -90,7 +90,7 @@ def step_flops(causal_lm: Any) -> StepFlops:
 
 
 def recomputed_share(model: ModelConfig) -> float:
-    """Return the operations that checkpointing computes again, as a share of a step's useful ones."""
+    """Return the FLOPs that gradient checkpointing computes again, as a share of a step's useful FLOPs."""
     checkpointing = model.gradient_checkpointing
     layers = (
         {"none": 0.0, "full": 1.0}[checkpointing] if isinstance(checkpointing, str) else 1 / checkpointing
@@ -100,7 +100,7 @@ def recomputed_share(model: ModelConfig) -> float:
 
 def visited_experts(text: Any) -> int:
     """Return how many experts a token visits, the most of any layer; 0 without experts."""
-    counts = (count for name in _EXPERTS_OF_A_TOKEN for count in layer_values(text, name))
+    counts = (count for name in _EXPERTS_PER_TOKEN for count in layer_values(text, name))
     return max(filter(None, counts), default=0)
 
 
@@ -111,7 +111,7 @@ def _per_weight(weight: Tensor) -> int:
 def compute_costs(flops: StepFlops) -> ComputeCosts:
     """Return the cost of an attended key and of a target, relative to a token in the layers' matrices.
 
-    The output layer recomputes most logits in backward. Costs balance the load of ranks and change no result.
+    The output layer recomputes most logits in backward. Costs balance the ranks' load and change no result.
     """
     return ComputeCosts(
         key=_ATTENTION_SLOWNESS * flops.per_attended / flops.per_token,
@@ -122,10 +122,12 @@ def compute_costs(flops: StepFlops) -> ComputeCosts:
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of the fastest of a few products of large matrices in `dtype` on `device`.
 
-    Takes hundredths of a second on a large GPU, tenths on a CPU. The matrices are random, as a GPU multiplies
-    constant matrices faster than those of training. The global random state does not change.
+    This takes hundredths of a second on a large GPU, tenths on a CPU. The matrices are random, because a GPU
+    multiplies constant matrices faster than those of training. The global random state does not change.
     """
-    side, trials = (8192, 5) if device.type == "cuda" else (512, 20)  # on a busy CPU one runs uninterrupted
+    side, trials = (
+        (8192, 5) if device.type == "cuda" else (512, 20)
+    )  # on a busy CPU, one of many short trials runs uninterrupted
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(side, side, dtype=dtype, device=device, generator=generator) for _ in range(2))
     product = torch.empty_like(left)

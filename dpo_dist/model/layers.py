@@ -21,8 +21,8 @@ from dpo_dist.model.architectures import EXACT_WITH_LIGER
 from dpo_dist.model.library_internals import apply_liger, wrap_checkpointing
 from dpo_dist.model.numerics import check_precision
 
-# Classes of modules inside of a text decoder that text alone does not reach.
-_NOT_OF_TEXT = {
+# Module classes inside a text decoder that run only with images or sounds.
+_NON_TEXT_CLASSES = {
     "MllamaCrossAttentionDecoderLayer",
     "Phi4MultimodalAudioEmbedding",
     "Phi4MultimodalImageEmbedding",
@@ -42,21 +42,21 @@ def layer_configs(text: Any) -> Sequence[Any]:
 
 
 def layer_values(text: Any, option: str) -> list[Any]:
-    """Return the different values of an option in the layers of a text model, None where there is none."""
-    of_layers = [getattr(layer, option, None) for layer in layer_configs(text)]
-    lists = (value if isinstance(value, list) else [value] for value in of_layers)
+    """Return the distinct values of an option over a text model's layers, None for layers without it."""
+    values = [getattr(layer, option, None) for layer in layer_configs(text)]
+    lists = (value if isinstance(value, list) else [value] for value in values)
     return list(dict.fromkeys(itertools.chain.from_iterable(lists)))
 
 
 def text_part(causal_lm: Any) -> Any:
-    """Return the decoder of text of a transformers model; the model itself if it reads nothing else."""
+    """Return a transformers model's text decoder; the model itself if it reads only text."""
     config = causal_lm.config
     return causal_lm if config.get_text_config() is config else causal_lm.get_decoder()
 
 
 def other_weights(causal_lm: Any) -> set[nn.Parameter]:
-    """Return the weights that text does not depend on, such as a vision tower's: they have no gradient."""
-    unreached = [module for module in causal_lm.modules() if type(module).__name__ in _NOT_OF_TEXT]
+    """Return the weights that text does not use, such as a vision tower's; they get no gradient."""
+    unreached = [module for module in causal_lm.modules() if type(module).__name__ in _NON_TEXT_CLASSES]
     others = {weight for module in unreached for weight in module.parameters()}
     if (text := text_part(causal_lm)) is causal_lm:
         return others
@@ -65,7 +65,7 @@ def other_weights(causal_lm: Any) -> set[nn.Parameter]:
 
 
 def keep_text(causal_lm: Any, *, drops: bool = True) -> None:
-    """Freeze the weights that text does not depend on; drop modules with no other weights, as towers."""
+    """Freeze the weights that text does not use; drop modules with only such weights, as towers."""
     others = other_weights(causal_lm)
     for weight in others:
         weight.requires_grad_(False)
@@ -83,8 +83,8 @@ def text_notes(causal_lm: Any) -> list[str]:
     parts = {causal_lm, causal_lm.base_model}
     dropped = sorted(name for part in parts for name, child in part._modules.items() if child is None)
     note = (
-        "the model also reads images or sounds: only its text part is scored or trained; the result has the "
-        f"other parts as the model's files have them, and they are not in memory: {', '.join(dropped)}"
+        "the model also reads images or sounds: only its text part is scored or trained; the other parts are "
+        f"not in memory, and the result has them as in the model's files: {', '.join(dropped)}"
     )
     return [note] if dropped else []
 
@@ -95,12 +95,12 @@ def indexers(causal_lm: Any) -> list[nn.Module]:
 
 
 def without_gradient(causal_lm: Any) -> set[nn.Parameter]:
-    """Return the weights without a gradient from text: of image and audio towers, and of indexers."""
+    """Return the weights that get no gradient from text: those of image and audio towers, and of indexers."""
     return other_weights(causal_lm) | {w for module in indexers(causal_lm) for w in module.parameters()}
 
 
 def decoder_layers(causal_lm: Any) -> list[nn.Module]:
-    """Return the decoder layers of text in order: the modules that transformers can checkpoint."""
+    """Return the text decoder's layers in order: the modules that transformers can checkpoint."""
     modules = text_part(causal_lm).modules()
     return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
 
@@ -135,18 +135,18 @@ def _suits_liger(config: ModelConfig, text: Any, device: torch.device) -> bool:
 
 
 def check_device(config: ModelConfig, text: Any, device: torch.device) -> None:
-    """Check that options of the model, `text` the configuration of its text part, can run on `device`."""
+    """Check that the model's options can run on `device`; `text` is the configuration of its text part."""
     check_precision(config.dtype, device)
     on_cuda, fault = device.type == "cuda", ("", "")
     if config.fused is FusedLayers.liger and not _suits_liger(config, text, device):
         known = ", ".join(sorted(EXACT_WITH_LIGER))
         where = f"for transformers' own {known}, with their usual activation"
-        fault = "fused=none", f"Liger's kernels are exact on CUDA {where}"
+        fault = "fused=none", f"Liger's kernels are exact only on CUDA, {where}"
     compiler = find_spec("triton") if on_cuda else shutil.which(os.environ.get("CXX", "g++"))
     if config.fused is FusedLayers.compile and compiler is None:
         fault = "fused=none", f"torch.compile needs {'Triton' if on_cuda else 'a C++ compiler'}"
     if config.activation_offload and not on_cuda:
-        fault = "activation_offload=false", "activations are in host memory already"
+        fault = "activation_offload=false", "activations are already in host memory"
     remedy, message = fault
     if remedy:
         key = remedy.partition("=")[0]
@@ -161,7 +161,7 @@ def check_device(config: ModelConfig, text: Any, device: torch.device) -> None:
 def choose_fused(config: ModelConfig, text: Any, device: torch.device) -> FusedLayers:
     """Return the fused layers to use on `device`: `model.fused`, or for `auto` Liger's where they are exact.
 
-    Compiling takes half a minute of each start for the same gain, so it is for those who ask for it.
+    `auto` never compiles: compiling takes half a minute at each start, for the same gain.
     """
     if config.fused is not FusedLayers.auto:
         return config.fused
@@ -173,20 +173,21 @@ def offload_inputs(causal_lm: nn.Module) -> None:
     """Make checkpointed layers keep their input in host memory; after `checkpoint_layers`."""
 
     def offloaded(checkpoint: Callable[..., Any], *arguments: Any) -> Any:
-        # `checkpoint` saves its arguments under these hooks; its layer saves under other hooks.
+        # These hooks see only the arguments that `checkpoint` saves; tensors inside the layer have other
+        # hooks.
         with save_on_cpu(pin_memory=True):
             return checkpoint(*arguments)
 
-    for layer in decoder_layers(causal_lm):  # a layer that keeps its activations does not call it
+    for layer in decoder_layers(causal_lm):  # a layer without checkpointing never calls `offloaded`
         wrap_checkpointing(layer, offloaded)
 
 
 def use_liger(causal_lm: nn.Module) -> None:
-    """Replace norms, rotary embedding and gated MLP of this model by Liger's kernels.
+    """Replace this model's norms, rotary embedding and gated MLP by Liger's kernels.
 
     Liger's losses are not used: the log-prob head never computes all logits. The rotary embedding is a
     function that models of one architecture share, so it is replaced for all of them in this process.
-    Experts in one tensor stay those of transformers: for them Liger tries out kernels at every start.
+    Stacked experts stay transformers' own: for them Liger tries out kernels at every start.
     """
     text = text_part(causal_lm)
     others = {"cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -196,12 +197,12 @@ def use_liger(causal_lm: nn.Module) -> None:
 
 
 def partly_used_blocks(causal_lm: nn.Module) -> list[nn.Module]:
-    """Return the modules whose tokens may use only part of the weights, so that ranks use different ones.
+    """Return the modules in which tokens may use only some weights, so that ranks may use different ones.
 
-    They have a list of equal parts inside of a layer, such as one module per expert (experts that are stacked
-    in one tensor, as in transformers' own models, are one part), or make one key of several tokens, as in
-    DeepSeek-V4, which a shorter sequence does not have. A module found here that always uses all its parts is
-    no error: ZeRO-3 gathers its weights at once.
+    Such a module has a list of equal parts inside a layer, such as one module per expert (experts stacked in
+    one tensor, as in transformers' own models, are one part), or compresses several tokens into one key, as
+    in DeepSeek-V4, where a shorter sequence has no such key. A module that always uses all its parts does no
+    harm here: ZeRO-3 gathers its weights at once.
     """
     layers = set(decoder_layers(causal_lm))
     stacks = [module for module in causal_lm.modules() if isinstance(module, nn.ModuleList)]
@@ -224,16 +225,16 @@ def _is_list_of_equals(module: nn.Module) -> bool:
 
 
 def join_gradients(block: nn.Module) -> None:
-    """Make the gradients of all weights of `block` ready at once; parts without tokens have zeros.
+    """Make the gradients of all weights in `block` ready at once, with zeros for parts without tokens.
 
-    ZeRO-1 and ZeRO-2 add up the gradients of the ranks in the order in which they are ready: if ranks use
-    other parts, they would add up gradients of different weights.
+    ZeRO-1 and ZeRO-2 reduce gradients in the order in which they become ready: ranks that use different parts
+    would add up gradients of different weights.
     """
     block.forward = partial(_joined, _Block(block, block.forward))
 
 
 class _Block(nn.Module):
-    """A module that computes as its only child, a block, does."""
+    """A module that only calls its child, a block."""
 
     def __init__(self, block: nn.Module, compute: Callable[..., Any]):
         super().__init__()
@@ -249,16 +250,16 @@ def _joined(block: _Block, *args: Any, **kwargs: Any) -> Any:
         return block(*args, **kwargs)
     aliases = _Aliases.apply(*trained.values())  # type: ignore[no-untyped-call]
     output = functional_call(block, dict(zip(trained, aliases, strict=True)), args, kwargs)
-    # If no trained weight is used, all of them get zeros; hooks of backward wait for the gradients of inputs.
+    # So all weights get zeros even if none is used, and inputs a gradient, for which backward hooks wait.
     touched = [aliases[0], *(arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad)]
     touch = torch.stack([0.0 * tensor.flatten()[0].float() for tensor in touched]).sum()
-    if isinstance(output, tuple):  # the router's output is in it, too
+    if isinstance(output, tuple):  # with the router's output
         return (output[0] + touch.to(output[0].dtype), *output[1:])
     return output + touch.to(output.dtype)
 
 
 class _Aliases(torch.autograd.Function):
-    """Aliases of weights: backward has the gradients of all of them, zeros for unused ones."""
+    """Aliases of weights: backward returns all their gradients at once, zeros for unused weights."""
 
     @staticmethod
     def forward(_ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
-"""The wall towards transformers, peft and Liger: no other file uses their undocumented parts.
+"""Undocumented parts of transformers, peft and Liger; no other file uses them.
 
-A version that changes one of these parts fails a test in tests/unit/model/test_library_internals.py, which
-calls the functions below on the real libraries.
+tests/unit/model/test_library_internals.py calls the functions below on the real libraries, and fails if a new
+version changes one of these parts.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
 @contextlib.contextmanager
 def unsharded() -> Iterator[None]:
-    """Make transformers shard nothing inside the block."""
+    """Make transformers load without ZeRO-3's sharding inside the block."""
     sharding = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
@@ -31,9 +31,9 @@ def unsharded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def transposed_by(shapes: Mapping[str, Any]) -> Iterator[None]:
-    """Inside the block, make transformers (5.23) transpose experts by `shapes`: of whole weights, by name.
+    """Inside the block, make transformers (5.23) transpose experts by `shapes`, the whole weights' by name.
 
-    transformers takes the shape from the weight in the model, which is empty under ZeRO-3.
+    transformers takes the shape from the model's weight, which is empty under ZeRO-3.
     """
     convert = Transpose.convert
 
@@ -51,7 +51,7 @@ def transposed_by(shapes: Mapping[str, Any]) -> Iterator[None]:
 
 
 def name_in_model(causal_lm: Any) -> Callable[[str], str]:
-    """Return the function from the name of a tensor in a file to the name in this loaded model."""
+    """Return a function that maps a tensor's name in a file to its name in this loaded model."""
     renamings = [entry for entry in causal_lm._weight_conversions if isinstance(entry, WeightRenaming)]
     prefix, expected = causal_lm.base_model_prefix, causal_lm.state_dict()
 
@@ -62,20 +62,20 @@ def name_in_model(causal_lm: Any) -> Callable[[str], str]:
 
 
 def ignored_patterns(causal_lm: Any) -> Sequence[str]:
-    """Return the patterns of names in weight files that the class of a model ignores on purpose."""
+    """Return the patterns of names in weight files that a model's class ignores on purpose."""
     return tuple(type(causal_lm)._keys_to_ignore_on_load_unexpected or ())
 
 
 # ---- transformers: attention and checkpointing ----
 
 
-def attention_of(causal_lm: Any) -> str:
+def attention_name(causal_lm: Any) -> str:
     """Return the name of the attention function that a model calls."""
     return str(causal_lm.config._attn_implementation)
 
 
 def plain_attention(causal_lm: Any) -> str:
-    """Return the attention function that transformers uses for a model without third-party kernels."""
+    """Return the name of the attention function that a model has without third-party kernels."""
     return "sdpa" if causal_lm._supports_sdpa else "eager"
 
 
@@ -93,7 +93,7 @@ def flash_attention(
 ) -> Tensor:
     """Return causal attention [tokens, heads, dim] by a kernel of FlashAttention.
 
-    `lengths`: cumulative lengths of queries and of keys of the segments, and the longest of each.
+    `lengths` are the segments' cumulative query lengths and key lengths, and the longest of each.
     """
     cu_query, cu_key, longest_query, longest_key = lengths
     attended: Tensor = _flash_attention_forward(
@@ -130,12 +130,12 @@ AdapterState = tuple[Any, bool]
 
 
 def adapter_state(layer: Any) -> AdapterState:
-    """Return which adapter a layer of peft uses."""
+    """Return which adapter a peft layer uses."""
     return layer._active_adapter, layer._disable_adapters
 
 
 def set_adapter_state(layer: Any, state: AdapterState) -> None:
-    """Set what `adapter_state` returns.
+    """Make a peft layer use the adapter of `state`.
 
     peft's own switches also change requires_grad, which breaks DeepSpeed's hooks.
     """
@@ -146,7 +146,7 @@ def set_adapter_state(layer: Any, state: AdapterState) -> None:
 
 
 def apply_liger(text: nn.Module, **options: bool) -> None:
-    """Replace the layers of this model that Liger knows by Liger's, except those that `options` deny."""
+    """Replace this model's layers by Liger's kernels, except those that `options` switch off."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance  # noqa: PLC0415  (optional extra)
 
     _apply_liger_kernel_to_instance(text, **options)

@@ -34,15 +34,15 @@ TRAINED = "default"
 _START = "start"
 _KEY = "model.adapter.path"
 _SAVED_KEY = "model.adapter.modules_to_save"
-_OF_EXPERTS = ("down_proj", "gate_proj", "up_proj")
+_EXPERT_PROJECTIONS = ("down_proj", "gate_proj", "up_proj")
 
 
 def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Path | None = None) -> None:
     """Freeze `model` and add the adapter of `config`, which does not change log-probs before training.
 
-    Before the model is in an engine, sharded or not. The adapter has the same values on every rank and for
-    every kind of parallelism. With `start`, the folder of the adapter that is continued, a frozen copy of it
-    stays in the model, so that `adapter_off` finds the policy's start.
+    Call this before DeepSpeed wraps the model. The adapter has the same values on every rank and for every
+    kind of parallelism. `start` is the folder of an adapter to continue: a frozen copy of it stays in the
+    model, so that `adapter_off` can compute the policy's start.
     """
     adapter, causal_lm = config.adapter, model.causal_lm
     assert adapter is not None
@@ -57,8 +57,8 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
     _prepare_copies(causal_lm, start)
     _activate(model, TRAINED)
     if is_deepspeed_zero3_enabled() or partly_used_blocks(causal_lm):
-        # ZeRO-3 reduces the gradients of its leaves when the gradient of their input exists; without one it
-        # would reduce them before they are computed.
+        # ZeRO-3 reduces a leaf's gradients once its input has a gradient; if the input needs none, it would
+        # reduce them before they are computed.
         causal_lm.enable_input_require_grads()
     local = Path(config.path).expanduser()
     lora.base_model_name_or_path = str(local.resolve()) if local.is_dir() else config.path
@@ -68,7 +68,7 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
 
 
 def load_adapter(model: PackedCausalLM, folder: Path, key: str = "evaluation.model") -> None:
-    """Add the LoRA adapter that training or peft wrote into `folder` to its base, to be scored."""
+    """Add the LoRA adapter in `folder`, written by training or peft, to its base for scoring."""
     add_saved(model.causal_lm, folder, TRAINED, key)
 
 
@@ -89,30 +89,30 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> LoraConfig:
         torch.manual_seed(seed)
         try:
             _inject(causal_lm, lora, TRAINED)
-        except ValueError as error:  # of `out_proj` in state-space models: kernels read past an adapter
+        except ValueError as error:  # `out_proj` in state-space models: their kernels would skip an adapter
             fault = first_line(error)
     adapted = {name for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}
-    # Where experts were linear layers before transformers 5, peft takes `gate_proj` for a name of fused ones.
+    # If experts were linear layers before transformers 5, peft reads `gate_proj` as a name of fused experts.
     differing = adapted ^ set(targets)
     if fault or differing:
-        refused = {*_last_parts(differing), *_OF_EXPERTS, "out_proj"}
+        refused = {*_last_parts(differing), *_EXPERT_PROJECTIONS, "out_proj"}
         kept = [name for name in _last_parts(targets) if name not in refused]
         raise ConfigError(
-            "peft would adapt other layers of this architecture than the named ones",
+            "for this architecture, peft would adapt other layers than the named ones",
             where="model.adapter.target_modules",
             got=fault or ", ".join(_last_parts(differing)),
-            expected="other layers than fused experts, and than out_proj of state-space models",
+            expected="no fused experts, and no out_proj of a state-space model",
             remedy=f"set model.adapter.target_modules=[{','.join(kept)}]" if kept else "name other layers",
         )
     return lora
 
 
 def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
-    """Add the adapter of a folder as `name`, frozen or not as peft does it, and return its configuration."""
+    """Add the adapter in a folder to the model as `name`, and return its peft configuration."""
     try:
         lora = LoraConfig.from_pretrained(folder)
         lora.inference_mode, lora.lora_dropout, lora.init_lora_weights = True, 0.0, True
-        if not _saved_modules(causal_lm):  # from the same folder
+        if not _saved_modules(causal_lm):  # else the first adapter from this folder was checked
             find_modules(causal_lm, modules_on_disk(folder)[1])
         _inject(causal_lm, lora, name)
         if next(causal_lm.parameters()).is_meta:  # only its shapes are used
@@ -120,7 +120,7 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
             if unknown := sorted(set(modules_on_disk(folder)[0]) - adapted):
                 raise LookupError(f"no linear layers {', '.join(unknown[:3])} ({len(unknown)} in all)")
             return lora
-        # peft looks for modules to train in full by their names before wrapping.
+        # For modules trained in full, peft expects their names before it wrapped them.
         weights = {
             entry if ".lora_" in entry else entry.removeprefix(PEFT_PREFIX): weight
             for entry, weight in load_peft_weights(str(folder), device="cpu").items()
@@ -134,7 +134,7 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
         refused = _foreign_adapter(causal_lm, folder, "matrices on the output layer", key)
         refused.remedy = MERGE
         if head.weight is causal_lm.get_input_embeddings().weight:
-            refused.remedy = "name another adapter: merged, they would change the base's embeddings, too"
+            refused.remedy = "name another adapter: merging this one would also change the base's embeddings"
         raise refused
     unset = [
         missing
@@ -149,8 +149,10 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
 def _foreign_adapter(causal_lm: Any, folder: Path, got: str, key: str) -> ConfigError:
     remedy = "name the model that the adapter was trained on as its base"
     if text_part(causal_lm) is not causal_lm:
-        remedy += "; if that was the text class, a base whose config.json names this class in architectures; "
-        remedy += "if the adapter has matrices on other parts than text, merge it into its base"
+        remedy += (
+            "; if that was the text class, name a base whose config.json has this class in architectures; "
+        )
+        remedy += "if the adapter also has matrices on parts other than text, merge it into its base"
     return ConfigError(
         "the adapter cannot be added to the model",
         where=key,
@@ -163,11 +165,11 @@ def _foreign_adapter(causal_lm: Any, folder: Path, got: str, key: str) -> Config
 def _inject(causal_lm: Any, lora: LoraConfig, name: str) -> None:
     """Add an adapter to a transformers model and activate it in all low-rank layers.
 
-    `add_adapter` of transformers fails if another adapter has modules in full that this one has not.
+    transformers' `add_adapter` fails if another adapter trains modules in full that this one does not.
     """
     mark_as_adapted(causal_lm)
     with warnings.catch_warnings():
-        # A warning about tied embeddings and output layer, which `_prepare_copies` handles.
+        # `_prepare_copies` handles tied embeddings and output layer, which peft warns about.
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         inject_adapter_in_model(lora, causal_lm, name)
     for layer in adapted_layers(causal_lm):
@@ -207,7 +209,7 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Return whether a module computes as a linear layer: architectures derive routers from one, too."""
+    """Return whether a module computes as a linear layer; some routers derive from `nn.Linear`."""
     kind = type(module)
     derived = kind.forward.__module__.startswith("transformers.models.") and kind.__name__ != "FalconLinear"
     return isinstance(module, nn.Linear | Conv1D) and not derived
@@ -218,7 +220,7 @@ def _matches(name: str, target: str) -> bool:
 
 
 def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
-    """Return the whole names of the modules that `wanted` names by the last parts of their names."""
+    """Return the full names of the modules whose names end with one of `wanted`."""
     if not wanted:
         return []
     plain = []
@@ -230,26 +232,26 @@ def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
     for ending in wanted:
         if not any(_matches(name, ending) for name in plain):
             raise ConfigError(
-                "a module to train in full is not one of this model",
+                "this model has no such module to train in full",
                 where=_SAVED_KEY,
                 got=ending,
                 expected=", ".join(_last_parts(plain)),
                 remedy="name modules that have unquantized weights of their own",
             )
     names = [name for name in plain if any(_matches(name, ending) for ending in wanted)]
-    if len(shared := _shared_pair(causal_lm)) == 2 and len(set(names) & set(shared)) == 1:
+    if len(shared := _tied_pair(causal_lm)) == 2 and len(set(names) & set(shared)) == 1:
         raise ConfigError(
-            "two modules of this model share their weight, and only one of them is to be trained in full",
+            "two modules of this model share a weight, and only one of them is named for training in full",
             where=_SAVED_KEY,
             got=", ".join(wanted),
             expected=" and ".join(shared),
-            remedy=f"name both in {_SAVED_KEY}, or neither: they stay one weight",
+            remedy=f"name both in {_SAVED_KEY}, or neither, so that they stay one weight",
         )
     return names
 
 
-def _shared_pair(causal_lm: Any) -> tuple[str, ...]:
-    """Return the names of embeddings and output layer if they are one weight in the base, else none."""
+def _tied_pair(causal_lm: Any) -> tuple[str, ...]:
+    """Return the names of embeddings and output layer if the base ties them, else an empty tuple."""
     pair = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     bases = (layer.original_module if isinstance(layer, ModulesToSaveWrapper) else layer for layer in pair)
     first, second = (getattr(base, "weight", None) for base in bases)
@@ -265,14 +267,14 @@ def adapted_layers(model: nn.Module) -> list[LoraLayer]:
 
 
 def active_adapters(layers: Iterable[LoraLayer]) -> frozenset[str]:
-    """Return the names of the adapters that a forward uses in `layers`, from `adapted_layers`."""
+    """Return the names of the adapters that a forward uses in `layers` (see `adapted_layers`)."""
     return frozenset(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters)
 
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Make `model` compute its start inside the block: its base, with the adapter that it started from."""
-    former = [(layer, adapter_state(layer)) for layer, _ in _switched(model)]
+    """Make `model` compute the policy's start inside the block: the base, or a continued adapter."""
+    former = [(layer, adapter_state(layer)) for layer, _ in _switchable(model)]
     _activate(model, _START)
     try:
         yield
@@ -282,16 +284,18 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 
 def _activate(model: nn.Module, name: str) -> None:
-    """Make every layer use the adapter of this name, or none if it has no such adapter."""
-    for layer, adapters in _switched(model):
+    """Make every layer use the adapter `name`, or no adapter if the layer lacks this one."""
+    for layer, adapters in _switchable(model):
         active, _ = adapter_state(layer)
         set_adapter_state(layer, ([name], False) if name in adapters else (active, True))
 
 
-def _switched(model: nn.Module) -> list[tuple[Any, list[str]]]:
-    """Return the modules that compute with adapters or without, each with the names of its adapters."""
-    switched: list[tuple[Any, list[str]]] = [(layer, list(layer.lora_A)) for layer in adapted_layers(model)]
-    return switched + [(wrapper, list(wrapper.modules_to_save)) for wrapper in _saved_modules(model).values()]
+def _switchable(model: nn.Module) -> list[tuple[Any, list[str]]]:
+    """Return the modules whose adapters can be switched, each with its adapters' names."""
+    switchable: list[tuple[Any, list[str]]] = [(layer, list(layer.lora_A)) for layer in adapted_layers(model)]
+    return switchable + [
+        (wrapper, list(wrapper.modules_to_save)) for wrapper in _saved_modules(model).values()
+    ]
 
 
 def _saved_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
@@ -303,7 +307,7 @@ def _saved_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
 
 @torch.no_grad()
 def _prepare_copies(causal_lm: Any, start: Path | None) -> None:
-    """Start the trained copies from the adapter in `start`, and tie what the base ties."""
+    """Initialize the trained copies from the adapter in `start`, and tie the copies that the base ties."""
     wrappers = _saved_modules(causal_lm)
     for wrapper in wrappers.values():
         copies = wrapper.modules_to_save
@@ -311,9 +315,9 @@ def _prepare_copies(causal_lm: Any, start: Path | None) -> None:
             copies[TRAINED].load_state_dict(copies[_START].state_dict())
         for name, module in copies.items():
             module.requires_grad_(name == TRAINED)
-    shared = _shared_pair(causal_lm) if wrappers else ()
+    shared = _tied_pair(causal_lm) if wrappers else ()
     pair = [wrappers[name].modules_to_save for name in shared if name in wrappers]
-    # Two different copies in the start's file stay apart. The model's may be sharded: the file is read.
+    # Copies that differ in the start's file stay apart. Read the file, as the model's may be sharded.
     saved = {} if start is None else load_file(start / ADAPTER_WEIGHTS)
     started = [saved[name] for module in shared if (name := f"{PEFT_PREFIX}{module}.weight") in saved]
     if all(TRAINED in copies for copies in pair) and all(torch.equal(started[0], other) for other in started):

@@ -1,6 +1,6 @@
-"""Everything except weights and token ids that can change a log-prob numerically.
+"""The numerics profile: everything except weights and token ids that can change a log-prob.
 
-Stored log-probs are addressed by this profile (law L3). Fields that do not apply are absent.
+The reference store looks up log-probs by this profile (law L3). Fields that do not apply are absent.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ FLASH_ATTN = {
     AttentionBackend.flash_attention_2: "flash-attn",
     AttentionBackend.flash_attention_3: "flash-attn-3",
 }
-"""The package of each of FlashAttention's kernels."""
+"""The package of each FlashAttention kernel."""
 
 
-def numerics_of(
+def numerics_profile(
     config: ModelConfig, backend: AttentionBackend, fused: FusedLayers, device: torch.device
 ) -> dict[str, str]:
     """Return the numerics profile of a model scored on `device`: its fields and their values.
 
-    `backend` and `fused`: those that are used, not `auto`.
+    `backend` and `fused` are the chosen ones, never `auto`.
     """
     profile = {
         "dtype": config.dtype.value,
@@ -49,7 +49,7 @@ def numerics_of(
         profile["liger"] = _minor(importlib.metadata.version("liger-kernel"))
     if device.type == "cuda":
         matmul = torch.backends.cuda.matmul
-        # Kernels are chosen by these, not by the name under which a GPU is sold.
+        # Libraries choose kernels by these, not by the GPU's product name.
         gpu = torch.cuda.get_device_properties(device)
         profile["gpu"] = f"sm_{gpu.major}{gpu.minor} with {gpu.multi_processor_count} multiprocessors"
         profile["cuda"] = str(torch.version.cuda)
@@ -67,13 +67,13 @@ def _minor(version: str) -> str:
 
 
 def has_fp16_products() -> bool:
-    """Return whether this CPU multiplies matrices in fp16, which DeepSpeed asks, too."""
+    """Return whether this CPU multiplies matrices in fp16, by the same check as DeepSpeed's."""
     has_mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def check_precision(dtype: Dtype, device: torch.device) -> None:
-    """Check that a GPU computes in this precision without slow emulation, and a CPU in fp16 if that is it."""
+    """Check that `device` supports `dtype`: a GPU bf16 without slow emulation, a CPU fp16."""
     if device.type == "cpu" and dtype is Dtype.fp16 and not has_fp16_products():
         raise ConfigError(
             "this CPU does not compute in fp16",
@@ -94,7 +94,7 @@ def check_precision(dtype: Dtype, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def deterministic_kernels(wanted: bool) -> Iterator[None]:
-    """Inside the block, run only kernels that repeat their results bit for bit, or any; then as before.
+    """Inside the block, if `wanted`, allow only kernels that repeat their results bit for bit.
 
     An operation without such a kernel raises an error. Enter the block before the first matrix product on a
     GPU, when cuBLAS reads its workspace configuration.

@@ -1,4 +1,4 @@
-"""A causal language model that scores packed batches, whatever arrangement its forward needs."""
+"""A causal language model that scores packed batches: packed, as padded rows, or row by row."""
 
 import contextlib
 import inspect
@@ -18,7 +18,7 @@ from dpo_dist.config.schema import AttentionBackend, FusedLayers
 from dpo_dist.model.attention.kernels import PACKED, packed_attention
 from dpo_dist.model.attention.ulysses import ExchangedAttention, TokenExchange, TokenShare
 from dpo_dist.model.layers import decoder_layers, text_part
-from dpo_dist.model.library_internals import attention_of, can_choose_attention, plain_attention
+from dpo_dist.model.library_internals import attention_name, can_choose_attention, plain_attention
 from dpo_dist.objective.router import routing_sums
 from dpo_dist.objective.token_logps import (
     UNCHANGED,
@@ -29,16 +29,16 @@ from dpo_dist.objective.token_logps import (
     token_logps,
 )
 
-# Options of transformers' configurations. A division of the output layer's input counts as one of its logits.
+# Options of transformers' configurations. Dividing the output layer's input counts as dividing its logits.
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# Architectures that multiply by an option by which others divide.
+# Architectures that multiply by an option that others divide by.
 _MULTIPLYING = {"hyperclovax"}
 
 
 def logit_change(model_config: Any) -> LogitChange:
-    """Return the change that a text model makes to its logits before softmax."""
+    """Return the scale and cap that a text model applies to its logits before softmax."""
 
     def numbers(names: Sequence[str]) -> list[float]:
         values = [getattr(model_config, name, None) for name in names]
@@ -52,14 +52,14 @@ def logit_change(model_config: Any) -> LogitChange:
 class LogpHead(nn.Linear):
     """Output layer that returns the log-probs of targets and never the logits of all positions.
 
-    All chunks are computed in one forward of the module that owns the weight: there ZeRO-3 gathers it.
+    All chunks are computed in one forward of the module that owns the weight, where ZeRO-3 gathers it.
     """
 
-    is_precise = False  # whether logits without targets are float32; else they have the dtype of the model
+    is_precise = False  # whether logits without targets are float32; otherwise they have the model's dtype
     change: LogitChange
 
     @classmethod
-    def of(cls, linear: nn.Linear, change: LogitChange = UNCHANGED) -> "LogpHead":
+    def from_linear(cls, linear: nn.Linear, change: LogitChange = UNCHANGED) -> "LogpHead":
         """Return a head that shares the parameters of the output layer `linear`, sharded or not."""
         has_bias = linear.bias is not None
         head = cls(linear.in_features, linear.out_features, bias=has_bias, device="meta")
@@ -86,9 +86,9 @@ class LogpHead(nn.Linear):
 class PackedCausalLM(nn.Module):
     """Causal language model whose forward maps a packed batch to per-token log-probs.
 
-    The transformers model has the packed attention interface if its `arrangement` is packed, and `backend`
-    is the kernel of it. The ranks of `sequence` share the tokens of each packed batch. Log-probs are computed
-    by the chunked head from the last hidden states, or from its `own_logits`.
+    If the `arrangement` is packed, the transformers model calls packed attention by the kernel `backend`, and
+    the ranks of `sequence` share the tokens of each batch. Log-probs are computed by the chunked head from
+    the last hidden states, or from the model's `own_logits`.
     """
 
     def __init__(
@@ -108,16 +108,15 @@ class PackedCausalLM(nn.Module):
         self.arrangement = arrangement
         self.is_generating = False
         head = causal_lm.get_output_embeddings()
-        # A layer with its own forward may not be the product with its weight.
+        # An output layer with its own forward may compute more than the product with its weight.
         if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
             change = logit_change(causal_lm.config.get_text_config())
-            causal_lm.set_output_embeddings(LogpHead.of(head, change))
+            causal_lm.set_output_embeddings(LogpHead.from_linear(head, change))
         self.own_logits = not self.has_chunked_head
-        attention = attention_of(causal_lm)
+        attention = attention_name(causal_lm)
         self._own_attention = plain_attention(causal_lm) if attention == PACKED else attention
-        if (
-            fused is FusedLayers.compile
-        ):  # not a layer itself: checkpointing is part of its forward, and prevents compilation
+        if fused is FusedLayers.compile:
+            # Not whole layers: checkpointing is part of their forward, and prevents compilation.
             for part in (part for layer in decoder_layers(causal_lm) for part in layer.children()):
                 part.compile(dynamic=True)
 
@@ -152,22 +151,22 @@ class PackedCausalLM(nn.Module):
         accepted = _accepted(self.causal_lm if own_logits else self.body, wanted)
         return accepted == wanted and can_choose_attention(self.causal_lm)
 
-    def mixes_lengths(self, longest: int) -> bool:
-        """Return whether responses of up to `longest` tokens need forwards of their own (`rope_limit`)."""
+    def exceeds_rope_limit(self, longest: int) -> bool:
+        """Return whether sequences of `longest` tokens need a forward per response (see `rope_limit`)."""
         return self._rope_limit is not None and longest > self._rope_limit
 
-    def start_as(self, recorded: Arrangement, longest: int) -> None:
-        """Arrange the model in the way recorded for its architecture, if it can be packed so.
+    def arrange_as_recorded(self, recorded: Arrangement, longest: int) -> None:
+        """Set the arrangement recorded for the architecture, unless it is packed and the model cannot pack.
 
-        `longest` is the largest prompt plus response, in tokens.
+        `longest` is the longest prompt plus response, in tokens.
         """
-        if self.mixes_lengths(longest):
+        if self.exceeds_rope_limit(longest):
             recorded = Arrangement.single
         if recorded is not Arrangement.packed or self.can_pack(own_logits=self.own_logits):
             self.arrange(recorded, own_logits=self.own_logits)
 
     def arrange(self, arrangement: Arrangement, *, own_logits: bool) -> None:
-        """Compute log-probs in another way from now on, packed if it `can_pack`."""
+        """Set how log-probs are computed from now on; the packed arrangement needs `can_pack`."""
         self.arrangement, self.own_logits = arrangement, own_logits
         is_packed = arrangement is Arrangement.packed
         self._compute_by(PACKED if is_packed else self._own_attention, own_logits)
@@ -181,9 +180,9 @@ class PackedCausalLM(nn.Module):
     def forward(
         self, batch: PackedBatch, statistics: Sequence[Statistic] = (), *, with_routing: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return `objective.token_logps.token_logps` of the targets of `batch`; collective in `sequence`.
+        """Return `objective.token_logps.token_logps` of the targets in `batch`; collective in `sequence`.
 
-        Beside them, `with_routing`, `objective.router.routing_sums` of a mixture of experts.
+        `with_routing` also returns `objective.router.routing_sums` of a mixture of experts.
         """
         if self.arrangement is Arrangement.packed:
             return self._packed(batch, statistics, with_routing)
@@ -191,7 +190,7 @@ class PackedCausalLM(nn.Module):
         rows = padded_rows(batch, pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0)
         is_example = float(len(batch.keys) > 0)
         if self.arrangement is Arrangement.padded:
-            outputs = self._call(with_routing, input_ids=rows.input_ids).at(rows.predictors)
+            outputs = self._call(with_routing, input_ids=rows.input_ids).select(rows.predictors)
             weights = rows.is_token.flatten() * is_example
         else:
             outputs = self._one_by_one(rows, batch, with_routing)
@@ -202,24 +201,24 @@ class PackedCausalLM(nn.Module):
     def _packed(
         self, batch: PackedBatch, statistics: Sequence[Statistic], with_routing: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return `forward` of one packed sequence, of which each rank of `sequence` computes some tokens."""
+        """Compute `forward` on one packed sequence; each rank of `sequence` computes some of its tokens."""
         ids, positions, device = batch.input_ids, batch.position_ids, batch.input_ids.device
         attention = packed_attention(batch.layout, self.backend, device)
         predictors, targets, repeats, share = batch.predictors, batch.targets, batch.repeats, None
         if self.sequence is not None:
-            share = TokenShare.of(self.sequence, len(ids), batch.target_places[1], device)
+            share = TokenShare.from_predictors(self.sequence, len(ids), batch.target_places[1], device)
             attention = ExchangedAttention(attention, self.sequence, len(ids))
             ids, positions = ids[share.tokens], positions[share.tokens]
             predictors, targets = share.predictors, targets[share.targets]
         outputs = self._call(
             with_routing,
             input_ids=ids[None],
-            # All ones: without a mask transformers looks for packed sequences itself, by their positions.
+            # All ones: without a mask, transformers itself would look for packed sequences by positions.
             attention_mask=torch.ones_like(ids[None]),
             position_ids=positions[None],
             packed=attention,
             packed_positions=positions,
-        ).at(predictors)
+        ).select(predictors)
         logps = self._logps(outputs.predicting, targets, statistics)
         if share is None:
             return (logps, self._routing(outputs, repeats)) if with_routing else logps
@@ -229,15 +228,15 @@ class PackedCausalLM(nn.Module):
     def _one_by_one(self, rows: PaddedRows, batch: PackedBatch, with_routing: bool) -> "_Outputs":
         """Return the outputs at the predictors, by one forward per row.
 
-        A rank with fewer rows than `batch.forwards` computes two tokens again, as in `dummy_batch`, so that
-        ranks gather the same weights (law L2). Their sum in fp16 can be infinite, and 0 times that is no
-        number.
+        A rank with fewer rows than `batch.forwards` adds forwards of two tokens, as in `dummy_batch`, so that
+        all ranks gather the same weights (law L2). Their outputs are summed in float32: in fp16 the sum can
+        be infinite, and 0 times infinity is NaN.
         """
         longest, outputs, routers = rows.input_ids.shape[1], [], []
         targets = np.bincount(batch.target_places[0], minlength=len(rows.lengths)).tolist()
         for row, predictors in enumerate(torch.split(rows.predictors, targets)):
             computed = self._row_outputs(rows.input_ids[row : row + 1, : rows.lengths[row]], with_routing)
-            outputs.append(computed.at(predictors - row * longest).predicting)
+            outputs.append(computed.select(predictors - row * longest).predicting)
             routers.append(computed.router_logits)
         predicting = torch.cat(outputs)
         for _ in range(batch.forwards - len(rows.lengths)):
@@ -248,14 +247,14 @@ class PackedCausalLM(nn.Module):
     def _row_outputs(self, input_ids: Tensor, with_routing: bool = False) -> "_Outputs":
         """Return the outputs of one row, [1, tokens]."""
         tokens = input_ids.shape[1]
-        if self._rope_limit is not None:  # the response's last token counts, though it is not an input
-            forget_lengths(self.causal_lm)
+        if self._rope_limit is not None:  # RoPE counts the response's last token, too, which is not an input
+            reset_rope(self.causal_lm)
             input_ids = nn.functional.pad(input_ids, (0, 1))
         outputs = self._call(with_routing, input_ids=input_ids)
         return _Outputs(outputs.predicting[:tokens], tuple(part[:tokens] for part in outputs.router_logits))
 
     def _call(self, with_routing: bool = False, **inputs: Any) -> "_Outputs":
-        """Return the outputs of all tokens in one row after the other; the only call of the model."""
+        """Return the outputs of all tokens, row after row; only this method calls the model."""
         model = self.causal_lm if self.own_logits else self.body
         if with_routing:
             inputs["output_router_logits"] = True
@@ -266,7 +265,7 @@ class PackedCausalLM(nn.Module):
         return _Outputs(predicting.flatten(0, 1), tuple(outputs.router_logits) if with_routing else ())
 
     def _logps(self, predicting: Tensor, targets: Tensor, statistics: Sequence[Statistic]) -> Tensor:
-        """Return log-probs of `targets` from hidden states or logits, [targets, width]."""
+        """Return log-probs of `targets` from hidden states or logits `predicting`, [targets, width]."""
         if self.own_logits:
             return logps_of_logits(predicting, targets, statistics)
         head = self.causal_lm.get_output_embeddings()
@@ -280,9 +279,9 @@ class PackedCausalLM(nn.Module):
 
     @contextlib.contextmanager
     def unpacked(self) -> Iterator[Any]:
-        """Yield the transformers model as it computes logits of padded batches, with a cache, uncompiled."""
+        """Yield the transformers model for generation: its own attention, padded batches, not compiled."""
         defaults = self.causal_lm.generation_config
-        forget_lengths(self.causal_lm)
+        reset_rope(self.causal_lm)
         self._compute_by(self._own_attention, is_precise=False)
         self.is_generating = True
         try:
@@ -303,10 +302,8 @@ def packed_logps(packed: PackedCausalLM, examples: Sequence[Example], budget: in
     device, logps = next(packed.parameters()).device, list[Tensor]()
     for part in consecutive_batches(layout, budget, packed.arrangement):
         members = examples[part.start : part.stop]
-        keys = np.zeros(
-            (sum(len(example.responses) for example in members), 2), dtype=np.uint64
-        )  # nobody looks them up
-        batch = pack(members, keys).to(device)
+        no_keys = np.zeros((sum(len(example.responses) for example in members), 2), dtype=np.uint64)
+        batch = pack(members, no_keys).to(device)
         logps += packed(batch).split(batch.response_tokens.tolist())
     return logps
 
@@ -318,7 +315,7 @@ class _Outputs:
     predicting: Tensor
     router_logits: tuple[Tensor, ...]
 
-    def at(self, predictors: Tensor) -> "_Outputs":
+    def select(self, predictors: Tensor) -> "_Outputs":
         """Return only the hidden states or logits at `predictors`, int64 [targets]."""
         return _Outputs(self.predicting.index_select(0, predictors), self.router_logits)
 
@@ -330,21 +327,21 @@ def _accepted(model: nn.Module, names: set[str]) -> set[str]:
     return names if takes_any else names & parameters.keys()
 
 
-# `dynamic` and `longrope` RoPE choose the frequencies of all tokens of a forward by its longest sequence, and
-# `dynamic` also by the forwards before it. A model whose sequences may be that long computes each response in
-# a forward of its own, with the frequencies of a new model for prompt and response, the last token included.
+# `dynamic` and `longrope` RoPE choose one set of frequencies for a whole forward by its longest sequence, and
+# `dynamic` also by earlier forwards. A model with sequences above the limit computes each response in a
+# forward of its own, with the frequencies that a new model would choose for prompt and response.
 _ORIGINAL = "original_inv_freq"
 
 
 def rope_limit(model_config: Any) -> int | None:
-    """Return up to how many tokens RoPE has the frequencies of short sequences; None: always."""
+    """Return the longest sequence, in tokens, with RoPE's short-sequence frequencies; None: any."""
     if not getattr(model_config, "rope_parameters", None):
         return None
     model_config.standardize_rope_params()  # as the model does; it may replace the original length
     parameters = model_config.rope_parameters
-    of_layers = [value for value in parameters.values() if isinstance(value, dict)]
+    by_layer_kind = [value for value in parameters.values() if isinstance(value, dict)]
     limits: list[int] = []
-    for rope in of_layers or [parameters]:
+    for rope in by_layer_kind or [parameters]:
         rope_type = rope.get("rope_type", "default")
         if rope_type == "longrope":
             limits.append(rope["original_max_position_embeddings"])
@@ -353,10 +350,10 @@ def rope_limit(model_config: Any) -> int | None:
     return min(limits, default=None)
 
 
-def forget_lengths(causal_lm: nn.Module) -> None:
-    """Reset the rotary embeddings of a model to the state before its first sequence."""
+def reset_rope(causal_lm: nn.Module) -> None:
+    """Reset a model's rotary embeddings to the state before its first sequence."""
     for module in causal_lm.modules():
-        # Buffers with the frequencies of short sequences may be the same tensors as those in use.
+        # The original frequencies and those in use may be the same tensor.
         for name, original in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             prefix = name.removesuffix(_ORIGINAL)
             longest = getattr(module, f"{prefix}max_seq_len_cached", None)

@@ -57,8 +57,8 @@ _SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 class ReferenceFingerprint:
     """Identity of stored log-probs: the reference's weights and the numerics they were computed with.
 
-    `reference` is the digest of the model's files, `profile` comes from `model.numerics.numerics_of`, and
-    `label` is the model's name for people, which is not part of the identity.
+    `reference` is the digest of the model's files, `profile` comes from `model.numerics.numerics_profile`,
+    and `label` is the model's name for people, which is not part of the identity.
     """
 
     reference: str

@@ -61,7 +61,7 @@ from dpo_dist.model.files.save import (
     write_weights,
     writing_errors,
 )
-from dpo_dist.model.files.stops import given_stops, trained_stops, write_stops
+from dpo_dist.model.files.stops import folder_stops, trained_stops, write_stops
 from dpo_dist.model.layers import other_weights
 from dpo_dist.model.library_internals import ignored_patterns
 from dpo_dist.reference.digest import digest_model
@@ -256,7 +256,7 @@ def export_average(config: RunConfig, members: Sequence[Path], output: Path) -> 
         output.parent.mkdir(parents=True, exist_ok=True)
         with staged_folder(output, replaces=False) as temporary:
             write_mean(temporary, shares, dtype)
-            stops = [stop for member in members for stop in given_stops(member)]
+            stops = [stop for member in members for stop in folder_stops(member)]
             if has_tokenizer(temporary):
                 stops += trained_stops(load_tokenizer(temporary, config.model), config.data)
             write_stops(temporary, members[0], stops)

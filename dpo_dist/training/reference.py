@@ -23,7 +23,7 @@ from dpo_dist.model.attention.kernels import choose_backend
 from dpo_dist.model.files.load import check_same_vocabulary, load_config
 from dpo_dist.model.flops import compute_costs
 from dpo_dist.model.layers import choose_fused
-from dpo_dist.model.numerics import numerics_of
+from dpo_dist.model.numerics import numerics_profile
 from dpo_dist.reference.digest import ModelFiles, check_same_numerics, model_label
 from dpo_dist.reference.engine import SCORING_TOKENS_FACTOR, ReferenceProvider, load_reference, scored_model
 from dpo_dist.reference.fill import ENTRIES_PER_SHARD, FillReport, Scorer, StoreFiller
@@ -164,7 +164,7 @@ def _stored(
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
     text = load_config(files.folder, config.model).get_text_config()
     fused = choose_fused(config.model, text, world.device)
-    profile = numerics_of(
+    profile = numerics_profile(
         scored_model(config.model, config.reference.quantization), backend, fused, world.device
     )
     check_same_numerics(profile, world)

@@ -408,4 +408,4 @@ def test_8_bit_states_are_close_to_float32_and_resume_exactly_in_as_many_process
     assert norms[0] == pytest.approx(in_float32, rel=0.02)
     (other,) = start_ranks(eight_bit, 1, tmp_path / "alone", kind, dtype).finish()
     assert other.error == "CheckpointError", other.log
-    assert "as many processes" in other.message
+    assert "the number of processes" in other.message

@@ -154,7 +154,7 @@ def activations(kind: str, checkpointing: str) -> dict[str, float]:
     model = PackedCausalLM(causal_lm, AttentionBackend.varlen, arrangement=Arrangement.packed)
     if adapter is not None:
         add_adapter(model, policy, 0)
-    model.start_as(Arrangement.packed, 1024)
+    model.arrange_as_recorded(Arrangement.packed, 1024)
     model.to("cuda").train()
     peaks = []
     for scale in (1, 2):

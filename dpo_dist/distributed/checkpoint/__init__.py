@@ -1,1 +1,1 @@
-"""Checkpoints: what each rank saves, and what is read back on any number of ranks."""
+"""Checkpoints: each rank saves its slices, and any number of ranks can load them."""

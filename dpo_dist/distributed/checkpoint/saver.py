@@ -1,4 +1,4 @@
-"""Save checkpoints that are complete or absent (law L4), and load them on any number of ranks.
+"""Save checkpoints atomically (law L4), and load them on any number of ranks.
 
     checkpoints/
       latest                                  name of the last committed checkpoint
@@ -96,9 +96,9 @@ def find_faults(folder: Path, part: int, parts: int) -> list[str]:
 
 
 def damaged_checkpoint(folder: Path, faults: Sequence[str]) -> CheckpointError:
-    """Return the error of a checkpoint with `faults`."""
+    """Return the error for a checkpoint with `faults`."""
     return CheckpointError(
-        "the checkpoint is damaged, was removed, or is of another model",
+        "the checkpoint is damaged, was removed, or belongs to another model",
         where=str(folder),
         got="; ".join(faults[:5]),
         remedy="restore its files, or name another checkpoint: a run that trains keeps its last ones "
@@ -143,7 +143,7 @@ class SavedSlices:
         return cls(folder, shapes, list(parts), step, {key: sorted(each) for key, each in ranges.items()})
 
     def load_into(self, slices: Iterable[Slice]) -> None:
-        """Fill the parts of `slices`, whatever the ranges of the ranks that saved them."""
+        """Fill the parts of `slices`, also if the ranks that saved them had other ranges."""
         with reading_errors(self.folder), contextlib.ExitStack() as stack:
 
             @functools.cache
@@ -157,11 +157,11 @@ class SavedSlices:
                     key = f"{part}/{piece.name}"
                     if WEIGHT not in piece.parts and key not in self._ranges:
                         raise CheckpointError(
-                            "a checkpoint has 8-bit optimizer states for each process that wrote it",
+                            "a checkpoint's 8-bit optimizer states can only be loaded as they were saved",
                             where=str(self.folder),
                             got=f"no {key}",
-                            remedy="start as many processes with the parallelism that wrote it; "
-                            "optim.kind=adamw continues on any number",
+                            remedy="use the number of processes and the parallelism that wrote it; "
+                            "with optim.kind=adamw a run can change them",
                         )
                     for start, stop, file in self._ranges[key]:
                         first, last = max(piece.start, start), min(piece.start + target.numel(), stop)
@@ -170,7 +170,7 @@ class SavedSlices:
                             target[first - piece.start : last - piece.start].copy_(saved)
 
     def whole(self, name: str, part: str = WEIGHT) -> Tensor:
-        """Return a whole weight or optimizer state in host memory, float32 for a trained weight."""
+        """Return a whole weight or optimizer state in host memory; trained weights are float32."""
         with reading_errors(self.folder):
             pieces = []
             for _, _, file in self._ranges[f"{part}/{name}"]:
@@ -181,7 +181,7 @@ class SavedSlices:
 
 @contextlib.contextmanager
 def reading_errors(folder: Path) -> Iterator[None]:
-    """Raise a `CheckpointError` for a file that cannot be read or is not of a checkpoint."""
+    """Raise a `CheckpointError` for a file that cannot be read or does not belong to a checkpoint."""
     try:
         yield
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
@@ -190,7 +190,7 @@ def reading_errors(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint: its folder, the loop's state, and names of newer ones that are damaged."""
+    """A committed checkpoint: its folder, the loop's state, and names of newer, damaged checkpoints."""
 
     folder: Path
     state: dict[str, Any]
@@ -202,7 +202,7 @@ def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
     folders = world.on_main(lambda: checkpoint_folders(root))
     damaged: list[str] = []
     for folder in folders:
-        faults = _faults_of_all_files(folder, world)
+        faults = _find_all_faults(folder, world)
         if not faults:
             return Checkpoint(folder, world.on_main(lambda: checkpoint_state(folder)), tuple(damaged))  # noqa: B023
         log.warning("checkpoint %s is damaged and not used: %s", folder, "; ".join(faults[:5]))
@@ -219,18 +219,18 @@ def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
 
 def open_checkpoint(folder: Path, world: World) -> Checkpoint:
     """Return the checkpoint in a folder; collective."""
-    if faults := _faults_of_all_files(folder, world):
+    if faults := _find_all_faults(folder, world):
         raise damaged_checkpoint(folder, faults)
     return Checkpoint(folder, world.on_main(lambda: checkpoint_state(folder)))
 
 
-def _faults_of_all_files(folder: Path, world: World) -> list[str]:
-    """Return the faults of all files of a checkpoint, divided among the ranks; collective."""
+def _find_all_faults(folder: Path, world: World) -> list[str]:
+    """Return the faults in all files of a checkpoint; the ranks share the reading. Collective."""
     return [fault for part in world.gather(find_faults(folder, world.rank, world.size)) for fault in part]
 
 
 def checkpoint_state(folder: Path) -> dict[str, Any]:
-    """Return the state in a checkpoint, whose files are not checked; not collective."""
+    """Return the loop's state in a checkpoint, without checking its files; not collective."""
     state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
     return state
 
@@ -242,10 +242,10 @@ def read_weights(folder: Path, trained: Mapping[str, nn.Parameter]) -> SavedSlic
     missing = [name for name, shape in wanted.items() if saved.shapes.get(name) != shape]
     if missing:
         raise CheckpointError(
-            "the weights of the checkpoint are not those that this configuration trains",
+            "the checkpoint's weights are not the ones that this configuration trains",
             where=str(folder),
             got=f"{len(missing)} of {len(wanted)} weights are missing or have another shape: {missing[0]}",
-            remedy="set model.path and model.adapter as in the config.yaml of its run",
+            remedy="set model.path and model.adapter as in the config.yaml of the checkpoint's run",
         )
     return saved
 
@@ -254,8 +254,7 @@ def read_weights(folder: Path, trained: Mapping[str, nn.Parameter]) -> SavedSlic
 def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> None:
     """Replace the trained weights of `model`, sharded by ZeRO-3 or not, by a checkpoint's; collective.
 
-    Rank 0 reads and sends one master weight at a time: a shard may be on a disk. Trained weights require a
-    gradient.
+    Rank 0 reads and sends one master weight at a time. The trained weights are those that require a gradient.
     """
     weights = ((name.removeprefix("causal_lm."), weight) for name, weight in model.named_parameters())
     trained = {name: weight for name, weight in weights if weight.requires_grad}
@@ -280,14 +279,14 @@ class _Pending:
     entries: Future[Entries] = field(default_factory=Future)
 
     def write(self, models: Sequence[ModelSlices], rank: int, copy: HostCopy | None = None) -> None:
-        """Write slices, which nothing changes meanwhile, and set `entries`."""
+        """Write slices and set `entries`; nothing may change the slices meanwhile."""
         try:
             entries: Entries = {}
             with disk_errors(self.temporary, self.bytes):
                 for model in models:
                     entries |= write_slices(model, self.temporary, rank, copy)
             self.entries.set_result(entries)
-        except BaseException as error:  # raised by `entries`, in the main thread
+        except BaseException as error:  # the main thread raises it when it reads `entries`
             self.entries.set_exception(error)
 
 
@@ -347,7 +346,7 @@ class CheckpointSaver:
             )
             self._has_warned = True
         if has_room and not is_last:
-            arguments = self._copy.of(models), world.rank
+            arguments = self._copy.fill(models), world.rank
             threading.Thread(target=pending.write, args=arguments, daemon=True).start()
             return
         pending.write(models, world.rank, self._copy)
@@ -357,9 +356,9 @@ class CheckpointSaver:
 
     @property
     def is_written(self) -> bool:
-        """Return whether this rank's files of a pending checkpoint are on disk, or failed; not collective.
+        """Return whether this rank wrote its files of the pending checkpoint, or failed; not collective.
 
-        When they are on all ranks, the checkpoint can be committed without a wait.
+        Once all ranks have, `commit` does not wait.
         """
         return self._pending is not None and self._pending.entries.done()
 
@@ -397,7 +396,7 @@ class CheckpointSaver:
                 (self._root / BEST_FILE).unlink(missing_ok=True)
 
     def _delete_old(self, committed: Path) -> None:
-        """Delete all checkpoints but `committed`, the best, and the newest that are not damaged."""
+        """Delete all checkpoints except `committed`, the best one, and the newest undamaged ones."""
         others = [folder for folder in checkpoint_folders(self._root) if folder != committed]
         intact = [folder for folder in others if folder not in self._damaged]
         best = [folder for folder in intact if checkpoint_step(folder.name) == self._best_step]
@@ -406,9 +405,10 @@ class CheckpointSaver:
         self._damaged.clear()
 
     def resume(self, folder: Path, best_step: int | None) -> None:
-        """Complete what a kill may have cut off after the commit of the resumed checkpoint; collective.
+        """Finish the steps after a commit that a kill may have prevented; collective.
 
-        `best_step` is that of the best checkpoint, if there is one. Newer checkpoints are damaged.
+        `folder` is the checkpoint to resume from: newer ones are damaged. `best_step` is the best
+        checkpoint's.
         """
         self._best_step = best_step
 
@@ -422,7 +422,7 @@ class CheckpointSaver:
         self._world.on_main(complete)
 
     def close(self) -> None:
-        """End the saver; not collective. After an error, a checkpoint that is not committed is dropped."""
+        """End the saver and drop an uncommitted checkpoint; not collective."""
         self._pending = None
         self._copy.close()
 
@@ -437,12 +437,12 @@ def disk_errors(folder: Path, needed: int = 0) -> Iterator[None]:
             "a checkpoint cannot be written",
             where=str(folder),
             got=str(error) + (f"; a checkpoint needs {size(needed)}" if needed else ""),
-            remedy="make room and run the same command again: it resumes from the last checkpoint",
+            remedy="free disk space and run the same command again: it resumes from the last checkpoint",
         ) from error
 
 
 def drop_checkpoints(root: Path) -> None:
-    """Delete every checkpoint below `root` but the best; on one rank."""
+    """Delete every checkpoint below `root` except the best one; on one rank."""
     remove_unfinished(root)
     best, folders = best_checkpoint(root), checkpoint_folders(root)
     kept = [folder for folder in folders if folder.name == best]
@@ -455,9 +455,9 @@ def drop_checkpoints(root: Path) -> None:
 
 
 def remove_unfinished(root: Path) -> None:
-    """Remove what killed starts have left below `root`; on one rank, which no other start writes beside.
+    """Remove the temporary files of killed runs below `root`; on one rank, while no other run writes there.
 
-    A checkpoint that was moved aside, to be replaced by another one of its step, gets its name back.
+    A checkpoint that was renamed to make place for a new one of the same step gets its name back.
     """
     for left in sorted(filter(is_temporary, root.glob("*"))):
         final = final_name(left)

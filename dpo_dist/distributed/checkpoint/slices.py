@@ -1,4 +1,4 @@
-"""Slices of weights and optimizer states: what this rank has of a model, copies in host memory, and files."""
+"""This rank's slices of weights and optimizer states: find them, copy them to host memory, write them."""
 
 import hashlib
 import itertools
@@ -32,11 +32,11 @@ SHARDS = "engine"  # the folder of the policy's slices in a checkpoint
 WEIGHT = "weight"  # the part that is the weight itself, for a trained one its float32 master weight
 EMA = "ema"  # the part that is the moving average of the weight
 _STEP = "step"
-# At this size a rank begins another file; a GPU's tensors need so much host memory at a time.
+# Size at which a rank begins another file. A GPU's tensors need this much host memory at a time.
 _FILE_BYTES = 2**28
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
-# Digests of a checkpoint's files, by name relative to its folder, as in the manifest. No directory is listed
-# to write or check them: on a network file system a listing may lack files that another node just wrote.
+# Digests of a checkpoint's files, by name relative to its folder, as in the manifest. The code never lists a
+# directory: on a network file system a listing may lack files that another node just wrote.
 Entries = dict[str, str]
 
 
@@ -44,8 +44,8 @@ Entries = dict[str, str]
 class Slice:
     """A range of the elements of one flattened weight.
 
-    `parts`: weight and optimizer states by name, flat tensors of equal length; views. Without a weight:
-    tensors of any length, which only this rank of as many reads back.
+    `parts` are the weight and its optimizer states by name: views, flat and of equal length. Without a
+    weight, they are tensors of any length, which only the same rank of as many ranks reads back.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class ModelSlices:
-    """This rank's slices of a model, by the name of their folder in a checkpoint, after `step` updates."""
+    """This rank's slices of a model after `step` updates; `folder` is their folder in a checkpoint."""
 
     folder: str
     slices: Sequence[Slice]
@@ -131,16 +131,16 @@ class OptimizerSlices:
 
     @property
     def step(self) -> int:
-        """Return the number of updates after which the optimizer states are."""
+        """Return the number of updates in the optimizer states."""
         return max((int(self._inner.state[flat].get(_STEP, 0)) for flat in self.masters()), default=0)
 
     def create_states(self, parts: Sequence[str], step: int) -> None:
-        """Create missing optimizer states, to be filled with those of `step` updates."""
+        """Create missing optimizer states, to be filled with the states after `step` updates."""
         inner, names = self._inner, [part for part in parts if part not in (WEIGHT, EMA)]
         if is_eight_bit(inner):
             for flat in self.masters() if step else []:
                 if not inner.state[flat]:
-                    # As in ZeRO-3: a master tensor is in its optimizer group only during an update.
+                    # In ZeRO-3, a master tensor is in its optimizer group only during an update.
                     group = inner.param_groups[0]
                     params, group["params"] = group["params"], [flat]
                     inner.init_state(group, flat, 0, 0)
@@ -163,12 +163,12 @@ def _tensor_states(optimizer: Any, flat: Tensor) -> Iterator[tuple[str, Tensor]]
 
 
 def is_eight_bit(optimizer: object) -> bool:
-    """Return whether an optimizer is one of bitsandbytes."""
+    """Return whether an optimizer is from bitsandbytes, which keeps 8-bit states."""
     return type(optimizer).__module__.startswith("bitsandbytes")
 
 
 def weight_slices(weights: Mapping[str, Any], rank: int) -> Iterator[Slice]:
-    """Yield this rank's slices of weights that ZeRO-3 shards and no optimizer trains."""
+    """Yield this rank's slices of ZeRO-3 weights that no optimizer trains."""
     for name, weight in weights.items():
         first, length = shard_range(weight, rank)
         if length:
@@ -179,14 +179,14 @@ def weight_slices(weights: Mapping[str, Any], rank: int) -> Iterator[Slice]:
 
 
 class HostCopy:
-    """Memory of this rank for copies of its slices: allocated once, pinned if `device` is a GPU."""
+    """Host memory for copies of this rank's slices: allocated once, pinned if `device` is a GPU."""
 
     def __init__(self, device: torch.device):
         self.is_cuda = device.type == "cuda"
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def has_room(self, models: Sequence[ModelSlices], world: World) -> bool:
-        """Return whether every host has memory for the copies of all its ranks; collective."""
+        """Return whether every host has memory for the copies of all ranks on it; collective."""
         missing = max(0, self._bytes(models) - self._buffer.nbytes)
         ranks = world.gather((world.host, missing, available_memory() if missing else 0))
         needed = Counter[str]()
@@ -197,8 +197,8 @@ class HostCopy:
     def _bytes(self, models: Sequence[ModelSlices]) -> int:
         return sum(_aligned(tensor.nbytes) for model in models for tensor in model.tensors)
 
-    def of(self, models: Sequence[ModelSlices]) -> list[ModelSlices]:
-        """Return the same slices in host memory, valid until the next call."""
+    def fill(self, models: Sequence[ModelSlices]) -> list[ModelSlices]:
+        """Copy the slices of `models` to host memory and return the copies, valid until the next call."""
         count = self._bytes(models)
         if count > self._buffer.nbytes:
             self.close()
@@ -221,9 +221,9 @@ class HostCopy:
         return copied
 
     def close(self) -> None:
-        """Release the memory, as soon as nothing reads the copies any more."""
+        """Release the memory; nothing may read the copies any more."""
         if self.is_cuda and self._buffer.nbytes:
-            _runtime().cudaHostUnregister(self._buffer.data_ptr())  # fails if the device has
+            _runtime().cudaHostUnregister(self._buffer.data_ptr())  # returns an error after a device error
         self._buffer = torch.empty(0, dtype=torch.uint8)
         return_host_memory()
 
@@ -237,9 +237,9 @@ def _aligned(count: int) -> int:
 
 
 def write_slices(model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy | None = None) -> Entries:
-    """Write this rank's slices of a model, which nothing changes meanwhile; return its files by name.
+    """Write this rank's slices of a model and return the digests of its files; nothing may change the slices.
 
-    Tensors of a GPU go through `copy`, a file at a time: one wait for all of them.
+    A GPU's tensors are first copied by `copy`, a file at a time, with one wait per file.
     """
     (checkpoint / model.folder).mkdir(exist_ok=True)
     entries: Entries = {}
@@ -248,7 +248,7 @@ def write_slices(model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy
     for number, (_, group) in enumerate(files):
         slices: Sequence[Slice] = [piece for piece, _ in group]
         if copy is not None and copy.is_cuda:
-            slices = copy.of([replace(model, slices=slices)])[0].slices
+            slices = copy.fill([replace(model, slices=slices)])[0].slices
         tensors = {f"{part}/{piece.name}": tensor for piece in slices for part, tensor in piece.parts.items()}
         ranges = {piece.name: [piece.start, *piece.shape] for piece in slices if WEIGHT in piece.parts}
         name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
@@ -258,7 +258,7 @@ def write_slices(model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
-    """Write a safetensors file from the memory of its tensors to disk; return its digest, made on the way."""
+    """Write a safetensors file to disk without copying its tensors, and return its digest."""
     header: dict[str, Any] = {"__metadata__": metadata}
     # Larger elements first, so that each tensor begins at a multiple of its element size.
     ordered, end = sorted(tensors.items(), key=lambda named: -named[1].itemsize), 0
@@ -276,5 +276,5 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             opened.write(part)
             digest.update(part)
         opened.flush()
-        os.fsync(opened.fileno())  # on the node that has written it
+        os.fsync(opened.fileno())  # only the node that wrote the file can flush it
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Join the processes of a run, load the kernels that DeepSpeed compiles for them, and leave at its end."""
+"""Join the processes of a run, load DeepSpeed's compiled kernels, and leave the group at the end."""
 
 import contextlib
 import os
@@ -39,20 +39,22 @@ _ALONE = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",  # any free port, chosen when it is opened
 }
-"""Environment of a world of one process, which no launcher has set."""
+"""Environment for a world of one process that no launcher started."""
 
 
 def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str], None]) -> None:
     """Load a kernel of DeepSpeed, which compiles it once for all processes of this host.
 
-    Errors name the key `where` that needs it, and the `remedy`, a value that needs no kernel.
+    Errors name the key `where` that needs the kernel, and as `remedy` a value that needs none.
     """
     lock = Path(_get_build_directory(builder.name, False)) / "lock"
     if lock.exists():
         say(f"waiting for a process that compiles {builder.name}; if that build was killed, delete {lock}")
     try:
         builder.load(verbose=False)
-    except Exception as error:  # without nvcc, or with another one than of PyTorch, builders raise anything
+    except (
+        Exception
+    ) as error:  # without nvcc, or with another version than PyTorch's, builders raise anything
         raise ConfigError(
             f"DeepSpeed's kernel {builder.name} cannot be compiled",
             where=where,
@@ -69,9 +71,8 @@ def join_world(deepspeed_config: dict[str, Any], timeout_seconds: int, reports: 
     `deepspeed_config` is a `policy_config`, on which loading weights depends; a collective call waits
     `timeout_seconds`; `reports` are used also if the main thread is blocked.
     """
-    if (
-        "PYTORCH_ALLOC_CONF" not in os.environ
-    ):  # micro-batches of many sizes would leave holes between segments
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        # Without expandable segments, micro-batches of many sizes fragment GPU memory.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if reports.stacks is not None:  # NCCL's last calls of each rank, written when one times out
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
@@ -153,10 +154,10 @@ def _check_devices() -> None:
         if visible in ("", "-1", "NoDevFiles"):
             return
         raise ConfigError(
-            "GPUs are asked for, and PyTorch finds none",
+            "CUDA_VISIBLE_DEVICES names GPUs, but PyTorch finds none",
             where="environment",
             got=f"CUDA_VISIBLE_DEVICES={visible}",
-            remedy="see whether nvidia-smi lists it; to train on CPUs, unset CUDA_VISIBLE_DEVICES",
+            remedy="check that nvidia-smi lists the GPUs; to train on CPUs, unset CUDA_VISIBLE_DEVICES",
         )
     if processes > gpus:
         raise ConfigError(
@@ -172,7 +173,7 @@ def _is_on(variable: str) -> bool:
 
 
 def stop_world() -> None:
-    """Leave the process group and undo global changes: this process may start another run."""
+    """Leave the process group and undo global changes, so that this process can start another run."""
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
     forget_process_group()

@@ -41,15 +41,15 @@ def launch(arguments: Sequence[str]) -> int:
         return ExitCode.completed
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        return _code(failure.exitcode, f"rank {rank}")
+        return _exit_code(failure.exitcode, f"rank {rank}")
     except subprocess.CalledProcessError as error:
-        return _code(error.returncode, "the process")
+        return _exit_code(error.returncode, "the process")
     except (DistError, RendezvousError) as error:
         raise PeerLostError(
-            "the launchers of the nodes have not met",
+            "the nodes' launchers did not connect",
             where=f"{parsed.main_process_ip}, port {parsed.main_process_port}",
             got=first_line(error),
-            remedy="see whether every node runs its launcher and reaches this address; then start again",
+            remedy="check that every node runs its launcher and reaches this address; then start again",
         ) from error
     except (ValueError, OSError) as error:  # no such file; a port that is in use
         fault = " ".join(str(error).split())
@@ -94,16 +94,16 @@ def _refused(message: str, got: str) -> ConfigError:
     )
 
 
-def _code(of_process: int, name: str) -> int:
-    if of_process >= 0:
-        return of_process
-    sys.stderr.write(f"{name} was ended by {signal.Signals(-of_process).name}\n")
-    return 128 - of_process
+def _exit_code(returned: int, name: str) -> int:
+    if returned >= 0:
+        return returned
+    sys.stderr.write(f"{name} was ended by {signal.Signals(-returned).name}\n")
+    return 128 - returned
 
 
 def _pass_on(number: int, _frame: FrameType | None) -> None:
     children = psutil.Process().children()
-    if not children:  # none has started yet
+    if not children:  # no process has started yet
         os._exit(ExitCode.preempted)
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""The processes of a run: they communicate, agree on errors and stops, and share tokens of a micro-batch."""
+"""The processes of a run: communication, agreement on errors and stops, and sequence parallelism."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ _PATIENCE = timedelta(days=1)  # for a wait outside of steps, if a host hangs an
 
 @dataclass(frozen=True)
 class Peer:
-    """Host and process of a rank; `place` differs between hosts, also of one name, and their containers."""
+    """A rank's host and process; `place` identifies the host and container, even if hosts share a name."""
 
     rank: int
     host: str
@@ -37,7 +37,7 @@ class Peer:
 
     @classmethod
     def here(cls, rank: int) -> "Peer":
-        """Return the peer that this process is."""
+        """Return this process as a peer."""
         place = host = socket.gethostname()
         with contextlib.suppress(OSError):  # Linux only
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -60,10 +60,9 @@ class Peer:
 class World:
     """The processes of the run, as one of them sees them. Methods are collective, properties are not.
 
-    `control` is a process group on the host for communication outside of steps. Calls of every group time out
-    after `timeout_seconds`; but `barrier`, `gather`, `on_main` and `together` first wait for ranks
-    that still work. A replica is one rank, or the ranks of `sequence`, which compute the same micro-batches
-    together.
+    `control` is a CPU process group for communication outside of steps. Calls of every group time out after
+    `timeout_seconds`; `barrier`, `gather`, `on_main` and `together` first wait for ranks that still work. A
+    replica is one rank, or the ranks of `sequence`, which compute the same micro-batches together.
     """
 
     accelerator: Any
@@ -87,7 +86,7 @@ class World:
 
     @property
     def replica(self) -> int:
-        """Return the number of this rank's replica."""
+        """Return the index of this rank's replica."""
         return self.rank if self.sequence is None else self.rank // self.sequence.ranks
 
     @property
@@ -101,15 +100,15 @@ class World:
         return self.peers[self.rank].host
 
     def barrier(self, seconds: float | None = None) -> None:
-        """Wait for every rank, also for one that works for long; `TimeoutError` after `seconds`, if given."""
+        """Wait for every rank, however long it works; raise `TimeoutError` after `seconds` if not None."""
         if self.size == 1:
             return
         options, has_ended = dist.BarrierOptions(), threading.Event()
         options.device_ids, options.timeout = [], _PATIENCE
         call = self.control.barrier(options)
         call.get_future().add_done_callback(lambda _: has_ended.set())
-        if not has_ended.wait(seconds):  # answers signals meanwhile, as a collective call does not
-            raise TimeoutError(f"a rank has not come within {seconds:.0f} s")
+        if not has_ended.wait(seconds):  # unlike a collective call, this wait lets signals through
+            raise TimeoutError(f"a rank did not reach the barrier within {seconds:.0f} s")
         call.wait()  # raises its error
 
     def gather(self, value: T) -> list[T]:
@@ -135,7 +134,7 @@ class World:
         return result
 
     def together(self, work: Callable[[], T]) -> T:
-        """Run `work` on every rank; if any raises a `DpoDistError`, all raise the lowest rank's."""
+        """Run `work` on every rank; if any raises a `DpoDistError`, all raise the lowest rank's error."""
         error: DpoDistError | None = None
         result: T | None = None
         try:
@@ -158,7 +157,7 @@ class World:
         return self.sum(tensor if self.leads else tensor.zero_())
 
     def agree(self, flag: bool) -> bool:
-        """Return whether `flag` is true on any rank, without use of the device."""
+        """Return whether `flag` is true on any rank, without using the device."""
         if self.size == 1:
             return flag
         tensor = torch.tensor(float(flag))
@@ -171,9 +170,9 @@ class Interrupted(Exception):  # noqa: N818  (no error)
 
 
 class Stops:
-    """Every rank's request to stop, on which all ranks agree; methods are collective.
+    """All ranks' requests to stop, on which they agree; methods are collective.
 
-    `agreed` has the reasons of all ranks, once they were gathered.
+    `agreed` has the reasons of all ranks after `reasons` gathered them.
     """
 
     def __init__(self, request: StopRequest, world: World):
@@ -190,13 +189,13 @@ class Stops:
             raise Interrupted
 
     def check(self, when: str = "before the first step") -> None:
-        """End the run if a rank was asked to stop at once; waits for ranks that are slower."""
+        """End the run if a rank was asked to stop at once; waits for slower ranks."""
         self.world.barrier()
         if self.must_stop():
             raise stopped_by(self.reasons(), when)
 
     def reasons(self) -> str:
-        """Return the reasons of all ranks; note for the batch script if a person stopped the run."""
+        """Return the reasons of all ranks; tell the batch script if a person stopped the run."""
         reasons = sorted({reason for reason in self.world.gather(self.request.reason) if reason})
         self.agreed = ", ".join(reasons)
         if self.world.is_main and {BY_TRACKER, BY_STEPS} & set(reasons):
@@ -205,7 +204,7 @@ class Stops:
 
 
 def with_sequence_groups(world: World, ranks: int) -> World:
-    """Return `world` in groups of consecutive ranks that share the tokens of a micro-batch; collective.
+    """Return `world` with groups of consecutive ranks that share the tokens of a micro-batch; collective.
 
     ZeRO shards over the whole world as without such groups: each rank has the gradient of its own tokens, and
     DeepSpeed's sum over all ranks is the gradient of all micro-batches.

@@ -1,1 +1,1 @@
-"""Attention over packed pairs: the kernels, and tokens shared by ranks."""
+"""Attention over packed sequences: kernels, and sequence parallelism."""

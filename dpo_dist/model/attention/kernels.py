@@ -1,4 +1,4 @@
-"""Attention over packed pairs by the kernel of the run, which is checked on the device before training."""
+"""Packed attention: choose the run's kernel, check it on the device, and register it with transformers."""
 
 import importlib.metadata
 import inspect
@@ -31,14 +31,14 @@ from dpo_dist.model.layers import layer_configs, layer_values
 from dpo_dist.model.library_internals import flash_attention
 from dpo_dist.model.numerics import FLASH_ATTN
 
-# The kernels are compiled for heads of these sizes.
+# Head dimensions that the variable-length kernels accept: up to the largest, in multiples.
 LARGEST_HEAD = 256
 _HEAD_MULTIPLE = 8
 
 
 @dataclass
 class VarlenAttention:
-    """One kernel call for all segments, with separate cumulative lengths of queries and keys (CUDA)."""
+    """Packed attention by one call of a variable-length kernel for all segments (CUDA)."""
 
     layout: Layout
     backend: AttentionBackend
@@ -46,7 +46,7 @@ class VarlenAttention:
 
     @cached_property
     def _lengths(self) -> tuple[Tensor, Tensor, int, int]:
-        """Return cumulative lengths of queries and of keys of segments with queries, and the longest."""
+        """Return the segments' cumulative query lengths and key lengths, and the longest of each."""
         segments = []
         for prompt, first, *rest in self.layout:
             segments += [(prompt + first, prompt + first), *((n, prompt + n) for n in rest if n)]
@@ -58,7 +58,7 @@ class VarlenAttention:
 
     @cached_property
     def _key_indices(self) -> Tensor:
-        """Return the index of each segment's keys in the packed sequence; prompts repeat."""
+        """Return the indices of all segments' keys in the packed sequence; responses repeat prompts."""
         indices: list[npt.NDArray[np.int64]] = []
         start = 0
         for prompt, first, *rest in self.layout:
@@ -76,7 +76,7 @@ class VarlenAttention:
         return SegmentAttention(self.layout, self.device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        """See `attention.PackedAttention`."""
+        """See `PackedAttention`."""
         *_, max_key = self._lengths
         rule = None if scores.rule is None or scores.rule.is_causal(max_key) else scores.rule
         is_other_rule = rule is not None and (scores.window is None or rule.reach != scores.window)
@@ -104,7 +104,7 @@ class VarlenAttention:
         return attended[..., :dim]
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        """Return causal `torch.nn.attention.varlen`, which supports grouped heads since torch 2.12."""
+        """Return causal attention by `torch.nn.attention.varlen`; key heads repeat before torch 2.12."""
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (needs a CUDA build)
 
         options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
@@ -119,7 +119,7 @@ class VarlenAttention:
 
 
 def _lacks(backend: AttentionBackend, dim: int, has_cap: bool, has_sinks: bool, has_chunks: bool) -> str:
-    """Return the feature of a layer that a variable-length kernel lacks; empty: it lacks none."""
+    """Return a layer's feature that the variable-length kernel lacks; empty if it has all of them."""
     if has_sinks:
         return "attention sinks"
     if has_cap and backend not in FLASH_ATTN:
@@ -130,9 +130,9 @@ def _lacks(backend: AttentionBackend, dim: int, has_cap: bool, has_sinks: bool, 
 
 
 def computed_by_segment(causal_lm: Any, backend: AttentionBackend, longest: int) -> str:
-    """Return why layers run on SDPA, a segment at a time, in place of `backend`; empty: none of them do.
+    """Return why some layers run on SDPA, segment by segment, instead of `backend`; empty if none does.
 
-    `longest`: tokens of the longest prompt with a response.
+    `longest` is the longest prompt plus response, in tokens.
     """
     text = causal_lm.config.get_text_config()
     if backend is AttentionBackend.sdpa:
@@ -142,7 +142,7 @@ def computed_by_segment(causal_lm: Any, backend: AttentionBackend, longest: int)
     has_chunks = any(chunk and chunk < longest for chunk in layer_values(text, "attention_chunk_size"))
     reasons = (
         _lacks(backend, max(heads.dim, heads.value_dim), has_cap, has_sinks, has_chunks)
-        for heads in heads_of_layers(text)
+        for heads in layer_heads(text)
     )
     return ", ".join(dict.fromkeys(filter(None, reasons)))
 
@@ -153,19 +153,19 @@ PACKED = "dpo_dist_packed"
 PackedAttention = Callable[[Tensor, Tensor, Tensor, Scores], Tensor]
 """Attention of one micro-batch, shared by all layers.
 
-Of query [tokens, heads, dim], key and value [tokens, kv_heads, dim] it returns [tokens, heads, dim].
+It maps query [tokens, heads, dim], key and value [tokens, kv_heads, dim] to [tokens, heads, dim].
 """
 
 
 def packed_attention(layout: Layout, backend: AttentionBackend, device: torch.device) -> PackedAttention:
-    """Return the attention of a micro-batch with this layout."""
+    """Return the attention function for a micro-batch with this layout."""
     if backend is AttentionBackend.sdpa:
         return SegmentAttention(layout, device)
     return VarlenAttention(layout, backend, device)
 
 
 def _with_temperature(module: Any, query: Tensor, positions: Tensor) -> Tensor:
-    """Return queries [tokens, heads, dim] of Llama 4 with the temperature of positions, not of indices."""
+    """Return Llama 4's queries [tokens, heads, dim] scaled by position; the model scaled by index."""
     if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
         return query
 
@@ -174,7 +174,7 @@ def _with_temperature(module: Any, query: Tensor, positions: Tensor) -> Tensor:
         return torch.log1p(torch.floor((places.float() + 1) / module.floor_scale)) * scale + 1
 
     indices = torch.arange(len(query), device=query.device)
-    ratios = factors(positions) / factors(indices)  # 1, exactly, below floor_scale
+    ratios = factors(positions) / factors(indices)  # exactly 1 below floor_scale
     return (query * ratios[:, None, None]).to(query.dtype)
 
 
@@ -190,14 +190,15 @@ def _interface(
     packed_positions: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function that transformers calls in every layer; tensors are [1, heads, tokens, dim]."""
+    """Compute attention for transformers, which calls this in every layer with [1, heads, tokens, dim]."""
     assert packed is not None, "the model was called without a packed layout"
     assert packed_positions is not None
     assert dropout == 0.0, "dropout is switched off when the model is loaded"
     window = options.get("sliding_window")
-    # Without a rule all earlier tokens are visible: the model's own forward applies masks only (OLMoE).
+    # Without a mask the window has no effect, as in the model's own forward, which applies masks only
+    # (OLMoE).
     if window is not None and attention_mask is not None and attention_mask.reach != window:
-        raise ValueError(f"a layer has a sliding window of {window} tokens that its mask does not have")
+        raise ValueError(f"a layer's sliding window of {window} tokens is not the window of its mask")
     scores = Scores(
         scale=scaling,
         rule=attention_mask,
@@ -210,25 +211,25 @@ def _interface(
     return packed(query, key, value, scores)[None], None
 
 
-# The layout differs in every batch, and torch.compile would compile code for each.
+# Every batch has another layout: torch.compile would compile the function again for each.
 AttentionInterface.register(PACKED, torch.compiler.disable(_interface))  # type: ignore[no-untyped-call]
 AttentionMaskInterface.register(PACKED, mask_rule)
 
 
-# The variable-length kernels need Ampere's instructions, as bf16 does.
+# The variable-length kernels run on Ampere GPUs and newer.
 _FIRST_CAPABILITY = (8, 0)
 
-# Several segments, a response of one token, another of three; one longer than a kernel's blocks.
+# Short and empty responses, and a prompt that is longer than a kernel's block.
 _TRIAL: Layout = ((5, 3, 7), (2, 0, 4), (600, 2, 1))
 _TRIAL_WINDOW = 6
-# Relative to the largest value. In bf16, gradients of keys and values differ by 0.013 of it (SDPA, 32 heads
-# of 128 in 8 groups); with a different mask they differ by about the largest value itself.
+# Allowed difference, as a share of the largest value. In bf16, gradients of keys and values differ by 0.013
+# (SDPA, 32 heads of 128 in 8 groups); a wrong mask makes them differ by about 1.
 _TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Numbers of query and key heads of a layer, their dimension, and that of a head of values."""
+    """A layer's numbers of query heads and key heads, their dimension, and the dimension of value heads."""
 
     query: int
     key: int
@@ -236,11 +237,11 @@ class Heads:
     value_dim: int
 
 
-def heads_of_layers(text: Any) -> list[Heads]:
-    """Return the attention shape of each layer of a text model, one for all if they are equal.
+def layer_heads(text: Any) -> list[Heads]:
+    """Return the attention heads of each layer of a text model; a single entry if all layers are equal.
 
-    Keys and values of low rank (DeepSeek-V2, arXiv 2405.04434) are projected up to a head for each query
-    head, whose `head_dim` in the configuration is only the part with positions.
+    Low-rank keys and values (DeepSeek-V2, arXiv:2405.04434) are projected up to one head per query head; in
+    such a configuration `head_dim` is only the part with positions.
     """
     shapes = []
     for layer in layer_configs(text):
@@ -257,7 +258,7 @@ def heads_of_layers(text: Any) -> list[Heads]:
 def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device) -> AttentionBackend:
     """Return the backend to use on `device`: `wanted`, or for `auto` the fastest that supports `dtype`."""
     on_cuda = device.type == "cuda"
-    if on_cuda:  # cuDNN plans anew for each pair of lengths: seconds for each micro-batch of SDPA
+    if on_cuda:  # cuDNN would plan again for each pair of lengths: seconds in every micro-batch
         torch.backends.cuda.enable_cudnn_sdp(False)
     has_kernels = on_cuda and torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
     if wanted is AttentionBackend.auto:
@@ -270,7 +271,7 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
         return wanted
     if not has_kernels:
         raise ConfigError(
-            f"attention backend {wanted} runs on CUDA only, on Ampere GPUs and newer",
+            f"attention backend {wanted} runs only on CUDA, on Ampere GPUs and newer",
             where="model.attention",
             got=f"{wanted} on {torch.cuda.get_device_name(device) if on_cuda else device.type}",
             expected="auto or sdpa",
@@ -282,15 +283,15 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
             f"{name} is not installed",
             where="model.attention",
             got=wanted,
-            remedy=f"set model.attention=auto, or install {name}, compiled for the torch that is installed "
-            "(pip install with --no-build-isolation)",
+            remedy=f"set model.attention=auto, or install {name}, built against the installed torch "
+            "(pip install --no-build-isolation)",
         )
     return wanted
 
 
 def _is_installed(backend: AttentionBackend) -> bool:
-    """Return whether a kernel of FlashAttention is installed; flash-attn-4 has a module of the same name."""
-    try:
+    """Return whether the package of a FlashAttention kernel is installed."""
+    try:  # not an import: flash-attn-4 has a module of the same name
         importlib.metadata.version(FLASH_ATTN[backend])
     except importlib.metadata.PackageNotFoundError:
         return False
@@ -298,9 +299,9 @@ def _is_installed(backend: AttentionBackend) -> bool:
 
 
 def check_kernel(backend: AttentionBackend, device: torch.device, text: Any, dtype: torch.dtype) -> None:
-    """Check this backend, if it is used, with the heads, windows and caps of the layers of a text model.
+    """Check the kernel's outputs and gradients with the heads, windows and caps of a text model's layers.
 
-    The check at start compares no gradients: one that a kernel computes wrongly would go unnoticed.
+    The check at start compares log-probs only: it would not notice a kernel's wrong gradient.
     """
     if backend is AttentionBackend.sdpa or recorded_arrangement(text.model_type) is not Arrangement.packed:
         return
@@ -308,7 +309,7 @@ def check_kernel(backend: AttentionBackend, device: torch.device, text: Any, dty
     if any(isinstance(window, int) for window in layer_values(text, "sliding_window")):
         rule = mask_rule(sliding_window_causal_mask_function(_TRIAL_WINDOW), _TRIAL_WINDOW, device=device)
         kinds.append(replace(kinds[0], window=_TRIAL_WINDOW, rule=rule))
-    for heads, scores in itertools.product(dict.fromkeys(heads_of_layers(text)), kinds):
+    for heads, scores in itertools.product(dict.fromkeys(layer_heads(text)), kinds):
         if fault := _kernel_fault(backend, device, heads, dtype, scores):
             raise ConfigError(
                 "this attention kernel fails or gives wrong results on this device",
@@ -321,7 +322,7 @@ def check_kernel(backend: AttentionBackend, device: torch.device, text: Any, dty
 def _kernel_fault(
     backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype, scores: Scores
 ) -> str:
-    """Return how outputs and gradients of a small layout differ from SDPA's in float32; empty: rounding."""
+    """Return which output or gradient differs from float32 SDPA's beyond rounding; empty if none."""
     generator, tokens = torch.Generator().manual_seed(0), sum(map(sum, _TRIAL))
     of_keys = [(heads.key, heads.dim), (heads.key, heads.value_dim)]
     shapes = [(heads.query, heads.dim), *of_keys, (heads.query, heads.value_dim)]
@@ -334,7 +335,7 @@ def _kernel_fault(
             with torch.enable_grad():
                 output = packed_attention(_TRIAL, kernel, device)(query, key, value, scores)
                 results.append((output.detach(), *torch.autograd.grad(output, leaves, slopes)))
-    except torch.OutOfMemoryError:  # no fault of the kernel
+    except torch.OutOfMemoryError:  # not the kernel's fault
         raise
     except Exception as error:  # a kernel can raise anything
         return first_line(error)

@@ -1,6 +1,7 @@
-"""Packed attention by PyTorch's products, one segment at a time, under any rule of visible keys.
+"""Packed attention by PyTorch's SDPA, one segment at a time, with any mask.
 
-A segment is a prompt with its first response, or a later response after its prompt; a mask is of one segment.
+A segment is a prompt with its first response, or a later response that attends to its prompt. A mask covers
+one segment.
 """
 
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 Layout = tuple[tuple[int, ...], ...]
-"""For each example the lengths of its pieces: prompt, response, response, ..."""
+"""For each example, the tokens of its prompt and of each response: (prompt, response, response, ...)."""
 
-# Rows of a mask begin at multiples of so many elements; else PyTorch's CUDA kernels copy it.
+# A mask's rows start at multiples of this many elements; otherwise PyTorch's CUDA kernels copy the mask.
 _ALIGNMENT = 16
 # Dimensions added for a sink: kernels want multiples of 8.
 _SINK_DIMS = 8
@@ -27,31 +28,32 @@ _CPU_FLOAT32_KEYS = 256
 
 @dataclass(eq=False)
 class MaskRule:
-    """A causal rule, shared by all layers of one kind in one forward.
+    """The mask function of all layers of one kind in one forward, and the masks computed from it.
 
-    With at most `reach` keys, those of a sliding window or a chunk, a query sees all that are not later.
+    In sequences of at most `reach` tokens, the size of a sliding window or chunk, every earlier key is
+    visible.
     """
 
-    function: Callable[..., Any]  # transformers': batch, head, query position, key position to visible
-    reach: int | None  # None: not known
+    function: Callable[..., Any]  # as in transformers: (batch, head, query position, key position) -> visible
+    reach: int | None  # None: unknown
     by_element: bool  # the function takes one pair of positions at a time
     device: torch.device
     _masks: dict[Any, Tensor] = field(default_factory=dict, init=False)
 
     def __getitem__(self, selected: tuple[slice, ...]) -> "MaskRule":
-        """Return this rule for a selection of all queries and keys, as Gemma 4 takes one of its masks."""
+        """Return this rule if all queries and keys are selected: Gemma 4's code indexes its masks so."""
         if any(part not in (slice(None), slice(0, None)) for part in selected):
-            raise IndexError(f"packed attention has no part {selected} of a mask")
+            raise IndexError(f"packed attention cannot select a part of a mask: {selected}")
         return self
 
     def is_causal(self, keys: int) -> bool:
-        """Return whether all earlier tokens are visible in a sequence of this length."""
+        """Return whether every earlier token is visible in a sequence of `keys` tokens."""
         return self.function is causal_mask_function or (self.reach is not None and keys <= self.reach)
 
     def mask(self, queries: int, keys: int, dtype: torch.dtype, sinks: int = 0) -> Tensor:
-        """Return the mask [queries, sinks + keys] of the last tokens, 0 where a key is visible, else -inf.
+        """Return the mask [queries, sinks + keys] of the last queries: 0 for visible keys, else -inf.
 
-        Every query sees the sinks. Layers share it.
+        Every query sees the sinks. Layers share the mask.
         """
         known = self._masks.get((queries, keys, sinks, dtype))
         if known is None:
@@ -64,7 +66,7 @@ class MaskRule:
         return known
 
     def _visible(self, queries: int, keys: int) -> Tensor:
-        """Return bool [queries, keys]."""
+        """Return which keys each of the last queries sees, bool [queries, keys]."""
         mask: Tensor = sdpa_mask(
             batch_size=1,
             q_length=queries,
@@ -86,10 +88,11 @@ def mask_rule(
     device: torch.device | str = "cpu",
     **_sizes: Any,
 ) -> MaskRule | None:
-    """Return the rule of a kind of layers; None if its tokens see all earlier tokens.
+    """Return the mask rule of a kind of layers; None if every earlier token is visible.
 
-    Called by transformers in the place of its mask functions (`AttentionMaskInterface`): `local_size` is of a
-    window or a chunk, `allow_is_causal_skip` of transformers' own rules, which have at most one of them.
+    transformers calls this in place of its own mask functions (`AttentionMaskInterface`). `local_size` is the
+    size of a window or chunk; it limits visibility alone only in transformers' own rules, which have
+    `allow_is_causal_skip`.
     """
     if mask_function is causal_mask_function:
         return None
@@ -99,18 +102,18 @@ def mask_rule(
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of a layer, from which softmax computes the weights of keys."""
+    """How a layer computes its attention scores, the inputs of softmax."""
 
-    scale: float | None = None  # of the products of queries and keys; None: 1 / sqrt(dim)
-    rule: MaskRule | None = None  # which keys are visible; None: all that are not later
-    window: int | None = None  # the sliding window that the layer names beside its rule, in tokens
+    scale: float | None = None  # factor of query-key products; None: 1 / sqrt(dim)
+    rule: MaskRule | None = None  # which keys are visible; None: every earlier key
+    window: int | None = None  # the layer's sliding window, in tokens
     softcap: float | None = None  # products x become softcap * tanh(x / softcap)
     sinks: Tensor | None = None  # [heads], the score of a key with value 0 that every query sees
 
 
 @dataclass
 class SegmentAttention:
-    """Attention of a micro-batch of this layout, for all layers."""
+    """Packed attention by one SDPA call per segment."""
 
     layout: Layout
     device: torch.device
@@ -128,7 +131,7 @@ class SegmentAttention:
         return MaskRule(causal_mask_function, None, False, self.device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        """See `attention.PackedAttention`."""
+        """See `kernels.PackedAttention`."""
         # `split`, not slices: the backward of each slice would write a zero tensor of full size.
         query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
         queries = iter(torch.split(query, self._query_lengths, dim=1))
@@ -146,11 +149,11 @@ class SegmentAttention:
                 own_key = torch.cat((prompt_key, next(keys)), dim=1)
                 own_value = torch.cat((prompt_value, next(values)), dim=1)
                 outputs.append(self._attend(next(queries), own_key, own_value, scores))
-        # Contiguous, as models expect that join the heads by a view.
+        # Contiguous: some models join the heads by a view, which would fail.
         return torch.cat(outputs, dim=1).transpose(0, 1).contiguous()
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        """Return the attention of one segment: [heads, tokens, dim], the queries are the last tokens."""
+        """Return one segment's attention [heads, tokens, dim]; the queries are its last tokens."""
         tokens, length, dim = query.shape[1], key.shape[1], value.shape[-1]
         if tokens == 0:
             return query.new_empty(query.shape[0], 0, dim)
@@ -158,29 +161,29 @@ class SegmentAttention:
         scale = query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
         if scores.softcap is not None:
             wide = torch.promote_types(query.dtype, torch.float32)
-            given = (query, key, value, rule.mask(tokens, length, wide), scale, scores.softcap)
-            # Scores are computed again in backward: one segment's are in memory at a time.
-            attended: Tensor = checkpoint(_capped, *given, use_reentrant=False, preserve_rng_state=False)
+            inputs = (query, key, value, rule.mask(tokens, length, wide), scale, scores.softcap)
+            # Backward computes the scores again, so that only one segment's scores are in memory.
+            attended: Tensor = checkpoint(_capped, *inputs, use_reentrant=False, preserve_rng_state=False)
             return attended
         if not query.is_cuda and query.dtype is torch.bfloat16 and length <= _CPU_FLOAT32_KEYS:
             return self._attend(query.float(), key.float(), value.float(), scores).to(query.dtype)
-        if not query.is_cuda:  # a CPU would store all scores if values have another dimension
+        if not query.is_cuda:  # the CPU kernel stores all scores if values have another dimension
             query, key, value = with_one_dim(query, key, value)
         if scores.sinks is not None:
             query, key, value = _with_sink(query, key, value, scores.sinks / scale)
         if rule is not self._causal or tokens < length:
             mask = rule.mask(tokens, length, query.dtype, 0 if scores.sinks is None else 1)
             return _attend(query, key, value, mask, scale)[..., :dim]
-        if scores.sinks is not None:  # a query before the others, which sees the sink only
+        if scores.sinks is not None:  # causal SDPA needs a query for each key: one more for the sink
             query = pad(query, (0, 0, 1, 0))
         return _attend(query, key, value, None, scale)[:, -tokens:, :dim]
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Return the attention of queries [heads, n, dim]; without a mask they are the keys' own tokens."""
+    """Return the attention of queries [heads, n, dim]: causal without a mask, with one query for each key."""
     groups = query.shape[0] // key.shape[0]
     if query.is_cuda and groups > 1 and (mask is not None or query.dtype is torch.float32):
-        # With groups of heads, every CUDA kernel for these would store all scores.
+        # Every CUDA kernel that accepts grouped heads here would store all scores.
         key, value = (tensor.repeat_interleave(groups, dim=0) for tensor in (key, value))
     return scaled_dot_product_attention(
         query[None],
@@ -194,7 +197,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
 
 
 def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
-    """Return the attention [heads, n, value dim] of capped scores, in float32 or wider."""
+    """Return attention [heads, n, value dim] with capped scores, which are float32 or wider."""
     groups = query.shape[0] // key.shape[0]
     key, value = (tensor.repeat_interleave(groups, dim=0) for tensor in (key, value))
     products = (query @ key.transpose(1, 2)).to(mask.dtype)
@@ -203,18 +206,18 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: floa
 
 
 def with_one_dim(query: Tensor, key: Tensor, value: Tensor, multiple: int = 1) -> tuple[Tensor, ...]:
-    """Return the tensors padded with zeros to one head dimension, a multiple of this number."""
+    """Return the tensors zero-padded to one head dimension, which is a multiple of `multiple`."""
     dim = max(query.shape[-1], value.shape[-1])
     dim += -dim % multiple
     missing = [dim - tensor.shape[-1] for tensor in (query, key, value)]
-    # A pad by 0 would be a copy.
+    # Padding by 0 would copy a tensor.
     return tuple(pad(t, (0, n)) if n else t for t, n in zip((query, key, value), missing, strict=True))
 
 
 def _with_sink(query: Tensor, key: Tensor, value: Tensor, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tensors with a sink as the first key: its product with each query is `products` [heads].
+    """Return the tensors with a sink as the first key, whose product with every query is `products` [heads].
 
-    Queries have `products` in a further dimension, in which the sink has 1 and other keys have 0.
+    A further dimension holds `products` in queries, 1 in the sink and 0 in other keys.
     """
     heads, tokens, dim = query.shape
     added = pad(products.to(query.dtype)[:, None, None].expand(heads, tokens, 1), (0, _SINK_DIMS - 1))

@@ -20,7 +20,7 @@ from dpo_dist.batching.pack import copy_to_device
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import recorded_arrangement
-from dpo_dist.model.attention.kernels import PackedAttention, heads_of_layers
+from dpo_dist.model.attention.kernels import PackedAttention, layer_heads
 from dpo_dist.model.attention.sdpa import Scores
 
 KEY = "parallelism.sequence_parallel"
@@ -31,29 +31,29 @@ class TokenExchange(Protocol):
 
     @property
     def rank(self) -> int:
-        """Number of this rank among them."""
+        """Index of this rank in the group."""
 
     @property
     def ranks(self) -> int:
-        """Number of the ranks."""
+        """Number of ranks in the group."""
 
     def all_to_all(self, parts: Tensor) -> Tensor:
-        """Send entry i of [ranks, ...] to rank i; return the entries received, [ranks, ...]. Collective."""
+        """Send entry i of [ranks, ...] to rank i; return the received entries, [ranks, ...]. Collective."""
 
     def all_gather(self, part: Tensor) -> Tensor:
         """Return `part` of every rank, [ranks, ...]. Collective.
 
-        The gradient is only this rank's entry, as all ranks compute the same loss from the result.
+        Backward returns only this rank's entry, because every rank computes the same loss from the result.
         """
 
 
 def check_shared_tokens(model_config: Any, ranks: int) -> None:
-    """Check that `ranks` ranks can share the tokens of a micro-batch, as far as config.json says.
+    """Check by config.json that `ranks` ranks can share the tokens of a micro-batch.
 
-    Ranks that share a key head repeat it.
+    If there are more ranks than key heads, several ranks compute with the same key head.
     """
     text = model_config.get_text_config()
-    for heads in heads_of_layers(text):
+    for heads in layer_heads(text):
         if heads.query % ranks or (heads.key % ranks and ranks % heads.key):
             raise ConfigError(
                 "the attention heads of this model cannot be divided among so many ranks",
@@ -63,11 +63,11 @@ def check_shared_tokens(model_config: Any, ranks: int) -> None:
                 remedy=f"set {KEY} to such a number",
             )
     if ranks > 1 and recorded_arrangement(text.model_type) is not Arrangement.packed:
-        raise cannot_be_shared(text.model_type, ranks)
+        raise sharing_error(text.model_type, ranks)
 
 
-def cannot_be_shared(model_type: str, ranks: int, fault: str = "") -> ConfigError:
-    """Return the error for a model whose tokens ranks cannot share, as its packed forward has this fault."""
+def sharing_error(model_type: str, ranks: int, fault: str = "") -> ConfigError:
+    """Return the error for a model that cannot be packed, because of `fault` or of its architecture."""
     why = fault or "which computes each response in a row of its own"
     return ConfigError(
         "sequence parallelism needs packed attention, and this model cannot be packed",
@@ -82,21 +82,21 @@ def cannot_be_shared(model_type: str, ranks: int, fault: str = "") -> ConfigErro
 class TokenShare:
     """One rank's share of the tokens and targets of a packed sequence.
 
-    Shares are equally long: a shorter share repeats the last token.
+    All shares have the same length: a shorter one repeats the last token.
     """
 
     exchange: TokenExchange
     tokens: Tensor  # int64 [ceil(tokens / ranks)], indices in the sequence
-    targets: Tensor  # int64 [own targets], indices of the targets that are predicted by own tokens
+    targets: Tensor  # int64 [own targets], indices of the targets that this rank's tokens predict
     predictors: Tensor  # int64 [own targets], index in `tokens` of the token that predicts each
     _most_targets: int
     _gathered: Tensor
 
     @classmethod
-    def of(
+    def from_predictors(
         cls, exchange: TokenExchange, tokens: int, predictors: npt.NDArray[np.int64], device: torch.device
     ) -> "TokenShare":
-        """Return this rank's share; `predictors` int64 [targets] are the indices that predict each target."""
+        """Return this rank's share; `predictors`, int64 [targets], are indices of tokens."""
         ranks = exchange.ranks
         mine = torch.arange(exchange.rank, exchange.rank + -(-tokens // ranks) * ranks, ranks, device=device)
         owners = predictors % ranks
@@ -104,7 +104,7 @@ class TokenShare:
         counts = np.bincount(owners, minlength=ranks)
         most, starts = int(counts.max()), np.cumsum(counts) - counts
         targets = by_owner[starts[exchange.rank] :][: counts[exchange.rank]]
-        # The index of target i among `most` places of each rank: its owner's places, then its number there.
+        # Where the gather puts target i: each rank has `most` places, filled in the order of its targets.
         numbers = np.empty_like(by_owner)
         numbers[by_owner] = np.arange(len(by_owner))
         gathered = owners * most + numbers - starts[owners]
@@ -115,13 +115,13 @@ class TokenShare:
         return cls(exchange, mine.clamp(max=tokens - 1), own_targets, own_predictors, most, on_device)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Return [..., targets] on all ranks, in their order, of [..., own targets]; collective."""
+        """Return the values of all targets [..., targets] from own ones [..., own targets]; collective."""
         padded = torch.nn.functional.pad(values, (0, self._most_targets - values.shape[-1]))
         rows = self.exchange.all_gather(padded.movedim(-1, 0).contiguous())
         return rows.flatten(0, 1).index_select(0, self._gathered).movedim(0, -1)
 
     def local(self, values: Tensor) -> Tensor:
-        """Return this rank's part of [tokens], with zero for a repetition of the last token."""
+        """Return this rank's part of `values` [tokens], with 0 for a repeated last token."""
         ranks = self.exchange.ranks
         padded = torch.nn.functional.pad(values, (0, len(self.tokens) * ranks - len(values)))
         return padded[self.exchange.rank :: ranks]
@@ -129,21 +129,21 @@ class TokenShare:
     def sum(self, part: Tensor) -> Tensor:
         """Return the sum of `part` over the ranks, equal on all of them; collective.
 
-        The gradient is only that of `part`, as all ranks compute the same loss from the result.
+        Backward returns only the gradient of `part`, because every rank computes the same loss from the sum.
         """
         return self.exchange.all_gather(part).sum(dim=0)
 
 
 @dataclass
 class ExchangedAttention:
-    """Packed attention of a share of the `tokens` of the whole sequence, with a share of the heads."""
+    """Packed attention over a sequence of `tokens` tokens, with a share of the heads on each rank."""
 
     whole: PackedAttention
     exchange: TokenExchange
     tokens: int
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        """See `PackedAttention`; tensors are of this rank's tokens and all heads. Collective."""
+        """See `PackedAttention`; the tensors have this rank's tokens and all heads. Collective."""
         ranks = self.exchange.ranks
         repeats = max(1, ranks // key.shape[1])
         if repeats > 1:

@@ -1,4 +1,4 @@
-"""Find the folder of a model or adapter and check its files; imports no torch: its errors appear at once."""
+"""Find a model's or adapter's folder and check its files. Imports no torch, so that errors appear at once."""
 
 import json
 import re
@@ -21,33 +21,33 @@ PEFT_PREFIX = "base_model.model."
 """The prefix of every weight's name in an adapter folder."""
 _ADAPTER_KEY = "model.adapter.path"
 LORA_WEIGHTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
-"""Suffixes of all weights' names but those of `modules_to_save`."""
-# Initializations that have moved a part of the base's weights into the adapter.
+"""Suffixes of an adapter's low-rank weights; its other weights belong to `modules_to_save`."""
+# Initializations that move a part of the base's weights into the adapter: it does not fit the original base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Options of peft that make an adapter more than low-rank matrices on linear layers.
 _OTHER_FORMS = ("alora_invocation_tokens", "layer_replication", "target_parameters", "use_qalora")
-# The options and the kinds of adapters that peft cannot merge into a base.
+# Options and kinds of adapters that peft cannot merge into a base.
 _UNMERGED_FORMS = ("alora_invocation_tokens", "layer_replication", "use_qalora")
 _UNMERGED_TYPES = (
     "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING PREFIX_TUNING PROMPT_TUNING P_TUNING XLORA"
 )
 MERGE = (
-    "merge it into its base by peft's merge_and_unload, and set model.path to the result (with "
+    "merge the adapter into its base with peft's merge_and_unload, and set model.path to the result (with "
     "tie_word_embeddings false in its config.json, if the adapter trains embeddings or output layer in full)"
 )
-"""What to do with an adapter that peft can merge."""
-# The adapter's kind and size, read from an adapter that is continued.
+"""The remedy for an adapter that peft can merge."""
+# An adapter's kind and size, which a continued adapter has in its own files.
 _FORM = ("r", "alpha", "variant", "target_modules", "modules_to_save")
 _COMMITS: dict[tuple[str, str | None], str] = {}
-"""Commits of this process's snapshots: a branch that moves while a run trains does not change its model."""
+"""Commits of the snapshots that this process read: a branch that moves must not change a run's model."""
 
 
 def model_folder(
     path: str, revision: str | None, key: str = "model.path", *, accepts_adapter: bool = False
 ) -> Path:
-    """Return the local folder of a model: `path`, or its snapshot from the hub, downloaded if needed.
+    """Return a model's local folder: `path`, or its snapshot from the hub, downloaded if needed.
 
-    Or an adapter folder, if the caller accepts one.
+    With `accepts_adapter`, the folder may be an adapter's.
     """
     folder = local_model_folder(path, revision, key, accepts_adapter=accepts_adapter)
     if folder is None:
@@ -57,7 +57,7 @@ def model_folder(
 
 
 def description_folder(path: str, revision: str | None, key: str = "model.path", **checks: bool) -> Path:
-    """Return the same as `model_folder`, without weights from the hub; `checks` of `local_model_folder`."""
+    """Return `model_folder` without downloading weights; `checks` are options of `local_model_folder`."""
     folder = local_model_folder(path, revision, key, **checks)
     ignored = ["*.safetensors", *_FOREIGN_WEIGHTS]
     return _snapshot(path, revision, key, ignored) if folder is None else folder
@@ -71,7 +71,7 @@ def local_model_folder(
     needs_weights: bool = True,
     accepts_adapter: bool = False,
 ) -> Path | None:
-    """Return the `model_folder` of a local path; None for a hub name, without asking the hub."""
+    """Return the folder of a local path; None for a hub name, which is not looked up."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -89,7 +89,7 @@ def local_model_folder(
 
 
 def hub_commit(folder: Path) -> str | None:
-    """Return the commit of a snapshot in the cache of the Hugging Face Hub; None for another folder."""
+    """Return the commit of a snapshot folder in the Hugging Face cache; None for any other folder."""
     is_snapshot = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
     return folder.name if is_snapshot else None
 
@@ -139,10 +139,10 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files that transformers loads from a model folder, an index before its shards.
+    """Return the weight files that transformers loads from a model folder: an index comes before its shards.
 
-    The first is the one that `transformers_weights` of config.json names, or has the usual name. A shard may
-    be missing; the list is empty if the folder has no weights in safetensors.
+    `transformers_weights` in config.json may name the first file. A shard may be missing; the list is empty
+    if the folder has no weights in safetensors.
     """
     named = read_model_json(folder / CONFIG_FILE).get("transformers_weights")
     names = ("model.safetensors", "model.safetensors.index.json") if named is None else (str(named),)
@@ -180,12 +180,14 @@ def _check_files(
     elif (folder / ADAPTER_CONFIG).is_file():
         remedy = MERGE
         if key == "model.path":
-            remedy = f"set model.path to its base and model.adapter.path to it, or {remedy}"
+            remedy = (
+                f"set model.path to the adapter's base and model.adapter.path to this folder, or {remedy}"
+            )
         raise ConfigError(
             "the model folder contains an adapter",
             where=key,
             got=str(folder / ADAPTER_CONFIG),
-            expected="full weights only: transformers would apply the adapter to them",
+            expected="full weights alone: transformers would apply the adapter to them",
             remedy=remedy,
         )
     elif not (folder / CONFIG_FILE).is_file():
@@ -208,14 +210,14 @@ def _check_files(
             "the model folder has no weights in safetensors",
             where=key,
             got=str(folder),
-            expected="no pickled weights (.bin, .pt): reading them can run code that is in them",
-            remedy=f"set {key} to a complete model folder; where you trust pickled weights, "
-            "save_pretrained converts them",
+            expected="no pickled weights (.bin, .pt): reading them can run the code inside",
+            remedy=f"set {key} to a complete model folder; convert pickled weights that you trust with "
+            "save_pretrained",
         )
 
 
 def check_weights(files: Iterable[Path], key: str) -> None:
-    """Check that the files of `weight_files` exist, and that safetensors are whole, by their headers."""
+    """Check that weight files exist, and by their headers that safetensors files are complete."""
     for file in files:
         if file.suffix == ".json":
             continue
@@ -227,7 +229,7 @@ def check_weights(files: Iterable[Path], key: str) -> None:
                 "a weight file of the model cannot be read",
                 where=key,
                 got=f"{file}: {first_line(error)}",
-                expected="whole safetensors, every file that an index names",
+                expected="complete safetensors files, all that the index names",
                 remedy="download or copy the file again (git lfs pull, if it is a pointer)",
             ) from error
 
@@ -243,17 +245,17 @@ def start_folder(config: ModelConfig) -> Path | None:
     given = [f"model.adapter.{name}" for name in _FORM if getattr(adapter, name) is not None]
     if given:
         raise ConfigError(
-            "an adapter that is continued keeps its kind and size",
+            "a continued adapter keeps its kind and size",
             where=", ".join(given),
             got=str(folder),
-            remedy=f"set {' '.join(f'{key}=null' for key in given)}; for a new adapter merge the first into "
-            "its base, and remove model.adapter.path",
+            remedy=f"set {' '.join(f'{key}=null' for key in given)}; to train a new adapter, merge this one "
+            "into its base and remove model.adapter.path",
         )
     return folder
 
 
 def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the names of an adapter's layers with matrices, and of its modules in full, from its files."""
+    """Return the names of an adapter's low-rank layers and of its modules trained in full, from its files."""
     check_weights([folder / ADAPTER_WEIGHTS], _ADAPTER_KEY)
     with safe_open(folder / ADAPTER_WEIGHTS, "np") as weights:
         names = [name.removeprefix(PEFT_PREFIX) for name in weights.keys() if not is_repeated(name)]  # noqa: SIM118
@@ -267,26 +269,26 @@ def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def is_repeated(name: str) -> bool:
-    """Return whether a weight in an adapter's file is not used.
+    """Return whether a tensor in an adapter's file is a duplicate.
 
-    peft writes embeddings that are resized and trained in full a second time: the original and the copy.
+    peft writes embeddings that are resized and trained in full twice: the original and the copy.
     """
     return ".original_module." in name or ".modules_to_save." in name
 
 
 def tokenizer_folder(base: Path, adapter: Path | None) -> Path:
-    """Return the folder whose tokenizer and chat template a policy has: the adapter's, if it has them."""
+    """Return the folder with the policy's tokenizer and chat template: the adapter's if it has one."""
     return adapter if adapter is not None and has_tokenizer(adapter) else base
 
 
 def _check_form(folder: Path, config: ModelConfig) -> None:
-    """Check that an adapter is low-rank matrices that this base can have, and left the base unchanged."""
+    """Check that an adapter has only low-rank matrices that fit this base, and did not change the base."""
     if (folder / CONFIG_FILE).is_file() and not (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(
-            "the folder has a whole model, and no adapter",
+            "the folder contains a whole model, not an adapter",
             where=_ADAPTER_KEY,
             got=str(folder),
-            remedy=f"write model.path={folder}, and for a new adapter 'model.adapter={{r: 16, alpha: 32}}'",
+            remedy=f"set model.path={folder}, and for a new adapter 'model.adapter={{r: 16, alpha: 32}}'",
         )
     adapter = read_model_json(folder / ADAPTER_CONFIG)
     other = [name for name in _OTHER_FORMS if adapter.get(name)]
@@ -295,9 +297,9 @@ def _check_form(folder: Path, config: ModelConfig) -> None:
     if adapter.get("ensure_weight_tying") and adapter.get("modules_to_save"):
         other.append("modules_to_save with ensure_weight_tying")
     if adapter.get("use_dora") and config.quantization is Quantization.int8:
-        other.append("DoRA on an 8-bit base, of which peft cannot compute the norms")
+        other.append("DoRA on an 8-bit base, whose norms peft cannot compute")
     if (init := str(adapter.get("init_lora_weights", True)).lower()).startswith(_CHANGES_BASE):
-        other.append(f"init_lora_weights: {init}, which has changed the weights of the base")
+        other.append(f"init_lora_weights: {init}, which changed the base's weights")
     if other:
         is_merged = adapter.get("peft_type") not in _UNMERGED_TYPES.split() and not any(
             map(adapter.get, _UNMERGED_FORMS)
@@ -306,26 +308,24 @@ def _check_form(folder: Path, config: ModelConfig) -> None:
 
 
 def _unsupported(folder: Path, got: str, *, is_merged: bool = True) -> ConfigError:
-    """Return the error of an adapter from which no training starts."""
+    """Return the error for an adapter that training cannot start from."""
     return ConfigError(
         "training cannot start from this kind of adapter",
         where=_ADAPTER_KEY,
         got=f"{folder}: {got}",
         expected="LoRA, rsLoRA or DoRA on linear layers, without biases; modules_to_save",
-        remedy=MERGE
-        if is_merged
-        else "name another adapter: peft cannot merge this kind into its base, with which it stays apart",
+        remedy=MERGE if is_merged else "name another adapter: peft cannot merge this kind into its base",
     )
 
 
 def base_notes(config: ModelConfig, adapter: Path | None) -> list[str]:
-    """Return a warning if an adapter names another base than `model.path`, by the last part of its name."""
+    """Return a warning if an adapter names another base than `model.path`; folders above are ignored."""
     content = {} if adapter is None else read_model_json(adapter / ADAPTER_CONFIG)
     named = str(content.get("base_model_name_or_path") or "")
     base, current = (Path(path).expanduser().resolve().name.lower() for path in (named, config.path))
     if not named or base == current:
         return []
     return [
-        f"warning: the adapter {adapter} was trained on {named}, model.path is {config.path}; on other "
-        "weights than its own an adapter is noise"
+        f"warning: the adapter {adapter} was trained on {named}, but model.path is {config.path}: on another "
+        "base's weights an adapter is noise"
     ]

@@ -56,10 +56,10 @@ from dpo_dist.model.packed import PackedCausalLM
 log = logging.getLogger(__name__)
 
 TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16, Dtype.fp32: torch.float32}
-# An implementation with a slash, by itself or by part of the model.
+# A kernel on the Hub (its name has a slash), for the whole model or for parts of it.
 _KERNEL = re.compile(r'"\w*_implementation"\s*:\s*("[^"]*/[^"]*"|\{[^}]*/[^}]*\})')
-# Names in files that transformers (5.23) mistakes under ZeRO-3, as patterns, and names that it maps right:
-# the final norm of DeepSeek-V4, as transformers saves it, would be that of compressed keys.
+# Patterns of tensor names that transformers (5.23) maps wrongly under ZeRO-3, and names that it maps right:
+# DeepSeek-V4's final norm would be loaded as the norm of compressed keys.
 _RENAMED = {"deepseek_v4": {r"^model\.norm\.": r"^norm\."}}
 
 
@@ -97,7 +97,7 @@ def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> A
 
 
 def _own_code_error(folder: Path, config: ModelConfig, key: str, file: str) -> ConfigError | None:
-    """Return the error of a folder that transformers cannot load without the code that `file` names."""
+    """Return the error for a folder that needs the Python code named in `file`; None if it names none."""
     is_read = not config.trust_remote_code and (folder / file).is_file()
     named = read_model_json(folder / file).get("auto_map") if is_read else None
     if not named:
@@ -133,9 +133,9 @@ def load_tokenizer(folder: Path, config: ModelConfig, key: str = "model.path") -
 def check_same_vocabulary(
     folder: Path, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, key: str = "reference.path"
 ) -> None:
-    """Check that the model of `key` has the policy's token ids, for the same tokens.
+    """Check that the model of `key` has the policy's vocabulary.
 
-    Without a tokenizer in its folder only the number of ids is compared.
+    If the model's folder has no tokenizer, only the number of token ids is compared.
     """
     vocabulary = tokenizer.get_vocab()
     ids = load_config(folder, config).get_text_config().vocab_size
@@ -159,9 +159,9 @@ def load_packed(
     key: str = "model.path",
     sequence: TokenExchange | None = None,
 ) -> PackedCausalLM:
-    """Return the model of `folder` with the chunked head, arranged as the record of its architecture says.
+    """Return the model of `folder` with the chunked head, in the arrangement recorded for its architecture.
 
-    Whether this is exact is for `exactness.StartCheck` to check. Under a ZeRO-3 loading context every process
+    `exactness.StartCheck` checks that this arrangement is exact. Under a ZeRO-3 loading context every process
     keeps only its shard. Dropout is off: policy and reference compute the same function (law L7).
 
     `max_length` is the longest prompt plus response in tokens, `sequence` the ranks that share the tokens of
@@ -183,17 +183,17 @@ def load_packed(
     if config.activation_offload:
         offload_inputs(causal_lm)
     model = PackedCausalLM(causal_lm, backend, fused, sequence, Arrangement.padded)
-    model.start_as(recorded_arrangement(text.model_type), max_length)
+    model.arrange_as_recorded(recorded_arrangement(text.model_type), max_length)
     return model
 
 
 def without_weights(
     model_config: Any, config: ModelConfig, start: Path | None = None, *, keeps_others: bool = False
 ) -> Any:
-    """Return the policy's transformers model on the meta device, with the adapter that it trains.
+    """Return the policy's transformers model on the meta device, with its adapter.
 
-    So the options that name its layers and modules are checked before weights are read. `keeps_others`: with
-    the parts that text does not use, frozen.
+    Options that name layers and modules are so checked before weights are read. `keeps_others` keeps the
+    parts that text does not use, frozen.
     """
     kind = auto_class(model_config, config.trust_remote_code)
     try:
@@ -218,7 +218,7 @@ def without_weights(
 
 def _no_text_model(model_config: Any, reason: str) -> ConfigError:
     return ConfigError(
-        "this model has no part that continues text from text alone, or its config.json is wrong",
+        "this model cannot continue text from text alone, or its config.json is wrong",
         where="model.path",
         got=f"{model_config.model_type}: {reason}",
         expected="a causal language model, or a model of images and text with one text decoder",
@@ -235,26 +235,26 @@ def load_weights(
     key: str = "model.path",
     kind: Any = None,
 ) -> Any:
-    """Return the model of `folder`, with every weight read and none left at random.
+    """Return the model of `folder` with every weight read from its files, none left at random values.
 
-    A language model, the default `kind`, is without the parts that text does not use.
+    By default a language model is loaded, without the parts that text does not use; `kind` is another class.
     """
     check_precision(config.dtype, device)
     shapes = check_contents(folder, model_config, config, key=key, kind=kind)
     is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
     with _loading_errors(folder, key), transposed_by(shapes):
         causal_lm, report = _load(folder, model_config, config, kind, **placement(config, device))
-    # transformers maps names in files in another way where it shards.
+    # Under ZeRO-3, transformers maps names in files in another way.
     _check_missing(report, folder, key, "; or set parallelism.kind=zero2 or ddp" if is_sharded else "")
     if not is_sharded and config.quantization is None:
         _freeze_as_defined(causal_lm)
     if kind is None:
         keep_text(causal_lm)
     for module in causal_lm.modules():
-        # A padding token has no gradient, and may also end texts. Tables of positions begin after it.
+        # A padding token gets no gradient, but it may also end texts. Tables of positions need the index.
         if isinstance(module, nn.Embedding) and "Position" not in type(module).__name__:
             module.padding_idx = None
-        # Else bitsandbytes repacks 4-bit weights for CPUs when it scores: they pass no gradients.
+        # Otherwise bitsandbytes repacks 4-bit weights for CPUs in evaluation, and they pass no gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     _keep_evaluating(causal_lm)
@@ -268,11 +268,11 @@ def check_contents(
 ) -> dict[str, torch.Size]:
     """Check that a folder has the weights that its config.json describes, and return their shapes by name.
 
-    Reads only tensors that config.json ties into one weight: if they differ, ZeRO-3 and peft would make
-    another model of them than others do.
+    Only tensors that config.json ties are read: if two tied tensors differ, ZeRO-3 and peft would load
+    another model than other programs.
     """
     with _loading_errors(folder, key):
-        with unsharded(), _no_progress():  # ZeRO-3 reports less
+        with unsharded(), _no_progress():  # under ZeRO-3 the report has fewer mistakes
             shapes = {"device_map": "meta", "ignore_mismatched_sizes": True}
             causal_lm, report = _load(folder, model_config, config, kind, **shapes)
         differing = _differing_ties(causal_lm, folder, TORCH_DTYPES[config.dtype])
@@ -296,10 +296,10 @@ def check_contents(
         one, other = differing
         part = "" if causal_lm.config.model_type == model_config.model_type else " (in its text_config)"
         raise ConfigError(
-            "config.json makes two weights one, and the files have a different tensor for each",
+            "config.json ties two weights, but the weight files have a different tensor for each",
             where=key,
             got=f"{folder}: {one} and {other}, with tie_word_embeddings true",
-            expected="one of the two, or two that are equal",
+            expected="one tensor, or two equal tensors",
             remedy=f"set tie_word_embeddings to false in config.json{part}, so that both are used; or remove "
             f"{one} from the weight files",
         )
@@ -317,14 +317,14 @@ def _check_missing(report: dict[str, Any], folder: Path, key: str, also: str = "
 
 
 def check_contents_at_hand(folder: Path, config: ModelConfig, key: str = "model.path") -> None:
-    """Run `check_contents` if the weights are there: a description from the hub comes without them."""
+    """Run `check_contents` if the weight files are local; a description from the hub comes without them."""
     files = weight_files(folder)
     if files and all(file.is_file() for file in files):
         check_contents(folder, load_config(folder, config, key), config, key=key)
 
 
 def _load(folder: Path, model_config: Any, config: ModelConfig, kind: Any, **options: Any) -> Any:
-    """Return what `from_pretrained` loads, and its report."""
+    """Return the model that `from_pretrained` loads, and its loading report."""
     return (kind or auto_class(model_config, config.trust_remote_code)).from_pretrained(
         folder,
         config=model_config,
@@ -343,7 +343,7 @@ def _loading_errors(folder: Path, key: str) -> Iterator[None]:
         yield
     except Exception as error:  # an architecture's constructor can raise anything
         if getattr(error, "filename", None) is None and (full := disk_error(error)):
-            raise full from error  # the log file, which the progress of loading fills, is full
+            raise full from error  # the disk is full: the log file takes no more of the loading progress
         raise ConfigError(
             "the model cannot be loaded",
             where=key,
@@ -364,9 +364,9 @@ def _no_progress() -> Iterator[None]:
 
 
 def _differing_ties(causal_lm: Any, folder: Path, dtype: torch.dtype) -> tuple[str, str] | None:
-    """Return the names in the weight files of two weights that are tied but differ.
+    """Return the names, in the weight files, of two tied weights that differ; None if no tied weights do.
 
-    `causal_lm` is on the meta device, with all tensors of the files: equal ones are not one weight yet.
+    `causal_lm` is on the meta device and has a weight for each tensor of the files, also for tied ones.
     """
     weight, ties = causal_lm.get_parameter_or_buffer, causal_lm.all_tied_weights_keys
     apart = [(one, other) for one, other in ties.items() if weight(one) is not weight(other)]
@@ -391,7 +391,7 @@ def _differing_ties(causal_lm: Any, folder: Path, dtype: torch.dtype) -> tuple[s
 
 
 def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
-    """Return arguments of `from_pretrained`: unsharded weights go directly to a GPU, or are quantized."""
+    """Return arguments of `from_pretrained` that quantize weights, or load unsharded ones on a GPU."""
     if config.quantization is not None:
         nf4 = config.quantization is Quantization.nf4
         quantized = BitsAndBytesConfig(
@@ -407,7 +407,7 @@ def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
 
 
 def _keep_evaluating(causal_lm: Any) -> None:
-    """Keep routers that sample experts while training in evaluation mode, whatever the model's mode."""
+    """Keep routers that sample experts in training in evaluation mode, also when the model trains."""
     router, _ = SAMPLING_ROUTERS.get(causal_lm.config.get_text_config().model_type, ("", ""))
     for name, module in causal_lm.named_modules():
         if router and name.endswith(f".{router}"):
@@ -418,7 +418,7 @@ def _keep_evaluating(causal_lm: Any) -> None:
 def _freeze_as_defined(causal_lm: Any) -> None:
     """Freeze the weights that an architecture does not train, such as the biases of ERNIE's routers.
 
-    transformers makes every weight trainable that it reads, except under ZeRO-3.
+    transformers makes every weight that it reads trainable, except under ZeRO-3.
     """
     with torch.device("meta"):
         defined = type(causal_lm)(causal_lm.config)
@@ -431,7 +431,7 @@ def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path, key:
     """Check that the architecture reads all tensors that the files contain for its modules.
 
     Tensors of modules that the model does not have (a value head, layers that predict further tokens) are
-    only logged: log-probs do not depend on them. Layers beyond those that config.json counts are an error.
+    only logged: log-probs do not depend on them. Layers beyond config.json's number of layers are an error.
     """
     modules = dict(causal_lm.named_modules())
     # Layers that predict further tokens follow the others in the same list (DeepSeek-V3, GLM-4.5).

@@ -1,4 +1,4 @@
-"""Write model folders: what was trained, an adapter merged into its base, a mean of several models."""
+"""Write model folders: trained weights, an adapter merged into its base, the mean of several models."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ from dpo_dist.model.library_internals import ignored_patterns
 from dpo_dist.model.lora import TRAINED
 
 _KEY = "export.average"
-# How a model reads images and sounds.
+# The files that describe how a model reads images and sounds.
 _PROCESSORS = "*processor_config.json"
 _TOKENIZER_FILES = (
     "tokenizer*.json",
@@ -51,8 +51,8 @@ _TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
     "tokenization_*.py",
 )
-_NAME_OF_ADAPTER = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)")
-_REMEDY = "free disk space, or name another folder; the model of a run is written by the same command"
+_ADAPTER_NAME = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)")
+_REMEDY = "free disk space or name another folder, and run the same command again"
 
 
 def write_weights(
@@ -62,9 +62,9 @@ def write_weights(
     base: Path | None = None,
     changes: Mapping[str, object] | None = None,
 ) -> None:
-    """Write weights by transformers name in files of at most 5 GB, and a config.json.
+    """Write weights, named as in transformers, in files of at most 5 GB, and a config.json.
 
-    With `base`, keep its config.json, updated by `changes`.
+    With `base`, the config.json is the base's, updated by `changes`.
     """
     dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
     causal_lm.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
@@ -73,10 +73,10 @@ def write_weights(
 
 
 def _restore_description(folder: Path, base: Path, dtype: torch.dtype, changes: Mapping[str, object]) -> None:
-    """Give a model folder that transformers wrote the description of its base.
+    """Replace transformers' config.json and generation_config.json in a model folder by the base's.
 
-    If transformers wrote only the text model of a base that also reads images or sounds, config.json
-    stays that of transformers, with the base's dropout and noise, and no files about images are copied.
+    If transformers wrote only the text model of a base that also reads images or sounds, config.json stays
+    the one that transformers wrote, with the base's dropout and noise, and no files about images are copied.
     """
     file, generation = folder / CONFIG_FILE, folder / GENERATION_CONFIG_NAME
     written, original = json.loads(file.read_bytes()), json.loads((base / CONFIG_FILE).read_bytes())
@@ -95,7 +95,7 @@ def _restore_description(folder: Path, base: Path, dtype: torch.dtype, changes: 
 
 
 def write_description(file: Path, content: dict[str, Any], dtype: torch.dtype) -> None:
-    """Write config.json with `dtype`, also in the configuration of each part that names a precision."""
+    """Write config.json with `dtype`, also in the model's parts that name a precision."""
     content.pop("transformers_weights", None)  # names a file of the base
     name = str(dtype).removeprefix("torch.")
     for part in (content, *(value for value in content.values() if isinstance(value, dict))):
@@ -111,11 +111,11 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer to a model folder, which then has no other chat template than the tokenizer's."""
+    """Write a tokenizer to a model folder, and remove any other chat template from the folder."""
     tokenizer.save_pretrained(folder)
     file, name = folder / "processor_config.json", "chat_template"
     if file.is_file() and name in (content := json.loads(file.read_bytes())):
-        del content[name]  # transformers would prefer it
+        del content[name]  # transformers would prefer this template
         file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -127,9 +127,9 @@ def _copy_files(source: Path, folder: Path, *patterns: str) -> None:
 
 
 def write_adapter(folder: Path, causal_lm: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Write the trained adapter of a model from its weights by name, as peft reads it.
+    """Write a model's trained adapter in peft's format, from `weights` by name.
 
-    A weight with several names is in `weights` under the first, and in the file under each.
+    A weight with several names is in `weights` under the first name, and in the file under every name.
     """
     first: dict[nn.Parameter, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -146,8 +146,8 @@ def write_adapter(folder: Path, causal_lm: Any, weights: Mapping[str, Tensor], d
 
 
 def _name_in_file(name: str) -> str:
-    """Return the name in peft's files of a weight of a model: without the adapter's name."""
-    short = _NAME_OF_ADAPTER.sub("", name)
+    """Return a weight's name in peft's files, which lacks the adapter's name."""
+    short = _ADAPTER_NAME.sub("", name)
     return short.removesuffix(".weight") if ".lora_magnitude_vector" in short else short
 
 
@@ -165,7 +165,7 @@ def writing_errors(folder: Path) -> Iterator[None]:
 def write_merged(
     folder: Path, base: Path, adapter: Path, dtype: torch.dtype | None, *, trust_remote_code: bool
 ) -> None:
-    """Write the model in `base` with the LoRA adapter in `adapter` merged, by default in its own dtype.
+    """Merge the LoRA adapter in `adapter` into the model in `base` and write it, by default in its dtype.
 
     The whole model is in host memory in float32, so that sums are rounded once.
     """
@@ -200,7 +200,7 @@ def ignored_tensors(causal_lm: Any, base: Path, dtype: torch.dtype) -> dict[str,
     modules = {name.removeprefix(prefix) for name, _ in causal_lm.named_modules()}
 
     def is_ignored(name: str) -> bool:
-        # The patterns match weights that are read, too: `attn.bias` in c_attn.bias, layer 46 of 92.
+        # The patterns also match weights that are read: `attn.bias` in c_attn.bias, layer 46 of 92.
         layer = re.match(r".*?\.\d+(?=\.)", name.removeprefix(prefix))
         return any(re.search(each, name) for each in patterns) and not (layer and layer[0] in modules)
 
@@ -217,10 +217,10 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def write_mean(folder: Path, members: Sequence[tuple[float, Path]], dtype: torch.dtype | None) -> None:
-    """Write the float32 mean of whole models of one kind, with the other files of the first.
+    """Write the mean of whole models of one kind, computed in float32, with the first model's other files.
 
-    Equal weights stay what they are. The coefficients of `members` have the sum 1. Without a dtype, weights
-    have the first model's.
+    The coefficients in `members` sum to 1. Equal weights do not change. Without `dtype`, each weight has the
+    first model's dtype.
     """
     (_, first), *others = members
     for member in (path for _, path in members):
@@ -235,11 +235,11 @@ def write_mean(folder: Path, members: Sequence[tuple[float, Path]], dtype: torch
         differing += [name for name in base.keys() & other.keys() if base[name].shape != other[name].shape]
         if differing or _kind(member) != kind:
             raise ConfigError(
-                "a member of the average is a model of another kind or of other sizes",
+                "the models to average differ in kind or in sizes",
                 where=_KEY,
                 got=f"{member}: {min(differing, default=_kind(member))}",
                 expected=f"a model as in {first}",
-                remedy="name models that were trained from one model",
+                remedy="name models that were trained from the same model",
             )
         for name, total in mean.items():  # not in place: `base` shares float32 weights
             mean[name] = total + coefficient * (other[name].float() - base[name].float())

@@ -1,4 +1,4 @@
-"""The tokens that end a response, and generation_config.json, by which others stop at them."""
+"""The tokens that end a response: from the chat template, and from and to generation_config.json."""
 
 import contextlib
 import json
@@ -19,11 +19,11 @@ _STOPS = "eos_token_id"
 
 
 def find_stop_ids(tokenizer: Tokenizer, data: DataConfig, folder: Path, key: str) -> frozenset[int]:
-    """Return every token that ends a response, by training or the model's folder. Raises ConfigError."""
-    stop_ids = frozenset({*given_stops(folder), *trained_stops(tokenizer, data)})
+    """Return the ids of all tokens that end a response in training or by the model's folder; may raise."""
+    stop_ids = frozenset({*folder_stops(folder), *trained_stops(tokenizer, data)})
     if not stop_ids:
         raise ConfigError(
-            "the tokenizer has no token that ends a response",
+            "the tokenizer and the model's folder name no token that ends a response",
             where=key,
             got=str(folder),
             remedy="set eos_token in tokenizer_config.json",
@@ -32,7 +32,7 @@ def find_stop_ids(tokenizer: Tokenizer, data: DataConfig, folder: Path, key: str
 
 
 def trained_stops(tokenizer: Tokenizer, data: DataConfig) -> list[int]:
-    """Return the tokens with which training ends texts, and turns if a template writes them."""
+    """Return the ids of the tokens that end texts in training, and of those that end a template's turns."""
     ends = {tokenizer.eos_token}
     with contextlib.suppress(ConfigError):  # the template cannot be used for training
         ends |= tokenizer_facts(tokenizer, data).stops
@@ -40,14 +40,14 @@ def trained_stops(tokenizer: Tokenizer, data: DataConfig) -> list[int]:
     return sorted(ids - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id}))
 
 
-def given_stops(folder: Path) -> list[int]:
-    """Return the tokens at which transformers and vLLM stop by the files of a model folder."""
-    given: Any = _read_settings(folder).get(_STOPS)
-    return given if isinstance(given, list) else [] if given is None else [given]
+def folder_stops(folder: Path) -> list[int]:
+    """Return the ids of the tokens at which transformers and vLLM stop, from a model folder's files."""
+    ids: Any = _read_settings(folder).get(_STOPS)
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """Return the content of generation_config.json; without it, what transformers reads from config.json."""
+    """Return generation_config.json; without it, the settings that transformers finds in config.json."""
     if (folder / GENERATION_CONFIG_NAME).is_file():
         return read_model_json(folder / GENERATION_CONFIG_NAME)
     if not (folder / CONFIG_FILE).is_file():
@@ -56,23 +56,23 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 def write_stops(folder: Path, base: Path, stops: Collection[int]) -> None:
-    """Add `stops` to those of the base in the generation_config.json of a written folder.
+    """Write generation_config.json with the base's settings, and `stops` added to the base's stop tokens.
 
-    The other settings are the base's. Nothing is written if it stops at them, but into an adapter's folder:
-    its card says how to use the file there.
+    If the base already stops at all of them, nothing is written, except to an adapter's folder, where the
+    card tells how to use the file.
     """
-    settings, given = _read_settings(base), given_stops(base)
+    settings, given = _read_settings(base), folder_stops(base)
     if set(stops) <= set(given) and not is_adapter(folder):
         return
-    settings.pop("_from_model_config", None)  # older transformers would read config.json in its place
+    settings.pop("_from_model_config", None)  # with it, older transformers read config.json instead
     content = settings | {_STOPS: list(dict.fromkeys([*given, *stops]))}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     (folder / GENERATION_CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
 def stop_notes(tokenizer: Tokenizer, data: DataConfig, folder: Path) -> list[str]:
-    """Return a line if a base does not stop where training ends its turns or texts."""
-    given = given_stops(folder)
+    """Return a note if the base does not stop at every token that ends turns or texts in training."""
+    given = folder_stops(folder)
     missing = [stop for stop in trained_stops(tokenizer, data) if stop not in given]
 
     def named(ids: Collection[int]) -> str:

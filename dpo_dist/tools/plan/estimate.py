@@ -239,7 +239,7 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     gpus, model, text = machine.gpus, config.model, causal_lm.config.get_text_config()
     prompt, response = PROMPT_SHARE * data.tokens, data.targets / 2
     attended = prompt**2 / 2 + 2 * response * (prompt + response / 2)
-    work = data.pairs * step_flops(causal_lm).of(round(data.tokens), round(data.targets), round(attended))
+    work = data.pairs * step_flops(causal_lm).step(round(data.tokens), round(data.targets), round(attended))
     useful, again = work / (gpus * machine.flops), recomputed_share(model)
     useful *= _EXPERTS if visited_experts(text) else 1.0
     forward = useful / (3 if model.adapter is None else 2)

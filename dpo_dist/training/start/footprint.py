@@ -25,10 +25,10 @@ from dpo_dist.config.schema import (
     RunConfig,
     TrainerConfig,
 )
-from dpo_dist.distributed.zero import STATES_OF_ADAM
+from dpo_dist.distributed.zero import STATES_PER_MASTER
 from dpo_dist.foundation.text import size
 from dpo_dist.model.architectures import recorded_arrangement
-from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, heads_of_layers
+from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, layer_heads
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import visited_experts
 from dpo_dist.model.layers import decoder_layers, layer_values
@@ -114,7 +114,7 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
 
 def state_bytes(optim: OptimConfig, trainer: TrainerConfig) -> float:
     """Return the bytes of a trained weight in master weights and optimizer states, as in a checkpoint."""
-    return 4.0 * (1 + STATES_OF_ADAM[optim.kind] + (trainer.ema_decay is not None))
+    return 4.0 * (1 + STATES_PER_MASTER[optim.kind] + (trainer.ema_decay is not None))
 
 
 def fit_micro_batches(run: Run, causal_lm: Any) -> None:
@@ -166,7 +166,7 @@ def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
     if (kept := _kept_bytes(causal_lm)) is None:
         return None
     number, hidden = int(causal_lm.dtype.itemsize), int(text.hidden_size)
-    shapes = heads_of_layers(text)
+    shapes = layer_heads(text)
     attention: float = sum(
         number * (heads.query * heads.dim + KEYS_PER_TOKEN * heads.key * (heads.dim + heads.value_dim))
         + 4 * heads.query

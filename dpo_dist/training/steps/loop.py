@@ -180,9 +180,9 @@ class Loop:
 
     def _flops(self, batch: RankBatch, partners: RankBatch | None) -> float:
         flops = self.inputs.flops
-        counted = flops.of(batch.tokens, batch.targets, batch.attended)
+        counted = flops.step(batch.tokens, batch.targets, batch.attended)
         if partners is not None:
-            counted += flops.of_forward(partners.tokens, partners.targets, partners.attended)
+            counted += flops.forward(partners.tokens, partners.targets, partners.attended)
         return counted
 
     def _say_skipped(

@@ -26,7 +26,7 @@ CASES = [
             ("LOCAL_RANK=,", {"RANK": "0", "WORLD_SIZE": "2"} | LOCAL),
         )
     ),
-    Case("attention kernel without a GPU", "model.dtype=bf16 model.attention=varlen", "runs on CUDA only",
+    Case("attention kernel without a GPU", "model.dtype=bf16 model.attention=varlen", "runs only on CUDA",
          "model.attention", "varlen on cpu", "sdpa", "model.attention=auto", joins=True),
 ]
 # fmt: on

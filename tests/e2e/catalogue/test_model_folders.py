@@ -149,7 +149,7 @@ CASES = [
          before=edited("config.json", vocab_size=700), joins=True, to_do="correct config.json (vocab_size)"),
     Case("adapter that is missing", "'model.adapter={path: ./nowhere}'", "neither a local folder",
          "model.adapter.path", "./nowhere", to_do="check the path"),
-    Case("whole model as adapter", "'model.adapter={path: model}'", "a whole model, and no adapter",
+    Case("whole model as adapter", "'model.adapter={path: model}'", "a whole model, not an adapter",
          "model.adapter.path", "model", to_do="model.path=model"),
 ]
 # fmt: on

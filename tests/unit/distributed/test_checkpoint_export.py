@@ -152,7 +152,7 @@ def test_a_damaged_or_foreign_checkpoint_writes_nothing(base: Path, tmp_path: Pa
     config = run_of(base)
     checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
     other = replace(config, model=replace(config.model, adapter=AdapterConfig(r=2)))
-    with pytest.raises(CheckpointError, match="are not those that this configuration trains"):
+    with pytest.raises(CheckpointError, match="are not the ones that this configuration trains"):
         export_checkpoint(checkpoint, tmp_path / "out", other)
     (victim, *_) = checkpoint.rglob("*.safetensors")
     content = bytearray(victim.read_bytes())
@@ -314,7 +314,7 @@ def test_a_member_that_is_another_model_or_cut_is_refused(tmp_path: Path) -> Non
         write_family(tmp_path / "other family", "mistral"),
     )
     for other in others:
-        with pytest.raises(ConfigError, match="of another kind or of other sizes") as error:
+        with pytest.raises(ConfigError, match="differ in kind or in sizes") as error:
             write_mean(tmp_path / "out", [(0.5, base), (0.5, other)], None)
         assert error.value.got.startswith(f"{other}: ")
     os.truncate(others[0] / "model.safetensors", 100_000)
@@ -492,7 +492,7 @@ def test_with_a_template_of_the_run_the_written_model_has_no_other(
 
 @pytest.mark.parametrize("model_type", ["florence2", "siglip"])
 def test_a_model_that_writes_no_text_alone_is_refused_as_such(model_type: str) -> None:
-    with pytest.raises(ConfigError, match="no part that continues text"):
+    with pytest.raises(ConfigError, match="cannot continue text"):
         without_weights(AutoConfig.for_model(model_type), ModelConfig("m"))
 
 

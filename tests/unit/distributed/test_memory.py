@@ -126,7 +126,7 @@ def test_memory_that_was_taken_before_needs_no_room(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(host_copy, "available_memory", lambda: 0)
     copy = HostCopy(CPU)
     assert not copy.has_room(slices(), ALONE)
-    copy.of(slices())
+    copy.fill(slices())
     assert copy.has_room(slices(), ALONE)
 
 

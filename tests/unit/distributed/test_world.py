@@ -74,7 +74,7 @@ def test_a_launch_without_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("gpus", "variables", "error"),
     [
-        (0, {"CUDA_VISIBLE_DEVICES": "0"}, "GPUs are asked for, and PyTorch finds none"),
+        (0, {"CUDA_VISIBLE_DEVICES": "0"}, "CUDA_VISIBLE_DEVICES names GPUs, but PyTorch finds none"),
         (2, {"LOCAL_WORLD_SIZE": "3"}, "there are more processes than GPUs on this host"),
         (2, {"LOCAL_WORLD_SIZE": "2"}, ""),
         (0, {"CUDA_VISIBLE_DEVICES": "-1"}, ""),

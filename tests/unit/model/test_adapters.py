@@ -135,11 +135,11 @@ def test_one_of_two_modules_that_share_a_weight_is_refused(folder: Path, tmp_pat
     if not load(folder).causal_lm.config.tie_word_embeddings:
         assert len(saved_names(adapted(folder, modules_to_save=["lm_head"]))) == 1
         return
-    with pytest.raises(ConfigError, match="share their weight") as refused:
+    with pytest.raises(ConfigError, match="share a weight") as refused:
         adapted(folder, modules_to_save=["lm_head"])
     assert refused.value.expected == "model.embed_tokens and lm_head"
     sft = write_sft_adapter(folder, tmp_path / "sft", modules_to_save=["lm_head"])
-    with pytest.raises(ConfigError, match="share their weight"):
+    with pytest.raises(ConfigError, match="share a weight"):
         adapted(folder, sft)
 
 
@@ -164,12 +164,16 @@ def test_keys_of_an_adapter_that_is_continued_are_refused(base: Path, sft: Path)
 @pytest.mark.parametrize(
     ("values", "message", "remedy"),
     [
-        ({"peft_type": "IA3"}, "IA3", "merge it"),
+        ({"peft_type": "IA3"}, "IA3", "merge the adapter"),
         ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING", "peft cannot merge"),
         ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens", "peft cannot merge"),
-        ({"target_parameters": ["experts.down_proj"]}, "target_parameters", "merge it"),
-        ({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, "ensure_weight_tying", "merge it"),
-        ({"init_lora_weights": "pissa_niter_4"}, "has changed the weights of the base", "merge it"),
+        ({"target_parameters": ["experts.down_proj"]}, "target_parameters", "merge the adapter"),
+        (
+            {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+            "ensure_weight_tying",
+            "merge the adapter",
+        ),
+        ({"init_lora_weights": "pissa_niter_4"}, "changed the base's weights", "merge the adapter"),
     ],
 )
 def test_other_kinds_are_refused(
@@ -197,7 +201,7 @@ def test_an_adapter_with_other_weights_or_none_is_refused(base: Path, sft: Path,
     (sft / "adapter_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ConfigError, match="cannot be read"):
         start_folder(config_of(base, sft))
-    with pytest.raises(ConfigError, match="a whole model, and no adapter"):
+    with pytest.raises(ConfigError, match="a whole model, not an adapter"):
         start_folder(config_of(base, base))
 
 
@@ -217,7 +221,7 @@ def test_another_base_than_the_adapters_own_is_said(named: str, base: Path, sft:
     for same in (f"org/{base.name.upper()}", f"{sft.parent}/link", "", None):
         assert base_notes(config, changed(sft, base_model_name_or_path=same)) == []
     (note,) = base_notes(config, changed(sft, base_model_name_or_path=named))
-    assert f"was trained on {named}, model.path is {base}" in note
+    assert f"was trained on {named}, but model.path is {base}" in note
     assert base_notes(ModelConfig(path=str(base)), None) == []
 
 

@@ -188,7 +188,7 @@ def test_a_window_that_the_mask_lacks_is_an_error() -> None:
     causal_lm = windowed("gpt_oss", 20)
     causal_lm.model.layers[0].self_attn.sliding_window = 4
     for lengths in (SHAPES, [(2, 2, 1)]):  # also of short sequences, so that the check at start finds it
-        with pytest.raises(ValueError, match="its mask does not have"):
+        with pytest.raises(ValueError, match="is not the window of its mask"):
             packed(causal_lm)(pack_unkeyed(random_pairs(lengths)))
 
 
@@ -219,7 +219,7 @@ def test_more_tokens_than_the_model_has_positions_are_a_warning() -> None:
     config = tiny_config("qwen3", max_position_embeddings=64)
     assert training_notes(config, 65) == []
     (note,) = training_notes(config, 66)
-    assert note.startswith("warning: data.max_length=66 is more than the 64 positions of the model")
+    assert note.startswith("warning: data.max_length=66 is more than the model's 64 positions")
 
 
 # Rotary frequencies are those of each response alone with its prompt, in a model that has seen no other.
@@ -262,8 +262,8 @@ def check_as_new(causal_lm: Any, pairs: list[Example]) -> None:
     expected, expected_gradients = expected_values(causal_lm, pairs)
     model = packed(causal_lm).train()
     longest = max(len(pair.prompt_ids) + len(response) for pair in pairs for response in pair.responses)
-    model.start_as(Arrangement.packed, longest)
-    assert (model.arrangement is Arrangement.single) is model.mixes_lengths(longest)
+    model.arrange_as_recorded(Arrangement.packed, longest)
+    assert (model.arrangement is Arrangement.single) is model.exceeds_rope_limit(longest)
     for _ in range(2):  # whatever the forward before was
         logps = model(pack_unkeyed(pairs))
         assert (logps - expected).norm() <= 1e-6 * expected.norm()
@@ -281,7 +281,7 @@ def test_samples_are_drawn_as_by_transformers(rope_type: str) -> None:
     ids = torch.arange(3, 3 + LIMIT + 4)[None]
     expected = copy.deepcopy(causal_lm)(ids).logits
     model = packed(causal_lm)
-    model.start_as(Arrangement.packed, 29)
+    model.arrange_as_recorded(Arrangement.packed, 29)
     model(pack_unkeyed(random_pairs([(20, 9, 3)])))
     with model.unpacked() as unpacked:
         torch.testing.assert_close(unpacked(ids).logits, expected, rtol=0, atol=1e-5)

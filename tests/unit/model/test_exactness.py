@@ -165,7 +165,7 @@ def test_fewer_learned_positions_than_tokens_are_refused(model_type: str, comput
     if computes:
         settled(model, 65)
     else:
-        refused("fewer positions", lambda: settled(model, 65))
+        refused("too few positions", lambda: settled(model, 65))
 
 
 SINKS = {"num_local_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 64, "sliding_window": 16}

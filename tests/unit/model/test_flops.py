@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma4TextConfig, LlamaConfig, MambaConfig
 
 from dpo_dist.config.schema import AdapterConfig, ModelConfig
-from dpo_dist.model.attention.kernels import Heads, heads_of_layers
+from dpo_dist.model.attention.kernels import Heads, layer_heads
 from dpo_dist.model.exactness import trial_examples
 from dpo_dist.model.files.load import without_weights
 from dpo_dist.model.flops import StepFlops, matmul_peak, step_flops
@@ -60,7 +60,7 @@ def test_flops_of_matrices_equal_pytorchs_count(model_type: str, own: dict[str, 
     model = packed(tiny_causal_lm(config))
     with FlopCounterMode(display=False) as counter:
         model(BATCH)
-    step = flops_of(model_type, **own).of(len(BATCH.input_ids), len(BATCH.targets), attended=0)
+    step = flops_of(model_type, **own).step(len(BATCH.input_ids), len(BATCH.targets), attended=0)
     assert step / 3 == products(counter)
 
 
@@ -74,11 +74,11 @@ def test_flops_of_an_adapter_equal_pytorchs_count(targets: Any) -> None:
     with FlopCounterMode(display=False) as counter:
         model(BATCH).sum().backward()
     step = step_flops(without_weights(config, ModelConfig(adapter=adapter)))
-    assert step.of(len(BATCH.input_ids), len(BATCH.targets), attended=0) == products(counter)
+    assert step.step(len(BATCH.input_ids), len(BATCH.targets), attended=0) == products(counter)
     with FlopCounterMode(display=False) as counter:
         model(BATCH)
-    assert step.of_forward(len(BATCH.input_ids), len(BATCH.targets), attended=0) == products(counter)
-    assert step.of_forward(0, 0, attended=3) == step.of(0, 0, attended=1)
+    assert step.forward(len(BATCH.input_ids), len(BATCH.targets), attended=0) == products(counter)
+    assert step.forward(0, 0, attended=3) == step.step(0, 0, attended=1)
 
 
 def test_a_step_by_hand() -> None:
@@ -89,7 +89,7 @@ def test_a_step_by_hand() -> None:
     assert flops.per_target == 6 * 32 * 97
     # Scores and values: 2 operations each for each of 32 numbers in two layers, and twice that backward.
     assert flops.per_attended == 3 * 2 * (2 * 32 + 2 * 32)
-    assert flops.of(10, 4, 30) == 10 * flops.per_token + 4 * flops.per_target + 30 * flops.per_attended
+    assert flops.step(10, 4, 30) == 10 * flops.per_token + 4 * flops.per_target + 30 * flops.per_attended
     # Four heads in two layers: scores over 4 + 4 dimensions, values of 6.
     assert flops_of("deepseek_v3").per_attended == 3 * 2 * 2 * 4 * (4 + 4 + 6)
 
@@ -103,14 +103,14 @@ def test_the_peak_is_a_rate_and_keeps_the_random_state() -> None:
 def test_options_of_each_layer_are_read() -> None:
     """Gemma 4 has larger heads without a window; transformers accepts options by layer for all."""
     gemma = Gemma4TextConfig(**SIZES | GEMMA_4)
-    assert heads_of_layers(gemma) == [Heads(4, 2, 8, 8), Heads(4, 2, 16, 16)]
+    assert layer_heads(gemma) == [Heads(4, 2, 8, 8), Heads(4, 2, 16, 16)]
     assert step_flops(without_weights(gemma, ModelConfig())).per_attended == 3 * 2 * 4 * (8 + 8 + 16 + 16)
     windows = {0: {"sliding_window": 60}, 1: {"num_key_value_heads": 1}}
     config = LlamaConfig(**SIZES, sliding_window=None, per_layer_config=windows)
     assert layer_values(config, "sliding_window") == [60, None]
     assert layer_values(config, "hidden_size") == [32]
-    assert heads_of_layers(config) == [Heads(4, 2, 8, 8), Heads(4, 1, 8, 8)]
-    assert heads_of_layers(MambaConfig()) == []
+    assert layer_heads(config) == [Heads(4, 2, 8, 8), Heads(4, 1, 8, 8)]
+    assert layer_heads(MambaConfig()) == []
     causal_lm = tiny_family("gemma4_text")
     causal_lm.config.sliding_window = 160
     first = trial_examples(causal_lm, 512)[0]

@@ -17,7 +17,7 @@ from dpo_dist.model.layers import decoder_layers
 from dpo_dist.model.library_internals import (
     adapter_state,
     apply_liger,
-    attention_of,
+    attention_name,
     can_choose_attention,
     flash_attention,
     ignored_patterns,
@@ -76,7 +76,7 @@ def test_a_class_says_which_tensors_it_does_not_read() -> None:
 def test_a_model_says_how_it_attends() -> None:
     llama, own = tiny_family("llama"), tiny_family("bloom")
     llama.set_attn_implementation("eager")
-    assert attention_of(llama) == "eager"
+    assert attention_name(llama) == "eager"
     assert (plain_attention(llama), plain_attention(own)) == ("sdpa", "eager")
     assert (can_choose_attention(llama), can_choose_attention(own)) == (True, False)
 

@@ -184,7 +184,7 @@ def test_a_head_of_its_own_beside_tied_embeddings_is_refused_unless_it_is_equal(
     assert causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight
     folder = written("other", plus=0.01)
     for config in (FP32, replace(FP32, quantization=Quantization.nf4)):
-        error = refused("makes two weights one", load, folder, config)
+        error = refused("ties two weights", load, folder, config)
         assert head in error.got
         assert error.got.count(".weight") == 2
     changed(folder / "config.json", tie_word_embeddings=False)  # the remedy

@@ -18,7 +18,7 @@ from dpo_dist.model.attention.kernels import check_kernel
 from dpo_dist.model.numerics import (
     check_precision,
     deterministic_kernels,
-    numerics_of,
+    numerics_profile,
 )
 from tests.support.kernels import flash_attn_varlen_func, put_kernels
 from tests.support.precision import HAS_FP16
@@ -28,16 +28,16 @@ FP32 = ModelConfig(dtype=Dtype.fp32)
 
 
 def test_a_profile_differs_where_log_probs_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    fp32 = numerics_of(FP32, AttentionBackend.sdpa, FusedLayers.none, CPU)
+    fp32 = numerics_profile(FP32, AttentionBackend.sdpa, FusedLayers.none, CPU)
     assert fp32["cpu"] == torch.backends.cpu.get_cpu_capability()
-    assert numerics_of(ModelConfig(), AttentionBackend.sdpa, FusedLayers.none, CPU) != fp32
-    assert numerics_of(FP32, AttentionBackend.varlen, FusedLayers.none, CPU) != fp32
-    assert numerics_of(FP32, AttentionBackend.sdpa, FusedLayers.compile, CPU) != fp32
+    assert numerics_profile(ModelConfig(), AttentionBackend.sdpa, FusedLayers.none, CPU) != fp32
+    assert numerics_profile(FP32, AttentionBackend.varlen, FusedLayers.none, CPU) != fp32
+    assert numerics_profile(FP32, AttentionBackend.sdpa, FusedLayers.compile, CPU) != fp32
     checkpointed = ModelConfig(dtype=Dtype.fp32, gradient_checkpointing="full")
-    assert numerics_of(checkpointed, AttentionBackend.sdpa, FusedLayers.none, CPU) == fp32
+    assert numerics_profile(checkpointed, AttentionBackend.sdpa, FusedLayers.none, CPU) == fp32
     for package in (torch, transformers):  # a patch release changes nothing
         monkeypatch.setattr(package, "__version__", f"{'.'.join(package.__version__.split('.')[:2])}.99")
-    assert numerics_of(FP32, AttentionBackend.sdpa, FusedLayers.none, CPU) == fp32
+    assert numerics_profile(FP32, AttentionBackend.sdpa, FusedLayers.none, CPU) == fp32
 
 
 def test_a_profile_names_every_kernel_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +50,7 @@ def test_a_profile_names_every_kernel_and_precision(monkeypatch: pytest.MonkeyPa
             name: value
             for device in (CPU, CUDA)
             for fused in (FusedLayers.liger, FusedLayers.compile)
-            for name, value in numerics_of(
+            for name, value in numerics_profile(
                 everything, AttentionBackend.flash_attention_2, fused, device
             ).items()
         }
@@ -92,7 +92,7 @@ def test_pytorch_cublas_and_flash_attn_use_deterministic_kernels(monkeypatch: py
     with deterministic_kernels(True):
         check_kernel(AttentionBackend.flash_attention_2, CPU, LlamaConfig(), torch.float32)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        assert numerics_of(FP32, AttentionBackend.sdpa, FusedLayers.none, CPU)["deterministic"] == "true"
+        assert numerics_profile(FP32, AttentionBackend.sdpa, FusedLayers.none, CPU)["deterministic"] == "true"
     assert (asked[0], asked[-1]) == (False, True)
 
 

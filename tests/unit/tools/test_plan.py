@@ -108,7 +108,9 @@ def test_seconds_of_a_step_in_which_gpus_wait_for_their_host(
 def test_training_is_three_forwards_and_what_is_computed_again() -> None:
     found = estimated("model.gradient_checkpointing=none")
     causal_lm = without_weights(AutoConfig.for_model("llama", **SHAPE), found.config.model)
-    useful = 12_800 * step_flops(causal_lm).of(700, 490, 210**2 // 2 + 2 * 245 * 210 + 245**2) / (8 * 989e12)
+    useful = (
+        12_800 * step_flops(causal_lm).step(700, 490, 210**2 // 2 + 2 * 245 * 210 + 245**2) / (8 * 989e12)
+    )
     assert found.computing == pytest.approx(useful, rel=1e-4)
     assert found.scoring == pytest.approx(useful / 3, rel=1e-4)
     assert found.launching == pytest.approx(STEPS * 4 * 1.2e-3)

@@ -36,7 +36,7 @@ from dpo_dist.model.files.folder import (
     tokenizer_folder,
 )
 from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
-from dpo_dist.model.files.stops import find_stop_ids, given_stops
+from dpo_dist.model.files.stops import find_stop_ids, folder_stops
 from dpo_dist.model.lora import TRAINED, add_saved
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.tools.shared.sampling.generate import NotFiniteError, Request, Sample, generate
@@ -89,7 +89,7 @@ def find_model(name: str, model: ModelConfig, store: Path, key: str) -> ModelSou
     files = digest_model(folder, store, remote_code=model.trust_remote_code)
     added = [] if adapter is None else sorted(adapter.glob("adapter_*"))
     parts = [files.digest, content_digest(added), tokenizer_digest(source.tokenizer_folder)]
-    parts += [f"ends with {token}" for token in sorted(given_stops(folder))]
+    parts += [f"ends with {token}" for token in sorted(folder_stops(folder))]
     return replace(source, digest=text_digest(" ".join(parts)))
 
 
