@@ -27,7 +27,7 @@ def list_versions(gpus: int) -> Iterator[Check]:
     import torch  # noqa: PLC0415  (slow)
     from torch.utils import collect_env  # noqa: PLC0415
 
-    from dpo_dist.training.start.directory import PACKAGES, package_versions  # noqa: PLC0415
+    from dpo_dist.training.start.environment import PACKAGES, package_versions  # noqa: PLC0415
 
     versions: dict[str, str | None] = {"python": sys.version.split()[0], "CUDA": torch.version.cuda}
     if gpus:

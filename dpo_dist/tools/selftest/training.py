@@ -24,6 +24,7 @@ from dpo_dist.tools.selftest.runs import (
     RunRows,
     quoted,
     run_python,
+    train_here,
     train_rows,
     usual_words,
     write_model,
@@ -146,8 +147,6 @@ def count_waits(out: Path) -> int:
     """Train in this process, and write how often the host waited in the last step."""
     import torch  # noqa: PLC0415  (slow)
 
-    from dpo_dist.tools.report.training import train_with_reports  # noqa: PLC0415
-
     waits, by_row, folder = 0, list[int](), out.parent
 
     def count(record: logging.LogRecord) -> bool:
@@ -160,7 +159,6 @@ def count_waits(out: Path) -> int:
     logging.getLogger("py.warnings").addFilter(count)
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(action="always"):
-        config = load_run_config(words, verb="train")
-        train_with_reports(config, on_row=lambda _row: by_row.append(waits))
+        train_here(words, on_row=lambda _row: by_row.append(waits))
     out.write_text(json.dumps(by_row[-1] - by_row[-2]))  # kernels have been chosen
     return ExitCode.completed

@@ -26,10 +26,10 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome
 from dpo_dist.foundation.exit import Errors, exit_after
 from dpo_dist.foundation.files import locked
-from dpo_dist.foundation.signals import SWEEP_VARIABLE, end_at_signals, stop_signals
+from dpo_dist.foundation.signals import SWEEP_VARIABLE, StopRequest, end_at_signals, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import counted, duration
-from dpo_dist.tools.report.training import train_with_reports
+from dpo_dist.training.start.preflight import checked_start
 from dpo_dist.training.start.resume import read_state
 
 Words = tuple[str, ...]
@@ -174,7 +174,7 @@ class Pool:
     def _start(self, words: Words) -> None:
         config, gpus = replace(self._points[words], sweep=SweepConfig()), self._free.pop(0)
         screen = self._folder.point_screen(RunFolder.of(config))
-        work: Callable[[], int] = partial(train_with_reports, config)
+        work: Callable[[], int] = partial(_train_point, config)
         if self._launcher is not None:
             work = partial(_become, command_of("train", config, screen.with_suffix(""), self._launcher))
         place = f"point {list(self._points).index(words) + 1} of {len(self._points)}"
@@ -210,6 +210,16 @@ def _run_point(work: Callable[[], int], errors: Errors, screen: Path, gpus: Sequ
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     exit_after(work, errors)
+
+
+def _train_point(config: RunConfig) -> int:
+    """Train as the verb `train` does, in this process; return the exit code."""
+    stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
+    with stop.listening(), checked_start(config, trains=True) as console:
+        from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415  (slow)
+        from dpo_dist.training.run import train  # noqa: PLC0415  (slow)
+
+        return train(config, console, stop, reporting())
 
 
 def _become(command: str) -> int:
