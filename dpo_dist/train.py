@@ -34,7 +34,7 @@ def main(config: RunConfig, on_row: Callable[[dict[str, float]], bool | None] | 
 def check(config: RunConfig) -> Iterator[str]:
     """Check everything that a training needs before it uses a GPU."""
     check_start(config, trains=True)
-    from dpo_dist.tools.plan.plans import plan_in_brief  # noqa: PLC0415  (slow)
+    from dpo_dist.tools.plan.make_plan import plan_in_brief  # noqa: PLC0415  (slow)
     from dpo_dist.training.start.check import dry_run  # noqa: PLC0415  (slow)
 
     yield dry_run(config, plan=plan_in_brief)

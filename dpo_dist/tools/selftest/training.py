@@ -126,7 +126,7 @@ def measure_speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
 
 def _planned_bytes(words: Sequence[str]) -> float:
     """Return the bytes on a GPU that `dpo-dist plan` computes, without CUDA's own; nothing is measured."""
-    from dpo_dist.tools.plan.plans import make_plan  # noqa: PLC0415  (slow)
+    from dpo_dist.tools.plan.make_plan import make_plan  # noqa: PLC0415  (slow)
 
     given = ["data.train=[-]", "plan.gpu=h100-80g", "plan.pairs=1000", "plan.tokens_per_pair=200"]
     plan = make_plan(load_run_config([*words, *given]), lambda *_: nullcontext(lambda *_: None))

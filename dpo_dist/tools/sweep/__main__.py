@@ -90,7 +90,7 @@ def check(points: Points) -> Iterator[str]:
     Points that load the same inputs are checked once. A point that loads others has lines about them.
     """
     check_points(points)
-    from dpo_dist.tools.plan.plans import plan_in_brief  # noqa: PLC0415  (slow)
+    from dpo_dist.tools.plan.make_plan import plan_in_brief  # noqa: PLC0415  (slow)
     from dpo_dist.training.start.check import dry_run, expected_start  # noqa: PLC0415  (slow)
 
     loaded = dict[str, list[str]]()

@@ -23,8 +23,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ConsoleStyle, RunConfig
 from dpo_dist.config.verb_sections import SweepConfig
 from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome
-from dpo_dist.foundation.exit import Errors, exit_after
+from dpo_dist.foundation.errors import ConfigError, ErrorPrinter, ExitCode, RunOutcome, exit_after
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.signals import SWEEP_VARIABLE, StopRequest, end_at_signals, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
@@ -180,7 +179,7 @@ class Pool:
         place = f"point {list(self._points).index(words) + 1} of {len(self._points)}"
         self._console.say(f"{' '.join(words)}: {place}, its screen is in {screen}")
         fork = multiprocessing.get_context("fork")
-        errors = Errors(is_json=config.console.style is ConsoleStyle.json)
+        errors = ErrorPrinter(is_json=config.console.style is ConsoleStyle.json)
         process: Any = fork.Process(target=_run_point, args=(work, errors, screen, gpus))
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
         start = screen.stat().st_size if screen.exists() else 0
@@ -197,7 +196,7 @@ class Pool:
                 os.killpg(running.process.pid, number)
 
 
-def _run_point(work: Callable[[], int], errors: Errors, screen: Path, gpus: Sequence[str]) -> None:
+def _run_point(work: Callable[[], int], errors: ErrorPrinter, screen: Path, gpus: Sequence[str]) -> None:
     """Do the work of a point and exit with its code; what it prints goes to the file `screen`."""
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)  # Ctrl-C reaches the sweep alone, which passes it on once
