@@ -70,7 +70,7 @@ def train_rows(
     """Return the rows of a training run and its error, if any; one to resume is kept without its rows."""
     run, program = RunFolder(folder / "run"), ["-m", "dpo_dist.train"]
     if name.endswith(WITHOUT_OVERLAP):
-        program = ["-m", "dpo_dist", "selftest", "--without-overlap"]
+        program = ["-m", "dpo_dist.tools.selftest", "--without-overlap"]
     error = run_python(name, [*program, *usual_words(folder, run), *words], gpus, code)
     rows: RunRows = [] if error else read_latest_rows(run)
     rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in COMPARED_METRICS)]

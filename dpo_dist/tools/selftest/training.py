@@ -136,7 +136,7 @@ def _planned_bytes(words: Sequence[str]) -> float:
 def check_waits(folder: Path) -> Iterator[Check]:
     """Count how often the host waits for the GPU in a step, as far as PyTorch's debug mode sees it."""
     name, out = "waits of the host", folder / "waits.json"
-    if error := run_python(name, ["-m", "dpo_dist", "selftest", "--waits", str(out)], 1):
+    if error := run_python(name, ["-m", "dpo_dist.tools.selftest", "--waits", str(out)], 1):
         yield failed_check(name, error)
         return
     found = json.loads(out.read_text())
