@@ -99,7 +99,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
         from dpo_dist.foundation.signals import StopRequest
         from dpo_dist.reference.engine import load_reference
         from dpo_dist.reference.fill import StoreFiller
-        from dpo_dist.tools.report.recorder import REPORTING
+        from dpo_dist.tools.report.recorder import reporting
         from dpo_dist.training import finish
         from dpo_dist.training import reference as reference_setup
         from dpo_dist.training import run as run_module
@@ -117,7 +117,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
             swaps.enter_context(swap(CheckpointSaver, "save"))
             swaps.enter_context(swap(finish, "export_checkpoint"))
         with measured.whole.running():
-            run_module.train(config, console, StopRequest(), REPORTING)
+            run_module.train(config, console, StopRequest(), reporting())
     if run.weighs_reference:
         measured.memory["peak while training"] = peak()
     metrics = run_dir / "dpo_metrics"

@@ -31,7 +31,7 @@ from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, fingerprint_folders, read_fingerprint
-from dpo_dist.tools.report.training import train_with_reports
+from dpo_dist.train import main as run_training
 from dpo_dist.training.reporting.metrics_log import read_rows
 
 __all__ = [
@@ -192,7 +192,7 @@ def train(
             faults.append(fault)
             return True
 
-    train_with_reports(config, stop_requested)
+    run_training(config, stop_requested)
     if faults:
         raise faults[0]
     return {"run_dir": str(config.run.dir), **read_summary(str(config.run.dir))}

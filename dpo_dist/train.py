@@ -5,27 +5,39 @@ The same command again resumes the run; `--check` checks that it can start; `--h
 
 from collections.abc import Callable, Iterator
 
-from dpo_dist.foundation.signals import end_at_signals
+from dpo_dist.foundation.signals import StopRequest, end_at_signals
 
 if __name__ == "__main__":
     end_at_signals()  # the imports take seconds, on a network file system more
 
 from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.tools.report.training import check_training, train_with_reports
+from dpo_dist.training.start.preflight import check_start, checked_start
 
 
 def main(config: RunConfig, on_row: Callable[[dict[str, float]], bool | None] | None = None) -> int:
     """Train `config`, from its last checkpoint if there is one; return the exit code.
 
-    `on_row`: see `api.train`.
+    `on_row`: see `api.train`; an exception of it ends the run at once.
     """
-    return train_with_reports(config, on_row)
+    check_needs(config, "train")
+    stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
+    with stop.listening(), checked_start(config, trains=True) as console:
+        # Slow, and what the imports print belongs in the log.
+        from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415
+        from dpo_dist.training.run import train  # noqa: PLC0415
+
+        return train(config, console, stop, reporting(on_row))
 
 
 def check(config: RunConfig) -> Iterator[str]:
     """Check everything that a training needs before it uses a GPU."""
-    return check_training(config)
+    check_start(config, trains=True)
+    from dpo_dist.tools.plan.make_plan import plan_in_brief  # noqa: PLC0415  (slow)
+    from dpo_dist.training.start.check import dry_run  # noqa: PLC0415  (slow)
+
+    yield dry_run(config, plan=plan_in_brief)
 
 
 if __name__ == "__main__":

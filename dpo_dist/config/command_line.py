@@ -33,8 +33,7 @@ from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, Dtype, Parallelism
 from dpo_dist.config.user_code import check_code_allowed, code_warnings, read_saved_yaml
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.console import console_on, warnings_off
-from dpo_dist.foundation.errors import ConfigError, ExitCode
-from dpo_dist.foundation.exit import Arguments, Errors, exit_after
+from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.process import check_launch, this_rank
 from dpo_dist.foundation.streams import print_result, printable_lines, reserve_output
@@ -220,12 +219,12 @@ def run_verb(
     module.
     """
     styles = [word.lstrip("+") for word in sys.argv[1:] if word.lstrip("+").startswith("console.style=")]
-    errors = Errors(styles[-1:] == [f"console.style={ConsoleStyle.json}"], this_rank())
+    errors = ErrorPrinter(styles[-1:] == [f"console.style={ConsoleStyle.json}"], this_rank())
     exit_after(lambda: _run(main, check, verb, errors), errors)
 
 
 def _run(
-    main: Callable[[Any], int], check: Callable[[Any], Iterator[str]] | None, verb: str, errors: Errors
+    main: Callable[[Any], int], check: Callable[[Any], Iterator[str]] | None, verb: str, errors: ErrorPrinter
 ) -> int:
     options = split_words(sys.argv[1:])
     text = _option_text(options, verb, sys.modules[main.__module__].__doc__ or "")

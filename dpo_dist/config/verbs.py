@@ -106,7 +106,10 @@ VERBS = {
         is_one_process=True,
     ),
     "selftest": Verb(
-        "dpo_dist.tools.selftest", "test this machine: kernels, ways of training, speeds", is_configured=False
+        "dpo_dist.tools.selftest",
+        "test this machine: kernels, ways of training, speeds",
+        is_configured=False,
+        is_one_process=True,  # it starts the others itself
     ),
     "store": Verb(
         "dpo_dist.verbs.store",
@@ -118,6 +121,7 @@ VERBS = {
         "dpo_dist.verbs.launch",
         "start a verb on several processes, with the arguments of accelerate launch",
         is_configured=False,
+        is_one_process=True,
     ),
 }
 EVERY_VERB = " ".join(name for name, verb in VERBS.items() if verb.is_configured)

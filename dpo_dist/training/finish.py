@@ -17,8 +17,8 @@ from dpo_dist.foundation.text import counted
 from dpo_dist.training.export import check_base, export_checkpoint
 from dpo_dist.training.reporting.metrics_log import final_and_best
 from dpo_dist.training.reporting.protocols import Recorder
-from dpo_dist.training.start.context import Run
-from dpo_dist.training.start.directory import package_versions
+from dpo_dist.training.start.environment import package_versions
+from dpo_dist.training.start.open_run import Run
 from dpo_dist.training.start.resume import RunState, read_state, write_state
 from dpo_dist.training.steps.loop import Loop
 from dpo_dist.training.steps.state import Position

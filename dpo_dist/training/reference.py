@@ -28,8 +28,8 @@ from dpo_dist.reference.digest import ModelFiles, check_same_numerics, model_lab
 from dpo_dist.reference.engine import SCORING_TOKENS_FACTOR, ReferenceProvider, load_reference, scored_model
 from dpo_dist.reference.fill import ENTRIES_PER_SHARD, FillReport, Scorer, StoreFiller
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, StoredLogps
-from dpo_dist.training.start.context import Run, open_run, say_header
 from dpo_dist.training.start.inputs import EvaluationInputs, load_inputs
+from dpo_dist.training.start.open_run import Run, open_run, say_header
 from dpo_dist.training.steps.step import Objective
 
 _CHECKED_PAIRS = 16

@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,15 +11,24 @@ from typing import Any
 import torch
 
 from dpo_dist.batching.plan import Arrangement, ComputeCosts
+from dpo_dist.config.load import to_yaml
 from dpo_dist.config.losses import Weighting
-from dpo_dist.config.schema import AttentionBackend, ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint.saver import Checkpoint, CheckpointSaver, reading_errors
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import AttentionBackend, ReferenceMode, Resume, RunConfig
+from dpo_dist.distributed.checkpoint.saver import (
+    Checkpoint,
+    CheckpointSaver,
+    latest_checkpoint,
+    reading_errors,
+    remove_unfinished,
+)
 from dpo_dist.distributed.checkpoint.slices import SlicedWeights
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine
 from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError
+from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError, warn_on_bug
+from dpo_dist.foundation.files import collect_abandoned, locked, recover_folder, write_text
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import counted, duration, percent
 from dpo_dist.model.attention.kernels import computed_by_segment
@@ -32,16 +42,19 @@ from dpo_dist.training.finish import finish, run_to_its_end
 from dpo_dist.training.reference import Reference, check_drift, describe_drift, prepare_reference, unstored
 from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.reporting.protocols import Recorder, Reporting
-from dpo_dist.training.start.context import Run, open_run, say_header
-from dpo_dist.training.start.directory import (
-    check_disk_room,
-    describe_run,
-    find_start,
-    lock_directory,
-    mark_started,
-)
+from dpo_dist.training.start.environment import describe_run
+from dpo_dist.training.start.footprint import check_disk_room
 from dpo_dist.training.start.inputs import Inputs, identify, load_inputs
-from dpo_dist.training.start.resume import RunState, check_identity, describe_change, write_state
+from dpo_dist.training.start.open_run import Run, open_run, say_header
+from dpo_dist.training.start.resume import (
+    RunState,
+    check_configuration,
+    check_fresh_start,
+    check_identity,
+    describe_change,
+    find_finished,
+    write_state,
+)
 from dpo_dist.training.steps.health import check_keep_best
 from dpo_dist.training.steps.loop import Loop
 from dpo_dist.training.steps.schedule import check_warmup
@@ -74,6 +87,34 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
                 return run_to_its_end(loop, position, reporting.run_card)
 
 
+@contextlib.contextmanager
+def lock_directory(run: Run) -> Iterator[None]:
+    """Lock the run directory until this start ends, and remove what a killed one was writing. Collective."""
+    folder, world = run.folder, run.world
+    with contextlib.ExitStack() as lock:
+        world.on_main(lambda: lock.enter_context(locked(folder.lock, "is training in this run directory")))
+        for written in (folder.path, folder.metrics, folder.samples, folder.logs, folder.wandb_id.parent):
+            world.on_main(partial(collect_abandoned, written))
+        world.on_main(partial(remove_unfinished, folder.checkpoints))
+        yield
+
+
+def find_start(run: Run) -> Checkpoint | RunState | None:
+    """Return the checkpoint to continue from, or the state of a run whose model is written; collective."""
+    identity, folder, world, resume = run.config.identity, run.folder, run.world, run.config.run.resume
+    checkpoint = None
+    if resume is not Resume.never:
+        world.on_main(partial(recover_folder, folder.model))
+        if finished := world.on_main(partial(find_finished, identity, folder)):
+            return finished
+        checkpoint = latest_checkpoint(folder.checkpoints, world)
+    if checkpoint is None:
+        world.on_main(partial(check_fresh_start, resume, folder))
+    else:
+        world.on_main(partial(check_configuration, checkpoint.state, identity, folder))
+    return checkpoint
+
+
 def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tuple[Inputs, RunState]:
     """Read the inputs, check them, then write the files of every start; collective."""
     config, world = run.config, run.world
@@ -101,6 +142,29 @@ def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tup
     pairs = counted(inputs.sampler.global_batch_pairs, config.loss.unit)
     run.say(f"training: {counted(steps, 'step')} of {pairs}{left}")
     return inputs, state
+
+
+def mark_started(
+    run: Run, environment: dict[str, Any], state: RunState, write_page: Callable[[RunFolder], object]
+) -> None:
+    """Record that a run trains, after all checks, and remove the summary of an earlier start; collective.
+
+    A run that starts at step 0 also removes samples, which may be of another model.
+    """
+    folder = run.folder
+
+    def work() -> None:
+        write_text(folder.config, to_yaml(run.config))
+        write_text(folder.environment, json.dumps(environment, indent=2) + "\n")
+        write_state(folder, state)
+        if not state.step:
+            shutil.rmtree(folder.samples, ignore_errors=True)
+        if folder.summary.exists():
+            folder.summary.unlink()
+            with warn_on_bug(folder.report.name, run.say):
+                write_page(folder)
+
+    run.write(work)
 
 
 def _set_up(

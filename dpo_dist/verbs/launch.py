@@ -6,7 +6,7 @@ gives a run that is stopped the time to save.
 
 import sys
 
-from dpo_dist.foundation.exit import exit_after
+from dpo_dist.foundation.errors import exit_after
 from dpo_dist.foundation.signals import end_at_signals
 
 if __name__ == "__main__":

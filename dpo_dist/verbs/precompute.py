@@ -3,7 +3,7 @@
 Takes the configuration of the training run, or finds it in `run.dir`; only missing log-probs are computed.
 """
 
-from functools import partial
+from collections.abc import Iterator
 
 from dpo_dist.foundation.signals import StopRequest, end_at_signals
 
@@ -13,8 +13,7 @@ if __name__ == "__main__":
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.tools.report.training import check_training
-from dpo_dist.training.start.preflight import checked_start
+from dpo_dist.training.start.preflight import check_start, checked_start
 
 
 def main(config: RunConfig) -> int:
@@ -27,5 +26,13 @@ def main(config: RunConfig) -> int:
         return precompute(config, console, stop)
 
 
+def check(config: RunConfig) -> Iterator[str]:
+    """Check everything that `main` needs before it uses a GPU."""
+    check_start(config)
+    from dpo_dist.training.start.check import dry_run  # noqa: PLC0415  (slow)
+
+    yield dry_run(config, trains=False)
+
+
 if __name__ == "__main__":
-    run_verb(main, partial(check_training, trains=False), verb="precompute")
+    run_verb(main, check, verb="precompute")

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from dpo_dist.foundation.errors import ConfigError, ExitCode
-from dpo_dist.foundation.exit import Arguments, exit_after
+from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.files import collect_abandoned, temporary_name
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.foundation.text import counted, size

@@ -38,7 +38,7 @@ from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference import engine
 from dpo_dist.reference.engine import settle_engine
-from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.open_run import Run
 from tests.dist.scenario import Assets, load_policy, load_reference
 from tests.support.families import tiny_family
 from tests.support.ranks import Outcome, run_ranks, start_ranks

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist import api
 from dpo_dist.data.encode import EncodedExample
-from dpo_dist.training.start.context import has_bf16_products
+from dpo_dist.training.start.open_run import has_bf16_products
 from examples.demo.make import make_records
 from tests.real.smollm2 import model_folder
 from tests.support.launch import ROOT, command, environment, history, run_verb, summary

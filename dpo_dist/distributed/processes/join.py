@@ -1,4 +1,4 @@
-"""Join the processes of a run, load DeepSpeed's compiled kernels, and leave the group at the end."""
+"""Join the processes of a run, and leave at its end."""
 
 import contextlib
 import os
@@ -14,7 +14,6 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 from deepspeed.ops.op_builder import CPUAdamBuilder
-from deepspeed.ops.op_builder.builder import OpBuilder
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
 from torch.utils.cpp_extension import _get_build_directory
@@ -42,11 +41,9 @@ _ALONE = {
 """Environment for a world of one process that no launcher started."""
 
 
-def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str], None]) -> None:
-    """Load a kernel of DeepSpeed, which compiles it once for all processes of this host.
-
-    Errors name the key `where` that needs the kernel, and as `remedy` a value that needs none.
-    """
+def _load_cpu_adam(say: Callable[[str], None]) -> None:
+    """Load DeepSpeed's optimizer for the CPU, which is compiled once for all processes of this host."""
+    builder, key = CPUAdamBuilder(), "parallelism.offload_optimizer"
     lock = Path(_get_build_directory(builder.name, False)) / "lock"
     if lock.exists():
         say(f"waiting for a process that compiles {builder.name}; if that build was killed, delete {lock}")
@@ -57,10 +54,10 @@ def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str]
     ) as error:  # without nvcc, or with another version than PyTorch's, builders raise anything
         raise ConfigError(
             f"DeepSpeed's kernel {builder.name} cannot be compiled",
-            where=where,
+            where=key,
             got=first_line(error),
             expected=f"ninja, and a C++ compiler that PyTorch supports: {os.environ.get('CXX', 'c++')}",
-            remedy=f"install them, or set CXX to another compiler (its output is in logs/); or {remedy}",
+            remedy=f"install them, or set CXX to another compiler (its output is in logs/), or {key}=none",
         ) from error
 
 
@@ -79,8 +76,7 @@ def join_world(deepspeed_config: dict[str, Any], timeout_seconds: int, reports: 
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(reports.stacks.with_name("nccl-rank-")))
     if "offload_optimizer" in deepspeed_config["zero_optimization"]:
-        key = "parallelism.offload_optimizer"
-        load_kernel(CPUAdamBuilder(), key, f"set {key}=none", reports.say)
+        _load_cpu_adam(reports.say)
     hook = sys.excepthook
     with exit_on_signal():
         world = start_world(deepspeed_config, timeout_seconds)

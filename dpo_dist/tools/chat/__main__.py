@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from dpo_dist.config.run_folder import strip_key
 from dpo_dist.foundation.console import warnings_off
-from dpo_dist.foundation.errors import ConfigError, ExitCode
-from dpo_dist.foundation.exit import Arguments, exit_after
+from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.training.start.named_models import locate_model
 

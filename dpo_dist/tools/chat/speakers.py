@@ -26,8 +26,8 @@ from dpo_dist.tools.shared.sampling.respond import (
     usable_prompt,
 )
 from dpo_dist.training.export import written_checkpoint
-from dpo_dist.training.start.context import has_bf16_products
 from dpo_dist.training.start.named_models import short_name
+from dpo_dist.training.start.open_run import has_bf16_products
 
 BASE = "base"
 """In place of a path: the base of an adapter, or the model from which a run started."""

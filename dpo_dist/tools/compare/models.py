@@ -59,7 +59,7 @@ from dpo_dist.tools.shared.sampling.prompts import (
 from dpo_dist.tools.shared.sampling.respond import Completions, ModelSource, Responder, open_responder
 from dpo_dist.tools.shared.sampling.settings import Sampling, sampling_of
 from dpo_dist.training.export import written_checkpoint
-from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.open_run import Run
 
 _Row = dict[str, Any]
 PROMPTS_AT_ONCE = 16

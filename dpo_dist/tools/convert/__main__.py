@@ -10,8 +10,7 @@ from pathlib import Path
 
 from dpo_dist.config.compose import FAILURES
 from dpo_dist.config.mistakes import composition_error
-from dpo_dist.foundation.errors import ConfigError, ExitCode
-from dpo_dist.foundation.exit import Arguments, exit_after
+from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.tools.convert.reading import read

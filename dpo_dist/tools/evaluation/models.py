@@ -29,13 +29,13 @@ from dpo_dist.tools.evaluation.results import ALL, Results, write_evaluation
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.shared.tables import evaluation_table
 from dpo_dist.training.reference import prepare_reference
-from dpo_dist.training.start.context import Run, open_run
 from dpo_dist.training.start.inputs import (
     EvaluationInputs,
     load_evaluation_inputs,
     shared_model_folder,
 )
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
+from dpo_dist.training.start.open_run import Run, open_run
 from dpo_dist.training.steps.step import Objective, evaluate
 
 

@@ -44,7 +44,7 @@ from dpo_dist.tools.shared.sampling.respond import (
     open_generator,
 )
 from dpo_dist.tools.shared.sampling.settings import sampling_of
-from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.open_run import Run
 
 _MODELS = "pairs.models"
 PART_PROMPTS = 64

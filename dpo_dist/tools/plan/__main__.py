@@ -18,7 +18,7 @@ def main(config: RunConfig) -> int:
     """Print the plan of `config`; return the exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with warnings_off():
-        from dpo_dist.tools.plan.plans import make_plan  # noqa: PLC0415  (slow)
+        from dpo_dist.tools.plan.make_plan import make_plan  # noqa: PLC0415  (slow)
 
         plan = make_plan(config, console_on(sys.stderr, config.console.style).progress)
     console_on(sys.stdout, config.console.style).result("plan", plan.content, plan.lines)

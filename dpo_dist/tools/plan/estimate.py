@@ -24,7 +24,6 @@ from dpo_dist.config.verb_sections import PlanConfig
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
 from dpo_dist.tools.shared.sampling.settings import sampling_of
-from dpo_dist.training.start.context import DEFAULT_TOKENS
 from dpo_dist.training.start.footprint import (
     BYTES_PER_QUANTIZED_WEIGHT,
     Footprint,
@@ -32,6 +31,7 @@ from dpo_dist.training.start.footprint import (
     quantized_weights,
     state_bytes,
 )
+from dpo_dist.training.start.open_run import DEFAULT_TOKENS
 
 GPUS_OF_A_NODE = 8
 PROMPT_SHARE = 0.3

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_dist.config.run_folder import existing_run, strip_key
-from dpo_dist.foundation.errors import ConfigError, ExitCode
-from dpo_dist.foundation.exit import Arguments, exit_after
+from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.files import collect_abandoned
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.tools.report.run import write_page

@@ -22,8 +22,8 @@ from dpo_dist.tools.shared.tables import closing_table
 from dpo_dist.training.reporting.metrics_log import MetricsLog, MetricsRow
 from dpo_dist.training.reporting.protocols import Reporting
 from dpo_dist.training.reporting.trackers import TrackedRun, Trackers, open_trackers
-from dpo_dist.training.start.context import Run
 from dpo_dist.training.start.inputs import Inputs
+from dpo_dist.training.start.open_run import Run
 
 OnRow = Callable[[MetricsRow], bool | None]
 """Called with each metrics row, once it is recorded; true: the run is asked to stop."""
@@ -122,4 +122,6 @@ def tracked_run(run: Run, environment: Mapping[str, Any], stop: Callable[[], Non
     )
 
 
-REPORTING = Reporting(open_recorder, run_card, prepare_samples, write_page)
+def reporting(on_row: OnRow | None = None) -> Reporting:
+    """Return everything that reports on a run; `on_row` is called with each of its metrics rows."""
+    return Reporting(partial(open_recorder, on_row=on_row), run_card, prepare_samples, write_page)

@@ -28,8 +28,8 @@ from dpo_dist.tools.shared.text_facts import (
     sample_metrics,
     text_facts,
 )
-from dpo_dist.training.start.context import Run
 from dpo_dist.training.start.inputs import Inputs
+from dpo_dist.training.start.open_run import Run
 
 _Row = dict[str, Any]
 _BATCH_TOKENS = 16384

@@ -22,8 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.foundation.errors import ExitCode, first_line
-from dpo_dist.foundation.exit import Arguments, exit_after
+from dpo_dist.foundation.errors import Arguments, ExitCode, exit_after, first_line
 from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.process import LAUNCHER_PREFIXES, WORLD_VARIABLES
 from dpo_dist.foundation.streams import json_stream, print_line, reserve_output

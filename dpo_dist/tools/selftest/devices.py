@@ -27,7 +27,7 @@ def list_versions(gpus: int) -> Iterator[Check]:
     import torch  # noqa: PLC0415  (slow)
     from torch.utils import collect_env  # noqa: PLC0415
 
-    from dpo_dist.training.start.directory import PACKAGES, package_versions  # noqa: PLC0415
+    from dpo_dist.training.start.environment import PACKAGES, package_versions  # noqa: PLC0415
 
     versions: dict[str, str | None] = {"python": sys.version.split()[0], "CUDA": torch.version.cuda}
     if gpus:
@@ -60,7 +60,9 @@ def describe_gpus(gpus: int, is_quick: bool) -> Iterator[Check]:
 def check_collective_calls(folder: Path, gpus: int) -> Iterator[Check]:
     """Measure collective calls of all GPUs, and their sums against float64."""
     out = folder / "exchanged.json"
-    if error := run_python("collective calls", ["-m", "dpo_dist", "selftest", "--exchange", str(out)], gpus):
+    if error := run_python(
+        "collective calls", ["-m", "dpo_dist.tools.selftest", "--exchange", str(out)], gpus
+    ):
         yield failed_check("collective calls", error)
         return
     gathered, error_of_sum = json.loads(out.read_text())

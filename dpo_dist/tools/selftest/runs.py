@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ import psutil
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import DpoDistError
+from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.training.reporting.metrics_log import read_latest_rows
+from dpo_dist.training.start.preflight import checked_start
 
 HANGS_SECONDS, _RUN_SECONDS = 120, 900  # for a process that waits for another one, for a whole run
 WITHOUT_OVERLAP = "without overlap"
@@ -68,7 +70,7 @@ def train_rows(
     """Return the rows of a training run and its error, if any; one to resume is kept without its rows."""
     run, program = RunFolder(folder / "run"), ["-m", "dpo_dist.train"]
     if name.endswith(WITHOUT_OVERLAP):
-        program = ["-m", "dpo_dist", "selftest", "--without-overlap"]
+        program = ["-m", "dpo_dist.tools.selftest", "--without-overlap"]
     error = run_python(name, [*program, *usual_words(folder, run), *words], gpus, code)
     rows: RunRows = [] if error else read_latest_rows(run)
     rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in COMPARED_METRICS)]
@@ -81,10 +83,19 @@ def train_rows(
 def train_without_overlap(words: Sequence[str]) -> int:
     """Train in this process, with exchanges after computing, not beside it; return the exit code."""
     from dpo_dist.distributed import deepspeed_config  # noqa: PLC0415  (slow)
-    from dpo_dist.tools.report.training import train_with_reports  # noqa: PLC0415
 
     deepspeed_config.OVERLAPS = False
-    return train_with_reports(load_run_config(words, verb="train"))
+    return train_here(words)
+
+
+def train_here(words: Sequence[str], on_row: Callable[[dict[str, float]], None] | None = None) -> int:
+    """Train in this process; return the exit code."""
+    config, stop = load_run_config(words, verb="train"), StopRequest()
+    with stop.listening(), checked_start(config, trains=True) as console:
+        from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415  (slow)
+        from dpo_dist.training.run import train  # noqa: PLC0415  (slow)
+
+        return train(config, console, stop, reporting(on_row))
 
 
 def usual_words(folder: Path, run: RunFolder) -> list[str]:

@@ -24,6 +24,7 @@ from dpo_dist.tools.selftest.runs import (
     RunRows,
     quoted,
     run_python,
+    train_here,
     train_rows,
     usual_words,
     write_model,
@@ -125,7 +126,7 @@ def measure_speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
 
 def _planned_bytes(words: Sequence[str]) -> float:
     """Return the bytes on a GPU that `dpo-dist plan` computes, without CUDA's own; nothing is measured."""
-    from dpo_dist.tools.plan.plans import make_plan  # noqa: PLC0415  (slow)
+    from dpo_dist.tools.plan.make_plan import make_plan  # noqa: PLC0415  (slow)
 
     given = ["data.train=[-]", "plan.gpu=h100-80g", "plan.pairs=1000", "plan.tokens_per_pair=200"]
     plan = make_plan(load_run_config([*words, *given]), lambda *_: nullcontext(lambda *_: None))
@@ -135,7 +136,7 @@ def _planned_bytes(words: Sequence[str]) -> float:
 def check_waits(folder: Path) -> Iterator[Check]:
     """Count how often the host waits for the GPU in a step, as far as PyTorch's debug mode sees it."""
     name, out = "waits of the host", folder / "waits.json"
-    if error := run_python(name, ["-m", "dpo_dist", "selftest", "--waits", str(out)], 1):
+    if error := run_python(name, ["-m", "dpo_dist.tools.selftest", "--waits", str(out)], 1):
         yield failed_check(name, error)
         return
     found = json.loads(out.read_text())
@@ -145,8 +146,6 @@ def check_waits(folder: Path) -> Iterator[Check]:
 def count_waits(out: Path) -> int:
     """Train in this process, and write how often the host waited in the last step."""
     import torch  # noqa: PLC0415  (slow)
-
-    from dpo_dist.tools.report.training import train_with_reports  # noqa: PLC0415
 
     waits, by_row, folder = 0, list[int](), out.parent
 
@@ -160,7 +159,6 @@ def count_waits(out: Path) -> int:
     logging.getLogger("py.warnings").addFilter(count)
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(action="always"):
-        config = load_run_config(words, verb="train")
-        train_with_reports(config, on_row=lambda _row: by_row.append(waits))
+        train_here(words, on_row=lambda _row: by_row.append(waits))
     out.write_text(json.dumps(by_row[-1] - by_row[-2]))  # kernels have been chosen
     return ExitCode.completed

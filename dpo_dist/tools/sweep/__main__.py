@@ -21,7 +21,6 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.text import counted
-from dpo_dist.tools.report.training import check_training
 from dpo_dist.tools.sweep.pool import Pool, is_finished, warm_up
 from dpo_dist.training.start.preflight import check_start
 
@@ -91,14 +90,15 @@ def check(points: Points) -> Iterator[str]:
     Points that load the same inputs are checked once. A point that loads others has lines about them.
     """
     check_points(points)
-    from dpo_dist.training.start.check import expected_start  # noqa: PLC0415  (slow)
+    from dpo_dist.tools.plan.make_plan import plan_in_brief  # noqa: PLC0415  (slow)
+    from dpo_dist.training.start.check import dry_run, expected_start  # noqa: PLC0415  (slow)
 
     loaded = dict[str, list[str]]()
     for words, config in points.items():
         loads = config.model, config.data, config.reference, config.loss, config.metrics, config.parallelism
         key = repr(loads)
         if key not in loaded:
-            loaded[key] = "".join(check_training(config)).splitlines()
+            loaded[key] = dry_run(config, plan=plan_in_brief).splitlines()
         run, common = RunFolder.of(config), next(iter(loaded.values()))
         own = [line for line in loaded[key] if line not in common and "run.dir:" not in line]
         yield "\n".join(

@@ -23,13 +23,12 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ConsoleStyle, RunConfig
 from dpo_dist.config.verb_sections import SweepConfig
 from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome
-from dpo_dist.foundation.exit import Errors, exit_after
+from dpo_dist.foundation.errors import ConfigError, ErrorPrinter, ExitCode, RunOutcome, exit_after
 from dpo_dist.foundation.files import locked
-from dpo_dist.foundation.signals import SWEEP_VARIABLE, end_at_signals, stop_signals
+from dpo_dist.foundation.signals import SWEEP_VARIABLE, StopRequest, end_at_signals, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import counted, duration
-from dpo_dist.tools.report.training import train_with_reports
+from dpo_dist.training.start.preflight import checked_start
 from dpo_dist.training.start.resume import read_state
 
 Words = tuple[str, ...]
@@ -174,13 +173,13 @@ class Pool:
     def _start(self, words: Words) -> None:
         config, gpus = replace(self._points[words], sweep=SweepConfig()), self._free.pop(0)
         screen = self._folder.point_screen(RunFolder.of(config))
-        work: Callable[[], int] = partial(train_with_reports, config)
+        work: Callable[[], int] = partial(_train_point, config)
         if self._launcher is not None:
             work = partial(_become, command_of("train", config, screen.with_suffix(""), self._launcher))
         place = f"point {list(self._points).index(words) + 1} of {len(self._points)}"
         self._console.say(f"{' '.join(words)}: {place}, its screen is in {screen}")
         fork = multiprocessing.get_context("fork")
-        errors = Errors(is_json=config.console.style is ConsoleStyle.json)
+        errors = ErrorPrinter(is_json=config.console.style is ConsoleStyle.json)
         process: Any = fork.Process(target=_run_point, args=(work, errors, screen, gpus))
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
         start = screen.stat().st_size if screen.exists() else 0
@@ -197,7 +196,7 @@ class Pool:
                 os.killpg(running.process.pid, number)
 
 
-def _run_point(work: Callable[[], int], errors: Errors, screen: Path, gpus: Sequence[str]) -> None:
+def _run_point(work: Callable[[], int], errors: ErrorPrinter, screen: Path, gpus: Sequence[str]) -> None:
     """Do the work of a point and exit with its code; what it prints goes to the file `screen`."""
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)  # Ctrl-C reaches the sweep alone, which passes it on once
@@ -210,6 +209,16 @@ def _run_point(work: Callable[[], int], errors: Errors, screen: Path, gpus: Sequ
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     exit_after(work, errors)
+
+
+def _train_point(config: RunConfig) -> int:
+    """Train as the verb `train` does, in this process; return the exit code."""
+    stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
+    with stop.listening(), checked_start(config, trains=True) as console:
+        from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415  (slow)
+        from dpo_dist.training.run import train  # noqa: PLC0415  (slow)
+
+        return train(config, console, stop, reporting())
 
 
 def _become(command: str) -> int:

@@ -10,8 +10,8 @@ from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.objective.metrics import PairColumn, PairValues
 from dpo_dist.training.reporting.metrics_log import MetricsLog, MetricsRow
-from dpo_dist.training.start.context import Run
 from dpo_dist.training.start.inputs import Inputs
+from dpo_dist.training.start.open_run import Run
 
 
 class Recorder(Protocol):

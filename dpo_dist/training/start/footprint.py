@@ -1,9 +1,10 @@
-"""Bytes that a run takes on each device, from the shapes of its model: no weights, no device.
+"""Bytes that a run takes on each device and on its disk, from the shapes of its model: no weights, no device.
 
-Checked against the allocations of a simulated device in tests/simulated_cuda/test_scaling.py; docs/scaling.md
-has the same as a table.
+Those on a device are checked against the allocations of a simulated one in
+tests/simulated_cuda/test_scaling.py; docs/scaling.md has the same as a table.
 """
 
+import shutil
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from dpo_dist.batching.plan import Arrangement
+from dpo_dist.config.run_folder import checkpoint_folders
 from dpo_dist.config.schema import (
     ZERO_STAGES,
     AttentionBackend,
@@ -26,13 +28,14 @@ from dpo_dist.config.schema import (
     TrainerConfig,
 )
 from dpo_dist.distributed.zero import STATES_PER_MASTER
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import size
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, layer_heads
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import visited_experts
 from dpo_dist.model.layers import decoder_layers, layer_values
-from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.open_run import Run
 
 KEYS_PER_TOKEN = 1.6
 """Keys that attention keeps for a token, where responses share prompts: between 1 and this."""
@@ -223,3 +226,36 @@ def _attend(_: Any, query: torch.Tensor, *__: Any, **options: Any) -> tuple[torc
 
 AttentionInterface.register(_TRACE, _attend)
 AttentionMaskInterface.register(_TRACE, lambda *_, **__: None)
+
+
+def check_disk_room(run: Run, weights: int, done: int, steps: int) -> None:
+    """Check that the disk has room for the checkpoints and the model of a run of `steps`.
+
+    Not of an adapter, which is small, and not on a file system that reports no size. `done`: steps before
+    this start.
+    """
+    config, folder, trainer = run.config, run.folder, run.config.trainer
+    disk = shutil.disk_usage(folder.path)
+    if config.model.adapter is not None or not disk.total:
+        return
+    checkpoint, model = (
+        int(state_bytes(config.optim, trainer) * weights),
+        TORCH_DTYPES[config.model.dtype].itemsize * weights,
+    )
+    # A checkpoint is complete before an older one is deleted; the model, which is smaller, is written then.
+    there = len(checkpoint_folders(folder.checkpoints))
+    spare = max(1, trainer.keep_last) + bool(trainer.keep_best) - there
+    intervals = trainer.save_every, trainer.eval_every if trainer.keep_best else 0
+    borders = sum((steps - 1) // each - done // each for each in intervals if each)
+    saves = 1 + borders if done < steps else 0
+    at_once = min(saves, max(1, spare + 1))
+    needed = at_once * checkpoint + (model if at_once <= spare or not saves else 0)
+    if needed > disk.free:
+        raise ConfigError(
+            "the disk has no room for the checkpoints and the model of this run",
+            where="run.dir",
+            got=f"{size(disk.free)} free on the file system of {folder}",
+            expected=f"{size(needed)}: up to {at_once} more checkpoints of {size(checkpoint)}, a model of "
+            f"{size(model)}",
+            remedy="make room, set run.dir to another disk, or lower trainer.keep_last",
+        )

@@ -44,8 +44,8 @@ from dpo_dist.model.flops import StepFlops, step_flops
 from dpo_dist.model.layers import check_device, text_notes
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
-from dpo_dist.training.start.context import Run
 from dpo_dist.training.start.footprint import fit_micro_batches
+from dpo_dist.training.start.open_run import Run
 from dpo_dist.training.start.resume import Identity
 
 T = TypeVar("T")

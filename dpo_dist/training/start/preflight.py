@@ -39,7 +39,6 @@ from dpo_dist.model.files.folder import (
 )
 from dpo_dist.training.start.resume import check_newest_checkpoint
 
-IS_TRAINING = "is training in this run directory"
 # How to install a package if no extra has its name.
 _INSTALLED_BY = {
     "bitsandbytes": "pip install 'dpo-dist[quantization]'",

@@ -24,8 +24,8 @@ from dpo_dist.foundation.background import prefetch
 from dpo_dist.objective.metrics import PairColumn
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.reporting.protocols import Recorder, Samples
-from dpo_dist.training.start.context import Run
 from dpo_dist.training.start.inputs import Inputs
+from dpo_dist.training.start.open_run import Run
 from dpo_dist.training.start.resume import Identity
 from dpo_dist.training.steps.health import (
     best_after,

@@ -281,6 +281,11 @@ def test_a_verb_has_the_options_of_the_python_that_started_it(
     assert started == [[sys.executable, *kept, "-m", "dpo_dist.tools.plan", "a=-m"]]
 
 
+def test_a_verb_without_a_configuration_runs_once_under_a_launcher() -> None:
+    """Only `run_verb` lets several processes work together, and rank 0 print."""
+    assert [name for name, verb in VERBS.items() if not (verb.is_configured or verb.is_one_process)] == []
+
+
 def test_a_verb_of_options_prints_its_mistakes_as_the_others_do() -> None:
     for module in (chat, convert, report, store):
         with pytest.raises(ConfigError, match="the following arguments are required"):

@@ -34,7 +34,7 @@ from dpo_dist.tools.pairs.start import check_pairs, responding_models
 from dpo_dist.tools.shared.sampling.judges import Judgement
 from dpo_dist.tools.shared.sampling.prompts import Parts, Prompts
 from dpo_dist.tools.shared.sampling.respond import Completion, Completions, ModelSource
-from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.open_run import Run
 from tests.support.alone import ALONE
 from tests.support.judge_server import judge_server
 from tests.support.records import assistant, jsonl, user

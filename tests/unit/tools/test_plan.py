@@ -19,7 +19,7 @@ from dpo_dist.model.files.load import without_weights
 from dpo_dist.model.flops import step_flops
 from dpo_dist.tools.plan import __main__ as plan
 from dpo_dist.tools.plan.estimate import Data, Estimate, estimate, machine_of
-from dpo_dist.tools.plan.plans import make_plan, plan_in_brief, planned_data
+from dpo_dist.tools.plan.make_plan import make_plan, plan_in_brief, planned_data
 from tests.support.launch import ROOT
 
 SHAPE = {

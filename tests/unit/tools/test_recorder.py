@@ -12,7 +12,7 @@ from dpo_dist.tools.report import recorder as recorder_module
 from dpo_dist.tools.report.recorder import RunRecorder
 from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.reporting.trackers import Trackers
-from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.open_run import Run
 from tests.support.alone import ALONE
 
 SUMMARY = {"final": {}, "best": {}, "steps": 2}

@@ -19,7 +19,7 @@ from dpo_dist.tools.report import samples
 from dpo_dist.tools.report.samples import RunSamples, SamplePrompt, choose_prompts
 from dpo_dist.tools.shared.sampling.generate import Request, Sample
 from dpo_dist.tools.shared.sampling.settings import Sampling
-from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.open_run import Run
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.records import jsonl

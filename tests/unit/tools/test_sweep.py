@@ -1,7 +1,6 @@
 """What a sweep records of its points: how each ended, its metrics with intervals, and a line of a check."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -98,11 +97,11 @@ def test_a_check_has_a_line_for_each_point_and_loads_what_is_equal_once(
 ) -> None:
     loaded = list[RunConfig]()
 
-    def check(config: RunConfig) -> Iterator[str]:
+    def check(config: RunConfig, **_: object) -> str:
         loaded.append(config)
-        yield f"check passed\n  run.dir:  {config.run.dir}\n  loss:  {config.loss.kind}\n"
+        return f"check passed\n  run.dir:  {config.run.dir}\n  loss:  {config.loss.kind}\n"
 
-    monkeypatch.setattr(sweep, "check_training", check)
+    monkeypatch.setattr("dpo_dist.training.start.check.dry_run", check)
     monkeypatch.setattr(sweep, "check_points", lambda points: None)
     points = points_in(tmp_path, "loss.kind=sigmoid,ipo", "trainer.seed=range(3)")
     *lines, whole = sweep.check(points)

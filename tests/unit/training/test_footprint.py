@@ -10,8 +10,8 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.model.files.load import without_weights
-from dpo_dist.training.start.context import Run
 from dpo_dist.training.start.footprint import activation_bytes, footprint
+from dpo_dist.training.start.open_run import Run
 from tests.support.alone import ALONE
 from tests.support.families import FAMILIES, tiny_config
 

@@ -14,7 +14,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.training.reporting.metrics_log import MetricsLog, columns_of, final_and_best
-from dpo_dist.training.start.directory import describe_environment
+from dpo_dist.training.start.environment import describe_environment
 
 
 def row_of(step: int) -> dict[str, float]:

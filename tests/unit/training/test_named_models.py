@@ -14,8 +14,8 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.tools.evaluation import models as loading
 from dpo_dist.tools.evaluation.models import check_origin, load_evaluated
-from dpo_dist.training.start.context import Run
 from dpo_dist.training.start.named_models import EvaluatedModel, find_evaluated, find_exported
+from dpo_dist.training.start.open_run import Run
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.tiny_model import write_model

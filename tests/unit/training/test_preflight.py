@@ -15,10 +15,10 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
 from dpo_dist.foundation.files import locked
 from dpo_dist.training.reporting.metrics_log import MetricsLog
+from dpo_dist.training.run import find_start
 from dpo_dist.training.start.check import dry_run
-from dpo_dist.training.start.context import Run, open_run
-from dpo_dist.training.start.directory import find_start
 from dpo_dist.training.start.inputs import load_inputs
+from dpo_dist.training.start.open_run import Run, open_run
 from dpo_dist.training.start.preflight import check_start, checked_start
 from dpo_dist.training.start.resume import RunState, write_state
 from tests.support import tiny
@@ -145,7 +145,7 @@ def test_only_training_divides_the_processes_into_groups_with_copies(
         joined.append(deepspeed_config["zero_optimization"])
         raise ConfigError("joined")
 
-    monkeypatch.setattr("dpo_dist.training.start.context.join_world", join)
+    monkeypatch.setattr("dpo_dist.training.start.open_run.join_world", join)
     config = run_of(assets, tmp_path, "parallelism.hpz=8", "parallelism.offload_optimizer=cpu")
     with pytest.raises(ConfigError, match="joined"), open_run(config, Console(None), trains=trains):
         pass

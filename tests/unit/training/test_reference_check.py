@@ -22,7 +22,7 @@ from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from dpo_dist.training.reference import check_drift
-from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.open_run import Run
 from dpo_dist.training.steps.step import Objective
 from tests.support import tiny
 from tests.support.packing import COSTS

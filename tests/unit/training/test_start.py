@@ -25,14 +25,10 @@ from dpo_dist.tools.report.recorder import RunRecorder
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.training.finish import finish
 from dpo_dist.training.reporting.metrics_log import MetricsLog
-from dpo_dist.training.start.context import Run, recompiles_named
-from dpo_dist.training.start.directory import (
-    check_disk_room,
-    describe_run,
-    find_start,
-    lock_directory,
-    mark_started,
-)
+from dpo_dist.training.run import find_start, lock_directory, mark_started
+from dpo_dist.training.start.environment import describe_run
+from dpo_dist.training.start.footprint import check_disk_room
+from dpo_dist.training.start.open_run import Run, recompiles_named
 from dpo_dist.training.start.resume import (
     RunState,
     check_identity,

@@ -42,7 +42,7 @@ from dpo_dist.training.reporting.trackers import (
     wandb_names,
     wanted_mode,
 )
-from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.open_run import Run
 from tests.support.alone import ALONE
 from tests.support.sample_files import write_samples
 from tests.support.wandb_file import all_rows, history_rows, media_rows, numbers_of, records_of

@@ -26,7 +26,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.tools.shared.sampling.judges import Judge, open_judge
 from dpo_dist.tools.shared.sampling.respond import Generate, ModelSource, Responder, find_model, respond
 from dpo_dist.tools.shared.sampling.settings import Sampling
-from dpo_dist.training.start.context import Run, join
+from dpo_dist.training.start.open_run import Run, join
 
 _FAILED = "failed"
 
