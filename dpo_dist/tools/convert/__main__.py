@@ -1,7 +1,7 @@
 """Translate a run of TRL, LLaMA-Factory, axolotl, ms-swift or open-instruct into a file for `dpo-dist train`.
 
-It is given as a file of keys, YAML or JSON, as a shell script, or as a command between quotes. Comments of
-the written file name every key that is not translated, and why.
+The run is a YAML or JSON file of keys, a shell script, or a command between quotes. Comments in the new file
+name every key that is not translated, and say why.
 """
 
 import shlex

@@ -51,13 +51,13 @@ def evaluate_models(config: RunConfig, models: Sequence[EvaluatedModel], console
         objective = Objective(config.loss, prepare_reference(run, inputs).provider, custom=custom)
         evaluations = {evaluated.path: _evaluate(run, evaluated, inputs, objective) for evaluated in models}
         if len(evaluations) > 1 and run.world.is_main:
-            of_all = {path: results[ALL] for path, results in evaluations.items()}
-            console.result("comparison", of_all, evaluation_table(of_all))
+            by_model = {path: results[ALL] for path, results in evaluations.items()}
+            console.result("comparison", by_model, evaluation_table(by_model))
     return ExitCode.completed
 
 
 def check_origin(evaluated: EvaluatedModel, config: RunConfig, inputs: EvaluationInputs) -> None:
-    """Check that a checkpoint is of a run that started from the model and adapter of `config`."""
+    """Check that a checkpoint's run started from the model and adapter of `config`."""
     if not evaluated.is_checkpoint:
         return
     folder, digest = Path(evaluated.path), inputs.policy_files.digest
@@ -90,14 +90,14 @@ def _evaluate(run: Run, evaluated: EvaluatedModel, inputs: EvaluationInputs, obj
         name = evaluated.name(inputs, config.model, config.loss, config.metrics.function)
         hashes = map(int, dataset.prompt_hashes[:])
         trained = {"prompts_also_in_train": count_trained(evaluated.path, hashes, config.loss.unit, run.say)}
-        counted = replace(dataset, counts=dataset.counts | trained)
+        dataset_with_count = replace(dataset, counts=dataset.counts | trained)
         reference, seed = config.reference.path or config.model.path, config.trainer.seed
         results = write_evaluation(
             name,
             evaluated.path,
             means,
             values,
-            counted,
+            dataset_with_count,
             run=folder,
             loss=config.loss,
             reference=reference,
@@ -117,10 +117,10 @@ def _evaluate(run: Run, evaluated: EvaluatedModel, inputs: EvaluationInputs, obj
 def load_evaluated(
     run: Run, evaluated: EvaluatedModel, inputs: EvaluationInputs
 ) -> tuple[Engine, RunningMeans, str | None]:
-    """Return the model ready to score, its training's running means if known, and its commit on the hub.
+    """Return the loaded model, the running means of its training if known, and its commit on the hub.
 
-    Collective. `model.revision` counts for `model.path` only. The base of an adapter is quantized as
-    `model.quantization` says, and so is `model.path` itself.
+    Collective. `model.revision` applies to `model.path` only. `model.quantization` applies to `model.path`
+    and to the base of an adapter.
     """
     config, world = run.config, run.world
     base, bits, running = inputs.policy_files.folder, config.model.quantization, RunningMeans()

@@ -1,8 +1,9 @@
-"""Test this machine in about five minutes: `dpo-dist selftest`, on one GPU or all of a node.
+"""Test this machine in about five minutes: `dpo-dist selftest`, on one GPU or all GPUs of a node.
 
-Nothing is downloaded: random weights of real shapes, invented pairs. Says which kernels are exact, whether
-every way of training gives the same steps, and how fast they are; writes selftest.json. The speeds need about
-35 GB of disk beside it and 26 GB of memory. Exit code 1: a check failed, or nothing could be compared.
+Nothing is downloaded: weights are random in real shapes, and pairs are invented. The table says which kernels
+are exact, whether every way of training gives the same steps, and how fast it is; selftest.json has the same.
+The speeds need about 35 GB of disk beside that file and 26 GB of memory. Exit code 1: a check failed, or
+nothing could be compared.
 """
 
 from dpo_dist.foundation.signals import end_at_signals, raise_terminated, stop_signals
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
     parser = Arguments(prog="dpo-dist selftest", description=__doc__)
     parser.add_argument("--output", type=Path, metavar="FILE", default=Path("selftest.json"))
-    parser.add_argument("--quick", action="store_true", help="no speeds; needs no room")
+    parser.add_argument("--quick", action="store_true", help="skip the speeds, which need disk and memory")
     parser.add_argument("--exchange", type=Path, help=argparse.SUPPRESS)  # a process of a check
     parser.add_argument("--waits", type=Path, help=argparse.SUPPRESS)  # a process of a check
     parser.add_argument("--without-overlap", nargs="+", help=argparse.SUPPRESS)  # a process of a run
@@ -60,12 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output: Path = given.output.absolute()
     is_writable = all(os.access(path, os.W_OK) for path in (output.parent, output) if path.exists())
     if output.is_dir() or not output.parent.is_dir() or not is_writable:
-        parser.error(f"argument --output: {output} is not a file in a folder that can be written")
-    reserve_output()  # what libraries print is not of the table
+        parser.error(f"argument --output: {output} is not a file in a writable folder")
+    reserve_output()  # libraries must not print into the table
     for name in [
         name for name in os.environ if name in WORLD_VARIABLES or name.startswith(LAUNCHER_PREFIXES)
     ]:
-        del os.environ[name]  # the processes that are started here are a world of their own
+        del os.environ[name]  # else processes that are started here would join the world of this one
     for number in stop_signals():
         signal.signal(number, raise_terminated)
     began, checks = time.monotonic(), list[Check]()
@@ -97,12 +98,12 @@ def _verdict(checks: Sequence[Check]) -> tuple[ExitCode, str]:
     if gpus < 2:
         on = "this GPU; sharding over several was not tried"
     if not gpus:
-        on = "one CPU process: there was no GPU, so none of its kernels and no sharding was tried"
+        on = "one CPU process; without a GPU no GPU kernel and no sharding was tried"
     return ExitCode.completed, f"every way of training that was tried gives the same steps on {on}"
 
 
 def _checks(folder: Path, is_quick: bool) -> Iterator[Check]:
-    """Yield the checks; those in processes of their own come before this process uses a GPU."""
+    """Yield the checks; those that start processes come before this process uses a GPU."""
     import torch  # noqa: PLC0415  (slow)
 
     gpus = torch.cuda.device_count()
@@ -120,7 +121,7 @@ def _checks(folder: Path, is_quick: bool) -> Iterator[Check]:
     for name, checks in groups.items():
         try:
             yield from checks
-        except Exception as error:  # whatever is broken must not hide the other checks
+        except Exception as error:  # a broken check must not hide the others
             yield failed_check(name, first_line(error))
 
 
