@@ -33,29 +33,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, metavar="T", help=f"0: greedy; {usual}")
     meaning = "run Python code from the folders of these models: read it first"
     parser.add_argument("trust", nargs="?", metavar=_TRUST, help=meaning)
-    given = parser.parse_args(arguments)
-    if given.trust not in (None, _TRUST):
+    options = parser.parse_args(arguments)
+    if options.trust not in (None, _TRUST):
         raise ConfigError(
             "chat takes no key but model.trust_remote_code",
             where="command line",
-            got=given.trust,
+            got=options.trust,
             expected=_TRUST,
             remedy="remove it; sampling is changed by --temperature T and --max-new-tokens N",
         )
-    if given.max_new_tokens is not None and given.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens is at least 1, not {given.max_new_tokens}")
-    if not 0 <= (given.temperature or 0) < math.inf:
-        parser.error(f"--temperature is a number of at least 0, not {given.temperature}")
-    location = locate_model(without_key(given.model), "RUN")
-    beside = given.beside if given.beside in (None, "base") else locate_model(given.beside, "--beside")
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens is at least 1, not {options.max_new_tokens}")
+    if not 0 <= (options.temperature or 0) < math.inf:
+        parser.error(f"--temperature is a number of at least 0, not {options.temperature}")
+    location = locate_model(without_key(options.model), "RUN")
+    beside = options.beside if options.beside in (None, "base") else locate_model(options.beside, "--beside")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    sampling = {"do_sample": bool(given.temperature)} if given.temperature is not None else {}
-    sampling |= {"temperature": given.temperature} if given.temperature else {}
+    sampling = {"do_sample": bool(options.temperature)} if options.temperature is not None else {}
+    sampling |= {"temperature": options.temperature} if options.temperature else {}
     with warnings_off():
         # Imported late, so that errors above appear at once; bitsandbytes warns when it is imported.
         from dpo_dist.tools.chat.speakers import open_speakers  # noqa: PLC0415
 
-        trusts = given.trust is not None
+        trusts = options.trust is not None
         speakers = open_speakers(location, beside, lambda line: print_line(line, sys.stderr), trusts)
         for question in _questions():
             for speaker in speakers:
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if len(speakers) > 1:
                     print_result(f"{speaker.name}: ")
                 try:
-                    speaker.answer(question, given.max_new_tokens, sampling)
+                    speaker.answer(question, options.max_new_tokens, sampling)
                 except KeyboardInterrupt:
                     if not sys.stdin.isatty():
                         raise

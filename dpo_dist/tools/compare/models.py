@@ -241,7 +241,7 @@ def compare_models(
             source = replace(source, name=model.name)
             speakers.append(ComparedModel(model.path, source, prompts))
         _ask_and_score(speakers, console)
-        judged: Parts | None = None
+        judgement_parts: Parts | None = None
         if judge is not None:
 
             def judgements(index: int) -> list[_Row]:
@@ -256,9 +256,9 @@ def compare_models(
 
             folders = [speaker.responses.folder.name for speaker in speakers]
             settings = {"responses": folders, "judge": judge_facts}
-            judged = prompts.finish("judgements", prompts.stage("judgements", settings), judgements)
+            judgement_parts = prompts.finish("judgements", prompts.stage("judgements", settings), judgements)
         with console.heartbeat("writing the comparison"):
-            return world.on_main(lambda: _write(speakers, judge, judged, labels))
+            return world.on_main(lambda: _write(speakers, judge, judgement_parts, labels))
 
 
 def whole_model(model: NamedModel, folder: Path, run: Run) -> str:
@@ -291,7 +291,10 @@ def _ask_and_score(speakers: Sequence[ComparedModel], console: Console) -> None:
 
 
 def _rows(
-    speakers: Sequence[ComparedModel], judged: Parts | None, labels: Mapping[str, str], counts: Counter[str]
+    speakers: Sequence[ComparedModel],
+    judgement_parts: Parts | None,
+    labels: Mapping[str, str],
+    counts: Counter[str],
 ) -> Iterator[_Row]:
     """Yield the rows of `answers.jsonl`.
 
@@ -299,7 +302,7 @@ def _rows(
     """
     names = [speaker.name for speaker in speakers]
     for index, records in enumerate(speakers[0].prompts.parts):
-        judgements = [{}] * len(records) if judged is None else judged.read(index)
+        judgements = [{}] * len(records) if judgement_parts is None else judgement_parts.read(index)
         rows = zip(*(speaker.rows(index) for speaker in speakers), strict=True)
         for record, row, judgement in zip(records, rows, judgements, strict=True):
             counts.update(judgement.get("counts", {}))
@@ -319,7 +322,7 @@ def _rows(
             }
             if side := labelled_side(record):
                 answer["label"] = "good" if side == "chosen" else "bad"
-            if judged is not None:
+            if judgement_parts is not None:
                 pairs = zip(itertools.combinations(names, 2), judgement["credits"], strict=True)
                 answer["verdicts"] = [
                     {"first": first, "second": second, "credit": credit} for (first, second), credit in pairs
@@ -341,7 +344,7 @@ def prompt_text(prompt: Prompt) -> str:
 def _write(
     speakers: Sequence[ComparedModel],
     judge: Judge | None,
-    judged: Parts | None,
+    judgement_parts: Parts | None,
     labels: Mapping[str, str],
 ) -> dict[str, Any]:
     run = speakers[0].prompts.run
@@ -350,7 +353,7 @@ def _write(
     names = [speaker.name for speaker in speakers]
     files.collect_abandoned(folder.comparison)
     with files.staged_file(folder.comparison_answers) as temporary:  # after an error earlier answers stay
-        if not files.write_lines(temporary, _rows(speakers, judged, labels, counts)):
+        if not files.write_lines(temporary, _rows(speakers, judgement_parts, labels, counts)):
             raise DataError(
                 "no prompt can be used with every model",
                 where="data.eval",

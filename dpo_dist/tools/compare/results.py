@@ -60,11 +60,11 @@ def judge_texts(
                 verdicts[question.responses] = judgement.scores[0]
             else:
                 scores = dict(zip(question.responses, judgement.scores, strict=True))
-        credited = [
+        first_credits = [
             verdicts.get((first, second), credit((first, scores.get(first)), (second, scores.get(second))))
             for first, second in itertools.combinations(responses, 2)
         ]
-        row = {"scores": [scores.get(text) for text in responses], "credits": credited}
+        row = {"scores": [scores.get(text) for text in responses], "credits": first_credits}
         rows.append({**row, "counts": dict(sorted((+counts).items()))})
     return rows
 
@@ -147,9 +147,9 @@ def _with_empty_scores(columns: dict[_Key, Column], models: Sequence[str]) -> fl
     lowest = min((float(value[count > 0].min()) for value, count in scores if count.any()), default=None)
     if lowest is not None:
         for model in models:
-            scores_of, counts = columns[model, "score"]
+            model_scores, counts = columns[model, "score"]
             is_empty = (columns[model, "empty"][0] > 0) & (counts == 0)
-            scores_of[is_empty], counts[is_empty] = lowest, 1.0
+            model_scores[is_empty], counts[is_empty] = lowest, 1.0
     return lowest
 
 

@@ -61,11 +61,13 @@ class Translation:
         """Remove and return the value of the first of these keys that has one of the default's type."""
         kind: Any = object if default is None else type(default)
         kind = (int, float) if kind in (int, float) else kind
-        said = [key for key in keys if self.left.get(key) not in EMPTY and isinstance(self.left[key], kind)]
-        value = self.left.pop(said[0]) if said else default
-        for key in said[1:]:
+        keys_with_value = [
+            key for key in keys if self.left.get(key) not in EMPTY and isinstance(self.left[key], kind)
+        ]
+        value = self.left.pop(keys_with_value[0]) if keys_with_value else default
+        for key in keys_with_value[1:]:
             if (other := self.left.pop(key)) != value:
-                self.comment(key, other, f"{said[0]} overrides it")
+                self.comment(key, other, f"{keys_with_value[0]} overrides it")
         return value
 
     def comment(self, key: str, value: Any, reason: str) -> None:
@@ -102,7 +104,7 @@ class Translation:
         is_said = exact or value is True or "{value}" in "".join(general[:1])
         if fitting and not exact:
             self.set(*fitting[0], key, value)
-        elif is_said and (written := _written(reason)):
+        elif is_said and (written := _keys_to_write(reason)):
             for to, kept in written.items():
                 self.set(to, kept, key, value)
         elif value is False and reason.startswith(("write ", "set ")):
@@ -112,7 +114,7 @@ class Translation:
             self.comment(key, value, reason or unfit)
 
 
-def _written(answer: str) -> dict[str, Any]:
+def _keys_to_write(answer: str) -> dict[str, Any]:
     """Return the keys that an answer of names.yaml says to write; none if one is unknown or does not fit."""
     verb, _, rest = answer.partition(" ")
     if verb not in ("write", "set"):

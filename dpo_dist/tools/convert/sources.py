@@ -54,8 +54,8 @@ def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
         source = {"path": name, "name": run.take("dataset_config", "dataset_config_name")}
         train = [source | {"split": run.take("dataset_train_split", default="train")}]
         split = run.take("dataset_test_split", default="test")
-        said = [run.left.get(key) for key in ("eval_strategy", "evaluation_strategy", "do_eval")]
-        tests = [source | {"split": split} for when in said if when not in (None, False, "no")][:1]
+        strategies = [run.left.get(key) for key in ("eval_strategy", "evaluation_strategy", "do_eval")]
+        tests = [source | {"split": split} for when in strategies if when not in (None, False, "no")][:1]
     return train, tests
 
 

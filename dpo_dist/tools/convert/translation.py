@@ -157,7 +157,7 @@ def _trains_adapter(run: Translation) -> bool:
 def _set_adapter(run: Translation, is_trained: bool) -> None:
     """Set an adapter's rank and alpha; leave them out if an adapter is continued, or none is trained."""
     values, unread = run.values, "no adapter is trained"
-    of_adapter = [key for key in values if key.startswith("model.adapter.")]
+    adapter_keys = [key for key in values if key.startswith("model.adapter.")]
     if is_trained and "model.adapter.path" not in values:
         r, alpha = run.facts["adapter"]
         r = values.setdefault("model.adapter.r", r)
@@ -168,8 +168,8 @@ def _set_adapter(run: Translation, is_trained: bool) -> None:
         return
     if is_trained:
         unread = "the adapter that is continued has its own value"
-        of_adapter.remove("model.adapter.path")
-    for key in of_adapter:
+        adapter_keys.remove("model.adapter.path")
+    for key in adapter_keys:
         del values[key]
         run.comment(*run.origins[key], f"not needed: {unread}")
 

@@ -133,7 +133,9 @@ def _label_balance(
     A source counts by its weight.
     """
     drawn = list(zip(train, sources, strict=False))  # sources of evaluation data come after these
-    good, bad = (sum(each.weight * of["labels"][label] for each, of in drawn) for label in ("good", "bad"))
+    good, bad = (
+        sum(source.weight * report["labels"][label] for source, report in drawn) for label in ("good", "bad")
+    )
     present = loss.desirable_weight, loss.undesirable_weight
     weights = present[0] * good, present[1] * bad
     if good + bad and not 1 <= weights[0] / max(weights[1], 1e-9) <= 4 / 3:
@@ -153,10 +155,10 @@ def _refusal_finding(error: DpoDistError) -> Finding:
 
 def _with_labels(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
     """Yield each source with its label in metrics (made unique), and whether it is for evaluation."""
-    seen, of_train = Counter[str](), source_labels(config.train)
+    seen, train_labels = Counter[str](), source_labels(config.train)
     for is_eval, sources in ((False, config.train), (True, config.eval)):
         for source, name in zip(sources, source_labels(sources), strict=True):
-            label = f"{name} (eval)" if is_eval and name in of_train else name
+            label = f"{name} (eval)" if is_eval and name in train_labels else name
             seen[label] += 1
             yield source, label if seen[label] == 1 else f"{label} ({seen[label]})", is_eval
 

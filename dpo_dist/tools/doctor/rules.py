@@ -23,19 +23,19 @@ class DataRule(FindingRule):
     def count(
         self,
         count: int,
-        of: int,
+        total: int,
         source: str | None,
         examples: Sequence[object] = (),
         detail: str = "",
         records: str = "records",
     ) -> Iterator[Finding]:
-        """Yield a finding if `count` of `of` records break the rule: a note unless above the threshold."""
+        """Yield a finding if `count` of `total` records break the rule: a note unless above the threshold."""
         if count:
-            level = self.level if count > self.threshold * of else Level.note
-            text = f"{count} of {of} {records} ({percent(count / of)}) {self.text}"
+            level = self.level if count > self.threshold * total else Level.note
+            text = f"{count} of {total} {records} ({percent(count / total)}) {self.text}"
             text += f": {detail}" if detail else ""
             shown = tuple(map(str, examples[:_MAX_EXAMPLES]))
-            yield Finding(self.name, level, text, source, count, count / of, shown, self.remedy)
+            yield Finding(self.name, level, text, source, count, count / total, shown, self.remedy)
 
     def value(self, value: float, count: int, source: str | None, detail: str) -> Iterator[Finding]:
         """Yield a finding if `value` is above the threshold; `count` records were examined."""

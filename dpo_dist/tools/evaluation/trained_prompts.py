@@ -33,14 +33,14 @@ def count_trained(
     except (OSError, ValueError, DpoDistError) as error:
         say(f"note: it is not known whether {model} was trained on these {unit}s: {first_line(error)}")
         return None
-    asked = list(prompts)
-    seen = sum(prompt in trained for prompt in asked)
-    if seen:
+    hashes = list(prompts)
+    count = sum(prompt in trained for prompt in hashes)
+    if count:
         say(
-            f"warning: {seen:,} of {len(asked):,} {unit}s are not held out: {model} was trained on their "
+            f"warning: {count:,} of {len(hashes):,} {unit}s are not held out: {model} was trained on their "
             "prompts, so the results say little about new prompts"
         )
-    return seen
+    return count
 
 
 @cache

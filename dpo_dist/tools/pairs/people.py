@@ -92,7 +92,7 @@ class Labelling:
 
     def __init__(self, items: Mapping[str, PreferenceRecord], log: int, seed: int):
         self.items, self._log, self._seed = items, log, seed
-        self.given: dict[tuple[str, str], Annotation] = {}
+        self.judgements: dict[tuple[str, str], Annotation] = {}
         self._shared = {key for key in items if _fraction(seed, "shared", key) < _OVERLAP}
 
     def read(self, file: Path) -> int:
@@ -112,7 +112,7 @@ class Labelling:
                     expected=f"a JSON object with {', '.join(Annotation._fields)}",
                     remedy="correct the line or delete it; the other judgements stay",
                 ) from error
-        self.given = {(each.annotator, each.item): each for each in lines if each.item in self.items}
+        self.judgements = {(each.annotator, each.item): each for each in lines if each.item in self.items}
         return sum(each.item not in self.items for each in lines)
 
     def judge(self, annotator: str, item: str, choice: str) -> None:
@@ -129,7 +129,7 @@ class Labelling:
         except OSError:
             os.ftruncate(self._log, size)
             raise
-        self.given[annotator, item] = judgement
+        self.judgements[annotator, item] = judgement
 
     def left(self, annotator: str, item: str) -> int:
         """Return the index of the response that this annotator sees on the left."""
@@ -137,13 +137,13 @@ class Labelling:
 
     def remaining(self, annotator: str) -> list[str]:
         """Return the items that the annotator still has to judge, shuffled by the annotator's name."""
-        taken = {item for (_, item), each in self.given.items() if each.verdict != SKIP} - self._shared
-        items = [key for key in self.items if key not in taken and (annotator, key) not in self.given]
+        taken = {item for (_, item), each in self.judgements.items() if each.verdict != SKIP} - self._shared
+        items = [key for key in self.items if key not in taken and (annotator, key) not in self.judgements]
         return sorted(items, key=lambda key: _fraction(self._seed, "order", key, annotator))
 
     def shown(self, annotator: str, item: str) -> dict[str, Any]:
         """Return the page's content: an item, and the annotator's progress."""
-        judged = sum(name == annotator for name, _ in self.given)
+        judged = sum(name == annotator for name, _ in self.judgements)
         facts = {"annotator": annotator, "judged": judged, "remaining": len(self.remaining(annotator))}
         if (record := self.items.get(item)) is None:
             return facts
@@ -266,7 +266,7 @@ def label_pairs(folder: RunFolder, data: DataConfig, limit: int | None, seed: in
             say(f"{foreign:,} earlier judgements are not used: their comparisons are not drawn now")
         with LabelServer(labelling) as server:
             _serve(server, console)
-    judgements, counts = list(labelling.given.values()), Counter[str]()
+    judgements, counts = list(labelling.judgements.values()), Counter[str]()
     decided = list(_pairs(items, judgements, counts))
     say(f"{len(judgements):,} judgements: {folder.pairs_agreement}")
     write_json(folder.pairs_agreement, agreement(judgements) | {"items": counts})

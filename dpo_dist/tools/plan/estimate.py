@@ -272,7 +272,7 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
         computing=useful * (1 + again) + partners,
         scoring=forward + partners,
         launching=(1 + again) * steps * times * layers * _LAUNCHES,
-        dequantizing=2 * (1 + again) * steps * times * _seconds_of_dequantizing(model, causal_lm, machine),
+        dequantizing=2 * (1 + again) * steps * times * _dequantizing_seconds(model, causal_lm, machine),
     )
 
 
@@ -283,7 +283,7 @@ def _micro_batch(trainer: TrainerConfig, needs: Footprint, machine: Machine) -> 
     return DEFAULT_TOKENS if largest is None else largest
 
 
-def _seconds_of_dequantizing(model: ModelConfig, causal_lm: Any, machine: Machine) -> float:
+def _dequantizing_seconds(model: ModelConfig, causal_lm: Any, machine: Machine) -> float:
     """Return the seconds to dequantize all quantized weights once."""
     if (kind := model.quantization) is None:
         return 0.0

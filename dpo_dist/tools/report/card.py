@@ -183,12 +183,12 @@ def run_card(
     """
     folder, evaluation, card = RunFolder.of(config), {}, ""
     with warn_on_bug("the model card", say):
-        judged = verdict(rows, summary, data_findings(folder))
+        run_verdict = verdict(rows, summary, data_findings(folder))
         results = folder.evaluation_of(LAST_EVALUATION).results
         if is_evaluated and results.is_file():
             evaluation = json.loads(results.read_text(encoding="utf-8"))
-        judged_summary = {**summary, "verdict": judged.as_dict()}
-        card += model_card(config, judged_summary, evaluation, versions, loader)
+        summary_with_verdict = {**summary, "verdict": run_verdict.as_dict()}
+        card += model_card(config, summary_with_verdict, evaluation, versions, loader)
     return card
 
 

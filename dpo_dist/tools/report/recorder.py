@@ -79,21 +79,21 @@ class RunRecorder:
     def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:
         """Write summary, verdict, curves and page, end tracking, and print the closing table and verdict."""
         run, rows, folder = self.run, self.metrics.rows, self.run.folder
-        ended = {**summary, "exit": outcome.value}
+        final_summary = {**summary, "exit": outcome.value}
         lines: list[str] = []
         with warn_on_bug("the verdict", run.say):
-            judged = verdict(rows, ended, data_findings(folder))
-            ended["verdict"] = judged.as_dict()
-            lines = judged.lines()
-        self.metrics.save(ended)
+            run_verdict = verdict(rows, final_summary, data_findings(folder))
+            final_summary["verdict"] = run_verdict.as_dict()
+            lines = run_verdict.lines()
+        self.metrics.save(final_summary)
         with warn_on_bug(folder.curves.name, run.say):
             draw_curves(rows, folder.curves, folder.path.name)
         with warn_on_bug(folder.report.name, run.say):
             write_page(folder)
-        self.trackers.finish(outcome.value, ended)
+        self.trackers.finish(outcome.value, final_summary)
         with warn_on_bug("the closing table", run.say):
-            lines = [*closing_table(folder, rows, ended), *lines]
-        run.console.result("summary", {"run_dir": str(folder.path), **ended}, lines)
+            lines = [*closing_table(folder, rows, final_summary), *lines]
+        run.console.result("summary", {"run_dir": str(folder.path), **final_summary}, lines)
 
     def closed_by_errors(self) -> AbstractContextManager[None]:
         """Return a context that ends tracking within seconds if its block raises or is interrupted."""

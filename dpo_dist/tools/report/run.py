@@ -143,8 +143,8 @@ def _about(facts: PageFacts) -> Iterator[str]:
     for name, noun in (("train", "training"), ("eval", "evaluation")):
         if pairs := facts.run.counts(name).get("pairs"):
             labels = facts.run.counts(name).get("labels")
-            of_them = f" ({labels['good']:,} good, {labels['bad']:,} bad)" if labels else ""
-            yield counted(pairs, f"{noun} {unit}") + of_them
+            label_counts = f" ({labels['good']:,} good, {labels['bad']:,} bad)" if labels else ""
+            yield counted(pairs, f"{noun} {unit}") + label_counts
     if steps := facts.summary.get("steps"):
         yield f"{counted(steps, 'step')} of {counted(facts.setting('trainer.global_batch_pairs'), unit)}"
     processes = facts.summary.get("world_size") or facts.environment.get("world_size") or 1
@@ -153,20 +153,20 @@ def _about(facts: PageFacts) -> Iterator[str]:
 
 def verdict_for_page(facts: PageFacts) -> Mapping[str, Any]:
     """Return the verdict's level, sentence and findings; empty before the run has ended."""
-    judged: Fields = facts.summary.get("verdict") or {}
-    if not judged:
+    stored: Fields = facts.summary.get("verdict") or {}
+    if not stored:
         return {}
     findings = []
-    for finding in judged["findings"]:
+    for finding in stored["findings"]:
         fact, _, advice = finding["text"].partition(". Try: ")
         # The verdict's sentence already has the facts of the worst finding.
-        fact = "" if fact in judged["sentence"] else fact
+        fact = "" if fact in stored["sentence"] else fact
         findings.append({"headline": RUN_RULES[finding["rule"]].text, "fact": fact, "advice": advice})
-    has_faults = any(RUN_RULES[finding["rule"]].level is not Level.note for finding in judged["findings"])
+    has_faults = any(RUN_RULES[finding["rule"]].level is not Level.note for finding in stored["findings"])
     level = "warning" if has_faults else "good"
     if facts.summary["exit"] == RunOutcome.diverged:
         level = "error"
-    return {"level": level, "sentence": judged["sentence"], "findings": findings}
+    return {"level": level, "sentence": stored["sentence"], "findings": findings}
 
 
 def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:

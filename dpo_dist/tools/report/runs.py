@@ -42,11 +42,11 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
     facts, names = list(map(PageFacts, folders)), [folder.path.resolve().name for folder in folders]
     names = names if len(set(names)) == len(names) else list(map(str, folders))
     settings, others = _differing(facts)
-    described, is_short = _described(settings, len(facts)), len(settings) <= _MOST_SETTINGS
-    is_name = len(set(described)) == len(facts) and max(map(len, described)) <= _MOST_CHARACTERS
-    labels = described if is_short and is_name else names
+    descriptions, is_short = _describe_settings(settings, len(facts)), len(settings) <= _MOST_SETTINGS
+    is_name = len(set(descriptions)) == len(facts) and max(map(len, descriptions)) <= _MOST_CHARACTERS
+    labels = descriptions if is_short and is_name else names
     runs, kinds = dict(zip(labels, facts, strict=True)), ["+".join(_kinds(each)) for each in facts]
-    groups = _described({key: texts for key, texts in settings.items() if key != _SEED}, len(facts))
+    groups = _describe_settings({key: texts for key, texts in settings.items() if key != _SEED}, len(facts))
     if _SEED not in settings or len(set(groups)) == len(groups):
         groups = labels
 
@@ -119,7 +119,7 @@ def _kinds(facts: PageFacts) -> list[str]:
     return [term["kind"] for term in loss.get("terms") or ()] or [loss[key] for key in loss if key == "kind"]
 
 
-def _described(settings: Mapping[str, Sequence[str]], count: int) -> list[str]:
+def _describe_settings(settings: Mapping[str, Sequence[str]], count: int) -> list[str]:
     """Return for each run its values of these settings: "beta 0.1, seed 2"."""
     parts: list[list[str]] = [[] for _ in range(count)]
     names = [key.rpartition(".")[2] for key in settings]
@@ -220,12 +220,12 @@ def differing_settings(configs: Sequence[Mapping[str, object]]) -> dict[str, lis
 def _warnings(runs: Runs) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield why some metrics cannot be compared, with the prefixes of their names."""
     identities = [facts.state.get("identity") or {} for facts in runs.values()]
-    evaluated, references = ([each.get(name) for each in identities] for name in ("eval_data", "reference"))
+    eval_data, references = ([each.get(name) for each in identities] for name in ("eval_data", "reference"))
     losses = [facts.config.get("loss") for facts in runs.values()]
     if not any(facts.run.evaluations for facts in runs.values()):
         yield "No run has an evaluation: metrics are those of the last logged steps.", ()
     for values, sentence, metrics in (
-        (evaluated, "Their evaluation data differ: metrics are not comparable.", ("",)),
+        (eval_data, "Their evaluation data differ: metrics are not comparable.", ("",)),
         (
             references,
             "Their reference models differ: rewards are relative to other models.",
@@ -242,7 +242,9 @@ def _last_rows(runs: Runs) -> list[MetricsRow]:
     has_any = any(facts.run.evaluations for facts in runs.values())
     rows = (facts.run.evaluations if has_any else facts.run.steps for facts in runs.values())
     ended = ("exit" in facts.summary for facts in runs.values())
-    return [of_run[-1] if is_over and of_run else {} for of_run, is_over in zip(rows, ended, strict=True)]
+    return [
+        run_rows[-1] if is_over and run_rows else {} for run_rows, is_over in zip(rows, ended, strict=True)
+    ]
 
 
 def _keys(last: Sequence[MetricsRow]) -> list[str]:

@@ -84,7 +84,12 @@ class RunSamples:
             metrics: dict[str, float] = {}
             others = self.reference or [dict.fromkeys(_RESPONSE_FIELDS)] * len(asked)
             rows = [
-                {**prompt.fields, "step": step, **_named("policy", response), **_named("reference", other)}
+                {
+                    **prompt.fields,
+                    "step": step,
+                    **_row_fields("policy", response),
+                    **_row_fields("reference", other),
+                }
                 for prompt, response, other in zip(self.prompts, asked, others, strict=True)
             ]
             write_text(self.run.folder.samples_file(step), "".join(map(json_line, rows)))
@@ -162,7 +167,7 @@ class RunSamples:
         return {prefix + name: value for name, value in sample_metrics(facts, languages).items()}
 
 
-def _named(model: str, response: _Row) -> _Row:
+def _row_fields(model: str, response: _Row) -> _Row:
     """Return a response as fields of a row, named after the model."""
     return {model if name == "text" else f"{model}_{name}": response[name] for name in _RESPONSE_FIELDS}
 

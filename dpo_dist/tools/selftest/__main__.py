@@ -49,16 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--exchange", type=Path, help=argparse.SUPPRESS)  # a process of a check
     parser.add_argument("--waits", type=Path, help=argparse.SUPPRESS)  # a process of a check
     parser.add_argument("--without-overlap", nargs="+", help=argparse.SUPPRESS)  # a process of a run
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    if given.exchange is not None:
-        return exchange(given.exchange)
-    if given.waits is not None:
-        return count_waits(given.waits)
-    if given.without_overlap is not None:
-        return train_without_overlap(given.without_overlap)
-    output: Path = given.output.absolute()
+    if options.exchange is not None:
+        return exchange(options.exchange)
+    if options.waits is not None:
+        return count_waits(options.waits)
+    if options.without_overlap is not None:
+        return train_without_overlap(options.without_overlap)
+    output: Path = options.output.absolute()
     is_writable = all(os.access(path, os.W_OK) for path in (output.parent, output) if path.exists())
     if output.is_dir() or not output.parent.is_dir() or not is_writable:
         parser.error(f"argument --output: {output} is not a file in a writable folder")
@@ -75,13 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     content: dict[str, Any] = {"date": now, "host": socket.gethostname()}
     try:
         with tempfile.TemporaryDirectory(prefix="selftest-", dir=output.parent) as folder:
-            for check in _checks(Path(folder), given.quick):
+            for check in _checks(Path(folder), options.quick):
                 print_line(f"{check.outcome:<8}  {check.name:<40}  {check.seen}", output_of_objects())
                 checks.append(check)
         code, verdict = _verdict(checks)
     finally:
         seconds = time.monotonic() - began
-        print_line(f"verdict: {verdict} ({seconds:.0f} s; {given.output})", output_of_objects())
+        print_line(f"verdict: {verdict} ({seconds:.0f} s; {options.output})", output_of_objects())
         content |= {"seconds": seconds, "verdict": verdict, "checks": [check._asdict() for check in checks]}
         output.write_text(json.dumps(for_json(content), indent=1) + "\n", encoding="utf-8")
     return code

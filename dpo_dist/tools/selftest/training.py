@@ -84,7 +84,9 @@ def compare_ways(folder: Path, gpus: int) -> Iterator[Check]:
         first, is_first = first or (way, rows), first is None
         allowed = _ROUNDED if "bf16" in (way, first[0]) else _EQUAL
         pairs = [
-            (row[key], of[key]) for row, of in zip(rows, first[1], strict=True) for key in COMPARED_METRICS
+            (row[key], other[key])
+            for row, other in zip(rows, first[1], strict=True)
+            for key in COMPARED_METRICS
         ]
         difference = max(abs(number / other - 1) for number, other in pairs)
         outcome, seen = "passed", f"within {difference:.1e} of {first[0]}"

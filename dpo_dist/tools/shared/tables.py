@@ -54,7 +54,7 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
                 lines.append([f"{part} {metric.title}", *ends, at_best])
     outcome, saved = RunOutcome(summary["exit"]), summary.get("best_checkpoint")
     kept = folder.checkpoints / checkpoint_name(saved["step"]) if saved else ""
-    of_step = f" (step {summary['model_step']:,})" if "model_step" in summary else ""
+    step_note = f" (step {summary['model_step']:,})" if "model_step" in summary else ""
     facts = {
         "run": _OUTCOMES[outcome].format(counted(summary["steps"], "step")),
         "time": _time(rows, summary),
@@ -65,7 +65,7 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
             if "read" in counts
         ),
         "reference": describe_reference(summary.get("reference", {})),
-        "model": f"{folder.model}{of_step}" if outcome is RunOutcome.completed else "",
+        "model": f"{folder.model}{step_note}" if outcome is RunOutcome.completed else "",
         "report": folder.report,
         "metrics": folder.metrics,
         "talk to it": f"dpo-dist chat {folder}" if outcome is RunOutcome.completed else "",

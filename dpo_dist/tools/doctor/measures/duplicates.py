@@ -156,13 +156,13 @@ class Comparison:
         partners = self._within_a_part(partners)
         examples = examples or self._origins(partners.items())
         counts = Counter(self._source[index] for index in partners)
-        of, label = len(self._records), None
+        total, label = len(self._records), None
         if len(counts) == 1:
-            [(of, label)] = ((len(source.readable), source.label) for source in counts)
+            [(total, label)] = ((len(source.readable), source.label) for source in counts)
         else:
             by_source = ", ".join(f"{count} in {source.label}" for source, count in counts.items())
             detail = "; ".join(filter(None, (by_source, detail)))
-        yield from DOCTOR_RULES[rule].count(len(partners), of, label, examples, detail)
+        yield from DOCTOR_RULES[rule].count(len(partners), total, label, examples, detail)
 
     def _within_a_part(self, partners: Partners) -> Partners:
         """Leave out matches between training and evaluation data, which are leaks and have their own rule."""

@@ -46,8 +46,8 @@ def compare_with_store(
         return use, findings
     names = ("quantization", "dtype", "attention", "gpu", "device")
     profiles = [each.profile for each in store.fingerprints]
-    described = (", ".join(profile[name] for name in names if name in profile) for profile in profiles)
-    use["numerics"] = list(dict.fromkeys(described))
+    descriptions = (", ".join(profile[name] for name in names if name in profile) for profile in profiles)
+    use["numerics"] = list(dict.fromkeys(descriptions))
     for source, source_datasets in zip(sources, datasets, strict=True):
         table, origins = stored_pairs(store, source_datasets)
         if origins:
@@ -117,7 +117,7 @@ def stored_pairs(
             for index, within in zip(examples, responses, strict=True):
                 values = list(itertools.islice(logps, len(within)))
                 masks = dataset.masks(index) or (slice(None),) * len(values)
-                chosen, rejected = _counted(values[0], masks[0]), _counted(values[-1], masks[-1])
+                chosen, rejected = _loss_logps(values[0], masks[0]), _loss_logps(values[-1], masks[-1])
                 if len(values) > 1 and len(chosen) and len(rejected):
                     sums = (float(part.sum(dtype=np.float64)) for part in (chosen, rejected))
                     columns.append((*sums, len(chosen), len(rejected)))
@@ -125,7 +125,7 @@ def stored_pairs(
     return np.array(columns, dtype=np.float64).reshape(-1, 4).T, origins
 
 
-def _counted(values: StoredLogps | None, mask: slice | npt.NDArray[np.bool_]) -> StoredLogps:
+def _loss_logps(values: StoredLogps | None, mask: slice | npt.NDArray[np.bool_]) -> StoredLogps:
     return np.empty(0, dtype=np.float32) if values is None else values[mask]
 
 

@@ -82,7 +82,7 @@ class ExaminedSource:
         return [record for record in self.records if record.is_readable]
 
     @cached_property
-    def named(self) -> dict[str, list[object]]:
+    def origins_by_name(self) -> dict[str, list[object]]:
         """The origins of the records that have each name."""
         origins = defaultdict[str, list[object]](list)
         for record in self.readable:
@@ -151,7 +151,9 @@ class ExaminedSource:
             prefix = {"tokens": tokens, "unique_tokens": unique}
             prefix |= {"share": 1 - unique / tokens, "expected_gain": tokens / unique}
         languages = Counter(prompt for prompt, *_ in self._languages if prompt is not None)
-        shown = {name for name in self.named if name not in DOCTOR_RULES and name not in RULE_BY_KIND}
+        shown = {
+            name for name in self.origins_by_name if name not in DOCTOR_RULES and name not in RULE_BY_KIND
+        }
         return {
             "label": self.label,
             "path": self.path,
@@ -170,7 +172,7 @@ class ExaminedSource:
             "prefix": prefix,
             "shares": {
                 **({"trained_tokens": sums["trained_tokens"] / sums["response_tokens"]} if tokens else {}),
-                **{name: len(self.named[name]) / len(readable) for name in sorted(shown)},
+                **{name: len(self.origins_by_name[name]) / len(readable) for name in sorted(shown)},
             },
             "languages": {name: count / languages.total() for name, count in languages.most_common()},
             "margins": {},
@@ -181,8 +183,8 @@ class ExaminedSource:
         """Yield the findings about this source; those that compare records are in `duplicates`."""
         yield from self._reading_findings()
         for name in DOCTOR_RULES:
-            origins = self.named.get(name, [])
-            kinds = {kind: len(self.named.get(kind, ())) for kind in KINDS_BY_RULE.get(name, ())}
+            origins = self.origins_by_name.get(name, [])
+            kinds = {kind: len(self.origins_by_name.get(kind, ())) for kind in KINDS_BY_RULE.get(name, ())}
             detail = ", ".join(
                 f"{kind.replace('_', ' ')} in {count}" for kind, count in kinds.items() if count
             )

@@ -56,7 +56,7 @@ def check_model(
             remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
         )
     if dropped:
-        say(f"  first records that it cannot be asked: {counts_in_one_line(dropped)}")
+        say(f"  first records that the model cannot be asked: {counts_in_one_line(dropped)}")
 
 
 def check_report(lines: Sequence[str]) -> str:

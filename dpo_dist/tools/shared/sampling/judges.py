@@ -309,10 +309,10 @@ class EndpointJudge:
         size = 2 if self._config.verdicts is Verdicts.compare else 1  # two, in both positions
         orders = [list(itertools.permutations(range(len(each.responses)), size)) for each in questions]
         by_question = list(zip(questions, orders, strict=True))
-        asked = [(question, order) for question, tried in by_question for order in tried]
+        requests = [(question, order) for question, tried in by_question for order in tried]
         pool = ThreadPoolExecutor(PARALLEL_REQUESTS, "judge")
         try:
-            verdicts = list(pool.map(lambda each: self._verdict(*each), asked))
+            verdicts = list(pool.map(lambda each: self._verdict(*each), requests))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after an error, waiting could take minutes
         if 0 < len(verdicts) == verdicts.count("refused"):
