@@ -223,7 +223,7 @@ def _warnings(runs: Runs) -> Iterator[tuple[str, tuple[str, ...]]]:
     eval_data, references = ([each.get(name) for each in identities] for name in ("eval_data", "reference"))
     losses = [facts.config.get("loss") for facts in runs.values()]
     if not any(facts.run.evaluations for facts in runs.values()):
-        yield "No run has an evaluation: metrics are those of the last logged steps.", ()
+        yield "No run has an evaluation, so metrics are from the last logged steps.", ()
     for values, sentence, metrics in (
         (eval_data, "Their evaluation data differ: metrics are not comparable.", ("",)),
         (

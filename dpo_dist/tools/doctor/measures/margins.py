@@ -134,7 +134,7 @@ def margin_findings(
 ) -> tuple[npt.NDArray[np.float64], dict[str, float], list[Finding]]:
     """Judge the pairs of a source by the reference's length-normalised margins.
 
-    `table` is that of `stored_pairs`, with at least one pair. Returns the margins in nats per token, their
+    `table` comes from `stored_pairs` and has at least one pair. Returns the margins in nats per token, their
     statistics, and the finding about pairs whose margin is far below 0, the most extreme first.
     """
     chosen, rejected, chosen_tokens, rejected_tokens = table
