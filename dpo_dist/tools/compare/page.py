@@ -85,7 +85,7 @@ def comparison_table(results: _Row) -> list[str]:
         rows.append(cells)
     judge = "" if results["judge"] is None else f", judged by {results['judge']}"
     lines = [f"comparison on {counted(results['prompts'], 'prompt')}{judge}", *aligned(rows)]
-    lines += [f"note: {sentence}" for sentence in _not_held_out(results)]
+    lines += [f"note: {sentence}" for sentence in _held_out_warning(results)]
     if left := sum(results["not_judged"].values()):
         lines.append(f"note: not counted, because the judge gave no verdict: {counted(left, 'comparison')}")
     return lines
@@ -96,17 +96,17 @@ def headline(results: _Row) -> list[str]:
 
     A model whose responses never end is not ranked: the judge saw only their beginnings.
     """
-    return _ranked(results) + _not_held_out(results)
+    return _ranking_sentences(results) + _held_out_warning(results)
 
 
-def _not_held_out(results: _Row) -> list[str]:
+def _held_out_warning(results: _Row) -> list[str]:
     """Return a sentence on models that were trained on prompts of the comparison; empty if none was."""
     trained = results.get("prompts_also_in_train", {}).items()
     seen = " and ".join(f"{name} was trained on {count:,} of them" for name, count in trained if count)
     return [f"Not all prompts are held out: {seen}."] if seen else []
 
 
-def _ranked(results: _Row) -> list[str]:
+def _ranking_sentences(results: _Row) -> list[str]:
     measure, qualities = _qualities(results)
     models = {model["name"]: model for model in results["models"]}
     ranked = [name for name in qualities if models[name]["style"]["finished"]]

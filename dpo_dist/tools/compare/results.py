@@ -97,7 +97,7 @@ def comparison(rows: Iterable[_Row], models: Sequence[str]) -> dict[str, Any]:
     for row in rows:
         prompts += 1
         for model in models:
-            for metric, value in _measured(row["responses"][model]).items():
+            for metric, value in _measure_response(row["responses"][model]).items():
                 values[model, metric].append(value)
         for verdict in row.get("verdicts") or ():
             pair, credit = (verdict["first"], verdict["second"]), verdict["credit"]
@@ -131,7 +131,7 @@ def comparison(rows: Iterable[_Row], models: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _measured(response: _Row) -> dict[str, tuple[float, float]]:
+def _measure_response(response: _Row) -> dict[str, tuple[float, float]]:
     facts = text_facts(response["text"], response["tokens"], response["finished"])
     logp, base = response["logp"], response["base_logp"]
     ratio = None if logp is None or base is None else logp - base

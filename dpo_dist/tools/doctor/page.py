@@ -61,7 +61,7 @@ def write_doctor_page(
         kept=sum(source["kept"] for source in diagnosis.sources),
         model=diagnosis.model,
         overview=overview(diagnosis.sources),
-        sources=list(map(_shown, diagnosis.sources)),
+        sources=list(map(_page_fields, diagnosis.sources)),
         store=diagnosis.store,
         store_sentence=diagnosis.store and store_sentence(diagnosis.store),
         pairs=diagnosis.shown,
@@ -113,7 +113,7 @@ def _median(side: Mapping[str, Any] | None) -> str:
     return f"{values['percentiles'][50]:,.0f} {unit}"
 
 
-def _shown(source: Mapping[str, Any]) -> dict[str, Any]:
+def _page_fields(source: Mapping[str, Any]) -> dict[str, Any]:
     """Return a source's fields for the page: shares and tests that matter, the largest first."""
     return {
         **source,

@@ -62,17 +62,17 @@ def check_origin(entry: EvaluatedModel, config: RunConfig, inputs: EvaluationInp
         return
     folder, digest = Path(entry.path), inputs.policy_files.digest
     try:
-        former, adapter = checkpoint_state(folder)["model"], config.model.adapter
+        model_digest, adapter = checkpoint_state(folder)["model"], config.model.adapter
     except (OSError, ValueError) as error:
         raise damaged_checkpoint(folder, [first_line(error)]) from error
     changed = changed_keys(RunFolder(folder.resolve().parent.parent).config, config.identity)
-    if former != digest or "model.adapter" in changed:
+    if model_digest != digest or "model.adapter" in changed:
         before, _ = changed.get("model.adapter", (adapter, adapter))
         raise CheckpointError(
             "the checkpoint is of a run with another model or adapter",
             where=str(folder),
             got=f"{config.model.path}, digest {digest}, adapter {adapter}",
-            expected=f"digest {former}, adapter {before}",
+            expected=f"digest {model_digest}, adapter {before}",
             remedy="set model.path and model.adapter as in the config.yaml of its run",
         )
 

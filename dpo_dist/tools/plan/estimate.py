@@ -77,7 +77,7 @@ class Data(NamedTuple):
 
     @property
     def targets(self) -> float:
-        """Tokens of the responses of a pair."""
+        """Tokens of a pair's responses."""
         return (1 - PROMPT_SHARE) * self.tokens
 
 

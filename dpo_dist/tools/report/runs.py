@@ -53,11 +53,11 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
     warnings, last = dict(_warnings(runs)), _last_rows(runs)
     results = _Results(groups, last, [_intervals(each) for each in facts], sum(warnings.values(), ()))
     outcomes = [each.summary.get("exit", "not ended") for each in facts]
-    shown = {METRICS[key].title: results.cells(key) for key in _shown(last)}
+    shown = {METRICS[key].title: results.cells(key) for key in _result_metrics(last)}
     own = {key: _own_parts(texts) for key, texts in settings.items()} if is_short else {}
     columns = {"run": names, **own, "outcome": outcomes, **shown}
     completed = [outcome == RunOutcome.completed for outcome in outcomes]
-    over_seeds = results.over_seeds(_shown(last), completed) if results.has_seeds else []
+    over_seeds = results.over_seeds(_result_metrics(last), completed) if results.has_seeds else []
     units = {each.run.unit for each in facts}
     unit = units.pop() if len(units) == 1 else "example"
     curves = [Curves(*each) for each in zip(groups, kinds, map(_over_pairs, facts), strict=True)]
@@ -142,7 +142,7 @@ def _own_parts(texts: Sequence[str]) -> list[str]:
     return own if own == list(texts) else [each.strip(" ,[]{}") for each in own]
 
 
-def _shown(last: Sequence[MetricsRow]) -> list[str]:
+def _result_metrics(last: Sequence[MetricsRow]) -> list[str]:
     """Return the metrics for the table of results: those of every run with a row, and each accuracy."""
     rows = [row for row in last if row]
     return [
@@ -238,7 +238,7 @@ def _warnings(runs: Runs) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _last_rows(runs: Runs) -> list[MetricsRow]:
-    """Return the last evaluation of each ended run (without any, the last steps), {} for other runs."""
+    """Return each ended run's last evaluation, or last steps if no run has one; {} for other runs."""
     has_any = any(facts.run.evaluations for facts in runs.values())
     rows = (facts.run.evaluations if has_any else facts.run.steps for facts in runs.values())
     ended = ("exit" in facts.summary for facts in runs.values())

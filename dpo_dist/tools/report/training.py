@@ -1,4 +1,4 @@
-"""Train with the recorder, samples and page of `tools.report`: for `train`, sweeps and the API."""
+"""Train with everything that reports on a run: what `train`, a point of a sweep and the API start."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,12 +15,12 @@ def train_with_reports(
 ) -> int:
     """Train `config`, from its last checkpoint if there is one; return the exit code.
 
-    `on_row`: see `api.train`; an exception in it ends the run at once.
+    `on_row`: see `api.train`; an exception of it ends the run at once.
     """
     check_needs(config, "train")
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     with stop.listening(), checked_start(config, trains=True) as console:
-        # Imported late: the imports are slow, and what they print belongs in the log.
+        # Slow, and what the imports print belongs in the log.
         from dpo_dist.tools.report.recorder import REPORTING, open_recorder  # noqa: PLC0415
         from dpo_dist.training.run import train  # noqa: PLC0415
 
@@ -29,7 +29,7 @@ def train_with_reports(
 
 
 def check_training(config: RunConfig, *, trains: bool = True) -> Iterator[str]:
-    """Check what a run needs before it uses a GPU; `trains`: whether it trains, or only scores its pairs."""
+    """Check everything that a run which trains, or only scores its pairs, needs before it uses a GPU."""
     check_start(config, trains=trains)
     from dpo_dist.tools.plan.plans import plan_in_brief  # noqa: PLC0415  (slow)
     from dpo_dist.training.start.check import dry_run  # noqa: PLC0415  (slow)
