@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dpo_dist.config.fields import fields_of
+from dpo_dist.config.fields import schema_fields
 from dpo_dist.config.keys import Key, key_rows, section_meanings
 from dpo_dist.config.losses import KINDS, KindFacts, LossConfig
 from dpo_dist.config.verbs import EVERY_VERB
@@ -60,8 +60,8 @@ def _loss_table() -> str:
 
 def _loss_row(kind: str, facts: KindFacts) -> tuple[str, ...]:
     """Return a row, with the default after each option in the formula."""
-    defaults = {f"loss.{name}": field.default for name, field in fields_of(LossConfig).items()}
-    own = {} if facts.options is None else fields_of(facts.options)
+    defaults = {f"loss.{name}": field.default for name, field in schema_fields(LossConfig).items()}
+    own = {} if facts.options is None else schema_fields(facts.options)
     defaults |= {f"loss.options.{name}": field.default for name, field in own.items()}
     formula = re.sub(r"`(loss[\w.]+)`", lambda found: f"{found[0]} ({defaults[found[1]]:g})", facts.formula)
     names = [*sorted(facts.uses - MODIFIERS), *(f"options.{name}" for name in own)]

@@ -1,6 +1,6 @@
 """Packed layout of a micro-batch: no padding, each prompt stored once.
 
-A packed micro-batch is one sequence of tokens, an example ``[prompt, response, response, ...]`` in it. The
+A packed micro-batch is one sequence of examples, each ``[prompt, response, response, ...]``. The
 position ids of every response start at the prompt's length, and in attention (model/attention/) a response
 sees its own prompt only. The last token of a response predicts nothing and is not stored. A token that the
 loss does not count is an input, but no target.
@@ -47,8 +47,8 @@ class PackedBatch:
     reference_logps: Tensor | None = None  # float32 [targets]; None: a forward pass computes them
     sources: Tensor | None = None  # int64 [pairs], index of each pair's source in the dataset's labels
     mask: Mask | None = None  # bool [completion tokens], which are targets, on the host; None: all
-    # The most responses that a rank has in this micro-batch: a model that computes each response in a forward
-    # of its own makes as many forwards on all ranks (law L2); 0: only one rank computes.
+    # Most responses of any rank in this micro-batch: a model with one forward per response runs this many
+    # forwards on every rank (law L2); 0: only one rank computes.
     forwards: int = 0
 
     @property
@@ -75,8 +75,8 @@ class PackedBatch:
         """
         lengths = [length for pieces in self.layout for length in pieces]
         counts = [count for pieces in self.layout for count in (len(pieces) - 1, *[1] * (len(pieces) - 1))]
-        counted = np.repeat(np.array(counts, dtype=np.float32), lengths) * bool(len(self.keys))
-        return copy_to_device(self.input_ids.device, counted)
+        repeated = np.repeat(np.array(counts, dtype=np.float32), lengths) * bool(len(self.keys))
+        return copy_to_device(self.input_ids.device, repeated)
 
     def with_one_target(self) -> "PackedBatch":
         """Return the batch with its first target only: enough for a forward, but not a pair for the loss."""
@@ -193,7 +193,7 @@ class PaddedRows:
     input_ids: Tensor  # int64 [rows, longest], padded at the end
     lengths: tuple[int, ...]  # tokens of each row without padding
     is_token: Tensor  # bool [rows, longest], whether it is not padding
-    predictors: Tensor  # int64 [targets], index in the flat `input_ids` of what predicts each target
+    predictors: Tensor  # int64 [targets], index in the flat `input_ids` of the token that predicts each
 
 
 def padded_rows(batch: PackedBatch, pad_id: int) -> PaddedRows:

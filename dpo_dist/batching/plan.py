@@ -34,7 +34,7 @@ def computed_tokens(layout: Sequence[Sequence[int]], arrangement: Arrangement) -
 
 
 def size_in_words(layout: Sequence[Sequence[int]], arrangement: Arrangement) -> str:
-    """Return the tokens and pairs of a micro-batch as text; arguments as of `computed_tokens`."""
+    """Return the tokens and pairs of a micro-batch as text; arguments as in `computed_tokens`."""
     longest = max(map(sum, layout))
     padding = " with padding" if arrangement is Arrangement.padded else ""
     tokens = computed_tokens(layout, arrangement)
@@ -89,7 +89,7 @@ class ExampleSizes:
     rows: Counts | None = None  # responses in padded rows; None: nothing is padded
     longest: Counts | None = None  # tokens of the longest of these rows; None: nothing is padded
 
-    def at(self, indices: Counts) -> "ExampleSizes":
+    def select(self, indices: Counts) -> "ExampleSizes":
         """Return the sizes of the examples at `indices`."""
         selected: dict[str, Any] = {
             name: None if sizes is None else sizes[indices] for name, sizes in vars(self).items()
@@ -130,19 +130,18 @@ def _causal_pairs(tokens: Counts) -> Counts:
 def plan_micro_batches(sizes: ExampleSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:
     """Assign the examples of a global batch to micro-batches and ranks.
 
-    Examples are dealt out by cost to as few micro-batches as can hold them then, rarely one more than in the
-    tightest packing. The ranks get work of equal cost in each micro-batch and in the whole step, so that they
-    wait little for each other. An example above the budget is alone in its micro-batch.
+    Examples, costliest first, go to as few micro-batches as can hold them in this order, rarely one more than
+    the tightest packing. The ranks get work of equal cost in each micro-batch and in the whole step, so that
+    they wait little for each other. An example above the budget is alone in its micro-batch.
 
-    `token_budget`: tokens that fit in one micro-batch, with their padding. The plan, by micro-batch and rank,
-    has indices in `sizes`; none where a rank computes a dummy: all have the same number of micro-batches
-    (law L2).
+    `token_budget`: tokens that fit in one micro-batch, with their padding. Returns indices in `sizes` by
+    micro-batch and rank; an empty list is a dummy: all ranks have the same number of micro-batches (law L2).
     """
     if not len(sizes.tokens):
         return []
     if sizes.rows is not None and sizes.longest is not None:
-        of_rows, number = _fill_rows(sizes.rows, sizes.longest, world_size, token_budget)
-        return _assign_to_ranks(of_rows, sizes.costs, world_size, number)
+        row_bins, number = _fill_rows(sizes.rows, sizes.longest, world_size, token_budget)
+        return _assign_to_ranks(row_bins, sizes.costs, world_size, number)
     tokens = np.minimum(sizes.tokens, token_budget)
     micro_batches = math.ceil(tokens.sum() / (world_size * token_budget))
     while True:
@@ -213,17 +212,17 @@ def _fill_rows(rows: Counts, longest: Counts, world_size: int, budget: int) -> t
         np.maximum.at(widths, bins, longest)
         return int((rows * widths[bins]).sum())
 
-    filled = _fill_rows_alike(rows, longest, world_size, budget)
+    filled = _fill_rows_evenly(rows, longest, world_size, budget)
     budget = min(budget, tokens(filled[0]))
     while (budget := budget // 2) >= _ENOUGH_TOKENS:
-        smaller = _fill_rows_alike(rows, longest, world_size, budget)
+        smaller = _fill_rows_evenly(rows, longest, world_size, budget)
         if tokens(smaller[0]) > _LESS_PADDING * tokens(filled[0]):
             break
         filled = smaller
     return filled
 
 
-def _fill_rows_alike(rows: Counts, longest: Counts, world_size: int, budget: int) -> tuple[Bins, int]:
+def _fill_rows_evenly(rows: Counts, longest: Counts, world_size: int, budget: int) -> tuple[Bins, int]:
     """Return the fewest micro-batches, and the smallest bins that a few trials find: ranks get equal work."""
     bins = _cut_rows(rows, longest, budget)
     micro_batches = -(-int(bins.max() + 1) // world_size)

@@ -44,7 +44,7 @@ class BatchSampler:
     @property
     def pairs_per_epoch(self) -> int:
         """Number of examples drawn in one epoch, by the weights of the sources."""
-        return sum(_drawn(span) for span in self.spans)
+        return sum(_draws(span) for span in self.spans)
 
     def indices(self, step: int) -> Indices:
         """Return the dataset indices of the global batch of `step` (0-based), int64 [pairs]."""
@@ -81,7 +81,7 @@ def make_sampler(spans: Sequence[SourceSpan], config: TrainerConfig) -> BatchSam
     A span is empty if all records of its source are held out for evaluation.
     """
     for number, span in enumerate(spans):
-        if span.start < span.stop and not _drawn(span):
+        if span.start < span.stop and not _draws(span):
             raise ConfigError(
                 "no pair of a source would be drawn",
                 where=f"data.train[{number}].weight",
@@ -89,14 +89,14 @@ def make_sampler(spans: Sequence[SourceSpan], config: TrainerConfig) -> BatchSam
                 expected="at least one pair an epoch",
                 remedy="raise the weight, or remove the source",
             )
-    per_epoch = sum(_drawn(span) for span in spans)
+    per_epoch = sum(_draws(span) for span in spans)
     total = round(config.epochs * per_epoch)
     if config.max_steps is not None:
         total = config.max_steps * config.global_batch_pairs
     return BatchSampler(tuple(spans), config.global_batch_pairs, config.seed, max(1, total))
 
 
-def _drawn(span: SourceSpan) -> int:
+def _draws(span: SourceSpan) -> int:
     return round(span.weight * (span.stop - span.start))
 
 
@@ -106,7 +106,7 @@ def _epoch_order(spans: tuple[SourceSpan, ...], seed: int, epoch: int) -> Indice
     parts = []
     for span in spans:
         indices = np.arange(span.start, span.stop, dtype=np.int64)
-        whole, rest = divmod(_drawn(span), len(indices)) if len(indices) else (0, 0)
+        whole, rest = divmod(_draws(span), len(indices)) if len(indices) else (0, 0)
         parts.append(np.tile(indices, whole))
         parts.append(generator.choice(indices, size=rest, replace=False) if rest else indices[:0])
     return generator.permutation(np.concatenate(parts))

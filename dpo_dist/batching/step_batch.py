@@ -1,4 +1,4 @@
-"""The batch of a step: the micro-batches of each rank, planned, and packed when they are needed."""
+"""The batch of a step: micro-batches planned for each rank, and packed when the rank needs them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,7 +47,7 @@ class ExampleSource(Protocol):
         costs: ComputeCosts,
         masked: bool = False,
     ) -> ExampleSizes:
-        """Return the sizes of examples with these responses; `masked`: targets are what the loss counts."""
+        """Return the sizes of examples with these responses; `masked`: targets are tokens in the loss."""
 
     def label_numbers(self, indices: Indices | Sequence[int]) -> Indices:
         """Return the index in `labels` of each example's label."""
@@ -77,7 +77,7 @@ class RankBatch:
     targets: int  # completion tokens that the loss counts
     attended: int  # query-key pairs of attention in a layer in which tokens see all earlier ones
     weight: float  # sum of the weights of the pairs in the loss; their number if all are 0
-    mean_chosen_tokens: float  # mean number of targets in the chosen responses, so weighted
+    mean_chosen_tokens: float  # mean number of targets in the chosen responses, with these weights
     is_good: npt.NDArray[np.bool_] | None = None  # [pairs], labels of an unpaired loss
     partners: "RankBatch | None" = None  # the same examples with their partners' responses
     sources: Indices | None = None  # int64 [pairs], index in `dataset.labels`; None without labels
@@ -105,7 +105,7 @@ def shard_batch(
 ) -> RankBatch:
     """Return the share of `rank` in the global batch `indices`, balanced by compute cost; O(batch).
 
-    With a `loss` it has the responses that this loss scores, and their partners; without one all responses,
+    With a `loss` the share has the responses that this loss scores, and their partners; else all responses,
     or response `which` of each example.
     """
     is_good, partners = None, None

@@ -1,4 +1,4 @@
-"""Run a verb with the configuration of its command line; the text of `--help`; the command of a verb."""
+"""Run a verb with the configuration on its command line; print `--help`; write a verb's command."""
 
 import argparse
 import json
@@ -16,21 +16,21 @@ from dpo_dist.config.compose import parse_overrides
 from dpo_dist.config.keys import (
     COMMAND_LINE,
     Key,
-    entry_of,
     group_folders,
     is_within,
     key_rows,
     preset_names,
     run_keys,
     section_meanings,
+    strip_indices,
 )
 from dpo_dist.config.load import Points, load_points, load_run_config, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, assignment, equivalents, raise_all, suggestion, unknown_key
-from dpo_dist.config.rules import keys_of
+from dpo_dist.config.rules import verb_keys
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
-from dpo_dist.config.user_code import check_doors, open_doors, written_values
+from dpo_dist.config.user_code import check_code_allowed, code_warnings, read_saved_yaml
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.console import console_on, warnings_off
 from dpo_dist.foundation.errors import ConfigError, ExitCode
@@ -80,12 +80,12 @@ def _parser(**texts: Any) -> Arguments:
 def _folder(text: str) -> Path:
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(
-            f"{text} is not a folder; a path is relative to the working directory"
+            f"{text} is not a folder; paths are relative to the working directory"
         )
     return Path(text)
 
 
-def divide(arguments: Sequence[str]) -> argparse.Namespace:
+def split_words(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the options of a command line, its other `words`, and `mistakes`: unknown options."""
     options, rest = _parser().parse_known_args(arguments)
     options.words, options.mistakes = [], []
@@ -107,7 +107,7 @@ def _unknown_option(name: str, values: Sequence[str]) -> ConfigError:
     key, value = name.lstrip("-").replace("-", "_"), "".join(values[:1])
     if len(values) > 1:
         value = f"[{','.join(values)}]"
-    is_foreign = equivalents(key, "keys") or equivalents(key, "answers") or len(key) == 1
+    is_foreign = equivalents(key, "keys") or equivalents(key, "advice") or len(key) == 1
     if key in run_keys() and ("." in key or not is_foreign):  # `--optim adamw_torch` is foreign
         remedy = f"write {assignment(key, value or 'true')}"
     else:
@@ -117,10 +117,10 @@ def _unknown_option(name: str, values: Sequence[str]) -> ConfigError:
     return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
 
 
-def former_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[str, Any] | None:
-    """Return the values of config.yaml in `run.dir`, for a command that names its run only.
+def saved_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[str, Any] | None:
+    """Return the values of config.yaml in `run.dir`, for a command that names only its run.
 
-    None if the command chooses a model (for the doctor: data), an experiment or a file itself, or if the run
+    None if the command itself chooses a model (for the doctor: data), an experiment or a file, or if the run
     has no config.yaml.
     """
     overrides, _ = parse_overrides(word for word in options.words if "=" in word)
@@ -135,20 +135,20 @@ def former_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[s
             "no run is named",
             where="run.dir",
             expected="the directory of a run: run.dir=output/run-1a2b3c4d",
-            remedy=f"set run.dir; or write the command of the run: {needed}=... and its other keys",
+            remedy=f"set run.dir, or write the run's whole command: {needed}=... and its other keys",
         )
     file = existing_run(Path(str(given["run.dir"])).expanduser()).config
     if not file.is_file():
         return None
-    values = written_values(file.read_bytes(), str(file))
-    check_doors(values, given, file)
+    values = read_saved_yaml(file.read_bytes(), str(file))
+    check_code_allowed(values, given, file)
     return values
 
 
 def usage(command: str, about: str, keys: Collection[str], folders: Sequence[Path]) -> str:
     """Return a verb's `--help`: `about`, then the sections and presets of the keys that it reads."""
     sections = {name: text for name, text in section_meanings().items() if name in keys and "." not in name}
-    chosen = {"experiment": "run", "reference": "reference.mode"}  # a key that tells whether a preset is read
+    chosen = {"experiment": "run", "reference": "reference.mode"}  # the key by which a verb reads the group
     groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
     presets = {group: preset_names(group, folders) for group in groups if chosen.get(group, group) in keys}
     text = [
@@ -168,7 +168,7 @@ def usage(command: str, about: str, keys: Collection[str], folders: Sequence[Pat
 
 def explain(key: str, folders: Sequence[Path]) -> str:
     """Return the text of `--help KEY`: `loss.beta`, `loss`, `data.train.weight`, a group of presets."""
-    name = entry_of(key.removeprefix("+")).replace("[]", "")
+    name = strip_indices(key.removeprefix("+")).replace("[]", "")
     here, below = list[Key](), list[Key]()
     for row in key_rows():
         full = row.name.replace("[]", "")
@@ -214,10 +214,10 @@ def _columns(lines: Collection[tuple[str, str]]) -> list[str]:
 def run_verb(
     main: Callable[[Any], int], check: Callable[[Any], Iterator[str]] | None = None, *, verb: str = "train"
 ) -> NoReturn:
-    """Run `main` with the configuration of the command line, or its points, and exit with its exit code.
+    """Call `main` with the command line's configuration, or with a sweep's points; exit with its exit code.
 
-    `check` yields the texts of `--check`, on the first rank only. `--help` has the docstring of the module of
-    `main`.
+    `check` yields the lines that `--check` prints, on rank 0 only. `--help` prints the docstring of `main`'s
+    module.
     """
     styles = [word.lstrip("+") for word in sys.argv[1:] if word.lstrip("+").startswith("console.style=")]
     errors = Errors(styles[-1:] == [f"console.style={ConsoleStyle.json}"], this_rank())
@@ -227,8 +227,8 @@ def run_verb(
 def _run(
     main: Callable[[Any], int], check: Callable[[Any], Iterator[str]] | None, verb: str, errors: Errors
 ) -> int:
-    options = divide(sys.argv[1:])
-    text = _answer(options, verb, sys.modules[main.__module__].__doc__ or "")
+    options = split_words(sys.argv[1:])
+    text = _option_text(options, verb, sys.modules[main.__module__].__doc__ or "")
     if text is None:
         given = _configurations(options, verb)
         config = next(iter(given.values()))
@@ -242,8 +242,8 @@ def _run(
         reserve_output()
     check_launch(os.environ, _repeated(config.parallelism, config.model.dtype, config.optim.max_grad_norm))
     if this_rank() == 0:
-        doors = without_secrets(open_doors(asdict(config)))
-        sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in doors))
+        lines = without_secrets(code_warnings(asdict(config)))
+        sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in lines))
     if VERBS[verb].is_one_process and this_rank() > 0:
         return ExitCode.completed
     configured = given if VERBS[verb].takes_points else config
@@ -268,14 +268,14 @@ def _configurations(options: argparse.Namespace, verb: str) -> Points:
     words, folder, mistakes = options.words, options.config_dir, options.mistakes
     if VERBS[verb].takes_points:
         return load_points(words, folder, mistakes=mistakes)
-    former = former_values(options, verb) if VERBS[verb].of_former_run else None
-    return {(): load_run_config(words, folder, verb=verb, former=former, mistakes=mistakes)}
+    saved = saved_values(options, verb) if VERBS[verb].reuses_config else None
+    return {(): load_run_config(words, folder, verb=verb, saved=saved, mistakes=mistakes)}
 
 
 def _repeated(
     parallelism: ParallelismConfig, dtype: Dtype, max_grad_norm: float
 ) -> dict[str, tuple[str, str]]:
-    """Return the variables of accelerate that may repeat a key: the key, and the value that repeats it."""
+    """Return by variable of accelerate the key to set in its place, and the value that agrees with it."""
     kind, deepspeed = parallelism.kind, "ACCELERATE_DEEPSPEED_"
     optimizer, weights = parallelism.offload_optimizer, parallelism.offload_parameters
     return {
@@ -291,7 +291,7 @@ def _repeated(
     }
 
 
-def _answer(options: argparse.Namespace, verb: str, about: str) -> str | None:
+def _option_text(options: argparse.Namespace, verb: str, about: str) -> str | None:
     """Return the text of an option that needs no configuration; None without such an option."""
     if options.version:
         return f"dpo_dist {dpo_dist.__version__}\n"
@@ -299,7 +299,7 @@ def _answer(options: argparse.Namespace, verb: str, about: str) -> str | None:
         return json.dumps(SCHEMA.json_schema(), indent=1) + "\n"
     if options.help is None:
         return None
-    folders, keys = group_folders(options.config_dir), keys_of(verb, trains=verb == "pairs")
+    folders, keys = group_folders(options.config_dir), verb_keys(verb, trains=verb == "pairs")
     if options.help:
         return explain(options.help, folders)
     command = f"dpo-dist {verb}" if VERBS[verb].is_one_process else f"dpo-dist [launch] {verb}"

@@ -1,4 +1,4 @@
-"""Compose a command by Hydra: layers of files and experiments, then overrides; collect their mistakes."""
+"""Compose a command by Hydra: first layers of files and experiments, then overrides; collect mistakes."""
 
 import contextlib
 import copy
@@ -34,7 +34,7 @@ from dpo_dist.config.mistakes import (
     unknown_preset,
     unreadable,
 )
-from dpo_dist.config.rules import keys_of
+from dpo_dist.config.rules import verb_keys
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 
@@ -42,9 +42,9 @@ FAILURES = (
     *(ConfigError, HydraException, OmegaConfBaseException),
     *(yaml.YAMLError, ValueError, RecursionError, OSError),
 )
-"""What can go wrong while a command is composed."""
+"""Exceptions that composing a command can raise."""
 _ROOT = "dpo_dist"
-"""The primary configuration of Hydra; the parts of the command are stored in the group of this name."""
+"""Name of Hydra's primary configuration, and of the group that holds the command's parts."""
 
 
 def parse_overrides(words: Iterable[str]) -> tuple[list[Override], list[str]]:
@@ -56,7 +56,7 @@ def parse_overrides(words: Iterable[str]) -> tuple[list[Override], list[str]]:
         kinds = {hint, *get_args(hint)}
         takes_text = str in kinds and kinds.isdisjoint({int, float})  # `run.name=1e3` is a text
         if equals and (override is None or (takes_text and type(override.value()) in (int, float))):
-            # Hydra's grammar has no `~/m`, `é` or `NAME=PATH` without quotes.
+            # Hydra's grammar refuses `~/m`, `é` and `NAME=PATH` without quotes.
             if re.fullmatch(r"\[[^\[\]{}\"']*\]", value):
                 value = "[" + ",".join(f'"{entry.strip()}"' for entry in value[1:-1].split(",")) + "]"
             elif not set(value) & set("[]{}\"',\\") and value == value.strip():
@@ -92,7 +92,7 @@ def names_chosen(override: Override) -> list[str]:
 
 
 class _Layer(NamedTuple):
-    """Keys of a file or experiment, above the presets that it chooses."""
+    """Keys of a file or experiment, which win over the presets that the file chooses."""
 
     name: str
     presets: dict[str, str | None]
@@ -113,8 +113,8 @@ def read_keys(file: Path) -> dict[str, Any]:
 class Command:
     """A command: its layers, which Hydra composes, its overrides, and the mistakes in both.
 
-    Layers are for what Hydra cannot do: files and experiments are written as a command, `loss: ipo` and
-    `loss.beta: 0.2`; and `loss=ipo` of a file or command replaces all that comes before it, where Hydra puts
+    Layers add two things that Hydra lacks: files and experiments are written like a command, `loss: ipo` and
+    `loss.beta: 0.2`; and `loss=ipo` in a file or command replaces everything before it, while Hydra puts
     presets below every experiment.
     """
 
@@ -122,13 +122,13 @@ class Command:
         self,
         words: Sequence[str],
         folders: Sequence[Path],
-        former: Mapping[str, Any] | None,
+        saved: Mapping[str, Any] | None,
         mistakes: Iterable[ConfigError],
-        bases: dict[str, Any] | None = None,
+        cache: dict[str, Any] | None = None,
         verb: str = "",
     ) -> None:
-        # What Hydra has composed, by what it was composed of, and the keys of files that it has read.
-        self._bases = {} if bases is None else bases
+        # A cache for a sweep's points: Hydra's result by the layers that it compose; the keys of each file.
+        self._cache = {} if cache is None else cache
         files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
         parsed, unread = parse_overrides(word for word in words if word not in files)
         self.folders, self.overrides = folders, list[Override]()
@@ -142,7 +142,7 @@ class Command:
             if mistake is None:
                 self.overrides.append(override)
         self._files = [layer for file in files for layer in self._read(Path(file), file)]
-        self._files += [] if former is None else [_Layer("config.yaml", {}, former)]
+        self._files += [] if saved is None else [_Layer("config.yaml", {}, saved)]
         self._files.append(_Layer(COMMAND_LINE, typed, {}))
 
     def _list_defaults(self) -> None:
@@ -153,7 +153,7 @@ class Command:
             for group, name in layer.presets.items():
                 if name is not None and chosen[group] is layer:
                     if not read_keys(self._file(f"{group}/{name}")) or group == "loss":
-                        # It stands for all options of its group.
+                        # The preset resets its whole group: the group's defaults come first.
                         parts.append(_Layer("", {}, {group: plain_values(getattr(RunConfig(), group))}))
                     parts.append(f"{group}/{name}")
             parts.append(layer)
@@ -163,7 +163,7 @@ class Command:
         self._defaults = [
             *self._entries,
             "_self_",
-            # Not at two places: Hydra changes what it merges twice.
+            # Each name once: Hydra changes a file that it merges twice.
             *({f"override {group}": name} for group, name in (presets | dict.fromkeys(chosen)).items()),
         ]
 
@@ -184,9 +184,9 @@ class Command:
     def _read(self, file: Path, name: str, group: str = "experiment") -> list[_Layer]:
         """Return the layers of a group's file; note a mistake if it cannot be read."""
         try:
-            if (known := f"keys of {file}") not in self._bases:
-                self._bases[known] = read_keys(file)
-            content = copy.deepcopy(self._bases[known])
+            if (known := f"keys of {file}") not in self._cache:
+                self._cache[known] = read_keys(file)
+            content = copy.deepcopy(self._cache[known])
             if error := foreign_file(content, file):
                 raise error
             return self._layers(content, name, group)
@@ -202,7 +202,7 @@ class Command:
             if isinstance(value, (str, bool)) and key in run_keys() and preset_names(key, self.folders):
                 self._choose(key, [value], presets)
             elif value not in (None, "", [], {}) or "." in str(key) or key in run_keys():
-                # An empty key of another trainer's file says nothing.
+                # Another trainer's file may have empty keys: ignore them.
                 OmegaConf.update(values, str(key), value, force_add=True)
         layer = _Layer(name, presets, cast(dict[str, Any], OmegaConf.to_container(values)))
         for entry in entries if isinstance(entries, list) else [entries]:
@@ -232,24 +232,24 @@ class Command:
         finally:
             GlobalHydra.instance().hydra = callers
 
-    def composed(self) -> dict[str, Any]:
+    def compose(self) -> dict[str, Any]:
         """Return the values of the command, leaving out overrides and files with mistakes."""
         self._list_defaults()
-        if (parts := repr((self._entries, self._defaults))) not in self._bases:
+        if (parts := repr((self._entries, self._defaults))) not in self._cache:
             read_keys(self._file("config"))
             with self._hydra():
-                self._bases[parts] = OmegaConf.merge(plain_values(RunConfig()), hydra.compose(COMMAND_LINE))
-        config = copy.deepcopy(self._bases[parts])
+                self._cache[parts] = OmegaConf.merge(plain_values(RunConfig()), hydra.compose(COMMAND_LINE))
+        config = copy.deepcopy(self._cache[parts])
         for override in self.overrides:
             if not self._is_choice(override):
                 key, value = override.key_or_group, override.value()
-                # Hydra cannot replace a list by a mapping; here it is replaced, and pydantic refuses it.
+                # OmegaConf cannot merge a mapping into a list; a replaced list is refused by pydantic.
                 merges = get_origin(run_keys().get(key)) is not list
                 OmegaConf.update(config, key, value, merge=merges, force_add=True)
         return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
 
     def origin(self, key: str) -> str:
-        """Return the override, file or experiment that gives a key; the last one counts."""
+        """Return the last override, file or experiment that sets a key."""
         for override in reversed(self.overrides):
             given = override.key_or_group
             if not self._is_choice(override) and (is_within(key, given) or is_within(given, key)):
@@ -280,11 +280,11 @@ class Command:
         """Return the error of an override whose key or form does not exist."""
         key, line = override.key_or_group, str(override.input_line)
         is_choice = self._is_choice(override)
-        # Which options there are depends on the kind of loss.
+        # The kind of loss decides which options exist: pydantic checks them.
         if not is_choice and key not in run_keys() and not key.startswith("loss.options."):
             return unknown_key(key, line.partition("=")[2], where=f"{COMMAND_LINE}: {line}")
         if override.is_delete() or override.is_sweep_override():
-            message, remedy = f"{key} has one value", _in_place_of_several(override)
+            message, remedy = f"{key} takes one value", _remedy_for_several(override)
             if override.is_interval_sweep():
                 message = "an interval has no points to train"
         elif is_choice and key in run_keys() and isinstance(override.value(), list):
@@ -292,7 +292,7 @@ class Command:
             if unknown := [name for name in names if {name, *equivalents(name, "values")}.isdisjoint(known)]:
                 return unknown_preset(key, unknown[0], self.folders)
             sum_of_losses = f" or write {assignment(key, line.partition('=')[2])}" if key == "loss" else ""
-            message, remedy = f"{key} is one preset", f"write {key}=NAME: {', '.join(known)}"
+            message, remedy = f"{key} takes one preset", f"write {key}=NAME: {', '.join(known)}"
             if names:
                 remedy = f"choose {key}={names[0]}{sum_of_losses}"
         elif not is_choice and "." not in key and not isinstance(override.value(), dict):
@@ -301,32 +301,32 @@ class Command:
             return None
         return ConfigError(message, where=COMMAND_LINE, got=line, remedy=remedy)
 
-    def not_read(self, verb: str, *, trains: bool) -> list[ConfigError]:
-        """Return an error for each override whose key a verb does not read; files may serve several verbs."""
-        read, mistakes = keys_of(verb, trains=trains), []
+    def unread_keys(self, verb: str, *, trains: bool) -> list[ConfigError]:
+        """Return an error for each override whose key a verb does not read; files may have such keys."""
+        read, mistakes = verb_keys(verb, trains=trains), []
         for override in self.overrides:
             for key in keys_given(override):
                 if key in run_keys() and key not in read:
                     where = f"{COMMAND_LINE}: {override.input_line}"
-                    remedy = f"remove it: it is read by {' and '.join(readers(key))}"
+                    remedy = f"remove {key}, a key of {' and '.join(readers(key))}"
                     if (own := f"{verb}.{key.partition('.')[2]}") in read:
                         remedy = f"write {assignment(own, str(override.input_line).partition('=')[2])}"
                     mistakes.append(ConfigError(f"{verb} does not read {key}", where=where, remedy=remedy))
         return mistakes
 
 
-def _in_place_of_several(override: Override) -> str:
+def _remedy_for_several(override: Override) -> str:
     """Suggest an override in place of one that gives a key several values, or removes it."""
     key, value = override.key_or_group, str(override.input_line).partition("=")[2]
     if override.is_delete():
         return f"write {key}=VALUE, or leave the word out"
     if override.is_interval_sweep():
-        return f"name them for the verb sweep: {key}=0.1,0.2 or '{key}=range(1,4)'"
-    remedy = f"write {key}=VALUE with one of them"
+        return f"list its values for the verb sweep: {key}=0.1,0.2 or '{key}=range(1,4)'"
+    remedy = f"write {key}=VALUE with one value"
     if not (listed := assignment(key, f"[{value}]")).endswith("=..."):
         remedy = f"write {listed}"
     elif re.fullmatch(r"\d+,\d+", value):
-        remedy = f"write {key}={value.replace(',', '.')}: a number has a point, no comma"
+        remedy = f"write {key}={value.replace(',', '.')}: a decimal point, no comma"
     return f"{remedy}; the verb sweep runs each of several values" if override.is_discrete_sweep() else remedy
 
 

@@ -1,4 +1,4 @@
-"""Declare configuration keys: pydantic checks types and bounds; help and digest use the rest."""
+"""Declare configuration keys: pydantic checks types and bounds, `Facts` are for help and digest."""
 
 from collections.abc import Callable, Mapping
 from copy import copy
@@ -23,20 +23,20 @@ from pydantic import ConfigDict, Field, Strict
 from pydantic.fields import FieldInfo
 
 T = TypeVar("T")
-MOST = 2**53
-"""Largest whole number of any key: sums of several fit into 64 bits, and JSON keeps it."""
+LARGEST_INTEGER = 2**53
+"""Largest integer of any key: JSON keeps it exactly, and sums of several fit into 64 bits."""
 _CONFIG = ConfigDict(
     extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True, use_attribute_docstrings=True
 )
 
 
 class Facts(NamedTuple):
-    """What a key has besides pydantic's type, default, bounds and description."""
+    """Facts about a key that pydantic's field does not hold."""
 
     free: bool = False
     """Not part of the run's digest: hardware, placement, how often something is written."""
     verbs: str = ""
-    """The verbs that use it, separated by spaces; empty: its section's verbs."""
+    """The verbs that read the key, separated by spaces; empty: its section's verbs."""
     accepts: str = ""
     """The accepted values in words, where the type does not say them."""
     null_means: Any = None
@@ -51,7 +51,7 @@ def key(
     null_means: Any = None,
     **limits: Any,
 ) -> Any:
-    """Return a field: `Facts`, and limits of pydantic such as `gt=0`; the text below it tells its meaning."""
+    """Declare a key with `Facts` and pydantic's limits such as `gt=0`; the text below it is its meaning."""
     if isinstance(default, list):
         limits["default_factory"] = lambda: copy(default)
     else:
@@ -60,7 +60,7 @@ def key(
 
 
 def section(kind: type, *, free: bool = False, verbs: str = "") -> Any:
-    """Return a field for the keys of the schema `kind`, whose docstring is their meaning."""
+    """Declare a section with the keys of the schema `kind`, whose docstring is the section's meaning."""
     facts = Facts(free, verbs)._asdict()
     return Field(default_factory=kind, description=kind.__doc__ or "", json_schema_extra=facts)
 
@@ -78,7 +78,7 @@ def schema(cls: type[T]) -> type[T]:
 def _strict(hint: Any, *, is_bounded: bool) -> Any:
     """Return the strict type: true is not a number, 1.5 not an integer, "1" and "true" are only texts."""
     if hint is int and not is_bounded:
-        return Annotated[int, Strict(), Field(le=MOST)]
+        return Annotated[int, Strict(), Field(le=LARGEST_INTEGER)]
     if hint in (int, float, bool):
         return Annotated[hint, Strict()]
     if get_origin(hint) in (UnionType, Union):
@@ -87,20 +87,20 @@ def _strict(hint: Any, *, is_bounded: bool) -> Any:
 
 
 def as_entry(name: str) -> Callable[[Any], Any]:
-    """Return a function that turns a bare text into an entry: the text is the value of the key `name`."""
+    """Return a function that turns a bare text into `{name: text}`."""
     return lambda entry: {name: entry} if isinstance(entry, str) else entry
 
 
-def fields_of(kind: Any) -> Mapping[str, FieldInfo]:
+def schema_fields(kind: Any) -> Mapping[str, FieldInfo]:
     """Return the fields of a schema or of an instance."""
     fields: Mapping[str, FieldInfo] = kind.__pydantic_fields__
     return fields
 
 
-def facts_of(field: FieldInfo) -> Facts:
-    """Return what `key` or `section` declared."""
+def key_facts(field: FieldInfo) -> Facts:
+    """Return the `Facts` that `key` or `section` declared."""
     return Facts(**cast(dict[str, Any], field.json_schema_extra))
 
 
-Filled = Annotated[str, Field(pattern=r"\S")]
+NonEmpty = Annotated[str, Field(pattern=r"\S")]
 """Text that is not empty: a path, a name."""

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.fields import facts_of, fields_of
+from dpo_dist.config.fields import key_facts, schema_fields
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.user_code import find_function
 
-# In the settings of every run; other keys only if they differ from their default.
+# Reports show these settings of every run, and other keys only if they differ from their default.
 _OBJECTIVE = ("model.path", "data.train", "loss.kind", "loss.beta", "reference.mode")
 _ALWAYS = (*_OBJECTIVE, "optim.lr", "trainer.epochs", "trainer.global_batch_pairs", "trainer.seed")
 _LENGTH = ("epochs", "max_steps")
@@ -20,7 +20,7 @@ _LENGTH = ("epochs", "max_steps")
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What defines the result of a run; `RunConfig.identity` has it, and each part is computed once."""
+    """The keys that define a run's result, and their digest; `RunConfig.identity` is one."""
 
     config: Any  # RunConfig, whose module imports this one
 
@@ -42,7 +42,7 @@ class RunIdentity:
 
     @property
     def recorded(self) -> dict[str, str]:
-        """The part that a run's state file and checkpoints record."""
+        """Digests and length, as a run's state file and checkpoints record them."""
         return {
             "run_digest": self.digest,
             "run_digest_without_length": self.digest_without_length,
@@ -54,10 +54,10 @@ class RunIdentity:
         """The plain value of every `section.key` that defines the result."""
         values = {
             f"{section}.{option}": plain(getattr(getattr(self.config, section), option))
-            for section, content in fields_of(self.config).items()
-            if not facts_of(content).free
-            for option, field in fields_of(getattr(self.config, section)).items()
-            if not facts_of(field).free
+            for section, content in schema_fields(self.config).items()
+            if not key_facts(content).free
+            for option, field in schema_fields(getattr(self.config, section)).items()
+            if not key_facts(field).free
         }
         return values | {"loss.options": values["loss.options"] or None}  # {}: the defaults of the kind
 
@@ -75,12 +75,12 @@ def _digest(defining: Mapping[str, Any]) -> str:
 
 
 def default_dir(root: str, name: str, digest: str) -> Path:
-    """Return the run directory where `run.dir` is null: equal on all ranks and in all starts."""
+    """Return the run directory for `run.dir=null`: the same on all ranks and at every start."""
     return Path(root) / f"{name}-{digest}"
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """Return what defines the run's result: the usual settings, an adapter's size, and what is no default."""
+    """Return the settings for reports: the usual ones, an adapter's size, and values that are no default."""
     defaults = type(config)().identity.values
     shown = {
         key: value
@@ -97,7 +97,7 @@ def settings(config: Any) -> dict[str, Any]:
 
 
 def kinds_in(settings: Mapping[str, Any]) -> list[str]:
-    """Return the kinds of losses in `settings`, of which any may be missing."""
+    """Return the kinds of loss in `settings`, which may lack any key."""
     kinds = [term.get("kind") for term in settings.get("loss.terms") or ()] or [settings.get("loss.kind")]
     return list(map(str, kinds))
 
@@ -136,8 +136,8 @@ def plain(value: Any, *, with_defaults: bool = False) -> Any:
     if not is_dataclass(value):
         return str(value) if isinstance(value, str) else value
     content = {}
-    for option, field in fields_of(value).items():
-        item, facts = getattr(value, option), facts_of(field)
+    for option, field in schema_fields(value).items():
+        item, facts = getattr(value, option), key_facts(field)
         if not facts.free and (
             with_defaults or item not in (field.get_default(call_default_factory=True), facts.null_means)
         ):

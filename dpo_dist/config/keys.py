@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic_core import PydanticUndefined
 
-from dpo_dist.config.fields import MOST, facts_of, fields_of
+from dpo_dist.config.fields import LARGEST_INTEGER, key_facts, schema_fields
 from dpo_dist.config.identity import plain
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.config.verbs import EVERY_VERB
@@ -23,9 +23,9 @@ _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
 @dataclass(frozen=True)
 class Key:
-    """One key, as the schema declares it: `loss.beta`, or `data.train[].path` of the entries of a list.
+    """One key, as the schema declares it: `loss.beta`, or `data.train[].path` in the entries of a list.
 
-    `default` is NO_MODEL if it must be set; `accepts` has the values in words if the type does not say them.
+    `default` is NO_MODEL for a key that must be set; `accepts`: the values in words, if the type lacks them.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Key:
 
 
 def nested(hint: Any) -> type | None:
-    """Return the schema that a type is, or has inside of a list or beside null; None if it has several."""
+    """Return the only schema in a type, also in a list or beside null; None if there is none or several."""
     schemas = _schemas_in(hint)
     return schemas[0] if len(schemas) == 1 else None
 
@@ -72,11 +72,11 @@ def _rows() -> list[Key]:
 
 def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]:
     hints = get_type_hints(kind)
-    for option, field in fields_of(kind).items():
-        hint, facts, default = hints[option], facts_of(field), field.get_default(call_default_factory=True)
+    for option, field in schema_fields(kind).items():
+        hint, facts, default = hints[option], key_facts(field), field.get_default(call_default_factory=True)
         defining, used_by = defines and not facts.free, facts.verbs or verbs
         limits = [(sign, getattr(limit, name, None)) for limit in field.metadata for name, sign in _SIGNS]
-        bounds = [f"{sign} {bound:g}" for sign, bound in limits if bound not in (None, MOST)]
+        bounds = [f"{sign} {bound:g}" for sign, bound in limits if bound not in (None, LARGEST_INTEGER)]
         row = Key(
             prefix + option,
             hint,
@@ -96,7 +96,7 @@ def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]
 
 @cache
 def key_rows() -> list[Key]:
-    """Return every key of a run, in the order of the schema; two losses may have an option of one name."""
+    """Return every key of a run, in the schema's order; options of two losses may share a name."""
     return [row for row in _rows() if not is_dataclass(row.type)]
 
 
@@ -158,7 +158,7 @@ def describe_type(hint: Any) -> str:
     if names := choices(hint):
         return "one of " + ", ".join(names)
     if inner := nested(hint):
-        return "a mapping with " + ", ".join(fields_of(inner))
+        return "a mapping with " + ", ".join(schema_fields(inner))
     words = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
     return words.get(hint, "any value")
 
@@ -186,6 +186,6 @@ def as_written(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value) or "''"
 
 
-def entry_of(where: str) -> str:
-    """Return a name as the table of keys has it: `data.train[].path` for `data.train[0].path`."""
+def strip_indices(where: str) -> str:
+    """Return a key without the numbers of entries: `data.train[].path` for `data.train[0].path`."""
     return re.sub(r"\[\d*\]", "[]", where)

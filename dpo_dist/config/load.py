@@ -1,6 +1,6 @@
-"""Compose, type and check the configuration of a run: a command to one frozen `RunConfig`, and YAML.
+"""Load the configuration of a run: turn a command, or YAML, into one frozen and checked `RunConfig`.
 
-Hydra composes presets, experiments, files and words of the command; pydantic types the result.
+Hydra composes presets, experiments, files and words of the command; pydantic checks the types.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -25,9 +25,9 @@ from dpo_dist.config.mistakes import (
     raise_all,
     wrong_values,
 )
-from dpo_dist.config.rules import check_rules, resolve_reference, rules_of, without_unused
+from dpo_dist.config.rules import check_rules, reset_unused, resolve_reference, rules_of
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.config.user_code import find_function, written_values
+from dpo_dist.config.user_code import find_function, read_saved_yaml
 from dpo_dist.foundation.errors import ConfigError, DpoDistError
 from dpo_dist.foundation.text import first_few, without_secrets
 
@@ -41,34 +41,34 @@ def load_run_config(
     own_folder: Path | None = None,
     *,
     verb: str = "",
-    former: Mapping[str, Any] | None = None,
+    saved: Mapping[str, Any] | None = None,
     mistakes: Iterable[ConfigError] = (),
 ) -> RunConfig:
-    """Compose, type and check one run; with `verb`, also what this verb needs, such as `data.train`.
+    """Return the checked configuration of one run; with `verb`, the keys that this verb needs must be set.
 
-    `words` are those of a command: `["my.yaml", "+experiment=qwen7b", "loss.beta=0.2"]`; `own_folder` has
-    further groups, as `--config-dir`. A `verb` must read all keys of the command.
-    `former` are values of a run's config.yaml, which the command changes; `mistakes` were found before.
+    `words` are a command's words: `["my.yaml", "+experiment=qwen7b", "loss.beta=0.2"]`; `own_folder` is that
+    of `--config-dir`. A `verb` must read all keys of the command.
+    `saved` are the values of a run's config.yaml, which the command changes; `mistakes` were found before.
 
     Raises:
-        ConfigError: a key, value or preset does not exist, or values contradict each other; all mistakes.
+        ConfigError: all mistakes: keys, values or presets that do not exist; contradictions between values.
     """
     find_function.cache_clear()
-    return _load(Command(words, group_folders(own_folder), former, mistakes, verb=verb), verb)
+    return _load(Command(words, group_folders(own_folder), saved, mistakes, verb=verb), verb)
 
 
 def load_points(
     words: Sequence[str], own_folder: Path | None = None, *, mistakes: Iterable[ConfigError] = ()
 ) -> Points:
-    """Compose, type and check each point of the verb `sweep`: all combinations of the swept overrides.
+    """Return the checked configuration of each point of a sweep: all combinations of the swept overrides.
 
-    `loss.beta=0.1,0.2`, `trainer.seed=range(3)` and `loss=choice(ipo,simpo)` are swept: the grammar of Hydra.
+    Swept overrides follow Hydra's grammar: `loss.beta=0.1,0.2`, `trainer.seed=range(3)`, `loss=choice(ipo)`.
 
     Raises:
-        ConfigError: all mistakes of all points, as of `load_run_config`; or two points are the same run.
+        ConfigError: all mistakes of all points, as in `load_run_config`; or two points are the same run.
     """
     find_function.cache_clear()
-    bases, all_mistakes, folders = dict[str, Any](), list[DpoDistError](mistakes), group_folders(own_folder)
+    cache, all_mistakes, folders = dict[str, Any](), list[DpoDistError](mistakes), group_folders(own_folder)
     choices = _choices(words, folders)
     points: Points = {}
     refused = dict[tuple[str, ...], ConfigError]()
@@ -76,7 +76,7 @@ def load_points(
     for point in product(*choices):
         swept_words = tuple(word for word in point if word not in words)
         try:
-            config = _load(Command(point, folders, None, (), bases, "sweep"), "sweep")
+            config = _load(Command(point, folders, None, (), cache, "sweep"), "sweep")
         except ConfigError as error:
             refused[swept_words] = error
             continue
@@ -88,7 +88,7 @@ def load_points(
                 break
             all_mistakes.append(
                 ConfigError(
-                    f"it is the same run as {' '.join(same)}",
+                    f"this point is the same run as {' '.join(same)}",
                     where=" ".join(swept_words),
                     remedy="sweep only keys that define the result of a run",
                 )
@@ -117,7 +117,7 @@ def _choices(words: Sequence[str], folders: Sequence[Path]) -> list[list[str]]:
                 values = []
             message = "" if values else "this range has no values"
         elif override is not None and _is_in_brackets(override, folders):
-            message = "several values of a sweep have no brackets"
+            message = "several values of a sweep are written without brackets"
             remedy = f"write {override.key_or_group}={','.join(names_chosen(override))}"
         if message:
             mistakes.append(ConfigError(message, where=f"{COMMAND_LINE}: {word}", remedy=remedy))
@@ -142,7 +142,7 @@ def _is_in_brackets(override: Override, folders: Sequence[Path]) -> bool:
 
 
 def _at_some_points(refused: Mapping[tuple[str, ...], ConfigError], points: Points) -> list[DpoDistError]:
-    """Return the points' mistakes, each once; if not all points break a rule, its error names the values."""
+    """Return the points' mistakes, each once; if only some points have one, its error names their values."""
     found = dict[tuple[str, str], dict[tuple[str, ...], DpoDistError]]()
     for words, error in refused.items():
         for part in error.parts or (error,):
@@ -163,10 +163,10 @@ def _at_some_points(refused: Mapping[tuple[str, ...], ConfigError], points: Poin
 
 def _load(command: "Command", verb: str) -> RunConfig:
     try:
-        values = command.composed()
+        values = command.compose()
         if verb:
             trains = bool((values.get("pairs") or {}).get("rounds"))
-            command.mistakes += command.not_read(verb, trains=trains)
+            command.mistakes += command.unread_keys(verb, trains=trains)
         config = SCHEMA.validate_python(values)
     except ValidationError as error:
         raise_all([*command.mistakes, *wrong_values(error, command.origin)])
@@ -181,10 +181,10 @@ def _load(command: "Command", verb: str) -> RunConfig:
 
 def complete_config(config: RunConfig, given: Collection[str] = (), verb: str = "") -> RunConfig:
     """Check all rules, and fill in `reference.mode` and `run.dir`; `given`: the keys of the command."""
-    if config.reference.mode is ReferenceMode.auto:  # it follows what the command gives
+    if config.reference.mode is ReferenceMode.auto:  # resets what the mode does not use
         given = {*given, "reference.mode"}
     rules = rules_of(verb)
-    config = without_unused(resolve_reference(config), given, rules)
+    config = reset_unused(resolve_reference(config), given, rules)
     check_rules(config, rules)
     given_dir = config.run.dir
     folder = (
@@ -196,14 +196,14 @@ def complete_config(config: RunConfig, given: Collection[str] = (), verb: str = 
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Return `config` as YAML without secrets, for `from_yaml` or as an experiment."""
+    """Return `config` as YAML without secrets, which `from_yaml` reads; also the text of an experiment."""
     return OmegaConf.to_yaml(OmegaConf.create(without_secrets(plain_values(config))))
 
 
 def from_yaml(text: str, where: str | Path = "config.yaml") -> RunConfig:
-    """Return the configuration that `to_yaml` wrote, to the file `where`."""
+    """Return the configuration that `to_yaml` wrote; `where`: its file, for errors."""
     try:
-        return complete_config(SCHEMA.validate_python(written_values(text, str(where))))
+        return complete_config(SCHEMA.validate_python(read_saved_yaml(text, str(where))))
     except ValidationError as error:
         raise_all(wrong_values(error, lambda key: f"{key} in {where}"))
         raise
@@ -212,7 +212,7 @@ def from_yaml(text: str, where: str | Path = "config.yaml") -> RunConfig:
 def changed_keys(file: Path, identity: RunIdentity) -> dict[str, tuple[Any, Any]]:
     """Return the keys in which a run differs from the config.yaml `file`: `{KEY: (OLD, NEW)}`.
 
-    Empty if this version cannot read the file, which has no secrets.
+    Empty if this version cannot read the file. Secrets, which the file lacks, are not compared.
     """
     try:
         changed = differing_keys(from_yaml(file.read_text(encoding="utf-8")).identity, identity)

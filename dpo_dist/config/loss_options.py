@@ -54,7 +54,7 @@ class RewardAwareOptions:
     """Options of `reward_aware`."""
 
     scale: float = key(1.0, gt=0)
-    """`reward_aware`: factor of the score gap, whose sigmoid is the wanted probability."""
+    """`reward_aware`: factor of the score gap; the sigmoid of the product is the target probability."""
 
 
 @schema

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from dpo_dist.config.fields import as_entry, fields_of, key, schema, section
+from dpo_dist.config.fields import as_entry, key, schema, schema_fields, section
 from dpo_dist.config.loss_options import (
     BcoDelta,
     BcoPairOptions,
@@ -25,7 +25,7 @@ from dpo_dist.config.loss_options import (
 
 T = TypeVar("T")
 
-COEFFICIENT_OF_MODEL = "model"
+MODEL_COEFFICIENT = "model"
 """The value of `loss.router.aux_coefficient` for the coefficient in the model's config.json."""
 
 
@@ -36,7 +36,7 @@ class RouterConfig:
     aux_coefficient: Literal["model"] | Annotated[float, Field(strict=True, gt=0)] | None = key(
         None, accepts="model, a number above 0, or null"
     )
-    """Weight of the load-balancing loss; `model`: `router_aux_loss_coef` of its config.json; null: none."""
+    """Weight of the load-balancing loss; `model`: `router_aux_loss_coef` of the model; null: none."""
     z_coefficient: float | None = key(None, gt=0)
     """Weight of the router z-loss (arXiv 2202.08906); null: none."""
 
@@ -55,8 +55,8 @@ Weighting = StrEnum("Weighting", ["none", "wpo"])
 
 
 NUMBERS = {"loss_weight": 1.0, "soft_label": 1.0, "margin": 0.0}
-"""Numbers that a record may have for its loss, with the value that has no effect: its weight in the mean, the
-probability that its chosen response is the better one, and what is subtracted from `b h`."""
+"""Numbers with which a record may change its loss, and the value without effect: its weight in the mean, the
+probability that its chosen response is the better one, and a margin that is subtracted from `b h`."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class KindFacts:
     numbers: frozenset[str] = frozenset({"loss_weight"})
     """Those of `NUMBERS` that the formula takes."""
     options: type[Any] | None = None
-    """The class of its `loss.options`; None for a kind without."""
+    """The class of `loss.options`; None: the kind has no options."""
     needs_reference: bool = True
     fewest_responses: int = 2
     accepts_rankings: bool = False
@@ -256,15 +256,14 @@ KINDS: dict[LossKind, KindFacts] = {
 
 
 def unit_of(kinds: Iterable[str]) -> str:
-    """Return what one loss of these kinds is about: a "record" with one response, or a "pair"."""
+    """Return what has one loss under these kinds: a "record" with one response, or a "pair"."""
     return "record" if any(kind in KINDS and KINDS[LossKind(kind)].is_unpaired for kind in kinds) else "pair"
 
 
 def balancing_weight(good: float, bad: float, desirable: float = 1.0, undesirable: float = 1.0) -> str:
-    """Return the override that makes labels weigh alike: wd good / (wu bad) = 7/6, the middle of [1, 4/3].
+    """Return the override that balances both labels: wd good / (wu bad) = 7/6, the middle of [1, 4/3].
 
-    The weight of the rarer label is changed, the other one stays. The interval is that of arXiv 2402.01306,
-    section 4.
+    Only the rarer label's weight changes. Source of the interval: arXiv 2402.01306, section 4.
     """
     ratio = 6 / 7 * good / bad
     if ratio > 1:
@@ -275,7 +274,7 @@ def balancing_weight(good: float, bad: float, desirable: float = 1.0, undesirabl
 def option_names(kind: LossKind) -> list[str]:
     """Return the names of the options that a kind has."""
     options = KINDS[kind].options
-    return [] if options is None else list(fields_of(options))
+    return [] if options is None else list(schema_fields(options))
 
 
 def kinds_using(option: str) -> list[LossKind]:
@@ -286,14 +285,14 @@ def kinds_using(option: str) -> list[LossKind]:
 
 
 NO_OPTION = "no_option"
-"""The type of pydantic's error for the `names` of options that a `kind` does not have, beside those that are
-`known`."""
+"""Type of pydantic's error for options that a kind does not have; its context: `kind`, the wrong `names`, and
+the kind's options, `known`."""
 
 
 def _options_of_kind(given: Any, info: ValidationInfo) -> Any:
-    """Return the options of the kind that is set beside them, at their defaults where `given` has none.
+    """Return all options of the kind: those `given`, and defaults for the others.
 
-    None for a kind without options, and for a sum, whose terms have their own.
+    None for a kind without options, and for a sum: each of its terms has its own options.
     """
     kind, is_sum = info.data.get("kind"), bool(info.data.get("terms"))
     if kind is None:  # the wrong kind is already an error
@@ -336,9 +335,9 @@ class LossTermConfig:
     kind: LossKind = key(...)
     """Kind of loss."""
     weight: float = key(1.0)
-    """Its weight in the sum."""
+    """Weight in the sum."""
     options: KindOptions = _options()
-    """As `loss.options`."""
+    """Options of this kind, as in `loss.options`."""
 
 
 Term = Annotated[LossTermConfig, BeforeValidator(as_entry("kind"))]
@@ -362,7 +361,7 @@ class LossConfig:
     """Kind of loss; formulas: docs/losses.md."""
     beta: float = key(0.1, gt=0)
     """Strength of the pull toward the reference model."""
-    # From a half on the rejected response would be preferred.
+    # From 0.5 on the loss would prefer the rejected response.
     label_smoothing: float | None = key(None, ge=0, lt=0.5)
     """Assumed share of pairs with swapped labels; null: 0, for `exo_pair` 1e-3."""
     divergence: Divergence = key(Divergence.reverse_kl)
@@ -382,7 +381,7 @@ class LossConfig:
     terms: list[Term] = key([], verbs="train precompute evaluate doctor")
     """Weighted sum of kinds, in place of `kind`: `[{kind: sigmoid, weight: 1}, ...]`."""
     options: KindOptions = _options()
-    """Options of the kind alone: `{gamma: 1}`; null: none, or their defaults."""
+    """Options of `kind`: `{gamma: 1}`; null: their defaults."""
     sync_reference: SyncReferenceConfig = section(SyncReferenceConfig)
     router: RouterConfig = section(RouterConfig, verbs="train")
     function: str | None = key(None)
@@ -409,11 +408,11 @@ class LossConfig:
         return self.options_of(BcoPairOptions).delta is BcoDelta.running_mean
 
     def takes(self, number: str) -> bool:
-        """Return whether the loss depends on this `NUMBERS` entry; a sum does if all its pair losses do."""
-        if number == "loss_weight":  # running means count each pair once
+        """Return whether the loss uses this entry of `NUMBERS`; a sum does if all its pair losses do."""
+        if number == "loss_weight":  # the running mean would ignore weights
             return not self.has_running_reward and all(number in facts.numbers for facts in self.facts)
-        of_pairs = [facts for facts in self.facts if facts.fewest_responses > 1]
-        return bool(of_pairs) and all(number in facts.numbers for facts in of_pairs)
+        pair_facts = [facts for facts in self.facts if facts.fewest_responses > 1]
+        return bool(pair_facts) and all(number in facts.numbers for facts in pair_facts)
 
     def uses(self, option: str) -> bool:
         """Return whether the loss depends on the field `option`, which is not one of `options`."""
@@ -431,7 +430,7 @@ class LossConfig:
 
     @property
     def is_one_sided(self) -> bool:
-        """Return whether only the chosen responses occur in the loss."""
+        """Return whether the loss uses only chosen responses."""
         return all(facts.fewest_responses == 1 for facts in self.facts) and not self.is_unpaired
 
     @property
@@ -441,7 +440,7 @@ class LossConfig:
 
     @property
     def unit(self) -> str:
-        """Return what one loss is about: a "record" or a "pair"."""
+        """Return what has one loss: a "record" or a "pair"."""
         return unit_of(self.kinds)
 
     @property
@@ -451,7 +450,7 @@ class LossConfig:
 
     @property
     def compares_pairs(self) -> bool:
-        """Return whether each record has responses of two sides, with a margin between their rewards."""
+        """Return whether each record has chosen and rejected responses, and so a margin of rewards."""
         return not (self.is_one_sided or self.is_unpaired)
 
     @property

@@ -1,7 +1,7 @@
-"""The table of metrics: what people see of each, which values are the best, and where it appears.
+"""The table of metrics: the title, digits, best direction and chart of each.
 
-The log, the terminal, trackers, charts, pages and the model card take names, titles and digits from here; the
-formulas of the means over pairs are those of `objective/metrics.py`.
+The log, the terminal, trackers, charts, pages and the model card read this table; `objective/metrics.py`
+computes the means over pairs.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,11 +13,11 @@ from dpo_dist.config.schema import Direction
 from dpo_dist.foundation.text import number, percent
 
 PREFIX = "eval_"
-"""Start of the name of a metric in the row of an evaluation."""
+"""Prefix of a metric's name in the rows of evaluations."""
 CUSTOM = "custom/"
-"""Start of the name of a metric of `metrics.function`."""
+"""Prefix of the names of `metrics.function`'s metrics."""
 TERMS = {kind: f"loss/terms/{kind}" for kind in LossKind}
-"""The metric of each kind of loss as one of `loss.terms`."""
+"""The metric of each kind of loss that is a term of `loss.terms`."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Metric:
     """A row of the table."""
 
     title: str
-    form: Callable[[float], str] = number  # writes a value
+    form: Callable[[float], str] = number  # formats a value
     unit: str = ""
-    best: Direction | None = None  # None: neither end is
+    best: Direction | None = None  # None: neither
     over_pairs: bool = False  # a mean over pairs, in all rows
     only_evaluated: bool = False  # a mean over pairs, in evaluations only
-    by_group: bool = False  # also of each source and length
+    by_group: bool = False  # also reported by source and by length
     is_share: bool = False  # between 0 and 1
     chart: str = ""  # title of the chart that draws it
 
@@ -95,12 +95,12 @@ METRICS: Mapping[str, Metric] = {
 
 
 def metric_of(name: str) -> Metric:
-    """Return the row of a metric, also of one source; a custom metric has only its name."""
+    """Return the table's row for a metric, or for one source's metric; a custom metric has only its name."""
     whole = max((known for known in METRICS if f"{name}/".startswith(f"{known}/")), key=len, default="")
     return METRICS.get(whole, Metric(name))
 
 
 ACCURACIES = ("rewards/accuracies", "rewards/auc")
-"""Of pairs, and of labelled records: how often the better response has the larger reward. A run has one."""
+"""How often the better response has the larger reward, in pairs and in labelled records; a run has one."""
 MAIN = ("loss", *ACCURACIES, "rewards/margins")
-"""The metrics that say first how a run goes, as far as it has them: of tables, the terminal and the card."""
+"""The metrics that tables, the terminal and the card show first, if the run has them."""

@@ -1,6 +1,6 @@
-"""Mistakes in a command or a file of keys, each with an answer; all mistakes of one command are one error.
+"""Errors for mistakes in a command or a YAML file, with remedies; all mistakes of a command are one error.
 
-An answer knows the names of other trainers (names.yaml), and names that are nearly right.
+Remedies translate the keys of other trainers (names.yaml) and correct mistyped names.
 """
 
 import re
@@ -18,18 +18,18 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from dpo_dist.config.fields import fields_of
+from dpo_dist.config.fields import schema_fields
 from dpo_dist.config.keys import (
     COMMAND_LINE,
     all_keys,
     as_written,
     choices,
     describe_type,
-    entry_of,
     group_folders,
     nested,
     preset_names,
     run_keys,
+    strip_indices,
 )
 from dpo_dist.config.losses import NO_OPTION, kinds_using
 from dpo_dist.config.schema import RunConfig
@@ -43,11 +43,11 @@ _PRESET_PATHS = {
     "data": ("data.train", "evaluation.data"),
     "reference": ("reference.path",),
 }
-"""The keys that take the path of what a group of presets names."""
+"""The keys that take a path, by the group of presets for which a user may have written the path."""
 
 
 @cache
-def names_of_others() -> dict[str, dict[str, Any]]:
+def other_trainers() -> dict[str, dict[str, Any]]:
     """Return the sections of names.yaml."""
     content = Path(__file__).with_name("names.yaml").read_text(encoding="utf-8")
     return cast(dict[str, dict[str, Any]], yaml.safe_load(content))
@@ -55,27 +55,27 @@ def names_of_others() -> dict[str, dict[str, Any]]:
 
 @cache
 def _table(section: str) -> dict[str, tuple[str, ...]]:
-    """Return, for each name of a section of names.yaml, what it stands for."""
+    """Return by name of another trainer the meanings in a section of names.yaml."""
     meanings: dict[str, tuple[str, ...]] = {}
-    for meaning, names in names_of_others()[section].items():
+    for meaning, names in other_trainers()[section].items():
         for name in names.split():
             meanings[name] = (*meanings.get(name, ()), meaning)
     return meanings
 
 
 def equivalents(name: str, table: str) -> tuple[str, ...]:
-    """Return what a name of another trainer, or its last part, stands for in a table of names.yaml.
+    """Return the meanings of another trainer's name, or of its last part, in a table of names.yaml.
 
-    `keys`: keys of the same meaning; `answers`: what to write in place of it, with `{value}` for its value,
-    also of `name=value`; `sources`: keys of an entry of `data.train`; `values`: words for values; `methods`:
-    what trains in another way; `verbs`: programs.
+    Tables: `keys`; `advice`: what to write instead, with `{value}` for the name's value, also for
+    `name=value`; `sources`: keys in an entry of `data.train`; `values`; `methods`: other ways of training;
+    `verbs`.
     """
     plain = name.lower().replace("-", "_")
     return _table(table).get(plain) or _table(table).get(plain.rpartition(".")[2], ())
 
 
 _SIMILAR = 0.75
-"""A less similar guess misleads more people than it helps."""
+"""Least similarity of a guess: a less similar one misleads more often than it helps."""
 
 
 def likely(word: str, known: Collection[str]) -> list[str]:
@@ -122,7 +122,7 @@ def unreadable(words: Sequence[str], verb: str = "") -> ConfigError:
         if lists and all(_DATA_FILE.search(word) for word in words):
             keys = tuple(key for key in keys if key in lists)
         written = (assignment(key, f"[{','.join(words)}]" if key in lists else first) for key in keys)
-        remedy = f"write its key: {' or '.join(written)}"
+        remedy = f"write the key too: {' or '.join(written)}"
     return ConfigError(
         "the command has words that are not KEY=VALUE",
         where=COMMAND_LINE,
@@ -193,38 +193,38 @@ def fits(key: str, value: Any) -> bool:
 
 
 def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
-    """Return the error for a key that does not exist, with what to write in its place.
+    """Return the error for a key that does not exist; its remedy says what to write instead.
 
-    `value` is as it was written, empty if unknown; `where` the file or override with the key.
+    `value`: as the user wrote it, "" if unknown; `where`: the file or override with the key.
     """
-    remedy = (answers_to(key, value) or [_in_place_of(key, value)])[0]
+    remedy = (find_advice(key, value) or [_remedy_for_unknown(key, value)])[0]
     return ConfigError(f"there is no key {key!r}", where=where or key, remedy=remedy)
 
 
-def _in_place_of(key: str, value: str) -> str:
+def _remedy_for_unknown(key: str, value: str) -> str:
     mapping, _, name = key.rpartition(".")
-    above = all_keys().get(entry_of(mapping).removesuffix("[]"))
+    above = all_keys().get(strip_indices(mapping).removesuffix("[]"))
     inner = nested(above.type) if above else None
-    known = [f"{mapping}.{option}" for option in fields_of(inner)] if inner else list(run_keys())
+    known = [f"{mapping}.{option}" for option in schema_fields(inner)] if inner else list(run_keys())
     if mapping and key in known:
         before = "" if key == known[0] else f"{known[0].rpartition('.')[2]}: ..., "
-        return f"it is a key of an entry: '{mapping}=[{{{before}{name}: {value or '...'}}}]'"
+        return f"write this key inside an entry: '{mapping}=[{{{before}{name}: {value or '...'}}}]'"
     same: tuple[str, ...] = ()
-    answers: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
     if mapping.endswith("]"):
         if options := [option for option in equivalents(name, "sources") if f"{mapping}.{option}" in known]:
             return f"write {options[0]}: {value or '...'}"
     else:
-        same, answers = equivalents(key, "keys"), equivalents(key, "answers")
-        if not same and not answers:  # a key without its section
+        same, advice = equivalents(key, "keys"), equivalents(key, "advice")
+        if not same and not advice:  # a key without its section
             inside = [option for option in known if option.startswith(mapping)]
             same = tuple(option for option in inside if option.rpartition(".")[2] == name)
     if written := [line for other in same if not (line := assignment(other, value)).endswith("=...")]:
         options = [other.removeprefix("loss.") for other in same if other.startswith("loss.options.")]
         losses = [f"loss={kind}" for option in options for kind in kinds_using(option)]
-        return f"write {' or '.join(written)}{'; it needs ' if losses else ''}{' or '.join(losses)}"
-    if answers:  # before `same`: `template: llama3` of LLaMA-Factory is no value of data.template
-        return answers[0].replace("{value}", value or "...")
+        return f"write {' or '.join(written)}{'; this option needs ' if losses else ''}{' or '.join(losses)}"
+    if advice:  # before `same`, or `template: llama3` of LLaMA-Factory would get the key data.template
+        return advice[0].replace("{value}", value or "...")
     if same:
         return _with_a_value(same[0], value)
     if guess := suggestion(key, known):
@@ -237,14 +237,14 @@ def _in_place_of(key: str, value: str) -> str:
 
 
 _METHODS = {"loss", "loss.kind", "loss.terms[].kind", "stage", "rl", "rlhf_type"}
-"""Keys whose value may be what trains in another way."""
+"""Keys whose value may name another way of training."""
 
 
-def answers_to(key: str, value: str) -> list[str]:
-    """Return the answers to a key, or to one of the same meaning, with this value."""
+def find_advice(key: str, value: str) -> list[str]:
+    """Return the advice on a key with this value, or on a key of the same meaning."""
     names = (key, *equivalents(key, "keys"))
-    methods = equivalents(value, "methods") if {*map(entry_of, names)} & _METHODS else ()
-    given = [line for name in names for line in equivalents(f"{name}={value}", "answers")]
+    methods = equivalents(value, "methods") if {*map(strip_indices, names)} & _METHODS else ()
+    given = [line for name in names for line in equivalents(f"{name}={value}", "advice")]
     return [*methods, *(line.replace("{value}", value) for line in given)]
 
 
@@ -261,8 +261,8 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigEr
     """Return the error for a preset that does not exist."""
     known, plus = preset_names(group, folders), "+" if group == "experiment" else ""
     remedy = f"write {plus}{group}={known[0] if len(known) == 1 else 'NAME'}"
-    if answers := answers_to(group, choice):
-        remedy = answers[0]
+    if advice := find_advice(group, choice):
+        remedy = advice[0]
     elif guesses := likely(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known):
         remedy = f"did you mean {plus}{group}={guesses[0]}?"
     elif group in _PRESET_PATHS:
@@ -288,10 +288,10 @@ def composition_error(error: Exception, folders: Sequence[Path]) -> ConfigError:
         return unknown_preset(group, choice, folders)
     if isinstance(error, OSError) and error.strerror:
         return ConfigError(
-            "this file of keys cannot be read",
+            "this YAML file cannot be read",
             where=str(error.filename),
             got=error.strerror,
-            remedy="check the path; it is relative to the working directory",
+            remedy="check the path, which is relative to the working directory",
         )
     where, got = "command line, or a file that it names", str(error).partition("full_key:")[0]
     if isinstance(error, yaml.MarkedYAMLError):
@@ -311,7 +311,7 @@ def _key_at(place: Sequence[int | str], *, is_unknown: bool = False) -> str:
     key = ""
     for index, part in enumerate(place):
         longer = f"{key}[{part}]" if isinstance(part, int) else f"{key}.{part}".lstrip(".")
-        known = entry_of(longer)
+        known = strip_indices(longer)
         is_last = is_unknown and index == len(place) - 1
         if not is_last and isinstance(part, str) and known not in run_keys() and known not in all_keys():
             break
@@ -322,10 +322,10 @@ def _key_at(place: Sequence[int | str], *, is_unknown: bool = False) -> str:
 def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[ConfigError]:
     """Return an error for each key whose value does not fit the schema.
 
-    `origin` returns the override or file that gives a key.
+    `origin` returns the override or file that sets a key.
     """
     mistakes: dict[str, ConfigError] = {}
-    # Unknown names come before missing ones: they may be what was meant.
+    # Unknown keys first: one of them may be the missing key, mistyped.
     for detail in sorted(error.errors(), key=lambda detail: detail["type"] == "missing"):
         is_unknown = detail["type"] == "unexpected_keyword_argument"
         key, value = _key_at(detail["loc"], is_unknown=is_unknown), detail["input"]
@@ -350,7 +350,7 @@ def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> 
     users, kind_key = kinds_using(f"options.{name}"), f"{place.removesuffix('options')}kind"
     if not kind:
         entry = f"{{kind: {users[0] if users else '...'}, options: {{{name}: {got}}}}}"
-        remedy = f"write {entry} as the entry; loss.options=null takes the options of a preset away"
+        remedy = f"write the entry {entry}; loss.options=null removes the options of a preset"
         return ConfigError(
             "each entry of loss.terms has its own options", where=f"{key}, loss.terms", got=got, remedy=remedy
         )
@@ -386,17 +386,15 @@ def as_sources(value: Any) -> Any:
 
 
 _FOREIGN_KEYS = 5
-"""With fewer, an answer to each is shorter than another file."""
+"""With fewer foreign keys, advice on each key is better than a conversion."""
 _KEYS_OF_A_TRAINER = 3
 
 
 def trainer_of(keys: Collection[Any]) -> str | None:
-    """Return the trainer whose file has these keys: three known keys, and one of only this trainer."""
-    trainers, same = names_of_others()["trainers"], {name.rpartition(".")[2] for name in run_keys()}
+    """Return the trainer whose file has these keys: at least three known ones, one of them its alone."""
+    trainers, same = other_trainers()["trainers"], {name.rpartition(".")[2] for name in run_keys()}
     known = [
-        key
-        for key in map(str, keys)
-        if key in same or equivalents(key, "keys") or equivalents(key, "answers")
+        key for key in map(str, keys) if key in same or equivalents(key, "keys") or equivalents(key, "advice")
     ]
     own = (name for name, signs in trainers.items() if not {*signs.split()}.isdisjoint(known))
     return next(own, None) if len(known) >= _KEYS_OF_A_TRAINER else None
@@ -404,7 +402,7 @@ def trainer_of(keys: Collection[Any]) -> str | None:
 
 def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
     """Return the error for another trainer's file of keys; None if it has only a few of them."""
-    names = [str(key) for key in content if equivalents(str(key), "keys") or equivalents(str(key), "answers")]
+    names = [str(key) for key in content if equivalents(str(key), "keys") or equivalents(str(key), "advice")]
     names = [name for name in names if name not in run_keys()]
     if len(names) < _FOREIGN_KEYS or trainer_of(content) is None:
         return None
@@ -413,12 +411,12 @@ def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
         f"this file has {len(names)} keys of another trainer",
         where=str(file),
         got=first_few(names),
-        remedy=f"dpo-dist convert {shlex.quote(str(file))} {target} translates it; then train {target}",
+        remedy=f"dpo-dist convert {shlex.quote(str(file))} {target} translates the file; then train {target}",
     )
 
 
 def _as_list(key: str, text: str) -> str:
-    """Return what to write in place of a text for a key that takes a list."""
+    """Return the assignment of a text to a key that takes a list."""
     if key == "data.eval" and _is_accepted("data.eval_share", text):
         return f"data.eval_share={text}"
     line = assignment(key, text)
@@ -426,7 +424,7 @@ def _as_list(key: str, text: str) -> str:
 
 
 def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
-    row = all_keys().get(entry_of(key)) or all_keys().get(entry_of(key).removesuffix("[]"))
+    row = all_keys().get(strip_indices(key)) or all_keys().get(strip_indices(key).removesuffix("[]"))
     hint, expected = (row.type, row.type_words) if row else (run_keys().get(key), "")
     if key.endswith("]"):  # an entry of a list
         hint, expected = nested(hint) or get_args(hint)[0], row.accepts if row else ""
@@ -439,16 +437,16 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
         expected, remedy = "text that is not empty", "remove the key, or write a value"
     elif isinstance(value, bool) and " in " in where and choices(hint):
         remedy = "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
-    elif answers := answers_to(key, got) or [
+    elif advice := find_advice(key, got) or [
         f"did you mean {key}={choice}?" for choice in likely(got, choices(hint))
     ]:
-        remedy = answers[0]
+        remedy = advice[0]
     elif get_origin(hint) is list:
         remedy = f"write {_as_list(key, got)}"
     elif key == "model.adapter" and "/" in got:
         remedy = f"write {key}.path={got}"
     elif inner is not None:
-        first = next(iter(fields_of(inner)))
+        first = next(iter(schema_fields(inner)))
         remedy = f"write a mapping with {first}" if key.endswith("]") else f"write {key}.{first}=..."
     elif isinstance(value, float) and value.is_integer() and _is_accepted(key, str(int(value))):
         remedy = f"write {key}={int(value)}"

@@ -1,7 +1,7 @@
-"""The rules between the values of a run, one row each: no option without effect (law L5).
+"""Rules between the values of a run, one row each: an option without effect is an error (law L5).
 
-Also the keys that each verb needs and reads, and what `reference.mode=auto` is. Bounds and forms of single
-values are in the schema.
+Also the keys that each verb needs and reads, and the choice for `reference.mode=auto`. The schema has the
+bounds of single values.
 """
 
 import re
@@ -11,7 +11,7 @@ from functools import reduce
 from operator import getitem
 from typing import Any
 
-from dpo_dist.config.fields import fields_of
+from dpo_dist.config.fields import schema_fields
 from dpo_dist.config.keys import all_keys, as_written, readers, run_keys
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX
@@ -23,16 +23,16 @@ from dpo_dist.foundation.errors import ConfigError
 
 Condition = Callable[[RunConfig], bool]
 LOSS = "loss"
-"""As a key of a rule: `loss.kind`, or `loss.terms` if the loss is made of terms."""
+"""A rule's key for the loss: it means `loss.kind`, or `loss.terms` if the loss has terms."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule between values, which a configuration breaks if all parts of `when` and `also` hold.
+    """A rule between values: a configuration breaks it if all parts of `when`, and `also`, are true.
 
     A part is `KEY=VALUE`, `KEY=VALUE|VALUE`, `KEY!=VALUE` or a bare KEY; the keys give an error's `where` and
-    `got`. In `why` and `remedy` `{model.attention}` is replaced by the value of that key. The first key is at
-    its default again if the command gives the key `resets` and not the first.
+    `got`. In `why` and `remedy` `{model.attention}` stands for the value of that key. If the command sets the
+    key `resets` but not the first key of `when`, the first key goes back to its default.
     """
 
     when: str
@@ -41,7 +41,7 @@ class Rule:
     also: Condition = lambda _: True
     resets: str = ""
 
-    def broken(self, config: RunConfig) -> bool:
+    def is_broken(self, config: RunConfig) -> bool:
         """Return whether a configuration breaks the rule."""
         return all(_holds(config, part) for part in self.when.split()) and self.also(config)
 
@@ -65,7 +65,7 @@ def _holds(config: RunConfig, part: str) -> bool:
 
 
 def unused(key: str, unless: str, remedy: str = "", works: Condition = lambda _: False) -> Rule:
-    """Return the rule that a key stays at its default unless the condition `unless`, or `works`, holds."""
+    """Return the rule that refuses a key without effect: it is set, and `unless` and `works` are false."""
     default, other = all_keys()[key].default, unless.partition("=")[0].rstrip("!")
     return Rule(
         f"{key} {other}",
@@ -80,11 +80,11 @@ def unused(key: str, unless: str, remedy: str = "", works: Condition = lambda _:
     )
 
 
-def without_unused(config: RunConfig, given: Collection[str], rules: Iterable[Rule]) -> RunConfig:
-    """Reset options of presets that a key of the command, `given`, leaves without effect."""
+def reset_unused(config: RunConfig, given: Collection[str], rules: Iterable[Rule]) -> RunConfig:
+    """Reset a preset's options if a key of the command (`given`) takes their effect away."""
     for rule in rules:
         key = rule.when.partition(" ")[0]
-        if rule.resets in given and key not in given and rule.broken(config):
+        if rule.resets in given and key not in given and rule.is_broken(config):
             *sections, name = key.split(".")
             reduce(getitem, sections, values := asdict(config))[name] = all_keys()[key].default
             config, given = SCHEMA.validate_python(values), {*given, key}
@@ -93,11 +93,11 @@ def without_unused(config: RunConfig, given: Collection[str], rules: Iterable[Ru
 
 def check_rules(config: RunConfig, rules: Iterable[Rule]) -> None:
     """Raise one error with every rule that a configuration breaks."""
-    raise_all([rule.error(config) for rule in rules if rule.broken(config)])
+    raise_all([rule.error(config) for rule in rules if rule.is_broken(config)])
 
 
 def value_at(config: RunConfig, key: str, absent: Any = None) -> Any:
-    """Return the value of a key; `absent` for a key of the adapter if there is none."""
+    """Return the value of a key; `absent` for a key of the adapter if there is no adapter."""
     if key.startswith("model.adapter.") and config.model.adapter is None:
         return absent
     return None if key == LOSS else reduce(getattr, key.split("."), config)
@@ -143,8 +143,8 @@ def _unused_by_reference(key: str, resets: str = "") -> tuple[Rule, Rule]:
     return replace(by_mode, resets=resets), replace(by_loss, resets=resets)
 
 
-def direction_of(trainer: TrainerConfig) -> Direction | None:
-    """Return which values of `trainer.keep_best` are the best; None if it is not known."""
+def best_direction(trainer: TrainerConfig) -> Direction | None:
+    """Return whether high or low values of `trainer.keep_best` are the best; None: unknown."""
     metric = trainer.keep_best or ""
     if metric.startswith(PREFIX + CUSTOM):
         return Direction.highest
@@ -192,7 +192,7 @@ RULES = (
     Rule(
         "model.adapter.modules_to_save!=null model.adapter.target_modules!=all-linear|null",
         "a module that is trained in full needs no low-rank matrices",
-        "list it in only one of them",
+        "list the module in only one of the two keys",
         lambda c: (
             not set(value_at(c, "model.adapter.modules_to_save")).isdisjoint(
                 value_at(c, "model.adapter.target_modules")
@@ -216,7 +216,7 @@ RULES = (
     ),
     Rule(
         "model.adapter.variant=dora model.quantization=int8",
-        "DoRA needs the norms of the base's weights, which peft cannot compute from 8-bit ones",
+        "DoRA needs the norms of the base's weights, which peft cannot compute from 8-bit weights",
         "set model.quantization=nf4, or another model.adapter.variant",
     ),
     # Data.
@@ -273,7 +273,7 @@ RULES = (
         "add it to loss.terms, which is the whole loss",
         lambda c: c.loss.kind in c.loss.kinds,
     ),
-    *(_unused_by_loss(option) for option in fields_of(LossConfig) if kinds_using(option)),
+    *(_unused_by_loss(option) for option in schema_fields(LossConfig) if kinds_using(option)),
     Rule(
         "loss.function=null loss.kind",
         "a custom loss needs a function",
@@ -308,7 +308,7 @@ RULES = (
     unused("optim.min_lr_ratio", "optim.schedule=cosine|linear"),
     Rule(
         "trainer.ema_decay!=null trainer.keep_last=0",
-        "the moving average of the weights is in the checkpoints, and none is kept",
+        "checkpoints hold the moving average of the weights, but no checkpoint is kept",
         "set trainer.keep_last=1, or remove trainer.ema_decay",
     ),
     # Training and evaluations.
@@ -340,17 +340,17 @@ RULES = (
     ),
     Rule(
         "trainer.keep_best!=null",
-        "this is no metric of evaluations whose high or low values are known to be the best",
+        "this is no evaluation metric with a known best direction, highest or lowest",
         lambda c: (
             suggestion(c.trainer.keep_best or "", [PREFIX + name for name in METRICS if METRICS[name].best])
             + "choose eval_loss, eval_rewards/accuracies, eval_rewards/margins or eval_custom/NAME"
         ),
-        lambda c: direction_of(c.trainer) is None,
+        lambda c: best_direction(c.trainer) is None,
     ),
     Rule(
         "metrics.bands!=[]",
         "a band has low above high, or a metric that this run does not log",
-        "correct it, or set metrics.bands=[]; eval_loss and the like need data.eval or data.eval_share",
+        "correct the band, or set metrics.bands=[]; eval_loss and the like need data.eval or data.eval_share",
         lambda c: any(
             band.low > band.high
             or band.metric.removeprefix(PREFIX) not in METRICS
@@ -379,11 +379,11 @@ RULES = (
     # Not `reference.store`: like `data.cache` it names a folder, which scripts set for runs of every mode.
     *_unused_by_reference("reference.path"),
     *_unused_by_reference("reference.quantization"),
-    # An experiment may say how to load the reference, and the command choose a loss or mode without one.
+    # An experiment may set these, while the command chooses a loss or mode without a reference.
     *_unused_by_reference("reference.offload", resets="reference.mode"),
     Rule(
         "reference.quantization model.quantization!=null reference.path=null reference.mode=cached|live",
-        "the reference model would not have the quantization that the policy starts from",
+        "the reference model would not have the quantization with which the policy starts",
         "choose reference=adapter, or set reference.quantization={model.quantization}",
         lambda c: c.reference.quantization is not c.model.quantization,
     ),
@@ -417,21 +417,21 @@ RULES = (
     Rule(
         "export.average!=[]",
         "an average has two members or more, each once",
-        "set export.checkpoint for one; for more of one member {{path: FOLDER, weight: 2}}",
+        "list several folders, each once (weight: 2 counts double); for a single one set export.checkpoint",
         lambda c: len({member.path for member in c.export.average}) < max(2, len(c.export.average)),
     ),
 )
-"""Of every verb, in the order in which they are checked."""
+"""The rules of every verb, in the order of the checks."""
 
 
 def _is_for_others(config: RunConfig) -> bool:
-    """Return whether `sampling` is that of `pairs` or `compare`, whose keys one file may have, too."""
+    """Return whether `sampling` is for `pairs` or `compare`: one file may have keys of several verbs."""
     return config.pairs.method in (PairsMethod.samples, PairsMethod.delta) or bool(config.compare.models)
 
 
 _SAMPLES_ONLY = tuple(
     rule
-    for name in fields_of(SamplingConfig)
+    for name in schema_fields(SamplingConfig)
     for rule in (
         unused(
             f"sampling.{name}",
@@ -442,7 +442,7 @@ _SAMPLES_ONLY = tuple(
         unused(f"sampling.{name}", "samples.prompts!=0", "set samples.prompts=16", _is_for_others),
     )
 )
-"""Of verbs that take a training run, whose only responses are samples at evaluations."""
+"""Rules of verbs that take a training run, in which models respond only to the prompts of evaluations."""
 
 _NEEDED = {
     "model.path": Rule(
@@ -475,11 +475,11 @@ def needs_of(verb: str) -> list[Rule]:
 
 
 def check_needs(config: RunConfig, verb: str) -> None:
-    """Check that a configuration made without a command line has what a verb needs."""
+    """Raise ConfigError if a configuration lacks a key that the verb needs; for those from Python."""
     check_rules(config, needs_of(verb))
 
 
-def keys_of(verb: str, *, trains: bool = False) -> list[str]:
+def verb_keys(verb: str, *, trains: bool = False) -> list[str]:
     """Return the keys that a verb reads, and their sections; `trains`: also the keys of a training run."""
     verbs = {verb, "train"} if trains or VERBS[verb].takes_training else {verb}
     return [name for name in run_keys() if not verbs.isdisjoint(readers(name))]

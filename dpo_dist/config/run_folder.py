@@ -22,7 +22,7 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def step_of(name: str) -> int | None:
+def checkpoint_step(name: str) -> int | None:
     """Return the step in the name of a checkpoint's folder; None for another name."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match else None
@@ -30,7 +30,7 @@ def step_of(name: str) -> int | None:
 
 def is_checkpoint(folder: Path) -> bool:
     """Return whether a folder has the name and the state of a committed checkpoint."""
-    return step_of(folder.name) is not None and (folder / STATE).is_file()
+    return checkpoint_step(folder.name) is not None and (folder / STATE).is_file()
 
 
 def best_checkpoint(root: Path) -> str | None:
@@ -41,8 +41,10 @@ def best_checkpoint(root: Path) -> str | None:
 
 def checkpoint_folders(root: Path) -> list[Path]:
     """Return the folders with the name of a checkpoint, the newest first, damaged or not."""
-    folders = [folder for folder in root.glob("step-*") if step_of(folder.name) is not None]
-    return sorted(filter(Path.is_dir, folders), key=lambda folder: step_of(folder.name) or 0, reverse=True)
+    folders = [folder for folder in root.glob("step-*") if checkpoint_step(folder.name) is not None]
+    return sorted(
+        filter(Path.is_dir, folders), key=lambda folder: checkpoint_step(folder.name) or 0, reverse=True
+    )
 
 
 LAST_EVALUATION = "training"
@@ -74,7 +76,7 @@ class EvaluationFolder:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Those of every evaluation."""
+        """The files that every evaluation writes."""
         return self.evaluated, self.scores, self.results
 
 
@@ -140,7 +142,7 @@ class RunFolder:
         """The folder of all evaluations, with the files of the newest one."""
         return EvaluationFolder(self.path / "evaluation")
 
-    def evaluation_of(self, name: str) -> EvaluationFolder:
+    def named_evaluation(self, name: str) -> EvaluationFolder:
         """Return the folder of one evaluation: `LAST_EVALUATION`, or a name that `evaluate` has printed."""
         return EvaluationFolder(self.evaluation.path / name)
 
@@ -202,33 +204,33 @@ def check_writable(folder: Path, key: str = "run.dir") -> None:
         )
 
 
-def without_key(word: str) -> str:
-    """Return the path in a word; users also write it with its key, `run.dir=output/a` or `model.path=./m`."""
+def strip_key(word: str) -> str:
+    """Return the path in a word that may begin with a key: `run.dir=output/a`, `model.path=./m`."""
     return re.sub(r"^(run|model)([._](dir|path))?=", "", word)
 
 
 def existing_run(path: Path) -> RunFolder:
-    """Return the run directory at `path`, whose run may still be training; an error if it is none."""
+    """Return the run directory at `path`, of a run that may still be training; ConfigError for others."""
     folder = RunFolder(path)
     if any(file.is_file() for file in (folder.config, folder.log_history, folder.metrics_table)):
         return folder
     beside = sorted((path if path.is_dir() else path.parent).glob("*/config.yaml"))
     nearest = get_close_matches(str(path), [str(file.parent) for file in beside], 3, cutoff=0)
     if above := [str(parent) for parent in path.parents if (parent / "config.yaml").is_file()]:
-        nearest = above[:1]  # its model, checkpoint or page
+        nearest = above[:1]  # `path` is inside a run: its model, a checkpoint or a page
     raise ConfigError(
         "this is no run directory",
         where=str(path),
-        got="no folder of a run" if path.exists() else "no such folder",
+        got="a folder without a run" if path.exists() else "no such folder",
         expected="a folder with config.yaml, which a run writes before its first step",
         remedy=f"name one run, such as {' or '.join(nearest)}" if nearest else "name the run.dir of a run",
     )
 
 
-def without_model(run: RunFolder, key: str, remedy: str) -> ConfigError:
-    """Return the error of a run directory, named by `key`, without a trained model."""
+def no_model_error(run: RunFolder, key: str, remedy: str) -> ConfigError:
+    """Return the error for a run directory without a trained model, which `key` names."""
     checkpoints = checkpoint_folders(run.checkpoints)
-    named = f"its checkpoint {checkpoints[0]}" if checkpoints else "another model"
+    named = f"the checkpoint {checkpoints[0]}" if checkpoints else "another model"
     return ConfigError(
         "this run directory has no model",
         where=key,

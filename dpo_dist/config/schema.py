@@ -13,13 +13,13 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from dpo_dist.config.fields import (
-    MOST,
-    Filled,
+    LARGEST_INTEGER,
+    NonEmpty,
     as_entry,
-    facts_of,
-    fields_of,
     key,
+    key_facts,
     schema,
+    schema_fields,
     section,
 )
 from dpo_dist.config.identity import RunIdentity
@@ -36,7 +36,7 @@ from dpo_dist.config.verb_sections import (
 )
 from dpo_dist.config.verbs import EVERY_VERB, VERBS_WITH_DATA
 
-Names = Annotated[list[Filled], Field(min_length=1)]
+Names = Annotated[list[NonEmpty], Field(min_length=1)]
 Resume = StrEnum("Resume", ["auto", "never", "must"])
 
 
@@ -44,13 +44,13 @@ Resume = StrEnum("Resume", ["auto", "never", "must"])
 class FolderConfig:
     """The run directory, and whether to resume the run in it."""
 
-    dir: Filled | None = key(None)
+    dir: NonEmpty | None = key(None)
     """Run directory; null: `<run.root>/<run.name>-<digest>`."""
     name: str = key(
         "run", accepts="the name of one folder; run.root is the folder above it", pattern=r"^[^/]*[^/.][^/]*$"
     )
     """Name of the run, for its directory and for reports."""
-    root: Filled = key("output")
+    root: NonEmpty = key("output")
     """Folder of run directories, encoded data and the reference store."""
     resume: Resume = key(Resume.auto, verbs="train")
     """`auto`: resume if there is a checkpoint; `must`: error without one; `never`: error if the directory has
@@ -65,8 +65,8 @@ class ConsoleConfig:
     """Messages and progress on the screen."""
 
     style: ConsoleStyle = key(ConsoleStyle.auto)
-    """`auto`: a live line on a terminal, else `plain`; `plain`: lines with date and time; `json`: JSON
-    objects, one a line, on standard output."""
+    """`auto`: a live line on a terminal, else `plain`; `plain`: lines with date and time; `json`: one JSON
+    object per line, on standard output."""
 
 
 WandbMode = StrEnum("WandbMode", ["auto", "online", "offline", "off"])
@@ -84,10 +84,10 @@ class TrackingConfig:
     project: str | None = key(None)
     """Project of the run; null: WANDB_PROJECT, else `dpo_dist`."""
     samples: int = key(8, ge=0, le=1000)
-    """Rows of W&B's table of samples at each evaluation, if `samples.prompts` is set; 0 or without that: no
-    texts of data or responses are sent."""
+    """Rows in W&B's table of samples at each evaluation, if `samples.prompts` is set. Otherwise, or with 0,
+    no text of data or responses is sent."""
     also: list[OtherTracker] = key([])
-    """Further programs that get the metrics: `tensorboard`."""
+    """Other trackers that get the metrics: `tensorboard`."""
 
 
 LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine", "inverse_sqrt"])
@@ -104,14 +104,14 @@ class OptimConfig:
     lr: float = key(1e-6, gt=0)
     """Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained."""
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine)
-    """Learning rate after warm-up, which every schedule has. `inverse_sqrt` falls as sqrt(w / step) after w
-    steps of warm-up, without them as sqrt(10,000 / (10,000 + step)), as in transformers."""
+    """Course of the learning rate after warm-up. `inverse_sqrt` falls as sqrt(w / step) after w steps of
+    warm-up, without warm-up as sqrt(10,000 / (10,000 + step)), as in transformers."""
     warmup_ratio: float = key(0.1, ge=0, le=1)
     """Share of all steps that warm up the learning rate; the first of w such steps has lr / w."""
     warmup_steps: int | None = key(None, ge=0)
     """Steps of warm-up, in place of `warmup_ratio`; null: by the ratio."""
     min_lr_ratio: float = key(0.0, ge=0, lt=1)
-    """Where `linear` and `cosine` end, as a share of `lr`; 0: they would reach 0 one step after the last."""
+    """Last learning rate of `linear` and `cosine`, as a share of `lr`; 0: one more step would have rate 0."""
     weight_decay: float = key(0.0, ge=0)
     """Decoupled weight decay; biases and norms have none."""
     betas: list[Annotated[float, Field(strict=True, ge=0, lt=1)]] = key(
@@ -119,7 +119,7 @@ class OptimConfig:
     )
     """Decay rates of the first and second moments."""
     max_grad_norm: float = key(1.0, gt=0)
-    """Largest norm of the gradient; a larger one is clipped to it."""
+    """Largest norm of the gradient; a larger gradient is clipped to this norm."""
 
 
 AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
@@ -145,10 +145,10 @@ class AdapterConfig:
     variant: AdapterVariant | None = key(None, null_means=AdapterVariant.lora)
     """`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353); null: `lora`, or as in the
     continued adapter."""
-    path: Filled | None = key(None)
+    path: NonEmpty | None = key(None)
     """Folder or hub name of a LoRA adapter on `model.path` to continue, such as one from supervised
     fine-tuning. Policy and reference both start from the model with this adapter."""
-    modules_to_save: list[Filled] | None = key(None, null_means=[])
+    modules_to_save: list[NonEmpty] | None = key(None, null_means=[])
     """Modules trained in full beside the matrices, by the last parts of their names:
     `[embed_tokens,lm_head]`, norms. Tied modules must be listed together. Null: none, or as in the continued
     adapter."""
@@ -156,9 +156,9 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.path is not None:
             return
-        for name, field in fields_of(self).items():
+        for name, field in schema_fields(self).items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, copy(facts_of(field).null_means))
+                object.__setattr__(self, name, copy(key_facts(field).null_means))
 
 
 Dtype = StrEnum("Dtype", ["bf16", "fp16", "fp32"])
@@ -182,7 +182,7 @@ NO_MODEL = "-"
 class ModelConfig:
     """The policy."""
 
-    path: Filled = key(NO_MODEL)
+    path: NonEmpty = key(NO_MODEL)
     """Folder or hub name of the model to train."""
     revision: str | None = key(None)
     """Branch, tag or commit of a hub model."""
@@ -195,7 +195,7 @@ class ModelConfig:
     gradient_checkpointing: Literal["none", "full"] | Every = key(
         "none", free=True, verbs="train", accepts="none, full, or a whole number, >= 2"
     )
-    """Layers that compute their activations again in backward: `none`, `full`, or n: every n-th."""
+    """Layers that recompute their activations in backward: `none`, `full` (all), or n (every n-th)."""
     activation_offload: bool = key(False, free=True, verbs="train")
     """Offload the inputs of checkpointed layers to CPU memory until backward (CUDA)."""
     fused: FusedLayers = key(FusedLayers.auto, free=True, verbs="train precompute evaluate")
@@ -203,7 +203,7 @@ class ModelConfig:
     adapter: AdapterConfig | None = key(None, verbs=VERBS_WITH_DATA)
     """Train an adapter in place of all weights: `{r: 64, alpha: 128}`."""
     quantization: Quantization | None = key(None, verbs="train precompute evaluate compare pairs")
-    """Load the base of the adapter in 8 or 4 bits (bitsandbytes, the `quantization` extra)."""
+    """Load the adapter's base in 8 or 4 bits (bitsandbytes, the `quantization` extra)."""
     trust_remote_code: bool = key(False)
     """Run Python code from the model's repository."""
 
@@ -216,10 +216,10 @@ OnBadRecord = StrEnum("OnBadRecord", ["drop", "error"])
 Role = Literal["assistant", "user", "tool", "system"]
 
 TEMPLATE_DATE = "2024-07-26"
-"""Today's date for chat templates with a clock."""
+"""The date that chat templates get as today's."""
 UNTRAINED_PARTS = ("empty_thoughts", "thoughts", "formatting")
 MARKER_GAP = "..."
-"""Between the begin and the end marker in an entry of `data.untrained`."""
+"""Separates the begin marker from the end marker in an entry of `data.untrained`."""
 Untrained = Annotated[str, Field(pattern=rf"^({'|'.join(UNTRAINED_PARTS)}|(?s:.*\S.*)\.\.\.(?s:.*\S.*))$")]
 
 
@@ -227,20 +227,20 @@ Untrained = Annotated[str, Field(pattern=rf"^({'|'.join(UNTRAINED_PARTS)}|(?s:.*
 class SourceConfig:
     """One entry of `data.train` or `data.eval`; a bare string is its `path`."""
 
-    path: Filled = key(...)
+    path: NonEmpty = key(...)
     """File, pattern, folder or hub name."""
     format: DataFormat = key(DataFormat.auto)
     """Format of the records; `auto`: detected for each record."""
     split: str | None = key(None)
     """Split of a hub dataset or of a folder with several; null: `train`."""
     name: str | None = key(None)
-    """Configuration (subset) of a hub dataset; entry of the dataset_info.json in a folder."""
+    """Configuration (subset) of a hub dataset; for a folder, an entry of its dataset_info.json."""
     data_dir: str | None = key(None)
     """Folder inside a hub dataset."""
     revision: str | None = key(None)
     """Branch, tag or commit of a hub dataset."""
     weight: float = key(1.0, gt=0, le=10**6, verbs="train precompute")
-    """How often an epoch has each pair: 2 is twice, 0.5 a seeded half of the pairs."""
+    """How often an epoch draws each pair: 2: twice; 0.5: a seeded half of the pairs."""
     limit: int | None = key(None, ge=1)
     """Read only this many records, from the first; null: all."""
     columns: dict[str, str | None] | None = key(
@@ -248,7 +248,7 @@ class SourceConfig:
     )
     """Fields whose column has another name, or is a path into nested objects; null: ignore the field."""
     reader: str | None = key(None)
-    """Your own function, as `module:function`: it turns a record's fields into those of a format."""
+    """Your own function, as `module:function`, which turns a record's fields into those of a format."""
     label: str | None = key(None, free=True, accepts="letters, digits and . _ + -", pattern=r"^[\w.+-]+$")
     """Name of the source in metrics and counts; null: a name from its path, unique in the list."""
 
@@ -276,9 +276,9 @@ class DataConfig:
     """Largest number of tokens of a prompt; the start of a longer one is cut; null: no limit."""
     truncation: Truncation = key(Truncation.keep_start)
     """For pairs above `max_length`: `keep_start` cuts responses, `keep_end` the prompt's start, `both` each
-    side in proportion to its length; `drop`."""
+    side in proportion to its length, `drop` drops the pair."""
     on_bad_record: OnBadRecord = key(OnBadRecord.drop)
-    """What happens to a bad record: `drop` leaves it out, counted and shown; `error` ends the run."""
+    """What happens to a bad record: `drop` leaves it out, counts it and shows it; `error` ends the run."""
     max_bad_share: float = key(0.05, ge=0, le=1, verbs=VERBS_WITH_DATA)
     """Largest share of records that may be dropped; more is an error."""
     text_as_messages: bool = key(False, verbs=VERBS_WITH_DATA)
@@ -286,7 +286,7 @@ class DataConfig:
     template: TextTemplate = key(TextTemplate.auto, verbs=VERBS_WITH_DATA)
     """Encode special tokens of the chat template that occur in texts as tokens (`applied`) or as text
     (`literal`); `auto`: as text, with an error if most records have them."""
-    chat_template: Filled | None = key(None, verbs=VERBS_WITH_DATA)
+    chat_template: NonEmpty | None = key(None, verbs=VERBS_WITH_DATA)
     """Chat template: a file, or the name of one of the tokenizer's templates; null: the tokenizer's own."""
     template_arguments: dict[str, Any] | None = key(None, accepts="a mapping", verbs=VERBS_WITH_DATA)
     """Arguments of the chat template for all records, such as `{enable_thinking: false}`; null: none."""
@@ -297,13 +297,13 @@ class DataConfig:
     untrained: list[Untrained] = key(
         ["empty_thoughts"], accepts=f"a list of {', '.join(UNTRAINED_PARTS)} or BEGIN...END"
     )
-    """Parts of these turns to leave out of the loss: `empty_thoughts`, `thoughts`, `formatting` (tokens
+    """Parts of trained turns to leave out of the loss: `empty_thoughts`, `thoughts`, `formatting` (tokens
     around turns), or text between markers, `<note>...</note>`."""
     ranked: Ranked = key(Ranked.whole)
     """Use a ranking of more than two responses as one example, as its best and worst, or as all pairs."""
     unpair: bool = key(False)
     """Take pairs apart into a good and a bad response, for `loss=kto` and `apo_zero_unpaired`."""
-    cache: Filled = key("${run.root}/encoded", free=True)
+    cache: NonEmpty = key("${run.root}/encoded", free=True)
     """Folder of encoded data, shared by runs."""
 
     @property
@@ -319,13 +319,13 @@ class ReferenceConfig:
     mode: ReferenceMode = key(ReferenceMode.auto)
     """`cached` (stored), `live` (computed beside the policy), `adapter` (the policy with its adapter off),
     `none`; `auto`: `none`, `adapter` or `cached`, by loss and model."""
-    path: Filled | None = key(None, verbs="train precompute evaluate doctor")
+    path: NonEmpty | None = key(None, verbs="train precompute evaluate doctor")
     """Folder or hub name of the reference model; null: `model.path`."""
     quantization: Quantization | None = key(None, verbs="train precompute evaluate doctor")
-    """Load its weights in 8 or 4 bits (bitsandbytes), unsharded on every device; null: as stored."""
+    """Load the reference in 8 or 4 bits (bitsandbytes), unsharded on every device; null: as stored."""
     offload: Offload = key(Offload.none, free=True)
-    """Where its weights are kept: on the device (`none`) or `cpu`."""
-    store: Filled = key("${run.root}/reference", free=True, verbs=VERBS_WITH_DATA)
+    """Where the reference's weights are kept: on the device (`none`) or `cpu`."""
+    store: NonEmpty = key("${run.root}/reference", free=True, verbs=VERBS_WITH_DATA)
     """Folder of stored log-probs, shared by runs."""
 
 
@@ -342,12 +342,12 @@ class ParallelismConfig:
     reduce_in_float32: bool | None = key(None, verbs="train")
     """Sum gradients over processes in float32, in place of `model.dtype`; null: with several nodes."""
     hpz: int = key(1, ge=1, verbs="train")
-    """ZeRO-3 keeps a second copy of the weights on each group of so many processes, usually a node: weights
+    """Processes of a group, usually a node, that keeps its own copy of the weights with ZeRO-3: weights then
     cross the network once a step, and otherwise stay in the group (ZeRO++, arXiv 2306.10209). 1: no copy."""
     sequence_parallel: int = key(1, ge=1)
     """Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses)."""
     timeout_seconds: int = key(600, ge=1, le=10**7, verbs="train precompute evaluate compare pairs")
-    """How many seconds a process waits for another one before the run ends."""
+    """Seconds that a process waits for another one before the run ends."""
 
 
 FinalModel = StrEnum("FinalModel", ["last", "best"])
@@ -359,7 +359,7 @@ class TrainerConfig:
 
     global_batch_pairs: int = key(64, verbs="train precompute", ge=1)
     """Pairs of an optimizer step, over all processes."""
-    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=MOST)] = key(
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=LARGEST_INTEGER)] = key(
         "auto", free=True, verbs="train precompute evaluate", accepts="auto, or a whole number, >= 1"
     )
     """Largest number of tokens in a micro-batch; gradient accumulation follows from it. `auto`: what fits on
@@ -374,20 +374,20 @@ class TrainerConfig:
     """Steps between checkpoints; 0: at the end only."""
     keep_last: int = key(2, ge=0, free=True)
     """Checkpoints to keep; 0: one while the run trains, none once it is complete."""
-    keep_best: Filled | None = key(None, free=True)
+    keep_best: NonEmpty | None = key(None, free=True)
     """Evaluation metric, such as `eval_rewards/accuracies`: a checkpoint is also saved at each new best
     value, and the best are kept beside `keep_last`; null: none."""
     patience: int | None = key(None, ge=1, free=True)
-    """Evaluations in a row without a new best value of `keep_best` after which the run ends and is complete;
-    null: it ends at its last step."""
+    """End the run, as a complete one, after this many evaluations in a row without a new best value of
+    `keep_best`; null: end at the last step."""
     final: FinalModel = key(FinalModel.last)
     """Checkpoint that becomes `model/`: `last`, or `best` (by `keep_best`)."""
     log_every: int = key(1, ge=0, free=True)
-    """Steps per metrics row, which is a mean over their pairs; 0: one row at the end."""
+    """Steps per row of metrics, which are means over the pairs of these steps; 0: one row at the end."""
     seed: int = key(0, ge=0, verbs="train precompute evaluate pairs")
     """Seed of the data order, of a new adapter's weights, and of sampling in `pairs`."""
     deterministic: bool = key(False, free=True, verbs="train precompute evaluate")
-    """Deterministic kernels only, and an error where there is none; slower on GPUs."""
+    """Use deterministic kernels only; an operation without one is an error. Slower on GPUs."""
     ema_decay: float | None = key(None, gt=0, lt=1)
     """Decay of the moving average (EMA) of the trained weights, which `export.weights=ema` writes; null: no
     average."""
@@ -401,10 +401,10 @@ class TrainerConfig:
 class BandConfig:
     """One entry of `metrics.bands`."""
 
-    metric: Filled = key(..., accepts="a name of log_history.json, such as loss or eval_rewards/accuracies")
+    metric: NonEmpty = key(..., accepts="a name of log_history.json, such as loss or eval_rewards/accuracies")
     """Metric, by its name in log_history.json: `eval_loss`, `loss`."""
     step: int | None = key(None, ge=1)
-    """Step whose value is compared, if there is a row of it; null: the last one of a complete run."""
+    """Step whose value is compared, if it has a row; null: the last step of a complete run."""
     low: float = key(...)
     """Lowest value of a good run."""
     high: float = key(...)
@@ -413,20 +413,20 @@ class BandConfig:
 
 @schema
 class MetricsConfig:
-    """Metrics of your own, beside those of docs/watching.md, and what they are in a good run."""
+    """Your own metrics, beside those of docs/watching.md, and the values of metrics in a good run."""
 
-    function: Filled | None = key(None)
-    """Your own function, as `module:function`: it returns values of each pair by name from
-    the log-probs; their means are the metrics `custom/NAME`."""
+    function: NonEmpty | None = key(None)
+    """Your own function, as `module:function`, which computes named values of each pair from log-probs; their
+    means are the metrics `custom/NAME`."""
     bands: list[BandConfig] = key([], verbs="train")
-    """Values that a good run of these settings passes through; the verdict names those that are missed."""
+    """Values of a good run with these settings; the verdict names each band that a run misses."""
 
 
 @schema
 class EvaluationConfig:
     """The models and pairs that `dpo-dist evaluate` scores."""
 
-    model: Filled | Names | None = key(None, accepts="a path, or a list of paths")
+    model: NonEmpty | Names | None = key(None, accepts="a path, or a list of paths")
     """Folder or hub name of a model or of an adapter on `model.path`, a checkpoint
     (`<run.dir>/checkpoints/step-000100`), or a list; null: `<run.dir>/model`."""
     data: list[Source] = key([])

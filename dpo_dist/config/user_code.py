@@ -21,7 +21,7 @@ LOSS_FUNCTION, METRICS_FUNCTION = "loss.function", "metrics.function"
 
 @dataclass(frozen=True)
 class UserFunction:
-    """The source of a function: its module, the text of the module's file and a digest of it."""
+    """A user's function: its module, the text of the module's file, and a digest of this text."""
 
     module: str
     name: str
@@ -46,7 +46,7 @@ def find_function(written: str | None, key: str = LOSS_FUNCTION) -> UserFunction
     importlib.invalidate_caches()
     try:
         if not all(part.isidentifier() for part in [*module.split("."), name]):
-            raise ImportError("it is not written as module:function")
+            raise ImportError("this is not of the form module:function")
         spec = importlib.machinery.PathFinder.find_spec(module) if "." not in module else find_spec(module)
         file = Path(spec.origin if spec and spec.origin else module).with_suffix(".py")
         text = importlib.util.decode_source(file.read_bytes())
@@ -63,8 +63,8 @@ def find_function(written: str | None, key: str = LOSS_FUNCTION) -> UserFunction
 
 
 def user_function(written: str | None, key: str = LOSS_FUNCTION) -> Callable[..., Any]:
-    """Return the function that is written as `module:function`; its module is executed once for each text."""
-    return _executed(find_function(written, key))
+    """Return the function `module:function`; its module is executed once for each version of its text."""
+    return _load(find_function(written, key))
 
 
 def accepts_facts(written: str | None) -> bool:
@@ -73,7 +73,7 @@ def accepts_facts(written: str | None) -> bool:
 
 
 @cache
-def _executed(source: UserFunction) -> Callable[..., Any]:
+def _load(source: UserFunction) -> Callable[..., Any]:
     spec = importlib.util.spec_from_file_location(source.module, source.file)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -81,7 +81,7 @@ def _executed(source: UserFunction) -> Callable[..., Any]:
         if spec.parent:
             importlib.import_module(spec.parent)
         sys.modules[source.module] = module
-        # Not by the loader: it may run bytecode that is older than the text in the digest.
+        # Not by Python's loader: it may run bytecode that is older than the text in the digest.
         exec(compile(source.text, str(source.file), "exec"), vars(module))  # noqa: S102
         function: Callable[..., Any] = getattr(module, source.name)
         if not callable(function):
@@ -89,29 +89,29 @@ def _executed(source: UserFunction) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:  # the user's code can raise anything, and call sys.exit
         sys.modules.pop(source.module, None)
         raise ConfigError(
-            f"{source.key} cannot be imported",
+            f"the function of {source.key} cannot be imported",
             where=source.key,
             got=f"{source.file}: {type(error).__name__}: {error}".removesuffix(": "),
-            remedy=f"correct it until python -c 'from {source.module} import {source.name}' works",
+            remedy=f"correct the module until python -c 'from {source.module} import {source.name}' works",
         ) from error
     return function
 
 
-DOORS = {
+FOREIGN_CODE = {
     "model.trust_remote_code": "Python code of model folders is run",
     LOSS_FUNCTION: "Python code of the loss is run",
     METRICS_FUNCTION: "Python code of metrics is run",
     "pairs.function": "Python code of the judge is run",
     **dict.fromkeys(("data.train", "data.eval", "evaluation.data"), "Python code of a reader of data is run"),
 }
-"""The keys that run code of others, and what the program says of each; docs/reliability.md lists them."""
+"""The keys that run other people's code, with the text of a warning; docs/reliability.md lists them."""
 _CODE_OF_HYDRA = ("defaults", "hydra")
 
 
-def _opened(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the options of plain values that run code of others."""
-    doors = {}
-    for key in DOORS:
+def _code_options(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return, of a configuration's plain values, the options that run other people's code."""
+    options = {}
+    for key in FOREIGN_CODE:
         section, _, name = key.partition(".")
         inner = values.get(section)
         value = inner.get(name) if isinstance(inner, dict) else None
@@ -119,20 +119,20 @@ def _opened(values: Mapping[str, Any]) -> dict[str, str]:
             readers = [entry.get("reader") for entry in value if isinstance(entry, dict)]
             value = next(filter(None, readers), "")
         if value:
-            doors[key] = "true" if value is True else str(value)
-    return doors
+            options[key] = "true" if value is True else str(value)
+    return options
 
 
-def open_doors(values: Mapping[str, Any]) -> list[str]:
-    """Return a line for each option, in the plain values of a configuration, that runs code of others."""
-    return [f"warning: {key}={value}: {DOORS[key]}" for key, value in _opened(values).items()]
+def code_warnings(values: Mapping[str, Any]) -> list[str]:
+    """Return a warning for each option, in a configuration's plain values, that runs other people's code."""
+    return [f"warning: {key}={value}: {FOREIGN_CODE[key]}" for key, value in _code_options(values).items()]
 
 
-def written_values(text: str | bytes, where: str = "config.yaml") -> dict[str, Any]:
-    """Return the values of a config.yaml, which has nothing to be evaluated.
+def read_saved_yaml(text: str | bytes, where: str = "config.yaml") -> dict[str, Any]:
+    """Return the values of a run's config.yaml; nothing in the file is evaluated.
 
     Raises:
-        ConfigError: it has no keys, or interpolations or parts of Hydra, which no run writes.
+        ConfigError: the file has no keys, or has an alias, an interpolation or a key of Hydra's.
     """
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
@@ -147,17 +147,17 @@ def written_values(text: str | bytes, where: str = "config.yaml") -> dict[str, A
             "the configuration of this run cannot be read",
             where=where,
             got=first_line(error),
-            remedy="restore the file, or write the command of the run: model.path=... and its other keys",
+            remedy="restore the file, or write the run's whole command: model.path=... and its other keys",
         ) from error
     return content
 
 
-def check_doors(content: Mapping[str, Any], given: Collection[str], file: Path) -> None:
-    """Check that a config.yaml allows no foreign code that the command's keys, `given`, do not allow."""
-    for key, value in _opened(content).items():
+def check_code_allowed(content: Mapping[str, Any], given: Collection[str], file: Path) -> None:
+    """Raise ConfigError if a config.yaml runs code by a key that the command itself (`given`) lacks."""
+    for key, value in _code_options(content).items():
         if key not in given:
             raise ConfigError(
-                f"the configuration of this run asks to run code: {DOORS[key]}",
+                f"the configuration of this run asks to run code: {FOREIGN_CODE[key]}",
                 where=str(file),
                 got=f"{key}={value}",
                 expected="a run directory without code, or the option on the command line",

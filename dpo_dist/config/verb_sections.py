@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from dpo_dist.config.fields import Filled, as_entry, key, schema, section
+from dpo_dist.config.fields import NonEmpty, as_entry, key, schema, section
 
 
 @schema
@@ -24,8 +24,8 @@ class SamplingConfig:
     max_new_tokens: int | None = key(None, ge=1)
     """Largest number of tokens in a response; null: 512 in `pairs`, else 256."""
     temperature: float | None = key(None, ge=0)
-    """Sampling temperature; 0: greedy; null: 0.7 at evaluations, else 1, where alone the KL of `compare` is
-    unbiased."""
+    """Sampling temperature; 0: greedy; null: 0.7 at evaluations, else 1. `compare` estimates the KL without
+    bias only at 1."""
     top_p: float = key(1.0, gt=0, le=1)
     """Sample from the likeliest tokens whose probabilities add up to this."""
     top_k: int = key(0, ge=0)
@@ -36,7 +36,7 @@ class SamplingConfig:
 class CompareConfig:
     """Models that `dpo-dist compare` asks the same prompts of `data.eval`; judge: see `pairs`."""
 
-    models: list[Filled] = key([])
+    models: list[NonEmpty] = key([])
     """Models to compare, each PATH or NAME=PATH: a run directory (its trained model), a checkpoint, a folder
     of a model or an adapter, or a hub name. The first is the base of KL and win rates."""
     prompts: int = key(128, ge=1)
@@ -48,7 +48,7 @@ FailOn = StrEnum("FailOn", ["warning", "error", "never"])
 
 @schema
 class DoctorConfig:
-    """The examination of the data by `dpo-dist doctor`."""
+    """How `dpo-dist doctor` examines the data."""
 
     fail_on: FailOn = key(FailOn.warning)
     """Lowest level of a finding that makes the exit code 1."""
@@ -62,7 +62,7 @@ class DoctorConfig:
 class MemberConfig:
     """One entry of `export.average`; a bare string is its `path`."""
 
-    path: Filled = key(...)
+    path: NonEmpty = key(...)
     """Folder of a whole model, such as `export` writes."""
     weight: float = key(1.0, gt=0)
     """Weight in the mean; the weights are divided by their sum."""
@@ -81,26 +81,26 @@ class ExportConfig:
         accepts="latest, best, or the name of a folder in checkpoints/, such as step-000100",
         pattern=r"^(latest|best|step-\d{1,18})$",
     )
-    """`latest`, `best` (by `trainer.keep_best`), or the name of one: `step-000100`; null: that of `model/`
-    (`trainer.final`)."""
+    """`latest`, `best` (by `trainer.keep_best`), or a checkpoint's name: `step-000100`; null: the checkpoint
+    of `model/` (`trainer.final`)."""
     weights: ExportedWeights = key(ExportedWeights.last)
     """`last`: the weights of the checkpoint's step; `ema`: their moving average (`trainer.ema_decay`)."""
     average: list[Member] = key([])
-    """In place of a checkpoint, the mean of whole models: their folders, such as `export` writes."""
+    """Write the mean of whole models in place of a checkpoint: their folders, such as `export` writes."""
     merge: bool = key(False)
     """Merge an adapter into its base, and write one model."""
     dtype: str | None = key(None, accepts="bf16, fp16 or fp32", pattern=r"^(bf16|fp16|fp32)$")
-    """Precision of the written weights; null: `model.dtype`, for the weights of a merged base that of its
-    files."""
+    """Precision of the written weights; null: `model.dtype`, but weights of a merged base keep the precision
+    of its files."""
     check: bool = key(True)
-    """Load the folder by transformers before it gets its name, and compare its weights with the trained ones.
-    """
-    output: Filled | None = key(None)
-    """Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, with `-ema` and
-    `-merged` after it; of `export.average` `<run.dir>/exported/average`."""
+    """Before the folder gets its name, load it by transformers and compare its weights with the trained
+    ones."""
+    output: NonEmpty | None = key(None)
+    """Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, followed by `-ema` or
+    `-merged`; with `export.average`, `<run.dir>/exported/average`."""
     push_to: str | None = key(None, accepts="ORG/NAME", pattern=r"^[\w.-]+/[\w.-]+$")
-    """Repository on the hub to which the folder is uploaded, as it is if it exists; created as a private one.
-    The files are listed first, and sent with `export.confirm` only."""
+    """Hub repository for the folder, created as a private one if it is missing; a folder that exists is
+    uploaded as it is. The files are listed, and sent only with `export.confirm`."""
     confirm: bool = key(False)
     """Send the listed files to `export.push_to`."""
 
@@ -125,11 +125,11 @@ class EndpointConfig:
         pattern=r"^(?i:https?)://[^\s/@?]+(/[^\s?]*)?$",
     )
     """Address up to the version: `http://localhost:8000/v1`; null: no such judge."""
-    model: Filled | None = key(None)
+    model: NonEmpty | None = key(None)
     """Name of the model, as the endpoint lists it."""
     verdicts: Verdicts = key(Verdicts.compare)
-    """`compare`: each two responses, in both positions; `grade`: each response by itself, 1 to 10."""
-    criterion: Filled = key(
+    """`compare`: two responses at a time, in both orders; `grade`: each response alone, from 1 to 10."""
+    criterion: NonEmpty = key(
         "the better response is more helpful, honest and harmless, and follows the instructions"
     )
     """The judge's criterion, in one clause."""
@@ -156,9 +156,9 @@ class PairsConfig:
     """Responses of each model to a prompt; `delta` takes one."""
     unfinished: DropOrKeep = key(DropOrKeep.drop)
     """What to do with responses that did not end within `sampling.max_new_tokens`; they are counted."""
-    reward_model: Filled | None = key(None, verbs=JUDGING)
+    reward_model: NonEmpty | None = key(None, verbs=JUDGING)
     """Judge: folder or hub name of a sequence classification model with one output."""
-    function: Filled | None = key(None, verbs=JUDGING)
+    function: NonEmpty | None = key(None, verbs=JUDGING)
     """Judge: your own function, as `module:function`."""
     endpoint: EndpointConfig = section(EndpointConfig, verbs=JUDGING)
     prompt_parts: int = key(1, ge=1)
@@ -169,9 +169,9 @@ class PairsConfig:
     """Rounds of sampling, scoring, pairing and training, by one command; 0: make pairs only."""
     reference: RoundReference = key(RoundReference.previous)
     """Reference model of a round's training: the `first` one, or the policy of the `previous` round."""
-    launcher: Filled | None = key(None)
-    """Command before `-m dpo_dist VERB` in rounds, which ends with the exit code of its processes; null:
-    `dpo-dist launch` with several GPUs, else one process."""
+    launcher: NonEmpty | None = key(None)
+    """Command that starts the processes of a round, written before `-m dpo_dist VERB`; it must return their
+    exit code; null: `dpo-dist launch` with several GPUs, else one process."""
 
 
 GpuKind = Literal["h100-80g", "h200-141g", "b200-180g", "a100-80g", "a100-40g", "l40s-48g", "rtx4090-24g"]
@@ -184,13 +184,13 @@ class PlanConfig:
     gpus: int | None = key(None, ge=1)
     """Number of GPUs, 8 to a node; null: those of this machine, or else 8."""
     gpu: GpuKind | None = key(None)
-    """Kind of the GPUs; null: that of this machine, measured, or else h100-80g."""
+    """Kind of the GPUs; null: this machine's, measured, or else h100-80g."""
     price: float | None = key(None, gt=0, verbs="plan")
-    """Price of a GPU for an hour, in any currency."""
+    """Price of one GPU hour, in any currency."""
     pairs: int | None = key(None, ge=1)
-    """Pairs of an epoch; null: counted in local `data.train`, or by the cards of the presets' data."""
+    """Pairs in an epoch; null: counted in local `data.train`, or from the cards of the presets' datasets."""
     tokens_per_pair: float | None = key(None, gt=1)
-    """Tokens of a pair with its prompt once; null: as the pairs."""
+    """Tokens of a pair, its prompt counted once; null: found as `pairs` is."""
     suggest: bool = key(False, verbs="plan")
     """Also print the settings that fit with the shortest epoch."""
 
@@ -201,6 +201,6 @@ class SweepConfig:
 
     parallel: int | None = key(None, ge=1)
     """Points that train at a time, each on an equal part of the GPUs; null: as many as GPUs, or 1 without."""
-    launcher: Filled | None = key(None)
+    launcher: NonEmpty | None = key(None)
     """Command before `-m dpo_dist train` that starts the processes of a point; null:
     `dpo-dist launch` if a point has several GPUs, else one process that imports nothing again."""

@@ -1,4 +1,4 @@
-"""The table of verbs: what each does, and what it takes of a configuration.
+"""The table of verbs: what each does, and which configuration it takes.
 
 A new verb is a row here, the module that runs it, and its name at the keys that it reads.
 """
@@ -10,23 +10,23 @@ class Verb(NamedTuple):
     """A program of the package, `dpo-dist NAME`; the schema says which keys it reads."""
 
     module: str
-    """`python -m` runs it."""
+    """The module that `python -m` runs."""
     help: str
     needs: tuple[str, ...] = ()
-    """The keys without which it does nothing."""
+    """The keys that must be set."""
     is_configured: bool = True
-    """It takes a configuration, by `run_verb`."""
+    """Whether the verb takes a configuration, by `run_verb`."""
     reads_data: bool = True
     takes_training: bool = True
-    """It takes the whole command line of a training run; `pairs` with rounds does, too."""
-    of_former_run: bool = False
-    """It may take the configuration of the run in `run.dir`, unless a command has the first of `needs`."""
+    """Whether the verb takes the command line of a training run; `pairs` with rounds does, too."""
+    reuses_config: bool = False
+    """Whether the verb reads config.yaml in `run.dir` if the command sets no model, data or file."""
     is_one_process: bool = False
-    """If a launcher starts several processes, rank 0 alone works."""
+    """Whether rank 0 alone works if a launcher starts several processes."""
     takes_words: tuple[str, ...] = ("model.path", "data.train")
-    """The keys that a word without a key may be meant for."""
+    """The keys to suggest for a word without a key."""
     takes_points: bool = False
-    """Its keys may have several values each, and it gets all combinations."""
+    """Whether a key may have several values: the verb then gets all combinations."""
 
 
 _RUN = ("model.path", "data.train")
@@ -43,13 +43,13 @@ VERBS = {
         "dpo_dist.verbs.precompute",
         "score the pairs of a run by the reference model, and store the log-probs",
         (*_RUN, "reference.mode"),
-        of_former_run=True,
+        reuses_config=True,
     ),
     "evaluate": Verb(
         "dpo_dist.verbs.evaluate",
         "score pairs with trained models and the reference",
         ("model.path",),
-        of_former_run=True,
+        reuses_config=True,
         takes_words=("run.dir",),
     ),
     "compare": Verb(
@@ -62,7 +62,7 @@ VERBS = {
         "dpo_dist.tools.doctor",
         "examine the data of a run, and encode them",
         ("data.train",),
-        of_former_run=True,
+        reuses_config=True,
         is_one_process=True,
     ),
     "plan": Verb(
@@ -82,7 +82,7 @@ VERBS = {
         "write a checkpoint as a model folder; merge an adapter; average models",
         ("model.path",),
         reads_data=False,
-        of_former_run=True,
+        reuses_config=True,
         is_one_process=True,
         takes_words=("run.dir",),
     ),
@@ -121,5 +121,5 @@ VERBS = {
     ),
 }
 EVERY_VERB = " ".join(name for name, verb in VERBS.items() if verb.is_configured)
-"""The verbs with a configuration, for `verbs` of a key."""
+"""The verbs with a configuration, as `verbs` of a key."""
 VERBS_WITH_DATA = " ".join(name for name in EVERY_VERB.split() if VERBS[name].reads_data)

@@ -1,1 +1,1 @@
-"""Preference data: records of files, encoded examples, micro-batches of a step."""
+"""Preference data: read records from files, encode them as token ids, store them."""

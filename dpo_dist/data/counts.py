@@ -20,7 +20,7 @@ SHOWN_EXAMPLES = 20
 _NAMED_EXAMPLES = 3
 _NAMED_FIELDS = 12
 DROPPED_PROMPT_PREFIX = "prompts_dropped_"
-"""How the names of counts begin that count prompts which are not asked; the reason follows."""
+"""Prefix of the counts of prompts that are left out; the reason follows."""
 EMPTY_REMEDY = "check the path, or remove the source"
 _TABLE: dict[str, dict[str, list[str]]] = yaml.safe_load(
     Path(__file__).with_name("counts.yaml").read_text(encoding="utf-8")
@@ -29,15 +29,15 @@ _ROWS = {name: row for rows in _TABLE.values() for name, row in rows.items()}
 
 
 def in_words(name: str) -> str:
-    """Return the meaning of a count or of a reason; an unknown name with spaces."""
+    """Return the meaning of a count or reason; for an unknown name the name with spaces."""
     if name.startswith(DROPPED_PROMPT_PREFIX):
-        return f"prompts that are not asked: {in_words(name.removeprefix(DROPPED_PROMPT_PREFIX))}"
+        return f"prompts that are left out: {in_words(name.removeprefix(DROPPED_PROMPT_PREFIX))}"
     if name.startswith("unread_") and name not in _ROWS:
         return f"the field {name.removeprefix('unread_')} is not read"
     return _ROWS[name][0] if name in _ROWS else name.replace("_", " ")
 
 
-def remedy_of(reason: str) -> str:
+def reason_remedy(reason: str) -> str:
     """Return advice about records that are dropped for this reason."""
     row = _ROWS.get(reason, [])
     return row[1] if len(row) > 1 else "correct the records; docs/data.md explains the reason"
@@ -45,10 +45,10 @@ def remedy_of(reason: str) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of one record: the reason why it was `dropped`, or its number of `pairs` (0: in the other part).
+    """Result of one record: the reason why it was `dropped`, or its `pairs` (0: it is in the other part).
 
     `changed`: number of changes of each kind; for a dropped record the fields that no format reads.
-    `read_as`: form of the prompt, and how it is rendered; empty for a record that was not kept.
+    `read_as`: the prompt's form and rendering; empty for a record that was not kept.
     """
 
     dropped: str | None = None
@@ -64,9 +64,9 @@ class DataCounts:
     Attributes:
         read: records read, of this part of a split into training and evaluation data.
         kept: records with at least one example.
-        pairs: examples made from them: one each, or several from a ranking.
+        pairs: examples made from the kept records: one each, or several from a ranking.
         dropped: dropped records by reason.
-        changed: changes of kept records and their omitted ties by kind; unread fields of dropped records.
+        changed: changes and omitted ties of kept records, by kind; unread fields of dropped records.
         read_as: kept records by `Outcome.read_as`.
         examples: dropped records as ``file:line reason (detail)``, without their texts.
     """
@@ -80,8 +80,8 @@ class DataCounts:
     examples: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, outcomes: Mapping[Outcome, int], bad: Iterable[BadRecord]) -> "DataCounts":
-        """Return the counts of records, given the number of records with each outcome and some bad ones."""
+    def from_outcomes(cls, outcomes: Mapping[Outcome, int], bad: Iterable[BadRecord]) -> "DataCounts":
+        """Return the counts for these numbers of records by outcome, with some bad records as examples."""
         counts = cls(examples=list(map(str, bad)))
         for outcome, records in outcomes.items():
             if not records:
@@ -98,7 +98,7 @@ class DataCounts:
         return counts
 
     def add(self, record: Record) -> None:
-        """Count a record that is not encoded."""
+        """Count a record without encoding it."""
         self.read += 1
         if isinstance(record, BadRecord):
             self.dropped[record.reason] += 1
@@ -118,7 +118,7 @@ class DataCounts:
 
 
 def counts_in_one_line(counts: Mapping[str, int]) -> str:
-    """Return counts with their meaning: "1 empty_response (a response is empty), ..."; empty without any."""
+    """Return counts with their meaning: "1 empty_response (a response is empty), ..."; empty if none."""
     return ", ".join(
         f"{number:,} {name}" + (f" ({in_words(name)})" if name in _ROWS else "")
         for name, number in sorted(counts.items())
@@ -127,7 +127,7 @@ def counts_in_one_line(counts: Mapping[str, int]) -> str:
 
 
 def named_in_one_line(names: Iterable[str]) -> str:
-    """Return names of fields: "a, b and 3 more"; empty without any."""
+    """Return names of fields: "a, b and 3 more"; empty if there are none."""
     shown = list(dict.fromkeys(filter(None, map(shown_key, names))))  # leave out the index that pandas writes
     more = f" and {len(shown) - _NAMED_FIELDS} more" if len(shown) > _NAMED_FIELDS else ""
     return ", ".join(shown[:_NAMED_FIELDS]) + more
@@ -153,7 +153,7 @@ def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
 
 
 def read_in_words(read_as: Mapping[str, int]) -> str:
-    """Return how kept records were read, with their numbers if it was in several ways."""
+    """Return how kept records were read, with numbers if they were read in several ways."""
     if len(read_as) == 1:
         return next(iter(read_as))
     return "; ".join(f"{number:,} {form}" for form, number in sorted(read_as.items()))
@@ -195,16 +195,16 @@ def check_counts(
     of_first: bool = False,
     lengths: Sequence[SourceLengths] = (),
 ) -> None:
-    """Check that enough records of a source, or `of_first` of its first records, were kept.
+    """Check that enough of a source's records, with `of_first` of its first records, were kept.
 
-    `lengths`: of all sources, for advice.
+    `lengths`: those of all sources, to suggest limits.
 
     Raises:
         DataError: no record was kept, more were dropped than `data.max_bad_share` allows, or a chat template
             was already applied to most texts and `data.template` is not set.
     """
     if counts.changed[LEFT_IN_TRAIN] or (counts.changed[HELD_OUT] and not counts.read):
-        return  # a small part of a split: the training data are checked
+        return  # a small part of a split says little: the training part is checked
     templated = counts.changed["templated_text"]
     # A share among the first records is no estimate; all of them is a clear sign.
     is_templated = templated == counts.kept > 0 if of_first else templated > counts.kept / 2
@@ -225,7 +225,7 @@ def check_counts(
         return
     reason = max(counts.dropped, key=lambda name: counts.dropped[name])
     reasons = ", ".join(f"{name} {number}" for name, number in sorted(counts.dropped.items()))
-    remedy = remedy_of(reason)
+    remedy = reason_remedy(reason)
     if reason == "unknown_format":
         source = _with_columns(path, config, counts.examples)
         remedy = f"{source}; correct its format, if one is set (docs/data.md)"
@@ -252,11 +252,11 @@ _NAMES = {
     "completion": "completion answer response output reply text",
     "label": "label thumb vote feedback is_good liked",
 }
-"""Columns that people name so, for what formats read."""
+"""Words in the names of columns, by the field that they probably hold."""
 
 
 def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> str:
-    """Return the source with `columns` guessed from its first bad record, as a word to write if possible."""
+    """Return advice to set the source's `columns`, guessed from the fields of bad records."""
     path = path.rpartition(": ")[2]
     seen = (re.search(r"\(fields: (.*)\)$", example) for example in examples)
     given = next((match.group(1).split(", ") for match in seen if match), [])
@@ -271,14 +271,14 @@ def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> str
 
 
 def _column(field: str, given: Sequence[str]) -> str | None:
-    """Return the first column that is named as a field, or has such a word in its name."""
+    """Return the first column whose name is, or contains, a word for the field."""
     words = _NAMES[field].split()
     parts = {name: {name.lower(), *re.split(r"[^a-z]+", name.lower())} for name in given}
     return next((name for word in words for name in given if word in parts[name]), None)
 
 
 def check_split(counts: DataCounts) -> None:
-    """Check that this part of a split has records that can be used. Raises DataError."""
+    """Check that this part of a split has usable records. Raises DataError."""
     if counts.kept:
         return
     left = counts.changed[LEFT_IN_TRAIN]

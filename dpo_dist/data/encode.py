@@ -27,10 +27,10 @@ from dpo_dist.foundation.errors import ConfigError
 
 @dataclass(frozen=True, eq=False)
 class EncodedExample(Example):
-    """An example, and what became of its record when it was encoded."""
+    """An example, with the changes that encoding made to its record."""
 
     changes: frozenset[str] = frozenset()  # names in counts.yaml
-    truncated: tuple[bool, ...] = ()  # for each response whether its end was cut, and with it its end of turn
+    truncated: tuple[bool, ...] = ()  # for each response, whether its end and its end-of-turn token were cut
     read_as: str = ""
     lengths: tuple[int, ...] = ()  # tokens before any cut: prompt, longest response, BOS, `needed_tokens`
 
@@ -60,7 +60,7 @@ def encode_pair(
         if not all(mask.any() for mask in trained):
             raise UnusableRecordError("no_trained_token", "the loss would count no token of a response")
     except UnusableRecordError as fault:
-        return replace(fault.at(record.origin), lengths=lengths)
+        return replace(fault.as_bad_record(record.origin), lengths=lengths)
     except RecursionError:
         return BadRecord(
             "template_rejected", record.origin, "tools, calls or arguments are nested too deeply"
@@ -86,9 +86,9 @@ def encode_pair(
 def _encoded(
     rendered: RenderedRecord, facts: TokenizerFacts, config: DataConfig
 ) -> tuple[list[int], list[list[int]], list[Mask], bool]:
-    """Return the ids of the prompt, the ids and the mask of each response, and whether one was split anew.
+    """Return the prompt's ids, each response's ids and mask, and whether a response was tokenised alone.
 
-    A mask has the tokens that the loss counts; there are no masks if it counts all of them.
+    A mask marks the tokens that the loss counts; there are no masks if the loss counts all tokens.
     """
     parts = _untrained_parts(facts, config)
     counted = [
@@ -105,7 +105,7 @@ def _encoded(
 
 
 def _untrained_parts(facts: TokenizerFacts, config: DataConfig) -> list[tuple[str, re.Pattern[str]]]:
-    """Return patterns of the parts in `data.untrained`, each with what may open it before the response."""
+    """Return patterns of the parts in `data.untrained`, each with the tag with which a prompt opens it."""
     names, (begin, end) = config.untrained, map(re.escape, THOUGHT_TAGS)
     parts = [("", facts.around_turns)] if "formatting" in names else []
     if "empty_thoughts" in names:
@@ -120,9 +120,9 @@ def _untrained_parts(facts: TokenizerFacts, config: DataConfig) -> list[tuple[st
 def _counted_characters(
     prompt: str, text: str, turns: Sequence[Span], untrained: Sequence[tuple[str, re.Pattern[str]]]
 ) -> list[Span] | None:
-    """Return the spans of a response `text` after a prompt that the loss counts; None: all of it.
+    """Return the spans of a response `text` that the loss counts; None: all of the text.
 
-    `turns` are the spans of its trained turns.
+    `turns` are the spans of the response's trained turns.
     """
     counted = list[Span]()
     for start, end in turns:
@@ -144,9 +144,9 @@ def _counted_characters(
 
 
 def _token_mask(starts: Sequence[int], length: int, counted: Iterable[Span]) -> Mask:
-    """Return whether each token has a counted character: the loss counts it.
+    """Return for each token whether it has a character in `counted`: then the loss counts the token.
 
-    `starts` are the positions of the tokens' first characters, not falling, in a text of `length` characters.
+    `starts`: the positions of the tokens' first characters, ascending, in a text of `length` characters.
     """
     begins = np.array(starts, dtype=np.int64)
     # A character of several tokens (bytes) belongs to each of them.
@@ -161,7 +161,7 @@ def _token_mask(starts: Sequence[int], length: int, counted: Iterable[Span]) -> 
 def _lengths(
     prompt: list[int], responses: list[list[int]], trained: list[Mask], prefix_length: int
 ) -> tuple[int, ...]:
-    """Return the lengths before any cut; none if no limits could make the record usable."""
+    """Return the lengths before any cut; empty if no limits could make the record usable."""
     if (
         len(prompt) == prefix_length
         or len(set(map(tuple, responses))) < len(responses)
@@ -174,7 +174,7 @@ def _lengths(
 def _truncated(
     prompt: list[int], responses: list[list[int]], prefix_length: int, limits: DataConfig
 ) -> tuple[list[int], list[list[int]]]:
-    """Truncate by `data.truncation`. Raises UnusableRecordError: no example is left."""
+    """Truncate by `data.truncation`. Raises UnusableRecordError: nothing is left to train on."""
     if len(prompt) == prefix_length:
         raise UnusableRecordError("empty_prompt", "the prompt has no tokens")
     if (limit := limits.max_prompt_length) is not None:
@@ -211,7 +211,7 @@ def _cut_left(prompt: list[int], length: int, prefix_length: int) -> list[int]:
 class EncodedRecord:
     """The examples of one record. They share one encoding, so each response is stored and scored once."""
 
-    example: EncodedExample  # with all responses that some example uses: only these count for limits
+    example: EncodedExample  # with all responses that an example uses; only these must fit the limits
     ranks: list[list[int]]  # for each example the indices of its responses in `example`, best first
     scores: list[float]  # of the responses of `example`, nan if the record has none
     ties: int
@@ -232,7 +232,7 @@ class EncodedRecord:
 
     @property
     def outcome(self) -> Outcome:
-        """What is counted of the record."""
+        """The record's result, for counts."""
         changed = dict.fromkeys(self.example.changes, 1) | {"ties_left_out": self.ties}
         best, *others = self.example.truncated
         if others:
@@ -244,7 +244,7 @@ class EncodedRecord:
 def encode_record(
     record: PreferenceRecord, config: DataConfig, tokenizer: Tokenizer
 ) -> EncodedRecord | BadRecord:
-    """Encode the training examples of a record; errors and bad records as `encode_pair`."""
+    """Encode the training examples of a record; errors and bad records as in `encode_pair`."""
     ranks, ties = training_examples(record, config.ranked)
     if config.unpair and len(record.responses) > 1:
         record = replace(record, responses=record.responses[:: len(record.responses) - 1], scores=(1.0, 0.0))

@@ -1,4 +1,4 @@
-"""Formats of input records: one table with a row for each, and the functions that read a record by its row.
+"""Formats of input records: a table with a row for each, and functions that read a record by its row.
 
 To add a format: add its name to `DataFormat`, a function that returns a record's `Content`, and a row to
 `FORMATS`. `read/layouts` has these functions, `read/messages` reads the texts and messages that they return.
@@ -39,11 +39,11 @@ from dpo_dist.data.read.messages import (
     read_implicit,
     read_messages,
     read_text,
-    reader_of,
+    select_reader,
     spelled_messages,
 )
 from dpo_dist.data.read.sources import local_files, pin_source, raw_records
-from dpo_dist.data.read.values import from_json, number_of
+from dpo_dist.data.read.values import from_json, to_number
 from dpo_dist.data.records import (
     MAX_RECORD_BYTES,
     BadRecord,
@@ -58,7 +58,7 @@ from dpo_dist.data.records import (
 )
 from dpo_dist.foundation.types import Fields
 
-# With these faults of its responses, a record may still have a usable prompt.
+# A record with one of these faults may still have a usable prompt.
 _RESPONSE_FAULTS = {
     "unknown_format",
     "missing_field",
@@ -68,7 +68,7 @@ _RESPONSE_FAULTS = {
 }
 _RESPONSE_FAULTS |= {"no_ranking", "all_tied", "invalid_scores", "invalid_numbers"}
 _MAX_SHOWN_KEYS = 12
-# Sides that have no other fields beside them contain their prompt.
+# A record with only these fields has its prompt inside the sides.
 _BESIDE_SIDES = frozenset((*SIDE_NAMES, *PAIR_SCORE_FIELDS, OTHERS))
 
 
@@ -80,7 +80,7 @@ def parse_record(record: Fields, name: DataFormat, origin: Origin) -> Record:
     try:
         return _parse(_with_values(record, name), name, origin)
     except UnusableRecordError as fault:
-        return fault.at(origin)
+        return fault.as_bad_record(origin)
     except RecursionError:
         return BadRecord("unparsable", origin, "nested too deeply")
 
@@ -107,8 +107,8 @@ def read_records(
 ) -> Iterator[Record]:
     """Read the records of a source (a string: its path) in its order; only a .json is read whole.
 
-    One item per record: a pair, a ranking, a completion, or the reason why it cannot be used. DataError and
-    ConfigError are raised by this call if they are known then.
+    One item per record: a pair, a ranking, a completion, or the reason why the record cannot be used. The
+    call itself raises the DataError or ConfigError of a source with wrong keys.
     """
     source = resolve_source(SourceConfig(path=source) if isinstance(source, str) else source)
     return (
@@ -118,15 +118,15 @@ def read_records(
 
 
 def read_prompts(source: SourceConfig) -> Iterator[Record]:
-    """Read the records of a source for their prompts: without responses where none can be used."""
+    """Read a source's records for their prompts; a record without usable responses has none."""
     return read_records(source, parse=parse_prompt)
 
 
 def check_source(source: SourceConfig, config: DataConfig | None = None) -> None:
     """Check the keys of a source and the columns of its first records; with `config`, that some are usable.
 
-    With `data.on_bad_record=error` all that are read must be usable. Sends no request. Raises DataError or
-    ConfigError.
+    With `data.on_bad_record=error` every record that is read must be usable. Sends no request. Raises
+    DataError or ConfigError.
     """
     from huggingface_hub import constants  # noqa: PLC0415  # slow to import
 
@@ -134,7 +134,7 @@ def check_source(source: SourceConfig, config: DataConfig | None = None) -> None
     with_columns(iter(()), source)
     if local_files(source) is None:
         if constants.HF_HUB_OFFLINE:
-            pin_source(source)  # its cache must have the dataset
+            pin_source(source)  # raises if the Hub's cache lacks the dataset
         return
     counts = DataCounts()
     # Sorted data can begin with many records without a response.
@@ -157,9 +157,9 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
     content = row.content(record)
     if name is DataFormat.auto:
         _check_no_other(record, content)
-    read = row.read or reader_of(content.prompt, content.responses)
+    read = row.read or select_reader(content.prompt, content.responses)
     if read is None and _BESIDE_SIDES.issuperset(field for field in record if record[field] is not None):
-        read = read_implicit  # the sides are all that there is
+        read = read_implicit  # the prompt can only be inside the sides
     if read is None:
         fields = ("prompt", "instruction", *QUESTIONS, *CONVERSATIONS)
         is_empty = content.prompt is None and any(record.get(field) is not None for field in fields)
@@ -177,9 +177,9 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
 
 
 class Format(NamedTuple):
-    """One format: the function that returns a record's content, and may raise UnusableRecordError.
+    """One format: `content` returns a record's content, or raises UnusableRecordError.
 
-    `read` reads the prompt and the responses; None: chosen by their types. `matches`: whether a record has
+    `read` parses the prompt and the responses; None: chosen by their types. `matches`: whether a record has
     this format; None: never detected, only configured by its name.
     """
 
@@ -189,7 +189,7 @@ class Format(NamedTuple):
 
 
 def _check_no_other(record: Fields, content: Content) -> None:
-    """Check that a record has no other responses than those read, except copies of them."""
+    """Check that a record has no further responses, except copies of those that are read."""
     used = {content.field} if content.field else set(content.responses)
     values = [record.get(name) for name in used]
     others = [
@@ -208,13 +208,13 @@ def _unknown_format(record: Fields) -> UnusableRecordError:
 
 
 def _numbers(record: Fields, responses: int) -> dict[str, float]:
-    """Return the `NUMBERS` of a record that have an effect; its votes become a soft label."""
+    """Return a record's `NUMBERS` that have an effect; votes become a soft label."""
     given = {name: record[name] for name in (*NUMBERS, *VOTES) if record.get(name) not in (None, "")}
-    read = {name: math.nan if isinstance(given[name], bool) else number_of(given[name]) for name in given}
+    read = {name: math.nan if isinstance(given[name], bool) else to_number(given[name]) for name in given}
     if votes := [read.pop(name) for name in VOTES if name in read]:
         total = sum(votes)
         if len(votes) < 2 or "soft_label" in read or not 0 <= min(votes) < total < math.inf:
-            detail = f"{' and '.join(VOTES)} are no two numbers, not both 0, in place of soft_label"
+            detail = f"{' and '.join(VOTES)} must be two numbers, not both 0, and replace soft_label"
             raise UnusableRecordError("invalid_numbers", detail)
         read["soft_label"] = votes[0] / total
     for name, value in read.items():
@@ -237,7 +237,7 @@ def _exchanged(record: PreferenceRecord) -> PreferenceRecord:
 
 
 def check_content(record: PreferenceRecord) -> None:
-    """Check that something can be learned from a record."""
+    """Check that a record has a prompt and different responses that the loss can count."""
     prompt, *responses = turns_of(record.prompt, "user"), *map(turns_of, record.responses)
     values = [
         [(turn.role, turn.content.strip(), turn.fields) for turn in turns] for turns in (prompt, *responses)
@@ -251,7 +251,7 @@ def check_content(record: PreferenceRecord) -> None:
     if not any(map(_has_content, prompt)):
         raise UnusableRecordError("empty_prompt")
     for turns in responses:
-        # Something that the loss can count.
+        # The loss must count a turn with content.
         trained = [turn for turn in turns if turn.role == "assistant" and turn.is_trained is not False]
         if not any(map(_has_content, trained)):
             raise UnusableRecordError("empty_response")
@@ -267,14 +267,14 @@ def _json(values: Any) -> str:
     return json.dumps(values, ensure_ascii=False, sort_keys=True, default=str)
 
 
-# Text in these fields may spell out messages.
+# Text in these fields may be messages in JSON.
 _SPELLED = ("prompt", *QUESTIONS, "context", "completion", *SIDE_NAMES, "response")
-# Other fields spell no lists: an `output` can be a text that happens to be JSON.
+# Not `output`: it can be a text that happens to be JSON.
 _SPELLED_LISTS = ("responses", "completions")
 
 
 def _with_values(record: Fields, name: DataFormat) -> Fields:
-    """Return a record with the messages and lists that its texts spell as JSON, as cells of a table do."""
+    """Return a record with the messages and lists that its texts hold as JSON, as a table's cells do."""
     is_text = name in (DataFormat.text, DataFormat.implicit_prompt, DataFormat.hh)
     lists = LISTS if name is DataFormat.ranked else _SPELLED_LISTS
     read = dict(record)
@@ -294,13 +294,13 @@ def _with_values(record: Fields, name: DataFormat) -> Fields:
     return read
 
 
-# The first that matches is read.
+# A record is read by the first row that matches.
 FORMATS: dict[DataFormat, Format] = {
     DataFormat.text: Format(pair, read=read_text),
     DataFormat.messages: Format(pair, read=read_messages),
     DataFormat.hh: Format(pair, read=read_hh),
     DataFormat.implicit_prompt: Format(pair, read=read_implicit),
-    # A pair in any of these.
+    # A pair in any of the formats above.
     DataFormat.auto: Format(pair, matches=has_pair),
     DataFormat.ranked: Format(ranking, matches=has_ranking),
     DataFormat.labelled: Format(labelled, matches=is_labelled),

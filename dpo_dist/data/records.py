@@ -28,7 +28,7 @@ DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 HELD_OUT, LEFT_IN_TRAIN = "held_out_for_eval", "left_in_train"
 MAX_RECORD_BYTES = 2**27
-"""Of a record, in a file and as it is read: more is a damaged file, or one that expands without end."""
+"""Largest record, in a file and in memory: a larger one is a damaged file, or expands without end."""
 _MAX_SHOWN_CHARACTERS = 40
 _MAX_SHOWN_WORDS = 3
 
@@ -64,7 +64,7 @@ def turns_of(content: Response, role: str = "assistant") -> Messages:
 class Dialogue(tuple[Message, ...]):
     """The messages of a prompt written as one text with `Human:` and `Assistant:` turns, as in HH-RLHF.
 
-    `text` starts with a turn and ends with the last ``"\\n\\nAssistant:"``, before a response. It is
+    `text` starts with a turn and ends with the last ``"\\n\\nAssistant:"``, before a response. `text` is
     encoded if the tokenizer has no chat template. The contents of the messages are stripped.
     """
 
@@ -100,10 +100,10 @@ class Origin:
 class PreferenceRecord:
     """One prompt and its responses, best first: one to learn, two (chosen, rejected), or a ranking of more.
 
-    Responses are messages only after messages. Scores are in their order; those of a ranking never rise, and
-    equal ones are ties. The chat template renders the `tools` and gets the `template_arguments`. `numbers`
-    are those of `NUMBERS` with an effect; `is_exchanged`: the record's rejected side is the first response.
-    `unread` are fields with a value of which nothing is read.
+    Responses are messages only if the prompt is. `scores` are in the order of the responses; in a ranking
+    they never rise, and equal scores are ties. The chat template renders the `tools` and gets the
+    `template_arguments`. `numbers`: the `NUMBERS` with an effect. `is_exchanged`: the record's rejected side
+    is the first response. `unread`: fields with a value that nothing reads.
     """
 
     prompt: Prompt
@@ -119,7 +119,7 @@ class PreferenceRecord:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that cannot be used, by a reason of counts.yaml.
+    """A record that cannot be used, with a reason from counts.yaml.
 
     The `detail` has no text of the record. `unread` are fields that no format reads, counted by their names.
     `lengths` as those of an `EncodedExample`, if the record could be used with other limits.
@@ -136,13 +136,13 @@ class BadRecord:
 
 
 class UnusableRecordError(Exception):
-    """Raised where a record turns out to be unusable; `at` makes it a `BadRecord`."""
+    """Raised for a record that cannot be used; `as_bad_record` adds the record's position."""
 
     def __init__(self, reason: str, detail: str = "", unread: tuple[str, ...] = ()) -> None:
         super().__init__(reason)
         self.reason, self.detail, self.unread = reason, detail, unread
 
-    def at(self, origin: Origin) -> BadRecord:
+    def as_bad_record(self, origin: Origin) -> BadRecord:
         """Return the reason with the record's position."""
         return BadRecord(self.reason, origin, self.detail, self.unread)
 
@@ -232,7 +232,7 @@ def shown_key(key: Any) -> str:
 
 PromptHashes = npt.NDArray[np.uint64]
 _HASH_BYTES = 8
-# Characters without width that change no word: joiners, marks of direction, soft hyphens, byte-order marks.
+# Invisible characters that change no word: joiners, direction marks, soft hyphens, byte-order marks.
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
 
 
@@ -257,7 +257,7 @@ def prompt_hash(prompt: Prompt) -> int:
 class Part:
     """The records of sources that belong to the training data, or to the evaluation data.
 
-    `is_eval`: those of a split of the training sources by `share`. `held_out`: uint64 [prompts], ascending,
+    `is_eval`: the evaluation part of a split by `share`. `held_out`: uint64 [prompts], ascending,
     the `prompt_hash` of prompts that are not in the training data.
     """
 
@@ -280,7 +280,7 @@ class Part:
                 return False
         if not self.share:
             return True
-        # A second hash, so that the sides do not follow the order of the first.
+        # A second hash: else the split would follow the order of the first.
         content = prompt.to_bytes(_HASH_BYTES, "little") + bytes(_HASH_BYTES)
         place = int.from_bytes(hashlib.blake2b(content, digest_size=_HASH_BYTES).digest(), "little")
         return (place < self.share * 2.0 ** (8 * _HASH_BYTES)) == self.is_eval

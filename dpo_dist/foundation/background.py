@@ -1,4 +1,4 @@
-"""Threads beside the main one: they compute ahead, or say that it still works."""
+"""Background threads: one computes items ahead of their use, one calls a function every few seconds."""
 
 import contextlib
 import threading
@@ -15,7 +15,7 @@ _END: Any = object()
 
 @contextlib.contextmanager
 def call_periodically(beat: Callable[[float], None]) -> Iterator[None]:
-    """Call `beat` every few seconds during the block, in a thread, with the seconds since its start."""
+    """While the block runs, call `beat` every few seconds in a thread, with the seconds since the start."""
     done, started = threading.Event(), time.monotonic()
 
     def run() -> None:
@@ -33,10 +33,10 @@ def call_periodically(beat: Callable[[float], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def prefetch(items: Iterable[T], depth: int) -> Iterator[Iterator[T]]:
-    """Yield an iterator over `items` that one background thread computes ahead, at most `depth` of them.
+    """Yield an iterator over `items`; a background thread computes up to `depth` items ahead.
 
-    Leaving the context waits for the current item; later ones are never computed. An exception of `items` is
-    raised at the position of the item that failed.
+    Leaving the context waits for the item in work; later items are never computed. If an item raises, its
+    exception is raised where the item would have been returned.
     """
     source = iter(items)
     with ThreadPoolExecutor(1, "prefetch") as pool:

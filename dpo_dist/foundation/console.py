@@ -1,4 +1,4 @@
-"""Console of a verb: progress and results on rank 0; the output of libraries is in logs/rank-N.log."""
+"""A verb's console: rank 0 prints progress and results; output of libraries goes to logs/rank-N.log."""
 
 import contextlib
 import faulthandler
@@ -25,35 +25,35 @@ from rich.text import Text
 from dpo_dist.foundation.background import call_periodically
 from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.files import for_json
-from dpo_dist.foundation.streams import SafeStream, output_descriptor, output_of_objects, printable_lines
+from dpo_dist.foundation.streams import SafeStream, json_stream, output_descriptor, printable_lines
 from dpo_dist.foundation.text import counted, duration, percent, without_secrets
 from dpo_dist.foundation.types import Fields
 
 WARNING = "warning: "
-LINE_SECONDS = 30.0  # between two lines about progress
+LINE_SECONDS = 30.0  # between two progress lines
 _REFRESH_SECONDS = 0.5
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
 _BAR_WIDTH = 20
-_STYLES = {"error": "bold red", "warning": "yellow"}  # of a terminal's lines, by the first word
-# Kinds of lines that begin with date and time in a scheduler's log file; results do not.
-_TIMED = ("message", "progress", "evaluation", "error")
-TRAINING = "training"  # the work whose last state stays on a terminal
+_STYLES = {"error": "bold red", "warning": "yellow"}  # of a line on a terminal, by its first word
+# In a scheduler's log file lines of these kinds begin with date and time; results do not.
+_KINDS_WITH_TIME = ("message", "progress", "evaluation", "error")
+TRAINING = "training"  # the last progress line of this work stays on a terminal
 
 
 class LineScreen:
-    """Lines without control characters, printed by `print_line`; progress at most once in `seconds`."""
+    """Prints lines without control characters by `print_line`; progress at most once in `seconds`."""
 
     def __init__(
         self, print_line: Callable[[str], None], seconds: float = LINE_SECONDS, *, has_times: bool = False
     ):
         self.seconds = seconds
-        self.due: float | None = None  # when progress is printed again; None: at once
+        self.due: float | None = None  # earliest time of the next progress line; None: now
         self._print, self._has_times = print_line, has_times
 
     def print(self, kind: str, content: Fields, lines: Sequence[str]) -> None:  # noqa: ARG002
         """Print an event or a result: `content` is for programs, `lines` for people."""
-        has_time = self._has_times and kind in _TIMED
+        has_time = self._has_times and kind in _KINDS_WITH_TIME
         start = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}  " if has_time else ""
         for line in lines:
             self._print(printable_lines(start + line))
@@ -64,16 +64,16 @@ class LineScreen:
 
 
 class JsonScreen(LineScreen):
-    """A JSON object a line, each with `kind` and `time`."""
+    """Prints one JSON object per line, with `kind` and `time`."""
 
     def print(self, kind: str, content: Fields, lines: Sequence[str]) -> None:  # noqa: ARG002
-        """Print the content."""
+        """Print `content` as one JSON object."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         self._print(json.dumps(for_json({"kind": kind, "time": now, **content}), default=str))
 
 
 class LiveScreen(LineScreen):
-    """Messages above one live line on a terminal; without progress there is no live line."""
+    """Prints messages above one live progress line on a terminal."""
 
     def __init__(self, terminal: RichConsole):
         super().__init__(self._print_line, _REFRESH_SECONDS)
@@ -81,15 +81,15 @@ class LiveScreen(LineScreen):
         self._live: RichProgress | None = None
 
     def print(self, kind: str, content: Fields, lines: Sequence[str]) -> None:
-        """Show progress as the live line; the terminal breaks other lines, so that commands can be copied."""
-        # The width of this terminal, whatever the standard streams are; windows are resized.
+        """Show progress as the live line; the terminal wraps other lines, so that commands can be copied."""
+        # The window may have been resized, and rich would ask a standard stream, which may be a file.
         with contextlib.suppress(OSError, ValueError):
             if columns := os.get_terminal_size(self._terminal.file.fileno()).columns:
                 self._terminal.width = columns
         if kind == "progress":
             self._update(content, lines[0])
             return
-        if kind == "error":  # below the last state of the live line
+        if kind == "error":  # else the live line would move below the error
             self.end_progress()
         super().print(kind, content, lines)
 
@@ -124,7 +124,7 @@ class LiveScreen(LineScreen):
 
 
 class Terminal(RichConsole):
-    """rich's console, which leaves the cursor visible."""
+    """A console of rich that never hides the cursor."""
 
     def show_cursor(self, show: bool = True) -> bool:  # noqa: ARG002
         """Do nothing: a killed process could not show the cursor again."""
@@ -132,18 +132,18 @@ class Terminal(RichConsole):
 
 
 def open_screen(messages: SafeStream, objects: SafeStream, style: str) -> LineScreen:
-    """Return the screen of a `console.style`: messages for people, objects for programs."""
+    """Return the screen for a `console.style`: text goes to `messages`, JSON goes to `objects`."""
     if style == "json":
         return JsonScreen(partial(_print, objects))
     if style == "auto" and messages.isatty():
-        terminal = Terminal(file=messages, highlight=False)  # type: ignore[arg-type]  # has all that is used
+        terminal = Terminal(file=messages, highlight=False)  # type: ignore[arg-type]  # has the methods that rich calls
         if terminal.is_terminal and not terminal.is_dumb_terminal:
             return LiveScreen(terminal)
     return LineScreen(partial(_print, messages), has_times=True)
 
 
 def _print(stream: SafeStream, line: str) -> None:
-    stream.write(f"{line}\n")  # at once: lines of threads do not mix
+    stream.write(f"{line}\n")  # one write: two would mix the lines of two threads
     stream.flush()
 
 
@@ -153,21 +153,21 @@ def _message(text: str) -> tuple[str, Fields, list[str]]:
 
 
 class Console:
-    """Messages and progress on the screen, also written to the log; ranks other than 0 print only errors.
+    """Prints messages and progress to the screen and the log; ranks other than 0 print only errors.
 
-    Printing never raises. `screen` is None on other ranks, which have `errors`.
+    On those ranks `screen` is None, and `errors` is the screen for errors. Printing never raises.
     """
 
     def __init__(self, screen: LineScreen | None, errors: LineScreen | None = None):
         self._screen = screen
         self._errors = errors or screen
         log = LineScreen(logging.getLogger("dpo_dist").info)
-        self._shown = [log] if screen is None else [log, screen]
-        self._worked = -math.inf
+        self._screens = [log] if screen is None else [log, screen]
+        self._last_shown = -math.inf
 
     def say(self, text: str) -> None:
         """Print one line and log it; a warning starts with "warning: "."""
-        for screen in self._shown:
+        for screen in self._screens:
             screen.print(*_message(text))
 
     def show(self, text: str) -> None:
@@ -183,32 +183,32 @@ class Console:
 
     def result(self, kind: str, content: Fields, lines: Sequence[str]) -> None:
         """Print and log a result: `content` is for programs, `lines` for people."""
-        for screen in self._shown:
+        for screen in self._screens:
             screen.print(kind, content, lines)
 
     def is_due(self) -> bool:
-        """Return whether it is time for `show_progress`."""
-        return time.monotonic() >= min(screen.due or 0.0 for screen in self._shown)
+        """Return whether `show_progress` would print now."""
+        return time.monotonic() >= min(screen.due or 0.0 for screen in self._screens)
 
     def show_progress(self, content: Fields, line: str, *, always: bool = False) -> None:
-        """Show the state of a work when that is due, or `always`.
+        """Print a progress line if the last one is old enough, or `always`.
 
         `content`: `work`, `unit`, `done`, `total`, `share` (None: not known) and `seconds_left`.
         """
         now = time.monotonic()
-        for screen in self._shown:
+        for screen in self._screens:
             if always or screen.due is None or now >= screen.due:
                 screen.print("progress", content, [line])
                 screen.due = now + screen.seconds
 
     @contextlib.contextmanager
     def heartbeat(self, work: str) -> Iterator[None]:
-        """Print the seconds spent on `work`, the block, once a minute; silent beside shown progress."""
+        """Print once a minute how long the block, `work`, has taken, unless progress is shown."""
         due = _FIRST_HEARTBEAT_SECONDS
 
         def beat(seconds: float) -> None:
             nonlocal due
-            if seconds >= due and time.monotonic() >= self._worked + _FIRST_HEARTBEAT_SECONDS:
+            if seconds >= due and time.monotonic() >= self._last_shown + _FIRST_HEARTBEAT_SECONDS:
                 due = seconds + _HEARTBEAT_SECONDS
                 self.say(f"{work}: {duration(seconds)} so far")
 
@@ -221,21 +221,21 @@ class Console:
         try:
             yield
         finally:
-            for screen in self._shown:
+            for screen in self._screens:
                 screen.end_progress()
 
     @contextlib.contextmanager
     def progress(self, title: str, unit: str) -> Iterator[Callable[..., None]]:
-        """Yield a function that takes the number of units done and, if it is known, the total.
+        """Yield a function that shows progress, given the number of units done and, if known, the total.
 
-        Nothing is shown if it is never called, or if the total is 0.
+        Nothing is shown if the total is 0.
         """
         started = time.monotonic()
 
         def show(done: int, total: int | None = None) -> None:
             if self._screen is not None and total != 0:
-                self._worked = time.monotonic()
-                seconds, share = self._worked - started, done / total if total else None
+                self._last_shown = time.monotonic()
+                seconds, share = self._last_shown - started, done / total if total else None
                 amount = counted(done, unit) if total is None else f"{done:,} of {counted(total, unit)}"
                 parts = [f"{title}: {amount}"] + ([] if share is None else [percent(share)])
                 parts += [f"{done / seconds:,.0f} a second"] if done > seconds >= 1 else []
@@ -249,13 +249,13 @@ class Console:
 
 
 def console_on(stream: TextIO, style: str) -> Console:
-    """Return a console that prints to `stream`, and JSON objects to standard output."""
-    return Console(open_screen(SafeStream(stream), SafeStream(output_of_objects()), style))
+    """Return a console that prints text to `stream`, or JSON objects to standard output."""
+    return Console(open_screen(SafeStream(stream), SafeStream(json_stream()), style))
 
 
 @contextlib.contextmanager
 def warnings_off() -> Iterator[None]:
-    """Log nothing below an error in the block, and show no warnings of Python."""
+    """Inside the block show no warnings of Python, and log only errors."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:
@@ -267,10 +267,10 @@ def warnings_off() -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_console(rank_log: Callable[[str], Path], style: str = "auto") -> Iterator[Console]:
-    """Redirect standard output and error of this process, including C libraries, to `rank_log` of its rank.
+    """Redirect this process's standard output and error, also of C libraries, to the file `rank_log(rank)`.
 
-    The yielded console prints to the screen. Enter it before heavy imports, to redirect their output too. On
-    exit the streams are restored; an exception is also written to the log, if the disk is not full.
+    The yielded console still prints to the screen. Enter the context before heavy imports, to redirect their
+    output too. Exit restores the streams, and writes an exception to the log if the disk is not full.
     """
     rank = os.environ.get("RANK", "0")
     log_file = rank_log(rank)
@@ -278,13 +278,15 @@ def open_console(rank_log: Callable[[str], Path], style: str = "auto") -> Iterat
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    # A line at a time: lines of several processes do not mix.
+    # Line buffering: else the lines of several processes would mix.
     streams = (os.fdopen(os.dup(number), "w", buffering=1) for number in (output_descriptor(), 2))
     objects, messages = map(SafeStream, streams)
-    with log_file.open("ab", buffering=0) as log:  # a buffer would raise again when it is closed
+    with log_file.open(
+        "ab", buffering=0
+    ) as log:  # on a full disk a buffer would raise again when it is closed
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        faulthandler.enable(2)  # a crash of native code, or of a mapped file that was cut, leaves its stack
+        faulthandler.enable(2)  # a crash in native code, or at a truncated mapped file, logs its stack
         try:
             screen = open_screen(messages, objects, style)
             console = Console(screen if rank == "0" else None, screen)
@@ -306,7 +308,7 @@ def open_console(rank_log: Callable[[str], Path], style: str = "auto") -> Iterat
 
 
 class _LogFormatter(logging.Formatter):
-    """Records without secrets and control characters; further lines are indented and look like no record."""
+    """Removes secrets and control characters; indents further lines, so that none looks like a record."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable_lines(without_secrets(super().format(record))).replace("\n", "\n  ")
@@ -314,9 +316,9 @@ class _LogFormatter(logging.Formatter):
 
 @contextlib.contextmanager
 def _logging_to(stream: TextIO) -> Iterator[None]:
-    """Log to `stream`, warnings too, each of them once; on exit the caller's logging is restored."""
+    """Log to `stream`, each warning once; restore the caller's logging on exit."""
     root, warned, seen = logging.getLogger(), logging.getLogger("py.warnings"), set[str]()
-    callers = root.handlers[:], root.level
+    former = root.handlers[:], root.level
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_LogFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     root.handlers[:] = [handler]
@@ -336,5 +338,5 @@ def _logging_to(stream: TextIO) -> Iterator[None]:
     finally:
         warned.removeFilter(is_new)
         logging.captureWarnings(False)
-        root.handlers[:] = callers[0]
-        root.setLevel(callers[1])
+        root.handlers[:] = former[0]
+        root.setLevel(former[1])

@@ -1,4 +1,4 @@
-"""Errors of the user as one block (message, where, got, expected, what to do); exit codes."""
+"""Errors that a user can fix, printed as one block (message, where, got, expected, to do); exit codes."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ from typing import ClassVar
 
 
 class ExitCode(IntEnum):
-    """Exit code of a verb. Without an error or a stop by the user, SIGTERM gives 143 as in any program."""
+    """Exit code of a verb; one with nothing to save ends at SIGTERM with 143, as other programs do."""
 
     completed = 0
     failed = 1
@@ -33,9 +33,9 @@ class ExitCode(IntEnum):
 class RunOutcome(StrEnum):
     """State of a run, in run_state.json; `exit` in summary.json is one of the last three.
 
-    `started`: it trains, or was killed. `exported`: all steps are done and the model is written, the report
-    is not. `completed`: the report too. `preempted`: stopped in order, with a checkpoint. `diverged`: loss or
-    gradient was not finite.
+    `started`: it trains, or was killed. `exported`: all steps are done and the model is written, but not yet
+    the report. `completed`: the report is written. `preempted`: stopped on request, with a checkpoint.
+    `diverged`: loss or gradient was not finite.
     """
 
     started = "started"
@@ -57,8 +57,8 @@ class DpoDistError(Exception):
     def __init__(self, message: str, *, where: str = "", got: str = "", expected: str = "", remedy: str = ""):
         super().__init__(message)
         self.message, self.where, self.got, self.expected, self.remedy = message, where, got, expected, remedy
-        self.is_printed_here: bool | None = None  # by this process; None before the processes have joined
-        self.parts: Sequence[DpoDistError] = ()  # of an error that is several
+        self.is_printed_here: bool | None = None  # by this process; None: the processes have not joined yet
+        self.parts: Sequence[DpoDistError] = ()  # the errors that this one joins
 
     def block(self) -> str:
         """Return the error as the lines that are printed, without empty parts."""
@@ -107,7 +107,7 @@ class DivergedError(DpoDistError):
 
 
 class StoppedError(DpoDistError):
-    """The run was asked to stop where it has no steps to save."""
+    """The run was asked to stop while it had no new steps to save."""
 
     exit_code: int = ExitCode.preempted
     title = "stopped"
@@ -129,16 +129,18 @@ class PeerLostError(DpoDistError):
 def disk_error(error: BaseException) -> ConfigError | None:
     """Return a `ConfigError` if a full disk, a path or its permissions caused `error`, else None."""
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # of Path.expanduser
-        what = "a path begins with ~, and this home folder is not known"
-        return ConfigError(what, where="a path of the command or its files", remedy="write the whole path")
+        what = "a path begins with ~, but the home folder is unknown"
+        return ConfigError(
+            what, where="a path on the command line or in a YAML file", remedy="write the whole path"
+        )
     if not isinstance(error, OSError) or (error.filename is None and error.errno not in _DISK_IS_FULL):
         return None
     return ConfigError(
         "a file cannot be written or read",
         where=str(error.filename or "run.dir, data.cache or reference.store"),
         got=dead_link(Path(str(error.filename or ""))) or str(error.strerror),
-        remedy="make room, or correct the path or its permissions; then run the same command again: it "
-        "continues from what is complete",
+        remedy="make room, or correct the path or its permissions; then run the same command again, which "
+        "keeps the work that is complete",
     )
 
 
@@ -152,34 +154,34 @@ def package_error(error: BaseException) -> ConfigError | None:
     if package not in _TOOL_PACKAGES:
         return None
     return ConfigError(
-        "this verb needs packages that training does without",
+        "this verb needs packages that training does not need",
         where="the environment",
-        got=f"no {package}",
+        got=f"{package} is not installed",
         remedy="pip install 'dpo-dist[tools]'",
     )
 
 
 def dead_link(path: Path) -> str:
-    """Describe a link to a missing file or folder; "" for another path."""
+    """Return a description of a link to a missing file or folder; "" for any other path."""
     is_dead = os.path.islink(path) and not os.path.exists(path)  # noqa: PTH114, PTH110 (no error of long names)
     return f"a link to {path.readlink()}, which does not exist" if is_dead else ""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the kind of an error and the first line of its text, at most 200 characters of it."""
+    """Return an error's type and the first line of its text, cut at 200 characters."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return the kind of an error and all of its text, as hubs write it in several sentences and lines."""
+    """Return an error's type and text on one line, cut at 600 characters: hubs write several lines."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 600, placeholder=" ...")
 
 
 @contextlib.contextmanager
 def warn_on_bug(what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Log a bug in the block as a warning that `what` is missing: a report must not end the run.
+    """Turn a bug in the block into a warning that `what` is missing: a bug in a report must not end the run.
 
-    Errors of files and of users are raised: the same command continues once they are corrected.
+    Errors of files and of the user are raised: the same command continues once they are corrected.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The end of a program: one printed block for an error of the user, and the exit code."""
+"""End of a program: print the user's error as one block, and exit with its code."""
 
 import argparse
 import contextlib
@@ -22,7 +22,7 @@ from dpo_dist.foundation.errors import (
     first_line,
     package_error,
 )
-from dpo_dist.foundation.streams import open_closed_streams, output_of_objects, print_line
+from dpo_dist.foundation.streams import json_stream, open_closed_streams, print_line
 from dpo_dist.foundation.text import without_secrets
 
 _RANK_0_SECONDS = 60
@@ -30,13 +30,13 @@ _BY_SIGNAL = 128
 
 
 class Arguments(argparse.ArgumentParser):
-    """A parser whose errors are printed as those of every verb."""
+    """An argument parser whose errors are printed like all errors of the user."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise ConfigError with the form of the command."""
-        form = " ".join(self.format_usage().removeprefix("usage:").split())
+        """Raise ConfigError with the usage of the command."""
+        usage = " ".join(self.format_usage().removeprefix("usage:").split())
         raise ConfigError(
-            message, where="command line", expected=form, remedy="--help explains what it takes"
+            message, where="command line", expected=usage, remedy="--help explains the arguments"
         )
 
 
@@ -44,7 +44,7 @@ class Arguments(argparse.ArgumentParser):
 class Errors:
     """Prints errors without secrets: as text to standard error, or as JSON objects to standard output.
 
-    `rank`: of this process among those that run the program.
+    `rank`: the rank of this process.
     """
 
     is_json: bool = False
@@ -55,20 +55,20 @@ class Errors:
         if self.is_json:
             now = datetime.now().astimezone().isoformat(timespec="seconds")
             text = json.dumps({"kind": "error", "time": now, **without_secrets(content)})
-        print_line(text, output_of_objects() if self.is_json else sys.stderr)
+        print_line(text, json_stream() if self.is_json else sys.stderr)
 
     def print_end(self, exit_code: int, words: str) -> int:
-        """Print on rank 0 how the process was ended, if there is something to say; return the exit code."""
+        """Print `words`, how the process ended, on rank 0 unless they are empty; return the exit code."""
         if words and self.rank == 0:
             self.print(words, {"message": words, "exit_code": int(exit_code)})
         return exit_code
 
-    def print_of_this_rank(self, error: DpoDistError) -> int:
+    def print_once(self, error: DpoDistError) -> int:
         """Print `error` if this process is the one that reports it; return its exit code.
 
-        Before the processes have joined, most errors occur in all of them. The launcher ends the others when
-        rank 0 has printed its error and exited; a rank that is not ended has an error that rank 0 does not
-        have. Rank 0 alone prints a stop by a signal: the launcher sends the signal to it, too.
+        Before the processes have joined, most errors occur on every rank, and rank 0 alone prints them: the
+        other ranks wait, and the launcher ends them when rank 0 exits. A rank that outlives the wait prints
+        its error, which rank 0 does not have. A stop by a signal reaches rank 0 too, which alone prints it.
         """
         is_early = error.is_printed_here is None and self.rank > 0
         if is_early and isinstance(error, StoppedError):
@@ -82,17 +82,17 @@ class Errors:
 
 
 def exit_after(work: Callable[[], int], errors: Errors | None = None) -> NoReturn:
-    """Exit with the exit code that `work` returns.
+    """Call `work`, and exit with the exit code that it returns.
 
-    A `DpoDistError` is printed as one block, by one rank only; an interrupt by the user in one line. Other
-    exceptions keep their traceback.
+    A `DpoDistError` is printed as one block by one rank, Ctrl-C as one line, any other exception with its
+    traceback.
     """
     errors = errors or Errors()
     open_closed_streams()
     try:
         exit_code = work()
     except DpoDistError as error:
-        exit_code = errors.print_of_this_rank(error)
+        exit_code = errors.print_once(error)
     except KeyboardInterrupt:
         exit_code = errors.print_end(ExitCode.interrupted, "interrupted")
     except SystemExit as ended:
@@ -102,8 +102,8 @@ def exit_after(work: Callable[[], int], errors: Errors | None = None) -> NoRetur
             words = f"ended by {signal.Signals(code - _BY_SIGNAL).name}"
         exit_code = errors.print_end(code, words)
     except Exception as bug:  # any exception: the process must not hang at exit
-        if (of_user := disk_error(bug) or package_error(bug)) is not None:
-            exit_code = errors.print_of_this_rank(of_user)
+        if (user_error := disk_error(bug) or package_error(bug)) is not None:
+            exit_code = errors.print_once(user_error)
         else:
             exit_code = ExitCode.failed
             message = {"title": "bug", "message": first_line(bug), "exit_code": int(exit_code)}

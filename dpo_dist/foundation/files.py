@@ -21,13 +21,15 @@ from dpo_dist.foundation.errors import ConfigError
 
 _TEMPORARY = ".tmp-"
 _REPLACED = "replaced-"
-# As strict as the names that this module makes, since users may have files with similar names.
-_LEFT = re.compile(r"\.tmp-(replaced-)?[0-9a-f]{12}")
+# Exactly the names that this module makes: a user's file with a similar name must not be deleted.
+_TEMPORARY_SUFFIX = re.compile(r"\.tmp-(replaced-)?[0-9a-f]{12}")
 _CREATED_SECONDS = 1
 _SAMPLE_BYTES = 4096
 _SAMPLES = 16
 _ESCAPED = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
-_UMASK = os.umask(0o022)  # read by setting it, while no thread writes
+_UMASK = os.umask(
+    0o022
+)  # Python can only read it by setting it: done at import, before a thread writes files
 os.umask(_UMASK)
 
 log = logging.getLogger(__name__)
@@ -45,12 +47,12 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def json_line(row: Mapping[str, Any]) -> str:
-    """Return a row as a line; line ends in texts are escaped, also those that only Unicode knows."""
+    """Return a row as one line of JSON; line ends inside texts are escaped, also U+0085 and U+2028."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False).translate(_ESCAPED) + "\n"
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write one JSON object per line to a file of `staged_file`; return their number."""
+    """Write one JSON object per row to `path`, from `staged_file`; return the number of rows."""
     number = 0
     with path.open("w", encoding="utf-8") as stream:
         for number, row in enumerate(rows, start=1):  # noqa: B007  (the last number is the result)
@@ -59,7 +61,7 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file that this program wrote; a missing file has none."""
+    """Yield the JSON objects of a file that this program wrote; a missing file yields none."""
     if path.exists():
         with path.open("rb") as lines:
             yield from map(json.loads, lines)
@@ -86,7 +88,7 @@ def staged_folder(path: Path, *, replaces: bool = True) -> Iterator[Path]:
     """Yield an empty temporary folder; it becomes `path` on exit, and is removed on an error.
 
     Raises:
-        FileExistsError: `path` exists on exit, has files, and is not to be replaced.
+        FileExistsError: on exit `path` is a folder with files, and `replaces` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
@@ -110,16 +112,16 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 def commit_folder(temporary: Path, path: Path, *, replaces: bool = True) -> None:
     """Sync every file below `temporary` and rename it to `path`; an older `path` is deleted afterwards.
 
-    A crash between two renames leaves both folders under temporary names, until `recover_folder`.
+    A crash between the two renames leaves both folders under temporary names; `recover_folder` repairs that.
 
     Raises:
-        FileExistsError: there is an older `path` with files, and it is not to be replaced.
+        FileExistsError: `path` is a folder with files, and `replaces` is false.
     """
     for below in sorted(temporary.rglob("*")):
         sync(below)
     sync(temporary)
     replaced = []
-    while not _take(temporary, path):
+    while not _rename(temporary, path):
         if not replaces:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         aside = path.with_name(f"{path.name}{_TEMPORARY}{_REPLACED}{uuid.uuid4().hex[:12]}")
@@ -136,11 +138,11 @@ def recover_folder(path: Path) -> None:
     if not path.exists():
         for aside in sorted(path.parent.glob(f"{glob.escape(path.name)}{_TEMPORARY}{_REPLACED}*")):
             with contextlib.suppress(FileNotFoundError):  # another process has restored or deleted it
-                _take(aside, path)
+                _rename(aside, path)
 
 
-def _take(temporary: Path, path: Path) -> bool:
-    """Rename a folder; return False if another one has the name."""
+def _rename(temporary: Path, path: Path) -> bool:
+    """Rename a folder to `path`; return False if `path` is a folder with files."""
     try:
         temporary.rename(path)
     except OSError as error:
@@ -161,7 +163,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def final_name(temporary: Path) -> Path:
-    """Return the name that a temporary file or folder was to get."""
+    """Return the path that a temporary file or folder would have got."""
     return temporary.with_name(temporary.name.partition(_TEMPORARY)[0])
 
 
@@ -180,11 +182,11 @@ def _hold_lock(path: Path) -> Iterator[None]:
 def collect_abandoned(folder: Path) -> list[Path]:
     """Remove the temporary files and folders of dead writers in `folder`; return the removed paths.
 
-    A writer is dead if nobody holds its lock. A folder that was moved aside, and is the only copy, stays.
+    A writer is dead if nobody holds its lock. A folder that was moved aside stays if it is the only copy.
     """
     removed = []
     for path in sorted(folder.glob(f"*{_TEMPORARY}*")):
-        left = _LEFT.fullmatch(path.name, path.name.find(_TEMPORARY))
+        left = _TEMPORARY_SUFFIX.fullmatch(path.name, path.name.find(_TEMPORARY))
         if left is None or (left[1] and not final_name(path).exists()):
             continue
         with contextlib.suppress(OSError):  # locked, or removed by another process
@@ -234,7 +236,7 @@ def file_identity(file: Path) -> str:
     path = file.resolve()
     samples = hashlib.blake2b(digest_size=16)
     with path.open("rb") as stream:
-        status = path.stat()  # after opening: a client of a network file system then asks the server
+        status = path.stat()  # after opening: only then a network file system asks its server
         for number in range(_SAMPLES):
             stream.seek(max(status.st_size - _SAMPLE_BYTES, 0) * number // (_SAMPLES - 1))
             samples.update(stream.read(_SAMPLE_BYTES))
@@ -243,7 +245,7 @@ def file_identity(file: Path) -> str:
 
 
 MEMO_FOLDER = "file_digests"
-"""Name of the folder with cached digests, in the cache of the data and in the reference store."""
+"""Folder of cached digests, in the data cache and in the reference store."""
 
 
 def remembered_digest(file: Path, memo: Path | None) -> str:
@@ -266,7 +268,7 @@ def remembered_digest(file: Path, memo: Path | None) -> str:
 
 
 def recall(memo: Path | None, identity: str) -> str | None:
-    """Return the text cached for `identity`, if there is one."""
+    """Return the text cached for `identity`; None if there is none."""
     if memo is not None:
         with contextlib.suppress(OSError, ValueError, KeyError):
             return str(json.loads(_entry(memo, identity).read_bytes())["digest"])
@@ -306,8 +308,8 @@ def locked(
 ) -> Iterator[int]:
     """Open or create a file for appending and lock it until the context ends; yield its descriptor.
 
-    `owner` completes the error "another process ...", if one has the lock. On a file system without locks, a
-    second process is not noticed.
+    `owner` completes the message "another process ..." of the error if another process has the lock. A file
+    system without locks does not notice a second process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

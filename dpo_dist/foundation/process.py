@@ -1,4 +1,4 @@
-"""A process of a run: its launcher's variables, and the file that says what is saved."""
+"""Environment of a process: the launcher's variables, and the file that reports saved progress."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ PROGRESS = "DPO_DIST_PROGRESS"
 
 
 def note_progress(saved: str) -> None:
-    """Add a line to the file of what is saved, if there is one; a file that cannot be written is ignored."""
+    """Add a line to the progress file, if there is one; a file that cannot be written is ignored."""
     if PROGRESS in os.environ and this_rank() == 0:
         with contextlib.suppress(OSError), Path(os.environ[PROGRESS]).open("a") as file:
             file.write(f"{saved}\n")
@@ -25,17 +25,17 @@ def this_rank() -> int:
 
 
 WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""The variables by which a launcher tells a process its place in the world."""
+"""Variables that a launcher sets: a process's ranks, the sizes of world and node, rank 0's address."""
 LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "PET_")
-"""The beginnings of the variables that launchers keep for themselves."""
+"""Prefixes of the launchers' own variables."""
 _OFF = ("", "0", "false", "no", "none")
 
 
 def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, str]]) -> None:
-    """Check that the variables of a launcher describe one process of a world, and that none is ignored.
+    """Check that the launcher's variables describe one process of a world, and that none has no effect.
 
-    `repeated` are variables of accelerate with the key to set in place of each, and the value that only
-    repeats this key's; no value does if it is empty.
+    `repeated` maps a variable of accelerate to the key to set in its place, and to the value that agrees with
+    this key; "": no value agrees.
     """
     for name, (key, value) in repeated.items():
         given = environ.get(name, "").lower()
@@ -49,13 +49,13 @@ def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, s
             )
     if not _is_one_process(environ):
         error = ConfigError(
-            "the variables of a launcher do not describe one process of a world",
+            "the launcher's environment variables do not describe one process of a world",
             where="environment",
             got=", ".join(f"{name}={environ.get(name, '')}" for name in WORLD_VARIABLES),
             remedy="start with accelerate launch or torchrun, which set them, or unset all of them for one "
             "process",
         )
-        error.is_printed_here = True  # rank 0 may not have it
+        error.is_printed_here = True  # rank 0 may not have this error
         raise error
 
 
@@ -64,11 +64,11 @@ def _is_one_process(environ: Mapping[str, str]) -> bool:
         return False
     try:
         rank, size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
-        local, of_node = int(environ.get("LOCAL_RANK", 0)), int(environ.get("LOCAL_WORLD_SIZE", 1))
+        local, node_size = int(environ.get("LOCAL_RANK", 0)), int(environ.get("LOCAL_WORLD_SIZE", 1))
         has_address = bool(environ.get("MASTER_ADDR")) and 0 < int(environ.get("MASTER_PORT", 0)) < 2**16
     except ValueError:
         return False
     # srun and DeepSpeed set no LOCAL_WORLD_SIZE.
-    has_place = local >= 0 and (local < of_node or "LOCAL_WORLD_SIZE" not in environ)
+    has_place = local >= 0 and (local < node_size or "LOCAL_WORLD_SIZE" not in environ)
     has_world = size == 1 or (has_address and "LOCAL_RANK" in environ)
     return 0 <= rank < size and has_place and has_world

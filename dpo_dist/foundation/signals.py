@@ -1,4 +1,4 @@
-"""Requests to stop, by signals and limits; the end of a process that is blocked, or whose launcher died."""
+"""Stop requests by signals and limits; ends a process that is blocked or whose launcher died."""
 
 import _thread
 import contextlib
@@ -23,13 +23,13 @@ _REPEATED_SECONDS = 2.0
 _EXIT_CALLBACK_SECONDS = 0.3
 _MAIN_THREAD_SECONDS = 1.0
 SWEEP_VARIABLE = "DPO_DIST_SWEEP"
-"""The environment variable that a sweep, as their launcher, sets for its points."""
+"""Environment variable that a sweep sets for the runs that it launches."""
 _LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", SWEEP_VARIABLE)
 _PR_SET_PDEATHSIG = 1
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Return the signals that ask to stop: not the end of the terminal, if `nohup` ignores it."""
+    """Return the signals that ask to stop; without SIGHUP if `nohup` ignores it."""
     is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return tuple(number for number in _SIGNALS if number is not signal.SIGHUP or not is_ignored)
 
@@ -39,7 +39,7 @@ exit_callbacks: list[Callable[[int], object]] = []
 
 
 class StopRequest:
-    """Vote on whether to save a checkpoint and stop before the schedule ends; limits are for this start."""
+    """This rank's vote on saving a checkpoint and stopping early; limits count from this start."""
 
     def __init__(self, stop_after_steps: int | None = None, max_seconds: float | None = None):
         self._steps_left = math.inf if stop_after_steps is None else stop_after_steps
@@ -70,9 +70,9 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """Handle stop signals and the end of `max_seconds` inside the block.
 
-        The first signal asks to stop within `deferred`, and raises StoppedError elsewhere. A later one, if it
-        is no echo of the first, ends the process at once with 128 + its number. Outside of the main thread
-        nothing is changed. The death of the launcher counts as SIGTERM, but never as a second signal.
+        Inside `deferred` the first signal asks to stop, elsewhere it raises StoppedError. A later signal, if
+        it does not repeat the first, ends the process at once with 128 + its number. The launcher's death
+        counts as SIGTERM, but never as a second signal. Threads other than the main one handle no signals.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -92,7 +92,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Take signals inside the block as requests, which the block votes on."""
+        """Keep signals inside the block as requests, which the block's `vote` returns, instead of raising."""
         before, self._is_deferred = self._is_deferred, True
         try:
             yield
@@ -107,7 +107,9 @@ class StopRequest:
             return
         if not is_limit:
             self._first_signal = now
-            _follow_launcher(0)  # its death, which each of its threads signals, must not end a save
+            _follow_launcher(
+                0
+            )  # each thread of a dying launcher sends a signal: the second would end the save
         name = BY_SECONDS if is_limit else signal.Signals(number).name
         self.ask(name)
         if not self._is_deferred:
@@ -115,7 +117,7 @@ class StopRequest:
         if this_rank() == 0:  # a step may take minutes
             with contextlib.suppress(OSError):
                 os.write(2, f"{name}: saving after the work at hand; a second signal ends at once\n".encode())
-        if not is_limit:  # an echo after a long call of C would count as a second signal
+        if not is_limit:  # else a repeated signal, late after a long C call, would count as the second
             time.sleep(_REPEATED_SECONDS)
 
 
@@ -125,7 +127,7 @@ def stopped_by(reason: str, when: str = "before the first step") -> StoppedError
 
 
 def end_at_signals() -> None:
-    """End at a signal with one line and exit code 75, until `StopRequest.listening`; nothing is saved."""
+    """Until `StopRequest.listening`, end at a signal with one line and exit code 75; save nothing."""
     for number in stop_signals():
         signal.signal(number, _end_before_start)
     _follow_launcher()
@@ -135,7 +137,7 @@ def end_at_signals() -> None:
 def exit_on_signal() -> Iterator[None]:
     """End the process at a signal inside the block even if the main thread is blocked outside of Python.
 
-    For blocks with nothing to save. A signal that has no handler of Python's is not affected.
+    For blocks that have nothing to save. Signals without a Python handler keep their effect.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -143,7 +145,7 @@ def exit_on_signal() -> Iterator[None]:
     is_over = threading.Event()
     is_resumable = signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, raise_terminated)
 
-    def answer(number: int) -> None:
+    def end(number: int) -> None:
         if number not in _SIGNALS or is_over.wait(_MAIN_THREAD_SECONDS):
             return
         if is_resumable:
@@ -155,9 +157,9 @@ def exit_on_signal() -> Iterator[None]:
         with reading:
             while numbers := reading.recv(64):
                 for number in numbers:
-                    answer(number)
+                    end(number)
 
-    # Python's handlers wait for the main thread; the number of a signal is written to this socket at once.
+    # Python runs handlers in the main thread only; this socket gets a signal's number at once.
     reading, writing = socket.socketpair()
     writing.setblocking(False)
     former = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
@@ -183,9 +185,9 @@ def _print_on_rank_0(text: str) -> None:
 
 
 def _end_now(exit_code: int) -> NoReturn:
-    """End the process; threads, pools and other processes are not waited for.
+    """End the process without waiting for threads, pools or other processes.
 
-    `threading.Thread.start`, whose locks the signal may have interrupted, is not used.
+    `threading.Thread.start` could hang here: the signal may have interrupted a holder of its locks.
     """
     for callback in exit_callbacks:
         _thread.start_new_thread(callback, (exit_code,))
@@ -196,7 +198,7 @@ def _end_now(exit_code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def end_with_launcher() -> Iterator[None]:
-    """Get SIGTERM inside the block when the launcher of this process dies, if there is one."""
+    """Receive SIGTERM inside the block when this process's launcher, if any, dies."""
     _follow_launcher()
     try:
         yield
@@ -205,12 +207,12 @@ def end_with_launcher() -> Iterator[None]:
 
 
 def _follow_launcher(number: int = signal.SIGTERM) -> None:
-    """Have Linux send this process a signal when its launcher, if any, dies (0: none); others cannot."""
+    """Ask Linux for this signal when the launcher, if any, dies (0: no signal); other systems cannot."""
     if any(name in os.environ for name in _LAUNCHER_VARIABLES):
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
 
 
 def raise_terminated(number: int, _frame: FrameType | None) -> None:
-    """Handle SIGTERM by ending the program, which has nothing to save, in the main thread."""
+    """Handle SIGTERM by raising SystemExit, in a program that has nothing to save."""
     raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""Standard streams: closed, full or without a reader, they do not end a run; no secrets, no control codes."""
+"""Standard streams without secrets and control codes; closed, full or unread ones never end a run."""
 
 import contextlib
 import os
@@ -12,14 +12,14 @@ _reserved: TextIO | None = None
 
 
 class SafeStream:
-    """Writes to `stream`, with escapes for characters that its encoding lacks, until a write fails."""
+    """Writes to `stream` until a write fails, with escapes for characters that its encoding lacks."""
 
     def __init__(self, stream: TextIO):
         self._stream, self.is_open = stream, True
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        """Write `text` without secrets if the stream takes it."""
+        """Write `text` without secrets; do nothing after a write has failed."""
         self._try(lambda: _write(self._stream, text))
         return len(text)
 
@@ -95,7 +95,7 @@ def open_closed_streams() -> None:
 
 
 def reserve_output() -> None:
-    """Keep standard output for JSON objects; what libraries and children print goes to standard error."""
+    """Keep standard output for JSON objects; output of libraries and children goes to standard error."""
     global _reserved  # noqa: PLW0603 (as standard output itself, one for the process)
     with contextlib.suppress(OSError, ValueError):  # replaced by a stream without a descriptor
         if _reserved is None and sys.stdout.fileno() == 1:
@@ -103,13 +103,13 @@ def reserve_output() -> None:
             os.dup2(2, 1)
 
 
-def output_of_objects() -> TextIO:
+def json_stream() -> TextIO:
     """Return the stream for JSON objects."""
     return _reserved or sys.stdout
 
 
 def output_descriptor() -> int:
-    """Return the file descriptor of `output_of_objects`."""
+    """Return the file descriptor of `json_stream`."""
     return 1 if _reserved is None else _reserved.fileno()
 
 
@@ -120,7 +120,7 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def _discard(stream: TextIO) -> None:
-    """Discard the rest of a stream's buffer: Python would write it at its end, fail and exit with 120."""
+    """Discard a stream's buffer: at exit Python would write it again, fail and return 120."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

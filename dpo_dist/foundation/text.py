@@ -1,4 +1,4 @@
-"""Texts for people: numbers as they read them, and secrets replaced by `***`."""
+"""Numbers as texts for people; secrets in texts replaced by `***`."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def counted(count: int, noun: str, plural: str = "") -> str:
 
 
 def first_few(words: Sequence[str], noun: str = "") -> str:
-    """Return the first three words and the number of the rest: "a, b, c and 2 more"; `noun` for "more"."""
+    """Return the first three words and the number of the rest: "a, b, c and 2 more", or "2 pairs"."""
     named, left = ", ".join(words[:_FEW_WORDS]), len(words) - _FEW_WORDS
     if left <= 0:
         return named
@@ -91,11 +91,11 @@ _SECRET_VARIABLE = re.compile(
 )
 _SECRET_LENGTH = 8
 _SECRET_TEXTS = (
-    re.compile(r"(?<=://)[^/\s]+(?=@)"),  # user:password of an address
+    re.compile(r"(?<=://)[^/\s]+(?=@)"),  # user:password in a URL
     re.compile(
         r"(?i)(?<=[?&])((?:[\w-]*[_-])?(?:api_?key|key|token|secret|password|sig|signature)=)[^&#\s]+"
     ),
-    # At least as long as those that are issued: `hf_` and `sk-` also begin names of files and models.
+    # At least as long as real tokens: names of files and models also begin with `hf_` and `sk-`.
     re.compile(
         r"\b(?:hf_[A-Za-z0-9]{30,}|gh[opsru]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
         r"|xox[abp]-[\w-]{12,}|AKIA[A-Z0-9]{16}|sk-(?=[\w-]*\d)(?=[\w-]*[A-Za-z0-9]{16})[\w-]{20,})"
@@ -106,9 +106,9 @@ _SECRET_TEXTS = (
 def without_secrets(value: Any, environment: Mapping[str, str] = os.environ) -> Any:
     """Return plain values with `***` for secrets in texts.
 
-    Secrets are credentials in addresses, tokens of known shapes, and values of environment variables with
-    names like `*_KEY`, `*_TOKEN`, `*_PASSWORD`, from 8 characters on; numbers of tokens and paths
-    of files and folders (`SSH_KEY=/data/key`) are not secret.
+    Secrets are passwords in URLs, tokens of known forms, and values of at least 8 characters in environment
+    variables named like `*_KEY`, `*_TOKEN`, `*_PASSWORD`. Token counts (`MAX_TOKENS=4096`) and existing paths
+    (`SSH_KEY=/data/key`) are no secrets.
     """
     secrets = {
         written

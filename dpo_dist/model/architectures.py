@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.config.losses import COEFFICIENT_OF_MODEL, RouterConfig
+from dpo_dist.config.losses import MODEL_COEFFICIENT, RouterConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.router import RouterLoss
 
@@ -163,14 +163,14 @@ def router_loss(config: RouterConfig | None, causal_lm: Any) -> RouterLoss | Non
             expected="a mixture of experts for which transformers defines one, such as mixtral or qwen3_moe",
             remedy="remove loss.router",
         )
-    if config.aux_coefficient != COEFFICIENT_OF_MODEL:
+    if config.aux_coefficient != MODEL_COEFFICIENT:
         given = None if config.aux_coefficient is None else float(config.aux_coefficient)
         return RouterLoss(given, config.z_coefficient)
     if not coefficient:
         raise ConfigError(
             "the model's config.json has no coefficient of the load-balancing loss",
             where="loss.router.aux_coefficient",
-            got=f"{COEFFICIENT_OF_MODEL} for {causal_lm.config.model_type}",
+            got=f"{MODEL_COEFFICIENT} for {causal_lm.config.model_type}",
             remedy="set loss.router.aux_coefficient to a number, such as 0.001",
         )
     return RouterLoss(coefficient, config.z_coefficient)
@@ -184,7 +184,7 @@ def router_notes(config: RouterConfig | None, causal_lm: Any) -> list[str]:
         hint = f" (its own coefficient is {coefficient:g})" if coefficient else ""
         return [
             "mixture of experts: trained without the router's load-balancing loss; "
-            f"loss.router.aux_coefficient={COEFFICIENT_OF_MODEL} adds it{hint}"
+            f"loss.router.aux_coefficient={MODEL_COEFFICIENT} adds it{hint}"
         ]
     terms = {"load-balancing loss": added.aux, "z-loss": added.z}
     parts = [f"{value:g} times the router's {name}" for name, value in terms.items() if value is not None]

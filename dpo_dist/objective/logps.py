@@ -1,4 +1,4 @@
-"""Log-probs of the responses of pairs: sums of the log-probs of tokens, their weights."""
+"""Log-probs of responses: token log-probs sum_targets by response, grouped by pair, weighted."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Log-probs of pairs, or of rankings, summed over completion tokens.
+    """Log-probs of pairs, or of rankings, sum_targets over completion tokens.
 
     `sum_by_response` returns float64, because a log-ratio is a small difference of large sums. The losses
     accept any floating dtype and compute in it.
@@ -19,7 +19,7 @@ class PairLogps:
         rejected: [pairs], the same for the worst response; 0 for a pair of one response.
         chosen_tokens: [pairs], number of completion tokens of the chosen response.
         rejected_tokens: [pairs], the same for the rejected response; 0 for a pair of one response.
-        between: [pairs, n], sums of the responses ranked between these, best first; None for plain pairs.
+        between: [pairs, n], sums of the responses ranked between best and worst; None for plain pairs.
         between_tokens: [pairs, n], their numbers of tokens; 0 after the end of a shorter ranking.
         whole_chosen: [pairs], sum over the best response with weight 1 for every token, if the sums above
             are weighted by `ld_alpha`; else None.
@@ -51,7 +51,8 @@ class PairLogps:
     def minus(self, reference: "PairLogps") -> "PairLogps":
         """Return log-ratios of the same responses; nan for a ranked response that the reference lacks."""
         shapes = [
-            [of.chosen.shape, None if of.between is None else of.between.shape] for of in (self, reference)
+            [logps.chosen.shape, None if logps.between is None else logps.between.shape]
+            for logps in (self, reference)
         ]
         if shapes[0] != shapes[1]:
             raise ValueError(f"policy and reference log-probs are of different responses: {shapes}")
@@ -83,15 +84,15 @@ def sum_by_response(
     """
 
     def by_pair(values: Tensor) -> Tensor:
-        """Return [pairs, 2 + n] of [responses]; index -1 selects the appended zero."""
+        """Return values [responses] as [pairs, 2 + n]; index -1 selects the appended zero."""
         return values.view(-1, 2) if ranking is None else torch.cat((values, values.new_zeros(1)))[ranking]
 
-    def summed(values: Tensor) -> Tensor:
+    def sum_targets(values: Tensor) -> Tensor:
         # unsafe: skips the check of the lengths, for which the host would wait for the device.
         return by_pair(torch.segment_reduce(values, "sum", lengths=response_tokens, unsafe=True))
 
-    tokens, whole = by_pair(response_tokens.double()), summed(token_logps.double())
-    sums = whole if token_weights is None else summed(token_logps.double() * token_weights.double())
+    tokens, whole = by_pair(response_tokens.double()), sum_targets(token_logps.double())
+    sums = whole if token_weights is None else sum_targets(token_logps.double() * token_weights.double())
     pairs = PairLogps(sums[:, 0], sums[:, 1], tokens[:, 0], tokens[:, 1])
     if sums.shape[1] > 2:
         pairs = replace(pairs, between=sums[:, 2:], between_tokens=tokens[:, 2:])
@@ -101,7 +102,7 @@ def sum_by_response(
 def desensitised_weights(pair_tokens: Sequence[Sequence[int]], ld_alpha: float) -> Tensor:
     """Return the weights of tokens for length-desensitised losses (arXiv 2409.06411), float32 [targets].
 
-    It is `ld_alpha` for a response's tokens beyond the length of its pair's shortest response, else 1.
+    The weight is `ld_alpha` for tokens beyond the length of the pair's shortest response, else 1.
     `pair_tokens`: completion tokens of each pair's responses.
     """
     parts = [torch.empty(0)]
@@ -116,7 +117,7 @@ def desensitised_weights(pair_tokens: Sequence[Sequence[int]], ld_alpha: float) 
 def wpo_weights(token_logps: Tensor, collisions: Tensor, sums: Callable[[Tensor], PairLogps]) -> Tensor:
     """Return each pair's weight by its likelihood under the policy (WPO, arXiv 2406.11827, equation 2).
 
-    They are float64 [pairs]: the product over both responses of exp(mean over tokens of
+    Returns float64 [pairs]: the product over both responses of exp(mean over tokens of
     `token_logps - collisions`). `collisions`: float32 [targets], log of the sum of p(v)^2 over the vocabulary
     at each target. `sums` sums values of targets by response (`sum_by_response`).
     """

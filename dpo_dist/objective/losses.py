@@ -55,7 +55,7 @@ class RunningMeans:
         return config.beta * (1 + config.options_of(BetaDpoOptions).alpha * (mean_margin - start))
 
     def after(self, config: LossConfig, mean_margin: float, mean_reward: float, pairs: int) -> "RunningMeans":
-        """Return the means after one more step, given its means: `b h`, and `b D` over both responses."""
+        """Return the means after one more step, given its means of `b h` and `b D`."""
         kept = config.options_of(BetaDpoOptions).momentum
         before = mean_margin if self.margin is None else self.margin
         total = self.pairs + pairs
@@ -86,7 +86,7 @@ class BatchFacts:
     soft_label: Tensor | None = None
     """Probability that chosen is the better response."""
     margin: Tensor | None = None
-    """What is subtracted from the logits."""
+    """Margin to subtract from the logits."""
     mismatch: Tensor | None = None
     """`kto`: mean log-ratio of mismatched responses over the *global* batch, one number without gradient."""
     running: RunningMeans = field(default_factory=RunningMeans)
@@ -120,8 +120,8 @@ def loss_and_terms(
             reference = policy.minus(policy)
     total, terms = torch.zeros_like(policy.chosen), {}
     for term in list(config.terms) or [LossTermConfig(kind=config.kind, weight=1.0)]:
-        of_kind = _kind_loss(term.kind, policy, reference, config, facts)
-        loss, terms[term.kind] = term.weight * of_kind, of_kind.detach()
+        kind_loss = _kind_loss(term.kind, policy, reference, config, facts)
+        loss, terms[term.kind] = term.weight * kind_loss, kind_loss.detach()
         if facts.pair_weights is not None and "weighting" in KINDS[term.kind].uses:
             loss, terms[term.kind] = loss * facts.pair_weights, terms[term.kind] * facts.pair_weights
         total = total + loss
@@ -142,21 +142,21 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
         smoothing = (1 - facts.soft_label).clamp(min=default)
     match kind:
         case LossKind.sigmoid:  # Rafailov et al. 2023, arXiv 2305.18290; smoothing: Mitchell's cDPO
-            return _smoothed(_past(facts, beta * margin_of(ratios, config)), smoothing)
+            return _smoothed(_minus_margin(facts, beta * score_margin(ratios, config)), smoothing)
         case LossKind.robust:  # Chowdhury et al. 2024, arXiv 2403.00409
-            logits = beta * margin_of(ratios, config)
+            logits = beta * score_margin(ratios, config)
             flipped = -(1 - smoothing) * logsigmoid(logits) + smoothing * logsigmoid(-logits)
             return flipped / (1 - 2 * smoothing)
         case LossKind.hinge:  # SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657
-            return relu(1 - _past(facts, beta * margin_of(ratios, config)))
+            return relu(1 - _minus_margin(facts, beta * score_margin(ratios, config)))
         case LossKind.ipo:  # Azar et al. 2023, arXiv 2310.12036; length-averaged, as its authors confirmed
             is_averaged = config.options_of(IpoOptions).length_average
-            margin = (_mean_margin if is_averaged else margin_of)(ratios, config)
+            margin = (_mean_margin if is_averaged else score_margin)(ratios, config)
             return (margin - 1 / (2 * beta)).clamp(-_LARGEST_ROOT, _LARGEST_ROOT) ** 2
         case LossKind.sigmoid_norm:  # Tulu 3, arXiv 2411.15124
             return -logsigmoid(beta * _mean_margin(ratios, config))
         case LossKind.exo_pair:  # Ji et al. 2024, arXiv 2402.00856, equation 16
-            logits = beta * margin_of(ratios, config)
+            logits = beta * score_margin(ratios, config)
             library: Any = math if facts.soft_label is None else torch
             right: Tensor = torch.sigmoid(logits) * (logsigmoid(logits) - library.log1p(-smoothing))
             wrong: Tensor = torch.sigmoid(-logits) * (logsigmoid(-logits) - library.log(smoothing))
@@ -174,34 +174,34 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
         case LossKind.apo_down:  # D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 8
             return torch.sigmoid(beta * ratios.chosen) + torch.sigmoid(-beta * ratios.margin)
         case LossKind.discopop:  # Lu et al. 2024, arXiv 2406.08414, equation 5
-            logits, tau = beta * margin_of(ratios, config), config.options_of(DiscopopOptions).tau
+            logits, tau = beta * score_margin(ratios, config), config.options_of(DiscopopOptions).tau
             # One exponential: the product s(x / t) exp(-x) could be 0 times infinity.
             exponential = torch.exp(logsigmoid(logits / tau) - logits)
             return exponential - torch.sigmoid(-logits / tau) * logsigmoid(logits)
         case LossKind.dpop:  # Pal et al. 2024, arXiv 2402.13228, trained with lambda 50
             penalty = config.options_of(DpopOptions).penalty_weight * relu(-ratios.chosen)
-            return -logsigmoid(beta * (margin_of(ratios, config) - penalty))
+            return -logsigmoid(beta * (score_margin(ratios, config) - penalty))
         case LossKind.odpo:  # Amini et al. 2024, arXiv 2402.10571
             if facts.score_gaps is None:
                 raise ValueError("loss kind odpo needs the scores of the responses")
             offset = config.options_of(OdpoOptions).alpha * torch.log(facts.score_gaps)
-            return -logsigmoid(_past(facts, beta * margin_of(ratios, config) - offset))
+            return -logsigmoid(_minus_margin(facts, beta * score_margin(ratios, config) - offset))
         case LossKind.reward_aware:  # Adler et al. 2024, arXiv 2406.11704, section 3.3.2
             if facts.score_gaps is None:
                 raise ValueError("loss kind reward_aware needs the scores of the responses")
-            logits = beta * margin_of(ratios, config)
+            logits = beta * score_margin(ratios, config)
             target = config.options_of(RewardAwareOptions).scale * facts.score_gaps
             better = torch.sigmoid(target) * (logsigmoid(target) - logsigmoid(logits))
             return better + torch.sigmoid(-target) * (logsigmoid(-target) - logsigmoid(-logits))
         case LossKind.simpo:  # Meng et al. 2024, arXiv 2405.14734
             logits = beta * (policy.mean_chosen - policy.mean_rejected)
-            return -logsigmoid(_past(facts, logits - config.options_of(SimpoOptions).gamma))
+            return -logsigmoid(_minus_margin(facts, logits - config.options_of(SimpoOptions).gamma))
         case LossKind.orpo:  # Hong et al. 2024, arXiv 2403.07691
             log_odds_ratio = _log_odds(policy.mean_chosen) - _log_odds(policy.mean_rejected)
             weight = config.options_of(OrpoOptions).odds_weight
             return -policy.mean_chosen - weight * logsigmoid(log_odds_ratio)
         case LossKind.cpo:  # Xu et al. 2024, arXiv 2401.08417
-            preference = -logsigmoid(_past(facts, beta * policy.margin))
+            preference = -logsigmoid(_minus_margin(facts, beta * policy.margin))
             return preference - config.options_of(CpoOptions).nll_weight * policy.mean_chosen
         case LossKind.sft:
             chosen = policy.chosen if policy.whole_chosen is None else policy.whole_chosen
@@ -212,7 +212,7 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
         case LossKind.aot_unpaired:  # Melnyk et al. 2024, arXiv 2406.05882, for unpaired data
             return _smoothed(beta * _sorted_difference(ratios.chosen, ratios.rejected), smoothing)
         case LossKind.beta_dpo:  # Wu et al. 2024, arXiv 2407.08639
-            margin = margin_of(ratios, config)
+            margin = score_margin(ratios, config)
             batch_beta = facts.running.batch_beta(config, beta * margin.detach().mean())
             return _smoothed(batch_beta * margin, smoothing)
         case LossKind.plackett_luce:  # Rafailov et al. 2023, arXiv 2305.18290, appendix A.3
@@ -251,7 +251,7 @@ def log_ratios(policy: PairLogps, reference: PairLogps | None, config: LossConfi
     return policy if reference is None or config.reference_free else policy.minus(reference)
 
 
-def margin_of(ratios: PairLogps, config: LossConfig) -> Tensor:
+def score_margin(ratios: PairLogps, config: LossConfig) -> Tensor:
     """Return `h` of each pair, [pairs]."""
     return divergence_score(ratios.chosen, config) - divergence_score(ratios.rejected, config)
 
@@ -266,7 +266,7 @@ KINDS_WITH_FLOOR = frozenset({LossKind.sigmoid, LossKind.beta_dpo})
 
 
 def floors(config: LossConfig, facts: BatchFacts) -> Tensor:
-    """Return the least loss of each pair that any policy has: the entropy of its soft label, [pairs]."""
+    """Return the lowest possible loss of each pair, [pairs]: the entropy of its soft label."""
     terms = list(config.terms) or [LossTermConfig(kind=config.kind, weight=1.0)]
     weight, label = sum(term.weight for term in terms if term.kind in KINDS_WITH_FLOOR), facts.soft_label
     assert label is not None
@@ -274,8 +274,8 @@ def floors(config: LossConfig, facts: BatchFacts) -> Tensor:
     return weight * entropy * (1.0 if facts.pair_weights is None else facts.pair_weights)
 
 
-def _past(facts: BatchFacts, logits: Tensor) -> Tensor:
-    """Return logits less the margin that the record asks for."""
+def _minus_margin(facts: BatchFacts, logits: Tensor) -> Tensor:
+    """Return the logits minus the records' margins."""
     return logits if facts.margin is None else logits - facts.margin
 
 
@@ -356,7 +356,7 @@ TRIAL_LOGPS = [[-40, -70, -25], [-45, -60, -90], [-42, -66, -25], [-44, -63, -80
 def check_custom_loss(config: LossConfig, device: torch.device | None = None) -> str | None:
     """Call `loss.function` on three pairs on `device`, forward and backward; return its description.
 
-    None for a loss that has no such function.
+    None for a loss without `custom`.
     """
     if LossKind.custom not in config.kinds:
         return None
@@ -373,16 +373,18 @@ def check_custom_loss(config: LossConfig, device: torch.device | None = None) ->
     if losses.is_complex() or not losses.isfinite().all():
         raise _error(f"losses that are not finite real numbers: {losses.tolist()}")
     if not gradients:
-        raise _error("a loss without a gradient by policy.chosen or policy.rejected")
+        raise _error("a loss without a gradient for policy.chosen and policy.rejected")
     if not all(gradient.isfinite().all() for gradient in gradients):
         raise _error("gradients that are not finite")
     if not torch.allclose(first, losses[:1]):  # as with a mean or sorting over them
-        raise _error(f"{losses[0].item():g} for the first pair among three, {first.item():g} for it alone")
+        raise _error(
+            f"{losses[0].item():g} for the first pair among three, {first.item():g} for the pair alone"
+        )
     return f"custom loss {find_function(config.function)}"
 
 
 def _try(columns: Tensor, config: LossConfig) -> tuple[Tensor, list[Tensor]]:
-    """Return the losses of invented pairs, and the gradients by those log-probs that they depend on."""
+    """Return the losses of invented pairs, and the gradients of the log-probs on which they depend."""
     leaves = columns[0].clone().requires_grad_(), columns[1].clone().requires_grad_()
     reference = PairLogps(columns[2], columns[3], columns[4], columns[5])
     losses = preference_loss(PairLogps(*leaves, columns[4], columns[5]), reference, config)
@@ -397,6 +399,6 @@ def _error(got: str) -> ConfigError:
         "the loss function cannot be used for training",
         where="loss.function",
         got=f"on three invented pairs: {got}",
-        expected="finite losses with finite gradients, each of its pair alone",
+        expected="finite losses with finite gradients; each loss depends only on its own pair",
         remedy="correct the function; docs/python.md describes its arguments and what it must return",
     )

@@ -21,7 +21,14 @@ from dpo_dist.config.metrics import CUSTOM, METRICS, TERMS
 from dpo_dist.config.user_code import METRICS_FUNCTION, user_function
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import TRIAL_LOGPS, BatchFacts, floors, implicit_rewards, log_ratios, margin_of
+from dpo_dist.objective.losses import (
+    TRIAL_LOGPS,
+    BatchFacts,
+    floors,
+    implicit_rewards,
+    log_ratios,
+    score_margin,
+)
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
 
 PAIR_METRICS = tuple(name for name, metric in METRICS.items() if metric.over_pairs)
@@ -37,14 +44,14 @@ AUC, MISMATCH = "rewards/auc", "loss/kl"
 """Of labelled records: how often a good response has a higher reward than a bad one; mean log-ratio of
 mismatched responses, whose part above 0 is the z of `kto`."""
 EXCESS = "loss/excess"
-"""The loss less its `floors`."""
+"""The loss minus its `floors`."""
 BATCH_MARGIN = "loss/margin"
 """Mean of `b h`, reported if the loss depends on it."""
 BATCH_REWARD = "loss/reward"
 """Mean of `b (Dw + Dl) / 2`, reported if the loss depends on it."""
-_WITHIN_PAIRS = ("rewards/accuracies", "rewards/both_fall")
+_PAIRED_METRICS = ("rewards/accuracies", "rewards/both_fall")
 _MARGIN, _SIDES = "rewards/margins", ("rewards/chosen", "rewards/rejected")
-_OF_LABELS = (*_SIDES, _MARGIN)
+_LABEL_METRICS = (*_SIDES, _MARGIN)
 _LENGTH_GROUPS = tuple(f"_by_length/{bucket}" for bucket in BUCKETS)
 
 
@@ -55,7 +62,7 @@ class CustomMetrics:
     function: str | None = None
     names: tuple[str, ...] = ()
 
-    def of(self, policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Tensor]:
+    def compute(self, policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Tensor]:
         """Return the values of each pair by name, float64 [pairs]. ConfigError: wrong names or shapes."""
         if self.function is None:
             return {}
@@ -77,7 +84,7 @@ def custom_metrics(
     """Return the metrics of a user's function, which is called on three invented pairs on `device`.
 
     For a loss of records each pair has one response, as in training: the other side is 0, with 0 tokens.
-    Raises ConfigError: it cannot be used.
+    Raises ConfigError: the function cannot be used.
     """
     columns = torch.tensor(TRIAL_LOGPS, device=device).double()
     if function is None:
@@ -87,13 +94,13 @@ def custom_metrics(
         columns[[0, 2, 4]] *= is_good
         columns[[1, 3, 5]] *= ~is_good
 
-    def of(pairs: Tensor) -> dict[str, Tensor]:
+    def compute(pairs: Tensor) -> dict[str, Tensor]:
         policy, reference = PairLogps(*pairs[:2], *pairs[4:]), PairLogps(*pairs[2:4], *pairs[4:])
         given = reference if loss.needs_reference else None
-        return CustomMetrics(function).of(policy, given, loss)
+        return CustomMetrics(function).compute(policy, given, loss)
 
     try:
-        values, first = of(columns), of(columns[:, :1])
+        values, first = compute(columns), compute(columns[:, :1])
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # the user's code can raise anything, and call sys.exit
@@ -109,11 +116,11 @@ def custom_metrics(
 
 def _custom_error(got: str) -> ConfigError:
     return ConfigError(
-        "the function of metrics cannot be used",
+        "the metrics function cannot be used",
         where=METRICS_FUNCTION,
         got=got,
         expected="a dict of the same names at each call (letters, digits and _ . -), with tensors [pairs] on "
-        "the device of the log-probs: finite values, each of its pair alone; a response that a record lacks "
+        "the device of the log-probs: finite values that depend only on their own pair; a missing response "
         "has 0 tokens and log-prob 0",
         remedy="correct the function; docs/python.md describes its arguments and what it must return",
     )
@@ -140,7 +147,7 @@ class MetricPlan:
         if self.loss.is_one_sided:
             measured = (name for name in names if name == "loss" or "/chosen" in name)
         elif self.loss.is_unpaired:
-            measured = (name for name in names if name not in _WITHIN_PAIRS)
+            measured = (name for name in names if name not in _PAIRED_METRICS)
         return (*measured, *(TERMS[term.kind] for term in self.loss.terms), *self.custom.names)
 
     @cached_property
@@ -152,7 +159,7 @@ class MetricPlan:
         loss, router = self.loss, self.loss.router
         adds_router_losses = not self.is_evaluation
         has_aux = adds_router_losses and router.aux_coefficient is not None
-        of_some_losses = {
+        conditional = {
             AUC: loss.is_unpaired,
             MISMATCH: loss.needs_partners,
             EXCESS: self.has_floor,
@@ -162,10 +169,10 @@ class MetricPlan:
             BUSIEST: has_aux,
             Z_LOSS: adds_router_losses and router.z_coefficient is not None,
         }
-        of_groups = _OF_LABELS if loss.is_unpaired else GROUP_METRICS
-        grouped = [metric for metric in of_groups if metric in self.pair_metric_names]
+        group_metrics = _LABEL_METRICS if loss.is_unpaired else GROUP_METRICS
+        grouped = [metric for metric in group_metrics if metric in self.pair_metric_names]
         rows = [(metric, "") for metric in self.pair_metric_names]
-        rows += [(metric, "") for metric, is_measured in of_some_losses.items() if is_measured]
+        rows += [(metric, "") for metric, is_measured in conditional.items() if is_measured]
         sources = [f"/{label}" for label in self.labels]
         rows += itertools.product(self.pair_metric_names if self.is_evaluation else grouped, sources)
         rows += itertools.product(grouped, _LENGTH_GROUPS)
@@ -178,8 +185,8 @@ class ScoredPairs:
 
     `weights`, [pairs]: 1 for a pair, 0 for a dummy. `distance` (policy minus reference log-prob, absolute)
     and `entropy` of the tokens, in nats, summed by response, if measured. `sources`, int64 [pairs]: index of
-    each pair's source in `MetricPlan.labels`. `routing`: `objective.router.routing_sums`, if the loss has
-    losses of routers.
+    each pair's source in `MetricPlan.labels`. `routing`: `objective.router.routing_sums`, if the run has
+    router losses.
     """
 
     policy: PairLogps
@@ -204,14 +211,14 @@ class MetricSums:
 
     @staticmethod
     def zeros(plan: MetricPlan, device: torch.device) -> "MetricSums":
-        """Return the sums of no pairs."""
+        """Return sums and counts of 0."""
         names = tuple(plan.rows)
         return MetricSums(names, torch.zeros(2 * len(names), dtype=torch.float64, device=device))
 
     def plus_values(self, values: Mapping[str, Tensor], count: int) -> "MetricSums":
         """Return these sums with scalars of the whole step added, each counted `count` times.
 
-        Parts of a scalar add up over micro-batches and ranks; only one of them counts it.
+        A scalar's parts add up over micro-batches and ranks; only one part has a count.
         """
         added = torch.zeros_like(self.values)
         for name, value in values.items():
@@ -225,9 +232,9 @@ class MetricSums:
 
     def means(self) -> dict[str, float]:
         """Return the mean of every metric; one device-to-host copy."""
-        return metric_means(*self.named(self.values.tolist()))
+        return metric_means(*self.by_name(self.values.tolist()))
 
-    def named(self, values: Sequence[float]) -> tuple[dict[str, float], dict[str, float]]:
+    def by_name(self, values: Sequence[float]) -> tuple[dict[str, float], dict[str, float]]:
         """Return sums and counts by name, given the first 2 * len(names) of `values` on the host."""
         counts = values[len(self.names) : 2 * len(self.names)]
         return dict(zip(self.names, values, strict=False)), dict(zip(self.names, counts, strict=True))
@@ -236,8 +243,8 @@ class MetricSums:
 def metric_means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
     """Return the mean of every metric that has a count above 0.
 
-    Without pairs, as of labelled records, the margin is the difference of the mean rewards of both sides. The
-    loss of pairs of weight 0 is 0.
+    Labelled records have no pairs: their margin is the difference of both sides' mean rewards. The loss is 0
+    if all weights are 0.
     """
     means = {name: total / counts[name] for name, total in sums.items() if counts[name]}
     means |= {name: 0.0 for name in ("loss", EXCESS, *TERMS.values()) if name in sums and name not in means}
@@ -260,7 +267,7 @@ def wins(good: Tensor, bad: Tensor) -> Tensor:
 
 @torch.no_grad()
 def label_rewards(pairs: ScoredPairs, loss: LossConfig) -> Tensor:
-    """Return the reward of each labelled record, float64 [pairs]: the side that it lacks has 0."""
+    """Return the reward of each labelled record, float64 [pairs]; the missing side's reward is 0."""
     rewards = implicit_rewards(pairs.policy, pairs.reference, loss)
     return rewards.chosen + rewards.rejected
 
@@ -272,9 +279,9 @@ def metric_sums(
     pairs: ScoredPairs,
     terms: Mapping[LossKind, Tensor] = MappingProxyType({}),
 ) -> MetricSums:
-    """Return the sums of `plan.rows` over these pairs, given their losses; a ranking is its best and worst.
+    """Return the sums of `plan.rows` over these pairs; a ranking counts as its best and worst response.
 
-    `terms`: of `loss_and_terms`.
+    `terms`: as `loss_and_terms` returns them.
     """
     loss, policy, zeros = plan.loss, pairs.policy, torch.zeros_like(pairs.policy.chosen)
     ones, columns = torch.ones_like(zeros), _columns(plan, policy, pairs.reference)
@@ -285,7 +292,7 @@ def metric_sums(
     measured |= {TERMS[kind]: (values * weight, weight) for kind, values in terms.items()}
     if plan.has_floor:
         measured[EXCESS] = (losses.detach() - floors(loss, pairs.facts)) * weight, weight
-    measured[BATCH_MARGIN] = loss.beta * margin_of(ratios, loss), ones
+    measured[BATCH_MARGIN] = loss.beta * score_margin(ratios, loss), ones
     measured[BATCH_REWARD] = loss.beta * (ratios.chosen + ratios.rejected) / 2, ones
     for name, sums in (("distance", pairs.distance), ("entropy", pairs.entropy)):
         if sums is not None:  # counted by tokens: the batch's sum of values is divided by its sum of tokens
@@ -303,7 +310,7 @@ def metric_sums(
 
 
 def _columns(plan: MetricPlan, policy: PairLogps, reference: PairLogps | None) -> dict[str, Tensor]:
-    """Return `PairValues.named`, [pairs] each, on the device."""
+    """Return `PairValues.by_name`, [pairs] each, on the device."""
     rewards, missing = (
         implicit_rewards(policy, reference, plan.loss),
         torch.full_like(policy.chosen, torch.nan),
@@ -318,7 +325,7 @@ def _columns(plan: MetricPlan, policy: PairLogps, reference: PairLogps | None) -
         "reference_rejected": missing if reference is None else reference.rejected,
         "tokens_chosen": policy.chosen_tokens,
         "tokens_rejected": policy.rejected_tokens,
-        **plan.custom.of(policy, reference, plan.loss),
+        **plan.custom.compute(policy, reference, plan.loss),
     }
 
 
@@ -370,7 +377,7 @@ MARGIN_PERCENTILES = tuple(f"rewards/margins/p{percent:02}" for percent in _PERC
 
 @dataclass(frozen=True, eq=False)
 class PairValues:
-    """Values of a dataset's pairs in its order, float32 [pairs] each; a ranking is its best and worst."""
+    """Values of a dataset's pairs in its order, float32 [pairs]; a ranking counts as its best and worst."""
 
     reward_chosen: PairColumn
     reward_rejected: PairColumn
@@ -384,13 +391,13 @@ class PairValues:
     custom: Mapping[str, PairColumn] = field(default_factory=dict)  # by the names of `CustomMetrics`
 
     @classmethod
-    def of(cls, columns: Mapping[str, PairColumn]) -> "PairValues":
-        """Return the values of `named` columns."""
+    def from_columns(cls, columns: Mapping[str, PairColumn]) -> "PairValues":
+        """Return the values of columns `by_name`."""
         custom = {name: column for name, column in columns.items() if name.startswith(CUSTOM)}
         return cls(**{name: columns[name] for name in columns if name not in custom}, custom=custom)
 
     @property
-    def named(self) -> dict[str, PairColumn]:
+    def by_name(self) -> dict[str, PairColumn]:
         """All values by name."""
         return {name: column for name, column in vars(self).items() if name != "custom"} | {**self.custom}
 
@@ -400,7 +407,7 @@ class PairValues:
     @property
     def columns(self) -> dict[str, Tensor]:
         """The fields as tensors, for `measure_pairs`."""
-        return {name: torch.from_numpy(column) for name, column in self.named.items()}
+        return {name: torch.from_numpy(column) for name, column in self.by_name.items()}
 
     def margin_percentiles(self) -> dict[str, float]:
         """Return `MARGIN_PERCENTILES`, interpolated between neighbours."""
@@ -414,9 +421,9 @@ class PairValues:
         """
         measured = dict[str, float]()
         for number, label in enumerate(labels):
-            of_source = numbers == number
-            good = torch.from_numpy(self.reward_chosen[of_source & (self.tokens_chosen > 0)])
-            bad = torch.from_numpy(self.reward_rejected[of_source & (self.tokens_rejected > 0)])
+            in_source = numbers == number
+            good = torch.from_numpy(self.reward_chosen[in_source & (self.tokens_chosen > 0)])
+            bad = torch.from_numpy(self.reward_rejected[in_source & (self.tokens_rejected > 0)])
             if len(good) and len(bad):
                 measured[f"{AUC}/{label}"] = float(wins(good, bad)) / (len(good) * len(bad))
         return measured
@@ -424,5 +431,5 @@ class PairValues:
 
 @torch.no_grad()
 def pair_values(plan: MetricPlan, policy: PairLogps, reference: PairLogps | None) -> dict[str, Tensor]:
-    """Return `PairValues.named`, float32 [pairs] each on the device."""
+    """Return `PairValues.by_name`, float32 [pairs] each on the device."""
     return {name: column.float() for name, column in _columns(plan, policy, reference).items()}

@@ -32,8 +32,8 @@ def routing_sums(logits: Sequence[Tensor], rows: Tensor, top_k: int) -> Tensor:
     batch that have the token; 0 for a dummy. `top_k`: experts of a token.
     """
     layers = []
-    for of_layer in logits:
-        wide = of_layer.to(torch.promote_types(of_layer.dtype, torch.float32))
+    for layer_logits in logits:
+        wide = layer_logits.to(torch.promote_types(layer_logits.dtype, torch.float32))
         weights, probabilities = rows.to(wide.dtype), torch.softmax(wide, dim=-1)
         selected = probabilities.detach().topk(top_k, dim=-1).indices.flatten()
         counts = wide.new_zeros(wide.shape[-1]).index_add(0, selected, weights.repeat_interleave(top_k))
@@ -49,7 +49,7 @@ def selections(sums: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """The losses of the routers of a run: the coefficients of load balancing and z-loss; None: without it."""
+    """A run's router losses, by the coefficients of load balancing (`aux`) and z-loss; None: no such loss."""
 
     aux: float | None
     z: float | None
@@ -58,7 +58,7 @@ class RouterLoss:
         """Return a micro-batch's part of each loss of the global batch, by the name of its metric.
 
         `sums`: `routing_sums` of the micro-batch. `selected`: `selections` of the global batch; None: without
-        the load-balancing loss. `unshared_tokens`: of the global batch, with a prompt once for each response.
+        the load-balancing loss. `unshared_tokens`: the global batch's, a prompt counted per response.
         """
         layers, experts = len(sums), sums.shape[1] // 2
         tokens = layers * unshared_tokens
@@ -72,6 +72,6 @@ class RouterLoss:
         return parts
 
     def weighted(self, parts: dict[str, Tensor]) -> Tensor:
-        """Return the sum of `parts` by their coefficients, a scalar."""
+        """Return the sum of `parts` times their coefficients, a scalar."""
         coefficients = {AUX_LOSS: self.aux, Z_LOSS: self.z}
         return torch.stack([part * (coefficients[name] or 0.0) for name, part in parts.items()]).sum()

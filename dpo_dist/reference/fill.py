@@ -199,7 +199,7 @@ class StoreFiller:
             of_pair = slice(firsts[number], firsts[number] + counts[number])
             return _Part(int(pairs[number]), responses[of_pair], which[of_pair])
 
-        plan = plan_micro_batches(sizes.at(mine), 1, self.micro_batch_tokens)
+        plan = plan_micro_batches(sizes.select(mine), 1, self.micro_batch_tokens)
         return len(pairs), [[part(number) for number in mine[numbers]] for (numbers,) in plan]
 
     def _score(

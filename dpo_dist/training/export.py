@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from dpo_dist.config.identity import settings
 from dpo_dist.config.load import from_yaml
-from dpo_dist.config.run_folder import RunFolder, existing_run, step_of
+from dpo_dist.config.run_folder import RunFolder, checkpoint_step, existing_run
 from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.config.verb_sections import ExportedWeights
 from dpo_dist.data.text.template import with_chosen_template
@@ -227,7 +227,7 @@ def export_model(
         check_base(config.model, Path(config.reference.store), state.get("model"))
 
     def card(loader: str) -> str:
-        folder, step = RunFolder.of(config), step_of(checkpoint.name)
+        folder, step = RunFolder.of(config), checkpoint_step(checkpoint.name)
         is_end = step == state["steps"]
         summary = {
             "exit": (RunOutcome.completed if is_end else RunOutcome.preempted).value,

@@ -25,7 +25,7 @@ def test_a_pickled_error_keeps_every_part() -> None:
         (FileExistsError(errno.EEXIST, "File exists", "/run/x"), "/run/x"),  # a file or a dead link there
         (OSError(errno.ENOSPC, "No space left on device"), "run.dir, data.cache or reference.store"),
         (PermissionError(errno.EPERM, "Operation not permitted"), None),  # of a socket or a signal
-        (RuntimeError("Could not determine home directory."), "a path of the command or its files"),
+        (RuntimeError("Could not determine home directory."), "a path on the command line or in a YAML file"),
         (ValueError("no path"), None),
     ],
 )

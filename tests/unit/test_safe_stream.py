@@ -48,7 +48,7 @@ def test_an_output_that_is_closed_is_no_error(call: str, redirection: str, tmp_p
 def test_standard_output_can_be_reserved_for_objects(tmp_path: Path) -> None:
     program = (
         "import os, sys; from dpo_dist.foundation.streams import *; reserve_output(); reserve_output(); "
-        "print('chatter'); os.system('echo of a child'); print('{}', file=output_of_objects()); "
+        "print('chatter'); os.system('echo of a child'); print('{}', file=json_stream()); "
         "os.write(output_descriptor(), b'[]')"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""Encode sources to disk on several processes, or reuse them from there by content; on one rank of a run."""
+"""Encode sources on several processes of one rank, and store them by content; reuse stored ones."""
 
 import itertools
 import json
@@ -53,7 +53,7 @@ from dpo_dist.foundation.files import (
 _Records: TypeAlias = Sequence[Record]
 _Result = TypeVar("_Result")
 
-# Increased when the token ids or the files of the same records change.
+# Increase it when the same records get other token ids or files: else old files would be reused.
 _ENCODING_VERSION = 16
 _LENGTH_KEYS = ("max_length", "max_prompt_length", "truncation")
 _ENCODING_KEYS = (
@@ -122,7 +122,7 @@ def _encoded(
             yield chunk
             records += len(chunk)
             show(records)
-    # The fingerprint belongs to the records read only if nothing has changed meanwhile.
+    # If a file changed meanwhile, the fingerprint would name other records.
     if _identities(source) != state:
         raise DataError(
             "the data changed while they were read",
@@ -194,7 +194,7 @@ def tokenizer_digest(folder: Path) -> str:
     parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
     config_file = folder / "config.json"  # an adapter's folder with a tokenizer has none
     config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
-    # transformers chooses the tokenizer's class by these.
+    # transformers chooses the tokenizer's class by these keys.
     parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]
     return text_digest(json.dumps(parts))
 
@@ -231,7 +231,7 @@ _CHUNKS_AHEAD = 2
 
 
 def processes_for(chunks: int) -> int:
-    """Return the number of processes for this many chunks or more: one per core, or one for few chunks."""
+    """Return the number of processes for at least this many chunks: one per core, or one for few chunks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 if chunks < _MIN_CHUNKS else min(cores, _MAX_PROCESSES)
 
@@ -239,9 +239,9 @@ def processes_for(chunks: int) -> int:
 def in_order(
     records: Iterable[Record], work: Callable[[_Records], _Result]
 ) -> Generator[_Result, None, None]:
-    """Yield the result of `work`, which can be pickled, for each chunk of records, in order, on processes.
+    """Yield the result of `work` for each chunk of records, in order, computed by several processes.
 
-    Closing the generator ends the processes. At most a few chunks a process are in memory.
+    `work` can be pickled. Closing the generator ends the processes. Few chunks per process are in memory.
     """
     records = iter(records)
     chunks = iter(lambda: list(itertools.islice(records, CHUNK_RECORDS)), [])
@@ -273,11 +273,11 @@ def in_order(
 
 
 _works: list[Callable[[_Records], Any]] = []
-"""The work of this process; set in a spawned process."""
+"""The work of a spawned process: one function, or none in the main process."""
 
 
 def _start_process(work: Callable[[_Records], Any]) -> None:
-    """Initialise a spawned process: it ignores interrupts, and ends when its parent dies."""
+    """Prepare a spawned process: ignore interrupts, end when the parent dies."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,6 +1,6 @@
 """Encoded dataset of a run: the examples of all its sources, memory-mapped by all ranks.
 
-Token ids and masks are never loaded. The other columns are, about 140 bytes a pair.
+Token ids and masks stay on disk. The other columns are loaded, about 140 bytes a pair.
 """
 
 import itertools
@@ -23,9 +23,9 @@ from dpo_dist.data.counts import check_counts, check_split
 from dpo_dist.data.encoded.store import (
     Array,
     EncodedSource,
-    counts_of,
     dataset_columns,
-    lengths_of,
+    read_counts,
+    read_lengths,
     read_source,
 )
 from dpo_dist.data.read.columns import VOTES
@@ -101,7 +101,7 @@ class PreferenceDataset:
         return Example(prompt, tuple(responses[i] for i in which), tuple(masks[i] for i in which if masks))
 
     def masks(self, index: int) -> tuple[Mask, ...]:
-        """Return for each response of an example whether the loss counts its tokens; empty: it counts all."""
+        """Return for each response of an example which tokens the loss counts; empty: all of them."""
         if not len(self.trained):
             return ()
         within = self.response_range(index)
@@ -127,8 +127,8 @@ class PreferenceDataset:
     ) -> ExampleSizes:
         """Return the sizes of examples with some of their responses, for a model with these costs.
 
-        `response_indices` are those of the first example, of the second, ..., and `counts` how many each has,
-        at least one. With `masked`, only tokens that the loss counts are targets.
+        `response_indices`: example after example; `counts`: responses of each example, at least one. With
+        `masked`, only tokens that the loss counts are targets.
         """
         pieces = response_indices + np.repeat(indices, counts) + 1
         prompt_tokens = self.piece_tokens[self.first_pieces[indices]].astype(np.int64)
@@ -194,12 +194,12 @@ class PreferenceDataset:
         return examples, keys
 
     def damaged_ids(self, indices: Sequence[int]) -> DataError:
-        """Return the error of a micro-batch whose token ids have other keys than when they were encoded."""
+        """Return the error for examples whose token ids do not have the keys that were stored."""
         return DataError(
             "token ids of the encoded data do not match their content key",
             where="; ".join(str(self.origin(index)) for index in indices[:5]),
             got=f"{len(indices)} records in micro-batches with such ids",
-            expected="the ids that were encoded: these have other log-probs",
+            expected="the token ids that were encoded; other ids have other log-probs",
             remedy="delete the folder data.cache and start again: the data are encoded again",
         )
 
@@ -208,20 +208,20 @@ class PreferenceDataset:
 
 
 def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> PreferenceDataset:
-    """Map the encoded sources and verify their digests; only files that have changed are read for that."""
+    """Map the encoded sources and verify their digests; only changed files are read for the digest."""
     tables, by_source = list(map(read_source, sources)), []
-    counted = list(map(counts_of, tables))
-    lengths = [lengths_of(table, counts, config) for table, counts in zip(tables, counted, strict=True)]
-    for source, of_source in zip(sources, counted, strict=True):
-        check_counts(of_source, source.path, config, lengths=lengths)
-        by_source.append({"label": source.label, "path": source.path, **of_source.numbers()})
+    counted = list(map(read_counts, tables))
+    lengths = [read_lengths(table, counts, config) for table, counts in zip(tables, counted, strict=True)]
+    for source, source_counts in zip(sources, counted, strict=True):
+        check_counts(source_counts, source.path, config, lengths=lengths)
+        by_source.append({"label": source.label, "path": source.path, **source_counts.numbers()})
     every = pa.concat_tables(tables)
-    counts = counts_of(every)
+    counts = read_counts(every)
     check_split(counts)
     return PreferenceDataset(
         fingerprint=text_digest(json.dumps([(source.fingerprint, source.limit) for source in sources])),
         counts=counts.as_dict() | {"sources": by_source},
-        source_pairs=tuple(of_source["pairs"] for of_source in by_source),
+        source_pairs=tuple(source_counts["pairs"] for source_counts in by_source),
         source_labels=tuple(source.label for source in sources),
         encoded=tuple(sources),
         **dataset_columns(every),
@@ -269,7 +269,7 @@ def check_ids_in_vocabulary(dataset: PreferenceDataset, tokenizer: Tokenizer, vo
 
 
 def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
-    """Check that examples have what the loss compares, and no number that it ignores. Raises DataError."""
+    """Check that the loss can use every example and its numbers. Raises DataError."""
     every = np.arange(len(dataset), dtype=np.int64)
     counts, best = dataset.response_counts(every), dataset.scores[dataset.first_pieces[:-1] - every]
     is_labelled = (counts == 1) & np.isfinite(best)
@@ -297,7 +297,7 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
         remedy = "give each response a label: true or false, 1 or 0; data.unpair=true takes pairs apart"
         check(~is_labelled, "no single response with a label", remedy)
         return
-    remedy = "set loss=kto; if the label is no judgement of the response, ignore it: columns: {label: null}"
+    remedy = "set loss=kto; if the label does not judge the response, ignore it: columns: {label: null}"
     check(is_labelled, "one response with a label, good or bad", remedy)
     if not loss.is_one_sided:
         check(counts < 2, "1 response", "set loss=sft, or use data with two responses")

@@ -1,4 +1,4 @@
-"""Partners of labelled records: for each the response to another prompt, by which `kto` measures its z.
+"""Partners of labelled records: each gets a response to another prompt, from which `kto` estimates z.
 
 The partner of a record is a function of the records of its source alone, so that the store holds its
 log-probs for all epochs and runs: neither seed nor order, batch or number of processes change it.
@@ -21,7 +21,7 @@ _VERSION = 1  # increased when records get other partners
 def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceDataset:
     """Give each example, which has one response, its partner's response as a second one.
 
-    The partner's response is cut to what `max_length` leaves beside the prompt; its token ids are not copied.
+    The partner's response is cut to the room that `max_length` leaves after the prompt; no ids are copied.
     Raises DataError: half of the records of a source have the same prompt.
     """
     stops = np.cumsum(dataset.source_pairs)
@@ -61,13 +61,13 @@ def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceData
 
 
 def _partners(dataset: PreferenceDataset, start: int, stop: int) -> Indices:
-    """Return the partner of each example of a source: a permutation, never to the same prompt."""
+    """Return the partner of each example of a source, which has another prompt: a permutation."""
     prompts, keys = dataset.prompt_hashes[start:stop], dataset.keys[start:stop]
     order = np.lexsort((keys[:, 1], keys[:, 0], prompts))
     shift = int(np.unique(prompts, return_counts=True)[1].max(initial=0))
     if 2 * shift > len(order):
         raise DataError(
-            "kto needs for each record a response to another prompt, and most records have the same prompt",
+            "kto needs for each record a response to another prompt, but most records have the same prompt",
             where=str(dataset.origin(start)) if len(order) else "",
             got=f"{shift} of {len(order)} records of this source have one prompt",
             remedy="join files of one kind, or set loss=apo_zero_unpaired, which needs no other response",

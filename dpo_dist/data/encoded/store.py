@@ -1,4 +1,4 @@
-"""Encoded sources on disk: an Arrow file with a row for each record, and its digest; written once, mapped."""
+"""Encoded sources on disk: an Arrow file with a row per record, and a digest; written once, then mapped."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ ROW_SCHEMA = pa.schema(
         # Relative to the path of the source, which may be moved.
         "file": pa.string(),
         "line": pa.int64(),
-        # `Outcome` in JSON, and the detail of the reason for which a record is dropped.
+        # `Outcome` in JSON; the detail of a dropped record's reason.
         "outcome": pa.string(),
         "detail": pa.string(),
         # Kept records. Pieces are the prompt and the responses; examples share them.
@@ -52,15 +52,15 @@ ROW_SCHEMA = pa.schema(
         "piece_tokens": pa.list_(pa.int32()),
         "keys": pa.list_(pa.uint64()),
         "scores": pa.list_(pa.float64()),
-        # A value for each of `NUMBERS`; none if the record has none with an effect.
+        # A value for each of `NUMBERS`; empty if no number has an effect.
         "numbers": pa.list_(pa.float64()),
         "truncated": pa.list_(pa.bool_()),
         "trained_tokens": pa.list_(pa.int32()),
-        # Masks of the responses that the loss counts in part.
+        # Masks of the responses of which the loss counts only some tokens.
         "trained": pa.list_(pa.bool_()),
         # The indices of the responses of each example, best first.
         "examples": pa.list_(pa.list_(pa.int32())),
-        # `EncodedExample.lengths`, also of records that are dropped for them.
+        # `EncodedExample.lengths`, also of records that are dropped for their length.
         "lengths": pa.list_(pa.int64()),
     }
 )
@@ -84,7 +84,7 @@ class EncodedSource:
     def table(self) -> pa.Table | None:
         """Map the records; None if there is no file, or it is damaged.
 
-        A file is read for its digest once; then only if its `file_identity` has changed.
+        A file is read for its digest once, and again only if its `file_identity` has changed.
         """
         try:
             identity, memo = file_identity(self.file), self.cache / MEMO_FOLDER
@@ -101,7 +101,7 @@ class EncodedSource:
 
 
 def write_source(source: EncodedSource, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write the records of a source in constant memory."""
+    """Write a source's records to its file, in constant memory."""
     final, root = source.file, root_of(source.path).expanduser()
     if final.exists():
         log.warning("%s is damaged and is encoded again", final)
@@ -125,7 +125,7 @@ def write_source(source: EncodedSource, batches: Iterable[pa.RecordBatch]) -> No
 
 
 def _large(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Join consecutive batches: reading takes time for each of them."""
+    """Join consecutive batches: reading many small ones is slow."""
     pending: list[pa.RecordBatch] = []
     for batch in batches:
         pending.append(batch)
@@ -152,8 +152,8 @@ def read_source(source: EncodedSource) -> pa.Table:
     return table.set_column(0, "file", shown)
 
 
-def counts_of(table: pa.Table) -> DataCounts:
-    """Return the counts of records."""
+def read_counts(table: pa.Table) -> DataCounts:
+    """Return the counts of an encoded source's records."""
     coded = table["outcome"].dictionary_encode().combine_chunks()  # texts of many records overflow an array
     outcomes = [
         Outcome(drop, pairs, tuple(map(tuple, changed)), read_as)
@@ -168,10 +168,10 @@ def counts_of(table: pa.Table) -> DataCounts:
         for code, row in zip(codes[shown], places, strict=True)
     ]
     numbers = np.bincount(codes, minlength=len(outcomes)).tolist()
-    return DataCounts.of(dict(zip(outcomes, numbers, strict=True)), named)
+    return DataCounts.from_outcomes(dict(zip(outcomes, numbers, strict=True)), named)
 
 
-def lengths_of(table: pa.Table, counts: DataCounts, config: DataConfig) -> SourceLengths:
+def read_lengths(table: pa.Table, counts: DataCounts, config: DataConfig) -> SourceLengths:
     """Return the lengths of records before they were cut."""
     lengths = pc.list_flatten(table["lengths"]).to_numpy().reshape(-1, 4)
     return SourceLengths(lengths, counts.read - len(lengths), config.max_bad_share * counts.read)

@@ -1,1 +1,1 @@
-"""Read files of records as they are written: sources, columns, messages, values."""
+"""Read records from files: sources, columns, messages, values."""

@@ -28,17 +28,17 @@ _WHOLE = "record"
 # The fields that formats read; `record` is an object with all of them.
 FIELDS = (*_PROMPTS, *_SIDES, *_OTHER_SIDES, *_RESPONSES, *_OPTIONAL, _WHOLE)
 OTHERS = "*"
-"""With null: no column is read except those that are named. In a record: a tuple of those left out."""
+"""In `columns`, with null: read only the named columns. In a record: the names that were left out."""
 _MAX_SHOWN = 20
 _MISSING = object()
 FIRST_RECORDS = 20
 
 
 def with_columns(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[RawRecord]:
-    """Return records as `reader` and `columns` of their source name their fields.
+    """Return records with their fields renamed by the source's `reader` and `columns`.
 
     Raises ConfigError at once if one of these keys is wrong. Raises DataError if no record has one of the
-    columns: after the first records, or after the last one for fields that are rare.
+    columns: after the first records, or for rare fields after the last one.
     """
     for name, path in (source.columns or {}).items():
         if path is not None and name not in FIELDS:
@@ -61,9 +61,9 @@ def _by_reader(records: Iterator[RawRecord], read: Callable[..., Any]) -> Iterat
             continue
         try:
             fields = read(dict(record))
-            detail = "" if isinstance(fields, Mapping) else f"it returned a {type(fields).__name__}"
+            detail = "" if isinstance(fields, Mapping) else f"reader returned a {type(fields).__name__}"
         except Exception as fault:  # the user's code can raise anything
-            fields, detail = None, f"it raised {type(fault).__name__}"
+            fields, detail = None, f"reader raised {type(fault).__name__}"
         yield BadRecord("reader_failed", origin, detail) if detail else fields, origin
 
 
@@ -109,7 +109,7 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
 
 
 def _value_at(record: Any, path: str) -> Any:
-    """Return the value of a column, or at a path of names and indices into nested values, also in JSON."""
+    """Return the value of a column, or the nested value at a path of names and indices, also in JSON."""
     if path in record:
         return record[path]
     value = record
@@ -142,7 +142,7 @@ _FORMATTINGS = {
     "sharegpt": _SHARED | {"messages": "conversations"},
     "openai": _SHARED | {"messages": "messages"},
 }
-# Tags with the names of a turn's fields and calls, and the role that each of the other tags must mean.
+# Values of tags that name a turn's fields and calls; the role that each other tag must have.
 _TAGS = ("from", "role", "value", "content", *CALLING)
 _ROLE_TAGS = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool"}
 
@@ -151,7 +151,7 @@ def resolve_source(source: SourceConfig) -> SourceConfig:
     """Return the source that an entry of a `dataset_info.json` describes; any other source unchanged.
 
     `path` is the folder with a dataset_info.json, or this file, and `name` the entry. Raises ConfigError: the
-    file or the entry cannot be read, or has no meaning here.
+    file or the entry cannot be read, or asks for something that is not supported.
     """
     local = Path(source.path).expanduser()
     file = local if local.name == _FILE else local / _FILE
@@ -172,18 +172,18 @@ def resolve_source(source: SourceConfig) -> SourceConfig:
             remedy=f"write {{path: {source.path}, name: ENTRY}}, or set path to a data file and its columns",
         )
     try:
-        return _described(source, file.parent, entries[source.name])
+        return _read_entry(source, file.parent, entries[source.name])
     except (TypeError, ValueError) as fault:
         raise ConfigError(
             f"the entry of {_FILE} cannot be read",
             where=f"{source.name} in {file}",
             got=" ".join(str(fault).split()),
-            expected="what docs/data.md lists",
-            remedy="correct the entry, or set path to its file and columns or reader of the source",
+            expected="the keys and values that docs/data.md lists",
+            remedy="correct the entry, or set the source's path to the file, and its columns or reader",
         ) from fault
 
 
-def _described(source: SourceConfig, folder: Path, entry: Fields) -> SourceConfig:
+def _read_entry(source: SourceConfig, folder: Path, entry: Fields) -> SourceConfig:
     """Return the source that an entry describes, with the weight and limit of `source`."""
     entry = {key: value for key, value in entry.items() if value is not None}
     formatting = entry.get("formatting", "alpaca")

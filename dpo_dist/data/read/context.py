@@ -1,4 +1,4 @@
-"""What a record has beside its responses: system text, history, tools; the fields that are not read."""
+"""Context of a record's responses: system text, history, tools; fields that nothing reads."""
 
 import itertools
 from collections.abc import Collection, Mapping
@@ -7,18 +7,18 @@ from typing import Any
 from dpo_dist.config.losses import NUMBERS
 from dpo_dist.data.read.columns import OTHERS, VOTES
 from dpo_dist.data.read.layouts import LABEL_FIELDS, PAIR_SCORE_FIELDS, QUESTIONS, Content, ends_with_response
-from dpo_dist.data.read.messages import CONVERSATIONS, MEDIA, TOOLS, is_messages, messages_of, unread_error
-from dpo_dist.data.read.values import from_json, has_value, number_of, without_nulls
+from dpo_dist.data.read.messages import CONVERSATIONS, MEDIA, TOOLS, is_messages, parse_messages, unread_error
+from dpo_dist.data.read.values import from_json, has_value, to_number, without_nulls
 from dpo_dist.data.records import Dialogue, Message, Messages, Prompt, UnusableRecordError, turns_of
 from dpo_dist.foundation.types import Fields
 
 _SYSTEMS = ("system", "system_prompt")
 _ARGUMENTS = "chat_template_kwargs"
-# Parts of the question in some datasets: they must be in the prompt. No format adds `context` to it.
+# Parts of the question in some datasets, which the prompt must contain. No format adds `context`.
 _QUESTION_FIELDS = ("instruction", *QUESTIONS, "context")
-# A chat template renders these or a model sees them, and no format reads them.
+# Fields that a chat template or a model uses, but no format reads: dropping them would change the prompt.
 _UNREAD = ("documents", *MEDIA, *(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA))
-# Perhaps weights of a record in the loss; a value other than 1 is not read.
+# Perhaps a record's weight in the loss: a value other than 1 would be ignored.
 _UNREAD_WEIGHTS = ("weight", "sample_weight")
 # Tools of one side: both sides are rendered with the record's own tools.
 _TOOLS_OF_SIDES = ("chosen_tools", "rejected_tools")
@@ -33,16 +33,16 @@ def with_context(
 ) -> tuple[Prompt, tuple[Fields, ...], Fields]:
     """Return the prompt after the record's system text and `history`, its tools and template arguments.
 
-    A text prompt becomes a user's turn if the record has any of them, unless the configured format says that
-    it `is_plain`. `responses` are the names of the fields that were read. Raises UnusableRecordError:
+    A text prompt becomes a user's turn if the record has such context, unless the prompt `is_plain` by the
+    configured format. `responses` are the names of the fields that were read. Raises UnusableRecordError:
     `unread_content` with the names of fields that would be lost, or `invalid_tools`.
     """
     is_dialogue = isinstance(prompt, Dialogue)
     messages = turns_of(prompt, "user")
     unread = [name for name in _UNREAD if has_value(record.get(name))]
-    # Also false: it belongs into the arguments of the template.
+    # Also if false: this belongs into the template's arguments, and would be ignored here.
     unread += ["enable_thinking"] if record.get("enable_thinking") not in (None, "") else []
-    weights = [w for w in _UNREAD_WEIGHTS if record.get(w) not in (None, "") and number_of(record[w]) != 1]
+    weights = [w for w in _UNREAD_WEIGHTS if record.get(w) not in (None, "") and to_number(record[w]) != 1]
     given = [name for name in (*TOOLS, _ARGUMENTS) if has_value(record.get(name))]
     turns: list[Message] = []
     if is_plain or is_dialogue:
@@ -89,7 +89,7 @@ def _add_turns_before(turns: list[Message], record: Fields, prompt: Messages) ->
         roles = itertools.cycle(("user", "assistant"))
         turns += [Message(role, text) for role, text in zip(roles, itertools.chain(*history), strict=False)]
     elif is_messages(history):
-        turns += messages_of(history, role="user")
+        turns += parse_messages(history, role="user")
     else:
         unread.append("history")
     return unread if [turn.role for turn in prompt] == ["user"] else [*dict.fromkeys([*unread, "history"])]
@@ -110,7 +110,7 @@ def _tools(value: Any) -> tuple[Fields, ...]:
 
 
 def _arguments(record: Fields) -> Fields:
-    """Return the arguments of the chat template, an object that may be spelled in JSON."""
+    """Return the record's arguments for the chat template, an object, perhaps as JSON."""
     value = record.get(_ARGUMENTS)
     arguments = from_json(without_nulls(value)) if has_value(value) else {}
     if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
@@ -124,12 +124,12 @@ def _is_outside(value: Any, prompt: Prompt) -> bool:
         return False
     whole = [turn.content for turn in turns_of(prompt, "user")]
     whole += [prompt.text] if isinstance(prompt, Dialogue) else []
-    texts = [turn.content for turn in messages_of(value, role="user")] if is_messages(value) else [value]
+    texts = [turn.content for turn in parse_messages(value, role="user")] if is_messages(value) else [value]
     return not all(isinstance(text, str) and any(text.strip() in part for part in whole) for text in texts)
 
 
 def unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
-    """Return the names of fields that have a value which nothing reads."""
+    """Return the names of fields with a value that nothing reads."""
     scores: tuple[str, ...] = ()
     if content.scores is not None and content.field:
         scores = ("scores",)

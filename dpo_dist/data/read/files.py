@@ -35,7 +35,7 @@ _EXTENSION = b"ARROW:extension:name"
 
 
 def file_kind(file: Path) -> str | None:
-    """Return a file's extension before the one of its compression; None if it cannot be read."""
+    """Return a file's extension without that of a compression; None if such files cannot be read."""
     if file.suffix in _COMPRESSIONS:
         inner = Path(file.stem).suffix
         return inner if inner in _COMPRESSED_KINDS else None
@@ -57,9 +57,9 @@ def check_kind(file: Path, path: str) -> None:
 
 
 def read_file(file: Path, path: str) -> Iterator[RawRecord]:
-    """Yield the records of a file, or why they cannot be read, in its order; only a .json is read whole.
+    """Yield a file's records in order, bad ones with the reason; only a .json is read whole.
 
-    Their origin is `path` with the 1-based line of their start, in .parquet and .json their number.
+    A record's origin is `path` with its first line, counted from 1; in .parquet and .json with its number.
     Raises DataError: the file cannot be read.
     """
     try:
@@ -85,9 +85,9 @@ def read_file(file: Path, path: str) -> Iterator[RawRecord]:
         raise DataError(
             "the file cannot be read to its end",
             where=path,
-            # Some texts go on with an excerpt of the file, which is not shown.
+            # Some texts continue with an excerpt of the file, which must not be shown.
             got=first_line(fault).partition("\\n")[0].rstrip(),
-            expected="a whole file of the kind that its name says; a .json file is one array of objects",
+            expected="a whole file of the format in its name; a .json file is one array of objects",
             remedy="if the file is damaged or incomplete, write or download it again; rename a file with one "
             "object per line to .jsonl; save text of another encoding as UTF-8",
         ) from fault
@@ -111,13 +111,13 @@ def dataset_rows(dataset: Any) -> Iterator[Any]:
     form = getattr(dataset, "format", None)  # a stream has none
     if form and form["type"] == "custom":  # a transform of the user's
         return map(_with_given_arguments, dataset)
-    # As stored: decoding images needs packages, and decoded JSON has a table's nulls.
+    # As stored: to decode images needs packages, and decoded JSON would get the nulls of a table.
     columns = {"columns": form["columns"]} if form else {}
     return _table_rows(dataset.with_format("arrow", **columns).iter(_BATCH_RECORDS))
 
 
 def _table_rows(tables: Iterable[Any]) -> Iterator[Any]:
-    """Yield the rows of Arrow tables as they were: JSON parsed, labels as words, arguments as given."""
+    """Yield the rows of Arrow tables: JSON parsed, labels as words, tool arguments without added nulls."""
     for table in tables:
         parsers = _json_parsers(table.schema) | _class_parsers(table.schema)
         for row in map(_with_given_arguments, table.to_pylist()):
@@ -128,7 +128,7 @@ def _table_rows(tables: Iterable[Any]) -> Iterator[Any]:
 
 
 def _with_given_arguments(value: Any) -> Any:
-    """Return a value of a table without the nulls with which it fills the arguments of tool calls."""
+    """Return a table's value without the nulls that the table adds to the arguments of tool calls."""
     if isinstance(value, Mapping):
         return {
             name: without_nulls(item) if name in _ARGUMENTS else _with_given_arguments(item)
@@ -138,7 +138,7 @@ def _with_given_arguments(value: Any) -> Any:
 
 
 def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
-    """Write records in memory to a .jsonl of `folder` that is named by its content, and return its path.
+    """Write records in memory to a .jsonl in `folder`, named by its content; return its path.
 
     `name`: the argument's name, for errors. Raises ConfigError: no records, or one is not of JSON's types.
     """
@@ -165,7 +165,7 @@ def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
 
 
 def _opened(file: Path, path: str) -> io.BufferedReader:
-    """Open a file, uncompressed. Raises DataError: it is in UTF-16, with or without its mark."""
+    """Open a file and decompress it. Raises DataError: the file is in UTF-16."""
     raw = pyarrow.input_stream(file, compression=_COMPRESSIONS.get(file.suffix))
     stream = io.BufferedReader(raw, _BLOCK_BYTES)
     start = stream.peek(2)[:2]
@@ -179,7 +179,7 @@ def _opened(file: Path, path: str) -> io.BufferedReader:
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
-    # Lines of bytes end at newlines only, not at Unicode separators.
+    # Bytes, because lines of text would also end at Unicode separators.
     blank = 0
     for number, line in enumerate(iter(partial(stream.readline, MAX_RECORD_BYTES + 1), b""), start=1):
         blank = blank + len(line) + _LINE_BYTES if line.isspace() else 0
@@ -232,7 +232,7 @@ def _table_lines(stream: BinaryIO, path: str, separator: str) -> Iterator[tuple[
 
 
 def _check_header(header: str, path: str, separator: str) -> None:
-    """Check the first line of a table. Raises DataError: it is not UTF-8, or has another separator."""
+    """Check a table's header. Raises DataError: the header is not UTF-8, or has another separator."""
     if not _is_utf8(header):
         raise DataError(
             "the table is not in UTF-8",
@@ -259,7 +259,7 @@ def _check_header(header: str, path: str, separator: str) -> None:
 
 
 def _is_utf8(text: str) -> bool:
-    """Return whether a text was UTF-8: other bytes have become lone surrogates."""
+    """Return whether a text was UTF-8; other bytes became lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -273,7 +273,7 @@ def _check_columns(names: list[str]) -> None:
 
 
 def _parquet_rows(file: Path) -> Iterator[Any]:
-    # Buffered: else a whole column of a row group is loaded at once.
+    # Without a buffer a whole column of a row group would be loaded at once.
     table = pyarrow.parquet.ParquetFile(file, buffer_size=_BLOCK_BYTES, pre_buffer=False)
     _check_columns(table.schema_arrow.names)
     yield from _table_rows(table.iter_batches(batch_size=_BATCH_RECORDS))
@@ -316,6 +316,6 @@ def _class_parsers(schema: pyarrow.Schema) -> dict[str, Callable[[Any], Any]]:
         features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         given = {name: feature["names"] for name, feature in features.items() if "names" in feature}
         words = {name: dict(enumerate(of)) for name, of in given.items() if known & {*map(str.lower, of)}}
-    except (KeyError, TypeError, AttributeError, ValueError):  # a stranger may write anything there
+    except (KeyError, TypeError, AttributeError, ValueError):  # a dataset's author may write anything there
         return {}
     return {name: numbered.get for name, numbered in words.items()}

@@ -9,7 +9,7 @@ from dpo_dist.data.read.messages import (
     check_no_media,
     has_more,
     is_messages,
-    role_of,
+    message_role,
     spelled_messages,
 )
 from dpo_dist.data.read.values import BAD, GOOD, finite_numbers, from_json, has_value
@@ -20,8 +20,8 @@ from dpo_dist.foundation.types import Fields
 class Content(NamedTuple):
     """The prompt and the responses of a record, with values as in the source.
 
-    `prompt` is None if the responses contain it. `responses` are text or messages each, best first, by the
-    names that errors use, `scores` finite. `field` has the responses, if they are a list.
+    `prompt` is None if the responses contain it. `responses`: text or messages, best first, by names for
+    errors. `scores` are finite. `field`: the name of the field if it holds a list of responses.
     """
 
     prompt: Any
@@ -34,7 +34,7 @@ class Content(NamedTuple):
 QUESTIONS = ("question", "query", "input")
 
 
-def prompt_of(record: Fields, responses: Iterable[Any]) -> Any:
+def record_prompt(record: Fields, responses: Iterable[Any]) -> Any:
     """Return a record's prompt: text or messages; None without one, or if responses are conversations."""
     if record.get("prompt") is not None or any(map(is_conversation, responses)):
         return record.get("prompt")
@@ -62,7 +62,7 @@ def is_conversation(response: Any) -> bool:
 
 def ends_with_response(turns: Any) -> bool:
     """Return whether the last of a list of messages is the assistant's."""
-    return isinstance(turns, list) and bool(turns) and role_of(turns[-1]) == "assistant"
+    return isinstance(turns, list) and bool(turns) and message_role(turns[-1]) == "assistant"
 
 
 # Pairs: the names of the chosen and the rejected side.
@@ -75,7 +75,7 @@ _PAIRS = (
     ("messages", "rejected_messages"),
     ("messages", "rejected_response"),
 )
-# Fields of other kinds of records too: by themselves they are no pair.
+# Other kinds of records have these fields too: alone they are no pair.
 _SHARED_NAMES = ("messages", "response")
 SIDE_NAMES = tuple(dict.fromkeys(name for names in _PAIRS for name in names if name not in _SHARED_NAMES))
 _PAIR_SCORES = (
@@ -90,7 +90,7 @@ PAIR_SCORE_FIELDS = (*itertools.chain(*_PAIR_SCORES), "metadata")
 
 
 def _sides(record: Fields) -> tuple[str, str] | None:
-    """Return the names of the first complete pair of a record, else of the first with a side."""
+    """Return the names of a record's first complete pair, else of the first pair with one side."""
     given = [
         (chosen, rejected)
         for chosen, rejected in _PAIRS
@@ -120,7 +120,7 @@ def pair(record: Fields) -> Content:
         if not ends_with_response(turns):
             raise UnusableRecordError("not_one_answer", "messages does not end with an assistant message")
         return Content(turns[:-1], sides | {chosen: turns[-1]}, scores)
-    return Content(prompt_of(record, sides.values()), sides, scores)
+    return Content(record_prompt(record, sides.values()), sides, scores)
 
 
 def _pair_scores(record: Fields) -> tuple[float, ...] | None:
@@ -137,7 +137,7 @@ def _pair_scores(record: Fields) -> tuple[float, ...] | None:
 LISTS = ("responses", "completions", "output")
 _TEXTS = ("content", "text", "response", "answer")
 _SCORES = ("score", "fine-grained_score", "overall_score", "rating", "reward")
-# An order beside the list that no format reads.
+# Fields with an order of the responses that no format reads.
 _ORDERS = ("rank", "ranks", "reward", "rewards", "rating", "ratings", "label", "labels", "choice")
 
 
@@ -147,7 +147,7 @@ def has_ranking(record: Fields) -> bool:
 
 
 def ranking(record: Fields) -> Content:
-    """Return a list of responses: best first as given, or sorted by the score inside each of them."""
+    """Return a list of responses: best first as given, or sorted by the scores inside them."""
     lists = [name for name in LISTS if record.get(name) is not None]
     if not lists:
         raise UnusableRecordError("missing_field", "responses")
@@ -168,11 +168,11 @@ def ranking(record: Fields) -> Content:
         detail = f"an order of the responses in {', '.join(unread)}; write `scores`: higher is better"
         raise UnusableRecordError("unread_content", detail, tuple(unread))
     by_rank = {f"rank {rank}": spelled_messages(text) for rank, text in enumerate(responses, start=1)}
-    return Content(prompt_of(record, by_rank.values()), by_rank, scores, name)
+    return Content(record_prompt(record, by_rank.values()), by_rank, scores, name)
 
 
 def _sorted(items: list[Any], scores: Any) -> tuple[list[Any], tuple[float, ...] | None]:
-    """Return the responses, best first, and their scores: those inside of them, or `scores`."""
+    """Return the responses, best first, and their scores: those inside the responses, or `scores`."""
     inside = [_own_score(item) if isinstance(item, Mapping) else None for item in items]
     if any(score is not None for score in inside):
         numbers = finite_numbers(inside)
@@ -195,7 +195,7 @@ def _sorted(items: list[Any], scores: Any) -> tuple[list[Any], tuple[float, ...]
 
 
 def _own_score(response: Fields) -> Any:
-    """Return the score inside a response; a rank without a score, 1 for the best, is a negative score."""
+    """Return the score inside a response, or the negative of its rank (1 is the best)."""
     score, rank = _first(response, _SCORES), response.get("rank")
     return -finite_numbers([rank])[0] if score is None and rank is not None else score
 
@@ -245,7 +245,7 @@ def completion(record: Fields) -> Content:
     for name in ("completion", *CONVERSATIONS, "output", "chosen"):
         value = record.get(name)
         if is_response(record, name) and not (name == "output" and isinstance(value, list)):
-            return Content(prompt_of(record, [value]), {name: value}, tuple(labels) or None)
+            return Content(record_prompt(record, [value]), {name: value}, tuple(labels) or None)
     if any(record.get(name) is not None for name in CONVERSATIONS):
         raise UnusableRecordError("not_one_answer", "the messages do not end with the assistant's")
     raise UnusableRecordError("missing_field", "completion or messages")

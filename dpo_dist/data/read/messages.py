@@ -21,7 +21,7 @@ from dpo_dist.foundation.types import Fields
 
 CONVERSATIONS = ("conversations", "messages")
 TOOLS = ("tools", "functions")
-# Roles as other programs write them, and as chat templates do.
+# Roles of other programs, and the role that chat templates know.
 ROLES = {
     **dict.fromkeys(("human", "User", "Human"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bot", "Assistant"), "assistant"),
@@ -36,12 +36,12 @@ _THOUGHTS = {
     "reasoning": "reasoning_content",
     "thinking": "thinking",
 }
-# The fields of a message that a text may spell alone; a response may be an object with more.
+# A text that is one message in JSON has these fields only; a response may be an object with more.
 _BARE_MESSAGES = ({"role", "content"}, {"from", "value"})
 _WEIGHTS = ("loss_weight", "loss", "weight", "loss_scale", "train", "training")
-# Weights of the parts of a turn, or of unclear sense.
+# Weights of parts of a turn, or with an unclear meaning.
 _UNREAD_WEIGHTS = ("mask", "train_detail", "training_detail")
-# Thoughts and calls of gpt-oss; a channel of another name is no part of a turn.
+# Thoughts and calls of gpt-oss; other channels do not split a turn.
 _UNREAD_CHANNELS = ("analysis", "commentary")
 # The kinds of parts of a content.
 _PARTS = ("text", "reasoning", "thinking", "tool_call")
@@ -56,7 +56,7 @@ def is_message(value: Any) -> bool:
     )
 
 
-def role_of(value: Any) -> str | None:
+def message_role(value: Any) -> str | None:
     """Return the role of a message; None for another value."""
     role = value.get("role", value.get("from")) if is_message(value) else None
     if not isinstance(role, str):
@@ -70,7 +70,7 @@ def is_messages(value: Any) -> bool:
 
 
 def spelled_messages(value: Any) -> Any:
-    """Return the messages that a text spells as JSON; else `value`."""
+    """Return the messages that a text holds as JSON; else `value`."""
     spelled = from_json(value)
     if not isinstance(value, str) or spelled is value:
         return value
@@ -91,7 +91,7 @@ def nested_conversation(field: str, value: Any) -> dict[str, str]:
     return columns | {name: f"{field}.{name}" for name in TOOLS if given and has_value(whole.get(name))}
 
 
-def messages_of(value: Any, role: str) -> Messages:
+def parse_messages(value: Any, role: str) -> Messages:
     """Return messages from a list, one message, or a text, which gets the role `role`."""
     if isinstance(value, str):
         return (Message(role, value),)
@@ -107,7 +107,7 @@ def has_more(fields: Fields) -> bool:
 
 
 def unread_error(detail: str, unread: Sequence[str]) -> UnusableRecordError:
-    """Return the error of a record with fields that no format reads; images and the like have their own."""
+    """Return the error for fields that no format reads; images, audio and video have their own reason."""
     is_media = any(name.rpartition("_")[2] in MEDIA for name in unread)
     return UnusableRecordError("media_not_read" if is_media else "unread_content", detail, tuple(unread))
 
@@ -116,7 +116,7 @@ def check_no_media(messages: Sequence[Fields]) -> None:
     """Check that no message has an image, audio, video, or a thought that is not text."""
     for message in messages:
         given = [name for name in (*MEDIA, *_THOUGHTS) if has_value(message.get(name))]
-        # Neither a flag nor an empty cell that became a number is a thought.
+        # A flag is no thought, nor is a number that a table wrote for an empty cell.
         unread = tuple(name for name in given if name in MEDIA or isinstance(message[name], list | Mapping))
         if unread:
             raise unread_error(f"a message has {', '.join(unread)}", unread)
@@ -125,7 +125,7 @@ def check_no_media(messages: Sequence[Fields]) -> None:
 def _read_message(fields: Fields) -> Message:
     role, content = map(fields.get, ("role", "content") if "role" in fields else ("from", "value"))
     if isinstance(role, str) and role in _PLAIN_ROLES and isinstance(content, str) and len(fields) == 2:
-        return Message(ROLES.get(role, role), content)  # most are so
+        return Message(ROLES.get(role, role), content)  # fast path: most messages
     check_no_media([fields])
     if not isinstance(role, str) or ("role" not in fields and role not in _ALL_ROLES):
         raise UnusableRecordError("unread_content", "a message has a role that is not read", ("role",))
@@ -171,12 +171,12 @@ def _tool_calls(value: Any) -> list[Fields]:
     spelled = from_json(value)
     calls = [spelled] if isinstance(spelled, Mapping) else spelled
     if not isinstance(calls, list) or not calls:
-        raise UnusableRecordError("invalid_tool_call", "a tool call is no JSON object and no list of them")
+        raise UnusableRecordError("invalid_tool_call", "a tool call is neither a JSON object nor a list")
     read: list[Fields] = []
     for call in calls:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise UnusableRecordError("invalid_tool_call", "a tool call has no name of a function")
+            raise UnusableRecordError("invalid_tool_call", "a tool call does not name a function")
         arguments = function.get("arguments", function.get("parameters"))
         arguments = from_json(arguments) if has_value(arguments) else {}
         if not isinstance(arguments, Mapping):
@@ -203,7 +203,7 @@ Reader: TypeAlias = Callable[[Any, Fields], tuple[Prompt, Sequence[Response]]]
 """Reads a prompt (None: the responses contain it) and responses by name. May raise UnusableRecordError."""
 
 
-def reader_of(prompt: Any, responses: Fields) -> Reader | None:
+def select_reader(prompt: Any, responses: Fields) -> Reader | None:
     """Return the reader for the types of the prompt and the responses; None if no reader fits."""
     sides = list(responses.values())
     if all(map(is_messages, sides)) or is_messages(prompt):
@@ -227,7 +227,7 @@ def read_text(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response
 
 
 def read_implicit(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
-    """Split texts where they part: the prompt is the start that they share, as TRL's `extract_prompt`."""
+    """Split texts at their first difference: the prompt is the start that they share, as in TRL."""
     texts = list(responses.values())
     if prompt is not None or not all(isinstance(text, str) for text in texts):
         raise UnusableRecordError("unknown_format", f"{', '.join(responses)} alone must be text")
@@ -273,18 +273,18 @@ def _is_open(prompt: Any) -> bool:
 
 
 def read_messages(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
-    """Return the messages that all sides share, and each side's messages after they part.
+    """Return the messages that all sides share, and each side's messages from the first difference.
 
     The prompt is a separate field, or the start of every side, or both.
     """
     sides = []
     for name, value in responses.items():
-        side = messages_of(value, role="assistant")
+        side = parse_messages(value, role="assistant")
         if not side or side[-1].role != "assistant":
             raise UnusableRecordError("not_one_answer", f"{name} does not end with an assistant message")
         sides.append(side)
     whole, given = _with_prompt(prompt, sides)
-    start = max(_parting(whole), given)
+    start = max(_shared_turns(whole), given)
     if any(side[start].role != "assistant" for side in whole):
         raise UnusableRecordError("history_differs", "the responses follow different messages")
     shared = tuple(replace(message, is_trained=None) for message in whole[0][:start])
@@ -295,35 +295,37 @@ def _with_prompt(given: Any, sides: list[Messages]) -> tuple[list[Messages], int
     """Return each side with the prompt before it, and the number of turns of a prompt that must be kept."""
     if given is None:
         return sides, 0
-    prompt = messages_of(given, role="user")
+    prompt = parse_messages(given, role="user")
     size = len(prompt)
     if all(len(side) > size and side[:size] == prompt for side in sides):
         return sides, size
     if all(side[0].role in ("assistant", "tool") for side in sides):
         return [(*prompt, *side) for side in sides], size
     # A question beside whole conversations repeats one of their turns.
-    shared = [message.content.strip() for message in sides[0][: _parting(sides)]]
+    shared = [message.content.strip() for message in sides[0][: _shared_turns(sides)]]
     if size == 1 and prompt[0].content.strip() in shared:
         return sides, 0
     raise UnusableRecordError("history_differs", "the prompt differs from the messages before the responses")
 
 
-def _parting(sides: list[Messages]) -> int:
-    """Return the number of first turns that all sides share, so that each has a turn left.
+def _shared_turns(sides: list[Messages]) -> int:
+    """Return how many first turns all sides share; at least one turn is left in each side.
 
-    A single side parts before its last turn, or before the first that its data weigh in the loss.
+    A single side is split before its last turn, or before the first turn whose weight in the loss is 1.
     """
     limit = min(map(len, sides)) - 1
     if len(sides) == 1:
-        trained = (at for at, turn in enumerate(sides[0]) if turn.is_trained and turn.role == "assistant")
-        return next(trained, limit)
+        first_trained = (
+            at for at, turn in enumerate(sides[0]) if turn.is_trained and turn.role == "assistant"
+        )
+        return next(first_trained, limit)
     turns = enumerate(zip(*sides, strict=False))
     different = (at for at, same in turns if any(turn != same[0] for turn in same))
     return min(next(different, limit), limit)
 
 
 def _response(turns: Messages) -> Response:
-    """Return the turns after a prompt; the content alone if it is all there is to one assistant turn."""
+    """Return the turns after a prompt; for one assistant turn with nothing else, its content."""
     if all(turn.is_trained is False for turn in turns if turn.role == "assistant"):
-        raise UnusableRecordError("untrained_response", "no turn of a response has a weight in the loss")
+        raise UnusableRecordError("untrained_response", "the loss counts no turn of a response")
     return turns[0].content if len(turns) == 1 and not turns[0].fields else turns

@@ -34,7 +34,7 @@ _NOT_FOUND = "neither a local file nor a dataset found on the Hugging Face Hub"
 
 
 def raw_records(source: SourceConfig) -> Iterator[RawRecord]:
-    """Return the first `limit` records of a resolved source, by its `reader` and `columns`."""
+    """Return the first `limit` records of a resolved source, after its `reader` and `columns`."""
     files, local = local_files(source), Path(source.path).expanduser()
     names: Iterable[str] = map(str, files or ())
     if files is None:
@@ -65,8 +65,8 @@ def check_has_evaluation_data(data: DataConfig, use: str, form: str = "with both
 def local_files(source: SourceConfig) -> list[Path] | None:
     """Return the files of a local source; None for a dataset on the Hugging Face Hub.
 
-    Raises DataError: the source does not exist, or has a file of a kind that cannot be read; ConfigError: a
-    key has no effect on it.
+    Raises DataError: the source does not exist, or has a file that cannot be read; ConfigError: a key has no
+    effect on this source.
     """
     path = source.path
     if "://" in path:
@@ -105,7 +105,7 @@ def local_files(source: SourceConfig) -> list[Path] | None:
 def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
     """Return a digest of a source's content: of its files, or the commit of a pinned Hub dataset.
 
-    Digests of files are remembered in the folder `memo`. Raises DataError: the source does not exist.
+    The folder `memo` caches digests of files. Raises DataError: the source does not exist.
     """
     files = local_files(source)
     if files is None:
@@ -113,14 +113,14 @@ def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
     digests = [remembered_digest(file, memo) for file in files]
     if Path(source.path).expanduser().is_file():
         return digests[0]
-    # Kind, split and origins follow from names; the location of the folder does not matter.
+    # Names decide format, split and origins; the folder may be moved.
     root = root_of(source.path).expanduser()
     names = [os.path.relpath(file, root) for file in files]
     return text_digest("\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True)))
 
 
 def _is_like_a_file(path: Path) -> bool:
-    """Return whether a name ends as data files do, or as any file does whose folder exists: `table.xlsx`."""
+    """Return whether a name ends like a data file, or like any file (`table.xlsx`) in an existing folder."""
     if path.suffix in SUFFIXES or _DATA_NAME.search(path.name):
         return True
     return re.fullmatch(r"\.[A-Za-z]{2,7}", path.suffix) is not None and path.parent.is_dir()
@@ -149,7 +149,7 @@ def root_of(path: str) -> Path:
 def _globbed_files(pattern: str) -> list[Path]:
     """Return the files that match, sorted by path; hidden ones only if the pattern names the dot."""
     names = glob.glob(pattern, recursive=True)  # noqa: PTH207  (a pathlib pattern matches hidden files)
-    # A file that `**` finds on several ways, behind links to folders, is read once.
+    # `**` may find a file several times through links to folders: read it once.
     ways = {file.parent.resolve() / file.name: file for file in sorted(map(Path, names), reverse=True)}
     files = sorted(file for file in ways.values() if file.is_file())
     if not files:
@@ -181,7 +181,7 @@ def _folder_files(folder: Path, source: SourceConfig) -> list[Path]:
 def _data_files(folder: Path, source: SourceConfig, every: Sequence[Path] = ()) -> list[Path]:
     """Return the files of a split, by their names or the folder's card, as `datasets` finds them.
 
-    None of `every` may be outside of all splits, unless the source selects a part of the folder.
+    Each of `every` must be in a split, unless the source selects a part of the folder.
     """
     from datasets import load_dataset_builder  # noqa: PLC0415  # slow to import
 
@@ -208,13 +208,13 @@ def _data_files(folder: Path, source: SourceConfig, every: Sequence[Path] = ()) 
 
 
 def _check_below(root: Path, files: Iterable[Path], source: SourceConfig, what: str) -> None:
-    """Check that strangers, who write cards and other descriptions, name no files outside the folder."""
+    """Check that a dataset's card or description, which strangers write, names no file outside the folder."""
     if outside := [file for file in files if not file.is_relative_to(root)]:
         raise DataError(
             f"{what} names a file outside its folder",
             where=source.path,
             got=str(outside[0]),
-            remedy="set path of the source to this file, if you want it to be read",
+            remedy="to read this file, set the source's path to it",
         )
 
 
@@ -226,7 +226,7 @@ def _chosen_split(source: SourceConfig, splits: Mapping[str, T]) -> T:
             where=source.path,
             got=f"{split}{'' if source.split else ' (the default)'}",
             expected=", ".join(sorted(splits)),
-            remedy="set split of this source",
+            remedy="set the source's split",
         )
     return splits[split]
 
@@ -257,8 +257,8 @@ def _saved_records(folder: Path, source: SourceConfig) -> Iterator[RawRecord]:
 def pin_source(source: SourceConfig) -> SourceConfig:
     """Return the source that an entry of a dataset_info.json describes, or the source itself.
 
-    A Hub dataset has its commit as `revision` (null: main); if the Hub cannot be reached, the one in its
-    cache. Raises DataError: there is none, or no such dataset.
+    A Hub dataset gets its commit as `revision` (null: main), from the Hub's cache if the Hub cannot be
+    reached. Raises DataError: the dataset or the commit is not found.
     """
     from huggingface_hub import HfApi  # noqa: PLC0415  # slow to import
 
@@ -301,7 +301,7 @@ def _as_data_error(source: SourceConfig) -> Iterator[None]:
 
 # Labels.
 
-# Names of files and folders that say nothing without the folder above.
+# Names of files and folders that need the folder above to say what they are.
 _USUAL_NAMES = frozenset({"data", "dev", "eval", "test", "train", "training", "val", "validation"})
 
 

@@ -1,4 +1,4 @@
-"""Values of fields: JSON, also where a text spells it, without the nulls of tables; numbers; empty values."""
+"""Values of fields: JSON, also inside texts, without the nulls of tables; numbers; empty values."""
 
 import ast
 import json
@@ -16,7 +16,7 @@ NOT_UTF8 = "not UTF-8"
 
 
 def parse_json(content: bytes | str) -> Any:
-    """Parse JSON in UTF-8. Raises ValueError, which does not quote it: also if a key is there twice."""
+    """Parse JSON in UTF-8. Raises ValueError, also for a duplicate key, without quoting the JSON."""
     try:
         return _JSON.decode(content if isinstance(content, str) else content.decode("utf-8-sig"))
     except UnicodeDecodeError as fault:
@@ -28,7 +28,7 @@ def parse_json(content: bytes | str) -> Any:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise ValueError("an object has a key twice")
+        raise ValueError("an object has a duplicate key")
     return fields
 
 
@@ -36,7 +36,7 @@ _JSON = json.JSONDecoder(object_pairs_hook=_without_duplicates)
 
 
 def from_json(value: Any) -> Any:
-    """Return the list or object that a text spells in JSON, or as Python prints it; else `value`."""
+    """Return the list or object that a text holds as JSON, or as Python prints it; else `value`."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
@@ -69,13 +69,13 @@ def has_value(value: Any) -> bool:
 def finite_numbers(values: Iterable[Any]) -> tuple[float, ...]:
     """Return the values as finite numbers. Raises UnusableRecordError if any is not."""
     given = values if isinstance(values, Iterable) and not isinstance(values, str | Mapping) else ()
-    numbers = tuple(math.nan if isinstance(value, bool) else number_of(value) for value in given)
+    numbers = tuple(math.nan if isinstance(value, bool) else to_number(value) for value in given)
     if not numbers or not all(map(math.isfinite, numbers)):
-        raise UnusableRecordError("invalid_scores", "a score is missing or is no finite number")
+        raise UnusableRecordError("invalid_scores", "a score is missing, or is not a finite number")
     return numbers
 
 
-def number_of(value: Any) -> float:
+def to_number(value: Any) -> float:
     """Return a number, perhaps written as text; nan for anything else."""
     try:
         return float(value)

@@ -1,1 +1,1 @@
-"""Render a record as text by a chat template, and know where each part of the text begins."""
+"""Render a record as text by a chat template, and find where each part of the text begins."""

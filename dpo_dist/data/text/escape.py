@@ -1,4 +1,4 @@
-"""Escaped texts: control tokens that data spell stay text; their encoding as token ids."""
+"""Escaped texts: a control token's name inside data stays text when it is encoded as token ids."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ class Marks:
     """The control tokens of a tokenizer and its chat template, and the marks that stand for them."""
 
     def __init__(self, special: Collection[str], written_by_template: Collection[str]):
-        """Args: special tokens and tokens around turns; further added tokens that the template writes."""
+        """Args: special tokens and tokens around turns; other added tokens that the template writes."""
         self.tokens = sorted({*special, *written_by_template})  # the index of each is the number in its mark
         # Marked in any text; in an assistant turn, where the model itself writes the tags of thoughts and of
         # tool calls; in all other turns, in tools and in arguments.
@@ -57,7 +57,7 @@ class Marks:
         return (pattern or self.in_text).sub(lambda match: self._marks[match[0]], text)
 
     def mark_beside(self, value: Any, pattern: re.Pattern[str]) -> Any:
-        """Return a value with a mark beside each token of `pattern`: a template still finds the token.
+        """Return a value with a mark beside each token of `pattern`, where a template still finds the token.
 
         The mark follows a token at the start of a text, and precedes any other token.
         """
@@ -85,19 +85,19 @@ class Marks:
         return self._literal.sub(lambda match: self.tokens[int(match[1])], escaped)
 
     def with_aliases(self, escaped: str) -> tuple[str, list[_Piece]]:
-        """Return the text with its control tokens as aliases and spelled tokens as text; its pieces."""
+        """Return the text with aliases for control tokens, and with marked tokens as text; and its pieces."""
         parts, pieces = list[str](), list[_Piece]()
         length = done = 0
         for match in self._literal_or_token.finditer(escaped):
             before = escaped[done : match.start()]
-            replaced = self.tokens[int(match[1])] if match[1] else alias_of(match[0])
+            replaced = self.tokens[int(match[1])] if match[1] else token_alias(match[0])
             pieces += [(length, done, True), (length + len(before), match.start(), False)]
             parts += [before, replaced]
             length, done = length + len(before) + len(replaced), match.end()
         return "".join([*parts, escaped[done:]]), [*pieces, (length, done, True)]
 
 
-def alias_of(token: str) -> str:
+def token_alias(token: str) -> str:
     """Return the text that stands for a control token where the tokenizer encodes tokens as text."""
     return f"{RESERVED_CHARACTER}{token}{RESERVED_CHARACTER}"
 
@@ -176,7 +176,7 @@ _ANCHOR = f"{RESERVED_CHARACTER}anchor{RESERVED_CHARACTER}"
 
 @dataclass(eq=False)
 class EscapedEncoder:
-    """A tokenizer, and copies of it that encode spelled control tokens as text; a pattern of added tokens."""
+    """Encodes escaped texts: by the tokenizer, or by copies that encode marked control tokens as text."""
 
     _tokenizer: Tokenizer
     _marks: Marks
@@ -197,7 +197,7 @@ class EscapedEncoder:
         token across the boundary), the response is tokenised by itself. A token that starts before its
         response, with a space of the prompt, has a negative start.
         """
-        # From its last special token: later tokens do not depend on the text before it.
+        # Start at the last special token: later tokens do not depend on the text before.
         tail = prompt[max((match.start() for match in self._marks.in_text.finditer(prompt)), default=0) :]
         texts = [prompt, tail, *(tail + response for response in responses)]
         distinct = list(dict.fromkeys(texts))
@@ -214,7 +214,7 @@ class EscapedEncoder:
         return prompt_ids, encoded, not all(is_whole)
 
     def _encode_continuation(self, escaped: str, with_starts: bool) -> Encoded:
-        """Return the tokens of a response by itself: no space is added before it.
+        """Return the tokens of a response alone, without a space before the response.
 
         Text after an added token is encoded as usual, with a space if the tokenizer adds one.
         """
@@ -260,7 +260,7 @@ class EscapedEncoder:
         known = [tokenizers.AddedToken(_ANCHOR, normalized=False, special=False)]
         for token in self._marks.tokens:
             strip = {"lstrip": added[token].lstrip, "rstrip": added[token].rstrip} if token in added else {}
-            known.append(tokenizers.AddedToken(alias_of(token), normalized=False, special=False, **strip))
+            known.append(tokenizers.AddedToken(token_alias(token), normalized=False, special=False, **strip))
         changed.add_tokens(known)
         return changed
 
@@ -273,6 +273,6 @@ class EscapedEncoder:
     @cached_property
     def _real_ids(self) -> dict[int, int]:
         """Ids of special tokens by the ids of their aliases."""
-        alias_ids = self._literal_copy.convert_tokens_to_ids(list(map(alias_of, self._marks.tokens)))
+        alias_ids = self._literal_copy.convert_tokens_to_ids(list(map(token_alias, self._marks.tokens)))
         real_ids = self._tokenizer.convert_tokens_to_ids(self._marks.tokens)
         return dict(zip(alias_ids, real_ids, strict=True))

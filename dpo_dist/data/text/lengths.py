@@ -1,4 +1,4 @@
-"""How truncation cuts a prompt and its responses, and which limits keep the records that do not fit."""
+"""Truncation of a prompt and its responses; limits that would keep the records that do not fit."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dpo_dist.config.schema import DataConfig, Truncation
 
 Tokens: TypeAlias = npt.NDArray[np.int64]
-_STEP = 64  # suggested limits are multiples of it
+_STEP = 64  # suggested limits are its multiples
 
 
 def kept_tokens(prompt: Any, longest: Any, prefix: Any, limits: DataConfig) -> tuple[Tokens, Tokens]:
@@ -57,7 +57,7 @@ class SourceLengths:
     """The lengths of a source's records before they were cut, and the numbers of records."""
 
     lengths: Tokens  # [records that fit or would with other limits, 4]: prompt, longest response, BOS, needed
-    unusable: int  # records that no limits keep
+    unusable: int  # records that stay unusable with any limits
     max_dropped: float  # most records that may be dropped
 
     def kept(self, limits: DataConfig) -> int:
@@ -72,7 +72,7 @@ class SourceLengths:
 
 
 def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig) -> str:
-    """Return settings with which the data of all sources can be used, in words; empty if there are none."""
+    """Return settings that make the data of all sources usable, as text; empty if there are none."""
     lengths = np.concatenate([source.lengths for source in sources])
     whole, records = lengths[:, :2].sum(axis=1), len(lengths) + sum(source.unusable for source in sources)
     longest = int(whole.max(initial=1))

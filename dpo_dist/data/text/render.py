@@ -45,7 +45,7 @@ class RenderedRecord:
 
 
 def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig) -> RenderedRecord:
-    """Render a record: messages, and dialogues if the tokenizer has a chat template, by that template."""
+    """Render a record, by the chat template if it has messages, or a dialogue and there is a template."""
     prompt, responses = record.prompt, record.responses
     texts = tuple(response for response in responses if isinstance(response, str))
     is_text = len(texts) == len(responses)
@@ -129,7 +129,7 @@ def _by_template(
         changes.add("content_not_rendered")
     # Calls have these names too, in a template that does not read `tools`.
     is_read = re.search(r"\btools\b", chat.template) is not None
-    written = _names_of(record.tools)
+    written = _tool_names(record.tools)
     if record.tools and not (is_read and all(name in text for name in written for text in spelled)):
         changes.add("tools_not_rendered")
     if any(facts.has_turns(turn.content) for turns in (messages, *responses) for turn in turns):
@@ -138,19 +138,19 @@ def _by_template(
 
 
 def _is_written(text: str, turns: Messages, tools: Iterable[Fields]) -> bool:
-    """Return whether a rendered text has the contents of all turns, the last thought, and names of tools.
+    """Return whether a rendered text has all turns' contents, the last thought and the names of tools.
 
-    Thoughts of earlier turns, and a content with a thought, are the template's to keep or change.
+    A template may leave out or change earlier thoughts and contents with a thought.
     """
     parts = [turn.content for turn in turns if _CLOSE not in turn.content]
-    parts += filter(None, [thought_of(turns[-1])])
-    parts += [*_names_of(tools), *_called(turns)]
+    parts += filter(None, [message_thought(turns[-1])])
+    parts += [*_tool_names(tools), *_called(turns)]
     return all(
         part.strip() in text or json.dumps(part.strip(), ensure_ascii=False)[1:-1] in text for part in parts
     )
 
 
-def _names_of(tools: Iterable[Fields]) -> list[str]:
+def _tool_names(tools: Iterable[Fields]) -> list[str]:
     return [tool["function"]["name"] for tool in tools if "name" in tool.get("function", ())]
 
 
@@ -158,7 +158,7 @@ def _called(turns: Messages) -> list[str]:
     return [call["function"]["name"] for turn in turns for call in turn.fields.get(CALLS, ())]
 
 
-def thought_of(message: Message) -> str | None:
+def message_thought(message: Message) -> str | None:
     """Return the thought that a field of a message has."""
     thoughts = (message.fields.get(name) for name in THOUGHT_FIELDS)
     return next((thought for thought in thoughts if thought and isinstance(thought, str)), None)
@@ -206,7 +206,7 @@ class _Conversation:
     def _is_counted(self, turn: Message, text: str) -> bool:
         """Return whether the loss counts a turn, rendered as `text`.
 
-        Raises UnusableRecordError: it does, and the template writes nothing of its calls or its thought.
+        Raises UnusableRecordError: the loss counts the turn, but the template leaves out its call or thought.
         """
         is_counted = turn.role in self.config.trained_roles if turn.is_trained is None else turn.is_trained
         has_more = turn.role == "assistant" and (turn.fields or _CLOSE in turn.content)
@@ -216,7 +216,7 @@ class _Conversation:
         return is_counted
 
     def _ends_thoughts_by_itself(self) -> bool:
-        """Return whether the template ends a thought in the prompt without an argument that asks for it."""
+        """Return whether the template ends a thought in the prompt even if no argument asks for that."""
         tools = {name: value for name, value in self.context[0].items() if name == "tools"}
         prompt = self.chat.render(self.prompt, self.chat.data(tools), generation=True)
         return prompt.rstrip().endswith(_CLOSE)
@@ -224,7 +224,7 @@ class _Conversation:
     def _following(self, messages: Sequence[Message], prompt: str) -> list[str | None]:
         """Return the text of each response after the rendered `prompt`, up to its end of turn.
 
-        Includes text that the template adds to a response (a leading space, an empty thought). None if the
+        The text includes what the template adds (a leading space, an empty thought). None if the
         template renders the prompt differently when a response follows.
         """
         turns = map(self.chat.turn, messages)
@@ -235,7 +235,7 @@ class _Conversation:
         ]
 
     def _after(self, messages: Sequence[Message], prompt: str) -> tuple[list[str], bool]:
-        """Return the text of each response, and whether all follow the prompt as it is."""
+        """Return the text of each response, and whether the prompt is unchanged before all of them."""
         texts = self._following(messages, prompt)
         pairs = zip(texts, messages, strict=True)
         return [self._alone(message) if text is None else text for text, message in pairs], None not in texts
@@ -271,7 +271,7 @@ class _Conversation:
     ) -> tuple[str, list[str], set[str]]:
         """Return a prompt that opens a thought, its responses and changes.
 
-        Each response ends the thought and none opens it again; else the prompt does not open it.
+        Each response then ends the thought and none opens it again; else the returned prompt opens none.
         """
         texts = [text or "" for text in self._following(messages, prompt)]
         if all(_CLOSE in text and not text.lstrip().startswith(_OPEN) for text in texts):
@@ -289,7 +289,7 @@ class _Conversation:
         ended = [
             self._ended(message, message.content, closed)
             if _CLOSE in message.content
-            and not _has_thought_of(self.facts.marks.spell(whole), message.content)
+            and not _has_only_thought(self.facts.marks.spell(whole), message.content)
             else whole
             for message, whole in zip(spelled, rendered, strict=True)
         ]
@@ -303,7 +303,7 @@ class _Conversation:
         return starts.pop() if len(starts) == 1 else ""
 
     def _ended(self, message: Message, content: str, prompt: str) -> str:
-        """Return a content with its thought and an end of turn; tool calls as the template writes them."""
+        """Return a content with its thought and end of turn; the template writes the tool calls."""
         marks = self.facts.marks
         if not message.fields.get(CALLS):
             return marks.escape(content, marks.in_response) + self.facts.end_of_turn
@@ -313,7 +313,7 @@ class _Conversation:
         return marks.escape(thought, marks.in_response) + separator + rendered.lstrip()
 
     def _render_turns(self, responses: Sequence[Messages]) -> RenderedRecord:
-        """Render responses of several turns, after the prompt as it is in the whole conversation."""
+        """Render responses of several turns; the prompt is the start of the whole conversation."""
         parts = [self._whole_conversation(response) for response in responses]
         prompts = [text[:start] for text, start, _ in parts]
         prompt, start, changes = prompts[0], len(prompts[0]), set[str]()
@@ -390,14 +390,14 @@ def _split_thought(content: str) -> tuple[str, str]:
 
 
 def _within_thought(content: str, prompt: str) -> str:
-    """Return a content without the opening of a thought that its prompt has already opened."""
+    """Return a content without its opening tag of a thought, which the prompt already has."""
     start = content.lstrip()
     if not start.startswith(_OPEN):
         return content
     return start.removeprefix(_OPEN).removeprefix(prompt.rpartition(_OPEN)[2])
 
 
-def _has_thought_of(rendered: str, content: str) -> bool:
+def _has_only_thought(rendered: str, content: str) -> bool:
     """Return whether a rendered response has the thought of a content, and no other."""
     thought = _split_thought(content)[0].removesuffix(_CLOSE).rpartition(_OPEN)[2].strip()
     return rendered.count(_CLOSE) == 1 and thought in rendered
@@ -405,7 +405,7 @@ def _has_thought_of(rendered: str, content: str) -> bool:
 
 def _with_spelled_thought(message: Message) -> Message:
     """Return a message with its thought, if a field has one, spelled in its content."""
-    thought = thought_of(message)
+    thought = message_thought(message)
     if thought is None or _CLOSE in message.content:
         return message
     fields = {name: part for name, part in message.fields.items() if name not in THOUGHT_FIELDS}

@@ -32,7 +32,7 @@ _PROBE_CALL = {"type": "function", "id": "probe1234", "function": {"name": "prob
 
 
 def pin_clock(template: str, day: str) -> str:
-    """Return the template with the date `day` (ISO 8601) for its calls of a clock with a literal format."""
+    """Return the template with `day` (ISO 8601) in place of its calls of a clock with a literal format."""
     moment = datetime.fromisoformat(day)
     return _CLOCK_CALL.sub(lambda match: json.dumps(moment.strftime(match[2])), template)
 
@@ -107,7 +107,7 @@ def with_chosen_template(tokenizer: Tokenizer, choice: str) -> Tokenizer:
     """Return a copy of a tokenizer with only the template of `data.chat_template`, to save with a model."""
     changed, stored = copy(tokenizer), tokenizer.chat_template
     chosen = chosen_template(tokenizer, choice)
-    # By its name, too: the same configuration continues from the saved model.
+    # Also by its name: else the same configuration would not find the template in the saved model.
     is_named = isinstance(stored, dict) and choice in stored
     changed.chat_template = {"default": chosen, choice: chosen} if is_named else chosen
     return changed
@@ -129,7 +129,7 @@ def turn_tokens(tokenizer: Tokenizer, chat_template: str | None) -> set[str]:
 def roles_in_parts(tokenizer: Tokenizer, chat_template: str) -> frozenset[str]:
     """Return the roles, of user and assistant, whose content a template reads as a list of parts only.
 
-    Those of some models that read images are so, and write nothing of a content that is a text.
+    Templates of some image models do, and leave out a content that is a plain text.
     """
     for roles in ((), ("assistant",), ("user",), ("user", "assistant")):
         rendered = _probed(tokenizer, chat_template, _PROBES, roles)
@@ -151,7 +151,7 @@ def _probed(
     options: Any = {"tokenize": False, "add_generation_prompt": generation}
     try:
         return str(tokenizer.apply_chat_template(turns, chat_template=template, **options))
-    except Exception:  # what its expressions raise, too; every record is rendered again
+    except Exception:  # a template can raise anything; each record is rendered again, with its error
         return ""
 
 
@@ -244,7 +244,7 @@ _TEXTS = frozenset({"content", "reasoning_content", "thinking", "reasoning"})
 
 
 class ChatRenderer:
-    """A chat template, whose properties are found by rendering probes."""
+    """Renders conversations by a chat template; probes find the template's properties."""
 
     def __init__(self, tokenizer: Tokenizer, template: str, marks: Marks):
         self._tokenizer = tokenizer
@@ -252,31 +252,31 @@ class ChatRenderer:
         self._marks, self._in_parts = marks, roles_in_parts(tokenizer, template)
 
     def turn(self, message: Message) -> Forms:
-        """Return a message as the template gets it."""
+        """Return a message in the template's form."""
         plain = {"role": message.role, "content": message.content, **message.fields}
         fields = in_form(plain, self._in_parts)
         if (calls := fields.get("tool_calls")) and not self._takes_objects:
             fields["tool_calls"] = [_with_text_arguments(call) for call in calls]
         if message.role != "assistant":
             return self.data(fields)
-        # Calls and names are no text of the model: a template writes the tags around them.
+        # The model does not write the tags around calls and names as text: the template does.
         marks = self._marks
         patterns = ((name, marks.in_response if name in _TEXTS else marks.anywhere) for name in fields)
         return fields, {name: marks.mark_beside(fields[name], pattern) for name, pattern in patterns}
 
     def data(self, values: Fields) -> Forms:
-        """Return tools or arguments as the template gets them."""
+        """Return tools or arguments in the template's form."""
         return values, self._marks.mark_beside(values, self._marks.anywhere)
 
     def render(self, turns: Turns, context: Forms = NO_CONTEXT, *, generation: bool = False) -> str:
         """Render a conversation, escaped; `context` are tools and arguments of the template, of `data`.
 
-        Raises UnusableRecordError: the template rejects it, or marks would change the template's decisions.
+        Raises UnusableRecordError: the template rejects the turns, or marks would change its output.
         """
         return self._render(self.template, turns, context, generation)
 
     def trace(self, turns: Turns, context: Forms = NO_CONTEXT, *, generation: bool = False) -> Trace:
-        """Render a conversation as `render`, with the position of each turn."""
+        """Render a conversation like `render`, with the position of each turn."""
         text = self.render(turns, context, generation=generation)
         marks = ({_START: _mark("start", index), _END: _mark("end", index)} for index in range(len(turns)))
         numbered = [[{**form, **both} for form in turn] for turn, both in zip(turns, marks, strict=True)]
@@ -309,7 +309,7 @@ class ChatRenderer:
         return self._probed(*_PROBES, _PROBES[0]).rpartition(_PROBE)[2]
 
     @cached_property
-    def called(self) -> str:
+    def after_call(self) -> str:
         """The output of the template after the prompt for a call of a tool; "" if it rejects calls."""
         call = _PROBE_CALL if self._takes_objects else _with_text_arguments(_PROBE_CALL)
         return self._answered(_NOTHING | {"tool_calls": [call]})

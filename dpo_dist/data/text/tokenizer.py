@@ -1,4 +1,4 @@
-"""Facts about a tokenizer and its chat template, probed once: how texts begin and end, marks of turns."""
+"""Facts about a tokenizer and its chat template, probed once: starts and ends of texts and turns."""
 
 import re
 from functools import cached_property, lru_cache
@@ -65,7 +65,7 @@ class TokenizerFacts:
     @property
     def stops(self) -> set[str]:
         """The tokens that end a generated response: the last ones of a text, a turn and a call."""
-        ends = [self.end_of_turn, self.until_end(self.chat.called if self.chat is not None else "")]
+        ends = [self.end_of_turn, self.until_end(self.chat.after_call if self.chat is not None else "")]
         last = (list(self._special.finditer(end))[-1].group() for end in ends)
         return {*last, *filter(None, [self.tokenizer.eos_token])}
 
@@ -98,7 +98,7 @@ class TokenizerFacts:
         return response, end
 
     def until_end(self, rendered: str) -> str:
-        """Return a rendered assistant turn up to its end of turn, which is added if it has none."""
+        """Return a rendered assistant turn up to its end of turn, which is added if it is missing."""
         after = "" if self.chat is None else self.chat.after_response
         ending = self.end_of_turn
         # Phi-3's template writes an end of text after the last turn, which may be the same token.
@@ -112,7 +112,7 @@ class TokenizerFacts:
         return rendered.removesuffix(after) + ending
 
     def is_blank(self, turn: str) -> bool:
-        """Return whether a rendered turn has nothing but what the template writes around a content."""
+        """Return whether a rendered turn has only the text that the template writes around a content."""
         assert self.chat is not None
         text, blank = ("".join(self._unspoken.sub("", part).split()) for part in (turn, self.chat.empty_turn))
         return text in ("", blank)
@@ -120,7 +120,7 @@ class TokenizerFacts:
     def end_of_rendered(self, turn: str, after: str) -> int:
         """Return the position after the special token that ends a rendered turn.
 
-        In some templates (GLM) the token that starts the text `after` it ends the turn; else the turn's end.
+        In some templates (GLM) the token that starts the following text, `after`, ends the turn.
         """
         following = self._special.match(after)
         return self._final_special(turn) or len(turn) + (following.end() if following else 0)
@@ -135,7 +135,7 @@ class TokenizerFacts:
         return max((match.end() for match in self._special.finditer(escaped)), default=0)
 
     def with_prefix(self, ids: list[int]) -> tuple[list[int], int]:
-        """Return `ids` with the tokenizer's prefix exactly once, and how many of them truncation keeps."""
+        """Return `ids` with the tokenizer's prefix exactly once, and the length of the prefix, never cut."""
         if ids[: len(self.prefix_ids)] != self.prefix_ids:
             return self.prefix_ids + ids, len(self.prefix_ids)
         starts_with_bos = ids[:1] == [self.tokenizer.bos_token_id]
@@ -149,7 +149,7 @@ _DEFAULTS = DataConfig()
 def tokenizer_facts(
     tokenizer: Tokenizer, config: DataConfig = _DEFAULTS, *, with_tools: bool = False
 ) -> TokenizerFacts:
-    """Return the properties of `tokenizer`, probed once for each chat template.
+    """Return the facts about `tokenizer`, probed once for each chat template.
 
     Some tokenizers have a separate template for records `with_tools`. Raises ConfigError:
     `data.chat_template` is neither a file nor the name of a template.

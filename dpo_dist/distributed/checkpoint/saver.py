@@ -37,7 +37,7 @@ from dpo_dist.config.run_folder import (
     best_checkpoint,
     checkpoint_folders,
     checkpoint_name,
-    step_of,
+    checkpoint_step,
 )
 from dpo_dist.distributed.checkpoint.slices import (
     SHARDS,
@@ -385,7 +385,7 @@ class CheckpointSaver:
             commit_folder(pending.temporary, pending.folder)
         self._name(pending.folder)
         note_progress(str(pending.folder))
-        self._committed(step_of(pending.folder.name) or 0)
+        self._committed(checkpoint_step(pending.folder.name) or 0)
         self._delete_old(pending.folder)  # some file systems need minutes for files of terabytes
 
     def _name(self, folder: Path) -> None:
@@ -400,7 +400,7 @@ class CheckpointSaver:
         """Delete all checkpoints but `committed`, the best, and the newest that are not damaged."""
         others = [folder for folder in checkpoint_folders(self._root) if folder != committed]
         intact = [folder for folder in others if folder not in self._damaged]
-        best = [folder for folder in intact if step_of(folder.name) == self._best_step]
+        best = [folder for folder in intact if checkpoint_step(folder.name) == self._best_step]
         for folder in set(others) - {*intact[: self._keep_last - 1], *best}:
             shutil.rmtree(folder, ignore_errors=True)
         self._damaged.clear()
@@ -461,7 +461,7 @@ def remove_unfinished(root: Path) -> None:
     """
     for left in sorted(filter(is_temporary, root.glob("*"))):
         final = final_name(left)
-        if step_of(final.name) is None and final.name not in (_LATEST, BEST_FILE):
+        if checkpoint_step(final.name) is None and final.name not in (_LATEST, BEST_FILE):
             continue
         recover_folder(final)
         if left.is_dir():

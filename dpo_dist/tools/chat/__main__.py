@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
-from dpo_dist.config.run_folder import without_key
+from dpo_dist.config.run_folder import strip_key
 from dpo_dist.foundation.console import warnings_off
 from dpo_dist.foundation.errors import ConfigError, ExitCode
 from dpo_dist.foundation.exit import Arguments, exit_after
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--max-new-tokens is at least 1, not {options.max_new_tokens}")
     if not 0 <= (options.temperature or 0) < math.inf:
         parser.error(f"--temperature is a number of at least 0, not {options.temperature}")
-    location = locate_model(without_key(options.model), "RUN")
+    location = locate_model(strip_key(options.model), "RUN")
     beside = options.beside if options.beside in (None, "base") else locate_model(options.beside, "--beside")
     os.environ.setdefault("TQDM_DISABLE", "1")
     sampling = {"do_sample": bool(options.temperature)} if options.temperature is not None else {}

@@ -13,8 +13,8 @@ import yaml
 
 from dpo_dist.config.compose import parse_overrides
 from dpo_dist.config.keys import as_written, run_keys
-from dpo_dist.config.mistakes import answers_to, equivalents, fits
-from dpo_dist.config.rules import keys_of
+from dpo_dist.config.mistakes import equivalents, find_advice, fits
+from dpo_dist.config.rules import verb_keys
 from dpo_dist.tools.convert.reading import ForeignRun
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -88,8 +88,8 @@ class Translation:
     def translate(self, key: str, value: Any) -> None:
         """Set our keys for a key of theirs, as names.yaml says, or comment why it is left out."""
         text, name = as_written(value), "optimizer" if key == "optim" else key
-        exact, general = answers_to(name, text), equivalents(name, "answers")
-        known = [] if general else [ours for ours in keys_of("train") if "." in ours]
+        exact, general = find_advice(name, text), equivalents(name, "advice")
+        known = [] if general else [ours for ours in verb_keys("train") if "." in ours]
         unsectioned = [ours for ours in known if name in (ours, ours.rpartition(".")[2])]
         targets = [_KEYS.get(target, target) for target in equivalents(name, "keys") or unsectioned]
         words = [

@@ -8,7 +8,7 @@ import yaml
 
 from dpo_dist.config.keys import as_written, run_keys
 from dpo_dist.config.losses import LossKind, kinds_using
-from dpo_dist.config.mistakes import SCHEMA, answers_to, as_tree, equivalents, fits
+from dpo_dist.config.mistakes import SCHEMA, as_tree, equivalents, find_advice, fits
 from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
@@ -73,7 +73,7 @@ def _method(run: Translation) -> str:
     kinds, weights = as_list(kinds), as_list(run.take("loss_weights", "dpo_loss_weights"))
     words = [(kind, *equivalents(str(kind), "values")) for kind in kinds]
     known = [next((word for word in forms if fits("loss.kind", word)), None) for forms in words]
-    answers = answers_to("loss_type", as_written(kinds[0])) if len(kinds) == 1 else []
+    answers = find_advice("loss_type", as_written(kinds[0])) if len(kinds) == 1 else []
     if None in known and not any(answer.startswith("write ") for answer in answers):
         remedy = f"train it with {run.trainer}, or write the loss as a function: docs/python.md"
         got = as_written(kinds[known.index(None)])
@@ -293,7 +293,7 @@ def _obey_rules(run: Translation, defaults: list[str]) -> None:
     """Leave out keys that the rules between keys refuse, with the rule's reason."""
     while True:
         config = resolve_reference(SCHEMA.validate_python(as_tree(run.values)))
-        errors = [rule.error(config) for rule in rules_of("train") if rule.broken(config)]
+        errors = [rule.error(config) for rule in rules_of("train") if rule.is_broken(config)]
         refused = {key: error.message for error in errors for key in error.where.split(", ")}
         ours = [key for key in (*run.origins, *defaults) if key in run.values]
         if not (wrong := [key for key in refused if key in ours]):

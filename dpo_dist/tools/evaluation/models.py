@@ -105,7 +105,7 @@ def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objecti
             revision=commit,
         )
         console.result("results", {"model": entry.path, **results}, evaluation_table(results))
-        run.say(f"evaluation: {folder.evaluation.results}   also in {folder.evaluation_of(name).path}")
+        run.say(f"evaluation: {folder.evaluation.results}   also in {folder.named_evaluation(name).path}")
         return results
 
     with console.heartbeat("reading the prompts of its training, computing intervals, writing the scores"):

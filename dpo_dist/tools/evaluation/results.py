@@ -101,7 +101,7 @@ def results(
     divided = {f"{name}/{label}" for name in plan.pair_metric_names for label in plan.labels}
     by_name[ALL] |= {f"eval_{name}": value for name, value in means.items() if name not in divided}
     for label, members in labels.items():
-        selected = PairValues.of({name: column[members] for name, column in values.named.items()})
+        selected = PairValues.from_columns({name: column[members] for name, column in values.by_name.items()})
         suffix = f"/{label}" if plan.labels else ""
         by_name[results_name(label)] = _group_results(selected, prompts[members], plan, seed) | {
             f"eval_{metric}": means[metric + suffix]
@@ -149,7 +149,7 @@ def _group_results(
 
 def labelled_columns(values: PairValues) -> dict[str, npt.NDArray[Any]]:
     """Return the columns of labelled records: values of the one response, and whether it is good."""
-    is_good, named = values.tokens_chosen > 0, values.named
+    is_good, named = values.tokens_chosen > 0, values.by_name
     names = {"reward": "reward", "logp": "logp", "reference": "reference_logp", "tokens": "tokens"}
     sides = {
         title: np.where(is_good, named[f"{name}_chosen"], named[f"{name}_rejected"])
@@ -167,7 +167,7 @@ def write_scores(
     of both sides. Values that do not exist, such as a reference's if there is none, are null.
     """
     labels = np.repeat(dataset.source_labels, dataset.source_pairs).tolist()
-    named = {name.replace("reference_", "reference_logp_"): each for name, each in values.named.items()}
+    named = {name.replace("reference_", "reference_logp_"): each for name, each in values.by_name.items()}
     columns = {
         name: column.astype(int) if name.startswith("tokens") else column
         for name, column in (labelled_columns(values) if is_unpaired else named).items()
@@ -249,7 +249,7 @@ def write_evaluation(
         "prompts_also_in_train": dataset.counts.get("prompts_also_in_train"),
         "sources": [{"label": source["label"], "path": source["path"]} for source in sources],
     }
-    named, newest = run.evaluation_of(name), run.evaluation
+    named, newest = run.named_evaluation(name), run.evaluation
     for written in (named.path, newest.path):
         files.collect_abandoned(written)
     files.write_json(named.evaluated, evaluated)

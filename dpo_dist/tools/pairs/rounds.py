@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, TypeAlias
 
 from dpo_dist.config.command_line import command_of
-from dpo_dist.config.fields import fields_of
+from dpo_dist.config.fields import schema_fields
 from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.rules import value_at
@@ -46,8 +46,8 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
         return
     before, now = from_yaml(file.read_text(encoding="utf-8")), from_yaml(to_yaml(config))  # without secrets
     changed = differing_keys(before.identity, now.identity)
-    keys = {f"pairs.{name}" for name in fields_of(PairsConfig)} - {"pairs.rounds", "pairs.launcher"}
-    for key in {*keys, *(f"sampling.{name}" for name in fields_of(SamplingConfig))}:
+    keys = {f"pairs.{name}" for name in schema_fields(PairsConfig)} - {"pairs.rounds", "pairs.launcher"}
+    for key in {*keys, *(f"sampling.{name}" for name in schema_fields(SamplingConfig))}:
         old, new = plain(value_at(before, key)), plain(value_at(now, key))
         changed |= {key: (old, new)} if old != new else {}
     if changed:

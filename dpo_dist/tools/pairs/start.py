@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from dpo_dist.config.fields import fields_of
+from dpo_dist.config.fields import schema_fields
 from dpo_dist.config.rules import Rule, check_needs, check_rules, unused
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig, SourceConfig
@@ -32,7 +32,7 @@ _EFFECTS = {
 _NO_ROUNDS = "rounds cannot be done with this setting"
 _RULES = (
     *(unused(f"pairs.{name}", unless) for unless, names in _EFFECTS.items() for name in names.split()),
-    *(unused(f"sampling.{name}", _RESPONDS) for name in fields_of(SamplingConfig)),
+    *(unused(f"sampling.{name}", _RESPONDS) for name in schema_fields(SamplingConfig)),
     *ENDPOINT_RULES,
     Rule(
         "run.resume!=auto",

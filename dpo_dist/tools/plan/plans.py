@@ -209,7 +209,7 @@ def _suggest(found: Estimate, causal_lm: Any) -> str | None:
     @cache  # composing takes longer than the estimate
     def composed(words: str) -> RunConfig:
         overrides = [*words.split(), f"{key}=full", "trainer.micro_batch_tokens=auto"]
-        return load_run_config(overrides, former=former)
+        return load_run_config(overrides, saved=former)
 
     for words, layers in (*_ALTERNATIVES, *quantized):
         try:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_dist.config.run_folder import existing_run, without_key
+from dpo_dist.config.run_folder import existing_run, strip_key
 from dpo_dist.foundation.errors import ConfigError, ExitCode
 from dpo_dist.foundation.exit import Arguments, exit_after
 from dpo_dist.foundation.files import collect_abandoned
@@ -15,7 +15,7 @@ from dpo_dist.training.reporting.metrics_log import read_latest_rows
 
 
 def _run(text: str) -> Path:
-    return Path(without_key(text)).expanduser()
+    return Path(strip_key(text)).expanduser()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -184,7 +184,7 @@ def run_card(
     folder, evaluation, card = RunFolder.of(config), {}, ""
     with warn_on_bug("the model card", say):
         run_verdict = verdict(rows, summary, data_findings(folder))
-        results = folder.evaluation_of(LAST_EVALUATION).results
+        results = folder.named_evaluation(LAST_EVALUATION).results
         if is_evaluated and results.is_file():
             evaluation = json.loads(results.read_text(encoding="utf-8"))
         summary_with_verdict = {**summary, "verdict": run_verdict.as_dict()}

@@ -73,7 +73,7 @@ class RunRecorder:
                 seed=seed,
             )
             if not loss.is_one_sided:
-                file, is_unpaired = folder.evaluation_of(LAST_EVALUATION).worst, loss.is_unpaired
+                file, is_unpaired = folder.named_evaluation(LAST_EVALUATION).worst, loss.is_unpaired
                 write_worst(file, values, dataset, inputs.tokenizer, is_unpaired=is_unpaired)
 
     def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:

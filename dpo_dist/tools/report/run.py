@@ -62,7 +62,7 @@ class PageFacts:
         self.summary = {**final_and_best(rows), **summary}
         self.run = RunFacts(rows, self.summary, self.doctor.get("findings") or [])
         self.by_source = metrics_by_source(rows)
-        evaluation = _fields(folder.evaluation_of(LAST_EVALUATION).results)
+        evaluation = _fields(folder.named_evaluation(LAST_EVALUATION).results)
         # After a resume that stopped early, the file is of an earlier evaluation than the rows.
         last = self.run.evaluations[-1] if self.run.evaluations else {}
         loss = (evaluation.get("all") or {}).get("eval_loss")
@@ -107,7 +107,7 @@ def write_page(folder: RunFolder, output: Path | None = None) -> Path:
         "samples": samples_section(folder),
         "curves": charts(run.rows, run.noise(run.steps)),
         "accuracy": _by_source(facts),
-        "worst": worst_pairs(folder.evaluation_of(LAST_EVALUATION).worst) if facts.evaluation else [],
+        "worst": worst_pairs(folder.named_evaluation(LAST_EVALUATION).worst) if facts.evaluation else [],
         "data": [_records(parts[name], counts) for name, counts in facts.section("data").items() if counts],
         "doctor": facts.doctor.get("findings") or [],
         "is_examined": bool(facts.doctor),

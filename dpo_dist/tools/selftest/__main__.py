@@ -27,7 +27,7 @@ from dpo_dist.foundation.errors import ExitCode, first_line
 from dpo_dist.foundation.exit import Arguments, exit_after
 from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.process import LAUNCHER_PREFIXES, WORLD_VARIABLES
-from dpo_dist.foundation.streams import output_of_objects, print_line, reserve_output
+from dpo_dist.foundation.streams import json_stream, print_line, reserve_output
 from dpo_dist.tools.selftest.checks import Check, failed_check
 from dpo_dist.tools.selftest.devices import (
     check_attention,
@@ -76,12 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="selftest-", dir=output.parent) as folder:
             for check in _checks(Path(folder), options.quick):
-                print_line(f"{check.outcome:<8}  {check.name:<40}  {check.seen}", output_of_objects())
+                print_line(f"{check.outcome:<8}  {check.name:<40}  {check.seen}", json_stream())
                 checks.append(check)
         code, verdict = _verdict(checks)
     finally:
         seconds = time.monotonic() - began
-        print_line(f"verdict: {verdict} ({seconds:.0f} s; {options.output})", output_of_objects())
+        print_line(f"verdict: {verdict} ({seconds:.0f} s; {options.output})", json_stream())
         content |= {"seconds": seconds, "verdict": verdict, "checks": [check._asdict() for check in checks]}
         output.write_text(json.dumps(for_json(content), indent=1) + "\n", encoding="utf-8")
     return code

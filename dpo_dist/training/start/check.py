@@ -25,7 +25,7 @@ from dpo_dist.config.schema import (
 from dpo_dist.data.counts import check_counts, counts_in_one_line, named_in_one_line, read_in_words
 from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
-from dpo_dist.data.encoded.store import counts_of, dataset_columns, lengths_of
+from dpo_dist.data.encoded.store import dataset_columns, read_counts, read_lengths
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord
@@ -133,8 +133,8 @@ def _first_records(
     source = pin_source(source)
     records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
     table = pa.Table.from_batches([encode_records(records[:_FIRST_RECORDS], data, tokenizer)])
-    counts, has_more = counts_of(table), len(records) > _FIRST_RECORDS
-    lengths = [lengths_of(table, counts, data)]
+    counts, has_more = read_counts(table), len(records) > _FIRST_RECORDS
+    lengths = [read_lengths(table, counts, data)]
     check_counts(counts, f"{key}: {source.path}", data, of_first=has_more, lengths=lengths)
     dataset = PreferenceDataset(
         fingerprint="",

@@ -14,10 +14,10 @@ from dpo_dist.config.run_folder import (
     RunFolder,
     best_checkpoint,
     checkpoint_folders,
+    checkpoint_step,
     existing_run,
     is_checkpoint,
-    step_of,
-    without_model,
+    no_model_error,
 )
 from dpo_dist.config.schema import FinalModel, ModelConfig, ReferenceMode, RunConfig
 from dpo_dist.config.user_code import METRICS_FUNCTION, find_function
@@ -42,7 +42,7 @@ def locate_model(path: str, key: str) -> str:
     run = RunFolder(folder)
     if run.config.is_file() and not (folder / "config.json").is_file():
         if not run.model.is_dir():
-            raise without_model(run, key, "let the run complete")
+            raise no_model_error(run, key, "let the run complete")
         folder = run.model
     elif is_checkpoint(folder):
         return str(folder)
@@ -56,7 +56,7 @@ def short_name(path: str) -> str:
     parts = [part for part in Path(path).expanduser().resolve().parts if part not in _USUAL_NAMES]
     if not Path(path).expanduser().exists():  # a hub name
         return path.rpartition("/")[2]
-    return "/".join(parts[-2:]) if step_of(parts[-1]) is not None else parts[-1]
+    return "/".join(parts[-2:]) if checkpoint_step(parts[-1]) is not None else parts[-1]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def find_evaluated(config: RunConfig) -> tuple[RunConfig, list[EvaluatedModel]]:
 def _evaluated(named: str | None, run: RunFolder) -> EvaluatedModel:
     if named is None and not run.model.is_dir():
         pairs = "its name depends on data.eval: name other pairs by evaluation.data"
-        raise without_model(run, EVALUATION_MODEL_KEY, f"set run.dir to a complete run ({pairs})")
+        raise no_model_error(run, EVALUATION_MODEL_KEY, f"set run.dir to a complete run ({pairs})")
     path = locate_model(str(run.model) if named is None else named, EVALUATION_MODEL_KEY)
     return EvaluatedModel(path, is_checkpoint(Path(path)))
 
@@ -151,8 +151,8 @@ def _checkpoint(run: RunFolder, given: str | None, final: FinalModel) -> Path:
     takes_best = final is FinalModel.best and best is not None
     named = given or ("best" if takes_best else "latest")
     name = {"best": best, "latest": folders[0].name if folders else None}.get(named) or named
-    step = step_of(name)
-    folder = next((path for path in folders if step_of(path.name) == step), None)
+    step = checkpoint_step(name)
+    folder = next((path for path in folders if checkpoint_step(path.name) == step), None)
     if folder is None:
         raise ConfigError(
             "this run does not have this checkpoint",

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dpo_dist.config.metrics import PREFIX
-from dpo_dist.config.rules import direction_of
+from dpo_dist.config.rules import best_direction
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction, TrainerConfig
 from dpo_dist.data.records import Origin
@@ -70,7 +70,7 @@ def best_after(
         best = None
     if metric is None or step == 0 or not math.isfinite(row.get(metric, math.nan)):
         return best
-    sign = 1 if direction_of(trainer) is Direction.highest else -1
+    sign = 1 if best_direction(trainer) is Direction.highest else -1
     is_better = best is None or sign * row[metric] > sign * best.value
     return BestCheckpoint(metric, step, row[metric]) if is_better else best
 

@@ -353,7 +353,7 @@ def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, worl
     counted = sums.values if world.leads else torch.zeros_like(sums.values)
     total = world.sum(torch.cat((counted, cast)))
     *reduced, norm = torch.cat((total, grad_norm.double().view(1))).tolist()
-    by_metric, counts = sums.named(reduced)
+    by_metric, counts = sums.by_name(reduced)
     ranks = [round(vote) for vote in reduced[len(sums.values) :]]
     return StepTotals(by_metric, counts, metric_means(by_metric, counts), ranks, norm)
 
@@ -397,4 +397,4 @@ def evaluate(
     rewards = [(part["reward_chosen"] + part["reward_rejected"])[None] for part in values]
     sums = _with_label_metrics(sums, rewards, rank_batch, facts, world)
     means = MetricSums(sums.names, world.sum_replicas(sums.values)).means()
-    return means, PairValues.of(dict(zip(values[0], table, strict=True)))
+    return means, PairValues.from_columns(dict(zip(values[0], table, strict=True)))

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from dpo_dist.config.command_line import divide
+from dpo_dist.config.command_line import split_words
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
@@ -13,7 +13,7 @@ RUN = ["model.path=m", "data.train=[a.jsonl]"]
 
 
 def configured(typed: str = "", *, verb: str = "", run: list[str] = RUN) -> RunConfig:
-    arguments = divide([*run, *shlex.split(typed)])
+    arguments = split_words([*run, *shlex.split(typed)])
     return load_run_config(arguments.words, arguments.config_dir, verb=verb, mistakes=arguments.mistakes)
 
 

@@ -17,7 +17,7 @@ import dpo_dist.__main__
 from dpo_dist.config.command_line import explain, run_verb, usage
 from dpo_dist.config.keys import all_keys, group_folders, section_meanings
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.rules import keys_of
+from dpo_dist.config.rules import verb_keys
 from dpo_dist.config.verbs import EVERY_VERB, VERBS
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.chat import __main__ as chat
@@ -155,7 +155,7 @@ def test_help_and_version(verb: Verb) -> None:
     assert "default:  0.1\n" in verb("--help", "loss.beta").out
     assert "did you mean loss.beta?" in verb("-h", "loss.betta").err
     assert "did you mean data.train.weight?" in verb("-h", "data.train.wieght").err
-    of_compare = usage("", "", keys_of("compare"), group_folders())
+    of_compare = usage("", "", verb_keys("compare"), group_folders())
     listed = set(re.findall(r"^  (\w+):? ", of_compare, re.MULTILINE))
     assert {"compare", "data", "parallelism", "experiment"} <= listed
     assert not listed & {"optim", "trainer", "samples", "tracking", "doctor", "export", "loss"}

@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_dist.config.command_line import divide, former_values
+from dpo_dist.config.command_line import saved_values, split_words
 from dpo_dist.config.load import from_yaml, load_run_config, to_yaml
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.user_code import open_doors
+from dpo_dist.config.user_code import code_warnings
 from dpo_dist.foundation.errors import ConfigError
 
 RUN = ("model.path=m", "data.train=[{path: a.jsonl, limit: 3}]", "loss=ipo", "loss.beta=0.3", "optim.lr=1e-5")
 
 
 def evaluated(*words: str) -> RunConfig:
-    arguments = divide(words)
-    return load_run_config(arguments.words, former=former_values(arguments))
+    arguments = split_words(words)
+    return load_run_config(arguments.words, saved=saved_values(arguments))
 
 
 def write_run(folder: Path, *overrides: str) -> RunConfig:
@@ -44,9 +44,9 @@ def test_the_doctor_takes_a_run_or_data_alone(tmp_path: Path) -> None:
     config = write_run(tmp_path / "run")
 
     def examined(*words: str) -> RunConfig:
-        arguments = divide(words)
-        former = former_values(arguments, "doctor")
-        return load_run_config(arguments.words, verb="doctor", former=former)
+        arguments = split_words(words)
+        former = saved_values(arguments, "doctor")
+        return load_run_config(arguments.words, verb="doctor", saved=former)
 
     assert examined(f"run.dir={tmp_path}/run").data == config.data
     alone = examined("data.train=[b.jsonl]", f"run.dir={tmp_path}/new")
@@ -128,5 +128,5 @@ def test_a_config_of_a_run_opens_no_door(key: str, value: str, tmp_path: Path) -
 
 
 def test_open_doors_are_named() -> None:
-    lines = open_doors(asdict(load_run_config([*RUN, "model.trust_remote_code=true"])))
+    lines = code_warnings(asdict(load_run_config([*RUN, "model.trust_remote_code=true"])))
     assert lines == ["warning: model.trust_remote_code=true: Python code of model folders is run"]

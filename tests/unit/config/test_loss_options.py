@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from dpo_dist.config.command_line import explain
-from dpo_dist.config.fields import fields_of
+from dpo_dist.config.fields import schema_fields
 from dpo_dist.config.identity import differing_keys, settings
 from dpo_dist.config.keys import all_keys, group_folders
 from dpo_dist.config.load import from_yaml, load_points, to_yaml
@@ -98,7 +98,7 @@ def test_options_on_the_command_line_in_presets_and_in_files(tmp_path: Path) -> 
         (
             "loss=simpo loss.terms=[{kind:simpo},{kind:sft}]",
             "each entry of loss.terms has its own options",
-            "write {kind: simpo, options: {gamma: 1}} as the entry; loss.options=null takes",
+            "write the entry {kind: simpo, options: {gamma: 1}}; loss.options=null removes",
         ),
         (f"loss.options.gamma=1 {SIMPO_AND_SFT % 2}", "each entry of loss.terms has its own options", ""),
         ("loss=simpo loss.options=3", "loss.options cannot have this value", "a mapping with options"),
@@ -162,7 +162,7 @@ def test_help_of_an_option_has_its_kind_and_paper_twice_if_two_kinds_have_the_na
     listed = explain("loss.options", group_folders())
     for kind in LossKind:
         for name in option_names(kind):
-            meaning = fields_of(KINDS[kind].options)[name].description
+            meaning = schema_fields(KINDS[kind].options)[name].description
             assert meaning is not None
             assert f"`{kind}`" in meaning
             assert meaning in listed

@@ -9,7 +9,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dpo_dist.config import mistakes
-from dpo_dist.config.command_line import divide
+from dpo_dist.config.command_line import split_words
 from dpo_dist.config.keys import run_keys
 from tests.unit.config.support import RUN, configured, error_of
 
@@ -24,7 +24,7 @@ MISTYPED = [
     ("'data.train=[{file: a}]'", "write path: a"),
     ("foo=1", "the sections are run, model, "),
     ("template=llama3", "the tokenizer's own chat template is used"),
-    ("loss.beta=0,2", "write loss.beta=0.2: a number has a point"),
+    ("loss.beta=0,2", "write loss.beta=0.2: a decimal point"),
     ("loss=sigmoid,sft", "write 'loss.terms=[{kind: sigmoid}, {kind: sft}]'"),
     ("optim.betas=0.9,0.95", "write 'optim.betas=[0.9,0.95]'"),
     ("optim.betas=(0.9,0.95)", "write 'optim.betas=[0.9,0.95]'"),
@@ -53,7 +53,7 @@ MISTYPED = [
     ("--loss_type sigmoid sft", "write 'loss.terms=[{kind: sigmoid}, {kind: sft}]'"),
     ("--optim adamw_torch", "choose optim=adamw or adamw_8bit"),
     ("tracking.wandb=false", "did you mean tracking.wandb=off?"),
-    ("~loss.beta", "loss.beta has one value"),
+    ("~loss.beta", "loss.beta takes one value"),
     ("'model.adapter={target_modules: all}'", "did you mean model.adapter.target_modules=all-linear?"),
     ("loss.router=0.01", "write loss.router.aux_coefficient=..."),
     ("loss.aux_coefficient=0.01", "write loss.router.aux_coefficient=0.01"),
@@ -63,8 +63,8 @@ MISTYPED = [
     # Values of other trainers are kept.
     ("lora_target=[q_proj,v_proj]", "write 'model.adapter.target_modules=[q_proj,v_proj]'"),
     ("loss_weights=[1,0.2]", "write 'loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 0.2}]'"),
-    ("loss.alpha=0.3", "write loss.options.alpha=0.3; it needs loss=odpo or loss=beta_dpo"),
-    ("loss.simpo_gamma=1", "write loss.options.gamma=1; it needs loss=simpo"),
+    ("loss.alpha=0.3", "write loss.options.alpha=0.3; this option needs loss=odpo or loss=beta_dpo"),
+    ("loss.simpo_gamma=1", "write loss.options.gamma=1; this option needs loss=simpo"),
     ("optim.eps=1e-6", "not offered: the epsilon of AdamW is always 1e-8"),
     ("loss.bco_delta=running_mean", "write loss.options.delta=running_mean"),
     ("loss=dpop loss.options.lambda=3", "did you mean loss.options.penalty_weight?"),
@@ -73,7 +73,7 @@ MISTYPED = [
     ("kto_chosen_weight=2", "write loss=kto loss.desirable_weight=2"),
     ("adam_beta2=0.95", "write 'optim.betas=[0.9,0.95]'"),
     ("lr_scheduler_type=polynomial", "one of constant, linear, cosine, inverse_sqrt"),
-    ("data.train.weight=2", "it is a key of an entry: 'data.train=[{path: ..., weight: 2}]'"),
+    ("data.train.weight=2", "write this key inside an entry: 'data.train=[{path: ..., weight: 2}]'"),
     # Quotes and spaces: one hint.
     ("'data.train=[a.jsonl,' 'b.jsonl]'", "write 'data.train=[a.jsonl, b.jsonl]'"),
     ("'nonsense=[a.jsonl,' 'b.jsonl]'", "quotes around a value"),
@@ -89,7 +89,7 @@ MISTYPED = [
     ("lr_scheduler_type=constant_with_warmup", "write optim.schedule=constant"),
     ("--multirun", "the verb sweep runs each of several values"),
     ("--check --cfg job", "argument -c/--cfg: not allowed with argument --check"),
-    ("/tmp", "its key: run.dir=/tmp or model.path=/tmp or 'data.train=[/tmp]'"),
+    ("/tmp", "the key too: run.dir=/tmp or model.path=/tmp or 'data.train=[/tmp]'"),
     ("loss.beta 0.2", "write loss.beta=0.2"),
     # What is not offered has an answer that says what is.
     *((f"{key}=kto", "write loss=kto") for key in ("loss_type", "stage", "rl")),
@@ -165,7 +165,7 @@ def test_all_mistakes_of_a_command_are_one_error() -> None:
         "set trainer.max_steps to a whole number or null, >= 1",
         "optim.lr=0: optim.lr cannot have this value; set optim.lr to a number, > 0",
         "loss (ipoo): there is no loss named 'ipoo'; did you mean loss=ipo?",
-        "pairs.limit=3: train does not read pairs.limit; remove it: it is read by pairs",
+        "pairs.limit=3: train does not read pairs.limit; remove pairs.limit, a key of pairs",
     ):
         assert line in lines
 
@@ -179,15 +179,19 @@ def test_all_rules_that_a_command_breaks_are_one_error() -> None:
 @pytest.mark.parametrize(
     ("verb", "typed", "text"),
     [
-        ("evaluate", "checkpoint=best", "evaluation.model of evaluate takes the folder of one"),
+        (
+            "evaluate",
+            "checkpoint=best",
+            "for evaluate set evaluation.model=<run.dir>/checkpoints",
+        ),
         ("export", "output=foo", "write run.dir=foo or export.output=foo"),
         ("compare", "reference=none", "compare does not read reference.mode"),
         ("compare", "samples.prompts=4", "write compare.prompts=4"),
         ("compare", "temperature=0", "write sampling.temperature=0"),
         ("doctor", "max_new_tokens=9", "write sampling.max_new_tokens=9"),
-        ("compare", "A B", "write its key: 'compare.models=[A,B]'"),
-        ("evaluate", "output/a", "write its key: run.dir=output/a"),
-        ("doctor", "a.csv", "write its key: 'data.train=[a.csv]'"),
+        ("compare", "A B", "write the key too: 'compare.models=[A,B]'"),
+        ("evaluate", "output/a", "write the key too: run.dir=output/a"),
+        ("doctor", "a.csv", "write the key too: 'data.train=[a.csv]'"),
         ("sweep", "'loss.beta=(0.1,0.2)'", "write loss.beta=0.1,0.2"),
         ("train", "'export={checkpoint: best}'", "train does not read export"),
         ("pairs", "loss=ipo", "pairs does not read loss"),
@@ -203,7 +207,7 @@ def test_every_answer_names_keys_that_exist() -> None:
     for name in yaml.safe_load(text)["keys"]:
         assert name in run_keys()
     for answer in (
-        line for section in ("answers", "methods", "verbs") for line in yaml.safe_load(text)[section]
+        line for section in ("advice", "methods", "verbs") for line in yaml.safe_load(text)[section]
     ):
         named = re.findall(rf"\b(?:{SECTIONS})\.[a-z0-9_.]*[a-z0-9]", answer)
         files = (".jsonl", ".md", ".yaml")
@@ -211,7 +215,7 @@ def test_every_answer_names_keys_that_exist() -> None:
 
 
 def test_options_may_be_anywhere_and_the_last_of_a_key_counts() -> None:
-    arguments = divide(["loss=ipo", "--config-dir", ".", "loss=hinge", "trainer.seed=3", "--cfg=job"])
+    arguments = split_words(["loss=ipo", "--config-dir", ".", "loss=hinge", "trainer.seed=3", "--cfg=job"])
     assert arguments.words == ["loss=ipo", "loss=hinge", "trainer.seed=3"]
     assert (str(arguments.config_dir), arguments.cfg) == (".", "job")
     config = configured("", run=[*RUN, *arguments.words, "tracking=off", "tracking=wandb", "trainer.seed=4"])

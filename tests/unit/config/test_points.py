@@ -53,7 +53,7 @@ def test_rules_are_checked_at_every_point() -> None:
 
 @pytest.mark.parametrize("swept", ["trainer.log_every=1,2", "loss.beta=0.1,0.1"])
 def test_points_of_one_run_are_refused(swept: str) -> None:
-    assert "it is the same run as" in error_of(swept, "loss.kind=ipo,hinge")
+    assert "this point is the same run as" in error_of(swept, "loss.kind=ipo,hinge")
 
 
 def test_a_file_with_a_run_directory_is_told_what_to_add(tmp_path: Path) -> None:

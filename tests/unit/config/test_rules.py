@@ -9,7 +9,7 @@ import pytest
 from dpo_dist.config import load
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.losses import LossKind
-from dpo_dist.config.rules import direction_of, rules_of
+from dpo_dist.config.rules import best_direction, rules_of
 from dpo_dist.config.schema import AdapterConfig, SourceConfig, TrainerConfig
 from dpo_dist.foundation.errors import ConfigError
 from tests.unit.config.support import RUN, configured, error_of
@@ -138,7 +138,7 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     for typed, _ in REFUSED:
         with contextlib.suppress(ConfigError):  # refused by the schema
             configurations.append(configured(typed))
-    unbroken = [rule for rule in rules_of("") if not any(map(rule.broken, configurations))]
+    unbroken = [rule for rule in rules_of("") if not any(map(rule.is_broken, configurations))]
     assert [rule.when for rule in unbroken if not rule.why.endswith("with this loss")] == []
 
 
@@ -226,4 +226,4 @@ def test_the_best_checkpoint_has_the_values_that_are_best_of_its_metric(
     metrics: str, best: str | None
 ) -> None:
     for metric in metrics.split():
-        assert direction_of(TrainerConfig(keep_best=f"eval_{metric}")) == best, metric
+        assert best_direction(TrainerConfig(keep_best=f"eval_{metric}")) == best, metric

@@ -10,10 +10,10 @@ from dpo_dist.config.run_folder import (
     RunFolder,
     checkpoint_folders,
     checkpoint_name,
+    checkpoint_step,
     existing_run,
     is_checkpoint,
-    step_of,
-    without_key,
+    strip_key,
 )
 from dpo_dist.config.schema import FolderConfig, RunConfig
 from dpo_dist.foundation.errors import ConfigError
@@ -24,7 +24,7 @@ FOLDER = RunFolder.of(RunConfig(run=FolderConfig("output/run")))
 def test_the_paths_of_a_run_directory_are_those_of_the_contract() -> None:
     assert str(FOLDER) == "output/run"
     paths = [value for name in dir(RunFolder) if isinstance(value := getattr(FOLDER, name), Path)]
-    paths += [FOLDER.rank_log(1), *FOLDER.evaluation.files, FOLDER.evaluation_of(LAST_EVALUATION).results]
+    paths += [FOLDER.rank_log(1), *FOLDER.evaluation.files, FOLDER.named_evaluation(LAST_EVALUATION).results]
     assert {str(path.relative_to("output/run")) for path in paths} == {
         *("config.yaml", "environment.json", "run_state.json", ".lock", "logs", "logs/rank-1.log"),
         *("dpo_metrics", "dpo_metrics/log_history.json", "dpo_metrics/training_metrics.csv"),
@@ -55,12 +55,16 @@ def test_checkpoints_are_folders_with_the_name_and_the_state_of_one(tmp_path: Pa
     assert found == ["step-1000000", "step-999999", "step-000005"]
     assert checkpoint_folders(tmp_path / "missing") == []
     assert [path.name for path in tmp_path.iterdir() if is_checkpoint(path)] == ["step-000005"]
-    assert (step_of("step-000100"), step_of("step-1000000"), step_of("last")) == (100, 1_000_000, None)
+    assert (checkpoint_step("step-000100"), checkpoint_step("step-1000000"), checkpoint_step("last")) == (
+        100,
+        1_000_000,
+        None,
+    )
 
 
 def test_a_path_may_be_written_with_its_key() -> None:
     words = ("output/a=b", "run.dir=output/a=b", "run_dir=output/a=b", "model.path=output/a=b")
-    assert {without_key(word) for word in words} == {"output/a=b"}
+    assert {strip_key(word) for word in words} == {"output/a=b"}
 
 
 @pytest.mark.parametrize("inside", ["model", "checkpoints/step-000002", "report.html"])

@@ -99,7 +99,7 @@ def test_the_reader_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert isinstance(first, PreferenceRecord)
     assert (first.prompt, first.responses) == ("q", ("yes", "no"))
     assert [(one.reason, one.detail) for one in others if isinstance(one, BadRecord)] == [
-        ("reader_failed", "it raised KeyError"),
+        ("reader_failed", "reader raised KeyError"),
         ("unparsable", "a int instead of an object"),
     ]
     with pytest.raises(ConfigError, match="no attribute"):

@@ -118,7 +118,7 @@ def test_every_pair_is_in_the_bucket_of_its_longer_response(lengths: list[int]) 
     tokens = torch.tensor([float(length) for length in lengths])
     logps = PairLogps(tokens, -tokens, torch.ones_like(tokens), tokens)
     sums = metric_sums(PLAN, torch.zeros(len(lengths)), ScoredPairs(logps, None, torch.ones(len(lengths))))
-    counts = sums.named(sums.values.tolist())[1]
+    counts = sums.by_name(sums.values.tolist())[1]
     for bucket in BUCKETS:
         low, high = bucket.split("-")
         members = [int(low) <= length <= int(high or 10**9) for length in lengths]
@@ -181,7 +181,7 @@ def logps_of(chosen: list[float], rejected: list[float]) -> PairLogps:
 
 def values_of(plan: MetricPlan, policy: PairLogps, reference: PairLogps | None) -> PairValues:
     columns = pair_values(plan, policy, reference)
-    return PairValues.of({name: column.numpy() for name, column in columns.items()})
+    return PairValues.from_columns({name: column.numpy() for name, column in columns.items()})
 
 
 def test_values_of_pairs_by_hand_with_and_without_a_reference() -> None:
@@ -250,7 +250,7 @@ def test_a_function_of_means_is_accepted_for_labelled_records_too() -> None:
 )
 def test_a_function_that_gives_no_metrics_is_refused(name: str, loss: str, got: str) -> None:
     config = with_function(name, loss)
-    with pytest.raises(ConfigError, match=r"the function of metrics cannot be used") as error:
+    with pytest.raises(ConfigError, match=r"the metrics function cannot be used") as error:
         custom_metrics(config.metrics.function, config.loss)
     assert error.value.where == "metrics.function"
     assert got in error.value.got
@@ -258,8 +258,8 @@ def test_a_function_that_gives_no_metrics_is_refused(name: str, loss: str, got: 
 
 def test_a_function_that_gives_other_names_later_is_refused() -> None:
     policy = logps_of([-1], [-6])
-    with pytest.raises(ConfigError, match="the function of metrics cannot be used"):
-        CustomMetrics(OWN, ("custom/margin",)).of(policy, policy, CONFIG)
+    with pytest.raises(ConfigError, match="the metrics function cannot be used"):
+        CustomMetrics(OWN, ("custom/margin",)).compute(policy, policy, CONFIG)
 
 
 def test_a_good_response_wins_over_those_below_it_and_half_over_its_equals() -> None:
@@ -271,8 +271,8 @@ def test_a_good_response_wins_over_those_below_it_and_half_over_its_equals() -> 
 def test_the_auc_of_a_source_is_of_its_own_responses() -> None:
     good, bad = np.array([3, 0, 5, 0, 1], np.float32), np.array([0, 2, 0, 9, 0], np.float32)
     plan, zeros = MetricPlan(LossConfig()), np.zeros(5, np.float32)
-    columns = dict.fromkeys(values_of(plan, logps_of([0], [0]), logps_of([0], [0])).named, zeros)
+    columns = dict.fromkeys(values_of(plan, logps_of([0], [0]), logps_of([0], [0])).by_name, zeros)
     columns |= {"reward_chosen": good, "reward_rejected": bad, "tokens_chosen": good, "tokens_rejected": bad}
     # The second source has a bad response above all good ones, the third one no bad response.
-    found = PairValues.of(columns).auc_by_source(("a", "b", "c"), np.array([0, 0, 1, 1, 2]))
+    found = PairValues.from_columns(columns).auc_by_source(("a", "b", "c"), np.array([0, 0, 1, 1, 2]))
     assert found == {"rewards/auc/a": 1.0, "rewards/auc/b": 0.0}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dpo_dist.config.load import complete_config
 from dpo_dist.config.loss_options import DiscopopOptions, SimpoOptions
 from dpo_dist.config.losses import LossKind, LossTermConfig
-from dpo_dist.config.mistakes import SCHEMA, names_of_others
+from dpo_dist.config.mistakes import SCHEMA, other_trainers
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.convert import __main__ as convert
@@ -396,7 +396,7 @@ REFUSED = [
     ("train.py", "from trl import DPOConfig\nDPOConfig(beta=0.1)", "as keys into a YAML file"),
     ("b.sh", "trl dpo --beta 1\ntrl kto --beta 1", "this script starts 2 runs"),
     ("c.sh", "trl grpo --beta 1", "trains by a method that dpo-dist does not have"),
-    ("d.sh", 'open_instruct/dpo_tune_cache.py "$CONFIG"', "this file of keys cannot be read"),
+    ("d.sh", 'open_instruct/dpo_tune_cache.py "$CONFIG"', "this YAML file cannot be read"),
     (
         "new.yaml",
         "{stage: dpo, model_name_or_path: m, adapter_name_or_path: x, create_new_adapter: true}",
@@ -426,8 +426,8 @@ def test_what_is_not_known_is_refused(name: str, content: str, message: str, tmp
 NAMES = sorted(
     {
         name
-        for group in ("keys", "answers")
-        for text in names_of_others()[group].values()
+        for group in ("keys", "advice")
+        for text in other_trainers()[group].values()
         for name in text.split()
     }
 )
@@ -441,7 +441,7 @@ MORE = ["datasets", "dataset_mixture", "dataset_mixer", "mixer_list", "rl", "num
 
 
 @given(
-    st.sampled_from(list(names_of_others()["trainers"])),
+    st.sampled_from(list(other_trainers()["trainers"])),
     st.dictionaries(st.sampled_from(NAMES) | st.sampled_from(MORE), VALUES, max_size=6),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

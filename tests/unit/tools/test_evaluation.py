@@ -21,7 +21,7 @@ def invented(seed: int = 0) -> PairValues:
         columns[name] = generator.integers(1, 300, PAIRS)
     columns["margin"] = columns["reward_chosen"] - columns["reward_rejected"]
     columns["custom/longer"] = columns["tokens_rejected"] > columns["tokens_chosen"]
-    return PairValues.of({name: column.astype(np.float32) for name, column in columns.items()})
+    return PairValues.from_columns({name: column.astype(np.float32) for name, column in columns.items()})
 
 
 def test_results_by_label_and_length_with_intervals() -> None:
@@ -133,7 +133,7 @@ def labelled(rewards: np.ndarray, is_good: np.ndarray) -> PairValues:
         f"{name}_{side}": each * has for name, each in fields_of.items() for side, has in sides.items()
     }
     columns["margin"] = columns["reward_chosen"] - columns["reward_rejected"]
-    return PairValues.of({name: column.astype(np.float32) for name, column in columns.items()})
+    return PairValues.from_columns({name: column.astype(np.float32) for name, column in columns.items()})
 
 
 def test_labelled_records_have_an_auc_and_intervals_for_which_both_labels_are_resampled() -> None:

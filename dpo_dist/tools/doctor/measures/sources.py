@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.counts import EMPTY_REMEDY, named_in_one_line, remedy_of
+from dpo_dist.data.counts import EMPTY_REMEDY, named_in_one_line, reason_remedy
 from dpo_dist.tools.doctor.measures.label_leaks import LeakTest, leak_findings, leak_tests
 from dpo_dist.tools.doctor.measures.observe import SIDES, PairFacts, RecordFacts
 from dpo_dist.tools.doctor.measures.texts import subtract_features
@@ -201,7 +201,7 @@ class ExaminedSource:
     def _reading_findings(self) -> Iterator[Finding]:
         read, dropped = len(self.records), sum(len(records) for _, records in self._dropped)
         if not self._kept:
-            remedy = remedy_of(self._dropped[0][0]) if self._dropped else EMPTY_REMEDY
+            remedy = reason_remedy(self._dropped[0][0]) if self._dropped else EMPTY_REMEDY
             findings = DOCTOR_RULES["no_records"].value(1, read, self.label, f"{read} were read")
             yield from (replace(finding, remedy=remedy) for finding in findings)
         elif dropped > self._config.max_bad_share * read:
@@ -211,4 +211,4 @@ class ExaminedSource:
             first, origins = records[0], [record.origin for record in records]
             detail = f"{reason} ({first.detail})" if first.detail else reason
             for finding in DOCTOR_RULES["dropped"].count(len(records), read, self.label, origins, detail):
-                yield replace(finding, remedy=remedy_of(reason))
+                yield replace(finding, remedy=reason_remedy(reason))

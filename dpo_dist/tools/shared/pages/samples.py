@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dpo_dist.config.run_folder import RunFolder, step_of
+from dpo_dist.config.run_folder import RunFolder, checkpoint_step
 from dpo_dist.foundation.files import read_lines
 from dpo_dist.foundation.text import counted, number, percent
 from dpo_dist.tools.shared.pages.render import part
@@ -180,7 +180,7 @@ def samples_section(folder: RunFolder) -> Mapping[str, Any]:
 
 def _files(folder: RunFolder) -> dict[int, Path]:
     """Return the sample files by step, the newest first."""
-    named = ((step_of(file.stem), file) for file in folder.samples.glob("step-*.jsonl"))
+    named = ((checkpoint_step(file.stem), file) for file in folder.samples.glob("step-*.jsonl"))
     return dict(sorted(((step, file) for step, file in named if step is not None), reverse=True))
 
 

@@ -117,8 +117,8 @@ def made_run(folder: Path, text: str = "plain", source: str = "math") -> RunFold
     environment |= {"gpus": [text, text], "command": f"python -m dpo_dist.train {text}"}
     run.environment.write_text(json.dumps(environment))
     run.state.write_text(json.dumps({"identity": {"run_digest": "3fa9c1d2", "eval_data": None}}))
-    run.evaluation_of(LAST_EVALUATION).path.mkdir(parents=True)
-    run.evaluation_of(LAST_EVALUATION).results.write_text(json.dumps(evaluated(source)))
+    run.named_evaluation(LAST_EVALUATION).path.mkdir(parents=True)
+    run.named_evaluation(LAST_EVALUATION).results.write_text(json.dumps(evaluated(source)))
     finding = {"rule": "label_leak", "level": "error", "text": text, "source": text, "remedy": text}
     run.doctor_report.parent.mkdir()
     run.doctor_report.write_text(json.dumps({"findings": [{**finding, "examples": [f"{text}:4"]}]}))

@@ -151,5 +151,5 @@ def test_html_has_no_markup_and_no_invisible_character(text: object, html: str) 
 
 def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
     run = made_run(tmp_path)
-    change(run.evaluation_of(LAST_EVALUATION).results, "all", "eval_loss", value=9.0)
+    change(run.named_evaluation(LAST_EVALUATION).results, "all", "eval_loss", value=9.0)
     assert "[0.55, 0.7]" not in page_of(run).text

@@ -33,7 +33,11 @@ def end_with(run: RunFolder, accuracy: float, *ends: float) -> None:
     rows[-1]["eval_rewards/accuracies"] = accuracy
     run.log_history.write_text(json.dumps(rows))
     change(
-        run.evaluation_of(LAST_EVALUATION).results, "all", "intervals", "eval_rewards/accuracies", value=ends
+        run.named_evaluation(LAST_EVALUATION).results,
+        "all",
+        "intervals",
+        "eval_rewards/accuracies",
+        value=ends,
     )
 
 
