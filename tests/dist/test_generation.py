@@ -95,7 +95,7 @@ def plain(model: Any) -> list[Any]:
             eos_token_id=list(STOPS),
             pad_token_id=0,
         )
-        sample = Sample.of(output[0, ids.shape[1] :].tolist(), STOPS)
+        sample = Sample.from_tokens(output[0, ids.shape[1] :].tolist(), STOPS)
         found.append([sample.ids, sample.is_finished])
     return found
 

@@ -79,7 +79,7 @@ def test_the_best_checkpoint_becomes_the_model_of_a_run_that_asks_for_it(
     assert files(resumed / "model")["model.safetensors"] == files(tmp_path / "out")["model.safetensors"]
     card = (resumed / "model/README.md").read_text()
     assert f"in {best} step" in card
-    assert f"The weights are those of step {best}, at which the evaluations had the best `{METRIC}`." in card
+    assert f"The weights are from step {best}, whose evaluation had the best `{METRIC}`." in card
     assert "## Evaluation" not in card
 
 
@@ -95,7 +95,7 @@ def test_the_moving_average_is_a_model_folder_too(run: Path) -> None:
         assert torch.equal(weight, saved.whole(name, "ema").bfloat16())
     assert any(not torch.equal(weight, last[name]) for name, weight in found.items())
     card = (folder / "README.md").read_text()
-    assert "moving average over the steps of training, with a decay of 0.5" in card
+    assert "moving average over the training steps, with a decay of 0.5" in card
     assert "## Evaluation" not in card
 
 

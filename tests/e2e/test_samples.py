@@ -100,7 +100,7 @@ def test_the_reference_responds_also_if_the_policy_cannot(
     train([*usual, *SAMPLES, f"run.dir={whole}"])
     assert run_verb("train", [*usual, "trainer.stop_after_steps=1"]).code == 75
     resumed = train([*usual, *SAMPLES], processes=2)
-    assert "samples: the reference is loaded for its responses" in resumed.output
+    assert "samples: loading the reference to generate its responses" in resumed.output
     for name in ("reference.jsonl", "step-000002.jsonl"):
         assert (run / "samples" / name).read_text() == (whole / "samples" / name).read_text()
     start = rows(whole, 0)

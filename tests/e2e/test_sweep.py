@@ -37,7 +37,7 @@ def test_a_grid_is_finished_across_stops_and_equals_runs_by_themselves(assets: P
         os.kill(process.pid, signal.SIGTERM)
         process.join(240)
         assert process.exitcode == 75, process.screen.read_text()
-    assert "stopped: the same command goes on" in process.screen.read_text()
+    assert "stopped: the same command continues" in process.screen.read_text()
     assert run_state(first)["outcome"] == "preempted"
     with running("sweep", command, tmp_path / "killed.txt") as process:
         wait_until(lambda: is_saved(third), process)

@@ -46,7 +46,7 @@ def test_training_samples_and_its_page_need_no_package_of_the_tools(
     ended = without_tools("train", overrides(*held_out), tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "run" / "report.html").exists()
-    assert "their language is not examined; for that, pip install 'dpo-dist[tools]'" in ended.stderr
+    assert "languages are not checked; to check them, pip install 'dpo-dist[tools]'" in ended.stderr
 
 
 @pytest.mark.parametrize("verb", ["doctor", "compare", "pairs"])

@@ -1,8 +1,8 @@
 """Talk to a model in the terminal: a run's, a checkpoint, an adapter, a model folder or a name on the hub.
 
-An empty line or Ctrl-D ends, Ctrl-C ends an answer, `/new` starts again. Each line of a pipe is a turn, and
-only answers are printed: `echo "What is the capital of Iceland?" | dpo-dist chat output/captain`. A GPU is
-used if it is there.
+An empty line or Ctrl-D ends the chat, Ctrl-C ends an answer, `/new` starts a new conversation. From a pipe
+each line is a turn, and only answers are printed: `echo "What is the capital of Iceland?" | dpo-dist chat
+output/captain`. A GPU is used if there is one.
 """
 
 import math
@@ -18,43 +18,43 @@ from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.training.start.named_models import locate_model
 
 _TRUST = "model.trust_remote_code=true"
-_HINT = "an empty line or Ctrl-D ends, Ctrl-C an answer, /new starts again"
+_HINT = "an empty line or Ctrl-D ends the chat, Ctrl-C an answer; /new starts a new conversation"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
     parser = Arguments(prog="dpo-dist chat", description=__doc__)
     parser.add_argument("model", metavar="RUN", help="run directory, checkpoint, folder or hub name")
-    second = "answer a second time by this model; `base`: by the base of an adapter or run"
+    second = "a second model that answers too; `base`: the base of the adapter or run"
     parser.add_argument("--beside", metavar="MODEL", help=second)
-    usual = "default: as in generation_config.json of the model"
+    usual = "default: as in the model's generation_config.json"
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"{usual}, or 512")
     parser.add_argument("--temperature", type=float, metavar="T", help=f"0: greedy; {usual}")
-    meaning = "run Python code that is in the folders of these models: read it first"
+    meaning = "run Python code from the folders of these models: read it first"
     parser.add_argument("trust", nargs="?", metavar=_TRUST, help=meaning)
-    given = parser.parse_args(arguments)
-    if given.trust not in (None, _TRUST):
+    options = parser.parse_args(arguments)
+    if options.trust not in (None, _TRUST):
         raise ConfigError(
             "chat takes no key but model.trust_remote_code",
             where="command line",
-            got=given.trust,
+            got=options.trust,
             expected=_TRUST,
             remedy="remove it; sampling is changed by --temperature T and --max-new-tokens N",
         )
-    if given.max_new_tokens is not None and given.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens is at least 1, not {given.max_new_tokens}")
-    if not 0 <= (given.temperature or 0) < math.inf:
-        parser.error(f"--temperature is a number of at least 0, not {given.temperature}")
-    location = locate_model(strip_key(given.model), "RUN")
-    beside = given.beside if given.beside in (None, "base") else locate_model(given.beside, "--beside")
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens is at least 1, not {options.max_new_tokens}")
+    if not 0 <= (options.temperature or 0) < math.inf:
+        parser.error(f"--temperature is a number of at least 0, not {options.temperature}")
+    location = locate_model(strip_key(options.model), "RUN")
+    beside = options.beside if options.beside in (None, "base") else locate_model(options.beside, "--beside")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    sampling = {"do_sample": bool(given.temperature)} if given.temperature is not None else {}
-    sampling |= {"temperature": given.temperature} if given.temperature else {}
+    sampling = {"do_sample": bool(options.temperature)} if options.temperature is not None else {}
+    sampling |= {"temperature": options.temperature} if options.temperature else {}
     with warnings_off():
-        # Slow: errors above appear at once. bitsandbytes warns when it is imported.
+        # Imported late, so that errors above appear at once; bitsandbytes warns when it is imported.
         from dpo_dist.tools.chat.speakers import open_speakers  # noqa: PLC0415
 
-        trusts = given.trust is not None
+        trusts = options.trust is not None
         speakers = open_speakers(location, beside, lambda line: print_line(line, sys.stderr), trusts)
         for question in _questions():
             for speaker in speakers:
@@ -64,16 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if len(speakers) > 1:
                     print_result(f"{speaker.name}: ")
                 try:
-                    speaker.answer(question, given.max_new_tokens, sampling)
+                    speaker.answer(question, options.max_new_tokens, sampling)
                 except KeyboardInterrupt:
                     if not sys.stdin.isatty():
                         raise
-                    print_line("")  # the model has no memory of this turn
+                    print_line("")  # the conversation does not keep this turn
     return ExitCode.completed
 
 
 def _questions() -> Iterator[str]:
-    """Yield the lines of standard input up to an empty one; a terminal is asked for them."""
+    """Yield the lines of standard input up to an empty one; a terminal shows a prompt."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         import readline  # noqa: F401, PLC0415  (edits lines)

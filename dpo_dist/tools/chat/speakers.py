@@ -1,4 +1,4 @@
-"""A conversation with a model: its chat template, and transformers' generation, a token at a time."""
+"""Hold a conversation with a model: its chat template, and transformers' generation, token by token."""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ from dpo_dist.training.start.named_models import short_name
 from dpo_dist.training.start.open_run import has_bf16_products
 
 BASE = "base"
-"""In place of a path: the base of an adapter, or the model from which a run started."""
+"""Given in place of a path: the base of an adapter, or the model from which a run started."""
 
 
 class _Printer(TextStreamer):  # type: ignore[misc]
@@ -40,20 +40,20 @@ class _Printer(TextStreamer):  # type: ignore[misc]
 
 @dataclass(eq=False)
 class Speaker:
-    """A model with the conversation that it has had; `of_base`: with its adapter off."""
+    """A model with its conversation so far; `without_adapter`: its adapter is off."""
 
     name: str
     responder: Responder
     causal_lm: Any
     model: ModelConfig
-    of_base: bool = False
+    without_adapter: bool = False
     messages: list[Message] = field(default_factory=list)
 
     def answer(self, question: str, max_new_tokens: int | None, sampling: Mapping[str, Any]) -> None:
         """Print the answer as it comes, and keep both turns.
 
-        `sampling` changes the model's generation_config. The default of `max_new_tokens` is the one there, or
-        512. Raises ConfigError if both turns do not fit.
+        `sampling` overrides the model's generation_config, which also has the default of `max_new_tokens`;
+        else it is 512. Raises ConfigError if the conversation with the answer does not fit.
         """
         responder, causal_lm = self.responder, self.causal_lm
         most = max_new_tokens or causal_lm.generation_config.max_new_tokens or 512
@@ -69,7 +69,7 @@ class Speaker:
             )
         ids = torch.tensor([prompt.tolist()], device=causal_lm.device)
         stop_ids = sorted(responder.stop_ids)
-        with adapter_off(causal_lm) if self.of_base else contextlib.nullcontext():
+        with adapter_off(causal_lm) if self.without_adapter else contextlib.nullcontext():
             output = causal_lm.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -86,15 +86,15 @@ class Speaker:
 def open_speakers(
     location: str, beside: str | None, say: Callable[[str], None], trusts_code: bool = False
 ) -> list[Speaker]:
-    """Load the model at `location`, as `locate_model` returns it, and the one beside it, if there is one.
+    """Load the model at `location`, as `locate_model` returns it, and the model `beside` it, if any.
 
-    `trusts_code`: Python code in their folders is run.
+    `trusts_code`: run Python code in their folders.
     """
     first = _open(location, "RUN", say, trusts_code)
     if beside != BASE:
         return [first] if beside is None else [first, _open(beside, "--beside", say, trusts_code)]
     if first.responder.source.adapter is not None:
-        return [first, replace(first, name=BASE, of_base=True, messages=[])]
+        return [first, replace(first, name=BASE, without_adapter=True, messages=[])]
     if first.model.path == NO_MODEL:
         raise ConfigError(
             "the base of this model is not known",
@@ -109,7 +109,7 @@ def open_speakers(
 
 
 def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool) -> Speaker:
-    """Load a model with the configuration of its run, if it is in the folder of one."""
+    """Load a model; in a run's folder, with the configuration of that run."""
     folder = Path(location).expanduser()
     above = map(RunFolder, folder.absolute().parents[:2])
     run = next((run for run in above if folder.is_dir() and run.state.is_file()), None)
@@ -117,7 +117,7 @@ def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool
     products = {Dtype.bf16: has_bf16_products, Dtype.fp16: has_fp16_products}
     emulated = _device().type == "cpu" and not products.get(config.model.dtype, lambda: True)()
     dtype = Dtype.fp32 if emulated else config.model.dtype
-    # A run's configuration cannot ask for code, and its template is saved with its model.
+    # Only the user can allow code, not a run's configuration; the run's template is saved with its model.
     model = replace(config.model, trust_remote_code=trusts_code, dtype=dtype)
     data = replace(without_limits(config.data), chat_template=None)
     name = short_name(location)

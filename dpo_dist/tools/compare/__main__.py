@@ -1,9 +1,9 @@
 """Compare models: `dpo-dist compare 'compare.models=[base=./base,output/a]' data.eval=[FILE]`.
 
-The same held-out prompts through every model: responses side by side, style, KL to the first model, and with
-a judge (`pairs.reward_model`, `pairs.function` or `pairs.endpoint`) scores and win rates. `accelerate launch
--m dpo_dist compare ...` shares the work among processes. The same command again continues after the finished
-parts. docs/evaluate.md explains the files.
+Asks every model the same held-out prompts, and writes responses side by side, style, KL to the first model
+and, with a judge (`pairs.reward_model`, `pairs.function` or `pairs.endpoint`), scores and win rates.
+`accelerate launch -m dpo_dist compare ...` shares the work among processes. The same command again continues
+after the finished parts. docs/evaluate.md explains the files.
 """
 
 from collections.abc import Iterator

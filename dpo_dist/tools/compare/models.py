@@ -1,4 +1,4 @@
-"""Compare models: from prompts to files; the weights of each model are loaded once."""
+"""Compare models, from prompts to files; each model's weights are loaded once."""
 
 import heapq
 import itertools
@@ -43,7 +43,7 @@ from dpo_dist.reference.engine import scored_model
 from dpo_dist.tools.compare.results import compares, comparison, judge_texts
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
-from dpo_dist.tools.shared.records import good_records, side_of
+from dpo_dist.tools.shared.records import good_records, labelled_side
 from dpo_dist.tools.shared.sampling.dry_run import check_model, check_report, first_records
 from dpo_dist.tools.shared.sampling.generate import Request, Sample, generate
 from dpo_dist.tools.shared.sampling.judges import Judge, open_judge
@@ -57,7 +57,7 @@ from dpo_dist.tools.shared.sampling.prompts import (
     open_judge_together,
 )
 from dpo_dist.tools.shared.sampling.respond import Completions, ModelSource, Responder, open_responder
-from dpo_dist.tools.shared.sampling.settings import Sampling, sampling_of
+from dpo_dist.tools.shared.sampling.settings import Sampling, sampling_for
 from dpo_dist.training.export import written_checkpoint
 from dpo_dist.training.start.open_run import Run
 
@@ -65,7 +65,7 @@ _Row = dict[str, Any]
 PROMPTS_AT_ONCE = 16
 """Prompts of one part: processes share the parts, and finished ones are not repeated."""
 _BATCH_TOKENS = 16384
-"""Most tokens of a batch of one process: its rows times the longest prompt with its response."""
+"""Most tokens of a process's batch: rows times the longest prompt with its response."""
 
 
 def held_out(
@@ -73,14 +73,14 @@ def held_out(
 ) -> tuple[list[PreferenceRecord], dict[str, str]]:
     """Return `wanted` different prompts of the evaluation data, and source labels by `prompt_key`.
 
-    They are chosen by a hash of the prompt, and in the order of the data, with the first response.
+    A hash of the prompt decides which are chosen. They keep the order of the data, and their first response.
     """
     labels, sources, part = dict[str, str](), data.eval_sources, eval_part(data)
 
     def ranked() -> Iterator[tuple[str, int, PreferenceRecord]]:
         for source, label in zip(sources, source_labels(sources), strict=True):
             for record in good_records(read_prompts(pin_source(source)), source, data, say):
-                scores = record.scores if side_of(record) else None
+                scores = record.scores if labelled_side(record) else None
                 asked = replace(as_user_message(record, data), responses=record.responses[:1], scores=scores)
                 key = prompt_key(asked)
                 if key not in labels and part.has(prompt_hash(record.prompt)):
@@ -102,10 +102,10 @@ def held_out(
 
 @dataclass(eq=False)
 class ComparedModel:
-    """A model of the comparison; a process loads its weights when it starts its first part.
+    """A model of the comparison; a process loads its weights at its first part.
 
-    `source` has its name in the results, `path` is as given. `logps` are of its responses under itself,
-    `base_logps` under the base; None if that has other tokens.
+    `path` is as configured; the name in the results is `source.name`. `logps` score the model's responses
+    under itself, `base_logps` under the base: None if the base has other tokens.
     """
 
     path: str
@@ -117,16 +117,16 @@ class ComparedModel:
 
     @property
     def name(self) -> str:
-        """Its name in the results."""
+        """The model's name in the results."""
         return self.source.name
 
     @property
     def _sampling(self) -> Sampling:
-        return sampling_of("compare", self.prompts.run.config.sampling)
+        return sampling_for("compare", self.prompts.run.config.sampling)
 
     @cached_property
     def responder(self) -> Responder:
-        """Its tokenizer and stop tokens."""
+        """The model's tokenizer and stop tokens."""
         config = self.prompts.run.config
         return open_responder(self.source, config.model, config.data)
 
@@ -148,7 +148,7 @@ class ComparedModel:
         return packed
 
     def respond(self) -> None:
-        """Finish the responses; collective. Models share the random numbers of a prompt."""
+        """Generate the responses that are missing; collective. All models share a prompt's random numbers."""
 
         def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
             with self._packed.unpacked() as causal_lm:
@@ -162,9 +162,9 @@ class ComparedModel:
         )
 
     def score(self, other: "ComparedModel") -> Parts:
-        """Return the finished log-probs of a model's responses under this model; collective.
+        """Return the log-probs of the other model's responses under this model; collective.
 
-        Each row is `{"logp": ...}`, the sum over the tokens of the response to that prompt, null without one.
+        A row is `{"logp": ...}`: the sum over the tokens of a response, null without a response.
         """
         settings = {
             "responses": other.responses.folder.name,
@@ -173,7 +173,7 @@ class ComparedModel:
         }
 
         def part(index: int) -> list[_Row]:
-            rows = [Completions.of(row) for row in other.responses.read(index)]
+            rows = [Completions.from_row(row) for row in other.responses.read(index)]
             logps = response_logps(self._packed, rows, _BATCH_TOKENS)
             return [{"logp": logp} for logp in logps]
 
@@ -182,16 +182,16 @@ class ComparedModel:
         return self.prompts.finish(title, self.prompts.stage("logps", settings), part)
 
     def free(self) -> None:
-        """Forget the weights."""
+        """Free the memory of the weights."""
         vars(self).pop("_packed", None)
         return_memory()
 
     def rows(self, index: int) -> Iterator[tuple[str | None, _Row]]:
-        """Yield the response to each prompt of a part as in `answers.jsonl`, or why it cannot be asked."""
-        logps = self.logps.read(index)
-        of_base = [{"logp": None}] * len(logps) if self.base_logps is None else self.base_logps.read(index)
-        for row, logp, base_logp in zip(self.responses.read(index), logps, of_base, strict=True):
-            completions = Completions.of(row)
+        """Yield why the model cannot be asked (or None) and its response as in `answers.jsonl`, by prompt."""
+        logps, base = self.logps.read(index), self.base_logps
+        base_rows = [{"logp": None}] * len(logps) if base is None else base.read(index)
+        for row, logp, base_logp in zip(self.responses.read(index), logps, base_rows, strict=True):
+            completions = Completions.from_row(row)
             response = {}
             for completion in completions.completions:
                 response = {
@@ -225,27 +225,27 @@ def compare_models(
 ) -> dict[str, Any] | None:
     """Write the responses of all models and the results; return the results on rank 0."""
     folder = RunFolder.of(config)
-    # Two starts would write the same parts.
-    only = files.locked(folder.comparison / folder.lock.name, "compares models in this run directory")
-    with joined_run(config, console, only) as run:
+    # Without a lock two starts would write the same parts.
+    lock = files.locked(folder.comparison / folder.lock.name, "compares models in this run directory")
+    with joined_run(config, console, lock) as run:
         world = run.world
         wanted = config.compare.prompts
         with console.heartbeat("reading prompts"):
             records, labels = world.on_main(lambda: held_out(config.data, wanted, console.say))
         parts = in_parts(records, PROMPTS_AT_ONCE)
         prompts = Prompts(run, folder.comparison_parts, parts)
-        judge, described = open_judge_together(run)
+        judge, judge_facts = open_judge_together(run)
         speakers = []
         for model in models:
             source = find_model_together(whole_model(model, folder.comparison_models, run), run, MODELS_KEY)
             source = replace(source, name=model.name)
             speakers.append(ComparedModel(model.path, source, prompts))
         _ask_and_score(speakers, console)
-        judged = None
+        judgement_parts: Parts | None = None
         if judge is not None:
 
             def judgements(index: int) -> list[_Row]:
-                answers = (map(Completions.of, speaker.responses.read(index)) for speaker in speakers)
+                answers = (map(Completions.from_row, speaker.responses.read(index)) for speaker in speakers)
                 texts = [
                     [answer.completions[0].content for answer in row if answer.completions]
                     for row in zip(*answers, strict=True)
@@ -255,14 +255,14 @@ def compare_models(
                 return judge_texts(prompts.parts[index], asked, judge, in_pairs=compares(config.pairs))
 
             folders = [speaker.responses.folder.name for speaker in speakers]
-            settings = {"responses": folders, "judge": described}
-            judged = prompts.finish("judgements", prompts.stage("judgements", settings), judgements)
+            settings = {"responses": folders, "judge": judge_facts}
+            judgement_parts = prompts.finish("judgements", prompts.stage("judgements", settings), judgements)
         with console.heartbeat("writing the comparison"):
-            return world.on_main(lambda: _write(speakers, judge, judged, labels))
+            return world.on_main(lambda: _write(speakers, judge, judgement_parts, labels))
 
 
 def whole_model(model: NamedModel, folder: Path, run: Run) -> str:
-    """Return a model's folder or hub name; a checkpoint is written to a folder first. Collective."""
+    """Return a model's folder or hub name; a checkpoint is exported to a folder first. Collective."""
     if not model.is_checkpoint:
         return model.location
     written = partial(
@@ -273,7 +273,7 @@ def whole_model(model: NamedModel, folder: Path, run: Run) -> str:
 
 
 def _ask_and_score(speakers: Sequence[ComparedModel], console: Console) -> None:
-    """Finish responses and log-probs, one model at a time in memory: the base last, to score the others."""
+    """Generate and score responses, one model at a time in memory; the base, which scores all, comes last."""
     base, *others = speakers
     for speaker in (*others, base):
         speaker.respond()
@@ -281,9 +281,9 @@ def _ask_and_score(speakers: Sequence[ComparedModel], console: Console) -> None:
         if speaker is not base:
             speaker.free()
     base.base_logps = base.logps
-    of_base = base.responder.tokenizer.get_vocab().items()
+    base_vocabulary = base.responder.tokenizer.get_vocab().items()
     for speaker in others:
-        if speaker.responder.tokenizer.get_vocab().items() <= of_base:  # the same tokens
+        if speaker.responder.tokenizer.get_vocab().items() <= base_vocabulary:  # the same tokens
             speaker.base_logps = base.score(speaker)
         else:
             console.say(f"{speaker.name}: no KL to {base.name}, which has other token ids")
@@ -291,15 +291,18 @@ def _ask_and_score(speakers: Sequence[ComparedModel], console: Console) -> None:
 
 
 def _rows(
-    speakers: Sequence[ComparedModel], judged: Parts | None, labels: Mapping[str, str], counts: Counter[str]
+    speakers: Sequence[ComparedModel],
+    judgement_parts: Parts | None,
+    labels: Mapping[str, str],
+    counts: Counter[str],
 ) -> Iterator[_Row]:
-    """Yield the rows of `answers.jsonl`; count in `counts`.
+    """Yield the rows of `answers.jsonl`.
 
-    A prompt that a model cannot be asked has no row: it is counted by its reason.
+    A prompt that some model cannot be asked has no row; `counts` gets its reason, and the judge's counts.
     """
     names = [speaker.name for speaker in speakers]
     for index, records in enumerate(speakers[0].prompts.parts):
-        judgements = [{}] * len(records) if judged is None else judged.read(index)
+        judgements = [{}] * len(records) if judgement_parts is None else judgement_parts.read(index)
         rows = zip(*(speaker.rows(index) for speaker in speakers), strict=True)
         for record, row, judgement in zip(records, rows, judgements, strict=True):
             counts.update(judgement.get("counts", {}))
@@ -317,9 +320,9 @@ def _rows(
                     for name, (_, response), score in zip(names, row, scores, strict=True)
                 },
             }
-            if side := side_of(record):
+            if side := labelled_side(record):
                 answer["label"] = "good" if side == "chosen" else "bad"
-            if judged is not None:
+            if judgement_parts is not None:
                 pairs = zip(itertools.combinations(names, 2), judgement["credits"], strict=True)
                 answer["verdicts"] = [
                     {"first": first, "second": second, "credit": credit} for (first, second), credit in pairs
@@ -341,16 +344,16 @@ def prompt_text(prompt: Prompt) -> str:
 def _write(
     speakers: Sequence[ComparedModel],
     judge: Judge | None,
-    judged: Parts | None,
+    judgement_parts: Parts | None,
     labels: Mapping[str, str],
 ) -> dict[str, Any]:
     run = speakers[0].prompts.run
     folder, console, counts = run.folder, run.console, Counter[str]()
-    sampling = asdict(sampling_of("compare", run.config.sampling))
+    sampling = asdict(sampling_for("compare", run.config.sampling))
     names = [speaker.name for speaker in speakers]
     files.collect_abandoned(folder.comparison)
     with files.staged_file(folder.comparison_answers) as temporary:  # after an error earlier answers stay
-        if not files.write_lines(temporary, _rows(speakers, judged, labels, counts)):
+        if not files.write_lines(temporary, _rows(speakers, judgement_parts, labels, counts)):
             raise DataError(
                 "no prompt can be used with every model",
                 where="data.eval",
@@ -384,11 +387,11 @@ def _write(
 
 
 def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> str:
-    """Load what `compare` loads before weights, ask the judge, and read the first records of each source."""
+    """Check models without weights, the judge, and the first records of each source; return the report."""
     check_writable(RunFolder.of(config).path)
     lines: list[str] = []
     records = first_records(config.data.eval_sources, read_prompts, config.data, lines.append)
-    tokens = sampling_of("compare", config.sampling).max_new_tokens
+    tokens = sampling_for("compare", config.sampling).max_new_tokens
     for model in models:
         if model.is_checkpoint:
             lines.append(f"{model.location}, a checkpoint")

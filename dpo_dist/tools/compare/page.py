@@ -1,4 +1,4 @@
-"""The page of a comparison of models: the result, tables with intervals, responses side by side."""
+"""Write the page that compares models: the result, tables with intervals, responses side by side."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from dpo_dist.tools.shared.pages.samples import (
     ShownResponse,
     end_notes,
     prompt_items,
-    response_of_data,
+    response_in_data,
 )
 from dpo_dist.tools.shared.tables import aligned, with_interval
 
@@ -34,9 +34,9 @@ _FRAME_BYTES = 150_000
 _HALF = 0.5
 _STYLE = ("length", "finished", "refusals", "distinct_3", "longest_repeat", "empty")
 _NO_SHARES = {"score": "score", "kl": "KL, nats per response", "length": METRICS["samples/length"].title}
-"""Titles of metrics; the others are shares."""
+"""Titles of metrics that are not shares; all others are shares."""
 _VERDICTS = {1.0: "loses to", 0.5: "ties with", 0.0: "wins over"}
-"""What the other model does, by the base's credit."""
+"""What the other model did against the base, by the base's credit."""
 
 
 def write_comparison_page(folder: RunFolder, results: _Row) -> None:
@@ -69,7 +69,7 @@ def write_comparison_page(folder: RunFolder, results: _Row) -> None:
 
 
 def comparison_table(results: _Row) -> list[str]:
-    """Return the lines of the table of models, with 95 % intervals; the page has all win rates."""
+    """Return the table of models with 95 % intervals, as lines; all win rates are on the page only."""
     base, rates = results["base"], _rates(results)
     has_scores = any(model["score"] is not None for model in results["models"])
     titles = ["model", "tokens", "finished", "refusals", f"KL to {base}"]
@@ -85,41 +85,41 @@ def comparison_table(results: _Row) -> list[str]:
         rows.append(cells)
     judge = "" if results["judge"] is None else f", judged by {results['judge']}"
     lines = [f"comparison on {counted(results['prompts'], 'prompt')}{judge}", *aligned(rows)]
-    lines += [f"note: {sentence}" for sentence in _not_held_out(results)]
+    lines += [f"note: {sentence}" for sentence in _held_out_warning(results)]
     if left := sum(results["not_judged"].values()):
-        lines.append(f"note: not counted, because without a verdict: {counted(left, 'comparison')}")
+        lines.append(f"note: not counted, because the judge gave no verdict: {counted(left, 'comparison')}")
     return lines
 
 
 def headline(results: _Row) -> list[str]:
-    """Return the best model by its mean, then the models that no interval shows to be worse, in sentences.
+    """Return sentences that name the best model by its mean, and models that are not clearly worse.
 
     A model whose responses never end is not ranked: the judge saw only their beginnings.
     """
-    return _ranked(results) + _not_held_out(results)
+    return _ranking_sentences(results) + _held_out_warning(results)
 
 
-def _not_held_out(results: _Row) -> list[str]:
-    """Return a sentence if a model was trained on prompts of the comparison."""
+def _held_out_warning(results: _Row) -> list[str]:
+    """Return a sentence on models that were trained on prompts of the comparison; empty if none was."""
     trained = results.get("prompts_also_in_train", {}).items()
     seen = " and ".join(f"{name} was trained on {count:,} of them" for name, count in trained if count)
     return [f"Not all prompts are held out: {seen}."] if seen else []
 
 
-def _ranked(results: _Row) -> list[str]:
+def _ranking_sentences(results: _Row) -> list[str]:
     measure, qualities = _qualities(results)
     models = {model["name"]: model for model in results["models"]}
     ranked = [name for name in qualities if models[name]["style"]["finished"]]
     if not qualities:
-        return ["Without a judge the models can be compared by KL and style only."]
+        return ["Without a judge, models can be compared by KL and style only."]
     if not ranked:
-        return ["No response ends within sampling.max_new_tokens: no model is called the best."]
+        return ["No response ends within sampling.max_new_tokens, so the models are not ranked."]
     best = max(ranked, key=lambda name: (qualities[name][0], -(models[name]["kl"] or 0)))
     sentences = [f"{best} has the highest {measure}, {number(qualities[best][0])}."]
     if best == results["base"] and measure != "score":
         sentences = [f"No model wins over {best} on more than half of the prompts."]
     if unended := ", ".join(name for name in qualities if name not in ranked):
-        sentences.append(f"Not ranked, as no response ends: {unended}.")
+        sentences.append(f"Not ranked, because no response ends: {unended}.")
     rates = _rates(results)
     others = [name for name in ranked if name != best]
     as_good = ", ".join(
@@ -143,15 +143,15 @@ def _rates(results: _Row) -> Rates:
     return rates
 
 
-def _side(ends: Interval, of: float) -> int:
-    """Return 1 if an interval is above a value, -1 if it is below, 0 if it contains it or is not known."""
-    return 0 if not ends else (ends[0] > of) - (ends[1] < of)
+def _side(ends: Interval, value: float) -> int:
+    """Return 1 for an interval above the value, -1 below; 0 if it contains the value, or is not known."""
+    return 0 if not ends else (ends[0] > value) - (ends[1] < value)
 
 
 def _qualities(results: _Row) -> tuple[str, dict[str, tuple[float, Interval]]]:
-    """Return what the quality of a model is called, and the qualities with their intervals by model.
+    """Return the name of the measure of quality, and each model's value with its interval.
 
-    It is the score, or without scores the win rate over the base (the base's is one half).
+    It is the score or, without scores, the win rate over the base (one half for the base itself).
     """
     models, base = results["models"], results["base"]
     scored = [model for model in models if model["score"] is not None]
@@ -163,7 +163,7 @@ def _qualities(results: _Row) -> tuple[str, dict[str, tuple[float, Interval]]]:
 
 
 def _overview(results: _Row, rates: Rates) -> _Table:
-    """Return the models with KL, score and win rate over the base, as far as there are any."""
+    """Return the table of models with KL, score and win rate over the base, without empty columns."""
     base = results["base"]
     head = ["model", "KL, nats per response", "score", f"win rate over {base}"]
     rows: list[list[object]] = [
@@ -175,7 +175,7 @@ def _overview(results: _Row, rates: Rates) -> _Table:
         ]
         for model in results["models"]
     ]
-    # The base has a KL of 0 and no win rate.
+    # The base's own row does not count: it always has a KL of 0.
     kept = [0, *(at for at in range(1, len(head)) if any(row[at] for row in rows[1:]))]
     return [head[at] for at in kept], [[row[at] for at in kept] for row in rows]
 
@@ -189,7 +189,7 @@ def _scale(metric: str) -> float:
 
 
 def _differences(results: _Row, rates: Rates) -> _Table:
-    """Return win rates and differences of every two models."""
+    """Return the table of win rates and differences between every two models."""
     by_pair = {(row["first"], row["second"]): row for row in results["differences"]}
     pairs = combinations((model["name"] for model in results["models"]), 2)
     metrics = [metric for metric in DIFFERENCES if any(row.get(metric) for row in by_pair.values())]
@@ -215,7 +215,7 @@ def _differences(results: _Row, rates: Rates) -> _Table:
 
 
 def _picture(results: _Row) -> Markup:
-    """Return the picture of quality against KL; the base, whose KL is 0, is a line."""
+    """Return a plot of quality against KL; the base, whose KL is 0, is a horizontal line."""
     measure, qualities = _qualities(results)
     points = [
         Point(model["name"], model["kl"], quality[0], model["kl_interval"], quality[1])
@@ -237,16 +237,16 @@ def _prompt(row: _Row, results: _Row) -> ShownPrompt:
     for verdict in row.get("verdicts") or ():
         if verdict["first"] == base and verdict["credit"] in _VERDICTS:
             labels.append(f"{verdict['second']} {_VERDICTS[verdict['credit']]} {base}")
-    shown, most, of_base = [], 0.0, row["responses"][base]["score"]
+    shown, most, base_score = [], 0.0, row["responses"][base]["score"]
     for name in (base, *others):
         response = row["responses"][name]
         notes = [end_notes(response["tokens"], response["finished"])]
         if response["score"] is not None:
             notes.append(f"score {number(response['score'])}")
-            most = max(most, 0.0 if of_base is None else abs(response["score"] - of_base))
+            most = max(most, 0.0 if base_score is None else abs(response["score"] - base_score))
         if name != base and None not in (response["logp"], response["base_logp"]):
             notes.append(f"log-ratio {number(response['logp'] - response['base_logp'])} nats")
         shown.append(ShownResponse(name, response["text"], "; ".join(notes)))
     if row["chosen"] is not None:
-        shown.append(response_of_data(row, " in the data"))
+        shown.append(response_in_data(row, " in the data"))
     return ShownPrompt(row["prompt"], shown, base, "; ".join(labels), labels, 0.0 - most)

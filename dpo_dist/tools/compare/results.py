@@ -1,4 +1,4 @@
-"""Results of a comparison: judgements, style, KL, scores and win rates, with intervals over prompts."""
+"""Compute the results of a comparison: judgements, style, KL, scores, win rates, intervals over prompts."""
 
 import itertools
 from collections import Counter, defaultdict
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import py3langid  # noqa: F401  (without it a comparison would have no languages)
+import py3langid  # noqa: F401  (without this package the comparison would silently lack languages)
 
 from dpo_dist.config.verb_sections import PairsConfig, Verdicts
 from dpo_dist.data.records import PreferenceRecord
@@ -16,9 +16,9 @@ from dpo_dist.tools.shared.text_facts import text_facts
 
 _Row = dict[str, Any]
 _Key = tuple[str, ...]
-"""A model and a metric, or two models and a metric that compares them."""
+"""A model and a metric, or two models and a metric that compares the two."""
 Means = Mapping[_Key, tuple[float, list[float] | None]]
-"""Means with their intervals; metrics without a value are absent."""
+"""Means with their intervals; a metric without a value is left out."""
 
 _RATE = "rate"
 _SHARES = {_RATE, "finished", "refusals", "empty"}
@@ -30,7 +30,7 @@ _OUTCOMES = {WON: "wins", TIED: "ties", LOST: "losses", None: "not_judged"}
 
 
 def compares(pairs: PairsConfig) -> bool:
-    """Return whether the judge compares two responses, and gives none of them a score."""
+    """Return whether the judge compares two responses instead of scoring each."""
     return pairs.endpoint.url is not None and pairs.endpoint.verdicts is Verdicts.compare
 
 
@@ -39,9 +39,9 @@ def judge_texts(
 ) -> list[_Row]:
     """Return for each prompt `scores` of the texts, `credits` of the first of every two, and `counts`.
 
-    `in_pairs`: the judge compares and gives no scores; else credits follow from the scores. It is asked only
-    about different texts that are not empty, each once. A score or credit is null without a usable verdict;
-    the order of the credits is that of `itertools.combinations`, the counts are the judge's.
+    `in_pairs`: the judge compares texts and gives no scores; else credits follow from the scores. The judge
+    is asked once about each different text that is not empty. A score or credit is null without a usable
+    verdict. Credits are in the order of `itertools.combinations`, counts are the judge's.
     """
     asked = []
     for record, responses in zip(records, texts, strict=True):
@@ -60,17 +60,17 @@ def judge_texts(
                 verdicts[question.responses] = judgement.scores[0]
             else:
                 scores = dict(zip(question.responses, judgement.scores, strict=True))
-        credited = [
+        first_credits = [
             verdicts.get((first, second), credit((first, scores.get(first)), (second, scores.get(second))))
             for first, second in itertools.combinations(responses, 2)
         ]
-        row = {"scores": [scores.get(text) for text in responses], "credits": credited}
+        row = {"scores": [scores.get(text) for text in responses], "credits": first_credits}
         rows.append({**row, "counts": dict(sorted((+counts).items()))})
     return rows
 
 
 def without_judge(first: str, second: str) -> float | None:
-    """Return the first response's credit if no judge is needed: equal responses tie, an empty one loses."""
+    """Return the first response's credit where equal responses tie or an empty one loses, else None."""
     has_first, has_second = bool(first.strip()), bool(second.strip())
     if first == second or not (has_first or has_second):
         return TIED
@@ -78,7 +78,7 @@ def without_judge(first: str, second: str) -> float | None:
 
 
 def credit(first: tuple[str, float | None], second: tuple[str, float | None]) -> float | None:
-    """Return the credit of the first response, given both scores; None if a score is missing."""
+    """Return the first response's credit, from both texts and scores; None if a needed score is missing."""
     (text, score), (other_text, other_score) = first, second
     decided = without_judge(text, other_text)
     if decided is not None or score is None or other_score is None:
@@ -89,15 +89,15 @@ def credit(first: tuple[str, float | None], second: tuple[str, float | None]) ->
 
 
 def comparison(rows: Iterable[_Row], models: Sequence[str]) -> dict[str, Any]:
-    """Return the sections of `comparison.json` that follow from the rows of `answers.jsonl`."""
-    # A value and its count for each prompt: a mean is the sum of values divided by the sum of counts.
+    """Return the sections of `comparison.json` that are computed from the rows of `answers.jsonl`."""
+    # A value and a count for each prompt: a mean is the sum of values divided by the sum of counts.
     values: dict[_Key, list[tuple[float, float]]] = defaultdict(list)
     outcomes: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     prompts = 0
     for row in rows:
         prompts += 1
         for model in models:
-            for metric, value in _measured(row["responses"][model]).items():
+            for metric, value in _measure_response(row["responses"][model]).items():
                 values[model, metric].append(value)
         for verdict in row.get("verdicts") or ():
             pair, credit = (verdict["first"], verdict["second"]), verdict["credit"]
@@ -131,7 +131,7 @@ def comparison(rows: Iterable[_Row], models: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _measured(response: _Row) -> dict[str, tuple[float, float]]:
+def _measure_response(response: _Row) -> dict[str, tuple[float, float]]:
     facts = text_facts(response["text"], response["tokens"], response["finished"])
     logp, base = response["logp"], response["base_logp"]
     ratio = None if logp is None or base is None else logp - base
@@ -142,22 +142,22 @@ def _measured(response: _Row) -> dict[str, tuple[float, float]]:
 
 
 def _with_empty_scores(columns: dict[_Key, Column], models: Sequence[str]) -> float | None:
-    """Give empty responses, which the judge is not asked about, the lowest score of all, and return it."""
+    """Give empty responses, which the judge does not see, the lowest score of all; return that score."""
     scores = [columns[model, "score"] for model in models if (model, "score") in columns]
     lowest = min((float(value[count > 0].min()) for value, count in scores if count.any()), default=None)
     if lowest is not None:
         for model in models:
-            scores_of, counts = columns[model, "score"]
+            model_scores, counts = columns[model, "score"]
             is_empty = (columns[model, "empty"][0] > 0) & (counts == 0)
-            scores_of[is_empty], counts[is_empty] = lowest, 1.0
+            model_scores[is_empty], counts[is_empty] = lowest, 1.0
     return lowest
 
 
 def _means(columns: Mapping[_Key, Column], pairs: Iterable[tuple[str, str]], prompts: int) -> Means:
-    """Return the mean of every metric that has a count, and of differences of models.
+    """Return the mean of every metric that has a count, and of the differences between models.
 
-    The difference of two models, the second minus the first, is the mean over prompts where both have a
-    value: as they respond to the same prompts, its interval is smaller than those of both would suggest.
+    The difference of two models is the mean of second minus first over prompts where both have a value.
+    Because both respond to the same prompts, its interval is narrower than their own intervals suggest.
     """
     differences: dict[_Key, Column] = {}
     for first, second in pairs:
@@ -185,9 +185,9 @@ def _model(name: str, means: Means) -> _Row:
     }
 
 
-def _estimates(of: _Key, metrics: Iterable[str], means: Means) -> _Row:
-    """Return the means of a model, or the differences of two, with their intervals; null if unknown."""
+def _estimates(models: _Key, metrics: Iterable[str], means: Means) -> _Row:
+    """Return the means of one model, or the differences of two, with intervals; None where unknown."""
     row: _Row = {}
     for metric in metrics:
-        row[metric], row[f"{metric}_interval"] = means.get((*of, metric), (None, None))
+        row[metric], row[f"{metric}_interval"] = means.get((*models, metric), (None, None))
     return row

@@ -1,4 +1,4 @@
-"""Checks of `compare` before torch is imported and processes join: models, data, judge."""
+"""Check models, data and judge of `compare` before torch is imported and processes join."""
 
 import re
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ _ONE_JUDGE = Rule(
 class NamedModel:
     """A model of the comparison.
 
-    `path` is as given; `location` is the model's folder or hub name, for a run its trained model.
+    `path` is as configured; `location` is the model's folder or hub name (for a run: its trained model).
     """
 
     name: str
@@ -35,7 +35,7 @@ class NamedModel:
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it is a checkpoint, whose weights are exported first."""
+        """Whether the model is a checkpoint, whose weights must be exported first."""
         return is_checkpoint(Path(self.location))
 
 

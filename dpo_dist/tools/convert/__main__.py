@@ -1,7 +1,7 @@
 """Translate a run of TRL, LLaMA-Factory, axolotl, ms-swift or open-instruct into a file for `dpo-dist train`.
 
-It is given as a file of keys, YAML or JSON, as a shell script, or as a command between quotes. Comments of
-the written file name every key that is not translated, and why.
+The run is a YAML or JSON file of keys, a shell script, or a command between quotes. Comments in the new file
+name every key that is not translated, and say why.
 """
 
 import shlex
@@ -24,18 +24,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "output", type=Path, metavar="OUTPUT", nargs="?", help="file to write; default: print it"
     )
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        text = translate_run(read(given.run))
-        if given.output is None:
+        text = translate_run(read(options.run))
+        if options.output is None:
             print_result(text)
             return ExitCode.completed
-        if given.output.exists():
+        if options.output.exists():
             raise ConfigError(
-                "this file exists", where=str(given.output), remedy="remove it, or name another"
+                "this file exists", where=str(options.output), remedy="remove it, or name another"
             )
-        write_text(given.output, text)
-        print_line(f"written: {given.output}; next: dpo-dist train {shlex.quote(str(given.output))} --check")
+        write_text(options.output, text)
+        print_line(
+            f"written: {options.output}; next: dpo-dist train {shlex.quote(str(options.output))} --check"
+        )
         return ExitCode.completed
     except FAILURES as error:
         raise composition_error(error, []) from error

@@ -1,4 +1,4 @@
-"""Read a run of another trainer: a file of its keys, or the command that starts it, or a script with it."""
+"""Read a run of another trainer from a file of keys, from the command that starts it, or from a script."""
 
 import json
 import os
@@ -24,7 +24,7 @@ _PROGRAMS = (
     ("TRL", r"(.*/)?trl", r"[a-z_]+"),
     ("TRL", r"(.*/)?(run_)?(dpo|kto|orpo|cpo|simpo)\.py|trl\.scripts\.\w+", ""),
 )
-"""Trainer, its program, and the word after it."""
+"""Each trainer with its program and the word after it, as regular expressions."""
 _PROCESSES = re.compile(r"(?i)(?:num.processes|nproc.per.node|num.gpus)[= ](\d+)")
 """Processes of a node, in the words of accelerate, torchrun, ms-swift and DeepSpeed."""
 _SHELL = re.compile(
@@ -42,7 +42,7 @@ _ASSIGNED_SECRET = re.compile(r"(?i)(\b\w*(?:key|token|secret|passw\w*)=)\S+")
 
 
 class ForeignRun(NamedTuple):
-    """Another trainer's run in that trainer's keys, without secret values; `name` says what was read."""
+    """Another trainer's run in that trainer's keys, without secrets; `name`: the file or command."""
 
     trainer: str
     keys: dict[str, Any]
@@ -50,7 +50,7 @@ class ForeignRun(NamedTuple):
 
 
 def read(given: str) -> ForeignRun:
-    """Return what a file or a command, given as one text, says; raise one of `FAILURES` if unknown."""
+    """Read a file, or a command given as one text; raise one of `FAILURES` if no trainer is recognised."""
     file, name = Path(given), Path(given).name
     if " " in given and not os.path.exists(given):  # noqa: PTH110 (no error: a command is long)
         name = "the command"
@@ -66,11 +66,11 @@ def read(given: str) -> ForeignRun:
         found = None if file.suffix == ".py" else _started(text, given)
     if found is None:
         raise ConfigError(
-            "this is no run of a trainer that is known here",
+            "this is not a run of a trainer that dpo-dist knows",
             where=given,
             expected="three or more keys of TRL, LLaMA-Factory, axolotl, ms-swift or open-instruct, or a "
             "command that starts one of them",
-            remedy="write the options of the run, of its DPOConfig for example, as keys of a YAML file, and "
+            remedy="write the run's options (such as those of its DPOConfig) as keys into a YAML file, and "
             "convert that; for single options, dpo-dist train KEY=VALUE says what to write",
         )
     trainer, keys = found
@@ -78,7 +78,7 @@ def read(given: str) -> ForeignRun:
 
 
 def _started(text: str, where: str) -> tuple[str, dict[str, Any]] | None:
-    """Return trainer and keys of the run that a shell script starts, or None; raise if it starts several."""
+    """Return trainer and keys of the run that a script starts, if any; raise if it starts several."""
     found = [start for words in _commands(text) if (start := _start(words))]
     if len(found) > 1:
         remedy = "write the command of one of them into a file of its own"
@@ -91,7 +91,7 @@ def _started(text: str, where: str) -> tuple[str, dict[str, Any]] | None:
             keys = read_keys(Path(name)) | keys
         if re.search("config.file|deepspeed|zero|fsdp", launcher):
             keys.setdefault("deepspeed", launcher)
-        # Nodes of torchrun have as many processes each.
+        # With several nodes, torchrun's number counts the processes of one node only.
         if (count := _PROCESSES.search(launcher)) and not re.search(r"(?i)nnodes[= ](?!1\b)", launcher):
             keys.setdefault("num_processes", int(count[1]))
         return (trainer, keys) if keys.keys() - {"rl"} else None
@@ -112,7 +112,7 @@ def _start(words: Sequence[str]) -> tuple[str, str, list[str]] | None:
 
 
 def _commands(text: str) -> Iterator[list[str]]:
-    """Yield the words of each command of a shell script; a variable has its value if the script gives one."""
+    """Yield the words of each command in a shell script, with variables that the script sets filled in."""
     variables: dict[str, str] = {}
 
     def marked(part: re.Match[str]) -> str:
@@ -121,7 +121,7 @@ def _commands(text: str) -> Iterator[list[str]]:
     for command in _SHELL.sub(marked, text).replace("\\\n", " ").split("\0"):
         try:
             words = shlex.split(Template(command).safe_substitute(variables))
-        except ValueError:  # prose
+        except ValueError:  # a quote that is not closed: this is not a command
             continue
         for name, equals, value in (word.partition("=") for word in words if word != "export"):
             if not equals or not name.isidentifier():
@@ -134,7 +134,7 @@ def _flags(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Return the values of `--name value ...`, `--name=value` and `name=value`, and the words before them."""
     texts, files, name = dict[str, list[str]](), list[str](), ""
     for word in words:
-        if word in ("$@", "$*"):  # more words may be given
+        if word in ("$@", "$*"):  # words of the script's caller
             continue
         if flag := re.fullmatch(r"--?([A-Za-z][\w.-]*)(?:=(.*))?", word, re.DOTALL):
             name = flag[1].replace("-", "_")
@@ -157,7 +157,7 @@ def _flags(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _value(text: str) -> Any:
-    """Return a word of a command as JSON reads it, Python's words too; any other is a text."""
+    """Return a word parsed as JSON, or as Python's True, False or None; any other word is a text."""
     try:
         return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
     except ValueError:

@@ -1,4 +1,7 @@
-"""A run between two trainers: keys of theirs that are not read yet, keys of ours, and comments."""
+"""The state of a translation: the other trainer's keys that are left, our keys, and comments.
+
+In names and comments "theirs" is the other trainer's, "ours" is dpo_dist's.
+"""
 
 import math
 import re
@@ -17,7 +20,7 @@ from dpo_dist.tools.convert.reading import ForeignRun
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 _KEYS = {"loss": "loss.kind", "parallelism": "parallelism.kind", "reference": "reference.mode"}
 _KEYS |= {"optim": "optim.kind", "tracking": "tracking.wandb"}
-"""The key that a preset sets; presets of losses set others too, by defaults of their papers."""
+"""The key that the name of a preset sets; presets of losses set other keys too, as in their papers."""
 _LONGEST = 60
 _TRAINERS: dict[str, Any] = yaml.safe_load(
     Path(__file__).with_name("trainers.yaml").read_text(encoding="utf-8")
@@ -25,23 +28,23 @@ _TRAINERS: dict[str, Any] = yaml.safe_load(
 
 
 class Translation:
-    """A run in translation: their keys still `left`, `values` of our keys, `comments` on what is left out."""
+    """A translation: their keys that are `left`, the `values` of our keys, `comments` on keys left out."""
 
     def __init__(self, foreign: ForeignRun) -> None:
         self.trainer, keys, self.name = foreign
         self.facts = _TRAINERS[self.trainer]
         self.left, self.values, self.comments = dict(keys), dict[str, Any](), list[str]()
         self.origins: dict[str, tuple[str, Any]] = {}
-        """By our keys: theirs, with its value."""
+        """For each of our keys: the key of theirs from which it comes, with its value there."""
         self.not_default: set[str] = set()
-        """Keys of ours that keep their own default."""
+        """Our keys that must not get the other trainer's default."""
         if isinstance(keys.get("model"), str):
             self.left["model_name_or_path"] = self.left.pop("model")
         for name in (
             "lr_scheduler_kwargs",
             "model_init_kwargs",
             "trl",
-        ):  # no key in them has the name of another one
+        ):  # their keys have names of their own, so none is overwritten
             if isinstance(inner := keys.get(name), dict):
                 self.left |= inner
                 del self.left[name]
@@ -50,29 +53,31 @@ class Translation:
             for key, value in self.left.items()
             if re.search(r"\$[\w({]|^`", as_written(value)) and "template" not in key
         }
-        """Keys of theirs whose values only a shell knows."""
+        """Their keys whose values only a shell can compute."""
         for key in sorted(self.computed):
-            self.comment(key, self.left.pop(key), "the shell computes it: write its value")
+            self.comment(key, self.left.pop(key), "the shell computes it: write the value")
 
     def take(self, *keys: str, default: Any = None) -> Any:
-        """Return the value of the first of these keys that says something; values of another type stay."""
+        """Remove and return the value of the first of these keys that has one of the default's type."""
         kind: Any = object if default is None else type(default)
         kind = (int, float) if kind in (int, float) else kind
-        said = [key for key in keys if self.left.get(key) not in EMPTY and isinstance(self.left[key], kind)]
-        value = self.left.pop(said[0]) if said else default
-        for key in said[1:]:
+        keys_with_value = [
+            key for key in keys if self.left.get(key) not in EMPTY and isinstance(self.left[key], kind)
+        ]
+        value = self.left.pop(keys_with_value[0]) if keys_with_value else default
+        for key in keys_with_value[1:]:
             if (other := self.left.pop(key)) != value:
-                self.comment(key, other, f"{said[0]} counts")
+                self.comment(key, other, f"{keys_with_value[0]} overrides it")
         return value
 
     def comment(self, key: str, value: Any, reason: str) -> None:
-        """Say why a key of theirs is left out."""
+        """Add a comment that says why a key of theirs is left out."""
         text = " ".join(as_written(value).split())
         text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
         self.comments.append(f"{key}: {text} — {reason}")
 
     def set(self, target: str, value: Any, key: str, written: Any) -> None:
-        """Set a key of ours to what a key of theirs says, if it fits and is not set yet."""
+        """Set a key of ours from a key of theirs, if the value fits and ours is not set yet."""
         if not fits(target, value):
             self.comment(key, written, f"{target} cannot have this value")
         elif target not in self.values:
@@ -81,7 +86,7 @@ class Translation:
             self.comment(key, written, f"{target} is already {as_written(self.values[target])}")
 
     def translate(self, key: str, value: Any) -> None:
-        """Set what names.yaml says of a key and its value, or say why it is left out."""
+        """Set our keys for a key of theirs, as names.yaml says, or comment why it is left out."""
         text, name = as_written(value), "optimizer" if key == "optim" else key
         exact, general = find_advice(name, text), equivalents(name, "advice")
         known = [] if general else [ours for ours in verb_keys("train") if "." in ours]
@@ -99,7 +104,7 @@ class Translation:
         is_said = exact or value is True or "{value}" in "".join(general[:1])
         if fitting and not exact:
             self.set(*fitting[0], key, value)
-        elif is_said and (written := _written(reason)):
+        elif is_said and (written := _keys_to_write(reason)):
             for to, kept in written.items():
                 self.set(to, kept, key, value)
         elif value is False and reason.startswith(("write ", "set ")):
@@ -109,8 +114,8 @@ class Translation:
             self.comment(key, value, reason or unfit)
 
 
-def _written(answer: str) -> dict[str, Any]:
-    """Return the keys that an answer says to write; none unless all of them are known and fit."""
+def _keys_to_write(answer: str) -> dict[str, Any]:
+    """Return the keys that an answer of names.yaml says to write; none if one is unknown or does not fit."""
     verb, _, rest = answer.partition(" ")
     if verb not in ("write", "set"):
         return {}
@@ -125,7 +130,7 @@ def _written(answer: str) -> dict[str, Any]:
 
 
 def as_list(value: Any) -> list[Any]:
-    """Return a list, the values of a mapping, or the names in a text with commas."""
+    """Return a list as it is, the values of a mapping, or the names in a text with commas."""
     if isinstance(value, str):
         return [name.strip() for name in value.split(",") if name.strip()]
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
@@ -133,7 +138,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def finite_number(value: Any) -> float | None:
-    """Return a finite number, also one that is written as a text; None for anything else."""
+    """Return a finite number, also if it is written as text; None for anything else."""
     try:
         found = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""The data of another trainer as sources: mixtures, lists of datasets, names with a number of records."""
+"""Translate another trainer's data into sources: mixtures, lists of datasets, names with a record count."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from dpo_dist.config.keys import as_written
 from dpo_dist.config.mistakes import as_sources
 from dpo_dist.tools.convert.run import EMPTY, Translation, as_list, finite_number
 
-_OF_SOURCES = (
+_SOURCE_KEYS = (
     *("path", "id", "name", "config", "split", "revision", "data_dir", "data_files", "weight"),
     *("limit", "type", "ds_type"),
 )
@@ -23,7 +23,9 @@ def set_sources(run: Translation) -> None:
         if sources := [source for part in parts for source in part]:
             run.set(target, sources, target, entries)
         if run.trainer in ("ms-swift", "open-instruct") and "limit:" in as_written(sources):
-            run.comments.append("limit: the first records; there they are drawn, repeated if there are fewer")
+            run.comments.append(
+                "limit: takes the first records; there they are drawn, and repeated if too few"
+            )
 
 
 def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
@@ -31,8 +33,10 @@ def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
     if run.trainer in ("LLaMA-Factory", "ms-swift"):
         given = as_list(run.take("dataset")), as_list(run.take("eval_dataset", "val_dataset"))
         if run.trainer == "ms-swift":
-            run.comments.append("dataset, model: there ModelScope's, if use_hf is not set; here the hub's")
-            train, tests = ([source for name in names for source in _of_swift(name)] for names in given)
+            run.comments.append(
+                "dataset, model: there from ModelScope unless use_hf is set; here from the hub"
+            )
+            train, tests = ([source for name in names for source in _swift_sources(name)] for names in given)
             return train, tests
         folder, limit = run.take("dataset_dir", default="data"), run.take("max_samples")
         train, tests = ([{"path": folder, "name": name, "limit": limit} for name in names] for names in given)
@@ -50,8 +54,8 @@ def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
         source = {"path": name, "name": run.take("dataset_config", "dataset_config_name")}
         train = [source | {"split": run.take("dataset_train_split", default="train")}]
         split = run.take("dataset_test_split", default="test")
-        said = [run.left.get(key) for key in ("eval_strategy", "evaluation_strategy", "do_eval")]
-        tests = [source | {"split": split} for when in said if when not in (None, False, "no")][:1]
+        strategies = [run.left.get(key) for key in ("eval_strategy", "evaluation_strategy", "do_eval")]
+        tests = [source | {"split": split} for when in strategies if when not in (None, False, "no")][:1]
     return train, tests
 
 
@@ -61,17 +65,17 @@ def _mixture(run: Translation) -> list[tuple[str, dict[str, Any]]]:
     flat, sources = as_list(run.take("mixer_list", "dataset_mixer_list")), []
     for name, written in (*shares.items(), *zip(flat[::2], flat[1::2], strict=False)):
         amount = finite_number(written) or 0
-        # In a mapping numbers above 1 are counts of records, in a list those without a point.
+        # A number counts records if it is above 1 (in a mapping), or has no decimal point (in a list).
         is_share = amount <= 1 if shares else "." in str(written)
         if amount > 0:
             sources.append((str(name), {"weight": amount} if is_share else {"limit": math.ceil(amount)}))
         else:
-            run.comment(f"dataset_mixer.{name}", written, "no share and no number of records: left out")
+            run.comment(f"dataset_mixer.{name}", written, "neither a share nor a number of records")
     return sources
 
 
 def _source(run: Translation, place: str, entry: Any) -> list[Any]:
-    """Return an entry of `datasets` as sources, one for each file."""
+    """Return an entry of `datasets` as sources, one per file."""
     entry = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
     entry = {"path": entry.get("id"), "name": entry.get("config")} | entry
     kind = entry.get("type") or {}
@@ -87,14 +91,14 @@ def _source(run: Translation, place: str, entry: Any) -> list[Any]:
                 "texts are read without it: write reader: module:function at the source, or "
                 "data.text_as_messages=true data.chat_template=FILE (docs/data.md)",
             )
-        elif not (option in (*_OF_SOURCES, *_FORMATS) or option.startswith("field_") or value in EMPTY):
+        elif not (option in (*_SOURCE_KEYS, *_FORMATS) or option.startswith("field_") or value in EMPTY):
             run.comment(f"{place}.{option}", value, "formats are detected; for others docs/data.md")
     files = as_list(entry.get("data_files")) or [None]
     return [source for file in files for source in as_sources([entry | {"data_files": file}])]
 
 
-def _of_swift(entry: Any) -> list[dict[str, Any]]:
-    """Return the sources of `HF::ORG/NAME:SUBSET/SUBSET#1000` of ms-swift."""
+def _swift_sources(entry: Any) -> list[dict[str, Any]]:
+    """Return the sources of an ms-swift dataset such as `HF::ORG/NAME:SUBSET/SUBSET#1000`."""
     parts = re.fullmatch(r"(?:(?:HF|MS)::)?([^:#]+)(?::([^#]+))?(?:#(\d+))?", str(entry))
     if parts is None:
         return [{"path": str(entry)}]

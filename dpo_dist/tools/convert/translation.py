@@ -19,7 +19,7 @@ from dpo_dist.tools.convert.sources import set_sources
 _METHODS = ("dpo", "ipo", "kto", "orpo", "cpo", "simpo", "sft")
 _KINDS = {"3": "zero3", "2": "zero2", "1": "ddp", "0": "ddp"}
 _STAGES = {"shard grad op": "stage2", "full shard|fsdp": "stage3", "(multi|single) gpu|ddp": "stage0"}
-_OF_DEVICE = ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
+_DEVICE_BATCH_KEYS = ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
 _SHARDING = ("deepspeed", "zero_stage", "accelerate_config", "fsdp", "fsdp_config", "fsdp_shard_degree")
 _QUANTIZED = ("load_in_4bit", "load_in_8bit", "use_qlora", "quantization_bit", "quant_bits")
 _BATCH, _LENGTH = "trainer.global_batch_pairs", "data.max_length"
@@ -27,7 +27,7 @@ _ODDS_WEIGHT = "loss.options.odds_weight"
 
 
 def translate_run(foreign: ForeignRun) -> str:
-    """Return the file for `train`, without secrets; comments at its top name what is not translated."""
+    """Return the content of a file for `train`, without secrets; comments name what is not translated."""
     run = Translation(foreign)
     about = [f"From {run.name}, read as a run of {run.trainer} that trains by {_method(run)}."]
     set_sources(run)
@@ -64,10 +64,10 @@ def _method(run: Translation) -> str:
             method = f"{key}: {as_written(task)}"
     if method not in _METHODS:
         raise ConfigError(
-            f"this run of {run.trainer} trains by another method",
+            f"this run of {run.trainer} trains by a method that dpo-dist does not have",
             got=method,
             expected=", ".join(_METHODS),
-            remedy="train it there: what is offered here learns from preferences that are given",
+            remedy=f"train it with {run.trainer}: dpo-dist learns from preference data only",
         )
     kinds = run.take("loss_type", "dpo_loss_type", "pref_loss")
     kinds, weights = as_list(kinds), as_list(run.take("loss_weights", "dpo_loss_weights"))
@@ -75,9 +75,9 @@ def _method(run: Translation) -> str:
     known = [next((word for word in forms if fits("loss.kind", word)), None) for forms in words]
     answers = find_advice("loss_type", as_written(kinds[0])) if len(kinds) == 1 else []
     if None in known and not any(answer.startswith("write ") for answer in answers):
-        remedy = "train it there, or write the loss as a function: docs/python.md"
+        remedy = f"train it with {run.trainer}, or write the loss as a function: docs/python.md"
         got = as_written(kinds[known.index(None)])
-        raise ConfigError("this loss is not offered", got=got, remedy=next(iter(answers), remedy))
+        raise ConfigError("dpo-dist does not have this loss", got=got, remedy=next(iter(answers), remedy))
     if len(kinds) > 1 or weights:
         parts = zip_longest(known, weights or [1.0] * len(kinds))
         terms = [{"kind": kind, "weight": weight} for kind, weight in parts]
@@ -98,7 +98,7 @@ def _simpo(run: Translation) -> None:
     gamma = ratio * beta if ratio >= 0 else run.take("simpo_gamma", "gamma", default=gamma)
     run.set("loss.beta", beta, "beta", beta)
     run.set("loss.options.gamma", gamma, "simpo_gamma", gamma)
-    # SimPO's own trainer sets gamma / beta, and its loss has no term of the likelihood.
+    # SimPO's own trainer sets gamma / beta, and its loss has no likelihood term.
     if weight := run.take("cpo_alpha", default=likelihood if ratio < 0 or run.trainer != "TRL" else 0):
         run.left.pop("rl", None)
         run.left.pop("loss_type", None)
@@ -107,16 +107,19 @@ def _simpo(run: Translation) -> None:
 
 
 def _batch(run: Translation) -> list[str]:
-    """Set the pairs of a step; return a line on how many they are."""
+    """Set the pairs of a step; return a line that explains their number."""
     processes = run.take("num_processes", default=0)
     world = processes or 1
     if any(equivalents(key, "keys") == (_BATCH,) for key in run.left):
-        not_needed = " — not needed: micro-batches are as large as fits"
-        run.comments += [f"{key}{not_needed}" for key in _OF_DEVICE if run.left.pop(key, None)]
+        not_needed = " — not needed: micro-batches are as large as memory allows"
+        run.comments += [f"{key}{not_needed}" for key in _DEVICE_BATCH_KEYS if run.left.pop(key, None)]
         return []
     pairs, steps = run.facts["batch"]
-    pairs, steps = run.take(*_OF_DEVICE[:2], default=pairs), run.take(_OF_DEVICE[2], default=steps)
-    if run.computed.union(run.left) & set(_OF_DEVICE):  # one of them is not known
+    pairs, steps = (
+        run.take(*_DEVICE_BATCH_KEYS[:2], default=pairs),
+        run.take(_DEVICE_BATCH_KEYS[2], default=steps),
+    )
+    if run.computed.union(run.left) & set(_DEVICE_BATCH_KEYS):  # the value of one of them is not known
         return []
     if steps is None:
         steps = math.ceil(16 / pairs / world) if fits(_BATCH, pairs * world) else 1
@@ -124,14 +127,14 @@ def _batch(run: Translation) -> list[str]:
     run.set(_BATCH, total, "batch", [pairs, steps])
     gpus = f" x {world} processes"
     if not processes:
-        gpus = f", times the number of GPUs there, which nothing says: {8 * total} for 8"
+        gpus = f"; multiply it by the number of GPUs there, which is not given: {8 * total} for 8 GPUs"
     return [f"{_BATCH}: {pairs} pairs x {steps}{gpus}."] if _BATCH in run.values else []
 
 
 def _trains_adapter(run: Translation) -> bool:
-    """Return whether an adapter is trained, in place of all weights."""
+    """Return whether the run trains an adapter rather than all weights."""
     if run.left.get("ref_adapters") not in EMPTY and run.left["ref_adapters"] == run.left.get("adapters"):
-        run.comment("ref_adapters", run.left.pop("ref_adapters"), "not needed: it is the reference")
+        run.comment("ref_adapters", run.left.pop("ref_adapters"), "not needed: it is the reference anyway")
         run.not_default.add("reference.path")
     kind = run.take("tuner_type", "train_type", "finetuning_type", "adapter", "use_peft", "use_lora")
     kind = str(run.facts.get("tuner") if kind is None else kind).lower()
@@ -140,11 +143,11 @@ def _trains_adapter(run: Translation) -> bool:
             f"this run of {run.trainer} trains another kind of adapter, or a part of the weights",
             got=kind,
             expected="lora, qlora or full",
-            remedy="choose one of them there, with the learning rate for it, and convert it again",
+            remedy="choose one of these there, with a learning rate that suits it, and convert again",
         )
     if run.left.get("create_new_adapter") is True:
         raise ConfigError(
-            f"this run of {run.trainer} trains a new adapter above the one that it names",
+            f"this run of {run.trainer} trains a new adapter on top of the one that it names",
             where="create_new_adapter",
             remedy="merge the named adapter into its base there, and convert a file that names the result",
         )
@@ -152,27 +155,27 @@ def _trains_adapter(run: Translation) -> bool:
 
 
 def _set_adapter(run: Translation, is_trained: bool) -> None:
-    """Set rank and alpha of an adapter; leave out what describes one that is continued, or not trained."""
+    """Set an adapter's rank and alpha; leave them out if an adapter is continued, or none is trained."""
     values, unread = run.values, "no adapter is trained"
-    of_adapter = [key for key in values if key.startswith("model.adapter.")]
+    adapter_keys = [key for key in values if key.startswith("model.adapter.")]
     if is_trained and "model.adapter.path" not in values:
         r, alpha = run.facts["adapter"]
         r = values.setdefault("model.adapter.r", r)
         values.setdefault("model.adapter.alpha", alpha or 2 * r)
         is_said = "model.adapter.target_modules" in values or run.left.get("lora_target_linear")
         if run.trainer in ("TRL", "axolotl") and not is_said:
-            run.comments.append("lora_target_modules: here all linear layers; peft chooses few of them")
+            run.comments.append("lora_target_modules: here all linear layers; peft chooses only a few")
         return
     if is_trained:
-        unread = "the adapter that is continued has its own"
-        of_adapter.remove("model.adapter.path")
-    for key in of_adapter:
+        unread = "the adapter that is continued has its own value"
+        adapter_keys.remove("model.adapter.path")
+    for key in adapter_keys:
         del values[key]
         run.comment(*run.origins[key], f"not needed: {unread}")
 
 
 def _machine(run: Translation) -> None:
-    """Set the precision, and how weights are distributed."""
+    """Set the precision, and how weights are sharded."""
     half, brain = run.take("fp16"), run.take("bf16")
     if half is True or brain is not None:
         run.values["model.dtype"] = "fp16" if half is True else "bf16" if brain else "fp32"
@@ -182,10 +185,10 @@ def _machine(run: Translation) -> None:
         if value in (*EMPTY, False):
             continue
         if is_quantized:
-            run.comment(key, run.left.pop(key), "a quantized base is whole on every GPU")
+            run.comment(key, run.left.pop(key), "a quantized base is not sharded")
             continue
         run.not_default.add("parallelism.kind")
-        # A mapping counts by its name only: DeepSpeed's has keys of other stages, too.
+        # Only the name of a mapping is read: DeepSpeed's has keys of other stages, too.
         text = key if isinstance(value, dict) else f"{key} {value}".removeprefix("fsdp ")
         text = text.replace("_", " ").replace("no offload", "")
         for words, stage in _STAGES.items():
@@ -199,7 +202,7 @@ def _machine(run: Translation) -> None:
 
 
 def _numbers(run: Translation) -> None:
-    """Set the keys of ours that depend on several keys of theirs."""
+    """Set our keys that depend on several of theirs."""
     rate = finite_number(run.left.get("learning_rate"))
     if rate and (low := run.take("min_lr", default=0.0)):
         run.set("optim.min_lr_ratio", low / rate, "min_lr", low)
@@ -210,7 +213,7 @@ def _numbers(run: Translation) -> None:
 
 
 def _watching(run: Translation) -> None:
-    """Find out who gets the metrics, which checkpoint is kept, and whether a run ends early."""
+    """Set where metrics go, which checkpoint is kept, and whether a run ends early."""
     report = [str(name).lower() for name in as_list(run.take("report_to"))]
     is_named = run.trainer == "axolotl" and bool(run.left.get("wandb_project"))
     is_on = run.take("with_tracking", "use_wandb", default=is_named)
@@ -221,7 +224,7 @@ def _watching(run: Translation) -> None:
     if run.take("use_tensorboard", default=False) or "tensorboard" in report:
         run.values["tracking.also"] = ["tensorboard"]
     if others := [name for name in report if name not in ("wandb", "tensorboard", "all", "none")]:
-        run.comment("report_to", others, "not offered: wandb and tensorboard are")
+        run.comment("report_to", others, "dpo-dist has wandb and tensorboard only")
     patience = run.take("early_stopping_patience", "early_stopping_steps", "early_stop_interval", default=0)
     metric = run.take("metric_for_best_model", default="")
     is_best = run.take("load_best_model_at_end", default=False)
@@ -235,11 +238,11 @@ def _watching(run: Translation) -> None:
 
 
 def _combine(run: Translation) -> None:
-    """Correct values that depend on others."""
+    """Correct values that depend on other values."""
     values = run.values
     if values.pop("model.attention", None):
         run.comment(*run.origins["model.attention"], "not needed: the fastest kernel is chosen")
-    if values.get("optim.warmup_steps") == 0:  # there it means that the ratio counts
+    if values.get("optim.warmup_steps") == 0:  # there 0 means that the ratio is used
         del values["optim.warmup_steps"]
     if values.get("loss.kind") == "orpo" and "loss.beta" in values and _ODDS_WEIGHT not in values:
         values[_ODDS_WEIGHT] = values.pop("loss.beta")
@@ -248,7 +251,7 @@ def _combine(run: Translation) -> None:
     if "trainer.keep_best" in values and not values.get("trainer.eval_every"):
         every = values["trainer.eval_every"] = values.get("trainer.save_every") or 100
         run.origins["trainer.eval_every"] = ("trainer.eval_every", every)
-        run.comments.append(f"trainer.eval_every: {every}, as trainer.keep_best needs one, and none is given")
+        run.comments.append(f"trainer.eval_every: {every}, because trainer.keep_best needs evaluations")
 
 
 def _add_defaults(run: Translation, is_uncut: bool) -> list[str]:
@@ -257,13 +260,13 @@ def _add_defaults(run: Translation, is_uncut: bool) -> list[str]:
     if not any(key.startswith("model.adapter.") for key in run.values):
         defaults |= run.facts.get("full", {})
     if "model.adapter.path" in run.values and run.trainer in ("LLaMA-Factory", "ms-swift"):
-        # There the reference is the base; here it would be the adapter as it starts.
+        # There the reference is the base; here the default would be the adapter at its start.
         defaults["reference.path"] = run.values.get("model.path")
         if quantization := run.values.get("model.quantization"):
             defaults["reference.quantization"] = quantization
     if is_uncut or _LENGTH not in {**defaults, **run.values}:
         run.not_default.add(_LENGTH)
-        reason = "there no text is cut; here those above data.max_length are, by data.truncation: raise it"
+        reason = "there no text is cut; here data.truncation cuts those above data.max_length: raise it"
         run.comment("max_length", None, reason)
     if "loss.terms" in run.values:
         run.not_default.add("loss.kind")
@@ -287,7 +290,7 @@ def _give_options(run: Translation) -> None:
 
 
 def _obey_rules(run: Translation, defaults: list[str]) -> None:
-    """Leave out what the rules between keys refuse, with their reason."""
+    """Leave out keys that the rules between keys refuse, with the rule's reason."""
     while True:
         config = resolve_reference(SCHEMA.validate_python(as_tree(run.values)))
         errors = [rule.error(config) for rule in rules_of("train") if rule.is_broken(config)]

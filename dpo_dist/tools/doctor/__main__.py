@@ -1,8 +1,8 @@
 """Examine the data of a run before GPUs are spent: `dpo-dist doctor +experiment=qwen7b`.
 
-Takes the configuration of the training run, finds it in `run.dir`, or takes `data.train` alone; one process,
-no GPU, no weights. The data are encoded into `data.cache`, where training finds them. Exit code 1: findings
-(docs/doctor.md).
+Takes the configuration of the training run (also the one in `run.dir`), or `data.train` alone. Needs one
+process, no GPU and no weights. Encodes the data into `data.cache`, where training finds them. Exit code 1:
+findings (docs/doctor.md).
 """
 
 import json
@@ -35,11 +35,11 @@ def main(config: RunConfig) -> int:
     if config.model.path != NO_MODEL:
         policy = local_model_folder(config.model.path, config.model.revision, needs_weights=False)
         starts_as_base = config.model.adapter is None or config.model.adapter.path is None
-        if policy is not None and starts_as_base:  # an adapter may have its own
+        if policy is not None and starts_as_base:  # an adapter may have its own tokenizer
             check_tokenizer_files(policy)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import warns about kernels
-    # Slow to import: errors above appear at once.
+    # Imported late, so that the errors above appear at once.
     from dpo_dist.tools.doctor import page as pages  # noqa: PLC0415
     from dpo_dist.tools.doctor.examine import diagnose  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""Examine preference data: stream all sources, compare their records, and return the doctor's report."""
+"""Examine preference data: stream all sources, compare their records, and return the diagnosis."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,13 +52,13 @@ ProgressOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 """From a title and a unit to a context with a progress function: `Console.progress`."""
 
 SHOWN_PAIRS = 4  # of each source, besides examples of findings
-# These rules already say that training would refuse the data.
+# Their findings already say that training would refuse the data.
 _REFUSING_RULES = {"no_records", "too_many_dropped"}
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The results of an examination; most fields are those of doctor.json."""
+    """The result of an examination; doctor.json has most of these fields."""
 
     sources: Sequence[dict[str, Any]]  # of `data.train`, then of `data.eval`
     across: Mapping[str, Any]
@@ -81,10 +81,10 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
     diagnosis = examine(data, tokenizer, benchmark, lambda source: progress(f"examining {source}", "record"))
     findings = [*diagnosis.findings, *_label_balance(data.train, config.loss, diagnosis.sources)]
     if prepared is not None:
-        store, of_store = compare_with_store(
+        store, store_findings = compare_with_store(
             config.model, config.reference, config.loss, diagnosis.sources, prepared.datasets
         )
-        findings = [*of_store, *findings]
+        findings = [*store_findings, *findings]
         if _REFUSING_RULES.isdisjoint(finding.rule for finding in findings):
             findings = [*map(_refusal_finding, prepared.refusals), *findings]
         diagnosis = replace(diagnosis, model=prepared.files, store=store)
@@ -102,7 +102,7 @@ def examine(
 ) -> Diagnosis:
     """Read `config.train` and `config.eval` once, as a stream, and check them.
 
-    Without a tokenizer nothing is counted in tokens. The result does not depend on the number of processes.
+    Without a tokenizer tokens are not counted. The result does not depend on the number of processes.
     """
     observer = Observer(config, tokenizer, benchmark)
     sources: list[ExaminedSource] = []
@@ -128,12 +128,14 @@ def examine(
 def _label_balance(
     train: Sequence[SourceConfig], loss: LossConfig, sources: Sequence[Mapping[str, Any]]
 ) -> Iterator[Finding]:
-    """Yield the finding of training data whose labels do not weigh alike, with the weight that they need.
+    """Yield the finding that good and bad labels weigh differently, with the weights that balance them.
 
-    A source counts as often as it is drawn.
+    A source counts by its weight.
     """
     drawn = list(zip(train, sources, strict=False))  # sources of evaluation data come after these
-    good, bad = (sum(each.weight * of["labels"][label] for each, of in drawn) for label in ("good", "bad"))
+    good, bad = (
+        sum(source.weight * report["labels"][label] for source, report in drawn) for label in ("good", "bad")
+    )
     present = loss.desirable_weight, loss.undesirable_weight
     weights = present[0] * good, present[1] * bad
     if good + bad and not 1 <= weights[0] / max(weights[1], 1e-9) <= 4 / 3:
@@ -152,11 +154,11 @@ def _refusal_finding(error: DpoDistError) -> Finding:
 
 
 def _with_labels(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
-    """Yield each source with its label in metrics; a label that occurs again is made different."""
-    seen, of_train = Counter[str](), source_labels(config.train)
+    """Yield each source with its label in metrics (made unique), and whether it is for evaluation."""
+    seen, train_labels = Counter[str](), source_labels(config.train)
     for is_eval, sources in ((False, config.train), (True, config.eval)):
         for source, name in zip(sources, source_labels(sources), strict=True):
-            label = f"{name} (eval)" if is_eval and name in of_train else name
+            label = f"{name} (eval)" if is_eval and name in train_labels else name
             seen[label] += 1
             yield source, label if seen[label] == 1 else f"{label} ({seen[label]})", is_eval
 
@@ -164,16 +166,16 @@ def _with_labels(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]
 class PreparedData(NamedTuple):
     """The data of a run, encoded as training does."""
 
-    files: Path  # the folder of the tokenizer
+    files: Path  # the tokenizer's folder
     tokenizer: Tokenizer
-    # Of each source, those of `data.train` first: none if no record can be used, two if evaluation data are
-    # split off.
+    # A list for each source, those of `data.train` first: empty if no record can be used, two datasets if
+    # evaluation data are split off.
     datasets: list[list[PreferenceDataset]]
-    refusals: list[DpoDistError]  # with which training would refuse them
+    refusals: list[DpoDistError]  # errors with which training would refuse the data
 
 
 def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: ProgressOf) -> PreparedData:
-    """Encode the data of a run with the tokenizer of its model."""
+    """Encode the data of a run with its model's tokenizer."""
     from dpo_dist.model.files.load import load_config, load_tokenizer  # noqa: PLC0415  (slow)
 
     folder = description_folder(model.path, model.revision, needs_weights=False)
@@ -199,18 +201,18 @@ def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Pr
             refusals.append(refusal)
         return [list(_usable_datasets(source, data)) for source in encoded]
 
-    of_eval = prepared(data.eval_sources, eval_part(data), "eval")
-    prompts = [dataset.prompt_hashes[:] for datasets in of_eval for dataset in datasets]
-    of_train = prepared(data.train, train_part(data, np.concatenate(prompts) if prompts else None), "train")
+    evals = prepared(data.eval_sources, eval_part(data), "eval")
+    prompts = [dataset.prompt_hashes[:] for datasets in evals for dataset in datasets]
+    trains = prepared(data.train, train_part(data, np.concatenate(prompts) if prompts else None), "train")
     if data.eval:
-        return PreparedData(files, tokenizer, [*of_train, *of_eval], refusals)
-    parts = zip(of_train, of_eval or [[]] * len(of_train), strict=True)
-    datasets = [[*trained, *evaluated] for trained, evaluated in parts]
+        return PreparedData(files, tokenizer, [*trains, *evals], refusals)
+    parts = zip(trains, evals or [[]] * len(trains), strict=True)
+    datasets = [[*train, *held_out] for train, held_out in parts]
     return PreparedData(files, tokenizer, datasets, refusals)
 
 
 def _usable_datasets(source: EncodedSource, config: DataConfig) -> Iterator[PreferenceDataset]:
-    """Yield the examples of a source, also if most of its records are bad; nothing if all are."""
+    """Yield the source's dataset even if most of its records are bad; nothing if all are."""
     try:
         yield open_dataset([source], replace(config, max_bad_share=1.0, template=TextTemplate.literal))
     except DataError:

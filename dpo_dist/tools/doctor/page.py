@@ -1,4 +1,4 @@
-"""The doctor's report: its page, its summary on the screen, and doctor.json."""
+"""Write what the doctor found: doctor.json, a page, and lines for the screen."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ _SHOWN_EXAMPLES = 3
 
 
 def write_doctor_report(folder: RunFolder, diagnosis: Diagnosis, exit_code: int) -> None:
-    """Write doctor.json; it has no texts of records, except single words that reveal a label."""
+    """Write doctor.json, without texts of records except single words that reveal a label."""
     content: dict[str, Any] = {
         "format": FORMAT,
         "exit_code": int(exit_code),
@@ -61,7 +61,7 @@ def write_doctor_page(
         kept=sum(source["kept"] for source in diagnosis.sources),
         model=diagnosis.model,
         overview=overview(diagnosis.sources),
-        sources=list(map(_shown, diagnosis.sources)),
+        sources=list(map(_page_fields, diagnosis.sources)),
         store=diagnosis.store,
         store_sentence=diagnosis.store and store_sentence(diagnosis.store),
         pairs=diagnosis.shown,
@@ -74,9 +74,9 @@ def write_doctor_page(
 
 
 def store_sentence(use: Mapping[str, Any]) -> str:
-    """Return the use of the reference store in one line."""
+    """Return in one line what the reference store says about the data."""
     if not use["pairs"]:
-        return "reference: no record has two responses, whose margin could tell that it is mislabelled"
+        return "reference: no record has two responses, so margins cannot show mislabelled ones"
     if not use["stored"]:
         words = f" and {use['filled_with']}" if use["filled_with"] else ""
         return (
@@ -88,13 +88,13 @@ def store_sentence(use: Mapping[str, Any]) -> str:
 
 
 def counts_by_level(findings: Sequence[Finding]) -> list[tuple[str, str]]:
-    """Return each level that has findings with their number in words, the most serious first."""
+    """Return each level that has findings, with their number in words, the most serious first."""
     counts = {level: sum(finding.level is level for finding in findings) for level in reversed(Level)}
     return [(level, counted(count, level)) for level, count in counts.items() if count]
 
 
 def overview(sources: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return titles and rows of the table of all sources."""
+    """Return the titles and rows of the table of sources."""
     rows = []
     for source in sources:
         read, kept, held_out = (source[key] for key in ("read", "kept", "held_out"))
@@ -113,8 +113,8 @@ def _median(side: Mapping[str, Any] | None) -> str:
     return f"{values['percentiles'][50]:,.0f} {unit}"
 
 
-def _shown(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the section of a source shows: the shares and tests that matter, the largest first."""
+def _page_fields(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a source's fields for the page: shares and tests that matter, the largest first."""
     return {
         **source,
         "path": without_secrets(source["path"]),
@@ -134,7 +134,7 @@ def diagnosis_lines(diagnosis: Diagnosis, folder: RunFolder) -> list[str]:
     titles, rows = overview(diagnosis.sources)
     lines = [*aligned([titles, *rows], numbers=range(2, len(titles))), ""]
     if diagnosis.model is None:
-        lines.append("without a model (model.path): only texts are examined, not tokens")
+        lines.append("no model is configured (model.path): texts are examined, tokens are not")
     if diagnosis.store is not None:
         lines.append(store_sentence(diagnosis.store))
     for finding in diagnosis.findings:

@@ -23,22 +23,22 @@ class DataRule(FindingRule):
     def count(
         self,
         count: int,
-        of: int,
+        total: int,
         source: str | None,
         examples: Sequence[object] = (),
         detail: str = "",
         records: str = "records",
     ) -> Iterator[Finding]:
-        """Yield a finding if some of the `of` records break the rule: only a note up to the threshold."""
+        """Yield a finding if `count` of `total` records break the rule: a note unless above the threshold."""
         if count:
-            level = self.level if count > self.threshold * of else Level.note
-            text = f"{count} of {of} {records} ({percent(count / of)}) {self.text}"
+            level = self.level if count > self.threshold * total else Level.note
+            text = f"{count} of {total} {records} ({percent(count / total)}) {self.text}"
             text += f": {detail}" if detail else ""
             shown = tuple(map(str, examples[:_MAX_EXAMPLES]))
-            yield Finding(self.name, level, text, source, count, count / of, shown, self.remedy)
+            yield Finding(self.name, level, text, source, count, count / total, shown, self.remedy)
 
     def value(self, value: float, count: int, source: str | None, detail: str) -> Iterator[Finding]:
-        """Yield the finding if `value` is above the threshold; `count` records were examined."""
+        """Yield a finding if `value` is above the threshold; `count` records were examined."""
         if value > self.threshold:
             text = f"{self.text}: {detail}"
             yield Finding(self.name, self.level, text, source, count, value, (), self.remedy)

@@ -1,6 +1,6 @@
-"""Records for the doctor's page, decoded from token ids: examples of findings, and a sample of each source.
+"""Choose records for the doctor's page (examples of findings, a sample of each source), and decode them.
 
-The texts are data: the page shows them inert and hidden.
+The page shows these texts inert, and hides them at first.
 """
 
 import itertools
@@ -16,23 +16,23 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import BadRecord, PreferenceRecord, Tokenizer
 from dpo_dist.data.text.lengths import without_limits
-from dpo_dist.tools.doctor.measures.texts import texts_of
+from dpo_dist.tools.doctor.measures.texts import plain_texts
 from dpo_dist.tools.shared.findings import Finding
-from dpo_dist.tools.shared.records import side_of
+from dpo_dist.tools.shared.records import labelled_side
 
 _SAMPLED_RECORDS = 2000
-"""The sample of a source is drawn from this number of its first records."""
-_EXAMPLES_OF_A_FINDING = 2
+"""A source's sample is drawn from so many first records."""
+_EXAMPLES_PER_FINDING = 2
 _MAX_RESPONSES = 4
 _MAX_TOKENS, _MAX_CHARACTERS = 2000, 8000
 
 Segment = tuple[str, str]
-"""Consecutive tokens and what they are on the page: words of "special trained cut", or "omitted"."""
+"""The text of consecutive tokens, and their CSS classes: some of "special trained cut", or "omitted"."""
 
 
 @dataclass(frozen=True)
 class ShownPart:
-    """The prompt or a response of a shown record, with its number of tokens before anything is cut."""
+    """The prompt or a response of a shown record; `tokens` counts it before anything is cut."""
 
     name: str
     segments: Sequence[Segment]
@@ -45,22 +45,22 @@ class ShownPair:
     """One record of the page: the prompt, then the responses, best first."""
 
     origin: str
-    rules: tuple[str, ...]  # that it is an example of; empty in the random sample
-    note: str  # the reason why it is dropped
+    rules: tuple[str, ...]  # rules that it breaks, as an example; empty in the random sample
+    note: str  # why it is dropped
     parts: Sequence[ShownPart]
 
 
 def show_pairs(
     config: DataConfig, tokenizer: "Tokenizer | None", findings: Sequence[Finding], count: int
 ) -> list[ShownPair]:
-    """Return examples of the findings, and of each source a sample of `count` records.
+    """Return examples of the findings, and a sample of `count` records from each source.
 
     Without a tokenizer texts are shown as they are in the record.
     """
     rules: dict[str, list[str]] = {}
     for finding in findings:
         origins = (origin for example in finding.examples for origin in example.split(", "))
-        for origin in itertools.islice(origins, _EXAMPLES_OF_A_FINDING):
+        for origin in itertools.islice(origins, _EXAMPLES_PER_FINDING):
             rules.setdefault(origin, []).append(finding.rule)
     shown = []
     for source in [*config.train, *config.eval]:
@@ -92,7 +92,7 @@ def _choose(source: SourceConfig, rules: Mapping[str, Sequence[str]], count: int
 def _parts(
     record: PreferenceRecord, config: DataConfig, tokenizer: "Tokenizer | None"
 ) -> tuple[str, list[ShownPart]]:
-    """Return the reason why a record is dropped, and its parts with every token, also those that are cut."""
+    """Return why a record is dropped, and its parts with all tokens, also those that are cut."""
     if tokenizer is None:
         return "", _plain_parts(record)
     whole = encode_pair(record, tokenizer, without_limits(config))
@@ -103,7 +103,7 @@ def _parts(
     if isinstance(kept, BadRecord):
         note, kept = kept.reason, whole
     prompt = whole.prompt_ids
-    # Cut are the tokens after those that stay in front (BOS).
+    # Tokens in front, such as BOS, stay: those after them are cut.
     missing, front = len(prompt) - len(kept.prompt_ids), 0
     while missing and (prompt[front + missing :] != kept.prompt_ids[front:]).any():
         front += 1
@@ -119,20 +119,20 @@ def _parts(
 
 
 def _names(record: PreferenceRecord) -> Iterator[tuple[int, str, float | None]]:
-    """Yield the index, the name and the score of each response that is shown."""
+    """Yield index, name and score of each response to show."""
     count = len(record.responses)
     for index in range(min(count, _MAX_RESPONSES)):
         name = ("chosen", "rejected")[index] if count == 2 else f"response {index + 1} of {count}"
-        name = {"chosen": "good response", "rejected": "bad response", None: name}[side_of(record)]
+        name = {"chosen": "good response", "rejected": "bad response", None: name}[labelled_side(record)]
         yield index, name, record.scores[index] if record.scores is not None else None
 
 
 def _segments(
     ids: TokenIds, is_trained: Sequence[bool], cut: range, tokenizer: Tokenizer
 ) -> Iterator[Segment]:
-    """Yield runs of tokens that are alike; a long part is cut after its first tokens."""
+    """Yield runs of tokens of one kind; a long part ends after its first tokens."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
-    special = added | set(tokenizer.all_special_ids)  # added white space is ordinary text
+    special = added | set(tokenizer.all_special_ids)  # an added token of white space is ordinary text
     tokens, stop, before = ids[:_MAX_TOKENS].tolist(), 0, ""
     kinds = []
     for place, token in enumerate(tokens):
@@ -140,7 +140,7 @@ def _segments(
         kinds.append(("special " if token in special else "") + ("cut" if place in cut else use))
     for kind, group in itertools.groupby(kinds):
         stop += sum(1 for _ in group)
-        # With the tokens before it: alone it would lose its first space in some tokenizers.
+        # Decoded with the tokens before: alone, some tokenizers would drop the first space.
         decoded = str(
             tokenizer.decode(tokens[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
@@ -151,7 +151,7 @@ def _segments(
 
 
 def _plain_parts(record: PreferenceRecord) -> list[ShownPart]:
-    texts = texts_of(record)
+    texts = plain_texts(record)
     prompt = "\n\n".join(f"{role}: {content}" for role, content in texts.turns)
     named: list[tuple[str, str, float | None]] = [("prompt", prompt, None)]
     named += [(name, texts.responses[index], score) for index, name, score in _names(record)]

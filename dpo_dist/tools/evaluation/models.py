@@ -43,68 +43,68 @@ def evaluate_models(config: RunConfig, models: Sequence[EvaluatedModel], console
     """Evaluate models and write their results; return the exit code."""
     with open_run(config, console) as run:
         inputs = load_evaluation_inputs(run)
-        for evaluated in models:  # before the reference is computed, which may take hours
-            run.world.on_main(partial(check_origin, evaluated, run.config, inputs))
+        for entry in models:  # before the reference is computed, which may take hours
+            run.world.on_main(partial(check_origin, entry, run.config, inputs))
         custom = run.world.together(
             lambda: custom_metrics(config.metrics.function, config.loss, run.world.device)
         )
         objective = Objective(config.loss, prepare_reference(run, inputs).provider, custom=custom)
-        evaluations = {evaluated.path: _evaluate(run, evaluated, inputs, objective) for evaluated in models}
+        evaluations = {entry.path: _evaluate(run, entry, inputs, objective) for entry in models}
         if len(evaluations) > 1 and run.world.is_main:
-            of_all = {path: results[ALL] for path, results in evaluations.items()}
-            console.result("comparison", of_all, evaluation_table(of_all))
+            by_model = {path: results[ALL] for path, results in evaluations.items()}
+            console.result("comparison", by_model, evaluation_table(by_model))
     return ExitCode.completed
 
 
-def check_origin(evaluated: EvaluatedModel, config: RunConfig, inputs: EvaluationInputs) -> None:
-    """Check that a checkpoint is of a run that started from the model and adapter of `config`."""
-    if not evaluated.is_checkpoint:
+def check_origin(entry: EvaluatedModel, config: RunConfig, inputs: EvaluationInputs) -> None:
+    """Check that a checkpoint's run started from the model and adapter of `config`."""
+    if not entry.is_checkpoint:
         return
-    folder, digest = Path(evaluated.path), inputs.policy_files.digest
+    folder, digest = Path(entry.path), inputs.policy_files.digest
     try:
-        former, adapter = checkpoint_state(folder)["model"], config.model.adapter
+        model_digest, adapter = checkpoint_state(folder)["model"], config.model.adapter
     except (OSError, ValueError) as error:
         raise damaged_checkpoint(folder, [first_line(error)]) from error
     changed = changed_keys(RunFolder(folder.resolve().parent.parent).config, config.identity)
-    if former != digest or "model.adapter" in changed:
+    if model_digest != digest or "model.adapter" in changed:
         before, _ = changed.get("model.adapter", (adapter, adapter))
         raise CheckpointError(
             "the checkpoint is of a run with another model or adapter",
             where=str(folder),
             got=f"{config.model.path}, digest {digest}, adapter {adapter}",
-            expected=f"digest {former}, adapter {before}",
+            expected=f"digest {model_digest}, adapter {before}",
             remedy="set model.path and model.adapter as in the config.yaml of its run",
         )
 
 
-def _evaluate(run: Run, evaluated: EvaluatedModel, inputs: EvaluationInputs, objective: Objective) -> Results:
+def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objective: Objective) -> Results:
     config, world, console = run.config, run.world, run.console
-    run.say(f"evaluating {evaluated.path}")
-    model, running, commit = load_evaluated(run, evaluated, inputs)
+    run.say(f"evaluating {entry.path}")
+    model, running, commit = load_evaluated(run, entry, inputs)
     ((dataset, every),) = inputs.visited
     costs = replace(compute_costs(inputs.flops), arrangement=model.model.arrangement)
     means, values = evaluate(model, objective, run.shard(dataset, every, costs), world, running)
 
     def write() -> Results:
         folder = run.folder
-        name = evaluated.name(inputs, config.model, config.loss, config.metrics.function)
+        name = entry.name(inputs, config.model, config.loss, config.metrics.function)
         hashes = map(int, dataset.prompt_hashes[:])
-        trained = {"prompts_also_in_train": count_trained(evaluated.path, hashes, config.loss.unit, run.say)}
-        counted = replace(dataset, counts=dataset.counts | trained)
+        trained = {"prompts_also_in_train": count_trained(entry.path, hashes, config.loss.unit, run.say)}
+        dataset_with_count = replace(dataset, counts=dataset.counts | trained)
         reference, seed = config.reference.path or config.model.path, config.trainer.seed
         results = write_evaluation(
             name,
-            evaluated.path,
+            entry.path,
             means,
             values,
-            counted,
+            dataset_with_count,
             run=folder,
             loss=config.loss,
             reference=reference,
             seed=seed,
             revision=commit,
         )
-        console.result("results", {"model": evaluated.path, **results}, evaluation_table(results))
+        console.result("results", {"model": entry.path, **results}, evaluation_table(results))
         run.say(f"evaluation: {folder.evaluation.results}   also in {folder.named_evaluation(name).path}")
         return results
 
@@ -115,30 +115,30 @@ def _evaluate(run: Run, evaluated: EvaluatedModel, inputs: EvaluationInputs, obj
 
 
 def load_evaluated(
-    run: Run, evaluated: EvaluatedModel, inputs: EvaluationInputs
+    run: Run, entry: EvaluatedModel, inputs: EvaluationInputs
 ) -> tuple[Engine, RunningMeans, str | None]:
-    """Return the model ready to score, its training's running means if known, and its commit on the hub.
+    """Return the loaded model, the running means of its training if known, and its commit on the hub.
 
-    Collective. `model.revision` counts for `model.path` only. The base of an adapter is quantized as
-    `model.quantization` says, and so is `model.path` itself.
+    Collective. `model.revision` applies to `model.path` only. `model.quantization` applies to `model.path`
+    and to the base of an adapter.
     """
     config, world = run.config, run.world
     base, bits, running = inputs.policy_files.folder, config.model.quantization, RunningMeans()
     folder, commit, key = base, None, "model.path"
     finish: Callable[[PackedCausalLM], None] | None = None
-    if evaluated.is_checkpoint:
-        state = open_checkpoint(Path(evaluated.path), world).state
+    if entry.is_checkpoint:
+        state = open_checkpoint(Path(entry.path), world).state
         running = RunningMeans(**state["running"])
 
         def load_trained(model: PackedCausalLM) -> None:
             if config.model.adapter is not None:
                 add_adapter(model, config.model, config.trainer.seed, inputs.policy_files.adapter)
-            load_checkpoint_weights(model, Path(evaluated.path), world)
+            load_checkpoint_weights(model, Path(entry.path), world)
 
         finish = load_trained
     else:
-        revision = config.model.revision if evaluated.path == config.model.path else None
-        named = shared_model_folder(run, evaluated.path, revision, EVALUATION_MODEL_KEY, accepts_adapter=True)
+        revision = config.model.revision if entry.path == config.model.path else None
+        named = shared_model_folder(run, entry.path, revision, EVALUATION_MODEL_KEY, accepts_adapter=True)
         commit = hub_commit(named)
         if is_adapter(named):
             for note in base_notes(config.model, named):

@@ -1,4 +1,4 @@
-"""Results of an evaluation and their files: metrics with intervals, scores of every pair."""
+"""Compute and write the results of an evaluation: metrics with intervals, and the scores of every pair."""
 
 import json
 import math
@@ -39,7 +39,7 @@ _Mask = npt.NDArray[np.bool_]
 Results = dict[str, dict[str, Any]]
 
 ALL = "all"
-"""The name of the results of all pairs."""
+"""The key of the results of all pairs."""
 _WORST = 8
 _SHARES = tuple(name for name, metric in METRICS.items() if metric.is_share)
 
@@ -47,10 +47,10 @@ _SHARES = tuple(name for name, metric in METRICS.items() if metric.is_share)
 def contrasts(
     rewards: Column, is_good: _Mask, prompts: npt.NDArray[np.uint64], seed: int = 0
 ) -> dict[str, tuple[float, tuple[float, float] | None]]:
-    """Return margin and AUC of labelled records, each with its interval, for which both labels are resampled.
+    """Return margin and AUC of labelled records, each with its interval by resampling prompts.
 
-    All arguments are [records]. None if a label is missing; no interval as in `bootstrap_intervals`, with
-    prompts of each label.
+    All arguments are [records]. Empty if a label is missing. An interval is None where
+    `bootstrap_intervals` would give none for the prompts of one label.
     """
     different, places = np.unique(rewards, return_inverse=True)
 
@@ -65,21 +65,21 @@ def contrasts(
     if not np.isfinite([*estimates, *different]).all():
         return {}
     _, clusters = np.unique(prompts, return_inverse=True)
-    counted = min(len(np.unique(prompts[side])) for side in (is_good, ~is_good))
-    of_margin: tuple[float, float] | None = None
-    of_auc: tuple[float, float] | None = None
-    if counted >= FEWEST_PROMPTS:
+    fewest_prompts = min(len(np.unique(prompts[side])) for side in (is_good, ~is_good))
+    margin_interval: tuple[float, float] | None = None
+    auc_interval: tuple[float, float] | None = None
+    if fewest_prompts >= FEWEST_PROMPTS:
         draws = resamples(int(clusters.max()) + 1, seed)
         table = [measure(drawn[clusters].astype(float)) for drawn in draws]
         ends = np.quantile(table, ENDS, axis=0)
         if np.isfinite(ends).all():  # else some resample lacks a label
             (low, worst), (high, best) = ends.tolist()
-            of_margin, of_auc = (low, high), with_width(worst, best, counted, 0.0)
-    return {"rewards/margins": (estimates[0], of_margin), AUC: (estimates[1], of_auc)}
+            margin_interval, auc_interval = (low, high), with_width(worst, best, fewest_prompts, 0.0)
+    return {"rewards/margins": (estimates[0], margin_interval), AUC: (estimates[1], auc_interval)}
 
 
 def results_name(label: str) -> str:
-    """Return the name of a label's results: the label, but not the name of the results of all pairs."""
+    """Return the key of a source's results: its label, changed if it equals `ALL`."""
     return f"{ALL} (source)" if label == ALL else label
 
 
@@ -93,9 +93,9 @@ def results(
 ) -> Results:
     """Return the results of all pairs under `all`, and of each label under its `results_name`.
 
-    Each has the keys of an evaluation's row in log_history.json, `eval_prompts`, and `intervals`, [low, high]
-    of metrics that are means over pairs or tokens. `means` are exact, of all metrics of `plan`; `labels` say
-    for each label of the sources whether a pair has it, [pairs]; `prompts` are hashes, [pairs].
+    Each has the keys of an evaluation's row in log_history.json, `eval_prompts`, and `intervals`: [low, high]
+    of each metric that is a mean over pairs or tokens. `means` are the exact metrics of `plan`; `labels` say
+    for each source's label whether a pair has it, [pairs]; `prompts` are hashes, [pairs].
     """
     by_name = {ALL: _group_results(values, prompts, plan, seed)}
     divided = {f"{name}/{label}" for name in plan.pair_metric_names for label in plan.labels}
@@ -114,7 +114,7 @@ def results(
 def _group_results(
     values: PairValues, prompts: npt.NDArray[np.uint64], plan: MetricPlan, seed: int
 ) -> dict[str, Any]:
-    """Return the results of some pairs, as far as the values of single pairs decide them."""
+    """Return those results of some pairs that follow from the values of single pairs."""
     every, members = measure_pairs(values.columns), length_members(values.columns)
     measured: dict[str, tuple[Column, Column]] = {}
     for name, (metric, group) in plan.rows.items():
@@ -133,8 +133,8 @@ def _group_results(
     row |= {"eval_pairs": len(values), "eval_prompts": len(np.unique(prompts))}
     row["intervals"] = {f"eval_{name}": list(ends) for name, ends in intervals.items()}
     if plan.loss.is_unpaired:
-        of_records = labelled_columns(values)
-        rewards, is_good = of_records["reward"].astype(float), of_records["label"]
+        records = labelled_columns(values)
+        rewards, is_good = records["reward"].astype(float), records["label"]
         groups = {"": np.ones_like(is_good)} | {name: each.numpy() for name, each in members.items()}
         for group, within in groups.items():
             compared = contrasts(rewards[within], is_good[within], prompts[within], seed)
@@ -148,7 +148,7 @@ def _group_results(
 
 
 def labelled_columns(values: PairValues) -> dict[str, npt.NDArray[Any]]:
-    """Return the columns of labelled records: values of the side that each has, and whether it is good."""
+    """Return the columns of labelled records: values of the one response, and whether it is good."""
     is_good, named = values.tokens_chosen > 0, values.by_name
     names = {"reward": "reward", "logp": "logp", "reference": "reference_logp", "tokens": "tokens"}
     sides = {
@@ -161,10 +161,10 @@ def labelled_columns(values: PairValues) -> dict[str, npt.NDArray[Any]]:
 def write_scores(
     file: Path, values: PairValues, dataset: PreferenceDataset, *, is_unpaired: bool = False
 ) -> None:
-    """Write the scores of all pairs, or labelled records (`of_sides`), whole or not at all.
+    """Write the scores of all pairs, or of all labelled records (`is_unpaired`), whole or not at all.
 
-    A record has `source` (its label), `file` and `line`, then rewards, log-probs in nats and lengths in
-    tokens of both sides. Values that do not exist (of a reference, if there is none) are null.
+    A line has `source` (the label), `file` and `line`, then rewards, log-probs in nats and lengths in tokens
+    of both sides. Values that do not exist, such as a reference's if there is none, are null.
     """
     labels = np.repeat(dataset.source_labels, dataset.source_pairs).tolist()
     named = {name.replace("reference_", "reference_logp_"): each for name, each in values.by_name.items()}
@@ -223,11 +223,11 @@ def write_evaluation(
     seed: int,
     revision: str | None = None,
 ) -> Results:
-    """Write the files of an evaluation, each whole or not at all, to its folder `name` and as those of the
-    newest one; return its results.
+    """Write the files of an evaluation to its folder `name`, and copies as the newest evaluation's files.
 
-    `model`: its path; `revision`: its commit, if it is from the hub. `reference`: the path of the reference
-    model, if `loss` needs one. `means`: exact, of all metrics.
+    Each file is written whole or not at all. Returns the results. `model`: the model's path; `revision`: its
+    commit, if it is from the hub. `reference`: the reference's path, if `loss` needs one. `means`: the exact
+    value of every metric.
     """
     sources = dataset.counts["sources"]
     labels = np.repeat(dataset.source_labels, dataset.source_pairs)

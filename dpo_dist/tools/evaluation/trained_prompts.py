@@ -1,4 +1,4 @@
-"""The prompts that a model was trained on, by the data of its run: is it evaluated on what it has learnt?"""
+"""Count evaluation prompts on which a model was trained, from the data of its run."""
 
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -18,9 +18,10 @@ from dpo_dist.foundation.errors import DpoDistError, first_line
 def count_trained(
     model: str, prompts: Iterable[int], unit: str, say: Callable[[str], None] = print
 ) -> int | None:
-    """Return how many of these `prompt_hash` the run of a model trained on, and say so.
+    """Return on how many of these prompts (by `prompt_hash`) a model was trained; print a warning if any.
 
-    None if no run trained it; also if the run's data cannot be read, which is said. `unit`: pair or record.
+    None if no run trained the model, or, with a note, if its run's data cannot be read. `unit`: pair or
+    record.
     """
     place = Path(model).expanduser().resolve()
     folders = map(RunFolder, [place, *place.parents[:2]] if place.exists() else [])  # else a name of the hub
@@ -30,16 +31,16 @@ def count_trained(
     try:
         trained = _training_prompts(run.config)
     except (OSError, ValueError, DpoDistError) as error:
-        say(f"note: not known whether {model} was trained on these {unit}s: {first_line(error)}")
+        say(f"note: it is not known whether {model} was trained on these {unit}s: {first_line(error)}")
         return None
-    asked = list(prompts)
-    seen = sum(prompt in trained for prompt in asked)
-    if seen:
+    hashes = list(prompts)
+    count = sum(prompt in trained for prompt in hashes)
+    if count:
         say(
-            f"warning: {seen:,} of {len(asked):,} {unit}s are not held out: {model} was trained on their "
-            "prompts, and the results say little about others"
+            f"warning: {count:,} of {len(hashes):,} {unit}s are not held out: {model} was trained on their "
+            "prompts, so the results say little about new prompts"
         )
-    return seen
+    return count
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Write files of pairs: records with their provenance, a summary, and counts in words."""
+"""Write the file of pairs, whose records have their provenance, and its summary; print the counts."""
 
 import json
 from collections import Counter
@@ -21,7 +21,7 @@ from dpo_dist.tools.shared.records import Read, good_records
 def training_records(
     data: DataConfig, read: Read, say: Callable[[str], None], enough: Callable[[], bool] = lambda: False
 ) -> Iterator[PreferenceRecord]:
-    """Yield the usable records of `data.train` until there are `enough`; print the counts of each source."""
+    """Yield the usable records of `data.train` until `enough` returns true; print each source's counts."""
     for source in data.train:
         if not enough():
             yield from good_records(read(pin_source(source)), source, data, say, enough)
@@ -33,9 +33,9 @@ def pair_fields(
     scores: tuple[float, float] | None,
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the fields of a preference record: the prompt of `record`, and the chosen and rejected response.
+    """Return a preference record's fields: the prompt of `record`, and the chosen and rejected response.
 
-    Messages if the prompt is a conversation, else texts: training renders both as it renders `record`.
+    They are messages if the prompt is a conversation, else texts, so training renders them like `record`.
     """
     prompt, chosen, rejected = as_fields(record.prompt, responses)
     fields = {} if prompt is None else {"prompt": prompt}
@@ -50,7 +50,7 @@ def _summary_file(file: Path) -> Path:
 
 
 def check_output(file: Path, settings: Mapping[str, Any]) -> None:
-    """Check that an existing file of pairs was made with the same settings; it is then written again."""
+    """Raise if the file of pairs exists and was made with other settings; else it may be written again."""
     if not file.exists():
         return
     summary = _summary_file(file)
@@ -88,9 +88,9 @@ def write_results(
                 raise DataError(
                     "no pair can be made",
                     where=str(file),
-                    got="no two usable responses of a prompt with different scores",
-                    remedy="see the counts: scores can be missing, equal or within pairs.margin, responses "
-                    "unfinished within sampling.max_new_tokens; for a file without scores "
+                    got="no prompt has two usable responses with different scores",
+                    remedy="see the counts: scores can be missing, equal, or closer than pairs.margin, and "
+                    "responses can be cut at sampling.max_new_tokens; for data without scores "
                     "pairs.method=samples makes responses and scores them",
                 )
             summary = {

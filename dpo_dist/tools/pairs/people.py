@@ -1,4 +1,4 @@
-"""Pairs labelled by people: serve a page until it is interrupted, then write pairs and agreement."""
+"""Let people label pairs: serve a page until Ctrl-C, then write the pairs and the annotators' agreement."""
 
 import itertools
 import json
@@ -38,19 +38,19 @@ from dpo_dist.tools.pairs.files import check_output, pair_fields, training_recor
 HOST = "127.0.0.1"
 _MOST_ITEMS = 1000
 _OVERLAP = 0.2
-"""Share of the comparisons that every annotator judges, for their agreement."""
+"""Share of the comparisons that every annotator judges, to measure their agreement."""
 
 TIE, SKIP = "tie", "skip"
 _SIDES = ("first", "second")
-"""Verdicts for a response, by its index."""
+"""Verdict for the better response, by the response's index."""
 
 
 class Annotation(NamedTuple):
-    """A line of the log: a verdict on an item; a later one of the same annotator replaces it."""
+    """A line of the log: an annotator's verdict on an item; the annotator's next one on it replaces this."""
 
     item: str
     annotator: str
-    verdict: str  # first or second, the better response in the item's own order; tie or skip
+    verdict: str  # the better response: first or second, in the item's order; or tie, or skip
     left: int  # index of the response that was shown on the left
     time: str
 
@@ -58,10 +58,10 @@ class Annotation(NamedTuple):
 def draw_items(
     records: Iterable[PreferenceRecord], most: int, seed: int, counts: Counter[str]
 ) -> dict[str, PreferenceRecord]:
-    """Return at most `most` records with two responses each, drawn by the seed and their contents.
+    """Return at most `most` records with two responses each, by key; seed and contents decide the draw.
 
-    The keys are digests of prompt and responses, whatever their order. `counts` gets the records that give
-    no item, by reason.
+    A key is a digest of prompt and responses, in any order. `counts` gets the records without an item, by
+    reason.
     """
     items: dict[str, PreferenceRecord] = {}
     for record in records:
@@ -73,7 +73,7 @@ def draw_items(
         drawn = sorted(
             zip(keys, record.responses, strict=True), key=lambda each: _fraction(seed, prompt, each[0])
         )
-        first, second = sorted(drawn[:2], key=lambda each: each[0])  # unrelated to quality
+        first, second = sorted(drawn[:2], key=lambda each: each[0])  # an order unrelated to quality
         key = text_digest(f"{prompt} {first[0]} {second[0]}")[:20]
         counts["duplicate"] += key in items
         items.setdefault(key, replace(record, responses=(first[1], second[1]), scores=None))
@@ -83,20 +83,20 @@ def draw_items(
 
 
 def _fraction(seed: int, *names: str) -> float:
-    """Return a number in [0, 1) that follows from the seed and the names."""
+    """Return a pseudo-random number in [0, 1) for the seed and the names."""
     return int(text_digest("\0".join([str(seed), *names]))[:12], 16) / 16**12
 
 
 class Labelling:
-    """The items of a session, and the judgements in force by annotator and item, as in the open log."""
+    """The items of a session, and each annotator's latest judgements, which are also in the open log."""
 
     def __init__(self, items: Mapping[str, PreferenceRecord], log: int, seed: int):
         self.items, self._log, self._seed = items, log, seed
-        self.given: dict[tuple[str, str], Annotation] = {}
+        self.judgements: dict[tuple[str, str], Annotation] = {}
         self._shared = {key for key in items if _fraction(seed, "shared", key) < _OVERLAP}
 
     def read(self, file: Path) -> int:
-        """Take the judgements of earlier starts, but for a line that was cut off; count those not used."""
+        """Read judgements of earlier starts, cut off an incomplete last line; return how many are unused."""
         content = file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         os.ftruncate(self._log, len(whole))
@@ -106,44 +106,44 @@ class Labelling:
                 lines.append(Annotation(**parse_json(line)))
             except (ValueError, TypeError) as error:
                 raise DataError(
-                    "this line is no judgement",
+                    "this line is not a judgement",
                     where=f"{file}:{number}",
                     got=first_line(error),
                     expected=f"a JSON object with {', '.join(Annotation._fields)}",
                     remedy="correct the line or delete it; the other judgements stay",
                 ) from error
-        self.given = {(each.annotator, each.item): each for each in lines if each.item in self.items}
+        self.judgements = {(each.annotator, each.item): each for each in lines if each.item in self.items}
         return sum(each.item not in self.items for each in lines)
 
     def judge(self, annotator: str, item: str, choice: str) -> None:
-        """Write a verdict, `left`, `right`, `tie` or `skip`, to disk before it counts."""
+        """Write a judgement to disk, then let it count; `choice`: `left`, `right`, `tie` or `skip`."""
         left, now = self.left(annotator, item), datetime.now(UTC).isoformat(timespec="seconds")
         verdict = {"left": _SIDES[left], "right": _SIDES[1 - left]}.get(choice, choice)
         judgement = Annotation(item, annotator, verdict, left, now)
         line = (json.dumps(judgement._asdict(), ensure_ascii=False) + "\n").encode()
         size = os.fstat(self._log).st_size
         try:
-            while line:  # a full disk may take only a part of the line
+            while line:  # on a full disk only a part of the line may be written
                 line = line[os.write(self._log, line) :]
             os.fsync(self._log)
         except OSError:
             os.ftruncate(self._log, size)
             raise
-        self.given[annotator, item] = judgement
+        self.judgements[annotator, item] = judgement
 
     def left(self, annotator: str, item: str) -> int:
         """Return the index of the response that this annotator sees on the left."""
         return int(_fraction(self._seed, "left", item, annotator) < 0.5)
 
     def remaining(self, annotator: str) -> list[str]:
-        """Return the items that the annotator is to judge, shuffled by the annotator's name."""
-        taken = {item for (_, item), each in self.given.items() if each.verdict != SKIP} - self._shared
-        items = [key for key in self.items if key not in taken and (annotator, key) not in self.given]
+        """Return the items that the annotator still has to judge, shuffled by the annotator's name."""
+        taken = {item for (_, item), each in self.judgements.items() if each.verdict != SKIP} - self._shared
+        items = [key for key in self.items if key not in taken and (annotator, key) not in self.judgements]
         return sorted(items, key=lambda key: _fraction(self._seed, "order", key, annotator))
 
     def shown(self, annotator: str, item: str) -> dict[str, Any]:
-        """Return what the page shows of an item, and the annotator's progress."""
-        judged = sum(name == annotator for name, _ in self.given)
+        """Return the page's content: an item, and the annotator's progress."""
+        judged = sum(name == annotator for name, _ in self.judgements)
         facts = {"annotator": annotator, "judged": judged, "remaining": len(self.remaining(annotator))}
         if (record := self.items.get(item)) is None:
             return facts
@@ -155,16 +155,16 @@ class Labelling:
 
 
 class _Request(WSGIRequestHandler):
-    timeout = 2.0  # of a connection that a browser opens in advance
+    timeout = 2.0  # browsers open connections in advance, which would block the end
 
     def log_message(self, *_: Any) -> None:
         """Print nothing: the address gives access to the data."""
 
 
 class LabelServer(ThreadingMixIn, WSGIServer):
-    """The page on this machine only, below a random address that nobody can guess."""
+    """Serves the page to this machine only, at a random address that nobody can guess."""
 
-    daemon_threads = False  # a request is finished before the log is closed
+    daemon_threads = False  # else the log could be closed in the middle of a request
 
     def __init__(self, labelling: Labelling):
         self._labelling, self._lock = labelling, threading.Lock()
@@ -178,7 +178,7 @@ class LabelServer(ThreadingMixIn, WSGIServer):
         """Print nothing: a browser may close a connection at any time."""
 
     def _reply(self, environ: dict[str, Any], start: Callable[..., Any]) -> list[bytes]:
-        """Store a verdict; send a comparison, the form for the annotator's name, or where to go on."""
+        """Store a verdict; send a comparison, the form for the name, or a redirect to the next comparison."""
         sent = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)).decode()
         fields = dict(parse_qsl(sent or environ["QUERY_STRING"], keep_blank_values=True))
         annotator, item = fields.get("annotator", "").strip(), fields.get("item", "")
@@ -191,9 +191,9 @@ class LabelServer(ThreadingMixIn, WSGIServer):
                     self._labelling.judge(annotator, item, fields["choice"])
             except OSError as error:
                 start("507 Insufficient Storage", [("Content-Type", "text/plain; charset=utf-8")])
-                return [f"Not saved: {error.strerror}. Make room, go back and answer again.".encode()]
+                return [f"Not saved: {error.strerror}. Free disk space, go back and judge again.".encode()]
             if sent or (annotator and "item" not in fields):
-                # The address of a comparison has its key: the browser can go back to it.
+                # The comparison's key is in the address, so that the browser can go back to it.
                 item = next(iter(self._labelling.remaining(annotator)), "")
                 query = urlencode({"annotator": annotator, "item": item})
                 start("303 See Other", [("Location", f"{self.path}?{query}")])
@@ -204,7 +204,7 @@ class LabelServer(ThreadingMixIn, WSGIServer):
 
 
 def outcome(judgements: Sequence[Annotation]) -> tuple[int | None, str]:
-    """Return the index of the better response by majority, or None, and the name of the count."""
+    """Return the index of the better response by majority, or None, and the count to which the item adds."""
     verdicts = [each.verdict for each in judgements if each.verdict != SKIP]
     votes = verdicts.count("first") - verdicts.count("second")
     if votes:
@@ -213,11 +213,11 @@ def outcome(judgements: Sequence[Annotation]) -> tuple[int | None, str]:
 
 
 def agreement(judgements: Iterable[Annotation]) -> dict[str, Any]:
-    """Return counts and agreement of the judgements, skips aside, as a JSON object.
+    """Return counts and agreement of the judgements, without skips, as a JSON object.
 
-    `annotators`: for each the number of judgements and the share of decided ones for the left side (position
-    bias if far from 0.5). `between`: every two annotators on the items that both judged:
-    `items`, `agreed` (share of equal verdicts) and `kappa` (Cohen 1960; null if undefined).
+    `annotators`: each one's number of judgements, and the share of decided ones for the left side (position
+    bias if far from 0.5). `between`: for every two annotators `items` that both judged, `agreed` (share of
+    equal verdicts) and `kappa` (Cohen 1960; null if undefined).
     """
     given: dict[str, dict[str, Annotation]] = defaultdict(dict)
     for each in judgements:
@@ -241,7 +241,7 @@ def agreement(judgements: Iterable[Annotation]) -> dict[str, Any]:
 
 def label_pairs(folder: RunFolder, data: DataConfig, limit: int | None, seed: int, console: Console) -> None:
     """Serve the page until Ctrl-C or SIGTERM; then write the pairs of all judgements, and their agreement."""
-    import sklearn.metrics  # noqa: F401, PLC0415  (if it is missing, people learn it before they judge)
+    import sklearn.metrics  # noqa: F401, PLC0415  (a missing package shows before people judge)
 
     say = console.say
     settings = {"method": str(PairsMethod.people), "sources": plain(data.train)}
@@ -259,14 +259,14 @@ def label_pairs(folder: RunFolder, data: DataConfig, limit: int | None, seed: in
             expected="records with two responses or more",
             remedy="name other data, or make responses first: pairs.method=samples",
         )
-    remedy = "open the address that it printed, also for a second annotator; or set another run.dir"
+    remedy = "open the address that the other process printed (annotators share it), or set another run.dir"
     with locked(folder.pairs_judgements, "serves this labelling session", remedy) as descriptor:
         labelling = Labelling(items, descriptor, seed)
         if foreign := labelling.read(folder.pairs_judgements):
-            say(f"{foreign:,} earlier judgements are of comparisons that are not drawn now: not used")
+            say(f"{foreign:,} earlier judgements are not used: their comparisons are not drawn now")
         with LabelServer(labelling) as server:
             _serve(server, console)
-    judgements, counts = list(labelling.given.values()), Counter[str]()
+    judgements, counts = list(labelling.judgements.values()), Counter[str]()
     decided = list(_pairs(items, judgements, counts))
     say(f"{len(judgements):,} judgements: {folder.pairs_agreement}")
     write_json(folder.pairs_agreement, agreement(judgements) | {"items": counts})
@@ -280,10 +280,10 @@ def _serve(server: LabelServer, console: Console) -> None:
     """Print the address and serve until SIGINT or SIGTERM."""
     port, before = server.server_port, signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        # The address gives access to the data, so it is in no log file.
+        # The address gives access to the data, so it must not get into a log file.
         console.show(f"open http://{HOST}:{port}{server.path}")
         console.show(f"from another machine first: ssh -N -L {port}:{HOST}:{port} {socket.gethostname()}")
-        console.show("Ctrl-C ends and writes the pairs; the same command continues")
+        console.show("Ctrl-C ends the labelling and writes the pairs; the same command continues")
         server.serve_forever(poll_interval=0.1)
     except KeyboardInterrupt:
         pass

@@ -1,4 +1,4 @@
-"""Rounds of sampling, scoring, pairing and training: a loop over the verbs `pairs` and `train`."""
+"""Rounds of sampling, scoring, pairing and training: a loop of the verbs `pairs` and `train`."""
 
 import contextlib
 import json
@@ -36,9 +36,9 @@ RoundResult: TypeAlias = dict[str, Any]
 
 
 def check_settings(config: RunConfig, folder: RunFolder) -> None:
-    """Check that earlier rounds in this folder had the same settings; write them at the first start.
+    """Check that earlier rounds in this folder had the same settings; the first start writes them.
 
-    Until a stage is finished every start counts as the first, so that mistakes can be corrected.
+    Until a stage is finished, every start counts as the first, so that settings can be corrected.
     """
     file = folder.rounds_config
     if not file.exists() or not folder.round(1).round_result.exists():
@@ -55,12 +55,12 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
             "the rounds in this run directory have other settings",
             where=str(file),
             got="; ".join(f"{key}: {old} before, {new} now" for key, (old, new) in sorted(changed.items())),
-            remedy="set another run.dir; or, to do further rounds with the new settings, delete this file",
+            remedy="set another run.dir, or delete this file to continue with the new settings",
         )
 
 
 def _launcher(given: str | None) -> str:
-    """Return the given launcher; by default this Python, or `dpo-dist launch` if there are several GPUs."""
+    """Return the launcher's command: as given, else this Python, or `dpo-dist launch` for several GPUs."""
     if given is not None:
         return given
     import torch  # noqa: PLC0415  (slow, and only needed here)
@@ -73,7 +73,7 @@ def run_command(command: str) -> int:
     """Run a command to its end and return its exit code; signals to stop are passed on to it."""
     received: list[int] = []
     try:
-        # In a session of its own, Ctrl-C reaches this process alone, which passes it on once.
+        # In a session of its own: else Ctrl-C would reach the command twice, directly and from this process.
         process = subprocess.Popen(  # noqa: S603  (the user's own launcher)
             shlex.split(command), stdout=output_descriptor(), start_new_session=True
         )
@@ -87,7 +87,7 @@ def run_command(command: str) -> int:
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
+        with contextlib.suppress(ProcessLookupError):  # the command has just ended
             os.killpg(process.pid, number)
 
     before = {number: signal.signal(number, pass_on) for number in stop_signals()}
@@ -102,12 +102,12 @@ def run_command(command: str) -> int:
 
 
 def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataConfig, store: Path) -> None:
-    """Write the base of an adapter with the adapter's update added to its weights, in the dtype of `model`.
+    """Write an adapter's base with the adapter merged into its weights, in `model.dtype`.
 
-    A quantized base is merged without its quantization. The folder is written whole or not at all. `store`
-    remembers the digests of files.
+    The base is merged without quantization. The folder is written whole or not at all. `store` caches the
+    digests of weight files.
     """
-    files.collect_abandoned(folder.parent)  # a whole model, if an earlier start was killed while it wrote one
+    files.collect_abandoned(folder.parent)  # a start that was killed may have left a whole model
     # Slow to import.
     from dpo_dist.model.files.load import TORCH_DTYPES, load_tokenizer  # noqa: PLC0415
     from dpo_dist.model.files.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
@@ -124,7 +124,7 @@ def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataCon
 
 
 def read_samples(policy: str, file: Path) -> dict[str, Any]:
-    """Return the counts of a samples file, its mean score, and the largest difference within a prompt."""
+    """Return a samples file's counts, mean score, and largest difference of scores within a prompt."""
     prompts, unscored, widest, scores = 0, 0, 0.0, list[float]()
     for row in files.read_lines(file):
         given = [response.get("score") for response in (*row["responses"], *row["unused"])]
@@ -150,7 +150,7 @@ class _Rounds:
     def do(self) -> int:
         """Do the rounds, and score the last policy; return the exit code.
 
-        They end early at a preempted training, and at samples without a pair.
+        They end early if a training is preempted, or if samples give no pair.
         """
         config, folder, results = self.config, self.folder, list[RoundResult]()
         count = config.pairs.rounds
@@ -182,7 +182,7 @@ class _Rounds:
         return ExitCode.completed
 
     def _sample(self, number: int) -> dict[str, Any]:
-        """Sample, score and pair in round `number`; return `samples` of its result."""
+        """Sample, score and pair in round `number`; return `samples` for the round's result."""
         folder, pairs = self.folder.round(number), self.config.pairs
         stage = replace(
             self._with_policy(number),
@@ -204,7 +204,8 @@ class _Rounds:
         if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
             raise _stage_error(f"sampling of round {number}", code, folder)
         samples = read_samples(stage.model.path, folder.pairs_samples)
-        # From round 2 on, all ties mean that nothing is left to learn. A full disk has the same exit code.
+        # From round 2 on, ties everywhere mean that nothing is left to learn. The exit code alone cannot say
+        # that: a full disk has the same one.
         is_learned = number > 1 and samples["responses"] and samples["largest_difference"] <= pairs.margin
         if code != ExitCode.completed and not is_learned:
             raise _stage_error(f"sampling of round {number}", code, folder)
@@ -218,7 +219,7 @@ class _Rounds:
         return samples | {"pairs": pair_count}
 
     def _train(self, number: int) -> tuple[int, dict[str, Any] | None]:
-        """Train in round `number`; return the exit code, and `training` of its result, None if preempted."""
+        """Train in round `number`; return the exit code and `training` for the result, None if preempted."""
         folder = self.folder.round(number)
         has_samples = self.config.data.eval_sources and self.config.samples.prompts != 0
         stage = replace(
@@ -237,7 +238,7 @@ class _Rounds:
         if code != ExitCode.completed:
             raise _stage_error(f"training of round {number}", code, folder.training)
         if self.config.model.adapter is not None and not folder.policy.exists():
-            self.say(f"round {number}: the adapter is merged into {stage.model.path}")
+            self.say(f"round {number}: merging the adapter into {stage.model.path}")
             store = Path(stage.reference.store)
             merge_adapter(folder.training.model, folder.policy, stage.model, stage.data, store)
         summary = json.loads(folder.training.summary.read_text(encoding="utf-8"))
@@ -245,12 +246,12 @@ class _Rounds:
         return code, facts | {"seconds": summary.get("train_seconds")}
 
     def _policy(self, number: int) -> Path:
-        """Return the folder of the model that round `number` has trained."""
+        """Return the folder of the model that round `number` trained."""
         folder = self.folder.round(number)
         return folder.training.model if self.config.model.adapter is None else folder.policy
 
     def _with_policy(self, number: int) -> RunConfig:
-        """Return the configuration with the policy from which round `number` starts, and its reference."""
+        """Return the configuration with the policy and the reference with which round `number` starts."""
         if number == 1:
             return self.config
         config = self.config
@@ -273,7 +274,7 @@ def run_rounds(config: RunConfig, say: _Say, run: RunCommand = run_command) -> i
 
 
 def _table(results: list[RoundResult]) -> list[str]:
-    """Return a line for each policy, the first one too: the mean score of its samples, and what they gave."""
+    """Return a line for each policy, also the first: mean score of samples, their pairs, accuracy."""
     rows: list[tuple[str, ...]] = [("policy", "mean score", "pairs", "accuracy")]
     for result in results:
         samples, number = result["samples"], result["number"]
@@ -287,12 +288,12 @@ def _table(results: list[RoundResult]) -> list[str]:
 
 
 def _stage_error(stage: str, code: int, folder: RunFolder) -> DpoDistError:
-    """Return the error of a stage whose command ended with `code`; its own words are already printed."""
+    """Return the error for a stage whose command ended with `code` and has printed its own error."""
     error = ConfigError(
-        f"the {stage} has failed",
+        f"the {stage} failed",
         where=str(folder.rank_log(0)),
         got=f"exit code {code}" if code >= 0 else f"signal {-code}",
-        remedy="see its message above; the same command continues there, and repeats no finished stage",
+        remedy="see its error above; the same command continues there, without repeating finished stages",
     )
     error.exit_code = code if code in set(ExitCode) else ExitCode.failed
     return error

@@ -1,4 +1,4 @@
-"""Preference records of `pairs.method`, from responses or from scores in the data; their `--check`."""
+"""Make preference records by `pairs.method`, from models' responses or scores in the data; `--check`."""
 
 import itertools
 import json
@@ -43,7 +43,7 @@ from dpo_dist.tools.shared.sampling.respond import (
     ModelSource,
     open_generator,
 )
-from dpo_dist.tools.shared.sampling.settings import sampling_of
+from dpo_dist.tools.shared.sampling.settings import sampling_for
 from dpo_dist.training.start.open_run import Run
 
 _MODELS = "pairs.models"
@@ -54,7 +54,7 @@ PART_PROMPTS = 64
 def different_prompts(
     data: DataConfig, pairs: PairsConfig, say: Callable[[str], None]
 ) -> list[PreferenceRecord]:
-    """Return the different prompts of `data.train` that are to be asked, in their order."""
+    """Return the different prompts of `data.train`, as models get them, in order."""
     prompts, counts = dict[str, PreferenceRecord](), Counter[str]()
     for record in training_records(data, read_prompts, say, lambda: len(prompts) == pairs.limit):
         asked = replace(as_user_message(record, data), responses=(), scores=None)
@@ -73,11 +73,11 @@ def different_prompts(
 def select_pairs(
     scores: Sequence[float], rule: PairsConfig, seed: int, key: str, counts: Counter[str]
 ) -> list[tuple[int, int]]:
-    """Return pairs of responses of one prompt as indices: (chosen, rejected).
+    """Return pairs of one prompt's responses as indices (chosen, rejected).
 
-    A pair's scores differ by more than the margin. Among equally good or bad responses the first one counts.
-    The random choice of `best_random` follows from `seed` and `key` alone. `counts` gets tied pairs, and the
-    reason of a prompt without a pair.
+    The scores of a pair differ by more than the margin. Of equally good or bad responses the first is taken.
+    `seed` and `key` alone decide the random choice of `best_random`. `counts` gets tied pairs, and the reason
+    if there is no pair.
     """
     every = list(itertools.combinations(range(len(scores)), 2))
     counts["tied_pairs"] += sum(scores[i] == scores[j] for i, j in every)
@@ -102,14 +102,14 @@ def select_pairs(
 
 
 def _text(completion: Completion) -> str:
-    """Return the text by which completions of a prompt are equal or different."""
+    """Return the text by which completions are compared."""
     return json.dumps([completion.content.strip(), completion.fields])
 
 
-def joined_completions(of_models: Sequence[Completions], pairs: PairsConfig) -> Completions:
-    """Return the completions of a prompt by all models, each with the reason if it is in no pair."""
+def joined_completions(by_model: Sequence[Completions], pairs: PairsConfig) -> Completions:
+    """Return a prompt's completions by all models; one that cannot be in a pair has the reason."""
     completions, seen = list[Completion](), set[str]()
-    for model, row in enumerate(of_models):
+    for model, row in enumerate(by_model):
         for completion in row.completions:
             unused, text = None, _text(completion)
             if not completion.finished and pairs.unfinished is DropOrKeep.drop:
@@ -121,16 +121,16 @@ def joined_completions(of_models: Sequence[Completions], pairs: PairsConfig) -> 
             else:
                 seen.add(text)
             completions.append(replace(completion, model=model, unused=unused, ids=[]))
-    return Completions(completions, next((row.dropped for row in of_models if row.dropped is not None), None))
+    return Completions(completions, next((row.dropped for row in by_model if row.dropped is not None), None))
 
 
 def score(
     records: Sequence[PreferenceRecord], rows: Sequence[Completions], judge: Judge | None
 ) -> list[Completions]:
-    """Return the completions of each prompt with their scores and the judge's counts, if there is a judge.
+    """Return the completions of each prompt with scores and the judge's counts; unchanged without a judge.
 
-    The judge scores also a single completion of a prompt, so that the mean score is of all prompts. Of equal
-    completions it scores the first, and all get this score.
+    The judge also scores a prompt's only completion, so that the mean score covers all prompts. It scores
+    equal completions once, and all get this score.
     """
     if judge is None:
         return list(rows)
@@ -156,27 +156,27 @@ def score(
 
 @dataclass(frozen=True)
 class PairResults:
-    """Finished completions of prompts by all models, scored if there is a judge; `facts`: provenance."""
+    """The completions of all prompts by all models, scored if there is a judge; `facts`: for provenance."""
 
     prompts: Prompts
     models: Sequence[ModelSource]
     completions: Parts
     facts: Mapping[str, Any]
-    counts: Counter[str] = field(default_factory=Counter)  # filled by `pairs_of`
+    counts: Counter[str] = field(default_factory=Counter)  # filled by `pairs_from_results`
 
     @property
     def pairs(self) -> PairsConfig:
-        """The rule that makes the pairs."""
+        """The settings of the pairs."""
         return self.prompts.run.config.pairs
 
     def rows(self) -> Iterator[tuple[PreferenceRecord, Completions]]:
         """Yield each prompt with its completions."""
         for index, records in enumerate(self.prompts.parts):
-            yield from zip(records, map(Completions.of, self.completions.read(index)), strict=True)
+            yield from zip(records, map(Completions.from_row, self.completions.read(index)), strict=True)
 
 
-def pairs_of(results: PairResults) -> Iterator[dict[str, Any]]:
-    """Yield the preference records of all prompts, in order; count in `results.counts`."""
+def pairs_from_results(results: PairResults) -> Iterator[dict[str, Any]]:
+    """Yield the preference records of all prompts, in order; fill `results.counts`."""
     counts, pairs, seed = results.counts, results.pairs, results.prompts.run.config.trainer.seed
     for record, row in results.rows():
         counts["prompts"] += 1
@@ -194,7 +194,7 @@ def pairs_of(results: PairResults) -> Iterator[dict[str, Any]]:
             scores = [each.score or 0.0 for each in usable]
             for better, worse in select_pairs(scores, pairs, seed, prompt_key(record), counts):
                 yield _pair(record, row, usable[better], usable[worse], results)
-        elif len(usable) == len(results.models):  # of the stronger and the weaker model (arXiv 2507.06187)
+        elif len(usable) == len(results.models):  # one by the stronger, one by the weaker (arXiv 2507.06187)
             yield _pair(record, row, usable[0], usable[1], results)
         else:
             counts["prompts_too_few_responses"] += 1
@@ -206,7 +206,7 @@ def _pair(
     scores: tuple[float, float] | None = None
     provenance: dict[str, Any] = {"source": str(record.origin), "method": str(results.pairs.method)}
     for side, completion in (("chosen", chosen), ("rejected", rejected)):
-        model = results.models[completion.model].described()
+        model = results.models[completion.model].provenance()
         facts = {"number": completion.number, "tokens": completion.tokens, "finished": completion.finished}
         provenance[side] = {"model": model, **facts}
     provenance |= results.facts
@@ -221,7 +221,7 @@ def _selection(pairs: PairsConfig) -> dict[str, Any]:
 
 
 def scored_lists(results: PairResults) -> Iterator[dict[str, Any]]:
-    """Yield every prompt with its responses as a scored list, which is a format of input records too."""
+    """Yield every prompt with its responses as a scored list, which dpo_dist also reads as input."""
     has_scores = results.pairs.method is PairsMethod.samples
     names = ["number", "tokens", "finished", "same_ids"] + ["score"] * has_scores
     for record, completions in results.rows():
@@ -239,51 +239,51 @@ def scored_lists(results: PairResults) -> Iterator[dict[str, Any]]:
 
 
 def pairs_from_models(run: Run) -> None:
-    """Write pairs of the responses of `pairs.models` to the prompts of `data.train`. Collective."""
+    """Ask `pairs.models` the prompts of `data.train`, and write pairs of their responses. Collective."""
     config, world, console, folder, pairs = run.config, run.world, run.console, run.folder, run.config.pairs
     with console.heartbeat("reading prompts"):
         records = world.on_main(lambda: different_prompts(config.data, pairs, console.say))
     prompts = Prompts(run, folder.pairs_parts, in_parts(records, PART_PROMPTS))
     models = [find_model_together(name, run, _MODELS) for name in responding_models(pairs, config.model.path)]
-    judge, described = open_judge_together(run)
-    sampling = sampling_of("pairs", config.sampling, config.trainer.seed)
+    judge, judge_facts = open_judge_together(run)
+    sampling = sampling_for("pairs", config.sampling, config.trainer.seed)
     count = 1 if pairs.method is PairsMethod.delta else pairs.samples
     settings = {
         "method": str(pairs.method),
         "prompts": prompts.digest,
         **generation_settings(config.data, config.model, sampling),
-        "models": [model.described() for model in models],
+        "models": [model.provenance() for model in models],
         "samples": count,
         "unfinished": str(pairs.unfinished),
         **(_selection(pairs) if judge else {}),
-        "judge": described,
+        "judge": judge_facts,
     }
     world.on_main(lambda: check_output(folder.pairs_file, settings))
 
-    of_models = []
+    responses = []
     for index, model in enumerate(models):
-        opened = cache(partial(open_generator, model, config.model, config.data, world.device))
+        open_model = cache(partial(open_generator, model, config.model, config.data, world.device))
         numbers = range(index * count, (index + 1) * count)
-        of_models.append(prompts.responses(model, sampling, numbers, opened))
-        opened.cache_clear()  # the next model needs its memory
+        responses.append(prompts.responses(model, sampling, numbers, open_model))
+        open_model.cache_clear()  # the next model needs the memory
         return_memory()
 
     def scored(index: int) -> list[dict[str, Any]]:
-        rows = zip(*(map(Completions.of, parts.read(index)) for parts in of_models), strict=True)
+        rows = zip(*(map(Completions.from_row, parts.read(index)) for parts in responses), strict=True)
         joined = [joined_completions(row, pairs) for row in rows]
         return list(map(asdict, score(prompts.parts[index], joined, judge)))
 
-    names = [parts.folder.name for parts in of_models]
-    inputs = {"responses": names, "unfinished": str(pairs.unfinished), "judge": described}
+    names = [parts.folder.name for parts in responses]
+    inputs = {"responses": names, "unfinished": str(pairs.unfinished), "judge": judge_facts}
     completions = prompts.finish("scores", prompts.stage("scores", inputs), scored)
-    facts = {"sampling": asdict(sampling)} | ({"judge": described} if judge else {})
+    facts = {"sampling": asdict(sampling)} | ({"judge": judge_facts} if judge else {})
     results = PairResults(prompts, models, completions, facts)
 
     def write() -> None:
-        collect_abandoned(folder.pairs)  # starts that were killed left it
+        collect_abandoned(folder.pairs)  # left by starts that were killed
         with staged_file(folder.pairs_samples) as temporary:
             write_lines(temporary, scored_lists(results))
-        write_results(folder.pairs_file, pairs_of(results), settings, results.counts, console.say)
+        write_results(folder.pairs_file, pairs_from_results(results), settings, results.counts, console.say)
 
     with console.heartbeat("writing pairs"):
         world.on_main(write)
@@ -292,7 +292,7 @@ def pairs_from_models(run: Run) -> None:
 def pairs_from_scores(
     file: Path, data: DataConfig, pairs: PairsConfig, seed: int, say: Callable[[str], None]
 ) -> None:
-    """Write the pairs of all scored records of `data.train`, in their order, to `file`."""
+    """Write the pairs of all scored records of `data.train`, in order, to `file`."""
     counts: Counter[str] = Counter()
     method = {"method": str(pairs.method), **_selection(pairs), "seed": seed}
     settings = method | {"sources": plain(data.train), "limit": pairs.limit}
@@ -317,7 +317,7 @@ def pairs_from_scores(
 
 
 def dry_run_pairs(config: RunConfig) -> str:
-    """Load what `pairs` loads before weights, ask the judge and read the first records; return the report."""
+    """Check models without weights, the judge, and the first records of each source; return the report."""
     pairs, folder = config.pairs, RunFolder.of(config)
     check_writable(folder.path)
     file = (folder.round(1) if pairs.rounds else folder).pairs_file
@@ -326,7 +326,7 @@ def dry_run_pairs(config: RunConfig) -> str:
     read = read_prompts if responds else read_records
     records = first_records(config.data.train, read, config.data, lines.append)
     if responds:
-        tokens = sampling_of("pairs", config.sampling).max_new_tokens
+        tokens = sampling_for("pairs", config.sampling).max_new_tokens
         for name in responding_models(pairs, config.model.path):
             check_model(name, config.model, config.data, tokens, records, lines.append, _MODELS)
     if (
@@ -341,14 +341,14 @@ def dry_run_pairs(config: RunConfig) -> str:
 def make_pairs(config: RunConfig, console: Console) -> None:
     """Write the preference records of `config.pairs`, and all responses with their scores."""
     folder, pairs, seed = RunFolder.of(config), config.pairs, config.trainer.seed
-    # Two starts would write the same parts.
-    only_start = locked(folder.pairs / folder.lock.name, "makes pairs in this run directory")
+    # Without a lock two starts would write the same parts.
+    lock = locked(folder.pairs / folder.lock.name, "makes pairs in this run directory")
     match pairs.method:
         case PairsMethod.scores:
-            with only_start:
+            with lock:
                 pairs_from_scores(folder.pairs_file, config.data, pairs, seed, console.say)
         case PairsMethod.people:
             label_pairs(folder, config.data, pairs.limit, seed, console)
         case PairsMethod.samples | PairsMethod.delta:
-            with joined_run(config, console, only_start) as run:
+            with joined_run(config, console, lock) as run:
                 pairs_from_models(run)

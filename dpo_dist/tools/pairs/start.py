@@ -1,4 +1,4 @@
-"""Rules of `pairs`, checked before torch is imported and processes join."""
+"""Rules for `pairs`, checked before torch is imported and processes join."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from dpo_dist.training.start.named_models import locate_model
 
 
 def responding_models(pairs: PairsConfig, policy: str) -> list[str]:
-    """Return the models that respond: the policy, or `pairs.models`, where a run means its trained model."""
+    """Return the models that respond: `pairs.models` (a run means its trained model), else the policy."""
     names, key = pairs.models, "pairs.models"
     runs = {name for name in names if RunFolder(Path(name).expanduser()).config.is_file()}
     return [locate_model(name, key) if name in runs else name for name in names] or [policy]
@@ -41,14 +41,14 @@ _RULES = (
     ),
     Rule(
         "data.train",
-        "the weight of a source has no effect on pairs",
+        "a source's weight has no effect on pairs",
         "remove it, and set it in the training that reads the pairs",
         lambda c: any(source.weight != SourceConfig.weight for source in c.data.train),
     ),
     Rule(
         "pairs.prompt_part pairs.prompt_parts",
-        "there is no such part of the prompts: the first one is 0",
-        "correct one of them",
+        "the prompts have no part with this number: the first part is 0",
+        "set pairs.prompt_part below pairs.prompt_parts",
         lambda c: c.pairs.prompt_part >= c.pairs.prompt_parts,
     ),
     Rule(
@@ -65,7 +65,7 @@ _RULES = (
     ),
     Rule(
         f"model.revision!=null {_RESPONDS}",
-        "model.revision has no effect if model.path is none of pairs.models",
+        "model.revision has no effect if model.path is not among pairs.models",
         "remove model.revision",
         lambda c: c.model.path not in responding_models(c.pairs, c.model.path),
     ),

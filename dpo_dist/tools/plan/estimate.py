@@ -1,7 +1,7 @@
-"""Memory and time of a run by arithmetic: the shapes of its model, its data, and the datasheet of the GPUs.
+"""Compute memory and time of a run from the model's shapes, the data, and the GPUs' datasheet.
 
-The share of the peak that training reaches, and a layer's kernels, were measured on one H100. The
-speeds of links, hosts and quantized weights are those of usual machines.
+The share of the peak that training reaches, and the time to launch a layer's kernels, were measured on one
+H100. The speeds of links, hosts and quantized weights are typical values.
 """
 
 import math
@@ -23,7 +23,7 @@ from dpo_dist.config.schema import (
 from dpo_dist.config.verb_sections import PlanConfig
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
-from dpo_dist.tools.shared.sampling.settings import sampling_of
+from dpo_dist.tools.shared.sampling.settings import sampling_for
 from dpo_dist.training.start.footprint import (
     BYTES_PER_QUANTIZED_WEIGHT,
     Footprint,
@@ -33,11 +33,11 @@ from dpo_dist.training.start.footprint import (
 )
 from dpo_dist.training.start.open_run import DEFAULT_TOKENS
 
-GPUS_OF_A_NODE = 8
+GPUS_PER_NODE = 8
 PROMPT_SHARE = 0.3
 _GPUS = {
-    # GiB that programs can use; by the datasheet operations a second of dense products in 16 bits and in
-    # float32 (without TF32), and bytes a second of the memory.
+    # GiB that programs can use; then by the datasheet: operations a second of dense products in 16 bits and
+    # in float32 (without TF32), and bytes a second of the memory.
     "h100-80g": (79.1, 989e12, 67e12, 3.35e12),
     "h200-141g": (139.8, 989e12, 67e12, 4.8e12),
     "b200-180g": (178.3, 2250e12, 75e12, 7.7e12),
@@ -53,9 +53,9 @@ _NETWORK = 50e9  # bytes a second between nodes for each GPU: 400 Gbit/s
 _PCIE = 25e9  # bytes a second between a GPU and its host
 _HOST_MEMORY = 100e9  # bytes a second that CPU Adam moves on a node
 _LAUNCHES = 1.2e-3  # seconds to launch the 240 kernels of a layer, forward and backward
-_HOOKS = 1.1e-3  # seconds of ZeRO-3's hooks of a layer, for each generated token
+_HOOKS = 1.1e-3  # seconds in ZeRO-3's hooks per layer and generated token
 _DEQUANTIZING = 0.5  # the share of the memory's speed at which weights are computed from fewer bits
-_EXPERTS = 1.5  # times the work of a dense model: products are smaller, and tokens are sorted by expert
+_EXPERTS = 1.5  # experts take longer than dense layers: products are smaller, and tokens are sorted by expert
 
 
 class Machine(NamedTuple):
@@ -63,8 +63,8 @@ class Machine(NamedTuple):
 
     gpus: int
     gpu: str
-    memory: float  # bytes of a GPU
-    flops: float  # operations a second of a GPU by its datasheet
+    memory: float  # bytes on a GPU
+    flops: float  # operations a second on a GPU, by its datasheet
     bandwidth: float  # bytes a second of a GPU's memory
 
 
@@ -73,16 +73,16 @@ class Data(NamedTuple):
 
     pairs: int
     tokens: float  # of a pair, with its prompt once
-    basis: str  # where both are from
+    basis: str  # where both numbers come from
 
     @property
     def targets(self) -> float:
-        """Tokens of the responses of a pair."""
+        """Tokens of a pair's responses."""
         return (1 - PROMPT_SHARE) * self.tokens
 
 
-def machine_of(plan: PlanConfig, dtype: Dtype) -> Machine:
-    """Return the GPUs that `plan` names, else this machine's GPUs, else H100s."""
+def choose_machine(plan: PlanConfig, dtype: Dtype) -> Machine:
+    """Return the GPUs that `plan` names, else this machine's, else H100s."""
     here, kind = torch.cuda.device_count(), plan.gpu or "h100-80g"
     gib, half, single, bandwidth = _GPUS[kind]
     if plan.gpu is None and here:
@@ -95,7 +95,7 @@ def machine_of(plan: PlanConfig, dtype: Dtype) -> Machine:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory and time of a run; seconds count one epoch."""
+    """Memory and time of a run; seconds are per epoch."""
 
     config: RunConfig
     data: Data
@@ -107,8 +107,8 @@ class Estimate:
     steps: int
     micro_batch: int  # tokens
     times: int  # micro-batches of a process in a step
-    computing: float  # seconds of training at all operations of the datasheet
-    scoring: float  # the same of the reference
+    computing: float  # seconds of training at the datasheet's peak
+    scoring: float  # seconds of the reference at the datasheet's peak
     launching: float  # seconds in which the host launches kernels
     dequantizing: float  # seconds in which weights are computed from fewer bits
 
@@ -124,17 +124,17 @@ class Estimate:
 
     @property
     def largest(self) -> int | None:
-        """Tokens of the largest micro-batch that fits; None if not known."""
+        """Tokens of the largest micro-batch that fits; None if this is not known."""
         return self.needs.largest_micro_batch(self.machine.memory)
 
     @property
     def fits(self) -> bool:
-        """Whether the micro-batches fit, and the longest response with its prompt."""
+        """Whether the micro-batches fit, and the longest sequence."""
         return self.needs.fits(max(self.micro_batch, self.config.data.max_length), self.machine.memory)
 
     @property
     def host(self) -> float:
-        """Bytes of host memory on a node of rank 0, which reads the model and writes checkpoints."""
+        """Bytes of host memory on rank 0's node, where the model is read and checkpoints are written."""
         parallelism, states = self.config.parallelism, state_bytes(self.config.optim, self.config.trainer)
         if parallelism.offload_optimizer is not Offload.none:
             states += 4  # gradients
@@ -143,7 +143,7 @@ class Estimate:
 
     @property
     def disk(self) -> dict[str, float]:
-        """Bytes that a run writes: with an adapter no other weights; log-probs only if they are stored."""
+        """Bytes that a run writes, by kind; of an adapter run, the adapter's weights only."""
         model = self.whole if self.config.model.adapter is None else float(self.number * self.trained)
         taken = {
             "a checkpoint": state_bytes(self.config.optim, self.config.trainer) * self.trained,
@@ -158,19 +158,21 @@ class Estimate:
         """Seconds in which GPUs exchange weights and gradients."""
         parallelism, is_wide = self.config.parallelism, self.config.parallelism.reduce_in_float32
         if is_wide is None:
-            is_wide = self.machine.gpus > GPUS_OF_A_NODE
+            is_wide = self.machine.gpus > GPUS_PER_NODE
         gradients = float((4 if is_wide else self.number) * self.trained)
         sent = self.number * self.trained + gradients  # bytes of a step
-        if self._is_sharded:  # weights are gathered twice in a micro-batch; with copies on nodes once a step
+        if (
+            self._is_sharded
+        ):  # gathers weights twice a micro-batch, or twice a step if nodes keep copies (hpz)
             gathers = 2 * self.times if parallelism.hpz == 1 else 2
             sent = self.times * gradients + gathers * self.whole
         return self.steps * sent / self._link
 
     @property
     def on_host(self) -> float:
-        """Seconds in which GPUs wait for their hosts: copies, and CPU Adam."""
+        """Seconds in which GPUs wait for their hosts: for copies and for CPU Adam."""
         parallelism, gpus, seconds = self.config.parallelism, self.machine.gpus, 0.0
-        if parallelism.offload_parameters is not Offload.none:  # copied in for forward, and for backward
+        if parallelism.offload_parameters is not Offload.none:  # copied for forward, and again for backward
             seconds += 2 * self.times * self.whole / gpus / _PCIE
         if parallelism.offload_optimizer is not Offload.none:  # gradients go out, updated weights come in
             seconds += (4 + self.number) * self.trained / gpus / _PCIE
@@ -182,21 +184,21 @@ class Estimate:
 
     @property
     def sampling(self) -> float:
-        """Seconds of the samples under ZeRO-3, which gathers all weights; elsewhere they take little."""
+        """Seconds of samples under ZeRO-3, which gathers all weights; else it takes little time."""
         samples, every = self.config.samples, self.config.trainer.eval_every
-        tokens = sampling_of("train", self.config.sampling).max_new_tokens
+        tokens = sampling_for("train", self.config.sampling).max_new_tokens
         if not self._is_sharded or samples.prompts == 0 or not self.config.data.eval_sources:
             return 0.0
         has_room = 2 * self.whole < self.machine.memory - self.needs.used(0)
         gathers = 1 if has_room else tokens
-        # The reference's, and the policy's at each evaluation or the last alone.
+        # The reference responds once, the policy at each evaluation or at the last one only.
         evaluations = 1 + (math.ceil(self.steps / every) if every and samples.prompts else 1)
         hooks = tokens * self.layers * _HOOKS
         return evaluations * (gathers * self.whole / self._link + hooks)
 
     def seconds(self, reached: float, epochs: float = 1.0) -> dict[str, float]:
-        """Return the seconds of `epochs` by phase, at this share of the operations of the datasheet."""
-        # `ddp` in bf16 sends its gradients after backward; the others send while they compute.
+        """Return the seconds of `epochs` by phase, at this share of the datasheet's peak."""
+        # `ddp` in bf16 sends its gradients after backward; other kinds send while they compute.
         is_bf16, kind = self.config.model.dtype is Dtype.bf16, self.config.parallelism.kind
         together = sum if is_bf16 and kind is ParallelismKind.ddp else max
         training = together((max(self.computing / reached, self.launching), self.sending)) + self.dequantizing
@@ -204,13 +206,13 @@ class Estimate:
         mode = self.config.reference.mode
         if mode is not ReferenceMode.none:
             once = ", once for all runs" if mode is ReferenceMode.cached else ""
-            # Scoring also sends and waits less than training, in about the ratio of their computing.
+            # Scoring also sends and waits less than training, about in proportion to its computing.
             scored = (min(1.0, epochs) if once else epochs) * self.scoring / self.computing
             phases[f"reference{once}"] = scored * training
         return phases | ({"samples": epochs * self.sampling} if self.sampling else {})
 
     def hours(self) -> dict[str, list[float]]:
-        """Return the seconds of an epoch and of the run, and its price: each fast and slow."""
+        """Return the seconds of an epoch and of the run, and the run's price, each as [fast, slow]."""
         trainer, price, epochs = self.config.trainer, self.config.plan.price, self.config.trainer.epochs
         if trainer.max_steps is not None:
             epochs = trainer.max_steps * trainer.global_batch_pairs / self.data.pairs
@@ -226,12 +228,12 @@ class Estimate:
     def _link(self) -> float:
         """Bytes a second between GPUs."""
         gpus = self.machine.gpus
-        return math.inf if gpus == 1 else _NVLINK if gpus <= GPUS_OF_A_NODE else _NETWORK
+        return math.inf if gpus == 1 else _NVLINK if gpus <= GPUS_PER_NODE else _NETWORK
 
     @property
     def _node_share(self) -> float:
         """Share of the GPUs that one node has."""
-        return min(1.0, GPUS_OF_A_NODE / self.machine.gpus)
+        return min(1.0, GPUS_PER_NODE / self.machine.gpus)
 
 
 def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) -> Estimate:
@@ -246,15 +248,15 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     partners = forward * config.loss.needs_partners
     needs = footprint(config, causal_lm, gpus)
     micro_batch = _micro_batch(config.trainer, needs, machine)
-    # The larger micro-batches that fit beside offloaded or quantized weights are not counted as a gain.
+    # Offloaded or quantized weights leave room for larger micro-batches, which are not counted as faster.
     on_device = replace(config.parallelism, offload_optimizer=Offload.none, offload_parameters=Offload.none)
     plain = replace(config, parallelism=on_device, model=replace(model, quantization=None))
     without, tokens = footprint(plain, causal_lm, gpus), micro_batch
     if without.fits(config.data.max_length, machine.memory):
         tokens = min(tokens, _micro_batch(config.trainer, without, machine))
     # A pair above the budget has a micro-batch of its own.
-    of_step = config.trainer.global_batch_pairs * data.tokens / gpus
-    times = math.ceil(of_step / max(tokens, data.tokens))
+    step_tokens = config.trainer.global_batch_pairs * data.tokens / gpus
+    times = math.ceil(step_tokens / max(tokens, data.tokens))
     steps, layers = math.ceil(data.pairs / config.trainer.global_batch_pairs), int(text.num_hidden_layers)
     return Estimate(
         config,
@@ -270,7 +272,7 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
         computing=useful * (1 + again) + partners,
         scoring=forward + partners,
         launching=(1 + again) * steps * times * layers * _LAUNCHES,
-        dequantizing=2 * (1 + again) * steps * times * _seconds_of_dequantizing(model, causal_lm, machine),
+        dequantizing=2 * (1 + again) * steps * times * _dequantizing_seconds(model, causal_lm, machine),
     )
 
 
@@ -281,8 +283,8 @@ def _micro_batch(trainer: TrainerConfig, needs: Footprint, machine: Machine) -> 
     return DEFAULT_TOKENS if largest is None else largest
 
 
-def _seconds_of_dequantizing(model: ModelConfig, causal_lm: Any, machine: Machine) -> float:
-    """Return the seconds in which all quantized weights are computed once."""
+def _dequantizing_seconds(model: ModelConfig, causal_lm: Any, machine: Machine) -> float:
+    """Return the seconds to dequantize all quantized weights once."""
     if (kind := model.quantization) is None:
         return 0.0
     moved = BYTES_PER_QUANTIZED_WEIGHT[kind] + TORCH_DTYPES[model.dtype].itemsize  # of a weight

@@ -21,13 +21,13 @@ from dpo_dist.foundation.text import counted, duration, size
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.model.files.load import load_config, without_weights
 from dpo_dist.tools.plan.estimate import (
-    GPUS_OF_A_NODE,
+    GPUS_PER_NODE,
     MFU_RANGE,
     PROMPT_SHARE,
     Data,
     Estimate,
+    choose_machine,
     estimate,
-    machine_of,
 )
 from dpo_dist.tools.shared.tables import aligned
 
@@ -53,9 +53,9 @@ class Plan(NamedTuple):
 
 
 def make_plan(config: RunConfig, progress: _Progress) -> Plan:
-    """Return the plan of training `config` on the GPUs of `config.plan`; without hours if it does not fit."""
+    """Return the plan for training `config` on the GPUs of `config.plan`; hours only if it fits."""
     data = planned_data(config.plan, config.data, config.model, config.loss, progress)
-    machine, causal_lm = machine_of(config.plan, config.model.dtype), _without_weights(config.model)
+    machine, causal_lm = choose_machine(config.plan, config.model.dtype), _without_weights(config.model)
     found = estimate(config, data, machine, causal_lm)
     parts, used = found.needs.parts, found.needs.used(found.micro_batch)
     activations = used - sum(parts.values())
@@ -85,14 +85,14 @@ def make_plan(config: RunConfig, progress: _Progress) -> Plan:
 
 
 def plan_in_brief(config: RunConfig, tokens: float) -> list[tuple[str, str]]:
-    """Return whether training `config` on pairs of so many `tokens` fits, and how long it takes.
+    """Return whether training `config` fits, and how long it takes, for pairs of `tokens` tokens.
 
-    Nothing where no GPU is here and `config.plan` names none.
+    Empty if this machine has no GPU and `config.plan` names none.
     """
     plan = config.plan
     if plan.gpu is None and plan.gpus is None and not torch.cuda.device_count():
         return []
-    machine = machine_of(plan, config.model.dtype)
+    machine = choose_machine(plan, config.model.dtype)
     data = Data(plan.pairs or 10_000, plan.tokens_per_pair or tokens, "")
     found = estimate(config, data, machine, _without_weights(config.model))
     lines = [("plan", f"{_verdict(found)} ({counted(machine.gpus, 'GPU')}, {machine.gpu})")]
@@ -105,7 +105,9 @@ def plan_in_brief(config: RunConfig, tokens: float) -> list[tuple[str, str]]:
 def _verdict(found: Estimate) -> str:
     room = f"there is room for micro-batches of {found.largest:,} tokens"
     if found.largest is None:
-        room = "what a token of this architecture takes is not known: begin with small micro-batches"
+        room = (
+            "the memory that a token takes in this architecture is not known: begin with small micro-batches"
+        )
     if found.fits:
         return f"fits: {room}"
     hint = "; `dpo-dist plan plan.suggest=true` looks for settings that fit"
@@ -113,7 +115,7 @@ def _verdict(found: Estimate) -> str:
 
 
 def _hours(found: Estimate) -> list[str]:
-    """Return the lines about the time by phase, and about what decides it."""
+    """Return the lines about the time of each phase, and about its bottleneck."""
     data, trainer, hours = found.data, found.config.trainer, found.hours()
     fast, slow = (found.seconds(reached) for reached in MFU_RANGE)
     times = [[name, _span(fast[name], slow[name])] for name in fast]
@@ -130,8 +132,8 @@ def _hours(found: Estimate) -> list[str]:
         *(f"  {line}" for line in aligned(times, numbers=(1,))),
     ]
     if found.sending > found.computing / MFU_RANGE[0]:
-        is_wide = found.machine.gpus > GPUS_OF_A_NODE
-        by_node = f"set parallelism.hpz={GPUS_OF_A_NODE} with zero3, " if is_wide else ""
+        is_wide = found.machine.gpus > GPUS_PER_NODE
+        by_node = f"set parallelism.hpz={GPUS_PER_NODE} with zero3, " if is_wide else ""
         lines.append(
             "communication-bound: exchanging weights takes longer than computing; raise "
             f"trainer.global_batch_pairs, {by_node}or use fewer GPUs"
@@ -146,7 +148,7 @@ def _span(fast: float, slow: float) -> str:
 def planned_data(
     plan: PlanConfig, data: DataConfig, model: ModelConfig, loss: LossConfig, progress: _Progress
 ) -> Data:
-    """Return the pairs and tokens of an epoch: from the keys, local data, or the cards of hub data."""
+    """Return an epoch's pairs and tokens: from the keys, from local data, or from the cards of hub data."""
     sources = data.train
     if None not in (plan.pairs, plan.tokens_per_pair):
         return Data(plan.pairs or 0, plan.tokens_per_pair or 0.0, "given")
@@ -171,7 +173,7 @@ def planned_data(
 
 
 def _by_its_card(source: SourceConfig) -> tuple[float, float] | None:
-    """Return the pairs of a hub dataset that an epoch has, and their mean tokens; None if not known."""
+    """Return how many pairs of a hub dataset an epoch has, and their mean tokens; None if not known."""
     name = "/".join(filter(None, (source.path, source.name, source.split or "train")))
     pairs, tokens = _read("data_sizes.yaml").get(name, (0, 0.0))
     if source.format is DataFormat.completion:  # a prompt with one response
@@ -180,14 +182,14 @@ def _by_its_card(source: SourceConfig) -> tuple[float, float] | None:
 
 
 def _read(name: str) -> dict[str, Any]:
-    """Return the content of a table beside this file."""
+    """Return the content of a YAML file beside this module."""
     text = files("dpo_dist.tools.plan").joinpath(name).read_text(encoding="utf-8")
     found: dict[str, Any] = yaml.safe_load(text)
     return found
 
 
 def _without_weights(model: ModelConfig) -> Any:
-    """Return the model without weights; the models of shipped presets need no network."""
+    """Return the model without weights; those of shipped presets need no network."""
     if (shape := _read("shapes.yaml").get(model.path)) is not None:
         model_config = AutoConfig.for_model(**shape)
     else:
@@ -197,7 +199,7 @@ def _without_weights(model: ModelConfig) -> Any:
 
 
 def _suggest(found: Estimate, causal_lm: Any) -> str | None:
-    """Return the overrides with which this run fits and an epoch is shortest; None if nothing fits."""
+    """Return the overrides that fit with the shortest epoch; None if nothing fits."""
     seconds: dict[str, float] = {}
     former = yaml.safe_load(to_yaml(found.config))
     former["parallelism"] |= {"offload_optimizer": "none", "offload_parameters": "none"}  # as words would
@@ -213,7 +215,7 @@ def _suggest(found: Estimate, causal_lm: Any) -> str | None:
         try:
             base = composed(words)
             changed = complete_config(replace(base, model=replace(base.model, gradient_checkpointing=layers)))
-        except ConfigError:  # such as ZeRO of a quantized base
+        except ConfigError:  # settings that cannot be combined, such as ZeRO with a quantized base
             continue
         tried = estimate(changed, found.data, found.machine, causal_lm)
         if tried.fits and tried.largest:

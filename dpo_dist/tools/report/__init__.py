@@ -1,1 +1,1 @@
-"""What is written about a run: rows, samples, closing table, page, model card."""
+"""Report on a run: metrics rows, samples, the closing table, the page, the verdict, the model card."""

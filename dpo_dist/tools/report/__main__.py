@@ -1,4 +1,4 @@
-"""Write the report page of a run again, or a page that compares several runs, from their files."""
+"""Write a run's report page again from the run's files, or a page that compares several runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,26 +20,26 @@ def _run(text: str) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
     parser = Arguments(prog="dpo-dist report", description=__doc__)
-    help_text = "run directory, also of a run that is training; several: compare them"
+    help_text = "run directory, which may still be training; several are compared"
     parser.add_argument("runs", type=_run, metavar="RUN", nargs="+", help=help_text)
-    output = "page to write; default: report.html in RUN; of several, runs.html in this folder"
+    output = "page to write; default: report.html in RUN, or for several runs.html in this folder"
     parser.add_argument("--output", type=Path, metavar="FILE", help=output)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        first, *others = runs = list(map(existing_run, given.runs))
-        path = given.output or (Path("runs.html") if others else first.report)
+        first, *others = runs = list(map(existing_run, options.runs))
+        path = options.output or (Path("runs.html") if others else first.report)
         if others:
             for line in compare_runs(runs, path):
                 print_line(line)
         else:
             write_page(first, path)
-            if given.output is None and (rows := read_latest_rows(first)):
+            if options.output is None and (rows := read_latest_rows(first)):
                 draw_curves(rows, first.curves, first.path.name)
                 print_line(f"curves: {first.curves}")
-            collect_abandoned(first.metrics)  # a picture that was being drawn when a start was killed
+            collect_abandoned(first.metrics)  # a start that was killed may have left half a picture
     except (OSError, ValueError) as error:
         remedy = "check the files of the run, permissions and free space, or set --output page.html"
-        where = str(given.output or given.runs[0])
+        where = str(options.output or options.runs[0])
         raise ConfigError("the page cannot be written", where=where, got=str(error), remedy=remedy) from error
     print_line(f"report: {path}")
     return ExitCode.completed

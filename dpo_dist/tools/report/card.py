@@ -1,4 +1,4 @@
-"""README.md of a trained model: metadata for the hub, results, data and settings."""
+"""Write a trained model's README.md: metadata for the hub, results, data and settings."""
 
 import json
 import re
@@ -30,7 +30,7 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<()#+!|~$@&]|:(?=//)|(?<=[wW]{3})\.)")
 _HUB_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _SNAPSHOT = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)")
-"""A folder of the hub's cache."""
+"""A folder in the hub's cache."""
 _FILE = re.compile(r".*\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|zip)")
 _CAUSAL = "AutoModelForCausalLM"
 _PATHS = ("model.path", "data.train", "data.eval", "reference.path", "data.chat_template")
@@ -155,7 +155,7 @@ def _data(data: DataConfig, summary: _Row) -> Iterator[list[object]]:
 def _training(
     shown: Mapping[str, Any], data: DataConfig, model: ModelConfig, reference: ReferenceConfig
 ) -> list[tuple[Markup, Markup]]:
-    """Return the settings of a run as cells; a path is shortened to its last name."""
+    """Return the settings of a run as table cells; paths are shortened to their last part."""
     values = {key: value for key, value in shown.items() if key not in _PATHS}
     if reference.path is not None:
         values["reference.path"] = _model_name(reference.path)
@@ -176,25 +176,24 @@ def run_card(
     *,
     is_evaluated: bool,
 ) -> str:
-    """Return the content of a model card, with a verdict; "", with a warning, after a bug in it.
+    """Return a model card with a verdict; if a bug raises in between, warn and return "".
 
-    `rows`: of log_history.json, up to the step of the model. `summary`: with `exit`, without `verdict`.
-    `loader`: the auto class of the model.
-    `is_evaluated`: whether the last evaluation of training is one of this model.
+    `rows`: of log_history.json, up to the model's step. `summary`: with `exit`, without `verdict`. `loader`:
+    the model's auto class. `is_evaluated`: whether the last evaluation of training scored this model.
     """
     folder, evaluation, card = RunFolder.of(config), {}, ""
     with warn_on_bug("the model card", say):
-        judged = verdict(rows, summary, data_findings(folder))
+        run_verdict = verdict(rows, summary, data_findings(folder))
         results = folder.named_evaluation(LAST_EVALUATION).results
         if is_evaluated and results.is_file():
             evaluation = json.loads(results.read_text(encoding="utf-8"))
-        judged_summary = {**summary, "verdict": judged.as_dict()}
-        card += model_card(config, judged_summary, evaluation, versions, loader)
+        summary_with_verdict = {**summary, "verdict": run_verdict.as_dict()}
+        card += model_card(config, summary_with_verdict, evaluation, versions, loader)
     return card
 
 
 def data_findings(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return the doctor's findings about the data of this run; none if it was not asked."""
+    """Return the doctor's findings about the data of this run; empty if the doctor did not run."""
     if not folder.doctor_report.is_file():
         return []
     findings: list[dict[str, Any]] = json.loads(folder.doctor_report.read_text(encoding="utf-8"))["findings"]

@@ -1,4 +1,4 @@
-"""Recorder of a run on rank 0: writes metrics rows to files and trackers, and the report at the end."""
+"""Record a run on rank 0: write metrics rows to files and trackers, and the report at the end."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ from dpo_dist.training.start.inputs import Inputs
 from dpo_dist.training.start.open_run import Run
 
 OnRow = Callable[[MetricsRow], bool | None]
-"""Called with each metrics row, once it is recorded; true: the run is asked to stop."""
+"""Called with each metrics row after it is recorded; if it returns true, the run stops."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class RunRecorder:
     on_row: OnRow | None = None
 
     def row(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
-        """Write a metrics row and send it to the trackers; one with samples says whether they look wrong."""
+        """Write a metrics row and send it to the trackers; warn if its samples look wrong."""
         alarm, is_new = None, False
         if "eval_samples/prompts" in row:
-            with warn_on_bug("the comparison of samples with those before", self.run.say):
+            with warn_on_bug("the comparison of samples with earlier ones", self.run.say):
                 alarm = sample_alarm([*self.metrics.rows, row])
                 is_new = sample_alarm(self.metrics.rows) is None
             row = {**row, "eval_samples/alarms": float(alarm is not None)}
@@ -79,29 +79,29 @@ class RunRecorder:
     def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:
         """Write summary, verdict, curves and page, end tracking, and print the closing table and verdict."""
         run, rows, folder = self.run, self.metrics.rows, self.run.folder
-        ended = {**summary, "exit": outcome.value}
+        final_summary = {**summary, "exit": outcome.value}
         lines: list[str] = []
         with warn_on_bug("the verdict", run.say):
-            judged = verdict(rows, ended, data_findings(folder))
-            ended["verdict"] = judged.as_dict()
-            lines = judged.lines()
-        self.metrics.save(ended)
+            run_verdict = verdict(rows, final_summary, data_findings(folder))
+            final_summary["verdict"] = run_verdict.as_dict()
+            lines = run_verdict.lines()
+        self.metrics.save(final_summary)
         with warn_on_bug(folder.curves.name, run.say):
             draw_curves(rows, folder.curves, folder.path.name)
         with warn_on_bug(folder.report.name, run.say):
             write_page(folder)
-        self.trackers.finish(outcome.value, ended)
+        self.trackers.finish(outcome.value, final_summary)
         with warn_on_bug("the closing table", run.say):
-            lines = [*closing_table(folder, rows, ended), *lines]
-        run.console.result("summary", {"run_dir": str(folder.path), **ended}, lines)
+            lines = [*closing_table(folder, rows, final_summary), *lines]
+        run.console.result("summary", {"run_dir": str(folder.path), **final_summary}, lines)
 
     def closed_by_errors(self) -> AbstractContextManager[None]:
-        """If the block ends in error or is interrupted, end tracking in a few seconds."""
+        """Return a context that ends tracking within seconds if its block raises or is interrupted."""
         return self.trackers.ended_by_errors()
 
 
 def open_recorder(run: Run, metrics: MetricsLog, on_row: OnRow | None = None) -> RunRecorder:
-    """Return the recorder of a run that trains, with its trackers; W&B may ask it to stop."""
+    """Return the recorder of a training run, with its trackers; W&B may ask the run to stop."""
     ask = partial(run.stops.request.ask, BY_TRACKER)
     environment = json.loads(run.folder.environment.read_bytes())
     trackers = open_trackers(tracked_run(run, environment, ask), metrics.rows, run.say)
@@ -109,14 +109,14 @@ def open_recorder(run: Run, metrics: MetricsLog, on_row: OnRow | None = None) ->
 
 
 def tracked_run(run: Run, environment: Mapping[str, Any], stop: Callable[[], None]) -> TrackedRun:
-    """Return a run as its trackers show it; they call `stop` if someone stops it on its page."""
+    """Return what trackers show of a run; they call `stop` if someone stops the run on their page."""
     config = run.config
     return TrackedRun(
         run.folder,
         config.tracking,
         title(config, run.folder.path),
         settings={**asdict(config), "environment": environment},
-        # Texts of one's data go to a server only where samples were asked for.
+        # Texts of the data may go to a server only if the user asked for samples.
         most_samples=config.tracking.samples if config.samples.prompts else 0,
         stop=stop,
     )

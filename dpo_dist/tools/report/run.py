@@ -1,4 +1,4 @@
-"""The page about a run, from its verdict to how to repeat it."""
+"""Write the page about a run, from the verdict to the command that repeats it."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from dpo_dist.tools.report.verdict.rules import RUN_RULES
 from dpo_dist.tools.shared.findings import Level
 from dpo_dist.tools.shared.pages.charts import charts
 from dpo_dist.tools.shared.pages.render import flat, number_above_interval, page, part
-from dpo_dist.tools.shared.pages.samples import samples_of, worst_pairs
+from dpo_dist.tools.shared.pages.samples import samples_section, worst_pairs
 from dpo_dist.tools.shared.tables import describe_reference
 from dpo_dist.training.clock import WORKS, Work
 from dpo_dist.training.reporting.metrics_log import final_and_best, metrics_by_source, read_latest_rows
@@ -50,9 +50,9 @@ _WORK_NAMES: Mapping[Work, str] = {
 
 
 class PageFacts:
-    """The content of the files of a run directory, without secrets; empty where one is missing.
+    """The content of a run directory's files, without secrets; empty where a file is missing.
 
-    `evaluation` is that of the last evaluation of training, with intervals.
+    `evaluation` has the results of the last evaluation of training, with intervals.
     """
 
     def __init__(self, folder: RunFolder):
@@ -63,7 +63,7 @@ class PageFacts:
         self.run = RunFacts(rows, self.summary, self.doctor.get("findings") or [])
         self.by_source = metrics_by_source(rows)
         evaluation = _fields(folder.named_evaluation(LAST_EVALUATION).results)
-        # A run that was continued and stopped has the file of an earlier evaluation.
+        # After a resume that stopped early, the file is of an earlier evaluation than the rows.
         last = self.run.evaluations[-1] if self.run.evaluations else {}
         loss = (evaluation.get("all") or {}).get("eval_loss")
         is_last = loss is not None and math.isclose(loss, last.get("loss", math.nan), rel_tol=1e-6)
@@ -84,7 +84,7 @@ class PageFacts:
 
 
 def _fields(path: Path, parse: Callable[[str], Any] = json.loads) -> Fields:
-    """Return the fields of a file without secrets, because a page is made to be shared; empty without it."""
+    """Return a file's fields without secrets, because pages are shared; empty if there is no file."""
     if not path.exists():
         return {}
     fields: Fields = without_secrets(parse(path.read_text(encoding="utf-8")) or {})
@@ -101,10 +101,10 @@ def write_page(folder: RunFolder, output: Path | None = None) -> Path:
     content: dict[str, Any] = {
         "outcome": facts.summary.get("exit"),
         "about": "; ".join(_about(facts)),
-        "verdict": verdict_of(facts),
+        "verdict": verdict_for_page(facts),
         "last_step": run.rows[-1]["step"] if run.rows and not facts.summary.get("exit") else None,
         "tiles": list(_tiles(facts)),
-        "samples": samples_of(folder),
+        "samples": samples_section(folder),
         "curves": charts(run.rows, run.noise(run.steps)),
         "accuracy": _by_source(facts),
         "worst": worst_pairs(folder.named_evaluation(LAST_EVALUATION).worst) if facts.evaluation else [],
@@ -129,7 +129,7 @@ def write_page(folder: RunFolder, output: Path | None = None) -> Path:
 
 
 def _about(facts: PageFacts) -> Iterator[str]:
-    """Yield model, method, data and size of the run; nothing without a configuration."""
+    """Yield phrases on the run's model, loss, data and size; nothing without a configuration."""
     if not facts.config:
         return
     weights = "LoRA adapter" if facts.setting("model.adapter") else "all weights"
@@ -143,34 +143,34 @@ def _about(facts: PageFacts) -> Iterator[str]:
     for name, noun in (("train", "training"), ("eval", "evaluation")):
         if pairs := facts.run.counts(name).get("pairs"):
             labels = facts.run.counts(name).get("labels")
-            of_them = f" ({labels['good']:,} good, {labels['bad']:,} bad)" if labels else ""
-            yield counted(pairs, f"{noun} {unit}") + of_them
+            label_counts = f" ({labels['good']:,} good, {labels['bad']:,} bad)" if labels else ""
+            yield counted(pairs, f"{noun} {unit}") + label_counts
     if steps := facts.summary.get("steps"):
         yield f"{counted(steps, 'step')} of {counted(facts.setting('trainer.global_batch_pairs'), unit)}"
     processes = facts.summary.get("world_size") or facts.environment.get("world_size") or 1
     yield counted(processes, "process", "processes") + "."
 
 
-def verdict_of(facts: PageFacts) -> Mapping[str, Any]:
-    """Return level, sentence and findings of the verdict; empty before the end of a run."""
-    judged: Fields = facts.summary.get("verdict") or {}
-    if not judged:
+def verdict_for_page(facts: PageFacts) -> Mapping[str, Any]:
+    """Return the verdict's level, sentence and findings; empty before the run has ended."""
+    stored: Fields = facts.summary.get("verdict") or {}
+    if not stored:
         return {}
     findings = []
-    for finding in judged["findings"]:
+    for finding in stored["findings"]:
         fact, _, advice = finding["text"].partition(". Try: ")
-        # The verdict's sentence has the facts of its own finding.
-        fact = "" if fact in judged["sentence"] else fact
+        # The verdict's sentence already has the facts of the worst finding.
+        fact = "" if fact in stored["sentence"] else fact
         findings.append({"headline": RUN_RULES[finding["rule"]].text, "fact": fact, "advice": advice})
-    has_faults = any(RUN_RULES[finding["rule"]].level is not Level.note for finding in judged["findings"])
+    has_faults = any(RUN_RULES[finding["rule"]].level is not Level.note for finding in stored["findings"])
     level = "warning" if has_faults else "good"
     if facts.summary["exit"] == RunOutcome.diverged:
         level = "error"
-    return {"level": level, "sentence": judged["sentence"], "findings": findings}
+    return {"level": level, "sentence": stored["sentence"], "findings": findings}
 
 
 def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
-    """Yield label, value and remark of the main results that were measured."""
+    """Yield label, value and remark of each main result that was measured."""
     summary, final, best = facts.summary, facts.section("final"), facts.section("best")
     ends, unit = facts.intervals(ALL), facts.run.unit
     remarks = {
@@ -206,7 +206,7 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
 
 
 def _by_source(facts: PageFacts) -> _Table | None:
-    """Return a row for all pairs and one for each source: evaluation with intervals, training."""
+    """Return the table of accuracy and margin, of evaluation and training: all pairs, then each source."""
     accuracy, title, unit = facts.run.accuracy_key, facts.run.accuracy_title, facts.run.unit
     whole = {
         prefix + key: value
@@ -235,14 +235,14 @@ def _by_source(facts: PageFacts) -> _Table | None:
 
 
 def _records(title: str, counts: Fields) -> Mapping[str, Any]:
-    """Return the numbers of read, kept, dropped and changed records of one of the datasets."""
+    """Return a dataset's numbers of read, kept, dropped and changed records, for the page."""
     read, dropped = counts["read"], counts.get("dropped") or {}
     rows = [
         (count, read, f"dropped: {in_words(name)}", f"dropped.{name}")
         for name, count in sorted(dropped.items(), key=lambda item: -item[1])
     ]
     rows += [
-        # Records of the other part of a split were not read into this one.
+        # Records of the split's other part are not among the `read` ones.
         (count, read + count if name in (HELD_OUT, LEFT_IN_TRAIN) else counts["kept"], in_words(name), name)
         for name, count in counts.items()
         if isinstance(count, int) and name not in ("read", "kept", "pairs")

@@ -1,4 +1,4 @@
-"""The page and the table of several runs: settings that differ, last evaluations, curves, samples."""
+"""Compare several runs on a page and in a table: differing settings, last evaluations, curves, samples."""
 
 import math
 import re
@@ -18,50 +18,50 @@ from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import printable
 from dpo_dist.objective.metrics import AUC, ENTROPIES, MISMATCH, PAIR_METRICS
 from dpo_dist.tools.evaluation.results import ALL, results_name
-from dpo_dist.tools.report.run import PageFacts, verdict_of
+from dpo_dist.tools.report.run import PageFacts, verdict_for_page
 from dpo_dist.tools.report.verdict.facts import MARGIN
 from dpo_dist.tools.shared.pages import render
-from dpo_dist.tools.shared.pages.charts import Curves, charts_of_runs, color_of
-from dpo_dist.tools.shared.pages.samples import samples_of_runs
+from dpo_dist.tools.shared.pages.charts import Curves, charts_of_runs, color_classes
+from dpo_dist.tools.shared.pages.samples import samples_side_by_side
 from dpo_dist.tools.shared.tables import EVALUATION_METRICS, aligned
 from dpo_dist.training.reporting.metrics_log import MetricsRow, finite
 
 Runs = Mapping[str, PageFacts]
 """The runs by their labels."""
 
-_OF_NO_RESULT = ("run.", "console.", "tracking.")
-_OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
-_OF_REFERENCE = ("loss", "rewards/", "distance/")
-_OF_LOSS = ("loss", "rewards/chosen", "rewards/rejected", MARGIN)
-_MOST_SETTINGS, _MOST_CHARACTERS = 4, 80  # in the table of results, and in a run's name made from settings
+_KEYS_WITHOUT_RESULT = ("run.", "console.", "tracking.")
+_NOT_POLICY_METRICS = ("samples/reference_", "samples/prompts", "samples/alarms")
+_REFERENCE_METRICS = ("loss", "rewards/", "distance/")
+_LOSS_METRICS = ("loss", "rewards/chosen", "rewards/rejected", MARGIN)
+_MOST_SETTINGS, _MOST_CHARACTERS = 4, 80  # in the table of results; of a label made from settings
 _SEED = "trainer.seed"
 
 
 def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
-    """Write the page about runs, which may still train; return the lines of its tables of results."""
+    """Write the page about runs, which may still be training; return its tables of results as lines."""
     facts, names = list(map(PageFacts, folders)), [folder.path.resolve().name for folder in folders]
     names = names if len(set(names)) == len(names) else list(map(str, folders))
     settings, others = _differing(facts)
-    described, is_short = _described(settings, len(facts)), len(settings) <= _MOST_SETTINGS
-    is_name = len(set(described)) == len(facts) and max(map(len, described)) <= _MOST_CHARACTERS
-    labels = described if is_short and is_name else names
+    descriptions, is_short = _describe_settings(settings, len(facts)), len(settings) <= _MOST_SETTINGS
+    is_name = len(set(descriptions)) == len(facts) and max(map(len, descriptions)) <= _MOST_CHARACTERS
+    labels = descriptions if is_short and is_name else names
     runs, kinds = dict(zip(labels, facts, strict=True)), ["+".join(_kinds(each)) for each in facts]
-    groups = _described({key: texts for key, texts in settings.items() if key != _SEED}, len(facts))
+    groups = _describe_settings({key: texts for key, texts in settings.items() if key != _SEED}, len(facts))
     if _SEED not in settings or len(set(groups)) == len(groups):
         groups = labels
 
     warnings, last = dict(_warnings(runs)), _last_rows(runs)
     results = _Results(groups, last, [_intervals(each) for each in facts], sum(warnings.values(), ()))
     outcomes = [each.summary.get("exit", "not ended") for each in facts]
-    shown = {METRICS[key].title: results.cells(key) for key in _shown(last)}
+    shown = {METRICS[key].title: results.cells(key) for key in _result_metrics(last)}
     own = {key: _own_parts(texts) for key, texts in settings.items()} if is_short else {}
     columns = {"run": names, **own, "outcome": outcomes, **shown}
     completed = [outcome == RunOutcome.completed for outcome in outcomes]
-    over_seeds = results.over_seeds(_shown(last), completed) if results.has_seeds else []
+    over_seeds = results.over_seeds(_result_metrics(last), completed) if results.has_seeds else []
     units = {each.run.unit for each in facts}
     unit = units.pop() if len(units) == 1 else "example"
     curves = [Curves(*each) for each in zip(groups, kinds, map(_over_pairs, facts), strict=True)]
-    apart = _OF_LOSS if len(set(kinds)) > 1 else ()
+    apart = _LOSS_METRICS if len(set(kinds)) > 1 else ()
     colors = list(dict.fromkeys(groups))
     html = render.page(
         "runs.jinja",
@@ -70,16 +70,16 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
         labels=labels,
         results=_table(columns | {title: list(map(_on_two_lines, cells)) for title, cells in shown.items()}),
         over_seeds=over_seeds,
-        verdicts=[(label, verdict_of(each).get("sentence", "-")) for label, each in runs.items()],
+        verdicts=[(label, verdict_for_page(each).get("sentence", "-")) for label, each in runs.items()],
         warnings=list(warnings),
         settings=[(key, *texts) for key, texts in settings.items()],
         is_short=own == settings,
         others=[(key, *texts) for key, texts in others.items()],
         metrics=[(key, *map(_on_two_lines, results.cells(key))) for key in _keys(last)],
         curves=charts_of_runs(curves, unit, apart),
-        legend=[(color_of(colors, label), label, groups.count(label)) for label in colors],
+        legend=[(color_classes(colors, label), label, groups.count(label)) for label in colors],
         unit=unit,
-        samples=samples_of_runs(dict(zip(labels, folders, strict=True))),
+        samples=samples_side_by_side(dict(zip(labels, folders, strict=True))),
     )
     write_text(page, html)
     hidden = [] if is_short else [f"{len(settings)} settings differ: see the page"]
@@ -88,21 +88,21 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
 
 
 def _on_two_lines(cell: str) -> Markup:
-    """Return the HTML of a value with its interval below it."""
+    """Return the HTML of a value above its interval."""
     value, bracket, interval = cell.partition(" [")
     return render.part("macros.jinja", "named", value, bracket.strip() + interval)
 
 
 def _table(columns: Mapping[str, Sequence[str]]) -> list[list[str]]:
-    """Return titles and rows."""
+    """Return the titles, then the rows."""
     return [list(columns), *map(list, zip(*columns.values(), strict=True))]
 
 
 def _differing(facts: Sequence[PageFacts]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Return the settings that differ and can change the result, and what else differs, by key."""
+    """Return by key the settings that differ and can change results, and other differences."""
     differing = differing_settings([each.config for each in facts])
-    differing.pop("loss.options", None)  # null for a kind without options; each option has its own row
-    others = {key: texts for key, texts in differing.items() if key.startswith(_OF_NO_RESULT)}
+    differing.pop("loss.options", None)  # present only if null; each option has a row of its own
+    others = {key: texts for key, texts in differing.items() if key.startswith(_KEYS_WITHOUT_RESULT)}
     settings = {key: texts for key, texts in differing.items() if key not in others}
     for key, texts in settings.items():
         if users := set(kinds_using(key.removeprefix("loss."))):  # other losses do not depend on it
@@ -119,7 +119,7 @@ def _kinds(facts: PageFacts) -> list[str]:
     return [term["kind"] for term in loss.get("terms") or ()] or [loss[key] for key in loss if key == "kind"]
 
 
-def _described(settings: Mapping[str, Sequence[str]], count: int) -> list[str]:
+def _describe_settings(settings: Mapping[str, Sequence[str]], count: int) -> list[str]:
     """Return for each run its values of these settings: "beta 0.1, seed 2"."""
     parts: list[list[str]] = [[] for _ in range(count)]
     names = [key.rpartition(".")[2] for key in settings]
@@ -130,7 +130,7 @@ def _described(settings: Mapping[str, Sequence[str]], count: int) -> list[str]:
 
 
 def _own_parts(texts: Sequence[str]) -> list[str]:
-    """Return texts without the words and folders that all begin or end with, if one is long."""
+    """Return the texts; if one is long, without words and folders that all of them begin or end with."""
     if max(map(len, texts)) <= _MOST_CHARACTERS / 4:
         return list(texts)
     pieces = [re.split(r"(?<=[/ ])", text) for text in texts]
@@ -142,8 +142,8 @@ def _own_parts(texts: Sequence[str]) -> list[str]:
     return own if own == list(texts) else [each.strip(" ,[]{}") for each in own]
 
 
-def _shown(last: Sequence[MetricsRow]) -> list[str]:
-    """Return the metrics of the table of results: those that all runs with a row have, and each accuracy."""
+def _result_metrics(last: Sequence[MetricsRow]) -> list[str]:
+    """Return the metrics for the table of results: those of every run with a row, and each accuracy."""
     rows = [row for row in last if row]
     return [
         key
@@ -154,7 +154,7 @@ def _shown(last: Sequence[MetricsRow]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Results:
-    """Metrics of the last rows of runs; runs of one group differ in their seeds only."""
+    """The runs' last rows; runs of one group differ in their seeds only."""
 
     groups: Sequence[str]
     rows: Sequence[MetricsRow]
@@ -167,7 +167,7 @@ class _Results:
         return len(set(self.groups)) < len(self.groups)
 
     def cells(self, key: str) -> list[str]:
-        """Return the value of a metric in each run with its interval; * marks the best without seeds."""
+        """Return each run's value of a metric with its interval; * marks the best, unless seeds differ."""
         best = None if self.has_seeds else self._best(key, [finite(row, key) for row in self.rows])
         cells, form = [], metric_of(key).form
         for row, intervals in zip(self.rows, self.intervals, strict=True):
@@ -179,7 +179,7 @@ class _Results:
         return cells
 
     def over_seeds(self, keys: Sequence[str], completed: Sequence[bool]) -> list[list[str]]:
-        """Return titles and a row for each group: means and standard deviations (n - 1) of completed runs."""
+        """Return titles, then a row per group: mean and standard deviation (n - 1) of completed runs."""
         members: dict[str, list[MetricsRow]] = {group: [] for group in self.groups}
         for group, row, is_complete in zip(self.groups, self.rows, completed, strict=True):
             members[group] += [row] if is_complete else []
@@ -199,7 +199,7 @@ class _Results:
         return _table(columns)
 
     def _best(self, key: str, values: Sequence[float | None]) -> float | None:
-        """Return the best of different values; None if they cannot be compared."""
+        """Return the best value; None if the values are equal or cannot be compared."""
         known, direction = [value for value in values if value is not None], metric_of(key).best
         if direction is None or len(set(known)) < 2 or key.startswith(self.not_comparable):
             return None
@@ -211,40 +211,46 @@ def _spread(values: Sequence[float], form: Callable[[float], str]) -> str:
 
 
 def differing_settings(configs: Sequence[Mapping[str, object]]) -> dict[str, list[str]]:
-    """Return, by dotted key, the texts of its values if they are not all equal; "-" where it is missing."""
+    """Return by dotted key the values, as texts, of each setting that differs; "-" where it is missing."""
     plain = [dict(render.flat(config)) for config in configs]
     texts = {key: [each.get(key, "-") for each in plain] for each in plain for key in each}
     return {key: values for key, values in texts.items() if len(set(values)) > 1}
 
 
 def _warnings(runs: Runs) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield why metrics of the runs are not comparable, and how the names of these metrics start."""
+    """Yield why some metrics cannot be compared, with the prefixes of their names."""
     identities = [facts.state.get("identity") or {} for facts in runs.values()]
-    evaluated, references = ([each.get(name) for each in identities] for name in ("eval_data", "reference"))
+    eval_data, references = ([each.get(name) for each in identities] for name in ("eval_data", "reference"))
     losses = [facts.config.get("loss") for facts in runs.values()]
     if not any(facts.run.evaluations for facts in runs.values()):
-        yield "No run has an evaluation: metrics are those of the last logged steps.", ()
+        yield "No run has an evaluation, so metrics are from the last logged steps.", ()
     for values, sentence, metrics in (
-        (evaluated, "Their evaluation data differ: metrics are not comparable.", ("",)),
-        (references, "Their reference models differ: rewards are relative to other models.", _OF_REFERENCE),
-        (losses, "Their losses differ: compare accuracies, not losses, rewards and margins.", _OF_LOSS),
+        (eval_data, "Their evaluation data differ: metrics are not comparable.", ("",)),
+        (
+            references,
+            "Their reference models differ: rewards are relative to other models.",
+            _REFERENCE_METRICS,
+        ),
+        (losses, "Their losses differ: compare accuracies, not losses, rewards and margins.", _LOSS_METRICS),
     ):
         if len({str(value) for value in values if value is not None}) > 1:
             yield sentence, metrics
 
 
 def _last_rows(runs: Runs) -> list[MetricsRow]:
-    """Return the last evaluation of each run that has ended, or if none has one the last steps; else {}."""
+    """Return each ended run's last evaluation, or last steps if no run has one; {} for other runs."""
     has_any = any(facts.run.evaluations for facts in runs.values())
     rows = (facts.run.evaluations if has_any else facts.run.steps for facts in runs.values())
     ended = ("exit" in facts.summary for facts in runs.values())
-    return [of_run[-1] if is_over and of_run else {} for of_run, is_over in zip(rows, ended, strict=True)]
+    return [
+        run_rows[-1] if is_over and run_rows else {} for run_rows, is_over in zip(rows, ended, strict=True)
+    ]
 
 
 def _keys(last: Sequence[MetricsRow]) -> list[str]:
-    """Return the metrics of the last rows, those of sources last."""
+    """Return the names of the metrics in the last rows; those of single sources come last."""
     known = dict.fromkeys(key for row in last for key in row)
-    samples = (key for key in known if key.startswith("samples/") and not key.startswith(_OF_NO_POLICY))
+    samples = (key for key in known if key.startswith("samples/") and not key.startswith(_NOT_POLICY_METRICS))
     by_source = (
         key for key in known if key.startswith((*(f"{name}/" for name in (*ACCURACIES, MARGIN)), CUSTOM))
     )
@@ -256,15 +262,15 @@ def _keys(last: Sequence[MetricsRow]) -> list[str]:
 
 
 def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:
-    """Return the intervals of the last evaluation by metric, also of sources."""
+    """Return the intervals of the last evaluation by metric, with those of each source."""
     intervals = {key.removeprefix("eval_"): ends for key, ends in facts.intervals(ALL).items()}
     for label in facts.by_source:
-        of_source = facts.intervals(results_name(label))
-        intervals |= {f"{key.removeprefix('eval_')}/{label}": ends for key, ends in of_source.items()}
+        found = facts.intervals(results_name(label))
+        intervals |= {f"{key.removeprefix('eval_')}/{label}": ends for key, ends in found.items()}
     return intervals
 
 
 def _over_pairs(facts: PageFacts) -> list[MetricsRow]:
-    """Return the rows of a run with its pairs so far as their step: runs may have other batch sizes."""
+    """Return the rows of a run with pairs seen in place of steps, because batch sizes may differ."""
     batch, most = facts.setting("trainer.global_batch_pairs") or 1, facts.summary.get("pairs_seen", math.inf)
     return [{**row, "step": min(row["step"] * batch, most)} for row in facts.run.rows]

@@ -1,4 +1,4 @@
-"""Responses of the policy and of the reference to held-out prompts at evaluations."""
+"""Generate responses of policy and reference to held-out prompts, at evaluations."""
 
 import time
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from dpo_dist.model.files.stops import find_stop_ids
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.tools.shared.sampling.generate import NotFiniteError, Request, generate_together
 from dpo_dist.tools.shared.sampling.respond import texts_after
-from dpo_dist.tools.shared.sampling.settings import Sampling, sampling_of
+from dpo_dist.tools.shared.sampling.settings import Sampling, sampling_for
 from dpo_dist.tools.shared.text_facts import (
+    detect_language,
     is_refusal,
     language_identifier,
-    language_of,
     sample_metrics,
     text_facts,
 )
@@ -34,7 +34,7 @@ from dpo_dist.training.start.open_run import Run
 _Row = dict[str, Any]
 _BATCH_TOKENS = 16384
 _USUAL_PROMPTS = 8
-_OF_RESPONSE = ("text", "tokens", "finished")
+_RESPONSE_FIELDS = ("text", "tokens", "finished")
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class SamplePrompt:
 
 @dataclass
 class RunSamples:
-    """The held-out prompts of a run, the same at every evaluation and in every start. Methods are collective.
+    """Asks a run's held-out prompts, the same at every evaluation and start. Methods are collective.
 
     A response is a row with `text`, `tokens` and `finished`.
 
     Attributes:
         stop_ids: tokens that end a response.
-        at_every_evaluation: whether the policy responds at every evaluation, not only the first and the last.
-        starts_as_reference: whether the policy before its first step is the reference.
-        reference: responses of the reference, one for each prompt; None: not known.
+        at_every_evaluation: whether the policy responds at every evaluation, or at the first and last only.
+        starts_as_reference: whether the policy equals the reference before the first step.
+        reference: the reference's response to each prompt; None if not known.
     """
 
     run: Run
@@ -70,8 +70,8 @@ class RunSamples:
     def at(self, step: int, policy: Engine, *, is_last: bool) -> dict[str, float]:
         """Write the policy's responses after `step`, and return their metrics `samples/...`.
 
-        Gives way if the run must stop. There is no file if the model's logits are not finite, and no
-        metrics, with a warning, after a bug in these. `is_last`: whether the run ends after this step.
+        Raises Interrupted if the run must stop. Without finite logits there is no file; a bug in the metrics
+        gives a warning and no metrics. `is_last`: whether the run ends after this step.
         """
         if not (self.at_every_evaluation or is_last or step == 0):
             return {}
@@ -82,9 +82,14 @@ class RunSamples:
 
         def write() -> dict[str, float]:
             metrics: dict[str, float] = {}
-            others = self.reference or [dict.fromkeys(_OF_RESPONSE)] * len(asked)
+            others = self.reference or [dict.fromkeys(_RESPONSE_FIELDS)] * len(asked)
             rows = [
-                {**prompt.fields, "step": step, **_named("policy", response), **_named("reference", other)}
+                {
+                    **prompt.fields,
+                    "step": step,
+                    **_row_fields("policy", response),
+                    **_row_fields("reference", other),
+                }
                 for prompt, response, other in zip(self.prompts, asked, others, strict=True)
             ]
             write_text(self.run.folder.samples_file(step), "".join(map(json_line, rows)))
@@ -97,12 +102,12 @@ class RunSamples:
         return self.run.write(write)
 
     def open(self, policy: Engine) -> None:
-        """Ask the policy, at its start or without its adapter, for the reference's responses if not known."""
+        """Get the reference's responses, if missing, from the policy at its start or with its adapter off."""
         if self.reference is None and self.starts_as_reference:
             self.ask_reference(policy, of_base=self.run.config.model.adapter is not None)
 
     def ask_reference(self, model: Engine, *, of_base: bool = False) -> None:
-        """Let a model give the reference's responses, and write them; ends the run if it must stop."""
+        """Generate and write the reference's responses with this model; ends the run if it must stop."""
         started = time.monotonic()
         try:
             self.reference = self._ask(model, of_base=of_base)
@@ -124,15 +129,15 @@ class RunSamples:
             )
 
     def read_reference(self) -> list[_Row] | None:
-        """Return the reference's responses in its file, if they are to the same prompts and settings."""
+        """Return the reference's responses from their file; None if prompts or settings have changed."""
         rows = list(read_lines(self.run.folder.samples_reference))
         wanted = [(prompt.fields["prompt_id"], asdict(self.sampling)) for prompt in self.prompts]
         if [(row["prompt_id"], row["sampling"]) for row in rows] != wanted:
             return None
-        return [{name: row[name] for name in _OF_RESPONSE} for row in rows]
+        return [{name: row[name] for name in _RESPONSE_FIELDS} for row in rows]
 
     def _ask(self, model: Engine, *, of_base: bool = False) -> list[_Row] | None:
-        """Return a response to each prompt; None, with a warning, if the model's logits are not finite."""
+        """Return a response to each prompt; warn and return None if the model's logits are not finite."""
         requests = [prompt.request for prompt in self.prompts]
         limits = self.stop_ids, _BATCH_TOKENS, self.run.stops
         try:
@@ -154,25 +159,25 @@ class RunSamples:
     def _metrics(self, prefix: str, responses: Sequence[_Row]) -> dict[str, float]:
         chosen = [str(prompt.fields["chosen"]) for prompt in self.prompts]
         facts = [text_facts(row["text"], row["tokens"], row["finished"]) for row in responses]
-        facts = [  # refusals that the data teach are no fault
+        facts = [  # a refusal counts only if the chosen response does not refuse
             replace(fact, refusals=fact.refusals and not is_refusal(text))
             for fact, text in zip(facts, chosen, strict=True)
         ]
-        languages = list(map(language_of, chosen))
+        languages = list(map(detect_language, chosen))
         return {prefix + name: value for name, value in sample_metrics(facts, languages).items()}
 
 
-def _named(model: str, response: _Row) -> _Row:
-    """Return a response as fields of a row: its text under the model's name."""
-    return {model if name == "text" else f"{model}_{name}": response[name] for name in _OF_RESPONSE}
+def _row_fields(model: str, response: _Row) -> _Row:
+    """Return a response as fields of a row, named after the model."""
+    return {model if name == "text" else f"{model}_{name}": response[name] for name in _RESPONSE_FIELDS}
 
 
 def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
     """Return the samples of a run that continues after `step`; None if it has none. Collective.
 
-    The reference responds once, to a file in the run directory from which a resumed run reads it. If the
-    policy cannot give its responses, the reference is loaded for them and freed again: call this before a
-    model is loaded.
+    The reference responds once, and a resumed run reads the responses from a file in the run directory. If
+    the policy cannot stand in for the reference, the reference is loaded and freed again: call this before
+    the policy is loaded.
     """
     config, settings, tokenizer = run.config, run.config.samples, inputs.tokenizer
     if settings.prompts == 0 or inputs.eval_set is None:
@@ -185,7 +190,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
             raise
         run.say(f"no samples: {error.message}; {error.remedy}")
         return None
-    sampling = sampling_of("train", config.sampling, seed)
+    sampling = sampling_for("train", config.sampling, seed)
     text_config = load_config(model_folder, config.model).get_text_config()
     longest = getattr(text_config, "max_position_embeddings", None)
     if longest is not None:
@@ -208,7 +213,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
     if not prompts:
         return None
     if run.world.is_main and language_identifier() is None:
-        run.say("samples: their language is not examined; for that, pip install 'dpo-dist[tools]'")
+        run.say("samples: languages are not checked; to check them, pip install 'dpo-dist[tools]'")
     samples = RunSamples(run, sampling, prompts, stop_ids, tokenizer, settings.prompts is not None)
     files = inputs.reference_files or inputs.policy_files
     same_precision = config.reference.quantization is config.model.quantization
@@ -220,7 +225,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
     samples.reference = run.world.on_main(samples.read_reference)
     policy_responds = samples.starts_as_reference and (step == 0 or config.model.adapter is not None)
     if samples.reference is None and not policy_responds:
-        run.say("samples: the reference is loaded for its responses")
+        run.say("samples: loading the reference to generate its responses")
         engine = load_reference(files, config.model, config.reference, config.data.max_length, run.world)
         samples.ask_reference(engine)
         engine.free()
@@ -239,7 +244,7 @@ def choose_prompts(
 ) -> tuple[SamplePrompt, ...]:
     """Return different prompts of at most `longest` tokens, chosen by a hash of seed and prompt.
 
-    The choice does not depend on the order of the dataset. `is_labelled`: whether the fields have a `label`.
+    The choice does not depend on the dataset's order. `is_labelled`: add the field `label`.
     """
     keys, indices = np.unique(dataset.prompt_hashes[:], return_index=True)
     by_hash = sorted(

@@ -1,8 +1,9 @@
-"""Test this machine in about five minutes: `dpo-dist selftest`, on one GPU or all of a node.
+"""Test this machine in about five minutes: `dpo-dist selftest`, on one GPU or all GPUs of a node.
 
-Nothing is downloaded: random weights of real shapes, invented pairs. Says which kernels are exact, whether
-every way of training gives the same steps, and how fast they are; writes selftest.json. The speeds need about
-35 GB of disk beside it and 26 GB of memory. Exit code 1: a check failed, or nothing could be compared.
+Nothing is downloaded: weights are random in real shapes, and pairs are invented. The table says which kernels
+are exact, whether every way of training gives the same steps, and how fast it is; selftest.json has the same.
+The speeds need about 35 GB of disk beside that file and 26 GB of memory. Exit code 1: a check failed, or
+nothing could be compared.
 """
 
 from dpo_dist.foundation.signals import end_at_signals, raise_terminated, stop_signals
@@ -43,28 +44,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
     parser = Arguments(prog="dpo-dist selftest", description=__doc__)
     parser.add_argument("--output", type=Path, metavar="FILE", default=Path("selftest.json"))
-    parser.add_argument("--quick", action="store_true", help="no speeds; needs no room")
+    parser.add_argument("--quick", action="store_true", help="skip the speeds, which need disk and memory")
     parser.add_argument("--exchange", type=Path, help=argparse.SUPPRESS)  # a process of a check
     parser.add_argument("--waits", type=Path, help=argparse.SUPPRESS)  # a process of a check
     parser.add_argument("--without-overlap", nargs="+", help=argparse.SUPPRESS)  # a process of a run
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    if given.exchange is not None:
-        return exchange(given.exchange)
-    if given.waits is not None:
-        return count_waits(given.waits)
-    if given.without_overlap is not None:
-        return train_without_overlap(given.without_overlap)
-    output: Path = given.output.absolute()
+    if options.exchange is not None:
+        return exchange(options.exchange)
+    if options.waits is not None:
+        return count_waits(options.waits)
+    if options.without_overlap is not None:
+        return train_without_overlap(options.without_overlap)
+    output: Path = options.output.absolute()
     is_writable = all(os.access(path, os.W_OK) for path in (output.parent, output) if path.exists())
     if output.is_dir() or not output.parent.is_dir() or not is_writable:
-        parser.error(f"argument --output: {output} is not a file in a folder that can be written")
-    reserve_output()  # what libraries print is not of the table
+        parser.error(f"argument --output: {output} is not a file in a writable folder")
+    reserve_output()  # libraries must not print into the table
     for name in [
         name for name in os.environ if name in WORLD_VARIABLES or name.startswith(LAUNCHER_PREFIXES)
     ]:
-        del os.environ[name]  # the processes that are started here are a world of their own
+        del os.environ[name]  # else processes that are started here would join the world of this one
     for number in stop_signals():
         signal.signal(number, raise_terminated)
     began, checks = time.monotonic(), list[Check]()
@@ -73,13 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     content: dict[str, Any] = {"date": now, "host": socket.gethostname()}
     try:
         with tempfile.TemporaryDirectory(prefix="selftest-", dir=output.parent) as folder:
-            for check in _checks(Path(folder), given.quick):
+            for check in _checks(Path(folder), options.quick):
                 print_line(f"{check.outcome:<8}  {check.name:<40}  {check.seen}", json_stream())
                 checks.append(check)
         code, verdict = _verdict(checks)
     finally:
         seconds = time.monotonic() - began
-        print_line(f"verdict: {verdict} ({seconds:.0f} s; {given.output})", json_stream())
+        print_line(f"verdict: {verdict} ({seconds:.0f} s; {options.output})", json_stream())
         content |= {"seconds": seconds, "verdict": verdict, "checks": [check._asdict() for check in checks]}
         output.write_text(json.dumps(for_json(content), indent=1) + "\n", encoding="utf-8")
     return code
@@ -96,12 +97,12 @@ def _verdict(checks: Sequence[Check]) -> tuple[ExitCode, str]:
     if gpus < 2:
         on = "this GPU; sharding over several was not tried"
     if not gpus:
-        on = "one CPU process: there was no GPU, so none of its kernels and no sharding was tried"
+        on = "one CPU process; without a GPU no GPU kernel and no sharding was tried"
     return ExitCode.completed, f"every way of training that was tried gives the same steps on {on}"
 
 
 def _checks(folder: Path, is_quick: bool) -> Iterator[Check]:
-    """Yield the checks; those in processes of their own come before this process uses a GPU."""
+    """Yield the checks; those that start processes come before this process uses a GPU."""
     import torch  # noqa: PLC0415  (slow)
 
     gpus = torch.cuda.device_count()
@@ -119,7 +120,7 @@ def _checks(folder: Path, is_quick: bool) -> Iterator[Check]:
     for name, checks in groups.items():
         try:
             yield from checks
-        except Exception as error:  # whatever is broken must not hide the other checks
+        except Exception as error:  # a broken check must not hide the others
             yield failed_check(name, first_line(error))
 
 

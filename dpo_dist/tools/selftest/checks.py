@@ -1,4 +1,4 @@
-"""The checks of this machine, as lines of a table and as entries of selftest.json."""
+"""Results of checks: the lines of the table and the entries of selftest.json."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -9,7 +9,7 @@ _NO_ROOM = ("memory is exhausted", "has no room", "cannot be written", "No space
 
 
 class Check(NamedTuple):
-    """A check: `passed`, `failed`, `skipped`, or `measured`, with what was seen, in words and in values."""
+    """A check that `passed`, `failed`, was `skipped` or only `measured`; the result in words and values."""
 
     name: str
     outcome: str
@@ -18,11 +18,11 @@ class Check(NamedTuple):
 
 
 def failed_check(name: str, error: str) -> Check:
-    """Return the check of an error: `skipped` where the machine lacks a package, or room for a speed."""
+    """Return a check that ended with an error: `skipped` if a package, or room for a speed, is missing."""
     lacks = _NOT_INSTALLED + _NO_ROOM * name.startswith("speed")
     return Check(name, "skipped" if any(lack in error for lack in lacks) else "failed", error)
 
 
 def check_without_faults(name: str, faults: Sequence[str], seen: str) -> Check:
-    """Return the check that failed by these faults, or passed with what was seen."""
+    """Return a check that failed with these faults, or, without any, passed with the result `seen`."""
     return Check(name, "failed" if faults else "passed", "; ".join(faults) or seen, {"faults": len(faults)})

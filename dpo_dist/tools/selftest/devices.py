@@ -40,7 +40,7 @@ def list_versions(gpus: int) -> Iterator[Check]:
 
 
 def describe_gpus(gpus: int, is_quick: bool) -> Iterator[Check]:
-    """Describe each GPU, and multiply matrices on it alone: a slow one shows."""
+    """Describe each GPU, and time matrix products on each alone, which shows a slow one."""
     import torch  # noqa: PLC0415  (slow)
 
     from dpo_dist.model.flops import matmul_peak  # noqa: PLC0415
@@ -53,12 +53,12 @@ def describe_gpus(gpus: int, is_quick: bool) -> Iterator[Check]:
         seen = f"{gpu.name}, {size(gpu.total_memory)}, compute capability {gpu.major}.{gpu.minor}"
         if not is_quick:
             values["matmul_flops"] = peak = matmul_peak(torch.device("cuda", number), torch.bfloat16)
-            seen += f", {peak / 1e12:.0f} TFLOP/s of products in bf16"
+            seen += f", {peak / 1e12:.0f} TFLOP/s in bf16 matrix products"
         yield Check(f"GPU {number}", "measured", seen, {"name": gpu.name, **values})
 
 
 def check_collective_calls(folder: Path, gpus: int) -> Iterator[Check]:
-    """Measure collective calls of all GPUs, and their sums against float64."""
+    """Measure all-gathers over all GPUs, and the error of an all-reduce against float64."""
     out = folder / "exchanged.json"
     if error := run_python(
         "collective calls", ["-m", "dpo_dist.tools.selftest", "--exchange", str(out)], gpus
@@ -73,7 +73,7 @@ def check_collective_calls(folder: Path, gpus: int) -> Iterator[Check]:
 
 
 def exchange(out: Path) -> int:
-    """Write the speeds of all-gathers, and the error of an all-reduce, as one of the processes."""
+    """Run as one of the processes of `check_collective_calls`; rank 0 writes its results."""
     import torch  # noqa: PLC0415  (slow)
     import torch.distributed as dist  # noqa: PLC0415
 
@@ -84,7 +84,7 @@ def exchange(out: Path) -> int:
     for megabytes in _GATHERED:
         part = torch.ones(megabytes * 10**6 // 2 // ranks, dtype=torch.bfloat16, device=device)
         whole, began = part.new_empty(len(part) * ranks), 0.0
-        for repetition in range(-2, 10):  # the first ones connect
+        for repetition in range(-2, 10):  # the first ones connect the processes, and are not timed
             if repetition == 0:
                 torch.cuda.synchronize()
                 began = time.monotonic()
@@ -112,7 +112,7 @@ def check_attention(device: Any) -> Iterator[Check]:
     texts += [Gemma2Config(**heads, head_dim=256, attn_logit_softcapping=50.0)]
     chosen = choose_backend(AttentionBackend.auto, Dtype.bf16, device)
     yield Check("attention chosen by auto", "measured", chosen)
-    for backend in list(AttentionBackend)[1:-1]:  # SDPA in float32 is what they are compared with
+    for backend in list(AttentionBackend)[1:-1]:  # not SDPA, with which the others are compared
         name, faults = f"attention by {backend}", list[str]()
         try:
             choose_backend(backend, Dtype.bf16, device)
@@ -124,12 +124,12 @@ def check_attention(device: Any) -> Iterator[Check]:
                 check_kernel(backend, device, text, torch.bfloat16)
             except Exception as error:  # a kernel can raise anything
                 faults.append(error.got if isinstance(error, DpoDistError) else first_line(error))
-        seen = "outputs and gradients are those of float32, of heads of 64, 128 and 256"
+        seen = "outputs and gradients equal those in float32, for heads of 64, 128 and 256"
         yield check_without_faults(name, faults, seen)
 
 
 def check_losses(device: Any) -> Iterator[Check]:
-    """Compare each loss and its gradient with those of the CPU; none may make the host wait for a GPU."""
+    """Compare each loss and its gradient with the CPU's; no loss may make the host wait for the GPU."""
     import torch  # noqa: PLC0415  (slow)
 
     from dpo_dist.objective.logps import PairLogps  # noqa: PLC0415
@@ -162,5 +162,5 @@ def check_losses(device: Any) -> Iterator[Check]:
             torch.testing.assert_close(here, plain, rtol=1e-6, atol=1e-9)
         except Exception as error:  # a loss can raise anything
             faults.append(f"{config.kind}: {first_line(error)}")
-    seen = f"{len(configs)} losses equal those of the CPU, and none makes the host wait"
+    seen = f"{len(configs)} losses equal the CPU's, and none makes the host wait"
     yield check_without_faults("losses", faults, seen)

@@ -1,4 +1,4 @@
-"""Runs of Python that a check starts, and the invented model and pairs on which they train."""
+"""Start Python processes for a check, and write the invented model and pairs on which they train."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def write_pairs(file: Path) -> None:
 
 
 def write_model(folder: Path, shape: dict[str, Any]) -> Path:
-    """Write random weights of this shape in bf16, with a tokenizer of bytes; return the folder."""
+    """Write random weights of this shape in bf16, with a byte tokenizer; return the folder."""
     import torch  # noqa: PLC0415  (slow)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: PLC0415
@@ -60,14 +60,17 @@ def write_model(folder: Path, shape: dict[str, Any]) -> Path:
 
 
 def quoted(path: Path) -> str:
-    """Return a path as a value of Hydra's command line, which may have its brackets, commas and quotes."""
+    """Return a path in quotes for Hydra's command line; it may contain brackets, commas and quotes."""
     return '"' + str(path).replace('"', '\\"') + '"'
 
 
 def train_rows(
     folder: Path, name: str, words: Sequence[str], gpus: int, steps: range, code: int = 0
 ) -> tuple[RunRows, str]:
-    """Return the rows of a training run and its error, if any; one to resume is kept without its rows."""
+    """Train, and return metrics rows and the error, "" without one; `code`: the exit code that is expected.
+
+    The run directory is deleted; a preempted run keeps it without the metrics, for the run that resumes it.
+    """
     run, program = RunFolder(folder / "run"), ["-m", "dpo_dist.train"]
     if name.endswith(WITHOUT_OVERLAP):
         program = ["-m", "dpo_dist.tools.selftest", "--without-overlap"]
@@ -76,12 +79,12 @@ def train_rows(
     rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in COMPARED_METRICS)]
     shutil.rmtree(run.metrics if code and not error else run.path, ignore_errors=True)
     if not error and (done := [row["step"] for row in rows]) != [*steps]:
-        error = f"it has rows of steps {done}, not of {[*steps]}: one is not finite, or it was not resumed"
+        error = f"rows of steps {done}, not {[*steps]}: a metric is not finite, or the run was not resumed"
     return rows, error
 
 
 def train_without_overlap(words: Sequence[str]) -> int:
-    """Train in this process, with exchanges after computing, not beside it; return the exit code."""
+    """Train in this process without overlapping communication with computing; return the exit code."""
     from dpo_dist.distributed import deepspeed_config  # noqa: PLC0415  (slow)
 
     deepspeed_config.OVERLAPS = False
@@ -99,7 +102,7 @@ def train_here(words: Sequence[str], on_row: Callable[[dict[str, float]], None] 
 
 
 def usual_words(folder: Path, run: RunFolder) -> list[str]:
-    """Return the words of every training run."""
+    """Return the overrides that all training runs share."""
     words = [f"run.dir={quoted(run.path)}", f"data.train=[{quoted(folder / 'pairs.jsonl')}]"]
     words += [f"data.cache={quoted(folder / 'encoded')}", f"reference.store={quoted(folder / 'store')}"]
     words += ["data.max_length=1024", "tracking=off", f"parallelism.timeout_seconds={HANGS_SECONDS}"]
@@ -126,14 +129,14 @@ def run_python(name: str, words: Sequence[str], gpus: int, code: int = 0) -> str
             if isinstance(ended, subprocess.TimeoutExpired):
                 return f"it did not end in {_RUN_SECONDS} s"
             raise
-    if process.returncode < 0:  # one process has no launcher that says so
+    if process.returncode < 0:  # without a launcher nothing has printed the signal
         screen += f"\nit was ended by {signal.Signals(-process.returncode).name}"
     return "" if process.returncode == code else f"exit code {process.returncode}: {_cause(screen)}"
 
 
 def _cause(screen: str) -> str:
-    """Return the line that says why a process failed: a signal, an error, or else its last line."""
-    lines = [line.strip() for line in screen.splitlines() if line.strip()] or ["it said nothing"]
+    """Return the line that says why a process failed: a signal, an error, or else the last line."""
+    lines = [line.strip() for line in screen.splitlines() if line.strip()] or ["no output"]
     titles = ("error: ", *(f"{kind.title}: " for kind in DpoDistError.__subclasses__()))
     by_signal = [line for line in lines if " was ended by SIG" in line]
     return (by_signal or [line for line in lines if line.startswith(titles)] or lines[-1:])[0]

@@ -1,4 +1,4 @@
-"""Checks by training runs: every way of training gives the same steps, and how fast they are."""
+"""Checks that train: does every way of training give the same steps, and how fast is it?"""
 
 import json
 import logging
@@ -34,7 +34,7 @@ from dpo_dist.tools.selftest.runs import (
 _EQUAL, _ROUNDED = 1e-3, 0.05  # relative, of losses and gradient norms in float32 and in bf16
 _TINY = {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 _TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
-_WAYS = {  # ways to train in float32 without fused layers: what each changes
+_WAYS = {  # ways of training in float32 without fused layers, with the overrides of each
     "zero3": "",
     "zero2": "parallelism=zero2",
     "ddp": "parallelism=ddp",
@@ -62,7 +62,7 @@ _MEASURED += ["time/forward", "time/backward", "time/optimizer"]
 
 
 def compare_ways(folder: Path, gpus: int) -> Iterator[Check]:
-    """Compare the steps of every way of training with those of the first that ran."""
+    """Compare the steps of every way of training with the steps of the first one that ran."""
     write_pairs(folder / "pairs.jsonl")
     usual = [f"model.path={quoted(write_model(folder / 'tiny', _TINY))}", f"trainer.max_steps={STEPS}"]
     ways = _WAYS | (_WAYS_ON_GPUS if gpus else {}) | (_WAYS_ON_SEVERAL if gpus > 1 else {})
@@ -85,7 +85,9 @@ def compare_ways(folder: Path, gpus: int) -> Iterator[Check]:
         first, is_first = first or (way, rows), first is None
         allowed = _ROUNDED if "bf16" in (way, first[0]) else _EQUAL
         pairs = [
-            (row[key], of[key]) for row, of in zip(rows, first[1], strict=True) for key in COMPARED_METRICS
+            (row[key], other[key])
+            for row, other in zip(rows, first[1], strict=True)
+            for key in COMPARED_METRICS
         ]
         difference = max(abs(number / other - 1) for number, other in pairs)
         outcome, seen = "passed", f"within {difference:.1e} of {first[0]}"
@@ -98,7 +100,7 @@ def compare_ways(folder: Path, gpus: int) -> Iterator[Check]:
 
 
 def measure_speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
-    """Measure steps in bf16 of a shape by each kind of fused layers."""
+    """Measure steps of a model of this shape in bf16, with each kind of fused layers."""
     shapes = yaml.safe_load(files("dpo_dist.tools.plan").joinpath("shapes.yaml").read_text(encoding="utf-8"))
     model_name, layers = SHAPES[shape]
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -114,7 +116,7 @@ def measure_speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
             if error:
                 yield failed_check(check, error)
                 continue
-            # After kernels are chosen and compiled.
+            # In the first steps kernels are chosen and compiled.
             values = {key: float(statistics.median(row[key] for row in rows[2:])) for key in _MEASURED}
             values["planned_bytes"] = planned = _planned_bytes([*way, f"plan.gpus={gpus}"])
             seconds, mfu, tokens, used, *phases = values.values()
@@ -125,7 +127,7 @@ def measure_speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
 
 
 def _planned_bytes(words: Sequence[str]) -> float:
-    """Return the bytes on a GPU that `dpo-dist plan` computes, without CUDA's own; nothing is measured."""
+    """Return the memory of a GPU that `dpo-dist plan` computes, in bytes, without CUDA's own."""
     from dpo_dist.tools.plan.make_plan import make_plan  # noqa: PLC0415  (slow)
 
     given = ["data.train=[-]", "plan.gpu=h100-80g", "plan.pairs=1000", "plan.tokens_per_pair=200"]
@@ -134,7 +136,7 @@ def _planned_bytes(words: Sequence[str]) -> float:
 
 
 def check_waits(folder: Path) -> Iterator[Check]:
-    """Count how often the host waits for the GPU in a step, as far as PyTorch's debug mode sees it."""
+    """Count how often the host waits for the GPU in a step, as far as PyTorch's sync debug mode sees it."""
     name, out = "waits of the host", folder / "waits.json"
     if error := run_python(name, ["-m", "dpo_dist.tools.selftest", "--waits", str(out)], 1):
         yield failed_check(name, error)
@@ -160,5 +162,5 @@ def count_waits(out: Path) -> int:
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(action="always"):
         train_here(words, on_row=lambda _row: by_row.append(waits))
-    out.write_text(json.dumps(by_row[-1] - by_row[-2]))  # kernels have been chosen
+    out.write_text(json.dumps(by_row[-1] - by_row[-2]))  # the last step, when kernels are chosen
     return ExitCode.completed

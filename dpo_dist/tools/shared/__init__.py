@@ -1,1 +1,1 @@
-"""What several tools use: responses of models and judges, pages, tables, findings, intervals, records."""
+"""Code that several tools share: sampling and judges, pages, tables, findings, intervals, records."""

@@ -1,4 +1,4 @@
-"""Findings: rules that the data or a run break, with numbers and a remedy; the doctor's rules."""
+"""Findings about data or about a run: the broken rule, numbers, and a remedy."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ Level = StrEnum("Level", ["note", "warning", "error"])
 
 @dataclass(frozen=True)
 class FindingRule:
-    """A rule about data or about a run: level of its finding, the fault in a few words, and advice."""
+    """A rule about data or about a run: the level of its findings, the fault in a few words, and advice."""
 
     level: Level
     text: str
@@ -19,15 +19,15 @@ class FindingRule:
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule that is broken; doctor.json has these fields.
+    """A broken rule; doctor.json has these fields.
 
     Attributes:
-        text: one sentence with its numbers. It has no text of a record, except that of a label leak, which
-            quotes single words by `repr`.
-        source: its label; None if the finding is about several.
-        count: number of records concerned (for a label leak: of records examined).
-        share: `count` as a share of the records that the rule is about; of a label leak: held-out accuracy.
-        examples: origins (``file:line``) of some of these records; of a group of records, joined by ", ".
+        text: one sentence with numbers, without texts of records; only a label leak quotes single words,
+            by `repr`.
+        source: the source's label; None if the finding is about several sources.
+        count: number of records that break the rule (for a label leak: of records examined).
+        share: `count` divided by the records that the rule looks at (for a label leak: held-out accuracy).
+        examples: origins (``file:line``) of some of these records; a group of records is joined by ", ".
     """
 
     rule: str
@@ -41,11 +41,11 @@ class Finding:
 
     @property
     def with_remedy(self) -> str:
-        """The text and the advice as one sentence each."""
+        """The text and, in a second sentence, the advice."""
         return f"{self.text}. Try: {self.remedy}" if self.remedy else self.text
 
 
 def most_serious_first(findings: Iterable[Finding]) -> list[Finding]:
-    """Return the findings by level, then by share."""
+    """Return the findings sorted by level, then by share."""
     levels = list(Level)
     return sorted(findings, key=lambda finding: (-levels.index(finding.level), -(finding.share or 0)))

@@ -16,8 +16,8 @@ RESAMPLES = 1000
 LEVEL = 0.95
 ENDS = (1 - LEVEL) / 2, 1 - (1 - LEVEL) / 2
 FEWEST_PROMPTS = 6
-"""Prompts that an interval needs. By an even chance five have the same outcome in 2 * 0.5**5 = 6 % of cases,
-and an interval of one outcome has no width."""
+"""Fewest prompts for an interval. Five fair coins agree in 2 * 0.5**5 = 6 % of cases, and equal outcomes give
+an interval of width 0."""
 
 
 def bootstrap_intervals(
@@ -26,12 +26,13 @@ def bootstrap_intervals(
     seed: int = 0,
     lowest: Mapping[Name, float] = MappingProxyType({}),
 ) -> dict[Name, tuple[float, float]]:
-    """Return the lower and upper end of the interval of every metric.
+    """Return the lower and upper end of each metric's 95 % interval.
 
-    `measured` has values and counts of each pair by metric, float64 [pairs]: the metric is the sum of values
-    divided by the sum of counts. `prompts`, [pairs], are equal for pairs of the same prompt. `lowest`: the
-    lower bound of a metric: 0 of a rate, -1 of a difference of rates. A metric is absent if fewer than
-    `FEWEST_PROMPTS` have a count, or none in some resample, or if a value is not finite.
+    `measured` has each metric's values and counts, float64 [pairs]: the metric is the sum of values divided
+    by the sum of counts. `prompts`, [pairs], are equal for pairs of the same prompt, which are resampled
+    together. `lowest` is a metric's lower bound: 0 for a rate, -1 for a difference of rates. A metric is left
+    out if fewer than `FEWEST_PROMPTS` prompts have a count, if a resample has none, or if a value is not
+    finite.
     """
     measured = {name: each for name, each in measured.items() if np.isfinite(each[0]).all()}
     if not measured or not len(prompts):
@@ -42,36 +43,36 @@ def bootstrap_intervals(
     table = np.stack([np.bincount(clusters, column, number) for column in columns], axis=1)
     totals = np.stack([drawn @ table for drawn in resamples(number, seed)])
     values, counts = totals[:, ::2], totals[:, 1::2]
-    counted = np.count_nonzero(table[:, 1::2], axis=0)
+    prompts_of_metric = np.count_nonzero(table[:, 1::2], axis=0)
     intervals = {}
     for index, name in enumerate(measured):
-        if counted[index] >= FEWEST_PROMPTS and (counts[:, index] > 0).all():
+        if prompts_of_metric[index] >= FEWEST_PROMPTS and (counts[:, index] > 0).all():
             low, high = np.quantile(values[:, index] / counts[:, index], ENDS)
-            intervals[name] = float(low), float(high)
+            intervals[name] = low, high = float(low), float(high)
             if name in lowest:
-                intervals[name] = with_width(float(low), float(high), int(counted[index]), lowest[name])
+                intervals[name] = with_width(low, high, int(prompts_of_metric[index]), lowest[name])
     return intervals
 
 
 def resamples(number: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield how often each of so many prompts is drawn in a resample."""
+    """Yield for each resample how often each of `number` prompts is drawn, int64 [number]."""
     generator = np.random.default_rng(seed)
     for _ in range(RESAMPLES):
         yield np.bincount(generator.integers(0, number, number), minlength=number)
 
 
-def with_width(low: float, high: float, counted: int, lowest: float) -> tuple[float, float]:
-    """Return an interval with a width: by Wilson around a share of 0 or 1, or a difference of -1, 0 or 1."""
+def with_width(low: float, high: float, prompts: int, lowest: float) -> tuple[float, float]:
+    """Return the interval; where all resamples agree on -1, 0 or 1, widened by Wilson's formula."""
     if low != high or low not in (-1, 0, 1):
         return low, high
-    width = wilson_interval(0.0, counted, NormalDist().inv_cdf((1 + LEVEL) / 2))[1]
+    width = wilson_interval(0.0, prompts, NormalDist().inv_cdf((1 + LEVEL) / 2))[1]
     return max(low - width, lowest), min(low + width, 1.0)
 
 
 def wilson_interval(successes: float, trials: int, standard_errors: float) -> tuple[float, float]:
     """Return Wilson's interval of a share (doi:10.1080/01621459.1927.10502953).
 
-    `successes` need not be whole, as SciPy asks: a tie is half of one.
+    SciPy's function takes whole `successes` only; here a tie can count as half a success.
     """
     share, squared = successes / trials, standard_errors**2
     centre = (share + squared / (2 * trials)) / (1 + squared / trials)

@@ -1,4 +1,4 @@
-"""Records that tools read: the usable ones of a source, and the side of a labelled response."""
+"""Read the usable records of a source; find the side of a labelled response."""
 
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
@@ -21,9 +21,9 @@ def good_records(
     *,
     of_first: bool = False,
 ) -> Iterator[PreferenceRecord]:
-    """Yield the usable records of a source until there are `enough`; then print the counts.
+    """Yield the usable records of a source until `enough` returns true; then print the counts.
 
-    `of_first`: they are the first records of more.
+    `of_first`: `records` are only the first ones of the source.
     """
     counts = DataCounts()
     while not enough() and (record := next(records, None)) is not None:
@@ -36,7 +36,7 @@ def good_records(
         say(line)
 
 
-def side_of(record: PreferenceRecord) -> str | None:
+def labelled_side(record: PreferenceRecord) -> str | None:
     """Return a labelled response's side: chosen if it is good, else rejected; None for other records."""
     if len(record.responses) != 1 or record.scores is None:
         return None

@@ -1,4 +1,4 @@
-"""Results of runs, evaluations and comparisons as lines and cells of text: for terminals, pages and cards."""
+"""Tables of runs, evaluations and comparisons as text, for terminals, pages and model cards."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -23,7 +23,7 @@ _OUTCOMES = {
 
 
 def aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
-    """Return each row as a line, with columns as wide as their widest cell; `numbers` go to the right."""
+    """Return one line per row, with aligned columns; the columns `numbers` are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -42,7 +42,7 @@ def with_interval(value: float | None, ends: Ends, form: str) -> str:
 
 
 def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) -> list[str]:
-    """Return the lines of the table at the end of a run; what `rows` and `summary` lack is not shown."""
+    """Return the lines printed at the end of a run; facts that `rows` and `summary` lack are left out."""
     lines = [["", "first", "last", "best"]]
     for part, prefix in (("training", ""), ("evaluation", "eval_")):
         for name in MAIN:
@@ -54,7 +54,7 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
                 lines.append([f"{part} {metric.title}", *ends, at_best])
     outcome, saved = RunOutcome(summary["exit"]), summary.get("best_checkpoint")
     kept = folder.checkpoints / checkpoint_name(saved["step"]) if saved else ""
-    of_step = f" (step {summary['model_step']:,})" if "model_step" in summary else ""
+    step_note = f" (step {summary['model_step']:,})" if "model_step" in summary else ""
     facts = {
         "run": _OUTCOMES[outcome].format(counted(summary["steps"], "step")),
         "time": _time(rows, summary),
@@ -65,7 +65,7 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
             if "read" in counts
         ),
         "reference": describe_reference(summary.get("reference", {})),
-        "model": f"{folder.model}{of_step}" if outcome is RunOutcome.completed else "",
+        "model": f"{folder.model}{step_note}" if outcome is RunOutcome.completed else "",
         "report": folder.report,
         "metrics": folder.metrics,
         "talk to it": f"dpo-dist chat {folder}" if outcome is RunOutcome.completed else "",
@@ -92,14 +92,14 @@ def _time(rows: Sequence[Fields], summary: Fields) -> str:
 
 
 def describe_reference(report: Fields) -> str:
-    """Return the section `reference` of summary.json in words: "cached, 6,403 log-probs computed, ..."."""
+    """Return the section `reference` of summary.json in words: "cached: 6,403 log-probs computed, ..."."""
     if report.get("mode") != "cached":
         return str(report.get("mode", ""))
     return f"cached: {counted(report['computed'], 'log-prob')} computed, {report['hits']:,} reused"
 
 
 def evaluation_cells(results: Mapping[str, Fields], metrics: Sequence[str]) -> list[list[str]]:
-    """Return titles, then cells of known metrics with 95 % intervals, for all pairs and for each label."""
+    """Return a row of titles, then a row of metrics with 95 % intervals for all pairs and for each source."""
     names = [name for name in metrics if any(PREFIX + name in row for row in results.values())]
     unit = "records" if any("eval_good" in row for row in results.values()) else "pairs"
     rows = [["evaluation", unit, *(METRICS[name].title for name in names)]]
@@ -113,5 +113,5 @@ def evaluation_cells(results: Mapping[str, Fields], metrics: Sequence[str]) -> l
 
 
 def evaluation_table(results: Mapping[str, Fields]) -> list[str]:
-    """Return the lines of the table about an evaluation."""
+    """Return the table of an evaluation, a line per row."""
     return aligned(evaluation_cells(results, EVALUATION_METRICS))

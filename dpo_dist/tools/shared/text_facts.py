@@ -1,4 +1,4 @@
-"""Facts of generated responses: length, end, repetition, language, refusal; their means as metrics."""
+"""Facts about generated responses (length, end, repetition, language, refusal); their means as metrics."""
 
 import bisect
 import re
@@ -16,15 +16,15 @@ WORD = regex.compile(rf"[[\w\p{{M}}]--[{_UNSPACED}]]+(?:['\u2019]\w+)*|(?!\s)\X"
 """A word with its marks and apostrophes, or one sign that is neither a letter nor white space."""
 
 
-# Shorter texts are often mistaken.
+# The language of shorter texts is often guessed wrong.
 _MIN_CHARACTERS = 60
 _MIN_WIDE_CHARACTERS = 12
 _MIN_PROBABILITY = 0.95
-# Written in the same characters; short texts are mistaken for each other.
+# Chinese languages in the same characters, which are often confused in short texts.
 _SAME = {"wuu": "zh", "yue": "zh"}
 
 
-def language_of(text: str) -> str | None:
+def detect_language(text: str) -> str | None:
     """Return the ISO 639-1 code of a text's language; None if it is not clear, or py3langid is missing."""
     bare = text.strip()
     wide = sum(character > "\u2e7f" for character in bare)
@@ -47,7 +47,7 @@ def language_identifier() -> Any | None:
 
 
 _FIRST_CHARACTERS = 200
-# Somebody else speaks in a quotation.
+# A refusal in a quotation is somebody else's.
 _QUOTATION = re.compile('["\u201c\u300c][^"\u201d\u300d]*["\u201d\u300d]?')
 _MANNER = re.compile(
     " (?:really|simply|just|also|still|currently|unfortunately|honestly|directly|ethically"
@@ -55,7 +55,7 @@ _MANNER = re.compile(
     re.IGNORECASE,
 )
 _NOT = r"(?:can ?not|can\W?t|will not|won\W?t)"
-# A request is refused by these: "I can't believe it" and "I won't lie" refuse none.
+# Only these verbs refuse a request: "I can't believe it" and "I won't lie" do not.
 _SERVE = (
     "(?:access|advise|answer|assist|browse|comply|complete|condone|contribute|create|disclose|discuss"
     "|encourage|endorse|engage|explain|facilitate|fulfil|generate|impersonate|offer|participate|perform"
@@ -80,7 +80,7 @@ _REFUSAL = re.compile(
             rf"^\W{{0,3}}no,? (?:I )?{_NOT}\b",
             r"\bagainst my (?:guidelines|programming|principles|policy|policies|values)\b",
             r"\b(?:not|isn\W?t) something (?:that )?I(?:\W?m| am| can| will)\b",
-            # An apology, not "sorry to hear", with a clause of inability; or I cannot serve the request.
+            # Chinese: an apology (not "sorry to hear") with "cannot"; or "I cannot" with such a verb.
             f"(?:抱歉|对不起|不好意思|遗憾)(?!听到|得知)[^\u3002\uff01\uff1f\n]{{0,20}}?{_CANNOT_ZH}",
             f"我{_CANNOT_ZH}[^\uff0c\u3002\uff01\uff1f\n]{{0,6}}?(?:提供|回答|满足|协助|完成|讨论|生成|透露|参与|支持|执行|帮|写)",
         )
@@ -89,7 +89,7 @@ _REFUSAL = re.compile(
 )
 
 
-@lru_cache(maxsize=8)  # a response is asked about twice
+@lru_cache(maxsize=8)  # called twice for each response
 def is_refusal(response: str) -> bool:
     """Return whether a response starts like a refusal (English and Chinese phrases)."""
     start = _QUOTATION.sub("", response[:_FIRST_CHARACTERS])
@@ -98,27 +98,27 @@ def is_refusal(response: str) -> bool:
 
 _BASE = 0x9E3779B97F4A7C15
 _LONGEST_WORD = 40
-"""Most letters of a word; what is longer is a loop without spaces, an address or a code."""
+"""Most letters of a word; a longer one is a loop without spaces, an address or code."""
 
 
 @dataclass(frozen=True)
 class TextFacts:
-    """Facts of one response, by the names of the metrics that are their means."""
+    """Facts about one response; each field but the last has the name of the metric that is its mean."""
 
     length: int  # in tokens, without the ending token
-    finished: bool  # by itself
+    finished: bool  # ended by itself
     refusals: bool
     distinct_3: float | None
-    """Share of different runs among its runs of three words (Li et al. 2016, arXiv 1510.03055)."""
+    """Share of distinct ones among the trigrams of words (Li et al. 2016, arXiv 1510.03055)."""
     longest_repeat: float
-    """Share of its words in its longest passage that occurs twice, overlapping; near 1 if it repeats one
-    phrase to the end."""
+    """Share of the words in the longest passage that occurs twice, which may overlap; near 1 if the response
+    repeats one phrase to the end."""
     empty: bool
     language: str | None  # ISO 639-1; None if it is not clear
 
 
 def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
-    """Return the facts of a response."""
+    """Return the facts about a response."""
     whole_words = WORD.findall(text.casefold())
     # A word that is too long is split into letters, so that its repetitions count.
     words = [part for word in whole_words for part in (word if len(word) > _LONGEST_WORD else (word,))]
@@ -130,15 +130,15 @@ def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
         distinct_3=len(set(grams)) / len(grams) if grams else None,
         longest_repeat=longest_repeat(words) / len(words) if words else 0.0,
         empty=not text.strip(),
-        language=language_of(text),
+        language=detect_language(text),
     )
 
 
 def longest_repeat(words: Sequence[str]) -> int:
-    """Return the most consecutive words that occur at two places, which may overlap; 0 if none do."""
+    """Return the number of words in the longest passage that occurs twice, overlaps allowed."""
     numbers: dict[str, int] = {}
     ids = np.array([numbers.setdefault(word, len(numbers) + 1) for word in words], dtype=np.uint64)
-    # A passage is known by a polynomial of its words modulo 2^64, whose base has an inverse.
+    # A rolling hash: a polynomial of the word ids modulo 2^64, whose base has an inverse.
     powers = np.cumprod(np.full(len(words) + 1, _BASE, dtype=np.uint64))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(ids * powers[:-1])])
 
@@ -149,17 +149,25 @@ def longest_repeat(words: Sequence[str]) -> int:
     return bisect.bisect_left(range(1, len(words)), True, key=is_unique)
 
 
-_OF_SAMPLES = ["length", "finished", "distinct_3", "longest_repeat", "language_changed", "refusals", "empty"]
+_SAMPLE_METRICS = [
+    "length",
+    "finished",
+    "distinct_3",
+    "longest_repeat",
+    "language_changed",
+    "refusals",
+    "empty",
+]
 
 
 def sample_metrics(facts: Sequence[TextFacts], expected: Sequence[str | None]) -> dict[str, float]:
-    """Return the means of facts by name; without a measurement a name is absent."""
+    """Return the mean of each fact; one that no response has is left out. `expected`: languages."""
     changed = [
         None if response.language is None or language is None else response.language != language
         for response, language in zip(facts, expected, strict=True)
     ]
     metrics = {}
-    for name in _OF_SAMPLES:
+    for name in _SAMPLE_METRICS:
         column = changed if name == "language_changed" else [getattr(response, name) for response in facts]
         if known := [value for value in column if value is not None]:
             metrics[name] = sum(known) / len(known)

@@ -1,8 +1,8 @@
 """Train each point of a grid: `dpo-dist sweep +experiment=qwen7b loss.beta=0.05,0.1`.
 
-Takes the command of `train`, with several values for some keys: 0.1,0.2 or range(1,4) or choice(a,b), as
-Hydra. The same command again resumes what was interrupted and leaves what is finished. In a SLURM array each
-job takes a part of the points. launch/README.md explains the table at the end.
+Takes the arguments of `train`, with several values for some keys, in Hydra's words: 0.1,0.2 or range(1,4) or
+choice(a,b). The same command again resumes interrupted points and skips finished ones. In a SLURM array each
+job trains a part of the points. launch/README.md explains the table at the end.
 """
 
 from dpo_dist.foundation.signals import end_at_signals
@@ -44,7 +44,7 @@ def main(points: Points) -> int:
         results = sweep_results(points, pool.ends, folder)
         lines = [*sweep_lines(results, points, folder.report), f"sweep   {folder.sweep}"]
         if is_stopped:
-            lines.append("stopped: the same command goes on with the points that are not finished")
+            lines.append("stopped: the same command continues with the points that are not finished")
         console.result("sweep", results, lines)
     failed = [code for code in pool.codes.values() if code not in (ExitCode.completed, ExitCode.preempted)]
     if failed and not is_stopped:
@@ -53,10 +53,10 @@ def main(points: Points) -> int:
 
 
 def check_points(points: Points) -> None:
-    """Check all that needs no torch of every point; one error with all mistakes."""
+    """Check of every point what needs no torch; raise one error with all mistakes."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
-            "a sweep starts the processes of its points by itself",
+            "a sweep starts the processes of its points itself",
             where="accelerate launch",
             got=f"{os.environ['WORLD_SIZE']} processes",
             remedy="start one: dpo-dist sweep; with sweep.parallel=1 each point has all GPUs",
@@ -71,7 +71,7 @@ def check_points(points: Points) -> None:
 
 
 def _place_in_array() -> tuple[int, int]:
-    """Return the number of this job in its SLURM array, from 0, and that of all jobs; (0, 1) without one."""
+    """Return this job's index in its SLURM array, and the number of jobs; (0, 1) without an array."""
     names = ("ID", "MIN", "MAX", "STEP", "COUNT")
     job, first, last, step, jobs = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", "1")) for name in names)
     if (last - first) // step + 1 != jobs:
@@ -85,9 +85,9 @@ def _place_in_array() -> tuple[int, int]:
 
 
 def check(points: Points) -> Iterator[str]:
-    """Check everything that the points need before they use a GPU: a line for each, then all about the first.
+    """Check everything that the points need before they use a GPU: a line for each, then the first's details.
 
-    Points that load the same inputs are checked once. A point that loads others has lines about them.
+    Points that load the same inputs are checked once. A point with other inputs has lines about them.
     """
     check_points(points)
     from dpo_dist.tools.plan.make_plan import plan_in_brief  # noqa: PLC0415  (slow)

@@ -1,4 +1,4 @@
-"""Train the points of a sweep, some at a time, each in a process with its own screen and GPUs."""
+"""Train the points of a sweep, some at a time, each in a process with its own output file and GPUs."""
 
 import contextlib
 import gc
@@ -38,7 +38,7 @@ ELSEWHERE = "trained by another process"
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Return whether the run of a point is complete, with these settings."""
+    """Return whether a point's run is completed with these settings."""
     state = read_state(RunFolder.of(config))
     if state is None or state.outcome is not RunOutcome.completed:
         return False
@@ -47,7 +47,7 @@ def is_finished(config: RunConfig) -> bool:
 
 def warm_up() -> None:
     """Import and initialise libraries once, before the points are forked."""
-    # A GPU that this process has opened to count it could not be used by its forks.
+    # Counting GPUs must not initialise CUDA here: forks of this process could not use it then.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import pyarrow  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -62,7 +62,7 @@ def warm_up() -> None:
     for name in ("base.jinja", "macros.jinja", "run.jinja", "svg.jinja"):
         TEMPLATES.get_template(name)
     Figure().savefig(BytesIO())
-    gc.freeze()  # else garbage collection in each fork would copy the pages of all modules
+    gc.freeze()  # else garbage collection in each fork would copy the memory of all modules
 
 
 def _ending(code: int) -> str:
@@ -70,10 +70,10 @@ def _ending(code: int) -> str:
     return ExitCode(code).name if code in set(ExitCode) else f"signal {-code if code < 0 else code - 128}"
 
 
-def end_of(run: RunFolder, code: int, printed: str) -> tuple[int, tuple[str, str]]:
-    """Return the exit code that counts, and the outcome and error of a point that ended with `code`.
+def point_end(run: RunFolder, code: int, printed: str) -> tuple[int, tuple[str, str]]:
+    """Return the exit code, outcome and error of a point whose process ended with `code`.
 
-    A point that failed while another process has its run locked is trained by that process.
+    If a point failed and another process holds its run's lock, that process trains it: the code is 75.
     """
     if code in (ExitCode.invalid, ExitCode.failed) and run.lock.is_file():
         try:
@@ -88,12 +88,12 @@ def end_of(run: RunFolder, code: int, printed: str) -> tuple[int, tuple[str, str
 
 
 def screen_since(screen: Path, start: int) -> str:
-    """Return what a point has printed since its start, at this byte of its screen."""
+    """Return the text in a point's output file from the byte `start` on."""
     return screen.read_bytes()[start:].decode(errors="replace")
 
 
 def _last_line(printed: str) -> str:
-    """Return the last line on a point's screen, or the first line of its error."""
+    """Return the last line that a point printed, or the first line of its error."""
     lines = reversed(printed.splitlines())
     return next((line[:160] for line in lines if line.strip() and line[0] != " "), "")
 
@@ -114,9 +114,9 @@ class _Process(NamedTuple):
 
 
 class Pool:
-    """Trains points, some at a time, each in a process of its own: a crash of one does not reach the next.
+    """Trains points, some at a time, each in a process of its own, so that a crash ends one point only.
 
-    The process is a fork of this one, which has imported everything, or becomes a launcher.
+    The process is a fork of this one, which has imported everything; it may become a launcher.
     """
 
     def __init__(self, points: Points, folder: RunFolder, console: Console, settings: SweepConfig) -> None:
@@ -144,7 +144,7 @@ class Pool:
             self._launcher = python  # CUDA does not work in a fork of a process that has used it
 
     def run(self, waiting: list[Words]) -> bool:
-        """Train these points, which fills `codes` and `ends`; return whether a signal stopped the sweep."""
+        """Train these points and fill `codes` and `ends`; return whether a signal stopped the sweep."""
         before = {number: signal.signal(number, self._pass_on) for number in stop_signals()}
         while (waiting and not self._received) or self._running:
             while waiting and self._free and not self._received:
@@ -161,12 +161,12 @@ class Pool:
         return bool(self._received)
 
     def _end(self, ended: _Process) -> None:
-        """Record how the point of a process ended; its GPUs are free."""
+        """Record how a process and its point ended, and free its GPUs."""
         words = ended.words
         ended.process.join()
         self._free.append(ended.gpus)
         run = RunFolder.of(self._points[words])
-        self.codes[words], self.ends[words] = end_of(run, ended.process.exitcode, ended.printed())
+        self.codes[words], self.ends[words] = point_end(run, ended.process.exitcode, ended.printed())
         spent = duration(time.monotonic() - ended.began)
         self._console.say(f"{' '.join(words)}: {self.ends[words][0]} after {spent}")
 
@@ -192,14 +192,14 @@ class Pool:
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         self._received.append(number)
         for running in self._running.values():
-            with contextlib.suppress(ProcessLookupError):  # it has just ended
+            with contextlib.suppress(ProcessLookupError):  # the point has just ended
                 os.killpg(running.process.pid, number)
 
 
 def _run_point(work: Callable[[], int], errors: ErrorPrinter, screen: Path, gpus: Sequence[str]) -> None:
-    """Do the work of a point and exit with its code; what it prints goes to the file `screen`."""
+    """Do a point's work and exit with its code; write what it prints to the file `screen`."""
     with contextlib.suppress(OSError):
-        os.setpgid(0, 0)  # Ctrl-C reaches the sweep alone, which passes it on once
+        os.setpgid(0, 0)  # else Ctrl-C would reach the point twice, directly and from the sweep
     written = os.open(screen, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for descriptor in {1, 2, output_descriptor()}:
         os.dup2(written, descriptor)
@@ -222,6 +222,6 @@ def _train_point(config: RunConfig) -> int:
 
 
 def _become(command: str) -> int:
-    """Run a command in place of this process."""
+    """Replace this process by a command."""
     words = shlex.split(command)
     os.execvp(words[0], words)  # noqa: S606  (the user's own launcher)

@@ -1,4 +1,4 @@
-"""Results of a sweep: its points with outcomes and final metrics, for programs and as lines."""
+"""Collect the results of a sweep: outcomes and final metrics of its points, as JSON and as lines."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +15,11 @@ from dpo_dist.tools.report.runs import compare_runs
 from dpo_dist.tools.sweep.pool import ELSEWHERE
 
 _NOT_TRAINED = "not trained"
-End = tuple[str, str]  # outcome and error of a point
+End = tuple[str, str]  # a point's outcome and error
 
 
 def sweep_results(points: Points, ends: Mapping[tuple[str, ...], End], folder: RunFolder) -> dict[str, Any]:
-    """Return the content of sweep.json, and write it; `ends` has the points that this start has run."""
+    """Write sweep.json, and return its content; `ends` has the points that ran since this start."""
     rows = [_point(words, RunFolder.of(points[words]), ends.get(words, ("", "")), folder) for words in points]
     results = {"points": rows}
     write_json(folder.sweep, results)
@@ -44,7 +44,7 @@ def _point(words: tuple[str, ...], run: RunFolder, end: End, folder: RunFolder) 
 
 
 def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str]:
-    """Write the page about the points that have begun; return its table, and how the others ended."""
+    """Write the page about the points that have started; return its table, and lines about the others."""
     begun = [run for run in map(RunFolder.of, points.values()) if run.state.is_file()]
     lines = ["", *compare_runs(begun, page), ""] if len(begun) > 1 else []
     for row in results["points"]:

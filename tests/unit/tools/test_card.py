@@ -53,7 +53,7 @@ def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
         *("[org/base-7B](https://huggingface.co/org/base-7B)", "2,380 pairs in 38 steps", "arXiv"),
         *("| `held` | 40 | 0.500 | 0.750 [0.700, 0.800] | 1.250 | 2.500 |", "4 too\\_long", "1,190"),
         *("| `loss.beta` | `0.3` |", "| `optim.lr` | `2e-06` |", "| `torch` | `2.13.0` |"),
-        *("AutoModelForCausalLM.from_pretrained", "learnt: accuracy 0.75", "states none"),
+        *("AutoModelForCausalLM.from_pretrained", "learnt: accuracy 0.75", "states no licence"),
     ):
         assert part in found.text, part
     adapter = ["model.adapter={r: 8}", "reference.mode=adapter"]

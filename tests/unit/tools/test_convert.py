@@ -41,12 +41,16 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     (
         "{per_device_train_batch_size: 2, gradient_accumulation_steps: 8}",
         {"trainer.global_batch_pairs": 16},
-        "2 pairs x 8, times the number of GPUs there, which nothing says: 128 for 8",
+        "2 pairs x 8; multiply it by the number of GPUs there, which is not given: 128 for 8 GPUs",
     ),
     ("{}", {"trainer.global_batch_pairs": 8, "optim.schedule": "linear", "trainer.epochs": 3}, "defaults"),
     ("{stage: dpo}", {"optim.lr": 5e-5, "model.adapter.r": 8, "model.adapter.alpha": 16}, "optim.lr, "),
     ("{stage: dpo, finetuning_type: full, lora_rank: 4}", {"model.adapter": None}, "4 — not needed"),
-    ("{use_peft: true, lora_r: 64}", {"model.adapter.r": 64, "model.adapter.alpha": 32}, "peft chooses few"),
+    (
+        "{use_peft: true, lora_r: 64}",
+        {"model.adapter.r": 64, "model.adapter.alpha": 32},
+        "peft chooses only a few",
+    ),
     ("{adam_beta1: 0.8, adam_beta2: 0.95}", {"optim.betas": [0.8, 0.95]}, ""),
     (
         "{learning_rate: 1.0e-5, lr_scheduler_type: cosine_with_min_lr, "
@@ -117,7 +121,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     (
         "{stage: dpo, quantization_bit: 4, deepspeed: zero3.json}",
         {"model.quantization": "nf4", "parallelism.kind": "ddp"},
-        "zero3.json — a quantized base is whole",
+        "zero3.json — a quantized base is not sharded",
     ),
     ("{use_peft: true, load_in_8bit: true}", {"model.quantization": "int8"}, ""),
     ("{bf16: false}", {"model.dtype": "fp32"}, ""),
@@ -148,7 +152,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     (
         "{base_model: m, rl: dpo, dpo_loss_type: [ipo], early_stopping_patience: 3, val_set_size: 0.1}",
         {"loss.kind": "ipo", "trainer.patience": 3, "trainer.keep_best": "eval_loss"},
-        "trainer.eval_every: 100, as",
+        "trainer.eval_every: 100, because",
     ),
     ("{val_size: 2000}", {"data.eval_share": 0}, "val_size: 2000 — data.eval_share cannot"),
     # Other trainers.
@@ -358,7 +362,7 @@ NPROC_PER_NODE=2 swift rlhf --rlhf_type dpo --model "${MODEL}" \\
     --learning_rate $LR --gradient_accumulation_steps 8 \\
     --dataset 'a#5' b --output_dir out-$(date; echo 1) --hub_token abc "$@" 2>&1 | tee log; echo done""",
         {"model.path": "m", "optim.lr": 5e-7, "trainer.global_batch_pairs": 16},
-        "output_dir: out-$(...) — the shell computes it: write its value",
+        "output_dir: out-$(...) — the shell computes it: write the value",
     ),
     (
         """accelerate launch --use_deepspeed --deepspeed_config_file stage3_no_offloading_accelerate.conf \\
@@ -385,24 +389,28 @@ def test_commands_are_read_as_files_are(
 
 
 REFUSED = [
-    ("one.yaml", "beta: 0.3", "this is no run of a trainer"),
-    ("docker.yaml", "{services: {a: 1}, volumes: {}, model: m}", "this is no run of a trainer"),
-    ("a.sh", "set -e\npython train.py --beta 0.1\n", "this is no run of a trainer"),
-    ("notes.txt", "We trained it with trl, and it isn't bad: see swift.", "this is no run of a trainer"),
-    ("train.py", "from trl import DPOConfig\nDPOConfig(beta=0.1)", "as keys of a YAML file"),
+    ("one.yaml", "beta: 0.3", "this is not a run of a trainer"),
+    ("docker.yaml", "{services: {a: 1}, volumes: {}, model: m}", "this is not a run of a trainer"),
+    ("a.sh", "set -e\npython train.py --beta 0.1\n", "this is not a run of a trainer"),
+    ("notes.txt", "We trained it with trl, and it isn't bad: see swift.", "this is not a run of a trainer"),
+    ("train.py", "from trl import DPOConfig\nDPOConfig(beta=0.1)", "as keys into a YAML file"),
     ("b.sh", "trl dpo --beta 1\ntrl kto --beta 1", "this script starts 2 runs"),
-    ("c.sh", "trl grpo --beta 1", "trains by another method"),
+    ("c.sh", "trl grpo --beta 1", "trains by a method that dpo-dist does not have"),
     ("d.sh", 'open_instruct/dpo_tune_cache.py "$CONFIG"', "this YAML file cannot be read"),
     (
         "new.yaml",
         "{stage: dpo, model_name_or_path: m, adapter_name_or_path: x, create_new_adapter: true}",
-        "a new adapter above",
+        "a new adapter on top",
     ),
     ("oft.yaml", "{stage: dpo, model_name_or_path: m, finetuning_type: oft}", "another kind of adapter"),
-    ("seq.sh", "swift sft --model m --task_type seq_cls", "trains by another method"),
-    ("loss.sh", "trl dpo --model_name_or_path m --loss_type sigmoid bar", "this loss is not offered"),
+    ("seq.sh", "swift sft --model m --task_type seq_cls", "trains by a method that dpo-dist does not have"),
+    ("loss.sh", "trl dpo --model_name_or_path m --loss_type sigmoid bar", "dpo-dist does not have this loss"),
     ("bco.sh", "trl dpo --model_name_or_path m --loss_type bco_unpaired", "on pairs loss=bco_pair"),
-    ("rm.yaml", "{stage: rm, model_name_or_path: m, dataset: a}", "trains by another method"),
+    (
+        "rm.yaml",
+        "{stage: rm, model_name_or_path: m, dataset: a}",
+        "trains by a method that dpo-dist does not have",
+    ),
     ("broken.yaml", "{stage: dpo", "cannot be composed"),
 ]
 

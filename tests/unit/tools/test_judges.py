@@ -81,7 +81,7 @@ def test_a_special_token_stays_text_and_a_long_or_rejected_conversation_has_no_s
 def test_a_model_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     """Before it is loaded, which is after the last response."""
     for folder in (write(tmp_path / "three", num_labels=3), write_model(tmp_path / "policy")):
-        with pytest.raises(ConfigError, match="no reward model"):
+        with pytest.raises(ConfigError, match="not a reward model"):
             reward_model(folder).describe()
 
 
@@ -89,9 +89,9 @@ def test_a_model_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     ("body", "said"),
     [
         ("return [1.0]", "returns 1 scores"),
-        ("return [float('nan'), 1]", "no finite number"),
-        ("return '87'", "no finite number"),
-        ("return [True, 1]", "no finite number"),
+        ("return [float('nan'), 1]", "not a finite number"),
+        ("return '87'", "not a finite number"),
+        ("return [True, 1]", "not a finite number"),
         ("raise ValueError(prompt)", "raises ValueError"),
         ("return 1.0", r"raises TypeError[^$]*score\(prompt, responses\) returns a list"),
     ],

@@ -24,8 +24,8 @@ from dpo_dist.tools.pairs.run import (
     different_prompts,
     dry_run_pairs,
     joined_completions,
+    pairs_from_results,
     pairs_from_scores,
-    pairs_of,
     score,
     scored_lists,
     select_pairs,
@@ -206,7 +206,7 @@ def finished(folder: Path) -> PairResults:
 
 def test_scored_samples_have_their_origin_and_are_counted_and_read_again(tmp_path: Path) -> None:
     results = finished(tmp_path)
-    pairs = list(pairs_of(results))
+    pairs = list(pairs_from_results(results))
     a0 = [{"role": "assistant", "content": "a0", **THOUGHT}]
     assert [(row["chosen"], row["rejected"]) for row in pairs] == [
         (a0, [{"role": "assistant", "content": "a1"}]),
@@ -326,7 +326,7 @@ def found(folder: Path, records: list[Any], *overrides: str) -> str:
         ([*DELTA, "model.revision=x"], "model.revision has no effect"),
         ([*SAMPLED, "sampling.temperature=0"], "every sample of a model is the same"),
         ([*SAMPLED, "pairs.function=a:b"], "samples need one judge"),
-        (["pairs.method=samples", "model.path=a/b", "pairs.endpoint.url=http://h/v1"], "model is not given"),
+        (["pairs.method=samples", "model.path=a/b", "pairs.endpoint.url=http://h/v1"], "model is not set"),
         (["pairs.method=delta", "pairs.models=[a,./a]"], "two models"),
         (["pairs.rounds=1"], "rounds cannot be done"),
         (["pairs.rounds=1", *SAMPLED, "pairs.models=[other]"], "rounds cannot be done"),
@@ -359,13 +359,13 @@ def test_models_prompts_and_the_endpoint_are_checked(in_folder: Path) -> None:
     assert f"judge: judge at {server.url}: each two" in report
     assert "model, vocabulary of 431, a response ends with <|im_end|>" in report
     assert "records.jsonl: 4 of 5 records kept\n    1 dropped (unknown_format): " in report
-    assert "not asked, of the first records: 1 prompt_fills_max_length (" in report
+    assert "first records that the model cannot be asked: 1 prompt_fills_max_length (" in report
     with judge_server(lambda *_: (400, "{}")) as server:
         keys[1] = f"pairs.endpoint.url={server.url}"
         with pytest.raises(ConfigError, match="harmless request"):
             found(in_folder, PROMPTS, *keys)
     Qwen2Config.from_pretrained(in_folder / "model", num_labels=2).save_pretrained(in_folder / "model")
-    with pytest.raises(ConfigError, match="no reward model"):
+    with pytest.raises(ConfigError, match="not a reward model"):
         found(in_folder, PROMPTS, "pairs.method=samples", "pairs.models=[]", "pairs.reward_model=model")
 
 

@@ -44,7 +44,7 @@ def test_items_are_shared_or_judged_by_one_annotator_and_skipped_ones_left_to_ot
             labelling.judge(name, labelling.remaining(name)[0], "tie")
         judge_all(labelling, "Ada")
         judge_all(labelling, "Ben")
-        judges = Counter(item for _, item in labelling.given)
+        judges = Counter(item for _, item in labelling.judgements)
         assert set(judges) == set(ITEMS)
         assert 0 < list(judges.values()).count(2) < 15
     with opened(tmp_path / "skips") as labelling:
@@ -57,18 +57,18 @@ def test_a_restart_reads_the_whole_lines_of_the_items_of_now_and_the_last_verdic
     log, first = tmp_path / "log", next(iter(ITEMS))
     with opened(log) as labelling:
         assert sorted(judge_all(labelling)) == sorted(ITEMS)
-        assert 5 < sum(one.left for one in labelling.given.values()) < 25
-        assert all(one.verdict == ("first", "second")[one.left] for one in labelling.given.values())
+        assert 5 < sum(one.left for one in labelling.judgements.values()) < 25
+        assert all(one.verdict == ("first", "second")[one.left] for one in labelling.judgements.values())
         labelling.judge("Ada", first, "tie")
-        given = labelling.given
+        given = labelling.judgements
         assert given["Ada", first].verdict == "tie"
     with opened(log) as labelling:
-        assert labelling.given == given
+        assert labelling.judgements == given
     with opened(log, dict([*ITEMS.items()][1:3]), foreign=29) as labelling:
-        assert len(labelling.given) == 2
+        assert len(labelling.judgements) == 2
     log.write_bytes(log.read_bytes()[:-20])
     with opened(log) as labelling:
-        assert labelling.given["Ada", first].verdict != "tie"
+        assert labelling.judgements["Ada", first].verdict != "tie"
     assert len(log.read_bytes().splitlines()) == 30
 
 
@@ -86,10 +86,10 @@ def test_a_verdict_that_a_full_disk_cannot_take_is_refused_and_leaves_no_part(tm
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             assert log.read_bytes() == whole
-        assert ("Ada", second) not in labelling.given
+        assert ("Ada", second) not in labelling.judgements
         labelling.judge("Ada", second, "left")
     with opened(log) as again:
-        assert again.given == labelling.given
+        assert again.judgements == labelling.judgements
 
 
 @pytest.mark.parametrize("damage", [b'{"item": "a", "annot{"item": "b"}', b"[]", b'{"item": "a"}', b"\xff"])

@@ -18,7 +18,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.model.files.load import without_weights
 from dpo_dist.model.flops import step_flops
 from dpo_dist.tools.plan import __main__ as plan
-from dpo_dist.tools.plan.estimate import Data, Estimate, estimate, machine_of
+from dpo_dist.tools.plan.estimate import Data, Estimate, choose_machine, estimate
 from dpo_dist.tools.plan.make_plan import make_plan, plan_in_brief, planned_data
 from tests.support.launch import ROOT
 
@@ -57,7 +57,7 @@ def estimated(
     *words: str, gpus: int = 8, tokens: float = 700.0, kind: str = "llama", **options: Any
 ) -> Estimate:
     config, data = configured(*words), Data(128 * STEPS, tokens, "")
-    machine = machine_of(config.plan, config.model.dtype)._replace(gpus=gpus)
+    machine = choose_machine(config.plan, config.model.dtype)._replace(gpus=gpus)
     policy = replace(config.model, gradient_checkpointing="none")
     if (key := repr((policy, kind, options))) not in MODELS:
         MODELS[key] = without_weights(AutoConfig.for_model(kind, **SHAPE, **options), policy)

@@ -47,7 +47,7 @@ from dpo_dist.tools.shared.sampling.generate import (
     random_numbers,
 )
 from dpo_dist.tools.shared.sampling.respond import Completion, Responder, find_model, open_generator, respond
-from dpo_dist.tools.shared.sampling.settings import Sampling, sampling_of
+from dpo_dist.tools.shared.sampling.settings import Sampling, sampling_for
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.chat_tokenizers import tokenizer_of
@@ -99,7 +99,7 @@ def drawn(model: Any, request: Request, sampling: Sampling) -> Sample:
             logits = warper(None, logits)
         chances = logits.softmax(-1).double().cumsum(-1)[0]
         ids.append(int(torch.searchsorted(chances, number * chances[-1], right=True)))
-    return Sample.of(ids[prompt:], STOPS)
+    return Sample.from_tokens(ids[prompt:], STOPS)
 
 
 def greedy(model: Any, request: Request) -> Sample:
@@ -107,7 +107,7 @@ def greedy(model: Any, request: Request) -> Sample:
     config = GenerationConfig(max_new_tokens=12, eos_token_id=STOPS, pad_token_id=0)
     model.generation_config = GenerationConfig()
     found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return Sample.of(found[0, ids.shape[1] :].tolist(), STOPS)
+    return Sample.from_tokens(found[0, ids.shape[1] :].tolist(), STOPS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -126,8 +126,8 @@ def test_null_is_the_verbs_own_value() -> None:
     usual = {"train": (256, 0.7), "compare": (256, 1.0), "pairs": (512, 1.0)}
     given = SamplingConfig(max_new_tokens=9, temperature=0.0, top_p=0.5, top_k=3)
     for verb, values in usual.items():
-        assert sampling_of(verb, SamplingConfig(), 5) == Sampling(*values, top_p=1.0, top_k=0, seed=5)
-        assert sampling_of(verb, given) == Sampling(9, 0.0, 0.5, 3, 0)
+        assert sampling_for(verb, SamplingConfig(), 5) == Sampling(*values, top_p=1.0, top_k=0, seed=5)
+        assert sampling_for(verb, given) == Sampling(9, 0.0, 0.5, 3, 0)
 
 
 def test_samples_of_a_prompt_and_of_two_seeds_differ(model: Any) -> None:

@@ -11,7 +11,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import locked
 from dpo_dist.tools.sweep import __main__ as sweep
-from dpo_dist.tools.sweep.pool import end_of, is_finished, screen_since
+from dpo_dist.tools.sweep.pool import is_finished, point_end, screen_since
 from dpo_dist.tools.sweep.results import sweep_lines, sweep_results
 from dpo_dist.training.start.resume import RunState, write_state
 from tests.unit.tools.pages.made_run import change, made_run
@@ -63,18 +63,18 @@ def test_a_point_ends_as_its_own_start_says(
     run, screen = RunFolder(tmp_path / "run"), tmp_path / "screen"
     former = "configuration error: another process is training in this run directory\n"
     screen.write_text(former)
-    assert end_of(run, code, screen_since(screen, len(former))) == (counts, (outcome, ""))
+    assert point_end(run, code, screen_since(screen, len(former))) == (counts, (outcome, ""))
     screen.write_text(f"{former}step 1\nconfiguration error: no\n  to do: x\n\n")
-    assert end_of(run, code, screen_since(screen, len(former))) == (counts, (outcome, error))
+    assert point_end(run, code, screen_since(screen, len(former))) == (counts, (outcome, error))
 
 
 def test_a_point_whose_run_another_process_has_is_trained_by_that(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     with locked(run.lock, "trains"):
         for code in (1, 2):
-            assert end_of(run, code, "error: x") == (75, ("trained by another process", ""))
-        assert end_of(run, 3, "diverged: x") == (3, ("diverged", "diverged: x"))
-    assert end_of(run, 2, "error: x") == (2, ("invalid", "error: x"))
+            assert point_end(run, code, "error: x") == (75, ("trained by another process", ""))
+        assert point_end(run, 3, "diverged: x") == (3, ("diverged", "diverged: x"))
+    assert point_end(run, 2, "error: x") == (2, ("invalid", "error: x"))
 
 
 def test_a_point_is_finished_if_its_run_is_complete_with_its_settings(tmp_path: Path) -> None:

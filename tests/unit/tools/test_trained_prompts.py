@@ -36,8 +36,8 @@ def test_prompts_of_training_are_counted_by_the_data_of_the_run(
     for place in (run.path, run.model, checkpoint):
         assert count_trained(str(place), HASHES, "pair", said.append) == 16
     assert said[0] == (
-        f"warning: 16 of 20 pairs are not held out: {run} was trained on their prompts, and the results say "
-        "little about others"
+        f"warning: 16 of 20 pairs are not held out: {run} was trained on their prompts, so the results say "
+        "little about new prompts"
     )
     assert count_trained(str(run.model), HASHES[16:], "pair", said.append) == 0
     monkeypatch.chdir(run.path)
@@ -57,4 +57,4 @@ def test_data_that_are_gone_are_said(tmp_path: Path) -> None:
     run, said = run_of(tmp_path), list[str]()
     (tmp_path / "records.jsonl").unlink()
     assert count_trained(str(run.path), HASHES, "prompt", said.append) is None
-    assert said[0].startswith(f"note: not known whether {run} was trained on these prompts: ")
+    assert said[0].startswith(f"note: it is not known whether {run} was trained on these prompts: ")

@@ -199,7 +199,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
         "the loss or its gradient is not; the loss was the first value",
     ),
     ("diverged", rows(late=COLLAPSED, since=11), {"exit": "diverged"}, "collapsed: from step 11 on"),
-    ("diverged", rows(), {"bad_steps": 2}, "in 2 steps of 20, which taught nothing"),
+    ("diverged", rows(), {"bad_steps": 2}, "2 steps of 20 taught nothing"),
     (
         "diverged",
         steps(late=BROKEN, since=20),

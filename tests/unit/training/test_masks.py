@@ -114,7 +114,7 @@ def filled(
     return ReferenceProvider(store=filler.open_filled()), report
 
 
-def pairs_of(loss: LossConfig) -> list[Example]:
+def pairs_from_results(loss: LossConfig) -> list[Example]:
     return RANKINGS if loss.kind is LossKind.plackett_luce else PAIRS
 
 
@@ -179,7 +179,7 @@ def plain_logps(
 def plain_loss_and_gradients(
     loss: LossConfig, folders: tuple[Path, Path]
 ) -> tuple[float, dict[str, Tensor], PairLogps]:
-    pairs = pairs_of(loss)
+    pairs = pairs_from_results(loss)
     policy, reference = (AutoModelForCausalLM.from_pretrained(each, dtype=torch.float64) for each in folders)
     values, collisions, counted = labelled_logps(policy, pairs)
     logps = plain_logps(values, counted, pairs, loss.ld_alpha)
@@ -197,7 +197,7 @@ def test_losses_and_gradients_equal_the_padded_model_with_labels(
 ) -> None:
     """From the store filled with whole responses to the gradient of several micro-batches."""
     loss = CASES[case]
-    dataset = dataset_of(pairs_of(loss))
+    dataset = dataset_of(pairs_from_results(loss))
     needs = any(KINDS[kind].needs_reference for kind in loss.kinds)
     reference = filled(dataset, folders[1], tmp_path / "store", world)[0] if needs else ReferenceProvider()
     objective, model = Objective(loss, reference), packed(folders[0])

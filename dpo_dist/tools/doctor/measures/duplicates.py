@@ -1,4 +1,4 @@
-"""Equal, nearly equal and opposite records among all sources, from keys and MinHash signatures."""
+"""Find equal, nearly equal and opposite records among all sources, by keys and MinHash signatures."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.shared.findings import Finding, Level
 
 Partners = dict[int, int]
-"""From a record's index to that of a record with which it has something in common, ascending."""
+"""Maps the index of a record to that of a matching record, ascending."""
 
 SIMILARITY = 0.7
 # 16 bands of 4 numbers: two texts of similarity 0.7 share a band with a probability of 0.99.
@@ -25,7 +25,7 @@ _BANDS, _BAND_NUMBERS = 16, 4
 
 
 def equal_records(keys: Iterable[int]) -> Partners:
-    """Return the records whose key also occurs earlier, each with its first occurrence."""
+    """Return the records whose key occurs earlier, each with the first record of that key."""
     first: Partners = {}
     return {index: first[key] for index, key in enumerate(keys) if first.setdefault(key, index) != index}
 
@@ -33,11 +33,12 @@ def equal_records(keys: Iterable[int]) -> Partners:
 def nearly_equal_records(signatures: Iterable[Signature]) -> Partners:
     """Return the records whose prompt and responses are nearly equal to those of an earlier one.
 
-    `signatures` are uint32 [2, 64] of each record, of prompt and responses.
+    `signatures` has uint32 [2, 64] for each record: of its prompt, and of its responses.
     """
     table, firsts, partners = _table(), dict[int, Signature](), Partners()
     for index, sides in enumerate(signatures):
-        # A band has two numbers of each side: a bucket holds records that are alike in both.
+        # A band mixes two numbers of the prompt and two of the responses: records share a bucket only if both
+        # are alike.
         sketch = _sketch(
             np.stack([side.reshape(-1, 2) for side in sides], axis=1).ravel()[:SIGNATURE_NUMBERS]
         )
@@ -79,7 +80,7 @@ def _sketch(numbers: npt.NDArray[np.uint32]) -> MinHash:
 
 
 def contradictions(records: Sequence[RecordFacts]) -> Partners:
-    """Return each record whose opposite preference is stated elsewhere, with the first such record."""
+    """Return each record whose opposite preference is in another record, with the first such record."""
     stated: dict[int, int] = {}
     for index, record in enumerate(records):
         for preference, _ in record.preferences:
@@ -105,7 +106,7 @@ class Comparison:
         ]
 
     def result(self) -> tuple[dict[str, Any], list[Finding]]:
-        """Return the numbers of doctor.json about all sources, and the findings."""
+        """Return the section `across` of doctor.json, and the findings."""
         records = self._records
         copies = equal_records(record.record for record in records)
         prompts = equal_records(record.prompt for record in records)
@@ -140,7 +141,7 @@ class Comparison:
         return across, findings
 
     def _leak_findings(self, rule: str, partners: Partners) -> Iterator[Finding]:
-        """Yield the finding of evaluation records, each with the training record whose prompt it has."""
+        """Yield the finding about evaluation records whose prompts are in training records."""
         is_dropped = rule == "train_eval_leak" and self._drops_eval_prompts
         removed = "data.drop_eval_prompts removes it from the training data"
         detail = removed if is_dropped else self._other_numbers(partners)
@@ -151,20 +152,20 @@ class Comparison:
     def _partner_findings(
         self, rule: str, partners: Partners, examples: Sequence[str] = (), detail: str = ""
     ) -> Iterator[Finding]:
-        """Yield the finding about records with a partner; it counts them by source if there are several."""
+        """Yield the finding about records with a partner, counted by source if there are several sources."""
         partners = self._within_a_part(partners)
         examples = examples or self._origins(partners.items())
         counts = Counter(self._source[index] for index in partners)
-        of, label = len(self._records), None
+        total, label = len(self._records), None
         if len(counts) == 1:
-            [(of, label)] = ((len(source.readable), source.label) for source in counts)
+            [(total, label)] = ((len(source.readable), source.label) for source in counts)
         else:
             by_source = ", ".join(f"{count} in {source.label}" for source, count in counts.items())
             detail = "; ".join(filter(None, (by_source, detail)))
-        yield from DOCTOR_RULES[rule].count(len(partners), of, label, examples, detail)
+        yield from DOCTOR_RULES[rule].count(len(partners), total, label, examples, detail)
 
     def _within_a_part(self, partners: Partners) -> Partners:
-        """Leave out matches between training and evaluation data: a leak has its own rule."""
+        """Leave out matches between training and evaluation data, which are leaks and have their own rule."""
         is_eval = self._is_eval
         return {index: other for index, other in partners.items() if is_eval[index] == is_eval[other]}
 

@@ -1,8 +1,8 @@
-"""Label leaks: guess the chosen response from its form alone, on held-out pairs.
+"""Find label leaks: can the chosen response of held-out pairs be guessed from its form alone?
 
-A pair is the difference of the features of its two sides, so a test needs no balanced labels: a linear
-classifier w guesses right if w (chosen - rejected) > 0. Folds share no prompt. The classifier is a logistic
-regression (a Bradley-Terry model of the features, doi:10.2307/2334029).
+A pair is represented by the chosen side's features minus the rejected side's: a linear classifier w guesses
+right if w (chosen - rejected) > 0, whatever the balance of labels. Folds share no prompt. The classifier is
+a logistic regression (a Bradley-Terry model of the features, doi:10.2307/2334029).
 """
 
 from collections import defaultdict
@@ -28,26 +28,26 @@ _Keys: TypeAlias = npt.NDArray[np.uint64]
 Matrix: TypeAlias = Any
 """scipy.sparse.csr_matrix [pairs, features]: those of the chosen side minus those of the rejected side."""
 
-_FEWEST_PROMPTS, _FEWEST_PROMPTS_OF_GROUPS = 10, 50
-# Many features of many sources are tested: an interval of 3 standard errors instead of 2. Of forms, hundreds
-# of words are compared; 17 pairs are enough if all are on one side.
-_STANDARD_ERRORS, _STANDARD_ERRORS_OF_FORMS = 3.0, 4.0
+_FEWEST_PROMPTS, _FEWEST_PROMPTS_FOR_GROUPS = 10, 50
+# Many features of many sources are tested, so intervals have 3 standard errors instead of 2. One-sided forms
+# are chosen among hundreds of words, so theirs have 4: 17 pairs are enough if all are on one side.
+_STANDARD_ERRORS, _STANDARD_ERRORS_FOR_FORMS = 3.0, 4.0
 _MIN_DIFFERS = 0.03
-"""Fewest pairs with a form for it to be reported as one-sided."""
+"""Smallest share of pairs with a form for it to be reported as one-sided."""
 _MIN_WORD_PAIRS = 5
 _SHOWN_FORMS = 3
 _ADDS = 0.03
-"""A group of features has to be so much better than the length; else it only follows the length."""
+"""A group of features must be so much more accurate than the length; else it may only follow the length."""
 _MORE, _LESS = "the chosen side has more", "the chosen side has less"
 _WORDS = ("first words", "last words")
 _STYLE = ("punctuation", "markdown", "language", "refusal")
 _INTENDED = ("length", "refusal")
-"""Groups that are preferred on purpose, and need no hint if they are one-sided."""
+"""Groups that people prefer on purpose: not reported if they are one-sided."""
 
 
 @dataclass(frozen=True)
 class LeakTest:
-    """Held-out accuracy of guessing the chosen response from a feature, or a group of them, alone."""
+    """Held-out accuracy of guessing the chosen response from one feature, or one group of features, alone."""
 
     feature: str
     group: str
@@ -60,16 +60,16 @@ class LeakTest:
     detail: str = ""  # the direction; empty for a group
 
     def exceeds(self, threshold: float) -> bool:
-        """Return whether the accuracy is above the threshold, and above chance beyond its interval."""
+        """Return whether the accuracy is above the threshold, and its interval above chance."""
         return self.accuracy > threshold and self.low > 0.5
 
     @property
     def one_sided_share(self) -> float:
-        """Held-out share of a form's pairs that have it on the same side; 0 if few or by chance."""
+        """Share of the pairs with a form that have it on the same side; 0 if they are few, or by chance."""
         if self.differs < _MIN_DIFFERS:
             return 0.0
         share, prompts = 0.5 + (self.accuracy - 0.5) / self.differs, self.differing_prompts
-        low, _high = wilson_interval(share * prompts, prompts, _STANDARD_ERRORS_OF_FORMS)
+        low, _high = wilson_interval(share * prompts, prompts, _STANDARD_ERRORS_FOR_FORMS)
         return share if low > 0.5 else 0.0
 
 
@@ -77,8 +77,8 @@ def leak_tests(differences: Sequence[Mapping[str, float]], prompts: _Keys) -> li
     """Return the held-out accuracy of each feature and of each group, the most accurate first.
 
     `differences`: `texts.differences` of each pair; `prompts`: keys of their prompts. With fewer than 50
-    different prompts features are tested one by one, with fewer than 10 not at all. Of the first and of the
-    last words the most one-sided one has a test of its own.
+    different prompts features are tested one by one, with fewer than 10 not at all. Among first words and
+    among last words, the most one-sided word has a test of its own.
     """
     different = len(np.unique(prompts))
     if different < _FEWEST_PROMPTS:
@@ -99,10 +99,10 @@ def leak_tests(differences: Sequence[Mapping[str, float]], prompts: _Keys) -> li
             frequent = [at for at in known if counts[at] >= _MIN_DIFFERS * block.shape[0]]
             frequent.sort(key=lambda at: -_interval((counts[at] + sums[at]) / 2, int(counts[at]))[0])
             kept, tested = [members[at] for at in known], [members[at] for at in frequent[:1]]
-        if group not in _WORDS or different >= _FEWEST_PROMPTS_OF_GROUPS:
+        if group not in _WORDS or different >= _FEWEST_PROMPTS_FOR_GROUPS:
             names = vectorizer.feature_names_
             tests += [_test(table[:, [column]], prompts, names[column], group) for column in tested]
-        if len(kept) > 1 and different >= _FEWEST_PROMPTS_OF_GROUPS:
+        if len(kept) > 1 and different >= _FEWEST_PROMPTS_FOR_GROUPS:
             tests.append(_test(table[:, kept], prompts, group, group))
     return sorted(tests, key=lambda test: -test.accuracy)
 
@@ -112,7 +112,7 @@ def _interval(successes: float, trials: int) -> tuple[float, float]:
 
 
 def _test(block: Matrix, prompts: _Keys, name: str, group: str) -> LeakTest:
-    """Test a linear classifier of a group, or the direction of a feature: each fold is guessed by the others.
+    """Test a group by a linear classifier, or a feature by its direction; the classifier is cross-validated.
 
     Each pair is learnt in both orders. Pairs of the same prompt are not independent, so the interval counts
     prompts.
@@ -146,11 +146,11 @@ def _test(block: Matrix, prompts: _Keys, name: str, group: str) -> LeakTest:
 def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
     """Yield the findings about label leaks.
 
-    A group of features counts if it reveals the chosen response better than the length, which is a finding of
-    its own.
+    A group of features is reported if it reveals the chosen response better than the length does; the length
+    has a finding of its own.
     """
     groups: dict[str, list[LeakTest]] = defaultdict(list)
-    for test in tests:  # of each group the most accurate first
+    for test in tests:  # the most accurate of a group comes first
         groups[test.group].append(test)
     explained = 0.0
     for length in groups.pop("length", ()):
@@ -161,10 +161,10 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
                 f"the one with {side} {length.feature} is chosen in {percent(length.accuracy)} of the pairs"
             )
             yield from DOCTOR_RULES["length_bias"].value(length.accuracy, length.pairs, source, detail)
-    for group, of_group in groups.items():
-        rule, test = DOCTOR_RULES["style_bias" if group in _STYLE else "label_leak"], of_group[0]
+    for group, members in groups.items():
+        rule, test = DOCTOR_RULES["style_bias" if group in _STYLE else "label_leak"], members[0]
         if test.exceeds(rule.threshold) and test.accuracy > explained:
-            single = next((member for member in of_group if member.detail), None)
+            single = next((member for member in members if member.detail), None)
             hint = f" ({single.feature}, {single.detail}, {percent(single.accuracy)})" if single else ""
             detail = (
                 f"by {group}, {percent(test.accuracy)} [{percent(test.low)}, {percent(test.high)}] of "
@@ -175,7 +175,7 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
 
 
 def _one_sided_forms(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
-    """Yield the finding of features that few pairs have, and these almost always on the same side."""
+    """Yield the finding about features of few pairs that are almost always on the same side."""
     rule, leak = DOCTOR_RULES["one_sided_form"], DOCTOR_RULES["label_leak"].threshold
     forms = [
         test

@@ -1,4 +1,4 @@
-"""Stored reference log-probs of the data, looked up without the model: pairs that are likely mislabelled."""
+"""Find pairs that are likely mislabelled, by the reference's stored log-probs; no model is loaded."""
 
 import itertools
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def compare_with_store(
     sources: Sequence[dict[str, Any]],
     datasets: Sequence[Sequence[PreferenceDataset]],
 ) -> tuple[dict[str, Any], list[Finding]]:
-    """Look up the pairs of all sources in the reference store; set the `margins` of each source's report.
+    """Look up the pairs of all sources in the reference store; set `margins` in each source's report.
 
     Returns the section `store` of doctor.json, and the findings.
     """
@@ -46,10 +46,10 @@ def compare_with_store(
         return use, findings
     names = ("quantization", "dtype", "attention", "gpu", "device")
     profiles = [each.profile for each in store.fingerprints]
-    described = (", ".join(profile[name] for name in names if name in profile) for profile in profiles)
-    use["numerics"] = list(dict.fromkeys(described))
-    for source, of_source in zip(sources, datasets, strict=True):
-        table, origins = stored_pairs(store, of_source)
+    descriptions = (", ".join(profile[name] for name in names if name in profile) for profile in profiles)
+    use["numerics"] = list(dict.fromkeys(descriptions))
+    for source, source_datasets in zip(sources, datasets, strict=True):
+        table, origins = stored_pairs(store, source_datasets)
         if origins:
             margins, source["margins"], disagreements = margin_findings(table, origins, source["label"])
             findings += disagreements
@@ -60,7 +60,7 @@ def compare_with_store(
 
 
 def _words_for_precompute(model: ModelConfig, reference: ReferenceConfig, loss: LossConfig) -> str:
-    """Return what `precompute` needs beside the configuration to store the reference's log-probs."""
+    """Return the overrides that `precompute` needs to store this reference's log-probs."""
     mode, quantization = reference.mode, model.quantization
     words = [] if loss.needs_reference else ["loss=sigmoid"]
     words += [] if mode is ReferenceMode.cached else ["reference=cached"]
@@ -72,15 +72,14 @@ def _words_for_precompute(model: ModelConfig, reference: ReferenceConfig, loss: 
 def find_stored(policy: ModelConfig, reference: ReferenceConfig) -> LogpStore | None:
     """Return all stored log-probs of the reference model; None if there are none.
 
-    Of every numerics profile: they differ by rounding only, which does not matter for statistics of the data.
-    The weight files are digested, unless the store remembers their digests. Nothing is created in a store
-    that does not exist.
+    Those of every numerics profile: they differ by rounding only, which does not change the statistics. The
+    weight files are digested, unless the store has cached their digests. A missing store is not created.
     """
     root = Path(reference.store)
     stored = known_fingerprints(root)
     if not stored:
         return None
-    # Imports DeepSpeed: only if there is a store.
+    # Imports DeepSpeed, which takes seconds.
     from dpo_dist.reference.digest import digest_model  # noqa: PLC0415
 
     path, revision, key = policy.path, policy.revision, "model.path"
@@ -103,10 +102,10 @@ def find_stored(policy: ModelConfig, reference: ReferenceConfig) -> LogpStore | 
 def stored_pairs(
     store: LogpStore, datasets: Sequence[PreferenceDataset]
 ) -> tuple[npt.NDArray[np.float64], list[str]]:
-    """Return [4, pairs] for the pairs whose two responses are stored, and the origin of each.
+    """Return [4, pairs] for the pairs whose two responses are stored, and each pair's origin.
 
-    The rows are log-probs of the first and of the last response, summed over the tokens that the loss counts,
-    and the numbers of these tokens.
+    The rows are the log-probs of the first and the last response, summed over the tokens that the loss
+    counts, then the numbers of these tokens.
     """
     columns: list[tuple[float, ...]] = []
     origins: list[str] = []
@@ -118,7 +117,7 @@ def stored_pairs(
             for index, within in zip(examples, responses, strict=True):
                 values = list(itertools.islice(logps, len(within)))
                 masks = dataset.masks(index) or (slice(None),) * len(values)
-                chosen, rejected = _counted(values[0], masks[0]), _counted(values[-1], masks[-1])
+                chosen, rejected = _loss_logps(values[0], masks[0]), _loss_logps(values[-1], masks[-1])
                 if len(values) > 1 and len(chosen) and len(rejected):
                     sums = (float(part.sum(dtype=np.float64)) for part in (chosen, rejected))
                     columns.append((*sums, len(chosen), len(rejected)))
@@ -126,7 +125,7 @@ def stored_pairs(
     return np.array(columns, dtype=np.float64).reshape(-1, 4).T, origins
 
 
-def _counted(values: StoredLogps | None, mask: slice | npt.NDArray[np.bool_]) -> StoredLogps:
+def _loss_logps(values: StoredLogps | None, mask: slice | npt.NDArray[np.bool_]) -> StoredLogps:
     return np.empty(0, dtype=np.float32) if values is None else values[mask]
 
 
@@ -135,9 +134,8 @@ def margin_findings(
 ) -> tuple[npt.NDArray[np.float64], dict[str, float], list[Finding]]:
     """Judge the pairs of a source by the reference's length-normalised margins.
 
-    `table` is [4, pairs], at least one: log-probs of chosen and rejected responses, and their tokens. Returns
-    the margins in nats per token, their statistics, and the finding of pairs whose margin is far below 0, the
-    most extreme first.
+    `table` comes from `stored_pairs` and has at least one pair. Returns the margins in nats per token, their
+    statistics, and the finding about pairs whose margin is far below 0, the most extreme first.
     """
     chosen, rejected, chosen_tokens, rejected_tokens = table
     margins = chosen / chosen_tokens - rejected / rejected_tokens

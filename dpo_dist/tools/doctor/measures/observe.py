@@ -1,4 +1,4 @@
-"""Observe records in a worker process: the report is made of the facts about each."""
+"""Collect the facts about each record, in worker processes; the report is made from these facts."""
 
 import itertools
 import re
@@ -19,20 +19,20 @@ from dpo_dist.tools.doctor.measures.texts import (
     Benchmark,
     Signature,
     differences,
-    features_of,
+    measure_features,
+    plain_texts,
     signature,
     text_names,
-    texts_of,
 )
 from dpo_dist.tools.doctor.rules import RULE_BY_KIND
-from dpo_dist.tools.shared.records import side_of
+from dpo_dist.tools.shared.records import labelled_side
 
 SIDES = ("prompt", "chosen", "rejected")
 Lengths = tuple[int, int, int]
-"""One number per side of `SIDES`; -1 for a missing rejected response."""
+"""A number for each of `SIDES`; -1 for a response that is missing."""
 
 _CUT = {"prompt_truncated", "response_truncated"}
-# Most preferences of a ranking that are compared with other records.
+# Most preferences of one ranking that are compared with other records.
 _MAX_PREFERENCES = 64
 _HEAD = 300
 _NUMBER = re.compile(r"\d+")
@@ -40,46 +40,46 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class PairFacts:
-    """Facts about the form of the first and the last response of a record, or of its labelled response."""
+    """Facts about the form of a record's first and last response, or of its labelled response."""
 
-    record: int  # its key, by which a sample is drawn
-    prompt: int  # the key of its prompt
-    differences: dict[str, float]  # `texts.differences`; `tokens` that the loss counts for `characters`
+    record: int  # the record's key, by which a sample is drawn
+    prompt: int  # the prompt's key
+    differences: dict[str, float]  # `texts.differences`, with `tokens` in place of `characters` if encoded
     heads: tuple[str, str, str]  # the start of the prompt's last turn and of the two responses
-    side: str | None = None  # of a labelled response, of which `differences` are the features
+    side: str | None = None  # of a labelled response, whose features are in `differences`
 
 
 @dataclass(eq=False, slots=True)
 class RecordFacts:
-    """Facts about a record; those after `detail` need a readable record."""
+    """Facts about a record; only a readable record has those after `detail`."""
 
     origin: Origin
-    dropped: str | None = None  # the reason why no example is made of it
-    detail: str = ""  # of the reason, without texts
+    dropped: str | None = None  # why training drops the record
+    detail: str = ""  # of that reason, without texts
     is_readable: bool = False
     is_held_out: bool = False  # whether `data.eval_share` draws the record for evaluation
-    names: tuple[str, ...] = ()  # rules that it breaks, kinds of these, and properties
+    names: tuple[str, ...] = ()  # rules that it breaks, their kinds, and other properties
     characters: Lengths = (0, 0, -1)
     tokens: Lengths | None = None  # before anything is cut; None: not encoded
     cut: Lengths = (0, 0, 0)  # tokens that the limits cut from each side of a kept record
-    changed: dict[str, int] = field(default_factory=dict)  # by encoding
-    # Examples and tokens: each response with its prompt, each prompt once, responses, those the loss counts.
+    changed: dict[str, int] = field(default_factory=dict)  # what encoding changes
+    # Numbers of examples and of tokens, for the sums of a source.
     sums: dict[str, int] = field(default_factory=dict)
     pair: PairFacts | None = None  # None: a single response
     unread: tuple[str, ...] = ()  # fields that no format reads
     # Keys, by which records are compared.
-    prompt: int = 0  # without differences of case and white space
+    prompt: int = 0  # ignores case and white space
     record: int = 0  # of the prompt and all responses
     numbers: int = 0  # of the prompt's numbers
     hash: int = 0  # `prompts.prompt_hash`
-    preferences: tuple[tuple[int, int], ...] = ()  # each preference, and the opposite one
-    # uint32 [2, 64], MinHash of the prompt and of all responses
+    preferences: tuple[tuple[int, int], ...] = ()  # each preference with its opposite
+    # uint32 [2, 64]: MinHash of the prompt, and of all responses
     signatures: Signature = field(default_factory=lambda: np.empty(0, dtype=np.uint32))
     benchmark: str | None = None  # origin of an item with which it overlaps
 
 
 class Observer:
-    """Observes records, encoded if there is a tokenizer; can be sent to other processes."""
+    """Collects facts about records, also about their tokens if there is a tokenizer; can be pickled."""
 
     def __init__(
         self,
@@ -110,15 +110,15 @@ class Observer:
         ]
 
     def _facts(self, record: PreferenceRecord) -> RecordFacts:
-        texts, number = texts_of(record), prompt_hash(record.prompt)
+        texts, number = plain_texts(record), prompt_hash(record.prompt)
         prompt, responses = "\n".join(turn for _role, turn in texts.turns), texts.responses
-        # Without differences of case and white space.
+        # Prompts that differ only in case or white space count as equal.
         same = "\n".join(f"{role}: {' '.join(turn.casefold().split())}" for role, turn in texts.turns)
-        side, pair = side_of(record), None
+        side, pair = labelled_side(record), None
         key, whole = text_key(same), text_key(same, *map(str.strip, responses), *filter(None, [side]))
         if side is not None or len(responses) > 1:
             heads = texts.turns[-1][1][:_HEAD], responses[0][:_HEAD], responses[-1][:_HEAD]
-            form = features_of(responses[0]) if side else differences(responses[0], responses[-1])
+            form = measure_features(responses[0]) if side else differences(responses[0], responses[-1])
             pair = PairFacts(whole, key, form, heads, side)
         facts = RecordFacts(
             record.origin,
@@ -148,12 +148,12 @@ class Observer:
         return facts
 
     def _encode(self, record: PreferenceRecord, facts: RecordFacts, tokenizer: Tokenizer) -> set[str]:
-        """Add the facts about the record's tokens; return the names that they give to a kept record."""
+        """Add the facts about the record's tokens; return the names of faults in a kept record's tokens."""
         whole = encoded = encode_record(record, self._config, tokenizer)
         if isinstance(encoded, BadRecord) or not _CUT.isdisjoint(encoded.example.changes):
             whole = encode_record(record, self._whole, tokenizer)
         if isinstance(whole, EncodedRecord):
-            facts.tokens = _lengths(whole.example, side_of(record))
+            facts.tokens = _lengths(whole.example, labelled_side(record))
         if facts.pair is not None:
             facts.pair.differences.pop("characters", None)
             best = whole if isinstance(encoded, BadRecord) else encoded
@@ -167,7 +167,7 @@ class Observer:
         assert isinstance(whole, EncodedRecord)
         assert facts.tokens is not None
         example, prompt = encoded.example, len(encoded.example.prompt_ids)
-        before, after = facts.tokens, _lengths(example, side_of(record))
+        before, after = facts.tokens, _lengths(example, labelled_side(record))
         facts.cut = before[0] - after[0], before[1] - after[1], before[2] - after[2]
         facts.changed = dict(encoded.outcome.changed)
         responses = list(map(len, example.responses))
@@ -196,7 +196,7 @@ def _lengths(encoded: EncodedExample, side: str | None) -> Lengths:
 
 
 def _ends(responses: Sequence[Sized], side: str | None) -> tuple[int, int]:
-    """Return the lengths of the first and the last response, or of the labelled one; -1 if one is missing."""
+    """Return the lengths of the chosen and the rejected response; -1 for one that is missing."""
     if side == "rejected":
         return -1, len(responses[0])
     return len(responses[0]), len(responses[-1]) if len(responses) > 1 else -1
@@ -214,12 +214,12 @@ def text_key(*texts: str) -> int:
 def _preferences(
     record: PreferenceRecord, responses: tuple[str, ...], prompt: int
 ) -> Iterator[tuple[int, int]]:
-    """Yield the key of each preference between two responses, or of a label, and of its opposite.
+    """Yield the key of each preference, or of a label, and the key of its opposite.
 
     Texts that differ only in case or white space have the same key; a text that occurs twice is ignored.
     """
     keys = [text_key(" ".join(response.casefold().split())) for response in responses]
-    if side := side_of(record):
+    if side := labelled_side(record):
         other = "rejected" if side == "chosen" else "chosen"
         yield text_key(f"{prompt} {keys[0]} {side}"), text_key(f"{prompt} {keys[0]} {other}")
     scores = record.scores or tuple(range(len(keys), 0, -1))

@@ -1,4 +1,4 @@
-"""Facts and findings about one source, from those about its records."""
+"""Sum up the facts about the records of one source, and find its faults."""
 
 import heapq
 from collections import Counter, defaultdict
@@ -14,10 +14,10 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import EMPTY_REMEDY, named_in_one_line, reason_remedy
 from dpo_dist.tools.doctor.measures.label_leaks import LeakTest, leak_findings, leak_tests
 from dpo_dist.tools.doctor.measures.observe import SIDES, PairFacts, RecordFacts
-from dpo_dist.tools.doctor.measures.texts import gaps_of
+from dpo_dist.tools.doctor.measures.texts import subtract_features
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, KINDS_BY_RULE, RULE_BY_KIND
 from dpo_dist.tools.shared.findings import Finding
-from dpo_dist.tools.shared.text_facts import language_of
+from dpo_dist.tools.shared.text_facts import detect_language
 
 PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 _SAMPLED_PAIRS, _SAMPLED_LANGUAGES = 20_000, 2_000
@@ -27,7 +27,7 @@ _SHOWN_BINS = 32
 
 
 def distribution(values: npt.NDArray[Any], edges: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """Return the distribution of values; those beyond the edges of the histogram count in its ends."""
+    """Return the distribution of values; a value outside the edges counts in the first or last bin."""
     counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)
     percentiles = np.percentile(values, PERCENTILES, method="inverted_cdf")
     return {
@@ -42,7 +42,7 @@ def distribution(values: npt.NDArray[Any], edges: npt.NDArray[np.float64]) -> di
 
 
 def _spread(lengths: Sequence[int]) -> dict[str, Any] | None:
-    """Return the distribution of lengths, with edges from the smallest to above the largest, ever wider."""
+    """Return the distribution of lengths, in bins that become wider with the length."""
     if not lengths:
         return None
     edges = np.unique(np.round(np.geomspace(min(lengths) + 1, max(lengths) + 2, _SHOWN_BINS + 1) - 1))
@@ -50,17 +50,17 @@ def _spread(lengths: Sequence[int]) -> dict[str, Any] | None:
 
 
 class ExaminedSource:
-    """The records of one source; readable are those that have a prompt and responses."""
+    """The records of one source; a readable one has a prompt and responses."""
 
     def __init__(self, label: str, path: str, config: DataConfig, *, is_eval: bool, is_encoded: bool):
         self.label, self.path, self.is_eval = label, path, is_eval
         self._config, self._is_encoded = config, is_encoded
         self.records: list[RecordFacts] = []
-        self._sample: list[tuple[int, int, PairFacts]] = []  # a heap: the next to leave is first
+        self._sample: list[tuple[int, int, PairFacts]] = []  # a heap: the next one to drop comes first
         self._unread = Counter[str]()
 
     def add(self, records: Sequence[RecordFacts]) -> None:
-        """Add the facts about the next records; facts about form are kept for a sample of the pairs only."""
+        """Add the facts about the next records; facts about pairs are kept for a sample only."""
         for number, record in enumerate(records, start=len(self.records)):
             if record.pair is not None:
                 push = heapq.heappush if len(self._sample) < _SAMPLED_PAIRS else heapq.heappushpop
@@ -73,7 +73,7 @@ class ExaminedSource:
 
     @cached_property
     def _pairs(self) -> list[PairFacts]:
-        """The sampled pairs: those with the smallest keys, in their order."""
+        """The sampled pairs: those with the smallest keys, sorted by key."""
         return [pair for *_, pair in sorted(self._sample, reverse=True)]
 
     @cached_property
@@ -82,8 +82,8 @@ class ExaminedSource:
         return [record for record in self.records if record.is_readable]
 
     @cached_property
-    def named(self) -> dict[str, list[object]]:
-        """Origins of the records that have it, by name."""
+    def origins_by_name(self) -> dict[str, list[object]]:
+        """The origins of the records that have each name."""
         origins = defaultdict[str, list[object]](list)
         for record in self.readable:
             for name in record.names:
@@ -96,7 +96,7 @@ class ExaminedSource:
 
     @cached_property
     def labels(self) -> dict[str, int]:
-        """The numbers of kept records with a single response that is labelled good or bad."""
+        """The numbers of kept records whose single response is labelled good, and bad."""
         return {
             label: sum(f"labelled_{label}" in record.names for record in self._kept)
             for label in ("good", "bad")
@@ -113,12 +113,12 @@ class ExaminedSource:
 
     @cached_property
     def leaks(self) -> list[LeakTest]:
-        """The tests for label leaks of training data, which are what the policy learns from."""
+        """The tests for label leaks; none for evaluation data, from which the policy does not learn."""
         pairs = [pair for pair in self._pairs if pair.side is None]
         by_prompt = sorted(self._pairs, key=lambda pair: pair.prompt)
         good, bad = ([pair for pair in by_prompt if pair.side == side] for side in SIDES[1:])
         for first, second in zip(good, bad, strict=False):  # each labelled response once
-            pairs.append(replace(first, differences=gaps_of(first.differences, second.differences)))
+            pairs.append(replace(first, differences=subtract_features(first.differences, second.differences)))
         if not pairs or self.is_eval:
             return []
         prompts = np.array([pair.prompt for pair in pairs], dtype=np.uint64)
@@ -127,7 +127,7 @@ class ExaminedSource:
     @cached_property
     def _languages(self) -> list[tuple[str | None, ...]]:
         """Languages of the prompt and of both responses, for sampled pairs."""
-        return [tuple(map(language_of, pair.heads)) for pair in self._pairs[:_SAMPLED_LANGUAGES]]
+        return [tuple(map(detect_language, pair.heads)) for pair in self._pairs[:_SAMPLED_LANGUAGES]]
 
     def report(self) -> dict[str, Any]:
         """Return the entry of doctor.json; docs/doctor.md describes its fields."""
@@ -151,7 +151,9 @@ class ExaminedSource:
             prefix = {"tokens": tokens, "unique_tokens": unique}
             prefix |= {"share": 1 - unique / tokens, "expected_gain": tokens / unique}
         languages = Counter(prompt for prompt, *_ in self._languages if prompt is not None)
-        shown = {name for name in self.named if name not in DOCTOR_RULES and name not in RULE_BY_KIND}
+        shown = {
+            name for name in self.origins_by_name if name not in DOCTOR_RULES and name not in RULE_BY_KIND
+        }
         return {
             "label": self.label,
             "path": self.path,
@@ -170,7 +172,7 @@ class ExaminedSource:
             "prefix": prefix,
             "shares": {
                 **({"trained_tokens": sums["trained_tokens"] / sums["response_tokens"]} if tokens else {}),
-                **{name: len(self.named[name]) / len(readable) for name in sorted(shown)},
+                **{name: len(self.origins_by_name[name]) / len(readable) for name in sorted(shown)},
             },
             "languages": {name: count / languages.total() for name, count in languages.most_common()},
             "margins": {},
@@ -178,11 +180,11 @@ class ExaminedSource:
         }
 
     def findings(self) -> Iterator[Finding]:
-        """Yield the findings about the source, without those that compare records."""
+        """Yield the findings about this source; those that compare records are in `duplicates`."""
         yield from self._reading_findings()
         for name in DOCTOR_RULES:
-            origins = self.named.get(name, [])
-            kinds = {kind: len(self.named.get(kind, ())) for kind in KINDS_BY_RULE.get(name, ())}
+            origins = self.origins_by_name.get(name, [])
+            kinds = {kind: len(self.origins_by_name.get(kind, ())) for kind in KINDS_BY_RULE.get(name, ())}
             detail = ", ".join(
                 f"{kind.replace('_', ' ')} in {count}" for kind, count in kinds.items() if count
             )

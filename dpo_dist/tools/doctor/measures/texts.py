@@ -1,4 +1,4 @@
-"""A record's texts as plain strings: find words, MinHash signatures, faults, features, benchmark items."""
+"""Examine a record's plain texts: words, MinHash signatures, faults, features, overlap with benchmarks."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from datasketch import MinHash
 
 from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, turns_of
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.tools.shared.records import side_of
+from dpo_dist.tools.shared.records import labelled_side
 from dpo_dist.tools.shared.text_facts import is_refusal
 
 SIGNATURE_NUMBERS = 64
@@ -31,7 +31,7 @@ _WORD = re.compile(rf"{_WORD_ONLY.pattern}|[^\w\s]|_")
 _SHORT_CHARACTERS = 3
 _NEARLY_EQUAL = 0.1
 _THOUGHTS = ("reasoning_content", "thinking")
-# Roles that usually have several turns in a row.
+# Roles that often have several turns in a row.
 _REPEATABLE_ROLES = {"tool", "function", "observation"}
 
 _KINDS = {
@@ -65,14 +65,14 @@ _MODEL_NAME = re.compile(
 
 @dataclass(frozen=True)
 class Texts:
-    """Role and content of each turn of a prompt, and the responses, their turns joined by newlines."""
+    """A record as plain text: role and content of each turn of the prompt, and the responses."""
 
     turns: tuple[tuple[str, str], ...]
     responses: tuple[str, ...]
 
 
-def texts_of(record: PreferenceRecord) -> Texts:
-    """Return the texts of a record."""
+def plain_texts(record: PreferenceRecord) -> Texts:
+    """Return the texts of a record; the turns of a response are joined by newlines."""
     prompt = record.prompt
     messages = turns_of(prompt, "user")
     turns = tuple((message.role, _turn_text(message)) for message in messages)
@@ -94,7 +94,7 @@ def _turn_text(message: Message) -> str:
 
 
 def plain_words(text: str) -> list[str]:
-    """Return the words and numbers of a text without case."""
+    """Return the words and numbers of a text in lower case."""
     return _WORD_ONLY.findall(text.casefold())
 
 
@@ -118,7 +118,7 @@ def names_model(response: str) -> bool:
 
 
 def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
-    """Yield names of rules, of their kinds, and of shares that concern the texts of a record."""
+    """Yield the names of rules, kinds and properties that are true of a record's texts."""
     roles, contents = zip(*texts.turns, strict=True)
     is_dialogue, responses = isinstance(record.prompt, Dialogue), texts.responses
     following = pairwise((*roles, "assistant") if is_dialogue else roles)
@@ -129,8 +129,8 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
         **{name: any(map(kind.search, (*contents, *responses))) for name, kind in _KINDS.items()},
         "tools": bool(record.tools),
         "completion": len(responses) == 1 and record.scores is None,
-        "labelled_good": side_of(record) == "chosen",
-        "labelled_bad": side_of(record) == "rejected",
+        "labelled_good": labelled_side(record) == "chosen",
+        "labelled_bad": labelled_side(record) == "rejected",
         "pair_or_ranking": len(responses) > 1,
         "ranking": len(responses) > 2,
         "several_turns": len(roles) > 1,
@@ -142,7 +142,7 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
         "response_repeats_prompt": asked != "" and asked in map(str.strip, responses),
         "response_starts_with_prompt": any(each != whole for each in starting),
         **(_pair_properties(record, responses[0], responses[-1]) if len(responses) > 1 else {}),
-        **_side_properties({side: responses[0]} if (side := side_of(record)) else {}),
+        **_side_properties({side: responses[0]} if (side := labelled_side(record)) else {}),
     }
     return (name for name, applies in properties.items() if applies)
 
@@ -150,7 +150,8 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
 def _pair_properties(record: PreferenceRecord, chosen: str, rejected: str) -> dict[str, bool]:
     shorter, longer = sorted((chosen.strip(), rejected.strip()), key=len)
     words, others = (Counter(text.casefold().split()) for text in (chosen, rejected))
-    # Without word order, a lower bound of the edit distance. Longer responses may share the user's turns.
+    # Words without their order give a lower bound of the edit distance. Responses of several turns are left
+    # out below: they may share the user's turns.
     nearly_equal = ((words - others) + (others - words)).total() < _NEARLY_EQUAL * (words + others).total()
     best, worst = (record.scores[0], record.scores[-1]) if record.scores else (math.nan, math.nan)
     return {
@@ -179,7 +180,7 @@ _EDGE_CHARACTERS = 100
 _SPACES, _LINE_ENDS = (" ", "\u3000", "\u00a0"), ("\n", "\r")
 _ODD = "[\ufffd\u200b\u2060\ufeff\u00a0\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
 Feature = Callable[[str, str], float]
-"""A measure of a response; the second argument is the response without white space around it."""
+"""Measures a response; the second argument is the response without white space around it."""
 
 
 def _has(pattern: str) -> Feature:
@@ -192,7 +193,7 @@ def _share(pattern: str, most: int | None = None) -> Feature:
     return lambda _, bare: len(compiled.findall(bare[:most])) / max(len(bare[:most]), 1)
 
 
-# All but the length are yes or no, or shares of the characters, so that none measures the length.
+# Each is yes or no, or a share of the characters, so that only the length measures length.
 _FEATURES: Mapping[str, Mapping[str, Feature]] = {
     "length": {"characters": lambda _, bare: math.log1p(len(bare))},
     "white space": {
@@ -236,7 +237,7 @@ _FEATURES: Mapping[str, Mapping[str, Feature]] = {
     "odd characters": {"odd characters": lambda text, _: re.search(_ODD, text) is not None},
 }
 GROUPS = {name: group for group, features in _FEATURES.items() for name in features} | {"tokens": "length"}
-"""The group of each feature but first and last words; tokens are counted where records are encoded."""
+"""The group of each feature except first and last words; `tokens` is added when records are encoded."""
 _FIRST = ("first word", "second word", "third word")
 _LAST = ("last word", "last word but one", "last word but two")
 
@@ -244,19 +245,19 @@ _LAST = ("last word", "last word but one", "last word but two")
 def differences(chosen: str, rejected: str) -> dict[str, float]:
     """Return the chosen response's features minus the rejected one's, where they differ.
 
-    A word at one of the three first or last places (`last word 'you'`) counts 1; words have their case.
+    Each of the three first and last words is a feature of value 1 (`last word 'you'`), with its case.
     """
-    return gaps_of(features_of(chosen), features_of(rejected))
+    return subtract_features(measure_features(chosen), measure_features(rejected))
 
 
-def gaps_of(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    """Return the differences of features that are not 0."""
+def subtract_features(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """Return the first features minus the second ones, where they differ."""
     gaps = {name: first.get(name, 0.0) - second.get(name, 0.0) for name in {**first, **second}}
     return {name: gap for name, gap in gaps.items() if gap}
 
 
-def features_of(response: str) -> dict[str, float]:
-    """Return the features of a response; those that are missing are 0."""
+def measure_features(response: str) -> dict[str, float]:
+    """Return the features of a response; an absent one is 0."""
     bare = response.strip()
     measured = {
         name: float(feature(response, bare))
@@ -275,7 +276,7 @@ _ITEM_FIELDS = (*_QUESTIONS, "text", "turns", "messages")
 
 @dataclass(frozen=True, eq=False)
 class Benchmark:
-    """Runs of words of benchmark items, each with the origin (``file:line``) of its item."""
+    """Runs of words from benchmark items, each with its item's origin (``file:line``)."""
 
     runs: dict[int, dict[str, str]] = field(default_factory=dict)  # by number of words, 8 to 13
     whole: dict[str, str] = field(default_factory=dict)  # the words of shorter items
@@ -290,7 +291,7 @@ class Benchmark:
             self.whole[" ".join(words)] = origin
 
     def item_in(self, prompt: str, *responses: str) -> str | None:
-        """Return the origin of an item that overlaps with a record; a short item has to equal the prompt."""
+        """Return the origin of an item that overlaps with a record; a short item must equal the prompt."""
         if (item := self.whole.get(" ".join(plain_words(prompt)))) is not None:
             return item
         for words in map(plain_words, (prompt, *responses)):
@@ -305,7 +306,7 @@ def _runs(words: Sequence[str], size: int) -> Iterator[str]:
 
 
 def read_benchmarks(files: Sequence[str]) -> Benchmark:
-    """Return the items of .jsonl files (texts, or objects with an item field) and of .txt files (lines)."""
+    """Return the items in .jsonl files (texts, or objects with an item field) and .txt files (lines)."""
     benchmark = Benchmark()
     for file in files:
         try:

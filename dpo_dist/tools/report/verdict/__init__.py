@@ -1,1 +1,1 @@
-"""What the numbers of a run mean."""
+"""Judge a run by its metrics, summary and data."""

@@ -1,4 +1,4 @@
-"""Faults of the data that show in a run: labels, leaks, and what does not generalise."""
+"""Rules about faults of the data that show in a run: wrong labels, leaks, no generalisation."""
 
 import math
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from dpo_dist.tools.report.verdict.facts import (
 from dpo_dist.tools.shared.findings import Level
 
 _LEAKS = ("label_leak", "length_bias", "style_bias")
-"""Rules of the doctor that name a feature which reveals the chosen response."""
+"""The doctor's rules about features that reveal the chosen response."""
 
 
 def _labels_swapped(facts: RunFacts) -> Iterator[str]:
@@ -45,8 +45,8 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
             )
             return
     for source, share in facts.sources("train").items():
-        # Later, a policy may tell the sources apart, or know the pairs by heart. One that does not start as
-        # the reference has preferences of its own before it learns.
+        # Every quarter counts: later, a policy may tell the sources apart, or know the pairs by heart. If it
+        # does not start as the reference, only the last one does: it has preferences before it learns.
         ends = (0.25, 0.5, 0.75, 1.0) if facts.falls(facts.steps) else (1.0,)
         quarters = (facts.training_accuracy(source, share, end) for end in ends)
         below = [part for part in quarters if source and part is not None and part.is_below_half]
@@ -80,7 +80,7 @@ def _evaluation_too_good(facts: RunFacts) -> Iterator[str]:
 
 
 def _accuracies(facts: RunFacts) -> Iterator[tuple[Accuracy, Accuracy, float]]:
-    """Yield training and evaluation accuracy, and how far they differ by chance, if both are known."""
+    """Yield training accuracy, evaluation accuracy and their difference by chance, if both are known."""
     training, accuracy = facts.training_accuracy(), facts.accuracy()
     is_long = facts.total_steps >= FEWEST_STEPS
     if facts.evaluations and is_long and training is not None and accuracy is not None:
@@ -92,21 +92,22 @@ def _label_leak(facts: RunFacts) -> Iterator[str]:
     # In later epochs a run may know its data by heart.
     unseen = [row for row in facts.steps if row.get("epoch", 0) <= 1]
     for source, share in facts.sources("train").items():
-        of_source = f" of {source[1:]}" if source else ""
+        source_phrase = f" of {source[1:]}" if source else ""
         means = pooled(unseen, facts.accuracy_key + source, FEWEST_PAIRS, share)
         at_once = next(((step, value) for step, value in means if step <= within and value >= 0.95), None)
         by_length = _leak_by_length(facts, source, 1.3)
         if at_once is not None and (evidence := by_length or _leak_by_form(facts, source)):
             step, value = at_once
-            yield f"{facts.accuracy_title}{of_source} is {value:.3f} at step {step:.0f} already, {evidence}"
+            name = f"{facts.accuracy_title}{source_phrase}"
+            yield f"{name} is {value:.3f} at step {step:.0f} already, {evidence}"
             return
         if means and by_length and _leak_by_length(facts, source, 2.0):
-            yield f"the label{of_source} shows {by_length}"
+            yield f"the label{source_phrase} shows {by_length}"
             return
 
 
 def _leak_by_length(facts: RunFacts, source: str, ratio: float) -> str | None:
-    """Return a clause if the mean lengths of both sides differ by this ratio."""
+    """Return a clause if the mean lengths of the two sides differ by this ratio."""
     rows = facts.evaluations if source else facts.steps  # steps have no lengths by source
     chosen, rejected = mean(rows, f"tokens/chosen{source}"), mean(rows, f"tokens/rejected{source}")
     if not chosen or not rejected or max(chosen / rejected, rejected / chosen) < ratio:
@@ -115,7 +116,7 @@ def _leak_by_length(facts: RunFacts, source: str, ratio: float) -> str | None:
 
 
 def _leak_by_form(facts: RunFacts, source: str) -> str | None:
-    """Return a clause about the doctor's finding of a leak; not its text, which may quote the data."""
+    """Return a clause about a leak that the doctor found, without its text, which may quote the data."""
     for finding in facts.data_findings:
         is_leak = finding.get("rule") in _LEAKS and finding.get("level") != Level.note
         if is_leak and (not source or finding.get("source") == source[1:]):
@@ -139,13 +140,13 @@ def _does_not_generalise(facts: RunFacts) -> Iterator[str]:
 
 
 def _rise_of_evaluation_loss(facts: RunFacts) -> Iterator[str]:
-    """Yield a clause if the last evaluation loss is above an earlier one, also above that of step 0."""
+    """Yield a clause if the last evaluation loss is above the lowest earlier one, step 0 included."""
     losses = values(evaluation_rows(facts.rows), "loss")
     recent = facts.recent("loss")
     if len(losses) < 2 or not recent:
         return
     step, lowest = min(losses[:-1], key=lambda point: point[1])
-    # Before the first step the loss of the training pairs is that of a policy that is the reference, too.
+    # Without a training loss before that step, the evaluation's own loss stands for it.
     earlier = [loss for at, loss in values(facts.steps, "loss") if at <= step]
     before, after = earlier[-1] if earlier else lowest, fmean(recent)
     end, pairs = losses[-1][1], facts.evaluated_pairs

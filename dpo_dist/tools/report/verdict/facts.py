@@ -1,4 +1,4 @@
-"""Facts of a run that the verdict's rules compare: metrics rows, summary, findings about the data."""
+"""Facts about a run for the verdict's rules, from metrics rows, summary, and findings about the data."""
 
 import math
 from collections import Counter
@@ -15,7 +15,7 @@ from dpo_dist.training.reporting.metrics_log import MetricsRow, finite
 
 MARGIN = "rewards/margins"
 FEWEST_STEPS = 10
-"""A shorter run has learnt too little to be judged by it."""
+"""A run with fewer steps has learnt too little to be judged."""
 FEWEST_PAIRS = 50
 """Fewest pairs for a mean that is not noise."""
 
@@ -23,7 +23,7 @@ FEWEST_PAIRS = 50
 class Accuracy(NamedTuple):
     """An accuracy and its number of pairs, or an AUC and its number of records.
 
-    `weight`: the independent comparisons that each of them is worth.
+    `weight`: how many independent comparisons each pair or record is worth.
     """
 
     value: float
@@ -32,23 +32,22 @@ class Accuracy(NamedTuple):
 
     @property
     def noise(self) -> float:
-        """Three standard errors, with one more pair right and one wrong: a few right pairs prove little."""
+        """Three standard errors, with one right and one wrong pair added: few right pairs prove little."""
         share, compared = (self.value * self.pairs + 1) / (self.pairs + 2), self.pairs * self.weight
         return 3 * math.sqrt(share * (1 - share) / compared) if compared else math.inf
 
     @property
     def is_below_half(self) -> bool:
-        """Whether it is clearly below one half."""
+        """Whether the accuracy is clearly below one half."""
         return self.value < min(0.45, 0.5 - self.noise)
 
 
 class RunFacts:
     """Metrics rows (null as nan), content of summary.json, and findings of doctor.json; any may be empty.
 
-    `steps` are the rows of training steps, `evaluations` those after a step, with keys without `eval_`;
-    `last_rows` are the evaluations, or the steps of a run without, `part` is their name. `unit` is what one
-    loss is about (`unit_of`). `accuracy_key` is the metric of `ACCURACIES` that says how well it orders
-    responses.
+    `steps` are the rows of training steps. `evaluations` are the evaluations after a step, with keys without
+    `eval_`. `last_rows` are the evaluations or, in a run without any, the steps; `part` names which. `unit`
+    is "pair" or "record" (`unit_of`). `accuracy_key` is the metric in `ACCURACIES` for that unit.
     """
 
     def __init__(self, rows: Sequence[MetricsRow], summary: Fields, findings: Sequence[Fields] = ()):
@@ -74,7 +73,7 @@ class RunFacts:
         return [value for _, value in values(self.recent_rows(), metric)]
 
     def margin_nats(self) -> float | None:
-        """Return the last margin in nats; where it does not start at 0, its change over training steps."""
+        """Return the last margin in nats; if margins do not start at 0, the change over training steps."""
         beta, end = self.setting("loss.beta"), last(self.last_rows, MARGIN)
         has_reference = any(kind not in KINDS or KINDS[LossKind(kind)].needs_reference for kind in self.kinds)
         if not has_reference or self.setting("loss.reference_free") or self.setting("reference.path"):
@@ -83,9 +82,9 @@ class RunFacts:
         return end / beta if beta and end is not None else None
 
     def falls(self, rows: Sequence[MetricsRow]) -> list[tuple[float, float]] | None:
-        """Return step and fall of the log-prob of chosen responses below the reference's, in nats per token.
+        """Return how far chosen responses' log-probs fell below the reference's, as (step, nats per token).
 
-        Both models score the same responses. None if the policy does not start as the reference, or if the
+        Both models score the same responses. None if the policy does not start as the reference, or if
         rewards are not beta times a log-ratio.
         """
         beta = self.setting("loss.beta")
@@ -97,10 +96,10 @@ class RunFacts:
         return [(step, -reward / beta / tokens[step]) for step, reward in rewards if tokens.get(step)] or None
 
     def chosen_logps(self) -> tuple[float, float] | None:
-        """Return the log-probs per token of chosen responses under the reference, and at the end.
+        """Return the log-prob per token of chosen responses under the reference, and at the end of the run.
 
-        They are from the last evaluation, or else medians over the last quarter of the steps. A run without a
-        reference takes the evaluation before the first step, or else the first row of a step, in its place.
+        Both are from the last evaluation, else medians over the last quarter of the steps. Without a
+        reference, the evaluation before the first step replaces it, or else the first row of a step.
         """
         key, rows = "logps/chosen_per_token", self.evaluations[-1:] or self.recent_rows()
         falls = self.falls(rows)
@@ -127,29 +126,29 @@ class RunFacts:
         return float(labels["good"] / (labels["good"] + labels["bad"]))
 
     def sources(self, name: str) -> dict[str, float]:
-        """Return "" and, of `train` or `eval`, the "/label" of each source, with the shares of the pairs."""
+        """Return the share of pairs of each source of `train` or `eval` by "/label", and 1 for all by ""."""
         counts = Counter[str]()
         for source in self.counts(name).get("sources") or ():
             counts[f"/{source.get('label')}"] += source.get("pairs", 0)
         return {"": 1.0} | {label: pairs / counts.total() for label, pairs in counts.items() if pairs}
 
     def accuracy(self) -> Accuracy | None:
-        """Return the accuracy of the last evaluation; without evaluations `training_accuracy`."""
+        """Return the accuracy of the last evaluation; without evaluations, `training_accuracy`."""
         return self.evaluation_accuracy() if self.evaluations else self.training_accuracy()
 
     def evaluation_accuracy(self, source: str = "", share: float = 1.0) -> Accuracy | None:
-        """Return the accuracy of the last evaluation, also of a source (`sources`)."""
+        """Return the accuracy of the last evaluation, or of one source in it (a key of `sources`)."""
         value = last(self.evaluations, self.accuracy_key + source)
         return self._accuracy(value, share * self.evaluated_pairs, "eval")
 
     def _accuracy(self, value: float | None, pairs: float, name: str) -> Accuracy | None:
-        """Return an accuracy, or an AUC: by chance its variance is (n + 1) / (12 good bad), not 1 / 4n."""
+        """Return an accuracy, or an AUC, whose variance by chance is (n + 1) / (12 good bad), not 1 / 4n."""
         good = self.label_share(name)
         weight = 3 * good * (1 - good) if self.unit == "record" else 1.0
         return None if value is None else Accuracy(value, round(pairs), weight)
 
     def training_accuracy(self, source: str = "", share: float = 1.0, end: float = 1.0) -> Accuracy | None:
-        """Return the accuracy in the quarter of the steps before `end`, a share of all; None if unknown."""
+        """Return the accuracy in the quarter of the steps that ends at the share `end`; None if unknown."""
         measured = [row for row in self.steps if finite(row, self.accuracy_key + source) is not None]
         until = [row for row in measured if row["step"] <= end * self.total_steps]
         recent = [row for row in until if row["step"] > (end - 0.25) * self.total_steps] or until[-1:]
@@ -157,16 +156,16 @@ class RunFacts:
         return self._accuracy(mean(recent, self.accuracy_key + source), share * pairs, "train")
 
     def noise(self, rows: Sequence[MetricsRow]) -> dict[str, float]:
-        """Return how far rounding alone moves metrics, by the drift measured before the first step.
+        """Return how far rounding alone moves metrics, from the drift measured before the first step.
 
-        For a margin: two standard errors of the mean over the pairs of the last row.
+        For a margin it is two standard errors of the mean over the last row's pairs.
         """
         drift = (self.summary.get("reference") or {}).get("drift") or {}
         rms, beta, pairs = drift.get("rms_response_drift"), self.setting("loss.beta"), last(rows, "pairs")
         if not rms or not beta or not pairs or self.setting("loss.reference_free"):
             return {}
         good = self.label_share("eval" if rows is self.evaluations else "train")
-        # Differences of responses of a pair, or of means over both labels.
+        # A margin is a difference between a pair's responses, or between the means of both labels.
         spread = 1 / (good * (1 - good)) if self.unit == "record" and 0 < good < 1 else 2
         return {
             MARGIN: 2 * beta * math.sqrt(spread / pairs) * rms,
@@ -175,7 +174,7 @@ class RunFacts:
 
 
 def evaluation_rows(rows: Iterable[MetricsRow]) -> list[MetricsRow]:
-    """Return the rows of evaluations, also of that before the first step, with keys without `eval_`."""
+    """Return the rows of evaluations, including the one before the first step, with keys without `eval_`."""
     return [
         {key.removeprefix("eval_"): value for key, value in row.items()} for row in rows if "eval_loss" in row
     ]
@@ -184,7 +183,7 @@ def evaluation_rows(rows: Iterable[MetricsRow]) -> list[MetricsRow]:
 def pooled(
     rows: Iterable[MetricsRow], key: str, fewest_pairs: float, share: float = 1.0
 ) -> list[tuple[float, float]]:
-    """Return the means of `key` over successive rows with at least so many pairs, with the last step."""
+    """Return means of `key` over successive groups of rows with enough pairs, each with its last step."""
     means, total, pairs = [], 0.0, 0.0
     for row in rows:
         if finite(row, key) is None:
@@ -198,7 +197,7 @@ def pooled(
 
 
 def values(rows: Iterable[MetricsRow], key: str) -> list[tuple[float, float]]:
-    """Return step and value of every row with a finite value of `key`."""
+    """Return the step and value of every row whose `key` is finite."""
     return [(row["step"], row[key]) for row in rows if finite(row, key) is not None]
 
 
@@ -220,9 +219,9 @@ def mean(rows: Iterable[MetricsRow], key: str) -> float | None:
 
 
 def digits(value: float | None) -> str:
-    """Return three digits of a number for people; "unknown" of None."""
+    """Return a number with three digits; "unknown" for None."""
     return "unknown" if value is None else text.number(value, 3)
 
 
 Find = Callable[[RunFacts], Iterator[str]]
-"""A rule of the verdict: it yields what shows its fault in the facts of a run."""
+"""A rule of the verdict: yields a clause for each sign of its fault in a run's facts."""

@@ -1,4 +1,4 @@
-"""Faults that show in loss, gradient and margins: the learning rate, beta, and a run that learnt nothing."""
+"""Rules about faults that show in loss, gradient and margins: learning rate, beta, nothing learnt."""
 
 import itertools
 import math
@@ -30,22 +30,22 @@ _QUANTITIES = {
     "loss": "loss",
     "grad_norm": "gradient norm",
 }
-"""In the order in which a step computes them; the first that is not finite is named."""
+"""In the order in which a step computes them: the first one that is not finite is reported."""
 _LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
-"""Losses that fall to 0 with a growing margin; others have another scale, or grow again."""
+"""Losses that fall to 0 with a growing margin; other losses have another scale, or rise again."""
 
 
 def _diverged(facts: RunFacts) -> Iterator[str]:
     yield from lost_weights(facts)
     if bad := facts.summary.get("bad_steps", 0):
         yield (
-            f"in {counted(bad, 'step')} of {facts.total_steps:,}, which taught nothing, loss or gradient was "
+            f"{counted(bad, 'step')} of {facts.total_steps:,} taught nothing, because loss or gradient was "
             "not finite"
         )
 
 
 def lost_weights(facts: RunFacts) -> Iterator[str]:
-    """Yield a clause if the weights compute nothing usable any more, or never did."""
+    """Yield a clause if the weights compute nothing usable any more, or never have."""
     for index, row in enumerate(facts.rows):
         broken = [key for key in row if not math.isfinite(row[key])]
         if broken:
@@ -67,17 +67,17 @@ def lost_weights(facts: RunFacts) -> Iterator[str]:
 
 
 def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
-    """Return the likeliest cause of the first row with values that are not finite, and its place."""
+    """Return the likeliest cause of the first row with a value that is not finite, and where it was."""
     row = facts.rows[index]
     quantity = next(key for key in (*_QUANTITIES, *broken) if key in broken or f"eval_{key}" in broken)
-    # If several steps in a row were skipped, the row that ends the run has the last of them.
+    # If several skipped steps end the run, its last row has the last of them.
     ends = row is facts.rows[-1] and "loss" in row
     step = int(row["step"]) - ((facts.summary.get("bad_in_a_row") or 1) - 1 if ends else 0)
     before = RunFacts(facts.rows[:index], {**facts.summary, "steps": int(row["step"])})
     if symptom := next(_signs_of_rate(before), None):
         cause = f"the learning rate is too high: {symptom}"
     elif "loss" not in row:
-        cause = f"the evaluation data have {facts.unit}s for which the policy gives no finite value"
+        cause = f"the evaluation data have {facts.unit}s for which the policy computes no finite value"
     elif not quantity.startswith("logps/"):
         cause = "the log-probs are finite, the loss or its gradient is not"
     elif before.steps:
@@ -107,7 +107,7 @@ def _beta_wrong(facts: RunFacts) -> Iterator[str]:
     untrained, end = max(start, math.log(2)), median(recent)
     losses = f"{start:.2g} -> {end:.2g}"
     if beta >= 1 and end <= 0.01 * untrained:
-        # The margin is read where the loss is used up: later, a few pairs still push it.
+        # The margin is read where the loss gets used up: later, a few pairs still raise it.
         at = next(at for at, row in enumerate(facts.steps, 1) if row["loss"] <= 0.01 * untrained)
         then = RunFacts(facts.steps[:at], facts.summary).margin_nats() or 0.0
         if abs(then) <= 5:
@@ -128,7 +128,7 @@ def _beta_wrong(facts: RunFacts) -> Iterator[str]:
 
 
 def _loss_that_stayed(facts: RunFacts) -> str | None:
-    """Return the first loss and the mean of the last quarter of the steps if they are alike, or None."""
+    """Return "first loss -> mean loss in the last quarter of the steps" if they are alike, or None."""
     name = "loss" if first(facts.steps, EXCESS) is None else EXCESS  # soft labels keep the loss above 0
     recent, start = facts.recent(name), first(facts.steps, name)
     if not recent or start is None or abs(fmean(recent) - start) > 0.01 * abs(start):
@@ -142,10 +142,10 @@ def _learning_rate_too_high(facts: RunFacts) -> Iterator[str]:
 
 
 def _signs_of_rate(facts: RunFacts) -> Iterator[str]:
-    """Yield a clause for each sign; the end is judged by medians, as a spike that recovers is no sign."""
+    """Yield a clause for each sign; the end is judged by medians, so a spike that recovers does not count."""
     yield from _rise_of_loss(facts)
     steps, falls = facts.total_steps, facts.falls(facts.steps)
-    if falls is None:  # without a reference relative to the first rows, which have other responses
+    if falls is None:  # without a reference, relative to the first rows, whose responses differ
         logps = pooled(facts.steps, "logps/chosen_per_token", FEWEST_PAIRS)
         falls = [(step, logps[0][1] - logp) for step, logp in logps]
     early = next(((step, fall) for step, fall in falls if fall > 1 and step <= steps / 4), None)
@@ -165,7 +165,8 @@ def _rise_of_loss(facts: RunFacts) -> Iterator[str]:
         if start > 0 and end > 1.2 * start:
             yield f"the loss rose from {start:.3g} to {end:.3g}"
             return
-    # The first loss of a policy that starts as the reference has no noise. A decaying rate heals later ones.
+    # If the policy starts as the reference, its first loss has no noise. Later the decaying rate heals the
+    # loss, so only the first quarter shows the fault.
     early = [loss for step, loss in values(facts.steps, "loss") if step <= facts.total_steps / 4]
     if len(early) >= 3 and facts.falls(facts.steps) and median(early) > 2 * early[0] > 0:
         yield f"the loss rose from {early[0]:.3g} to {median(early):.3g} in the first quarter of the steps"

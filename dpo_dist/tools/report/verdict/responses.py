@@ -1,4 +1,4 @@
-"""Faults of the responses: less likely chosen ones, and worse samples."""
+"""Rules about responses: chosen ones that become less likely, and samples that become worse."""
 
 import math
 from collections.abc import Iterator
@@ -31,10 +31,10 @@ def _responses_forgotten(facts: RunFacts) -> Iterator[str]:
 
 
 def _least_fall(start: float) -> float:
-    """Return the fall of chosen responses, in nats per token, that healthy runs do not have at their end.
+    """Return a fall of chosen responses, in nats per token, that healthy runs do not reach.
 
-    Published ones of a 7B model fell by 0.06 to 0.95 times their start near -1; responses that
-    are almost certain after an SFT stage break sooner.
+    In published runs of a 7B model they fell by 0.06 to 0.95 times their start near -1. Responses that are
+    almost certain after an SFT stage break sooner.
     """
     return min(max(-start, 0.5), 1.0)
 
@@ -50,14 +50,14 @@ def _worse_samples(facts: RunFacts) -> Iterator[str]:
     prompts = last(rows, "samples/prompts") or math.inf
 
     def ends(name: str) -> tuple[float, float] | None:
-        """Return a metric of the reference's responses, else of the first samples, and of the last ones."""
+        """Return a metric of the reference's responses (else of the first samples) and of the last ones."""
         start, end = last(rows, _REFERENCE + name), last(rows, f"samples/{name}")
         start = first(rows, f"samples/{name}") if start is None else start
         return None if start is None or end is None else (start, end)
 
     if lengths := ends("length"):
         start, end = lengths
-        # Lengths of few responses differ by chance; 1.5 times from 36 prompts on.
+        # Lengths of few responses differ by chance; from 36 prompts on, 1.5 times is enough.
         least = start * max(1.5, 1 + 3 / math.sqrt(prompts))
         if start and end >= least and end > (last(rows, "tokens/chosen") or 0.0):
             yield f"sampled responses are {end / start:.1f}x longer ({start:.0f} -> {end:.0f} tokens)"
@@ -72,7 +72,7 @@ def _worse_samples(facts: RunFacts) -> Iterator[str]:
         if shares := ends(metric):
             start, end = (1 - value if metric == "finished" else value for value in shares)
             both = (start + end) / 2
-            # Healthy runs sample, too, and half of their responses may not end: far more than by chance.
+            # In healthy runs, too, half of the samples may not end: only a rise far above chance counts.
             if end - start >= max(0.1, 2.5 * math.sqrt(2 * both * (1 - both) / prompts)):
                 yield f"more sampled responses {meaning} ({percent(start)} -> {percent(end)})"
 

@@ -29,9 +29,9 @@ NOTHING_TO_JUDGE = "nothing to judge, as no metrics row of a training step was w
 
 @dataclass(frozen=True)
 class RunRule(FindingRule):
-    """A rule about a run; its `text` is the fault in two to five words, with which the sentence starts.
+    """A rule about a run; the verdict's sentence starts with its `text`, the fault in two to five words.
 
-    `find` yields what shows the fault; rules that this one `explains` are its consequences, not reported.
+    `find` yields the signs of the fault. Rules that it `explains` are its consequences, and not reported.
     """
 
     find: Find
@@ -44,12 +44,12 @@ RUN_RULES = {
     name: RunRule(Level(level), text, remedy, _FIND[name], tuple(explained))
     for name, (level, text, remedy, *explained) in _TABLE.items()
 }
-"""By name, in the order of rules.yaml, in which a verdict reports them: the worst fault first."""
+"""The rules by name, in the order of rules.yaml: a verdict reports the worst fault first."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The worst fault with its numbers, or the result of a run without one; findings, the worst first."""
+    """A sentence on the worst fault, or on the result if there is no fault; findings, the worst first."""
 
     sentence: str
     findings: tuple[Finding, ...] = ()
@@ -60,7 +60,7 @@ class Verdict:
         return {"sentence": self.sentence, "findings": findings}
 
     def lines(self) -> list[str]:
-        """Return the verdict for a screen, at most six lines; the sentence is not repeated by its finding."""
+        """Return the verdict for a screen, at most six lines; the sentence's own finding is not repeated."""
         return [
             f"verdict: {self.sentence}",
             *(
@@ -91,7 +91,7 @@ def verdict(
 
 
 def sample_alarm(rows: Sequence[MetricsRow]) -> Finding | None:
-    """Return what is wrong with the sampled responses, by the metrics rows so far."""
+    """Return what is wrong with the sampled responses, judged by the metrics rows so far."""
     return _finding("over_optimised", RunFacts(rows, {}))
 
 

@@ -1,1 +1,1 @@
-"""What pages share: charts, responses, templates."""
+"""Charts, prompts with responses, and templates, which all pages share."""

@@ -1,4 +1,4 @@
-"""Charts that need no script: curves of runs on pages and as an image, a scatter, a histogram.
+"""Charts that need no script: curves of runs (on pages and as an image), a scatter plot, a histogram.
 
 Matplotlib draws the image only: its SVG takes six times as long, and needs styles that pages forbid.
 """
@@ -41,7 +41,7 @@ _WIDEST_BAR = 24.0  # else a few different values look like a solid box
 
 @dataclass(frozen=True)
 class Axis:
-    """A linear or logarithmic axis: `low` is drawn at the coordinate `start`, `high` at `end`."""
+    """A linear or logarithmic axis that draws `low` at the coordinate `start` and `high` at `end`."""
 
     low: float
     high: float
@@ -51,7 +51,7 @@ class Axis:
 
     @classmethod
     def around(cls, values: Iterable[float], start: float, end: float, *, is_log: bool = False) -> "Axis":
-        """Return the axis of finite values, with some room at both ends."""
+        """Return an axis for these finite values, with some room at both ends."""
         shown = list(values) or ([1.0, 10.0] if is_log else [0.0, 1.0])
         low, high = min(shown), max(shown)
         if is_log:
@@ -78,12 +78,12 @@ class Axis:
         slack = 1e-9 * (self.high - self.low)
         candidates = map(float, locator.tick_values(self.low, self.high))
         within = [tick for tick in candidates if self.low - slack <= tick <= self.high + slack]
-        if self.is_log and len(within) < 2:  # the values are too near to each other
+        if self.is_log and len(within) < 2:  # too small a range for logarithmic ticks
             return Axis(self.low, self.high, self.start, self.end).ticks()
         return within
 
     def marks(self, *, whole: bool = False) -> list[tuple[float, str]]:
-        """Return coordinate and text of each tick."""
+        """Return each tick's coordinate and text."""
         return [(self.place(tick), number(tick)) for tick in self.ticks(whole=whole)]
 
 
@@ -93,8 +93,8 @@ _Role = Literal["raw", "smooth", "evaluation", "spike", "noise"]
 class Line:
     """One line of a chart, with increasing steps; lines with the same label share their colour.
 
-    A value that is not finite, or not positive on a logarithmic axis, is a gap (nan). A "raw" line is light
-    beside a "smooth" one; a "spike" is a mark without a line.
+    A value that is not finite, or not positive on a logarithmic axis, becomes a gap (nan). A "raw" line is
+    drawn lighter if there is a "smooth" one; a "spike" is a mark without a line.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Line:
         self.values[~np.isfinite(self.values) | ((self.values <= 0) & log)] = math.nan
 
     def smoothed(self) -> "Line":
-        """Return two passes of a centred mean over 6 % of the values; gaps stay gaps, and are in no mean."""
+        """Return the line after two passes of a centred mean over 6 % of the values; gaps stay gaps."""
         is_known = np.isfinite(self.values)
         half = int(_SMOOTHED_SHARE * is_known.sum() / 2)
         if half == 0:
@@ -121,9 +121,9 @@ class Line:
         return Line(self.label, "smooth", self.steps, np.where(is_known, means, math.nan))
 
     def extremes(self, most: int) -> FloatArray:
-        """Return at most about `most` steps that show the line's shape.
+        """Return about `most` steps at most that keep the line's shape.
 
-        They are its ends, and in each of equal parts the steps of the smallest and the largest value.
+        They are both ends, and in each of equal parts the steps of the smallest and the largest value.
         """
         if len(self.steps) <= most:
             return self.steps
@@ -144,10 +144,10 @@ def chart(
     over: str = "step",
     names: Sequence[str] = (),
 ) -> Markup:
-    """Return a `<figure>` with one chart over steps, or what `over` names; empty if no line has a point.
+    """Return a `<figure>` with one chart; empty if no line has a point. `over`: title of the horizontal axis.
 
-    A long line is drawn with about 400 points, which include its smallest and largest values. `names`: the
-    labels of a legend that several charts share; below the chart are values alone.
+    A long line is drawn with about 400 points, with its smallest and largest values among them. `names`: the
+    labels of a legend that several charts share; below the chart are then values without labels.
     """
     whole = [line for line in lines if line.steps.size]
     if not whole:
@@ -161,7 +161,7 @@ def chart(
         drawn.append(Line(line.label, line.role, line.steps[is_kept], line.values[is_kept]))
     low, high = float(kept[0]), float(kept[-1])
     across = Axis(low, high if high > low else low + 1, 50, 364)
-    up = _axis_of(drawn, 184, 8, is_log=log)
+    up = _value_axis(drawn, 184, 8, is_log=log)
     data = {
         "over": over,
         "shared": bool(names),
@@ -184,7 +184,7 @@ def chart(
     return part("svg.jinja", "chart", figure)
 
 
-def _axis_of(lines: Sequence[Line], start: float, end: float, *, is_log: bool) -> Axis:
+def _value_axis(lines: Sequence[Line], start: float, end: float, *, is_log: bool) -> Axis:
     values = (value for line in lines for value in line.values.tolist() if math.isfinite(value))
     return Axis.around(values, start, end, is_log=is_log)
 
@@ -192,7 +192,7 @@ def _axis_of(lines: Sequence[Line], start: float, end: float, *, is_log: bool) -
 def _paths(
     line: Line, drawn: Sequence[Line], labels: Sequence[str], across: Axis, up: Axis
 ) -> list[tuple[str, str]]:
-    """Return classes and data of the paths of a line; a gap interrupts it."""
+    """Return CSS classes and path data of a line, which gaps interrupt."""
     runs: list[list[str]] = [[]]
     for at, value in zip(line.steps.tolist(), line.values.tolist(), strict=True):
         if math.isnan(value):
@@ -200,7 +200,7 @@ def _paths(
         else:
             runs[-1].append(f"{across.place(at):g} {up.place(value):g}")
     dots = "".join(f"M{point}h0" for run in runs for point in run)
-    color = color_of(labels, line.label)
+    color = color_classes(labels, line.label)
     if line.role == "spike":
         return [(f"spike {color}", dots)]
     is_light = line.role == "raw" and any((each.label, each.role) == (line.label, "smooth") for each in drawn)
@@ -212,8 +212,8 @@ def _paths(
     return shown if len(line.steps) <= _FEW_POINTS and line.role != "noise" else shown[:1]
 
 
-def color_of(labels: Sequence[str], label: str) -> str:
-    """Return the classes of a label's colour; after six labels lines of the same colours are dashed."""
+def color_classes(labels: Sequence[str], label: str) -> str:
+    """Return the CSS classes of a label's colour; after six labels the colours repeat with dashed lines."""
     number = labels.index(label)
     return f"c{number % len(COLORS)}" + (" again" if number // len(COLORS) % 2 else "")
 
@@ -221,9 +221,9 @@ def color_of(labels: Sequence[str], label: str) -> str:
 def _legend(
     drawn: Sequence[Line], labels: Sequence[str], end: float, over: str, *, is_shared: bool
 ) -> list[Mapping[str, Any]]:
-    """Return an item for each label's curve and for each label's evaluations, with the last values.
+    """Return an item for each label's curve and one for its evaluations, with the last values.
 
-    Below a chart with a shared legend, a label with evaluations has only the item of its evaluations.
+    Under a shared legend, a label with evaluations has the item of its evaluations only.
     """
     items: dict[tuple[str, bool], list[int]] = {}
     for index, line in enumerate(drawn):
@@ -231,7 +231,7 @@ def _legend(
     joint = " \u00b7 " if is_shared else " \u00b7 mean "
     return [
         {
-            "color": color_of(labels, label),
+            "color": color_classes(labels, label),
             "lines": indices,
             "mark": "ring" if is_evaluation else "stroke",
             "label": label,
@@ -251,9 +251,9 @@ def _last_value(line: Line, end: float, over: str) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart on a run's page, of the metrics whose row has its title, or of the custom metric of that name.
+    """A chart of the metrics whose `chart` in METRICS is `title`, or of the custom metric with that name.
 
-    `in_image`: in training_curves.png.
+    `in_image`: training_curves.png has it too.
     """
 
     title: str
@@ -263,7 +263,7 @@ class Panel:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The names of its metrics."""
+        """The names of the panel's metrics."""
         named = tuple(name for name, metric in METRICS.items() if metric.chart == self.title)
         return named or (self.title,)
 
@@ -293,7 +293,7 @@ PANELS = (
 
 
 def charts(rows: Rows, noise: Mapping[str, float]) -> list[Markup]:
-    """Return all charts of a run that have a value; `noise` is that of rounding, by metric."""
+    """Return all charts of a run that have a value; `noise`: how far rounding alone moves each metric."""
     figures = (
         chart(
             panel.title,
@@ -308,7 +308,7 @@ def charts(rows: Rows, noise: Mapping[str, float]) -> list[Markup]:
 
 @dataclass(frozen=True)
 class Curves:
-    """The rows of a run, whose `step` is its pairs so far; runs with the same label share their colour."""
+    """The rows of a run, in which `step` counts pairs; runs with the same label share a colour."""
 
     label: str
     kind: str  # of its loss
@@ -328,8 +328,8 @@ def charts_of_runs(runs: Sequence[Curves], over: str, apart: tuple[str, ...]) ->
             for run in runs:
                 part_title = f"{title}, {run.kind}" if key.startswith(apart) else title
                 lines = parts.setdefault(part_title, [])
-                of_run = _metric_lines(panel, key, run.label, run.rows)
-                shown = {line.role == "evaluation": line for line in of_run}  # the mean replaces the raw line
+                found = _metric_lines(panel, key, run.label, run.rows)
+                shown = {line.role == "evaluation": line for line in found}  # the mean replaces the raw line
                 for is_evaluation, line in shown.items():
                     line.role = "evaluation" if is_evaluation else "smooth"
                     lines.append(line)
@@ -349,7 +349,7 @@ def _panels(rows: Rows) -> list[Panel]:
 def panel_lines(panel: Panel, rows: Rows, noise: Mapping[str, float]) -> Iterator[Line]:
     """Yield a panel's lines: each metric's values, their moving mean, and the values of evaluations.
 
-    The last line is the noise of the first metric, if it has some.
+    The last line is the noise level of the first metric, if it is known.
     """
     steps = [row for row in rows if "loss" in row]
     for key in panel.keys:
@@ -364,7 +364,7 @@ def panel_lines(panel: Panel, rows: Rows, noise: Mapping[str, float]) -> Iterato
 
 
 def _metric_lines(panel: Panel, key: str, label: str, rows: Rows) -> Iterator[Line]:
-    """Yield lines of a metric: its values, their moving mean, and the values of evaluations."""
+    """Yield a metric's lines: values, their moving mean, and values of evaluations."""
     steps = [row for row in rows if "loss" in row]
     if any(key in row for row in steps):
         raw = _line(panel, label, "raw", steps, key)
@@ -404,7 +404,7 @@ def draw_curves(rows: Rows, path: Path, title: str) -> None:
         axes.set_title(panel.title, loc="left", y=1.0)  # a search for free space takes a third of the time
         axes.grid(alpha=0.3)
         lines = list(panel_lines(panel, rows, {}))
-        axis = _axis_of(lines, 0, 1, is_log=panel.is_log)
+        axis = _value_axis(lines, 0, 1, is_log=panel.is_log)
         axes.set(yscale="log" if panel.is_log else "linear", ylim=(axis.low, axis.high))
         axes.set_yticks(axis.ticks(), [text for _, text in axis.marks()])
         axes.minorticks_off()
@@ -422,7 +422,7 @@ def draw_curves(rows: Rows, path: Path, title: str) -> None:
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a scatter with its intervals."""
+    """A point of a scatter plot with its intervals."""
 
     label: str
     x: float
@@ -432,9 +432,9 @@ class Point:
 
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str, level: tuple[float, str] | None) -> Markup:
-    """Return numbered points with intervals as bars, and a legend; empty without a point.
+    """Return a scatter plot of numbered points with intervals as bars, and a legend; empty without a point.
 
-    The horizontal axis is logarithmic; `level` is a value on the vertical one of a line with its name.
+    The horizontal axis is logarithmic. `level`: value and name of a horizontal line.
     """
     if not points:
         return Markup("")
@@ -447,10 +447,9 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, level: tuple[fl
 
 
 def histogram(values: Mapping[str, Any], title: str, limit: float | None = None) -> Markup:
-    """Return a histogram of a distribution of doctor.json; its axis is logarithmic for numbers from 0.
+    """Return a histogram of a distribution from doctor.json; numbers from 0 on have a logarithmic axis.
 
-    The smallest, the largest and some values between get a label where there is room, the first ones first;
-    `limit` is marked by a line.
+    The smallest and the largest value get a label, and percentiles where there is room. A line marks `limit`.
     """
     width, bottom, room = 360, 92, 44
     edges, percentiles = values["edges"], values["percentiles"]

@@ -1,4 +1,4 @@
-"""Pages: one file each from a template, one style sheet; text of data stays inert."""
+"""Render a page as one file, from a template and the style sheet; text of data stays inert."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ from dpo_dist.foundation.text import as_yaml, counted, duration, number, percent
 _FOLDER = Path(__file__).parent / "templates"
 _PLAIN = "\n\t "
 _INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
-# Letters and marks without a shape: fillers, the grapheme joiner; and the replacement character.
+# Letters and marks that draw nothing (fillers, the grapheme joiner), and the replacement character.
 _OTHERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0\ufffd")
 _NAMES = {"\r": "CR", "\0": "NUL", "\x1b": "ESC"}
 
@@ -26,7 +26,7 @@ _NAMES = {"\r": "CR", "\0": "NUL", "\x1b": "ESC"}
 def inert(value: object) -> Markup:
     """Return a value as HTML; text is escaped, and invisible and bidirectional characters become marks.
 
-    Every expression of a template goes through it, so that no text of data can act on a page.
+    Every expression of a template passes through this function, so that text of data cannot act on a page.
     """
     if isinstance(value, Markup):
         return value
@@ -46,14 +46,14 @@ def _inert_character(character: str) -> str:
 
 
 def attribute(text: object) -> Markup:
-    """Return text for an attribute, a title or an SVG, where no element may be."""
+    """Return text for an attribute, a title or an SVG, in which elements are not allowed."""
     return Markup(escape(printable(str(text))))  # noqa: S704
 
 
 def number_above_interval(
     value: float | None, ends: Sequence[float] | None = None, scale: float = 1
 ) -> Markup:
-    """Return a number with its interval below it, "" for None; a `scale` of 100 writes shares in percent."""
+    """Return a number above its interval, "" for None; with a `scale` of 100, a share in percent."""
     if value is None:
         return Markup("")
     shown = percent(value) if scale == 100 else number(value)
@@ -64,7 +64,7 @@ def number_above_interval(
 
 
 def flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield nested fields as dotted keys with their values as YAML writes them."""
+    """Yield nested fields as dotted keys, with values as YAML text."""
     for key, value in fields.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
@@ -73,7 +73,7 @@ def flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _short(value: object) -> object:
-    """Return a list without the keys of its entries that are null."""
+    """Return a list of mappings without the keys that are null, any other value unchanged."""
     entries = value if isinstance(value, list) else []
     if not all(isinstance(each, Mapping) for each in entries):
         return value
@@ -94,7 +94,7 @@ TEMPLATES.filters |= {
     "duration": duration,
     "estimate": number_above_interval,
     "capital": lambda sentence: sentence[:1].upper() + sentence[1:],
-    # Names in backticks get the font of code.
+    # Names in backticks become code.
     "coded": lambda sentence: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(inert(sentence)))),  # noqa: S704
     "number": number,
     "percent": percent,
@@ -105,9 +105,9 @@ TEMPLATES.filters |= {
 def page(
     template: str, title: str, scripts: Sequence[str] = (), *, reloads: bool = False, **content: Any
 ) -> str:
-    """Return a page that loads nothing and may run nothing but its own style sheet and script files.
+    """Return a page that loads nothing, and whose policy allows its own style sheet and scripts only.
 
-    Without its scripts it is complete. `reloads`: the browser reads its file again every 30 seconds.
+    The page is complete without its scripts. `reloads`: the browser reads the file again every 30 seconds.
     """
     style = (_FOLDER / "page.css").read_text()
     script = "\n".join((_FOLDER / name).read_text() for name in scripts)
@@ -125,6 +125,6 @@ def page(
 
 
 def part(template: str, macro: str, *arguments: Any, **named: Any) -> Markup:
-    """Return the HTML of a macro of a template."""
+    """Return the HTML of a template's macro."""
     html: Markup = getattr(TEMPLATES.get_template(template).module, macro)(*arguments, **named)
     return html

@@ -1,4 +1,4 @@
-"""Prompts with responses side by side, different words marked; the samples of runs that their pages show."""
+"""Show prompts with responses side by side and mark different words; choose the samples for a page."""
 
 import random
 import re
@@ -19,7 +19,7 @@ from dpo_dist.tools.shared.text_facts import WORD, text_facts
 
 _Row = Mapping[str, Any]
 MarkedPiece = tuple[str, bool]
-"""A part of a text, and whether its words differ from those of another text."""
+"""A part of a text, and whether its words differ from another text's."""
 
 _LONGEST_TEXT = 6000
 _OPEN = 2
@@ -30,7 +30,7 @@ _ROLE = re.compile(r"\A\s*(system|user|assistant|model)\s*(\n|\Z)")
 
 @dataclass(frozen=True)
 class ShownResponse:
-    """A response: the label of its model, its text (None: not known), notes behind the label, its pieces."""
+    """A response: the model's label, the text (None: not known), notes after the label, marked pieces."""
 
     label: str
     text: str | None
@@ -40,9 +40,9 @@ class ShownResponse:
 
 @dataclass(frozen=True)
 class ShownPrompt:
-    """A prompt as the model reads it, with responses, which are compared with the response `against`.
+    """A prompt as the model reads it, with responses that are compared with the one labelled `against`.
 
-    `why` is in small letters below the title, `labels` are for filters, the smallest `order` comes first.
+    `why` stands in small letters after the title, `labels` are for filters, the smallest `order` comes first.
     """
 
     prompt: str
@@ -61,9 +61,9 @@ class ShownPrompt:
 
 
 def mark_differences(text: str, other: str) -> tuple[list[MarkedPiece], float]:
-    """Return the pieces of a text and the share of its words that `other` lacks. White space does not count.
+    """Return the pieces of a text and the share of its words that `other` lacks, white space aside.
 
-    Letters of scripts without spaces are words. In a long text, frequent words do not anchor the comparison.
+    Letters of scripts without spaces are words. In a long text frequent words do not anchor the comparison.
     """
     words = list(WORD.finditer(text))
     matcher = SequenceMatcher(None, [word.group() for word in words], WORD.findall(other))
@@ -79,7 +79,7 @@ def mark_differences(text: str, other: str) -> tuple[list[MarkedPiece], float]:
 
 
 def prompt_items(prompts: Iterable[ShownPrompt], room: int) -> tuple[list[Markup], int]:
-    """Return prompts as HTML as long as they fit into `room` bytes, and the number of those left out."""
+    """Return prompts as HTML while they fit into `room` bytes, and the number of prompts left out."""
     items: list[Markup] = []
     left, waiting = room, iter(prompts)
     for shown in waiting:
@@ -92,7 +92,7 @@ def prompt_items(prompts: Iterable[ShownPrompt], room: int) -> tuple[list[Markup
 
 
 def _cut(shown: ShownPrompt) -> Mapping[str, Any]:
-    """Return a prompt for its template, with the beginnings of long texts."""
+    """Return a prompt's fields for the template, with long texts cut."""
     base = next((each for each in shown.responses if each.label == shown.against), None)
     other = base.text[:_LONGEST_TEXT] if base and base.text and base.text.strip() else None
     columns = [_column(each, other if each is not base else None, shown.against) for each in shown.responses]
@@ -114,7 +114,7 @@ def _column(response: ShownResponse, other: str | None, against: str) -> ShownRe
 
 
 def end_notes(tokens: int | None, is_finished: bool | None) -> str:
-    """Return "184 tokens, did not end"; None is not known."""
+    """Return "184 tokens, did not end"; an argument that is None is left out."""
     notes = [] if tokens is None else [counted(tokens, "token")]
     return ", ".join([*notes, "did not end"] if is_finished is False else notes)
 
@@ -127,9 +127,9 @@ _SECTION_BYTES = 900_000
 
 def faults(row: _Row) -> list[str]:
     """Return the reasons to look at a policy's response; the first is the worst."""
-    text, tokens, of_reference = row["policy"], row["policy_tokens"], row["reference_tokens"]
+    text, tokens, reference_tokens = row["policy"], row["policy_tokens"], row["reference_tokens"]
     facts = text_facts(text[:_MEASURED_CHARACTERS], tokens or 0, is_finished=True)
-    ratio = tokens / of_reference if tokens and of_reference else 1.0
+    ratio = tokens / reference_tokens if tokens and reference_tokens else 1.0
     reasons = {
         "is empty": facts.empty,
         "does not end": row["policy_finished"] is False,
@@ -140,11 +140,11 @@ def faults(row: _Row) -> list[str]:
 
 
 def choose(rows: Sequence[_Row]) -> list[tuple[_Row, str]]:
-    """Return rows to show with the reasons: those with most faults, the longest first, and some at random."""
-    judged = [(row, faults(row)) for row in rows]
-    faulty = [each for each in judged if each[1]]
+    """Return rows to show, each with the reason: those with most faults, and some at random."""
+    with_faults = [(row, faults(row)) for row in rows]
+    faulty = [each for each in with_faults if each[1]]
     worst = sorted(faulty, key=lambda each: (-len(each[1]), -(each[0]["policy_tokens"] or 0)))[:_MOST_WORST]
-    others = [each for each in judged if each not in worst]
+    others = [each for each in with_faults if each not in worst]
     drawn = random.Random(0).sample(others, min(len(others), _MOST_SHOWN - len(worst)))  # noqa: S311
     return [
         *((row, f"the response {', '.join(reasons)}") for row, reasons in worst),
@@ -152,10 +152,10 @@ def choose(rows: Sequence[_Row]) -> list[tuple[_Row, str]]:
     ]
 
 
-def samples_of(folder: RunFolder) -> Mapping[str, Any]:
-    """Return the content of the section about the samples of a run; empty without samples.
+def samples_section(folder: RunFolder) -> Mapping[str, Any]:
+    """Return the content of a page's section about a run's samples; empty without samples.
 
-    Responses are those of the reference and of the policy after the last, the previous and the first step.
+    It has responses of the reference, and of the policy at the last, the previous and the first evaluation.
     """
     files = _files(folder)
     steps = list(files)
@@ -179,13 +179,13 @@ def samples_of(folder: RunFolder) -> Mapping[str, Any]:
 
 
 def _files(folder: RunFolder) -> dict[int, Path]:
-    """Return the files of samples by step, the newest first."""
+    """Return the sample files by step, the newest first."""
     named = ((checkpoint_step(file.stem), file) for file in folder.samples.glob("step-*.jsonl"))
     return dict(sorted(((step, file) for step, file in named if step is not None), reverse=True))
 
 
-def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
-    """Return prompts that several runs have, with the responses after the last step of each."""
+def samples_side_by_side(runs: Mapping[str, RunFolder]) -> list[Markup]:
+    """Return prompts that several runs share, with each run's response after its last step."""
     by_prompt: dict[str, list[ShownResponse]] = {}
     last: dict[str, _Row] = {}
     for label, folder in runs.items():
@@ -196,7 +196,7 @@ def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
                 by_prompt.setdefault(row["prompt_id"], []).append(response)
                 last[row["prompt_id"]] = row
     shown = [
-        ShownPrompt(row["prompt"], [*responses, response_of_data(row)], responses[0].label, row["source"])
+        ShownPrompt(row["prompt"], [*responses, response_in_data(row)], responses[0].label, row["source"])
         for responses, row in zip(by_prompt.values(), last.values(), strict=True)
         if len(responses) > 1
     ]
@@ -204,7 +204,7 @@ def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
 
 
 def worst_pairs(file: Path) -> list[Markup]:
-    """Return the pairs of an evaluation's file of its worst ones."""
+    """Return the pairs in an evaluation's file of worst pairs, as HTML."""
     return prompt_items(map(_worst, read_lines(file)), _SECTION_BYTES)[0]
 
 
@@ -223,7 +223,7 @@ def _worst(row: _Row) -> ShownPrompt:
 
 
 def _responses(last: _Row, rows: Mapping[int, _Row | None]) -> Iterator[ShownResponse]:
-    """Yield reference, policy after the last step and after earlier ones where it changed since, chosen."""
+    """Yield the reference's response, the policy's last one, earlier ones that differ, and the chosen one."""
     notes = end_notes(last["reference_tokens"], last["reference_finished"])
     yield ShownResponse("reference", last["reference"], notes)
     known = {last["reference"]}
@@ -232,10 +232,10 @@ def _responses(last: _Row, rows: Mapping[int, _Row | None]) -> Iterator[ShownRes
             known.add(row["policy"])
             notes = end_notes(row["policy_tokens"], row["policy_finished"])
             yield ShownResponse(f"step {step:,}", row["policy"], notes)
-    yield response_of_data(last)
+    yield response_in_data(last)
 
 
-def response_of_data(row: _Row, place: str = "") -> ShownResponse:
-    """Return the response that the data have, by its label where they have labels."""
+def response_in_data(row: _Row, place: str = "") -> ShownResponse:
+    """Return the response in the data, named "chosen", or by its label if it has one."""
     name = f"{row['label']} response" if row.get("label") else "chosen"
     return ShownResponse(name + place, row["chosen"])

@@ -1,4 +1,4 @@
-"""The `--check` of verbs that ask models: the first records, and each model without its weights."""
+"""`--check` of verbs that generate responses: read the first records, and models without their weights."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ _FIRST_RECORDS = 1024
 def first_records(
     sources: Sequence[SourceConfig], read: Read, data: DataConfig, say: Callable[[str], None]
 ) -> list[PreferenceRecord]:
-    """Return the usable records among the first of each source; `say` their counts."""
+    """Return the usable ones of each source's first records; print the counts with `say`."""
     usable: list[PreferenceRecord] = []
     for source in sources:
         records = read(pin_source(source))
@@ -40,7 +40,7 @@ def check_model(
     say: Callable[[str], None],
     key: str,
 ) -> None:
-    """Check a model without its weights, and that it can be asked one of the records; `say` the result."""
+    """Check a model without its weights, and that some record can be its prompt; print the result."""
     responder = open_responder(find_files(name, model, key, description_folder), model, data)
     ends = responder.tokenizer.convert_ids_to_tokens(sorted(responder.stop_ids))
     check_contents_at_hand(responder.source.folder, model, key)
@@ -56,10 +56,10 @@ def check_model(
             remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
         )
     if dropped:
-        say(f"  it is not asked, of the first records: {counts_in_one_line(dropped)}")
+        say(f"  first records that the model cannot be asked: {counts_in_one_line(dropped)}")
 
 
 def check_report(lines: Sequence[str]) -> str:
-    """Return the text of a check without a mistake."""
+    """Return what a passed check prints."""
     findings = "".join(f"  {line}\n" for line in lines)
     return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"

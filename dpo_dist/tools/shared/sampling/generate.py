@@ -1,4 +1,4 @@
-"""Generate responses in batches, padded on the left; random numbers belong to a sample, not to a batch."""
+"""Generate responses in batches padded on the left; a sample's random numbers do not depend on its batch."""
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
@@ -36,29 +36,29 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated response: its tokens without the ending token, and the ending token if it is finished."""
+    """A generated response: the tokens before the ending token, and that token; None if it did not end."""
 
     ids: list[int]
     end: int | None = None
 
     @classmethod
-    def of(cls, ids: list[int], stop_ids: Collection[int]) -> "Sample":
-        """Return the sample in generated tokens, which may continue after its end."""
+    def from_tokens(cls, ids: list[int], stop_ids: Collection[int]) -> "Sample":
+        """Return the sample at the start of generated tokens, up to the first of `stop_ids`."""
         length = next((at for at, token in enumerate(ids) if token in stop_ids), None)
         return cls(ids[:length], None if length is None else ids[length])
 
     @property
     def is_finished(self) -> bool:
-        """Whether it ended by itself."""
+        """Whether the response ended by itself."""
         return self.end is not None
 
 
 class NotFiniteError(Exception):
-    """The logits of a model for the next token are not finite."""
+    """A model's logits for the next token are not finite."""
 
 
 def random_numbers(sampling: Sampling, request: Request) -> Tensor:
-    """Return float64 [max_new_tokens] in [0, 1): from seed, prompt and number of the sample alone."""
+    """Return float64 [max_new_tokens] in [0, 1), which seed, prompt and sample number alone decide."""
     text = f"{sampling.seed} {request.number} {request.key}"
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
@@ -68,10 +68,10 @@ def random_numbers(sampling: Sampling, request: Request) -> Tensor:
 def batches(
     requests: Sequence[Request], new_tokens: int, budget: int, rank: int = 0, size: int = 1
 ) -> list[list[int]]:
-    """Return indices of requests of similar length, longest first: every `size`-th one in this order.
+    """Return a rank's batches as indices of requests, longest prompts first; ranks take turns in this order.
 
-    The rows of a batch times the tokens of its longest prompt and response are at most `budget`; a single
-    row may exceed it.
+    Rows of a batch times tokens of its longest prompt with its response are at most `budget`; a single row
+    may exceed it.
     """
     order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))[rank::size]
     batched = []
@@ -86,11 +86,11 @@ def batches(
 def generate(
     causal_lm: Any, requests: Sequence[Request], sampling: Sampling, stop_ids: Collection[int], budget: int
 ) -> list[Sample]:
-    """Return a sample for each request, in their order.
+    """Return a sample for each request, in order.
 
-    Another composition of batches changes logits by rounding only: greedy responses and samples stay the
-    same unless two tokens are within that rounding, which is rare in float32 and usual in bf16. Raises
-    NotFiniteError if the logits are not finite. `budget`: most tokens of a batch.
+    How requests are batched changes logits by rounding only: a response stays the same unless rounding
+    decides between two tokens, which is rare in float32 and usual in bf16. Raises NotFiniteError if logits
+    are not finite. `budget`: most tokens of a batch.
     """
     samples: dict[int, Sample] = {}
     for indices in batches(requests, sampling.max_new_tokens, budget):
@@ -110,10 +110,10 @@ def generate_batch(
     is_synchronised: bool = False,
     must_end: Callable[[], bool] = lambda: False,
 ) -> list[Sample]:
-    """Return a sample for each of the requests, generated as one batch; arguments as for `generate`.
+    """Return a sample for each request, generated as one batch; arguments as for `generate`.
 
-    `is_synchronised`: all ranks call this together and make as many forwards as the slowest. `must_end` is
-    asked before each token whether all responses of this rank end here.
+    `is_synchronised`: all ranks call this together and make as many forwards as the longest response needs.
+    `must_end` is called before each token; if it returns true, all responses of this rank end there.
     """
     longest = max(len(request.prompt_ids) for request in requests)
     filler = min(stop_ids)
@@ -142,14 +142,14 @@ def generate_batch(
     )
     if next_token.is_broken:
         raise NotFiniteError
-    return [Sample.of(tokens, stop_ids) for tokens in output[:, longest:].tolist()]
+    return [Sample.from_tokens(tokens, stop_ids) for tokens in output[:, longest:].tolist()]
 
 
 class _NextToken(LogitsProcessor):  # type: ignore[misc]
-    """Draws each row's next token with a number of its own, by the inverse of the cumulative distribution.
+    """Draws each row's next token by a random number of the row, through the cumulative distribution.
 
-    `is_broken`: logits were not finite before the end of a response; such a row ends, as an error would leave
-    other ranks waiting.
+    `is_broken`: logits were not finite before the end of a response. Such a row ends: an error at this place
+    would leave other ranks waiting.
     """
 
     def __init__(
@@ -175,11 +175,11 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
             self._warpers.append(TopPLogitsWarper(sampling.top_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return logits [rows, vocabulary] that are finite for the drawn token only; greedy: as they are."""
+        """Return logits [rows, vocabulary] that are finite for the drawn token only; greedy: unchanged."""
         generated = input_ids[:, self._prompt_length :]
         broken = ~scores.amax(-1).isfinite()
         if broken.any():
-            has_ended = torch.isin(generated, self._stop_ids).any(-1)  # what follows is padding
+            has_ended = torch.isin(generated, self._stop_ids).any(-1)  # then the rest is padding
             self.is_broken |= bool((broken & ~has_ended).any())
             ended = torch.full_like(scores, -torch.inf).index_fill(-1, self._stop_ids[:1], 0.0)
             scores = torch.where(broken[:, None], ended, scores)
@@ -205,12 +205,12 @@ def generate_together(
     *,
     of_base: bool = False,
 ) -> list[Sample]:
-    """Return a sample of the engine's model for each request, in their order, on all ranks; collective.
+    """Return a sample of the engine's model for each request, in order, on all ranks; collective.
 
-    Every rank generates a share of similar lengths. Under ZeRO-3 each forward gathers weights from all ranks:
-    they generate the same number of batches, and each batch makes as many forwards as the longest of all.
-    A rank that is asked to stop ends its responses at once, and all ranks give way after the batch. Raises
-    NotFiniteError on all ranks.
+    Every rank generates a share. Under ZeRO-3 each forward gathers weights from all ranks, so that all ranks
+    generate the same number of batches with the same number of forwards. A rank that is asked to stop ends
+    its responses at once, and all ranks raise Interrupted after the batch. If logits are not finite, all
+    ranks raise NotFiniteError.
     """
     world = stops.world
     shares = [
@@ -238,7 +238,7 @@ def generate_together(
                     is_synchronised=synchronised,
                     must_end=lambda: stops.request.is_urgent,
                 )
-            except NotFiniteError:  # the other ranks wait in the next batch
+            except NotFiniteError:  # raised after the loop: the other ranks wait in the next batch
                 is_broken = True
             else:
                 samples |= zip(indices, generated, strict=False)

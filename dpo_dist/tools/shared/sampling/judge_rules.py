@@ -1,4 +1,4 @@
-"""Rules of the judge's settings, checked before torch is imported."""
+"""Rules for the judge's settings, checked before torch is imported."""
 
 from dpo_dist.config.rules import Rule, unused
 from dpo_dist.config.user_code import user_function
@@ -10,7 +10,7 @@ ENDPOINT_RULES = (
     *(unused(f"pairs.endpoint.{key}", _HAS_ENDPOINT) for key in ("model", "verdicts", "criterion")),
     Rule(
         f"pairs.endpoint.model=null {_HAS_ENDPOINT}",
-        "the endpoint's model is not given",
+        "the endpoint's model is not set",
         "set it to the name under which the endpoint serves the judge",
     ),
 )
@@ -22,6 +22,6 @@ def count_judges(pairs: PairsConfig) -> int:
 
 
 def check_function(pairs: PairsConfig) -> None:
-    """Check that the function of the user that judges can be imported, if there is one."""
+    """Check that the judge's function can be imported, if one is configured."""
     if pairs.function is not None:
         user_function(pairs.function, "pairs.function")

@@ -1,6 +1,6 @@
-"""Judges of responses: a reward model, a function of the user, an OpenAI-compatible endpoint.
+"""Judges of responses: a reward model, the user's function, or an OpenAI-compatible endpoint.
 
-The API key of an endpoint comes from the environment. Neither it nor the text of a reply is part of an error.
+The endpoint's API key comes from the environment. Errors contain neither the key nor the text of a reply.
 """
 
 import itertools
@@ -51,7 +51,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Question:
-    """Different sampled responses to a record's prompt, none empty; the record's responses are not used."""
+    """Sampled responses to a record's prompt, all different, none empty; the record's own are not used."""
 
     record: PreferenceRecord
     responses: tuple[str, ...]
@@ -65,7 +65,7 @@ class Question:
 
 @dataclass
 class Judgement:
-    """The scores of a question's responses, higher is better, None without a usable verdict; and counts."""
+    """A score for each response, higher is better, None without a usable verdict; and the judge's counts."""
 
     scores: list[float | None]
     counts: Counter[str] = field(default_factory=Counter)
@@ -91,7 +91,7 @@ class FunctionJudge:
         """Do nothing: the import has checked the function."""
 
     def describe(self) -> dict[str, Any]:
-        """Return its name and the digest of its file."""
+        """Return the function's name and the digest of its file."""
         return {"kind": "function", "function": self._name, "digest": self._source.digest}
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
@@ -106,8 +106,8 @@ class FunctionJudge:
             if len(scores) != len(question.responses):
                 fault = f"returns {len(scores)} scores"
             elif any(isinstance(score, str | bool) for score in returned) or not _are_finite(scores):
-                fault = "returns a score that is no finite number"
-        except Exception as error:  # the user's code can raise anything; its message could quote a text
+                fault = "returns a score that is not a finite number"
+        except Exception as error:  # the user's code can raise anything; the message could quote a text
             place = traceback.extract_tb(error.__traceback__)[-1]
             fault = f"raises {type(error).__name__} in {place.filename}:{place.lineno}"
         if fault:
@@ -140,12 +140,12 @@ class RewardModel:
         return f"reward model {self.name}"
 
     def check(self) -> None:
-        """Check its configuration and tokenizer."""
+        """Check the model's configuration and tokenizer."""
         folder = description_folder(self.name, None, _REWARD_MODEL)
         model_config = load_config(folder, self.config, _REWARD_MODEL)
         if model_config.num_labels != 1:
             raise ConfigError(
-                "the model is no reward model",
+                "the model is not a reward model",
                 where=_REWARD_MODEL,
                 got=f"{folder} with {model_config.num_labels} outputs",
                 expected="a model of AutoModelForSequenceClassification with one output",
@@ -154,7 +154,7 @@ class RewardModel:
         load_tokenizer(folder, self.config, _REWARD_MODEL)
 
     def describe(self) -> dict[str, Any]:
-        """Return its name, the digest of its files, and its precision."""
+        """Return the model's name, the digest of its files, and its dtype."""
         self.check()
         files = digest_model(self._folder, self.store, remote_code=self.config.trust_remote_code)
         digest = text_digest(f"{files.digest} {tokenizer_digest(self._folder)}")
@@ -177,26 +177,27 @@ class RewardModel:
         return model.to(self.device).eval()
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
-        """Return the model's scores; None for a conversation too long for it, or rejected by its template."""
+        """Return the model's scores; None for a conversation that is too long or rejected by its template."""
         encoded = [self._encoded(each.record, response) for each in questions for response in each.responses]
         scores = iter(self._scores(encoded))
         judgements = []
         for question in questions:
-            of_question = [next(scores) for _ in question.responses]
-            if not _are_finite(of_question):
+            question_scores = [next(scores) for _ in question.responses]
+            if not _are_finite(question_scores):
                 raise ConfigError(
                     "the reward model computes a score that is not finite",
                     where=f"{_REWARD_MODEL} at the prompt of {question.record.origin}",
                     got="NaN or infinity",
                     remedy="check its weights, or set model.dtype=fp32; finished parts are kept",
                 )
-            judgements.append(Judgement(of_question, Counter({"not_scored": of_question.count(None)})))
+            counts = Counter({"not_scored": question_scores.count(None)})
+            judgements.append(Judgement(question_scores, counts))
         return judgements
 
     def _encoded(self, record: PreferenceRecord, response: str) -> list[int] | None:
-        """Return the conversation by the model's template; without one, prompt and response as two texts.
+        """Return the conversation's token ids by the model's template; without one, as a pair of texts.
 
-        None: the template rejects the conversation, or the tokenizer cannot encode it.
+        Return None if the template rejects the conversation, or if the tokenizer cannot encode it.
         """
         facts = tokenizer_facts(self._tokenizer, with_tools=bool(record.tools))
         prompt, chat, messages = record.prompt, facts.chat, turns_of(record.prompt, "user")
@@ -222,7 +223,7 @@ class RewardModel:
         rows = {at: torch.tensor(ids) for at, ids in enumerate(encoded) if ids and len(ids) <= longest}
         order = sorted(rows, key=lambda at: -len(rows[at]))
         while order:
-            # The score is read at the last token before padding: without padding, one row at a time.
+            # The model finds a row's last token by the padding token; without one it takes single rows only.
             size = 1 if padding is None else max(1, self.batch_tokens // len(rows[order[0]]))
             batch, order = order[:size], order[size:]
             padded = pad_sequence([rows[at] for at in batch], True, padding or 0).to(self.device)
@@ -242,7 +243,7 @@ _RETRIES = 6
 _REFUSES_TEXTS = (400, 413, 422)
 _MAX_TOKENS = 1024  # of a verdict, with the judge's reasons
 _OPTIONS: dict[str, Any] = {"temperature": 0, "max_tokens": _MAX_TOKENS}
-# What OpenAI's reasoning models take in their place.
+# OpenAI's reasoning models refuse the options above and take these.
 _REASONING_OPTIONS: dict[str, Any] = {"max_completion_tokens": _MAX_TOKENS}
 
 _DATA = (
@@ -301,21 +302,21 @@ class EndpointJudge:
         return {"kind": "endpoint", **facts}
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
-        """Return scores: grades, or the share of won comparisons, with ties as half.
+        """Return scores: grades, or the share of won comparisons, where a tie is half a win.
 
         Counts: `requests`, `refused`, `unreadable`, and of comparisons `position_disagreements`.
         """
         size = 2 if self._config.verdicts is Verdicts.compare else 1  # two, in both positions
         orders = [list(itertools.permutations(range(len(each.responses)), size)) for each in questions]
         by_question = list(zip(questions, orders, strict=True))
-        asked = [(question, order) for question, tried in by_question for order in tried]
+        requests = [(question, order) for question, tried in by_question for order in tried]
         pool = ThreadPoolExecutor(PARALLEL_REQUESTS, "judge")
         try:
-            verdicts = list(pool.map(lambda each: self._verdict(*each), asked))
+            verdicts = list(pool.map(lambda each: self._verdict(*each), requests))
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after an error, others may wait for long
+            pool.shutdown(wait=False, cancel_futures=True)  # after an error, waiting could take minutes
         if 0 < len(verdicts) == verdicts.count("refused"):
-            self.check()  # all requests of a short part may be refused for their texts
+            self.check()  # is the endpoint at fault, or the texts of a short part?
         given = iter(verdicts)
         return [
             _judgement(len(question.responses), dict(zip(tried, given, strict=False)))
@@ -340,9 +341,9 @@ class EndpointJudge:
         ]
 
     def _ask(self, messages: list[Any]) -> tuple[str, str]:
-        """Return the assistant's text, if any, or status and code of a refusal of this request.
+        """Return the assistant's text and "", or "" and the status and code with which it was refused.
 
-        At temperature 0, if the endpoint can.
+        The temperature is 0 if the endpoint accepts that.
         """
         options = self._options
         try:
@@ -352,10 +353,10 @@ class EndpointJudge:
         except self._openai.APIStatusError as error:
             is_unsupported = error.param in options and str(error.code).startswith("unsupported_")
             if is_unsupported and options is _OPTIONS:
-                log.warning("the endpoint of the judge refuses %s: it gets %s", options, _REASONING_OPTIONS)
+                log.warning("the judge's endpoint refuses %s: it gets %s", options, _REASONING_OPTIONS)
                 self._options = _REASONING_OPTIONS
                 return self._ask(messages)
-            # Its message may quote a text.
+            # The error's message may quote a text.
             facts = (f"status {error.status_code}", error.code, error.param)
             refusal = ", ".join(str(fact) for fact in facts if fact)
             if error.status_code not in _REFUSES_TEXTS:
@@ -365,20 +366,20 @@ class EndpointJudge:
             raise self._unusable(type(error).__name__) from None
         choices = getattr(reply, "choices", None)
         if choices is None:
-            raise self._unusable("a reply that is no chat completion")
-        if not choices or choices[0].finish_reason == "length":  # the end of a reply has the verdict
+            raise self._unusable("a reply that is not a chat completion")
+        if not choices or choices[0].finish_reason == "length":  # cut before the verdict, which comes last
             return "", ""
         content = choices[0].message.content or ""
-        if isinstance(content, list):  # parts, as requests have them
+        if isinstance(content, list):  # some endpoints return parts
             content = "".join(str(dict(part).get("text") or "") for part in content)
         return content, ""
 
     def _unusable(self, fault: str) -> ConfigError:
         return ConfigError(
-            "the endpoint of the judge does not reply as it should",
+            "the judge's endpoint does not reply as expected",
             where=_URL,
             got=f"{self._config.url}: {fault}",
-            remedy=f"start it, or check the address, pairs.endpoint.model and the key in {_KEY_VARIABLE}; "
+            remedy=f"start it, or check its address, pairs.endpoint.model and the key in {_KEY_VARIABLE}; "
             "the same command continues after the finished parts",
         )
 
@@ -403,19 +404,20 @@ def _judgement(responses: int, verdicts: Mapping[tuple[int, ...], str]) -> Judge
 
 
 Judge: TypeAlias = RewardModel | FunctionJudge | EndpointJudge
-"""Scores responses; its weights are loaded when it is asked first. Its methods raise DpoDistError.
+"""Scores responses; a reward model loads its weights at the first question. Methods raise DpoDistError.
 
-`str` is its name; `check` needs no weights, and sends an endpoint one harmless request; `describe`
-returns everything that the scores depend on, without secrets; `judge` the judgement of each question.
+`str` returns the judge's name. `check` needs no weights, and sends an endpoint one harmless request.
+`describe` returns everything that scores depend on, without secrets. `judge` returns a judgement for each
+question.
 """
 
 
 def open_judge(
     pairs: PairsConfig, model: ModelConfig, store: Path, device: torch.device = _CPU
 ) -> Judge | None:
-    """Return the judge of `pairs`, if there is one; a reward model is loaded as `model` says.
+    """Return the judge that `pairs` configures, if any; `model` says how a reward model is loaded.
 
-    `store` remembers the digests of its files.
+    `store` is the folder that caches digests of weight files.
     """
     if pairs.reward_model is not None:
         return RewardModel(pairs.reward_model, model, store, device)

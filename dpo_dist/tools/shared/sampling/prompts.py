@@ -1,4 +1,4 @@
-"""Work on prompts with whole models on every process: finished part by part, resumable."""
+"""Work through prompts in parts that are saved one by one; every process loads whole models."""
 
 import contextlib
 import json
@@ -43,7 +43,7 @@ class Parts:
         return self.folder / f"{index:06d}.jsonl"
 
     def open(self) -> list[int]:
-        """Return the indices of unfinished parts; create the folder, remove files of dead writers."""
+        """Create the folder, remove files of killed processes, and return indices of unfinished parts."""
         self.folder.mkdir(parents=True, exist_ok=True)
         files.collect_abandoned(self.folder)
         (self.folder / _FAILED).unlink(missing_ok=True)
@@ -68,11 +68,11 @@ class Prompts:
 
     @cached_property
     def digest(self) -> str:
-        """The digest of all parts."""
+        """The digest of all prompts in their parts."""
         return files.text_digest(json.dumps([list(map(prompt_key, part)) for part in self.parts]))
 
     def stage(self, name: str, settings: Mapping[str, Any]) -> Parts:
-        """Return the parts of a stage; other prompts or settings have another folder."""
+        """Return the parts of a stage; their folder depends on the prompts and on `settings`."""
         digest = files.text_digest(json.dumps([self.digest, settings], sort_keys=True))[:16]
         return Parts(self.root / f"{name}-{digest}", len(self.parts))
 
@@ -83,8 +83,8 @@ class Prompts:
             unfinished = world.on_main(parts.open)
         share = unfinished[world.rank :: world.size]
         remedy = (
-            "lower sampling.max_new_tokens; each process loads whole models onto its GPU: larger ones cannot "
-            "be used"
+            """Create the folder, remove files of killed processes; return the indices of unfinished parts."""
+            "GPU"
         )
 
         def my_parts() -> None:
@@ -112,12 +112,12 @@ class Prompts:
         source: ModelSource,
         sampling: Sampling,
         numbers: range,
-        opened: Callable[[], tuple[Responder, Generate]],
+        open_model: Callable[[], tuple[Responder, Generate]],
     ) -> Parts:
-        """Return a model's finished responses; `opened` is called by a process with work to do."""
+        """Return a model's finished responses; `open_model` is called only where parts are unfinished."""
 
         def part(index: int) -> list[dict[str, Any]]:
-            return list(map(asdict, respond(self.parts[index], *opened(), sampling, numbers)))
+            return list(map(asdict, respond(self.parts[index], *open_model(), sampling, numbers)))
 
         config = self.run.config
         settings = generation_settings(config.data, config.model, sampling)
@@ -126,17 +126,17 @@ class Prompts:
 
 
 def in_parts(records: Sequence[PreferenceRecord], size: int) -> list[Sequence[PreferenceRecord]]:
-    """Return records in parts of `size`."""
+    """Split records into parts of `size`."""
     return [records[start : start + size] for start in range(0, len(records), size)]
 
 
 def as_user_message(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
-    """Return a prompt as models are asked: a text as a user's message if `data.text_as_messages` is set."""
+    """Return the record with the prompt that models get: under `data.text_as_messages` a user's message."""
     return replace(record, prompt=turns_of(record.prompt, "user")) if data.text_as_messages else record
 
 
 def generation_settings(data: DataConfig, model: ModelConfig, sampling: Sampling) -> dict[str, Any]:
-    """Return what responses depend on but prompt and model; a chat template in a file by its content."""
+    """Return the settings on which responses depend; a chat template in a file counts by its content."""
     chat_template = data.chat_template
     if chat_template is not None and (file := Path(chat_template).expanduser()).is_file():
         chat_template = files.content_digest([file])
@@ -155,7 +155,7 @@ def generation_settings(data: DataConfig, model: ModelConfig, sampling: Sampling
 
 
 def open_judge_together(run: Run) -> tuple[Judge | None, dict[str, Any] | None]:
-    """Return the judge on every rank and its description, if the configuration has one; collective."""
+    """Return the judge and its description on every rank, None twice without a judge; collective."""
     pairs, model, store = run.config.pairs, run.config.model, Path(run.config.reference.store)
     judge = run.world.together(lambda: open_judge(pairs, model, store, run.world.device))
     with run.console.heartbeat("looking for the judge"):
@@ -171,11 +171,11 @@ def find_model_together(name: str, run: Run, key: str) -> ModelSource:
 
 
 @contextmanager
-def joined_run(config: RunConfig, console: Console, only: AbstractContextManager[Any]) -> Iterator[Run]:
-    """Join the processes, each of which loads whole models; rank 0 enters `only`, a lock."""
+def joined_run(config: RunConfig, console: Console, lock: AbstractContextManager[Any]) -> Iterator[Run]:
+    """Join the processes, each of which loads whole models; rank 0 holds the lock."""
     whole = ParallelismConfig(ParallelismKind.ddp, timeout_seconds=config.parallelism.timeout_seconds)
     deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
     joins = join(deepspeed_config, whole.timeout_seconds, RunFolder.of(config), console)
-    with ExitStack() as held, joins as world:
-        world.on_main(lambda: held.enter_context(only))
+    with ExitStack() as locks, joins as world:
+        world.on_main(lambda: locks.enter_context(lock))
         yield Run(config, world, console)

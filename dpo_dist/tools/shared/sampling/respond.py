@@ -1,4 +1,4 @@
-"""Responses of one model to a part of the prompts, as rows: text, number, length, end."""
+"""Ask one model for responses to a part of the prompts; each is a row with text, number, length and end."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,45 +45,45 @@ from dpo_dist.tools.shared.sampling.settings import Sampling
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The files of a model that responds; `folder` is its base's if it is an adapter."""
+    """The files of a model that responds; for an adapter `folder` is the base's."""
 
     name: str  # as configured
-    key: str  # of the configuration, which errors name
+    key: str  # of the configuration, for errors
     folder: Path
     adapter: Path | None
     revision: str | None
-    digest: str  # of all files that determine its responses, tokenizer included
+    digest: str  # of all files on which responses depend, with the tokenizer's
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The adapter's folder if it has a tokenizer, else that of the model."""
+        """The adapter's folder if it has a tokenizer, else the model's."""
         return tokenizer_folder(self.folder, self.adapter)
 
-    def described(self) -> dict[str, Any]:
-        """Return the facts for provenance."""
+    def provenance(self) -> dict[str, Any]:
+        """Return name, revision and digest, as records store them."""
         return {"name": self.name, "revision": self.revision, "digest": self.digest}
 
 
 def find_files(
     name: str, model: ModelConfig, key: str, find: Callable[..., Path] = model_folder
 ) -> ModelSource:
-    """Return the files of a model or adapter by folder or hub name, without a digest.
+    """Return the files of a model or adapter, given as folder or hub name; the digest is empty.
 
-    The revision of `model` counts for its own path only. `find` is `model_folder`, which downloads a hub
-    model, or `description_folder`.
+    `model.revision` counts for `model.path` only. `find` is `model_folder`, which downloads a hub model, or
+    `description_folder`, which downloads no weights.
     """
     revision = model.revision if name == model.path else None
     folder, adapter = find(name, revision, key, accepts_adapter=True), None
     if is_adapter(folder):
         adapter = folder
-        recorded: dict[str, Any] = read_model_json(adapter / ADAPTER_CONFIG)
-        base, of_base = str(recorded.get("base_model_name_or_path")), recorded.get("revision")
-        folder = find(base, None if Path(base).expanduser().is_dir() else of_base, key)
+        adapter_config: dict[str, Any] = read_model_json(adapter / ADAPTER_CONFIG)
+        base, commit = str(adapter_config.get("base_model_name_or_path")), adapter_config.get("revision")
+        folder = find(base, None if Path(base).expanduser().is_dir() else commit, key)
     return ModelSource(name, key, folder, adapter, revision, "")
 
 
 def find_model(name: str, model: ModelConfig, store: Path, key: str) -> ModelSource:
-    """Return the same as `find_files`, with the digest of the files, which `store` remembers."""
+    """Return the same as `find_files`, with the digest of the files, which `store` caches."""
     source = find_files(name, model, key)
     folder, adapter = source.folder, source.adapter
     files = digest_model(folder, store, remote_code=model.trust_remote_code)
@@ -95,7 +95,7 @@ def find_model(name: str, model: ModelConfig, store: Path, key: str) -> ModelSou
 
 @dataclass(frozen=True, eq=False)
 class Responder:
-    """A model as it is asked for responses; prompts are rendered by `data`, as in training."""
+    """Tokenizer, stop tokens and limits of a model that responds; `data` renders prompts as in training."""
 
     source: ModelSource
     tokenizer: PreTrainedTokenizerBase
@@ -104,7 +104,7 @@ class Responder:
     longest: int | None  # tokens of a prompt and its response; None: no limit is known
 
     def encode(self, record: PreferenceRecord, response: Response) -> EncodedExample | BadRecord:
-        """Return a prompt and a response as training encodes them, of any length."""
+        """Return a prompt and a response as training encodes them, without the limits on their length."""
         limits = replace(without_limits(self.data), max_prompt_length=self.data.max_prompt_length)
         return encode_pair(replace(record, responses=(response,)), self.tokenizer, limits)
 
@@ -119,21 +119,21 @@ def open_responder(source: ModelSource, model: ModelConfig, data: DataConfig) ->
 
 
 BATCH_TOKENS = 32768
-"""Most tokens of a batch: its rows times the longest prompt with its response."""
+"""Most tokens of a batch: rows times the longest prompt with its response."""
 Generate = Callable[[Sequence[Request], Sampling], list[Sample]]
-"""Returns a sample for each request, in their order."""
+"""Returns a sample for each request, in order."""
 
 
 def open_generator(
     source: ModelSource, model: ModelConfig, data: DataConfig, device: torch.device
 ) -> tuple[Responder, Generate]:
-    """Load a model's weights, whole on `device`; return the function that generates with them, too."""
+    """Load a whole model onto `device`; return its responder and the function that generates."""
     responder, causal_lm = open_responder(source, model, data), load_source(source, model, device)
     return responder, partial(generate, causal_lm, stop_ids=responder.stop_ids, budget=BATCH_TOKENS)
 
 
 def load_source(source: ModelSource, model: ModelConfig, device: torch.device) -> Any:
-    """Return a transformers model whole on `device`, with the adapter of `source`."""
+    """Return a transformers model, whole on `device`, with the adapter if `source` has one."""
     model_config = load_config(source.folder, model)
     causal_lm: Any = load_weights(source.folder, model_config, model, device, key=source.key)
     if source.adapter is not None:
@@ -141,49 +141,50 @@ def load_source(source: ModelSource, model: ModelConfig, device: torch.device) -
     return causal_lm.eval()
 
 
-# The first ends a thought, so that one is kept which the template opens in the prompt: the model continues
-# it. The second has none, so that one is kept which the template ends in the prompt.
+# A prompt is rendered before a placeholder. The first one ends a thought: a thought that the template opens
+# in the prompt stays open, and the model continues it. The second one has no thought: a thought that the
+# template ends in the prompt stays ended.
 _PLACEHOLDERS = ("response\n</think>\n\nresponse", "response")
 _FIELD = THOUGHT_FIELDS[0]
 _THOUGHT, _CONTENT = "probe thought", "probe content"
 _PROBES = re.compile(f"{_THOUGHT}|{_CONTENT}")
-# A response is decoded with so many tokens before it: a space or a character may depend on them.
+# A response is decoded after this many tokens of its prompt: its first space or character may depend on them.
 _DECODED_BEFORE = 8
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A response of a model to a prompt, as text."""
+    """A model's response to a prompt, as text."""
 
     number: int  # among all samples of the prompt
-    content: str  # its text; a dialogue ends before a further turn
+    content: str  # of a dialogue: up to the next turn
     tokens: int  # without the ending token
-    finished: bool  # by itself
-    same_ids: bool  # whether training encodes it as the generated tokens
-    fields: dict[str, Any] = field(default_factory=dict)  # a thought apart from the content
+    finished: bool  # ended by itself
+    same_ids: bool  # whether training encodes the text as the generated tokens
+    fields: dict[str, Any] = field(default_factory=dict)  # a thought that is not in the content
     ids: list[int] = field(default_factory=list)  # with the ending token
-    model: int = 0  # its index
+    model: int = 0  # index of the model
     score: float | None = None
-    unused: str | None = None  # the reason why it is part of no pair
+    unused: str | None = None  # why it is in no pair
 
     @property
     def response(self) -> Response:
-        """The text, or the message if a thought is apart from its content."""
+        """The text; a message if its thought is a field of its own."""
         return (Message("assistant", self.content, self.fields),) if self.fields else self.content
 
 
 @dataclass(frozen=True)
 class Completions:
-    """A row of a part: the completions of a prompt, or the reason why a model cannot be asked."""
+    """A row of a part: the completions of a prompt, or the reason why the model cannot be asked."""
 
     completions: list[Completion]
     dropped: str | None = None
     prompt_ids: list[int] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)  # of the judge
+    counts: dict[str, int] = field(default_factory=dict)  # the judge's
 
     @classmethod
-    def of(cls, row: Mapping[str, Any]) -> "Completions":
-        """Return the row that `asdict` wrote."""
+    def from_row(cls, row: Mapping[str, Any]) -> "Completions":
+        """Return the completions from which `asdict` made the row."""
         return cls(**{**row, "completions": [Completion(**each) for each in row["completions"]]})
 
 
@@ -194,7 +195,7 @@ def respond(
     sampling: Sampling,
     numbers: range,
 ) -> list[Completions]:
-    """Return the completions of each prompt, in their order; `numbers` says which samples of a prompt."""
+    """Return the completions of each prompt, in order; `numbers`: which of a prompt's samples to make."""
     prompts = [usable_prompt(record, responder, sampling.max_new_tokens) for record in records]
     requests = [
         Request(prompt, prompt_key(record), number)
@@ -223,9 +224,9 @@ def respond(
 
 
 def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: int) -> TokenIds | str:
-    """Return the ids of a prompt before `new_tokens` others, or the reason why it cannot be used.
+    """Return a prompt's token ids if `new_tokens` fit after them, else the reason why it cannot be used.
 
-    The ids are the same as in training, with the template's start of a thought.
+    The ids are the same as in training, with a thought that the template opens.
     """
     for placeholder in _PLACEHOLDERS:
         encoded = responder.encode(record, placeholder)
@@ -242,7 +243,7 @@ def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: in
 
 
 def texts_after(ids: list[int], prompt: TokenIds, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Return the text of tokens after a prompt, and alone; special tokens are in it."""
+    """Return the text of tokens decoded after a prompt, and decoded alone; special tokens stay in it."""
     before = prompt[-_DECODED_BEFORE:].tolist()
     start, whole, alone = (
         str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -260,7 +261,7 @@ class _Decoder:
     responder: Responder
 
     def completion(self, sample: Sample, number: int) -> Completion:
-        """Return a sample as text, and whether training would encode it as the same tokens."""
+        """Return a sample as a completion, which says whether training would encode the same tokens."""
         ids, finished = sample.ids, sample.is_finished
         ends = [] if sample.end is None else [sample.end]
         message, same = self._decoded(ids)
@@ -268,34 +269,34 @@ class _Decoder:
         if isinstance(self.record.prompt, Dialogue) and (turn := DIALOGUE_TURN.search(text)):
             # The model speaks for the other side too: its response ends before that turn.
             text, finished, ends = text[: turn.start()], True, []
-            ids = self._ids_of(text) or []
+            ids = self._encode(text) or []
             same = ids == sample.ids[: len(ids)]
         return Completion(number, text, len(ids), finished, same, dict(message.fields), ids + ends)
 
     def _decoded(self, ids: list[int]) -> tuple[Message, bool]:
-        """Return the first form of a response whose encoding has the generated tokens, and if there is one.
+        """Return the response in the first form that training encodes as `ids`, and whether there is one.
 
-        A text may start with a space that only the tokens before it show, and a template may add or strip
-        that space. A template may write the content and the thought of a message in another form than they
-        have in a text (the channels of gpt-oss).
+        A text may start with a space that shows only after the prompt's tokens, and a template may add or
+        strip that space. A template may also write a message's content and thought in another form than
+        plain text, such as gpt-oss in channels.
         """
         continued, alone = texts_after(ids, self.prompt, self.responder.tokenizer)
         texts = dict.fromkeys((continued, alone, alone.strip()))
-        for form in (*texts, *self._messages_of(continued)):
-            if self._ids_of(form) == ids:
+        for form in (*texts, *self._possible_messages(continued)):
+            if self._encode(form) == ids:
                 return Message("assistant", form) if isinstance(form, str) else form, True
         return Message("assistant", continued), False
 
-    def _messages_of(self, text: str) -> Iterator[str | Message]:
-        """Yield the contents, with thoughts in fields, of which the template may have written a text."""
+    def _possible_messages(self, text: str) -> Iterator[str | Message]:
+        """Yield the contents, some with a thought as a field, that the template may render as this text."""
         if isinstance(self.record.prompt, str | Dialogue):
             return
         for fields in ({}, {_FIELD: _THOUGHT}):
-            ids = self._ids_of(Message("assistant", _CONTENT, fields))
+            ids = self._encode(Message("assistant", _CONTENT, fields))
             if ids is None:
                 continue
             around = _PROBES.split(texts_after(ids, self.prompt, self.responder.tokenizer)[0])
-            if len(around) < 2:  # a tokenizer that does not decode to the text that it encoded
+            if len(around) < 2:  # the tokenizer does not decode to the text that it encoded
                 continue
             first, *between, last = around
             rest = text.removeprefix(first).removesuffix(last)
@@ -305,8 +306,8 @@ class _Decoder:
                 thought, _, content = rest.partition(between[0])
                 yield Message("assistant", content, {_FIELD: thought})
 
-    def _ids_of(self, response: str | Message) -> list[int] | None:
-        """Return the tokens of a response after the prompt, without its end; None if it cannot follow it."""
+    def _encode(self, response: str | Message) -> list[int] | None:
+        """Return the response's tokens without its end; None if it cannot be encoded after this prompt."""
         encoded = self.responder.encode(self.record, response if isinstance(response, str) else (response,))
         if isinstance(encoded, BadRecord) or not np.array_equal(encoded.prompt_ids, self.prompt):
             return None

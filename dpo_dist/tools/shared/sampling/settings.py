@@ -1,4 +1,4 @@
-"""How responses are generated: the keys of `sampling`, with each verb's own values where they are null."""
+"""How responses are generated: the keys of `sampling`; a key that is null has a default of its verb."""
 
 from dataclasses import dataclass
 
@@ -18,8 +18,8 @@ class Sampling:
     seed: int = 0
 
 
-def sampling_of(verb: str, given: SamplingConfig, seed: int = 0) -> Sampling:
-    """Return the settings by which a verb samples; `train` samples at evaluations."""
+def sampling_for(verb: str, given: SamplingConfig, seed: int = 0) -> Sampling:
+    """Return the settings with which a verb samples; `train` does at evaluations."""
     tokens, temperature = _USUAL[verb]
     return Sampling(
         tokens if given.max_new_tokens is None else given.max_new_tokens,

@@ -41,9 +41,9 @@ NO_SCORES = [model("base"), model("a")]  # a judge that compares gives none
         # The base has the higher mean and loses most prompts.
         ([BASE, ENDED], [0.4], "base has the highest score, 0.5. Not clearly worse: a."),
         (NO_SCORES, [0.3], "a has the highest win rate over base, 0.7. All others are clearly worse."),
-        (NO_SCORES, [], "Without a judge the models can be compared by KL and style only."),
-        ([BASE, UNENDED], [0.1], "base has the highest score, 0.5. Not ranked, as no response ends: a."),
-        ([UNENDED], [], "No response ends within sampling.max_new_tokens: no model is called the best."),
+        (NO_SCORES, [], "Without a judge, models can be compared by KL and style only."),
+        ([BASE, UNENDED], [0.1], "base has the highest score, 0.5. Not ranked, because no response ends: a."),
+        ([UNENDED], [], "No response ends within sampling.max_new_tokens, so the models are not ranked."),
         # Of equal scores the model of least KL is named first.
         (
             [BASE, model("a", 3, 0.9), model("b", 2, 0.9)],
@@ -104,7 +104,9 @@ def test_the_page_is_bounded_and_says_what_is_left_out(
     content = results([model(name, at) for at, name in enumerate(names)], [])
     page = page_of(tmp_path, content, rows)
     assert 1_800_000 < len(page.encode()) < 2_000_000
-    [omitted] = re.findall(r"([\d,]+) prompts at the end of answers\.jsonl are not on this page", page)
+    [omitted] = re.findall(
+        r"([\d,]+) prompts at the end of answers\.jsonl would make this page too large", page
+    )
     assert page.count('<details class="prompt') + int(omitted) == 160
     assert "first 6,000 of 200,000 characters" in page
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.tools.shared.pages.samples import choose, mark_differences, samples_of
+from dpo_dist.tools.shared.pages.samples import choose, mark_differences, samples_section
 from tests.support.sample_files import GOOD, sample, write_samples
 
 
@@ -50,7 +50,7 @@ def test_the_worst_and_some_at_random_are_shown() -> None:
 def test_responses_of_the_last_the_previous_and_the_first_step(tmp_path: Path) -> None:
     for step, word in ((0, "three"), (100, "one"), (200, "four"), (300, "five"), (1000300, "six")):
         write_samples(tmp_path, step, [sample(1, GOOD.replace("two", word))])
-    found = samples_of(RunFolder(tmp_path))
+    found = samples_section(RunFolder(tmp_path))
     [html] = found["items"]
     labels = [label.strip() for label in re.findall(r"<h4>([^<]+)", html)]
     # The response of step 0 is the reference's.
@@ -60,4 +60,4 @@ def test_responses_of_the_last_the_previous_and_the_first_step(tmp_path: Path) -
         ("Question 1?", "qa: chosen at random")
     ]
     assert (found["step"], found["prompts"], found["file"]) == (1000300, 1, "step-1000300.jsonl")
-    assert samples_of(RunFolder(tmp_path / "none")) == {}
+    assert samples_section(RunFolder(tmp_path / "none")) == {}
