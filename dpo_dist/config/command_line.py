@@ -305,7 +305,7 @@ def _option_text(options: argparse.Namespace, verb: str, about: str) -> str | No
     return usage(command, about, keys, folders)
 
 
-def command_of(verb: str, config: RunConfig, folder: Path, launcher: str) -> str:
+def write_command(verb: str, config: RunConfig, folder: Path, launcher: str) -> str:
     """Write `config`, without secrets, below `folder`; return the command that runs the verb with it."""
     write_text(folder / "experiment" / "round.yaml", to_yaml(config))
     return f"{launcher} -m dpo_dist {verb} --config-dir {shlex.quote(str(folder))} +experiment=round"

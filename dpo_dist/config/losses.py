@@ -255,7 +255,7 @@ KINDS: dict[LossKind, KindFacts] = {
 }
 
 
-def unit_of(kinds: Iterable[str]) -> str:
+def loss_unit(kinds: Iterable[str]) -> str:
     """Return what has one loss under these kinds: a "record" with one response, or a "pair"."""
     return "record" if any(kind in KINDS and KINDS[LossKind(kind)].is_unpaired for kind in kinds) else "pair"
 
@@ -441,7 +441,7 @@ class LossConfig:
     @property
     def unit(self) -> str:
         """Return what has one loss: a "record" or a "pair"."""
-        return unit_of(self.kinds)
+        return loss_unit(self.kinds)
 
     @property
     def needs_partners(self) -> bool:

@@ -94,7 +94,7 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
-def metric_of(name: str) -> Metric:
+def find_metric(name: str) -> Metric:
     """Return the table's row for a metric, or for one source's metric; a custom metric has only its name."""
     whole = max((known for known in METRICS if f"{name}/".startswith(f"{known}/")), key=len, default="")
     return METRICS.get(whole, Metric(name))

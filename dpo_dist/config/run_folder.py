@@ -87,7 +87,7 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def of(cls, config: RunConfig) -> "RunFolder":
+    def from_config(cls, config: RunConfig) -> "RunFolder":
         """Return the run directory of `config`: `run.dir`."""
         return cls(Path(str(config.run.dir)))
 

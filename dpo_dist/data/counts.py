@@ -14,7 +14,7 @@ from dpo_dist.config.schema import DataConfig, TextTemplate
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord, Record, shown_key
 from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.foundation.text import counted
+from dpo_dist.foundation.text import pluralize
 
 SHOWN_EXAMPLES = 20
 _NAMED_EXAMPLES = 3
@@ -144,7 +144,7 @@ def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
     numbers = {change: number for change, number in counts.items() if isinstance(number, int)}
     lines += count_lines({change: numbers[change] for change in numbers.keys() - {"read", "kept", "pairs"}})
     for source in counts["sources"]:
-        shown = f"{source['path']}: {counted(source['kept'], 'record')}"
+        shown = f"{source['path']}: {pluralize(source['kept'], 'record')}"
         if len(counts["sources"]) > 1:
             dropped = "".join(f", {number:,} {name}" for name, number in sorted(source["dropped"].items()))
             shown = f"of {source['label']} ({source['path']}): {_kept(source)}{dropped}"
@@ -165,9 +165,9 @@ def describe_dropped(dropped: Mapping[str, int]) -> list[str]:
 
 
 def _kept(counts: Mapping[str, Any]) -> str:
-    kept = f"{counts['kept']:,} of {counted(counts['read'], 'record')} kept"
+    kept = f"{counts['kept']:,} of {pluralize(counts['read'], 'record')} kept"
     pairs = counts.get("pairs", counts["kept"])
-    return kept if pairs == counts["kept"] else f"{kept}, {counted(pairs, 'example')} made of them"
+    return kept if pairs == counts["kept"] else f"{kept}, {pluralize(pairs, 'example')} made of them"
 
 
 def describe_short_run(sampler: BatchSampler, unit: str = "pair") -> list[str]:
@@ -176,12 +176,12 @@ def describe_short_run(sampler: BatchSampler, unit: str = "pair") -> list[str]:
     times = -(-min(batch, sampler.total_pairs) // pairs)
     if times > 1:
         return [
-            f"warning: an epoch has {counted(pairs, unit)} and trainer.global_batch_pairs is {batch:,}: "
+            f"warning: an epoch has {pluralize(pairs, unit)} and trainer.global_batch_pairs is {batch:,}: "
             f"each {unit} occurs up to {times:,} times in one step"
         ]
     if sampler.steps == 1:
         return [
-            f"warning: the whole run is 1 step: {counted(sampler.total_pairs, unit)} with "
+            f"warning: the whole run is 1 step: {pluralize(sampler.total_pairs, unit)} with "
             f"trainer.global_batch_pairs={batch}; lower it or raise trainer.epochs"
         ]
     return []

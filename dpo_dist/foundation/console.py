@@ -26,7 +26,7 @@ from dpo_dist.foundation.background import call_periodically
 from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.streams import SafeStream, json_stream, output_descriptor, printable_lines
-from dpo_dist.foundation.text import counted, duration, percent, without_secrets
+from dpo_dist.foundation.text import duration, percent, pluralize, without_secrets
 from dpo_dist.foundation.types import Fields
 
 WARNING = "warning: "
@@ -236,7 +236,7 @@ class Console:
             if self._screen is not None and total != 0:
                 self._last_shown = time.monotonic()
                 seconds, share = self._last_shown - started, done / total if total else None
-                amount = counted(done, unit) if total is None else f"{done:,} of {counted(total, unit)}"
+                amount = pluralize(done, unit) if total is None else f"{done:,} of {pluralize(total, unit)}"
                 parts = [f"{title}: {amount}"] + ([] if share is None else [percent(share)])
                 parts += [f"{done / seconds:,.0f} a second"] if done > seconds >= 1 else []
                 left = seconds / share - seconds if share and seconds >= 1 else None

@@ -179,7 +179,7 @@ def _hold_lock(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def collect_abandoned(folder: Path) -> list[Path]:
+def remove_abandoned(folder: Path) -> list[Path]:
     """Remove the temporary files and folders of dead writers in `folder`; return the removed paths.
 
     A writer is dead if nobody holds its lock. A folder that was moved aside stays if it is the only copy.
@@ -280,7 +280,7 @@ def remember(memo: Path | None, identity: str, digest: str) -> None:
     if memo is None:
         return
     try:
-        collect_abandoned(memo)
+        remove_abandoned(memo)
         write_text(_entry(memo, identity), json.dumps({"file": identity, "digest": digest}, indent=1))
     except OSError as error:
         log.warning("a digest cannot be cached and is computed at every start: %s", error)

@@ -17,7 +17,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _FEW_WORDS = 3
 
 
-def counted(count: int, noun: str, plural: str = "") -> str:
+def pluralize(count: int, noun: str, plural: str = "") -> str:
     """Return "1 pair", "0 pairs", "2,000 pairs"; `plural` of a noun that takes more than an s: "entries"."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
@@ -27,7 +27,7 @@ def first_few(words: Sequence[str], noun: str = "") -> str:
     named, left = ", ".join(words[:_FEW_WORDS]), len(words) - _FEW_WORDS
     if left <= 0:
         return named
-    return f"{named} and {counted(left, noun) if noun else f'{left:,} more'}"
+    return f"{named} and {pluralize(left, noun) if noun else f'{left:,} more'}"
 
 
 def number(value: float, digits: int = 4) -> str:

@@ -21,7 +21,7 @@ from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.files import collect_abandoned, locked
+from dpo_dist.foundation.files import locked, remove_abandoned
 from dpo_dist.foundation.process import note_progress
 from dpo_dist.foundation.signals import stopped_by
 from dpo_dist.reference.store import LogpStore, StoredLogps
@@ -116,7 +116,7 @@ class StoreFiller:
         with self._locked() as has_waited:
             if has_waited:
                 missing, report, self.shards = self.world.on_main(survey)
-            self.world.on_main(lambda: collect_abandoned(self.store.folder))
+            self.world.on_main(lambda: remove_abandoned(self.store.folder))
             return report + self._compute(dataset, missing, progress) if len(missing) else report
 
     def open_filled(self) -> LogpStore:

@@ -28,9 +28,9 @@ from dpo_dist.distributed.checkpoint.slices import EMA, WEIGHT
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome, first_line
 from dpo_dist.foundation.files import (
-    collect_abandoned,
     content_digest,
     final_name,
+    remove_abandoned,
     staged_folder,
     temporary_folder,
 )
@@ -114,7 +114,7 @@ def export_checkpoint(
 
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        collect_abandoned(folder.parent)  # killed exports left it
+        remove_abandoned(folder.parent)  # killed exports left it
     with writing_errors(folder), staged_folder(folder, replaces=replaces) as temporary:
         weights = (
             _untrained(causal_lm, config.model, dtype) if is_whole else {}
@@ -124,7 +124,7 @@ def export_checkpoint(
             write_weights(temporary, causal_lm, weights, base)
         elif config.export.merge:
             whole = model_folder(config.model.path, config.model.revision)
-            with temporary_folder(final_name(temporary)) as adapter:  # `collect_abandoned` knows this name
+            with temporary_folder(final_name(temporary)) as adapter:  # `remove_abandoned` knows this name
                 write_adapter(adapter, causal_lm, weights, torch.float32)
                 write_merged(temporary, whole, adapter, named, trust_remote_code=code)
         else:
@@ -227,7 +227,7 @@ def export_model(
         check_base(config.model, Path(config.reference.store), state.get("model"))
 
     def card(loader: str) -> str:
-        folder, step = RunFolder.of(config), checkpoint_step(checkpoint.name)
+        folder, step = RunFolder.from_config(config), checkpoint_step(checkpoint.name)
         is_end = step == state["steps"]
         summary = {
             "exit": (RunOutcome.completed if is_end else RunOutcome.preempted).value,

@@ -13,7 +13,7 @@ from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.foundation.errors import DivergedError, ExitCode, RunOutcome
 from dpo_dist.foundation.files import for_json
-from dpo_dist.foundation.text import counted
+from dpo_dist.foundation.text import pluralize
 from dpo_dist.training.export import check_base, export_checkpoint
 from dpo_dist.training.reporting.metrics_log import final_and_best
 from dpo_dist.training.reporting.protocols import Recorder
@@ -50,7 +50,7 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
         which = "" if takes_best else ", whose weights are the model"
         run.say(
             f"ending after step {position.step}{which}: {best.metric} was best at step "
-            f"{best.step} ({best.value:.4g}), {counted(position.stale_evaluations, 'evaluation')} before"
+            f"{best.step} ({best.value:.4g}), {pluralize(position.stale_evaluations, 'evaluation')} before"
         )
     if takes_best:
         summary["model_step"] = step

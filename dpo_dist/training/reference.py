@@ -18,7 +18,7 @@ from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.signals import StopRequest
-from dpo_dist.foundation.text import counted, duration
+from dpo_dist.foundation.text import duration, pluralize
 from dpo_dist.model.attention.kernels import choose_backend
 from dpo_dist.model.files.load import check_same_vocabulary, load_config
 from dpo_dist.model.flops import compute_costs
@@ -106,7 +106,7 @@ def _check_drifts(drifts: Sequence[tuple[str, StoredLogps]], dtype: Dtype) -> No
 
 def describe_drift(drift: dict[str, Any]) -> str:
     """Return the report of `check_drift` as the end of a sentence: "the log-probs are ..."."""
-    responses = counted(drift["responses"], "response")
+    responses = pluralize(drift["responses"], "response")
     if not drift["largest_token_drift"]:
         return f"equal on a sample of {responses}"
     return (
@@ -205,7 +205,7 @@ def _fill(run: Run, inputs: EvaluationInputs, filler: StoreFiller) -> FillReport
         with run.console.progress("reference: scoring responses", run.config.loss.unit) as progress:
             filled += filler.fill(dataset, indices, progress)
     took = f", in {duration(filled.seconds)}" if filled.computed else ""
-    run.say(f"reference: {counted(filled.computed, 'log-prob')} computed, {filled.hits:,} reused{took}")
+    run.say(f"reference: {pluralize(filled.computed, 'log-prob')} computed, {filled.hits:,} reused{took}")
     store = run.config.reference.store
     for name in sorted(filled.damaged):
         run.say(f"warning: reference: damaged file ignored: {store}/{name}")

@@ -28,9 +28,9 @@ from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError, warn_on_bug
-from dpo_dist.foundation.files import collect_abandoned, locked, recover_folder, write_text
+from dpo_dist.foundation.files import locked, recover_folder, remove_abandoned, write_text
 from dpo_dist.foundation.signals import StopRequest
-from dpo_dist.foundation.text import counted, duration, percent
+from dpo_dist.foundation.text import duration, percent, pluralize
 from dpo_dist.model.attention.kernels import computed_by_segment
 from dpo_dist.model.files.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.flops import REACHED_SHARES, compute_costs, matmul_peak, recomputed_share
@@ -94,7 +94,7 @@ def lock_directory(run: Run) -> Iterator[None]:
     with contextlib.ExitStack() as lock:
         world.on_main(lambda: lock.enter_context(locked(folder.lock, "is training in this run directory")))
         for written in (folder.path, folder.metrics, folder.samples, folder.logs, folder.wandb_id.parent):
-            world.on_main(partial(collect_abandoned, written))
+            world.on_main(partial(remove_abandoned, written))
         world.on_main(partial(remove_unfinished, folder.checkpoints))
         yield
 
@@ -139,8 +139,8 @@ def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tup
     world.on_main(partial(check_disk_room, run, inputs.weights, done, steps))
     mark_started(run, environment, state, reporting.write_page)
     left = f", {done:,} of them done" if done else ""
-    pairs = counted(inputs.sampler.global_batch_pairs, config.loss.unit)
-    run.say(f"training: {counted(steps, 'step')} of {pairs}{left}")
+    pairs = pluralize(inputs.sampler.global_batch_pairs, config.loss.unit)
+    run.say(f"training: {pluralize(steps, 'step')} of {pairs}{left}")
     return inputs, state
 
 

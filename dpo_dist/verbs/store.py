@@ -10,9 +10,9 @@ from datetime import datetime
 from pathlib import Path
 
 from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
-from dpo_dist.foundation.files import collect_abandoned, temporary_name
+from dpo_dist.foundation.files import remove_abandoned, temporary_name
 from dpo_dist.foundation.streams import print_line, print_result
-from dpo_dist.foundation.text import counted, size
+from dpo_dist.foundation.text import pluralize, size
 from dpo_dist.reference.store import (
     FINGERPRINT_FILE,
     fingerprint_folders,
@@ -78,8 +78,9 @@ def _space(folder: Path) -> _Space:
         digests, label = [folder.name, known.reference], known.label or "unnamed"
     line = (
         f"{label}   reference {known.reference if known else '-'}   fingerprint {folder.name}   "
-        f"{counted(entries, 'entry', 'entries')}, {counted(sum(shard.tokens for shard in shards), 'token')}, "
-        f"{size(stored)}, {counted(len(shards), 'shard')}{damaged}, "
+        f"{pluralize(entries, 'entry', 'entries')}, "
+        f"{pluralize(sum(shard.tokens for shard in shards), 'token')}, "
+        f"{size(stored)}, {pluralize(len(shards), 'shard')}{damaged}, "
         f"used {datetime.fromtimestamp(used):%Y-%m-%d %H:%M}"
     )
     return _Space(folder, digests, used, entries, stored, line)
@@ -91,9 +92,9 @@ def _info(given: argparse.Namespace) -> int:
         lines.append(space.line)
         if (known := read_fingerprint(space.folder)) is not None:
             lines.append("    " + ", ".join(f"{name} {value}" for name, value in known.profile.items()))
-    entries = counted(sum(space.entries for space in found), "entry", "entries")
+    entries = pluralize(sum(space.entries for space in found), "entry", "entries")
     stored = size(sum(space.bytes for space in found))
-    lines.append(f"{counted(len(found), 'fingerprint')}, {entries}, {stored}")
+    lines.append(f"{pluralize(len(found), 'fingerprint')}, {entries}, {stored}")
     print_result("\n".join(lines) + "\n")
     return ExitCode.completed
 
@@ -118,8 +119,8 @@ def _verify(given: argparse.Namespace) -> int:
             damage[folder / FINGERPRINT_FILE] = "missing, damaged or of another version"
     for file, fault in damage.items():
         print_line(f"damaged: {file}: {fault}")
-    intact = counted(sum(count for count, _ in checked), "valid entry", "valid entries")
-    print_line(f"{counted(len(files), 'shard')}, {intact}, {counted(len(damage), 'damaged file')}")
+    intact = pluralize(sum(count for count, _ in checked), "valid entry", "valid entries")
+    print_line(f"{pluralize(len(files), 'shard')}, {intact}, {pluralize(len(damage), 'damaged file')}")
     if damage:
         print_line("runs compute damaged entries again when they need them")
     return ExitCode.invalid if damage else ExitCode.completed
@@ -134,14 +135,14 @@ def _gc(given: argparse.Namespace) -> int:
     for space in unwanted.values():
         print_line(f"drop: {space.line}")
     freed = size(sum(space.bytes for space in unwanted.values()))
-    what = f"{counted(len(unwanted), 'fingerprint')} ({freed})"
+    what = f"{pluralize(len(unwanted), 'fingerprint')} ({freed})"
     if not given.yes:
         print_line(f"nothing is removed yet; --yes removes {what}, and files that killed jobs have left")
         return ExitCode.completed
     for folder in unwanted:  # renamed first, so that no run finds it incomplete
         shutil.rmtree(folder.rename(temporary_name(folder)), ignore_errors=True)
     for place in (given.folder, *(space.folder for space in found if space.folder not in unwanted)):
-        for left in collect_abandoned(place):
+        for left in remove_abandoned(place):
             print_line(f"removed: {left}")
     print_line(f"{what} removed")
     return ExitCode.completed

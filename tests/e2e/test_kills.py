@@ -46,7 +46,7 @@ class KillPoint:
         with mock.patch.object(warm, "GRACE_AFTER_KILL_SECONDS", 0.5):
             return run_verb("train", command, processes=processes, prepare=self.arm, seconds=400)
 
-    def counted(self, rank: int) -> int:
+    def pluralize(self, rank: int) -> int:
         return int((self.folder / f"operations-{rank}").read_text())
 
     def arm(self) -> None:
@@ -88,7 +88,7 @@ def test_runs_killed_anywhere_end_as_the_uninterrupted_one(
     whole.folder.mkdir()
     ended = whole.start(command(whole.folder), processes)
     assert ended.code == 0, ended.output
-    operations = [max(1, int(whole.counted(rank) * REACH)) for rank in range(processes)]
+    operations = [max(1, int(whole.pluralize(rank) * REACH)) for rank in range(processes)]
     kills = runs = 0
     while kills < KILLS:
         folder, runs = tmp_path / f"killed-{runs}", runs + 1
@@ -100,7 +100,7 @@ def test_runs_killed_anywhere_end_as_the_uninterrupted_one(
             if (ended := point.start(command(folder), processes)).code == 0:
                 break
             # Else it was not killed, but refused or wrong.
-            assert point.counted(rank) >= operation, ended.output
+            assert point.pluralize(rank) >= operation, ended.output
             assert "Traceback" not in ended.output, ended.output
             kills += 1
             time.sleep(1)  # files of a dead writer are removed a second after their last change, or later

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from dpo_dist.foundation.files import (
-    collect_abandoned,
     content_digest,
     recover_folder,
     remembered_digest,
+    remove_abandoned,
     staged_file,
     staged_folder,
     temporary_name,
@@ -149,10 +149,10 @@ def test_only_files_of_dead_writers_are_removed(tmp_path: Path) -> None:
     with staged_file(tmp_path / "file") as file, staged_folder(tmp_path / "folder") as living:
         for one in (dead, aside, superseded, *of_users, file, living):
             os.utime(one, (0, 0))
-        assert collect_abandoned(tmp_path) == sorted([dead, superseded])
+        assert remove_abandoned(tmp_path) == sorted([dead, superseded])
         kept = (living, file, new, aside, tmp_path / "there", *of_users)
         assert names(tmp_path) == sorted(path.name for path in kept)
-    assert collect_abandoned(tmp_path / "missing") == []
+    assert remove_abandoned(tmp_path / "missing") == []
 
 
 def test_a_changed_file_is_detected_by_its_times_or_else_by_its_samples(

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.command_line import command_of
+from dpo_dist.config.command_line import write_command
 from dpo_dist.config.load import changed_keys, from_yaml, load_run_config, to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.streams import print_line, print_result
-from dpo_dist.foundation.text import counted, duration, first_few, number, percent, size, without_secrets
+from dpo_dist.foundation.text import duration, first_few, number, percent, pluralize, size, without_secrets
 from dpo_dist.tools.pairs.rounds import check_settings
 
 
@@ -48,8 +48,8 @@ def test_values_are_written(written: Callable[[float], str], texts: dict[float, 
 def test_lists_and_counts() -> None:
     assert [first_few(list("abcd")[:count]) for count in (0, 3, 4)] == ["", "a, b, c", "a, b, c and 1 more"]
     assert first_few(["a"] * 5, "other") == "a, a, a and 2 others"
-    assert [counted(count, "pair") for count in (0, 1, 2000)] == ["0 pairs", "1 pair", "2,000 pairs"]
-    assert [counted(count, "entry", "entries") for count in (1, 2)] == ["1 entry", "2 entries"]
+    assert [pluralize(count, "pair") for count in (0, 1, 2000)] == ["0 pairs", "1 pair", "2,000 pairs"]
+    assert [pluralize(count, "entry", "entries") for count in (1, 2)] == ["1 entry", "2 entries"]
     assert [number(value, 3) for value in (0.98765, 999.6)] == ["0.988", "1000"], "never an exponent"
 
 
@@ -114,9 +114,9 @@ def test_rounds_write_no_secret(secret: str, tmp_path: Path) -> None:
     given = ["model.path=m", "data.train=[t]", "pairs.method=samples", "pairs.function=m:f", "pairs.rounds=1"]
     given += [f"run.dir={tmp_path}/run", f"pairs.launcher='env A={secret} python'"]
     config = load_run_config([*given, f"tracking.project={secret}"])
-    folder = RunFolder.of(config)
+    folder = RunFolder.from_config(config)
     check_settings(config, folder)
-    command_of("pairs", config, folder.path / "stage", "python")
+    write_command("pairs", config, folder.path / "stage", "python")
     folder.round(1).round_result.parent.mkdir(parents=True)
     folder.round(1).round_result.write_text("{}")
     check_settings(config, folder)  # the same settings, compared without their secrets

@@ -44,9 +44,9 @@ from dpo_dist.data.text.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import DataError, PeerLostError
 from dpo_dist.foundation.files import (
     MEMO_FOLDER,
-    collect_abandoned,
     content_digest,
     file_identity,
+    remove_abandoned,
     text_digest,
 )
 
@@ -94,7 +94,7 @@ def prepare_dataset(
     check_template_keys(config, tokenizer)
     digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
     cache = Path(config.cache)
-    collect_abandoned(cache)
+    remove_abandoned(cache)
     all_pinned = [pin_source(source) for source in sources]
     fingerprints = [_fingerprint(source, config, digest, part) for source in all_pinned]
     encode = partial(encode_records, config=config, tokenizer=tokenizer, part=part)

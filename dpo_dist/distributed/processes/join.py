@@ -28,7 +28,7 @@ from dpo_dist.distributed.processes.failures import Reports, is_of_communication
 from dpo_dist.distributed.processes.world import Peer, World
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
 from dpo_dist.foundation.signals import exit_on_signal
-from dpo_dist.foundation.text import counted
+from dpo_dist.foundation.text import pluralize
 
 _ALONE = {
     "RANK": "0",
@@ -159,7 +159,7 @@ def _check_devices() -> None:
         raise ConfigError(
             "there are more processes than GPUs on this host",
             where="accelerate launch",
-            got=f"{processes} processes, {counted(gpus, 'GPU')}",
+            got=f"{processes} processes, {pluralize(gpus, 'GPU')}",
             remedy=f"--num_processes {gpus}, or make more GPUs visible (CUDA_VISIBLE_DEVICES={visible})",
         )
 

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError, disk_error, first_line
-from dpo_dist.foundation.text import counted
+from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
     auto_class,
@@ -286,7 +286,7 @@ def check_contents(
             "the weight files have other sizes than config.json says",
             where=key,
             got=f"{folder}: {name}: {in_files} in the files, {described} by config.json"
-            f" ({counted(len(mismatched), 'such tensor')})",
+            f" ({pluralize(len(mismatched), 'such tensor')})",
             remedy=f"correct config.json ({' or '.join(options) or 'the sizes of layers and heads'}), or use "
             "the weight files that belong to it",
         )

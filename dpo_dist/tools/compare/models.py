@@ -33,7 +33,7 @@ from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.foundation.text import counted
+from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.files.folder import hub_commit
 from dpo_dist.model.files.load import load_packed
@@ -96,7 +96,7 @@ def held_out(
             remedy="check the counts above, or raise data.eval_share",
         )
     fewer = f", fewer than compare.prompts={wanted}" if len(chosen) < wanted else ""
-    say(f"prompts: {len(chosen):,} of {counted(len(labels), 'different one')}{fewer}")
+    say(f"prompts: {len(chosen):,} of {pluralize(len(labels), 'different one')}{fewer}")
     return [record for *_, record in sorted(chosen, key=lambda entry: entry[1])], labels
 
 
@@ -224,7 +224,7 @@ def compare_models(
     config: RunConfig, models: Sequence[NamedModel], console: Console
 ) -> dict[str, Any] | None:
     """Write the responses of all models and the results; return the results on rank 0."""
-    folder = RunFolder.of(config)
+    folder = RunFolder.from_config(config)
     # Without a lock two starts would write the same parts.
     lock = files.locked(folder.comparison / folder.lock.name, "compares models in this run directory")
     with joined_run(config, console, lock) as run:
@@ -351,7 +351,7 @@ def _write(
     folder, console, counts = run.folder, run.console, Counter[str]()
     sampling = asdict(sampling_for("compare", run.config.sampling))
     names = [speaker.name for speaker in speakers]
-    files.collect_abandoned(folder.comparison)
+    files.remove_abandoned(folder.comparison)
     with files.staged_file(folder.comparison_answers) as temporary:  # after an error earlier answers stay
         if not files.write_lines(temporary, _rows(speakers, judgement_parts, labels, counts)):
             raise DataError(
@@ -388,7 +388,7 @@ def _write(
 
 def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> str:
     """Check models without weights, the judge, and the first records of each source; return the report."""
-    check_writable(RunFolder.of(config).path)
+    check_writable(RunFolder.from_config(config).path)
     lines: list[str] = []
     records = first_records(config.data.eval_sources, read_prompts, config.data, lines.append)
     tokens = sampling_for("compare", config.sampling).max_new_tokens

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation import files
-from dpo_dist.foundation.text import counted, number, percent, without_secrets
+from dpo_dist.foundation.text import number, percent, pluralize, without_secrets
 from dpo_dist.tools.compare.results import DIFFERENCES
 from dpo_dist.tools.shared.pages.charts import Interval, Point, scatter
 from dpo_dist.tools.shared.pages.render import number_above_interval, page, part
@@ -84,10 +84,10 @@ def comparison_table(results: _Row) -> list[str]:
         cells += [with_interval(*rate, ".3f") if rate else ""] if rates else []
         rows.append(cells)
     judge = "" if results["judge"] is None else f", judged by {results['judge']}"
-    lines = [f"comparison on {counted(results['prompts'], 'prompt')}{judge}", *aligned(rows)]
+    lines = [f"comparison on {pluralize(results['prompts'], 'prompt')}{judge}", *aligned(rows)]
     lines += [f"note: {sentence}" for sentence in _held_out_warning(results)]
     if left := sum(results["not_judged"].values()):
-        lines.append(f"note: not counted, because the judge gave no verdict: {counted(left, 'comparison')}")
+        lines.append(f"note: not counted, because the judge gave no verdict: {pluralize(left, 'comparison')}")
     return lines
 
 

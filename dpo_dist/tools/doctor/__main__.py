@@ -43,7 +43,7 @@ def main(config: RunConfig) -> int:
     from dpo_dist.tools.doctor import page as pages  # noqa: PLC0415
     from dpo_dist.tools.doctor.examine import diagnose  # noqa: PLC0415
 
-    folder = RunFolder.of(config)
+    folder = RunFolder.from_config(config)
     check_writable(folder.path)
     diagnosis = diagnose(config, console_on(sys.stderr, config.console.style).progress, benchmark)
     exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed

@@ -12,7 +12,7 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.config.verb_sections import DoctorConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import as_yaml, counted, number, without_secrets
+from dpo_dist.foundation.text import as_yaml, number, pluralize, without_secrets
 from dpo_dist.tools.doctor.examine import Diagnosis
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.shared.findings import Finding, Level
@@ -90,7 +90,7 @@ def store_sentence(use: Mapping[str, Any]) -> str:
 def counts_by_level(findings: Sequence[Finding]) -> list[tuple[str, str]]:
     """Return each level that has findings, with their number in words, the most serious first."""
     counts = {level: sum(finding.level is level for finding in findings) for level in reversed(Level)}
-    return [(level, counted(count, level)) for level, count in counts.items() if count]
+    return [(level, pluralize(count, level)) for level, count in counts.items() if count]
 
 
 def overview(sources: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -251,7 +251,7 @@ def write_evaluation(
     }
     named, newest = run.named_evaluation(name), run.evaluation
     for written in (named.path, newest.path):
-        files.collect_abandoned(written)
+        files.remove_abandoned(written)
     files.write_json(named.evaluated, evaluated)
     write_scores(named.scores, values, dataset, is_unpaired=loss.is_unpaired)
     files.write_json(named.results, by_name)

@@ -14,7 +14,7 @@ from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord, Response, as_fields, context_fields
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import staged_file, write_json, write_lines
-from dpo_dist.foundation.text import counted
+from dpo_dist.foundation.text import pluralize
 from dpo_dist.tools.shared.records import Read, good_records
 
 
@@ -103,4 +103,4 @@ def write_results(
     finally:
         for line in count_lines(counts):
             say(line)
-    say(f"{counted(number, 'pair')}: {file}")
+    say(f"{pluralize(number, 'pair')}: {file}")

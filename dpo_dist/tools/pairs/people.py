@@ -32,7 +32,7 @@ from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError, first_line
 from dpo_dist.foundation.files import locked, text_digest, write_json
-from dpo_dist.foundation.text import counted
+from dpo_dist.foundation.text import pluralize
 from dpo_dist.tools.pairs.files import check_output, pair_fields, training_records, write_results
 
 HOST = "127.0.0.1"
@@ -250,7 +250,7 @@ def label_pairs(folder: RunFolder, data: DataConfig, limit: int | None, seed: in
     drawn: Counter[str] = Counter()
     items = draw_items(training_records(data, read_records, say), limit or _MOST_ITEMS, seed, drawn)
     rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in (+drawn).items())
-    say(counted(len(items), "comparison") + (f"; records: {rest}" if rest else ""))
+    say(pluralize(len(items), "comparison") + (f"; records: {rest}" if rest else ""))
     if not items:
         raise DataError(
             "there is nothing to compare",

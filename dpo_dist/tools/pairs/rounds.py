@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
 
-from dpo_dist.config.command_line import command_of
+from dpo_dist.config.command_line import write_command
 from dpo_dist.config.fields import schema_fields
 from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
@@ -107,7 +107,7 @@ def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataCon
     The base is merged without quantization. The folder is written whole or not at all. `store` caches the
     digests of weight files.
     """
-    files.collect_abandoned(folder.parent)  # a start that was killed may have left a whole model
+    files.remove_abandoned(folder.parent)  # a start that was killed may have left a whole model
     # Slow to import.
     from dpo_dist.model.files.load import TORCH_DTYPES, load_tokenizer  # noqa: PLC0415
     from dpo_dist.model.files.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
@@ -200,7 +200,7 @@ class _Rounds:
         self.say(f"{stage_name}: samples of {stage.model.path}")
         below = folder.path / "sampling"
         folder.pairs_samples.unlink(missing_ok=True)  # an earlier start wrote it
-        code = self.run(command_of("pairs", stage, below, _launcher(pairs.launcher)))
+        code = self.run(write_command("pairs", stage, below, _launcher(pairs.launcher)))
         if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
             raise _stage_error(f"sampling of round {number}", code, folder)
         samples = read_samples(stage.model.path, folder.pairs_samples)
@@ -231,7 +231,7 @@ class _Rounds:
         )
         self.say(f"round {number}: training of {stage.model.path}")
         below = folder.path / "training"
-        code = self.run(command_of("train", stage, below, _launcher(self.config.pairs.launcher)))
+        code = self.run(write_command("train", stage, below, _launcher(self.config.pairs.launcher)))
         if code == ExitCode.preempted:
             self.say(f"round {number}: the training stopped with a checkpoint; the same command continues")
             return code, None
@@ -270,7 +270,7 @@ class _Rounds:
 
 def run_rounds(config: RunConfig, say: _Say, run: RunCommand = run_command) -> int:
     """Do `config.pairs.rounds` rounds, and score the last policy; return the exit code."""
-    return _Rounds(config, RunFolder.of(config), say, run).do()
+    return _Rounds(config, RunFolder.from_config(config), say, run).do()
 
 
 def _table(results: list[RoundResult]) -> list[str]:

@@ -20,8 +20,8 @@ from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, context_fields, prompt_key
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.files import collect_abandoned, locked, staged_file, text_digest, write_lines
-from dpo_dist.foundation.text import counted
+from dpo_dist.foundation.files import locked, remove_abandoned, staged_file, text_digest, write_lines
+from dpo_dist.foundation.text import pluralize
 from dpo_dist.tools.pairs.files import check_output, pair_fields, training_records, write_results
 from dpo_dist.tools.pairs.people import label_pairs
 from dpo_dist.tools.pairs.start import responding_models
@@ -66,7 +66,7 @@ def different_prompts(
         else:
             prompts[key] = asked
     skipped = "".join(f", {number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()))
-    say(f"prompts: {counted(len(prompts), 'different one')}{skipped}")
+    say(f"prompts: {pluralize(len(prompts), 'different one')}{skipped}")
     return list(prompts.values())
 
 
@@ -280,7 +280,7 @@ def pairs_from_models(run: Run) -> None:
     results = PairResults(prompts, models, completions, facts)
 
     def write() -> None:
-        collect_abandoned(folder.pairs)  # left by starts that were killed
+        remove_abandoned(folder.pairs)  # left by starts that were killed
         with staged_file(folder.pairs_samples) as temporary:
             write_lines(temporary, scored_lists(results))
         write_results(folder.pairs_file, pairs_from_results(results), settings, results.counts, console.say)
@@ -318,7 +318,7 @@ def pairs_from_scores(
 
 def dry_run_pairs(config: RunConfig) -> str:
     """Check models without weights, the judge, and the first records of each source; return the report."""
-    pairs, folder = config.pairs, RunFolder.of(config)
+    pairs, folder = config.pairs, RunFolder.from_config(config)
     check_writable(folder.path)
     file = (folder.round(1) if pairs.rounds else folder).pairs_file
     lines = [f"{pairs.method}: {file}{' (exists)' if file.exists() else ''}"]
@@ -340,7 +340,7 @@ def dry_run_pairs(config: RunConfig) -> str:
 
 def make_pairs(config: RunConfig, console: Console) -> None:
     """Write the preference records of `config.pairs`, and all responses with their scores."""
-    folder, pairs, seed = RunFolder.of(config), config.pairs, config.trainer.seed
+    folder, pairs, seed = RunFolder.from_config(config), config.pairs, config.trainer.seed
     # Without a lock two starts would write the same parts.
     lock = locked(folder.pairs / folder.lock.name, "makes pairs in this run directory")
     match pairs.method:

@@ -17,7 +17,7 @@ from dpo_dist.config.schema import DataConfig, DataFormat, ModelConfig, RunConfi
 from dpo_dist.config.verb_sections import PlanConfig
 from dpo_dist.data.read.sources import local_files
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.text import counted, duration, size
+from dpo_dist.foundation.text import duration, pluralize, size
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.model.files.load import load_config, without_weights
 from dpo_dist.tools.plan.estimate import (
@@ -63,7 +63,7 @@ def make_plan(config: RunConfig, progress: _Progress) -> Plan:
     rows.append((f"in all, of {size(machine.memory)}, of which a tenth stays free", used))
     lines = [
         f"{config.model.path}: {found.weights / 1e9:.3g}e9 weights, {found.trained / 1e9:.3g}e9 "
-        f"trained, on {counted(machine.gpus, 'GPU')} ({machine.gpu}), {config.parallelism.kind}",
+        f"trained, on {pluralize(machine.gpus, 'GPU')} ({machine.gpu}), {config.parallelism.kind}",
         *(f"  {line}" for line in aligned([[name, size(part)] for name, part in rows if part], numbers=(1,))),
         _verdict(found),
         f"host memory of a node: {size(found.host)}; disk: "
@@ -95,9 +95,9 @@ def plan_in_brief(config: RunConfig, tokens: float) -> list[tuple[str, str]]:
     machine = choose_machine(plan, config.model.dtype)
     data = Data(plan.pairs or 10_000, plan.tokens_per_pair or tokens, "")
     found = estimate(config, data, machine, _without_weights(config.model))
-    lines = [("plan", f"{_verdict(found)} ({counted(machine.gpus, 'GPU')}, {machine.gpu})")]
+    lines = [("plan", f"{_verdict(found)} ({pluralize(machine.gpus, 'GPU')}, {machine.gpu})")]
     if found.fits:
-        pairs = f"{counted(data.pairs, config.loss.unit)} of {data.tokens:,.0f} tokens"
+        pairs = f"{pluralize(data.pairs, config.loss.unit)} of {data.tokens:,.0f} tokens"
         lines.append(("hours", f"{_span(*found.hours()['epoch_seconds'])} for {pairs}"))
     return lines
 
@@ -126,7 +126,7 @@ def _hours(found: Estimate) -> list[str]:
     times.append([f"this run, {length}", _span(*hours["run_seconds"])])
     if "price" in hours:
         times.append(["price", " to ".join(f"{end:,.2f}" for end in hours["price"])])
-    pairs = counted(data.pairs, found.config.loss.unit)
+    pairs = pluralize(data.pairs, found.config.loss.unit)
     lines = [
         f"an epoch of {pairs} of {data.tokens:,.0f} tokens ({data.basis}):",
         *(f"  {line}" for line in aligned(times, numbers=(1,))),

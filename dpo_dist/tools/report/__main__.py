@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dpo_dist.config.run_folder import existing_run, strip_key
 from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
-from dpo_dist.foundation.files import collect_abandoned
+from dpo_dist.foundation.files import remove_abandoned
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.tools.report.runs import compare_runs
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.output is None and (rows := read_latest_rows(first)):
                 draw_curves(rows, first.curves, first.path.name)
                 print_line(f"curves: {first.curves}")
-            collect_abandoned(first.metrics)  # a start that was killed may have left half a picture
+            remove_abandoned(first.metrics)  # a start that was killed may have left half a picture
     except (OSError, ValueError) as error:
         remedy = "check the files of the run, permissions and free space, or set --output page.html"
         where = str(options.output or options.runs[0])

@@ -18,7 +18,7 @@ from dpo_dist.config.schema import DataConfig, ModelConfig, ReferenceConfig, Run
 from dpo_dist.config.verb_sections import ExportedWeights
 from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import as_yaml, counted, without_secrets
+from dpo_dist.foundation.text import as_yaml, pluralize, without_secrets
 from dpo_dist.tools.report.verdict.rules import verdict
 from dpo_dist.tools.shared.tables import evaluation_cells
 from dpo_dist.training.reporting.metrics_log import MetricsRow
@@ -70,7 +70,7 @@ def model_card(
     seen = summary["pairs_seen"]
     pairs = sum(counts["pairs"] for counts in summary["data"]["train"]["sources"])
     unit = config.loss.unit
-    repeated = f"{counted(pairs, unit)} ({seen:,} with repetitions)"
+    repeated = f"{pluralize(pairs, unit)} ({seen:,} with repetitions)"
     head, *rows = evaluation_cells(evaluation, (*MAIN, *TERMS.values()))
     is_averaged = config.export.weights is not ExportedWeights.last
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
@@ -82,8 +82,8 @@ def model_card(
         quantized=config.model.quantization,
         start=None if adapter is None or adapter.path is None else _model_name(adapter.path),
         unit=unit,
-        pairs=counted(seen, unit) if seen <= pairs else Markup(repeated),  # noqa: S704  (digits)
-        steps=counted(summary["steps"], "step"),
+        pairs=pluralize(seen, unit) if seen <= pairs else Markup(repeated),  # noqa: S704  (digits)
+        steps=pluralize(summary["steps"], "step"),
         kinds=[(kind, "" if kind is LossKind.custom else KINDS[kind].source) for kind in config.loss.kinds],
         best=summary.get("best_checkpoint") if "model_step" in summary else None,
         averaged=f"{config.trainer.ema_decay:g}" if is_averaged else "",
@@ -181,7 +181,7 @@ def run_card(
     `rows`: of log_history.json, up to the model's step. `summary`: with `exit`, without `verdict`. `loader`:
     the model's auto class. `is_evaluated`: whether the last evaluation of training scored this model.
     """
-    folder, evaluation, card = RunFolder.of(config), {}, ""
+    folder, evaluation, card = RunFolder.from_config(config), {}, ""
     with warn_on_bug("the model card", say):
         run_verdict = verdict(rows, summary, data_findings(folder))
         results = folder.named_evaluation(LAST_EVALUATION).results

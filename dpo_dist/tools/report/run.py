@@ -14,7 +14,7 @@ from dpo_dist.data.counts import in_words
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
-from dpo_dist.foundation.text import counted, duration, number, percent, size, without_secrets
+from dpo_dist.foundation.text import duration, number, percent, pluralize, size, without_secrets
 from dpo_dist.foundation.types import Fields
 from dpo_dist.tools.evaluation.results import ALL, results_name
 from dpo_dist.tools.report.verdict.facts import MARGIN, RunFacts, last
@@ -144,11 +144,11 @@ def _about(facts: PageFacts) -> Iterator[str]:
         if pairs := facts.run.counts(name).get("pairs"):
             labels = facts.run.counts(name).get("labels")
             label_counts = f" ({labels['good']:,} good, {labels['bad']:,} bad)" if labels else ""
-            yield counted(pairs, f"{noun} {unit}") + label_counts
+            yield pluralize(pairs, f"{noun} {unit}") + label_counts
     if steps := facts.summary.get("steps"):
-        yield f"{counted(steps, 'step')} of {counted(facts.setting('trainer.global_batch_pairs'), unit)}"
+        yield f"{pluralize(steps, 'step')} of {pluralize(facts.setting('trainer.global_batch_pairs'), unit)}"
     processes = facts.summary.get("world_size") or facts.environment.get("world_size") or 1
-    yield counted(processes, "process", "processes") + "."
+    yield pluralize(processes, "process", "processes") + "."
 
 
 def verdict_for_page(facts: PageFacts) -> Mapping[str, Any]:
@@ -226,7 +226,7 @@ def _by_source(facts: PageFacts) -> _Table | None:
     lines: list[list[object]] = []
     for label, results, row in rows:
         ends, pairs = facts.intervals(results), (facts.evaluation.get(results) or {}).get("eval_pairs")
-        remarks = [counted(pairs, f"evaluation {unit}")] if pairs else []
+        remarks = [pluralize(pairs, f"evaluation {unit}")] if pairs else []
         low, high = ends.get(f"eval_{accuracy}", (1, 1))
         remarks += ["not better than guessing"] if low <= 1 / 2 <= high else []
         name = part("macros.jinja", "named", label, ", ".join(remarks))

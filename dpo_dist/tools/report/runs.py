@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from markupsafe import Markup
 
 from dpo_dist.config.losses import kinds_using
-from dpo_dist.config.metrics import ACCURACIES, CUSTOM, MAIN, METRICS, TERMS, metric_of
+from dpo_dist.config.metrics import ACCURACIES, CUSTOM, MAIN, METRICS, TERMS, find_metric
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation.errors import RunOutcome
@@ -169,7 +169,7 @@ class _Results:
     def cells(self, key: str) -> list[str]:
         """Return each run's value of a metric with its interval; * marks the best, unless seeds differ."""
         best = None if self.has_seeds else self._best(key, [finite(row, key) for row in self.rows])
-        cells, form = [], metric_of(key).form
+        cells, form = [], find_metric(key).form
         for row, intervals in zip(self.rows, self.intervals, strict=True):
             cell = form(row[key]) if key in row else "-"
             cell += "*" if row.get(key) == best is not None else ""
@@ -191,8 +191,8 @@ class _Results:
                 for rows in members.values()
             ]
             means = [fmean(values) if values else None for values in known]
-            best, form = self._best(key, means), metric_of(key).form
-            columns[metric_of(key).title] = [
+            best, form = self._best(key, means), find_metric(key).form
+            columns[find_metric(key).title] = [
                 "-" if mean is None else form(mean) + "*" * (mean == best) + _spread(values, form)
                 for values, mean in zip(known, means, strict=True)
             ]
@@ -200,7 +200,7 @@ class _Results:
 
     def _best(self, key: str, values: Sequence[float | None]) -> float | None:
         """Return the best value; None if the values are equal or cannot be compared."""
-        known, direction = [value for value in values if value is not None], metric_of(key).best
+        known, direction = [value for value in values if value is not None], find_metric(key).best
         if direction is None or len(set(known)) < 2 or key.startswith(self.not_comparable):
             return None
         return (min if direction is Direction.lowest else max)(known)

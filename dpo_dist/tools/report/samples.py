@@ -14,7 +14,7 @@ from dpo_dist.distributed.processes.world import Interrupted
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import ConfigError, warn_on_bug
 from dpo_dist.foundation.files import json_line, read_lines, text_digest, write_text
-from dpo_dist.foundation.text import counted, duration
+from dpo_dist.foundation.text import duration, pluralize
 from dpo_dist.model.files.load import load_config
 from dpo_dist.model.files.stops import find_stop_ids
 from dpo_dist.reference.engine import load_reference
@@ -123,7 +123,7 @@ class RunSamples:
             tokens = sum(row["tokens"] for row in self.reference)
             again = "at every evaluation" if self.at_every_evaluation else "after the last step"
             self.run.say(
-                f"samples: responses to {counted(len(rows), 'held-out prompt')}, {tokens:,} tokens, took "
+                f"samples: responses to {pluralize(len(rows), 'held-out prompt')}, {tokens:,} tokens, took "
                 f"{duration(time.monotonic() - started)}, and take about as long {again}; "
                 "samples.prompts=0 turns them off"
             )
@@ -141,7 +141,7 @@ class RunSamples:
         requests = [prompt.request for prompt in self.prompts]
         limits = self.stop_ids, _BATCH_TOKENS, self.run.stops
         try:
-            doing = f"samples: responding to {counted(len(requests), 'prompt')}"
+            doing = f"samples: responding to {pluralize(len(requests), 'prompt')}"
             with self.run.clock.of("samples"), self.run.console.heartbeat(doing):
                 samples = generate_together(model, requests, self.sampling, *limits, of_base=of_base)
         except NotFiniteError:

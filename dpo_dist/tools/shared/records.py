@@ -6,7 +6,7 @@ from typing import TypeAlias
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.counts import DataCounts, check_counts, describe_dropped
 from dpo_dist.data.records import BadRecord, PreferenceRecord
-from dpo_dist.foundation.text import counted
+from dpo_dist.foundation.text import pluralize
 
 Read: TypeAlias = Callable[[SourceConfig], Iterator[PreferenceRecord | BadRecord]]
 """`read_records` or `read_prompts`."""
@@ -31,7 +31,7 @@ def good_records(
         if isinstance(record, PreferenceRecord):
             yield record
     check_counts(counts, source.path, data, of_first=of_first)
-    say(f"{source.path}: {counts.kept:,} of {counted(counts.read, 'record')} kept")
+    say(f"{source.path}: {counts.kept:,} of {pluralize(counts.read, 'record')} kept")
     for line in describe_dropped(counts.dropped):
         say(line)
 

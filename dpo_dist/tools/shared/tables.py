@@ -5,11 +5,11 @@ from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 
 from dpo_dist.config.identity import kinds_in
-from dpo_dist.config.losses import unit_of
+from dpo_dist.config.losses import loss_unit
 from dpo_dist.config.metrics import ACCURACIES, MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name
 from dpo_dist.foundation.errors import RunOutcome
-from dpo_dist.foundation.text import counted, duration, percent, size
+from dpo_dist.foundation.text import duration, percent, pluralize, size
 from dpo_dist.foundation.types import Fields
 
 Ends = Sequence[float] | None
@@ -56,11 +56,11 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
     kept = folder.checkpoints / checkpoint_name(saved["step"]) if saved else ""
     step_note = f" (step {summary['model_step']:,})" if "model_step" in summary else ""
     facts = {
-        "run": _OUTCOMES[outcome].format(counted(summary["steps"], "step")),
+        "run": _OUTCOMES[outcome].format(pluralize(summary["steps"], "step")),
         "time": _time(rows, summary),
         "best": f"{kept} ({saved['metric']} {saved['value']:.4f})" if saved else "",
         "data": ", ".join(
-            f"{name}: {counts['kept']:,} of {counted(counts['read'], 'record')} kept"
+            f"{name}: {counts['kept']:,} of {pluralize(counts['read'], 'record')} kept"
             for name, counts in summary.get("data", {}).items()
             if "read" in counts
         ),
@@ -79,15 +79,15 @@ def _time(rows: Sequence[Fields], summary: Fields) -> str:
         return ""
     parts = [f"{duration(summary['train_seconds'])} of training"]
     if "pairs_per_second" in summary:
-        unit = unit_of(kinds_in(summary.get("settings") or {}))
-        parts.append(counted(summary.get("pairs_seen", 0), unit))
+        unit = loss_unit(kinds_in(summary.get("settings") or {}))
+        parts.append(pluralize(summary.get("pairs_seen", 0), unit))
         parts.append(f"{summary['pairs_per_second']:,.1f} {unit}s/s")
     if measured := [row["mfu"] for row in rows if math.isfinite(row.get("mfu", math.nan))]:
         parts.append(f"MFU {percent(fmean(measured))}")
     if "peak_memory_bytes" in summary:
         parts.append(f"peak memory {size(summary['peak_memory_bytes'])}")
         processes = summary.get("world_size", 1)
-        parts += [counted(processes, "process", "processes")] if processes > 1 else []
+        parts += [pluralize(processes, "process", "processes")] if processes > 1 else []
     return ", ".join(parts)
 
 
@@ -95,7 +95,7 @@ def describe_reference(report: Fields) -> str:
     """Return the section `reference` of summary.json in words: "cached: 6,403 log-probs computed, ..."."""
     if report.get("mode") != "cached":
         return str(report.get("mode", ""))
-    return f"cached: {counted(report['computed'], 'log-prob')} computed, {report['hits']:,} reused"
+    return f"cached: {pluralize(report['computed'], 'log-prob')} computed, {report['hits']:,} reused"
 
 
 def evaluation_cells(results: Mapping[str, Fields], metrics: Sequence[str]) -> list[list[str]]:

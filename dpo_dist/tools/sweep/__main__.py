@@ -20,7 +20,7 @@ from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
-from dpo_dist.foundation.text import counted
+from dpo_dist.foundation.text import pluralize
 from dpo_dist.tools.sweep.pool import Pool, is_finished, warm_up
 from dpo_dist.training.start.preflight import check_start
 
@@ -38,7 +38,7 @@ def main(points: Points) -> int:
         mine = list(points)[job::jobs]
         left = [words for words in mine if not is_finished(points[words])]
         share = "" if jobs == 1 else f", {len(mine):,} of them for this job of the array"
-        console.say(f"sweep: {counted(len(points), 'point')}{share}, {len(mine) - len(left):,} finished")
+        console.say(f"sweep: {pluralize(len(points), 'point')}{share}, {len(mine) - len(left):,} finished")
         pool = Pool({words: points[words] for words in mine}, folder, console, first.sweep)
         is_stopped = pool.run(left)
         results = sweep_results(points, pool.ends, folder)
@@ -99,7 +99,7 @@ def check(points: Points) -> Iterator[str]:
         key = repr(loads)
         if key not in loaded:
             loaded[key] = dry_run(config, plan=plan_in_brief).splitlines()
-        run, common = RunFolder.of(config), next(iter(loaded.values()))
+        run, common = RunFolder.from_config(config), next(iter(loaded.values()))
         own = [line for line in loaded[key] if line not in common and "run.dir:" not in line]
         yield "\n".join(
             [f"{' '.join(words)}: {run} ({expected_start(config.identity, config.run.resume, run)})", *own]

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from dpo_dist.config.command_line import command_of
+from dpo_dist.config.command_line import write_command
 from dpo_dist.config.load import Points
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ConsoleStyle, RunConfig
@@ -27,7 +27,7 @@ from dpo_dist.foundation.errors import ConfigError, ErrorPrinter, ExitCode, RunO
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.signals import SWEEP_VARIABLE, StopRequest, end_at_signals, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
-from dpo_dist.foundation.text import counted, duration
+from dpo_dist.foundation.text import duration, pluralize
 from dpo_dist.training.start.preflight import checked_start
 from dpo_dist.training.start.resume import read_state
 
@@ -39,7 +39,7 @@ ELSEWHERE = "trained by another process"
 
 def is_finished(config: RunConfig) -> bool:
     """Return whether a point's run is completed with these settings."""
-    state = read_state(RunFolder.of(config))
+    state = read_state(RunFolder.from_config(config))
     if state is None or state.outcome is not RunOutcome.completed:
         return False
     return state.identity.get("run_digest") == config.identity.digest
@@ -133,7 +133,7 @@ class Pool:
             raise ConfigError(
                 "the GPUs cannot be divided among the points",
                 where="sweep.parallel",
-                got=f"{parallel}, with {counted(count, 'GPU')}",
+                got=f"{parallel}, with {pluralize(count, 'GPU')}",
                 remedy=f"set it to a divisor of {count}",
             )
         self._free = [gpus[place::parallel] for place in range(parallel)]
@@ -165,17 +165,17 @@ class Pool:
         words = ended.words
         ended.process.join()
         self._free.append(ended.gpus)
-        run = RunFolder.of(self._points[words])
+        run = RunFolder.from_config(self._points[words])
         self.codes[words], self.ends[words] = point_end(run, ended.process.exitcode, ended.printed())
         spent = duration(time.monotonic() - ended.began)
         self._console.say(f"{' '.join(words)}: {self.ends[words][0]} after {spent}")
 
     def _start(self, words: Words) -> None:
         config, gpus = replace(self._points[words], sweep=SweepConfig()), self._free.pop(0)
-        screen = self._folder.point_screen(RunFolder.of(config))
+        screen = self._folder.point_screen(RunFolder.from_config(config))
         work: Callable[[], int] = partial(_train_point, config)
         if self._launcher is not None:
-            work = partial(_become, command_of("train", config, screen.with_suffix(""), self._launcher))
+            work = partial(_become, write_command("train", config, screen.with_suffix(""), self._launcher))
         place = f"point {list(self._points).index(words) + 1} of {len(self._points)}"
         self._console.say(f"{' '.join(words)}: {place}, its screen is in {screen}")
         fork = multiprocessing.get_context("fork")

@@ -20,7 +20,10 @@ End = tuple[str, str]  # a point's outcome and error
 
 def sweep_results(points: Points, ends: Mapping[tuple[str, ...], End], folder: RunFolder) -> dict[str, Any]:
     """Write sweep.json, and return its content; `ends` has the points that ran since this start."""
-    rows = [_point(words, RunFolder.of(points[words]), ends.get(words, ("", "")), folder) for words in points]
+    rows = [
+        _point(words, RunFolder.from_config(points[words]), ends.get(words, ("", "")), folder)
+        for words in points
+    ]
     results = {"points": rows}
     write_json(folder.sweep, results)
     return results
@@ -45,7 +48,7 @@ def _point(words: tuple[str, ...], run: RunFolder, end: End, folder: RunFolder) 
 
 def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str]:
     """Write the page about the points that have started; return its table, and lines about the others."""
-    begun = [run for run in map(RunFolder.of, points.values()) if run.state.is_file()]
+    begun = [run for run in map(RunFolder.from_config, points.values()) if run.state.is_file()]
     lines = ["", *compare_runs(begun, page), ""] if len(begun) > 1 else []
     for row in results["points"]:
         words = " ".join(f"{key}={value}" for key, value in row["settings"].items())

@@ -57,7 +57,7 @@ def dry_run(
     run. `trains`: the run starts from what is in its directory. `plan` returns whether the run fits,
     and how long it takes, if its pairs have so many tokens.
     """
-    run = RunFolder.of(config)
+    run = RunFolder.from_config(config)
     start_in_words = (
         f" ({expected_start(config.identity, config.run.resume, run)})" if trains and not models else ""
     )

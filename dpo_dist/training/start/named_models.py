@@ -104,7 +104,7 @@ def find_evaluated(config: RunConfig) -> tuple[RunConfig, list[EvaluatedModel]]:
     data = replace(data, train=[]) if data.eval else data
     config = replace(config, data=data, reference=reference)
     check_has_evaluation_data(config.data, "evaluate models on")
-    return config, [_evaluated(model, RunFolder.of(config)) for model in config.evaluation.models]
+    return config, [_evaluated(model, RunFolder.from_config(config)) for model in config.evaluation.models]
 
 
 def _evaluated(named: str | None, run: RunFolder) -> EvaluatedModel:
@@ -120,7 +120,7 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
 
     Their files are not checked. With `export.push_to` the folder may exist.
     """
-    run = existing_run(RunFolder.of(config).path)
+    run = existing_run(RunFolder.from_config(config).path)
     if changed := changed_keys(run.config, config.identity):
         raise ConfigError(
             "an export cannot change the configuration of its run",

@@ -25,7 +25,7 @@ from dpo_dist.distributed.processes.join import join_world
 from dpo_dist.distributed.processes.world import Stops, World, with_sequence_groups
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.signals import StopRequest
-from dpo_dist.foundation.text import counted, first_few
+from dpo_dist.foundation.text import first_few, pluralize
 from dpo_dist.model.numerics import deterministic_kernels
 from dpo_dist.training.clock import WorkClock
 
@@ -53,7 +53,7 @@ class Run:
         tokens = config.trainer.micro_batch_tokens
         usual = _ON_CPU if world.device.type == "cpu" else DEFAULT_TOKENS
         self.micro_batch_tokens = usual if tokens == "auto" else tokens
-        self.folder = RunFolder.of(config)
+        self.folder = RunFolder.from_config(config)
         self.stops = Stops(stop or StopRequest(), world)
         self.clock = WorkClock(world.size, time.monotonic() if began is None else began)
 
@@ -98,7 +98,7 @@ def open_run(
     if not trains:
         parallelism = replace(parallelism, offload_optimizer=Offload.none, hpz=1)
     deepspeed_config = policy_config(parallelism, config.optim, config.model.dtype)
-    joins = join(deepspeed_config, parallelism.timeout_seconds, RunFolder.of(config), console)
+    joins = join(deepspeed_config, parallelism.timeout_seconds, RunFolder.from_config(config), console)
     with deterministic_kernels(config.trainer.deterministic), joins as world:
         set_seed(config.trainer.seed % 2**32)
         grouped = with_sequence_groups(world, config.parallelism.sequence_parallel)
@@ -132,7 +132,7 @@ def say_header(run: Run) -> None:
     """Print everything that is known before the data are read."""
     config, world = run.config, run.world
     hosts = len({peer.host for peer in world.peers})
-    processes = counted(world.size, "process", "processes")
+    processes = pluralize(world.size, "process", "processes")
     share = f"{config.data.eval_share:g} of them" if config.data.eval_share else "none"
     train = first_few([source.path for source in config.data.train])
     evaluation = first_few([source.path for source in config.data.eval])
@@ -142,7 +142,7 @@ def say_header(run: Run) -> None:
         run.say("hint: this CPU has no instructions for bf16: model.dtype=fp32 is several times faster")
     run.say(f"data: {train}; evaluation: {evaluation or share}")
     groups = "" if world.sequence is None else f", in groups of {world.sequence.ranks} that share tokens"
-    run.say(f"world: {processes} on {counted(hosts, 'host')}, {world.device.type}{groups}")
+    run.say(f"world: {processes} on {pluralize(hosts, 'host')}, {world.device.type}{groups}")
 
 
 def has_bf16_products() -> bool:

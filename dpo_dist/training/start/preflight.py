@@ -27,7 +27,7 @@ from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
 from dpo_dist.foundation.files import locked
-from dpo_dist.foundation.text import counted
+from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.files.folder import (
     CONFIG_FILE,
     check_tokenizer_files,
@@ -54,7 +54,7 @@ _FLASH_ATTN = {
 @contextlib.contextmanager
 def checked_start(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
     """Check the start and open the console; a start that fails before it trains leaves no directory."""
-    folder = RunFolder.of(config)
+    folder = RunFolder.from_config(config)
     is_new = not folder.path.exists()
     check_start(config, trains=trains, starts=True)
     try:
@@ -76,7 +76,7 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
     """
     if os.environ.get("RANK", "0") != os.environ.get("LOCAL_RANK", "0"):
         return
-    run = RunFolder.of(config)
+    run = RunFolder.from_config(config)
     if trains and config.run.resume is not Resume.never:
         check_newest_checkpoint(config.identity, run)
     if LossKind.custom in config.loss.kinds:
@@ -114,7 +114,7 @@ def _check_groups(parallelism: ParallelismConfig, *, trains: bool) -> None:
             raise ConfigError(
                 "the processes cannot be divided into groups of this size",
                 where=f"parallelism.{key}",
-                got=f"{ranks}, with {counted(processes, 'process', 'processes')}",
+                got=f"{ranks}, with {pluralize(processes, 'process', 'processes')}",
                 expected=f"a divisor of {processes}",
                 remedy=f"set it to such a number, or start a multiple of {ranks} processes",
             )

@@ -18,7 +18,7 @@ from dpo_dist.config.run_folder import (
 from dpo_dist.config.schema import FolderConfig, RunConfig
 from dpo_dist.foundation.errors import ConfigError
 
-FOLDER = RunFolder.of(RunConfig(run=FolderConfig("output/run")))
+FOLDER = RunFolder.from_config(RunConfig(run=FolderConfig("output/run")))
 
 
 def test_the_paths_of_a_run_directory_are_those_of_the_contract() -> None:

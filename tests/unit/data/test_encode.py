@@ -324,7 +324,7 @@ ANSWER, DOUBT, LAST = (
 TURNS = (ANSWER, DOUBT, LAST)
 
 
-def counted(response: Messages | str, family: str = "qwen2_5", **data: Any) -> str:
+def pluralize(response: Messages | str, family: str = "qwen2_5", **data: Any) -> str:
     """Return the text of a response that the loss counts."""
     tokenizer = tokenizer_of(family)
     what = PreferenceRecord(QUESTION, (response, "another"), Origin("here", 1))
@@ -364,7 +364,7 @@ RAIN, YES, END = "It rains.<|im_end|>", "Yes, <note>I think</note> so.<|im_end|>
     ],
 )
 def test_counted_text(response: Messages | str, family: str, data: dict[str, Any], expected: str) -> None:
-    assert counted(response, family, **data) == expected
+    assert pluralize(response, family, **data) == expected
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_a_response_without_counted_tokens_is_a_bad_record(turns: Messages) -> N
 )
 def test_a_turn_may_start_like_the_tag_of_a_prompt(start: str, family: str, data: dict[str, Any]) -> None:
     first = replace(ANSWER, content=f"{start} It rains.")
-    assert counted((first, DOUBT, LAST), family, **data).startswith(f"{start} It rains.")
+    assert pluralize((first, DOUBT, LAST), family, **data).startswith(f"{start} It rains.")
 
 
 def test_the_mask_is_cut_with_its_response() -> None:

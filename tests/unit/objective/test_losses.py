@@ -381,7 +381,7 @@ def test_a_custom_function_is_a_term_like_any_other() -> None:
         ("raise SystemExit(0)", "SystemExit"),
         ("policy.chosen.register_hook(lambda _: 1 / 0)\n    return policy.chosen * 1", "ZeroDivisionError"),
         ("return torch.sqrt(policy.chosen - policy.chosen)", "gradients that are not finite"),
-        ("return policy.chosen - policy.chosen.mean()", "for it alone"),
+        ("return policy.chosen - policy.chosen.mean()", "for the pair alone"),
     ],
 )
 def test_an_unusable_function_is_an_error_with_a_reason(

@@ -237,7 +237,7 @@ def config_of(folder: Path, *options: str) -> RunConfig:
 
 def complete(config: RunConfig, *, has_checkpoint: bool = True) -> None:
     """A complete run of 8 steps."""
-    folder = RunFolder.of(config)
+    folder = RunFolder.from_config(config)
     identity: dict[str, Any] = dict(config.identity.recorded)
     folder.model.mkdir(parents=True)
     save_file({"weight": torch.ones(2)}, folder.model / "model.safetensors")
@@ -258,8 +258,10 @@ def test_a_complete_run_continues_to_another_length(former: list[str], new: str,
     assert isinstance(start_of(config), RunState)
     assert step_of(start_of(longer)) == 8
     # The config.yaml and the state of a start that was killed before its first checkpoint.
-    RunFolder.of(longer).config.write_text(to_yaml(longer))
-    write_state(RunFolder.of(longer), RunState(RunOutcome.started, 8, {"run_digest": longer.identity.digest}))
+    RunFolder.from_config(longer).config.write_text(to_yaml(longer))
+    write_state(
+        RunFolder.from_config(longer), RunState(RunOutcome.started, 8, {"run_digest": longer.identity.digest})
+    )
     assert step_of(start_of(longer)) == 8
 
 
@@ -271,7 +273,7 @@ def test_another_key_is_refused_beside_a_greater_length(tmp_path: Path) -> None:
             start_of(other)
         assert "optim.lr=0.5" in error.value.got
         assert "optim.lr=1e-06" in error.value.expected
-        RunFolder.of(other).state.unlink(missing_ok=True)
+        RunFolder.from_config(other).state.unlink(missing_ok=True)
 
 
 # Room on the disk: checkpoints of 12 GiB, and a model of 2 GiB, of 2^30 weights in bf16.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from statistics import fmean
 
 from dpo_dist.config.losses import balancing_weight
-from dpo_dist.foundation.text import counted, percent
+from dpo_dist.foundation.text import percent, pluralize
 from dpo_dist.tools.report.verdict.facts import (
     FEWEST_PAIRS,
     FEWEST_STEPS,
@@ -135,7 +135,7 @@ def _does_not_generalise(facts: RunFacts) -> Iterator[str]:
         if training.value - accuracy.value > max(0.1, noise):
             yield (
                 f"training {facts.accuracy_title} {training.value:.3f} is far above evaluation "
-                f"{facts.accuracy_title} {accuracy.value:.3f} on {counted(accuracy.pairs, facts.unit)}"
+                f"{facts.accuracy_title} {accuracy.value:.3f} on {pluralize(accuracy.pairs, facts.unit)}"
             )
 
 

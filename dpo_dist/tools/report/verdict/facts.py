@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from dpo_dist.config.identity import kinds_in
-from dpo_dist.config.losses import KINDS, LossKind, unit_of
+from dpo_dist.config.losses import KINDS, LossKind, loss_unit
 from dpo_dist.config.metrics import ACCURACIES, METRICS
 from dpo_dist.foundation import text
 from dpo_dist.foundation.types import Fields
@@ -47,13 +47,13 @@ class RunFacts:
 
     `steps` are the rows of training steps. `evaluations` are the evaluations after a step, with keys without
     `eval_`. `last_rows` are the evaluations or, in a run without any, the steps; `part` names which. `unit`
-    is "pair" or "record" (`unit_of`). `accuracy_key` is the metric in `ACCURACIES` for that unit.
+    is "pair" or "record" (`loss_unit`). `accuracy_key` is the metric in `ACCURACIES` for that unit.
     """
 
     def __init__(self, rows: Sequence[MetricsRow], summary: Fields, findings: Sequence[Fields] = ()):
         self.rows, self.summary, self.data_findings = rows, summary, findings
         self.kinds = kinds_in(summary.get("settings") or {})
-        self.unit = unit_of(self.kinds)
+        self.unit = loss_unit(self.kinds)
         self.accuracy_key = ACCURACIES[self.unit == "record"]
         self.accuracy_title = METRICS[self.accuracy_key].title
         self.steps = [row for row in rows if "loss" in row]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 
 from dpo_dist.foundation.errors import RunOutcome
-from dpo_dist.foundation.text import counted
+from dpo_dist.foundation.text import pluralize
 from dpo_dist.objective.metrics import EXCESS, MISMATCH
 from dpo_dist.tools.report.verdict.facts import (
     FEWEST_PAIRS,
@@ -39,7 +39,7 @@ def _diverged(facts: RunFacts) -> Iterator[str]:
     yield from lost_weights(facts)
     if bad := facts.summary.get("bad_steps", 0):
         yield (
-            f"{counted(bad, 'step')} of {facts.total_steps:,} taught nothing, because loss or gradient was "
+            f"{pluralize(bad, 'step')} of {facts.total_steps:,} taught nothing, because loss or gradient was "
             "not finite"
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from dpo_dist.foundation.errors import RunOutcome
-from dpo_dist.foundation.text import counted
+from dpo_dist.foundation.text import pluralize
 from dpo_dist.tools.report.verdict.data import DATA_RULES
 from dpo_dist.tools.report.verdict.facts import (
     FEWEST_STEPS,
@@ -106,7 +106,7 @@ def _success(facts: RunFacts) -> str:
     start, end = first(facts.steps, "loss"), last(facts.steps, "loss")
     if start is None or end is None:
         return NOTHING_TO_JUDGE
-    fall = f"training loss {start:.3g} -> {end:.3g} in {counted(facts.total_steps, 'step')}"
+    fall = f"training loss {start:.3g} -> {end:.3g} in {pluralize(facts.total_steps, 'step')}"
     result = "no fault found" if facts.total_steps >= FEWEST_STEPS else "too short to be judged"
     if not facts.evaluations:
         result += " (nothing was evaluated after a step, or sampled)"
@@ -114,7 +114,7 @@ def _success(facts: RunFacts) -> str:
         result += " (nothing was sampled)"
     if accuracy is None or last(facts.last_rows, facts.accuracy_key) is None:
         return f"{result}: {fall}"
-    pairs = f" on {counted(accuracy.pairs, facts.unit)}" if accuracy.pairs else ""
+    pairs = f" on {pluralize(accuracy.pairs, facts.unit)}" if accuracy.pairs else ""
     margin = digits(last(facts.last_rows, "rewards/margins"))
     return (
         f"{result}: {facts.part} {facts.accuracy_title} {accuracy.value:.3f}{pairs}, margin {margin}, {fall}"

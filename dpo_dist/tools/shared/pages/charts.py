@@ -15,7 +15,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
-from dpo_dist.config.metrics import ACCURACY_CHART, AUC_CHART, CUSTOM, METRICS, PREFIX, TERMS, metric_of
+from dpo_dist.config.metrics import ACCURACY_CHART, AUC_CHART, CUSTOM, METRICS, PREFIX, TERMS, find_metric
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import number
@@ -270,7 +270,7 @@ class Panel:
     def label(self, key: str) -> str:
         """Return the label of a metric's lines."""
         if len(self.keys) == 1:
-            return metric_of(key).title
+            return find_metric(key).title
         return key.rsplit("/", 1)[-1].removesuffix("_per_token")
 
 
@@ -298,7 +298,7 @@ def charts(rows: Rows, noise: Mapping[str, float]) -> list[Markup]:
         chart(
             panel.title,
             list(panel_lines(panel, rows, noise)),
-            metric_of(panel.keys[0]).unit,
+            find_metric(panel.keys[0]).unit,
             log=panel.is_log,
         )
         for panel in _panels(rows)
@@ -334,7 +334,7 @@ def charts_of_runs(runs: Sequence[Curves], over: str, apart: tuple[str, ...]) ->
                     line.role = "evaluation" if is_evaluation else "smooth"
                     lines.append(line)
             figures += [
-                chart(name, lines, metric_of(key).unit, log=panel.is_log, over=over, names=names)
+                chart(name, lines, find_metric(key).unit, log=panel.is_log, over=over, names=names)
                 for name, lines in parts.items()
             ]
     return list(filter(None, figures))

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import as_yaml, counted, duration, number, percent, size
+from dpo_dist.foundation.text import as_yaml, duration, number, percent, pluralize, size
 
 _FOLDER = Path(__file__).parent / "templates"
 _PLAIN = "\n\t "
@@ -90,7 +90,7 @@ TEMPLATES = Environment(
 )
 TEMPLATES.filters |= {
     "attribute": attribute,
-    "counted": counted,
+    "counted": pluralize,
     "duration": duration,
     "estimate": number_above_interval,
     "capital": lambda sentence: sentence[:1].upper() + sentence[1:],

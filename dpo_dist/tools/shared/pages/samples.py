@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from dpo_dist.config.run_folder import RunFolder, checkpoint_step
 from dpo_dist.foundation.files import read_lines
-from dpo_dist.foundation.text import counted, number, percent
+from dpo_dist.foundation.text import number, percent, pluralize
 from dpo_dist.tools.shared.pages.render import part
 from dpo_dist.tools.shared.text_facts import WORD, text_facts
 
@@ -115,7 +115,7 @@ def _column(response: ShownResponse, other: str | None, against: str) -> ShownRe
 
 def end_notes(tokens: int | None, is_finished: bool | None) -> str:
     """Return "184 tokens, did not end"; an argument that is None is left out."""
-    notes = [] if tokens is None else [counted(tokens, "token")]
+    notes = [] if tokens is None else [pluralize(tokens, "token")]
     return ", ".join([*notes, "did not end"] if is_finished is False else notes)
 
 

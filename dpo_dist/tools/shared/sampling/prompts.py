@@ -45,7 +45,7 @@ class Parts:
     def open(self) -> list[int]:
         """Create the folder, remove files of killed processes, and return indices of unfinished parts."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        files.collect_abandoned(self.folder)
+        files.remove_abandoned(self.folder)
         (self.folder / _FAILED).unlink(missing_ok=True)
         return [index for index in range(self.count) if not self.file(index).is_file()]
 
@@ -175,7 +175,7 @@ def joined_run(config: RunConfig, console: Console, lock: AbstractContextManager
     """Join the processes, each of which loads whole models; rank 0 holds the lock."""
     whole = ParallelismConfig(ParallelismKind.ddp, timeout_seconds=config.parallelism.timeout_seconds)
     deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
-    joins = join(deepspeed_config, whole.timeout_seconds, RunFolder.of(config), console)
+    joins = join(deepspeed_config, whole.timeout_seconds, RunFolder.from_config(config), console)
     with ExitStack() as locks, joins as world:
         world.on_main(lambda: locks.enter_context(lock))
         yield Run(config, world, console)
