@@ -45,7 +45,7 @@ def run(options: Namespace) -> Json:
             folder = Path(name) / model
             folder.mkdir()
             batch_pairs = max(1, options.pairs // 2)
-            setting = Setting.of(
+            setting = Setting.from_options(
                 options,
                 model=model,
                 batch_pairs=batch_pairs,

@@ -41,7 +41,7 @@ def run(options: Namespace) -> Json:
     """Measure all variants."""
     mean_tokens = 24 if options.smoke else 400
     pairs = options.steps * options.batch_pairs
-    setting = Setting.of(options, pairs=pairs, mean_tokens=mean_tokens)
+    setting = Setting.from_options(options, pairs=pairs, mean_tokens=mean_tokens)
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         folder = Path(name)
         in_fork(lambda: prepare(setting, folder))

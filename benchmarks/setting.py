@@ -82,7 +82,7 @@ class Setting:
     layers: int | None = None
 
     @classmethod
-    def of(cls, options: Namespace, **values: Any) -> "Setting":
+    def from_options(cls, options: Namespace, **values: Any) -> "Setting":
         """Return the setting that command-line options and `values` name."""
         named = {name: value for name, value in vars(options).items() if name in cls.__dataclass_fields__}
         return cls(**{**named, **values})
@@ -98,7 +98,7 @@ class Setting:
         return self.pairs // self.batch_pairs
 
 
-def data_file(setting: Setting, folder: Path) -> Path:
+def pairs_file(setting: Setting, folder: Path) -> Path:
     """Return the file of pairs: a slice of real data, or the one that `prepare` writes."""
     if setting.data == "synthetic":
         return folder / "pairs.jsonl"
@@ -110,7 +110,7 @@ def overrides(setting: Setting, folder: Path, run_dir: Path, store: Path) -> lis
     return [
         f"model.path={folder}/model",
         f"model.dtype={setting.dtype}",
-        f"data.train=[{data_file(setting, folder)}]",
+        f"data.train=[{pairs_file(setting, folder)}]",
         f"data.cache={folder}/encoded",
         f"data.max_length={setting.max_length}",
         "data.max_bad_share=0.2",  # slices of real data have many bad records
@@ -131,7 +131,7 @@ def overrides(setting: Setting, folder: Path, run_dir: Path, store: Path) -> lis
 def prepare(setting: Setting, folder: Path) -> None:
     """Write model, tokenizer and pairs, and the token ids of the pairs in the order of the schedule."""
     (folder / _SETTING).write_text(json.dumps(dataclasses.asdict(setting)))
-    file = data_file(setting, folder)
+    file = pairs_file(setting, folder)
     if setting.data == "synthetic":
         write_synthetic(file, setting)
     shape = SHAPES[setting.model]

@@ -33,7 +33,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 def run(options: Namespace) -> Json:
     """Measure all variants."""
-    setting = Setting.of(options)
+    setting = Setting.from_options(options)
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         folder = Path(name)
         in_fork(lambda: prepare(setting, folder))

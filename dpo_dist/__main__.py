@@ -13,14 +13,15 @@ from dpo_dist.foundation.streams import print_line
 
 
 def main() -> int:
-    """Become the program of a verb; else print the verbs and return the exit code."""
+    """Replace this process by the verb's program; without a verb, print the list and return the exit code."""
     verb, *arguments = sys.argv[1:] or [""]
     if verb in ("help", "-h", "--help") and arguments:
         verb, *arguments = (
             [arguments[0], "--help"] if arguments[0] in VERBS else ["train", "--help", arguments[0]]
         )
     if verb in VERBS:
-        # Some pods set RANK for all that runs in them; a launcher of processes sets its own variable, too.
+        # RANK is not enough to know that a launcher started this process: some pods set RANK for all
+        # programs.
         if VERBS[verb].is_one_process and this_rank() > 0 and "TORCHELASTIC_RUN_ID" in os.environ:
             return ExitCode.completed
         python = [sys.executable, *_python_options()]
@@ -29,9 +30,7 @@ def main() -> int:
         print_line(f"dpo_dist {dpo_dist.__version__}")
         return ExitCode.completed
     is_asked = verb in ("help", "-h", "--help")
-    mistake = (
-        [f"there is no verb {verb!r}; {_in_place_of(verb)}".rstrip("; ")] if verb and not is_asked else []
-    )
+    mistake = [f"there is no verb {verb!r}; {_suggest(verb)}".rstrip("; ")] if verb and not is_asked else []
     tools = {name: row for name, row in VERBS.items() if ".tools." in row.module}
     runs = {name: row for name, row in VERBS.items() if name not in tools}
     lines = ["usage: dpo-dist VERB ...; dpo-dist VERB --help"]
@@ -42,13 +41,13 @@ def main() -> int:
 
 
 def _python_options() -> list[str]:
-    """Return Python's own options before `-m dpo_dist`, such as the `-u` of a launcher; else none."""
+    """Return Python's own options before `-m dpo_dist`, such as a launcher's `-u`."""
     before = sys.orig_argv[1 : -len(sys.argv)]
     return before[:-1] if before[-1:] == ["-m"] else []
 
 
-def _in_place_of(verb: str) -> str:
-    """Suggest a verb in place of one that does not exist; empty if no verb is similar."""
+def _suggest(verb: str) -> str:
+    """Return a suggestion for a verb that does not exist; empty if no verb is similar."""
     from dpo_dist.config.keys import choices, run_keys  # noqa: PLC0415  (slow)
     from dpo_dist.config.mistakes import equivalents  # noqa: PLC0415
 

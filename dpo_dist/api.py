@@ -1,7 +1,7 @@
-"""The API for scripts and notebooks: configurations, pairs, log-probs, losses, stores and metrics of runs.
+"""The API for scripts and notebooks: configurations, pairs, log-probs, losses, stores, and runs' metrics.
 
-One process, on CPU or GPU. docs/python.md has examples. Log-probs come from the same packed forward as in
-training (law L7).
+Works in one process, on CPU or GPU; docs/python.md has examples. Log-probs come from the same packed forward
+as in training (law L7).
 """
 
 import json
@@ -30,7 +30,12 @@ from dpo_dist.model.files.folder import model_folder
 from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
-from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, fingerprint_folders, read_fingerprint
+from dpo_dist.reference.store import (
+    LogpStore,
+    ReferenceFingerprint,
+    find_fingerprint_folders,
+    read_fingerprint,
+)
 from dpo_dist.train import main as run_training
 from dpo_dist.training.reporting.metrics_log import read_rows
 
@@ -78,8 +83,8 @@ def load_model(
 ) -> PackedCausalLM:
     """Load a model folder, or a model on the Hugging Face Hub, in evaluation mode.
 
-    `dtype` is the precision of weights and forward pass, log-probs are float32 in either; `max_length` the
-    tokens of the longest prompt plus response. A model for which packed log-probs are not exact is an error.
+    `dtype` is the precision of weights and forward pass; log-probs are always float32. `max_length`: tokens
+    of the longest prompt plus response. Raises an error if packed log-probs of the model are not exact.
     """
     config, device = ModelConfig(path=path, dtype=dtype), torch.device(device)
     model = load.load_packed(model_folder(path, revision), config, max_length, device).to(device).eval()
@@ -90,9 +95,9 @@ def load_model(
 def read_pairs(
     source: SourceConfig | str, tokenizer: PreTrainedTokenizerBase, data_config: DataConfig | None = None
 ) -> tuple[list[EncodedExample], list[BadRecord]]:
-    """Read a source and encode its records as training does, in the order of the source.
+    """Read a source and encode its records as training does.
 
-    Returns the examples, and the records that cannot be used, each with its reason.
+    Returns the examples in the source's order, and each record that cannot be used, with the reason.
     """
     limits = data_config or DataConfig()
     pairs: list[EncodedExample] = []
@@ -109,12 +114,13 @@ def read_pairs(
 def token_logps(
     model: Model, pairs: Sequence[EncodedExample], micro_batch_tokens: int = 8192
 ) -> list[Tensor]:
-    """Return the log-probs of every response, in one packed forward pass per micro-batch.
+    """Return the log-probs of every response, from one packed forward pass per micro-batch.
 
-    float32 [completion tokens] each, response after response of the first pair, of the second, and so on.
-    Tokens that the loss does not count (`EncodedExample.trained`) are included, as in the store. Gradients
-    are recorded unless `torch.no_grad()` is active. A causal language model of transformers, in evaluation
-    mode, is left as it was; its first call checks that packed log-probs are exact.
+    The result has a float32 tensor [completion tokens] for each response of the first pair, then of the
+    second, and so on. As in the store, it includes tokens that the loss does not count
+    (`EncodedExample.trained`). Gradients are recorded unless `torch.no_grad()` is active. A causal language
+    model of transformers must be in evaluation mode and is not changed; its first call checks that packed
+    log-probs are exact.
     """
     longest = max((len(pair.prompt_ids) + max(map(len, pair.responses)) for pair in pairs), default=0)
     examples = [Example(pair.prompt_ids, pair.responses) for pair in pairs]
@@ -129,14 +135,14 @@ def pair_logps(
     *,
     ld_alpha: float | None = None,
 ) -> PairLogps:
-    """Sum `token_logps` per response, over the tokens that the loss counts; needs at least one pair."""
-    return _summed(pairs, token_logps(model, pairs, micro_batch_tokens), ld_alpha)
+    """Return `token_logps` of at least one pair, summed per response over the tokens that the loss counts."""
+    return _sum_pairs(pairs, token_logps(model, pairs, micro_batch_tokens), ld_alpha)
 
 
 def open_stores(folder: str | Path) -> list[tuple[ReferenceFingerprint, LogpStore]]:
-    """Open the log-probs below `reference.store` for reading, one store for each model and its numerics."""
+    """Open the folder `reference.store` for reading; return a store for each reference and its numerics."""
     root = Path(folder)
-    read = map(read_fingerprint, fingerprint_folders(root))
+    read = map(read_fingerprint, find_fingerprint_folders(root))
     return [(known, LogpStore(root, [known])) for known in read if known is not None]
 
 
@@ -145,7 +151,7 @@ def stored_pair_logps(
 ) -> PairLogps:
     """Return stored log-probs of pairs, summed per response over the tokens that the loss counts."""
     values = [torch.from_numpy(values.copy()) for values in store.read(response_keys(pairs))]
-    return _summed(pairs, values, ld_alpha)
+    return _sum_pairs(pairs, values, ld_alpha)
 
 
 Records: TypeAlias = Iterable[Mapping[str, Any]]
@@ -158,30 +164,33 @@ def train(
     eval: Records | None = None,  # noqa: A002  (as the key data.eval)
     on_row: Callable[[dict[str, float]], bool | None] | None = None,
 ) -> dict[str, Any]:
-    """Train as a command with these words does, from the last checkpoint if there is one; return its summary.
+    """Train as the command `dpo-dist train` with these words does; return the run's summary.
+
+    Training continues from the last checkpoint if there is one.
 
     Args:
-        words: as of `load_run_config`.
-        train: a list of records, or a `datasets.Dataset`, in place of `data.train`. They are written below
-            `data.cache`, to a file that their content names: the same call resumes the run.
-        eval: the same in place of `data.eval`.
-        on_row: called on rank 0 with each metrics row of steps and evaluations, once it is recorded. If it
-            returns true, the run stops with a checkpoint, after the next step at the latest. If it
-            raises, the run stops in the same way, and the exception is raised at the end.
+        words: of the command line, as in `load_run_config`.
+        train: a list of records, or a `datasets.Dataset`, in place of `data.train`. The records are written
+            below `data.cache`, to a file named by their content, so that the same call resumes the run.
+        eval: records in place of `data.eval`.
+        on_row: called on rank 0 with each metrics row, after the row is recorded. If it returns true, the run
+            stops with a checkpoint, after the next step at the latest. If it raises, the run stops in the
+            same way, and `train` raises the exception at the end.
 
     Returns:
-        The content of summary.json, and `run_dir`. `exit` is `completed`, or `preempted`, by `stopped_by`.
+        The content of summary.json, and `run_dir`. `exit` is `completed` or `preempted`; `stopped_by` has
+        the reason of a stop.
     """
     named = {"data.train": train, "data.eval": eval}
-    given = {key: records for key, records in named.items() if records is not None}
-    for key, records in given.items():
+    records_by_key = {key: records for key, records in named.items() if records is not None}
+    for key, records in records_by_key.items():
         if isinstance(records, str | Path | Mapping):
-            remedy = f"give a list of mappings; a path is in the words: {key}=[pairs.jsonl]"
-            raise ConfigError("records are a list", where=key, got=type(records).__name__, remedy=remedy)
+            remedy = f"give a list of mappings; pass a path as a word: {key}=[pairs.jsonl]"
+            raise ConfigError("records must be a list", where=key, got=type(records).__name__, remedy=remedy)
     if on_row is not None and not callable(on_row):
-        raise ConfigError("it is no function", where="on_row", got=repr(on_row), remedy="give a function")
-    cache = Path(load_run_config([*words, *(f"{key}=[records.jsonl]" for key in given)]).data.cache)
-    files = {key: write_records(records, cache / "records", key) for key, records in given.items()}
+        raise ConfigError("on_row must be a function", where="on_row", got=repr(on_row), remedy="pass one")
+    cache = Path(load_run_config([*words, *(f"{key}=[records.jsonl]" for key in records_by_key)]).data.cache)
+    files = {key: write_records(records, cache / "records", key) for key, records in records_by_key.items()}
     sources = [f"{key}=[{json.dumps(str(file), ensure_ascii=False)}]" for key, file in files.items()]
     config, faults = load_run_config([*words, *sources], verb="train"), list[Exception]()
 
@@ -199,12 +208,12 @@ def train(
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
-    """Return the metrics rows of a run (log_history.json), one for each logged step and each evaluation."""
+    """Return a run's metrics rows (log_history.json), one for each logged step and each evaluation."""
     return _read(RunFolder(Path(run_dir)).log_history, read_rows)
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
-    """Return summary.json of a run that has ended."""
+    """Return the content of summary.json, which a run writes at its end."""
     return _read(RunFolder(Path(run_dir)).summary, lambda file: dict(json.loads(file.read_text())))
 
 
@@ -213,17 +222,17 @@ def _read(file: Path, read: Callable[[Path], T]) -> T:
         return read(file)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            "this file of the run cannot be read",
+            "a file of this run cannot be read",
             where=str(file),
             got=f"{type(error).__name__}: {error}",
             remedy="check that the folder is a run directory; a run writes its summary at its end",
         ) from error
 
 
-def _summed(pairs: Sequence[EncodedExample], logps: Sequence[Tensor], ld_alpha: float | None) -> PairLogps:
-    """Sum the log-probs of whole responses over the tokens that the loss counts."""
+def _sum_pairs(pairs: Sequence[EncodedExample], logps: Sequence[Tensor], ld_alpha: float | None) -> PairLogps:
+    """Return the log-probs summed per response over the tokens that the loss counts."""
     if not pairs:
-        raise ValueError("log-probs of at least one pair are needed")
+        raise ValueError("pairs is empty: pass at least one pair")
     batch, values = pack(pairs, response_keys(pairs)), torch.cat(list(logps))
     device = values.device
     if batch.mask is not None:

@@ -1,6 +1,7 @@
 """Train: `accelerate launch -m dpo_dist.train +experiment=qwen7b`.
 
-The same command again resumes the run; `--check` checks that it can start; `--help KEY` explains a key.
+The same command again resumes the run. `--check` only checks that the run can start; `--help KEY` explains a
+key.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,12 +20,12 @@ from dpo_dist.training.start.preflight import check_start, checked_start
 def main(config: RunConfig, on_row: Callable[[dict[str, float]], bool | None] | None = None) -> int:
     """Train `config`, from its last checkpoint if there is one; return the exit code.
 
-    `on_row`: see `api.train`; an exception of it ends the run at once.
+    `on_row`: see `api.train`; an exception that it raises ends the run at once.
     """
     check_needs(config, "train")
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     with stop.listening(), checked_start(config, trains=True) as console:
-        # Slow, and what the imports print belongs in the log.
+        # Slow, and the log must have what these imports print.
         from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415
         from dpo_dist.training.run import train  # noqa: PLC0415
 
@@ -32,7 +33,7 @@ def main(config: RunConfig, on_row: Callable[[dict[str, float]], bool | None] | 
 
 
 def check(config: RunConfig) -> Iterator[str]:
-    """Check everything that a training needs before it uses a GPU."""
+    """Check everything that training needs before it uses a GPU."""
     check_start(config, trains=True)
     from dpo_dist.tools.plan.make_plan import plan_in_brief  # noqa: PLC0415  (slow)
     from dpo_dist.training.start.check import dry_run  # noqa: PLC0415  (slow)

@@ -117,8 +117,8 @@ class Engine:
         return logps
 
     @contextlib.contextmanager
-    def generating(self, *, of_base: bool = False) -> Iterator[Any]:
-        """Yield the transformers model ready for generation; with `of_base`, without its adapter.
+    def ready_to_generate(self, *, without_adapter: bool = False) -> Iterator[Any]:
+        """Yield the transformers model ready for generation; with `without_adapter`, without its adapter.
 
         The block does not change training. If `is_synchronised`, all ranks must make the same number of
         forwards in the block, and sharded weights are gathered once if they fit into memory.
@@ -127,7 +127,7 @@ class Engine:
         self._engine.eval()
         try:
             with (
-                adapter_off(self.model) if of_base else contextlib.nullcontext(),
+                adapter_off(self.model) if without_adapter else contextlib.nullcontext(),
                 explain_out_of_memory("generating samples", "lower sampling.max_new_tokens"),
                 self.model.unpacked() as causal_lm,
                 torch.no_grad(),

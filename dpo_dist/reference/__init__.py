@@ -1,1 +1,1 @@
-"""Log-probs of the reference model: computed once, stored by content, looked up by training (law L3)."""
+"""The reference model's log-probs: computed once, stored by token ids, read by training (law L3)."""

@@ -1,7 +1,7 @@
-"""What identifies a reference model: the digest of its files, and the numerics of its log-probs on all ranks.
+"""Identify a reference model: by the digest of its files, and by numerics that are the same on all ranks.
 
-Weights are digested as files, never as live tensors, which are empty under ZeRO-3; each file is read once and
-remembered in the store.
+The digest is that of files, because live tensors are empty under ZeRO-3. The store remembers the digests, so
+that each file is read once.
 """
 
 import json
@@ -27,7 +27,7 @@ Profile = dict[str, str]
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Digests by name of a model folder's weight files, and of its configuration and code.
+    """Digests of a model folder's files, by name: weights, and code with configuration.
 
     `code` also has the files of an `adapter` on the model, and under "classes" the `auto_map`.
     """
@@ -39,7 +39,7 @@ class ModelFiles:
 
     @property
     def digest(self) -> str:
-        """Digest of the model; 32 hex digits, the same for a copy of the folder."""
+        """The model's digest: 32 hex digits, the same for a copy of the folder."""
         parts = [sorted(self.code.items()), sorted(self.weights.items())]
         return text_digest(json.dumps(parts))
 
@@ -52,10 +52,10 @@ def digest_model(
     with_weights: bool = True,
     adapter: Path | None = None,
 ) -> ModelFiles:
-    """Digest config.json, code, and the weight files that transformers loads.
+    """Return digests of config.json, code, and the weight files that transformers loads.
 
-    `store` remembers digests, so that a file is read once. With `remote_code` (`model.trust_remote_code`) the
-    folder's own classes replace those of transformers.
+    `store` remembers digests, so that each file is read once. With `remote_code` (`model.trust_remote_code`)
+    the folder's own classes replace those of transformers.
     """
     memo = store / MEMO_FOLDER if store is not None else None
     own_code = folder.rglob("*.py") if remote_code else folder.glob("*.py")
@@ -68,7 +68,8 @@ def digest_model(
         digests = dict(zip(names, pool.map(lambda file: remembered_digest(file, memo), names), strict=True))
     return ModelFiles(
         folder,
-        {names[file]: digests[file] for file in [*code, *added]} | {"classes": _classes(folder, remote_code)},
+        {names[file]: digests[file] for file in [*code, *added]}
+        | {"classes": _code_classes(folder, remote_code)},
         {names[file]: digests[file] for file in weights},
         adapter,
     )
@@ -82,7 +83,7 @@ def digest_on_every_node(
     world: World,
     adapter: Path | None = None,
 ) -> ModelFiles:
-    """Return the digest of rank 0, and check that every other node has the files that it loads. Collective.
+    """Return rank 0's digests, and check that every other node loads the same files. Collective.
 
     If `loads_whole`, every rank loads the weights; otherwise rank 0 loads and scatters them.
     """
@@ -108,12 +109,12 @@ def digest_on_every_node(
 
 
 def model_label(path: str, folder: Path) -> str:
-    """Return a model's name for people: its configured path, with the commit of a snapshot from the hub."""
+    """Return a model's readable name: the configured path, with the commit of a snapshot from the hub."""
     commit = hub_commit(folder)
     return path if commit is None else f"{path}@{commit}"
 
 
-def _classes(folder: Path, remote_code: bool) -> str:
+def _code_classes(folder: Path, remote_code: bool) -> str:
     """Return the `auto_map` of the folder's own classes if they are trusted and used, else "transformers"."""
     auto_map = read_model_json(folder / CONFIG_FILE).get("auto_map") if remote_code else None
     if not auto_map:
@@ -121,7 +122,7 @@ def _classes(folder: Path, remote_code: bool) -> str:
     text = json.dumps(auto_map, sort_keys=True)
     if "--" in text:
         raise ConfigError(
-            "the model's code is in another repository, where it can change unnoticed",
+            "the model's code is in another repository, where it can change without notice",
             where=str(folder / CONFIG_FILE),
             got=f"auto_map {text}",
             remedy="copy the code into the model folder and name it in auto_map without a repository",
@@ -139,7 +140,7 @@ def check_same_numerics(profile: Profile, world: World) -> None:
         others = {world.peers[rank].host for rank, each in enumerate(profiles) if each != profiles[0]}
         raise ReferenceModelError(
             "the processes of this run compute log-probs with different numerics",
-            where=f"{', '.join(sorted(others))} (unlike {world.peers[0].host}, rank 0)",
+            where=f"{', '.join(sorted(others))}, compared with {world.peers[0].host} (rank 0)",
             got="; ".join(f"{name}: {' or '.join(fields[name])}" for name in differing),
-            remedy="run on nodes of one kind with one installation",
+            remedy="run on nodes with the same devices and the same installed packages",
         )

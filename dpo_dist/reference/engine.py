@@ -1,4 +1,4 @@
-"""The reference model, loaded for scoring: sharded, offloaded or quantized; where its log-probs come from."""
+"""Load the reference model for scoring (sharded, offloaded or quantized), and look up its log-probs."""
 
 import logging
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, Quantization, ReferenceConfig
 from dpo_dist.distributed.deepspeed_config import frozen_config
-from dpo_dist.distributed.processes.failures import is_of_communication
+from dpo_dist.distributed.processes.failures import is_communication_error
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import Engine, FrozenEngine, PolicyEngine, sharded_loading, unsharded_loading
 from dpo_dist.foundation.errors import ConfigError
@@ -26,25 +26,25 @@ from dpo_dist.reference.store import LogpStore
 
 log = logging.getLogger(__name__)
 
-# How long a rank whose forward has failed waits for the others. They fail or finish the same forward at about
-# the same time, or wait in it for this rank and never come.
+# How long a rank whose forward failed waits for the other ranks. They fail in the same forward or finish it
+# at about the same time; a rank that waits inside the forward for this rank would wait without end.
 FAULT_SECONDS = 60.0
 
 
-def settle_engine(
+def run_start_check(
     engine: Engine, max_length: int, world: World, key: str = "model.path", *, trains: bool = False
 ) -> None:
-    """Choose how the model of `engine` is scored, by `model.exactness.StartCheck`. Collective.
+    """Check that packed log-probs of the engine's model are exact, else unpack it (`StartCheck`). Collective.
 
     If the model `trains`, also check its log-probs in training mode and, with several ranks, that all
-    sequences use the same weights. `max_length` is that of the longest prompt plus response; errors name
+    sequences use the same weights. `max_length`: tokens of the longest prompt plus response. Errors name
     `key`.
     """
     are_forwards_collective = engine.is_synchronised or world.sequence is not None
 
     def agree(fault: str) -> str:
-        if are_forwards_collective and is_of_communication(fault):
-            raise RuntimeError(fault)  # no fault of the model: the world names the rank
+        if are_forwards_collective and is_communication_error(fault):
+            raise RuntimeError(fault)  # not the model's fault: the watcher names the rank that failed
         try:
             world.barrier(FAULT_SECONDS if fault and are_forwards_collective else None)
         except TimeoutError:
@@ -56,7 +56,7 @@ def settle_engine(
             ) from None
         return next(filter(None, world.gather(fault)), "")
 
-    world.barrier()  # ranks that begin late would count as failed
+    world.barrier()  # a rank that starts the check late would count as failed
     was_training = engine.model.training
     engine.model.eval()
     check = StartCheck(engine.model, engine.token_logps, world.device, max_length, key, agree)
@@ -68,16 +68,17 @@ def settle_engine(
     engine.model.train(was_training)
 
 
-# Tokens of a micro-batch that is only scored, for one token of the trainer's.
+# A micro-batch that is only scored has this many tokens for each token of a training micro-batch.
 # With hidden size h, training keeps 50 to 70 h bytes of activations per token and layer (docs/scaling.md;
-# arXiv:2205.05198 counts 34 h), or 2 h plus those of one layer with gradient checkpointing; scoring keeps one
-# layer's only. With 28 layers, four times the tokens need a seventh of training's activation memory. With
-# checkpointing they need twice as much, which fits because gradients and optimizer states do not exist yet.
+# arXiv:2205.05198 counts 34 h), or 2 h plus those of one layer with gradient checkpointing; scoring keeps
+# those of one layer. With 28 layers, four times the tokens need a seventh of training's activation memory.
+# With checkpointing they need twice as much, which fits because gradients and optimizer states do not exist
+# yet.
 SCORING_TOKENS_FACTOR = 4
 
 
-def scored_model(model: ModelConfig, quantization: Quantization | None) -> ModelConfig:
-    """Return the settings of the policy's model without training options, quantized as it is scored."""
+def scoring_config(model: ModelConfig, quantization: Quantization | None) -> ModelConfig:
+    """Return the settings of `model` without options of training, with this quantization."""
     return replace(
         model,
         gradient_checkpointing="none",
@@ -90,18 +91,18 @@ def scored_model(model: ModelConfig, quantization: Quantization | None) -> Model
 def load_reference(
     files: ModelFiles, model: ModelConfig, reference: ReferenceConfig, longest: int, world: World
 ) -> Engine:
-    """Load the reference with its adapter, in the precision of the policy `model`; collective.
+    """Load the reference with its adapter, in the precision of `model`, the policy's settings; collective.
 
     `longest`: tokens of the longest prompt with its response.
     """
     key = "model.path" if reference.path is None else "reference.path"
     adapter = files.adapter
     finish = None if adapter is None else partial(load_adapter, folder=adapter, key="model.adapter.path")
-    settings = scored_model(model, reference.quantization)
-    return load_scored(files.folder, settings, reference, longest, world, finish, key=key)
+    settings = scoring_config(model, reference.quantization)
+    return load_for_scoring(files.folder, settings, reference, longest, world, finish, key=key)
 
 
-def load_scored(
+def load_for_scoring(
     folder: Path,
     model_config: ModelConfig,
     placement: ReferenceConfig,
@@ -113,7 +114,8 @@ def load_scored(
 ) -> Engine:
     """Load a model that is only scored, offloaded as `placement` says; collective.
 
-    `finish` adds an adapter, or replaces the weights of the model, sharded or not; errors name `key`.
+    `finish` changes the loaded model, sharded or not: it adds an adapter or replaces weights. Errors name
+    `key`.
     """
     log.info("loading a model to score from %s", folder)
 
@@ -131,22 +133,22 @@ def load_scored(
         deepspeed_config = frozen_config(placement.offload, model_config.dtype)
         with sharded_loading(world, deepspeed_config):
             model = load()
-        world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
+        world.barrier()  # ranks load at different speeds, and a slow one would time out DeepSpeed's next call
         engine = FrozenEngine(model, deepspeed_config)
-    settle_engine(engine, longest, world, key)
+    run_start_check(engine, longest, world, key)
     return engine
 
 
 @dataclass(frozen=True)
 class ReferenceProvider:
-    """Per-token reference log-probs of a micro-batch, from one of three places; none in mode `none`."""
+    """Returns the reference's per-token log-probs of a micro-batch; one field is set, none in mode `none`."""
 
     engine: Engine | None = None  # `live`: a model beside the policy
     policy: PolicyEngine | None = None  # `adapter`: the policy with its adapter switched off
     store: LogpStore | None = None  # `cached`: entries of all batches, looked up by content
 
-    def attach(self, batch: PackedBatch) -> PackedBatch:
-        """Attach the store's log-probs, on the host; a dummy batch gets zeros; thread-safe."""
+    def add_stored_logps(self, batch: PackedBatch) -> PackedBatch:
+        """Return the batch with stored log-probs, on the host; a dummy batch gets zeros. Thread-safe."""
         if self.store is None:
             return batch
         if not len(batch.keys):
@@ -156,9 +158,9 @@ class ReferenceProvider:
         return replace(batch, reference_logps=torch.from_numpy(scored))
 
     def token_logps(self, batch: PackedBatch) -> Tensor | None:
-        """Return float32 [targets] on the device of a batch that `attach` returned; None in mode `none`.
+        """Return float32 [targets] on the batch's device; None in mode `none`.
 
-        Collective where a model computes them.
+        `batch` comes from `add_stored_logps`. Collective if a model computes the log-probs.
         """
         if self.engine is not None:
             return self.engine.token_logps(batch)

@@ -1,4 +1,4 @@
-"""Fill the store on all ranks: find missing responses, score them in rounds, write whole shards."""
+"""Fill the store on all ranks: find the responses without log-probs, score them in rounds, write shards."""
 
 import contextlib
 import itertools
@@ -29,7 +29,7 @@ from dpo_dist.reference.store import LogpStore, StoredLogps
 log = logging.getLogger(__name__)
 
 FillProgress = Callable[[int, int], None]
-"""Called with pairs done and pairs in all."""
+"""Called with the number of scored pairs, and of all pairs."""
 
 Scorer = Callable[[PackedBatch], Tensor]
 """Per-token log-probs of a batch by the reference model: float32 [targets]."""
@@ -38,12 +38,19 @@ _BATCHES_AHEAD = 2
 _LOCK = "fill.lock"
 _RETRY_SECONDS = 1.0
 ENTRIES_PER_SHARD = 4096
-"""A killed fill loses at most two shards of each rank."""
+"""Larger shards would lose more work: a killed fill loses at most two shards of each rank."""
 
 
 @dataclass(frozen=True)
 class FillReport:
-    """Distinct responses that were stored or computed, seconds of computing, names of damaged shards."""
+    """What a fill did.
+
+    Attributes:
+        hits: distinct responses whose log-probs were in the store.
+        computed: distinct responses that were scored now.
+        seconds: time of scoring.
+        damaged: names of damaged shards.
+    """
 
     hits: int = 0
     computed: int = 0
@@ -64,7 +71,7 @@ class FillReport:
 
 
 class _Part(NamedTuple):
-    """A pair with its responses that are to be scored: indices in the dataset's `keys`, and in the pair."""
+    """A pair's responses to score: `responses` are indices in the dataset's `keys`, `which` in the pair."""
 
     pair: int
     responses: Indices
@@ -76,14 +83,14 @@ class StoreFiller:
     """Computes and stores the missing log-probs of a run; all public methods are collective.
 
     Attributes:
-        store: the store to fill; its own view may be empty.
+        store: the store to fill; the entries that it has opened do not matter.
         load_scorer: loads the reference; called only if log-probs are missing.
-        micro_batch_tokens: that fit on a device at once, without activations.
-        costs: of the model, to balance ranks; `load_scorer` may set them.
+        micro_batch_tokens: tokens that a device can score at once.
+        costs: the model's compute costs, which balance the ranks; `load_scorer` may set them.
         entries_per_shard: approximate number of entries in a shard.
-        stops: asked after each micro-batch.
-        shards: names of all shards that the run may use; equal on all ranks. A listing is not enough: on a
-            network file system it may lack files that another node just wrote.
+        stops: checked after each micro-batch.
+        shards: names of all shards that the run may use, the same on all ranks. Listing the folder is not
+            enough: a network file system may not show files that another node just wrote.
     """
 
     store: LogpStore
@@ -98,8 +105,8 @@ class StoreFiller:
     def fill(self, dataset: PreferenceDataset, indices: Indices, progress: FillProgress) -> FillReport:
         """Compute and store the missing log-probs of the pairs `indices` of `dataset`.
 
-        Rank 0 decides what is missing. One job at a time fills a fingerprint; the others wait for it and then
-        compute what is still missing. A killed fill loses at most two shards of each rank.
+        Rank 0 decides which are missing. One job at a time fills a fingerprint; other jobs wait for that job
+        and compute what is still missing. A killed fill loses at most two shards of each rank.
         `progress` is called at the start and after each micro-batch.
         """
 
@@ -120,13 +127,13 @@ class StoreFiller:
             return report + self._compute(dataset, missing, progress) if len(missing) else report
 
     def open_filled(self) -> LogpStore:
-        """Open the same shards on every rank: all that were there or were written."""
+        """Return the store with the same shards on every rank: those found and those written."""
         root, fingerprints = self.store.root, self.store.fingerprints
         return self.world.together(lambda: LogpStore.open(root, fingerprints, self.shards))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[bool]:
-        """Lock this fingerprint against other jobs; yield whether it had to wait for one."""
+        """Lock this fingerprint against other jobs; yield whether another job held the lock before."""
         with contextlib.ExitStack() as lock:
 
             def take() -> bool:
@@ -138,19 +145,19 @@ class StoreFiller:
             has_waited = False
             while not self.world.on_main(take):
                 if not has_waited:
-                    log.warning("another job fills %s: this one waits for it", self.store.folder)
+                    log.warning("waiting for another job, which fills %s", self.store.folder)
                 has_waited = True
                 self.stops.check("while another job fills the reference store")
                 time.sleep(_RETRY_SECONDS)
             yield has_waited
 
     def _compute(self, dataset: PreferenceDataset, missing: Indices, progress: FillProgress) -> FillReport:
-        """Score responses in rounds; while one round is scored, the shards of the one before are written."""
+        """Score responses in rounds; while one is scored, the previous one is written."""
         started, done, is_stopped = time.monotonic(), 0, False
         score, written, stored = self.load_scorer(), set[str](), 0
-        pairs_of_round = max(1, self.entries_per_shard // 2) * self.world.replicas
+        pairs_per_round = max(1, self.entries_per_shard // 2) * self.world.replicas
         pairs, firsts = np.unique(dataset.locate_responses(missing)[0], return_index=True)
-        rounds = np.split(missing, firsts[pairs_of_round::pairs_of_round])
+        rounds = np.split(missing, firsts[pairs_per_round::pairs_per_round])
         progress(0, len(pairs))
 
         def plan(responses: Indices) -> tuple[int, list[list[_Part]]]:
@@ -165,30 +172,32 @@ class StoreFiller:
 
         with prefetch(map(plan, rounds), 1) as planned, ThreadPoolExecutor(1, "shards") as pool:
             writing: Future[set[str]] = pool.submit(set)
-            for of_round, micro_batches in planned:
+            for round_pairs, micro_batches in planned:
 
-                def within(share: float, before: int = done, size: int = of_round) -> None:
+                def within(share: float, before: int = done, size: int = round_pairs) -> None:
                     progress(before + int(share * size), len(pairs))
 
                 keys, entries, is_stopped = self._score(dataset, micro_batches, score, within)
                 written |= self.world.together(writing.result)
                 writing = pool.submit(write, keys, entries)
-                stored, done = stored + len(keys), done + of_round
+                stored, done = stored + len(keys), done + round_pairs
                 if is_stopped:
                     break
             written |= self.world.together(writing.result)
         self.shards = self.shards.union(*self.world.gather(written))
         if is_stopped:
-            in_all = sum(self.world.gather(stored))
-            when = f"after {in_all:,} of the {len(missing):,} missing reference log-probs were stored"
+            stored_everywhere = sum(self.world.gather(stored))
+            when = (
+                f"after {stored_everywhere:,} of the {len(missing):,} missing reference log-probs were stored"
+            )
             raise stopped_by(self.stops.reasons(), when)
         return FillReport(computed=len(missing), seconds=time.monotonic() - started)
 
     def _plan(self, dataset: PreferenceDataset, responses: Indices) -> tuple[int, list[list[_Part]]]:
-        """Return the number of pairs of a round, and this rank's micro-batches of them; not collective.
+        """Return a round's number of pairs, and this rank's micro-batches; not collective.
 
-        A round has thousands of pairs per rank: dealt out in order of cost, ranks get nearly equal shares,
-        and each rank plans only its own.
+        Each rank plans only its own share: dealing thousands of pairs out by cost makes the shares nearly
+        equal.
         """
         owners, which = dataset.locate_responses(responses)
         pairs, firsts, counts = np.unique(owners, return_index=True, return_counts=True)
@@ -196,8 +205,8 @@ class StoreFiller:
         mine = np.argsort(-sizes.costs, kind="stable")[self.world.replica :: self.world.replicas]
 
         def part(number: int) -> _Part:
-            of_pair = slice(firsts[number], firsts[number] + counts[number])
-            return _Part(int(pairs[number]), responses[of_pair], which[of_pair])
+            its_responses = slice(firsts[number], firsts[number] + counts[number])
+            return _Part(int(pairs[number]), responses[its_responses], which[its_responses])
 
         plan = plan_micro_batches(sizes.select(mine), 1, self.micro_batch_tokens)
         return len(pairs), [[part(number) for number in mine[numbers]] for (numbers,) in plan]
@@ -211,15 +220,16 @@ class StoreFiller:
     ) -> tuple[Keys, list[StoredLogps], bool]:
         """Score this rank's micro-batches of a round, the same number on every rank (law L2). Collective.
 
-        `progress` is called with the share of the round that is done. Returns keys uint64 [n, 2] and
-        log-probs of its responses, none if it does not lead its replica; and whether the fill has to stop.
+        `progress` is called with the share of the round that is done. Returns the keys of its responses,
+        uint64 [n, 2], their log-probs, and whether the fill must stop. Only the first rank of a replica
+        returns responses.
         """
         world = self.world
         responses = [sum(len(part.responses) for part in parts) for parts in micro_batches]
         columns = itertools.zip_longest(*world.gather(responses), fillvalue=0)
         forwards = [max(DUMMY_RESPONSES, *column) for column in columns]
         damaged: list[int] = []
-        packed = _packed(dataset, micro_batches, forwards, damaged, world.device)
+        packed = _pack_batches(dataset, micro_batches, forwards, damaged, world.device)
         keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
         entries: list[StoredLogps] = []
         is_stopped = False
@@ -241,17 +251,17 @@ class StoreFiller:
         return np.concatenate(keys), entries, is_stopped
 
 
-def _packed(
+def _pack_batches(
     dataset: PreferenceDataset,
     micro_batches: Sequence[Sequence[_Part]],
     forwards: Sequence[int],
     damaged: list[int],
     device: torch.device,
 ) -> Iterator[PackedBatch]:
-    """Pack a micro-batch for each entry of `forwards`; a dummy where this rank has none left.
+    """Yield a packed micro-batch for each entry of `forwards`, dummies after this rank's last one.
 
-    If token ids do not match the keys, the pairs are added to `damaged` and a dummy is used: until the end of
-    the round all ranks score the same number of batches.
+    Pairs whose token ids do not match their keys are added to `damaged`, and a dummy takes their place: all
+    ranks must score the same number of batches.
     """
     dummies: list[list[_Part]] = [[]] * (len(forwards) - len(micro_batches))
     for parts, most in zip([*micro_batches, *dummies], forwards, strict=True):
@@ -266,9 +276,9 @@ def _packed(
 
 
 def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Indices) -> tuple[Indices, int]:
-    """Return the distinct responses of the pairs `indices` without an intact entry, and how many have one.
+    """Return the distinct responses of the pairs `indices` that the store lacks, and how many it has.
 
-    The first are int64 [missing], ascending indices in `dataset.keys`.
+    The missing ones are ascending indices in `dataset.keys`, int64 [missing]. A damaged entry is missing.
     """
     responses = dataset.response_indices(indices)
     distinct = responses[np.unique(dataset.keys[responses], axis=0, return_index=True)[1]]

@@ -1,14 +1,14 @@
 """Reference log-probs on disk: append-only shards of entries, found by content key, verified when read.
 
     <reference.store>/
-      <fingerprint>/space.json                what the fingerprint is made of
+      <fingerprint>/space.json                content of the fingerprint
       <fingerprint>/<digest>.safetensors      a shard: sorted keys, ends and checksums of entries, all values
       file_digests/                           digests of model files
 
-A fingerprint is the digest of model weights, numerics and version of the scoring code (law L3); entries are
-addressed by the exact token ids. The name of a shard is a digest of its fingerprint and of everything but the
-values, which the checksums cover: it is whole or absent whoever writes it, and one copied from another
-fingerprint counts as damaged. Imports no torch before values are read.
+A fingerprint is the digest of model weights, numerics and version of the scoring code (law L3). An entry's
+key is computed from its exact token ids. A shard's name is the digest of its fingerprint, keys, ends and
+checksums, so that several jobs can write the same shard, and a shard copied from another fingerprint counts
+as damaged. Imports no torch before values are read.
 """
 
 import hashlib
@@ -40,11 +40,11 @@ StoredLogps = npt.NDArray[np.float32]
 """Per-token log-probs of a response: float32 [response tokens]."""
 _Numbers = npt.NDArray[np.int64]
 
-# Raised when the code that computes log-probs changes their digits, which
-# tests/unit/reference/test_scoring_digits.py detects.
+# Raise it when a change of the code changes digits of log-probs: runs would mix old and new ones.
+# tests/unit/reference/test_scoring_digits.py detects such a change.
 LOGP_PATH_VERSION = 2
 
-# Raised when the files of a store change: entries of older formats are computed again, never misread.
+# Raise it when the format of the files changes: entries of an older format would be misread.
 STORE_FORMAT = 2
 
 FINGERPRINT_FILE = "space.json"
@@ -55,10 +55,10 @@ _SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 
 @dataclass(frozen=True)
 class ReferenceFingerprint:
-    """Identity of stored log-probs: the reference's weights and the numerics they were computed with.
+    """Identity of stored log-probs: the reference model and the numerics that computed them.
 
-    `reference` is the digest of the model's files, `profile` comes from `model.numerics.numerics_profile`,
-    and `label` is the model's name for people, which is not part of the identity.
+    `reference` is the digest of the model's files, `profile` comes from `model.numerics.numerics_profile`.
+    The identity does not include `label`, the model's readable name.
     """
 
     reference: str
@@ -67,7 +67,7 @@ class ReferenceFingerprint:
 
     @property
     def name(self) -> str:
-        """Folder name: digest of reference, profile and versions; 32 hex digits."""
+        """The folder's name, 32 hex digits: the digest of reference, profile and versions."""
         identity = {name: value for name, value in self.as_dict().items() if name != "label"}
         return text_digest(json.dumps(identity, sort_keys=True))
 
@@ -77,7 +77,7 @@ class ReferenceFingerprint:
 
 
 def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
-    """Return the fingerprint of a store's folder; None if `space.json` is missing, damaged or another's."""
+    """Return a folder's fingerprint; None if `space.json` is missing, damaged or of another folder."""
     try:
         content = json.loads((folder / FINGERPRINT_FILE).read_bytes())
         fingerprint = ReferenceFingerprint(content["reference"], dict(content["profile"]), content["label"])
@@ -87,17 +87,17 @@ def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
 
 
 def known_fingerprints(root: Path) -> list[ReferenceFingerprint]:
-    """Return the fingerprints in a store that have a description; none if the folder is not a store."""
+    """Return the fingerprints in a store whose `space.json` can be read; none if `root` is not a store."""
     return list(filter(None, map(read_fingerprint, sorted(root.glob("*")))))
 
 
-def fingerprint_folders(root: Path) -> list[Path]:
-    """Return the folders of all fingerprints in a store; a folder without one is an error."""
+def find_fingerprint_folders(root: Path) -> list[Path]:
+    """Return the folders of all fingerprints in a store; a store without any is an error."""
     named = [path for path in sorted(root.glob("*")) if _FOLDER_NAME.fullmatch(path.name)]
     begun = [path for path in named if (path / FINGERPRINT_FILE).exists() or any(path.glob("*.safetensors"))]
     if not begun:
         raise ReferenceModelError(
-            "no reference store is found in this folder",
+            "this folder has no reference store",
             where=str(root),
             remedy="give the folder set as reference.store, by default output/reference",
         )
@@ -106,10 +106,10 @@ def fingerprint_folders(root: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Shard:
-    """A verified shard, whose values are mapped when they are first asked for.
+    """A verified shard; its values are mapped at the first access.
 
-    `keys` are uint64 [entries, 2]; `ends` int64 [entries], the end of each entry in `values`; `checks` int64
-    [entries], the CRC-32 of its values.
+    `keys`: uint64 [entries, 2]. `ends`: int64 [entries], the end of each entry in `values`. `checks`: int64
+    [entries], the CRC-32 of each entry's values.
     """
 
     file: Path
@@ -119,15 +119,15 @@ class Shard:
 
     @property
     def tokens(self) -> int:
-        """Number of values."""
+        """Number of values: one for each response token."""
         return int(self.ends[-1])
 
     @cached_property
     def values(self) -> StoredLogps:
         """float32 [tokens]: the last numbers of the file, as safetensors writes narrow numbers last."""
-        import torch  # noqa: PLC0415  (statistics of a store need no values)
+        import torch  # noqa: PLC0415  (slow, and `dpo-dist store info` reads no values)
 
-        # Unlike `numpy.memmap` this keeps no file open: shards may be thousands.
+        # `numpy.memmap` would keep the file open, and a store may have thousands of shards.
         size = self.file.stat().st_size
         content: npt.NDArray[np.uint8] = torch.from_file(
             str(self.file), False, size, dtype=torch.uint8
@@ -142,12 +142,12 @@ class Shard:
 
 
 def list_shards(folder: Path) -> list[str]:
-    """Return the names of all shards in the folder of a fingerprint, damaged ones included."""
+    """Return the names of all shards in a fingerprint's folder, including damaged ones."""
     with os.scandir(folder) as files:
         return sorted(file.name for file in files if _SHARD_NAME.fullmatch(file.name) and file.is_file())
 
 
-def _name(folder: Path, *arrays: npt.NDArray[np.generic]) -> str:
+def _shard_name(folder: Path, *arrays: npt.NDArray[np.generic]) -> str:
     digest = hashlib.blake2b(folder.name.encode(), digest_size=16)
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
@@ -155,32 +155,32 @@ def _name(folder: Path, *arrays: npt.NDArray[np.generic]) -> str:
 
 
 def open_shard(file: Path) -> Shard | None:
-    """Read and verify a shard's keys by its name and folder; None, with a warning, if they do not match."""
+    """Return a shard whose keys match its name and folder; warn and return None if they do not."""
     try:
         with safe_open(file, "np") as opened:
             keys, ends, checks = (opened.get_tensor(name) for name in ("keys", "ends", "checks"))
         shard = Shard(file, keys.view(np.uint64).reshape(-1, 2), ends.view(np.int64), checks.view(np.int64))
-        if _name(file.parent, shard.keys, shard.ends, shard.checks) == file.name:
+        if _shard_name(file.parent, shard.keys, shard.ends, shard.checks) == file.name:
             return shard
         fault = "its keys do not match its name and folder"
     except (FileNotFoundError, SafetensorError, ValueError, TypeError) as error:
         fault = str(error)
-    except OSError as error:  # to compute its entries again would be expensive, and would not cure the cause
+    except OSError as error:  # scoring these entries again would be expensive and leave the cause
         raise OSError(error.errno, error.strerror or str(error), str(file)) from error
-    log.warning("shard %s is damaged, its entries count as missing: %s", file, fault)
+    log.warning("shard %s is damaged, and its entries count as missing: %s", file, fault)
     return None
 
 
 class LogpStore:
-    """Entries of a fingerprint, and of others where it has none: response key to log-probs.
+    """Log-probs of responses by key, of one fingerprint, or of further ones that fill its gaps.
 
-    An entry has one float32 value per completion token, end-of-turn token included. Keys are uint64 [n, 2]
-    (`batching.example.response_key`). Opening reads everything but the values.
+    An entry has one float32 value per completion token, including the end-of-turn token. Keys are uint64
+    [n, 2] (`batching.example.response_key`). Opening a store reads everything except the values.
 
     Attributes:
-        fingerprints: the store's own, whose `folder` is written, then others in the order of preference.
-        shards: names below the `root` (`reference.store`) of the shards in this view.
-        damaged: names of those that have no entry, or had damaged values when read.
+        fingerprints: the first is the one to which `write` adds entries; earlier ones are preferred.
+        shards: names of the opened shards, relative to `root` (`reference.store`).
+        damaged: names of the shards that could not be opened, or had damaged values when read.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class LogpStore:
         if names is None:
             existing = [folder for folder in folders if (root / folder).is_dir()]
             names = [f"{folder}/{name}" for folder in existing for name in list_shards(root / folder)]
-        # If a key has several entries, every rank takes the same one.
+        # Sorted, so that every rank takes the same one of several entries of a key.
         names = sorted(names, key=lambda name: (folders.index(name.partition("/")[0]), name))
         with ThreadPoolExecutor(max_workers=8) as pool:
             opened = list(pool.map(lambda name: open_shard(root / name), names))
@@ -201,7 +201,7 @@ class LogpStore:
         self.damaged = set(names) - set(self.shards)
         self._values = [shard.values for shard in shards]
         keys = np.concatenate([np.empty((0, 2), np.uint64), *(shard.keys for shard in shards)])
-        # Stable: of two entries of a key, the earlier shard's comes first.
+        # Stable, so that the earlier shard's entry of a key comes first.
         order = np.argsort(keys[:, 0], kind="stable")
         self._first_words, self._second_words = keys[order, 0], keys[order, 1]
 
@@ -223,11 +223,11 @@ class LogpStore:
         fingerprints: Sequence[ReferenceFingerprint],
         names: Iterable[str] | None = None,
     ) -> "LogpStore":
-        """Open all shards of `names`; without `names` those that exist, whose folders are marked as used."""
+        """Open the shards `names`; without `names`, open all and record that their folders are used."""
         try:
             if names is None:
                 for each in fingerprints:
-                    _mark_used(root / each.name, each)
+                    _record_use(root / each.name, each)
             store = cls(root, fingerprints, names)
         except OSError as error:
             raise ReferenceModelError(
@@ -247,7 +247,7 @@ class LogpStore:
         return store
 
     def check_writable(self) -> None:
-        """Check, before hours of scoring, that entries can be stored."""
+        """Check that entries can be written, so that hours of scoring are not lost."""
         if not os.access(self.folder, os.W_OK):
             raise ReferenceModelError(
                 "the reference store lacks log-probs that this run needs, and cannot be written",
@@ -260,7 +260,7 @@ class LogpStore:
         return len(self._first_words)
 
     def _find(self, keys: Keys) -> Iterator[StoredLogps | None]:
-        """Yield the values of each key; None if it has no intact entry."""
+        """Yield the values of each key; None for a key without an intact entry."""
         starts = np.searchsorted(self._first_words, keys[:, 0])
         stops = np.searchsorted(self._first_words, keys[:, 0], side="right")
         for start, stop, second in zip(starts.tolist(), stops.tolist(), keys[:, 1].tolist(), strict=True):
@@ -281,7 +281,7 @@ class LogpStore:
         return list(self._find(keys))
 
     def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Return which `keys` have an intact entry; bool [n]. Reads and verifies their values."""
+        """Return whether each of `keys` has an intact entry, bool [n]; reads and verifies the values."""
         return np.fromiter((values is not None for values in self._find(keys)), np.bool_, len(keys))
 
     def read(self, keys: Keys) -> list[StoredLogps]:
@@ -300,13 +300,13 @@ class LogpStore:
         return entries
 
     def write(self, keys: Keys, entries: Sequence[StoredLogps]) -> str:
-        """Append entries as one shard, and return its name; stores that are opened later see it."""
-        not_finite = sum(not np.isfinite(values).all() for values in entries)
-        if not_finite:
+        """Write entries as one shard, and return its name; a store sees the shard when it is opened again."""
+        bad_entries = sum(not np.isfinite(values).all() for values in entries)
+        if bad_entries:
             raise ReferenceModelError(
                 "the reference model computes log-probs that are not finite",
-                where="reference.path (null: model.path)",
-                got=f"{not_finite} of {len(entries)} responses",
+                where="reference.path (if null, model.path)",
+                got=f"{bad_entries} of {len(entries)} responses",
                 remedy="check the model's weights, and whether it needs model.dtype=fp32",
             )
         order = np.lexsort((keys[:, 1], keys[:, 0]))
@@ -314,7 +314,7 @@ class LogpStore:
         keys = np.ascontiguousarray(keys[order])
         ends = np.cumsum([len(entry) for entry in entries], dtype=np.int64)
         checks = np.array([zlib.crc32(entry.data) for entry in entries], dtype=np.int64)
-        name = _name(self.folder, keys, ends, checks)
+        name = _shard_name(self.folder, keys, ends, checks)
         try:
             with staged_file(self.folder / name) as temporary:
                 tensors = {"keys": keys, "ends": ends, "checks": checks, "values": np.concatenate(entries)}
@@ -329,8 +329,8 @@ class LogpStore:
         return f"{self.folder.name}/{name}"
 
 
-def _mark_used(folder: Path, fingerprint: ReferenceFingerprint) -> None:
-    """Set the time of last use of a folder, and write its `space.json` if missing."""
+def _record_use(folder: Path, fingerprint: ReferenceFingerprint) -> None:
+    """Set a folder's time of last use, and write its `space.json` if missing."""
     try:
         if read_fingerprint(folder) is not None:
             os.utime(folder / FINGERPRINT_FILE)
@@ -339,4 +339,4 @@ def _mark_used(folder: Path, fingerprint: ReferenceFingerprint) -> None:
     except OSError as error:
         if not folder.is_dir():
             raise
-        log.warning("the reference store is read, but cannot be written: %s", error)
+        log.warning("the reference store can be read, but not written: %s", error)

@@ -1,4 +1,4 @@
-"""Where the time goes: phases of a step, and kinds of work of a run."""
+"""Clocks for the phases of a step, and for the kinds of work of a run."""
 
 import contextlib
 import itertools
@@ -16,10 +16,10 @@ WORKS: tuple[Work, ...] = get_args(Work)  # of a run, with the key `work.seconds
 
 
 class StepClock:
-    """Seconds of one step by phase, from construction on.
+    """Measures one step's seconds by phase, from construction on.
 
-    On CUDA, where the host only queues work, phases are timed between events in the device's stream; time
-    that the device waits for the host is included. Elsewhere they are timed by the host's clock.
+    On CUDA the host only queues work, so that phases are timed by events in the device's stream; a phase
+    includes time that the device waits for the host. Elsewhere the host's clock times the phases.
     """
 
     def __init__(self, device: torch.device):
@@ -39,9 +39,9 @@ class StepClock:
             self._starts.append(time.monotonic())
 
     def stop(self) -> dict[Phase, float]:
-        """Return the seconds of every phase; `other` is the rest, so that they add up to those of the step.
+        """Return the seconds of every phase; `other` includes the rest, so that the sum is the whole step.
 
-        Call it after the host has waited for the device, which the all-reduce of metrics makes it do.
+        Call it when the host has waited for the device, as after the all-reduce of metrics.
         """
         total = time.monotonic() - self._started
         seconds = dict.fromkeys(PHASES, 0.0)
@@ -56,9 +56,9 @@ class StepClock:
 
 
 class WorkClock:
-    """Time of a run by kind of work; each moment of a start counts as one kind, at first as `starting`.
+    """Measures a run's time by kind of work; each moment counts as one kind, at first as `starting`.
 
-    `started`: by `time.monotonic`.
+    `started`: time of `time.monotonic`.
     """
 
     def __init__(self, processes: int, started: float):
@@ -68,7 +68,7 @@ class WorkClock:
         self._device_seconds = 0.0
 
     def resume(self, former: Mapping[str, Any]) -> None:
-        """Add the time of earlier starts, as `read` returned it."""
+        """Add the time of earlier starts; `former` is a result of `read`."""
         for work, seconds in former["seconds"].items():
             self._seconds[work] = self._seconds.get(work, 0.0) + seconds
         self._device_seconds += former["device_seconds"]
@@ -81,8 +81,8 @@ class WorkClock:
         self._work, self._marked = work, now
 
     @contextlib.contextmanager
-    def of(self, work: Work) -> Iterator[None]:
-        """Count the time of the block as `work`, also where it is part of another work."""
+    def measure(self, work: Work) -> Iterator[None]:
+        """Count the time of the block as `work`, also inside a block of another work."""
         outer = self._work
         self.enter(work)
         try:
@@ -91,7 +91,7 @@ class WorkClock:
             self.enter(outer)
 
     def read(self) -> dict[str, Any]:
-        """Return the section `work` of summary.json: seconds by kind of work, and in all, times processes."""
+        """Return the section `work` of summary.json: seconds by kind of work; all seconds times processes."""
         self.enter(self._work)
         return {
             "seconds": {work: round(seconds, 3) for work, seconds in self._seconds.items()},

@@ -1,4 +1,4 @@
-"""Write a checkpoint, or a mean of models, as a model folder: at the end of a run, and by a verb."""
+"""Write a checkpoint, or the mean of models, as a model folder: at the end of a run, and by `export`."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -68,7 +68,7 @@ from dpo_dist.reference.digest import digest_model
 from dpo_dist.training.reporting.metrics_log import read_latest_rows
 
 _PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of `export.dtype`
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of `export.dtype`
 
 
 def export_checkpoint(
@@ -80,13 +80,16 @@ def export_checkpoint(
     is_new: bool = False,
     replaces: bool = True,
 ) -> None:
-    """Write a checkpoint's trained weights, from any world, as a whole model or adapter folder or not at all.
+    """Write a checkpoint of any world as the folder of a whole model or an adapter; all of it or nothing.
 
-    Needs no GPU, no other process, and weights of the base only if an adapter is merged or the architecture
-    has tensors that are not trained. The model is in host memory once, a merged one in float32. `config` is
-    that of the run; `card` returns README.md ("": none) for an auto class. A checkpoint that `is_new`
-    was just written by this process: neither its files nor the written ones are checked. `replaces`:
-    also a folder of this name that another process has made meanwhile.
+    Needs no GPU and no other process. Needs the base's weights only if an adapter is merged or the
+    architecture has tensors that are not trained. The model is in host memory once, a merged one in float32.
+
+    Args:
+        config: the run's configuration.
+        card: returns README.md for the name of the model's auto class; "" writes no file.
+        is_new: whether this process has just written the checkpoint; then no file is checked.
+        replaces: whether a folder of this name is replaced, also if another process has just made it.
     """
     base = description_folder(config.model.path, config.model.revision, needs_weights=False)
     start, code = start_folder(config.model), config.model.trust_remote_code
@@ -105,7 +108,7 @@ def export_checkpoint(
             got=f"ema, {checkpoint}",
             remedy="name such a checkpoint, or set export.weights=last",
         )
-    named = None if config.export.dtype is None else DTYPES[config.export.dtype]
+    named = None if config.export.dtype is None else EXPORT_DTYPES[config.export.dtype]
     dtype = named or TORCH_DTYPES[config.model.dtype]
 
     def read(name: str) -> Tensor:
@@ -114,11 +117,11 @@ def export_checkpoint(
 
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(folder.parent)  # killed exports left it
+        remove_abandoned(folder.parent)  # what killed exports left would fill the disk
     with writing_errors(folder), staged_folder(folder, replaces=replaces) as temporary:
         weights = (
-            _untrained(causal_lm, config.model, dtype) if is_whole else {}
-        )  # first: it reads the whole base
+            _untrained_tensors(causal_lm, config.model, dtype) if is_whole else {}
+        )  # first, while no other weights are in memory: it reads the whole base
         weights |= {name: read(name) for name in saved.shapes}
         if is_whole:
             write_weights(temporary, causal_lm, weights, base)
@@ -142,10 +145,10 @@ def export_checkpoint(
             _check_written(temporary, list(saved.shapes) if is_whole else [], read, trusts_code=code)
 
 
-def written_checkpoint(
+def checkpoint_as_model(
     checkpoint: Path, below: Path, say: Callable[[str], None], trusts_code: bool = False
 ) -> Path:
-    """Return the folder below `below` with the weights of a run's checkpoint; it is written only once."""
+    """Return a model folder below `below` with a checkpoint's weights; it is written only once."""
     checkpoint = checkpoint.resolve()
     trained = checkpoint.parents[1]
     digest = content_digest([checkpoint / MANIFEST])[:16]
@@ -153,7 +156,7 @@ def written_checkpoint(
     if not written.is_dir():
         say(f"writing the weights of {checkpoint} as a model folder")
         config = from_yaml(existing_run(trained).config.read_text(encoding="utf-8"))
-        # The configuration of another run cannot ask for code of the base model.
+        # Not the run's own setting: the configuration of another run could run code of the base model.
         export_checkpoint(
             checkpoint, written, replace(config, model=replace(config.model, trust_remote_code=trusts_code))
         )
@@ -163,26 +166,27 @@ def written_checkpoint(
 def _check_written(
     folder: Path, trained: Sequence[str], read: Callable[[str], Tensor], *, trusts_code: bool
 ) -> None:
-    """Load what was written as others will, and compare it with the trained weights of a whole model."""
+    """Load the folder as users do; check that weights are finite, or equal the trained ones by `read`."""
     if is_adapter(folder):
         weights = load_file(folder / ADAPTER_WEIGHTS)
     else:
-        weights = dict(_loaded(folder, trusts_code=trusts_code).named_parameters())
+        weights = dict(_load_model(folder, trusts_code=trusts_code).named_parameters())
     wrong = [name for name in trained if not torch.equal(weights[name], read(name))]
     wrong += [name for name, weight in weights.items() if not trained and not weight.isfinite().all()]
     if wrong:
         raise CheckpointError(
-            "the written folder has other weights than the trained ones, or some that are not finite",
+            "weights of the written folder differ from the trained ones, or are not finite",
             where=str(folder),
             got=f"{len(wrong)} of {len(weights)} weights: {wrong[0]}",
-            remedy="report it with the run's config.yaml; export.check=false writes the folder all the same",
+            remedy="report this error with the run's config.yaml; export.check=false skips this check",
         )
 
 
-def _untrained(causal_lm: Any, model: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return buffers, weights that are not trained, and ignored tensors as in the base's files.
+def _untrained_tensors(causal_lm: Any, model: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the base's buffers, its weights that are not trained, and its ignored tensors.
 
-    Weights that text does not use are cast to `dtype`; the others keep theirs: routers compute in float32.
+    Weights that text does not use are cast to `dtype`; others keep their dtype, because routers compute in
+    float32.
     """
     others = other_weights(causal_lm)
     frozen = {name: w in others for name, w in causal_lm.named_parameters() if not w.requires_grad}
@@ -190,23 +194,23 @@ def _untrained(causal_lm: Any, model: ModelConfig, dtype: torch.dtype) -> dict[s
     if not wanted and not ignored_patterns(causal_lm):
         return {}
     folder = model_folder(model.path, model.revision)
-    loaded = _loaded(folder, trusts_code=model.trust_remote_code).state_dict() if wanted else {}
+    loaded = _load_model(folder, trusts_code=model.trust_remote_code).state_dict() if wanted else {}
     kept = {name: loaded[name].to(dtype) if frozen.get(name) else loaded[name] for name in wanted}
     return kept | ignored_tensors(causal_lm, folder, dtype)
 
 
-def _loaded(folder: Path, *, trusts_code: bool) -> Any:
+def _load_model(folder: Path, *, trusts_code: bool) -> Any:
     kind = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code), trusts_code)
     return kind.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=trusts_code)
 
 
 def check_base(model: ModelConfig, store: Path, recorded: str | None) -> None:
-    """Check that the files that become part of the result are those that training started from."""
+    """Check that the base model's files, a part of the result, have not changed since training started."""
     base, start = model_folder(model.path, model.revision), start_folder(model)
     digest = digest_model(base, store, remote_code=model.trust_remote_code, adapter=start).digest
     if recorded != digest:
         raise ConfigError(
-            "the model that this run started from has changed since",
+            "the model that this run started from has changed",
             where="model.path" if start is None else "model.path, model.adapter.path",
             got=f"digest {digest}",
             expected=f"digest {recorded}",
@@ -217,7 +221,7 @@ def check_base(model: ModelConfig, store: Path, recorded: str | None) -> None:
 def export_model(
     config: RunConfig, checkpoint: Path, output: Path, console: Console, run_card: Callable[..., str]
 ) -> None:
-    """Write `output` from a checkpoint, checked, whole or not at all, with the card of `run_card`."""
+    """Check a checkpoint and write it to `output`, all of it or nothing, with the card of `run_card`."""
     console.say(f"reading {checkpoint}")
     try:
         state = checkpoint_state(checkpoint)
@@ -248,10 +252,10 @@ def export_model(
 
 
 def export_average(config: RunConfig, members: Sequence[Path], output: Path) -> None:
-    """Write the weighted mean of whole models, whole or not at all."""
-    given = [member.weight for member in config.export.average]
-    shares = [(weight / sum(given), member) for weight, member in zip(given, members, strict=True)]
-    dtype = None if config.export.dtype is None else DTYPES[config.export.dtype]
+    """Write the weighted mean of models to `output`, all of it or nothing."""
+    weights = [member.weight for member in config.export.average]
+    shares = [(weight / sum(weights), member) for weight, member in zip(weights, members, strict=True)]
+    dtype = None if config.export.dtype is None else EXPORT_DTYPES[config.export.dtype]
     with writing_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with staged_folder(output, replaces=False) as temporary:

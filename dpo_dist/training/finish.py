@@ -1,4 +1,4 @@
-"""The end of a run: model, summary, curves, report and the recorded outcome."""
+"""The end of a run: write model, summary, curves, report and outcome."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -25,9 +25,9 @@ from dpo_dist.training.steps.state import Position
 
 
 def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str]) -> int:
-    """Train until the run completes, is stopped or diverges; write its last files and return the exit code.
+    """Train until the run completes, stops or diverges; write its last files and return the exit code.
 
-    A kill between two of these files loses nothing: the same command writes the missing ones.
+    If the process is killed between two of these files, the same command writes the missing ones.
     """
     run, identity = loop.run, loop.identity
     try:
@@ -54,12 +54,14 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
         )
     if takes_best:
         summary["model_step"] = step
-        # A start that only writes the model may name another metric than the one that chose the checkpoint.
+        # Not always `keep_best`: a start that only writes the model may have another one than the training.
         metric = run.config.trainer.keep_best if best is None else best.metric
         run.say(f"the weights of step {step} of {position.step} are the model, by {metric}")
         if best is None:
-            run.say("warning: this is the last step, as no evaluation had a finite value of it")
-    with run.clock.of("saving"):
+            run.say(
+                "warning: no evaluation had a finite value of this metric: the model is that of the last step"
+            )
+    with run.clock.measure("saving"):
         _write_model(loop, step, summary, run_card)
     summary["work"] = run.clock.read()
     exported = RunState(RunOutcome.exported, position.step, identity, for_json(summary))
@@ -121,9 +123,9 @@ def _write_model(loop: Loop, step: int, summary: dict[str, Any], run_card: Calla
 
 
 def finish(run: Run, state: RunState, recorder: Recorder | None, summary: dict[str, Any]) -> None:
-    """Write the report of a run and its state, and delete checkpoints if none are kept. Collective.
+    """Write a run's report and state, and delete its checkpoints if `keep_last` is 0. Collective.
 
-    `recorder`: None on other ranks than 0. `summary`: content of summary.json without `exit`.
+    `recorder`: None on ranks above 0. `summary`: content of summary.json without `exit`.
     """
 
     def work() -> None:
@@ -131,7 +133,7 @@ def finish(run: Run, state: RunState, recorder: Recorder | None, summary: dict[s
         recorder.close(summary, state.outcome)
         if state.outcome is RunOutcome.completed and run.config.trainer.keep_last == 0:
             drop_checkpoints(run.folder.checkpoints)
-        # A run that diverged is tried again from its last checkpoint, whose step stays recorded.
+        # The same command tries a diverged run again from its last checkpoint: keep the recorded step.
         former = read_state(run.folder) if state.outcome is RunOutcome.diverged else None
         write_state(run.folder, state if former is None else replace(state, step=former.step))
 

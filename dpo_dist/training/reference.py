@@ -1,4 +1,4 @@
-"""The reference of a run: find or fill its log-probs, and check a sample of them before the first step."""
+"""Prepare a run's reference: find or compute its log-probs, and check a sample before the first step."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from dpo_dist.model.flops import compute_costs
 from dpo_dist.model.layers import choose_fused
 from dpo_dist.model.numerics import numerics_profile
 from dpo_dist.reference.digest import ModelFiles, check_same_numerics, model_label
-from dpo_dist.reference.engine import SCORING_TOKENS_FACTOR, ReferenceProvider, load_reference, scored_model
+from dpo_dist.reference.engine import SCORING_TOKENS_FACTOR, ReferenceProvider, load_reference, scoring_config
 from dpo_dist.reference.fill import ENTRIES_PER_SHARD, FillReport, Scorer, StoreFiller
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, StoredLogps
 from dpo_dist.training.start.inputs import EvaluationInputs, load_inputs
@@ -33,7 +33,7 @@ from dpo_dist.training.start.open_run import Run, open_run, say_header
 from dpo_dist.training.steps.step import Objective
 
 _CHECKED_PAIRS = 16
-# Mean absolute drift of a response per token, in nats.
+# Largest mean drift of a response's tokens, in nats.
 _TOLERANCE = {Dtype.fp32: 1e-4, Dtype.fp16: 2e-2, Dtype.bf16: 5e-2}
 
 
@@ -46,10 +46,10 @@ def check_drift(
     visited: Indices,
     costs: ComputeCosts,
 ) -> dict[str, Any]:
-    """Re-score a seeded sample of the `visited` indices with the training path and compare; collective.
+    """Score a seeded sample of the `visited` indices again and compare with the stored log-probs; collective.
 
-    `score`: the reference model, or the policy before its first update if it starts as this model. Log-probs
-    that differ by more than the precision explains are a `ReferenceModelError`. Return the drift per token
+    `score`: the reference model, or a policy that starts as the reference, before its first update. Raises a
+    `ReferenceModelError` if log-probs differ by more than the precision explains. Returns the drift per token
     and per response, in nats, for the report.
     """
     config, world = run.config, run.world
@@ -58,7 +58,7 @@ def check_drift(
     indices = np.sort(generator.choice(visited, size=count, replace=False))
     rank_batch = run.shard(dataset, indices, costs)
     drifts: list[tuple[str, StoredLogps]] = []
-    with objective.prefetched(rank_batch, world.device) as batches:
+    with objective.prefetch_batches(rank_batch, world.device) as batches:
         for micro_batch, host_batch in zip(rank_batch.micro_batches, batches, strict=True):
             batch = host_batch.to(world.device)
             stored = objective.reference.token_logps(batch)
@@ -87,11 +87,11 @@ def check_drift(
 
 def _check_drifts(drifts: Sequence[tuple[str, StoredLogps]], dtype: Dtype) -> None:
     def tolerance(tokens: int) -> float:
-        # A forward in 16 bits depends on the shape of its batch: single tokens move, the mean of many hardly.
+        # 16-bit log-probs depend on the batch's shape: single tokens differ, the mean of many hardly.
         return _TOLERANCE[dtype] * (1.0 if dtype is Dtype.fp32 else max(1.0, 8 / math.sqrt(tokens)))
 
     means = {name: float(np.abs(drift).mean()) for name, drift in drifts}
-    # Not "mean > tolerance", which accepts nan.
+    # "mean > tolerance" would accept nan.
     failed = [name for name, drift in drifts if not means[name] <= tolerance(len(drift))]
     if failed:
         raise ReferenceModelError(
@@ -105,19 +105,20 @@ def _check_drifts(drifts: Sequence[tuple[str, StoredLogps]], dtype: Dtype) -> No
 
 
 def describe_drift(drift: dict[str, Any]) -> str:
-    """Return the report of `check_drift` as the end of a sentence: "the log-probs are ..."."""
+    """Return the result of `check_drift` as the end of a sentence: "the log-probs are ..."."""
     responses = pluralize(drift["responses"], "response")
     if not drift["largest_token_drift"]:
         return f"equal on a sample of {responses}"
     return (
-        f"equal within rounding on a sample of {responses}: by {drift['largest_token_drift']:.2g} nats in a "
-        f"token, {drift['largest_response_drift']:.2g} in a response"
+        f"equal within rounding on a sample of {responses}: they differ by at most "
+        f"{drift['largest_token_drift']:.2g} nats in a token, "
+        f"{drift['largest_response_drift']:.2g} in a response"
     )
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference of a run."""
+    """A run's reference: where its log-probs come from, and the report about them."""
 
     provider: ReferenceProvider
     is_policys_start: bool  # in the same precision
@@ -125,15 +126,16 @@ class Reference:
 
 
 def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool = False) -> Reference:
-    """Return the reference in every mode but `adapter`; fill the store in mode `cached`. Collective.
+    """Return the reference in every mode except `adapter`; in mode `cached`, fill the store. Collective.
 
-    With `step0_follows`, a policy that starts as the reference re-scores the sample, and not the reference.
-    If a rank is asked to stop, what is scored is stored, and the error is a `StoppedError`.
+    With `step0_follows`, the sample is not scored here if the policy starts as the reference: the check
+    before step 0 does it. Raises a `StoppedError` if a rank is asked to stop; log-probs scored before are
+    stored.
     """
     config, world = run.config, run.world
     mode, files = config.reference.mode, inputs.reference_files
     if mode is ReferenceMode.none:
-        return unstored(run, ReferenceProvider(), is_start=False)
+        return reference_without_store(run, ReferenceProvider(), is_start=False)
     assert files is not None, "every other mode has a reference model"
     if config.reference.path:
         world.on_main(lambda: check_same_vocabulary(files.folder, inputs.tokenizer, config.model))
@@ -143,29 +145,30 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
         provider = ReferenceProvider(
             engine=load_reference(files, config.model, config.reference, config.data.max_length, world)
         )
-        return unstored(run, provider, is_start=is_start)
-    return _stored(run, inputs, files, is_start, is_checked=is_start and step0_follows)
+        return reference_without_store(run, provider, is_start=is_start)
+    return _reference_from_store(run, inputs, files, is_start, is_checked=is_start and step0_follows)
 
 
-def unstored(run: Run, provider: ReferenceProvider, *, is_start: bool) -> Reference:
-    """Return a reference that is computed with each micro-batch, or none."""
+def reference_without_store(run: Run, provider: ReferenceProvider, *, is_start: bool) -> Reference:
+    """Return a reference that computes log-probs with each micro-batch, or that has none."""
     report = {"mode": run.config.reference.mode.value, **FillReport().as_dict()}
     return Reference(provider, is_start, report)
 
 
-def _stored(
+def _reference_from_store(
     run: Run, inputs: EvaluationInputs, files: ModelFiles, is_start: bool, *, is_checked: bool
 ) -> Reference:
-    """Fill the store with all log-probs of the run; then free the reference engine. Collective.
+    """Fill the store with all log-probs of the run, then free the reference engine. Collective.
 
-    A sample is re-scored while the engine is loaded, unless the step-0 check does it (`is_checked`).
+    A sample is scored again while the engine is loaded, unless the check before step 0 does it
+    (`is_checked`).
     """
     config, world, store = run.config, run.world, Path(run.config.reference.store)
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
     text = load_config(files.folder, config.model).get_text_config()
     fused = choose_fused(config.model, text, world.device)
     profile = numerics_profile(
-        scored_model(config.model, config.reference.quantization), backend, fused, world.device
+        scoring_config(config.model, config.reference.quantization), backend, fused, world.device
     )
     check_same_numerics(profile, world)
     label = model_label(config.reference.path or config.model.path, files.folder)
@@ -208,12 +211,12 @@ def _fill(run: Run, inputs: EvaluationInputs, filler: StoreFiller) -> FillReport
     run.say(f"reference: {pluralize(filled.computed, 'log-prob')} computed, {filled.hits:,} reused{took}")
     store = run.config.reference.store
     for name in sorted(filled.damaged):
-        run.say(f"warning: reference: damaged file ignored: {store}/{name}")
+        run.say(f"warning: the reference store has a damaged file, which is ignored: {store}/{name}")
     return filled
 
 
 def precompute(config: RunConfig, console: Console, stop: StopRequest) -> int:
-    """Fill the reference store with all log-probs that the run of `config` uses; return the exit code."""
+    """Store all reference log-probs that a run with this configuration uses; return the exit code."""
     with open_run(config, console, stop) as run:
         say_header(run)
         inputs = load_inputs(run)

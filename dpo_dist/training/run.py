@@ -1,4 +1,4 @@
-"""Build the parts of a run and connect them: the only module that does."""
+"""Build a run's parts, connect them, and train; no other module does."""
 
 import contextlib
 import json
@@ -37,9 +37,15 @@ from dpo_dist.model.flops import REACHED_SHARES, compute_costs, matmul_peak, rec
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.metrics import MetricPlan, custom_metrics
-from dpo_dist.reference.engine import ReferenceProvider, settle_engine
+from dpo_dist.reference.engine import ReferenceProvider, run_start_check
 from dpo_dist.training.finish import finish, run_to_its_end
-from dpo_dist.training.reference import Reference, check_drift, describe_drift, prepare_reference, unstored
+from dpo_dist.training.reference import (
+    Reference,
+    check_drift,
+    describe_drift,
+    prepare_reference,
+    reference_without_store,
+)
 from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.reporting.protocols import Recorder, Reporting
 from dpo_dist.training.start.environment import describe_run
@@ -63,16 +69,16 @@ from dpo_dist.training.steps.step import Objective
 
 
 def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Reporting) -> int:
-    """Train as `config` says, from the last checkpoint if there is one; return the exit code.
+    """Train `config`, from the last checkpoint if there is one; return the exit code.
 
     Call it inside `stop.listening()`.
     """
     with open_run(config, console, stop, trains=True) as run, lock_directory(run):
-        run.stops.check()  # an import may have swallowed the StoppedError of a signal: check again
+        run.stops.check()  # an import may have caught the StoppedError that a signal raised
         say_header(run)
         start = find_start(run)
         if isinstance(start, RunState):
-            return _complete(run, start, reporting)
+            return _finish_complete_run(run, start, reporting)
         inputs, state = _begin(run, start, reporting)
         with stop.deferred(), contextlib.ExitStack() as engines:
             try:
@@ -83,13 +89,13 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
                     with contextlib.suppress(OSError):
                         write_state(run.folder, stopped)
                 raise
-            with contextlib.nullcontext() if loop.recorder is None else loop.recorder.closed_by_errors():
+            with contextlib.nullcontext() if loop.recorder is None else loop.recorder.close_on_error():
                 return run_to_its_end(loop, position, reporting.run_card)
 
 
 @contextlib.contextmanager
 def lock_directory(run: Run) -> Iterator[None]:
-    """Lock the run directory until this start ends, and remove what a killed one was writing. Collective."""
+    """Lock the run directory until this start ends; remove unfinished files of a killed one. Collective."""
     folder, world = run.folder, run.world
     with contextlib.ExitStack() as lock:
         world.on_main(lambda: lock.enter_context(locked(folder.lock, "is training in this run directory")))
@@ -100,7 +106,7 @@ def lock_directory(run: Run) -> Iterator[None]:
 
 
 def find_start(run: Run) -> Checkpoint | RunState | None:
-    """Return the checkpoint to continue from, or the state of a run whose model is written; collective."""
+    """Return the checkpoint to continue from, or the state of a run that has its model; collective."""
     identity, folder, world, resume = run.config.identity, run.folder, run.world, run.config.run.resume
     checkpoint = None
     if resume is not Resume.never:
@@ -116,7 +122,7 @@ def find_start(run: Run) -> Checkpoint | RunState | None:
 
 
 def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tuple[Inputs, RunState]:
-    """Read the inputs, check them, then write the files of every start; collective."""
+    """Load and check the inputs, then write the files of this start; return inputs and state. Collective."""
     config, world = run.config, run.world
     environment = describe_run(run)
     for name in ("loss", "metrics"):
@@ -137,19 +143,19 @@ def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tup
     check_warmup(config.optim, steps)
     state = RunState(RunOutcome.started, done, identity)
     world.on_main(partial(check_disk_room, run, inputs.weights, done, steps))
-    mark_started(run, environment, state, reporting.write_page)
+    record_start(run, environment, state, reporting.write_page)
     left = f", {done:,} of them done" if done else ""
     pairs = pluralize(inputs.sampler.global_batch_pairs, config.loss.unit)
     run.say(f"training: {pluralize(steps, 'step')} of {pairs}{left}")
     return inputs, state
 
 
-def mark_started(
+def record_start(
     run: Run, environment: dict[str, Any], state: RunState, write_page: Callable[[RunFolder], object]
 ) -> None:
-    """Record that a run trains, after all checks, and remove the summary of an earlier start; collective.
+    """Write configuration, environment and state; remove the summary of an earlier start. Collective.
 
-    A run that starts at step 0 also removes samples, which may be of another model.
+    Call it after all checks. A start at step 0 also removes samples, which may be of another model.
     """
     folder = run.folder
 
@@ -177,13 +183,13 @@ def _set_up(
 ) -> tuple[Loop, Position]:
     """Load models, fill the store, load the checkpoint; return the loop and its position. Collective.
 
-    `engines` frees what is loaded.
+    `engines` gets the callbacks that free the loaded models.
     """
     config, world = run.config, run.world
-    with run.clock.of("samples"):
+    with run.clock.measure("samples"):
         samples = reporting.prepare_samples(run, inputs, state.step)
     reference, policy = _load_models(run, inputs, engines, step0_follows=checkpoint is None)
-    costs = arranged_costs(run, inputs, policy, reference)
+    costs = balance_costs(run, inputs, policy, reference)
     run.stops.check()
     custom = custom_metrics(config.metrics.function, config.loss, world.device)
     objective = Objective(config.loss, reference.provider, inputs.router, custom)
@@ -201,7 +207,7 @@ def _set_up(
         say=run.say,
         committed=lambda step: write_state(run.folder, replace(state, step=step)),
     )
-    engines.callback(checkpoints.close)  # before the weights that it writes are freed
+    engines.callback(checkpoints.close)  # before the engines are freed, whose weights it writes
     if checkpoint is not None:
         position = _resume(run, checkpoint, sharded)
         scale, report = checkpoint.state["loss_scale"], checkpoint.state["reference_report"]
@@ -217,11 +223,13 @@ def _set_up(
             report = {**report, "drift": drift}
     run.stops.check()
     if samples is not None:
-        with run.clock.of("samples"):
+        with run.clock.measure("samples"):
             samples.open(policy)
     peak = _peak_flops(run)
     if world.device.type == "cuda":
-        run.say(_hours(run, inputs, costs, position.step, peak / (1 + recomputed_share(config.model))))
+        run.say(
+            _describe_duration(run, inputs, costs, position.step, peak / (1 + recomputed_share(config.model)))
+        )
     loop = Loop(
         run=run,
         inputs=inputs,
@@ -243,26 +251,26 @@ def _set_up(
 def _load_models(
     run: Run, inputs: Inputs, engines: contextlib.ExitStack, *, step0_follows: bool
 ) -> tuple[Reference, PolicyEngine]:
-    """Load the reference, then the policy: a model that filled the store is freed before. Collective.
+    """Load the reference, then the policy; a model that fills the store is freed in between. Collective.
 
-    With `reference.mode=adapter` the policy itself is the reference.
+    With `reference.mode=adapter` the policy is also the reference.
     """
     reference = None
     run.stops.check()
     run.say("loading the model, and checking its packed log-probs by its plain forward")
     if run.config.reference.mode is not ReferenceMode.adapter:
-        with run.clock.of("reference"):
+        with run.clock.measure("reference"):
             reference = prepare_reference(run, inputs, step0_follows=step0_follows)
         if reference.provider.engine is not None:
             engines.push(partial(_free, reference.provider.engine, run.world))
         run.stops.check()
     policy = load_policy(run, inputs)
     engines.push(partial(_free, policy, run.world))
-    return reference or unstored(run, ReferenceProvider(policy=policy), is_start=True), policy
+    return reference or reference_without_store(run, ReferenceProvider(policy=policy), is_start=True), policy
 
 
 def _free(engine: Engine, world: World, error: type[BaseException] | None, *_: Any) -> None:
-    """Free an engine; after an error only if this process is alone: it could wait for others that end."""
+    """Free an engine; not after an error of several ranks: it would wait for a rank that ends."""
     if error is None:
         engine.free()
     elif world.size == 1:
@@ -278,13 +286,13 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
     if config.model.adapter is not None:
         add_adapter(model, config.model, config.trainer.seed, files.adapter)
     policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
-    settle_engine(policy, longest, world, trains=True)
+    run_start_check(policy, longest, world, trains=True)
     if world.device.type == "cuda":
-        run.say(f"kernels: attention by {_attention(model, longest)}; fused layers: {model.fused}")
+        run.say(f"kernels: attention by {_describe_attention(model, longest)}; fused layers: {model.fused}")
     return policy
 
 
-def _attention(model: PackedCausalLM, longest: int) -> str:
+def _describe_attention(model: PackedCausalLM, longest: int) -> str:
     if model.arrangement is not Arrangement.packed:
         return "the model itself"
     if slow := computed_by_segment(model.causal_lm, model.backend, longest):
@@ -292,10 +300,10 @@ def _attention(model: PackedCausalLM, longest: int) -> str:
     return model.backend
 
 
-def arranged_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Reference) -> ComputeCosts:
-    """Return the costs by which micro-batches are balanced; say if the policy cannot share prompts.
+def balance_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Reference) -> ComputeCosts:
+    """Return the costs that balance micro-batches; say if the policy cannot share prompts.
 
-    A live reference computes the policy's micro-batches, which also fit the budget in its padded rows.
+    A live reference scores the policy's micro-batches. If it pads rows, the padded rows must fit, too.
     """
     arrangement, engine = policy.model.arrangement, reference.provider.engine
     if arrangement is not Arrangement.packed:
@@ -310,12 +318,12 @@ def arranged_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Re
 def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[SlicedWeights]) -> Position:
     """Load a checkpoint into the engines and return its position; collective.
 
-    The reference's report is kept from the start that scored it. This start's time is added.
+    The clock continues from the checkpoint's times.
     """
     for part in sharded:
         part.load_shards(checkpoint.folder)
     with reading_errors(checkpoint.folder):
-        position = Position.of(checkpoint.state)
+        position = Position.from_state(checkpoint.state)
     run.clock.resume(checkpoint.state["work"])
     run.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
     for name in checkpoint.damaged:
@@ -332,8 +340,8 @@ def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Record
     return reporting.open_recorder(run, metrics)
 
 
-def _complete(run: Run, finished: RunState, reporting: Reporting) -> int:
-    """Write the report of a run whose model is written, if its inputs are the same; collective."""
+def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> int:
+    """Check the inputs of a run that has its model, write its report if missing; return the exit code."""
     world, folder = run.world, run.folder
     environment, written = describe_run(run), folder.environment
     identity = identify(run.config.identity, load_inputs(run))
@@ -348,14 +356,14 @@ def _complete(run: Run, finished: RunState, reporting: Reporting) -> int:
     wanted, former = environment.get("metrics_function"), written.read_text() if written.exists() else ""
     if wanted is not None and json.dumps(wanted) not in former:
         function = f"metrics.function={run.config.metrics.function}"
-        run.say(f"its metrics are not those of this function: dpo-dist evaluate run.dir={folder} {function}")
+        run.say(f"to compute metrics of this function: dpo-dist evaluate run.dir={folder} {function}")
     if run.config.trainer.patience is None:
         run.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
     return ExitCode.completed
 
 
-def _hours(run: Run, inputs: Inputs, costs: ComputeCosts, done: int, peak: float) -> str:
-    """Return how long the steps that are left take at shares of `peak`, the FLOP/s of all devices."""
+def _describe_duration(run: Run, inputs: Inputs, costs: ComputeCosts, done: int, peak: float) -> str:
+    """Return in words how long the remaining steps take; `peak`: FLOP/s of all devices."""
     sampler = inputs.sampler
     visited = sampler.visited_indices()
     some = run.shard(inputs.train_set, visited[:: 1 + len(visited) // 1000], costs)
@@ -372,5 +380,5 @@ def _peak_flops(run: Run) -> float:
     world.barrier()
     peaks = world.gather(matmul_peak(world.device, TORCH_DTYPES[run.config.model.dtype]))
     if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # the peak of a run does not count these matrices
+        torch.cuda.reset_peak_memory_stats()  # else the run's peak would count these matrices
     return sum(peaks)

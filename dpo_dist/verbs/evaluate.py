@@ -1,21 +1,21 @@
 """Evaluate a run on pairs: `dpo-dist evaluate run.dir=output/a 'evaluation.data=[hard.jsonl]'`.
 
-Takes the configuration of the training run, or finds it in `run.dir`. A model, an adapter or a checkpoint is
-scored on `data.eval` or `evaluation.data`; reference log-probs come from the store, and missing ones are
-stored.
+Takes the configuration of the training run, or reads it from `run.dir`. Scores models, adapters and
+checkpoints on `data.eval` or `evaluation.data`. Reference log-probs come from the store; missing ones are
+computed and stored.
 """
 
 from collections.abc import Iterator
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.training.start.named_models import find_evaluated
+from dpo_dist.training.start.named_models import find_evaluation_models
 from dpo_dist.training.start.preflight import check_start, checked_start
 
 
 def main(config: RunConfig) -> int:
-    """Write metrics with intervals, and the scores of every pair; return the exit code."""
-    config, models = find_evaluated(config)
+    """Write metrics with confidence intervals, and the scores of every pair; return the exit code."""
+    config, models = find_evaluation_models(config)
     with checked_start(config) as console:
         from dpo_dist.tools.evaluation.models import evaluate_models  # noqa: PLC0415  (slow, prints into the log)
 
@@ -24,7 +24,7 @@ def main(config: RunConfig) -> int:
 
 def check(config: RunConfig) -> Iterator[str]:
     """Check everything that `main` needs before it uses a GPU."""
-    config, models = find_evaluated(config)
+    config, models = find_evaluation_models(config)
     check_start(config)
     from dpo_dist.training.start.check import dry_run  # noqa: PLC0415  (slow)
 

@@ -1,9 +1,10 @@
 """Write a checkpoint as a plain model folder: `dpo-dist export run.dir=output/run-1a2b3c4d`.
 
-Takes the configuration of the run in `run.dir`; one process, no GPU. `export.checkpoint` names the checkpoint
-(default: that of `model/`), `export.average` models to average in its place, `export.output` the folder,
-which transformers loads, or peft if it is an adapter. `export.merge=true` adds an adapter to its base.
-`export.push_to=ORG/NAME` lists what an upload to the hub would send; with `export.confirm=true` it is sent.
+Takes the configuration of the run in `run.dir`; needs one process and no GPU. `export.checkpoint` names the
+checkpoint (default: the one in `model/`), or `export.average` models to average. `export.output` names the
+folder, which transformers loads, or peft if it is an adapter. `export.merge=true` adds an adapter to its
+base. `export.push_to=ORG/NAME` lists the files of an upload to the hub; `export.confirm=true` also sends
+them.
 """
 
 import os
@@ -16,12 +17,12 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.console import Console, console_on, warnings_off
 from dpo_dist.foundation.errors import ConfigError, ExitCode, in_one_line
 from dpo_dist.foundation.text import size
-from dpo_dist.training.start.named_models import find_exported
+from dpo_dist.training.start.named_models import find_export_paths
 
 
 def main(config: RunConfig) -> int:
-    """Write the folder and print its path, upload it if this is asked; return the exit code."""
-    sources, output = find_exported(config)
+    """Write the folder, print its path, and upload it if configured; return the exit code."""
+    sources, output = find_export_paths(config)
     os.environ.setdefault("TQDM_DISABLE", "1")
     console = console_on(sys.stderr, config.console.style)
     with warnings_off():
@@ -36,14 +37,14 @@ def main(config: RunConfig) -> int:
         else:
             export_model(config, sources[0], output, console, run_card)
     written = {"checkpoint": ", ".join(map(str, sources)), "output": str(output)}
-    console.result("exported", written, [f"{'as it was' if is_there else 'written'}: {output}"])
+    console.result("exported", written, [f"{'already there' if is_there else 'written'}: {output}"])
     if config.export.push_to is not None:
         _push(output, config.export.push_to, console, is_confirmed=config.export.confirm)
     return ExitCode.completed
 
 
 def _push(folder: Path, repository: str, console: Console, *, is_confirmed: bool) -> None:
-    """List the files of a folder, and upload them in one commit if the user has confirmed it."""
+    """List the files of a folder; if the user has confirmed, upload them in one commit."""
     files = {
         str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()
     }
@@ -63,7 +64,7 @@ def _push(folder: Path, repository: str, console: Console, *, is_confirmed: bool
             commit = HfApi().upload_folder(
                 repo_id=repository, folder_path=folder, commit_message="Model trained by dpo_dist"
             )
-        except Exception as error:  # errors of the transport have no common class
+        except Exception as error:  # errors of HTTP clients have no common class
             raise ConfigError(
                 "the model cannot be uploaded",
                 where="export.push_to",

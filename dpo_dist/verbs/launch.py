@@ -1,7 +1,7 @@
 """Start a verb on several processes: `dpo-dist launch train +experiment=qwen7b`.
 
-Takes the arguments of `accelerate launch`. It ends with the exit code of the run, without a traceback, and
-gives a run that is stopped the time to save.
+Takes the arguments of `accelerate launch`. Unlike that command, exits with the run's exit code, prints no
+traceback of its own, and gives a stopped run time to save.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Fill the reference store and exit: `accelerate launch -m dpo_dist precompute +experiment=qwen7b`.
 
-Takes the configuration of the training run, or finds it in `run.dir`; only missing log-probs are computed.
+Takes the configuration of the training run, or reads it from `run.dir`. Computes only missing log-probs.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from dpo_dist.training.start.preflight import check_start, checked_start
 
 
 def main(config: RunConfig) -> int:
-    """Store the reference log-probs that the run of `config` needs; return the exit code."""
+    """Store the reference log-probs that a run with this configuration needs; return the exit code."""
     check_needs(config, "precompute")
     stop = StopRequest(max_seconds=config.trainer.max_seconds)
     with stop.listening(), checked_start(config) as console:

@@ -15,7 +15,7 @@ from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.foundation.text import pluralize, size
 from dpo_dist.reference.store import (
     FINGERPRINT_FILE,
-    fingerprint_folders,
+    find_fingerprint_folders,
     list_shards,
     open_shard,
     read_fingerprint,
@@ -24,8 +24,8 @@ from dpo_dist.reference.store import (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    given = _parser().parse_args(arguments)
-    return int(given.run(given))
+    options = _parser().parse_args(arguments)
+    return int(options.run(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     for verb, run, text in (
         ("info", _info, "list the references with their entries, sizes and dates of last use"),
         ("verify", _verify, "read every entry; the exit code is 2 if a file is damaged"),
-        ("gc", _gc, "remove references by name or age, and files that killed jobs have left"),
+        ("gc", _gc, "remove references by digest or age, and files that killed jobs have left"),
     ):
         own = verbs.add_parser(verb, help=text, description=text)
         own.add_argument("folder", type=Path, nargs="?", default=Path("output/reference"))
@@ -42,14 +42,14 @@ def _parser() -> argparse.ArgumentParser:
     gc = verbs.choices["gc"]
     drop = "references or fingerprints to remove"
     gc.add_argument("--drop", nargs="+", default=[], metavar="DIGEST", help=drop)
-    gc.add_argument("--unused-days", type=float, metavar="N", help="remove those not used for N days")
-    gc.add_argument("--yes", action="store_true", help="remove them; without it they are only listed")
+    gc.add_argument("--unused-days", type=float, metavar="N", help="remove references not used for N days")
+    gc.add_argument("--yes", action="store_true", help="remove; without it, only list what would be removed")
     return parser
 
 
 @dataclass(frozen=True)
-class _Space:
-    """A fingerprint's folder, as listed; `digests` are the fingerprint's and the reference's."""
+class _Listing:
+    """Facts of a fingerprint's folder; `digests`: of the fingerprint and of its reference."""
 
     folder: Path
     digests: list[str]
@@ -59,12 +59,12 @@ class _Space:
     line: str
 
 
-def _inventory(root: Path) -> list[_Space]:
-    """Return the folders of all fingerprints of a store, the last used first; values are not read."""
-    return sorted(map(_space, fingerprint_folders(root)), key=lambda each: each.used, reverse=True)
+def _list_store(root: Path) -> list[_Listing]:
+    """Return the facts of a store's folders, the last used first, without reading values."""
+    return sorted(map(_list_folder, find_fingerprint_folders(root)), key=lambda each: each.used, reverse=True)
 
 
-def _space(folder: Path) -> _Space:
+def _list_folder(folder: Path) -> _Listing:
     files = [folder / name for name in list_shards(folder)]
     with ThreadPoolExecutor(max_workers=8) as pool:
         shards = [shard for shard in pool.map(open_shard, files) if shard is not None]
@@ -73,7 +73,7 @@ def _space(folder: Path) -> _Space:
     entries = sum(len(shard.keys) for shard in shards)
     stored = sum(file.stat().st_size for file in folder.iterdir())
     damaged = f", {len(files) - len(shards)} damaged" if len(files) > len(shards) else ""
-    digests, label = [folder.name], f"no {FINGERPRINT_FILE} of this version"
+    digests, label = [folder.name], f"no readable {FINGERPRINT_FILE}"
     if known is not None:
         digests, label = [folder.name, known.reference], known.label or "unnamed"
     line = (
@@ -83,28 +83,28 @@ def _space(folder: Path) -> _Space:
         f"{size(stored)}, {pluralize(len(shards), 'shard')}{damaged}, "
         f"used {datetime.fromtimestamp(used):%Y-%m-%d %H:%M}"
     )
-    return _Space(folder, digests, used, entries, stored, line)
+    return _Listing(folder, digests, used, entries, stored, line)
 
 
-def _info(given: argparse.Namespace) -> int:
-    found, lines = _inventory(given.folder), []
-    for space in found:
-        lines.append(space.line)
-        if (known := read_fingerprint(space.folder)) is not None:
+def _info(options: argparse.Namespace) -> int:
+    found, lines = _list_store(options.folder), []
+    for listing in found:
+        lines.append(listing.line)
+        if (known := read_fingerprint(listing.folder)) is not None:
             lines.append("    " + ", ".join(f"{name} {value}" for name, value in known.profile.items()))
-    entries = pluralize(sum(space.entries for space in found), "entry", "entries")
-    stored = size(sum(space.bytes for space in found))
+    entries = pluralize(sum(listing.entries for listing in found), "entry", "entries")
+    stored = size(sum(listing.bytes for listing in found))
     lines.append(f"{pluralize(len(found), 'fingerprint')}, {entries}, {stored}")
     print_result("\n".join(lines) + "\n")
     return ExitCode.completed
 
 
-def _verify(given: argparse.Namespace) -> int:
-    folders = fingerprint_folders(given.folder)
+def _verify(options: argparse.Namespace) -> int:
+    folders = find_fingerprint_folders(options.folder)
     files = [folder / name for folder in folders for name in list_shards(folder)]
 
     def check(file: Path) -> tuple[int, str]:
-        """Return the number of intact entries of a shard, and its fault."""
+        """Return the number of a shard's intact entries, and its fault, if it has one."""
         if (shard := open_shard(file)) is None:
             return 0, "no entry can be verified"
         damaged = shard.count_damaged()
@@ -116,7 +116,7 @@ def _verify(given: argparse.Namespace) -> int:
     damage = {file: fault for file, (_, fault) in zip(files, checked, strict=True) if fault}
     for folder in folders:
         if read_fingerprint(folder) is None:
-            damage[folder / FINGERPRINT_FILE] = "missing, damaged or of another version"
+            damage[folder / FINGERPRINT_FILE] = "missing, damaged or written by another version"
     for file, fault in damage.items():
         print_line(f"damaged: {file}: {fault}")
     intact = pluralize(sum(count for count, _ in checked), "valid entry", "valid entries")
@@ -126,30 +126,32 @@ def _verify(given: argparse.Namespace) -> int:
     return ExitCode.invalid if damage else ExitCode.completed
 
 
-def _gc(given: argparse.Namespace) -> int:
-    found = _inventory(given.folder)
-    unwanted = {space.folder: space for digits in given.drop for space in _with_digits(found, digits)}
-    if given.unused_days is not None:
-        oldest = time.time() - given.unused_days * 24 * 3600
-        unwanted |= {space.folder: space for space in found if space.used < oldest}
-    for space in unwanted.values():
-        print_line(f"drop: {space.line}")
-    freed = size(sum(space.bytes for space in unwanted.values()))
+def _gc(options: argparse.Namespace) -> int:
+    found = _list_store(options.folder)
+    unwanted = {
+        listing.folder: listing for digits in options.drop for listing in _find_by_digest(found, digits)
+    }
+    if options.unused_days is not None:
+        oldest = time.time() - options.unused_days * 24 * 3600
+        unwanted |= {listing.folder: listing for listing in found if listing.used < oldest}
+    for listing in unwanted.values():
+        print_line(f"drop: {listing.line}")
+    freed = size(sum(listing.bytes for listing in unwanted.values()))
     what = f"{pluralize(len(unwanted), 'fingerprint')} ({freed})"
-    if not given.yes:
+    if not options.yes:
         print_line(f"nothing is removed yet; --yes removes {what}, and files that killed jobs have left")
         return ExitCode.completed
-    for folder in unwanted:  # renamed first, so that no run finds it incomplete
+    for folder in unwanted:  # renamed first: a run must not find half of its shards
         shutil.rmtree(folder.rename(temporary_name(folder)), ignore_errors=True)
-    for place in (given.folder, *(space.folder for space in found if space.folder not in unwanted)):
+    for place in (options.folder, *(listing.folder for listing in found if listing.folder not in unwanted)):
         for left in remove_abandoned(place):
             print_line(f"removed: {left}")
     print_line(f"{what} removed")
     return ExitCode.completed
 
 
-def _with_digits(found: Sequence[_Space], digits: str) -> list[_Space]:
-    """Return the fingerprints of the one reference, or the fingerprint, whose digest begins with `digits`."""
+def _find_by_digest(found: Sequence[_Listing], digits: str) -> list[_Listing]:
+    """Return the folders of the one fingerprint or reference whose digest begins with `digits`."""
     matching = [each for each in found if any(name.startswith(digits) for name in each.digests)]
     if len({each.digests[-1] for each in matching}) != 1:
         raise ConfigError(

@@ -126,7 +126,7 @@ class RowsAtHand:
         keys = [key.tobytes() for key in dataset.keys]
         return RowsAtHand(dict(zip(keys, map(torch.from_numpy, values), strict=True)), spoilt)
 
-    def attach(self, batch: PackedBatch) -> PackedBatch:
+    def add_stored_logps(self, batch: PackedBatch) -> PackedBatch:
         return batch
 
     def token_logps(self, batch: PackedBatch) -> Tensor:

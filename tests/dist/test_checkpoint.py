@@ -309,7 +309,7 @@ def go_on(
     else:
         for part in trainer.parts():
             part.load_shards(found.folder)
-        trainer.position = Position.of(found.state)
+        trainer.position = Position.from_state(found.state)
         trainer.save(root, 3)
     norms = [trainer.step([6, 7]), trainer.step([8, 9, 10])]
     running = trainer.position.running

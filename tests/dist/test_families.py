@@ -25,7 +25,7 @@ from dpo_dist.config.schema import (
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.lora import add_adapter
-from dpo_dist.reference.engine import ReferenceProvider, settle_engine
+from dpo_dist.reference.engine import ReferenceProvider, run_start_check
 from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import (
     LOSS,
@@ -83,7 +83,7 @@ def walk(
     objective = Objective(LOSS, RowsAtHand.of(dataset, reference))
     for name, path in models.items():
         policy = load_policy(model_config(name, path), world, max_length=512)
-        settle_engine(policy, 512, world, trains=True)
+        run_start_check(policy, 512, world, trains=True)
         costs = replace(COSTS, arrangement=policy.model.arrangement)
         norms = all_steps(policy, objective, dataset, world, STEPS, costs=costs)
         write_whole(policy, folder / f"{name}.safetensors")
@@ -185,7 +185,7 @@ def load_plain(name: str, path: Path) -> Any:
 def train_beside(own: ModelConfig, other: ModelConfig, assets: Assets, world: World, _folder: Path) -> Any:
     """Arrangements of a policy and its reference, and gradient norms of `STEPS`."""
     policy = load_policy(own, world, max_length=512)
-    settle_engine(policy, 512, world)
+    run_start_check(policy, 512, world)
     reference = load_reference(Path(other.path), RunConfig(model=other), world)
     objective = Objective(LOSS, ReferenceProvider(engine=reference))
     norms = all_steps(policy, objective, assets.dataset(), world, STEPS)

@@ -63,9 +63,11 @@ def train(model: ModelConfig, assets: Assets, speaks: bool, world: World, folder
         scores.append(values.logp_chosen.tolist())
         return norm.item()
 
-    def speak(sampling: Sampling, of_base: bool = False) -> list[Any]:
+    def speak(sampling: Sampling, without_adapter: bool = False) -> list[Any]:
         stops = Stops(StopRequest(), world)
-        samples = generate_together(policy, requests(), sampling, STOPS, BUDGET, stops, of_base=of_base)
+        samples = generate_together(
+            policy, requests(), sampling, STOPS, BUDGET, stops, without_adapter=without_adapter
+        )
         return [(sample.ids, sample.is_finished) for sample in samples]
 
     scores: list[Any] = []
@@ -75,7 +77,7 @@ def train(model: ModelConfig, assets: Assets, speaks: bool, world: World, folder
     norms.append(step())
     if speaks:
         result |= {"greedy": speak(GREEDY), "drawn": speak(DRAWN)}
-        result |= {"base": speak(GREEDY, of_base=True)} if model.adapter is not None else {}
+        result |= {"base": speak(GREEDY, without_adapter=True)} if model.adapter is not None else {}
         write_model(policy, folder / "model", world)
     norms.append(step())
     policy.free()
@@ -171,7 +173,7 @@ def sizes_of_weights(assets: Assets, room: list[int], world: World, _folder: Pat
     weights, found = [*policy.causal_lm.parameters()], []
     with (
         mock.patch.object(zero, "free_memory", return_value=room[world.rank]),
-        policy.generating() as causal_lm,
+        policy.ready_to_generate() as causal_lm,
     ):
         for _ in range(3):  # DeepSpeed records an order in the first ones
             causal_lm(torch.tensor([[5, 6]]))

@@ -37,7 +37,7 @@ from dpo_dist.model.files import load
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference import engine
-from dpo_dist.reference.engine import settle_engine
+from dpo_dist.reference.engine import run_start_check
 from dpo_dist.training.start.open_run import Run
 from tests.dist.scenario import Assets, load_policy, load_reference
 from tests.support.families import tiny_family
@@ -315,7 +315,7 @@ def settle(
         layer = policy.causal_lm.model.layers[1]
         layer.register_forward_pre_hook(partial(fail_in, policy.model, fails))
     time.sleep(late * world.rank)
-    settle_engine(policy, 512, world, trains=True)
+    run_start_check(policy, 512, world, trains=True)
     return policy.model.arrangement
 
 

@@ -115,7 +115,7 @@ def test_a_complete_run_that_becomes_longer_is_the_longer_run(
     before = (short / "config.yaml").read_bytes()
     refused = run_verb("train", shorter)
     assert refused.code == 2, refused.output
-    assert "a run can be continued to a greater length only" in refused.output
+    assert "a run can only be continued to the same length or a greater one" in refused.output
     assert (short / "config.yaml").read_bytes() == before
 
 

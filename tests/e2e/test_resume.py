@@ -239,7 +239,7 @@ def test_a_stopped_run_ends_with_75_refuses_another_base_and_resumes_exactly(
     write_model(model, seed=5)
     other = run_verb("train", overrides(*steps))
     assert other.code == 2, other.output
-    assert "the model that the policy starts from of this run changed" in other.output
+    assert "the model that the policy starts from of this run has changed" in other.output
     shutil.rmtree(model)
     (tmp_path / "former").rename(model)
     train(overrides(*steps))

@@ -21,7 +21,7 @@ def test_a_run_with_shared_tokens_is_that_of_one_process_and_resumes_without_the
     train(overrides(*steps, *alone))
     stopped = run_verb("train", overrides(*steps, SHARED, "trainer.stop_after_steps=1"), processes=2)
     assert run_state(tmp_path / "run")["step"] == 1, stopped.output
-    assert "in groups of 2 that share tokens" in stopped.output
+    assert "in groups of 2 for sequence parallelism" in stopped.output
     train(overrides(*steps))
     got, wanted = history(tmp_path / "run"), history(tmp_path / "alone")
     assert_same_history(got, wanted, relative=2e-4)

@@ -115,7 +115,7 @@ def test_a_finished_run_is_not_repeated_and_an_error_with_other_data(trained: Tr
     trained.data.write_text("".join(trained.data.read_text().splitlines(keepends=True)[1:]))
     other = run_verb("train", trained.command)
     assert other.code == 2, other.output
-    assert "the training data of this run changed" in other.output
+    assert "the training data of this run has changed" in other.output
 
 
 @pytest.mark.parametrize(

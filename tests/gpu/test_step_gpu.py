@@ -49,7 +49,7 @@ def test_forward_and_backward_do_not_make_the_host_wait(tmp_path: Path) -> None:
     batch = pack_unkeyed(random_pairs([(70, 50, 90), (1, 1, 4), (12, 3, 1)])).pinned()
 
     def step() -> None:
-        (pairs,) = objective.scored(policy, [batch], BatchFacts(1.0), CUDA)
+        (pairs,) = objective.score(policy, [batch], BatchFacts(1.0), CUDA)
         loss, _ = objective.measure(pairs, MetricPlan(objective.loss))
         loss.backward()  # type: ignore[no-untyped-call]
 
@@ -93,7 +93,7 @@ def test_no_loss_makes_the_host_wait_and_each_is_that_of_the_cpu(kind: LossKind)
         objective = Objective(config, ReferenceProvider())
         rank_batch: Any = type("RankBatch", (), {"batches": lambda: [batch]})
         ready = objective.ready_batches(rank_batch, device)
-        (pairs,) = objective.scored(policy, ready, facts, device)
+        (pairs,) = objective.score(policy, ready, facts, device)
         loss, sums = objective.measure(pairs, MetricPlan(config))
         loss.backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None

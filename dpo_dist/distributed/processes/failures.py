@@ -49,7 +49,7 @@ _EXIT_CODE, _FAILURES = "exit_code", "failures"
 # Errors that the end of another process may cause, in a collective call or by SIGTERM of the launcher.
 _POSSIBLE_CONSEQUENCES = (RuntimeError, OSError, SystemExit, StoppedError)
 # Of gloo, NCCL and the store of the rendezvous.
-_OF_COMMUNICATION = (
+_COMMUNICATION_ERRORS = (
     r"timed ?out|timeout|closed by peer|reset by peer|broken pipe|remote process exited"
     r"|connection was likely closed|connectFullMesh failed"
 )
@@ -214,7 +214,7 @@ class Watcher(threading.Thread):
         self.record.wait_for_all()
         return error
 
-    def error_of(self, failure: BaseException) -> DpoDistError | None:
+    def report_failure(self, failure: BaseException) -> DpoDistError | None:
         """Return a failure of the main thread as an error that has been reported; None for a bug or a signal.
 
         A failure that another process caused becomes a `PeerLostError`.
@@ -248,7 +248,7 @@ class Watcher(threading.Thread):
             if self._died() or self._long_stopped():
                 return self._reported(self._lost(text))
             time.sleep(0.2)
-        if not is_of_communication(text):
+        if not is_communication_error(text):
             return None
         write_stacks(self._reports.stacks, text)
         error = self._missing(text)
@@ -312,9 +312,9 @@ def write_stacks(file: Path | None, reason: str) -> None:
         faulthandler.dump_traceback(opened, all_threads=True)
 
 
-def is_of_communication(text: str) -> bool:
+def is_communication_error(text: str) -> bool:
     """Return whether the text of an error says that a call waited too long for a rank, or was cut off."""
-    return bool(re.search(_OF_COMMUNICATION, text, re.IGNORECASE))
+    return bool(re.search(_COMMUNICATION_ERRORS, text, re.IGNORECASE))
 
 
 def _origin(failure: BaseException) -> BaseException:
@@ -324,7 +324,7 @@ def _origin(failure: BaseException) -> BaseException:
     """
     error: BaseException | None = failure
     while error is not None:
-        if isinstance(error, RuntimeError) and is_of_communication(str(error)):
+        if isinstance(error, RuntimeError) and is_communication_error(str(error)):
             return error
         error = error.__cause__ or error.__context__
     return failure
@@ -360,7 +360,7 @@ def watch_world(world: World, reports: Reports) -> Iterator[None]:
         # The launcher sends SIGTERM more than once, and this process has not printed its error yet.
         _handle_sigterm(signal.SIG_IGN)
         watcher.stop()
-        error = watcher.error_of(failure)
+        error = watcher.report_failure(failure)
         if world.size == 1:  # without other ranks the process may survive the error, as in a notebook
             _handle_sigterm(previous)
         if error is not None and error is not failure:

@@ -24,7 +24,7 @@ from dpo_dist.distributed.deepspeed_internals import (
     restore_linear,
     use_gloo_all_reduce,
 )
-from dpo_dist.distributed.processes.failures import Reports, is_of_communication, watch_world
+from dpo_dist.distributed.processes.failures import Reports, is_communication_error, watch_world
 from dpo_dist.distributed.processes.world import Peer, World
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
 from dpo_dist.foundation.signals import exit_on_signal
@@ -126,7 +126,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
         dist.all_gather_object(peers, Peer.here(rank), group=control)
     except RuntimeError as failure:
         is_taken = "EADDRINUSE" in str(failure)  # the port, which torchrun and accelerate choose themselves
-        if not (is_taken or is_of_communication(str(failure))):
+        if not (is_taken or is_communication_error(str(failure))):
             raise
         raise PeerLostError(
             f"not all {os.environ.get('WORLD_SIZE')} processes of the run have joined",

@@ -25,7 +25,7 @@ from dpo_dist.tools.shared.sampling.respond import (
     open_responder,
     usable_prompt,
 )
-from dpo_dist.training.export import written_checkpoint
+from dpo_dist.training.export import checkpoint_as_model
 from dpo_dist.training.start.named_models import short_name
 from dpo_dist.training.start.open_run import has_bf16_products
 
@@ -122,7 +122,7 @@ def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool
     data = replace(without_limits(config.data), chat_template=None)
     name = short_name(location)
     if is_checkpoint(folder) and run is not None:
-        location = str(written_checkpoint(folder, run.comparison_models, say, trusts_code))
+        location = str(checkpoint_as_model(folder, run.comparison_models, say, trusts_code))
     source = find_files(location, model, key)
     return Speaker(name, open_responder(source, model, data), load_source(source, model, _device()), model)
 

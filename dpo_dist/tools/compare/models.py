@@ -39,7 +39,7 @@ from dpo_dist.model.files.folder import hub_commit
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM, packed_logps
-from dpo_dist.reference.engine import scored_model
+from dpo_dist.reference.engine import scoring_config
 from dpo_dist.tools.compare.results import compares, comparison, judge_texts
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
@@ -58,7 +58,7 @@ from dpo_dist.tools.shared.sampling.prompts import (
 )
 from dpo_dist.tools.shared.sampling.respond import Completions, ModelSource, Responder, open_responder
 from dpo_dist.tools.shared.sampling.settings import Sampling, sampling_for
-from dpo_dist.training.export import written_checkpoint
+from dpo_dist.training.export import checkpoint_as_model
 from dpo_dist.training.start.open_run import Run
 
 _Row = dict[str, Any]
@@ -134,7 +134,7 @@ class ComparedModel:
     def _packed(self) -> PackedCausalLM:
         config = self.prompts.run.config
         model = config.model
-        model_config = replace(scored_model(model, model.quantization), fused=FusedLayers.none)
+        model_config = replace(scoring_config(model, model.quantization), fused=FusedLayers.none)
         longest = config.data.max_length + self._sampling.max_new_tokens
         if self.responder.longest is not None:
             longest = min(longest, self.responder.longest)
@@ -266,7 +266,7 @@ def whole_model(model: NamedModel, folder: Path, run: Run) -> str:
     if not model.is_checkpoint:
         return model.location
     written = partial(
-        written_checkpoint, Path(model.location), folder, run.console.say, run.config.model.trust_remote_code
+        checkpoint_as_model, Path(model.location), folder, run.console.say, run.config.model.trust_remote_code
     )
     with run.console.heartbeat(f"writing the weights of {model.name}"):
         return str(run.world.on_main(written))

@@ -24,7 +24,7 @@ from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import custom_metrics
-from dpo_dist.reference.engine import load_scored, scored_model
+from dpo_dist.reference.engine import load_for_scoring, scoring_config
 from dpo_dist.tools.evaluation.results import ALL, Results, write_evaluation
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.shared.tables import evaluation_table
@@ -156,5 +156,7 @@ def load_evaluated(
     offload = config.parallelism.offload_parameters
     placement = replace(config.reference, offload=offload, quantization=bits)
     longest = config.data.max_length
-    model = load_scored(folder, scored_model(config.model, bits), placement, longest, world, finish, key=key)
+    model = load_for_scoring(
+        folder, scoring_config(config.model, bits), placement, longest, world, finish, key=key
+    )
     return model, running, commit

@@ -95,9 +95,9 @@ class RunRecorder:
             lines = [*closing_table(folder, rows, final_summary), *lines]
         run.console.result("summary", {"run_dir": str(folder.path), **final_summary}, lines)
 
-    def closed_by_errors(self) -> AbstractContextManager[None]:
+    def close_on_error(self) -> AbstractContextManager[None]:
         """Return a context that ends tracking within seconds if its block raises or is interrupted."""
-        return self.trackers.ended_by_errors()
+        return self.trackers.finish_on_error()
 
 
 def open_recorder(run: Run, metrics: MetricsLog, on_row: OnRow | None = None) -> RunRecorder:
@@ -117,7 +117,7 @@ def tracked_run(run: Run, environment: Mapping[str, Any], stop: Callable[[], Non
         title(config, run.folder.path),
         settings={**asdict(config), "environment": environment},
         # Texts of the data may go to a server only if the user asked for samples.
-        most_samples=config.tracking.samples if config.samples.prompts else 0,
+        max_samples=config.tracking.samples if config.samples.prompts else 0,
         stop=stop,
     )
 

@@ -67,7 +67,7 @@ class RunSamples:
     starts_as_reference: bool = False
     reference: list[_Row] | None = None
 
-    def at(self, step: int, policy: Engine, *, is_last: bool) -> dict[str, float]:
+    def write_responses(self, step: int, policy: Engine, *, is_last: bool) -> dict[str, float]:
         """Write the policy's responses after `step`, and return their metrics `samples/...`.
 
         Raises Interrupted if the run must stop. Without finite logits there is no file; a bug in the metrics
@@ -104,13 +104,13 @@ class RunSamples:
     def open(self, policy: Engine) -> None:
         """Get the reference's responses, if missing, from the policy at its start or with its adapter off."""
         if self.reference is None and self.starts_as_reference:
-            self.ask_reference(policy, of_base=self.run.config.model.adapter is not None)
+            self.ask_reference(policy, without_adapter=self.run.config.model.adapter is not None)
 
-    def ask_reference(self, model: Engine, *, of_base: bool = False) -> None:
+    def ask_reference(self, model: Engine, *, without_adapter: bool = False) -> None:
         """Generate and write the reference's responses with this model; ends the run if it must stop."""
         started = time.monotonic()
         try:
-            self.reference = self._ask(model, of_base=of_base)
+            self.reference = self._ask(model, without_adapter=without_adapter)
         except Interrupted:
             self.run.stops.check()
         if self.reference is not None:
@@ -136,14 +136,16 @@ class RunSamples:
             return None
         return [{name: row[name] for name in _RESPONSE_FIELDS} for row in rows]
 
-    def _ask(self, model: Engine, *, of_base: bool = False) -> list[_Row] | None:
+    def _ask(self, model: Engine, *, without_adapter: bool = False) -> list[_Row] | None:
         """Return a response to each prompt; warn and return None if the model's logits are not finite."""
         requests = [prompt.request for prompt in self.prompts]
         limits = self.stop_ids, _BATCH_TOKENS, self.run.stops
         try:
             doing = f"samples: responding to {pluralize(len(requests), 'prompt')}"
-            with self.run.clock.of("samples"), self.run.console.heartbeat(doing):
-                samples = generate_together(model, requests, self.sampling, *limits, of_base=of_base)
+            with self.run.clock.measure("samples"), self.run.console.heartbeat(doing):
+                samples = generate_together(
+                    model, requests, self.sampling, *limits, without_adapter=without_adapter
+                )
         except NotFiniteError:
             self.run.say("warning: no samples: the model's logits are not finite")
             return None

@@ -1,1 +1,1 @@
-"""What a run reports: metrics rows, trackers, and the interfaces of what a verb passes in."""
+"""Reports of a run: metrics rows, trackers, and interfaces of the reports that a verb passes in."""

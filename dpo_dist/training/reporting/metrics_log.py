@@ -1,4 +1,4 @@
-"""The metrics rows of a run, in files that grow with it: JSON and CSV; and what its summary has of them."""
+"""Write and read a run's metrics rows as JSON and CSV, and summarise them for summary.json."""
 
 import csv
 import io
@@ -27,11 +27,11 @@ from dpo_dist.objective.metrics import (
 from dpo_dist.training.clock import PHASES
 
 MetricsRow = dict[str, float]
-"""The metrics of a logged step or of an evaluation by name, as in log_history.json."""
+"""Metrics of a logged step or of an evaluation, by name, as in log_history.json."""
 
 _SPEED = ("step_seconds", "pairs_per_second", "tokens_per_second", *(f"time/{phase}" for phase in PHASES))
 _OTHERS = ("mfu", "memory/peak_allocated_bytes", "memory/peak_reserved_bytes", "bad_steps", "loss_spikes")
-# Metrics whose best value is in the summary of a tracker; summary.json has two of them.
+# Metrics whose best value a tracker's summary has; summary.json has those of `_BEST`.
 METRICS_WITH_BEST = ("loss", *(PREFIX + key for key in MAIN))
 _BEST = ("eval_loss", *(PREFIX + key for key in ACCURACIES))
 _FINAL = (*PAIR_METRICS, *TERMS.values(), AUC, MISMATCH)
@@ -40,15 +40,15 @@ _COLLAPSED_NATS = 50.0
 _EQUAL = 1e-9  # relative difference of means that only rounding makes different
 
 
-def columns_of(plan: MetricPlan | None = None) -> tuple[str, ...]:
-    """Return the columns of a new CSV file; columns of labelled records are in their loss's plan."""
+def csv_columns(plan: MetricPlan | None = None) -> tuple[str, ...]:
+    """Return the columns of a new CSV file; the plan of a loss for labelled records has their metrics."""
     measured = PAIR_METRICS
     if plan is not None and plan.loss.terms:
         measured += tuple(TERMS[kind] for kind in plan.loss.kinds)
     if plan is not None and plan.loss.is_unpaired:
         measured = tuple(name for name, (_, group) in plan.rows.items() if not group)
-    of_step = ("step", "epoch", *measured, "grad_norm", "learning_rate", "pairs", "tokens")
-    return (*of_step, *_SPEED, *_OTHERS, *(PREFIX + key for key in measured))
+    step_columns = ("step", "epoch", *measured, "grad_norm", "learning_rate", "pairs", "tokens")
+    return (*step_columns, *_SPEED, *_OTHERS, *(PREFIX + key for key in measured))
 
 
 class MetricsLog:
@@ -57,7 +57,7 @@ class MetricsLog:
     def __init__(self, folder: RunFolder, rows: list[MetricsRow], plan: MetricPlan | None = None):
         self.folder = folder
         self.rows = rows
-        self._columns = list(dict.fromkeys([*columns_of(plan), *(key for row in rows for key in row)]))
+        self._columns = list(dict.fromkeys([*csv_columns(plan), *(key for row in rows for key in row)]))
 
     @classmethod
     def open(
@@ -71,9 +71,9 @@ class MetricsLog:
     ) -> "MetricsLog":
         """Start a log, or continue the one in `folder`.
 
-        Rows after `resume_step` (None: of a new run) are computed again, with `owes_evaluation` the
-        evaluation after it, too. `say` gets a warning if there is no file of the existing rows, or if they
-        are replaced.
+        Rows after `resume_step` (None for a new run) are dropped, because training computes them again; with
+        `owes_evaluation`, also the evaluation at this step. `say` gets a warning if existing rows are missing
+        or replaced.
         """
         rows: list[MetricsRow] = []
         if resume_step is None and read_latest_rows(folder):
@@ -84,13 +84,13 @@ class MetricsLog:
             rows = [row for row in read_latest_rows(folder) if row["step"] <= resume_step]
         if owes_evaluation:
             rows = [row for row in rows if row["step"] != resume_step or "eval_loss" not in row]
-        history = cls(folder, rows, plan)
+        log = cls(folder, rows, plan)
         folder.metrics.mkdir(parents=True, exist_ok=True)
-        history.save()
-        return history
+        log.save()
+        return log
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Add a row with its `step` to the CSV file; a new column makes it write the file anew."""
+        """Add a row, which has a `step`, to the CSV file; a new column rewrites the file."""
         self.rows.append(dict(row))
         if new := [key for key in row if key not in self._columns]:
             self._columns += new
@@ -100,10 +100,10 @@ class MetricsLog:
             csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
 
     def save(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Write both files, and `summary.json`, whole or not at all. What is not finite is null in JSON.
+        """Write both files, and `summary.json`, each whole or not at all. JSON has null for nan and infinity.
 
-        Call it before a checkpoint of the same step is committed, so that a resumed run finds all its rows.
-        A run directory that was moved away is not created again.
+        Call it before a checkpoint of the same step is committed: a run that resumes from the checkpoint
+        needs all rows. Raises OSError if the run directory was moved away.
         """
         self.folder.metrics.stat()
         lines = ",\n".join(json.dumps(for_json(row)) for row in self.rows)
@@ -121,7 +121,7 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[MetricsRow]:
-    """Read the rows of a `log_history.json`; null becomes nan."""
+    """Return the rows of a `log_history.json`, with nan for null."""
     return [
         {key: math.nan if value is None else value for key, value in row.items()}
         for row in json.loads(path.read_bytes())
@@ -129,7 +129,7 @@ def read_rows(path: Path) -> list[MetricsRow]:
 
 
 def read_latest_rows(folder: RunFolder) -> list[MetricsRow]:
-    """Return the rows of a run, also those that are only in the CSV file, which grows during the run."""
+    """Return a run's rows, with the latest ones, which only the CSV file has during the run."""
     try:
         rows = read_rows(folder.log_history) if folder.log_history.exists() else []
     except ValueError as error:
@@ -148,10 +148,10 @@ def read_latest_rows(folder: RunFolder) -> list[MetricsRow]:
 
 
 def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Return `final` and `best` of `summary.json`; the evaluation before the first step is no result.
+    """Return `final` and `best` of `summary.json`, without the evaluation before the first step.
 
-    `final` has metrics of the last logged step and of the last evaluation (its step is `eval_step`); `best`
-    has the lowest `eval_loss` and the highest of `ACCURACIES`, the earliest of equal ones.
+    `final` has metrics of the last logged step and of the last evaluation (its step is `eval_step`). `best`
+    has the lowest `eval_loss` and the highest of `ACCURACIES`, the earliest of equal values.
     """
     final: MetricsRow = {}
     for prefix in ("", PREFIX):
@@ -167,7 +167,7 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def best_rows(rows: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, Mapping[str, float]]]:
-    """Yield each of `METRICS_WITH_BEST` that is finite after a step, with the first row of its best value."""
+    """Yield each metric with its best row after step 0, the first of equal ones (`METRICS_WITH_BEST`)."""
     for key in METRICS_WITH_BEST:
         measured = [row for row in rows if row["step"] > 0 and math.isfinite(row.get(key, math.nan))]
         if measured:
@@ -176,9 +176,9 @@ def best_rows(rows: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, Mappin
 
 
 def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, MetricsRow]:
-    """Return, by source, the last value of each metric of `GROUP_METRICS`, those of evaluations with `eval_`.
+    """Return, by source, the last value of each of `GROUP_METRICS`, with `eval_` those of evaluations.
 
-    A run with one source has none.
+    Empty for a run with one source.
     """
     last = {key: value for row in rows if row["step"] > 0 for key, value in row.items()}
     by_source: dict[str, MetricsRow] = {}
@@ -196,35 +196,35 @@ def _grouped(prefix: str) -> tuple[str, ...]:
 
 
 def finite(row: Mapping[str, float], key: str) -> float | None:
-    """Return the value of a row, or None if it is missing or not finite."""
+    """Return a row's value, or None if the value is missing or not finite."""
     value = row.get(key)
     return value if value is not None and math.isfinite(value) else None
 
 
-def usual_loss(rows: Sequence[Mapping[str, float]], row: Mapping[str, float]) -> float | None:
-    """Return the median loss before a row after `rows`, if the row is a spike.
+def loss_before_spike(rows: Sequence[Mapping[str, float]], row: Mapping[str, float]) -> float | None:
+    """Return the median loss of `rows` if `row`, the next one, is a spike; else None.
 
-    A spike is above the median of the last 100 losses (at least 50) by more than five times the largest among
-    them, and by more than that median and the first loss.
+    The median is that of the last 100 losses, at least 50. A spike exceeds this median by more than the
+    median itself, by more than the first loss, and by more than five times the largest excess before.
     """
     logged = (float(row["loss"]) for row in reversed(rows) if finite(row, "loss") is not None)
     before = list(islice(logged, _SPIKE_ROWS))
     loss = finite(row, "loss")
-    # Seldom true, and a median of every window is slow.
+    # Most rows return here: a median for each row would be slow.
     if loss is None or len(before) < _FEWEST_ROWS or loss <= max(before):
         return None
-    usual = median(before)
+    typical = median(before)
     first = next((value for each in rows if (value := finite(each, "loss")) is not None), 0.0)
-    least = max(_EXCURSION * (max(before) - usual), abs(usual), abs(first))
-    return usual if loss - usual > least else None
+    threshold = max(_EXCURSION * (max(before) - typical), abs(typical), abs(first))
+    return typical if loss - typical > threshold else None
 
 
 def is_collapsed(row: Mapping[str, float]) -> bool | None:
-    """Return whether the policy of a step has no gradient, and gives responses no usable probability.
+    """Return whether a step's gradient is 0 because the policy has collapsed; None if the row cannot show it.
 
-    Every token has the same probability, or responses are far less likely than any guess. A satisfied loss
-    (hinge, ipo) has no gradient either, but its policy still prefers some tokens. None: a row with responses
-    of one label alone does not tell.
+    A collapsed policy gives every token the same probability, or makes responses far less likely than a
+    random guess. A satisfied loss (hinge, ipo) has no gradient either, but its policy still prefers some
+    tokens. A row with responses of one label only cannot show which.
     """
     logps = list(logps_by_side(row).values())
     if row.get("grad_norm") != 0 or not logps:
@@ -235,6 +235,6 @@ def is_collapsed(row: Mapping[str, float]) -> bool | None:
 
 
 def logps_by_side(row: Mapping[str, float]) -> dict[str, float]:
-    """Return the finite log-probs per token of chosen and rejected responses, as far as a row has both."""
+    """Return a row's finite log-probs per token, of `chosen` and `rejected` responses."""
     values = {side: finite(row, f"logps/{side}_per_token") for side in ("chosen", "rejected")}
     return {side: value for side, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Interfaces of what reports on a run: training does not import it, the verb `train` passes it in."""
+"""Interfaces of a run's reports: the verb `train` passes them in, so that training imports no tools."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -15,40 +15,40 @@ from dpo_dist.training.start.open_run import Run
 
 
 class Recorder(Protocol):
-    """Records a run, on rank 0. A bug in a report is a warning, and ends no run."""
+    """Records a run, on rank 0. A bug in a report gives a warning and does not end the run."""
 
     @property
     def metrics(self) -> MetricsLog:
         """The rows so far."""
 
     def row(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
-        """Record one metrics row; an evaluation's row comes with its margins."""
+        """Record one metrics row, of an evaluation with the margins of its pairs."""
 
     def evaluation(self, means: dict[str, float], values: PairValues, inputs: Inputs) -> None:
         """Write the files of the evaluation after the last step."""
 
     def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:
-        """Write the report of a run and print how it ended; `summary`: without `exit`."""
+        """Write the run's report and print how the run ended; `summary` is without `exit`."""
 
-    def closed_by_errors(self) -> AbstractContextManager[None]:
-        """If the block ends in error or is interrupted, end tracking in a few seconds."""
+    def close_on_error(self) -> AbstractContextManager[None]:
+        """If the block raises or is interrupted, end tracking within a few seconds."""
 
 
 class Samples(Protocol):
-    """Responses of the policy at evaluations. Methods are collective."""
+    """Writes the policy's responses at evaluations. Methods are collective."""
 
     def open(self, policy: Engine) -> None:
-        """Ask the policy, at its start, for the reference's responses if they are not known."""
+        """Generate missing responses of the reference with the policy, which starts as the reference."""
 
-    def at(self, step: int, policy: Engine, *, is_last: bool) -> dict[str, float]:
-        """Write the responses after `step`, the run's last one if `is_last`; return their metrics."""
+    def write_responses(self, step: int, policy: Engine, *, is_last: bool) -> dict[str, float]:
+        """Write the responses after `step` and return their metrics; `is_last`: the run ends after it."""
 
 
 @dataclass(frozen=True)
 class Reporting:
-    """What a verb passes in so that training can report: recorder, model card, samples, page."""
+    """Functions that a verb passes in so that training can report: recorder, model card, samples, page."""
 
     open_recorder: Callable[[Run, MetricsLog], Recorder]
-    run_card: Callable[..., str]  # the model card
-    prepare_samples: Callable[[Run, Inputs, int], Samples | None]  # before a model is loaded
+    run_card: Callable[..., str]  # returns the text of the model card
+    prepare_samples: Callable[[Run, Inputs, int], Samples | None]  # called before a model is loaded
     write_page: Callable[[RunFolder], object]

@@ -1,4 +1,4 @@
-"""W&B and TensorBoard, which get every metrics row once over all starts of a run; an error is a warning."""
+"""Send each metrics row once to W&B and TensorBoard, over all starts of a run; errors become warnings."""
 
 import contextlib
 import json
@@ -48,63 +48,63 @@ _MODES = {
     "dryrun": WandbMode.offline,
     "disabled": WandbMode.off,
 }
-"""Values of WANDB_MODE, the older two too."""
-_MOST_CHARACTERS = 4000
+"""Modes by value of WANDB_MODE; `run` and `dryrun` are older names."""
+_CELL_CHARACTERS = 4000
 _BINS = 64
 _HEADER_BYTES = 7
-_OPEN_SECONDS, _FINISH_SECONDS, _ERROR_SECONDS, _LAST_SECONDS = 10.0, 30.0, 4.0, 2.0
+_OPEN_SECONDS, _FINISH_SECONDS, _FINISH_ON_ERROR_SECONDS, _KILL_SECONDS = 10.0, 30.0, 4.0, 2.0
 
 _log = logging.getLogger(__name__)
 
 
-def place_of(row: MetricsRow) -> float:
-    """Return the place of a metrics row in the order of logging: a step's metrics, then its evaluation."""
+def log_position(row: MetricsRow) -> float:
+    """Return a row's position in the log: its step, or half a step later for an evaluation."""
     return row["step"] + any(key.startswith(PREFIX) for key in row) / 2
 
 
 def wandb_name(key: str) -> str:
-    """Return the name that transformers' and TRL's trainers give a metric in W&B."""
+    """Return a metric's name in W&B, as the trainers of transformers and TRL write it."""
     return f"eval/{key.removeprefix(PREFIX)}" if key.startswith(PREFIX) else f"train/{key}"
 
 
 def wandb_names(row: MetricsRow) -> dict[str, float]:
-    """Return a row under these names; its step is the x axis, of an evaluation also `eval/global_step`."""
+    """Return a row with W&B names; its step is `train/global_step`, for an evaluation also `eval/...`."""
     named = {wandb_name(key): value for key, value in row.items() if key != "step"}
-    axes = (STEP_AXIS, EVALUATED_AT) if place_of(row) > row["step"] else (STEP_AXIS,)
+    axes = (STEP_AXIS, EVALUATED_AT) if log_position(row) > row["step"] else (STEP_AXIS,)
     return dict.fromkeys(axes, row["step"]) | named
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run as its trackers show it."""
+    """Facts of a run that its trackers show."""
 
     folder: RunFolder
     tracking: TrackingConfig
     title: str
     settings: Fields  # the whole configuration, and the environment
-    most_samples: int  # rows of the table of samples
-    stop: Stop  # called from another thread if someone stops the run on its W&B page
+    max_samples: int  # rows of the table of samples
+    stop: Stop  # called, from another thread, when someone stops the run on its W&B page
 
 
 class WandbRun:
-    """The wandb run of a run directory, online or offline; its methods raise what wandb raises.
+    """The wandb run of a run directory, online or offline; methods raise wandb's errors.
 
-    It sends the `rows` of earlier starts that wandb does not have.
+    Sends those `rows` of earlier starts that wandb does not have.
     """
 
     run: "wandb.Run"
-    is_over = False  # its service was ended and does not start again
+    is_over = False  # true when wandb's service was ended, so that it is not started again
 
     def __init__(self, tracked: TrackedRun, mode: Mode, rows: Sequence[MetricsRow]):
         folder = tracked.folder
-        self._most_samples, self._folder = tracked.most_samples, folder
+        self._max_samples, self._folder = tracked.max_samples, folder
         self._is_offline = mode == "offline"
         if not folder.wandb_id.exists():
             files.write_text(folder.wandb_id, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
         described: dict[str, Any] = {
-            "project": tracked.tracking.project or _variable("WANDB_PROJECT") or DEFAULT_PROJECT,
-            "notes": _variable("WANDB_NOTES") or None,  # None: wandb reads the variable itself
-            "name": _variable("WANDB_NAME") or tracked.title,
+            "project": tracked.tracking.project or _environment_variable("WANDB_PROJECT") or DEFAULT_PROJECT,
+            "notes": _environment_variable("WANDB_NOTES") or None,  # None: wandb reads the variable itself
+            "name": _environment_variable("WANDB_NAME") or tracked.title,
             "config": dict(tracked.settings),
         }
         self._init = without_secrets(described) | {
@@ -115,14 +115,14 @@ class WandbRun:
             "allow_val_change": True,
             "settings": _set_up(mode).Settings(
                 silent=True,
-                reinit="create_new",  # a run that the caller has open stays the caller's
+                reinit="create_new",  # else wandb would end a run that the caller has open
                 console="off",
                 save_code=False,
                 disable_git=True,
                 stop_fn=tracked.stop,
                 x_disable_meta=without_secrets(sys.argv)
                 != sys.argv,  # the metadata have the command as typed
-                x_transaction_log_flush_interval=1.0,  # seconds of rows that a killed offline run can lose
+                x_transaction_log_flush_interval=1.0,  # seconds; a killed offline run loses rows of this time
             ),
         }
         self._sent = folder.wandb_id.with_name(f"sent-{self._init['id']}.json")
@@ -132,7 +132,7 @@ class WandbRun:
     def _start(self) -> None:
         """Start or resume the wandb run, and send it the rows that it lacks."""
         for file in self._sent.parent.glob("*run-*/*.wandb"):
-            if file.stat().st_size <= _HEADER_BYTES:  # from a killed start; `wandb sync` would upload no run
+            if file.stat().st_size <= _HEADER_BYTES:  # of a killed start; it would break `wandb sync`
                 file.unlink()
         self.run = _set_up(self._init["mode"]).init(**self._init)
         self.run.define_metric(STEP_AXIS)
@@ -148,50 +148,50 @@ class WandbRun:
             self._send(row, number)
 
     def log(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
-        """Send a row under the names of `wandb_names`; skip one that wandb has from a step computed twice."""
+        """Send a row with W&B names, unless wandb has it because a resumed run computed the step again."""
         self._rows.append(row)
-        self._do(lambda: self._send(row, len(self._rows) - 1, margins))
+        self._retry(lambda: self._send(row, len(self._rows) - 1, margins))
 
     def finish(self, outcome: str, summary: Fields) -> None:
-        """Close the run: verdict, summary (as in `summary.json`), outcome."""
-        self._do(lambda: self._close(outcome, summary))
+        """Close the run with its outcome, its summary (as in `summary.json`) and its verdict."""
+        self._retry(lambda: self._close(outcome, summary))
         end_service()
 
     def _send(self, row: MetricsRow, number: int, margins: PairColumn | None = None) -> None:
-        if place_of(row) <= self._received:
+        if log_position(row) <= self._received:
             return
         import wandb  # noqa: PLC0415
 
         values: dict[str, Any] = {**wandb_names(row)}
         if margins is not None and (finite := margins[np.isfinite(margins)].tolist()):
             values[MARGINS] = wandb.Histogram(finite, num_bins=_BINS)
-        if self._most_samples and "eval_samples/length" in row:
+        if self._max_samples and "eval_samples/length" in row:
             lines = files.read_lines(self._folder.samples_file(int(row["step"])))
-            samples = without_secrets(list(islice(lines, self._most_samples)))
+            samples = without_secrets(list(islice(lines, self._max_samples)))
             cells = [
-                [value[:_MOST_CHARACTERS] if isinstance(value, str) else value for value in sample.values()]
+                [value[:_CELL_CHARACTERS] if isinstance(value, str) else value for value in sample.values()]
                 for sample in samples
             ]
             values[SAMPLES] = wandb.Table(columns=list(samples[0]), data=cells, allow_mixed_types=True)
         # Online, wandb knows its number from the server.
         self.run.log(values, step=number if self._is_offline else None, commit=True)
-        self._received = place_of(row)
+        self._received = log_position(row)
         files.write_text(self._sent, json.dumps(self._received))
 
     def _close(self, outcome: str, summary: Fields) -> None:
-        # wandb itself knows values of the last start only; the axes are its own: it can be ahead of the rows.
+        # wandb has values of the last start only. Not `step`: wandb's own axis can be ahead of the rows.
         last = {wandb_name(key): value for row in self._rows for key, value in row.items() if key != "step"}
         best = {f"best/{wandb_name(key)}": row[key] for key, row in best_rows(self._rows)}
         self.run.summary.update({**last, **best, **without_secrets(summary)})
         if "verdict" in summary:
-            notes = [_variable("WANDB_NOTES"), f"Verdict: {summary['verdict']['sentence']}"]
+            notes = [_environment_variable("WANDB_NOTES"), f"Verdict: {summary['verdict']['sentence']}"]
             self.run.notes = "\n\n".join(without_secrets(list(filter(None, notes))))
         if outcome == RunOutcome.preempted:
             self.run.mark_preempting()
         self.run.finish(exit_code=ExitCode[outcome])
 
-    def _do(self, action: Callable[[], object]) -> None:
-        """Call `action`; once again if wandb's service, which gets a signal to stop as well, has died."""
+    def _retry(self, action: Callable[[], object]) -> None:
+        """Call `action`; if wandb's service has died of a signal to this run, restart it and call again."""
         try:
             action()
         except ConnectionError:
@@ -203,10 +203,10 @@ class WandbRun:
 
 
 def open_wandb(tracked: TrackedRun, rows: Sequence[MetricsRow], say: Say) -> WandbRun | None:
-    """Start or resume the wandb run of a run directory; never raises or prompts. None: off or impossible.
+    """Start or resume the wandb run of a run directory; return None if it is off or cannot start.
 
-    A run that cannot go online is stored in the directory for a later upload; `say` gets the reason and the
-    address of the run.
+    Never raises or prompts. A run that cannot go online is stored in the directory for a later upload; `say`
+    gets the reason and the run's address.
     """
     for mode in _modes_to_try(wanted_mode(tracked.tracking.wandb), say):
         try:
@@ -222,8 +222,8 @@ def open_wandb(tracked: TrackedRun, rows: Sequence[MetricsRow], say: Say) -> Wan
 
 
 def wanted_mode(wanted: WandbMode) -> WandbMode:
-    """Return `tracking.wandb`; if it is `auto`, the mode of WANDB_MODE if that is set."""
-    return _MODES.get(_variable("WANDB_MODE"), wanted) if wanted is WandbMode.auto else wanted
+    """Return `tracking.wandb`; in place of `auto`, the mode in WANDB_MODE if this variable is set."""
+    return _MODES.get(_environment_variable("WANDB_MODE"), wanted) if wanted is WandbMode.auto else wanted
 
 
 def _modes_to_try(wanted: WandbMode, say: Say) -> list[Mode]:
@@ -235,11 +235,13 @@ def _modes_to_try(wanted: WandbMode, say: Say) -> list[Mode]:
         _warn(f"wandb cannot log in: {first_line(error)}", say)
         has_key = False
     if not has_key and wanted is WandbMode.online:
-        _warn("wandb has no usable key, the run is tracked offline; `wandb login` stores a key", say)
+        _warn(
+            "wandb has no usable key, and the run is tracked offline; run `wandb login` to store a key", say
+        )
     return ["online", "offline"] if has_key else ["offline"]
 
 
-def _variable(name: str) -> str:
+def _environment_variable(name: str) -> str:
     return os.environ.get(name, "").strip()
 
 
@@ -257,15 +259,15 @@ def _warn(text: str, say: Say) -> None:
 
 
 def upload_command(folder: RunFolder) -> str:
-    """Return the command that uploads all starts of a run."""
+    """Return the command that uploads all starts of an offline run."""
     return f"wandb sync {shlex.quote(str(folder.wandb_id.parent))}"
 
 
 def end_service(*, is_dead: bool = False, kills: bool = False) -> None:
-    """End wandb's service, so that it releases the run id and prints nothing when the program ends.
+    """End wandb's service, so that the run id is free again and nothing is printed when the program ends.
 
-    A service that also has a run of the caller is kept, but not one that `is_dead`. One that is killed ends a
-    call that waits for it; its file has all rows.
+    Keeps a service that has another run of this process, unless the service `is_dead`. `kills`: kill the
+    service, which ends a call that waits for it; its file has all rows.
     """
     # wandb raises SystemExit if its service ended with an error.
     with contextlib.suppress(Exception, SystemExit):
@@ -281,9 +283,11 @@ def end_service(*, is_dead: bool = False, kills: bool = False) -> None:
 
 
 class InBackground:
-    """A wandb run in a thread, as a table makes wandb wait. `start` opens the run; only `finish` waits.
+    """Sends rows to a wandb run in a thread, because calls of wandb can wait for the server; `start` opens
+    it.
 
-    Opening waits a little, so that the messages of a fast start come in order.
+    The constructor waits at most `_OPEN_SECONDS`, so that messages of a fast start come in order. Of the
+    methods only `finish` waits.
     """
 
     def __init__(self, start: Callable[[Say], WandbRun | None], say: Say, folder: RunFolder):
@@ -291,65 +295,65 @@ class InBackground:
         self._run: WandbRun | None = None
         self._calls: queue.SimpleQueue[Callable[[WandbRun], None] | None] = queue.SimpleQueue()
         self._is_open = threading.Event()
-        # wandb writes the files of tables into the home otherwise, and reads the folder from a variable only.
+        # Without this variable wandb writes the files of tables into the home directory.
         os.environ.setdefault("WANDB_DATA_DIR", str(folder.wandb_id.with_name("staging").absolute()))
         self._thread = threading.Thread(target=self._work, args=(start,), name="wandb", daemon=True)
         self._thread.start()
         self._is_open.wait(_OPEN_SECONDS)
 
     def log(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
-        """Send one metrics row later, in order."""
+        """Queue one metrics row; rows are sent in order."""
         self._calls.put(lambda run: run.log(row, margins))
 
     def finish(self, outcome: str, summary: Fields, seconds: float) -> None:
-        """Close the run; return after about `seconds` even if a call does not return."""
+        """Close the run; return after about `seconds` even if wandb still waits."""
         self._calls.put(lambda run: run.finish(outcome, summary))
         self._calls.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
-            advice = f"later: {upload_command(self._folder)}"
-            _warn(f"wandb has not finished after {seconds:.0f} s and is ended; {advice}", self._say)
-            self._say = lambda _: None  # the thread would only warn that the service has ended
+            advice = f"to upload the run: {upload_command(self._folder)}"
+            _warn(f"wandb has not finished after {seconds:.0f} s and is stopped; {advice}", self._say)
+            self._say = lambda _: None  # else the thread would warn that the service has ended
             if self._run is not None:
                 self._run.is_over = True
             end_service(kills=True)
-            self._thread.join(_LAST_SECONDS)
+            self._thread.join(_KILL_SECONDS)
 
     def _work(self, start: Callable[[Say], WandbRun | None]) -> None:
-        def tell(text: str) -> None:
+        def say(text: str) -> None:
             self._say(text)
 
         try:
-            self._run = start(tell)
+            self._run = start(say)
             self._is_open.set()
             while self._run is not None and (call := self._calls.get()) is not None:
                 call(self._run)
         except Exception as error:
             end_service()
-            _warn(f"wandb tracking stops, training continues: {first_line(error)}", tell)
+            _warn(f"wandb tracking stops, training continues: {first_line(error)}", say)
         finally:
             self._is_open.set()
 
 
 class TensorBoard:
-    """TensorBoard's event files, by accelerate's tracker; a resumed run replaces its later steps."""
+    """Writes TensorBoard's event files; a resumed run replaces the steps after its checkpoint."""
 
     def __init__(self, folder: RunFolder, rows: Sequence[MetricsRow]):
         place = folder.tensorboard
-        self._received = place_of(rows[-1]) if rows and any(place.glob("events.*")) else -1.0
+        self._received = log_position(rows[-1]) if rows and any(place.glob("events.*")) else -1.0
         self._tracker = TensorBoardTracker(place.name, place.parent, purge_step=int(self._received) + 1)
         self._tracker.start()
         for row in rows:
             self.log(row)
 
     def log(self, row: MetricsRow, margins: PairColumn | None = None) -> None:  # noqa: ARG002
-        """Show a row under its names in W&B."""
-        if place_of(row) > self._received:
+        """Write a row, with its W&B names."""
+        if log_position(row) > self._received:
             self._tracker.log(wandb_names(row), step=int(row["step"]))
-            self._received = place_of(row)
+            self._received = log_position(row)
 
     def finish(self, outcome: str, summary: Fields, seconds: float) -> None:  # noqa: ARG002
-        """Close the files."""
+        """Close the event files."""
         self._tracker.finish()
 
 
@@ -357,30 +361,30 @@ Tracker = InBackground | TensorBoard
 
 
 class Trackers:
-    """The trackers of a run; none if tracking is off."""
+    """All trackers of a run; empty if tracking is off."""
 
     def __init__(self, trackers: Sequence[Tracker] = (), say: Say = print):
         self._open, self._say = list(trackers), say
 
     def log(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
-        """Send one metrics row, and the margins of its evaluation; does not wait for a server."""
-        self._each(lambda tracker: tracker.log(row, margins))
+        """Send one metrics row, of an evaluation with its margins, without waiting for a server."""
+        self._call_each(lambda tracker: tracker.log(row, margins))
 
     def finish(self, outcome: str, summary: Fields, seconds: float = _FINISH_SECONDS) -> None:
-        """Close all; waits at most `seconds` for each."""
-        self._each(lambda tracker: tracker.finish(outcome, summary, seconds))
+        """Close all trackers; waits about `seconds` for each."""
+        self._call_each(lambda tracker: tracker.finish(outcome, summary, seconds))
 
     @contextlib.contextmanager
-    def ended_by_errors(self) -> Iterator[None]:
-        """If the block ends in error or is interrupted, close all in a few seconds, with all rows so far."""
+    def finish_on_error(self) -> Iterator[None]:
+        """If the block raises or is interrupted, close all trackers within seconds, with all rows so far."""
         try:
             yield
         except BaseException as error:
             is_stop = isinstance(error, StoppedError)
-            self.finish(RunOutcome.preempted if is_stop else "failed", {}, _ERROR_SECONDS)
+            self.finish(RunOutcome.preempted if is_stop else "failed", {}, _FINISH_ON_ERROR_SECONDS)
             raise
 
-    def _each(self, call: Callable[[Tracker], None]) -> None:
+    def _call_each(self, call: Callable[[Tracker], None]) -> None:
         for tracker in tuple(self._open):
             try:
                 call(tracker)
@@ -390,9 +394,9 @@ class Trackers:
 
 
 def open_trackers(tracked: TrackedRun, rows: Sequence[MetricsRow], say: Say) -> Trackers:
-    """Start or resume the trackers of a run; does not wait for a server that is slow.
+    """Start or resume a run's trackers, without waiting for a slow server.
 
-    `rows` are those up to the checkpoint that training resumes from. Other threads call `say`, too.
+    `rows`: rows up to the checkpoint from which training resumes. Other threads also call `say`.
     """
     trackers: list[Tracker] = []
     if tracked.tracking.wandb is not WandbMode.off:

@@ -1,1 +1,1 @@
-"""The start of a run: checks, joined processes, run directory, and inputs before weights are loaded."""
+"""The start of a run: checks, joining processes, the run directory, and inputs except weights."""

@@ -1,4 +1,4 @@
-"""`--check`: load what a run loads before weights, and the first records of its data, in one process."""
+"""The dry run of `--check`: in one process, load all inputs except weights, and the first records."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -51,11 +51,14 @@ def dry_run(
     trains: bool = True,
     plan: Callable[[RunConfig, float], list[tuple[str, str]]] | None = None,
 ) -> str:
-    """Load what a run loads before weights, and encode the first records of each source; return the findings.
+    """Load a run's inputs except weights, and encode the first records of each source; return the findings.
 
-    Weights are neither read nor, for a model on the hub, downloaded. `models`: of an evaluation, not of a
-    run. `trains`: the run starts from what is in its directory. `plan` returns whether the run fits,
-    and how long it takes, if its pairs have so many tokens.
+    Weights are neither read nor downloaded from the hub.
+
+    Args:
+        models: models to evaluate; empty for training.
+        trains: whether the run starts from the content of its directory.
+        plan: returns whether the run fits and how long it takes, for a mean number of tokens per pair.
     """
     run = RunFolder.from_config(config)
     start_in_words = (
@@ -72,7 +75,7 @@ def dry_run(
     described = f"{folder}, {model_config.model_type}, vocabulary of {len(tokenizer):,}"
     lines = [("run.dir", f"{run}{start_in_words}"), ("model.path", described)]
     if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_fp16_products()):
-        lines.append(("model.dtype", "fp16 needs a GPU: this CPU does not compute in it"))
+        lines.append(("model.dtype", "fp16 needs a GPU: this CPU cannot compute in fp16"))
     for evaluated in models:
         if not (evaluated.is_checkpoint or is_adapter(Path(evaluated.path))):
             revision = config.model.revision if evaluated.path == config.model.path else None
@@ -104,7 +107,7 @@ def dry_run(
 
 
 def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> str:
-    """Return in words what a start finds in the run directory; the checkpoints are not opened."""
+    """Return in words whether a start is new, resumes or has nothing to do; opens no checkpoint."""
     if resume is not Resume.never:
         if find_finished(identity, folder):
             return "complete: nothing is left to train"
@@ -151,7 +154,7 @@ def _first_records(
         f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept{rest}",
         f"dropped: {dropped}" if (dropped := counts_in_one_line(counts.dropped)) else "",
         read_in_words(counts.read_as),
-        f"changed or particular: {changed}" if (changed := counts_in_one_line(counts.changed)) else "",
+        f"changed or unusual: {changed}" if (changed := counts_in_one_line(counts.changed)) else "",
         f"{tokens:.0f} tokens per example",
     ]
     read = (record for record in records if isinstance(record, PreferenceRecord))

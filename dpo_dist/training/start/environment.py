@@ -23,7 +23,7 @@ PACKAGES = (
     *("dpo-dist", "torch", "accelerate", "deepspeed", "transformers", "peft", "datasets", "wandb"),
     *("hydra-core", "flash-attn", "flash-attn-3", "liger-kernel", "triton"),
 )
-"""This program, and the libraries that decide its results."""
+"""This package, and the libraries on which results depend."""
 _PACKAGE_FOLDER = Path(__file__).resolve().parents[2]
 
 
@@ -53,8 +53,8 @@ def describe_run(run: Run) -> dict[str, Any]:
 def describe_environment(world_size: int) -> dict[str, Any]:
     """Return command, versions, git commit and hardware, without secrets and environment variables.
 
-    `git_commit` and `git_changed_files`, the number of tracked files that differ from it, are of the current
-    folder; null outside a git checkout.
+    `git_commit` and `git_changed_files`, the number of changed tracked files, describe the current folder;
+    they are None outside a git checkout.
     """
     changed = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -83,7 +83,7 @@ def package_versions() -> dict[str, str]:
 
 
 def _command(world_size: int) -> str | None:
-    """Return the command line for a shell, without secrets; None if another program uses this package."""
+    """Return the command line for a shell, without secrets; None if another program imports the package."""
     program = Path(sys.argv[0])
     if program.resolve().parent != _PACKAGE_FOLDER:
         return None

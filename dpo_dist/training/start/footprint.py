@@ -1,7 +1,7 @@
-"""Bytes that a run takes on each device and on its disk, from the shapes of its model: no weights, no device.
+"""Estimate a run's bytes on each device and on disk, from the model's shapes: without weights or a device.
 
-Those on a device are checked against the allocations of a simulated one in
-tests/simulated_cuda/test_scaling.py; docs/scaling.md has the same as a table.
+tests/simulated_cuda/test_scaling.py compares bytes on a device with the allocations of a simulated device;
+docs/scaling.md has them as a table.
 """
 
 import shutil
@@ -38,22 +38,22 @@ from dpo_dist.model.layers import decoder_layers, layer_values
 from dpo_dist.training.start.open_run import Run
 
 KEYS_PER_TOKEN = 1.6
-"""Keys that attention keeps for a token, where responses share prompts: between 1 and this."""
+"""Most keys that attention keeps per token: responses that share a prompt need more than 1."""
 _KEPT_FREE = 0.1
-_MOST_TOKENS = 32_768  # more are not faster, and a reference scores several times as many at once
-_STEP = 256  # tokens; a smaller difference is not worth a number that is harder to read
-_CONTEXTS = 2e9  # CUDA's and NCCL's
-_GATHERED = 1e9  # weights that ZeRO-3 gathers at a time; a larger layer counts whole
+_MOST_TOKENS = 32_768  # more are not faster, and the reference scores several times as many at once
+_TOKENS_MULTIPLE = 256  # tokens; micro-batches are a multiple, so that the number is easy to read
+_CONTEXT_BYTES = 2e9  # bytes of CUDA and NCCL
+_GATHERED_WEIGHTS = 1e9  # weights that ZeRO-3 gathers at once, or the largest layer if that has more
 BYTES_PER_QUANTIZED_WEIGHT = {Quantization.int8: 1.0, Quantization.nf4: 0.53}
-_TRACED = 64, 128  # tokens
-_TRACE = "dpo_dist_trace"
+_TRACED_TOKENS = 64, 128  # tokens
+_TRACED_ATTENTION = "dpo_dist_trace"
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on one device: `parts` that do not depend on the micro-batch, and bytes `per_token` in it.
+    """Bytes on one device: `parts` that do not depend on the micro-batch, and `per_token` of a micro-batch.
 
-    `per_token` is None for a model of which it is not known.
+    `per_token` is None if it is not known for the model.
     """
 
     parts: dict[str, float]
@@ -64,20 +64,20 @@ class Footprint:
         return self.used(tokens) <= (1 - _KEPT_FREE) * memory
 
     def largest_micro_batch(self, memory: float) -> int | None:
-        """Return the tokens that fit into `memory` bytes less a tenth; None if not known."""
+        """Return how many tokens fit into nine tenths of `memory` bytes; None if not known."""
         if self.per_token is None:
             return None
         room = (1 - _KEPT_FREE) * memory - sum(self.parts.values())
-        return max(0, min(_MOST_TOKENS, int(room / self.per_token) // _STEP * _STEP))
+        return max(0, min(_MOST_TOKENS, int(room / self.per_token) // _TOKENS_MULTIPLE * _TOKENS_MULTIPLE))
 
     def used(self, tokens: int) -> float:
-        """Return the bytes that training with micro-batches of `tokens` takes, as far as they are known."""
+        """Return the bytes of training with micro-batches of `tokens`, as far as they are known."""
         return sum(self.parts.values()) + tokens * (self.per_token or 0.0)
 
 
 def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
-    """Return the footprint of training `causal_lm`, the policy on the meta device, on each of `processes`."""
-    weights = _count(causal_lm)
+    """Return the footprint of each of `processes` that train `causal_lm`, the policy on the meta device."""
+    weights = _count_weights(causal_lm)
     trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
     stage, number = ZERO_STAGES[config.parallelism.kind], TORCH_DTYPES[config.model.dtype].itemsize
     master = state_bytes(config.optim, config.trainer)
@@ -89,23 +89,23 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
         held -= (number - BYTES_PER_QUANTIZED_WEIGHT[config.model.quantization]) * quantized_weights(
             causal_lm
         )
-    # With bf16 stage 1 keeps the gradients of a micro-batch, too, beside their sum.
+    # In bf16, stage 1 keeps a micro-batch's gradients beside their float32 sum.
     has_both = stage == 1 and config.model.dtype is Dtype.bf16
     gradients = (4.0 + number * has_both) * trained
     output = causal_lm.get_output_embeddings().weight
     head = 2.2e9 + (4.0 * output.numel() if output.requires_grad else 0.0)
-    largest = max((_count(layer) for layer in decoder_layers(causal_lm)), default=0)
+    largest = max((_count_weights(layer) for layer in decoder_layers(causal_lm)), default=0)
     hpz = config.parallelism.hpz
     parts = {
         "copy of the weights": held / hpz if hpz > 1 else 0.0,
         "weights": resident * held / (processes if stage == 3 else 1),
         "gradients": gradients / (1 if stage == 1 else processes),
         "optimizer states": master * trained / processes,
-        "gathered weights": number * max(_GATHERED, largest) if stage == 3 and processes > 1 else 0.0,
+        "gathered weights": number * max(_GATHERED_WEIGHTS, largest) if stage == 3 and processes > 1 else 0.0,
         # DeepSpeed reduces float32 gradients 5e8 at a time.
         "reduction": 3e9 * min(1.0, trained / 5e8) if stage == 1 and processes > 1 else 0.0,
         "output layer": head,
-        "CUDA and NCCL": _CONTEXTS,
+        "CUDA and NCCL": _CONTEXT_BYTES,
     }
     if config.reference.mode is ReferenceMode.live and config.reference.offload is Offload.none:
         parts["reference"] = number * weights / processes
@@ -116,15 +116,12 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
 
 
 def state_bytes(optim: OptimConfig, trainer: TrainerConfig) -> float:
-    """Return the bytes of a trained weight in master weights and optimizer states, as in a checkpoint."""
+    """Return the bytes of master weight and optimizer states per trained weight, as in a checkpoint."""
     return 4.0 * (1 + STATES_PER_MASTER[optim.kind] + (trainer.ema_decay is not None))
 
 
 def fit_micro_batches(run: Run, causal_lm: Any) -> None:
-    """Choose the micro-batches of training with `trainer.micro_batch_tokens=auto`, and say what they take.
-
-    Collective.
-    """
+    """Print the memory of micro-batches; choose their size if the key is `auto`. Collective."""
     if run.world.device.type != "cuda":
         return
     memory = min(run.world.gather(torch.cuda.mem_get_info()[0]))
@@ -132,35 +129,37 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
     tokens, model = needs.largest_micro_batch(memory), run.config.model
     is_sdpa = choose_backend(model.attention, model.dtype, run.world.device) is AttentionBackend.sdpa
     if tokens is None or is_sdpa:
-        run.say(f"micro-batches: {run.micro_batch_tokens:,} tokens; it is not known what this model takes")
+        run.say(
+            f"micro-batches: {run.micro_batch_tokens:,} tokens; this model's memory per token is not known"
+        )
         return
     if run.config.trainer.micro_batch_tokens == "auto":
-        run.micro_batch_tokens = max(tokens, _STEP)
+        run.micro_batch_tokens = max(tokens, _TOKENS_MULTIPLE)
     fit = f"about {size(needs.used(run.micro_batch_tokens))} of {size(memory)} on each GPU"
     if not needs.fits(max(run.micro_batch_tokens, run.config.data.max_length), memory):
         fit = (
-            f"warning: {fit}, where the longest pair may not fit; `dpo-dist plan plan.suggest=true` says "
-            "what does"
+            f"warning: {fit}: the longest pair may not fit; `dpo-dist plan plan.suggest=true` "
+            "prints settings that fit"
         )
     run.say(f"micro-batches: up to {run.micro_batch_tokens:,} tokens ({fit})")
 
 
 def quantized_weights(causal_lm: Any) -> int:
-    """Return how many weights bitsandbytes quantizes: those of linear layers, without the output layer's."""
+    """Return the number of weights that bitsandbytes quantizes: of linear layers except the output layer."""
     output = causal_lm.get_output_embeddings().weight
     linear = (module.weight for module in causal_lm.modules() if isinstance(module, nn.Linear))
     return sum(weight.numel() for weight in linear if weight is not output and not weight.requires_grad)
 
 
-def _count(module: nn.Module) -> int:
+def _count_weights(module: nn.Module) -> int:
     return sum(map(torch.numel, module.parameters()))
 
 
 def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
-    """Return the bytes of a token in a micro-batch while its gradients are computed; None if not known.
+    """Return the bytes per token of a micro-batch in the backward pass; None if not known.
 
-    Counted are the tensors that autograd keeps in a forward on the meta device, and what attention's
-    kernels keep: queries, keys, values, and the sums of scores in float32. The model is unusable afterwards.
+    Counts the tensors that autograd keeps in a forward on the meta device, and those that attention kernels
+    keep: queries, keys, values, and sums of scores in float32. The model cannot be used afterwards.
     """
     text = causal_lm.config.get_text_config()
     layers = decoder_layers(causal_lm)
@@ -175,12 +174,12 @@ def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
         + 4 * heads.query
         for heads in shapes
     ) / len(shapes)
-    outside = 3.5 * number * hidden  # of the last norm
+    outside = 3.5 * number * hidden  # bytes of the last norm
     layer = (kept - outside) / len(layers) + attention
     experts = visited_experts(text)
     names = ("moe_intermediate_size", "intermediate_size")[0 if experts else 1 :]
-    of_layers = (max(filter(None, layer_values(text, name)), default=0) for name in names)
-    width = next(filter(None, of_layers), 4 * hidden)
+    widths = (max(filter(None, layer_values(text, name)), default=0) for name in names)
+    width = next(filter(None, widths), 4 * hidden)
     backward = number * (4.0 * width * max(1, experts) + (2.5 + 4 * experts) * hidden)
     if checkpointing == "none":
         return len(layers) * layer + backward
@@ -188,18 +187,18 @@ def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
     return number * hidden * checkpointed + (len(layers) - checkpointed + 1) * layer + backward
 
 
-@lru_cache(maxsize=1)  # the plan asks for several kinds of checkpointing
+@lru_cache(maxsize=1)  # `plan` tries several kinds of checkpointing of one model
 def _kept_bytes(causal_lm: Any) -> float | None:
     """Return the bytes that autograd keeps per token in a forward of all layers, attention excluded."""
-    causal_lm.train().to(causal_lm.dtype)  # peft leaves an adapter on the meta device in float32
-    causal_lm.set_attn_implementation(_TRACE)
+    causal_lm.train().to(causal_lm.dtype)  # peft leaves an adapter in float32 on the meta device
+    causal_lm.set_attn_implementation(_TRACED_ATTENTION)
     for layer in decoder_layers(causal_lm):
         layer.gradient_checkpointing = False  # type: ignore[assignment]
-    few, many = (_traced(causal_lm, tokens) for tokens in _TRACED)
-    return None if few is None or many is None else (many - few) / (_TRACED[1] - _TRACED[0])
+    few, many = (_traced_bytes(causal_lm, tokens) for tokens in _TRACED_TOKENS)
+    return None if few is None or many is None else (many - few) / (_TRACED_TOKENS[1] - _TRACED_TOKENS[0])
 
 
-def _traced(causal_lm: Any, tokens: int) -> int | None:
+def _traced_bytes(causal_lm: Any, tokens: int) -> int | None:
     known = {part.untyped_storage()._cdata for part in (*causal_lm.parameters(), *causal_lm.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -213,26 +212,25 @@ def _traced(causal_lm: Any, tokens: int) -> int | None:
     try:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             causal_lm.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    except Exception:  # an architecture's code may ask for values
+    except Exception:  # code of an architecture may read values, which the meta device lacks
         return None
     return sum(storage.nbytes() for storage in kept.values())
 
 
 def _attend(_: Any, query: torch.Tensor, *__: Any, **options: Any) -> tuple[torch.Tensor, None]:
     if query.shape[-1] > LARGEST_HEAD or any(options.get(name) is not None for name in ("s_aux", "softcap")):
-        raise NotImplementedError("a layer that may run on SDPA, which keeps more")
+        raise NotImplementedError("this layer may run on SDPA, which keeps more")
     return query.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(_TRACE, _attend)
-AttentionMaskInterface.register(_TRACE, lambda *_, **__: None)
+AttentionInterface.register(_TRACED_ATTENTION, _attend)
+AttentionMaskInterface.register(_TRACED_ATTENTION, lambda *_, **__: None)
 
 
 def check_disk_room(run: Run, weights: int, done: int, steps: int) -> None:
     """Check that the disk has room for the checkpoints and the model of a run of `steps`.
 
-    Not of an adapter, which is small, and not on a file system that reports no size. `done`: steps before
-    this start.
+    Skips adapters, which are small, and file systems that report no size. `done`: steps before this start.
     """
     config, folder, trainer = run.config, run.folder, run.config.trainer
     disk = shutil.disk_usage(folder.path)
@@ -242,12 +240,12 @@ def check_disk_room(run: Run, weights: int, done: int, steps: int) -> None:
         int(state_bytes(config.optim, trainer) * weights),
         TORCH_DTYPES[config.model.dtype].itemsize * weights,
     )
-    # A checkpoint is complete before an older one is deleted; the model, which is smaller, is written then.
-    there = len(checkpoint_folders(folder.checkpoints))
-    spare = max(1, trainer.keep_last) + bool(trainer.keep_best) - there
+    # A new checkpoint is complete before an older one is deleted; the model, which is smaller, comes last.
+    existing = len(checkpoint_folders(folder.checkpoints))
+    spare = max(1, trainer.keep_last) + bool(trainer.keep_best) - existing
     intervals = trainer.save_every, trainer.eval_every if trainer.keep_best else 0
-    borders = sum((steps - 1) // each - done // each for each in intervals if each)
-    saves = 1 + borders if done < steps else 0
+    saved_steps = sum((steps - 1) // each - done // each for each in intervals if each)
+    saves = 1 + saved_steps if done < steps else 0
     at_once = min(saves, max(1, spare + 1))
     needed = at_once * checkpoint + (model if at_once <= spare or not saves else 0)
     if needed > disk.free:

@@ -1,4 +1,4 @@
-"""The inputs of a run before any weights are loaded: digests of models, tokenizer, encoded data, schedule."""
+"""Load a run's inputs except weights: digests of models, tokenizer, encoded data, sampler."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -53,21 +53,21 @@ T = TypeVar("T")
 _Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
 
 _NO_END = (
-    "warning: the tokenizer has no end token (eos_token): responses end only as the chat template ends a "
-    "turn, and a model so trained does not stop elsewhere; set eos_token in tokenizer_config.json"
+    "warning: the tokenizer has no end token (eos_token): a response ends only with the chat template's end "
+    "of a turn, and the trained model stops nowhere else; set eos_token in tokenizer_config.json"
 )
 
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """The models of one run before their weights are loaded, and its pairs; the same on every rank."""
+    """Facts of a run's models without weights, and its evaluation data; the same on every rank."""
 
     policy_files: ModelFiles
     reference_files: ModelFiles | None  # None if the loss uses no reference
     tokenizer: PreTrainedTokenizerBase
     flops: StepFlops
-    weights: int  # of the policy
-    router: RouterLoss | None  # losses of the policy's routers, which training adds
+    weights: int  # number of the policy's weights
+    router: RouterLoss | None  # losses that training adds for the policy's routers
     eval_set: PreferenceDataset | None
 
     @property
@@ -80,19 +80,19 @@ class EvaluationInputs:
 
 @dataclass(frozen=True)
 class Inputs(EvaluationInputs):
-    """The inputs of one run; the sampler knows the indices of each training step."""
+    """All inputs of a run; the sampler returns the indices of each training step."""
 
     train_set: PreferenceDataset
     sampler: BatchSampler
 
     @property
     def named(self) -> dict[str, PreferenceDataset]:
-        """The datasets by name: `train`, and `eval` if there is one."""
+        """The datasets by name: `train`, and `eval` if the run has evaluation data."""
         return {"train": self.train_set} | ({} if self.eval_set is None else {"eval": self.eval_set})
 
     @property
     def counts(self) -> dict[str, Any]:
-        """The counts of each dataset: the section `data` of summary.json."""
+        """The section `data` of summary.json: the counts of each dataset."""
         return {name: dataset.counts for name, dataset in self.named.items()}
 
     @property
@@ -102,7 +102,7 @@ class Inputs(EvaluationInputs):
 
 
 def identify(run: RunIdentity, inputs: Inputs) -> Identity:
-    """Return the digests of all inputs that decide a run's result, and its length."""
+    """Return the run's identity: the digests of all inputs that define its result, and its length."""
     return {
         **run.recorded,
         "data": inputs.train_set.fingerprint,
@@ -113,9 +113,9 @@ def identify(run: RunIdentity, inputs: Inputs) -> Identity:
 
 
 def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
-    """Return the inputs of a run; rank 0 reads and encodes the data, all ranks map the result. Collective.
+    """Return a run's inputs; rank 0 reads and encodes the data, all ranks map the files. Collective.
 
-    With `trains`, options of the policy's training are checked before any large file is read.
+    With `trains`, checks options of training before any large file is read.
     """
     config = run.config
     models, encode = _load(run, config.loss.router, trains=trains)
@@ -123,7 +123,7 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
     part = train_part(config.data, None if eval_set is None else eval_set.prompt_hashes[:])
     train_set = encode("train", config.data.train, part)
     if eval_set is not None:
-        eval_set = _counted(
+        eval_set = _add_counts(
             run,
             eval_set,
             also_in_train=partial(count_shared, eval_set, train_set),
@@ -144,7 +144,7 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
 
 
 def load_evaluation_inputs(run: Run) -> EvaluationInputs:
-    """Return the inputs of an evaluation, with the evaluation data of a run; collective."""
+    """Return the inputs of the verb `evaluate`; collective."""
     inputs, _ = _load(run)
     assert inputs.eval_set is not None, "evaluations have data"
     for line in describe_counts("eval", inputs.eval_set.counts):
@@ -153,7 +153,7 @@ def load_evaluation_inputs(run: Run) -> EvaluationInputs:
 
 
 def _with_labels_and_partners(run: Run, dataset: PreferenceDataset) -> PreferenceDataset:
-    """Return the dataset with the counts of its labels, and the partners that a loss needs; collective."""
+    """Return the dataset with counts of labels, and with partners if the loss needs them; collective."""
     if run.config.loss.is_unpaired:
         good = int(dataset.labels_good(range(len(dataset))).sum())
         labels = {"good": good, "bad": len(dataset) - good}
@@ -166,9 +166,9 @@ def _with_labels_and_partners(run: Run, dataset: PreferenceDataset) -> Preferenc
 def _load(
     run: Run, routers: RouterConfig | None = None, *, trains: bool = False
 ) -> tuple[EvaluationInputs, _Encode]:
-    """Return models and evaluation data, and a function that encodes data for them; collective.
+    """Return models with evaluation data, and a function that encodes further data; collective.
 
-    `routers`: options of a policy's routers.
+    `routers`: options of losses for the policy's routers.
     """
     config, world = run.config, run.world
     longest, ranks = config.data.max_length, config.parallelism.sequence_parallel
@@ -176,7 +176,7 @@ def _load(
     start = _on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
     tokenizer_files = tokenizer_folder(folder, start)
     tokenizer, digest = load_tokenizer(tokenizer_files, config.model), tokenizer_digest(tokenizer_files)
-    with unsharded_loading(world):  # a sharded model has no shapes to count
+    with unsharded_loading(world):  # the shapes of sharded weights are empty
         model_config, causal_lm = checked_model(config.model, folder, start, longest, ranks)
     flops, weights = step_flops(causal_lm), sum(map(torch.numel, causal_lm.parameters()))
     if trains:
@@ -204,9 +204,9 @@ def _load(
         with run.console.heartbeat(f"preparing the {name} data"):
             encoded = world.on_main(prepare)
         with run.console.heartbeat(f"verifying the {name} data"):
-            # A node that sees the files on another device verifies them again.
+            # Not only on rank 0: a node that mounts the files from another device verifies them again.
             dataset = world.together(lambda: open_dataset(encoded, config.data))
-            dataset = _counted(run, dataset, duplicates=partial(count_duplicates, dataset))
+            dataset = _add_counts(run, dataset, duplicates=partial(count_duplicates, dataset))
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_fits_loss(dataset, config.loss))
         return dataset
@@ -220,7 +220,7 @@ def _load(
 def checked_model(
     model: ModelConfig, folder: Path, start: Path | None, longest: int, sequence_parallel: int
 ) -> tuple[PreTrainedConfig, PreTrainedModel]:
-    """Return the policy's configuration, and the model with its adapter on the meta device, both checked.
+    """Return the policy's configuration, and the model with its adapter on the meta device; check both.
 
     `longest`: tokens of the longest prompt with its response.
     """
@@ -233,8 +233,8 @@ def checked_model(
     return model_config, causal_lm
 
 
-def _counted(run: Run, dataset: PreferenceDataset, **count: Callable[[], int]) -> PreferenceDataset:
-    """Return the dataset with further counts, which rank 0 computes; collective."""
+def _add_counts(run: Run, dataset: PreferenceDataset, **count: Callable[[], int]) -> PreferenceDataset:
+    """Return the dataset with further counts, computed by rank 0; collective."""
     counts = run.world.on_main(lambda: {name: number() for name, number in count.items()})
     return replace(dataset, counts=dataset.counts | counts)
 
@@ -242,7 +242,7 @@ def _counted(run: Run, dataset: PreferenceDataset, **count: Callable[[], int]) -
 def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[ModelFiles, ModelFiles | None]:
     config, reference = run.config, run.config.reference
     store, remote_code = Path(reference.store), config.model.trust_remote_code
-    # Weights that are sharded while they are loaded are read by rank 0 alone.
+    # ZeRO-3 shards weights while it loads them: then only rank 0 reads the files.
     whole = config.model.quantization is not None or config.parallelism.kind is not ParallelismKind.zero3
     if reference.mode is not ReferenceMode.none and reference.path is None:
         whole = whole or reference.quantization is not None
@@ -257,7 +257,7 @@ def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[M
 
 
 def _on_every_rank(run: Run, find: Callable[[], T], doing: str) -> T:
-    """Return `find()` on every rank; rank 0 downloads first, for all nodes that share its cache."""
+    """Return `find()` on every rank; rank 0 goes first, so that nodes with its cache do not download."""
     with run.console.heartbeat(doing):
         run.world.on_main(find)
         return run.world.together(find)
@@ -266,6 +266,6 @@ def _on_every_rank(run: Run, find: Callable[[], T], doing: str) -> T:
 def shared_model_folder(
     run: Run, path: str, revision: str | None, key: str, *, accepts_adapter: bool = False
 ) -> Path:
-    """Return `model_folder` on every rank; collective."""
+    """Return the folder of `model_folder` on every rank; collective."""
     find = partial(model_folder, path, revision, key, accepts_adapter=accepts_adapter)
     return _on_every_rank(run, find, f"downloading {path}")

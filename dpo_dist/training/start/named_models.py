@@ -1,4 +1,4 @@
-"""Resolve the model that a command names: run, checkpoint, adapter, folder or hub name. Imports no torch."""
+"""Find the model that a command names by run, checkpoint, adapter, folder or hub name. Imports no torch."""
 
 import json
 import os
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from dpo_dist.training.start.inputs import EvaluationInputs
 
 EVALUATION_MODEL_KEY = "evaluation.model"
-# Names of folders that say nothing without the folder above.
+# Folders of every run, whose names do not identify a model.
 _USUAL_NAMES = frozenset({RunFolder(Path()).model.name, RunFolder(Path()).checkpoints.name})
 
 
 def locate_model(path: str, key: str) -> str:
-    """Return the folder or hub name of the model at `path`; for a run, its trained model or a checkpoint."""
+    """Return the folder or hub name of the model at `path`; for a run directory, its trained model."""
     folder = Path(path).expanduser()
     run = RunFolder(folder)
     if run.config.is_file() and not (folder / "config.json").is_file():
@@ -52,7 +52,7 @@ def locate_model(path: str, key: str) -> str:
 
 
 def short_name(path: str) -> str:
-    """Return the last folder of a path, with the run of a checkpoint before it."""
+    """Return a path's last folder, `RUN/CHECKPOINT` for a checkpoint, or a hub name without its owner."""
     parts = [part for part in Path(path).expanduser().resolve().parts if part not in _USUAL_NAMES]
     if not Path(path).expanduser().exists():  # a hub name
         return path.rpartition("/")[2]
@@ -61,7 +61,7 @@ def short_name(path: str) -> str:
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model, adapter or checkpoint to evaluate: its folder, or its name on the hub."""
+    """A model, adapter or checkpoint to evaluate; `path` is its folder or its name on the hub."""
 
     path: str
     is_checkpoint: bool
@@ -71,7 +71,8 @@ class EvaluatedModel:
     ) -> str:
         """Return a name for the results, such as `step-000100-1a2b3c4d`.
 
-        It differs by model, base, precision, reference, loss, pairs, labels and custom metrics.
+        Results of another model, base, precision, reference, loss, dataset, label or custom metric have
+        another name.
         """
         folder = Path(self.path)
         place = str(folder.resolve()) if folder.is_dir() else self.path
@@ -87,11 +88,11 @@ class EvaluatedModel:
         return f"{stem}-{text_digest(json.dumps(facts, sort_keys=True))[:8]}"
 
 
-def find_evaluated(config: RunConfig) -> tuple[RunConfig, list[EvaluatedModel]]:
-    """Return `config` as `evaluate` takes it, and the models.
+def find_evaluation_models(config: RunConfig) -> tuple[RunConfig, list[EvaluatedModel]]:
+    """Return the configuration and the models of the verb `evaluate`.
 
-    Its `data.eval` is all that is read. Its reference is in the store, unless the loss uses none: one beside
-    the policy, or the base of the policy's adapter, is the same model.
+    The configuration has no training data. Its reference's log-probs come from the store, also if training
+    computes them with `reference.mode` `live` or `adapter`: the model is the same.
     """
     data, reference = config.data, config.reference
     if config.evaluation.data:
@@ -107,27 +108,27 @@ def find_evaluated(config: RunConfig) -> tuple[RunConfig, list[EvaluatedModel]]:
     return config, [_evaluated(model, RunFolder.from_config(config)) for model in config.evaluation.models]
 
 
-def _evaluated(named: str | None, run: RunFolder) -> EvaluatedModel:
-    if named is None and not run.model.is_dir():
-        pairs = "its name depends on data.eval: name other pairs by evaluation.data"
+def _evaluated(model: str | None, run: RunFolder) -> EvaluatedModel:
+    if model is None and not run.model.is_dir():
+        pairs = "its name depends on data.eval: to evaluate on other pairs, set evaluation.data"
         raise no_model_error(run, EVALUATION_MODEL_KEY, f"set run.dir to a complete run ({pairs})")
-    path = locate_model(str(run.model) if named is None else named, EVALUATION_MODEL_KEY)
+    path = locate_model(str(run.model) if model is None else model, EVALUATION_MODEL_KEY)
     return EvaluatedModel(path, is_checkpoint(Path(path)))
 
 
-def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
-    """Return a checkpoint, or the model folders of `export.average`; and the folder to write.
+def find_export_paths(config: RunConfig) -> tuple[list[Path], Path]:
+    """Return the checkpoint, or the model folders of `export.average`, and the folder to write.
 
-    Their files are not checked. With `export.push_to` the folder may exist.
+    Does not check their files. With `export.push_to` the folder to write may exist.
     """
     run = existing_run(RunFolder.from_config(config).path)
     if changed := changed_keys(run.config, config.identity):
         raise ConfigError(
-            "an export cannot change the configuration of its run",
+            "an export cannot change the run's configuration",
             where=first_few(list(changed), "other"),
             got=first_few([as_written(new) for _, new in changed.values()], "other"),
             expected=first_few([as_written(old) for old, _ in changed.values()], "other"),
-            remedy="give run.dir and keys of export only: all other keys come from the run, also model.path",
+            remedy="set only run.dir and keys of export: all other keys, also model.path, come from the run",
         )
     sources = [Path(member.path).expanduser() for member in config.export.average]
     name = "average"
@@ -146,19 +147,19 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
     return sources, output
 
 
-def _checkpoint(run: RunFolder, given: str | None, final: FinalModel) -> Path:
+def _checkpoint(run: RunFolder, wanted: str | None, final: FinalModel) -> Path:
     folders, best = checkpoint_folders(run.checkpoints), best_checkpoint(run.checkpoints)
     takes_best = final is FinalModel.best and best is not None
-    named = given or ("best" if takes_best else "latest")
-    name = {"best": best, "latest": folders[0].name if folders else None}.get(named) or named
+    wanted = wanted or ("best" if takes_best else "latest")
+    name = {"best": best, "latest": folders[0].name if folders else None}.get(wanted) or wanted
     step = checkpoint_step(name)
     folder = next((path for path in folders if checkpoint_step(path.name) == step), None)
     if folder is None:
         raise ConfigError(
             "this run does not have this checkpoint",
             where="export.checkpoint",
-            got=named,
+            got=wanted,
             expected=", ".join(path.name for path in folders) or f"{run} has no checkpoint",
-            remedy=f"name one of them (with trainer.keep_best there is a `best`), or use {run.model}",
+            remedy=f"name one of these checkpoints (`best` needs trainer.keep_best), or use {run.model}",
         )
     return folder

@@ -1,4 +1,4 @@
-"""One start of a run, or of a verb about one: its configuration, processes, console and files."""
+"""Open one start of a run, or of a verb that reads one: configuration, processes, console and files."""
 
 import contextlib
 import errno
@@ -31,14 +31,16 @@ from dpo_dist.training.clock import WorkClock
 
 T = TypeVar("T")
 
-DEFAULT_TOKENS, _ON_CPU = 8192, 2048  # of a micro-batch; on a CPU more is no faster
+DEFAULT_TOKENS, _ON_CPU = 8192, 2048  # of a micro-batch; on a CPU more are not faster
 
 
 class Run:
-    """One start of a run, or of a verb about one: its configuration on its joined processes.
+    """One start of a run, or of a verb that reads one: the configuration and this rank's process.
 
-    `stops` is asked after every step; one rank's vote ends the run on all. `clock` has the time by kind of
-    work since `began`, by `time.monotonic`. `micro_batch_tokens` is chosen when the model's shape is known.
+    Attributes:
+        stops: checked after every step; one rank's request stops all ranks.
+        clock: time by kind of work since `began`, a time of `time.monotonic`.
+        micro_batch_tokens: with `auto`, changed when the model's shape is known.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Run:
         self.clock = WorkClock(world.size, time.monotonic() if began is None else began)
 
     def say(self, text: str) -> None:
-        """Print a line on rank 0."""
+        """Print a line; on rank 0 only."""
         self.console.say(text)
 
     def shard(self, dataset: PreferenceDataset, indices: Indices, costs: ComputeCosts) -> RankBatch:
@@ -67,10 +69,12 @@ class Run:
         return shard_batch(dataset, indices, *place, self.micro_batch_tokens, costs, loss)
 
     def write(self, work: Callable[[], T]) -> T:
-        """Run `work`, which writes files of the run, on rank 0 and return its result on all; collective."""
+        """Call `work` on rank 0 to write files of the run; return its result on all ranks. Collective."""
 
         def guarded() -> T:
-            if not self.folder.path.is_dir():  # moved away or unmounted; no part of it is made again
+            if (
+                not self.folder.path.is_dir()
+            ):  # moved or unmounted: writing would create it again, without a part
                 raise FileNotFoundError(errno.ENOENT, "the run directory is missing", str(self.folder))
             return work()
 
@@ -80,7 +84,7 @@ class Run:
 def join(
     deepspeed_config: dict[str, Any], timeout_seconds: int, folder: RunFolder, console: Console
 ) -> AbstractContextManager[World]:
-    """Return the joined processes of this launch, whose failures the console and `folder` report."""
+    """Return the context of this launch's processes; console and `folder` get reports of their failures."""
     reports = Reports(console.alarm, console.say, folder.rank_stacks(os.environ.get("RANK", "0")))
     return join_world(deepspeed_config, timeout_seconds, reports)
 
@@ -89,9 +93,9 @@ def join(
 def open_run(
     config: RunConfig, console: Console, stop: StopRequest | None = None, *, trains: bool = False
 ) -> Iterator[Run]:
-    """Yield the run on the joined processes of this launch, set up as `config` says; collective.
+    """Join the processes of this launch, seed them, and yield the run; collective.
 
-    `trains`: whether there is an optimizer; without one, no kernel for it is compiled.
+    `trains`: whether there is an optimizer; without one, its kernels are not compiled.
     """
     began = time.monotonic()
     parallelism = config.parallelism
@@ -102,20 +106,20 @@ def open_run(
     with deterministic_kernels(config.trainer.deterministic), joins as world:
         set_seed(config.trainer.seed % 2**32)
         grouped = with_sequence_groups(world, config.parallelism.sequence_parallel)
-        with recompiles_named(console.say):
+        with warn_of_recompiles(console.say):
             yield Run(config, grouped, console, stop, began)
 
 
 @contextlib.contextmanager
-def recompiles_named(say: Callable[[str], None]) -> Iterator[None]:
-    """Say once if torch stops compiling layers inside the block, which it only logs."""
+def warn_of_recompiles(say: Callable[[str], None]) -> Iterator[None]:
+    """Print a warning, once, if torch stops compiling layers inside the block."""
     dynamo, handler = logging.getLogger("torch._dynamo"), logging.Handler(logging.WARNING)
 
     def look(record: logging.LogRecord) -> bool:
         if "recompile_limit" in record.getMessage():
             say(
-                "warning: layers met more kinds of inputs than torch compiles them for, and are slow for the "
-                "others: set model.fused=auto"
+                "warning: layers get more kinds of inputs than torch compiles, and are slow for the others: "
+                "set model.fused=auto"
             )
             dynamo.removeHandler(handler)
         return False
@@ -129,7 +133,7 @@ def recompiles_named(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def say_header(run: Run) -> None:
-    """Print everything that is known before the data are read."""
+    """Print run directory, model, data and world."""
     config, world = run.config, run.world
     hosts = len({peer.host for peer in world.peers})
     processes = pluralize(world.size, "process", "processes")
@@ -141,7 +145,9 @@ def say_header(run: Run) -> None:
     if world.device.type == "cpu" and config.model.dtype is Dtype.bf16 and not has_bf16_products():
         run.say("hint: this CPU has no instructions for bf16: model.dtype=fp32 is several times faster")
     run.say(f"data: {train}; evaluation: {evaluation or share}")
-    groups = "" if world.sequence is None else f", in groups of {world.sequence.ranks} that share tokens"
+    groups = (
+        "" if world.sequence is None else f", in groups of {world.sequence.ranks} for sequence parallelism"
+    )
     run.say(f"world: {processes} on {pluralize(hosts, 'host')}, {world.device.type}{groups}")
 
 

@@ -1,4 +1,4 @@
-"""Checks of a run before torch is imported and processes join: packages, files, folders."""
+"""Check packages, files and folders of a run, before torch is imported and processes join."""
 
 import contextlib
 import importlib.util
@@ -39,7 +39,7 @@ from dpo_dist.model.files.folder import (
 )
 from dpo_dist.training.start.resume import check_newest_checkpoint
 
-# How to install a package if no extra has its name.
+# How to install packages that have no extra of their name.
 _INSTALLED_BY = {
     "bitsandbytes": "pip install 'dpo-dist[quantization]'",
     "liger-kernel": "pip install 'dpo-dist[liger]'",
@@ -53,7 +53,7 @@ _FLASH_ATTN = {
 
 @contextlib.contextmanager
 def checked_start(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
-    """Check the start and open the console; a start that fails before it trains leaves no directory."""
+    """Check a start and yield its console; if it fails before training, delete its new run directory."""
     folder = RunFolder.from_config(config)
     is_new = not folder.path.exists()
     check_start(config, trains=trains, starts=True)
@@ -61,7 +61,7 @@ def checked_start(config: RunConfig, *, trains: bool = False) -> Iterator[Consol
         with open_console(folder.rank_log, config.console.style) as console:
             yield console
     except (ConfigError, DataError, ReferenceModelError, CheckpointError):
-        # The history is opened, without a row, when the models are loaded and the first step follows.
+        # `log_history.json` exists from the moment before the first step.
         if is_new and os.environ.get("RANK", "0") == "0" and not folder.log_history.exists():
             with contextlib.suppress(ConfigError), locked(folder.lock, "trains", "wait for it"):
                 shutil.rmtree(folder.path, ignore_errors=True)  # never the folder of another process
@@ -69,10 +69,10 @@ def checked_start(config: RunConfig, *, trains: bool = False) -> Iterator[Consol
 
 
 def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False) -> None:
-    """Check everything that needs no torch, network or other processes.
+    """Check everything that needs no torch, network or other processes; only on the first node.
 
-    Only processes on the first node check. `trains`: whether the run has an optimizer and may be resumed;
-    `starts`: here and now, not by a launcher that is still to come.
+    `trains`: whether the run has an optimizer and may be resumed. `starts`: whether this process runs it, not
+    a launcher that is called later.
     """
     if os.environ.get("RANK", "0") != os.environ.get("LOCAL_RANK", "0"):
         return
@@ -89,19 +89,19 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
         check_source(source, config.data)
     check_template_file(config.data.chat_template)
     is_begun = run.lock.exists() or run.state.exists()
-    foreign = [run.path / CONFIG_FILE, *([] if is_begun else [run.config])]  # of a model, or of no run
+    foreign = [run.path / CONFIG_FILE, *([] if is_begun else [run.config])]  # files of a model, or of a user
     if trains and (there := [str(file) for file in foreign if file.is_file()]):
         raise ConfigError(
             "run.dir has files that no run has written",
             where="run.dir",
             got=", ".join(there),
-            expected="a folder for this run alone, in which nothing else is overwritten",
+            expected="an empty folder, or one that only this run uses",
             remedy="set run.dir to a new folder",
         )
     folders = {"run.dir": run.path, "data.cache": Path(config.data.cache)}
     store = Path(config.reference.store)
     if config.reference.mode is ReferenceMode.cached and not store.is_dir():
-        folders["reference.store"] = store  # a read-only one is enough if it has all log-probs of the run
+        folders["reference.store"] = store  # not an existing one: it may be read-only if it has all log-probs
     for key, folder in folders.items():
         check_writable(folder, key)
 
@@ -116,7 +116,7 @@ def _check_groups(parallelism: ParallelismConfig, *, trains: bool) -> None:
                 where=f"parallelism.{key}",
                 got=f"{ranks}, with {pluralize(processes, 'process', 'processes')}",
                 expected=f"a divisor of {processes}",
-                remedy=f"set it to such a number, or start a multiple of {ranks} processes",
+                remedy=f"set parallelism.{key} to such a divisor, or start a multiple of {ranks} processes",
             )
 
 
@@ -155,7 +155,7 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
 
 
 def _check_models(model: ModelConfig, reference_path: str | None) -> None:
-    """Check the files of models in local folders; those on the hub are looked for when they are loaded."""
+    """Check the files of models in local folders; models on the hub are checked when they are loaded."""
     start, adapter = None, model.adapter
     if adapter is not None and adapter.path is not None:
         named = local_model_folder(adapter.path, None, "model.adapter.path", accepts_adapter=True)

@@ -1,7 +1,7 @@
-"""What a run directory says about its run, and whether a configuration continues it. Imports no torch.
+"""Read and write a run's state, and check whether a configuration continues the run. Imports no torch.
 
-A run is defined by its identity: the digests of its configuration and inputs. It is in `run_state.json`,
-which also says how far the run has come, and in every checkpoint. Only the length of a run may grow.
+A run's identity has the digests of its configuration and inputs. Every checkpoint has it, and so does
+`run_state.json`, which also has the number of steps done. A run may only be continued unchanged or longer.
 """
 
 import json
@@ -30,10 +30,12 @@ _DIGESTS = {
 
 @dataclass(frozen=True)
 class RunState:
-    """Content of the state file.
+    """Content of `run_state.json`.
 
-    `step`: steps done; with `started` and `diverged`, at the last checkpoint. `summary`: content of
-    summary.json of a finished run, else None. `stopped_by`: reasons of a stop: signals, limits, the tracker.
+    Attributes:
+        step: steps done; with the outcomes `started` and `diverged`, steps of the last checkpoint.
+        summary: content of summary.json of a finished run, else None.
+        stopped_by: reasons of a stop, such as a signal, a limit or the tracker's stop button.
     """
 
     outcome: RunOutcome
@@ -49,7 +51,7 @@ class RunState:
 
 
 def read_state(folder: RunFolder) -> RunState | None:
-    """Return the recorded state of the run in `folder`; None if there is none."""
+    """Return the state of the run in `folder`; None if it has no state file."""
     try:
         return TypeAdapter(RunState).validate_json(folder.state.read_bytes())
     except FileNotFoundError:
@@ -64,16 +66,16 @@ def read_state(folder: RunFolder) -> RunState | None:
 
 
 def write_state(folder: RunFolder, state: RunState) -> None:
-    """Write the state file whole."""
+    """Write the state file, all of it or nothing."""
     write_text(folder.state, json.dumps(asdict(state), indent=1) + "\n")
 
 
 def check_identity(recorded: Mapping[str, Any], identity: Identity, where: Path) -> None:
-    """Check that files which the configuration names have not changed since `recorded` was written."""
+    """Check that the identity's data and models are those of `recorded`."""
     for name, title in _DIGESTS.items():
         if recorded.get(name) != identity[name]:
             raise CheckpointError(
-                f"the {title} of this run changed since it was last saved",
+                f"the {title} of this run has changed since the run was saved",
                 where=str(where),
                 got=f"digest {identity[name]}",
                 expected=f"digest {recorded.get(name)}",
@@ -83,16 +85,16 @@ def check_identity(recorded: Mapping[str, Any], identity: Identity, where: Path)
 
 
 def has_other_length(recorded: Mapping[str, Any], identity: RunIdentity) -> bool:
-    """Return whether the recorded run is this one at another length.
+    """Return whether the recorded run differs only in its length.
 
-    `recorded`: the state of a checkpoint, or the identity in the state file.
+    `recorded`: state of a checkpoint, or the identity in the state file.
     """
     is_same = recorded.get("run_digest_without_length") == identity.digest_without_length
     return is_same and recorded["length"] != identity.length
 
 
 def check_configuration(recorded: Mapping[str, Any], identity: RunIdentity, folder: RunFolder) -> None:
-    """Check that a run directory has this run, or the same one at another length."""
+    """Check that a run directory belongs to this run, perhaps at another length."""
     if recorded.get("run_digest") != identity.digest and not has_other_length(recorded, identity):
         changed = changed_keys(folder.config, identity)
         function = identity.config.loss.function
@@ -104,20 +106,20 @@ def check_configuration(recorded: Mapping[str, Any], identity: RunIdentity, fold
             or f"digest {identity.digest}{source}",
             expected=", ".join(f"{key}={old}" for key, (old, _) in changed.items())
             or f"digest {recorded.get('run_digest')}",
-            remedy="remove run.dir, which gives each configuration its own run directory, or set another one",
+            remedy="leave run.dir out, which gives each configuration its own folder, or set another run.dir",
         )
 
 
 def describe_change(state: Mapping[str, Any], trainer: TrainerConfig, steps: int) -> str:
-    """Return a line about a checkpoint whose run continues to more `steps`; "" if its length is the same."""
+    """Return a line to print about a run that continues to more `steps`; "" if its length is the same."""
     former = int(state.get("steps", steps))
     if steps < former:
         raise CheckpointError(
-            "a run can be continued to a greater length only",
+            "a run can only be continued to the same length or a greater one",
             where="trainer.epochs" if trainer.max_steps is None else "trainer.max_steps",
             got=f"{steps:,} steps",
             expected=f"at least {former:,} steps",
-            remedy="set the length that the run had, a greater one, or another run.dir",
+            remedy="set at least the former length, or another run.dir",
         )
     if steps == former:
         return ""
@@ -130,7 +132,7 @@ def describe_change(state: Mapping[str, Any], trainer: TrainerConfig, steps: int
 def find_finished(identity: RunIdentity, folder: RunFolder) -> RunState | None:
     """Return the state of a run that is complete at this length and has its model, else None.
 
-    It is an error if the directory has another run.
+    Raises an error if the directory belongs to another run.
     """
     state = read_state(folder)
     if state is None or not state.is_finished or has_other_length(state.identity, identity):
@@ -142,7 +144,7 @@ def find_finished(identity: RunIdentity, folder: RunFolder) -> RunState | None:
 
 
 def check_newest_checkpoint(identity: RunIdentity, folder: RunFolder) -> None:
-    """Check that the newest checkpoint in a run directory, if it can be read, is of this run."""
+    """Check that the newest checkpoint, if it can be read, belongs to this run."""
     try:
         newest, *_ = checkpoint_folders(folder.checkpoints)
         state = json.loads((newest / STATE).read_bytes())
@@ -153,7 +155,7 @@ def check_newest_checkpoint(identity: RunIdentity, folder: RunFolder) -> None:
 
 
 def check_fresh_start(resume: Resume, folder: RunFolder) -> None:
-    """Refuse a start at step 0 where a checkpoint is required, or where it would replace a result."""
+    """Raise an error if a start at step 0 needs a checkpoint, or would replace results."""
     state, has_model = read_state(folder), folder.model.is_dir()
     used = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
     if resume is Resume.never:
@@ -162,14 +164,14 @@ def check_fresh_start(resume: Resume, folder: RunFolder) -> None:
         fault = f"the run directory has results of a run ({', '.join(used)}), and run.resume=never"
         remedy = "set run.resume=auto to resume, or another run.dir"
     elif has_model or (state is not None and (state.is_finished or state.step)):
-        fault = "the run directory has a model or a run that has begun, and its checkpoints are missing"
+        fault = "the run directory has a model or a run that has started, and its checkpoints are missing"
         remedy = (
-            "put them back, or mount their disk, and set the length that the run had; to train from the "
-            f"beginning delete {folder.state.name} and {folder.model.name}/, or set another run.dir"
+            "restore the checkpoints, or mount their disk, and set the former length; to train from the "
+            f"beginning, delete {folder.state.name} and {folder.model.name}/, or set another run.dir"
         )
     elif dead := dead_link(folder.checkpoints):
         fault = f"the checkpoints of this run directory are {dead}"
-        remedy = "mount its disk or make the folder; to train from the beginning delete the link"
+        remedy = "mount the disk or create the folder; to train from the beginning, delete the link"
     elif resume is Resume.must:
         fault, remedy = "there is no checkpoint to resume from", "set run.resume=auto to start a new run"
     else:

@@ -20,7 +20,7 @@ from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.text import first_few
 from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.metrics import AUC, MARGIN_PERCENTILES, MetricPlan
-from dpo_dist.training.reporting.metrics_log import MetricsRow, is_collapsed, logps_by_side, usual_loss
+from dpo_dist.training.reporting.metrics_log import MetricsRow, is_collapsed, logps_by_side, loss_before_spike
 from dpo_dist.training.steps.gather import gather_scored, in_batch_order
 from dpo_dist.training.steps.state import BestCheckpoint, Health, Position
 from dpo_dist.training.steps.step import Objective, ReadyStep, StepTotals
@@ -30,7 +30,7 @@ def count_spike(row: MetricsRow, rows: Sequence[MetricsRow], say: Callable[[str]
     """Add `loss_spikes`, their number so far, to the row after `rows`; warn of a new spike."""
     last: MetricsRow = next((before for before in reversed(rows) if "loss" in before), {})
     row["loss_spikes"] = last.get("loss_spikes", 0)
-    usual = usual_loss(rows, row)
+    usual = loss_before_spike(rows, row)
     if usual is not None:
         row["loss_spikes"] += 1
         say(
@@ -113,7 +113,7 @@ def _json_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def ending_error(
+def divergence_error(
     totals: StepTotals, position: Position, steps: int, folder: RunFolder
 ) -> DivergedError | None:
     """Return the error that ends a run of `steps` after this one, if it must; the same on all ranks."""
@@ -156,7 +156,7 @@ def pair_losses(
     rank_batch, loss = ready.rank_batch, objective.loss
     policy.train(False)
     facts = objective.facts(policy, rank_batch, ready.partners, world, running)
-    scored = list(objective.scored(policy, ready.batches, facts, world.device))
+    scored = list(objective.score(policy, ready.batches, facts, world.device))
     if loss.is_coupled:
         scored = [gather_scored(scored, rank_batch, world)]
     losses = [preference_loss(pairs.policy, pairs.reference, loss, pairs.facts) for pairs in scored]

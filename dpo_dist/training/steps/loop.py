@@ -31,7 +31,7 @@ from dpo_dist.training.steps.health import (
     best_after,
     count,
     count_spike,
-    ending_error,
+    divergence_error,
     pair_losses,
     write_bad_step,
 )
@@ -84,7 +84,7 @@ class Loop:
             if position.owes_evaluation:
                 self._say_why(position)
             while not (must_stop or position.owes_evaluation or self.is_over(position)):
-                with self.run.clock.of("training"):
+                with self.run.clock.measure("training"):
                     must_stop = self._step(position, ready_steps, progress)
                 done = position.step
                 if done == steps or _is_due(done, trainer.log_every):
@@ -98,7 +98,7 @@ class Loop:
                 is_last = is_over or must_stop or position.owes_evaluation
                 if is_last or position.best_step == done or _is_due(done, trainer.save_every):
                     self._save(position, is_last=is_last)
-        with self.run.clock.of("saving"):
+        with self.run.clock.measure("saving"):
             self.checkpoints.commit()
         is_done = self.is_over(position) and not position.owes_evaluation
         if is_done and self.run.stops.must_stop():
@@ -110,7 +110,7 @@ class Loop:
         """Do the evaluation that `position` owes, unless a rank asks to stop; return whether it is done."""
         if not position.owes_evaluation:
             return False
-        with contextlib.suppress(Interrupted), self.run.clock.of("evaluation"):
+        with contextlib.suppress(Interrupted), self.run.clock.measure("evaluation"):
             self.record_evaluation(position)
             position.owes_evaluation = False
         return not position.owes_evaluation
@@ -170,7 +170,7 @@ class Loop:
         else:
             position.window.add(measures)
             progress.add(position.step, measures, must_stop=stop_votes > 0)
-        error = ending_error(totals, position, self.inputs.sampler.steps, self.run.folder)
+        error = divergence_error(totals, position, self.inputs.sampler.steps, self.run.folder)
         if error is not None:
             position.window = measures
             self.record_steps(position)
@@ -207,7 +207,7 @@ class Loop:
         )
 
     def _save(self, position: Position, *, is_last: bool) -> None:
-        with self.run.clock.of("saving"):
+        with self.run.clock.measure("saving"):
             self.save_rows()
             scale = self.policy.loss_scale
             state = {
@@ -247,7 +247,7 @@ class Loop:
         stale = 0 if is_better else position.stale_evaluations + 1
         is_over = self.is_over(replace(position, best=best, stale_evaluations=stale))
         if self.samples is not None:
-            sampled = self.samples.at(position.step, self.policy, is_last=is_over)
+            sampled = self.samples.write_responses(position.step, self.policy, is_last=is_over)
             named |= {f"eval_{name}": value for name, value in sampled.items()}
         position.best, position.stale_evaluations = best, stale
         if is_over:

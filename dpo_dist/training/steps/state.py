@@ -96,7 +96,7 @@ class Position:
     stale_evaluations: int = 0  # since the evaluation of `best`
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> "Position":
+    def from_state(cls, state: Mapping[str, Any]) -> "Position":
         """Return the position in a checkpoint's state."""
         return TypeAdapter(cls).validate_python({field.name: state[field.name] for field in fields(cls)})
 

@@ -76,7 +76,7 @@ class Objective:
         They stay on the host, in pinned memory if `device` is a GPU. Needs no model; thread-safe.
         """
         for batch in () if rank_batch is None else rank_batch.batches():
-            ready = self.reference.attach(batch)
+            ready = self.reference.add_stored_logps(batch)
             if self.loss.ld_alpha is not None:
                 weights = desensitised_weights(batch.pair_tokens, self.loss.ld_alpha)
                 ready = replace(ready, token_weights=weights)
@@ -87,13 +87,13 @@ class Objective:
         partners = list(self.ready_batches(rank_batch.partners, device))
         return ReadyStep(rank_batch, list(self.ready_batches(rank_batch, device)), partners)
 
-    def prefetched(
+    def prefetch_batches(
         self, rank_batch: RankBatch | None, device: torch.device
     ) -> contextlib.AbstractContextManager[Iterator[PackedBatch]]:
         """Return `ready_batches`, made ahead in a background thread."""
         return prefetch(self.ready_batches(rank_batch, device), _BATCHES_AHEAD)
 
-    def scored(
+    def score(
         self,
         model: Engine | None,
         batches: Iterable[PackedBatch],
@@ -162,7 +162,7 @@ class Objective:
         if rank_batch.partners is None:
             return facts
         unrouted, total = replace(self, router=None), torch.zeros(1, dtype=torch.float64, device=world.device)
-        for scored in unrouted.scored(model, partners, facts, world.device, enter):
+        for scored in unrouted.score(model, partners, facts, world.device, enter):
             ratios = log_ratios(scored.policy, scored.reference, self.loss)
             total += (ratios.chosen * scored.weights).sum()
         return replace(facts, mismatch=world.sum_replicas(total)[0] / rank_batch.pairs)
@@ -257,7 +257,7 @@ def train_step(
     if objective.loss.is_coupled:
         policy.train(False)
         with torch.no_grad():
-            known = list(objective.scored(policy, step.batches, facts, device, clock.enter))
+            known = list(objective.score(policy, step.batches, facts, device, clock.enter))
         pairs = gather_scored(known, rank_batch, world)
         leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
         loss, of_all = objective.measure(pairs, plan)  # the whole batch's, on every rank
@@ -273,7 +273,7 @@ def train_step(
             objective.router, policy, step.batches, rank_batch.unshared_tokens, routing, world
         )
     policy.train()
-    scored = objective.scored(policy, step.batches, facts, device, clock.enter)
+    scored = objective.score(policy, step.batches, facts, device, clock.enter)
     for number, (pairs, positions) in enumerate(zip(scored, rank_batch.positions, strict=True), start=1):
         if objective.loss.is_coupled:
             places = on_device(positions or (0,), device)
@@ -380,10 +380,10 @@ def evaluate(
         if phase == "data":
             check_stop()
 
-    with objective.prefetched(rank_batch.partners, world.device) as batches:
+    with objective.prefetch_batches(rank_batch.partners, world.device) as batches:
         facts = objective.facts(model, rank_batch, batches, world, running, enter)
-    with objective.prefetched(rank_batch, world.device) as batches:
-        for pairs in objective.scored(model, batches, facts, world.device, enter, is_evaluation=True):
+    with objective.prefetch_batches(rank_batch, world.device) as batches:
+        for pairs in objective.score(model, batches, facts, world.device, enter, is_evaluation=True):
             values.append(pair_values(plan, pairs.policy, pairs.reference))
             if objective.loss.is_coupled:
                 scored.append(pairs)

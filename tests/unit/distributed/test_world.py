@@ -26,7 +26,7 @@ from dpo_dist.foundation.errors import ConfigError, StoppedError
 from dpo_dist.foundation.process import PROGRESS, check_launch
 from dpo_dist.foundation.signals import BY_STEPS, BY_TRACKER, StopRequest
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.reference.engine import settle_engine
+from dpo_dist.reference.engine import run_start_check
 from tests.support.families import tiny_family
 from tests.support.packing import VOCABULARY
 
@@ -154,7 +154,7 @@ def settle_failing(error: Exception, *, is_synchronised: bool) -> None:
         barrier=lambda _seconds=None: None,
         gather=lambda fault: [fault],
     )
-    settle_engine(cast(Engine, engine), 64, cast(World, world))
+    run_start_check(cast(Engine, engine), 64, cast(World, world))
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_ranks_with_other_numerics_are_an_error(monkeypatch: pytest.MonkeyPatch)
     for other in ({"gpu": "H100"}, {"gpu": "H100", "dtype": "fp32"}, {"quantization": "int8"}):
         with pytest.raises(ReferenceModelError, match="different numerics") as raised:
             check(monkeypatch, other)
-        assert raised.value.remedy.endswith("one installation")
-        assert raised.value.where == "host-b (unlike host-a, rank 0)"
+        assert raised.value.remedy.endswith("the same installed packages")
+        assert raised.value.where == "host-b, compared with host-a (rank 0)"
         for name, value in other.items():
             assert f"{name}: {' or '.join(sorted([PROFILE.get(name, '-'), value]))}" in raised.value.got

@@ -95,9 +95,9 @@ def test_refusals_count_where_the_chosen_response_is_none_and_only_at_the_evalua
     usual = RunSamples(run, Sampling(4), tuple(prompts), STOPS, TOKENIZER, at_every_evaluation=False)
     usual = replace(usual, starts_as_reference=True, reference=[refusal, refusal])
     policy = FrozenEngine.__new__(FrozenEngine)  # the reference's responses are those of step 0
-    metrics = usual.at(0, policy, is_last=False)
+    metrics = usual.write_responses(0, policy, is_last=False)
     assert (metrics["samples/refusals"], metrics["samples/prompts"]) == (0.5, 2.0)
-    assert usual.at(3, policy, is_last=False) == {}
+    assert usual.write_responses(3, policy, is_last=False) == {}
 
 
 def test_a_run_says_that_it_samples_while_it_takes_long_and_counts_the_time(
@@ -120,8 +120,8 @@ def test_a_run_says_that_it_samples_while_it_takes_long_and_counts_the_time(
     prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id", "chosen": "Yes."})
     asked = RunSamples(run, Sampling(4), (prompt,), STOPS, TOKENIZER)
     asked.run.folder.samples.mkdir()
-    with run.clock.of("evaluation"):
-        metrics = asked.at(3, FrozenEngine.__new__(FrozenEngine), is_last=False)
+    with run.clock.measure("evaluation"):
+        metrics = asked.write_responses(3, FrozenEngine.__new__(FrozenEngine), is_last=False)
     assert metrics["samples/prompts"] == 1.0
     assert run.clock.read()["seconds"]["samples"] > 0
     assert lines[0].startswith("samples: responding to 1 prompt: ")

@@ -176,7 +176,9 @@ def test_a_stop_is_answered_at_the_next_token(model: Any) -> None:
         if next(forwards) == 3:
             request.ask("SIGTERM")
 
-    engine: Any = SimpleNamespace(is_synchronised=False, generating=lambda of_base: nullcontext(model))
+    engine: Any = SimpleNamespace(
+        is_synchronised=False, ready_to_generate=lambda without_adapter: nullcontext(model)
+    )
     stops = Stops(request, ALONE)
     with model.lm_head.register_forward_hook(asked_at_the_third), pytest.raises(Interrupted):
         generate_together(engine, requests(), Sampling(50), [RARE], 10**6, stops)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_dist.tools.report.verdict.rules import RUN_RULES, Verdict, sample_alarm, verdict
-from dpo_dist.training.reporting.metrics_log import usual_loss
+from dpo_dist.training.reporting.metrics_log import loss_before_spike
 
 STEPS = 20
 SETTINGS = {"loss.kind": "sigmoid", "loss.beta": 0.1, "optim.lr": 1e-6}
@@ -486,7 +486,9 @@ def healthy(seed: int, steps: int, pairs: int, kind: str = "sigmoid") -> list[fl
 def spikes(losses: list[float]) -> list[int]:
     of_run: list[Row] = [{"step": 0, "eval_loss": 1.0}]
     of_run += [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
-    return [int(row["step"]) for at, row in enumerate(of_run) if usual_loss(of_run[:at], row) is not None]
+    return [
+        int(row["step"]) for at, row in enumerate(of_run) if loss_before_spike(of_run[:at], row) is not None
+    ]
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "hinge", "ipo", "exponential"])

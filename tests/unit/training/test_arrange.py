@@ -10,7 +10,7 @@ from dpo_dist.batching.plan import Arrangement, computed_tokens
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.model.flops import StepFlops
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.training.run import arranged_costs
+from dpo_dist.training.run import balance_costs
 from dpo_dist.training.start.inputs import Inputs
 from tests.support.packing import dataset_of, random_pairs
 
@@ -32,7 +32,7 @@ def test_a_live_reference_in_padded_rows_stays_in_the_budget(reference: Referenc
     policy: Any = SimpleNamespace(model=SimpleNamespace(arrangement=Arrangement.packed))
     provided: Any = SimpleNamespace(provider=reference)
     run: Any = SimpleNamespace(say=print)
-    costs = arranged_costs(run, Inputs(**facts), policy, provided)
+    costs = balance_costs(run, Inputs(**facts), policy, provided)
     dataset = dataset_of(random_pairs(SHAPES))
     plan = shard_batch(dataset, np.arange(len(SHAPES)), 0, 1, BUDGET, costs)
     assert plan.tokens == sum(sum(shape) - (len(shape) - 1) for shape in SHAPES)

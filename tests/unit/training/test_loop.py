@@ -22,7 +22,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import LearningRateSchedule, OptimConfig, TrainerConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.metrics import MetricPlan
-from dpo_dist.training.steps.health import best_after, check_keep_best, count, ending_error
+from dpo_dist.training.steps.health import best_after, check_keep_best, count, divergence_error
 from dpo_dist.training.steps.schedule import check_warmup, learning_rate
 from dpo_dist.training.steps.state import BestCheckpoint, Health, Position
 from dpo_dist.training.steps.step import StepTotals
@@ -106,7 +106,7 @@ INFINITE = StepTotals(sums={}, counts={}, means=MEANS, votes=[], grad_norm=float
 def test_a_run_ends_that_learns_nothing(steps: int, facts: dict[str, Any], said: str | None) -> None:
     counts = {name: value for name, value in facts.items() if name != "step"}
     position = Position(facts["step"], health=Health(**counts))
-    error = ending_error(INFINITE, position, steps, RunFolder(Path("run")))
+    error = divergence_error(INFINITE, position, steps, RunFolder(Path("run")))
     assert (error is None) == (said is None)
     assert error is None or str(said) in error.message
 

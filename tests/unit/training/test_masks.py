@@ -228,7 +228,7 @@ def test_a_store_filled_without_masks_serves_every_mask(
     provider, second = filled(other, folders[1], tmp_path, world)
     assert first.computed == len(whole.keys)
     assert (second.hits, second.computed) == (len(whole.keys), 0)
-    batch = provider.attach(collate(other, range(len(other))))
+    batch = provider.add_stored_logps(collate(other, range(len(other))))
     live = ReferenceProvider(engine=OneProcess(packed(folders[1])))  # type: ignore[arg-type]
     adapter = ReferenceProvider(policy=OneProcess(packed(folders[1])))  # type: ignore[arg-type]
     assert batch.mask is not None

@@ -13,7 +13,7 @@ from dpo_dist.config.losses import LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.metrics import MetricPlan
-from dpo_dist.training.reporting.metrics_log import MetricsLog, columns_of, final_and_best
+from dpo_dist.training.reporting.metrics_log import MetricsLog, csv_columns, final_and_best
 from dpo_dist.training.start.environment import describe_environment
 
 
@@ -42,9 +42,9 @@ def csv_rows(run_dir: Path) -> list[dict[str, str]]:
 def test_the_csv_file_grows_with_every_row_and_new_key_and_saving_changes_no_row(tmp_path: Path) -> None:
     log = log_of(tmp_path)
     log.append(row_of(1))
-    assert tuple(csv_rows(tmp_path)[0]) == columns_of()
+    assert tuple(csv_rows(tmp_path)[0]) == csv_columns()
     plan = MetricPlan(LossConfig(terms=[LossTermConfig(LossKind.ipo), LossTermConfig(LossKind.sft)]))
-    assert {"loss/terms/ipo", "eval_loss/terms/sft"} <= {*columns_of(plan)} - {*columns_of()}
+    assert {"loss/terms/ipo", "eval_loss/terms/sft"} <= {*csv_columns(plan)} - {*csv_columns()}
     log.append({**evaluation_of(1, 0.6, 0.5), "eval_hard/loss": 0.25})
     log.append(row_of(3))
     found = csv_rows(tmp_path)

@@ -14,7 +14,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.tools.evaluation import models as loading
 from dpo_dist.tools.evaluation.models import check_origin, load_evaluated
-from dpo_dist.training.start.named_models import EvaluatedModel, find_evaluated, find_exported
+from dpo_dist.training.start.named_models import EvaluatedModel, find_evaluation_models, find_export_paths
 from dpo_dist.training.start.open_run import Run
 from tests.support import tiny
 from tests.support.alone import ALONE
@@ -43,32 +43,32 @@ def named(config: RunConfig, checkpoint: str | None) -> RunConfig:
 )
 def test_a_checkpoint_by_name(checkpoint: str | None, found: str, config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-000200" / "state.json").unlink()  # its files are checked later
-    sources, output = find_exported(named(config, checkpoint))
+    sources, output = find_export_paths(named(config, checkpoint))
     assert sources == [tmp_path / "checkpoints" / found]
     assert output == tmp_path / "exported" / found
     merged = replace(config, export=ExportConfig(checkpoint=checkpoint, merge=True))
-    assert find_exported(merged)[1] == tmp_path / "exported" / f"{found}-merged"
+    assert find_export_paths(merged)[1] == tmp_path / "exported" / f"{found}-merged"
 
 
 def test_by_default_the_checkpoint_of_the_model_is_exported(config: RunConfig, tmp_path: Path) -> None:
-    assert find_exported(config)[0][0].name == "step-000200"
+    assert find_export_paths(config)[0][0].name == "step-000200"
     takes_best = replace(config, trainer=replace(config.trainer, final=FinalModel.best))
     (tmp_path / "config.yaml").write_text(to_yaml(takes_best))
-    assert find_exported(takes_best)[0][0].name == "step-000100"
+    assert find_export_paths(takes_best)[0][0].name == "step-000100"
     (tmp_path / "checkpoints" / "best").unlink()  # no evaluation had a finite value
-    assert find_exported(takes_best)[0][0].name == "step-000200"
+    assert find_export_paths(takes_best)[0][0].name == "step-000200"
 
 
 def test_what_is_missing_is_named(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not have this checkpoint") as missing:
-        find_exported(named(config, "step-000300"))
+        find_export_paths(named(config, "step-000300"))
     assert missing.value.expected == "step-000200, step-000100"
     (tmp_path / "checkpoints" / "best").unlink()
     with pytest.raises(ConfigError, match="does not have this checkpoint"):
-        find_exported(named(config, "best"))
+        find_export_paths(named(config, "best"))
     (tmp_path / "checkpoints").rename(tmp_path / "moved")
     with pytest.raises(ConfigError, match="does not have this checkpoint") as missing:
-        find_exported(config)
+        find_export_paths(config)
     assert "has no checkpoint" in missing.value.expected
 
 
@@ -90,10 +90,10 @@ def test_checkpoints_are_found_by_their_files(tmp_path: Path) -> None:
     (tmp_path / "base" / "model.safetensors").touch()
     (tmp_path / "lora" / "adapter_model.safetensors").touch()
     several = f"evaluation.model=[{','.join(f'{tmp_path}/{name}' for name in files)},org/name]"
-    _, found = find_evaluated(configured(tmp_path, several))
+    _, found = find_evaluation_models(configured(tmp_path, several))
     assert [one.is_checkpoint for one in found] == [False, False, True, False]
     with pytest.raises(ConfigError, match="this run directory has no model"):
-        find_evaluated(configured(tmp_path))
+        find_evaluation_models(configured(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def test_checkpoints_are_found_by_their_files(tmp_path: Path) -> None:
 def test_an_evaluation_takes_the_same_reference_from_the_store(
     run: tuple[str, ...], quantization: str, tmp_path: Path
 ) -> None:
-    config, _ = find_evaluated(configured(tmp_path, "evaluation.model=org/name", *run))
+    config, _ = find_evaluation_models(configured(tmp_path, "evaluation.model=org/name", *run))
     assert (config.reference.mode, config.reference.quantization) == ("cached", quantization)
-    without, _ = find_evaluated(configured(tmp_path, "evaluation.model=org/name", "loss=simpo"))
+    without, _ = find_evaluation_models(configured(tmp_path, "evaluation.model=org/name", "loss=simpo"))
     assert without.reference.mode == "none"
 
 
@@ -159,7 +159,9 @@ def test_only_the_base_of_a_quantized_run_is_quantized(
         policy_files=SimpleNamespace(folder=tmp_path / "base"), tokenizer=tiny.qwen()
     )
     monkeypatch.setattr(
-        loading, "load_scored", lambda folder, model, *_, **__: (folder.resolve().name, model.quantization)
+        loading,
+        "load_for_scoring",
+        lambda folder, model, *_, **__: (folder.resolve().name, model.quantization),
     )
 
     run = Run(config, ALONE, Console(None))

@@ -25,10 +25,10 @@ from dpo_dist.tools.report.recorder import RunRecorder
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.training.finish import finish
 from dpo_dist.training.reporting.metrics_log import MetricsLog
-from dpo_dist.training.run import find_start, lock_directory, mark_started
+from dpo_dist.training.run import find_start, lock_directory, record_start
 from dpo_dist.training.start.environment import describe_run
 from dpo_dist.training.start.footprint import check_disk_room
-from dpo_dist.training.start.open_run import Run, recompiles_named
+from dpo_dist.training.start.open_run import Run, warn_of_recompiles
 from dpo_dist.training.start.resume import (
     RunState,
     check_identity,
@@ -144,7 +144,7 @@ def test_changed_inputs_are_refused_by_name(folder: RunFolder) -> None:
         "reference": "reference",
     }
     for name, title in titles.items():
-        with pytest.raises(CheckpointError, match=f"the {title}.* of this run changed"):
+        with pytest.raises(CheckpointError, match=f"the {title}.* of this run has changed"):
             check_identity({**IDENTITY, name: "former"}, IDENTITY, folder.state)
 
 
@@ -152,7 +152,7 @@ def test_a_start_removes_the_summary_of_an_earlier_one(folder: RunFolder) -> Non
     run = run_in(folder.path)
     recorder_of(run).close(SUMMARY, RunOutcome.preempted)
     assert ">preempted<" in folder.report.read_text()
-    mark_started(run, {}, state_of(RunOutcome.started), write_page)
+    record_start(run, {}, state_of(RunOutcome.started), write_page)
     assert read_state(folder) == state_of(RunOutcome.started)
     assert not folder.summary.exists()
     assert ">preempted<" not in folder.report.read_text()
@@ -163,7 +163,7 @@ def test_a_start_at_step_0_removes_the_samples_of_an_earlier_one(step: int, fold
     """They may be of another model."""
     folder.samples.mkdir()
     folder.samples_reference.touch()
-    mark_started(run_in(folder.path), {}, replace(state_of(RunOutcome.started), step=step), write_page)
+    record_start(run_in(folder.path), {}, replace(state_of(RunOutcome.started), step=step), write_page)
     assert folder.samples_reference.exists() == (step > 0)
 
 
@@ -323,7 +323,7 @@ def test_layers_that_torch_stops_compiling_are_named_once() -> None:
     def times(values: torch.Tensor, factors: list[int]) -> torch.Tensor:
         return values * factors[0]
 
-    with recompiles_named(said.append), torch._dynamo.config.patch(recompile_limit=1):
+    with warn_of_recompiles(said.append), torch._dynamo.config.patch(recompile_limit=1):
         for compiled in (torch.compile(times, backend="eager", dynamic=False) for _ in range(2)):
             for factor in range(4):
                 compiled(torch.ones(2), [factor])

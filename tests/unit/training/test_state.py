@@ -73,13 +73,13 @@ def test_phases_add_up_to_the_step(wait: Callable[[float], None]) -> None:
 
 def test_every_moment_of_a_start_is_one_kind_of_work(wait: Callable[[float], None]) -> None:
     clock = WorkClock(2, 97.0)
-    with clock.of("samples"):
+    with clock.measure("samples"):
         wait(1)
     wait(2)
     clock.enter("other")
-    with contextlib.suppress(KeyError), clock.of("evaluation"):
+    with contextlib.suppress(KeyError), clock.measure("evaluation"):
         wait(4)
-        with clock.of("samples"):
+        with clock.measure("samples"):
             wait(8)
         wait(16)
         raise KeyError

@@ -153,7 +153,7 @@ def test_an_interrupt_closes_the_trackers_with_their_rows(tmp_path: Path) -> Non
     stuck.network.set()
     trackers = Trackers([background(stuck, tmp_path)])
     trackers.log({"step": 1})
-    with pytest.raises(KeyboardInterrupt), trackers.ended_by_errors():
+    with pytest.raises(KeyboardInterrupt), trackers.finish_on_error():
         raise KeyboardInterrupt
     assert (stuck.sent, stuck.outcome) == ([1], "failed")
 

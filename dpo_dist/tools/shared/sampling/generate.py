@@ -203,7 +203,7 @@ def generate_together(
     budget: int,
     stops: Stops,
     *,
-    of_base: bool = False,
+    without_adapter: bool = False,
 ) -> list[Sample]:
     """Return a sample of the engine's model for each request, in order, on all ranks; collective.
 
@@ -218,7 +218,7 @@ def generate_together(
     ]
     share, synchronised = shares[world.rank], engine.is_synchronised
     samples, is_broken = dict[int, Sample](), False
-    with engine.generating(of_base=of_base) as causal_lm:
+    with engine.ready_to_generate(without_adapter=without_adapter) as causal_lm:
         for number in range(max(map(len, shares))):
             stops.raise_if_stopping()
             if number >= len(share) and not synchronised:
