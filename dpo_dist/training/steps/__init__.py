@@ -1,1 +1,1 @@
-"""The steps of a run: the loop, one step, one evaluation, and what a checkpoint has of them."""
+"""The steps of a run: the loop, one step, one evaluation, and the progress that a checkpoint has."""

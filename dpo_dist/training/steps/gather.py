@@ -1,4 +1,4 @@
-"""Values of the pairs of all ranks in the order of the global batch, for losses that couple them."""
+"""Gather values of all ranks' pairs in the global batch's order, for losses that couple the pairs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -18,7 +18,7 @@ from dpo_dist.objective.metrics import ScoredPairs
 def gather_scored(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World) -> ScoredPairs:
     """Return all pairs of the global batch in its order, the same on every rank; collective.
 
-    `scored`: this rank's micro-batches, without a graph, of a loss that uses no rankings.
+    `scored`: this rank's micro-batches, without a graph; the loss uses no rankings.
     """
     parts = [replace(pairs, routing=None, sources=None) for pairs in scored]
     columns = [torch.stack([column.double() for column in _tensors(part)]) for part in parts]
@@ -29,9 +29,9 @@ def gather_scored(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: W
 
 
 def in_batch_order(columns: Sequence[Tensor], rank_batch: RankBatch, world: World) -> Tensor:
-    """Return values of all pairs in the order of the global batch, float64 [columns, pairs]; collective.
+    """Return values of all pairs in the global batch's order, float64 [columns, pairs]; collective.
 
-    `columns`: of each micro-batch of this rank, [columns, pairs].
+    `columns`: values of each of this rank's micro-batches, [columns, pairs].
     """
     whole = torch.zeros(len(columns[0]), rank_batch.pairs, dtype=torch.float64, device=world.device)
     for part, positions in zip(columns, rank_batch.positions, strict=True):
@@ -41,7 +41,7 @@ def in_batch_order(columns: Sequence[Tensor], rank_batch: RankBatch, world: Worl
 
 
 def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return `value` with every tensor changed, also those in the fields of dataclasses."""
+    """Return `value` with every tensor changed, also tensors in the fields of dataclasses."""
     if isinstance(value, Tensor):
         return change(value)
     if not is_dataclass(value) or isinstance(value, type):

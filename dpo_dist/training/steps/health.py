@@ -1,4 +1,4 @@
-"""Is a run well? Steps that are not finite or of a collapsed policy, spikes, and the best checkpoint."""
+"""Check a run's health: steps that are not finite, a collapsed policy, loss spikes, the best checkpoint."""
 
 import difflib
 import json
@@ -27,20 +27,20 @@ from dpo_dist.training.steps.step import Objective, ReadyStep, StepTotals
 
 
 def count_spike(row: MetricsRow, rows: Sequence[MetricsRow], say: Callable[[str], None]) -> None:
-    """Add `loss_spikes`, their number so far, to the row after `rows`; warn of a new spike."""
+    """Add `loss_spikes`, the number of spikes so far, to the row that follows `rows`; warn of a new spike."""
     last: MetricsRow = next((before for before in reversed(rows) if "loss" in before), {})
     row["loss_spikes"] = last.get("loss_spikes", 0)
-    usual = loss_before_spike(rows, row)
-    if usual is not None:
+    typical = loss_before_spike(rows, row)
+    if typical is not None:
         row["loss_spikes"] += 1
         say(
             f"warning: the loss jumped to {row['loss']:.4g} at step {row['step']:.0f}, "
-            f"from {usual:.4g} before"
+            f"from a median of {typical:.4g}"
         )
 
 
 def check_keep_best(metric: str, plan: MetricPlan) -> None:
-    """Check that every evaluation has the metric of `trainer.keep_best`."""
+    """Check that evaluations have the metric of `trainer.keep_best`."""
     loss, labels = plan.loss, plan.labels
     more = MARGIN_PERCENTILES if loss.compares_pairs else ()
     if loss.is_unpaired:
@@ -53,7 +53,7 @@ def check_keep_best(metric: str, plan: MetricPlan) -> None:
             where="trainer.keep_best",
             got=metric,
             expected=f"a metric of docs/watching.md, such as {', '.join(near)}",
-            remedy="set trainer.keep_best to one of them; for one source: "
+            remedy="set trainer.keep_best to such a metric; the metric of one source is "
             f"eval_rewards/{'auc' if loss.is_unpaired else 'accuracies'}/LABEL",
         )
 
@@ -61,7 +61,7 @@ def check_keep_best(metric: str, plan: MetricPlan) -> None:
 def best_after(
     trainer: TrainerConfig, best: BestCheckpoint | None, step: int, row: Mapping[str, float]
 ) -> BestCheckpoint | None:
-    """Return the best checkpoint after an evaluation; if values are equal, the earlier.
+    """Return the best checkpoint after an evaluation at `step`; of equal ones, the earlier.
 
     Ignores a `best` of another metric, step 0, which is never saved, and values that are not finite.
     """
@@ -76,12 +76,12 @@ def best_after(
 
 
 MOST_BAD_STEPS = 3  # in a row
-# One bad step may come last, by a bad pair; two in a row at the end mean that the policy has diverged.
+# A bad pair may make the last step bad; two bad steps at the end mean that the policy has diverged.
 _BAD_AT_THE_END = 1
 
 
-def count(health: Health, totals: StepTotals, *, overflow: bool) -> None:
-    """Count a step in `health`."""
+def count_step(health: Health, totals: StepTotals, *, overflow: bool) -> None:
+    """Add a step to the counts of `health`."""
     if overflow:
         health.overflows += 1
     elif totals.is_bad:
@@ -97,16 +97,16 @@ def count(health: Health, totals: StepTotals, *, overflow: bool) -> None:
 def write_bad_step(
     file: Path, step: int, totals: StepTotals, origins: Iterable[Origin], losses: Sequence[float]
 ) -> str:
-    """Write the pairs of a bad step with their losses; return the places of those that are not finite."""
+    """Write the pairs of a bad step with their losses; return the places of pairs without a finite loss."""
     pairs = [
         {"source": origin.source, "line": origin.line, "loss": _json_number(loss)}
         for origin, loss in zip(origins, losses, strict=True)
     ]
-    of_step = {"loss": totals.means["loss"], "grad_norm": totals.grad_norm}
-    content = {"step": step, **{name: _json_number(value) for name, value in of_step.items()}, "pairs": pairs}
+    figures = {"loss": totals.means["loss"], "grad_norm": totals.grad_norm}
+    content = {"step": step, **{name: _json_number(value) for name, value in figures.items()}, "pairs": pairs}
     write_text(file, json.dumps(content, indent=1) + "\n")
     named = [f"{pair['source']}:{pair['line']}" for pair in pairs if isinstance(pair["loss"], str)]
-    return first_few(named) or "no pair alone is the cause"
+    return first_few(named) or "each pair alone has a finite loss"
 
 
 def _json_number(value: float) -> float | str:
@@ -116,18 +116,18 @@ def _json_number(value: float) -> float | str:
 def divergence_error(
     totals: StepTotals, position: Position, steps: int, folder: RunFolder
 ) -> DivergedError | None:
-    """Return the error that ends a run of `steps` after this one, if it must; the same on all ranks."""
+    """Return the error that ends a run of `steps` after this step, if there is one; the same on all ranks."""
     step, health, is_last = position.step, position.health, position.step == steps
     allowed = _BAD_AT_THE_END if is_last else MOST_BAD_STEPS
-    has_trained_nothing = is_last and health.bad_steps + health.overflows == steps
-    if has_trained_nothing and not health.bad_in_a_row:
+    no_update_applied = is_last and health.bad_steps + health.overflows == steps
+    if no_update_applied and not health.bad_in_a_row:
         return DivergedError(
-            "the run has trained nothing: gradients overflow in fp16, and no update was applied",
+            "no update was applied in the whole run: gradients overflow in fp16",
             where="model.dtype",
             got=f"{health.overflows} overflows and {health.bad_steps} bad steps in {step} steps",
             remedy="train for more steps, as each overflow halves the scale, or set model.dtype=bf16 or fp32",
         )
-    if health.bad_in_a_row > allowed or has_trained_nothing:
+    if health.bad_in_a_row > allowed or no_update_applied:
         return DivergedError(
             f"loss or gradient is not finite at step {step}; this update was not applied",
             where=f"the pairs of this step: {folder.bad_step(step)}",
@@ -139,11 +139,11 @@ def divergence_error(
     if health.collapsed_in_a_row > MOST_BAD_STEPS or (health.collapsed_in_a_row and is_last):
         side, logp = next(iter(logps_by_side(totals.means).items()), ("chosen", math.nan))
         return DivergedError(
-            f"the policy has collapsed: the gradient is 0 at step {step}, and nothing is learnt",
+            f"the policy has collapsed: the gradient is 0 at step {step}, so that it learns nothing",
             where="optim.lr",
             got=f"{logp:.4g} nats per token of {side} responses, loss "
             f"{totals.means['loss']:.4g}; steps of this kind in a row: {health.collapsed_in_a_row}",
-            remedy="lower optim.lr or raise optim.warmup_ratio; from the first step on: check model.path",
+            remedy="lower optim.lr or raise optim.warmup_ratio; at the first step, check model.path",
         )
     return None
 
@@ -152,7 +152,7 @@ def divergence_error(
 def pair_losses(
     policy: PolicyEngine, objective: Objective, ready: ReadyStep, running: RunningMeans, world: World
 ) -> list[float]:
-    """Score the pairs of a step again; return their losses in the order of the global batch. Collective."""
+    """Score a step's pairs again; return their losses in the global batch's order. Collective."""
     rank_batch, loss = ready.rank_batch, objective.loss
     policy.train(False)
     facts = objective.facts(policy, rank_batch, ready.partners, world, running)

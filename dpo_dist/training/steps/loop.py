@@ -1,7 +1,8 @@
 """The training loop: steps, evaluations, metrics rows and checkpoints, in the same order on all ranks.
 
-Steps that teach nothing, because they are not finite or of a collapsed policy, are counted, and named or
-ended. DeepSpeed applies no update whose gradient norm is not finite, and the norm is the same on all ranks.
+A bad step, whose loss or gradient is not finite, is skipped, and its pairs are written to a file; several bad
+steps in a row, or steps of a collapsed policy, end the run. All ranks skip the same steps: DeepSpeed applies
+no update whose gradient norm is not finite, and the norm is the same on all ranks.
 """
 
 import contextlib
@@ -29,8 +30,8 @@ from dpo_dist.training.start.open_run import Run
 from dpo_dist.training.start.resume import Identity
 from dpo_dist.training.steps.health import (
     best_after,
-    count,
     count_spike,
+    count_step,
     divergence_error,
     pair_losses,
     write_bad_step,
@@ -45,26 +46,26 @@ _STEPS_AHEAD = 2
 
 @dataclass(frozen=True)
 class Loop:
-    """The steps of one run and its rows; `training.run` builds the parts."""
+    """Trains one run and records its rows; `training.run` builds the parts."""
 
     run: Run
     inputs: Inputs
-    costs: ComputeCosts  # by which micro-batches are balanced
+    costs: ComputeCosts  # balance micro-batches
     policy: PolicyEngine
     objective: Objective
-    start_is_known: bool  # the evaluation before the first step takes the reference's log-probs
-    peak: float  # floating-point operations per second of all devices
+    start_is_known: bool  # the policy starts as the reference: the first evaluation needs no policy forward
+    peak: float  # FLOP/s of all devices
     recorder: Recorder | None  # on rank 0
-    samples: Samples | None  # at evaluations
+    samples: Samples | None  # written at evaluations
     reference_sync: ReferenceSync | None  # None unless the reference follows the policy
     checkpoints: CheckpointSaver
     identity: Identity  # digests of the run's inputs, written to every checkpoint
-    reference_report: dict[str, Any]  # the section `reference` of summary.json, of the start that scored it
+    reference_report: dict[str, Any]  # section `reference` of summary.json, from the start that scored
 
     def train(self, position: Position) -> bool:
         """Train from `position` until the run is over, or a rank asks to stop; collective.
 
-        Return whether it is over; else the run was stopped, with a checkpoint saved.
+        Return whether the run is over; if not, it was stopped and has a checkpoint.
         """
         self.run.clock.enter("other")
         trainer, steps, eval_set = self.run.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set
@@ -78,11 +79,11 @@ class Loop:
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
             if self._evaluate(position):
-                self.save_rows()  # the new row is not in the checkpoint of this step
+                self.save_rows()  # this step was saved without the new row
                 if position.best_step == position.step:
                     self._save(position, is_last=False)
             if position.owes_evaluation:
-                self._say_why(position)
+                self._say_why_it_stops(position)
             while not (must_stop or position.owes_evaluation or self.is_over(position)):
                 with self.run.clock.measure("training"):
                     must_stop = self._step(position, ready_steps, progress)
@@ -94,7 +95,7 @@ class Loop:
                     self._evaluate(position)
                 is_over = self.is_over(position)
                 if position.owes_evaluation or (must_stop and not is_over):
-                    self._say_why(position)
+                    self._say_why_it_stops(position)
                 is_last = is_over or must_stop or position.owes_evaluation
                 if is_last or position.best_step == done or _is_due(done, trainer.save_every):
                     self._save(position, is_last=is_last)
@@ -102,12 +103,12 @@ class Loop:
             self.checkpoints.commit()
         is_done = self.is_over(position) and not position.owes_evaluation
         if is_done and self.run.stops.must_stop():
-            self._say_why(position)
+            self._say_why_it_stops(position)
             return False
         return is_done
 
     def _evaluate(self, position: Position) -> bool:
-        """Do the evaluation that `position` owes, unless a rank asks to stop; return whether it is done."""
+        """Evaluate if an evaluation is due, unless a rank asks to stop; return whether it was done."""
         if not position.owes_evaluation:
             return False
         with contextlib.suppress(Interrupted), self.run.clock.measure("evaluation"):
@@ -115,12 +116,12 @@ class Loop:
             position.owes_evaluation = False
         return not position.owes_evaluation
 
-    def _say_why(self, position: Position) -> None:
+    def _say_why_it_stops(self, position: Position) -> None:
         saved = ", with a checkpoint" if position.step else ""
         self.run.say(f"stopping after step {position.step}{saved}: {self.run.stops.reasons()}")
 
     def _ready_steps(self, first: int) -> Iterator[ReadyStep]:
-        """Yield every step from `first` on; runs in the prefetch thread."""
+        """Yield every step from `first` on; called in the prefetch thread."""
         sampler = self.inputs.sampler
         for step in range(first, sampler.steps):
             rank_batch = self.run.shard(self.inputs.train_set, sampler.indices(step), self.costs)
@@ -129,7 +130,7 @@ class Loop:
     def _step(self, position: Position, ready_steps: Iterator[ReadyStep], progress: Progress) -> bool:
         """Train one step, advance `position`, and return whether a rank asked to stop.
 
-        The host waits for the device only in DeepSpeed's update and in `reduce_step`.
+        Only DeepSpeed's update and `reduce_step` make the host wait for the device.
         """
         world, clock = self.run.world, StepClock(self.run.world.device)
         clock.enter("data")
@@ -164,7 +165,7 @@ class Loop:
         position.step += 1
         position.pairs_seen += pairs
         position.train_seconds += measures.seconds
-        count(position.health, totals, overflow=overflow)
+        count_step(position.health, totals, overflow=overflow)
         if overflow or totals.is_bad:
             self._say_skipped(ready, totals, position, overflow=overflow)
         else:
@@ -188,7 +189,7 @@ class Loop:
     def _say_skipped(
         self, ready: ReadyStep, totals: StepTotals, position: Position, *, overflow: bool
     ) -> None:
-        """Say why a step was skipped, and name the pairs of a bad one. Collective: no weight has changed."""
+        """Print why a step was skipped, of a bad step with its pairs. Collective: pairs are scored again."""
         step, scale, file = position.step, self.policy.loss_scale, self.run.folder.bad_step(position.step)
         if overflow and scale is not None:
             why = f"gradients overflow in fp16; the loss scale falls to {scale.value:g}"
@@ -222,7 +223,7 @@ class Loop:
             self.checkpoints.save(position.step, state, best_step=position.best_step, is_last=is_last)
 
     def record_evaluation(self, position: Position) -> None:
-        """Evaluate, record the row, and update `position.best`; collective. May raise `Interrupted`."""
+        """Evaluate, record the row, and update `position.best`; may raise `Interrupted`. Collective."""
         started, world = time.monotonic(), self.run.world
         dataset = self.inputs.eval_set
         assert dataset is not None, "evaluations have data"
@@ -257,20 +258,22 @@ class Loop:
                 assert self.recorder is not None
                 self.recorder.evaluation(metrics, values, self.inputs)
 
-            # Before the checkpoint of this step, from which a killed run resumes without another evaluation.
+            # Before this step's checkpoint is saved: a run that resumes from it does not evaluate again.
             with self.run.console.heartbeat("computing the intervals of the last evaluation"):
                 self.run.write(write)
         self._record(position, named, margins)
 
     def is_over(self, position: Position) -> bool:
-        """Return whether the run ends after this step: it is the last, or `trainer.patience` is used up."""
+        """Return whether the run ends after this step: the last one, or `trainer.patience` is used up."""
         trainer, best = self.run.config.trainer, position.best
-        is_known = best is not None and best.metric == trainer.keep_best  # not the metric of an earlier start
+        is_known = (
+            best is not None and best.metric == trainer.keep_best
+        )  # an earlier start may have had another
         is_stale = is_known and position.stale_evaluations >= (trainer.patience or math.inf)
         return is_stale or position.step == self.inputs.sampler.steps
 
     def record_steps(self, position: Position) -> None:
-        """Record the row of the steps since the last row, if any of them was applied."""
+        """Record a row of the steps since the last row, if at least one of them was applied."""
         if not position.window.steps:
             return
         row = position.window.row(self.peak)

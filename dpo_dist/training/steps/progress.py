@@ -1,4 +1,4 @@
-"""What the screen shows of training: steps while they are done, evaluations, and rows for programs."""
+"""Show training on the screen: steps, evaluations, and rows for programs."""
 
 import time
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _IN_LINE = ("rewards/margins", "pairs_per_second", "mfu")
 
 
 class Progress:
-    """Shows the steps of one start of a run of `steps`; the first and the last one always."""
+    """Shows the steps of one start of a run of `steps`, at least the first and the last one."""
 
     def __init__(self, console: Console, steps: int, peak: float, device: torch.device, unit: str):
         self._console, self._steps, self._peak, self._device = console, steps, peak, device
@@ -24,10 +24,10 @@ class Progress:
         self._first: tuple[int, float] | None = None
 
     def add(self, step: int, measures: LogWindow, *, must_stop: bool) -> None:
-        """Add a step that is done."""
+        """Add a finished step, and show the progress if it is due."""
         is_first, is_last = self._first is None, must_stop or step == self._steps
         if self._first is None:
-            # Without the first step, which compiles kernels and allocates memory.
+            # The first step does not count: compiling kernels would make the time left too long.
             self._first = step, time.monotonic()
         self._window.add(measures)
         if not (is_first or is_last or self._console.is_due()):
@@ -35,7 +35,7 @@ class Progress:
         first, since = self._first
         left = (time.monotonic() - since) / (step - first) * (self._steps - step) if step > first else None
         row = self._window.row(self._peak) | {"memory/peak_bytes": peak_memory_bytes(self._device)}
-        if self._device.type == "cpu":  # MFU says little where nobody pays for the device
+        if self._device.type == "cpu":  # of no use on a CPU
             del row["mfu"]
         show_step(self._console, step, self._steps, row, left, self._unit, always=is_first or is_last)
         self._window = LogWindow()
@@ -51,9 +51,9 @@ def show_step(
     *,
     always: bool = False,
 ) -> None:
-    """Show the state of the training where it is due, or `always`; `values` are as in a metrics row.
+    """Show the progress if it is due, or `always`; `values` are those of a metrics row.
 
-    The most important ones come first, as a narrow terminal cuts the end of the line.
+    A narrow terminal cuts the end of the line, so that the most important values come first.
     """
     parts = [f"step {step:,}/{steps:,}"]
     parts += [_in_words(name, values[name]) for name in ("loss", *ACCURACIES) if name in values]
@@ -67,7 +67,7 @@ def show_step(
 
 
 def show_row(console: Console, row: Mapping[str, float], steps: int, unit: str = "pair") -> None:
-    """Show a metrics row of a run of so many steps; people see only the rows of evaluations."""
+    """Show a metrics row of a run of `steps`; people see rows of evaluations only, programs all rows."""
     if not any(name.startswith(PREFIX) for name in row):
         console.result("step", row, [])
         return
@@ -82,7 +82,7 @@ def show_row(console: Console, row: Mapping[str, float], steps: int, unit: str =
 
 
 def _in_words(name: str, value: float, unit: str = "pair") -> str:
-    """Return "loss 0.6931", "MFU 41 %", "161.7 pairs/s"."""
+    """Return a value with its name or unit: "loss 0.6931", "MFU 41 %", "161.7 pairs/s"."""
     metric = METRICS[name]
     if name == "pairs_per_second":
         return f"{metric.form(value)} {unit}s/s"

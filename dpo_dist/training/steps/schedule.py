@@ -11,11 +11,11 @@ _STEPS_WITHOUT_WARMUP = 10_000  # the time scale of `inverse_sqrt` without warm-
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     """Return the learning rate of `step` (0-based) in a run of `steps`.
 
-    It rises linearly over the first `warmup_steps`, or over `warmup_ratio` of the steps, to `optim.lr` in the
-    last of them. Then it is constant, falls to `min_lr_ratio` of `optim.lr`, which it would reach in the step
-    after the last, or falls with the inverse root of the step (`inverse_sqrt`, arXiv:2106.04560), whatever
-    the number of steps is. The schedules of transformers start the warm-up one step later: their first step
-    has a rate of 0 and does not change the weights; after the warm-up they are equal.
+    The rate rises linearly over the first `warmup_steps`, or over `warmup_ratio` of the steps; the last step
+    of the warm-up has `optim.lr`. Then the rate is constant, falls to `min_lr_ratio` of `optim.lr` in the
+    step after the last, or falls with the inverse root of the step (`inverse_sqrt`, arXiv:2106.04560),
+    whatever the number of steps is. The schedules of transformers start the warm-up one step later: their
+    first step has a rate of 0 and does not change the weights; after the warm-up both are equal.
     """
     warmup_steps = math.ceil(optim.warmup_ratio * steps) if optim.warmup_steps is None else optim.warmup_steps
     if step < warmup_steps:
@@ -38,7 +38,7 @@ def check_warmup(optim: OptimConfig, steps: int) -> None:
     """Check that the warm-up ends within a run of `steps`."""
     if optim.warmup_steps is not None and optim.warmup_steps > steps:
         raise ConfigError(
-            "the warm-up is longer than the run, so that optim.lr is never reached",
+            "the warm-up is longer than the run: the rate never reaches optim.lr",
             where="optim.warmup_steps",
             got=f"{optim.warmup_steps} of {steps} steps",
             remedy="lower optim.warmup_steps, or raise trainer.epochs",

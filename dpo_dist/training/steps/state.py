@@ -1,4 +1,4 @@
-"""The progress of a run, which every checkpoint has: position, sums since the last row, time by work."""
+"""A run's progress, which every checkpoint has: position, sums since the last row, health, best step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -13,20 +13,20 @@ from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, metric_means
 
 @dataclass
 class LogWindow:
-    """Sums over one step, or over the steps since the last row, which every checkpoint has."""
+    """Sums over one step, or over the steps since the last metrics row."""
 
     steps: int = 0
-    sums: dict[str, float] = field(default_factory=dict)  # by metric, as are the counts
+    sums: dict[str, float] = field(default_factory=dict)  # by metric, as `counts`
     counts: dict[str, float] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)  # gradient norm, changing loss parameters, time/*
     learning_rate: float = 0.0  # of the last step
     pairs: int = 0
-    tokens: int = 0  # unique tokens computed
-    flops: float = 0.0  # useful operations on all ranks
+    tokens: int = 0  # computed tokens; a shared prompt counts once
+    flops: float = 0.0  # of all ranks, without recomputation
     seconds: float = 0.0
 
     def add(self, other: "LogWindow") -> None:
-        """Add later steps."""
+        """Add the sums of later steps."""
         for totals in ("sums", "counts", "values"):
             mine = getattr(self, totals)
             for name, value in getattr(other, totals).items():
@@ -36,10 +36,10 @@ class LogWindow:
         self.learning_rate = other.learning_rate
 
     def row(self, peak: float) -> dict[str, float]:
-        """Return one row of the metrics log, without `step` and `epoch`.
+        """Return a metrics row, without `step` and `epoch`.
 
-        Metrics are means over their counts (pairs, tokens). Values of a step and `step_seconds` are means
-        over steps. Pairs and tokens are totals.
+        Metrics are means over their counts (pairs, tokens); `values` and `step_seconds` are means over steps;
+        pairs and tokens are totals.
         """
         return {
             **metric_means(self.sums, self.counts),
@@ -52,7 +52,7 @@ class LogWindow:
 
 
 def throughput(pairs: int, tokens: int, seconds: float) -> dict[str, float]:
-    """Return the columns of a metrics row for amounts and speed."""
+    """Return a metrics row's columns for amounts and speed."""
     return {
         "pairs": pairs,
         "tokens": tokens,
@@ -64,7 +64,7 @@ def throughput(pairs: int, tokens: int, seconds: float) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class BestCheckpoint:
-    """A checkpoint that is kept for the value of an evaluation metric."""
+    """The checkpoint with the best value of an evaluation metric."""
 
     metric: str
     step: int
@@ -73,12 +73,12 @@ class BestCheckpoint:
 
 @dataclass
 class Health:
-    """Numbers of steps that taught nothing."""
+    """Numbers of steps that changed no weight or learnt nothing."""
 
     bad_steps: int = 0  # skipped because loss or gradient was not finite
     bad_in_a_row: int = 0  # bad steps since the last good one
-    collapsed_in_a_row: int = 0  # latest steps of a policy that has collapsed
-    overflows: int = 0  # skipped because gradients in fp16 were too large for their scale
+    collapsed_in_a_row: int = 0  # steps since the policy has collapsed
+    overflows: int = 0  # skipped because fp16 gradients were too large for the loss scale
 
 
 @dataclass
@@ -89,24 +89,24 @@ class Position:
     pairs_seen: int = 0
     train_seconds: float = 0.0
     owes_evaluation: bool = False  # stopped before the evaluation of the last step was complete
-    running: RunningMeans = field(default_factory=RunningMeans)  # that the loss uses
+    running: RunningMeans = field(default_factory=RunningMeans)  # used by some losses
     window: LogWindow = field(default_factory=LogWindow)  # since the last metrics row
     health: Health = field(default_factory=Health)
     best: BestCheckpoint | None = None  # by `trainer.keep_best`, after the first evaluation
-    stale_evaluations: int = 0  # since the evaluation of `best`
+    stale_evaluations: int = 0  # evaluations since that of `best`
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Position":
-        """Return the position in a checkpoint's state."""
+        """Return the position that a checkpoint's state has."""
         return TypeAdapter(cls).validate_python({field.name: state[field.name] for field in fields(cls)})
 
     @property
     def best_step(self) -> int | None:
-        """The step of the best checkpoint."""
+        """The best checkpoint's step."""
         return None if self.best is None else self.best.step
 
     def add_running(self, loss: LossConfig, means: Mapping[str, float], pairs: int) -> dict[str, float]:
-        """Add a step to `running`; return the loss parameters that the earlier steps gave to this step."""
+        """Add a step to `running`; return the step's loss parameters, which depend on earlier steps."""
         row = {}
         if BATCH_MARGIN in means:
             row["loss/beta"] = self.running.batch_beta(loss, means[BATCH_MARGIN])

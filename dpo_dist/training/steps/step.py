@@ -1,10 +1,10 @@
 """One optimizer step, and one evaluation.
 
 packed micro-batches of this rank (from disk to the host, by `Objective.ready_step`)
-  -> reference log-probs     stored and attached already, or one forward of the reference
+  -> reference log-probs     from the store, or one forward of the reference
   -> policy log-probs        one forward
-  -> loss, metric sums       objective/losses.py, objective/metrics.py; losses of routers
-  -> backward                gradients of loss / pairs of the global batch add up
+  -> loss, metric sums       objective/losses.py, objective/metrics.py; routers' losses
+  -> backward                adds gradients of the loss / the global batch's pairs
 after the last micro-batch
   -> clip and update         skipped on all ranks if the gradient is not finite on any
   -> metrics                 one all-reduce of sums and counts
@@ -58,12 +58,12 @@ class ReadyStep:
 
     rank_batch: RankBatch
     batches: Sequence[PackedBatch]
-    partners: Sequence[PackedBatch] = ()  # of a loss that needs them
+    partners: Sequence[PackedBatch] = ()  # if the loss needs partners
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a run, its reference, and the losses that training adds for the routers of experts."""
+    """A run's loss, its reference, its metrics, and the losses that training adds for routers of experts."""
 
     loss: LossConfig
     reference: ReferenceProvider
@@ -71,9 +71,9 @@ class Objective:
     custom: CustomMetrics = field(default_factory=CustomMetrics)
 
     def ready_batches(self, rank_batch: RankBatch | None, device: torch.device) -> Iterator[PackedBatch]:
-        """Yield this rank's micro-batches, with stored reference log-probs attached; none of no batch.
+        """Yield this rank's micro-batches with stored reference log-probs; nothing if `rank_batch` is None.
 
-        They stay on the host, in pinned memory if `device` is a GPU. Needs no model; thread-safe.
+        The micro-batches are on the host, in pinned memory if `device` is a GPU. Needs no model; thread-safe.
         """
         for batch in () if rank_batch is None else rank_batch.batches():
             ready = self.reference.add_stored_logps(batch)
@@ -83,14 +83,14 @@ class Objective:
             yield ready.pinned() if device.type == "cuda" else ready
 
     def ready_step(self, rank_batch: RankBatch, device: torch.device) -> ReadyStep:
-        """Return all `ready_batches` of a training step."""
+        """Return a training step with all its micro-batches and partners on the host."""
         partners = list(self.ready_batches(rank_batch.partners, device))
         return ReadyStep(rank_batch, list(self.ready_batches(rank_batch, device)), partners)
 
     def prefetch_batches(
         self, rank_batch: RankBatch | None, device: torch.device
     ) -> contextlib.AbstractContextManager[Iterator[PackedBatch]]:
-        """Return `ready_batches`, made ahead in a background thread."""
+        """Return the context of `ready_batches` that a background thread computes ahead."""
         return prefetch(self.ready_batches(rank_batch, device), _BATCHES_AHEAD)
 
     def score(
@@ -103,15 +103,15 @@ class Objective:
         *,
         is_evaluation: bool = False,
     ) -> Iterator[ScoredPairs]:
-        """Yield each micro-batch, scored by the reference and then by `model`; collective.
+        """Yield the scores of each micro-batch by the reference and by `model`; collective.
 
-        Without a model, by the reference only. `enter` is called with each phase of a step; an evaluation
-        also has entropies.
+        If `model` is None, the reference's log-probs also count as the policy's. `enter` is called with each
+        phase of a step. An evaluation of a model also has entropies.
         """
         wanted: list[Statistic] = []
         if self.loss.weighting is Weighting.wpo:
             wanted.append("collisions")
-        if is_evaluation and model is not None:  # entropies need a forward
+        if is_evaluation and model is not None:  # without a forward there is no entropy
             wanted.append("entropy")
         for host_batch in batches:
             enter("data")
@@ -131,14 +131,14 @@ class Objective:
             token_logps, *rows = values.view(1 + len(wanted), len(batch.targets))
             statistics = dict(zip(wanted, rows, strict=True))
             sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
-            of_loss = partial(sums, token_weights=batch.token_weights)
+            loss_sums = partial(sums, token_weights=batch.token_weights)
             pair_weights = None
             if "collisions" in statistics:
                 pair_weights = wpo_weights(token_logps, statistics["collisions"], sums)
             numbers = {name: getattr(batch, name) for name in NUMBERS}
             yield ScoredPairs(
-                policy=of_loss(token_logps),
-                reference=None if reference is None else of_loss(reference),
+                policy=loss_sums(token_logps),
+                reference=None if reference is None else loss_sums(reference),
                 weights=batch.weights,
                 facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights, **numbers),
                 distance=None if reference is None else sums((token_logps.detach() - reference).abs()),
@@ -157,7 +157,7 @@ class Objective:
         running: RunningMeans,
         enter: Callable[[Phase], None] = lambda _phase: None,
     ) -> BatchFacts:
-        """Return the facts of a global batch; collective if the loss needs the log-ratios of `partners`."""
+        """Return facts of a global batch that losses need; collective if the loss needs `partners`."""
         facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
         if rank_batch.partners is None:
             return facts
@@ -168,7 +168,7 @@ class Objective:
         return replace(facts, mismatch=world.sum_replicas(total)[0] / rank_batch.pairs)
 
     def plan(self, rank_batch: RankBatch, *, is_evaluation: bool = False) -> MetricPlan:
-        """Return the metrics of a global batch, the same on all ranks."""
+        """Return the plan of a global batch's metrics, the same on all ranks."""
         dataset = rank_batch.dataset
         has_floor = "soft_label" in dataset.numbers and not KINDS_WITH_FLOOR.isdisjoint(self.loss.kinds)
         return MetricPlan(self.loss, dataset.labels, is_evaluation, self.custom, has_floor)
@@ -176,21 +176,22 @@ class Objective:
     def measure(self, pairs: ScoredPairs, plan: MetricPlan) -> tuple[Tensor, MetricSums]:
         """Return the weighted sum of the losses, with a graph if gradients are enabled, and the metric sums.
 
-        `pairs` are a micro-batch, or for a coupled loss the whole global batch.
+        `pairs`: a micro-batch, for a coupled loss the whole global batch.
         """
         losses, terms = loss_and_terms(pairs.policy, pairs.reference, self.loss, pairs.facts)
-        of_records = pairs.facts.loss_weight
-        weights = pairs.weights if of_records is None else pairs.weights * of_records
+        record_weights = pairs.facts.loss_weight
+        weights = pairs.weights if record_weights is None else pairs.weights * record_weights
         return (losses * weights).sum(), metric_sums(plan, losses, pairs, terms)
 
 
 class RouterTerms:
-    """Adds the losses of the routers to the micro-batches of one rank in one step.
+    """Adds the routers' losses to the micro-batches of one rank in one step.
 
-    The losses need the experts' selections of the whole batch before the first backward. The first
-    micro-batch counts its own; those of the others are counted here, from `known`, the `routing_sums` of all
-    micro-batches, if they are scored already, else by a forward of each. Collective.
-    `unshared_tokens`: tokens of the global batch, a prompt once for each response.
+    The losses need the experts' selections of the whole batch before the first backward. The constructor
+    counts the selections of all micro-batches except the first: from `known`, the `routing_sums` of all
+    micro-batches, or by a forward of each. `add` counts those of the first. Collective.
+
+    `unshared_tokens`: tokens of the global batch, where a prompt counts once for each response.
     """
 
     def __init__(
@@ -210,16 +211,17 @@ class RouterTerms:
             policy.train(False)
             batch = host_batch.to(world.device)
             if policy.model.arrangement is Arrangement.packed:
-                # One target is enough to run the output layer, whose weight every ZeRO-3 forward gathers.
+                # One target is enough; without any, the forward would not gather the output layer's weight
+                # (ZeRO-3).
                 batch = batch.with_one_target()
             with torch.no_grad():
                 others.append(policy.routed_token_logps(batch)[1])
         self._unseen = sum(map(selections, others), start=torch.zeros((), device=world.device))
 
     def add(self, loss: Tensor, routing: Tensor, sums: MetricSums) -> tuple[Tensor, MetricSums]:
-        """Return the loss of a micro-batch with its part of the routers' losses, and `sums` with theirs.
+        """Return a micro-batch's loss plus its part of the routers' losses, and `sums` with their metrics.
 
-        The first call of a step is collective. `loss` is divided by the pairs of the global batch.
+        The first call of a step is collective. `loss` is already divided by the global batch's pairs.
         """
         if self._loss.aux is not None and self._selected is None:
             self._selected = self._world.sum_replicas(self._unseen + selections(routing))
@@ -241,11 +243,11 @@ def train_step(
 ) -> tuple[MetricSums, Tensor]:
     """Update the policy on one global batch; collective.
 
-    A coupled loss needs the log-probs of the whole global batch, so these are computed first, without a
-    graph; a second forward of each micro-batch then backpropagates d loss / d log-prob.
+    A coupled loss needs the log-probs of the whole global batch: a first forward computes them without a
+    graph; a second forward of each micro-batch backpropagates d loss / d log-prob.
 
-    Return this rank's metric sums, and the gradient norm before clipping: a scalar on the device, the same on
-    all ranks, infinite if the update was skipped.
+    Returns this rank's metric sums, and the gradient norm before clipping: a scalar on the device, the same
+    on all ranks, infinite if the update was skipped.
     """
     rank_batch, device = step.rank_batch, world.device
     if objective.loss.needs_partners:
@@ -260,10 +262,10 @@ def train_step(
             known = list(objective.score(policy, step.batches, facts, device, clock.enter))
         pairs = gather_scored(known, rank_batch, world)
         leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
-        loss, of_all = objective.measure(pairs, plan)  # the whole batch's, on every rank
+        loss, batch_sums = objective.measure(pairs, plan)  # of the whole batch, on every rank
         loss = _nan_unless_finite(loss, pairs.policy.chosen) / rank_batch.pairs
         slopes += torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-        sums = of_all if world.is_main else sums
+        sums = batch_sums if world.is_main else sums
         objective = replace(objective, reference=ReferenceProvider())  # the slopes include the reference
     clock.enter("forward")
     routers = None
@@ -280,9 +282,9 @@ def train_step(
             parts = zip(slopes, _differentiable(pairs.policy), strict=True)
             loss = (torch.stack([slope[places] * part for slope, part in parts]) * pairs.weights).sum()
         else:
-            loss, of_batch = objective.measure(pairs, plan)
+            loss, micro_sums = objective.measure(pairs, plan)
             logps = pairs.policy.chosen + pairs.policy.rejected
-            loss, sums = _nan_unless_finite(loss, logps) / rank_batch.weight, sums + of_batch
+            loss, sums = _nan_unless_finite(loss, logps) / rank_batch.weight, sums + micro_sums
         if routers is not None and pairs.routing is not None:
             loss, sums = routers.add(loss, pairs.routing, sums)
         if objective.loss.is_unpaired:
@@ -298,16 +300,18 @@ def train_step(
 def _with_label_metrics(
     sums: MetricSums, rewards: Sequence[Tensor], rank_batch: RankBatch, facts: BatchFacts, world: World
 ) -> MetricSums:
-    """Add the metrics that compare all labelled records of a global batch; collective.
+    """Return `sums` with metrics that compare all labelled records of a global batch; collective.
 
-    `rewards`: [1, pairs] of each micro-batch of this rank. Other records have no such metrics.
+    `rewards`: of each of this rank's micro-batches, [1, pairs]. Without labelled records, returns `sums`.
     """
     if rank_batch.is_good is None:
         return sums
-    of_all, is_good = in_batch_order(rewards, rank_batch, world)[0], rank_batch.is_good
+    all_rewards, is_good = in_batch_order(rewards, rank_batch, world)[0], rank_batch.is_good
     if not world.is_main:
         return sums
-    good, bad = (of_all[on_device(np.flatnonzero(side), of_all.device)] for side in (is_good, ~is_good))
+    good, bad = (
+        all_rewards[on_device(np.flatnonzero(side), all_rewards.device)] for side in (is_good, ~is_good)
+    )
     sums = sums.plus_values({AUC: wins(good, bad)}, len(good) * len(bad))
     if facts.mismatch is None:
         return sums
@@ -315,24 +319,25 @@ def _with_label_metrics(
 
 
 def _nan_unless_finite(loss: Tensor, logps: Tensor) -> Tensor:
-    """Return `loss`, whose gradient is not finite if the loss is not, so that no rank applies the update.
+    """Return `loss` with a gradient of nan if the loss is not finite, so that no rank applies the update.
 
-    A pair whose loss is infinite may have no gradient of its own. `logps`: those that the gradient flows to.
+    Without this, a pair with an infinite loss can have a gradient of 0. `logps`: log-probs that get the
+    gradient.
     """
     return loss + torch.where(loss.detach().isfinite(), 0.0, torch.nan) * logps.sum()
 
 
 def _differentiable(logps: PairLogps) -> list[Tensor]:
-    """Return the sums that a coupled loss is differentiated by, [pairs] each."""
+    """Return the log-probs with respect to which a coupled loss is differentiated, [pairs] each."""
     whole = () if logps.whole_chosen is None else (logps.whole_chosen,)
     return [logps.chosen, logps.rejected, *whole]
 
 
 @dataclass(frozen=True)
 class StepTotals:
-    """The metrics of one step over its global batch, on the host and the same on all ranks.
+    """Metrics of one step's global batch, on the host, the same on all ranks.
 
-    `votes`: the number of ranks with each vote. `grad_norm`: before clipping.
+    `votes`: for each vote, the number of ranks that vote_values it. `grad_norm`: before clipping.
     """
 
     sums: dict[str, float]
@@ -348,10 +353,10 @@ class StepTotals:
 
 
 def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, world: World) -> StepTotals:
-    """Sum metrics and votes over all ranks: one all-reduce, one device-to-host copy; collective."""
-    cast = copy_to_device(sums.values.device, np.array(votes, dtype=np.float64))
+    """Return metrics and votes summed over all ranks, by one all-reduce and one device-to-host copy."""
+    vote_values = copy_to_device(sums.values.device, np.array(votes, dtype=np.float64))
     counted = sums.values if world.leads else torch.zeros_like(sums.values)
-    total = world.sum(torch.cat((counted, cast)))
+    total = world.sum(torch.cat((counted, vote_values)))
     *reduced, norm = torch.cat((total, grad_norm.double().view(1))).tolist()
     by_metric, counts = sums.by_name(reduced)
     ranks = [round(vote) for vote in reduced[len(sums.values) :]]
@@ -367,10 +372,10 @@ def evaluate(
     running: RunningMeans,
     check_stop: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], PairValues]:
-    """Return the metrics of a dataset, which is one global batch, and the values of every pair.
+    """Return the metrics of a dataset, which is one global batch, and the values of every pair. Collective.
 
-    Collective. `model` is not in training mode; without one, the reference's log-probs are the policy's.
-    `check_stop` is called before each micro-batch, of which all ranks have the same number, and may raise.
+    `model` is in evaluation mode; if it is None, the reference's log-probs also count as the policy's.
+    `check_stop` is called before each micro-batch and may raise; all ranks have the same number of them.
     """
     plan = objective.plan(rank_batch, is_evaluation=True)
     sums = MetricSums.zeros(plan, world.device)
@@ -390,8 +395,8 @@ def evaluate(
             else:
                 sums += objective.measure(pairs, plan)[1]
     if objective.loss.is_coupled:
-        _, of_all = objective.measure(gather_scored(scored, rank_batch, world), plan)
-        sums = of_all if world.is_main else sums
+        _, batch_sums = objective.measure(gather_scored(scored, rank_batch, world), plan)
+        sums = batch_sums if world.is_main else sums
     parts = [torch.stack([*part.values()]) for part in values]
     table = in_batch_order(parts, rank_batch, world).float().cpu().numpy()
     rewards = [(part["reward_chosen"] + part["reward_rejected"])[None] for part in values]

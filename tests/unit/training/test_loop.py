@@ -22,7 +22,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import LearningRateSchedule, OptimConfig, TrainerConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.metrics import MetricPlan
-from dpo_dist.training.steps.health import best_after, check_keep_best, count, divergence_error
+from dpo_dist.training.steps.health import best_after, check_keep_best, count_step, divergence_error
 from dpo_dist.training.steps.schedule import check_warmup, learning_rate
 from dpo_dist.training.steps.state import BestCheckpoint, Health, Position
 from dpo_dist.training.steps.step import StepTotals
@@ -113,9 +113,9 @@ def test_a_run_ends_that_learns_nothing(steps: int, facts: dict[str, Any], said:
 
 def test_an_overflow_neither_ends_nor_continues_a_row_of_bad_steps() -> None:
     health = Health(bad_steps=2, bad_in_a_row=2, collapsed_in_a_row=1)
-    count(health, INFINITE, overflow=True)
+    count_step(health, INFINITE, overflow=True)
     assert (health.overflows, health.bad_steps, health.bad_in_a_row) == (1, 2, 2)
-    count(health, INFINITE, overflow=False)
+    count_step(health, INFINITE, overflow=False)
     assert (health.overflows, health.bad_steps, health.bad_in_a_row) == (1, 3, 3)
 
 
