@@ -18,13 +18,13 @@ lint: ## check format, lint rules, types, spelling and links
 check: env ## lint and the unit tests, side by side
 	@$(MAKE) --no-print-directory --jobs 2 lint unit
 
-unit: ## run the unit tests, a process for each core
+unit: ## run the unit tests, one process per core
 	@./scripts/test.sh tests/unit --numprocesses $$(nproc)
 
 test: ## run all tests
 	./scripts/test.sh
 
-docs: env ## write the generated tables of docs/ again
+docs: env ## write the generated tables of docs/
 	$(BIN)/python scripts/write_key_docs.py
 
 docs-site: env ## build a searchable site of README.md and docs/ in build/site

@@ -1,7 +1,7 @@
-"""Check that this environment has the package and its dependencies, pinned by constraints.txt. Stdlib only.
+"""Check that this environment has the package and the dependencies that constraints.txt pins. Stdlib only.
 
-Run as `check_installed.py [EXTRA ...]`; exits with 1 if a package is missing or has another version. A torch
-built for one accelerator has a local version (2.13.0+cu130), which is ignored.
+Run as `check_installed.py [EXTRA ...]`; exits with 1 if a package is missing or has another version. Ignores
+the local part of a version, such as +cu130 of a torch that is built for one accelerator.
 """
 
 import json
@@ -36,7 +36,7 @@ def _normal(name: str) -> str:
 
 
 def _is_editable_here(name: str) -> bool:
-    """Return whether the package is installed from here; pip installs it last, after its dependencies."""
+    """Return whether this checkout is installed; pip installs it last, so that dependencies are complete."""
     try:
         origin = metadata.distribution(name).read_text("direct_url.json")
     except metadata.PackageNotFoundError:

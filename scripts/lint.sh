@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks format, lint rules, types, spelling, and the links of the pages; of the code it changes nothing.
+# Checks format, lint rules, types, spelling, and links of the pages, without changing a file.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./scripts/setup_env.sh dev

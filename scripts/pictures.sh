@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Take the pictures of docs/images (needs Chromium): ./scripts/pictures.sh RUN_DIR [PAGE]
-# from the pages of a run, and from PAGE: runs.html, or the address that `dpo-dist pairs pairs.method=people` prints.
+# Takes the pictures of docs/images from a run's pages (needs Chromium): ./scripts/pictures.sh RUN_DIR [PAGE]
+# PAGE is a runs.html, or the address that `dpo-dist pairs pairs.method=people` prints.
 set -euo pipefail
 run=$(realpath "$1")
 browser=$(command -v chromium || command -v chromium-browser || command -v google-chrome)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs into .venv, makes a small model and preference pairs, warms the model up, trains it by DPO with
-# ZeRO-3 on two CPU processes (on all GPUs, if there are any) and prints answers before and after. Writes only
+# ZeRO-3 on all GPUs, or without a GPU in two CPU processes, and prints answers before and after. Writes only
 # to .venv and output. PYTHON selects the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,7 +10,7 @@ export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     launch=(accelerate launch)
 else
-    # The model is so small that more threads would be slower.
+    # More threads would be slower, because the model is small.
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     launch=(accelerate launch --config_file launch/accelerate/cpu_2.yaml)
 fi

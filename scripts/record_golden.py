@@ -1,6 +1,6 @@
 """Record the golden trajectories again: `python scripts/record_golden.py`.
 
-Only for an intended change of numbers; the commit message gives the reason.
+Only if numbers were changed on purpose; give the reason in the commit message.
 """
 
 import json

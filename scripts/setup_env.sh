@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Creates .venv and installs the packages that constraints.txt pins, also those of the tools (doctor, compare, ...); with
-# "dev", what the tests need as well.
-# Does nothing if they are installed already. PYTHON selects the interpreter.
+# Creates .venv and installs the packages that constraints.txt pins, with those of the tools (doctor, compare, ...); with
+# "dev", also those of the tests. Does nothing if all are installed. PYTHON selects the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extra="${1:-}"

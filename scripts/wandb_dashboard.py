@@ -25,13 +25,13 @@ Needs = Literal["", "reference", "evaluations", "samples", "sources"]
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over `train/global_step`; of a histogram, W&B shows its counts by color.
+    """Curves over `train/global_step`; W&B shows a histogram's counts by color.
 
     Attributes:
-        title: above the curves.
+        title: text above the curves.
         metrics: W&B names of the curves.
         pattern: regular expression of further names, for metrics by source or length.
-        needs: part of a run without which the panel is empty.
+        needs: part of a run that fills the panel.
     """
 
     title: str
@@ -40,18 +40,18 @@ class Panel:
     needs: Needs = ""
 
     def missing(self, logged: Collection[str]) -> list[str]:
-        """Return its metrics and pattern that a run with these W&B names does not fill."""
+        """Return the panel's metrics and pattern that match none of these W&B names."""
         unmatched = self.pattern and not any(re.search(self.pattern, name) for name in logged)
         return [name for name in self.metrics if name not in logged] + ([self.pattern] if unmatched else [])
 
 
 def _both(name: str) -> tuple[str, str]:
-    """Return the name of a metric in steps and in evaluations."""
+    """Return a metric's W&B names: of steps and of evaluations."""
     return f"train/{name}", f"eval/{name}"
 
 
 def _sides(name: str, where: str = "train") -> tuple[str, str]:
-    """Return the names of a metric of chosen and rejected responses."""
+    """Return a metric's W&B names: of chosen and of rejected responses."""
     return f"{where}/{name.format('chosen')}", f"{where}/{name.format('rejected')}"
 
 
@@ -76,12 +76,12 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Longest repeat", ("eval/samples/longest_repeat",), needs="samples"),
     ),
 }
-"""Panels by section, in the order of the page."""
+"""Panels by section, in the page's order."""
 
 COMPARED = ("loss.kind", "loss.beta", "optim.lr", "trainer.seed")
-"""Keys of the configuration that a report of several runs compares."""
+"""Keys of the configuration that a report about several runs compares."""
 RESULTS = ("eval/rewards/accuracies", "eval/rewards/margins", "eval/loss")
-"""Results that it compares them by."""
+"""Results that such a report compares."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def workspace(entity: str, project: str, name: str) -> Any:
-    """The dashboard, not saved."""
+    """Return the dashboard, not yet saved."""
     from wandb_workspaces import workspaces as ws
 
     sections = [
@@ -130,7 +130,7 @@ def workspace(entity: str, project: str, name: str) -> Any:
 
 
 def sweep_report(entity: str, project: str, title: str, group: str) -> Any:
-    """A report about the runs of a group, not saved: settings against results, then the curves."""
+    """Return a report about a group's runs, not yet saved: settings against results, then curves."""
     from wandb_workspaces.reports import v2 as wr
 
     columns = [
@@ -153,7 +153,7 @@ def sweep_report(entity: str, project: str, title: str, group: str) -> Any:
 
 
 def _panels(section: str) -> list[Any]:
-    """The panels of a section; the verdicts of runs are compared as values of their summaries."""
+    """Return a section's panels; the section "Verdict" compares values of the runs' summaries."""
     from wandb_workspaces.reports import v2 as wr
 
     if section == "Verdict":
@@ -163,7 +163,7 @@ def _panels(section: str) -> list[Any]:
 
 
 def line_plot(panel: Panel) -> Any:
-    """A panel of the data in the terms of wandb-workspaces."""
+    """Return a panel as an object of wandb-workspaces."""
     from wandb_workspaces.reports import v2 as wr
 
     return wr.LinePlot(

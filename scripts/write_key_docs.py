@@ -1,6 +1,6 @@
 """Write the tables of keys and of loss kinds in docs/ from the declarations in dpo_dist/config.
 
-Run it after a change of a key or a kind of loss: `make docs`.
+Run `make docs` after a change of a key or of a kind of loss.
 """
 
 import re
@@ -18,9 +18,9 @@ from dpo_dist.config.verbs import EVERY_VERB
 
 ROOT = Path(__file__).resolve().parents[1]
 CELL = 160
-"""Most characters of a cell: a phrase. What is longer goes below the table."""
+"""Most characters of a cell, a phrase; the rest of a longer text is a sentence below the table."""
 MODIFIERS = {"ld_alpha", "weighting", "reference_free"}
-"""Options of nearly all kinds; docs/losses.md describes them below its table."""
+"""Options of nearly all kinds: docs/losses.md has them below the table, not in each row."""
 
 
 def pages() -> dict[Path, str]:
@@ -33,7 +33,7 @@ def pages() -> dict[Path, str]:
 
 
 def _with_table(page: Path, table: str) -> str:
-    """Return the text of `page` with the lines between its markers replaced."""
+    """Return the text of `page` with `table` between its markers."""
     text, replaced = re.subn(
         r"(<!-- table: [^\n]*-->\n\n).*?(\n<!-- end of table -->)",
         lambda found: f"{found[1]}{table}{found[2]}",
@@ -59,7 +59,7 @@ def _loss_table() -> str:
 
 
 def _loss_row(kind: str, facts: KindFacts) -> tuple[str, ...]:
-    """Return a row, with the default after each option in the formula."""
+    """Return a kind's row; in the formula, each option has its default after it."""
     defaults = {f"loss.{name}": field.default for name, field in schema_fields(LossConfig).items()}
     own = {} if facts.options is None else schema_fields(facts.options)
     defaults |= {f"loss.options.{name}": field.default for name, field in own.items()}
@@ -97,7 +97,7 @@ def _configuration() -> str:
         "`precompute`, `evaluate`,\n`doctor`, `export` and `pairs` with rounds take the command line "
         "of `train`. The column of verbs has those that differ\nfrom the section's.\n",
     ]
-    # They have the keys of data.train[] and of loss.options.
+    # Repetitions: these have the keys of data.train[] and of loss.options.
     left_out = ("data.eval[]", "evaluation.data[]", "loss.terms[].options.")
     keys = [key for key in key_rows() if not key.name.startswith(left_out)]
     sections = {name: text for name, text in section_meanings().items() if "." not in name}
@@ -120,7 +120,7 @@ def _type(key: Key) -> str:
 
 
 def _phrase(meaning: str) -> tuple[str, str]:
-    """Return the beginning of a meaning, of at most `CELL` characters, and what goes below the table."""
+    """Return a meaning's beginning, of at most `CELL` characters, and the rest for below the table."""
     if len(meaning) <= CELL:
         return meaning, ""
     for mark in (". ", "; ", ": "):
@@ -128,7 +128,7 @@ def _phrase(meaning: str) -> tuple[str, str]:
         if beginning:
             rest = meaning[len(beginning) + len(mark) :]
             return beginning + ("." if mark == ". " else " ..."), rest
-    raise AssertionError(f"no sentence of this meaning fits into a cell: {meaning}")
+    raise AssertionError(f"the first sentence of this meaning is too long for a cell: {meaning}")
 
 
 def _full_table(keys: Iterable[Key], usual_verbs: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Memory of the device and of the host: room, peaks, errors."""
+"""Free memory, peak memory and out-of-memory errors of device and host."""
 
 import contextlib
 import ctypes
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from dpo_dist.foundation.errors import DeviceMemoryError
 
-_KEPT_FREE = 0.1  # share of the memory that stays free
+_KEPT_FREE = 0.1  # share of the memory
 _ROOT = Path("/sys/fs/cgroup")
 _PROCESS_CGROUPS = Path("/proc/self/cgroup")
 _CONTROLLERS = {
     "": ("", "memory.max", "memory.current", "inactive_file"),
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
-"""Folder, limit, use and file cache in it, by the controller in `_PROCESS_CGROUPS`: cgroups 2 and 1."""
+"""Names by controller in `_PROCESS_CGROUPS` (cgroups 2, 1): folder, limit, use, file cache within use."""
 
 
 def available_memory(root: Path = _ROOT, process_cgroups: Path = _PROCESS_CGROUPS) -> int:
-    """Return the free bytes of host memory within this process's cgroup limits, minus a tenth of all."""
+    """Return the free bytes of host memory within this process's cgroup limits, less a tenth."""
     memory = psutil.virtual_memory()
     free = [memory.available - _KEPT_FREE * memory.total]
     lines = process_cgroups.read_text().splitlines() if process_cgroups.exists() else []
@@ -34,9 +34,9 @@ def available_memory(root: Path = _ROOT, process_cgroups: Path = _PROCESS_CGROUP
             continue
         folder, limit, use, cache = _CONTROLLERS[controller]
         inner = root / folder / path.lstrip("/")
-        # In a container this may be the host's path, which does not exist inside.
+        # In a container `path` may be that of the host; then only the parents that exist have limits.
         for group in (inner, *(parent for parent in inner.parents if parent.is_relative_to(root / folder))):
-            with contextlib.suppress(OSError, ValueError, KeyError):  # "max": without a limit
+            with contextlib.suppress(OSError, ValueError, KeyError):  # the limit "max" is no number
                 most = int((group / limit).read_text())
                 statistics = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
                 used = int((group / use).read_text()) - int(statistics[cache])
@@ -60,15 +60,15 @@ _POLICY_REMEDY = (
 
 
 def wait_for_device() -> None:
-    """Wait until the device is idle, before memory that one of its streams may still use is released."""
+    """Wait until the device is idle; without it, memory in use by a stream could be released."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def return_memory() -> None:
-    """Release unreferenced memory: on the device, pinned on the host, and free pages of the heap."""
+    """Release unused memory: on the device, pinned memory of the host, and free pages of the heap."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc keeps most pages between tensors that live on
+    with contextlib.suppress(OSError, AttributeError):  # else glibc keeps most pages
         ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -76,13 +76,13 @@ def return_memory() -> None:
 
 
 def return_host_memory() -> None:
-    """Release unreferenced pinned host memory."""
+    """Release unused pinned memory of the host."""
     if torch.cuda.is_available() and hasattr(torch.accelerator, "empty_host_cache"):  # not in every version
         torch.accelerator.empty_host_cache()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory of this process: allocated GPU memory on CUDA, else the resident set."""
+    """Return this process's peak memory in bytes: allocated on the GPU, or the resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -90,7 +90,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def explain_out_of_memory(work: str, remedy: str = _POLICY_REMEDY) -> Iterator[None]:
-    """Raise a `DeviceMemoryError` that names `work` if GPU memory runs out inside the block."""
+    """If GPU memory runs out inside the block, raise a `DeviceMemoryError` that names `work`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -100,15 +100,16 @@ def explain_out_of_memory(work: str, remedy: str = _POLICY_REMEDY) -> Iterator[N
 def out_of_memory(
     error: torch.OutOfMemoryError, work: str = "", remedy: str = _POLICY_REMEDY
 ) -> DeviceMemoryError:
-    """Return PyTorch's error as an error for the user."""
-    got = str(error).partition("\n")[0].partition(" If reserved")[0]  # with what is allocated and reserved
+    """Return PyTorch's error as a `DeviceMemoryError` with a remedy."""
+    got = str(error).partition("\n")[0].partition(" If reserved")[0]  # without PyTorch's advice
     return DeviceMemoryError("GPU memory is exhausted", where=work, got=got, remedy=remedy)
 
 
 def empty(value: Any) -> None:
     """Release the storage of every tensor in nested lists, tuples and dictionaries.
 
-    DeepSpeed's lists and caches refer to the tensors of an engine for as long as the process lives.
+    Without this, a freed engine keeps its memory: DeepSpeed's lists and caches refer to its tensors until the
+    process ends.
     """
     if isinstance(value, Tensor):
         value.data = value.new_empty(0)
