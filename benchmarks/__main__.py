@@ -26,7 +26,7 @@ def main() -> int:
     name = sys.argv[1]
     module = importlib.import_module(f"benchmarks.{name}")
     benchmark: Benchmark = module.BENCHMARK
-    options = parsed(name, module.__doc__ or "", benchmark, sys.argv[2:])
+    options = parse_options(name, module.__doc__ or "", benchmark, sys.argv[2:])
     figures = benchmark.run(options)
     line = json.dumps(figures)
     print(line)
@@ -35,8 +35,10 @@ def main() -> int:
     return 0 if figures.get("trainers_agree", True) else 1
 
 
-def parsed(name: str, description: str, benchmark: Benchmark, arguments: list[str]) -> argparse.Namespace:
-    """Return the options of a benchmark; --smoke has defaults of its own."""
+def parse_options(
+    name: str, description: str, benchmark: Benchmark, arguments: list[str]
+) -> argparse.Namespace:
+    """Return the command line's options of a benchmark; --smoke changes defaults."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks {name}",
         description=description,
@@ -46,8 +48,10 @@ def parsed(name: str, description: str, benchmark: Benchmark, arguments: list[st
         parser.add_argument(f"--{option.replace('_', '-')}", default=default, **SHARED[option])
     benchmark.own(parser)
     parser.add_argument("--work", type=Path, help="folder for temporary files")
-    parser.add_argument("--out", type=Path, help="file for the figures, beside the last line")
-    parser.add_argument("--smoke", action="store_true", help="a tiny run that shows that everything works")
+    parser.add_argument("--out", type=Path, help="file for the figures, which are also printed")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a tiny run that only shows whether everything works"
+    )
     options = parser.parse_args(arguments)
     if options.smoke:
         parser.set_defaults(**benchmark.smoke)

@@ -1,9 +1,9 @@
 """Measure how fast records are encoded, by number of processes.
 
-The records are those of a file (a slice of real data where it exists, else invented ones), repeated; the
-tokenizer is trained on them. Every number of processes must write the same bytes. `main_share` is the CPU
-time of the process that reads and writes, over all CPU time: more processes than one over it do not help,
-however loaded this machine is. Then the CPU time of each stage.
+Encodes the records of a file, repeated: a slice of real data if it exists, else invented records. The
+tokenizer is trained on them. Every number of processes must write the same bytes. `main_share` is the share
+of CPU time that the process which reads and writes takes: more than 1 / `main_share` processes are not
+faster, however busy the machine is.
 """
 
 import hashlib
@@ -37,9 +37,9 @@ CHATML = (
 
 
 def run(options: Namespace) -> Json:
-    """Encode the records once for each number of processes."""
+    """Encode the records once with each number of processes."""
     with tempfile.TemporaryDirectory(dir=options.work) as name:
-        file = _repeated(options.file, options.records, Path(name))
+        file = _write_repeated(options.file, options.records, Path(name))
         tokenizer = train_tokenizer(file, 512 if options.smoke else TOKENIZER_VOCABULARY)
         if options.chat:
             tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
@@ -66,8 +66,8 @@ def _own_options(parser: ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="render dialogues with a chat template")
 
 
-def _repeated(file: Path | None, records: int, folder: Path) -> Path:
-    """Return a file of `records` lines: those of `file`, repeated."""
+def _write_repeated(file: Path | None, records: int, folder: Path) -> Path:
+    """Return a file of `records` lines, which repeats the lines of `file`."""
     source = file or shared_data() / REAL_DATA["hh"]
     if not source.is_file():
         source = folder / "synthetic.jsonl"
@@ -81,7 +81,7 @@ def _repeated(file: Path | None, records: int, folder: Path) -> Path:
 
 
 def _measure(file: Path, records: int, processes: int, tokenizer: Any, cache: Path) -> tuple[Json, str]:
-    """Return the speed of encoding `file`, and a digest of the written files."""
+    """Return the speed of encoding `file`, and the digest of the written file."""
     config = _config(cache)
     started, main_before, all_before = time.perf_counter(), time.process_time(), _cpu_seconds()
     with mock.patch.object(build, "processes_for", return_value=processes):

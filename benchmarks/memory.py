@@ -1,10 +1,10 @@
 """Measure the memory of each reference mode.
 
-One short training run for each mode, without checkpoints, in processes of its own, sharded as in ZeRO-3. Of
-the largest rank, in MiB: weights of the reference that exist while the policy trains; the peak while the
-reference is made ready (loaded, the store filled, freed); the peak from then on. On a GPU this is memory that
-PyTorch has allocated. On a CPU weights are counted as tensors, peaks are of the resident set, with libraries
-and memory that the allocator keeps, and "offload cpu" moves nothing.
+Starts one short training run for each mode, with ZeRO-3, without checkpoints, in its own processes. Prints
+three numbers of MiB, each of the largest rank: the reference's weights while the policy trains; the peak
+while the reference is prepared (loaded, the store filled, freed); the peak after it. On a GPU this is memory
+that PyTorch has allocated. On a CPU, weights are counted as tensors, peaks are those of the resident set,
+which has libraries and memory that the allocator keeps, and "offload cpu" moves nothing.
 """
 
 import importlib.util
@@ -37,7 +37,7 @@ Bytes = dict[str, int]
 
 
 def run(options: Namespace) -> Json:
-    """Measure all modes that are possible here."""
+    """Measure all modes that this machine can run."""
     modes = [mode for mode in options.modes if _is_possible(mode)]
     results: dict[str, dict[str, Bytes]] = {}
     with tempfile.TemporaryDirectory(dir=options.work) as name:
@@ -61,7 +61,7 @@ def run(options: Namespace) -> Json:
                 results[world] = {mode: _measure(mode, folder, processes) for mode in modes}
     print(markdown(_table(modes, results)))
     if skipped := [mode for mode in options.modes if mode not in modes]:
-        print(f"\nNot possible here: {'; '.join(skipped)}.")
+        print(f"\nNot possible on this machine: {'; '.join(skipped)}.")
     return results
 
 
@@ -86,7 +86,7 @@ def _measure(mode: str, folder: Path, processes: int) -> Bytes:
 
 def _table(modes: Sequence[str], results: dict[str, dict[str, Bytes]]) -> list[list[str]]:
     head = ["mode", *(f"{world}: kept, ready, training" for world in results)]
-    return [head, *([mode, *(_cell(of_mode[mode]) for of_mode in results.values())] for mode in modes)]
+    return [head, *([mode, *(_cell(figures[mode]) for figures in results.values())] for mode in modes)]
 
 
 def _cell(memory: Bytes) -> str:

@@ -1,11 +1,11 @@
 """Measure the share of the device's peak that training uses.
 
-Random weights of real shapes on real lengths, cached reference, the whole program except checkpoints and the
-exported model. A variant is options joined by `+`; each runs in a process of its own. mfu counts unique
-tokens and no operation twice, relative to products of large matrices in the same process. The first steps, in
-which kernels are chosen and compiled, are excluded from the medians.
+Runs the whole program, except checkpoints and the exported model, with random weights of real shapes, real
+lengths and a cached reference. A variant is options joined by `+`, and runs in its own process. mfu counts
+each unique token and each operation once, relative to products of large matrices in the same process. The
+medians exclude the first steps, in which kernels are chosen and compiled.
 
-Weights, gradients, master weights and Adam's states take about 20 bytes a parameter: the 7B shape with all of
+Weights, gradients, master weights and Adam's states take about 20 bytes per parameter: the 7B shape with all
 its 28 layers does not fit on one GPU of 140 GB. Use fewer layers, which are alike, or --offload-optimizer.
 """
 
@@ -60,12 +60,14 @@ def run(options: Namespace) -> Json:
 
 
 def _own_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--layers", type=int, help="number of layers, to use fewer than the shape has")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--warm-up", type=int, default=2, help="first steps, not measured")
+    parser.add_argument("--warm-up", type=int, default=2, help="number of first steps that are not measured")
     parser.add_argument("--variants", nargs="+", default=["plain", "none", "compile", "full", "sdpa"])
-    parser.add_argument("--offload-optimizer", action="store_true", help="to host memory, by zero2")
-    parser.add_argument("--trl", action="store_true", help="measure TRL on the same pairs, too")
+    parser.add_argument(
+        "--offload-optimizer", action="store_true", help="keep optimizer states in host memory, with zero2"
+    )
+    parser.add_argument("--trl", action="store_true", help="also measure TRL on the same pairs")
 
 
 def _fault(options: Namespace) -> str:
@@ -95,7 +97,7 @@ def _measure(variant: str, folder: Path, options: Namespace) -> Result:
 
 
 def _measure_trl(variant: str, setting: Setting, folder: Path, warm_up: int) -> Result:
-    """Return TRL's median over the same steps; their clock also counts what lies between two steps."""
+    """Return TRL's medians over the same steps; the time between two steps counts, too."""
     try:
         measured = start(Run(str(folder), variant, str(folder / "store")))
     except RunFailedError as failure:

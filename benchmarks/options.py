@@ -1,4 +1,4 @@
-"""Interface of a benchmark to the runner, and the options that several benchmarks share."""
+"""The interface of a benchmark, and options that several benchmarks share."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +17,15 @@ SHARED: dict[str, Json] = {
     "max_length": {"type": int, "help": "tokens of a prompt with one response"},
     "micro_batch_tokens": {"type": int, "help": "tokens of a micro-batch of dpo_dist"},
     "dtype": {"choices": ("fp32", "bf16"), "help": "precision of the policy"},
-    "rounds": {"type": int, "help": "repetitions of each run; runs take turns"},
-    "threads": {"type": int, "help": "threads of all processes of a run together"},
+    "rounds": {"type": int, "help": "repetitions of each run, in alternating order"},
+    "threads": {"type": int, "help": "threads of all processes of a run in total"},
     "processes": {"type": int, "nargs": "+", "help": "numbers of processes to measure"},
-    "trl_micro_pairs": {"type": int, "help": "micro-batch of TRL with its defaults (its own default: 8)"},
-    "trl_best_micro_pairs": {"type": int, "nargs": "+", "help": "micro-batches of TRL at its best"},
+    "trl_micro_pairs": {"type": int, "help": "pairs of a micro-batch of TRL with its defaults"},
+    "trl_best_micro_pairs": {
+        "type": int,
+        "nargs": "+",
+        "help": "pairs of a micro-batch of TRL with its fastest options",
+    },
 }
 
 
@@ -38,11 +42,11 @@ class Benchmark:
     """One benchmark.
 
     Attributes:
-        run: measures and prints; returns the figures. `trainers_agree: False` among them is exit code 1.
-        shared: the names of the options of `SHARED` that it uses, with their defaults.
-        own: adds its own options.
-        smoke: defaults of options with `--smoke`.
-        fault: returns what is wrong with the options, or nothing.
+        run: measures, prints and returns the figures; `trainers_agree: False` among them gives exit code 1.
+        shared: names and defaults of the options in `SHARED` that the benchmark uses.
+        own: adds options of this benchmark only.
+        smoke: other defaults, used with `--smoke`.
+        fault: returns what is wrong with the options, or "".
     """
 
     run: Callable[[Namespace], Json]
@@ -53,5 +57,5 @@ class Benchmark:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown; the first row is its head."""
+    """Return a Markdown table; the first row is the heading."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))

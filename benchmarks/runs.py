@@ -1,4 +1,4 @@
-"""Runs of a trainer in processes of their own, so that each has its own start and its own peak memory."""
+"""Run a trainer in separate processes, so that each run has its own start-up and peak memory."""
 
 import dataclasses
 import json
@@ -28,8 +28,8 @@ class Run:
     """One run of a trainer.
 
     Attributes:
-        folder: a folder that `setting.prepare` wrote.
-        variant: `dpo_dist`, `trl_default` or `trl_best_N` (N pairs a micro-batch).
+        folder: folder that `setting.prepare` has written.
+        variant: `dpo_dist`, `trl_default` or `trl_best_N` (N pairs per micro-batch).
         store: the reference store of dpo_dist.
         overrides: further keys of dpo_dist.
         saves: whether dpo_dist writes checkpoint and model.
@@ -45,7 +45,7 @@ class Run:
 
 
 def start(run: Run, processes: int = 1, threads: int | None = None) -> Result:
-    """Run a trainer. Return the measurements of rank 0, with CPU seconds of all ranks and the largest memory.
+    """Run a trainer; return rank 0's measurements, with CPU seconds of all ranks and the largest memory.
 
     Raises:
         RunFailedError: a process ended with an error.
@@ -74,7 +74,7 @@ def _start(run: Run, processes: int, threads: int | None) -> list[Result]:
 
 
 def python(arguments: list[str], environment: dict[str, str]) -> None:
-    """Run Python in a process of its own.
+    """Run Python in a separate process.
 
     Raises:
         RunFailedError: it ended with an error.
@@ -93,7 +93,7 @@ def python(arguments: list[str], environment: dict[str, str]) -> None:
 
 
 def in_fork(work: Callable[[], None]) -> None:
-    """Call `work` in a forked process: a later child's peak memory starts at the memory of its parent."""
+    """Call `work` in a forked process: in this one, its memory would add to the peak of later children."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -106,4 +106,4 @@ def in_fork(work: Callable[[], None]) -> None:
             os._exit(code)
     _, status = os.waitpid(child, 0)
     if status:
-        raise SystemExit("the inputs of the benchmark could not be prepared")
+        raise SystemExit("the benchmark's inputs could not be prepared: see the traceback above")

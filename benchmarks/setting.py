@@ -1,4 +1,4 @@
-"""Inputs of a benchmark: pairs, a tokenizer trained on them, random weights, the order of the pairs."""
+"""Inputs of a benchmark: pairs, a tokenizer trained on the pairs, random weights, and the pairs' order."""
 
 import dataclasses
 import itertools
@@ -17,13 +17,13 @@ REAL_DATA = {"hh": "hh_rlhf_sample.jsonl", "ultrafeedback": "ultrafeedback_plain
 _SETTING = "setting.json"
 _SYNTHETIC_PAIRS = 512
 _SYNTHETIC_WORDS = 2000
-# As many as slices of real data support; the vocabulary of a larger model has rows that no token uses.
+# Slices of real data do not give more; a larger model's vocabulary has rows that no token uses.
 TOKENIZER_VOCABULARY = 16384
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Qwen2 model. By default heads are 64 wide and two query heads share a key head."""
+    """Sizes of a Qwen2 model; by default heads have 64 dimensions, and two query heads share a key head."""
 
     vocabulary: int
     hidden_size: int
@@ -46,25 +46,25 @@ SHAPES = {
 
 
 def shared_data() -> Path:
-    """Return the folder of real preference data; it may not exist."""
+    """Return the folder of real preference data, which may not exist."""
     return Path(os.environ.get("DPO_DIST_SHARED", ROOT.parent / "shared")) / "data"
 
 
 def default_data() -> str:
-    """Return `hh` where its slice exists, else `synthetic`."""
+    """Return `hh` if its slice exists, else `synthetic`."""
     return "hh" if (shared_data() / REAL_DATA["hh"]).is_file() else "synthetic"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Model, data and batch of a run. Lengths are in tokens, of a prompt with one response.
+    """Model, data and batch of a run; lengths are tokens of a prompt with one response.
 
     Attributes:
         data: `hh`, `ultrafeedback` or `synthetic`.
         shared_prefix: the prompt's share of a sequence (synthetic pairs).
         mean_tokens: mean length of a sequence (synthetic pairs).
         length_spread: sigma of the lognormal distribution of lengths (synthetic pairs).
-        layers: number of layers; None: that of the shape.
+        layers: number of layers; None for the shape's number.
     """
 
     model: str
@@ -83,7 +83,7 @@ class Setting:
 
     @classmethod
     def from_options(cls, options: Namespace, **values: Any) -> "Setting":
-        """Return the setting that command-line options and `values` name."""
+        """Return the setting of command-line options; `values` override options."""
         named = {name: value for name, value in vars(options).items() if name in cls.__dataclass_fields__}
         return cls(**{**named, **values})
 
@@ -99,14 +99,14 @@ class Setting:
 
 
 def pairs_file(setting: Setting, folder: Path) -> Path:
-    """Return the file of pairs: a slice of real data, or the one that `prepare` writes."""
+    """Return the file of pairs: a slice of real data, or the file that `prepare` writes."""
     if setting.data == "synthetic":
         return folder / "pairs.jsonl"
     return shared_data() / REAL_DATA[setting.data]
 
 
 def overrides(setting: Setting, folder: Path, run_dir: Path, store: Path) -> list[str]:
-    """Return the command line of a run of dpo_dist; TRL gets the same optimizer and batch."""
+    """Return the overrides of a run of dpo_dist; TRL gets the same optimizer and batch."""
     return [
         f"model.path={folder}/model",
         f"model.dtype={setting.dtype}",
@@ -129,7 +129,7 @@ def overrides(setting: Setting, folder: Path, run_dir: Path, store: Path) -> lis
 
 
 def prepare(setting: Setting, folder: Path) -> None:
-    """Write model, tokenizer and pairs, and the token ids of the pairs in the order of the schedule."""
+    """Write model, tokenizer, pairs, and the pairs' token ids in the order of training."""
     (folder / _SETTING).write_text(json.dumps(dataclasses.asdict(setting)))
     file = pairs_file(setting, folder)
     if setting.data == "synthetic":
@@ -144,7 +144,7 @@ def prepare(setting: Setting, folder: Path) -> None:
 
 
 def write_synthetic(file: Path, setting: Setting, pairs: int = _SYNTHETIC_PAIRS) -> None:
-    """Write invented pairs of random words, as many as given."""
+    """Write `pairs` invented pairs of random words."""
     with file.open("w") as lines:
         for record in itertools.islice(_synthetic_records(setting), pairs):
             lines.write(f"{json.dumps(record)}\n")
@@ -166,7 +166,7 @@ def _synthetic_records(setting: Setting) -> Iterator[dict[str, str]]:
 
 
 def train_tokenizer(file: Path, vocabulary: int) -> Any:
-    """Return a tokenizer of Qwen2's kind, trained on the texts of a file of pairs."""
+    """Return a tokenizer of Qwen2's kind, trained on a file of pairs."""
     from transformers import Qwen2Tokenizer
 
     texts = (value for line in file.open() for value in json.loads(line).values() if isinstance(value, str))

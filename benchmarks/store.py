@@ -1,8 +1,8 @@
-"""Measure the reference store with many entries: invented keys, short responses.
+"""Measure the reference store with many entries: invented keys and short responses.
 
-Writes the entries in shards of the default size, opens them, looks entries up at random, finds the responses
-of a dataset that are missing, and does the same over many small shards. Figures that end in `_cpu` are CPU
-time of this process.
+Writes entries in shards of the default size, opens the store, looks random entries up, and searches a dataset
+for missing responses; then does the same with many small shards. Figures that end in `_cpu` are CPU time of
+this process.
 """
 
 import gc
@@ -48,16 +48,16 @@ def _measure_large(root: Path, entries: int) -> Figures:
     """Measure one store of `entries` entries in shards of the default size."""
     dataset = _invented_pairs(entries // 2)
     figures: Figures = {}
-    with _timed(figures, "write_seconds"):
+    with _add_seconds(figures, "write_seconds"):
         _write(root, dataset, ENTRIES_PER_SHARD)
     gc.collect()
     anonymous = _anonymous_bytes()
     cpu = time.process_time()
-    with _timed(figures, "open_seconds"):
+    with _add_seconds(figures, "open_seconds"):
         store = LogpStore.open(root, [FINGERPRINT])
     figures["open_seconds_cpu"] = time.process_time() - cpu
     figures["index_bytes_per_entry"] = (_anonymous_bytes() - anonymous) / entries
-    with _timed(figures, "missing_seconds"):
+    with _add_seconds(figures, "missing_seconds"):
         missing, found = missing_responses(store, dataset, np.arange(len(dataset)))
     assert (len(missing), found) == (0, len(dataset.keys)), "a written entry is not found"
     figures["lookups_per_second"] = _lookups_per_second(store, dataset, time.perf_counter)
@@ -66,18 +66,18 @@ def _measure_large(root: Path, entries: int) -> Figures:
 
 
 def _measure_small_shards(root: Path, shards: int) -> Figures:
-    """Measure a store of many shards of 20 entries, as many short jobs leave it."""
+    """Measure a store of many shards of 20 entries, which many short jobs have written."""
     dataset = _invented_pairs(shards * 10)
     _write(root, dataset, 20)
     figures: Figures = {"small_shards": shards}
-    with _timed(figures, "small_shards_open_seconds"):
+    with _add_seconds(figures, "small_shards_open_seconds"):
         store = LogpStore.open(root, [FINGERPRINT])
     figures["small_shards_lookups_per_second"] = _lookups_per_second(store, dataset, time.perf_counter)
     return figures
 
 
 def _invented_pairs(pairs: int) -> PreferenceDataset:
-    """Return pairs of two responses of 8 to 24 tokens each, with random keys; the ids are zeros."""
+    """Return pairs with responses of 8 to 24 tokens and random keys; all token ids are 0."""
     generator = np.random.default_rng(0)
     pieces = np.full((pairs, 3), PROMPT_TOKENS)
     pieces[:, 1:] = generator.integers(8, 25, (pairs, 2))
@@ -105,27 +105,29 @@ def _invented_pairs(pairs: int) -> PreferenceDataset:
 
 
 def _write(root: Path, dataset: PreferenceDataset, entries_per_shard: int) -> None:
-    """Write an entry for each response, made of its key, so that a wrong entry is noticed."""
+    """Write an entry for each response, with values from its key: they show if a lookup is wrong."""
     store = LogpStore.open(root, [FINGERPRINT], [])
     lengths = np.asarray(dataset.piece_tokens).reshape(-1, 3)[:, 1:].ravel()
     for start in range(0, len(dataset.keys), entries_per_shard):
         keys = dataset.keys[start : start + entries_per_shard]
-        numbers = _marks(keys)
+        numbers = _values_from_keys(keys)
         values = [np.full(n, v) for n, v in zip(lengths[start : start + len(keys)], numbers, strict=True)]
         store.write(keys, values)
 
 
-def _marks(keys: Keys) -> np.ndarray:
-    """Return float32 [n]: a value that differs for most keys."""
+def _values_from_keys(keys: Keys) -> np.ndarray:
+    """Return float32 [n]: a value from each key, different for most keys."""
     return (keys[:, 1] >> np.uint64(44)).astype(np.float32)
 
 
 def _lookups_per_second(store: LogpStore, dataset: PreferenceDataset, clock: Callable[[], float]) -> float:
-    """Return entries read per second, at random in batches, warm, each compared with the written one."""
+    """Return entries per second of random batches, after a first pass that checks their values."""
     indices = np.random.default_rng(1).integers(0, len(dataset.keys), (4_000, LOOKUP_BATCH))
     batches = [dataset.keys[batch] for batch in indices]
     for keys in batches:
-        assert [row[0] for row in store.read(keys)] == _marks(keys).tolist(), "the entry of another key"
+        assert [row[0] for row in store.read(keys)] == _values_from_keys(keys).tolist(), (
+            "the entry of another key"
+        )
     started = clock()
     for keys in batches:
         store.read(keys)
@@ -133,13 +135,13 @@ def _lookups_per_second(store: LogpStore, dataset: PreferenceDataset, clock: Cal
 
 
 def _anonymous_bytes() -> int:
-    """Return memory of this process without mapped files."""
+    """Return this process's memory in bytes, without mapped files."""
     memory = psutil.Process().memory_info()
     return int(memory.rss - memory.shared)
 
 
 @contextmanager
-def _timed(figures: Figures, name: str) -> Iterator[None]:
+def _add_seconds(figures: Figures, name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     figures[name] = time.perf_counter() - started

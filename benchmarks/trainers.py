@@ -1,7 +1,7 @@
 """One run of a trainer in this process: `python -m benchmarks.trainers OUT RUN`, RUN as JSON (`runs.Run`).
 
-`runs.start` starts it. OUT/rank-N.json gets the measurements: seconds of training steps, of scoring by the
-reference, and of both with loading and saving; peak memory; the metrics rows of all steps.
+`runs.start` starts it. Writes measurements to OUT/rank-N.json: seconds of training steps, of scoring by the
+reference, and of the whole run with loading and saving; peak memory; metrics rows of all steps.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from benchmarks.weigh import build_and_weigh, peak, reserved
 
 @dataclass
 class Meter:
-    """Seconds by the clock and of all threads of this process, summed over the measured calls."""
+    """Sums wall-clock seconds and CPU seconds of this process over the measured calls."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Measure the body."""
+    def measure(self) -> Iterator[None]:
+        """Measure the block."""
         started = time.monotonic(), time.process_time()
         try:
             yield
@@ -39,28 +39,28 @@ class Meter:
             self.seconds += time.monotonic() - started[0]
             self.cpu_seconds += time.process_time() - started[1]
 
-    def around(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `work`, measured."""
+    def wrap(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that calls `work` and measures it."""
 
         def measured(*arguments: Any, **options: Any) -> Any:
-            with self.running():
+            with self.measure():
                 return work(*arguments, **options)
 
         return measured
 
     def without(self, part: "Meter") -> "Meter":
-        """Return this meter less a part of it."""
+        """Return a meter with the seconds of `part` subtracted."""
         return Meter(self.seconds - part.seconds, self.cpu_seconds - part.cpu_seconds)
 
 
 @dataclass
-class Measured:
+class Measurements:
     """Measurements of one run.
 
     Attributes:
         rows: metrics rows of the steps.
-        step_seconds: seconds of each step of TRL, with what lies between it and the step before.
-        memory: bytes of the reference and peaks (`Run.weighs_reference`).
+        step_seconds: seconds of each step of TRL, from the end of the step before.
+        memory: bytes of the reference's weights, and peaks (`Run.weighs_reference`).
     """
 
     training: Meter = field(default_factory=Meter)
@@ -81,8 +81,8 @@ def main() -> None:
     (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))
 
 
-def _train(run: Run, run_dir: Path) -> Measured:
-    """Train with dpo_dist. Loading between scoring and training counts for neither."""
+def _train(run: Run, run_dir: Path) -> Measurements:
+    """Train with dpo_dist; loading counts neither as scoring nor as training."""
     from dpo_dist.config.load import load_run_config
     from dpo_dist.config.run_folder import RunFolder
     from dpo_dist.foundation.console import open_console
@@ -90,10 +90,10 @@ def _train(run: Run, run_dir: Path) -> Measured:
     folder = Path(run.folder)
     chosen = list(run.overrides)
     if not any(override.startswith("parallelism") for override in chosen):
-        # One process shards nothing, as TRL's does not.
+        # TRL shards nothing in one process either.
         chosen.append(f"parallelism={'zero3' if int(os.environ.get('WORLD_SIZE', '1')) > 1 else 'ddp'}")
     config = load_run_config([*overrides(Setting.read(folder), folder, run_dir, Path(run.store)), *chosen])
-    measured, filling, loading = Measured(), Meter(), Meter()
+    measured, filling, loading = Measurements(), Meter(), Meter()
     with open_console(RunFolder(run_dir).rank_log) as console, contextlib.ExitStack() as swaps:
         from dpo_dist.distributed.checkpoint.saver import CheckpointSaver
         from dpo_dist.foundation.signals import StopRequest
@@ -107,16 +107,16 @@ def _train(run: Run, run_dir: Path) -> Measured:
         from dpo_dist.training.steps.step import train_step
 
         swap = patch.object
-        swaps.enter_context(swap(loop, "train_step", measured.training.around(train_step)))
-        swaps.enter_context(swap(StoreFiller, "fill", filling.around(StoreFiller.fill)))
-        swaps.enter_context(swap(reference_setup, "load_reference", loading.around(load_reference)))
+        swaps.enter_context(swap(loop, "train_step", measured.training.wrap(train_step)))
+        swaps.enter_context(swap(StoreFiller, "fill", filling.wrap(StoreFiller.fill)))
+        swaps.enter_context(swap(reference_setup, "load_reference", loading.wrap(load_reference)))
         if run.weighs_reference:
             build = partial(build_and_weigh, reference_setup.prepare_reference, measured.memory)
             swaps.enter_context(swap(run_module, "prepare_reference", build))
         if not run.saves:
             swaps.enter_context(swap(CheckpointSaver, "save"))
             swaps.enter_context(swap(finish, "export_checkpoint"))
-        with measured.whole.running():
+        with measured.whole.measure():
             run_module.train(config, console, StopRequest(), reporting())
     if run.weighs_reference:
         measured.memory["peak while training"] = peak()
@@ -128,15 +128,15 @@ def _train(run: Run, run_dir: Path) -> Measured:
     return measured
 
 
-def _train_with_trl(run: Run, out: Path) -> Measured:
+def _train_with_trl(run: Run, out: Path) -> Measurements:
     """Train with TRL on the same token ids in the same order."""
     from datasets import Dataset
 
     folder = Path(run.folder)
     is_best = run.variant.startswith("trl_best")
     best_micro_pairs = int(run.variant.rpartition("_")[2]) if is_best else None
-    measured = Measured()
-    with measured.whole.running():
+    measured = Measurements()
+    with measured.whole.measure():
         config = _trl_config(Setting.read(folder), out, best_micro_pairs)
         trainer = _trl_trainer(folder, config, Dataset.from_dict(_columns(folder)), measured)
         trainer.train()
@@ -148,27 +148,27 @@ def _columns(folder: Path) -> dict[str, Any]:
     return {name: pairs[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
 
 
-def _trl_trainer(folder: Path, config: Any, dataset: Any, measured: Measured) -> Any:
-    """Return TRL's trainer without a second tokenisation, its phases measured."""
+def _trl_trainer(folder: Path, config: Any, dataset: Any, measured: Measurements) -> Any:
+    """Return TRL's trainer, which takes token ids and measures its phases."""
     import torch
     from transformers import TrainerCallback
     from trl.trainer.dpo_trainer import DPOTrainer
 
     class Trainer(DPOTrainer):
-        """The trainer with its scoring measured."""
+        """TRL's trainer, which measures its scoring."""
 
         def _prepare_dataset(self, dataset: Any, *_arguments: Any) -> Any:
             return dataset
 
         def _precompute_ref_logps(self, *arguments: Any) -> Any:
-            with measured.reference.running():
+            with measured.reference.measure():
                 return super()._precompute_ref_logps(*arguments)
 
     class Steps(TrainerCallback):
-        """Measures from the first step to the last, without the preparations."""
+        """Measures from the first step to the last, without preparations."""
 
         def on_train_begin(self, *_arguments: Any, **_options: Any) -> None:
-            self.measured = measured.training.running()
+            self.measured = measured.training.measure()
             self.measured.__enter__()
             self.last = time.perf_counter()
 
@@ -187,9 +187,10 @@ def _trl_trainer(folder: Path, config: Any, dataset: Any, measured: Measured) ->
 
 
 def _trl_config(setting: Setting, out: Path, best_micro_pairs: int | None) -> Any:
-    """Return TRL's defaults with the settings of this run; at its best, with all that makes it faster.
+    """Return TRL's defaults with the settings of this run; with `best_micro_pairs`, TRL's fastest options.
 
-    This version switches `padding_free` off whatever its value, and refuses Liger's fused loss.
+    The fastest options do not include `padding_free`, which this version of TRL ignores, and Liger's fused
+    loss, which this version refuses.
     """
     import torch
     from trl.trainer.dpo_config import DPOConfig

@@ -1,17 +1,18 @@
 """Compare the speed and memory of dpo_dist with TRL's.
 
-Same weights, token ids, order, batch, optimizer and precision; the first step must agree, else the exit code
-is 1. Variants take turns, each in a process of its own. Times are of training steps and of scoring by the
-reference, without imports and loading; `whole` includes loading, and for dpo_dist checkpoint, exported model
-and report. Figures: ratios as [median, minimum, maximum] of the rounds, and the differences between trainers.
+Both train with the same weights, token ids, order, batch, optimizer and precision; if their first steps
+differ, the exit code is 1. Variants take turns, each in its own process. Times are those of training steps
+and of scoring by the reference, without imports and loading; `whole` includes loading, and for dpo_dist also
+checkpoint, exported model and report. Figures are ratios as [median, minimum, maximum] over rounds, and the
+differences between the trainers.
 
     trl_default   the reference beside the policy, gradient checkpointing
-    trl_best_N    reference log-probs computed before training, no gradient checkpointing, N pairs a
+    trl_best_N    reference log-probs computed before training, no gradient checkpointing, N pairs per
                   micro-batch: 1 pads only the shorter response of a pair, more pad to the longest sequence
     cold, warm    dpo_dist with an empty store, and with the store that the cold run filled
-    cold_N        the same on N processes with ZeRO-3 (--processes N)
+    cold_N        cold, on N processes with ZeRO-3 (--processes N)
 
-A ratio of a warm run to trl_best excludes TRL's reference: TRL too can keep its log-probs.
+The ratio of a warm run to trl_best excludes TRL's reference, because TRL can also keep log-probs.
 """
 
 import json
@@ -66,7 +67,7 @@ def _fault(options: Namespace) -> str:
 
 
 def _round(folder: Path, number: int, options: Namespace) -> dict[str, Result]:
-    """Run every variant once; the trainer that starts alternates."""
+    """Run every variant once; rounds alternate between TRL first and dpo_dist first."""
     store = folder / f"store-{number}"
     jobs = [("cold", "dpo_dist", store, 1), ("warm", "dpo_dist", store, 1)]
     for processes in sorted({*options.processes} - {1}):
@@ -111,7 +112,7 @@ def _spent(result: Result, unit: str, reference: bool = True) -> float:
 
 
 def _ratios(rounds: Rounds) -> dict[str, list[float]]:
-    """Return [median, minimum, maximum] over rounds: TRL's time over ours, and our memory over TRL's."""
+    """Return [median, minimum, maximum] over rounds of TRL's time / ours, and of our memory / TRL's."""
     trls = [name for name in rounds[0] if name.startswith("trl")]
     ratios = {}
     for name in rounds[0].keys() - trls:
@@ -132,7 +133,7 @@ def _ratios(rounds: Rounds) -> dict[str, list[float]]:
 
 
 def _differences(rounds: Rounds) -> dict[str, float]:
-    """Return distances of first steps from that of TRL's defaults: absolute for the loss, else relative."""
+    """Return the largest differences of first steps from TRL's defaults: relative, for the loss absolute."""
     first = {
         name: [result["rows"][0][name] for results in rounds for result in results.values()]
         for name in ("loss", "logps/chosen", "logps/rejected", "grad_norm")
@@ -146,7 +147,7 @@ def _differences(rounds: Rounds) -> dict[str, float]:
 
 
 def _largest_loss_difference(rounds: Rounds) -> float:
-    """Return the largest distance of any step's loss from that of TRL's defaults."""
+    """Return the largest difference of a step's loss from that of TRL's defaults."""
     losses: list[list[float]] = [
         [row["loss"] for row in result["rows"]] for results in rounds for result in results.values()
     ]

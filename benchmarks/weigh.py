@@ -1,4 +1,4 @@
-"""Memory of a reference model, weighed inside a run."""
+"""Measure a reference model's memory inside a run."""
 
 import gc
 from collections.abc import Callable
@@ -9,9 +9,9 @@ from typing import Any
 def build_and_weigh(
     build: Callable[..., Any], memory: dict[str, int], *arguments: Any, **options: Any
 ) -> Any:
-    """Return the reference that `build` builds; add to `memory` the bytes it keeps and its peak.
+    """Return the result of `build`, a reference; add its weights and its peak, in bytes, to `memory`.
 
-    A fill of the store reports its own peak, and restarts the measurement.
+    A fill of the store restarts the measurement of peaks, so that its report has its peak.
     """
     before = _weights()
     _restart_peak()
@@ -23,12 +23,12 @@ def build_and_weigh(
 
 
 def _weights() -> int:
-    """Return bytes allocated on the GPU; without one, of all tensors, shards of ZeRO-3 included."""
+    """Return the bytes allocated on the GPU; without a GPU, of all tensors, including shards of ZeRO-3."""
     import torch
 
     gc.collect()
     if torch.cuda.is_available():
-        # The first product allocates the workspace of cuBLAS, which stays and belongs to no model.
+        # Else the first product would count: it allocates cuBLAS's workspace, which stays.
         torch.nn.functional.linear(*(torch.ones(8, 8, device="cuda") for _ in range(2)))
         return int(torch.cuda.memory_allocated())
     tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
@@ -47,7 +47,7 @@ def _restart_peak() -> None:
 
 
 def peak() -> int:
-    """Return the peak since its last restart: allocated on the GPU, or the resident set."""
+    """Return the peak in bytes since the last restart: allocated on the GPU, or the resident set."""
     import torch
 
     if torch.cuda.is_available():
@@ -57,7 +57,7 @@ def peak() -> int:
 
 
 def reserved() -> int:
-    """Return the most that the GPU's allocator held, unused fragments included; 0 without a GPU."""
+    """Return the peak bytes of the GPU's allocator, including unused fragments; 0 without a GPU."""
     import torch
 
     return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else 0

@@ -8,7 +8,7 @@
 # secrets = ["HF_TOKEN"]
 # volumes = ["./dist:/wheel"]
 # ///
-"""Train on Hugging Face Jobs. The folder in the bucket is for this run only; the same command continues it.
+"""Train on Hugging Face Jobs. Use a bucket folder for one run only; the same command continues the run.
 
 python -m pip wheel --no-deps --wheel-dir dist . && hf buckets create dpo-runs --exist-ok
 hf jobs uv run launch/hf_job.py hf://buckets/ME/dpo-runs/first +experiment=qwen7b loss.beta=0.2
@@ -19,7 +19,12 @@ import subprocess
 import sys
 
 bucket, *words = sys.argv[1:]
-sync = ["hf", "buckets", "sync", "--quiet"]  # a mounted bucket may refuse changes of files in place
+sync = [
+    "hf",
+    "buckets",
+    "sync",
+    "--quiet",
+]  # not a mounted bucket, which may not allow changing files in place
 subprocess.run([*sync, bucket, "runs"], check=True)
 run = subprocess.Popen(["torchrun", "--nproc_per_node=auto", "-m", "dpo_dist.train", "run.root=runs", *words])
 while run.poll() is None:

@@ -1,1 +1,1 @@
-"""A small model that DPO teaches a rule one can see in its text; `scripts/quickstart.sh` runs it."""
+"""A demo: DPO teaches a small model a rule that readers can see in its answers (`scripts/quickstart.sh`)."""

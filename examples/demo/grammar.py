@@ -1,6 +1,6 @@
 """Grammar of the demo: askers, questions, good and bad answers, and the rule that good answers follow.
 
-The rule is visible in the text: a good answer begins with "Dear NAME, ", the name of the asker.
+The rule is visible in the text: a good answer begins with "Dear NAME, ", where NAME is the asker's name.
 """
 
 import random
@@ -21,7 +21,7 @@ NAMES = tuple(_NAMES.split())
 
 @dataclass(frozen=True)
 class Topic:
-    """Questions of one kind; `facts` fill `{a}` and `{b}` of the questions and of the answers."""
+    """Questions of one kind; `facts` are pairs for `{a}` and `{b}` in questions and answers."""
 
     questions: tuple[str, ...]
     answers: tuple[str, ...]
@@ -82,7 +82,7 @@ TOPICS = (
 
 @dataclass(frozen=True)
 class Question:
-    """One fact of a topic, asked and answered in any of the topic's wordings."""
+    """One fact of a topic, which any of the topic's questions asks and any of its answers tells."""
 
     topic: Topic
     a: str
@@ -112,7 +112,7 @@ def good_answer(name: str, clause: str) -> str:
 
 
 def bad_answer(name: str, clause: str, draw: random.Random) -> str:
-    """Return an answer that breaks the rule: it addresses nobody, a "friend", another, or the asker last."""
+    """Return an answer that breaks the rule: without a name, with "friend", another name, or a late name."""
     sentence = clause[0].upper() + clause[1:]
     anonymous = f"{ADDRESS.format(name='friend')}{clause}."
     wrong = f"{ADDRESS.format(name=another_name(name, draw))}{clause}."
@@ -121,13 +121,13 @@ def bad_answer(name: str, clause: str, draw: random.Random) -> str:
 
 
 def follows_rule(prompt: Sequence[Mapping[str, str]], answer: str) -> bool:
-    """Return whether `answer` begins with "Dear NAME, ", the asker of a conversation of `role`/`content`.
+    """Return whether `answer` begins with "Dear NAME, ", where NAME asks in the last message of `prompt`.
 
     Raises:
-        ValueError: nobody introduces themselves.
+        ValueError: the message names no asker.
     """
     text = prompt[-1]["content"]
     found = _ASKER.match(text)
     if found is None:
-        raise ValueError(f"nobody introduces themselves in {text!r}")
+        raise ValueError(f"no asker introduces themselves in {text!r}")
     return answer.startswith(ADDRESS.format(name=next(filter(None, found.groups()))))

@@ -6,5 +6,5 @@ from examples.demo.grammar import follows_rule
 
 
 def rule_scores(prompt: Sequence[Mapping[str, str]], responses: Sequence[str]) -> list[float]:
-    """Return 1 for each response that begins with "Dear NAME, ", the asker's name; else 0."""
+    """Return, for each response, 1 if it begins with "Dear NAME, " (the asker's name), else 0."""
     return [float(follows_rule(prompt, response)) for response in responses]

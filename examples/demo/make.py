@@ -2,9 +2,9 @@
 
     python -m examples.demo.make OUT [--seed 0]
 
-writes OUT/base, OUT/pairs_train.jsonl, OUT/pairs_eval.jsonl and OUT/warmup_train.jsonl, with the
-same bytes for the same seed, source and library versions; OUT/demo.json records these. If all files exist
-already, nothing is written. An asker who asks about a thing in pairs_eval does not do so elsewhere.
+writes OUT/base, OUT/pairs_train.jsonl, OUT/pairs_eval.jsonl and OUT/warmup_train.jsonl. The bytes depend only
+on seed, source and library versions, which OUT/demo.json records; if all files exist, nothing is written.
+No asker asks about the same thing in pairs_eval and in another file.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def make_demo(out: Path, seed: int) -> bool:
-    """Write the assets to the folder `out`. Return False if they exist already.
+    """Write the assets to the folder `out`; return False if they exist already.
 
     Raises:
         ConfigError: `out` contains files that this script did not write.
@@ -76,7 +76,7 @@ def make_demo(out: Path, seed: int) -> bool:
 
 
 def make_records(seed: int) -> dict[str, list[Record]]:
-    """Return the records of the three files in the conversational layout, by file name without ending."""
+    """Return the conversational records of the three files, by file name without ending."""
     draw = random.Random(seed)
     asked = [(name, question) for name in NAMES for question in QUESTIONS]
     draw.shuffle(asked)
@@ -89,9 +89,9 @@ def make_records(seed: int) -> dict[str, list[Record]]:
 
 
 def _pair(name: str, question: Question, good_share: float, draw: random.Random) -> Record:
-    """Return a prompt with its two answers; the good one is chosen with probability `good_share`.
+    """Return a prompt with two answers; `good_share` is the probability that the good one is chosen.
 
-    The answers are worded independently, so that wording and length do not reveal the rule.
+    The wordings of the answers are drawn independently, so that wording and length do not show which is good.
     """
     prompt = question.ask(name, draw)
     answers = [good_answer(name, question.answer(draw)), bad_answer(name, question.answer(draw), draw)]
@@ -104,7 +104,7 @@ def _pair(name: str, question: Question, good_share: float, draw: random.Random)
 
 
 def _texts(records: dict[str, list[Record]]) -> Iterable[str]:
-    """Yield every message with its role, so that the tokenizer learns the roles as tokens."""
+    """Yield every message with its role: without the roles, the tokenizer would have no tokens for them."""
     for rows in records.values():
         for row in rows:
             for (message,) in row.values():
@@ -112,7 +112,7 @@ def _texts(records: dict[str, list[Record]]) -> Iterable[str]:
 
 
 def _save_base(folder: Path, texts: Iterable[str], seed: int) -> None:
-    """A byte-level BPE tokenizer trained on `texts`, and a Qwen2 of a million random weights."""
+    """Write a byte-level BPE tokenizer trained on `texts`, and a Qwen2 model of a million random weights."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -144,7 +144,7 @@ def _save_base(folder: Path, texts: Iterable[str], seed: int) -> None:
 
 
 def _versions() -> dict[str, str]:
-    """Return digests and versions that, with the seed, determine the bytes."""
+    """Return the digest of the source and the library versions on which the bytes depend."""
     source = b"".join((Path(__file__).parent / name).read_bytes() for name in MADE_FROM)
     libraries = {name: metadata.version(name) for name in ("tokenizers", "torch", "transformers")}
     return {"source": hashlib.sha256(source).hexdigest(), **libraries}
@@ -168,7 +168,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _check_foreign_files(out: Path) -> None:
-    """Check that the folder contains nothing but an earlier demo."""
+    """Check that the folder is new or contains only an earlier demo."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -183,7 +183,7 @@ def _check_foreign_files(out: Path) -> None:
             where=str(out),
             got=", ".join(foreign[:3]),
             expected="a new folder, or one written by this script",
-            remedy="give another folder, or remove this one",
+            remedy="give another folder, or delete this one",
         )
 
 

@@ -1,4 +1,4 @@
-"""Print the effect of the demo's training: answers to held-out prompts, and the share that follows the rule.
+"""Print answers to held-out prompts before and after the demo's training, and how many follow the rule.
 
 python -m examples.demo.report --before MODEL --after MODEL --pairs FILE [--run RUN_DIR]
 """
@@ -30,7 +30,9 @@ def main() -> int:
     parser.add_argument("--before", type=Path, required=True, help="model folder before DPO")
     parser.add_argument("--after", type=Path, required=True, help="model folder after DPO")
     parser.add_argument("--pairs", type=Path, required=True, help="held-out pairs (.jsonl)")
-    parser.add_argument("--run", type=Path, help="run directory of the DPO training, for its reward accuracy")
+    parser.add_argument(
+        "--run", type=Path, help="run directory of the DPO training, to print its reward accuracy"
+    )
     arguments = parser.parse_args()
     disable_progress_bar()
     try:
@@ -85,7 +87,7 @@ def sample_answers(folder: Path, prompts: list[Messages], seed: int = 0) -> list
 
 
 def reward_accuracy(run: Path) -> float:
-    """Return the last `eval_rewards/accuracies` of a run's history.
+    """Return a run's last `eval_rewards/accuracies`.
 
     Raises:
         ConfigError: the run has no evaluation.
@@ -95,14 +97,12 @@ def reward_accuracy(run: Path) -> float:
     key = "eval_rewards/accuracies"
     values = [row[key] for row in json.loads(history.read_text(encoding="utf-8")) if key in row]
     if not values:
-        raise ConfigError(
-            "the run was never evaluated", where=str(history), remedy="train with data.eval set"
-        )
+        raise ConfigError("the run has no evaluation", where=str(history), remedy="train with data.eval set")
     return float(values[-1])
 
 
 def report(prompts: list[Messages], before: list[str], after: list[str], accuracy: float | None) -> str:
-    """Return some answers before and after, and the shares, as text."""
+    """Return a text with some answers before and after, and the shares of answers that follow the rule."""
     lines = ['The rule: a good answer begins with "Dear " and the name of the asker.', ""]
     for prompt, *answers in list(zip(prompts, before, after, strict=True))[:SHOWN]:
         lines.append(f"  prompt   {prompt[-1]['content']}")

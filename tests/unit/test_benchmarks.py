@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks.__main__ import NAMES, main, parsed
+from benchmarks.__main__ import NAMES, main, parse_options
 from benchmarks.options import SHARED, Benchmark
 
 
@@ -13,12 +13,12 @@ from benchmarks.options import SHARED, Benchmark
 def test_each_benchmark_has_help_and_valid_defaults(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     module = importlib.import_module(f"benchmarks.{name}")
     benchmark: Benchmark = module.BENCHMARK
-    options = vars(parsed(name, module.__doc__, benchmark, []))
+    options = vars(parse_options(name, module.__doc__, benchmark, []))
     assert benchmark.shared.keys() <= SHARED.keys() & options.keys()
-    smoke = vars(parsed(name, module.__doc__, benchmark, ["--smoke"]))
+    smoke = vars(parse_options(name, module.__doc__, benchmark, ["--smoke"]))
     assert smoke.keys() == options.keys(), "--smoke sets options that do not exist"
     with pytest.raises(SystemExit, match=r"^0$"):
-        parsed(name, module.__doc__, benchmark, ["--help"])
+        parse_options(name, module.__doc__, benchmark, ["--help"])
     assert module.__doc__.splitlines()[0] in capsys.readouterr().out
 
 

@@ -174,7 +174,10 @@ def test_other_weights_than_the_trained_ones_or_a_full_disk_leave_nothing(
         write_weights(folder, causal_lm, weights, *rest)
 
     full = Mock(side_effect=OSError(28, "No space left on device"))
-    for write, fault in ((write_other, "weights of the written folder differ"), (full, "No space left on device")):
+    for write, fault in (
+        (write_other, "weights of the written folder differ"),
+        (full, "No space left on device"),
+    ):
         monkeypatch.setattr(checkpoint_export, "write_weights", write)
         with pytest.raises(CheckpointError, match=fault):
             export_checkpoint(checkpoint, tmp_path / "out", config)
