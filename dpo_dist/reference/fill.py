@@ -43,7 +43,7 @@ ENTRIES_PER_SHARD = 4096
 
 @dataclass(frozen=True)
 class FillReport:
-    """What a fill did.
+    """Counts of responses and the time of a fill.
 
     Attributes:
         hits: distinct responses whose log-probs were in the store.

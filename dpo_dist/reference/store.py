@@ -99,7 +99,7 @@ def find_fingerprint_folders(root: Path) -> list[Path]:
         raise ReferenceModelError(
             "this folder has no reference store",
             where=str(root),
-            remedy="give the folder set as reference.store, by default output/reference",
+            remedy="give the folder of reference.store, by default output/reference",
         )
     return begun
 
@@ -124,7 +124,7 @@ class Shard:
 
     @cached_property
     def values(self) -> StoredLogps:
-        """float32 [tokens]: the last numbers of the file, as safetensors writes narrow numbers last."""
+        """The log-probs of all entries, float32 [tokens]; safetensors writes narrow dtypes last."""
         import torch  # noqa: PLC0415  (slow, and `dpo-dist store info` reads no values)
 
         # `numpy.memmap` would keep the file open, and a store may have thousands of shards.

@@ -207,7 +207,7 @@ def _set_up(
         say=run.say,
         committed=lambda step: write_state(run.folder, replace(state, step=step)),
     )
-    engines.callback(checkpoints.close)  # before the engines are freed, whose weights it writes
+    engines.callback(checkpoints.close)  # before the engines are freed: a save still reads their weights
     if checkpoint is not None:
         position = _resume(run, checkpoint, sharded)
         scale, report = checkpoint.state["loss_scale"], checkpoint.state["reference_report"]
@@ -279,7 +279,7 @@ def _free(engine: Engine, world: World, error: type[BaseException] | None, *_: A
 
 
 def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
-    """Return the policy at its start, with its adapter if it has one; collective."""
+    """Return the policy before training, with its adapter if it has one; collective."""
     config, world, files = run.config, run.world, inputs.policy_files
     longest = config.data.max_length
     model = load_packed(files.folder, config.model, longest, world.device, sequence=world.sequence)
@@ -341,7 +341,7 @@ def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Record
 
 
 def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> int:
-    """Check the inputs of a run that has its model, write its report if missing; return the exit code."""
+    """Check the inputs of a run that has its model, and write a missing report; collective."""
     world, folder = run.world, run.folder
     environment, written = describe_run(run), folder.environment
     identity = identify(run.config.identity, load_inputs(run))

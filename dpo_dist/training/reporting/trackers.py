@@ -283,11 +283,10 @@ def end_service(*, is_dead: bool = False, kills: bool = False) -> None:
 
 
 class InBackground:
-    """Sends rows to a wandb run in a thread, because calls of wandb can wait for the server; `start` opens
-    it.
+    """Sends rows to a wandb run in a thread, because calls of wandb can wait for the server.
 
-    The constructor waits at most `_OPEN_SECONDS`, so that messages of a fast start come in order. Of the
-    methods only `finish` waits.
+    `start` opens the run. The constructor waits at most `_OPEN_SECONDS`, so that messages of a fast start
+    come in order. Of the methods only `finish` waits.
     """
 
     def __init__(self, start: Callable[[Say], WandbRun | None], say: Say, folder: RunFolder):

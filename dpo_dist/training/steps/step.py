@@ -337,7 +337,7 @@ def _differentiable(logps: PairLogps) -> list[Tensor]:
 class StepTotals:
     """Metrics of one step's global batch, on the host, the same on all ranks.
 
-    `votes`: for each vote, the number of ranks that vote_values it. `grad_norm`: before clipping.
+    `votes`: for each vote, the number of ranks that cast this vote. `grad_norm`: before clipping.
     """
 
     sums: dict[str, float]
@@ -353,7 +353,7 @@ class StepTotals:
 
 
 def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, world: World) -> StepTotals:
-    """Return metrics and votes summed over all ranks, by one all-reduce and one device-to-host copy."""
+    """Return metrics and votes summed over all ranks: one all-reduce, one copy to the host; collective."""
     vote_values = copy_to_device(sums.values.device, np.array(votes, dtype=np.float64))
     counted = sums.values if world.leads else torch.zeros_like(sums.values)
     total = world.sum(torch.cat((counted, vote_values)))
