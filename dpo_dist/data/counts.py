@@ -39,8 +39,8 @@ def in_words(name: str) -> str:
 
 def reason_remedy(reason: str) -> str:
     """Return advice about records that are dropped for this reason."""
-    row = _ROWS.get(reason, [])
-    return row[1] if len(row) > 1 else "correct the records; docs/data.md explains the reason"
+    remedies = _ROWS.get(reason, [])[1:]
+    return "; or ".join(remedies) or "correct the records; docs/data.md explains the reason"
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,8 @@ def check_counts(
     reasons = ", ".join(f"{name} {number}" for name, number in sorted(counts.dropped.items()))
     remedy = reason_remedy(reason)
     if reason == "unknown_format":
-        source = _with_columns(path, config, counts.examples)
-        remedy = f"{source}; correct its format, if one is set (docs/data.md)"
+        remedy = _with_columns(path, config, counts.examples)
+        remedy += "; correct its format, if one is set (docs/data.md)"
     if lengths and "data.max_length" in remedy and (fitting := fitting_limits(lengths, config)):
         remedy = f"set {fitting}"
     elif "data.max_length" in remedy:
@@ -245,6 +245,7 @@ def check_counts(
     )
 
 
+_SCORES = {"score", "scores", "rating", "rate", "reward", "helpfulness", "quality", "rank"}
 _NAMES = {
     "prompt": "prompt question query instruction input problem user post request",
     "chosen": "chosen good better best accepted preferred positive winner correct answer response",
@@ -252,16 +253,22 @@ _NAMES = {
     "completion": "completion answer response output reply text",
     "label": "label thumb vote feedback is_good liked",
 }
-"""Words in the names of columns, by the field that they probably hold."""
+"""Words in the names of columns, by the field that they probably hold; columns of `_SCORES` hold none."""
 
 
 def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> str:
-    """Return advice to set the source's `columns`, guessed from the fields of bad records."""
+    """Return advice to set the source's `columns`, guessed from the fields of bad records.
+
+    A record with a score and no second response needs more than other names of its columns.
+    """
     path = path.rpartition(": ")[2]
     seen = (re.search(r"\(fields: (.*)\)$", example) for example in examples)
     given = next((match.group(1).split(", ") for match in seen if match), [])
-    sides = ("chosen", "rejected") if not _column("label", given) else ("completion", "label")
-    found = {field: _column(field, given) or "COLUMN" for field in ("prompt", *sides)}
+    others = [name for name in given if _SCORES.isdisjoint(_words(name))]
+    sides = ("chosen", "rejected") if not _column("label", others) else ("completion", "label")
+    if others != given and not _column(sides[1], others):
+        return reason_remedy("no_ranking")
+    found = {field: _column(field, others) or "COLUMN" for field in ("prompt", *sides)}
     named = ", ".join(f"{field}: {column}" for field, column in found.items())
     source = f"{{path: {path}, columns: {{{named}}}}}"
     for key, sources in (("data.train", config.train), ("data.eval", config.eval)):
@@ -273,8 +280,11 @@ def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> str
 def _column(field: str, given: Sequence[str]) -> str | None:
     """Return the first column whose name is, or contains, a word for the field."""
     words = _NAMES[field].split()
-    parts = {name: {name.lower(), *re.split(r"[^a-z]+", name.lower())} for name in given}
-    return next((name for word in words for name in given if word in parts[name]), None)
+    return next((name for word in words for name in given if word in _words(name)), None)
+
+
+def _words(name: str) -> set[str]:
+    return {name.lower(), *re.split(r"[^a-z]+", name.lower())}
 
 
 def check_split(counts: DataCounts) -> None:

@@ -285,7 +285,7 @@ def test_a_full_disk_on_one_rank_is_one_error_on_all_and_keeps_checkpoints(
     results = run_ranks(partial(save_without_room, assets, tmp_path / "checkpoints"), 2, tmp_path / "ranks")
     assert results[0] == results[1]
     assert "a checkpoint cannot be written" in results[0]["error"]
-    assert "make room" in results[0]["error"]
+    assert "free disk space" in results[0]["error"]
     assert results[0]["then"] == ["step-000001", "step-000001"]
     assert results[0]["left"] == ["latest", "step-000001", "step-000003"]
 

@@ -14,7 +14,7 @@ from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_af
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.tools.convert.reading import read
-from dpo_dist.tools.convert.translation import translate_run
+from dpo_dist.tools.convert.translate import translate_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.mistakes import as_sources
-from dpo_dist.tools.convert.run import EMPTY, Translation, as_list, finite_number
+from dpo_dist.tools.convert.translation import EMPTY, Translation, as_list, finite_number
 
 _SOURCE_KEYS = (
     *("path", "id", "name", "config", "split", "revision", "data_dir", "data_files", "weight"),

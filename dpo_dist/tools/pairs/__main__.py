@@ -26,7 +26,7 @@ def main(config: RunConfig) -> int:
     is_alone = config.pairs.method in (PairsMethod.scores, PairsMethod.people)  # without a model
     if not is_alone or os.environ.get("RANK", "0") == "0":
         with open_console(RunFolder.from_config(config).rank_log, config.console.style) as console:
-            from dpo_dist.tools.pairs.run import make_pairs  # noqa: PLC0415  (slow, prints)
+            from dpo_dist.tools.pairs.make_pairs import make_pairs  # noqa: PLC0415  (slow, prints)
 
             make_pairs(config, console)
     return ExitCode.completed
@@ -35,7 +35,7 @@ def main(config: RunConfig) -> int:
 def check(config: RunConfig) -> Iterator[str]:
     """Check everything that needs no weights and no GPU."""
     check_pairs(config)
-    from dpo_dist.tools.pairs.run import dry_run_pairs  # noqa: PLC0415  (slow)
+    from dpo_dist.tools.pairs.make_pairs import dry_run_pairs  # noqa: PLC0415  (slow)
 
     yield dry_run_pairs(config)
 

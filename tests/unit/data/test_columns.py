@@ -226,6 +226,42 @@ def test_the_remedy_is_the_source_with_its_columns(
 
 
 @pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "response": "a", "score": 4},
+        {"question": "q", "answer": "a", "overall_rating": 0.5},
+        {"prompt": "q", "response": "a", "helpfulness": 4, "correctness": 3},
+        {"prompt": "q", "answer": "a", "chosen_score": 4, "rejected_score": 1},
+        {"prompt": "q", "chosen": "a", "score_chosen": 4},
+        {"prompt": "q", "responses": ["a"], "scores": [4]},
+        {"prompt": "q", "responses": [{"content": "a", "score": 4}]},
+    ],
+)
+def test_one_response_with_a_score_needs_the_others_or_a_label(tmp_path: Path, record: Any) -> None:
+    source = SourceConfig(jsonl(tmp_path, *[record] * 3))
+    with pytest.raises(DataError) as raised:
+        check_source(source, DataConfig(train=[source]))
+    remedy = raised.value.remedy
+    assert "responses: [{content: TEXT, score: NUMBER}, ...]" in remedy
+    assert "reader" in remedy
+    assert "loss=kto" in remedy
+    assert not re.search(r"(chosen|rejected|completion): (?!COLUMN)", remedy), remedy
+
+
+def test_the_ways_for_one_response_with_a_score_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [returned] = re.findall(r'`(return \{"prompt"[^`]*)`', PAGE)
+    (tmp_path / "thresholds.py").write_text(f"def label(record):\n    {' '.join(returned.split())}\n")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "q", "response": "a", "score": score} for score in (4, 1)]
+    read_rows = read(jsonl(tmp_path, *rows), reader="thresholds:label")
+    assert [one.scores for one in read_rows if isinstance(one, PreferenceRecord)] == [(1,), (0,)]
+    responses = [{"content": "bad", "score": 1}, {"content": "good", "score": 4}]
+    assert good(jsonl(tmp_path, {"prompt": "q", "responses": responses})).responses == ("good", "bad")
+
+
+@pytest.mark.parametrize(
     ("path", "said"),
     [
         ("table.xlsx", "the file does not exist"),

@@ -18,7 +18,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.convert import __main__ as convert
 from dpo_dist.tools.convert.reading import ForeignRun, read
-from dpo_dist.tools.convert.translation import translate_run
+from dpo_dist.tools.convert.translate import translate_run
 from tests.unit.config.support import configured, error_of
 
 FILES = Path(__file__).parents[2] / "assets" / "foreign"

@@ -19,7 +19,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.tools.pairs.run import (
+from dpo_dist.tools.pairs.make_pairs import (
     PairResults,
     different_prompts,
     dry_run_pairs,

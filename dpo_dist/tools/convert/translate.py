@@ -1,0 +1,305 @@
+"""Translate another trainer's keys into keys of `train`, and name each key that is left out."""
+
+import math
+import re
+from itertools import zip_longest
+
+import yaml
+
+from dpo_dist.config.keys import as_written, run_keys
+from dpo_dist.config.losses import LossKind, kinds_using
+from dpo_dist.config.mistakes import SCHEMA, as_tree, equivalents, find_advice, fits
+from dpo_dist.config.rules import resolve_reference, rules_of
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.text import without_secrets
+from dpo_dist.tools.convert.reading import ForeignRun
+from dpo_dist.tools.convert.sources import set_sources
+from dpo_dist.tools.convert.translation import EMPTY, Translation, as_list, finite_number
+
+_METHODS = ("dpo", "ipo", "kto", "orpo", "cpo", "simpo", "sft")
+_KINDS = {"3": "zero3", "2": "zero2", "1": "ddp", "0": "ddp"}
+_STAGES = {"shard grad op": "stage2", "full shard|fsdp": "stage3", "(multi|single) gpu|ddp": "stage0"}
+_DEVICE_BATCH_KEYS = ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
+_SHARDING = ("deepspeed", "zero_stage", "accelerate_config", "fsdp", "fsdp_config", "fsdp_shard_degree")
+_QUANTIZED = ("load_in_4bit", "load_in_8bit", "use_qlora", "quantization_bit", "quant_bits")
+_BATCH, _LENGTH = "trainer.global_batch_pairs", "data.max_length"
+_ODDS_WEIGHT = "loss.options.odds_weight"
+
+
+def translate_run(foreign: ForeignRun) -> str:
+    """Return the content of a file for `train`, without secrets; comments name what is not translated."""
+    run = Translation(foreign)
+    about = [f"From {run.name}, read as a run of {run.trainer} that trains by {_method(run)}."]
+    set_sources(run)
+    about += _batch(run)
+    has_adapter = _trains_adapter(run)
+    for part in (_machine, _numbers, _watching):
+        part(run)
+    # `save_strategy: no` wins over `save_steps`, and the loss over the method.
+    for key in sorted(run.left, key=lambda name: (name == "rl", not name.endswith("strategy"))):
+        if run.left[key] not in EMPTY:
+            run.translate(key, run.left[key])
+    _set_adapter(run, has_adapter)
+    _combine(run)
+    if empty := [key for key, value in run.left.items() if value in EMPTY]:
+        run.comments.append(f"{', '.join(empty)}: empty")
+    defaults = _add_defaults(run, "max_length" in empty)
+    _give_options(run)
+    _obey_rules(run, defaults)
+    if defaults:
+        about.append(f"Not in it, so its defaults: {', '.join(defaults)}.")
+    lines = [*about, *(["Not translated:"] if run.comments else []), *run.comments]
+    comments = "".join(f"# {' '.join(line.split())}\n" for line in lines)
+    comments = "".join(letter for letter in comments if letter.isprintable() or letter == "\n")
+    order = list(run_keys())
+    keys = as_tree({key: run.values[key] for key in sorted(run.values, key=order.index)})
+    return str(without_secrets(comments + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)))
+
+
+def _method(run: Translation) -> str:
+    """Return the training method; set its loss, or a weighted sum of losses."""
+    method = str(run.take("rlhf_type", "rl", "stage", default=run.facts["method"])).lower()
+    for key in ("task_type", "reward_model", "process_reward_model"):  # a head in place of the language model
+        if (task := run.take(key)) not in (None, False, "causal_lm"):
+            method = f"{key}: {as_written(task)}"
+    if method not in _METHODS:
+        raise ConfigError(
+            f"this run of {run.trainer} trains by a method that dpo-dist does not have",
+            got=method,
+            expected=", ".join(_METHODS),
+            remedy=f"train it with {run.trainer}: dpo-dist learns from preference data only",
+        )
+    kinds = run.take("loss_type", "dpo_loss_type", "pref_loss")
+    kinds, weights = as_list(kinds), as_list(run.take("loss_weights", "dpo_loss_weights"))
+    words = [(kind, *equivalents(str(kind), "values")) for kind in kinds]
+    known = [next((word for word in forms if fits("loss.kind", word)), None) for forms in words]
+    answers = find_advice("loss_type", as_written(kinds[0])) if len(kinds) == 1 else []
+    if None in known and not any(answer.startswith("write ") for answer in answers):
+        remedy = f"train it with {run.trainer}, or write the loss as a function: docs/python.md"
+        got = as_written(kinds[known.index(None)])
+        raise ConfigError("dpo-dist does not have this loss", got=got, remedy=next(iter(answers), remedy))
+    if len(kinds) > 1 or weights:
+        parts = zip_longest(known, weights or [1.0] * len(kinds))
+        terms = [{"kind": kind, "weight": weight} for kind, weight in parts]
+        run.set("loss.terms", terms, "loss_type", kinds)
+    elif kinds:
+        run.left["loss_type"] = kinds[0]
+    if method != "dpo":
+        run.left["rl"] = method
+    if "simpo" in (method, *kinds):
+        _simpo(run)
+    return method
+
+
+def _simpo(run: Translation) -> None:
+    beta, gamma, likelihood = run.facts["simpo"]
+    beta = run.take("beta", "pref_beta", "rl_beta", "dpo_beta", default=beta)
+    ratio = run.take("gamma_beta_ratio", "dpo_gamma_beta_ratio", default=0.3 if gamma is None else -1.0)
+    gamma = ratio * beta if ratio >= 0 else run.take("simpo_gamma", "gamma", default=gamma)
+    run.set("loss.beta", beta, "beta", beta)
+    run.set("loss.options.gamma", gamma, "simpo_gamma", gamma)
+    # SimPO's own trainer sets gamma / beta, and its loss has no likelihood term.
+    if weight := run.take("cpo_alpha", default=likelihood if ratio < 0 or run.trainer != "TRL" else 0):
+        run.left.pop("rl", None)
+        run.left.pop("loss_type", None)
+        terms = [{"kind": "simpo", "weight": 1.0}, {"kind": "sft", "weight": weight}]
+        run.set("loss.terms", terms, "cpo_alpha", weight)
+
+
+def _batch(run: Translation) -> list[str]:
+    """Set the pairs of a step; return a line that explains their number."""
+    processes = run.take("num_processes", default=0)
+    world = processes or 1
+    if any(equivalents(key, "keys") == (_BATCH,) for key in run.left):
+        not_needed = " — not needed: micro-batches are as large as memory allows"
+        run.comments += [f"{key}{not_needed}" for key in _DEVICE_BATCH_KEYS if run.left.pop(key, None)]
+        return []
+    pairs, steps = run.facts["batch"]
+    pairs, steps = (
+        run.take(*_DEVICE_BATCH_KEYS[:2], default=pairs),
+        run.take(_DEVICE_BATCH_KEYS[2], default=steps),
+    )
+    if run.computed.union(run.left) & set(_DEVICE_BATCH_KEYS):  # the value of one of them is not known
+        return []
+    if steps is None:
+        steps = math.ceil(16 / pairs / world) if fits(_BATCH, pairs * world) else 1
+    total = pairs * steps * world
+    run.set(_BATCH, total, "batch", [pairs, steps])
+    gpus = f" x {world} processes"
+    if not processes:
+        gpus = f"; multiply it by the number of GPUs there, which is not given: {8 * total} for 8 GPUs"
+    return [f"{_BATCH}: {pairs} pairs x {steps}{gpus}."] if _BATCH in run.values else []
+
+
+def _trains_adapter(run: Translation) -> bool:
+    """Return whether the run trains an adapter rather than all weights."""
+    if run.left.get("ref_adapters") not in EMPTY and run.left["ref_adapters"] == run.left.get("adapters"):
+        run.comment("ref_adapters", run.left.pop("ref_adapters"), "not needed: it is the reference anyway")
+        run.not_default.add("reference.path")
+    kind = run.take("tuner_type", "train_type", "finetuning_type", "adapter", "use_peft", "use_lora")
+    kind = str(run.facts.get("tuner") if kind is None else kind).lower()
+    if kind not in ("lora", "qlora", "true", "none", "full", "false"):
+        raise ConfigError(
+            f"this run of {run.trainer} trains another kind of adapter, or a part of the weights",
+            got=kind,
+            expected="lora, qlora or full",
+            remedy="choose one of these there, with a learning rate that suits it, and convert again",
+        )
+    if run.left.get("create_new_adapter") is True:
+        raise ConfigError(
+            f"this run of {run.trainer} trains a new adapter on top of the one that it names",
+            where="create_new_adapter",
+            remedy="merge the named adapter into its base there, and convert a file that names the result",
+        )
+    return kind in ("lora", "qlora", "true")
+
+
+def _set_adapter(run: Translation, is_trained: bool) -> None:
+    """Set an adapter's rank and alpha; leave them out if an adapter is continued, or none is trained."""
+    values, unread = run.values, "no adapter is trained"
+    adapter_keys = [key for key in values if key.startswith("model.adapter.")]
+    if is_trained and "model.adapter.path" not in values:
+        r, alpha = run.facts["adapter"]
+        r = values.setdefault("model.adapter.r", r)
+        values.setdefault("model.adapter.alpha", alpha or 2 * r)
+        is_said = "model.adapter.target_modules" in values or run.left.get("lora_target_linear")
+        if run.trainer in ("TRL", "axolotl") and not is_said:
+            run.comments.append("lora_target_modules: here all linear layers; peft chooses only a few")
+        return
+    if is_trained:
+        unread = "the adapter that is continued has its own value"
+        adapter_keys.remove("model.adapter.path")
+    for key in adapter_keys:
+        del values[key]
+        run.comment(*run.origins[key], f"not needed: {unread}")
+
+
+def _machine(run: Translation) -> None:
+    """Set the precision, and how weights are sharded."""
+    half, brain = run.take("fp16"), run.take("bf16")
+    if half is True or brain is not None:
+        run.values["model.dtype"] = "fp16" if half is True else "bf16" if brain else "fp32"
+    is_quantized = any(map(run.left.get, _QUANTIZED))
+    for key in _SHARDING:
+        value = run.left.get(key)
+        if value in (*EMPTY, False):
+            continue
+        if is_quantized:
+            run.comment(key, run.left.pop(key), "a quantized base is not sharded")
+            continue
+        run.not_default.add("parallelism.kind")
+        # Only the name of a mapping is read: DeepSpeed's has keys of other stages, too.
+        text = key if isinstance(value, dict) else f"{key} {value}".removeprefix("fsdp ")
+        text = text.replace("_", " ").replace("no offload", "")
+        for words, stage in _STAGES.items():
+            text = re.sub(words, stage, text)
+        if found := re.search(r"(?:\bz|zero|stage)\W{0,4}([0-3])", text):
+            run.set("parallelism.kind", _KINDS[found[1]], key, run.left.pop(key))
+            if "offload" in text and found[1] in "23":
+                run.set("parallelism.offload_optimizer", "cpu", key, value)
+            if "offload" in text and found[1] == "3":
+                run.set("parallelism.offload_parameters", "cpu", key, value)
+
+
+def _numbers(run: Translation) -> None:
+    """Set our keys that depend on several of theirs."""
+    rate = finite_number(run.left.get("learning_rate"))
+    if rate and (low := run.take("min_lr", default=0.0)):
+        run.set("optim.min_lr_ratio", low / rate, "min_lr", low)
+    if {"adam_beta1", "adam_beta2"} & run.left.keys():
+        first, second = run.facts["defaults"].get("optim.betas", [0.9, 0.999])
+        betas = [run.take("adam_beta1", default=first), run.take("adam_beta2", default=second)]
+        run.set("optim.betas", betas, "adam_beta1, adam_beta2", betas)
+
+
+def _watching(run: Translation) -> None:
+    """Set where metrics go, which checkpoint is kept, and whether a run ends early."""
+    report = [str(name).lower() for name in as_list(run.take("report_to"))]
+    is_named = run.trainer == "axolotl" and bool(run.left.get("wandb_project"))
+    is_on = run.take("with_tracking", "use_wandb", default=is_named)
+    if is_on or "wandb_mode" in run.left or {"wandb", "all"} & set(report):
+        run.not_default.add("tracking.wandb")
+    elif report:
+        run.values["tracking.wandb"] = "off"
+    if run.take("use_tensorboard", default=False) or "tensorboard" in report:
+        run.values["tracking.also"] = ["tensorboard"]
+    if others := [name for name in report if name not in ("wandb", "tensorboard", "all", "none")]:
+        run.comment("report_to", others, "dpo-dist has wandb and tensorboard only")
+    patience = run.take("early_stopping_patience", "early_stopping_steps", "early_stop_interval", default=0)
+    metric = run.take("metric_for_best_model", default="")
+    is_best = run.take("load_best_model_at_end", default=False)
+    if is_best or metric or patience:
+        best = f"eval_{(metric or 'loss').removeprefix('eval_')}"
+        run.set("trainer.keep_best", best, "metric_for_best_model", metric)
+    if is_best:
+        run.set("trainer.final", "best", "load_best_model_at_end", is_best)
+    if patience:
+        run.set("trainer.patience", patience, "early_stopping_patience", patience)
+
+
+def _combine(run: Translation) -> None:
+    """Correct values that depend on other values."""
+    values = run.values
+    if values.pop("model.attention", None):
+        run.comment(*run.origins["model.attention"], "not needed: the fastest kernel is chosen")
+    if values.get("optim.warmup_steps") == 0:  # there 0 means that the ratio is used
+        del values["optim.warmup_steps"]
+    if values.get("loss.kind") == "orpo" and "loss.beta" in values and _ODDS_WEIGHT not in values:
+        values[_ODDS_WEIGHT] = values.pop("loss.beta")
+    if "loss.terms" in values and "loss.kind" in values:
+        values["loss.terms"][0]["kind"] = values.pop("loss.kind")
+    if "trainer.keep_best" in values and not values.get("trainer.eval_every"):
+        every = values["trainer.eval_every"] = values.get("trainer.save_every") or 100
+        run.origins["trainer.eval_every"] = ("trainer.eval_every", every)
+        run.comments.append(f"trainer.eval_every: {every}, because trainer.keep_best needs evaluations")
+
+
+def _add_defaults(run: Translation, is_uncut: bool) -> list[str]:
+    """Set the other trainer's defaults where ours differ; return their keys."""
+    defaults = run.facts["defaults"] | {"parallelism.kind": "ddp", "tracking.wandb": "off"}
+    if not any(key.startswith("model.adapter.") for key in run.values):
+        defaults |= run.facts.get("full", {})
+    if "model.adapter.path" in run.values and run.trainer in ("LLaMA-Factory", "ms-swift"):
+        # There the reference is the base; here the default would be the adapter at its start.
+        defaults["reference.path"] = run.values.get("model.path")
+        if quantization := run.values.get("model.quantization"):
+            defaults["reference.quantization"] = quantization
+    if is_uncut or _LENGTH not in {**defaults, **run.values}:
+        run.not_default.add(_LENGTH)
+        reason = "there no text is cut; here data.truncation cuts those above data.max_length: raise it"
+        run.comment("max_length", None, reason)
+    if "loss.terms" in run.values:
+        run.not_default.add("loss.kind")
+    added = [key for key in defaults if key not in run.values and key not in run.not_default]
+    run.values |= {key: defaults[key] for key in added}
+    return added
+
+
+def _give_options(run: Translation) -> None:
+    """Move options of one kind of loss into its term of a sum; leave out options of other kinds."""
+    values, terms = run.values, run.values.get("loss.terms", [])
+    for key in [key for key in values if key.startswith("loss.options.")]:
+        users, name = kinds_using(key.removeprefix("loss.")), key.rpartition(".")[2]
+        if not terms and values.get("loss.kind", LossKind.sigmoid) in users:
+            continue
+        value, own = values.pop(key), [term for term in terms if term["kind"] in users]
+        for term in own:
+            term["options"] = term.get("options", {}) | {name: value}
+        if not own:
+            run.comment(*run.origins[key], f"{key} has no effect with this loss")
+
+
+def _obey_rules(run: Translation, defaults: list[str]) -> None:
+    """Leave out keys that the rules between keys refuse, with the rule's reason."""
+    while True:
+        config = resolve_reference(SCHEMA.validate_python(as_tree(run.values)))
+        errors = [rule.error(config) for rule in rules_of("train") if rule.is_broken(config)]
+        refused = {key: error.message for error in errors for key in error.where.split(", ")}
+        ours = [key for key in (*run.origins, *defaults) if key in run.values]
+        if not (wrong := [key for key in refused if key in ours]):
+            return
+        del run.values[key := wrong[0]]
+        if key in run.origins:
+            run.comment(*run.origins[key], refused[key])
+        else:
+            defaults.remove(key)
