@@ -309,7 +309,7 @@ class Command:
             for key in keys_given(override):
                 if key in run_keys() and key not in read:
                     where = f"{COMMAND_LINE}: {override.input_line}"
-                    remedy = f"remove {key}, a key of {' and '.join(readers(key))}"
+                    remedy = f"remove {key}, a key of {', '.join(readers(key))}"
                     if (own := f"{verb}.{key.partition('.')[2]}") in read:
                         remedy = f"write {assignment(own, str(override.input_line).partition('=')[2])}"
                     mistakes.append(ConfigError(f"{verb} does not read {key}", where=where, remedy=remedy))

@@ -95,13 +95,14 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
     output = causal_lm.get_output_embeddings().weight
     head = 2.2e9 + (4.0 * output.numel() if output.requires_grad else 0.0)
     largest = max((_count_weights(layer) for layer in decoder_layers(causal_lm)), default=0)
+    gathered = min(max(_GATHERED_WEIGHTS, largest), weights)
     hpz = config.parallelism.hpz
     parts = {
         "copy of the weights": held / hpz if hpz > 1 else 0.0,
         "weights": resident * held / (processes if stage == 3 else 1),
         "gradients": gradients / (1 if stage == 1 else processes),
         "optimizer states": master * trained / processes,
-        "gathered weights": number * max(_GATHERED_WEIGHTS, largest) if stage == 3 and processes > 1 else 0.0,
+        "gathered weights": number * gathered if stage == 3 and processes > 1 else 0.0,
         # DeepSpeed reduces float32 gradients 5e8 at a time.
         "reduction": 3e9 * min(1.0, trained / 5e8) if stage == 1 and processes > 1 else 0.0,
         "output layer": head,

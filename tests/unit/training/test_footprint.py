@@ -64,6 +64,13 @@ def test_micro_batches_fill_nine_tenths_of_what_is_left(processes: int) -> None:
     assert not needs.fits(1001, memory)
 
 
+def test_zero3_gathers_at_most_all_weights() -> None:
+    config = load_run_config(["model.path=m", "parallelism=zero3"])
+    causal_lm = without_weights(AutoConfig.for_model("llama", **SHAPE), config.model)
+    parts = footprint(config, causal_lm, 4).parts
+    assert parts["gathered weights"] == pytest.approx(4 * parts["weights"])
+
+
 def test_micro_batches_are_small_on_a_cpu_where_larger_ones_are_no_faster() -> None:
     for given, tokens in (("auto", 2048), ("8192", 8192)):
         config = load_run_config(["model.path=m", f"trainer.micro_batch_tokens={given}"])
