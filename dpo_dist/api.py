@@ -84,7 +84,8 @@ def load_model(
     """Load a model folder, or a model on the Hugging Face Hub, in evaluation mode.
 
     `dtype` is the precision of weights and forward pass; log-probs are always float32. `max_length`: tokens
-    of the longest prompt plus response. Raises an error if packed log-probs of the model are not exact.
+    of the longest prompt plus response. Raises an error if no arrangement gives the log-probs of the
+    model's own forward.
     """
     config, device = ModelConfig(path=path, dtype=dtype), torch.device(device)
     model = load.load_packed(model_folder(path, revision), config, max_length, device).to(device).eval()
@@ -119,8 +120,8 @@ def token_logps(
     The result has a float32 tensor [completion tokens] for each response of the first pair, then of the
     second, and so on. As in the store, it includes tokens that the loss does not count
     (`EncodedExample.trained`). Gradients are recorded unless `torch.no_grad()` is active. A causal language
-    model of transformers must be in evaluation mode and is not changed; its first call checks that packed
-    log-probs are exact.
+    model of transformers must be in evaluation mode and is not changed; its first call checks that the
+    log-probs are those of the model's own forward.
     """
     longest = max((len(pair.prompt_ids) + max(map(len, pair.responses)) for pair in pairs), default=0)
     examples = [Example(pair.prompt_ids, pair.responses) for pair in pairs]

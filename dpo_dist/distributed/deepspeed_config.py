@@ -18,8 +18,8 @@ START = 2.0**16  # the loss scale at the start of training in fp16
 # Weights of a decoder layer over the square of the hidden size: 13 in Llama-3-70B, 19 in Qwen2.5-0.5B.
 _SQUARES_PER_LAYER = 16
 # DeepSpeed's default leaves are the expert blocks of Mixtral, Qwen2-MoE and Qwen3-MoE. Stacked experts, as
-# transformers has them, are gathered alike by all ranks; and a leaf with an adapter and an input without a
-# gradient fails.
+# transformers has them, are gathered alike by all ranks; and a leaf with an adapter fails if its input
+# has no gradient.
 _NO_LEAVES: dict[str, list[str]] = {"classes": []}
 
 
@@ -68,8 +68,8 @@ def communication(stage: int, hidden_size: int, *, trains: bool = True) -> dict[
     Stages 1 and 2 reduce about one decoder layer at a time, 2e8 elements for a 7B model, where DeepSpeed
     would allocate 5e8, as it does in stage 1 with bf16 whatever is configured. Stage 3 has the values of
     DeepSpeed's documentation and of transformers' `auto`: gradients are reduced, and weights prefetched, in
-    buckets of about one square matrix; vectors are not sharded. A model that is only scored has the memory of
-    gradients, optimizer states and activations: a layer is gathered while the one before it computes.
+    buckets of about one square matrix; vectors are not sharded. A model that is only scored needs no memory
+    for gradients and optimizer states: a whole layer is gathered while the one before it computes.
     DeepSpeed prefetches nothing while more than `stage3_max_live_parameters` are gathered: three layers fit,
     and never less than its default of 1e9.
     """

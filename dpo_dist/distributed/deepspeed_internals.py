@@ -64,7 +64,7 @@ def inner_optimizer(engine: Any) -> Any:
 
 
 def optimizer_tensors(engine: Any) -> list[dict[str, Any]]:
-    """Return the attributes of an engine's two optimizers: they refer to its tensors."""
+    """Return the attributes of an engine's two optimizers, which refer to the engine's tensors."""
     return [vars(engine.optimizer), vars(engine.optimizer.optimizer)]
 
 
@@ -166,7 +166,7 @@ def restore_powers(adam: Any, step: int) -> None:
 
 
 def _gathering(engine: Any) -> Any:
-    """Return the part of an engine that gathers weights; without an optimizer, it is in its place."""
+    """Return the part of an engine that gathers weights; a model that is only scored has it as optimizer."""
     return getattr(engine.optimizer, "parameter_offload", engine.optimizer)
 
 
@@ -190,7 +190,7 @@ def record_gather_orders(engine: Any) -> None:
 
     def select(module: nn.Module, _: Any) -> None:
         generates = module is not engine.module
-        if generates and not engine.module.is_generating:  # a forward of its own logits, not a generation
+        if generates and not engine.module.is_generating:  # the packed model called it: no generation
             return
         kind = torch.is_grad_enabled(), active_adapters(layers), generates, sum(map(len, added))
         if kind not in coordinators:
@@ -198,7 +198,7 @@ def record_gather_orders(engine: Any) -> None:
             coordinators[kind] = copy.copy(unused)
             coordinators[kind]._clear_trace_structures()
         offload.param_coordinator = coordinators[kind]
-        if generates:  # DeepSpeed's hook at the start of a forward is at the packed model, which does not
+        if generates:  # DeepSpeed does so in a hook of the packed model, which is not called
             offload.param_coordinator.reset_step()
 
     for module in (engine.module, engine.module.causal_lm):  # before DeepSpeed's hooks, which read the record

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpo_dist.foundation.errors import DeviceMemoryError
 
-_KEPT_FREE = 0.1  # share of the memory
+_KEPT_FREE = 0.1  # share of host memory, and of a cgroup's limit
 _ROOT = Path("/sys/fs/cgroup")
 _PROCESS_CGROUPS = Path("/proc/self/cgroup")
 _CONTROLLERS = {
@@ -25,7 +25,7 @@ _CONTROLLERS = {
 
 
 def available_memory(root: Path = _ROOT, process_cgroups: Path = _PROCESS_CGROUPS) -> int:
-    """Return the free bytes of host memory within this process's cgroup limits, less a tenth."""
+    """Return the free bytes of host memory within this process's cgroup limits, less a tenth of the total."""
     memory = psutil.virtual_memory()
     free = [memory.available - _KEPT_FREE * memory.total]
     lines = process_cgroups.read_text().splitlines() if process_cgroups.exists() else []
@@ -60,7 +60,7 @@ _POLICY_REMEDY = (
 
 
 def wait_for_device() -> None:
-    """Wait until the device is idle; without it, memory in use by a stream could be released."""
+    """Wait until the device is idle, before memory is released that a stream may still use."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -78,7 +78,7 @@ def unsharded_loading(world: World) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[None]:
-    """Make transformers shard weights by `deepspeed_config`, not by the policy's, inside the block."""
+    """Inside the block, make transformers shard weights by this configuration, not by the policy's own."""
     inner = HfDeepSpeedConfig(deepspeed_config)  # bound to a name: transformers has only a weak reference
     try:
         yield
@@ -236,8 +236,8 @@ def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[s
 class PolicyEngine(Engine):
     """The trained model: forward, accumulated backward, optimizer step. Methods are collective.
 
-    `loss_scale` is the next step's in fp16. `has_overflowed` says that the last step was not applied, and
-    that a smaller loss scale may help.
+    `loss_scale` is used in the next step; None without fp16. `has_overflowed` says that the last step was not
+    applied, and that a smaller loss scale may help.
     """
 
     def __init__(
@@ -246,9 +246,8 @@ class PolicyEngine(Engine):
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(communication(zero["stage"], model.hidden_size))
         mark_zero3_leaves(model)
-        if (
-            zero["stage"] < 3
-        ):  # ZeRO-3 joins the gradients of its leaves itself; aliases would keep their weights gathered
+        if zero["stage"] < 3:
+            # ZeRO-3 joins the gradients of a leaf itself; the aliases would keep the leaf's weights gathered.
             for module in partly_used_blocks(model.causal_lm):
                 join_gradients(module)
         world.barrier()  # ranks load at unequal speed, and DeepSpeed's calls would time out
@@ -261,7 +260,7 @@ class PolicyEngine(Engine):
             record_gather_orders(engine)
         self.loss_scale = LossScale() if self._engine.fp16_enabled() else None
         self.has_overflowed = False
-        self._averages: dict[Tensor, Tensor] = {}  # by the flat master tensors that the optimizer updates
+        self._averages: dict[Tensor, Tensor] = {}  # moving averages, by flat master tensor
         self._ema_decay = ema_decay
         masters = self._slices().masters()
         longest = max(map(torch.numel, masters), default=0)

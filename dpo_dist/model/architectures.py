@@ -50,7 +50,7 @@ _NOISES = ("drop", "jitter", "noise", "rescale_every")
 SAMPLING_ROUTERS = {"phimoe": ("router", "router_jitter_noise")}
 
 _FIXED_POSITIONS = frozenset({"codegen", "ctrl", "gptj", "mpt"})
-"""Architectures that store positions in a table that is not an embedding; longer sequences fail."""
+"""Architectures with positions in a table that is not an embedding; sequences longer than the table fail."""
 
 
 def auto_class(model_config: Any, trust_remote_code: bool) -> Any:
@@ -70,7 +70,7 @@ def auto_class(model_config: Any, trust_remote_code: bool) -> Any:
 
 
 def recorded_arrangement(model_type: str) -> Arrangement:
-    """Return the cheapest arrangement that may be exact for an architecture; `packed` if it is unknown."""
+    """Return the cheapest arrangement that may be exact for an architecture, `packed` for an unknown one."""
     return Arrangement.padded if model_type in UNPACKABLE else Arrangement.packed
 
 
@@ -134,7 +134,8 @@ def switch_off_noise(model_config: Any) -> None:
             switch_off_noise(value)
 
 
-# The signature of `load_balancing_loss_func` where it is the formula of `objective.router`; Doge's differs.
+# Parameters of `load_balancing_loss_func` where that function computes the formula of `objective.router`. In
+# Doge it computes another formula and has other parameters.
 _LOSS_PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 

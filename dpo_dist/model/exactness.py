@@ -37,10 +37,10 @@ _USUAL_LENGTH = 64
 # The longest sequence that is tried: attention scores of longer ones would slow down the start.
 LONGEST = 1280
 _SHORT_LENGTH = 24
-# Only token ids below this are drawn: later ones may be untrained.
+# Only token ids below this are drawn: higher ones may be untrained.
 _IDS = 10_000
-# Largest difference of a token in float32: rounding of softmax, plus a share of log-probs' standard
-# deviation.
+# Largest accepted difference of a token's log-prob in float32: rounding of softmax, plus a share of the
+# log-probs' standard deviation.
 _ROUNDING = 2e-5
 _SHARE_OF_SPREAD = 5e-4
 # Largest mean difference of tokens in 16 bits: a share of log-probs' standard deviation, or a multiple of the
@@ -227,7 +227,7 @@ class StartCheck:
         example = self._examples[0]
         first, second = example.responses
         other = replace(example, responses=(first[::-1].copy(), second))
-        # The prompt predicts the first token, so that token is left out.
+        # The prompt predicts the second response's first token, so that token is left out.
         near = slice(len(first) + min(1, len(second) - 1), len(first) + min(1 + _TOKENS_AFTER, len(second)))
         effect, repeated = (
             float((self._scores(batch) - self._tried)[near].abs().median())
@@ -290,8 +290,9 @@ def _rounded_once_more(causal_lm: nn.Module) -> Iterator[None]:
 def trial_examples(causal_lm: Any, max_length: int) -> list[Example]:
     """Return two invented examples with two responses each, of at most `max_length` tokens.
 
-    The first example is longer than the model's sliding window if the window is short. The second example's
-    responses have the same length and begin with the same tokens. No id is one that the configuration names.
+    The first example is longer than the model's sliding window or chunk, if that is short. The second
+    example's responses have the same length and begin with the same tokens. No id is one that the
+    configuration names.
     """
     config = causal_lm.config.get_text_config()
     limits = [*layer_values(config, "sliding_window"), *layer_values(config, "attention_chunk_size")]
@@ -361,7 +362,7 @@ _CHECK_RESULTS: WeakKeyDictionary[PreTrainedModel, _CheckResult] = WeakKeyDictio
 def temporarily_packed(model: PackedCausalLM | PreTrainedModel, longest: int) -> Iterator[PackedCausalLM]:
     """Yield `model` as a packed model for up to `longest` tokens; restore its attention and head at the end.
 
-    A model is checked once, and again for longer sequences or after a change of precision or device.
+    A model is checked once, and again for longer sequences or another precision, device or attention.
     """
     if isinstance(model, PackedCausalLM):
         yield model

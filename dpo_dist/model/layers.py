@@ -65,7 +65,7 @@ def other_weights(causal_lm: Any) -> set[nn.Parameter]:
 
 
 def keep_text(causal_lm: Any, *, drops: bool = True) -> None:
-    """Freeze the weights that text does not use; drop modules with only such weights, as towers."""
+    """Freeze the weights that text does not use; drop modules with only such weights, such as towers."""
     others = other_weights(causal_lm)
     for weight in others:
         weight.requires_grad_(False)
@@ -161,7 +161,7 @@ def check_device(config: ModelConfig, text: Any, device: torch.device) -> None:
 def choose_fused(config: ModelConfig, text: Any, device: torch.device) -> FusedLayers:
     """Return the fused layers to use on `device`: `model.fused`, or for `auto` Liger's where they are exact.
 
-    `auto` never compiles: compiling takes half a minute at each start, for the same gain.
+    `auto` never compiles: compiling takes half a minute at each start and gains no more than Liger.
     """
     if config.fused is not FusedLayers.auto:
         return config.fused

@@ -31,9 +31,10 @@ def unsharded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def transposed_by(shapes: Mapping[str, Any]) -> Iterator[None]:
-    """Inside the block, make transformers (5.23) transpose experts by `shapes`, the whole weights' by name.
+    """Inside the block, make transformers (5.23) transpose experts by `shapes`.
 
-    transformers takes the shape from the model's weight, which is empty under ZeRO-3.
+    These are the shapes of the whole weights, by name. transformers would take the shape from the model's
+    weight, which is empty under ZeRO-3.
     """
     convert = Transpose.convert
 

@@ -57,13 +57,13 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
     _prepare_copies(causal_lm, start)
     _activate(model, TRAINED)
     if is_deepspeed_zero3_enabled() or partly_used_blocks(causal_lm):
-        # ZeRO-3 reduces a leaf's gradients once its input has a gradient; if the input needs none, it would
-        # reduce them before they are computed.
+        # ZeRO-3 reduces the gradients of a leaf once the leaf's input has a gradient; if the input needed
+        # none, ZeRO-3 would reduce the gradients before they are computed.
         causal_lm.enable_input_require_grads()
     local = Path(config.path).expanduser()
     lora.base_model_name_or_path = str(local.resolve()) if local.is_dir() else config.path
     lora.revision = config.revision
-    if not isinstance(lora.target_modules, str):  # a pattern
+    if not isinstance(lora.target_modules, str):  # a string is a pattern
         lora.target_modules = sorted(lora.target_modules)  # a set: its order would differ between starts
 
 
@@ -120,7 +120,7 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
             if unknown := sorted(set(modules_on_disk(folder)[0]) - adapted):
                 raise LookupError(f"no linear layers {', '.join(unknown[:3])} ({len(unknown)} in all)")
             return lora
-        # For modules trained in full, peft expects their names before it wrapped them.
+        # For modules trained in full, peft expects the names that they had before it wrapped them.
         weights = {
             entry if ".lora_" in entry else entry.removeprefix(PEFT_PREFIX): weight
             for entry, weight in load_peft_weights(str(folder), device="cpu").items()
@@ -317,7 +317,8 @@ def _prepare_copies(causal_lm: Any, start: Path | None) -> None:
             module.requires_grad_(name == TRAINED)
     shared = _tied_pair(causal_lm) if wrappers else ()
     pair = [wrappers[name].modules_to_save for name in shared if name in wrappers]
-    # Copies that differ in the start's file stay apart. Read the file, as the model's may be sharded.
+    # Copies that differ in the start's file stay apart. The file is read, as the model's may be
+    # sharded.
     saved = {} if start is None else load_file(start / ADAPTER_WEIGHTS)
     started = [saved[name] for module in shared if (name := f"{PEFT_PREFIX}{module}.weight") in saved]
     if all(TRAINED in copies for copies in pair) and all(torch.equal(started[0], other) for other in started):

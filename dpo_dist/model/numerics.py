@@ -49,7 +49,7 @@ def numerics_profile(
         profile["liger"] = _minor(importlib.metadata.version("liger-kernel"))
     if device.type == "cuda":
         matmul = torch.backends.cuda.matmul
-        # Libraries choose kernels by these, not by the GPU's product name.
+        # Libraries choose kernels by these properties, not by the GPU's product name.
         gpu = torch.cuda.get_device_properties(device)
         profile["gpu"] = f"sm_{gpu.major}{gpu.minor} with {gpu.multi_processor_count} multiprocessors"
         profile["cuda"] = str(torch.version.cuda)

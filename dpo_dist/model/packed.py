@@ -33,7 +33,7 @@ from dpo_dist.objective.token_logps import (
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# Architectures that multiply by an option that others divide by.
+# Architectures that multiply by the options in `_DIVISORS`.
 _MULTIPLYING = {"hyperclovax"}
 
 
@@ -180,9 +180,10 @@ class PackedCausalLM(nn.Module):
     def forward(
         self, batch: PackedBatch, statistics: Sequence[Statistic] = (), *, with_routing: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return `objective.token_logps.token_logps` of the targets in `batch`; collective in `sequence`.
+        """Return `objective.token_logps.token_logps` of the targets in `batch`.
 
-        `with_routing` also returns `objective.router.routing_sums` of a mixture of experts.
+        The ranks of `sequence` call it together. `with_routing` also returns `objective.router.routing_sums`
+        of a mixture of experts.
         """
         if self.arrangement is Arrangement.packed:
             return self._packed(batch, statistics, with_routing)
@@ -334,10 +335,10 @@ _ORIGINAL = "original_inv_freq"
 
 
 def rope_limit(model_config: Any) -> int | None:
-    """Return the longest sequence, in tokens, with RoPE's short-sequence frequencies; None: any."""
+    """Return the longest sequence, in tokens, with RoPE's short-sequence frequencies; None: no limit."""
     if not getattr(model_config, "rope_parameters", None):
         return None
-    model_config.standardize_rope_params()  # as the model does; it may replace the original length
+    model_config.standardize_rope_params()  # the model does so, too: this may replace the original length
     parameters = model_config.rope_parameters
     by_layer_kind = [value for value in parameters.values() if isinstance(value, dict)]
     limits: list[int] = []

@@ -34,7 +34,7 @@ FAULT_SECONDS = 60.0
 def run_start_check(
     engine: Engine, max_length: int, world: World, key: str = "model.path", *, trains: bool = False
 ) -> None:
-    """Check that packed log-probs of the engine's model are exact, else unpack it (`StartCheck`). Collective.
+    """Set the cheapest arrangement in which the model's log-probs are exact (`StartCheck`). Collective.
 
     If the model `trains`, also check its log-probs in training mode and, with several ranks, that all
     sequences use the same weights. `max_length`: tokens of the longest prompt plus response. Errors name
@@ -148,7 +148,10 @@ class ReferenceProvider:
     store: LogpStore | None = None  # `cached`: entries of all batches, looked up by content
 
     def add_stored_logps(self, batch: PackedBatch) -> PackedBatch:
-        """Return the batch with stored log-probs, on the host; a dummy batch gets zeros. Thread-safe."""
+        """Return the batch with stored log-probs, on the host; unchanged without a store. Thread-safe.
+
+        A dummy batch gets zeros.
+        """
         if self.store is None:
             return batch
         if not len(batch.keys):

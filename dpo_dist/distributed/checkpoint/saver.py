@@ -72,7 +72,7 @@ _LATEST = "latest"
 
 
 def read_manifest(folder: Path) -> Entries:
-    """Return the entries in the manifest of `folder`; ValueError if it has none."""
+    """Return the entries in the manifest of `folder`; OSError without it, ValueError without entries."""
     entries: Entries = json.loads((folder / MANIFEST).read_bytes())
     if not isinstance(entries, dict) or not entries:
         raise ValueError("it names no file")
@@ -110,7 +110,7 @@ def damaged_checkpoint(folder: Path, faults: Sequence[str]) -> CheckpointError:
 class SavedSlices:
     """The slices of one model in a checkpoint: shapes of whole weights, names of parts, number of updates.
 
-    `_ranges` has start, end and file of each saved range of elements, by the key of its tensors: part/name.
+    `_ranges` has start, end and file of each saved range of elements, by the tensor's key, PART/NAME.
     """
 
     folder: Path
@@ -143,7 +143,7 @@ class SavedSlices:
         return cls(folder, shapes, list(parts), step, {key: sorted(each) for key, each in ranges.items()})
 
     def load_into(self, slices: Iterable[Slice]) -> None:
-        """Fill the parts of `slices`, also if the ranks that saved them had other ranges."""
+        """Fill the parts of `slices`, also from other ranges; 8-bit states only from the same ones."""
         with reading_errors(self.folder), contextlib.ExitStack() as stack:
 
             @functools.cache
@@ -198,7 +198,7 @@ class Checkpoint:
 
 
 def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
-    """Return the newest checkpoint whose files match its manifest; None without checkpoints. Collective."""
+    """Return the newest intact checkpoint; None without any, an error if all are damaged. Collective."""
     folders = world.on_main(lambda: checkpoint_folders(root))
     damaged: list[str] = []
     for folder in folders:
@@ -218,7 +218,7 @@ def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
 
 
 def open_checkpoint(folder: Path, world: World) -> Checkpoint:
-    """Return the checkpoint in a folder; collective."""
+    """Return the checkpoint in a folder; an error if it is damaged. Collective."""
     if faults := _find_all_faults(folder, world):
         raise damaged_checkpoint(folder, faults)
     return Checkpoint(folder, world.on_main(lambda: checkpoint_state(folder)))
@@ -286,7 +286,7 @@ class _Pending:
                 for model in models:
                     entries |= write_slices(model, self.temporary, rank, copy)
             self.entries.set_result(entries)
-        except BaseException as error:  # the main thread raises it when it reads `entries`
+        except BaseException as error:  # raised in the main thread, which reads `entries`
             self.entries.set_exception(error)
 
 
@@ -321,8 +321,9 @@ class CheckpointSaver:
     ) -> None:
         """Write `root/step-NNNNNN`, which the next `commit` or `save` commits; collective.
 
-        Training may continue at once, unless it `is_last`. The checkpoint of `best_step`, which may be this
-        one, is kept beside the last ones.
+        A background thread writes the files from a copy, unless host memory has no room for it or the
+        checkpoint `is_last`. The checkpoint of `best_step`, which may be this one, is kept beside the last
+        ones.
         """
         self.commit()
         self._best_step = best_step
@@ -385,7 +386,7 @@ class CheckpointSaver:
         self._name(pending.folder)
         note_progress(str(pending.folder))
         self._committed(checkpoint_step(pending.folder.name) or 0)
-        self._delete_old(pending.folder)  # some file systems need minutes for files of terabytes
+        self._delete_old(pending.folder)  # last: some file systems need minutes for terabytes
 
     def _name(self, folder: Path) -> None:
         with disk_errors(folder):
@@ -405,10 +406,10 @@ class CheckpointSaver:
         self._damaged.clear()
 
     def resume(self, folder: Path, best_step: int | None) -> None:
-        """Finish the steps after a commit that a kill may have prevented; collective.
+        """Name the last and best checkpoints and delete old ones, as a kill may have prevented. Collective.
 
-        `folder` is the checkpoint to resume from: newer ones are damaged. `best_step` is the best
-        checkpoint's.
+        `folder` is the checkpoint to resume from: newer ones are damaged. `best_step` is the step of the best
+        checkpoint.
         """
         self._best_step = best_step
 

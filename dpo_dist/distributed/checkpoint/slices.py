@@ -45,7 +45,8 @@ class Slice:
     """A range of the elements of one flattened weight.
 
     `parts` are the weight and its optimizer states by name: views, flat and of equal length. Without a
-    weight, they are tensors of any length, which only the same rank of as many ranks reads back.
+    weight, they are tensors of any length, which only the rank that wrote them can load,
+    among as many ranks.
     """
 
     name: str
@@ -118,7 +119,8 @@ class OptimizerSlices:
             for weight, start, start_in_weight, length in ranges:
                 parts = {part: tensor.narrow(0, start, length) for part, tensor in tensors.items()}
                 yield Slice(self._names[weight], whole_shape(weight), start_in_weight, parts)
-        if eight_bit:  # each block of a flat tensor has codes and a scale; codebooks are constants
+        if eight_bit:
+            # Blocks of the flat tensor share a scale: states are not cut by weight. Codebooks are constants.
             cut = f"{zero_kind(self._engine)} {self._rank} of {dist.get_world_size()}"
             for number, (flat, _) in enumerate(flat_masters(self._engine, self._rank)):
                 states = {k: v for k, v in _tensor_states(self._inner, flat) if not k.startswith("qmap")}
@@ -223,7 +225,7 @@ class HostCopy:
     def close(self) -> None:
         """Release the memory; nothing may read the copies any more."""
         if self.is_cuda and self._buffer.nbytes:
-            _runtime().cudaHostUnregister(self._buffer.data_ptr())  # returns an error after a device error
+            _runtime().cudaHostUnregister(self._buffer.data_ptr())  # unchecked: fails after a device error
         self._buffer = torch.empty(0, dtype=torch.uint8)
         return_host_memory()
 

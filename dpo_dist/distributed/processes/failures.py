@@ -240,7 +240,7 @@ class Watcher(threading.Thread):
         return None
 
     def _wait_for_cause(self, failure: BaseException) -> DpoDistError | None:
-        """Wait for the process that caused `failure` to end, and return an error about it."""
+        """Wait for the process behind `failure` to end; return the error that names it, None if none did."""
         text = first_line(failure)
         is_signal = isinstance(failure, SystemExit)
         deadline = time.monotonic() + (_PATIENCE_AFTER_SIGTERM_SECONDS if is_signal else PATIENCE_SECONDS)
@@ -258,7 +258,7 @@ class Watcher(threading.Thread):
         return self._report(error) if exit_code is None else self._follow_failure(exit_code)
 
     def _follow_failure(self, exit_code: int) -> PeerLostError:
-        """Return the error of this process if another one failed and printed; no rank prints it."""
+        """Return the error of this process after another one failed; only that one prints an error."""
         self.record.report(exit_code)
         error = PeerLostError(
             "another process of the run failed",

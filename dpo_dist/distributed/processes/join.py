@@ -80,7 +80,7 @@ def join_world(deepspeed_config: dict[str, Any], timeout_seconds: int, reports: 
     hook = sys.excepthook
     with exit_on_signal():
         world = start_world(deepspeed_config, timeout_seconds)
-    may_leave = world.size == 1  # else leaving after an error may wait for a rank that has none
+    may_leave = world.size == 1  # else leaving after an error may wait for a rank that still works
     try:
         with watch_world(world, reports):
             yield world
@@ -110,7 +110,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(distributed_c10d, name, timeout)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if not dist.is_initialized():  # a state without a group is of another library in this process
+    if not dist.is_initialized():  # then a state of Accelerate is another library's
         forget_accelerate_state()
         if os.environ.get("WORLD_SIZE") == "1":  # torch's own store would listen on all interfaces
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -31,7 +31,7 @@ from dpo_dist.model.layers import layer_configs, layer_values
 from dpo_dist.model.library_internals import flash_attention
 from dpo_dist.model.numerics import FLASH_ATTN
 
-# Head dimensions that the variable-length kernels accept: up to the largest, in multiples.
+# The variable-length kernels accept multiples of 8 as head dimension (others are padded), up to 256.
 LARGEST_HEAD = 256
 _HEAD_MULTIPLE = 8
 
@@ -58,7 +58,7 @@ class VarlenAttention:
 
     @cached_property
     def _key_indices(self) -> Tensor:
-        """Return the indices of all segments' keys in the packed sequence; responses repeat prompts."""
+        """Return the indices of all segments' keys in the packed sequence; every segment has its prompt."""
         indices: list[npt.NDArray[np.int64]] = []
         start = 0
         for prompt, first, *rest in self.layout:
@@ -104,7 +104,7 @@ class VarlenAttention:
         return attended[..., :dim]
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        """Return causal attention by `torch.nn.attention.varlen`; key heads repeat before torch 2.12."""
+        """Return causal attention by `torch.nn.attention.varlen`; older torch needs repeated key heads."""
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (needs a CUDA build)
 
         options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
@@ -165,7 +165,7 @@ def packed_attention(layout: Layout, backend: AttentionBackend, device: torch.de
 
 
 def _with_temperature(module: Any, query: Tensor, positions: Tensor) -> Tensor:
-    """Return Llama 4's queries [tokens, heads, dim] scaled by position; the model scaled by index."""
+    """Return Llama 4's queries [tokens, heads, dim] scaled by position, not by index as the model did."""
     if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
         return query
 

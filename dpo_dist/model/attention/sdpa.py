@@ -41,7 +41,7 @@ class MaskRule:
     _masks: dict[Any, Tensor] = field(default_factory=dict, init=False)
 
     def __getitem__(self, selected: tuple[slice, ...]) -> "MaskRule":
-        """Return this rule if all queries and keys are selected: Gemma 4's code indexes its masks so."""
+        """Return this rule, for Gemma 4's code, which indexes masks; it must select all queries and keys."""
         if any(part not in (slice(None), slice(0, None)) for part in selected):
             raise IndexError(f"packed attention cannot select a part of a mask: {selected}")
         return self
@@ -91,8 +91,8 @@ def mask_rule(
     """Return the mask rule of a kind of layers; None if every earlier token is visible.
 
     transformers calls this in place of its own mask functions (`AttentionMaskInterface`). `local_size` is the
-    size of a window or chunk; it limits visibility alone only in transformers' own rules, which have
-    `allow_is_causal_skip`.
+    size of a window or chunk. Without `allow_is_causal_skip`, another function also changes the mask: even
+    short sequences may hide earlier keys.
     """
     if mask_function is causal_mask_function:
         return None

@@ -43,7 +43,8 @@ class TokenExchange(Protocol):
     def all_gather(self, part: Tensor) -> Tensor:
         """Return `part` of every rank, [ranks, ...]. Collective.
 
-        Backward returns only this rank's entry, because every rank computes the same loss from the result.
+        Backward returns only the gradient of this rank's entry, because every rank computes the same loss
+        from the result.
         """
 
 

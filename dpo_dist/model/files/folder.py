@@ -36,7 +36,7 @@ MERGE = (
     "tie_word_embeddings false in its config.json, if the adapter trains embeddings or output layer in full)"
 )
 """The remedy for an adapter that peft can merge."""
-# An adapter's kind and size, which a continued adapter has in its own files.
+# Keys of an adapter's kind and size: a continued adapter has them in its own files, so none may be set.
 _FORM = ("r", "alpha", "variant", "target_modules", "modules_to_save")
 _COMMITS: dict[tuple[str, str | None], str] = {}
 """Commits of the snapshots that this process read: a branch that moves must not change a run's model."""
@@ -319,7 +319,7 @@ def _unsupported(folder: Path, got: str, *, is_merged: bool = True) -> ConfigErr
 
 
 def base_notes(config: ModelConfig, adapter: Path | None) -> list[str]:
-    """Return a warning if an adapter names another base than `model.path`; folders above are ignored."""
+    """Return a warning if an adapter names another base than `model.path`, by the last part of the paths."""
     content = {} if adapter is None else read_model_json(adapter / ADAPTER_CONFIG)
     named = str(content.get("base_model_name_or_path") or "")
     base, current = (Path(path).expanduser().resolve().name.lower() for path in (named, config.path))

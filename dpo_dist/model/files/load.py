@@ -58,8 +58,8 @@ log = logging.getLogger(__name__)
 TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16, Dtype.fp32: torch.float32}
 # A kernel on the Hub (its name has a slash), for the whole model or for parts of it.
 _KERNEL = re.compile(r'"\w*_implementation"\s*:\s*("[^"]*/[^"]*"|\{[^}]*/[^}]*\})')
-# Patterns of tensor names that transformers (5.23) maps wrongly under ZeRO-3, and names that it maps right:
-# DeepSeek-V4's final norm would be loaded as the norm of compressed keys.
+# Patterns of tensor names, and of names for which transformers (5.23) finds the right weight under ZeRO-3: it
+# would load DeepSeek-V4's final norm as the norm of compressed keys.
 _RENAMED = {"deepseek_v4": {r"^model\.norm\.": r"^norm\."}}
 
 
@@ -192,7 +192,7 @@ def without_weights(
 ) -> Any:
     """Return the policy's transformers model on the meta device, with its adapter.
 
-    Options that name layers and modules are so checked before weights are read. `keeps_others` keeps the
+    So options that name layers and modules are checked before weights are read. `keeps_others` keeps the
     parts that text does not use, frozen.
     """
     kind = auto_class(model_config, config.trust_remote_code)
@@ -244,17 +244,18 @@ def load_weights(
     is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
     with _loading_errors(folder, key), transposed_by(shapes):
         causal_lm, report = _load(folder, model_config, config, kind, **placement(config, device))
-    # Under ZeRO-3, transformers maps names in files in another way.
+    # Under ZeRO-3, transformers maps names in files in another way, which may miss weights.
     _check_missing(report, folder, key, "; or set parallelism.kind=zero2 or ddp" if is_sharded else "")
     if not is_sharded and config.quantization is None:
         _freeze_as_defined(causal_lm)
     if kind is None:
         keep_text(causal_lm)
     for module in causal_lm.modules():
-        # A padding token gets no gradient, but it may also end texts. Tables of positions need the index.
+        # `padding_idx` stops the padding token's gradient, but that token may also end texts. Tables of
+        # positions need the index.
         if isinstance(module, nn.Embedding) and "Position" not in type(module).__name__:
             module.padding_idx = None
-        # Otherwise bitsandbytes repacks 4-bit weights for CPUs in evaluation, and they pass no gradients.
+        # Otherwise bitsandbytes repacks 4-bit weights for CPUs in evaluation: these pass no gradient.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     _keep_evaluating(causal_lm)
@@ -272,7 +273,7 @@ def check_contents(
     another model than other programs.
     """
     with _loading_errors(folder, key):
-        with unsharded(), _no_progress():  # under ZeRO-3 the report has fewer mistakes
+        with unsharded(), _no_progress():  # under ZeRO-3 the report misses mistakes
             shapes = {"device_map": "meta", "ignore_mismatched_sizes": True}
             causal_lm, report = _load(folder, model_config, config, kind, **shapes)
         differing = _differing_ties(causal_lm, folder, TORCH_DTYPES[config.dtype])
@@ -343,7 +344,7 @@ def _loading_errors(folder: Path, key: str) -> Iterator[None]:
         yield
     except Exception as error:  # an architecture's constructor can raise anything
         if getattr(error, "filename", None) is None and (full := disk_error(error)):
-            raise full from error  # the disk is full: the log file takes no more of the loading progress
+            raise full from error  # the disk is full: loading writes its progress to the log file
         raise ConfigError(
             "the model cannot be loaded",
             where=key,

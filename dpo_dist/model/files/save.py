@@ -85,7 +85,7 @@ def _restore_description(folder: Path, base: Path, dtype: torch.dtype, changes: 
     if original.get("model_type", kind) == kind:
         content = original | {"architectures": written["architectures"]}
         _copy_files(base, folder, _PROCESSORS)
-    else:  # options that the base lacks keep their defaults
+    else:  # noise was set to 0 when loading: take the base's, or the default
         text = original.get("text_config") or {}
         content = {name: value for name, value in written.items() if not is_noise(name, value, kind)}
         content |= {name: text[name] for name in written if name not in content and name in text}
@@ -165,7 +165,7 @@ def writing_errors(folder: Path) -> Iterator[None]:
 def write_merged(
     folder: Path, base: Path, adapter: Path, dtype: torch.dtype | None, *, trust_remote_code: bool
 ) -> None:
-    """Merge the LoRA adapter in `adapter` into the model in `base` and write it, by default in its dtype.
+    """Merge the LoRA adapter in `adapter` into the model in `base`; write it, by default in the base's dtype.
 
     The whole model is in host memory in float32, so that sums are rounded once.
     """
@@ -180,7 +180,7 @@ def write_merged(
         merged.config.tie_word_embeddings = True
         merged.tie_weights()
     written = dtype or described.get_text_config().dtype or described.dtype or torch.float32
-    for weight in merged.parameters():  # not buffers, such as the biases of DeepSeek's routers
+    for weight in merged.parameters():  # buffers, as the biases of DeepSeek's routers, stay float32
         weight.data = weight.data.to(written)
     changes = {"tie_word_embeddings": False} if was_tied and not _is_tied(merged) else {}
     write_weights(folder, merged, merged.state_dict() | ignored_tensors(merged, base, written), base, changes)
@@ -241,7 +241,7 @@ def write_mean(folder: Path, members: Sequence[tuple[float, Path]], dtype: torch
                 expected=f"a model as in {first}",
                 remedy="name models that were trained from the same model",
             )
-        for name, total in mean.items():  # not in place: `base` shares float32 weights
+        for name, total in mean.items():  # not in place: `mean` and `base` share float32 weights
             mean[name] = total + coefficient * (other[name].float() - base[name].float())
     mean = {name: weight.to(dtype or base[name].dtype) for name, weight in mean.items()}
     ignored = shutil.ignore_patterns("*.safetensors*", "README.md")

@@ -19,7 +19,7 @@ _STOPS = "eos_token_id"
 
 
 def find_stop_ids(tokenizer: Tokenizer, data: DataConfig, folder: Path, key: str) -> frozenset[int]:
-    """Return the ids of all tokens that end a response in training or by the model's folder; may raise."""
+    """Return the ids of tokens that end a response in training or by the model's folder; an error if none."""
     stop_ids = frozenset({*folder_stops(folder), *trained_stops(tokenizer, data)})
     if not stop_ids:
         raise ConfigError(
