@@ -66,7 +66,7 @@ class FillReport:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields of summary.json."""
+        """Return the report's fields of the section `reference` in summary.json."""
         return {**vars(self), "seconds": round(self.seconds, 3), "damaged": sorted(self.damaged)}
 
 
@@ -152,7 +152,7 @@ class StoreFiller:
             yield has_waited
 
     def _compute(self, dataset: PreferenceDataset, missing: Indices, progress: FillProgress) -> FillReport:
-        """Score responses in rounds; while one is scored, the previous one is written."""
+        """Score responses in rounds; while a round is scored, the round before it is written."""
         started, done, is_stopped = time.monotonic(), 0, False
         score, written, stored = self.load_scorer(), set[str](), 0
         pairs_per_round = max(1, self.entries_per_shard // 2) * self.world.replicas
@@ -220,9 +220,9 @@ class StoreFiller:
     ) -> tuple[Keys, list[StoredLogps], bool]:
         """Score this rank's micro-batches of a round, the same number on every rank (law L2). Collective.
 
-        `progress` is called with the share of the round that is done. Returns the keys of its responses,
-        uint64 [n, 2], their log-probs, and whether the fill must stop. Only the first rank of a replica
-        returns responses.
+        `progress` is called with the share of the round that is done. Returns the keys of this rank's
+        responses, uint64 [n, 2], their log-probs, and whether the fill must stop. Only the first rank of a
+        replica returns responses.
         """
         world = self.world
         responses = [sum(len(part.responses) for part in parts) for parts in micro_batches]

@@ -124,7 +124,7 @@ class Shard:
 
     @cached_property
     def values(self) -> StoredLogps:
-        """The log-probs of all entries, float32 [tokens]; safetensors writes narrow dtypes last."""
+        """The log-probs of all entries, float32 [tokens]. They end the file: narrow dtypes come last."""
         import torch  # noqa: PLC0415  (slow, and `dpo-dist store info` reads no values)
 
         # `numpy.memmap` would keep the file open, and a store may have thousands of shards.
@@ -172,13 +172,13 @@ def open_shard(file: Path) -> Shard | None:
 
 
 class LogpStore:
-    """Log-probs of responses by key, of one fingerprint, or of further ones that fill its gaps.
+    """Log-probs of responses by key, from one fingerprint or several; the first that has a key counts.
 
     An entry has one float32 value per completion token, including the end-of-turn token. Keys are uint64
     [n, 2] (`batching.example.response_key`). Opening a store reads everything except the values.
 
     Attributes:
-        fingerprints: the first is the one to which `write` adds entries; earlier ones are preferred.
+        fingerprints: `write` adds entries to the first one; entries of earlier ones are preferred.
         shards: names of the opened shards, relative to `root` (`reference.store`).
         damaged: names of the shards that could not be opened, or had damaged values when read.
     """

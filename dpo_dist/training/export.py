@@ -119,9 +119,8 @@ def export_checkpoint(
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder.parent)  # what killed exports left would fill the disk
     with writing_errors(folder), staged_folder(folder, replaces=replaces) as temporary:
-        weights = (
-            _untrained_tensors(causal_lm, config.model, dtype) if is_whole else {}
-        )  # first, while no other weights are in memory: it reads the whole base
+        # First, while no other weights are in memory: this reads the whole base.
+        weights = _untrained_tensors(causal_lm, config.model, dtype) if is_whole else {}
         weights |= {name: read(name) for name in saved.shapes}
         if is_whole:
             write_weights(temporary, causal_lm, weights, base)
@@ -156,7 +155,7 @@ def checkpoint_as_model(
     if not written.is_dir():
         say(f"writing the weights of {checkpoint} as a model folder")
         config = from_yaml(existing_run(trained).config.read_text(encoding="utf-8"))
-        # Not the run's own setting: the configuration of another run could run code of the base model.
+        # Not that run's own setting: its configuration could run code that the caller does not trust.
         export_checkpoint(
             checkpoint, written, replace(config, model=replace(config.model, trust_remote_code=trusts_code))
         )

@@ -54,7 +54,7 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
         )
     if takes_best:
         summary["model_step"] = step
-        # Not always `keep_best`: a start that only writes the model may have another one than the training.
+        # A start that only writes the model may have another `keep_best` than the start that trained.
         metric = run.config.trainer.keep_best if best is None else best.metric
         run.say(f"the weights of step {step} of {position.step} are the model, by {metric}")
         if best is None:

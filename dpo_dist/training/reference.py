@@ -33,7 +33,7 @@ from dpo_dist.training.start.open_run import Run, open_run, say_header
 from dpo_dist.training.steps.step import Objective
 
 _CHECKED_PAIRS = 16
-# Largest mean drift of a response's tokens, in nats.
+# Largest accepted difference of stored and new log-probs, in nats, in the mean of a response's tokens.
 _TOLERANCE = {Dtype.fp32: 1e-4, Dtype.fp16: 2e-2, Dtype.bf16: 5e-2}
 
 
@@ -121,7 +121,7 @@ class Reference:
     """A run's reference: where its log-probs come from, and the report about them."""
 
     provider: ReferenceProvider
-    is_policys_start: bool  # in the same precision
+    is_policys_start: bool  # same model, same precision: before step 0, both give the same log-probs
     report: dict[str, Any]  # the section `reference` of summary.json
 
 

@@ -270,7 +270,11 @@ def _load_models(
 
 
 def _free(engine: Engine, world: World, error: type[BaseException] | None, *_: Any) -> None:
-    """Free an engine; not after an error of several ranks: it would wait for a rank that ends."""
+    """Free an engine.
+
+    With several ranks, skip this after an error: freeing is collective and would wait for a rank that is
+    exiting.
+    """
     if error is None:
         engine.free()
     elif world.size == 1:

@@ -406,7 +406,7 @@ class CheckpointSaver:
         self._damaged.clear()
 
     def resume(self, folder: Path, best_step: int | None) -> None:
-        """Name the last and best checkpoints and delete old ones, as a kill may have prevented. Collective.
+        """Update `latest` and `best` and delete old checkpoints, which a kill may have prevented. Collective.
 
         `folder` is the checkpoint to resume from: newer ones are damaged. `best_step` is the step of the best
         checkpoint.

@@ -58,7 +58,7 @@ class VarlenAttention:
 
     @cached_property
     def _key_indices(self) -> Tensor:
-        """Return the indices of all segments' keys in the packed sequence; every segment has its prompt."""
+        """Return the key indices of all segments in the packed sequence; a prompt is in all its segments."""
         indices: list[npt.NDArray[np.int64]] = []
         start = 0
         for prompt, first, *rest in self.layout:

@@ -31,7 +31,7 @@ MetricsRow = dict[str, float]
 
 _SPEED = ("step_seconds", "pairs_per_second", "tokens_per_second", *(f"time/{phase}" for phase in PHASES))
 _OTHERS = ("mfu", "memory/peak_allocated_bytes", "memory/peak_reserved_bytes", "bad_steps", "loss_spikes")
-# Metrics whose best value a tracker's summary has; summary.json has those of `_BEST`.
+# A tracker's summary has the best values of these metrics, summary.json only those of `_BEST`.
 METRICS_WITH_BEST = ("loss", *(PREFIX + key for key in MAIN))
 _BEST = ("eval_loss", *(PREFIX + key for key in ACCURACIES))
 _FINAL = (*PAIR_METRICS, *TERMS.values(), AUC, MISMATCH)
@@ -41,7 +41,7 @@ _EQUAL = 1e-9  # relative difference of means that only rounding makes different
 
 
 def csv_columns(plan: MetricPlan | None = None) -> tuple[str, ...]:
-    """Return the columns of a new CSV file; the plan of a loss for labelled records has their metrics."""
+    """Return the columns of a new CSV file: with `plan` those of its loss, else those of a loss for pairs."""
     measured = PAIR_METRICS
     if plan is not None and plan.loss.terms:
         measured += tuple(TERMS[kind] for kind in plan.loss.kinds)
@@ -100,10 +100,10 @@ class MetricsLog:
             csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
 
     def save(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Write both files, and `summary.json`, each whole or not at all. JSON has null for nan and infinity.
+        """Write rows as JSON and CSV, and `summary.json` if given; each file whole or not at all.
 
-        Call it before a checkpoint of the same step is committed: a run that resumes from the checkpoint
-        needs all rows. Raises OSError if the run directory was moved away.
+        JSON has null for nan and infinity. Call this before a checkpoint of the same step is committed: a run
+        that resumes from the checkpoint needs all rows. Raises OSError if the run directory was moved away.
         """
         self.folder.metrics.stat()
         lines = ",\n".join(json.dumps(for_json(row)) for row in self.rows)
@@ -176,7 +176,7 @@ def best_rows(rows: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, Mappin
 
 
 def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, MetricsRow]:
-    """Return, by source, the last value of each of `GROUP_METRICS`, with `eval_` those of evaluations.
+    """Return, by source, the last values of `GROUP_METRICS`; those of evaluations begin with `eval_`.
 
     Empty for a run with one source.
     """

@@ -120,8 +120,8 @@ class WandbRun:
                 save_code=False,
                 disable_git=True,
                 stop_fn=tracked.stop,
-                x_disable_meta=without_secrets(sys.argv)
-                != sys.argv,  # the metadata have the command as typed
+                # wandb's metadata would have the command with its secrets.
+                x_disable_meta=without_secrets(sys.argv) != sys.argv,
                 x_transaction_log_flush_interval=1.0,  # seconds; a killed offline run loses rows of this time
             ),
         }
@@ -173,13 +173,13 @@ class WandbRun:
                 for sample in samples
             ]
             values[SAMPLES] = wandb.Table(columns=list(samples[0]), data=cells, allow_mixed_types=True)
-        # Online, wandb knows its number from the server.
+        # Online, wandb gets the row's number from the server.
         self.run.log(values, step=number if self._is_offline else None, commit=True)
         self._received = log_position(row)
         files.write_text(self._sent, json.dumps(self._received))
 
     def _close(self, outcome: str, summary: Fields) -> None:
-        # wandb has values of the last start only. Not `step`: wandb's own axis can be ahead of the rows.
+        # wandb itself knows rows of the last start only. Not `step`: wandb's axis can be ahead of the rows.
         last = {wandb_name(key): value for row in self._rows for key, value in row.items() if key != "step"}
         best = {f"best/{wandb_name(key)}": row[key] for key, row in best_rows(self._rows)}
         self.run.summary.update({**last, **best, **without_secrets(summary)})

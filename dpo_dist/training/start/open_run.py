@@ -72,9 +72,8 @@ class Run:
         """Call `work` on rank 0 to write files of the run; return its result on all ranks. Collective."""
 
         def work_in_folder() -> T:
-            if (
-                not self.folder.path.is_dir()
-            ):  # moved or unmounted: writing would create it again, without a part
+            # Moved or unmounted: writing would create a new folder, which lacks all earlier files.
+            if not self.folder.path.is_dir():
                 raise FileNotFoundError(errno.ENOENT, "the run directory is missing", str(self.folder))
             return work()
 

@@ -189,7 +189,7 @@ class Loop:
     def _say_skipped(
         self, ready: ReadyStep, totals: StepTotals, position: Position, *, overflow: bool
     ) -> None:
-        """Print why a step was skipped, of a bad step with its pairs. Collective: pairs are scored again."""
+        """Print why a step was skipped; write the pairs of a bad step, which are scored again. Collective."""
         step, scale, file = position.step, self.policy.loss_scale, self.run.folder.bad_step(position.step)
         if overflow and scale is not None:
             why = f"gradients overflow in fp16; the loss scale falls to {scale.value:g}"
@@ -264,11 +264,10 @@ class Loop:
         self._record(position, named, margins)
 
     def is_over(self, position: Position) -> bool:
-        """Return whether the run ends after this step: the last one, or `trainer.patience` is used up."""
+        """Return whether the run ends after this step: the last one, or `trainer.patience` is reached."""
         trainer, best = self.run.config.trainer, position.best
-        is_known = (
-            best is not None and best.metric == trainer.keep_best
-        )  # an earlier start may have had another
+        # An earlier start may have had another `keep_best`, by which `stale_evaluations` counted.
+        is_known = best is not None and best.metric == trainer.keep_best
         is_stale = is_known and position.stale_evaluations >= (trainer.patience or math.inf)
         return is_stale or position.step == self.inputs.sampler.steps
 

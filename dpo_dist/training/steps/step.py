@@ -266,7 +266,7 @@ def train_step(
         loss = _nan_unless_finite(loss, pairs.policy.chosen) / rank_batch.pairs
         slopes += torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         sums = batch_sums if world.is_main else sums
-        objective = replace(objective, reference=ReferenceProvider())  # the slopes include the reference
+        objective = replace(objective, reference=ReferenceProvider())  # the reference is already in `slopes`
     clock.enter("forward")
     routers = None
     if objective.router is not None:
@@ -321,8 +321,8 @@ def _with_label_metrics(
 def _nan_unless_finite(loss: Tensor, logps: Tensor) -> Tensor:
     """Return `loss` with a gradient of nan if the loss is not finite, so that no rank applies the update.
 
-    Without this, a pair with an infinite loss can have a gradient of 0. `logps`: log-probs that get the
-    gradient.
+    Otherwise a pair with an infinite loss could have a gradient of 0, and the update would be applied.
+    `logps`: log-probs that get the gradient.
     """
     return loss + torch.where(loss.detach().isfinite(), 0.0, torch.nan) * logps.sum()
 
