@@ -112,7 +112,7 @@ def _beta_wrong(facts: RunFacts) -> Iterator[str]:
         then = RunFacts(facts.steps[:at], facts.summary).margin_nats() or 0.0
         if abs(then) <= 5:
             yield (
-                f"loss.beta={digits(beta)} is too large: the loss is used up ({losses}) from step "
+                f"loss.beta={digits(beta)} is too large: the loss has almost vanished ({losses}) from step "
                 f"{facts.steps[at - 1]['step']:.0f} on, when {change} {then:.2g} nats only"
             )
     elif beta >= 1 and end > 1.2 * untrained and abs(nats) <= 10:
