@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 from benchmarks.runs import Result, Run
 from benchmarks.setting import ORDER, Setting, overrides
-from benchmarks.weigh import build_and_weigh, peak, reserved
+from benchmarks.weigh import build_and_weigh, peak, peak_reserved
 
 
 @dataclass
@@ -77,7 +77,7 @@ def main() -> None:
     measured = _train_with_trl(run, out) if run.variant.startswith("trl") else _train(run, out / "run")
     meters = ("training", "reference", "whole")
     result = vars(measured) | {name: vars(getattr(measured, name)) for name in meters}
-    result |= {"peak_bytes": peak(), "reserved_bytes": reserved()}
+    result |= {"peak_bytes": peak(), "reserved_bytes": peak_reserved()}
     (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))
 
 

@@ -56,7 +56,7 @@ def peak() -> int:
     return int(line.split()[1]) * 1024
 
 
-def reserved() -> int:
+def peak_reserved() -> int:
     """Return the peak bytes of the GPU's allocator, including unused fragments; 0 without a GPU."""
     import torch
 

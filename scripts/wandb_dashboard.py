@@ -45,7 +45,7 @@ class Panel:
         return [name for name in self.metrics if name not in logged] + ([self.pattern] if unmatched else [])
 
 
-def _both(name: str) -> tuple[str, str]:
+def _steps_and_evaluations(name: str) -> tuple[str, str]:
     """Return a metric's W&B names: of steps and of evaluations."""
     return f"train/{name}", f"eval/{name}"
 
@@ -57,9 +57,9 @@ def _sides(name: str, where: str = "train") -> tuple[str, str]:
 
 SECTIONS: dict[str, tuple[Panel, ...]] = {
     "Preference": (
-        Panel("Loss", _both("loss")),
-        Panel("Accuracy: chosen above rejected", _both("rewards/accuracies")),
-        Panel("Margin of rewards", _both("rewards/margins")),
+        Panel("Loss", _steps_and_evaluations("loss")),
+        Panel("Accuracy: chosen above rejected", _steps_and_evaluations("rewards/accuracies")),
+        Panel("Margin of rewards", _steps_and_evaluations("rewards/margins")),
         Panel("Rewards", _sides("rewards/{}")),
         Panel("Rewards, evaluation", _sides("rewards/{}", "eval"), needs="evaluations"),
         Panel("Accuracy by source", pattern="^eval/rewards/accuracies/.", needs="sources"),

@@ -120,7 +120,7 @@ class StoreFiller:
         if not len(missing):
             return report
         self.world.together(self.store.check_writable)
-        with self._locked() as has_waited:
+        with self._lock_store() as has_waited:
             if has_waited:
                 missing, report, self.shards = self.world.on_main(survey)
             self.world.on_main(lambda: remove_abandoned(self.store.folder))
@@ -132,7 +132,7 @@ class StoreFiller:
         return self.world.together(lambda: LogpStore.open(root, fingerprints, self.shards))
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[bool]:
+    def _lock_store(self) -> Iterator[bool]:
         """Lock this fingerprint against other jobs; yield whether another job held the lock before."""
         with contextlib.ExitStack() as lock:
 

@@ -86,7 +86,7 @@ def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
         return None
 
 
-def known_fingerprints(root: Path) -> list[ReferenceFingerprint]:
+def read_fingerprints(root: Path) -> list[ReferenceFingerprint]:
     """Return the fingerprints in a store whose `space.json` can be read; none if `root` is not a store."""
     return list(filter(None, map(read_fingerprint, sorted(root.glob("*")))))
 

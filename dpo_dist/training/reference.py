@@ -190,7 +190,7 @@ def _reference_from_store(
     provider = ReferenceProvider(store=filler.open_filled())
     if engines and not is_checked:
         objective, score = Objective(config.loss, provider), load_scorer()
-        report["drift"] = check_drift(run, score, objective, *inputs.visited[0], filler.costs)
+        report["drift"] = check_drift(run, score, objective, *inputs.datasets_to_score[0], filler.costs)
         drift = describe_drift(report["drift"])
         run.say(f"reference check passed: stored and newly computed log-probs are {drift}")
     for engine in engines:
@@ -204,7 +204,7 @@ def _reference_from_store(
 
 def _fill(run: Run, inputs: EvaluationInputs, filler: StoreFiller) -> FillReport:
     filled = FillReport()
-    for dataset, indices in inputs.visited:
+    for dataset, indices in inputs.datasets_to_score:
         with run.console.progress("reference: scoring responses", run.config.loss.unit) as progress:
             filled += filler.fill(dataset, indices, progress)
     took = f", in {duration(filled.seconds)}" if filled.computed else ""

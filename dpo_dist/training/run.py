@@ -218,7 +218,7 @@ def _set_up(
         if reference.is_policys_start:
             policy.train(False)
             with run.console.heartbeat("comparing the log-probs of policy and reference"):
-                drift = check_drift(run, policy.token_logps, objective, *inputs.visited[0], costs)
+                drift = check_drift(run, policy.token_logps, objective, *inputs.datasets_to_score[0], costs)
             run.say(f"step-0 check passed: log-probs of policy and reference are {describe_drift(drift)}")
             report = {**report, "drift": drift}
     run.stops.check()

@@ -81,7 +81,7 @@ def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objecti
     config, world, console = run.config, run.world, run.console
     run.say(f"evaluating {entry.path}")
     model, running, commit = load_evaluated(run, entry, inputs)
-    ((dataset, every),) = inputs.visited
+    ((dataset, every),) = inputs.datasets_to_score
     costs = replace(compute_costs(inputs.flops), arrangement=model.model.arrangement)
     means, values = evaluate(model, objective, run.shard(dataset, every, costs), world, running)
 

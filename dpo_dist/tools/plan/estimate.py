@@ -189,7 +189,7 @@ class Estimate:
         tokens = sampling_for("train", self.config.sampling).max_new_tokens
         if not self._is_sharded or samples.prompts == 0 or not self.config.data.eval_sources:
             return 0.0
-        has_room = 2 * self.whole < self.machine.memory - self.needs.used(0)
+        has_room = 2 * self.whole < self.machine.memory - self.needs.total_bytes(0)
         gathers = 1 if has_room else tokens
         # The reference responds once, the policy at each evaluation or at the last one only.
         evaluations = 1 + (math.ceil(self.steps / every) if every and samples.prompts else 1)

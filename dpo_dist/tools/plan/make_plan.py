@@ -57,7 +57,7 @@ def make_plan(config: RunConfig, progress: _Progress) -> Plan:
     data = planned_data(config.plan, config.data, config.model, config.loss, progress)
     machine, causal_lm = choose_machine(config.plan, config.model.dtype), _without_weights(config.model)
     found = estimate(config, data, machine, causal_lm)
-    parts, used = found.needs.parts, found.needs.used(found.micro_batch)
+    parts, used = found.needs.parts, found.needs.total_bytes(found.micro_batch)
     activations = used - sum(parts.values())
     rows = [*parts.items(), (f"{found.micro_batch:,} tokens", activations)]
     rows.append((f"in all, of {size(machine.memory)}, of which a tenth stays free", used))

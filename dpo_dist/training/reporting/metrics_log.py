@@ -160,7 +160,7 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
             last = measured[-1]
             final[f"{prefix}step"] = last["step"]
             final |= {prefix + key: last[prefix + key] for key in _FINAL if prefix + key in last}
-            shown = (*_grouped(prefix), prefix + CUSTOM)
+            shown = (*_group_prefixes(prefix), prefix + CUSTOM)
             final |= {key: value for key, value in last.items() if key.startswith(shown)}
     best = {key: {"value": row[key], "step": row["step"]} for key, row in best_rows(rows) if key in _BEST}
     return {"final": final, "best": best}
@@ -184,14 +184,14 @@ def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, MetricsR
     by_source: dict[str, MetricsRow] = {}
     for prefix in ("", PREFIX):
         percentiles = {prefix + key for key in MARGIN_PERCENTILES}
-        for metric in _grouped(prefix):
+        for metric in _group_prefixes(prefix):
             for key, value in last.items():
                 if key.startswith(metric) and key not in percentiles:
                     by_source.setdefault(key.removeprefix(metric), {})[metric.removesuffix("/")] = value
     return by_source
 
 
-def _grouped(prefix: str) -> tuple[str, ...]:
+def _group_prefixes(prefix: str) -> tuple[str, ...]:
     return tuple(f"{prefix}{metric}/" for metric in GROUP_METRICS)
 
 

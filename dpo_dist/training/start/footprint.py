@@ -61,7 +61,7 @@ class Footprint:
 
     def fits(self, tokens: int, memory: float) -> bool:
         """Return whether micro-batches of `tokens` leave a tenth of `memory` bytes free."""
-        return self.used(tokens) <= (1 - _KEPT_FREE) * memory
+        return self.total_bytes(tokens) <= (1 - _KEPT_FREE) * memory
 
     def largest_micro_batch(self, memory: float) -> int | None:
         """Return how many tokens fit into nine tenths of `memory` bytes; None if not known."""
@@ -70,7 +70,7 @@ class Footprint:
         room = (1 - _KEPT_FREE) * memory - sum(self.parts.values())
         return max(0, min(_MOST_TOKENS, int(room / self.per_token) // _TOKENS_MULTIPLE * _TOKENS_MULTIPLE))
 
-    def used(self, tokens: int) -> float:
+    def total_bytes(self, tokens: int) -> float:
         """Return the bytes of training with micro-batches of `tokens`, as far as they are known."""
         return sum(self.parts.values()) + tokens * (self.per_token or 0.0)
 
@@ -136,7 +136,7 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
         return
     if run.config.trainer.micro_batch_tokens == "auto":
         run.micro_batch_tokens = max(tokens, _TOKENS_MULTIPLE)
-    fit = f"about {size(needs.used(run.micro_batch_tokens))} of {size(memory)} on each GPU"
+    fit = f"about {size(needs.total_bytes(run.micro_batch_tokens))} of {size(memory)} on each GPU"
     if not needs.fits(max(run.micro_batch_tokens, run.config.data.max_length), memory):
         fit = (
             f"warning: {fit}: the longest pair may not fit; `dpo-dist plan plan.suggest=true` "

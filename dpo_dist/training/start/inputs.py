@@ -71,7 +71,7 @@ class EvaluationInputs:
     eval_set: PreferenceDataset | None
 
     @property
-    def visited(self) -> list[tuple[PreferenceDataset, Indices]]:
+    def datasets_to_score(self) -> list[tuple[PreferenceDataset, Indices]]:
         """Each dataset with its indices that are scored; the training dataset is first."""
         if self.eval_set is None:
             return []
@@ -86,19 +86,19 @@ class Inputs(EvaluationInputs):
     sampler: BatchSampler
 
     @property
-    def named(self) -> dict[str, PreferenceDataset]:
+    def datasets(self) -> dict[str, PreferenceDataset]:
         """The datasets by name: `train`, and `eval` if the run has evaluation data."""
         return {"train": self.train_set} | ({} if self.eval_set is None else {"eval": self.eval_set})
 
     @property
     def counts(self) -> dict[str, Any]:
         """The section `data` of summary.json: the counts of each dataset."""
-        return {name: dataset.counts for name, dataset in self.named.items()}
+        return {name: dataset.counts for name, dataset in self.datasets.items()}
 
     @property
-    def visited(self) -> list[tuple[PreferenceDataset, Indices]]:
+    def datasets_to_score(self) -> list[tuple[PreferenceDataset, Indices]]:
         """Each dataset with its indices that are scored; the training dataset is first."""
-        return [(self.train_set, self.sampler.visited_indices()), *super().visited]
+        return [(self.train_set, self.sampler.visited_indices()), *super().datasets_to_score]
 
 
 def identify(run: RunIdentity, inputs: Inputs) -> Identity:
@@ -133,7 +133,7 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
     eval_set = None if eval_set is None else _with_labels_and_partners(run, eval_set)
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
     inputs = Inputs(**vars(models) | {"eval_set": eval_set}, train_set=train_set, sampler=sampler)
-    for name, dataset in inputs.named.items():
+    for name, dataset in inputs.datasets.items():
         for line in describe_counts(name, dataset.counts):
             run.say(line)
         if labels := dataset.counts.get("labels"):

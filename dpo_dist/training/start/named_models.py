@@ -105,10 +105,12 @@ def find_evaluation_models(config: RunConfig) -> tuple[RunConfig, list[Evaluated
     data = replace(data, train=[]) if data.eval else data
     config = replace(config, data=data, reference=reference)
     check_has_evaluation_data(config.data, "evaluate models on")
-    return config, [_evaluated(model, RunFolder.from_config(config)) for model in config.evaluation.models]
+    return config, [
+        _find_evaluation_model(model, RunFolder.from_config(config)) for model in config.evaluation.models
+    ]
 
 
-def _evaluated(model: str | None, run: RunFolder) -> EvaluatedModel:
+def _find_evaluation_model(model: str | None, run: RunFolder) -> EvaluatedModel:
     if model is None and not run.model.is_dir():
         pairs = "its name depends on data.eval: to evaluate on other pairs, set evaluation.data"
         raise no_model_error(run, EVALUATION_MODEL_KEY, f"set run.dir to a complete run ({pairs})")

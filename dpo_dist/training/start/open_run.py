@@ -71,14 +71,14 @@ class Run:
     def write(self, work: Callable[[], T]) -> T:
         """Call `work` on rank 0 to write files of the run; return its result on all ranks. Collective."""
 
-        def guarded() -> T:
+        def work_in_folder() -> T:
             if (
                 not self.folder.path.is_dir()
             ):  # moved or unmounted: writing would create it again, without a part
                 raise FileNotFoundError(errno.ENOENT, "the run directory is missing", str(self.folder))
             return work()
 
-        return self.world.on_main(guarded)
+        return self.world.on_main(work_in_folder)
 
 
 def join(

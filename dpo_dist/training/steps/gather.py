@@ -15,7 +15,7 @@ from dpo_dist.distributed.processes.world import World
 from dpo_dist.objective.metrics import ScoredPairs
 
 
-def gather_scored(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World) -> ScoredPairs:
+def gather_pairs(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World) -> ScoredPairs:
     """Return all pairs of the global batch in its order, the same on every rank; collective.
 
     `scored`: this rank's micro-batches, without a graph; the loss uses no rankings.

@@ -21,7 +21,7 @@ from dpo_dist.foundation.text import first_few
 from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.metrics import AUC, MARGIN_PERCENTILES, MetricPlan
 from dpo_dist.training.reporting.metrics_log import MetricsRow, is_collapsed, logps_by_side, loss_before_spike
-from dpo_dist.training.steps.gather import gather_scored, in_batch_order
+from dpo_dist.training.steps.gather import gather_pairs, in_batch_order
 from dpo_dist.training.steps.state import BestCheckpoint, Health, Position
 from dpo_dist.training.steps.step import Objective, ReadyStep, StepTotals
 
@@ -158,7 +158,7 @@ def pair_losses(
     facts = objective.facts(policy, rank_batch, ready.partners, world, running)
     scored = list(objective.score(policy, ready.batches, facts, world.device))
     if loss.is_coupled:
-        scored = [gather_scored(scored, rank_batch, world)]
+        scored = [gather_pairs(scored, rank_batch, world)]
     losses = [preference_loss(pairs.policy, pairs.reference, loss, pairs.facts) for pairs in scored]
     if loss.is_coupled:
         return losses[0].tolist()

@@ -47,7 +47,7 @@ from dpo_dist.objective.router import BUSIEST, RouterLoss, selections
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.clock import Phase, StepClock
-from dpo_dist.training.steps.gather import gather_scored, in_batch_order, on_device
+from dpo_dist.training.steps.gather import gather_pairs, in_batch_order, on_device
 
 _BATCHES_AHEAD = 4
 
@@ -260,7 +260,7 @@ def train_step(
         policy.train(False)
         with torch.no_grad():
             known = list(objective.score(policy, step.batches, facts, device, clock.enter))
-        pairs = gather_scored(known, rank_batch, world)
+        pairs = gather_pairs(known, rank_batch, world)
         leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
         loss, batch_sums = objective.measure(pairs, plan)  # of the whole batch, on every rank
         loss = _nan_unless_finite(loss, pairs.policy.chosen) / rank_batch.pairs
@@ -395,7 +395,7 @@ def evaluate(
             else:
                 sums += objective.measure(pairs, plan)[1]
     if objective.loss.is_coupled:
-        _, batch_sums = objective.measure(gather_scored(scored, rank_batch, world), plan)
+        _, batch_sums = objective.measure(gather_pairs(scored, rank_batch, world), plan)
         sums = batch_sums if world.is_main else sums
     parts = [torch.stack([*part.values()]) for part in values]
     table = in_batch_order(parts, rank_batch, world).float().cpu().numpy()

@@ -58,7 +58,7 @@ def test_micro_batches_fill_nine_tenths_of_what_is_left(processes: int) -> None:
     assert needs.per_token is not None
     memory = (sum(needs.parts.values()) + 1000 * needs.per_token) / 0.9
     assert needs.largest_micro_batch(memory) == 768, "a multiple of 256"
-    assert needs.used(1000) == pytest.approx(0.9 * memory)
+    assert needs.total_bytes(1000) == pytest.approx(0.9 * memory)
     assert needs.largest_micro_batch(0.5 * memory) == 0
     assert needs.fits(1000, 1.001 * memory)
     assert not needs.fits(1001, memory)

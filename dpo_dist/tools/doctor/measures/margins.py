@@ -12,7 +12,7 @@ from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import ModelConfig, ReferenceConfig, ReferenceMode
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.model.files.folder import description_folder, start_folder
-from dpo_dist.reference.store import LogpStore, StoredLogps, known_fingerprints
+from dpo_dist.reference.store import LogpStore, StoredLogps, read_fingerprints
 from dpo_dist.tools.doctor.measures.sources import distribution
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.shared.findings import Finding
@@ -76,7 +76,7 @@ def find_stored(policy: ModelConfig, reference: ReferenceConfig) -> LogpStore | 
     weight files are digested, unless the store has cached their digests. A missing store is not created.
     """
     root = Path(reference.store)
-    stored = known_fingerprints(root)
+    stored = read_fingerprints(root)
     if not stored:
         return None
     # Imports DeepSpeed, which takes seconds.
