@@ -96,6 +96,7 @@ def walk(
         world.accelerator._models.clear()
         world.accelerator._optimizers.clear()
         gc.collect()
+        gc.freeze()  # each engine collects, among the modules of all models so far
     return found
 
 
