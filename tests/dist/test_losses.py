@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.loss_options import BcoDelta, BcoPairOptions
@@ -27,10 +25,10 @@ from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums, PairValues
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.steps.step import Objective, evaluate, train_step
-from tests.dist.scenario import Assets, RowsAtHand, load_policy, load_reference
+from tests.dist.scenario import Assets, load_policy, load_reference
 from tests.support import tiny
 from tests.support.masks import add_masks
-from tests.support.packing import COSTS, plain_logps
+from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks
 
 RECORDS = 11
@@ -153,48 +151,17 @@ WITH_SHARED_TOKENS = ("beta_dpo, js, wpo", "sigmoid, ld_alpha, wpo", "masked sft
 WITH_SHARED_TOKENS += ("masked plackett_luce", "masked kto")
 
 
-def plain_reference(assets: Assets, data: Data) -> dict[str, dict[bytes, np.ndarray]]:
-    """Return for each case the reference's log-probs of responses and partners, by transformers alone."""
-    model = AutoModelForCausalLM.from_pretrained(assets.reference, dtype=torch.float32)
-    whole: dict[bytes, np.ndarray] = {}
-
-    def rows_of(dataset: PreferenceDataset) -> Iterator[tuple[bytes, np.ndarray]]:
-        for row in range(len(dataset)):
-            for which, place in enumerate(dataset.response_range(row)):
-                key, example = dataset.keys[place].tobytes(), dataset.example(row, (which,), masked=True)
-                if key not in whole:
-                    with torch.no_grad():
-                        whole[key] = plain_logps(model, [example]).numpy()
-                yield key, whole[key][example.trained[0]] if example.trained else whole[key]
-
-    return {name: dict(rows_of(dataset_of(name, data))) for name in CASES}
-
-
 def trajectories(
-    assets: Assets,
-    data: Data,
-    at_hand: dict[str, dict[bytes, np.ndarray]],
-    budget: int,
-    names: Iterable[str],
-    world: World,
-    _folder: Path,
+    assets: Assets, data: Data, budget: int, names: Sequence[str], world: World, _folder: Path
 ) -> dict[str, Any]:
-    """Return for each case the metrics and gradient norm of each step, and an evaluation at the end.
-
-    The reference is live where nothing is at hand.
-    """
+    """Return for each case the metrics and gradient norm of each step, and an evaluation at the end."""
     config = assets.config(assets.policy)
-    live = None if at_hand else ReferenceProvider(engine=load_reference(assets.reference, config, world))
-
-    def steps(name: str) -> list[dict[str, float]]:
-        reference = live or RowsAtHand({key: torch.from_numpy(row) for key, row in at_hand[name].items()})
-        return list(_trajectory(config, reference, name, data, budget, world))
-
-    return {name: steps(name) for name in names}
+    reference = ReferenceProvider(engine=load_reference(assets.reference, config, world))
+    return {name: list(_trajectory(config, reference, name, data, budget, world)) for name in names}
 
 
 def _trajectory(
-    config: RunConfig, reference: Any, name: str, data: Data, budget: int, world: World
+    config: RunConfig, reference: ReferenceProvider, name: str, data: Data, budget: int, world: World
 ) -> Iterator[dict[str, float]]:
     loss, times = CASES[name], WEIGHTS if name.endswith("repeated") else np.ones_like(WEIGHTS)
     dataset = dataset_of(name, data)
@@ -249,16 +216,11 @@ def assert_labelled(evaluation: dict[str, float]) -> None:
 
 
 def test_losses_train_the_same_on_one_rank_and_on_two(assets: Assets, data: Data, tmp_path: Path) -> None:
-    at_hand = plain_reference(assets, data)
-
-    whole, parts, shared = (
-        partial(trajectories, assets, data, *more)
-        for more in ((at_hand, 8192, [*CASES]), (at_hand, 256, [*CASES]), ({}, 256, WITH_SHARED_TOKENS))
-    )
-    (alone,) = run_ranks(whole, 1, tmp_path / "one", seconds=300)
-    pair = run_ranks(parts, 2, tmp_path / "two", seconds=300)
-    kind = ParallelismConfig(ParallelismKind.zero2, sequence_parallel=2)
-    pair += run_ranks(shared, 2, tmp_path / "shared", kind)
+    every, some = list(CASES), WITH_SHARED_TOKENS
+    (alone,) = run_ranks(partial(trajectories, assets, data, 8192, every), 1, tmp_path / "one", seconds=300)
+    pair = run_ranks(partial(trajectories, assets, data, 128, every), 2, tmp_path / "two", seconds=300)
+    shared = ParallelismConfig(ParallelismKind.zero2, sequence_parallel=2)
+    pair += run_ranks(partial(trajectories, assets, data, 128, some), 2, tmp_path / "shared", shared)
     assert set(alone) == set(CASES)
     for of_rank in pair:
         for name, steps in of_rank.items():
