@@ -12,17 +12,7 @@ from dpo_dist.config.load import load_points
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.files import locked
 from tests.e2e.conftest import small_run
-from tests.support.launch import (
-    TWO_PROCESSES,
-    history,
-    run_state,
-    run_verb,
-    running,
-    summary,
-    train,
-    wait_until,
-)
-from tests.support.parent import started_parent
+from tests.support.launch import history, run_state, run_verb, running, summary, train, wait_until
 
 GRID = ["loss.kind=sigmoid,ipo", "optim.lr=1e-4,1e30"]
 
@@ -98,7 +88,7 @@ def test_points_have_processes_of_a_launcher_and_jobs_of_an_array(
 ) -> None:
     common = [word for word in small_run(assets, tmp_path) if not word.startswith("run.dir=")]
     root = tmp_path / "root"
-    launcher = f"{sys.executable} -m tests.support.warm_launcher {started_parent()} {TWO_PROCESSES}"
+    launcher = f"{sys.executable} -m dpo_dist launch --config_file launch/accelerate/cpu_2.yaml"
     command = [*common, f"run.root={root}", "trainer.seed=range(3)", f"sweep.launcher='{launcher}'"]
     array = {"ID": "6", "MIN": "4", "MAX": "8", "STEP": "2", "COUNT": "3"}  # --array=4-8:2
     for name, value in array.items():
