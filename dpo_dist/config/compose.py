@@ -64,7 +64,7 @@ def parse_overrides(words: Iterable[str]) -> tuple[list[Override], list[str]]:
             elif not set(value) & set("[]{}\"',\\") and value == value.strip():
                 value = f'"{value}"'
             override = _parsed(f"{key}={value}")
-        # A package of Hydra, `loss@x=ipo`, would change nothing.
+        # `loss@x=ipo` puts the preset into a package of Hydra, x, and would change nothing in `loss`.
         if override is None or not override.key_or_group or override.package is not None:
             unread.append(word)
         else:
@@ -173,7 +173,7 @@ class Command:
         ]
 
     def _choose(self, group: str, names: Iterable[Any], presets: dict[str, str | None]) -> list[_Layer]:
-        """Return the layers of experiments; add the choice of a section to `presets`."""
+        """Return the layers of the named experiments; put the preset named for a section into `presets`."""
         layers, known = list[_Layer](), preset_names(group, self.folders)
         for name in names:
             # YAML reads a bare `off` as false.
@@ -250,7 +250,7 @@ class Command:
         for override in self.overrides:
             if not self._is_choice(override):
                 key, value = override.key_or_group, override.value()
-                # OmegaConf cannot merge a mapping into a list; a replaced list is refused by pydantic.
+                # OmegaConf cannot merge a mapping into a list: it replaces the list, and pydantic refuses it.
                 merges = get_origin(run_keys().get(key)) is not list
                 OmegaConf.update(config, key, value, merge=merges, force_add=True)
         return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
