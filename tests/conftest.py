@@ -8,15 +8,20 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.simulated_cuda import parent as with_device
 from tests.support.parent import started_parent, use_parent
 
+gc.disable()  # until tests are collected: beside imports it takes a fifth of the time
 # Of torch.compile: by default each process starts others, which import torch, too.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("repeatable")
 
+DEVICE = Path(with_device.__file__).parent
 LONG = (
     "real/test_smollm2.py",
+    "simulated_cuda/test_gpu_tests.py",
+    "simulated_cuda/test_selftest.py",
     "e2e/test_slurm.py",
     "golden/test_trajectory.py",
     "e2e/test_kills.py",
@@ -27,22 +32,26 @@ LONG = (
     "dist/test_checkpoint.py",
     "dist/test_families.py",
     "dist/test_losses.py",
-    "simulated_cuda/test_gpu_tests.py",
 )
 """Files of long tests, which start first: at the end of a run a worker would wait for them."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Workers of xdist share a warm parent, which unit tests do not need."""
-    chosen = (Path(word.partition("::")[0]) for word in node.config.args)
+    """Workers of xdist share the warm parents that their tests need: unit tests need none."""
+    chosen = [Path(word.partition("::")[0]).resolve() for word in node.config.args]
     if not all("unit" in path.parts for path in chosen):
         node.workerinput["parent"] = started_parent()
+    if any(path in (DEVICE, *DEVICE.parents) or DEVICE in path.parents for path in chosen):
+        node.workerinput["parent with device"] = with_device.started_parent()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if address := getattr(config, "workerinput", {}).get("parent"):
+    given = getattr(config, "workerinput", {})
+    if address := given.get("parent"):
         use_parent(address)
+    if address := given.get("parent with device"):
+        with_device.use_parent(address)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,5 +61,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Garbage collection in a test skips the million objects of imported libraries."""
-    gc.collect()
     gc.freeze()
+    gc.enable()

@@ -223,7 +223,10 @@ def _fill_rows(rows: Counts, longest: Counts, world_size: int, budget: int) -> t
 
 
 def _fill_rows_evenly(rows: Counts, longest: Counts, world_size: int, budget: int) -> tuple[Bins, int]:
-    """Return the fewest micro-batches, and the smallest bins that a few trials find: ranks get equal work."""
+    """Return the bin of each example, and the number of micro-batches, which is the fewest.
+
+    Bins are the smallest that a few trials find: then the ranks get about equal work.
+    """
     bins = _cut_rows(rows, longest, budget)
     micro_batches = -(-int(bins.max() + 1) // world_size)
     too_small = 0

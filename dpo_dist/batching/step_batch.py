@@ -105,8 +105,8 @@ def shard_batch(
 ) -> RankBatch:
     """Return the share of `rank` in the global batch `indices`, balanced by compute cost; O(batch).
 
-    With a `loss` the share has the responses that this loss scores, and their partners; else all responses,
-    or response `which` of each example.
+    With a `loss` the share has the responses that this loss scores, and the partners that it needs; else all
+    responses, or response `which` of each example.
     """
     is_good, partners = None, None
     if loss is not None and not loss.compares_pairs:

@@ -119,8 +119,8 @@ def _unknown_option(name: str, values: Sequence[str]) -> ConfigError:
 def saved_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[str, Any] | None:
     """Return the values of config.yaml in `run.dir`, for a command that names only its run.
 
-    None if the command itself chooses a model (for the doctor: data), an experiment or a file, or if the run
-    has no config.yaml.
+    None if the command sets `model.path` (for the doctor: `data.train`), has a model preset, an experiment, a
+    file or `--config-dir`, or if the run has no config.yaml.
     """
     overrides, _ = parse_overrides(word for word in options.words if "=" in word)
     given = {override.key_or_group: override.value() for override in overrides}
@@ -147,7 +147,8 @@ def saved_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[st
 def usage(command: str, about: str, keys: Collection[str], folders: Sequence[Path]) -> str:
     """Return a verb's `--help`: `about`, then the sections and presets of the keys that it reads."""
     sections = {name: text for name, text in section_meanings().items() if name in keys and "." not in name}
-    chosen = {"experiment": "run", "reference": "reference.mode"}  # the key by which a verb reads the group
+    # A verb uses the presets of a group if it reads this key, by default the key with the group's name.
+    chosen = {"experiment": "run", "reference": "reference.mode"}
     groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
     presets = {group: preset_names(group, folders) for group in groups if chosen.get(group, group) in keys}
     text = [
@@ -274,7 +275,7 @@ def _configurations(options: argparse.Namespace, verb: str) -> Points:
 def _repeated(
     parallelism: ParallelismConfig, dtype: Dtype, max_grad_norm: float
 ) -> dict[str, tuple[str, str]]:
-    """Return by variable of accelerate the key to set in its place, and the value that agrees with it."""
+    """Map each variable of accelerate that repeats a key to this key and its value, for `check_launch`."""
     kind, deepspeed = parallelism.kind, "ACCELERATE_DEEPSPEED_"
     optimizer, weights = parallelism.offload_optimizer, parallelism.offload_parameters
     return {
@@ -291,7 +292,7 @@ def _repeated(
 
 
 def _option_text(options: argparse.Namespace, verb: str, about: str) -> str | None:
-    """Return the text of an option that needs no configuration; None without such an option."""
+    """Return the text that an option without a configuration prints; None if no such option is given."""
     if options.version:
         return f"dpo_dist {dpo_dist.__version__}\n"
     if options.cfg == "schema":

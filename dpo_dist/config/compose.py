@@ -20,10 +20,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_dist.config.keys import COMMAND_LINE, is_within, preset_names, readers, run_keys
+from dpo_dist.config.keys import COMMAND_LINE, config_dir, is_within, preset_names, readers, run_keys
 from dpo_dist.config.mistakes import (
     assignment,
     composition_error,
@@ -45,6 +45,8 @@ FAILURES = (
 """Exceptions that composing a command can raise."""
 _ROOT = "dpo_dist"
 """Name of Hydra's primary configuration, and of the group that holds the command's parts."""
+_UNUSED_PARTS = ["output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging", "env"]
+"""Groups of Hydra's own configuration, which matter to programs that Hydra starts."""
 
 
 def parse_overrides(words: Iterable[str]) -> tuple[list[Override], list[str]]:
@@ -62,7 +64,7 @@ def parse_overrides(words: Iterable[str]) -> tuple[list[Override], list[str]]:
             elif not set(value) & set("[]{}\"',\\") and value == value.strip():
                 value = f'"{value}"'
             override = _parsed(f"{key}={value}")
-        # A package of Hydra, `loss@x=ipo`, would change nothing.
+        # `loss@x=ipo` puts the preset into a package of Hydra, x, and would change nothing in `loss`.
         if override is None or not override.key_or_group or override.package is not None:
             unread.append(word)
         else:
@@ -166,10 +168,12 @@ class Command:
             "_self_",
             # Each name once: Hydra changes a file that it merges twice.
             *({f"override {group}": name} for group, name in (presets | dict.fromkeys(chosen)).items()),
+            # Hydra's own parts, which only composing would read.
+            *({f"override hydra/{part}": None} for part in _UNUSED_PARTS),
         ]
 
     def _choose(self, group: str, names: Iterable[Any], presets: dict[str, str | None]) -> list[_Layer]:
-        """Return the layers of experiments; add the choice of a section to `presets`."""
+        """Return the layers of the named experiments; put the preset named for a section into `presets`."""
         layers, known = list[_Layer](), preset_names(group, self.folders)
         for name in names:
             # YAML reads a bare `off` as false.
@@ -237,14 +241,16 @@ class Command:
         """Return the values of the command, leaving out overrides and files with mistakes."""
         self._list_defaults()
         if (parts := repr((self._entries, self._defaults))) not in self._cache:
-            read_keys(self._file("config"))
+            if (root := self._file("config")).parent != config_dir():
+                read_keys(root)
             with self._hydra():
-                self._cache[parts] = OmegaConf.merge(plain_values(RunConfig()), hydra.compose(COMMAND_LINE))
-        config = copy.deepcopy(self._cache[parts])
+                composed = OmegaConf.to_container(hydra.compose(COMMAND_LINE))
+            self._cache[parts] = _merged(plain_values(RunConfig()), cast(dict[str, Any], composed))
+        config = OmegaConf.create(self._cache[parts])
         for override in self.overrides:
             if not self._is_choice(override):
                 key, value = override.key_or_group, override.value()
-                # OmegaConf cannot merge a mapping into a list; a replaced list is refused by pydantic.
+                # OmegaConf cannot merge a mapping into a list: it replaces the list, and pydantic refuses it.
                 merges = get_origin(run_keys().get(key)) is not list
                 OmegaConf.update(config, key, value, merge=merges, force_add=True)
         return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
@@ -314,6 +320,18 @@ class Command:
                         remedy = f"write {assignment(own, str(override.input_line).partition('=')[2])}"
                     mistakes.append(ConfigError(f"{verb} does not read {key}", where=where, remedy=remedy))
         return mistakes
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of both as `OmegaConf.merge` does, in a tenth of its time."""
+    merged = dict(below)
+    for key, value in above.items():
+        inside = merged.get(key)
+        if isinstance(value, dict) and isinstance(inside, dict):
+            merged[key] = _merged(inside, value)
+        elif value != MISSING or key not in merged:
+            merged[key] = value
+    return merged
 
 
 def _remedy_for_several(override: Override) -> str:

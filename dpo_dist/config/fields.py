@@ -70,7 +70,7 @@ def schema(cls: type[T]) -> type[T]:
     """Make a class of keys a frozen dataclass that refuses unknown keys and values of other types."""
     for name, hint in get_type_hints(cls, include_extras=True).items():
         limits = getattr(vars(cls).get(name), "metadata", ())
-        # The type's bound would win over the field's.
+        # Integers get the bound LARGEST_INTEGER, which would win over an upper bound of the field's own.
         cls.__annotations__[name] = _strict(hint, is_bounded=any(hasattr(limit, "le") for limit in limits))
     return cast(type[T], pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)(cls))
 

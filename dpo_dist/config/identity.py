@@ -31,7 +31,7 @@ class RunIdentity:
 
     @cached_property
     def digest_without_length(self) -> str:
-        """The digest of the same run at any length."""
+        """The digest without the keys of the length: the same for longer and shorter runs."""
         trainer = {key: value for key, value in self._defining["trainer"].items() if key not in _LENGTH}
         return _digest(self._defining | {"trainer": trainer})
 
@@ -80,7 +80,7 @@ def default_dir(root: str, name: str, digest: str) -> Path:
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """Return the settings for reports: the usual ones, an adapter's size, and values that are no default."""
+    """Return the settings for reports: the usual ones, a new adapter's size, values that are no default."""
     defaults = type(config)().identity.values
     shown = {
         key: value

@@ -47,8 +47,8 @@ def load_run_config(
 ) -> RunConfig:
     """Return the checked configuration of one run; with `verb`, the keys that this verb needs must be set.
 
-    `words` are a command's words: `["my.yaml", "+experiment=qwen7b", "loss.beta=0.2"]`; `own_folder` is that
-    of `--config-dir`. A `verb` must read all keys of the command.
+    `words` are a command's words: `["my.yaml", "+experiment=qwen7b", "loss.beta=0.2"]`; `own_folder` is the
+    folder of `--config-dir`. A `verb` must read all keys of the command.
     `saved` are the values of a run's config.yaml, which the command changes; `mistakes` were found before.
 
     Raises:
@@ -111,7 +111,7 @@ def _choices(words: Sequence[str], folders: Sequence[Path]) -> list[list[str]]:
         values, message, remedy = [word], "", ""
         if override is not None and override.is_discrete_sweep():
             remedy = "write a range with values, such as range(3) or range(0,9,3)"
-            try:  # not all of them: there may be too many
+            try:  # only as many as the check below needs: a range may have billions
                 few = islice(override.sweep_string_iterator(), _MOST_POINTS + 1)
                 values = [f"{override.get_key_element()}={string}" for string in few]
             except (ValueError, HydraException):
@@ -166,7 +166,8 @@ def _load(command: "Command", verb: str) -> RunConfig:
     try:
         values = command.compose()
         if verb:
-            # A command for a former run has its training from there: further keys of it change nothing.
+            # A former run was trained with the keys in its config.yaml: in a command that names this run,
+            # keys of training would change nothing, and are refused.
             is_whole = VERBS[verb].takes_training and not command.names_former_run
             trains = is_whole or bool((values.get("pairs") or {}).get("rounds"))
             command.mistakes += command.unread_keys(verb, trains=trains)

@@ -408,7 +408,10 @@ class LossConfig:
         return self.options_of(BcoPairOptions).delta is BcoDelta.running_mean
 
     def takes(self, number: str) -> bool:
-        """Return whether the loss uses this entry of `NUMBERS`; a sum does if all its pair losses do."""
+        """Return whether the loss uses this entry of `NUMBERS`.
+
+        A sum uses `loss_weight` if all its losses do, and any other entry if all its pair losses do.
+        """
         if number == "loss_weight":  # the running mean would ignore weights
             return not self.has_running_reward and all(number in facts.numbers for facts in self.facts)
         pair_facts = [facts for facts in self.facts if facts.fewest_responses > 1]

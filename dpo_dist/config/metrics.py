@@ -101,6 +101,6 @@ def find_metric(name: str) -> Metric:
 
 
 ACCURACIES = ("rewards/accuracies", "rewards/auc")
-"""How often the better response has the larger reward, in pairs and in labelled records; a run has one."""
+"""How often the better response has the larger reward: in pairs, and in labelled records."""
 MAIN = ("loss", *ACCURACIES, "rewards/margins")
 """The metrics that tables, the terminal and the card show first, if the run has them."""

@@ -55,7 +55,7 @@ def other_trainers() -> dict[str, dict[str, Any]]:
 
 @cache
 def _table(section: str) -> dict[str, tuple[str, ...]]:
-    """Return by name of another trainer the meanings in a section of names.yaml."""
+    """Return for each name that other trainers use its meanings in a section of names.yaml."""
     meanings: dict[str, tuple[str, ...]] = {}
     for meaning, names in other_trainers()[section].items():
         for name in names.split():
@@ -89,7 +89,7 @@ def likely(word: str, known: Collection[str]) -> list[str]:
     last_parts = {name.rpartition(".")[2]: name for name in reversed(of_section)}
     guesses = [last_parts[name] for name in get_close_matches(last, last_parts, 1, _SIMILAR)]
     guesses += [name for name in known if name.endswith(f".{last}")]  # in another section
-    if not section or not of_section:  # else equal beginnings would count
+    if not section or not of_section:  # in a known section the common beginning makes all names similar
         guesses += get_close_matches(word, known, 1, _SIMILAR)
     return guesses[:1]
 
@@ -307,7 +307,10 @@ def composition_error(error: Exception, folders: Sequence[Path]) -> ConfigError:
 
 
 def _key_at(place: Sequence[int | str], *, is_unknown: bool = False) -> str:
-    """Return the key at a place in pydantic's error, which may name parts of types: `data.train[0].path`."""
+    """Return the key at a place in pydantic's error: `data.train[0].path`.
+
+    Names of types at the end of a place are left out; `is_unknown`: its last part is a key that is unknown.
+    """
     key = ""
     for index, part in enumerate(place):
         longer = f"{key}[{part}]" if isinstance(part, int) else f"{key}.{part}".lstrip(".")
@@ -391,7 +394,7 @@ _KEYS_OF_A_TRAINER = 3
 
 
 def trainer_of(keys: Collection[Any]) -> str | None:
-    """Return the trainer whose file has these keys: at least three known ones, one of them its alone."""
+    """Return the trainer whose file has these keys: at least three known ones, and one that it alone has."""
     trainers, same = other_trainers()["trainers"], {name.rpartition(".")[2] for name in run_keys()}
     known = [
         key for key in map(str, keys) if key in same or equivalents(key, "keys") or equivalents(key, "advice")

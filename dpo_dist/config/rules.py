@@ -65,7 +65,10 @@ def _holds(config: RunConfig, part: str) -> bool:
 
 
 def unused(key: str, unless: str, remedy: str = "", works: Condition = lambda _: False) -> Rule:
-    """Return the rule that refuses a key without effect: it is set, and `unless` and `works` are false."""
+    """Return the rule that refuses a key without effect: the key is set, and `unless` and `works` are false.
+
+    An `unless` without a value, such as LOSS, is only named in the error.
+    """
     default, other = all_keys()[key].default, unless.partition("=")[0].rstrip("!")
     return Rule(
         f"{key} {other}",
@@ -124,7 +127,7 @@ def _unweighted(key: str) -> Rule:
 
 
 def _unused_by_loss(option: str) -> Rule:
-    """Refuse an option unless a preference loss in the sum uses it, or every one if it applies to all."""
+    """Refuse an option that no preference loss of the sum uses; all must use `divergence` and `weighting`."""
     has_effect = all if option in ("divergence", "weighting") else any
 
     def is_used(config: RunConfig) -> bool:
@@ -475,7 +478,7 @@ def needs_of(verb: str) -> list[Rule]:
 
 
 def check_needs(config: RunConfig, verb: str) -> None:
-    """Raise ConfigError if a configuration lacks a key that the verb needs; for those from Python."""
+    """Raise ConfigError if a configuration made in Python lacks a key that the verb needs."""
     check_rules(config, needs_of(verb))
 
 

@@ -68,7 +68,7 @@ def user_function(written: str | None, key: str = LOSS_FUNCTION) -> Callable[...
 
 
 def accepts_facts(written: str | None) -> bool:
-    """Return whether a loss function has an argument `facts`, for `BatchFacts` with the numbers of pairs."""
+    """Return whether a loss function has an argument `facts`, which gets the `BatchFacts`."""
     return "facts" in signature(user_function(written)).parameters
 
 
@@ -109,7 +109,7 @@ _CODE_OF_HYDRA = ("defaults", "hydra")
 
 
 def _code_options(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return, of a configuration's plain values, the options that run other people's code."""
+    """Return the options in a configuration's plain values that run other people's code."""
     options = {}
     for key in FOREIGN_CODE:
         section, _, name = key.partition(".")

@@ -20,7 +20,7 @@ class Verb(NamedTuple):
     takes_training: bool = True
     """Whether the verb takes the command line of a training run; `pairs` with rounds does, too."""
     reuses_config: bool = False
-    """Whether the verb reads config.yaml in `run.dir` if the command sets no model, data or file."""
+    """Whether the verb reads config.yaml in `run.dir` for a command that only names this run."""
     is_one_process: bool = False
     """Whether rank 0 alone works if a launcher starts several processes."""
     takes_words: tuple[str, ...] = ("model.path", "data.train")

@@ -45,7 +45,7 @@ def reason_remedy(reason: str) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of one record: the reason why it was `dropped`, or its `pairs` (0: it is in the other part).
+    """Result of one record: the reason why it was `dropped`, or its `pairs` (0: it is in another `Part`).
 
     `changed`: number of changes of each kind; for a dropped record the fields that no format reads.
     `read_as`: the prompt's form and rendering; empty for a record that was not kept.
@@ -195,16 +195,18 @@ def check_counts(
     of_first: bool = False,
     lengths: Sequence[SourceLengths] = (),
 ) -> None:
-    """Check that enough of a source's records, with `of_first` of its first records, were kept.
+    """Check that enough of a source's records were kept; `of_first`: only its first records were read.
 
-    `lengths`: those of all sources, to suggest limits.
+    `lengths`: the record lengths of all sources, to suggest limits.
 
     Raises:
         DataError: no record was kept, more were dropped than `data.max_bad_share` allows, or a chat template
             was already applied to most texts and `data.template` is not set.
     """
     if counts.changed[LEFT_IN_TRAIN] or (counts.changed[HELD_OUT] and not counts.read):
-        return  # a small part of a split says little: the training part is checked
+        # The evaluation part of a split is too small for shares: the training part is checked. In a training
+        # part whose records are all held out there is nothing to check.
+        return
     templated = counts.changed["templated_text"]
     # A share among the first records is no estimate; all of them is a clear sign.
     is_templated = templated == counts.kept > 0 if of_first else templated > counts.kept / 2
@@ -253,13 +255,13 @@ _NAMES = {
     "completion": "completion answer response output reply text",
     "label": "label thumb vote feedback is_good liked",
 }
-"""Words in the names of columns, by the field that they probably hold; columns of `_SCORES` hold none."""
+"""Words in names of columns, by the field that they probably hold; a name with a word of `_SCORES`: none."""
 
 
 def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> str:
     """Return advice to set the source's `columns`, guessed from the fields of bad records.
 
-    A record with a score and no second response needs more than other names of its columns.
+    Other names of columns do not help a record with a score and no second response: it gets other advice.
     """
     path = path.rpartition(": ")[2]
     seen = (re.search(r"\(fields: (.*)\)$", example) for example in examples)

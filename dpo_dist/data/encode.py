@@ -105,7 +105,7 @@ def _encoded(
 
 
 def _untrained_parts(facts: TokenizerFacts, config: DataConfig) -> list[tuple[str, re.Pattern[str]]]:
-    """Return patterns of the parts in `data.untrained`, each with the tag with which a prompt opens it."""
+    """Return patterns of the parts in `data.untrained`, each with the opening tag that may end a prompt."""
     names, (begin, end) = config.untrained, map(re.escape, THOUGHT_TAGS)
     parts = [("", facts.around_turns)] if "formatting" in names else []
     if "empty_thoughts" in names:

@@ -251,7 +251,7 @@ def check_content(record: PreferenceRecord) -> None:
     if not any(map(_has_content, prompt)):
         raise UnusableRecordError("empty_prompt")
     for turns in responses:
-        # The loss must count a turn with content.
+        # The loss must count at least one turn with content.
         trained = [turn for turn in turns if turn.role == "assistant" and turn.is_trained is not False]
         if not any(map(_has_content, trained)):
             raise UnusableRecordError("empty_response")

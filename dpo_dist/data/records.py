@@ -280,7 +280,7 @@ class Part:
                 return False
         if not self.share:
             return True
-        # A second hash: else the split would follow the order of the first.
+        # A second hash: else prompts that were chosen by the first hash would be in one part.
         content = prompt.to_bytes(_HASH_BYTES, "little") + bytes(_HASH_BYTES)
         place = int.from_bytes(hashlib.blake2b(content, digest_size=_HASH_BYTES).digest(), "little")
         return (place < self.share * 2.0 ** (8 * _HASH_BYTES)) == self.is_eval
@@ -296,5 +296,5 @@ def train_part(config: DataConfig, eval_prompts: PromptHashes | None) -> Part:
 
 
 def eval_part(config: DataConfig) -> Part:
-    """Return the part of the evaluation sources that is evaluated: all of `data.eval`, else the split's."""
+    """Return the records to evaluate: all of `data.eval`, or the `data.eval_share` of `data.train`."""
     return Part(is_eval=config.eval_share > 0, share=config.eval_share)

@@ -35,8 +35,8 @@ def call_periodically(beat: Callable[[float], None]) -> Iterator[None]:
 def prefetch(items: Iterable[T], depth: int) -> Iterator[Iterator[T]]:
     """Yield an iterator over `items`; a background thread computes up to `depth` items ahead.
 
-    Leaving the context waits for the item in work; later items are never computed. If an item raises, its
-    exception is raised where the item would have been returned.
+    Leaving the context waits for the item that is being computed; later items are never computed. If an item
+    raises, its exception is raised where the item would have been returned.
     """
     source = iter(items)
     with ThreadPoolExecutor(1, "prefetch") as pool:

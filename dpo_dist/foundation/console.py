@@ -326,7 +326,7 @@ def _logging_to(stream: TextIO) -> Iterator[None]:
     logging.captureWarnings(True)
 
     def is_new(record: logging.LogRecord) -> bool:
-        """Some libraries repeat a warning at every step."""
+        """Return whether a warning was not logged before: some libraries repeat one at every step."""
         message = record.getMessage()
         is_first = message not in seen
         seen.add(message)

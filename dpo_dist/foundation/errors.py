@@ -29,13 +29,13 @@ _BY_SIGNAL = 128
 
 
 class ExitCode(IntEnum):
-    """Exit code of a verb; one with nothing to save ends at SIGTERM with 143, as other programs do."""
+    """Exit code of a verb; a verb with nothing to save ends at SIGTERM with 143, as other programs do."""
 
     completed = 0
     failed = 1
     """A bug of the program."""
     findings = 1
-    """`doctor` has a finding above its threshold; the same number as `failed`, as linters do."""
+    """`doctor` has a finding of level `doctor.fail_on` or above; the number of `failed`, as in linters."""
     invalid = 2
     """The configuration, the data, a file or a device cannot be used."""
     diverged = 3
@@ -50,8 +50,8 @@ class ExitCode(IntEnum):
 class RunOutcome(StrEnum):
     """State of a run, in run_state.json; `exit` in summary.json is one of the last three.
 
-    `started`: it trains, or was killed. `exported`: all steps are done and the model is written, but not yet
-    the report. `completed`: the report is written. `preempted`: stopped on request, with a checkpoint.
+    `started`: the run trains, or was killed. `exported`: all steps are done and the model is written, but not
+    yet the report. `completed`: the report is written. `preempted`: stopped on request, with a checkpoint.
     `diverged`: loss or gradient was not finite.
     """
 
@@ -145,7 +145,7 @@ class PeerLostError(DpoDistError):
 
 def disk_error(error: BaseException) -> ConfigError | None:
     """Return a `ConfigError` if a full disk, a path or its permissions caused `error`, else None."""
-    if isinstance(error, RuntimeError) and "home directory" in str(error):  # of Path.expanduser
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # raised by Path.expanduser
         what = "a path begins with ~, but the home folder is unknown"
         return ConfigError(
             what, where="a path on the command line or in a YAML file", remedy="write the whole path"

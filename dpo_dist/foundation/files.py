@@ -29,7 +29,7 @@ _SAMPLES = 16
 _ESCAPED = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 _UMASK = os.umask(
     0o022
-)  # Python can only read it by setting it: done at import, before a thread writes files
+)  # Python can only read the umask by setting it: done at import, before a thread writes files
 os.umask(_UMASK)
 
 log = logging.getLogger(__name__)

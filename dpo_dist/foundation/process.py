@@ -34,8 +34,8 @@ _OFF = ("", "0", "false", "no", "none")
 def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, str]]) -> None:
     """Check that the launcher's variables describe one process of a world, and that none has no effect.
 
-    `repeated` maps a variable of accelerate to the key to set in its place, and to the value that agrees with
-    this key; "": no value agrees.
+    `repeated` maps each variable of `accelerate launch` that repeats a key to this key, and to the key's
+    value, with which the variable must agree; "": no value of the variable agrees.
     """
     for name, (key, value) in repeated.items():
         given = environ.get(name, "").lower()
@@ -55,7 +55,7 @@ def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, s
             remedy="start with accelerate launch or torchrun, which set them, or unset all of them for one "
             "process",
         )
-        error.is_printed_here = True  # rank 0 may not have this error
+        error.is_printed_here = True  # by each rank: rank 0 may not have this error
         raise error
 
 
@@ -68,7 +68,7 @@ def _is_one_process(environ: Mapping[str, str]) -> bool:
         has_address = bool(environ.get("MASTER_ADDR")) and 0 < int(environ.get("MASTER_PORT", 0)) < 2**16
     except ValueError:
         return False
-    # srun and DeepSpeed set no LOCAL_WORLD_SIZE.
+    # srun and DeepSpeed set no LOCAL_WORLD_SIZE: then LOCAL_RANK has no upper limit.
     has_place = local >= 0 and (local < node_size or "LOCAL_WORLD_SIZE" not in environ)
     has_world = size == 1 or (has_address and "LOCAL_RANK" in environ)
     return 0 <= rank < size and has_place and has_world

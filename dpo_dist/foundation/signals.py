@@ -18,7 +18,7 @@ from dpo_dist.foundation.process import this_rank
 
 BY_TRACKER, BY_STEPS, BY_SECONDS = "the tracker", "trainer.stop_after_steps", "trainer.max_seconds"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-# Ctrl-C reaches the processes from the terminal and again from their launcher.
+# Signals within these seconds count as one: Ctrl-C comes from the terminal and again from the launcher.
 _REPEATED_SECONDS = 2.0
 _EXIT_CALLBACK_SECONDS = 0.3
 _MAIN_THREAD_SECONDS = 1.0
@@ -39,7 +39,7 @@ exit_callbacks: list[Callable[[int], object]] = []
 
 
 class StopRequest:
-    """This rank's vote on saving a checkpoint and stopping early; limits count from this start."""
+    """This rank's vote on saving a checkpoint and stopping early; limits count from this start of the run."""
 
     def __init__(self, stop_after_steps: int | None = None, max_seconds: float | None = None):
         self._steps_left = math.inf if stop_after_steps is None else stop_after_steps
@@ -117,7 +117,7 @@ class StopRequest:
         if this_rank() == 0:  # a step may take minutes
             with contextlib.suppress(OSError):
                 os.write(2, f"{name}: saving after the work at hand; a second signal ends at once\n".encode())
-        if not is_limit:  # else a repeated signal, late after a long C call, would count as the second
+        if not is_limit:  # else a repeat, handled only after a long C call, would count as a second signal
             time.sleep(_REPEATED_SECONDS)
 
 

@@ -18,7 +18,7 @@ _FEW_WORDS = 3
 
 
 def pluralize(count: int, noun: str, plural: str = "") -> str:
-    """Return "1 pair", "0 pairs", "2,000 pairs"; `plural` of a noun that takes more than an s: "entries"."""
+    """Return "1 pair", "0 pairs", "2,000 pairs"; `plural`: for a noun that takes more than an s."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
@@ -31,7 +31,7 @@ def first_few(words: Sequence[str], noun: str = "") -> str:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """Return 0.25, 1,234, 2e-6 or 1.2e7; an integer, or one from 1,000 to 1,000,000, with all of its digits.
+    """Return 0.25, 1,234, 2e-6 or 1.2e7; an integer has all digits, a float from 1,000 to 1e6 becomes one.
 
     The script of the charts writes numbers with four digits in the same way.
     """

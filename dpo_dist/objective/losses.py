@@ -68,7 +68,7 @@ class RunningMeans:
 
 _LARGEST_EXPONENT = 80.0  # exp(89) overflows float32
 _LARGEST_ROOT = 1e19  # the square of 1e20 overflows float32
-_LARGEST_MEAN_LOGP = -1e-6  # of a response; above it the odds of orpo overflow float32
+_LARGEST_MEAN_LOGP = -1e-6  # of a response; toward 0 the odds of orpo and their gradient become infinite
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ KINDS_WITH_FLOOR = frozenset({LossKind.sigmoid, LossKind.beta_dpo})
 
 
 def floors(config: LossConfig, facts: BatchFacts) -> Tensor:
-    """Return the lowest possible loss of each pair, [pairs]: the entropy of its soft label."""
+    """Return the lowest possible loss of each pair, [pairs]: the weighted entropy of its soft label."""
     terms = list(config.terms) or [LossTermConfig(kind=config.kind, weight=1.0)]
     weight, label = sum(term.weight for term in terms if term.kind in KINDS_WITH_FLOOR), facts.soft_label
     assert label is not None
@@ -291,7 +291,7 @@ def _labelled(ratios: PairLogps, config: LossConfig, start: Tensor | float) -> T
 
 
 def _log_odds(mean_logp: Tensor) -> Tensor:
-    """Return log(P / (1 - P)) of log P."""
+    """Return log(P / (1 - P)), given log P."""
     mean_logp = mean_logp.clamp(max=_LARGEST_MEAN_LOGP)
     return mean_logp - torch.log(-torch.expm1(mean_logp))
 
@@ -376,7 +376,7 @@ def check_custom_loss(config: LossConfig, device: torch.device | None = None) ->
         raise _error("a loss without a gradient for policy.chosen and policy.rejected")
     if not all(gradient.isfinite().all() for gradient in gradients):
         raise _error("gradients that are not finite")
-    if not torch.allclose(first, losses[:1]):  # as with a mean or sorting over them
+    if not torch.allclose(first, losses[:1]):  # as in a function that averages or sorts the pairs
         raise _error(
             f"{losses[0].item():g} for the first pair among three, {first.item():g} for the pair alone"
         )

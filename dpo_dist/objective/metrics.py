@@ -83,7 +83,8 @@ def custom_metrics(
 ) -> CustomMetrics:
     """Return the metrics of a user's function, which is called on three invented pairs on `device`.
 
-    For a loss of records each pair has one response, as in training: the other side is 0, with 0 tokens.
+    If the loss reads one response of each pair (`is_unpaired`, `is_one_sided`), the other one has log-prob 0
+    and 0 tokens, as in training.
     Raises ConfigError: the function cannot be used.
     """
     columns = torch.tensor(TRIAL_LOGPS, device=device).double()
@@ -152,7 +153,7 @@ class MetricPlan:
 
     @cached_property
     def rows(self) -> dict[str, tuple[str, str]]:
-        """The metric and the group of pairs of each name, in the order of their sums.
+        """For each name its metric and its group of pairs, in the order of the sums.
 
         Groups are all pairs (""), sources and lengths. Evaluations have every metric of each source.
         """
@@ -304,7 +305,7 @@ def metric_sums(
     rows = [(*measured.get(metric, (zeros, zeros)), group) for metric, group in plan.rows.values()]
     values = torch.stack([row.double() for row, _, _ in rows])
     counts = torch.stack([(row * members.get(group, zeros)).double() for _, row, group in rows])
-    # A value is ignored where its count is 0, and in a dummy.
+    # A value whose count is 0, or of a dummy, may be nan, which would make the sum nan: 0 in its place.
     summed = torch.cat((torch.where((counts > 0) & (pairs.weights > 0), values, 0.0), counts))
     return MetricSums(tuple(plan.rows), (summed * pairs.weights.double()).sum(dim=1))
 
@@ -330,7 +331,7 @@ def _columns(plan: MetricPlan, policy: PairLogps, reference: PairLogps | None) -
 
 
 def measure_pairs(columns: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return by metric the value and the count of each pair, given the fields of `PairValues`.
+    """Return for each metric the values and the counts of the pairs, given the fields of `PairValues`.
 
     A metric is the sum of values divided by the sum of counts: pairs, tokens, or pairs with a reference.
     """

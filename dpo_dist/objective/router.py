@@ -43,7 +43,7 @@ def routing_sums(logits: Sequence[Tensor], rows: Tensor, top_k: int) -> Tensor:
 
 
 def selections(sums: Tensor) -> Tensor:
-    """Return how often each expert is selected, [layers, experts], of `routing_sums`."""
+    """Return how often each expert is selected, [layers, experts], given `routing_sums`."""
     return sums[:, : sums.shape[1] // 2].detach()
 
 
@@ -58,7 +58,7 @@ class RouterLoss:
         """Return a micro-batch's part of each loss of the global batch, by the name of its metric.
 
         `sums`: `routing_sums` of the micro-batch. `selected`: `selections` of the global batch; None: without
-        the load-balancing loss. `unshared_tokens`: the global batch's, a prompt counted per response.
+        the load-balancing loss. `unshared_tokens`: tokens of the global batch, a prompt once per response.
         """
         layers, experts = len(sums), sums.shape[1] // 2
         tokens = layers * unshared_tokens

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 _CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 # Rows of the output layer's weight converted to float32 at a time, on a CPU.
 _BLOCK_ROWS = 2048
-# Probabilities kept for backward. More saves up to a quarter of the head's time.
+# Probabilities kept for backward: to keep all would save up to a quarter of the head's time.
 _KEPT_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
 
 Statistic = Literal["collisions", "entropy"]
@@ -57,7 +57,7 @@ def token_logps(
     """
     device = weight.device.type
     kept_chunks = _KEPT_BYTES[device] // _CHUNK_BYTES[device] if torch.is_grad_enabled() else 0
-    if change.softcap is not None:  # a chunk's slopes are as large as its probabilities
+    if change.softcap is not None:  # a kept chunk also has slopes, as large as its probabilities
         kept_chunks //= 2
     values: Tensor = _ChunkedTokenLogps.apply(  # type: ignore[no-untyped-call]
         hidden.to(weight.dtype), weight, bias, targets, kept_chunks, tuple(statistics), change
@@ -141,7 +141,7 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
         return hidden @ weight.T
     if hidden.device.type == "cuda":
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    # PyTorch has no such product on CPUs. One block of the weight is converted at a time, to fit in caches.
+    # On CPUs torch.mm has no float32 output for bf16. The weight is converted by blocks, which fit in caches.
     logits = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=hidden.device)
     wide = hidden.float()
     for start in range(0, len(weight), _BLOCK_ROWS):

@@ -1,1 +1,1 @@
-"""What looks at data, models and runs: a folder for each verb, and what several use in `shared`."""
+"""Tools that look at data, models and runs: a folder for each verb; `shared` has code that several use."""

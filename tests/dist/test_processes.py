@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 import signal
 import time
@@ -63,7 +64,10 @@ def test_any_number_of_records_is_encoded_equally(tmp_path: Path) -> None:
         sources += [SourceConfig(str(shared / name), limit=200) for name in REAL]
     options = {"max_length": 200, "ranked": Ranked.all_pairs}
     one = prepare(tmp_path, sources, 1, tiny.mistral(), **options)
-    assert prepare(tmp_path, sources, 3, tiny.mistral(), **options) == one
+    start_parent()
+    # Forks of the warm parent, as three processes start for each source; other tests have spawned ones.
+    with mock.patch.object(multiprocessing, "get_context", return_value=context):
+        assert prepare(tmp_path, sources, 3, tiny.mistral(), **options) == one
 
 
 def test_the_error_names_the_first_bad_record(tmp_path: Path) -> None:

@@ -105,13 +105,13 @@ class Cluster:
         assert ended.returncode == 0, f"{' '.join(command)}: {ended.stderr}"
         return ended.stdout
 
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Wait for a condition; if it does not come, that is a `TimeoutError`."""
+    def wait_for(self, condition: Callable[[], bool], interval: float = 0.5) -> None:
+        """Ask each `interval` seconds until a condition holds; if it never does, that is a `TimeoutError`."""
         deadline = time.monotonic() + _SECONDS
         while not condition():
             if time.monotonic() > deadline:
                 raise TimeoutError(self.run("scontrol", "show", "nodes"))
-            time.sleep(0.1)
+            time.sleep(interval)
 
     def _configuration(self) -> str:
         host, ports = socket.gethostname().split(".")[0], [reserve_port() for _ in NODES]
@@ -170,16 +170,16 @@ class Job:
         fields = [re.search(rf"\b{name}=(\S*)", shown) for name in ("JobState", "ExitCode", "Restarts")]
         return tuple(found[1] for found in fields if found)
 
-    def wait_for(self, condition: Callable[[], bool]) -> None:
+    def wait_for(self, condition: Callable[[], bool], interval: float = 0.5) -> None:
         """Wait for a condition; the job is cancelled if it does not come."""
         try:
-            self.cluster.wait_for(condition)
+            self.cluster.wait_for(condition, interval)
         except TimeoutError as late:
             self.cluster.run("scancel", self.number)
             raise AssertionError(f"{self.text()}\n{late}") from late
 
     def wait_for_text(self, text: str) -> None:
-        self.wait_for(lambda: text in self.text())
+        self.wait_for(lambda: text in self.text(), 0.1)
 
     def text(self) -> str:
         return self.screen.read_text() if self.screen.exists() else ""
@@ -207,7 +207,7 @@ def submit(cluster: Cluster, folder: Path, options: list[str], arguments: list[s
     return Job(cluster, number, folder / f"{number}.out")
 
 
-STEPS = ["optim.lr=1e-3", "trainer.epochs=16", "trainer.save_every=5"]
+STEPS = ["optim.lr=1e-3", "trainer.epochs=10", "trainer.save_every=5"]
 STAND_IN = r"""#!/bin/bash
 # A launcher whose processes have just ended: $CODES are its exit codes, in turn for each start of the job.
 start=${SLURM_RESTART_COUNT:-0}
@@ -246,7 +246,7 @@ def test_a_job_that_stops_before_its_time_limit_is_continued(
     """A requested stop on two nodes: one run."""
     run, latest = tmp_path / "run", tmp_path / "run" / "checkpoints" / "latest"
     job = submit(cluster, tmp_path, ["--nodes=1-2"], [*small_run(assets, tmp_path), *STEPS])
-    job.wait_for(latest.is_file)
+    job.wait_for(latest.is_file, 0.1)
     cluster.run("scancel", "--batch", "--signal=USR1", job.number)  # as SLURM does before the time limit
     job.wait_for_text("is queued again")
     stopped = run_state(run)

@@ -3,9 +3,9 @@
 import json
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,20 +14,27 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist import api
+from dpo_dist.config.verbs import VERBS
 from dpo_dist.data.encode import EncodedExample
 from dpo_dist.training.start.open_run import has_bf16_products
 from examples.demo.make import make_records
 from tests.real.smollm2 import model_folder
-from tests.support.launch import ROOT, command, environment, history, run_verb, summary
+from tests.support.launch import ROOT, environment, history, run_verb, summary
 from tests.support.packing import plain_logps
 from tests.support.padded import gradients_of, padded_logps, rows_of
 from tests.support.shared_data import shared_data_dir
+from tests.support.warm import run_warm_apart
 
 MAX_LENGTH = 192
 PAIRS = 4
 RULE = "Aye, captain!"
-ADDED = ["trainer.global_batch_pairs=4", *([] if has_bf16_products() else ["model.dtype=fp32"])]
-"""Half of the page's batch, which halves the time of steps, and what the page says to add without bf16."""
+ADDED = [
+    "trainer.global_batch_pairs=4",
+    "sampling.max_new_tokens=20",
+    *([] if has_bf16_products() else ["model.dtype=fp32"]),
+]
+"""Half of the page's batch and of its samples' length, which halve their time, and what the page says to add
+without bf16."""
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +137,18 @@ def getting_started() -> tuple[list[str], list[list[str]]]:
     return re.findall(r"```python\n(.+?)```", page, re.DOTALL), [shlex.split(line) for line in commands]
 
 
-def python_says(file: str, cwd: Path) -> str:
-    command = [sys.executable, file]
-    ended = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+def says(module: str, words: list[str], cwd: Path, standard_input: str = "") -> str:
+    """What a module, of this package or a file in `cwd`, prints on a warm process."""
+    (lines := cwd / "lines").write_text(standard_input, encoding="utf-8")
+    code, output, errors = run_warm_apart(module, words, environment(), cwd, 300, partial(_enter, lines))
+    assert code == 0, errors
+    return output
+
+
+def _enter(lines: Path) -> None:
+    """Read lines as the standard input, and import the modules of the working directory, as python does."""
+    sys.stdin = lines.open(encoding="utf-8")
+    sys.path.insert(0, "")
 
 
 @pytest.mark.timeout(1800)
@@ -143,7 +157,7 @@ def test_getting_started_trains_answers_and_goes_on_as_its_page_says(model: Path
     making, (_, *training), piping, (_, *exporting), asking, (_, *longer) = commands
     for (_, name), text in zip((making, asking), files, strict=True):
         (tmp_path / name).write_text(text, encoding="utf-8")
-    python_says(making[1], tmp_path)
+    says(Path(making[1]).stem, [], tmp_path)
     added = [f"model.path={model}", *ADDED]
     ended = run_verb(training[0], [*training[1:], *added], cwd=tmp_path, seconds=900)
     assert ended.code == 0, ended.output
@@ -167,15 +181,7 @@ def test_getting_started_trains_answers_and_goes_on_as_its_page_says(model: Path
     _, question, _, _, verb, *words = (
         piping  # echo QUESTION | dpo-dist chat RUN --beside base --temperature 0
     )
-    ours, base = subprocess.run(
-        command(verb, words, 1),
-        cwd=tmp_path,
-        env=environment(),
-        input=question,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
+    ours, base = says(VERBS[verb].module, words, tmp_path, f"{question}\n").splitlines()
     assert ours.startswith(f"captain: {RULE}")
     assert base.startswith("base: ")
     assert RULE not in base
@@ -187,9 +193,9 @@ def test_getting_started_trains_answers_and_goes_on_as_its_page_says(model: Path
         AutoTokenizer.from_pretrained(merged).chat_template
         == AutoTokenizer.from_pretrained(model).chat_template
     )
-    assert python_says(asking[1], tmp_path).startswith(RULE)
+    assert says(Path(asking[1]).stem, [], tmp_path).startswith(RULE)
 
-    ended = run_verb(longer[0], [*longer[1:], *added], cwd=tmp_path, seconds=900)
+    ended = run_verb(longer[0], [*longer[1:], *added, "samples.prompts=1"], cwd=tmp_path, seconds=900)
     assert ended.code == 0, ended.output
     assert "step-000012, after step 12" in ended.output
     assert summary(tmp_path / run)["steps"] == 14

@@ -2,13 +2,13 @@
 
 import pytest
 
-from tests.simulated_cuda import runs
+from tests.simulated_cuda import parent
 
 
 @pytest.fixture(scope="session", autouse=True)
 def built() -> None:
     """Build the device, or find it."""
-    lacking = runs.lacking()
+    lacking = parent.lacking()
     if lacking:
         pytest.skip(lacking)
-    runs.build()
+    parent.build()

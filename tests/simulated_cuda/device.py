@@ -1,7 +1,7 @@
 """A CUDA device without a GPU, within a process: what torch asks of it, its waits and its memory.
 
 `start/sitecustomize.py` calls `install()` in each process whose environment asks for the device (see
-`runs.environment`). As torch is imported, device.cpp is loaded and functions of a CUDA build are put in
+`parent.environment`). As torch is imported, device.cpp is loaded and functions of a CUDA build are put in
 `torch._C`; torch's own Python above them runs unchanged. NCCL is gloo, and the kernels below
 `torch.nn.attention.varlen` are products in float32.
 

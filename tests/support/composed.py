@@ -1,7 +1,5 @@
 """Configurations without Hydra's work of 50 ms for each."""
 
-from copy import deepcopy
-
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -14,7 +12,10 @@ _composed: dict[str, DictConfig] = {}
 
 
 def compose_once(name: str) -> DictConfig:
-    """Compose as Hydra does, the same parts of shipped presets only once; not those of an own folder."""
+    """Compose as Hydra does, the same parts of shipped presets only once; not those of an own folder.
+
+    The caller does not change what it gets.
+    """
     path = GlobalHydra.instance().config_loader().get_search_path().get_path()
     if str(config_dir()) not in {one.path for one in path}:
         return _compose(name)
@@ -24,4 +25,4 @@ def compose_once(name: str) -> DictConfig:
     parts = [stored.load(f"{entry}.yaml").node for entry in own]
     if (key := str([root, *parts])) not in _composed:
         _composed[key] = _compose(name)
-    return deepcopy(_composed[key])
+    return _composed[key]

@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.training.clock import PHASES
+from tests.support.parent import ROOT, environment
 from tests.support.warm import launcher_variables, run_warm, start_verb
 
-ROOT = Path(__file__).resolve().parents[2]
 TWO_PROCESSES = ROOT / "launch" / "accelerate" / "cpu_2.yaml"
 
 TIMINGS = frozenset(
@@ -44,12 +43,6 @@ def command(verb: str, overrides: list[str], processes: int) -> list[str]:
         return [sys.executable, "-m", "dpo_dist", verb, *overrides]
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     return [*launcher, "--config_file", str(TWO_PROCESSES), "-m", "dpo_dist", verb, *overrides]
-
-
-def environment() -> dict[str, str]:
-    """This process's, without variables of trackers and launchers, and with one thread a process."""
-    kept = {k: value for k, value in os.environ.items() if not k.startswith(("WANDB_", "ACCELERATE_"))}
-    return {**kept, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
 def run_verb(

@@ -5,6 +5,7 @@ It is started by the first test that needs it; for the workers of xdist once, by
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from unittest import mock
@@ -29,7 +30,7 @@ PRELOADED = [
 context = multiprocessing.get_context("forkserver")
 
 
-class _OfOtherProcess(forkserver.ForkServer):
+class OfOtherProcess(forkserver.ForkServer):
     """A parent that another process has started, and ends."""
 
     def __init__(self, address: str):
@@ -51,23 +52,34 @@ def start_parent() -> None:
         _parent.ensure_running()
 
 
-def started_parent() -> str:
-    """Start the warm parent for other processes; its address. What it and its forks print is not shown."""
+def start_quietly(start: Callable[[], None]) -> None:
+    """Start a parent for other processes. What it and its forks print is not shown."""
     nowhere, kept = os.open(os.devnull, os.O_WRONLY), [os.dup(number) for number in (1, 2)]
     for number in (1, 2):
         os.dup2(nowhere, number)
     try:
-        start_parent()
+        start()
     finally:
         for number, own in enumerate(kept, 1):
             os.dup2(own, number)
             os.close(own)
         os.close(nowhere)
+
+
+def started_parent() -> str:
+    """Start the warm parent for other processes; its address."""
+    start_quietly(start_parent)
     return _parent._forkserver_address
 
 
 def use_parent(address: str) -> None:
     """From now on fork from the parent that another process has started."""
     global _parent  # noqa: PLW0603
-    _parent = _OfOtherProcess(address)
+    _parent = OfOtherProcess(address)
     forkserver.connect_to_new_process = _parent.connect_to_new_process
+
+
+def environment() -> dict[str, str]:
+    """This process's, without variables of trackers and launchers, and with one thread a process."""
+    kept = {k: value for k, value in os.environ.items() if not k.startswith(("WANDB_", "ACCELERATE_"))}
+    return {**kept, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}

@@ -1,11 +1,12 @@
 """Imported last by the warm parent: what is slow happens once, and its heap is frozen.
 
-Its processes draw no curves, which cold runs do, do not wait for the disk, as the machine does not fail, and
-compose equal configurations once. All this is a third of a short run.
+Its processes draw no curves and measure no peak of matrix products, which cold runs do, do not wait for the
+disk, as the machine does not fail, and compose equal configurations once. All this is half of a short run.
 """
 
 import gc
 import importlib
+import importlib.metadata
 from functools import cache
 from unittest import mock
 
@@ -13,11 +14,16 @@ from deepspeed.utils import numa
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from dpo_dist.config.load import load_run_config
+from dpo_dist.config.rules import verb_keys
+from dpo_dist.config.verbs import VERBS
 from dpo_dist.tools.shared.pages.render import TEMPLATES
+from dpo_dist.tools.shared.text_facts import language_identifier
+from dpo_dist.training.start.environment import package_versions
 from tests.support.composed import compose_once
 
 LATE = (
     "PIL.PngImagePlugin",
+    "deepspeed.comm.mori",
     "deepspeed.moe.ep_experts",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops",
@@ -29,7 +35,13 @@ LATE = (
     "dpo_dist.training.start.preflight",
     "matplotlib.ticker",
     "pandas",  # which pyarrow imports
+    "peft.tuners.lora.bnb",
+    "peft.utils.transformers_weight_conversion",
     "pyarrow.pandas_compat",
+    "pyarrow.vendored.version",
+    "torch._subclasses.schema_check_mode",
+    "torch.profiler._cupti_monitor",
+    "transformers.models.audioflamingo3",
     "transformers.models.qwen2.tokenization_qwen2",
 )
 """Modules that a run imports when it first needs them."""
@@ -42,7 +54,13 @@ for choices in ((), ("parallelism=ddp",), ("parallelism=zero2",), ("parallelism=
     load_run_config(["model.path=model", "data.train=[train.jsonl]", "tracking.wandb=off", *choices])
 for template in ("base.jinja", "macros.jinja", "run.jinja", "svg.jinja"):
     TEMPLATES.get_template(template)
+for verb in VERBS:
+    verb_keys(verb)
+language_identifier()
+mock.patch("importlib.metadata.version", cache(importlib.metadata.version)).start()
+package_versions()
 mock.patch("dpo_dist.tools.report.recorder.draw_curves").start()
+mock.patch("dpo_dist.training.run.matmul_peak", return_value=1e11).start()
 mock.patch("os.fsync").start()
 mock.patch("deepspeed.utils.numa.get_numa_cores", cache(numa.get_numa_cores)).start()  # 30 processes a run
 # Garbage collection in a forked process skips the million objects of its parent, whose pages stay shared.

@@ -22,11 +22,16 @@ from torch import nn
 from dpo_dist.config.verbs import VERBS
 
 PACKAGE = Path(__file__).parents[2] / "dpo_dist"
-MODULES = {
-    ".".join(("dpo_dist", *file.relative_to(PACKAGE).with_suffix("").parts)): ast.parse(file.read_text())
-    for file in sorted(PACKAGE.rglob("*.py"))
-    if file.name != "__init__.py"
-}
+
+
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+    """Return the code of each module."""
+    files = (file for file in sorted(PACKAGE.rglob("*.py")) if file.name != "__init__.py")
+    names = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file for file in files}
+    return {name: ast.parse(file.read_text()) for name, file in names.items()}
+
+
 LAYERS = (
     *("foundation", "config", "objective", "batching", "data", "model", "distributed", "reference"),
     *("training", "tools", "verbs"),
@@ -69,7 +74,7 @@ def layer_of(name: str) -> int:
 
 
 def test_imports_go_down_and_engines_stay_in_their_rooms() -> None:
-    for module, tree in MODULES.items():
+    for module, tree in modules().items():
         for name in imported(ast.walk(tree)):
             if name.startswith("dpo_dist."):
                 assert layer_of(name) <= layer_of(module), f"{module} imports {name} from above"
@@ -111,7 +116,7 @@ def known_attributes() -> set[str]:
     ]
     values += [torch.distributed, NamedTuple("Pair", [("first", int)])(1), Path(), threading.Lock()]
     values += [threading.Event(), "", {}, []]
-    own = itertools.chain.from_iterable(map(defined_in, MODULES.values()))
+    own = itertools.chain.from_iterable(map(defined_in, modules().values()))
     return {name for value in values for name in dir(value)} | set(own)
 
 
@@ -175,7 +180,7 @@ def undocumented(tree: ast.AST, *, has_engines: bool) -> set[str]:
 
 
 def test_undocumented_parts_of_libraries_are_used_in_two_files() -> None:
-    for module, tree in MODULES.items():
+    for module, tree in modules().items():
         if module not in WALLS:
             assert not undocumented(tree, has_engines=module.startswith("dpo_dist.distributed.")), module
 
@@ -207,14 +212,14 @@ def test_tests_call_each_function_of_a_wall(wall: str) -> None:
     """A version that changes the part behind a function fails its test."""
     tests = [file.read_text() for file in (PACKAGE.parent / "tests/unit").rglob("test_*_internals.py")]
     called = {name.id for text in tests for name in ast.walk(ast.parse(text)) if isinstance(name, ast.Name)}
-    functions = {node.name for node in MODULES[wall].body if isinstance(node, ast.FunctionDef)}
+    functions = {node.name for node in modules()[wall].body if isinstance(node, ast.FunctionDef)}
     assert {name for name in functions if not name.startswith("_")} <= called
 
 
 def test_what_tools_share_knows_no_tool() -> None:
-    shared = [module for module in MODULES if module.startswith("dpo_dist.tools.shared.")]
+    shared = [module for module in modules() if module.startswith("dpo_dist.tools.shared.")]
     for module in shared:
-        tools = (name for name in imported(ast.walk(MODULES[module])) if name.startswith("dpo_dist.tools."))
+        tools = (name for name in imported(ast.walk(modules()[module])) if name.startswith("dpo_dist.tools."))
         assert [name for name in tools if not name.startswith("dpo_dist.tools.shared.")] == [], module
     assert len(shared) > 10
 
@@ -222,12 +227,12 @@ def test_what_tools_share_knows_no_tool() -> None:
 def modules_imported_by(module: str) -> set[str]:
     """Return those of this package that a module imports when it is imported itself."""
     # `from dpo_dist.data import dataset` imports the module `dataset`, if there is one of this name.
-    names = set(imported(run_at_import(MODULES[module])))
-    return (names | {name.rpartition(".")[0] for name in names}) & MODULES.keys() - {module}
+    names = set(imported(run_at_import(modules()[module])))
+    return (names | {name.rpartition(".")[0] for name in names}) & modules().keys() - {module}
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    TopologicalSorter({module: modules_imported_by(module) for module in MODULES}).prepare()
+    TopologicalSorter({module: modules_imported_by(module) for module in modules()}).prepare()
 
 
 BY_CONVENTION = {"log", "T"}
@@ -256,7 +261,7 @@ def public_names(tree: ast.Module) -> Iterator[str]:
 def test_a_public_name_has_one_meaning() -> None:
     verbs = {verb.module for verb in VERBS.values()}
     homes = defaultdict[str, set[str]](set)
-    for module, tree in MODULES.items():
+    for module, tree in modules().items():
         is_verb = module.removesuffix(".__main__") in verbs or module == "dpo_dist.__main__"
         allowed = BY_CONVENTION | (
             VERB_FUNCTIONS if is_verb else API_FUNCTIONS if module == "dpo_dist.api" else set()
@@ -269,7 +274,7 @@ def test_a_public_name_has_one_meaning() -> None:
 
 
 def test_a_name_that_modules_share_by_convention_is_not_imported() -> None:
-    names = {name for tree in MODULES.values() for name in imported(ast.walk(tree))}
+    names = {name for tree in modules().values() for name in imported(ast.walk(tree))}
     assert [name for name in names if re.fullmatch(rf"dpo_dist\..*\.({'|'.join(BY_CONVENTION)})", name)] == []
 
 
@@ -280,10 +285,10 @@ CHECK_FIRST = ("compare", "doctor", "evaluate", "export", "pairs", "precompute",
 def test_a_verb_checks_paths_before_torch_is_imported(verb: str) -> None:
     """Torch takes seconds to import: a wrong path is an error at once."""
     program = VERBS[verb].module
-    seen, to_read = set(), {program if program in MODULES else f"{program}.__main__"}
+    seen, to_read = set(), {program if program in modules() else f"{program}.__main__"}
     while to_read:
         seen.add(module := to_read.pop())
-        packages = {name.partition(".")[0] for name in imported(run_at_import(MODULES[module]))}
+        packages = {name.partition(".")[0] for name in imported(run_at_import(modules()[module]))}
         assert not packages & {"torch", "transformers"}, module
         to_read |= modules_imported_by(module) - seen
     assert len(seen) > 20
@@ -294,7 +299,7 @@ def test_every_imported_package_is_declared() -> None:
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
     declared = {re.split(r"[^\w-]", entry)[0].lower() for group in groups for entry in group}
     known = packages_distributions()
-    for module, tree in MODULES.items():
+    for module, tree in modules().items():
         for name in {name.partition(".")[0] for name in imported(ast.walk(tree))} - sys.stdlib_module_names:
             found = {distribution.lower().replace("_", "-") for distribution in known.get(name, [])}
             assert name == "dpo_dist" or not found or found & declared, f"{module} imports {name}"

@@ -143,7 +143,7 @@ def encode_records(
         prompt, values = 0, dict[str, Any]()
         encoded: EncodedRecord | BadRecord | None = None  # the record belongs to another part
         if isinstance(record, BadRecord):
-            encoded = None if part.is_eval else record  # without a prompt it counts as training data
+            encoded = None if part.is_eval else record  # no prompt to divide by: it is training data
         elif part.has(prompt := prompt_hash(record.prompt)):
             encoded = encode_record(record, config, tokenizer)
         if isinstance(encoded, BadRecord):
@@ -223,9 +223,9 @@ def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Pa
 
 
 CHUNK_RECORDS = 64
-# One process reads and writes for all others; it limits the speed of more processes than this.
+# One process reads and writes for all others: it is too slow for more of them than this.
 _MAX_PROCESSES = 16
-# One process encodes fewer chunks than these before others have started.
+# Fewer chunks than these are encoded by one process before other processes have started.
 _MIN_CHUNKS = 2048 // CHUNK_RECORDS
 _CHUNKS_AHEAD = 2
 

@@ -208,7 +208,7 @@ class PreferenceDataset:
 
 
 def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> PreferenceDataset:
-    """Map the encoded sources and verify their digests; only changed files are read for the digest."""
+    """Map the encoded sources; check their digests, for which only changed files are read, and counts."""
     tables, by_source = list(map(read_source, sources)), []
     counted = list(map(read_counts, tables))
     lengths = [read_lengths(table, counts, config) for table, counts in zip(tables, counted, strict=True)]
@@ -254,7 +254,7 @@ def count_shared_prompts(dataset: PreferenceDataset, other: PreferenceDataset) -
 def check_ids_in_vocabulary(dataset: PreferenceDataset, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Check that the model has an embedding of every token id in the data. Raises ConfigError.
 
-    Tokenizers often have more tokens than their model; these (a padding token) never occur in text.
+    Tokenizers often have tokens without an embedding, such as a padding token, which never occur in text.
     """
     largest = dataset.largest_id
     if largest >= vocab_size:

@@ -22,7 +22,7 @@ def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceData
     """Give each example, which has one response, its partner's response as a second one.
 
     The partner's response is cut to the room that `max_length` leaves after the prompt; no ids are copied.
-    Raises DataError: half of the records of a source have the same prompt.
+    Raises DataError: more than half of a source's records have the same prompt.
     """
     stops = np.cumsum(dataset.source_pairs)
     partner = np.concatenate(

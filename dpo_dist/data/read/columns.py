@@ -142,7 +142,7 @@ _FORMATTINGS = {
     "sharegpt": _SHARED | {"messages": "conversations"},
     "openai": _SHARED | {"messages": "messages"},
 }
-# Values of tags that name a turn's fields and calls; the role that each other tag must have.
+# Tags that name the fields of a turn, and calls, by any name; the role that each other tag must name.
 _TAGS = ("from", "role", "value", "content", *CALLING)
 _ROLE_TAGS = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool"}
 

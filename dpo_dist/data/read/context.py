@@ -14,7 +14,7 @@ from dpo_dist.foundation.types import Fields
 
 _SYSTEMS = ("system", "system_prompt")
 _ARGUMENTS = "chat_template_kwargs"
-# Parts of the question in some datasets, which the prompt must contain. No format adds `context`.
+# Parts of the question in some datasets, which the prompt must contain. No format adds `context` to it.
 _QUESTION_FIELDS = ("instruction", *QUESTIONS, "context")
 # Fields that a chat template or a model uses, but no format reads: dropping them would change the prompt.
 _UNREAD = ("documents", *MEDIA, *(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA))
@@ -22,7 +22,7 @@ _UNREAD = ("documents", *MEDIA, *(f"{side}_{name}" for side in ("chosen", "rejec
 _UNREAD_WEIGHTS = ("weight", "sample_weight")
 # Tools of one side: both sides are rendered with the record's own tools.
 _TOOLS_OF_SIDES = ("chosen_tools", "rejected_tools")
-# Each value of these fields is read, or drops its record; `provenance` says how `pairs` made it.
+# Each value of these fields is read, or drops its record; `provenance` says how `pairs` made the record.
 _READ = {"prompt", *_QUESTION_FIELDS, *CONVERSATIONS, "conversation", *_SYSTEMS, "history", _ARGUMENTS}
 _READ |= {"enable_thinking", *TOOLS, *_TOOLS_OF_SIDES, *_UNREAD, *_UNREAD_WEIGHTS, *NUMBERS, *VOTES}
 _READ |= {"provenance"}
@@ -40,7 +40,7 @@ def with_context(
     is_dialogue = isinstance(prompt, Dialogue)
     messages = turns_of(prompt, "user")
     unread = [name for name in _UNREAD if has_value(record.get(name))]
-    # Also if false: this belongs into the template's arguments, and would be ignored here.
+    # Even a false `enable_thinking`: outside of the template's arguments it would be ignored.
     unread += ["enable_thinking"] if record.get("enable_thinking") not in (None, "") else []
     weights = [w for w in _UNREAD_WEIGHTS if record.get(w) not in (None, "") and to_number(record[w]) != 1]
     given = [name for name in (*TOOLS, _ARGUMENTS) if has_value(record.get(name))]

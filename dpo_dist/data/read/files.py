@@ -25,9 +25,9 @@ _KINDS = (*_COMPRESSED_KINDS, ".parquet")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK_BYTES = 2**20
 _BATCH_RECORDS = 64
-# Counted for each line between records: reading many empty lines takes minutes.
+# Added for each line to the bytes since the last record: millions of empty lines would take minutes.
 _LINE_BYTES = 64
-# Compressed text does not expand more than this.
+# Compressed JSON expands less than this: a .json that expands more could fill the memory.
 _MAX_EXPANSION = 100
 _ARGUMENTS = ("arguments", "parameters")
 SUFFIXES = (*_KINDS, *_COMPRESSIONS)

@@ -115,7 +115,7 @@ def pair(record: Fields) -> Content:
     scores = _pair_scores(record)
     sides = {name: record[name] for name in names}
     if chosen == "messages" and not is_conversation(record[rejected]):
-        # The other response to the same question as the last message.
+        # The other side answers the same question as the last message of `messages`.
         turns = record[chosen]
         if not ends_with_response(turns):
             raise UnusableRecordError("not_one_answer", "messages does not end with an assistant message")

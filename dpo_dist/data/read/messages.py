@@ -74,7 +74,7 @@ def spelled_messages(value: Any) -> Any:
     spelled = from_json(value)
     if not isinstance(value, str) or spelled is value:
         return value
-    # A response may be an object that has a role.
+    # An object with more fields may be a response in JSON that happens to have a role.
     messages = [spelled] if isinstance(spelled, Mapping) and set(spelled) in _BARE_MESSAGES else spelled
     is_conversation = isinstance(messages, list) and bool(messages) and is_messages(messages)
     roles = [message.get("role", message.get("from")) for message in messages] if is_conversation else [None]
@@ -311,7 +311,7 @@ def _with_prompt(given: Any, sides: list[Messages]) -> tuple[list[Messages], int
 def _shared_turns(sides: list[Messages]) -> int:
     """Return how many first turns all sides share; at least one turn is left in each side.
 
-    A single side is split before its last turn, or before the first turn whose weight in the loss is 1.
+    A single side is split before its first assistant turn with weight 1 in the loss, else before its last.
     """
     limit = min(map(len, sides)) - 1
     if len(sides) == 1:

@@ -162,7 +162,7 @@ def _globbed_files(pattern: str) -> list[Path]:
 
 
 def _folder_files(folder: Path, source: SourceConfig) -> list[Path]:
-    """Return the data files of a folder's split. Raises DataError: no file, or one that is not read."""
+    """Return the data files of a folder's split. Raises DataError: no file, one is missing or not read."""
     below = (file for file in folder.rglob("*") if file.is_file() and _DATA_NAME.search(file.name))
     visible = (file for file in below if "/." not in f"/{file.relative_to(folder)}")
     files = _data_files(folder, source, [file for file in visible if file.name not in _DESCRIPTIONS])

@@ -40,8 +40,8 @@ class Marks:
     def __init__(self, special: Collection[str], written_by_template: Collection[str]):
         """Args: special tokens and tokens around turns; other added tokens that the template writes."""
         self.tokens = sorted({*special, *written_by_template})  # the index of each is the number in its mark
-        # Marked in any text; in an assistant turn, where the model itself writes the tags of thoughts and of
-        # tool calls; in all other turns, in tools and in arguments.
+        # `in_text` is marked in any text; `in_response` in an assistant turn, where the model itself writes
+        # the tags of thoughts and of tool calls; `anywhere` in other turns, in tools and in arguments.
         self.in_text = any_of(special)
         self.in_response = any_of(set(special) - set(THOUGHT_TAGS))
         self.anywhere = any_of(self.tokens)
@@ -153,7 +153,7 @@ def _with_backend(tokenizer: Tokenizer, change: Callable[[dict[str, Any]], Any])
 
 
 def _without_first_space(part: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a tokenizer's part without the space that it adds; None if it does nothing else."""
+    """Return a tokenizer's part without the space that it adds; None for a part that only adds it."""
     if part.get("type") == "Prepend":
         return None
     for name, value in (("prepend_scheme", "never"), ("add_prefix_space", False)):
@@ -246,7 +246,7 @@ class EscapedEncoder:
 
     @cached_property
     def _literal_copy(self) -> Tokenizer:
-        """Encodes spelled control tokens as text; their aliases are tokens, and strip spaces as these do."""
+        """Encodes spelled control tokens as text; their aliases are tokens, and strip spaces as they do."""
         tokens = set(self._marks.tokens)
 
         def with_special(part: dict[str, Any]) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def _by_template(
         for whole, text, turns in zip(spelled, texts, responses, strict=True)
     ):
         changes.add("content_not_rendered")
-    # Calls have these names too, in a template that does not read `tools`.
+    # A template that does not read `tools` may still write their names, in calls.
     is_read = re.search(r"\btools\b", chat.template) is not None
     written = _tool_names(record.tools)
     if record.tools and not (is_read and all(name in text for name in written for text in spelled)):
@@ -243,7 +243,7 @@ class _Conversation:
     def _alone(self, message: Message) -> str:
         """Return a response as the template writes its turn after a prompt that it renders differently."""
         text, start, _ = self._whole_conversation((message,))
-        # The prompt that this turn follows opens no thought.
+        # The record's prompt opens no thought: a thought opened before the turn belongs to the response.
         return text[text.rindex(_OPEN, 0, start) if _opens_thought(text[:start]) else start :]
 
     def _header_length(self, turn: str, before: Turns, role: str) -> int:
@@ -256,7 +256,7 @@ class _Conversation:
             end = trace.end
             if not before or trace.spans[-1] is None or end == len(trace.text):
                 # Llama 3.1 writes tools and the first question before its loop over messages; Zephyr and
-                # OLMo 2 write the generation prompt in it.
+                # OLMo 2 write the generation prompt in that loop.
                 end = _common_length(trace.text, self.chat.render(before, self.context))
             self.generation[role] = trace.text[end:]
         generation = self.generation[role]

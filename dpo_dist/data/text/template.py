@@ -156,9 +156,9 @@ def _probed(
 
 
 def in_form(turn: Fields, in_parts: Collection[str]) -> dict[str, Any]:
-    """Return a turn with its content as a list of one part, if its role is one `in_parts`.
+    """Return a turn; its content becomes a list of one text part if its role is in `in_parts`.
 
-    Other roles than the assistant's are written as the user's.
+    Every role except the assistant's counts as the user's.
     """
     role = turn["role"] if turn["role"] == "assistant" else "user"
     parts = [{"type": "text", "text": turn["content"]}]
@@ -193,7 +193,7 @@ def _mark(kind: str, index: int) -> str:
 
 
 def _with_marks(template: str) -> str:
-    """Return the template with marks around the body of each loop."""
+    """Return the template with marks around the body of each loop over one variable."""
     targets: list[str | None] = []
 
     def marked(match: re.Match[str]) -> str:
@@ -217,7 +217,7 @@ def _print(name: str | None, key: str) -> str:
 
 
 def _read_trace(rendered: str, turns: int) -> Trace | None:
-    """Return the turns in the output of a template with marks; None if one is written twice or left open."""
+    """Return the turns in the output of a template with marks; None: a turn is written twice or not ended."""
     text, *marks = _MARK.split(rendered)
     spans: list[Span | None] = [None] * turns
     opened, end = dict[int, int](), 0
@@ -227,7 +227,7 @@ def _read_trace(rendered: str, turns: int) -> Trace | None:
             opened[index] = len(text)
         else:
             start, end = opened.pop(index, len(text)), len(text)
-            # A loop without output only computes.
+            # A loop that writes nothing only computes: the turn is not written in it.
             if text[start:].strip():
                 if spans[index] is not None:
                     return None

@@ -52,7 +52,7 @@ class TokenizerFacts:
     def end_of_turn(self) -> str:
         """The special tokens with which the template ends a response; the end of text if it writes none.
 
-        There is one, or there are two, which then also follow earlier responses (Command R7B).
+        One token, or several if they also follow a response before another turn (Command R7B).
         """
         chat, after = self.chat, "" if self.chat is None else self.chat.after_response
         first = self._special.search(after)
@@ -135,7 +135,7 @@ class TokenizerFacts:
         return max((match.end() for match in self._special.finditer(escaped)), default=0)
 
     def with_prefix(self, ids: list[int]) -> tuple[list[int], int]:
-        """Return `ids` with the tokenizer's prefix exactly once, and the length of the prefix, never cut."""
+        """Return `ids` with the tokenizer's prefix exactly once, and how many of them truncation keeps."""
         if ids[: len(self.prefix_ids)] != self.prefix_ids:
             return self.prefix_ids + ids, len(self.prefix_ids)
         starts_with_bos = ids[:1] == [self.tokenizer.bos_token_id]

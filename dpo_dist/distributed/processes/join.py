@@ -159,8 +159,9 @@ def _check_devices() -> None:
         raise ConfigError(
             "there are more processes than GPUs on this host",
             where="accelerate launch",
-            got=f"{processes} processes, {pluralize(gpus, 'GPU')}",
-            remedy=f"--num_processes {gpus}, or make more GPUs visible (CUDA_VISIBLE_DEVICES={visible})",
+            got=f"{processes} processes, {pluralize(gpus, 'GPU')}"
+            + (f" (CUDA_VISIBLE_DEVICES={visible})" if visible else ""),
+            remedy=f"start with --num_processes {gpus}, or make more GPUs visible",
         )
 
 

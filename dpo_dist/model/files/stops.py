@@ -23,7 +23,7 @@ def find_stop_ids(tokenizer: Tokenizer, data: DataConfig, folder: Path, key: str
     stop_ids = frozenset({*folder_stops(folder), *trained_stops(tokenizer, data)})
     if not stop_ids:
         raise ConfigError(
-            "the tokenizer and the model's folder name no token that ends a response",
+            "neither the tokenizer nor the model's folder names a token that ends a response",
             where=key,
             got=str(folder),
             remedy="set eos_token in tokenizer_config.json",

@@ -1,4 +1,4 @@
-"""Talk to a model in the terminal: a run's, a checkpoint, an adapter, a model folder or a name on the hub.
+"""Talk to a model in the terminal: that of a run or checkpoint, an adapter, a model folder or a hub name.
 
 An empty line or Ctrl-D ends the chat, Ctrl-C ends an answer, `/new` starts a new conversation. From a pipe
 each line is a turn, and only answers are printed: `echo "What is the capital of Iceland?" | dpo-dist chat

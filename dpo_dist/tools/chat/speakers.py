@@ -30,7 +30,7 @@ from dpo_dist.training.start.named_models import short_name
 from dpo_dist.training.start.open_run import has_bf16_products
 
 BASE = "base"
-"""Given in place of a path: the base of an adapter, or the model from which a run started."""
+"""Names, in place of a path, the base of an adapter or the model from which a run started."""
 
 
 class _Printer(TextStreamer):  # type: ignore[misc]
@@ -52,8 +52,9 @@ class Speaker:
     def answer(self, question: str, max_new_tokens: int | None, sampling: Mapping[str, Any]) -> None:
         """Print the answer as it comes, and keep both turns.
 
-        `sampling` overrides the model's generation_config, which also has the default of `max_new_tokens`;
-        else it is 512. Raises ConfigError if the conversation with the answer does not fit.
+        `sampling` overrides the model's generation_config. If `max_new_tokens` is None, that of
+        generation_config counts, or else 512. Raises ConfigError if the conversation with the answer does
+        not fit.
         """
         responder, causal_lm = self.responder, self.causal_lm
         most = max_new_tokens or causal_lm.generation_config.max_new_tokens or 512
@@ -88,7 +89,7 @@ def open_speakers(
 ) -> list[Speaker]:
     """Load the model at `location`, as `locate_model` returns it, and the model `beside` it, if any.
 
-    `trusts_code`: run Python code in their folders.
+    `trusts_code`: whether Python code in the models' folders may run.
     """
     first = _open(location, "RUN", say, trusts_code)
     if beside != BASE:
@@ -109,7 +110,7 @@ def open_speakers(
 
 
 def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool) -> Speaker:
-    """Load a model; in a run's folder, with the configuration of that run."""
+    """Load a model; one in a run's folder gets that run's configuration."""
     folder = Path(location).expanduser()
     above = map(RunFolder, folder.absolute().parents[:2])
     run = next((run for run in above if folder.is_dir() and run.state.is_file()), None)

@@ -63,7 +63,7 @@ from dpo_dist.training.start.open_run import Run
 
 _Row = dict[str, Any]
 PROMPTS_AT_ONCE = 16
-"""Prompts of one part: processes share the parts, and finished ones are not repeated."""
+"""Number of prompts in a part: processes share the parts, and finished parts are not repeated."""
 _BATCH_TOKENS = 16384
 """Most tokens of a process's batch: rows times the longest prompt with its response."""
 
@@ -187,7 +187,7 @@ class ComparedModel:
         return_memory()
 
     def rows(self, index: int) -> Iterator[tuple[str | None, _Row]]:
-        """Yield why the model cannot be asked (or None) and its response as in `answers.jsonl`, by prompt."""
+        """Yield by prompt why the model cannot be asked (or None), and its response for `answers.jsonl`."""
         logps, base = self.logps.read(index), self.base_logps
         base_rows = [{"logp": None}] * len(logps) if base is None else base.read(index)
         for row, logp, base_logp in zip(self.responses.read(index), logps, base_rows, strict=True):

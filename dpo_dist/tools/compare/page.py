@@ -26,7 +26,7 @@ from dpo_dist.tools.shared.tables import aligned, with_interval
 _Row = Mapping[str, Any]
 Pair = tuple[str, str]
 Rates = Mapping[Pair, tuple[float, Interval]]
-"""Win rate of the first model over the second with its interval, in both orders."""
+"""Win rate of the first model over the second, with its interval; both orders of two models are keys."""
 _Table = tuple[list[str], list[list[object]]]
 
 MOST_BYTES = 5_000_000
@@ -151,7 +151,7 @@ def _side(ends: Interval, value: float) -> int:
 def _qualities(results: _Row) -> tuple[str, dict[str, tuple[float, Interval]]]:
     """Return the name of the measure of quality, and each model's value with its interval.
 
-    It is the score or, without scores, the win rate over the base (one half for the base itself).
+    The measure is the score or, without scores, the win rate over the base (one half for the base itself).
     """
     models, base = results["models"], results["base"]
     scored = [model for model in models if model["score"] is not None]

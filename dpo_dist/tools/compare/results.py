@@ -37,11 +37,11 @@ def compares(pairs: PairsConfig) -> bool:
 def judge_texts(
     records: Sequence[PreferenceRecord], texts: Sequence[Sequence[str]], judge: Judge, *, in_pairs: bool
 ) -> list[_Row]:
-    """Return for each prompt `scores` of the texts, `credits` of the first of every two, and `counts`.
+    """Return for each prompt `scores` of the texts, `credits` of the first text of every two, and `counts`.
 
     `in_pairs`: the judge compares texts and gives no scores; else credits follow from the scores. The judge
-    is asked once about each different text that is not empty. A score or credit is null without a usable
-    verdict. Credits are in the order of `itertools.combinations`, counts are the judge's.
+    sees each different text, or pair of texts, once, and no empty text. A score or credit is null without a
+    usable verdict. Credits are in the order of `itertools.combinations`, counts are the judge's.
     """
     asked = []
     for record, responses in zip(records, texts, strict=True):

@@ -26,7 +26,7 @@ _PROGRAMS = (
 )
 """Each trainer with its program and the word after it, as regular expressions."""
 _PROCESSES = re.compile(r"(?i)(?:num.processes|nproc.per.node|num.gpus)[= ](\d+)")
-"""Processes of a node, in the words of accelerate, torchrun, ms-swift and DeepSpeed."""
+"""Matches the number of processes of a node, as accelerate, torchrun, ms-swift and DeepSpeed write it."""
 _SHELL = re.compile(
     r"""(?P<kept>'[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?P<computed>\$\((?:[^()]|\([^()]*\))*\)|`[^`]*`)"""
     r"|(?P<end>\n|;|&&|\|\|?)"

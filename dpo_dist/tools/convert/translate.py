@@ -35,7 +35,7 @@ def translate_run(foreign: ForeignRun) -> str:
     has_adapter = _trains_adapter(run)
     for part in (_machine, _numbers, _watching):
         part(run)
-    # `save_strategy: no` wins over `save_steps`, and the loss over the method.
+    # The first value of a key wins: `save_strategy: no` over `save_steps`, the loss over the method.
     for key in sorted(run.left, key=lambda name: (name == "rl", not name.endswith("strategy"))):
         if run.left[key] not in EMPTY:
             run.translate(key, run.left[key])
@@ -59,7 +59,8 @@ def translate_run(foreign: ForeignRun) -> str:
 def _method(run: Translation) -> str:
     """Return the training method; set its loss, or a weighted sum of losses."""
     method = str(run.take("rlhf_type", "rl", "stage", default=run.facts["method"])).lower()
-    for key in ("task_type", "reward_model", "process_reward_model"):  # a head in place of the language model
+    # These keys ask for a classification or reward head in place of the LM head.
+    for key in ("task_type", "reward_model", "process_reward_model"):
         if (task := run.take(key)) not in (None, False, "causal_lm"):
             method = f"{key}: {as_written(task)}"
     if method not in _METHODS:
@@ -98,7 +99,7 @@ def _simpo(run: Translation) -> None:
     gamma = ratio * beta if ratio >= 0 else run.take("simpo_gamma", "gamma", default=gamma)
     run.set("loss.beta", beta, "beta", beta)
     run.set("loss.options.gamma", gamma, "simpo_gamma", gamma)
-    # SimPO's own trainer sets gamma / beta, and its loss has no likelihood term.
+    # A TRL run that sets gamma / beta is one of SimPO's own trainer, whose loss has no likelihood term.
     if weight := run.take("cpo_alpha", default=likelihood if ratio < 0 or run.trainer != "TRL" else 0):
         run.left.pop("rl", None)
         run.left.pop("loss_type", None)
@@ -188,7 +189,7 @@ def _machine(run: Translation) -> None:
             run.comment(key, run.left.pop(key), "a quantized base is not sharded")
             continue
         run.not_default.add("parallelism.kind")
-        # Only the name of a mapping is read: DeepSpeed's has keys of other stages, too.
+        # Of a mapping only the key's name is read: DeepSpeed's mapping has keys of other stages, too.
         text = key if isinstance(value, dict) else f"{key} {value}".removeprefix("fsdp ")
         text = text.replace("_", " ").replace("no offload", "")
         for words, stage in _STAGES.items():
@@ -242,7 +243,7 @@ def _combine(run: Translation) -> None:
     values = run.values
     if values.pop("model.attention", None):
         run.comment(*run.origins["model.attention"], "not needed: the fastest kernel is chosen")
-    if values.get("optim.warmup_steps") == 0:  # there 0 means that the ratio is used
+    if values.get("optim.warmup_steps") == 0:  # the other trainers then use the ratio
         del values["optim.warmup_steps"]
     if values.get("loss.kind") == "orpo" and "loss.beta" in values and _ODDS_WEIGHT not in values:
         values[_ODDS_WEIGHT] = values.pop("loss.beta")
@@ -260,7 +261,7 @@ def _add_defaults(run: Translation, is_uncut: bool) -> list[str]:
     if not any(key.startswith("model.adapter.") for key in run.values):
         defaults |= run.facts.get("full", {})
     if "model.adapter.path" in run.values and run.trainer in ("LLaMA-Factory", "ms-swift"):
-        # There the reference is the base; here the default would be the adapter at its start.
+        # These trainers' reference is the base; dpo_dist's default would be the base with the loaded adapter.
         defaults["reference.path"] = run.values.get("model.path")
         if quantization := run.values.get("model.quantization"):
             defaults["reference.quantization"] = quantization
@@ -276,7 +277,7 @@ def _add_defaults(run: Translation, is_uncut: bool) -> list[str]:
 
 
 def _give_options(run: Translation) -> None:
-    """Move options of one kind of loss into its term of a sum; leave out options of other kinds."""
+    """Move loss options into the terms that use them; leave out options that the loss does not use."""
     values, terms = run.values, run.values.get("loss.terms", [])
     for key in [key for key in values if key.startswith("loss.options.")]:
         users, name = kinds_using(key.removeprefix("loss.")), key.rpartition(".")[2]
@@ -290,7 +291,7 @@ def _give_options(run: Translation) -> None:
 
 
 def _obey_rules(run: Translation, defaults: list[str]) -> None:
-    """Leave out keys that the rules between keys refuse, with the rule's reason."""
+    """Leave out keys whose combination a rule of `train` refuses; a comment gives the rule's reason."""
     while True:
         config = resolve_reference(SCHEMA.validate_python(as_tree(run.values)))
         errors = [rule.error(config) for rule in rules_of("train") if rule.is_broken(config)]

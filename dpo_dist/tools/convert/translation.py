@@ -44,7 +44,7 @@ class Translation:
             "lr_scheduler_kwargs",
             "model_init_kwargs",
             "trl",
-        ):  # their keys have names of their own, so none is overwritten
+        ):  # the keys in these mappings have other names than all keys outside them
             if isinstance(inner := keys.get(name), dict):
                 self.left |= inner
                 del self.left[name]
@@ -115,7 +115,7 @@ class Translation:
 
 
 def _keys_to_write(answer: str) -> dict[str, Any]:
-    """Return the keys that an answer of names.yaml says to write; none if one is unknown or does not fit."""
+    """Return the keys that advice in names.yaml says to write; none if one is unknown or does not fit."""
     verb, _, rest = answer.partition(" ")
     if verb not in ("write", "set"):
         return {}

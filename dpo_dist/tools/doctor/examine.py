@@ -49,7 +49,7 @@ from dpo_dist.tools.doctor.shown_pairs import ShownPair, show_pairs
 from dpo_dist.tools.shared.findings import Finding, Level, most_serious_first
 
 ProgressOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
-"""From a title and a unit to a context with a progress function: `Console.progress`."""
+"""Makes from a title and a unit a context that yields a progress function, as `Console.progress` does."""
 
 SHOWN_PAIRS = 4  # of each source, besides examples of findings
 # Their findings already say that training would refuse the data.

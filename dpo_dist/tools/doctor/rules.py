@@ -29,7 +29,7 @@ class DataRule(FindingRule):
         detail: str = "",
         records: str = "records",
     ) -> Iterator[Finding]:
-        """Yield a finding if `count` of `total` records break the rule: a note unless above the threshold."""
+        """Yield a finding if any record breaks the rule: a note unless the share is above the threshold."""
         if count:
             level = self.level if count > self.threshold * total else Level.note
             text = f"{count} of {total} {records} ({percent(count / total)}) {self.text}"

@@ -21,7 +21,7 @@ from dpo_dist.tools.shared.findings import Finding
 from dpo_dist.tools.shared.records import labelled_side
 
 _SAMPLED_RECORDS = 2000
-"""A source's sample is drawn from so many first records."""
+"""A source's sample is drawn from this many of its first records."""
 _EXAMPLES_PER_FINDING = 2
 _MAX_RESPONSES = 4
 _MAX_TOKENS, _MAX_CHARACTERS = 2000, 8000
@@ -46,7 +46,7 @@ class ShownPair:
 
     origin: str
     rules: tuple[str, ...]  # rules that it breaks, as an example; empty in the random sample
-    note: str  # why it is dropped
+    note: str  # why training drops it, or empty
     parts: Sequence[ShownPart]
 
 
@@ -140,7 +140,7 @@ def _segments(
         kinds.append(("special " if token in special else "") + ("cut" if place in cut else use))
     for kind, group in itertools.groupby(kinds):
         stop += sum(1 for _ in group)
-        # Decoded with the tokens before: alone, some tokenizers would drop the first space.
+        # Decoded together with all tokens before: some tokenizers drop the first space of a text.
         decoded = str(
             tokenizer.decode(tokens[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )

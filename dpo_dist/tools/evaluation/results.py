@@ -49,8 +49,8 @@ def contrasts(
 ) -> dict[str, tuple[float, tuple[float, float] | None]]:
     """Return margin and AUC of labelled records, each with its interval by resampling prompts.
 
-    All arguments are [records]. Empty if a label is missing. An interval is None where
-    `bootstrap_intervals` would give none for the prompts of one label.
+    All arguments are [records]. Empty if a label is missing. Both intervals are None if a label
+    has fewer than `FEWEST_PROMPTS` prompts, or a resample lacks a label.
     """
     different, places = np.unique(rewards, return_inverse=True)
 
@@ -121,7 +121,7 @@ def _group_results(
         if metric in every and (not group or group in members):
             value, count = (each.double() for each in every[metric])
             inside = members[group] if group else count > 0
-            # A value that is not finite counts in its own group only.
+            # Values outside the group become 0, so that one that is not finite spoils its own group only.
             measured[name] = torch.where(inside, value, 0.0).numpy(), (count * inside).numpy()
     lowest = {name: 0.0 for name in measured if name.startswith(_SHARES)}
     intervals = bootstrap_intervals(measured, prompts, seed, lowest)

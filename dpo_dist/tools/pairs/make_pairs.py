@@ -48,7 +48,7 @@ from dpo_dist.training.start.open_run import Run
 
 _MODELS = "pairs.models"
 PART_PROMPTS = 64
-"""Prompts of one part of the work: processes share the parts, and finished ones are not repeated."""
+"""Number of prompts in a part: processes share the parts, and finished parts are not repeated."""
 
 
 def different_prompts(
@@ -107,7 +107,7 @@ def _text(completion: Completion) -> str:
 
 
 def joined_completions(by_model: Sequence[Completions], pairs: PairsConfig) -> Completions:
-    """Return a prompt's completions by all models; one that cannot be in a pair has the reason."""
+    """Return a prompt's completions by all models; `unused` says why one cannot be in a pair."""
     completions, seen = list[Completion](), set[str]()
     for model, row in enumerate(by_model):
         for completion in row.completions:
@@ -186,7 +186,7 @@ def pairs_from_results(results: PairResults) -> Iterator[dict[str, Any]]:
         if row.dropped is not None:
             counts[DROPPED_PROMPT_PREFIX + row.dropped] += 1
             continue
-        counts["samples_unfinished"] += sum(not each.finished for each in row.completions)  # kept ones too
+        counts["samples_unfinished"] += sum(not each.finished for each in row.completions)  # used or not
         unused = (each.unused for each in row.completions)
         counts.update(f"samples_{reason}" for reason in unused if reason not in (None, "unfinished"))
         usable = [each for each in row.completions if each.unused is None]

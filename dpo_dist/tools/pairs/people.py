@@ -42,11 +42,11 @@ _OVERLAP = 0.2
 
 TIE, SKIP = "tie", "skip"
 _SIDES = ("first", "second")
-"""Verdict for the better response, by the response's index."""
+"""The verdict that the response of this index is better."""
 
 
 class Annotation(NamedTuple):
-    """A line of the log: an annotator's verdict on an item; the annotator's next one on it replaces this."""
+    """A line of the log: a verdict on an item; a later one by the same annotator on the item replaces it."""
 
     item: str
     annotator: str
@@ -96,7 +96,7 @@ class Labelling:
         self._shared = {key for key in items if _fraction(seed, "shared", key) < _OVERLAP}
 
     def read(self, file: Path) -> int:
-        """Read judgements of earlier starts, cut off an incomplete last line; return how many are unused."""
+        """Read judgements of earlier starts, cut off an incomplete last line; count those without an item."""
         content = file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         os.ftruncate(self._log, len(whole))
@@ -116,7 +116,7 @@ class Labelling:
         return sum(each.item not in self.items for each in lines)
 
     def judge(self, annotator: str, item: str, choice: str) -> None:
-        """Write a judgement to disk, then let it count; `choice`: `left`, `right`, `tie` or `skip`."""
+        """Write a judgement to disk, then to `judgements`; `choice`: `left`, `right`, `tie` or `skip`."""
         left, now = self.left(annotator, item), datetime.now(UTC).isoformat(timespec="seconds")
         verdict = {"left": _SIDES[left], "right": _SIDES[1 - left]}.get(choice, choice)
         judgement = Annotation(item, annotator, verdict, left, now)
@@ -155,7 +155,7 @@ class Labelling:
 
 
 class _Request(WSGIRequestHandler):
-    timeout = 2.0  # browsers open connections in advance, which would block the end
+    timeout = 2.0  # at the end the server waits for connections that browsers opened in advance
 
     def log_message(self, *_: Any) -> None:
         """Print nothing: the address gives access to the data."""
@@ -233,7 +233,7 @@ def agreement(judgements: Iterable[Annotation]) -> dict[str, Any]:
         first, second = (given[name] for name in names)
         pairs = [(first[key].verdict, second[key].verdict) for key in first if key in second]
         agreed = statistics.fmean(verdict == other for verdict, other in pairs) if pairs else None
-        has_one_verdict = len(set(itertools.chain(*pairs))) < 2  # chance agreement is 1
+        has_one_verdict = len(set(itertools.chain(*pairs))) < 2  # kappa would divide by 0
         kappa = None if has_one_verdict else float(cohen_kappa_score(*zip(*pairs, strict=True)))
         between.append({"annotators": list(names), "items": len(pairs), "agreed": agreed, "kappa": kappa})
     return {"annotators": annotators, "between": between}

@@ -259,7 +259,7 @@ class _Rounds:
         if config.pairs.reference is RoundReference.previous:
             reference = replace(reference, path=None)
         elif reference.path is None and mode is not ReferenceMode.none:
-            # A name alone would not fix the revision.
+            # A hub name without its revision might name another model than the first policy.
             path = first.path if first.revision is None else str(model_folder(first.path, first.revision))
             reference = replace(reference, path=path)
             if mode is ReferenceMode.adapter:  # the base of a later adapter is not the first model

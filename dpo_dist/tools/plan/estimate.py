@@ -54,7 +54,7 @@ _PCIE = 25e9  # bytes a second between a GPU and its host
 _HOST_MEMORY = 100e9  # bytes a second that CPU Adam moves on a node
 _LAUNCHES = 1.2e-3  # seconds to launch the 240 kernels of a layer, forward and backward
 _HOOKS = 1.1e-3  # seconds in ZeRO-3's hooks per layer and generated token
-_DEQUANTIZING = 0.5  # the share of the memory's speed at which weights are computed from fewer bits
+_DEQUANTIZING = 0.5  # computing weights from fewer bits reaches this share of the memory's speed
 _EXPERTS = 1.5  # experts take longer than dense layers: products are smaller, and tokens are sorted by expert
 
 
@@ -129,7 +129,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the micro-batches fit, and the longest sequence."""
+        """Whether the micro-batches and the longest sequence fit."""
         return self.needs.fits(max(self.micro_batch, self.config.data.max_length), self.machine.memory)
 
     @property
@@ -184,7 +184,7 @@ class Estimate:
 
     @property
     def sampling(self) -> float:
-        """Seconds of samples under ZeRO-3, which gathers all weights; else it takes little time."""
+        """Seconds to generate samples under ZeRO-3, which gathers all weights; counted as 0 otherwise."""
         samples, every = self.config.samples, self.config.trainer.eval_every
         tokens = sampling_for("train", self.config.sampling).max_new_tokens
         if not self._is_sharded or samples.prompts == 0 or not self.config.data.eval_sources:
@@ -287,5 +287,5 @@ def _dequantizing_seconds(model: ModelConfig, causal_lm: Any, machine: Machine) 
     """Return the seconds to dequantize all quantized weights once."""
     if (kind := model.quantization) is None:
         return 0.0
-    moved = BYTES_PER_QUANTIZED_WEIGHT[kind] + TORCH_DTYPES[model.dtype].itemsize  # of a weight
+    moved = BYTES_PER_QUANTIZED_WEIGHT[kind] + TORCH_DTYPES[model.dtype].itemsize  # bytes for a weight
     return moved * quantized_weights(causal_lm) / (_DEQUANTIZING * machine.bandwidth)

@@ -35,7 +35,7 @@ _Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 
 _TOKENS, _PAIRS = 700.0, 60_000  # UltraFeedback's
 _KINDS = ("ddp", "zero2", "zero3", "zero3_offload")
-_Setting = tuple[str, Literal["none", "full"] | int]  # words, and gradient checkpointing
+_Setting = tuple[str, Literal["none", "full"] | int]  # overrides, and gradient checkpointing
 _ALTERNATIVES: list[_Setting] = [
     (f"parallelism={kind}", layers) for kind in _KINDS for layers in ("none", 4, 2, "full")
 ]
@@ -165,7 +165,7 @@ def planned_data(
 
     of_sources = zip(
         prepare(data, model, loss, progress).datasets, sources, strict=False
-    )  # then the evaluation data
+    )  # evaluation data come after these
     used = [(datasets[0], source.weight) for datasets, source in of_sources if datasets]
     pairs = max(1, round(sum(len(dataset) * weight for dataset, weight in used)))
     tokens = sum(int(dataset.piece_tokens.sum()) * weight for dataset, weight in used) / pairs
@@ -173,7 +173,7 @@ def planned_data(
 
 
 def _by_its_card(source: SourceConfig) -> tuple[float, float] | None:
-    """Return how many pairs of a hub dataset an epoch has, and their mean tokens; None if not known."""
+    """Return how many pairs an epoch takes from a hub dataset, and their mean tokens; None if not known."""
     name = "/".join(filter(None, (source.path, source.name, source.split or "train")))
     pairs, tokens = _read("data_sizes.yaml").get(name, (0, 0.0))
     if source.format is DataFormat.completion:  # a prompt with one response
@@ -189,7 +189,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _without_weights(model: ModelConfig) -> Any:
-    """Return the model without weights; those of shipped presets need no network."""
+    """Return the model without weights; models of shipped presets need no network."""
     if (shape := _read("shapes.yaml").get(model.path)) is not None:
         model_config = AutoConfig.for_model(**shape)
     else:
@@ -202,7 +202,7 @@ def _suggest(found: Estimate, causal_lm: Any) -> str | None:
     """Return the overrides that fit with the shortest epoch; None if nothing fits."""
     seconds: dict[str, float] = {}
     former = yaml.safe_load(to_yaml(found.config))
-    former["parallelism"] |= {"offload_optimizer": "none", "offload_parameters": "none"}  # as words would
+    former["parallelism"] |= {"offload_optimizer": "none", "offload_parameters": "none"}  # presets keep them
     quantized = [] if found.config.model.adapter is None else _QUANTIZED
     key = "model.gradient_checkpointing"
 

@@ -176,7 +176,7 @@ def run_card(
     *,
     is_evaluated: bool,
 ) -> str:
-    """Return a model card with a verdict; if a bug raises in between, warn and return "".
+    """Return a model card with a verdict; if a bug raises an exception, warn and return "".
 
     `rows`: of log_history.json, up to the model's step. `summary`: with `exit`, without `verdict`. `loader`:
     the model's auto class. `is_evaluated`: whether the last evaluation of training scored this model.

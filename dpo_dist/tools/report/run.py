@@ -63,7 +63,7 @@ class PageFacts:
         self.run = RunFacts(rows, self.summary, self.doctor.get("findings") or [])
         self.by_source = metrics_by_source(rows)
         evaluation = _fields(folder.named_evaluation(LAST_EVALUATION).results)
-        # After a resume that stopped early, the file is of an earlier evaluation than the rows.
+        # If a resumed run stopped early, the file has an earlier evaluation than the rows, and is not used.
         last = self.run.evaluations[-1] if self.run.evaluations else {}
         loss = (evaluation.get("all") or {}).get("eval_loss")
         is_last = loss is not None and math.isclose(loss, last.get("loss", math.nan), rel_tol=1e-6)
@@ -242,7 +242,7 @@ def _records(title: str, counts: Fields) -> Mapping[str, Any]:
         for name, count in sorted(dropped.items(), key=lambda item: -item[1])
     ]
     rows += [
-        # Records of the split's other part are not among the `read` ones.
+        # Records that the split gives to the other part are not among the `read` ones.
         (count, read + count if name in (HELD_OUT, LEFT_IN_TRAIN) else counts["kept"], in_words(name), name)
         for name, count in counts.items()
         if isinstance(count, int) and name not in ("read", "kept", "pairs")

@@ -143,7 +143,7 @@ def _own_parts(texts: Sequence[str]) -> list[str]:
 
 
 def _result_metrics(last: Sequence[MetricsRow]) -> list[str]:
-    """Return the metrics for the table of results: those of every run with a row, and each accuracy."""
+    """Return the metrics for the table of results: those that all rows have, and accuracies that any has."""
     rows = [row for row in last if row]
     return [
         key
@@ -238,7 +238,7 @@ def _warnings(runs: Runs) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _last_rows(runs: Runs) -> list[MetricsRow]:
-    """Return each ended run's last evaluation, or last steps if no run has one; {} for other runs."""
+    """Return each ended run's last evaluation (the last steps if no run has any); {} for other runs."""
     has_any = any(facts.run.evaluations for facts in runs.values())
     rows = (facts.run.evaluations if has_any else facts.run.steps for facts in runs.values())
     ended = ("exit" in facts.summary for facts in runs.values())

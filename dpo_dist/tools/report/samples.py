@@ -170,7 +170,7 @@ class RunSamples:
 
 
 def _row_fields(model: str, response: _Row) -> _Row:
-    """Return a response as fields of a row, named after the model."""
+    """Return a response as fields of a row; their names start with `model`."""
     return {model if name == "text" else f"{model}_{name}": response[name] for name in _RESPONSE_FIELDS}
 
 
@@ -178,7 +178,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
     """Return the samples of a run that continues after `step`; None if it has none. Collective.
 
     The reference responds once, and a resumed run reads the responses from a file in the run directory. If
-    the policy cannot stand in for the reference, the reference is loaded and freed again: call this before
+    the policy cannot replace the reference, the reference is loaded and freed again: call this before
     the policy is loaded.
     """
     config, settings, tokenizer = run.config, run.config.samples, inputs.tokenizer

@@ -18,7 +18,7 @@ class Check(NamedTuple):
 
 
 def failed_check(name: str, error: str) -> Check:
-    """Return a check that ended with an error: `skipped` if a package, or room for a speed, is missing."""
+    """Return a check that ended with an error: `skipped` if it lacks a package or, for a speed, room."""
     lacks = _NOT_INSTALLED + _NO_ROOM * name.startswith("speed")
     return Check(name, "skipped" if any(lack in error for lack in lacks) else "failed", error)
 

@@ -19,7 +19,7 @@ from dpo_dist.tools.selftest.runs import (
     run_python,
 )
 
-_GATHERED = (1, 33, 512)  # MB of a message; 33 is a matrix of a 7B model on 8 GPUs
+_GATHERED = (1, 33, 512)  # MB of a message; 33 is a 4096 x 4096 matrix of a 7B model
 
 
 def list_versions(gpus: int) -> Iterator[Check]:
@@ -73,7 +73,7 @@ def check_collective_calls(folder: Path, gpus: int) -> Iterator[Check]:
 
 
 def exchange(out: Path) -> int:
-    """Run as one of the processes of `check_collective_calls`; rank 0 writes its results."""
+    """Run as one of the processes of `check_collective_calls`; rank 0 writes the results."""
     import torch  # noqa: PLC0415  (slow)
     import torch.distributed as dist  # noqa: PLC0415
 

@@ -116,7 +116,7 @@ def measure_speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
             if error:
                 yield failed_check(check, error)
                 continue
-            # In the first steps kernels are chosen and compiled.
+            # The first steps, in which kernels are chosen and compiled, do not count.
             values = {key: float(statistics.median(row[key] for row in rows[2:])) for key in _MEASURED}
             values["planned_bytes"] = planned = _planned_bytes([*way, f"plan.gpus={gpus}"])
             seconds, mfu, tokens, used, *phases = values.values()
@@ -127,7 +127,7 @@ def measure_speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
 
 
 def _planned_bytes(words: Sequence[str]) -> float:
-    """Return the memory of a GPU that `dpo-dist plan` computes, in bytes, without CUDA's own."""
+    """Return the memory of a GPU that `dpo-dist plan` computes, in bytes, without that of CUDA and NCCL."""
     from dpo_dist.tools.plan.make_plan import make_plan  # noqa: PLC0415  (slow)
 
     given = ["data.train=[-]", "plan.gpu=h100-80g", "plan.pairs=1000", "plan.tokens_per_pair=200"]
@@ -162,5 +162,5 @@ def count_waits(out: Path) -> int:
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(action="always"):
         train_here(words, on_row=lambda _row: by_row.append(waits))
-    out.write_text(json.dumps(by_row[-1] - by_row[-2]))  # the last step, when kernels are chosen
+    out.write_text(json.dumps(by_row[-1] - by_row[-2]))  # in the last step: earlier ones choose kernels
     return ExitCode.completed

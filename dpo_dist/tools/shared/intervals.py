@@ -16,8 +16,8 @@ RESAMPLES = 1000
 LEVEL = 0.95
 ENDS = (1 - LEVEL) / 2, 1 - (1 - LEVEL) / 2
 FEWEST_PROMPTS = 6
-"""Fewest prompts for an interval. Five fair coins agree in 2 * 0.5**5 = 6 % of cases, and equal outcomes give
-an interval of width 0."""
+"""Fewest prompts for an interval. Five fair coins agree, and would give an interval of width 0, in
+2 * 0.5**5 = 6 % of cases: more than the 5 % in which a 95 % interval may be wrong."""
 
 
 def bootstrap_intervals(

@@ -13,14 +13,14 @@ import regex
 # In scripts without spaces each letter, with its marks, counts as a word (\X is a grapheme).
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 WORD = regex.compile(rf"[[\w\p{{M}}]--[{_UNSPACED}]]+(?:['\u2019]\w+)*|(?!\s)\X", regex.VERSION1)
-"""A word with its marks and apostrophes, or one sign that is neither a letter nor white space."""
+"""Matches a word with its marks and apostrophes, or one other letter or sign that is not white space."""
 
 
 # The language of shorter texts is often guessed wrong.
 _MIN_CHARACTERS = 60
 _MIN_WIDE_CHARACTERS = 12
 _MIN_PROBABILITY = 0.95
-# Chinese languages in the same characters, which are often confused in short texts.
+# Chinese languages with the same characters: in short texts py3langid often confuses them.
 _SAME = {"wuu": "zh", "yue": "zh"}
 
 
@@ -138,7 +138,7 @@ def longest_repeat(words: Sequence[str]) -> int:
     """Return the number of words in the longest passage that occurs twice, overlaps allowed."""
     numbers: dict[str, int] = {}
     ids = np.array([numbers.setdefault(word, len(numbers) + 1) for word in words], dtype=np.uint64)
-    # A rolling hash: a polynomial of the word ids modulo 2^64, whose base has an inverse.
+    # A rolling hash: a polynomial of the word ids modulo 2^64; its base is odd: multiplying loses no bits.
     powers = np.cumprod(np.full(len(words) + 1, _BASE, dtype=np.uint64))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(ids * powers[:-1])])
 
@@ -161,7 +161,7 @@ _SAMPLE_METRICS = [
 
 
 def sample_metrics(facts: Sequence[TextFacts], expected: Sequence[str | None]) -> dict[str, float]:
-    """Return the mean of each fact; one that no response has is left out. `expected`: languages."""
+    """Return the mean of each fact that some response has. `expected`: languages of the chosen responses."""
     changed = [
         None if response.language is None or language is None else response.language != language
         for response, language in zip(facts, expected, strict=True)

@@ -85,7 +85,7 @@ def _place_in_array() -> tuple[int, int]:
 
 
 def check(points: Points) -> Iterator[str]:
-    """Check everything that the points need before they use a GPU: a line for each, then the first's details.
+    """Check what points need before they use a GPU: yield a line for each, then the first point's details.
 
     Points that load the same inputs are checked once. A point with other inputs has lines about them.
     """

@@ -116,7 +116,7 @@ class _Process(NamedTuple):
 class Pool:
     """Trains points, some at a time, each in a process of its own, so that a crash ends one point only.
 
-    The process is a fork of this one, which has imported everything; it may become a launcher.
+    Each process is a fork of this one, which has imported everything; with a launcher, the fork execs it.
     """
 
     def __init__(self, points: Points, folder: RunFolder, console: Console, settings: SweepConfig) -> None:
@@ -184,7 +184,7 @@ class Pool:
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
         start = screen.stat().st_size if screen.exists() else 0
         process.start()
-        with contextlib.suppress(OSError):  # the point was faster to do it
+        with contextlib.suppress(OSError):  # the point has already done it
             os.setpgid(process.pid, process.pid)
         self._running[process.sentinel] = _Process(words, process, gpus, time.monotonic(), screen, start)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())

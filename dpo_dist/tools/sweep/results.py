@@ -19,7 +19,7 @@ End = tuple[str, str]  # a point's outcome and error
 
 
 def sweep_results(points: Points, ends: Mapping[tuple[str, ...], End], folder: RunFolder) -> dict[str, Any]:
-    """Write sweep.json, and return its content; `ends` has the points that ran since this start."""
+    """Write sweep.json, and return its content; `ends` has the points that this start has run."""
     rows = [
         _point(words, RunFolder.from_config(points[words]), ends.get(words, ("", "")), folder)
         for words in points

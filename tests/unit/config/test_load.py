@@ -70,6 +70,16 @@ def test_values_are_typed() -> None:
     assert (config.data.cache, config.reference.store) == ("/scratch/me/encoded", "/scratch/me/reference")
 
 
+def test_an_own_root_without_keys_is_named() -> None:
+    write(config="[a]")
+    assert error_of("--config-dir conf").where.endswith("/conf/config.yaml")
+
+
+def test_a_value_to_be_filled_in_changes_nothing() -> None:
+    Path("open.yaml").write_text("trainer: {seed: '???', max_steps: 5}")
+    assert configured("open.yaml").trainer == TrainerConfig(max_steps=5)
+
+
 @pytest.mark.parametrize(("group", "name"), GROUPS)
 def test_every_preset_composes(group: str, name: str) -> None:
     needed = [word for word in RUN if not word.startswith(group)]

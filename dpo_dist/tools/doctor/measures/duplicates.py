@@ -17,7 +17,7 @@ from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.shared.findings import Finding, Level
 
 Partners = dict[int, int]
-"""Maps the index of a record to that of a matching record, ascending."""
+"""Maps the index of a record to that of a matching record; the keys ascend."""
 
 SIMILARITY = 0.7
 # 16 bands of 4 numbers: two texts of similarity 0.7 share a band with a probability of 0.99.

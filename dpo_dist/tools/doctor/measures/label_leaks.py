@@ -26,18 +26,18 @@ from dpo_dist.tools.shared.intervals import wilson_interval
 
 _Keys: TypeAlias = npt.NDArray[np.uint64]
 Matrix: TypeAlias = Any
-"""scipy.sparse.csr_matrix [pairs, features]: those of the chosen side minus those of the rejected side."""
+"""scipy.sparse.csr_matrix [pairs, features]: the chosen side's features minus the rejected side's."""
 
 _FEWEST_PROMPTS, _FEWEST_PROMPTS_FOR_GROUPS = 10, 50
 # Many features of many sources are tested, so intervals have 3 standard errors instead of 2. One-sided forms
 # are chosen among hundreds of words, so theirs have 4: 17 pairs are enough if all are on one side.
 _STANDARD_ERRORS, _STANDARD_ERRORS_FOR_FORMS = 3.0, 4.0
 _MIN_DIFFERS = 0.03
-"""Smallest share of pairs with a form for it to be reported as one-sided."""
+"""A form is reported as one-sided only if the sides differ in it in at least this share of the pairs."""
 _MIN_WORD_PAIRS = 5
 _SHOWN_FORMS = 3
 _ADDS = 0.03
-"""A group of features must be so much more accurate than the length; else it may only follow the length."""
+"""A group must be this much more accurate than the length; else its features may only follow the length."""
 _MORE, _LESS = "the chosen side has more", "the chosen side has less"
 _WORDS = ("first words", "last words")
 _STYLE = ("punctuation", "markdown", "language", "refusal")
@@ -65,7 +65,7 @@ class LeakTest:
 
     @property
     def one_sided_share(self) -> float:
-        """Share of the pairs with a form that have it on the same side; 0 if they are few, or by chance."""
+        """Share of the pairs with a form that have it on the same side; 0 if few have it, or by chance."""
         if self.differs < _MIN_DIFFERS:
             return 0.0
         share, prompts = 0.5 + (self.accuracy - 0.5) / self.differs, self.differing_prompts
@@ -112,7 +112,7 @@ def _interval(successes: float, trials: int) -> tuple[float, float]:
 
 
 def _test(block: Matrix, prompts: _Keys, name: str, group: str) -> LeakTest:
-    """Test a group by a linear classifier, or a feature by its direction; the classifier is cross-validated.
+    """Test a group of features, or the sign of one feature, by a cross-validated linear classifier.
 
     Each pair is learnt in both orders. Pairs of the same prompt are not independent, so the interval counts
     prompts.
@@ -175,7 +175,7 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
 
 
 def _one_sided_forms(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
-    """Yield the finding about features of few pairs that are almost always on the same side."""
+    """Yield the finding about features that may be rare, but are almost always on the same side."""
     rule, leak = DOCTOR_RULES["one_sided_form"], DOCTOR_RULES["label_leak"].threshold
     forms = [
         test

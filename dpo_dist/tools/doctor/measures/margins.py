@@ -18,7 +18,7 @@ from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.shared.findings import Finding
 
 # A margin is far from 0 if it is at least half a nat per token, and not by chance: log-probs of tokens vary
-# by 1 to 2 nats, so means of n and m tokens differ by about 1.5 sqrt(1/n + 1/m) without a reason.
+# by 1 to 2 nats, so means of n and m tokens differ by about 1.5 sqrt(1/n + 1/m) by chance alone.
 _FAR_NATS, _FAR_DEVIATIONS, _TOKEN_DEVIATION = 0.5, 3.0, 1.5
 _BINS = 40
 _EXAMPLES_AT_ONCE = 1 << 12
@@ -72,8 +72,9 @@ def _words_for_precompute(model: ModelConfig, reference: ReferenceConfig, loss: 
 def find_stored(policy: ModelConfig, reference: ReferenceConfig) -> LogpStore | None:
     """Return all stored log-probs of the reference model; None if there are none.
 
-    Those of every numerics profile: they differ by rounding only, which does not change the statistics. The
-    weight files are digested, unless the store has cached their digests. A missing store is not created.
+    Log-probs of every numerics profile count: they differ by rounding only, which does not change the
+    statistics. The weight files are digested, unless the store has cached their digests. A missing store is
+    not created.
     """
     root = Path(reference.store)
     stored = read_fingerprints(root)
@@ -96,7 +97,7 @@ def find_stored(policy: ModelConfig, reference: ReferenceConfig) -> LogpStore | 
     ]
     matching.sort(key=lambda each: (each.profile.get("dtype") != policy.dtype.value, each.name))
     store = LogpStore(root, matching) if matching else None
-    return store or None  # its length counts
+    return store or None  # an empty store is false
 
 
 def stored_pairs(

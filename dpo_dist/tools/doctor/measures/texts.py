@@ -25,7 +25,7 @@ SIGNATURE_NUMBERS = 64
 EMPTY_SKETCH = MinHash(SIGNATURE_NUMBERS, seed=1, hashfunc=zlib.crc32)
 Signature = npt.NDArray[np.uint32]
 
-# A letter of a script without spaces (kana, Chinese, Hangul excluded) is a word of its own.
+# In scripts without spaces (kana, Chinese) each character is a word; Hangul has spaces.
 _WORD_ONLY = re.compile(r"[^\W\d_\u3040-\u30ff\u3400-\u9fff]+|\d+|[\u3040-\u30ff\u3400-\u9fff]")
 _WORD = re.compile(rf"{_WORD_ONLY.pattern}|[^\w\s]|_")
 _SHORT_CHARACTERS = 3
@@ -193,7 +193,7 @@ def _share(pattern: str, most: int | None = None) -> Feature:
     return lambda _, bare: len(compiled.findall(bare[:most])) / max(len(bare[:most]), 1)
 
 
-# Each is yes or no, or a share of the characters, so that only the length measures length.
+# Outside `length` each is yes or no, or a share of the characters, so that it does not measure length.
 _FEATURES: Mapping[str, Mapping[str, Feature]] = {
     "length": {"characters": lambda _, bare: math.log1p(len(bare))},
     "white space": {

@@ -32,7 +32,7 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
             "the loss teaches the opposite of the labels"
         )
         return
-    if facts.total_steps < FEWEST_STEPS:  # one step moves all pairs together
+    if facts.total_steps < FEWEST_STEPS:  # few steps move all pairs alike, not independently
         return
     for source, share in facts.sources("eval").items():
         accuracy = facts.evaluation_accuracy(source, share)
@@ -45,8 +45,9 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
             )
             return
     for source, share in facts.sources("train").items():
-        # Every quarter counts: later, a policy may tell the sources apart, or know the pairs by heart. If it
-        # does not start as the reference, only the last one does: it has preferences before it learns.
+        # Every quarter is judged: in later ones a policy may tell the sources apart, or know the pairs by
+        # heart. If it does not start as the reference, it has preferences before it learns: then only the
+        # last quarter is judged.
         ends = (0.25, 0.5, 0.75, 1.0) if facts.falls(facts.steps) else (1.0,)
         quarters = (facts.training_accuracy(source, share, end) for end in ends)
         below = [part for part in quarters if source and part is not None and part.is_below_half]
@@ -80,7 +81,7 @@ def _evaluation_too_good(facts: RunFacts) -> Iterator[str]:
 
 
 def _accuracies(facts: RunFacts) -> Iterator[tuple[Accuracy, Accuracy, float]]:
-    """Yield training accuracy, evaluation accuracy and their difference by chance, if both are known."""
+    """Yield training and evaluation accuracy with their difference by chance, if known after enough steps."""
     training, accuracy = facts.training_accuracy(), facts.accuracy()
     is_long = facts.total_steps >= FEWEST_STEPS
     if facts.evaluations and is_long and training is not None and accuracy is not None:
@@ -107,7 +108,7 @@ def _label_leak(facts: RunFacts) -> Iterator[str]:
 
 
 def _leak_by_length(facts: RunFacts, source: str, ratio: float) -> str | None:
-    """Return a clause if the mean lengths of the two sides differ by this ratio."""
+    """Return a clause if the mean lengths of the two sides differ by at least this ratio."""
     rows = facts.evaluations if source else facts.steps  # steps have no lengths by source
     chosen, rejected = mean(rows, f"tokens/chosen{source}"), mean(rows, f"tokens/rejected{source}")
     if not chosen or not rejected or max(chosen / rejected, rejected / chosen) < ratio:
@@ -146,7 +147,7 @@ def _rise_of_evaluation_loss(facts: RunFacts) -> Iterator[str]:
     if len(losses) < 2 or not recent:
         return
     step, lowest = min(losses[:-1], key=lambda point: point[1])
-    # Without a training loss before that step, the evaluation's own loss stands for it.
+    # Without a training loss before that step, the evaluation's own loss replaces it.
     earlier = [loss for at, loss in values(facts.steps, "loss") if at <= step]
     before, after = earlier[-1] if earlier else lowest, fmean(recent)
     end, pairs = losses[-1][1], facts.evaluated_pairs

@@ -70,7 +70,7 @@ def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
     """Return the likeliest cause of the first row with a value that is not finite, and where it was."""
     row = facts.rows[index]
     quantity = next(key for key in (*_QUANTITIES, *broken) if key in broken or f"eval_{key}" in broken)
-    # If several skipped steps end the run, its last row has the last of them.
+    # If several skipped steps end the run, its last row has the last of them: `step` is the first.
     ends = row is facts.rows[-1] and "loss" in row
     step = int(row["step"]) - ((facts.summary.get("bad_in_a_row") or 1) - 1 if ends else 0)
     before = RunFacts(facts.rows[:index], {**facts.summary, "steps": int(row["step"])})
@@ -107,12 +107,12 @@ def _beta_wrong(facts: RunFacts) -> Iterator[str]:
     untrained, end = max(start, math.log(2)), median(recent)
     losses = f"{start:.2g} -> {end:.2g}"
     if beta >= 1 and end <= 0.01 * untrained:
-        # The margin is read where the loss gets used up: later, a few pairs still raise it.
+        # The margin is read where the loss has almost vanished: in later steps a few pairs still raise it.
         at = next(at for at, row in enumerate(facts.steps, 1) if row["loss"] <= 0.01 * untrained)
         then = RunFacts(facts.steps[:at], facts.summary).margin_nats() or 0.0
         if abs(then) <= 5:
             yield (
-                f"loss.beta={digits(beta)} is too large: the loss is used up ({losses}) from step "
+                f"loss.beta={digits(beta)} is too large: the loss has almost vanished ({losses}) from step "
                 f"{facts.steps[at - 1]['step']:.0f} on, when {change} {then:.2g} nats only"
             )
     elif beta >= 1 and end > 1.2 * untrained and abs(nats) <= 10:
@@ -142,10 +142,10 @@ def _learning_rate_too_high(facts: RunFacts) -> Iterator[str]:
 
 
 def _signs_of_rate(facts: RunFacts) -> Iterator[str]:
-    """Yield a clause for each sign; the end is judged by medians, so a spike that recovers does not count."""
+    """Yield a clause for each sign of a high rate; medians judge the end, so spikes do not count."""
     yield from _rise_of_loss(facts)
     steps, falls = facts.total_steps, facts.falls(facts.steps)
-    if falls is None:  # without a reference, relative to the first rows, whose responses differ
+    if falls is None:  # without a reference: relative to the first rows, which have other responses
         logps = pooled(facts.steps, "logps/chosen_per_token", FEWEST_PAIRS)
         falls = [(step, logps[0][1] - logp) for step, logp in logps]
     early = next(((step, fall) for step, fall in falls if fall > 1 and step <= steps / 4), None)
@@ -192,7 +192,7 @@ def _hardly_moved(facts: RunFacts) -> Iterator[str]:
     if margin is not None and noise is not None and abs(margin) <= noise:
         yield f"{facts.part} margin {digits(margin)} is within the noise of rounding ({digits(noise)})"
     losses, nats = _loss_that_stayed(facts), facts.margin_nats()
-    # A loss with a large constant part, such as sppo_hard with a small beta, stays while margins grow.
+    # A loss with a large constant part, as of sppo_hard with a small beta, hardly changes while margins grow.
     if losses and len(values(facts.steps, "loss")) >= 3 and (nats is None or nats < 2):
         yield (
             f"the training loss stayed at its start, {losses}, in {facts.total_steps:,} steps with "

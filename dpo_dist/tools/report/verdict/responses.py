@@ -33,8 +33,8 @@ def _responses_forgotten(facts: RunFacts) -> Iterator[str]:
 def _least_fall(start: float) -> float:
     """Return a fall of chosen responses, in nats per token, that healthy runs do not reach.
 
-    In published runs of a 7B model they fell by 0.06 to 0.95 times their start near -1. Responses that are
-    almost certain after an SFT stage break sooner.
+    In published runs of a 7B model the log-probs fell from about -1 by 0.06 to 0.95 of that. Responses that
+    are almost certain after an SFT stage break sooner.
     """
     return min(max(-start, 0.5), 1.0)
 
@@ -88,7 +88,7 @@ def _good_responses_fall(facts: RunFacts) -> Iterator[str]:
 
 def _displacement(facts: RunFacts) -> Iterator[str]:
     share, logps = last(facts.last_rows, "rewards/both_fall"), facts.chosen_logps()
-    if share is None or logps is None or "apo_down" in facts.kinds:  # by design
+    if share is None or logps is None or "apo_down" in facts.kinds:  # this loss lowers both by design
         return
     start, end = logps
     if share >= 0.5 and start - end >= 0.1:

@@ -32,7 +32,7 @@ COLORS = ("#0072b2", "#c85200", "#00805c", "#a3478c", "#8f6a00", "#5b6470")
 
 _PADDING = 0.05
 _MOST_TICKS = 5
-_SHORT = 200.0  # a logarithmic axis has ticks within a decade below this ratio of its ends
+_SHORT = 200.0  # a logarithmic axis whose ends have a smaller ratio has ticks within a decade
 _SMOOTHED_SHARE = 0.06
 _MOST_POINTS = 400
 _FEW_POINTS = 30
@@ -147,7 +147,7 @@ def chart(
     """Return a `<figure>` with one chart; empty if no line has a point. `over`: title of the horizontal axis.
 
     A long line is drawn with about 400 points, with its smallest and largest values among them. `names`: the
-    labels of a legend that several charts share; below the chart are then values without labels.
+    labels of a legend that several charts share; the items below the chart then have no labels.
     """
     whole = [line for line in lines if line.steps.size]
     if not whole:

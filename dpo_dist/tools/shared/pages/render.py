@@ -105,7 +105,7 @@ TEMPLATES.filters |= {
 def page(
     template: str, title: str, scripts: Sequence[str] = (), *, reloads: bool = False, **content: Any
 ) -> str:
-    """Return a page that loads nothing, and whose policy allows its own style sheet and scripts only.
+    """Return a page that loads nothing; its content security policy allows only its own styles and scripts.
 
     The page is complete without its scripts. `reloads`: the browser reads the file again every 30 seconds.
     """

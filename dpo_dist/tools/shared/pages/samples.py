@@ -42,7 +42,7 @@ class ShownResponse:
 class ShownPrompt:
     """A prompt as the model reads it, with responses that are compared with the one labelled `against`.
 
-    `why` stands in small letters after the title, `labels` are for filters, the smallest `order` comes first.
+    `why` is shown small after the title, `labels` are for filters, the smallest `order` comes first.
     """
 
     prompt: str

@@ -36,7 +36,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated response: the tokens before the ending token, and that token; None if it did not end."""
+    """A generated response: its tokens, and the token that ended it (None if the response did not end)."""
 
     ids: list[int]
     end: int | None = None

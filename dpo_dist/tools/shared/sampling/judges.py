@@ -316,7 +316,7 @@ class EndpointJudge:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after an error, waiting could take minutes
         if 0 < len(verdicts) == verdicts.count("refused"):
-            self.check()  # is the endpoint at fault, or the texts of a short part?
+            self.check()  # raises if the endpoint is at fault, not these few texts
         given = iter(verdicts)
         return [
             _judgement(len(question.responses), dict(zip(tried, given, strict=False)))

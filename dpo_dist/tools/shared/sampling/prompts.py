@@ -82,10 +82,7 @@ class Prompts:
         with console.heartbeat(f"{title}: looking for parts"):
             unfinished = world.on_main(parts.open)
         share = unfinished[world.rank :: world.size]
-        remedy = (
-            """Create the folder, remove files of killed processes; return the indices of unfinished parts."""
-            "GPU"
-        )
+        remedy = "lower sampling.max_new_tokens; each process loads whole models onto its GPU"
 
         def my_parts() -> None:
             try:

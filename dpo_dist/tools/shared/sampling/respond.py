@@ -148,7 +148,8 @@ _PLACEHOLDERS = ("response\n</think>\n\nresponse", "response")
 _FIELD = THOUGHT_FIELDS[0]
 _THOUGHT, _CONTENT = "probe thought", "probe content"
 _PROBES = re.compile(f"{_THOUGHT}|{_CONTENT}")
-# A response is decoded after this many tokens of its prompt: its first space or character may depend on them.
+# A response is decoded together with this many last tokens of its prompt, because its first space or
+# character may depend on them.
 _DECODED_BEFORE = 8
 
 
@@ -226,7 +227,7 @@ def respond(
 def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: int) -> TokenIds | str:
     """Return a prompt's token ids if `new_tokens` fit after them, else the reason why it cannot be used.
 
-    The ids are the same as in training, with a thought that the template opens.
+    The ids are the same as in training; if the template opens a thought, its start is among them.
     """
     for placeholder in _PLACEHOLDERS:
         encoded = responder.encode(record, placeholder)
@@ -243,7 +244,7 @@ def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: in
 
 
 def texts_after(ids: list[int], prompt: TokenIds, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Return the text of tokens decoded after a prompt, and decoded alone; special tokens stay in it."""
+    """Return the text of `ids` decoded together with a prompt's end, and alone; both keep special tokens."""
     before = prompt[-_DECODED_BEFORE:].tolist()
     start, whole, alone = (
         str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -276,9 +277,9 @@ class _Decoder:
     def _decoded(self, ids: list[int]) -> tuple[Message, bool]:
         """Return the response in the first form that training encodes as `ids`, and whether there is one.
 
-        A text may start with a space that shows only after the prompt's tokens, and a template may add or
-        strip that space. A template may also write a message's content and thought in another form than
-        plain text, such as gpt-oss in channels.
+        A text may start with a space that is decoded only together with the prompt's tokens, and a template
+        may add or strip that space. A template may also write a message's content and thought in another form
+        than plain text, such as gpt-oss in channels.
         """
         continued, alone = texts_after(ids, self.prompt, self.responder.tokenizer)
         texts = dict.fromkeys((continued, alone, alone.strip()))

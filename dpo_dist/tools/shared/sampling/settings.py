@@ -19,7 +19,7 @@ class Sampling:
 
 
 def sampling_for(verb: str, given: SamplingConfig, seed: int = 0) -> Sampling:
-    """Return the settings with which a verb samples; `train` does at evaluations."""
+    """Return the settings with which a verb samples; `train` samples at evaluations."""
     tokens, temperature = _USUAL[verb]
     return Sampling(
         tokens if given.max_new_tokens is None else given.max_new_tokens,
