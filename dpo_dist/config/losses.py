@@ -361,7 +361,7 @@ class LossConfig:
     """Kind of loss; formulas: docs/losses.md."""
     beta: float = key(0.1, gt=0)
     """Strength of the pull toward the reference model."""
-    # From 0.5 on the loss would prefer the rejected response.
+    # At 0.5 the loss prefers neither response (`robust` divides by 0), above the rejected one.
     label_smoothing: float | None = key(None, ge=0, lt=0.5)
     """Assumed share of pairs with swapped labels; null: 0, for `exo_pair` 1e-3."""
     divergence: Divergence = key(Divergence.reverse_kl)

@@ -270,8 +270,10 @@ def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> str
     sides = ("chosen", "rejected") if not _column("label", others) else ("completion", "label")
     if others != given and not _column(sides[1], others):
         return reason_remedy("no_ranking")
-    found = {field: _column(field, others) or "COLUMN" for field in ("prompt", *sides)}
-    named = ", ".join(f"{field}: {column}" for field, column in found.items())
+    guessed = {field: _column(field, others) or "COLUMN" for field in ("prompt", *sides)}
+    known = (re.search(r"; set columns: \{(.*)\}\)$", example) for example in examples)
+    named = next((match.group(1) for match in known if match), None)
+    named = named or ", ".join(f"{field}: {column}" for field, column in guessed.items())
     source = f"{{path: {path}, columns: {{{named}}}}}"
     for key, sources in (("data.train", config.train), ("data.eval", config.eval)):
         if [each.path for each in sources] == [path]:

@@ -290,7 +290,9 @@ def _with_values(record: Fields, name: DataFormat) -> Fields:
                 nested |= nested_conversation(field, spelled)
     if nested:
         columns = ", ".join(f"{field}: {path}" for field, path in nested.items())
-        raise UnusableRecordError("unknown_format", f"objects with messages inside: columns: {{{columns}}}")
+        raise UnusableRecordError(
+            "unknown_format", f"objects with messages inside; set columns: {{{columns}}}"
+        )
     return read
 
 

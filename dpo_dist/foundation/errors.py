@@ -222,10 +222,7 @@ class Arguments(argparse.ArgumentParser):
 
 @dataclass
 class ErrorPrinter:
-    """Prints errors without secrets: as text to standard error, or as JSON objects to standard output.
-
-    `rank`: the rank of this process.
-    """
+    """Prints errors without secrets: as text to standard error, or as JSON objects to standard output."""
 
     is_json: bool = False
     rank: int = 0

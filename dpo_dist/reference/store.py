@@ -124,7 +124,10 @@ class Shard:
 
     @cached_property
     def values(self) -> StoredLogps:
-        """The log-probs of all entries, float32 [tokens]. They end the file: narrow dtypes come last."""
+        """The log-probs of all entries, float32 [tokens].
+
+        They are the last bytes of the file: safetensors writes wider dtypes first.
+        """
         import torch  # noqa: PLC0415  (slow, and `dpo-dist store info` reads no values)
 
         # `numpy.memmap` would keep the file open, and a store may have thousands of shards.

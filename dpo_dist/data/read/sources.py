@@ -51,7 +51,7 @@ def raw_records(source: SourceConfig) -> Iterator[RawRecord]:
 
 
 def check_has_evaluation_data(data: DataConfig, use: str, form: str = "with both responses") -> None:
-    """Check that there is a source of evaluation data, to `use` ("compare models on"). Raises ConfigError."""
+    """Raise ConfigError if no source has evaluation data; `use`: "compare models on", for its message."""
     if not data.eval_sources:
         raise ConfigError(
             f"there is no evaluation data to {use}",

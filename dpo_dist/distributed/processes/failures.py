@@ -348,7 +348,7 @@ def watch_world(world: World, reports: Reports) -> Iterator[None]:
     if world.size > 1:
         watcher.start()
     try:
-        # Without this barrier, a rank that connects while another dies counts exiting survivors as dead.
+        # Wait until all ranks watch: one that joins after a death would take exiting survivors for dead.
         if world.size > 1:
             dist.barrier(group=world.control)
         exit_callbacks.append(watcher.record.report)

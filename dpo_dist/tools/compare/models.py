@@ -387,7 +387,7 @@ def _write(
 
 
 def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> str:
-    """Check models without weights, the judge, and the first records of each source; return the report."""
+    """Check models without loading weights, the judge, and each source's first records; return the report."""
     check_writable(RunFolder.from_config(config).path)
     lines: list[str] = []
     records = first_records(config.data.eval_sources, read_prompts, config.data, lines.append)

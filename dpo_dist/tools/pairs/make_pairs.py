@@ -317,7 +317,7 @@ def pairs_from_scores(
 
 
 def dry_run_pairs(config: RunConfig) -> str:
-    """Check models without weights, the judge, and the first records of each source; return the report."""
+    """Check models without loading weights, the judge, and each source's first records; return the report."""
     pairs, folder = config.pairs, RunFolder.from_config(config)
     check_writable(folder.path)
     file = (folder.round(1) if pairs.rounds else folder).pairs_file

@@ -197,7 +197,7 @@ class Estimate:
         return evaluations * (gathers * self.whole / self._link + hooks)
 
     def seconds(self, reached: float, epochs: float = 1.0) -> dict[str, float]:
-        """Return the seconds of `epochs` by phase, at this share of the datasheet's peak."""
+        """Return the seconds of `epochs` by phase, at this share of the GPU's datasheet FLOP/s."""
         # `ddp` in bf16 sends its gradients after backward; other kinds send while they compute.
         is_bf16, kind = self.config.model.dtype is Dtype.bf16, self.config.parallelism.kind
         together = sum if is_bf16 and kind is ParallelismKind.ddp else max

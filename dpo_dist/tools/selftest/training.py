@@ -127,7 +127,7 @@ def measure_speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
 
 
 def _planned_bytes(words: Sequence[str]) -> float:
-    """Return the memory of a GPU that `dpo-dist plan` computes, in bytes, without that of CUDA and NCCL."""
+    """Return how many bytes a GPU needs by `dpo-dist plan`, not counting CUDA and NCCL."""
     from dpo_dist.tools.plan.make_plan import make_plan  # noqa: PLC0415  (slow)
 
     given = ["data.train=[-]", "plan.gpu=h100-80g", "plan.pairs=1000", "plan.tokens_per_pair=200"]

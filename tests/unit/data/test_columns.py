@@ -225,6 +225,19 @@ def test_the_remedy_is_the_source_with_its_columns(
         check_source(source, DataConfig(train=[source, SourceConfig("another.jsonl")]))
 
 
+def test_the_remedy_for_conversations_inside_of_objects_reads_them(tmp_path: Path) -> None:
+    sides = {
+        side: {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": side}]}
+        for side in ("chosen", "rejected")
+    }
+    (file := tmp_path / "nested.jsonl").write_text(f"{json.dumps(sides)}\n")
+    with pytest.raises(DataError) as raised:
+        check_source(SourceConfig(str(file)), DataConfig(train=[SourceConfig(str(file))]))
+    word = shlex.split(raised.value.remedy.removeprefix("write ").partition(";")[0])[0]
+    [named] = load_run_config(["model.path=m", word]).data.train
+    assert all(isinstance(record, PreferenceRecord) for record in read_records(named))
+
+
 @pytest.mark.parametrize(
     "record",
     [

@@ -117,7 +117,7 @@ def _leak_by_length(facts: RunFacts, source: str, ratio: float) -> str | None:
 
 
 def _leak_by_form(facts: RunFacts, source: str) -> str | None:
-    """Return a clause about a leak that the doctor found, without its text, which may quote the data."""
+    """Return a clause on the doctor's finding of a label leak, without its text, which may quote data."""
     for finding in facts.data_findings:
         is_leak = finding.get("rule") in _LEAKS and finding.get("level") != Level.note
         if is_leak and (not source or finding.get("source") == source[1:]):
