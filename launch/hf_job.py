@@ -19,12 +19,7 @@ import subprocess
 import sys
 
 bucket, *words = sys.argv[1:]
-sync = [
-    "hf",
-    "buckets",
-    "sync",
-    "--quiet",
-]  # not a mounted bucket, which may not allow changing files in place
+sync = ["hf", "buckets", "sync", "--quiet"]  # a mounted bucket may refuse to change files in place
 subprocess.run([*sync, bucket, "runs"], check=True)
 run = subprocess.Popen(["torchrun", "--nproc_per_node=auto", "-m", "dpo_dist.train", "run.root=runs", *words])
 while run.poll() is None:

@@ -91,7 +91,7 @@ def test_without_a_model_texts_are_examined(overrides: Overrides, faulty: str, t
     given = [each for each in overrides(f"data.train=[{faulty}]") if not each.startswith("model.")]
     ended = run_verb("doctor", [*given, "doctor.texts=false"])
     assert ended.code == 1, ended.output
-    assert "without a model" in ended.output
+    assert "no model is configured" in ended.output
     assert report(tmp_path)["model"] is None
     assert "duplicates" in rules(tmp_path)
     assert 'class="texts"' not in page(tmp_path)

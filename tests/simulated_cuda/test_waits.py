@@ -110,7 +110,9 @@ def test_the_host_waits_for_the_device_once_a_step(way: str, assets: Path, tmp_p
                 after[kind, re.sub(r":\d+ ", " ", line)] += count
         saved = [*run.glob(f"checkpoints/*/*/rank-{int(report['rank'] or 0):05d}-*")]
         assert after == {
-            ("device", "dpo_dist/distributed/checkpoint/slices.py of"): len(saved),  # not one for each tensor
+            ("device", "dpo_dist/distributed/checkpoint/slices.py fill"): len(
+                saved
+            ),  # not one for each tensor
             ("device", "dpo_dist/distributed/memory.py wait_for_device"): 1 + ("live" in others),
         }
         found: Counter[tuple[str, str, str]] = Counter()
