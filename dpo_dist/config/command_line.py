@@ -23,11 +23,11 @@ from dpo_dist.config.keys import (
     run_keys,
     section_meanings,
     strip_indices,
+    verb_keys,
 )
 from dpo_dist.config.load import Points, load_points, load_run_config, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, assignment, equivalents, raise_all, suggestion, unknown_key
-from dpo_dist.config.rules import verb_keys
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
 from dpo_dist.config.user_code import check_code_allowed, code_warnings, read_saved_yaml

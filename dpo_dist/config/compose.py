@@ -23,7 +23,15 @@ from hydra.types import RunMode
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_dist.config.keys import COMMAND_LINE, config_dir, is_within, preset_names, readers, run_keys
+from dpo_dist.config.keys import (
+    COMMAND_LINE,
+    config_dir,
+    is_within,
+    preset_names,
+    readers,
+    run_keys,
+    verb_keys,
+)
 from dpo_dist.config.mistakes import (
     assignment,
     composition_error,
@@ -34,7 +42,6 @@ from dpo_dist.config.mistakes import (
     unknown_preset,
     unreadable,
 )
-from dpo_dist.config.rules import verb_keys
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 

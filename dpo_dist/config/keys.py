@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 from dpo_dist.config.fields import LARGEST_INTEGER, key_facts, schema_fields
 from dpo_dist.config.identity import plain
 from dpo_dist.config.schema import NO_MODEL, RunConfig
-from dpo_dist.config.verbs import EVERY_VERB
+from dpo_dist.config.verbs import EVERY_VERB, VERBS
 
 COMMAND_LINE = "command line"
 _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
@@ -145,6 +145,16 @@ def readers(name: str) -> list[str]:
     """Return the verbs that read a key, or any key of a section."""
     rows = [row for key, row in all_keys().items() if is_within(key, name)]
     return [verb for verb in EVERY_VERB.split() if any(verb in row.verbs for row in rows)]
+
+
+def verb_keys(verb: str, *, trains: bool | None = None) -> list[str]:
+    """Return the keys that a verb reads, and their sections.
+
+    `trains`: whether to add the keys of a training run; None: as the table of verbs says.
+    """
+    trains = VERBS[verb].takes_training if trains is None else trains
+    verbs = {verb, "train"} if trains else {verb}
+    return [name for name in run_keys() if not verbs.isdisjoint(readers(name))]
 
 
 def describe_type(hint: Any) -> str:

@@ -12,7 +12,7 @@ from operator import getitem
 from typing import Any
 
 from dpo_dist.config.fields import schema_fields
-from dpo_dist.config.keys import all_keys, as_written, readers, run_keys
+from dpo_dist.config.keys import all_keys, as_written
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import SCHEMA, raise_all, suggestion
@@ -480,16 +480,6 @@ def needs_of(verb: str) -> list[Rule]:
 def check_needs(config: RunConfig, verb: str) -> None:
     """Raise ConfigError if a configuration made in Python lacks a key that the verb needs."""
     check_rules(config, needs_of(verb))
-
-
-def verb_keys(verb: str, *, trains: bool | None = None) -> list[str]:
-    """Return the keys that a verb reads, and their sections.
-
-    `trains`: whether to add the keys of a training run; None: as the table of verbs says.
-    """
-    trains = VERBS[verb].takes_training if trains is None else trains
-    verbs = {verb, "train"} if trains else {verb}
-    return [name for name in run_keys() if not verbs.isdisjoint(readers(name))]
 
 
 def resolve_reference(config: RunConfig) -> RunConfig:

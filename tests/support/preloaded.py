@@ -13,8 +13,8 @@ from unittest import mock
 from deepspeed.utils import numa
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from dpo_dist.config.keys import verb_keys
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.rules import verb_keys
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.tools.shared.pages.render import TEMPLATES
 from dpo_dist.tools.shared.text_facts import language_identifier

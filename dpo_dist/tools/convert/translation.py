@@ -12,9 +12,8 @@ from typing import Any
 import yaml
 
 from dpo_dist.config.compose import parse_overrides
-from dpo_dist.config.keys import as_written, run_keys
+from dpo_dist.config.keys import as_written, run_keys, verb_keys
 from dpo_dist.config.mistakes import equivalents, find_advice, fits
-from dpo_dist.config.rules import verb_keys
 from dpo_dist.tools.convert.reading import ForeignRun
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})

@@ -15,9 +15,8 @@ import pytest
 
 import dpo_dist.__main__
 from dpo_dist.config.command_line import explain, run_verb, usage
-from dpo_dist.config.keys import all_keys, group_folders, section_meanings
+from dpo_dist.config.keys import all_keys, group_folders, section_meanings, verb_keys
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.rules import verb_keys
 from dpo_dist.config.verbs import EVERY_VERB, VERBS
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.chat import __main__ as chat
