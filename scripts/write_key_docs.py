@@ -95,8 +95,7 @@ def _configuration() -> str:
         "A key in the digest defines the run's result: another value names another run directory. "
         "On the command line\na key that the verb does not read is an error; files may serve several verbs. "
         "`precompute`, `evaluate`,\n`doctor`, `export` and `pairs` with rounds take the command line "
-        "of `train`; beside a\nformer run (`run.dir` without a model) they take only keys that they read. "
-        "The column of verbs has those that differ\nfrom the section's.\n",
+        "of `train`. The column of verbs has those that differ\nfrom the section's.\n",
     ]
     # Repetitions: these have the keys of data.train[] and of loss.options.
     left_out = ("data.eval[]", "evaluation.data[]", "loss.terms[].options.")

@@ -141,7 +141,6 @@ class Command:
         files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
         parsed, unread = parse_overrides(word for word in words if word not in files)
         self.folders, self.overrides = folders, list[Override]()
-        self.names_former_run = saved is not None
         self.mistakes = [*mistakes, *([unreadable(unread, verb)] if unread else [])]
         self._experiments, typed = list[_Layer](), dict[str, str | None]()
         for override in parsed:

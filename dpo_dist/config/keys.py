@@ -147,13 +147,9 @@ def readers(name: str) -> list[str]:
     return [verb for verb in EVERY_VERB.split() if any(verb in row.verbs for row in rows)]
 
 
-def verb_keys(verb: str, *, trains: bool | None = None) -> list[str]:
-    """Return the keys that a verb reads, and their sections.
-
-    `trains`: whether to add the keys of a training run; None: as the table of verbs says.
-    """
-    trains = VERBS[verb].takes_training if trains is None else trains
-    verbs = {verb, "train"} if trains else {verb}
+def verb_keys(verb: str, *, trains: bool = False) -> list[str]:
+    """Return the keys that a verb reads, and their sections; `trains`: also the keys of a training run."""
+    verbs = {verb, "train"} if trains or VERBS[verb].takes_training else {verb}
     return [name for name in run_keys() if not verbs.isdisjoint(readers(name))]
 
 

@@ -28,7 +28,6 @@ from dpo_dist.config.mistakes import (
 from dpo_dist.config.rules import check_rules, reset_unused, resolve_reference, rules_of
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function, read_saved_yaml
-from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, DpoDistError
 from dpo_dist.foundation.text import first_few, without_secrets
 
@@ -166,10 +165,7 @@ def _load(command: "Command", verb: str) -> RunConfig:
     try:
         values = command.compose()
         if verb:
-            # A former run was trained with the keys in its config.yaml: in a command that names this run,
-            # keys of training would change nothing, and are refused.
-            is_whole = VERBS[verb].takes_training and not command.names_former_run
-            trains = is_whole or bool((values.get("pairs") or {}).get("rounds"))
+            trains = bool((values.get("pairs") or {}).get("rounds"))
             command.mistakes += command.unread_keys(verb, trains=trains)
         config = SCHEMA.validate_python(values)
     except ValidationError as error:

@@ -56,24 +56,6 @@ def test_the_doctor_takes_a_run_or_data_alone(tmp_path: Path) -> None:
     assert "data.train=..." in refused.value.remedy
 
 
-@pytest.mark.parametrize("verb", ["doctor", "evaluate", "export", "precompute"])
-def test_a_key_of_training_is_refused_beside_a_former_run_but_not_in_a_whole_command(
-    verb: str, tmp_path: Path
-) -> None:
-    in_training = ["data.eval=[b.jsonl]", "sampling.temperature=0.5", "trainer.keep_last=3"]
-    config = write_run(tmp_path / "run", *in_training)
-
-    def loaded(*words: str) -> RunConfig:
-        arguments = split_words([f"run.dir={tmp_path}/run", *words])
-        return load_run_config(arguments.words, verb=verb, saved=saved_values(arguments, verb))
-
-    assert loaded() == config
-    for key in ("sampling.temperature=0.7", "samples.prompts=3", "optim.lr=1e-3"):
-        with pytest.raises(ConfigError, match=f"{verb} does not read {key.partition('=')[0]}"):
-            loaded(key)
-    assert loaded(*RUN, *in_training, "optim.lr=1e-3").sampling.temperature == 0.5
-
-
 def test_a_mistyped_run_directory_is_named_with_the_runs_beside_it(tmp_path: Path) -> None:
     for name in ("beta01", "beta05", "warmup", "zero"):
         write_run(tmp_path / name)
