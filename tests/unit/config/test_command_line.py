@@ -160,6 +160,18 @@ def test_help_and_version(verb: Verb) -> None:
     assert not listed & {"optim", "trainer", "samples", "tracking", "doctor", "export", "loss"}
 
 
+@pytest.mark.parametrize("name", ["sweep", "precompute", "evaluate", "doctor", "plan", "export"])
+def test_help_of_a_verb_that_takes_a_training_run_has_its_keys(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit):
+        run_verb(tiny_verb.main, verb=name)
+    listed = set(re.findall(r"^  (\w+):? ", capsys.readouterr().out, re.MULTILINE))
+    assert {"loss", "optim", "trainer", "parallelism", "experiment"} <= listed
+
+
 def facts(key: str) -> dict[str, str]:
     """The labelled lines of an explanation."""
     lines = [line.strip().partition(":") for line in explain(key, group_folders()).splitlines()[1:]]

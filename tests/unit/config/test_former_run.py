@@ -127,6 +127,19 @@ def test_a_config_of_a_run_opens_no_door(key: str, value: str, tmp_path: Path) -
     assert f"add {key}=" in raised.value.remedy
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "export", "doctor", "precompute"])
+@pytest.mark.parametrize(
+    "trusted",
+    ["loss.function=tests.support.own_loss:hinge", "metrics.function=tests.support.own_metrics:mean"],
+)
+def test_code_of_a_run_is_trusted_by_its_key_in_the_command(verb: str, trusted: str, tmp_path: Path) -> None:
+    kind = "loss=custom" if trusted.startswith("loss") else "loss=sigmoid"
+    write_run(tmp_path / "run", kind, "data.eval=[b.jsonl]", trusted)
+    arguments = split_words([f"run.dir={tmp_path}/run", trusted])
+    config = load_run_config(arguments.words, saved=saved_values(arguments, verb), verb=verb)
+    assert trusted.partition("=")[2] in (config.loss.function, config.metrics.function)
+
+
 def test_open_doors_are_named() -> None:
     lines = code_warnings(asdict(load_run_config([*RUN, "model.trust_remote_code=true"])))
     assert lines == ["warning: model.trust_remote_code=true: Python code of model folders is run"]
