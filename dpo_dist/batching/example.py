@@ -1,16 +1,28 @@
-"""An example: the token ids of a prompt and of the responses to it; the content keys of responses."""
+"""An example: the token ids of a prompt, its images, the responses to it; the content keys of responses."""
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+if TYPE_CHECKING:
+    from torch import Tensor  # processes that encode data need no torch
+
 TokenIds: TypeAlias = npt.NDArray[np.int32]
 Mask: TypeAlias = npt.NDArray[np.bool_]
 Keys: TypeAlias = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageInput:
+    """One image as the model's processor makes it; the prompt has a placeholder for each of its features."""
+
+    digest: bytes  # 16 bytes over the image's file and the processor's settings
+    tokens: int  # placeholders in the prompt
+    inputs: Mapping[str, "Tensor"] = field(default_factory=dict)  # the processor's output; empty if not needed
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +32,7 @@ class Example:
     prompt_ids: TokenIds  # int32 [prompt tokens], at least one
     responses: tuple[TokenIds, ...]  # int32 [response tokens], best first; the end of turn is last unless cut
     trained: tuple[Mask, ...] = ()  # bool [response tokens], whether the loss counts each; empty: all count
+    images: tuple[ImageInput, ...] = ()  # in the order of their placeholders in the prompt
 
     @property
     def masks(self) -> tuple[Mask, ...]:
@@ -27,16 +40,22 @@ class Example:
         return self.trained or tuple(np.ones(len(ids), dtype=np.bool_) for ids in self.responses)
 
 
-def response_key(prompt_ids: TokenIds, response_ids: TokenIds) -> bytes:
-    """Return the content key of a response to a prompt: 16 bytes over the exact token ids (law L3)."""
+def response_key(prompt_ids: TokenIds, response_ids: TokenIds, images: Sequence[ImageInput] = ()) -> bytes:
+    """Return the content key of a response to a prompt: 16 bytes over token ids and images (law L3)."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(len(prompt_ids).to_bytes(8, "little"))
     digest.update(np.ascontiguousarray(prompt_ids, dtype=np.int32).tobytes())
     digest.update(np.ascontiguousarray(response_ids, dtype=np.int32).tobytes())
+    for image in images:  # without images the key is that of the token ids
+        digest.update(image.digest)
     return digest.digest()
 
 
 def response_keys(examples: Iterable[Example]) -> Keys:
     """Return the content keys of all responses, as in a reference store; uint64 [responses, 2]."""
-    keys = (response_key(example.prompt_ids, ids) for example in examples for ids in example.responses)
+    keys = (
+        response_key(example.prompt_ids, ids, example.images)
+        for example in examples
+        for ids in example.responses
+    )
     return np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2)

@@ -161,6 +161,19 @@ class AdapterConfig:
                 object.__setattr__(self, name, copy(key_facts(field).null_means))
 
 
+TrainedImageParts = StrEnum("TrainedImageParts", ["none", "projector", "tower"])
+
+
+@schema
+class ImagesConfig:
+    """Images in prompts: the model's tower encodes them, and its projector maps them to the text model."""
+
+    train: TrainedImageParts = key(TrainedImageParts.none)
+    """Parts that are trained beside the text model: `none`, `projector`, or `tower` (with the projector)."""
+    max_pixels: int | None = key(None, ge=1)
+    """Larger images are made smaller, to at most this many pixels; null: as the model's processor does."""
+
+
 Dtype = StrEnum("Dtype", ["bf16", "fp16", "fp32"])
 FusedLayers = StrEnum("FusedLayers", ["auto", "none", "liger", "compile"])
 AttentionBackend = StrEnum(
@@ -202,6 +215,8 @@ class ModelConfig:
     """Fused layers: Liger's kernels (CUDA, the `liger` extra) or torch.compile; `auto`: Liger's or none."""
     adapter: AdapterConfig | None = key(None, verbs=VERBS_WITH_DATA)
     """Train an adapter in place of all weights: `{r: 64, alpha: 128}`."""
+    images: ImagesConfig | None = key(None, verbs=VERBS_WITH_DATA)
+    """Read the images of the data: `{train: none}`; null: only text is read."""
     quantization: Quantization | None = key(None, verbs="train precompute evaluate compare pairs")
     """Load the adapter's base in 8 or 4 bits (bitsandbytes, the `quantization` extra)."""
     trust_remote_code: bool = key(False)
