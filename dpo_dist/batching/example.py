@@ -22,7 +22,7 @@ class ImageInput:
 
     digest: bytes  # 16 bytes over the image's file and the processor's settings
     tokens: int  # placeholders in the prompt
-    inputs: Mapping[str, "Tensor"] = field(default_factory=dict)  # the processor's output; empty if not needed
+    inputs: Mapping[str, "Tensor"] = field(default_factory=dict)  # the processor's output, or nothing
 
 
 @dataclass(frozen=True, eq=False)
