@@ -76,6 +76,7 @@ def encode_pair(
         np.array(kept_prompt, dtype=np.int32),
         tuple(np.array(ids, dtype=np.int32) for ids in kept),
         tuple(trained),
+        (),
         rendered.changes.union(record.numbers, (name for name, is_so in changes.items() if is_so)),
         truncated,
         rendered.read_as,
