@@ -11,7 +11,15 @@ import numpy as np
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord
 from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
-from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, Tokenizer, eval_part, prompt_hash
+from dpo_dist.data.records import (
+    BadRecord,
+    Origin,
+    PreferenceRecord,
+    Tokenizer,
+    eval_part,
+    prompt_hash,
+    readable,
+)
 from dpo_dist.data.text.escape import any_of
 from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.data.text.template import chosen_template
@@ -106,14 +114,15 @@ class Observer:
             RecordFacts(record.origin, record.reason, record.detail)
             if isinstance(record, BadRecord)
             else self._facts(record)
-            for record in records
+            for record in map(readable, records)
         ]
 
     def _facts(self, record: PreferenceRecord) -> RecordFacts:
-        texts, number = plain_texts(record), prompt_hash(record.prompt)
+        texts, number = plain_texts(record), prompt_hash(record.prompt, record.images)
         prompt, responses = "\n".join(turn for _role, turn in texts.turns), texts.responses
         # Prompts that differ only in case or white space count as equal.
         same = "\n".join(f"{role}: {' '.join(turn.casefold().split())}" for role, turn in texts.turns)
+        same = "\n".join([same, *(image.digest.hex() for image in record.images)])
         side, pair = labelled_side(record), None
         key, whole = text_key(same), text_key(same, *map(str.strip, responses), *filter(None, [side]))
         if side is not None or len(responses) > 1:
