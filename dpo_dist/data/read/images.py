@@ -7,6 +7,15 @@ from functools import cached_property
 from pathlib import Path
 
 from dpo_dist.data.records import MAX_RECORD_BYTES, UnusableRecordError, shown_key
+from dpo_dist.foundation.files import file_identity
+
+
+def current_identity(file: str) -> str:
+    """Return the `file_identity` of a file; "" if it cannot be read."""
+    try:
+        return file_identity(Path(file))
+    except (OSError, ValueError, RuntimeError):
+        return ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,17 @@ class ImageFile:
     def digest(self) -> bytes:
         """16 bytes over the content of the file."""
         return hashlib.blake2b(self.read(), digest_size=16).digest()
+
+    @property
+    def watched(self) -> tuple[str, str] | None:
+        """The file and its `file_identity`, "" if it cannot be read; None if the record has the content."""
+        if self.content is not None or self.name.startswith("data:"):
+            return None
+        try:
+            file = self._file()
+        except (UnusableRecordError, OSError, ValueError, RuntimeError):
+            file = Path(*self.folders[:1], self.name.removeprefix("file://"))
+        return str(file), current_identity(str(file))
 
     def _file(self) -> Path:
         name = self.name.removeprefix("file://")
