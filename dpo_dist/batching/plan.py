@@ -73,9 +73,9 @@ class ComputeCosts:
 
     key: float  # time of one query-key pair, in all layers
     target: float  # time of one target in the output layer
-    image: float = 0.0  # time that the tower takes for one placeholder's share of an image
     arrangement: Arrangement = Arrangement.packed  # of the responses in a forward
     pads: bool = False  # whether a live reference computes padded rows, whatever the arrangement is
+    image: float = 0.0  # time that the tower takes for one placeholder's share of an image
 
 
 @dataclass(frozen=True)
