@@ -17,9 +17,9 @@ from dpo_dist.data.records import (
     Origin,
     PreferenceRecord,
     Tokenizer,
-    UnusableRecordError,
     eval_part,
     prompt_hash,
+    readable,
 )
 from dpo_dist.data.text.escape import any_of
 from dpo_dist.data.text.lengths import without_limits
@@ -100,6 +100,8 @@ class Observer:
         self._config = replace(config, on_bad_record=OnBadRecord.drop)
         self._whole = without_limits(self._config)
         self._tokenizer, self._benchmark, self._processor = tokenizer, benchmark, processor
+        # Where a model reads only text, images do not distinguish prompts.
+        self._reads_images = tokenizer is None or processor is not None
         self._held_out = eval_part(config) if config.eval_share else None
         template = special = None
         if tokenizer is not None:
@@ -116,21 +118,16 @@ class Observer:
             RecordFacts(record.origin, record.reason, record.detail)
             if isinstance(record, BadRecord)
             else self._facts(record)
-            for record in records
+            for record in (map(readable, records) if self._reads_images else records)
         ]
 
     def _facts(self, record: PreferenceRecord) -> RecordFacts:
-        # Without a model it is not known whether images are read: then prompts differ by them, too.
-        images = () if self._tokenizer is not None and self._processor is None else record.images
-        try:
-            number, digests = prompt_hash(record.prompt, images), [image.digest.hex() for image in images]
-        except UnusableRecordError as fault:
-            return RecordFacts(record.origin, fault.reason, fault.detail)
-        texts = plain_texts(record)
+        images = record.images if self._reads_images else ()
+        texts, number = plain_texts(record), prompt_hash(record.prompt, images)
         prompt, responses = "\n".join(turn for _role, turn in texts.turns), texts.responses
         # Prompts that differ only in case or white space count as equal.
         same = "\n".join(f"{role}: {' '.join(turn.casefold().split())}" for role, turn in texts.turns)
-        same = "\n".join([same, *digests])
+        same = "\n".join([same, *(image.digest.hex() for image in images)])
         side, pair = labelled_side(record), None
         key, whole = text_key(same), text_key(same, *map(str.strip, responses), *filter(None, [side]))
         if side is not None or len(responses) > 1:
