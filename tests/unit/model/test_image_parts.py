@@ -19,8 +19,10 @@ from dpo_dist.config.schema import (
 )
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.load import load_config, load_packed, without_weights
-from dpo_dist.model.layers import decoder_layers, text_notes
+from dpo_dist.model.layers import decoder_layers, image_weights, keep_text, text_notes
 from dpo_dist.model.lora import adapted_layers, add_adapter
+from tests.support.invented_images import READERS as FAMILIES
+from tests.support.invented_images import image_examples, image_reader, invented_images, row_logps
 from tests.support.multimodal import IMAGE_MODELS, write_multimodal
 from tests.support.packing import VOCABULARY
 from tests.support.tiny_model import write_model
@@ -80,6 +82,20 @@ def test_parts_for_images_stay_and_are_frozen_or_trained_as_asked(model_type: st
         [note] = text_notes(causal_lm)
         assert f" {number:,} of " in note
         assert all(part.rpartition(".")[2] in note for part in parts)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_trained_weights_are_those_with_a_gradient(name: str) -> None:
+    causal_lm = image_reader(name)
+    keep_text(causal_lm, ImagesConfig(TOWER))
+    row_logps(causal_lm, image_examples(invented_images(name))).sum().backward()
+    of_images = image_weights(causal_lm)
+    for weight in causal_lm.parameters():
+        assert weight.requires_grad is (weight.grad is not None)
+        weight.requires_grad_(True)
+    keep_text(causal_lm, ImagesConfig(PROJECTOR))
+    trained = {weight for weight in of_images if weight.requires_grad}
+    assert set() < trained < of_images
 
 
 @pytest.mark.parametrize("kind", ["mllama", "text", "text class"])
