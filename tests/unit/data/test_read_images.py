@@ -75,7 +75,12 @@ FORMS: dict[str, tuple[dict[str, Any], list[str], list[Any]]] = {
     ),
     "TRL, parts as a table writes them": (
         {
-            "prompt": [turn({**PART, "text": None}, {**text("q"), "image": None})],
+            "prompt": [
+                turn(
+                    {**PART, "text": None, "image": {"bytes": None, "path": None}},
+                    {**text("q"), "image": None},
+                )
+            ],
             **PAIR,
             "images": ["a.png", None],
         },
