@@ -62,7 +62,8 @@ def read_file(file: Path, path: str, folders: Sequence[Path] = ()) -> Iterator[R
     """Yield a file's records in order, bad ones with the reason; only a .json is read whole.
 
     A record's origin is `path` with its first line, counted from 1; in .parquet and .json with its number.
-    The files that a record names are looked up in `folders`, then in the folder of its own file. Raises DataError: the file cannot be read.
+    The files that a record names are looked up in `folders`, then in the folder of its own file.
+    Raises DataError: the file cannot be read.
     """
     try:
         match file_kind(file):
