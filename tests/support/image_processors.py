@@ -125,7 +125,7 @@ def image_tokenizer(kind: str) -> PreTrainedTokenizerFast:
 
 
 def write_processor(folder: Path, kind: str, **parameters: Any) -> Path:
-    """Write the configurations of a model and of its image processor, with other `parameters` of the latter."""
+    """Write the configurations of a model and its image processor, which has other `parameters`."""
     _, token, own, whole, _ = _FAMILIES[kind]
     config = AutoConfig.for_model(kind)
     config.image_token_id = image_tokenizer(kind).convert_tokens_to_ids(token)
