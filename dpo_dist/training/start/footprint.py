@@ -149,7 +149,7 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
 
 
 def quantized_weights(causal_lm: Any) -> int:
-    """Return the number of weights that bitsandbytes quantizes: frozen linear layers of the text's decoder."""
+    """Return the number of weights that bitsandbytes quantizes: frozen linear layers of the text model."""
     linear = {module.weight for module in causal_lm.modules() if isinstance(module, nn.Linear)}
     of_images = {weight for part in image_parts(causal_lm).values() for weight in part.parameters()}
     quantized = linear - of_images - {causal_lm.get_output_embeddings().weight}
