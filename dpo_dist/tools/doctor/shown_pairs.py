@@ -13,6 +13,7 @@ from dpo_dist.batching.example import TokenIds
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.formats import read_records
+from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import BadRecord, PreferenceRecord, Tokenizer
 from dpo_dist.data.text.lengths import without_limits
@@ -51,7 +52,11 @@ class ShownPair:
 
 
 def show_pairs(
-    config: DataConfig, tokenizer: "Tokenizer | None", findings: Sequence[Finding], count: int
+    config: DataConfig,
+    tokenizer: "Tokenizer | None",
+    findings: Sequence[Finding],
+    count: int,
+    processor: ImageProcessor | None = None,
 ) -> list[ShownPair]:
     """Return examples of the findings, and a sample of `count` records from each source.
 
@@ -67,7 +72,7 @@ def show_pairs(
         for record in _choose(pin_source(source), rules, count):
             origin = str(record.origin)
             names = tuple(dict.fromkeys(rules.get(origin, ())))
-            shown.append(ShownPair(origin, names, *_parts(record, config, tokenizer)))
+            shown.append(ShownPair(origin, names, *_parts(record, config, tokenizer, processor)))
     return shown
 
 
@@ -90,13 +95,16 @@ def _choose(source: SourceConfig, rules: Mapping[str, Sequence[str]], count: int
 
 
 def _parts(
-    record: PreferenceRecord, config: DataConfig, tokenizer: "Tokenizer | None"
+    record: PreferenceRecord,
+    config: DataConfig,
+    tokenizer: "Tokenizer | None",
+    processor: ImageProcessor | None,
 ) -> tuple[str, list[ShownPart]]:
     """Return why a record is dropped, and its parts with all tokens, also those that are cut."""
     if tokenizer is None:
         return "", _plain_parts(record)
-    whole = encode_pair(record, tokenizer, without_limits(config))
-    kept = encode_pair(record, tokenizer, config)
+    whole = encode_pair(record, tokenizer, without_limits(config), processor)
+    kept = encode_pair(record, tokenizer, config, processor)
     if isinstance(whole, BadRecord):
         return whole.reason, _plain_parts(record)
     note = ""

@@ -27,6 +27,8 @@ def good_records(
     """
     counts = DataCounts()
     while not enough() and (record := next(records, None)) is not None:
+        if isinstance(record, PreferenceRecord) and record.images:
+            record = BadRecord("media_not_read", record.origin, "no images in this verb")
         counts.add(record)
         if isinstance(record, PreferenceRecord):
             yield record

@@ -27,6 +27,7 @@ from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
 from dpo_dist.data.encoded.store import dataset_columns, read_counts, read_lengths
 from dpo_dist.data.formats import read_records
+from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.text.template import check_template_keys
@@ -72,6 +73,7 @@ def dry_run(
     )
     router_loss(config.loss.router, causal_lm)
     check_template_keys(config.data, tokenizer)
+    processor = image_processor(folder, tokenizer, config.model.images)
     described = f"{folder}, {model_config.model_type}, vocabulary of {len(tokenizer):,}"
     lines = [("run.dir", f"{run}{start_in_words}"), ("model.path", described)]
     if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_fp16_products()):
@@ -81,7 +83,7 @@ def dry_run(
             revision = config.model.revision if evaluated.path == config.model.path else None
             model = description_folder(evaluated.path, revision, EVALUATION_MODEL_KEY)
             if not is_adapter(model):
-                check_same_vocabulary(model, tokenizer, config.model, EVALUATION_MODEL_KEY)
+                check_same_vocabulary(model, tokenizer, config.model, processor, EVALUATION_MODEL_KEY)
                 check_contents_at_hand(model, config.model, EVALUATION_MODEL_KEY)
         lines.append(("evaluation", evaluated.path))
     if not models:
@@ -89,12 +91,12 @@ def dry_run(
         lines += (("end", note) for note in stop_notes(tokenizer, config.data, folder))
     if config.metrics.function is not None:
         lines.append(("metrics", ", ".join(custom_metrics(config.metrics.function, config.loss).names)))
-    lines.append(("reference", _reference(config.reference, config.model, tokenizer)))
+    lines.append(("reference", _reference(config.reference, config.model, tokenizer, processor)))
     tokens: list[float] = []
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for index, source in enumerate(sources):
             name = f"{key}[{index}]"
-            text, unread, mean = _first_records(source, name, config.data, config.loss, tokenizer)
+            text, unread, mean = _first_records(source, name, config.data, config.loss, tokenizer, processor)
             lines += [(name, text), *([("  not read", unread)] if unread else [])]
             tokens.append(mean)
     if plan is not None:
@@ -117,11 +119,16 @@ def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> 
     return "new"
 
 
-def _reference(reference: ReferenceConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+def _reference(
+    reference: ReferenceConfig,
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: ImageProcessor | None,
+) -> str:
     parts = [reference.mode.value]
     if reference.path is not None:
         folder = description_folder(reference.path, None, "reference.path")
-        check_same_vocabulary(folder, tokenizer, model)
+        check_same_vocabulary(folder, tokenizer, model, processor)
         check_contents_at_hand(folder, model, "reference.path")
         parts.append(f"model {folder}")
     if reference.mode is ReferenceMode.cached:
@@ -130,12 +137,18 @@ def _reference(reference: ReferenceConfig, model: ModelConfig, tokenizer: PreTra
 
 
 def _first_records(
-    source: SourceConfig, key: str, data: DataConfig, loss: LossConfig, tokenizer: PreTrainedTokenizerBase
+    source: SourceConfig,
+    key: str,
+    data: DataConfig,
+    loss: LossConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: ImageProcessor | None,
 ) -> tuple[str, str, float]:
     """Read, encode and check the first records of a source; return counts, unread fields and mean tokens."""
     source = pin_source(source)
     records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
-    table = pa.Table.from_batches([encode_records(records[:_FIRST_RECORDS], data, tokenizer)])
+    encoded = encode_records(records[:_FIRST_RECORDS], data, tokenizer, processor=processor)
+    table = pa.Table.from_batches([encoded])
     counts, has_more = read_counts(table), len(records) > _FIRST_RECORDS
     lengths = [read_lengths(table, counts, data)]
     check_counts(counts, f"{key}: {source.path}", data, of_first=has_more, lengths=lengths)

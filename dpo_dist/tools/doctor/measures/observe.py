@@ -11,7 +11,16 @@ import numpy as np
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord
 from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
-from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, Tokenizer, eval_part, prompt_hash
+from dpo_dist.data.images import ImageProcessor
+from dpo_dist.data.records import (
+    BadRecord,
+    Origin,
+    PreferenceRecord,
+    Tokenizer,
+    eval_part,
+    prompt_hash,
+    readable,
+)
 from dpo_dist.data.text.escape import any_of
 from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.data.text.template import chosen_template
@@ -86,10 +95,13 @@ class Observer:
         config: DataConfig,
         tokenizer: "Tokenizer | None",
         benchmark: Benchmark | None = None,
+        processor: ImageProcessor | None = None,
     ):
         self._config = replace(config, on_bad_record=OnBadRecord.drop)
         self._whole = without_limits(self._config)
-        self._tokenizer, self._benchmark = tokenizer, benchmark
+        self._tokenizer, self._benchmark, self._processor = tokenizer, benchmark, processor
+        # Where a model reads only text, images do not distinguish prompts.
+        self._reads_images = tokenizer is None or processor is not None
         self._held_out = eval_part(config) if config.eval_share else None
         template = special = None
         if tokenizer is not None:
@@ -106,14 +118,16 @@ class Observer:
             RecordFacts(record.origin, record.reason, record.detail)
             if isinstance(record, BadRecord)
             else self._facts(record)
-            for record in records
+            for record in (map(readable, records) if self._reads_images else records)
         ]
 
     def _facts(self, record: PreferenceRecord) -> RecordFacts:
-        texts, number = plain_texts(record), prompt_hash(record.prompt)
+        images = record.images if self._reads_images else ()
+        texts, number = plain_texts(record), prompt_hash(record.prompt, images)
         prompt, responses = "\n".join(turn for _role, turn in texts.turns), texts.responses
         # Prompts that differ only in case or white space count as equal.
         same = "\n".join(f"{role}: {' '.join(turn.casefold().split())}" for role, turn in texts.turns)
+        same = "\n".join([same, *(image.digest.hex() for image in images)])
         side, pair = labelled_side(record), None
         key, whole = text_key(same), text_key(same, *map(str.strip, responses), *filter(None, [side]))
         if side is not None or len(responses) > 1:
@@ -149,9 +163,9 @@ class Observer:
 
     def _encode(self, record: PreferenceRecord, facts: RecordFacts, tokenizer: Tokenizer) -> set[str]:
         """Add the facts about the record's tokens; return the names of faults in a kept record's tokens."""
-        whole = encoded = encode_record(record, self._config, tokenizer)
+        whole = encoded = encode_record(record, self._config, tokenizer, self._processor)
         if isinstance(encoded, BadRecord) or not _CUT.isdisjoint(encoded.example.changes):
-            whole = encode_record(record, self._whole, tokenizer)
+            whole = encode_record(record, self._whole, tokenizer, self._processor)
         if isinstance(whole, EncodedRecord):
             facts.tokens = _lengths(whole.example, labelled_side(record))
         if facts.pair is not None:
