@@ -21,7 +21,6 @@ from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.files import load
 from dpo_dist.model.layers import other_weights
 from dpo_dist.model.packed import PackedCausalLM
-from tests.support.families import tiny_family
 from tests.support.invented_images import READERS, image_examples, image_reader, invented_images, row_logps
 from tests.support.packing import pack_unkeyed
 from tests.support.padded import gradients_of
@@ -217,12 +216,6 @@ def test_routing_of_image_tokens_is_counted_as_in_rows() -> None:
     sums = [reader("qwen3_vl_moe", arrangement)(batch, with_routing=True)[1] for arrangement in Arrangement]
     torch.testing.assert_close(sums[0], sums[2])
     torch.testing.assert_close(sums[1], sums[2])
-
-
-def test_a_model_whose_images_are_no_tokens_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cannot be encoded once") as raised:
-        PackedCausalLM(tiny_family("llama"), AttentionBackend.sdpa, reads_images=True)
-    assert raised.value.remedy
 
 
 def test_each_distinct_image_is_in_a_batch_once_and_moves_with_it() -> None:
