@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from trl.data_utils import prepare_multimodal_messages
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import DataConfig, DataFormat, SourceConfig
@@ -74,7 +75,12 @@ FORMS: dict[str, tuple[dict[str, Any], list[str], list[Any]]] = {
     ),
     "TRL, parts as a table writes them": (
         {
-            "prompt": [turn({**PART, "text": None}, {**text("q"), "image": None})],
+            "prompt": [
+                turn(
+                    {**PART, "text": None, "image": {"bytes": None, "path": None}},
+                    {**text("q"), "image": None},
+                )
+            ],
             **PAIR,
             "images": ["a.png", None],
         },
@@ -201,6 +207,25 @@ def test_images_have_the_places_that_the_other_program_gives_them(form: str) -> 
         ["good"],
         ["good <image>", "bad"],
     )
+
+
+TRL_PROMPTS: list[tuple[list[Any], list[str]]] = [
+    ([{"role": "system", "content": "be kind"}, user("q"), assistant("yes"), user("r")], TWO),
+    ([turn(text("q"), PART), turn(text("yes"), role="assistant"), turn(PART, text("r"))], TWO),
+    ([turn({**PART, "image": "own.png"}, PART, text("q"))], ["a.png"]),
+    ([user("q")], []),
+]
+
+
+@pytest.mark.parametrize(("prompt", "images"), TRL_PROMPTS)
+def test_images_have_the_places_that_trl_gives_them(prompt: list[Any], images: list[str]) -> None:
+    turns = [message["content"] for message in prepare_multimodal_messages(prompt, images)]
+    record = good({"prompt": prompt, **PAIR, "images": images})
+    read = record.prompt if isinstance(record.prompt, tuple) else ()
+    assert [one.content for one in read] == [
+        "".join(part.get("text", I) for part in parts) for parts in turns
+    ]
+    assert names(record) == [part["image"] for parts in turns for part in parts if part["type"] == "image"]
 
 
 @pytest.mark.parametrize(
@@ -373,8 +398,27 @@ def test_the_entry_of_a_dataset_info_names_images_below_its_folder(folder: Path)
     assert contents_read(SourceConfig(str(folder), name="mine")) == [b"inside"]
 
 
+def test_a_dataset_of_the_hub_has_its_files_in_the_hub_s_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "datasets--org--pairs"
+    snapshot, blobs = cache / "snapshots" / "0", cache / "blobs"
+    for below in (snapshot / "data", snapshot / "pictures", blobs):
+        below.mkdir(parents=True)
+    for name, place in (("pictures/a.png", snapshot), ("b.png", snapshot / "data")):
+        blob = blobs / name.replace("/", "-")
+        blob.write_bytes(name.encode())
+        (place / name).symlink_to(blob)
+    jsonl(snapshot / "data", *rows("pictures/a.png", "b.png", "../../../../data/pictures/a.png"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **_options: str(snapshot))
+    first, second, outside = contents_read(SourceConfig("org/pairs", data_dir="data"))
+    assert (first, second) == (b"pictures/a.png", b"b.png")
+    assert "outside" in str(outside)
+
+
 def described(saved: Any, folder: Path) -> list[bytes | str]:
     found = list[bytes | str]()
+    folder.mkdir(exist_ok=True)
     saved.to_parquet(folder / "a.parquet")
     saved.save_to_disk(folder / "saved")
     for path in ("a.parquet", "saved"):
@@ -400,7 +444,17 @@ def test_a_column_of_images_of_datasets_is_read_as_stored(tmp_path: Path) -> Non
     assert again == [first, second]
 
 
-def test_columns_name_images_and_readers_return_them(folder: Path) -> None:
+READER = """
+def ranked(record):
+    rating = lambda each: float(each["annotations"]["Helpfulness"]["Rating"])
+    completions = [{"response": each["response"], "score": rating(each)} for each in record["completions"]]
+    return {"prompt": record["prompt"], "completions": completions, "image": record["image"]}
+"""
+
+
+def test_columns_name_images_and_readers_return_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = jsonl(folder, {"prompt": "q", **PAIR, "shot": {"file": "inner.png"}, "images": ["no.png"]})
     assert contents_read(SourceConfig(path, columns={"images": "shot.file"})) == [b"inside"]
     assert contents_read(SourceConfig(path, columns={"images": None})) == []
@@ -408,6 +462,30 @@ def test_columns_name_images_and_readers_return_them(folder: Path) -> None:
     [dropped] = read_records(SourceConfig(parts, columns={"images": None}))
     assert isinstance(dropped, BadRecord)
     assert dropped.reason == "image_count"
+    # RLHF-V has the texts in a column, as JSON.
+    rlhf_v = jsonl(folder, {"text": json.dumps({"question": "q", **PAIR}), "image": {"path": "inner.png"}})
+    assert contents_read(SourceConfig(rlhf_v, columns={"record": "text"})) == [b"inside"]
+    # VLFeedback rates its responses inside of objects.
+    (tmp_path / "own_readers.py").write_text(READER)
+    monkeypatch.syspath_prepend(tmp_path)
+    rated = [
+        {"model": name, "response": name, "annotations": {"Helpfulness": {"Rating": rating}}}
+        for name, rating in (("worst", "1"), ("best", "5"), ("fair", "3"))
+    ]
+    saved = datasets.Dataset.from_list(
+        [{"prompt": "q", "completions": rated, "image": {"bytes": b"jpeg", "path": "a.jpg"}}]
+    )
+    saved.cast_column("image", datasets.Image()).to_parquet(tmp_path / "rated.parquet")
+    [record] = read_records(SourceConfig(str(tmp_path / "rated.parquet"), reader="own_readers:ranked"))
+    assert isinstance(record, PreferenceRecord)
+    assert (record.responses, names(record)) == (("best", "fair", "worst"), [b"jpeg"])
+
+
+def test_a_table_names_images(folder: Path) -> None:
+    (folder / "pairs.csv").write_text(
+        'prompt,chosen,rejected,images\nq,good,bad,inner.png\nr,good,bad,\ns,good,bad,"[""inner.png""]"\n'
+    )
+    assert contents_read(str(folder / "pairs.csv")) == [b"inside", b"inside"]
 
 
 def test_records_in_memory_keep_the_pixels_of_their_images(tmp_path: Path) -> None:
@@ -421,8 +499,10 @@ def test_records_in_memory_keep_the_pixels_of_their_images(tmp_path: Path) -> No
         {"prompt": "q", **PAIR, "image": Image.new("CMYK", (2, 2))},
     ]
     file = write_records(records, tmp_path, "data.train")
+    written = {image: image.stat().st_mtime_ns for image in (tmp_path / "images").iterdir()}
     assert write_records(records, tmp_path, "data.train") == file
-    assert len(list((tmp_path / "images").iterdir())) == 4  # each once
+    assert {image: image.stat().st_mtime_ns for image in (tmp_path / "images").iterdir()} == written
+    assert len(written) == 4  # each once
     first, second, third, again, stored, cmyk = contents_read(str(file))
     assert first == third == again
     assert stored == picture()
@@ -430,8 +510,11 @@ def test_records_in_memory_keep_the_pixels_of_their_images(tmp_path: Path) -> No
         assert isinstance(content, bytes)
         found = Image.open(io.BytesIO(content))
         assert (found.mode, found.tobytes()) == (expected.mode, expected.tobytes())
-    with pytest.raises(ConfigError, match="cannot be written"):
-        write_records([{"prompt": "q", **PAIR, "image": object()}], tmp_path, "data.train")
+    broken = Image.open(io.BytesIO(picture()[:-22]))
+    for value in (object(), broken):
+        assert bad({"prompt": "q", **PAIR, "image": value}).reason == "image_unreadable"
+        with pytest.raises(ConfigError, match="cannot be written"):
+            write_records([{"prompt": "q", **PAIR, "image": value}], tmp_path, "data.train")
 
 
 def test_the_folder_of_images_is_no_part_of_a_run_s_identity() -> None:
