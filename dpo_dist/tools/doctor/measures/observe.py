@@ -127,7 +127,8 @@ class Observer:
         prompt, responses = "\n".join(turn for _role, turn in texts.turns), texts.responses
         # Prompts that differ only in case or white space count as equal.
         same = "\n".join(f"{role}: {' '.join(turn.casefold().split())}" for role, turn in texts.turns)
-        same = "\n".join([same, *(image.digest.hex() for image in images)])
+        digests = [image.digest.hex() for image in images]
+        same = "\n".join([same, *digests])
         side, pair = labelled_side(record), None
         key, whole = text_key(same), text_key(same, *map(str.strip, responses), *filter(None, [side]))
         if side is not None or len(responses) > 1:
@@ -146,7 +147,7 @@ class Observer:
             numbers=text_key(*_NUMBER.findall(prompt)),
             hash=number,
             preferences=tuple(_preferences(record, responses, key)),
-            signatures=np.stack([signature(prompt), signature("\n".join(responses))]),
+            signatures=np.stack([signature(prompt, "".join(digests)), signature("\n".join(responses))]),
             benchmark=None if self._benchmark is None else self._benchmark.item_in(prompt, *responses),
         )
         names = {*text_names(record, texts), *record.numbers}

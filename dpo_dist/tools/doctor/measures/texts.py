@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from datasketch import MinHash
 
-from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, turns_of
+from dpo_dist.data.records import IMAGE, Dialogue, Message, PreferenceRecord, turns_of
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.tools.shared.records import labelled_side
 from dpo_dist.tools.shared.text_facts import is_refusal
@@ -85,7 +85,7 @@ def plain_texts(record: PreferenceRecord) -> Texts:
 
 def _turn_text(message: Message) -> str:
     parts = [str(message.fields[name]) for name in _THOUGHTS if message.fields.get(name)]
-    parts += [message.content] if message.content else []
+    parts += [message.content.replace(IMAGE, "<image>")] if message.content else []
     if message.fields.get("tool_calls"):
         parts.append(
             json.dumps(message.fields["tool_calls"], ensure_ascii=False, default=str, sort_keys=True)
@@ -98,16 +98,17 @@ def plain_words(text: str) -> list[str]:
     return _WORD_ONLY.findall(text.casefold())
 
 
-def signature(text: str) -> Signature:
+def signature(text: str, images: str = "") -> Signature:
     """Return the MinHash signature, uint32 [64], of a text's pairs of consecutive words (Broder 1997).
 
-    Case and punctuation are ignored; all numbers count as the same word. The share of equal numbers of two
+    Case and punctuation are ignored; all numbers count as the same word. Texts with other digests of `images`
+    are not similar. The share of equal numbers of two
     signatures estimates the Jaccard similarity of both sets of pairs, with a standard error of at most 0.06.
     """
     words = ["0" if word.isdecimal() else word for word in plain_words(text)] or _WORD.findall(text)
-    pairs = {f"{first} {second}".encode("utf-8", "replace") for first, second in pairwise(words)}
+    pairs = {f"{first} {second}" for first, second in pairwise(words)} or {*words}
     sketch = EMPTY_SKETCH.copy()
-    sketch.update_batch(sorted(pairs or {word.encode("utf-8", "replace") for word in words}))
+    sketch.update_batch(sorted((images + pair).encode("utf-8", "replace") for pair in pairs))
     return np.asarray(sketch.hashvalues, dtype=np.uint32)
 
 
