@@ -78,7 +78,7 @@ def outcome(folder: Path, batch: PackedBatch, config: ModelConfig) -> list[Tenso
 def test_float32_equals_the_plain_model(
     options: dict[str, FusedLayers], checkpointing: int | str, folder: Path, batch: PackedBatch
 ) -> None:
-    expected = outcome(folder, batch, ModelConfig(dtype=Dtype.fp32))
+    expected = outcome(folder, batch, ModelConfig(dtype=Dtype.fp32, fused=FusedLayers.none))
     config = ModelConfig(dtype=Dtype.fp32, gradient_checkpointing=checkpointing, **options)
     got = outcome(folder, batch, config)
     torch.testing.assert_close(got[0], expected[0], rtol=0, atol=1e-4)
@@ -110,8 +110,9 @@ def test_layer_inputs_that_wait_on_the_host_change_no_bit(folder: Path, batch: P
 def test_bf16_is_as_close_to_float32_as_the_plain_model(
     options: dict[str, FusedLayers], folder: Path, batch: PackedBatch
 ) -> None:
-    exact = outcome(folder, batch, ModelConfig(dtype=Dtype.fp32))[0]
-    plain = outcome(folder, batch, ModelConfig(attention=AttentionBackend.sdpa))[0]
+    none = FusedLayers.none
+    exact = outcome(folder, batch, ModelConfig(dtype=Dtype.fp32, fused=none))[0]
+    plain = outcome(folder, batch, ModelConfig(attention=AttentionBackend.sdpa, fused=none))[0]
     ours = outcome(folder, batch, ModelConfig(**options))[0]
     assert (ours - exact).abs().mean() <= 1.1 * (plain - exact).abs().mean() + 1e-3
 

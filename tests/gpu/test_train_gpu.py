@@ -1,6 +1,7 @@
 """A GPU reproduces the trajectory recorded on CPUs, with every kind of parallelism."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -41,6 +42,33 @@ def test_the_recorded_trajectory_is_reached(way: str, tmp_path: Path) -> None:
             "memory/peak_reserved_bytes"
         )
     assert_same_history(rows, json.loads(GOLDEN.read_text())["sigmoid"], relative=1e-3)
+
+
+JOINED = """
+import torch
+from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig
+from dpo_dist.distributed.deepspeed_config import policy_config
+from dpo_dist.distributed.processes.failures import Reports
+from dpo_dist.distributed.processes.join import join_world
+
+with join_world(policy_config(ParallelismConfig(), OptimConfig(), Dtype.bf16), 60, Reports()):
+    kept = torch.ones(2**22, device="cuda")
+    print("segments", {segment["is_expandable"] for segment in torch.cuda.memory_snapshot()})
+"""
+
+
+def test_memory_is_reserved_in_expandable_segments(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    environment |= {"PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
+    ended = subprocess.run(
+        [sys.executable, "-c", JOINED],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert "segments {True}" in ended.stdout, ended.stdout + ended.stderr
 
 
 def test_speed_and_memory_are_those_of_the_baselines(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ NOT_HERE = {
     "liger": "Triton's kernels",
     "flash": "the kernels of flash-attn",
     "baselines": "speeds of a real GPU",
+    "expandable": "segments of CUDA's allocator",
     "higher_in_bf16": "a CPU is not faster in bf16",
     "zero2": "test_runs.py has it",
     "checkpointed": "test_runs.py has it",

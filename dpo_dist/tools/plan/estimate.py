@@ -53,7 +53,7 @@ _NETWORK = 50e9  # bytes a second between nodes for each GPU: 400 Gbit/s
 _PCIE = 25e9  # bytes a second between a GPU and its host
 _HOST_MEMORY = 100e9  # bytes a second that CPU Adam moves on a node
 _LAUNCHES = 1.2e-3  # seconds to launch the 240 kernels of a layer, forward and backward
-_HOOKS = 1.1e-3  # seconds in ZeRO-3's hooks per layer and generated token
+_SHARDED_TOKEN = 3.3e-3  # seconds per layer and generated token under ZeRO-3; 1.6e-3 without it
 _DEQUANTIZING = 0.5  # computing weights from fewer bits reaches this share of the memory's speed
 _EXPERTS = 1.5  # experts take longer than dense layers: products are smaller, and tokens are sorted by expert
 
@@ -194,8 +194,8 @@ class Estimate:
         gathers = 1 if has_room else tokens
         # The reference responds once, the policy at each evaluation or at the last one only.
         evaluations = 1 + (math.ceil(self.steps / every) if every and samples.prompts else 1)
-        hooks = tokens * self.layers * _HOOKS
-        return evaluations * (gathers * self.whole / self._link + hooks)
+        generating = tokens * self.layers * _SHARDED_TOKEN
+        return evaluations * (gathers * self.whole / self._link + generating)
 
     def seconds(self, reached: float, epochs: float = 1.0) -> dict[str, float]:
         """Return the seconds of `epochs` by phase, at this share of the GPU's datasheet FLOP/s."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-_NOT_INSTALLED = ("not installed", "needs Triton")
+_NOT_INSTALLED = ("not installed", "needs Triton", "in torch before")
 _NO_ROOM = ("memory is exhausted", "has no room", "cannot be written", "No space left")
 
 
@@ -18,7 +18,7 @@ class Check(NamedTuple):
 
 
 def failed_check(name: str, error: str) -> Check:
-    """Return a check that ended with an error: `skipped` if it lacks a package or, for a speed, room."""
+    """Return a check that ended with an error, `skipped` for want of a package, a newer torch or room."""
     lacks = _NOT_INSTALLED + _NO_ROOM * name.startswith("speed")
     return Check(name, "skipped" if any(lack in error for lack in lacks) else "failed", error)
 
