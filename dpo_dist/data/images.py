@@ -27,6 +27,7 @@ _MOST_PIXELS = 80_000_000  # more than any camera's; Pillow itself warns above 8
 _MOST_TIMES_LONGER = 200  # than the shorter side: processors would scale the shorter side up
 _CACHED_FILES, _CACHED_INPUTS = 64, 16  # inputs of a large image take 20 MB
 _DUMMY_SIDE = 56
+_TRIAL_SIZES = (112, 84), (56, 140)
 # Outputs of processors that belong to the text, not to the image.
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"}
 
@@ -82,6 +83,17 @@ class ImageProcessor:
         """Return a small invented image, for a rank without one in a micro-batch in which others have one."""
         text, inputs = self._dummy
         return ImageInput(b"", self._tokens(text), inputs)
+
+    def invented(self) -> tuple[ImageInput, ...]:
+        """Return small images of random pixels, in different sizes, for the check at start."""
+        import numpy as np  # noqa: PLC0415
+
+        random, made = np.random.default_rng(0), []
+        for number, (width, height) in enumerate(_TRIAL_SIZES):
+            pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            text, inputs = self._process(_pillow().fromarray(pixels))
+            made.append(ImageInput(bytes([number]), self._tokens(text), inputs))
+        return tuple(made)
 
     def _tokens(self, text: str) -> int:
         _, tokenizer, _ = self._arguments

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, Quantization, ReferenceConfig
+from dpo_dist.data.images import ImageProcessor
 from dpo_dist.distributed.deepspeed_config import frozen_config
 from dpo_dist.distributed.processes.failures import is_communication_error
 from dpo_dist.distributed.processes.world import World
@@ -32,13 +33,19 @@ FAULT_SECONDS = 60.0
 
 
 def run_start_check(
-    engine: Engine, max_length: int, world: World, key: str = "model.path", *, trains: bool = False
+    engine: Engine,
+    max_length: int,
+    world: World,
+    key: str = "model.path",
+    *,
+    processor: ImageProcessor | None = None,
+    trains: bool = False,
 ) -> None:
     """Set the cheapest arrangement in which the model's log-probs are exact (`StartCheck`). Collective.
 
     If the model `trains`, also check its log-probs in training mode and, with several ranks, that all
-    sequences use the same weights. `max_length`: tokens of the longest prompt plus response. Errors name
-    `key`.
+    sequences use the same weights. `max_length`: tokens of the longest prompt plus response. `processor`: of a
+    model that reads images. Errors name `key`.
     """
     are_forwards_collective = engine.is_synchronised or world.sequence is not None
 
@@ -59,7 +66,8 @@ def run_start_check(
     world.barrier()  # a rank that starts the check late would count as failed
     was_training = engine.model.training
     engine.model.eval()
-    check = StartCheck(engine.model, engine.token_logps, world.device, max_length, key, agree)
+    images = () if processor is None else processor.invented()
+    check = StartCheck(engine.model, engine.token_logps, world.device, max_length, key, agree, images)
     check.choose_arrangement()
     if trains:
         check.check_training()
@@ -89,17 +97,24 @@ def scoring_config(model: ModelConfig, quantization: Quantization | None) -> Mod
 
 
 def load_reference(
-    files: ModelFiles, model: ModelConfig, reference: ReferenceConfig, longest: int, world: World
+    files: ModelFiles,
+    model: ModelConfig,
+    reference: ReferenceConfig,
+    longest: int,
+    world: World,
+    processor: ImageProcessor | None = None,
 ) -> Engine:
     """Load the reference with its adapter, in the precision of `model`, the policy's settings; collective.
 
-    `longest`: tokens of the longest prompt with its response.
+    `longest`: tokens of the longest prompt with its response. `processor`: of images, if they are read.
     """
     key = "model.path" if reference.path is None else "reference.path"
     adapter = files.adapter
     finish = None if adapter is None else partial(load_adapter, folder=adapter, key="model.adapter.path")
     settings = scoring_config(model, reference.quantization)
-    return load_for_scoring(files.folder, settings, reference, longest, world, finish, key=key)
+    return load_for_scoring(
+        files.folder, settings, reference, longest, world, finish, key=key, processor=processor
+    )
 
 
 def load_for_scoring(
@@ -111,6 +126,7 @@ def load_for_scoring(
     finish: Callable[[PackedCausalLM], None] | None = None,
     *,
     key: str = "model.path",
+    processor: ImageProcessor | None = None,
 ) -> Engine:
     """Load a model that is only scored, offloaded as `placement` says; collective.
 
@@ -135,7 +151,7 @@ def load_for_scoring(
             model = load()
         world.barrier()  # ranks load at different speeds, and a slow one would time out DeepSpeed's next call
         engine = FrozenEngine(model, deepspeed_config)
-    run_start_check(engine, longest, world, key)
+    run_start_check(engine, longest, world, key, processor=processor)
     return engine
 
 

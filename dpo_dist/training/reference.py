@@ -145,7 +145,9 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
     is_start = same_precision and files.digest == inputs.policy_files.digest
     if mode is ReferenceMode.live:
         provider = ReferenceProvider(
-            engine=load_reference(files, config.model, config.reference, config.data.max_length, world)
+            engine=load_reference(
+                files, config.model, config.reference, config.data.max_length, world, inputs.processor
+            )
         )
         return reference_without_store(run, provider, is_start=is_start)
     return _reference_from_store(run, inputs, files, is_start, is_checked=is_start and step0_follows)
@@ -180,7 +182,9 @@ def _reference_from_store(
     def load_scorer() -> Scorer:
         if not engines:
             engines.append(
-                load_reference(files, config.model, config.reference, config.data.max_length, world)
+                load_reference(
+                    files, config.model, config.reference, config.data.max_length, world, inputs.processor
+                )
             )
             filler.costs = replace(filler.costs, arrangement=engines[0].model.arrangement)
         return engines[0].token_logps

@@ -290,7 +290,7 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
     if config.model.adapter is not None:
         add_adapter(model, config.model, config.trainer.seed, files.adapter)
     policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
-    run_start_check(policy, longest, world, trains=True)
+    run_start_check(policy, longest, world, processor=inputs.processor, trains=True)
     if world.device.type == "cuda":
         run.say(f"kernels: attention by {_describe_attention(model, longest)}; fused layers: {model.fused}")
     return policy

@@ -68,10 +68,9 @@ def join_world(deepspeed_config: dict[str, Any], timeout_seconds: int, reports: 
     `deepspeed_config` is a `policy_config`, on which loading weights depends; a collective call waits
     `timeout_seconds`; `reports` are used also if the main thread is blocked.
     """
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        # Without expandable segments, micro-batches of many sizes fragment GPU memory. Torch is imported: it
-        # may have read these variables.
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        # Without expandable segments, micro-batches of many sizes fragment GPU memory.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if reports.stacks is not None:  # NCCL's last calls of each rank, written when one times out
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")

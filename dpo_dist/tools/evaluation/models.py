@@ -164,6 +164,13 @@ def load_evaluated(
     placement = replace(config.reference, offload=offload, quantization=bits)
     longest = config.data.max_length
     model = load_for_scoring(
-        folder, scoring_config(config.model, bits), placement, longest, world, finish, key=key
+        folder,
+        scoring_config(config.model, bits),
+        placement,
+        longest,
+        world,
+        finish,
+        key=key,
+        processor=inputs.processor,
     )
     return model, running, commit

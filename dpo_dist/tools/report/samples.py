@@ -228,7 +228,9 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
     policy_responds = samples.starts_as_reference and (step == 0 or config.model.adapter is not None)
     if samples.reference is None and not policy_responds:
         run.say("samples: loading the reference to generate its responses")
-        engine = load_reference(files, config.model, config.reference, config.data.max_length, run.world)
+        engine = load_reference(
+            files, config.model, config.reference, config.data.max_length, run.world, inputs.processor
+        )
         samples.ask_reference(engine)
         engine.free()
     return samples

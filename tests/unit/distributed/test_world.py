@@ -109,21 +109,6 @@ def test_a_process_without_a_launcher_is_a_world_of_one_for_a_while(monkeypatch:
         assert "MASTER_PORT" not in os.environ
 
 
-@pytest.mark.parametrize("given", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_memory_is_reserved_in_expandable_segments_unless_the_user_says_otherwise(
-    given: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
-    if given is not None:
-        monkeypatch.setenv(given, "expandable_segments:False")
-    usual = "max_split_size_mb:4096"
-    torch._C._accelerator_setAllocatorSettings(usual)
-    with join_world(CONFIG, 60, Reports()):
-        found = torch._C._accelerator_getAllocatorSettings()
-    assert found == ("expandable_segments:True" if given is None else usual)
-
-
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Stops:
     """Of a rank beside one that has got SIGTERM."""
