@@ -23,12 +23,16 @@ from dpo_dist.foundation.types import Fields
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from dpo_dist.data.read.images import ImageFile
+
 FIRST_TURN, LAST_TURN = "\n\nHuman:", "\n\nAssistant:"
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 HELD_OUT, LEFT_IN_TRAIN = "held_out_for_eval", "left_in_train"
 MAX_RECORD_BYTES = 2**27
 """Largest record, in a file and in memory: a larger one is a damaged file, or expands without end."""
+IMAGE = "\ufdd1"
+"""Stands for an image in the content of a message: a noncharacter, never part of interchanged text."""
 _MAX_SHOWN_CHARACTERS = 40
 _MAX_SHOWN_WORDS = 3
 
@@ -87,10 +91,14 @@ Prompt: TypeAlias = str | Messages
 
 @dataclass(frozen=True)
 class Origin:
-    """Position of a record: its source as configured, and the 1-based line or number of the record in it."""
+    """Position of a record: its source as configured, and the 1-based line or number of the record in it.
+
+    `folders`: below one of them must be the files that the record names.
+    """
 
     source: str
     line: int
+    folders: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line}"
@@ -103,7 +111,8 @@ class PreferenceRecord:
     Responses are messages only if the prompt is. `scores` are in the order of the responses; in a ranking
     they never rise, and equal scores are ties. The chat template renders the `tools` and gets the
     `template_arguments`. `numbers`: the `NUMBERS` with an effect. `is_exchanged`: the record's rejected side
-    is the first response. `unread`: fields with a value that nothing reads.
+    is the first response. `unread`: fields with a value that nothing reads. `images`: of the prompt, in the
+    order of the `IMAGE` characters in its contents; a prompt with images is messages.
     """
 
     prompt: Prompt
@@ -115,6 +124,7 @@ class PreferenceRecord:
     numbers: Mapping[str, float] = field(default_factory=dict)
     is_exchanged: bool = False
     unread: tuple[str, ...] = ()
+    images: tuple["ImageFile", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -212,13 +222,18 @@ def context_fields(record: PreferenceRecord) -> dict[str, Any]:
 
 
 def prompt_key(record: PreferenceRecord) -> str:
-    """Return 32 hex digits over the prompt, its tools and template arguments: the same for equal prompts."""
+    """Return 32 hex digits over the prompt, its images, tools and template arguments: the same if all are.
+
+    Raises UnusableRecordError: an image cannot be read.
+    """
     prompt: Any = record.prompt
     if isinstance(prompt, Dialogue):
         prompt = {"dialogue": prompt.text}
     elif not isinstance(prompt, str):
         prompt = [[turn.role, turn.content, dict(turn.fields)] for turn in prompt]
     content = {"prompt": prompt, "tools": list(record.tools), "arguments": dict(record.template_arguments)}
+    if record.images:
+        content["images"] = [image.digest.hex() for image in record.images]
     return text_digest(json.dumps(content, sort_keys=True))
 
 
@@ -236,8 +251,11 @@ _HASH_BYTES = 8
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
 
 
-def prompt_hash(prompt: Prompt) -> int:
-    """Return 64 bits of a hash over the roles and texts of a prompt, as they are seen; see docs/data.md."""
+def prompt_hash(prompt: Prompt, images: Sequence["ImageFile"] = ()) -> int:
+    """Return 64 bits of a hash over the images, and the roles and texts of a prompt, as they are seen.
+
+    See docs/data.md. Raises UnusableRecordError: an image cannot be read.
+    """
     digest = hashlib.blake2b(digest_size=_HASH_BYTES)
     if isinstance(prompt, str):
         text = "\n\n" + prompt.strip()
@@ -250,6 +268,8 @@ def prompt_hash(prompt: Prompt) -> int:
             visible = text if text.isascii() else unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
             content = " ".join(visible.split()).encode("utf-8", "surrogatepass")
             digest.update(len(content).to_bytes(8, "little") + content)
+    for image in images:
+        digest.update(image.digest)
     return int.from_bytes(digest.digest(), "little")
 
 
