@@ -15,10 +15,31 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from dpo_dist.batching.example import Example, Keys, Mask, TokenIds
+from dpo_dist.batching.example import Example, ImageInput, Keys, Mask, TokenIds
 
 DUMMY_RESPONSES = 2  # in a `dummy_batch`
+
+
+@dataclass(frozen=True)
+class PackedImages:
+    """The images in the prompts of a micro-batch, each distinct one once.
+
+    If no prompt has one, the inputs are of one invented image with weight 0, which keeps collective calls
+    equal to those of a rank with images (law L2).
+    """
+
+    inputs: dict[str, Tensor]  # the processor's output for the distinct images, end to end
+    tokens: tuple[int, ...]  # of each distinct image the placeholders in a prompt
+    order: tuple[tuple[int, ...], ...]  # of each example its images, as numbers of distinct ones
+    prompts: tuple[TokenIds, ...]  # of each example; on the host, as the next
+    grids: Tensor | None  # int64 [distinct, 3], times, rows and columns of patches, if the processor has them
+
+    @property
+    def is_dummy(self) -> bool:
+        """Whether the inputs are of an invented image."""
+        return not any(self.order)
 
 
 @dataclass(frozen=True)
@@ -47,6 +68,7 @@ class PackedBatch:
     reference_logps: Tensor | None = None  # float32 [targets]; None: a forward pass computes them
     sources: Tensor | None = None  # int64 [pairs], index of each pair's source in the dataset's labels
     mask: Mask | None = None  # bool [completion tokens], which are targets, on the host; None: all
+    images: PackedImages | None = None  # None if no rank has an image in this micro-batch
     # Most responses of any rank in this micro-batch: a model with one forward per response runs this many
     # forwards on every rank (law L2); 0: only one rank computes.
     forwards: int = 0
@@ -100,6 +122,9 @@ class PackedBatch:
         changed: dict[str, Any] = {
             name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
+        if self.images is not None:
+            inputs = {name: change(value) for name, value in self.images.inputs.items()}
+            changed["images"] = replace(self.images, inputs=inputs)
         return replace(self, **changed)
 
 
@@ -113,11 +138,15 @@ def copy_to_device(device: torch.device, array: npt.NDArray[Any]) -> Tensor:
 
 
 def pack(
-    examples: Sequence[Example], keys: Keys, is_good: npt.NDArray[np.bool_] | None = None
+    examples: Sequence[Example],
+    keys: Keys,
+    is_good: npt.NDArray[np.bool_] | None = None,
+    dummy_image: ImageInput | None = None,
 ) -> PackedBatch:
     """Pack examples into one micro-batch; `keys` are the content keys of their whole responses.
 
     `is_good`: labels of examples with one response. A bad one has no best response, but a worst one.
+    `dummy_image`: an invented image, if another rank has an image in its micro-batch.
     """
     inputs: list[TokenIds] = []
     positions: list[npt.NDArray[np.int64]] = []
@@ -154,17 +183,47 @@ def pack(
         weights=torch.ones(len(examples)),
         ranking=_ranking([len(example.responses) for example in examples], is_good),
         mask=mask,
+        images=_images(examples, dummy_image),
     )
 
 
-def dummy_batch() -> PackedBatch:
+def dummy_batch(dummy_image: ImageInput | None = None) -> PackedBatch:
     """Return the smallest batch whose backward gives all weights a gradient, with weight 0.
 
     Rows of one input would give no gradient to weights that carry a state to the next token (RWKV).
+    `dummy_image`: see `pack`.
     """
     ids = np.zeros(1, dtype=np.int32)
-    batch = pack([Example(np.zeros(2, dtype=np.int32), (ids, ids))], np.empty((0, 2), dtype=np.uint64))
+    example, keys = Example(np.zeros(2, dtype=np.int32), (ids, ids)), np.empty((0, 2), dtype=np.uint64)
+    batch = pack([example], keys, dummy_image=dummy_image)
     return replace(batch, weights=torch.zeros(1), score_gaps=torch.ones(1))
+
+
+def _images(examples: Sequence[Example], dummy: ImageInput | None) -> PackedImages | None:
+    """Return the images of these examples, or of none of them `dummy`."""
+    distinct = {image.digest: image for example in examples for image in example.images}
+    members = list(distinct.values()) or ([] if dummy is None else [dummy])
+    if not members:
+        return None
+    numbers = {digest: number for number, digest in enumerate(distinct)}
+    inputs = {name: _joined([image.inputs[name] for image in members]) for name in members[0].inputs}
+    return PackedImages(
+        inputs=inputs,
+        tokens=tuple(image.tokens for image in members),
+        order=tuple(tuple(numbers[image.digest] for image in example.images) for example in examples),
+        prompts=tuple(example.prompt_ids for example in examples),
+        grids=inputs.get("image_grid_thw"),
+    )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors end to end, padded with 0 to one size, as a processor pads several images."""
+    largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    padded = []
+    for part in parts:
+        missing = [size - own for size, own in zip(largest, part.shape[1:], strict=True)]
+        padded.append(pad(part, [n for end in reversed(missing) for n in (0, end)]))  # the last dim is first
+    return torch.cat(padded)
 
 
 def _ranking(counts: Sequence[int], is_good: npt.NDArray[np.bool_] | None) -> Tensor | None:

@@ -64,6 +64,8 @@ class RunIdentity:
     @cached_property
     def _defining(self) -> dict[str, Any]:
         defining: dict[str, Any] = plain(self.config, with_defaults=True)
+        if self.config.model.images is None:  # a run of text has the same digest as if images did not exist
+            del defining["model"]["images"]
         if LossKind.custom in self.config.loss.kinds:
             defining["loss"]["function_source"] = find_function(self.config.loss.function).digest
         return defining
@@ -93,6 +95,8 @@ def settings(config: Any) -> dict[str, Any]:
         shown.pop("loss.kind", None)
     if (adapter := config.model.adapter) is not None and adapter.path is None:
         shown["model.adapter"] |= {"r": adapter.r, "alpha": adapter.alpha}
+    if config.model.images is not None:
+        shown["model.images"] |= {"train": str(config.model.images.train)}
     return shown
 
 

@@ -25,7 +25,8 @@ from dpo_dist.config.mistakes import (
     raise_all,
     wrong_values,
 )
-from dpo_dist.config.rules import check_rules, reset_unused, resolve_reference, rules_of
+from dpo_dist.config.rule import check_rules, reset_unused
+from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function, read_saved_yaml
 from dpo_dist.foundation.errors import ConfigError, DpoDistError

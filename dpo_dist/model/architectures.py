@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from enum import StrEnum
 from typing import Any
 
 from torch import nn
@@ -72,6 +73,23 @@ def auto_class(model_config: Any, trust_remote_code: bool) -> Any:
 def recorded_arrangement(model_type: str) -> Arrangement:
     """Return the cheapest arrangement that may be exact for an architecture, `packed` for an unknown one."""
     return Arrangement.padded if model_type in UNPACKABLE else Arrangement.packed
+
+
+class ImageMask(StrEnum):
+    """In which layers the tokens of an image see later tokens of that image."""
+
+    causal = "causal"  # in none
+    in_windows = "in windows"  # in those with a sliding window
+    whole = "whole"  # in all
+
+
+def image_mask(model_config: Any) -> ImageMask:
+    """Return how the tokens of an image attend to each other, in layers of a model with this config.json."""
+    if model_config.model_type == "gemma3":
+        return ImageMask.whole
+    text = model_config.get_text_config()
+    sees = getattr(text, "use_bidirectional_attention", None) == "vision"
+    return ImageMask.in_windows if sees else ImageMask.causal
 
 
 def check_causal(model_config: Any, key: str = "model.path") -> None:

@@ -3,7 +3,7 @@
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -15,7 +15,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.func import functional_call
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_dist.config.schema import FusedLayers, ModelConfig
+from dpo_dist.config.schema import FusedLayers, ImagesConfig, ModelConfig, TrainedImageParts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import EXACT_WITH_LIGER
 from dpo_dist.model.library_internals import apply_liger, wrap_checkpointing
@@ -27,6 +27,8 @@ _NON_TEXT_CLASSES = {
     "Phi4MultimodalAudioEmbedding",
     "Phi4MultimodalImageEmbedding",
 }
+# Names of modules between a vision tower and the text model, such as Qwen3-VL's mergers of several layers.
+_PROJECTORS = {"multi_modal_projector", "merger", "deepstack_merger_list", "embed_vision", "connector"}
 # The name of modules that choose which keys a query attends to (DeepSeek-V3.2, arXiv 2512.02556).
 _INDEXER = "indexer"
 
@@ -64,29 +66,113 @@ def other_weights(causal_lm: Any) -> set[nn.Parameter]:
     return others | (set(causal_lm.parameters()) - {w for module in used for w in module.parameters()})
 
 
-def keep_text(causal_lm: Any, *, drops: bool = True) -> None:
-    """Freeze the weights that text does not use; drop modules with only such weights, such as towers."""
+def check_reads_images(causal_lm: Any, key: str) -> None:
+    """Check that features of images take the place of tokens of the text model."""
+    if hasattr(causal_lm.base_model, "get_image_features") and text_part(causal_lm) is not causal_lm:
+        return
+    reason = "it reads only text"
+    if others := other_weights(causal_lm):
+        reason = f"its text model attends to images in layers of its own ({len(others)} weights), or has "
+        reason += "no part for them"
+    raise ConfigError(
+        "this model does not read images in the place of tokens",
+        where=f"{key}, model.images",
+        got=f"{causal_lm.config.model_type} ({type(causal_lm).__name__}): {reason}",
+        expected="a model such as Qwen2.5-VL, Qwen3-VL, Gemma 3, InternVL, LLaVA or Mistral 3",
+        remedy="remove model.images to train the model on text, or choose such a model",
+    )
+
+
+def image_parts(causal_lm: Any) -> dict[str, nn.Module]:
+    """Return the vision towers and projectors that a model has in memory, by name."""
+    if text_part(causal_lm) is causal_lm:
+        return {}
+    others, depth = other_weights(causal_lm), int(causal_lm.base_model is not causal_lm)
+    return {
+        name: module
+        for name, module in causal_lm.named_modules()
+        if name.count(".") <= depth and "audio" not in name
+        if (weights := set(module.parameters())) and weights <= others
+    }
+
+
+def image_weights(causal_lm: Any) -> set[nn.Parameter]:
+    """Return the weights of `image_parts`."""
+    return {weight for part in image_parts(causal_lm).values() for weight in part.parameters()}
+
+
+def _trained_for_images(causal_lm: Any, train: TrainedImageParts) -> set[nn.Parameter]:
+    """Return the weights that `model.images.train` names, without those that no feature depends on."""
+    if train is TrainedImageParts.none:
+        return set()
+    named = {
+        name: module
+        for part, whole in image_parts(causal_lm).items()
+        for name, module in whole.named_modules(prefix=part)
+    }
+    if train is TrainedImageParts.tower:
+        unread = {w for name, module in named.items() for w in _unread(causal_lm.config, name, module)}
+        return image_weights(causal_lm) - unread
+    projectors = [module for name, module in named.items() if name.rpartition(".")[2] in _PROJECTORS]
+    if not projectors:
+        raise ConfigError(
+            "this model has no projector of a known name",
+            where="model.images.train",
+            got=f"projector, of a model with {', '.join(image_parts(causal_lm))}",
+            expected=", ".join(sorted(_PROJECTORS)),
+            remedy="set model.images.train=none or tower",
+        )
+    return {weight for module in projectors for weight in module.parameters()}
+
+
+def _unread(config: Any, name: str, module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the weights of a tower's module if features come from before it: pooling heads, last layers."""
+    last = name.rpartition(".")[2]
+    layer = getattr(config, "vision_feature_layer", None)  # of the hidden states, the first before layer 0
+    is_after = last == "head" or (last == "post_layernorm" and layer is not None)
+    if is_after:
+        yield from module.parameters()
+    elif isinstance(module, nn.ModuleList) and last in ("layer", "layers") and layer is not None:
+        states = len(module) + 1
+        chosen = layer if isinstance(layer, list) else [layer]
+        for unused in module[max(index % states for index in chosen) :]:
+            yield from unused.parameters()
+
+
+def keep_text(causal_lm: Any, images: ImagesConfig | None = None, *, drops: bool = True) -> None:
+    """Freeze the weights that text does not use; drop modules with only such weights, such as towers.
+
+    With `images`, the parts for images stay, and those that it names are trained.
+    """
     others = other_weights(causal_lm)
-    for weight in others:
+    trained = set() if images is None else _trained_for_images(causal_lm, images.train)
+    for weight in others - trained:
         weight.requires_grad_(False)
     if not drops or text_part(causal_lm) is causal_lm:
         return
+    kept = set() if images is None else {*image_parts(causal_lm).values()}
     for parent in (causal_lm, causal_lm.base_model):
         for name, child in list(parent.named_children()):
             weights = set(child.parameters())
-            if weights and weights <= others:
+            if weights and weights <= others and child not in kept:
                 setattr(parent, name, None)
 
 
 def text_notes(causal_lm: Any) -> list[str]:
-    """Return a line that names the parts that `keep_text` dropped; empty if it dropped none."""
-    parts = {causal_lm, causal_lm.base_model}
+    """Return lines that name the parts that `keep_text` dropped, and those for images that it kept."""
+    parts, notes = {causal_lm, causal_lm.base_model}, list[str]()
     dropped = sorted(name for part in parts for name, child in part._modules.items() if child is None)
-    note = (
-        "the model also reads images or sounds: only its text part is scored or trained; the other parts are "
-        f"not in memory, and the result has them as in the model's files: {', '.join(dropped)}"
-    )
-    return [note] if dropped else []
+    if kept := image_parts(causal_lm):
+        weights = [weight for weight in image_weights(causal_lm) if weight.requires_grad]
+        number, total = sum(map(torch.numel, weights)), sum(map(torch.numel, image_weights(causal_lm)))
+        names = ", ".join(sorted(name.rpartition(".")[2] for name in kept))
+        notes.append(f"images are read by {names}: {number:,} of {total:,} weights are trained")
+    if dropped:
+        note = "the model also reads images or sounds: only its text part is scored or trained; "
+        note = "the model also reads sounds, which are no part of the data; " if kept else note
+        note += "the other parts are not in memory, and the result has them as in the model's files"
+        notes.append(f"{note}: {', '.join(dropped)}")
+    return notes
 
 
 def indexers(causal_lm: Any) -> list[nn.Module]:
@@ -95,8 +181,13 @@ def indexers(causal_lm: Any) -> list[nn.Module]:
 
 
 def without_gradient(causal_lm: Any) -> set[nn.Parameter]:
-    """Return the weights that get no gradient from text: those of image and audio towers, and of indexers."""
-    return other_weights(causal_lm) | {w for module in indexers(causal_lm) for w in module.parameters()}
+    """Return the weights that get no gradient: those of indexers, and of parts for images that are frozen.
+
+    Weights for images that an adapter trains count as frozen, too.
+    """
+    trained = {weight for weight in image_weights(causal_lm) if weight.requires_grad}
+    unmoved = {weight for module in indexers(causal_lm) for weight in module.parameters()}
+    return unmoved | (other_weights(causal_lm) - trained)
 
 
 def decoder_layers(causal_lm: Any) -> list[nn.Module]:
@@ -124,6 +215,9 @@ def checkpoint_layers(causal_lm: Any, every: int | str) -> None:
     causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for number, layer in enumerate(layers, start=1):
         layer.gradient_checkpointing = number % distance == 0
+    for module in (module for part in image_parts(causal_lm).values() for module in part.modules()):
+        if isinstance(module, GradientCheckpointingLayer):  # a frozen layer keeps nothing
+            module.gradient_checkpointing = any(weight.requires_grad for weight in module.parameters())
 
 
 def _suits_liger(config: ModelConfig, text: Any, device: torch.device) -> bool:

@@ -80,6 +80,12 @@ def plain_attention(causal_lm: Any) -> str:
     return "sdpa" if causal_lm._supports_sdpa else "eager"
 
 
+def text_attention(causal_lm: Any, name: str) -> dict[str, str]:
+    """Return the argument of `set_attn_implementation` that sets the attention of the text part only."""
+    config, text = causal_lm.config, causal_lm.config.get_text_config()
+    return {part: name for part in config.sub_configs if getattr(config, part, None) is text}
+
+
 def can_choose_attention(causal_lm: Any) -> bool:
     """Return whether a model calls the attention function that its configuration names."""
     return bool(causal_lm._can_set_attn_implementation())
@@ -90,9 +96,11 @@ def flash_attention(
     key: Tensor,
     value: Tensor,
     lengths: tuple[Tensor, Tensor, int, int],
+    *,
+    is_causal: bool = True,
     **options: Any,
 ) -> Tensor:
-    """Return causal attention [tokens, heads, dim] by a kernel of FlashAttention.
+    """Return attention [tokens, heads, dim] by a kernel of FlashAttention.
 
     `lengths` are the segments' cumulative query lengths and key lengths, and the longest of each.
     """
@@ -103,7 +111,7 @@ def flash_attention(
         value[None],
         None,
         query_length=len(query),
-        is_causal=True,
+        is_causal=is_causal,
         cu_seq_lens_q=cu_query,
         cu_seq_lens_k=cu_key,
         max_length_q=longest_query,

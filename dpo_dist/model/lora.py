@@ -1,7 +1,7 @@
 """LoRA adapters on the linear layers of a loaded model (arXiv:2106.09685), by peft."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from dpo_dist.model.files.folder import (
     is_repeated,
     modules_on_disk,
 )
-from dpo_dist.model.layers import partly_used_blocks, text_part, without_gradient
+from dpo_dist.model.layers import image_parts, image_weights, partly_used_blocks, text_part, without_gradient
 from dpo_dist.model.library_internals import adapter_state, mark_as_adapted, set_adapter_state
 from dpo_dist.model.packed import PackedCausalLM
 
@@ -59,7 +59,10 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
     if is_deepspeed_zero3_enabled() or partly_used_blocks(causal_lm):
         # ZeRO-3 reduces the gradients of a leaf once the leaf's input has a gradient; if the input needed
         # none, ZeRO-3 would reduce the gradients before they are computed.
-        causal_lm.enable_input_require_grads()
+        # Not transformers' own method: it would also make frozen towers keep their activations.
+        causal_lm.get_input_embeddings().register_forward_hook(
+            lambda _module, _, out: out.requires_grad_(True)
+        )
     local = Path(config.path).expanduser()
     lora.base_model_name_or_path = str(local.resolve()) if local.is_dir() else config.path
     lora.revision = config.revision
@@ -112,8 +115,10 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
     try:
         lora = LoraConfig.from_pretrained(folder)
         lora.inference_mode, lora.lora_dropout, lora.init_lora_weights = True, 0.0, True
-        if not _saved_modules(causal_lm):  # else the first adapter from this folder was checked
+        if not saved_modules(causal_lm):  # else the first adapter from this folder was checked
             find_modules(causal_lm, modules_on_disk(folder)[1])
+        if image_parts(causal_lm):  # a pattern for the text model's layers may also match a tower's
+            lora.target_modules = set(modules_on_disk(folder)[0])
         _inject(causal_lm, lora, name)
         if next(causal_lm.parameters()).is_meta:  # only its shapes are used
             adapted = {layer for layer, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}
@@ -184,17 +189,19 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
     """Return the names of the layers that get `adapter`.
 
     As in peft, a target is the last part of a layer's name or several parts: `q_proj`, `self_attn.q_proj`.
+    Layers of parts for images get matrices only if a target means no other layer.
     """
-    head, unmoved = causal_lm.get_output_embeddings(), without_gradient(causal_lm)
+    head, for_images = causal_lm.get_output_embeddings(), _of_images(causal_lm)
+    unmoved = without_gradient(causal_lm) - image_weights(causal_lm)
     saved = find_modules(causal_lm, adapter.modules_to_save or [])
     layers = [
         name
         for name, module in causal_lm.named_modules()
         if _is_linear(module) and module is not head
-        if module.weight not in unmoved and name not in saved
+        if module.weight not in unmoved and not any(f"{name}.".startswith(f"{whole}.") for whole in saved)
     ]
     if not isinstance(adapter.target_modules, list):
-        return layers
+        return [name for name in layers if name not in for_images]
     targets = adapter.target_modules
     for target in targets:
         if not any(_matches(name, target) for name in layers):
@@ -205,7 +212,20 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
                 expected=f"all-linear, or a list of {', '.join(_last_parts(layers))}",
                 remedy="name existing layers; modules_to_save trains embeddings and output layer in full",
             )
-    return [name for name in layers if any(_matches(name, target) for target in targets)]
+    meant = {name for target in targets for name in _meant(layers, target, for_images)}
+    return [name for name in layers if name in meant]
+
+
+def _of_images(causal_lm: Any) -> dict[str, nn.Module]:
+    """Return all modules of `image_parts` by name."""
+    parts = image_parts(causal_lm).items()
+    return {name: module for part, whole in parts for name, module in whole.named_modules(prefix=part)}
+
+
+def _meant(names: Iterable[str], ending: str, for_images: Container[str]) -> list[str]:
+    """Return the names with an ending: those of the text model, or if there are none, of parts for images."""
+    found = [name for name in names if _matches(name, ending)]
+    return [name for name in found if name not in for_images] or found
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -220,13 +240,17 @@ def _matches(name: str, target: str) -> bool:
 
 
 def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
-    """Return the full names of the modules whose names end with one of `wanted`."""
+    """Return the full names of the modules whose names end with one of `wanted`.
+
+    They have no modules inside, except those of parts for images, such as a projector.
+    """
     if not wanted:
         return []
-    plain = []
+    plain, for_images = [], _of_images(causal_lm)
     for name, module in causal_lm.named_modules():
-        weights = list(module.parameters(recurse=False))
-        is_leaf = next(module.children(), None) is None
+        is_whole = name in for_images and not isinstance(module, nn.ModuleList)
+        weights = list(module.parameters(recurse=is_whole))
+        is_leaf = is_whole or next(module.children(), None) is None
         if is_leaf and weights and all(weight.is_floating_point() for weight in weights):
             plain.append(name)
     for ending in wanted:
@@ -238,7 +262,8 @@ def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
                 expected=", ".join(_last_parts(plain)),
                 remedy="name modules that have unquantized weights of their own",
             )
-    names = [name for name in plain if any(_matches(name, ending) for ending in wanted)]
+    meant = {name for ending in wanted for name in _meant(plain, ending, for_images)}
+    names = [name for name in plain if name in meant and not any(name.startswith(f"{one}.") for one in meant)]
     if len(shared := _tied_pair(causal_lm)) == 2 and len(set(names) & set(shared)) == 1:
         raise ConfigError(
             "two modules of this model share a weight, and only one of them is named for training in full",
@@ -294,11 +319,11 @@ def _switchable(model: nn.Module) -> list[tuple[Any, list[str]]]:
     """Return the modules whose adapters can be switched, each with its adapters' names."""
     switchable: list[tuple[Any, list[str]]] = [(layer, list(layer.lora_A)) for layer in adapted_layers(model)]
     return switchable + [
-        (wrapper, list(wrapper.modules_to_save)) for wrapper in _saved_modules(model).values()
+        (wrapper, list(wrapper.modules_to_save)) for wrapper in saved_modules(model).values()
     ]
 
 
-def _saved_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+def saved_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
     """Return the modules that have trained copies, by name."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)
@@ -308,7 +333,7 @@ def _saved_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
 @torch.no_grad()
 def _prepare_copies(causal_lm: Any, start: Path | None) -> None:
     """Initialize the trained copies from the adapter in `start`, and tie the copies that the base ties."""
-    wrappers = _saved_modules(causal_lm)
+    wrappers = saved_modules(causal_lm)
     for wrapper in wrappers.values():
         copies = wrapper.modules_to_save
         if TRAINED in copies and _START in copies:

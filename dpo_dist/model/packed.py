@@ -17,8 +17,14 @@ from dpo_dist.batching.plan import Arrangement, consecutive_batches
 from dpo_dist.config.schema import AttentionBackend, FusedLayers
 from dpo_dist.model.attention.kernels import PACKED, packed_attention
 from dpo_dist.model.attention.ulysses import ExchangedAttention, TokenExchange, TokenShare
+from dpo_dist.model.images import EncodedImages, ImageReader
 from dpo_dist.model.layers import decoder_layers, text_part
-from dpo_dist.model.library_internals import attention_name, can_choose_attention, plain_attention
+from dpo_dist.model.library_internals import (
+    attention_name,
+    can_choose_attention,
+    plain_attention,
+    text_attention,
+)
 from dpo_dist.objective.router import routing_sums
 from dpo_dist.objective.token_logps import (
     UNCHANGED,
@@ -88,7 +94,8 @@ class PackedCausalLM(nn.Module):
 
     If the `arrangement` is packed, the transformers model calls packed attention by the kernel `backend`, and
     the ranks of `sequence` share the tokens of each batch. Log-probs are computed by the chunked head from
-    the last hidden states, or from the model's `own_logits`.
+    the last hidden states, or from the model's `own_logits`. If it `reads_images`, batches may have images;
+    the ranks of `sequence` are one then.
     """
 
     def __init__(
@@ -98,9 +105,12 @@ class PackedCausalLM(nn.Module):
         fused: FusedLayers = FusedLayers.none,
         sequence: TokenExchange | None = None,
         arrangement: Arrangement = Arrangement.packed,
+        *,
+        reads_images: bool = False,
     ):
         super().__init__()
         self.causal_lm = causal_lm
+        self.images = ImageReader(causal_lm) if reads_images else None
         self.backend = backend
         self.fused = fused
         self.sequence = sequence
@@ -173,7 +183,9 @@ class PackedCausalLM(nn.Module):
 
     def _compute_by(self, attention: str, is_precise: bool) -> None:
         if can_choose_attention(self.causal_lm):
-            self.causal_lm.set_attn_implementation(attention)
+            is_whole = self.images is None  # else the parts that read images keep their own attention
+            chosen = attention if is_whole else text_attention(self.causal_lm, attention)
+            self.causal_lm.set_attn_implementation(chosen)
         for head in self._heads():
             head.is_precise = is_precise
 
@@ -185,48 +197,63 @@ class PackedCausalLM(nn.Module):
         The ranks of `sequence` call it together. `with_routing` also returns `objective.router.routing_sums`
         of a mixture of experts.
         """
+        reads = self.images is not None and not self.images.is_own_forward
+        encoded = self.images.encode(batch) if self.images is not None and reads else None
         if self.arrangement is Arrangement.packed:
-            return self._packed(batch, statistics, with_routing)
+            return self._packed(batch, encoded, statistics, with_routing)
         pad_id = getattr(self.causal_lm.config.get_text_config(), "pad_token_id", None)
         rows = padded_rows(batch, pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0)
         is_example = float(len(batch.keys) > 0)
         if self.arrangement is Arrangement.padded:
-            outputs = self._call(with_routing, input_ids=rows.input_ids).select(rows.predictors)
+            inputs = {} if encoded is None else encoded.row_inputs(rows.input_ids, 0)
+            outputs = self._call(with_routing, input_ids=rows.input_ids, **inputs).select(rows.predictors)
             weights = rows.is_token.flatten() * is_example
         else:
-            outputs = self._one_by_one(rows, batch, with_routing)
+            outputs = self._one_by_one(rows, batch, encoded, with_routing)
             weights = outputs.predicting.new_full((sum(rows.lengths),), is_example, dtype=torch.float32)
-        logps = self._logps(outputs.predicting, batch.targets, statistics)
+        predicting = outputs.predicting if encoded is None else encoded.touch(outputs.predicting)
+        logps = self._logps(predicting, batch.targets, statistics)
         return (logps, self._routing(outputs, weights)) if with_routing else logps
 
     def _packed(
-        self, batch: PackedBatch, statistics: Sequence[Statistic], with_routing: bool
+        self,
+        batch: PackedBatch,
+        encoded: EncodedImages | None,
+        statistics: Sequence[Statistic],
+        with_routing: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute `forward` on one packed sequence; each rank of `sequence` computes some of its tokens."""
         ids, positions, device = batch.input_ids, batch.position_ids, batch.input_ids.device
-        attention = packed_attention(batch.layout, self.backend, device)
+        runs = None if self.images is None or encoded is None else self.images.runs(encoded.images)
+        attention = packed_attention(batch.layout, self.backend, device, runs)
         predictors, targets, repeats, share = batch.predictors, batch.targets, batch.repeats, None
         if self.sequence is not None:
             share = TokenShare.from_predictors(self.sequence, len(ids), batch.target_places[1], device)
             attention = ExchangedAttention(attention, self.sequence, len(ids))
             ids, positions = ids[share.tokens], positions[share.tokens]
             predictors, targets = share.predictors, targets[share.targets]
+        inputs = {"position_ids": positions[None]}
+        if encoded is not None:
+            inputs |= encoded.packed_inputs(device)
         outputs = self._call(
             with_routing,
             input_ids=ids[None],
             # All ones: without a mask, transformers itself would look for packed sequences by positions.
             attention_mask=torch.ones_like(ids[None]),
-            position_ids=positions[None],
             packed=attention,
             packed_positions=positions,
+            **inputs,
         ).select(predictors)
-        logps = self._logps(outputs.predicting, targets, statistics)
+        predicting = outputs.predicting if encoded is None else encoded.touch(outputs.predicting)
+        logps = self._logps(predicting, targets, statistics)
         if share is None:
             return (logps, self._routing(outputs, repeats)) if with_routing else logps
         logps = share.gather(logps)
         return (logps, share.sum(self._routing(outputs, share.local(repeats)))) if with_routing else logps
 
-    def _one_by_one(self, rows: PaddedRows, batch: PackedBatch, with_routing: bool) -> "_Outputs":
+    def _one_by_one(
+        self, rows: PaddedRows, batch: PackedBatch, encoded: EncodedImages | None, with_routing: bool
+    ) -> "_Outputs":
         """Return the outputs at the predictors, by one forward per row.
 
         A rank with fewer rows than `batch.forwards` adds forwards of two tokens, as in `dummy_batch`, so that
@@ -236,7 +263,9 @@ class PackedCausalLM(nn.Module):
         longest, outputs, routers = rows.input_ids.shape[1], [], []
         targets = np.bincount(batch.target_places[0], minlength=len(rows.lengths)).tolist()
         for row, predictors in enumerate(torch.split(rows.predictors, targets)):
-            computed = self._row_outputs(rows.input_ids[row : row + 1, : rows.lengths[row]], with_routing)
+            ids = rows.input_ids[row : row + 1, : rows.lengths[row]]
+            inputs = self._row_images(batch, encoded, ids, row)
+            computed = self._row_outputs(ids, with_routing, **inputs)
             outputs.append(computed.select(predictors - row * longest).predicting)
             routers.append(computed.router_logits)
         predicting = torch.cat(outputs)
@@ -245,13 +274,23 @@ class PackedCausalLM(nn.Module):
             predicting = predicting + (0.0 * unused.float().sum()).to(predicting.dtype)
         return _Outputs(predicting, tuple(map(torch.cat, zip(*routers, strict=True))))
 
-    def _row_outputs(self, input_ids: Tensor, with_routing: bool = False) -> "_Outputs":
+    def _row_images(
+        self, batch: PackedBatch, encoded: EncodedImages | None, input_ids: Tensor, row: int
+    ) -> dict[str, Any]:
+        """Return the inputs for the images of one row, [1, tokens]."""
+        if encoded is not None:
+            return encoded.row_inputs(input_ids, row)
+        if self.images is None or batch.images is None:
+            return {}
+        return self.images.own_inputs(batch.images, input_ids)
+
+    def _row_outputs(self, input_ids: Tensor, with_routing: bool = False, **inputs: Any) -> "_Outputs":
         """Return the outputs of one row, [1, tokens]."""
         tokens = input_ids.shape[1]
         if self._rope_limit is not None:  # RoPE counts the response's last token, too, which is not an input
             reset_rope(self.causal_lm)
             input_ids = nn.functional.pad(input_ids, (0, 1))
-        outputs = self._call(with_routing, input_ids=input_ids)
+        outputs = self._call(with_routing, input_ids=input_ids, **inputs)
         return _Outputs(outputs.predicting[:tokens], tuple(part[:tokens] for part in outputs.router_logits))
 
     def _call(self, with_routing: bool = False, **inputs: Any) -> "_Outputs":

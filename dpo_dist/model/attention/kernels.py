@@ -3,13 +3,12 @@
 import importlib.metadata
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
@@ -19,12 +18,14 @@ from dpo_dist.batching.pack import copy_to_device
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.model.architectures import recorded_arrangement
+from dpo_dist.model.architectures import ImageMask, recorded_arrangement
 from dpo_dist.model.attention.sdpa import (
+    ImageRuns,
     Layout,
     Scores,
     SegmentAttention,
     mask_rule,
+    pieces,
     with_one_dim,
 )
 from dpo_dist.model.layers import layer_configs, layer_values
@@ -36,84 +37,150 @@ LARGEST_HEAD = 256
 _HEAD_MULTIPLE = 8
 
 
+_Span = tuple[int, int, list[tuple[int, int]]]
+"""A segment: its first query and the one after the last, and the same of the keys it sees, in parts."""
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """The segments of one call of a variable-length kernel."""
+
+    keys: Tensor  # int64, their key indices in the packed sequence; a prompt is in all its segments
+    lengths: tuple[Tensor, Tensor, int, int]  # cumulative ones of queries and keys, and the longest of each
+    queries: Tensor | None = None  # int64, their query indices; None: all tokens in order
+
+
 @dataclass
 class VarlenAttention:
-    """Packed attention by one call of a variable-length kernel for all segments (CUDA)."""
+    """Packed attention by one call of a variable-length kernel for all segments (CUDA).
+
+    With image tokens that see each other, two calls: a causal one, and one for the images.
+    """
 
     layout: Layout
     backend: AttentionBackend
     device: torch.device
+    runs: ImageRuns | None = None
 
     @cached_property
-    def _lengths(self) -> tuple[Tensor, Tensor, int, int]:
-        """Return the segments' cumulative query lengths and key lengths, and the longest of each."""
-        segments = []
-        for prompt, first, *rest in self.layout:
-            segments += [(prompt + first, prompt + first), *((n, prompt + n) for n in rest if n)]
-        queries, keys = (np.array(lengths, dtype=np.int32) for lengths in zip(*segments, strict=True))
+    def _causal(self) -> _Segments:
+        return self._segments(self._spans([()] * len(self.layout))[0])
+
+    @cached_property
+    def _with_images(self) -> tuple[_Segments, _Segments, Tensor]:
+        """Return the segments of text and of images, and the index of each token in the queries of both."""
+        assert self.runs is not None
+        spans = self._spans(self.runs.places)
+        queries = [np.concatenate([np.arange(start, stop) for start, stop, _ in part]) for part in spans]
+        text, images = (
+            replace(self._segments(part), queries=copy_to_device(self.device, indices))
+            for part, indices in zip(spans, queries, strict=True)
+        )
+        return text, images, copy_to_device(self.device, np.argsort(np.concatenate(queries)))
+
+    def _spans(self, runs: Sequence[Sequence[tuple[int, int]]]) -> tuple[list[_Span], list[_Span]]:
+        """Return the segments of text and of images."""
+        spans: tuple[list[_Span], list[_Span]] = [], []
+        start = 0
+        for (prompt, first, *rest), places in zip(self.layout, runs, strict=True):
+            end = start + prompt + first
+            for begin, stop, is_image in pieces(prompt + first, places):
+                spans[is_image].append((start + begin, start + stop, [(start, start + stop)]))
+            for tokens in rest:
+                if tokens:
+                    spans[0].append((end, end + tokens, [(start, start + prompt), (end, end + tokens)]))
+                end += tokens
+            start = end
+        return spans
+
+    def _segments(self, spans: Sequence[_Span]) -> _Segments:
+        queries = np.array([stop - start for start, stop, _ in spans], dtype=np.int32)
+        keys = np.array([sum(stop - start for start, stop in seen) for *_, seen in spans], dtype=np.int32)
+        indices = np.concatenate([np.arange(*part) for *_, seen in spans for part in seen])
         ends = [
             copy_to_device(self.device, np.cumsum((0, *part), dtype=np.int32)) for part in (queries, keys)
         ]
-        return ends[0], ends[1], int(queries.max()), int(keys.max())
-
-    @cached_property
-    def _key_indices(self) -> Tensor:
-        """Return the key indices of all segments in the packed sequence; a prompt is in all its segments."""
-        indices: list[npt.NDArray[np.int64]] = []
-        start = 0
-        for prompt, first, *rest in self.layout:
-            end = start + prompt + first
-            indices.append(np.arange(start, end))
-            for tokens in rest:
-                if tokens:
-                    indices += [np.arange(start, start + prompt), np.arange(end, end + tokens)]
-                end += tokens
-            start = end
-        return copy_to_device(self.device, np.concatenate(indices))
+        lengths = ends[0], ends[1], int(queries.max()), int(keys.max())
+        return _Segments(copy_to_device(self.device, indices), lengths)
 
     @cached_property
     def _by_segment(self) -> SegmentAttention:
-        return SegmentAttention(self.layout, self.device)
+        return SegmentAttention(self.layout, self.device, self.runs)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """See `PackedAttention`."""
-        *_, max_key = self._lengths
+        has_images = self.runs is not None and any(self.runs.of_layer(scores))
+        calls: tuple[_Segments, ...] = self._with_images[:2] if has_images else (self._causal,)
+        max_key = max(call.lengths[3] for call in calls)
         rule = None if scores.rule is None or scores.rule.is_causal(max_key) else scores.rule
         is_other_rule = rule is not None and (scores.window is None or rule.reach != scores.window)
         dim, has_cap = max(query.shape[-1], value.shape[-1]), scores.softcap is not None
         if _lacks(self.backend, dim, has_cap, scores.sinks is not None, is_other_rule):
             return self._by_segment(query, key, value, scores)
         window = None if rule is None else scores.window
-        key, value = key.index_select(0, self._key_indices), value.index_select(0, self._key_indices)
+        if has_images and window is not None and calls[1].lengths[2] > window and self.backend in FLASH_ATTN:
+            # transformers limits FlashAttention's window on both sides.
+            return self._by_segment(query, key, value, scores)
         dim, scale = value.shape[-1], query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
-        query, key, value = with_one_dim(query, key, value, _HEAD_MULTIPLE)
+        heads = with_one_dim(query, key, value, _HEAD_MULTIPLE)
+        attended = [
+            self._call(call, heads, scores, scale, window, is_causal=number == 0)
+            for number, call in enumerate(calls)
+        ]
+        if not has_images:
+            return attended[0][..., :dim]
+        return torch.cat(attended).index_select(0, self._with_images[2])[..., :dim]
+
+    def _call(
+        self,
+        segments: _Segments,
+        heads: tuple[Tensor, ...],
+        scores: Scores,
+        scale: float,
+        window: int | None,
+        *,
+        is_causal: bool,
+    ) -> Tensor:
+        """Return the attention of these segments' queries by one call of the kernel."""
+        query, key, value = heads
+        if segments.queries is not None:
+            query = query.index_select(0, segments.queries)
+        key, value = key.index_select(0, segments.keys), value.index_select(0, segments.keys)
         if self.backend in FLASH_ATTN:
-            attended = flash_attention(
+            return flash_attention(
                 query,
                 key,
                 value,
-                self._lengths,
+                segments.lengths,
+                is_causal=is_causal,
                 softmax_scale=scale,
                 sliding_window=window,
                 softcap=scores.softcap,
                 deterministic=torch.are_deterministic_algorithms_enabled(),
                 attn_implementation=self.backend.value,
             )
-        else:
-            attended = self._varlen(query, key, value, scale, window)
-        return attended[..., :dim]
+        sides = -1 if window is None else window - 1, 0 if is_causal else -1
+        return self._varlen(query, key, value, segments.lengths, scale, sides)
 
-    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        """Return causal attention by `torch.nn.attention.varlen`; older torch needs repeated key heads."""
+    def _varlen(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: tuple[Tensor, Tensor, int, int],
+        scale: float,
+        window: tuple[int, int],
+    ) -> Tensor:
+        """Return attention by `torch.nn.attention.varlen`; older torch needs repeated key heads."""
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (needs a CUDA build)
 
-        options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+        options: dict[str, Any] = {"scale": scale, "window_size": window}
         groups = query.shape[1] // key.shape[1]
         if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
             options["enable_gqa"] = True
         elif groups > 1:
             key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-        attended = varlen_attn(query, key, value, *self._lengths, **options)
+        attended = varlen_attn(query, key, value, *lengths, **options)
         assert isinstance(attended, Tensor)
         return attended
 
@@ -157,11 +224,14 @@ It maps query [tokens, heads, dim], key and value [tokens, kv_heads, dim] to [to
 """
 
 
-def packed_attention(layout: Layout, backend: AttentionBackend, device: torch.device) -> PackedAttention:
-    """Return the attention function for a micro-batch with this layout."""
+def packed_attention(
+    layout: Layout, backend: AttentionBackend, device: torch.device, runs: ImageRuns | None = None
+) -> PackedAttention:
+    """Return the attention function for a micro-batch with this layout and these runs of image tokens."""
+    runs = runs if runs is not None and any(runs.places) else None
     if backend is AttentionBackend.sdpa:
-        return SegmentAttention(layout, device)
-    return VarlenAttention(layout, backend, device)
+        return SegmentAttention(layout, device, runs)
+    return VarlenAttention(layout, backend, device, runs)
 
 
 def _with_temperature(module: Any, query: Tensor, positions: Tensor) -> Tensor:
@@ -221,6 +291,7 @@ _FIRST_CAPABILITY = (8, 0)
 
 # Short and empty responses, and a prompt that is longer than a kernel's block.
 _TRIAL: Layout = ((5, 3, 7), (2, 0, 4), (600, 2, 1))
+_TRIAL_RUNS = ((1, 4),), (), ((3, 9), (20, 340))
 _TRIAL_WINDOW = 6
 # Allowed difference, as a share of the largest value. In bf16, gradients of keys and values differ by 0.013
 # (SDPA, 32 heads of 128 in 8 groups); a wrong mask makes them differ by about 1.
@@ -298,10 +369,17 @@ def _is_installed(backend: AttentionBackend) -> bool:
     return True
 
 
-def check_kernel(backend: AttentionBackend, device: torch.device, text: Any, dtype: torch.dtype) -> None:
+def check_kernel(
+    backend: AttentionBackend,
+    device: torch.device,
+    text: Any,
+    dtype: torch.dtype,
+    image_mask: ImageMask = ImageMask.causal,
+) -> None:
     """Check the kernel's outputs and gradients with the heads, windows and caps of a text model's layers.
 
-    The check at start compares log-probs only: it would not notice a kernel's wrong gradient.
+    With images in prompts, too, if the tokens of an image see each other (`image_mask`). The check at start
+    compares log-probs only: it would not notice a kernel's wrong gradient.
     """
     if backend is AttentionBackend.sdpa or recorded_arrangement(text.model_type) is not Arrangement.packed:
         return
@@ -309,18 +387,25 @@ def check_kernel(backend: AttentionBackend, device: torch.device, text: Any, dty
     if any(isinstance(window, int) for window in layer_values(text, "sliding_window")):
         rule = mask_rule(sliding_window_causal_mask_function(_TRIAL_WINDOW), _TRIAL_WINDOW, device=device)
         kinds.append(replace(kinds[0], window=_TRIAL_WINDOW, rule=rule))
-    for heads, scores in itertools.product(dict.fromkeys(layer_heads(text)), kinds):
-        if fault := _kernel_fault(backend, device, heads, dtype, scores):
+    runs = [None] if image_mask is ImageMask.causal else [None, ImageRuns(_TRIAL_RUNS, in_windows_only=False)]
+    for heads, scores, images in itertools.product(dict.fromkeys(layer_heads(text)), kinds, runs):
+        if fault := _kernel_fault(backend, device, heads, dtype, scores, images):
+            layer = f"window {scores.window}, cap {scores.softcap}{'' if images is None else ', images'}"
             raise ConfigError(
                 "this attention kernel fails or gives wrong results on this device",
                 where="model.attention",
-                got=f"{backend}, {dtype}, {heads}, window {scores.window}, cap {scores.softcap}: {fault}",
+                got=f"{backend}, {dtype}, {heads}, {layer}: {fault}",
                 remedy="set model.attention=sdpa, or another of its values",
             )
 
 
 def _kernel_fault(
-    backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype, scores: Scores
+    backend: AttentionBackend,
+    device: torch.device,
+    heads: Heads,
+    dtype: torch.dtype,
+    scores: Scores,
+    runs: ImageRuns | None,
 ) -> str:
     """Return which output or gradient differs from float32 SDPA's beyond rounding; empty if none."""
     generator, tokens = torch.Generator().manual_seed(0), sum(map(sum, _TRIAL))
@@ -333,7 +418,7 @@ def _kernel_fault(
             query, key, value, slopes = (tensor.to(precision, copy=True) for tensor in rounded)
             leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
             with torch.enable_grad():
-                output = packed_attention(_TRIAL, kernel, device)(query, key, value, scores)
+                output = packed_attention(_TRIAL, kernel, device, runs)(query, key, value, scores)
                 results.append((output.detach(), *torch.autograd.grad(output, leaves, slopes)))
     except torch.OutOfMemoryError:  # not the kernel's fault
         raise

@@ -1,11 +1,12 @@
 """Packed attention by PyTorch's SDPA, one segment at a time, with any mask.
 
 A segment is a prompt with its first response, or a later response that attends to its prompt. A mask covers
-one segment.
+one segment. Where the tokens of an image see each other, the prompt's segment is cut into text and images.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -111,12 +112,38 @@ class Scores:
     sinks: Tensor | None = None  # [heads], the score of a key with value 0 that every query sees
 
 
+@dataclass(frozen=True)
+class ImageRuns:
+    """Runs of image tokens whose queries see all keys up to the end of their run."""
+
+    places: tuple[tuple[tuple[int, int], ...], ...]  # of each prompt: first token, and the one after the last
+    in_windows_only: bool  # only in layers with a sliding window
+
+    def of_layer(self, scores: Scores) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Return `places`, each empty if this layer's image tokens see earlier tokens only."""
+        is_causal = self.in_windows_only and scores.window is None
+        return ((),) * len(self.places) if is_causal else self.places
+
+
+def pieces(tokens: int, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, bool]]:
+    """Yield the pieces of a segment: first token, the one after the last, and whether it is an image.
+
+    The queries of a piece see keys of the segment up to the piece's end.
+    """
+    edges = [0, *itertools.chain.from_iterable(runs), tokens]
+    for number, (start, stop) in enumerate(itertools.pairwise(edges)):
+        if start < stop:
+            yield start, stop, number % 2 == 1
+
+
 @dataclass
 class SegmentAttention:
     """Packed attention by one SDPA call per segment."""
 
     layout: Layout
     device: torch.device
+    runs: ImageRuns | None = None
+    _image_rules: dict[int | None, MaskRule] = field(default_factory=dict, init=False)
 
     @cached_property
     def _query_lengths(self) -> list[int]:
@@ -139,9 +166,11 @@ class SegmentAttention:
         first_values = iter(torch.split(value, self._query_lengths, dim=1))
         keys = iter(torch.split(key, self._key_lengths, dim=1))
         values = iter(torch.split(value, self._key_lengths, dim=1))
+        runs = [()] * len(self.layout) if self.runs is None else self.runs.of_layer(scores)
         outputs = []
-        for _, _, *rest in self.layout:
-            outputs.append(self._attend(next(queries), next(first_keys), next(first_values), scores))
+        for (_, _, *rest), places in zip(self.layout, runs, strict=True):
+            segment = next(queries), next(first_keys), next(first_values)
+            outputs.append((self._attend_pieces if places else self._attend)(*segment, scores, *places))
             prompt_key, prompt_value = next(keys), next(values)
             next(keys), next(values)
             for _ in rest:
@@ -151,6 +180,25 @@ class SegmentAttention:
                 outputs.append(self._attend(next(queries), own_key, own_value, scores))
         # Contiguous: some models join the heads by a view, which would fail.
         return torch.cat(outputs, dim=1).transpose(0, 1).contiguous()
+
+    def _attend_pieces(
+        self, query: Tensor, key: Tensor, value: Tensor, scores: Scores, *runs: tuple[int, int]
+    ) -> Tensor:
+        """Return the attention [heads, tokens, dim] of a segment with these runs of image tokens."""
+        # As in transformers' own masks, a window limits what an image's queries see before them only.
+        reach = None if scores.rule is None else scores.rule.reach
+        in_images = replace(
+            scores, rule=self._image_rules.setdefault(reach, _whole_images(reach, self.device))
+        )
+        return torch.cat(
+            [
+                self._attend(
+                    query[:, start:stop], key[:, :stop], value[:, :stop], in_images if is_image else scores
+                )
+                for start, stop, is_image in pieces(query.shape[1], runs)
+            ],
+            dim=1,
+        )
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Return one segment's attention [heads, tokens, dim]; the queries are its last tokens."""
@@ -177,6 +225,15 @@ class SegmentAttention:
         if scores.sinks is not None:  # causal SDPA needs a query for each key: one more for the sink
             query = pad(query, (0, 0, 1, 0))
         return _attend(query, key, value, None, scale)[:, -tokens:, :dim]
+
+
+def _whole_images(reach: int | None, device: torch.device) -> MaskRule:
+    """Return the rule of queries that see every key, but none that is `reach` or more tokens before."""
+
+    def visible(_batch: Any, _head: Any, query: Any, key: Any) -> Any:
+        return key > query - (torch.inf if reach is None else reach)
+
+    return MaskRule(visible, None, False, device)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

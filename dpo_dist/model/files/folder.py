@@ -261,11 +261,13 @@ def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
         names = [name.removeprefix(PEFT_PREFIX) for name in weights.keys() if not is_repeated(name)]  # noqa: SIM118
     adapter: Any = read_model_json(folder / ADAPTER_CONFIG)
     layers = {name.rpartition(".lora_")[0] for name in names if name.endswith(LORA_WEIGHTS)}
-    saved = {name.rpartition(".")[0] for name in names if not name.endswith(LORA_WEIGHTS)}
-    foreign = [module for module in saved if not module.endswith(tuple(adapter.get("modules_to_save") or ()))]
+    wholes = "|".join(map(re.escape, adapter.get("modules_to_save") or ()))
+    others = [name for name in names if not name.endswith(LORA_WEIGHTS)]
+    saved = {name: wholes and re.match(rf".*?(?:{wholes})(?=\.)", name) for name in others}
+    foreign = [name.rpartition(".")[0] for name, module in saved.items() if not module]
     if foreign or not layers:
         raise _unsupported(folder, f"other weights, of {foreign[0]}" if foreign else "no weights")
-    return sorted(layers), sorted(saved)
+    return sorted(layers), sorted({module[0] for module in saved.values() if module})
 
 
 def is_repeated(name: str) -> bool:

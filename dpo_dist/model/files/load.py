@@ -42,8 +42,10 @@ from dpo_dist.model.files.folder import (
 )
 from dpo_dist.model.layers import (
     check_device,
+    check_reads_images,
     checkpoint_layers,
     choose_fused,
+    image_parts,
     keep_text,
     offload_inputs,
     use_liger,
@@ -207,7 +209,9 @@ def without_weights(
     is_other = model_config.is_encoder_decoder or causal_lm.get_output_embeddings() is None
     if kind is not AutoModelForCausalLM and is_other:
         raise _no_text_model(model_config, f"{type(causal_lm).__name__} has no decoder with an output layer")
-    keep_text(causal_lm, drops=not keeps_others)
+    if config.images is not None:
+        check_reads_images(causal_lm, "model.path")
+    keep_text(causal_lm, config.images, drops=not keeps_others)
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
     if config.adapter is not None:
         with torch.device("meta"):
@@ -237,19 +241,25 @@ def load_weights(
 ) -> Any:
     """Return the model of `folder` with every weight read from its files, none left at random values.
 
-    By default a language model is loaded, without the parts that text does not use; `kind` is another class.
+    By default a language model is loaded, without the parts that text does not use, but with those for images
+    if `config` has `images`; `kind` is another class.
     """
     check_precision(config.dtype, device)
     shapes = check_contents(folder, model_config, config, key=key, kind=kind)
     is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
+    options = placement(config, device)
+    if config.quantization is not None and config.images is not None:
+        options["quantization_config"].llm_int8_skip_modules = _never_quantized(model_config, config)
     with _loading_errors(folder, key), transposed_by(shapes):
-        causal_lm, report = _load(folder, model_config, config, kind, **placement(config, device))
+        causal_lm, report = _load(folder, model_config, config, kind, **options)
     # Under ZeRO-3, transformers maps names in files in another way, which may miss weights.
     _check_missing(report, folder, key, "; or set parallelism.kind=zero2 or ddp" if is_sharded else "")
     if not is_sharded and config.quantization is None:
         _freeze_as_defined(causal_lm)
     if kind is None:
-        keep_text(causal_lm)
+        if config.images is not None:
+            check_reads_images(causal_lm, key)
+        keep_text(causal_lm, config.images)
     for module in causal_lm.modules():
         # `padding_idx` stops the padding token's gradient, but that token may also end texts. Tables of
         # positions need the index.
@@ -405,6 +415,14 @@ def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
         return {"quantization_config": quantized, "device_map": {"": device}}
     on_host = device.type == "cpu" or is_deepspeed_zero3_enabled()  # ZeRO-3 moves its shards itself
     return {} if on_host else {"device_map": {"": device}}
+
+
+def _never_quantized(model_config: Any, config: ModelConfig) -> list[str]:
+    """Return the names of the output layer and of the parts for images, which keep their precision."""
+    with torch.device("meta"), unsharded():
+        causal_lm = auto_class(model_config, config.trust_remote_code).from_config(model_config)
+    head = causal_lm.get_output_embeddings()
+    return [*image_parts(causal_lm), *(name for name, module in causal_lm.named_modules() if module is head)]
 
 
 def _keep_evaluating(causal_lm: Any) -> None:

@@ -23,7 +23,6 @@ from dpo_dist.model.architectures import auto_class, is_noise
 from dpo_dist.model.files.folder import (
     ADAPTER_WEIGHTS,
     CONFIG_FILE,
-    LORA_WEIGHTS,
     PEFT_PREFIX,
     check_weights,
     local_model_folder,
@@ -31,7 +30,7 @@ from dpo_dist.model.files.folder import (
     weight_files,
 )
 from dpo_dist.model.library_internals import ignored_patterns
-from dpo_dist.model.lora import TRAINED
+from dpo_dist.model.lora import TRAINED, saved_modules
 
 _KEY = "export.average"
 # The files that describe how a model reads images and sounds.
@@ -137,7 +136,9 @@ def write_adapter(folder: Path, causal_lm: Any, weights: Mapping[str, Tensor], d
         if weight.requires_grad:
             known = first.setdefault(weight, name)
             tensors[_name_in_file(name)] = weights[known].to(dtype, copy=name != known).contiguous()
-    saved = sorted({name.rpartition(".")[0] for name in tensors if not name.endswith(LORA_WEIGHTS)})
+    saved = sorted(
+        name for name, copies in saved_modules(causal_lm).items() if TRAINED in copies.modules_to_save
+    )
     config = copy(causal_lm.peft_config[TRAINED])
     config.inference_mode, config.modules_to_save = True, saved or None
     config.save_pretrained(folder)

@@ -27,6 +27,8 @@ _PROGRAMS = (
 """Each trainer with its program and the word after it, as regular expressions."""
 _PROCESSES = re.compile(r"(?i)(?:num.processes|nproc.per.node|num.gpus)[= ](\d+)")
 """Matches the number of processes of a node, as accelerate, torchrun, ms-swift and DeepSpeed write it."""
+_PIXELS = re.compile(r"\bMAX_PIXELS=(\d+)")
+"""Matches ms-swift's environment variable for the largest image."""
 _SHELL = re.compile(
     r"""(?P<kept>'[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?P<computed>\$\((?:[^()]|\([^()]*\))*\)|`[^`]*`)"""
     r"|(?P<end>\n|;|&&|\|\|?)"
@@ -94,6 +96,8 @@ def _started(text: str, where: str) -> tuple[str, dict[str, Any]] | None:
         # With several nodes, torchrun's number counts the processes of one node only.
         if (count := _PROCESSES.search(launcher)) and not re.search(r"(?i)nnodes[= ](?!1\b)", launcher):
             keys.setdefault("num_processes", int(count[1]))
+        if pixels := _PIXELS.search(text):
+            keys.setdefault("max_pixels", int(pixels[1]))
         return (trainer, keys) if keys.keys() - {"rl"} else None
     return None
 

@@ -22,6 +22,8 @@ _STAGES = {"shard grad op": "stage2", "full shard|fsdp": "stage3", "(multi|singl
 _DEVICE_BATCH_KEYS = ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
 _SHARDING = ("deepspeed", "zero_stage", "accelerate_config", "fsdp", "fsdp_config", "fsdp_shard_degree")
 _QUANTIZED = ("load_in_4bit", "load_in_8bit", "use_qlora", "quantization_bit", "quant_bits")
+_FROZEN_PARTS = ("freeze_vision_tower", "freeze_vit"), ("freeze_multi_modal_projector", "freeze_aligner")
+"""Keys for the tower and for the projector; both are frozen by default."""
 _BATCH, _LENGTH = "trainer.global_batch_pairs", "data.max_length"
 _ODDS_WEIGHT = "loss.options.odds_weight"
 
@@ -33,7 +35,7 @@ def translate_run(foreign: ForeignRun) -> str:
     set_sources(run)
     about += _batch(run)
     has_adapter = _trains_adapter(run)
-    for part in (_machine, _numbers, _watching):
+    for part in (_machine, _images, _numbers, _watching):
         part(run)
     # The first value of a key wins: `save_strategy: no` over `save_steps`, the loss over the method.
     for key in sorted(run.left, key=lambda name: (name == "rl", not name.endswith("strategy"))):
@@ -200,6 +202,18 @@ def _machine(run: Translation) -> None:
                 run.set("parallelism.offload_optimizer", "cpu", key, value)
             if "offload" in text and found[1] == "3":
                 run.set("parallelism.offload_parameters", "cpu", key, value)
+
+
+def _images(run: Translation) -> None:
+    """Set which parts for images are trained; here the projector is trained with the tower."""
+    is_frozen = [run.take(*keys) for keys in _FROZEN_PARTS]
+    if is_frozen == [None, None]:
+        return
+    trained = "tower" if is_frozen[0] is False else "projector" if is_frozen[1] is False else "none"
+    written = dict(zip(("tower", "projector"), is_frozen, strict=True))
+    run.set("model.images.train", trained, "frozen parts for images", written)
+    if trained == "tower" and is_frozen[1] is not False:
+        run.comment("frozen parts for images", written, "here the projector is trained with the tower")
 
 
 def _numbers(run: Translation) -> None:

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from dpo_dist.config.fields import schema_fields
-from dpo_dist.config.rules import Rule, check_needs, check_rules, unused
+from dpo_dist.config.rule import Rule, check_rules, unused
+from dpo_dist.config.rules import check_needs
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig, SourceConfig
 from dpo_dist.config.verb_sections import PairsConfig, PairsMethod, SamplingConfig

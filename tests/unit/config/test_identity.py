@@ -1,11 +1,12 @@
 """Digest, run directory, settings and title of a run, and its difference from another run."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.identity import differing_keys, settings, title
+from dpo_dist.config.identity import differing_keys, plain, settings, title
 from tests.unit.config.support import configured
 
 DEFINING = """
@@ -27,6 +28,18 @@ def test_only_keys_that_define_the_result_change_the_run_directory() -> None:
     assert len({*others, own}) == len(others) + 1
     assert str(configured("run.root=/r run.name=n").run.dir).startswith("/r/n-")
     assert configured("run.dir=/mine").run.dir == "/mine"
+
+
+def test_images_define_the_result_of_their_runs_only() -> None:
+    runs = [configured(f"model.images.train={train}") for train in ("none", "projector", "tower")]
+    runs += [configured("model.images={max_pixels:9}"), configured()]
+    assert len({run.identity.digest for run in runs}) == len(runs)
+    defining = plain(configured(), with_defaults=True)
+    del defining["model"]["images"]
+    text = json.dumps(defining, sort_keys=True, separators=(",", ":"))
+    assert configured().identity.digest == hashlib.sha256(text.encode()).hexdigest()[:8]
+    assert settings(runs[0])["model.images"] == {"train": "none"}
+    assert configured("model.images={}") == runs[0]
 
 
 def test_settings_are_the_usual_keys_and_those_not_at_their_default() -> None:

@@ -14,7 +14,7 @@ from dpo_dist.config.load import complete_config
 from dpo_dist.config.loss_options import DiscopopOptions, SimpoOptions
 from dpo_dist.config.losses import LossKind, LossTermConfig
 from dpo_dist.config.mistakes import SCHEMA, other_trainers
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import ImagesConfig, RunConfig, TrainedImageParts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.convert import __main__ as convert
 from dpo_dist.tools.convert.reading import ForeignRun, read
@@ -227,6 +227,32 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         "",
     ),
     ("{with_tracking: true, loss_type: wpo}", {"loss.weighting": "wpo", "tracking.wandb": "auto"}, ""),
+    # Images. These trainers train a tower without its projector, and adapters on a tower's layers.
+    (
+        "{stage: dpo, finetuning_type: full, freeze_vision_tower: true, image_max_pixels: 589824}",
+        {"model.images": ImagesConfig(max_pixels=589824)},
+        "",
+    ),
+    (
+        "{rlhf_type: dpo, tuner_type: full, freeze_vit: true, freeze_aligner: false, max_pixels: 99}",
+        {"model.images": ImagesConfig(TrainedImageParts.projector, 99)},
+        "",
+    ),
+    (
+        "{stage: dpo, finetuning_type: full, freeze_vision_tower: false}",
+        {"model.images.train": "tower"},
+        "projector: null} — here the projector is trained with the tower",
+    ),
+    (
+        "{rlhf_type: dpo, tuner_type: full, freeze_aligner: false, freeze_vit: false, freeze_llm: true}",
+        {"model.images.train": "tower"},
+        "freeze_llm: true — not offered",
+    ),
+    (
+        "{rlhf_type: dpo, tuner_type: lora, freeze_vit: false, model_type: qwen2_5_vl}",
+        {"model.images": None, "model.adapter.r": 8},
+        "with an adapter, no weights of the model itself are trained",
+    ),
     # What is not known, is off or says nothing.
     (
         "{wandb_api_key: q1, env: {HF_TOKEN: q2, A: B_KEY=q5}, swanlab_lark_secret: [q3], pad_token: q4}",
@@ -358,10 +384,12 @@ COMMANDS: list[tuple[str, dict[str, Any], str]] = [
         """#!/bin/sh
 export MODEL=m LR="5e-7"  # don't panic
 # swift rlhf --model other
+export MAX_PIXELS=1003520 VIDEO_MAX_PIXELS=9
 NPROC_PER_NODE=2 swift rlhf --rlhf_type dpo --model "${MODEL}" \\
     --learning_rate $LR --gradient_accumulation_steps 8 \\
     --dataset 'a#5' b --output_dir out-$(date; echo 1) --hub_token abc "$@" 2>&1 | tee log; echo done""",
-        {"model.path": "m", "optim.lr": 5e-7, "trainer.global_batch_pairs": 16},
+        {"model.path": "m", "optim.lr": 5e-7, "trainer.global_batch_pairs": 16}
+        | {"model.images.max_pixels": 1_003_520},
         "output_dir: out-$(...) — the shell computes it: write the value",
     ),
     (

@@ -1,6 +1,6 @@
 """Rules for the judge's settings, checked before torch is imported."""
 
-from dpo_dist.config.rules import Rule, unused
+from dpo_dist.config.rule import Rule, unused
 from dpo_dist.config.user_code import user_function
 from dpo_dist.config.verb_sections import PairsConfig
 

@@ -1,0 +1,218 @@
+"""Images in a forward: encoded once, placed among the tokens, with their own positions and attention."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dpo_dist.batching.example import TokenIds
+from dpo_dist.batching.pack import PackedBatch, PackedImages, copy_to_device
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.architectures import ImageMask, image_mask
+from dpo_dist.model.attention.sdpa import ImageRuns
+from dpo_dist.model.layers import other_weights
+
+# Inputs with the kind of each token: 1 for those of an image. Models choose masks or positions by it.
+_KINDS = ("token_type_ids", "mm_token_type_ids")
+
+
+class ImageReader:
+    """Calls the parts of a transformers model that read images. Public methods compute on the model's device.
+
+    The model's own forward encodes the images of each row and finds out positions and masks by itself; inside
+    `by_own_forward`, `is_own_forward` says that rows are to be computed by it.
+    """
+
+    def __init__(self, causal_lm: Any):
+        self._causal_lm = causal_lm
+        self.is_own_forward = False
+        self.mask = image_mask(causal_lm.config)
+        takes_features = "mm_encoder_outputs" in inspect.signature(causal_lm.forward).parameters
+        if not takes_features or not isinstance(getattr(causal_lm.config, "image_token_id", None), int):
+            raise ConfigError(
+                "the images of this model cannot be encoded once for several responses",
+                where="model.path, model.images",
+                got=causal_lm.config.model_type,
+                expected="a model of images and text that places the features of an image among its tokens",
+                remedy="choose such a model, or remove model.images",
+            )
+
+    @contextmanager
+    def by_own_forward(self) -> Iterator[None]:
+        """Inside the block, let the model's own forward compute each row from its pixels."""
+        self.is_own_forward = True
+        try:
+            yield
+        finally:
+            self.is_own_forward = False
+            if hasattr(
+                self._causal_lm.base_model, "rope_deltas"
+            ):  # of the last row; generation would read it
+                self._causal_lm.base_model.rope_deltas = None
+
+    def own_inputs(self, images: PackedImages, input_ids: Tensor) -> dict[str, Any]:
+        """Return what the model's own forward takes for one row, whose images are all distinct."""
+        accepted = {
+            name
+            for model in (self._causal_lm, self._causal_lm.base_model)
+            for name in inspect.signature(model.forward).parameters
+        }
+        kinds = {name: self._kinds(input_ids) for name in _KINDS if name in accepted}
+        return kinds | ({} if images.is_dummy else self._converted(images))
+
+    def encode(self, batch: PackedBatch) -> "EncodedImages | None":
+        """Return the images of a batch, each distinct one encoded once; None if no rank has an image.
+
+        It comes before the text part, so that ZeRO-3 gathers weights in one order on all ranks, also on those
+        that encode a dummy.
+        """
+        if (images := batch.images) is None:
+            return None
+        trains = any(weight.requires_grad for weight in other_weights(self._causal_lm))
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            features = self._owner.get_image_features(**self._converted(images), return_dict=True)
+        return EncodedImages(self, features, images, batch.layout)
+
+    def runs(self, images: PackedImages) -> ImageRuns | None:
+        """Return the runs of image tokens in the prompts; None if these tokens see earlier ones only."""
+        if self.mask is ImageMask.causal:
+            return None
+        places = tuple(tuple(self._runs(prompt)) for prompt in images.prompts)
+        return ImageRuns(places, in_windows_only=self.mask is ImageMask.in_windows)
+
+    def _runs(self, prompt: TokenIds) -> Iterator[tuple[int, int]]:
+        edges = np.flatnonzero(np.diff(prompt == self._token, prepend=False, append=False))
+        yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+
+    def row_kinds(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Return the input by which a model whose image tokens see each other masks rows by itself."""
+        if self.mask is ImageMask.causal:
+            return {}
+        return {_KINDS[self.mask is ImageMask.in_windows]: self._kinds(input_ids)}
+
+    def prompt_positions(self, prompt: TokenIds, grids: Tensor | None) -> npt.NDArray[np.int64] | None:
+        """Return a prompt's positions in time and space, [3, tokens]; None if the model has usual ones.
+
+        `grids`: those of its images. All is on the host.
+        """
+        find = getattr(self._causal_lm.base_model, "get_rope_index", None)
+        if find is None:
+            return None
+        ids = torch.from_numpy(prompt.astype(np.int64))[None]
+        positions: Tensor = find(ids, mm_token_type_ids=self._kinds(ids), image_grid_thw=grids)[0][:, 0]
+        return positions.numpy()
+
+    @property
+    def _token(self) -> int:
+        return int(self._causal_lm.config.image_token_id)
+
+    @property
+    def _owner(self) -> Any:
+        body = self._causal_lm.base_model
+        return body if hasattr(body, "get_image_features") else self._causal_lm
+
+    def _kinds(self, input_ids: Tensor) -> Tensor:
+        return (input_ids == self._token).int()
+
+    def _converted(self, images: PackedImages) -> dict[str, Tensor]:
+        """Return the encoder's inputs, with pixels in the dtype of the model's weights."""
+        dtype = self._causal_lm.dtype
+        return {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in images.inputs.items()
+        }
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """The encoded images of a micro-batch, and what they change in the inputs of the text part."""
+
+    reader: ImageReader
+    features: Any  # the encoder's outputs for the distinct images
+    images: PackedImages
+    layout: tuple[tuple[int, ...], ...]
+
+    def packed_inputs(self, device: torch.device) -> dict[str, Any]:
+        """Return the inputs of the packed sequence."""
+        inputs = self._features([number for order in self.images.order for number in order])
+        if inputs and self._positions is not None:
+            pieces = [piece for example in self._positions for piece in example]
+            inputs["position_ids"] = copy_to_device(device, np.concatenate(pieces, axis=1))[:, None]
+        return inputs
+
+    def row_inputs(self, input_ids: Tensor, first: int) -> dict[str, Any]:
+        """Return the inputs of rows [rows, tokens], of which `first` is the number in the micro-batch."""
+        rows = slice(first, first + len(input_ids))
+        orders = [
+            order for order, pieces in zip(self.images.order, self.layout, strict=True) for _ in pieces[1:]
+        ]
+        inputs = self._features([number for order in orders[rows] for number in order])
+        if self.images.is_dummy:
+            return inputs
+        if self._positions is not None:
+            positions = [
+                torch.from_numpy(np.concatenate((prompt, response), axis=1).T)
+                for prompt, *responses in self._positions
+                for response in responses
+            ]
+            padded = pad_sequence(positions[rows], batch_first=True).permute(2, 0, 1)
+            inputs["position_ids"] = copy_to_device(input_ids.device, padded.numpy())
+        return inputs | self.reader.row_kinds(input_ids)
+
+    def touch(self, predicting: Tensor) -> Tensor:
+        """Return `predicting` plus 0 times the features of a dummy, so that the encoder gets a gradient.
+
+        The sum is in float32: in fp16 it can be infinite, and 0 times infinity is NaN.
+        """
+        if not self.images.is_dummy:
+            return predicting
+        values = [self.features.pooler_output, *(getattr(self.features, "deepstack_features", None) or [])]
+        return predicting + (0.0 * torch.stack([_flat(value).float().sum() for value in values]).sum()).to(
+            predicting.dtype
+        )
+
+    @cached_property
+    def _positions(self) -> list[list[npt.NDArray[np.int64]]] | None:
+        """Return the positions [3, tokens] of each example's prompt, response, ...; None: usual ones.
+
+        A response goes on after the largest position of its prompt, on all axes.
+        """
+        found = []
+        for prompt, order, (_, *responses) in zip(
+            self.images.prompts, self.images.order, self.layout, strict=True
+        ):
+            grids = None if self.images.grids is None or not order else self.images.grids[list(order)]
+            positions = self.reader.prompt_positions(prompt, grids)
+            if positions is None:
+                return None
+            after, axes = positions.max() + 1, len(positions)
+            further = [np.tile(np.arange(after, after + tokens), (axes, 1)) for tokens in responses]
+            found.append([positions, *further])
+        return found
+
+    def _features(self, order: Sequence[int]) -> dict[str, Any]:
+        """Return the input that gives the placeholders, from first to last, the features of these images."""
+        if not order:
+            return {}
+        placed = {"pooler_output": self._placed(self.features.pooler_output, order)}
+        if (layers := getattr(self.features, "deepstack_features", None)) is not None:
+            placed["deepstack_features"] = [self._placed(layer, order) for layer in layers]
+        return {"mm_encoder_outputs": {"image": replace(self.features, **placed)}}
+
+    def _placed(self, value: Any, order: Sequence[int]) -> Any:
+        parts = torch.split(_flat(value), list(self.images.tokens))
+        placed = [parts[number] for number in order]
+        return torch.cat(placed) if isinstance(value, Tensor) else tuple(placed)
+
+
+def _flat(value: Any) -> Tensor:
+    """Return features [tokens, width] from those of each image or tile, or of a batch of them."""
+    return value.flatten(0, -2) if isinstance(value, Tensor) else torch.cat([_flat(part) for part in value])
