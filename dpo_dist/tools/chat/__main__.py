@@ -1,8 +1,9 @@
 """Talk to a model in the terminal: that of a run or checkpoint, an adapter, a model folder or a hub name.
 
-An empty line or Ctrl-D ends the chat, Ctrl-C ends an answer, `/new` starts a new conversation. From a pipe
-each line is a turn, and only answers are printed: `echo "What is the capital of Iceland?" | dpo-dist chat
-output/captain`. A GPU is used if there is one.
+An empty line or Ctrl-D ends the chat, Ctrl-C ends an answer, `/new` starts a new conversation, and
+`/image PATH` puts an image before the next question. From a pipe each line is a turn, and only answers are
+printed: `echo "What is the capital of Iceland?" | dpo-dist chat output/captain`. A GPU is used if there is
+one.
 """
 
 import math
@@ -12,13 +13,18 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from dpo_dist.config.run_folder import strip_key
+from dpo_dist.data.read.images import ImageFile
 from dpo_dist.foundation.console import warnings_off
 from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.training.start.named_models import locate_model
 
 _TRUST = "model.trust_remote_code=true"
-_HINT = "an empty line or Ctrl-D ends the chat, Ctrl-C an answer; /new starts a new conversation"
+_IMAGE = "/image "
+_HINT = (
+    "an empty line or Ctrl-D ends the chat, Ctrl-C an answer; /new starts a new conversation, /image PATH puts "
+    "an image before the next question"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,19 +58,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sampling |= {"temperature": options.temperature} if options.temperature else {}
     with warnings_off():
         # Imported late, so that errors above appear at once; bitsandbytes warns when it is imported.
-        from dpo_dist.tools.chat.speakers import open_speakers  # noqa: PLC0415
+        from dpo_dist.tools.chat.speakers import open_images, open_speakers  # noqa: PLC0415
 
-        trusts = options.trust is not None
-        speakers = open_speakers(location, beside, lambda line: print_line(line, sys.stderr), trusts)
+        def say(line: str) -> None:
+            print_line(line, sys.stderr)
+
+        speakers = open_speakers(location, beside, say, options.trust is not None)
+        images: list[ImageFile] = []  # before the next question
         for question in _questions():
+            if question.startswith(_IMAGE):
+                images += open_images(question.removeprefix(_IMAGE), speakers, say)
+                continue
+            asked, images = images, []
             for speaker in speakers:
                 if question == "/new":
                     speaker.messages.clear()
+                    speaker.images.clear()
                     continue
                 if len(speakers) > 1:
                     print_result(f"{speaker.name}: ")
                 try:
-                    speaker.answer(question, options.max_new_tokens, sampling)
+                    speaker.answer(question, asked, options.max_new_tokens, sampling)
                 except KeyboardInterrupt:
                     if not sys.stdin.isatty():
                         raise
@@ -87,10 +101,10 @@ def _questions() -> Iterator[str]:
             return
         if not line:
             return
-        if re.fullmatch(r"/\w*", line) and line != "/new":
+        if re.fullmatch(r"/\w*", line) and line not in ("/new", _IMAGE.strip()):
             print_line(f"there is no {line}: {_HINT}", sys.stderr)
         else:
-            yield line
+            yield f"{line} " if line == _IMAGE.strip() else line
 
 
 if __name__ == "__main__":

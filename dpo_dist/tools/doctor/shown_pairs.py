@@ -12,12 +12,15 @@ from pathlib import Path
 from dpo_dist.batching.example import TokenIds
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.encode import encode_pair
+from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import BadRecord, PreferenceRecord, Tokenizer
 from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.tools.doctor.measures.texts import plain_texts
 from dpo_dist.tools.shared.findings import Finding
+from dpo_dist.tools.shared.images import shown_tokens
+from dpo_dist.tools.shared.pages.thumbnails import ThumbnailRoom, Thumbnails, thumbnails
 from dpo_dist.tools.shared.records import labelled_side
 
 _SAMPLED_RECORDS = 2000
@@ -48,10 +51,15 @@ class ShownPair:
     rules: tuple[str, ...]  # rules that it breaks, as an example; empty in the random sample
     note: str  # why training drops it, or empty
     parts: Sequence[ShownPart]
+    images: Thumbnails = ()
 
 
 def show_pairs(
-    config: DataConfig, tokenizer: "Tokenizer | None", findings: Sequence[Finding], count: int
+    config: DataConfig,
+    tokenizer: "Tokenizer | None",
+    findings: Sequence[Finding],
+    count: int,
+    processor: ImageProcessor | None = None,
 ) -> list[ShownPair]:
     """Return examples of the findings, and a sample of `count` records from each source.
 
@@ -62,12 +70,14 @@ def show_pairs(
         origins = (origin for example in finding.examples for origin in example.split(", "))
         for origin in itertools.islice(origins, _EXAMPLES_PER_FINDING):
             rules.setdefault(origin, []).append(finding.rule)
-    shown = []
+    shown, room = [], ThumbnailRoom()
     for source in [*config.train, *config.eval]:
         for record in _choose(pin_source(source), rules, count):
             origin = str(record.origin)
             names = tuple(dict.fromkeys(rules.get(origin, ())))
-            shown.append(ShownPair(origin, names, *_parts(record, config, tokenizer)))
+            note, parts = _parts(record, config, tokenizer, processor)
+            images = room.fitting(thumbnails(record.images))
+            shown.append(ShownPair(origin, names, note, parts, images))
     return shown
 
 
@@ -90,13 +100,16 @@ def _choose(source: SourceConfig, rules: Mapping[str, Sequence[str]], count: int
 
 
 def _parts(
-    record: PreferenceRecord, config: DataConfig, tokenizer: "Tokenizer | None"
+    record: PreferenceRecord,
+    config: DataConfig,
+    tokenizer: "Tokenizer | None",
+    processor: ImageProcessor | None,
 ) -> tuple[str, list[ShownPart]]:
     """Return why a record is dropped, and its parts with all tokens, also those that are cut."""
     if tokenizer is None:
         return "", _plain_parts(record)
-    whole = encode_pair(record, tokenizer, without_limits(config))
-    kept = encode_pair(record, tokenizer, config)
+    whole = encode_pair(record, tokenizer, without_limits(config), processor)
+    kept = encode_pair(record, tokenizer, config, processor)
     if isinstance(whole, BadRecord):
         return whole.reason, _plain_parts(record)
     note = ""
@@ -107,9 +120,12 @@ def _parts(
     missing, front = len(prompt) - len(kept.prompt_ids), 0
     while missing and (prompt[front + missing :] != kept.prompt_ids[front:]).any():
         front += 1
-    is_trained = [False] * len(prompt)
+    # The limits never cut an image, so what is cut has none.
+    placeholder_id = None if processor is None else processor.placeholder_id
+    read = prompt[shown_tokens(prompt, whole.images, placeholder_id)]
+    is_trained = [False] * len(read)
     cut = range(front, front + missing)
-    parts = [ShownPart("prompt", list(_segments(prompt, is_trained, cut, tokenizer)), len(prompt))]
+    parts = [ShownPart("prompt", list(_segments(read, is_trained, cut, tokenizer)), len(prompt))]
     for index, name, score in _names(record):
         ids = whole.responses[index]
         is_trained = whole.trained[index].tolist() if whole.trained else [True] * len(ids)

@@ -11,7 +11,16 @@ import numpy as np
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord
 from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
-from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, Tokenizer, eval_part, prompt_hash
+from dpo_dist.data.images import ImageProcessor, decode_image
+from dpo_dist.data.records import (
+    BadRecord,
+    Origin,
+    PreferenceRecord,
+    Tokenizer,
+    UnusableRecordError,
+    eval_part,
+    prompt_hash,
+)
 from dpo_dist.data.text.escape import any_of
 from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.data.text.template import chosen_template
@@ -49,6 +58,15 @@ class PairFacts:
     side: str | None = None  # of a labelled response, whose features are in `differences`
 
 
+@dataclass(frozen=True)
+class ImageFacts:
+    """Facts about an image of a prompt."""
+
+    key: int  # of its file's content
+    pixels: int
+    tokens: int | None = None  # its placeholders; None: not encoded
+
+
 @dataclass(eq=False, slots=True)
 class RecordFacts:
     """Facts about a record; only a readable record has those after `detail`."""
@@ -67,6 +85,7 @@ class RecordFacts:
     sums: dict[str, int] = field(default_factory=dict)
     pair: PairFacts | None = None  # None: a single response
     unread: tuple[str, ...] = ()  # fields that no format reads
+    images: tuple[ImageFacts, ...] = ()
     # Keys, by which records are compared.
     prompt: int = 0  # ignores case and white space
     record: int = 0  # of the prompt and all responses
@@ -86,7 +105,9 @@ class Observer:
         config: DataConfig,
         tokenizer: "Tokenizer | None",
         benchmark: Benchmark | None = None,
+        processor: ImageProcessor | None = None,
     ):
+        self._processor = processor
         self._config = replace(config, on_bad_record=OnBadRecord.drop)
         self._whole = without_limits(self._config)
         self._tokenizer, self._benchmark = tokenizer, benchmark
@@ -102,20 +123,26 @@ class Observer:
 
     def observe(self, records: Sequence[PreferenceRecord | BadRecord]) -> list[RecordFacts]:
         """Return the facts about each record. Raises ConfigError as encoding does."""
-        return [
-            RecordFacts(record.origin, record.reason, record.detail)
-            if isinstance(record, BadRecord)
-            else self._facts(record)
-            for record in records
-        ]
+        return list(map(self._observed, records))
+
+    def _observed(self, record: PreferenceRecord | BadRecord) -> RecordFacts:
+        if isinstance(record, PreferenceRecord):
+            try:
+                return self._facts(record)
+            except UnusableRecordError as fault:  # of an image
+                record = fault.as_bad_record(record.origin)
+        return RecordFacts(record.origin, record.reason, record.detail)
 
     def _facts(self, record: PreferenceRecord) -> RecordFacts:
-        texts, number = plain_texts(record), prompt_hash(record.prompt)
+        texts, number = plain_texts(record), prompt_hash(record.prompt, record.images)
+        images = tuple(_image_facts(image.read()) for image in record.images)
+        pictures = [str(image.key) for image in images]
         prompt, responses = "\n".join(turn for _role, turn in texts.turns), texts.responses
         # Prompts that differ only in case or white space count as equal.
         same = "\n".join(f"{role}: {' '.join(turn.casefold().split())}" for role, turn in texts.turns)
         side, pair = labelled_side(record), None
-        key, whole = text_key(same), text_key(same, *map(str.strip, responses), *filter(None, [side]))
+        key = text_key(same, *pictures)
+        whole = text_key(same, *pictures, *map(str.strip, responses), *filter(None, [side]))
         if side is not None or len(responses) > 1:
             heads = texts.turns[-1][1][:_HEAD], responses[0][:_HEAD], responses[-1][:_HEAD]
             form = measure_features(responses[0]) if side else differences(responses[0], responses[-1])
@@ -127,12 +154,13 @@ class Observer:
             characters=(len(prompt), *_ends(responses, side)),
             pair=pair,
             unread=record.unread,
+            images=images,
             prompt=key,
             record=whole,
             numbers=text_key(*_NUMBER.findall(prompt)),
             hash=number,
             preferences=tuple(_preferences(record, responses, key)),
-            signatures=np.stack([signature(prompt), signature("\n".join(responses))]),
+            signatures=np.stack([_of_images(signature(prompt), pictures), signature("\n".join(responses))]),
             benchmark=None if self._benchmark is None else self._benchmark.item_in(prompt, *responses),
         )
         names = {*text_names(record, texts), *record.numbers}
@@ -149,11 +177,13 @@ class Observer:
 
     def _encode(self, record: PreferenceRecord, facts: RecordFacts, tokenizer: Tokenizer) -> set[str]:
         """Add the facts about the record's tokens; return the names of faults in a kept record's tokens."""
-        whole = encoded = encode_record(record, self._config, tokenizer)
+        whole = encoded = encode_record(record, self._config, tokenizer, self._processor)
         if isinstance(encoded, BadRecord) or not _CUT.isdisjoint(encoded.example.changes):
-            whole = encode_record(record, self._whole, tokenizer)
+            whole = encode_record(record, self._whole, tokenizer, self._processor)
         if isinstance(whole, EncodedRecord):
             facts.tokens = _lengths(whole.example, labelled_side(record))
+            pictures = zip(facts.images, whole.example.images, strict=True)
+            facts.images = tuple(replace(image, tokens=each.tokens) for image, each in pictures)
         if facts.pair is not None:
             facts.pair.differences.pop("characters", None)
             best = whole if isinstance(encoded, BadRecord) else encoded
@@ -200,6 +230,17 @@ def _ends(responses: Sequence[Sized], side: str | None) -> tuple[int, int]:
     if side == "rejected":
         return -1, len(responses[0])
     return len(responses[0]), len(responses[-1]) if len(responses) > 1 else -1
+
+
+def _image_facts(content: bytes) -> ImageFacts:
+    """Raises UnusableRecordError: the file is no image that can be read."""
+    width, height = decode_image(content).size
+    return ImageFacts(int.from_bytes(blake2b(content, digest_size=8).digest(), "little"), width * height)
+
+
+def _of_images(numbers: Signature, pictures: Sequence[str]) -> Signature:
+    """Return a prompt's signature; those of prompts with other images have no number in common."""
+    return numbers ^ np.uint32(text_key(*pictures) & 0xFFFFFFFF) if pictures else numbers
 
 
 def text_key(*texts: str) -> int:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from dpo_dist.batching.example import ImageInput, TokenIds
+from dpo_dist.batching.pack import joined_inputs
 from dpo_dist.distributed.processes.world import Stops
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.tools.shared.sampling.settings import Sampling
@@ -88,11 +89,12 @@ def image_inputs(causal_lm: Any, ids: Tensor, images: Sequence[ImageInput]) -> d
     """Return what the model's forward needs for the images in `ids` [rows, tokens], in their order."""
     if not images:
         return {}
-    joined = {name: torch.cat([image.inputs[name] for image in images]) for name in images[0].inputs}
     # For positions in space, and for image tokens that see each other.
     kinds = (ids == causal_lm.config.image_token_id).long()
     takes = inspect.signature(causal_lm.forward).parameters
-    joined |= {name: kinds for name in ("mm_token_type_ids", "token_type_ids") if name in takes}
+    joined = joined_inputs(images) | {
+        name: kinds for name in ("mm_token_type_ids", "token_type_ids") if name in takes
+    }
     return {
         name: value.to(ids.device, causal_lm.dtype if value.is_floating_point() else value.dtype)
         for name, value in joined.items()

@@ -1,0 +1,243 @@
+"""Images of prompts: decoded within bounds, and processed as the model's own processor does."""
+
+import copy
+import hashlib
+import importlib
+import io
+import json
+import math
+import sys
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from dpo_dist.batching.example import ImageInput
+from dpo_dist.config.schema import ImagesConfig
+from dpo_dist.data.records import Tokenizer, UnusableRecordError
+from dpo_dist.foundation.errors import ConfigError, first_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    Picture: TypeAlias = Image
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+_MOST_PIXELS = 80_000_000  # more than any camera's; Pillow itself warns above 89 million
+_MOST_TIMES_LONGER = 200  # than the shorter side: processors would scale the shorter side up
+_CACHED_FILES, _CACHED_INPUTS = 64, 16  # inputs of a large image take 20 MB
+_DUMMY_SIDE = 56
+# Outputs of processors that belong to the text, not to the image.
+_OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"}
+
+
+@dataclass(frozen=True, eq=False)
+class ExpandedImage(ImageInput):
+    """An image with its file, and the text that stands for it in a prompt: placeholders, and tokens around."""
+
+    text: str = ""
+    content: bytes = b""
+
+
+class ImageProcessor:
+    """The image processor of a model folder, with the settings of `model.images`.
+
+    `token` is the text that a chat template writes for an image, `placeholder_id` the token that the model
+    replaces by a feature of an image, `settings` a digest of everything that decides the pixels and tokens.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, images: ImagesConfig):
+        """Raises ConfigError: the folder has no image processor, or none that needs no torchvision."""
+        self._arguments = (folder, tokenizer, images)
+        self._max_pixels = images.max_pixels
+        self._processor, self.placeholder_id = _own_processor(folder, tokenizer)
+        self.token = str(self._processor.image_token)
+        self.settings = hashlib.blake2b(
+            json.dumps([self._processor.to_json_string(), images.max_pixels, *_versions()]).encode(),
+            digest_size=16,
+        ).digest()
+        self.expanded = lru_cache(maxsize=_CACHED_FILES)(self._expanded)
+        self.inputs = lru_cache(maxsize=_CACHED_INPUTS)(self._inputs)
+        try:
+            self._dummy = self._process(_pillow().new("RGB", (_DUMMY_SIDE, _DUMMY_SIDE)))
+        except Exception as error:
+            raise _refused(folder, f"its processor does not process an image: {first_line(error)}") from error
+        if not self._tokens(self._dummy[0]):
+            raise _refused(folder, "its processor writes no placeholders of an image into the prompt")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments  # the class of the processor is made when it is loaded
+
+    def _expanded(self, content: bytes) -> ExpandedImage:
+        """Return the image of a file, without inputs. Raises UnusableRecordError."""
+        text, _ = self._read(content)
+        digest = hashlib.blake2b(self.settings + content, digest_size=16).digest()
+        return ExpandedImage(digest, self._tokens(text), text=text, content=content)
+
+    def _inputs(self, content: bytes) -> dict[str, Any]:
+        """Return the tensors that the model's tower reads, of the image in a file."""
+        return self._read(content)[1]
+
+    def dummy(self) -> ImageInput:
+        """Return a small invented image, for a rank without one in a micro-batch in which others have one."""
+        text, inputs = self._dummy
+        return ImageInput(b"", self._tokens(text), inputs)
+
+    def _tokens(self, text: str) -> int:
+        _, tokenizer, _ = self._arguments
+        return text.count(tokenizer.convert_ids_to_tokens(self.placeholder_id))
+
+    def _read(self, content: bytes) -> tuple[str, dict[str, Any]]:
+        image = decode_image(content, self._max_pixels)
+        try:
+            return self._process(image)
+        except Exception as error:  # processors refuse some shapes, each by an error of its own
+            detail = f"{image.width} x {image.height}: the model's processor does not take it"
+            raise UnusableRecordError("image_unreadable", detail) from error
+
+    def _process(self, image: "Picture") -> tuple[str, dict[str, Any]]:
+        """Return the text that stands for an image, and the tensors."""
+        processed = self._processor(
+            images=[image], text=[self.token], return_tensors="pt", return_text_replacement_offsets=True
+        )
+        [[replaced]] = processed["text_replacement_offsets"]
+        return replaced["replacement"], {k: v for k, v in processed.items() if k not in _OF_TEXT}
+
+
+def _own_processor(folder: Path, tokenizer: Tokenizer) -> tuple[Any, int]:
+    """Return the folder's processor, with Pillow in place of torchvision, and the id of its placeholders.
+
+    `AutoProcessor` would need torchvision, and for some classes a video processor, which only it has. Uses
+    undocumented parts of transformers (5.23).
+    """
+    from transformers import AutoConfig, AutoImageProcessor  # noqa: PLC0415  (slow)
+    from transformers.image_processing_backends import PilBackend  # noqa: PLC0415
+
+    config = AutoConfig.from_pretrained(folder)
+    kind = config.model_type
+    if config.is_encoder_decoder or kind == "mllama":
+        raise _refused(folder, f"{kind}: its text does not have the image's features in the place of tokens")
+    if hasattr(config, "thinker_config"):
+        raise _refused(folder, f"{kind} also reads and writes sound")
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    except Exception as error:
+        raise _refused(folder, f"no image processor that can be loaded: {first_line(error)}") from error
+    if not isinstance(image_processor, PilBackend):
+        raise _refused(folder, f"{type(image_processor).__name__} of {kind} has no version for Pillow")
+    parent = _processor_class(folder, config)
+    if parent is None:
+        raise _refused(folder, f"transformers has no processor of {kind}")
+    accept = {"check_argument_for_proper_class": lambda *_arguments: object}
+    own = type(parent.__name__, (parent,), accept)
+    # Some processors add tokens to their tokenizer.
+    parts = {"image_processor": image_processor, "tokenizer": copy.deepcopy(tokenizer)}
+    try:
+        parameters, _ = own.get_processor_dict(folder)
+        processor = own.from_args_and_dict([parts.get(name) for name in own.get_attributes()], parameters)
+        known = processor.image_token in tokenizer.get_added_vocab()
+    except Exception as error:
+        raise _refused(folder, f"{parent.__name__} cannot be made: {first_line(error)}") from error
+    if not known:
+        raise _refused(folder, f"the tokenizer has no token {processor.image_token!r} for images")
+    return processor, int(config.image_token_id)
+
+
+def _processor_class(folder: Path, config: Any) -> Any:
+    """Return the class that `AutoProcessor` would choose; None if there is none."""
+    from transformers.models.auto.processing_auto import (  # noqa: PLC0415
+        PROCESSOR_MAPPING_NAMES,
+        processor_class_from_name,
+    )
+
+    name = PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    for file in ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
+        if (folder / file).exists():
+            name = json.loads((folder / file).read_bytes()).get("processor_class") or name
+    if name != "PixtralProcessor":
+        return name and processor_class_from_name(name)
+    # Its module imports one function of a module that needs torchvision; the one for Pillow has it, too.
+    package = "transformers.models.pixtral"
+    needed = f"{package}.image_processing_pixtral"
+    if needed in sys.modules:
+        return importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
+    sys.modules[needed] = importlib.import_module(f"{package}.image_processing_pil_pixtral")
+    try:
+        return importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
+    finally:
+        del sys.modules[needed]
+
+
+def _refused(folder: Path, cause: str) -> ConfigError:
+    return ConfigError(
+        "the model's images cannot be processed",
+        where="model.images",
+        got=f"{folder}: {cause}",
+        expected="a folder of a model whose image processor works with Pillow (docs/images.md)",
+        remedy="put preprocessor_config.json and processor_config.json of the model into the folder; use "
+        "another model; or set model.images=null to train on text",
+    )
+
+
+def _versions() -> list[str]:
+    """Return the versions of the libraries whose code decides pixels."""
+    import PIL  # noqa: PLC0415
+    import transformers  # noqa: PLC0415
+
+    return [PIL.__version__, transformers.__version__]
+
+
+def _pillow() -> Any:
+    from PIL import Image  # noqa: PLC0415  (text needs no Pillow)
+
+    # It warns of large images, palettes and broken metadata; what cannot be read is an error.
+    warnings.filterwarnings("ignore", module=r"PIL\b")
+    return Image
+
+
+def decode_image(content: bytes, max_pixels: int | None = None) -> "Picture":
+    """Return the image in a file as RGB, upright, the first frame of an animated one.
+
+    It is made smaller to at most `max_pixels`. Raises UnusableRecordError: `image_unreadable`, or
+    `image_too_large` by the size in the file's header, before any pixel is decoded.
+    """
+    from PIL import ImageOps  # noqa: PLC0415
+
+    pillow = _pillow()
+    try:
+        image = pillow.open(io.BytesIO(content), formats=_FORMATS)
+        _check_size(*image.size)
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
+            import numpy as np  # noqa: PLC0415
+
+            image = pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise UnusableRecordError("image_unreadable", "its pixels are not of 8 or 16 bits")
+        image = image.convert("RGB")
+    except pillow.DecompressionBombError as error:
+        raise UnusableRecordError("image_too_large", "over 170 million pixels") from error
+    except UnusableRecordError:
+        raise
+    except Exception as error:  # decoders raise all kinds of errors for broken files
+        detail = f"{type(error).__name__} of Pillow; a whole file of {', '.join(_FORMATS)} is read"
+        raise UnusableRecordError("image_unreadable", detail) from error
+    pixels = image.width * image.height
+    if max_pixels is None or pixels <= max_pixels:
+        return image
+    scale = math.sqrt(max_pixels / pixels)
+    width, height = (min(max(int(side * scale), 1), max_pixels) for side in image.size)
+    return image.resize((width, height), pillow.Resampling.BICUBIC)
+
+
+def _check_size(width: int, height: int) -> None:
+    """Check the size of an image. Raises UnusableRecordError."""
+    size = f"{width} x {height} pixels"
+    if width * height > _MOST_PIXELS:
+        raise UnusableRecordError("image_too_large", f"{size}, over {_MOST_PIXELS:,}")
+    if max(width, height) > _MOST_TIMES_LONGER * min(width, height):
+        raise UnusableRecordError(
+            "image_too_large", f"{size}: a side over {_MOST_TIMES_LONGER} times the other"
+        )
