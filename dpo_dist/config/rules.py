@@ -154,6 +154,7 @@ RULES = (
         "remove data.eval_share; data.drop_eval_prompts=true keeps prompts of data.eval out of training",
     ),
     unused("data.drop_eval_prompts", "data.eval!=[]", "set data.eval; data.eval_share never shares a prompt"),
+    unused("data.images", "model.images!=null", "set model.images.train=none to read images"),
     unused(
         "data.ranked",
         "data.train",

@@ -6,6 +6,7 @@ written): it is not part of the digest that names the run directory.
 """
 
 from copy import copy
+from dataclasses import replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
@@ -264,6 +265,8 @@ class SourceConfig:
     """Fields whose column has another name, or is a path into nested objects; null: ignore the field."""
     reader: str | None = key(None)
     """Your own function, as `module:function`, which turns a record's fields into those of a format."""
+    images: NonEmpty | None = key(None, free=True)
+    """Folder of the source's image files; null: `data.images`, or the folder of the records."""
     label: str | None = key(None, free=True, accepts="letters, digits and . _ + -", pattern=r"^[\w.+-]+$")
     """Name of the source in metrics and counts; null: a name from its path, unique in the list."""
 
@@ -281,6 +284,8 @@ class DataConfig:
     """Training data: files, patterns, folders, hub datasets."""
     eval: list[Source] = key([], verbs=_EVALUATED)
     """Evaluation data, in the same form."""
+    images: NonEmpty | None = key(None, free=True, verbs=VERBS_WITH_DATA)
+    """Folder of the image files of all sources, in place of their own `images`."""
     eval_share: float = key(0.0, ge=0, lt=1, verbs=_EVALUATED)
     """Share of the prompts of `train` reserved as evaluation data, by a hash of the prompt; 0: none."""
     drop_eval_prompts: bool = key(False)
@@ -320,6 +325,12 @@ class DataConfig:
     """Take pairs apart into a good and a bad response, for `loss=kto` and `apo_zero_unpaired`."""
     cache: NonEmpty = key("${run.root}/encoded", free=True)
     """Folder of encoded data, shared by runs."""
+
+    def __post_init__(self) -> None:
+        if self.images is not None:
+            for name in ("train", "eval"):
+                sources = [replace(source, images=self.images) for source in getattr(self, name)]
+                object.__setattr__(self, name, sources)
 
     @property
     def eval_sources(self) -> list[SourceConfig]:

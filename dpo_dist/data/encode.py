@@ -48,6 +48,8 @@ def encode_pair(
     try:
         if has_reserved((record.prompt, record.responses, record.tools, record.template_arguments)):
             raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0")
+        if record.images:
+            raise UnusableRecordError("media_not_read", "model.images is null", ("images",))
         rendered = render_record(record, facts, data_config)
         prompt, responses, trained, is_resplit = _encoded(rendered, facts, data_config)
         prompt, prefix_length = facts.with_prefix(prompt)

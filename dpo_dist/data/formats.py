@@ -15,6 +15,7 @@ from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, SourceCo
 from dpo_dist.data.counts import DataCounts, check_counts
 from dpo_dist.data.read.columns import FIRST_RECORDS, OTHERS, VOTES, resolve_source, with_columns
 from dpo_dist.data.read.context import unread_fields, with_context
+from dpo_dist.data.read.images import place_images
 from dpo_dist.data.read.layouts import (
     LISTS,
     PAIR_SCORE_FIELDS,
@@ -45,6 +46,7 @@ from dpo_dist.data.read.messages import (
 from dpo_dist.data.read.sources import local_files, pin_source, raw_records
 from dpo_dist.data.read.values import from_json, to_number
 from dpo_dist.data.records import (
+    IMAGE,
     MAX_RECORD_BYTES,
     BadRecord,
     Message,
@@ -167,10 +169,11 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
     prompt, responses = read(content.prompt, content.responses)
     is_plain = row.read in (read_text, read_implicit)
     prompt, tools, arguments = with_context(prompt, record, content.responses, is_plain=is_plain)
+    prompt, images = place_images(prompt, responses, record, origin.folders, is_plain=is_plain)
     numbers = _numbers(record, len(responses))
     unread = unread_fields(record, content)
     result = PreferenceRecord(
-        prompt, tuple(responses), origin, content.scores, tools, arguments, numbers, unread=unread
+        prompt, tuple(responses), origin, content.scores, tools, arguments, numbers, False, unread, images
     )
     check_content(result)
     return _exchanged(result) if numbers.get("soft_label", 1.0) < 0.5 else result
@@ -243,11 +246,14 @@ def check_content(record: PreferenceRecord) -> None:
         [(turn.role, turn.content.strip(), turn.fields) for turn in turns] for turns in (prompt, *responses)
     ]
     try:
-        size = len(_json([values, record.tools, record.template_arguments]).encode())
+        plain = _json([values, record.tools, record.template_arguments])
+        size = len(plain.encode())
     except UnicodeEncodeError:
         raise UnusableRecordError("invalid_unicode", "a text has a lone surrogate") from None
     if size > MAX_RECORD_BYTES:
         raise UnusableRecordError("unparsable", f"{size:,} bytes, more than {MAX_RECORD_BYTES:,}")
+    if plain.count(IMAGE) != len(record.images):
+        raise UnusableRecordError("reserved_character", f"a text has the noncharacter U+{ord(IMAGE):X}")
     if not any(map(_has_content, prompt)):
         raise UnusableRecordError("empty_prompt")
     for turns in responses:

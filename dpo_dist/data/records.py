@@ -164,6 +164,16 @@ RawRecord: TypeAlias = tuple[Fields | BadRecord, Origin]
 Ranks: TypeAlias = tuple[int, ...]
 
 
+def readable(record: Record) -> Record:
+    """Return a record whose images can all be read, else the reason why not."""
+    try:
+        for image in () if isinstance(record, BadRecord) else record.images:
+            _ = image.digest  # kept, so that the hashes of the record cannot fail
+    except UnusableRecordError as fault:
+        return fault.as_bad_record(record.origin)
+    return record
+
+
 def bad_record_error(bad: BadRecord) -> DataError:
     """Return the error for a record that cannot be used where `data.on_bad_record` is `error`."""
     return DataError(

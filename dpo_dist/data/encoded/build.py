@@ -39,6 +39,7 @@ from dpo_dist.data.records import (
     Tokenizer,
     bad_record_error,
     prompt_hash,
+    readable,
 )
 from dpo_dist.data.text.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import DataError, PeerLostError
@@ -139,12 +140,12 @@ def encode_records(
 ) -> pa.RecordBatch:
     """Encode the `records` of `part` as rows of `ROW_SCHEMA`; unusable ones are dropped with a reason."""
     rows = []
-    for record in records:
+    for record in map(readable, records):
         prompt, values = 0, dict[str, Any]()
         encoded: EncodedRecord | BadRecord | None = None  # the record belongs to another part
         if isinstance(record, BadRecord):
             encoded = None if part.is_eval else record  # no prompt to divide by: it is training data
-        elif part.has(prompt := prompt_hash(record.prompt)):
+        elif part.has(prompt := prompt_hash(record.prompt, record.images)):
             encoded = encode_record(record, config, tokenizer)
         if isinstance(encoded, BadRecord):
             if config.on_bad_record is OnBadRecord.error:

@@ -220,4 +220,6 @@ def _read_entry(source: SourceConfig, folder: Path, entry: Fields) -> SourceConf
         return replace(described, path=hub, name=subset, data_dir=data_dir, revision=revision)
     # LLaMA-Factory gives every local file the split train.
     split = None if described.split == "train" else described.split
-    return replace(described, path=str(folder / entry["file_name"]), split=split)
+    # Names of images are relative to the folder of dataset_info.json.
+    images = described.images or str(folder)
+    return replace(described, path=str(folder / entry["file_name"]), split=split, images=images)

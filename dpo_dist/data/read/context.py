@@ -7,7 +7,15 @@ from typing import Any
 from dpo_dist.config.losses import NUMBERS
 from dpo_dist.data.read.columns import OTHERS, VOTES
 from dpo_dist.data.read.layouts import LABEL_FIELDS, PAIR_SCORE_FIELDS, QUESTIONS, Content, ends_with_response
-from dpo_dist.data.read.messages import CONVERSATIONS, MEDIA, TOOLS, is_messages, parse_messages, unread_error
+from dpo_dist.data.read.messages import (
+    CONVERSATIONS,
+    IMAGES,
+    MEDIA,
+    TOOLS,
+    is_messages,
+    parse_messages,
+    unread_error,
+)
 from dpo_dist.data.read.values import from_json, has_value, to_number, without_nulls
 from dpo_dist.data.records import Dialogue, Message, Messages, Prompt, UnusableRecordError, turns_of
 from dpo_dist.foundation.types import Fields
@@ -17,7 +25,9 @@ _ARGUMENTS = "chat_template_kwargs"
 # Parts of the question in some datasets, which the prompt must contain. No format adds `context` to it.
 _QUESTION_FIELDS = ("instruction", *QUESTIONS, "context")
 # Fields that a chat template or a model uses, but no format reads: dropping them would change the prompt.
-_UNREAD = ("documents", *MEDIA, *(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA))
+_SIDES = ("chosen", "rejected")
+_UNREAD = ("documents", *MEDIA, *(f"{side}_{name}" for side in _SIDES for name in MEDIA))
+_IMAGES_OF_SIDES = tuple(f"{side}_{name}" for side in _SIDES for name in IMAGES)
 # Perhaps a record's weight in the loss: a value other than 1 would be ignored.
 _UNREAD_WEIGHTS = ("weight", "sample_weight")
 # Tools of one side: both sides are rendered with the record's own tools.
@@ -25,7 +35,7 @@ _TOOLS_OF_SIDES = ("chosen_tools", "rejected_tools")
 # Each value of these fields is read, or drops its record; `provenance` says how `pairs` made the record.
 _READ = {"prompt", *_QUESTION_FIELDS, *CONVERSATIONS, "conversation", *_SYSTEMS, "history", _ARGUMENTS}
 _READ |= {"enable_thinking", *TOOLS, *_TOOLS_OF_SIDES, *_UNREAD, *_UNREAD_WEIGHTS, *NUMBERS, *VOTES}
-_READ |= {"provenance"}
+_READ |= {"provenance", *IMAGES, *_IMAGES_OF_SIDES}
 
 
 def with_context(
@@ -35,8 +45,10 @@ def with_context(
 
     A text prompt becomes a user's turn if the record has such context, unless the prompt `is_plain` by the
     configured format. `responses` are the names of the fields that were read. Raises UnusableRecordError:
-    `unread_content` with the names of fields that would be lost, or `invalid_tools`.
+    `unread_content` with the names of fields that would be lost, `image_in_response`, or `invalid_tools`.
     """
+    if of_sides := tuple(name for name in _IMAGES_OF_SIDES if has_value(record.get(name))):
+        raise UnusableRecordError("image_in_response", f"fields: {', '.join(of_sides)}", of_sides)
     is_dialogue = isinstance(prompt, Dialogue)
     messages = turns_of(prompt, "user")
     unread = [name for name in _UNREAD if has_value(record.get(name))]

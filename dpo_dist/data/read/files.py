@@ -2,11 +2,12 @@
 
 import codecs
 import csv
+import hashlib
 import io
 import itertools
 import json
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,10 +15,11 @@ from typing import Any, BinaryIO
 import pyarrow
 import pyarrow.parquet
 
+from dpo_dist.data.read.images import as_file
 from dpo_dist.data.read.values import BAD, GOOD, NOT_UTF8, parse_json, without_nulls
 from dpo_dist.data.records import MAX_RECORD_BYTES, BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError, first_line
-from dpo_dist.foundation.files import text_digest, write_text
+from dpo_dist.foundation.files import staged_file, text_digest, write_text
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _COMPRESSED_KINDS = (".jsonl", ".json", *_SEPARATORS)
@@ -56,8 +58,10 @@ def check_kind(file: Path, path: str) -> None:
         )
 
 
-def read_file(file: Path, path: str) -> Iterator[RawRecord]:
+def read_file(file: Path, path: str, folders: Sequence[Path] = ()) -> Iterator[RawRecord]:
     """Yield a file's records in order, bad ones with the reason; only a .json is read whole.
+
+    The files that a record names are looked up in `folders`, then in the folder of its own file.
 
     A record's origin is `path` with its first line, counted from 1; in .parquet and .json with its number.
     Raises DataError: the file cannot be read.
@@ -80,7 +84,7 @@ def read_file(file: Path, path: str) -> Iterator[RawRecord]:
                 values = _table_lines(_opened(file, path), path, _SEPARATORS[kind])
             case _:
                 values = enumerate(_parquet_rows(file), start=1)
-        yield from numbered_records(values, path)
+        yield from numbered_records(values, path, (*folders, file.parent))
     except (OSError, ValueError, pyarrow.ArrowException, csv.Error) as fault:
         raise DataError(
             "the file cannot be read to its end",
@@ -93,10 +97,13 @@ def read_file(file: Path, path: str) -> Iterator[RawRecord]:
         ) from fault
 
 
-def numbered_records(values: Iterable[tuple[int, Any]], path: str) -> Iterator[RawRecord]:
+def numbered_records(
+    values: Iterable[tuple[int, Any]], path: str, folders: Sequence[Path] = ()
+) -> Iterator[RawRecord]:
     """Yield numbered values as records; a ValueError in place of a value becomes a bad record."""
+    names = tuple(dict.fromkeys(map(str, folders)))
     for number, value in values:
-        origin = Origin(path, number)
+        origin = Origin(path, number, names)
         if isinstance(value, Mapping):
             yield value, origin
         elif isinstance(value, ValueError):
@@ -140,14 +147,25 @@ def _with_given_arguments(value: Any) -> Any:
 def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     """Write records in memory to a .jsonl in `folder`, named by its content; return its path.
 
-    `name`: the argument's name, for errors. Raises ConfigError: no records, or one is not of JSON's types.
+    Images of Pillow, and files as bytes, are written once each to `folder`/images. `name`: the argument's
+    name, for errors. Raises ConfigError: no records, or one is not of JSON's types.
     """
     lines = list[str]()
+
+    def image_name(value: Any) -> str:
+        if (content := as_file(value)) is None:
+            raise TypeError(f"a value of type {type(value).__name__}")
+        image = folder / "images" / hashlib.blake2b(content, digest_size=16).hexdigest()
+        if not image.exists():
+            with staged_file(image) as temporary:
+                temporary.write_bytes(content)
+        return f"images/{image.name}"
+
     is_dataset = hasattr(records, "with_format") and hasattr(records, "iter")
     others = dataset_rows(records) if is_dataset else map(_with_given_arguments, records)
     for record in records if isinstance(records, list) else others:
         try:
-            lines.append(json.dumps(record) + "\n")
+            lines.append(json.dumps(record, default=image_name) + "\n")
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(
                 "a record cannot be written as JSON",

@@ -1,12 +1,31 @@
-"""Images of records: their files, as bytes or below an allowed folder."""
+"""Images of records: their places in the prompt; their files, as bytes or below an allowed folder."""
 
 import base64
 import hashlib
-from dataclasses import dataclass, field
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from dpo_dist.data.records import MAX_RECORD_BYTES, UnusableRecordError, shown_key
+from dpo_dist.data.read.messages import PLACED, given_images
+from dpo_dist.data.records import (
+    IMAGE,
+    MAX_RECORD_BYTES,
+    Dialogue,
+    Prompt,
+    Response,
+    UnusableRecordError,
+    shown_key,
+    turns_of,
+)
+from dpo_dist.foundation.text import pluralize
+from dpo_dist.foundation.types import Fields
+
+# The place of an image in the texts of LLaMA-Factory, ms-swift and LLaVA.
+_TAG = "<image>"
+_PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
 
 @dataclass(frozen=True)
@@ -49,9 +68,80 @@ class ImageFile:
             raise UnusableRecordError("image_unreadable", "a URL is not fetched")
         roots = [Path(folder).resolve() for folder in self.folders]
         files = [file for root in roots if (file := (root / name).resolve()).is_file()]
-        allowed = (file for file in files if any(map(file.is_relative_to, roots)))
-        if (file := next(allowed, None)) is None:
-            shown = shown_key(Path(name).name)
-            what = "is outside the folders of images" if files else "does not exist"
-            raise UnusableRecordError("image_unreadable", f"the file {shown} {what}")
-        return file
+        if allowed := [file for file in files if any(map(file.is_relative_to, roots))]:
+            return allowed[0]
+        what = "is outside the folders of images" if files else "does not exist"
+        raise UnusableRecordError("image_unreadable", f"the file {shown_key(Path(name).name)} {what}")
+
+
+def place_images(
+    prompt: Prompt, responses: Sequence[Response], record: Fields, folders: tuple[str, ...], *, is_plain: bool
+) -> tuple[Prompt, tuple[ImageFile, ...]]:
+    """Return the prompt with an `IMAGE` for each of a record's images, and their files.
+
+    The places are the image parts of messages; without any, the tags `<image>` of the texts; without these
+    too, the start of the first user's turn, as in TRL and ms-swift. Raises UnusableRecordError:
+    `image_count`, `image_in_response`, or `image_unreadable` for a value that is no image.
+    """
+    given, turns = given_images(record), turns_of(prompt, "user")
+    placed = [image for turn in turns for image in turn.fields.get(PLACED, ())]
+    if any(PLACED in turn.fields for response in responses for turn in turns_of(response)):
+        raise UnusableRecordError("image_in_response", "a response has an image")
+    if not given and not placed:
+        return prompt, ()
+    contents = [turn.content for turn in turns]
+    tags = sum(content.count(_TAG) for content in contents)
+    if places := sum(image is None for image in placed):
+        what = f"{pluralize(places, 'image part')} without an image"
+    elif placed or is_plain or isinstance(prompt, Dialogue):
+        what = "and no place for images"
+    elif places := tags:
+        what = f"{pluralize(tags, 'tag')} {_TAG}"
+        contents = [content.replace(_TAG, IMAGE) for content in contents]
+    else:
+        what = "and no turn of a user"
+        first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
+        if first is not None:
+            places = len(given)
+            contents[first] = IMAGE * places + contents[first]
+    # LLaMA-Factory and ms-swift count the tags of a response too.
+    in_response = [tags + sum(turn.content.count(_TAG) for turn in turns_of(each)) for each in responses]
+    if not placed and len(given) in in_response and tags < len(given):
+        raise UnusableRecordError("image_in_response", f"a response has a tag {_TAG}")
+    if places != len(given):
+        raise UnusableRecordError("image_count", f"{pluralize(len(given), 'image')}, {what}")
+    own = iter(given)
+    images = [next(own) if image is None else image for image in placed] or given
+    return (
+        tuple(
+            replace(turn, content=content, fields=_without_images(turn.fields))
+            for turn, content in zip(turns, contents, strict=True)
+        ),
+        tuple(_image_file(image, folders) for image in images),
+    )
+
+
+def _without_images(fields: Fields) -> Fields:
+    return {name: value for name, value in fields.items() if name != PLACED}
+
+
+def _image_file(value: Any, folders: tuple[str, ...]) -> ImageFile:
+    """Return the file of an image: bytes, a path, an object with one of them, or an image of Pillow."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path") or value.get("url")
+    if isinstance(value, str):
+        return ImageFile(None, value, folders)
+    if (content := as_file(value)) is None:
+        raise UnusableRecordError("image_unreadable", "an image has neither bytes nor a path")
+    return ImageFile(content)
+
+
+def as_file(image: Any) -> bytes | None:
+    """Return the PNG of an image of Pillow, without loss, or the bytes of a file; None for another value."""
+    if isinstance(image, bytes):
+        return image
+    if not (hasattr(image, "save") and hasattr(image, "mode")):
+        return None
+    stream = io.BytesIO()
+    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(stream, "PNG")
+    return stream.getvalue()

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from dpo_dist.data.read.messages import (
     CONVERSATIONS,
     check_no_media,
+    given_images,
     has_more,
     is_messages,
     message_role,
@@ -157,7 +158,9 @@ def ranking(record: Fields) -> Content:
         raise UnusableRecordError("unknown_format", f"{name} is not a list")
     if len(items) < 2:
         raise UnusableRecordError("no_ranking", f"{name} has {len(items)}, not at least 2")
-    check_no_media([item for item in items if isinstance(item, Mapping)])
+    check_no_media(objects := [item for item in items if isinstance(item, Mapping)])
+    if any(map(given_images, objects)):
+        raise UnusableRecordError("image_in_response", f"a response in {name} has an image")
     responses, scores = _sorted(items, from_json(record.get("scores")))
     if any(response is None for response in responses):
         raise UnusableRecordError("missing_field", f"a response in {name}")

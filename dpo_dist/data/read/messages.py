@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from dpo_dist.data.read.values import from_json, has_value
+from dpo_dist.data.read.values import from_json, has_value, without_nulls
 from dpo_dist.data.records import (
     FIRST_TURN,
+    IMAGE,
     LAST_TURN,
     Dialogue,
     Message,
@@ -45,7 +46,14 @@ _UNREAD_WEIGHTS = ("mask", "train_detail", "training_detail")
 _UNREAD_CHANNELS = ("analysis", "commentary")
 # Kinds of the parts in a message's content.
 _PARTS = ("text", "reasoning", "thinking", "tool_call")
-MEDIA = ("images", "image", "audio", "audios", "video", "videos")
+_IMAGE_PARTS = ("image", "image_url", "input_image")
+# The fields of such a part that can have its image.
+_SOURCES = ("image", "image_url", "url", "path", "base64")
+IMAGES = ("images", "image")
+MEDIA = ("audio", "audios", "video", "videos")
+PLACED = "images"
+"""A field of messages until `place_images` reads it: the values of the content's images, None for one that
+is in the record's own list."""
 
 
 def is_message(value: Any) -> bool:
@@ -107,13 +115,13 @@ def has_more(fields: Fields) -> bool:
 
 
 def unread_error(detail: str, unread: Sequence[str]) -> UnusableRecordError:
-    """Return the error for fields that no format reads; images, audio and video have their own reason."""
+    """Return the error for fields that no format reads; audio and video have their own reason."""
     is_media = any(name.rpartition("_")[2] in MEDIA for name in unread)
     return UnusableRecordError("media_not_read" if is_media else "unread_content", detail, tuple(unread))
 
 
 def check_no_media(messages: Sequence[Fields]) -> None:
-    """Check that no message has an image, audio, video, or a thought that is not text."""
+    """Check that no message has audio, video, or a thought that is not text."""
     for message in messages:
         given = [name for name in (*MEDIA, *_THOUGHTS) if has_value(message.get(name))]
         # A flag is no thought, nor is a number that a table wrote for an empty cell.
@@ -139,24 +147,33 @@ def _read_message(fields: Fields) -> Message:
     for name in ("tool_calls", "function_call"):
         if has_value(fields.get(name)):
             calls += _tool_calls(fields[name])
-    parts = list(_parts(content))
+    parts = [*(("image", image) for image in given_images(fields)), *_parts(content)]
     calls += itertools.chain.from_iterable(_tool_calls(call) for kind, call in parts if kind == "tool_call")
-    extra: dict[str, Any] = {}
-    if thoughts := [thought for kind, thought in parts if kind in ("reasoning", "thinking")]:
-        extra["reasoning_content"] = "".join(thoughts)
+    text, extra = _joined(parts)
     extra |= {kept: fields[name] for name, kept in _THOUGHTS.items() if isinstance(fields.get(name), str)}
     extra |= {name: fields[name] for name in ("tool_call_id", "name") if has_value(fields.get(name))}
     if calls:
         extra["tool_calls"] = calls
-    text = "".join(text for kind, text in parts if kind == "text")
     return Message(ROLES.get(role, role), text, extra, _is_trained(fields))
 
 
+def _joined(parts: Sequence[tuple[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """Return the text of parts, with an `IMAGE` for each image, and the fields of thoughts and images."""
+    text = "".join(IMAGE if kind == "image" else value for kind, value in parts if kind in ("text", "image"))
+    images = [image for kind, image in parts if kind == "image"]
+    thoughts = [thought for kind, thought in parts if kind in ("reasoning", "thinking")]
+    extra: dict[str, Any] = {PLACED: images} if images else {}
+    return text, extra | ({"reasoning_content": "".join(thoughts)} if thoughts else {})
+
+
 def _parts(content: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the kind and the value of the parts of a content: text, a thought or a tool call."""
+    """Yield the kind and the value of the parts of a content: text, a thought, a tool call or an image."""
     for part in content if isinstance(content, list) and content else [{"text": content}]:
         fields = part if isinstance(part, Mapping) else {"text": part}
         kind = fields.get("type", "text")
+        if kind in _IMAGE_PARTS:
+            yield "image", _part_image(fields)
+            continue
         names = (kind, "text", "value") if kind in _PARTS else ()
         value = next((fields[name] for name in names if fields.get(name) is not None), None)
         if kind != "tool_call" and not isinstance(value, str):
@@ -164,6 +181,24 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
             detail = f"a message has content of type {str(kind)!r} that is not text"
             raise unread_error(detail, media or ["content"])
         yield kind, value
+
+
+def given_images(fields: Fields) -> list[Any]:
+    """Return the values of a record's or a message's own images, without nulls."""
+    given = [from_json(fields[name]) for name in IMAGES if fields.get(name) is not None]
+    lists = [
+        [image for image in value if has_value(without_nulls(image))]
+        for value in (value if isinstance(value, list | tuple) else [value] for value in given)
+    ]
+    if len(lists) > 1 and all(lists):
+        raise UnusableRecordError("image_count", f"images in {' and in '.join(IMAGES)}")
+    return list(itertools.chain(*lists))
+
+
+def _part_image(part: Fields) -> Any:
+    """Return the value of the image of a part; None if it is in the record's own list."""
+    name = next((name for name in _SOURCES if has_value(part.get(name))), "")
+    return f"data:;base64,{part[name]}" if name == "base64" else part.get(name)
 
 
 def _tool_calls(value: Any) -> list[Fields]:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path, PurePath
 from typing import TypeVar
 
@@ -37,17 +38,37 @@ def raw_records(source: SourceConfig) -> Iterator[RawRecord]:
     """Return the first `limit` records of a resolved source, after its `reader` and `columns`."""
     files, local = local_files(source), Path(source.path).expanduser()
     names: Iterable[str] = map(str, files or ())
+    folders = _image_folders(source)
     if files is None:
         folder = _download(source)
         files = _data_files(folder, source)
         names = [f"{source.path}/{file.relative_to(folder)}" for file in files]
+        folders += [folder, folder.parents[1]]  # files of the folder are links to others of the Hub's cache
     elif files == [local]:
         names = [source.path]
     if is_saved(local):
-        records = _saved_records(local, source)
+        records = _saved_records(local, source, folders)
     else:
-        records = itertools.chain.from_iterable(map(read_file, files, names))
+        read = partial(read_file, folders=folders)
+        records = itertools.chain.from_iterable(map(read, files, names))
     return with_columns(itertools.islice(records, source.limit), source)
+
+
+def _image_folders(source: SourceConfig) -> list[Path]:
+    """Return the folders of a source for image files. Raises DataError: the one that it names is missing."""
+    root = root_of(source.path).expanduser()
+    folders = [root] * root.is_dir()
+    if source.images is None:
+        return folders
+    folder = Path(source.images).expanduser()
+    if not folder.is_dir():
+        raise DataError(
+            "the folder of image files does not exist",
+            where=f"images of {source.path}",
+            got=str(folder),
+            remedy="correct data.images, or the source's images",
+        )
+    return [folder, *folders]
 
 
 def check_has_evaluation_data(data: DataConfig, use: str, form: str = "with both responses") -> None:
@@ -231,7 +252,7 @@ def _chosen_split(source: SourceConfig, splits: Mapping[str, T]) -> T:
     return splits[split]
 
 
-def _saved_records(folder: Path, source: SourceConfig) -> Iterator[RawRecord]:
+def _saved_records(folder: Path, source: SourceConfig, folders: Sequence[Path]) -> Iterator[RawRecord]:
     """Return the records of a folder written by `Dataset.save_to_disk`."""
     from datasets import Dataset, load_from_disk  # noqa: PLC0415  # slow to import
 
@@ -248,7 +269,8 @@ def _saved_records(folder: Path, source: SourceConfig) -> Iterator[RawRecord]:
     with _as_data_error(source):
         saved = load_from_disk(str(folder))
     splits = {"train": saved} if isinstance(saved, Dataset) else saved
-    return numbered_records(enumerate(dataset_rows(_chosen_split(source, splits)), start=1), source.path)
+    rows = enumerate(dataset_rows(_chosen_split(source, splits)), start=1)
+    return numbered_records(rows, source.path, folders)
 
 
 # The Hugging Face Hub.

@@ -83,7 +83,7 @@ def held_out(
                 scores = record.scores if labelled_side(record) else None
                 asked = replace(as_user_message(record, data), responses=record.responses[:1], scores=scores)
                 key = prompt_key(asked)
-                if key not in labels and part.has(prompt_hash(record.prompt)):
+                if key not in labels and part.has(prompt_hash(record.prompt, record.images)):
                     labels[key] = label
                     yield files.text_digest(f"0 {key}"), len(labels), asked
 
@@ -367,7 +367,9 @@ def _write(
             "digest": speaker.source.digest,
             "revision": hub_commit(speaker.source.folder),
         }
-    prompts = [prompt_hash(record.prompt) for part in speakers[0].prompts.parts for record in part]
+    prompts = [
+        prompt_hash(record.prompt, record.images) for part in speakers[0].prompts.parts for record in part
+    ]
     trained = {each.name: count_trained(each.path, prompts, "prompt", console.say) for each in speakers}
     results = {
         "base": names[0],

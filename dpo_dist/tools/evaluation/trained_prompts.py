@@ -11,7 +11,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig, SourceConfig
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.read.sources import pin_source
-from dpo_dist.data.records import PreferenceRecord, prompt_hash, train_part
+from dpo_dist.data.records import PreferenceRecord, prompt_hash, readable, train_part
 from dpo_dist.foundation.errors import DpoDistError, first_line
 
 
@@ -53,5 +53,6 @@ def _training_prompts(file: Path) -> frozenset[int]:
 
 
 def _prompts(sources: Iterable[SourceConfig]) -> set[int]:
-    records = (record for source in sources for record in read_prompts(pin_source(source)))
-    return {prompt_hash(record.prompt) for record in records if isinstance(record, PreferenceRecord)}
+    records = (readable(record) for source in sources for record in read_prompts(pin_source(source)))
+    kept = (record for record in records if isinstance(record, PreferenceRecord))
+    return {prompt_hash(record.prompt, record.images) for record in kept}

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.counts import DataCounts, check_counts, describe_dropped
-from dpo_dist.data.records import BadRecord, PreferenceRecord, UnusableRecordError
+from dpo_dist.data.records import BadRecord, PreferenceRecord, readable
 from dpo_dist.foundation.text import pluralize
 
 Read: TypeAlias = Callable[[SourceConfig], Iterator[PreferenceRecord | BadRecord]]
@@ -27,7 +27,7 @@ def good_records(
     """
     counts = DataCounts()
     while not enough() and (record := next(records, None)) is not None:
-        record = _readable(record)
+        record = readable(record)
         counts.add(record)
         if isinstance(record, PreferenceRecord):
             yield record
@@ -35,16 +35,6 @@ def good_records(
     say(f"{source.path}: {counts.kept:,} of {pluralize(counts.read, 'record')} kept")
     for line in describe_dropped(counts.dropped):
         say(line)
-
-
-def _readable(record: PreferenceRecord | BadRecord) -> PreferenceRecord | BadRecord:
-    """Return a record; a bad one if the file of one of its images cannot be read."""
-    try:
-        for image in record.images if isinstance(record, PreferenceRecord) else ():
-            image.read()
-    except UnusableRecordError as fault:
-        return fault.as_bad_record(record.origin)
-    return record
 
 
 def labelled_side(record: PreferenceRecord) -> str | None:

@@ -196,7 +196,8 @@ def test_the_configured_format_decides() -> None:
         (HH, [Q]),
         ({"text": "q"}, "unknown_format"),
         ({"prompt": "  "}, "empty_prompt"),
-        ({"prompt": "q", "images": ["a.png"]}, "media_not_read"),
+        ({"prompt": "q", "images": ["a.png"]}, [["user", "\ufdd1q"]]),
+        ({"prompt": "q", "videos": ["a.mp4"]}, "media_not_read"),
     ],
 )
 def test_the_prompt_of_a_record_needs_no_response(fields: dict[str, Any], expected: Any) -> None:

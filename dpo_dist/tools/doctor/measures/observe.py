@@ -12,6 +12,7 @@ import numpy as np
 from dpo_dist.config.schema import DataConfig, OnBadRecord
 from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
 from dpo_dist.data.images import ImageProcessor, decode_image
+from dpo_dist.data.read.images import ImageFile
 from dpo_dist.data.records import (
     BadRecord,
     Origin,
@@ -135,14 +136,13 @@ class Observer:
 
     def _facts(self, record: PreferenceRecord) -> RecordFacts:
         texts, number = plain_texts(record), prompt_hash(record.prompt, record.images)
-        images = tuple(_image_facts(image.read()) for image in record.images)
-        pictures = [str(image.key) for image in images]
         prompt, responses = "\n".join(turn for _role, turn in texts.turns), texts.responses
         # Prompts that differ only in case or white space count as equal.
         same = "\n".join(f"{role}: {' '.join(turn.casefold().split())}" for role, turn in texts.turns)
+        pictures = [image.digest.hex() for image in record.images]
+        same = "\n".join([same, *pictures])
         side, pair = labelled_side(record), None
-        key = text_key(same, *pictures)
-        whole = text_key(same, *pictures, *map(str.strip, responses), *filter(None, [side]))
+        key, whole = text_key(same), text_key(same, *map(str.strip, responses), *filter(None, [side]))
         if side is not None or len(responses) > 1:
             heads = texts.turns[-1][1][:_HEAD], responses[0][:_HEAD], responses[-1][:_HEAD]
             form = measure_features(responses[0]) if side else differences(responses[0], responses[-1])
@@ -154,7 +154,7 @@ class Observer:
             characters=(len(prompt), *_ends(responses, side)),
             pair=pair,
             unread=record.unread,
-            images=images,
+            images=tuple(map(_image_facts, record.images)),
             prompt=key,
             record=whole,
             numbers=text_key(*_NUMBER.findall(prompt)),
@@ -232,10 +232,10 @@ def _ends(responses: Sequence[Sized], side: str | None) -> tuple[int, int]:
     return len(responses[0]), len(responses[-1]) if len(responses) > 1 else -1
 
 
-def _image_facts(content: bytes) -> ImageFacts:
+def _image_facts(file: ImageFile) -> ImageFacts:
     """Raises UnusableRecordError: the file is no image that can be read."""
-    width, height = decode_image(content).size
-    return ImageFacts(int.from_bytes(blake2b(content, digest_size=8).digest(), "little"), width * height)
+    width, height = decode_image(file.read()).size
+    return ImageFacts(int.from_bytes(file.digest[:8], "little"), width * height)
 
 
 def _of_images(numbers: Signature, pictures: Sequence[str]) -> Signature:

@@ -1,0 +1,443 @@
+"""Images of records: their places in the prompt, and the files that are read."""
+
+import base64
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import DataConfig, DataFormat, SourceConfig
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.read.files import write_records
+from dpo_dist.data.records import (
+    IMAGE,
+    BadRecord,
+    PreferenceRecord,
+    prompt_hash,
+    prompt_key,
+    readable,
+)
+from dpo_dist.foundation.errors import ConfigError, DataError
+from tests.support.records import assistant, bad, good, jsonl, user
+
+PAIR = {"chosen": "good", "rejected": "bad"}
+PART = {"type": "image"}
+TWO = ["a.png", "b.png"]
+URI = "data:image/png;base64," + base64.b64encode(b"bytes").decode()
+
+
+def picture(colour: str = "red", kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (3, 2), colour).save(stream, kind)
+    return stream.getvalue()
+
+
+def text(content: str) -> dict[str, Any]:
+    return {"type": "text", "text": content}
+
+
+def turn(*parts: Any, role: str = "user") -> dict[str, Any]:
+    return {"role": role, "content": list(parts)}
+
+
+def contents(record: PreferenceRecord) -> list[str]:
+    assert not isinstance(record.prompt, str)
+    assert all(not one.fields for one in record.prompt)
+    return [one.content for one in record.prompt]
+
+
+def names(record: PreferenceRecord) -> list[str | bytes]:
+    return [image.content or image.name for image in record.images]
+
+
+I = IMAGE  # noqa: E741
+SHARED = [turn(text("what is"), {**PART, "image": "a.png"}, text("?"))]
+FORMS: dict[str, tuple[dict[str, Any], list[str], list[Any]]] = {
+    "TRL": ({"prompt": [user("q")], **PAIR, "images": TWO}, [f"{I}{I}q"], TWO),
+    "TRL, one image": ({"prompt": [user("q")], **PAIR, "image": "a.png"}, [f"{I}q"], ["a.png"]),
+    "TRL, parts": (
+        {
+            "prompt": [turn(PART, text("q"), PART)],
+            "images": TWO,
+            "chosen": [turn(text("good"), role="assistant")],
+            "rejected": [turn(text("bad"), role="assistant")],
+        },
+        [f"{I}q{I}"],
+        TWO,
+    ),
+    "TRL, parts as a table writes them": (
+        {
+            "prompt": [turn({**PART, "text": None}, {**text("q"), "image": None})],
+            **PAIR,
+            "images": ["a.png", None],
+        },
+        [f"{I}q"],
+        ["a.png"],
+    ),
+    "TRL, no prompt": (
+        {"chosen": [*SHARED, assistant("good")], "rejected": [*SHARED, assistant("bad")]},
+        [f"what is{I}?"],
+        ["a.png"],
+    ),
+    "transformers": (
+        {"prompt": [turn({**PART, "path": "a.png"}, {**PART, "base64": "Yg=="}, text("q"))], **PAIR},
+        [f"{I}{I}q"],
+        ["a.png", "data:;base64,Yg=="],
+    ),
+    "OpenAI": (
+        {"prompt": [turn(text("q"), {"type": "image_url", "image_url": {"url": URI}})], **PAIR},
+        [f"q{I}"],
+        [URI],
+    ),
+    "its own image and one of the list": (
+        {"prompt": [turn(PART, {**PART, "image": b"own"}, text("q"))], **PAIR, "images": ["a.png"]},
+        [f"{I}{I}q"],
+        ["a.png", b"own"],
+    ),
+    "images of a message": (
+        {"prompt": [user("first"), assistant("yes"), {**user("q"), "images": TWO}], **PAIR},
+        ["first", "yes", f"{I}{I}q"],
+        TWO,
+    ),
+    "LLaMA-Factory": (
+        {
+            "conversations": [{"from": "human", "value": "<image>q <image>"}],
+            "images": TWO,
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
+        [f"{I}q {I}"],
+        TWO,
+    ),
+    "LLaMA-Factory, alpaca": (
+        {
+            "instruction": "<image>q",
+            "input": "more",
+            "system": "be kind",
+            "history": [["<image>", "yes"]],
+            **PAIR,
+            "images": TWO,
+        },
+        ["be kind", I, "yes", f"{I}q\nmore"],
+        TWO,
+    ),
+    "ms-swift": (
+        {"messages": [user("<image>q"), assistant("good")], "rejected_response": "bad", "images": ["a.png"]},
+        [f"{I}q"],
+        ["a.png"],
+    ),
+    "ms-swift, without tags": (
+        {
+            "messages": [{"role": "system", "content": "be kind"}, user("q"), assistant("good")],
+            "rejected_response": "bad",
+            "images": ["a.png"],
+        },
+        ["be kind", f"{I}q"],
+        ["a.png"],
+    ),
+    "RLAIF-V": (
+        {"question": "q", **PAIR, "image": {"bytes": b"jpeg", "path": "a.jpg"}, "ds_name": "vqa"},
+        [f"{I}q"],
+        [b"jpeg"],
+    ),
+    "a ranking": (
+        {
+            "prompt": "q",
+            "image": {"bytes": None, "path": "a.png"},
+            "completions": [
+                {"model": "m", "response": "bad", "score": 1},
+                {"model": "n", "response": "good", "score": 5},
+            ],
+        },
+        [f"{I}q"],
+        ["a.png"],
+    ),
+    "a label": (
+        {"prompt": "q", "completion": "good", "label": True, "images": '["a.png"]'},
+        [f"{I}q"],
+        ["a.png"],
+    ),
+    "an image alone": ({"prompt": [turn(PART)], **PAIR, "images": ["a.png"]}, [I], ["a.png"]),
+    "a tag beside parts": (
+        {"prompt": [turn(PART, text("the tag <image>"))], **PAIR, "images": ["a.png"]},
+        [f"{I}the tag <image>"],
+        ["a.png"],
+    ),
+    "a tag that the response names too": (
+        {"prompt": [user("<image>q")], "chosen": "good <image>", "rejected": "bad", "images": ["a.png"]},
+        [f"{I}q"],
+        ["a.png"],
+    ),
+    "calls": (
+        {
+            "prompt": [
+                user("<image>q"),
+                {"role": "assistant", "content": "", "tool_calls": []},
+                {"role": "tool", "content": "4"},
+            ],
+            **PAIR,
+            "images": ["a.png"],
+        },
+        [f"{I}q", "", "4"],
+        ["a.png"],
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_images_have_the_places_that_the_other_program_gives_them(form: str) -> None:
+    fields, expected, images = FORMS[form]
+    record = good(fields)
+    assert (contents(record), names(record)) == (expected, images)
+    assert [str(response) for response in record.responses] in (
+        ["good", "bad"],
+        ["good"],
+        ["good <image>", "bad"],
+    )
+
+
+@pytest.mark.parametrize(
+    "fields", [{"images": []}, {"image": None}, {"image": {"bytes": None, "path": None}}, {}]
+)
+def test_without_images_a_tag_is_text_and_a_prompt_stays_text(fields: dict[str, Any]) -> None:
+    record = good({"prompt": "the tag <image>", **PAIR, **fields})
+    assert (record.prompt, record.images) == ("the tag <image>", ())
+
+
+Q, ONE = {"prompt": [user("q")], **PAIR}, {"images": ["a.png"]}
+DROPPED = [
+    ("image_count", {**Q, "prompt": [turn(PART, text("q"))]}),
+    ("image_count", {**Q, "prompt": [turn(PART, PART, text("q"))], **ONE}),
+    ("image_count", {**Q, "prompt": [turn({**PART, "path": "b.png"}, text("q"))], **ONE}),
+    ("image_count", {**Q, "prompt": [user("<image><image>")], **ONE}),
+    ("image_count", {**Q, "prompt": [user("<image>")], "images": TWO}),
+    ("image_count", {**Q, "prompt": [{"role": "system", "content": "q"}], **ONE}),
+    ("image_count", {**Q, **ONE, "image": "b.png"}),
+    (
+        "image_count",
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b", **ONE},
+    ),
+    ("image_in_response", {**Q, "chosen_images": TWO}),
+    ("image_in_response", {**Q, "rejected_image": "a.png", **ONE}),
+    ("image_in_response", {**Q, "chosen": [turn({**PART, "path": "a.png"}, role="assistant")]}),
+    ("image_in_response", {**Q, "rejected": {**assistant("bad"), "images": ["a.png"]}}),
+    ("image_in_response", {**Q, "chosen": "<image>", **ONE}),
+    ("image_in_response", {**Q, "prompt": [user("<image>q")], "rejected": "<image>", "images": TWO}),
+    (
+        "image_in_response",
+        {
+            "prompt": "q",
+            "responses": [{"content": "a", "image": "a.png", "score": 2}, {"content": "b", "score": 1}],
+        },
+    ),
+    ("image_unreadable", {**Q, "images": [5]}),
+    ("media_not_read", {**Q, "prompt": [turn({"type": "video", "video": "a.mp4"}, text("q"))]}),
+    ("media_not_read", {**Q, **ONE, "videos": ["a.mp4"]}),
+    ("reserved_character", {**Q, "prompt": [user(f"{I}q")]}),
+    ("reserved_character", {**Q, "prompt": [user(f"{I}<image>")], **ONE}),
+    ("reserved_character", {**Q, "chosen": f"good{I}"}),
+    ("reserved_character", {**Q, "tools": [{"name": I}]}),
+]
+
+
+@pytest.mark.parametrize(("reason", "fields"), DROPPED)
+def test_a_record_with_other_images_than_places_or_in_a_response_is_dropped(reason: str, fields: Any) -> None:
+    assert bad(fields).reason == reason
+
+
+def test_plain_text_has_no_place_for_images() -> None:
+    assert bad({"prompt": "q", **PAIR, **ONE}, DataFormat.text).reason == "image_count"
+
+
+def test_records_that_differ_in_an_image_only_have_different_keys_and_no_image_changes_no_key() -> None:
+    same = [good({**Q, "images": [image]}) for image in (b"one", b"one", b"two")]
+    for key in (prompt_key, lambda record: prompt_hash(record.prompt, record.images)):
+        one, again, two = map(key, same)
+        assert one == again != two
+    first, second = (good({**Q, "images": images}) for images in ([b"a", b"b"], [b"b", b"a"]))
+    assert prompt_hash(first.prompt, first.images) != prompt_hash(second.prompt, second.images)
+    # Splits and stores of earlier runs of texts stay as they are.
+    assert prompt_hash("q") == prompt_hash(good(Q).prompt, ()) == 17061056879570276798
+    assert prompt_key(good(Q)) == "6e0f77ecf567b978258a63e19d646a76"
+
+
+# Files.
+
+
+def contents_read(source: SourceConfig | str) -> list[bytes | str]:
+    """Return for each record its image's content, or the detail of the reason why it cannot be read."""
+    records = list(map(readable, read_records(source)))
+    return [
+        content
+        for record in records
+        for content in (
+            [record.detail] if isinstance(record, BadRecord) else [image.read() for image in record.images]
+        )
+    ]
+
+
+def rows(*images: Any) -> list[dict[str, Any]]:
+    return [{"prompt": "q", **PAIR, "image": image} for image in images]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder data/ with a picture below, beside a picture that its records must not read."""
+    data = tmp_path / "data"
+    (data / "pictures").mkdir(parents=True)
+    (data / "pictures" / "a.png").write_bytes(b"inside")
+    (tmp_path / "secret.png").write_bytes(b"outside")
+    (data / "link.png").symlink_to(tmp_path / "secret.png")
+    (data / "inner.png").symlink_to(data / "pictures" / "a.png")
+    (data / "circle.png").symlink_to(data / "circle.png")
+    (data / "empty.png").write_bytes(b"")
+    return data
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pictures/a.png", b"inside"),
+        ("./pictures/../pictures/a.png", b"inside"),
+        ("{data}/pictures/a.png", b"inside"),
+        ("file://{data}/pictures/a.png", b"inside"),
+        ("inner.png", b"inside"),
+        (URI, b"bytes"),
+        ("../secret.png", "the file secret.png is outside the folders of images"),
+        ("{data}/../secret.png", "the file secret.png is outside the folders of images"),
+        ("link.png", "the file link.png is outside the folders of images"),
+        ("/dev/zero", "the file zero does not exist"),
+        ("pictures", "the file pictures does not exist"),
+        ("no.png", "the file no.png does not exist"),
+        ("circle.png", "RuntimeError for its file"),
+        ("a\0b", "ValueError for its file"),
+        ("x" * 5000, "OSError for its file"),
+        ("empty.png", "a file of 0 bytes"),
+        ("https://example.com/a.png", "a URL is not fetched"),
+        ("data:image/png;base64,%%", "Error for its file"),
+    ],
+)
+def test_a_path_leads_to_a_file_below_the_folder_of_its_record(
+    folder: Path, name: str, expected: Any
+) -> None:
+    source = jsonl(folder, *rows(name.format(data=folder)))
+    assert contents_read(source) == [expected]
+
+
+def test_a_file_is_read_up_to_the_limit_of_a_record(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_dist.data.read.images.MAX_RECORD_BYTES", 5)
+    assert contents_read(jsonl(folder, *rows("pictures/a.png", URI))) == ["over 5 bytes", b"bytes"]
+
+
+def test_images_are_looked_up_in_the_configured_folder_first(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "pictures").mkdir(parents=True)
+    (root / "pictures" / "a.png").write_bytes(b"root")
+    source = SourceConfig(jsonl(folder, *rows("pictures/a.png", "inner.png", "../data/inner.png")))
+    assert contents_read(source) == [b"inside", b"inside", b"inside"]
+    configured = DataConfig(train=[source], images=str(root)).train[0]
+    assert contents_read(configured) == [b"root", b"inside", b"inside"]
+    with pytest.raises(DataError, match="does not exist"):
+        read_records(replace(source, images=str(tmp_path / "no")))
+
+
+def test_records_of_a_pattern_name_files_below_its_folder(folder: Path) -> None:
+    below = folder / "records"
+    below.mkdir()
+    jsonl(below, *rows("pictures/a.png", "../pictures/a.png", "../../secret.png"))
+    assert contents_read(f"{folder}/*/*.jsonl")[:2] == [b"inside", b"inside"]
+    assert "outside" in str(contents_read(f"{folder}/*/*.jsonl")[2])
+    assert "does not exist" in str(contents_read(str(below))[0])
+
+
+def test_the_entry_of_a_dataset_info_names_images_below_its_folder(folder: Path) -> None:
+    (folder / "records").mkdir()
+    turns = [{"from": "human", "value": "<image>q"}]
+    sides = {"good": {"from": "gpt", "value": "good"}, "bad": {"from": "gpt", "value": "bad"}}
+    jsonl(folder / "records", {"turns": turns, **sides, "pictures": ["pictures/a.png"]})
+    columns = {"messages": "turns", "chosen": "good", "rejected": "bad", "images": "pictures"}
+    entry = {
+        "file_name": "records/records.jsonl",
+        "formatting": "sharegpt",
+        "ranking": True,
+        "columns": columns,
+    }
+    (folder / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    assert contents_read(SourceConfig(str(folder), name="mine")) == [b"inside"]
+
+
+def described(saved: Any, folder: Path) -> list[bytes | str]:
+    found = list[bytes | str]()
+    saved.to_parquet(folder / "a.parquet")
+    saved.save_to_disk(folder / "saved")
+    for path in ("a.parquet", "saved"):
+        found += contents_read(str(folder / path))
+    return found
+
+
+def test_a_column_of_images_of_datasets_is_read_as_stored(tmp_path: Path) -> None:
+    jpeg = picture(kind="JPEG")
+    features = {"prompt": datasets.Value("string"), "chosen": datasets.Value("string")}
+    features |= {"rejected": datasets.Value("string"), "image": datasets.Image()}
+    saved = datasets.Dataset.from_list(
+        rows({"bytes": jpeg, "path": "a.jpg"}), features=datasets.Features(features)
+    )
+    assert described(saved, tmp_path) == [jpeg, jpeg]
+    several = saved.rename_column("image", "images").to_list()
+    features["images"] = datasets.List(features.pop("image"))
+    several = [row | {"images": [row["images"], Image.new("RGB", (2, 2))]} for row in several]
+    lists = datasets.Dataset.from_list(several, features=datasets.Features(features))
+    first, second, *again = described(lists, tmp_path / "lists")
+    assert first == jpeg
+    assert str(second)[4:7] != ""
+    assert again == [first, second]
+
+
+def test_columns_name_images_and_readers_return_them(folder: Path) -> None:
+    path = jsonl(folder, {"prompt": "q", **PAIR, "shot": {"file": "inner.png"}, "images": ["no.png"]})
+    assert contents_read(SourceConfig(path, columns={"images": "shot.file"})) == [b"inside"]
+    assert contents_read(SourceConfig(path, columns={"images": None})) == []
+    parts = jsonl(folder, {**Q, "prompt": [turn(PART, text("q"))], **ONE})
+    [dropped] = read_records(SourceConfig(parts, columns={"images": None}))
+    assert isinstance(dropped, BadRecord)
+    assert dropped.reason == "image_count"
+
+
+def test_records_in_memory_keep_the_pixels_of_their_images(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    image, grey = Image.fromarray(pixels), Image.fromarray(pixels[..., 0])
+    records = [
+        {"prompt": "q", **PAIR, "images": [image, grey, image]},
+        {"prompt": [turn({**PART, "image": image}, text("q"))], **PAIR},
+        {"prompt": "q", **PAIR, "image": {"bytes": picture(), "path": None}},
+        {"prompt": "q", **PAIR, "image": Image.new("CMYK", (2, 2))},
+    ]
+    file = write_records(records, tmp_path, "data.train")
+    assert write_records(records, tmp_path, "data.train") == file
+    assert len(list((tmp_path / "images").iterdir())) == 4  # each once
+    first, second, third, again, stored, cmyk = contents_read(str(file))
+    assert first == third == again
+    assert stored == picture()
+    for content, expected in ((first, image), (second, grey), (cmyk, Image.new("RGB", (2, 2), "white"))):
+        assert isinstance(content, bytes)
+        found = Image.open(io.BytesIO(content))
+        assert (found.mode, found.tobytes()) == (expected.mode, expected.tobytes())
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_records([{"prompt": "q", **PAIR, "image": object()}], tmp_path, "data.train")
+
+
+def test_the_folder_of_images_is_no_part_of_a_run_s_identity() -> None:
+    words = ["model.path=m", "data.train=[a.jsonl]", "data.eval=[b.jsonl]", "model.images.train=none"]
+    plain, moved = (load_run_config([*words, *more]) for more in ([], ["data.images=pictures"]))
+    assert plain.identity.digest == moved.identity.digest
+    assert [source.images for source in (*moved.data.train, *moved.data.eval)] == ["pictures"] * 2
+    with pytest.raises(ConfigError, match="no effect"):
+        load_run_config(["model.path=m", "data.train=[a.jsonl]", "data.images=pictures"])
