@@ -75,6 +75,7 @@ class ComputeCosts:
     target: float  # time of one target in the output layer
     arrangement: Arrangement = Arrangement.packed  # of the responses in a forward
     pads: bool = False  # whether a live reference computes padded rows, whatever the arrangement is
+    image: float = 0.0  # time that the tower takes for one placeholder's share of an image
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,18 @@ class ExampleSizes:
 
 
 def example_sizes(
-    prompt_tokens: Counts, response_tokens: Counts, targets: Counts, counts: Counts, costs: ComputeCosts
+    prompt_tokens: Counts,
+    response_tokens: Counts,
+    targets: Counts,
+    counts: Counts,
+    costs: ComputeCosts,
+    image_tokens: Counts | None = None,
 ) -> ExampleSizes:
     """Return the sizes of examples for a model with these costs.
 
-    `prompt_tokens` and `counts`, the numbers of responses (at least one), are [examples]; `response_tokens`
-    and `targets`, those that the loss counts, are [responses], example after example.
+    `prompt_tokens`, the `image_tokens` in them (None: no images), and `counts`, the numbers of responses (at
+    least one), are [examples]; `response_tokens` and `targets`, those that the loss counts, are [responses],
+    example after example.
     """
     firsts = np.cumsum(counts) - counts
     stored, prompts = response_tokens - 1, np.repeat(prompt_tokens, counts)
@@ -115,6 +122,8 @@ def example_sizes(
     targets = np.add.reduceat(targets, firsts)
     # Attention of a token to itself is included in the cost of a token.
     compute = tokens + costs.key * (attended - tokens / 2) + costs.target * targets
+    if image_tokens is not None:
+        compute = compute + costs.image * image_tokens
     unshared_tokens = tokens + (counts - copies) * prompt_tokens
     sizes = ExampleSizes(tokens, unshared_tokens, targets, attended, compute)
     if costs.arrangement is not Arrangement.padded and not costs.pads:

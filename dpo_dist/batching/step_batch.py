@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dpo_dist.batching.example import Example, Keys
+from dpo_dist.batching.example import Example, ImageInput, Keys
 from dpo_dist.batching.pack import DUMMY_RESPONSES, PackedBatch, dummy_batch, pack
 from dpo_dist.batching.plan import ComputeCosts, ExampleSizes, plan_micro_batches
 from dpo_dist.batching.sampler import Indices
@@ -49,6 +49,12 @@ class ExampleSource(Protocol):
     ) -> ExampleSizes:
         """Return the sizes of examples with these responses; `masked`: targets are tokens in the loss."""
 
+    def with_images(self, indices: Indices) -> npt.NDArray[np.bool_]:
+        """Return whether the prompt of each example has an image."""
+
+    def dummy_image(self) -> ImageInput | None:
+        """Return an invented image, for a rank whose micro-batch has none; None if no example has one."""
+
     def label_numbers(self, indices: Indices | Sequence[int]) -> Indices:
         """Return the index in `labels` of each example's label."""
 
@@ -83,14 +89,21 @@ class RankBatch:
     sources: Indices | None = None  # int64 [pairs], index in `dataset.labels`; None without labels
     which: int | None = None  # the only response of each example that is scored; None: all
     forwards: tuple[int, ...] = ()  # for each micro-batch `PackedBatch.forwards`
+    with_images: tuple[bool, ...] = ()  # whether it has an image on any rank; as long as `micro_batches`
 
     def batches(self) -> Iterator[PackedBatch]:
         """Collate this rank's micro-batches in order, on the host."""
-        for indices, forwards in zip(self.micro_batches, self.forwards, strict=True):
-            yield replace(
-                collate(self.dataset, indices, self.which, is_labelled=self.is_good is not None),
-                forwards=forwards,
+        dummy_image = self.dataset.dummy_image() if any(self.with_images) else None
+        rows = zip(self.micro_batches, self.forwards, self.with_images, strict=True)
+        for indices, forwards, with_images in rows:
+            batch = collate(
+                self.dataset,
+                indices,
+                self.which,
+                is_labelled=self.is_good is not None,
+                dummy_image=dummy_image if with_images else None,
             )
+            yield replace(batch, forwards=forwards)
 
 
 def shard_batch(
@@ -123,6 +136,7 @@ def shard_batch(
     sizes = dataset.sizes(indices, responses, counts, costs, masked=True)
     plan = plan_micro_batches(sizes, world_size, micro_batch_tokens)
     positions = tuple(tuple(ranks[rank]) for ranks in plan)
+    with_images = dataset.with_images(indices)
     return RankBatch(
         dataset=dataset,
         micro_batches=tuple(tuple(int(indices[i]) for i in micro_batch) for micro_batch in positions),
@@ -139,6 +153,7 @@ def shard_batch(
         partners=partners,
         which=which,
         forwards=tuple(max(DUMMY_RESPONSES, *(int(counts[at].sum()) for at in ranks)) for ranks in plan),
+        with_images=tuple(any(with_images[at].any() for at in ranks) for ranks in plan),
     )
 
 
@@ -148,16 +163,20 @@ def collate(
     which: int | None = None,
     *,
     is_labelled: bool = False,
+    dummy_image: ImageInput | None = None,
 ) -> PackedBatch:
-    """Pack examples, or only response `which` of each, into one micro-batch; a dummy if there are none."""
+    """Pack examples, or only response `which` of each, into one micro-batch; a dummy if there are none.
+
+    `dummy_image`: an invented image, if another rank has an image in this micro-batch.
+    """
     if not indices:
         numbers: dict[str, Any] = dict.fromkeys(dataset.numbers, torch.ones(1, dtype=torch.float64))
         sources = torch.zeros(1, dtype=torch.int64) if dataset.labels else None
-        return replace(dummy_batch(), sources=sources, **numbers)
+        return replace(dummy_batch(dummy_image), sources=sources, **numbers)
     examples, keys = dataset.examples_with_keys(indices, which)
     numbers = {name: torch.from_numpy(column[[*indices]]) for name, column in dataset.numbers.items()}
     return replace(
-        pack(examples, keys, dataset.labels_good(indices) if is_labelled else None),
+        pack(examples, keys, dataset.labels_good(indices) if is_labelled else None, dummy_image),
         score_gaps=torch.from_numpy(dataset.score_gaps(indices)),
         sources=torch.from_numpy(dataset.label_numbers(indices)) if dataset.labels else None,
         **numbers,

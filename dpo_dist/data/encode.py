@@ -1,7 +1,7 @@
 """Encode a preference record as token ids: one prompt, and the responses that continue it."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,16 +10,19 @@ from dpo_dist.batching.example import Example, Mask
 from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import MARKER_GAP, UNTRAINED_PARTS, DataConfig, Truncation
 from dpo_dist.data.counts import Outcome
+from dpo_dist.data.images import ExpandedImage, ImageProcessor
 from dpo_dist.data.records import (
+    IMAGE,
     BadRecord,
     PreferenceRecord,
     Tokenizer,
     UnusableRecordError,
     training_examples,
+    turns_of,
 )
 from dpo_dist.data.text.escape import THOUGHT_TAGS, has_reserved
 from dpo_dist.data.text.lengths import kept_tokens, needed_tokens
-from dpo_dist.data.text.render import RenderedRecord, render_record
+from dpo_dist.data.text.render import RenderedRecord, render_record, with_images
 from dpo_dist.data.text.template import Span
 from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
@@ -29,32 +32,45 @@ from dpo_dist.foundation.errors import ConfigError
 class EncodedExample(Example):
     """An example, with the changes that encoding made to its record."""
 
+    images: tuple[ExpandedImage, ...] = ()
     changes: frozenset[str] = frozenset()  # names in counts.yaml
     truncated: tuple[bool, ...] = ()  # for each response, whether its end and its end-of-turn token were cut
     read_as: str = ""
-    lengths: tuple[int, ...] = ()  # tokens before any cut: prompt, longest response, BOS, `needed_tokens`
+    # Tokens before any cut: prompt, longest response, BOS, `needed_tokens`, and what must stay of the prompt:
+    # BOS, and all from the first image.
+    lengths: tuple[int, ...] = ()
 
 
 def encode_pair(
-    record: PreferenceRecord, tokenizer: Tokenizer, data_config: DataConfig
+    record: PreferenceRecord,
+    tokenizer: Tokenizer,
+    data_config: DataConfig,
+    processor: ImageProcessor | None = None,
 ) -> EncodedExample | BadRecord:
     """Encode one record within the configured lengths; a bad record returns its reason.
 
     A prompt starts with the tokenizer's BOS exactly once; a response ends with its end-of-turn token (plain
-    text: EOS) exactly once. A special token spelled in a content is encoded as text.
+    text: EOS) exactly once. A special token spelled in a content is encoded as text. The images, which a
+    `processor` reads, are `ExpandedImage`.
     """
     facts = tokenizer_facts(tokenizer, data_config, with_tools=bool(record.tools))
     lengths = tuple[int, ...]()
     try:
         if has_reserved((record.prompt, record.responses, record.tools, record.template_arguments)):
             raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0")
-        if record.images:
-            raise UnusableRecordError("media_not_read", "model.images is null", ("images",))
+        images = _expanded(record, processor)
         rendered = render_record(record, facts, data_config)
+        if processor is not None:
+            rendered = with_images(rendered, images, facts, processor)
         prompt, responses, trained, is_resplit = _encoded(rendered, facts, data_config)
         prompt, prefix_length = facts.with_prefix(prompt)
-        lengths = _lengths(prompt, responses, trained, prefix_length)
-        kept_prompt, kept = _truncated(prompt, responses, prefix_length, data_config)
+        least = prefix_length
+        if processor is not None:
+            _check_placeholders(prompt, responses, images, processor.placeholder_id)
+            if images:
+                least += len(prompt) - _start_of_images(prompt, processor.placeholder_id, facts.special_ids)
+        lengths = _lengths(prompt, responses, trained, prefix_length, least)
+        kept_prompt, kept = _truncated(prompt, responses, prefix_length, least, data_config)
         truncated = tuple(len(ids) < len(whole) for ids, whole in zip(kept, responses, strict=True))
         if len(set(map(tuple, kept))) < len(kept):
             raise UnusableRecordError(f"identical_after_{'truncation' if any(truncated) else 'encoding'}")
@@ -78,12 +94,42 @@ def encode_pair(
         np.array(kept_prompt, dtype=np.int32),
         tuple(np.array(ids, dtype=np.int32) for ids in kept),
         tuple(trained),
-        (),
+        images,
         rendered.changes.union(record.numbers, (name for name, is_so in changes.items() if is_so)),
         truncated,
         rendered.read_as,
         lengths,
     )
+
+
+def _expanded(record: PreferenceRecord, processor: ImageProcessor | None) -> tuple[ExpandedImage, ...]:
+    """Return the images of a record. Raises UnusableRecordError."""
+    if record.images and processor is None:
+        raise UnusableRecordError("media_not_read", "images")
+    marks = sum(turn.content.count(IMAGE) for turn in turns_of(record.prompt))
+    in_responses = any(IMAGE in turn.content for side in record.responses for turn in turns_of(side))
+    if marks != len(record.images) or in_responses:
+        raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD1")
+    return tuple(processor.expanded(image.read()) for image in record.images if processor is not None)
+
+
+def _check_placeholders(
+    prompt: list[int], responses: list[list[int]], images: Sequence[ExpandedImage], placeholder_id: int
+) -> None:
+    """Check that the prompt has a placeholder for each feature of the images. Raises UnusableRecordError."""
+    expected = sum(image.tokens for image in images)
+    found = prompt.count(placeholder_id) + sum(ids.count(placeholder_id) for ids in responses)
+    if not prompt.count(placeholder_id) == found == expected:
+        detail = f"{found} placeholders in the tokens, for {len(images)} images of {expected}"
+        raise UnusableRecordError("image_count", detail)
+
+
+def _start_of_images(prompt: list[int], placeholder_id: int, special_ids: Collection[int]) -> int:
+    """Return the index of the first image's first token: a placeholder, or a special token before it."""
+    start = prompt.index(placeholder_id)
+    while start and prompt[start - 1] in special_ids:
+        start -= 1
+    return start
 
 
 def _encoded(
@@ -162,7 +208,7 @@ def _token_mask(starts: Sequence[int], length: int, counted: Iterable[Span]) -> 
 
 
 def _lengths(
-    prompt: list[int], responses: list[list[int]], trained: list[Mask], prefix_length: int
+    prompt: list[int], responses: list[list[int]], trained: list[Mask], prefix_length: int, least: int
 ) -> tuple[int, ...]:
     """Return the lengths before any cut; empty if no limits could make the record usable."""
     if (
@@ -171,13 +217,18 @@ def _lengths(
         or not all(mask.any() for mask in trained)
     ):
         return ()
-    return len(prompt), max(map(len, responses)), prefix_length, needed_tokens(responses, trained)
+    needed = needed_tokens(responses, trained)
+    return len(prompt), max(map(len, responses)), prefix_length, needed, min(least, len(prompt))
 
 
 def _truncated(
-    prompt: list[int], responses: list[list[int]], prefix_length: int, limits: DataConfig
+    prompt: list[int], responses: list[list[int]], prefix_length: int, least: int, limits: DataConfig
 ) -> tuple[list[int], list[list[int]]]:
-    """Truncate by `data.truncation`. Raises UnusableRecordError: nothing is left to train on."""
+    """Truncate by `data.truncation`; of the prompt, BOS and the last tokens, `least` in all, are never cut.
+
+    Raises UnusableRecordError: nothing is left to train on, or an image would be cut.
+    """
+    whole = len(prompt)
     if len(prompt) == prefix_length:
         raise UnusableRecordError("empty_prompt", "the prompt has no tokens")
     if (limit := limits.max_prompt_length) is not None:
@@ -192,6 +243,9 @@ def _truncated(
         prompt = _cut_left(prompt, limit, prefix_length)
     longest = max(map(len, responses))
     kept_prompt, kept = map(int, kept_tokens(len(prompt), longest, prefix_length, limits))
+    if least > prefix_length and kept_prompt < min(least, whole):
+        detail = f"{least} tokens of {whole} from the first image on, and room for {max(kept_prompt, 0)}"
+        raise UnusableRecordError("image_does_not_fit", detail)
     if kept:
         return _cut_left(prompt, kept_prompt, prefix_length), [ids[:kept] for ids in responses]
     match limits.truncation:
@@ -245,7 +299,7 @@ class EncodedRecord:
 
 
 def encode_record(
-    record: PreferenceRecord, config: DataConfig, tokenizer: Tokenizer
+    record: PreferenceRecord, config: DataConfig, tokenizer: Tokenizer, processor: ImageProcessor | None
 ) -> EncodedRecord | BadRecord:
     """Encode the training examples of a record; errors and bad records as in `encode_pair`."""
     ranks, ties = training_examples(record, config.ranked)
@@ -254,7 +308,7 @@ def encode_record(
         ranks, ties = [(0,), (1,)], 0
     used = sorted(set().union(*ranks))
     responses = tuple(record.responses[index] for index in used)
-    encoded = encode_pair(replace(record, responses=responses), tokenizer, config)
+    encoded = encode_pair(replace(record, responses=responses), tokenizer, config, processor)
     if isinstance(encoded, BadRecord):
         return encoded
     scores = record.scores or (np.nan,) * len(record.responses)

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -34,7 +33,7 @@ _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"
 
 @dataclass(frozen=True, eq=False)
 class ExpandedImage(ImageInput):
-    """An image with its file, and the text that stands for it in a prompt: placeholders, and tokens around."""
+    """An image with its file, and the text that stands for it in a prompt: placeholders and other tokens."""
 
     text: str = ""
     content: bytes = b""
@@ -105,6 +104,11 @@ class ImageProcessor:
         return replaced["replacement"], {k: v for k, v in processed.items() if k not in _OF_TEXT}
 
 
+def image_processor(folder: Path, tokenizer: Tokenizer, images: ImagesConfig | None) -> ImageProcessor | None:
+    """Return the processor of a model folder; None if `model.images` is null. Raises ConfigError."""
+    return None if images is None else ImageProcessor(folder, tokenizer, images)
+
+
 def _own_processor(folder: Path, tokenizer: Tokenizer) -> tuple[Any, int]:
     """Return the folder's processor, with Pillow in place of torchvision, and the id of its placeholders.
 
@@ -157,16 +161,17 @@ def _processor_class(folder: Path, config: Any) -> Any:
             name = json.loads((folder / file).read_bytes()).get("processor_class") or name
     if name != "PixtralProcessor":
         return name and processor_class_from_name(name)
+    from transformers.models.pixtral import image_processing_pil_pixtral  # noqa: PLC0415
+
     # Its module imports one function of a module that needs torchvision; the one for Pillow has it, too.
-    package = "transformers.models.pixtral"
-    needed = f"{package}.image_processing_pixtral"
-    if needed in sys.modules:
-        return importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
-    sys.modules[needed] = importlib.import_module(f"{package}.image_processing_pil_pixtral")
+    needed = image_processing_pil_pixtral.__name__.replace("_pil_", "_")
+    chosen = sys.modules.setdefault(needed, image_processing_pil_pixtral)
     try:
-        return importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
+        from transformers.models.pixtral.processing_pixtral import PixtralProcessor  # noqa: PLC0415
     finally:
-        del sys.modules[needed]
+        if chosen is image_processing_pil_pixtral:
+            del sys.modules[needed]
+    return PixtralProcessor
 
 
 def _refused(folder: Path, cause: str) -> ConfigError:

@@ -225,11 +225,10 @@ class StoreFiller:
         replica returns responses.
         """
         world = self.world
-        responses = [sum(len(part.responses) for part in parts) for parts in micro_batches]
-        columns = itertools.zip_longest(*world.gather(responses), fillvalue=0)
-        forwards = [max(DUMMY_RESPONSES, *column) for column in columns]
+        own = [_needs(dataset, parts) for parts in micro_batches]
+        needs = [_Needs(*map(max, zip(*every, strict=True))) for every in _by_number(world.gather(own))]
         damaged: list[int] = []
-        packed = _pack_batches(dataset, micro_batches, forwards, damaged, world.device)
+        packed = _pack_batches(dataset, micro_batches, needs, damaged, world.device)
         keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
         entries: list[StoredLogps] = []
         is_stopped = False
@@ -239,7 +238,7 @@ class StoreFiller:
                 if world.leads and len(batch.keys):
                     keys.append(batch.keys)
                     entries += np.split(logps.cpu().numpy(), np.cumsum(batch.response_tokens.numpy())[:-1])
-                progress(number / len(forwards))
+                progress(number / len(needs))
                 if is_stopped := self.stops.must_stop():
                     break
 
@@ -251,27 +250,48 @@ class StoreFiller:
         return np.concatenate(keys), entries, is_stopped
 
 
+class _Needs(NamedTuple):
+    """What every rank needs in a micro-batch, so that all make the same collective calls (law L2)."""
+
+    forwards: int = DUMMY_RESPONSES
+    images: bool = False  # the model's tower encodes an image
+
+
+def _needs(dataset: PreferenceDataset, parts: Sequence[_Part]) -> _Needs:
+    has_image = dataset.with_images(np.array([part.pair for part in parts], dtype=np.int64)).any()
+    return _Needs(max(DUMMY_RESPONSES, sum(len(part.responses) for part in parts)), bool(has_image))
+
+
+def _by_number(ranks: Sequence[Sequence[_Needs]]) -> Iterator[tuple[_Needs, ...]]:
+    """Yield the needs of all ranks in each micro-batch."""
+    yield from itertools.zip_longest(*ranks, fillvalue=_Needs())
+
+
 def _pack_batches(
     dataset: PreferenceDataset,
     micro_batches: Sequence[Sequence[_Part]],
-    forwards: Sequence[int],
+    needs: Sequence[_Needs],
     damaged: list[int],
     device: torch.device,
 ) -> Iterator[PackedBatch]:
-    """Yield a packed micro-batch for each entry of `forwards`, dummies after this rank's last one.
+    """Yield a packed micro-batch for each entry of `needs`, dummies after this rank's last one.
 
     Pairs whose token ids do not match their keys are added to `damaged`, and a dummy takes their place: all
     ranks must score the same number of batches.
     """
-    dummies: list[list[_Part]] = [[]] * (len(forwards) - len(micro_batches))
-    for parts, most in zip([*micro_batches, *dummies], forwards, strict=True):
+    dummies: list[list[_Part]] = [[]] * (len(needs) - len(micro_batches))
+    for parts, (forwards, images) in zip([*micro_batches, *dummies], needs, strict=True):
         examples = [dataset.example(part.pair, part.which.tolist()) for part in parts]
         keys = dataset.keys[np.concatenate([np.empty(0, np.int64), *(part.responses for part in parts)])]
         is_whole = np.array_equal(response_keys(examples), keys)
         if not is_whole:
             damaged += [part.pair for part in parts]
-        batch = pack(examples, keys) if parts and is_whole else dummy_batch()
-        batch = replace(batch, forwards=most)
+        dummy_image = dataset.dummy_image() if images else None
+        if parts and is_whole:
+            batch = pack(dataset.with_inputs(examples), keys, dummy_image=dummy_image)
+        else:
+            batch = dummy_batch(dummy_image)
+        batch = replace(batch, forwards=forwards)
         yield batch.pinned() if device.type == "cuda" else batch
 
 

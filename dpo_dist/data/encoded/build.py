@@ -24,8 +24,15 @@ from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, OnBadRecord, Sourc
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.encode import EncodedRecord, encode_record
-from dpo_dist.data.encoded.store import ROW_SCHEMA, EncodedSource, write_source
+from dpo_dist.data.encoded.store import (
+    ROW_SCHEMA,
+    EncodedChunk,
+    EncodedSource,
+    has_changed_images,
+    write_source,
+)
 from dpo_dist.data.formats import read_records
+from dpo_dist.data.images import ExpandedImage, ImageProcessor
 from dpo_dist.data.read.columns import READER
 from dpo_dist.data.read.files import file_kind
 from dpo_dist.data.read.sources import local_files, pin_source, source_identity, source_labels
@@ -35,11 +42,12 @@ from dpo_dist.data.records import (
     LEFT_IN_TRAIN,
     BadRecord,
     Part,
+    PreferenceRecord,
     Record,
     Tokenizer,
+    UnusableRecordError,
     bad_record_error,
     prompt_hash,
-    readable,
 )
 from dpo_dist.data.text.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import DataError, PeerLostError
@@ -55,7 +63,7 @@ _Records: TypeAlias = Sequence[Record]
 _Result = TypeVar("_Result")
 
 # Increase it when the same records get other token ids or files: else old files would be reused.
-_ENCODING_VERSION = 16
+_ENCODING_VERSION = 17
 _LENGTH_KEYS = ("max_length", "max_prompt_length", "truncation")
 _ENCODING_KEYS = (
     *_LENGTH_KEYS,
@@ -85,43 +93,46 @@ def prepare_dataset(
     digest: str,
     progress: EncodingProgress = no_progress,
     part: Part = ALL_RECORDS,
+    processor: ImageProcessor | None = None,
 ) -> tuple[EncodedSource, ...]:
     """Encode each source into its own file in `config.cache`, unless it is encoded already.
 
     A file is named by its content: a source is not encoded again if it moved, is in another list, or has
-    another weight. `digest` is the `tokenizer_digest`. Raises DataError; PeerLostError if a
-    process that encodes has died.
+    another weight. `digest` is the `tokenizer_digest`. The `processor` reads images, whose files are watched:
+    if one changed, its source is encoded again. Raises DataError; PeerLostError if a process that encodes has
+    died.
     """
     check_template_keys(config, tokenizer)
+    digest += processor.settings.hex() if processor is not None else ""
     digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
     cache = Path(config.cache)
     remove_abandoned(cache)
     all_pinned = [pin_source(source) for source in sources]
     fingerprints = [_fingerprint(source, config, digest, part) for source in all_pinned]
-    encode = partial(encode_records, config=config, tokenizer=tokenizer, part=part)
+    encode = partial(_encode_chunk, config=config, tokenizer=tokenizer, part=part, processor=processor)
     encoded = []
     for source, fingerprint, label in zip(all_pinned, fingerprints, source_labels(sources), strict=True):
         wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label)
-        if wanted.table() is None:
+        if (table := wanted.table()) is None or has_changed_images(table):
             with (
                 progress(source.path) as show,
-                closing(_encoded(source, encode, show)) as batches,
+                closing(_encoded(source, encode, show)) as chunks,
             ):
-                write_source(wanted, batches)
+                write_source(wanted, chunks)
         encoded.append(wanted)
     return tuple(encoded)
 
 
 def _encoded(
     source: SourceConfig,
-    encode: Callable[[_Records], pa.RecordBatch],
+    encode: Callable[[_Records], EncodedChunk],
     show: Callable[[int], None],
-) -> Generator[pa.RecordBatch, None, None]:
+) -> Generator[EncodedChunk, None, None]:
     records, state = 0, _identities(source)
     with closing(in_order(read_records(source), encode)) as chunks:
         for chunk in chunks:
             yield chunk
-            records += len(chunk)
+            records += len(chunk[0])
             show(records)
     # If a file changed meanwhile, the fingerprint would name other records.
     if _identities(source) != state:
@@ -132,21 +143,37 @@ def _encoded(
         )
 
 
+def _encode_chunk(records: _Records, **options: Any) -> EncodedChunk:
+    images: dict[bytes, ExpandedImage] = {}
+    return encode_records(records, images=images, **options), images
+
+
 def encode_records(
     records: Sequence[Record],
     config: DataConfig,
     tokenizer: Tokenizer,
     part: Part = ALL_RECORDS,
+    processor: ImageProcessor | None = None,
+    images: dict[bytes, ExpandedImage] | None = None,
 ) -> pa.RecordBatch:
-    """Encode the `records` of `part` as rows of `ROW_SCHEMA`; unusable ones are dropped with a reason."""
+    """Encode the `records` of `part` as rows of `ROW_SCHEMA`; unusable ones are dropped with a reason.
+
+    The images of kept records are added to `images`, by their digests.
+    """
     rows = []
-    for record in map(readable, records):
-        prompt, values = 0, dict[str, Any]()
+    for record in records:
+        origin: dict[str, Any] = {"file": record.origin.source, "line": record.origin.line}
+        if processor is not None and isinstance(record, PreferenceRecord):
+            watched = list(filter(None, (image.watched for image in record.images)))
+            origin |= {"image_files": [file for file, _ in watched]}
+            origin |= {"image_states": [state for _, state in watched]}
+        values = dict[str, Any]()
         encoded: EncodedRecord | BadRecord | None = None  # the record belongs to another part
-        if isinstance(record, BadRecord):
-            encoded = None if part.is_eval else record  # no prompt to divide by: it is training data
-        elif part.has(prompt := prompt_hash(record.prompt, record.images)):
-            encoded = encode_record(record, config, tokenizer)
+        prompt = _hashed_prompt(record, processor)
+        if isinstance(prompt, BadRecord):
+            encoded = None if part.is_eval else prompt  # no prompt to divide by: it is training data
+        elif isinstance(record, PreferenceRecord) and part.has(prompt):
+            encoded = encode_record(record, config, tokenizer, processor)
         if isinstance(encoded, BadRecord):
             if config.on_bad_record is OnBadRecord.error:
                 raise bad_record_error(encoded)
@@ -156,9 +183,20 @@ def encode_records(
             outcome = Outcome(changed=((LEFT_IN_TRAIN if part.is_eval else HELD_OUT, 1),))
         else:
             outcome, values = encoded.outcome, _columns(encoded) | {"prompt": prompt}
-        origin = {"file": record.origin.source, "line": record.origin.line}
+            if images is not None:
+                images.update((image.digest, image) for image in encoded.example.images)
         rows.append({**_EMPTY_ROW, **origin, "outcome": json.dumps(astuple(outcome)), **values})
     return pa.RecordBatch.from_pylist(rows, schema=ROW_SCHEMA)
+
+
+def _hashed_prompt(record: Record, processor: ImageProcessor | None) -> int | BadRecord:
+    """Return the `prompt_hash` of a record; or why it cannot be used, if it cannot even be read."""
+    if isinstance(record, BadRecord):
+        return record
+    try:
+        return prompt_hash(record.prompt, () if processor is None else record.images)
+    except UnusableRecordError as fault:
+        return fault.as_bad_record(record.origin)
 
 
 _EMPTY_ROW = {
@@ -184,6 +222,7 @@ def _columns(record: EncodedRecord) -> dict[str, Any]:
         "trained_tokens": [int(mask.sum()) for mask in example.masks],
         "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in example.masks if not m.all())]),
         "examples": record.ranks,
+        "images": [image.digest for image in example.images],
         "lengths": example.lengths,
     }
 

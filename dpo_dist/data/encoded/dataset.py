@@ -6,20 +6,21 @@ Token ids and masks stay on disk. The other columns are loaded, about 140 bytes 
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dpo_dist.batching.example import Example, Keys, Mask, response_keys
+from dpo_dist.batching.example import Example, ImageInput, Keys, Mask, response_keys
 from dpo_dist.batching.plan import ComputeCosts, ExampleSizes, example_sizes
 from dpo_dist.batching.sampler import Indices, SourceSpan
 from dpo_dist.config.losses import KINDS, NUMBERS, LossConfig, LossKind
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.config.user_code import accepts_facts
 from dpo_dist.data.counts import check_counts, check_split
+from dpo_dist.data.encoded.images import PromptImages, prompt_images
 from dpo_dist.data.encoded.store import (
     Array,
     EncodedSource,
@@ -28,6 +29,7 @@ from dpo_dist.data.encoded.store import (
     read_lengths,
     read_source,
 )
+from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.read.columns import VOTES
 from dpo_dist.data.records import Origin, Tokenizer
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -64,6 +66,7 @@ class PreferenceDataset:
     origins: Array  # int64 [examples, 2], index in `source_paths`, and line
     encoded: tuple[EncodedSource, ...] = ()  # the sources on disk
     numbers: Mapping[str, Array] = field(default_factory=dict)  # float64 [examples], `NUMBERS` with an effect
+    images: PromptImages | None = None  # None: no prompt has an image
 
     def __len__(self) -> int:
         return len(self.first_pieces) - 1
@@ -91,14 +94,37 @@ class PreferenceDataset:
         return [int(tokens) for tokens in self.piece_tokens[first:stop]]
 
     def example(self, index: int, which: Sequence[int] | None = None, masked: bool = False) -> Example:
-        """Return the token ids of an example, or of `which` of its responses; `masked`: with their masks."""
+        """Return the token ids of an example, or of `which` of its responses; `masked`: with their masks.
+
+        Its images have no inputs; `with_inputs` adds them.
+        """
         first, stop = self._pieces(index)
         starts = map(int, self.piece_starts[first:stop])
         pieces = zip(starts, self.lengths(index), strict=True)
         prompt, *responses = (np.asarray(self.ids[start : start + tokens]) for start, tokens in pieces)
         masks = self.masks(index) if masked else ()
         which = range(len(responses)) if which is None else which
-        return Example(prompt, tuple(responses[i] for i in which), tuple(masks[i] for i in which if masks))
+        images = () if self.images is None else self.images.of(index)
+        kept = tuple(responses[i] for i in which)
+        return Example(prompt, kept, tuple(masks[i] for i in which if masks), images)
+
+    def with_inputs(self, examples: Sequence[Example]) -> list[Example]:
+        """Return examples of this dataset with the inputs of their images, decoded and processed."""
+        if self.images is None:
+            return [*examples]
+        find = self.images.with_inputs
+        return [replace(example, images=tuple(map(find, example.images))) for example in examples]
+
+    def with_images(self, indices: Indices) -> npt.NDArray[np.bool_]:
+        """Return whether the prompt of each example has an image."""
+        if self.images is None:
+            return np.zeros(len(indices), dtype=np.bool_)
+        has_image: npt.NDArray[np.bool_] = self.images.counts[indices] > 0
+        return has_image
+
+    def dummy_image(self) -> ImageInput | None:
+        """Return an invented image, for a rank whose micro-batch has none; None if no example has one."""
+        return None if self.images is None else self.images.processor.dummy()
 
     def masks(self, index: int) -> tuple[Mask, ...]:
         """Return for each response of an example which tokens the loss counts; empty: all of them."""
@@ -134,7 +160,8 @@ class PreferenceDataset:
         prompt_tokens = self.piece_tokens[self.first_pieces[indices]].astype(np.int64)
         response_tokens = self.piece_tokens[pieces].astype(np.int64)
         targets = self.trained_tokens[response_indices].astype(np.int64) if masked else response_tokens
-        return example_sizes(prompt_tokens, response_tokens, targets, counts, costs)
+        image_tokens = None if self.images is None else self.images.prompt_tokens[indices]
+        return example_sizes(prompt_tokens, response_tokens, targets, counts, costs, image_tokens)
 
     def response_range(self, index: int) -> range:
         """Return the response indices of one example."""
@@ -181,7 +208,7 @@ class PreferenceDataset:
     def examples_with_keys(
         self, indices: Sequence[int], which: int | None = None
     ) -> tuple[list[Example], Keys]:
-        """Return examples with masks, and the keys of their responses; with `which`, of only that response.
+        """Return examples with masks and images, and the keys of their responses; or only response `which`.
 
         Raises DataError: the token ids do not have these keys.
         """
@@ -191,7 +218,7 @@ class PreferenceDataset:
         examples = [self.example(index, selected, masked=True) for index in indices]
         if not np.array_equal(response_keys(examples), keys):
             raise self.damaged_ids(indices)
-        return examples, keys
+        return self.with_inputs(examples), keys
 
     def damaged_ids(self, indices: Sequence[int]) -> DataError:
         """Return the error for examples whose token ids do not have the keys that were stored."""
@@ -207,8 +234,13 @@ class PreferenceDataset:
         return int(self.first_pieces[index]), int(self.first_pieces[index + 1])
 
 
-def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> PreferenceDataset:
-    """Map the encoded sources; check their digests, for which only changed files are read, and counts."""
+def open_dataset(
+    sources: Sequence[EncodedSource], config: DataConfig, processor: ImageProcessor | None = None
+) -> PreferenceDataset:
+    """Map the encoded sources; check their digests, for which only changed files are read, and counts.
+
+    The `processor` has to be the one with which they were encoded.
+    """
     tables, by_source = list(map(read_source, sources)), []
     counted = list(map(read_counts, tables))
     lengths = [read_lengths(table, counts, config) for table, counts in zip(tables, counted, strict=True)]
@@ -218,12 +250,17 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
     every = pa.concat_tables(tables)
     counts = read_counts(every)
     check_split(counts)
+    images = None if processor is None else prompt_images(sources, tables, processor)
+    identity: list[Any] = [(source.fingerprint, source.limit) for source in sources]
+    if images is not None:  # the content of their files is not in the fingerprint of a source
+        identity.append(images.fingerprint)
     return PreferenceDataset(
-        fingerprint=text_digest(json.dumps([(source.fingerprint, source.limit) for source in sources])),
+        fingerprint=text_digest(json.dumps(identity)),
         counts=counts.as_dict() | {"sources": by_source},
         source_pairs=tuple(source_counts["pairs"] for source_counts in by_source),
         source_labels=tuple(source.label for source in sources),
         encoded=tuple(sources),
+        images=images,
         **dataset_columns(every),
     )
 

@@ -1,10 +1,14 @@
-"""Encoded sources on disk: an Arrow file with a row per record, and a digest; written once, then mapped."""
+"""Encoded sources on disk: an Arrow file with a row per record, and a digest; written once, then mapped.
+
+The distinct images of a source are in a second such file.
+"""
 
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,6 +21,8 @@ import pyarrow.compute as pc
 from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
+from dpo_dist.data.images import ExpandedImage
+from dpo_dist.data.read.images import current_identity
 from dpo_dist.data.read.sources import root_of
 from dpo_dist.data.records import BadRecord, Origin
 from dpo_dist.data.text.lengths import SourceLengths
@@ -62,8 +68,16 @@ ROW_SCHEMA = pa.schema(
         "examples": pa.list_(pa.list_(pa.int32())),
         # `EncodedExample.lengths`, also of records that are dropped for their length.
         "lengths": pa.list_(pa.int64()),
+        # The digests of the prompt's images; their files, if the record only names them, as they were read.
+        "images": pa.list_(pa.binary()),
+        "image_files": pa.list_(pa.string()),
+        "image_states": pa.list_(pa.string()),
     }
 )
+IMAGE_SCHEMA = pa.schema({"digest": pa.binary(), "tokens": pa.int64(), "content": pa.large_binary()})
+
+EncodedChunk: TypeAlias = tuple[pa.RecordBatch, dict[bytes, ExpandedImage]]
+"""Encoded records, and their images by digest."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +95,25 @@ class EncodedSource:
         """The file with the records."""
         return self.cache / f"{self.fingerprint}{'' if self.limit is None else f'-first-{self.limit}'}.arrow"
 
-    def table(self) -> pa.Table | None:
-        """Map the records; None if there is no file, or it is damaged.
+    @property
+    def image_file(self) -> Path:
+        """The file with the distinct images of the records, if they have any."""
+        return self.file.with_name(f"{self.file.stem}-images.arrow")
 
-        A file is read for its digest once, and again only if its `file_identity` has changed.
-        """
+    def table(self) -> pa.Table | None:
+        """Map the records; None if there is no file, or it or that of the images is damaged."""
+        table = self._mapped(self.file)
+        return None if table is None or (has_images(table) and self.images() is None) else table
+
+    def images(self) -> pa.Table | None:
+        """Map the images; None if there is no file, or it is damaged."""
+        return self._mapped(self.image_file)
+
+    def _mapped(self, file: Path) -> pa.Table | None:
+        """Map a file. It is read for its digest once, and again only if its `file_identity` has changed."""
         try:
-            identity, memo = file_identity(self.file), self.cache / MEMO_FOLDER
-            whole = pa.memory_map(str(self.file)).read_buffer()
+            identity, memo = file_identity(file), self.cache / MEMO_FOLDER
+            whole = pa.memory_map(str(file)).read_buffer()
             end = max(whole.size - _DIGEST_BYTES, 0)
             records, digest = whole.slice(0, end), whole.slice(end).to_pybytes().hex()
             if recall(memo, identity) != digest:
@@ -100,21 +125,28 @@ class EncodedSource:
             return None
 
 
-def write_source(source: EncodedSource, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write a source's records to its file, in constant memory."""
+def has_images(table: pa.Table) -> bool:
+    """Return whether any of these records has an image."""
+    return bool(pc.sum(pc.list_value_length(table["images"])).as_py())
+
+
+def has_changed_images(table: pa.Table) -> bool:
+    """Return whether a file of the records' images has another content than when it was read."""
+    files, states = (pc.list_flatten(table[name]).to_pylist() for name in ("image_files", "image_states"))
+    return any(current_identity(file) != state for file, state in set(zip(files, states, strict=True)))
+
+
+def write_source(source: EncodedSource, chunks: Iterable[EncodedChunk]) -> None:
+    """Write a source's records and images to its files, in constant memory."""
     final, root = source.file, root_of(source.path).expanduser()
     if final.exists():
-        log.warning("%s is damaged and is encoded again", final)
+        log.warning("%s is damaged, or images have changed: it is encoded again", final)
     try:
-        with staged_file(final) as staged:
-            with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, ROW_SCHEMA) as writer:
-                for batch in _large(batches):
-                    names = batch["file"].to_pylist()
-                    files = [os.path.relpath(Path(name).expanduser(), root) for name in names]
-                    writer.write_batch(batch.set_column(0, "file", pa.array(files, pa.string())))
-            digest = content_digest([staged])
-            with staged.open("ab") as file:
-                file.write(bytes.fromhex(digest))
+        with _staged(final, ROW_SCHEMA) as writer, ExitStack() as stack:
+            for batch in _large(_without_images(chunks, source.image_file, stack)):
+                names = batch["file"].to_pylist()
+                files = [os.path.relpath(Path(name).expanduser(), root) for name in names]
+                writer.write_batch(batch.set_column(0, "file", pa.array(files, pa.string())))
     except OSError as error:  # the error of a full disk has no file name
         raise ConfigError(
             "the encoded data cannot be written",
@@ -122,6 +154,31 @@ def write_source(source: EncodedSource, batches: Iterable[pa.RecordBatch]) -> No
             got=f"{final}: {error}",
             remedy="free disk space, or set data.cache to a folder on another disk",
         ) from error
+
+
+@contextmanager
+def _staged(final: Path, schema: pa.Schema) -> Iterator[Any]:
+    """Yield a writer of batches; what it wrote becomes the file `final`, with a digest behind it."""
+    with staged_file(final) as staged:
+        with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            yield writer
+        digest = content_digest([staged])
+        with staged.open("ab") as end:
+            end.write(bytes.fromhex(digest))
+
+
+def _without_images(
+    chunks: Iterable[EncodedChunk], final: Path, stack: ExitStack
+) -> Iterator[pa.RecordBatch]:
+    """Yield the records of each chunk, and write each distinct image once; `stack` closes their file."""
+    writer, written = None, set[bytes]()
+    for records, images in chunks:
+        if new := [image for digest, image in images.items() if digest not in written]:
+            writer = writer or stack.enter_context(_staged(final, IMAGE_SCHEMA))
+            rows = [{name: getattr(image, name) for name in IMAGE_SCHEMA.names} for image in new]
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=IMAGE_SCHEMA))
+            written.update(image.digest for image in new)
+        yield records
 
 
 def _large(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -140,16 +197,27 @@ def read_source(source: EncodedSource) -> pa.Table:
     """Map the records of an encoded source, with the names of their files. Raises DataError: damaged."""
     table = source.table()
     if table is None:
-        raise DataError(
-            "the encoded data are damaged",
-            where=f"data.cache: {source.file}",
-            remedy="start again: damaged data are encoded again",
-        )
+        raise _damaged(source.file)
     files = table["file"].dictionary_encode().combine_chunks()
     root = root_of(source.path)
     names = [source.path if name == "." else str(root / name) for name in files.dictionary.to_pylist()]
     shown = pa.DictionaryArray.from_arrays(files.indices, pa.array(names, pa.string()))
     return table.set_column(0, "file", shown)
+
+
+def read_images(source: EncodedSource) -> pa.Table:
+    """Map the images of an encoded source that has some. Raises DataError: damaged."""
+    if (images := source.images()) is None:
+        raise _damaged(source.image_file)
+    return images
+
+
+def _damaged(file: Path) -> DataError:
+    return DataError(
+        "the encoded data are damaged",
+        where=f"data.cache: {file}",
+        remedy="start again: damaged data are encoded again",
+    )
 
 
 def read_counts(table: pa.Table) -> DataCounts:
@@ -173,7 +241,7 @@ def read_counts(table: pa.Table) -> DataCounts:
 
 def read_lengths(table: pa.Table, counts: DataCounts, config: DataConfig) -> SourceLengths:
     """Return the lengths of records before they were cut."""
-    lengths = pc.list_flatten(table["lengths"]).to_numpy().reshape(-1, 4)
+    lengths = pc.list_flatten(table["lengths"]).to_numpy().reshape(-1, 5)
     return SourceLengths(lengths, counts.read - len(lengths), config.max_bad_share * counts.read)
 
 

@@ -56,14 +56,16 @@ def needed_tokens(responses: Sequence[list[int]], trained: Sequence[npt.NDArray[
 class SourceLengths:
     """The lengths of a source's records before they were cut, and the numbers of records."""
 
-    lengths: Tokens  # [records that fit or would with other limits, 4]: prompt, longest response, BOS, needed
+    # [records that fit or would with other limits, 5]: prompt, longest response, BOS, needed, least of prompt
+    lengths: Tokens
     unusable: int  # records that stay unusable with any limits
     max_dropped: float  # most records that may be dropped
 
     def kept(self, limits: DataConfig) -> int:
         """Return how many records these limits keep."""
-        prompt, longest, prefix, needed = self.lengths.T
-        return int((kept_tokens(prompt, longest, prefix, limits)[1] >= needed).sum())
+        prompt, longest, prefix, needed, least = self.lengths.T
+        kept_prompt, kept = kept_tokens(prompt, longest, prefix, limits)
+        return int(((kept >= needed) & ((kept_prompt >= least) | (least == prefix))).sum())
 
     def accepts(self, limits: DataConfig) -> bool:
         """Return whether these limits drop no more records than allowed, and not all."""

@@ -7,7 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from dpo_dist.config.schema import DataConfig, TextTemplate
-from dpo_dist.data.records import Dialogue, Message, Messages, PreferenceRecord, UnusableRecordError
+from dpo_dist.data.images import ExpandedImage, ImageProcessor
+from dpo_dist.data.records import (
+    IMAGE,
+    Dialogue,
+    Message,
+    Messages,
+    PreferenceRecord,
+    UnusableRecordError,
+)
 from dpo_dist.data.text.escape import THOUGHT_TAGS
 from dpo_dist.data.text.template import (
     ChatRenderer,
@@ -76,6 +84,32 @@ def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataC
     return _as_text(prompt, texts, facts, read_as, changes)
 
 
+def with_images(
+    rendered: RenderedRecord,
+    images: Sequence[ExpandedImage],
+    facts: TokenizerFacts,
+    processor: ImageProcessor,
+) -> RenderedRecord:
+    """Return a rendered record with the placeholders of each image in the place that the template wrote.
+
+    A token of images that a text spells is escaped, so that it is no place. Raises UnusableRecordError: there
+    are more places, or fewer; ConfigError: the template writes none for images.
+    """
+    if images:
+        if facts.chat is None:
+            raise UnusableRecordError(
+                "image_count", "without a chat template, a text has no place for images"
+            )
+        facts.chat.check_images(processor.token)
+    first, *others = rendered.prompt.split(processor.token)
+    places = len(others) + sum(text.count(processor.token) for text in rendered.responses)
+    if not len(images) == len(others) == places:
+        detail = f"{len(images)} images, and {places} places for images in the output of the chat template"
+        raise UnusableRecordError("image_count", detail)
+    parts = [image.text + text for image, text in zip(images, others, strict=True)]
+    return replace(rendered, prompt="".join([first, *parts]))
+
+
 def _as_text(
     prompt: str, responses: Sequence[str], facts: TokenizerFacts, read_as: str, changes: Iterable[str] = ()
 ) -> RenderedRecord:
@@ -142,7 +176,8 @@ def _is_written(text: str, turns: Messages, tools: Iterable[Fields]) -> bool:
 
     A template may leave out or change earlier thoughts and contents with a thought.
     """
-    parts = [turn.content for turn in turns if _CLOSE not in turn.content]
+    contents = (turn.content for turn in turns if _CLOSE not in turn.content)
+    parts = [part for content in contents for part in content.split(IMAGE)]
     parts += filter(None, [message_thought(turns[-1])])
     parts += [*_tool_names(tools), *_called(turns)]
     return all(

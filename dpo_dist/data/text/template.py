@@ -14,7 +14,7 @@ from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.records import Message, Tokenizer, UnusableRecordError
+from dpo_dist.data.records import IMAGE, Message, Tokenizer, UnusableRecordError
 from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_TAGS, Marks, any_of
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.types import Fields
@@ -156,13 +156,18 @@ def _probed(
 
 
 def in_form(turn: Fields, in_parts: Collection[str]) -> dict[str, Any]:
-    """Return a turn; its content becomes a list of one text part if its role is in `in_parts`.
+    """Return a turn; its content becomes a list of parts if it has images, or its role is in `in_parts`.
 
     Every role except the assistant's counts as the user's.
     """
     role = turn["role"] if turn["role"] == "assistant" else "user"
-    parts = [{"type": "text", "text": turn["content"]}]
-    return {**turn, "content": parts} if role in in_parts else {**turn}
+    first, *others = turn["content"].split(IMAGE)
+    if not others and role not in in_parts:
+        return {**turn}
+    parts: list[Fields] = [{"type": "text", "text": first}] if first or not others else []
+    for text in others:
+        parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+    return {**turn, "content": parts}
 
 
 Span = tuple[int, int]
@@ -318,6 +323,18 @@ class ChatRenderer:
     def empty_turn(self) -> str:
         """The output of the template after the prompt for an assistant turn without content."""
         return self._answered(_NOTHING)
+
+    def check_images(self, token: str) -> None:
+        """Check that the template writes the `token` of an image for an image. Raises ConfigError."""
+        turn = {"role": "user", "content": IMAGE}
+        if token not in self._marks.tokens or self._probed(turn, generation=True).count(token) != 1:
+            raise ConfigError(
+                "the chat template does not write images",
+                where="data.chat_template (null: the tokenizer's own)",
+                got="no place for the image of a user's turn",
+                expected=f"one {token!r} for a part {{type: image}} of a content, as a special token",
+                remedy="use the chat template of the model's processor, or set model.images=null",
+            )
 
     @cached_property
     def _takes_objects(self) -> bool:

@@ -38,6 +38,12 @@ class TokenizerFacts:
         self.chat = None if chat_template is None else ChatRenderer(tokenizer, chat_template, self.marks)
 
     @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of special tokens, and of those that the template writes around turns."""
+        tokens = [token for token in self.marks.tokens if self._special.fullmatch(token)]
+        return frozenset(self.tokenizer.convert_tokens_to_ids(tokens))
+
+    @cached_property
     def end_of_text(self) -> str:
         """The token that ends a plain text."""
         if not self.tokenizer.eos_token:

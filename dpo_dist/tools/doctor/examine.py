@@ -35,6 +35,7 @@ from dpo_dist.data.encoded.dataset import (
 )
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.data.formats import read_records
+from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.data.read.sources import pin_source, source_labels
 from dpo_dist.data.records import Part, Tokenizer, eval_part, train_part
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
@@ -78,7 +79,12 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
     data = config.data
     prepared = None if config.model.path == NO_MODEL else prepare(data, config.model, config.loss, progress)
     tokenizer = None if prepared is None else prepared.tokenizer
-    diagnosis = examine(data, tokenizer, benchmark, lambda source: progress(f"examining {source}", "record"))
+    processor = None if prepared is None else prepared.processor
+
+    def show(source: str) -> AbstractContextManager[Callable[..., None]]:
+        return progress(f"examining {source}", "record")
+
+    diagnosis = examine(data, tokenizer, benchmark, show, processor)
     findings = [*diagnosis.findings, *_label_balance(data.train, config.loss, diagnosis.sources)]
     if prepared is not None:
         store, store_findings = compare_with_store(
@@ -90,7 +96,8 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
         diagnosis = replace(diagnosis, model=prepared.files, store=store)
     diagnosis = replace(diagnosis, findings=most_serious_first(findings))
     if config.doctor.texts:
-        diagnosis = replace(diagnosis, shown=show_pairs(data, tokenizer, diagnosis.findings, SHOWN_PAIRS))
+        shown = show_pairs(data, tokenizer, diagnosis.findings, SHOWN_PAIRS, processor)
+        diagnosis = replace(diagnosis, shown=shown)
     return diagnosis
 
 
@@ -99,12 +106,13 @@ def examine(
     tokenizer: "Tokenizer | None",
     benchmark: Benchmark | None = None,
     progress: EncodingProgress = no_progress,
+    processor: ImageProcessor | None = None,
 ) -> Diagnosis:
     """Read `config.train` and `config.eval` once, as a stream, and check them.
 
     Without a tokenizer tokens are not counted. The result does not depend on the number of processes.
     """
-    observer = Observer(config, tokenizer, benchmark)
+    observer = Observer(config, tokenizer, benchmark, processor)
     sources: list[ExaminedSource] = []
     findings: list[Finding] = []
     for entry, label, is_eval in _with_labels(config):
@@ -168,6 +176,7 @@ class PreparedData(NamedTuple):
 
     files: Path  # the tokenizer's folder
     tokenizer: Tokenizer
+    processor: ImageProcessor | None
     # A list for each source, those of `data.train` first: empty if no record can be used, two datasets if
     # evaluation data are split off.
     datasets: list[list[PreferenceDataset]]
@@ -181,6 +190,7 @@ def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Pr
     folder = description_folder(model.path, model.revision, needs_weights=False)
     files = tokenizer_folder(folder, start_folder(model))
     tokenizer, digest = load_tokenizer(files, model), tokenizer_digest(files)
+    processor = image_processor(folder, tokenizer, model.images)
     vocab_size = load_config(folder, model).get_text_config().vocab_size
     refusals: list[DpoDistError] = []
 
@@ -189,31 +199,34 @@ def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Pr
             def show(path: str) -> AbstractContextManager[Callable[..., None]]:
                 return progress(f"encoding {path}" + (f" ({side} part)" if data.eval_share else ""), "record")
 
-            return prepare_dataset(sources, used, tokenizer, digest, show, part)
+            return prepare_dataset(sources, used, tokenizer, digest, show, part, processor)
 
         try:
             if encoded := encode(data):
-                dataset = open_dataset(encoded, data)
+                dataset = open_dataset(encoded, data, processor)
                 check_ids_in_vocabulary(dataset, tokenizer, vocab_size)
                 check_fits_loss(dataset, loss)
         except (DataError, ConfigError) as refusal:
             encoded = encode(replace(data, on_bad_record=OnBadRecord.drop))
             refusals.append(refusal)
-        return [list(_usable_datasets(source, data)) for source in encoded]
+        return [list(_usable_datasets(source, data, processor)) for source in encoded]
 
     evals = prepared(data.eval_sources, eval_part(data), "eval")
     prompts = [dataset.prompt_hashes[:] for datasets in evals for dataset in datasets]
     trains = prepared(data.train, train_part(data, np.concatenate(prompts) if prompts else None), "train")
     if data.eval:
-        return PreparedData(files, tokenizer, [*trains, *evals], refusals)
+        return PreparedData(files, tokenizer, processor, [*trains, *evals], refusals)
     parts = zip(trains, evals or [[]] * len(trains), strict=True)
     datasets = [[*train, *held_out] for train, held_out in parts]
-    return PreparedData(files, tokenizer, datasets, refusals)
+    return PreparedData(files, tokenizer, processor, datasets, refusals)
 
 
-def _usable_datasets(source: EncodedSource, config: DataConfig) -> Iterator[PreferenceDataset]:
+def _usable_datasets(
+    source: EncodedSource, config: DataConfig, processor: ImageProcessor | None
+) -> Iterator[PreferenceDataset]:
     """Yield the source's dataset even if most of its records are bad; nothing if all are."""
     try:
-        yield open_dataset([source], replace(config, max_bad_share=1.0, template=TextTemplate.literal))
+        any_share = replace(config, max_bad_share=1.0, template=TextTemplate.literal)
+        yield open_dataset([source], any_share, processor)
     except DataError:
         return

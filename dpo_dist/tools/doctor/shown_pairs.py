@@ -12,8 +12,8 @@ from pathlib import Path
 from dpo_dist.batching.example import TokenIds
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.encode import encode_pair
-from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.formats import read_records
+from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import BadRecord, PreferenceRecord, Tokenizer
 from dpo_dist.data.text.lengths import without_limits

@@ -27,6 +27,7 @@ from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
 from dpo_dist.data.encoded.store import dataset_columns, read_counts, read_lengths
 from dpo_dist.data.formats import read_records
+from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.text.template import check_template_keys
@@ -72,6 +73,7 @@ def dry_run(
     )
     router_loss(config.loss.router, causal_lm)
     check_template_keys(config.data, tokenizer)
+    processor = image_processor(folder, tokenizer, config.model.images)
     described = f"{folder}, {model_config.model_type}, vocabulary of {len(tokenizer):,}"
     lines = [("run.dir", f"{run}{start_in_words}"), ("model.path", described)]
     if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_fp16_products()):
@@ -94,7 +96,7 @@ def dry_run(
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for index, source in enumerate(sources):
             name = f"{key}[{index}]"
-            text, unread, mean = _first_records(source, name, config.data, config.loss, tokenizer)
+            text, unread, mean = _first_records(source, name, config.data, config.loss, tokenizer, processor)
             lines += [(name, text), *([("  not read", unread)] if unread else [])]
             tokens.append(mean)
     if plan is not None:
@@ -130,12 +132,18 @@ def _reference(reference: ReferenceConfig, model: ModelConfig, tokenizer: PreTra
 
 
 def _first_records(
-    source: SourceConfig, key: str, data: DataConfig, loss: LossConfig, tokenizer: PreTrainedTokenizerBase
+    source: SourceConfig,
+    key: str,
+    data: DataConfig,
+    loss: LossConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: ImageProcessor | None,
 ) -> tuple[str, str, float]:
     """Read, encode and check the first records of a source; return counts, unread fields and mean tokens."""
     source = pin_source(source)
     records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
-    table = pa.Table.from_batches([encode_records(records[:_FIRST_RECORDS], data, tokenizer)])
+    encoded = encode_records(records[:_FIRST_RECORDS], data, tokenizer, processor=processor)
+    table = pa.Table.from_batches([encoded])
     counts, has_more = read_counts(table), len(records) > _FIRST_RECORDS
     lengths = [read_lengths(table, counts, data)]
     check_counts(counts, f"{key}: {source.path}", data, of_first=has_more, lengths=lengths)

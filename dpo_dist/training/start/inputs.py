@@ -27,6 +27,7 @@ from dpo_dist.data.encoded.dataset import (
     open_dataset,
 )
 from dpo_dist.data.encoded.partners import with_partners
+from dpo_dist.data.images import image_processor
 from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.model.architectures import (
@@ -193,6 +194,7 @@ def _load(
         with unsharded_loading(world):
             fit_micro_batches(run, causal_lm)
     vocabulary = model_config.get_text_config().vocab_size
+    processor = image_processor(folder, tokenizer, config.model.images)
     with run.console.heartbeat("reading the model's files to identify them"):
         files = _digest_models(run, folder, start)
 
@@ -200,12 +202,12 @@ def _load(
         def progress(source: str) -> AbstractContextManager[Callable[..., None]]:
             return run.console.progress(f"encoding the {name} data: {source}", "record")
 
-        prepare = partial(prepare_dataset, sources, config.data, tokenizer, digest, progress, part)
+        prepare = partial(prepare_dataset, sources, config.data, tokenizer, digest, progress, part, processor)
         with run.console.heartbeat(f"preparing the {name} data"):
             encoded = world.on_main(prepare)
         with run.console.heartbeat(f"verifying the {name} data"):
             # Not only on rank 0: a node that mounts the files from another device verifies them again.
-            dataset = world.together(lambda: open_dataset(encoded, config.data))
+            dataset = world.together(lambda: open_dataset(encoded, config.data, processor))
             dataset = _add_counts(run, dataset, duplicates=partial(count_duplicates, dataset))
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_fits_loss(dataset, config.loss))

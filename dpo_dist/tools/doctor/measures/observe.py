@@ -108,10 +108,9 @@ class Observer:
         benchmark: Benchmark | None = None,
         processor: ImageProcessor | None = None,
     ):
-        self._processor = processor
         self._config = replace(config, on_bad_record=OnBadRecord.drop)
         self._whole = without_limits(self._config)
-        self._tokenizer, self._benchmark = tokenizer, benchmark
+        self._tokenizer, self._benchmark, self._processor = tokenizer, benchmark, processor
         self._held_out = eval_part(config) if config.eval_share else None
         template = special = None
         if tokenizer is not None:
@@ -135,12 +134,14 @@ class Observer:
         return RecordFacts(record.origin, record.reason, record.detail)
 
     def _facts(self, record: PreferenceRecord) -> RecordFacts:
-        texts, number = plain_texts(record), prompt_hash(record.prompt, record.images)
+        # Without a model it is not known whether images are read: then prompts differ by them, too.
+        read = () if self._tokenizer is not None and self._processor is None else record.images
+        number, digests = prompt_hash(record.prompt, read), [image.digest.hex() for image in read]
+        images, texts = tuple(map(_image_facts, record.images)), plain_texts(record)
         prompt, responses = "\n".join(turn for _role, turn in texts.turns), texts.responses
         # Prompts that differ only in case or white space count as equal.
         same = "\n".join(f"{role}: {' '.join(turn.casefold().split())}" for role, turn in texts.turns)
-        pictures = [image.digest.hex() for image in record.images]
-        same = "\n".join([same, *pictures])
+        same = "\n".join([same, *digests])
         side, pair = labelled_side(record), None
         key, whole = text_key(same), text_key(same, *map(str.strip, responses), *filter(None, [side]))
         if side is not None or len(responses) > 1:
@@ -154,13 +155,13 @@ class Observer:
             characters=(len(prompt), *_ends(responses, side)),
             pair=pair,
             unread=record.unread,
-            images=tuple(map(_image_facts, record.images)),
+            images=images,
             prompt=key,
             record=whole,
             numbers=text_key(*_NUMBER.findall(prompt)),
             hash=number,
             preferences=tuple(_preferences(record, responses, key)),
-            signatures=np.stack([_of_images(signature(prompt), pictures), signature("\n".join(responses))]),
+            signatures=np.stack([_of_images(signature(prompt), digests), signature("\n".join(responses))]),
             benchmark=None if self._benchmark is None else self._benchmark.item_in(prompt, *responses),
         )
         names = {*text_names(record, texts), *record.numbers}
@@ -238,9 +239,9 @@ def _image_facts(file: ImageFile) -> ImageFacts:
     return ImageFacts(int.from_bytes(file.digest[:8], "little"), width * height)
 
 
-def _of_images(numbers: Signature, pictures: Sequence[str]) -> Signature:
+def _of_images(numbers: Signature, digests: Sequence[str]) -> Signature:
     """Return a prompt's signature; those of prompts with other images have no number in common."""
-    return numbers ^ np.uint32(text_key(*pictures) & 0xFFFFFFFF) if pictures else numbers
+    return numbers ^ np.uint32(text_key(*digests) & 0xFFFFFFFF) if digests else numbers
 
 
 def text_key(*texts: str) -> int:

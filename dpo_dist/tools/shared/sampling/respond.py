@@ -15,7 +15,7 @@ from dpo_dist.batching.example import ImageInput, TokenIds
 from dpo_dist.config.schema import DataConfig, ModelConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.encoded.build import tokenizer_digest
-from dpo_dist.data.images import ImageProcessor
+from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.data.records import (
     DIALOGUE_TURN,
     BadRecord,
@@ -127,7 +127,7 @@ def open_responder(source: ModelSource, model: ModelConfig, data: DataConfig) ->
     Raises ConfigError, also if `model.images` is set and the model reads none.
     """
     tokenizer = load_tokenizer(source.tokenizer_folder, model)
-    processor = None if model.images is None else ImageProcessor(source.folder, tokenizer, model.images)
+    processor = image_processor(source.folder, tokenizer, model.images)
     stop_ids = find_stop_ids(tokenizer, data, source.folder, source.key)
     model_config = load_config(source.folder, model).get_text_config()
     longest = getattr(model_config, "max_position_embeddings", None)
