@@ -10,20 +10,24 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from dpo_dist.config.run_folder import strip_key
-from dpo_dist.data.read.images import ImageFile
 from dpo_dist.foundation.console import warnings_off
 from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.training.start.named_models import locate_model
 
+if TYPE_CHECKING:
+    from dpo_dist.data.read.images import ImageFile
+    from dpo_dist.tools.chat.speakers import Speaker
+
 _TRUST = "model.trust_remote_code=true"
-_IMAGE = "/image "
+_NEW, _IMAGE = "/new", "/image"
 _HINT = (
-    "an empty line or Ctrl-D ends the chat, Ctrl-C an answer; /new starts a new conversation, /image PATH puts "
-    "an image before the next question"
+    "an empty line or Ctrl-D ends the chat, Ctrl-C an answer; /new starts a new conversation, "
+    "/image PATH puts an image before the next question"
 )
 
 
@@ -58,32 +62,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sampling |= {"temperature": options.temperature} if options.temperature else {}
     with warnings_off():
         # Imported late, so that errors above appear at once; bitsandbytes warns when it is imported.
-        from dpo_dist.tools.chat.speakers import open_images, open_speakers  # noqa: PLC0415
+        from dpo_dist.tools.chat.speakers import open_speakers  # noqa: PLC0415
 
-        def say(line: str) -> None:
-            print_line(line, sys.stderr)
-
-        speakers = open_speakers(location, beside, say, options.trust is not None)
-        images: list[ImageFile] = []  # before the next question
-        for question in _questions():
-            if question.startswith(_IMAGE):
-                images += open_images(question.removeprefix(_IMAGE), speakers, say)
-                continue
-            asked, images = images, []
-            for speaker in speakers:
-                if question == "/new":
-                    speaker.messages.clear()
-                    speaker.images.clear()
-                    continue
-                if len(speakers) > 1:
-                    print_result(f"{speaker.name}: ")
-                try:
-                    speaker.answer(question, asked, options.max_new_tokens, sampling)
-                except KeyboardInterrupt:
-                    if not sys.stdin.isatty():
-                        raise
-                    print_line("")  # the conversation does not keep this turn
+        speakers = open_speakers(location, beside, _say, options.trust is not None)
+        _converse(speakers, options.max_new_tokens, sampling)
     return ExitCode.completed
+
+
+def _converse(speakers: "Sequence[Speaker]", max_new_tokens: int | None, sampling: Mapping[str, Any]) -> None:
+    """Let all speakers answer each question, with the images that come before it."""
+    from dpo_dist.tools.chat.speakers import open_images  # noqa: PLC0415  (as above)
+
+    images: list[ImageFile] = []
+    for question in _questions():
+        command, *paths = question.split(maxsplit=1)
+        if command == _IMAGE:
+            images += open_images("".join(paths), speakers, _say)
+            continue
+        for speaker in speakers:
+            if question == _NEW:
+                speaker.forget()
+                continue
+            if len(speakers) > 1:
+                print_result(f"{speaker.name}: ")
+            try:
+                speaker.answer(question, images, max_new_tokens, sampling)
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
+                print_line("")  # the conversation does not keep this turn
+        images = []
+
+
+def _say(line: str) -> None:
+    print_line(line, sys.stderr)
 
 
 def _questions() -> Iterator[str]:
@@ -101,10 +113,10 @@ def _questions() -> Iterator[str]:
             return
         if not line:
             return
-        if re.fullmatch(r"/\w*", line) and line not in ("/new", _IMAGE.strip()):
+        if re.fullmatch(r"/\w*", line) and line not in (_NEW, _IMAGE):
             print_line(f"there is no {line}: {_HINT}", sys.stderr)
         else:
-            yield f"{line} " if line == _IMAGE.strip() else line
+            yield line
 
 
 if __name__ == "__main__":

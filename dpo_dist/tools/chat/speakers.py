@@ -98,6 +98,10 @@ class Speaker:
         text = str(responder.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
         self.messages, self.images = [*asked, Message("assistant", text)], [*seen]
 
+    def forget(self) -> None:
+        """Start a new conversation."""
+        self.messages, self.images = [], []
+
 
 def open_images(paths: str, speakers: Sequence[Speaker], say: Callable[[str], None]) -> list[ImageFile]:
     """Return the images at `paths`, as written in a shell; `say` in one line why one is left out."""
