@@ -105,7 +105,7 @@ def encode_pair(
 def _expanded(record: PreferenceRecord, processor: ImageProcessor | None) -> tuple[ExpandedImage, ...]:
     """Return the images of a record. Raises UnusableRecordError."""
     if record.images and processor is None:
-        raise UnusableRecordError("media_not_read", "images")
+        raise UnusableRecordError("media_not_read", "model.images is null", ("images",))
     marks = sum(turn.content.count(IMAGE) for turn in turns_of(record.prompt))
     in_responses = any(IMAGE in turn.content for side in record.responses for turn in turns_of(side))
     if marks != len(record.images) or in_responses:

@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from dpo_dist.batching.example import ImageInput
 from dpo_dist.config.schema import ImagesConfig
@@ -134,7 +134,7 @@ def _own_processor(folder: Path, tokenizer: Tokenizer) -> tuple[Any, int]:
     if parent is None:
         raise _refused(folder, f"transformers has no processor of {kind}")
     accept = {"check_argument_for_proper_class": lambda *_arguments: object}
-    own = type(parent.__name__, (parent,), accept)
+    own: Any = type(parent.__name__, (parent,), accept)
     # Some processors add tokens to their tokenizer.
     parts = {"image_processor": image_processor, "tokenizer": copy.deepcopy(tokenizer)}
     try:
@@ -209,7 +209,7 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Picture":
     """
     from PIL import ImageOps  # noqa: PLC0415
 
-    pillow = _pillow()
+    pillow: Any = _pillow()
     try:
         image = pillow.open(io.BytesIO(content), formats=_FORMATS)
         _check_size(*image.size)
@@ -231,10 +231,10 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Picture":
         raise UnusableRecordError("image_unreadable", detail) from error
     pixels = image.width * image.height
     if max_pixels is None or pixels <= max_pixels:
-        return image
+        return cast("Picture", image)
     scale = math.sqrt(max_pixels / pixels)
     width, height = (min(max(int(side * scale), 1), max_pixels) for side in image.size)
-    return image.resize((width, height), pillow.Resampling.BICUBIC)
+    return cast("Picture", image.resize((width, height), pillow.Resampling.BICUBIC))
 
 
 def _check_size(width: int, height: int) -> None:

@@ -45,9 +45,9 @@ from dpo_dist.data.records import (
     PreferenceRecord,
     Record,
     Tokenizer,
-    UnusableRecordError,
     bad_record_error,
     prompt_hash,
+    readable,
 )
 from dpo_dist.data.text.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import DataError, PeerLostError
@@ -108,7 +108,8 @@ def prepare_dataset(
     cache = Path(config.cache)
     remove_abandoned(cache)
     all_pinned = [pin_source(source) for source in sources]
-    fingerprints = [_fingerprint(source, config, digest, part) for source in all_pinned]
+    keys = ("format", "split", "columns", *(() if processor is None else ("images",)))
+    fingerprints = [_fingerprint(source, config, digest, part, keys) for source in all_pinned]
     encode = partial(_encode_chunk, config=config, tokenizer=tokenizer, part=part, processor=processor)
     encoded = []
     for source, fingerprint, label in zip(all_pinned, fingerprints, source_labels(sources), strict=True):
@@ -161,18 +162,18 @@ def encode_records(
     The images of kept records are added to `images`, by their digests.
     """
     rows = []
-    for record in records:
-        origin: dict[str, Any] = {"file": record.origin.source, "line": record.origin.line}
-        if processor is not None and isinstance(record, PreferenceRecord):
-            watched = list(filter(None, (image.watched for image in record.images)))
+    for given in records:
+        origin: dict[str, Any] = {"file": given.origin.source, "line": given.origin.line}
+        if processor is not None and isinstance(given, PreferenceRecord):
+            watched = list(filter(None, (image.watched for image in given.images)))
             origin |= {"image_files": [file for file, _ in watched]}
             origin |= {"image_states": [state for _, state in watched]}
-        values = dict[str, Any]()
+        record = given if processor is None else readable(given)
+        prompt, values = 0, dict[str, Any]()
         encoded: EncodedRecord | BadRecord | None = None  # the record belongs to another part
-        prompt = _hashed_prompt(record, processor)
-        if isinstance(prompt, BadRecord):
-            encoded = None if part.is_eval else prompt  # no prompt to divide by: it is training data
-        elif isinstance(record, PreferenceRecord) and part.has(prompt):
+        if isinstance(record, BadRecord):
+            encoded = None if part.is_eval else record  # no prompt to divide by: it is training data
+        elif part.has(prompt := prompt_hash(record.prompt, () if processor is None else record.images)):
             encoded = encode_record(record, config, tokenizer, processor)
         if isinstance(encoded, BadRecord):
             if config.on_bad_record is OnBadRecord.error:
@@ -187,16 +188,6 @@ def encode_records(
                 images.update((image.digest, image) for image in encoded.example.images)
         rows.append({**_EMPTY_ROW, **origin, "outcome": json.dumps(astuple(outcome)), **values})
     return pa.RecordBatch.from_pylist(rows, schema=ROW_SCHEMA)
-
-
-def _hashed_prompt(record: Record, processor: ImageProcessor | None) -> int | BadRecord:
-    """Return the `prompt_hash` of a record; or why it cannot be used, if it cannot even be read."""
-    if isinstance(record, BadRecord):
-        return record
-    try:
-        return prompt_hash(record.prompt, () if processor is None else record.images)
-    except UnusableRecordError as fault:
-        return fault.as_bad_record(record.origin)
 
 
 _EMPTY_ROW = {
@@ -243,8 +234,10 @@ def _identities(source: SourceConfig) -> list[str]:
     return [file_identity(file) for file in local_files(source) or ()]
 
 
-def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Part) -> str:
-    """Return a digest of everything that decides the ids of a pinned source."""
+def _fingerprint(
+    source: SourceConfig, config: DataConfig, digest: str, part: Part, keys: Iterable[str]
+) -> str:
+    """Return a digest of everything that decides the ids of a pinned source: `keys` of it, for example."""
     content = {
         "encoding": _ENCODING_VERSION,
         "tokenizer": digest,
@@ -255,7 +248,7 @@ def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Pa
         "untrained": sorted(set(config.untrained)),
         "content": source_identity(source, Path(config.cache) / MEMO_FOLDER),
         "kinds": [file_kind(file) for file in local_files(source) or []],
-        **{name: getattr(source, name) for name in ("format", "split", "columns")},
+        **{name: getattr(source, name) for name in keys},
         "reader": source.reader and find_function(source.reader, READER).digest,
         "part": part.identity,
     }

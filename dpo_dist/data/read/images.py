@@ -77,10 +77,10 @@ class ImageFile:
         if self.content is not None or self.name.startswith("data:"):
             return None
         try:
-            file = self._file()
+            file = str(self._file())
         except (UnusableRecordError, OSError, ValueError, RuntimeError):
-            file = Path(*self.folders[:1], self.name.removeprefix("file://"))
-        return str(file), current_identity(str(file))
+            file = str(Path(*self.folders[:1], self.name))
+        return file, current_identity(file)
 
     def _file(self) -> Path:
         name = self.name.removeprefix("file://")

@@ -111,6 +111,8 @@ class Observer:
         self._config = replace(config, on_bad_record=OnBadRecord.drop)
         self._whole = without_limits(self._config)
         self._tokenizer, self._benchmark, self._processor = tokenizer, benchmark, processor
+        # Where a model reads only text, images do not distinguish prompts.
+        self._reads_images = tokenizer is None or processor is not None
         self._held_out = eval_part(config) if config.eval_share else None
         template = special = None
         if tokenizer is not None:
@@ -134,10 +136,9 @@ class Observer:
         return RecordFacts(record.origin, record.reason, record.detail)
 
     def _facts(self, record: PreferenceRecord) -> RecordFacts:
-        # Without a model it is not known whether images are read: then prompts differ by them, too.
-        read = () if self._tokenizer is not None and self._processor is None else record.images
+        read = record.images if self._reads_images else ()
         number, digests = prompt_hash(record.prompt, read), [image.digest.hex() for image in read]
-        images, texts = tuple(map(_image_facts, record.images)), plain_texts(record)
+        images, texts = tuple(map(_image_facts, read)), plain_texts(record)
         prompt, responses = "\n".join(turn for _role, turn in texts.turns), texts.responses
         # Prompts that differ only in case or white space count as equal.
         same = "\n".join(f"{role}: {' '.join(turn.casefold().split())}" for role, turn in texts.turns)
