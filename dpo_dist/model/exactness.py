@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo_dist.batching.example import Example, TokenIds
+from dpo_dist.batching.example import Example, ImageInput, TokenIds
 from dpo_dist.batching.pack import PackedBatch, pack
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype
@@ -62,7 +62,8 @@ _FUTURE_IN_INT8 = 0.1
 class StartCheck:
     """Check a model in evaluation mode on invented sequences.
 
-    `max_length` is the longest prompt plus response, in tokens. Public methods are collective.
+    `max_length` is the longest prompt plus response, in tokens, `images` are invented images of different
+    sizes, for a model that reads images. Public methods are collective.
     """
 
     _plain: Tensor  # log-probs by the model's own forward of one row at a time
@@ -77,6 +78,7 @@ class StartCheck:
         max_length: int,
         key: str = "model.path",
         agree: Agree = str,
+        images: Sequence[ImageInput] = (),
     ):
         self._model, self._score, self._device, self._max_length = model, score, device, max_length
         self._key, self._agree = key, agree
@@ -84,7 +86,7 @@ class StartCheck:
         # Products with int8 weights may round their inputs to int8.
         self._is_int8 = any(weight.dtype == torch.int8 for weight in model.parameters())
         self._is_float32 = next(model.parameters()).dtype == torch.float32 and not self._is_int8
-        self._examples = trial_examples(model.causal_lm, max_length)
+        self._examples = trial_examples(model.causal_lm, max_length, images)
         self._batch = _packed(self._examples)
         self._noise = 0.0
 
@@ -174,13 +176,22 @@ class StartCheck:
         self._model.arrange(arrangement, own_logits=own_logits)
         return self._scores(self._batch)
 
+    def _plain_scores(self) -> Tensor:
+        """Return the log-probs by the model's own forward of one row at a time, which reads pixels itself."""
+        if self._model.images is None:
+            return self._scores_as(Arrangement.single, own_logits=True)
+        self._model.arrange(Arrangement.single, own_logits=True)
+        rows = [replace(example, responses=(ids,)) for example in self._examples for ids in example.responses]
+        with self._model.images.by_own_forward():
+            return torch.cat([self._scores(_packed([row])) for row in rows])
+
     def _score_plainly(self) -> str:
         """Compute the plain log-probs and their change by rounding; return a fault if one is not finite."""
-        self._plain = self._tried = self._scores_as(Arrangement.single, own_logits=True)
+        self._plain = self._tried = self._plain_scores()
         self._spread = float(self._plain.std())
         if not self._is_float32:
             with _rounded_once_more(self._model.causal_lm):
-                again = self._scores_as(Arrangement.single, own_logits=True)
+                again = self._plain_scores()
             self._noise = float((again - self._plain).abs().mean())
         lost = int((~self._plain.isfinite()).sum())
         return f"{lost} of {len(self._plain)} log-probs are not finite" if lost else ""
@@ -249,14 +260,18 @@ class StartCheck:
         """Return the names of weights that only a long or only a short sequence uses; empty if none."""
         causal_lm, long = self._model.causal_lm, self._examples[0]
         short = Example(long.prompt_ids[:2], (long.responses[0][:1],))
-        differing = self._used(long) ^ self._used(short)
+        differing = self._used(_packed([long])) ^ self._used(_packed([short]))
+        for example in self._examples:  # a rank without an image encodes a dummy
+            if example.images:
+                dummy = _packed([short], example.images[0])
+                differing |= self._used(_packed([example])) ^ self._used(dummy)
         differing -= {weight for block in partly_used_blocks(causal_lm) for weight in block.parameters()}
         return first_few([name for name, weight in causal_lm.named_parameters() if weight in differing])
 
-    def _used(self, example: Example) -> set[nn.Parameter]:
-        """Return the weights that get a gradient from an example's log-probs."""
+    def _used(self, batch: PackedBatch) -> set[nn.Parameter]:
+        """Return the weights that get a gradient from a batch's log-probs."""
         with torch.enable_grad():
-            logps = self._score(_packed([example]).to(self._device))
+            logps = self._score(batch.to(self._device))
         seen, used, waiting = set(), set(), [logps.grad_fn]
         while waiting:
             node = waiting.pop()
@@ -287,12 +302,13 @@ def _rounded_once_more(causal_lm: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def trial_examples(causal_lm: Any, max_length: int) -> list[Example]:
+def trial_examples(causal_lm: Any, max_length: int, images: Sequence[ImageInput] = ()) -> list[Example]:
     """Return two invented examples with two responses each, of at most `max_length` tokens.
 
-    The first example is longer than the model's sliding window or chunk, if that is short. The second
+    The first example is longer than the model's sliding window or chunk, if that is short. The last
     example's responses have the same length and begin with the same tokens. No id is one that the
-    configuration names.
+    configuration names. With `images`, there are two more between them: the first has the first image
+    and the last one, the second the first image again.
     """
     config = causal_lm.config.get_text_config()
     limits = [*layer_values(config, "sliding_window"), *layer_values(config, "attention_chunk_size")]
@@ -310,7 +326,16 @@ def trial_examples(causal_lm: Any, max_length: int) -> list[Example]:
     long = Example(ids(length - length // 2), (ids(length // 4), ids(length // 2)))
     same = ids(max(1, short // 4))
     ends = (np.concatenate((same, ids(short // 2 - len(same)))) for _ in range(2))
-    return [long, Example(ids(short - short // 2), tuple(ends))]
+    text = Example(ids(short - short // 2), tuple(ends))
+
+    def with_images(used: Sequence[ImageInput], *responses: int) -> Example:
+        token = causal_lm.config.image_token_id
+        shown = [part for image in used for part in (np.full(image.tokens, token, np.int32), ids(4))]
+        return Example(np.concatenate((ids(3), *shown)), tuple(map(ids, responses)), images=tuple(used))
+
+    if not images:
+        return [long, text]
+    return [long, with_images((images[0], images[-1]), 6, 4), with_images(images[:1], 3, 5), text]
 
 
 def _named_ids(config: Any) -> set[int]:
@@ -320,10 +345,10 @@ def _named_ids(config: Any) -> set[int]:
     return {id_ for id_ in ids if isinstance(id_, int)}
 
 
-def _packed(examples: Sequence[Example]) -> PackedBatch:
+def _packed(examples: Sequence[Example], dummy_image: ImageInput | None = None) -> PackedBatch:
     """Return a batch of invented examples, without real keys."""
     responses = sum(len(example.responses) for example in examples)
-    return pack(examples, np.zeros((responses, 2), dtype=np.uint64))
+    return pack(examples, np.zeros((responses, 2), dtype=np.uint64), dummy_image=dummy_image)
 
 
 def _candidates(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangement, bool]]:

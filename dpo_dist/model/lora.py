@@ -157,7 +157,8 @@ def _foreign_adapter(causal_lm: Any, folder: Path, got: str, key: str) -> Config
         remedy += (
             "; if that was the text class, name a base whose config.json has this class in architectures; "
         )
-        remedy += "if the adapter also has matrices on parts other than text, merge it into its base"
+        remedy += "if the adapter also has matrices on parts other than text, set model.images.train=none or "
+        remedy += "merge it into its base"
     return ConfigError(
         "the adapter cannot be added to the model",
         where=key,

@@ -184,7 +184,8 @@ def load_packed(
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
     if config.activation_offload:
         offload_inputs(causal_lm)
-    model = PackedCausalLM(causal_lm, backend, fused, sequence, Arrangement.padded)
+    reads = config.images is not None
+    model = PackedCausalLM(causal_lm, backend, fused, sequence, Arrangement.padded, reads_images=reads)
     model.arrange_as_recorded(recorded_arrangement(text.model_type), max_length)
     return model
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +27,11 @@ from dpo_dist.config.schema import (
     AdapterVariant,
     DataConfig,
     Dtype,
+    ImagesConfig,
     ModelConfig,
     RunConfig,
     SourceConfig,
+    TrainedImageParts,
 )
 from dpo_dist.config.verb_sections import ExportConfig, ExportedWeights
 from dpo_dist.data.text.template import chosen_template
@@ -193,9 +196,11 @@ def files_of(folder: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def assert_merged_as_by_peft(base: Path, adapter: AdapterConfig, folder: Path) -> None:
+def assert_merged_as_by_peft(
+    base: Path, adapter: AdapterConfig, folder: Path, images: ImagesConfig | None = None
+) -> None:
     """A merged export is peft's merge of the exported adapter, in files with the names of the base."""
-    config = run_of(base, dtype=Dtype.fp32, adapter=adapter)
+    config = run_of(base, dtype=Dtype.fp32, adapter=adapter, images=images)
     checkpoint = checkpoint_of(weights_of(config), folder / "step-000001")
     export_checkpoint(checkpoint, folder / "adapter", config)
     export_checkpoint(checkpoint, folder / "merged", replace(config, export=ExportConfig(merge=True)))
@@ -355,11 +360,25 @@ def write_base(folder: Path, model_type: str, dtype: torch.dtype = torch.float32
     return folder
 
 
-@pytest.mark.parametrize("model_type", IMAGE_MODELS)
-def test_a_model_that_reads_images_is_whole_again(model_type: str, tmp_path: Path) -> None:
-    """It has every tensor of its base, those that text does not use to the last bit, its class and files."""
+ALL, FROZEN = ImagesConfig(TrainedImageParts.tower), ImagesConfig()
+PROJECTOR = ImagesConfig(TrainedImageParts.projector)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "images"),
+    [
+        *((model_type, None) for model_type in IMAGE_MODELS),
+        *((model_type, ALL) for model_type in ("gemma3", "llama4", "qwen3_5", "qwen3_vl")),
+        ("gemma4", PROJECTOR),
+        ("mistral3", FROZEN),
+    ],
+)
+def test_a_model_that_reads_images_is_whole_again(
+    model_type: str, images: ImagesConfig | None, tmp_path: Path
+) -> None:
+    """It has every tensor of its base, those that are not trained to the last bit, its class and files."""
     base, out = write_base(tmp_path / "base", model_type), tmp_path / "out"
-    config = run_of(base, dtype=Dtype.fp32)
+    config = run_of(base, dtype=Dtype.fp32, images=images)
     trained = exported(config, out)
     model, report = AutoModelForImageTextToText.from_pretrained(out, dtype="auto", output_loading_info=True)
     assert not report["missing_keys"]
@@ -368,7 +387,7 @@ def test_a_model_that_reads_images_is_whole_again(model_type: str, tmp_path: Pat
     weights = dict(model.named_parameters())
     assert all(torch.equal(weights[name], weight) for name, weight in trained.items())
     former = dict(AutoModelForImageTextToText.from_pretrained(base, dtype="auto").named_parameters())
-    assert former.keys() > trained.keys()
+    assert former.keys() >= trained.keys()
     assert all(torch.equal(weights[name], former[name]) for name in former.keys() - trained.keys())
     own, written = (load_file(folder / "model.safetensors") for folder in (base, out))
     assert files_of(out) == files_of(base)
@@ -406,6 +425,31 @@ def test_an_adapter_of_a_model_that_reads_images_is_one_of_its_class(
     )
     for file in (*FILES, *PROCESSORS):
         assert (tmp_path / "merged" / file).read_bytes() == (base / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "projector", "layer"),
+    [("gemma3", "multi_modal_projector", "fc1"), ("qwen3_vl", "merger", "qkv")],
+)
+def test_an_adapter_with_parts_for_images_merges_and_goes_on(
+    model_type: str, projector: str, layer: str, tmp_path: Path
+) -> None:
+    base = write_base(tmp_path / "base", model_type)
+    adapter = replace(LORA, target_modules=["q_proj", layer], modules_to_save=[projector])
+    assert_merged_as_by_peft(base, adapter, tmp_path, FROZEN)
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(f".{projector}." in name for name in written)
+    assert any(f".{layer}.lora_B" in name for name in written)
+    go_on = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(path="-"), images=FROZEN)
+    model = load_packed(base, go_on.model, 64, torch.device("cpu"))
+    add_adapter(model, go_on.model, 0, tmp_path / "adapter")
+    found = {
+        re.sub(r"\.(default|modules_to_save)(?=\.)", "", name): weight
+        for name, weight in model.causal_lm.named_parameters()
+        if weight.requires_grad
+    }
+    assert {f"base_model.model.{name}" for name in found} == written.keys()
+    assert all(torch.equal(weight, written[f"base_model.model.{name}"]) for name, weight in found.items())
 
 
 def assert_card_loads(folder: Path, config: RunConfig, expected: dict[str, Tensor]) -> None:
