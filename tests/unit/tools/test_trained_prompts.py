@@ -8,7 +8,7 @@ from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.data.records import prompt_hash
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
-from tests.support.records import jsonl
+from tests.support.records import good, jsonl
 
 PROMPTS = [f"question {number}" for number in range(20)]
 HASHES = list(map(prompt_hash, PROMPTS))
@@ -51,6 +51,17 @@ def test_prompts_that_a_run_holds_out_are_not_counted(tmp_path: Path) -> None:
     held = jsonl(tmp_path, pair(PROMPTS[0]))
     dropped = run_of(tmp_path / "dropped", f"data.eval=[{held}]", "data.drop_eval_prompts=true")
     assert count_trained(str(dropped), HASHES, "pair") == 15
+
+
+def test_a_prompt_with_another_image_was_not_trained(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    records = [pair("q") | {"image": name} for name in ("a", "b", "no")]
+    run = run_of(tmp_path)
+    jsonl(tmp_path, *records[:1], records[2])
+    asked = [good({**record, "image": (tmp_path / record["image"]).read_bytes()}) for record in records[:2]]
+    hashes = [prompt_hash(record.prompt, record.images) for record in asked]
+    assert count_trained(str(run.path), hashes, "pair") == 1
 
 
 def test_data_that_are_gone_are_said(tmp_path: Path) -> None:
