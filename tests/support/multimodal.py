@@ -28,7 +28,7 @@ _PARTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": (TEXT | {"sliding_window": 8}, VISION | PIXELS, PLACE | {"mm_tokens_per_image": 4}),
     "gemma4": (
         TEXT | SHARED_KEYS,
-        VISION | {"head_dim": 8, "num_key_value_heads": 2, "patch_size": 14},
+        VISION | {"head_dim": 8, "patch_size": 14},
         PLACES | {"audio_config": None},
     ),
     "glm46v": (TEXT | ROPE, QWEN, PLACES),
@@ -44,11 +44,7 @@ _PARTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         PLACE | {"boi_token_index": 7, "eoi_token_index": 8},
     ),
     "llava": (TEXT | {"model_type": "llama"}, VISION | PIXELS | {"model_type": "clip_vision_model"}, PLACE),
-    "mistral3": (
-        TEXT | {"model_type": "mistral"},
-        VISION | {"model_type": "pixtral", "image_size": 56, "patch_size": 14},
-        PLACE,
-    ),
+    "mistral3": (TEXT | {"model_type": "mistral"}, VISION | PIXELS | {"model_type": "pixtral"}, PLACE),
     "mllama": (
         TEXT | {"cross_attention_layers": [1], "rope_parameters": PLAIN_ROPE, "pad_token_id": None},
         {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "attention_heads": 2}

@@ -43,8 +43,7 @@ from dpo_dist.reference.engine import scoring_config
 from dpo_dist.tools.compare.results import compares, comparison, judge_texts
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
-from dpo_dist.tools.shared.images import with_marks
-from dpo_dist.tools.shared.pages.thumbnails import thumbnails
+from dpo_dist.tools.shared.images import thumbnails, with_marks
 from dpo_dist.tools.shared.records import good_records, labelled_side
 from dpo_dist.tools.shared.sampling.dry_run import check_model, check_report, first_records
 from dpo_dist.tools.shared.sampling.generate import Request, Sample, generate

@@ -19,8 +19,7 @@ from dpo_dist.data.records import BadRecord, PreferenceRecord, Tokenizer
 from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.tools.doctor.measures.texts import plain_texts
 from dpo_dist.tools.shared.findings import Finding
-from dpo_dist.tools.shared.images import shown_tokens
-from dpo_dist.tools.shared.pages.thumbnails import ThumbnailRoom, Thumbnails, thumbnails
+from dpo_dist.tools.shared.images import ThumbnailRoom, Thumbnails, shown_tokens, thumbnails
 from dpo_dist.tools.shared.records import labelled_side
 
 _SAMPLED_RECORDS = 2000

@@ -264,7 +264,7 @@ def choose_prompts(
         shown, images = shown_prompt(example, dataset.images)
         while chosen_ids and chosen_ids[-1] in stop_ids:
             chosen_ids.pop()
-        fields = {
+        fields: _Row = {
             "prompt": str(tokenizer.decode(shown.tolist(), skip_special_tokens=False)),
             "prompt_id": prompt_hash[:16],
             "source": dataset.source_labels[int(np.searchsorted(ends, index, side="right"))],

@@ -1,20 +1,69 @@
-"""Images of prompts where people read them: one mark for each, in place of a character or of placeholders."""
+"""Images of prompts where people or judges see them: marks in texts, data URIs, the room on a page."""
 
-from collections.abc import Sequence
+import base64
+import io
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from dpo_dist.batching.example import Example, ImageInput, Mask, TokenIds
 from dpo_dist.data.encoded.images import PromptImages
-from dpo_dist.data.records import IMAGE
-from dpo_dist.tools.shared.pages.thumbnails import thumbnails
+from dpo_dist.data.images import decode_image
+from dpo_dist.data.read.images import ImageFile
+from dpo_dist.data.records import IMAGE, UnusableRecordError
 
-MARK = "[image]"
+Thumbnails = Sequence[str | None]
+"""Data URIs of small JPEG files; None for an image that cannot be read, or has no room."""
+
+_MARK = "[image]"
+_JPEG = "data:image/jpeg;base64,"
+_THUMBNAIL_SIDE = 160
+_MOST_THUMBNAILS, _THUMBNAIL_BYTES = 100, 1_500_000
 
 
 def with_marks(text: str) -> str:
     """Return a text of a record with a readable mark for each image."""
-    return text.replace(IMAGE, MARK)
+    return text.replace(IMAGE, _MARK)
+
+
+def jpeg_uri(content: bytes, most: int) -> str:
+    """Return an image file as the data URI of a JPEG file with at most `most` pixels a side.
+
+    Raises UnusableRecordError.
+    """
+    image, stream = decode_image(content), io.BytesIO()
+    image.thumbnail((most, most))
+    image.save(stream, "JPEG", quality=90)
+    return _JPEG + base64.b64encode(stream.getvalue()).decode()
+
+
+def thumbnails(images: Iterable[ImageFile]) -> list[str | None]:
+    """Return the thumbnail of each image."""
+    return list(map(_thumbnail, images))
+
+
+def _thumbnail(image: ImageFile) -> str | None:
+    try:
+        return jpeg_uri(image.read(), _THUMBNAIL_SIDE)
+    except UnusableRecordError:
+        return None
+
+
+class ThumbnailRoom:
+    """The room for thumbnails in a section of a page."""
+
+    def __init__(self) -> None:
+        self._number, self._bytes = _MOST_THUMBNAILS, _THUMBNAIL_BYTES
+
+    def fitting(self, images: Thumbnails) -> Thumbnails:
+        """Return those of a prompt's thumbnails that fit, None in place of others."""
+        return [image if image and self._takes(image) else None for image in images]
+
+    def _takes(self, image: str) -> bool:
+        fits = image.startswith(_JPEG) and self._number > 0 and len(image) <= self._bytes
+        if fits:
+            self._number, self._bytes = self._number - 1, self._bytes - len(image)
+        return fits
 
 
 def shown_tokens(ids: TokenIds, images: Sequence[ImageInput], placeholder_id: int | None) -> Mask:
@@ -35,4 +84,5 @@ def shown_prompt(example: Example, images: PromptImages | None) -> tuple[TokenId
     if images is None:
         return example.prompt_ids, []
     shown = shown_tokens(example.prompt_ids, example.images, images.processor.placeholder_id)
-    return example.prompt_ids[shown], thumbnails(map(images.content, example.images))
+    files = [ImageFile(images.content(image)) for image in example.images]
+    return example.prompt_ids[shown], thumbnails(files)

@@ -6,8 +6,9 @@ import re
 
 from PIL import Image
 
+from dpo_dist.data.read.images import ImageFile
+from dpo_dist.tools.shared.images import Thumbnails, thumbnails
 from dpo_dist.tools.shared.pages.samples import ShownPrompt, ShownResponse, prompt_items
-from dpo_dist.tools.shared.pages.thumbnails import Thumbnails, thumbnails
 from tests.unit.tools.pages.made_run import HOSTILE
 
 
@@ -24,7 +25,7 @@ def shown(*images: str | None) -> ShownPrompt:
 
 
 def test_a_thumbnail_is_a_small_jpeg_of_the_image_and_an_unreadable_one_is_left_out() -> None:
-    large, small, none = thumbnails([picture(1200, 600), picture(20, 9, "blue"), b"<svg>"])
+    large, small, none = thumbnails(map(ImageFile, [picture(1200, 600), picture(20, 9, "blue"), b"<svg>"]))
     assert none is None
     for uri, size, colour in ((large, (160, 80), (254, 0, 0)), (small, (20, 9), (0, 0, 254))):
         image = Image.open(io.BytesIO(base64.b64decode((uri or "").removeprefix("data:image/jpeg;base64,"))))
@@ -33,8 +34,8 @@ def test_a_thumbnail_is_a_small_jpeg_of_the_image_and_an_unreadable_one_is_left_
 
 
 def test_a_section_has_room_for_some_thumbnails_and_marks_in_place_of_others() -> None:
-    [red] = thumbnails([picture(16, 16)])
-    [noise] = thumbnails([picture(160, 160, "noise")])
+    [red] = thumbnails([ImageFile(picture(16, 16))])
+    [noise] = thumbnails([ImageFile(picture(160, 160, "noise"))])
     for image, prompts in ((red, 250), (noise, 300)):
         items, left_out = prompt_items([shown(image, None)] * prompts, 10**6)
         html = "".join(items)
