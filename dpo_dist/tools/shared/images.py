@@ -37,14 +37,14 @@ def jpeg_uri(content: bytes, most: int) -> str:
     return _JPEG + base64.b64encode(stream.getvalue()).decode()
 
 
-def thumbnails(images: Iterable[ImageFile]) -> list[str | None]:
-    """Return the thumbnail of each image."""
-    return list(map(_thumbnail, images))
+def thumbnails(images: Iterable[ImageFile], most: int = _THUMBNAIL_SIDE) -> list[str | None]:
+    """Return the thumbnail of each image, with at most `most` pixels a side."""
+    return [_thumbnail(image, most) for image in images]
 
 
-def _thumbnail(image: ImageFile) -> str | None:
+def _thumbnail(image: ImageFile, most: int) -> str | None:
     try:
-        return jpeg_uri(image.read(), _THUMBNAIL_SIDE)
+        return jpeg_uri(image.read(), most)
     except UnusableRecordError:
         return None
 
