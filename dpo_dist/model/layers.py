@@ -28,7 +28,7 @@ _NON_TEXT_CLASSES = {
     "Phi4MultimodalImageEmbedding",
 }
 # Names of modules between a vision tower and the text model, such as Qwen3-VL's mergers of several layers.
-_PROJECTORS = set("multi_modal_projector merger deepstack_merger_list embed_vision connector".split())
+_PROJECTORS = {"multi_modal_projector", "merger", "deepstack_merger_list", "embed_vision", "connector"}
 _PROJECTORS |= {"visual_embeddings_table"}
 # The name of modules that choose which keys a query attends to (DeepSeek-V3.2, arXiv 2512.02556).
 _INDEXER = "indexer"
@@ -98,22 +98,25 @@ def image_parts(causal_lm: Any) -> dict[str, nn.Module]:
 
 
 def image_weights(causal_lm: Any) -> set[nn.Parameter]:
-    """Return the weights of `image_parts`, and those beside them, such as features between lines (LLaVA)."""
+    """Return the weights on which features of images depend; not a tower's pooling head, for example.
+
+    They are in `image_parts` or beside them, such as what LLaVA puts between lines.
+    """
     if not (parts := image_parts(causal_lm)):
         return set()
     beside = {*causal_lm.base_model.parameters(recurse=False)} & other_weights(causal_lm)
-    return beside | {weight for part in parts.values() for weight in part.parameters()}
+    inside = {weight for part in parts.values() for weight in part.parameters()}
+    modules = {name: module for part in parts for name, module in parts[part].named_modules(prefix=part)}
+    return beside | inside - {w for name in modules for w in _unread(causal_lm.config, name, modules[name])}
 
 
 def _trained_for_images(causal_lm: Any, train: TrainedImageParts) -> set[nn.Parameter]:
-    """Return the weights that `model.images.train` names, without those that no feature depends on."""
-    if train is TrainedImageParts.none:
-        return set()
+    """Return the weights that `model.images.train` names."""
     parts, weights = image_parts(causal_lm), image_weights(causal_lm)
-    modules = {name: module for part in parts for name, module in parts[part].named_modules(prefix=part)}
-    if train is TrainedImageParts.tower:
-        return weights - {w for name in modules for w in _unread(causal_lm.config, name, modules[name])}
-    projectors = [name for name in modules if name.rpartition(".")[2] in _PROJECTORS]
+    if train is not TrainedImageParts.projector:
+        return weights if train is TrainedImageParts.tower else set()
+    modules = [named for part, whole in parts.items() for named in whole.named_modules(prefix=part)]
+    projectors = [module for name, module in modules if name.rpartition(".")[2] in _PROJECTORS]
     if not projectors:
         raise ConfigError(
             "this model has no projector of a known name",
@@ -122,8 +125,8 @@ def _trained_for_images(causal_lm: Any, train: TrainedImageParts) -> set[nn.Para
             expected=", ".join(sorted(_PROJECTORS)),
             remedy="set model.images.train=none or tower",
         )
-    trained = {weight for name in projectors for weight in modules[name].parameters()}
-    return trained | (weights - {weight for part in parts.values() for weight in part.parameters()})
+    in_towers = {weight for part in parts.values() for weight in part.parameters()}
+    return weights - in_towers | {weight for module in projectors for weight in module.parameters()}
 
 
 def _unread(config: Any, name: str, module: nn.Module) -> Iterator[nn.Parameter]:
