@@ -153,8 +153,7 @@ def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     lines = list[str]()
 
     def image_name(value: Any) -> str:
-        if (content := as_file(value)) is None:
-            raise TypeError(f"a value of type {type(value).__name__}")
+        content = as_file(value)
         image = folder / "images" / hashlib.blake2b(content, digest_size=16).hexdigest()
         if not image.exists():
             with staged_file(image) as temporary:

@@ -151,17 +151,21 @@ def _image_file(value: Any, folders: tuple[str, ...]) -> ImageFile:
         value = value.get("bytes") or value.get("path") or value.get("url")
     if isinstance(value, str):
         return ImageFile(None, value, folders)
-    if (content := as_file(value)) is None:
-        raise UnusableRecordError("image_unreadable", "an image has neither bytes nor a path")
-    return ImageFile(content)
+    try:
+        return ImageFile(as_file(value))
+    except ValueError as fault:
+        raise UnusableRecordError("image_unreadable", str(fault)) from fault
 
 
-def as_file(image: Any) -> bytes | None:
-    """Return the PNG of an image of Pillow, without loss, or the bytes of a file; None for another value."""
+def as_file(image: Any) -> bytes:
+    """Return the PNG of an image of Pillow, without loss, or the bytes of a file. Raises ValueError."""
     if isinstance(image, bytes):
         return image
     if not (hasattr(image, "save") and hasattr(image, "mode")):
-        return None
+        raise ValueError(f"a {type(image).__name__} is no image, nor the bytes or the path of one")
     stream = io.BytesIO()
-    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(stream, "PNG")
+    try:
+        (image if image.mode in _PNG_MODES else image.convert("RGB")).save(stream, "PNG")
+    except Exception as fault:  # an image that is decoded only now can raise anything
+        raise ValueError(f"an image of Pillow cannot be written ({type(fault).__name__})") from fault
     return stream.getvalue()

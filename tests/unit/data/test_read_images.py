@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from trl.data_utils import prepare_multimodal_messages
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import DataConfig, DataFormat, SourceConfig
@@ -203,6 +204,25 @@ def test_images_have_the_places_that_the_other_program_gives_them(form: str) -> 
     )
 
 
+TRL_PROMPTS: list[tuple[list[Any], list[str]]] = [
+    ([{"role": "system", "content": "be kind"}, user("q"), assistant("yes"), user("r")], TWO),
+    ([turn(text("q"), PART), turn(text("yes"), role="assistant"), turn(PART, text("r"))], TWO),
+    ([turn({**PART, "image": "own.png"}, PART, text("q"))], ["a.png"]),
+    ([user("q")], []),
+]
+
+
+@pytest.mark.parametrize(("prompt", "images"), TRL_PROMPTS)
+def test_images_have_the_places_that_trl_gives_them(prompt: list[Any], images: list[str]) -> None:
+    turns = [message["content"] for message in prepare_multimodal_messages(prompt, images)]
+    record = good({"prompt": prompt, **PAIR, "images": images})
+    read = record.prompt if isinstance(record.prompt, tuple) else ()
+    assert [one.content for one in read] == [
+        "".join(part.get("text", I) for part in parts) for parts in turns
+    ]
+    assert names(record) == [part["image"] for parts in turns for part in parts if part["type"] == "image"]
+
+
 @pytest.mark.parametrize(
     "fields", [{"images": []}, {"image": None}, {"image": {"bytes": None, "path": None}}, {}]
 )
@@ -373,8 +393,27 @@ def test_the_entry_of_a_dataset_info_names_images_below_its_folder(folder: Path)
     assert contents_read(SourceConfig(str(folder), name="mine")) == [b"inside"]
 
 
+def test_a_dataset_of_the_hub_has_its_files_in_the_hub_s_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "datasets--org--pairs"
+    snapshot, blobs = cache / "snapshots" / "0", cache / "blobs"
+    for below in (snapshot / "data", snapshot / "pictures", blobs):
+        below.mkdir(parents=True)
+    for name, place in (("pictures/a.png", snapshot), ("b.png", snapshot / "data")):
+        blob = blobs / name.replace("/", "-")
+        blob.write_bytes(name.encode())
+        (place / name).symlink_to(blob)
+    jsonl(snapshot / "data", *rows("pictures/a.png", "b.png", "../../../../data/pictures/a.png"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **_options: str(snapshot))
+    first, second, outside = contents_read(SourceConfig("org/pairs", data_dir="data"))
+    assert (first, second) == (b"pictures/a.png", b"b.png")
+    assert "outside" in str(outside)
+
+
 def described(saved: Any, folder: Path) -> list[bytes | str]:
     found = list[bytes | str]()
+    folder.mkdir(exist_ok=True)
     saved.to_parquet(folder / "a.parquet")
     saved.save_to_disk(folder / "saved")
     for path in ("a.parquet", "saved"):
@@ -421,8 +460,10 @@ def test_records_in_memory_keep_the_pixels_of_their_images(tmp_path: Path) -> No
         {"prompt": "q", **PAIR, "image": Image.new("CMYK", (2, 2))},
     ]
     file = write_records(records, tmp_path, "data.train")
+    written = {image: image.stat().st_mtime_ns for image in (tmp_path / "images").iterdir()}
     assert write_records(records, tmp_path, "data.train") == file
-    assert len(list((tmp_path / "images").iterdir())) == 4  # each once
+    assert {image: image.stat().st_mtime_ns for image in (tmp_path / "images").iterdir()} == written
+    assert len(written) == 4  # each once
     first, second, third, again, stored, cmyk = contents_read(str(file))
     assert first == third == again
     assert stored == picture()
@@ -430,8 +471,11 @@ def test_records_in_memory_keep_the_pixels_of_their_images(tmp_path: Path) -> No
         assert isinstance(content, bytes)
         found = Image.open(io.BytesIO(content))
         assert (found.mode, found.tobytes()) == (expected.mode, expected.tobytes())
-    with pytest.raises(ConfigError, match="cannot be written"):
-        write_records([{"prompt": "q", **PAIR, "image": object()}], tmp_path, "data.train")
+    broken = Image.open(io.BytesIO(picture()[:-22]))
+    for value in (object(), broken):
+        assert bad({"prompt": "q", **PAIR, "image": value}).reason == "image_unreadable"
+        with pytest.raises(ConfigError, match="cannot be written"):
+            write_records([{"prompt": "q", **PAIR, "image": value}], tmp_path, "data.train")
 
 
 def test_the_folder_of_images_is_no_part_of_a_run_s_identity() -> None:
