@@ -340,7 +340,7 @@ def trial_examples(causal_lm: Any, max_length: int, images: Sequence[ImageInput]
 
 def _named_ids(config: Any) -> set[int]:
     """Return the token ids in a configuration's options, alone or in lists."""
-    values = [value for name, value in vars(config).items() if name.endswith(("_id", "_index"))]
+    values = [value for name, value in vars(config).items() if name.endswith(("_id", "_ids", "_index"))]
     ids = [id_ for value in values for id_ in (value if isinstance(value, list | tuple) else [value])]
     return {id_ for id_ in ids if isinstance(id_, int)}
 

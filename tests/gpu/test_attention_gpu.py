@@ -15,10 +15,14 @@ from transformers import (
 )
 from transformers.masking_utils import sliding_window_causal_mask_function
 
+from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
+from dpo_dist.model.architectures import ImageMask
 from dpo_dist.model.attention.kernels import check_kernel, packed_attention
-from dpo_dist.model.attention.sdpa import Layout, Scores, mask_rule
+from dpo_dist.model.attention.sdpa import ImageRuns, Layout, Scores, mask_rule
 from dpo_dist.model.files.load import load_packed
+from dpo_dist.model.packed import PackedCausalLM
+from tests.support.invented_images import image_examples, image_reader, invented_images
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
 
@@ -26,6 +30,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 
 CUDA = torch.device("cuda")
 LAYOUT: Layout = ((7, 5, 9), (1, 0, 4), (130, 40, 0), (64, 3, 200, 6), (2, 0, 0))
+IMAGES = ImageRuns((((2, 6),), (), ((0, 70), (71, 100)), ((60, 64),), ()), in_windows_only=False)
 KERNELS = [
     pytest.param(AttentionBackend.varlen, id="varlen"),
     pytest.param(
@@ -49,7 +54,7 @@ KERNELS = [
     ids=lambda config: config.model_type,
 )
 def test_kernels_pass_the_check_of_a_runs_start(kernel: AttentionBackend, config: PreTrainedConfig) -> None:
-    check_kernel(kernel, CUDA, config, torch.bfloat16)
+    check_kernel(kernel, CUDA, config, torch.bfloat16, ImageMask.whole)
 
 
 def test_sdpa_of_windows_chunks_sinks_and_caps_equals_that_on_a_cpu() -> None:
@@ -62,20 +67,29 @@ def test_sdpa_of_windows_chunks_sinks_and_caps_equals_that_on_a_cpu() -> None:
         window = mask_rule(sliding_window_causal_mask_function(40), 40, device=device)
         on_device = [tensor.to(device) for tensor in exact]
         attention = packed_attention(LAYOUT, AttentionBackend.sdpa, device)
+        with_images = packed_attention(LAYOUT, AttentionBackend.sdpa, device, IMAGES)
         kinds = [
             Scores(rule=window),
             Scores(sinks=sinks.to(device)),
             Scores(rule=window, sinks=sinks.to(device)),
             Scores(rule=window, softcap=2.0),
         ]
-        found.append([attention(*on_device, scores).cpu() for scores in kinds])
+        kernels = (attention, with_images)
+        found.append([kernel(*on_device, scores).cpu() for kernel in kernels for scores in kinds])
     for on_cpu, on_gpu in zip(*found, strict=True):
         torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("key_heads", [2, 8])
-def test_kernels_attend_like_sdpa(kernel: AttentionBackend, key_heads: int) -> None:
+@pytest.mark.parametrize("runs", [None, IMAGES], ids=["text", "images"])
+@pytest.mark.parametrize("window", [None, 40])
+def test_kernels_attend_like_sdpa(
+    kernel: AttentionBackend, key_heads: int, runs: ImageRuns | None, window: int | None
+) -> None:
+    rule = None
+    if window is not None:
+        rule = mask_rule(sliding_window_causal_mask_function(window), window, device=CUDA)
     generator = torch.Generator(CUDA).manual_seed(0)
     tokens = sum(map(sum, LAYOUT))
     exact = [
@@ -90,7 +104,7 @@ def test_kernels_attend_like_sdpa(kernel: AttentionBackend, key_heads: int) -> N
         (kernel, torch.bfloat16),
     ):
         heads = [tensor.to(dtype).requires_grad_() for tensor in exact]
-        attended = packed_attention(LAYOUT, backend, CUDA)(*heads, Scores())
+        attended = packed_attention(LAYOUT, backend, CUDA, runs)(*heads, Scores(rule=rule, window=window))
         gradients = torch.autograd.grad((attended.float() * slopes).sum(), heads)
         results[backend, dtype] = [tensor.float() for tensor in (attended, *gradients)]
     truth = results[AttentionBackend.sdpa, torch.float32]
@@ -109,4 +123,17 @@ def test_models_score_alike_with_every_kernel(kernel: AttentionBackend, tmp_path
         model = load_packed(folder, config, 256, CUDA).to(CUDA)
         with torch.no_grad():
             logps.append(model(batch))
+    assert (logps[0] - logps[1]).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ["gemma3", "gemma4 vision", "qwen3_vl"])
+def test_models_read_images_alike_with_every_kernel(kernel: AttentionBackend, name: str) -> None:
+    batch = pack_unkeyed(image_examples(invented_images(name))).to(CUDA)
+    logps = []
+    for backend in (AttentionBackend.sdpa, kernel):
+        model = PackedCausalLM(image_reader(name).to(CUDA, torch.bfloat16), backend, reads_images=True)
+        model.arrange(Arrangement.packed, own_logits=False)
+        with torch.no_grad():
+            logps.append(model.eval()(batch))
     assert (logps[0] - logps[1]).abs().mean() < 0.02

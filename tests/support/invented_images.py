@@ -1,5 +1,6 @@
 """Small models that really read images, and invented images for them, as their processors would make them."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForMultimodalLM
 
 from dpo_dist.batching.example import Example, ImageInput, TokenIds
 from tests.support.families import DELTA, EXPERTS
-from tests.support.multimodal import PIXELS, PLACE, PLACES, PLAIN_ROPE, QWEN, ROPE, SHARED_KEYS, TEXT, VISION
+from tests.support.multimodal import PIXELS, PLACE, PLACES, QWEN, ROPE, SHARED_KEYS, TEXT, VISION
 
 VOCABULARY = 97
 IMAGE_TOKEN = 5
@@ -67,11 +68,11 @@ def rectangles(number: int, generator: torch.Generator) -> ImageInput:
 
 def pooled_patches(number: int, generator: torch.Generator) -> ImageInput:
     """An image of Gemma 4: a fixed number of patches with their places, of which some are none."""
-    rows, columns = [(6, 3), (3, 3), (3, 6)][number]
-    places = torch.full((1, 18, 2), -1)
+    rows, columns = [(6, 6), (3, 3), (3, 6)][number]
+    places = torch.full((1, 36, 2), -1)
     x, y = torch.meshgrid(torch.arange(columns), torch.arange(rows), indexing="xy")
     places[0, : rows * columns] = torch.stack((x, y), dim=-1).view(-1, 2)
-    pixels = torch.rand(1, 18, 3 * 14 * 14, generator=generator) * (places >= 0).all(-1, keepdim=True)
+    pixels = torch.rand(1, 36, 3 * 14 * 14, generator=generator) * (places >= 0).all(-1, keepdim=True)
     inputs = {"pixel_values": pixels, "image_position_ids": places}
     return ImageInput(bytes([number]), rows * columns // 9, inputs)
 
@@ -90,10 +91,12 @@ class Reader:
 GRID = QWEN | {"patch_size": 14}
 SQUARE = VISION | PIXELS
 GEMMA4 = VISION | {"head_dim": 8, "num_key_value_heads": 2, "patch_size": 14, "pooling_kernel_size": 3}
-# The full layer comes first: what image tokens read in the last layer has no effect.
-MIXED = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 6}
+# A full layer is before the last, as what image tokens read in the last layer has no effect, and the last is
+# one, as a window hides images from the response. Windows are shorter than an image.
+MIXED = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 3}
+MIXED |= {"num_hidden_layers": 3}
 GEMMA4_TEXT = TEXT | SHARED_KEYS | {"layer_types": ["sliding_attention", "full_attention"] * 2}
-GEMMA4_TEXT |= {"num_hidden_layers": 4, "vocab_size_per_layer_input": VOCABULARY, "sliding_window": 6}
+GEMMA4_TEXT |= {"num_hidden_layers": 4, "vocab_size_per_layer_input": VOCABULARY, "sliding_window": 3}
 STACKED = GRID | {"depth": 2, "deepstack_visual_indexes": [0, 1]}
 LLAMA, COHERE = TEXT | {"model_type": "llama"}, TEXT | {"model_type": "cohere2", "sliding_window": 6}
 CLIP = SQUARE | {"model_type": "clip_vision_model", "projection_dim": 16, "num_hidden_layers": 2}
@@ -160,7 +163,7 @@ READERS = {
 
 def image_reader(name: str) -> Any:
     """A whole model in float32 with random weights that are large enough to see."""
-    made = READERS[name]
+    made = copy.deepcopy(READERS[name])  # configurations change what they are given
     config = AutoConfig.for_model(
         made.model_type or name,
         text_config=made.text | {"vocab_size": VOCABULARY},
@@ -182,7 +185,7 @@ def invented_images(name: str) -> list[ImageInput]:
 
 
 def image_examples(images: Sequence[ImageInput]) -> list[Example]:
-    """One image and two responses; two images and three responses; none; the first image once more."""
+    """One image and two responses; two images and three responses; none; the first image twice more."""
     random = np.random.default_rng(0)
 
     def ids(count: int) -> TokenIds:
@@ -198,12 +201,12 @@ def image_examples(images: Sequence[ImageInput]) -> list[Example]:
         example((5, first, 7), 9, 4),
         example((3, second, 2, third, 6), 11, 6, 1),
         example((12,), 5, 8),
-        example((2, first, 9), 7, 10),
+        example((2, first, 3, first, 6), 7, 10),
     ]
 
 
 def row_logps(model: Any, examples: Sequence[Example]) -> Tensor:
-    """Log-probs of all targets by transformers itself: the whole model's forward of one row after the other."""
+    """Log-probs of all targets by transformers itself: the whole model's forward, row by row."""
     found = []
     for example in examples:
         for response in example.responses:

@@ -123,14 +123,13 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
 ) -> Tensor:
     """`flash_attn.flash_attn_varlen_func` of flash-attn 2.8."""
-    assert causal
     assert dropout_p == 0.0
     return checked_by_segment(
         (q, k, v),
         (cu_seqlens_q, cu_seqlens_k),
         (max_seqlen_q, max_seqlen_k),
         softmax_scale,
-        (window_size[0], 0),  # `causal` replaces the limit on the right
+        (window_size[0], 0 if causal else window_size[1]),  # `causal` replaces the limit on the right
         softcap,
     )
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
@@ -67,16 +68,17 @@ class VarlenAttention:
         return self._segments(self._spans([()] * len(self.layout))[0])
 
     @cached_property
-    def _with_images(self) -> tuple[_Segments, _Segments, Tensor]:
-        """Return the segments of text and of images, and the index of each token in the queries of both."""
+    def _with_images(self) -> tuple[dict[bool, _Segments], Tensor]:
+        """Return the segments of text (True: causal) and of images, and each token's index in both."""
         assert self.runs is not None
-        spans = self._spans(self.runs.places)
-        queries = [np.concatenate([np.arange(start, stop) for start, stop, _ in part]) for part in spans]
-        text, images = (
-            replace(self._segments(part), queries=copy_to_device(self.device, indices))
-            for part, indices in zip(spans, queries, strict=True)
-        )
-        return text, images, copy_to_device(self.device, np.argsort(np.concatenate(queries)))
+        text, images = self._spans(self.runs.places)
+        calls, queries = dict[bool, _Segments](), list[npt.NDArray[np.int64]]()
+        for is_causal, spans in ((True, text), (False, images)):
+            if spans:
+                queries.append(np.concatenate([np.arange(start, stop) for start, stop, _ in spans]))
+                indices = copy_to_device(self.device, queries[-1])
+                calls[is_causal] = replace(self._segments(spans), queries=indices)
+        return calls, copy_to_device(self.device, np.argsort(np.concatenate(queries)))
 
     def _spans(self, runs: Sequence[Sequence[tuple[int, int]]]) -> tuple[list[_Span], list[_Span]]:
         """Return the segments of text and of images."""
@@ -110,26 +112,27 @@ class VarlenAttention:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """See `PackedAttention`."""
         has_images = self.runs is not None and any(self.runs.of_layer(scores))
-        calls: tuple[_Segments, ...] = self._with_images[:2] if has_images else (self._causal,)
-        max_key = max(call.lengths[3] for call in calls)
+        calls = self._with_images[0] if has_images else {True: self._causal}
+        max_key = max(call.lengths[3] for call in calls.values())
         rule = None if scores.rule is None or scores.rule.is_causal(max_key) else scores.rule
         is_other_rule = rule is not None and (scores.window is None or rule.reach != scores.window)
         dim, has_cap = max(query.shape[-1], value.shape[-1]), scores.softcap is not None
         if _lacks(self.backend, dim, has_cap, scores.sinks is not None, is_other_rule):
             return self._by_segment(query, key, value, scores)
         window = None if rule is None else scores.window
-        if has_images and window is not None and calls[1].lengths[2] > window and self.backend in FLASH_ATTN:
+        longest_image = calls[False].lengths[2] if has_images else 0
+        if window is not None and longest_image > window and self.backend in FLASH_ATTN:
             # transformers limits FlashAttention's window on both sides.
             return self._by_segment(query, key, value, scores)
         dim, scale = value.shape[-1], query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
         heads = with_one_dim(query, key, value, _HEAD_MULTIPLE)
         attended = [
-            self._call(call, heads, scores, scale, window, is_causal=number == 0)
-            for number, call in enumerate(calls)
+            self._call(call, heads, scores, scale, window, is_causal=is_causal)
+            for is_causal, call in calls.items()
         ]
         if not has_images:
             return attended[0][..., :dim]
-        return torch.cat(attended).index_select(0, self._with_images[2])[..., :dim]
+        return torch.cat(attended).index_select(0, self._with_images[1])[..., :dim]
 
     def _call(
         self,

@@ -21,13 +21,14 @@ from transformers.masking_utils import (
 
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.architectures import ImageMask
 from dpo_dist.model.attention.kernels import (
     check_kernel,
     choose_backend,
     computed_by_segment,
     packed_attention,
 )
-from dpo_dist.model.attention.sdpa import Layout, MaskRule, Scores, mask_rule, with_one_dim
+from dpo_dist.model.attention.sdpa import ImageRuns, Layout, MaskRule, Scores, mask_rule, with_one_dim
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.kernels import (
     flash_attn_varlen_func,
@@ -86,7 +87,7 @@ def test_a_correct_kernel_passes(
     backend: AttentionBackend, varlen: Any, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_kernels(monkeypatch, varlen)
-    check_kernel(backend, CPU, TEXTS[text], torch.bfloat16)
+    check_kernel(backend, CPU, TEXTS[text], torch.bfloat16, ImageMask.whole)
 
 
 def wrong_backward(query: Tensor, key: Tensor, value: Tensor, *lengths: Any, **options: Any) -> Tensor:
@@ -102,7 +103,11 @@ def fails_for_large_heads(query: Tensor, *args: Any, **options: Any) -> Tensor:
 
 
 def ignores_the_window(*args: Any, window_size: tuple[int, int], **options: Any) -> Tensor:
-    return varlen_of_torch_2_13(*args, window_size=(-1, 0), **options)
+    return varlen_of_torch_2_13(*args, window_size=(-1, window_size[1]), **options)
+
+
+def is_always_causal(*args: Any, window_size: tuple[int, int], **options: Any) -> Tensor:
+    return varlen_of_torch_2_13(*args, window_size=(window_size[0], 0), **options)
 
 
 def ignores_the_cap(*args: Any, softcap: float, **options: Any) -> Tensor:
@@ -116,6 +121,7 @@ def ignores_the_cap(*args: Any, softcap: float, **options: Any) -> Tensor:
         (fails_for_large_heads, "grouped", "value_dim=40), window None, cap None: RuntimeError: head_dim"),
         (ignores_the_window, "windowed", "window 6, cap None: its output differs"),
         (ignores_the_cap, "capped", "window None, cap 0.5: its output differs"),
+        (is_always_causal, "grouped", "window None, cap None, images: its output differs"),
     ],
 )
 def test_a_kernel_that_is_wrong_or_fails_is_refused_before_training(
@@ -123,7 +129,7 @@ def test_a_kernel_that_is_wrong_or_fails_is_refused_before_training(
 ) -> None:
     put_kernels(monkeypatch, wraps(varlen_of_torch_2_13)(kernel), wraps(flash_attn_varlen_func)(kernel))
     with torch.no_grad(), pytest.raises(ConfigError) as raised:
-        check_kernel(KERNELS[text == "capped"], CPU, TEXTS[text], torch.bfloat16)
+        check_kernel(KERNELS[text == "capped"], CPU, TEXTS[text], torch.bfloat16, ImageMask.in_windows)
     assert message in raised.value.got
     assert "model.attention=sdpa" in raised.value.remedy
 
@@ -226,18 +232,31 @@ def causal(_size: int) -> tuple[MaskRule | None, Sees]:
 RULES = [window, chunks, of_its_own, causal]
 
 
-def visible(layout: Layout, sees: Sees) -> Tensor:
-    """Return the mask of attending tokens (rows) and attended tokens (columns), by the definition."""
+def visible(layout: Layout, sees: Sees, runs: ImageRuns | None = None) -> Tensor:
+    """Return the mask of attending tokens (rows) and attended tokens (columns), by the definition.
+
+    A token of an image sees later tokens of that image, and what it sees before itself as any other token.
+    """
     tokens = [
         (pair, piece, position)
         for pair, (prompt, *responses) in enumerate(layout)
         for piece, length in enumerate((prompt, *responses))
         for position in range(prompt if piece else 0, (prompt if piece else 0) + length)
     ]
+
+    def in_one_image(pair: int, *positions: int) -> bool:
+        places = () if runs is None else runs.places[pair]
+        return any(all(start <= position < stop for position in positions) for start, stop in places)
+
     return torch.tensor(
         [
             [
-                token[0] == other[0] and other[1] in (0, token[1]) and sees(token[2], other[2])
+                token[0] == other[0]
+                and other[1] in (0, token[1])
+                and (
+                    sees(token[2], other[2])
+                    or (token[2] < other[2] and in_one_image(token[0], token[2], other[2]))
+                )
                 for other in tokens
             ]
             for token in tokens
@@ -262,12 +281,14 @@ def check(
     backend: AttentionBackend,
     value_dim: int = DIM,
     dtype: torch.dtype = torch.float32,
+    runs: ImageRuns | None = None,
 ) -> None:
     tolerance = 1e-5 if dtype is torch.float32 else 1e-13
     heads = random_heads(layout, value_dim, dtype)
     inputs = heads if scores.sinks is None else (*heads, scores.sinks)
-    attended = packed_attention(layout, backend, CPU)(*heads, scores)
-    expected = masked_attention(heads, visible(layout, sees), scores.scale, scores.softcap, scores.sinks)
+    attended = packed_attention(layout, backend, CPU, runs)(*heads, scores)
+    seen = visible(layout, sees, runs if runs is not None and any(runs.of_layer(scores)) else None)
+    expected = masked_attention(heads, seen, scores.scale, scores.softcap, scores.sinks)
     torch.testing.assert_close(attended, expected, rtol=tolerance, atol=tolerance)
     assert attended.is_contiguous()  # models join heads by a view
     slopes = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
@@ -317,6 +338,37 @@ def test_kernels_are_called_with_the_window(
 ) -> None:
     rule, sees = window(size) if is_windowed else causal(size)
     check(layout, sees, Scores(0.5, rule, size if is_windowed else None), backend)
+
+
+@st.composite
+def layouts_with_images(draw: st.DrawFn) -> tuple[Layout, tuple[tuple[tuple[int, int], ...], ...]]:
+    """Layouts, and in each prompt up to two runs of image tokens that do not touch."""
+    layout = draw(layouts)
+    places = []
+    for prompt, *_ in layout:
+        ends = draw(st.lists(st.integers(0, prompt), max_size=4, unique=True).map(sorted))
+        places.append(tuple(zip(ends[::2], ends[1::2], strict=False)))
+    return layout, tuple(places)
+
+
+@given(
+    layouts_with_images(),
+    st.sampled_from([AttentionBackend.sdpa, *KERNELS]),
+    st.integers(1, 26),
+    st.booleans(),
+    st.booleans(),
+)
+def test_tokens_of_an_image_see_each_other(
+    prompts: tuple[Layout, tuple[tuple[tuple[int, int], ...], ...]],
+    backend: AttentionBackend,
+    size: int,
+    is_windowed: bool,
+    in_windows_only: bool,
+) -> None:
+    layout, places = prompts
+    rule, sees = window(size) if is_windowed else causal(size)
+    scores = Scores(0.5, rule, size if is_windowed else None)
+    check(layout, sees, scores, backend, runs=ImageRuns(places, in_windows_only))
 
 
 def test_only_heads_that_need_zeros_are_copied() -> None:

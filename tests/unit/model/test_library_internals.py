@@ -25,11 +25,13 @@ from dpo_dist.model.library_internals import (
     name_in_model,
     plain_attention,
     set_adapter_state,
+    text_attention,
     transposed_by,
     unsharded,
     wrap_checkpointing,
 )
 from tests.support.families import tiny_family
+from tests.support.invented_images import image_reader
 from tests.support.kernels import put_kernels
 
 IDS = torch.tensor([[3, 5, 7, 11]])
@@ -78,6 +80,10 @@ def test_a_model_says_how_it_attends() -> None:
     llama.set_attn_implementation("eager")
     assert attention_name(llama) == "eager"
     assert (plain_attention(llama), plain_attention(own)) == ("sdpa", "eager")
+    both = image_reader("qwen3_vl")
+    both.set_attn_implementation(text_attention(both, "eager"))
+    assert both.model.language_model.config._attn_implementation == "eager"
+    assert both.model.visual.config._attn_implementation == "sdpa"
     assert (can_choose_attention(llama), can_choose_attention(own)) == (True, False)
 
 
