@@ -74,6 +74,7 @@ _ENCODING_KEYS = (
     "on_bad_record",
 )
 _VOCABULARY_FILES = ("tokenizer*", "*.model", "*.tiktoken", "tekken*", "*.py", "vocab*", "merges*")
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _SPECIAL_FILES = ("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*")
 
 EncodingProgress = Callable[[str], AbstractContextManager[Callable[[int], None]]]
@@ -218,9 +219,9 @@ def _columns(record: EncodedRecord) -> dict[str, Any]:
     }
 
 
-def tokenizer_digest(folder: Path) -> str:
-    """Return a digest of the files of a model folder that decide how text becomes token ids."""
-    names = _VOCABULARY_FILES + _SPECIAL_FILES
+def tokenizer_digest(folder: Path, *, with_images: bool = False) -> str:
+    """Return a digest of the files of a model folder that decide how text, or images, become token ids."""
+    names = _VOCABULARY_FILES + _SPECIAL_FILES + (_IMAGE_FILES if with_images else ())
     files = sorted({file for name in names for file in folder.glob(name) if file.is_file()})
     parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
     config_file = folder / "config.json"  # an adapter's folder with a tokenizer has no config.json

@@ -1,0 +1,235 @@
+"""Images of encoded sources: stored once, watched, verified, and given to the model with their inputs."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_dist.batching.pack import PackedImages
+from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.batching.step_batch import shard_batch
+from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.dataset import PreferenceDataset, count_duplicates, count_shared, open_dataset
+from dpo_dist.data.encoded.partners import with_partners
+from dpo_dist.data.encoded.store import EncodedSource
+from dpo_dist.data.images import ImageProcessor
+from dpo_dist.data.records import Part
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.files import MEMO_FOLDER
+from tests.support.image_processors import file_of, image_tokenizer, picture, processor_of
+
+KIND = "qwen2_5_vl"
+COSTS = ComputeCosts(key=0.0, target=0.0)
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> ImageProcessor:
+    return processor_of(tmp_path_factory.mktemp("model"), KIND)
+
+
+@pytest.fixture
+def expanded(processor: ImageProcessor) -> Iterator[mock.Mock]:
+    """Called for each image that is encoded."""
+    with mock.patch.object(processor, "expanded", side_effect=processor.expanded) as spy:
+        yield spy
+
+
+def write(folder: Path, name: str, *images: list[str], prompt: str = "What is it?") -> str:
+    """Write pairs that differ in their images only, which are files of the folder."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": prompt}],
+            "chosen": [{"role": "assistant", "content": "A dog."}],
+            "rejected": [{"role": "assistant", "content": "No."}],
+            "images": own,
+        }
+        for own in images
+    ]
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / name)
+
+
+def paint(folder: Path, **seeds: int) -> None:
+    for name, seed in seeds.items():
+        (folder / f"{name}.png").write_bytes(file_of(picture(seed, 40 + 28 * seed, 60)))
+
+
+def encode(
+    folder: Path, processor: ImageProcessor | None, *paths: str, **data: Any
+) -> tuple[EncodedSource, ...]:
+    part = data.pop("part", Part())
+    config = DataConfig(cache=str(folder / "cache"), **data)
+    sources = [SourceConfig(path) for path in paths]
+    return prepare_dataset(sources, config, image_tokenizer(KIND), KIND, part=part, processor=processor)
+
+
+def opened(folder: Path, processor: ImageProcessor, *paths: str, **data: Any) -> PreferenceDataset:
+    return open_dataset(encode(folder, processor, *paths, **data), DataConfig(max_bad_share=1.0), processor)
+
+
+def test_each_distinct_image_is_stored_once_and_encoded_once(
+    tmp_path: Path, processor: ImageProcessor, expanded: mock.Mock
+) -> None:
+    paint(tmp_path, a=1, b=2, same=1)
+    path = write(tmp_path, "pairs.jsonl", ["a.png"], ["b.png", "a.png"], [], ["same.png"])
+    other = write(tmp_path, "more.jsonl", ["b.png"])
+    data = opened(tmp_path, processor, path, other)
+    assert data.images is not None
+    assert len(data.images.distinct) == 2
+    [first, second, none, same, last] = [data.example(index).images for index in range(5)]
+    assert [image.digest for image in second] == [last[0].digest, first[0].digest]
+    assert (none, same[0].digest) == ((), first[0].digest)
+    size = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*-images.arrow"))
+    assert size < 1.2 * sum((tmp_path / name).stat().st_size for name in ("a.png", "b.png", "b.png")) + 5000
+    expanded.reset_mock()
+    again = opened(tmp_path, processor, other, path)
+    assert not expanded.called
+    assert again.fingerprint != data.fingerprint
+    examples, keys = data.examples_with_keys(range(5))
+    np.testing.assert_array_equal(keys, data.keys)
+    for example, names in zip(examples, (["a"], ["b", "a"], [], ["a"], ["b"]), strict=True):
+        for image, name in zip(example.images, names, strict=True):
+            expected = processor.inputs((tmp_path / f"{name}.png").read_bytes())
+            assert all(torch.equal(image.inputs[key], value) for key, value in expected.items())
+            assert np.count_nonzero(example.prompt_ids == processor.placeholder_id) >= image.tokens
+
+
+def test_records_that_differ_in_the_image_are_not_one(tmp_path: Path, processor: ImageProcessor) -> None:
+    paint(tmp_path, a=1, b=2, c=2)
+    paint(tmp_path, d=3)
+    (tmp_path / "d.png").write_bytes(file_of(picture(9, 40 + 28, 60)))  # as many tokens as `a`
+    data = opened(tmp_path, processor, write(tmp_path, "p.jsonl", ["a.png"], ["d.png"], ["b.png"], ["c.png"]))
+    a, d, b, c = range(4)
+    assert data.example(a).prompt_ids.tolist() == data.example(d).prompt_ids.tolist()
+    assert len({data.keys[data.response_range(index)].tobytes() for index in range(4)}) == 3
+    assert len(set(data.prompt_hashes.tolist())) == 3
+    assert data.prompt_hashes[b] == data.prompt_hashes[c]
+    assert count_duplicates(data) == 1
+    other = opened(tmp_path, processor, write(tmp_path, "other.jsonl", ["d.png"]))
+    assert count_shared(data, other) == 1
+    held_out = Part(held_out=np.unique(other.prompt_hashes))
+    kept = opened(tmp_path, processor, write(tmp_path, "p.jsonl", ["a.png"], ["d.png"]), part=held_out)
+    assert len(kept) == 1
+
+
+def test_partners_of_labelled_records_follow_this_records_image(
+    tmp_path: Path, processor: ImageProcessor
+) -> None:
+    paint(tmp_path, **{f"i{n}": n for n in range(4)})
+    rows = [
+        {"prompt": [{"role": "user", "content": "What?"}], "label": bool(n % 2), "images": [f"i{n}.png"]}
+        | {"completion": [{"role": "assistant", "content": f"Answer {n}."}]}
+        for n in range(4)
+    ]
+    (tmp_path / "kto.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = with_partners(opened(tmp_path, processor, str(tmp_path / "kto.jsonl")), 1024)
+    for index in range(4):
+        own, partner = data.example(index).responses
+        assert own.tolist() != partner.tolist()
+    examples, keys = data.examples_with_keys(range(4), which=1)
+    assert len(np.unique(keys, axis=0)) == 4
+    assert len({example.images[0].digest for example in examples}) == 4
+
+
+def test_an_image_that_changed_in_place_is_encoded_and_keyed_anew(
+    tmp_path: Path, processor: ImageProcessor, expanded: mock.Mock
+) -> None:
+    paint(tmp_path, a=1, b=2)
+    path = write(tmp_path, "pairs.jsonl", ["a.png"], ["b.png"], ["later.png"])
+    first = opened(tmp_path, processor, path, max_bad_share=1.0)
+    assert first.counts["dropped"] == {"image_unreadable": 1}
+    paint(tmp_path, b=3)
+    second = opened(tmp_path, processor, path, max_bad_share=1.0)
+    assert second.fingerprint != first.fingerprint
+    np.testing.assert_array_equal(second.keys[:2], first.keys[:2])
+    assert not np.isin(second.keys[2:], first.keys).any()
+    paint(tmp_path, later=4)
+    assert len(opened(tmp_path, processor, path, max_bad_share=1.0)) == 3
+    (tmp_path / "a.png").unlink()
+    assert len(opened(tmp_path, processor, path, max_bad_share=1.0)) == 2
+    expanded.reset_mock()
+    opened(tmp_path, processor, path, max_bad_share=1.0)
+    assert not expanded.called
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "gone"])
+def test_damaged_images_are_not_opened_and_are_encoded_again(
+    damage: str, tmp_path: Path, processor: ImageProcessor
+) -> None:
+    paint(tmp_path, a=1)
+    path = write(tmp_path, "pairs.jsonl", ["a.png"])
+    [source] = encode(tmp_path, processor, path)
+    [file] = (tmp_path / "cache").glob("*-images.arrow")
+    whole = file.read_bytes()
+    if damage == "cut":
+        os.truncate(file, 500)
+    elif damage == "bit":
+        file.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
+    else:
+        file.unlink()
+    with pytest.raises(DataError, match="damaged"):
+        open_dataset([source], DataConfig(), processor)
+    encode(tmp_path, processor, path)
+    assert file.read_bytes() == whole
+    assert len(open_dataset([source], DataConfig(), processor)) == 1
+
+
+def test_settings_of_images_change_the_file_and_text_has_no_images(
+    tmp_path: Path, processor: ImageProcessor
+) -> None:
+    paint(tmp_path, a=1)
+    path, text = write(tmp_path, "pairs.jsonl", ["a.png"]), write(tmp_path, "text.jsonl", [])
+    smaller = processor_of(tmp_path / "smaller", KIND, 2000)
+    coarser = processor_of(tmp_path / "coarser", KIND, image_mean=[0.5, 0.5, 0.5])
+    encoded = [encode(tmp_path, each, path)[0].file for each in (processor, smaller, coarser)]
+    assert len(set(encoded)) == 3
+    [source] = encode(tmp_path, processor, text)
+    assert not source.image_file.exists()
+    data = open_dataset([source], DataConfig(), processor)
+    assert (data.images, data.dummy_image()) == (None, None)
+    [unread] = encode(tmp_path, None, path, max_bad_share=1.0)
+    assert not unread.image_file.exists()
+    with pytest.raises(DataError, match="1 of 1 records cannot be used") as fault:
+        open_dataset([unread], DataConfig())
+    assert "model.images" in fault.value.remedy
+    assert {file.suffix for file in (tmp_path / "cache").iterdir() if file.name != MEMO_FOLDER} == {".arrow"}
+
+
+def test_every_rank_knows_which_micro_batches_have_images(tmp_path: Path, processor: ImageProcessor) -> None:
+    paint(tmp_path, a=1, b=4)
+    text = write(tmp_path, "text.jsonl", *[[]] * 5)
+    data = opened(tmp_path, processor, write(tmp_path, "p.jsonl", ["a.png"], ["b.png", "a.png"]), text)
+    assert data.images is not None
+    indices = np.arange(len(data))
+    plans = [shard_batch(data, indices, rank, 2, 80, COSTS) for rank in range(2)]
+    assert plans[0].with_images == plans[1].with_images
+    assert True in plans[0].with_images
+    for number, batches in enumerate(zip(*(list(plan.batches()) for plan in plans), strict=True)):
+        has = [any(data.with_images(np.array(plan.micro_batches[number], dtype=np.int64))) for plan in plans]
+        assert plans[0].with_images[number] == any(has)
+        for batch, own in zip(batches, has, strict=True):
+            assert (batch.images is not None) == any(has)
+            if isinstance(batch.images, PackedImages):
+                assert batch.images.is_dummy != own
+                assert set(batch.images.inputs) == {"pixel_values", "image_grid_thw"}
+
+
+def test_the_planner_counts_images(tmp_path: Path, processor: ImageProcessor) -> None:
+    paint(tmp_path, a=1, b=4)
+    data = opened(tmp_path, processor, write(tmp_path, "p.jsonl", ["a.png"], [], ["b.png", "a.png"]))
+    indices = np.arange(3)
+    responses, counts = data.response_indices(indices), data.response_counts(indices)
+    without, counted = (
+        data.sizes(indices, responses, counts, replace(COSTS, image=image)).costs for image in (0.0, 2.0)
+    )
+    tokens = [sum(image.tokens for image in data.example(index).images) for index in range(3)]
+    assert tokens[2] > tokens[0] > tokens[1] == 0
+    np.testing.assert_allclose(counted - without, 2 * np.array(tokens))

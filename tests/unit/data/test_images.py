@@ -1,0 +1,360 @@
+"""Images in prompts: placeholders as the model's own processor writes them, truncation, and bad files."""
+
+import pickle
+import struct
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, ProcessorMixin
+from transformers.image_utils import load_image
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+from dpo_dist.batching.example import response_keys
+from dpo_dist.config.schema import DataConfig, ImagesConfig
+from dpo_dist.data.counts import reason_remedy
+from dpo_dist.data.encode import EncodedExample, encode_pair
+from dpo_dist.data.images import ImageProcessor, decode_image
+from dpo_dist.data.records import IMAGE, BadRecord, UnusableRecordError
+from dpo_dist.foundation.errors import ConfigError
+from tests.support.image_processors import (
+    IMAGE_PROCESSORS,
+    TEMPLATE,
+    file_of,
+    image_record,
+    image_tokenizer,
+    picture,
+    processor_of,
+    write_processor,
+)
+from tests.support.tiny import with_template
+
+WIDE = DataConfig(max_length=100_000)
+FIRST, SECOND = (file_of(picture(seed, *size)) for seed, size in ((1, (60, 45)), (2, (120, 60))))
+SHOWN = {
+    "one": (["Look # here."], [FIRST]),
+    "alone": (["#"], [FIRST]),
+    "several": (["First # then #\n\n#"], [FIRST, SECOND, FIRST]),
+    "turns": (["# What?", "A dog.", "\n\nAnd # ?"], [SECOND, FIRST]),
+    "none": (["What?"], []),
+}
+
+
+def encoded(record: Any, kind: str, processor: ImageProcessor, config: DataConfig = WIDE) -> EncodedExample:
+    example = encode_pair(record, image_tokenizer(kind), config, processor)
+    assert isinstance(example, EncodedExample), example
+    return example
+
+
+def own_processor(folder: Path, kind: str) -> Any:
+    """The processor of transformers, which has no video processor here."""
+    name = PROCESSOR_MAPPING_NAMES[kind]
+    files = [module for path, module in [*sys.modules.items()] if "transformers.models." in path]
+    own = next(
+        vars(module)[name] for module in files if ".processing_" in module.__name__ and name in vars(module)
+    )
+    parameters = own.get_processor_dict(folder)[0]
+    parts = {"tokenizer": image_tokenizer(kind)}
+    parts["image_processor"] = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    with mock.patch.object(ProcessorMixin, "check_argument_for_proper_class", return_value=object):
+        return own.from_args_and_dict([parts.get(part) for part in own.get_attributes()], parameters)
+
+
+@pytest.mark.parametrize("kind", IMAGE_PROCESSORS)
+def test_prompts_and_inputs_are_those_of_the_models_own_processor(kind: str, tmp_path: Path) -> None:
+    processor, tokenizer = processor_of(tmp_path, kind), image_tokenizer(kind)
+    own = own_processor(tmp_path, kind)
+    for contents, images in SHOWN.values():
+        record = image_record(*contents, images=images)
+        turns = []
+        for turn in record.prompt:
+            texts = turn.content.split(IMAGE)
+            parts = [part for text in texts for part in ({"type": "image"}, {"type": "text", "text": text})][
+                1:
+            ]
+            turns.append({"role": turn.role, "content": parts})
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        pictures = [decode_image(image) for image in images] or None
+        expected = own(text=[rendered], images=pictures, return_tensors="pt")
+        example = encoded(record, kind, processor)
+        assert example.prompt_ids.tolist() == expected["input_ids"][0].tolist()
+        assert len(example.images) == len(images)
+        placeholders = np.count_nonzero(example.prompt_ids == processor.placeholder_id)
+        assert placeholders == sum(image.tokens for image in example.images)
+        for image in {*images}:
+            alone = own(text=[own.image_token], images=[decode_image(image)], return_tensors="pt")
+            inputs = processor.inputs(image)
+            assert {"pixel_values"} <= set(inputs) <= set(alone)
+            assert all(torch.equal(value, alone[name]) for name, value in inputs.items())
+
+
+@pytest.mark.parametrize("kind", IMAGE_PROCESSORS)
+def test_a_spelled_token_of_images_stays_text(kind: str, tmp_path: Path) -> None:
+    processor, tokenizer = processor_of(tmp_path, kind), image_tokenizer(kind)
+    names = {processor.token, tokenizer.convert_ids_to_tokens(processor.placeholder_id), "<image>", "[IMG]"}
+    spelled = " and ".join(sorted(names))
+    for contents, images in ((f"# is {spelled} #", [FIRST, SECOND]), (f"What is {spelled}?", [])):
+        sides = (f"It is {spelled}.", "No.")
+        example = encoded(image_record(contents, images=images, responses=sides), kind, processor)
+        placeholders = np.count_nonzero(example.prompt_ids == processor.placeholder_id)
+        assert placeholders == sum(image.tokens for image in example.images)
+        assert spelled in tokenizer.decode(example.prompt_ids)
+        assert spelled in tokenizer.decode(example.responses[0])
+        assert processor.placeholder_id not in example.responses[0]
+
+
+def test_records_that_differ_in_the_image_only_have_other_keys(tmp_path: Path) -> None:
+    processor = processor_of(tmp_path, "gemma3")
+    other = processor_of(tmp_path, "gemma3", max_pixels=100)
+    same = [encoded(image_record("#", images=[FIRST]), "gemma3", processor) for _ in range(2)]
+    differing = [
+        *same[:1],
+        encoded(image_record("#", images=[SECOND]), "gemma3", processor),
+        encoded(image_record("#", images=[FIRST]), "gemma3", other),
+    ]
+    assert len({tuple(example.prompt_ids) for example in differing}) == 1
+    assert len({response_keys([example]).tobytes() for example in differing}) == 3
+    assert len({response_keys([example]).tobytes() for example in same}) == 1
+
+
+def test_larger_images_are_made_smaller(tmp_path: Path) -> None:
+    large = file_of(picture(3, 300, 200))
+    tokens = []
+    for most in (None, 30_000, 5_000):
+        processor = processor_of(
+            tmp_path, "qwen2_vl", most, size={"shortest_edge": 784, "longest_edge": 10**6}
+        )
+        tokens.append(encoded(image_record("#", images=[large]), "qwen2_vl", processor).images[0].tokens)
+    assert tokens[0] > tokens[1] > tokens[2]
+    for most in (1, 7, 5_000, 59_999, 60_000):
+        width, height = decode_image(large, most).size
+        assert width * height <= most
+    assert decode_image(large, 60_000).size == (300, 200)
+
+
+def test_a_processor_can_be_sent_to_processes_that_encode(tmp_path: Path) -> None:
+    processor = processor_of(tmp_path, "mistral3")
+    copy = pickle.loads(pickle.dumps(processor))
+    record = image_record("#", images=[SECOND])
+    mine, theirs = (encoded(record, "mistral3", each) for each in (processor, copy))
+    assert mine.prompt_ids.tolist() == theirs.prompt_ids.tolist()
+    assert response_keys([mine]).tobytes() == response_keys([theirs]).tobytes()
+
+
+ONLY_TEXT = "{% for message in messages %}<|im_start|>{{ message['content'] | string }}<|im_end|>{% endfor %}"
+TWICE = TEMPLATE.replace("PLACE", "{% if loop.length > 1 %}<|image_pad|>{% endif %}<|image_pad|>")
+
+
+def test_templates_must_write_each_image_once(tmp_path: Path) -> None:
+    processor = processor_of(tmp_path, "qwen2_vl")
+    record = image_record("Look # here", images=[FIRST])
+    for template in (ONLY_TEXT, TEMPLATE.replace("PLACE", ""), TEMPLATE.replace("PLACE", "<image>")):
+        tokenizer = with_template(image_tokenizer("qwen2_vl"), template)
+        with pytest.raises(ConfigError, match="the chat template does not write images"):
+            encode_pair(record, tokenizer, WIDE, processor)
+    tokenizer = with_template(image_tokenizer("qwen2_vl"), TWICE)
+    assert encode_pair(record, tokenizer, WIDE, processor).reason == "image_count"
+
+
+def test_records_with_images_that_cannot_be_placed_are_dropped(tmp_path: Path) -> None:
+    kind, processor = "qwen2_vl", processor_of(tmp_path, "qwen2_vl")
+    tokenizer = image_tokenizer(kind)
+    whole = image_record("#", images=[FIRST])
+    assert encode_pair(whole, tokenizer, WIDE).reason == "media_not_read"
+    for record in (
+        image_record("# #", images=[FIRST]),
+        image_record("#", images=[FIRST], responses=(f"a {IMAGE}", "b")),
+        image_record(f"a {IMAGE}", images=[]),
+    ):
+        assert encode_pair(record, tokenizer, WIDE, processor).reason == "reserved_character"
+    bare = with_template(tokenizer, None)
+    applied = DataConfig(template="applied", text_as_messages=False)
+    record = image_record("x <|image_pad|><|im_end|>", images=[])
+    text = type(record)("x <|image_pad|><|im_end|>", ("a<|im_end|>", "b<|im_end|>"), record.origin)
+    assert encode_pair(text, bare, applied, processor).reason == "image_count"
+    assert isinstance(encode_pair(text, bare, applied), EncodedExample)
+
+
+@pytest.mark.parametrize("truncation", ["drop", "keep_start", "keep_end", "both"])
+def test_images_are_never_cut(truncation: str, tmp_path: Path) -> None:
+    kind, processor = "qwen2_vl", processor_of(tmp_path, "qwen2_vl")
+    record = image_record(
+        "Earlier words. # And later words.", images=[FIRST], responses=("Yes, it is.", "No")
+    )
+    whole = encoded(record, kind, processor)
+    ids = whole.prompt_ids.tolist()
+    start = ids.index(processor.placeholder_id) - 1  # of the token that begins an image
+    longest, needed = max(map(len, whole.responses)), len(ids) - start
+    seen = set()
+    for length in range(2, len(ids) + longest + 2):
+        for most in (None, needed - 1, needed, needed + 1, len(ids)):
+            config = DataConfig(max_length=length, max_prompt_length=most, truncation=truncation)
+            example = encode_pair(record, image_tokenizer(kind), config, processor)
+            if isinstance(example, BadRecord):
+                seen.add(example.reason)
+                if example.reason == "image_does_not_fit":
+                    assert min(most or length, length) < needed or truncation in ("keep_end", "both"), config
+                continue
+            kept = example.prompt_ids.tolist()
+            assert kept == ids[-len(kept) :]
+            assert len(kept) >= needed
+            assert len(kept) + max(map(len, example.responses)) <= length
+            seen.add("cut" if len(kept) < len(ids) else "whole")
+    expected = {"whole", "cut", "image_does_not_fit"}
+    assert expected <= seen
+    assert "max_pixels" in reason_remedy("image_does_not_fit")
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims to be this large."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+def gif(*frames: Image.Image) -> bytes:
+    return file_of(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+def exif(orientation: int) -> bytes:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return file_of(picture(4, 40, 20), "JPEG", exif=tags)
+
+
+SMALL = picture(5, 40, 30)
+JPEG, WEBP, TIFF = (file_of(SMALL, kind) for kind in ("JPEG", "WEBP", "TIFF"))
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>'
+WIDE_LINE = picture(6, 2000, 2)
+GOOD = {
+    "png": FIRST,
+    "jpeg": JPEG,
+    "webp": WEBP,
+    "gif": gif(SMALL.convert("P")),
+    "animated gif": gif(SMALL.convert("P"), picture(7, 40, 30).convert("P")),
+    "bmp": file_of(SMALL, "BMP"),
+    "tiff": TIFF,
+    "cmyk": file_of(SMALL.convert("CMYK"), "JPEG"),
+    "grey": file_of(SMALL.convert("L")),
+    "grey with alpha": file_of(SMALL.convert("LA")),
+    "rgba": file_of(SMALL.convert("RGBA")),
+    "palette": file_of(SMALL.convert("P")),
+    "palette with alpha": file_of(SMALL.convert("P"), transparency=bytes(range(256))),
+    "one bit": file_of(SMALL.convert("1")),
+    "ycbcr": file_of(SMALL.convert("YCbCr"), "JPEG"),
+    "lab": file_of(SMALL.convert("LAB"), "TIFF"),
+    "thin": file_of(picture(6, 199, 1)),
+    **{f"turned {orientation}": exif(orientation) for orientation in range(1, 9)},
+}
+BAD = {
+    "nothing": (b"", "image_unreadable"),
+    "one byte": (b"x", "image_unreadable"),
+    "zeros": (bytes(1000), "image_unreadable"),
+    "svg": (SVG, "image_unreadable"),
+    "html": (b"<!DOCTYPE html><html><body>404</body></html>", "image_unreadable"),
+    "json": (b'{"error": "not found"}', "image_unreadable"),
+    "pdf": (b"%PDF-1.7\n%", "image_unreadable"),
+    "pickle": (pickle.dumps([1]), "image_unreadable"),
+    "another format": (file_of(SMALL, "ICO"), "image_unreadable"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image_unreadable"),
+    "png signature": (FIRST[:8], "image_unreadable"),
+    "png header": (FIRST[:40], "image_unreadable"),
+    "half a png": (FIRST[: len(FIRST) // 2], "image_unreadable"),
+    "most of a png": (FIRST[:-30], "image_unreadable"),
+    "damaged png": (FIRST[:200] + b"????" + FIRST[204:], "image_unreadable"),
+    "png without pixels": (png(10, 10), "image_unreadable"),
+    "half a jpeg": (JPEG[: len(JPEG) // 2], "image_unreadable"),
+    "jpeg without its end": (JPEG[:-50], "image_unreadable"),
+    "jpeg header": (JPEG[:20], "image_unreadable"),
+    "half a webp": (WEBP[: len(WEBP) // 2], "image_unreadable"),
+    "half a gif": (GOOD["gif"][: len(GOOD["gif"]) // 2], "image_unreadable"),
+    "half a bmp": (GOOD["bmp"][: len(GOOD["bmp"]) // 2], "image_unreadable"),
+    "half a tiff": (TIFF[: len(TIFF) // 2], "image_unreadable"),
+    "float": (file_of(Image.fromarray(np.ones((9, 9), np.float32)), "TIFF"), "image_unreadable"),
+    "32 bit": (file_of(Image.fromarray(np.ones((9, 9), np.int32)), "TIFF"), "image_unreadable"),
+    "bomb": (png(10_000, 10_000), "image_too_large"),
+    "large bomb": (png(60_000, 60_000), "image_too_large"),
+    "largest bomb": (png(2**31 - 1, 2**31 - 1), "image_too_large"),
+    "long": (png(20_000, 20), "image_too_large"),
+    "longest": (png(2**31 - 1, 1), "image_too_large"),
+    "line": (file_of(WIDE_LINE), "image_too_large"),
+    "no width": (png(0, 10), "image_unreadable"),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_good_images_are_decoded_as_transformers_does(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "image"
+    file.write_bytes(GOOD[name])
+    found = decode_image(GOOD[name])
+    assert found.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(load_image(str(file))))
+
+
+def test_16_bits_are_scaled() -> None:
+    values = np.linspace(0, 65535, 81).astype(np.uint16).reshape(9, 9)
+    for kind in ("PNG", "TIFF"):
+        found = np.asarray(decode_image(file_of(Image.fromarray(values), kind)))
+        np.testing.assert_array_equal(found, np.repeat((values >> 8)[..., None], 3, axis=-1))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_images_have_a_reason(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    content, reason = BAD[name]
+    with pytest.raises(UnusableRecordError) as fault:
+        decode_image(content)
+    assert fault.value.reason == reason
+    assert fault.value.detail
+    assert not recwarn.list
+
+
+def test_one_pixel_and_a_small_image_are_read_or_refused_by_each_processor(tmp_path: Path) -> None:
+    for kind in IMAGE_PROCESSORS:
+        processor = processor_of(tmp_path / kind, kind)
+        for size in ((1, 1), (1, 30), (30, 1), (2, 190)):
+            record = image_record("#", images=[file_of(picture(1, *size))])
+            found = encode_pair(record, image_tokenizer(kind), WIDE, processor)
+            assert getattr(found, "reason", "image_unreadable") == "image_unreadable"
+
+
+def test_folders_without_a_usable_processor_are_refused(tmp_path: Path) -> None:
+    def refusal(kind: str, tokenizer_of: str = "qwen2_vl", **files: str | None) -> str:
+        folder = tmp_path / f"{kind}{len([*tmp_path.iterdir()])}"
+        if kind in IMAGE_PROCESSORS:
+            write_processor(folder, kind)
+        else:
+            AutoConfig.for_model(kind).save_pretrained(folder)
+            (folder / "preprocessor_config.json").write_text("{}")
+        for name, text in files.items():
+            file = folder / f"{name}.json"
+            file.unlink() if text is None else file.write_text(text)
+        with pytest.raises(ConfigError) as fault:
+            ImageProcessor(folder, image_tokenizer(tokenizer_of), ImagesConfig())
+        assert fault.value.where == "model.images"
+        return fault.value.got
+
+    assert "no image processor" in refusal("qwen2_vl", preprocessor_config=None, processor_config=None)
+    assert "mllama" in refusal("mllama")
+    assert "sound" in refusal("qwen2_5_omni")
+    assert "t5gemma2" in refusal("t5gemma2")
+    assert "llama4" in refusal(
+        "llama4", preprocessor_config='{"image_processor_type": "Llama4ImageProcessorFast"}'
+    )
+    assert "no image processor" in refusal("llama")
+    assert "'[IMG]'" in refusal("mistral3", processor_config='{"image_token": "[PICTURE]"}').replace(
+        "PICTURE", "IMG"
+    )
