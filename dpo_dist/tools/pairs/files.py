@@ -17,7 +17,6 @@ from dpo_dist.foundation.files import staged_file, write_json, write_lines
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.tools.shared.records import Read, good_records
 
-
 _IMAGES = "images"
 
 

@@ -89,8 +89,8 @@ def find_model(name: str, model: ModelConfig, store: Path, key: str) -> ModelSou
     folder, adapter = source.folder, source.adapter
     files = digest_model(folder, store, remote_code=model.trust_remote_code)
     added = [] if adapter is None else sorted(adapter.glob("adapter_*"))
-    own_tokens = tokenizer_digest(source.tokenizer_folder, with_images=model.images is not None)
-    parts = [files.digest, content_digest(added), own_tokens]
+    parts = [files.digest, content_digest(added), tokenizer_digest(source.tokenizer_folder)]
+    parts += [] if model.images is None else [tokenizer_digest(folder, with_images=True)]
     parts += [f"ends with {token}" for token in sorted(folder_stops(folder))]
     return replace(source, digest=text_digest(" ".join(parts)))
 
