@@ -89,6 +89,7 @@ class ExampleSizes:
     costs: Costs  # compute time in units of `ComputeCosts`
     rows: Counts | None = None  # responses in padded rows; None: nothing is padded
     longest: Counts | None = None  # tokens of the longest of these rows; None: nothing is padded
+    image_tokens: Counts | None = None  # placeholders of images in the prompts; None: there are no images
 
     def select(self, indices: Counts) -> "ExampleSizes":
         """Return the sizes of the examples at `indices`."""
@@ -125,7 +126,7 @@ def example_sizes(
     if image_tokens is not None:
         compute = compute + costs.image * image_tokens
     unshared_tokens = tokens + (counts - copies) * prompt_tokens
-    sizes = ExampleSizes(tokens, unshared_tokens, targets, attended, compute)
+    sizes = ExampleSizes(tokens, unshared_tokens, targets, attended, compute, image_tokens=image_tokens)
     if costs.arrangement is not Arrangement.padded and not costs.pads:
         return sizes
     return replace(sizes, rows=counts, longest=np.maximum.reduceat(prompts + stored, firsts))

@@ -89,6 +89,7 @@ class RankBatch:
     sources: Indices | None = None  # int64 [pairs], index in `dataset.labels`; None without labels
     which: int | None = None  # the only response of each example that is scored; None: all
     forwards: tuple[int, ...] = ()  # for each micro-batch `PackedBatch.forwards`
+    image_tokens: int = 0  # placeholders of images in the prompts, of the global batch
     with_images: tuple[bool, ...] = ()  # whether it has an image on any rank; as long as `micro_batches`
 
     def batches(self) -> Iterator[PackedBatch]:
@@ -153,6 +154,7 @@ def shard_batch(
         partners=partners,
         which=which,
         forwards=tuple(max(DUMMY_RESPONSES, *(int(counts[at].sum()) for at in ranks)) for ranks in plan),
+        image_tokens=0 if sizes.image_tokens is None else int(sizes.image_tokens.sum()),
         with_images=tuple(any(with_images[at].any() for at in ranks) for ranks in plan),
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.model.attention.kernels import layer_heads
-from dpo_dist.model.layers import layer_values, other_weights
+from dpo_dist.model.layers import image_weights, layer_values, other_weights, projector_weights
 
 # FLOPs per weight and token: forward, input gradient and weight gradient are one multiply-add each.
 _FORWARD = 2
@@ -26,6 +26,8 @@ _HEAD_SLOWNESS = 0.9
 REACHED_SHARES = 0.5, 0.35
 """Shares of the matrix-product peak that training reached on an H100: the best, and the usual."""
 _UNUSED_WEIGHTS = (".lora_", ".original_module.", ".modules_to_save.")
+_PRODUCTS = (nn.Linear, nn.Conv2d, nn.Conv3d)
+_PATCHES_ON_A_SIDE = ("spatial_merge_size", "pooling_kernel_size", "scale_factor", "downsample_factor")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 
 
@@ -34,8 +36,9 @@ class StepFlops:
     """Useful FLOPs of a training step, without recomputation.
 
     `per_token` counts all layers' matrices, `per_target` the output layer, `per_attended` each query-key pair
-    in all layers, also a token with itself. Sliding windows count as full attention. `forward_per_token` and
-    `forward_per_target` count a forward alone.
+    in all layers, also a token with itself. Sliding windows count as full attention. `per_image_token` counts
+    what the parts for images compute for a placeholder in a prompt, once for each example, without their
+    attention. `forward_per_...` count a forward alone.
     """
 
     per_token: float
@@ -43,14 +46,18 @@ class StepFlops:
     per_attended: float
     forward_per_token: float = 0.0
     forward_per_target: float = 0.0
+    per_image_token: float = 0.0
+    forward_per_image_token: float = 0.0
 
-    def step(self, tokens: int, targets: int, attended: int) -> float:
+    def step(self, tokens: int, targets: int, attended: int, image_tokens: int = 0) -> float:
         """Return the FLOPs of a training step with these counts."""
-        return self.per_token * tokens + self.per_target * targets + self.per_attended * attended
+        text = self.per_token * tokens + self.per_target * targets + self.per_attended * attended
+        return text + self.per_image_token * image_tokens
 
-    def forward(self, tokens: int, targets: int, attended: int) -> float:
+    def forward(self, tokens: int, targets: int, attended: int, image_tokens: int = 0) -> float:
         """Return the FLOPs of a forward alone with these counts."""
         in_weights = self.forward_per_token * tokens + self.forward_per_target * targets
+        in_weights += self.forward_per_image_token * image_tokens
         return in_weights + self.per_attended * attended * _FORWARD / _FORWARD_AND_BACKWARD
 
 
@@ -86,7 +93,37 @@ def step_flops(causal_lm: Any) -> StepFlops:
         _FORWARD_AND_BACKWARD * attention,
         forward,
         _FORWARD * output.numel(),
+        *_per_image_token(causal_lm),
     )
+
+
+def _per_image_token(causal_lm: Any) -> tuple[float, float]:
+    """Return the FLOPs of the parts for images per placeholder: of a training step, and of a forward alone.
+
+    A tower computes several patches for each placeholder, a projector one token. Frozen weights with no
+    trained ones before them have a forward only.
+    """
+    in_projectors, of_images = projector_weights(causal_lm), image_weights(causal_lm)
+    patches = patches_per_token(causal_lm.config) if of_images else 0.0
+    multiplied = {module.weight for module in causal_lm.modules() if isinstance(module, _PRODUCTS)}
+    step, forward, is_reached = 0.0, 0.0, False
+    for weights, times in ((of_images - in_projectors, patches), (in_projectors, 1.0)):
+        is_reached = is_reached or any(weight.requires_grad for weight in weights)
+        for weight in weights & multiplied:
+            step += (_per_weight(weight) if is_reached else _FORWARD) * times * weight.numel()
+            forward += _FORWARD * times * weight.numel()
+    return step, forward
+
+
+def patches_per_token(model_config: Any) -> float:
+    """Return how many patches of an image its tower computes for each placeholder in a prompt."""
+    vision = model_config.vision_config
+    tokens = getattr(model_config, "mm_tokens_per_image", None)
+    if tokens is not None:  # Gemma 3 pools the patches of an image of one size
+        return float((vision.image_size // vision.patch_size) ** 2 / tokens)
+    sides = [getattr(part, name, None) for part in (model_config, vision) for name in _PATCHES_ON_A_SIDE]
+    ratio = getattr(model_config, "downsample_ratio", None)  # InternVL's is 0.5 for two patches on a side
+    return float(next(filter(None, sides), 1 / ratio if ratio else 1)) ** 2
 
 
 def recomputed_share(model: ModelConfig) -> float:
@@ -109,13 +146,14 @@ def _per_weight(weight: Tensor) -> int:
 
 
 def compute_costs(flops: StepFlops) -> ComputeCosts:
-    """Return the cost of an attended key and of a target, relative to a token in the layers' matrices.
+    """Return the costs of a key, a target and an image's token, relative to a token in the layers' matrices.
 
     The output layer recomputes most logits in backward. Costs balance the ranks' load and change no result.
     """
     return ComputeCosts(
         key=_ATTENTION_SLOWNESS * flops.per_attended / flops.per_token,
         target=_HEAD_SLOWNESS * (4 / 3) * flops.per_target / flops.per_token,
+        image=flops.per_image_token / flops.per_token,
     )
 
 

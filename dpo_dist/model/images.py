@@ -25,7 +25,7 @@ _KINDS = ("token_type_ids", "mm_token_type_ids")
 
 
 class ImageReader:
-    """Calls the parts of a transformers model that read images. Public methods compute on the model's device.
+    """Calls the parts of a transformers model that read images.
 
     The model's own forward encodes the images of each row and finds out positions and masks by itself; inside
     `by_own_forward`, `is_own_forward` says that rows are to be computed by it.
@@ -53,10 +53,9 @@ class ImageReader:
             yield
         finally:
             self.is_own_forward = False
-            if hasattr(
-                self._causal_lm.base_model, "rope_deltas"
-            ):  # of the last row; generation would read it
-                self._causal_lm.base_model.rope_deltas = None
+            body = self._causal_lm.base_model
+            if hasattr(body, "rope_deltas"):  # of the last row; generation would go on from there
+                body.rope_deltas = None
 
     def own_inputs(self, images: PackedImages, input_ids: Tensor) -> dict[str, Any]:
         """Return what the model's own forward takes for one row, whose images are all distinct."""
@@ -81,16 +80,16 @@ class ImageReader:
             features = self._owner.get_image_features(**self._converted(images), return_dict=True)
         return EncodedImages(self, features, images, batch.layout)
 
-    def runs(self, images: PackedImages) -> ImageRuns | None:
-        """Return the runs of image tokens in the prompts; None if these tokens see earlier ones only."""
+    def runs(self, prompts: Sequence[TokenIds]) -> ImageRuns | None:
+        """Return the runs of image tokens in prompts; None if these tokens see earlier ones only."""
         if self.mask is ImageMask.causal:
             return None
-        places = tuple(tuple(self._runs(prompt)) for prompt in images.prompts)
+        edges = [
+            np.flatnonzero(np.diff(prompt == self._token, prepend=False, append=False)).tolist()
+            for prompt in prompts
+        ]
+        places = tuple(tuple(zip(ends[::2], ends[1::2], strict=True)) for ends in edges)
         return ImageRuns(places, in_windows_only=self.mask is ImageMask.in_windows)
-
-    def _runs(self, prompt: TokenIds) -> Iterator[tuple[int, int]]:
-        edges = np.flatnonzero(np.diff(prompt == self._token, prepend=False, append=False))
-        yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
 
     def row_kinds(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Return the input by which a model whose image tokens see each other masks rows by itself."""
@@ -140,6 +139,11 @@ class EncodedImages:
     images: PackedImages
     layout: tuple[tuple[int, ...], ...]
 
+    @property
+    def runs(self) -> ImageRuns | None:
+        """See `ImageReader.runs`."""
+        return self.reader.runs(self.images.prompts)
+
     def packed_inputs(self, device: torch.device) -> dict[str, Any]:
         """Return the inputs of the packed sequence."""
         inputs = self._features([number for order in self.images.order for number in order])
@@ -150,20 +154,12 @@ class EncodedImages:
 
     def row_inputs(self, input_ids: Tensor, first: int) -> dict[str, Any]:
         """Return the inputs of rows [rows, tokens], of which `first` is the number in the micro-batch."""
-        rows = slice(first, first + len(input_ids))
-        orders = [
-            order for order, pieces in zip(self.images.order, self.layout, strict=True) for _ in pieces[1:]
-        ]
-        inputs = self._features([number for order in orders[rows] for number in order])
         if self.images.is_dummy:
-            return inputs
-        if self._positions is not None:
-            positions = [
-                torch.from_numpy(np.concatenate((prompt, response), axis=1).T)
-                for prompt, *responses in self._positions
-                for response in responses
-            ]
-            padded = pad_sequence(positions[rows], batch_first=True).permute(2, 0, 1)
+            return {}
+        rows = slice(first, first + len(input_ids))
+        inputs = self._features([number for order in self._row_orders[rows] for number in order])
+        if self._row_positions is not None:
+            padded = pad_sequence(self._row_positions[rows], batch_first=True).permute(2, 0, 1)
             inputs["position_ids"] = copy_to_device(input_ids.device, padded.numpy())
         return inputs | self.reader.row_kinds(input_ids)
 
@@ -174,10 +170,9 @@ class EncodedImages:
         """
         if not self.images.is_dummy:
             return predicting
-        values = [self.features.pooler_output, *(getattr(self.features, "deepstack_features", None) or [])]
-        return predicting + (0.0 * torch.stack([_flat(value).float().sum() for value in values]).sum()).to(
-            predicting.dtype
-        )
+        values = [self.features.pooler_output, *(getattr(self.features, "deepstack_features", None) or ())]
+        total = torch.stack([_flat(value).float().sum() for value in values]).sum()
+        return predicting + (0.0 * total).to(predicting.dtype)
 
     @cached_property
     def _positions(self) -> list[list[npt.NDArray[np.int64]]] | None:
@@ -197,6 +192,26 @@ class EncodedImages:
             further = [np.tile(np.arange(after, after + tokens), (axes, 1)) for tokens in responses]
             found.append([positions, *further])
         return found
+
+    @cached_property
+    def _row_orders(self) -> list[tuple[int, ...]]:
+        """Return the images of each response's prompt."""
+        return [
+            order
+            for order, (_, *responses) in zip(self.images.order, self.layout, strict=True)
+            for _ in responses
+        ]
+
+    @cached_property
+    def _row_positions(self) -> list[Tensor] | None:
+        """Return the positions [tokens, 3] of each response with its prompt; None: usual ones."""
+        if self._positions is None:
+            return None
+        return [
+            torch.from_numpy(np.concatenate((prompt, response), axis=1).T)
+            for prompt, *responses in self._positions
+            for response in responses
+        ]
 
     def _features(self, order: Sequence[int]) -> dict[str, Any]:
         """Return the input that gives the placeholders, from first to last, the features of these images."""

@@ -110,23 +110,30 @@ def image_weights(causal_lm: Any) -> set[nn.Parameter]:
     return beside | inside - {w for name in modules for w in _unread(causal_lm.config, name, modules[name])}
 
 
-def _trained_for_images(causal_lm: Any, train: TrainedImageParts) -> set[nn.Parameter]:
-    """Return the weights that `model.images.train` names."""
+def projector_weights(causal_lm: Any) -> set[nn.Parameter]:
+    """Return the weights between towers and the text model; empty if they have no known name."""
     parts, weights = image_parts(causal_lm), image_weights(causal_lm)
-    if train is not TrainedImageParts.projector:
-        return weights if train is TrainedImageParts.tower else set()
     modules = [named for part, whole in parts.items() for named in whole.named_modules(prefix=part)]
     projectors = [module for name, module in modules if name.rpartition(".")[2] in _PROJECTORS]
     if not projectors:
+        return set()
+    in_towers = {weight for part in parts.values() for weight in part.parameters()}
+    return weights - in_towers | {weight for module in projectors for weight in module.parameters()}
+
+
+def _trained_for_images(causal_lm: Any, train: TrainedImageParts) -> set[nn.Parameter]:
+    """Return the weights that `model.images.train` names."""
+    if train is not TrainedImageParts.projector:
+        return image_weights(causal_lm) if train is TrainedImageParts.tower else set()
+    if not (weights := projector_weights(causal_lm)):
         raise ConfigError(
             "this model has no projector of a known name",
             where="model.images.train",
-            got=f"projector, of a model with {', '.join(parts)}",
+            got=f"projector, of a model with {', '.join(image_parts(causal_lm))}",
             expected=", ".join(sorted(_PROJECTORS)),
             remedy="set model.images.train=none or tower",
         )
-    in_towers = {weight for part in parts.values() for weight in part.parameters()}
-    return weights - in_towers | {weight for module in projectors for weight in module.parameters()}
+    return weights
 
 
 def _unread(config: Any, name: str, module: nn.Module) -> Iterator[nn.Parameter]:

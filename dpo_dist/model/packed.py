@@ -197,8 +197,8 @@ class PackedCausalLM(nn.Module):
         The ranks of `sequence` call it together. `with_routing` also returns `objective.router.routing_sums`
         of a mixture of experts.
         """
-        reads = self.images is not None and not self.images.is_own_forward
-        encoded = self.images.encode(batch) if self.images is not None and reads else None
+        assert batch.images is None or (self.images is not None and self.sequence is None)
+        encoded = None if self.images is None or self.images.is_own_forward else self.images.encode(batch)
         if self.arrangement is Arrangement.packed:
             return self._packed(batch, encoded, statistics, with_routing)
         pad_id = getattr(self.causal_lm.config.get_text_config(), "pad_token_id", None)
@@ -224,7 +224,7 @@ class PackedCausalLM(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute `forward` on one packed sequence; each rank of `sequence` computes some of its tokens."""
         ids, positions, device = batch.input_ids, batch.position_ids, batch.input_ids.device
-        runs = None if self.images is None or encoded is None else self.images.runs(encoded.images)
+        runs = None if encoded is None else encoded.runs
         attention = packed_attention(batch.layout, self.backend, device, runs)
         predictors, targets, repeats, share = batch.predictors, batch.targets, batch.repeats, None
         if self.sequence is not None:

@@ -138,7 +138,9 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
         return reference_without_store(run, ReferenceProvider(), is_start=False)
     assert files is not None, "every other mode has a reference model"
     if config.reference.path:
-        world.on_main(lambda: check_same_vocabulary(files.folder, inputs.tokenizer, config.model))
+        world.on_main(
+            lambda: check_same_vocabulary(files.folder, inputs.tokenizer, config.model, inputs.processor)
+        )
     same_precision = config.reference.quantization is config.model.quantization
     is_start = same_precision and files.digest == inputs.policy_files.digest
     if mode is ReferenceMode.live:

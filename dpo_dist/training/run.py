@@ -371,7 +371,7 @@ def _describe_duration(run: Run, inputs: Inputs, costs: ComputeCosts, done: int,
     sampler = inputs.sampler
     visited = sampler.visited_indices()
     some = run.shard(inputs.train_set, visited[:: 1 + len(visited) // 1000], costs)
-    work = inputs.flops.step(some.tokens, some.targets, some.attended) / some.pairs
+    work = inputs.flops.step(some.tokens, some.targets, some.attended, some.image_tokens) / some.pairs
     work *= (sampler.steps - done) * sampler.global_batch_pairs
     ends = (duration(work / peak / share) for share in REACHED_SHARES)
     shares = " to ".join(map(percent, REACHED_SHARES))

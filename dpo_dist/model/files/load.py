@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig, Quantization
+from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.foundation.errors import ConfigError, disk_error, first_line
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.architectures import (
@@ -133,11 +134,16 @@ def load_tokenizer(folder: Path, config: ModelConfig, key: str = "model.path") -
 
 
 def check_same_vocabulary(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, key: str = "reference.path"
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    processor: ImageProcessor | None,
+    key: str = "reference.path",
 ) -> None:
-    """Check that the model of `key` has the policy's vocabulary.
+    """Check that the model of `key` has the policy's vocabulary, and reads images as the policy does.
 
-    If the model's folder has no tokenizer, only the number of token ids is compared.
+    If the model's folder has no tokenizer, only the number of token ids is compared; if it has no image
+    processor, that of the policy is used.
     """
     vocabulary = tokenizer.get_vocab()
     ids = load_config(folder, config).get_text_config().vocab_size
@@ -150,6 +156,17 @@ def check_same_vocabulary(
             got=f"{folder} with {ids} token ids: {len(differing)} of {len(vocabulary)} tokens differ, "
             f"for example {', '.join(map(repr, sorted(differing)[:3]))}",
             remedy=f"set {key} to a model with the tokenizer of model.path",
+        )
+    if processor is None or not any(folder.glob("*processor_config.json")):
+        return
+    own = image_processor(folder, tokenizer, config.images)
+    if own is not None and own.settings != processor.settings:
+        raise ConfigError(
+            f"the model of {key} reads images in another way than that of model.path",
+            where=f"{key}, model.images",
+            got=f"{folder}, whose image processor has other settings",
+            expected="equal files preprocessor_config.json and processor_config.json",
+            remedy=f"set {key} to a model with the image processor of model.path, or copy that one's files",
         )
 
 

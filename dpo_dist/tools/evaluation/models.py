@@ -151,7 +151,14 @@ def load_evaluated(
                 bits if named.resolve() == base.resolve() else None,
             )
             world.on_main(
-                partial(check_same_vocabulary, named, inputs.tokenizer, config.model, EVALUATION_MODEL_KEY)
+                partial(
+                    check_same_vocabulary,
+                    named,
+                    inputs.tokenizer,
+                    config.model,
+                    inputs.processor,
+                    EVALUATION_MODEL_KEY,
+                )
             )
     offload = config.parallelism.offload_parameters
     placement = replace(config.reference, offload=offload, quantization=bits)

@@ -74,6 +74,7 @@ class Data(NamedTuple):
     pairs: int
     tokens: float  # of a pair, with its prompt once
     basis: str  # where both numbers come from
+    image_tokens: float = 0.0  # placeholders of images in a prompt
 
     @property
     def targets(self) -> float:
@@ -241,7 +242,8 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     gpus, model, text = machine.gpus, config.model, causal_lm.config.get_text_config()
     prompt, response = PROMPT_SHARE * data.tokens, data.targets / 2
     attended = prompt**2 / 2 + 2 * response * (prompt + response / 2)
-    work = data.pairs * step_flops(causal_lm).step(round(data.tokens), round(data.targets), round(attended))
+    of_pair = round(data.tokens), round(data.targets), round(attended), round(data.image_tokens)
+    work = data.pairs * step_flops(causal_lm).step(*of_pair)
     useful, again = work / (gpus * machine.flops), recomputed_share(model)
     useful *= _EXPERTS if visited_experts(text) else 1.0
     forward = useful / (3 if model.adapter is None else 2)

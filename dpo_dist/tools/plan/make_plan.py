@@ -127,8 +127,11 @@ def _hours(found: Estimate) -> list[str]:
     if "price" in hours:
         times.append(["price", " to ".join(f"{end:,.2f}" for end in hours["price"])])
     pairs = pluralize(data.pairs, found.config.loss.unit)
+    of_images = f", {data.image_tokens:,.0f} of them of images" if data.image_tokens else ""
+    if found.config.model.images is not None and not data.image_tokens:
+        of_images = ", without the work of the vision tower, as the images are not known"
     lines = [
-        f"an epoch of {pairs} of {data.tokens:,.0f} tokens ({data.basis}):",
+        f"an epoch of {pairs} of {data.tokens:,.0f} tokens{of_images} ({data.basis}):",
         *(f"  {line}" for line in aligned(times, numbers=(1,))),
     ]
     if found.sending > found.computing / MFU_RANGE[0]:
@@ -169,7 +172,10 @@ def planned_data(
     used = [(datasets[0], source.weight) for datasets, source in of_sources if datasets]
     pairs = max(1, round(sum(len(dataset) * weight for dataset, weight in used)))
     tokens = sum(int(dataset.piece_tokens.sum()) * weight for dataset, weight in used) / pairs
-    return Data(plan.pairs or pairs, plan.tokens_per_pair or tokens, "of data.train")
+    images = (
+        sum(int(data.images.prompt_tokens.sum()) * weight for data, weight in used if data.images) / pairs
+    )
+    return Data(plan.pairs or pairs, plan.tokens_per_pair or tokens, "of data.train", images)
 
 
 def _by_its_card(source: SourceConfig) -> tuple[float, float] | None:

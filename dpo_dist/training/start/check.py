@@ -83,7 +83,7 @@ def dry_run(
             revision = config.model.revision if evaluated.path == config.model.path else None
             model = description_folder(evaluated.path, revision, EVALUATION_MODEL_KEY)
             if not is_adapter(model):
-                check_same_vocabulary(model, tokenizer, config.model, EVALUATION_MODEL_KEY)
+                check_same_vocabulary(model, tokenizer, config.model, processor, EVALUATION_MODEL_KEY)
                 check_contents_at_hand(model, config.model, EVALUATION_MODEL_KEY)
         lines.append(("evaluation", evaluated.path))
     if not models:
@@ -91,7 +91,7 @@ def dry_run(
         lines += (("end", note) for note in stop_notes(tokenizer, config.data, folder))
     if config.metrics.function is not None:
         lines.append(("metrics", ", ".join(custom_metrics(config.metrics.function, config.loss).names)))
-    lines.append(("reference", _reference(config.reference, config.model, tokenizer)))
+    lines.append(("reference", _reference(config.reference, config.model, tokenizer, processor)))
     tokens: list[float] = []
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for index, source in enumerate(sources):
@@ -119,11 +119,16 @@ def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> 
     return "new"
 
 
-def _reference(reference: ReferenceConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+def _reference(
+    reference: ReferenceConfig,
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: ImageProcessor | None,
+) -> str:
     parts = [reference.mode.value]
     if reference.path is not None:
         folder = description_folder(reference.path, None, "reference.path")
-        check_same_vocabulary(folder, tokenizer, model)
+        check_same_vocabulary(folder, tokenizer, model, processor)
         check_contents_at_hand(folder, model, "reference.path")
         parts.append(f"model {folder}")
     if reference.mode is ReferenceMode.cached:

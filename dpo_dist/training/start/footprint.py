@@ -34,7 +34,7 @@ from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, layer_heads
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import visited_experts
-from dpo_dist.model.layers import decoder_layers, layer_values
+from dpo_dist.model.layers import decoder_layers, image_parts, image_weights, layer_values
 from dpo_dist.training.start.open_run import Run
 
 KEYS_PER_TOKEN = 1.6
@@ -110,7 +110,10 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
     }
     if config.reference.mode is ReferenceMode.live and config.reference.offload is Offload.none:
         parts["reference"] = number * weights / processes
-    per_token = activation_bytes(causal_lm, config.model.gradient_checkpointing)
+    is_tower_trained = any(weight.requires_grad for weight in image_weights(causal_lm))
+    # What a trained tower keeps depends on the share of images in the data.
+    checkpointing = config.model.gradient_checkpointing
+    per_token = None if is_tower_trained else activation_bytes(causal_lm, checkpointing)
     if per_token is not None:
         per_token /= config.parallelism.sequence_parallel
     return Footprint({name: part for name, part in parts.items() if part}, per_token)
@@ -146,10 +149,11 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
 
 
 def quantized_weights(causal_lm: Any) -> int:
-    """Return the number of weights that bitsandbytes quantizes: frozen linear layers, no output layer."""
-    output = causal_lm.get_output_embeddings().weight
-    linear = (module.weight for module in causal_lm.modules() if isinstance(module, nn.Linear))
-    return sum(weight.numel() for weight in linear if weight is not output and not weight.requires_grad)
+    """Return the number of weights that bitsandbytes quantizes: frozen linear layers of the text model."""
+    linear = {module.weight for module in causal_lm.modules() if isinstance(module, nn.Linear)}
+    of_images = {weight for part in image_parts(causal_lm).values() for weight in part.parameters()}
+    quantized = linear - of_images - {causal_lm.get_output_embeddings().weight}
+    return sum(weight.numel() for weight in quantized if not weight.requires_grad)
 
 
 def _count_weights(module: nn.Module) -> int:

@@ -27,7 +27,7 @@ from dpo_dist.data.encoded.dataset import (
     open_dataset,
 )
 from dpo_dist.data.encoded.partners import with_partners
-from dpo_dist.data.images import image_processor
+from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.model.architectures import (
@@ -66,6 +66,7 @@ class EvaluationInputs:
     policy_files: ModelFiles
     reference_files: ModelFiles | None  # None if the loss uses no reference
     tokenizer: PreTrainedTokenizerBase
+    processor: ImageProcessor | None  # None if images are not read
     flops: StepFlops
     weights: int  # number of the policy's weights
     router: RouterLoss | None  # losses that training adds for the policy's routers
@@ -216,7 +217,7 @@ def _load(
     sources, eval_set = config.data.eval_sources, None
     if sources:
         eval_set = encode("eval", sources, eval_part(config.data))
-    return EvaluationInputs(*files, tokenizer, flops, weights, router, eval_set), encode
+    return EvaluationInputs(*files, tokenizer, processor, flops, weights, router, eval_set), encode
 
 
 def checked_model(

@@ -181,9 +181,11 @@ class Loop:
 
     def _flops(self, batch: RankBatch, partners: RankBatch | None) -> float:
         flops = self.inputs.flops
-        counted = flops.step(batch.tokens, batch.targets, batch.attended)
+        counted = flops.step(batch.tokens, batch.targets, batch.attended, batch.image_tokens)
         if partners is not None:
-            counted += flops.forward(partners.tokens, partners.targets, partners.attended)
+            counted += flops.forward(
+                partners.tokens, partners.targets, partners.attended, partners.image_tokens
+            )
         return counted
 
     def _say_skipped(

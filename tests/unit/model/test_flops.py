@@ -7,14 +7,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma4TextConfig, LlamaConfig, MambaConfig
 
-from dpo_dist.config.schema import AdapterConfig, ModelConfig
+from dpo_dist.config.schema import AdapterConfig, ImagesConfig, ModelConfig, TrainedImageParts
 from dpo_dist.model.attention.kernels import Heads, layer_heads
 from dpo_dist.model.exactness import trial_examples
 from dpo_dist.model.files.load import without_weights
-from dpo_dist.model.flops import StepFlops, matmul_peak, step_flops
-from dpo_dist.model.layers import layer_values
+from dpo_dist.model.flops import StepFlops, compute_costs, matmul_peak, step_flops
+from dpo_dist.model.layers import keep_text, layer_values
 from dpo_dist.model.lora import add_adapter
 from tests.support.families import COMMON, FAMILIES, PACKED, tiny_causal_lm, tiny_config, tiny_family
+from tests.support.invented_images import image_reader, invented_images
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import SHAPES, packed
 
@@ -115,3 +116,39 @@ def test_options_of_each_layer_are_read() -> None:
     causal_lm.config.sliding_window = 160
     first = trial_examples(causal_lm, 512)[0]
     assert len(first.prompt_ids) + max(map(len, first.responses)) == 200
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gemma3",
+        "gemma4",
+        "glm46v",
+        "idefics3",
+        "internvl",
+        "llava",
+        "mistral3",
+        "qwen2_5_vl",
+        "qwen3_5",
+        "qwen3_vl",
+    ],
+)
+def test_parts_for_images_count_the_products_of_their_weights(family: str) -> None:
+    """Small towers have more around the products: a token of the whole image, positions, a pooling head."""
+    causal_lm, (image, *_) = image_reader(family), invented_images(family)
+    parts: dict[TrainedImageParts, StepFlops] = {}
+    for train in TrainedImageParts:
+        causal_lm.requires_grad_(True)
+        keep_text(causal_lm, ImagesConfig(train))
+        parts[train] = step_flops(causal_lm)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        causal_lm.model.get_image_features(**image.inputs, return_dict=True)
+    by_kind = {str(kind): count for kind, count in counter.get_flop_counts()["Global"].items()}
+    counted = sum(n for kind, n in by_kind.items() if kind in ("aten.mm", "aten.addmm", "aten.convolution"))
+    frozen, projector, tower = parts.values()
+    forward = frozen.forward_per_image_token
+    assert forward * image.tokens == pytest.approx(counted, rel=0.2)
+    assert frozen.forward(0, 0, 0, 2) == frozen.step(0, 0, 0, 2) == 2 * forward
+    assert tower.step(0, 0, 0, 2) == 6 * forward
+    assert forward <= projector.per_image_token < tower.per_image_token
+    assert compute_costs(tower).image == tower.per_image_token / tower.per_token

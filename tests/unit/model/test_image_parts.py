@@ -16,12 +16,20 @@ from dpo_dist.config.schema import (
     ImagesConfig,
     ModelConfig,
     Quantization,
+    RunConfig,
     TrainedImageParts,
 )
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.files.load import load_config, load_packed, without_weights
+from dpo_dist.model.files.load import (
+    check_same_vocabulary,
+    load_config,
+    load_packed,
+    without_weights,
+)
 from dpo_dist.model.layers import decoder_layers, image_weights, keep_text, text_notes
 from dpo_dist.model.lora import adapted_layers, add_adapter
+from dpo_dist.training.start.footprint import footprint, quantized_weights
+from tests.support.image_processors import image_tokenizer, processor_of, write_processor
 from tests.support.invented_images import READERS as FAMILIES
 from tests.support.invented_images import image_examples, image_reader, invented_images, row_logps
 from tests.support.multimodal import IMAGE_MODELS, write_multimodal
@@ -29,6 +37,7 @@ from tests.support.packing import VOCABULARY
 from tests.support.tiny_model import write_model
 
 CPU = torch.device("cpu")
+FP32 = ModelConfig(dtype=Dtype.fp32)
 NONE, PROJECTOR, TOWER = TrainedImageParts
 # What lies between the tower and the text model of each family; `visual` has all parts of an image.
 MERGER = {"model.visual": ("model.visual.merger", "model.visual.deepstack_merger_list")}
@@ -189,3 +198,35 @@ def test_a_trained_tower_is_checkpointed_with_the_text_model_and_a_frozen_one_is
         assert all(layer.gradient_checkpointing for layer in decoder_layers(causal_lm))
         [block] = causal_lm.model.vision_tower.encoder.layers
         assert block.gradient_checkpointing is (train is TOWER)
+
+
+def test_a_reference_reads_images_by_the_policys_processor(tmp_path: Path) -> None:
+    processor = processor_of(tmp_path / "policy", "qwen2_5_vl")
+    tokenizer, config = image_tokenizer("qwen2_5_vl"), config_of(tmp_path / "policy")
+    same = write_processor(tmp_path / "same", "qwen2_5_vl")
+    other = write_processor(tmp_path / "other", "qwen2_5_vl", image_mean=[0.5, 0.5, 0.5])
+    check_same_vocabulary(same, tokenizer, config, processor)
+    check_same_vocabulary(other, tokenizer, replace(config, images=None), None)
+    with pytest.raises(ConfigError, match="reads images in another way") as error:
+        check_same_vocabulary(other, tokenizer, config, processor)
+    assert error.value.where == "reference.path, model.images"
+    for file in other.glob("*processor_config.json"):
+        file.unlink()
+    check_same_vocabulary(other, tokenizer, config, processor)
+
+
+def test_memory_counts_towers_whole_and_that_of_a_trained_one_is_not_known(tmp_path: Path) -> None:
+    folder = write_multimodal(tmp_path, "gemma3", VOCABULARY)
+    text = without_weights(load_config(folder, FP32), FP32)
+    weights = {}
+    for train in (NONE, TOWER):
+        config = config_of(folder, train)
+        needs = footprint(RunConfig(model=config), without_weights(load_config(folder, config), config), 1)
+        assert (needs.per_token is None) is (train is TOWER)
+        weights[train] = needs.parts["weights"]
+        assert weights[train] > footprint(RunConfig(model=FP32), text, 1).parts["weights"]
+    assert weights[NONE] == weights[TOWER]
+    quantized = without_weights(load_config(folder, config_of(folder)), config_of(folder)).requires_grad_(
+        False
+    )
+    assert quantized_weights(quantized) == quantized_weights(text.requires_grad_(False))

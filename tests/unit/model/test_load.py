@@ -362,19 +362,19 @@ def test_kernels_of_the_hub_are_not_run(name: str, value: object, tmp_path: Path
 def test_a_reference_has_the_policys_ids_for_the_same_tokens(tmp_path: Path) -> None:
     """Without a tokenizer of its own it has enough of them."""
     folder, tokenizer = write_model(tmp_path / "model"), tiny.qwen()
-    check_same_vocabulary(folder, tokenizer, FP32)
+    check_same_vocabulary(folder, tokenizer, FP32, None)
     longer = load_tokenizer(folder, FP32)
     longer.add_tokens(["<new>"])
-    error = refused("other token ids", check_same_vocabulary, folder, longer, FP32)
+    error = refused("other token ids", check_same_vocabulary, folder, longer, FP32, None)
     assert "1 of " in error.got
     assert "'<new>'" in error.got
 
     for file in folder.glob("tokenizer*"):
         file.write_text(file.read_text().replace("<|im_end|>", "<|fin|>"))
-    error = refused("other token ids", check_same_vocabulary, folder, tokenizer, FP32)
+    error = refused("other token ids", check_same_vocabulary, folder, tokenizer, FP32, None)
     assert error.where == "reference.path"
     assert "1 of " in error.got
 
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    check_same_vocabulary(folder, tokenizer, FP32)
+    check_same_vocabulary(folder, tokenizer, FP32, None)

@@ -229,8 +229,9 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ("{with_tracking: true, loss_type: wpo}", {"loss.weighting": "wpo", "tracking.wandb": "auto"}, ""),
     # Images. These trainers train a tower without its projector, and adapters on a tower's layers.
     (
-        "{stage: dpo, finetuning_type: full, freeze_vision_tower: true, image_max_pixels: 589824}",
-        {"model.images": ImagesConfig(max_pixels=589824)},
+        "{stage: dpo, finetuning_type: full, freeze_vision_tower: true, image_max_pixels: 589824, "
+        "media_dir: pictures}",
+        {"model.images": ImagesConfig(max_pixels=589824), "data.images": "pictures"},
         "",
     ),
     (

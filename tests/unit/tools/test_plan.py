@@ -323,6 +323,6 @@ def test_recipes_know_the_size_of_their_data(file: Path) -> None:
 
 def test_data_that_no_card_is_known_of_are_assumed() -> None:
     data = data_of("model.path=m", "data.train=[hub/unknown]")
-    assert data == (60_000, 700, "assumed; set plan.pairs and plan.tokens_per_pair")
+    assert data == Data(60_000, 700, "assumed; set plan.pairs and plan.tokens_per_pair")
     some = ["data.train=[{path: Anthropic/hh-rlhf, limit: 100, weight: 3}]", "plan.tokens_per_pair=50"]
     assert data_of("model.path=m", *some)[:2] == (300, 50)
