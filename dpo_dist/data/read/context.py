@@ -24,8 +24,8 @@ _SYSTEMS = ("system", "system_prompt")
 _ARGUMENTS = "chat_template_kwargs"
 # Parts of the question in some datasets, which the prompt must contain. No format adds `context` to it.
 _QUESTION_FIELDS = ("instruction", *QUESTIONS, "context")
-# Fields that a chat template or a model uses, but no format reads: dropping them would change the prompt.
 _SIDES = ("chosen", "rejected")
+# Fields that a chat template or a model uses, but no format reads: dropping them would change the prompt.
 _UNREAD = ("documents", *MEDIA, *(f"{side}_{name}" for side in _SIDES for name in MEDIA))
 _IMAGES_OF_SIDES = tuple(f"{side}_{name}" for side in _SIDES for name in IMAGES)
 # Perhaps a record's weight in the loss: a value other than 1 would be ignored.

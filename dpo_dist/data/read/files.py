@@ -61,9 +61,8 @@ def check_kind(file: Path, path: str) -> None:
 def read_file(file: Path, path: str, folders: Sequence[Path] = ()) -> Iterator[RawRecord]:
     """Yield a file's records in order, bad ones with the reason; only a .json is read whole.
 
-    The files that a record names are looked up in `folders`, then in the folder of its own file.
-
     A record's origin is `path` with its first line, counted from 1; in .parquet and .json with its number.
+    The files that a record names are looked up in `folders`, then in the folder of its own file.
     Raises DataError: the file cannot be read.
     """
     try:

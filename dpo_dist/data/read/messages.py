@@ -187,7 +187,7 @@ def given_images(fields: Fields) -> list[Any]:
     """Return the values of a record's or a message's own images, without nulls."""
     given = [from_json(fields[name]) for name in IMAGES if fields.get(name) is not None]
     lists = [
-        [image for image in value if has_value(without_nulls(image))]
+        list(filter(_is_given, value))
         for value in (value if isinstance(value, list | tuple) else [value] for value in given)
     ]
     if len(lists) > 1 and all(lists):
@@ -195,9 +195,13 @@ def given_images(fields: Fields) -> list[Any]:
     return list(itertools.chain(*lists))
 
 
+def _is_given(image: Any) -> bool:
+    return has_value(without_nulls(image))
+
+
 def _part_image(part: Fields) -> Any:
     """Return the value of the image of a part; None if it is in the record's own list."""
-    name = next((name for name in _SOURCES if has_value(part.get(name))), "")
+    name = next((name for name in _SOURCES if _is_given(part.get(name))), "")
     return f"data:;base64,{part[name]}" if name == "base64" else part.get(name)
 
 

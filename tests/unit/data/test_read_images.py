@@ -75,7 +75,12 @@ FORMS: dict[str, tuple[dict[str, Any], list[str], list[Any]]] = {
     ),
     "TRL, parts as a table writes them": (
         {
-            "prompt": [turn({**PART, "text": None}, {**text("q"), "image": None})],
+            "prompt": [
+                turn(
+                    {**PART, "text": None, "image": {"bytes": None, "path": None}},
+                    {**text("q"), "image": None},
+                )
+            ],
             **PAIR,
             "images": ["a.png", None],
         },
@@ -439,7 +444,17 @@ def test_a_column_of_images_of_datasets_is_read_as_stored(tmp_path: Path) -> Non
     assert again == [first, second]
 
 
-def test_columns_name_images_and_readers_return_them(folder: Path) -> None:
+READER = """
+def ranked(record):
+    rating = lambda each: float(each["annotations"]["Helpfulness"]["Rating"])
+    completions = [{"response": each["response"], "score": rating(each)} for each in record["completions"]]
+    return {"prompt": record["prompt"], "completions": completions, "image": record["image"]}
+"""
+
+
+def test_columns_name_images_and_readers_return_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = jsonl(folder, {"prompt": "q", **PAIR, "shot": {"file": "inner.png"}, "images": ["no.png"]})
     assert contents_read(SourceConfig(path, columns={"images": "shot.file"})) == [b"inside"]
     assert contents_read(SourceConfig(path, columns={"images": None})) == []
@@ -447,6 +462,30 @@ def test_columns_name_images_and_readers_return_them(folder: Path) -> None:
     [dropped] = read_records(SourceConfig(parts, columns={"images": None}))
     assert isinstance(dropped, BadRecord)
     assert dropped.reason == "image_count"
+    # RLHF-V has the texts in a column, as JSON.
+    rlhf_v = jsonl(folder, {"text": json.dumps({"question": "q", **PAIR}), "image": {"path": "inner.png"}})
+    assert contents_read(SourceConfig(rlhf_v, columns={"record": "text"})) == [b"inside"]
+    # VLFeedback rates its responses inside of objects.
+    (tmp_path / "own_readers.py").write_text(READER)
+    monkeypatch.syspath_prepend(tmp_path)
+    rated = [
+        {"model": name, "response": name, "annotations": {"Helpfulness": {"Rating": rating}}}
+        for name, rating in (("worst", "1"), ("best", "5"), ("fair", "3"))
+    ]
+    saved = datasets.Dataset.from_list(
+        [{"prompt": "q", "completions": rated, "image": {"bytes": b"jpeg", "path": "a.jpg"}}]
+    )
+    saved.cast_column("image", datasets.Image()).to_parquet(tmp_path / "rated.parquet")
+    [record] = read_records(SourceConfig(str(tmp_path / "rated.parquet"), reader="own_readers:ranked"))
+    assert isinstance(record, PreferenceRecord)
+    assert (record.responses, names(record)) == (("best", "fair", "worst"), [b"jpeg"])
+
+
+def test_a_table_names_images(folder: Path) -> None:
+    (folder / "pairs.csv").write_text(
+        'prompt,chosen,rejected,images\nq,good,bad,inner.png\nr,good,bad,\ns,good,bad,"[""inner.png""]"\n'
+    )
+    assert contents_read(str(folder / "pairs.csv")) == [b"inside", b"inside"]
 
 
 def test_records_in_memory_keep_the_pixels_of_their_images(tmp_path: Path) -> None:
