@@ -60,7 +60,7 @@ def encode_pair(
             raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0")
         images = _expanded(record, processor)
         rendered = render_record(record, facts, data_config)
-        if processor is not None:
+        if processor is not None and images:
             rendered = with_images(rendered, images, facts, processor)
         prompt, responses, trained, is_resplit = _encoded(rendered, facts, data_config)
         prompt, prefix_length = facts.with_prefix(prompt)

@@ -95,12 +95,9 @@ def with_images(
     A token of images that a text spells is escaped, so that it is no place. Raises UnusableRecordError: there
     are more places, or fewer; ConfigError: the template writes none for images.
     """
-    if images:
-        if facts.chat is None:
-            raise UnusableRecordError(
-                "image_count", "without a chat template, a text has no place for images"
-            )
-        facts.chat.check_images(processor.token)
+    if facts.chat is None:
+        raise UnusableRecordError("image_count", "a text without a chat template has no place for images")
+    facts.chat.check_images(processor.token)
     first, *others = rendered.prompt.split(processor.token)
     places = len(others) + sum(text.count(processor.token) for text in rendered.responses)
     if not len(images) == len(others) == places:

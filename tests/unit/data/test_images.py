@@ -22,6 +22,7 @@ from dpo_dist.data.counts import reason_remedy
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.images import ImageProcessor, decode_image
 from dpo_dist.data.records import IMAGE, BadRecord, UnusableRecordError
+from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError
 from tests.support.image_processors import (
     IMAGE_PROCESSORS,
@@ -196,6 +197,10 @@ def test_images_are_never_cut(truncation: str, tmp_path: Path) -> None:
         for most in (None, needed - 1, needed, needed + 1, len(ids)):
             config = DataConfig(max_length=length, max_prompt_length=most, truncation=truncation)
             example = encode_pair(record, image_tokenizer(kind), config, processor)
+            # Suggested limits and the doctor count from these lengths.
+            assert example.lengths == whole.lengths
+            lengths = SourceLengths(np.array([example.lengths]), 0, 0.0)
+            assert lengths.kept(config) == isinstance(example, EncodedExample)
             if isinstance(example, BadRecord):
                 seen.add(example.reason)
                 if example.reason == "image_does_not_fit":
