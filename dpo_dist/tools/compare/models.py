@@ -189,15 +189,16 @@ class ComparedModel:
         return self.prompts.finish(title, self.prompts.stage("logps", settings), part)
 
     def _images(self, index: int, rows: Sequence[Completions]) -> list[tuple[ImageInput, ...] | None]:
-        """Return the images of each prompt of a part; None if it has another number of their placeholders.
+        """Return the images of each prompt of a part; None if another number of placeholders is in the tokens.
 
-        A model with the same tokens may divide an image into more or fewer.
+        A model with the same tokens may divide an image into more or fewer; a response may have some, too.
         """
         responder, found = self.responder, list[tuple[ImageInput, ...] | None]()
         for record, row in zip(self.prompts.parts[index], rows, strict=True):
             own = usable_prompt(record, responder, 0) if record.images and row.completions else ""
             images = () if isinstance(own, str) else responder.images(own)
-            places = row.prompt_ids.count(responder.processor.placeholder_id) if responder.processor else 0
+            ids = row.prompt_ids + [token for each in row.completions for token in each.ids]
+            places = ids.count(responder.processor.placeholder_id) if responder.processor else 0
             found.append(images if places == sum(image.tokens for image in images) else None)
         return found
 
