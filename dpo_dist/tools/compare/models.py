@@ -189,7 +189,7 @@ class ComparedModel:
         return self.prompts.finish(title, self.prompts.stage("logps", settings), part)
 
     def _images(self, index: int, rows: Sequence[Completions]) -> list[tuple[ImageInput, ...] | None]:
-        """Return the images of each prompt of a part; None if another number of placeholders is in the tokens.
+        """Return the images of each prompt of a part; None if it has another number of placeholders.
 
         A model with the same tokens may divide an image into more or fewer; a response may have some, too.
         """
