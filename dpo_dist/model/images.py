@@ -18,7 +18,6 @@ from dpo_dist.batching.pack import PackedBatch, PackedImages, copy_to_device
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import ImageMask, image_mask
 from dpo_dist.model.attention.sdpa import ImageRuns
-from dpo_dist.model.layers import other_weights
 
 # Inputs with the kind of each token: 1 for those of an image. Models choose masks or positions by it.
 _KINDS = ("token_type_ids", "mm_token_type_ids")
@@ -75,9 +74,7 @@ class ImageReader:
         """
         if (images := batch.images) is None:
             return None
-        trains = any(weight.requires_grad for weight in other_weights(self._causal_lm))
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            features = self._owner.get_image_features(**self._converted(images), return_dict=True)
+        features = self._owner.get_image_features(**self._converted(images), return_dict=True)
         return EncodedImages(self, features, images, batch.layout)
 
     def runs(self, prompts: Sequence[TokenIds]) -> ImageRuns | None:
