@@ -227,7 +227,7 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Picture":
     except UnusableRecordError:
         raise
     except Exception as error:  # decoders raise all kinds of errors for broken files
-        detail = f"{type(error).__name__} of Pillow; a whole file of {', '.join(_FORMATS)} is read"
+        detail = f"no whole file of {', '.join(_FORMATS)}: {type(error).__name__} of Pillow"
         raise UnusableRecordError("image_unreadable", detail) from error
     pixels = image.width * image.height
     if max_pixels is None or pixels <= max_pixels:

@@ -162,7 +162,7 @@ class Observer:
             numbers=text_key(*_NUMBER.findall(prompt)),
             hash=number,
             preferences=tuple(_preferences(record, responses, key)),
-            signatures=np.stack([_of_images(signature(prompt), digests), signature("\n".join(responses))]),
+            signatures=np.stack([signature(prompt, "".join(digests)), signature("\n".join(responses))]),
             benchmark=None if self._benchmark is None else self._benchmark.item_in(prompt, *responses),
         )
         names = {*text_names(record, texts), *record.numbers}
@@ -238,11 +238,6 @@ def _image_facts(file: ImageFile) -> ImageFacts:
     """Raises UnusableRecordError: the file is no image that can be read."""
     width, height = decode_image(file.read()).size
     return ImageFacts(int.from_bytes(file.digest[:8], "little"), width * height)
-
-
-def _of_images(numbers: Signature, digests: Sequence[str]) -> Signature:
-    """Return a prompt's signature; those of prompts with other images have no number in common."""
-    return numbers ^ np.uint32(text_key(*digests) & 0xFFFFFFFF) if digests else numbers
 
 
 def text_key(*texts: str) -> int:

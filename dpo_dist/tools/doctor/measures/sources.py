@@ -71,7 +71,9 @@ class ExaminedSource:
         for record in records:
             if len(self._unread) < _MOST_FIELDS:
                 self._unread.update(record.unread)
-            self._images |= {image.key: image for image in record.images}
+            for image in record.images:
+                if image.tokens is not None or image.key not in self._images:
+                    self._images[image.key] = image
             self._images_of_records += [len(record.images)] * bool(record.images)
             record.pair, record.unread, record.images = None, (), ()
 

@@ -99,16 +99,17 @@ def plain_words(text: str) -> list[str]:
     return _WORD_ONLY.findall(text.casefold())
 
 
-def signature(text: str) -> Signature:
+def signature(text: str, images: str = "") -> Signature:
     """Return the MinHash signature, uint32 [64], of a text's pairs of consecutive words (Broder 1997).
 
-    Case and punctuation are ignored; all numbers count as the same word. The share of equal numbers of two
+    Case and punctuation are ignored; all numbers count as the same word. Texts with other digests of `images`
+    are not similar. The share of equal numbers of two
     signatures estimates the Jaccard similarity of both sets of pairs, with a standard error of at most 0.06.
     """
     words = ["0" if word.isdecimal() else word for word in plain_words(text)] or _WORD.findall(text)
-    pairs = {f"{first} {second}".encode("utf-8", "replace") for first, second in pairwise(words)}
+    pairs = {f"{first} {second}" for first, second in pairwise(words)} or {*words}
     sketch = EMPTY_SKETCH.copy()
-    sketch.update_batch(sorted(pairs or {word.encode("utf-8", "replace") for word in words}))
+    sketch.update_batch(sorted((images + pair).encode("utf-8", "replace") for pair in pairs))
     return np.asarray(sketch.hashvalues, dtype=np.uint32)
 
 
