@@ -37,8 +37,8 @@ def write_image_model(folder: Path) -> Path:
 def write_pictures(folder: Path, colours: tuple[str, ...] = ("red", "green", "blue")) -> Path:
     """Write pictures of one colour each, and a file of pairs about them that differ in the picture only."""
     records = []
-    for number, colour in enumerate(colours):
-        Image.new("RGB", (60 + 20 * number, 50), colour).save(folder / f"{colour} one.png")
+    for colour in colours:
+        Image.new("RGB", (60, 50), colour).save(folder / f"{colour} one.png")
         records.append(image_pair(f"{colour} one.png", f"It is {colour}.", "No."))
     file = folder / "pictures.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -205,8 +205,8 @@ def test_the_doctor_counts_images_and_tells_records_apart_by_them(
     report = found.sources[0]
     images = report["images"]
     assert (images["records"], images["images"], images["different"]) == (4, 4, 3)
-    assert (images["pixels"]["smallest"], images["pixels"]["largest"]) == (3000, 5000)
-    assert (images["tokens"] or {}).get("largest") == (8 if is_encoded else None)
+    assert (images["pixels"]["smallest"], images["pixels"]["largest"]) == (3000, 3000)
+    assert (images["tokens"] or {}).get("largest") == (4 if is_encoded else None)
     assert report["dropped"]["image_unreadable"]["count"] == 1
     assert (found.across["duplicates"], found.across["near_duplicates"]) == (1, 1)
     assert found.across["repeated_prompts"] == 1
