@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoModelForImageTextToText
 
 from dpo_dist.config.schema import (
     AdapterConfig,
@@ -155,6 +157,19 @@ def test_adapters_are_on_language_layers_unless_a_target_means_only_layers_for_i
     assert layers_of(queries) < both
     layer = "model.vision_tower.encoder.layers.0"  # not the pooling head, which no feature depends on
     assert both - layers_of(queries) == {f"{layer}.mlp.fc1", f"{layer}.self_attn.out_proj"}
+
+
+def test_an_adapter_of_others_on_language_layers_adds_none_to_a_tower(tmp_path: Path) -> None:
+    """Its configuration has only the ends of names, which a tower's layers have, too."""
+    folder = write_multimodal(tmp_path / "base", "gemma3", VOCABULARY)
+    whole = AutoModelForImageTextToText.from_pretrained(folder)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=".*vision.*")
+    get_peft_model(whole, lora).save_pretrained(tmp_path / "sft")
+    written = json.loads((tmp_path / "sft" / "adapter_config.json").read_text())
+    (tmp_path / "sft" / "adapter_config.json").write_text(json.dumps(written | {"exclude_modules": None}))
+    model = load_packed(folder, config_of(folder), 64, CPU)
+    add_adapter(model, config_of(folder, adapter=AdapterConfig(path="-")), 0, tmp_path / "sft")
+    assert layers_of(model.causal_lm) == layers_of(adapted(folder, target_modules=["q_proj"]))
 
 
 @pytest.mark.parametrize(
