@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dpo_dist.batching.example import TokenIds
 from dpo_dist.batching.pack import PackedBatch, PackedImages, copy_to_device
-from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import ImageMask, image_mask
 from dpo_dist.model.attention.sdpa import ImageRuns
 
@@ -24,7 +23,7 @@ _KINDS = ("token_type_ids", "mm_token_type_ids")
 
 
 class ImageReader:
-    """Calls the parts of a transformers model that read images.
+    """Calls the parts of a transformers model that read images; see `layers.check_reads_images`.
 
     The model's own forward encodes the images of each row and finds out positions and masks by itself; inside
     `by_own_forward`, `is_own_forward` says that rows are to be computed by it.
@@ -34,15 +33,6 @@ class ImageReader:
         self._causal_lm = causal_lm
         self.is_own_forward = False
         self.mask = image_mask(causal_lm.config)
-        takes_features = "mm_encoder_outputs" in inspect.signature(causal_lm.forward).parameters
-        if not takes_features or not isinstance(getattr(causal_lm.config, "image_token_id", None), int):
-            raise ConfigError(
-                "the images of this model cannot be encoded once for several responses",
-                where="model.path, model.images",
-                got=causal_lm.config.model_type,
-                expected="a model of images and text that places the features of an image among its tokens",
-                remedy="choose such a model, or remove model.images",
-            )
 
     @contextmanager
     def by_own_forward(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Layers of a model: options by layer, the text part, checkpointing, Liger, blocks of experts."""
 
+import inspect
 import itertools
 import os
 import shutil
@@ -68,8 +69,9 @@ def other_weights(causal_lm: Any) -> set[nn.Parameter]:
 
 
 def check_reads_images(causal_lm: Any, key: str) -> None:
-    """Check that features of images take the place of tokens of the text model."""
-    if hasattr(causal_lm.base_model, "get_image_features") and text_part(causal_lm) is not causal_lm:
+    """Check that features of images take the place of tokens of the text model, and can be passed to it."""
+    has_token = isinstance(getattr(causal_lm.config, "image_token_id", None), int)
+    if has_token and "mm_encoder_outputs" in inspect.signature(causal_lm.forward).parameters:
         return
     reason = "it reads only text"
     if others := other_weights(causal_lm):

@@ -27,8 +27,10 @@ from dpo_dist.foundation.errors import ConfigError, disk_error, first_line
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
+    ImageMask,
     auto_class,
     check_causal,
+    image_mask,
     recorded_arrangement,
     switch_off_noise,
 )
@@ -192,7 +194,9 @@ def load_packed(
     text = model_config.get_text_config()
     if sequence is not None:
         check_shared_tokens(model_config, sequence.ranks)
-    check_kernel(backend, device, text, TORCH_DTYPES[config.dtype])
+    reads = config.images is not None
+    mask = image_mask(model_config) if reads else ImageMask.causal
+    check_kernel(backend, device, text, TORCH_DTYPES[config.dtype], mask)
     check_device(config, text, device)
     causal_lm = load_weights(folder, model_config, config, device, key=key)
     fused = choose_fused(config, text, device)
@@ -201,7 +205,6 @@ def load_packed(
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
     if config.activation_offload:
         offload_inputs(causal_lm)
-    reads = config.images is not None
     model = PackedCausalLM(causal_lm, backend, fused, sequence, Arrangement.padded, reads_images=reads)
     model.arrange_as_recorded(recorded_arrangement(text.model_type), max_length)
     return model

@@ -1,6 +1,7 @@
 """Images in prompts: log-probs and gradients are those of transformers' rows; each image is encoded once."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import DEFAULT, Mock
 
@@ -12,14 +13,14 @@ from torch import Tensor
 from dpo_dist.batching.example import Example, ImageInput
 from dpo_dist.batching.pack import PackedBatch, dummy_batch, pack
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.config.schema import AttentionBackend, Dtype, ImagesConfig, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model import packed as packed_module
 from dpo_dist.model.architectures import ImageMask
 from dpo_dist.model.exactness import StartCheck
+from dpo_dist.model.files import load
 from dpo_dist.model.layers import other_weights
 from dpo_dist.model.packed import PackedCausalLM
-from tests.support.families import tiny_family
 from tests.support.invented_images import READERS, image_examples, image_reader, invented_images, row_logps
 from tests.support.packing import pack_unkeyed
 from tests.support.padded import gradients_of
@@ -217,12 +218,6 @@ def test_routing_of_image_tokens_is_counted_as_in_rows() -> None:
     torch.testing.assert_close(sums[1], sums[2])
 
 
-def test_a_model_whose_images_are_no_tokens_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cannot be encoded once") as raised:
-        PackedCausalLM(tiny_family("llama"), AttentionBackend.sdpa, reads_images=True)
-    assert raised.value.remedy
-
-
 def test_each_distinct_image_is_in_a_batch_once_and_moves_with_it() -> None:
     images = invented_images("mistral3")
     batch = pack_unkeyed(image_examples(images))
@@ -235,3 +230,15 @@ def test_each_distinct_image_is_in_a_batch_once_and_moves_with_it() -> None:
     assert pack_unkeyed([example for example in image_examples(images) if not example.images]).images is None
     assert not batch.images.is_dummy  # type: ignore[union-attr]
     assert dummy_batch(images[0]).images.is_dummy  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("images", "mask"), [(None, ImageMask.causal), (ImagesConfig(), ImageMask.whole)])
+def test_a_kernel_is_tried_with_images_before_a_model_that_reads_them_is_loaded(
+    images: ImagesConfig | None, mask: ImageMask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image_reader("gemma3").save_pretrained(tmp_path)
+    check = Mock()
+    monkeypatch.setattr(load, "check_kernel", check)
+    config = ModelConfig(str(tmp_path), dtype=Dtype.fp32, images=images)
+    assert (load.load_packed(tmp_path, config, 64, CPU).images is None) is (images is None)
+    assert mask in check.call_args.args
