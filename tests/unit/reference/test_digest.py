@@ -123,6 +123,10 @@ def test_a_tokenizers_digest_is_of_the_files_that_decide_token_ids(model: Path) 
         (model / name).write_bytes(b"changed")
         assert tokenizer_digest(model) not in digests, name
         digests.append(tokenizer_digest(model))
+    digests.append(tokenizer_digest(model, with_images=True))
+    (model / "preprocessor_config.json").write_bytes(b"changed")
+    assert tokenizer_digest(model) == digests[-2]
+    assert tokenizer_digest(model, with_images=True) not in digests
 
 
 def test_fingerprints_differ_by_reference_versions_and_every_field_of_the_profile(
