@@ -208,7 +208,7 @@ def training_examples(record: PreferenceRecord, ranked: Ranked) -> tuple[list[Ra
             return untied, len(pairs) - len(untied)
 
 
-def in_parts(content: str) -> list[Fields]:
+def parts_of(content: str) -> list[Fields]:
     """Return a content as parts: texts, and places of images."""
     first, *others = content.split(IMAGE)
     parts: list[Fields] = [{"type": "text", "text": first}] if first or not others else []
@@ -218,7 +218,7 @@ def in_parts(content: str) -> list[Fields]:
 
 
 def _content(content: str) -> str | list[Fields]:
-    return in_parts(content) if IMAGE in content else content
+    return parts_of(content) if IMAGE in content else content
 
 
 def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:

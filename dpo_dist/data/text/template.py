@@ -14,7 +14,7 @@ from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.records import IMAGE, Message, Tokenizer, UnusableRecordError, in_parts
+from dpo_dist.data.records import IMAGE, Message, Tokenizer, UnusableRecordError, parts_of
 from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_TAGS, Marks, any_of
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.types import Fields
@@ -163,7 +163,7 @@ def in_form(turn: Fields, roles: Collection[str]) -> dict[str, Any]:
     role = turn["role"] if turn["role"] == "assistant" else "user"
     if IMAGE not in turn["content"] and role not in roles:
         return {**turn}
-    return {**turn, "content": in_parts(turn["content"])}
+    return {**turn, "content": parts_of(turn["content"])}
 
 
 Span = tuple[int, int]
