@@ -15,7 +15,7 @@ KIND = "qwen2_5_vl"
 QUESTION = "What is it?"
 
 
-def write_image_model(folder: Path) -> Path:
+def write_image_model(folder: Path, seed: int = 1) -> Path:
     """Write a Qwen2.5-VL with random weights that are large enough to see."""
     tokenizer, made = image_tokenizer(KIND), READERS[KIND]
     write_processor(folder, KIND)
@@ -24,7 +24,7 @@ def write_image_model(folder: Path) -> Path:
     text = made.text | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in places.items()}
     config = AutoConfig.for_model(KIND, text_config=text, vision_config=made.vision, **made.options | ids)
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)
     for weight in model.parameters():
         if weight.dim() > 1:

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DataConfig, Dtype, ImagesConfig, ModelConfig, SourceConfig
-from dpo_dist.config.verb_sections import EndpointConfig, PairsConfig, PairsMethod
+from dpo_dist.config.verb_sections import DoctorConfig, EndpointConfig, PairsConfig, PairsMethod
 from dpo_dist.data.encoded.build import prepare_dataset
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.formats import read_records
@@ -26,6 +27,7 @@ from dpo_dist.model.files.load import load_packed
 from dpo_dist.tools.chat.speakers import open_images, open_speakers
 from dpo_dist.tools.compare.models import response_logps
 from dpo_dist.tools.doctor.examine import examine
+from dpo_dist.tools.doctor.page import write_doctor_page
 from dpo_dist.tools.doctor.shown_pairs import show_pairs
 from dpo_dist.tools.pairs.make_pairs import pairs_from_scores
 from dpo_dist.tools.pairs.people import Labelling, draw_items
@@ -217,6 +219,11 @@ def test_the_doctor_counts_images_and_tells_records_apart_by_them(
         rows[is_encoded:]
     )
     assert sum(uri is not None for pair in pairs for uri in pair.images) == 4
+    run = RunFolder(tmp_path)
+    write_doctor_page(run, replace(found, shown=pairs), data, DoctorConfig())
+    page = run.doctor_page.read_text()
+    assert page.count('<img src="data:image/jpeg;base64,') == page.count("<img") == 4
+    assert "4 in 4 records, 3 different ones" in page
 
 
 def test_images_for_a_chat_are_read_or_one_line_says_why_not(folder: Path, tmp_path: Path) -> None:
