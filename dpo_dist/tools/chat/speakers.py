@@ -35,7 +35,6 @@ from dpo_dist.training.start.open_run import has_bf16_products
 
 BASE = "base"
 """Names, in place of a path, the base of an adapter or the model from which a run started."""
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 class _Printer(TextStreamer):  # type: ignore[misc]
@@ -172,7 +171,7 @@ def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool
 
 def _loaded(name: str, source: ModelSource, model: ModelConfig, data: DataConfig) -> Speaker:
     """Load a model; it reads images if it can, also if it was trained on text."""
-    if model.images is None and any((source.folder / file).is_file() for file in _PROCESSOR_FILES):
+    if model.images is None and any(source.folder.glob("*processor_config.json")):
         with contextlib.suppress(ConfigError):
             return _loaded(name, source, replace(model, images=ImagesConfig()), data)
     return Speaker(name, open_responder(source, model, data), load_source(source, model, _device()), model)

@@ -244,10 +244,9 @@ def generate_together(
     """Return a sample of the engine's model for each request, in order, on all ranks; collective.
 
     Every rank generates a share. Under ZeRO-3 each forward gathers weights from all ranks, so that all ranks
-    generate the same number of batches with the same number of forwards, and all or none of a batch's ranks
-    encode images. A rank that is asked to stop ends
-    its responses at once, and all ranks raise Interrupted after the batch. If logits are not finite, all
-    ranks raise NotFiniteError.
+    generate the same number of batches with the same number of forwards, and encode images in the same
+    batches. A rank that is asked to stop ends its responses at once, and all ranks raise Interrupted after
+    the batch. If logits are not finite, all ranks raise NotFiniteError.
     """
     world = stops.world
     shares = [
