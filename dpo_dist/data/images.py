@@ -110,6 +110,16 @@ def image_processor(folder: Path, tokenizer: Tokenizer, images: ImagesConfig | N
 
 
 def _own_processor(folder: Path, tokenizer: Tokenizer) -> tuple[Any, int]:
+    """Return the folder's processor, and the id of its placeholders. Raises ConfigError: there is none."""
+    try:
+        return _with_pillow(folder, tokenizer)
+    except ConfigError:
+        raise
+    except Exception as error:  # files that others wrote can raise anything
+        raise _refused(folder, f"no image processor can be made: {first_line(error)}") from error
+
+
+def _with_pillow(folder: Path, tokenizer: Tokenizer) -> tuple[Any, int]:
     """Return the folder's processor, with Pillow in place of torchvision, and the id of its placeholders.
 
     `AutoProcessor` would need torchvision, and for some classes a video processor, which only it has. Uses
@@ -118,18 +128,18 @@ def _own_processor(folder: Path, tokenizer: Tokenizer) -> tuple[Any, int]:
     from transformers import AutoConfig, AutoImageProcessor  # noqa: PLC0415  (slow)
     from transformers.image_processing_backends import PilBackend  # noqa: PLC0415
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     kind = config.model_type
     if config.is_encoder_decoder or kind == "mllama":
         raise _refused(folder, f"{kind}: its text does not have the image's features in the place of tokens")
     if hasattr(config, "thinker_config"):
         raise _refused(folder, f"{kind} also reads and writes sound")
     try:
-        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    except Exception as error:
-        raise _refused(folder, f"no image processor that can be loaded: {first_line(error)}") from error
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    except ImportError:  # of torchvision
+        image_processor = None
     if not isinstance(image_processor, PilBackend):
-        raise _refused(folder, f"{type(image_processor).__name__} of {kind} has no version for Pillow")
+        raise _refused(folder, f"the image processor of {kind} has no version for Pillow")
     parent = _processor_class(folder, config)
     if parent is None:
         raise _refused(folder, f"transformers has no processor of {kind}")
@@ -137,13 +147,9 @@ def _own_processor(folder: Path, tokenizer: Tokenizer) -> tuple[Any, int]:
     own: Any = type(parent.__name__, (parent,), accept)
     # Some processors add tokens to their tokenizer.
     parts = {"image_processor": image_processor, "tokenizer": copy.deepcopy(tokenizer)}
-    try:
-        parameters, _ = own.get_processor_dict(folder)
-        processor = own.from_args_and_dict([parts.get(name) for name in own.get_attributes()], parameters)
-        known = processor.image_token in tokenizer.get_added_vocab()
-    except Exception as error:
-        raise _refused(folder, f"{parent.__name__} cannot be made: {first_line(error)}") from error
-    if not known:
+    parameters, _ = own.get_processor_dict(folder)
+    processor = own.from_args_and_dict([parts.get(name) for name in own.get_attributes()], parameters)
+    if processor.image_token not in tokenizer.get_added_vocab():
         raise _refused(folder, f"the tokenizer has no token {processor.image_token!r} for images")
     return processor, int(config.image_token_id)
 

@@ -1,5 +1,6 @@
 """Images in prompts: placeholders as the model's own processor writes them, truncation, and bad files."""
 
+import json
 import pickle
 import struct
 import sys
@@ -338,7 +339,7 @@ def test_one_pixel_and_a_small_image_are_read_or_refused_by_each_processor(tmp_p
 
 def test_folders_without_a_usable_processor_are_refused(tmp_path: Path) -> None:
     def refusal(kind: str, tokenizer_of: str = "qwen2_vl", **files: str | None) -> str:
-        folder = tmp_path / f"{kind}{len([*tmp_path.iterdir()])}"
+        folder = tmp_path / str(len([*tmp_path.iterdir()]))
         if kind in IMAGE_PROCESSORS:
             write_processor(folder, kind)
         else:
@@ -356,10 +357,14 @@ def test_folders_without_a_usable_processor_are_refused(tmp_path: Path) -> None:
     assert "mllama" in refusal("mllama")
     assert "sound" in refusal("qwen2_5_omni")
     assert "t5gemma2" in refusal("t5gemma2")
-    assert "llama4" in refusal(
+    assert "llama4 has no version for Pillow" in refusal(
         "llama4", preprocessor_config='{"image_processor_type": "Llama4ImageProcessorFast"}'
     )
     assert "no image processor" in refusal("llama")
+    assert "no image processor" in refusal("qwen2_vl", processor_config="{")
+    assert "no image processor" in refusal("qwen2_vl", config='{"model_type": "none"}')
+    own_code = {"auto_map": {"AutoImageProcessor": "own.Processor"}}
+    assert "custom code" in refusal("llama", preprocessor_config=json.dumps(own_code))
     assert "'[IMG]'" in refusal("mistral3", processor_config='{"image_token": "[PICTURE]"}').replace(
         "PICTURE", "IMG"
     )
