@@ -206,7 +206,7 @@ def _images(examples: Sequence[Example], dummy: ImageInput | None) -> PackedImag
     if not members:
         return None
     numbers = {digest: number for number, digest in enumerate(distinct)}
-    inputs = {name: _joined([image.inputs[name] for image in members]) for name in members[0].inputs}
+    inputs = joined_inputs(members)
     return PackedImages(
         inputs=inputs,
         tokens=tuple(image.tokens for image in members),
@@ -214,6 +214,11 @@ def _images(examples: Sequence[Example], dummy: ImageInput | None) -> PackedImag
         prompts=tuple(example.prompt_ids for example in examples),
         grids=inputs.get("image_grid_thw"),
     )
+
+
+def joined_inputs(images: Sequence[ImageInput]) -> dict[str, Tensor]:
+    """Return the processor's output for several images, in their order."""
+    return {name: _joined([image.inputs[name] for image in images]) for name in images[0].inputs}
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

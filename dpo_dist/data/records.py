@@ -208,15 +208,31 @@ def training_examples(record: PreferenceRecord, ranked: Ranked) -> tuple[list[Ra
             return untied, len(pairs) - len(untied)
 
 
+def parts_of(content: str) -> list[Fields]:
+    """Return a content as parts: texts, and places of images."""
+    first, *others = content.split(IMAGE)
+    parts: list[Fields] = [{"type": "text", "text": first}] if first or not others else []
+    for text in others:
+        parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+    return parts
+
+
+def _content(content: str) -> str | list[Fields]:
+    return parts_of(content) if IMAGE in content else content
+
+
 def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
-    """Return a prompt and responses as values for JSON; a dialogue is None: the responses contain it."""
+    """Return a prompt and responses as values for JSON; a dialogue is None: the responses contain it.
+
+    A content with images is in parts.
+    """
     if isinstance(prompt, Dialogue):
         return [None, *(f"{prompt.text}{response}" for response in responses)]
     if isinstance(prompt, str):
         return [prompt, *map(str, responses)]
     return [
         [
-            {"role": turn.role, "content": turn.content, **turn.fields}
+            {"role": turn.role, "content": _content(turn.content), **turn.fields}
             | ({} if turn.is_trained is None else {"loss_weight": int(turn.is_trained)})
             for turn in turns
         ]

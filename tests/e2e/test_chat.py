@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from dpo_dist.foundation.streams import printable_lines
 from dpo_dist.tools.chat import __main__ as chat
 from tests.e2e.conftest import Overrides
+from tests.support.image_model import write_image_model, write_pictures
 from tests.support.launch import command, environment, train
 
 QUESTIONS = ("Which is larger, 3 or 5?", "And 7?")
@@ -115,3 +118,38 @@ def test_a_checkpoint_answers_beside_the_model_that_its_run_started_from(
     printed = says(str(checkpoint), "--beside", "base", lines=[QUESTIONS[0]])
     assert printed == f"run/step-000002: {trained}\nbase: {base}\n"
     assert says(str(run / "model"), lines=[QUESTIONS[0]]) == f"{trained}\n"
+
+
+@torch.no_grad()
+def answer_to_pictures(folder: Path, messages: Sequence[Any], pictures: Sequence[Path]) -> str:
+    """The greedy answer of transformers, by its image processor, to turns with `#` for each picture."""
+    tokenizer, processor = (
+        AutoTokenizer.from_pretrained(folder),
+        Qwen2VLImageProcessorPil.from_pretrained(folder),
+    )
+    text = tokenizer.apply_chat_template([*messages], tokenize=False, add_generation_prompt=True)
+    images = [processor([Image.open(picture)], return_tensors="pt") for picture in pictures]
+    first, *others = text.split("#")
+    for image, after in zip(images, others, strict=True):
+        placeholders = "<|image_pad|>" * (int(image["image_grid_thw"].prod()) // 4)
+        first += f"<|vision_start|>{placeholders}<|vision_end|>{after}"
+    model, ids = AutoModelForMultimodalLM.from_pretrained(folder), tokenizer(first, return_tensors="pt")
+    kinds = (ids["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()
+    seen = {name: torch.cat([image[name] for image in images]) for name in images[0]} if images else {}
+    found = model.generate(**ids, **seen, mm_token_type_ids=kinds, max_new_tokens=6, do_sample=False)
+    return str(tokenizer.decode(found[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def test_images_come_before_the_next_question_and_stay_in_the_conversation(
+    tmp_path: Path, says: Says
+) -> None:
+    folder, pictures = write_image_model(tmp_path / "model"), write_pictures(tmp_path).parent
+    red, blue = pictures / "red one.png", pictures / "blue one.png"
+    first = [{"role": "user", "content": "#Is it red?"}]
+    second = [*first, {"role": "assistant", "content": answer_to_pictures(folder, first, [red])}]
+    second.append({"role": "user", "content": "##And these?"})
+    wanted = [second[1]["content"], answer_to_pictures(folder, second, [red, blue, red])]
+    wanted.append(answer_to_pictures(folder, [{"role": "user", "content": "Is it red?"}], []))
+    asked = [f"/image '{red}' no.png", "Is it red?", f"/image '{blue}'", f"/image '{red}'", "And these?"]
+    printed = says(str(folder), lines=[*asked, f"/image '{red}'", "/new", "Is it red?"])
+    assert printed == "".join(f"{printable_lines(text)}\n" for text in wanted)

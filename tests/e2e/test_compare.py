@@ -1,6 +1,7 @@
 """`compare`: three models on one process and on two, resumed, with a judge that fails at first."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from tests.e2e.conftest import Overrides
 from tests.support import tiny
+from tests.support.image_model import write_image_model, write_pictures
 from tests.support.launch import Finished, constants, run_verb, train
 from tests.support.records import assistant, jsonl, user
 from tests.support.tiny_model import write_model
@@ -126,3 +128,25 @@ def test_a_checkpoint_of_two_processes_and_an_adapter_respond_as_their_runs_do(
     assert found["full"]["kl"] != 0 != found["lora"]["kl"]
     assert found["foreign"]["kl"] is None
     assert (tmp_path / "compared/comparison/comparison.html").is_file()
+
+
+def test_models_that_read_images_are_compared_and_one_of_text_is_refused(tmp_path: Path) -> None:
+    write_image_model(tmp_path / "base")
+    write_image_model(tmp_path / "other", seed=2)
+    write_model(tmp_path / "text")
+    data = [f"data.eval=[{write_pictures(tmp_path)}]", "model.images.train=none", "model.dtype=fp32"]
+    usual = [*data, "sampling.max_new_tokens=8", "sampling.temperature=0", "run.dir=run"]
+    ended = run_verb("compare", ["compare.models=[./base,./other]", *usual], cwd=tmp_path)
+    assert ended.code == 0, ended.output
+    found = rows(tmp_path, "run")
+    assert {row["prompt"] for row in found} == {"[image]What is it?"}
+    for name in ("base", "other"):
+        responses = [row["responses"][name] for row in found]
+        assert len({response["text"] for response in responses}) == 3
+        assert all(response["logp"] < 0 and response["base_logp"] < 0 for response in responses)
+        assert all((each["logp"] == each["base_logp"]) == (name == "base") for each in responses)
+    page = (tmp_path / "run/comparison/comparison.html").read_text()
+    assert [row["images"][0] for row in found] == re.findall('<img src="([^"]*)"', page)
+    ended = run_verb("compare", ["compare.models=[./base,./text]", *usual], cwd=tmp_path)
+    assert ended.code == 2
+    assert "the model's images cannot be processed" in ended.output

@@ -1,10 +1,12 @@
 """Samples of a run: the same on any number of processes, over restarts, and without effect on training."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from tests.e2e.conftest import Overrides
+from tests.support.image_model import QUESTION, write_image_model, write_pictures
 from tests.support.launch import TIMINGS, history, run_verb, train
 from tests.support.tiny_model import write_model
 
@@ -106,3 +108,26 @@ def test_the_reference_responds_also_if_the_policy_cannot(
     start = rows(whole, 0)
     assert all(row["policy"] != row["reference"] for row in start)
     assert "eval_samples/reference_length" in history(run)[-1]
+
+
+def test_samples_of_prompts_with_images_are_those_of_one_process_and_the_report_shows_the_images(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    folder, data = write_image_model(tmp_path / "model"), write_pictures(tmp_path)
+    usual = [
+        *(f"model.path={folder}", "model.images.train=none", "trainer.max_steps=1", "trainer.eval_every=1"),
+        *(f"data.train=[{data}]", f"data.eval=[{data}]", "data.drop_eval_prompts=false", "optim.lr=1e-2"),
+        *("trainer.global_batch_pairs=3", *SAMPLES),
+    ]
+    train(overrides(*usual, f"run.dir={tmp_path / 'alone'}"))
+    train(overrides(*usual), processes=2)
+    found = rows(tmp_path / "run", 1)
+    assert found == rows(tmp_path / "alone", 1)
+    assert len({row["policy"] for row in found}) == 3
+    for row in found:
+        assert row["prompt"].count("<|image_pad|>") == 1
+        assert QUESTION in row["prompt"]
+    page = (tmp_path / "run/report.html").read_text()
+    assert sorted(set(re.findall('<img src="([^"]*)"', page))) == sorted(
+        image for row in found for image in row["images"]
+    )

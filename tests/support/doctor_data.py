@@ -88,7 +88,15 @@ LENGTHS = {
 SIDE = {"characters": LENGTHS, "tokens": LENGTHS, "cut": 1, "cut_tokens": 20}
 EMPTY: dict[str, Any] = {
     **{"label": "a", "path": "a", "is_eval": False, "read": 0, "kept": 0, "pairs": 0, "held_out": None},
-    **{"dropped": {}, "changed": {}, "sides": {}, "prefix": None, "shares": {}, "languages": {}},
+    **{
+        "dropped": {},
+        "changed": {},
+        "sides": {},
+        "prefix": None,
+        "images": None,
+        "shares": {},
+        "languages": {},
+    },
     **{"margins": {}, "leaks": []},
 }
 ACROSS = dict.fromkeys(

@@ -34,10 +34,11 @@ def judge_server(answer: Answer) -> Iterator[JudgeServer]:
             with lock:
                 log.bodies.append(body)
                 log.headers.append(dict(self.headers))
-            replied = answer(json.loads(body["messages"][-1]["content"]))
+            content = body["messages"][-1]["content"]
+            replied = answer(json.loads(content if isinstance(content, str) else content[0]["text"]))
             if isinstance(replied, str):
-                content = {"choices": [{"message": {"role": "assistant", "content": replied}}]}
-                status, text = 200, json.dumps(content)
+                choices = [{"message": {"role": "assistant", "content": replied}}]
+                status, text = 200, json.dumps({"choices": choices})
             else:
                 status, text = replied
             self.send_response(status)

@@ -38,8 +38,12 @@ class PromptImages:
 
     def with_inputs(self, image: ImageInput) -> ImageInput:
         """Return an image with the tensors that the model's tower reads."""
-        content = self.contents[self.places[image.digest]].as_py()
-        return replace(image, inputs=self.processor.inputs(content))
+        return replace(image, inputs=self.processor.inputs(self.content(image)))
+
+    def content(self, image: ImageInput) -> bytes:
+        """Return the file of an image."""
+        content: bytes = self.contents[self.places[image.digest]].as_py()
+        return content
 
 
 def prompt_images(

@@ -14,7 +14,7 @@ from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.records import IMAGE, Message, Tokenizer, UnusableRecordError
+from dpo_dist.data.records import IMAGE, Message, Tokenizer, UnusableRecordError, parts_of
 from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_TAGS, Marks, any_of
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.types import Fields
@@ -155,19 +155,15 @@ def _probed(
         return ""
 
 
-def in_form(turn: Fields, in_parts: Collection[str]) -> dict[str, Any]:
-    """Return a turn; its content becomes a list of parts if it has images, or its role is in `in_parts`.
+def in_form(turn: Fields, roles: Collection[str]) -> dict[str, Any]:
+    """Return a turn; its content becomes a list of parts if it has images, or its role is in `roles`.
 
     Every role except the assistant's counts as the user's.
     """
     role = turn["role"] if turn["role"] == "assistant" else "user"
-    first, *others = turn["content"].split(IMAGE)
-    if not others and role not in in_parts:
+    if IMAGE not in turn["content"] and role not in roles:
         return {**turn}
-    parts: list[Fields] = [{"type": "text", "text": first}] if first or not others else []
-    for text in others:
-        parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
-    return {**turn, "content": parts}
+    return {**turn, "content": parts_of(turn["content"])}
 
 
 Span = tuple[int, int]

@@ -1,15 +1,17 @@
 """Talk to a model in the terminal: that of a run or checkpoint, an adapter, a model folder or a hub name.
 
-An empty line or Ctrl-D ends the chat, Ctrl-C ends an answer, `/new` starts a new conversation. From a pipe
-each line is a turn, and only answers are printed: `echo "What is the capital of Iceland?" | dpo-dist chat
-output/captain`. A GPU is used if there is one.
+An empty line or Ctrl-D ends the chat, Ctrl-C ends an answer, `/new` starts a new conversation, and
+`/image PATH` puts an image before the next question. From a pipe each line is a turn, and only answers are
+printed: `echo "What is the capital of Iceland?" | dpo-dist chat output/captain`. A GPU is used if there is
+one.
 """
 
 import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from dpo_dist.config.run_folder import strip_key
 from dpo_dist.foundation.console import warnings_off
@@ -17,8 +19,16 @@ from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_af
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.training.start.named_models import locate_model
 
+if TYPE_CHECKING:
+    from dpo_dist.data.read.images import ImageFile
+    from dpo_dist.tools.chat.speakers import Speaker
+
 _TRUST = "model.trust_remote_code=true"
-_HINT = "an empty line or Ctrl-D ends the chat, Ctrl-C an answer; /new starts a new conversation"
+_NEW, _IMAGE = "/new", "/image"
+_HINT = (
+    "an empty line or Ctrl-D ends the chat, Ctrl-C an answer; /new starts a new conversation, "
+    "/image PATH puts an image before the next question"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,22 +64,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Imported late, so that errors above appear at once; bitsandbytes warns when it is imported.
         from dpo_dist.tools.chat.speakers import open_speakers  # noqa: PLC0415
 
-        trusts = options.trust is not None
-        speakers = open_speakers(location, beside, lambda line: print_line(line, sys.stderr), trusts)
-        for question in _questions():
-            for speaker in speakers:
-                if question == "/new":
-                    speaker.messages.clear()
-                    continue
-                if len(speakers) > 1:
-                    print_result(f"{speaker.name}: ")
-                try:
-                    speaker.answer(question, options.max_new_tokens, sampling)
-                except KeyboardInterrupt:
-                    if not sys.stdin.isatty():
-                        raise
-                    print_line("")  # the conversation does not keep this turn
+        speakers = open_speakers(location, beside, _say, options.trust is not None)
+        _converse(speakers, options.max_new_tokens, sampling)
     return ExitCode.completed
+
+
+def _converse(speakers: "Sequence[Speaker]", max_new_tokens: int | None, sampling: Mapping[str, Any]) -> None:
+    """Let all speakers answer each question, with the images that come before it."""
+    from dpo_dist.tools.chat.speakers import open_images  # noqa: PLC0415  (as above)
+
+    images: list[ImageFile] = []
+    for question in _questions():
+        command, *paths = question.split(maxsplit=1)
+        if command == _IMAGE:
+            images += open_images("".join(paths), speakers, _say)
+            continue
+        for speaker in speakers:
+            if question == _NEW:
+                speaker.forget()
+                continue
+            if len(speakers) > 1:
+                print_result(f"{speaker.name}: ")
+            try:
+                speaker.answer(question, images, max_new_tokens, sampling)
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
+                print_line("")  # the conversation does not keep this turn
+        images = []
+
+
+def _say(line: str) -> None:
+    print_line(line, sys.stderr)
 
 
 def _questions() -> Iterator[str]:
@@ -87,7 +113,7 @@ def _questions() -> Iterator[str]:
             return
         if not line:
             return
-        if re.fullmatch(r"/\w*", line) and line != "/new":
+        if re.fullmatch(r"/\w*", line) and line not in (_NEW, _IMAGE):
             print_line(f"there is no {line}: {_HINT}", sys.stderr)
         else:
             yield line

@@ -1,7 +1,8 @@
 """Hold a conversation with a model: its chat template, and transformers' generation, token by token."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ from transformers import TextStreamer
 
 from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import RunFolder, is_checkpoint
-from dpo_dist.config.schema import NO_MODEL, Dtype, ModelConfig, RunConfig
-from dpo_dist.data.records import Message, Origin, PreferenceRecord
+from dpo_dist.config.schema import NO_MODEL, DataConfig, Dtype, ImagesConfig, ModelConfig, RunConfig
+from dpo_dist.data.read.images import ImageFile
+from dpo_dist.data.records import IMAGE, Message, Origin, PreferenceRecord, UnusableRecordError
 from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import print_result, printable_lines
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.numerics import has_fp16_products
+from dpo_dist.tools.shared.sampling.generate import image_inputs
 from dpo_dist.tools.shared.sampling.respond import (
+    ModelSource,
     Responder,
     find_files,
     load_source,
@@ -48,9 +52,16 @@ class Speaker:
     model: ModelConfig
     without_adapter: bool = False
     messages: list[Message] = field(default_factory=list)
+    images: list[ImageFile] = field(default_factory=list)  # of all messages
 
-    def answer(self, question: str, max_new_tokens: int | None, sampling: Mapping[str, Any]) -> None:
-        """Print the answer as it comes, and keep both turns.
+    def answer(
+        self,
+        question: str,
+        images: Sequence[ImageFile],
+        max_new_tokens: int | None,
+        sampling: Mapping[str, Any],
+    ) -> None:
+        """Print the answer to a question after `images` as it comes, and keep both turns.
 
         `sampling` overrides the model's generation_config. If `max_new_tokens` is None, that of
         generation_config counts, or else 512. Raises ConfigError if the conversation with the answer does
@@ -58,8 +69,10 @@ class Speaker:
         """
         responder, causal_lm = self.responder, self.causal_lm
         most = max_new_tokens or causal_lm.generation_config.max_new_tokens or 512
-        asked = [*self.messages, Message("user", question)]
-        prompt = usable_prompt(PreferenceRecord(tuple(asked), (), Origin(self.name, 1)), responder, most)
+        asked = [*self.messages, Message("user", IMAGE * len(images) + question)]
+        seen = (*self.images, *images)
+        record = PreferenceRecord(tuple(asked), (), Origin(self.name, 1), images=seen)
+        prompt = usable_prompt(record, responder, most)
         if isinstance(prompt, str):
             raise ConfigError(
                 "the model cannot be asked this",
@@ -68,20 +81,49 @@ class Speaker:
                 expected=f"a chat template; {most} more tokens within the model's {responder.longest}",
                 remedy="start again, lower --max-new-tokens, or put chat_template.jinja into its folder",
             )
-        ids = torch.tensor([prompt.tolist()], device=causal_lm.device)
+        ids = torch.tensor([prompt.prompt_ids.tolist()], device=causal_lm.device)
         stop_ids = sorted(responder.stop_ids)
         with adapter_off(causal_lm) if self.without_adapter else contextlib.nullcontext():
             output = causal_lm.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
+                **image_inputs(causal_lm, ids, responder.images(prompt)),
                 streamer=_Printer(responder.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 max_new_tokens=most,
                 eos_token_id=stop_ids,
                 pad_token_id=stop_ids[0],
                 **sampling,
             )
-        text = str(responder.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
-        self.messages = [*asked, Message("assistant", text)]
+        text = str(responder.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        self.messages, self.images = [*asked, Message("assistant", text)], [*seen]
+
+    def forget(self) -> None:
+        """Start a new conversation."""
+        self.messages, self.images = [], []
+
+
+def open_images(paths: str, speakers: Sequence[Speaker], say: Callable[[str], None]) -> list[ImageFile]:
+    """Return the images at `paths`, as written in a shell; `say` in one line why one is left out."""
+    blind = [speaker.name for speaker in speakers if speaker.responder.processor is None]
+    try:
+        written = shlex.split(paths)
+    except ValueError:  # a quote that is not closed
+        written = [paths]
+    if blind or not written:
+        say(f"{' and '.join(blind)} cannot read images" if blind else "/image PATH: name a file")
+        return []
+    images = []
+    for path in written:
+        try:
+            content = ImageFile(name=str(Path(path).expanduser().absolute()), folders=("/",)).read()
+            for speaker in speakers:
+                assert speaker.responder.processor is not None
+                speaker.responder.processor.expanded(content)
+        except (UnusableRecordError, RuntimeError) as fault:  # RuntimeError: an unknown home folder
+            say(f"{path}: {getattr(fault, 'detail', fault)}")
+        else:
+            images.append(ImageFile(content))
+    return images
 
 
 def open_speakers(
@@ -95,7 +137,7 @@ def open_speakers(
     if beside != BASE:
         return [first] if beside is None else [first, _open(beside, "--beside", say, trusts_code)]
     if first.responder.source.adapter is not None:
-        return [first, replace(first, name=BASE, without_adapter=True, messages=[])]
+        return [first, replace(first, name=BASE, without_adapter=True, messages=[], images=[])]
     if first.model.path == NO_MODEL:
         raise ConfigError(
             "the base of this model is not known",
@@ -106,7 +148,7 @@ def open_speakers(
         )
     # The base gets the run's tokenizer and template, as its reference did.
     base = load_source(find_files(first.model.path, first.model, "model.path"), first.model, _device())
-    return [first, replace(first, name=BASE, causal_lm=base, messages=[])]
+    return [first, replace(first, name=BASE, causal_lm=base, messages=[], images=[])]
 
 
 def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool) -> Speaker:
@@ -124,7 +166,14 @@ def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool
     name = short_name(location)
     if is_checkpoint(folder) and run is not None:
         location = str(checkpoint_as_model(folder, run.comparison_models, say, trusts_code))
-    source = find_files(location, model, key)
+    return _loaded(name, find_files(location, model, key), model, data)
+
+
+def _loaded(name: str, source: ModelSource, model: ModelConfig, data: DataConfig) -> Speaker:
+    """Load a model; it reads images if it can, also if it was trained on text."""
+    if model.images is None and any(source.folder.glob("*processor_config.json")):
+        with contextlib.suppress(ConfigError):
+            return _loaded(name, source, replace(model, images=ImagesConfig()), data)
     return Speaker(name, open_responder(source, model, data), load_source(source, model, _device()), model)
 
 

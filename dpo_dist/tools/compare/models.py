@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import dpo_dist
-from dpo_dist.batching.example import Example
+from dpo_dist.batching.example import Example, ImageInput
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import DataConfig, FusedLayers, RunConfig
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
@@ -43,6 +43,7 @@ from dpo_dist.reference.engine import scoring_config
 from dpo_dist.tools.compare.results import compares, comparison, judge_texts
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
+from dpo_dist.tools.shared.images import thumbnails, with_marks
 from dpo_dist.tools.shared.records import good_records, labelled_side
 from dpo_dist.tools.shared.sampling.dry_run import check_model, check_report, first_records
 from dpo_dist.tools.shared.sampling.generate import Request, Sample, generate
@@ -56,7 +57,13 @@ from dpo_dist.tools.shared.sampling.prompts import (
     joined_run,
     open_judge_together,
 )
-from dpo_dist.tools.shared.sampling.respond import Completions, ModelSource, Responder, open_responder
+from dpo_dist.tools.shared.sampling.respond import (
+    Completions,
+    ModelSource,
+    Responder,
+    open_responder,
+    usable_prompt,
+)
 from dpo_dist.tools.shared.sampling.settings import Sampling, sampling_for
 from dpo_dist.training.export import checkpoint_as_model
 from dpo_dist.training.start.open_run import Run
@@ -174,12 +181,26 @@ class ComparedModel:
 
         def part(index: int) -> list[_Row]:
             rows = [Completions.from_row(row) for row in other.responses.read(index)]
-            logps = response_logps(self._packed, rows, _BATCH_TOKENS)
+            logps = response_logps(self._packed, rows, _BATCH_TOKENS, self._images(index, rows))
             return [{"logp": logp} for logp in logps]
 
         title = f"log-probs of {other.name}"
         title += "" if other is self else f"'s responses under {self.name}"
         return self.prompts.finish(title, self.prompts.stage("logps", settings), part)
+
+    def _images(self, index: int, rows: Sequence[Completions]) -> list[tuple[ImageInput, ...] | None]:
+        """Return the images of each prompt of a part; None if it has another number of placeholders.
+
+        A model with the same tokens may divide an image into more or fewer; a response may have some, too.
+        """
+        responder, found = self.responder, list[tuple[ImageInput, ...] | None]()
+        for record, row in zip(self.prompts.parts[index], rows, strict=True):
+            own = usable_prompt(record, responder, 0) if record.images and row.completions else ""
+            images = () if isinstance(own, str) else responder.images(own)
+            ids = row.prompt_ids + [token for each in row.completions for token in each.ids]
+            places = ids.count(responder.processor.placeholder_id) if responder.processor else 0
+            found.append(images if places == sum(image.tokens for image in images) else None)
+        return found
 
     def free(self) -> None:
         """Free the memory of the weights."""
@@ -206,12 +227,24 @@ class ComparedModel:
 
 
 @torch.inference_mode()
-def response_logps(packed: PackedCausalLM, rows: Sequence[Completions], budget: int) -> list[float | None]:
-    """Return the sum of the log-probs of each row's response, in nats; None without a response."""
-    responses = [row.completions[0].ids if row.completions else None for row in rows]
+def response_logps(
+    packed: PackedCausalLM,
+    rows: Sequence[Completions],
+    budget: int,
+    images: Sequence[tuple[ImageInput, ...] | None] = (),
+) -> list[float | None]:
+    """Return the sum of the log-probs of each row's response, in nats; None without a response.
+
+    `images` are those of each prompt, none by default; None: the response is not scored.
+    """
+    images = images or [()] * len(rows)
+    responses = [
+        row.completions[0].ids if row.completions and own is not None else None
+        for row, own in zip(rows, images, strict=True)
+    ]
     examples = [
-        Example(np.array(row.prompt_ids, dtype=np.int32), (np.array(ids, dtype=np.int32),))
-        for row, ids in zip(rows, responses, strict=True)
+        Example(np.array(row.prompt_ids, dtype=np.int32), (np.array(ids, dtype=np.int32),), images=own or ())
+        for row, ids, own in zip(rows, responses, images, strict=True)
         if ids
     ]
     sums = (float(logps.cpu().double().sum()) for logps in packed_logps(packed, examples, budget))
@@ -320,6 +353,8 @@ def _rows(
                     for name, (_, response), score in zip(names, row, scores, strict=True)
                 },
             }
+            if record.images:
+                answer["images"] = thumbnails(record.images)
             if side := labelled_side(record):
                 answer["label"] = "good" if side == "chosen" else "bad"
             if judgement_parts is not None:
@@ -337,8 +372,8 @@ def prompt_text(prompt: Prompt) -> str:
     if isinstance(prompt, Dialogue):
         return prompt.text
     if len(prompt) == 1 and prompt[0].role == "user":
-        return prompt[0].content
-    return "\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
+        return with_marks(prompt[0].content)
+    return with_marks("\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt))
 
 
 def _write(

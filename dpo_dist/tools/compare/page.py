@@ -249,4 +249,5 @@ def _prompt(row: _Row, results: _Row) -> ShownPrompt:
         shown.append(ShownResponse(name, response["text"], "; ".join(notes)))
     if row["chosen"] is not None:
         shown.append(response_in_data(row, " in the data"))
-    return ShownPrompt(row["prompt"], shown, base, "; ".join(labels), labels, 0.0 - most)
+    images = row.get("images", ())
+    return ShownPrompt(row["prompt"], shown, base, "; ".join(labels), labels, 0.0 - most, images)

@@ -19,6 +19,7 @@ from dpo_dist.data.records import BadRecord, PreferenceRecord, Tokenizer
 from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.tools.doctor.measures.texts import plain_texts
 from dpo_dist.tools.shared.findings import Finding
+from dpo_dist.tools.shared.images import ThumbnailRoom, Thumbnails, shown_tokens, thumbnails
 from dpo_dist.tools.shared.records import labelled_side
 
 _SAMPLED_RECORDS = 2000
@@ -49,6 +50,7 @@ class ShownPair:
     rules: tuple[str, ...]  # rules that it breaks, as an example; empty in the random sample
     note: str  # why training drops it, or empty
     parts: Sequence[ShownPart]
+    images: Thumbnails = ()
 
 
 def show_pairs(
@@ -67,12 +69,14 @@ def show_pairs(
         origins = (origin for example in finding.examples for origin in example.split(", "))
         for origin in itertools.islice(origins, _EXAMPLES_PER_FINDING):
             rules.setdefault(origin, []).append(finding.rule)
-    shown = []
+    shown, room = [], ThumbnailRoom()
     for source in [*config.train, *config.eval]:
         for record in _choose(pin_source(source), rules, count):
             origin = str(record.origin)
             names = tuple(dict.fromkeys(rules.get(origin, ())))
-            shown.append(ShownPair(origin, names, *_parts(record, config, tokenizer, processor)))
+            note, parts = _parts(record, config, tokenizer, processor)
+            images = room.fitting(thumbnails(record.images))
+            shown.append(ShownPair(origin, names, note, parts, images))
     return shown
 
 
@@ -115,9 +119,12 @@ def _parts(
     missing, front = len(prompt) - len(kept.prompt_ids), 0
     while missing and (prompt[front + missing :] != kept.prompt_ids[front:]).any():
         front += 1
-    is_trained = [False] * len(prompt)
+    # The limits never cut an image, so what is cut has none.
+    placeholder_id = None if processor is None else processor.placeholder_id
+    read = prompt[shown_tokens(prompt, whole.images, placeholder_id)]
+    is_trained = [False] * len(read)
     cut = range(front, front + missing)
-    parts = [ShownPart("prompt", list(_segments(prompt, is_trained, cut, tokenizer)), len(prompt))]
+    parts = [ShownPart("prompt", list(_segments(read, is_trained, cut, tokenizer)), len(prompt))]
     for index, name, score in _names(record):
         ids = whole.responses[index]
         is_trained = whole.trained[index].tolist() if whole.trained else [True] * len(ids)

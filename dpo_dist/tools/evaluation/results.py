@@ -26,6 +26,7 @@ from dpo_dist.objective.metrics import (
     length_members,
     measure_pairs,
 )
+from dpo_dist.tools.shared.images import shown_prompt
 from dpo_dist.tools.shared.intervals import (
     ENDS,
     FEWEST_PROMPTS,
@@ -204,8 +205,10 @@ def write_worst(
             if is_unpaired:
                 side = "chosen" if values.tokens_chosen[index] > 0 else "rejected"
                 texts = {side: example.responses[0]}
-            for name, ids in {"prompt": example.prompt_ids, **texts}.items():
+            prompt, images = shown_prompt(example, dataset.images)
+            for name, ids in {"prompt": prompt, **texts}.items():
                 row[name] = str(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+            row |= {"images": images} if images else {}
             lines.append(json.dumps(row) + "\n")
     files.write_text(file, "".join(lines))
 

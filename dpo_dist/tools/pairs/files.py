@@ -17,6 +17,8 @@ from dpo_dist.foundation.files import staged_file, write_json, write_lines
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.tools.shared.records import Read, good_records
 
+_IMAGES = "images"
+
 
 def training_records(
     data: DataConfig, read: Read, say: Callable[[str], None], enough: Callable[[], bool] = lambda: False
@@ -43,6 +45,17 @@ def pair_fields(
     if scores is not None:
         fields |= {"score_chosen": scores[0], "score_rejected": scores[1]}
     return fields | {"provenance": dict(provenance)}
+
+
+def image_fields(record: PreferenceRecord, folder: Path) -> dict[str, Any]:
+    """Write the images of a record into `folder`, each once; return the field with their paths in it."""
+    names = [f"{_IMAGES}/{image.digest.hex()}" for image in record.images]
+    for name, image in zip(names, record.images, strict=True):
+        (file := folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            with staged_file(file) as temporary:
+                temporary.write_bytes(image.read())
+    return {"images": names} if names else {}
 
 
 def _summary_file(file: Path) -> Path:

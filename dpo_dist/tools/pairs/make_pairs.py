@@ -22,7 +22,13 @@ from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.files import locked, remove_abandoned, staged_file, text_digest, write_lines
 from dpo_dist.foundation.text import pluralize
-from dpo_dist.tools.pairs.files import check_output, pair_fields, training_records, write_results
+from dpo_dist.tools.pairs.files import (
+    check_output,
+    image_fields,
+    pair_fields,
+    training_records,
+    write_results,
+)
 from dpo_dist.tools.pairs.people import label_pairs
 from dpo_dist.tools.pairs.start import responding_models
 from dpo_dist.tools.shared.sampling.dry_run import check_model, check_report, first_records
@@ -213,7 +219,8 @@ def _pair(
     if chosen.score is not None and rejected.score is not None:
         scores = (chosen.score, rejected.score)
         provenance |= {"judge_counts": row.counts} | _selection(results.pairs)
-    return pair_fields(record, (chosen.response, rejected.response), scores, provenance)
+    images = image_fields(record, results.prompts.run.folder.pairs)
+    return pair_fields(record, (chosen.response, rejected.response), scores, provenance) | images
 
 
 def _selection(pairs: PairsConfig) -> dict[str, Any]:
@@ -235,7 +242,8 @@ def scored_lists(results: PairResults) -> Iterator[dict[str, Any]]:
             listed = {"content": text, **each.fields, **facts, "model": results.models[each.model].name}
             row["responses" if each.unused is None else "unused"].append(listed)
         provenance = {"source": str(record.origin), "dropped": completions.dropped, **results.facts}
-        yield row | context_fields(record) | {"provenance": provenance}
+        images = image_fields(record, results.prompts.run.folder.pairs)
+        yield row | context_fields(record) | {"provenance": provenance} | images
 
 
 def pairs_from_models(run: Run) -> None:
@@ -310,7 +318,8 @@ def pairs_from_scores(
                 ranks = {"ranks": [better + 1, worse + 1], "responses": len(record.responses)}
                 provenance = {"source": str(record.origin), **method, **ranks}
                 responses = record.responses[better], record.responses[worse]
-                yield pair_fields(record, responses, (scores[better], scores[worse]), provenance)
+                fields = pair_fields(record, responses, (scores[better], scores[worse]), provenance)
+                yield fields | image_fields(record, file.parent)
 
     check_output(file, settings)
     write_results(file, records(), settings, counts, say)

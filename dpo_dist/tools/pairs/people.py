@@ -28,15 +28,23 @@ from dpo_dist.config.verb_sections import PairsMethod
 from dpo_dist.data.counts import counts_in_one_line
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.values import parse_json
-from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields
+from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, turns_of
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError, first_line
 from dpo_dist.foundation.files import locked, text_digest, write_json
 from dpo_dist.foundation.text import pluralize
-from dpo_dist.tools.pairs.files import check_output, pair_fields, training_records, write_results
+from dpo_dist.tools.pairs.files import (
+    check_output,
+    image_fields,
+    pair_fields,
+    training_records,
+    write_results,
+)
+from dpo_dist.tools.shared.images import thumbnails, with_marks
 
 HOST = "127.0.0.1"
 _MOST_ITEMS = 1000
+_IMAGE_SIDE = 800  # pixels
 _OVERLAP = 0.2
 """Share of the comparisons that every annotator judges, to measure their agreement."""
 
@@ -70,6 +78,8 @@ def draw_items(
             continue
         texts = [json.dumps(part, sort_keys=True) for part in as_fields(record.prompt, record.responses)]
         prompt, *keys = map(text_digest, texts)
+        if record.images:
+            prompt = text_digest(" ".join([prompt, *(image.digest.hex() for image in record.images)]))
         drawn = sorted(
             zip(keys, record.responses, strict=True), key=lambda each: _fraction(seed, prompt, each[0])
         )
@@ -148,10 +158,13 @@ class Labelling:
         if (record := self.items.get(item)) is None:
             return facts
         prompt = tuple(record.prompt) if isinstance(record.prompt, Dialogue) else record.prompt
+        if record.images:
+            prompt = tuple(replace(turn, content=with_marks(turn.content)) for turn in turns_of(prompt))
         turns, *responses = as_fields(prompt, record.responses)
         left = self.left(annotator, item)
         sides = {"left": responses[left], "right": responses[1 - left]}
-        return facts | sides | {"item": item, "prompt": turns, "tools": record.tools}
+        images = thumbnails(record.images, _IMAGE_SIDE)
+        return facts | sides | {"item": item, "prompt": turns, "tools": record.tools, "images": images}
 
 
 class _Request(WSGIRequestHandler):
@@ -267,7 +280,7 @@ def label_pairs(folder: RunFolder, data: DataConfig, limit: int | None, seed: in
         with LabelServer(labelling) as server:
             _serve(server, console)
     judgements, counts = list(labelling.judgements.values()), Counter[str]()
-    decided = list(_pairs(items, judgements, counts))
+    decided = list(_pairs(items, judgements, counts, folder.pairs))
     say(f"{len(judgements):,} judgements: {folder.pairs_agreement}")
     write_json(folder.pairs_agreement, agreement(judgements) | {"items": counts})
     if decided:
@@ -292,7 +305,10 @@ def _serve(server: LabelServer, console: Console) -> None:
 
 
 def _pairs(
-    items: Mapping[str, PreferenceRecord], judgements: Sequence[Annotation], counts: Counter[str]
+    items: Mapping[str, PreferenceRecord],
+    judgements: Sequence[Annotation],
+    counts: Counter[str],
+    folder: Path,
 ) -> Iterator[dict[str, Any]]:
     by_item: dict[str, list[Annotation]] = defaultdict(list)
     for each in judgements:
@@ -309,4 +325,5 @@ def _pairs(
             for each in by_item[key]
         ]
         facts = {"source": str(record.origin), "method": str(PairsMethod.people), "judgements": given}
-        yield pair_fields(record, (record.responses[better], record.responses[1 - better]), None, facts)
+        responses = record.responses[better], record.responses[1 - better]
+        yield pair_fields(record, responses, None, facts) | image_fields(record, folder)

@@ -18,6 +18,7 @@ from dpo_dist.foundation.text import duration, pluralize
 from dpo_dist.model.files.load import load_config
 from dpo_dist.model.files.stops import find_stop_ids
 from dpo_dist.reference.engine import load_reference
+from dpo_dist.tools.shared.images import shown_prompt
 from dpo_dist.tools.shared.sampling.generate import NotFiniteError, Request, generate_together
 from dpo_dist.tools.shared.sampling.respond import texts_after
 from dpo_dist.tools.shared.sampling.settings import Sampling, sampling_for
@@ -39,7 +40,7 @@ _RESPONSE_FIELDS = ("text", "tokens", "finished")
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A held-out prompt with the fields of its rows: `prompt`, `prompt_id`, `source` and `chosen`."""
+    """A held-out prompt with its rows' fields: `prompt`, `prompt_id`, `source`, `chosen`, some `images`."""
 
     request: Request
     fields: _Row
@@ -260,19 +261,22 @@ def choose_prompts(
         tokens = dataset.lengths(index)[0]
         if tokens == 0 or (longest is not None and tokens > longest):
             continue
-        example = dataset.example(index, (0,))
+        [example] = dataset.with_inputs([dataset.example(index, (0,))])
         chosen_ids, prompt_ids = example.responses[0].tolist(), np.asarray(example.prompt_ids)
+        shown, images = shown_prompt(example, dataset.images)
         while chosen_ids and chosen_ids[-1] in stop_ids:
             chosen_ids.pop()
-        fields = {
-            "prompt": str(tokenizer.decode(prompt_ids.tolist(), skip_special_tokens=False)),
+        fields: _Row = {
+            "prompt": str(tokenizer.decode(shown.tolist(), skip_special_tokens=False)),
             "prompt_id": prompt_hash[:16],
             "source": dataset.source_labels[int(np.searchsorted(ends, index, side="right"))],
             "chosen": texts_after(chosen_ids, prompt_ids, tokenizer)[0],
         }
+        if images:
+            fields["images"] = images
         if is_labelled:
             fields["label"] = "good" if dataset.labels_good([index])[0] else "bad"
-        prompts.append(SamplePrompt(Request(prompt_ids, prompt_hash[:16], 0), fields))
+        prompts.append(SamplePrompt(Request(prompt_ids, prompt_hash[:16], 0, example.images), fields))
         if len(prompts) == count:
             break
     return tuple(prompts)

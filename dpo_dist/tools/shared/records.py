@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.counts import DataCounts, check_counts, describe_dropped
-from dpo_dist.data.records import BadRecord, PreferenceRecord
+from dpo_dist.data.records import BadRecord, PreferenceRecord, readable
 from dpo_dist.foundation.text import pluralize
 
 Read: TypeAlias = Callable[[SourceConfig], Iterator[PreferenceRecord | BadRecord]]
@@ -27,8 +27,7 @@ def good_records(
     """
     counts = DataCounts()
     while not enough() and (record := next(records, None)) is not None:
-        if isinstance(record, PreferenceRecord) and record.images:
-            record = BadRecord("media_not_read", record.origin, "no images in this verb")
+        record = readable(record)
         counts.add(record)
         if isinstance(record, PreferenceRecord):
             yield record

@@ -168,11 +168,12 @@ class WandbRun:
         if self._max_samples and "eval_samples/length" in row:
             lines = files.read_lines(self._folder.samples_file(int(row["step"])))
             samples = without_secrets(list(islice(lines, self._max_samples)))
+            columns = [name for name in samples[0] if name != "images"]  # thumbnails for pages
             cells = [
-                [value[:_CELL_CHARACTERS] if isinstance(value, str) else value for value in sample.values()]
-                for sample in samples
+                [value[:_CELL_CHARACTERS] if isinstance(value, str) else value for value in cells]
+                for cells in ([sample[name] for name in columns] for sample in samples)
             ]
-            values[SAMPLES] = wandb.Table(columns=list(samples[0]), data=cells, allow_mixed_types=True)
+            values[SAMPLES] = wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
         # Online, wandb gets the row's number from the server.
         self.run.log(values, step=number if self._is_offline else None, commit=True)
         self._received = log_position(row)

@@ -192,7 +192,7 @@ def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
     for name, value in {**variables, "MODE": "online", "DIR": "/elsewhere"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     row = {"prompt": "a prompt", "reference": f"by hf_{SECRET}", "policy": "p" * 5000, "policy_tokens": 3}
-    write_samples(tmp_path, 2, [row, row, row])
+    write_samples(tmp_path, 2, [row | {"images": ["data:image/jpeg;base64,AA"]}, row, row])
     config = replace(config_of(samples=2), samples=SamplesConfig(prompts=3))
     tracker = open_trackers(tracked(tmp_path, config), [], print)
     assert os.environ["WANDB_DATA_DIR"].startswith(str(tmp_path))

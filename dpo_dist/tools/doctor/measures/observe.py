@@ -11,15 +11,16 @@ import numpy as np
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord
 from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
-from dpo_dist.data.images import ImageProcessor
+from dpo_dist.data.images import ImageProcessor, decode_image
+from dpo_dist.data.read.images import ImageFile
 from dpo_dist.data.records import (
     BadRecord,
     Origin,
     PreferenceRecord,
     Tokenizer,
+    UnusableRecordError,
     eval_part,
     prompt_hash,
-    readable,
 )
 from dpo_dist.data.text.escape import any_of
 from dpo_dist.data.text.lengths import without_limits
@@ -58,6 +59,15 @@ class PairFacts:
     side: str | None = None  # of a labelled response, whose features are in `differences`
 
 
+@dataclass(frozen=True)
+class ImageFacts:
+    """Facts about an image of a prompt."""
+
+    key: int  # of its file's content
+    pixels: int
+    tokens: int | None = None  # its placeholders; None: not encoded
+
+
 @dataclass(eq=False, slots=True)
 class RecordFacts:
     """Facts about a record; only a readable record has those after `detail`."""
@@ -76,6 +86,7 @@ class RecordFacts:
     sums: dict[str, int] = field(default_factory=dict)
     pair: PairFacts | None = None  # None: a single response
     unread: tuple[str, ...] = ()  # fields that no format reads
+    images: tuple[ImageFacts, ...] = ()
     # Keys, by which records are compared.
     prompt: int = 0  # ignores case and white space
     record: int = 0  # of the prompt and all responses
@@ -114,20 +125,23 @@ class Observer:
 
     def observe(self, records: Sequence[PreferenceRecord | BadRecord]) -> list[RecordFacts]:
         """Return the facts about each record. Raises ConfigError as encoding does."""
-        return [
-            RecordFacts(record.origin, record.reason, record.detail)
-            if isinstance(record, BadRecord)
-            else self._facts(record)
-            for record in (map(readable, records) if self._reads_images else records)
-        ]
+        return list(map(self._observed, records))
+
+    def _observed(self, record: PreferenceRecord | BadRecord) -> RecordFacts:
+        if isinstance(record, PreferenceRecord):
+            try:
+                return self._facts(record)
+            except UnusableRecordError as fault:  # of an image
+                record = fault.as_bad_record(record.origin)
+        return RecordFacts(record.origin, record.reason, record.detail)
 
     def _facts(self, record: PreferenceRecord) -> RecordFacts:
-        images = record.images if self._reads_images else ()
-        texts, number = plain_texts(record), prompt_hash(record.prompt, images)
+        read = record.images if self._reads_images else ()
+        number, digests = prompt_hash(record.prompt, read), [image.digest.hex() for image in read]
+        images, texts = tuple(map(_image_facts, read)), plain_texts(record)
         prompt, responses = "\n".join(turn for _role, turn in texts.turns), texts.responses
         # Prompts that differ only in case or white space count as equal.
         same = "\n".join(f"{role}: {' '.join(turn.casefold().split())}" for role, turn in texts.turns)
-        digests = [image.digest.hex() for image in images]
         same = "\n".join([same, *digests])
         side, pair = labelled_side(record), None
         key, whole = text_key(same), text_key(same, *map(str.strip, responses), *filter(None, [side]))
@@ -142,6 +156,7 @@ class Observer:
             characters=(len(prompt), *_ends(responses, side)),
             pair=pair,
             unread=record.unread,
+            images=images,
             prompt=key,
             record=whole,
             numbers=text_key(*_NUMBER.findall(prompt)),
@@ -169,6 +184,8 @@ class Observer:
             whole = encode_record(record, self._whole, tokenizer, self._processor)
         if isinstance(whole, EncodedRecord):
             facts.tokens = _lengths(whole.example, labelled_side(record))
+            pictures = zip(facts.images, whole.example.images, strict=True)
+            facts.images = tuple(replace(image, tokens=each.tokens) for image, each in pictures)
         if facts.pair is not None:
             facts.pair.differences.pop("characters", None)
             best = whole if isinstance(encoded, BadRecord) else encoded
@@ -215,6 +232,12 @@ def _ends(responses: Sequence[Sized], side: str | None) -> tuple[int, int]:
     if side == "rejected":
         return -1, len(responses[0])
     return len(responses[0]), len(responses[-1]) if len(responses) > 1 else -1
+
+
+def _image_facts(file: ImageFile) -> ImageFacts:
+    """Raises UnusableRecordError: the file is no image that can be read."""
+    width, height = decode_image(file.read()).size
+    return ImageFacts(int.from_bytes(file.digest[:8], "little"), width * height)
 
 
 def text_key(*texts: str) -> int:

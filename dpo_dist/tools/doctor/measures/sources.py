@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import EMPTY_REMEDY, named_in_one_line, reason_remedy
 from dpo_dist.tools.doctor.measures.label_leaks import LeakTest, leak_findings, leak_tests
-from dpo_dist.tools.doctor.measures.observe import SIDES, PairFacts, RecordFacts
+from dpo_dist.tools.doctor.measures.observe import SIDES, ImageFacts, PairFacts, RecordFacts
 from dpo_dist.tools.doctor.measures.texts import subtract_features
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, KINDS_BY_RULE, RULE_BY_KIND
 from dpo_dist.tools.shared.findings import Finding
@@ -58,6 +58,8 @@ class ExaminedSource:
         self.records: list[RecordFacts] = []
         self._sample: list[tuple[int, int, PairFacts]] = []  # a heap: the next one to drop comes first
         self._unread = Counter[str]()
+        self._images: dict[int, ImageFacts] = {}  # the different ones, by key
+        self._images_of_records: list[int] = []
 
     def add(self, records: Sequence[RecordFacts]) -> None:
         """Add the facts about the next records; facts about pairs are kept for a sample only."""
@@ -69,7 +71,11 @@ class ExaminedSource:
         for record in records:
             if len(self._unread) < _MOST_FIELDS:
                 self._unread.update(record.unread)
-            record.pair, record.unread = None, ()
+            for image in record.images:
+                if image.tokens is not None or image.key not in self._images:
+                    self._images[image.key] = image
+            self._images_of_records += [len(record.images)] * bool(record.images)
+            record.pair, record.unread, record.images = None, (), ()
 
     @cached_property
     def _pairs(self) -> list[PairFacts]:
@@ -129,6 +135,21 @@ class ExaminedSource:
         """Languages of the prompt and of both responses, for sampled pairs."""
         return [tuple(map(detect_language, pair.heads)) for pair in self._pairs[:_SAMPLED_LANGUAGES]]
 
+    def _image_report(self) -> dict[str, Any] | None:
+        """Return the numbers and sizes of images; None without any."""
+        if not self._images:
+            return None
+        different = self._images.values()
+        tokens = [image.tokens for image in different if image.tokens is not None]
+        return {
+            "records": len(self._images_of_records),
+            "images": sum(self._images_of_records),
+            "different": len(different),
+            "in_a_record": _spread(self._images_of_records),
+            "pixels": _spread([image.pixels for image in different]),
+            "tokens": _spread(tokens),
+        }
+
     def report(self) -> dict[str, Any]:
         """Return the entry of doctor.json; docs/doctor.md describes its fields."""
         sums, changed, readable = Counter[str](), Counter[str](), self.readable
@@ -170,6 +191,7 @@ class ExaminedSource:
             "changed": dict(sorted(changed.items())),
             "sides": sides,
             "prefix": prefix,
+            "images": self._image_report(),
             "shares": {
                 **({"trained_tokens": sums["trained_tokens"] / sums["response_tokens"]} if tokens else {}),
                 **{name: len(self.origins_by_name[name]) / len(readable) for name in sorted(shown)},

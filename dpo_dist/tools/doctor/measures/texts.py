@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from datasketch import MinHash
 
-from dpo_dist.data.records import IMAGE, Dialogue, Message, PreferenceRecord, turns_of
+from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, turns_of
 from dpo_dist.foundation.errors import DataError
+from dpo_dist.tools.shared.images import with_marks
 from dpo_dist.tools.shared.records import labelled_side
 from dpo_dist.tools.shared.text_facts import is_refusal
 
@@ -85,7 +86,7 @@ def plain_texts(record: PreferenceRecord) -> Texts:
 
 def _turn_text(message: Message) -> str:
     parts = [str(message.fields[name]) for name in _THOUGHTS if message.fields.get(name)]
-    parts += [message.content.replace(IMAGE, "<image>")] if message.content else []
+    parts += [with_marks(message.content)] if message.content else []
     if message.fields.get("tool_calls"):
         parts.append(
             json.dumps(message.fields["tool_calls"], ensure_ascii=False, default=str, sort_keys=True)

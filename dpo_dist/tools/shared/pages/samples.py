@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from markupsafe import Markup
 from dpo_dist.config.run_folder import RunFolder, checkpoint_step
 from dpo_dist.foundation.files import read_lines
 from dpo_dist.foundation.text import number, percent, pluralize
+from dpo_dist.tools.shared.images import ThumbnailRoom, Thumbnails
 from dpo_dist.tools.shared.pages.render import part
 from dpo_dist.tools.shared.text_facts import WORD, text_facts
 
@@ -42,7 +43,8 @@ class ShownResponse:
 class ShownPrompt:
     """A prompt as the model reads it, with responses that are compared with the one labelled `against`.
 
-    `why` is shown small after the title, `labels` are for filters, the smallest `order` comes first.
+    `why` is shown small after the title, `labels` are for filters, the smallest `order` comes first, `images`
+    are the prompt's.
     """
 
     prompt: str
@@ -51,6 +53,7 @@ class ShownPrompt:
     why: str
     labels: Sequence[str] = ()
     order: float = 0.0
+    images: Thumbnails = ()
 
     @property
     def title(self) -> str:
@@ -79,12 +82,16 @@ def mark_differences(text: str, other: str) -> tuple[list[MarkedPiece], float]:
 
 
 def prompt_items(prompts: Iterable[ShownPrompt], room: int) -> tuple[list[Markup], int]:
-    """Return prompts as HTML while they fit into `room` bytes, and the number of prompts left out."""
+    """Return prompts as HTML while they fit into `room` bytes, and the number of prompts left out.
+
+    Thumbnails have their own room.
+    """
     items: list[Markup] = []
-    left, waiting = room, iter(prompts)
-    for shown in waiting:
+    left, waiting, images = room, iter(prompts), ThumbnailRoom()
+    for whole in waiting:
+        shown = replace(whole, images=images.fitting(whole.images))
         item = part("macros.jinja", "prompt", _cut(shown), len(items) < _OPEN)
-        left -= len(item.encode("utf-8", "replace"))
+        left -= len(item.encode("utf-8", "replace")) - sum(len(image or "") for image in shown.images)
         if left < 0:
             return items, 1 + sum(1 for _ in waiting)
         items.append(item)
@@ -167,7 +174,8 @@ def samples_section(folder: RunFolder) -> Mapping[str, Any]:
     for row, reason in choose(read[steps[0]]):
         rows = {step: by_id.get(row["prompt_id"]) for step, by_id in sorted(by_prompt.items(), reverse=True)}
         title = f"{row['source']}: {reason}"
-        shown.append(ShownPrompt(row["prompt"], tuple(_responses(row, rows)), "reference", title))
+        responses = tuple(_responses(row, rows))
+        shown.append(ShownPrompt(row["prompt"], responses, "reference", title, images=row.get("images", ())))
     items, omitted = prompt_items(shown, _SECTION_BYTES)
     return {
         "step": steps[0],
@@ -196,7 +204,13 @@ def samples_side_by_side(runs: Mapping[str, RunFolder]) -> list[Markup]:
                 by_prompt.setdefault(row["prompt_id"], []).append(response)
                 last[row["prompt_id"]] = row
     shown = [
-        ShownPrompt(row["prompt"], [*responses, response_in_data(row)], responses[0].label, row["source"])
+        ShownPrompt(
+            row["prompt"],
+            [*responses, response_in_data(row)],
+            responses[0].label,
+            row["source"],
+            images=row.get("images", ()),
+        )
         for responses, row in zip(by_prompt.values(), last.values(), strict=True)
         if len(responses) > 1
     ]
@@ -219,7 +233,8 @@ def _worst(row: _Row) -> ShownPrompt:
             f"reward {number(margin if is_good else -margin, 3)}",
         )
     responses = [ShownResponse(name, row[side]) for name, side in zip(names, sides, strict=True)]
-    return ShownPrompt(row["prompt"], responses, "chosen", f"{row['origin']}: {measured}")
+    why, images = f"{row['origin']}: {measured}", row.get("images", ())
+    return ShownPrompt(row["prompt"], responses, "chosen", why, images=images)
 
 
 def _responses(last: _Row, rows: Mapping[int, _Row | None]) -> Iterator[ShownResponse]:

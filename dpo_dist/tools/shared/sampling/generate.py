@@ -1,6 +1,7 @@
 """Generate responses in batches padded on the left; a sample's random numbers do not depend on its batch."""
 
 import hashlib
+import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dpo_dist.batching.example import TokenIds
+from dpo_dist.batching.example import ImageInput, TokenIds
+from dpo_dist.batching.pack import joined_inputs
 from dpo_dist.distributed.processes.world import Stops
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.tools.shared.sampling.settings import Sampling
@@ -32,6 +34,7 @@ class Request:
     prompt_ids: TokenIds
     key: str
     number: int
+    images: tuple[ImageInput, ...] = ()  # in the order of their placeholders in the prompt
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,22 @@ def batches(
     return batched
 
 
+def image_inputs(causal_lm: Any, ids: Tensor, images: Sequence[ImageInput]) -> dict[str, Tensor]:
+    """Return what the model's forward needs for the images in `ids` [rows, tokens], in their order."""
+    if not images:
+        return {}
+    # For positions in space, and for image tokens that see each other.
+    kinds = (ids == causal_lm.config.image_token_id).long()
+    takes = inspect.signature(causal_lm.forward).parameters
+    joined = joined_inputs(images) | {
+        name: kinds for name in ("mm_token_type_ids", "token_type_ids") if name in takes
+    }
+    return {
+        name: value.to(ids.device, causal_lm.dtype if value.is_floating_point() else value.dtype)
+        for name, value in joined.items()
+    }
+
+
 @torch.inference_mode()
 def generate(
     causal_lm: Any, requests: Sequence[Request], sampling: Sampling, stop_ids: Collection[int], budget: int
@@ -127,9 +146,12 @@ def generate_batch(
 
     # Defaults of the model's folder, such as a repetition penalty, would change the distribution.
     causal_lm.generation_config = GenerationConfig()
+    ids = ids.to(device)
+    images = [image for request in requests for image in request.images]
     output = causal_lm.generate(
-        input_ids=ids.to(device),
+        input_ids=ids,
         attention_mask=mask.to(device),
+        **image_inputs(causal_lm, ids, images),
         generation_config=GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,
@@ -195,6 +217,20 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
 
+def _left_out(
+    chosen: Sequence[Request], beside: Sequence[Request], stop_ids: Collection[int]
+) -> list[Request]:
+    """Return a request whose sample is not used, if a rank needs one to make the forwards of the others.
+
+    `beside` are the requests of all ranks' batches: if some have images, each rank encodes one, in the same
+    place among its forwards.
+    """
+    with_images = [request for request in beside if request.images]
+    if with_images and not any(request.images for request in chosen):
+        return [min(with_images, key=lambda request: len(request.prompt_ids))]
+    return [] if chosen else [Request(np.array([min(stop_ids)], dtype=np.int32), "", 0)]
+
+
 def generate_together(
     engine: Engine,
     requests: Sequence[Request],
@@ -208,9 +244,9 @@ def generate_together(
     """Return a sample of the engine's model for each request, in order, on all ranks; collective.
 
     Every rank generates a share. Under ZeRO-3 each forward gathers weights from all ranks, so that all ranks
-    generate the same number of batches with the same number of forwards. A rank that is asked to stop ends
-    its responses at once, and all ranks raise Interrupted after the batch. If logits are not finite, all
-    ranks raise NotFiniteError.
+    generate the same number of batches with the same number of forwards, and encode images in the same
+    batches. A rank that is asked to stop ends its responses at once, and all ranks raise Interrupted after
+    the batch. If logits are not finite, all ranks raise NotFiniteError.
     """
     world = stops.world
     shares = [
@@ -226,8 +262,10 @@ def generate_together(
             indices = share[number] if number < len(share) else []
             chosen, settings = [requests[index] for index in indices], sampling
             if not chosen:  # a rank without work takes part in the forwards of the others
-                dummy = np.array([min(stop_ids)], dtype=np.int32)
-                chosen, settings = [Request(dummy, "", 0)], Sampling(max_new_tokens=1, temperature=0)
+                settings = Sampling(max_new_tokens=1, temperature=0)
+            if synchronised:
+                beside = [requests[at] for each in shares for batch in each[number:][:1] for at in batch]
+                chosen += _left_out(chosen, beside, stop_ids)
             try:
                 generated = generate_batch(
                     causal_lm,

@@ -39,9 +39,11 @@ from dpo_dist.data.records import (
 from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
+from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.files.folder import description_folder, model_folder
 from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model
+from dpo_dist.tools.shared.images import jpeg_uri
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +60,19 @@ class Question:
 
     @property
     def prompt(self) -> Any:
-        """The prompt for JSON: messages as `{"role", "content"}`, or a text."""
+        """The prompt for JSON: messages as `{"role", "content"}`, or a text; of images only the places."""
         prompt = self.record.prompt
         return prompt.text if isinstance(prompt, Dialogue) else as_fields(prompt, ())[0]
+
+    @property
+    def prompt_with_images(self) -> Any:
+        """The prompt with the file of each image, as bytes, in the `image` of its part."""
+        prompt, images = self.prompt, iter(self.record.images)
+        for turn in prompt if self.record.images else ():
+            for part in turn["content"] if isinstance(turn["content"], list) else ():
+                if part["type"] == "image":
+                    part["image"] = next(images).read()
+        return prompt
 
 
 @dataclass
@@ -75,8 +87,9 @@ class FunctionJudge:
     """Calls `function(prompt, responses)` for each prompt.
 
     The function gets the prompt as a list of `{"role", "content"}`, or as a string if it is plain text, and
-    the responses as a list of strings. It returns a list of numbers, higher is better, with None for a
-    response that it cannot score.
+    the responses as a list of strings. A content with images is a list of `{"type": "text", "text"}` and
+    `{"type": "image", "image"}` with the bytes of a file. The function returns a list of numbers, higher is
+    better, with None for a response that it cannot score.
     """
 
     def __init__(self, written: str):
@@ -101,7 +114,7 @@ class FunctionJudge:
     def _scores(self, question: Question) -> list[float | None]:
         fault = ""
         try:
-            returned = list(self._function(question.prompt, list(question.responses)))
+            returned = list(self._function(question.prompt_with_images, list(question.responses)))
             scores = [None if score is None else float(score) for score in returned]
             if len(scores) != len(question.responses):
                 fault = f"returns {len(scores)} scores"
@@ -177,7 +190,18 @@ class RewardModel:
         return model.to(self.device).eval()
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
-        """Return the model's scores; None for a conversation that is too long or rejected by its template."""
+        """Return the model's scores; None for a conversation that is too long or rejected by its template.
+
+        Raises ConfigError: a conversation has images.
+        """
+        for question in questions:
+            if question.record.images:
+                raise ConfigError(
+                    "a reward model reads no images",
+                    where=f"{_REWARD_MODEL} at the prompt of {question.record.origin}",
+                    got=f"a prompt with {pluralize(len(question.record.images), 'image')}",
+                    remedy="judge by pairs.function or pairs.endpoint",
+                )
         encoded = [self._encoded(each.record, response) for each in questions for response in each.responses]
         scores = iter(self._scores(encoded))
         judgements = []
@@ -241,6 +265,7 @@ _KEY_VARIABLE = "OPENAI_API_KEY"
 _RETRIES = 6
 # Statuses that refuse a single request for its texts; others mean that the endpoint cannot be used.
 _REFUSES_TEXTS = (400, 413, 422)
+_JUDGED_SIDE = 2048  # pixels; endpoints make larger images smaller
 _MAX_TOKENS = 1024  # of a verdict, with the judge's reasons
 _OPTIONS: dict[str, Any] = {"temperature": 0, "max_tokens": _MAX_TOKENS}
 # OpenAI's reasoning models refuse the options above and take these.
@@ -334,10 +359,15 @@ class EndpointJudge:
         return "refused" if refusal else "unreadable"
 
     def _messages(self, instruction: str, question: Question, **responses: str) -> list[Any]:
-        content = {"conversation": question.prompt, **context_fields(question.record), **responses}
+        fields = {"conversation": question.prompt, **context_fields(question.record), **responses}
+        content: Any = json.dumps(fields, ensure_ascii=False)
+        if images := question.record.images:  # in the order of their places
+            urls = (jpeg_uri(image.read(), _JUDGED_SIDE) for image in images)
+            parts = ({"type": "image_url", "image_url": {"url": url}} for url in urls)
+            content = [{"type": "text", "text": content}, *parts]
         return [
             {"role": "system", "content": instruction.format(criterion=self._config.criterion)},
-            {"role": "user", "content": json.dumps(content, ensure_ascii=False)},
+            {"role": "user", "content": content},
         ]
 
     def _ask(self, messages: list[Any]) -> tuple[str, str]:

@@ -137,7 +137,8 @@ def generation_settings(data: DataConfig, model: ModelConfig, sampling: Sampling
     chat_template = data.chat_template
     if chat_template is not None and (file := Path(chat_template).expanduser()).is_file():
         chat_template = files.content_digest([file])
-    return {
+    images = {} if model.images is None else {"max_pixels": model.images.max_pixels}
+    return images | {
         "max_length": data.max_length,
         "max_prompt_length": data.max_prompt_length,
         "text_as_messages": data.text_as_messages,

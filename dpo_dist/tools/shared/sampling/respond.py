@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.batching.example import TokenIds
+from dpo_dist.batching.example import ImageInput, TokenIds
 from dpo_dist.config.schema import DataConfig, ModelConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.encoded.build import tokenizer_digest
+from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.data.records import (
     DIALOGUE_TURN,
     BadRecord,
@@ -88,35 +89,50 @@ def find_model(name: str, model: ModelConfig, store: Path, key: str) -> ModelSou
     folder, adapter = source.folder, source.adapter
     files = digest_model(folder, store, remote_code=model.trust_remote_code)
     added = [] if adapter is None else sorted(adapter.glob("adapter_*"))
-    own_tokens = tokenizer_digest(source.tokenizer_folder, with_images=model.images is not None)
-    parts = [files.digest, content_digest(added), own_tokens]
+    parts = [files.digest, content_digest(added), tokenizer_digest(source.tokenizer_folder)]
+    parts += [] if model.images is None else [tokenizer_digest(folder, with_images=True)]
     parts += [f"ends with {token}" for token in sorted(folder_stops(folder))]
     return replace(source, digest=text_digest(" ".join(parts)))
 
 
 @dataclass(frozen=True, eq=False)
 class Responder:
-    """Tokenizer, stop tokens and limits of a model that responds; `data` renders prompts as in training."""
+    """Tokenizer, stop tokens and limits of a model that responds; `data` renders prompts as in training.
+
+    Without a `processor`, records with images are bad ones.
+    """
 
     source: ModelSource
     tokenizer: PreTrainedTokenizerBase
     data: DataConfig
     stop_ids: frozenset[int]
     longest: int | None  # tokens of a prompt and its response; None: no limit is known
+    processor: ImageProcessor | None = None
 
     def encode(self, record: PreferenceRecord, response: Response) -> EncodedExample | BadRecord:
         """Return a prompt and a response as training encodes them, without the limits on their length."""
         limits = replace(without_limits(self.data), max_prompt_length=self.data.max_prompt_length)
-        return encode_pair(replace(record, responses=(response,)), self.tokenizer, limits)
+        return encode_pair(replace(record, responses=(response,)), self.tokenizer, limits, self.processor)
+
+    def images(self, prompt: EncodedExample) -> tuple[ImageInput, ...]:
+        """Return the images of a prompt with what the model's tower reads of each."""
+        processor = self.processor
+        if processor is None:
+            return ()
+        return tuple(replace(image, inputs=processor.inputs(image.content)) for image in prompt.images)
 
 
 def open_responder(source: ModelSource, model: ModelConfig, data: DataConfig) -> Responder:
-    """Return a model's tokenizer and the tokens that end its responses, without weights."""
+    """Return a model's tokenizer, the tokens that end its responses, its image processor; no weights.
+
+    Raises ConfigError, also if `model.images` is set and the model reads none.
+    """
     tokenizer = load_tokenizer(source.tokenizer_folder, model)
+    processor = image_processor(source.folder, tokenizer, model.images)
     stop_ids = find_stop_ids(tokenizer, data, source.folder, source.key)
     model_config = load_config(source.folder, model).get_text_config()
     longest = getattr(model_config, "max_position_embeddings", None)
-    return Responder(source, tokenizer, data, stop_ids, longest)
+    return Responder(source, tokenizer, data, stop_ids, longest, processor)
 
 
 BATCH_TOKENS = 32768
@@ -200,9 +216,10 @@ def respond(
     """Return the completions of each prompt, in order; `numbers`: which of a prompt's samples to make."""
     prompts = [usable_prompt(record, responder, sampling.max_new_tokens) for record in records]
     requests = [
-        Request(prompt, prompt_key(record), number)
+        Request(prompt.prompt_ids, prompt_key(record), number, images)
         for record, prompt in zip(records, prompts, strict=True)
         if not isinstance(prompt, str)
+        for images in (responder.images(prompt),)
         for number in numbers
     ]
     try:
@@ -219,14 +236,14 @@ def respond(
         if isinstance(prompt, str):
             rows.append(Completions([], dropped=prompt))
         else:
-            decoder = _Decoder(record, prompt, responder)
+            decoder = _Decoder(record, prompt.prompt_ids, responder)
             completions = [decoder.completion(next(samples), number) for number in numbers]
-            rows.append(Completions(completions, prompt_ids=prompt.tolist()))
+            rows.append(Completions(completions, prompt_ids=prompt.prompt_ids.tolist()))
     return rows
 
 
-def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: int) -> TokenIds | str:
-    """Return a prompt's token ids if `new_tokens` fit after them, else the reason why it cannot be used.
+def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: int) -> EncodedExample | str:
+    """Return a prompt, encoded, if `new_tokens` fit after it, else the reason why it cannot be used.
 
     The ids are the same as in training; if the template opens a thought, its start is among them.
     """
@@ -234,12 +251,13 @@ def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: in
         encoded = responder.encode(record, placeholder)
         if isinstance(encoded, BadRecord):
             return encoded.reason
-        prompt = encoded.prompt_ids
+        prompt = encoded
         if "ended_thought_reopened" not in encoded.changes:
             break
-    if len(prompt) >= responder.data.max_length:
+    tokens = len(prompt.prompt_ids)
+    if tokens >= responder.data.max_length:
         return "prompt_fills_max_length"
-    if responder.longest is not None and len(prompt) + new_tokens > responder.longest:
+    if responder.longest is not None and tokens + new_tokens > responder.longest:
         return "too_long_for_the_model"
     return prompt
 

@@ -1,0 +1,60 @@
+"""Thumbnails beside prompts: small, of the decoded image, within a section's room, and with no request."""
+
+import base64
+import io
+import re
+
+from PIL import Image
+
+from dpo_dist.data.read.images import ImageFile
+from dpo_dist.tools.shared.images import Thumbnails, thumbnails
+from dpo_dist.tools.shared.pages.samples import ShownPrompt, ShownResponse, prompt_items
+from tests.unit.tools.pages.made_run import HOSTILE
+
+
+def picture(width: int, height: int, colour: str = "red") -> bytes:
+    stream = io.BytesIO()
+    Image.effect_noise((width, height), 90).convert("RGB").save(stream, "PNG") if colour == "noise" else (
+        Image.new("RGB", (width, height), colour).save(stream, "PNG")
+    )
+    return stream.getvalue()
+
+
+def shown(*images: str | None) -> ShownPrompt:
+    return ShownPrompt("what is it?", (ShownResponse("a", "it"),), "a", "", images=images)
+
+
+def test_a_thumbnail_is_a_small_jpeg_of_the_image_and_an_unreadable_one_is_left_out() -> None:
+    large, small, none = thumbnails(map(ImageFile, [picture(1200, 600), picture(20, 9, "blue"), b"<svg>"]))
+    assert none is None
+    for uri, size, colour in ((large, (160, 80), (254, 0, 0)), (small, (20, 9), (0, 0, 254))):
+        image = Image.open(io.BytesIO(base64.b64decode((uri or "").removeprefix("data:image/jpeg;base64,"))))
+        assert (image.format, image.size) == ("JPEG", size)
+        assert max(abs(a - b) for a, b in zip(image.getpixel((5, 5)), colour, strict=True)) < 3
+
+
+def test_a_section_has_room_for_some_thumbnails_and_marks_in_place_of_others() -> None:
+    [red] = thumbnails([ImageFile(picture(16, 16))])
+    [noise] = thumbnails([ImageFile(picture(160, 160, "noise"))])
+    for image, prompts in ((red, 250), (noise, 300)):
+        items, left_out = prompt_items([shown(image, None)] * prompts, 10**6)
+        html = "".join(items)
+        assert left_out == 0
+        assert len(items) == prompts
+        assert 20 < html.count("<img") <= 100
+        assert html.count("<img") + html.count(", not shown") == 2 * prompts
+        assert len(html.encode()) < 10**6 + 1_500_000
+
+
+def test_a_thumbnail_makes_no_request_and_is_inert() -> None:
+    foreign: Thumbnails = [
+        "https://example.com/x.png",
+        f"data:image/jpeg;base64,{HOSTILE}",
+        "data:text/html,x",
+    ]
+    html = "".join(prompt_items([shown(*foreign)], 10**6)[0])
+    assert re.findall('src="([^"]*)"', html) == [html.split('src="')[1].split('"')[0]]
+    assert html.count("<img") == 1
+    assert "example.com" not in html
+    assert "<script" not in html
+    assert "text/html" not in html
