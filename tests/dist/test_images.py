@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from dpo_dist.config.schema import (
     ParallelismKind,
     TrainedImageParts,
 )
+from dpo_dist.data.images import ImageProcessor
 from dpo_dist.distributed.checkpoint.saver import CheckpointSaver, latest_checkpoint
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import PolicyEngine
@@ -74,6 +75,13 @@ LORA = AdapterConfig(r=2, alpha=4, target_modules=["q_proj", "gate_proj"], modul
 ON_TOWER = AdapterConfig(r=2, alpha=4, target_modules=["q_proj", "fc1", "multi_modal_projector.linear_1"])
 
 
+class Invented:
+    """The invented images of a family, as its processor returns them."""
+
+    def __init__(self, family: str):
+        self.invented = partial(invented_images, family)
+
+
 def examples_of(family: str) -> list[Example]:
     """Pairs; with one image, with two, with none, and the first image again."""
     return [replace(each, responses=each.responses[:2]) for each in image_examples(invented_images(family))]
@@ -112,7 +120,7 @@ def walk(cases: Sequence[Case], models: Path, world: World, folder: Path) -> dic
     for case in cases:
         config = case.config(models)
         policy = load_policy(config, world, max_length=64)
-        run_start_check(policy, 64, world, trains=True)
+        run_start_check(policy, 64, world, processor=cast(ImageProcessor, Invented(case.family)), trains=True)
         found = [step(policy, case.family, world) for _ in range(STEPS - 1)]
         saver = CheckpointSaver(folder / f"{case.name}-checkpoints", 1, [policy], world)
         saver.save(STEPS - 1, {"step": STEPS - 1}, is_last=True)
@@ -123,7 +131,7 @@ def walk(cases: Sequence[Case], models: Path, world: World, folder: Path) -> dic
         norms[case.name] = found
 
         again = load_policy(config, world, max_length=64)
-        run_start_check(again, 64, world, trains=True)
+        run_start_check(again, 64, world, processor=cast(ImageProcessor, Invented(case.family)), trains=True)
         checkpoint = latest_checkpoint(folder / f"{case.name}-checkpoints", world)
         assert checkpoint is not None
         again.load_shards(checkpoint.folder)

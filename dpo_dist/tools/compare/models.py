@@ -151,7 +151,9 @@ class ComparedModel:
             if self.source.adapter is not None:
                 load_adapter(packed, self.source.adapter, MODELS_KEY)
         packed.eval()
-        StartCheck(packed, packed, world.device, longest, MODELS_KEY).choose_arrangement()
+        processor = self.responder.processor
+        images = () if processor is None else processor.invented()
+        StartCheck(packed, packed, world.device, longest, MODELS_KEY, images=images).choose_arrangement()
         return packed
 
     def respond(self) -> None:
