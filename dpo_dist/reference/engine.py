@@ -44,8 +44,8 @@ def run_start_check(
     """Set the cheapest arrangement in which the model's log-probs are exact (`StartCheck`). Collective.
 
     If the model `trains`, also check its log-probs in training mode and, with several ranks, that all
-    sequences use the same weights. `max_length`: tokens of the longest prompt plus response. `processor`: that
-    of a model that reads images. Errors name `key`.
+    sequences use the same weights. `max_length`: tokens of the longest prompt plus response. `processor`:
+    that of a model that reads images. Errors name `key`.
     """
     are_forwards_collective = engine.is_synchronised or world.sequence is not None
 
