@@ -92,6 +92,10 @@ class Setting:
         """Return the setting of a prepared folder."""
         return cls(**json.loads((folder / _SETTING).read_text()))
 
+    def write(self, folder: Path) -> None:
+        """Write the setting of a folder that is prepared."""
+        (folder / _SETTING).write_text(json.dumps(dataclasses.asdict(self)))
+
     @property
     def steps(self) -> int:
         """Optimizer steps of a run."""
@@ -130,7 +134,7 @@ def overrides(setting: Setting, folder: Path, run_dir: Path, store: Path) -> lis
 
 def prepare(setting: Setting, folder: Path) -> None:
     """Write model, tokenizer, pairs, and the pairs' token ids in the order of training."""
-    (folder / _SETTING).write_text(json.dumps(dataclasses.asdict(setting)))
+    setting.write(folder)
     file = pairs_file(setting, folder)
     if setting.data == "synthetic":
         write_synthetic(file, setting)
