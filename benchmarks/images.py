@@ -24,6 +24,7 @@ from benchmarks.setting import Setting, pairs_file
 _TOLERANCE = 1e-4
 _MODEL, _PAIRS_OF_TRL = "model", 4
 _SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+_SPECIAL += ["<|video_pad|>"]
 _WORDS = [f"w{number}" for number in range(1000)]
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|> {{ m['role'] }} {% if m['content'] is string %}{{ m['content'] }}"
@@ -133,7 +134,7 @@ def _train_with_trl(folder: Path, steps: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / _MODEL)
     # AutoProcessor would need torchvision, which has other pixels.
     processor: Any = ImageProcessor(folder / _MODEL, tokenizer, ImagesConfig())._processor
-    processor.chat_template = tokenizer.chat_template
+    processor.chat_template, processor.tokenizer = tokenizer.chat_template, tokenizer
     records = [json.loads(line) for line in pairs_file(setting, folder).open()]
     for record in records:
         record["images"] = [Image.open(folder / name).convert("RGB") for name in record["images"]]

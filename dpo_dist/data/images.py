@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from dpo_dist.batching.example import ImageInput
@@ -76,7 +77,7 @@ class ImageProcessor:
         return ExpandedImage(digest, self._tokens(text), text=text, content=content)
 
     def _inputs(self, content: bytes) -> dict[str, Any]:
-        """Return the tensors that the model's tower reads, of the image in a file."""
+        """Return the tensors that the model's tower reads, of the image in a file. Thread-safe."""
         return self._read(content)[1]
 
     def dummy(self) -> ImageInput:
@@ -114,6 +115,20 @@ class ImageProcessor:
         )
         [[replaced]] = processed["text_replacement_offsets"]
         return replaced["replacement"], {k: v for k, v in processed.items() if k not in _OF_TEXT}
+
+
+class _OneAtATime:
+    """A tokenizer that one thread calls at a time: a fast tokenizer fails in two threads at once."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._lock = tokenizer, Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        with self._lock:
+            return self._tokenizer(*arguments, **options)
 
 
 def image_processor(folder: Path, tokenizer: Tokenizer, images: ImagesConfig | None) -> ImageProcessor | None:
@@ -163,6 +178,7 @@ def _with_pillow(folder: Path, tokenizer: Tokenizer) -> tuple[Any, int]:
     processor = own.from_args_and_dict([parts.get(name) for name in own.get_attributes()], parameters)
     if processor.image_token not in tokenizer.get_added_vocab():
         raise _refused(folder, f"the tokenizer has no token {processor.image_token!r} for images")
+    processor.tokenizer = _OneAtATime(processor.tokenizer)
     return processor, int(config.image_token_id)
 
 

@@ -5,7 +5,9 @@ Token ids and masks stay on disk. The other columns are loaded, about 140 bytes 
 
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,6 +36,8 @@ from dpo_dist.data.read.columns import VOTES
 from dpo_dist.data.records import Origin, Tokenizer
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import text_digest
+
+_MAX_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,13 @@ class PreferenceDataset:
         """Return examples of this dataset with the inputs of their images, decoded and processed."""
         if self.images is None:
             return [*examples]
-        find = self.images.with_inputs
-        return [replace(example, images=tuple(map(find, example.images))) for example in examples]
+        distinct = {image.digest: image for example in examples for image in example.images}
+        with ThreadPoolExecutor(_threads()) as pool:  # one thread would keep a GPU waiting
+            found = dict(zip(distinct, pool.map(self.images.with_inputs, distinct.values()), strict=True))
+        return [
+            replace(example, images=tuple(found[image.digest] for image in example.images))
+            for example in examples
+        ]
 
     def with_images(self, indices: Indices) -> npt.NDArray[np.bool_]:
         """Return whether the prompt of each example has an image."""
@@ -232,6 +241,12 @@ class PreferenceDataset:
 
     def _pieces(self, index: int) -> tuple[int, int]:
         return int(self.first_pieces[index]), int(self.first_pieces[index + 1])
+
+
+def _threads() -> int:
+    """Return the number of threads of this rank that process images."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_MAX_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def open_dataset(
