@@ -110,6 +110,8 @@ def _expanded(record: PreferenceRecord, processor: ImageProcessor | None) -> tup
     in_responses = any(IMAGE in turn.content for side in record.responses for turn in turns_of(side))
     if marks != len(record.images) or in_responses:
         raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD1")
+    if processor is not None and not processor.reads_several and len(record.images) > 1:
+        raise UnusableRecordError("several_images", f"{len(record.images)} images")
     return tuple(processor.expanded(image.read()) for image in record.images if processor is not None)
 
 

@@ -46,6 +46,7 @@ class ImageProcessor:
 
     `token` is the text that a chat template writes for an image, `placeholder_id` the token that the model
     replaces by a feature of an image, `settings` a digest of everything that decides the pixels and tokens.
+    `reads_several`: an image has the same pixels and tokens whatever other images are in its prompt.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, images: ImagesConfig):
@@ -54,6 +55,8 @@ class ImageProcessor:
         self._max_pixels = images.max_pixels
         self._processor, self.placeholder_id = _own_processor(folder, tokenizer)
         self.token = str(self._processor.image_token)
+        # LLaVA-OneVision cuts an image into tiles only if it is the only one of its prompt.
+        self.reads_several = "batch_num_images" not in self._processor.image_processor.model_input_names
         self.settings = hashlib.blake2b(
             json.dumps([self._processor.to_json_string(), images.max_pixels, *_versions()]).encode(),
             digest_size=16,

@@ -183,6 +183,20 @@ def test_records_with_images_that_cannot_be_placed_are_dropped(tmp_path: Path) -
     assert isinstance(encode_pair(text, bare, applied), EncodedExample)
 
 
+def test_several_images_are_no_record_of_a_model_that_tiles_single_ones_only(tmp_path: Path) -> None:
+    config, tokenizer = AutoConfig.for_model("llava_onevision"), image_tokenizer("llava")
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    config.save_pretrained(tmp_path)
+    sizes = {"size": {"height": 28, "width": 28}, "image_grid_pinpoints": [[28, 56], [56, 28]]}
+    own = {"image_processor_type": "LlavaOnevisionImageProcessor"} | sizes
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(own))
+    (tmp_path / "processor_config.json").write_text('{"num_image_tokens": 4}')
+    processor = ImageProcessor(tmp_path, tokenizer, ImagesConfig())
+    encoded(image_record("#", images=[FIRST]), "llava", processor)
+    several = encode_pair(image_record("# #", images=[FIRST, FIRST]), tokenizer, WIDE, processor)
+    assert several.reason == "several_images"
+
+
 @pytest.mark.parametrize("truncation", ["drop", "keep_start", "keep_end", "both"])
 def test_images_are_never_cut(truncation: str, tmp_path: Path) -> None:
     kind, processor = "qwen2_vl", processor_of(tmp_path, "qwen2_vl")
