@@ -155,6 +155,15 @@ RULES = (
     ),
     unused("data.drop_eval_prompts", "data.eval!=[]", "set data.eval; data.eval_share never shares a prompt"),
     unused("data.images", "model.images!=null", "set model.images.train=none to read images"),
+    Rule(
+        "data.train model.images=null",
+        "the folder of a source's images has no effect with this model.images",
+        "remove it, or set model.images.train=none to read images",
+        lambda c: (
+            c.data.images is None
+            and any(source.images for source in [*c.data.train, *c.data.eval, *c.evaluation.data])
+        ),
+    ),
     unused(
         "data.ranked",
         "data.train",

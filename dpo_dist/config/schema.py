@@ -266,7 +266,7 @@ class SourceConfig:
     reader: str | None = key(None)
     """Your own function, as `module:function`, which turns a record's fields into those of a format."""
     images: NonEmpty | None = key(None, free=True)
-    """Folder of the source's image files; null: `data.images`, or the folder of the records."""
+    """Folder of the source's image files, if `data.images` is null; null: the folder of the records."""
     label: str | None = key(None, free=True, accepts="letters, digits and . _ + -", pattern=r"^[\w.+-]+$")
     """Name of the source in metrics and counts; null: a name from its path, unique in the list."""
 

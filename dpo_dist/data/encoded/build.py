@@ -35,7 +35,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
 from dpo_dist.data.read.columns import READER
 from dpo_dist.data.read.files import file_kind
-from dpo_dist.data.read.sources import local_files, pin_source, source_identity, source_labels
+from dpo_dist.data.read.sources import image_folders, local_files, pin_source, source_identity, source_labels
 from dpo_dist.data.records import (
     ALL_RECORDS,
     HELD_OUT,
@@ -109,12 +109,12 @@ def prepare_dataset(
     cache = Path(config.cache)
     remove_abandoned(cache)
     all_pinned = [pin_source(source) for source in sources]
-    keys = ("format", "split", "columns", *(() if processor is None else ("images",)))
-    fingerprints = [_fingerprint(source, config, digest, part, keys) for source in all_pinned]
+    fingerprints = [_fingerprint(source, config, digest, part) for source in all_pinned]
     encode = partial(_encode_chunk, config=config, tokenizer=tokenizer, part=part, processor=processor)
     encoded = []
     for source, fingerprint, label in zip(all_pinned, fingerprints, source_labels(sources), strict=True):
-        wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label)
+        folders = "" if processor is None else _folders_digest(source)
+        wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label, folders)
         if (table := wanted.table()) is None or has_changed_images(table):
             with (
                 progress(source.path) as show,
@@ -235,10 +235,14 @@ def _identities(source: SourceConfig) -> list[str]:
     return [file_identity(file) for file in local_files(source) or ()]
 
 
-def _fingerprint(
-    source: SourceConfig, config: DataConfig, digest: str, part: Part, keys: Iterable[str]
-) -> str:
-    """Return a digest of everything that decides the ids of a pinned source: `keys` of it, for example."""
+def _folders_digest(source: SourceConfig) -> str:
+    """Return a digest of the folders in which images are looked up: equal records name other images there."""
+    folders = [*image_folders(source), *sorted({file.parent for file in local_files(source) or ()})]
+    return text_digest("\n".join(str(folder.resolve()) for folder in folders))
+
+
+def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Part) -> str:
+    """Return a digest of everything that decides the ids of a pinned source, but the files of its images."""
     content = {
         "encoding": _ENCODING_VERSION,
         "tokenizer": digest,
@@ -249,7 +253,7 @@ def _fingerprint(
         "untrained": sorted(set(config.untrained)),
         "content": source_identity(source, Path(config.cache) / MEMO_FOLDER),
         "kinds": [file_kind(file) for file in local_files(source) or []],
-        **{name: getattr(source, name) for name in keys},
+        **{name: getattr(source, name) for name in ("format", "split", "columns")},
         "reader": source.reader and find_function(source.reader, READER).digest,
         "part": part.identity,
     }

@@ -1,5 +1,6 @@
 """Images of an encoded dataset: which of the distinct ones each prompt has, and their inputs."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,6 @@ import pyarrow.compute as pc
 from dpo_dist.batching.example import ImageInput
 from dpo_dist.data.encoded.store import Array, EncodedSource, has_images, read_images
 from dpo_dist.data.images import ImageProcessor
-from dpo_dist.foundation.files import text_digest
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,10 @@ class PromptImages:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all images."""
-        return text_digest(b"".join(image.digest for image in self.distinct).hex())
+        """A digest of the images of all records in their order."""
+        digest = hashlib.blake2b(b"".join(image.digest for image in self.distinct), digest_size=16)
+        digest.update(self.numbers.tobytes())
+        return digest.hexdigest()
 
     def of(self, index: int) -> tuple[ImageInput, ...]:
         """Return the images of an example, without inputs."""

@@ -86,14 +86,17 @@ class EncodedSource:
 
     path: str
     cache: Path
-    fingerprint: str  # digest of everything that decides the ids
+    fingerprint: str  # digest of everything that decides the ids, but the files of images
     limit: int | None = None
     label: str = ""
+    folders: str = ""  # digest of the folders in which images are looked up; empty: none are read
 
     @property
     def file(self) -> Path:
         """The file with the records."""
-        return self.cache / f"{self.fingerprint}{'' if self.limit is None else f'-first-{self.limit}'}.arrow"
+        folders = f"-{self.folders}" if self.folders else ""
+        first = "" if self.limit is None else f"-first-{self.limit}"
+        return self.cache / f"{self.fingerprint}{folders}{first}.arrow"
 
     @property
     def image_file(self) -> Path:

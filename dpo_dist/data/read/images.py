@@ -87,8 +87,9 @@ class ImageFile:
         if "://" in name:
             raise UnusableRecordError("image_unreadable", "a URL is not fetched")
         roots = [Path(folder).resolve() for folder in self.folders]
-        files = [file for root in roots if (file := (root / name).resolve()).is_file()]
-        if allowed := [file for file in files if any(map(file.is_relative_to, roots))]:
+        # Links stay in the path, so that `watched` sees one that leads to another file later.
+        files = [root / name for root in roots if (root / name).resolve().is_file()]
+        if allowed := [file for file in files if any(map(file.resolve().is_relative_to, roots))]:
             return allowed[0]
         what = "is outside the folders of images" if files else "does not exist"
         raise UnusableRecordError("image_unreadable", f"the file {shown_key(Path(name).name)} {what}")

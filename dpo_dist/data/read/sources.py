@@ -38,7 +38,7 @@ def raw_records(source: SourceConfig) -> Iterator[RawRecord]:
     """Return the first `limit` records of a resolved source, after its `reader` and `columns`."""
     files, local = local_files(source), Path(source.path).expanduser()
     names: Iterable[str] = map(str, files or ())
-    folders = _image_folders(source)
+    folders = image_folders(source)
     if files is None:
         folder = _download(source)
         files = _data_files(folder, source)
@@ -54,7 +54,7 @@ def raw_records(source: SourceConfig) -> Iterator[RawRecord]:
     return with_columns(itertools.islice(records, source.limit), source)
 
 
-def _image_folders(source: SourceConfig) -> list[Path]:
+def image_folders(source: SourceConfig) -> list[Path]:
     """Return the folders of a source for image files. Raises DataError: the one that it names is missing."""
     root = root_of(source.path).expanduser()
     folders = [root] * root.is_dir()

@@ -53,6 +53,7 @@ REFUSED = [
     ("data.eval=[b] data.eval_share=0.1", "data.eval"),
     ("data.eval_share=0.1 data.drop_eval_prompts=true", "data.drop_eval_prompts"),
     ("data.images=pictures", "data.images"),
+    ("data.train=[{path:a,images:pictures}]", "data.train"),
     ("data.train=[{path:a,format:text}] data.ranked=all_pairs", "data.ranked"),
     ("data.max_prompt_length=64 data.max_length=64", "data.max_prompt_length"),
     ("data.trained_roles=[assistant,gpt]", "data.trained_roles[1]"),

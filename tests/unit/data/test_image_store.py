@@ -155,6 +155,12 @@ def test_an_image_that_changed_in_place_is_encoded_and_keyed_anew(
     assert len(opened(tmp_path, processor, path, max_bad_share=1.0)) == 3
     (tmp_path / "a.png").unlink()
     assert len(opened(tmp_path, processor, path, max_bad_share=1.0)) == 2
+    for name in ("b.png", "later.png"):
+        (tmp_path / "a.png").unlink(missing_ok=True)
+        (tmp_path / "a.png").symlink_to(tmp_path / name)
+        linked = opened(tmp_path, processor, path, max_bad_share=1.0)
+        assert len(linked) == 3
+        assert linked.example(0).images[0] is linked.example(("b.png", "later.png").index(name) + 1).images[0]
     expanded.reset_mock()
     opened(tmp_path, processor, path, max_bad_share=1.0)
     assert not expanded.called
@@ -233,3 +239,42 @@ def test_the_planner_counts_images(tmp_path: Path, processor: ImageProcessor) ->
     tokens = [sum(image.tokens for image in data.example(index).images) for index in range(3)]
     assert tokens[2] > tokens[0] > tokens[1] == 0
     np.testing.assert_allclose(counted - without, 2 * np.array(tokens))
+
+
+def folders_of(tmp_path: Path, **seeds: dict[str, int]) -> list[str]:
+    """Write the same records into folders, each with pictures of its own; return the records' files."""
+    for name, own in seeds.items():
+        (tmp_path / name).mkdir()
+        paint(tmp_path / name, **own)
+    return [write(tmp_path / name, "pairs.jsonl", ["a.png"], ["b.png"], ["c.png"]) for name in seeds]
+
+
+def test_equal_records_in_another_folder_have_the_images_of_that_folder(
+    tmp_path: Path, processor: ImageProcessor
+) -> None:
+    one, two = folders_of(tmp_path, one={"a": 1, "b": 2, "c": 1}, two={"a": 3, "b": 4, "c": 5})
+    first, second = (opened(tmp_path, processor, path) for path in (one, two))
+    assert not np.isin(second.keys, first.keys).any()
+    link = tmp_path / "link"
+    for name in ("one", "two"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / name)
+        chosen = SourceConfig(one, images=str(link))
+        config = DataConfig(cache=str(tmp_path / "cache"))
+        sources = prepare_dataset([chosen], config, image_tokenizer(KIND), KIND, processor=processor)
+        data = open_dataset(sources, config, processor)
+        np.testing.assert_array_equal(data.keys, {"one": first, "two": second}[name].keys)
+
+
+def test_data_are_the_same_if_records_and_images_moved_and_others_if_an_image_became_another(
+    tmp_path: Path, processor: ImageProcessor
+) -> None:
+    one, two, other = folders_of(
+        tmp_path,
+        one={"a": 1, "b": 2, "c": 1},
+        two={"a": 1, "b": 2, "c": 1},
+        other={"a": 1, "b": 2, "c": 2},
+    )
+    first, moved, changed = (opened(tmp_path, processor, path) for path in (one, two, other))
+    assert moved.fingerprint == first.fingerprint
+    assert changed.fingerprint != first.fingerprint
