@@ -35,7 +35,13 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
 from dpo_dist.data.read.columns import READER
 from dpo_dist.data.read.files import file_kind
-from dpo_dist.data.read.sources import local_files, pin_source, source_identity, source_labels
+from dpo_dist.data.read.sources import (
+    image_folders_digest,
+    local_files,
+    pin_source,
+    source_identity,
+    source_labels,
+)
 from dpo_dist.data.records import (
     ALL_RECORDS,
     HELD_OUT,
@@ -99,9 +105,9 @@ def prepare_dataset(
     """Encode each source into its own file in `config.cache`, unless it is encoded already.
 
     A file is named by its content: a source is not encoded again if it moved, is in another list, or has
-    another weight. `digest` is the `tokenizer_digest`. The `processor` reads images, whose files are watched:
-    if one changed, its source is encoded again. Raises DataError; PeerLostError if a process that encodes has
-    died.
+    another weight. `digest` is the `tokenizer_digest`. The `processor` reads images, by names that can be
+    other images in another place: then a source that moved is encoded again, as if one of the files changed.
+    Raises DataError; PeerLostError if a process that encodes has died.
     """
     check_template_keys(config, tokenizer)
     digest += processor.settings.hex() if processor is not None else ""
@@ -114,7 +120,8 @@ def prepare_dataset(
     encode = partial(_encode_chunk, config=config, tokenizer=tokenizer, part=part, processor=processor)
     encoded = []
     for source, fingerprint, label in zip(all_pinned, fingerprints, source_labels(sources), strict=True):
-        wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label)
+        folders = "" if processor is None else image_folders_digest(source)
+        wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label, folders)
         if (table := wanted.table()) is None or has_changed_images(table):
             with (
                 progress(source.path) as show,

@@ -89,11 +89,13 @@ class EncodedSource:
     fingerprint: str  # digest of everything that decides the ids
     limit: int | None = None
     label: str = ""
+    folders: str = ""  # digest of the folders of image files: in others a name can be another image
 
     @property
     def file(self) -> Path:
         """The file with the records."""
-        return self.cache / f"{self.fingerprint}{'' if self.limit is None else f'-first-{self.limit}'}.arrow"
+        first = "" if self.limit is None else f"first-{self.limit}"
+        return self.cache / f"{'-'.join(filter(None, (self.fingerprint, self.folders, first)))}.arrow"
 
     @property
     def image_file(self) -> Path:

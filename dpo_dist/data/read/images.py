@@ -79,7 +79,7 @@ class ImageFile:
         try:
             file = str(self._file())
         except (UnusableRecordError, OSError, ValueError, RuntimeError):
-            file = str(Path(*self.folders[:1], self.name))
+            file = str(Path(*self.folders[:1], self.name).absolute())
         return file, current_identity(file)
 
     def _file(self) -> Path:
@@ -87,8 +87,9 @@ class ImageFile:
         if "://" in name:
             raise UnusableRecordError("image_unreadable", "a URL is not fetched")
         roots = [Path(folder).resolve() for folder in self.folders]
-        files = [file for root in roots if (file := (root / name).resolve()).is_file()]
-        if allowed := [file for file in files if any(map(file.is_relative_to, roots))]:
+        # Not resolved: a link that leads to another file later is a change.
+        files = [file for root in roots if (file := root / name).resolve().is_file()]
+        if allowed := [file for file in files if any(map(file.resolve().is_relative_to, roots))]:
             return allowed[0]
         what = "is outside the folders of images" if files else "does not exist"
         raise UnusableRecordError("image_unreadable", f"the file {shown_key(Path(name).name)} {what}")

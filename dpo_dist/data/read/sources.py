@@ -71,6 +71,13 @@ def _image_folders(source: SourceConfig) -> list[Path]:
     return [folder, *folders]
 
 
+def image_folders_digest(source: SourceConfig) -> str:
+    """Return a digest of the places of a source's folders for image files."""
+    root = root_of(source.path).expanduser()
+    folders = [root if root.is_dir() else root.parent, *map(Path, filter(None, [source.images]))]
+    return text_digest("\n".join(str(folder.expanduser().resolve()) for folder in folders))[:16]
+
+
 def check_has_evaluation_data(data: DataConfig, use: str, form: str = "with both responses") -> None:
     """Raise ConfigError if no source has evaluation data; `use`: "compare models on", for its message."""
     if not data.eval_sources:

@@ -160,6 +160,30 @@ def test_an_image_that_changed_in_place_is_encoded_and_keyed_anew(
     assert not expanded.called
 
 
+def test_the_same_records_in_other_folders_have_their_own_images(
+    tmp_path: Path, processor: ImageProcessor, expanded: mock.Mock
+) -> None:
+    paths, link = [], tmp_path / "link"
+    for seed in (1, 2):
+        folder = tmp_path / f"v{seed}"
+        folder.mkdir()
+        paint(folder, a=seed)
+        paths.append(write(folder, "pairs.jsonl", ["a.png"]))
+    first, second = (opened(tmp_path, processor, path) for path in paths)
+    assert not np.isin(second.keys, first.keys).any()
+    linked = write(tmp_path, "pairs.jsonl", ["link/a.png"])
+    for data, path in zip((first, second), paths, strict=True):
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path(path).parent)
+        np.testing.assert_array_equal(opened(tmp_path, processor, linked).keys, data.keys)
+    expanded.reset_mock()
+    moved = tmp_path / "moved"
+    Path(paths[0]).parent.rename(moved)
+    again = opened(tmp_path, processor, str(moved / "pairs.jsonl"))
+    assert (again.fingerprint, again.keys.tolist()) == (first.fingerprint, first.keys.tolist())
+    expanded.assert_called_once()
+
+
 @pytest.mark.parametrize("damage", ["cut", "bit", "gone"])
 def test_damaged_images_are_not_opened_and_are_encoded_again(
     damage: str, tmp_path: Path, processor: ImageProcessor
