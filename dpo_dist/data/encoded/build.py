@@ -111,6 +111,7 @@ def prepare_dataset(
     all_pinned = [pin_source(source) for source in sources]
     fingerprints = [_fingerprint(source, config, digest, part) for source in all_pinned]
     encode = partial(_encode_chunk, config=config, tokenizer=tokenizer, part=part, processor=processor)
+    chunk_records = CHUNK_RECORDS if processor is None else _CHUNK_WITH_IMAGES
     encoded = []
     for source, fingerprint, label in zip(all_pinned, fingerprints, source_labels(sources), strict=True):
         folders = "" if processor is None else _folders_digest(source)
@@ -118,7 +119,7 @@ def prepare_dataset(
         if (table := wanted.table()) is None or has_changed_images(table):
             with (
                 progress(source.path) as show,
-                closing(_encoded(source, encode, show)) as chunks,
+                closing(_encoded(source, encode, show, chunk_records)) as chunks,
             ):
                 write_source(wanted, chunks)
         encoded.append(wanted)
@@ -129,9 +130,10 @@ def _encoded(
     source: SourceConfig,
     encode: Callable[[_Records], EncodedChunk],
     show: Callable[[int], None],
+    chunk_records: int,
 ) -> Generator[EncodedChunk, None, None]:
     records, state = 0, _identities(source)
-    with closing(in_order(read_records(source), encode)) as chunks:
+    with closing(in_order(read_records(source), encode, chunk_records)) as chunks:
         for chunk in chunks:
             yield chunk
             records += len(chunk[0])
@@ -261,6 +263,7 @@ def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Pa
 
 
 CHUNK_RECORDS = 64
+_CHUNK_WITH_IMAGES = 16  # an image takes as long as ten texts, and may have megabytes
 # One process reads and writes for all others: it is too slow for more of them than this.
 _MAX_PROCESSES = 16
 # Fewer chunks than these are encoded by one process before other processes have started.
@@ -275,14 +278,14 @@ def processes_for(chunks: int) -> int:
 
 
 def in_order(
-    records: Iterable[Record], work: Callable[[_Records], _Result]
+    records: Iterable[Record], work: Callable[[_Records], _Result], chunk_records: int = CHUNK_RECORDS
 ) -> Generator[_Result, None, None]:
-    """Yield the result of `work` for each chunk of records, in order, computed by several processes.
+    """Yield the result of `work` for each chunk of the records, in order, computed by several processes.
 
     `work` can be pickled. Closing the generator ends the processes. Few chunks per process are in memory.
     """
     records = iter(records)
-    chunks = iter(lambda: list(itertools.islice(records, CHUNK_RECORDS)), [])
+    chunks = iter(lambda: list(itertools.islice(records, chunk_records)), [])
     first = list(itertools.islice(chunks, _MIN_CHUNKS))
     processes = processes_for(len(first))
     every = itertools.chain(first, chunks)

@@ -22,7 +22,7 @@ from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
 from dpo_dist.data.images import ExpandedImage
-from dpo_dist.data.read.images import current_identity
+from dpo_dist.data.read.images import image_state
 from dpo_dist.data.read.sources import root_of
 from dpo_dist.data.records import BadRecord, Origin
 from dpo_dist.data.text.lengths import SourceLengths
@@ -134,9 +134,13 @@ def has_images(table: pa.Table) -> bool:
 
 
 def has_changed_images(table: pa.Table) -> bool:
-    """Return whether a file of the records' images has another content than when it was read."""
+    """Return whether a file of the records' images has changed since it was read, or appeared.
+
+    A file that is absent now is stored as it was.
+    """
     files, states = (pc.list_flatten(table[name]).to_pylist() for name in ("image_files", "image_states"))
-    return any(current_identity(file) != state for file, state in set(zip(files, states, strict=True)))
+    known = set(zip(files, states, strict=True))
+    return any((now := image_state(file)) not in ("", state) for file, state in known)
 
 
 def write_source(source: EncodedSource, chunks: Iterable[EncodedChunk]) -> None:

@@ -25,6 +25,15 @@ _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _COMPRESSED_KINDS = (".jsonl", ".json", *_SEPARATORS)
 _KINDS = (*_COMPRESSED_KINDS, ".parquet")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_OTHER_KINDS = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save a table as .csv (Excel: CSV UTF-8)"),
+    **dict.fromkeys(
+        (".png", ".jpg", ".jpeg", ".webp"),
+        "name the file that describes the images, and its column: {path: FOLDER/metadata.jsonl, columns: "
+        "{images: file_name}}",
+    ),
+}
+"""How to read other kinds of files."""
 _BLOCK_BYTES = 2**20
 _BATCH_RECORDS = 64
 # Added for each line to the bytes since the last record: millions of empty lines would take minutes.
@@ -52,9 +61,9 @@ def check_kind(file: Path, path: str) -> None:
             where=path,
             got=file.suffix or "a name without an extension",
             expected=f"{', '.join(_KINDS)}; {', '.join(_COMPRESSED_KINDS)} also as .gz or .zst",
-            remedy="save a table as .csv (Excel: CSV UTF-8)"
-            if file.suffix in (".xlsx", ".xls", ".ods")
-            else "convert, unpack or rename the file; one with a JSON object per line is a .jsonl",
+            remedy=_OTHER_KINDS.get(
+                file.suffix, "convert, unpack or rename the file; one with a JSON object per line is a .jsonl"
+            ),
         )
 
 

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,7 +21,6 @@ from dpo_dist.data.records import (
     shown_key,
     turns_of,
 )
-from dpo_dist.foundation.files import file_identity
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.types import Fields
 
@@ -29,12 +29,13 @@ _TAG = "<image>"
 _PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
 
-def current_identity(file: str) -> str:
-    """Return the `file_identity` of a file; "" if it cannot be read."""
+def image_state(file: str) -> str:
+    """Return the size and the time of change of an image file, as of thousands at a start; "" if absent."""
     try:
-        return file_identity(Path(file))
-    except (OSError, ValueError, RuntimeError):
+        status = os.stat(file)
+    except (OSError, ValueError):
         return ""
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,14 @@ class ImageFile:
 
     @property
     def watched(self) -> tuple[str, str] | None:
-        """The file and its `file_identity`, "" if it cannot be read; None if the record has the content."""
+        """The file and its `image_state`; None if the record has the content."""
         if self.content is not None or self.name.startswith("data:"):
             return None
         try:
             file = str(self._file())
         except (UnusableRecordError, OSError, ValueError, RuntimeError):
             file = str(Path(*self.folders[:1], self.name))
-        return file, current_identity(file)
+        return file, image_state(file)
 
     def _file(self) -> Path:
         name = self.name.removeprefix("file://")

@@ -185,7 +185,7 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
 
 def given_images(fields: Fields) -> list[Any]:
     """Return the values of a record's or a message's own images, without nulls."""
-    given = [from_json(fields[name]) for name in IMAGES if fields.get(name) is not None]
+    given = [from_json(fields[name], of_texts=True) for name in IMAGES if fields.get(name) is not None]
     lists = [
         list(filter(_is_given, value))
         for value in (value if isinstance(value, list | tuple) else [value] for value in given)

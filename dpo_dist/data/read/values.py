@@ -35,15 +35,18 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _JSON = json.JSONDecoder(object_pairs_hook=_without_duplicates)
 
 
-def from_json(value: Any) -> Any:
-    """Return the list or object that a text holds as JSON, or as Python prints it; else `value`."""
+def from_json(value: Any, *, of_texts: bool = False) -> Any:
+    """Return the list or object that a text holds as JSON, or as Python prints it; else `value`.
+
+    A list of texts as Python prints it is one only if the field has lists `of_texts`.
+    """
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
         return _JSON.decode(value)
     except (ValueError, RecursionError):
         pass
-    is_printed = value.lstrip().startswith(("[{'", "{'"))
+    is_printed = value.lstrip().startswith(("[{'", "{'", *["['"] * of_texts))
     try:
         return ast.literal_eval(value.strip()) if is_printed else value
     except (ValueError, SyntaxError, RecursionError, MemoryError):

@@ -22,7 +22,7 @@ _PROGRAMS = (
     ("ms-swift", r"(.*/)?swift", "rlhf|sft"),
     ("LLaMA-Factory", r"(.*/)?(llamafactory-cli|lmf)", "train"),
     ("TRL", r"(.*/)?trl", r"[a-z_]+"),
-    ("TRL", r"(.*/)?(run_)?(dpo|kto|orpo|cpo|simpo)\.py|trl\.scripts\.\w+", ""),
+    ("TRL", r"(.*/)?(run_)?(dpo|kto|orpo|cpo|simpo)(_vlm)?\.py|trl\.scripts\.\w+", ""),
 )
 """Each trainer with its program and the word after it, as regular expressions."""
 _PROCESSES = re.compile(r"(?i)(?:num.processes|nproc.per.node|num.gpus)[= ](\d+)")
@@ -108,7 +108,7 @@ def _start(words: Sequence[str]) -> tuple[str, str, list[str]] | None:
         for trainer, program, verb in _PROGRAMS:
             rest = list(words[at + 1 :])
             if re.fullmatch(program, word) and re.fullmatch(verb, rest[0] if verb and rest else ""):
-                method = rest.pop(0) if verb else re.split(r"[/._]", word.removesuffix(".py"))[-1]
+                method = rest.pop(0) if verb else re.split(r"[/._]", re.sub(r"(_vlm)?\.py$", "", word))[-1]
                 if trainer == "TRL" or method == "sft":
                     rest.append(f"--rl={method}")
                 return trainer, " ".join(words[:at]), rest

@@ -58,6 +58,8 @@ _NO_END = (
     "of a turn, and the trained model stops nowhere else; set eos_token in tokenizer_config.json"
 )
 
+_NO_IMAGE = "name their column (columns: {images: COLUMN}), or set model.images=null to train on text"
+
 
 @dataclass(frozen=True)
 class EvaluationInputs:
@@ -209,6 +211,8 @@ def _load(
         with run.console.heartbeat(f"verifying the {name} data"):
             # Not only on rank 0: a node that mounts the files from another device verifies them again.
             dataset = world.together(lambda: open_dataset(encoded, config.data, processor))
+            if processor is not None and dataset.images is None:
+                run.say(f"warning: no record of the {name} data has an image: {_NO_IMAGE}")
             dataset = _add_counts(run, dataset, duplicates=partial(count_duplicates, dataset))
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_fits_loss(dataset, config.loss))

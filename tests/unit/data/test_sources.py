@@ -127,6 +127,7 @@ def test_bad_records_lose_no_neighbour(tmp_path: Path, name: str, content: bytes
             for encoding in ("UTF-16", "UTF-16-LE", "UTF-16-BE")
         ),
         *((name, b"", "this kind of file") for name in ("a.parquet.gz", "a.txt")),
+        ("a.png", b"", "metadata.jsonl, columns: {images: file_name}"),
     ],
 )
 def test_a_damaged_file_is_one_error(tmp_path: Path, name: str, content: bytes, match: str) -> None:

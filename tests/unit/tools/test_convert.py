@@ -379,6 +379,7 @@ COMMANDS: list[tuple[str, dict[str, Any], str]] = [
         {"parallelism.kind": "zero3", "trainer.global_batch_pairs": 32, "loss.kind": "kto", "loss.beta": 1},
         "8 pairs x 1 x 4 processes",
     ),
+    ("python examples/dpo_vlm.py --beta 0.2 --output_dir o", {"loss.beta": 0.2}, "of TRL that trains by dpo"),
     ("llamafactory-cli train FILE pref_beta=0.3 stage=dpo", {"loss.beta": 0.3, "optim.lr": 2e-6}, "Factory"),
     ("axolotl train FILE --rl orpo --micro-batch-size 3", {"trainer.global_batch_pairs": 3}, "by orpo"),
     (

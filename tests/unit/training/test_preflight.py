@@ -25,6 +25,7 @@ from dpo_dist.training.start.resume import RunState, write_state
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.families import tiny_family
+from tests.support.image_model import write_image_model, write_pictures
 from tests.support.invented import write_pairs
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
@@ -320,6 +321,23 @@ def test_a_base_that_does_not_stop_where_training_ends_turns_is_said_at_start(
             load_inputs(Run(config, ALONE, Console(None)), trains=True)
         for lines in ("\n".join(said), dry_run(config)):
             assert ("the base itself stops at <|end_of_text|> (1), but" in lines) is is_said
+        said.clear()
+
+
+def test_data_without_an_image_for_a_model_that_reads_images_is_said(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Run, "say", lambda _, text: said.append(text))
+    monkeypatch.setattr(
+        "dpo_dist.training.start.inputs.unsharded_loading", lambda _: contextlib.nullcontext()
+    )
+    monkeypatch.setattr("dpo_dist.training.start.inputs._digest_models", lambda *_: (None, None))
+    options = f"model.path={write_image_model(tmp_path / 'model')}", "model.images.train=none"
+    for data, is_said in ((assets / "train.jsonl", True), (write_pictures(tmp_path), False)):
+        config = run_of(assets, tmp_path, *options, "model.dtype=fp32", f"data.train=[{data}]")
+        load_inputs(Run(config, ALONE, Console(None)))
+        assert ("no record of the train data has an image" in "\n".join(said)) is is_said
         said.clear()
 
 
