@@ -72,3 +72,8 @@ def _is_one_process(environ: Mapping[str, str]) -> bool:
     has_place = local >= 0 and (local < node_size or "LOCAL_WORLD_SIZE" not in environ)
     has_world = size == 1 or (has_address and "LOCAL_RANK" in environ)
     return 0 <= rank < size and has_place and has_world
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

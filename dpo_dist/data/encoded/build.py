@@ -58,6 +58,7 @@ from dpo_dist.foundation.files import (
     remove_abandoned,
     text_digest,
 )
+from dpo_dist.foundation.process import usable_cores
 
 _Records: TypeAlias = Sequence[Record]
 _Result = TypeVar("_Result")
@@ -273,8 +274,7 @@ _CHUNKS_AHEAD = 2
 
 def processes_for(chunks: int) -> int:
     """Return the number of processes for at least this many chunks: one per core, or one for few chunks."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if chunks < _MIN_CHUNKS else min(cores, _MAX_PROCESSES)
+    return 1 if chunks < _MIN_CHUNKS else min(usable_cores(), _MAX_PROCESSES)
 
 
 def in_order(

@@ -36,6 +36,7 @@ from dpo_dist.data.read.columns import VOTES
 from dpo_dist.data.records import Origin, Tokenizer
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import text_digest
+from dpo_dist.foundation.process import usable_cores
 
 _MAX_THREADS = 8
 
@@ -245,8 +246,7 @@ class PreferenceDataset:
 
 def _threads() -> int:
     """Return the number of threads of this rank that process images."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(_MAX_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(_MAX_THREADS, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def open_dataset(

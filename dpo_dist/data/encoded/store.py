@@ -140,7 +140,7 @@ def has_changed_images(table: pa.Table) -> bool:
     """
     files, states = (pc.list_flatten(table[name]).to_pylist() for name in ("image_files", "image_states"))
     known = set(zip(files, states, strict=True))
-    return any((now := image_state(file)) not in ("", state) for file, state in known)
+    return any(image_state(file) not in ("", state) for file, state in known)
 
 
 def write_source(source: EncodedSource, chunks: Iterable[EncodedChunk]) -> None:

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,7 +31,7 @@ _PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 def image_state(file: str) -> str:
     """Return the size and the time of change of an image file, as of thousands at a start; "" if absent."""
     try:
-        status = os.stat(file)
+        status = Path(file).stat()
     except (OSError, ValueError):
         return ""
     return f"{status.st_size} {status.st_mtime_ns}"
