@@ -9,8 +9,9 @@ import sys
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any
 
 from dpo_dist.batching.example import ImageInput
 from dpo_dist.config.schema import ImagesConfig
@@ -19,8 +20,6 @@ from dpo_dist.foundation.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    Picture: TypeAlias = Image
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MOST_PIXELS = 80_000_000  # more than any camera's; Pillow itself warns above 89 million
@@ -51,18 +50,19 @@ class ImageProcessor:
         """Raises ConfigError: the folder has no image processor, or none that needs no torchvision."""
         self._arguments = (folder, tokenizer, images)
         self._max_pixels = images.max_pixels
-        self._processor, self.placeholder_id = _own_processor(folder, tokenizer)
-        self.token = str(self._processor.image_token)
-        self.settings = hashlib.blake2b(
-            json.dumps([self._processor.to_json_string(), images.max_pixels, *_versions()]).encode(),
-            digest_size=16,
-        ).digest()
+        try:
+            self._processor, self.placeholder_id = _with_pillow(folder, tokenizer)
+            self.token = str(self._processor.image_token)
+            self._dummy = self._process(_pillow().new("RGB", (_DUMMY_SIDE, _DUMMY_SIDE)))
+        except ConfigError:
+            raise
+        except Exception as error:  # files that others wrote can raise anything
+            raise _refused(folder, f"no image processor can be made: {first_line(error)}") from error
+        versions = [_pillow().__version__, version("transformers")]  # their code decides pixels
+        settings = [self._processor.to_json_string(), images.max_pixels, *versions]
+        self.settings = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).digest()
         self.expanded = lru_cache(maxsize=_CACHED_FILES)(self._expanded)
         self.inputs = lru_cache(maxsize=_CACHED_INPUTS)(self._inputs)
-        try:
-            self._dummy = self._process(_pillow().new("RGB", (_DUMMY_SIDE, _DUMMY_SIDE)))
-        except Exception as error:
-            raise _refused(folder, f"its processor does not process an image: {first_line(error)}") from error
         if not self._tokens(self._dummy[0]):
             raise _refused(folder, "its processor writes no placeholders of an image into the prompt")
 
@@ -107,7 +107,7 @@ class ImageProcessor:
             detail = f"{image.width} x {image.height}: the model's processor does not take it"
             raise UnusableRecordError("image_unreadable", detail) from error
 
-    def _process(self, image: "Picture") -> tuple[str, dict[str, Any]]:
+    def _process(self, image: "Image") -> tuple[str, dict[str, Any]]:
         """Return the text that stands for an image, and the tensors."""
         processed = self._processor(
             images=[image], text=[self.token], return_tensors="pt", return_text_replacement_offsets=True
@@ -119,16 +119,6 @@ class ImageProcessor:
 def image_processor(folder: Path, tokenizer: Tokenizer, images: ImagesConfig | None) -> ImageProcessor | None:
     """Return the processor of a model folder; None if `model.images` is null. Raises ConfigError."""
     return None if images is None else ImageProcessor(folder, tokenizer, images)
-
-
-def _own_processor(folder: Path, tokenizer: Tokenizer) -> tuple[Any, int]:
-    """Return the folder's processor, and the id of its placeholders. Raises ConfigError: there is none."""
-    try:
-        return _with_pillow(folder, tokenizer)
-    except ConfigError:
-        raise
-    except Exception as error:  # files that others wrote can raise anything
-        raise _refused(folder, f"no image processor can be made: {first_line(error)}") from error
 
 
 def _with_pillow(folder: Path, tokenizer: Tokenizer) -> tuple[Any, int]:
@@ -203,14 +193,6 @@ def _refused(folder: Path, cause: str) -> ConfigError:
     )
 
 
-def _versions() -> list[str]:
-    """Return the versions of the libraries whose code decides pixels."""
-    import PIL  # noqa: PLC0415
-    import transformers  # noqa: PLC0415
-
-    return [PIL.__version__, transformers.__version__]
-
-
 def _pillow() -> Any:
     from PIL import Image  # noqa: PLC0415  (text needs no Pillow)
 
@@ -219,7 +201,7 @@ def _pillow() -> Any:
     return Image
 
 
-def decode_image(content: bytes, max_pixels: int | None = None) -> "Picture":
+def decode_image(content: bytes, max_pixels: int | None = None) -> "Image":
     """Return the image in a file as RGB, upright, the first frame of an animated one.
 
     It is made smaller to at most `max_pixels`. Raises UnusableRecordError: `image_unreadable`, or
@@ -229,8 +211,13 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Picture":
 
     pillow: Any = _pillow()
     try:
-        image = pillow.open(io.BytesIO(content), formats=_FORMATS)
-        _check_size(*image.size)
+        image: Image = pillow.open(io.BytesIO(content), formats=_FORMATS)
+        (shorter, longer), size = sorted(image.size), f"{image.width} x {image.height} pixels"
+        if shorter * longer > _MOST_PIXELS:
+            raise UnusableRecordError("image_too_large", f"{size}, over {_MOST_PIXELS:,}")
+        if longer > _MOST_TIMES_LONGER * shorter:
+            detail = f"{size}: a side over {_MOST_TIMES_LONGER} times the other"
+            raise UnusableRecordError("image_too_large", detail)
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
@@ -249,18 +236,7 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Picture":
         raise UnusableRecordError("image_unreadable", detail) from error
     pixels = image.width * image.height
     if max_pixels is None or pixels <= max_pixels:
-        return cast("Picture", image)
+        return image
     scale = math.sqrt(max_pixels / pixels)
     width, height = (min(max(int(side * scale), 1), max_pixels) for side in image.size)
-    return cast("Picture", image.resize((width, height), pillow.Resampling.BICUBIC))
-
-
-def _check_size(width: int, height: int) -> None:
-    """Check the size of an image. Raises UnusableRecordError."""
-    size = f"{width} x {height} pixels"
-    if width * height > _MOST_PIXELS:
-        raise UnusableRecordError("image_too_large", f"{size}, over {_MOST_PIXELS:,}")
-    if max(width, height) > _MOST_TIMES_LONGER * min(width, height):
-        raise UnusableRecordError(
-            "image_too_large", f"{size}: a side over {_MOST_TIMES_LONGER} times the other"
-        )
+    return image.resize((width, height), pillow.Resampling.BICUBIC)
