@@ -7,11 +7,14 @@ import json
 import math
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dpo_dist.batching.example import ImageInput
 from dpo_dist.config.schema import ImagesConfig
@@ -25,8 +28,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MOST_PIXELS = 80_000_000  # more than any camera's; Pillow itself warns above 89 million
 _MOST_TIMES_LONGER = 200  # than the shorter side: processors would scale the shorter side up
 _CACHED_FILES, _CACHED_INPUTS = 64, 16  # inputs of a large image take 20 MB
-_DUMMY_SIDE = 56
-_TRIAL_SIZES = (112, 84), (56, 140)
+_INVENTED_SIZES = (112, 84), (56, 140)
 # Outputs of processors that belong to the text, not to the image.
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"}
 
@@ -43,7 +45,9 @@ class ImageProcessor:
     """The image processor of a model folder, with the settings of `model.images`.
 
     `token` is the text that a chat template writes for an image, `placeholder_id` the token that the model
-    replaces by a feature of an image, `settings` a digest of everything that decides the pixels and tokens.
+    replaces by a feature of an image, `settings` a digest of everything that decides the pixels and tokens;
+    `invented` are small images of random pixels, in different sizes, for the check at start and for ranks
+    without an image.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, images: ImagesConfig):
@@ -53,7 +57,7 @@ class ImageProcessor:
         try:
             self._processor, self.placeholder_id = _with_pillow(folder, tokenizer)
             self.token = str(self._processor.image_token)
-            self._dummy = self._process(_pillow().new("RGB", (_DUMMY_SIDE, _DUMMY_SIDE)))
+            self.invented = tuple(self._invent())
         except ConfigError:
             raise
         except Exception as error:  # files that others wrote can raise anything
@@ -63,7 +67,7 @@ class ImageProcessor:
         self.settings = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).digest()
         self.expanded = lru_cache(maxsize=_CACHED_FILES)(self._expanded)
         self.inputs = lru_cache(maxsize=_CACHED_INPUTS)(self._inputs)
-        if not self._tokens(self._dummy[0]):
+        if not self.invented[0].tokens:
             raise _refused(folder, "its processor writes no placeholders of an image into the prompt")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -79,21 +83,12 @@ class ImageProcessor:
         """Return the tensors that the model's tower reads, of the image in a file."""
         return self._read(content)[1]
 
-    def dummy(self) -> ImageInput:
-        """Return a small invented image, for a rank without one in a micro-batch in which others have one."""
-        text, inputs = self._dummy
-        return ImageInput(b"", self._tokens(text), inputs)
-
-    def invented(self) -> tuple[ImageInput, ...]:
-        """Return small images of random pixels, in different sizes, for the check at start."""
-        import numpy as np  # noqa: PLC0415
-
-        random, made = np.random.default_rng(0), []
-        for number, (width, height) in enumerate(_TRIAL_SIZES):
+    def _invent(self) -> Iterator[ImageInput]:
+        random = np.random.default_rng(0)
+        for number, (width, height) in enumerate(_INVENTED_SIZES):
             pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
             text, inputs = self._process(_pillow().fromarray(pixels))
-            made.append(ImageInput(bytes([number]), self._tokens(text), inputs))
-        return tuple(made)
+            yield ImageInput(bytes([number]), self._tokens(text), inputs)
 
     def _tokens(self, text: str) -> int:
         _, tokenizer, _ = self._arguments
@@ -221,8 +216,6 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Image":
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
-            import numpy as np  # noqa: PLC0415
-
             image = pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise UnusableRecordError("image_unreadable", "its pixels are not of 8 or 16 bits")

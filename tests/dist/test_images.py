@@ -79,7 +79,7 @@ class Invented:
     """The invented images of a family, as its processor returns them."""
 
     def __init__(self, family: str):
-        self.invented = partial(invented_images, family)
+        self.invented = invented_images(family)
 
 
 def examples_of(family: str) -> list[Example]:
