@@ -7,11 +7,15 @@ import json
 import math
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dpo_dist.batching.example import ImageInput
 from dpo_dist.config.schema import ImagesConfig
@@ -21,14 +25,11 @@ from dpo_dist.foundation.errors import ConfigError, first_line
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    Picture: TypeAlias = Image
-
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MOST_PIXELS = 80_000_000  # more than any camera's; Pillow itself warns above 89 million
 _MOST_TIMES_LONGER = 200  # than the shorter side: processors would scale the shorter side up
 _CACHED_FILES, _CACHED_INPUTS = 64, 16  # inputs of a large image take 20 MB
-_DUMMY_SIDE = 56
-_TRIAL_SIZES = (112, 84), (56, 140)
+_INVENTED_SIZES = (112, 84), (56, 140)
 # Outputs of processors that belong to the text, not to the image.
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"}
 
@@ -45,29 +46,32 @@ class ImageProcessor:
     """The image processor of a model folder, with the settings of `model.images`.
 
     `token` is the text that a chat template writes for an image, `placeholder_id` the token that the model
-    replaces by a feature of an image, `settings` a digest of everything that decides the pixels and tokens.
-    `reads_several`: an image has the same pixels and tokens whatever other images are in its prompt.
+    replaces by a feature of an image, `settings` a digest of everything that decides the pixels and tokens;
+    `invented` are small images of random pixels, in different sizes, for the check at start and for ranks
+    without an image. `reads_several`: an image has the same pixels and tokens whatever other images are in
+    its prompt.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, images: ImagesConfig):
         """Raises ConfigError: the folder has no image processor, or none that needs no torchvision."""
         self._arguments = (folder, tokenizer, images)
         self._max_pixels = images.max_pixels
-        self._processor, self.placeholder_id = _own_processor(folder, tokenizer)
-        self.token = str(self._processor.image_token)
-        # LLaVA-OneVision cuts an image into tiles only if it is the only one of its prompt.
-        self.reads_several = "batch_num_images" not in self._processor.image_processor.model_input_names
-        self.settings = hashlib.blake2b(
-            json.dumps([self._processor.to_json_string(), images.max_pixels, *_versions()]).encode(),
-            digest_size=16,
-        ).digest()
+        try:
+            self._processor, self.placeholder_id = _with_pillow(folder, tokenizer)
+            self.token = str(self._processor.image_token)
+            # LLaVA-OneVision cuts an image into tiles only if it is the only one of its prompt.
+            self.reads_several = "batch_num_images" not in self._processor.image_processor.model_input_names
+            self.invented = tuple(self._invent())
+        except ConfigError:
+            raise
+        except Exception as error:  # files that others wrote can raise anything
+            raise _refused(folder, f"no image processor can be made: {first_line(error)}") from error
+        versions = [_pillow().__version__, version("transformers")]  # their code decides pixels
+        settings = [self._processor.to_json_string(), images.max_pixels, *versions]
+        self.settings = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).digest()
         self.expanded = lru_cache(maxsize=_CACHED_FILES)(self._expanded)
         self.inputs = lru_cache(maxsize=_CACHED_INPUTS)(self._inputs)
-        try:
-            self._dummy = self._process(_pillow().new("RGB", (_DUMMY_SIDE, _DUMMY_SIDE)))
-        except Exception as error:
-            raise _refused(folder, f"its processor does not process an image: {first_line(error)}") from error
-        if not self._tokens(self._dummy[0]):
+        if not self.invented[0].tokens:
             raise _refused(folder, "its processor writes no placeholders of an image into the prompt")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -83,21 +87,12 @@ class ImageProcessor:
         """Return the tensors that the model's tower reads, of the image in a file. Thread-safe."""
         return self._read(content)[1]
 
-    def dummy(self) -> ImageInput:
-        """Return a small invented image, for a rank without one in a micro-batch in which others have one."""
-        text, inputs = self._dummy
-        return ImageInput(b"", self._tokens(text), inputs)
-
-    def invented(self) -> tuple[ImageInput, ...]:
-        """Return small images of random pixels, in different sizes, for the check at start."""
-        import numpy as np  # noqa: PLC0415
-
-        random, made = np.random.default_rng(0), []
-        for number, (width, height) in enumerate(_TRIAL_SIZES):
+    def _invent(self) -> Iterator[ImageInput]:
+        random = np.random.default_rng(0)
+        for number, (width, height) in enumerate(_INVENTED_SIZES):
             pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
             text, inputs = self._process(_pillow().fromarray(pixels))
-            made.append(ImageInput(bytes([number]), self._tokens(text), inputs))
-        return tuple(made)
+            yield ImageInput(bytes([number]), self._tokens(text), inputs)
 
     def _tokens(self, text: str) -> int:
         _, tokenizer, _ = self._arguments
@@ -111,7 +106,7 @@ class ImageProcessor:
             detail = f"{image.width} x {image.height}: the model's processor does not take it"
             raise UnusableRecordError("image_unreadable", detail) from error
 
-    def _process(self, image: "Picture") -> tuple[str, dict[str, Any]]:
+    def _process(self, image: "Image") -> tuple[str, dict[str, Any]]:
         """Return the text that stands for an image, and the tensors."""
         processed = self._processor(
             images=[image], text=[self.token], return_tensors="pt", return_text_replacement_offsets=True
@@ -137,16 +132,6 @@ class _OneAtATime:
 def image_processor(folder: Path, tokenizer: Tokenizer, images: ImagesConfig | None) -> ImageProcessor | None:
     """Return the processor of a model folder; None if `model.images` is null. Raises ConfigError."""
     return None if images is None else ImageProcessor(folder, tokenizer, images)
-
-
-def _own_processor(folder: Path, tokenizer: Tokenizer) -> tuple[Any, int]:
-    """Return the folder's processor, and the id of its placeholders. Raises ConfigError: there is none."""
-    try:
-        return _with_pillow(folder, tokenizer)
-    except ConfigError:
-        raise
-    except Exception as error:  # files that others wrote can raise anything
-        raise _refused(folder, f"no image processor can be made: {first_line(error)}") from error
 
 
 def _with_pillow(folder: Path, tokenizer: Tokenizer) -> tuple[Any, int]:
@@ -222,14 +207,6 @@ def _refused(folder: Path, cause: str) -> ConfigError:
     )
 
 
-def _versions() -> list[str]:
-    """Return the versions of the libraries whose code decides pixels."""
-    import PIL  # noqa: PLC0415
-    import transformers  # noqa: PLC0415
-
-    return [PIL.__version__, transformers.__version__]
-
-
 def _pillow() -> Any:
     from PIL import Image  # noqa: PLC0415  (text needs no Pillow)
 
@@ -238,7 +215,7 @@ def _pillow() -> Any:
     return Image
 
 
-def decode_image(content: bytes, max_pixels: int | None = None) -> "Picture":
+def decode_image(content: bytes, max_pixels: int | None = None) -> "Image":
     """Return the image in a file as RGB, upright, the first frame of an animated one.
 
     It is made smaller to at most `max_pixels`. Raises UnusableRecordError: `image_unreadable`, or
@@ -248,13 +225,16 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Picture":
 
     pillow: Any = _pillow()
     try:
-        image = pillow.open(io.BytesIO(content), formats=_FORMATS)
-        _check_size(*image.size)
+        image: Image = pillow.open(io.BytesIO(content), formats=_FORMATS)
+        (shorter, longer), size = sorted(image.size), f"{image.width} x {image.height} pixels"
+        if shorter * longer > _MOST_PIXELS:
+            raise UnusableRecordError("image_too_large", f"{size}, over {_MOST_PIXELS:,}")
+        if longer > _MOST_TIMES_LONGER * shorter:
+            detail = f"{size}: a side over {_MOST_TIMES_LONGER} times the other"
+            raise UnusableRecordError("image_too_large", detail)
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
-            import numpy as np  # noqa: PLC0415
-
             image = pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise UnusableRecordError("image_unreadable", "its pixels are not of 8 or 16 bits")
@@ -268,18 +248,7 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Picture":
         raise UnusableRecordError("image_unreadable", detail) from error
     pixels = image.width * image.height
     if max_pixels is None or pixels <= max_pixels:
-        return cast("Picture", image)
+        return image
     scale = math.sqrt(max_pixels / pixels)
     width, height = (min(max(int(side * scale), 1), max_pixels) for side in image.size)
-    return cast("Picture", image.resize((width, height), pillow.Resampling.BICUBIC))
-
-
-def _check_size(width: int, height: int) -> None:
-    """Check the size of an image. Raises UnusableRecordError."""
-    size = f"{width} x {height} pixels"
-    if width * height > _MOST_PIXELS:
-        raise UnusableRecordError("image_too_large", f"{size}, over {_MOST_PIXELS:,}")
-    if max(width, height) > _MOST_TIMES_LONGER * min(width, height):
-        raise UnusableRecordError(
-            "image_too_large", f"{size}: a side over {_MOST_TIMES_LONGER} times the other"
-        )
+    return image.resize((width, height), pillow.Resampling.BICUBIC)

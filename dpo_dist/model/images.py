@@ -1,7 +1,7 @@
 """Images in a forward: encoded once, placed among the tokens, with their own positions and attention."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -46,15 +46,14 @@ class ImageReader:
             if hasattr(body, "rope_deltas"):  # of the last row; generation would go on from there
                 body.rope_deltas = None
 
-    def own_inputs(self, images: PackedImages, input_ids: Tensor) -> dict[str, Any]:
-        """Return what the model's own forward takes for one row, whose images are all distinct."""
-        accepted = {
-            name
-            for model in (self._causal_lm, self._causal_lm.base_model)
-            for name in inspect.signature(model.forward).parameters
-        }
+    def own_inputs(self, images: Mapping[str, Tensor], input_ids: Tensor) -> dict[str, Any]:
+        """Return what the model's own forward takes for rows [rows, tokens] and the images in them.
+
+        `images` are the processor's outputs for them, in their order.
+        """
+        accepted = inspect.signature(self._causal_lm.forward).parameters
         kinds = {name: self._kinds(input_ids) for name in _KINDS if name in accepted}
-        return kinds | ({} if images.is_dummy else self._converted(images))
+        return kinds | self._converted(images, input_ids.device)
 
     def encode(self, batch: PackedBatch) -> "EncodedImages | None":
         """Return the images of a batch, each distinct one encoded once; None if no rank has an image.
@@ -64,7 +63,8 @@ class ImageReader:
         """
         if (images := batch.images) is None:
             return None
-        features = self._owner.get_image_features(**self._converted(images), return_dict=True)
+        inputs = self._converted(images.inputs, batch.input_ids.device)
+        features = self._owner.get_image_features(**inputs, return_dict=True)
         return EncodedImages(self, features, images, batch.layout)
 
     def runs(self, prompts: Sequence[TokenIds]) -> ImageRuns | None:
@@ -108,12 +108,12 @@ class ImageReader:
     def _kinds(self, input_ids: Tensor) -> Tensor:
         return (input_ids == self._token).int()
 
-    def _converted(self, images: PackedImages) -> dict[str, Tensor]:
-        """Return the encoder's inputs, with pixels in the dtype of the model's weights."""
+    def _converted(self, images: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Return the encoder's inputs on a device, with pixels in the dtype of the model's weights."""
         dtype = self._causal_lm.dtype
         return {
-            name: value.to(dtype) if value.is_floating_point() else value
-            for name, value in images.inputs.items()
+            name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+            for name, value in images.items()
         }
 
 

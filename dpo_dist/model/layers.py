@@ -99,28 +99,33 @@ def image_parts(causal_lm: Any) -> dict[str, nn.Module]:
     }
 
 
+def image_modules(causal_lm: Any) -> dict[str, nn.Module]:
+    """Return `image_parts` and all modules inside them, by name."""
+    parts = image_parts(causal_lm).items()
+    return {name: module for part, whole in parts for name, module in whole.named_modules(prefix=part)}
+
+
 def image_weights(causal_lm: Any) -> set[nn.Parameter]:
     """Return the weights on which features of images depend; not a tower's pooling head, for example.
 
     They are in `image_parts` or beside them, such as what LLaVA puts between lines.
     """
-    if not (parts := image_parts(causal_lm)):
+    if not (modules := image_modules(causal_lm)):
         return set()
     beside = {*causal_lm.base_model.parameters(recurse=False)} & other_weights(causal_lm)
-    inside = {weight for part in parts.values() for weight in part.parameters()}
-    modules = {name: module for part in parts for name, module in parts[part].named_modules(prefix=part)}
+    inside = {weight for module in modules.values() for weight in module.parameters(recurse=False)}
     return beside | inside - {w for name in modules for w in _unread(causal_lm.config, name, modules[name])}
 
 
 def projector_weights(causal_lm: Any) -> set[nn.Parameter]:
     """Return the weights between towers and the text model; empty if they have no known name."""
-    parts, weights = image_parts(causal_lm), image_weights(causal_lm)
-    modules = [named for part, whole in parts.items() for named in whole.named_modules(prefix=part)]
-    projectors = [module for name, module in modules if name.rpartition(".")[2] in _PROJECTORS]
+    modules = image_modules(causal_lm)
+    projectors = [module for name, module in modules.items() if name.rpartition(".")[2] in _PROJECTORS]
     if not projectors:
         return set()
-    in_towers = {weight for part in parts.values() for weight in part.parameters()}
-    return weights - in_towers | {weight for module in projectors for weight in module.parameters()}
+    in_towers = {weight for module in modules.values() for weight in module.parameters(recurse=False)}
+    in_projectors = {weight for module in projectors for weight in module.parameters()}
+    return image_weights(causal_lm) - in_towers | in_projectors
 
 
 def _trained_for_images(causal_lm: Any, train: TrainedImageParts) -> set[nn.Parameter]:
@@ -176,8 +181,8 @@ def text_notes(causal_lm: Any) -> list[str]:
     parts, notes = {causal_lm, causal_lm.base_model}, list[str]()
     dropped = sorted(name for part in parts for name, child in part._modules.items() if child is None)
     if kept := image_parts(causal_lm):
-        weights = [weight for weight in image_weights(causal_lm) if weight.requires_grad]
-        number, total = sum(map(torch.numel, weights)), sum(map(torch.numel, image_weights(causal_lm)))
+        weights = image_weights(causal_lm)
+        number, total = sum(w.numel() for w in weights if w.requires_grad), sum(map(torch.numel, weights))
         names = ", ".join(sorted(name.rpartition(".")[2] for name in kept))
         notes.append(f"images are read by {names}: {number:,} of {total:,} weights are trained")
     if dropped:
@@ -228,7 +233,7 @@ def checkpoint_layers(causal_lm: Any, every: int | str) -> None:
     causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for number, layer in enumerate(layers, start=1):
         layer.gradient_checkpointing = number % distance == 0
-    for module in (module for part in image_parts(causal_lm).values() for module in part.modules()):
+    for module in image_modules(causal_lm).values():
         if isinstance(module, GradientCheckpointingLayer):  # a frozen layer keeps nothing
             module.gradient_checkpointing = any(weight.requires_grad for weight in module.parameters())
 

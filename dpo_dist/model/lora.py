@@ -25,7 +25,13 @@ from dpo_dist.model.files.folder import (
     is_repeated,
     modules_on_disk,
 )
-from dpo_dist.model.layers import image_parts, image_weights, partly_used_blocks, text_part, without_gradient
+from dpo_dist.model.layers import (
+    image_modules,
+    image_weights,
+    partly_used_blocks,
+    text_part,
+    without_gradient,
+)
 from dpo_dist.model.library_internals import adapter_state, mark_as_adapted, set_adapter_state
 from dpo_dist.model.packed import PackedCausalLM
 
@@ -117,7 +123,7 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
         lora.inference_mode, lora.lora_dropout, lora.init_lora_weights = True, 0.0, True
         if not saved_modules(causal_lm):  # else the first adapter from this folder was checked
             find_modules(causal_lm, modules_on_disk(folder)[1])
-        if image_parts(causal_lm):  # a pattern for the text model's layers may also match a tower's
+        if image_modules(causal_lm):  # a pattern for the text model's layers may also match a tower's
             lora.target_modules = set(modules_on_disk(folder)[0])
         _inject(causal_lm, lora, name)
         if next(causal_lm.parameters()).is_meta:  # only its shapes are used
@@ -192,7 +198,7 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
     As in peft, a target is the last part of a layer's name or several parts: `q_proj`, `self_attn.q_proj`.
     Layers of parts for images get matrices only if a target means no other layer.
     """
-    head, for_images = causal_lm.get_output_embeddings(), _of_images(causal_lm)
+    head, for_images = causal_lm.get_output_embeddings(), image_modules(causal_lm)
     unmoved = without_gradient(causal_lm) - image_weights(causal_lm)
     saved = find_modules(causal_lm, adapter.modules_to_save or [])
     layers = [
@@ -215,12 +221,6 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
             )
     meant = {name for target in targets for name in _meant(layers, target, for_images)}
     return [name for name in layers if name in meant]
-
-
-def _of_images(causal_lm: Any) -> dict[str, nn.Module]:
-    """Return all modules of `image_parts` by name."""
-    parts = image_parts(causal_lm).items()
-    return {name: module for part, whole in parts for name, module in whole.named_modules(prefix=part)}
 
 
 def _meant(names: Iterable[str], ending: str, for_images: Container[str]) -> list[str]:
@@ -247,7 +247,7 @@ def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
     """
     if not wanted:
         return []
-    plain, for_images = [], _of_images(causal_lm)
+    plain, for_images = [], image_modules(causal_lm)
     for name, module in causal_lm.named_modules():
         is_whole = name in for_images and not isinstance(module, nn.ModuleList)
         weights = list(module.parameters(recurse=is_whole))

@@ -282,7 +282,8 @@ class PackedCausalLM(nn.Module):
             return encoded.row_inputs(input_ids, row)
         if self.images is None or batch.images is None:
             return {}
-        return self.images.own_inputs(batch.images, input_ids)
+        inputs = {} if batch.images.is_dummy else batch.images.inputs
+        return self.images.own_inputs(inputs, input_ids)
 
     def _row_outputs(self, input_ids: Tensor, with_routing: bool = False, **inputs: Any) -> "_Outputs":
         """Return the outputs of one row, [1, tokens]."""

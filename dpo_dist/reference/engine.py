@@ -67,7 +67,7 @@ def run_start_check(
     was_training = engine.model.training
     engine.model.eval()
     assert processor is not None or engine.model.images is None, "images would not be checked"
-    images = () if processor is None else processor.invented()
+    images = () if processor is None else processor.invented
     check = StartCheck(engine.model, engine.token_logps, world.device, max_length, key, agree, images)
     check.choose_arrangement()
     if trains:

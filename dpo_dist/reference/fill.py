@@ -226,7 +226,8 @@ class StoreFiller:
         """
         world = self.world
         own = [_needs(dataset, parts) for parts in micro_batches]
-        needs = [_Needs(*map(max, zip(*every, strict=True))) for every in _by_number(world.gather(own))]
+        by_number = itertools.zip_longest(*world.gather(own), fillvalue=_Needs())
+        needs = [_Needs(*map(max, zip(*every, strict=True))) for every in by_number]
         damaged: list[int] = []
         packed = _pack_batches(dataset, micro_batches, needs, damaged, world.device)
         keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
@@ -260,11 +261,6 @@ class _Needs(NamedTuple):
 def _needs(dataset: PreferenceDataset, parts: Sequence[_Part]) -> _Needs:
     has_image = dataset.with_images(np.array([part.pair for part in parts], dtype=np.int64)).any()
     return _Needs(max(DUMMY_RESPONSES, sum(len(part.responses) for part in parts)), bool(has_image))
-
-
-def _by_number(ranks: Sequence[Sequence[_Needs]]) -> Iterator[tuple[_Needs, ...]]:
-    """Yield the needs of all ranks in each micro-batch."""
-    yield from itertools.zip_longest(*ranks, fillvalue=_Needs())
 
 
 def _pack_batches(

@@ -79,7 +79,7 @@ class Invented:
     """The invented images of a family, as its processor returns them."""
 
     def __init__(self, family: str):
-        self.invented = partial(invented_images, family)
+        self.invented = invented_images(family)
 
 
 def examples_of(family: str) -> list[Example]:
@@ -115,7 +115,7 @@ def free(policy: PolicyEngine, world: World) -> None:
 
 
 def walk(cases: Sequence[Case], models: Path, world: World, folder: Path) -> dict[str, list[float]]:
-    """Gradient norms; the last step is taken again from a checkpoint, and leaves the same bits."""
+    """Gradient norms; the first case's last step, taken again from a checkpoint, leaves the same bits."""
     norms = {}
     for case in cases:
         config = case.config(models)
@@ -129,9 +129,11 @@ def walk(cases: Sequence[Case], models: Path, world: World, folder: Path) -> dic
         write_whole(policy, folder / f"{case.name}.safetensors")
         free(policy, world)
         norms[case.name] = found
-
+        if case is not cases[0]:
+            continue
         again = load_policy(config, world, max_length=64)
-        run_start_check(again, 64, world, processor=cast(ImageProcessor, Invented(case.family)), trains=True)
+        again.model.arrange(policy.model.arrangement, own_logits=policy.model.own_logits)
+        again.model.train()
         checkpoint = latest_checkpoint(folder / f"{case.name}-checkpoints", world)
         assert checkpoint is not None
         again.load_shards(checkpoint.folder)
@@ -159,7 +161,7 @@ CASES = {
         Case("qwen3_vl", NONE, LORA, "full"),
         replace(LLAVA, train=NONE, adapter=ON_TOWER),
     ],
-    (ZERO3, 3): [Case("qwen3_vl", checkpointing="full"), Case("gemma3")],
+    (ZERO3, 3): [Case("qwen3_vl", checkpointing="full")],
     (ZERO2, 2): [QWEN, Case("gemma3", NONE), LLAVA],
     (DDP, 3): [QWEN, Case("gemma3", PROJECTOR)],
 }
@@ -181,9 +183,12 @@ def test_ranks_with_and_without_images_train_as_one_plain_process(
         norms = plain_training(plain, losses)
         for found in by_rank:
             assert found[case.name] == pytest.approx(norms, rel=5e-4), case.name
-        written, resumed = (load_file(ranks / f"{case.name}{end}.safetensors") for end in ("", "-resumed"))
-        assert written.keys() == resumed.keys() >= trained
-        assert all(torch.equal(resumed[name], weight) for name, weight in written.items())
+        written = load_file(ranks / f"{case.name}.safetensors")
+        assert written.keys() >= trained
+        if case is cases[0]:
+            resumed = load_file(ranks / f"{case.name}-resumed.safetensors")
+            assert resumed.keys() == written.keys()
+            assert all(torch.equal(resumed[name], weight) for name, weight in written.items())
         weights = {name: weight.detach() for name, weight in plain.named_parameters()}
         for name in trained:
             is_moved = not torch.equal(weights[name], before[name])  # Qwen3-VL's last deepstack bias is not

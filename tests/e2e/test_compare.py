@@ -130,10 +130,9 @@ def test_a_checkpoint_of_two_processes_and_an_adapter_respond_as_their_runs_do(
     assert (tmp_path / "compared/comparison/comparison.html").is_file()
 
 
-def test_models_that_read_images_are_compared_and_one_of_text_is_refused(tmp_path: Path) -> None:
+def test_models_that_read_images_are_compared(tmp_path: Path) -> None:
     write_image_model(tmp_path / "base")
     write_image_model(tmp_path / "other", seed=2)
-    write_model(tmp_path / "text")
     data = [f"data.eval=[{write_pictures(tmp_path)}]", "model.images.train=none", "model.dtype=fp32"]
     usual = [*data, "sampling.max_new_tokens=8", "sampling.temperature=0", "run.dir=run"]
     ended = run_verb("compare", ["compare.models=[./base,./other]", *usual], cwd=tmp_path)
@@ -147,6 +146,3 @@ def test_models_that_read_images_are_compared_and_one_of_text_is_refused(tmp_pat
         assert all((each["logp"] == each["base_logp"]) == (name == "base") for each in responses)
     page = (tmp_path / "run/comparison/comparison.html").read_text()
     assert [row["images"][0] for row in found] == re.findall('<img src="([^"]*)"', page)
-    ended = run_verb("compare", ["compare.models=[./base,./text]", *usual], cwd=tmp_path)
-    assert ended.code == 2
-    assert "the model's images cannot be processed" in ended.output

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForMultimodalLM
+from transformers import AutoConfig
 
 from tests.support.image_processors import image_tokenizer, write_processor
 from tests.support.invented_images import READERS
+from tests.support.multimodal import whole_model
 
 KIND = "qwen2_5_vl"
 QUESTION = "What is it?"
@@ -24,12 +24,7 @@ def write_image_model(folder: Path, seed: int = 1) -> Path:
     text = made.text | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in places.items()}
     config = AutoConfig.for_model(KIND, text_config=text, vision_config=made.vision, **made.options | ids)
-    torch.manual_seed(seed)
-    model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)
-    for weight in model.parameters():
-        if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=0.15)
-    model.save_pretrained(folder)
+    whole_model(config, seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -90,25 +90,11 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, s
     ),
 }
 IMAGE_PROCESSORS = tuple(_FAMILIES)
-_SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-]
-_SPECIAL += [
-    "<|video_pad|>",
-    "<start_of_image>",
-    "<image_soft_token>",
-    "<end_of_image>",
-    "[IMG]",
-    "[IMG_BREAK]",
-]
-_SPECIAL += ["[IMG_END]", "<image>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>", "<|begin_of_image|>"]
-_SPECIAL += ["<|end_of_image|>", "<|image|>", "<|video|>", "<|image>", "<image|>", "<|audio|>", "<|audio>"]
-_SPECIAL += ["<audio|>"]
+_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+_SPECIAL += ["<|image_pad|>", "<|video_pad|>", "<start_of_image>", "<image_soft_token>", "<end_of_image>"]
+_SPECIAL += ["[IMG]", "[IMG_BREAK]", "[IMG_END]", "<image>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
+_SPECIAL += ["<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|video|>", "<|image>", "<image|>"]
+_SPECIAL += ["<|audio|>", "<|audio>", "<audio|>"]
 
 
 @cache

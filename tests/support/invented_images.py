@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForMultimodalLM
+from transformers import AutoConfig
 
 from dpo_dist.batching.example import Example, ImageInput, TokenIds
 from tests.support.families import DELTA, EXPERTS
-from tests.support.multimodal import PIXELS, PLACE, PLACES, QWEN, ROPE, SHARED_KEYS, TEXT, VISION
+from tests.support.multimodal import PIXELS, PLACE, PLACES, QWEN, ROPE, SHARED_KEYS, TEXT, VISION, whole_model
 
 VOCABULARY = 97
 IMAGE_TOKEN = 5
+# The inputs of a processor beside ids and pixels, by model.
+_KINDS = {"gemma3": "token_type_ids", "paligemma": "token_type_ids", "gemma4": "mm_token_type_ids"}
 MakeImage = Callable[[int, torch.Generator], ImageInput]
 
 
@@ -170,12 +172,7 @@ def image_reader(name: str) -> Any:
         vision_config=made.vision,
         **made.options,
     )
-    torch.manual_seed(1)
-    model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).eval()
-    for weight in model.parameters():
-        if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=0.15)
-    return model
+    return whole_model(config)
 
 
 def invented_images(name: str) -> list[ImageInput]:
@@ -205,23 +202,25 @@ def image_examples(images: Sequence[ImageInput]) -> list[Example]:
     ]
 
 
+def own_inputs(model: Any, ids: Tensor, images: Sequence[ImageInput]) -> dict[str, Tensor]:
+    """What a processor returns for one prompt, beside ids."""
+    inputs = {"attention_mask": torch.ones_like(ids)}
+    for name in images[0].inputs if images else ():
+        inputs[name] = batched([image.inputs[name] for image in images])
+    has_positions = images and hasattr(model.model, "get_rope_index")
+    if kind := "mm_token_type_ids" if has_positions else _KINDS.get(model.config.model_type):
+        inputs[kind] = (ids == IMAGE_TOKEN).int()
+    return inputs
+
+
 def row_logps(model: Any, examples: Sequence[Example]) -> Tensor:
     """Log-probs of all targets by transformers itself: the whole model's forward, row by row."""
     found = []
     for example in examples:
         for response in example.responses:
             ids = torch.from_numpy(np.concatenate((example.prompt_ids, response)).astype(np.int64))[None]
-            kinds = (ids == IMAGE_TOKEN).int()
-            inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            kind = {"gemma3": "token_type_ids", "gemma4": "mm_token_type_ids"}.get(model.config.model_type)
-            if example.images:
-                names = example.images[0].inputs
-                inputs |= {name: batched([image.inputs[name] for image in example.images]) for name in names}
-                if hasattr(model.model, "get_rope_index"):
-                    kind = "mm_token_type_ids"
-            if kind is not None:
-                inputs[kind] = kinds
-            logps = model(**inputs, use_cache=False).logits[0].log_softmax(-1)
+            inputs = own_inputs(model, ids, example.images)
+            logps = model(ids, **inputs, use_cache=False).logits[0].log_softmax(-1)
             start = len(example.prompt_ids)
             found.append(logps[start - 1 : -1].gather(1, ids[0, start:, None])[:, 0])
     return torch.cat(found)

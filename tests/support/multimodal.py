@@ -67,12 +67,16 @@ def image_model(model_type: str, vocab_size: int) -> Any:
     text, vision, options = _PARTS[model_type]
     sizes = {"vocab_size": vocab_size, "vocab_size_per_layer_input": vocab_size}
     parts = {"text_config": text | sizes, "vision_config": vision}
-    config = AutoConfig.for_model(model_type, **parts | options)
-    torch.manual_seed(1)
+    return whole_model(AutoConfig.for_model(model_type, **parts | options), std=0.1)
+
+
+def whole_model(config: Any, seed: int = 1, std: float = 0.15) -> Any:
+    """A whole model in float32 with random weights that are large enough to see."""
+    torch.manual_seed(seed)
     model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=std)
     return model
 
 

@@ -134,7 +134,7 @@ class PreferenceDataset:
 
     def dummy_image(self) -> ImageInput | None:
         """Return an invented image, for a rank whose micro-batch has none; None if no example has one."""
-        return None if self.images is None else self.images.processor.dummy()
+        return None if self.images is None else self.images.processor.invented[0]
 
     def masks(self, index: int) -> tuple[Mask, ...]:
         """Return for each response of an example which tokens the loss counts; empty: all of them."""

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_dist.batching.example import ImageInput
-from dpo_dist.data.encoded.store import Array, EncodedSource, has_images, read_images
+from dpo_dist.data.encoded.store import Array, EncodedSource, has_images
 from dpo_dist.data.images import ImageProcessor
 
 
@@ -51,9 +51,9 @@ class PromptImages:
 def prompt_images(
     sources: Sequence[EncodedSource], tables: Sequence[pa.Table], processor: ImageProcessor
 ) -> PromptImages | None:
-    """Return the images in the `tables` of these sources, or None. Raises DataError: damaged."""
+    """Return the images in the `tables` of these sources, which `read_source` has verified, or None."""
     pairs = zip(sources, tables, strict=True)
-    files = [read_images(source) for source, records in pairs if has_images(records)]
+    files = [source.images() for source, records in pairs if has_images(records)]
     if not files:
         return None
     stored, table = pa.concat_tables(files), pa.concat_tables(tables)

@@ -204,27 +204,16 @@ def read_source(source: EncodedSource) -> pa.Table:
     """Map the records of an encoded source, with the names of their files. Raises DataError: damaged."""
     table = source.table()
     if table is None:
-        raise _damaged(source.file)
+        raise DataError(
+            "the encoded data are damaged",
+            where=f"data.cache: {source.file}",
+            remedy="start again: damaged data are encoded again",
+        )
     files = table["file"].dictionary_encode().combine_chunks()
     root = root_of(source.path)
     names = [source.path if name == "." else str(root / name) for name in files.dictionary.to_pylist()]
     shown = pa.DictionaryArray.from_arrays(files.indices, pa.array(names, pa.string()))
     return table.set_column(0, "file", shown)
-
-
-def read_images(source: EncodedSource) -> pa.Table:
-    """Map the images of an encoded source that has some. Raises DataError: damaged."""
-    if (images := source.images()) is None:
-        raise _damaged(source.image_file)
-    return images
-
-
-def _damaged(file: Path) -> DataError:
-    return DataError(
-        "the encoded data are damaged",
-        where=f"data.cache: {file}",
-        remedy="start again: damaged data are encoded again",
-    )
 
 
 def read_counts(table: pa.Table) -> DataCounts:

@@ -152,6 +152,15 @@ def _with_given_arguments(value: Any) -> Any:
     return [_with_given_arguments(item) for item in value] if isinstance(value, list) else value
 
 
+def store_image(content: bytes, folder: Path) -> str:
+    """Write the file of an image into `folder`, once; return its path there."""
+    image = folder / "images" / hashlib.blake2b(content, digest_size=16).hexdigest()
+    if not image.exists():
+        with staged_file(image) as temporary:
+            temporary.write_bytes(content)
+    return f"images/{image.name}"
+
+
 def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     """Write records in memory to a .jsonl in `folder`, named by its content; return its path.
 
@@ -160,19 +169,11 @@ def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     """
     lines = list[str]()
 
-    def image_name(value: Any) -> str:
-        content = as_file(value)
-        image = folder / "images" / hashlib.blake2b(content, digest_size=16).hexdigest()
-        if not image.exists():
-            with staged_file(image) as temporary:
-                temporary.write_bytes(content)
-        return f"images/{image.name}"
-
     is_dataset = hasattr(records, "with_format") and hasattr(records, "iter")
     others = dataset_rows(records) if is_dataset else map(_with_given_arguments, records)
     for record in records if isinstance(records, list) else others:
         try:
-            lines.append(json.dumps(record, default=image_name) + "\n")
+            lines.append(json.dumps(record, default=lambda value: store_image(as_file(value), folder)) + "\n")
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(
                 "a record cannot be written as JSON",

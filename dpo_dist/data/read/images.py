@@ -135,15 +135,11 @@ def place_images(
     images = [next(own) if image is None else image for image in placed] or given
     return (
         tuple(
-            replace(turn, content=content, fields=_without_images(turn.fields))
+            replace(turn, content=content, fields={k: v for k, v in turn.fields.items() if k != PLACED})
             for turn, content in zip(turns, contents, strict=True)
         ),
         tuple(_image_file(image, folders) for image in images),
     )
-
-
-def _without_images(fields: Fields) -> Fields:
-    return {name: value for name, value in fields.items() if name != PLACED}
 
 
 def _image_file(value: Any, folders: tuple[str, ...]) -> ImageFile:

@@ -152,7 +152,7 @@ class ComparedModel:
                 load_adapter(packed, self.source.adapter, MODELS_KEY)
         packed.eval()
         processor = self.responder.processor
-        images = () if processor is None else processor.invented()
+        images = () if processor is None else processor.invented
         StartCheck(packed, packed, world.device, longest, MODELS_KEY, images=images).choose_arrangement()
         return packed
 

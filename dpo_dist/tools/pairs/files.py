@@ -10,14 +10,13 @@ import dpo_dist
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import count_lines
+from dpo_dist.data.read.files import store_image
 from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord, Response, as_fields, context_fields
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import staged_file, write_json, write_lines
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.tools.shared.records import Read, good_records
-
-_IMAGES = "images"
 
 
 def training_records(
@@ -49,12 +48,7 @@ def pair_fields(
 
 def image_fields(record: PreferenceRecord, folder: Path) -> dict[str, Any]:
     """Write the images of a record into `folder`, each once; return the field with their paths in it."""
-    names = [f"{_IMAGES}/{image.digest.hex()}" for image in record.images]
-    for name, image in zip(names, record.images, strict=True):
-        (file := folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            with staged_file(file) as temporary:
-                temporary.write_bytes(image.read())
+    names = [store_image(image.read(), folder) for image in record.images]
     return {"images": names} if names else {}
 
 

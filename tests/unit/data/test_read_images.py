@@ -26,6 +26,7 @@ from dpo_dist.data.records import (
     readable,
 )
 from dpo_dist.foundation.errors import ConfigError, DataError
+from tests.support.image_processors import file_of
 from tests.support.records import assistant, bad, good, jsonl, user
 
 PAIR = {"chosen": "good", "rejected": "bad"}
@@ -35,9 +36,7 @@ URI = "data:image/png;base64," + base64.b64encode(b"bytes").decode()
 
 
 def picture(colour: str = "red", kind: str = "PNG") -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", (3, 2), colour).save(stream, kind)
-    return stream.getvalue()
+    return file_of(Image.new("RGB", (3, 2), colour), kind)
 
 
 def text(content: str) -> dict[str, Any]:

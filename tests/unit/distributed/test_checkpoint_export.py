@@ -368,7 +368,7 @@ PROJECTOR = ImagesConfig(TrainedImageParts.projector)
     ("model_type", "images"),
     [
         *((model_type, None) for model_type in IMAGE_MODELS),
-        *((model_type, ALL) for model_type in ("gemma3", "llama4", "qwen3_5", "qwen3_vl")),
+        *((model_type, ALL) for model_type in ("gemma3", "qwen3_5", "qwen3_vl")),
         ("gemma4", PROJECTOR),
         ("mistral3", FROZEN),
     ],

@@ -45,15 +45,13 @@ NONE, PROJECTOR, TOWER = TrainedImageParts
 MERGER = {"model.visual": ("model.visual.merger", "model.visual.deepstack_merger_list")}
 SEPARATE = {"model.vision_tower": (), "model.multi_modal_projector": ("model.multi_modal_projector",)}
 PARTS: dict[str, dict[str, tuple[str, ...]]] = dict.fromkeys(
-    ("gemma3", "internvl", "lfm2_vl", "llava", "mistral3"), SEPARATE
+    ("gemma3", "internvl", "llava", "mistral3"), SEPARATE
 )
 PARTS |= {"gemma4": {"model.vision_tower": (), "model.embed_vision": ("model.embed_vision",)}}
-PARTS |= {"llama4": {"vision_model": (), "multi_modal_projector": ("multi_modal_projector",)}}
-READERS = [name for name in IMAGE_MODELS if name != "mllama"]
+READERS = [name for name in IMAGE_MODELS if name not in ("mllama", "llama4", "lfm2_vl")]
 # Weights of towers behind the layer from which features come.
 UNREAD = {
     "gemma3": ("model.vision_tower.head",),
-    "lfm2_vl": ("model.vision_tower.head",),
     "llava": ("model.vision_tower.encoder.layers.0", "model.vision_tower.post_layernorm"),
 }
 

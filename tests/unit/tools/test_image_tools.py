@@ -27,11 +27,13 @@ from dpo_dist.model.files.load import load_packed
 from dpo_dist.tools.chat.speakers import open_images, open_speakers
 from dpo_dist.tools.compare.models import response_logps
 from dpo_dist.tools.doctor.examine import examine
+from dpo_dist.tools.doctor.measures.observe import Observer
 from dpo_dist.tools.doctor.page import write_doctor_page
 from dpo_dist.tools.doctor.shown_pairs import show_pairs
 from dpo_dist.tools.pairs.make_pairs import pairs_from_scores
 from dpo_dist.tools.pairs.people import Labelling, draw_items
 from dpo_dist.tools.report.samples import choose_prompts
+from dpo_dist.tools.shared.records import good_records
 from dpo_dist.tools.shared.sampling import judges
 from dpo_dist.tools.shared.sampling.judges import EndpointJudge, FunctionJudge, Question, RewardModel
 from dpo_dist.tools.shared.sampling.respond import find_model, open_generator, open_responder, respond
@@ -61,8 +63,8 @@ def model_config(folder: Path) -> ModelConfig:
     return ModelConfig(str(folder / "model"), dtype=Dtype.fp32, images=ImagesConfig())
 
 
-def records(folder: Path) -> list[Any]:
-    return list(read_records(str(folder / "pictures.jsonl")))
+def records(folder: Path, name: str = "pictures.jsonl") -> list[Any]:
+    return list(read_records(str(folder / name)))
 
 
 def colours(*files: bytes) -> list[Any]:
@@ -212,6 +214,11 @@ def test_the_doctor_counts_images_and_tells_records_apart_by_them(
     assert report["dropped"]["image_unreadable"]["count"] == 1
     assert (found.across["duplicates"], found.across["near_duplicates"]) == (1, 1)
     assert found.across["repeated_prompts"] == 1
+    facts = Observer(data, tokenizer, processor=processor).observe(records(folder, "many.jsonl"))
+    assert len({each.hash for each in facts[:4]}) == 3, "eval_share takes no two images for one"
+    rules = {finding.rule for finding in found.findings}
+    assert "duplicates" in rules
+    assert rules.isdisjoint({"contradictions", "broken_text"})
     pairs = show_pairs(data, tokenizer, [], 9, processor)
     texts = ["".join(text for text, _ in pair.parts[0].segments) for pair in pairs]
     marks = [text.count(PAD if is_encoded else "[image]") for text in texts]
@@ -224,6 +231,16 @@ def test_the_doctor_counts_images_and_tells_records_apart_by_them(
     page = run.doctor_page.read_text()
     assert page.count('<img src="data:image/jpeg;base64,') == page.count("<img") == 4
     assert "4 in 4 records, 3 different ones" in page
+
+
+def test_verbs_read_records_with_images_and_drop_those_whose_file_is_missing(folder: Path) -> None:
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, image_pair("red one.png", "a", "b")]
+    rows.append(image_pair("no.png", "a", "b"))
+    (folder / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source, said = SourceConfig(str(folder / "some.jsonl")), list[str]()
+    kept = list(good_records(read_records(source), source, DataConfig(max_bad_share=0.5), said.append))
+    assert [len(record.images) for record in kept] == [0, 1]
+    assert "image_unreadable" in said[1]
 
 
 def test_images_for_a_chat_are_read_or_one_line_says_why_not(folder: Path, tmp_path: Path) -> None:

@@ -9,15 +9,12 @@ from PIL import Image
 from dpo_dist.data.read.images import ImageFile
 from dpo_dist.tools.shared.images import Thumbnails, thumbnails
 from dpo_dist.tools.shared.pages.samples import ShownPrompt, ShownResponse, prompt_items
+from tests.support.image_processors import file_of, picture
 from tests.unit.tools.pages.made_run import HOSTILE
 
 
-def picture(width: int, height: int, colour: str = "red") -> bytes:
-    stream = io.BytesIO()
-    Image.effect_noise((width, height), 90).convert("RGB").save(stream, "PNG") if colour == "noise" else (
-        Image.new("RGB", (width, height), colour).save(stream, "PNG")
-    )
-    return stream.getvalue()
+def plain(width: int, height: int, colour: str = "red") -> ImageFile:
+    return ImageFile(file_of(Image.new("RGB", (width, height), colour)))
 
 
 def shown(*images: str | None) -> ShownPrompt:
@@ -25,7 +22,7 @@ def shown(*images: str | None) -> ShownPrompt:
 
 
 def test_a_thumbnail_is_a_small_jpeg_of_the_image_and_an_unreadable_one_is_left_out() -> None:
-    large, small, none = thumbnails(map(ImageFile, [picture(1200, 600), picture(20, 9, "blue"), b"<svg>"]))
+    large, small, none = thumbnails([plain(1200, 600), plain(20, 9, "blue"), ImageFile(b"<svg>")])
     assert none is None
     for uri, size, colour in ((large, (160, 80), (254, 0, 0)), (small, (20, 9), (0, 0, 254))):
         image = Image.open(io.BytesIO(base64.b64decode((uri or "").removeprefix("data:image/jpeg;base64,"))))
@@ -34,8 +31,8 @@ def test_a_thumbnail_is_a_small_jpeg_of_the_image_and_an_unreadable_one_is_left_
 
 
 def test_a_section_has_room_for_some_thumbnails_and_marks_in_place_of_others() -> None:
-    [red] = thumbnails([ImageFile(picture(16, 16))])
-    [noise] = thumbnails([ImageFile(picture(160, 160, "noise"))])
+    [red] = thumbnails([plain(16, 16)])
+    [noise] = thumbnails([ImageFile(file_of(picture(0, 160, 160)))])
     for image, prompts in ((red, 250), (noise, 300)):
         items, left_out = prompt_items([shown(image, None)] * prompts, 10**6)
         html = "".join(items)

@@ -1,7 +1,6 @@
 """Generate responses in batches padded on the left; a sample's random numbers do not depend on its batch."""
 
 import hashlib
-import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from dpo_dist.batching.example import ImageInput, TokenIds
 from dpo_dist.batching.pack import joined_inputs
 from dpo_dist.distributed.processes.world import Stops
 from dpo_dist.distributed.zero import Engine
+from dpo_dist.model.images import ImageReader
 from dpo_dist.tools.shared.sampling.settings import Sampling
 
 
@@ -87,18 +87,7 @@ def batches(
 
 def image_inputs(causal_lm: Any, ids: Tensor, images: Sequence[ImageInput]) -> dict[str, Tensor]:
     """Return what the model's forward needs for the images in `ids` [rows, tokens], in their order."""
-    if not images:
-        return {}
-    # For positions in space, and for image tokens that see each other.
-    kinds = (ids == causal_lm.config.image_token_id).long()
-    takes = inspect.signature(causal_lm.forward).parameters
-    joined = joined_inputs(images) | {
-        name: kinds for name in ("mm_token_type_ids", "token_type_ids") if name in takes
-    }
-    return {
-        name: value.to(ids.device, causal_lm.dtype if value.is_floating_point() else value.dtype)
-        for name, value in joined.items()
-    }
+    return ImageReader(causal_lm).own_inputs(joined_inputs(images), ids) if images else {}
 
 
 @torch.inference_mode()
