@@ -146,7 +146,7 @@ def _with_pillow(folder: Path, tokenizer: Tokenizer) -> tuple[Any, int]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     kind = config.model_type
     if config.is_encoder_decoder or kind == "mllama":
-        raise _refused(folder, f"{kind}: its text does not have the image's features in the place of tokens")
+        raise _refused(folder, f"{kind}: its text model does not read features of images as tokens")
     if hasattr(config, "thinker_config"):
         raise _refused(folder, f"{kind} also reads and writes sound")
     try:
@@ -244,7 +244,7 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Image":
     except UnusableRecordError:
         raise
     except Exception as error:  # decoders raise all kinds of errors for broken files
-        detail = f"no whole file of {', '.join(_FORMATS)}: {type(error).__name__} of Pillow"
+        detail = f"not a whole file of {', '.join(_FORMATS)} ({type(error).__name__} of Pillow)"
         raise UnusableRecordError("image_unreadable", detail) from error
     pixels = image.width * image.height
     if max_pixels is None or pixels <= max_pixels:

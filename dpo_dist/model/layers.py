@@ -187,7 +187,7 @@ def text_notes(causal_lm: Any) -> list[str]:
         notes.append(f"images are read by {names}: {number:,} of {total:,} weights are trained")
     if dropped:
         note = "the model also reads images or sounds: only its text part is scored or trained; "
-        note = "the model also reads sounds, which are no part of the data; " if kept else note
+        note = "the model also reads sounds, which the data do not have; " if kept else note
         note += "the other parts are not in memory, and the result has them as in the model's files"
         notes.append(f"{note}: {', '.join(dropped)}")
     return notes
