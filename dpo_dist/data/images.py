@@ -75,7 +75,7 @@ class ImageProcessor:
             raise _refused(folder, "its processor writes no placeholders of an image into the prompt")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._arguments  # the class of the processor is made when it is loaded
+        return type(self), self._arguments  # the processor's own class is made here and cannot be pickled
 
     def _expanded(self, content: bytes) -> ExpandedImage:
         """Return the image of a file, without inputs. Raises UnusableRecordError."""
@@ -185,7 +185,7 @@ def _processor_class(folder: Path, config: Any) -> Any:
         return name and processor_class_from_name(name)
     from transformers.models.pixtral import image_processing_pil_pixtral  # noqa: PLC0415
 
-    # Its module imports one function of a module that needs torchvision; the one for Pillow has it, too.
+    # Its module imports a function from a module that needs torchvision; the module for Pillow has it, too.
     needed = image_processing_pil_pixtral.__name__.replace("_pil_", "_")
     chosen = sys.modules.setdefault(needed, image_processing_pil_pixtral)
     try:
@@ -210,7 +210,7 @@ def _refused(folder: Path, cause: str) -> ConfigError:
 def _pillow() -> Any:
     from PIL import Image  # noqa: PLC0415  (text needs no Pillow)
 
-    # It warns of large images, palettes and broken metadata; what cannot be read is an error.
+    # Pillow warns of large images, palettes and broken metadata; an image that cannot be read is an error.
     warnings.filterwarnings("ignore", module=r"PIL\b")
     return Image
 

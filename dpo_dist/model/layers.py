@@ -146,7 +146,7 @@ def _trained_for_images(causal_lm: Any, train: TrainedImageParts) -> set[nn.Para
 def _unread(config: Any, name: str, module: nn.Module) -> Iterator[nn.Parameter]:
     """Yield the weights of a tower's module if features come from before it: pooling heads, last layers."""
     last = name.rpartition(".")[2]
-    layer = getattr(config, "vision_feature_layer", None)  # of the hidden states, the first before layer 0
+    layer = getattr(config, "vision_feature_layer", None)  # an index; hidden state 0 is before layer 0
     is_after = last == "head" or (last == "post_layernorm" and layer is not None)
     if is_after:
         yield from module.parameters()
