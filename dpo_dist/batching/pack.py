@@ -31,10 +31,10 @@ class PackedImages:
     """
 
     inputs: dict[str, Tensor]  # the processor's output for the distinct images, end to end
-    tokens: tuple[int, ...]  # of each distinct image the placeholders in a prompt
-    order: tuple[tuple[int, ...], ...]  # of each example its images, as numbers of distinct ones
-    prompts: tuple[TokenIds, ...]  # of each example; on the host, as the next
-    grids: Tensor | None  # int64 [distinct, 3], times, rows and columns of patches, if the processor has them
+    tokens: tuple[int, ...]  # placeholders of each distinct image in a prompt
+    order: tuple[tuple[int, ...], ...]  # images of each example, as indices of distinct ones
+    prompts: tuple[TokenIds, ...]  # of each example, on the host
+    grids: Tensor | None  # int64 [distinct, 3], on the host: times, rows, columns of patches; None: not used
 
     @property
     def is_dummy(self) -> bool:
@@ -200,7 +200,7 @@ def dummy_batch(dummy_image: ImageInput | None = None) -> PackedBatch:
 
 
 def _images(examples: Sequence[Example], dummy: ImageInput | None) -> PackedImages | None:
-    """Return the images of these examples, or of none of them `dummy`."""
+    """Return the images of these examples, or `dummy` if they have none."""
     distinct = {image.digest: image for example in examples for image in example.images}
     members = list(distinct.values()) or ([] if dummy is None else [dummy])
     if not members:

@@ -90,7 +90,7 @@ class RankBatch:
     which: int | None = None  # the only response of each example that is scored; None: all
     forwards: tuple[int, ...] = ()  # for each micro-batch `PackedBatch.forwards`
     image_tokens: int = 0  # placeholders of images in the prompts, of the global batch
-    with_images: tuple[bool, ...] = ()  # whether it has an image on any rank; as long as `micro_batches`
+    with_images: tuple[bool, ...] = ()  # for each micro-batch, whether it has an image on any rank
 
     def batches(self) -> Iterator[PackedBatch]:
         """Collate this rank's micro-batches in order, on the host."""

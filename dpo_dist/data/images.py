@@ -75,7 +75,7 @@ class ImageProcessor:
             raise _refused(folder, "its processor writes no placeholders of an image into the prompt")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._arguments  # the class of the processor is made when it is loaded
+        return type(self), self._arguments  # the processor's own class is made here and cannot be pickled
 
     def _expanded(self, content: bytes) -> ExpandedImage:
         """Return the image of a file, without inputs. Raises UnusableRecordError."""
@@ -146,7 +146,7 @@ def _with_pillow(folder: Path, tokenizer: Tokenizer) -> tuple[Any, int]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     kind = config.model_type
     if config.is_encoder_decoder or kind == "mllama":
-        raise _refused(folder, f"{kind}: its text does not have the image's features in the place of tokens")
+        raise _refused(folder, f"{kind}: its text model does not read features of images as tokens")
     if hasattr(config, "thinker_config"):
         raise _refused(folder, f"{kind} also reads and writes sound")
     try:
@@ -185,7 +185,7 @@ def _processor_class(folder: Path, config: Any) -> Any:
         return name and processor_class_from_name(name)
     from transformers.models.pixtral import image_processing_pil_pixtral  # noqa: PLC0415
 
-    # Its module imports one function of a module that needs torchvision; the one for Pillow has it, too.
+    # Its module imports a function from a module that needs torchvision; the module for Pillow has it, too.
     needed = image_processing_pil_pixtral.__name__.replace("_pil_", "_")
     chosen = sys.modules.setdefault(needed, image_processing_pil_pixtral)
     try:
@@ -210,7 +210,7 @@ def _refused(folder: Path, cause: str) -> ConfigError:
 def _pillow() -> Any:
     from PIL import Image  # noqa: PLC0415  (text needs no Pillow)
 
-    # It warns of large images, palettes and broken metadata; what cannot be read is an error.
+    # Pillow warns of large images, palettes and broken metadata; an image that cannot be read is an error.
     warnings.filterwarnings("ignore", module=r"PIL\b")
     return Image
 
@@ -244,7 +244,7 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Image":
     except UnusableRecordError:
         raise
     except Exception as error:  # decoders raise all kinds of errors for broken files
-        detail = f"no whole file of {', '.join(_FORMATS)}: {type(error).__name__} of Pillow"
+        detail = f"not a whole file of {', '.join(_FORMATS)} ({type(error).__name__} of Pillow)"
         raise UnusableRecordError("image_unreadable", detail) from error
     pixels = image.width * image.height
     if max_pixels is None or pixels <= max_pixels:

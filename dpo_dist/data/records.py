@@ -93,7 +93,7 @@ Prompt: TypeAlias = str | Messages
 class Origin:
     """Position of a record: its source as configured, and the 1-based line or number of the record in it.
 
-    `folders`: below one of them must be the files that the record names.
+    Files that the record names must be below one of the `folders`.
     """
 
     source: str
@@ -168,7 +168,7 @@ def readable(record: Record) -> Record:
     """Return a record whose images can all be read, else the reason why not."""
     try:
         for image in () if isinstance(record, BadRecord) else record.images:
-            _ = image.digest  # kept, so that the hashes of the record cannot fail
+            _ = image.digest  # cached: the record's hashes do not read the file again
     except UnusableRecordError as fault:
         return fault.as_bad_record(record.origin)
     return record
@@ -248,7 +248,7 @@ def context_fields(record: PreferenceRecord) -> dict[str, Any]:
 
 
 def prompt_key(record: PreferenceRecord) -> str:
-    """Return 32 hex digits over the prompt, its images, tools and template arguments: the same if all are.
+    """Return 32 hex digits over the prompt, its images, tools and template arguments.
 
     Raises UnusableRecordError: an image cannot be read.
     """

@@ -307,8 +307,8 @@ def trial_examples(causal_lm: Any, max_length: int, images: Sequence[ImageInput]
 
     The first example is longer than the model's sliding window or chunk, if that is short. The last
     example's responses have the same length and begin with the same tokens. No id is one that the
-    configuration names. With `images`, there are two more between them: the first has the first image
-    and the last one, the second the first image again.
+    configuration names. With `images`, two more examples are between them: one with the first and the last
+    image, and one with the first image again.
     """
     config = causal_lm.config.get_text_config()
     limits = [*layer_values(config, "sliding_window"), *layer_values(config, "attention_chunk_size")]

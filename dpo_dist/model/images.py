@@ -49,7 +49,7 @@ class ImageReader:
     def own_inputs(self, images: Mapping[str, Tensor], input_ids: Tensor) -> dict[str, Any]:
         """Return what the model's own forward takes for rows [rows, tokens] and the images in them.
 
-        `images` are the processor's outputs for them, in their order.
+        `images` are the processor's outputs for these images, in the order of the rows.
         """
         accepted = inspect.signature(self._causal_lm.forward).parameters
         kinds = {name: self._kinds(input_ids) for name in _KINDS if name in accepted}
@@ -58,8 +58,8 @@ class ImageReader:
     def encode(self, batch: PackedBatch) -> "EncodedImages | None":
         """Return the images of a batch, each distinct one encoded once; None if no rank has an image.
 
-        It comes before the text part, so that ZeRO-3 gathers weights in one order on all ranks, also on those
-        that encode a dummy.
+        Images are encoded before the text part, so that ZeRO-3 gathers weights in one order on all ranks,
+        including those that encode a dummy.
         """
         if (images := batch.images) is None:
             return None
@@ -79,7 +79,7 @@ class ImageReader:
         return ImageRuns(places, in_windows_only=self.mask is ImageMask.in_windows)
 
     def row_kinds(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Return the input by which a model whose image tokens see each other masks rows by itself."""
+        """Return the input from which a model, if its image tokens see each other, makes the mask of rows."""
         if self.mask is ImageMask.causal:
             return {}
         return {_KINDS[self.mask is ImageMask.in_windows]: self._kinds(input_ids)}
@@ -87,7 +87,7 @@ class ImageReader:
     def prompt_positions(self, prompt: TokenIds, grids: Tensor | None) -> npt.NDArray[np.int64] | None:
         """Return a prompt's positions in time and space, [3, tokens]; None if the model has usual ones.
 
-        `grids`: those of its images. All is on the host.
+        `grids`: those of the prompt's images. Everything is on the host.
         """
         find = getattr(self._causal_lm.base_model, "get_rope_index", None)
         if find is None:

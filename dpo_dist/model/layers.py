@@ -146,7 +146,7 @@ def _trained_for_images(causal_lm: Any, train: TrainedImageParts) -> set[nn.Para
 def _unread(config: Any, name: str, module: nn.Module) -> Iterator[nn.Parameter]:
     """Yield the weights of a tower's module if features come from before it: pooling heads, last layers."""
     last = name.rpartition(".")[2]
-    layer = getattr(config, "vision_feature_layer", None)  # of the hidden states, the first before layer 0
+    layer = getattr(config, "vision_feature_layer", None)  # an index; hidden state 0 is before layer 0
     is_after = last == "head" or (last == "post_layernorm" and layer is not None)
     if is_after:
         yield from module.parameters()
@@ -187,7 +187,7 @@ def text_notes(causal_lm: Any) -> list[str]:
         notes.append(f"images are read by {names}: {number:,} of {total:,} weights are trained")
     if dropped:
         note = "the model also reads images or sounds: only its text part is scored or trained; "
-        note = "the model also reads sounds, which are no part of the data; " if kept else note
+        note = "the model also reads sounds, which the data do not have; " if kept else note
         note += "the other parts are not in memory, and the result has them as in the model's files"
         notes.append(f"{note}: {', '.join(dropped)}")
     return notes

@@ -239,7 +239,7 @@ def _identities(source: SourceConfig) -> list[str]:
 
 
 def _folders_digest(source: SourceConfig) -> str:
-    """Return a digest of the folders in which images are looked up: equal records name other images there."""
+    """Return a digest of the folders for images: in other folders equal records may name other images."""
     folders = [*image_folders(source), *sorted({file.parent for file in local_files(source) or ()})]
     return text_digest("\n".join(str(folder.resolve()) for folder in folders))
 

@@ -89,7 +89,7 @@ class EncodedSource:
     fingerprint: str  # digest of everything that decides the ids, but the files of images
     limit: int | None = None
     label: str = ""
-    folders: str = ""  # digest of the folders in which images are looked up; empty: none are read
+    folders: str = ""  # digest of the folders in which images are looked up; empty: images are not read
 
     @property
     def file(self) -> Path:
@@ -136,7 +136,7 @@ def has_images(table: pa.Table) -> bool:
 def has_changed_images(table: pa.Table) -> bool:
     """Return whether a file of the records' images has changed since it was read, or appeared.
 
-    A file that is absent now is stored as it was.
+    An absent file has not changed: its copy is stored.
     """
     files, states = (pc.list_flatten(table[name]).to_pylist() for name in ("image_files", "image_states"))
     known = set(zip(files, states, strict=True))

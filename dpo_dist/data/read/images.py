@@ -29,7 +29,7 @@ _PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
 
 def image_state(file: str) -> str:
-    """Return the size and the time of change of an image file, as of thousands at a start; "" if absent."""
+    """Return the size and the time of change of an image file, without reading it; "" if it is absent."""
     try:
         status = Path(file).stat()
     except (OSError, ValueError):
@@ -102,7 +102,7 @@ def place_images(
 
     The places are the image parts of messages; without any, the tags `<image>` of the texts; without these
     too, the start of the first user's turn, as in TRL and ms-swift. Raises UnusableRecordError:
-    `image_count`, `image_in_response`, or `image_unreadable` for a value that is no image.
+    `image_count`, `image_in_response`, or `image_unreadable` for a value that is not an image.
     """
     given, turns = given_images(record), turns_of(prompt, "user")
     placed = [image for turn in turns for image in turn.fields.get(PLACED, ())]
@@ -159,7 +159,7 @@ def as_file(image: Any) -> bytes:
     if isinstance(image, bytes):
         return image
     if not (hasattr(image, "save") and hasattr(image, "mode")):
-        raise ValueError(f"a {type(image).__name__} is no image, nor the bytes or the path of one")
+        raise ValueError(f"a {type(image).__name__} is not an image, nor the bytes or the path of one")
     stream = io.BytesIO()
     try:
         (image if image.mode in _PNG_MODES else image.convert("RGB")).save(stream, "PNG")

@@ -38,7 +38,7 @@ _JSON = json.JSONDecoder(object_pairs_hook=_without_duplicates)
 def from_json(value: Any, *, of_texts: bool = False) -> Any:
     """Return the list or object that a text holds as JSON, or as Python prints it; else `value`.
 
-    A list of texts as Python prints it is one only if the field has lists `of_texts`.
+    A list of texts as Python prints it is read as a list only if the field has lists `of_texts`.
     """
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value

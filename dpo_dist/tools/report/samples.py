@@ -40,7 +40,7 @@ _RESPONSE_FIELDS = ("text", "tokens", "finished")
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A held-out prompt with its rows' fields: `prompt`, `prompt_id`, `source`, `chosen`, some `images`."""
+    """A held-out prompt; its rows have `prompt`, `prompt_id`, `source`, `chosen`, and perhaps `images`."""
 
     request: Request
     fields: _Row

@@ -168,7 +168,7 @@ class WandbRun:
         if self._max_samples and "eval_samples/length" in row:
             lines = files.read_lines(self._folder.samples_file(int(row["step"])))
             samples = without_secrets(list(islice(lines, self._max_samples)))
-            columns = [name for name in samples[0] if name != "images"]  # thumbnails for pages
+            columns = [name for name in samples[0] if name != "images"]  # thumbnails are for pages
             cells = [
                 [value[:_CELL_CHARACTERS] if isinstance(value, str) else value for value in cells]
                 for cells in ([sample[name] for name in columns] for sample in samples)

@@ -58,7 +58,7 @@ _NO_END = (
     "of a turn, and the trained model stops nowhere else; set eos_token in tokenizer_config.json"
 )
 
-_NO_IMAGE = "name their column (columns: {images: COLUMN}), or set model.images=null to train on text"
+_NO_IMAGE = "name the column of images (columns: {images: COLUMN}), or set model.images=null to train on text"
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _load(
             # Not only on rank 0: a node that mounts the files from another device verifies them again.
             dataset = world.together(lambda: open_dataset(encoded, config.data, processor))
             if processor is not None and dataset.images is None:
-                run.say(f"warning: no record of the {name} data has an image: {_NO_IMAGE}")
+                run.say(f"warning: no usable record of the {name} data has an image: {_NO_IMAGE}")
             dataset = _add_counts(run, dataset, duplicates=partial(count_duplicates, dataset))
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_fits_loss(dataset, config.loss))

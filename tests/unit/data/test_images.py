@@ -183,7 +183,9 @@ def test_records_with_images_that_cannot_be_placed_are_dropped(tmp_path: Path) -
     assert isinstance(encode_pair(text, bare, applied), EncodedExample)
 
 
-def test_several_images_are_no_record_of_a_model_that_tiles_single_ones_only(tmp_path: Path) -> None:
+def test_prompts_with_several_images_are_dropped_if_the_model_cuts_only_a_single_one_into_tiles(
+    tmp_path: Path,
+) -> None:
     config, tokenizer = AutoConfig.for_model("llava_onevision"), image_tokenizer("llava")
     config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     config.save_pretrained(tmp_path)

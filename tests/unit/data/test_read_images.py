@@ -272,7 +272,9 @@ DROPPED = [
 
 
 @pytest.mark.parametrize(("reason", "fields"), DROPPED)
-def test_a_record_with_other_images_than_places_or_in_a_response_is_dropped(reason: str, fields: Any) -> None:
+def test_a_record_with_too_many_or_too_few_images_or_an_image_in_a_response_is_dropped(
+    reason: str, fields: Any
+) -> None:
     assert bad(fields).reason == reason
 
 

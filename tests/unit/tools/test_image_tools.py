@@ -158,7 +158,7 @@ def test_a_function_gets_files_an_endpoint_uris_and_a_reward_model_refuses(
     assert kind == "data:image/jpeg;base64"
     assert colours(base64.b64decode(content)) == [(254, 0, 0)]
     model = RewardModel(str(folder), model_config(folder), tmp_path, CPU)
-    with pytest.raises(ConfigError, match="reads no images"):
+    with pytest.raises(ConfigError, match="cannot read images"):
         model.judge([Question(red, ("a",))])
 
 

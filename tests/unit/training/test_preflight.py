@@ -324,7 +324,7 @@ def test_a_base_that_does_not_stop_where_training_ends_turns_is_said_at_start(
         said.clear()
 
 
-def test_data_without_an_image_for_a_model_that_reads_images_is_said(
+def test_a_run_whose_model_reads_images_warns_of_data_without_any(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
@@ -337,7 +337,7 @@ def test_data_without_an_image_for_a_model_that_reads_images_is_said(
     for data, is_said in ((assets / "train.jsonl", True), (write_pictures(tmp_path), False)):
         config = run_of(assets, tmp_path, *options, "model.dtype=fp32", f"data.train=[{data}]")
         load_inputs(Run(config, ALONE, Console(None)))
-        assert ("no record of the train data has an image" in "\n".join(said)) is is_said
+        assert ("no usable record of the train data has an image" in "\n".join(said)) is is_said
         said.clear()
 
 

@@ -235,7 +235,7 @@ def _ends(responses: Sequence[Sized], side: str | None) -> tuple[int, int]:
 
 
 def _image_facts(file: ImageFile) -> ImageFacts:
-    """Raises UnusableRecordError: the file is no image that can be read."""
+    """Raises UnusableRecordError: the image cannot be read."""
     width, height = decode_image(file.read()).size
     return ImageFacts(int.from_bytes(file.digest[:8], "little"), width * height)
 

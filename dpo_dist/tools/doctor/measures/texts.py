@@ -102,9 +102,9 @@ def plain_words(text: str) -> list[str]:
 def signature(text: str, images: str = "") -> Signature:
     """Return the MinHash signature, uint32 [64], of a text's pairs of consecutive words (Broder 1997).
 
-    Case and punctuation are ignored; all numbers count as the same word. Texts with other digests of `images`
-    are not similar. The share of equal numbers of two
-    signatures estimates the Jaccard similarity of both sets of pairs, with a standard error of at most 0.06.
+    Case and punctuation are ignored; all numbers count as the same word. Texts with other `images`, by their
+    digests, are not similar. The share of equal numbers of two signatures estimates the Jaccard similarity of
+    both sets of pairs, with a standard error of at most 0.06.
     """
     words = ["0" if word.isdecimal() else word for word in plain_words(text)] or _WORD.findall(text)
     pairs = {f"{first} {second}" for first, second in pairwise(words)} or {*words}

@@ -197,7 +197,7 @@ class RewardModel:
         for question in questions:
             if question.record.images:
                 raise ConfigError(
-                    "a reward model reads no images",
+                    "a reward model cannot read images",
                     where=f"{_REWARD_MODEL} at the prompt of {question.record.origin}",
                     got=f"a prompt with {pluralize(len(question.record.images), 'image')}",
                     remedy="judge by pairs.function or pairs.endpoint",
