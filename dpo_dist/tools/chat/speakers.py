@@ -166,14 +166,18 @@ def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool
     name = short_name(location)
     if is_checkpoint(folder) and run is not None:
         location = str(checkpoint_as_model(folder, run.comparison_models, say, trusts_code))
-    return _loaded(name, find_files(location, model, key), model, data)
+    return _loaded(name, find_files(location, model, key), model, data, say)
 
 
-def _loaded(name: str, source: ModelSource, model: ModelConfig, data: DataConfig) -> Speaker:
+def _loaded(
+    name: str, source: ModelSource, model: ModelConfig, data: DataConfig, say: Callable[[str], None]
+) -> Speaker:
     """Load a model; it reads images if it can, also if it was trained on text."""
     if model.images is None and any(source.folder.glob("*processor_config.json")):
-        with contextlib.suppress(ConfigError):
-            return _loaded(name, source, replace(model, images=ImagesConfig()), data)
+        try:
+            return _loaded(name, source, replace(model, images=ImagesConfig()), data, say)
+        except ConfigError as error:
+            say(f"{name} cannot read images: {error.message}: {error.got}")
     return Speaker(name, open_responder(source, model, data), load_source(source, model, _device()), model)
 
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -252,6 +253,11 @@ def test_images_for_a_chat_are_read_or_one_line_says_why_not(folder: Path, tmp_p
     assert colours(*(image.read() for image in found)) == [(255, 0, 0), (0, 0, 255)]
     named = [f"{folder}/none.png", f"{folder}/broken.png", str(folder)]
     assert [line.partition(": ")[0] for line in said] == named
+    broken = shutil.copytree(folder / "model", tmp_path / "broken")
+    (broken / "preprocessor_config.json").write_text('{"image_processor_type": "Unknown"}')
+    open_speakers(str(broken), None, said.append)
+    assert any("broken cannot read images: the model's images cannot be processed" in line for line in said)
+    said.clear()
     [blind] = open_speakers(str(write_model(tmp_path / "text")), None, said.append)
     said.clear()
     for paths in ("", "'", "x.png"):
