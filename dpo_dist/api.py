@@ -21,7 +21,6 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.data.encode import EncodedExample, encode_record
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.read.files import write_records
 from dpo_dist.data.records import BadRecord
 from dpo_dist.foundation.errors import ConfigError
@@ -95,23 +94,18 @@ def load_model(
 
 
 def read_pairs(
-    source: SourceConfig | str,
-    tokenizer: PreTrainedTokenizerBase,
-    data_config: DataConfig | None = None,
-    processor: ImageProcessor | None = None,
+    source: SourceConfig | str, tokenizer: PreTrainedTokenizerBase, data_config: DataConfig | None = None
 ) -> tuple[list[EncodedExample], list[BadRecord]]:
     """Read a source and encode its records as training does.
 
-    The images of prompts are read if there is a `processor`. Returns the examples in the source's order, and
-    each record that cannot be used, with the reason.
+    Returns the examples in the source's order, and each record that cannot be used, with the reason; one with
+    images cannot be used.
     """
     limits = data_config or DataConfig()
     pairs: list[EncodedExample] = []
     bad: list[BadRecord] = []
     for record in read_records(source):
-        encoded = (
-            record if isinstance(record, BadRecord) else encode_record(record, limits, tokenizer, processor)
-        )
+        encoded = record if isinstance(record, BadRecord) else encode_record(record, limits, tokenizer, None)
         if isinstance(encoded, BadRecord):
             bad.append(encoded)
         else:

@@ -172,3 +172,8 @@ def test_pairs_are_those_of_training(ranked: Ranked, truncation: Truncation, tmp
     dataset = open_dataset(prepare_dataset([source], config, tiny.qwen(), "qwen"), config)
     assert api.response_keys(pairs).tolist() == dataset.keys[:].tolist()
     assert len(bad) == dataset.counts["read"] - dataset.counts["kept"]
+
+
+def test_pairs_with_images_are_not_scored_as_text(tmp_path: Path) -> None:
+    kept, bad = api.read_pairs(jsonl(tmp_path, TEXT | {"images": ["a.png"]}), tiny.qwen())
+    assert (kept, [record.reason for record in bad]) == ([], ["media_not_read"])
