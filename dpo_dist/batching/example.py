@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from dpo_dist.batching.prefixes import Row
+
 if TYPE_CHECKING:
     from torch import Tensor  # processes that encode data need no torch
 
@@ -22,6 +24,7 @@ class ImageInput:
 
     digest: bytes  # 16 bytes over the image's file and the processor's settings
     tokens: int  # placeholders in the prompt
+    placeholder_id: int  # the token id of these
     inputs: Mapping[str, "Tensor"] = field(default_factory=dict)  # the processor's output, or nothing
 
 
@@ -38,6 +41,21 @@ class Example:
     def masks(self) -> tuple[Mask, ...]:
         """The masks `trained`, with one for each response even if all tokens count."""
         return self.trained or tuple(np.ones(len(ids), dtype=np.bool_) for ids in self.responses)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The inputs for each response: the prompt, and the response without its last token.
+
+        Words of an image's digest, as negative ids, are in the place of its placeholders.
+        """
+        prompt = self.prompt_ids
+        if self.images:
+            words = [
+                np.resize(np.frombuffer(image.digest, dtype=np.int32), image.tokens) for image in self.images
+            ]
+            prompt = prompt.copy()
+            prompt[prompt == self.images[0].placeholder_id] = np.concatenate(words) | np.int32(-(2**31))
+        return tuple(np.concatenate((prompt, ids[:-1])) for ids in self.responses)
 
 
 def response_key(prompt_ids: TokenIds, response_ids: TokenIds, images: Sequence[ImageInput] = ()) -> bytes:

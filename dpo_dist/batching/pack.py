@@ -1,9 +1,9 @@
-"""Packed layout of a micro-batch: no padding, each prompt stored once.
+"""Packed layout of a micro-batch: no padding, each shared token stored once.
 
-A packed micro-batch is one sequence of examples, each ``[prompt, response, response, ...]``. The
-position ids of every response start at the prompt's length, and in attention (model/attention/) a response
-sees its own prompt only. The last token of a response predicts nothing and is not stored. A token that the
-loss does not count is an input, but no target.
+A packed micro-batch is one sequence of segments (batching/prefix_tree.py): of each row, a prompt with a
+response, the tokens that no row before has. Position ids count the tokens of the row, and in attention
+(model/attention/) a token sees those of its row only. The last token of a response predicts nothing and is
+not stored. A token that the loss does not count is an input, but no target.
 """
 
 import itertools
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dpo_dist.batching.costs import Arrangement, ComputeCosts
 from dpo_dist.batching.example import Example, ImageInput, Keys, Mask, TokenIds
+from dpo_dist.batching.prefix_tree import Segment, paths, prefix_tree
 
 DUMMY_RESPONSES = 2  # in a `dummy_batch`
 
@@ -49,6 +51,8 @@ class PackedBatch:
     input_ids: Tensor  # int64 [tokens]
     position_ids: Tensor  # int64 [tokens]
     layout: tuple[tuple[int, ...], ...]  # of each example the lengths of its prompt, response, response, ...
+    segments: tuple[Segment, ...]  # of the packed sequence, in its order
+    rows: tuple[npt.NDArray[np.int64], ...]  # of each response, the indices of its row in `input_ids`
     # int64 [2, targets], response of each target, and index in `input_ids` of the token that predicts it: the
     # last token of the prompt predicts the first of every response. Stays on the host, so that targets are
     # regrouped and shared among ranks without a wait for the device.
@@ -84,6 +88,20 @@ class PackedBatch:
         """Number of tokens computed for examples; 0 for a dummy."""
         return len(self.input_ids) if len(self.keys) else 0
 
+    def computed_tokens(self, arrangement: Arrangement) -> int:
+        """Return the tokens that the forwards of this batch compute, with their padding."""
+        if arrangement is Arrangement.packed:
+            return len(self.input_ids)
+        lengths = [len(row) for row in self.rows]
+        return len(lengths) * max(lengths) if arrangement is Arrangement.padded else sum(lengths)
+
+    def size_in_words(self, arrangement: Arrangement) -> str:
+        """Return the computed tokens and the pairs of this batch as text."""
+        longest = max(map(sum, self.layout))
+        padding = " with padding" if arrangement is Arrangement.padded else ""
+        tokens = self.computed_tokens(arrangement)
+        return f"{tokens} tokens{padding} in {len(self.layout)} pairs, the longest of {longest}"
+
     @property
     def predictors(self) -> Tensor:
         """Return int64 [targets]: the index in `input_ids` of the token that predicts each target."""
@@ -93,11 +111,10 @@ class PackedBatch:
     def repeats(self) -> Tensor:
         """Return float32 [tokens]: how often a batch with one response per row would repeat each token.
 
-        A prompt's token counts once per response, a response's token once, a dummy token not at all.
+        A token counts once for each row that has it, a dummy token not at all.
         """
-        lengths = [length for pieces in self.layout for length in pieces]
-        counts = [count for pieces in self.layout for count in (len(pieces) - 1, *[1] * (len(pieces) - 1))]
-        repeated = np.repeat(np.array(counts, dtype=np.float32), lengths) * bool(len(self.keys))
+        counts = np.bincount(np.concatenate(self.rows), minlength=len(self.input_ids))
+        repeated = counts.astype(np.float32) * bool(len(self.keys))
         return copy_to_device(self.input_ids.device, repeated)
 
     def with_one_target(self) -> "PackedBatch":
@@ -142,29 +159,26 @@ def pack(
     keys: Keys,
     is_good: npt.NDArray[np.bool_] | None = None,
     dummy_image: ImageInput | None = None,
+    costs: ComputeCosts | None = None,
 ) -> PackedBatch:
     """Pack examples into one micro-batch; `keys` are the content keys of their whole responses.
 
     `is_good`: labels of examples with one response. A bad one has no best response, but a worst one.
-    `dummy_image`: an invented image, if another rank has an image in its micro-batch.
+    `dummy_image`: an invented image, if another rank has an image in its micro-batch. With `costs`, more than
+    prompts is shared where it pays.
     """
-    inputs: list[TokenIds] = []
-    positions: list[npt.NDArray[np.int64]] = []
-    predictors: list[npt.NDArray[np.int64]] = []
-    layout: list[tuple[int, ...]] = []
-    start = 0
-    for example in examples:
-        prompt_tokens = len(example.prompt_ids)
-        layout.append((prompt_tokens, *(len(response) - 1 for response in example.responses)))
-        inputs.append(example.prompt_ids)
-        positions.append(np.arange(prompt_tokens))
-        boundary, start = start + prompt_tokens - 1, start + prompt_tokens
-        for response in example.responses:
-            tokens = len(response) - 1
-            inputs.append(response[:-1])
-            positions.append(np.arange(prompt_tokens, prompt_tokens + tokens))
-            predictors.append(np.concatenate(([boundary], np.arange(start, start + tokens))))
-            start += tokens
+    layout = [(len(example.prompt_ids), *(len(ids) - 1 for ids in example.responses)) for example in examples]
+    prompts = [n for prompt, _, *rest in layout for n in (0, *[prompt] * len(rest))]
+    segments = prefix_tree([row for example in examples for row in example.rows], prompts, costs)
+    indices = {
+        segment.row: np.concatenate([np.arange(*part) for part in path])
+        for segment, path in zip(segments, paths(segments), strict=True)
+    }
+    rows = [indices[number] for number in range(len(segments))]
+    ids = [np.concatenate((e.prompt_ids, ids[:-1])) for e in examples for ids in e.responses]
+    positions = [np.arange(shared, shared + own) for _, shared, own in segments]
+    prompt_tokens = np.repeat([prompt for prompt, *_ in layout], [len(pieces) - 1 for pieces in layout])
+    predictors = [row[prompt - 1 :] for row, prompt in zip(rows, prompt_tokens, strict=True)]
     responses = [response for example in examples for response in example.responses]
     mask = None
     if any(example.trained for example in examples):
@@ -173,9 +187,11 @@ def pack(
     numbers = np.repeat(np.arange(len(responses)), [len(response) for response in responses])
     target_places = np.stack((numbers, np.concatenate(predictors)))[:, is_target]
     return PackedBatch(
-        input_ids=_int64(np.concatenate(inputs)),
+        input_ids=_int64(np.concatenate([ids[row][shared:] for row, shared, _ in segments])),
         position_ids=_int64(np.concatenate(positions)),
         layout=tuple(layout),
+        segments=tuple(segments),
+        rows=tuple(rows),
         target_places=target_places,
         targets=_int64(np.concatenate(responses)[is_target]),
         response_tokens=_int64(np.bincount(target_places[0], minlength=len(responses))),
@@ -262,16 +278,7 @@ class PaddedRows:
 
 def padded_rows(batch: PackedBatch, pad_id: int) -> PaddedRows:
     """Return `batch` as rows, in the order of its responses; on any device, without a synchronization."""
-    indices: list[npt.NDArray[np.int64]] = []
-    starts: list[tuple[int, int, int]] = []  # starts of prompt and response, and prompt length
-    start = 0
-    for prompt, *responses in batch.layout:
-        prompt_start, start = start, start + prompt
-        for tokens in responses:
-            indices += [np.arange(prompt_start, prompt_start + prompt), np.arange(start, start + tokens)]
-            starts.append((prompt_start, prompt, start))
-            start += tokens
-    lengths = np.array([prompt + tokens for prompt, *responses in batch.layout for tokens in responses])
+    lengths = np.array([len(row) for row in batch.rows])
     longest = int(lengths.max())
     # Added to a token's index in the concatenated rows, a shift gives its index in the padded rows.
     shifts = np.arange(len(lengths)) * longest - (np.cumsum(lengths) - lengths)
@@ -280,14 +287,13 @@ def padded_rows(batch: PackedBatch, pad_id: int) -> PaddedRows:
     input_ids = torch.full((len(lengths) * longest,), pad_id, dtype=torch.int64, device=device)
     is_token = torch.zeros_like(input_ids, dtype=torch.bool)
     on_device = copy_to_device(device, places)
-    input_ids[on_device] = batch.input_ids[copy_to_device(device, np.concatenate(indices))]
+    input_ids[on_device] = batch.input_ids[copy_to_device(device, np.concatenate(batch.rows))]
     is_token[on_device] = True
     rows, predictors = batch.target_places
-    prompt_starts, prompts, own_starts = np.array(starts)[rows].T
-    in_rows = predictors - np.where(predictors < own_starts, prompt_starts, own_starts - prompts)
+    in_rows = np.concatenate([np.arange(shared, shared + own) for _, shared, own in batch.segments])
     return PaddedRows(
         input_ids=input_ids.view(len(lengths), longest),
         lengths=tuple(lengths.tolist()),
         is_token=is_token.view(len(lengths), longest),
-        predictors=copy_to_device(device, rows * longest + in_rows),
+        predictors=copy_to_device(device, rows * longest + in_rows[predictors]),
     )

@@ -2,24 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-
-class Arrangement(StrEnum):
-    """How a forward arranges the responses of a micro-batch, from the cheapest way to the costliest.
-
-    `packed`: one sequence, each prompt computed once. `padded`: one response per row, as long as the longest.
-    `single`: one forward per response.
-    """
-
-    packed = "packed"
-    padded = "padded"
-    single = "single"
+from dpo_dist.batching.costs import Arrangement, Costs, ExampleSizes
+from dpo_dist.batching.prefixes import Counts
 
 
 def computed_tokens(layout: Sequence[Sequence[int]], arrangement: Arrangement) -> int:
@@ -31,14 +19,6 @@ def computed_tokens(layout: Sequence[Sequence[int]], arrangement: Arrangement) -
         return sum(map(sum, layout))
     rows = [prompt + tokens for prompt, *responses in layout for tokens in responses]
     return len(rows) * max(rows) if arrangement is Arrangement.padded else sum(rows)
-
-
-def size_in_words(layout: Sequence[Sequence[int]], arrangement: Arrangement) -> str:
-    """Return the tokens and pairs of a micro-batch as text; arguments as in `computed_tokens`."""
-    longest = max(map(sum, layout))
-    padding = " with padding" if arrangement is Arrangement.padded else ""
-    tokens = computed_tokens(layout, arrangement)
-    return f"{tokens} tokens{padding} in {len(layout)} pairs, the longest of {longest}"
 
 
 def consecutive_batches(
@@ -58,83 +38,11 @@ def consecutive_batches(
     return batches
 
 
-Counts = npt.NDArray[np.int64]
-Costs = npt.NDArray[np.float64]
 Bins = npt.NDArray[np.int64]
 
 _ROW_TRIALS = 12
 _LESS_PADDING = 0.9  # smaller micro-batches have to compute at most this share of the larger ones' tokens
 _ENOUGH_TOKENS = 2048  # of a micro-batch that keeps a device busy
-
-
-@dataclass(frozen=True)
-class ComputeCosts:
-    """Compute time of a model, in units of the time that its layers' matrices take for one token."""
-
-    key: float  # time of one query-key pair, in all layers
-    target: float  # time of one target in the output layer
-    arrangement: Arrangement = Arrangement.packed  # of the responses in a forward
-    pads: bool = False  # whether a live reference computes padded rows, whatever the arrangement is
-    image: float = 0.0  # time that the tower takes for one placeholder's share of an image
-
-
-@dataclass(frozen=True)
-class ExampleSizes:
-    """Sizes of examples in micro-batches, [examples] each."""
-
-    tokens: Counts  # that a forward computes, without padding; they decide the memory
-    unshared_tokens: Counts  # of the plain batch, which has the prompt once for each response
-    targets: Counts  # completion tokens to score
-    attended: Counts  # query-key pairs of attention in a layer in which tokens see all earlier ones
-    costs: Costs  # compute time in units of `ComputeCosts`
-    rows: Counts | None = None  # responses in padded rows; None: nothing is padded
-    longest: Counts | None = None  # tokens of the longest of these rows; None: nothing is padded
-    image_tokens: Counts | None = None  # placeholders of images in the prompts; None: there are no images
-
-    def select(self, indices: Counts) -> "ExampleSizes":
-        """Return the sizes of the examples at `indices`."""
-        selected: dict[str, Any] = {
-            name: None if sizes is None else sizes[indices] for name, sizes in vars(self).items()
-        }
-        return ExampleSizes(**selected)
-
-
-def example_sizes(
-    prompt_tokens: Counts,
-    response_tokens: Counts,
-    targets: Counts,
-    counts: Counts,
-    costs: ComputeCosts,
-    image_tokens: Counts | None = None,
-) -> ExampleSizes:
-    """Return the sizes of examples for a model with these costs.
-
-    `prompt_tokens`, the `image_tokens` in them (None: no images), and `counts`, the numbers of responses (at
-    least one), are [examples]; `response_tokens` and `targets`, those that the loss counts, are [responses],
-    example after example.
-    """
-    firsts = np.cumsum(counts) - counts
-    stored, prompts = response_tokens - 1, np.repeat(prompt_tokens, counts)
-    # How often a prompt is computed.
-    copies = np.where(costs.arrangement is Arrangement.packed, 1, counts)
-    tokens = copies * prompt_tokens + np.add.reduceat(stored, firsts)
-    in_responses = _causal_pairs(prompts + stored) - _causal_pairs(prompts)
-    attended = copies * _causal_pairs(prompt_tokens) + np.add.reduceat(in_responses, firsts)
-    targets = np.add.reduceat(targets, firsts)
-    # Attention of a token to itself is included in the cost of a token.
-    compute = tokens + costs.key * (attended - tokens / 2) + costs.target * targets
-    if image_tokens is not None:
-        compute = compute + costs.image * image_tokens
-    unshared_tokens = tokens + (counts - copies) * prompt_tokens
-    sizes = ExampleSizes(tokens, unshared_tokens, targets, attended, compute, image_tokens=image_tokens)
-    if costs.arrangement is not Arrangement.padded and not costs.pads:
-        return sizes
-    return replace(sizes, rows=counts, longest=np.maximum.reduceat(prompts + stored, firsts))
-
-
-def _causal_pairs(tokens: Counts) -> Counts:
-    """Return the number of query-key pairs of sequences in which tokens see all earlier tokens."""
-    return tokens * (tokens + 1) // 2
 
 
 def plan_micro_batches(sizes: ExampleSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:

@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dpo_dist.batching.costs import ComputeCosts, ExampleSizes
 from dpo_dist.batching.example import Example, ImageInput, Keys
 from dpo_dist.batching.pack import DUMMY_RESPONSES, PackedBatch, dummy_batch, pack
-from dpo_dist.batching.plan import ComputeCosts, ExampleSizes, plan_micro_batches
+from dpo_dist.batching.plan import plan_micro_batches
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.losses import LossConfig
 
@@ -91,6 +92,7 @@ class RankBatch:
     forwards: tuple[int, ...] = ()  # for each micro-batch `PackedBatch.forwards`
     image_tokens: int = 0  # placeholders of images in the prompts, of the global batch
     with_images: tuple[bool, ...] = ()  # for each micro-batch, whether it has an image on any rank
+    costs: ComputeCosts | None = None  # decide which tokens are shared; None: those of prompts
 
     def batches(self) -> Iterator[PackedBatch]:
         """Collate this rank's micro-batches in order, on the host."""
@@ -103,6 +105,7 @@ class RankBatch:
                 self.which,
                 is_labelled=self.is_good is not None,
                 dummy_image=dummy_image if with_images else None,
+                costs=self.costs,
             )
             yield replace(batch, forwards=forwards)
 
@@ -156,6 +159,7 @@ def shard_batch(
         forwards=tuple(max(DUMMY_RESPONSES, *(int(counts[at].sum()) for at in ranks)) for ranks in plan),
         image_tokens=0 if sizes.image_tokens is None else int(sizes.image_tokens.sum()),
         with_images=tuple(any(with_images[at].any() for at in ranks) for ranks in plan),
+        costs=costs,
     )
 
 
@@ -166,10 +170,11 @@ def collate(
     *,
     is_labelled: bool = False,
     dummy_image: ImageInput | None = None,
+    costs: ComputeCosts | None = None,
 ) -> PackedBatch:
     """Pack examples, or only response `which` of each, into one micro-batch; a dummy if there are none.
 
-    `dummy_image`: an invented image, if another rank has an image in this micro-batch.
+    `dummy_image`, `costs`: see `pack`.
     """
     if not indices:
         numbers: dict[str, Any] = dict.fromkeys(dataset.numbers, torch.ones(1, dtype=torch.float64))
@@ -178,7 +183,7 @@ def collate(
     examples, keys = dataset.examples_with_keys(indices, which)
     numbers = {name: torch.from_numpy(column[[*indices]]) for name, column in dataset.numbers.items()}
     return replace(
-        pack(examples, keys, dataset.labels_good(indices) if is_labelled else None, dummy_image),
+        pack(examples, keys, dataset.labels_good(indices) if is_labelled else None, dummy_image, costs),
         score_gaps=torch.from_numpy(dataset.score_gaps(indices)),
         sources=torch.from_numpy(dataset.label_numbers(indices)) if dataset.labels else None,
         **numbers,

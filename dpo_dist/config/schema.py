@@ -417,6 +417,9 @@ class TrainerConfig:
     ema_decay: float | None = key(None, gt=0, lt=1)
     """Decay of the moving average (EMA) of the trained weights, which `export.weights=ema` writes; null: no
     average."""
+    prefix_tree: bool = key(True, free=True, verbs="train precompute evaluate")
+    """Compute tokens with which several responses of a micro-batch begin once (docs/scaling.md); false: share
+    only the prompt of each pair."""
     stop_after_steps: int | None = key(None, ge=1, free=True)
     """Save and exit with code 75 after this many steps of this start."""
     max_seconds: float | None = key(None, gt=0, le=1e9, free=True)

@@ -81,7 +81,7 @@ class ImageProcessor:
         """Return the image of a file, without inputs. Raises UnusableRecordError."""
         text, _ = self._read(content)
         digest = hashlib.blake2b(self.settings + content, digest_size=16).digest()
-        return ExpandedImage(digest, self._tokens(text), text=text, content=content)
+        return ExpandedImage(digest, self._tokens(text), self.placeholder_id, text=text, content=content)
 
     def _inputs(self, content: bytes) -> dict[str, Any]:
         """Return the tensors that the model's tower reads, of the image in a file. Thread-safe."""
@@ -92,7 +92,7 @@ class ImageProcessor:
         for number, (width, height) in enumerate(_INVENTED_SIZES):
             pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
             text, inputs = self._process(_pillow().fromarray(pixels))
-            yield ImageInput(bytes([number]), self._tokens(text), inputs)
+            yield ImageInput(bytes([number]) * 16, self._tokens(text), self.placeholder_id, inputs)
 
     def _tokens(self, text: str) -> int:
         _, tokenizer, _ = self._arguments

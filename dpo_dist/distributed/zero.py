@@ -20,7 +20,6 @@ from transformers.integrations.deepspeed import (
 )
 
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.batching.plan import size_in_words
 from dpo_dist.config.schema import OptimConfig, OptimizerKind
 from dpo_dist.distributed.checkpoint.saver import SavedSlices
 from dpo_dist.distributed.checkpoint.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
@@ -111,7 +110,7 @@ class Engine:
     @torch.no_grad()
     def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
         """Return log-probs of every target, float32 [targets]; with statistics [1 + n, targets]."""
-        size = size_in_words(batch.layout, self.model.arrangement)
+        size = batch.size_in_words(self.model.arrangement)
         with explain_out_of_memory(f"scoring {size}", REFERENCE_REMEDY):
             logps: Tensor = self._engine(batch, tuple(statistics))
         return logps
@@ -293,7 +292,7 @@ class PolicyEngine(Engine):
     def _forward(self, batch: PackedBatch, statistics: Sequence[Statistic], **options: bool) -> Any:
         """Run the forward; out-of-memory errors in it and in the next backward name `batch`."""
         work = "a micro-batch" if self._engine.training else "scoring"
-        self._current = f"{work}: {size_in_words(batch.layout, self.model.arrangement)}"
+        self._current = f"{work}: {batch.size_in_words(self.model.arrangement)}"
         with explain_out_of_memory(self._current):
             return self._engine(batch, tuple(statistics), **options)
 

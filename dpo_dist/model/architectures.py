@@ -15,7 +15,7 @@ from transformers import (
     AutoModelForMultimodalLM,
 )
 
-from dpo_dist.batching.plan import Arrangement
+from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.losses import MODEL_COEFFICIENT, RouterConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.router import RouterLoss

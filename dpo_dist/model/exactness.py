@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.example import Example, ImageInput, TokenIds
 from dpo_dist.batching.pack import PackedBatch, pack
-from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, DeviceMemoryError, first_line
 from dpo_dist.foundation.text import first_few

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.model.attention.kernels import layer_heads
 from dpo_dist.model.layers import image_weights, layer_values, other_weights, projector_weights
@@ -23,6 +23,11 @@ _FORWARD_AND_INPUT_GRADIENT = 4
 # these predict the times of 10 micro-batches of very different shapes within 5 %.
 _ATTENTION_SLOWNESS = 1.4
 _HEAD_SLOWNESS = 0.9
+# Time to copy a number, and to add its gradient in backward, as FLOPs in the layers' matrices.
+_GATHER_FLOPS = 400
+# What a layer keeps of a token for backward, in multiples of its hidden state (arXiv:2205.05198, section 4.1:
+# 34 bytes in 16 bits).
+_KEPT_NUMBERS = 17
 REACHED_SHARES = 0.5, 0.35
 """Shares of the matrix-product peak that training reached on an H100: the best, and the usual."""
 _UNUSED_WEIGHTS = (".lora_", ".original_module.", ".modules_to_save.")
@@ -38,7 +43,8 @@ class StepFlops:
     `per_token` counts all layers' matrices, `per_target` the output layer, `per_attended` each query-key pair
     in all layers, also a token with itself. Sliding windows count as full attention. `per_image_token` counts
     what the parts for images compute for a placeholder in a prompt, once for each example, without their
-    attention. `forward_per_...` count a forward alone.
+    attention. `forward_per_...` count a forward alone. `key_numbers` are those in keys and values of a token
+    in all layers, `hidden_numbers` those in its hidden states.
     """
 
     per_token: float
@@ -48,6 +54,8 @@ class StepFlops:
     forward_per_target: float = 0.0
     per_image_token: float = 0.0
     forward_per_image_token: float = 0.0
+    key_numbers: int = 0
+    hidden_numbers: int = 0
 
     def step(self, tokens: int, targets: int, attended: int, image_tokens: int = 0) -> float:
         """Return the FLOPs of a training step with these counts."""
@@ -85,8 +93,10 @@ def step_flops(causal_lm: Any) -> StepFlops:
         share = min(1.0, visited / len(weight)) if is_of_experts else 1.0
         per_token += _per_weight(weight) * share * weight.numel()
         forward += _FORWARD * share * weight.numel()
-    widths = [heads.query * (heads.dim + heads.value_dim) for heads in layer_heads(text)]
-    attention = text.num_hidden_layers * fmean(widths) if widths else 0.0
+    layers, every = text.num_hidden_layers, layer_heads(text)
+    widths = [heads.query * (heads.dim + heads.value_dim) for heads in every]
+    attention = layers * fmean(widths) if widths else 0.0
+    keys = [heads.key * (heads.dim + heads.value_dim) for heads in every]
     return StepFlops(
         per_token,
         _per_weight(output) * output.numel(),
@@ -94,6 +104,8 @@ def step_flops(causal_lm: Any) -> StepFlops:
         forward,
         _FORWARD * output.numel(),
         *_per_image_token(causal_lm),
+        key_numbers=round(layers * fmean(keys)) if keys else 0,
+        hidden_numbers=layers * causal_lm.get_output_embeddings().weight.shape[-1],
     )
 
 
@@ -145,15 +157,20 @@ def _per_weight(weight: Tensor) -> int:
     return _FORWARD_AND_BACKWARD if weight.requires_grad else _FORWARD_AND_INPUT_GRADIENT
 
 
-def compute_costs(flops: StepFlops) -> ComputeCosts:
+def compute_costs(flops: StepFlops, *, prefixes: bool) -> ComputeCosts:
     """Return the costs of a key, a target and an image's token, relative to a token in the layers' matrices.
 
     The output layer recomputes most logits in backward. Costs balance the ranks' load and change no result.
+    With `prefixes`, tokens with which several responses begin are computed once where that saves time.
     """
+    kept = _KEPT_NUMBERS * flops.hidden_numbers
     return ComputeCosts(
         key=_ATTENTION_SLOWNESS * flops.per_attended / flops.per_token,
         target=_HEAD_SLOWNESS * (4 / 3) * flops.per_target / flops.per_token,
         image=flops.per_image_token / flops.per_token,
+        prefixes=prefixes,
+        gather=_GATHER_FLOPS * flops.key_numbers / flops.per_token,
+        gather_memory=flops.key_numbers / kept if kept else 0.0,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dpo_dist.batching.example import TokenIds
 from dpo_dist.batching.pack import PackedBatch, PackedImages, copy_to_device
+from dpo_dist.batching.prefix_tree import Segment
 from dpo_dist.model.architectures import ImageMask, image_mask
 from dpo_dist.model.attention.sdpa import ImageRuns
+
+T = TypeVar("T")
 
 # Inputs with the kind of each token: 1 for those of an image. Models choose masks or positions by it.
 _KINDS = ("token_type_ids", "mm_token_type_ids")
@@ -65,15 +68,15 @@ class ImageReader:
             return None
         inputs = self._converted(images.inputs, batch.input_ids.device)
         features = self._owner.get_image_features(**inputs, return_dict=True)
-        return EncodedImages(self, features, images, batch.layout)
+        return EncodedImages(self, features, images, batch.layout, batch.segments)
 
-    def runs(self, prompts: Sequence[TokenIds]) -> ImageRuns | None:
-        """Return the runs of image tokens in prompts; None if these tokens see earlier ones only."""
+    def runs(self, parts: Sequence[TokenIds]) -> ImageRuns | None:
+        """Return the runs of image tokens in parts of prompts; None if these tokens see earlier ones only."""
         if self.mask is ImageMask.causal:
             return None
         edges = [
-            np.flatnonzero(np.diff(prompt == self._token, prepend=False, append=False)).tolist()
-            for prompt in prompts
+            np.flatnonzero(np.diff(part == self.token, prepend=False, append=False)).tolist()
+            for part in parts
         ]
         places = tuple(tuple(zip(ends[::2], ends[1::2], strict=True)) for ends in edges)
         return ImageRuns(places, in_windows_only=self.mask is ImageMask.in_windows)
@@ -97,7 +100,8 @@ class ImageReader:
         return positions.numpy()
 
     @property
-    def _token(self) -> int:
+    def token(self) -> int:
+        """The id of an image's placeholders."""
         return int(self._causal_lm.config.image_token_id)
 
     @property
@@ -106,7 +110,7 @@ class ImageReader:
         return body if hasattr(body, "get_image_features") else self._causal_lm
 
     def _kinds(self, input_ids: Tensor) -> Tensor:
-        return (input_ids == self._token).int()
+        return (input_ids == self.token).int()
 
     def _converted(self, images: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Return the encoder's inputs on a device, with pixels in the dtype of the model's weights."""
@@ -125,18 +129,25 @@ class EncodedImages:
     features: Any  # the encoder's outputs for the distinct images
     images: PackedImages
     layout: tuple[tuple[int, ...], ...]
+    segments: tuple[Segment, ...]
 
     @property
     def runs(self) -> ImageRuns | None:
-        """See `ImageReader.runs`."""
-        return self.reader.runs(self.images.prompts)
+        """Return the runs of image tokens in the packed segments; see `ImageReader.runs`."""
+        return self.reader.runs([self._prompts[row][shared:] for row, shared, _ in self.segments])
 
     def packed_inputs(self, device: torch.device) -> dict[str, Any]:
         """Return the inputs of the packed sequence."""
-        inputs = self._features([number for order in self.images.order for number in order])
-        if inputs and self._positions is not None:
-            pieces = [piece for example in self._positions for piece in example]
-            inputs["position_ids"] = copy_to_device(device, np.concatenate(pieces, axis=1))[:, None]
+        order: list[int] = []
+        for row, shared, _ in self.segments:
+            before, images = self._prompts[row][:shared], self._row_orders[row]
+            ends = np.cumsum([self.images.tokens[number] for number in images])
+            first = np.searchsorted(ends, np.count_nonzero(before == self.reader.token), side="right")
+            order += images[int(first) :]
+        inputs = self._features(order)
+        if inputs and (positions := self._row_positions) is not None:
+            own = torch.cat([positions[row][shared:] for row, shared, _ in self.segments])
+            inputs["position_ids"] = copy_to_device(device, own.T.numpy())[:, None]
         return inputs
 
     def row_inputs(self, input_ids: Tensor, first: int) -> dict[str, Any]:
@@ -161,9 +172,23 @@ class EncodedImages:
         total = torch.stack([_flat(value).float().sum() for value in values]).sum()
         return predicting + (0.0 * total).to(predicting.dtype)
 
+    @property
+    def _prompts(self) -> list[TokenIds]:
+        """Return the prompt of each response."""
+        return self._of_responses(self.images.prompts)
+
+    @property
+    def _row_orders(self) -> list[tuple[int, ...]]:
+        """Return the images of each response's prompt."""
+        return self._of_responses(self.images.order)
+
+    def _of_responses(self, of_examples: Sequence[T]) -> list[T]:
+        pairs = zip(of_examples, self.layout, strict=True)
+        return [value for value, (_, *responses) in pairs for _ in responses]
+
     @cached_property
-    def _positions(self) -> list[list[npt.NDArray[np.int64]]] | None:
-        """Return the positions [3, tokens] of each example's prompt, response, ...; None: usual ones.
+    def _row_positions(self) -> list[Tensor] | None:
+        """Return the positions [tokens, 3] of each response with its prompt; None: usual ones.
 
         A response goes on after the largest position of its prompt, on all axes.
         """
@@ -175,30 +200,11 @@ class EncodedImages:
             positions = self.reader.prompt_positions(prompt, grids)
             if positions is None:
                 return None
-            after, axes = positions.max() + 1, len(positions)
-            further = [np.tile(np.arange(after, after + tokens), (axes, 1)) for tokens in responses]
-            found.append([positions, *further])
+            after = positions.max() + 1
+            for tokens in responses:
+                further = np.tile(np.arange(after, after + tokens), (len(positions), 1))
+                found.append(torch.from_numpy(np.concatenate((positions, further), axis=1).T))
         return found
-
-    @cached_property
-    def _row_orders(self) -> list[tuple[int, ...]]:
-        """Return the images of each response's prompt."""
-        return [
-            order
-            for order, (_, *responses) in zip(self.images.order, self.layout, strict=True)
-            for _ in responses
-        ]
-
-    @cached_property
-    def _row_positions(self) -> list[Tensor] | None:
-        """Return the positions [tokens, 3] of each response with its prompt; None: usual ones."""
-        if self._positions is None:
-            return None
-        return [
-            torch.from_numpy(np.concatenate((prompt, response), axis=1).T)
-            for prompt, *responses in self._positions
-            for response in responses
-        ]
 
     def _features(self, order: Sequence[int]) -> dict[str, Any]:
         """Return the input that gives the placeholders, from first to last, the features of these images."""

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import PackedBatch, PaddedRows, pack, padded_rows
-from dpo_dist.batching.plan import Arrangement, consecutive_batches
+from dpo_dist.batching.plan import consecutive_batches
 from dpo_dist.config.schema import AttentionBackend, FusedLayers
 from dpo_dist.model.attention.kernels import PACKED, packed_attention
 from dpo_dist.model.attention.ulysses import ExchangedAttention, TokenExchange, TokenShare
@@ -225,7 +226,7 @@ class PackedCausalLM(nn.Module):
         """Compute `forward` on one packed sequence; each rank of `sequence` computes some of its tokens."""
         ids, positions, device = batch.input_ids, batch.position_ids, batch.input_ids.device
         runs = None if encoded is None else encoded.runs
-        attention = packed_attention(batch.layout, self.backend, device, runs)
+        attention = packed_attention(batch.segments, self.backend, device, runs)
         predictors, targets, repeats, share = batch.predictors, batch.targets, batch.repeats, None
         if self.sequence is not None:
             share = TokenShare.from_predictors(self.sequence, len(ids), batch.target_places[1], device)

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.example import Keys, response_keys
 from dpo_dist.batching.pack import DUMMY_RESPONSES, PackedBatch, dummy_batch, pack
-from dpo_dist.batching.plan import ComputeCosts, plan_micro_batches
+from dpo_dist.batching.plan import plan_micro_batches
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.processes.world import Stops, World
@@ -229,7 +230,7 @@ class StoreFiller:
         by_number = itertools.zip_longest(*world.gather(own), fillvalue=_Needs())
         needs = [_Needs(*map(max, zip(*every, strict=True))) for every in by_number]
         damaged: list[int] = []
-        packed = _pack_batches(dataset, micro_batches, needs, damaged, world.device)
+        packed = _pack_batches(dataset, micro_batches, needs, damaged, world.device, self.costs)
         keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
         entries: list[StoredLogps] = []
         is_stopped = False
@@ -269,6 +270,7 @@ def _pack_batches(
     needs: Sequence[_Needs],
     damaged: list[int],
     device: torch.device,
+    costs: ComputeCosts,
 ) -> Iterator[PackedBatch]:
     """Yield a packed micro-batch for each entry of `needs`, dummies after this rank's last one.
 
@@ -284,7 +286,7 @@ def _pack_batches(
             damaged += [part.pair for part in parts]
         dummy_image = dataset.dummy_image() if images else None
         if parts and is_whole:
-            batch = pack(dataset.with_inputs(examples), keys, dummy_image=dummy_image)
+            batch = pack(dataset.with_inputs(examples), keys, dummy_image=dummy_image, costs=costs)
         else:
             batch = dummy_batch(dummy_image)
         batch = replace(batch, forwards=forwards)

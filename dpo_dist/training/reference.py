@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.schema import Dtype, ReferenceMode, RunConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset
@@ -189,7 +189,8 @@ def _reference_from_store(
             filler.costs = replace(filler.costs, arrangement=engines[0].model.arrangement)
         return engines[0].token_logps
 
-    tokens, costs = SCORING_TOKENS_FACTOR * run.micro_batch_tokens, compute_costs(inputs.flops)
+    tokens = SCORING_TOKENS_FACTOR * run.micro_batch_tokens
+    costs = compute_costs(inputs.flops, prefixes=config.trainer.prefix_tree)
     filler = StoreFiller(empty, load_scorer, world, tokens, costs, ENTRIES_PER_SHARD, run.stops)
     filled = _fill(run, inputs, filler)
     report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}

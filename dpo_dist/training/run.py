@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dpo_dist.batching.plan import Arrangement, ComputeCosts
+from dpo_dist.batching.costs import Arrangement, ComputeCosts
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.run_folder import RunFolder
@@ -316,7 +316,9 @@ def balance_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Ref
             how = "one response per row, padded to the longest of the micro-batch"
         run.say(f"unpacked: responses of this model cannot share a prompt in one forward: {how}")
     pads = engine is not None and engine.model.arrangement is Arrangement.padded
-    return replace(compute_costs(inputs.flops), arrangement=arrangement, pads=pads)
+    costs = compute_costs(inputs.flops, prefixes=run.config.trainer.prefix_tree)
+    is_masked = policy.model.backend is AttentionBackend.sdpa
+    return replace(costs, arrangement=arrangement, pads=pads, is_masked=is_masked)
 
 
 def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[SlicedWeights]) -> Position:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, OptimConfig, ReferenceConfig, RunConfig

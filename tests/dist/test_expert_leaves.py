@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from dpo_dist.batching.plan import Arrangement
+from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.schema import (
     AdapterConfig,
     AttentionBackend,

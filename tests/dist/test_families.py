@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from dpo_dist.batching.plan import Arrangement
+from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.schema import (
     AdapterConfig,
     Dtype,

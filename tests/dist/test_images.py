@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import dummy_batch, pack
-from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import (
     AdapterConfig,
     Dtype,

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import distributed_c10d
 
-from dpo_dist.batching.plan import Arrangement
+from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.schema import (
     Dtype,
     FolderConfig,

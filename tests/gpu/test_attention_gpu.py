@@ -15,11 +15,12 @@ from transformers import (
 )
 from transformers.masking_utils import sliding_window_causal_mask_function
 
-from dpo_dist.batching.plan import Arrangement
+from dpo_dist.batching.costs import Arrangement
+from dpo_dist.batching.prefix_tree import Segment
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.model.architectures import ImageMask
 from dpo_dist.model.attention.kernels import check_kernel, packed_attention
-from dpo_dist.model.attention.sdpa import ImageRuns, Layout, Scores, mask_rule
+from dpo_dist.model.attention.sdpa import ImageRuns, Scores, mask_rule
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from tests.support.invented_images import image_examples, image_reader, invented_images
@@ -29,8 +30,11 @@ from tests.support.tiny_model import write_model
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 CUDA = torch.device("cuda")
-LAYOUT: Layout = ((7, 5, 9), (1, 0, 4), (130, 40, 0), (64, 3, 200, 6), (2, 0, 0))
-IMAGES = ImageRuns((((2, 6),), (), ((0, 70), (71, 100)), ((60, 64),), ()), in_windows_only=False)
+_SHARED_AND_OWN = [(0, 12), (7, 9), (0, 1), (1, 4), (0, 170), (130, 0), (40, 67), (64, 200), (150, 6), (0, 2)]
+SEGMENTS = [Segment(row, *tokens) for row, tokens in enumerate(_SHARED_AND_OWN)]
+TOKENS = sum(segment.own for segment in SEGMENTS)
+_RUNS = ((2, 6),), (), (), (), ((0, 70), (71, 100)), (), ((60, 64),), (), (), ()
+IMAGES = ImageRuns(_RUNS, in_windows_only=False)
 KERNELS = [
     pytest.param(AttentionBackend.varlen, id="varlen"),
     pytest.param(
@@ -59,15 +63,14 @@ def test_kernels_pass_the_check_of_a_runs_start(kernel: AttentionBackend, config
 
 def test_sdpa_of_windows_chunks_sinks_and_caps_equals_that_on_a_cpu() -> None:
     generator = torch.Generator().manual_seed(0)
-    tokens = sum(map(sum, LAYOUT))
-    exact = [torch.randn(tokens, count, 64, generator=generator) for count in (8, 2, 2)]
+    exact = [torch.randn(TOKENS, count, 64, generator=generator) for count in (8, 2, 2)]
     sinks = torch.linspace(-2, 2, 8)
     found = []
     for device in (torch.device("cpu"), CUDA):
         window = mask_rule(sliding_window_causal_mask_function(40), 40, device=device)
         on_device = [tensor.to(device) for tensor in exact]
-        attention = packed_attention(LAYOUT, AttentionBackend.sdpa, device)
-        with_images = packed_attention(LAYOUT, AttentionBackend.sdpa, device, IMAGES)
+        attention = packed_attention(SEGMENTS, AttentionBackend.sdpa, device)
+        with_images = packed_attention(SEGMENTS, AttentionBackend.sdpa, device, IMAGES)
         kinds = [
             Scores(rule=window),
             Scores(sinks=sinks.to(device)),
@@ -91,12 +94,11 @@ def test_kernels_attend_like_sdpa(
     if window is not None:
         rule = mask_rule(sliding_window_causal_mask_function(window), window, device=CUDA)
     generator = torch.Generator(CUDA).manual_seed(0)
-    tokens = sum(map(sum, LAYOUT))
     exact = [
-        torch.randn(tokens, heads, 64, device=CUDA, generator=generator).to(torch.bfloat16).float()
+        torch.randn(TOKENS, heads, 64, device=CUDA, generator=generator).to(torch.bfloat16).float()
         for heads in (8, key_heads, key_heads)
     ]
-    slopes = torch.randn(tokens, 8, 64, device=CUDA, generator=generator)
+    slopes = torch.randn(TOKENS, 8, 64, device=CUDA, generator=generator)
     results = {}
     for backend, dtype in (
         (AttentionBackend.sdpa, torch.float32),
@@ -104,7 +106,7 @@ def test_kernels_attend_like_sdpa(
         (kernel, torch.bfloat16),
     ):
         heads = [tensor.to(dtype).requires_grad_() for tensor in exact]
-        attended = packed_attention(LAYOUT, backend, CUDA, runs)(*heads, Scores(rule=rule, window=window))
+        attended = packed_attention(SEGMENTS, backend, CUDA, runs)(*heads, Scores(rule=rule, window=window))
         gradients = torch.autograd.grad((attended.float() * slopes).sum(), heads)
         results[backend, dtype] = [tensor.float() for tensor in (attended, *gradients)]
     truth = results[AttentionBackend.sdpa, torch.float32]

@@ -26,13 +26,18 @@ def patches(number: int, generator: torch.Generator) -> ImageInput:
     rows, columns = [(2, 4), (6, 2), (4, 4)][number]
     pixels = torch.randn(rows * columns, 3 * 2 * 14 * 14, generator=generator)
     grid = torch.tensor([[1, rows, columns]])
-    return ImageInput(bytes([number]), rows * columns // 4, {"pixel_values": pixels, "image_grid_thw": grid})
+    return ImageInput(
+        bytes([number]) * 16,
+        rows * columns // 4,
+        IMAGE_TOKEN,
+        {"pixel_values": pixels, "image_grid_thw": grid},
+    )
 
 
 def squares(tokens: int, *shape: int) -> MakeImage:
     def make(number: int, generator: torch.Generator) -> ImageInput:
         pixels = torch.randn(1, *shape, 3, 28, 28, generator=generator)
-        return ImageInput(bytes([number]), tokens, {"pixel_values": pixels})
+        return ImageInput(bytes([number]) * 16, tokens, IMAGE_TOKEN, {"pixel_values": pixels})
 
     return make
 
@@ -41,7 +46,7 @@ def tiles(number: int, generator: torch.Generator) -> ImageInput:
     """An image in one or several tiles."""
     count = number + 1
     pixels = torch.randn(count, 3, 28, 28, generator=generator)
-    return ImageInput(bytes([number]), count, {"pixel_values": pixels})
+    return ImageInput(bytes([number]) * 16, count, IMAGE_TOKEN, {"pixel_values": pixels})
 
 
 def stacked_tiles(number: int, generator: torch.Generator) -> ImageInput:
@@ -57,7 +62,7 @@ def unpadded_tiles(number: int, generator: torch.Generator) -> ImageInput:
     rows, columns = height // 14, width // 14
     pixels = torch.randn(1, count, 3, 28, 28, generator=generator)
     inputs = {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
-    return ImageInput(bytes([number]), 4 + rows * (columns + 1), inputs)
+    return ImageInput(bytes([number]) * 16, 4 + rows * (columns + 1), IMAGE_TOKEN, inputs)
 
 
 def rectangles(number: int, generator: torch.Generator) -> ImageInput:
@@ -65,7 +70,7 @@ def rectangles(number: int, generator: torch.Generator) -> ImageInput:
     height, width = [(28, 56), (56, 28), (28, 28)][number]
     pixels = torch.randn(1, 3, height, width, generator=generator)
     inputs = {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
-    return ImageInput(bytes([number]), height * width // 28**2, inputs)
+    return ImageInput(bytes([number]) * 16, height * width // 28**2, IMAGE_TOKEN, inputs)
 
 
 def pooled_patches(number: int, generator: torch.Generator) -> ImageInput:
@@ -76,7 +81,7 @@ def pooled_patches(number: int, generator: torch.Generator) -> ImageInput:
     places[0, : rows * columns] = torch.stack((x, y), dim=-1).view(-1, 2)
     pixels = torch.rand(1, 36, 3 * 14 * 14, generator=generator) * (places >= 0).all(-1, keepdim=True)
     inputs = {"pixel_values": pixels, "image_position_ids": places}
-    return ImageInput(bytes([number]), rows * columns // 9, inputs)
+    return ImageInput(bytes([number]) * 16, rows * columns // 9, IMAGE_TOKEN, inputs)
 
 
 @dataclass(frozen=True)

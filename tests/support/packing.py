@@ -8,9 +8,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.example import Example, TokenIds, response_keys
 from dpo_dist.batching.pack import PackedBatch, pack
-from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 
 VOCABULARY = 97

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dpo_dist.batching.costs import ComputeCosts, ExampleSizes, example_sizes
 from dpo_dist.batching.example import Example, ImageInput, Keys, Mask, response_keys
-from dpo_dist.batching.plan import ComputeCosts, ExampleSizes, example_sizes
+from dpo_dist.batching.prefixes import Prefixes
 from dpo_dist.batching.sampler import Indices, SourceSpan
 from dpo_dist.config.losses import KINDS, NUMBERS, LossConfig, LossKind
 from dpo_dist.config.schema import DataConfig
@@ -72,6 +73,7 @@ class PreferenceDataset:
     encoded: tuple[EncodedSource, ...] = ()  # the sources on disk
     numbers: Mapping[str, Array] = field(default_factory=dict)  # float64 [examples], `NUMBERS` with an effect
     images: PromptImages | None = None  # None: no prompt has an image
+    prefixes: Prefixes | None = None  # how the examples begin; None: not known
 
     def __len__(self) -> int:
         return len(self.first_pieces) - 1
@@ -171,7 +173,15 @@ class PreferenceDataset:
         response_tokens = self.piece_tokens[pieces].astype(np.int64)
         targets = self.trained_tokens[response_indices].astype(np.int64) if masked else response_tokens
         image_tokens = None if self.images is None else self.images.prompt_tokens[indices]
-        return example_sizes(prompt_tokens, response_tokens, targets, counts, costs, image_tokens)
+        sizes = example_sizes(prompt_tokens, response_tokens, targets, counts, costs, image_tokens)
+        if self.prefixes is None or not costs.prefixes or sizes.rows is not None:
+            return sizes
+        prefixes = self.prefixes.select(indices)
+        # Another first response than that of the record shares the prompt at most.
+        firsts = response_indices[np.cumsum(counts) - counts] + indices + 1
+        is_other = self.piece_starts[firsts] != self.piece_starts[self.first_pieces[indices]] + prompt_tokens
+        rows = np.where(is_other, np.minimum(prefixes.rows, prompt_tokens), prefixes.rows)
+        return replace(sizes, prefixes=replace(prefixes, rows=rows))
 
     def response_range(self, index: int) -> range:
         """Return the response indices of one example."""

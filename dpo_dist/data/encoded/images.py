@@ -63,7 +63,9 @@ def prompt_images(
     for place, digest in enumerate(digests):  # sources may have the same image
         places.setdefault(digest, place)
     number = {digest: index for index, digest in enumerate(places)}
-    distinct = tuple(ImageInput(digest, tokens[place]) for digest, place in places.items())
+    distinct = tuple(
+        ImageInput(digest, tokens[place], processor.placeholder_id) for digest, place in places.items()
+    )
     numbers = np.array([number[digest] for digest in pc.list_flatten(table["images"]).to_pylist()])
     before = np.concatenate(([0], np.cumsum(np.array([image.tokens for image in distinct])[numbers])))
     starts = np.cumsum(counts) - counts

@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sliding_window_causal_mask_function
 
+from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.pack import copy_to_device
-from dpo_dist.batching.plan import Arrangement
+from dpo_dist.batching.prefix_tree import Segment, first_tokens, paths
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.architectures import ImageMask, recorded_arrangement
 from dpo_dist.model.attention.sdpa import (
     ImageRuns,
-    Layout,
     Scores,
     SegmentAttention,
     mask_rule,
@@ -46,7 +46,7 @@ _Span = tuple[int, int, list[tuple[int, int]]]
 class _Segments:
     """The segments of one call of a variable-length kernel."""
 
-    keys: Tensor  # int64, their key indices in the packed sequence; a prompt is in all its segments
+    keys: Tensor  # int64, their key indices in the packed sequence; shared tokens are in several segments
     lengths: tuple[Tensor, Tensor, int, int]  # cumulative ones of queries and keys, and the longest of each
     queries: Tensor | None = None  # int64, their query indices; None: all tokens in order
 
@@ -58,14 +58,14 @@ class VarlenAttention:
     With image tokens that see each other, two calls: a causal one, and one for the images.
     """
 
-    layout: Layout
+    segments: Sequence[Segment]
     backend: AttentionBackend
     device: torch.device
     runs: ImageRuns | None = None
 
     @cached_property
     def _causal(self) -> _Segments:
-        return self._segments(self._spans([()] * len(self.layout))[0])
+        return self._call_of(self._spans([()] * len(self.segments))[0])
 
     @cached_property
     def _with_images(self) -> tuple[dict[bool, _Segments], Tensor]:
@@ -77,25 +77,21 @@ class VarlenAttention:
             if spans:
                 queries.append(np.concatenate([np.arange(start, stop) for start, stop, _ in spans]))
                 indices = copy_to_device(self.device, queries[-1])
-                calls[is_causal] = replace(self._segments(spans), queries=indices)
+                calls[is_causal] = replace(self._call_of(spans), queries=indices)
         return calls, copy_to_device(self.device, np.argsort(np.concatenate(queries)))
 
     def _spans(self, runs: Sequence[Sequence[tuple[int, int]]]) -> tuple[list[_Span], list[_Span]]:
         """Return the segments of text and of images."""
         spans: tuple[list[_Span], list[_Span]] = [], []
-        start = 0
-        for (prompt, first, *rest), places in zip(self.layout, runs, strict=True):
-            end = start + prompt + first
-            for begin, stop, is_image in pieces(prompt + first, places):
-                spans[is_image].append((start + begin, start + stop, [(start, start + stop)]))
-            for tokens in rest:
-                if tokens:
-                    spans[0].append((end, end + tokens, [(start, start + prompt), (end, end + tokens)]))
-                end += tokens
-            start = end
+        begin = 0
+        for (_, shared, own), path, places in zip(self.segments, paths(self.segments), runs, strict=True):
+            for start, stop, is_image in pieces(own, places):
+                seen = first_tokens(path, shared + stop)
+                spans[is_image].append((begin + start, begin + stop, seen))
+            begin += own
         return spans
 
-    def _segments(self, spans: Sequence[_Span]) -> _Segments:
+    def _call_of(self, spans: Sequence[_Span]) -> _Segments:
         queries = np.array([stop - start for start, stop, _ in spans], dtype=np.int32)
         keys = np.array([sum(stop - start for start, stop in seen) for *_, seen in spans], dtype=np.int32)
         indices = np.concatenate([np.arange(*part) for *_, seen in spans for part in seen])
@@ -107,7 +103,7 @@ class VarlenAttention:
 
     @cached_property
     def _by_segment(self) -> SegmentAttention:
-        return SegmentAttention(self.layout, self.device, self.runs)
+        return SegmentAttention(self.segments, self.device, self.runs)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """See `PackedAttention`."""
@@ -228,13 +224,16 @@ It maps query [tokens, heads, dim], key and value [tokens, kv_heads, dim] to [to
 
 
 def packed_attention(
-    layout: Layout, backend: AttentionBackend, device: torch.device, runs: ImageRuns | None = None
+    segments: Sequence[Segment],
+    backend: AttentionBackend,
+    device: torch.device,
+    runs: ImageRuns | None = None,
 ) -> PackedAttention:
-    """Return the attention function for a micro-batch with this layout and these runs of image tokens."""
+    """Return the attention function for a micro-batch of these segments with these runs of image tokens."""
     runs = runs if runs is not None and any(runs.places) else None
     if backend is AttentionBackend.sdpa:
-        return SegmentAttention(layout, device, runs)
-    return VarlenAttention(layout, backend, device, runs)
+        return SegmentAttention(segments, device, runs)
+    return VarlenAttention(segments, backend, device, runs)
 
 
 def _with_temperature(module: Any, query: Tensor, positions: Tensor) -> Tensor:
@@ -292,9 +291,10 @@ AttentionMaskInterface.register(PACKED, mask_rule)
 # The variable-length kernels run on Ampere GPUs and newer.
 _FIRST_CAPABILITY = (8, 0)
 
-# Short and empty responses, and a prompt that is longer than a kernel's block.
-_TRIAL: Layout = ((5, 3, 7), (2, 0, 4), (600, 2, 1))
-_TRIAL_RUNS = ((1, 4),), (), ((3, 9), (20, 340))
+# Short and empty segments, rows that branch off in several places, and one longer than a kernel's block.
+_SHARED_AND_OWN = (0, 8), (5, 7), (3, 2), (0, 2), (2, 4), (0, 602), (600, 1), (601, 0), (350, 9), (4, 3)
+_TRIAL = [Segment(row, *tokens) for row, tokens in enumerate(_SHARED_AND_OWN)]
+_TRIAL_RUNS = ((1, 4),), (), (), (), (), ((3, 9), (20, 340)), (), (), ((2, 5),), ()
 _TRIAL_WINDOW = 6
 # Allowed difference, as a share of the largest value. In bf16, gradients of keys and values differ by 0.013
 # (SDPA, 32 heads of 128 in 8 groups); a wrong mask makes them differ by about 1.
@@ -411,7 +411,7 @@ def _kernel_fault(
     runs: ImageRuns | None,
 ) -> str:
     """Return which output or gradient differs from float32 SDPA's beyond rounding; empty if none."""
-    generator, tokens = torch.Generator().manual_seed(0), sum(map(sum, _TRIAL))
+    generator, tokens = torch.Generator().manual_seed(0), sum(segment.own for segment in _TRIAL)
     of_keys = [(heads.key, heads.dim), (heads.key, heads.value_dim)]
     shapes = [(heads.query, heads.dim), *of_keys, (heads.query, heads.value_dim)]
     rounded = [torch.randn(tokens, *shape, generator=generator).to(device, dtype) for shape in shapes]

@@ -1,7 +1,7 @@
 """Packed attention by PyTorch's SDPA, one segment at a time, with any mask.
 
-A segment is a prompt with its first response, or a later response that attends to its prompt. A mask covers
-one segment. Where the tokens of an image see each other, the prompt's segment is cut into text and images.
+The queries of a segment see the keys of its row (batching/prefix_tree.py). A mask covers one segment. Where
+the tokens of an image see each other, a segment is cut into text and images.
 """
 
 import itertools
@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-Layout = tuple[tuple[int, ...], ...]
-"""For each example, the tokens of its prompt and of each response: (prompt, response, response, ...)."""
+from dpo_dist.batching.prefix_tree import Segment, paths
 
 # A mask's rows start at multiples of this many elements; otherwise PyTorch's CUDA kernels copy the mask.
 _ALIGNMENT = 16
@@ -116,7 +116,8 @@ class Scores:
 class ImageRuns:
     """Runs of image tokens whose queries see all keys up to the end of their run."""
 
-    places: tuple[tuple[tuple[int, int], ...], ...]  # of each prompt: first token, and the one after the last
+    # In the own tokens of each segment: first token, and the one after the last.
+    places: tuple[tuple[tuple[int, int], ...], ...]
     in_windows_only: bool  # only in layers with a sliding window
 
     def of_layer(self, scores: Scores) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -126,9 +127,9 @@ class ImageRuns:
 
 
 def pieces(tokens: int, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, bool]]:
-    """Yield the pieces of a segment: first token, the one after the last, and whether it is an image.
+    """Yield the pieces of a segment's own tokens: first, the one after the last, and whether it is an image.
 
-    The queries of a piece see keys of the segment up to the piece's end.
+    The queries of a piece see the keys of their row up to the piece's end.
     """
     edges = [0, *itertools.chain.from_iterable(runs), tokens]
     for number, (start, stop) in enumerate(itertools.pairwise(edges)):
@@ -140,18 +141,19 @@ def pieces(tokens: int, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, 
 class SegmentAttention:
     """Packed attention by one SDPA call per segment."""
 
-    layout: Layout
+    segments: Sequence[Segment]
     device: torch.device
     runs: ImageRuns | None = None
     _image_rules: dict[int | None, MaskRule] = field(default_factory=dict, init=False)
 
     @cached_property
-    def _query_lengths(self) -> list[int]:
-        return [n for prompt, first, *rest in self.layout for n in (prompt + first, *rest)]
-
-    @cached_property
-    def _key_lengths(self) -> list[int]:
-        return [length for pair in self.layout for length in pair]
+    def _pieces(self) -> tuple[list[int], list[list[int]]]:
+        """Return the lengths of the pieces into which keys are cut, and the pieces of each segment's row."""
+        found = paths(self.segments)
+        edges = sorted({edge for path in found for part in path for edge in part})
+        index = {edge: number for number, edge in enumerate(edges)}
+        pieces = [[n for start, stop in path for n in range(index[start], index[stop])] for path in found]
+        return np.diff(edges).tolist(), pieces
 
     @cached_property
     def _causal(self) -> MaskRule:
@@ -161,23 +163,18 @@ class SegmentAttention:
         """See `kernels.PackedAttention`."""
         # `split`, not slices: the backward of each slice would write a zero tensor of full size.
         query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
-        queries = iter(torch.split(query, self._query_lengths, dim=1))
-        first_keys = iter(torch.split(key, self._query_lengths, dim=1))
-        first_values = iter(torch.split(value, self._query_lengths, dim=1))
-        keys = iter(torch.split(key, self._key_lengths, dim=1))
-        values = iter(torch.split(value, self._key_lengths, dim=1))
-        runs = [()] * len(self.layout) if self.runs is None else self.runs.of_layer(scores)
+        own_tokens = [segment.own for segment in self.segments]
+        owns = zip(*(torch.split(tensor, own_tokens, dim=1) for tensor in (query, key, value)), strict=True)
+        lengths, pieces_of = self._pieces
+        keys, values = (torch.split(tensor, lengths, dim=1) for tensor in (key, value))
+        runs = [()] * len(self.segments) if self.runs is None else self.runs.of_layer(scores)
         outputs = []
-        for (_, _, *rest), places in zip(self.layout, runs, strict=True):
-            segment = next(queries), next(first_keys), next(first_values)
-            outputs.append((self._attend_pieces if places else self._attend)(*segment, scores, *places))
-            prompt_key, prompt_value = next(keys), next(values)
-            next(keys), next(values)
-            for _ in rest:
-                next(first_keys), next(first_values)
-                own_key = torch.cat((prompt_key, next(keys)), dim=1)
-                own_value = torch.cat((prompt_value, next(values)), dim=1)
-                outputs.append(self._attend(next(queries), own_key, own_value, scores))
+        for segment, own, numbers, places in zip(self.segments, owns, pieces_of, runs, strict=True):
+            attend = self._attend_pieces if places else self._attend
+            own_query, row_key, row_value = own
+            if segment.shared:
+                row_key, row_value = (torch.cat([part[n] for n in numbers], dim=1) for part in (keys, values))
+            outputs.append(attend(own_query, row_key, row_value, scores, *places))
         # Contiguous: some models join the heads by a view, which would fail.
         return torch.cat(outputs, dim=1).transpose(0, 1).contiguous()
 
@@ -185,6 +182,7 @@ class SegmentAttention:
         self, query: Tensor, key: Tensor, value: Tensor, scores: Scores, *runs: tuple[int, int]
     ) -> Tensor:
         """Return the attention [heads, tokens, dim] of a segment with these runs of image tokens."""
+        shared = key.shape[1] - query.shape[1]
         # As in transformers' own masks, a window limits what an image's queries see before them only.
         reach = None if scores.rule is None else scores.rule.reach
         in_images = replace(
@@ -193,7 +191,10 @@ class SegmentAttention:
         return torch.cat(
             [
                 self._attend(
-                    query[:, start:stop], key[:, :stop], value[:, :stop], in_images if is_image else scores
+                    query[:, start:stop],
+                    key[:, : shared + stop],
+                    value[:, : shared + stop],
+                    in_images if is_image else scores,
                 )
                 for start, stop, is_image in pieces(query.shape[1], runs)
             ],

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.pack import copy_to_device
-from dpo_dist.batching.plan import Arrangement
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.attention.kernels import PackedAttention, layer_heads

@@ -82,7 +82,8 @@ def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objecti
     run.say(f"evaluating {entry.path}")
     model, running, commit = load_evaluated(run, entry, inputs)
     ((dataset, every),) = inputs.datasets_to_score
-    costs = replace(compute_costs(inputs.flops), arrangement=model.model.arrangement)
+    costs = compute_costs(inputs.flops, prefixes=config.trainer.prefix_tree)
+    costs = replace(costs, arrangement=model.model.arrangement)
     means, values = evaluate(model, objective, run.shard(dataset, every, costs), world, running)
 
     def write() -> Results:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import set_seed
 
-from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.batching.step_batch import RankBatch, shard_batch
 from dpo_dist.config.run_folder import RunFolder

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.step_batch import RankBatch
 from dpo_dist.distributed.checkpoint.saver import CheckpointSaver
 from dpo_dist.distributed.processes.world import Interrupted

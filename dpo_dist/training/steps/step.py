@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.pack import PackedBatch, copy_to_device
-from dpo_dist.batching.plan import Arrangement
 from dpo_dist.batching.step_batch import RankBatch
 from dpo_dist.config.losses import NUMBERS, LossConfig, Weighting
 from dpo_dist.distributed.processes.world import World

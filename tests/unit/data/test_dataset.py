@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.example import TokenIds, response_key
-from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.batching.sampler import SourceSpan, make_sampler
 from dpo_dist.batching.step_batch import collate, shard_batch
 from dpo_dist.config.losses import LossConfig, LossKind

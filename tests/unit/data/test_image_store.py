@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.pack import PackedImages
-from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.encoded.build import prepare_dataset

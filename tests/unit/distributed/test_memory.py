@@ -9,8 +9,8 @@ import psutil
 import pytest
 import torch
 
+from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.batching.plan import Arrangement
 from dpo_dist.distributed.checkpoint import slices as host_copy
 from dpo_dist.distributed.checkpoint.slices import HostCopy, ModelSlices, Slice
 from dpo_dist.distributed.memory import available_memory, return_memory

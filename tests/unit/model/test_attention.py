@@ -1,7 +1,8 @@
 """Attention over packed pairs equals its definition, by each kernel, which is checked before a run."""
 
 import importlib.metadata
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 from unittest.mock import Mock
@@ -19,6 +20,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from dpo_dist.batching.prefix_tree import Segment
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import ImageMask
@@ -28,7 +30,7 @@ from dpo_dist.model.attention.kernels import (
     computed_by_segment,
     packed_attention,
 )
-from dpo_dist.model.attention.sdpa import ImageRuns, Layout, MaskRule, Scores, mask_rule, with_one_dim
+from dpo_dist.model.attention.sdpa import ImageRuns, MaskRule, Scores, mask_rule, with_one_dim
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.kernels import (
     flash_attn_varlen_func,
@@ -186,17 +188,30 @@ def test_layers_that_a_kernel_lacks_are_named(
 
 
 HEADS, KEY_HEADS, DIM = 4, 2, 8
-LAYOUT = ((9, 3, 12, 1), (1, 0, 20), (17, 2))
+SEGMENTS = [
+    Segment(n, *tokens) for n, tokens in enumerate([(0, 12), (9, 12), (15, 1), (0, 21), (1, 0), (0, 19)])
+]
 Sees = Callable[[int, int], bool]
 """Whether a query at one position sees a key at another, both in one response with its prompt."""
 
-layouts: st.SearchStrategy[Layout] = st.lists(
-    st.tuples(st.integers(1, 12), st.lists(st.integers(0, 12), min_size=1, max_size=3)).map(
-        lambda pair: (pair[0], *pair[1])
-    ),
-    min_size=1,
-    max_size=3,
-).map(tuple)
+
+@st.composite
+def forests(draw: st.DrawFn) -> list[Segment]:
+    """Segments of rows of any length, each beginning like any part of the one before."""
+    found: list[Segment] = []
+    for row in range(draw(st.integers(1, 7))):
+        shared = draw(st.integers(0, found[-1].shared + found[-1].own)) if found else 0
+        found.append(Segment(row, shared, draw(st.integers(0 if shared else 1, 12))))
+    return found
+
+
+def rows_of(segments: Sequence[Segment]) -> list[list[int]]:
+    """The indices of each row in the packed sequence, token by token."""
+    rows: list[list[int]] = []
+    for _, shared, own in segments:
+        start = sum(segment.own for segment in segments[: len(rows)])
+        rows.append([*(rows[-1][:shared] if rows else ()), *range(start, start + own)])
+    return rows
 
 
 def window(size: int) -> tuple[MaskRule | None, Sees]:
@@ -232,42 +247,26 @@ def causal(_size: int) -> tuple[MaskRule | None, Sees]:
 RULES = [window, chunks, of_its_own, causal]
 
 
-def visible(layout: Layout, sees: Sees, runs: ImageRuns | None = None) -> Tensor:
+def visible(segments: Sequence[Segment], sees: Sees, runs: ImageRuns | None = None) -> Tensor:
     """Return the mask of attending tokens (rows) and attended tokens (columns), by the definition.
 
     A token of an image sees later tokens of that image, and what it sees before itself as any other token.
     """
-    tokens = [
-        (pair, piece, position)
-        for pair, (prompt, *responses) in enumerate(layout)
-        for piece, length in enumerate((prompt, *responses))
-        for position in range(prompt if piece else 0, (prompt if piece else 0) + length)
-    ]
-
-    def in_one_image(pair: int, *positions: int) -> bool:
-        places = () if runs is None else runs.places[pair]
-        return any(all(start <= position < stop for position in positions) for start, stop in places)
-
-    return torch.tensor(
-        [
-            [
-                token[0] == other[0]
-                and other[1] in (0, token[1])
-                and (
-                    sees(token[2], other[2])
-                    or (token[2] < other[2] and in_one_image(token[0], token[2], other[2]))
-                )
-                for other in tokens
-            ]
-            for token in tokens
-        ]
-    )
+    tokens = sum(segment.own for segment in segments)
+    mask = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for number, (segment, row) in enumerate(zip(segments, rows_of(segments), strict=True)):
+        places = () if runs is None else runs.places[number]
+        images = [range(segment.shared + start, segment.shared + stop) for start, stop in places]
+        for query, key in itertools.product(range(segment.shared, len(row)), range(len(row))):
+            in_image = any(query in image and key in image for image in images)
+            mask[row[query], row[key]] = sees(query, key) or (query < key and in_image)
+    return mask
 
 
 def random_heads(
-    layout: Layout, value_dim: int = DIM, dtype: torch.dtype = torch.float32
+    segments: Sequence[Segment], value_dim: int = DIM, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = sum(map(sum, layout))
+    tokens = sum(segment.own for segment in segments)
     generator = torch.Generator().manual_seed(tokens)
     shapes = ((tokens, HEADS, DIM), (tokens, KEY_HEADS, DIM), (tokens, KEY_HEADS, value_dim))
     query, key, value = (2 * torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
@@ -275,7 +274,7 @@ def random_heads(
 
 
 def check(
-    layout: Layout,
+    segments: Sequence[Segment],
     sees: Sees,
     scores: Scores,
     backend: AttentionBackend,
@@ -284,10 +283,10 @@ def check(
     runs: ImageRuns | None = None,
 ) -> None:
     tolerance = 1e-5 if dtype is torch.float32 else 1e-13
-    heads = random_heads(layout, value_dim, dtype)
+    heads = random_heads(segments, value_dim, dtype)
     inputs = heads if scores.sinks is None else (*heads, scores.sinks)
-    attended = packed_attention(layout, backend, CPU, runs)(*heads, scores)
-    seen = visible(layout, sees, runs if runs is not None and any(runs.of_layer(scores)) else None)
+    attended = packed_attention(segments, backend, CPU, runs)(*heads, scores)
+    seen = visible(segments, sees, runs if runs is not None and any(runs.of_layer(scores)) else None)
     expected = masked_attention(heads, seen, scores.scale, scores.softcap, scores.sinks)
     torch.testing.assert_close(attended, expected, rtol=tolerance, atol=tolerance)
     assert attended.is_contiguous()  # models join heads by a view
@@ -302,7 +301,7 @@ def check(
 
 
 @given(
-    layouts,
+    forests(),
     st.sampled_from(RULES),
     st.integers(1, 26),
     st.sampled_from([None, 2.0]),
@@ -313,7 +312,7 @@ def check(
     st.sampled_from([torch.float32, torch.float64]),
 )
 def test_scores_equal_their_definition(
-    layout: Layout,
+    segments: Sequence[Segment],
     rule_of: Callable[[int], tuple[MaskRule | None, Sees]],
     size: int,
     softcap: float | None,
@@ -329,46 +328,46 @@ def test_scores_equal_their_definition(
         sinks = torch.linspace(-2, 2, HEADS, dtype=dtype, requires_grad=True)
     named = size if is_named and rule_of is window else None
     scores = Scores(scale, rule, named, softcap, sinks)
-    check(layout, sees, scores, AttentionBackend.sdpa, value_dim, dtype)
+    check(segments, sees, scores, AttentionBackend.sdpa, value_dim, dtype)
 
 
-@given(layouts, st.sampled_from(KERNELS), st.integers(1, 26), st.booleans())
+@given(forests(), st.sampled_from(KERNELS), st.integers(1, 26), st.booleans())
 def test_kernels_are_called_with_the_window(
-    layout: Layout, backend: AttentionBackend, size: int, is_windowed: bool
+    segments: Sequence[Segment], backend: AttentionBackend, size: int, is_windowed: bool
 ) -> None:
     rule, sees = window(size) if is_windowed else causal(size)
-    check(layout, sees, Scores(0.5, rule, size if is_windowed else None), backend)
+    check(segments, sees, Scores(0.5, rule, size if is_windowed else None), backend)
 
 
 @st.composite
-def layouts_with_images(draw: st.DrawFn) -> tuple[Layout, tuple[tuple[tuple[int, int], ...], ...]]:
-    """Layouts, and in each prompt up to two runs of image tokens that do not touch."""
-    layout = draw(layouts)
+def forests_with_images(draw: st.DrawFn) -> tuple[list[Segment], tuple[tuple[tuple[int, int], ...], ...]]:
+    """Forests, and in each segment up to two runs of image tokens that do not touch."""
+    segments = draw(forests())
     places = []
-    for prompt, *_ in layout:
-        ends = draw(st.lists(st.integers(0, prompt), max_size=4, unique=True).map(sorted))
+    for segment in segments:
+        ends = draw(st.lists(st.integers(0, segment.own), max_size=4, unique=True).map(sorted))
         places.append(tuple(zip(ends[::2], ends[1::2], strict=False)))
-    return layout, tuple(places)
+    return segments, tuple(places)
 
 
 @given(
-    layouts_with_images(),
+    forests_with_images(),
     st.sampled_from([AttentionBackend.sdpa, *KERNELS]),
     st.integers(1, 26),
     st.booleans(),
     st.booleans(),
 )
 def test_tokens_of_an_image_see_each_other(
-    prompts: tuple[Layout, tuple[tuple[tuple[int, int], ...], ...]],
+    forest: tuple[list[Segment], tuple[tuple[tuple[int, int], ...], ...]],
     backend: AttentionBackend,
     size: int,
     is_windowed: bool,
     in_windows_only: bool,
 ) -> None:
-    layout, places = prompts
+    segments, places = forest
     rule, sees = window(size) if is_windowed else causal(size)
     scores = Scores(0.5, rule, size if is_windowed else None)
-    check(layout, sees, scores, backend, runs=ImageRuns(places, in_windows_only))
+    check(segments, sees, scores, backend, runs=ImageRuns(places, in_windows_only))
 
 
 def test_only_heads_that_need_zeros_are_copied() -> None:
@@ -385,22 +384,22 @@ def test_what_a_kernel_lacks_runs_on_sdpa(backend: AttentionBackend) -> None:
     (chunk_rule, in_chunk), (window_rule, in_window) = chunks(5), window(5)
     own_rule, in_own = of_its_own(5)
     everywhere = causal(0)[1]
-    check(LAYOUT, in_window, Scores(rule=window_rule, window=5, sinks=sinks), backend)
-    check(LAYOUT, in_chunk, Scores(rule=chunk_rule), backend)
-    check(LAYOUT, in_own, Scores(rule=own_rule, window=100), backend)
-    check(LAYOUT, everywhere, Scores(softcap=2.0), backend)
-    check(LAYOUT, everywhere, Scores(), backend, value_dim=264)
+    check(SEGMENTS, in_window, Scores(rule=window_rule, window=5, sinks=sinks), backend)
+    check(SEGMENTS, in_chunk, Scores(rule=chunk_rule), backend)
+    check(SEGMENTS, in_own, Scores(rule=own_rule, window=100), backend)
+    check(SEGMENTS, everywhere, Scores(softcap=2.0), backend)
+    check(SEGMENTS, everywhere, Scores(), backend, value_dim=264)
 
 
 @pytest.mark.parametrize(("softcap", "allowed"), [(5.0, 0.6 * EPS), (None, 0.35 * EPS)])
 def test_gradients_of_short_segments_in_bf16_are_rounded_once(softcap: float | None, allowed: float) -> None:
-    layout, scores = ((120, 50, 30),), Scores(scale=0.5, softcap=softcap)
-    heads = [tensor.detach().div(2).bfloat16() for tensor in random_heads(layout)]
+    segments, scores = [Segment(0, 0, 170), Segment(1, 120, 30)], Scores(scale=0.5, softcap=softcap)
+    heads = [tensor.detach().div(2).bfloat16() for tensor in random_heads(segments)]
     slopes = torch.randn(heads[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     found = []
     for dtype in (torch.float64, torch.bfloat16):
         own = [tensor.detach().to(dtype).requires_grad_() for tensor in heads]
-        attended = packed_attention(layout, AttentionBackend.sdpa, CPU)(*own, scores)
+        attended = packed_attention(segments, AttentionBackend.sdpa, CPU)(*own, scores)
         found.append(torch.autograd.grad(attended, own, slopes.to(dtype)))
     for exact, rounded in zip(*found, strict=True):
         assert (rounded - exact).abs().mean() <= allowed * exact.abs().mean()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import sliding_window_causal_mask_function
 
+from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.attention.sdpa import Scores, SegmentAttention, mask_rule

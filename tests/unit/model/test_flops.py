@@ -141,4 +141,4 @@ def test_parts_for_images_count_the_products_of_their_weights(family: str) -> No
     assert frozen.forward(0, 0, 0, 2) == frozen.step(0, 0, 0, 2) == 2 * forward
     assert tower.step(0, 0, 0, 2) == 6 * forward
     assert forward <= projector.per_image_token < tower.per_image_token
-    assert compute_costs(tower).image == tower.per_image_token / tower.per_token
+    assert compute_costs(tower, prefixes=True).image == tower.per_image_token / tower.per_token

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from dpo_dist.batching.plan import Arrangement
+from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.schema import AdapterConfig, Dtype, FusedLayers, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.exactness import StartCheck

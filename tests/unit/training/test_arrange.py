@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.batching.plan import Arrangement, computed_tokens
+from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.step_batch import shard_batch
+from dpo_dist.config.schema import AttentionBackend, TrainerConfig
 from dpo_dist.model.flops import StepFlops
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.run import balance_costs
@@ -29,15 +30,17 @@ def live(arrangement: Arrangement) -> ReferenceProvider:
 )
 def test_a_live_reference_in_padded_rows_stays_in_the_budget(reference: ReferenceProvider) -> None:
     facts: dict[str, Any] = dict.fromkeys(Inputs.__dataclass_fields__) | {"flops": StepFlops(1.0, 1.0, 1.0)}
-    policy: Any = SimpleNamespace(model=SimpleNamespace(arrangement=Arrangement.packed))
+    policy: Any = SimpleNamespace(
+        model=SimpleNamespace(arrangement=Arrangement.packed, backend=AttentionBackend.sdpa)
+    )
     provided: Any = SimpleNamespace(provider=reference)
-    run: Any = SimpleNamespace(say=print)
+    run: Any = SimpleNamespace(say=print, config=SimpleNamespace(trainer=TrainerConfig()))
     costs = balance_costs(run, Inputs(**facts), policy, provided)
     dataset = dataset_of(random_pairs(SHAPES))
     plan = shard_batch(dataset, np.arange(len(SHAPES)), 0, 1, BUDGET, costs)
     assert plan.tokens == sum(sum(shape) - (len(shape) - 1) for shape in SHAPES)
     most = {
-        arrangement: max(computed_tokens(batch.layout, arrangement) for batch in plan.batches())
+        arrangement: max(batch.computed_tokens(arrangement) for batch in plan.batches())
         for arrangement in Arrangement
     }
     pads = reference == live(Arrangement.padded)

@@ -1,0 +1,115 @@
+"""Sizes of examples, and what they cost a model to compute."""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_dist.batching.prefixes import Counts, Prefixes
+
+Costs = npt.NDArray[np.float64]
+
+
+class Arrangement(StrEnum):
+    """How a forward arranges the responses of a micro-batch, from the cheapest way to the costliest.
+
+    `packed`: one sequence, each prompt computed once. `padded`: one response per row, as long as the longest.
+    `single`: one forward per response.
+    """
+
+    packed = "packed"
+    padded = "padded"
+    single = "single"
+
+
+# A segment that shares tokens costs this many more than their copies: fewer are not worth it.
+_SEGMENT = 4
+
+
+@dataclass(frozen=True)
+class ComputeCosts:
+    """Compute time of a model, in units of the time that its layers' matrices take for one token."""
+
+    key: float  # time of one query-key pair, in all layers
+    target: float  # time of one target in the output layer
+    arrangement: Arrangement = Arrangement.packed  # of the responses in a forward
+    pads: bool = False  # whether a live reference computes padded rows, whatever the arrangement is
+    image: float = 0.0  # time that the tower takes for one placeholder's share of an image
+    prefixes: bool = False  # whether more than prompts is shared
+    gather: float = 0.0  # time to copy the key and value of a shared token for one more row, in all layers
+    gather_memory: float = 0.0  # memory of these copies, in units of what a token takes
+    is_masked: bool = False  # whether a row that shares tokens computes all pairs of its queries and keys
+
+    def saved_by_sharing(self, shared: Counts, own: Counts) -> Costs:
+        """Return the time that rows with `own` other tokens save by not computing `shared` ones again."""
+        saved = shared * (1 - self.gather) + self.key * causal_pairs(shared)
+        masked = self.key * causal_pairs(own) if self.is_masked else 0.0
+        return np.where(shared > 0, saved - masked - _SEGMENT, 0.0)
+
+    def worth_sharing(self, common: Counts, tokens: Counts) -> Counts:
+        """Return how many leading tokens `common` with another row are shared: none if it costs more."""
+        return np.where(self.saved_by_sharing(common, tokens - common) > 0, common, 0)
+
+
+@dataclass(frozen=True)
+class ExampleSizes:
+    """Sizes of examples in micro-batches, [examples] each."""
+
+    tokens: Counts  # that a forward computes, without padding; they decide the memory
+    unshared_tokens: Counts  # of the plain batch, which has the prompt once for each response
+    targets: Counts  # completion tokens to score
+    attended: Counts  # query-key pairs of attention in a layer in which tokens see all earlier ones
+    costs: Costs  # compute time in units of `ComputeCosts`
+    rows: Counts | None = None  # responses in padded rows; None: nothing is padded
+    longest: Counts | None = None  # tokens of the longest of these rows; None: nothing is padded
+    image_tokens: Counts | None = None  # placeholders of images in the prompts; None: there are no images
+    prefixes: Prefixes | None = None  # None: examples share nothing
+
+    def select(self, indices: Counts) -> "ExampleSizes":
+        """Return the sizes of the examples at `indices`."""
+        selected: dict[str, Any] = {
+            name: sizes.select(indices) if isinstance(sizes, Prefixes) else sizes[indices]
+            for name, sizes in vars(self).items()
+            if sizes is not None
+        }
+        return ExampleSizes(**selected)
+
+
+def example_sizes(
+    prompt_tokens: Counts,
+    response_tokens: Counts,
+    targets: Counts,
+    counts: Counts,
+    costs: ComputeCosts,
+    image_tokens: Counts | None = None,
+) -> ExampleSizes:
+    """Return the sizes of examples for a model with these costs.
+
+    `prompt_tokens`, the `image_tokens` in them (None: no images), and `counts`, the numbers of responses (at
+    least one), are [examples]; `response_tokens` and `targets`, those that the loss counts, are [responses],
+    example after example.
+    """
+    firsts = np.cumsum(counts) - counts
+    stored, prompts = response_tokens - 1, np.repeat(prompt_tokens, counts)
+    # How often a prompt is computed.
+    copies = np.where(costs.arrangement is Arrangement.packed, 1, counts)
+    tokens = copies * prompt_tokens + np.add.reduceat(stored, firsts)
+    in_responses = causal_pairs(prompts + stored) - causal_pairs(prompts)
+    attended = copies * causal_pairs(prompt_tokens) + np.add.reduceat(in_responses, firsts)
+    targets = np.add.reduceat(targets, firsts)
+    # Attention of a token to itself is included in the cost of a token.
+    compute = tokens + costs.key * (attended - tokens / 2) + costs.target * targets
+    if image_tokens is not None:
+        compute = compute + costs.image * image_tokens
+    unshared_tokens = tokens + (counts - copies) * prompt_tokens
+    sizes = ExampleSizes(tokens, unshared_tokens, targets, attended, compute, image_tokens=image_tokens)
+    if costs.arrangement is not Arrangement.padded and not costs.pads:
+        return sizes
+    return replace(sizes, rows=counts, longest=np.maximum.reduceat(prompts + stored, firsts))
+
+
+def causal_pairs(tokens: Counts) -> Counts:
+    """Return the number of query-key pairs of sequences in which tokens see all earlier tokens."""
+    return tokens * (tokens + 1) // 2

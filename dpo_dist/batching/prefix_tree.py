@@ -1,0 +1,72 @@
+"""Prefix tree: tokens with which several responses of a micro-batch begin are computed once.
+
+A row is a prompt with a response. In the order of their token ids, a row shares more with the row before it
+than with any earlier one, so that the tree is a list of segments: the tokens of each row that the row before
+it does not have. Their queries see the shared tokens of that row, and their own.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from dpo_dist.batching.costs import ComputeCosts
+from dpo_dist.batching.prefixes import Row, common_tokens
+
+
+class Segment(NamedTuple):
+    """The tokens of a row that the segment before it in the packed sequence does not have."""
+
+    row: int  # index of its row
+    shared: int  # leading tokens that the row has in common with the row of the segment before
+    own: int  # its other tokens
+
+
+def prefix_tree(rows: Sequence[Row], prompts: Sequence[int], costs: ComputeCosts | None) -> list[Segment]:
+    """Return the segments of `rows`, int32 [tokens] each, in the order of the packed sequence.
+
+    `prompts`: the tokens that each row shares with the row before it because they have one prompt, else 0.
+    Nothing else is shared without `costs`, or where it costs more than it saves.
+    """
+    tokens = np.array([len(row) for row in rows])
+    plain = np.array(prompts)
+    order, shared = np.arange(len(rows)), plain
+    if costs is not None and costs.prefixes:
+        by_ids = np.array(sorted(range(len(rows)), key=lambda row: rows[row].tobytes()))
+        common = [0, *(common_tokens(rows[a], rows[b]) for a, b in pairwise(by_ids))]
+        tree = costs.worth_sharing(np.array(common), tokens[by_ids])
+        saved = costs.saved_by_sharing
+        if saved(tree, tokens[by_ids] - tree).sum() > saved(plain, tokens - plain).sum():
+            order, shared = by_ids, tree
+    own = tokens[order] - shared
+    return [Segment(*map(int, segment)) for segment in zip(order, shared, own, strict=True)]
+
+
+def paths(segments: Sequence[Segment]) -> list[list[tuple[int, int]]]:
+    """Return for each segment where its row is in the packed sequence.
+
+    Parts, in the order of the row's tokens: first token, and the one after the last.
+    """
+    found: list[list[tuple[int, int]]] = []
+    path, start = list[tuple[int, int]](), 0
+    for _, shared, own in segments:
+        path = first_tokens(path, shared)
+        if path and path[-1][1] == start:
+            path = [*path[:-1], (path[-1][0], start + own)]
+        elif own:
+            path = [*path, (start, start + own)]
+        found.append(path)
+        start += own
+    return found
+
+
+def first_tokens(path: Sequence[tuple[int, int]], tokens: int) -> list[tuple[int, int]]:
+    """Return the parts of the first `tokens` tokens of a path."""
+    kept = []
+    for start, stop in path:
+        if tokens <= 0:
+            break
+        kept.append((start, min(stop, start + tokens)))
+        tokens -= stop - start
+    return kept

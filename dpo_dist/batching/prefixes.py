@@ -1,0 +1,50 @@
+"""How examples begin: which leading token ids they share."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Counts = npt.NDArray[np.int64]
+Row = npt.NDArray[np.int32]
+"""Token ids of a prompt and a response; negative ones stand for the tokens of an image."""
+
+
+def common_tokens(first: Row, second: Row) -> int:
+    """Return how many leading tokens two rows have in common; the tokens of an image are not divided."""
+    length = min(len(first), len(second))
+    is_other = first[:length] != second[:length]
+    common = int(is_other.argmax()) if is_other.any() else length
+    goes_on = [len(row) > common and row[common] < 0 for row in (first, second)]
+    if common and first[common - 1] < 0 and any(goes_on):
+        text = np.flatnonzero(first[:common] >= 0)
+        common = int(text[-1]) + 1 if len(text) else 0
+    return common
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Places of examples in the order of the token ids of their records' first rows, and what these share.
+
+    A first row is the prompt with the first response. Examples of one record have one place.
+    """
+
+    places: Counts  # [examples]
+    rows: Counts  # [examples], leading tokens of the record's first row with which the example begins
+    shared: npt.NDArray[np.int32]  # [places + 1], leading tokens of a place and the one before; last 0
+
+    def select(self, indices: Counts) -> "Prefixes":
+        """Return the prefixes of the examples at `indices`."""
+        return Prefixes(self.places[indices], self.rows[indices], self.shared)
+
+    def common_with_previous(self) -> Counts:
+        """Return how many leading tokens each example shares with the one before it, [examples].
+
+        The examples have to be in ascending order of their places.
+        """
+        if not len(self.places):
+            return np.zeros(0, dtype=np.int64)
+        edges = np.stack((self.places[:-1] + 1, self.places[1:] + 1), axis=1)
+        common = np.minimum(self.rows[:-1], self.rows[1:])
+        between = np.minimum.reduceat(self.shared, edges.ravel())[::2] if len(edges) else common
+        return np.insert(np.where(edges[:, 0] < edges[:, 1], np.minimum(between, common), common), 0, 0)
