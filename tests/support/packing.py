@@ -67,10 +67,18 @@ def dataset_of(pairs: Sequence[Example]) -> PreferenceDataset:
         mask_starts=np.cumsum([0, *map(len, masks)])[:-1],
         trained_tokens=np.array([mask.sum() for mask in masks]),
         truncated=np.zeros(len(keys), dtype=np.bool_),
+        begins=np.array([tokens for pair in pairs for tokens in begins_of(pair)], dtype=np.int32),
         prompt_hashes=np.arange(len(pairs), dtype=np.uint64),
         origins=np.zeros((len(pairs), 2), dtype=np.int64),
         prefixes=prefixes_of(pairs),
     )
+
+
+def begins_of(pair: Example) -> list[int]:
+    """Return the leading tokens that each response shares with an earlier one of the pair."""
+    inputs = [response[:-1] for response in pair.responses]
+    earlier = [[common_tokens(own, one) for one in inputs[:place]] for place, own in enumerate(inputs)]
+    return [max(common, default=0) for common in earlier]
 
 
 def prefixes_of(pairs: Sequence[Example]) -> Prefixes:
