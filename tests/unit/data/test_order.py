@@ -22,7 +22,7 @@ from dpo_dist.foundation.errors import DataError
 from tests.support.cache import opened, prepare_all
 from tests.support.packing import dataset_of
 from tests.support.prefixes import SHARED, check_claims, sizes_of, some_of
-from tests.support.records import BAD, GOOD, jsonl
+from tests.support.records import BAD, GOOD, assistant, jsonl, user
 
 texts = st.text("ab", max_size=6)
 prompts = texts.map("prompt".__add__)
@@ -49,7 +49,7 @@ def data_of(*sources: Sequence[Any], limit: int | None = None, **data: Any) -> P
         return opened(root, *configs, max_bad_share=1.0, **data)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(pairs, min_size=1, max_size=26), st.randoms(use_true_random=False))
 def test_tokens_of_pairs_are_planned_as_they_are_packed(drawn: Any, draw: random.Random) -> None:
     rows = rows_of_pairs(drawn)
@@ -63,7 +63,7 @@ def test_tokens_of_pairs_are_planned_as_they_are_packed(drawn: Any, draw: random
     check_claims(in_memory, some_of(in_memory, draw), is_exact=True)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.lists(st.lists(rankings | st.just(BAD), min_size=1, max_size=6), min_size=1, max_size=3),
     st.sampled_from(Ranked),
@@ -87,7 +87,7 @@ def test_no_more_is_claimed_than_rankings_of_several_sources_share(
         check_claims(data, some_of(data, draw), which)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.lists(pairs, min_size=4, max_size=12), st.randoms(use_true_random=False))
 def test_a_partner_shares_the_prompt_only(drawn: Any, draw: random.Random) -> None:
     rows = [
@@ -101,7 +101,7 @@ def test_a_partner_shares_the_prompt_only(drawn: Any, draw: random.Random) -> No
 
 
 def test_what_begins_a_response_is_counted_once_where_a_forward_shares_it() -> None:
-    data = data_of([{"prompt": "prompt", "responses": ["aaab", "aab", "aaac"]}])
+    data = data_of([{"prompt": "prompt", "responses": ["aaab", "aab", "aabb"]}])
     [prompt, *responses] = data.lengths(0)
     every, unshared = np.arange(1), sum(prompt + tokens - 1 for tokens in responses)
     shared = sizes_of(data, every)
@@ -123,6 +123,21 @@ def test_what_begins_a_response_is_counted_once_where_a_forward_shares_it() -> N
     # Some of the responses: the one that begins like another may be absent.
     two = data.sizes(every, np.array([1, 2]), np.array([2]), SHARED)
     assert two.tokens.tolist() == [prompt + sum(tokens - 1 for tokens in responses[1:])]
+
+
+def test_a_response_that_another_one_continues_is_shared_but_for_its_last_token() -> None:
+    data = data_of(
+        [
+            {
+                "prompt": [user("prompt")],
+                "chosen": [assistant("yes")],
+                "rejected": [assistant("yes"), user("and?"), assistant("no")],
+            }
+        ]
+    )
+    chosen, rejected = data.example(0).responses
+    assert np.array_equal(chosen, rejected[: len(chosen)])
+    check_claims(data, np.arange(1), is_exact=True)
 
 
 def test_sources_of_which_nothing_is_kept_and_no_examples_have_no_prefixes() -> None:
