@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dpo_dist.batching.costs import ComputeCosts, causal_pairs
 from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import PackedBatch
+from dpo_dist.batching.plan import deal_out
 from dpo_dist.batching.step_batch import RankBatch, shard_batch
 from tests.support.packing import SHARING, dataset_of, random_pairs
 
@@ -112,6 +113,18 @@ def test_a_definition_of_tools_is_computed_once_in_each_micro_batch(tools: int, 
     assert shares[0].prompt_shared_tokens == 64 * 1600
     work = [sum(batch.tokens for batch in share.batches()) for share in shares]
     assert max(work) <= 1.01 * np.mean(work)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("tools", [1, 5])
+def test_ranks_are_dealt_examples_that_begin_alike_of_equal_cost(tools: int, ranks: int) -> None:
+    data, every = dataset_of(agents(tools, 200)), np.arange(200)
+    sizes = data.sizes(every, data.response_indices(every), data.response_counts(every), SHARING)
+    dealt = deal_out(sizes, SHARING, ranks)
+    assert sorted(chain.from_iterable(dealt)) == every.tolist()
+    work = [200 / ranks * 100 + tools / ranks * 1500] * ranks
+    assert [len(own) * 100 + len({*(own % tools)}) * 1500 for own in dealt] == pytest.approx(work, abs=1600)
+    assert sum(len({*(own % tools)}) for own in dealt) < tools + ranks
 
 
 @pytest.mark.parametrize(("gather_memory", "most"), [(0.0, 10), (0.1, 4)])
