@@ -20,7 +20,9 @@ from dpo_dist.model.flops import step_flops
 from dpo_dist.tools.plan import __main__ as plan
 from dpo_dist.tools.plan.estimate import Data, Estimate, choose_machine, estimate
 from dpo_dist.tools.plan.make_plan import make_plan, plan_in_brief, planned_data
+from tests.support import tiny
 from tests.support.doctor_data import agent_records, clean_pairs, write
+from tests.support.families import tiny_config
 from tests.support.launch import ROOT
 from tests.support.tiny_model import write_model
 
@@ -179,8 +181,11 @@ def test_local_data_that_begin_alike_take_less_time(tmp_path: Path) -> None:
     clean = write(tmp_path / "clean.jsonl", clean_pairs(32))
     weighed = f"data.train=[{{path: {agents}, weight: 0.5}},{clean}]"
     assert 0.2 * share < saved("plan.gpus=1", weighed)[0] < share
-    for more in (["plan.gpus=32"], ["trainer.prefix_tree=false"], ["plan.tokens_per_pair=300"]):
-        nothing, line = saved("plan.gpus=1", *more)
+    padded = write_model(tmp_path / "padded")
+    tiny_config("gptj", len(tiny.qwen())).save_pretrained(padded)
+    off, given = "trainer.prefix_tree=false", "plan.tokens_per_pair=300"
+    for more in ("plan.gpus=32", off, given, f"model.path={padded}"):
+        nothing, line = saved("plan.gpus=1", more)
         assert nothing < 0.01, more
         assert "prefixes" not in line
 
