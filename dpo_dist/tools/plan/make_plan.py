@@ -110,11 +110,9 @@ def plan_in_brief(config: RunConfig, tokens: float) -> list[tuple[str, str]]:
 
 
 def _verdict(found: Estimate) -> str:
-    room = f"there is room for micro-batches of {found.largest:,} tokens"
-    if found.largest is None:
-        room = (
-            "the memory that a token takes in this architecture is not known: begin with small micro-batches"
-        )
+    room = "the memory that a token takes in this architecture is not known: begin with small micro-batches"
+    if found.largest is not None:
+        room = f"there is room for micro-batches of {found.largest:,} tokens"
     if found.fits:
         return f"fits: {room}"
     hint = "; `dpo-dist plan plan.suggest=true` looks for settings that fit"
