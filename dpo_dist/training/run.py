@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 
 from dpo_dist.batching.costs import Arrangement, ComputeCosts
+from dpo_dist.batching.sampler import BatchSampler
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AttentionBackend, ReferenceMode, Resume, RunConfig
+from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint.saver import (
     Checkpoint,
     CheckpointSaver,
@@ -66,6 +69,9 @@ from dpo_dist.training.steps.loop import Loop
 from dpo_dist.training.steps.schedule import check_warmup
 from dpo_dist.training.steps.state import Position
 from dpo_dist.training.steps.step import Objective
+
+# Planned to say what shared prefixes save; less than this share is not said.
+_PLANNED_STEPS, _LEAST_SAVED = 8, 0.01
 
 
 def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Reporting) -> int:
@@ -190,6 +196,8 @@ def _set_up(
         samples = reporting.prepare_samples(run, inputs, state.step)
     reference, policy = _load_models(run, inputs, engines, step0_follows=checkpoint is None)
     costs = balance_costs(run, inputs, policy, reference)
+    if run.world.is_main and (saved := describe_prefixes(run, inputs.train_set, inputs.sampler, costs)):
+        run.say(saved)
     run.stops.check()
     custom = custom_metrics(config.metrics.function, config.loss, world.device)
     objective = Objective(config.loss, reference.provider, inputs.router, custom)
@@ -319,6 +327,22 @@ def balance_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Ref
     costs = compute_costs(inputs.flops, prefixes=run.config.trainer.prefix_tree)
     is_masked = policy.model.backend is AttentionBackend.sdpa
     return replace(costs, arrangement=arrangement, pads=pads, is_masked=is_masked)
+
+
+def describe_prefixes(
+    run: Run, dataset: PreferenceDataset, sampler: BatchSampler, costs: ComputeCosts
+) -> str | None:
+    """Return what shared prefixes save in some steps of the first epoch; None if it is little."""
+    if costs.arrangement is not Arrangement.packed or not costs.prefixes:
+        return None
+    steps = min(sampler.steps, max(1, sampler.pairs_per_epoch // sampler.global_batch_pairs))
+    some = range(0, steps, math.ceil(steps / _PLANNED_STEPS))
+    batches = [run.shard(dataset, sampler.indices(step), costs) for step in some]
+    batches += [batch.partners for batch in batches if batch.partners is not None]
+    saved = 1 - sum(batch.tokens for batch in batches) / sum(batch.prompt_shared_tokens for batch in batches)
+    if saved < _LEAST_SAVED:
+        return None
+    return f"prefixes: {percent(saved)} fewer tokens than with shared prompts"
 
 
 def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[SlicedWeights]) -> Position:
