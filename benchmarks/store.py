@@ -99,6 +99,7 @@ def _invented_pairs(pairs: int) -> PreferenceDataset:
         mask_starts=np.zeros(2 * pairs, dtype=np.int64),
         trained_tokens=pieces[:, 1:].ravel(),
         truncated=np.zeros(2 * pairs, dtype=np.bool_),
+        begins=np.zeros(2 * pairs, dtype=np.int32),
         prompt_hashes=np.arange(pairs, dtype=np.uint64),
         origins=np.zeros((pairs, 2), dtype=np.int64),
     )

@@ -42,6 +42,11 @@ class ComputeCosts:
     gather_memory: float = 0.0  # memory of these copies, in units of what a token takes
     is_masked: bool = False  # whether a row that shares tokens computes all pairs of its queries and keys
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether a forward computes tokens once with which several responses begin."""
+        return self.prefixes and self.arrangement is Arrangement.packed
+
     def saved_by_sharing(self, shared: Counts, own: Counts) -> Costs:
         """Return the time that rows with `own` other tokens save by not computing `shared` ones again."""
         saved = shared * (1 - self.gather) + self.key * causal_pairs(shared)
@@ -82,32 +87,36 @@ def example_sizes(
     response_tokens: Counts,
     targets: Counts,
     counts: Counts,
+    begins: Counts,
     costs: ComputeCosts,
     image_tokens: Counts | None = None,
 ) -> ExampleSizes:
     """Return the sizes of examples for a model with these costs.
 
     `prompt_tokens`, the `image_tokens` in them (None: no images), and `counts`, the numbers of responses (at
-    least one), are [examples]; `response_tokens` and `targets`, those that the loss counts, are [responses],
-    example after example.
+    least one), are [examples]; `response_tokens`, `targets`, those that the loss counts, and `begins`, those
+    with which another response of the example begins, are [responses], example after example.
     """
     firsts = np.cumsum(counts) - counts
-    stored, prompts = response_tokens - 1, np.repeat(prompt_tokens, counts)
+    prompts = np.repeat(prompt_tokens, counts)
+    rows, shared = prompts + response_tokens - 1, prompts
+    if costs.shares_prefixes:
+        shared = np.maximum(shared, costs.worth_sharing(prompts + begins, rows))
     # How often a prompt is computed.
     copies = np.where(costs.arrangement is Arrangement.packed, 1, counts)
-    tokens = copies * prompt_tokens + np.add.reduceat(stored, firsts)
-    in_responses = causal_pairs(prompts + stored) - causal_pairs(prompts)
+    tokens = copies * prompt_tokens + np.add.reduceat(rows - shared, firsts)
+    in_responses = causal_pairs(rows) - causal_pairs(shared)
     attended = copies * causal_pairs(prompt_tokens) + np.add.reduceat(in_responses, firsts)
     targets = np.add.reduceat(targets, firsts)
     # Attention of a token to itself is included in the cost of a token.
     compute = tokens + costs.key * (attended - tokens / 2) + costs.target * targets
     if image_tokens is not None:
         compute = compute + costs.image * image_tokens
-    unshared_tokens = tokens + (counts - copies) * prompt_tokens
+    unshared_tokens = np.add.reduceat(rows, firsts)
     sizes = ExampleSizes(tokens, unshared_tokens, targets, attended, compute, image_tokens=image_tokens)
     if costs.arrangement is not Arrangement.padded and not costs.pads:
         return sizes
-    return replace(sizes, rows=counts, longest=np.maximum.reduceat(prompts + stored, firsts))
+    return replace(sizes, rows=counts, longest=np.maximum.reduceat(rows, firsts))
 
 
 def causal_pairs(tokens: Counts) -> Counts:

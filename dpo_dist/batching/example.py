@@ -50,12 +50,15 @@ class Example:
         """
         prompt = self.prompt_ids
         if self.images:
-            words = [
-                np.resize(np.frombuffer(image.digest, dtype=np.int32), image.tokens) for image in self.images
-            ]
+            words = [image_words(image.digest, image.tokens) for image in self.images]
             prompt = prompt.copy()
-            prompt[prompt == self.images[0].placeholder_id] = np.concatenate(words) | np.int32(-(2**31))
+            prompt[prompt == self.images[0].placeholder_id] = np.concatenate(words)
         return tuple(np.concatenate((prompt, ids[:-1])) for ids in self.responses)
+
+
+def image_words(digest: bytes, tokens: int) -> Row:
+    """Return the words of an image's digest, as negative ids for its placeholders."""
+    return np.resize(np.frombuffer(digest, dtype=np.int32), tokens) | np.int32(-(2**31))
 
 
 def response_key(prompt_ids: TokenIds, response_ids: TokenIds, images: Sequence[ImageInput] = ()) -> bytes:

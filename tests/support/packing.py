@@ -1,6 +1,7 @@
 """Pairs as token ids, and what a model says of them one plain sequence after the other."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.example import Example, TokenIds, response_keys
 from dpo_dist.batching.pack import PackedBatch, pack
+from dpo_dist.batching.prefixes import Prefixes, common_tokens
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 
 VOCABULARY = 97
@@ -43,7 +45,7 @@ def packed_tokens(prompt: int, responses: Sequence[int]) -> int:
 
 
 def dataset_of(pairs: Sequence[Example]) -> PreferenceDataset:
-    """Return a dataset in memory of these pairs, with their masks and content keys."""
+    """Return a dataset in memory of these pairs, with their masks and content keys, and how they begin."""
     pieces = [piece for pair in pairs for piece in (pair.prompt_ids, *pair.responses)]
     keys = response_keys(pairs)
     lengths = np.array([len(piece) for piece in pieces])
@@ -65,9 +67,26 @@ def dataset_of(pairs: Sequence[Example]) -> PreferenceDataset:
         mask_starts=np.cumsum([0, *map(len, masks)])[:-1],
         trained_tokens=np.array([mask.sum() for mask in masks]),
         truncated=np.zeros(len(keys), dtype=np.bool_),
+        begins=np.array([tokens for pair in pairs for tokens in begins_of(pair)], dtype=np.int32),
         prompt_hashes=np.arange(len(pairs), dtype=np.uint64),
         origins=np.zeros((len(pairs), 2), dtype=np.int64),
+        prefixes=prefixes_of(pairs),
     )
+
+
+def begins_of(pair: Example) -> list[int]:
+    """Return the leading tokens that each response shares with an earlier one of the pair."""
+    inputs = [response[:-1] for response in pair.responses]
+    earlier = [[common_tokens(own, one) for one in inputs[:place]] for place, own in enumerate(inputs)]
+    return [max(common, default=0) for common in earlier]
+
+
+def prefixes_of(pairs: Sequence[Example]) -> Prefixes:
+    """Return how these pairs begin, each a record of its own."""
+    rows = [pair.rows[0] for pair in pairs]
+    order = sorted(range(len(rows)), key=lambda index: rows[index].tobytes())
+    shared = [0, *(common_tokens(rows[a], rows[b]) for a, b in pairwise(order)), 0]
+    return Prefixes(np.argsort(order), np.array(list(map(len, rows))), np.array(shared, dtype=np.int32))
 
 
 def pack_unkeyed(pairs: Sequence[Example]) -> PackedBatch:

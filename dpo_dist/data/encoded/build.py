@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpo_dist.batching.example import response_keys
+from dpo_dist.batching.prefixes import common_tokens
 from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, OnBadRecord, SourceConfig, TextTemplate
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.counts import Outcome
@@ -28,6 +29,7 @@ from dpo_dist.data.encoded.store import (
     ROW_SCHEMA,
     EncodedChunk,
     EncodedSource,
+    ensure_order,
     has_changed_images,
     write_source,
 )
@@ -64,7 +66,7 @@ _Records: TypeAlias = Sequence[Record]
 _Result = TypeVar("_Result")
 
 # Increase it when the same records get other token ids or files: else old files would be reused.
-_ENCODING_VERSION = 17
+_ENCODING_VERSION = 18
 _LENGTH_KEYS = ("max_length", "max_prompt_length", "truncation")
 _ENCODING_KEYS = (
     *_LENGTH_KEYS,
@@ -123,6 +125,7 @@ def prepare_dataset(
                 closing(_encoded(source, encode, show, chunk_records)) as chunks,
             ):
                 write_source(wanted, chunks)
+        ensure_order(wanted, None if processor is None else processor.placeholder_id)
         encoded.append(wanted)
     return tuple(encoded)
 
@@ -214,6 +217,10 @@ def _columns(record: EncodedRecord) -> dict[str, Any]:
         "scores": record.scores,
         "numbers": record.numbers,
         "truncated": example.truncated,
+        "begins": [
+            max((common_tokens(ids[:-1], before[:-1]) for before in example.responses[:place]), default=0)
+            for place, ids in enumerate(example.responses)
+        ],
         "trained_tokens": [int(mask.sum()) for mask in example.masks],
         "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in example.masks if not m.all())]),
         "examples": record.ranks,

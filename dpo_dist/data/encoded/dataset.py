@@ -1,6 +1,6 @@
 """Encoded dataset of a run: the examples of all its sources, memory-mapped by all ranks.
 
-Token ids and masks stay on disk. The other columns are loaded, about 140 bytes a pair.
+Token ids and masks stay on disk. The other columns are loaded, about 170 bytes a pair.
 """
 
 import itertools
@@ -24,6 +24,7 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.config.user_code import accepts_facts
 from dpo_dist.data.counts import check_counts, check_split
 from dpo_dist.data.encoded.images import PromptImages, prompt_images
+from dpo_dist.data.encoded.order import joined_prefixes
 from dpo_dist.data.encoded.store import (
     Array,
     EncodedSource,
@@ -68,6 +69,7 @@ class PreferenceDataset:
     mask_starts: Array  # int64 [responses], offset in `trained` of the mask of a response that has one
     trained_tokens: Array  # int32 [responses], tokens that the loss counts; fewer than all: it has a mask
     truncated: Array  # bool [responses], whether the end of a response was cut, with its end of turn
+    begins: Array  # int32 [responses], leading tokens that an earlier one of the record has; 0: not known
     prompt_hashes: Array  # uint64 [examples], `records.prompt_hash` of each record
     origins: Array  # int64 [examples, 2], index in `source_paths`, and line
     encoded: tuple[EncodedSource, ...] = ()  # the sources on disk
@@ -173,15 +175,26 @@ class PreferenceDataset:
         response_tokens = self.piece_tokens[pieces].astype(np.int64)
         targets = self.trained_tokens[response_indices].astype(np.int64) if masked else response_tokens
         image_tokens = None if self.images is None else self.images.prompt_tokens[indices]
-        sizes = example_sizes(prompt_tokens, response_tokens, targets, counts, costs, image_tokens)
-        if self.prefixes is None or not costs.prefixes or sizes.rows is not None:
+        is_whole = np.repeat(counts == self.response_counts(indices), counts)
+        begins = np.where(is_whole, self.begins[response_indices], 0)
+        sizes = example_sizes(prompt_tokens, response_tokens, targets, counts, begins, costs, image_tokens)
+        if self.prefixes is None or not costs.shares_prefixes or sizes.rows is not None:
             return sizes
-        prefixes = self.prefixes.select(indices)
-        # Another first response than that of the record shares the prompt at most.
-        firsts = response_indices[np.cumsum(counts) - counts] + indices + 1
-        is_other = self.piece_starts[firsts] != self.piece_starts[self.first_pieces[indices]] + prompt_tokens
-        rows = np.where(is_other, np.minimum(prefixes.rows, prompt_tokens), prefixes.rows)
-        return replace(sizes, prefixes=replace(prefixes, rows=rows))
+        rows = self.first_rows(indices, response_indices, counts)
+        return replace(sizes, prefixes=replace(self.prefixes.select(indices), rows=rows))
+
+    def first_rows(self, indices: Indices, response_indices: Indices, counts: Indices) -> Indices:
+        """Return how much of its record's first row each example has with these responses, `Prefixes.rows`.
+
+        Without the record's first response, which is behind the prompt in `ids`, this is the prompt.
+        """
+        pieces, prompts = response_indices + np.repeat(indices, counts) + 1, self.first_pieces[indices]
+        ends = self.piece_starts[prompts] + self.piece_tokens[prompts]
+        is_first = self.piece_starts[pieces] == np.repeat(ends, counts)
+        own = np.add.reduceat(
+            np.where(is_first, self.piece_tokens[pieces] - 1, 0), np.cumsum(counts) - counts
+        )
+        return self.piece_tokens[prompts].astype(np.int64) + own
 
     def response_range(self, index: int) -> range:
         """Return the response indices of one example."""
@@ -279,7 +292,7 @@ def open_dataset(
     identity: list[Any] = [(source.fingerprint, source.limit) for source in sources]
     if images is not None:  # the content of their files is not in the fingerprint of a source
         identity.append(images.fingerprint)
-    return PreferenceDataset(
+    dataset = PreferenceDataset(
         fingerprint=text_digest(json.dumps(identity)),
         counts=counts.as_dict() | {"sources": by_source},
         source_pairs=tuple(source_counts["pairs"] for source_counts in by_source),
@@ -288,6 +301,10 @@ def open_dataset(
         images=images,
         **dataset_columns(every),
     )
+    indices = np.arange(len(dataset), dtype=np.int64)
+    responses, responses_of = dataset.response_indices(indices), dataset.response_counts(indices)
+    rows = dataset.first_rows(indices, responses, responses_of)
+    return replace(dataset, prefixes=joined_prefixes(tables, rows))
 
 
 def count_duplicates(dataset: PreferenceDataset) -> int:

@@ -55,6 +55,7 @@ def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceData
         mask_starts=beside(dataset.mask_starts, dataset.mask_starts[partner]),
         trained_tokens=beside(dataset.trained_tokens, trained.astype(dataset.trained_tokens.dtype)),
         truncated=beside(dataset.truncated, dataset.truncated[partner] | is_cut),
+        begins=np.zeros_like(tokens).ravel(),
     )
     partner_keys = response_keys(extended.example(index, [1]) for index in range(len(dataset)))
     return replace(extended, keys=beside(dataset.keys, partner_keys))

@@ -1,6 +1,6 @@
 """Encoded sources on disk: an Arrow file with a row per record, and a digest; written once, then mapped.
 
-The distinct images of a source are in a second such file.
+The distinct images of a source are in a second such file, the order of its records by token ids in a third.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
+from dpo_dist.data.encoded.order import ORDER_SCHEMA, order_by_ids
 from dpo_dist.data.images import ExpandedImage
 from dpo_dist.data.read.images import image_state
 from dpo_dist.data.read.sources import root_of
@@ -42,6 +43,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 _BATCH_BYTES = 2**24
 _DIGEST_BYTES = 16  # of the blake2b digest behind the Arrow file
+_DIGEST, _OF = b"digest", b"records"  # metadata: the digest of the file, and that of the records in the order
 
 ROW_SCHEMA = pa.schema(
     {
@@ -61,6 +63,8 @@ ROW_SCHEMA = pa.schema(
         # A value for each of `NUMBERS`; empty if no number has an effect.
         "numbers": pa.list_(pa.float64()),
         "truncated": pa.list_(pa.bool_()),
+        # For each response, the most leading tokens that an earlier one also has, neither with its last.
+        "begins": pa.list_(pa.int32()),
         "trained_tokens": pa.list_(pa.int32()),
         # Masks of the responses of which the loss counts only some tokens.
         "trained": pa.list_(pa.bool_()),
@@ -103,6 +107,11 @@ class EncodedSource:
         """The file with the distinct images of the records, if they have any."""
         return self.file.with_name(f"{self.file.stem}-images.arrow")
 
+    @property
+    def order_file(self) -> Path:
+        """The file with the order of the records by their token ids."""
+        return self.file.with_name(f"{self.file.stem}-order.arrow")
+
     def table(self) -> pa.Table | None:
         """Map the records; None if there is no file, or it or that of the images is damaged."""
         table = self._mapped(self.file)
@@ -111,6 +120,11 @@ class EncodedSource:
     def images(self) -> pa.Table | None:
         """Map the images; None if there is no file, or it is damaged."""
         return self._mapped(self.image_file)
+
+    def order(self, records: pa.Table) -> pa.Table | None:
+        """Map the order of these records; None if there is no file, it is damaged, or of other records."""
+        table = self._mapped(self.order_file)
+        return table if table is not None and table.schema.metadata[_OF] == _digest(records) else None
 
     def _mapped(self, file: Path) -> pa.Table | None:
         """Map a file. It is read for its digest once, and again only if its `file_identity` has changed."""
@@ -123,7 +137,8 @@ class EncodedSource:
                 if hashlib.blake2b(records, digest_size=_DIGEST_BYTES).hexdigest() != digest:
                     return None
                 remember(memo, identity, digest)
-            return pa.ipc.open_file(records).read_all()
+            table = pa.ipc.open_file(records).read_all()
+            return table.replace_schema_metadata({**(table.schema.metadata or {}), _DIGEST: digest})
         except (OSError, pa.ArrowInvalid):
             return None
 
@@ -148,12 +163,31 @@ def write_source(source: EncodedSource, chunks: Iterable[EncodedChunk]) -> None:
     final, root = source.file, root_of(source.path).expanduser()
     if final.exists():
         log.warning("%s is damaged, or images have changed: it is encoded again", final)
+    with _staged(final, ROW_SCHEMA) as writer, ExitStack() as stack:
+        for batch in _large(_without_images(chunks, source.image_file, stack)):
+            names = batch["file"].to_pylist()
+            files = [os.path.relpath(Path(name).expanduser(), root) for name in names]
+            writer.write_batch(batch.set_column(0, "file", pa.array(files, pa.string())))
+
+
+def ensure_order(source: EncodedSource, placeholder_id: int | None) -> None:
+    """Write the order of an encoded source's records, unless it is there; see `order_by_ids`."""
+    records = _records(source)
+    if source.order(records) is None:
+        with _staged(source.order_file, ORDER_SCHEMA.with_metadata({_OF: _digest(records)})) as writer:
+            writer.write_batch(order_by_ids(records, source.images(), placeholder_id))
+
+
+@contextmanager
+def _staged(final: Path, schema: pa.Schema) -> Iterator[Any]:
+    """Yield a writer of batches; what it wrote becomes the file `final`, with a digest behind it."""
     try:
-        with _staged(final, ROW_SCHEMA) as writer, ExitStack() as stack:
-            for batch in _large(_without_images(chunks, source.image_file, stack)):
-                names = batch["file"].to_pylist()
-                files = [os.path.relpath(Path(name).expanduser(), root) for name in names]
-                writer.write_batch(batch.set_column(0, "file", pa.array(files, pa.string())))
+        with staged_file(final) as staged:
+            with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+                yield writer
+            digest = content_digest([staged])
+            with staged.open("ab") as end:
+                end.write(bytes.fromhex(digest))
     except OSError as error:  # the error of a full disk has no file name
         raise ConfigError(
             "the encoded data cannot be written",
@@ -161,17 +195,6 @@ def write_source(source: EncodedSource, chunks: Iterable[EncodedChunk]) -> None:
             got=f"{final}: {error}",
             remedy="free disk space, or set data.cache to a folder on another disk",
         ) from error
-
-
-@contextmanager
-def _staged(final: Path, schema: pa.Schema) -> Iterator[Any]:
-    """Yield a writer of batches; what it wrote becomes the file `final`, with a digest behind it."""
-    with staged_file(final) as staged:
-        with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-            yield writer
-        digest = content_digest([staged])
-        with staged.open("ab") as end:
-            end.write(bytes.fromhex(digest))
 
 
 def _without_images(
@@ -201,19 +224,43 @@ def _large(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def read_source(source: EncodedSource) -> pa.Table:
-    """Map the records of an encoded source, with the names of their files. Raises DataError: damaged."""
-    table = source.table()
-    if table is None:
-        raise DataError(
-            "the encoded data are damaged",
-            where=f"data.cache: {source.file}",
-            remedy="start again: damaged data are encoded again",
-        )
+    """Map the records of an encoded source, with the names of their files, and the columns of their order.
+
+    Raises DataError: damaged.
+    """
+    table = _records(source)
+    order = source.order(table)
+    if order is None:
+        raise _damaged(source)
     files = table["file"].dictionary_encode().combine_chunks()
     root = root_of(source.path)
     names = [source.path if name == "." else str(root / name) for name in files.dictionary.to_pylist()]
     shown = pa.DictionaryArray.from_arrays(files.indices, pa.array(names, pa.string()))
-    return table.set_column(0, "file", shown)
+    table = table.set_column(0, "file", shown)
+    for name in ORDER_SCHEMA.names:
+        table = table.append_column(name, order[name])
+    return table
+
+
+def _records(source: EncodedSource) -> pa.Table:
+    table = source.table()
+    if table is None:
+        raise _damaged(source)
+    return table
+
+
+def _damaged(source: EncodedSource) -> DataError:
+    return DataError(
+        "the encoded data are damaged",
+        where=f"data.cache: {source.file}",
+        remedy="start again: damaged data are encoded again",
+    )
+
+
+def _digest(table: pa.Table) -> bytes:
+    """Return the digest of the file from which a table is mapped."""
+    digest: bytes = table.schema.metadata[_DIGEST]
+    return digest
 
 
 def read_counts(table: pa.Table) -> DataCounts:
@@ -255,14 +302,18 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
     record = np.repeat(np.arange(len(table)), examples_of)
     # The index of each response of an example among all pieces, and among all responses.
     first_piece = np.cumsum(pieces_of) - pieces_of
-    piece = np.repeat(first_piece[record], responses_of) + 1 + pc.list_flatten(examples).to_numpy()
+    numbers = pc.list_flatten(examples).to_numpy()
+    piece = np.repeat(first_piece[record], responses_of) + 1 + numbers
     is_response = np.ones(len(tokens), dtype=np.bool_)
     is_response[first_piece[pieces_of > 0]] = False
     response = (np.cumsum(is_response) - 1)[piece]
     response_tokens = tokens[is_response]
     masked = np.where(trained_tokens < response_tokens, response_tokens, 0)
     # The prompt of an example is before its first response.
-    pieces = np.insert(piece, np.cumsum(responses_of) - responses_of, first_piece[record])
+    starts = np.cumsum(responses_of) - responses_of
+    pieces = np.insert(piece, starts, first_piece[record])
+    # An example that lacks one of the record's responses may lack the one that begins like another.
+    is_known = np.maximum.reduceat(numbers, starts) < responses_of
     files = table["file"].combine_chunks().dictionary_encode()
     origins = np.stack([files.indices.to_numpy(), table["line"].to_numpy()], axis=1)
     return {
@@ -279,6 +330,7 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
         "mask_starts": (np.cumsum(masked, dtype=np.int64) - masked)[response],
         "trained_tokens": trained_tokens[response],
         "truncated": flat("truncated")[response],
+        "begins": np.where(np.repeat(is_known, responses_of), flat("begins")[response], np.int32(0)),
         "prompt_hashes": table["prompt"].to_numpy()[record],
         "origins": origins[record],
     }
