@@ -96,7 +96,9 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
         findings = [*store_findings, *findings]
         for source, datasets in zip(diagnosis.sources, prepared.datasets, strict=True):
             if datasets and source["prefix"] is not None:
-                source["prefix"] |= _tree_shares(datasets[0])
+                tree_share = saved_by_tree(datasets[0], TREE_EXAMPLES)
+                in_order = saved_by_tree(datasets[0], TREE_EXAMPLES, in_order=True)
+                source["prefix"] |= {"tree_share": tree_share, "tree_share_in_order": in_order}
         if _REFUSING_RULES.isdisjoint(finding.rule for finding in findings):
             findings = [*map(_refusal_finding, prepared.refusals), *findings]
         diagnosis = replace(diagnosis, model=prepared.files, store=store)
@@ -159,15 +161,6 @@ def _label_balance(
             remedy = f"set {balancing_weight(good, bad, *present)}"
         for finding in DOCTOR_RULES["label_balance"].count(*numbers, None, detail=most):
             yield replace(finding, remedy=remedy)
-
-
-def _tree_shares(dataset: PreferenceDataset) -> dict[str, float | None]:
-    """Return the shares of the tokens with shared prompts that prefix trees save, for doctor.json."""
-    is_ordered = dataset.prefixes is not None
-    return {
-        "tree_share": saved_by_tree(dataset, TREE_EXAMPLES),
-        "tree_share_in_order": saved_by_tree(dataset, TREE_EXAMPLES, in_order=True) if is_ordered else None,
-    }
 
 
 def _refusal_finding(error: DpoDistError) -> Finding:

@@ -90,11 +90,11 @@ def store_sentence(use: Mapping[str, Any]) -> str:
 
 def tree_sentence(prefix: Mapping[str, Any] | None) -> str:
     """Return in one line what prefix trees save of a source's tokens; empty if it is little."""
-    at_random, in_order = ((prefix or {}).get(name) or 0.0 for name in ("tree_share", "tree_share_in_order"))
+    at_random, in_order = ((prefix or {}).get(name, 0.0) for name in ("tree_share", "tree_share_in_order"))
     if max(at_random, in_order) < _LEAST_SAVED:
         return ""
-    ordered = f", and {percent(in_order)} in the order in which the reference is scored" if in_order else ""
-    return f"a prefix tree over {TREE_EXAMPLES} examples saves {percent(at_random)} of its tokens{ordered}"
+    of_batch = f"a prefix tree over {TREE_EXAMPLES} examples saves {percent(at_random)} of their tokens"
+    return f"{of_batch}, and {percent(in_order)} in the order in which the reference is scored"
 
 
 def counts_by_level(findings: Sequence[Finding]) -> list[tuple[str, str]]:

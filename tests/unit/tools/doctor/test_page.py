@@ -53,8 +53,8 @@ def test_json_is_complete_and_has_no_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("random", "in_order", "words"),
     [
-        (0.31, 0.62, "31 % of its tokens, and 62 % in the order in which the reference is scored"),
-        (0.31, None, "31 % of its tokens"),
+        (0.31, 0.62, "31 % of their tokens, and 62 % in the order in which the reference is scored"),
+        (0.0, 0.2, "0 % of their tokens, and 20 % in the order in which the reference is scored"),
         (0.009, 0.009, ""),
         (None, None, ""),  # not encoded
     ],
