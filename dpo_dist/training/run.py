@@ -333,9 +333,9 @@ def describe_prefixes(
     run: Run, dataset: PreferenceDataset, sampler: BatchSampler, costs: ComputeCosts
 ) -> str | None:
     """Return what shared prefixes save in some steps of the first epoch; None if it is little."""
-    if costs.arrangement is not Arrangement.packed or not costs.prefixes:
+    if not costs.shares_prefixes:
         return None
-    steps = min(sampler.steps, max(1, sampler.pairs_per_epoch // sampler.global_batch_pairs))
+    steps = min(sampler.steps, math.ceil(sampler.pairs_per_epoch / sampler.global_batch_pairs))
     some = range(0, steps, math.ceil(steps / _PLANNED_STEPS))
     batches = [run.shard(dataset, sampler.indices(step), costs) for step in some]
     batches += [batch.partners for batch in batches if batch.partners is not None]

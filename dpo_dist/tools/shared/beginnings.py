@@ -8,7 +8,7 @@ from dpo_dist.batching.prefixes import Row
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 
 _BATCHES = 32
-_TOKENS_ONLY = ComputeCosts(key=0.0, target=0.0, prefixes=True)  # a gather, and fewer pairs in attention
+_TOKENS_ONLY = ComputeCosts(key=0.0, target=0.0, prefixes=True)
 
 
 def saved_by_tree(dataset: PreferenceDataset, examples: int, *, in_order: bool = False) -> float:
@@ -24,10 +24,10 @@ def saved_by_tree(dataset: PreferenceDataset, examples: int, *, in_order: bool =
     starts = np.arange(0, len(order), examples)
     plain = computed = 0
     for start in starts[:: -(-len(starts) // _BATCHES)]:
-        rows, prompts = list[Row](), list[int]()
+        rows, layout = list[Row](), list[tuple[int, ...]]()
         for example in map(dataset.example, order[start : start + examples]):
             rows += example.rows
-            prompts += [0, *[len(example.prompt_ids)] * (len(example.responses) - 1)]
-        plain += sum(map(len, rows)) - sum(prompts)
-        computed += sum(segment.own for segment in prefix_tree(rows, prompts, _TOKENS_ONLY))
+            layout.append((len(example.prompt_ids), *(len(ids) - 1 for ids in example.responses)))
+        plain += sum(map(sum, layout))
+        computed += sum(segment.own for segment in prefix_tree(rows, layout, _TOKENS_ONLY))
     return 1 - computed / plain if plain else 0.0
