@@ -1,6 +1,6 @@
 """Sizes of examples, and what they cost a model to compute."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -68,8 +68,9 @@ class ExampleSizes:
     attended: Counts  # query-key pairs of attention in a layer in which tokens see all earlier ones
     costs: Costs  # compute time in units of `ComputeCosts`
     rows: Counts | None = None  # responses in padded rows; None: nothing is padded
-    longest: Counts | None = None  # tokens of the longest of these rows; None: nothing is padded
+    longest: Counts | None = None  # tokens of the longest row, a prompt with a response
     image_tokens: Counts | None = None  # placeholders of images in the prompts; None: there are no images
+    responses: Counts | None = None  # their number
     prefixes: Prefixes | None = None  # None: examples share nothing
 
     def select(self, indices: Counts) -> "ExampleSizes":
@@ -113,10 +114,18 @@ def example_sizes(
     if image_tokens is not None:
         compute = compute + costs.image * image_tokens
     unshared_tokens = np.add.reduceat(rows, firsts)
-    sizes = ExampleSizes(tokens, unshared_tokens, targets, attended, compute, image_tokens=image_tokens)
-    if costs.arrangement is not Arrangement.padded and not costs.pads:
-        return sizes
-    return replace(sizes, rows=counts, longest=np.maximum.reduceat(rows, firsts))
+    pads = costs.arrangement is Arrangement.padded or costs.pads
+    return ExampleSizes(
+        tokens,
+        unshared_tokens,
+        targets,
+        attended,
+        compute,
+        rows=counts if pads else None,
+        longest=np.maximum.reduceat(rows, firsts),
+        image_tokens=image_tokens,
+        responses=counts,
+    )
 
 
 def causal_pairs(tokens: Counts) -> Counts:
