@@ -336,10 +336,14 @@ def describe_prefixes(
     if not costs.shares_prefixes:
         return None
     steps = min(sampler.steps, math.ceil(sampler.pairs_per_epoch / sampler.global_batch_pairs))
-    some = range(0, steps, math.ceil(steps / _PLANNED_STEPS))
-    batches = [run.shard(dataset, sampler.indices(step), costs) for step in some]
-    batches += [batch.partners for batch in batches if batch.partners is not None]
-    saved = 1 - sum(batch.tokens for batch in batches) / sum(batch.prompt_shared_tokens for batch in batches)
+    some = [sampler.indices(step) for step in range(0, steps, math.ceil(steps / _PLANNED_STEPS))]
+
+    def tokens(costs: ComputeCosts) -> int:
+        batches = [run.shard(dataset, indices, costs) for indices in some]
+        partners = sum(batch.partners.tokens for batch in batches if batch.partners is not None)
+        return sum(batch.tokens for batch in batches) + partners
+
+    saved = 1 - tokens(costs) / tokens(replace(costs, prefixes=False))
     if saved < _LEAST_SAVED:
         return None
     return f"prefixes: {percent(saved)} fewer tokens than with shared prompts"
