@@ -333,8 +333,6 @@ def describe_prefixes(
     run: Run, dataset: PreferenceDataset, sampler: BatchSampler, costs: ComputeCosts
 ) -> str | None:
     """Return what shared prefixes save in some steps of the first epoch; None if it is little."""
-    if not costs.shares_prefixes:
-        return None
     steps = min(sampler.steps, math.ceil(sampler.pairs_per_epoch / sampler.global_batch_pairs))
     some = [sampler.indices(step) for step in range(0, steps, math.ceil(steps / _PLANNED_STEPS))]
 

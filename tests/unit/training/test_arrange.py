@@ -54,7 +54,7 @@ def test_a_live_reference_in_padded_rows_stays_in_the_budget(reference: Referenc
 
 def alike(of_system: int, of_responses: int) -> list[Example]:
     """Eight pairs of 100 computed tokens with shared prompts; their first tokens as all, or as both sides."""
-    pairs = random_pairs([(40, 31, 31)] * 8)
+    pairs = random_pairs([(40, 21, 41)] * 8)
     system = pairs[0].prompt_ids[:of_system]
     return [
         Example(
@@ -75,7 +75,8 @@ def alike(of_system: int, of_responses: int) -> list[Example]:
         ((20, 0), LossConfig(), 100, None),  # a pair in each
         ((0, 20), LossConfig(), 1000, 20),  # in each pair
         ((20, 20), LossConfig(), 1000, 35),
-        ((20, 0), LossConfig(LossKind.sft), 1000, 21),  # 60 of 280 tokens
+        ((20, 0), LossConfig(LossKind.sft), 1000, 25),  # of 240
+        ((20, 0), LossConfig(LossKind.kto), 1000, 21),  # and with the partners, of 320
     ],
 )
 def test_the_header_says_how_many_tokens_less_the_planned_steps_have(
