@@ -46,6 +46,7 @@ from dpo_dist.training.reference import (
     Reference,
     check_drift,
     describe_drift,
+    describe_saving,
     prepare_reference,
     reference_without_store,
 )
@@ -70,8 +71,7 @@ from dpo_dist.training.steps.schedule import check_warmup
 from dpo_dist.training.steps.state import Position
 from dpo_dist.training.steps.step import Objective
 
-# Planned to say what shared prefixes save; less than this share is not said.
-_PLANNED_STEPS, _LEAST_SAVED = 8, 0.01
+_PLANNED_STEPS = 8  # at most, to say what shared prefixes save
 
 
 def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Reporting) -> int:
@@ -341,10 +341,8 @@ def describe_prefixes(
         partners = sum(batch.partners.tokens for batch in batches if batch.partners is not None)
         return sum(batch.tokens for batch in batches) + partners
 
-    saved = 1 - tokens(costs) / tokens(replace(costs, prefixes=False))
-    if saved < _LEAST_SAVED:
-        return None
-    return f"prefixes: {percent(saved)} fewer tokens than with shared prompts"
+    saved = describe_saving(tokens(costs), tokens(replace(costs, prefixes=False)))
+    return f"prefixes: {saved}" if saved else None
 
 
 def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[SlicedWeights]) -> Position:
