@@ -18,7 +18,7 @@ from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.signals import StopRequest
-from dpo_dist.foundation.text import duration, pluralize
+from dpo_dist.foundation.text import duration, percent, pluralize
 from dpo_dist.model.attention.kernels import choose_backend
 from dpo_dist.model.files.load import check_same_vocabulary, load_config
 from dpo_dist.model.flops import compute_costs
@@ -32,7 +32,7 @@ from dpo_dist.training.start.inputs import EvaluationInputs, load_inputs
 from dpo_dist.training.start.open_run import Run, open_run, say_header
 from dpo_dist.training.steps.step import Objective
 
-_CHECKED_PAIRS = 16
+_CHECKED_PAIRS, _LEAST_SAVED = 16, 0.01
 # Largest accepted difference of stored and new log-probs, in nats, in the mean of a response's tokens.
 _TOLERANCE = {Dtype.fp32: 1e-4, Dtype.fp16: 2e-2, Dtype.bf16: 5e-2}
 
@@ -218,10 +218,20 @@ def _fill(run: Run, inputs: EvaluationInputs, filler: StoreFiller) -> FillReport
             filled += filler.fill(dataset, indices, progress)
     took = f", in {duration(filled.seconds)}" if filled.computed else ""
     run.say(f"reference: {pluralize(filled.computed, 'log-prob')} computed, {filled.hits:,} reused{took}")
+    if filler.costs.shares_prefixes and (
+        saved := describe_saving(filler.tokens, filler.prompt_shared_tokens)
+    ):
+        run.say(f"reference: {saved}")
     store = run.config.reference.store
     for name in sorted(filled.damaged):
         run.say(f"warning: the reference store has a damaged file, which is ignored: {store}/{name}")
     return filled
+
+
+def describe_saving(tokens: int, prompt_shared_tokens: int) -> str | None:
+    """Return how many tokens fewer shared prefixes let a model compute; None if it is little."""
+    saved = 1 - tokens / prompt_shared_tokens if prompt_shared_tokens else 0.0
+    return f"{percent(saved)} fewer tokens than with shared prompts" if saved >= _LEAST_SAVED else None
 
 
 def precompute(config: RunConfig, console: Console, stop: StopRequest) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 
 from dpo_dist.batching.costs import Arrangement, ComputeCosts
+from dpo_dist.batching.sampler import BatchSampler
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AttentionBackend, ReferenceMode, Resume, RunConfig
+from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint.saver import (
     Checkpoint,
     CheckpointSaver,
@@ -43,6 +46,7 @@ from dpo_dist.training.reference import (
     Reference,
     check_drift,
     describe_drift,
+    describe_saving,
     prepare_reference,
     reference_without_store,
 )
@@ -66,6 +70,8 @@ from dpo_dist.training.steps.loop import Loop
 from dpo_dist.training.steps.schedule import check_warmup
 from dpo_dist.training.steps.state import Position
 from dpo_dist.training.steps.step import Objective
+
+_PLANNED_STEPS = 8  # at most, to say what shared prefixes save
 
 
 def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Reporting) -> int:
@@ -190,6 +196,8 @@ def _set_up(
         samples = reporting.prepare_samples(run, inputs, state.step)
     reference, policy = _load_models(run, inputs, engines, step0_follows=checkpoint is None)
     costs = balance_costs(run, inputs, policy, reference)
+    if run.world.is_main and (saved := describe_prefixes(run, inputs.train_set, inputs.sampler, costs)):
+        run.say(saved)
     run.stops.check()
     custom = custom_metrics(config.metrics.function, config.loss, world.device)
     objective = Objective(config.loss, reference.provider, inputs.router, custom)
@@ -319,6 +327,22 @@ def balance_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Ref
     costs = compute_costs(inputs.flops, prefixes=run.config.trainer.prefix_tree)
     is_masked = policy.model.backend is AttentionBackend.sdpa
     return replace(costs, arrangement=arrangement, pads=pads, is_masked=is_masked)
+
+
+def describe_prefixes(
+    run: Run, dataset: PreferenceDataset, sampler: BatchSampler, costs: ComputeCosts
+) -> str | None:
+    """Return what shared prefixes save in some steps of the first epoch; None if it is little."""
+    steps = min(sampler.steps, math.ceil(sampler.pairs_per_epoch / sampler.global_batch_pairs))
+    some = [sampler.indices(step) for step in range(0, steps, math.ceil(steps / _PLANNED_STEPS))]
+
+    def tokens(costs: ComputeCosts) -> int:
+        batches = [run.shard(dataset, indices, costs) for indices in some]
+        partners = sum(batch.partners.tokens for batch in batches if batch.partners is not None)
+        return sum(batch.tokens for batch in batches) + partners
+
+    saved = describe_saving(tokens(costs), tokens(replace(costs, prefixes=False)))
+    return f"prefixes: {saved}" if saved else None
 
 
 def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[SlicedWeights]) -> Position:

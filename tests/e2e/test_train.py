@@ -17,6 +17,7 @@ from dpo_dist.training.clock import PHASES
 from dpo_dist.training.reporting.trackers import wandb_names
 from scripts.wandb_dashboard import SECTIONS
 from tests.e2e.conftest import Overrides, assert_last_log_probs, small_run
+from tests.support.doctor_data import agent_records, write
 from tests.support.launch import ROOT, history, run_verb, summary, train
 from tests.support.tiny_model import write_model
 from tests.support.wandb_file import history_rows, media_rows
@@ -56,6 +57,7 @@ def test_a_run_writes_all_files_of_the_contract(trained: Trained) -> None:
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
     assert {path.name for path in (run / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
     assert "FutureWarning" not in screen
+    assert "prefixes:" not in screen, "the pairs begin differently"
     optional = {"", "encoding the eval data:"}  # another test may have encoded them
     page = (ROOT / "docs/watching.md").read_text()
     shown = page.partition("### A run without a terminal")[2].partition("### JSON objects")[0]
@@ -140,6 +142,23 @@ def test_the_log_begins_with_the_values_before_the_first_step(
     if is_known:
         assert (start["eval_rewards/margins"], start["eval_rewards/accuracies"]) == (0.0, 0.5)
         assert start["eval_loss"] == pytest.approx(math.log(2))
+
+
+def test_a_run_says_what_shared_prefixes_save(overrides: Overrides, tmp_path: Path) -> None:
+    """Of all its steps if they are few: as its rows count the tokens with and without."""
+    agents = write(tmp_path / "agents.jsonl", agent_records(23))
+    words = overrides(f"data.train=[{agents}]", "trainer.log_every=1", "trainer.micro_batch_tokens=2000")
+    screens, tokens = [], []
+    for name in ("true", "false"):
+        run = tmp_path / name
+        own = [f"trainer.prefix_tree={name}", f"run.dir={run}", f"reference.store={run}/store"]
+        screens.append(train([*words, *own], processes=2).output)
+        tokens.append(sum(row["tokens"] for row in history(run) if "tokens" in row))
+    [share] = re.findall(r"prefixes: (\d+) % fewer tokens than with shared prompts\n", screens[0])
+    assert int(share) == round(100 * (1 - tokens[0] / tokens[1])) > 30
+    [scored] = re.findall(r"reference: (\d+) % fewer tokens than with shared prompts\n", screens[0])
+    assert int(share) < int(scored) < 90, "its micro-batches are larger"
+    assert "fewer tokens" not in screens[1]
 
 
 def test_reference_log_probs_are_computed_once(overrides: Overrides, assets: Path, tmp_path: Path) -> None:

@@ -47,6 +47,17 @@ def as_messages(pair: Pair) -> Pair:
     return {"prompt": [user(pair["prompt"])], **sides}
 
 
+def agent_records(count: int, kinds: int = 1) -> list[Pair]:
+    """Return conversations with one of so many long system messages, in turn."""
+    systems = [
+        {"role": "system", "content": _text(random.Random(-1 - kind), 150, 150)} for kind in range(kinds)
+    ]
+    records = list(map(as_messages, clean_pairs(count)))
+    return [
+        {**record, "prompt": [systems[at % kinds], *record["prompt"]]} for at, record in enumerate(records)
+    ]
+
+
 def write(file: Path, records: Iterable[Mapping[str, Any]]) -> str:
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(file)
@@ -112,7 +123,8 @@ def diagnosis(text: str) -> Diagnosis:
         "dropped": {"empty_response": {"count": 2, "examples": [f"{text}:1", f"{text}:2"]}},
         "changed": {"prompt_truncated": 3},
         "sides": dict.fromkeys(("prompt", "chosen", "rejected"), SIDE),
-        "prefix": {"tokens": 100, "unique_tokens": 60, "share": 0.4, "expected_gain": 1.67},
+        "prefix": {"tokens": 100, "unique_tokens": 60, "share": 0.4, "expected_gain": 1.67}
+        | {"tree_share": 0.31, "tree_share_in_order": 0.62},
         **{"shares": {"refusal_chosen": 0.5}, "languages": {"en": 0.9, "fr": 0.1}},
         **{"margins": {"prefers_chosen": 0.75}, "leaks": [test]},
     }

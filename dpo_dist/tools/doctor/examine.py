@@ -47,12 +47,15 @@ from dpo_dist.tools.doctor.measures.sources import ExaminedSource
 from dpo_dist.tools.doctor.measures.texts import Benchmark
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.doctor.shown_pairs import ShownPair, show_pairs
+from dpo_dist.tools.shared.beginnings import saved_by_tree
 from dpo_dist.tools.shared.findings import Finding, Level, most_serious_first
 
 ProgressOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 """Makes from a title and a unit a context that yields a progress function, as `Console.progress` does."""
 
 SHOWN_PAIRS = 4  # of each source, besides examples of findings
+TREE_EXAMPLES = 64
+"""Examples of a batch in which the doctor looks for shared prefixes."""
 # Their findings already say that training would refuse the data.
 _REFUSING_RULES = {"no_records", "too_many_dropped"}
 
@@ -91,6 +94,11 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
             config.model, config.reference, config.loss, diagnosis.sources, prepared.datasets
         )
         findings = [*store_findings, *findings]
+        for source, datasets in zip(diagnosis.sources, prepared.datasets, strict=True):
+            if datasets and source["prefix"] is not None:
+                tree_share = saved_by_tree(datasets[0], TREE_EXAMPLES)
+                in_order = saved_by_tree(datasets[0], TREE_EXAMPLES, in_order=True)
+                source["prefix"] |= {"tree_share": tree_share, "tree_share_in_order": in_order}
         if _REFUSING_RULES.isdisjoint(finding.rule for finding in findings):
             findings = [*map(_refusal_finding, prepared.refusals), *findings]
         diagnosis = replace(diagnosis, model=prepared.files, store=store)

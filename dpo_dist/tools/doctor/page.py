@@ -12,8 +12,8 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.config.verb_sections import DoctorConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import as_yaml, number, pluralize, without_secrets
-from dpo_dist.tools.doctor.examine import Diagnosis
+from dpo_dist.foundation.text import as_yaml, number, percent, pluralize, without_secrets
+from dpo_dist.tools.doctor.examine import TREE_EXAMPLES, Diagnosis
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.shared.findings import Finding, Level
 from dpo_dist.tools.shared.pages.charts import histogram
@@ -26,6 +26,7 @@ FORMAT = 1
 _MOST_ROWS = 12
 _FEWEST_GUESSED = 0.55
 _SHOWN_EXAMPLES = 3
+_LEAST_SAVED = 0.01
 
 
 def write_doctor_report(folder: RunFolder, diagnosis: Diagnosis, exit_code: int) -> None:
@@ -87,6 +88,15 @@ def store_sentence(use: Mapping[str, Any]) -> str:
     return f"reference: {use['stored']:,} of {use['pairs']:,} pairs in the store ({numerics})"
 
 
+def tree_sentence(prefix: Mapping[str, Any] | None) -> str:
+    """Return in one line what prefix trees save of a source's tokens; empty if it is little."""
+    at_random, in_order = ((prefix or {}).get(name, 0.0) for name in ("tree_share", "tree_share_in_order"))
+    if max(at_random, in_order) < _LEAST_SAVED:
+        return ""
+    of_batch = f"a prefix tree over {TREE_EXAMPLES} examples saves {percent(at_random)} of their tokens"
+    return f"{of_batch}, and {percent(in_order)} in the order in which the reference is scored"
+
+
 def counts_by_level(findings: Sequence[Finding]) -> list[tuple[str, str]]:
     """Return each level that has findings, with their number in words, the most serious first."""
     counts = {level: sum(finding.level is level for finding in findings) for level in reversed(Level)}
@@ -118,6 +128,7 @@ def _page_fields(source: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **source,
         "path": without_secrets(source["path"]),
+        "tree": tree_sentence(source["prefix"]),
         "leaks": [test for test in source["leaks"] if test["accuracy"] >= _FEWEST_GUESSED][:_MOST_ROWS],
         "languages": _shares(source["languages"]),
         "shares": _shares(source["shares"]),
@@ -137,6 +148,9 @@ def diagnosis_lines(diagnosis: Diagnosis, folder: RunFolder) -> list[str]:
         lines.append("no model is configured (model.path): texts are examined, tokens are not")
     if diagnosis.store is not None:
         lines.append(store_sentence(diagnosis.store))
+    for source in diagnosis.sources:
+        if sentence := tree_sentence(source["prefix"]):
+            lines.append(f"{source['label']}: records begin alike: {sentence}")
     for finding in diagnosis.findings:
         lines.append(f"{finding.level} {finding.rule} {finding.source or ''}".rstrip())
         lines += [f"  {finding.text}", f"  to do: {finding.remedy}"]

@@ -75,6 +75,7 @@ class Data(NamedTuple):
     tokens: float  # of a pair, with its prompt once
     basis: str  # where both numbers come from
     image_tokens: float = 0.0  # placeholders of images in a prompt
+    saved: float = 0.0  # share of the tokens that shared prefixes of several pairs save
 
     @property
     def targets(self) -> float:
@@ -242,7 +243,8 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     gpus, model, text = machine.gpus, config.model, causal_lm.config.get_text_config()
     prompt, response = PROMPT_SHARE * data.tokens, data.targets / 2
     attended = prompt**2 / 2 + 2 * response * (prompt + response / 2)
-    of_pair = round(data.tokens), round(data.targets), round(attended), round(data.image_tokens)
+    computed = (1 - data.saved) * data.tokens
+    of_pair = round(computed), round(data.targets), round(attended), round(data.image_tokens)
     work = data.pairs * step_flops(causal_lm).step(*of_pair)
     useful, again = work / (gpus * machine.flops), recomputed_share(model)
     useful *= _EXPERTS if visited_experts(text) else 1.0
@@ -257,7 +259,7 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     if without.fits(config.data.max_length, machine.memory):
         tokens = min(tokens, _micro_batch(config.trainer, without, machine))
     # A pair above the budget has a micro-batch of its own.
-    step_tokens = config.trainer.global_batch_pairs * data.tokens / gpus
+    step_tokens = config.trainer.global_batch_pairs * computed / gpus
     times = math.ceil(step_tokens / max(tokens, data.tokens))
     steps, layers = math.ceil(data.pairs / config.trainer.global_batch_pairs), int(text.num_hidden_layers)
     return Estimate(

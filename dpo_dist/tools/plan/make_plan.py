@@ -1,5 +1,6 @@
 """Estimate what a run takes on GPUs that you do not have; suggest the fastest settings that fit."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -11,13 +12,15 @@ import torch
 import yaml
 from transformers import AutoConfig
 
+from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.load import complete_config, load_run_config, to_yaml
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import DataConfig, DataFormat, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.config.verb_sections import PlanConfig
 from dpo_dist.data.read.sources import local_files
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.text import duration, pluralize, size
+from dpo_dist.foundation.text import duration, percent, pluralize, size
+from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.model.files.load import load_config, without_weights
 from dpo_dist.tools.plan.estimate import (
@@ -54,8 +57,11 @@ class Plan(NamedTuple):
 
 def make_plan(config: RunConfig, progress: _Progress) -> Plan:
     """Return the plan for training `config` on the GPUs of `config.plan`; hours only if it fits."""
-    data = planned_data(config.plan, config.data, config.model, config.loss, progress)
     machine, causal_lm = choose_machine(config.plan, config.model.dtype), _without_weights(config.model)
+    is_packed = recorded_arrangement(causal_lm.config.get_text_config().model_type) is Arrangement.packed
+    shares = config.trainer.prefix_tree and is_packed
+    of_gpu = math.ceil(config.trainer.global_batch_pairs / machine.gpus) if shares else None
+    data = planned_data(config.plan, config.data, config.model, config.loss, progress, of_gpu)
     found = estimate(config, data, machine, causal_lm)
     parts, used = found.needs.parts, found.needs.total_bytes(found.micro_batch)
     activations = used - sum(parts.values())
@@ -76,6 +82,7 @@ def make_plan(config: RunConfig, progress: _Progress) -> Plan:
         "host_bytes": found.host,
         "disk_bytes": found.disk,
         "micro_batch_tokens": found.largest,
+        "saved_by_prefixes": data.saved,
         **(found.hours() if found.fits else {}),
     }
     if config.plan.suggest:
@@ -103,11 +110,9 @@ def plan_in_brief(config: RunConfig, tokens: float) -> list[tuple[str, str]]:
 
 
 def _verdict(found: Estimate) -> str:
-    room = f"there is room for micro-batches of {found.largest:,} tokens"
-    if found.largest is None:
-        room = (
-            "the memory that a token takes in this architecture is not known: begin with small micro-batches"
-        )
+    room = "the memory that a token takes in this architecture is not known: begin with small micro-batches"
+    if found.largest is not None:
+        room = f"there is room for micro-batches of {found.largest:,} tokens"
     if found.fits:
         return f"fits: {room}"
     hint = "; `dpo-dist plan plan.suggest=true` looks for settings that fit"
@@ -130,8 +135,9 @@ def _hours(found: Estimate) -> list[str]:
     of_images = f", {data.image_tokens:,.0f} of them of images" if data.image_tokens else ""
     if found.config.model.images is not None and not data.image_tokens:
         of_images = ", without the work of the vision tower, as the images are not known"
+    fewer = f", {percent(data.saved)} of them saved by shared prefixes" if data.saved >= 0.01 else ""
     lines = [
-        f"an epoch of {pairs} of {data.tokens:,.0f} tokens{of_images} ({data.basis}):",
+        f"an epoch of {pairs} of {data.tokens:,.0f} tokens{of_images}{fewer} ({data.basis}):",
         *(f"  {line}" for line in aligned(times, numbers=(1,))),
     ]
     if found.sending > found.computing / MFU_RANGE[0]:
@@ -149,9 +155,17 @@ def _span(fast: float, slow: float) -> str:
 
 
 def planned_data(
-    plan: PlanConfig, data: DataConfig, model: ModelConfig, loss: LossConfig, progress: _Progress
+    plan: PlanConfig,
+    data: DataConfig,
+    model: ModelConfig,
+    loss: LossConfig,
+    progress: _Progress,
+    sharing: int | None = None,
 ) -> Data:
-    """Return an epoch's pairs and tokens: from the keys, from local data, or from the cards of hub data."""
+    """Return an epoch's pairs and tokens: from the keys, from local data, or from the cards of hub data.
+
+    `sharing`: pairs of a step on a GPU, which share prefixes; None: they share none.
+    """
     sources = data.train
     if None not in (plan.pairs, plan.tokens_per_pair):
         return Data(plan.pairs or 0, plan.tokens_per_pair or 0.0, "given")
@@ -165,17 +179,24 @@ def planned_data(
         how = f"{basis}; set plan.pairs and plan.tokens_per_pair"
         return Data(pairs, plan.tokens_per_pair or tokens / whole, how)
     from dpo_dist.tools.doctor.examine import prepare  # noqa: PLC0415  (slow)
+    from dpo_dist.tools.shared.beginnings import saved_by_tree  # noqa: PLC0415
 
     of_sources = zip(
         prepare(data, model, loss, progress).datasets, sources, strict=False
     )  # evaluation data come after these
     used = [(datasets[0], source.weight) for datasets, source in of_sources if datasets]
     pairs = max(1, round(sum(len(dataset) * weight for dataset, weight in used)))
-    tokens = sum(int(dataset.piece_tokens.sum()) * weight for dataset, weight in used) / pairs
+    of_each = [int(dataset.piece_tokens.sum()) * weight / pairs for dataset, weight in used]
+    tokens = sum(of_each)
     images = (
         sum(int(data.images.prompt_tokens.sum()) * weight for data, weight in used if data.images) / pairs
     )
-    return Data(plan.pairs or pairs, plan.tokens_per_pair or tokens, "of data.train", images)
+    saved = 0.0
+    if sharing is not None and plan.tokens_per_pair is None:
+        for (dataset, weight), part in zip(used, of_each, strict=True):
+            together = max(1, round(sharing * len(dataset) * weight / pairs))
+            saved += saved_by_tree(dataset, together) * part / tokens
+    return Data(plan.pairs or pairs, plan.tokens_per_pair or tokens, "of data.train", images, saved)
 
 
 def _by_its_card(source: SourceConfig) -> tuple[float, float] | None:

@@ -20,7 +20,11 @@ from dpo_dist.model.flops import step_flops
 from dpo_dist.tools.plan import __main__ as plan
 from dpo_dist.tools.plan.estimate import Data, Estimate, choose_machine, estimate
 from dpo_dist.tools.plan.make_plan import make_plan, plan_in_brief, planned_data
+from tests.support import tiny
+from tests.support.doctor_data import agent_records, clean_pairs, write
+from tests.support.families import tiny_config
 from tests.support.launch import ROOT
+from tests.support.tiny_model import write_model
 
 SHAPE = {
     **{"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 4, "vocab_size": 32000},
@@ -54,9 +58,14 @@ MODELS: dict[str, Any] = {}
 
 
 def estimated(
-    *words: str, gpus: int = 8, tokens: float = 700.0, kind: str = "llama", **options: Any
+    *words: str,
+    gpus: int = 8,
+    tokens: float = 700.0,
+    saved: float = 0.0,
+    kind: str = "llama",
+    **options: Any,
 ) -> Estimate:
-    config, data = configured(*words), Data(128 * STEPS, tokens, "")
+    config, data = configured(*words), Data(128 * STEPS, tokens, "", saved=saved)
     machine = choose_machine(config.plan, config.model.dtype)._replace(gpus=gpus)
     policy = replace(config.model, gradient_checkpointing="none")
     if (key := repr((policy, kind, options))) not in MODELS:
@@ -142,6 +151,43 @@ def test_samples_gather_once_under_zero3_and_are_little_elsewhere() -> None:
     assert estimated(*samples).sampling == pytest.approx(5 * once), "at the start, and at the end"
     assert estimated(*samples, "samples.prompts=null").sampling == pytest.approx(2 * once)
     assert estimated().sampling == estimated("parallelism=ddp", *samples).sampling == 0
+
+
+def test_tokens_that_prefixes_save_are_not_computed_and_take_their_memory() -> None:
+    plain = estimated("trainer.micro_batch_tokens=4096")
+    alike = estimated("trainer.micro_batch_tokens=4096", saved=0.5)
+    assert (plain.times, alike.times) == (3, 2)
+    assert plain.computing / 2 < alike.computing < 0.7 * plain.computing
+    assert (alike.fits, alike.largest, alike.disk) == (plain.fits, plain.largest, plain.disk)
+    assert alike.needs.total_bytes(4096) == plain.needs.total_bytes(4096)
+
+
+def test_local_data_that_begin_alike_take_less_time(tmp_path: Path) -> None:
+    """As many pairs of a step as a GPU has share what they begin with."""
+    model, agents = write_model(tmp_path / "model"), write(tmp_path / "agents.jsonl", agent_records(64))
+    words = [f"model.path={model}", "model.dtype=fp32", f"data.cache={tmp_path}/encoded"]
+    words += ["plan.gpu=h100-80g", "trainer.global_batch_pairs=32"]
+
+    def saved(*more: str) -> tuple[float, str]:
+        config = load_run_config([*words, f"data.train=[{agents}]", *more])
+        made = make_plan(config, lambda *_: nullcontext(lambda *_: None))
+        [line] = [line for line in made.lines if line.startswith("an epoch of 64 pairs")]
+        return made.content["saved_by_prefixes"], line
+
+    share, line = saved("plan.gpus=1")
+    assert 0.5 < share < 0.9
+    assert f" tokens, {100 * share:.0f} % of them saved by shared prefixes (of data.train):" in line
+    assert 0.5 < saved("plan.gpus=4")[0] < share
+    clean = write(tmp_path / "clean.jsonl", clean_pairs(32))
+    weighed = f"data.train=[{{path: {agents}, weight: 0.5}},{clean}]"
+    assert 0.2 * share < saved("plan.gpus=1", weighed)[0] < share
+    padded = write_model(tmp_path / "padded")
+    tiny_config("gptj", len(tiny.qwen())).save_pretrained(padded)
+    off, given = "trainer.prefix_tree=false", "plan.tokens_per_pair=300"
+    for more in ("plan.gpus=32", off, given, f"model.path={padded}"):
+        nothing, line = saved("plan.gpus=1", more)
+        assert nothing < 0.01, more
+        assert "prefixes" not in line
 
 
 def test_phases_overlap_but_for_ddp_in_bf16_and_the_reference_is_scored_once() -> None:

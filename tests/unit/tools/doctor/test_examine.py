@@ -25,7 +25,17 @@ from dpo_dist.tools.doctor.measures.texts import read_benchmarks
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, RULE_BY_KIND
 from dpo_dist.tools.shared.findings import Level
 from tests.support import tiny
-from tests.support.doctor_data import Pair, alarms, as_messages, clean_pairs, examined, lines, of_rule, write
+from tests.support.doctor_data import (
+    Pair,
+    agent_records,
+    alarms,
+    as_messages,
+    clean_pairs,
+    examined,
+    lines,
+    of_rule,
+    write,
+)
 from tests.support.invented import write_pairs
 from tests.support.records import GOOD, TEXT, assistant, jsonl, user
 from tests.support.sft_adapter import write_sft_adapter
@@ -342,6 +352,27 @@ def test_data_that_loss_or_model_cannot_use_are_refused(tmp_path: Path, model: P
     (small / "config.json").write_text(json.dumps(described | {"vocab_size": 2}))
     [refusal] = prepared(sft, small)[1]
     assert isinstance(refusal, ConfigError)
+
+
+def test_a_source_says_what_a_prefix_tree_saves_of_its_tokens(tmp_path: Path, model: Path) -> None:
+    """At most what a node for each token would save, which shares what is too short to pay."""
+    file = write(tmp_path / "agent.jsonl", agent_records(128, kinds=4))
+    config = run_of(tmp_path, file, write(tmp_path / "clean.jsonl", clean_pairs(70)))
+    config = replace(config, model=replace(config.model, path=str(model)))
+    progress = lambda *_: contextlib.nullcontext(lambda *_: None)  # noqa: E731
+    agent, clean = (source["prefix"] for source in diagnose(config, progress).sources)
+    assert clean["tree_share"] < 0.01
+    [dataset] = prepare(config.data, config.model, config.loss, progress).datasets[0]
+
+    def least(indices: Sequence[int]) -> int:
+        rows = [row.tobytes() for index in indices for row in dataset.example(index).rows]
+        return len({row[:stop] for row in rows for stop in range(4, len(row) + 1, 4)})
+
+    plain = sum(sum(map(len, (e.prompt_ids, *e.responses))) - 2 for e in map(dataset.example, range(128)))
+    assert agent["tree_share"] == pytest.approx(1 - 2 * least(range(64)) / plain, abs=0.05)
+    of_kinds = [kind + 4 * half for kind in (0, 1) for half in range(32)]
+    assert agent["tree_share_in_order"] == pytest.approx(1 - 2 * least(of_kinds) / plain, abs=0.05)
+    assert 0.5 < agent["tree_share"] < agent["tree_share_in_order"] < 1
 
 
 def test_a_missing_benchmark_file_is_found_before_anything_is_encoded(tmp_path: Path) -> None:
