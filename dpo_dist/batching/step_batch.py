@@ -80,8 +80,8 @@ class RankBatch:
     micro_batches: tuple[tuple[int, ...], ...]  # dataset indices of their examples; empty: a dummy
     positions: tuple[tuple[int, ...], ...]  # of these examples in the global batch
     pairs: int  # examples of the global batch, over all ranks, as in the fields below
-    tokens: int
-    prompt_shared_tokens: int  # `tokens` if nothing but prompts were shared
+    tokens: int  # with nothing but prompts shared, whatever the plan
+    computed_tokens: int  # in this plan, in which examples of a micro-batch share prefixes
     unshared_tokens: int  # `tokens` with each prompt once for each of its responses
     targets: int  # completion tokens that the loss counts
     attended: int  # query-key pairs of attention in a layer in which tokens see all earlier ones
@@ -152,8 +152,8 @@ def shard_batch(
         micro_batches=tuple(tuple(int(indices[i]) for i in micro_batch) for micro_batch in positions),
         positions=positions,
         pairs=len(indices),
-        tokens=int((sizes.tokens - shared).sum()),
-        prompt_shared_tokens=int(sizes.tokens.sum()),
+        tokens=int(sizes.prompt_shared_tokens.sum()),
+        computed_tokens=int((sizes.tokens - shared).sum()),
         unshared_tokens=int(sizes.unshared_tokens.sum()),
         targets=int(sizes.targets.sum()),
         attended=int((sizes.attended - causal_pairs(shared)).sum()),

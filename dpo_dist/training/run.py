@@ -13,6 +13,7 @@ import torch
 
 from dpo_dist.batching.costs import Arrangement, ComputeCosts
 from dpo_dist.batching.sampler import BatchSampler
+from dpo_dist.batching.step_batch import RankBatch
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.run_folder import RunFolder
@@ -196,7 +197,8 @@ def _set_up(
         samples = reporting.prepare_samples(run, inputs, state.step)
     reference, policy = _load_models(run, inputs, engines, step0_follows=checkpoint is None)
     costs = balance_costs(run, inputs, policy, reference)
-    if run.world.is_main and (saved := describe_prefixes(run, inputs.train_set, inputs.sampler, costs)):
+    planned = planned_steps(run, inputs.train_set, inputs.sampler, costs)
+    if saved := describe_prefixes(planned):
         run.say(saved)
     run.stops.check()
     custom = custom_metrics(config.metrics.function, config.loss, world.device)
@@ -236,7 +238,7 @@ def _set_up(
     peak = _peak_flops(run)
     if world.device.type == "cuda":
         run.say(
-            _describe_duration(run, inputs, costs, position.step, peak / (1 + recomputed_share(config.model)))
+            _describe_duration(inputs, planned, position.step, peak / (1 + recomputed_share(config.model)))
         )
     loop = Loop(
         run=run,
@@ -329,19 +331,20 @@ def balance_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Ref
     return replace(costs, arrangement=arrangement, pads=pads, is_masked=is_masked)
 
 
-def describe_prefixes(
+def planned_steps(
     run: Run, dataset: PreferenceDataset, sampler: BatchSampler, costs: ComputeCosts
-) -> str | None:
-    """Return what shared prefixes save in some steps of the first epoch; None if it is little."""
+) -> list[RankBatch]:
+    """Return the global batches of a few steps, spread over the first epoch."""
     steps = min(sampler.steps, math.ceil(sampler.pairs_per_epoch / sampler.global_batch_pairs))
-    some = [sampler.indices(step) for step in range(0, steps, math.ceil(steps / _PLANNED_STEPS))]
+    some = range(0, steps, math.ceil(steps / _PLANNED_STEPS))
+    return [run.shard(dataset, sampler.indices(step), costs) for step in some]
 
-    def tokens(costs: ComputeCosts) -> int:
-        batches = [run.shard(dataset, indices, costs) for indices in some]
-        partners = sum(batch.partners.tokens for batch in batches if batch.partners is not None)
-        return sum(batch.tokens for batch in batches) + partners
 
-    saved = describe_saving(tokens(costs), tokens(replace(costs, prefixes=False)))
+def describe_prefixes(planned: Sequence[RankBatch]) -> str | None:
+    """Return what shared prefixes save in these steps; None if it is little."""
+    batches = [*planned, *(batch.partners for batch in planned if batch.partners is not None)]
+    computed, tokens = (sum(getattr(b, name) for b in batches) for name in ("computed_tokens", "tokens"))
+    saved = describe_saving(computed, tokens)
     return f"prefixes: {saved}" if saved else None
 
 
@@ -392,12 +395,13 @@ def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> 
     return ExitCode.completed
 
 
-def _describe_duration(run: Run, inputs: Inputs, costs: ComputeCosts, done: int, peak: float) -> str:
+def _describe_duration(inputs: Inputs, planned: Sequence[RankBatch], done: int, peak: float) -> str:
     """Return in words how long the remaining steps take; `peak`: FLOP/s of all devices."""
     sampler = inputs.sampler
-    visited = sampler.visited_indices()
-    some = run.shard(inputs.train_set, visited[:: 1 + len(visited) // 1000], costs)
-    work = inputs.flops.step(some.tokens, some.targets, some.attended, some.image_tokens) / some.pairs
+    work = sum(
+        inputs.flops.step(some.computed_tokens, some.targets, some.attended, some.image_tokens)
+        for some in planned
+    ) / sum(some.pairs for some in planned)
     work *= (sampler.steps - done) * sampler.global_batch_pairs
     ends = (duration(work / peak / share) for share in REACHED_SHARES)
     shares = " to ".join(map(percent, REACHED_SHARES))

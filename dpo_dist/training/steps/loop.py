@@ -181,10 +181,10 @@ class Loop:
 
     def _flops(self, batch: RankBatch, partners: RankBatch | None) -> float:
         flops = self.inputs.flops
-        counted = flops.step(batch.tokens, batch.targets, batch.attended, batch.image_tokens)
+        counted = flops.step(batch.computed_tokens, batch.targets, batch.attended, batch.image_tokens)
         if partners is not None:
             counted += flops.forward(
-                partners.tokens, partners.targets, partners.attended, partners.image_tokens
+                partners.computed_tokens, partners.targets, partners.attended, partners.image_tokens
             )
         return counted
 

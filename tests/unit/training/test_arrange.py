@@ -15,7 +15,7 @@ from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import AttentionBackend, TrainerConfig
 from dpo_dist.model.flops import StepFlops
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.training.run import balance_costs, describe_prefixes
+from dpo_dist.training.run import balance_costs, describe_prefixes, planned_steps
 from dpo_dist.training.start.inputs import Inputs
 from tests.support.packing import SHARING, dataset_of, random_pairs
 
@@ -86,6 +86,6 @@ def test_the_header_says_how_many_tokens_less_the_planned_steps_have(
     run.shard = lambda dataset, indices, costs: shard_batch(dataset, indices, 0, 1, budget, costs, loss)
     sampler = make_sampler([SourceSpan(0, 8, 1.0)], TrainerConfig(global_batch_pairs=4, epochs=3))
     words = f"prefixes: {said} % fewer tokens than with shared prompts" if said else None
-    assert describe_prefixes(run, dataset, sampler, SHARING) == words
+    assert describe_prefixes(planned_steps(run, dataset, sampler, SHARING)) == words
     for none in ({"prefixes": False}, {"arrangement": Arrangement.padded}):
-        assert describe_prefixes(run, dataset, sampler, replace(SHARING, **none)) is None
+        assert describe_prefixes(planned_steps(run, dataset, sampler, replace(SHARING, **none))) is None
