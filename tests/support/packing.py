@@ -17,7 +17,10 @@ from dpo_dist.data.encoded.dataset import PreferenceDataset
 
 VOCABULARY = 97
 # Of a usual model.
-COSTS = ComputeCosts(key=1 / 8192, target=0.1)
+COSTS = ComputeCosts(key=1 / 8192, target=0.1, prefixes=True)
+
+# With these a prefix is shared if it has five tokens.
+SHARING = ComputeCosts(key=0, target=0, prefixes=True)
 
 # Of pairs: prompt, then one to three responses.
 pair_shapes = st.lists(
@@ -37,6 +40,24 @@ def random_pairs(shapes: Sequence[tuple[int, ...]], seed: int = 0) -> list[Examp
         return generator.integers(3, VOCABULARY, length).astype(np.int32)
 
     return [Example(ids(prompt), tuple(map(ids, responses))) for prompt, *responses in shapes]
+
+
+def branching(pairs: Sequence[Example], seed: int = 0) -> list[Example]:
+    """The same pairs, most of which begin like a part of an earlier row, as do their responses."""
+    generator, rows, found = np.random.default_rng(seed), list[TokenIds](), list[Example]()
+
+    def begun(ids: TokenIds, like: TokenIds) -> TokenIds:
+        most = min(len(ids), len(like))
+        shared = most if generator.integers(3) == 0 else int(generator.integers(most + 1))
+        return np.concatenate((like[:shared], ids[shared:]))
+
+    for pair in pairs:
+        prompt = begun(pair.prompt_ids, rows[generator.integers(len(rows))]) if rows else pair.prompt_ids
+        first, *others = pair.responses
+        responses = (first, *(begun(ids, first) for ids in others))
+        found.append(Example(prompt, responses, pair.trained))
+        rows += found[-1].rows
+    return found
 
 
 def packed_tokens(prompt: int, responses: Sequence[int]) -> int:
@@ -89,10 +110,10 @@ def prefixes_of(pairs: Sequence[Example]) -> Prefixes:
     return Prefixes(np.argsort(order), np.array(list(map(len, rows))), np.array(shared, dtype=np.int32))
 
 
-def pack_unkeyed(pairs: Sequence[Example]) -> PackedBatch:
-    """One micro-batch whose keys mean nothing."""
+def pack_unkeyed(pairs: Sequence[Example], costs: ComputeCosts | None = SHARING) -> PackedBatch:
+    """One micro-batch whose keys mean nothing; a tree of the prefixes of five tokens or more."""
     responses = sum(len(pair.responses) for pair in pairs)
-    return pack(pairs, np.zeros((responses, 2), dtype=np.uint64))
+    return pack(pairs, np.zeros((responses, 2), dtype=np.uint64), costs=costs)
 
 
 def plain_logps(causal_lm: Any, pairs: Sequence[Example]) -> Tensor:
