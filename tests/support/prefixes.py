@@ -11,13 +11,11 @@ from dpo_dist.batching.pack import pack
 from dpo_dist.batching.prefixes import common_tokens
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.encoded.dataset import PreferenceDataset
-
-# Everything from 5 tokens on is shared.
-SHARED = ComputeCosts(key=0.0, target=0.0, prefixes=True)
+from tests.support.packing import SHARING
 
 
 def sizes_of(
-    data: PreferenceDataset, indices: Indices, which: int | None = None, costs: ComputeCosts = SHARED
+    data: PreferenceDataset, indices: Indices, which: int | None = None, costs: ComputeCosts = SHARING
 ) -> ExampleSizes:
     responses, counts = data.response_indices(indices), data.response_counts(indices)
     if which is not None:
@@ -61,7 +59,7 @@ def check_claims(
         ):
             assert claimed[number] == common_tokens(*rows)
         assert claimed[number] <= most_in_common(examples[one], examples[two])
-    planned = sizes.tokens.sum() - SHARED.worth_sharing(claimed, sizes.tokens).sum()
+    planned = sizes.tokens.sum() - SHARING.worth_sharing(claimed, sizes.tokens).sum()
     responses = sum(len(example.responses) for example in examples)
-    packed = pack(examples, np.zeros((responses, 2), dtype=np.uint64), costs=SHARED).tokens
+    packed = pack(examples, np.zeros((responses, 2), dtype=np.uint64), costs=SHARING).tokens
     assert planned == packed if is_exact else planned >= packed

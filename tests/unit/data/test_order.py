@@ -20,8 +20,8 @@ from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.foundation.errors import DataError
 from tests.support.cache import opened, prepare_all
-from tests.support.packing import dataset_of
-from tests.support.prefixes import SHARED, check_claims, sizes_of, some_of
+from tests.support.packing import SHARING, dataset_of
+from tests.support.prefixes import check_claims, sizes_of, some_of
 from tests.support.records import BAD, GOOD, assistant, jsonl, user
 
 texts = st.text("ab", max_size=6)
@@ -121,7 +121,7 @@ def test_what_begins_a_response_is_counted_once_where_a_forward_shares_it() -> N
         assert plain.tokens.tolist() == [tokens]
         assert (plain.prefixes is not None) == costs.shares_prefixes
     # Some of the responses: the one that begins like another may be absent.
-    two = data.sizes(every, np.array([1, 2]), np.array([2]), SHARED)
+    two = data.sizes(every, np.array([1, 2]), np.array([2]), SHARING)
     assert two.tokens.tolist() == [prompt + sum(tokens - 1 for tokens in responses[1:])]
 
 
