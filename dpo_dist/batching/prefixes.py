@@ -31,7 +31,8 @@ class Prefixes:
 
     places: Counts  # [examples]
     rows: Counts  # [examples], leading tokens of the record's first row with which the example begins
-    shared: npt.NDArray[np.int32]  # [places + 1], leading tokens of a place and the one before; last 0
+    # [places + 1], leading tokens of a place and the one before, maybe more than `rows`; the last is 0.
+    shared: npt.NDArray[np.int32]
 
     def select(self, indices: Counts) -> "Prefixes":
         """Return the prefixes of the examples at `indices`; their places are numbered anew."""

@@ -43,7 +43,6 @@ Array: TypeAlias = npt.NDArray[Any]
 
 _BATCH_BYTES = 2**24
 _DIGEST_BYTES = 16  # of the blake2b digest behind the Arrow file
-_DIGEST, _OF = b"digest", b"records"  # metadata: the digest of the file, and that of the records in the order
 
 ROW_SCHEMA = pa.schema(
     {
@@ -124,10 +123,14 @@ class EncodedSource:
     def order(self, records: pa.Table) -> pa.Table | None:
         """Map the order of these records; None if there is no file, it is damaged, or of other records."""
         table = self._mapped(self.order_file)
-        return table if table is not None and table.schema.metadata[_OF] == _digest(records) else None
+        is_theirs = table is not None and table.schema.metadata == records.schema.metadata
+        return table if is_theirs else None
 
     def _mapped(self, file: Path) -> pa.Table | None:
-        """Map a file. It is read for its digest once, and again only if its `file_identity` has changed."""
+        """Map a file. It is read for its digest once, and again only if its `file_identity` has changed.
+
+        The metadata of a table are its digest, of an order the digest of its records.
+        """
         try:
             identity, memo = file_identity(file), self.cache / MEMO_FOLDER
             whole = pa.memory_map(str(file)).read_buffer()
@@ -138,7 +141,7 @@ class EncodedSource:
                     return None
                 remember(memo, identity, digest)
             table = pa.ipc.open_file(records).read_all()
-            return table.replace_schema_metadata({**(table.schema.metadata or {}), _DIGEST: digest})
+            return table.replace_schema_metadata(table.schema.metadata or {"digest": digest})
         except (OSError, pa.ArrowInvalid):
             return None
 
@@ -172,9 +175,9 @@ def write_source(source: EncodedSource, chunks: Iterable[EncodedChunk]) -> None:
 
 def ensure_order(source: EncodedSource, placeholder_id: int | None) -> None:
     """Write the order of an encoded source's records, unless it is there; see `order_by_ids`."""
-    records = _records(source)
-    if source.order(records) is None:
-        with _staged(source.order_file, ORDER_SCHEMA.with_metadata({_OF: _digest(records)})) as writer:
+    records = source.table()
+    if records is not None and source.order(records) is None:
+        with _staged(source.order_file, ORDER_SCHEMA.with_metadata(records.schema.metadata)) as writer:
             writer.write_batch(order_by_ids(records, source.images(), placeholder_id))
 
 
@@ -228,10 +231,14 @@ def read_source(source: EncodedSource) -> pa.Table:
 
     Raises DataError: damaged.
     """
-    table = _records(source)
-    order = source.order(table)
-    if order is None:
-        raise _damaged(source)
+    table = source.table()
+    order = None if table is None else source.order(table)
+    if table is None or order is None:
+        raise DataError(
+            "the encoded data are damaged",
+            where=f"data.cache: {source.file}",
+            remedy="start again: damaged data are encoded again",
+        )
     files = table["file"].dictionary_encode().combine_chunks()
     root = root_of(source.path)
     names = [source.path if name == "." else str(root / name) for name in files.dictionary.to_pylist()]
@@ -240,27 +247,6 @@ def read_source(source: EncodedSource) -> pa.Table:
     for name in ORDER_SCHEMA.names:
         table = table.append_column(name, order[name])
     return table
-
-
-def _records(source: EncodedSource) -> pa.Table:
-    table = source.table()
-    if table is None:
-        raise _damaged(source)
-    return table
-
-
-def _damaged(source: EncodedSource) -> DataError:
-    return DataError(
-        "the encoded data are damaged",
-        where=f"data.cache: {source.file}",
-        remedy="start again: damaged data are encoded again",
-    )
-
-
-def _digest(table: pa.Table) -> bytes:
-    """Return the digest of the file from which a table is mapped."""
-    digest: bytes = table.schema.metadata[_DIGEST]
-    return digest
 
 
 def read_counts(table: pa.Table) -> DataCounts:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from dpo_dist.data.records import Part
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import MEMO_FOLDER
 from tests.support.image_processors import file_of, image_tokenizer, picture, processor_of
+from tests.support.prefixes import check_claims, some_of
 
 KIND = "qwen2_5_vl"
 COSTS = ComputeCosts(key=0.0, target=0.0)
@@ -280,3 +282,19 @@ def test_data_are_the_same_if_records_and_images_moved_and_others_if_an_image_be
     first, moved, changed = (opened(tmp_path, processor, path) for path in (one, two, other))
     assert moved.fingerprint == first.fingerprint
     assert changed.fingerprint != first.fingerprint
+
+
+def test_equal_images_are_shared_and_others_are_not(tmp_path: Path, processor: ImageProcessor) -> None:
+    paint(tmp_path, a=1, b=2, c=1)
+    names = [[f"{name}.png" for name in own] for own in ("a", "b", "c", "", "ab", "bb", "cb", "ba")]
+    path = write(tmp_path, "pairs.jsonl", *names)
+    data = opened(tmp_path, processor, path)
+    assert data.prefixes is not None
+    for seed in range(20):
+        check_claims(data, some_of(data, random.Random(seed)))
+    places = data.prefixes.places
+    assert abs(places[0] - places[2]) == abs(places[4] - places[6]) == 1
+    paint(tmp_path, c=2)
+    changed = opened(tmp_path, processor, path)
+    assert changed.prefixes is not None
+    check_claims(changed, np.argsort(changed.prefixes.places))
