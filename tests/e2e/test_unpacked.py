@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tests.e2e.conftest import Overrides
 from tests.support import tiny
+from tests.support.doctor_data import agent_records, write
 from tests.support.families import tiny_family
 from tests.support.launch import assert_same_history, history, summary, train
 from tests.support.own_code import ship_code
@@ -15,6 +16,15 @@ TOLD = "unpacked: responses of this model cannot share a prompt in one forward"
 def without_ties(run: Path) -> list[dict[str, float]]:
     """The history without shares of margins above 0: before the first update margins are rounding."""
     return [{key: value for key, value in row.items() if "accurac" not in key} for row in history(run)]
+
+
+def test_nothing_is_said_of_prefixes_that_rows_do_not_share(overrides: Overrides, tmp_path: Path) -> None:
+    model = ship_code(write_model(tmp_path / "model"), "rows")
+    agents = write(tmp_path / "agents.jsonl", agent_records(12))
+    command = overrides(f"model.path={model}", "model.trust_remote_code=true", f"data.train=[{agents}]")
+    output = train([*command, "trainer.max_steps=1"]).output
+    assert TOLD in output
+    assert "fewer tokens" not in output
 
 
 def test_a_run_of_one_response_per_forward_is_the_same_on_one_and_two_processes(
