@@ -92,8 +92,8 @@ class StoreFiller:
         stops: checked after each micro-batch.
         shards: names of all shards that the run may use, the same on all ranks. Listing the folder is not
             enough: a network file system may not show files that another node just wrote.
-        tokens: computed by this rank in its micro-batches.
-        prompt_shared_tokens: those of them if nothing but prompts were shared.
+        computed_tokens: those of the micro-batches of this rank.
+        tokens: the same if nothing but prompts were shared.
     """
 
     store: LogpStore
@@ -104,8 +104,8 @@ class StoreFiller:
     entries_per_shard: int
     stops: Stops
     shards: frozenset[str] = frozenset()
+    computed_tokens: int = 0
     tokens: int = 0
-    prompt_shared_tokens: int = 0
 
     def fill(self, dataset: PreferenceDataset, indices: Indices, progress: FillProgress) -> FillReport:
         """Compute and store the missing log-probs of the pairs `indices` of `dataset`.
@@ -244,8 +244,8 @@ class StoreFiller:
         with prefetch(packed, _BATCHES_AHEAD) as batches:
             for number, batch in enumerate(batches, start=1):
                 logps = score(batch.to(world.device))
-                self.tokens += batch.tokens
-                self.prompt_shared_tokens += sum(map(sum, batch.layout)) if batch.tokens else 0
+                self.computed_tokens += batch.tokens
+                self.tokens += sum(map(sum, batch.layout)) if batch.tokens else 0
                 if world.leads and len(batch.keys):
                     keys.append(batch.keys)
                     entries += np.split(logps.cpu().numpy(), np.cumsum(batch.response_tokens.numpy())[:-1])

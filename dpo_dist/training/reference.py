@@ -218,9 +218,7 @@ def _fill(run: Run, inputs: EvaluationInputs, filler: StoreFiller) -> FillReport
             filled += filler.fill(dataset, indices, progress)
     took = f", in {duration(filled.seconds)}" if filled.computed else ""
     run.say(f"reference: {pluralize(filled.computed, 'log-prob')} computed, {filled.hits:,} reused{took}")
-    if filler.costs.shares_prefixes and (
-        saved := describe_saving(filler.tokens, filler.prompt_shared_tokens)
-    ):
+    if filler.costs.shares_prefixes and (saved := describe_saving(filler.computed_tokens, filler.tokens)):
         run.say(f"reference: {saved}")
     store = run.config.reference.store
     for name in sorted(filled.damaged):
@@ -228,9 +226,9 @@ def _fill(run: Run, inputs: EvaluationInputs, filler: StoreFiller) -> FillReport
     return filled
 
 
-def describe_saving(tokens: int, prompt_shared_tokens: int) -> str | None:
+def describe_saving(computed: int, tokens: int) -> str | None:
     """Return how many tokens fewer shared prefixes let a model compute; None if it is little."""
-    saved = 1 - tokens / prompt_shared_tokens if prompt_shared_tokens else 0.0
+    saved = 1 - computed / tokens if tokens else 0.0
     return f"{percent(saved)} fewer tokens than with shared prompts" if saved >= _LEAST_SAVED else None
 
 

@@ -145,7 +145,7 @@ def test_the_log_begins_with_the_values_before_the_first_step(
 
 
 def test_a_run_says_what_shared_prefixes_save(overrides: Overrides, tmp_path: Path) -> None:
-    """Of all its steps if they are few: as its rows count the tokens with and without."""
+    """Its rows count the tokens of the data, however many of them are computed."""
     agents = write(tmp_path / "agents.jsonl", agent_records(23))
     words = overrides(f"data.train=[{agents}]", "trainer.log_every=1", "trainer.micro_batch_tokens=2000")
     screens, tokens = [], []
@@ -155,7 +155,8 @@ def test_a_run_says_what_shared_prefixes_save(overrides: Overrides, tmp_path: Pa
         screens.append(train([*words, *own], processes=2).output)
         tokens.append(sum(row["tokens"] for row in history(run) if "tokens" in row))
     [share] = re.findall(r"prefixes: (\d+) % fewer tokens than with shared prompts\n", screens[0])
-    assert int(share) == round(100 * (1 - tokens[0] / tokens[1])) > 30
+    assert int(share) > 30
+    assert tokens[0] == tokens[1]
     [scored] = re.findall(r"reference: (\d+) % fewer tokens than with shared prompts\n", screens[0])
     assert int(share) < int(scored) < 90, "its micro-batches are larger"
     assert "fewer tokens" not in screens[1]

@@ -31,7 +31,7 @@ SINGLE_COSTS, PADDED_COSTS = ComputeCosts(0.001, 0.1, SINGLE), ComputeCosts(0.00
 
 def sizes(tokens: list[int], costs: list[float] | None = None) -> ExampleSizes:
     counts = np.array(tokens, dtype=np.int64)
-    return ExampleSizes(counts, counts, counts, counts, np.array(costs or tokens, dtype=np.float64))
+    return ExampleSizes(counts, counts, counts, counts, counts, np.array(costs or tokens, dtype=np.float64))
 
 
 def sizes_of(shapes: Shapes, costs: ComputeCosts) -> ExampleSizes:

@@ -87,11 +87,11 @@ def test_any_tree_is_planned_whole_within_the_budget_and_never_slower(
     assert all(batch.tokens <= budget or len(batch.layout) == 1 for batch in batches)
     segments = np.array([segment for batch in batches for segment in batch.segments])
     for share in shares:
-        assert share.tokens == sum(batch.tokens for batch in batches)
+        assert share.computed_tokens == sum(batch.tokens for batch in batches)
         assert (
             share.attended == (causal_pairs(segments[:, 1:].sum(axis=1)) - causal_pairs(segments[:, 1])).sum()
         )
-        assert share.prompt_shared_tokens == plain[0].tokens
+        assert share.tokens == plain[0].tokens == plain[0].computed_tokens
         assert share.unshared_tokens == plain[0].unshared_tokens
         assert share.targets == plain[0].targets
 
@@ -109,8 +109,8 @@ def agents(tools: int, pairs: int, tokens: int = 1500) -> list[Example]:
 @pytest.mark.parametrize("tools", [1, 8])
 def test_a_definition_of_tools_is_computed_once_in_each_micro_batch(tools: int, ranks: int) -> None:
     shares = shares_of(agents(tools, 64), ranks, 8192, SHARING)
-    assert shares[0].tokens == pytest.approx(64 * 100 + max(tools, ranks) * 1500, rel=0.01)
-    assert shares[0].prompt_shared_tokens == 64 * 1600
+    assert shares[0].computed_tokens == pytest.approx(64 * 100 + max(tools, ranks) * 1500, rel=0.01)
+    assert shares[0].tokens == 64 * 1600
     work = [sum(batch.tokens for batch in share.batches()) for share in shares]
     assert max(work) <= 1.01 * np.mean(work)
 

@@ -227,7 +227,7 @@ def test_counted_tokens_are_targets_and_the_whole_response_is_computed(
     assert plan.mean_chosen_tokens == pytest.approx(np.mean(chosen))
     batches = list(plan.batches())
     assert plan.targets == sum(trained) == sum(len(batch.targets) for batch in batches)
-    assert plan.tokens == sum(batch.tokens for batch in batches)
+    assert plan.computed_tokens == sum(batch.tokens for batch in batches)
     assert collate(data, every.tolist(), 0).response_tokens.tolist() == chosen
 
 
