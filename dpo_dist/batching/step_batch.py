@@ -140,6 +140,7 @@ def shard_batch(
     weights = dataset.numbers["loss_weight"][indices] if "loss_weight" in dataset.numbers else None
     weights = None if weights is None or not weights.any() else weights
     sizes = dataset.sizes(indices, responses, counts, costs, masked=True)
+    prompt_shared = dataset.sizes(indices, responses, counts, replace(costs, prefixes=False))
     plan = plan_micro_batches(sizes, world_size, micro_batch_tokens, costs)
     bins = np.empty(len(indices), dtype=np.int64)
     for number, own in enumerate(itertools.chain.from_iterable(plan)):
@@ -153,7 +154,7 @@ def shard_batch(
         positions=positions,
         pairs=len(indices),
         tokens=int((sizes.tokens - shared).sum()),
-        prompt_shared_tokens=int(sizes.tokens.sum()),
+        prompt_shared_tokens=int(prompt_shared.tokens.sum()),
         unshared_tokens=int(sizes.unshared_tokens.sum()),
         targets=int(sizes.targets.sum()),
         attended=int((sizes.attended - causal_pairs(shared)).sum()),
