@@ -96,12 +96,13 @@ def test_any_tree_is_planned_whole_within_the_budget_and_never_slower(
         assert share.targets == plain[0].targets
 
 
-def agents(tools: int, pairs: int, tokens: int = 1500) -> list[Example]:
-    """Pairs of 100 tokens, each after one of several definitions of tools."""
+def agents(tools: int, pairs: int, tokens: int = 1500, longest: int = 41) -> list[Example]:
+    """Pairs after one of several definitions of tools each; of 100 other tokens if responses are short."""
     of_tools = [pair.prompt_ids for pair in random_pairs([(tokens, 1)] * tools)]
+    lengths = np.random.default_rng(0).integers(41, longest + 1, (pairs, 2))
     return [
         Example(np.concatenate((of_tools[number % tools], pair.prompt_ids)), pair.responses)
-        for number, pair in enumerate(random_pairs([(20, 41, 41)] * pairs, seed=1))
+        for number, pair in enumerate(random_pairs([(20, *map(int, own)) for own in lengths], seed=1))
     ]
 
 
@@ -113,6 +114,46 @@ def test_a_definition_of_tools_is_computed_once_in_each_micro_batch(tools: int, 
     assert shares[0].tokens == 64 * 1600
     work = [sum(batch.tokens for batch in share.batches()) for share in shares]
     assert max(work) <= 1.01 * np.mean(work)
+
+
+@pytest.mark.parametrize(
+    ("tools", "tokens", "budget", "slowest"), [(1, 1500, 4096, 1.02), (32, 300, 8192, 1.03)]
+)
+def test_ranks_get_equal_work_of_examples_that_begin_alike(
+    tools: int, tokens: int, budget: int, slowest: float
+) -> None:
+    shares = shares_of(agents(tools, 64, tokens, longest=400), 8, budget, SHARING)
+    work = np.array([[batch.tokens for batch in share.batches()] for share in shares])
+    assert work.max(axis=0).sum() <= slowest * work.sum() / 8
+
+
+def test_a_budget_cuts_examples_that_begin_alike() -> None:
+    (share,) = shares_of(agents(2, 64), 1, 2400, SHARING)
+    assert share.tokens == pytest.approx(64 * 100 + 8 * 1500, rel=0.01)
+
+
+@pytest.mark.parametrize("seed", [26, 32, 49])
+def test_no_more_micro_batches_than_without_prefixes(seed: int) -> None:
+    """More of them may share more, but each waits for the slowest rank, and starts the model anew."""
+    generator = np.random.default_rng(seed)
+    shapes = [tuple(map(int, generator.integers([6, 1, 1], [65, 30, 30]))) for _ in range(12)]
+    known, unknown = (
+        len(shares_of(tree_of(shapes, seed), 1, 150, replace(SHARING, prefixes=on))[0].micro_batches)
+        for on in (True, False)
+    )
+    assert known <= unknown
+
+
+def test_examples_that_do_not_pay_to_share_keep_the_budget() -> None:
+    """Where a row that shares tokens is slow, a long one shares none of its first with another example."""
+    pairs, like = list[Example](), np.empty(0, dtype=np.int32)
+    sizes = [(0, 166, 73), (116, 181, 57), (139, 211, 72), (166, 223, 118)]
+    for number, (common, prompt, response) in enumerate(sizes):
+        like = np.concatenate((like[:common], np.full(prompt - common, 100 + number, dtype=np.int32)))
+        pairs.append(Example(like, (np.full(response, 200 + number, dtype=np.int32),)))
+    shares = shares_of(pairs, 2, 564, replace(SHARING, key=0.05, is_masked=True))
+    batches = [batch for share in shares for batch in share.batches()]
+    assert all(batch.tokens <= 564 or len(batch.layout) == 1 for batch in batches)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
