@@ -1,6 +1,6 @@
 """Sizes of examples, and what they cost a model to compute."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -42,6 +42,11 @@ class ComputeCosts:
     gather_memory: float = 0.0  # memory of these copies, in units of what a token takes
     is_masked: bool = False  # whether a row that shares tokens computes all pairs of its queries and keys
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether a forward computes tokens once with which several responses begin."""
+        return self.prefixes and self.arrangement is Arrangement.packed
+
     def saved_by_sharing(self, shared: Counts, own: Counts) -> Costs:
         """Return the time that rows with `own` other tokens save by not computing `shared` ones again."""
         saved = shared * (1 - self.gather) + self.key * causal_pairs(shared)
@@ -63,8 +68,9 @@ class ExampleSizes:
     attended: Counts  # query-key pairs of attention in a layer in which tokens see all earlier ones
     costs: Costs  # compute time in units of `ComputeCosts`
     rows: Counts | None = None  # responses in padded rows; None: nothing is padded
-    longest: Counts | None = None  # tokens of the longest of these rows; None: nothing is padded
+    longest: Counts | None = None  # tokens of the longest row, a prompt with a response
     image_tokens: Counts | None = None  # placeholders of images in the prompts; None: there are no images
+    responses: Counts | None = None  # their number
     prefixes: Prefixes | None = None  # None: examples share nothing
 
     def select(self, indices: Counts) -> "ExampleSizes":
@@ -104,10 +110,18 @@ def example_sizes(
     if image_tokens is not None:
         compute = compute + costs.image * image_tokens
     unshared_tokens = tokens + (counts - copies) * prompt_tokens
-    sizes = ExampleSizes(tokens, unshared_tokens, targets, attended, compute, image_tokens=image_tokens)
-    if costs.arrangement is not Arrangement.padded and not costs.pads:
-        return sizes
-    return replace(sizes, rows=counts, longest=np.maximum.reduceat(prompts + stored, firsts))
+    pads = costs.arrangement is Arrangement.padded or costs.pads
+    return ExampleSizes(
+        tokens,
+        unshared_tokens,
+        targets,
+        attended,
+        compute,
+        rows=counts if pads else None,
+        longest=np.maximum.reduceat(prompts + stored, firsts),
+        image_tokens=image_tokens,
+        responses=counts,
+    )
 
 
 def causal_pairs(tokens: Counts) -> Counts:

@@ -168,8 +168,7 @@ def pack(
     prompts is shared where it pays.
     """
     layout = [(len(example.prompt_ids), *(len(ids) - 1 for ids in example.responses)) for example in examples]
-    prompts = [n for prompt, _, *rest in layout for n in (0, *[prompt] * len(rest))]
-    segments = prefix_tree([row for example in examples for row in example.rows], prompts, costs)
+    segments = prefix_tree([row for example in examples for row in example.rows], layout, costs)
     indices = {
         segment.row: np.concatenate([np.arange(*part) for part in path])
         for segment, path in zip(segments, paths(segments), strict=True)

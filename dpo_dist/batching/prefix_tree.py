@@ -23,19 +23,23 @@ class Segment(NamedTuple):
     own: int  # its other tokens
 
 
-def prefix_tree(rows: Sequence[Row], prompts: Sequence[int], costs: ComputeCosts | None) -> list[Segment]:
+def prefix_tree(
+    rows: Sequence[Row], layout: Sequence[Sequence[int]], costs: ComputeCosts | None
+) -> list[Segment]:
     """Return the segments of `rows`, int32 [tokens] each, in the order of the packed sequence.
 
-    `prompts`: the tokens that each row shares with the row before it because they have one prompt, else 0.
-    Nothing else is shared without `costs`, or where it costs more than it saves.
+    `layout`, as in `PackedBatch`: of each example, the tokens of its prompt and of each response. A prompt is
+    always shared, more than that only with `costs`, where it costs less than it saves.
     """
     tokens = np.array([len(row) for row in rows])
-    plain = np.array(prompts)
+    prompts = np.array([prompt for prompt, *responses in layout for _ in responses])
+    plain = np.array([n for prompt, _, *others in layout for n in (0, *[prompt] * len(others))])
     order, shared = np.arange(len(rows)), plain
     if costs is not None and costs.prefixes:
         by_ids = np.array(sorted(range(len(rows)), key=lambda row: rows[row].tobytes()))
-        common = [0, *(common_tokens(rows[a], rows[b]) for a, b in pairwise(by_ids))]
-        tree = costs.worth_sharing(np.array(common), tokens[by_ids])
+        common = np.array([0, *(common_tokens(rows[a], rows[b]) for a, b in pairwise(by_ids))])
+        worth = costs.worth_sharing(common, tokens[by_ids])
+        tree = np.where(common >= prompts[by_ids], common, worth)
         saved = costs.saved_by_sharing
         if saved(tree, tokens[by_ids] - tree).sum() > saved(plain, tokens - plain).sum():
             order, shared = by_ids, tree

@@ -34,8 +34,10 @@ class Prefixes:
     shared: npt.NDArray[np.int32]  # [places + 1], leading tokens of a place and the one before; last 0
 
     def select(self, indices: Counts) -> "Prefixes":
-        """Return the prefixes of the examples at `indices`."""
-        return Prefixes(self.places[indices], self.rows[indices], self.shared)
+        """Return the prefixes of the examples at `indices`; their places are numbered anew."""
+        distinct, places = np.unique(self.places[indices], return_inverse=True)
+        shared = np.insert(np.minimum.reduceat(self.shared, distinct + 1), 0, 0)
+        return Prefixes(places, self.rows[indices], shared)
 
     def common_with_previous(self) -> Counts:
         """Return how many leading tokens each example shares with the one before it, [examples].

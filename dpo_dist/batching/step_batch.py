@@ -1,5 +1,6 @@
 """The batch of a step: micro-batches planned for each rank, and packed when the rank needs them."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -8,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dpo_dist.batching.costs import ComputeCosts, ExampleSizes
+from dpo_dist.batching.costs import ComputeCosts, ExampleSizes, causal_pairs
 from dpo_dist.batching.example import Example, ImageInput, Keys
 from dpo_dist.batching.pack import DUMMY_RESPONSES, PackedBatch, dummy_batch, pack
-from dpo_dist.batching.plan import plan_micro_batches
+from dpo_dist.batching.plan import plan_micro_batches, shares_in_bins
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.losses import LossConfig
 
@@ -80,6 +81,7 @@ class RankBatch:
     positions: tuple[tuple[int, ...], ...]  # of these examples in the global batch
     pairs: int  # examples of the global batch, over all ranks, as in the fields below
     tokens: int
+    prompt_shared_tokens: int  # `tokens` if nothing but prompts were shared
     unshared_tokens: int  # `tokens` with each prompt once for each of its responses
     targets: int  # completion tokens that the loss counts
     attended: int  # query-key pairs of attention in a layer in which tokens see all earlier ones
@@ -138,7 +140,11 @@ def shard_batch(
     weights = dataset.numbers["loss_weight"][indices] if "loss_weight" in dataset.numbers else None
     weights = None if weights is None or not weights.any() else weights
     sizes = dataset.sizes(indices, responses, counts, costs, masked=True)
-    plan = plan_micro_batches(sizes, world_size, micro_batch_tokens)
+    plan = plan_micro_batches(sizes, world_size, micro_batch_tokens, costs)
+    bins = np.empty(len(indices), dtype=np.int64)
+    for number, own in enumerate(itertools.chain.from_iterable(plan)):
+        bins[own] = number
+    shared = shares_in_bins(sizes, costs, bins).tokens
     positions = tuple(tuple(ranks[rank]) for ranks in plan)
     with_images = dataset.with_images(indices)
     return RankBatch(
@@ -146,10 +152,11 @@ def shard_batch(
         micro_batches=tuple(tuple(int(indices[i]) for i in micro_batch) for micro_batch in positions),
         positions=positions,
         pairs=len(indices),
-        tokens=int(sizes.tokens.sum()),
+        tokens=int((sizes.tokens - shared).sum()),
+        prompt_shared_tokens=int(sizes.tokens.sum()),
         unshared_tokens=int(sizes.unshared_tokens.sum()),
         targets=int(sizes.targets.sum()),
-        attended=int(sizes.attended.sum()),
+        attended=int((sizes.attended - causal_pairs(shared)).sum()),
         weight=float(len(indices) if weights is None else weights.sum()),
         mean_chosen_tokens=float(np.average(dataset.trained_tokens[chosen], weights=weights)),
         sources=dataset.label_numbers(indices) if dataset.labels else None,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo_dist.batching.costs import Arrangement
+from dpo_dist.batching.costs import Arrangement, ComputeCosts
 from dpo_dist.batching.example import Example, ImageInput, TokenIds
 from dpo_dist.batching.pack import PackedBatch, pack
 from dpo_dist.config.schema import AttentionBackend, Dtype
@@ -59,6 +59,10 @@ _FUTURE = 0.02
 _FUTURE_IN_INT8 = 0.1
 
 
+# With these, every prefix that is not very short is shared.
+_SHARING = ComputeCosts(key=0.0, target=0.0, prefixes=True)
+
+
 class StartCheck:
     """Check a model in evaluation mode on invented sequences.
 
@@ -88,6 +92,8 @@ class StartCheck:
         self._is_float32 = next(model.parameters()).dtype == torch.float32 and not self._is_int8
         self._examples = trial_examples(model.causal_lm, max_length, images)
         self._batch = _packed(self._examples)
+        branches = _branches(self._examples)
+        self._tree = _packed([*self._examples, *branches], costs=_SHARING)
         self._noise = 0.0
 
     def choose_arrangement(self) -> None:
@@ -226,12 +232,20 @@ class StartCheck:
         neighbours = ""
         if not self._is_float32 and arrangement is not Arrangement.single:
             neighbours = self._effect_of_neighbours()
-        differences = (self._tried - self._plain).abs()
+        fault = self._difference(self._tried) or neighbours
+        if not fault and arrangement is Arrangement.packed:
+            fault = self._difference(self._scores(self._tree)[: len(self._plain)])
+            return f"with shared prefixes {fault}" if fault else ""
+        return fault
+
+    def _difference(self, tried: Tensor) -> str:
+        """Return how much log-probs differ from the plain ones; empty if rounding explains it."""
+        differences = (tried - self._plain).abs()
         largest, mean = float(differences.max()), float(differences.mean())
         is_rounding = largest <= self._exact if self._is_float32 else mean <= self._rounding
-        if is_rounding:
-            return neighbours
-        return f"log-probs differ by up to {largest:.2g} nats, by {mean:.2g} in the mean"
+        return (
+            "" if is_rounding else f"log-probs differ by up to {largest:.2g} nats, by {mean:.2g} in the mean"
+        )
 
     def _effect_of_neighbours(self) -> str:
         """Return how much the first response changes the tokens after it; empty if rounding explains it."""
@@ -345,10 +359,23 @@ def _named_ids(config: Any) -> set[int]:
     return {id_ for id_ in ids if isinstance(id_, int)}
 
 
-def _packed(examples: Sequence[Example], dummy_image: ImageInput | None = None) -> PackedBatch:
-    """Return a batch of invented examples, without real keys."""
+def _branches(examples: Sequence[Example]) -> Iterator[Example]:
+    """Yield examples that begin like the first one, and like the first with two images up to its second."""
+    long = examples[0]
+    yield Example(long.prompt_ids[: 1 + len(long.prompt_ids) * 2 // 3], (long.responses[0][::-1],))
+    for example in examples:
+        if len(example.images) > 1:
+            image, prompt = example.images[0], example.prompt_ids
+            after = np.flatnonzero(prompt == image.placeholder_id)[image.tokens - 1] + 1
+            yield Example(prompt[: after + 2], example.responses[:1], images=(image,))
+
+
+def _packed(
+    examples: Sequence[Example], dummy_image: ImageInput | None = None, costs: ComputeCosts | None = None
+) -> PackedBatch:
+    """Return a batch of invented examples, without real keys; with `costs` as a prefix tree."""
     responses = sum(len(example.responses) for example in examples)
-    return pack(examples, np.zeros((responses, 2), dtype=np.uint64), dummy_image=dummy_image)
+    return pack(examples, np.zeros((responses, 2), dtype=np.uint64), dummy_image=dummy_image, costs=costs)
 
 
 def _candidates(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangement, bool]]:

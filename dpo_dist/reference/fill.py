@@ -16,7 +16,7 @@ from torch import Tensor
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.example import Keys, response_keys
 from dpo_dist.batching.pack import DUMMY_RESPONSES, PackedBatch, dummy_batch, pack
-from dpo_dist.batching.plan import plan_micro_batches
+from dpo_dist.batching.plan import deal_out, plan_micro_batches
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.processes.world import Stops, World
@@ -157,9 +157,13 @@ class StoreFiller:
         started, done, is_stopped = time.monotonic(), 0, False
         score, written, stored = self.load_scorer(), set[str](), 0
         pairs_per_round = max(1, self.entries_per_shard // 2) * self.world.replicas
-        pairs, firsts = np.unique(dataset.locate_responses(missing)[0], return_index=True)
-        rounds = np.split(missing, firsts[pairs_per_round::pairs_per_round])
-        progress(0, len(pairs))
+        owners = dataset.locate_responses(missing)[0]
+        if dataset.prefixes is not None and self.costs.shares_prefixes:
+            order = np.lexsort((missing, dataset.prefixes.places[owners]))
+            missing, owners = missing[order], owners[order]
+        firsts = np.flatnonzero(np.diff(owners, prepend=-1))
+        rounds = map(np.sort, np.split(missing, firsts[pairs_per_round::pairs_per_round]))
+        progress(0, len(firsts))
 
         def plan(responses: Indices) -> tuple[int, list[list[_Part]]]:
             return self._plan(dataset, responses)
@@ -176,7 +180,7 @@ class StoreFiller:
             for round_pairs, micro_batches in planned:
 
                 def within(share: float, before: int = done, size: int = round_pairs) -> None:
-                    progress(before + int(share * size), len(pairs))
+                    progress(before + int(share * size), len(firsts))
 
                 keys, entries, is_stopped = self._score(dataset, micro_batches, score, within)
                 written |= self.world.together(writing.result)
@@ -197,19 +201,18 @@ class StoreFiller:
     def _plan(self, dataset: PreferenceDataset, responses: Indices) -> tuple[int, list[list[_Part]]]:
         """Return a round's number of pairs, and this rank's micro-batches; not collective.
 
-        Each rank plans only its own share: dealing thousands of pairs out by cost makes the shares nearly
-        equal.
+        Each rank plans only its own share: `deal_out` makes the shares of thousands of pairs nearly equal.
         """
         owners, which = dataset.locate_responses(responses)
         pairs, firsts, counts = np.unique(owners, return_index=True, return_counts=True)
         sizes = dataset.sizes(pairs, responses, counts, self.costs)
-        mine = np.argsort(-sizes.costs, kind="stable")[self.world.replica :: self.world.replicas]
+        mine = deal_out(sizes, self.costs, self.world.replicas)[self.world.replica]
 
         def part(number: int) -> _Part:
             its_responses = slice(firsts[number], firsts[number] + counts[number])
             return _Part(int(pairs[number]), responses[its_responses], which[its_responses])
 
-        plan = plan_micro_batches(sizes.select(mine), 1, self.micro_batch_tokens)
+        plan = plan_micro_batches(sizes.select(mine), 1, self.micro_batch_tokens, self.costs)
         return len(pairs), [[part(number) for number in mine[numbers]] for (numbers,) in plan]
 
     def _score(

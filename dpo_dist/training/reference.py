@@ -11,7 +11,7 @@ import torch
 
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.config.schema import Dtype, ReferenceMode, RunConfig
+from dpo_dist.config.schema import AttentionBackend, Dtype, ReferenceMode, RunConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import Engine
@@ -186,7 +186,9 @@ def _reference_from_store(
                     files, config.model, config.reference, config.data.max_length, world, inputs.processor
                 )
             )
-            filler.costs = replace(filler.costs, arrangement=engines[0].model.arrangement)
+            model = engines[0].model
+            is_masked = model.backend is AttentionBackend.sdpa
+            filler.costs = replace(filler.costs, arrangement=model.arrangement, is_masked=is_masked)
         return engines[0].token_logps
 
     tokens = SCORING_TOKENS_FACTOR * run.micro_batch_tokens

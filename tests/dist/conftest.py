@@ -16,7 +16,7 @@ from tests.support.tiny_model import write_model
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
     folder = tmp_path_factory.mktemp("assets")
-    pairs = write_pairs(folder / "pairs.jsonl", PAIRS, seed=1)
+    pairs = write_pairs(folder / "pairs.jsonl", PAIRS, seed=1, goes_on=True)
     config = DataConfig(cache=str(folder / "encoded"))
     return Assets(
         policy=write_model(folder / "policy", seed=1),

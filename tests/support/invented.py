@@ -10,8 +10,11 @@ _WORDS = [
 ]
 
 
-def write_pairs(file: Path, count: int, seed: int = 0) -> Path:
-    """Conversational pairs; prompts of 1 to 60 words, answers of 1 to 40, some prompts with two turns."""
+def write_pairs(file: Path, count: int, seed: int = 0, *, goes_on: bool = False) -> Path:
+    """Conversational pairs; prompts of 1 to 60 words, answers of 1 to 40, some prompts with two turns.
+
+    With `goes_on`, every third prompt is a later turn of the conversation before it.
+    """
     random_source = random.Random(seed)
 
     def words(most: int) -> str:
@@ -26,6 +29,8 @@ def write_pairs(file: Path, count: int, seed: int = 0) -> Path:
                 {"role": "assistant", "content": words(20)},
                 {"role": "user", "content": words(20)},
             ]
+        elif goes_on and number % 3 == 2:
+            prompt = [*rows[-1]["prompt"], *rows[-1]["chosen"], *prompt]
         rows.append(
             {
                 "prompt": prompt,

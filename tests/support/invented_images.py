@@ -187,7 +187,10 @@ def invented_images(name: str) -> list[ImageInput]:
 
 
 def image_examples(images: Sequence[ImageInput]) -> list[Example]:
-    """One image and two responses; two images and three responses; none; the first image twice more."""
+    """One image and two responses; two images and three responses; none; the first image twice more.
+
+    The last ones begin like the first example, up to a token after the image, and up to another image.
+    """
     random = np.random.default_rng(0)
 
     def ids(count: int) -> TokenIds:
@@ -199,12 +202,19 @@ def image_examples(images: Sequence[ImageInput]) -> list[Example]:
         return Example(np.concatenate(parts), tuple(map(ids, responses)), images=used)
 
     first, second, third = images
-    return [
+    found = [
         example((5, first, 7), 9, 4),
         example((3, second, 2, third, 6), 11, 6, 1),
         example((12,), 5, 8),
         example((2, first, 3, first, 6), 7, 10),
     ]
+    begin, *_ = found
+    for image, same in ((first, 9), (second, 5)):
+        alike = example((5, image, 8), 3, 5)
+        alike.prompt_ids[:5] = begin.prompt_ids[:5]
+        alike.prompt_ids[-8:][: same - 5] = begin.prompt_ids[-7:][: same - 5]
+        found.append(alike)
+    return found
 
 
 def own_inputs(model: Any, ids: Tensor, images: Sequence[ImageInput]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Pairs as token ids, and what a model says of them one plain sequence after the other."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,15 @@ from torch import Tensor
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.example import Example, TokenIds, response_keys
 from dpo_dist.batching.pack import PackedBatch, pack
+from dpo_dist.batching.prefixes import Prefixes, common_tokens
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 
 VOCABULARY = 97
 # Of a usual model.
-COSTS = ComputeCosts(key=1 / 8192, target=0.1)
+COSTS = ComputeCosts(key=1 / 8192, target=0.1, prefixes=True)
+
+# With these a prefix is shared if it has five tokens.
+SHARING = ComputeCosts(key=0, target=0, prefixes=True)
 
 # Of pairs: prompt, then one to three responses.
 pair_shapes = st.lists(
@@ -37,13 +42,31 @@ def random_pairs(shapes: Sequence[tuple[int, ...]], seed: int = 0) -> list[Examp
     return [Example(ids(prompt), tuple(map(ids, responses))) for prompt, *responses in shapes]
 
 
+def branching(pairs: Sequence[Example], seed: int = 0) -> list[Example]:
+    """The same pairs, most of which begin like a part of an earlier row, as do their responses."""
+    generator, rows, found = np.random.default_rng(seed), list[TokenIds](), list[Example]()
+
+    def begun(ids: TokenIds, like: TokenIds) -> TokenIds:
+        most = min(len(ids), len(like))
+        shared = most if generator.integers(3) == 0 else int(generator.integers(most + 1))
+        return np.concatenate((like[:shared], ids[shared:]))
+
+    for pair in pairs:
+        prompt = begun(pair.prompt_ids, rows[generator.integers(len(rows))]) if rows else pair.prompt_ids
+        first, *others = pair.responses
+        responses = (first, *(begun(ids, first) for ids in others))
+        found.append(Example(prompt, responses, pair.trained))
+        rows += found[-1].rows
+    return found
+
+
 def packed_tokens(prompt: int, responses: Sequence[int]) -> int:
     """Tokens of a prompt with its responses in a packed batch."""
     return prompt + sum(tokens - 1 for tokens in responses)
 
 
 def dataset_of(pairs: Sequence[Example]) -> PreferenceDataset:
-    """Return a dataset in memory of these pairs, with their masks and content keys."""
+    """Return a dataset in memory of these pairs, with their masks and content keys, and how they begin."""
     pieces = [piece for pair in pairs for piece in (pair.prompt_ids, *pair.responses)]
     keys = response_keys(pairs)
     lengths = np.array([len(piece) for piece in pieces])
@@ -67,13 +90,22 @@ def dataset_of(pairs: Sequence[Example]) -> PreferenceDataset:
         truncated=np.zeros(len(keys), dtype=np.bool_),
         prompt_hashes=np.arange(len(pairs), dtype=np.uint64),
         origins=np.zeros((len(pairs), 2), dtype=np.int64),
+        prefixes=prefixes_of(pairs),
     )
 
 
-def pack_unkeyed(pairs: Sequence[Example]) -> PackedBatch:
-    """One micro-batch whose keys mean nothing."""
+def prefixes_of(pairs: Sequence[Example]) -> Prefixes:
+    """Return how these pairs begin, each a record of its own."""
+    rows = [pair.rows[0] for pair in pairs]
+    order = sorted(range(len(rows)), key=lambda index: rows[index].tobytes())
+    shared = [0, *(common_tokens(rows[a], rows[b]) for a, b in pairwise(order)), 0]
+    return Prefixes(np.argsort(order), np.array(list(map(len, rows))), np.array(shared, dtype=np.int32))
+
+
+def pack_unkeyed(pairs: Sequence[Example], costs: ComputeCosts | None = SHARING) -> PackedBatch:
+    """One micro-batch whose keys mean nothing; a tree of the prefixes of five tokens or more."""
     responses = sum(len(pair.responses) for pair in pairs)
-    return pack(pairs, np.zeros((responses, 2), dtype=np.uint64))
+    return pack(pairs, np.zeros((responses, 2), dtype=np.uint64), costs=costs)
 
 
 def plain_logps(causal_lm: Any, pairs: Sequence[Example]) -> Tensor:

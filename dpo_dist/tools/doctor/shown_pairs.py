@@ -28,7 +28,7 @@ _EXAMPLES_PER_FINDING = 2
 _MAX_RESPONSES = 4
 _MAX_TOKENS, _MAX_CHARACTERS = 2000, 8000
 
-Segment = tuple[str, str]
+TextSpan = tuple[str, str]
 """The text of consecutive tokens, and their CSS classes: some of "special trained cut", or "omitted"."""
 
 
@@ -37,7 +37,7 @@ class ShownPart:
     """The prompt or a response of a shown record; `tokens` counts it before anything is cut."""
 
     name: str
-    segments: Sequence[Segment]
+    segments: Sequence[TextSpan]
     tokens: int | None = None
     score: float | None = None
 
@@ -144,7 +144,7 @@ def _names(record: PreferenceRecord) -> Iterator[tuple[int, str, float | None]]:
 
 def _segments(
     ids: TokenIds, is_trained: Sequence[bool], cut: range, tokenizer: Tokenizer
-) -> Iterator[Segment]:
+) -> Iterator[TextSpan]:
     """Yield runs of tokens of one kind; a long part ends after its first tokens."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
     special = added | set(tokenizer.all_special_ids)  # an added token of white space is ordinary text

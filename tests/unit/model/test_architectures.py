@@ -33,7 +33,7 @@ from dpo_dist.model.files.load import load_config
 from dpo_dist.model.layers import checkpoint_layers
 from dpo_dist.model.packed import PackedCausalLM, rope_limit
 from tests.support.families import FAMILIES, tiny_causal_lm, tiny_config, with_rope
-from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
+from tests.support.packing import branching, pack_unkeyed, plain_logps, random_pairs
 
 MULTIPLIERS = {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "embedding_multiplier": 3.0}
 # Windows of all layers or of some, beside layers of full attention. `FAMILIES` has others, of 8 tokens.
@@ -125,7 +125,8 @@ def check_exact(
 @pytest.mark.parametrize(("model_type", "own"), [*((name, {}) for name in sorted(FAMILIES)), *OTHERS.items()])
 def test_log_probs_and_gradients_equal_plain_ones(model_type: str, own: dict[str, Any]) -> None:
     """Also if layers are computed again in backward, which happens in training mode."""
-    causal_lm, pairs = trained(model_type, **own), random_pairs(SHAPES)
+    causal_lm, pairs = trained(model_type, **own), branching(random_pairs(SHAPES))
+    assert len(pack_unkeyed(pairs).input_ids) < len(pack_unkeyed(pairs, None).input_ids)
     check_causal(causal_lm.config)
     model = check_exact(causal_lm, pairs, settled)
     assert (model.arrangement, model.own_logits) == (FAMILIES[model_type][1], False)
@@ -140,7 +141,7 @@ def test_log_probs_and_gradients_equal_plain_ones(model_type: str, own: dict[str
 @settings(max_examples=4)
 @given(window=st.integers(2, 16), lengths=shapes)
 def test_windows_of_any_length(model_type: str, window: int, lengths: list[tuple[int, ...]]) -> None:
-    check_exact(windowed(model_type, window), random_pairs(lengths))
+    check_exact(windowed(model_type, window), branching(random_pairs(lengths)))
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
@@ -150,7 +151,9 @@ def test_compiled_layers_with_windows_caps_and_sinks_are_exact(model_type: str) 
     Recomputed in backward, too; and no further layout is traced again. The kernels are PyTorch's own.
     """
     causal_lm = windowed(model_type, 4)
-    batches = [random_pairs(lengths) for lengths in (SHAPES, [(9, 5, 2, 1, 7)], [(3, 12), (20, 1, 1)])]
+    batches = [
+        branching(random_pairs(lengths)) for lengths in (SHAPES, [(9, 5, 2, 1, 7)], [(3, 12), (20, 1, 1)])
+    ]
     expected = [plain_logps(causal_lm, pairs) for pairs in batches]
     expected_gradients = [gradients(causal_lm, logps) for logps in expected]
     torch._dynamo.reset()

@@ -134,6 +134,17 @@ def test_the_arrangement_of_another_rank_counts(folder: Path) -> None:
     assert not any(asked)
 
 
+def test_a_fault_of_shared_prefixes_alone_is_found(folder: Path) -> None:
+    model = load(folder)
+
+    def faulty(batch: PackedBatch) -> Tensor:
+        logps: Tensor = model(batch)
+        has_prompts_only = {shared for _, shared, _ in batch.segments} <= {0, *(p for p, *_ in batch.layout)}
+        return logps if has_prompts_only else logps + 0.01 * (torch.arange(len(logps)) % 2)
+
+    assert settled(model, score=faulty).arrangement is PADDED
+
+
 @pytest.mark.parametrize("is_int8", [False, True])
 def test_rounding_of_inputs_to_int8_is_no_fault(is_int8: bool, folder: Path) -> None:
     """An outlier in any token changes the rounding of all, on CPUs in evaluation mode only."""

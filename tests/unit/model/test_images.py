@@ -223,7 +223,7 @@ def test_each_distinct_image_is_in_a_batch_once_and_moves_with_it() -> None:
     batch = pack_unkeyed(image_examples(images))
     for moved in (batch, batch.to(torch.device("meta")), batch.with_one_target()):
         assert moved.images is not None
-        assert moved.images.order == ((0,), (1, 2), (), (0, 0))
+        assert moved.images.order == ((0,), (1, 2), (), (0, 0), (0,), (1,))
         assert moved.images.tokens == tuple(image.tokens for image in images)
         assert moved.images.inputs["pixel_values"].shape == (3, 3, 56, 56)  # padded as by a processor
         assert moved.images.inputs["pixel_values"].device == moved.input_ids.device

@@ -1,0 +1,127 @@
+"""A micro-batch whose rows begin alike computes what rows on their own do, each shared token once."""
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_dist.batching.costs import ComputeCosts
+from dpo_dist.batching.example import Example
+from dpo_dist.batching.pack import padded_rows
+from dpo_dist.batching.prefixes import common_tokens
+from tests.support.packing import (
+    branching,
+    pack_unkeyed,
+    packed_tokens,
+    plain_logps,
+    random_pairs,
+)
+from tests.unit.model.test_architectures import assert_same, gradients, packed, shapes, windowed
+
+KINDS = ("qwen2", "gemma2", "gpt_oss", "mixtral", "llama4_text")
+forests = st.builds(
+    lambda lengths, seed: branching(random_pairs(lengths, seed), seed), shapes, st.integers(0, 99)
+)
+
+
+@lru_cache
+def model_of(kind: str) -> Any:
+    return windowed(kind, 5 if kind not in ("qwen2", "mixtral") else None)
+
+
+@settings(max_examples=200)
+@given(forests, st.sampled_from(KINDS))
+def test_any_forest_has_the_log_probs_and_gradients_of_rows(pairs: list[Example], kind: str) -> None:
+    causal_lm = model_of(kind)
+    expected = plain_logps(causal_lm, pairs)
+    expected_gradients = gradients(causal_lm, expected)
+    own_attention = causal_lm.config._attn_implementation
+    logps = packed(causal_lm)(pack_unkeyed(pairs))
+    assert (logps - expected).norm() <= 1e-6 * expected.norm()
+    assert_same(gradients(causal_lm, logps), expected_gradients)
+    causal_lm.set_attn_implementation(own_attention)
+
+
+@given(forests)
+def test_rows_are_whole_wherever_their_tokens_are(pairs: list[Example]) -> None:
+    batch, plain = pack_unkeyed(pairs), pack_unkeyed(pairs, None)
+    rows = [row for pair in pairs for row in pair.rows]
+    for row, places in zip(rows, batch.rows, strict=True):
+        assert batch.input_ids[places].tolist() == row.tolist()
+        assert batch.position_ids[places].tolist() == [*range(len(row))]
+    assert batch.repeats.sum() == sum(map(len, rows)) == plain.repeats.sum()
+    assert batch.repeats.tolist() == np.bincount(np.concatenate(batch.rows)).tolist()
+    ours, theirs = padded_rows(batch, 0), padded_rows(plain, 0)
+    assert ours.lengths == theirs.lengths
+    for name in ("input_ids", "is_token", "predictors"):
+        assert getattr(ours, name).tolist() == getattr(theirs, name).tolist()
+
+
+def test_each_shared_token_is_computed_once() -> None:
+    """A tree of four levels: instructions, a question, an answer, a later turn."""
+    ((instructions, question, answer, turn),) = [
+        pair.responses for pair in random_pairs([(1, 30, 20, 15, 10)])
+    ]
+    ends = [pair.prompt_ids for pair in random_pairs([(6, 1)] * 5, seed=1)]
+    asked = np.concatenate((instructions, question))
+    answered = np.concatenate((asked, answer, turn))
+    pairs = [
+        Example(asked, (np.concatenate((answer, ends[0])), ends[1])),
+        Example(answered, (ends[2], ends[3])),
+        Example(np.concatenate((instructions, ends[4])), (ends[0], ends[1])),
+    ]
+    pieces = [30, 20, 15, 5, 5, 10, 5, 5, 6, 5, 5]
+    assert len(pack_unkeyed(pairs).input_ids) == sum(pieces)
+    again = [*pairs, *pairs, Example(pairs[1].prompt_ids, pairs[1].responses[::-1])]
+    assert len(pack_unkeyed(again).input_ids) == sum(pieces)
+
+
+@given(forests, st.sampled_from([0.0, 0.5, 2.0]), st.sampled_from([0.0, 0.1, 100.0]), st.booleans())
+def test_no_more_is_computed_than_with_shared_prompts(
+    pairs: list[Example], gather: float, key: float, is_masked: bool
+) -> None:
+    costs = ComputeCosts(key=key, target=0, prefixes=True, gather=gather, is_masked=is_masked)
+    plain, tree = pack_unkeyed(pairs, None), pack_unkeyed(pairs, costs)
+    assert len(tree.input_ids) <= len(plain.input_ids)
+    if len(tree.input_ids) == len(plain.input_ids):
+        assert tree.segments == plain.segments
+    off = pack_unkeyed(pairs, replace(costs, prefixes=False))
+    assert off.segments == plain.segments
+    assert len(plain.input_ids) == sum(
+        packed_tokens(len(p.prompt_ids), list(map(len, p.responses))) for p in pairs
+    )
+
+
+def test_what_costs_more_than_it_saves_is_not_shared() -> None:
+    def shared(prefix: int, own: int, **costs: Any) -> bool:
+        same, *others = (pair.prompt_ids for pair in random_pairs([(prefix, 1), (own, 1), (own, 1)]))
+        pairs = [Example(np.concatenate((same, other)), (other,)) for other in others]
+        batch = pack_unkeyed(pairs, ComputeCosts(**{"key": 0, "target": 0, "prefixes": True} | costs))
+        return len(batch.input_ids) < len(pack_unkeyed(pairs, None).input_ids)
+
+    assert [prefix for prefix in (1, 4, 5, 90) if shared(prefix, 9)] == [5, 90]
+    assert [gather for gather in (0.5, 0.9, 1.0) if shared(20, 9, gather=gather)] == [0.5]
+    # All pairs of a query and a key of a segment are computed where a mask is given, half of them else.
+    assert [own for own in (30, 90) if shared(40, own, key=0.01, is_masked=True)] == [30]
+    assert shared(40, 90, key=0.01)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "common"),
+    [
+        ([4, 5, 6], [4, 5, 7], 2),
+        ([4, 5], [4, 5, 7], 2),
+        ([4, -1, -2, 6], [4, -1, -2, 7], 3),
+        ([4, -1, -2, 6], [4, -1, -3, 7], 1),  # another image whose digest begins alike
+        ([4, -1, -2], [4, -1], 1),
+        ([-1, -2, 5], [-1, -3, 5], 0),
+        ([4], [], 0),
+    ],
+)
+def test_an_image_is_shared_whole(first: list[int], second: list[int], common: int) -> None:
+    rows = np.array(first, dtype=np.int32), np.array(second, dtype=np.int32)
+    assert common_tokens(*rows) == common_tokens(*rows[::-1]) == common
