@@ -105,9 +105,10 @@ def test_what_costs_more_than_it_saves_is_not_shared() -> None:
 
     assert [prefix for prefix in (1, 4, 5, 90) if shared(prefix, 9)] == [5, 90]
     assert [gather for gather in (0.5, 0.9, 1.0) if shared(20, 9, gather=gather)] == [0.5]
-    # All pairs of a query and a key of a segment are computed where a mask is given, half of them else.
-    assert [own for own in (30, 90) if shared(40, own, key=0.01, is_masked=True)] == [30]
-    assert shared(40, 90, key=0.01)
+    # With a mask, all pairs of a query and a key of a segment are computed, else half of them, in blocks.
+    assert [own for own in (200, 400) if shared(40, own, key=0.01, is_masked=True)] == [200]
+    assert [prefix for prefix in (40, 400) if shared(prefix, 400, key=0.01, is_masked=True)] == [400]
+    assert shared(40, 400, key=0.01)
 
 
 @pytest.mark.parametrize(
