@@ -1,11 +1,12 @@
 """Measure what the prefix tree saves: tokens and CPU seconds of training and scoring with and without it.
 
-Each data set is trained on for a few steps by a small model with random weights, `trainer.prefix_tree=true`
-and `false` in turns, each in its own process and with a store of its own. Data sets are files of any format
-that training reads, and `agents`, which is generated: conversations with one of three sets of tools, where a
-record may be a later turn of an earlier record's conversation. Tokens are those of a pair as rows (each
-prompt once for each response), with shared prompts, and with the tree; seconds are medians over rounds.
-If losses of the two differ, the exit code is 1.
+A small model with random weights trains on each data set, with `trainer.prefix_tree=true` and `false` in
+turns, each in its own process with a store of its own. Data sets are files of any format that training reads,
+or else `agents`, which is generated: conversations with one of three sets of tools, where a record may be a
+later turn of another record's conversation. Tokens of a pair are those of rows (a prompt once for each
+response), with shared prompts, and with the tree. CPU seconds, of all steps and of scoring by the reference,
+are medians over rounds, their ratios and that of peak memory are with the tree to without. If losses differ,
+the exit code is 1.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import random
 import statistics
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from benchmarks.setting import (
 )
 
 _TOLERANCE = 1e-5
-_AGENTS = "agents"
+_ROWS = "rows.json"
 _TOOL_SETS, _TURNS = 3, 4
 _WORDS = "account amount city code count customer date email file filter id invoice item key language limit "
 _WORDS += "list message name number order page path price product query range region report result room "
@@ -46,22 +47,19 @@ def run(options: Namespace) -> Json:
     figures: dict[str, Json] = {}
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         folder = Path(name)
-        agents = folder / f"{_AGENTS}.jsonl"
-        with agents.open("w") as file:
-            file.writelines(f"{json.dumps(record)}\n" for record in agent_records(options.pairs, setting.seed))
-        files = options.files or [agents]
-        setting.write(folder)
-        in_fork(lambda: _save_model(setting, files, options.base, folder))
+        files = options.files or [folder / "agents.jsonl"]
+        in_fork(lambda: _prepare(setting, files, options.base, folder))
+        rows: dict[str, float] = json.loads((folder / _ROWS).read_text())
         for file in files:
-            rounds: list[dict[bool, Result]] = []
+            rounds = []
             for number in range(options.rounds):
                 order = (True, False) if number % 2 else (False, True)
                 rounds.append({tree: _train(folder, file, f"{number}-{tree}", tree) for tree in order})
-            figures[file.stem] = _figures(rounds) | _tokens(setting, folder, file)
+            figures[file.stem] = {"rows": rows[str(file)], **_figures(rounds)}
     print(f"{setting}\n{options.rounds} rounds\n")
-    rows = [["", *next(iter(figures.values()))]]
-    rows += [[name, *(f"{value:,.4g}" for value in row.values())] for name, row in figures.items()]
-    print(markdown(rows))
+    table = [["", *next(iter(figures.values()))]]
+    table += [[name, *(f"{value:,.4g}" for value in row.values())] for name, row in figures.items()]
+    print(markdown(table))
     largest = max(row["loss difference"] for row in figures.values())
     return {"trainers_agree": largest <= _TOLERANCE, **figures}
 
@@ -106,18 +104,48 @@ def agent_records(pairs: int, seed: int) -> Iterator[Json]:
     yield from records[:pairs]
 
 
+def _prepare(setting: Setting, files: list[Path], base: Path | None, folder: Path) -> None:
+    """Write the generated data, the model and, by file, the tokens of a pair of the run as rows."""
+    from dpo_dist.batching.costs import ComputeCosts
+    from dpo_dist.batching.sampler import make_sampler
+    from dpo_dist.config.load import load_run_config
+    from dpo_dist.data.encoded.build import prepare_dataset, tokenizer_digest
+    from dpo_dist.data.encoded.dataset import open_dataset
+    from dpo_dist.model.files.load import load_tokenizer
+
+    setting.write(folder)
+    with (folder / "agents.jsonl").open("w") as out:
+        records = agent_records(setting.pairs, setting.seed)
+        out.writelines(f"{json.dumps(record)}\n" for record in records)
+    _save_model(setting, files, base, folder)
+    model, rows = folder / "model", {}
+    for file in files:
+        chosen = [*overrides(setting, folder, folder / "unused", folder / "unused"), f"data.train=[{file}]"]
+        config = load_run_config(chosen)
+        tokenizer = load_tokenizer(model, config.model)
+        encoded = prepare_dataset(config.data.train, config.data, tokenizer, tokenizer_digest(model))
+        dataset = open_dataset(encoded, config.data)
+        sampler = make_sampler(dataset.spans([1.0]), config.trainer)
+        pairs = np.concatenate([sampler.indices(step) for step in range(sampler.steps)])
+        responses, counts = dataset.response_indices(pairs), dataset.response_counts(pairs)
+        sizes = dataset.sizes(pairs, responses, counts, ComputeCosts(key=0, target=0))
+        rows[str(file)] = float(sizes.unshared_tokens.mean())
+    (folder / _ROWS).write_text(json.dumps(rows))
+
+
 def _save_model(setting: Setting, files: list[Path], base: Path | None, folder: Path) -> None:
     """Write a model with random weights, and its tokenizer: that of `base`, or one trained on the files."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    model = folder / "model"
     if base is not None:
         config: Any = AutoConfig.from_pretrained(base)
         config.num_hidden_layers = setting.layers or config.num_hidden_layers
         torch.manual_seed(setting.seed)
         causal_lm: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        causal_lm.save_pretrained(folder / "model")
-        AutoTokenizer.from_pretrained(base).save_pretrained(folder / "model")
+        causal_lm.save_pretrained(model)
+        AutoTokenizer.from_pretrained(base).save_pretrained(model)
         return
     texts = folder / "texts.jsonl"
     with texts.open("w") as out:
@@ -126,31 +154,66 @@ def _save_model(setting: Setting, files: list[Path], base: Path | None, folder: 
     tokenizer = train_tokenizer(texts, min(shape.vocabulary, TOKENIZER_VOCABULARY))
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder / "model")
-    size = max(shape.vocabulary, len(tokenizer))
-    shape = dataclasses.replace(shape, vocabulary=size, layers=setting.layers or shape.layers)
+    tokenizer.save_pretrained(model)
+    shape = dataclasses.replace(
+        shape, vocabulary=max(shape.vocabulary, len(tokenizer)), layers=setting.layers or shape.layers
+    )
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    save_random_model(shape, folder / "model", setting.seed, **tokens)
+    save_random_model(shape, model, setting.seed, **tokens)
 
 
 def _train(folder: Path, file: Path, name: str, tree: bool) -> Result:
     chosen = f"data.train=[{file}]", f"trainer.prefix_tree={str(tree).lower()}", "parallelism=ddp"
-    return start(Run(str(folder), "dpo_dist", f"{folder}/store-{file.stem}-{name}", chosen, saves=False))
+    store = folder / f"store-{file.stem}-{name}"
+    return start(Run(str(folder), "dpo_dist", str(store), chosen, saves=False), threads=1)
 
 
 def _figures(rounds: list[dict[bool, Result]]) -> Json:
-    """Return CPU seconds of training and scoring without the tree and with it, their ratios, and memory."""
+    """Return tokens of a pair without the tree and with it, CPU seconds, ratios, and the losses' difference."""
 
-    def losses(result: Result) -> Any:
-        return np.array([row["loss"] for row in result["rows"]])
+    def tokens(result: Result) -> float:
+        return sum(row["tokens"] for row in result["rows"]) / sum(row["pairs"] for row in result["rows"])
 
-    found: Json = {}
+    def median_ratio(value: Callable[[Result], float]) -> float:
+        return statistics.median(value(each[True]) / value(each[False]) for each in rounds)
+
+    found = {"shared prompts": tokens(rounds[0][False]), "tree": tokens(rounds[0][True])}
+    found["tree/shared prompts"] = found["tree"] / found["shared prompts"]
     for phase in ("training", "reference"):
-        seconds = {tree: [each[tree][phase]["cpu_seconds"] for each in rounds] for tree in (False, True)}
-        found |= {f"{phase} s": statistics.median(seconds[False])}
-        found |= {f"{phase} s, tree": statistics.median(seconds[True])}
-        ratios = [with_tree / without for without, with_tree in zip(*seconds.values(), strict=True)]
-        found |= {f"{phase} ratio": statistics.median(ratios)}
-    found["peak ratio"] = statistics.median(each[True]["peak_bytes"] / each[False]["peak_bytes"] for each in rounds)
-    found["loss difference"] = max(float(abs(losses(each[True]) - losses(each[False])).max()) for each in rounds)
+        for tree, name in ((False, f"{phase} s"), (True, f"{phase} s, tree")):
+            found[name] = statistics.median(each[tree][phase]["cpu_seconds"] for each in rounds)
+        found[f"{phase} ratio"] = median_ratio(lambda result, phase=phase: result[phase]["cpu_seconds"])
+    found["peak ratio"] = median_ratio(lambda result: result["peak_bytes"])
+    found["loss difference"] = max(
+        abs(ours["loss"] - theirs["loss"])
+        for each in rounds
+        for ours, theirs in zip(each[True]["rows"], each[False]["rows"], strict=True)
+    )
     return found
+
+
+def _own_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--files", type=Path, nargs="+", help="data sets; without this option, agents")
+    parser.add_argument("--base", type=Path, help="model folder that gives shape and tokenizer")
+    parser.add_argument("--layers", type=int, help="layers of the model; without this option, the shape's")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _fault(options: Namespace) -> str:
+    return "" if options.pairs % options.batch_pairs == 0 else "pairs must be a multiple of batch-pairs"
+
+
+BENCHMARK = Benchmark(
+    run,
+    shared={
+        "model": "5m",
+        "pairs": 64,
+        "batch_pairs": 32,
+        "max_length": 4096,
+        "rounds": 2,
+        "micro_batch_tokens": 8192,
+    },
+    own=_own_options,
+    smoke={"model": "tiny", "pairs": 8, "batch_pairs": 4, "rounds": 1},
+    fault=_fault,
+)
