@@ -169,7 +169,7 @@ def _train(folder: Path, file: Path, name: str, tree: bool) -> Result:
 
 
 def _figures(rounds: list[dict[bool, Result]]) -> Json:
-    """Return tokens of a pair without the tree and with it, CPU seconds, ratios, and the losses' difference."""
+    """Return tokens of a pair and CPU seconds, without the tree and with it, ratios and losses."""
 
     def tokens(result: Result) -> float:
         return sum(row["tokens"] for row in result["rows"]) / sum(row["pairs"] for row in result["rows"])

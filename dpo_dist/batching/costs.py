@@ -24,10 +24,10 @@ class Arrangement(StrEnum):
     single = "single"
 
 
-# A segment that shares tokens costs this many more than their copies: fewer are not worth it.
+# A segment that shares tokens costs this many more than their copies: fewer are not worth it. One core of an
+# AMD EPYC joins a segment's keys in 0.04 to 0.1 ms a layer, and computes a token of SmolLM2-135M in 0.27 ms.
 _SEGMENT = 4
-# Causal attention by SDPA on a CPU computes whole blocks of this many keys for a query: in shorter rows, a mask
-# costs nothing more.
+# SDPA computes causal attention in blocks of this many keys on a CPU: a mask costs nothing more in shorter rows.
 _BLOCK = 512
 
 
@@ -51,10 +51,13 @@ class ComputeCosts:
         return self.prefixes and self.arrangement is Arrangement.packed
 
     def saved_by_sharing(self, shared: Counts, own: Counts) -> Costs:
-        """Return the time that rows with `own` other tokens save by not computing `shared` ones again."""
+        """Return the time that rows with `own` other tokens save by not computing `shared` ones again.
+
+        The more `own` tokens, the less.
+        """
         row, pairs = shared + own, causal_pairs(shared)
         if self.is_masked:
-            pairs = np.minimum(row * row, causal_pairs(row) + row * _BLOCK // 2) - own * row
+            pairs = np.minimum(pairs, causal_pairs(row) + row * _BLOCK // 2 - own * row)
         saved = shared * (1 - self.gather) + self.key * pairs
         return np.where(shared > 0, saved - _SEGMENT, 0.0)
 

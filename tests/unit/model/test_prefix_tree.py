@@ -111,6 +111,14 @@ def test_what_costs_more_than_it_saves_is_not_shared() -> None:
     assert shared(40, 400, key=0.01)
 
 
+@given(st.integers(1, 3000), st.booleans())
+def test_longer_rows_save_no_more(shared: int, is_masked: bool) -> None:
+    """A plan knows the longest row only, and must not expect that the others share less."""
+    costs = ComputeCosts(key=0.01, target=0, prefixes=True, gather=0.1, is_masked=is_masked)
+    saved = costs.saved_by_sharing(np.full(4000, shared), np.arange(4000))
+    assert (np.diff(saved) <= 0).all()
+
+
 @pytest.mark.parametrize(
     ("first", "second", "common"),
     [
