@@ -27,7 +27,7 @@ class Arrangement(StrEnum):
 # A segment that shares tokens costs this many more than their copies: fewer are not worth it. One core of an
 # AMD EPYC joins a segment's keys in 0.04 to 0.1 ms a layer, and computes a token of SmolLM2-135M in 0.27 ms.
 _SEGMENT = 4
-# SDPA computes causal attention in blocks of this many keys on a CPU: a mask costs nothing more in shorter rows.
+# SDPA on a CPU computes causal attention in blocks of this many keys: a mask costs no more in shorter rows.
 _BLOCK = 512
 
 
