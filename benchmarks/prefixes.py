@@ -172,7 +172,8 @@ def _figures(rounds: list[dict[bool, Result]]) -> Json:
     """Return tokens of a pair and CPU seconds, without the tree and with it, ratios and losses."""
 
     def tokens(result: Result) -> float:
-        return sum(row["tokens"] for row in result["rows"]) / sum(row["pairs"] for row in result["rows"])
+        tokens, pairs = (sum(row[name] for row in result["rows"]) for name in ("tokens", "pairs"))
+        return float(tokens / pairs)
 
     def median_ratio(value: Callable[[Result], float]) -> float:
         return statistics.median(value(each[True]) / value(each[False]) for each in rounds)
@@ -182,7 +183,8 @@ def _figures(rounds: list[dict[bool, Result]]) -> Json:
     for phase in ("training", "reference"):
         for tree, name in ((False, f"{phase} s"), (True, f"{phase} s, tree")):
             found[name] = statistics.median(each[tree][phase]["cpu_seconds"] for each in rounds)
-        found[f"{phase} ratio"] = median_ratio(lambda result, phase=phase: result[phase]["cpu_seconds"])
+    found["training ratio"] = median_ratio(lambda result: result["training"]["cpu_seconds"])
+    found["reference ratio"] = median_ratio(lambda result: result["reference"]["cpu_seconds"])
     found["peak ratio"] = median_ratio(lambda result: result["peak_bytes"])
     found["loss difference"] = max(
         abs(ours["loss"] - theirs["loss"])
