@@ -4,11 +4,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
@@ -18,7 +20,7 @@ from dpo_dist.reference import store as store_module
 from dpo_dist.reference.fill import Scorer, StoreFiller
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from tests.dist.scenario import PAIRS, Assets, load_reference
-from tests.support.packing import COSTS
+from tests.support.packing import COSTS, prefixes_of
 from tests.support.ranks import run_ranks, start_ranks
 
 FINGERPRINT = ReferenceFingerprint("tiny", {"dtype": "fp32"})
@@ -91,6 +93,45 @@ def test_ranks_share_the_work_and_every_entry_is_the_models(
         assert sum(of_rank["entries"] for of_rank in fills) == computed
     assert sum(of_rank["dummies"] > 0 for of_rank in ones) == 2
     assert all(of_rank["entries"] for of_rank in more)
+
+
+def fill_in_order(assets: Assets, store: Path, shares: bool, world: World, _folder: Path) -> dict[str, Any]:
+    """Fill for pairs whose beginnings are known; return the tokens that this rank scored, and the calls."""
+    tokens = list[int]()
+    dataset = assets.dataset()
+    dataset = replace(dataset, prefixes=prefixes_of([dataset.example(i) for i in range(len(dataset))]))
+
+    def load_scorer() -> Scorer:
+        engine = load_reference(assets.reference, assets.config(assets.policy), world)
+
+        def score(batch: PackedBatch) -> Tensor:
+            tokens.append(batch.tokens)
+            return engine.token_logps(batch)
+
+        return score
+
+    costs = replace(COSTS, prefixes=shares)
+    filler = StoreFiller(
+        LogpStore(store, [FINGERPRINT], []), load_scorer, world, 512, costs, 4096, Stops(StopRequest(), world)
+    )
+    filler.fill(dataset, np.arange(PAIRS), lambda _done, _total: None)
+    return {"tokens": sum(tokens), "calls": len(tokens)}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_pairs_that_begin_alike_are_scored_by_one_rank(
+    assets: Assets, plain_entries: Entries, tmp_path: Path, ranks: int
+) -> None:
+    """A chat template begins all of them."""
+    tokens = []
+    for shares in (True, False):
+        store = tmp_path / str(shares)
+        found = run_ranks(partial(fill_in_order, assets, store, shares), ranks, tmp_path / f"ranks {shares}")
+        assert_whole(store, assets, plain_entries, PAIRS)
+        assert len({of_rank["calls"] for of_rank in found}) == 1
+        assert max(of_rank["tokens"] for of_rank in found) < 2 * min(of_rank["tokens"] for of_rank in found)
+        tokens.append(sum(of_rank["tokens"] for of_rank in found))
+    assert tokens[0] < tokens[1]
 
 
 def fill_and_die(assets: Assets, store: Path, world: World, folder: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from dpo_dist.reference.engine import run_start_check
 from tests.dist.scenario import load_policy, plain_training
 from tests.dist.test_engine import write_whole
 from tests.support.invented_images import image_examples, image_reader, invented_images, row_logps
+from tests.support.packing import SHARING
 from tests.support.ranks import OPTIM, run_ranks
 
 ZERO3, ZERO2, DDP = ParallelismKind
@@ -43,8 +44,8 @@ STEPS = 3
 # By number of ranks, the examples of each micro-batch of each rank: an empty one, a rank without an image
 # (example 2 has none), a dummy beside a micro-batch with an image.
 SHARES: dict[int, list[list[list[int]]]] = {
-    2: [[[0, 1], [3]], [[2], []]],
-    3: [[[0]], [[1, 3]], [[2]]],
+    2: [[[0, 3], [1]], [[2], []]],
+    3: [[[1]], [[0, 3]], [[2]]],
 }
 
 
@@ -83,8 +84,9 @@ class Invented:
 
 
 def examples_of(family: str) -> list[Example]:
-    """Pairs; with one image, with two, with none, and the first image again."""
-    return [replace(each, responses=each.responses[:2]) for each in image_examples(invented_images(family))]
+    """Pairs; with one image, with two, with none, and one that begins like the first, image included."""
+    one, two, none, _, alike, _ = image_examples(invented_images(family))
+    return [replace(each, responses=each.responses[:2]) for each in (one, two, none, alike)]
 
 
 def loss_of(logps: Tensor, examples: Sequence[Example]) -> Tensor:
@@ -100,7 +102,7 @@ def step(policy: PolicyEngine, family: str, world: World) -> float:
     for number, share in enumerate(shares):
         mine = [every[index] for index in share]
         keys = np.zeros((2 * len(mine), 2), dtype=np.uint64)
-        batch = pack(mine, keys, dummy_image=dummy) if mine else dummy_batch(dummy)
+        batch = pack(mine, keys, dummy_image=dummy, costs=SHARING) if mine else dummy_batch(dummy)
         logps = policy.token_logps(batch)
         loss = loss_of(logps, mine) if mine else 0.0 * logps.sum()
         policy.backward(loss, is_last=number == len(shares) - 1)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.golden.scenario import GOLDEN, SCENARIOS, overrides, write_scenario
+from tests.support.invented import write_pairs
 from tests.support.launch import assert_same_history, history, train
 
 WAYS = {
@@ -61,6 +62,30 @@ def test_other_losses_give_their_recorded_trajectory_on_two_processes(
             sigmoid, sft = (row.pop(f"{prefix}loss/terms/{kind}") for kind in ("sigmoid", "sft"))
             assert sigmoid + 0.2 * sft == pytest.approx(row[f"{prefix}loss"], rel=1e-6)
     assert_same_history(rows, golden, relative=2e-4)
+
+
+AS_TREES = {
+    "cut by small budgets": (1, "sigmoid", ["trainer.micro_batch_tokens=300"]),
+    "two processes": (2, "sigmoid_and_sft", []),
+    "two processes share sequences": (2, "sigmoid", ["parallelism.sequence_parallel=2"]),
+    "three processes, live": (3, "ipo", ["parallelism.kind=ddp", "reference.mode=live"]),
+}
+
+
+@pytest.mark.parametrize("way", AS_TREES)
+def test_shared_prefixes_change_no_number(way: str, scenario: Path, tmp_path: Path) -> None:
+    processes, name, extra = AS_TREES[way]
+    write_pairs(tmp_path / "turns.jsonl", 47, seed=3, goes_on=True)
+    command = [*overrides(scenario, name), f"data.train=[{tmp_path}/turns.jsonl]", *extra]
+    found = {}
+    for is_on in ("true", "false"):
+        folder = tmp_path / is_on
+        stores = [f"reference.store={folder}/store", f"run.dir={folder}/run"]
+        train([*command, *stores, f"trainer.prefix_tree={is_on}"], processes=processes)
+        found[is_on] = history(folder / "run")
+    assert_same_history(found["true"], found["false"], relative=1e-6)
+    rates = [sum(row.get("tokens_per_step", 0) for row in rows) for rows in found.values()]
+    assert rates[0] <= rates[1]
 
 
 # Two to three times the largest drift that was measured. Without training, eval_loss would differ by 0.009.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.data.encoded.dataset import PreferenceDataset
@@ -20,7 +21,7 @@ from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.store import LogpStore
 from tests.support.alone import ALONE
-from tests.support.packing import COSTS, dataset_of
+from tests.support.packing import COSTS, dataset_of, random_pairs
 from tests.support.read_only import read_only
 from tests.unit.reference.test_store import FINGERPRINT
 
@@ -47,12 +48,13 @@ def logps_of(ids: Tensor) -> Tensor:
 
 
 class Scorer:
-    """Scores with `logps_of`, and counts responses."""
+    """Scores with `logps_of`, and counts responses and computed tokens."""
 
-    responses = 0
+    responses = tokens = 0
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         self.responses += len(batch.keys)
+        self.tokens += batch.tokens
         return logps_of(batch.targets)
 
 
@@ -60,9 +62,15 @@ def no_progress(_done: int, _total: int) -> None:
     pass
 
 
-def filler_of(root: Path, entries_per_shard: int = 4, scorer: Scorer | None = None) -> StoreFiller:
+def filler_of(
+    root: Path,
+    entries_per_shard: int = 4,
+    scorer: Scorer | None = None,
+    tokens: int = 30,
+    costs: ComputeCosts = COSTS,
+) -> StoreFiller:
     store, stops = LogpStore(root, [FINGERPRINT], []), Stops(StopRequest(), ALONE)
-    return StoreFiller(store, lambda: scorer or Scorer(), ALONE, 30, COSTS, entries_per_shard, stops)
+    return StoreFiller(store, lambda: scorer or Scorer(), ALONE, tokens, costs, entries_per_shard, stops)
 
 
 def fill(root: Path, dataset: PreferenceDataset, indices: Iterable[int], **options: Any) -> FillReport:
@@ -103,6 +111,29 @@ def test_only_missing_responses_are_computed(tmp_path: Path, dataset: Preference
     assert (report.hits, report.computed, scorer.responses) == (2, 5, 5)
     assert_filled(tmp_path, dataset, [0, 2, 5])
     assert fill(tmp_path, dataset, [0, 2, 5]) == FillReport(hits=7)
+
+
+@pytest.mark.parametrize(("prefixes", "definitions"), [(True, 4), (False, 40)])
+@pytest.mark.parametrize("chosen_stored", [1, 15])
+def test_pairs_that_begin_alike_anywhere_in_the_data_are_scored_together(
+    tmp_path: Path, prefixes: bool, definitions: int, chosen_stored: int
+) -> None:
+    """Four definitions of tools, and in a round as many pairs as have the same one."""
+    tools = [pair.prompt_ids for pair in random_pairs([(60, 1)] * 4)]
+    pairs = [
+        Example(np.concatenate((tools[number % 4], pair.prompt_ids)), pair.responses)
+        for number, pair in enumerate(random_pairs([(5, 6, 7)] * 40, seed=1))
+    ]
+    data, scorer = dataset_of(pairs), Scorer()
+    chosen = 2 * np.arange(chosen_stored)
+    stored = [logps_of(torch.from_numpy(pair.responses[0])).numpy() for pair in pairs[:chosen_stored]]
+    LogpStore.open(tmp_path, [FINGERPRINT]).write(data.keys[chosen], stored)
+    costs = dataclasses.replace(COSTS, prefixes=prefixes)
+    report = fill(tmp_path, data, range(40), entries_per_shard=20, scorer=scorer, tokens=300, costs=costs)
+    assert (report.hits, report.computed) == (chosen_stored, 80 - chosen_stored)
+    own = 40 * (5 + 5 + 6) - chosen_stored * 5
+    assert scorer.tokens == pytest.approx(definitions * 60 + own, rel=0.01)
+    assert_filled(tmp_path, data, range(40))
 
 
 def test_a_fill_that_waits_for_another_job_can_be_stopped(tmp_path: Path, dataset: PreferenceDataset) -> None:
