@@ -111,6 +111,16 @@ def test_what_costs_more_than_it_saves_is_not_shared() -> None:
     assert shared(40, 400, key=0.01)
 
 
+def test_a_prompt_shared_at_a_cost_keeps_no_other_rows_apart() -> None:
+    """The long response comes last in the order of ids, so that its row needs the mask; plans do not know."""
+    prompt, same, one, other = (pair.prompt_ids for pair in random_pairs([(10, 1), (50, 1), (9, 1), (8, 1)]))
+    long, short = np.full(900, 255, dtype=np.int32), np.full(5, 256, dtype=np.int32)
+    pairs = [Example(prompt, (long, short))]
+    pairs += [Example(np.concatenate((same, end)), (short, long[:5])) for end in (one, other)]
+    costs = ComputeCosts(key=0.01, target=0, prefixes=True, is_masked=True)
+    assert len(pack_unkeyed(pairs, costs).input_ids) == len(pack_unkeyed(pairs, None).input_ids) - 50
+
+
 @given(st.integers(1, 3000), st.booleans())
 def test_longer_rows_save_no_more(shared: int, is_masked: bool) -> None:
     """A plan knows the longest row only, and must not expect that the others share less."""
