@@ -12,6 +12,7 @@ from benchmarks.options import SHARED, Benchmark
 NAMES = {
     "vs_trl": "speed and memory beside TRL on the same pairs",
     "images": "CPU seconds beside TRL on pairs with images",
+    "prefixes": "tokens and CPU seconds with the prefix tree and without it",
     "memory": "memory of each reference mode",
     "mfu": "share of the device's peak that training uses",
     "encode": "records encoded per second, by number of processes",

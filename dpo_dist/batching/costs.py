@@ -24,8 +24,11 @@ class Arrangement(StrEnum):
     single = "single"
 
 
-# A segment that shares tokens costs this many more than their copies: fewer are not worth it.
+# A segment that shares tokens costs this many more than their copies: fewer are not worth it. One core of an
+# AMD EPYC joins a segment's keys in 0.04 to 0.1 ms a layer, and computes a token of SmolLM2-135M in 0.27 ms.
 _SEGMENT = 4
+# SDPA on a CPU computes causal attention in blocks of this many keys: a mask costs no more in shorter rows.
+_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class ComputeCosts:
     prefixes: bool = False  # whether more than prompts is shared
     gather: float = 0.0  # time to copy the key and value of a shared token for one more row, in all layers
     gather_memory: float = 0.0  # memory of these copies, in units of what a token takes
-    is_masked: bool = False  # whether a row that shares tokens computes all pairs of its queries and keys
+    is_masked: bool = False  # whether a row that shares tokens needs a mask, whose hidden pairs are computed
 
     @property
     def shares_prefixes(self) -> bool:
@@ -48,10 +51,15 @@ class ComputeCosts:
         return self.prefixes and self.arrangement is Arrangement.packed
 
     def saved_by_sharing(self, shared: Counts, own: Counts) -> Costs:
-        """Return the time that rows with `own` other tokens save by not computing `shared` ones again."""
-        saved = shared * (1 - self.gather) + self.key * causal_pairs(shared)
-        masked = self.key * causal_pairs(own) if self.is_masked else 0.0
-        return np.where(shared > 0, saved - masked - _SEGMENT, 0.0)
+        """Return the time that rows with `own` other tokens save by not computing `shared` ones again.
+
+        The more `own` tokens, the less.
+        """
+        row, pairs = shared + own, causal_pairs(shared)
+        if self.is_masked:
+            pairs = np.minimum(pairs, causal_pairs(row) + row * _BLOCK // 2 - own * row)
+        saved = shared * (1 - self.gather) + self.key * pairs
+        return np.where(shared > 0, saved - _SEGMENT, 0.0)
 
     def worth_sharing(self, common: Counts, tokens: Counts) -> Counts:
         """Return how many leading tokens `common` with another row are shared: none if it costs more."""

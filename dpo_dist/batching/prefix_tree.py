@@ -40,8 +40,7 @@ def prefix_tree(
         common = np.array([0, *(common_tokens(rows[a], rows[b]) for a, b in pairwise(by_ids))])
         worth = costs.worth_sharing(common, tokens[by_ids])
         tree = np.where(common >= prompts[by_ids], common, worth)
-        saved = costs.saved_by_sharing
-        if saved(tree, tokens[by_ids] - tree).sum() > saved(plain, tokens - plain).sum():
+        if tree.sum() > plain.sum():
             order, shared = by_ids, tree
     own = tokens[order] - shared
     return [Segment(*map(int, segment)) for segment in zip(order, shared, own, strict=True)]

@@ -105,9 +105,28 @@ def test_what_costs_more_than_it_saves_is_not_shared() -> None:
 
     assert [prefix for prefix in (1, 4, 5, 90) if shared(prefix, 9)] == [5, 90]
     assert [gather for gather in (0.5, 0.9, 1.0) if shared(20, 9, gather=gather)] == [0.5]
-    # All pairs of a query and a key of a segment are computed where a mask is given, half of them else.
-    assert [own for own in (30, 90) if shared(40, own, key=0.01, is_masked=True)] == [30]
-    assert shared(40, 90, key=0.01)
+    # With a mask, all pairs of a query and a key of a segment are computed, else half of them, in blocks.
+    assert [own for own in (200, 400) if shared(40, own, key=0.01, is_masked=True)] == [200]
+    assert [prefix for prefix in (40, 400) if shared(prefix, 400, key=0.01, is_masked=True)] == [400]
+    assert shared(40, 400, key=0.01)
+
+
+def test_a_prompt_shared_at_a_cost_keeps_no_other_rows_apart() -> None:
+    """The long response comes last in the order of ids, so that its row needs the mask; plans do not know."""
+    prompt, same, one, other = (pair.prompt_ids for pair in random_pairs([(10, 1), (50, 1), (9, 1), (8, 1)]))
+    long, short = np.full(900, 255, dtype=np.int32), np.full(5, 256, dtype=np.int32)
+    pairs = [Example(prompt, (long, short))]
+    pairs += [Example(np.concatenate((same, end)), (short, long[:5])) for end in (one, other)]
+    costs = ComputeCosts(key=0.01, target=0, prefixes=True, is_masked=True)
+    assert len(pack_unkeyed(pairs, costs).input_ids) == len(pack_unkeyed(pairs, None).input_ids) - 50
+
+
+@given(st.integers(1, 3000), st.booleans())
+def test_longer_rows_save_no_more(shared: int, is_masked: bool) -> None:
+    """A plan knows the longest row only, and must not expect that the others share less."""
+    costs = ComputeCosts(key=0.01, target=0, prefixes=True, gather=0.1, is_masked=is_masked)
+    saved = costs.saved_by_sharing(np.full(4000, shared), np.arange(4000))
+    assert (np.diff(saved) <= 0).all()
 
 
 @pytest.mark.parametrize(
