@@ -35,7 +35,7 @@ def prefix_tree(
     prompts = np.array([prompt for prompt, *responses in layout for _ in responses])
     plain = np.array([n for prompt, _, *others in layout for n in (0, *[prompt] * len(others))])
     order, shared = np.arange(len(rows)), plain
-    if costs is not None and costs.prefixes:
+    if costs is not None and costs.shares_prefixes:
         by_ids = np.array(sorted(range(len(rows)), key=lambda row: rows[row].tobytes()))
         common = np.array([0, *(common_tokens(rows[a], rows[b]) for a, b in pairwise(by_ids))])
         worth = costs.worth_sharing(common, tokens[by_ids])
