@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.encode import CHATML
 from benchmarks.options import Benchmark, Json, markdown
 from benchmarks.runs import Result, Run, in_fork, start
@@ -34,7 +32,7 @@ from benchmarks.setting import (
 )
 
 _TOLERANCE = 1e-5
-_ROWS = "rows.json"
+_TOKENS = "tokens.json"
 _TOOL_SETS, _TURNS = 3, 4
 _WORDS = "account amount city code count customer date email file filter id invoice item key language limit "
 _WORDS += "list message name number order page path price product query range region report result room "
@@ -49,13 +47,13 @@ def run(options: Namespace) -> Json:
         folder = Path(name)
         files = options.files or [folder / "agents.jsonl"]
         in_fork(lambda: _prepare(setting, files, options.base, folder))
-        rows: dict[str, float] = json.loads((folder / _ROWS).read_text())
+        tokens: dict[str, Json] = json.loads((folder / _TOKENS).read_text())
         for file in files:
             rounds = []
             for number in range(options.rounds):
                 order = (True, False) if number % 2 else (False, True)
                 rounds.append({tree: _train(folder, file, f"{number}-{tree}", tree) for tree in order})
-            figures[file.stem] = {"rows": rows[str(file)], **_figures(rounds)}
+            figures[file.stem] = {**tokens[str(file)], **_figures(rounds)}
     print(f"{setting}\n{options.rounds} rounds\n")
     table = [["", *next(iter(figures.values()))]]
     table += [[name, *(f"{value:,.4g}" for value in row.values())] for name, row in figures.items()]
@@ -105,20 +103,21 @@ def agent_records(pairs: int, seed: int) -> Iterator[Json]:
 
 
 def _prepare(setting: Setting, files: list[Path], base: Path | None, folder: Path) -> None:
-    """Write the generated data, the model and, by file, the tokens of a pair of the run as rows."""
-    from dpo_dist.batching.costs import ComputeCosts
+    """Write the generated data, the model and, by file, the tokens of a pair of the run."""
     from dpo_dist.batching.sampler import make_sampler
+    from dpo_dist.batching.step_batch import shard_batch
     from dpo_dist.config.load import load_run_config
     from dpo_dist.data.encoded.build import prepare_dataset, tokenizer_digest
     from dpo_dist.data.encoded.dataset import open_dataset
-    from dpo_dist.model.files.load import load_tokenizer
+    from dpo_dist.model.files.load import load_config, load_tokenizer, without_weights
+    from dpo_dist.model.flops import compute_costs, step_flops
 
     setting.write(folder)
     with (folder / "agents.jsonl").open("w") as out:
         records = agent_records(setting.pairs, setting.seed)
         out.writelines(f"{json.dumps(record)}\n" for record in records)
     _save_model(setting, files, base, folder)
-    model, rows = folder / "model", {}
+    model, tokens = folder / "model", {}
     for file in files:
         chosen = [*overrides(setting, folder, folder / "unused", folder / "unused"), f"data.train=[{file}]"]
         config = load_run_config(chosen)
@@ -126,11 +125,17 @@ def _prepare(setting: Setting, files: list[Path], base: Path | None, folder: Pat
         encoded = prepare_dataset(config.data.train, config.data, tokenizer, tokenizer_digest(model))
         dataset = open_dataset(encoded, config.data)
         sampler = make_sampler(dataset.spans([1.0]), config.trainer)
-        pairs = np.concatenate([sampler.indices(step) for step in range(sampler.steps)])
-        responses, counts = dataset.response_indices(pairs), dataset.response_counts(pairs)
-        sizes = dataset.sizes(pairs, responses, counts, ComputeCosts(key=0, target=0))
-        rows[str(file)] = float(sizes.unshared_tokens.mean())
-    (folder / _ROWS).write_text(json.dumps(rows))
+        flops = step_flops(without_weights(load_config(model, config.model), config.model))
+        costs = dataclasses.replace(compute_costs(flops, prefixes=True), is_masked=True)
+        steps = [
+            shard_batch(dataset, sampler.indices(step), 0, 1, setting.micro_batch_tokens, costs)
+            for step in range(sampler.steps)
+        ]
+        names = {"rows": "unshared_tokens", "shared prompts": "tokens", "tree": "computed_tokens"}
+        tokens[str(file)] = {
+            shown: sum(getattr(step, name) for step in steps) / setting.pairs for shown, name in names.items()
+        }
+    (folder / _TOKENS).write_text(json.dumps(tokens))
 
 
 def _save_model(setting: Setting, files: list[Path], base: Path | None, folder: Path) -> None:
@@ -169,17 +174,12 @@ def _train(folder: Path, file: Path, name: str, tree: bool) -> Result:
 
 
 def _figures(rounds: list[dict[bool, Result]]) -> Json:
-    """Return tokens of a pair and CPU seconds, without the tree and with it, ratios and losses."""
-
-    def tokens(result: Result) -> float:
-        tokens, pairs = (sum(row[name] for row in result["rows"]) for name in ("tokens", "pairs"))
-        return float(tokens / pairs)
+    """Return CPU seconds without the tree and with it, ratios and losses."""
 
     def median_ratio(value: Callable[[Result], float]) -> float:
         return statistics.median(value(each[True]) / value(each[False]) for each in rounds)
 
-    found = {"shared prompts": tokens(rounds[0][False]), "tree": tokens(rounds[0][True])}
-    found["tree/shared prompts"] = found["tree"] / found["shared prompts"]
+    found: Json = {}
     for phase in ("training", "reference"):
         for tree, name in ((False, f"{phase} s"), (True, f"{phase} s, tree")):
             found[name] = statistics.median(each[tree][phase]["cpu_seconds"] for each in rounds)
