@@ -43,6 +43,7 @@ def consecutive_batches(
 Bins = npt.NDArray[np.int64]
 
 _CUTS = 8  # trials
+_IN_RUNS = 1.25  # examples of a bundle share more than this many times what all share
 _ROW_TRIALS = 12
 _LESS_PADDING = 0.9  # smaller micro-batches have to compute at most this share of the larger ones' tokens
 _ENOUGH_TOKENS = 2048  # of a micro-batch that keeps a device busy
@@ -117,8 +118,8 @@ def _fill_together(
     """Return the bin of each example, its cost there, and the numbers of ranks and micro-batches.
 
     `plain`, the bins and micro-batches for examples that share nothing, is kept unless other bins take less
-    time in as few micro-batches: of consecutive examples in the order of their token ids, of bundles that
-    begin alike, or of examples without what every one shares.
+    time in as few micro-batches: of consecutive examples in the order of their token ids, or of bundles that
+    share more than every example does.
     """
     together = np.zeros_like(sizes.tokens)
     shares = shares_in_bins(sizes, costs, together)
@@ -131,13 +132,9 @@ def _fill_together(
         return np.repeat(bins, np.diff([*starts, len(order)]))[np.argsort(order)]
 
     even, bundles = chain.cut_evenly(world_size), chain.cut(in_runs=True)
-    filled, number = _fill_fewest(*chain.bundle_sizes(bundles), world_size, budget)
+    filled, number = _fill_fewest(*chain.bundle_sizes(bundles), world_size, budget - chain.common)
     found = [plain, (spread(even, np.arange(len(even))), -(-len(even) // world_size))]
     found.append((spread(bundles, filled), number))
-    common = int(chain.saved_tokens[1:].min())
-    if 0 < common < budget:
-        rest = sizes.costs - chain.saved_time[1:].min()
-        found.append(_fill_fewest(sizes.tokens - common, rest, world_size, budget - common))
 
     def time(assigned: tuple[Bins, int]) -> float:
         bins, number = assigned
@@ -156,30 +153,33 @@ class _Chain:
     """Examples in the order of their token ids, and bundles of consecutive ones."""
 
     def __init__(self, sizes: ExampleSizes, shares: Shares, order: Counts, budget: int):
-        self.saved_tokens, self.saved_time, self._budget = shares.memory[order], shares.time[order], budget
-        self._tokens = sizes.tokens[order] - self.saved_tokens
-        self._costs = sizes.costs[order] - self.saved_time
-        self._token_ends = np.insert(np.cumsum(self._tokens), 0, 0).tolist()
-        self._cost_ends = np.insert(np.cumsum(self._costs), 0, 0).tolist()
-        runs = np.append(np.flatnonzero(shares.tokens[order] == 0), len(order))
+        tokens, saved = shares.tokens[order], np.stack((shares.memory, shares.time))[:, order]
+        # What every example shares is in each bin: the first one is as if another had it, too.
+        if 0 < (least := saved[:, 1:].min(axis=1))[0] < budget:
+            saved[:, 0] = least
+        self._budget, self.common, self._saved = budget, int(saved[0, 0]), saved
+        self._own = np.stack((sizes.tokens, sizes.costs))[:, order] - saved
+        self._ends = np.insert(np.cumsum(self._own, axis=1), 0, 0, axis=1).tolist()
+        runs = np.append(np.flatnonzero(tokens <= _IN_RUNS * tokens[1:].min()), len(order))
         self._run_ends = np.repeat(runs[1:], np.diff(runs)).tolist()
 
     def bundle_sizes(self, starts: Sequence[int]) -> tuple[Counts, Costs]:
-        """Return the tokens and the costs of the bundles that begin at `starts`."""
-        tokens = np.add.reduceat(self._tokens, starts) + self.saved_tokens[starts]
-        return tokens, np.add.reduceat(self._costs, starts) + self.saved_time[starts]
+        """Return the tokens and the costs of the bundles that begin at `starts`, without the common ones."""
+        bundles = np.add.reduceat(self._own, starts, axis=1) + self._saved[:, starts] - self._saved[:, :1]
+        return bundles[0].astype(np.int64), bundles[1]
 
     def cut(self, cap: float = math.inf, *, in_runs: bool = False) -> list[int]:
         """Return where bundles begin that are as large as the budget and `cap`, a cost, allow.
 
-        With `in_runs`, only examples that share tokens are in one bundle.
+        With `in_runs`, only examples that share clearly more than all do are in one bundle.
         """
-        starts, start, last = list[int](), 0, len(self._tokens)
+        starts, start, last = list[int](), 0, len(self._run_ends)
         while start < last:
             starts.append(start)
-            tokens = self._token_ends[start] - self.saved_tokens[start] + self._budget
-            cost = self._cost_ends[start] - self.saved_time[start] + cap
-            fitting = min(bisect_right(self._token_ends, tokens), bisect_right(self._cost_ends, cost)) - 1
+            limits = zip(self._ends, self._saved[:, start], (self._budget, cap), strict=True)
+            fitting = (
+                min(bisect_right(ends, ends[start] - saved + limit) for ends, saved, limit in limits) - 1
+            )
             start = max(start + 1, min(fitting, self._run_ends[start] if in_runs else last))
         return starts
 
@@ -187,7 +187,7 @@ class _Chain:
         """Return where the smallest bundles begin that are enough for as few micro-batches as possible."""
         starts = self.cut()
         most = -(-len(starts) // world_size) * world_size
-        low, high = self._cost_ends[-1] / len(self._tokens), self._cost_ends[-1]
+        low, high = self._ends[1][-1] / len(self._run_ends), self._ends[1][-1]
         for _ in range(_CUTS):
             cap = math.sqrt(low * high)
             smaller = self.cut(cap)
