@@ -50,27 +50,28 @@ _ENOUGH_TOKENS = 2048  # of a micro-batch that keeps a device busy
 
 
 def plan_micro_batches(
-    sizes: ExampleSizes, world_size: int, token_budget: int, costs: ComputeCosts | None = None
+    sizes: ExampleSizes, world_size: int, token_budget: int, costs: ComputeCosts
 ) -> list[list[list[int]]]:
     """Assign the examples of a global batch to micro-batches and ranks.
 
     Examples, costliest first, go to as few micro-batches as can hold them in this order, rarely one more than
     the tightest packing. The ranks get work of equal cost in each micro-batch and in the whole step, so that
-    they wait little for each other. An example above the budget is alone in its micro-batch. With `costs`,
-    examples that begin alike are dealt out together where that takes less time, in no more micro-batches.
+    they wait little for each other. An example above the budget is alone in its micro-batch. Examples that
+    begin alike are dealt out together where that takes less time by `costs`, in no more micro-batches.
 
     `token_budget`: tokens that fit in one micro-batch, with their padding. Returns indices in `sizes` by
     micro-batch and rank; an empty list is a dummy: all ranks have the same number of micro-batches (law L2).
     """
     if not len(sizes.tokens):
         return []
-    if sizes.rows is not None and sizes.longest is not None:
-        row_bins, number = _fill_rows(sizes.rows, sizes.longest, world_size, token_budget)
-        return _assign_to_ranks(row_bins, sizes.costs, world_size, number)
-    bins, number = _fill_fewest(sizes.tokens, sizes.costs, world_size, token_budget)
-    if costs is None or sizes.prefixes is None:
-        return _assign_to_ranks(bins, sizes.costs, world_size, number)
-    return _assign_to_ranks(*_fill_together(sizes, costs, world_size, token_budget, (bins, number)))
+    if costs.pads_rows:
+        bins, number = _fill_rows(sizes.responses, sizes.longest, world_size, token_budget)
+    else:
+        bins, number = _fill_fewest(sizes.tokens, sizes.costs, world_size, token_budget)
+        if sizes.prefixes is not None:
+            bins, number = _fill_together(sizes, costs, world_size, token_budget, (bins, number))
+    times = sizes.costs - shares_in_bins(sizes, costs, bins).time
+    return _assign_to_ranks(bins, times, world_size, number)
 
 
 class Shares(NamedTuple):
@@ -86,8 +87,6 @@ def shares_in_bins(sizes: ExampleSizes, costs: ComputeCosts, bins: Bins) -> Shar
     prefixes, shared = sizes.prefixes, np.zeros_like(sizes.tokens)
     if prefixes is None:
         return Shares(shared, np.zeros_like(sizes.costs), shared)
-    assert sizes.longest is not None
-    assert sizes.responses is not None
     order = _order_by_ids(prefixes, bins)
     common = prefixes.select(order).common_with_previous()
     is_first = np.diff(bins[order], prepend=-1) != 0
@@ -114,8 +113,8 @@ def _order_by_ids(prefixes: Prefixes, bins: Bins) -> Counts:
 
 def _fill_together(
     sizes: ExampleSizes, costs: ComputeCosts, world_size: int, budget: int, plain: tuple[Bins, int]
-) -> tuple[Bins, Costs, int, int]:
-    """Return the bin of each example, its cost there, and the numbers of ranks and micro-batches.
+) -> tuple[Bins, int]:
+    """Return the bin of each example, and the number of micro-batches.
 
     `plain`, the bins and micro-batches for examples that share nothing, is kept unless other bins take less
     time in as few micro-batches: of consecutive examples in the order of their token ids, or of bundles that
@@ -124,7 +123,7 @@ def _fill_together(
     together = np.zeros_like(sizes.tokens)
     shares = shares_in_bins(sizes, costs, together)
     if sizes.prefixes is None or not shares.tokens.any():
-        return plain[0], sizes.costs, world_size, plain[1]
+        return plain
     order = _order_by_ids(sizes.prefixes, together)
     chain = _Chain(sizes, shares, order, budget)
 
@@ -145,8 +144,7 @@ def _fill_together(
         loads = np.bincount(bins, sizes.costs - shares.time, world_size * number)
         return float(np.sort(loads)[::-1][::world_size].sum())
 
-    bins, number = min(found, key=time)
-    return bins, sizes.costs - shares_in_bins(sizes, costs, bins).time, world_size, number
+    return min(found, key=time)
 
 
 class _Chain:
