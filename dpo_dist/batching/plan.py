@@ -68,8 +68,7 @@ def plan_micro_batches(
         bins, number = _fill_rows(sizes.responses, sizes.longest, world_size, token_budget)
     else:
         bins, number = _fill_fewest(sizes.tokens, sizes.costs, world_size, token_budget)
-        if sizes.prefixes is not None:
-            bins, number = _fill_together(sizes, costs, world_size, token_budget, (bins, number))
+        bins, number = _fill_together(sizes, costs, world_size, token_budget, (bins, number))
     times = sizes.costs - shares_in_bins(sizes, costs, bins).time
     return _assign_to_ranks(bins, times, world_size, number)
 
