@@ -1,5 +1,6 @@
 """Sizes of examples, and what they cost a model to compute."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -22,6 +23,12 @@ class Arrangement(StrEnum):
     packed = "packed"
     padded = "padded"
     single = "single"
+
+    def computed_tokens(self, packed: int, rows: Sequence[int]) -> int:
+        """Return the tokens that forwards compute of rows of these lengths, `packed` without copies."""
+        if self is Arrangement.packed:
+            return packed
+        return len(rows) * max(rows) if self is Arrangement.padded else sum(rows)
 
 
 # A segment that shares tokens costs this many more than their copies: fewer are not worth it. One core of an

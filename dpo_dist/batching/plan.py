@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -12,28 +13,20 @@ from dpo_dist.batching.costs import Arrangement, ComputeCosts, Costs, ExampleSiz
 from dpo_dist.batching.prefixes import Counts, Prefixes
 
 
-def computed_tokens(layout: Sequence[Sequence[int]], arrangement: Arrangement) -> int:
-    """Return the tokens that the forwards of a micro-batch compute, with their padding.
-
-    `layout`, as in `PackedBatch`: for each example, the tokens of its prompt and of each response.
-    """
-    if arrangement is Arrangement.packed:
-        return sum(map(sum, layout))
-    rows = [prompt + tokens for prompt, *responses in layout for tokens in responses]
-    return len(rows) * max(rows) if arrangement is Arrangement.padded else sum(rows)
-
-
 def consecutive_batches(
     layout: Sequence[Sequence[int]], budget: int, arrangement: Arrangement
 ) -> list[range]:
     """Return micro-batches of consecutive examples, indices in `layout`, of at most `budget` computed tokens.
 
-    A longer example is a micro-batch of its own.
+    `layout`: `Example.layout` of each. A longer example is a micro-batch of its own.
     """
+    rows = [[prompt + tokens for tokens in responses] for prompt, *responses in layout]
     batches: list[range] = []
     for stop in range(1, len(layout) + 1):
         start = batches[-1].start if batches else 0
-        if batches and computed_tokens(layout[start:stop], arrangement) <= budget:
+        lengths = [*chain.from_iterable(rows[start:stop])]
+        tokens = arrangement.computed_tokens(sum(map(sum, layout[start:stop])), lengths)
+        if batches and tokens <= budget:
             batches[-1] = range(start, stop)
         else:
             batches.append(range(stop - 1, stop))
