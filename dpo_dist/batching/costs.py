@@ -1,5 +1,6 @@
 """Sizes of examples, and what they cost a model to compute."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -22,6 +23,12 @@ class Arrangement(StrEnum):
     packed = "packed"
     padded = "padded"
     single = "single"
+
+    def computed_tokens(self, packed: int, rows: Sequence[int]) -> int:
+        """Return the tokens that forwards compute of rows of these lengths, `packed` without copies."""
+        if self is Arrangement.packed:
+            return packed
+        return len(rows) * max(rows) if self is Arrangement.padded else sum(rows)
 
 
 # A segment that shares tokens costs this many more than their copies: fewer are not worth it. One core of an
@@ -50,6 +57,11 @@ class ComputeCosts:
         """Whether a forward computes tokens once with which several responses begin."""
         return self.prefixes and self.arrangement is Arrangement.packed
 
+    @property
+    def pads_rows(self) -> bool:
+        """Whether a forward computes rows with padding."""
+        return self.pads or self.arrangement is Arrangement.padded
+
     def saved_by_sharing(self, shared: Counts, own: Counts) -> Costs:
         """Return the time that rows with `own` other tokens save by not computing `shared` ones again.
 
@@ -76,10 +88,9 @@ class ExampleSizes:
     targets: Counts  # completion tokens to score
     attended: Counts  # query-key pairs of attention in a layer in which tokens see all earlier ones
     costs: Costs  # compute time in units of `ComputeCosts`
-    rows: Counts | None = None  # responses in padded rows; None: nothing is padded
-    longest: Counts | None = None  # tokens of the longest row, a prompt with a response
+    longest: Counts  # tokens of the longest row, a prompt with a response
+    responses: Counts  # their number
     image_tokens: Counts | None = None  # placeholders of images in the prompts; None: there are no images
-    responses: Counts | None = None  # their number
     prefixes: Prefixes | None = None  # None: examples share nothing
 
     def select(self, indices: Counts) -> "ExampleSizes":
@@ -122,7 +133,6 @@ def example_sizes(
     compute = tokens + costs.key * (attended - tokens / 2) + costs.target * targets
     if image_tokens is not None:
         compute = compute + costs.image * image_tokens
-    pads = costs.arrangement is Arrangement.padded or costs.pads
     return ExampleSizes(
         tokens,
         prompt_shared_tokens=copies * prompt_tokens + np.add.reduceat(rows - prompts, firsts),
@@ -130,10 +140,9 @@ def example_sizes(
         targets=targets,
         attended=attended,
         costs=compute,
-        rows=counts if pads else None,
         longest=np.maximum.reduceat(rows, firsts),
-        image_tokens=image_tokens,
         responses=counts,
+        image_tokens=image_tokens,
     )
 
 

@@ -43,6 +43,11 @@ class Example:
         return self.trained or tuple(np.ones(len(ids), dtype=np.bool_) for ids in self.responses)
 
     @property
+    def layout(self) -> tuple[int, ...]:
+        """The tokens of the prompt, and of each response without its last token."""
+        return (len(self.prompt_ids), *(len(ids) - 1 for ids in self.responses))
+
+    @property
     def rows(self) -> tuple[Row, ...]:
         """The inputs for each response: the prompt, and the response without its last token.
 

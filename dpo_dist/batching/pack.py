@@ -90,10 +90,7 @@ class PackedBatch:
 
     def computed_tokens(self, arrangement: Arrangement) -> int:
         """Return the tokens that the forwards of this batch compute, with their padding."""
-        if arrangement is Arrangement.packed:
-            return len(self.input_ids)
-        lengths = [len(row) for row in self.rows]
-        return len(lengths) * max(lengths) if arrangement is Arrangement.padded else sum(lengths)
+        return arrangement.computed_tokens(len(self.input_ids), list(map(len, self.rows)))
 
     def size_in_words(self, arrangement: Arrangement) -> str:
         """Return the computed tokens and the pairs of this batch as text."""
@@ -167,8 +164,7 @@ def pack(
     `dummy_image`: an invented image, if another rank has an image in its micro-batch. With `costs`, more than
     prompts is shared where it pays.
     """
-    layout = [(len(example.prompt_ids), *(len(ids) - 1 for ids in example.responses)) for example in examples]
-    segments = prefix_tree([row for example in examples for row in example.rows], layout, costs)
+    segments = prefix_tree(examples, costs)
     indices = {
         segment.row: np.concatenate([np.arange(*part) for part in path])
         for segment, path in zip(segments, paths(segments), strict=True)
@@ -176,9 +172,8 @@ def pack(
     rows = [indices[number] for number in range(len(segments))]
     ids = [np.concatenate((e.prompt_ids, ids[:-1])) for e in examples for ids in e.responses]
     positions = [np.arange(shared, shared + own) for _, shared, own in segments]
-    prompt_tokens = np.repeat([prompt for prompt, *_ in layout], [len(pieces) - 1 for pieces in layout])
-    predictors = [row[prompt - 1 :] for row, prompt in zip(rows, prompt_tokens, strict=True)]
     responses = [response for example in examples for response in example.responses]
+    predictors = [row[-len(response) :] for row, response in zip(rows, responses, strict=True)]
     mask = None
     if any(example.trained for example in examples):
         mask = np.concatenate([mask for example in examples for mask in example.masks])
@@ -188,7 +183,7 @@ def pack(
     return PackedBatch(
         input_ids=_int64(np.concatenate([ids[row][shared:] for row, shared, _ in segments])),
         position_ids=_int64(np.concatenate(positions)),
-        layout=tuple(layout),
+        layout=tuple(example.layout for example in examples),
         segments=tuple(segments),
         rows=tuple(rows),
         target_places=target_places,

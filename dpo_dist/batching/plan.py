@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -12,28 +13,20 @@ from dpo_dist.batching.costs import Arrangement, ComputeCosts, Costs, ExampleSiz
 from dpo_dist.batching.prefixes import Counts, Prefixes
 
 
-def computed_tokens(layout: Sequence[Sequence[int]], arrangement: Arrangement) -> int:
-    """Return the tokens that the forwards of a micro-batch compute, with their padding.
-
-    `layout`, as in `PackedBatch`: for each example, the tokens of its prompt and of each response.
-    """
-    if arrangement is Arrangement.packed:
-        return sum(map(sum, layout))
-    rows = [prompt + tokens for prompt, *responses in layout for tokens in responses]
-    return len(rows) * max(rows) if arrangement is Arrangement.padded else sum(rows)
-
-
 def consecutive_batches(
     layout: Sequence[Sequence[int]], budget: int, arrangement: Arrangement
 ) -> list[range]:
     """Return micro-batches of consecutive examples, indices in `layout`, of at most `budget` computed tokens.
 
-    A longer example is a micro-batch of its own.
+    `layout`: `Example.layout` of each. A longer example is a micro-batch of its own.
     """
+    rows = [[prompt + tokens for tokens in responses] for prompt, *responses in layout]
     batches: list[range] = []
     for stop in range(1, len(layout) + 1):
         start = batches[-1].start if batches else 0
-        if batches and computed_tokens(layout[start:stop], arrangement) <= budget:
+        lengths = [*chain.from_iterable(rows[start:stop])]
+        tokens = arrangement.computed_tokens(sum(map(sum, layout[start:stop])), lengths)
+        if batches and tokens <= budget:
             batches[-1] = range(start, stop)
         else:
             batches.append(range(stop - 1, stop))
@@ -43,33 +36,34 @@ def consecutive_batches(
 Bins = npt.NDArray[np.int64]
 
 _CUTS = 8  # trials
+_IN_RUNS = 1.25  # examples of a bundle share more than this many times what all share
 _ROW_TRIALS = 12
 _LESS_PADDING = 0.9  # smaller micro-batches have to compute at most this share of the larger ones' tokens
 _ENOUGH_TOKENS = 2048  # of a micro-batch that keeps a device busy
 
 
 def plan_micro_batches(
-    sizes: ExampleSizes, world_size: int, token_budget: int, costs: ComputeCosts | None = None
+    sizes: ExampleSizes, world_size: int, token_budget: int, costs: ComputeCosts
 ) -> list[list[list[int]]]:
     """Assign the examples of a global batch to micro-batches and ranks.
 
     Examples, costliest first, go to as few micro-batches as can hold them in this order, rarely one more than
     the tightest packing. The ranks get work of equal cost in each micro-batch and in the whole step, so that
-    they wait little for each other. An example above the budget is alone in its micro-batch. With `costs`,
-    examples that begin alike are dealt out together where that takes less time, in no more micro-batches.
+    they wait little for each other. An example above the budget is alone in its micro-batch. Examples that
+    begin alike are dealt out together where that takes less time by `costs`, in no more micro-batches.
 
     `token_budget`: tokens that fit in one micro-batch, with their padding. Returns indices in `sizes` by
     micro-batch and rank; an empty list is a dummy: all ranks have the same number of micro-batches (law L2).
     """
     if not len(sizes.tokens):
         return []
-    if sizes.rows is not None and sizes.longest is not None:
-        row_bins, number = _fill_rows(sizes.rows, sizes.longest, world_size, token_budget)
-        return _assign_to_ranks(row_bins, sizes.costs, world_size, number)
-    bins, number = _fill_fewest(sizes.tokens, sizes.costs, world_size, token_budget)
-    if costs is None or sizes.prefixes is None:
-        return _assign_to_ranks(bins, sizes.costs, world_size, number)
-    return _assign_to_ranks(*_fill_together(sizes, costs, world_size, token_budget, (bins, number)))
+    if costs.pads_rows:
+        bins, number = _fill_rows(sizes.responses, sizes.longest, world_size, token_budget)
+    else:
+        bins, number = _fill_fewest(sizes.tokens, sizes.costs, world_size, token_budget)
+        bins, number = _fill_together(sizes, costs, world_size, token_budget, (bins, number))
+    times = sizes.costs - shares_in_bins(sizes, costs, bins).time
+    return _assign_to_ranks(bins, times, world_size, number)
 
 
 class Shares(NamedTuple):
@@ -85,8 +79,6 @@ def shares_in_bins(sizes: ExampleSizes, costs: ComputeCosts, bins: Bins) -> Shar
     prefixes, shared = sizes.prefixes, np.zeros_like(sizes.tokens)
     if prefixes is None:
         return Shares(shared, np.zeros_like(sizes.costs), shared)
-    assert sizes.longest is not None
-    assert sizes.responses is not None
     order = _order_by_ids(prefixes, bins)
     common = prefixes.select(order).common_with_previous()
     is_first = np.diff(bins[order], prepend=-1) != 0
@@ -113,17 +105,17 @@ def _order_by_ids(prefixes: Prefixes, bins: Bins) -> Counts:
 
 def _fill_together(
     sizes: ExampleSizes, costs: ComputeCosts, world_size: int, budget: int, plain: tuple[Bins, int]
-) -> tuple[Bins, Costs, int, int]:
-    """Return the bin of each example, its cost there, and the numbers of ranks and micro-batches.
+) -> tuple[Bins, int]:
+    """Return the bin of each example, and the number of micro-batches.
 
     `plain`, the bins and micro-batches for examples that share nothing, is kept unless other bins take less
-    time in as few micro-batches: of consecutive examples in the order of their token ids, of bundles that
-    begin alike, or of examples without what every one shares.
+    time in as few micro-batches: of consecutive examples in the order of their token ids, or of bundles that
+    share more than every example does.
     """
     together = np.zeros_like(sizes.tokens)
     shares = shares_in_bins(sizes, costs, together)
     if sizes.prefixes is None or not shares.tokens.any():
-        return plain[0], sizes.costs, world_size, plain[1]
+        return plain
     order = _order_by_ids(sizes.prefixes, together)
     chain = _Chain(sizes, shares, order, budget)
 
@@ -131,13 +123,9 @@ def _fill_together(
         return np.repeat(bins, np.diff([*starts, len(order)]))[np.argsort(order)]
 
     even, bundles = chain.cut_evenly(world_size), chain.cut(in_runs=True)
-    filled, number = _fill_fewest(*chain.bundle_sizes(bundles), world_size, budget)
+    filled, number = _fill_fewest(*chain.bundle_sizes(bundles), world_size, budget - chain.common)
     found = [plain, (spread(even, np.arange(len(even))), -(-len(even) // world_size))]
     found.append((spread(bundles, filled), number))
-    common = int(chain.saved_tokens[1:].min())
-    if 0 < common < budget:
-        rest = sizes.costs - chain.saved_time[1:].min()
-        found.append(_fill_fewest(sizes.tokens - common, rest, world_size, budget - common))
 
     def time(assigned: tuple[Bins, int]) -> float:
         bins, number = assigned
@@ -148,38 +136,40 @@ def _fill_together(
         loads = np.bincount(bins, sizes.costs - shares.time, world_size * number)
         return float(np.sort(loads)[::-1][::world_size].sum())
 
-    bins, number = min(found, key=time)
-    return bins, sizes.costs - shares_in_bins(sizes, costs, bins).time, world_size, number
+    return min(found, key=time)
 
 
 class _Chain:
     """Examples in the order of their token ids, and bundles of consecutive ones."""
 
     def __init__(self, sizes: ExampleSizes, shares: Shares, order: Counts, budget: int):
-        self.saved_tokens, self.saved_time, self._budget = shares.memory[order], shares.time[order], budget
-        self._tokens = sizes.tokens[order] - self.saved_tokens
-        self._costs = sizes.costs[order] - self.saved_time
-        self._token_ends = np.insert(np.cumsum(self._tokens), 0, 0).tolist()
-        self._cost_ends = np.insert(np.cumsum(self._costs), 0, 0).tolist()
-        runs = np.append(np.flatnonzero(shares.tokens[order] == 0), len(order))
+        tokens, saved = shares.tokens[order], np.stack((shares.memory, shares.time))[:, order]
+        # What every example shares is in each bin: the first one is as if another had it, too.
+        if 0 < (least := saved[:, 1:].min(axis=1))[0] < budget:
+            saved[:, 0] = least
+        self._budget, self.common, self._saved = budget, int(saved[0, 0]), saved
+        self._own = np.stack((sizes.tokens, sizes.costs))[:, order] - saved
+        self._ends = np.insert(np.cumsum(self._own, axis=1), 0, 0, axis=1).tolist()
+        runs = np.append(np.flatnonzero(tokens <= _IN_RUNS * tokens[1:].min()), len(order))
         self._run_ends = np.repeat(runs[1:], np.diff(runs)).tolist()
 
     def bundle_sizes(self, starts: Sequence[int]) -> tuple[Counts, Costs]:
-        """Return the tokens and the costs of the bundles that begin at `starts`."""
-        tokens = np.add.reduceat(self._tokens, starts) + self.saved_tokens[starts]
-        return tokens, np.add.reduceat(self._costs, starts) + self.saved_time[starts]
+        """Return the tokens and the costs of the bundles that begin at `starts`, without the common ones."""
+        bundles = np.add.reduceat(self._own, starts, axis=1) + self._saved[:, starts] - self._saved[:, :1]
+        return bundles[0].astype(np.int64), bundles[1]
 
     def cut(self, cap: float = math.inf, *, in_runs: bool = False) -> list[int]:
         """Return where bundles begin that are as large as the budget and `cap`, a cost, allow.
 
-        With `in_runs`, only examples that share tokens are in one bundle.
+        With `in_runs`, only examples that share clearly more than all do are in one bundle.
         """
-        starts, start, last = list[int](), 0, len(self._tokens)
+        starts, start, last = list[int](), 0, len(self._run_ends)
         while start < last:
             starts.append(start)
-            tokens = self._token_ends[start] - self.saved_tokens[start] + self._budget
-            cost = self._cost_ends[start] - self.saved_time[start] + cap
-            fitting = min(bisect_right(self._token_ends, tokens), bisect_right(self._cost_ends, cost)) - 1
+            limits = zip(self._ends, self._saved[:, start], (self._budget, cap), strict=True)
+            fitting = (
+                min(bisect_right(ends, ends[start] - saved + limit) for ends, saved, limit in limits) - 1
+            )
             start = max(start + 1, min(fitting, self._run_ends[start] if in_runs else last))
         return starts
 
@@ -187,7 +177,7 @@ class _Chain:
         """Return where the smallest bundles begin that are enough for as few micro-batches as possible."""
         starts = self.cut()
         most = -(-len(starts) // world_size) * world_size
-        low, high = self._cost_ends[-1] / len(self._tokens), self._cost_ends[-1]
+        low, high = self._ends[1][-1] / len(self._run_ends), self._ends[1][-1]
         for _ in range(_CUTS):
             cap = math.sqrt(low * high)
             smaller = self.cut(cap)

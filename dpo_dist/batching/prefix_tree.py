@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo_dist.batching.costs import ComputeCosts
-from dpo_dist.batching.prefixes import Row, common_tokens
+from dpo_dist.batching.example import Example
+from dpo_dist.batching.prefixes import common_tokens
 
 
 class Segment(NamedTuple):
@@ -23,17 +24,16 @@ class Segment(NamedTuple):
     own: int  # its other tokens
 
 
-def prefix_tree(
-    rows: Sequence[Row], layout: Sequence[Sequence[int]], costs: ComputeCosts | None
-) -> list[Segment]:
-    """Return the segments of `rows`, int32 [tokens] each, in the order of the packed sequence.
+def prefix_tree(examples: Sequence[Example], costs: ComputeCosts | None) -> list[Segment]:
+    """Return the segments of the rows of `examples`, in the order of the packed sequence.
 
-    `layout`, as in `PackedBatch`: of each example, the tokens of its prompt and of each response. A prompt is
-    always shared, more than that only with `costs`, where it costs less than it saves.
+    A prompt is always shared, more than that only with `costs`, where it costs less than it saves.
     """
+    rows = [row for example in examples for row in example.rows]
     tokens = np.array([len(row) for row in rows])
-    prompts = np.array([prompt for prompt, *responses in layout for _ in responses])
-    plain = np.array([n for prompt, _, *others in layout for n in (0, *[prompt] * len(others))])
+    prompts = np.array([len(example.prompt_ids) for example in examples for _ in example.responses])
+    is_first = [number == 0 for example in examples for number in range(len(example.responses))]
+    plain = np.where(is_first, 0, prompts)
     order, shared = np.arange(len(rows)), plain
     if costs is not None and costs.shares_prefixes:
         by_ids = np.array(sorted(range(len(rows)), key=lambda row: rows[row].tobytes()))

@@ -340,7 +340,7 @@ def packed_logps(packed: PackedCausalLM, examples: Sequence[Example], budget: in
 
     A longer example is a micro-batch of its own.
     """
-    layout = [(len(example.prompt_ids), *(len(ids) - 1 for ids in example.responses)) for example in examples]
+    layout = [example.layout for example in examples]
     device, logps = next(packed.parameters()).device, list[Tensor]()
     for part in consecutive_batches(layout, budget, packed.arrangement):
         members = examples[part.start : part.stop]

@@ -178,7 +178,7 @@ class PreferenceDataset:
         is_whole = np.repeat(counts == self.response_counts(indices), counts)
         begins = np.where(is_whole, self.begins[response_indices], 0)
         sizes = example_sizes(prompt_tokens, response_tokens, targets, counts, begins, costs, image_tokens)
-        if self.prefixes is None or not costs.shares_prefixes or sizes.rows is not None:
+        if self.prefixes is None or not costs.shares_prefixes:
             return sizes
         rows = self.first_rows(indices, response_indices, counts)
         return replace(sizes, prefixes=replace(self.prefixes.select(indices), rows=rows))

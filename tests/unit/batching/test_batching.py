@@ -31,7 +31,8 @@ SINGLE_COSTS, PADDED_COSTS = ComputeCosts(0.001, 0.1, SINGLE), ComputeCosts(0.00
 
 def sizes(tokens: list[int], costs: list[float] | None = None) -> ExampleSizes:
     counts = np.array(tokens, dtype=np.int64)
-    return ExampleSizes(counts, counts, counts, counts, counts, np.array(costs or tokens, dtype=np.float64))
+    times = np.array(costs or tokens, dtype=np.float64)
+    return ExampleSizes(counts, counts, counts, counts, counts, times, counts, counts)
 
 
 def sizes_of(shapes: Shapes, costs: ComputeCosts) -> ExampleSizes:
@@ -58,18 +59,18 @@ def test_every_example_once_within_the_budget(
 ) -> None:
     tokens = [length for length, _ in pairs]
     of = sizes(tokens, [length * slowness for length, slowness in pairs])
-    plan = plan_micro_batches(of, world_size, budget)
+    plan = plan_micro_batches(of, world_size, budget, SINGLE_COSTS)
     check_is_whole(plan, len(tokens), world_size)
     for indices in chain.from_iterable(plan):
         assert sum(tokens[index] for index in indices) <= budget or len(indices) == 1
     # No round in which every rank would compute a dummy.
     assert all(any(ranks) for ranks in plan)
-    assert plan == plan_micro_batches(of, world_size, budget)
+    assert plan == plan_micro_batches(of, world_size, budget, SINGLE_COSTS)
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [([30] * 4, 1), ([30, 30, 30, 31], 2), ([100] * 3, 2)])
 def test_no_needless_micro_batches(tokens: list[int], expected: int) -> None:
-    assert len(plan_micro_batches(sizes(tokens), 2, 60)) == expected
+    assert len(plan_micro_batches(sizes(tokens), 2, 60, SINGLE_COSTS)) == expected
 
 
 @pytest.mark.parametrize(("budget", "micro_batches"), [(8192, 2), (13_000, 1)])
@@ -77,7 +78,7 @@ def test_no_needless_micro_batches(tokens: list[int], expected: int) -> None:
 def test_ranks_get_equal_costs(world_size: int, budget: int, micro_batches: int) -> None:
     tokens = np.random.default_rng(0).integers(50, 800, 28 * world_size).tolist()
     costs = [t + t * t / 4_000 for t in tokens]
-    plan = plan_micro_batches(sizes(tokens, costs), world_size, budget)
+    plan = plan_micro_batches(sizes(tokens, costs), world_size, budget, SINGLE_COSTS)
     assert len(plan) == micro_batches
     loads = loads_of(plan, costs)
     assert loads.max(axis=1).sum() < 1.03 * loads.mean() * micro_batches
@@ -86,13 +87,14 @@ def test_ranks_get_equal_costs(world_size: int, budget: int, micro_batches: int)
 
 def test_the_rank_with_the_least_work_gets_the_costliest_micro_batch() -> None:
     costs = [10, 8, 6, 4]  # each fills a micro-batch of a rank
-    assert loads_of(plan_micro_batches(sizes(costs), 2, 10), costs).sum(axis=0).tolist() == [14, 14]
+    loads = loads_of(plan_micro_batches(sizes(costs), 2, 10, SINGLE_COSTS), costs)
+    assert loads.sum(axis=0).tolist() == [14, 14]
 
 
 def test_beside_one_costly_example_the_other_ranks_get_more() -> None:
     """Balancing pairs of cost 1 at 70 in both micro-batches would make all ranks wait for the pair of 100."""
     tokens = [100] + [1] * (4 * 140 - 100)
-    loads = loads_of(plan_micro_batches(sizes(tokens), 4, 100), tokens)
+    loads = loads_of(plan_micro_batches(sizes(tokens), 4, 100, SINGLE_COSTS), tokens)
     assert len(loads) == 2
     assert loads.max(axis=1).sum() <= 141
 
@@ -122,9 +124,7 @@ def test_sizes_without_shared_prompts_are_those_of_the_rows(shapes: Shapes) -> N
             assert of.tokens[place] == of.unshared_tokens[place] == lengths.sum()
             assert of.attended[place] == (lengths * (lengths + 1) // 2).sum()
             if costs is PADDED_COSTS:
-                assert of.rows is not None
-                assert of.longest is not None
-                assert (of.rows[place], of.longest[place]) == (len(lengths), lengths.max())
+                assert (of.responses[place], of.longest[place]) == (len(lengths), lengths.max())
 
 
 @given(
@@ -134,26 +134,24 @@ def test_sizes_without_shared_prompts_are_those_of_the_rows(shapes: Shapes) -> N
 )
 def test_padded_rows_fit_the_budget(shapes: list[tuple[int, int, int]], world_size: int, budget: int) -> None:
     of = sizes_of([*shapes], PADDED_COSTS)
-    plan = plan_micro_batches(of, world_size, budget)
-    assert of.longest is not None
+    plan = plan_micro_batches(of, world_size, budget, PADDED_COSTS)
     check_is_whole(plan, len(shapes), world_size)
     for own in chain.from_iterable(plan):
         cells = 2 * len(own) * int(of.longest[own].max()) if own else 0
         assert cells <= budget or len(own) == 1
-    assert plan == plan_micro_batches(of, world_size, budget)
+    assert plan == plan_micro_batches(of, world_size, budget, PADDED_COSTS)
 
 
 def test_short_and_long_rows_are_not_padded_to_one_length() -> None:
     of = sizes_of([(3000, 200, 100)] + 30 * [(50, 20, 20)], PADDED_COSTS)
-    plan = [own for own in chain.from_iterable(plan_micro_batches(of, 1, 10**6)) if own]
-    assert of.longest is not None
+    plan = [own for own in chain.from_iterable(plan_micro_batches(of, 1, 10**6, PADDED_COSTS)) if own]
     computed = sum(2 * len(own) * int(of.longest[own].max()) for own in plan)
     assert computed == 2 * of.longest.sum()
 
 
 def test_few_tokens_are_one_micro_batch_whatever_is_padded() -> None:
     of = sizes_of([(5, length, length) for length in range(1, 30)], PADDED_COSTS)
-    assert len(plan_micro_batches(of, 1, 10**6)) == 1
+    assert len(plan_micro_batches(of, 1, 10**6, PADDED_COSTS)) == 1
 
 
 @pytest.mark.parametrize("kind", [LossKind.plackett_luce, LossKind.sft])
