@@ -117,8 +117,8 @@ def _fill_together(
     """Return the bin of each example, its cost there, and the numbers of ranks and micro-batches.
 
     `plain`, the bins and micro-batches for examples that share nothing, is kept unless other bins take less
-    time in as few micro-batches: of consecutive examples in the order of their token ids, of bundles that
-    begin alike, or of examples without what every one shares.
+    time in as few micro-batches. Tried are consecutive examples in the order of their token ids, bundles of
+    those that begin alike, and examples in any order, where all of them share some tokens.
     """
     together = np.zeros_like(sizes.tokens)
     shares = shares_in_bins(sizes, costs, together)

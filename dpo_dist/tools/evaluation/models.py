@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import AttentionBackend, RunConfig
 from dpo_dist.distributed.checkpoint.saver import (
     checkpoint_state,
     damaged_checkpoint,
@@ -83,7 +83,8 @@ def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objecti
     model, running, commit = load_evaluated(run, entry, inputs)
     ((dataset, every),) = inputs.datasets_to_score
     costs = compute_costs(inputs.flops, prefixes=config.trainer.prefix_tree)
-    costs = replace(costs, arrangement=model.model.arrangement)
+    is_masked = model.model.backend is AttentionBackend.sdpa
+    costs = replace(costs, arrangement=model.model.arrangement, is_masked=is_masked)
     means, values = evaluate(model, objective, run.shard(dataset, every, costs), world, running)
 
     def write() -> Results:
