@@ -40,6 +40,7 @@ def test_a_live_reference_in_padded_rows_stays_in_the_budget(reference: Referenc
     provided: Any = SimpleNamespace(provider=reference)
     run: Any = SimpleNamespace(say=print, config=SimpleNamespace(trainer=TrainerConfig()))
     costs = balance_costs(run, Inputs(**facts), policy, provided)
+    assert costs.is_masked  # by SDPA
     dataset = dataset_of(random_pairs(SHAPES))
     plan = shard_batch(dataset, np.arange(len(SHAPES)), 0, 1, BUDGET, costs)
     assert plan.tokens == sum(sum(shape) - (len(shape) - 1) for shape in SHAPES)
