@@ -69,6 +69,7 @@ class ComputeCosts:
         """
         row, pairs = shared + own, causal_pairs(shared)
         if self.is_masked:
+            # A whole row is computed in blocks up to the diagonal, own queries behind a mask with all keys.
             pairs = np.minimum(pairs, causal_pairs(row) + row * _BLOCK // 2 - own * row)
         saved = shared * (1 - self.gather) + self.key * pairs
         return np.where(shared > 0, saved - _SEGMENT, 0.0)

@@ -109,8 +109,8 @@ def _fill_together(
     """Return the bin of each example, and the number of micro-batches.
 
     `plain`, the bins and micro-batches for examples that share nothing, is kept unless other bins take less
-    time in as few micro-batches: of consecutive examples in the order of their token ids, or of bundles that
-    share more than every example does.
+    time in as few micro-batches. Tried are consecutive examples in the order of their token ids, and bundles
+    of those that share more than every example does.
     """
     together = np.zeros_like(sizes.tokens)
     shares = shares_in_bins(sizes, costs, together)

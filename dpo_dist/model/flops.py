@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_dist.batching.costs import ComputeCosts
-from dpo_dist.config.schema import ModelConfig
+from dpo_dist.config.schema import AttentionBackend, ModelConfig
 from dpo_dist.model.attention.kernels import layer_heads
 from dpo_dist.model.layers import image_weights, layer_values, other_weights, projector_weights
 
@@ -158,20 +158,33 @@ def _per_weight(weight: Tensor) -> int:
     return _FORWARD_AND_BACKWARD if weight.requires_grad else _FORWARD_AND_INPUT_GRADIENT
 
 
-def compute_costs(flops: StepFlops, *, prefixes: bool) -> ComputeCosts:
+def compute_costs(
+    flops: StepFlops,
+    *,
+    prefixes: bool,
+    backend: AttentionBackend | None = None,
+    device: torch.device | None = None,
+) -> ComputeCosts:
     """Return the costs of a key, a target and an image's token, relative to a token in the layers' matrices.
 
     The output layer recomputes most logits in backward. Costs balance the ranks' load and change no result.
-    With `prefixes`, tokens with which several responses begin are computed once where that saves time.
+    With `prefixes`, tokens with which several responses begin are computed once where that saves time by this
+    `backend` of attention on this `device`; None: not known.
     """
-    kept = _KEPT_NUMBERS * flops.hidden_numbers
+    kept, copied = _KEPT_NUMBERS * flops.hidden_numbers, float(flops.key_numbers)
+    is_masked = backend is AttentionBackend.sdpa
+    if (
+        is_masked and device is not None and device.type == "cuda"
+    ):  # SDPA repeats keys and values for each query head
+        copied = max(copied, flops.per_attended / _FORWARD_AND_BACKWARD)
     return ComputeCosts(
         key=_ATTENTION_SLOWNESS * flops.per_attended / flops.per_token,
         target=_HEAD_SLOWNESS * (4 / 3) * flops.per_target / flops.per_token,
         image=flops.per_image_token / flops.per_token,
         prefixes=prefixes,
         gather=_GATHER_FLOPS * flops.key_numbers / flops.per_token,
-        gather_memory=flops.key_numbers / kept if kept else 0.0,
+        gather_memory=copied / kept if kept else 0.0,
+        is_masked=is_masked,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.config.schema import AttentionBackend, Dtype, ReferenceMode, RunConfig
+from dpo_dist.config.schema import Dtype, ReferenceMode, RunConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import Engine
@@ -187,12 +187,13 @@ def _reference_from_store(
                 )
             )
             model = engines[0].model
-            is_masked = model.backend is AttentionBackend.sdpa
-            filler.costs = replace(filler.costs, arrangement=model.arrangement, is_masked=is_masked)
+            costs = compute_costs(inputs.flops, prefixes=prefixes, backend=model.backend, device=world.device)
+            filler.costs = replace(costs, arrangement=model.arrangement)
         return engines[0].token_logps
 
     tokens = SCORING_TOKENS_FACTOR * run.micro_batch_tokens
-    costs = compute_costs(inputs.flops, prefixes=config.trainer.prefix_tree)
+    prefixes = config.trainer.prefix_tree
+    costs = compute_costs(inputs.flops, prefixes=prefixes)
     filler = StoreFiller(empty, load_scorer, world, tokens, costs, ENTRIES_PER_SHARD, run.stops)
     filled = _fill(run, inputs, filler)
     report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}

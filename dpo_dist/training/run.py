@@ -326,9 +326,9 @@ def balance_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Ref
             how = "one response per row, padded to the longest of the micro-batch"
         run.say(f"unpacked: responses of this model cannot share a prompt in one forward: {how}")
     pads = engine is not None and engine.model.arrangement is Arrangement.padded
-    costs = compute_costs(inputs.flops, prefixes=run.config.trainer.prefix_tree)
-    is_masked = policy.model.backend is AttentionBackend.sdpa
-    return replace(costs, arrangement=arrangement, pads=pads, is_masked=is_masked)
+    prefixes, backend = run.config.trainer.prefix_tree, policy.model.backend
+    costs = compute_costs(inputs.flops, prefixes=prefixes, backend=backend, device=run.world.device)
+    return replace(costs, arrangement=arrangement, pads=pads)
 
 
 def planned_steps(

@@ -82,7 +82,8 @@ def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objecti
     run.say(f"evaluating {entry.path}")
     model, running, commit = load_evaluated(run, entry, inputs)
     ((dataset, every),) = inputs.datasets_to_score
-    costs = compute_costs(inputs.flops, prefixes=config.trainer.prefix_tree)
+    prefixes, backend = config.trainer.prefix_tree, model.model.backend
+    costs = compute_costs(inputs.flops, prefixes=prefixes, backend=backend, device=world.device)
     costs = replace(costs, arrangement=model.model.arrangement)
     means, values = evaluate(model, objective, run.shard(dataset, every, costs), world, running)
 

@@ -7,7 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma4TextConfig, LlamaConfig, MambaConfig
 
-from dpo_dist.config.schema import AdapterConfig, ImagesConfig, ModelConfig, TrainedImageParts
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    AttentionBackend,
+    ImagesConfig,
+    ModelConfig,
+    TrainedImageParts,
+)
 from dpo_dist.model.attention.kernels import Heads, layer_heads
 from dpo_dist.model.exactness import trial_examples
 from dpo_dist.model.files.load import without_weights
@@ -142,3 +148,18 @@ def test_parts_for_images_count_the_products_of_their_weights(family: str) -> No
     assert tower.step(0, 0, 0, 2) == 6 * forward
     assert forward <= projector.per_image_token < tower.per_image_token
     assert compute_costs(tower, prefixes=True).image == tower.per_image_token / tower.per_token
+
+
+def test_sdpa_on_cuda_keeps_the_keys_of_shared_tokens_for_each_query_head() -> None:
+    flops = flops_of("qwen2")
+    memory = {
+        (backend, device): compute_costs(
+            flops, prefixes=True, backend=backend, device=torch.device(device)
+        ).gather_memory
+        for backend in (AttentionBackend.sdpa, AttentionBackend.varlen)
+        for device in ("cpu", "cuda")
+    }
+    groups = tiny_config("qwen2").num_attention_heads / tiny_config("qwen2").num_key_value_heads
+    assert memory.pop((AttentionBackend.sdpa, "cuda")) == pytest.approx(groups * min(memory.values()))
+    assert groups > 1
+    assert len({*memory.values()}) == 1

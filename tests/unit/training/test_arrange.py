@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.example import Example
@@ -38,8 +39,13 @@ def test_a_live_reference_in_padded_rows_stays_in_the_budget(reference: Referenc
         model=SimpleNamespace(arrangement=Arrangement.packed, backend=AttentionBackend.sdpa)
     )
     provided: Any = SimpleNamespace(provider=reference)
-    run: Any = SimpleNamespace(say=print, config=SimpleNamespace(trainer=TrainerConfig()))
+    run: Any = SimpleNamespace(
+        say=print,
+        config=SimpleNamespace(trainer=TrainerConfig()),
+        world=SimpleNamespace(device=torch.device("cpu")),
+    )
     costs = balance_costs(run, Inputs(**facts), policy, provided)
+    assert costs.is_masked  # by SDPA
     dataset = dataset_of(random_pairs(SHAPES))
     plan = shard_batch(dataset, np.arange(len(SHAPES)), 0, 1, BUDGET, costs)
     assert plan.tokens == sum(sum(shape) - (len(shape) - 1) for shape in SHAPES)
