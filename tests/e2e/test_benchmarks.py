@@ -42,3 +42,8 @@ def test_a_variant_of_training_is_measured() -> None:
 def test_encoding_writes_the_same_on_any_number_of_processes() -> None:
     measured = figures("encode", "--records", "40", "--processes", "1", "2")
     assert [figure["processes"] for figure in measured["figures"]] == [1, 2]
+
+
+def test_a_tree_computes_fewer_tokens_of_agents() -> None:
+    measured = figures("prefixes")["agents"]
+    assert measured["tree"] < measured["shared prompts"] < measured["rows"]

@@ -50,7 +50,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "dense", seed=1)
     tiny_family("qwen3_moe", len(tiny.qwen())).save_pretrained(folder / "experts")
     tiny.qwen().save_pretrained(folder / "experts")
-    write_pairs(folder / "train.jsonl", 12, seed=3)
+    write_pairs(folder / "train.jsonl", 12, seed=3, goes_on=True)
     return folder
 
 

@@ -93,8 +93,8 @@ def tree_sentence(prefix: Mapping[str, Any] | None) -> str:
     at_random, in_order = ((prefix or {}).get(name, 0.0) for name in ("tree_share", "tree_share_in_order"))
     if max(at_random, in_order) < _LEAST_SAVED:
         return ""
-    of_batch = f"a prefix tree over {TREE_EXAMPLES} examples saves {percent(at_random)} of their tokens"
-    return f"{of_batch}, and {percent(in_order)} in the order in which the reference is scored"
+    of_batch = f"a prefix tree over up to {TREE_EXAMPLES} examples computes {percent(at_random)} fewer tokens"
+    return f"{of_batch} than shared prompts, {percent(in_order)} in the order of scoring the reference"
 
 
 def counts_by_level(findings: Sequence[Finding]) -> list[tuple[str, str]]:

@@ -53,8 +53,8 @@ def test_json_is_complete_and_has_no_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("random", "in_order", "words"),
     [
-        (0.31, 0.62, "31 % of their tokens, and 62 % in the order in which the reference is scored"),
-        (0.0, 0.2, "0 % of their tokens, and 20 % in the order in which the reference is scored"),
+        (0.31, 0.62, "31 % fewer tokens than shared prompts, 62 % in the order of scoring the reference"),
+        (0.0, 0.2, "0 % fewer tokens than shared prompts, 20 % in the order of scoring the reference"),
         (0.009, 0.009, ""),
         (None, None, ""),  # not encoded
     ],
@@ -65,7 +65,7 @@ def test_page_and_lines_say_what_a_prefix_tree_saves(
     found = diagnosis("data.jsonl")
     shares = {"tree_share": random, "tree_share_in_order": in_order}
     found.sources[0]["prefix"] = None if random is None else found.sources[0]["prefix"] | shares
-    text = f"a prefix tree over 64 examples saves {words}"
+    text = f"a prefix tree over up to 64 examples computes {words}"
     lines = [line for line in diagnosis_lines(found, RunFolder(tmp_path)) if "begin alike" in line]
     assert lines == ([f"data.jsonl: records begin alike: {text}"] if words else [])
     assert (f"Records begin alike: {text}." in written(tmp_path, found)) is bool(words)
