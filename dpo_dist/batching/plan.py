@@ -117,13 +117,13 @@ def _fill_together(
     if sizes.prefixes is None or not shares.tokens.any():
         return plain
     order = _order_by_ids(sizes.prefixes, together)
-    chain = _Chain(sizes, shares, order, budget)
+    ordered = _Chain(sizes, shares, order, budget)
 
     def spread(starts: Sequence[int], bins: Bins) -> Bins:
         return np.repeat(bins, np.diff([*starts, len(order)]))[np.argsort(order)]
 
-    even, bundles = chain.cut_evenly(world_size), chain.cut(in_runs=True)
-    filled, number = _fill_fewest(*chain.bundle_sizes(bundles), world_size, budget - chain.common)
+    even, bundles = ordered.cut_evenly(world_size), ordered.cut(in_runs=True)
+    filled, number = _fill_fewest(*ordered.bundle_sizes(bundles), world_size, budget - ordered.common)
     found = [plain, (spread(even, np.arange(len(even))), -(-len(even) // world_size))]
     found.append((spread(bundles, filled), number))
 
