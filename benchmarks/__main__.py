@@ -17,6 +17,7 @@ NAMES = {
     "mfu": "share of the device's peak that training uses",
     "encode": "records encoded per second, by number of processes",
     "store": "the reference store with many entries",
+    "starts": "what a start costs, by the number of records",
 }
 
 

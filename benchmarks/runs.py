@@ -59,18 +59,22 @@ def start(run: Run, processes: int = 1, threads: int | None = None) -> Result:
 
 
 def _start(run: Run, processes: int, threads: int | None) -> list[Result]:
-    launch = ["-m", "benchmarks.trainers"]
-    if processes > 1:
-        accelerate = ["-m", "accelerate.commands.accelerate_cli", "launch"]
-        shape = ["--config_file", str(_TWO_PROCESSES), "--num_processes", str(processes)]
-        launch = [*accelerate, *shape, *launch]
     environment = {} if threads is None else {"OMP_NUM_THREADS": str(max(1, threads // processes))}
     with tempfile.TemporaryDirectory(dir=run.folder) as out:
-        python([*launch, out, json.dumps(dataclasses.asdict(run))], environment)
+        arguments = ["-m", "benchmarks.trainers", out, json.dumps(dataclasses.asdict(run))]
+        python(launched(arguments, processes), environment)
         ranks: list[Result] = [json.loads(file.read_text()) for file in sorted(Path(out).glob("rank-*.json"))]
     if len(ranks) != processes:
         raise RunFailedError(f"{run.variant}: {len(ranks)} of {processes} processes wrote a result")
     return ranks
+
+
+def launched(arguments: list[str], processes: int) -> list[str]:
+    """Return the arguments of Python that start a module on a number of processes."""
+    if processes == 1:
+        return arguments
+    accelerate = ["-m", "accelerate.commands.accelerate_cli", "launch"]
+    return [*accelerate, "--config_file", str(_TWO_PROCESSES), "--num_processes", str(processes), *arguments]
 
 
 def python(arguments: list[str], environment: dict[str, str]) -> None:
