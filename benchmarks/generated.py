@@ -38,6 +38,7 @@ def overrides(folder: Path, model: Path, kind: str) -> list[str]:
         "trainer.eval_every=0",
         "optim.warmup_ratio=0",
         "tracking.wandb=off",
+        "samples.prompts=0",
         *(["loss=kto"] if kind == "labelled" else []),
     ]
 

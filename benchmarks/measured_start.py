@@ -25,7 +25,7 @@ class Start:
     """Measurements of one start, with as many steps as `trainer.stop_after_steps` allows.
 
     Attributes:
-        seconds: from the start of the command to the first step's row of metrics.
+        seconds: from the start of the command to the row of the first step.
         cpu_seconds: of all ranks, to their ends.
         private: the most anonymous memory of each rank, sampled, in MB.
         resident: the most resident memory of each rank, with mapped files, in MB.
@@ -95,11 +95,16 @@ def main() -> None:
     from dpo_dist import train
     from dpo_dist.config.load import load_run_config
 
-    rows: list[float] = []
-    train.main(load_run_config(overrides), on_row=lambda _row: rows.append(time.monotonic()))
+    steps: list[float] = []
+
+    def note(row: dict[str, float]) -> None:
+        if "loss" in row:  # an evaluation's row has other names
+            steps.append(time.monotonic())
+
+    train.main(load_run_config(overrides), on_row=note)
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     result = {
-        "first_step": min(rows, default=None),
+        "first_step": min(steps, default=None),
         "cpu_seconds": sum(usage.ru_utime + usage.ru_stime for usage in usages),
         "resident": _status("self", "VmHWM"),
     }

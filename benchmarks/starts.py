@@ -111,10 +111,10 @@ def _table(figures: Json) -> list[list[str]]:
 
 
 def _own_options(parser: ArgumentParser) -> None:
-    numbers = {"type": int, "nargs": "+"}
-    parser.add_argument("--records", default=[1_000_000], help="numbers of records", **numbers)
+    add = partial(parser.add_argument, type=int, nargs="+")
+    add("--records", default=[1_000_000], help="numbers of records")
     parser.add_argument("--base", type=int, default=1_000, help="number of records that the others exceed")
-    parser.add_argument("--ranks", default=[1, 4], help="numbers of ranks", **numbers)
+    add("--ranks", default=[1, 4], help="numbers of ranks")
     parser.add_argument("--kind", choices=KINDS, nargs="+", default=list(KINDS))
     parser.add_argument("--keep", action="store_true", help="keep the files, and print where they are")
 
