@@ -11,6 +11,7 @@ most records. Files take about 1 kB a record.
 
 import contextlib
 import dataclasses
+import json
 import shutil
 import sys
 import tempfile
@@ -44,7 +45,7 @@ def run(options: Namespace) -> Json:
                 print(f"{records:,} {kind}: {inputs}", file=sys.stderr)
                 in_fork(partial(prepare, inputs, model, kind, records, folder / "scored" / "store"))
                 for ranks in options.ranks:
-                    for name, start in _starts(inputs, model, kind, ranks).items():
+                    for name, start in _starts(inputs, model, kind, ranks, records).items():
                         found[ranks, name, records] = _row(start)
                 if not options.keep:
                     shutil.rmtree(inputs)
@@ -64,13 +65,16 @@ def _folder(options: Namespace) -> Iterator[Path]:
             shutil.rmtree(folder)
 
 
-def _starts(inputs: Path, model: Path, kind: str, ranks: int) -> dict[str, Start]:
+def _starts(inputs: Path, model: Path, kind: str, ranks: int, records: int) -> dict[str, Start]:
     """Start a run for the first time, from its checkpoint, and as a new run; then remove what they wrote."""
     pristine = built_files(inputs)
     runs = {"first": "one", "resume": "one", "again": "another"}
     starts = {name: _start(inputs, model, kind, run, ranks) for name, run in runs.items()}
     remove_others(inputs, pristine)
     for name in set(runs.values()):
+        summary = json.loads((inputs / name / "dpo_metrics" / "summary.json").read_text())
+        found = summary["data"]["train"]["kept"], summary["reference"]["computed"]
+        assert found == (records, 0), f"(records, scored responses) are {found}: other inputs were read"
         shutil.rmtree(inputs / name)
     return starts
 

@@ -47,3 +47,9 @@ def test_encoding_writes_the_same_on_any_number_of_processes() -> None:
 def test_a_tree_computes_fewer_tokens_of_agents() -> None:
     measured = figures("prefixes")["agents"]
     assert measured["tree"] < measured["shared prompts"] < measured["rows"]
+
+
+def test_starts_find_the_generated_records_and_their_log_probs() -> None:
+    starts = figures("starts")["labelled"]["1"]
+    assert list(starts) == ["first", "resume", "again"]
+    assert all(rows["100"][figure] > 0 for rows in starts.values() for figure in rows["100"])
