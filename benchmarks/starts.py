@@ -42,7 +42,7 @@ def run(options: Namespace) -> Json:
             _start(folder / "scored", model, kind, "scored", 1)
             for records in (options.base, *options.records):
                 inputs = folder / str(records)
-                print(f"{records:,} {kind}: {inputs}", file=sys.stderr)
+                print(f"\n{records:,} {kind}: {inputs}", file=sys.stderr)
                 in_fork(partial(prepare, inputs, model, kind, records, folder / "scored" / "store"))
                 for ranks in options.ranks:
                     for name, start in _starts(inputs, model, kind, ranks, records).items():
@@ -69,7 +69,10 @@ def _starts(inputs: Path, model: Path, kind: str, ranks: int, records: int) -> d
     """Start a run for the first time, from its checkpoint, and as a new run; then remove what they wrote."""
     pristine = built_files(inputs)
     runs = {"first": "one", "resume": "one", "again": "another"}
-    starts = {name: _start(inputs, model, kind, run, ranks) for name, run in runs.items()}
+    starts: dict[str, Start] = {}
+    for name, run in runs.items():
+        starts[name] = _start(inputs, model, kind, run, ranks)
+        print(f"{ranks} ranks, {name}: {starts[name]}", file=sys.stderr)
     remove_others(inputs, pristine)
     for name in set(runs.values()):
         summary = json.loads((inputs / name / "dpo_metrics" / "summary.json").read_text())
