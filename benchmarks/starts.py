@@ -6,7 +6,7 @@ store's shards are there; when it goes on from its checkpoint (`resume`); and as
 table has the figures of the `base`, and by how much those of more records are larger: seconds to the first
 step, CPU seconds of all ranks to their ends, and memory of the largest rank, private (anonymous, sampled
 every 50 ms) and resident (with mapped files). A slope is that of a million records between the base and the
-most records. Files take about 1 kB a record.
+most records. Files take up to 1 kB a record.
 """
 
 import contextlib
