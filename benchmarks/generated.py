@@ -99,7 +99,8 @@ def prepare(folder: Path, model: Path, kind: str, records: int, filled: Path | N
     if config.loss.needs_partners:
         dataset = with_partners(dataset, data.max_length)
     shutil.copytree(filled, folder / "store")
-    store = LogpStore.open(folder / "store", read_fingerprints(folder / "store"), [])
+    [fingerprint] = read_fingerprints(folder / "store")
+    store = LogpStore.open(folder / "store", [fingerprint], [])
     is_response = np.ones(len(dataset.piece_tokens), dtype=np.bool_)
     is_response[dataset.first_pieces[:-1]] = False
     tokens = dataset.piece_tokens[is_response]
