@@ -9,7 +9,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 import pyarrow
@@ -45,7 +45,7 @@ SUFFIXES = (*_KINDS, *_COMPRESSIONS)
 _EXTENSION = b"ARROW:extension:name"
 
 
-def file_kind(file: Path) -> str | None:
+def file_kind(file: PurePath) -> str | None:
     """Return a file's extension without that of a compression; None if such files cannot be read."""
     if file.suffix in _COMPRESSIONS:
         inner = Path(file.stem).suffix
@@ -53,7 +53,7 @@ def file_kind(file: Path) -> str | None:
     return file.suffix if file.suffix in _KINDS else None
 
 
-def check_kind(file: Path, path: str) -> None:
+def check_kind(file: PurePath, path: str) -> None:
     """Check that files of this kind can be read; `path` names the source. Raises DataError."""
     if file_kind(file) is None:
         raise DataError(
