@@ -82,10 +82,12 @@ def remote_errors(url: str, error: type[DpoDistError]) -> Iterator[None]:
     except DpoDistError:
         raise
     except Exception as fault:
-        got = shown_fault(fault)
-        if isinstance(fault, FileNotFoundError):
+        # fsspec's http calls every fault of a request FileNotFoundError.
+        cause = fault.__cause__ if isinstance(fault, FileNotFoundError) and fault.__cause__ else fault
+        got = shown_fault(cause)
+        if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:
             what, remedy = "nothing is at the URL", "check the names of the bucket and of the file"
-        elif isinstance(fault, PermissionError) or _DENIED.search(got):
+        elif isinstance(cause, PermissionError) or _DENIED.search(got):
             what, remedy = "access to the URL is denied", "check the credentials of the environment"
         else:
             what = "the URL cannot be reached, or not read to its end"
