@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_dist.foundation.errors import ConfigError, DpoDistError, in_one_line
+from dpo_dist.foundation.errors import DISK_IS_FULL, ConfigError, DpoDistError, in_one_line
 from dpo_dist.foundation.text import without_secrets
 
 _WEB = ("http", "https")
@@ -82,8 +82,10 @@ def remote_errors(url: str, error: type[DpoDistError]) -> Iterator[None]:
     except DpoDistError:
         raise
     except Exception as fault:
+        if isinstance(fault, OSError) and fault.errno in DISK_IS_FULL:  # of the disk of a copy
+            raise
         # fsspec's http calls every fault of a request FileNotFoundError.
-        cause = fault.__cause__ if isinstance(fault, FileNotFoundError) and fault.__cause__ else fault
+        cause = (url.startswith(_WEB) and fault.__cause__) or fault
         got = shown_fault(cause)
         if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:
             what, remedy = "nothing is at the URL", "check the names of the bucket and of the file"

@@ -186,7 +186,7 @@ def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     return file
 
 
-def _opened(file: Path, path: str) -> io.BufferedReader:
+def _opened(file: Path, path: str) -> BinaryIO:
     """Open a file and decompress it. Raises DataError: the file is in UTF-16."""
     raw = pyarrow.input_stream(file, compression=_COMPRESSIONS.get(file.suffix))
     # Of .json all records are in memory together.
