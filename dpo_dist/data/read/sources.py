@@ -44,21 +44,20 @@ def raw_records(source: SourceConfig, copies: Path | None = None) -> Iterator[Ra
     files, local = local_files(source), Path(source.path).expanduser()
     names: Iterable[str] = map(str, files or ())
     folders = image_folders(source)
-    if is_url(source.path):
-        records = _remote_records(source, folders, copies or Path(tempfile.gettempdir()))
-        return with_columns(itertools.islice(records, source.limit), source)
-    if files is None:
+    if files is None and not is_url(source.path):
         folder = _download(source)
         files = _data_files(folder, source)
         names = [f"{source.path}/{file.relative_to(folder)}" for file in files]
         folders += [folder, folder.parents[1]]  # files of the folder are links to others of the Hub's cache
     elif files == [local]:
         names = [source.path]
-    if is_saved(local):
+    if is_url(source.path):
+        records = _remote_records(source, folders, copies or Path(tempfile.gettempdir()))
+    elif is_saved(local):
         records = _saved_records(local, source, folders)
     else:
         read = partial(read_file, folders=folders)
-        records = itertools.chain.from_iterable(map(read, files, names))
+        records = itertools.chain.from_iterable(map(read, files or (), names))
     return with_columns(itertools.islice(records, source.limit), source)
 
 
@@ -105,7 +104,7 @@ def local_files(source: SourceConfig) -> list[Path] | None:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or _is_like_a_file(local)
     if not (local.exists() or _GLOB.search(path) or looks_local):
         return None
-    unused = {"revision"} if local.is_dir() else _ONLY_FOLDERS
+    unused = {"revision"} if local.is_dir() else {"name", "data_dir", "revision", "split"}
     _check_unused(source, unused | ({"name", "data_dir"} if is_saved(local) else set()))
     if local.is_dir():
         if is_saved(local):
@@ -117,9 +116,6 @@ def local_files(source: SourceConfig) -> list[Path] | None:
     for file in files:
         check_kind(file, path)
     return files
-
-
-_ONLY_FOLDERS = {"name", "data_dir", "revision", "split"}
 
 
 def _check_unused(source: SourceConfig, unused: Iterable[str]) -> None:
@@ -349,9 +345,11 @@ def _as_data_error(source: SourceConfig) -> Iterator[None]:
 
 # URLs.
 
-# What a file system says of a file: a checksum or version of its content, else times of its change.
-_CHECKSUMS = ("ETag", "etag", "md5Hash", "crc32c", "blob_id", "content_md5", "Content-MD5", "Digest")
-_TIMES = ("LastModified", "last_modified", "Last-Modified", "modified", "mtime", "created")
+# What file systems say of a file: a checksum of its content, else a time of its change.
+_STATES = (
+    *("ETag", "etag", "md5Hash", "crc32c", "blob_id", "content_md5", "Content-MD5", "Digest"),
+    *("LastModified", "last_modified", "Last-Modified", "modified", "mtime", "created"),
+)
 _LISTED = "listed "
 
 
@@ -372,76 +370,60 @@ def _listed(files: Sequence[RemoteFile]) -> str:
 def remote_files(source: SourceConfig) -> list[RemoteFile]:
     """Ask for the files of a source at a URL, in order; only a folder's description is downloaded.
 
-    Raises DataError: nothing is found or reached, or has a file that cannot be read; ConfigError: a key has
-    no effect.
+    Raises DataError: none is found, or one cannot be read; ConfigError: a key has no effect.
     """
     system, path = open_file_system(source.path)
     if not (source.revision or _LISTED).startswith(_LISTED):
         _check_unused(source, {"revision"})
-    is_pattern = bool(_GLOB.search(source.path))
     with remote_errors(source.path, DataError):
-        info = None if is_pattern else system.info(path)
+        info = None if _GLOB.search(path) else system.info(path)
         is_folder = info is not None and info["type"] == "directory"
         if is_folder:
             found = system.find(path, detail=True)
         elif info is not None:
             found = {path: info}
-        elif not (found := system.glob(path, detail=True)):
-            system.info(
-                _GLOB.split(path)[0].rpartition("/")[0]
-            )  # raises if the cause is another than the pattern
-        found = {name: info for name, info in sorted(found.items()) if info["type"] == "file"}
-        if "/." not in path:
-            found = {name: info for name, info in found.items() if "/." not in name}
+        elif not (found := system.glob(path, detail=True)):  # hides faults
+            system.info(_GLOB.split(path)[0].rpartition("/")[0])
+        shown = [name for name in sorted(found) if "/." not in name or "/." in path]
+        files = [name for name in shown if found[name]["type"] == "file"]
         if is_folder:
-            found = _remote_folder(system, path, found, source)
+            files = _remote_folder(system, path, files, source)
         else:
-            _check_unused(source, _ONLY_FOLDERS - {"revision"})
-        files = [_remote_file(system, name, info, source.path) for name, info in found.items()]
-    if not files:
-        raise DataError("no file matches the pattern", where=source.path, remedy="check the pattern")
-    return files
+            _check_unused(source, ("name", "data_dir", "split"))
+        if not files:
+            raise DataError("no file matches the pattern", where=source.path, remedy="check the pattern")
+        return [_remote_file(system, name, found[name], source.path) for name in files]
 
 
 def _remote_file(system: Any, name: str, info: Mapping[str, Any], url: str) -> RemoteFile:
-    protocol = url.partition("://")[0]
-    shown = name if is_url(name) else f"{protocol}://{name.lstrip('/')}"
+    shown = name if is_url(name) else f"{url.partition('://')[0]}://{name.lstrip('/')}"
     check_kind(PurePath(name), shown)
-    known = _CHECKSUMS + _TIMES
-    if not any(map(info.get, known)):
+    if not any(map(info.get, _STATES)):
         info = system.info(name)
-    states = (f"{key} {info[key]}" for key in known if info.get(key))
-    if not (state := next(states, "")) or ".." in PurePath(name).parts:
+    state = next((f"{key} {info[key]}" for key in _STATES if info.get(key)), None)
+    if state is None:
         raise DataError(
-            "a change of the file would not be noticed"
-            if not state
-            else "the name of a file has the part ..",
+            "a change of the file would not be noticed",
             where=shown,
-            expected="" if state else "a server that says a checksum, an ETag or the time of the last change",
+            expected="a server that says a checksum, an ETag or the time of the last change",
             remedy="download the file, and set its path",
         )
     return RemoteFile(shown, name, info.get("size"), state)
 
 
-def _remote_folder(system: Any, path: str, found: Mapping[str, T], source: SourceConfig) -> dict[str, T]:
+def _remote_folder(system: Any, path: str, found: Sequence[str], source: SourceConfig) -> list[str]:
     """Return those of a folder's files that are in the source's split, found as in a local folder."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         names = {folder / os.path.relpath(name, path): name for name in found}
         for file, name in names.items():
-            if ".." not in file.parts:  # outside of the folder
+            if ".." not in file.parts:  # else outside of the folder
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.touch()
                 if file.name in _DESCRIPTIONS or file.suffix in (".md", ".yaml"):
                     system.get_file(name, str(file))
-        if is_saved(folder):
-            raise DataError(
-                "a folder of Dataset.save_to_disk is not read at a URL",
-                where=source.path,
-                remedy="copy the folder to a disk, or write the dataset with Dataset.to_parquet",
-            )
         try:
-            return {names[file]: found[names[file]] for file in _folder_files(folder, source)}
+            return [names[file] for file in _folder_files(folder, source)]
         except DataError as fault:
             fault.got = fault.got.replace(made, source.path)
             raise

@@ -50,6 +50,7 @@ FILES = {
     "card/second.jsonl": lines("9"),
     "shards/train-00000-of-00002.jsonl": lines("5"),
     "saved/state.json": b"{}",
+    "saved/data-00000-of-00001.arrow": b"x",
     "other/a.txt": b"x",
     "bad/a.jsonl": b"broken\n",
 }
@@ -117,7 +118,7 @@ def test_files_patterns_and_folders(
         ("split", {"split": "dev"}, "no such split"),
         ("b/one.jsonl", {"split": "test"}, "split has no effect"),
         ("b/one.jsonl", {"revision": "main"}, "revision has no effect"),
-        ("saved", {}, "save_to_disk"),
+        ("saved", {}, "kind"),
     ],
 )
 def test_faults_name_the_url(
@@ -130,15 +131,17 @@ def test_faults_name_the_url(
     assert str(tmp_path) not in str(raised.value)
 
 
+@pytest.mark.parametrize("folder", ["split", ".hidden"])
 @pytest.mark.parametrize("name", ["../b/one.jsonl", "x/../../b/one.jsonl"])
 def test_a_name_that_leads_out_of_its_folder_is_refused(
-    memory: MemoryFileSystem, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    memory: MemoryFileSystem, folder: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    info = {"name": f"/split/{name}", "size": 3, "type": "file", "created": 1}
+    memory.pipe(f"/{folder}/train.jsonl", lines("1"))
+    info = {"name": f"/{folder}/{name}", "size": 3, "type": "file", "created": 1}
     monkeypatch.setattr(MemoryFileSystem, "find", lambda *_, **__: {info["name"]: info})
     with pytest.raises(DataError):
-        read("memory://split")
+        read(f"memory://{folder}")
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
