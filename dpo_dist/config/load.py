@@ -30,6 +30,7 @@ from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function, read_saved_yaml
 from dpo_dist.foundation.errors import ConfigError, DpoDistError
+from dpo_dist.foundation.remote import check_url, is_url
 from dpo_dist.foundation.text import first_few, without_secrets
 
 Points: TypeAlias = dict[tuple[str, ...], RunConfig]
@@ -187,6 +188,9 @@ def complete_config(config: RunConfig, given: Collection[str] = (), verb: str = 
     rules = rules_of(verb)
     config = reset_unused(resolve_reference(config), given, rules)
     check_rules(config, rules)
+    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        for source in filter(lambda source: is_url(source.path), sources):
+            check_url(source.path, key)
     given_dir = config.run.dir
     folder = (
         default_dir(config.run.root, config.run.name, config.identity.digest)

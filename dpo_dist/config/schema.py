@@ -244,7 +244,7 @@ class SourceConfig:
     """One entry of `data.train` or `data.eval`; a bare string is its `path`."""
 
     path: NonEmpty = key(...)
-    """File, pattern, folder or hub name."""
+    """File, pattern or folder, also at a URL such as s3://bucket/data/*.jsonl; hub name."""
     format: DataFormat = key(DataFormat.auto)
     """Format of the records; `auto`: detected for each record."""
     split: str | None = key(None)
@@ -281,7 +281,7 @@ class DataConfig:
     """Preference data, and the limits within which they are encoded."""
 
     train: list[Source] = key([], verbs=VERBS_WITH_DATA)
-    """Training data: files, patterns, folders, hub datasets."""
+    """Training data: files, patterns, folders, URLs, hub datasets."""
     eval: list[Source] = key([], verbs=_EVALUATED)
     """Evaluation data, in the same form."""
     images: NonEmpty | None = key(None, free=True, verbs=VERBS_WITH_DATA)

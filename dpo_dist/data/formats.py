@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_dist.config.losses import NUMBERS
@@ -58,6 +59,7 @@ from dpo_dist.data.records import (
     shown_key,
     turns_of,
 )
+from dpo_dist.foundation.remote import is_url
 from dpo_dist.foundation.types import Fields
 
 # A record with one of these faults may still have a usable prompt.
@@ -105,17 +107,20 @@ def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> Record:
 
 
 def read_records(
-    source: SourceConfig | str, parse: Callable[[Fields, DataFormat, Origin], Record] = parse_record
+    source: SourceConfig | str,
+    parse: Callable[[Fields, DataFormat, Origin], Record] = parse_record,
+    copies: Path | None = None,
 ) -> Iterator[Record]:
     """Read the records of a source (a string: its path) in its order; only a .json is read whole.
 
     One item per record: a pair, a ranking, a completion, or the reason why the record cannot be used. The
-    call itself raises the DataError or ConfigError of a source with wrong keys.
+    call itself raises the DataError or ConfigError of a source with wrong keys. `copies`: the folder in which
+    a file of a URL lies while it is read; None: that for temporary files.
     """
     source = resolve_source(SourceConfig(path=source) if isinstance(source, str) else source)
     return (
         record if isinstance(record, BadRecord) else parse(record, source.format, origin)
-        for record, origin in raw_records(source)
+        for record, origin in raw_records(source, copies)
     )
 
 
@@ -135,7 +140,7 @@ def check_source(source: SourceConfig, config: DataConfig | None = None) -> None
     source = resolve_source(source)
     with_columns(iter(()), source)
     if local_files(source) is None:
-        if constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE and not is_url(source.path):
             pin_source(source)  # raises if the Hub's cache lacks the dataset
         return
     counts = DataCounts()

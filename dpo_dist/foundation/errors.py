@@ -62,7 +62,7 @@ class RunOutcome(StrEnum):
     diverged = "diverged"
 
 
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DpoDistError(Exception):
@@ -150,7 +150,7 @@ def disk_error(error: BaseException) -> ConfigError | None:
         return ConfigError(
             what, where="a path on the command line or in a YAML file", remedy="write the whole path"
         )
-    if not isinstance(error, OSError) or (error.filename is None and error.errno not in _DISK_IS_FULL):
+    if not isinstance(error, OSError) or (error.filename is None and error.errno not in DISK_IS_FULL):
         return None
     return ConfigError(
         "a file cannot be written or read",

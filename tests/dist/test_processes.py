@@ -119,7 +119,7 @@ def encode_endlessly(folder: Path) -> None:
         prepare(folder, [SourceConfig(str(file))], 2, tiny.qwen())
 
 
-def endless_records(endless: SourceConfig) -> Iterator[PreferenceRecord]:
+def endless_records(endless: SourceConfig, **_: Any) -> Iterator[PreferenceRecord]:
     for number in itertools.count(1):
         yield PreferenceRecord(f"question {number}", ("right", "wrong"), Origin(endless.path, number))
 

@@ -37,7 +37,14 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
 from dpo_dist.data.read.columns import READER
 from dpo_dist.data.read.files import file_kind
-from dpo_dist.data.read.sources import image_folders, local_files, pin_source, source_identity, source_labels
+from dpo_dist.data.read.sources import (
+    changed_error,
+    image_folders,
+    local_files,
+    pin_source,
+    source_identity,
+    source_labels,
+)
 from dpo_dist.data.records import (
     ALL_RECORDS,
     HELD_OUT,
@@ -52,7 +59,7 @@ from dpo_dist.data.records import (
     readable,
 )
 from dpo_dist.data.text.template import check_template_keys, chosen_template
-from dpo_dist.foundation.errors import DataError, PeerLostError
+from dpo_dist.foundation.errors import PeerLostError
 from dpo_dist.foundation.files import (
     MEMO_FOLDER,
     content_digest,
@@ -61,6 +68,7 @@ from dpo_dist.foundation.files import (
     text_digest,
 )
 from dpo_dist.foundation.process import usable_cores
+from dpo_dist.foundation.remote import is_url
 
 _Records: TypeAlias = Sequence[Record]
 _Result = TypeVar("_Result")
@@ -122,7 +130,7 @@ def prepare_dataset(
         if (table := wanted.table()) is None or has_changed_images(table):
             with (
                 progress(source.path) as show,
-                closing(_encoded(source, encode, show, chunk_records)) as chunks,
+                closing(_encoded(source, cache, encode, show, chunk_records)) as chunks,
             ):
                 write_source(wanted, chunks)
         ensure_order(wanted, None if processor is None else processor.placeholder_id)
@@ -132,23 +140,20 @@ def prepare_dataset(
 
 def _encoded(
     source: SourceConfig,
+    cache: Path,
     encode: Callable[[_Records], EncodedChunk],
     show: Callable[[int], None],
     chunk_records: int,
 ) -> Generator[EncodedChunk, None, None]:
     records, state = 0, _identities(source)
-    with closing(in_order(read_records(source), encode, chunk_records)) as chunks:
+    with closing(in_order(read_records(source, copies=cache), encode, chunk_records)) as chunks:
         for chunk in chunks:
             yield chunk
             records += len(chunk[0])
             show(records)
     # If a file changed meanwhile, the fingerprint would name other records.
     if _identities(source) != state:
-        raise DataError(
-            "the data changed while they were read",
-            where=source.path,
-            remedy="start again when no other program writes to the files",
-        )
+        raise changed_error(source)
 
 
 def _encode_chunk(records: _Records, **options: Any) -> EncodedChunk:
@@ -242,6 +247,8 @@ def tokenizer_digest(folder: Path, *, with_images: bool = False) -> str:
 
 
 def _identities(source: SourceConfig) -> list[str]:
+    if is_url(source.path):
+        return [str(pin_source(source).revision)]
     return [file_identity(file) for file in local_files(source) or ()]
 
 

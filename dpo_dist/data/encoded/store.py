@@ -24,7 +24,7 @@ from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
 from dpo_dist.data.encoded.order import ORDER_SCHEMA, order_by_ids
 from dpo_dist.data.images import ExpandedImage
 from dpo_dist.data.read.images import image_state
-from dpo_dist.data.read.sources import root_of
+from dpo_dist.data.read.sources import name_of, root_of
 from dpo_dist.data.records import BadRecord, Origin
 from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -240,8 +240,7 @@ def read_source(source: EncodedSource) -> pa.Table:
             remedy="start again: damaged data are encoded again",
         )
     files = table["file"].dictionary_encode().combine_chunks()
-    root = root_of(source.path)
-    names = [source.path if name == "." else str(root / name) for name in files.dictionary.to_pylist()]
+    names = [name_of(source.path, name) for name in files.dictionary.to_pylist()]
     shown = pa.DictionaryArray.from_arrays(files.indices, pa.array(names, pa.string()))
     table = table.set_column(0, "file", shown)
     for name in ORDER_SCHEMA.names:

@@ -4,12 +4,11 @@ import codecs
 import csv
 import hashlib
 import io
-import itertools
 import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 import pyarrow
@@ -38,14 +37,16 @@ _BLOCK_BYTES = 2**20
 _BATCH_RECORDS = 64
 # Added for each line to the bytes since the last record: millions of empty lines would take minutes.
 _LINE_BYTES = 64
-# Compressed JSON expands less than this: a .json that expands more could fill the memory.
+# Compressed text expands less than this: a file that expands more could fill the memory or the disk.
 _MAX_EXPANSION = 100
+# An Arrow array of texts holds less than 2**31 bytes; Python needs a multiple of it.
+_MAX_BATCH_BYTES = 2**28
 _ARGUMENTS = ("arguments", "parameters")
 SUFFIXES = (*_KINDS, *_COMPRESSIONS)
 _EXTENSION = b"ARROW:extension:name"
 
 
-def file_kind(file: Path) -> str | None:
+def file_kind(file: PurePath) -> str | None:
     """Return a file's extension without that of a compression; None if such files cannot be read."""
     if file.suffix in _COMPRESSIONS:
         inner = Path(file.stem).suffix
@@ -53,7 +54,7 @@ def file_kind(file: Path) -> str | None:
     return file.suffix if file.suffix in _KINDS else None
 
 
-def check_kind(file: Path, path: str) -> None:
+def check_kind(file: PurePath, path: str) -> None:
     """Check that files of this kind can be read; `path` names the source. Raises DataError."""
     if file_kind(file) is None:
         raise DataError(
@@ -79,12 +80,7 @@ def read_file(file: Path, path: str, folders: Sequence[Path] = ()) -> Iterator[R
             case ".jsonl":
                 values = _lines(_opened(file, path))
             case ".json":
-                limit = max(MAX_RECORD_BYTES, _MAX_EXPANSION * file.stat().st_size)
-                blocks = iter(partial(_opened(file, path).read, _BLOCK_BYTES), b"")
-                content = b"".join(itertools.islice(blocks, limit // _BLOCK_BYTES + 2))
-                if len(content) > limit:
-                    raise ValueError(f"the file expands to more than {limit:,} bytes")
-                elements = parse_json(content)
+                elements = parse_json(_opened(file, path).read())
                 if not isinstance(elements, list):
                     raise ValueError("the JSON file is not an array")
                 values = enumerate(elements, start=1)
@@ -190,10 +186,13 @@ def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     return file
 
 
-def _opened(file: Path, path: str) -> io.BufferedReader:
+def _opened(file: Path, path: str) -> BinaryIO:
     """Open a file and decompress it. Raises DataError: the file is in UTF-16."""
     raw = pyarrow.input_stream(file, compression=_COMPRESSIONS.get(file.suffix))
-    stream = io.BufferedReader(raw, _BLOCK_BYTES)
+    # Of .json all records are in memory together.
+    least = MAX_RECORD_BYTES * (1 if file_kind(file) == ".json" else 8)
+    limit = max(least, _MAX_EXPANSION * file.stat().st_size)
+    stream = io.BufferedReader(_Bounded(raw, limit), _BLOCK_BYTES)
     start = stream.peek(2)[:2]
     if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or start.count(0) == 1:
         raise DataError(
@@ -202,6 +201,25 @@ def _opened(file: Path, path: str) -> io.BufferedReader:
             remedy="save it as UTF-8 (Excel: CSV UTF-8): iconv -f UTF-16 -t UTF-8 OLD > NEW",
         )
     return stream
+
+
+class _Bounded(io.RawIOBase):
+    """Reads a stream; raises ValueError after `limit` bytes."""
+
+    def __init__(self, stream: Any, limit: int):
+        self._stream, self._limit, self._left = stream, limit, limit
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer; return the number of bytes."""
+        count: int = self._stream.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise ValueError(f"the file expands to more than {self._limit:,} bytes")
+        return count
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
@@ -302,7 +320,19 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
     # Without a buffer a whole column of a row group would be loaded at once.
     table = pyarrow.parquet.ParquetFile(file, buffer_size=_BLOCK_BYTES, pre_buffer=False)
     _check_columns(table.schema_arrow.names)
-    yield from _table_rows(table.iter_batches(batch_size=_BATCH_RECORDS))
+    groups = map(table.metadata.row_group, range(table.num_row_groups))
+    largest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
+    if largest > MAX_RECORD_BYTES:
+        raise ValueError(f"records of {largest:,} bytes: over {MAX_RECORD_BYTES:,}")
+    records = min(_BATCH_RECORDS, max(1, _MAX_BATCH_BYTES // 4 // max(largest, 1)))
+    yield from _table_rows(map(_check_batch, table.iter_batches(records)))
+
+
+def _check_batch(batch: Any) -> Any:
+    """Return a batch of a few records. Raises ValueError: its values expand without end."""
+    if batch.nbytes > max(_MAX_BATCH_BYTES, MAX_RECORD_BYTES * (len(batch) == 1)):
+        raise ValueError(f"{len(batch)} records expand to {batch.nbytes:,} bytes")
+    return batch
 
 
 def _json_parsers(fields: Iterable[pyarrow.Field]) -> dict[str, Callable[[Any], Any]]:

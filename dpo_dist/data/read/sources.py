@@ -1,17 +1,18 @@
-"""The files of a source and their records: a file, a pattern, a folder, or a dataset of the Hub."""
+"""The files of a source and their records: a file, a pattern or a folder, also at a URL; a Hub dataset."""
 
 import contextlib
 import glob
 import itertools
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path, PurePath
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.read.columns import is_saved, resolve_source, with_columns
@@ -19,7 +20,8 @@ from dpo_dist.data.read.files import SUFFIXES, check_kind, dataset_rows, numbere
 from dpo_dist.data.read.values import parse_json
 from dpo_dist.data.records import RawRecord
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, in_one_line
-from dpo_dist.foundation.files import remembered_digest, text_digest
+from dpo_dist.foundation.files import remembered_digest, remove_abandoned, temporary_folder, text_digest
+from dpo_dist.foundation.remote import is_url, open_file_system, remote_errors
 
 T = TypeVar("T")
 
@@ -34,23 +36,28 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
 _NOT_FOUND = "neither a local file nor a dataset found on the Hugging Face Hub"
 
 
-def raw_records(source: SourceConfig) -> Iterator[RawRecord]:
-    """Return the first `limit` records of a resolved source, after its `reader` and `columns`."""
+def raw_records(source: SourceConfig, copies: Path | None = None) -> Iterator[RawRecord]:
+    """Return the first `limit` records of a resolved source, after its `reader` and `columns`.
+
+    `copies`: the folder in which a file of a URL lies while it is read; None: that for temporary files.
+    """
     files, local = local_files(source), Path(source.path).expanduser()
     names: Iterable[str] = map(str, files or ())
     folders = image_folders(source)
-    if files is None:
+    if files is None and not is_url(source.path):
         folder = _download(source)
         files = _data_files(folder, source)
         names = [f"{source.path}/{file.relative_to(folder)}" for file in files]
         folders += [folder, folder.parents[1]]  # files of the folder are links to others of the Hub's cache
     elif files == [local]:
         names = [source.path]
-    if is_saved(local):
+    if is_url(source.path):
+        records = _remote_records(source, folders, copies or Path(tempfile.gettempdir()))
+    elif is_saved(local):
         records = _saved_records(local, source, folders)
     else:
         read = partial(read_file, folders=folders)
-        records = itertools.chain.from_iterable(map(read, files, names))
+        records = itertools.chain.from_iterable(map(read, files or (), names))
     return with_columns(itertools.islice(records, source.limit), source)
 
 
@@ -84,33 +91,21 @@ def check_has_evaluation_data(data: DataConfig, use: str, form: str = "with both
 
 
 def local_files(source: SourceConfig) -> list[Path] | None:
-    """Return the files of a local source; None for a dataset on the Hugging Face Hub.
+    """Return the files of a local source; None for one at a URL, and for a dataset on the Hugging Face Hub.
 
     Raises DataError: the source does not exist, or has a file that cannot be read; ConfigError: a key has no
-    effect on this source.
+    effect on this source, or a URL or its package is wrong. Sends no request.
     """
     path = source.path
-    if "://" in path:
-        raise DataError(
-            "URLs cannot be read",
-            where=path,
-            expected="a local path, or the name of a dataset on the Hugging Face Hub",
-            remedy="download the file and set its path; write a Hub dataset as organisation/name",
-        )
+    if is_url(path):
+        open_file_system(path)
+        return None
     local = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or _is_like_a_file(local)
     if not (local.exists() or _GLOB.search(path) or looks_local):
         return None
     unused = {"revision"} if local.is_dir() else {"name", "data_dir", "revision", "split"}
-    for key in sorted(unused | ({"name", "data_dir"} if is_saved(local) else set())):
-        if (value := getattr(source, key)) is not None:
-            raise ConfigError(
-                f"{key} has no effect on this source",
-                where=f"{key} of {path}",
-                got=value,
-                expected="null",
-                remedy=f"remove {key}: it is for Hub datasets" + (" and folders" * (key != "revision")),
-            )
+    _check_unused(source, unused | ({"name", "data_dir"} if is_saved(local) else set()))
     if local.is_dir():
         if is_saved(local):
             return sorted(below for below in local.rglob("*") if below.is_file())
@@ -123,12 +118,27 @@ def local_files(source: SourceConfig) -> list[Path] | None:
     return files
 
 
+def _check_unused(source: SourceConfig, unused: Iterable[str]) -> None:
+    """Raise ConfigError for a key that is set, but has no effect on this source."""
+    for key in sorted(unused):
+        if (value := getattr(source, key)) is not None:
+            raise ConfigError(
+                f"{key} has no effect on this source",
+                where=f"{key} of {source.path}",
+                got=value,
+                expected="null",
+                remedy=f"remove {key}: it is for Hub datasets" + (" and folders" * (key != "revision")),
+            )
+
+
 def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
-    """Return a digest of a source's content: of its files, or the commit of a pinned Hub dataset.
+    """Return a digest of a source's content: of its files, or the `revision` of a pinned source.
 
     The folder `memo` caches digests of files. Raises DataError: the source does not exist.
     """
     files = local_files(source)
+    if is_url(source.path):
+        return str(source.revision)
     if files is None:
         return f"hub commit {source.revision}, name {source.name}, data_dir {source.data_dir}"
     digests = [remembered_digest(file, memo) for file in files]
@@ -167,6 +177,14 @@ def root_of(path: str) -> Path:
     return Path(*itertools.takewhile(lambda part: not _GLOB.search(part), Path(path).parts))
 
 
+def name_of(path: str, relative: str) -> str:
+    """Return the name of a source's file from that relative to `root_of(path)`."""
+    if relative == ".":
+        return path
+    name = str(root_of(path) / relative)
+    return name.replace(":/", "://", 1) if is_url(path) else name  # a path has no empty parts
+
+
 def _globbed_files(pattern: str) -> list[Path]:
     """Return the files that match, sorted by path; hidden ones only if the pattern names the dot."""
     names = glob.glob(pattern, recursive=True)  # noqa: PTH207  (a pathlib pattern matches hidden files)
@@ -187,12 +205,13 @@ def _folder_files(folder: Path, source: SourceConfig) -> list[Path]:
     below = (file for file in folder.rglob("*") if file.is_file() and _DATA_NAME.search(file.name))
     visible = (file for file in below if "/." not in f"/{file.relative_to(folder)}")
     files = _data_files(folder, source, [file for file in visible if file.name not in _DESCRIPTIONS])
-    shards = Counter(shard.groups() for file in files if (shard := _SHARD.match(str(file))))
+    names = (str(file.relative_to(folder)) for file in files)
+    shards = Counter(shard.groups() for name in names if (shard := _SHARD.match(name)))
     for (name, total), present in shards.items():
         if present != int(total):
             raise DataError(
                 "shards of the source are missing",
-                where=name,
+                where=f"{source.path}/{name}",
                 got=f"{present} of {int(total)}",
                 remedy="copy or download the folder again, or select the shards that exist by a pattern",
             )
@@ -217,14 +236,14 @@ def _data_files(folder: Path, source: SourceConfig, every: Sequence[Path] = ()) 
     if not (source.name or source.data_dir) and (unread := [file for file in every if file not in known]):
         raise DataError(
             "files of the folder are in no split, or of another kind",
-            where=str(folder),
+            where=source.path,
             got=", ".join(str(file.relative_to(folder)) for file in unread[:5]),
             expected="files of one kind, with a split in every name or in none",
             remedy="convert or rename them, or select files by a pattern, for example path/*.jsonl",
         )
     files = _chosen_split(source, splits)
     for file in files:
-        check_kind(file, str(file))
+        check_kind(file, f"{source.path}/{file.relative_to(folder)}")
     return files
 
 
@@ -280,11 +299,14 @@ def pin_source(source: SourceConfig) -> SourceConfig:
     """Return the source that an entry of a dataset_info.json describes, or the source itself.
 
     A Hub dataset gets its commit as `revision` (null: main), from the Hub's cache if the Hub cannot be
-    reached. Raises DataError: the dataset or the commit is not found.
+    reached; a source at a URL a digest of what its file system says of its files. Raises DataError: the
+    source or the commit is not found.
     """
     from huggingface_hub import HfApi  # noqa: PLC0415  # slow to import
 
     source = resolve_source(source)
+    if is_url(source.path):
+        return replace(source, revision=_listed(remote_files(source)))
     if local_files(source) is not None:
         return source
     with _as_data_error(source):
@@ -311,7 +333,7 @@ def _as_data_error(source: SourceConfig) -> Iterator[None]:
     try:
         yield
     except Exception as fault:
-        is_folder = Path(source.path).expanduser().is_dir()
+        is_folder = is_url(source.path) or Path(source.path).expanduser().is_dir()
         raise DataError(
             "the data of the folder cannot be found" if is_folder else _NOT_FOUND,
             where=source.path,
@@ -319,6 +341,125 @@ def _as_data_error(source: SourceConfig) -> Iterator[None]:
             remedy="check path, name, data_dir, revision, split, the network, and access rights of a gated "
             "dataset; HF_HUB_OFFLINE=1 allows only datasets that were downloaded before",
         ) from fault
+
+
+# URLs.
+
+# What file systems say of a file: a checksum of its content, else a time of its change.
+_STATES = (
+    *("ETag", "etag", "md5Hash", "crc32c", "blob_id", "content_md5", "Content-MD5", "Digest"),
+    *("LastModified", "last_modified", "Last-Modified", "modified", "mtime", "created"),
+)
+_LISTED = "listed "
+
+
+class RemoteFile(NamedTuple):
+    """A file at a URL: its name, its path on the file system, its size, and a text that changes with it."""
+
+    name: str
+    path: str
+    bytes: int | None
+    state: str
+
+
+def _listed(files: Sequence[RemoteFile]) -> str:
+    """Return a digest of the names and states of files."""
+    return _LISTED + text_digest("\n".join(f"{file.name} {file.bytes} {file.state}" for file in files))
+
+
+def remote_files(source: SourceConfig) -> list[RemoteFile]:
+    """Ask for the files of a source at a URL, in order; only a folder's description is downloaded.
+
+    Raises DataError: none is found, or one cannot be read; ConfigError: a key has no effect.
+    """
+    system, path = open_file_system(source.path)
+    if not (source.revision or _LISTED).startswith(_LISTED):
+        _check_unused(source, {"revision"})
+    with remote_errors(source.path, DataError):
+        info = None if _GLOB.search(path) else system.info(path)
+        is_folder = info is not None and info["type"] == "directory"
+        if is_folder:
+            found = system.find(path, detail=True)
+        elif info is not None:
+            found = {path: info}
+        elif not (found := system.glob(path, detail=True)):  # hides faults
+            system.info(_GLOB.split(path)[0].rpartition("/")[0])
+        shown = [name for name in sorted(found) if "/." not in name or "/." in path]
+        files = [name for name in shown if found[name]["type"] == "file"]
+        if is_folder:
+            files = _remote_folder(system, path, files, source)
+        else:
+            _check_unused(source, ("name", "data_dir", "split"))
+        if not files:
+            raise DataError("no file matches the pattern", where=source.path, remedy="check the pattern")
+        return [_remote_file(system, name, found[name], source.path) for name in files]
+
+
+def _remote_file(system: Any, name: str, info: Mapping[str, Any], url: str) -> RemoteFile:
+    shown = name if is_url(name) else f"{url.partition('://')[0]}://{name.lstrip('/')}"
+    check_kind(PurePath(name), shown)
+    if not any(map(info.get, _STATES)):
+        info = system.info(name)
+    state = next((f"{key} {info[key]}" for key in _STATES if info.get(key)), None)
+    if state is None:
+        raise DataError(
+            "a change of the file would not be noticed",
+            where=shown,
+            expected="a server that says a checksum, an ETag or the time of the last change",
+            remedy="download the file, and set its path",
+        )
+    return RemoteFile(shown, name, info.get("size"), state)
+
+
+def _remote_folder(system: Any, path: str, found: Sequence[str], source: SourceConfig) -> list[str]:
+    """Return those of a folder's files that are in the source's split, found as in a local folder."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        names = {folder / os.path.relpath(name, path): name for name in found}
+        for file, name in names.items():
+            if ".." not in file.parts:  # else outside of the folder
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch()
+                if file.name in _DESCRIPTIONS or file.suffix in (".md", ".yaml"):
+                    system.get_file(name, str(file))
+        try:
+            return [names[file] for file in _folder_files(folder, source)]
+        except DataError as fault:
+            fault.got = fault.got.replace(made, source.path)
+            raise
+
+
+def _remote_records(source: SourceConfig, folders: Sequence[Path], copies: Path) -> Iterator[RawRecord]:
+    """Yield the records of a source at a URL; each file is copied to `copies`, read and removed."""
+    system, _ = open_file_system(source.path)
+    files = remote_files(source)
+    if source.revision not in (None, _listed(files)):
+        raise changed_error(source)
+    copies.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        remove_abandoned(copies)
+        with temporary_folder(copies / "download") as folder:
+            copy = folder / f"copy{''.join(PurePath(file.path).suffixes[-2:])}"
+            with remote_errors(file.name, DataError):
+                system.get_file(file.path, str(copy))
+            if file.bytes not in (None, size := copy.stat().st_size):
+                raise DataError(
+                    "the file was not downloaded to its end",
+                    where=file.name,
+                    got=f"{size:,} bytes",
+                    expected=f"{file.bytes:,} bytes",
+                    remedy="start again",
+                )
+            yield from read_file(copy, file.name, folders)
+
+
+def changed_error(source: SourceConfig) -> DataError:
+    """Return the error of a source that is not what it was when the program started to read it."""
+    return DataError(
+        "the data changed while they were read",
+        where=source.path,
+        remedy="start again when no other program writes to the files",
+    )
 
 
 # Labels.

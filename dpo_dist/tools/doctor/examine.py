@@ -125,7 +125,7 @@ def examine(
     findings: list[Finding] = []
     for entry, label, is_eval in _with_labels(config):
         source = ExaminedSource(label, entry.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
-        records = read_records(pin_source(entry))
+        records = read_records(pin_source(entry), copies=Path(config.cache))
         with (
             progress(label) as show,
             closing(in_order(records, observer.observe)) as observed,

@@ -4,10 +4,10 @@ The page shows these texts inert, and hides them at first.
 """
 
 import itertools
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from dpo_dist.batching.example import TokenIds
 from dpo_dist.config.schema import DataConfig, SourceConfig
@@ -84,8 +84,8 @@ def _choose(source: SourceConfig, rules: Mapping[str, Sequence[str]], count: int
     """Return the records at the origins of `rules`, and a sample of the first ones."""
     examples: list[PreferenceRecord] = []
     others: list[PreferenceRecord] = []
-    folder = str(Path(source.path.split("*", 1)[0]).parent)
-    missing = {origin for origin in rules if folder == "." or origin.startswith(folder)}
+    folder = os.path.dirname(source.path.split("*", 1)[0])  # noqa: PTH120  (also of a URL)
+    missing = {origin for origin in rules if folder in ("", ".") or origin.startswith(folder)}
     for number, record in enumerate(read_records(source)):
         missing.discard(str(record.origin))
         if isinstance(record, PreferenceRecord):

@@ -19,6 +19,7 @@ from dpo_dist.config.schema import DataConfig, DataFormat, ModelConfig, RunConfi
 from dpo_dist.config.verb_sections import PlanConfig
 from dpo_dist.data.read.sources import local_files
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.remote import is_url
 from dpo_dist.foundation.text import duration, percent, pluralize, size
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.files.folder import description_folder, start_folder
@@ -169,7 +170,7 @@ def planned_data(
     sources = data.train
     if None not in (plan.pairs, plan.tokens_per_pair):
         return Data(plan.pairs or 0, plan.tokens_per_pair or 0.0, "given")
-    if not sources or any(local_files(source) is None for source in sources):
+    if not sources or any(local_files(source) is None and not is_url(source.path) for source in sources):
         known = [_by_its_card(source) for source in sources]
         sizes, basis = [entry for entry in known if entry is not None], "by the cards of the data"
         if not sizes or len(sizes) < len(known):

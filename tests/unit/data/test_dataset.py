@@ -49,7 +49,7 @@ def ranked_records() -> list[PreferenceRecord]:
 
 @pytest.fixture
 def ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PreferenceDataset:
-    monkeypatch.setattr(build_dataset_module, "read_records", lambda _source: iter(ranked_records()))
+    monkeypatch.setattr(build_dataset_module, "read_records", lambda *_, **__: iter(ranked_records()))
     return opened(tmp_path, jsonl(tmp_path, {}))
 
 

@@ -173,6 +173,25 @@ def test_records_without_end_are_an_error_at_a_bound(
     refused(packed, "expands to more than 131,072 bytes" if name == "a.json" else "over 131,072 bytes")
 
 
+def test_what_expands_without_end_is_an_error_at_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many, large = LINE + b"\n", parquet(*["q" * 2**12] * 64)
+    write(tmp_path, {"a.jsonl.gz": gzip.compress(many * 2**15), "a.parquet": large})
+    write(
+        tmp_path,
+        {"b.jsonl.gz": gzip.compress(b"".join(many[:-2] + b', "n": %d}\n' % n for n in range(2**15)))},
+    )
+    monkeypatch.setattr("dpo_dist.data.read.files.MAX_RECORD_BYTES", 2**14)
+    refused(tmp_path / "a.jsonl.gz", "expands to more than")
+    assert len(read(tmp_path / "b.jsonl.gz")) == 2**15
+    assert len(read(tmp_path / "a.parquet")) == 64
+    monkeypatch.setattr("dpo_dist.data.read.files._MAX_BATCH_BYTES", 2**14)
+    refused(tmp_path / "a.parquet", "records expand to")
+    monkeypatch.setattr("dpo_dist.data.read.files.MAX_RECORD_BYTES", 2**7)
+    refused(tmp_path / "a.parquet", "over 128")
+
+
 def test_a_record_beyond_the_bound_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpo_dist.data.formats.MAX_RECORD_BYTES", 1000)
     content = parquet("q", "q" * 1000, "p")

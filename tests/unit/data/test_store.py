@@ -187,7 +187,7 @@ def test_files_replaced_while_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = Path(jsonl(tmp_path, *GOOD))
     read = build_dataset_module.read_records
 
-    def overtaken(source: SourceConfig) -> Iterator[Any]:
+    def overtaken(source: SourceConfig, **_: Any) -> Iterator[Any]:
         path.rename(tmp_path / "aside")
         jsonl(tmp_path, *GOOD[:3])
         records = list(read(source))

@@ -1,0 +1,368 @@
+"""Sources at URLs: files, patterns and folders; changes, damage and secrets; a web server and a bucket."""
+
+import functools
+import gzip
+import http.server
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.data.encoded.dataset import open_dataset
+from dpo_dist.data.formats import check_source, read_records
+from dpo_dist.data.read.sources import pin_source, source_labels
+from dpo_dist.data.records import PreferenceRecord
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.remote import open_file_system, remote_errors
+from tests.support.cache import encoded_folders, prepare_all
+from tests.support.records import TEXT
+
+
+def lines(*texts: str) -> bytes:
+    return "".join(
+        json.dumps(TEXT | {"prompt": text, "chosen": f"yes {text}"}) + "\n" for text in texts
+    ).encode()
+
+
+FILES = {
+    "b/one.jsonl": lines("0", "1"),
+    "b/two.jsonl.gz": gzip.compress(lines("2")),
+    "b/deep/three.csv": b"prompt,chosen,rejected\n3,a,b\n",
+    "b/.hidden.jsonl": lines("4"),
+    "split/data/train-00000-of-00002.jsonl": lines("5"),
+    "split/data/train-00001-of-00002.jsonl": lines("6"),
+    "split/data/test-00000-of-00001.jsonl": lines("7"),
+    "card/README.md": b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
+    b"    path: second.jsonl\n- config_name: first\n  data_files: first.jsonl\n---\n",
+    "card/first.jsonl": lines("8"),
+    "card/second.jsonl": lines("9"),
+    "shards/train-00000-of-00002.jsonl": lines("5"),
+    "saved/state.json": b"{}",
+    "saved/data-00000-of-00001.arrow": b"x",
+    "other/a.txt": b"x",
+    "bad/a.jsonl": b"broken\n",
+}
+
+
+@pytest.fixture
+def memory() -> Iterator[MemoryFileSystem]:
+    system = fsspec.filesystem("memory")
+    system.pipe({f"/{name}": content for name, content in FILES.items()})
+    yield system
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def downloads(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of all files that are downloaded."""
+    seen: list[str] = []
+    get_file = MemoryFileSystem.get_file
+
+    def spy(self: Any, path: str, *rest: Any, **options: Any) -> Any:
+        seen.append(path)
+        return get_file(self, path, *rest, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", spy)
+    return seen
+
+
+def read(path: str, **options: Any) -> dict[str, str]:
+    """Return the origin of each prompt."""
+    records = read_records(pin_source(SourceConfig(path, **options)))
+    return {
+        str(record.prompt): str(record.origin) for record in records if isinstance(record, PreferenceRecord)
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "found"),
+    [
+        ("b/one.jsonl", {}, {"0": "b/one.jsonl:1", "1": "b/one.jsonl:2"}),
+        ("b/*.jsonl*", {}, {"0": "b/one.jsonl:1", "1": "b/one.jsonl:2", "2": "b/two.jsonl.gz:1"}),
+        ("b/**/t?ree.csv", {}, {"3": "b/deep/three.csv:2"}),
+        ("b/o*", {"limit": 1}, {"0": "b/one.jsonl:1"}),
+        ("split", {}, {f"{n + 5}": f"split/data/train-0000{n}-of-00002.jsonl:1" for n in range(2)}),
+        ("split", {"split": "test"}, {"7": "split/data/test-00000-of-00001.jsonl:1"}),
+        ("card", {"name": "default"}, {"9": "card/second.jsonl:1"}),
+        ("card", {"name": "first"}, {"8": "card/first.jsonl:1"}),
+    ],
+)
+def test_files_patterns_and_folders(
+    memory: MemoryFileSystem, path: str, options: dict[str, Any], found: dict[str, str]
+) -> None:
+    assert read(f"memory://{path}", **options) == {text: f"memory://{name}" for text, name in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "words"),
+    [
+        ("b/none.jsonl", {}, "nothing is at the URL"),
+        ("b/none*.jsonl", {}, "no file matches"),
+        ("none/*.jsonl", {}, "nothing is at the URL"),
+        ("other/a.txt", {}, "this kind of file"),
+        ("other", {}, "this kind of file"),
+        ("shards", {}, "1 of 2"),
+        ("split", {"split": "dev"}, "no such split"),
+        ("b/one.jsonl", {"split": "test"}, "split has no effect"),
+        ("b/one.jsonl", {"revision": "main"}, "revision has no effect"),
+        ("saved", {}, "kind"),
+    ],
+)
+def test_faults_name_the_url(
+    memory: MemoryFileSystem, path: str, options: dict[str, Any], words: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises((DataError, ConfigError), match=words) as raised:
+        read(f"memory://{path}", **options)
+    assert f"memory://{path}" in raised.value.where
+    assert str(tmp_path) not in str(raised.value)
+
+
+@pytest.mark.parametrize("folder", ["split", ".hidden"])
+@pytest.mark.parametrize("name", ["../b/one.jsonl", "x/../../b/one.jsonl"])
+def test_a_name_that_leads_out_of_its_folder_is_refused(
+    memory: MemoryFileSystem, folder: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    memory.pipe(f"/{folder}/train.jsonl", lines("1"))
+    info = {"name": f"/{folder}/{name}", "size": 3, "type": "file", "created": 1}
+    monkeypatch.setattr(MemoryFileSystem, "find", lambda *_, **__: {info["name"]: info})
+    with pytest.raises(DataError):
+        read(f"memory://{folder}")
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_a_second_start_lists_only_and_a_change_is_noticed(downloads: list[str], tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    first = prepare_all(tmp_path, "memory://b/*.jsonl*")
+    assert len(downloads) == 2
+    data = open_dataset(first, DataConfig())
+    assert {str(data.origin(index)) for index in range(3)} == {
+        f"memory://b/{name}" for name in ("one.jsonl:1", "one.jsonl:2", "two.jsonl.gz:1")
+    }
+    assert prepare_all(tmp_path, "memory://b/*.jsonl*") == first
+    assert len(downloads) == 2
+    assert all(name.endswith(".arrow") for name in encoded_folders(tmp_path))
+    memory.pipe("/b/one.jsonl", FILES["b/one.jsonl"].replace(b"0", b"9"))  # of the same size
+    assert prepare_all(tmp_path, "memory://b/*.jsonl*") != first
+    assert len(downloads) == 4
+
+
+def test_a_change_while_the_records_are_read_is_an_error(memory: MemoryFileSystem, tmp_path: Path) -> None:
+    pinned = pin_source(SourceConfig("memory://b/one.jsonl"))
+    memory.pipe("/b/one.jsonl", lines("8", "9"))
+    with pytest.raises(DataError, match="changed while"):
+        list(read_records(pinned))
+
+
+def test_a_change_after_the_download_is_an_error(
+    memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get_file = MemoryFileSystem.get_file
+
+    def change(self: Any, path: str, *rest: Any, **options: Any) -> None:
+        get_file(self, path, *rest, **options)
+        self.pipe(path, lines("8", "9"))
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", change)
+    with pytest.raises(DataError, match="changed while"):
+        prepare_all(tmp_path, "memory://b/one.jsonl")
+
+
+def test_a_truncated_download_is_refused_and_leftovers_go(
+    memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / "download.tmp-0123456789ab"
+    left.mkdir()
+    os.utime(left, (1, 1))
+    content = FILES["b/one.jsonl"]
+    half = content[: content.index(b"\n") + 1]
+    monkeypatch.setattr(MemoryFileSystem, "get_file", lambda _, __, to: Path(to).write_bytes(half) and None)
+    with pytest.raises(DataError, match="not downloaded to its end") as raised:
+        list(read_records("memory://b/one.jsonl", copies=tmp_path))
+    assert raised.value.where == "memory://b/one.jsonl"
+    assert not [*tmp_path.iterdir()]
+
+
+def test_faults_of_a_file_name_its_url(memory: MemoryFileSystem, tmp_path: Path) -> None:
+    [bad] = read_records("memory://bad/a.jsonl", copies=tmp_path)
+    assert str(bad.origin) == "memory://bad/a.jsonl:1"
+    memory.pipe("/bad/b.parquet", b"no parquet")
+    with pytest.raises(DataError, match="cannot be read to its end") as raised:
+        list(read_records("memory://bad/b.parquet", copies=tmp_path))
+    assert raised.value.where == "memory://bad/b.parquet"
+    assert str(tmp_path) not in str(raised.value)
+
+
+SECRETS = [
+    "https://me:SECRET1@host/a.jsonl",
+    "https://SECRET1@host/a.jsonl",
+    "https://me:SEC/RET1@host/a.jsonl",
+    "https://host/a.jsonl?X-Amz-Signature=SECRET1",
+    "https://host/a.jsonl#SECRET1",
+    "HTTPS://host/a.jsonl?t=SECRET1",
+    "s3://SECRET1:SECRET1@bucket/a.jsonl",
+    "simplecache::s3://bucket/a.jsonl",
+]
+
+
+@pytest.mark.parametrize("url", SECRETS)
+def test_a_url_with_a_secret_is_refused_before_it_is_stored(url: str) -> None:
+    for use in (
+        lambda: load_run_config(["model.path=m", f"data.train=['{url}']"]),
+        lambda: load_run_config(["model.path=m", "data.train=[a]", f"data.eval=[{{path: '{url}'}}]"]),
+        lambda: check_source(SourceConfig(url)),
+        lambda: pin_source(SourceConfig(url)),
+        lambda: list(read_records(url)),
+    ):
+        with pytest.raises(ConfigError, match="cannot be used") as raised:
+            use()
+        assert "RET1" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["abfs://box@account.dfs.core.windows.net/a", "s3://b/part-?.jsonl", "hf://datasets/a/b@main/c"]
+)
+def test_urls_without_secrets_are_accepted(url: str) -> None:
+    load_run_config(["model.path=m", f"data.train=['{url}']"])
+
+
+def test_faults_of_a_file_system_are_plain_and_hide_what_a_server_signed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abcdefghijkl")
+    faults = {
+        "denied": PermissionError("Forbidden"),
+        "credentials of": ValueError("403 for 'https://x/y?Signature=SECRET1&Expires=3'"),
+        "cannot be reached": OSError("no route for abcdefghijkl to https://x/y?p=SECRET1"),
+        "nothing is at": FileNotFoundError("b"),
+    }
+    for words, fault in faults.items():
+        with pytest.raises(DataError, match=words) as raised, remote_errors("s3://b", DataError):
+            raise fault
+        assert not {word for word in ("SECRET1", "abcdefghijkl") if word in str(raised.value)}
+
+
+@pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("https", "aiohttp")])
+def test_a_missing_package_is_named_with_the_line_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, protocol: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=r"pip install 'dpo-dist\[cloud\]'"):
+        check_source(SourceConfig(f"{protocol}://host/a.jsonl"))
+    with pytest.raises(ConfigError, match="not understood"):
+        open_file_system("nowhere://a")
+
+
+def test_labels_are_names_of_files() -> None:
+    urls = ["s3://bucket/data/*.jsonl", "gs://bucket/good.jsonl.gz", "https://host/train.jsonl"]
+    assert source_labels([SourceConfig(url) for url in urls]) == ["bucket-data", "good", "host-train"]
+
+
+# Servers.
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves files; some without their end, or without the time of their change."""
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing."""
+
+    def send_header(self, keyword: str, value: str) -> None:
+        """Leave out or raise a header for some names."""
+        if keyword == "Last-Modified" and "untimed" in self.path:
+            return
+        if keyword == "Content-Length" and "cut" in self.path:
+            value = str(int(value) + 10)
+        super().send_header(keyword, value)
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    pytest.importorskip("aiohttp", reason="https:// needs aiohttp")
+    for name in ("a.jsonl", "untimed.jsonl", "cut.jsonl"):
+        (tmp_path / name).write_bytes(lines("0", "1"))
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path))
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_web_server(web: str) -> None:
+    assert read(f"{web}/a.jsonl") == {"0": f"{web}/a.jsonl:1", "1": f"{web}/a.jsonl:2"}
+    faults = {
+        "none.jsonl": "nothing is at the URL",
+        "untimed.jsonl": "would not be noticed",
+        "cut.jsonl": "not read to its end",
+    }
+    for name, words in faults.items():
+        with pytest.raises(DataError, match=words):
+            read(f"{web}/{name}")
+    with pytest.raises(DataError, match="cannot be reached"):
+        read("http://127.0.0.1:9/a.jsonl")
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    s3fs = pytest.importorskip("s3fs", reason="s3:// needs s3fs")
+    if importlib.util.find_spec("nanio") is None:
+        pytest.skip("no S3 server: pip install nanio")
+    port, key = 9100 + os.getpid() % 800, "0123456789abcdef"
+    keys = {"NANIO_ACCESS_KEY": "tester", "NANIO_SECRET_KEY": key}
+    command = [sys.executable, "-m", "nanio", "serve", "--data-dir", str(tmp_path / "s3")]
+    (tmp_path / "s3").mkdir()
+    server = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", str(port)],
+        env=os.environ | keys,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key)
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        for _ in range(100):
+            try:
+                s3fs.S3FileSystem().mkdir("bucket")
+                break
+            except Exception:
+                time.sleep(0.1)
+        yield s3fs.S3FileSystem()
+    finally:
+        server.terminate()
+        server.wait()
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_bucket(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket.pipe({f"bucket/{name}": content for name, content in FILES.items()})
+    first = prepare_all(tmp_path, "s3://bucket/b/*.jsonl*", "s3://bucket/split")
+    assert [len(source.table() or ()) for source in first] == [3, 2]
+    assert prepare_all(tmp_path, "s3://bucket/b/*.jsonl*", "s3://bucket/split") == first
+    bucket.pipe("bucket/b/one.jsonl", lines("8", "9"))
+    second = prepare_all(tmp_path, "s3://bucket/b/*.jsonl*", "s3://bucket/split")
+    assert [new == old for new, old in zip(second, first, strict=True)] == [False, True]
+    for path in ("bucket/none.jsonl", "none/a.jsonl", "none/*.jsonl"):
+        with pytest.raises(DataError, match="nothing is at the URL"):
+            read(f"s3://{path}")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    type(bucket).clear_instance_cache()
+    for path in ("b/one.jsonl", "b/*.jsonl", "split"):
+        with pytest.raises(DataError, match="access to the URL is denied"):
+            read(f"s3://bucket/{path}")
