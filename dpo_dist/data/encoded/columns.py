@@ -35,7 +35,7 @@ _UNCHANGED = ("piece_tokens", "keys", "scores", "trained_tokens", "truncated", "
 DATASET_COLUMNS = (*_UNCHANGED, "piece_starts", "first_pieces", "mask_starts", "origins", "key_order")
 """Columns that are fields of `PreferenceDataset`."""
 
-Facts: TypeAlias = dict[str, Any]
+ColumnFacts: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class StoredColumns:
     """Columns that are mapped, and the facts beside them."""
 
     arrays: dict[str, Any]
-    facts: Facts
+    facts: ColumnFacts
 
     @property
     def numbers(self) -> dict[str, Array]:
@@ -74,7 +74,7 @@ class GrowingColumns:
         dtype, shape = self._kinds[name]
         return np.memmap(self._folder / name, dtype, mode="r").reshape(-1, *shape)
 
-    def write(self, file: Path, facts: Facts) -> None:
+    def write(self, file: Path, facts: ColumnFacts) -> None:
         """Write all columns to `file`."""
         kinds = {name: (str(dtype), list(shape)) for name, (dtype, shape) in self._kinds.items()}
         values = [pa.array(_plain(self[name])) for name in kinds]
@@ -90,12 +90,14 @@ def _plain(values: Array) -> Array:
     return values.ravel().view(np.uint8) if values.dtype == np.bool_ else values.ravel()
 
 
-def made_from(sources: Sequence[EncodedSource]) -> Facts:
+def made_from(sources: Sequence[EncodedSource]) -> ColumnFacts:
     """Return what names the content of these sources, for `stored_columns`."""
     return {"records": [source.digest for source in sources]}
 
 
-def stored_columns(file: Path, content: Facts, build: Callable[[GrowingColumns], Facts]) -> StoredColumns:
+def stored_columns(
+    file: Path, content: ColumnFacts, build: Callable[[GrowingColumns], ColumnFacts]
+) -> StoredColumns:
     """Map the columns in `file`, a file of the cache; `build` and write them if they are not there.
 
     They are not there if the file is damaged, or they were made from other `content`. Raises ConfigError: the
@@ -126,7 +128,7 @@ def _mapped(file: Path, wanted: Mapping[str, Any]) -> StoredColumns | None:
     return StoredColumns(arrays, facts)
 
 
-def write_records(columns: GrowingColumns, tables: Sequence[pa.Table]) -> Facts:
+def append_records(columns: GrowingColumns, tables: Sequence[pa.Table]) -> ColumnFacts:
     """Append the columns of sources, whose tables are those of `read_source`; return facts about them.
 
     Needs memory for a batch of records, and about 24 bytes a response. There is at least one example.
@@ -169,9 +171,17 @@ def write_records(columns: GrowingColumns, tables: Sequence[pa.Table]) -> Facts:
         files.append([*known])
         records += len(table)
     columns.append(shared=np.zeros(1, dtype=np.int32), first_pieces=np.array([pieces], dtype=np.int64))
+    duplicates = examples - _count_distinct(digests)
     columns.append(key_order=key_order(columns["keys"]))
-    duplicates = examples - len(np.unique(np.concatenate(digests)))
     return {"files": files, "largest_id": largest, "duplicates": duplicates}
+
+
+def _count_distinct(parts: list[Array]) -> int:
+    """Return the number of distinct values, and empty the list: there may be many."""
+    values = np.concatenate(parts)
+    parts.clear()
+    values.sort()
+    return 1 + int(np.count_nonzero(values[1:] != values[:-1]))
 
 
 def key_order(keys: Keys) -> Indices:

@@ -27,12 +27,12 @@ from dpo_dist.config.user_code import accepts_facts
 from dpo_dist.data.counts import check_counts, check_split
 from dpo_dist.data.encoded.columns import (
     DATASET_COLUMNS,
-    Facts,
+    ColumnFacts,
     GrowingColumns,
+    append_records,
     example_digests,
     made_from,
     stored_columns,
-    write_records,
 )
 from dpo_dist.data.encoded.images import PromptImages, prompt_images
 from dpo_dist.data.encoded.store import (
@@ -306,10 +306,10 @@ def open_dataset(
         identity.append(images.fingerprint)
     fingerprint = text_digest(json.dumps(identity))
 
-    def build(columns: GrowingColumns) -> Facts:
+    def build(columns: GrowingColumns) -> ColumnFacts:
         outcomes = list(map(read_outcomes, tables))
         _checked_counts(sources, outcomes, tables, config)  # there are examples
-        return write_records(columns, tables) | {"outcomes": list(map(asdict, outcomes))}
+        return append_records(columns, tables) | {"outcomes": list(map(asdict, outcomes))}
 
     file = sources[0].cache / f"{fingerprint}-columns.arrow"
     stored = stored_columns(file, made_from(sources), build)

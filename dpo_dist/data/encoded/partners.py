@@ -15,7 +15,7 @@ import numpy as np
 
 from dpo_dist.batching.example import Example, response_keys
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.encoded.columns import Facts, GrowingColumns, key_order, made_from, stored_columns
+from dpo_dist.data.encoded.columns import ColumnFacts, GrowingColumns, key_order, made_from, stored_columns
 from dpo_dist.data.encoded.dataset import PreferenceDataset, chunks_of
 from dpo_dist.data.encoded.store import Array
 from dpo_dist.foundation.errors import DataError
@@ -41,7 +41,7 @@ def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceData
     return replace(dataset, fingerprint=fingerprint, **stored.arrays)
 
 
-def _write_partners(dataset: PreferenceDataset, max_length: int, columns: GrowingColumns) -> Facts:
+def _write_partners(dataset: PreferenceDataset, max_length: int, columns: GrowingColumns) -> ColumnFacts:
     """Append the columns of the examples with their partners, of those that are other than without."""
     stops = np.cumsum(dataset.source_pairs)
     partner = np.concatenate(
