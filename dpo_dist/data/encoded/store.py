@@ -162,7 +162,7 @@ def map_table(file: Path) -> pa.Table | None:
 
 def has_images(table: pa.Table) -> bool:
     """Return whether any of these records has an image."""
-    return bool(pc.sum(pc.list_value_length(table["images"])).as_py())
+    return any(len(chunk.flatten()) for chunk in table["images"].chunks)
 
 
 def has_changed_images(table: pa.Table) -> bool:

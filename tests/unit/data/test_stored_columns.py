@@ -185,6 +185,8 @@ def test_a_second_start_writes_nothing_and_shares_the_pages_of_the_files(tmp_pat
     again = with_partners(opened(tmp_path, path), 30)
     assert state() == before
     assert_same(first, again)
+    shorter = with_partners(opened(tmp_path, path), 12)
+    assert shorter.piece_tokens.sum() < first.piece_tokens.sum()
     for name, values in columns(again).items():
         if isinstance(values, np.ndarray):
             assert not values.flags.owndata, name
