@@ -114,7 +114,7 @@ def test_columns_are_those_of_the_records_in_batches_of_any_size(
         sources = prepare_all(folder, *configs, max_bad_share=1.0, ranked=how)
         whole = open_dataset(sources, data)
         assert_same(whole, open_dataset(in_batches(sources, records, folder / "copy"), data))
-        first = open_dataset(sources[:1], data)
+        first, last = (open_dataset([source], data) for source in (sources[0], sources[-1]))
     examples = keys_of_examples(whole)
     assert whole.keys.tobytes() == b"".join(examples)
     assert whole.counts["duplicates"] == len(examples) - len({*examples})
@@ -124,13 +124,11 @@ def test_columns_are_those_of_the_records_in_batches_of_any_size(
     responses, counts = whole.response_indices(every), whole.response_counts(every)
     assert whole.prefixes is not None
     np.testing.assert_array_equal(whole.prefixes.rows, whole.first_rows(every, responses, counts))
-    others = {*keys_of_examples(first)}
-    assert count_shared(whole, first) == sum(key in others for key in examples)
-    assert count_shared(first, whole) == len(first)
-    prompts = [*map(int, whole.prompt_hashes)]
-    assert count_shared_prompts(whole, first) == sum(
-        map({*map(int, first.prompt_hashes)}.__contains__, prompts)
-    )
+    for one, other in ((whole, first), (first, whole), (last, first)):
+        seen = {*keys_of_examples(other)}
+        assert count_shared(one, other) == sum(key in seen for key in keys_of_examples(one))
+        prompts = {*map(int, other.prompt_hashes)}
+        assert count_shared_prompts(one, other) == sum(int(each) in prompts for each in one.prompt_hashes)
 
 
 def labelled(folder: Path, *labels: bool) -> str:
