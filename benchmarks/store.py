@@ -18,6 +18,7 @@ import psutil
 
 from benchmarks.options import Benchmark, Json, markdown
 from dpo_dist.batching.example import Keys
+from dpo_dist.data.encoded.columns import key_order
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.reference.fill import ENTRIES_PER_SHARD, missing_responses
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
@@ -82,6 +83,7 @@ def _invented_pairs(pairs: int) -> PreferenceDataset:
     pieces = np.full((pairs, 3), PROMPT_TOKENS)
     pieces[:, 1:] = generator.integers(8, 25, (pairs, 2))
     ends = np.cumsum(pieces)
+    keys = generator.integers(0, 2**64, (2 * pairs, 2), dtype=np.uint64)
     return PreferenceDataset(
         fingerprint="",
         counts={},
@@ -93,7 +95,8 @@ def _invented_pairs(pairs: int) -> PreferenceDataset:
         piece_starts=ends - pieces.ravel(),
         piece_tokens=pieces.ravel(),
         first_pieces=np.arange(0, 3 * pairs + 1, 3),
-        keys=generator.integers(0, 2**64, (2 * pairs, 2), dtype=np.uint64),
+        keys=keys,
+        key_order=key_order(keys),
         scores=np.full(2 * pairs, np.nan),
         trained=np.empty(0, dtype=np.bool_),
         mask_starts=np.zeros(2 * pairs, dtype=np.int64),

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +51,7 @@ class BatchSampler:
         """Return the dataset indices of the global batch of `step` (0-based), int64 [pairs]."""
         start = step * self.global_batch_pairs
         stop = min(start + self.global_batch_pairs, self.total_pairs)
-        return np.concatenate([np.empty(0, dtype=np.int64), *self._parts(start, stop)])
+        return np.concatenate([np.empty(0, dtype=np.int64), *self._parts(start, stop)], dtype=np.int64)
 
     def visited_indices(self) -> Indices:
         """Return the index of every example that the run visits, ascending, each once."""
@@ -65,7 +66,7 @@ class BatchSampler:
         """Return the epochs completed after `step` (0-based)."""
         return min((step + 1) * self.global_batch_pairs, self.total_pairs) / self.pairs_per_epoch
 
-    def _parts(self, start: int, stop: int) -> Iterator[Indices]:
+    def _parts(self, start: int, stop: int) -> Iterator[npt.NDArray[np.integer[Any]]]:
         """Yield the indices at positions ``start <= position < stop`` of the run's order, by epoch."""
         per_epoch = self.pairs_per_epoch
         while start < stop:
@@ -101,12 +102,16 @@ def _draws(span: SourceSpan) -> int:
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(spans: tuple[SourceSpan, ...], seed: int, epoch: int) -> Indices:
+def _epoch_order(spans: tuple[SourceSpan, ...], seed: int, epoch: int) -> npt.NDArray[np.integer[Any]]:
+    """Return the order of an epoch, in integers as small as the indices allow: every rank holds it."""
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
-    parts = []
+    dtype, parts = np.min_scalar_type(max((span.stop for span in spans), default=0)), []
     for span in spans:
-        indices = np.arange(span.start, span.stop, dtype=np.int64)
+        indices = np.arange(span.start, span.stop, dtype=dtype)
         whole, rest = divmod(_draws(span), len(indices)) if len(indices) else (0, 0)
-        parts.append(np.tile(indices, whole))
+        parts += [indices] * whole
         parts.append(generator.choice(indices, size=rest, replace=False) if rest else indices[:0])
-    return generator.permutation(np.concatenate(parts))
+    order = np.concatenate(parts)
+    del parts
+    generator.shuffle(order)
+    return order

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,11 +193,11 @@ def check_counts(
     config: DataConfig,
     *,
     of_first: bool = False,
-    lengths: Sequence[SourceLengths] = (),
+    lengths: Callable[[], Sequence[SourceLengths]] | None = None,
 ) -> None:
     """Check that enough of a source's records were kept; `of_first`: only its first records were read.
 
-    `lengths`: the record lengths of all sources, to suggest limits.
+    `lengths` returns the record lengths of all sources, to suggest limits.
 
     Raises:
         DataError: no record was kept, more were dropped than `data.max_bad_share` allows, or a chat template
@@ -231,7 +231,7 @@ def check_counts(
     if reason == "unknown_format":
         remedy = _with_columns(path, config, counts.examples)
         remedy += "; correct its format, if one is set (docs/data.md)"
-    if lengths and "data.max_length" in remedy and (fitting := fitting_limits(lengths, config)):
+    if "data.max_length" in remedy and lengths is not None and (fitting := fitting_limits(lengths(), config)):
         remedy = f"set {fitting}"
     elif "data.max_length" in remedy:
         remedy += f" (data.max_length is {config.max_length})"

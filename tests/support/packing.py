@@ -13,6 +13,7 @@ from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.example import Example, TokenIds, response_keys
 from dpo_dist.batching.pack import PackedBatch, pack
 from dpo_dist.batching.prefixes import Prefixes, common_tokens
+from dpo_dist.data.encoded.columns import key_order
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 
 VOCABULARY = 97
@@ -83,6 +84,7 @@ def dataset_of(pairs: Sequence[Example]) -> PreferenceDataset:
         piece_tokens=lengths,
         first_pieces=np.cumsum([0, *(1 + len(pair.responses) for pair in pairs)]),
         keys=keys,
+        key_order=key_order(keys),
         scores=np.full(len(keys), np.nan),
         trained=np.concatenate([np.empty(0, dtype=np.bool_), *masks]),
         mask_starts=np.cumsum([0, *map(len, masks)])[:-1],

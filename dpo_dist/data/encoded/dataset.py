@@ -1,19 +1,21 @@
 """Encoded dataset of a run: the examples of all its sources, memory-mapped by all ranks.
 
-Token ids and masks stay on disk. The other columns are loaded, about 170 bytes a pair.
+Token ids and masks are in the files of the sources, the other columns in a file of the dataset.
 """
 
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dpo_dist.batching.costs import ComputeCosts, ExampleSizes, example_sizes
 from dpo_dist.batching.example import Example, ImageInput, Keys, Mask, response_keys
@@ -23,24 +25,34 @@ from dpo_dist.config.losses import KINDS, NUMBERS, LossConfig, LossKind
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.config.user_code import accepts_facts
 from dpo_dist.data.counts import check_counts, check_split
+from dpo_dist.data.encoded.columns import (
+    DATASET_COLUMNS,
+    ColumnFacts,
+    GrowingColumns,
+    append_records,
+    example_digests,
+    made_from,
+    stored_columns,
+)
 from dpo_dist.data.encoded.images import PromptImages, prompt_images
-from dpo_dist.data.encoded.order import joined_prefixes
 from dpo_dist.data.encoded.store import (
     Array,
     EncodedSource,
-    dataset_columns,
-    read_counts,
+    Outcomes,
     read_lengths,
+    read_outcomes,
     read_source,
 )
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.read.columns import VOTES
 from dpo_dist.data.records import Origin, Tokenizer
+from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.process import usable_cores
 
 _MAX_THREADS = 8
+_CHUNK_EXAMPLES = 2**18
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,7 @@ class PreferenceDataset:
     piece_tokens: Array  # int32 [pieces], length of each piece
     first_pieces: Array  # int64 [examples + 1], index of each example's prompt in the pieces; their number
     keys: Array  # uint64 [responses, 2], `batching.example.response_key` of each response, in order
+    key_order: Array  # int64 [responses], response indices in ascending order of `keys`, by both words
     scores: Array  # float64 [responses], nan if a record has no scores; 1 and 0 of good and bad responses
     trained: Array | pa.ChunkedArray  # bool [tokens of responses with a mask], whether the loss counts each
     mask_starts: Array  # int64 [responses], offset in `trained` of the mask of a response that has one
@@ -221,6 +234,12 @@ class PreferenceDataset:
         gaps: npt.NDArray[np.float32] = (self.scores[best] - self.scores[worst]).astype(np.float32)
         return gaps
 
+    def is_labelled(self, indices: Indices) -> npt.NDArray[np.bool_]:
+        """Return whether each example is a single response with a label."""
+        is_finite = np.isfinite(self.scores[self.first_pieces[indices] - indices])
+        labelled: npt.NDArray[np.bool_] = is_finite & (self.response_counts(indices) == 1)
+        return labelled
+
     def labels_good(self, indices: Indices | Sequence[int]) -> npt.NDArray[np.bool_]:
         """Return whether the response of each of these labelled examples is good."""
         indices = np.asarray(indices, dtype=np.int64)
@@ -277,57 +296,102 @@ def open_dataset(
 ) -> PreferenceDataset:
     """Map the encoded sources; check their digests, for which only changed files are read, and counts.
 
-    The `processor` has to be the one with which they were encoded.
+    The columns are computed and written by the first one who opens these sources. The `processor` has to be
+    the one with which they were encoded.
     """
-    tables, by_source = list(map(read_source, sources)), []
-    counted = list(map(read_counts, tables))
-    lengths = [read_lengths(table, counts, config) for table, counts in zip(tables, counted, strict=True)]
-    for source, source_counts in zip(sources, counted, strict=True):
-        check_counts(source_counts, source.path, config, lengths=lengths)
-        by_source.append({"label": source.label, "path": source.path, **source_counts.numbers()})
-    every = pa.concat_tables(tables)
-    counts = read_counts(every)
-    check_split(counts)
+    tables = list(map(read_source, sources))
     images = None if processor is None else prompt_images(sources, tables, processor)
     identity: list[Any] = [(source.fingerprint, source.limit) for source in sources]
     if images is not None:  # the content of their files is not in the fingerprint of a source
         identity.append(images.fingerprint)
-    dataset = PreferenceDataset(
-        fingerprint=text_digest(json.dumps(identity)),
-        counts=counts.as_dict() | {"sources": by_source},
-        source_pairs=tuple(source_counts["pairs"] for source_counts in by_source),
+    fingerprint = text_digest(json.dumps(identity))
+
+    def build(columns: GrowingColumns) -> ColumnFacts:
+        outcomes = list(map(read_outcomes, tables))
+        _checked_counts(sources, outcomes, tables, config)  # there are examples
+        return append_records(columns, tables) | {"outcomes": list(map(asdict, outcomes))}
+
+    file = sources[0].cache / f"{fingerprint}-columns.arrow"
+    stored = stored_columns(file, made_from(sources), build)
+    arrays, facts = {**stored.arrays}, stored.facts
+    counts = _checked_counts(sources, [Outcomes(**each) for each in facts["outcomes"]], tables, config)
+    every, files = pa.concat_tables(tables), zip(sources, facts["files"], strict=True)
+    return PreferenceDataset(
+        fingerprint=fingerprint,
+        counts=counts | {"duplicates": facts["duplicates"]},
+        source_paths=tuple(source.path_of(name) for source, names in files for name in names),
+        source_pairs=tuple(source_counts["pairs"] for source_counts in counts["sources"]),
         source_labels=tuple(source.label for source in sources),
+        largest_id=facts["largest_id"],
+        ids=pc.list_flatten(every["ids"]),
+        trained=pc.list_flatten(every["trained"]),
         encoded=tuple(sources),
+        numbers=stored.numbers,
         images=images,
-        **dataset_columns(every),
+        prefixes=Prefixes(*(arrays.pop(name) for name in ("places", "rows", "shared"))),
+        **{name: arrays[name] for name in DATASET_COLUMNS},
     )
-    indices = np.arange(len(dataset), dtype=np.int64)
-    responses, responses_of = dataset.response_indices(indices), dataset.response_counts(indices)
-    rows = dataset.first_rows(indices, responses, responses_of)
-    return replace(dataset, prefixes=joined_prefixes(tables, rows))
 
 
-def count_duplicates(dataset: PreferenceDataset) -> int:
-    """Return the number of examples with the same token ids as an earlier one."""
-    return len(dataset) - len(set(_example_keys(dataset)))
+def _checked_counts(
+    sources: Sequence[EncodedSource],
+    found: Sequence[Outcomes],
+    tables: Sequence[pa.Table],
+    config: DataConfig,
+) -> dict[str, Any]:
+    """Return the counts of the sources' records, of each too under `sources`. Raises DataError: too few."""
+    found = [outcomes.renamed(source.path_of) for source, outcomes in zip(sources, found, strict=True)]
+    counted = [outcomes.counts() for outcomes in found]
+
+    def lengths() -> list[SourceLengths]:
+        pairs = zip(tables, counted, strict=True)
+        return [read_lengths(table, counts, config) for table, counts in pairs]
+
+    by_source = []
+    for source, source_counts in zip(sources, counted, strict=True):
+        check_counts(source_counts, source.path, config, lengths=lengths)
+        by_source.append({"label": source.label, "path": source.path, **source_counts.numbers()})
+    counts = Outcomes.of_all(found).counts()
+    check_split(counts)
+    return counts.as_dict() | {"sources": by_source}
+
+
+def chunks_of(dataset: PreferenceDataset) -> Iterator[Indices]:
+    """Yield the indices of all examples in ascending order, few at a time: memory does not grow with them."""
+    for start in range(0, len(dataset), _CHUNK_EXAMPLES):
+        yield np.arange(start, min(start + _CHUNK_EXAMPLES, len(dataset)), dtype=np.int64)
 
 
 def count_shared(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
     """Return the number of examples of `dataset` with the same token ids as one of `other`."""
-    keys = list(_example_keys(dataset))
-    shared = set(keys).intersection(_example_keys(other))  # `other`, the training data, is the larger one
-    return sum(key in shared for key in keys)
-
-
-def _example_keys(dataset: PreferenceDataset) -> Iterator[bytes]:
-    """Yield the keys of each example's responses in their order."""
-    for responses in map(dataset.response_range, range(len(dataset))):
-        yield dataset.keys[responses.start : responses.stop].tobytes()
+    return _count_among(_digests(dataset), _digests(other))
 
 
 def count_shared_prompts(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
     """Return the number of examples of `dataset` whose prompt also occurs in `other`."""
-    return int(np.isin(np.asarray(dataset.prompt_hashes[:]), np.asarray(other.prompt_hashes[:])).sum())
+    return _count_among(_prompt_hashes(dataset), _prompt_hashes(other))
+
+
+def _prompt_hashes(dataset: PreferenceDataset) -> Iterator[Array]:
+    """Yield the `prompt_hashes` of some examples after others."""
+    return (dataset.prompt_hashes[chunk] for chunk in chunks_of(dataset))
+
+
+def _digests(dataset: PreferenceDataset) -> Iterator[Array]:
+    """Yield the `example_digests` of some examples after others."""
+    for chunk in chunks_of(dataset):
+        keys = dataset.keys[dataset.response_indices(chunk)]
+        yield example_digests(keys, dataset.response_counts(chunk))
+
+
+def _count_among(values: Iterator[Array], others: Iterator[Array]) -> int:
+    """Return how many of the `values` are among the others, which may be many."""
+    distinct, numbers = np.unique(np.concatenate([*values]), return_counts=True)
+    is_found = np.zeros(len(distinct), dtype=np.bool_)
+    for chunk in others:
+        places = np.minimum(np.searchsorted(distinct, chunk), len(distinct) - 1)
+        is_found[places[distinct[places] == chunk]] = True
+    return int(numbers[is_found].sum())
 
 
 def check_ids_in_vocabulary(dataset: PreferenceDataset, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -349,22 +413,21 @@ def check_ids_in_vocabulary(dataset: PreferenceDataset, tokenizer: Tokenizer, vo
 
 def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
     """Check that the loss can use every example and its numbers. Raises DataError."""
-    every = np.arange(len(dataset), dtype=np.int64)
-    counts, best = dataset.response_counts(every), dataset.scores[dataset.first_pieces[:-1] - every]
-    is_labelled = (counts == 1) & np.isfinite(best)
+    counts, is_labelled = dataset.response_counts, dataset.is_labelled
 
-    def check(misfits: npt.NDArray[np.bool_], got: str, remedy: str) -> None:
-        if misfits.any():
+    def check(is_misfit: Callable[[Indices], npt.NDArray[np.bool_]], got: str, remedy: str) -> None:
+        misfits = np.concatenate([some[is_misfit(some)] for some in chunks_of(dataset)])
+        if len(misfits):
             raise DataError(
-                f"{', '.join(loss.kinds)} cannot use {misfits.sum()} of {len(misfits)} examples",
-                where="; ".join(str(dataset.origin(int(index))) for index in np.flatnonzero(misfits)[:5]),
+                f"{', '.join(loss.kinds)} cannot use {len(misfits)} of {len(dataset)} examples",
+                where="; ".join(str(dataset.origin(int(index))) for index in misfits[:5]),
                 got=got,
                 remedy=remedy,
             )
 
     takes_facts = LossKind.custom not in loss.kinds or accepts_facts(loss.function)
     for name, column in dataset.numbers.items():
-        misfits = column != NUMBERS[name]
+        misfits = partial(_has_effect, column, NUMBERS[name])
         if not loss.takes(name) or (name != "loss_weight" and not takes_facts):
             kinds = ", ".join(kind for kind, facts in KINDS.items() if name in facts.numbers)
             null = ", ".join(f"{each}: null" for each in (name, *(VOTES if name == "soft_label" else ())))
@@ -374,15 +437,24 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
             check(misfits, f"a {name} beside loss.label_smoothing", "set loss.label_smoothing=null")
     if loss.is_unpaired:
         remedy = "give each response a label: true or false, 1 or 0; data.unpair=true takes pairs apart"
-        check(~is_labelled, "no single response with a label", remedy)
+        check(lambda some: ~is_labelled(some), "no single response with a label", remedy)
         return
     remedy = "set loss=kto; if the label does not judge the response, ignore it: columns: {label: null}"
     check(is_labelled, "one response with a label, good or bad", remedy)
     if not loss.is_one_sided:
-        check(counts < 2, "1 response", "set loss=sft, or use data with two responses")
+        check(lambda some: counts(some) < 2, "1 response", "set loss=sft, or use data with two responses")
     if not loss.accepts_rankings:
         remedy = "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs"
-        check(counts > 2, "a ranking of more than two responses", remedy)
+        check(lambda some: counts(some) > 2, "a ranking of more than two responses", remedy)
     if loss.needs_scores:
         got = "no scores, or a chosen response that is not scored above the rejected one"
-        check(~(dataset.score_gaps(every) > 0), got, "remove these records, or set another loss.kind")
+        check(
+            lambda some: ~(dataset.score_gaps(some) > 0),
+            got,
+            "remove these records, or set another loss.kind",
+        )
+
+
+def _has_effect(column: Array, neutral: float, some: Indices) -> npt.NDArray[np.bool_]:
+    has_effect: npt.NDArray[np.bool_] = column[some] != neutral
+    return has_effect

@@ -1,6 +1,6 @@
 """Order of an encoded source's records by their token ids, which tells how much any two examples share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain, pairwise
 
 import numpy as np
@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_dist.batching.example import image_words
-from dpo_dist.batching.prefixes import Counts, Prefixes, Row, common_tokens
+from dpo_dist.batching.prefixes import Row, common_tokens
 
 ORDER_SCHEMA = pa.schema(
     {
@@ -51,15 +51,3 @@ def _texts(records: pa.Table, images: pa.Table | None, placeholder_id: int | Non
         starts = ids.offsets.to_numpy().astype(np.int64) * values.itemsize
         buffers = [None, pa.py_buffer(starts), pa.py_buffer(values)]
         yield pa.Array.from_buffers(pa.large_binary(), len(ids), buffers)
-
-
-def joined_prefixes(sources: Sequence[pa.Table], rows: Counts) -> Prefixes:
-    """Return how the examples of these sources' records begin, whose columns are those of `ORDER_SCHEMA` too.
-
-    `rows`: see `Prefixes`. Records of different sources share nothing.
-    """
-    records, every = list(map(len, sources)), pa.concat_tables(sources)
-    places = every["place"].to_numpy() + np.repeat(np.cumsum(records) - records, records)
-    examples = np.asarray(pc.list_value_length(every["examples"]))
-    shared = np.append(every["shared"].to_numpy(), np.int32(0))
-    return Prefixes(np.repeat(places, examples), rows, shared)

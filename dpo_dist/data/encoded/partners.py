@@ -4,13 +4,19 @@ The partner of a record is a function of the records of its source alone, so tha
 log-probs for all epochs and runs: neither seed nor order, batch or number of processes change it.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from dpo_dist.batching.example import response_keys
+from dpo_dist.batching.example import Example, response_keys
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.data.encoded.columns import ColumnFacts, GrowingColumns, key_order, made_from, stored_columns
+from dpo_dist.data.encoded.dataset import PreferenceDataset, chunks_of
 from dpo_dist.data.encoded.store import Array
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import text_digest
@@ -22,8 +28,21 @@ def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceData
     """Give each example, which has one response, its partner's response as a second one.
 
     The partner's response is cut to the room that `max_length` leaves after the prompt; no ids are copied.
-    Raises DataError: more than half of a source's records have the same prompt.
+    The columns are computed once for the sources of the dataset, and then mapped. Raises DataError: more than
+    half of a source's records have the same prompt.
     """
+    fingerprint = text_digest(f"{dataset.fingerprint} partners {_VERSION}")
+    content = {"dataset": dataset.fingerprint, "max_length": max_length, **made_from(dataset.encoded)}
+    with ExitStack() as stack:  # examples that were never in a file have no cache
+        in_memory = None if dataset.encoded else stack.enter_context(TemporaryDirectory())
+        cache = dataset.encoded[0].cache if in_memory is None else Path(in_memory)
+        file = cache / f"{fingerprint}-{max_length}-columns.arrow"
+        stored = stored_columns(file, content, partial(_write_partners, dataset, max_length))
+    return replace(dataset, fingerprint=fingerprint, **stored.arrays)
+
+
+def _write_partners(dataset: PreferenceDataset, max_length: int, columns: GrowingColumns) -> ColumnFacts:
+    """Append the columns of the examples with their partners, of those that are other than without."""
     stops = np.cumsum(dataset.source_pairs)
     partner = np.concatenate(
         [
@@ -31,34 +50,50 @@ def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceData
             for stop, pairs in zip(stops, dataset.source_pairs, strict=True)
         ]
     )
+    for own in chunks_of(dataset):
+        columns.append(**_extended(dataset, own, partner[own], max_length))
+    columns.append(first_pieces=np.array([3 * len(dataset)], dtype=np.int64))
+    columns.append(key_order=key_order(columns["keys"]))
+    return {}
+
+
+def _extended(
+    dataset: PreferenceDataset, own: Indices, partner: Indices, max_length: int
+) -> dict[str, Array]:
+    """Return the columns of the examples `own` with these partners."""
     starts, tokens = (part.reshape(-1, 2) for part in (dataset.piece_starts, dataset.piece_tokens))
-    prompts, responses = tokens.T
-    kept = np.minimum(responses[partner], np.maximum(max_length - prompts, 1)).astype(tokens.dtype)
-    is_cut = kept < responses[partner]
+    prompts, responses, partner_starts = tokens[own, 0], tokens[partner, 1], starts[partner, 1]
+    kept = np.minimum(responses, np.maximum(max_length - prompts, 1)).astype(tokens.dtype)
+    is_cut = kept < responses
     trained = np.where(is_cut, kept, dataset.trained_tokens[partner])
-    for example in np.flatnonzero(is_cut & (dataset.trained_tokens[partner] < responses[partner])):
-        start = int(dataset.mask_starts[partner[example]])
-        trained[example] = np.count_nonzero(dataset.trained[start : start + int(kept[example])])
+    for place in np.flatnonzero(is_cut & (dataset.trained_tokens[partner] < responses)):
+        start = int(dataset.mask_starts[partner[place]])
+        trained[place] = np.count_nonzero(dataset.trained[start : start + int(kept[place])])
 
     def beside(first: Array, second: Array) -> Array:
         """Return the values of each example's response, and then of its partner's."""
         both: Array = np.stack((first, second), axis=1).reshape(-1, *first.shape[1:])
         return both
 
-    extended = replace(
-        dataset,
-        fingerprint=text_digest(f"{dataset.fingerprint} partners {_VERSION}"),
-        piece_starts=np.column_stack((starts, starts[partner, 1])).ravel(),
-        piece_tokens=np.column_stack((tokens, kept)).ravel(),
-        first_pieces=np.arange(len(dataset) + 1, dtype=np.int64) * 3,
-        scores=beside(dataset.scores, np.full(len(dataset), np.nan)),
-        mask_starts=beside(dataset.mask_starts, dataset.mask_starts[partner]),
-        trained_tokens=beside(dataset.trained_tokens, trained.astype(dataset.trained_tokens.dtype)),
-        truncated=beside(dataset.truncated, dataset.truncated[partner] | is_cut),
-        begins=np.zeros_like(tokens).ravel(),
-    )
-    partner_keys = response_keys(extended.example(index, [1]) for index in range(len(dataset)))
-    return replace(extended, keys=beside(dataset.keys, partner_keys))
+    def examples() -> Iterator[Example]:
+        """Yield each example with its partner's response alone."""
+        ids, images, prompt_starts = dataset.ids, dataset.images, starts[own, 0]
+        spans = (prompt_starts, prompt_starts + prompts, partner_starts, partner_starts + kept)
+        for index, start, stop, partner_start, partner_stop in np.column_stack((own, *spans)).tolist():
+            prompt, response = np.asarray(ids[start:stop]), np.asarray(ids[partner_start:partner_stop])
+            yield Example(prompt, (response,), images=() if images is None else images.of(index))
+
+    return {
+        "piece_starts": np.column_stack((starts[own], partner_starts)).ravel(),
+        "piece_tokens": np.column_stack((tokens[own], kept)).ravel(),
+        "first_pieces": own * 3,
+        "keys": beside(dataset.keys[own], response_keys(examples())),
+        "scores": beside(dataset.scores[own], np.full(len(own), np.nan)),
+        "mask_starts": beside(dataset.mask_starts[own], dataset.mask_starts[partner]),
+        "trained_tokens": beside(dataset.trained_tokens[own], trained.astype(dataset.trained_tokens.dtype)),
+        "truncated": beside(dataset.truncated[own], dataset.truncated[partner] | is_cut),
+        "begins": np.zeros(2 * len(own), dtype=np.int32),
+    }
 
 
 def _partners(dataset: PreferenceDataset, start: int, stop: int) -> Indices:

@@ -1,15 +1,17 @@
 """Encoded sources on disk: an Arrow file with a row per record, and a digest; written once, then mapped.
 
 The distinct images of a source are in a second such file, the order of its records by token ids in a third.
+The columns of a dataset (`columns.py`) are in such a file too.
 """
 
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,7 +20,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
 from dpo_dist.data.encoded.order import ORDER_SCHEMA, order_by_ids
@@ -111,44 +112,57 @@ class EncodedSource:
         """The file with the order of the records by their token ids."""
         return self.file.with_name(f"{self.file.stem}-order.arrow")
 
+    @property
+    def digest(self) -> str:
+        """The digest of the records, which is behind them in their file."""
+        with self.file.open("rb") as stream:
+            stream.seek(-_DIGEST_BYTES, os.SEEK_END)
+            return stream.read().hex()
+
+    def path_of(self, file: str) -> str:
+        """Return the path of a file with records, which is named as in the column `file`."""
+        return name_of(self.path, file)
+
     def table(self) -> pa.Table | None:
         """Map the records; None if there is no file, or it or that of the images is damaged."""
-        table = self._mapped(self.file)
+        table = map_table(self.file)
         return None if table is None or (has_images(table) and self.images() is None) else table
 
     def images(self) -> pa.Table | None:
         """Map the images; None if there is no file, or it is damaged."""
-        return self._mapped(self.image_file)
+        return map_table(self.image_file)
 
     def order(self, records: pa.Table) -> pa.Table | None:
         """Map the order of these records; None if there is no file, it is damaged, or of other records."""
-        table = self._mapped(self.order_file)
+        table = map_table(self.order_file)
         is_theirs = table is not None and table.schema.metadata == records.schema.metadata
         return table if is_theirs else None
 
-    def _mapped(self, file: Path) -> pa.Table | None:
-        """Map a file. It is read for its digest once, and again only if its `file_identity` has changed.
 
-        The metadata of a table are its digest, of an order the digest of its records.
-        """
-        try:
-            identity, memo = file_identity(file), self.cache / MEMO_FOLDER
-            whole = pa.memory_map(str(file)).read_buffer()
-            end = max(whole.size - _DIGEST_BYTES, 0)
-            records, digest = whole.slice(0, end), whole.slice(end).to_pybytes().hex()
-            if recall(memo, identity) != digest:
-                if hashlib.blake2b(records, digest_size=_DIGEST_BYTES).hexdigest() != digest:
-                    return None
-                remember(memo, identity, digest)
-            table = pa.ipc.open_file(records).read_all()
-            return table.replace_schema_metadata(table.schema.metadata or {"digest": digest})
-        except (OSError, pa.ArrowInvalid):
-            return None
+def map_table(file: Path) -> pa.Table | None:
+    """Map a file of `write_table`; None if there is no file, or it is damaged.
+
+    It is read for its digest once, and again only if its `file_identity` has changed. The metadata of a table
+    without its own are its digest; those of an order are the digest of its records.
+    """
+    try:
+        identity, memo = file_identity(file), file.parent / MEMO_FOLDER
+        whole = pa.memory_map(str(file)).read_buffer()
+        end = max(whole.size - _DIGEST_BYTES, 0)
+        records, digest = whole.slice(0, end), whole.slice(end).to_pybytes().hex()
+        if recall(memo, identity) != digest:
+            if hashlib.blake2b(records, digest_size=_DIGEST_BYTES).hexdigest() != digest:
+                return None
+            remember(memo, identity, digest)
+        table = pa.ipc.open_file(records).read_all()
+        return table.replace_schema_metadata(table.schema.metadata or {"digest": digest})
+    except (OSError, pa.ArrowInvalid):
+        return None
 
 
 def has_images(table: pa.Table) -> bool:
     """Return whether any of these records has an image."""
-    return bool(pc.sum(pc.list_value_length(table["images"])).as_py())
+    return any(len(chunk.flatten()) for chunk in table["images"].chunks)
 
 
 def has_changed_images(table: pa.Table) -> bool:
@@ -166,7 +180,7 @@ def write_source(source: EncodedSource, chunks: Iterable[EncodedChunk]) -> None:
     final, root = source.file, root_of(source.path).expanduser()
     if final.exists():
         log.warning("%s is damaged, or images have changed: it is encoded again", final)
-    with _staged(final, ROW_SCHEMA) as writer, ExitStack() as stack:
+    with write_table(final, ROW_SCHEMA) as writer, ExitStack() as stack:
         for batch in _large(_without_images(chunks, source.image_file, stack)):
             names = batch["file"].to_pylist()
             files = [os.path.relpath(Path(name).expanduser(), root) for name in names]
@@ -177,20 +191,26 @@ def ensure_order(source: EncodedSource, placeholder_id: int | None) -> None:
     """Write the order of an encoded source's records, unless it is there; see `order_by_ids`."""
     records = source.table()
     if records is not None and source.order(records) is None:
-        with _staged(source.order_file, ORDER_SCHEMA.with_metadata(records.schema.metadata)) as writer:
+        with write_table(source.order_file, ORDER_SCHEMA.with_metadata(records.schema.metadata)) as writer:
             writer.write_batch(order_by_ids(records, source.images(), placeholder_id))
 
 
 @contextmanager
-def _staged(final: Path, schema: pa.Schema) -> Iterator[Any]:
+def write_table(final: Path, schema: pa.Schema) -> Iterator[Any]:
     """Yield a writer of batches; what it wrote becomes the file `final`, with a digest behind it."""
+    with cache_errors(final), staged_file(final) as staged:
+        with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            yield writer
+        digest = content_digest([staged])
+        with staged.open("ab") as end:
+            end.write(bytes.fromhex(digest))
+
+
+@contextmanager
+def cache_errors(final: Path) -> Iterator[None]:
+    """Raise a ConfigError for an OSError while the file `final` of the cache is written."""
     try:
-        with staged_file(final) as staged:
-            with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-                yield writer
-            digest = content_digest([staged])
-            with staged.open("ab") as end:
-                end.write(bytes.fromhex(digest))
+        yield
     except OSError as error:  # the error of a full disk has no file name
         raise ConfigError(
             "the encoded data cannot be written",
@@ -207,7 +227,7 @@ def _without_images(
     writer, written = None, set[bytes]()
     for records, images in chunks:
         if new := [image for digest, image in images.items() if digest not in written]:
-            writer = writer or stack.enter_context(_staged(final, IMAGE_SCHEMA))
+            writer = writer or stack.enter_context(write_table(final, IMAGE_SCHEMA))
             rows = [{name: getattr(image, name) for name in IMAGE_SCHEMA.names} for image in new]
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=IMAGE_SCHEMA))
             written.update(image.digest for image in new)
@@ -227,110 +247,72 @@ def _large(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def read_source(source: EncodedSource) -> pa.Table:
-    """Map the records of an encoded source, with the names of their files, and the columns of their order.
-
-    Raises DataError: damaged.
-    """
+    """Map the records of an encoded source, with the columns of their order. Raises DataError: damaged."""
     table = source.table()
     order = None if table is None else source.order(table)
     if table is None or order is None:
-        raise DataError(
-            "the encoded data are damaged",
-            where=f"data.cache: {source.file}",
-            remedy="start again: damaged data are encoded again",
-        )
-    files = table["file"].dictionary_encode().combine_chunks()
-    names = [name_of(source.path, name) for name in files.dictionary.to_pylist()]
-    shown = pa.DictionaryArray.from_arrays(files.indices, pa.array(names, pa.string()))
-    table = table.set_column(0, "file", shown)
+        raise damaged_data(source.file)
     for name in ORDER_SCHEMA.names:
         table = table.append_column(name, order[name])
     return table
 
 
-def read_counts(table: pa.Table) -> DataCounts:
-    """Return the counts of an encoded source's records."""
+def damaged_data(file: Path) -> DataError:
+    """Return the error for a file of the cache that is absent or damaged."""
+    return DataError(
+        "the encoded data are damaged",
+        where=f"data.cache: {file}",
+        remedy="start again: damaged data are encoded again",
+    )
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """How many records have each `Outcome`, in JSON; reason, file, line and detail of the first bad ones."""
+
+    numbers: dict[str, int]
+    dropped: list[Any]
+
+    @classmethod
+    def of_all(cls, parts: "Sequence[Outcomes]") -> "Outcomes":
+        """Return the outcomes of the records of several sources."""
+        numbers = sum((Counter(part.numbers) for part in parts), Counter[str]())
+        return cls(numbers, [each for part in parts for each in part.dropped][:SHOWN_EXAMPLES])
+
+    def renamed(self, path_of: Callable[[str], str]) -> "Outcomes":
+        """Return these outcomes with other names of files."""
+        dropped = [(reason, path_of(file), *rest) for reason, file, *rest in self.dropped]
+        return replace(self, dropped=dropped)
+
+    def counts(self) -> DataCounts:
+        """Return the counts of these records."""
+        outcomes = {_outcome(text): records for text, records in self.numbers.items()}
+        named = [BadRecord(reason, Origin(file, line), detail) for reason, file, line, detail in self.dropped]
+        return DataCounts.from_outcomes(outcomes, named)
+
+
+def read_outcomes(table: pa.Table) -> Outcomes:
+    """Return the outcomes of an encoded source's records."""
     coded = table["outcome"].dictionary_encode().combine_chunks()  # texts of many records overflow an array
-    outcomes = [
-        Outcome(drop, pairs, tuple(map(tuple, changed)), read_as)
-        for drop, pairs, changed, read_as in map(json.loads, coded.dictionary.to_pylist())
-    ]
-    codes = coded.indices.to_numpy()
-    is_dropped = np.array([outcome.dropped is not None for outcome in outcomes], dtype=np.bool_)
+    texts, codes = coded.dictionary.to_pylist(), coded.indices.to_numpy()
+    reasons = [_outcome(text).dropped for text in texts]
+    is_dropped = np.array([reason is not None for reason in reasons], dtype=np.bool_)
     shown = np.flatnonzero(is_dropped[codes])[:SHOWN_EXAMPLES]
     places = table.select(["file", "line", "detail"]).take(shown).to_pylist()
-    named = [
-        BadRecord(str(outcomes[code].dropped), Origin(row["file"], row["line"]), row["detail"])
+    numbers = np.bincount(codes, minlength=len(texts)).tolist()
+    dropped = [
+        (str(reasons[code]), row["file"], row["line"], row["detail"])
         for code, row in zip(codes[shown], places, strict=True)
     ]
-    numbers = np.bincount(codes, minlength=len(outcomes)).tolist()
-    return DataCounts.from_outcomes(dict(zip(outcomes, numbers, strict=True)), named)
+    return Outcomes(dict(zip(texts, numbers, strict=True)), dropped)
+
+
+def _outcome(text: str) -> Outcome:
+    drop, pairs, changed, read_as = json.loads(text)
+    return Outcome(drop, pairs, tuple(map(tuple, changed)), read_as)
 
 
 def read_lengths(table: pa.Table, counts: DataCounts, config: DataConfig) -> SourceLengths:
     """Return the lengths of records before they were cut."""
     lengths = pc.list_flatten(table["lengths"]).to_numpy().reshape(-1, 5)
     return SourceLengths(lengths, counts.read - len(lengths), config.max_bad_share * counts.read)
-
-
-def dataset_columns(table: pa.Table) -> dict[str, Any]:
-    """Return the columns of `PreferenceDataset`: ids and masks mapped, the others in memory."""
-
-    def flat(name: str) -> Array:
-        values: Array = pc.list_flatten(table[name]).to_numpy()
-        return values
-
-    tokens, trained_tokens = flat("piece_tokens"), flat("trained_tokens")
-    pieces_of, examples_of = _lengths(table["piece_tokens"]), _lengths(table["examples"])
-    examples = pc.list_flatten(table["examples"])
-    responses_of = _lengths(examples)
-    record = np.repeat(np.arange(len(table)), examples_of)
-    # The index of each response of an example among all pieces, and among all responses.
-    first_piece = np.cumsum(pieces_of) - pieces_of
-    numbers = pc.list_flatten(examples).to_numpy()
-    piece = np.repeat(first_piece[record], responses_of) + 1 + numbers
-    is_response = np.ones(len(tokens), dtype=np.bool_)
-    is_response[first_piece[pieces_of > 0]] = False
-    response = (np.cumsum(is_response) - 1)[piece]
-    response_tokens = tokens[is_response]
-    masked = np.where(trained_tokens < response_tokens, response_tokens, 0)
-    # The prompt of an example is before its first response.
-    starts = np.cumsum(responses_of) - responses_of
-    pieces = np.insert(piece, starts, first_piece[record])
-    # An example that lacks one of the record's responses may lack the one that begins like another.
-    is_known = np.maximum.reduceat(numbers, starts) < responses_of
-    files = table["file"].combine_chunks().dictionary_encode()
-    origins = np.stack([files.indices.to_numpy(), table["line"].to_numpy()], axis=1)
-    return {
-        "source_paths": tuple(files.dictionary.to_pylist()),
-        "largest_id": pc.max(table["largest_id"]).as_py(),
-        "ids": pc.list_flatten(table["ids"]),
-        "piece_starts": (np.cumsum(tokens, dtype=np.int64) - tokens)[pieces],
-        "piece_tokens": tokens[pieces],
-        "first_pieces": np.insert(np.cumsum(responses_of + 1), 0, 0),
-        "keys": flat("keys").reshape(-1, 2)[response],
-        "scores": flat("scores")[response],
-        "numbers": _numbers(table["numbers"], record),
-        "trained": pc.list_flatten(table["trained"]),
-        "mask_starts": (np.cumsum(masked, dtype=np.int64) - masked)[response],
-        "trained_tokens": trained_tokens[response],
-        "truncated": flat("truncated")[response],
-        "begins": np.where(np.repeat(is_known, responses_of), flat("begins")[response], np.int32(0)),
-        "prompt_hashes": table["prompt"].to_numpy()[record],
-        "origins": origins[record],
-    }
-
-
-def _numbers(lists: pa.ChunkedArray, record: Array) -> dict[str, Array]:
-    """Return each example's values by name, for the `NUMBERS` that have an effect."""
-    given = pc.list_flatten(lists).to_numpy().reshape(-1, len(NUMBERS))
-    if not len(given):
-        return {}
-    values = np.tile(np.array([*NUMBERS.values()]), (len(lists), 1))
-    values[_lengths(lists) > 0] = given
-    columns = zip(NUMBERS.items(), values[record].T, strict=True)
-    return {name: column.copy() for (name, neutral), column in columns if (column != neutral).any()}
-
-
-def _lengths(lists: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    return np.asarray(pc.list_value_length(lists), dtype=np.int64)

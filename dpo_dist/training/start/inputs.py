@@ -21,7 +21,7 @@ from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
     check_fits_loss,
     check_ids_in_vocabulary,
-    count_duplicates,
+    chunks_of,
     count_shared,
     count_shared_prompts,
     open_dataset,
@@ -159,12 +159,26 @@ def load_evaluation_inputs(run: Run) -> EvaluationInputs:
 def _with_labels_and_partners(run: Run, dataset: PreferenceDataset) -> PreferenceDataset:
     """Return the dataset with counts of labels, and with partners if the loss needs them; collective."""
     if run.config.loss.is_unpaired:
-        good = int(dataset.labels_good(range(len(dataset))).sum())
-        labels = {"good": good, "bad": len(dataset) - good}
-        dataset = replace(dataset, counts=dataset.counts | {"labels": labels})
+        dataset = _add_counts(run, dataset, labels=partial(_count_labels, dataset))
     if not run.config.loss.needs_partners:
         return dataset
-    return run.world.together(lambda: with_partners(dataset, run.config.data.max_length))
+    return _built_once(run, partial(with_partners, dataset, run.config.data.max_length))
+
+
+def _count_labels(dataset: PreferenceDataset) -> dict[str, int]:
+    good = sum(int(dataset.labels_good(some).sum()) for some in chunks_of(dataset))
+    return {"good": good, "bad": len(dataset) - good}
+
+
+def _built_once(run: Run, open_columns: Callable[[], PreferenceDataset]) -> PreferenceDataset:
+    """Return a dataset whose columns rank 0 writes, if they are not there, before all ranks map them."""
+
+    def build() -> None:
+        open_columns()
+
+    run.world.on_main(build)
+    # Not only on rank 0: a node that mounts the files from another device verifies them again.
+    return run.world.together(open_columns)
 
 
 def _load(
@@ -209,11 +223,9 @@ def _load(
         with run.console.heartbeat(f"preparing the {name} data"):
             encoded = world.on_main(prepare)
         with run.console.heartbeat(f"verifying the {name} data"):
-            # Not only on rank 0: a node that mounts the files from another device verifies them again.
-            dataset = world.together(lambda: open_dataset(encoded, config.data, processor))
+            dataset = _built_once(run, partial(open_dataset, encoded, config.data, processor))
             if processor is not None and dataset.images is None:
                 run.say(f"warning: no usable record of the {name} data has an image: {_NO_IMAGE}")
-            dataset = _add_counts(run, dataset, duplicates=partial(count_duplicates, dataset))
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_fits_loss(dataset, config.loss))
         return dataset
@@ -240,7 +252,7 @@ def checked_model(
     return model_config, causal_lm
 
 
-def _add_counts(run: Run, dataset: PreferenceDataset, **count: Callable[[], int]) -> PreferenceDataset:
+def _add_counts(run: Run, dataset: PreferenceDataset, **count: Callable[[], Any]) -> PreferenceDataset:
     """Return the dataset with further counts, computed by rank 0; collective."""
     counts = run.world.on_main(lambda: {name: number() for name, number in count.items()})
     return replace(dataset, counts=dataset.counts | counts)

@@ -21,7 +21,6 @@ from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
     check_fits_loss,
     check_ids_in_vocabulary,
-    count_duplicates,
     count_shared,
 )
 from dpo_dist.data.records import Origin, PreferenceRecord
@@ -258,13 +257,13 @@ def test_duplicates_are_counted(tmp_path: Path) -> None:
     ranking = {"prompt": "q", "responses": ["a", "b", "c"]}
     other_order = {"prompt": "q", "responses": ["a", "c", "b"]}
     once = opened(tmp_path, file_of(tmp_path, "once", *GOOD, swapped, ranking, other_order))
-    assert count_duplicates(once) == 0
+    assert once.counts["duplicates"] == 0
     twice = opened(
         tmp_path,
         file_of(tmp_path, "a", *GOOD, GOOD[3], ranking, ranking),
         file_of(tmp_path, "b", *GOOD[:5]),
     )
-    assert count_duplicates(twice) == 7
+    assert twice.counts["duplicates"] == 7
     held_out = opened(tmp_path, file_of(tmp_path, "c", GOOD[0], GOOD[0], TEXT, swapped, other_order))
     assert (count_shared(held_out, once), count_shared(held_out, twice)) == (4, 2)
 

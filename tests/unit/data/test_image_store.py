@@ -18,7 +18,7 @@ from dpo_dist.batching.pack import PackedImages
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.encoded.build import prepare_dataset
-from dpo_dist.data.encoded.dataset import PreferenceDataset, count_duplicates, count_shared, open_dataset
+from dpo_dist.data.encoded.dataset import PreferenceDataset, count_shared, open_dataset
 from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.data.images import ImageProcessor
@@ -114,7 +114,7 @@ def test_records_that_differ_in_the_image_are_not_one(tmp_path: Path, processor:
     assert len({data.keys[data.response_range(index)].tobytes() for index in range(4)}) == 3
     assert len(set(data.prompt_hashes.tolist())) == 3
     assert data.prompt_hashes[b] == data.prompt_hashes[c]
-    assert count_duplicates(data) == 1
+    assert data.counts["duplicates"] == 1
     other = opened(tmp_path, processor, write(tmp_path, "other.jsonl", ["d.png"]))
     assert count_shared(data, other) == 1
     held_out = Part(held_out=np.unique(other.prompt_hashes))

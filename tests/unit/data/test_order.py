@@ -5,6 +5,7 @@ import random
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -94,7 +95,7 @@ def test_a_partner_shares_the_prompt_only(drawn: Any, draw: random.Random) -> No
         {"prompt": f"{row['prompt']}{n}", "completion": row["chosen"], "label": draw.random() < 0.5}
         for n, row in enumerate(rows_of_pairs(drawn))
     ]
-    data = with_partners(data_of(rows), 30)
+    data = with_partners(replace(data_of(rows), encoded=()), 30)
     for which in (None, 0, 1):
         check_claims(data, some_of(data, draw), which)
     assert not data.begins.any()
@@ -176,7 +177,8 @@ def test_writers_at_one_time_and_one_that_died_between_the_files_leave_whole_one
     with killed, pytest.raises(KeyboardInterrupt):
         prepare_all(tmp_path, path)
     with ThreadPoolExecutor(4) as pool:
-        sources = [*pool.map(lambda _: prepare_all(tmp_path, path), range(8))]
-    assert len({source for [source] in sources}) == 1
-    check_claims(open_dataset(sources[0], DataConfig()), np.arange(1))
-    assert len(list((tmp_path / "cache").glob("*.arrow*"))) == 2
+        datasets = [*pool.map(lambda _: opened(tmp_path, path), range(8))]
+    assert len({source for data in datasets for source in data.encoded}) == 1
+    for data in datasets:
+        check_claims(data, np.arange(1))
+    assert len(list((tmp_path / "cache").glob("*.arrow*"))) == 3

@@ -1,0 +1,275 @@
+"""Columns of an encoded dataset: computed once in an Arrow file, then mapped, so that ranks share them.
+
+The file has one row, a list of values for each column. Its metadata are facts in JSON.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo_dist.batching.example import Keys
+from dpo_dist.batching.sampler import Indices
+from dpo_dist.config.losses import NUMBERS
+from dpo_dist.data.encoded.store import (
+    Array,
+    EncodedSource,
+    cache_errors,
+    damaged_data,
+    map_table,
+    write_table,
+)
+from dpo_dist.foundation.files import temporary_folder
+
+_VERSION = 1  # increased when equal records get other columns
+_NUMBER = "number_"  # begins the name of a column of one of `NUMBERS`
+
+# Columns of `dataset_columns` that do not depend on the examples before them.
+_UNCHANGED = ("piece_tokens", "keys", "scores", "trained_tokens", "truncated", "begins", "prompt_hashes")
+DATASET_COLUMNS = (*_UNCHANGED, "piece_starts", "first_pieces", "mask_starts", "origins", "key_order")
+"""Columns that are fields of `PreferenceDataset`."""
+
+ColumnFacts: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StoredColumns:
+    """Columns that are mapped, and the facts beside them."""
+
+    arrays: dict[str, Any]
+    facts: ColumnFacts
+
+    @property
+    def numbers(self) -> dict[str, Array]:
+        """The columns of `NUMBERS`."""
+        return {name: self.arrays[_NUMBER + name] for name in NUMBERS if _NUMBER + name in self.arrays}
+
+
+class GrowingColumns:
+    """Columns that grow chunk by chunk, in files of a folder: they take no memory."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._kinds: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+
+    def append(self, **chunks: Array) -> None:
+        """Append values to columns by name; all chunks of a column have one type."""
+        for name, values in chunks.items():
+            kind = (values.dtype, values.shape[1:])
+            assert self._kinds.setdefault(name, kind) == kind, f"{name} has another type: {kind}"
+            with (self._folder / name).open("ab") as file:
+                values.tofile(file)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._kinds
+
+    def __getitem__(self, name: str) -> Array:
+        """Map a column that has values."""
+        dtype, shape = self._kinds[name]
+        return np.memmap(self._folder / name, dtype, mode="r").reshape(-1, *shape)
+
+    def write(self, file: Path, facts: ColumnFacts) -> None:
+        """Write all columns to `file`."""
+        kinds = {name: (str(dtype), list(shape)) for name, (dtype, shape) in self._kinds.items()}
+        values = [pa.array(_plain(self[name])) for name in kinds]
+        lists = [pa.LargeListArray.from_arrays(pa.array([0, len(v)], pa.int64()), v) for v in values]
+        batch = pa.record_batch(lists, names=list(kinds))
+        metadata = {"facts": json.dumps({**facts, "kinds": kinds})}
+        with write_table(file, batch.schema.with_metadata(metadata)) as writer:
+            writer.write_batch(batch)
+
+
+def _plain(values: Array) -> Array:
+    """Return values in one dimension; Arrow would pack booleans to bits."""
+    return values.ravel().view(np.uint8) if values.dtype == np.bool_ else values.ravel()
+
+
+def made_from(sources: Sequence[EncodedSource]) -> ColumnFacts:
+    """Return what names the content of these sources, for `stored_columns`."""
+    return {"records": [source.digest for source in sources]}
+
+
+def stored_columns(
+    file: Path, content: ColumnFacts, build: Callable[[GrowingColumns], ColumnFacts]
+) -> StoredColumns:
+    """Map the columns in `file`, a file of the cache; `build` and write them if they are not there.
+
+    They are not there if the file is damaged, or they were made from other `content`. Raises ConfigError: the
+    file cannot be written.
+    """
+    wanted = {"version": _VERSION, **content}
+    if (found := _mapped(file, wanted)) is None:
+        with cache_errors(file), temporary_folder(file) as folder:
+            columns = GrowingColumns(folder)
+            facts = build(columns)
+            columns.write(file, {**facts, "made_from": wanted})
+        found = _mapped(file, wanted)
+    if found is None:
+        raise damaged_data(file)
+    return found
+
+
+def _mapped(file: Path, wanted: Mapping[str, Any]) -> StoredColumns | None:
+    """Map the columns in `file`; None if there are none, or they were not made from `wanted`."""
+    table = map_table(file)
+    facts = {} if table is None else json.loads((table.schema.metadata or {}).get(b"facts", "{}"))
+    if table is None or facts.get("made_from") != wanted:
+        return None
+    arrays: dict[str, Array] = {}
+    for name, (dtype, shape) in facts["kinds"].items():
+        values = table[name].chunk(0).values.to_numpy()
+        arrays[name] = values.view(dtype).reshape(-1, *shape)
+    return StoredColumns(arrays, facts)
+
+
+def append_records(columns: GrowingColumns, tables: Sequence[pa.Table]) -> ColumnFacts:
+    """Append the columns of sources, whose tables are those of `read_source`; return facts about them.
+
+    Needs memory for a batch of records, and about 24 bytes a response. There is at least one example.
+    """
+    files, digests, largest = list[list[str]](), list[Keys](), -1
+    records = tokens = masked = pieces = examples = 0
+    for table in tables:
+        known: dict[str, int] = {}
+        before = sum(map(len, files))
+        for batch in table.to_batches():
+            columns.append(shared=batch["shared"].to_numpy())
+            part = pa.Table.from_batches([batch])
+            examples_of = _lengths(part["examples"])
+            if not examples_of.any():
+                continue
+            chunk = dataset_columns(part)
+            numbers = np.array(
+                [before + known.setdefault(name, len(known)) for name in chunk["source_paths"]]
+            )
+            counts = np.diff(chunk["first_pieces"]) - 1
+            for name, neutral in NUMBERS.items():
+                column, given = _NUMBER + name, chunk["numbers"].get(name)
+                if given is not None or column in columns:
+                    earlier = np.full(0 if column in columns else examples, neutral)
+                    own = np.full(len(counts), neutral) if given is None else given
+                    columns.append(**{column: np.concatenate((earlier, own))})
+            columns.append(
+                **{name: chunk[name] for name in _UNCHANGED},
+                piece_starts=chunk["piece_starts"] + tokens,
+                first_pieces=chunk["first_pieces"][:-1] + pieces,
+                mask_starts=chunk["mask_starts"] + masked,
+                origins=np.column_stack((numbers[chunk["origins"][:, 0]], chunk["origins"][:, 1])),
+                places=np.repeat(batch["place"].to_numpy().astype(np.int64) + records, examples_of),
+                rows=_first_rows(chunk),
+            )
+            digests.append(example_digests(chunk["keys"], counts))
+            largest = max(largest, chunk["largest_id"])
+            tokens, masked = tokens + len(chunk["ids"]), masked + len(chunk["trained"])
+            pieces, examples = pieces + len(chunk["piece_tokens"]), examples + len(counts)
+        files.append([*known])
+        records += len(table)
+    columns.append(shared=np.zeros(1, dtype=np.int32), first_pieces=np.array([pieces], dtype=np.int64))
+    duplicates = examples - _count_distinct(digests)
+    columns.append(key_order=key_order(columns["keys"]))
+    return {"files": files, "largest_id": largest, "duplicates": duplicates}
+
+
+def _count_distinct(parts: list[Array]) -> int:
+    """Return the number of distinct values, and empty the list: there may be many."""
+    values = np.concatenate(parts)
+    parts.clear()
+    values.sort()
+    return 1 + int(np.count_nonzero(values[1:] != values[:-1]))
+
+
+def key_order(keys: Keys) -> Indices:
+    """Return the responses' indices in ascending order of their keys, by both words; int64."""
+    return np.lexsort((keys[:, 1], keys[:, 0]))
+
+
+def example_digests(keys: Keys, counts: Indices) -> npt.NDArray[np.uint64]:
+    """Return a digest of each example's keys in their order, which are digests of token ids.
+
+    `keys`: those of the examples' responses, example after example; `counts`: responses of each example.
+    """
+    starts = np.cumsum(counts) - counts
+    rank = np.arange(len(keys)) - np.repeat(starts, counts)
+    # Odd factors tell the orders apart. Of ten million examples, two share a digest with odds of 3e-6.
+    return np.add.reduceat(keys.sum(axis=1) * (2 * rank + 1).astype(np.uint64), starts)
+
+
+def _first_rows(columns: Mapping[str, Any]) -> Indices:
+    """Return how much of its record's first row each example has, which is the definition of `Prefixes.rows`.
+
+    Without the record's first response, which is behind the prompt in `ids`, this is the prompt.
+    """
+    starts, tokens, prompts = (columns[name] for name in ("piece_starts", "piece_tokens", "first_pieces"))
+    ends = np.repeat((starts + tokens)[prompts[:-1]], np.diff(prompts))
+    own = np.add.reduceat(np.where(starts == ends, tokens - 1, 0), prompts[:-1])
+    rows: Indices = tokens[prompts[:-1]].astype(np.int64) + own
+    return rows
+
+
+def dataset_columns(table: pa.Table) -> dict[str, Any]:
+    """Return the columns of `PreferenceDataset` of these records: ids and masks mapped."""
+
+    def flat(name: str) -> Array:
+        values: Array = pc.list_flatten(table[name]).to_numpy()
+        return values
+
+    tokens, trained_tokens = flat("piece_tokens"), flat("trained_tokens")
+    pieces_of, examples_of = _lengths(table["piece_tokens"]), _lengths(table["examples"])
+    examples = pc.list_flatten(table["examples"])
+    responses_of = _lengths(examples)
+    record = np.repeat(np.arange(len(table)), examples_of)
+    # The index of each response of an example among all pieces, and among all responses.
+    first_piece = np.cumsum(pieces_of) - pieces_of
+    numbers = pc.list_flatten(examples).to_numpy()
+    piece = np.repeat(first_piece[record], responses_of) + 1 + numbers
+    is_response = np.ones(len(tokens), dtype=np.bool_)
+    is_response[first_piece[pieces_of > 0]] = False
+    response = (np.cumsum(is_response) - 1)[piece]
+    response_tokens = tokens[is_response]
+    masked = np.where(trained_tokens < response_tokens, response_tokens, 0)
+    # The prompt of an example is before its first response.
+    starts = np.cumsum(responses_of) - responses_of
+    pieces = np.insert(piece, starts, first_piece[record])
+    # An example that lacks one of the record's responses may lack the one that begins like another.
+    is_known = np.maximum.reduceat(numbers, starts) < responses_of
+    files = table["file"].combine_chunks().dictionary_encode()
+    origins = np.stack([files.indices.to_numpy(), table["line"].to_numpy()], axis=1)
+    return {
+        "source_paths": tuple(files.dictionary.to_pylist()),
+        "largest_id": pc.max(table["largest_id"]).as_py(),
+        "ids": pc.list_flatten(table["ids"]),
+        "piece_starts": (np.cumsum(tokens, dtype=np.int64) - tokens)[pieces],
+        "piece_tokens": tokens[pieces],
+        "first_pieces": np.insert(np.cumsum(responses_of + 1), 0, 0),
+        "keys": flat("keys").reshape(-1, 2)[response],
+        "scores": flat("scores")[response],
+        "numbers": _numbers(table["numbers"], record),
+        "trained": pc.list_flatten(table["trained"]),
+        "mask_starts": (np.cumsum(masked, dtype=np.int64) - masked)[response],
+        "trained_tokens": trained_tokens[response],
+        "truncated": flat("truncated")[response],
+        "begins": np.where(np.repeat(is_known, responses_of), flat("begins")[response], np.int32(0)),
+        "prompt_hashes": table["prompt"].to_numpy()[record],
+        "origins": origins[record],
+    }
+
+
+def _numbers(lists: pa.ChunkedArray, record: Array) -> dict[str, Array]:
+    """Return each example's values by name, for the `NUMBERS` that have an effect."""
+    given = pc.list_flatten(lists).to_numpy().reshape(-1, len(NUMBERS))
+    if not len(given):
+        return {}
+    values = np.tile(np.array([*NUMBERS.values()]), (len(lists), 1))
+    values[_lengths(lists) > 0] = given
+    columns = zip(NUMBERS.items(), values[record].T, strict=True)
+    return {name: column.copy() for (name, neutral), column in columns if (column != neutral).any()}
+
+
+def _lengths(lists: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    return np.asarray(pc.list_value_length(lists), dtype=np.int64)
