@@ -1,5 +1,6 @@
 """The page of a run and its verb: complete, inert, also of a run in training."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -107,8 +108,8 @@ def test_the_verb_writes_the_page_again(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_run_in_training_has_a_page_of_its_rows_so_far(tmp_path: Path) -> None:
     run = made_run(tmp_path)
-    with run.metrics_table.open("a") as table:
-        table.write("40,0.1,12.0\n41,0.1,12.")
+    with run.rows.open("a") as rows:
+        rows.write('{"step": 40, "loss": 0.5, "new": 2.0}\n{"step": 41, "lo')
     run.summary.unlink()
     run.log_history.unlink()
     assert main([str(run)]) == 0
@@ -117,6 +118,9 @@ def test_a_run_in_training_has_a_page_of_its_rows_so_far(tmp_path: Path) -> None
     assert "This run has not ended: its last metrics are of step 40." in html
     assert html.count('<figure class="curves') >= 4
     assert RELOADS in html
+    tables = run.log_history.read_text(), run.metrics_table.read_text()
+    assert json.loads(tables[0])[-1] == {"step": 40, "loss": 0.5, "new": 2.0}
+    assert (tables[1].splitlines()[0][-4:], tables[1][-5:]) == (",new", ",2.0\n")
 
 
 def test_a_page_of_a_run_that_has_ended_does_not_reload(tmp_path: Path) -> None:
