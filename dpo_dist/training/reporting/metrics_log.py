@@ -197,7 +197,8 @@ def log_position(row: Mapping[str, float]) -> float:
 
 def _line(row: Mapping[str, float]) -> bytes:
     """Return a row as a line of JSON, with null for nan and infinity."""
-    return json.dumps(for_json(row)).encode() + b"\n"
+    values = {key: value if math.isfinite(value) else None for key, value in row.items()}
+    return json.dumps(values).encode() + b"\n"
 
 
 def _known(row: Mapping[str, float | None]) -> MetricsRow:
