@@ -206,6 +206,11 @@ def test_a_report_during_training_never_replaces_the_tables_of_a_run_that_has_ju
     written = folder.log_history.stat().st_mtime_ns
     complete_tables(folder)
     assert folder.log_history.stat().st_mtime_ns == written, "of a run that has ended"
+    folder.summary.unlink()
+    with mock.patch.object(metrics_log, "write_tables") as write:
+        write.side_effect = lambda _: folder.summary.stat()  # else a report could miss the end
+        log.close({})
+    assert write.call_count == 1
 
 
 @pytest.fixture

@@ -410,6 +410,21 @@ def test_a_server_lost_during_training_delays_the_end_by_a_timeout_only(
     assert services() == [], "the service does not start again"
 
 
+def test_rows_logged_while_wandb_opens_are_sent_once_in_their_turn(tmp_path: Path) -> None:
+    """They are in the file already, without their histograms."""
+    before = stored(tmp_path, ROWS[:1])
+    stored(tmp_path, ROWS[:3])
+    tracker = open_wandb(tracked(tmp_path), before, print)
+    assert tracker is not None
+    assert tracker.run.step == 1
+    tracker.log(ROWS[1])
+    tracker.log(ROWS[2], np.array([0.0, 1.0], dtype=np.float32))
+    tracker.finish("preempted", {})
+    assert history_rows(tmp_path) == [wandb_names(row) for row in ROWS[:3]]
+    assert [list(media) for media in media_rows(tmp_path)] == [[], [], ["eval/margins_histogram"]]
+    assert [row["_step"] for row in all_rows(tmp_path)] == [0, 1, 2]
+
+
 def test_a_killed_service_loses_no_later_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = open_in(tmp_path)
     tracker.log(ROWS[0])
