@@ -43,10 +43,11 @@ _FINAL = (*PAIR_METRICS, *TERMS.values(), AUC, MISMATCH)
 _SPIKE_ROWS, _FEWEST_ROWS, _EXCURSION = 100, 50, 5.0
 _COLLAPSED_NATS = 50.0
 _EQUAL = 1e-9  # relative difference of means that only rounding makes different
-MOST_STEPS, MOST_EVALUATIONS, MOST_SPIKES = 20_000, 5_000, 1_000
+MOST_STEPS, MOST_EVALUATIONS, MOST_NAMED = 20_000, 5_000, 1_000
 """How many rows of a run are in memory, for its verdict, page, curves and card."""
 _EDGE = 200
 _AFTER_STEP = 0.5
+_UNREADABLE = "the metrics of this run cannot be read"
 
 
 def csv_columns(plan: MetricPlan | None = None) -> tuple[str, ...]:
@@ -83,44 +84,38 @@ class RowSample:
 
     The same holds for evaluations and `MOST_EVALUATIONS`. Always kept are the first and the newest 200 of
     each, the best row of each metric, the last row that has it, the first row with a value that is not
-    finite, spikes of the loss (at most `MOST_SPIKES`), and the rows of `keep`, which are steps.
+    finite, spikes of the loss and the rows of `keep`, which are steps (`MOST_NAMED` of both).
+    `steps` and `evaluations` are the chosen rows of each kind alone.
     """
 
     def __init__(self, rows: Iterable[MetricsRow] = (), keep: Collection[float | None] = ()) -> None:
         self._steps, self._evaluations = _Evenly(MOST_STEPS), _Evenly(MOST_EVALUATIONS)
-        self._spikes, self._kept, self._keep = _Evenly(MOST_SPIKES), list[MetricsRow](), keep
-        self._has_broken = False
-        self._last, self._best = dict[str, MetricsRow](), dict[str, MetricsRow]()
+        self.steps, self.evaluations = self._steps.rows, self._evaluations.rows
+        self._last, self._first, self._named = (
+            dict[str, MetricsRow](),
+            dict[str, MetricsRow](),
+            list[MetricsRow](),
+        )
+        self._keep = keep
         for row in rows:
             self.add(row)
 
     def add(self, row: MetricsRow) -> None:
         """Add the next row."""
         (self._evaluations if "eval_loss" in row else self._steps).add(row)
-        if row.get("loss_spikes", 0) > self._last.get("loss_spikes", {}).get("loss_spikes", 0):
-            self._spikes.add(row)
-        is_first_broken = not (self._has_broken or all(map(math.isfinite, row.values())))
-        self._has_broken |= is_first_broken
-        if is_first_broken or row["step"] in self._keep:
-            self._kept.append(row)
+        is_spike = row.get("loss_spikes", 0) > self._last.get("loss_spikes", {}).get("loss_spikes", 0)
+        if (is_spike or row["step"] in self._keep) and len(self._named) < MOST_NAMED:
+            self._named.append(row)
+        if not all(map(math.isfinite, row.values())):
+            self._first.setdefault("not finite", row)
         self._last |= dict.fromkeys(row, row)
-        note_best(self._best, row)
-
-    @property
-    def steps(self) -> list[MetricsRow]:
-        """The chosen rows of steps alone."""
-        return self._steps.rows
-
-    @property
-    def evaluations(self) -> list[MetricsRow]:
-        """The chosen rows of evaluations alone."""
-        return self._evaluations.rows
+        note_best(self._first, row)
 
     @property
     def rows(self) -> list[MetricsRow]:
         """All rows that are kept, in their order."""
-        named = (*self._last.values(), *self._best.values(), *self._spikes.rows, *self._kept)
-        rows = {id(row): row for row in (*self.steps, *self.evaluations, *named)}
+        asked = (*self._last.values(), *self._first.values(), *self._named)
+        rows = {id(row): row for row in (*self.steps, *self.evaluations, *asked)}
         return sorted(rows.values(), key=log_position)
 
 
@@ -235,11 +230,8 @@ def _stored_lines(folder: RunFolder) -> Iterator[tuple[bytes, MetricsRow]]:
                 try:
                     yield line, _known(json.loads(line))
                 except ValueError as error:
-                    raise _unreadable(f"{folder.rows}:{number}", error, "delete this line") from error
-
-
-def _unreadable(where: str, error: ValueError, remedy: str) -> ConfigError:
-    return ConfigError("the metrics of this run cannot be read", where=where, got=str(error), remedy=remedy)
+                    place, got = f"{folder.rows}:{number}", str(error)
+                    raise ConfigError(_UNREADABLE, where=place, got=got, remedy="delete this line") from error
 
 
 def _rows_of_earlier_versions(folder: RunFolder) -> Iterator[MetricsRow]:
@@ -247,8 +239,8 @@ def _rows_of_earlier_versions(folder: RunFolder) -> Iterator[MetricsRow]:
     try:
         rows = json.loads(folder.log_history.read_bytes()) if folder.log_history.exists() else []
     except ValueError as error:
-        remedy = f"delete this file: {folder.metrics_table.name} has the same rows"
-        raise _unreadable(str(folder.log_history), error, remedy) from error
+        place, remedy = str(folder.log_history), f"delete it: {folder.metrics_table.name} has the same rows"
+        raise ConfigError(_UNREADABLE, where=place, got=str(error), remedy=remedy) from error
     yield from map(_known, rows)
     table = folder.metrics_table.read_text(encoding="utf-8") if folder.metrics_table.exists() else ""
     whole, _, _ = table.rpartition("\n")  # the last line may be unfinished
@@ -264,7 +256,7 @@ def write_tables(folder: RunFolder) -> None:
     columns = dict.fromkeys(csv_columns())
     if folder.metrics_table.exists():
         with folder.metrics_table.open(encoding="utf-8", newline="") as table:
-            columns = dict.fromkeys(next(csv.reader(table)))
+            columns = dict.fromkeys(next(csv.reader(table), columns))
     with files.staged_file(folder.log_history) as temporary, temporary.open("wb") as history:
         history.write(b"[")
         before = b"\n"

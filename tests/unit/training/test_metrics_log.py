@@ -101,7 +101,7 @@ def test_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path: Pa
     assert "metrics up to step 6 are lost" in said.pop()
 
 
-@pytest.mark.parametrize("torn", ["", '{"step": 9, "lo', "\0" * 50])
+@pytest.mark.parametrize("torn", ["", '{"step": 9, "lo', "\0" * 50], ids=["whole", "cut", "zeros"])
 def test_a_killed_process_loses_no_row(tmp_path: Path, torn: str) -> None:
     """What a crash of the machine leaves behind the last whole line is cut."""
     folder, rows = RunFolder(tmp_path), list(map(row_of, range(1, 9)))
@@ -216,7 +216,7 @@ def test_a_report_during_training_never_replaces_the_tables_of_a_run_that_has_ju
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only so many rows stay in memory."""
-    for name, most in {"STEPS": 1000, "EVALUATIONS": 500, "SPIKES": 450}.items():
+    for name, most in {"STEPS": 1000, "EVALUATIONS": 500}.items():
         monkeypatch.setattr(metrics_log, f"MOST_{name}", most)
 
 
