@@ -37,7 +37,7 @@ from dpo_dist.reference.store import (
     read_fingerprint,
 )
 from dpo_dist.train import main as run_training
-from dpo_dist.training.reporting.metrics_log import read_rows
+from dpo_dist.training.reporting.metrics_log import stored_rows
 
 __all__ = [
     "BatchFacts",
@@ -210,8 +210,14 @@ def train(
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
-    """Return a run's metrics rows (log_history.json), one for each logged step and each evaluation."""
-    return _read(RunFolder(Path(run_dir)).log_history, read_rows)
+    """Return a run's metrics rows, one for each logged step and each evaluation; the run may be training."""
+    run = RunFolder(Path(run_dir))
+
+    def read(file: Path) -> list[dict[str, float]]:
+        file.stat()
+        return list(stored_rows(run))
+
+    return _read(run.rows if run.rows.exists() else run.log_history, read)
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:

@@ -241,7 +241,8 @@ def export_model(
             "bands": [asdict(band) for band in config.metrics.bands],
             "data": state["counts"],
         }
-        rows = [row for row in read_latest_rows(folder) if row["step"] <= state["step"]]
+        keep = [band.step for band in config.metrics.bands]
+        rows = read_latest_rows(folder, state["step"], keep)
         versions = json.loads(folder.environment.read_bytes())["packages"]
         is_evaluated = is_end and config.export.weights is ExportedWeights.last
         merged = replace(config, model=replace(config.model, adapter=None)) if config.export.merge else config

@@ -15,7 +15,7 @@ from dpo_dist.foundation.errors import DivergedError, ExitCode, RunOutcome
 from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.training.export import check_base, export_checkpoint
-from dpo_dist.training.reporting.metrics_log import final_and_best
+from dpo_dist.training.reporting.metrics_log import final_and_best, read_latest_rows
 from dpo_dist.training.reporting.protocols import Recorder
 from dpo_dist.training.start.environment import package_versions
 from dpo_dist.training.start.open_run import Run
@@ -107,7 +107,8 @@ def _write_model(loop: Loop, step: int, summary: dict[str, Any], run_card: Calla
 
     def card(loader: str) -> str:
         assert loop.recorder is not None
-        rows = [row for row in loop.recorder.metrics.rows if row["step"] <= step]
+        keep = [band.step for band in run.config.metrics.bands]
+        rows = loop.recorder.metrics.rows if is_last else read_latest_rows(run.folder, step, keep)
         ended = {**summary, "exit": RunOutcome.completed.value, "steps": step}
         ended["pairs_seen"] = checkpoint_state(checkpoint)["pairs_seen"]
         is_evaluated, versions = loop.inputs.eval_set is not None and is_last, package_versions()

@@ -369,7 +369,8 @@ def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Record
         return None
     owes = position.owes_evaluation
     resumed, plan = position.step or None, MetricPlan(run.config.loss)
-    metrics = MetricsLog.open(run.folder, resumed, run.say, plan, owes_evaluation=owes)
+    keep = [band.step for band in run.config.metrics.bands]
+    metrics = MetricsLog.open(run.folder, resumed, run.say, plan, owes_evaluation=owes, keep=keep)
     return reporting.open_recorder(run, metrics)
 
 

@@ -19,7 +19,7 @@ from dpo_dist.tools.report.samples import prepare_samples
 from dpo_dist.tools.report.verdict.rules import RUN_RULES, sample_alarm, verdict
 from dpo_dist.tools.shared.pages.charts import draw_curves
 from dpo_dist.tools.shared.tables import closing_table
-from dpo_dist.training.reporting.metrics_log import MetricsLog, MetricsRow
+from dpo_dist.training.reporting.metrics_log import MetricsLog, MetricsRow, log_position
 from dpo_dist.training.reporting.protocols import Reporting
 from dpo_dist.training.reporting.trackers import TrackedRun, Trackers, open_trackers
 from dpo_dist.training.start.inputs import Inputs
@@ -43,8 +43,8 @@ class RunRecorder:
         alarm, is_new = None, False
         if "eval_samples/prompts" in row:
             with warn_on_bug("the comparison of samples with earlier ones", self.run.say):
-                alarm = sample_alarm([*self.metrics.rows, row])
-                is_new = sample_alarm(self.metrics.rows) is None
+                before = self.metrics.sample.evaluations
+                alarm, is_new = sample_alarm([*before, row]), sample_alarm(before) is None
             row = {**row, "eval_samples/alarms": float(alarm is not None)}
         self.metrics.append(row)
         self.trackers.log(row, margins)
@@ -85,11 +85,11 @@ class RunRecorder:
             run_verdict = verdict(rows, final_summary, data_findings(folder))
             final_summary["verdict"] = run_verdict.as_dict()
             lines = run_verdict.lines()
-        self.metrics.save(final_summary)
+        self.metrics.close(final_summary)
         with warn_on_bug(folder.curves.name, run.say):
             draw_curves(rows, folder.curves, folder.path.name)
         with warn_on_bug(folder.report.name, run.say):
-            write_page(folder)
+            write_page(folder, rows=rows)
         self.trackers.finish(outcome.value, final_summary)
         with warn_on_bug("the closing table", run.say):
             lines = [*closing_table(folder, rows, final_summary), *lines]
@@ -104,7 +104,8 @@ def open_recorder(run: Run, metrics: MetricsLog, on_row: OnRow | None = None) ->
     """Return the recorder of a training run, with its trackers; W&B may ask the run to stop."""
     ask = partial(run.stops.request.ask, BY_TRACKER)
     environment = json.loads(run.folder.environment.read_bytes())
-    trackers = open_trackers(tracked_run(run, environment, ask), metrics.rows, run.say)
+    end = max(map(log_position, metrics.rows), default=-1.0)
+    trackers = open_trackers(tracked_run(run, environment, ask), end, run.say)
     return RunRecorder(run, metrics, trackers, on_row)
 
 

@@ -25,7 +25,12 @@ from dpo_dist.tools.shared.pages.render import flat, number_above_interval, page
 from dpo_dist.tools.shared.pages.samples import samples_section, worst_pairs
 from dpo_dist.tools.shared.tables import describe_reference
 from dpo_dist.training.clock import WORKS, Work
-from dpo_dist.training.reporting.metrics_log import final_and_best, metrics_by_source, read_latest_rows
+from dpo_dist.training.reporting.metrics_log import (
+    MetricsRow,
+    final_and_best,
+    metrics_by_source,
+    read_latest_rows,
+)
 
 _Table = tuple[list[str], list[list[object]]]
 """Titles of the columns, and rows."""
@@ -52,13 +57,15 @@ _WORK_NAMES: Mapping[Work, str] = {
 class PageFacts:
     """The content of a run directory's files, without secrets; empty where a file is missing.
 
-    `evaluation` has the results of the last evaluation of training, with intervals.
+    `evaluation` has the results of the last evaluation of training, with intervals. `rows`: those of its
+    file, if they have been read.
     """
 
-    def __init__(self, folder: RunFolder):
+    def __init__(self, folder: RunFolder, rows: Sequence[MetricsRow] | None = None):
         self.config, self.doctor = _fields(folder.config, yaml.safe_load), _fields(folder.doctor_report)
         self.environment, self.state = _fields(folder.environment), _fields(folder.state)
-        rows, summary = read_latest_rows(folder), _fields(folder.summary)
+        summary = _fields(folder.summary)
+        rows = read_latest_rows(folder) if rows is None else rows
         self.summary = {**final_and_best(rows), **summary}
         self.run = RunFacts(rows, self.summary, self.doctor.get("findings") or [])
         self.by_source = metrics_by_source(rows)
@@ -91,9 +98,11 @@ def _fields(path: Path, parse: Callable[[str], Any] = json.loads) -> Fields:
     return fields
 
 
-def write_page(folder: RunFolder, output: Path | None = None) -> Path:
-    """Write the report page of a run directory, or `output`, and return its path."""
-    facts = PageFacts(folder)
+def write_page(
+    folder: RunFolder, output: Path | None = None, rows: Sequence[MetricsRow] | None = None
+) -> Path:
+    """Write the report page of a run directory, or `output`; return its path. `rows`: as in `PageFacts`."""
+    facts = PageFacts(folder, rows)
     environment, run = facts.environment, facts.run
     spent = facts.section("work").get("seconds", {})
     works = [(_WORK_NAMES.get(work, work), spent[work]) for work in WORKS if spent.get(work, 0.0) > 0]

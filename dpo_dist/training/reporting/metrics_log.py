@@ -1,12 +1,13 @@
-"""Write and read a run's metrics rows as JSON and CSV, and summarise them for summary.json."""
+"""Append a run's metrics rows to a file, read them, and write their tables and summary at its end."""
 
 import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -32,12 +33,21 @@ MetricsRow = dict[str, float]
 _SPEED = ("step_seconds", "pairs_per_second", "tokens_per_second", *(f"time/{phase}" for phase in PHASES))
 _OTHERS = ("mfu", "memory/peak_allocated_bytes", "memory/peak_reserved_bytes", "bad_steps", "loss_spikes")
 # A tracker's summary has the best values of these metrics, summary.json only those of `_BEST`.
-METRICS_WITH_BEST = ("loss", *(PREFIX + key for key in MAIN))
+METRICS_WITH_BEST = {
+    key: 1 if METRICS[key.removeprefix(PREFIX)].best is Direction.lowest else -1
+    for key in ("loss", *(PREFIX + key for key in MAIN))
+}
+"""1 if the lowest value is the best, -1 if the highest is."""
 _BEST = ("eval_loss", *(PREFIX + key for key in ACCURACIES))
 _FINAL = (*PAIR_METRICS, *TERMS.values(), AUC, MISMATCH)
 _SPIKE_ROWS, _FEWEST_ROWS, _EXCURSION = 100, 50, 5.0
 _COLLAPSED_NATS = 50.0
 _EQUAL = 1e-9  # relative difference of means that only rounding makes different
+MOST_STEPS, MOST_EVALUATIONS, MOST_NAMED = 20_000, 5_000, 1_000
+"""How many rows of a run are in memory, for its verdict, page, curves and card."""
+_EDGE = 200
+_AFTER_STEP = 0.5
+_UNREADABLE = "the metrics of this run cannot be read"
 
 
 def csv_columns(plan: MetricPlan | None = None) -> tuple[str, ...]:
@@ -51,13 +61,74 @@ def csv_columns(plan: MetricPlan | None = None) -> tuple[str, ...]:
     return (*step_columns, *_SPEED, *_OTHERS, *(PREFIX + key for key in measured))
 
 
-class MetricsLog:
-    """The metrics rows of one run, in memory and on disk."""
+class _Evenly:
+    """At most `most` rows of those that are added: the first ones, the newest, and evenly chosen ones."""
 
-    def __init__(self, folder: RunFolder, rows: list[MetricsRow], plan: MetricPlan | None = None):
-        self.folder = folder
-        self.rows = rows
-        self._columns = list(dict.fromkeys([*csv_columns(plan), *(key for row in rows for key in row)]))
+    def __init__(self, most: int) -> None:
+        self.rows: list[MetricsRow] = []
+        self._most, self._every, self._added = most, 1, 0
+
+    def add(self, row: MetricsRow) -> None:
+        """Add the next row."""
+        self.rows.append(row)
+        self._added += 1
+        if (self._added - 1 - 2 * _EDGE) % self._every:  # place of the row that is no newest one any more
+            del self.rows[-_EDGE - 1]
+        if len(self.rows) > self._most:
+            del self.rows[_EDGE + 1 : -_EDGE : 2]
+            self._every *= 2
+
+
+class RowSample:
+    """The rows of a run, in bounded memory: an even choice of them if they are more than `MOST_STEPS`.
+
+    The same holds for evaluations and `MOST_EVALUATIONS`. Always kept are the first and the newest 200 of
+    each, the best row of each metric, the last row that has it, the first row with a value that is not
+    finite, spikes of the loss and the rows of `keep`, which are steps (`MOST_NAMED` of both).
+    `steps` and `evaluations` are the chosen rows of each kind alone.
+    """
+
+    def __init__(self, rows: Iterable[MetricsRow] = (), keep: Collection[float | None] = ()) -> None:
+        self._steps, self._evaluations = _Evenly(MOST_STEPS), _Evenly(MOST_EVALUATIONS)
+        self.steps, self.evaluations = self._steps.rows, self._evaluations.rows
+        self._last, self._first, self._named = (
+            dict[str, MetricsRow](),
+            dict[str, MetricsRow](),
+            list[MetricsRow](),
+        )
+        self._keep = keep
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: MetricsRow) -> None:
+        """Add the next row."""
+        (self._evaluations if "eval_loss" in row else self._steps).add(row)
+        is_spike = row.get("loss_spikes", 0) > self._last.get("loss_spikes", {}).get("loss_spikes", 0)
+        if (is_spike or row["step"] in self._keep) and len(self._named) < MOST_NAMED:
+            self._named.append(row)
+        if not all(map(math.isfinite, row.values())):
+            self._first.setdefault("not finite", row)
+        self._last |= dict.fromkeys(row, row)
+        note_best(self._first, row)
+
+    @property
+    def rows(self) -> list[MetricsRow]:
+        """All rows that are kept, in their order."""
+        asked = (*self._last.values(), *self._first.values(), *self._named)
+        rows = {id(row): row for row in (*self.steps, *self.evaluations, *asked)}
+        return sorted(rows.values(), key=log_position)
+
+
+class MetricsLog:
+    """The metrics rows of one run: all of them in a file, and a sample in memory."""
+
+    def __init__(self, folder: RunFolder, sample: RowSample):
+        self.folder, self.sample = folder, sample
+
+    @property
+    def rows(self) -> list[MetricsRow]:
+        """The rows of the run, of a long one a sample (`RowSample`)."""
+        return self.sample.rows
 
     @classmethod
     def open(
@@ -68,86 +139,151 @@ class MetricsLog:
         plan: MetricPlan | None = None,
         *,
         owes_evaluation: bool = False,
+        keep: Collection[float | None] = (),
     ) -> "MetricsLog":
         """Start a log, or continue the one in `folder`.
 
         Rows after `resume_step` (None for a new run) are dropped, because training computes them again; with
         `owes_evaluation`, also the evaluation at this step. `say` gets a warning if existing rows are missing
-        or replaced.
+        or replaced. `keep`: steps whose rows stay in memory.
         """
-        rows: list[MetricsRow] = []
-        if resume_step is None and read_latest_rows(folder):
+        end = -1.0 if resume_step is None else resume_step + (0.0 if owes_evaluation else _AFTER_STEP)
+        sample, is_replaced = RowSample(keep=keep), False
+        has_file = folder.rows.exists()
+        with files.staged_file(folder.rows) as temporary, temporary.open("wb") as file:
+            for line, row in _stored_lines(folder):
+                if log_position(row) <= end:
+                    file.write(line)
+                    sample.add(row)
+                is_replaced = resume_step is None
+        if is_replaced:
             say("warning: training starts again: an earlier start left no checkpoint; its rows are replaced")
-        elif resume_step is not None:
-            if not folder.log_history.exists() and not folder.metrics_table.exists():
-                say(f"warning: metrics up to step {resume_step} are lost: {folder.log_history} is missing")
-            rows = [row for row in read_latest_rows(folder) if row["step"] <= resume_step]
-        if owes_evaluation:
-            rows = [row for row in rows if row["step"] != resume_step or "eval_loss" not in row]
-        log = cls(folder, rows, plan)
-        folder.metrics.mkdir(parents=True, exist_ok=True)
-        log.save()
-        return log
+        elif resume_step is not None and not (has_file or sample.rows):
+            say(f"warning: metrics up to step {resume_step} are lost: {folder.rows} is missing")
+        # Tables of an earlier end would lack the rows of this start; `write_tables` reads the header.
+        folder.log_history.unlink(missing_ok=True)
+        files.write_text(folder.metrics_table, ",".join(csv_columns(plan)) + "\n")
+        return cls(folder, sample)
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Add a row, which has a `step`, to the CSV file; a new column rewrites the file."""
-        self.rows.append(dict(row))
-        if new := [key for key in row if key not in self._columns]:
-            self._columns += new
-            self._write_csv()
-            return
-        with self.folder.metrics_table.open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+        """Add a row, which has a `step`, to the file; raises OSError if the file was moved away."""
+        with self.folder.rows.open("r+b") as file:
+            file.seek(0, os.SEEK_END)
+            file.write(_line(row))
+        self.sample.add(_known(row))
 
-    def save(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Write rows as JSON and CSV, and `summary.json` if given; each file whole or not at all.
+    def save(self) -> None:
+        """Flush the file to disk; raises OSError if it was moved away.
 
-        JSON has null for nan and infinity. Call this before a checkpoint of the same step is committed: a run
-        that resumes from the checkpoint needs all rows. Raises OSError if the run directory was moved away.
+        Call this before a checkpoint of the same step is committed: a run resumed from it needs all rows.
         """
-        self.folder.metrics.stat()
-        lines = ",\n".join(json.dumps(for_json(row)) for row in self.rows)
-        files.write_text(self.folder.log_history, f"[\n{lines}\n]\n")
-        self._write_csv()
-        if summary is not None:
-            files.write_text(self.folder.summary, json.dumps(for_json(summary), indent=2) + "\n")
+        files.sync(self.folder.rows)
 
-    def _write_csv(self) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        files.write_text(self.folder.metrics_table, text.getvalue())
+    def close(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`, then the tables of all rows."""
+        files.write_text(self.folder.summary, json.dumps(for_json(summary), indent=2) + "\n")
+        write_tables(self.folder)
 
 
-def read_rows(path: Path) -> list[MetricsRow]:
-    """Return the rows of a `log_history.json`, with nan for null."""
-    return [
-        {key: math.nan if value is None else value for key, value in row.items()}
-        for row in json.loads(path.read_bytes())
-    ]
+def log_position(row: Mapping[str, float]) -> float:
+    """Return a row's position in the log: its step, or half a step later for an evaluation."""
+    return row["step"] + _AFTER_STEP * any(key.startswith(PREFIX) for key in row)
 
 
-def read_latest_rows(folder: RunFolder) -> list[MetricsRow]:
-    """Return a run's rows, with the latest ones, which only the CSV file has during the run."""
+def _line(row: Mapping[str, float]) -> bytes:
+    """Return a row as a line of JSON, with null for nan and infinity."""
+    values = {key: value if math.isfinite(value) else None for key, value in row.items()}
+    return json.dumps(values).encode() + b"\n"
+
+
+def _known(row: Mapping[str, float | None]) -> MetricsRow:
+    """Return a row as it is read from its line, with nan for null."""
+    return {
+        sys.intern(key): math.nan if value is None or not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+
+
+def stored_rows(folder: RunFolder, end: float = math.inf) -> Iterator[MetricsRow]:
+    """Yield all rows of a run up to the position `end`; the run may be training, or was killed."""
+    for _, row in _stored_lines(folder):
+        if log_position(row) > end:
+            return
+        yield row
+
+
+def read_latest_rows(
+    folder: RunFolder, step: float = math.inf, keep: Collection[float | None] = ()
+) -> list[MetricsRow]:
+    """Return the rows of a run up to a step, of a long run a sample with those of `keep` (`RowSample`)."""
+    return RowSample(stored_rows(folder, step + _AFTER_STEP), keep).rows
+
+
+def _stored_lines(folder: RunFolder) -> Iterator[tuple[bytes, MetricsRow]]:
+    """Yield the whole lines of a run's file, with their rows; the last line may be unfinished."""
+    if not folder.rows.exists():
+        yield from ((_line(row), row) for row in _rows_of_earlier_versions(folder))
+        return
+    with folder.rows.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.endswith(b"\n"):
+                try:
+                    yield line, _known(json.loads(line))
+                except ValueError as error:
+                    place, got = f"{folder.rows}:{number}", str(error)
+                    raise ConfigError(_UNREADABLE, where=place, got=got, remedy="delete this line") from error
+
+
+def _rows_of_earlier_versions(folder: RunFolder) -> Iterator[MetricsRow]:
+    """Yield the rows in `log_history.json`, then the newer ones of a table that grew during the run."""
     try:
-        rows = read_rows(folder.log_history) if folder.log_history.exists() else []
+        rows = json.loads(folder.log_history.read_bytes()) if folder.log_history.exists() else []
     except ValueError as error:
-        raise ConfigError(
-            "the metrics of this run cannot be read",
-            where=str(folder.log_history),
-            got=str(error),
-            remedy=f"delete this file: {folder.metrics_table.name} has the same rows",
-        ) from error
+        place, remedy = str(folder.log_history), f"delete it: {folder.metrics_table.name} has the same rows"
+        raise ConfigError(_UNREADABLE, where=place, got=str(error), remedy=remedy) from error
+    yield from map(_known, rows)
     table = folder.metrics_table.read_text(encoding="utf-8") if folder.metrics_table.exists() else ""
     whole, _, _ = table.rpartition("\n")  # the last line may be unfinished
-    return rows + [
-        {key: int(value) if value.isdecimal() else float(value) for key, value in row.items() if value}
-        for row in islice(csv.DictReader(io.StringIO(whole)), len(rows), None)
-    ]
+    for cells in islice(csv.DictReader(io.StringIO(whole)), len(rows), None):
+        yield _known({key: int(x) if x.isdecimal() else float(x) for key, x in cells.items() if x})
 
 
-def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def write_tables(folder: RunFolder) -> None:
+    """Write all rows as log_history.json and training_metrics.csv, each whole or not at all.
+
+    The CSV file has the columns of its header so far, then all others that rows have.
+    """
+    columns = dict.fromkeys(csv_columns())
+    if folder.metrics_table.exists():
+        with folder.metrics_table.open(encoding="utf-8", newline="") as table:
+            columns = dict.fromkeys(next(csv.reader(table), columns))
+    with files.staged_file(folder.log_history) as temporary, temporary.open("wb") as history:
+        history.write(b"[")
+        before = b"\n"
+        for line, row in _stored_lines(folder):
+            history.write(before + line.rstrip())
+            before = b",\n"
+            columns.update(dict.fromkeys(row))
+        history.write(b"\n]\n")
+    with (
+        files.staged_file(folder.metrics_table) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as table,
+    ):
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(map(row.get, columns) for row in stored_rows(folder))
+
+
+def complete_tables(folder: RunFolder) -> None:
+    """Write the tables of a run that is training, or was killed before it could write them."""
+    is_over = folder.summary.exists()
+    if folder.rows.exists() and not (is_over and folder.log_history.exists()):
+        write_tables(folder)
+        if not is_over and folder.summary.exists():  # it has ended: its own tables may have been replaced
+            write_tables(folder)
+
+
+def final_and_best(rows: Sequence[MetricsRow]) -> dict[str, Any]:
     """Return `final` and `best` of `summary.json`, without the evaluation before the first step.
 
     `final` has metrics of the last logged step and of the last evaluation (its step is `eval_step`). `best`
@@ -162,17 +298,24 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
             final |= {prefix + key: last[prefix + key] for key in _FINAL if prefix + key in last}
             shown = (*_group_prefixes(prefix), prefix + CUSTOM)
             final |= {key: value for key, value in last.items() if key.startswith(shown)}
-    best = {key: {"value": row[key], "step": row["step"]} for key, row in best_rows(rows) if key in _BEST}
-    return {"final": final, "best": best}
+    best_rows = dict[str, MetricsRow]()
+    for row in rows:
+        note_best(best_rows, row)
+    best = {key: best_rows[key] for key in _BEST if key in best_rows}
+    return {"final": final, "best": {k: {"value": row[k], "step": row["step"]} for k, row in best.items()}}
 
 
-def best_rows(rows: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, Mapping[str, float]]]:
-    """Yield each metric with its best row after step 0, the first of equal ones (`METRICS_WITH_BEST`)."""
-    for key in METRICS_WITH_BEST:
-        measured = [row for row in rows if row["step"] > 0 and math.isfinite(row.get(key, math.nan))]
-        if measured:
-            sign = 1 if METRICS[key.removeprefix(PREFIX)].best is Direction.lowest else -1
-            yield key, min(measured, key=lambda row: sign * row[key])
+def note_best(best: dict[str, MetricsRow], row: MetricsRow) -> None:
+    """Make `row` the best row of each metric (`METRICS_WITH_BEST`) in which it beats the best one so far.
+
+    Of equal rows the first one is the best. Step 0 does not count.
+    """
+    for key, sign in METRICS_WITH_BEST.items():
+        value = finite(row, key)
+        if value is None or row["step"] == 0:
+            continue
+        if key not in best or sign * value < sign * best[key][key]:
+            best[key] = row
 
 
 def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, MetricsRow]:

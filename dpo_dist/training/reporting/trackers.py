@@ -27,7 +27,7 @@ from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError, first
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.foundation.types import Fields
 from dpo_dist.objective.metrics import PairColumn
-from dpo_dist.training.reporting.metrics_log import MetricsRow, best_rows
+from dpo_dist.training.reporting.metrics_log import MetricsRow, log_position, note_best, stored_rows
 
 if TYPE_CHECKING:
     import wandb
@@ -57,11 +57,6 @@ _OPEN_SECONDS, _FINISH_SECONDS, _FINISH_ON_ERROR_SECONDS, _KILL_SECONDS = 10.0, 
 _log = logging.getLogger(__name__)
 
 
-def log_position(row: MetricsRow) -> float:
-    """Return a row's position in the log: its step, or half a step later for an evaluation."""
-    return row["step"] + any(key.startswith(PREFIX) for key in row) / 2
-
-
 def wandb_name(key: str) -> str:
     """Return a metric's name in W&B, as the trainers of transformers and TRL write it."""
     return f"eval/{key.removeprefix(PREFIX)}" if key.startswith(PREFIX) else f"train/{key}"
@@ -89,13 +84,13 @@ class TrackedRun:
 class WandbRun:
     """The wandb run of a run directory, online or offline; methods raise wandb's errors.
 
-    Sends those `rows` of earlier starts that wandb does not have.
+    Sends those rows of earlier starts, up to the position `end`, that wandb does not have.
     """
 
     run: "wandb.Run"
     is_over = False  # true when wandb's service was ended, so that it is not started again
 
-    def __init__(self, tracked: TrackedRun, mode: Mode, rows: Sequence[MetricsRow]):
+    def __init__(self, tracked: TrackedRun, mode: Mode, end: float):
         folder = tracked.folder
         self._max_samples, self._folder = tracked.max_samples, folder
         self._is_offline = mode == "offline"
@@ -126,7 +121,8 @@ class WandbRun:
             ),
         }
         self._sent = folder.wandb_id.with_name(f"sent-{self._init['id']}.json")
-        self._rows, self._received = list(rows), -1.0
+        self._end, self._received, self._count = end, -1.0, 0
+        self._last, self._best = MetricsRow(), dict[str, MetricsRow]()
         self._start()
 
     def _start(self) -> None:
@@ -144,13 +140,20 @@ class WandbRun:
             summary = dict(self.run.summary)
             step = summary.get(STEP_AXIS, -1)
             self._received = step + (summary.get(EVALUATED_AT) == step) / 2
-        for number, row in enumerate(self._rows):
+        for number, row in enumerate(stored_rows(self._folder, self._end)):
+            self._note(row, number)
             self._send(row, number)
+
+    def _note(self, row: MetricsRow, number: int) -> None:
+        self._end, self._count = max(self._end, log_position(row)), max(self._count, number + 1)
+        self._last |= row
+        note_best(self._best, row)
 
     def log(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
         """Send a row with W&B names, unless wandb has it because a resumed run computed the step again."""
-        self._rows.append(row)
-        self._retry(lambda: self._send(row, len(self._rows) - 1, margins))
+        number = self._count
+        self._note(row, number)
+        self._retry(lambda: self._send(row, number, margins))
 
     def finish(self, outcome: str, summary: Fields) -> None:
         """Close the run with its outcome, its summary (as in `summary.json`) and its verdict."""
@@ -181,8 +184,8 @@ class WandbRun:
 
     def _close(self, outcome: str, summary: Fields) -> None:
         # wandb itself knows rows of the last start only. Not `step`: wandb's axis can be ahead of the rows.
-        last = {wandb_name(key): value for row in self._rows for key, value in row.items() if key != "step"}
-        best = {f"best/{wandb_name(key)}": row[key] for key, row in best_rows(self._rows)}
+        last = {wandb_name(key): value for key, value in self._last.items() if key != "step"}
+        best = {f"best/{wandb_name(key)}": row[key] for key, row in self._best.items()}
         self.run.summary.update({**last, **best, **without_secrets(summary)})
         if "verdict" in summary:
             notes = [_environment_variable("WANDB_NOTES"), f"Verdict: {summary['verdict']['sentence']}"]
@@ -203,7 +206,7 @@ class WandbRun:
             action()
 
 
-def open_wandb(tracked: TrackedRun, rows: Sequence[MetricsRow], say: Say) -> WandbRun | None:
+def open_wandb(tracked: TrackedRun, end: float, say: Say) -> WandbRun | None:
     """Start or resume the wandb run of a run directory; return None if it is off or cannot start.
 
     Never raises or prompts. A run that cannot go online is stored in the directory for a later upload; `say`
@@ -211,7 +214,7 @@ def open_wandb(tracked: TrackedRun, rows: Sequence[MetricsRow], say: Say) -> Wan
     """
     for mode in _modes_to_try(wanted_mode(tracked.tracking.wandb), say):
         try:
-            tracker = WandbRun(tracked, mode, rows)
+            tracker = WandbRun(tracked, mode, end)
         except Exception as error:
             _warn(f"wandb cannot start {mode}: {first_line(error)}", say)
             end_service()
@@ -338,13 +341,14 @@ class InBackground:
 class TensorBoard:
     """Writes TensorBoard's event files; a resumed run replaces the steps after its checkpoint."""
 
-    def __init__(self, folder: RunFolder, rows: Sequence[MetricsRow]):
+    def __init__(self, folder: RunFolder, end: float):
         place = folder.tensorboard
-        self._received = log_position(rows[-1]) if rows and any(place.glob("events.*")) else -1.0
+        self._received = end if any(place.glob("events.*")) else -1.0
         self._tracker = TensorBoardTracker(place.name, place.parent, purge_step=int(self._received) + 1)
         self._tracker.start()
-        for row in rows:
-            self.log(row)
+        if self._received < end:
+            for row in stored_rows(folder, end):
+                self.log(row)
 
     def log(self, row: MetricsRow, margins: PairColumn | None = None) -> None:  # noqa: ARG002
         """Write a row, with its W&B names."""
@@ -393,15 +397,16 @@ class Trackers:
                 _warn(f"{type(tracker).__name__} stops, training continues: {first_line(error)}", self._say)
 
 
-def open_trackers(tracked: TrackedRun, rows: Sequence[MetricsRow], say: Say) -> Trackers:
+def open_trackers(tracked: TrackedRun, end: float, say: Say) -> Trackers:
     """Start or resume a run's trackers, without waiting for a slow server.
 
-    `rows`: rows up to the checkpoint from which training resumes. Other threads also call `say`.
+    `end`: the position of the last row before the checkpoint from which training resumes; -1 for a new run.
+    Other threads also call `say`.
     """
     trackers: list[Tracker] = []
     if tracked.tracking.wandb is not WandbMode.off:
-        start = partial(open_wandb, tracked, list(rows))
+        start = partial(open_wandb, tracked, end)
         trackers.append(InBackground(start, say, tracked.folder))
     if OtherTracker.tensorboard in tracked.tracking.also:
-        trackers.append(TensorBoard(tracked.folder, rows))
+        trackers.append(TensorBoard(tracked.folder, end))
     return Trackers(trackers, say)

@@ -61,8 +61,8 @@ def checked_start(config: RunConfig, *, trains: bool = False) -> Iterator[Consol
         with open_console(folder.rank_log, config.console.style) as console:
             yield console
     except (ConfigError, DataError, ReferenceModelError, CheckpointError):
-        # `log_history.json` exists from the moment before the first step.
-        if is_new and os.environ.get("RANK", "0") == "0" and not folder.log_history.exists():
+        # The file of rows exists from the moment before the first step.
+        if is_new and os.environ.get("RANK", "0") == "0" and not folder.rows.exists():
             with contextlib.suppress(ConfigError), locked(folder.lock, "trains", "wait for it"):
                 shutil.rmtree(folder.path, ignore_errors=True)  # never the folder of another process
         raise

@@ -294,12 +294,12 @@ class Loop:
             return
         row = {"step": position.step, "epoch": self.inputs.sampler.epoch(position.step - 1), **values}
         if "loss" in row:
-            count_spike(row, self.recorder.metrics.rows, self.run.say)
+            count_spike(row, self.recorder.metrics.sample.steps, self.run.say)
         self.recorder.row(row, margins)
         show_row(self.run.console, row, self.inputs.sampler.steps, self.run.config.loss.unit)
 
     def save_rows(self) -> None:
-        """Write the rows so far; on rank 0."""
+        """Flush the rows so far to disk; on rank 0."""
         if self.recorder is not None:
             self.recorder.metrics.save()
 

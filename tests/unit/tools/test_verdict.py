@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dpo_dist.tools.report.verdict.rules import RUN_RULES, Verdict, sample_alarm, verdict
-from dpo_dist.training.reporting.metrics_log import loss_before_spike
+from dpo_dist.training.reporting import metrics_log
+from dpo_dist.training.reporting.metrics_log import RowSample, loss_before_spike
 
 STEPS = 20
 SETTINGS = {"loss.kind": "sigmoid", "loss.beta": 0.1, "optim.lr": 1e-6}
@@ -290,6 +291,24 @@ def test_a_rule_finds_its_fault_alone(
     is_remark = rule in ("displacement", "good_responses_fall")
     assert judged.sentence.startswith("no fault found: " if is_remark else RUN_RULES[rule].text)
     assert finding.remedy in "".join(judged.lines())
+
+
+@pytest.mark.parametrize(("rule", "history", "ended", "words"), FAULTS)
+def test_a_long_run_is_judged_by_a_sample_of_its_rows_as_by_all(
+    rule: str, history: list[Row], ended: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics_log, "MOST_STEPS", 1000)
+    length = 200
+    every = [
+        {**row, "step": row["step"] * length - back}
+        for row in history
+        for back in range(length - 1 if "loss" in row else 0, -1, -1)
+    ]
+    bands = [band | {"step": band["step"] and band["step"] * length} for band in ended.get("bands", ())]
+    long = {**ended, "steps": STEPS * length, "bands": bands}
+    sample = RowSample(every, [band["step"] for band in bands]).rows
+    assert len(sample) < len(every) / 2
+    assert rules_of(sample, **long) == rules_of(every, **long)
 
 
 @pytest.mark.parametrize(

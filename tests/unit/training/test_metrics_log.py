@@ -3,8 +3,14 @@
 import csv
 import json
 import math
+import multiprocessing
+import os
+import random
+import signal
 import sys
+from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -13,7 +19,18 @@ from dpo_dist.config.losses import LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.metrics import MetricPlan
-from dpo_dist.training.reporting.metrics_log import MetricsLog, csv_columns, final_and_best
+from dpo_dist.training.reporting import metrics_log
+from dpo_dist.training.reporting.metrics_log import (
+    MetricsLog,
+    RowSample,
+    complete_tables,
+    csv_columns,
+    final_and_best,
+    log_position,
+    metrics_by_source,
+    read_latest_rows,
+    stored_rows,
+)
 from dpo_dist.training.start.environment import describe_environment
 
 
@@ -26,11 +43,11 @@ def evaluation_of(step: int, loss: float, accuracy: float) -> dict[str, float]:
 
 
 def log_of(run_dir: Path, *rows: dict[str, float]) -> MetricsLog:
-    """A new log of saved rows."""
+    """The log of a new run that has ended after these rows."""
     log = MetricsLog.open(RunFolder(run_dir), None)
     for row in rows:
         log.append(row)
-    log.save()
+    log.close({})
     return log
 
 
@@ -39,21 +56,26 @@ def csv_rows(run_dir: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_csv_file_grows_with_every_row_and_new_key_and_saving_changes_no_row(tmp_path: Path) -> None:
-    log = log_of(tmp_path)
-    log.append(row_of(1))
-    assert tuple(csv_rows(tmp_path)[0]) == csv_columns()
+def test_rows_are_appended_to_a_file_from_which_the_tables_are_written_at_the_end(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    log = MetricsLog.open(folder, None)
     plan = MetricPlan(LossConfig(terms=[LossTermConfig(LossKind.ipo), LossTermConfig(LossKind.sft)]))
     assert {"loss/terms/ipo", "eval_loss/terms/sft"} <= {*csv_columns(plan)} - {*csv_columns()}
-    log.append({**evaluation_of(1, 0.6, 0.5), "eval_hard/loss": 0.25})
-    log.append(row_of(3))
+    rows = [row_of(1), {**evaluation_of(1, 0.6, 0.5), "eval_hard, too/loss": 0.25}, row_of(3)]
+    for number, row in enumerate(rows, start=1):
+        log.append(row)
+        assert [json.loads(line) for line in folder.rows.read_text().splitlines()] == rows[:number]
+        assert list(stored_rows(folder)) == log.rows == rows[:number]
+    assert (folder.log_history.exists(), csv_rows(tmp_path)) == (False, []), "until the run ends"
+    log.close({"steps": 3})
+    assert json.loads(folder.summary.read_text()) == {"steps": 3}
+    assert folder.log_history.read_text() == "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
     found = csv_rows(tmp_path)
+    assert tuple(found[0]) == (*csv_columns(), "eval_hard, too/loss")
     assert [row["step"] for row in found] == ["1", "1", "3"]
-    assert [row["eval_hard/loss"] for row in found] == ["", "0.25", ""]
+    assert [row["eval_hard, too/loss"] for row in found] == ["", "0.25", ""]
     assert [row["loss"] for row in found] == ["0.69", "", "0.6699999999999999"]
-    log.save()
-    assert csv_rows(tmp_path) == found
-    assert json.loads(log.folder.log_history.read_text()) == log.rows
+    assert json.loads(log_of(tmp_path / "empty").folder.log_history.read_text()) == []
 
 
 def test_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -62,23 +84,84 @@ def test_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path: Pa
     log_of(tmp_path / "killed", *rows[:7], {**rows[7], "seen only before the kill": 1.0})
     resumed = MetricsLog.open(RunFolder(tmp_path / "killed"), 6)
     assert resumed.rows == rows[:6]
-    assert len(csv_rows(tmp_path / "killed")) == 6
+    assert not resumed.folder.log_history.exists(), "it would lack the rows of this start"
     for row in rows[6:]:
         resumed.append(row)
-    resumed.save()
+    resumed.close({})
     files = [[file.read_bytes() for file in sorted(log.folder.metrics.iterdir())] for log in (whole, resumed)]
     assert files[0] == files[1]
-    log_of(tmp_path / "lost", *rows).folder.log_history.unlink()
-    assert MetricsLog.open(RunFolder(tmp_path / "lost"), 6).rows == rows[:6], "the other file has them"
-    assert log_of(tmp_path / "killed").rows == [] == csv_rows(tmp_path / "killed"), "a fresh start"
+    said = list[str]()
+    assert MetricsLog.open(RunFolder(tmp_path / "killed"), None, said.append).rows == []
+    assert "its rows are replaced" in said.pop(), "a fresh start"
+    whole.folder.rows.unlink()
+    assert MetricsLog.open(whole.folder, 6, said.append).rows == rows[:6], "the table has them"
+    assert said == []
+    whole.folder.rows.unlink()
+    assert MetricsLog.open(whole.folder, 6, said.append).rows == []
+    assert "metrics up to step 6 are lost" in said.pop()
 
 
-def test_a_damaged_file_of_rows_is_an_error_that_names_the_other(tmp_path: Path) -> None:
-    folder = log_of(tmp_path, {"step": 1, "loss": 0.5}).folder
+@pytest.mark.parametrize("torn", ["", '{"step": 9, "lo', "\0" * 50], ids=["whole", "cut", "zeros"])
+def test_a_killed_process_loses_no_row(tmp_path: Path, torn: str) -> None:
+    """What a crash of the machine leaves behind the last whole line is cut."""
+    folder, rows = RunFolder(tmp_path), list(map(row_of, range(1, 9)))
+
+    def train() -> None:
+        log = MetricsLog.open(folder, None)
+        for row in rows:
+            log.append(row)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=train)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    with folder.rows.open("a") as file:
+        file.write(torn)
+    assert list(stored_rows(folder)) == rows
+    resumed = MetricsLog.open(folder, 8)
+    resumed.append(row_of(9))
+    assert list(stored_rows(folder)) == resumed.rows == [*rows, row_of(9)]
+
+
+def test_rows_are_on_the_disk_before_a_checkpoint_counts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, log = list[Path](), MetricsLog.open(RunFolder(tmp_path), None)
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").resolve()))
+    log.append(row_of(1))
+    log.save()
+    assert synced == [log.folder.rows.resolve()]
+    tmp_path.joinpath("dpo_metrics").rename(tmp_path / "moved")
+    for lost in (log.save, lambda: log.append(row_of(2))):
+        with pytest.raises(FileNotFoundError):
+            lost()
+
+
+def test_a_run_of_an_earlier_version_is_read_and_resumed_without_losing_rows(tmp_path: Path) -> None:
+    """Its JSON file has the rows up to a checkpoint, its CSV file those after it, too."""
+    rows = [row_of(1), evaluation_of(1, 0.8, 0.4), row_of(2), row_of(3)]
+    folder = log_of(tmp_path, *rows, row_of(4)).folder
+    folder.rows.unlink()
+    folder.log_history.write_text(json.dumps(rows[:2]))
+    folder.metrics_table.write_text(folder.metrics_table.read_text().rstrip("\n"))
+    assert read_latest_rows(folder) == rows
+    assert read_latest_rows(folder, step=1) == rows[:2]
+    assert MetricsLog.open(folder, 3).rows == rows
+    assert list(stored_rows(folder)) == rows
+    folder.rows.unlink()
     folder.log_history.write_text("[{")
     with pytest.raises(ConfigError, match="cannot be read") as raised:
         MetricsLog.open(folder, 1)
     assert folder.metrics_table.name in raised.value.remedy
+
+
+def test_a_damaged_line_is_an_error_that_names_it(tmp_path: Path) -> None:
+    folder = log_of(tmp_path, row_of(1), row_of(2)).folder
+    folder.rows.write_text(folder.rows.read_text().replace("}", "", 1))
+    with pytest.raises(ConfigError, match="cannot be read") as raised:
+        MetricsLog.open(folder, 1)
+    assert raised.value.where == f"{folder.rows}:1"
 
 
 def test_an_evaluation_that_is_made_again_has_one_row(tmp_path: Path) -> None:
@@ -91,12 +174,112 @@ def test_an_evaluation_that_is_made_again_has_one_row(tmp_path: Path) -> None:
 
 def test_values_that_are_not_finite_give_valid_json_and_survive_a_resume(tmp_path: Path) -> None:
     log = log_of(tmp_path, {"step": 1, "loss": math.nan, "grad_norm": math.inf})
-    log.save({"final": {"loss": math.nan}, "losses": [math.inf, 1.0], "exit": "diverged"})
+    log.close({"final": {"loss": math.nan}, "losses": [math.inf, 1.0], "exit": "diverged"})
     rows = json.loads(log.folder.log_history.read_text(), parse_constant=pytest.fail)
     assert rows == [{"step": 1, "loss": None, "grad_norm": None}]
     summary = json.loads(log.folder.summary.read_text(), parse_constant=pytest.fail)
     assert summary == {"final": {"loss": None}, "losses": [None, 1.0], "exit": "diverged"}
     assert math.isnan(MetricsLog.open(RunFolder(tmp_path), 1).rows[0]["loss"])
+
+
+def test_a_report_during_training_never_replaces_the_tables_of_a_run_that_has_just_ended(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder(tmp_path)
+    log = MetricsLog.open(folder, None)
+    log.append(row_of(1))
+    complete_tables(folder)
+    assert json.loads(folder.log_history.read_text()) == [row_of(1)]
+    real_sync, ends = metrics_log.files.sync, [True]
+
+    def sync(path: Path) -> None:
+        """End the run when the report has written its table, but not yet put it in its place."""
+        if ends.pop() if ends else False:
+            log.append(row_of(2))
+            log.close({})
+        real_sync(path)
+
+    with mock.patch.object(metrics_log.files, "sync", sync):
+        complete_tables(folder)
+    assert json.loads(folder.log_history.read_text()) == [row_of(1), row_of(2)] == list(stored_rows(folder))
+    assert [row["step"] for row in csv_rows(tmp_path)] == ["1", "2"]
+    written = folder.log_history.stat().st_mtime_ns
+    complete_tables(folder)
+    assert folder.log_history.stat().st_mtime_ns == written, "of a run that has ended"
+    folder.summary.unlink()
+    with mock.patch.object(metrics_log, "write_tables") as write:
+        write.side_effect = lambda _: folder.summary.stat()  # else a report could miss the end
+        log.close({})
+    assert write.call_count == 1
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only so many rows stay in memory."""
+    for name, most in {"STEPS": 1000, "EVALUATIONS": 500}.items():
+        monkeypatch.setattr(metrics_log, f"MOST_{name}", most)
+
+
+def long_run(steps: int) -> list[dict[str, float]]:
+    """Rows of steps, and an evaluation after every third one."""
+    draw, rows = random.Random(steps), list[dict[str, float]]()
+    for step in range(1, steps + 1):
+        rows.append({"step": step, "loss": draw.random(), "loss_spikes": step // 1201, "pairs": 8})
+        if step % 3 == 0:
+            rows.append(evaluation_of(step, draw.random(), draw.randint(1, 5) / 5))
+    return rows
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("steps", [1, 399, 400, 401, 1000])
+def test_all_rows_of_a_usual_run_are_in_memory(steps: int) -> None:
+    rows = long_run(steps)
+    assert RowSample(rows).rows == rows
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("steps", [1001, 1701, 2500, 9001])
+def test_a_long_run_has_an_even_choice_of_its_rows_and_all_that_are_asked_for(steps: int) -> None:
+    rows, draw = long_run(steps), random.Random(steps)
+    chosen_anyway = set(map(id, RowSample(rows).rows))
+    rare, broken, kept = draw.sample([row for row in rows if id(row) not in chosen_anyway], 3)
+    rare["rewards/accuracies/rare"] = 0.5
+    for row in rows[rows.index(broken) :]:
+        row["custom/x"] = math.nan
+    sample = RowSample(rows, [kept["step"]])
+    found = sample.rows
+    asked = [
+        rare,
+        broken,
+        kept,
+        *(row for row in rows if row["step"] % 1201 == 0 and "loss" in row),
+    ]  # spikes
+    assert set(map(id, asked)) <= set(map(id, found))
+    assert final_and_best(found) == final_and_best(rows)
+    assert metrics_by_source(found) == metrics_by_source(rows)
+    positions = list(map(log_position, found))
+    assert positions == sorted(set(positions))
+    for chosen, most, each in ((sample.steps, 1000, 1), (sample.evaluations, 500, 3)):
+        assert min(most / 2, steps // each) <= len(chosen) <= most
+        places = [int(row["step"]) // each for row in chosen]
+        assert places[:200] == list(range(1, 201))
+        assert places[-200:] == list(range(steps // each - 199, steps // each + 1))
+        assert len({after - before for before, after in pairwise(places[200:-200])}) <= 1
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_the_rows_in_memory_are_those_that_a_resume_or_a_report_reads(tmp_path: Path) -> None:
+    rows, folder = long_run(2500), RunFolder(tmp_path)
+    log = MetricsLog.open(folder, None, keep=[2000])
+    for row in rows:
+        log.append(row)
+    assert len(log.rows) < len(rows) / 2
+    assert (
+        log.rows == MetricsLog.open(folder, 2500, keep=[2000]).rows == read_latest_rows(folder, keep=[2000])
+    )
+    assert list(stored_rows(folder)) == rows
+    assert [row for row in log.rows if row["step"] == 2000 and "loss" in row]
+    assert read_latest_rows(folder, step=900) == RowSample(r for r in rows if r["step"] <= 900).rows
 
 
 def test_final_and_best_values() -> None:

@@ -129,7 +129,7 @@ def test_a_users_error_removes_a_run_directory_that_has_not_trained(
     with pytest.raises(DataError), checked_start(other := run_of(assets, tmp_path / "late")):  # noqa: PT012
         MetricsLog.open(RunFolder.from_config(other), None)
         raise DataError("found at a later step, before the first row and the first checkpoint")
-    assert RunFolder.from_config(other).metrics_table.is_file()
+    assert RunFolder.from_config(other).rows.is_file()
     fail_late(other := run_of(assets, tmp_path / "bug"), RuntimeError("a fault of the program"))
     assert RunFolder.from_config(other).rank_log(0).is_file()
     monkeypatch.setenv("RANK", "1")

@@ -31,6 +31,7 @@ from dpo_dist.config.verb_sections import SamplesConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.files import write_text
 from dpo_dist.tools.report.recorder import tracked_run
+from dpo_dist.training.reporting.metrics_log import MetricsLog, log_position
 from dpo_dist.training.reporting.trackers import (
     InBackground,
     TrackedRun,
@@ -83,6 +84,14 @@ def tracked(
     return tracked_run(Run(config, ALONE, Console(None)), environment or {}, stop)
 
 
+def stored(run_dir: Path, rows: Sequence[Mapping[str, float]]) -> float:
+    """Write the rows that training has logged so far; return the position of the last one."""
+    log = MetricsLog.open(RunFolder(run_dir), None, lambda _: None)
+    for row in rows:
+        log.append(row)
+    return log_position(rows[-1]) if rows else -1.0
+
+
 def open_in(
     run_dir: Path,
     config: RunConfig | None = None,
@@ -91,7 +100,7 @@ def open_in(
     **options: Any,
 ) -> WandbRun:
     run_dir.mkdir(exist_ok=True)
-    tracker = open_wandb(tracked(run_dir, config, **options), rows, say)
+    tracker = open_wandb(tracked(run_dir, config, **options), stored(run_dir, rows), say)
     assert tracker is not None
     return tracker
 
@@ -170,7 +179,7 @@ def test_tensorboard_has_every_value_once(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = config_of(WandbMode.off, also=[OtherTracker.tensorboard])
     for known, computed in ((0, ROWS[:4]), (1, ROWS[1:])):  # resumed from step 1
-        trackers = open_trackers(tracked(tmp_path, config), ROWS[:known], pytest.fail)
+        trackers = open_trackers(tracked(tmp_path, config), stored(tmp_path, ROWS[:known]), pytest.fail)
         for row in computed:
             trackers.log(row)
         trackers.finish("preempted", {})
@@ -194,7 +203,7 @@ def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
     row = {"prompt": "a prompt", "reference": f"by hf_{SECRET}", "policy": "p" * 5000, "policy_tokens": 3}
     write_samples(tmp_path, 2, [row | {"images": ["data:image/jpeg;base64,AA"]}, row, row])
     config = replace(config_of(samples=2), samples=SamplesConfig(prompts=3))
-    tracker = open_trackers(tracked(tmp_path, config), [], print)
+    tracker = open_trackers(tracked(tmp_path, config), -1.0, print)
     assert os.environ["WANDB_DATA_DIR"].startswith(str(tmp_path))
     tracker.log({"step": 1, "loss": 0.7})
     margins = np.array([0.0, 1.0, 1.0, np.nan, np.inf], dtype=np.float32)
@@ -401,6 +410,21 @@ def test_a_server_lost_during_training_delays_the_end_by_a_timeout_only(
     assert services() == [], "the service does not start again"
 
 
+def test_rows_logged_while_wandb_opens_are_sent_once_in_their_turn(tmp_path: Path) -> None:
+    """They are in the file already, without their histograms."""
+    before = stored(tmp_path, ROWS[:1])
+    stored(tmp_path, ROWS[:3])
+    tracker = open_wandb(tracked(tmp_path), before, print)
+    assert tracker is not None
+    assert tracker.run.step == 1
+    tracker.log(ROWS[1])
+    tracker.log(ROWS[2], np.array([0.0, 1.0], dtype=np.float32))
+    tracker.finish("preempted", {})
+    assert history_rows(tmp_path) == [wandb_names(row) for row in ROWS[:3]]
+    assert [list(media) for media in media_rows(tmp_path)] == [[], [], ["eval/margins_histogram"]]
+    assert [row["_step"] for row in all_rows(tmp_path)] == [0, 1, 2]
+
+
 def test_a_killed_service_loses_no_later_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = open_in(tmp_path)
     tracker.log(ROWS[0])
@@ -414,10 +438,10 @@ def test_a_killed_service_loses_no_later_row(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_tracking_may_be_off_or_fail(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert open_wandb(tracked(tmp_path, config_of(WandbMode.off)), (), print) is None
+    assert open_wandb(tracked(tmp_path, config_of(WandbMode.off)), -1.0, print) is None
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "wandb").write_text("a file in the way")
-    assert open_wandb(tracked(tmp_path), (), print) is None
+    assert open_wandb(tracked(tmp_path), -1.0, print) is None
     assert "cannot start offline" in caplog.text
 
 

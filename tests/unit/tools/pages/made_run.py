@@ -103,7 +103,7 @@ def made_run(folder: Path, text: str = "plain", source: str = "math") -> RunFold
     for step in range(1, 31):
         history.append(row(step, source))
         history.append(evaluation(step, source))
-    history.save({**final_and_best(history.rows), **summary(text)})
+    history.close({**final_and_best(history.rows), **summary(text)})
     config = {
         "model": {"path": text, "revision": None, "dtype": "bf16", "adapter": None},
         "data": {"train": [{"path": text, "weight": 2.0, "split": None}, "b & c"]},

@@ -1,5 +1,6 @@
 """The page of a run and its verb: complete, inert, also of a run in training."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -13,7 +14,8 @@ from dpo_dist.tools.report.__main__ import main
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.tools.report.runs import compare_runs
 from dpo_dist.tools.shared.pages.render import inert
-from tests.unit.tools.pages.made_run import HOSTILE, Page, change, made_run
+from dpo_dist.training.reporting.metrics_log import MetricsLog
+from tests.unit.tools.pages.made_run import HOSTILE, Page, change, made_run, row
 
 RELOADS = '<meta http-equiv="refresh" content="30">'
 
@@ -107,8 +109,8 @@ def test_the_verb_writes_the_page_again(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_run_in_training_has_a_page_of_its_rows_so_far(tmp_path: Path) -> None:
     run = made_run(tmp_path)
-    with run.metrics_table.open("a") as table:
-        table.write("40,0.1,12.0\n41,0.1,12.")
+    with run.rows.open("a") as rows:
+        rows.write('{"step": 40, "loss": 0.5, "new": 2.0}\n{"step": 41, "lo')
     run.summary.unlink()
     run.log_history.unlink()
     assert main([str(run)]) == 0
@@ -117,6 +119,20 @@ def test_a_run_in_training_has_a_page_of_its_rows_so_far(tmp_path: Path) -> None
     assert "This run has not ended: its last metrics are of step 40." in html
     assert html.count('<figure class="curves') >= 4
     assert RELOADS in html
+    tables = run.log_history.read_text(), run.metrics_table.read_text()
+    assert json.loads(tables[0])[-1] == {"step": 40, "loss": 0.5, "new": 2.0}
+    assert (tables[1].splitlines()[0][-4:], tables[1][-5:]) == (",new", ",2.0\n")
+
+
+def test_the_page_of_a_long_run_is_no_larger_than_that_of_a_short_one(tmp_path: Path) -> None:
+    sizes = []
+    for steps in (1000, 9000):
+        log = MetricsLog.open(made_run(tmp_path / str(steps)), None, lambda _: None)
+        for step in range(1, steps + 1):
+            log.append(row(30, "math") | {"step": step, "loss": 1 / step})
+        page = Page(write_page(log.folder).read_text())
+        sizes.append((len(page.tags), len(log.folder.report.read_bytes()) / 100_000))
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
 
 
 def test_a_page_of_a_run_that_has_ended_does_not_reload(tmp_path: Path) -> None:

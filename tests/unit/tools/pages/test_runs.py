@@ -27,11 +27,14 @@ def compared(runs: list[RunFolder]) -> tuple[list[str], Page]:
     return [" ".join(line.split()) for line in lines], Page(page.read_text(encoding="utf-8"))
 
 
+def change_last_row(run: RunFolder, values: dict[str, float]) -> None:
+    *lines, last = run.rows.read_text().splitlines()
+    run.rows.write_text("\n".join([*lines, json.dumps(json.loads(last) | values), ""]))
+
+
 def end_with(run: RunFolder, accuracy: float, *ends: float) -> None:
     """Give the last evaluation of a run another accuracy."""
-    rows = json.loads(run.log_history.read_text())
-    rows[-1]["eval_rewards/accuracies"] = accuracy
-    run.log_history.write_text(json.dumps(rows))
+    change_last_row(run, {"eval_rewards/accuracies": accuracy})
     change(
         run.named_evaluation(LAST_EVALUATION).results,
         "all",
@@ -81,9 +84,7 @@ def test_the_table_has_what_differs_and_marks_the_best(runs: list[RunFolder]) ->
 def test_what_is_not_comparable_has_a_warning_and_no_best(runs: list[RunFolder]) -> None:
     end_with(runs[1], 0.9, 0.85, 0.95)
     change(runs[2].config, "loss", "beta", value=0.5)
-    rows = json.loads(runs[2].log_history.read_text())
-    rows[-1] |= {"eval_loss": 0.1, "eval_rewards/margins": 3.0}
-    runs[2].log_history.write_text(json.dumps(rows))
+    change_last_row(runs[2], {"eval_loss": 0.1, "eval_rewards/margins": 3.0})
     lines, page = compared(runs)
     assert "0.900* [0.850, 0.950]" in lines[2]
     assert "*" not in lines[3]
