@@ -11,7 +11,8 @@
 
 All ranks write a checkpoint under a temporary name, and rank 0 its manifest; then the folder is renamed,
 `latest` and `best` are updated, and after that older checkpoints are deleted. Only files that match a
-manifest are loaded. Training continues while copies of the weights are written in the background.
+manifest are loaded. Training continues while copies of the weights are written, and others deleted, in the
+background.
 """
 
 import contextlib
@@ -294,7 +295,7 @@ class CheckpointSaver:
     """Save the checkpoints of one run below `root` and keep the newest `keep_last`, at least one.
 
     `say` is called with a warning on every rank, `committed` on rank 0 with the step of each committed
-    checkpoint.
+    checkpoint, and `in_use` there before others are deleted: it returns the one that must stay for now.
     """
 
     def __init__(
@@ -306,13 +307,16 @@ class CheckpointSaver:
         *,
         say: Callable[[str], None] = log.warning,
         committed: Callable[[int], None] = lambda _step: None,
+        in_use: Callable[[], Path | None] = lambda: None,
     ):
         self._root, self._keep_last = root, max(1, keep_last)
         self._parts, self._world = parts, world
         self._damaged: set[Path] = set()
         self._copy = HostCopy(world.device)
-        self._say, self._committed = say, committed
+        self._say, self._committed, self._in_use = say, committed, in_use
         self._pending: _Pending | None = None
+        self._deleting: threading.Thread | None = None
+        self._last: Path | None = None
         self._has_warned = False
         self._best_step: int | None = None
 
@@ -333,7 +337,8 @@ class CheckpointSaver:
 
         def create() -> Path:
             with disk_errors(folder):
-                remove_unfinished(self._root)  # to make room
+                self._end_deleting()  # to make room
+                remove_unfinished(self._root)
                 self._root.mkdir(exist_ok=True)
                 (temporary := temporary_name(folder)).mkdir()
             return temporary
@@ -379,14 +384,15 @@ class CheckpointSaver:
 
     def _commit(self, pending: _Pending, entries: Entries) -> None:
         with disk_errors(pending.temporary, pending.bytes):
-            (pending.temporary / STATE).write_text(pending.state)
+            write_text(pending.temporary / STATE, pending.state)
             entries[STATE] = text_digest(pending.state)
-            (pending.temporary / MANIFEST).write_text(json.dumps(entries, indent=1))
-            commit_folder(pending.temporary, pending.folder)
+            write_text(pending.temporary / MANIFEST, json.dumps(entries, indent=1))
+            commit_folder(pending.temporary, pending.folder, is_synced=True)
         self._name(pending.folder)
         note_progress(str(pending.folder))
         self._committed(checkpoint_step(pending.folder.name) or 0)
-        self._delete_old(pending.folder)  # last: some file systems need minutes for terabytes
+        self._last = pending.folder
+        self._delete_old(pending.folder)
 
     def _name(self, folder: Path) -> None:
         with disk_errors(folder):
@@ -397,13 +403,19 @@ class CheckpointSaver:
                 (self._root / BEST_FILE).unlink(missing_ok=True)
 
     def _delete_old(self, committed: Path) -> None:
-        """Delete all checkpoints except `committed`, the best one, and the newest undamaged ones."""
+        """Delete in a thread all but `committed`, the best, the newest undamaged ones, and one in use."""
+        self._end_deleting()
         others = [folder for folder in checkpoint_folders(self._root) if folder != committed]
         intact = [folder for folder in others if folder not in self._damaged]
         best = [folder for folder in intact if checkpoint_step(folder.name) == self._best_step]
-        for folder in set(others) - {*intact[: self._keep_last - 1], *best}:
-            shutil.rmtree(folder, ignore_errors=True)
+        old = set(others) - {*intact[: self._keep_last - 1], *best, self._in_use()}
         self._damaged.clear()
+        self._deleting = threading.Thread(target=_delete, args=(old,), daemon=True)
+        self._deleting.start()
+
+    def _end_deleting(self) -> None:
+        if self._deleting is not None:
+            self._deleting.join()
 
     def resume(self, folder: Path, best_step: int | None) -> None:
         """Update `latest` and `best` and delete old checkpoints, which a kill may have prevented. Collective.
@@ -423,9 +435,17 @@ class CheckpointSaver:
         self._world.on_main(complete)
 
     def close(self) -> None:
-        """End the saver and drop an uncommitted checkpoint; not collective."""
+        """End the saver: drop an uncommitted checkpoint, and delete the last old ones; not collective."""
         self._pending = None
         self._copy.close()
+        if self._last is not None:
+            self._delete_old(self._last)  # one that was in use
+        self._end_deleting()
+
+
+def _delete(folders: Iterable[Path]) -> None:
+    for folder in folders:  # some file systems need minutes for terabytes
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path: Path) -> None:
     for step, best in ((1, 1), (2, 1), (3, 3), (4, 3), (5, 3)):
         run.weights.weight.fill_(step)
         run.saver.save(step, {"step": step, "best": best}, best_step=best)
-    run.saver.commit()
+    run.commit()
     assert run.left() == ["step-000003", "step-000005"]
     assert best_checkpoint(tmp_path) == "step-000003"
     drop_checkpoints(tmp_path)
@@ -121,7 +121,7 @@ def test_training_waits_where_memory_has_no_room(run: Run, monkeypatch: pytest.M
         run.weights.weight.fill_(step)
         run.saver.save(step, {"step": step})
         run.weights.weight.fill_(7)
-    run.saver.commit()
+    run.commit()
     assert run.start() == 2
     assert len(said) == 1
     assert "host memory has no room" in said[0]
@@ -215,7 +215,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_last_or_the_new_checkpoint(
         run.weights.weight.fill_(3)
         run.saver.save(3, {"step": 3})
         run.weights.weight.fill_(4)  # the next step, while it is written
-        run.saver.commit()
+        run.commit()
 
     ends = []
     for run, _ in kills(prepared(tmp_path / "before", keep_last, 1, 2), keep_last, save):
@@ -237,7 +237,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_last_or_the_new_checkpoint(
 def save_best(run: Run, step: int) -> None:
     run.weights.weight.fill_(step)
     run.saver.save(step, {"step": step, "best": step}, best_step=step)
-    run.saver.commit()
+    run.commit()
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_the_best_checkpoint(tmp_path: Path) -> None:
