@@ -21,7 +21,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +69,7 @@ from dpo_dist.foundation.text import size
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_LATEST = "latest"
+LATEST = "latest"
 
 
 def read_manifest(folder: Path) -> Entries:
@@ -295,7 +295,7 @@ class CheckpointSaver:
     """Save the checkpoints of one run below `root` and keep the newest `keep_last`, at least one.
 
     `say` is called with a warning on every rank, `committed` on rank 0 with the step of each committed
-    checkpoint, and `in_use` there before others are deleted: it returns the one that must stay for now.
+    checkpoint, and `in_use` before others are deleted: it returns those that must stay for now.
     """
 
     def __init__(
@@ -307,7 +307,7 @@ class CheckpointSaver:
         *,
         say: Callable[[str], None] = log.warning,
         committed: Callable[[int], None] = lambda _step: None,
-        in_use: Callable[[], Path | None] = lambda: None,
+        in_use: Callable[[], Collection[Path]] = lambda: (),
     ):
         self._root, self._keep_last = root, max(1, keep_last)
         self._parts, self._world = parts, world
@@ -396,7 +396,7 @@ class CheckpointSaver:
 
     def _name(self, folder: Path) -> None:
         with disk_errors(folder):
-            write_text(self._root / _LATEST, folder.name)
+            write_text(self._root / LATEST, folder.name)
             if self._best_step is not None:
                 write_text(self._root / BEST_FILE, f"{checkpoint_name(self._best_step)}\n")
             else:
@@ -408,7 +408,7 @@ class CheckpointSaver:
         others = [folder for folder in checkpoint_folders(self._root) if folder != committed]
         intact = [folder for folder in others if folder not in self._damaged]
         best = [folder for folder in intact if checkpoint_step(folder.name) == self._best_step]
-        old = set(others) - {*intact[: self._keep_last - 1], *best, self._in_use()}
+        old = set(others) - {*intact[: self._keep_last - 1], *best, *self._in_use()}
         self._damaged.clear()
         self._deleting = threading.Thread(target=_delete, args=(old,), daemon=True)
         self._deleting.start()
@@ -445,7 +445,8 @@ class CheckpointSaver:
 
 def _delete(folders: Iterable[Path]) -> None:
     for folder in folders:  # some file systems need minutes for terabytes
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # at once no checkpoint any more
+            shutil.rmtree(folder.rename(temporary_name(folder)))
 
 
 @contextlib.contextmanager
@@ -467,12 +468,11 @@ def drop_checkpoints(root: Path) -> None:
     remove_unfinished(root)
     best, folders = best_checkpoint(root), checkpoint_folders(root)
     kept = [folder for folder in folders if folder.name == best]
-    for folder in set(folders) - set(kept):
-        shutil.rmtree(folder, ignore_errors=True)
+    _delete(set(folders) - set(kept))
     if kept:
-        write_text(root / _LATEST, kept[0].name)
+        write_text(root / LATEST, kept[0].name)
     else:
-        (root / _LATEST).unlink(missing_ok=True)
+        (root / LATEST).unlink(missing_ok=True)
 
 
 def remove_unfinished(root: Path) -> None:
@@ -482,7 +482,7 @@ def remove_unfinished(root: Path) -> None:
     """
     for left in sorted(filter(is_temporary, root.glob("*"))):
         final = final_name(left)
-        if checkpoint_step(final.name) is None and final.name not in (_LATEST, BEST_FILE):
+        if checkpoint_step(final.name) is None and final.name not in (LATEST, BEST_FILE):
             continue
         recover_folder(final)
         if left.is_dir():
