@@ -1,0 +1,99 @@
+"""Files at URLs, by fsspec (`s3://`, `gs://`, `hf://`, `https://`), with plain errors that hide secrets."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, in_one_line
+from dpo_dist.foundation.text import without_secrets
+
+_WEB = ("http", "https")
+_CLOUD = (*_WEB, "s3", "s3a", "gs", "gcs")
+# Without these a server that accepts a connection and sends nothing would be waited for without an end.
+_CONNECT_SECONDS, _SILENT_SECONDS = 10, 60
+_QUERY = re.compile(r"(?<=://)([^\s?#]*)[?#][^\s'\")]+")
+_PASSWORD, _WEB_USER = re.compile("[^/@]*:[^@]*@"), re.compile("[^/@]*(:[^@]*)?@")
+_DENIED = re.compile(r"(?i)credential|forbidden|unauthorized|access.?denied|invalid.?access|signature|40[13]")
+
+
+def is_url(path: str) -> bool:
+    """Return whether a path names files by a URL, not on a disk or by the name of a dataset."""
+    return "://" in path
+
+
+def check_url(url: str, where: str) -> None:
+    """Check that a URL holds no secret, which would be stored with the configuration; `where`: the key.
+
+    Raises ConfigError, which does not repeat the URL.
+    """
+    protocol, _, rest = url.partition("://")
+    is_web = protocol.lower() in _WEB
+    fault = "a user or password" * bool((_WEB_USER if is_web else _PASSWORD).match(rest))
+    fault = fault or "a query or fragment" * (is_web and bool(re.search("[?#]", rest)))
+    if fault := fault or "several file systems" * ("::" in url):
+        raise ConfigError(
+            f"a URL with {fault} cannot be used",
+            where=where,
+            expected="the location alone, for example s3://bucket/folder or https://host/file.jsonl",
+            remedy="set credentials in the environment or the files where the file system looks for them "
+            "(for https:// ~/.netrc); download what only a signed URL can reach",
+        )
+
+
+def open_file_system(url: str, where: str = "") -> tuple[Any, str]:
+    """Return the fsspec file system of a URL, and the path on it; its lists of files are read anew.
+
+    No request is sent. `where`: the key for errors (default: the URL). Raises ConfigError: `check_url`, a
+    protocol that fsspec does not know, or a package that is not installed.
+    """
+    import fsspec  # noqa: PLC0415  # slow to import
+
+    check_url(url, where or "the URL")
+    protocol, options = url.partition("://")[0].lower(), dict[str, Any]()
+    try:
+        if protocol in _WEB:
+            import aiohttp  # noqa: PLC0415
+
+            timeout = aiohttp.ClientTimeout(None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
+            options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+        file_system, path = fsspec.core.url_to_fs(url, **options)
+    except ImportError as fault:
+        raise ConfigError(
+            f"{protocol}:// needs a package that is not installed",
+            where=where or url,
+            got=in_one_line(fault),
+            remedy="pip install 'dpo-dist[cloud]'" if protocol in _CLOUD else "install the package",
+        ) from fault
+    except ValueError as fault:
+        raise ConfigError(
+            "the URL is not understood", where=where or url, got=in_one_line(fault), remedy="correct the URL"
+        ) from fault
+    file_system.invalidate_cache()
+    return file_system, path
+
+
+@contextlib.contextmanager
+def remote_errors(url: str, error: type[DpoDistError]) -> Iterator[None]:
+    """Raise `error` for what a file system raises, which has no base class; secrets are hidden."""
+    try:
+        yield
+    except DpoDistError:
+        raise
+    except Exception as fault:
+        got = shown_fault(fault)
+        if isinstance(fault, FileNotFoundError):
+            what, remedy = "nothing is at the URL", "check the names of the bucket and of the file"
+        elif isinstance(fault, PermissionError) or _DENIED.search(got):
+            what, remedy = "access to the URL is denied", "check the credentials of the environment"
+        else:
+            what = "the URL cannot be reached, or not read to its end"
+            remedy = "check the name of the host or bucket, the network and its proxies; then start again"
+        raise error(what, where=url, got=got, remedy=remedy) from fault
+
+
+def shown_fault(fault: BaseException) -> str:
+    """Return an error's text in one line without secrets: errors repeat URLs that a server has signed."""
+    text: str = without_secrets(_QUERY.sub(r"\1", in_one_line(fault)), os.environ)
+    return text
