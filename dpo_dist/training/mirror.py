@@ -60,6 +60,8 @@ class Mirror:
     def __init__(self, url: str, folder: RunFolder, keep_last: int, console: Console):
         self._url, self._folder, self._keep_last, self._console = url, folder, keep_last, console
         self._root = folder.checkpoints.name
+        # Written after the checkpoints that they name, the state as the last file.
+        self._ends = (folder.checkpoints / LATEST, folder.checkpoints / BEST_FILE, folder.state)
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._is_due = False
@@ -121,7 +123,7 @@ class Mirror:
     def _download(self, names: Sequence[str], whole: Sequence[int]) -> None:
         """Download the files of the run, then the best checkpoint, then the newest intact one."""
         run = self._folder
-        parts = {*self._parts(), run.state} - {run.logs}  # this start has opened its logs
+        parts = {*self._parts(), *self._ends} - {run.logs}  # this start has opened its logs
         self._get(
             [n for n in names if not parts.isdisjoint([run.path / n, *(run.path / n).parents])], run.path
         )
@@ -227,12 +229,12 @@ class Mirror:
             if name in names:
                 self._there.rm_file(name)
             files += [*(folder / each for each in read_manifest(folder)), manifest]
-        files += [run.checkpoints / LATEST, run.checkpoints / BEST_FILE]
+        files += self._ends
         if is_finished and run.state.name in names:  # else it could stand beside a model of another length
             self._there.rm_file(run.state.name)
-        self._done, self._files = 0, len(files) + 1
+        self._done, self._files = 0, len(files)
         with tempfile.TemporaryDirectory() as scratch:
-            for file in [*files, run.state]:
+            for file in files:
                 self._put(file, Path(scratch) / "file")
                 self._done += 1
         if wanted or (is_finished and not self._keep_last):
