@@ -59,7 +59,7 @@ class Mirror:
 
     def __init__(self, url: str, folder: RunFolder, keep_last: int, console: Console):
         self._url, self._folder, self._keep_last, self._console = url, folder, keep_last, console
-        self._root = folder.checkpoints.name
+        self._place, self._root = f"run.mirror={url}", folder.checkpoints.name
         # Written after the checkpoints that they name, the state as the last file.
         self._ends = (folder.checkpoints / LATEST, folder.checkpoints / BEST_FILE, folder.state)
         self._lock = threading.Lock()
@@ -74,7 +74,7 @@ class Mirror:
             raise self._error("run.mirror is inside of run.dir")
         # Other storage than folders, such as a bucket, shows whole files only.
         self._has_folders, self._there = not system.async_impl, DirFileSystem(path, system)
-        with remote_errors(url, CheckpointError):
+        with remote_errors(self._place, CheckpointError):
             if self._has_folders:
                 self._there.makedirs("", exist_ok=True)
             self._there.pipe_file(_PROBE, b"may be deleted")
@@ -82,7 +82,7 @@ class Mirror:
 
     def restore(self, identity: RunIdentity, resume: Resume) -> None:
         """Download the run if the mirror is further than the run directory; an error if it has another."""
-        with remote_errors(self._url, CheckpointError), tempfile.TemporaryDirectory() as scratch:
+        with remote_errors(self._place, CheckpointError), tempfile.TemporaryDirectory() as scratch:
             names = [name for name in self._names() if not name.endswith((_PART, _PROBE))]
             whole, former = _steps(names), RunFolder(Path(scratch))
             wanted = [f"{self._root}/{checkpoint_name(step)}/{STATE}" for step in whole[:1]]
@@ -116,9 +116,7 @@ class Mirror:
 
     def _error(self, fault: str, got: str = "", expected: str = "") -> CheckpointError:
         remedy = "set run.mirror to an empty folder, or leave it out"
-        return CheckpointError(
-            fault, where=f"run.mirror={self._url}", got=got, expected=expected, remedy=remedy
-        )
+        return CheckpointError(fault, where=self._place, got=got, expected=expected, remedy=remedy)
 
     def _download(self, names: Sequence[str], whole: Sequence[int]) -> None:
         """Download the files of the run, then the best checkpoint, then the newest intact one."""
