@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -103,6 +104,28 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path: Path) -> None:
     run.save(6)  # without keep_best
     assert run.left() == ["step-000006"]
     assert not (tmp_path / "best").exists()
+
+
+def test_training_does_not_wait_until_old_checkpoints_are_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_delete, delete = threading.Event(), shutil.rmtree
+
+    def delete_slowly(path: Path) -> None:
+        assert may_delete.wait(20)
+        delete(path)
+
+    run = Run(tmp_path, keep_last=1)
+    run.start()
+    run.save(1)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", delete_slowly)
+    run.saver.save(2, {"step": 2})
+    run.saver.commit()
+    assert (tmp_path / "latest").read_text() == "step-000002"
+    assert len(names(tmp_path)) == 3, "the old one is still on the disk"
+    may_delete.set()
+    run.save(3)
+    assert names(tmp_path) == ["latest", "step-000003"]
 
 
 def test_the_last_checkpoint_always_exists_and_is_that_of_the_highest_step(tmp_path: Path) -> None:
