@@ -11,7 +11,7 @@ from tests.e2e.test_kills import REACH, STEPS, KillPoint
 from tests.support.killed_runs import assert_same_run
 from tests.support.launch import run_verb, train
 
-KILLS = 3
+KILLS = 2
 
 
 def command(assets: Path, folder: Path, mirror: Path | str) -> list[str]:
