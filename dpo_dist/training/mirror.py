@@ -42,7 +42,7 @@ from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.foundation.files import commit_folder, is_temporary, staged_file, temporary_folder
 from dpo_dist.foundation.remote import open_file_system, remote_errors, shown_fault
 from dpo_dist.foundation.text import pluralize
-from dpo_dist.training.start.resume import RunState, check_configuration, read_state
+from dpo_dist.training.start.resume import check_configuration, find_finished, read_state
 
 _STOP_SECONDS = 30.0  # in which a run that was asked to stop waits for its last upload
 _POLL_SECONDS = 0.2
@@ -100,11 +100,11 @@ class Mirror:
                 check_configuration(recorded, identity, former)
             except CheckpointError as error:
                 raise self._error("the mirror has another run", error.got, error.expected) from None
-            there = max([*whole, _finished_step(state)])
             folders = filter(is_checkpoint, checkpoint_folders(self._folder.checkpoints))
             here = [checkpoint_step(folder.name) or 0 for folder in folders]
-            if self._folder.model.is_dir():
-                here.append(_finished_step(read_state(self._folder)))
+            if finished := find_finished(identity, self._folder):
+                here.append(finished.step)
+            there = max([*whole, state.step if state is not None and state.is_finished else -1])
             if there > max(here, default=-1):
                 self._console.say(f"restoring step {there:,} of the run from {self._url}")
                 self._download(names, whole)
@@ -301,11 +301,6 @@ class Mirror:
 def _version(file: Path) -> tuple[int, int]:
     status = file.stat()
     return status.st_mtime_ns, status.st_size
-
-
-def _finished_step(state: RunState | None) -> int:
-    """Return the steps of a finished run; -1 for others."""
-    return state.step if state is not None and state.is_finished else -1
 
 
 def _steps(names: Collection[str]) -> list[int]:

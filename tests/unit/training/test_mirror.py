@@ -187,7 +187,9 @@ def test_the_newest_checkpoint_is_next_and_the_one_in_use_is_not_deleted(tmp_pat
     run.start()
     Bucket.gate.clear()
     run.save(1, waits=False)
+    deadline = time.monotonic() + 20
     while not run.mirror.in_use():
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     run.save(2, 3, 4, waits=False)
     run.saver._end_deleting()
