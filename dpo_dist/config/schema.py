@@ -54,8 +54,9 @@ class FolderConfig:
     root: NonEmpty = key("output")
     """Folder of run directories, encoded data and the reference store."""
     resume: Resume = key(Resume.auto, verbs="train")
-    """`auto`: resume if there is a checkpoint; `must`: error without one; `never`: error if the directory has
-    results."""
+    """`auto`: resume if there is a checkpoint; `must`: error without one; `never`: error with results."""
+    mirror: NonEmpty | None = key(None, verbs="train")
+    """Folder or URL to which checkpoints and results are copied, and from which a lost run resumes."""
 
 
 ConsoleStyle = StrEnum("ConsoleStyle", ["auto", "plain", "json"])

@@ -109,8 +109,10 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def commit_folder(temporary: Path, path: Path, *, replaces: bool = True) -> None:
+def commit_folder(temporary: Path, path: Path, *, replaces: bool = True, is_synced: bool = False) -> None:
     """Sync every file below `temporary` and rename it to `path`; an older `path` is deleted afterwards.
+
+    `is_synced`: the writers of the files have synced them, and only folders are left.
 
     A crash between the two renames leaves both folders under temporary names; `recover_folder` repairs that.
 
@@ -118,7 +120,8 @@ def commit_folder(temporary: Path, path: Path, *, replaces: bool = True) -> None
         FileExistsError: `path` is a folder with files, and `replaces` is false.
     """
     for below in sorted(temporary.rglob("*")):
-        sync(below)
+        if not is_synced or below.is_dir():
+            sync(below)
     sync(temporary)
     replaced = []
     while not _rename(temporary, path):

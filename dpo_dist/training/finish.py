@@ -140,3 +140,17 @@ def finish(run: Run, state: RunState, recorder: Recorder | None, summary: dict[s
 
     with run.console.heartbeat("writing the report"):
         run.write(work)
+    complete_mirror(run)
+
+
+def complete_mirror(run: Run) -> None:
+    """Upload what the mirror lacks; collective."""
+    if run.config.run.mirror is None:
+        return
+    request, must_stop = run.stops.request, run.stops.must_stop()
+
+    def upload() -> None:
+        assert run.mirror is not None
+        run.mirror.finish(lambda: must_stop or request.is_urgent)
+
+    run.world.on_main(upload)

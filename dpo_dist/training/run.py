@@ -42,7 +42,8 @@ from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.metrics import MetricPlan, custom_metrics
 from dpo_dist.reference.engine import ReferenceProvider, run_start_check
-from dpo_dist.training.finish import finish, run_to_its_end
+from dpo_dist.training.finish import complete_mirror, finish, run_to_its_end
+from dpo_dist.training.mirror import Mirror
 from dpo_dist.training.reference import (
     Reference,
     check_drift,
@@ -115,6 +116,8 @@ def lock_directory(run: Run) -> Iterator[None]:
 def find_start(run: Run) -> Checkpoint | RunState | None:
     """Return the checkpoint to continue from, or the state of a run that has its model; collective."""
     identity, folder, world, resume = run.config.identity, run.folder, run.world, run.config.run.resume
+    if run.config.run.mirror is not None:
+        world.on_main(partial(_open_mirror, run, run.config.run.mirror))
     checkpoint = None
     if resume is not Resume.never:
         world.on_main(partial(recover_folder, folder.model))
@@ -126,6 +129,13 @@ def find_start(run: Run) -> Checkpoint | RunState | None:
     else:
         world.on_main(partial(check_configuration, checkpoint.state, identity, folder))
     return checkpoint
+
+
+def _open_mirror(run: Run, url: str) -> None:
+    """Open the mirror on rank 0, and download the run if it is further there than in the run directory."""
+    with run.console.heartbeat(f"looking for the run in {url}"):
+        run.mirror = Mirror(url, run.folder, run.config.trainer.keep_last, run.console)
+        run.mirror.restore(run.config.identity, run.config.run.resume)
 
 
 def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tuple[Inputs, RunState]:
@@ -209,13 +219,20 @@ def _set_up(
         assert isinstance(reference.provider.engine, FrozenEngine)
         reference_sync = ReferenceSync(reference.provider.engine, policy, config.loss.sync_reference, world)
         sharded.append(reference_sync)
+
+    def committed(step: int) -> None:
+        write_state(run.folder, replace(state, step=step))
+        if run.mirror is not None:
+            run.mirror.upload()
+
     checkpoints = CheckpointSaver(
         run.folder.checkpoints,
         config.trainer.keep_last,
         sharded,
         world,
         say=run.say,
-        committed=lambda step: write_state(run.folder, replace(state, step=step)),
+        committed=committed,
+        in_use=lambda: () if run.mirror is None else run.mirror.in_use(),
     )
     engines.callback(checkpoints.close)  # before the engines are freed: a save still reads their weights
     if checkpoint is not None:
@@ -386,6 +403,8 @@ def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> 
         with run.stops.request.deferred():
             completed = replace(finished, outcome=RunOutcome.completed)
             finish(run, completed, recorder, finished.summary)
+    else:
+        complete_mirror(run)
     run.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
     wanted, former = environment.get("metrics_function"), written.read_text() if written.exists() else ""
     if wanted is not None and json.dumps(wanted) not in former:

@@ -47,6 +47,7 @@ class Run:
             return 0
         weights.load_shards(found.folder)
         self.saver.resume(found.folder, found.state.get("best"))
+        self.saver.close()  # waits until others are deleted
         assert weights.value == found.state["step"]
         return weights.value
 
@@ -54,7 +55,11 @@ class Run:
         for step in steps:
             self.weights.weight.fill_(step)
             self.saver.save(step, {"step": step})
-            self.saver.commit()
+            self.commit()
+
+    def commit(self) -> None:
+        self.saver.commit()
+        self.saver.close()  # waits until others are deleted
 
     def left(self) -> list[str]:
         return sorted(path.name for path in self.root.glob("step-*"))

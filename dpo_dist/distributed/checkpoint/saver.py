@@ -11,7 +11,8 @@
 
 All ranks write a checkpoint under a temporary name, and rank 0 its manifest; then the folder is renamed,
 `latest` and `best` are updated, and after that older checkpoints are deleted. Only files that match a
-manifest are loaded. Training continues while copies of the weights are written in the background.
+manifest are loaded. Training continues while copies of the weights are written, and others deleted, in the
+background.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +69,7 @@ from dpo_dist.foundation.text import size
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_LATEST = "latest"
+LATEST = "latest"
 
 
 def read_manifest(folder: Path) -> Entries:
@@ -294,7 +295,7 @@ class CheckpointSaver:
     """Save the checkpoints of one run below `root` and keep the newest `keep_last`, at least one.
 
     `say` is called with a warning on every rank, `committed` on rank 0 with the step of each committed
-    checkpoint.
+    checkpoint, and `in_use` before others are deleted: it returns those that must stay for now.
     """
 
     def __init__(
@@ -306,13 +307,16 @@ class CheckpointSaver:
         *,
         say: Callable[[str], None] = log.warning,
         committed: Callable[[int], None] = lambda _step: None,
+        in_use: Callable[[], Collection[Path]] = lambda: (),
     ):
         self._root, self._keep_last = root, max(1, keep_last)
         self._parts, self._world = parts, world
         self._damaged: set[Path] = set()
         self._copy = HostCopy(world.device)
-        self._say, self._committed = say, committed
+        self._say, self._committed, self._in_use = say, committed, in_use
         self._pending: _Pending | None = None
+        self._deleting: threading.Thread | None = None
+        self._last: Path | None = None
         self._has_warned = False
         self._best_step: int | None = None
 
@@ -333,7 +337,8 @@ class CheckpointSaver:
 
         def create() -> Path:
             with disk_errors(folder):
-                remove_unfinished(self._root)  # to make room
+                self._end_deleting()  # to make room
+                remove_unfinished(self._root)
                 self._root.mkdir(exist_ok=True)
                 (temporary := temporary_name(folder)).mkdir()
             return temporary
@@ -379,31 +384,38 @@ class CheckpointSaver:
 
     def _commit(self, pending: _Pending, entries: Entries) -> None:
         with disk_errors(pending.temporary, pending.bytes):
-            (pending.temporary / STATE).write_text(pending.state)
+            write_text(pending.temporary / STATE, pending.state)
             entries[STATE] = text_digest(pending.state)
-            (pending.temporary / MANIFEST).write_text(json.dumps(entries, indent=1))
-            commit_folder(pending.temporary, pending.folder)
+            write_text(pending.temporary / MANIFEST, json.dumps(entries, indent=1))
+            commit_folder(pending.temporary, pending.folder, is_synced=True)
         self._name(pending.folder)
         note_progress(str(pending.folder))
         self._committed(checkpoint_step(pending.folder.name) or 0)
-        self._delete_old(pending.folder)  # last: some file systems need minutes for terabytes
+        self._last = pending.folder
+        self._delete_old(pending.folder)
 
     def _name(self, folder: Path) -> None:
         with disk_errors(folder):
-            write_text(self._root / _LATEST, folder.name)
+            write_text(self._root / LATEST, folder.name)
             if self._best_step is not None:
                 write_text(self._root / BEST_FILE, f"{checkpoint_name(self._best_step)}\n")
             else:
                 (self._root / BEST_FILE).unlink(missing_ok=True)
 
     def _delete_old(self, committed: Path) -> None:
-        """Delete all checkpoints except `committed`, the best one, and the newest undamaged ones."""
+        """Delete in a thread all but `committed`, the best, the newest undamaged ones, and one in use."""
+        self._end_deleting()
         others = [folder for folder in checkpoint_folders(self._root) if folder != committed]
         intact = [folder for folder in others if folder not in self._damaged]
         best = [folder for folder in intact if checkpoint_step(folder.name) == self._best_step]
-        for folder in set(others) - {*intact[: self._keep_last - 1], *best}:
-            shutil.rmtree(folder, ignore_errors=True)
+        old = set(others) - {*intact[: self._keep_last - 1], *best, *self._in_use()}
         self._damaged.clear()
+        self._deleting = threading.Thread(target=_delete, args=(old,), daemon=True)
+        self._deleting.start()
+
+    def _end_deleting(self) -> None:
+        if self._deleting is not None:
+            self._deleting.join()
 
     def resume(self, folder: Path, best_step: int | None) -> None:
         """Update `latest` and `best` and delete old checkpoints, which a kill may have prevented. Collective.
@@ -423,9 +435,18 @@ class CheckpointSaver:
         self._world.on_main(complete)
 
     def close(self) -> None:
-        """End the saver and drop an uncommitted checkpoint; not collective."""
+        """End the saver: drop an uncommitted checkpoint, and delete the last old ones; not collective."""
         self._pending = None
         self._copy.close()
+        if self._last is not None:
+            self._delete_old(self._last)  # one that was in use
+        self._end_deleting()
+
+
+def _delete(folders: Iterable[Path]) -> None:
+    for folder in folders:  # some file systems need minutes for terabytes
+        with contextlib.suppress(OSError):  # at once no checkpoint any more
+            shutil.rmtree(folder.rename(temporary_name(folder)))
 
 
 @contextlib.contextmanager
@@ -447,12 +468,11 @@ def drop_checkpoints(root: Path) -> None:
     remove_unfinished(root)
     best, folders = best_checkpoint(root), checkpoint_folders(root)
     kept = [folder for folder in folders if folder.name == best]
-    for folder in set(folders) - set(kept):
-        shutil.rmtree(folder, ignore_errors=True)
+    _delete(set(folders) - set(kept))
     if kept:
-        write_text(root / _LATEST, kept[0].name)
+        write_text(root / LATEST, kept[0].name)
     else:
-        (root / _LATEST).unlink(missing_ok=True)
+        (root / LATEST).unlink(missing_ok=True)
 
 
 def remove_unfinished(root: Path) -> None:
@@ -462,7 +482,7 @@ def remove_unfinished(root: Path) -> None:
     """
     for left in sorted(filter(is_temporary, root.glob("*"))):
         final = final_name(left)
-        if checkpoint_step(final.name) is None and final.name not in (_LATEST, BEST_FILE):
+        if checkpoint_step(final.name) is None and final.name not in (LATEST, BEST_FILE):
             continue
         recover_folder(final)
         if left.is_dir():

@@ -41,6 +41,9 @@ _RULES = (
         "remove run.resume",
     ),
     Rule(
+        "run.mirror!=null", "run.mirror has no effect on pairs", "remove it: a mirror is for one training run"
+    ),
+    Rule(
         "data.train",
         "a source's weight has no effect on pairs",
         "remove it, and set it in the training that reads the pairs",

@@ -62,6 +62,9 @@ def check_points(points: Points) -> None:
             remedy="start one: dpo-dist sweep; with sweep.parallel=1 each point has all GPUs",
         )
     mistakes = list[DpoDistError]()
+    if any(config.run.mirror is not None for config in points.values()):
+        what, remedy = "a mirror is for one run, not for the points of a sweep", "leave run.mirror out"
+        mistakes.append(ConfigError(what, where="run.mirror", remedy=remedy))
     for config in points.values():
         try:
             check_start(config, trains=True)

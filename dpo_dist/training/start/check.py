@@ -32,6 +32,7 @@ from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.text.template import check_template_keys
+from dpo_dist.foundation.console import Console
 from dpo_dist.model.architectures import router_loss
 from dpo_dist.model.files.folder import description_folder, is_adapter, start_folder, tokenizer_folder
 from dpo_dist.model.files.load import check_contents_at_hand, check_same_vocabulary, load_tokenizer
@@ -39,6 +40,7 @@ from dpo_dist.model.files.stops import stop_notes
 from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
+from dpo_dist.training.mirror import Mirror
 from dpo_dist.training.start.inputs import checked_model
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
 from dpo_dist.training.start.resume import check_fresh_start, find_finished
@@ -77,6 +79,7 @@ def dry_run(
     processor = image_processor(folder, tokenizer, config.model.images)
     described = f"{folder}, {model_config.model_type}, vocabulary of {len(tokenizer):,}"
     lines = [("run.dir", f"{run}{start_in_words}"), ("model.path", described)]
+    lines += _mirror(config, run) if trains and not models else []
     if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_fp16_products()):
         lines.append(("model.dtype", "fp16 needs a GPU: this CPU cannot compute in fp16"))
     for evaluated in models:
@@ -118,6 +121,13 @@ def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> 
             return "has checkpoints: the run resumes"
     check_fresh_start(resume, folder)
     return "new"
+
+
+def _mirror(config: RunConfig, run: RunFolder) -> list[tuple[str, str]]:
+    if config.run.mirror is None:
+        return []
+    Mirror(config.run.mirror, run, config.trainer.keep_last, Console(None))
+    return [("run.mirror", f"{config.run.mirror}, which can be written")]
 
 
 def _reference(

@@ -28,6 +28,7 @@ from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import first_few, pluralize
 from dpo_dist.model.numerics import deterministic_kernels
 from dpo_dist.training.clock import WorkClock
+from dpo_dist.training.mirror import Mirror
 
 T = TypeVar("T")
 
@@ -40,6 +41,7 @@ class Run:
     Attributes:
         stops: checked after every step; one rank's request stops all ranks.
         clock: time by kind of work since `began`, a time of `time.monotonic`.
+        mirror: copies a training run elsewhere, if `run.mirror` is set; on rank 0.
         micro_batch_tokens: with `auto`, changed when the model's shape is known.
     """
 
@@ -57,6 +59,7 @@ class Run:
         self.micro_batch_tokens = usual if tokens == "auto" else tokens
         self.folder = RunFolder.from_config(config)
         self.stops = Stops(stop or StopRequest(), world)
+        self.mirror: Mirror | None = None
         self.clock = WorkClock(world.size, time.monotonic() if began is None else began)
 
     def say(self, text: str) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -93,7 +94,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path: Path) -> None:
     for step, best in ((1, 1), (2, 1), (3, 3), (4, 3), (5, 3)):
         run.weights.weight.fill_(step)
         run.saver.save(step, {"step": step, "best": best}, best_step=best)
-    run.saver.commit()
+    run.commit()
     assert run.left() == ["step-000003", "step-000005"]
     assert best_checkpoint(tmp_path) == "step-000003"
     drop_checkpoints(tmp_path)
@@ -103,6 +104,28 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path: Path) -> None:
     run.save(6)  # without keep_best
     assert run.left() == ["step-000006"]
     assert not (tmp_path / "best").exists()
+
+
+def test_training_does_not_wait_until_old_checkpoints_are_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_delete, delete = threading.Event(), shutil.rmtree
+
+    def delete_slowly(path: Path) -> None:
+        assert may_delete.wait(20)
+        delete(path)
+
+    run = Run(tmp_path, keep_last=1)
+    run.start()
+    run.save(1)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", delete_slowly)
+    run.saver.save(2, {"step": 2})
+    run.saver.commit()
+    assert (tmp_path / "latest").read_text() == "step-000002"
+    assert len(names(tmp_path)) == 3, "the old one is still on the disk"
+    may_delete.set()
+    run.save(3)
+    assert names(tmp_path) == ["latest", "step-000003"]
 
 
 def test_the_last_checkpoint_always_exists_and_is_that_of_the_highest_step(tmp_path: Path) -> None:
@@ -121,7 +144,7 @@ def test_training_waits_where_memory_has_no_room(run: Run, monkeypatch: pytest.M
         run.weights.weight.fill_(step)
         run.saver.save(step, {"step": step})
         run.weights.weight.fill_(7)
-    run.saver.commit()
+    run.commit()
     assert run.start() == 2
     assert len(said) == 1
     assert "host memory has no room" in said[0]
@@ -215,7 +238,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_last_or_the_new_checkpoint(
         run.weights.weight.fill_(3)
         run.saver.save(3, {"step": 3})
         run.weights.weight.fill_(4)  # the next step, while it is written
-        run.saver.commit()
+        run.commit()
 
     ends = []
     for run, _ in kills(prepared(tmp_path / "before", keep_last, 1, 2), keep_last, save):
@@ -237,7 +260,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_last_or_the_new_checkpoint(
 def save_best(run: Run, step: int) -> None:
     run.weights.weight.fill_(step)
     run.saver.save(step, {"step": step, "best": step}, best_step=step)
-    run.saver.commit()
+    run.commit()
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_the_best_checkpoint(tmp_path: Path) -> None:

@@ -1,0 +1,309 @@
+"""The mirror of a run, `run.mirror`: a copy of its files and checkpoints in a bucket or another folder.
+
+    <run.mirror>/environment.json  config.yaml  dpo_metrics/ ...  run_state.json     as in the run directory
+    <run.mirror>/checkpoints/step-000100/ ... manifest.json                          its manifest comes last
+
+A thread of rank 0 uploads them after each commit. A folder without a manifest is no checkpoint.
+"""
+
+import contextlib
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fsspec.implementations.dirfs import DirFileSystem
+
+from dpo_dist.config.identity import RunIdentity
+from dpo_dist.config.run_folder import (
+    BEST_FILE,
+    STATE,
+    RunFolder,
+    best_checkpoint,
+    checkpoint_folders,
+    checkpoint_name,
+    checkpoint_step,
+    is_checkpoint,
+)
+from dpo_dist.config.schema import Resume
+from dpo_dist.distributed.checkpoint.saver import (
+    LATEST,
+    MANIFEST,
+    checkpoint_state,
+    damaged_checkpoint,
+    find_faults,
+    read_manifest,
+)
+from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.errors import CheckpointError
+from dpo_dist.foundation.files import commit_folder, is_temporary, staged_file, temporary_folder
+from dpo_dist.foundation.remote import open_file_system, remote_errors, shown_fault
+from dpo_dist.foundation.text import pluralize
+from dpo_dist.training.start.resume import check_configuration, find_finished, read_state
+
+_STOP_SECONDS = 30.0  # in which a run that was asked to stop waits for its last upload
+_POLL_SECONDS = 0.2
+_STUCK_SECONDS = 600.0  # after which another run gives up an upload that completes no file
+_DOWNLOADS = 8  # files at a time
+_PROBE, _PART = ".probe", ".part"
+
+
+class Mirror:
+    """The mirror at `url` of the run in `folder`; on rank 0.
+
+    `upload` never raises: a failure is a warning, and the next commit tries again.
+    """
+
+    def __init__(self, url: str, folder: RunFolder, keep_last: int, console: Console):
+        self._url, self._folder, self._keep_last, self._console = url, folder, keep_last, console
+        self._place, self._root = f"run.mirror={url}", folder.checkpoints.name
+        # Written after the checkpoints that they name, the state as the last file.
+        self._ends = (folder.checkpoints / LATEST, folder.checkpoints / BEST_FILE, folder.state)
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._is_due = False
+        self._in_use: list[Path] = []
+        self._uploaded: dict[str, tuple[int, int]] = {}  # time and size of files of the run
+        self._failure = ""
+        self._done, self._files = 0, 0  # files of this upload
+        system, path = open_file_system(url, "run.mirror")
+        if system.protocol[0] == "file" and Path(path).resolve().is_relative_to(folder.path.resolve()):
+            raise self._error("run.mirror is inside of run.dir")
+        # Other storage than folders, such as a bucket, shows whole files only.
+        self._has_folders, self._there = not system.async_impl, DirFileSystem(path, system)
+        with remote_errors(self._place, CheckpointError):
+            if self._has_folders:
+                self._there.makedirs("", exist_ok=True)
+            self._there.pipe_file(_PROBE, b"may be deleted")
+            self._there.rm_file(_PROBE)
+
+    def restore(self, identity: RunIdentity, resume: Resume) -> None:
+        """Download the run if the mirror is further than the run directory; an error if it has another."""
+        with remote_errors(self._place, CheckpointError), tempfile.TemporaryDirectory() as scratch:
+            names = [name for name in self._names() if not name.endswith((_PART, _PROBE))]
+            whole, former = _steps(names), RunFolder(Path(scratch))
+            wanted = [f"{self._root}/{checkpoint_name(step)}/{STATE}" for step in whole[:1]]
+            for name in {former.state.name, former.config.name, *wanted} & set(names):
+                self._there.get_file(name, str(former.path / Path(name).name))
+            state = read_state(former)
+            recorded = checkpoint_state(former.path) if whole else state.identity if state else None
+            if recorded is None:
+                if names and self._folder.environment.name not in names:
+                    raise self._error("the mirror has files that no run has written", names[0])
+                return
+            if resume is Resume.never:
+                raise self._error("the mirror has a run, and run.resume=never")
+            try:
+                check_configuration(recorded, identity, former)
+            except CheckpointError as error:
+                raise self._error("the mirror has another run", error.got, error.expected) from None
+            folders = filter(is_checkpoint, checkpoint_folders(self._folder.checkpoints))
+            here = [checkpoint_step(folder.name) or 0 for folder in folders]
+            if finished := find_finished(identity, self._folder):
+                here.append(finished.step)
+            there = max([*whole, state.step if state is not None and state.is_finished else -1])
+            if there > max(here, default=-1):
+                self._console.say(f"restoring step {there:,} of the run from {self._url}")
+                self._download(names, whole)
+
+    def _names(self, below: str = "") -> list[str]:
+        self._there.invalidate_cache()  # of lists
+        names: list[str] = self._there.find(below)
+        return names
+
+    def _error(self, fault: str, got: str = "", expected: str = "") -> CheckpointError:
+        remedy = "set run.mirror to an empty folder, or leave it out"
+        return CheckpointError(fault, where=self._place, got=got, expected=expected, remedy=remedy)
+
+    def _download(self, names: Sequence[str], whole: Sequence[int]) -> None:
+        """Download the files of the run, then the best checkpoint, then the newest intact one."""
+        run = self._folder
+        parts = {*self._parts(), *self._ends} - {run.logs}  # this start has opened its logs
+        self._get(
+            [n for n in names if not parts.isdisjoint([run.path / n, *(run.path / n).parents])], run.path
+        )
+        best = f"{self._root}/{BEST_FILE}"
+        if best in names:
+            best_step = checkpoint_step(self._there.cat_file(best).decode().strip())
+            if best_step is not None and best_step in whole[1:]:
+                self._download_checkpoint(best_step, names)
+        for step in whole:
+            if not (faults := self._download_checkpoint(step, names)):
+                return
+            self._console.say(f"warning: the mirror's {checkpoint_name(step)} is damaged and not used")
+        if whole:
+            raise damaged_checkpoint(Path(f"{self._url}/{self._root}"), faults)
+
+    def _download_checkpoint(self, step: int, names: Sequence[str]) -> list[str]:
+        """Download and commit a checkpoint; return its faults, with which it is not committed."""
+        folder = self._folder.checkpoints / checkpoint_name(step)
+        folder.parent.mkdir(exist_ok=True)
+        start = f"{self._root}/{folder.name}/"
+        with temporary_folder(folder) as temporary:
+            self._get([name for name in names if name.startswith(start)], temporary, start)
+            if not (faults := find_faults(temporary, 0, 1)):
+                commit_folder(temporary, folder)
+        return faults
+
+    def _get(self, names: Sequence[str], folder: Path, start: str = "") -> None:
+        """Download files to `folder`, under their names after `start`."""
+
+        def get(name: str) -> None:
+            if ".." in name.split("/"):
+                raise self._error("the mirror has a file outside of it", name)
+            with staged_file(folder / name.removeprefix(start)) as temporary:
+                self._there.get_file(name, str(temporary))
+
+        progress = self._console.progress(f"downloading from {self._url}", "file")
+        with progress as show, ThreadPoolExecutor(_DOWNLOADS) as pool:
+            for done, _ in enumerate(pool.map(get, names), 1):
+                show(done, len(names))
+
+    def _parts(self) -> tuple[Path, ...]:
+        """Return files and folders of the run, without checkpoints, what other verbs write, and the state."""
+        run = self._folder
+        small = (run.environment, run.config, run.metrics, run.samples, run.logs, run.wandb_id, run.report)
+        return *small, run.evaluation.path, run.tensorboard, run.model
+
+    def in_use(self) -> Collection[Path]:
+        """Return the checkpoints that are being uploaded."""
+        with self._lock:
+            return tuple(self._in_use)
+
+    def upload(self) -> None:
+        """Upload in the background what is new; if an upload is running, after it."""
+        with self._lock:
+            self._is_due = True
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        while self._starts_upload():
+            try:
+                self._upload()
+            except Exception as error:
+                if not all(map(is_checkpoint, self._in_use)):  # trainer.keep_last=0 has deleted it
+                    self.upload()
+                    continue
+                if not self._failure:
+                    later = "the next checkpoint tries again"
+                    self._console.say(f"warning: the mirror {self._url} fails, {later}: {shown_fault(error)}")
+                self._failure = shown_fault(error)
+            else:
+                if self._failure:
+                    self._console.say(f"the mirror {self._url} is complete again")
+                self._failure = ""
+
+    def _starts_upload(self) -> bool:
+        """Choose the checkpoints to upload; return whether an upload is due."""
+        root = self._folder.checkpoints
+        with self._lock:  # the saver asks for those in use after it has committed or named others
+            self._in_use = []
+            if self._is_due:
+                folders = list(filter(is_checkpoint, checkpoint_folders(root)))
+                best = best_checkpoint(root)
+                self._in_use = [folder for folder in folders if folder in (folders[0], root / str(best))]
+            else:
+                self._thread = None
+            is_due, self._is_due = self._is_due, False
+        return is_due
+
+    def _upload(self) -> None:
+        """Upload changed files of the run, checkpoints that are not there yet, and last the state."""
+        run, wanted = self._folder, self._in_use
+        state, names = read_state(run), self._names()
+        is_finished = state is not None and state.is_finished
+        parts = self._parts() if is_finished else self._parts()[:-1]
+        files = [file for part in parts for file in (part, *part.rglob("*")) if self._has_changed(file)]
+        for folder in wanted:
+            manifest = folder / MANIFEST
+            name = self._name(manifest)
+            if name in names and self._there.cat_file(name) == manifest.read_bytes():
+                continue
+            if name in names:
+                self._there.rm_file(name)
+            files += [*(folder / each for each in read_manifest(folder)), manifest]
+        files += self._ends
+        if is_finished and run.state.name in names:  # else it could stand beside a model of another length
+            self._there.rm_file(run.state.name)
+        self._done, self._files = 0, len(files)
+        with tempfile.TemporaryDirectory() as scratch:
+            for file in files:
+                self._put(file, Path(scratch) / "file")
+                self._done += 1
+        if wanted or (is_finished and not self._keep_last):
+            self._delete_old(wanted, self._keep_last if is_finished else max(1, self._keep_last))
+
+    def _has_changed(self, file: Path) -> bool:
+        is_own = file.is_file() and not is_temporary(file)
+        return is_own and self._uploaded.get(self._name(file)) != _version(file)
+
+    def _put(self, file: Path, scratch: Path) -> None:
+        """Upload a file; one that may change meanwhile is first copied to `scratch`."""
+        name, source = self._name(file), file
+        try:
+            version = _version(file)
+            if file.suffix != ".safetensors":
+                source = Path(shutil.copyfile(file, scratch))
+        except FileNotFoundError:  # deleted since it was listed, or there is no best checkpoint
+            return
+        if self._has_folders:  # where a reader would see a part of a file
+            self._there.makedirs(str(Path(name).parent), exist_ok=True)
+            self._there.put_file(str(source), name + _PART)
+            self._there.mv(name + _PART, name)
+        else:
+            self._there.put_file(str(source), name)
+        self._uploaded[name] = version
+
+    def _delete_old(self, wanted: Sequence[Path], keep_last: int) -> None:
+        """Delete all checkpoints there but those of `wanted` and the newest ones up to its first."""
+        names = self._names(self._root)
+        last = checkpoint_step(wanted[0].name) if wanted else None
+        older = [step for step in _steps(names) if last is None or step <= last]
+        kept = {checkpoint_name(step) for step in older[:keep_last]} | {folder.name for folder in wanted}
+        there = {parts[1] for parts in (name.split("/") for name in names) if len(parts) > 2}
+        for name in {name for name in there - kept if checkpoint_step(name) is not None}:
+            folder = f"{self._root}/{name}"
+            with contextlib.suppress(FileNotFoundError):  # first: what is left of the others is no checkpoint
+                self._there.rm_file(f"{folder}/{MANIFEST}")
+            self._there.rm(folder, recursive=True)
+
+    def finish(self, is_stopping: Callable[[], bool]) -> None:
+        """Upload the last files and wait for them, not long if the run is to stop; print what is missing."""
+        self.upload()
+        now, done = time.monotonic(), self._done
+        moved, stopped = now, None
+        with self._console.progress(f"uploading to {self._url}", "file") as show:
+            while (thread := self._thread) is not None:
+                thread.join(_POLL_SECONDS)
+                now = time.monotonic()
+                moved, done = (moved, done) if self._done == done else (now, self._done)
+                if is_stopping() and stopped is None:
+                    stopped = now
+                if now > (moved + _STUCK_SECONDS if stopped is None else stopped + _STOP_SECONDS):
+                    break
+                show(self._done, self._files)
+        if self._thread is None and not self._failure:
+            self._console.say(f"the mirror {self._url} has the whole run")
+            return
+        why = self._failure or f"{self._done:,} of {pluralize(self._files, 'file')} are there"
+        again = "the same command uploads the others, or goes on from the run directory"
+        self._console.say(f"warning: the mirror {self._url} is behind the run: {why}; {again}")
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self._folder.path).as_posix()
+
+
+def _version(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def _steps(names: Collection[str]) -> list[int]:
+    """Return the steps of the checkpoints that have a manifest, the newest first."""
+    folders = [Path(name).parent.name for name in names if Path(name).name == MANIFEST]
+    return sorted((step for step in map(checkpoint_step, folders) if step is not None), reverse=True)

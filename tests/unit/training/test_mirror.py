@@ -1,0 +1,316 @@
+"""The mirror of a run: what is uploaded, restored, refused, and what happens when uploads fail."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from dpo_dist.config.load import load_run_config, to_yaml
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import Resume, RunConfig
+from dpo_dist.distributed.checkpoint.saver import CheckpointSaver, drop_checkpoints, latest_checkpoint
+from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
+from dpo_dist.foundation.files import write_text
+from dpo_dist.training import mirror as module
+from dpo_dist.training.mirror import Mirror
+from dpo_dist.training.start.resume import RunState, write_state
+from tests.support.alone import ALONE
+from tests.support.one_weight import Weights
+
+WORDS = ["model.path=somewhere", "data.train=[pairs.jsonl]"]
+CONFIG = load_run_config(WORDS)
+IDENTITY = {"data": "d", "eval_data": None, "model": "m", "reference": None, **CONFIG.identity.recorded}
+
+
+class Bucket(MemoryFileSystem):
+    """A bucket in memory that can break, be slow, and have different content at each time."""
+
+    protocol = "bucket"
+    store: dict[str, Any] = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+    async_impl, asynchronous = True, False  # as s3fs: it has no folders
+    broken: str | None = None
+    gate = threading.Event()
+    puts: list[str] = []  # noqa: RUF012
+
+    def put_file(self, lpath: str, rpath: str, **kwargs: Any) -> None:
+        assert self.gate.wait(20)
+        if self.broken is not None and self.broken in rpath:
+            raise OSError(f"no route to https://me:secret@{rpath}")
+        self.puts.append(rpath)
+        super().put_file(lpath, rpath, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Bucket]]:
+    fsspec.register_implementation("bucket", Bucket, clobber=True)
+    for name, value in (("store", {}), ("puts", []), ("broken", None), ("pseudo_dirs", [""])):
+        monkeypatch.setattr(Bucket, name, value)
+    Bucket.gate.set()
+    MemoryFileSystem.store.clear()
+    yield Bucket
+    Bucket.gate.set()
+    for thread in threading.enumerate():
+        if thread.name == "mirror":
+            thread.join(20)
+
+
+class Run:
+    """A run of one weight with a mirror, as `training.run` connects them."""
+
+    def __init__(
+        self, path: Path, url: str = "bucket://b/run", keep_last: int = 2, config: RunConfig = CONFIG
+    ):
+        self.folder, self.lines, self.keep_last = RunFolder(path), list[str](), keep_last
+        for each in (path, self.folder.metrics, self.folder.logs, self.folder.wandb_id.parent):
+            each.mkdir(parents=True, exist_ok=True)
+        self.folder.rank_log(0).write_text("the log of this start")
+        console = Console(None)
+        console.say = self.lines.append  # type: ignore[method-assign]
+        self.mirror = Mirror(url, self.folder, keep_last, console)
+        self.config = config
+
+    def start(self, resume: Resume = Resume.auto) -> int:
+        """Restore and resume; return the step."""
+        self.mirror.restore(self.config.identity, resume)
+        found = latest_checkpoint(self.folder.checkpoints, ALONE)
+        write_text(self.folder.environment, "{}")
+        write_text(self.folder.config, to_yaml(self.config))
+        self.weights = Weights()
+        self.saver = CheckpointSaver(
+            self.folder.checkpoints,
+            self.keep_last,
+            [self.weights],
+            ALONE,
+            committed=self.committed,
+            in_use=self.mirror.in_use,
+        )
+        if found is None:
+            write_text(self.folder.log_history, "")
+            return 0
+        self.weights.load_shards(found.folder)
+        self.saver.resume(found.folder, found.state["best"])
+        assert self.weights.value == found.state["step"] <= len(self.folder.log_history.read_text())
+        return self.weights.value
+
+    def committed(self, step: int) -> None:
+        self.state(RunOutcome.started, step)
+        self.mirror.upload()
+
+    def state(self, outcome: RunOutcome, step: int) -> None:
+        write_state(self.folder, RunState(outcome, step, IDENTITY | self.config.identity.recorded))
+
+    def save(self, *steps: int, best: int | None = None, waits: bool = True) -> None:
+        for step in steps:
+            write_text(self.folder.log_history, "r" * step)
+            self.weights.weight.fill_(step)
+            state = {"step": step, "best": best, **self.config.identity.recorded}
+            self.saver.save(step, state, best_step=best)
+            self.saver.commit()
+            if waits:
+                self.wait()
+
+    def wait(self) -> None:
+        while (thread := self.mirror._thread) is not None:
+            thread.join(20)
+        self.saver._end_deleting()
+
+    def end(self) -> None:
+        """Write the model and the report, as `finish` does."""
+        write_text(self.folder.model / "model.safetensors", "weights")
+        write_text(self.folder.report, "page")
+        self.state(RunOutcome.completed, self.weights.value)
+        if not self.keep_last:
+            drop_checkpoints(self.folder.checkpoints)
+        self.mirror.finish(lambda: False)
+        self.saver.close()
+
+
+def files(folder: RunFolder) -> dict[str, bytes]:
+    """The files of a run but its logs."""
+    every = ((file.relative_to(folder.path).as_posix(), file) for file in folder.path.rglob("*"))
+    return {name: file.read_bytes() for name, file in every if file.is_file() and "logs/" not in name}
+
+
+def there() -> list[str]:
+    """The checkpoints of the bucket that have a manifest."""
+    return sorted(name.split("/")[-2] for name in Bucket.store if name.endswith("/manifest.json"))
+
+
+def test_a_lost_run_resumes_from_its_last_checkpoint_with_its_rows(tmp_path: Path) -> None:
+    run = Run(tmp_path / "a")
+    assert run.start() == 0
+    write_text(run.folder.wandb_id, "id")
+    write_text(run.folder.samples_file(3), "sampled")
+    run.save(1, 2, 3)
+    assert there() == ["step-000002", "step-000003"]
+    again = Run(tmp_path / "b")
+    assert again.start() == 3
+    assert again.folder.rank_log(0).read_text() == "the log of this start"
+    run.saver.close()
+    older = "checkpoints/step-000002/"
+    kept = {name: content for name, content in files(run.folder).items() if not name.startswith(older)}
+    assert files(again.folder) == kept
+    again.save(4)
+    assert there() == ["step-000003", "step-000004"]
+    assert Run(tmp_path / "c").start(Resume.must) == 4
+
+
+@pytest.mark.parametrize("url", ["memory://run", "file://{}/mirror", "{}/mirror"])
+@pytest.mark.parametrize("keep_last", [0, 1])
+def test_a_complete_run_is_whole_there(url: str, keep_last: int, tmp_path: Path) -> None:
+    url = url.format(tmp_path)
+    run = Run(tmp_path / "a", url, keep_last)
+    run.start()
+    run.save(1, 2, best=1)
+    run.save(3, best=1)
+    run.end()
+    assert "has the whole run" in run.lines[-1]
+    again = Run(tmp_path / "b", url, keep_last)
+    again.mirror.restore(CONFIG.identity, Resume.auto)
+    assert files(again.folder) == files(run.folder)
+    steps = ["step-000001"] if keep_last == 0 else ["step-000001", "step-000003"]
+    assert sorted(path.name for path in again.folder.checkpoints.glob("step-*")) == steps
+    system, path = fsspec.url_to_fs(url)
+    left = {name.split("/run/")[-1].split("/mirror/")[-1] for name in system.find(path)}
+    assert {name for name in left if not name.startswith("logs/")} == set(files(run.folder))
+
+
+def test_the_newest_checkpoint_is_next_and_the_one_in_use_is_not_deleted(tmp_path: Path) -> None:
+    run = Run(tmp_path / "a", keep_last=1)
+    run.start()
+    Bucket.gate.clear()
+    run.save(1, waits=False)
+    deadline = time.monotonic() + 20
+    while not run.mirror.in_use():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    run.save(2, 3, 4, waits=False)
+    run.saver._end_deleting()
+    assert sorted(path.name for path in run.folder.checkpoints.glob("step-*")) == [
+        "step-000001",
+        "step-000004",
+    ]
+    assert there() == []
+    Bucket.gate.set()
+    run.wait()
+    assert not any("step-000002" in name or "step-000003" in name for name in Bucket.puts)
+    assert there() == ["step-000004"]
+    run.saver.close()
+    assert [path.name for path in run.folder.checkpoints.glob("step-*")] == ["step-000004"]
+    assert run.lines == []
+
+
+def test_a_checkpoint_is_there_when_all_its_files_and_rows_are(tmp_path: Path) -> None:
+    """Whenever the upload ends, what is there resumes: the last checkpoint, or the new one."""
+    run, ends = Run(tmp_path / "a", keep_last=1), []
+    run.start()
+    run.save(1)
+    before = dict(Bucket.store)
+    Bucket.puts.clear()
+    run.save(2)
+    names = list(Bucket.puts)
+    assert len(set(names)) == len(names)
+    for number, name in enumerate(names):
+        Bucket.store.clear()
+        Bucket.store.update(before)
+        Bucket.broken = None
+        other = Run(tmp_path / f"other-{number}", keep_last=1)
+        assert other.start() == 1
+        Bucket.broken = name
+        other.save(2)
+        Bucket.broken = None
+        ends.append(Run(tmp_path / f"again-{number}", keep_last=1).start())
+    assert ends == sorted(ends)
+    assert set(ends) == {1, 2}
+
+
+def test_a_failed_upload_is_one_warning_without_secrets_and_is_made_good(tmp_path: Path) -> None:
+    run = Run(tmp_path / "a")
+    run.start()
+    Bucket.broken = "b/run"
+    run.save(1, 2)
+    (line,) = run.lines
+    assert line.startswith("warning: the mirror bucket://b/run fails")
+    assert "no route to" in line
+    assert "secret" not in line
+    run.mirror.finish(lambda: False)
+    assert "is behind the run" in run.lines[-1]
+    Bucket.broken = None
+    run.save(3)
+    assert "complete again" in run.lines[-1]
+    assert there() == ["step-000003"]
+
+
+@pytest.mark.parametrize("limit", ["_STOP_SECONDS", "_STUCK_SECONDS"])
+def test_an_upload_that_hangs_is_given_up(
+    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, limit, 0.3)
+    run = Run(tmp_path / "a")
+    run.start()
+    Bucket.gate.clear()
+    run.save(1, waits=False)
+    started = time.monotonic()
+    run.mirror.finish(lambda: limit == "_STOP_SECONDS")
+    assert time.monotonic() - started < 5
+    assert "is behind the run" in run.lines[-1]
+
+
+def damage(name: str) -> None:
+    Bucket.store[name].seek(0)
+    Bucket.store[name].write(b"x")
+
+
+def test_a_damaged_checkpoint_is_not_restored_nor_ignored(tmp_path: Path) -> None:
+    run = Run(tmp_path / "a")
+    run.start()
+    run.save(1, 2)
+    damage("bucket://b/run/checkpoints/step-000002/engine/rank-00000-00000.safetensors")
+    again = Run(tmp_path / "b")
+    again.mirror.restore(CONFIG.identity, Resume.auto)
+    assert [path.name for path in again.folder.checkpoints.glob("step-*")] == ["step-000001"]
+    damage("bucket://b/run/checkpoints/step-000001/state.json")
+    with pytest.raises(CheckpointError, match="damaged"):
+        Run(tmp_path / "c").start()
+
+
+def test_the_run_directory_counts_if_it_is_not_behind(tmp_path: Path) -> None:
+    run = Run(tmp_path / "a")
+    run.start()
+    run.save(1, 2)
+    Bucket.broken = "b/run"
+    run.save(3)
+    Bucket.broken = None
+    assert Run(tmp_path / "a").start() == 3
+    other = Run(tmp_path / "b")
+    other.start()
+    other.save(4)
+    assert Run(tmp_path / "a").start() == 4
+
+
+def test_another_run_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path / "a")
+    run.start()
+    run.save(1)
+    config = load_run_config([*WORDS, "loss.beta=0.7"])
+    with pytest.raises(CheckpointError, match=r"another run(.|\n)*loss.beta=0.7(.|\n)*loss.beta=0.1"):
+        Run(tmp_path / "b", config=config).start()
+    with pytest.raises(CheckpointError, match=r"run\.resume=never"):
+        Run(tmp_path / "c").start(Resume.never)
+    fsspec.filesystem("bucket").pipe_file("bucket://b/base/config.json", b"{}")
+    with pytest.raises(CheckpointError, match="no run has written"):
+        Run(tmp_path / "d", "bucket://b/base").start()
+    with pytest.raises(CheckpointError, match=r"inside of run\.dir"):
+        Run(tmp_path / "e", f"{tmp_path}/e/mirror")
+    with pytest.raises(ConfigError, match="password"):
+        Run(tmp_path / "f", "s3://me:secret@b/run")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError):
+        Run(tmp_path / "g", f"{tmp_path}/file")
