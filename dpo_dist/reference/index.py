@@ -82,7 +82,7 @@ class UnsortedEntries:
         """Yield the columns of the `Index`, one at a time: each is large."""
         columns = [np.frombuffer(each, kind) for each, kind in zip(self._columns, _KINDS, strict=False)]
         # Stable, so that the earlier shard's entry of a key comes first.
-        order = np.argsort(columns[0], kind="stable").astype(np.uint32)
+        order = np.argsort(columns[0], kind="stable")
         yield from (column[order] for column in columns)
         yield np.repeat(np.arange(len(self._counts), dtype=np.uint32), self._counts)[order]
 
