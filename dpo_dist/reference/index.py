@@ -3,7 +3,7 @@
     <fingerprint>/<digest>.index    the columns of `Index`, one behind the other, and a digest of them
     <fingerprint>/verified.json     files of this folder that were found whole, and their `file_state` then
 
-An index's name is the digest of its folder and shards: jobs that see the same shards write the same file.
+An index's name is the digest of the names of its shards: jobs that see the same shards write the same file.
 Both files can be deleted at any time. No value depends on them: each is verified when it is read.
 """
 
@@ -132,7 +132,7 @@ def write_index(folder: Path, shards: Sequence[str], entries: UnsortedEntries) -
 
 
 def _index_file(folder: Path, shards: Sequence[str]) -> Path:
-    return folder / f"{text_digest(json.dumps([_INDEX_FORMAT, folder.name, *shards]))}{_SUFFIX}"
+    return folder / f"{text_digest(json.dumps([_INDEX_FORMAT, *shards]))}{_SUFFIX}"
 
 
 def _begin_digest(file: Path, *columns: _Column) -> "hashlib.blake2b":

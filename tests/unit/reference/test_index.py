@@ -100,7 +100,7 @@ def test_what_a_fill_wrote_is_not_read_at_the_next_start(
 ) -> None:
     dataset, filler = dataset_of(random_pairs([(3, 4, 5)] * 6)), filler_of(tmp_path)
     assert filler.fill(dataset, np.arange(6), no_progress).computed == 12
-    assert filler.open_filled().contains(dataset.keys).all()
+    assert len(filler.open_filled()) == 12  # which reads the keys for the index, not the values
     names = watch_reads(monkeypatch)
     assert filler_of(tmp_path).fill(dataset, np.arange(6), no_progress) == FillReport(hits=12)
     assert names == []
