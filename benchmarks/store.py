@@ -55,7 +55,7 @@ def _measure_large(root: Path, entries: int) -> Figures:
     anonymous = _anonymous_bytes()
     cpu = time.process_time()
     with _add_seconds(figures, "open_seconds"):
-        store = LogpStore.open(root, [FINGERPRINT])
+        store = LogpStore.open(root, FINGERPRINT)
     figures["open_seconds_cpu"] = time.process_time() - cpu
     figures["index_bytes_per_entry"] = (_anonymous_bytes() - anonymous) / entries
     with _add_seconds(figures, "missing_seconds"):
@@ -72,7 +72,7 @@ def _measure_small_shards(root: Path, shards: int) -> Figures:
     _write(root, dataset, 20)
     figures: Figures = {"small_shards": shards}
     with _add_seconds(figures, "small_shards_open_seconds"):
-        store = LogpStore.open(root, [FINGERPRINT])
+        store = LogpStore.open(root, FINGERPRINT)
     figures["small_shards_lookups_per_second"] = _lookups_per_second(store, dataset, time.perf_counter)
     return figures
 
@@ -110,7 +110,7 @@ def _invented_pairs(pairs: int) -> PreferenceDataset:
 
 def _write(root: Path, dataset: PreferenceDataset, entries_per_shard: int) -> None:
     """Write an entry for each response, with values from its key: they show if a lookup is wrong."""
-    store = LogpStore.open(root, [FINGERPRINT], [])
+    store = LogpStore.open(root, FINGERPRINT, [])
     lengths = np.asarray(dataset.piece_tokens).reshape(-1, 3)[:, 1:].ravel()
     for start in range(0, len(dataset.keys), entries_per_shard):
         keys = dataset.keys[start : start + entries_per_shard]

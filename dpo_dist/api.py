@@ -145,7 +145,7 @@ def open_stores(folder: str | Path) -> list[tuple[ReferenceFingerprint, LogpStor
     """Open the folder `reference.store` for reading; return a store for each reference and its numerics."""
     root = Path(folder)
     read = map(read_fingerprint, find_fingerprint_folders(root))
-    return [(known, LogpStore(root, [known])) for known in read if known is not None]
+    return [(known, LogpStore(root, known)) for known in read if known is not None]
 
 
 def stored_pair_logps(

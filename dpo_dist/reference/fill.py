@@ -38,6 +38,8 @@ Scorer = Callable[[PackedBatch], Tensor]
 _BATCHES_AHEAD = 2
 _LOCK = "fill.lock"
 _RETRY_SECONDS = 1.0
+RESPONSES_AT_ONCE = 1 << 20
+"""Of which `missing_responses` has the keys in memory."""
 ENTRIES_PER_SHARD = 4096
 """Larger shards would lose more work: a killed fill loses at most two shards of each rank."""
 
@@ -116,7 +118,7 @@ class StoreFiller:
         """
 
         def survey() -> tuple[Indices, FillReport, frozenset[str]]:
-            store = LogpStore.open(self.store.root, self.store.fingerprints)
+            store = LogpStore.open(self.store.root, self.store.fingerprint)
             missing, hits = missing_responses(store, dataset, indices)
             report = FillReport(hits, damaged=frozenset(store.damaged))
             return missing, report, self.shards.union(store.shards)
@@ -133,8 +135,12 @@ class StoreFiller:
 
     def open_filled(self) -> LogpStore:
         """Return the store with the same shards on every rank: those found and those written."""
-        root, fingerprints = self.store.root, self.store.fingerprints
-        return self.world.together(lambda: LogpStore.open(root, fingerprints, self.shards))
+
+        def open_all() -> LogpStore:
+            return LogpStore.open(self.store.root, self.store.fingerprint, self.shards)
+
+        self.world.on_main(lambda: len(open_all()))  # writes the index, which all ranks map
+        return self.world.together(open_all)
 
     @contextlib.contextmanager
     def _lock_store(self) -> Iterator[bool]:
@@ -193,7 +199,9 @@ class StoreFiller:
                 if is_stopped:
                     break
             written |= self.world.together(writing.result)
-        self.shards = self.shards.union(*self.world.gather(written))
+        written = written.union(*self.world.gather(written))
+        self.world.on_main(lambda: self.store.remember(written))
+        self.shards = self.shards.union(written)
         if is_stopped:
             stored_everywhere = sum(self.world.gather(stored))
             when = (
@@ -307,7 +315,25 @@ def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Ind
 
     The missing ones are ascending indices in `dataset.keys`, int64 [missing]. A damaged entry is missing.
     """
-    responses = dataset.response_indices(indices)
-    distinct = responses[np.unique(dataset.keys[responses], axis=0, return_index=True)[1]]
-    stored = store.contains(dataset.keys[distinct])
-    return np.sort(distinct[~stored]), int(stored.sum())
+    visited = np.zeros(len(dataset), dtype=np.bool_)
+    visited[indices] = True
+    is_visited = np.repeat(visited, np.diff(dataset.first_pieces) - 1)
+    order, last, hits, missing = _key_order(dataset), np.empty((0, 2), np.uint64), 0, [np.empty(0, np.int64)]
+    for start in range(0, len(order), RESPONSES_AT_ONCE):
+        responses = order[start : start + RESPONSES_AT_ONCE]
+        responses = responses[is_visited[responses]]
+        keys = np.concatenate([last, dataset.keys[responses]])
+        is_new = np.ones(len(keys), dtype=np.bool_)
+        is_new[1:] = (keys[1:] != keys[:-1]).any(axis=1)
+        responses, new = responses[is_new[len(last) :]], keys[len(last) :][is_new[len(last) :]]
+        stored = store.contains(new)
+        hits += int(stored.sum())
+        missing.append(responses[~stored].astype(np.int64))
+        last = keys[-1:]
+    return np.sort(np.concatenate(missing)), hits
+
+
+def _key_order(dataset: PreferenceDataset) -> Indices:
+    """Return the response indices in the order of their keys, equal ones ascending; int64 [responses]."""
+    order: Indices = np.lexsort((dataset.keys[:, 1], dataset.keys[:, 0]))
+    return order

@@ -3,6 +3,7 @@
     <reference.store>/
       <fingerprint>/space.json                content of the fingerprint
       <fingerprint>/<digest>.safetensors      a shard: sorted keys, ends and checksums of entries, all values
+      <fingerprint>/<digest>.index            the entries of all shards, sorted; `verified.json`: see `index`
       file_digests/                           digests of model files
 
 A fingerprint is the digest of model weights, numerics and version of the scoring code (law L3). An entry's
@@ -18,8 +19,9 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +35,16 @@ from safetensors.numpy import save_file
 from dpo_dist.batching.example import Keys
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.foundation.files import staged_file, text_digest, write_text
+from dpo_dist.reference.index import (
+    Index,
+    UnsortedEntries,
+    file_state,
+    forget_whole,
+    map_index,
+    recall_whole,
+    remember_whole,
+    write_index,
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +60,9 @@ LOGP_PATH_VERSION = 2
 STORE_FORMAT = 2
 
 FINGERPRINT_FILE = "space.json"
+
+_THREADS = 8  # that wait for a network file system
+_SHARDS_AT_ONCE = 64
 
 _FOLDER_NAME = re.compile(r"[0-9a-f]{32}")
 _SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
@@ -109,7 +124,8 @@ class Shard:
     """A verified shard; its values are mapped at the first access.
 
     `keys`: uint64 [entries, 2]. `ends`: int64 [entries], the end of each entry in `values`. `checks`: int64
-    [entries], the CRC-32 of each entry's values.
+    [entries], the CRC-32 of each entry's values. The values are the last bytes of the file: safetensors
+    writes wider dtypes first.
     """
 
     file: Path
@@ -124,24 +140,35 @@ class Shard:
 
     @cached_property
     def values(self) -> StoredLogps:
-        """The log-probs of all entries, float32 [tokens].
+        """The log-probs of all entries, float32 [tokens]."""
+        return _map_file(self.file)[-4 * self.tokens :].view(np.float32)
 
-        They are the last bytes of the file: safetensors writes wider dtypes first.
-        """
-        import torch  # noqa: PLC0415  (slow, and `dpo-dist store info` reads no values)
+    @property
+    def lengths(self) -> _Numbers:
+        """The number of values of each entry, int64 [entries]."""
+        return np.diff(self.ends, prepend=0)
 
-        # `numpy.memmap` would keep the file open, and a store may have thousands of shards.
-        size = self.file.stat().st_size
-        content: npt.NDArray[np.uint8] = torch.from_file(
-            str(self.file), False, size, dtype=torch.uint8
-        ).numpy()
-        content.flags.writeable = False
-        return content[len(content) - 4 * self.tokens :].view(np.float32)
+    @property
+    def starts(self) -> _Numbers:
+        """The place of each entry's first value in the file, int64 [entries], in bytes."""
+        return self.file.stat().st_size - 4 * (self.tokens - self.ends + self.lengths)
 
     def count_damaged(self) -> int:
         """Return the number of entries whose values do not match their checksums."""
-        parts = np.split(self.values, self.ends[:-1])
-        return sum(zlib.crc32(part.data) != check for part, check in zip(parts, self.checks, strict=True))
+        values, ends = self.values.data.cast("B"), (4 * self.ends).tolist()
+        entries = zip([0, *ends[:-1]], ends, self.checks.tolist(), strict=True)
+        return sum(zlib.crc32(values[start:end]) != check for start, end, check in entries)
+
+
+def _map_file(file: Path) -> npt.NDArray[np.uint8]:
+    """Map a file, read-only and without keeping it open: a store may have thousands of shards."""
+    import torch  # noqa: PLC0415  (slow, and `dpo-dist store info` reads no values)
+
+    content: npt.NDArray[np.uint8] = torch.from_file(
+        str(file), False, file.stat().st_size, dtype=torch.uint8
+    ).numpy()
+    content.flags.writeable = False
+    return content
 
 
 def list_shards(folder: Path) -> list[str]:
@@ -174,69 +201,88 @@ def open_shard(file: Path) -> Shard | None:
     return None
 
 
+def _open_shards(files: Sequence[Path]) -> Iterator[Shard | None]:
+    """Yield what `open_shard` returns for each file; in memory are a few at a time."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(files), _SHARDS_AT_ONCE):
+            yield from pool.map(open_shard, files[start : start + _SHARDS_AT_ONCE])
+
+
 class LogpStore:
-    """Log-probs of responses by key, from one fingerprint or several; the first that has a key counts.
+    """Log-probs of responses by key, of one fingerprint.
 
     An entry has one float32 value per completion token, including the end-of-turn token. Keys are uint64
-    [n, 2] (`batching.example.response_key`). Opening a store reads everything except the values.
+    [n, 2] (`batching.example.response_key`). Opening a store maps the index of its shards, which is written
+    if they have changed, and maps the values. A shard is read only if it is not known to be whole.
 
     Attributes:
-        fingerprints: `write` adds entries to the first one; entries of earlier ones are preferred.
         shards: names of the opened shards, relative to `root` (`reference.store`).
         damaged: names of the shards that could not be opened, or had damaged values when read.
     """
 
-    def __init__(
-        self, root: Path, fingerprints: Sequence[ReferenceFingerprint], names: Iterable[str] | None = None
-    ):
-        self.root, self.fingerprints = root, fingerprints
-        folders = [each.name for each in fingerprints]
-        self.folder = root / folders[0]
+    def __init__(self, root: Path, fingerprint: ReferenceFingerprint, names: Iterable[str] | None = None):
+        self.root, self.fingerprint = root, fingerprint
+        self.folder = root / fingerprint.name
         if names is None:
-            existing = [folder for folder in folders if (root / folder).is_dir()]
-            names = [f"{folder}/{name}" for folder in existing for name in list_shards(root / folder)]
+            listed = list_shards(self.folder) if self.folder.is_dir() else []
+            names = [f"{self.folder.name}/{name}" for name in listed]
         # Sorted, so that every rank takes the same one of several entries of a key.
-        names = sorted(names, key=lambda name: (folders.index(name.partition("/")[0]), name))
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            opened = list(pool.map(lambda name: open_shard(root / name), names))
-        shards = [shard for shard in opened if shard is not None]
-        self.shards = [name for name, shard in zip(names, opened, strict=True) if shard is not None]
-        self.damaged = set(names) - set(self.shards)
-        self._values = [shard.values for shard in shards]
-        keys = np.concatenate([np.empty((0, 2), np.uint64), *(shard.keys for shard in shards)])
-        # Stable, so that the earlier shard's entry of a key comes first.
-        order = np.argsort(keys[:, 0], kind="stable")
-        self._first_words, self._second_words = keys[order, 0], keys[order, 1]
+        names = sorted(names)
+        self._states = self._find_states(names)
+        memo = recall_whole(self.folder)
+        whole = {name for name, state in self._states.items() if state and memo.get(Path(name).name) == state}
+        self.damaged = set[str]()
+        self.shards = sorted(whole.union(self._intact([name for name in names if name not in whole])))
+        self._index = map_index(self.folder, self.shards) or self._build_index()
+        self._unread = {number for number, name in enumerate(self.shards) if name not in whole}
+        self._is_whole = np.array([name in whole for name in self.shards], dtype=np.bool_)
+        # Now, so that a job continues when its fingerprint is dropped.
+        self._contents = [_map_file(root / name) for name in self.shards]
 
-        def sorted_column(kind: npt.DTypeLike, parts: Iterable[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-            return np.concatenate([np.empty(0, kind), *(part.astype(kind) for part in parts)])[order]
+    def _find_states(self, names: Sequence[str]) -> dict[str, str]:
+        def find(name: str) -> str:
+            try:
+                return file_state(self.root / name)
+            except FileNotFoundError:
+                return ""
 
-        # Each entry's shard, number of values, their end in the shard's values, and their checksum.
-        self._entries = (
-            sorted_column(np.int32, (np.full(len(each.ends), n) for n, each in enumerate(shards))),
-            sorted_column(np.int32, (np.diff(each.ends, prepend=0) for each in shards)),
-            sorted_column(np.int64, (each.ends for each in shards)),
-            sorted_column(np.uint32, (each.checks for each in shards)),
-        )
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return dict(zip(names, pool.map(find, names), strict=True))
+
+    def _intact(self, names: Sequence[str], entries: UnsortedEntries | None = None) -> Iterator[str]:
+        """Yield the names of the shards that can be opened, and add their entries; others are damaged."""
+        for name, shard in zip(names, _open_shards([self.root / name for name in names]), strict=True):
+            if shard is None:
+                self.damaged.add(name)
+                continue
+            if entries is not None:
+                entries.add(shard.keys, shard.starts, shard.lengths, shard.checks)
+            yield name
+
+    def _build_index(self) -> Index:
+        """Read the keys of all shards, drop damaged ones from `shards`, and write their index."""
+        entries = UnsortedEntries()
+        self.shards = [*self._intact(self.shards, entries)]
+        self._forget(self.damaged)  # damage that left a file's times as they were
+        return write_index(self.folder, self.shards, entries)
+
+    def _forget(self, names: Iterable[str]) -> bool:
+        return forget_whole(self.folder, [Path(name).name for name in names])
 
     @classmethod
     def open(
-        cls,
-        root: Path,
-        fingerprints: Sequence[ReferenceFingerprint],
-        names: Iterable[str] | None = None,
+        cls, root: Path, fingerprint: ReferenceFingerprint, names: Iterable[str] | None = None
     ) -> "LogpStore":
-        """Open the shards `names`; without `names`, open all and record that their folders are used."""
+        """Open the shards `names`; without `names`, open all and record that their folder is used."""
         try:
             if names is None:
-                for each in fingerprints:
-                    _record_use(root / each.name, each)
-            store = cls(root, fingerprints, names)
+                _record_use(root / fingerprint.name, fingerprint)
+            store = cls(root, fingerprint, names)
         except OSError as error:
             raise ReferenceModelError(
                 "the reference store cannot be opened",
                 where="reference.store",
-                got=f"{root / fingerprints[0].name}: {error}",
+                got=f"{root / fingerprint.name}: {error}",
                 remedy="check that the folder exists, is readable, and is visible on every node",
             ) from error
         if names is not None and store.damaged:
@@ -260,20 +306,20 @@ class LogpStore:
             )
 
     def __len__(self) -> int:
-        return len(self._first_words)
+        return len(self._index.checks)
 
     def _find(self, keys: Keys) -> Iterator[StoredLogps | None]:
         """Yield the values of each key; None for a key without an intact entry."""
-        starts = np.searchsorted(self._first_words, keys[:, 0])
-        stops = np.searchsorted(self._first_words, keys[:, 0], side="right")
-        for start, stop, second in zip(starts.tolist(), stops.tolist(), keys[:, 1].tolist(), strict=True):
-            for entry in range(start, stop):
-                if self._second_words[entry] != second:
+        index = self._index
+        starts, stops = index.locate(keys)
+        for first, stop, second in zip(starts.tolist(), stops.tolist(), keys[:, 1].tolist(), strict=True):
+            for entry in range(first, stop):
+                if index.second_words[entry] != second:
                     continue
-                shard, tokens, end, check = (int(column[entry]) for column in self._entries)
-                values = self._values[shard][end - tokens : end]
-                if zlib.crc32(values.data) == check:
-                    yield values
+                start, shard = int(index.starts[entry]), min(int(index.shards[entry]), len(self.shards) - 1)
+                values = self._contents[shard][start : start + 4 * int(index.tokens[entry])]
+                if zlib.crc32(values.data) == index.checks[entry]:
+                    yield values.view(np.float32)
                     break
                 self.damaged.add(self.shards[shard])
             else:
@@ -284,8 +330,41 @@ class LogpStore:
         return list(self._find(keys))
 
     def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Return whether each of `keys` has an intact entry, bool [n]; reads and verifies the values."""
-        return np.fromiter((values is not None for values in self._find(keys)), np.bool_, len(keys))
+        """Return whether each of `keys` has an intact entry, bool [n]; fast for sorted keys.
+
+        Shards that are not known to be whole are read and verified.
+        """
+        entries, stops = self._index.locate(keys)
+        found: npt.NDArray[np.bool_] = entries < stops
+        if not self._is_whole.all():
+            which = np.flatnonzero(found)
+            # The checksum of a value finds that an index is damaged.
+            shards = np.minimum(self._index.shards[entries[which]], len(self.shards) - 1)
+            self._verify(self._unread.intersection(np.unique(shards).tolist()))
+            doubtful = which[~self._is_whole[shards]]
+            found[doubtful] = [values is not None for values in self._find(keys[doubtful])]
+        return found
+
+    def _verify(self, shards: Collection[int]) -> None:
+        """Read all values of these shards, and remember those without damage."""
+
+        def is_whole(number: int) -> bool:
+            shard = open_shard(self.root / self.shards[number])
+            return shard is not None and not shard.count_damaged()
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            whole = [number for number, good in zip(shards, pool.map(is_whole, shards), strict=True) if good]
+        self._unread.difference_update(shards)
+        self._is_whole[whole] = True
+        self.damaged.update(self.shards[number] for number in {*shards}.difference(whole))
+        names = [self.shards[number] for number in whole]
+        remember_whole(self.folder, {Path(name).name: self._states[name] for name in names})
+
+    def remember(self, names: Iterable[str]) -> None:
+        """Count shards that `write` has just written as whole: the next start does not read them."""
+        with suppress(OSError):
+            states = self._find_states([*names])
+            remember_whole(self.folder, {Path(name).name: state for name, state in states.items() if state})
 
     def read(self, keys: Keys) -> list[StoredLogps]:
         """Return the log-probs of each key, float32 [completion tokens]; a missing key is an error."""
@@ -293,11 +372,14 @@ class LogpStore:
         for key, values in zip(keys, self._find(keys), strict=True):
             if values is None:
                 damaged = f"; damaged: {', '.join(sorted(self.damaged))}" if self.damaged else ""
+                remedy = "start the same command again: missing log-probs are computed before training"
+                if not self._forget(self.damaged):
+                    remedy = "restore the damaged file, or set another reference.store: this one is read-only"
                 raise ReferenceModelError(
                     "a reference log-prob that this run needs is missing or damaged",
                     where=str(self.folder),
                     got=f"entry {key[0]:016x}{key[1]:016x}{damaged}",
-                    remedy="start the same command again: missing log-probs are computed before training",
+                    remedy=remedy,
                 )
             entries.append(values)
         return entries
@@ -342,4 +424,6 @@ def _record_use(folder: Path, fingerprint: ReferenceFingerprint) -> None:
     except OSError as error:
         if not folder.is_dir():
             raise
-        log.warning("the reference store can be read, but not written: %s", error)
+        log.warning(
+            "the reference store can be read, but not written: each process has its own index: %s", error
+        )

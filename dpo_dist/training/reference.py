@@ -176,7 +176,7 @@ def _reference_from_store(
     )
     check_same_numerics(profile, world)
     label = model_label(config.reference.path or config.model.path, files.folder)
-    empty = LogpStore(store, [ReferenceFingerprint(files.digest, profile, label)], [])
+    empty = LogpStore(store, ReferenceFingerprint(files.digest, profile, label), [])
     engines: list[Engine] = []
 
     def load_scorer() -> Scorer:

@@ -13,6 +13,7 @@ from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_af
 from dpo_dist.foundation.files import remove_abandoned, temporary_name
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.foundation.text import pluralize, size
+from dpo_dist.reference.index import forget_whole
 from dpo_dist.reference.store import (
     FINGERPRINT_FILE,
     find_fingerprint_folders,
@@ -115,6 +116,7 @@ def _verify(options: argparse.Namespace) -> int:
         checked = list(pool.map(check, files))
     damage = {file: fault for file, (_, fault) in zip(files, checked, strict=True) if fault}
     for folder in folders:
+        forget_whole(folder, [file.name for file in damage if file.parent == folder])
         if read_fingerprint(folder) is None:
             damage[folder / FINGERPRINT_FILE] = "missing, damaged or written by another version"
     for file, fault in damage.items():

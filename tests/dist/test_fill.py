@@ -49,7 +49,7 @@ def fill(
 
         return score
 
-    empty = LogpStore(store, [FINGERPRINT], [])
+    empty = LogpStore(store, FINGERPRINT, [])
     stops = Stops(StopRequest(), world)
     filler = StoreFiller(empty, load_scorer, world, 128, COSTS, entries_per_shard, stops)
     report = filler.fill(assets.dataset(), np.arange(pairs), lambda _done, _total: None)
@@ -61,7 +61,7 @@ def fill(
 
 def assert_whole(store: Path, assets: Assets, plain_entries: Entries, pairs: int) -> None:
     """Assert that the store has the model's log-probs of the first `pairs`."""
-    entries = LogpStore.open(store, [FINGERPRINT]).read(assets.dataset().keys[: 2 * pairs])
+    entries = LogpStore.open(store, FINGERPRINT).read(assets.dataset().keys[: 2 * pairs])
     for entry, plain in zip(entries, plain_entries[: 2 * pairs], strict=True):
         np.testing.assert_allclose(entry, plain, atol=1e-5, rtol=0)
 
@@ -73,7 +73,7 @@ def fill_one_and_more(assets: Assets, store: Path, world: World, folder: Path) -
 
     def add_another(logps: Tensor) -> Tensor:
         if world.is_main:
-            LogpStore(store, [FINGERPRINT], []).write(np.ones((1, 2), np.uint64), [np.zeros(1, np.float32)])
+            LogpStore(store, FINGERPRINT, []).write(np.ones((1, 2), np.uint64), [np.zeros(1, np.float32)])
         return logps
 
     return [fill(assets, store, pairs, world, folder, change=add_another) for pairs in (1, 7)]
@@ -112,7 +112,7 @@ def fill_in_order(assets: Assets, store: Path, shares: bool, world: World, _fold
 
     costs = replace(COSTS, prefixes=shares)
     filler = StoreFiller(
-        LogpStore(store, [FINGERPRINT], []), load_scorer, world, 512, costs, 4096, Stops(StopRequest(), world)
+        LogpStore(store, FINGERPRINT, []), load_scorer, world, 512, costs, 4096, Stops(StopRequest(), world)
     )
     filler.fill(dataset, np.arange(PAIRS), lambda _done, _total: None)
     return {"tokens": sum(tokens), "calls": len(tokens)}
@@ -158,7 +158,7 @@ def test_a_killed_fill_keeps_its_shards_and_the_next_computes_the_rest(
     assert outcomes[1].exit_code == -signal.SIGKILL
     assert "rank 1 of 2 died" in outcomes[0].message
 
-    left = LogpStore.open(store, [FINGERPRINT])
+    left = LogpStore.open(store, FINGERPRINT)
     assert list(left.folder.glob("*.tmp-*")), "the half-written shard should be there, under another name"
     stored = left.contains(assets.dataset().keys)
     assert 0 < stored.sum() == len(left) < 2 * PAIRS
@@ -208,5 +208,5 @@ def test_a_write_error_of_one_rank_is_raised_on_all(assets: Assets, tmp_path: Pa
     for outcome in start_ranks(scenario, 2, tmp_path / "ranks").finish():
         assert outcome.error == "ReferenceModelError", outcome.log
         assert "not finite" in outcome.message
-    left = LogpStore.open(tmp_path / "store", [FINGERPRINT])
+    left = LogpStore.open(tmp_path / "store", FINGERPRINT)
     assert 0 < left.contains(assets.dataset().keys).sum() == len(left) < 2 * PAIRS

@@ -26,11 +26,11 @@ def fingerprint_of(folder: Path) -> ReferenceFingerprint:
 
 def move(source: Path, to: ReferenceFingerprint, add: float) -> Path:
     """Move the entries in the folder `source` to another fingerprint, changed by `add`; return its folder."""
-    store = LogpStore.open(source.parent, [fingerprint_of(source)])
+    store = LogpStore.open(source.parent, fingerprint_of(source))
     keys = all_keys(sorted(source.glob("*.safetensors")))
     values = [values + np.float32(add) for values in store.read(keys)]
     shutil.rmtree(source)
-    LogpStore.open(source.parent, [to]).write(keys, values)
+    LogpStore.open(source.parent, to).write(keys, values)
     return source.parent / to.name
 
 
@@ -47,8 +47,8 @@ def test_damage_is_reported_and_only_lost_entries_are_computed_again(
     [own] = folders(tmp_path / "store")
     flipped, cut, emptied, missing = sorted(own.glob("*.safetensors"))[:4]
     keys, foreign = all_keys([missing]), ReferenceFingerprint("ab" * 16, {}, "another model")
-    values = LogpStore.open(own.parent, [fingerprint_of(own)]).read(keys)
-    other = LogpStore.open(own.parent, [foreign])
+    values = LogpStore.open(own.parent, fingerprint_of(own)).read(keys)
+    other = LogpStore.open(own.parent, foreign)
     other.write(keys, values)
     [copied] = other.folder.glob("*.safetensors")
     shutil.copy(copied, own)

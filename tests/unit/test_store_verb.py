@@ -54,7 +54,7 @@ def test_info_lists_each_reference_with_its_counts(run: Run, shards: list[Path],
     assert f"used {datetime.fromtimestamp(stamp.stat().st_mtime):%Y-%m-%d}" in second
     assert total.startswith("2 fingerprints, 5 entries")
     assert run("verify") == (0, "2 shards, 5 valid entries, 0 damaged files\n")
-    LogpStore.open(tmp_path, [SECOND])
+    LogpStore.open(tmp_path, SECOND)
     assert time.time() - stamp.stat().st_mtime < 60, "opening it is its last use"
 
 
@@ -104,7 +104,7 @@ def test_gc_removes_temporary_files_of_dead_writers(run: Run, shards: list[Path]
 def test_a_running_job_continues_after_its_fingerprint_was_dropped(
     run: Run, shards: list[Path], tmp_path: Path
 ) -> None:
-    store = LogpStore.open(tmp_path, [FIRST])
+    store = LogpStore.open(tmp_path, FIRST)
     assert run("gc", "--drop", "aa", "--yes")[0] == 0
     assert [entry.tolist() for entry in store.read(keys_of([4, 7]))] == [ENTRIES[4], ENTRIES[7]]
     store.write(keys_of([2]), [values(-1.0)])

@@ -69,7 +69,7 @@ def filler_of(
     tokens: int = 30,
     costs: ComputeCosts = COSTS,
 ) -> StoreFiller:
-    store, stops = LogpStore(root, [FINGERPRINT], []), Stops(StopRequest(), ALONE)
+    store, stops = LogpStore(root, FINGERPRINT, []), Stops(StopRequest(), ALONE)
     return StoreFiller(store, lambda: scorer or Scorer(), ALONE, tokens, costs, entries_per_shard, stops)
 
 
@@ -78,7 +78,7 @@ def fill(root: Path, dataset: PreferenceDataset, indices: Iterable[int], **optio
 
 
 def assert_filled(root: Path, dataset: PreferenceDataset, indices: Iterable[int]) -> None:
-    store = LogpStore.open(root, [FINGERPRINT])
+    store = LogpStore.open(root, FINGERPRINT)
     for index in indices:
         values = store.read(dataset.keys[list(dataset.response_range(index))])
         for value, response in zip(values, dataset.example(index).responses, strict=True):
@@ -103,7 +103,7 @@ def test_every_response_gets_its_own_values(
 def test_only_missing_responses_are_computed(tmp_path: Path, dataset: PreferenceDataset) -> None:
     keys = dataset.keys[[0, 4]]  # the first response of pair 0, the second of pair 2
     responses = dataset.example(0).responses[0], dataset.example(2).responses[1]
-    LogpStore.open(tmp_path, [FINGERPRINT]).write(
+    LogpStore.open(tmp_path, FINGERPRINT).write(
         keys, [logps_of(torch.from_numpy(ids)).numpy() for ids in responses]
     )
     scorer = Scorer()
@@ -127,7 +127,7 @@ def test_pairs_that_begin_alike_anywhere_in_the_data_are_scored_together(
     data, scorer = dataset_of(pairs), Scorer()
     chosen = 2 * np.arange(chosen_stored)
     stored = [logps_of(torch.from_numpy(pair.responses[0])).numpy() for pair in pairs[:chosen_stored]]
-    LogpStore.open(tmp_path, [FINGERPRINT]).write(data.keys[chosen], stored)
+    LogpStore.open(tmp_path, FINGERPRINT).write(data.keys[chosen], stored)
     costs = dataclasses.replace(COSTS, prefixes=prefixes)
     report = fill(tmp_path, data, range(40), entries_per_shard=20, scorer=scorer, tokens=300, costs=costs)
     assert (report.hits, report.computed) == (chosen_stored, 80 - chosen_stored)
@@ -137,7 +137,7 @@ def test_pairs_that_begin_alike_anywhere_in_the_data_are_scored_together(
 
 
 def test_a_fill_that_waits_for_another_job_can_be_stopped(tmp_path: Path, dataset: PreferenceDataset) -> None:
-    folder, request = LogpStore.open(tmp_path, [FINGERPRINT]).folder, StopRequest()
+    folder, request = LogpStore.open(tmp_path, FINGERPRINT).folder, StopRequest()
     request.ask("SIGTERM")
     filler = dataclasses.replace(filler_of(tmp_path), stops=Stops(request, ALONE))
     with locked(folder / "fill.lock", "fills", ""), pytest.raises(StoppedError, match="while another job"):
@@ -171,7 +171,7 @@ def test_a_round_that_cannot_be_written_is_an_error(
 
     with pytest.raises(ReferenceModelError, match="not finite"):
         fill(tmp_path, dataset, range(len(RESPONSES)), entries_per_shard=2, scorer=Broken())
-    assert len(LogpStore.open(tmp_path, [FINGERPRINT]).shards) == broken
+    assert len(LogpStore.open(tmp_path, FINGERPRINT).shards) == broken
 
 
 @pytest.mark.parametrize("piece", [0, 1])
@@ -184,6 +184,6 @@ def test_ids_that_changed_since_encoding_are_not_stored(
     with pytest.raises(DataError, match="do not match their content key") as raised:
         fill(tmp_path, damaged, [0, 1, 2], entries_per_shard=1 << 12)
     assert str(dataset.origin(0)) in raised.value.where
-    assert not LogpStore.open(tmp_path, [FINGERPRINT]).shards
+    assert not LogpStore.open(tmp_path, FINGERPRINT).shards
     fill(tmp_path, dataset, [0, 1, 2])
     assert_filled(tmp_path, dataset, [0, 1, 2])

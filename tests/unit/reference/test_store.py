@@ -30,19 +30,19 @@ def values(*numbers: float) -> StoredLogps:
 
 def write(root: Path, entries: Entries, fingerprint: ReferenceFingerprint = FINGERPRINT) -> Path:
     """Write these entries as one shard; return its file."""
-    store = LogpStore.open(root, [fingerprint])
+    store = LogpStore.open(root, fingerprint)
     return root / store.write(keys_of(list(entries)), [values(*entry) for entry in entries.values()])
 
 
 def open_store(root: Path) -> LogpStore:
-    return LogpStore.open(root, [FINGERPRINT])
+    return LogpStore.open(root, FINGERPRINT)
 
 
 def readable(
     root: Path, names: Sequence[int] = tuple(ENTRIES), fingerprint: ReferenceFingerprint = FINGERPRINT
 ) -> Entries:
     """The entries of these names that a run would read."""
-    store = LogpStore.open(root, [fingerprint])
+    store = LogpStore.open(root, fingerprint)
     found = [name for name, stored in zip(names, store.contains(keys_of(names)), strict=True) if stored]
     return {name: entry.tolist() for name, entry in zip(found, store.read(keys_of(found)), strict=True)}
 
@@ -119,20 +119,6 @@ def test_a_missing_or_damaged_space_json_is_written_again(tmp_path: Path, conten
     assert json.loads(described.read_text()) == FINGERPRINT.as_dict()
 
 
-def test_entries_of_other_fingerprints_are_used_where_the_own_one_has_none(tmp_path: Path) -> None:
-    near, far = (ReferenceFingerprint("weights", {"dtype": "fp32", "torch": number}) for number in "12")
-    write(tmp_path, {1: [-1.0]})
-    write(tmp_path, {1: [-1.5], 2: [-2.0]}, near)
-    write(tmp_path, {1: [-1.25], 2: [-2.5], 3: [-3.0]}, far)
-    store, keys = LogpStore.open(tmp_path, [FINGERPRINT, near, far]), keys_of([1, 2, 3, 4])
-    for view in (store, LogpStore.open(tmp_path, store.fingerprints, reversed(store.shards))):
-        assert [entry.tolist() for entry in view.read(keys[:3])] == [[-1.0], [-2.0], [-3.0]]
-        assert view.contains(keys).tolist() == [True, True, True, False]
-    # Entries are written under the own fingerprint only.
-    store.write(keys[3:], [values(-4.0)])
-    assert readable(tmp_path, [1, 2, 3, 4]) == {1: [-1.0], 4: [-4.0]}
-
-
 def test_a_store_or_shard_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ReferenceModelError, match="cannot be opened"):
@@ -146,7 +132,7 @@ def test_a_store_or_shard_that_cannot_be_read_is_an_error(tmp_path: Path) -> Non
     ):
         damage()
         with pytest.raises(ReferenceModelError, match=error) as raised:
-            LogpStore.open(tmp_path, [FINGERPRINT], [name])
+            LogpStore.open(tmp_path, FINGERPRINT, [name])
         assert name in raised.value.got
 
 

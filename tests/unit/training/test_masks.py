@@ -108,7 +108,7 @@ def filled(
 ) -> tuple[ReferenceProvider, FillReport]:
     model = packed(folder)
     score = torch.no_grad()(model)
-    empty, stops = LogpStore(store, [FINGERPRINT], []), Stops(StopRequest(), world)
+    empty, stops = LogpStore(store, FINGERPRINT, []), Stops(StopRequest(), world)
     filler = StoreFiller(empty, lambda: score, world, 80, COSTS, 4, stops)
     report = filler.fill(dataset, np.arange(len(dataset)), lambda _done, _total: None)
     return ReferenceProvider(store=filler.open_filled()), report

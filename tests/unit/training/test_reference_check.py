@@ -77,8 +77,8 @@ def reference(data: PreferenceDataset, tmp_path_factory: pytest.TempPathFactory)
     root, space = tmp_path_factory.mktemp("store"), ReferenceFingerprint("weights", {})
     batch = collate(data, range(PAIRS))
     values = torch.split(Policy().token_logps(batch), batch.response_tokens.tolist())
-    LogpStore.open(root, [space]).write(batch.keys, [logps.numpy() for logps in values])
-    return ReferenceProvider(store=LogpStore.open(root, [space]))
+    LogpStore.open(root, space).write(batch.keys, [logps.numpy() for logps in values])
+    return ReferenceProvider(store=LogpStore.open(root, space))
 
 
 @pytest.fixture

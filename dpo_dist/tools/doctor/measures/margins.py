@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dpo_dist.batching.example import Keys
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import ModelConfig, ReferenceConfig, ReferenceMode
 from dpo_dist.data.encoded.dataset import PreferenceDataset
@@ -40,16 +41,16 @@ def compare_with_store(
         pairs += int((dataset.response_counts(np.arange(len(dataset))) > 1).sum())
     use: dict[str, Any] = {"folder": str(Path(reference.store)), "pairs": pairs, "stored": 0}
     use |= {"numerics": [], "margins": {}, "filled_with": _words_for_precompute(model, reference, loss)}
-    store = find_stored(model, reference)
+    stores = find_stored(model, reference)
     findings: list[Finding] = []
-    if store is None:
+    if not stores:
         return use, findings
     names = ("quantization", "dtype", "attention", "gpu", "device")
-    profiles = [each.profile for each in store.fingerprints]
+    profiles = [store.fingerprint.profile for store in stores]
     descriptions = (", ".join(profile[name] for name in names if name in profile) for profile in profiles)
     use["numerics"] = list(dict.fromkeys(descriptions))
     for source, source_datasets in zip(sources, datasets, strict=True):
-        table, origins = stored_pairs(store, source_datasets)
+        table, origins = stored_pairs(stores, source_datasets)
         if origins:
             margins, source["margins"], disagreements = margin_findings(table, origins, source["label"])
             findings += disagreements
@@ -69,8 +70,8 @@ def _words_for_precompute(model: ModelConfig, reference: ReferenceConfig, loss: 
     return " ".join(words)
 
 
-def find_stored(policy: ModelConfig, reference: ReferenceConfig) -> LogpStore | None:
-    """Return all stored log-probs of the reference model; None if there are none.
+def find_stored(policy: ModelConfig, reference: ReferenceConfig) -> list[LogpStore]:
+    """Return the stores of the reference model that have log-probs; the first that has a key counts.
 
     Log-probs of every numerics profile count: they differ by rounding only, which does not change the
     statistics. The weight files are digested, unless the store has cached their digests. A missing store is
@@ -79,7 +80,7 @@ def find_stored(policy: ModelConfig, reference: ReferenceConfig) -> LogpStore | 
     root = Path(reference.store)
     stored = read_fingerprints(root)
     if not stored:
-        return None
+        return []
     # Imports DeepSpeed, which takes seconds.
     from dpo_dist.reference.digest import digest_model  # noqa: PLC0415
 
@@ -96,12 +97,11 @@ def find_stored(policy: ModelConfig, reference: ReferenceConfig) -> LogpStore | 
         if each.reference == model.digest and each.profile.get("quantization", "").split(" ")[0] == bits
     ]
     matching.sort(key=lambda each: (each.profile.get("dtype") != policy.dtype.value, each.name))
-    store = LogpStore(root, matching) if matching else None
-    return store or None  # an empty store is false
+    return [store for each in matching if len(store := LogpStore(root, each))]
 
 
 def stored_pairs(
-    store: LogpStore, datasets: Sequence[PreferenceDataset]
+    stores: Sequence[LogpStore], datasets: Sequence[PreferenceDataset]
 ) -> tuple[npt.NDArray[np.float64], list[str]]:
     """Return [4, pairs] for the pairs whose two responses are stored, and each pair's origin.
 
@@ -114,7 +114,7 @@ def stored_pairs(
         for start in range(0, len(dataset), _EXAMPLES_AT_ONCE):
             examples = range(start, min(start + _EXAMPLES_AT_ONCE, len(dataset)))
             responses = [dataset.response_range(index) for index in examples]
-            logps = iter(store.find(np.asarray(dataset.keys[responses[0].start : responses[-1].stop])))
+            logps = iter(_find(stores, np.asarray(dataset.keys[responses[0].start : responses[-1].stop])))
             for index, within in zip(examples, responses, strict=True):
                 values = list(itertools.islice(logps, len(within)))
                 masks = dataset.masks(index) or (slice(None),) * len(values)
@@ -124,6 +124,15 @@ def stored_pairs(
                     columns.append((*sums, len(chosen), len(rejected)))
                     origins.append(str(dataset.origin(index)))
     return np.array(columns, dtype=np.float64).reshape(-1, 4).T, origins
+
+
+def _find(stores: Sequence[LogpStore], keys: Keys) -> list[StoredLogps | None]:
+    found: list[StoredLogps | None] = [None] * len(keys)
+    for store in stores:
+        missing = [number for number, values in enumerate(found) if values is None]
+        for number, values in zip(missing, store.find(keys[missing]), strict=True):
+            found[number] = values
+    return found
 
 
 def _loss_logps(values: StoredLogps | None, mask: slice | npt.NDArray[np.bool_]) -> StoredLogps:
