@@ -100,7 +100,7 @@ def prepare(folder: Path, model: Path, kind: str, records: int, filled: Path | N
         dataset = with_partners(dataset, data.max_length)
     shutil.copytree(filled, folder / "store")
     [fingerprint] = read_fingerprints(folder / "store")
-    store = LogpStore.open(folder / "store", [fingerprint], [])
+    store = LogpStore.open(folder / "store", fingerprint, [])
     is_response = np.ones(len(dataset.piece_tokens), dtype=np.bool_)
     is_response[dataset.first_pieces[:-1]] = False
     tokens = dataset.piece_tokens[is_response]

@@ -318,7 +318,7 @@ def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Ind
     visited = np.zeros(len(dataset), dtype=np.bool_)
     visited[indices] = True
     is_visited = np.repeat(visited, np.diff(dataset.first_pieces) - 1)
-    order, last, hits, missing = _key_order(dataset), np.empty((0, 2), np.uint64), 0, [np.empty(0, np.int64)]
+    order, last, hits, missing = dataset.key_order, np.empty((0, 2), np.uint64), 0, [np.empty(0, np.int64)]
     for start in range(0, len(order), RESPONSES_AT_ONCE):
         responses = order[start : start + RESPONSES_AT_ONCE]
         responses = responses[is_visited[responses]]
@@ -331,9 +331,3 @@ def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Ind
         missing.append(responses[~stored].astype(np.int64))
         last = keys[-1:]
     return np.sort(np.concatenate(missing)), hits
-
-
-def _key_order(dataset: PreferenceDataset) -> Indices:
-    """Return the response indices in the order of their keys, equal ones ascending; int64 [responses]."""
-    order: Indices = np.lexsort((dataset.keys[:, 1], dataset.keys[:, 0]))
-    return order
