@@ -119,7 +119,7 @@ def examine(
     progress: EncodingProgress = no_progress,
     processor: ImageProcessor | None = None,
 ) -> Diagnosis:
-    """Read `config.train` and `config.eval` once, as a stream, and check them.
+    """Read `config.train` and `config.eval` as streams, evaluation prompts first, and check them.
 
     Without a tokenizer tokens are not counted. The result does not depend on the number of processes.
     """

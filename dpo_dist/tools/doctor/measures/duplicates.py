@@ -72,15 +72,15 @@ class _Sample(NamedTuple):
     records: int
     trials: int  # different sampled texts
 
-    def estimate(self, partners: Partners) -> int:
-        """Return how many of the population have a partner."""
-        return round(_count(partners) * self.population / self.records)
+    def estimate(self, count: int) -> int:
+        """Return how many records of the population so many sampled ones stand for."""
+        return round(count * self.population / self.records)
 
-    def interval(self, partners: Partners) -> list[int]:
+    def interval(self, count: int) -> list[float]:
         """Return the lower and the upper end of the estimate's interval of three standard errors."""
-        share = _count(partners) / self.records
+        share = count / self.records
         ends = wilson_interval(share * self.trials, self.trials, _STANDARD_ERRORS)
-        return [round(end * self.population) for end in ends]
+        return [end * self.population for end in ends]
 
 
 class Comparison:
@@ -135,7 +135,9 @@ class Comparison:
         """Return the section `across` of doctor.json, and the findings; called once, after all records."""
         count = len(self._source)
         copies = equal_records(self._column("record"))
-        opposed = contradictions(self._column("preferences"), np.array(self._of_preference), count)
+        opposed = contradictions(
+            self._column("preferences"), np.frombuffer(self._of_preference, np.int32), count
+        )
         leaked, near_leaked, of_leaks = self._leaks(self._column("hash"), prompts := self._column("prompt"))
         repeated, numbers = equal_records(prompts), self._column("numbers")
         near, sampled = self._near_copies.result()
@@ -153,11 +155,11 @@ class Comparison:
         ]
         across: dict[str, Any] = {
             "duplicates": _count(copies),
-            "near_duplicates": _estimate(alike, of_near) + (_count(copies) if of_near else 0),
+            "near_duplicates": _estimate(_count(alike), of_near) + (_count(copies) if of_near else 0),
             "contradictions": _count(opposed),
             "repeated_prompts": _count(repeated),
             "leaked_prompts": _count(leaked),
-            "near_leaked_prompts": _estimate(only_near, of_leaks) + _count(leaked),
+            "near_leaked_prompts": _estimate(_count(only_near), of_leaks) + _count(leaked),
             "benchmark_hits": _count(hits),
         }
         # Of a sample it is not known which other records are near copies.
@@ -218,15 +220,15 @@ class Comparison:
         """Yield the finding about records with a partner, counted by source if there are several sources."""
         partners = self._within_a_part(partners)
         examples = examples or self._origins(partners)
-        sources, of_source = np.frombuffer(self._source, np.uint16), len(self._labels)
-        counts = np.bincount(sources[partners >= 0], minlength=of_source).tolist()
-        total, label, found = len(sources), None, np.flatnonzero(counts).tolist()
+        sources = np.frombuffer(self._source, np.uint16)
+        counts = np.bincount(sources[partners >= 0]).tolist()
+        found = {at: _estimate(count, sample) for at, count in enumerate(counts) if count}
+        total, label = len(sources), None
         if len(found) == 1:
-            total = int((sources == found[0]).sum())
-            label = self._labels[found[0]]
+            [at] = found
+            total, label = int((sources == at).sum()), self._labels[at]
         else:
-            numbers = ((_estimate(np.where(sources == at, partners, -1), sample), at) for at in found)
-            by_source = ", ".join(f"{number} in {self._labels[at]}" for number, at in numbers)
+            by_source = ", ".join(f"{count} in {self._labels[at]}" for at, count in found.items())
             detail = "; ".join(filter(None, (by_source, detail)))
         yield from _findings(rule, partners, total, label, examples, detail, sample)
 
@@ -253,13 +255,14 @@ def _findings(
     sample: _Sample | None,
 ) -> Iterator[Finding]:
     """Yield the finding about records with a partner, or about their estimated number with its interval."""
+    count = _count(partners)
     if sample is None:
-        yield from DOCTOR_RULES[rule].count(_count(partners), total, label, examples, detail)
+        yield from DOCTOR_RULES[rule].count(count, total, label, examples, detail)
         return
-    low, high = (percent(end / total) for end in sample.interval(partners))
+    low, high = (percent(end / total) for end in sample.interval(count))
     interval = f"estimated from {sample.records:,} sampled records, {low} to {high}"
     detail = "; ".join(filter(None, (interval, detail)))
-    for finding in DOCTOR_RULES[rule].count(sample.estimate(partners), total, label, examples, detail):
+    for finding in DOCTOR_RULES[rule].count(sample.estimate(count), total, label, examples, detail):
         yield replace(finding, text=f"about {finding.text}")
 
 
@@ -267,16 +270,14 @@ def _count(partners: Indexes) -> int:
     return int((partners >= 0).sum())
 
 
-def _estimate(partners: Partners, sample: _Sample | None) -> int:
-    return _count(partners) if sample is None else sample.estimate(partners)
+def _estimate(count: int, sample: _Sample | None) -> int:
+    return count if sample is None else sample.estimate(count)
 
 
 def _other_numbers(partners: Partners, numbers: Keys, sample: _Sample | None) -> str:
     """Return how many of the records have other numbers in the prompt than their partner."""
     found = np.flatnonzero(partners >= 0)
-    differ = partners.copy()
-    differ[found[numbers[found] == numbers[partners[found]]]] = -1
-    count = _estimate(differ, sample)
+    count = _estimate(int((numbers[found] != numbers[partners[found]]).sum()), sample)
     return f"{count} of them with other numbers in the prompt" if count else ""
 
 

@@ -132,9 +132,8 @@ class NearCopyFinder:
         rows = zip(keys, _with_bands(signatures), strict=True)
         for index, (key, (signature, bands)) in enumerate(rows, start):
             for other in sample.similar(signature, bands):
-                if other != key:
-                    self._later[other] = index
-                    sample.found(other)
+                self._later[other] = index
+                sample.found(other)
             self._later.pop(key, None)
             sample.seek(key, index, signature, bands)
 

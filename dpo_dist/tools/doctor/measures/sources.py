@@ -1,6 +1,7 @@
 """Sum up the facts about the records of one source, and find its faults."""
 
 import heapq
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import EMPTY_REMEDY, named_in_one_line, reason_remedy
 from dpo_dist.tools.doctor.measures.label_leaks import LeakTest, leak_findings, leak_tests
-from dpo_dist.tools.doctor.measures.observe import SIDES, ImageFacts, PairFacts, RecordFacts
+from dpo_dist.tools.doctor.measures.observe import SIDES, PairFacts, RecordFacts
 from dpo_dist.tools.doctor.measures.texts import subtract_features
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, KINDS_BY_RULE, MAX_EXAMPLES, RULE_BY_KIND
 from dpo_dist.tools.shared.findings import Finding
@@ -84,7 +85,7 @@ class ExaminedSource:
         self._sums, self._changed, self._unread = Counter[str](), Counter[str](), Counter[str]()
         # For each of `SIDES`, how many records have each length.
         self._characters, self._tokens, self._cuts = ([Counter[int]() for _ in SIDES] for _ in range(3))
-        self._images: dict[int, ImageFacts] = {}  # the different ones, by key
+        self._images = {name: array("Q") for name in ("key", "pixels", "tokens")}  # tokens: 1 more; 0: none
         self._images_of_records = Counter[int]()
 
     def add(self, records: Sequence[RecordFacts]) -> None:
@@ -97,8 +98,9 @@ class ExaminedSource:
             if len(self._unread) < _MOST_FIELDS:
                 self._unread.update(record.unread)
             for image in record.images:
-                if image.tokens is not None or image.key not in self._images:
-                    self._images[image.key] = image
+                self._images["key"].append(image.key)
+                self._images["pixels"].append(image.pixels)
+                self._images["tokens"].append(0 if image.tokens is None else image.tokens + 1)
             if record.images:
                 self._images_of_records[len(record.images)] += 1
             if record.dropped is not None:
@@ -155,17 +157,19 @@ class ExaminedSource:
 
     def _image_report(self) -> dict[str, Any] | None:
         """Return the numbers and sizes of images; None without any."""
-        if not self._images:
+        if not self._images_of_records:
             return None
-        different = self._images.values()
-        tokens = [image.tokens for image in different if image.tokens is not None]
+        keys, pixels, tokens = (np.array(column) for column in self._images.values())
+        order = np.lexsort((tokens > 0, keys))  # an image of a dropped record has no tokens
+        last = order[np.append(keys[order[1:]] != keys[order[:-1]], True)]
+        encoded = last[tokens[last] > 0]
         return {
             "records": self._images_of_records.total(),
             "images": sum(count * records for count, records in self._images_of_records.items()),
-            "different": len(different),
+            "different": len(last),
             "in_a_record": _spread(self._images_of_records),
-            "pixels": _spread(Counter(image.pixels for image in different)),
-            "tokens": _spread(Counter(tokens)),
+            "pixels": _spread(Counter(pixels[last].tolist())),
+            "tokens": _spread(Counter((tokens[encoded] - np.uint64(1)).tolist())),
         }
 
     def report(self) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.records import Origin
 from dpo_dist.tools.doctor.measures.duplicates import Comparison, contradictions, equal_records
 from dpo_dist.tools.doctor.measures.observe import RecordFacts
-from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts, NearCopyFinder, Signature
+from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts, NearCopyFinder
+from dpo_dist.tools.doctor.measures.texts import Signature
 from dpo_dist.tools.shared.findings import Finding
 
 Record = tuple[int, Signature]
@@ -40,10 +41,16 @@ def test_records_of_opposite_preferences_are_partners(preferences: list[set[int]
 
 
 def records(groups: int, seed: int) -> list[Record]:
-    """Return shuffled records: of each group one to five that nearly equal each other, some of them twice."""
+    """Return shuffled records: of each group one to five that nearly equal each other, some of them twice.
+
+    Every second group has the prompts of the one before, and responses that resemble its responses by half.
+    """
     rng, made = np.random.default_rng(seed), list[Record]()
-    for _ in range(groups):
-        base = rng.integers(1 << 32, size=(2, 64), dtype=np.uint32)
+    base = np.zeros((2, 64), dtype=np.uint32)
+    for group in range(groups):
+        is_half = group % 2
+        changed = base[is_half:, is_half * 32 :]
+        changed[:] = rng.integers(1 << 32, size=changed.shape, dtype=np.uint32)
         for _ in range(rng.choice([1, 1, 1, 1, 2, 5])):
             near = base.copy()
             near[rng.integers(2), rng.integers(64, size=3)] += 1
