@@ -45,7 +45,9 @@ def first_equal(keys: Keys, sought: Keys) -> Indexes:
     known, first = np.unique(keys, return_index=True)
     for start in range(0, len(sought) if len(known) else 0, _KEYS_AT_ONCE):
         block = sought[start : start + _KEYS_AT_ONCE]
-        at = np.searchsorted(known[:-1], block)
+        at = np.searchsorted(
+            known[:-1], block
+        )  # never past the end: what is above all is compared with the last
         places[start : start + _KEYS_AT_ONCE] = np.where(known[at] == block, first[at], -1)
     return places
 
