@@ -43,7 +43,7 @@ from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.model.files.folder import description_folder, start_folder, tokenizer_folder
 from dpo_dist.tools.doctor.measures.duplicates import Comparison
 from dpo_dist.tools.doctor.measures.margins import compare_with_store
-from dpo_dist.tools.doctor.measures.observe import Observer
+from dpo_dist.tools.doctor.measures.observe import Observer, with_number
 from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts
 from dpo_dist.tools.doctor.measures.sources import ExaminedSource
 from dpo_dist.tools.doctor.measures.texts import Benchmark
@@ -150,18 +150,12 @@ def _for_each_chunk(
 ) -> None:
     """Give the result of `work` for each chunk of a source's records to all `uses`, in order."""
     read, records = 0, read_records(pin_source(entry))
-    with progress as show, closing(in_order(records, partial(_with_number, work))) as chunks:
+    with progress as show, closing(in_order(records, partial(with_number, work))) as chunks:
         for number, result in chunks:
             for use in uses:
                 use(result)
             read += number
             show(read)
-
-
-def _with_number(
-    work: Callable[[Sequence[Record]], _Result], records: Sequence[Record]
-) -> tuple[int, _Result]:
-    return len(records), work(records)
 
 
 def _label_balance(

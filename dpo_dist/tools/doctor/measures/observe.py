@@ -2,11 +2,12 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import combinations, islice
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from dpo_dist.data.records import (
     BadRecord,
     Origin,
     PreferenceRecord,
+    Record,
     Tokenizer,
     UnusableRecordError,
     eval_part,
@@ -39,6 +41,7 @@ from dpo_dist.tools.doctor.measures.texts import (
 from dpo_dist.tools.doctor.rules import RULE_BY_KIND
 from dpo_dist.tools.shared.records import labelled_side
 
+_Result = TypeVar("_Result")
 SIDES = ("prompt", "chosen", "rejected")
 Lengths = tuple[int, int, int]
 """A number for each of `SIDES`; -1 for a response that is missing."""
@@ -98,6 +101,13 @@ class RecordFacts:
     # uint32 [2, 64]: MinHash of the prompt, and of all responses
     signatures: Signature = field(default_factory=lambda: np.empty(0, dtype=np.uint32))
     benchmark: str | None = None  # origin of an item with which it overlaps
+
+
+def with_number(
+    work: Callable[[Sequence[Record]], _Result], records: Sequence[Record]
+) -> tuple[int, _Result]:
+    """Return the number of records and the result of `work`; it is here since processes import its module."""
+    return len(records), work(records)
 
 
 class Observer:
