@@ -14,7 +14,7 @@ import numpy.typing as npt
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.foundation.text import percent
 from dpo_dist.tools.doctor.measures.observe import RecordFacts
-from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts, Keys, NearCopyFinder
+from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts, TextKeys, NearCopyFinder
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, MAX_EXAMPLES
 from dpo_dist.tools.shared.findings import Finding, Level
 from dpo_dist.tools.shared.intervals import wilson_interval
@@ -27,7 +27,7 @@ _STANDARD_ERRORS = 3.0
 _KEYS_AT_ONCE = 1 << 20
 
 
-def equal_records(keys: Keys) -> Partners:
+def equal_records(keys: TextKeys) -> Partners:
     """Return for each record whose key occurs earlier the first record of that key."""
     order = np.argsort(keys, kind="stable").astype(np.int32)
     ordered = keys[order]
@@ -39,7 +39,7 @@ def equal_records(keys: Keys) -> Partners:
     return partners
 
 
-def first_equal(keys: Keys, sought: Keys) -> Indexes:
+def first_equal(keys: TextKeys, sought: TextKeys) -> Indexes:
     """Return the place of the first of the keys that equals each sought one; -1: none does."""
     places = np.full(len(sought), -1, dtype=np.int32)
     known, first = np.unique(keys, return_index=True)
@@ -52,7 +52,7 @@ def first_equal(keys: Keys, sought: Keys) -> Indexes:
     return places
 
 
-def contradictions(preferences: Keys, of_record: Indexes, count: int) -> Partners:
+def contradictions(preferences: TextKeys, of_record: Indexes, count: int) -> Partners:
     """Return for each record whose opposite preference is in another record the first such record.
 
     `preferences` has the keys of all records' preferences, `of_record` the index of each key's record, below
@@ -179,11 +179,11 @@ class Comparison:
         ]
         return across, findings
 
-    def _column(self, name: str) -> Keys:
+    def _column(self, name: str) -> TextKeys:
         """Return the keys of all records, which are in memory only as long as the result."""
         return np.frombuffer(self._keys.pop(name), np.uint64)
 
-    def _leaks(self, hashes: Keys, prompts: Keys) -> tuple[Partners, Partners, _Sample | None]:
+    def _leaks(self, hashes: TextKeys, prompts: TextKeys) -> tuple[Partners, Partners, _Sample | None]:
         """Return the evaluation records whose prompt equals, and nearly equals, that of a training record."""
         leaked, near = np.full((2, len(hashes)), -1, dtype=np.int32)
         evaluated = np.flatnonzero(self._evaluated)
@@ -201,7 +201,7 @@ class Comparison:
         return np.frombuffer(self._is_eval, np.bool_)
 
     def _leak_findings(
-        self, rule: str, partners: Partners, numbers: Keys, sample: _Sample | None = None
+        self, rule: str, partners: Partners, numbers: TextKeys, sample: _Sample | None = None
     ) -> Iterator[Finding]:
         """Yield the finding about evaluation records whose prompts are in training records."""
         is_dropped = rule == "train_eval_leak" and self._drops_eval_prompts
@@ -276,7 +276,7 @@ def _estimate(count: int, sample: _Sample | None) -> int:
     return count if sample is None else sample.estimate(count)
 
 
-def _other_numbers(partners: Partners, numbers: Keys, sample: _Sample | None) -> str:
+def _other_numbers(partners: Partners, numbers: TextKeys, sample: _Sample | None) -> str:
     """Return how many of the records have other numbers in the prompt than their partner."""
     found = np.flatnonzero(partners >= 0)
     count = _estimate(int((numbers[found] != numbers[partners[found]]).sum()), sample)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from dpo_dist.tools.doctor.measures.texts import SIGNATURE_NUMBERS, Signature
 
-Keys = npt.NDArray[np.uint64]
+TextKeys = npt.NDArray[np.uint64]
 
 SIMILARITY = 0.7
 EXACT = 200_000
@@ -176,7 +176,7 @@ class EvaluationPrompts:
                     self._partners[key] = index
                     self._sketches.found(key)
 
-    def result(self) -> tuple[Keys, npt.NDArray[np.int32], bool]:
+    def result(self) -> tuple[TextKeys, npt.NDArray[np.int32], bool]:
         """Return the sorted keys, the first similar training record of each or -1, and if it is a sample."""
         keys = np.sort(np.array(self._sketches.keys, dtype=np.uint64))
         partners = [self._partners.get(key, -1) for key in keys.tolist()]
