@@ -14,7 +14,7 @@ import numpy.typing as npt
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.foundation.text import percent
 from dpo_dist.tools.doctor.measures.observe import RecordFacts
-from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts, TextKeys, NearCopyFinder
+from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts, NearCopyFinder, TextKeys
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, MAX_EXAMPLES
 from dpo_dist.tools.shared.findings import Finding, Level
 from dpo_dist.tools.shared.intervals import wilson_interval
