@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -37,12 +38,13 @@ from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.data.read.sources import pin_source, source_labels
-from dpo_dist.data.records import Part, Tokenizer, eval_part, train_part
+from dpo_dist.data.records import Part, Record, Tokenizer, eval_part, train_part
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.model.files.folder import description_folder, start_folder, tokenizer_folder
 from dpo_dist.tools.doctor.measures.duplicates import Comparison
 from dpo_dist.tools.doctor.measures.margins import compare_with_store
-from dpo_dist.tools.doctor.measures.observe import Observer
+from dpo_dist.tools.doctor.measures.observe import Observer, with_number
+from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts
 from dpo_dist.tools.doctor.measures.sources import ExaminedSource
 from dpo_dist.tools.doctor.measures.texts import Benchmark
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
@@ -50,6 +52,7 @@ from dpo_dist.tools.doctor.shown_pairs import ShownPair, show_pairs
 from dpo_dist.tools.shared.beginnings import saved_by_tree
 from dpo_dist.tools.shared.findings import Finding, Level, most_serious_first
 
+_Result = TypeVar("_Result")
 ProgressOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 """Makes from a title and a unit a context that yields a progress function, as `Console.progress` does."""
 
@@ -116,29 +119,45 @@ def examine(
     progress: EncodingProgress = no_progress,
     processor: ImageProcessor | None = None,
 ) -> Diagnosis:
-    """Read `config.train` and `config.eval` once, as a stream, and check them.
+    """Read `config.train` and `config.eval` as streams, evaluation prompts first, and check them.
 
     Without a tokenizer tokens are not counted. The result does not depend on the number of processes.
     """
-    observer = Observer(config, tokenizer, benchmark, processor)
-    sources: list[ExaminedSource] = []
+    observer, prompts = Observer(config, tokenizer, benchmark, processor), EvaluationPrompts()
+    reports: list[dict[str, Any]] = []
     findings: list[Finding] = []
+    cache = Path(config.cache)
+    # Training records are compared with the prompts of evaluation data while they are read.
+    for entry, label, is_eval in _with_labels(config):
+        if is_eval or config.eval_share:
+            find = partial(observer.evaluation_prompts, is_eval=is_eval)
+            _for_each_chunk(entry, cache, find, [prompts.add], progress(f"evaluation prompts of {label}"))
+    comparison = Comparison(config, prompts)
     for entry, label, is_eval in _with_labels(config):
         source = ExaminedSource(label, entry.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
-        records = read_records(pin_source(entry), copies=Path(config.cache))
-        with (
-            progress(label) as show,
-            closing(in_order(records, observer.observe)) as observed,
-        ):
-            for chunk in observed:
-                source.add(chunk)
-                show(len(source.records))
-        sources.append(source)
+        comparison.add_source(label, is_eval=is_eval)
+        _for_each_chunk(entry, cache, observer.observe, [source.add, comparison.add], progress(label))
         findings += source.findings()
-    across, compared = Comparison(sources, config).result()
-    return Diagnosis(
-        [source.report() for source in sources], across, most_serious_first([*findings, *compared])
-    )
+        reports.append(source.report())
+    across, compared = comparison.result()
+    return Diagnosis(reports, across, most_serious_first([*findings, *compared]))
+
+
+def _for_each_chunk(
+    entry: SourceConfig,
+    cache: Path,
+    work: Callable[[Sequence[Record]], _Result],
+    uses: Sequence[Callable[[_Result], None]],
+    progress: AbstractContextManager[Callable[[int], None]],
+) -> None:
+    """Give the result of `work` for each chunk of a source's records to all `uses`, in order."""
+    read, records = 0, read_records(pin_source(entry), copies=cache)
+    with progress as show, closing(in_order(records, partial(with_number, work))) as chunks:
+        for number, result in chunks:
+            for use in uses:
+                use(result)
+            read += number
+            show(read)
 
 
 def _label_balance(

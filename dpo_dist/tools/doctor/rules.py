@@ -10,7 +10,8 @@ import yaml
 from dpo_dist.foundation.text import percent
 from dpo_dist.tools.shared.findings import Finding, FindingRule, Level
 
-_MAX_EXAMPLES = 20
+MAX_EXAMPLES = 20
+"""Examples of a finding."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class DataRule(FindingRule):
             level = self.level if count > self.threshold * total else Level.note
             text = f"{count} of {total} {records} ({percent(count / total)}) {self.text}"
             text += f": {detail}" if detail else ""
-            shown = tuple(map(str, examples[:_MAX_EXAMPLES]))
+            shown = tuple(map(str, examples[:MAX_EXAMPLES]))
             yield Finding(self.name, level, text, source, count, count / total, shown, self.remedy)
 
     def value(self, value: float, count: int, source: str | None, detail: str) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.plan import shares_in_bins
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 
+_BINS_AT_ONCE = 1024
 _TOKENS_ONLY = ComputeCosts(key=0.0, target=0.0, prefixes=True)
 
 
@@ -17,8 +18,12 @@ def saved_by_tree(dataset: PreferenceDataset, examples: int, *, in_order: bool =
     order = np.random.default_rng(0).permutation(len(dataset))
     if in_order and dataset.prefixes is not None:
         order = np.argsort(dataset.prefixes.places, kind="stable")
-    responses, counts = dataset.response_indices(order), dataset.response_counts(order)
-    sizes = dataset.sizes(order, responses, counts, _TOKENS_ONLY)
-    shared = shares_in_bins(sizes, _TOKENS_ONLY, np.arange(len(order)) // examples).tokens
-    tokens = int(sizes.prompt_shared_tokens.sum())
-    return 1 - int((sizes.tokens - shared).sum()) / tokens if tokens else 0.0
+    computed = tokens = 0
+    for start in range(0, len(order), examples * _BINS_AT_ONCE):
+        block = order[start : start + examples * _BINS_AT_ONCE]
+        responses, counts = dataset.response_indices(block), dataset.response_counts(block)
+        sizes = dataset.sizes(block, responses, counts, _TOKENS_ONLY)
+        shared = shares_in_bins(sizes, _TOKENS_ONLY, np.arange(len(block)) // examples).tokens
+        computed += int((sizes.tokens - shared).sum())
+        tokens += int(sizes.prompt_shared_tokens.sum())
+    return 1 - computed / tokens if tokens else 0.0

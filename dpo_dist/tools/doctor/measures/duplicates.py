@@ -1,183 +1,289 @@
-"""Find equal, nearly equal and opposite records among all sources, by keys and MinHash signatures."""
+"""Find equal, nearly equal and opposite records among all sources, and evaluation prompts in training data.
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+A record takes about 60 bytes: its keys are in arrays.
+"""
+
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from datasketch import MinHash, MinHashLSH
 
 from dpo_dist.config.schema import DataConfig
+from dpo_dist.foundation.text import percent
 from dpo_dist.tools.doctor.measures.observe import RecordFacts
-from dpo_dist.tools.doctor.measures.sources import ExaminedSource
-from dpo_dist.tools.doctor.measures.texts import EMPTY_SKETCH, SIGNATURE_NUMBERS, Signature
-from dpo_dist.tools.doctor.rules import DOCTOR_RULES
+from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts, NearCopyFinder, TextKeys
+from dpo_dist.tools.doctor.rules import DOCTOR_RULES, MAX_EXAMPLES
 from dpo_dist.tools.shared.findings import Finding, Level
+from dpo_dist.tools.shared.intervals import wilson_interval
 
-Partners = dict[int, int]
-"""Maps the index of a record to that of a matching record; the keys ascend."""
+Indexes = npt.NDArray[np.int32]
+Partners = Indexes
+"""The index of a matching record for each record, int32 [records]; -1: there is none."""
 
-SIMILARITY = 0.7
-# 16 bands of 4 numbers: two texts of similarity 0.7 share a band with a probability of 0.99.
-_BANDS, _BAND_NUMBERS = 16, 4
-
-
-def equal_records(keys: Iterable[int]) -> Partners:
-    """Return the records whose key occurs earlier, each with the first record of that key."""
-    first: Partners = {}
-    return {index: first[key] for index, key in enumerate(keys) if first.setdefault(key, index) != index}
+_STANDARD_ERRORS = 3.0
+_KEYS_AT_ONCE = 1 << 20
 
 
-def nearly_equal_records(signatures: Iterable[Signature]) -> Partners:
-    """Return the records whose prompt and responses are nearly equal to those of an earlier one.
-
-    `signatures` has uint32 [2, 64] for each record: of its prompt, and of its responses.
-    """
-    table, firsts, partners = _table(), dict[int, Signature](), Partners()
-    for index, sides in enumerate(signatures):
-        # A band mixes two numbers of the prompt and two of the responses: records share a bucket only if both
-        # are alike.
-        sketch = _sketch(
-            np.stack([side.reshape(-1, 2) for side in sides], axis=1).ravel()[:SIGNATURE_NUMBERS]
-        )
-        bucket = table.query(sketch)
-        alike = [other for other in bucket if ((firsts[other] == sides).mean(axis=1) >= SIMILARITY).all()]
-        if alike:
-            partners[index] = min(alike)
-        else:
-            table.insert(index, sketch)
-            firsts[index] = sides
+def equal_records(keys: TextKeys) -> Partners:
+    """Return for each record whose key occurs earlier the first record of that key."""
+    order = np.argsort(keys, kind="stable").astype(np.int32)
+    ordered = keys[order]
+    is_later = np.zeros(len(keys), dtype=np.bool_)
+    is_later[1:] = ordered[1:] == ordered[:-1]
+    firsts = np.where(is_later, 0, np.arange(len(keys), dtype=np.int32))
+    partners = np.empty(len(keys), dtype=np.int32)
+    partners[order] = np.where(is_later, order[np.maximum.accumulate(firsts)], -1)
     return partners
 
 
-def near_prompts(
-    records: Sequence[RecordFacts], evaluated: Iterable[int], trained: Iterable[int]
-) -> Partners:
-    """Return the evaluation records whose prompt is nearly equal to that of a training record."""
-    table, prompts, partners = _table(), [record.signatures[0] for record in records], Partners()
-    for index in evaluated:
-        table.insert(index, _sketch(prompts[index]))
-    for index in trained:
-        if table.is_empty():
-            break
-        for other in table.query(_sketch(prompts[index])):
-            if (prompts[other] == prompts[index]).mean() >= SIMILARITY:
-                partners[other] = index
-                table.remove(other)
-    return dict(sorted(partners.items()))
+def first_equal(keys: TextKeys, sought: TextKeys) -> Indexes:
+    """Return the place of the first of the keys that equals each sought one; -1: none does."""
+    places = np.full(len(sought), -1, dtype=np.int32)
+    known, first = np.unique(keys, return_index=True)
+    for start in range(0, len(sought) if len(known) else 0, _KEYS_AT_ONCE):
+        block = sought[start : start + _KEYS_AT_ONCE]
+        at = np.searchsorted(
+            known[:-1], block
+        )  # never past the end: what is above all is compared with the last
+        places[start : start + _KEYS_AT_ONCE] = np.where(known[at] == block, first[at], -1)
+    return places
 
 
-def _table() -> MinHashLSH:
-    return MinHashLSH(num_perm=SIGNATURE_NUMBERS, params=(_BANDS, _BAND_NUMBERS))
+def contradictions(preferences: TextKeys, of_record: Indexes, count: int) -> Partners:
+    """Return for each record whose opposite preference is in another record the first such record.
+
+    `preferences` has the keys of all records' preferences, `of_record` the index of each key's record, below
+    `count`. The opposite of a preference differs from it in the lowest bit.
+    """
+    ordered = np.sort(preferences)
+    opposed = ordered[:-1][ordered[:-1] ^ ordered[1:] == 1]
+    is_opposed = first_equal(opposed, preferences & ~np.uint64(1)) >= 0
+    preferences, of_record = preferences[is_opposed], of_record[is_opposed]
+    partners = np.full(count, -1, dtype=np.int32)
+    partners[of_record] = of_record[first_equal(preferences, preferences ^ np.uint64(1))]
+    return partners
 
 
-def _sketch(numbers: npt.NDArray[np.uint32]) -> MinHash:
-    sketch = EMPTY_SKETCH.copy()
-    sketch.hashvalues = numbers
-    return sketch
+class _Sample(NamedTuple):
+    """Sampled records that stand for the records of a population."""
 
+    population: int
+    records: int
+    trials: int  # different sampled texts
 
-def contradictions(records: Sequence[RecordFacts]) -> Partners:
-    """Return each record whose opposite preference is in another record, with the first such record."""
-    stated: dict[int, int] = {}
-    for index, record in enumerate(records):
-        for preference, _ in record.preferences:
-            stated.setdefault(preference, index)
-    return {
-        index: stated[other]
-        for index, record in enumerate(records)
-        for _, other in record.preferences
-        if other in stated
-    }
+    def estimate(self, count: int) -> int:
+        """Return how many records of the population so many sampled ones stand for."""
+        return round(count * self.population / self.records)
+
+    def interval(self, count: int) -> list[float]:
+        """Return the lower and the upper end of the estimate's interval of three standard errors."""
+        share = count / self.records
+        ends = wilson_interval(share * self.trials, self.trials, _STANDARD_ERRORS)
+        return [end * self.population for end in ends]
 
 
 class Comparison:
-    """The readable records of all sources, compared."""
+    """Compares the readable records of all sources, added in order."""
 
-    def __init__(self, sources: Sequence[ExaminedSource], config: DataConfig):
+    def __init__(
+        self,
+        config: DataConfig,
+        prompts: EvaluationPrompts | None = None,
+        near_copies: NearCopyFinder | None = None,
+    ):
         self._drops_eval_prompts = config.drop_eval_prompts
-        self._records = [record for source in sources for record in source.readable]
-        self._source = [source for source in sources for _ in source.readable]
-        self._is_eval = [
-            record.is_held_out or source.is_eval
-            for source, record in zip(self._source, self._records, strict=True)
-        ]
+        self._prompts, self._near_copies = prompts or EvaluationPrompts(), near_copies or NearCopyFinder()
+        self._labels, self._source_is_eval = list[str](), False
+        self._files: dict[str, int] = {}
+        self._source, self._is_eval = array("H"), array("B")
+        self._file, self._line = array("I"), array("I")
+        self._keys = {name: array("Q") for name in ("record", "prompt", "numbers", "hash", "preferences")}
+        self._of_preference = array("i")  # the record of each preference
+        self._hits: array[int] = array("i")
+        self._items: list[str] = []  # benchmark items of the first hits
+
+    def add_source(self, label: str, *, is_eval: bool) -> None:
+        """Begin a source, whose records are added next."""
+        self._labels.append(label)
+        self._source_is_eval = is_eval
+
+    def add(self, records: Sequence[RecordFacts]) -> None:
+        """Add the facts about the next records of the source."""
+        start, records = len(self._source), [record for record in records if record.is_readable]
+        if not records:
+            return
+        self._source.extend([len(self._labels) - 1] * len(records))
+        self._is_eval.extend(record.is_held_out or self._source_is_eval for record in records)
+        files = self._files
+        self._file.extend(files.setdefault(record.origin.source, len(files)) for record in records)
+        self._line.extend(record.origin.line for record in records)
+        for name in ("record", "prompt", "numbers", "hash"):
+            self._keys[name].extend(getattr(record, name) for record in records)
+        for index, record in enumerate(records, start):
+            self._keys["preferences"].extend(record.preferences)
+            self._of_preference.extend([index] * len(record.preferences))
+            if record.benchmark is not None:
+                self._hits.append(index)
+                self._items += [record.benchmark] * (len(self._items) < MAX_EXAMPLES)
+        signatures = np.stack([record.signatures for record in records])
+        self._near_copies.add([record.record for record in records], signatures)
+        trained = np.flatnonzero(np.frombuffer(self._is_eval, np.uint8)[start:] == 0)
+        self._prompts.compare((start + trained).tolist(), signatures[trained, 0])
 
     def result(self) -> tuple[dict[str, Any], list[Finding]]:
-        """Return the section `across` of doctor.json, and the findings."""
-        records = self._records
-        copies = equal_records(record.record for record in records)
-        prompts = equal_records(record.prompt for record in records)
-        alike = nearly_equal_records(record.signatures for record in records)
-        opposed = contradictions(records)
-        evaluated = [index for index, is_eval in enumerate(self._is_eval) if is_eval]
-        trained = [index for index, is_eval in enumerate(self._is_eval) if not is_eval]
-        first = {records[index].hash: index for index in reversed(trained)}
-        leaked = {index: first[records[index].hash] for index in evaluated if records[index].hash in first}
-        only_near = _without(near_prompts(records, evaluated, trained), leaked)
-        hits = {index: item for index, record in enumerate(records) if (item := record.benchmark) is not None}
+        """Return the section `across` of doctor.json, and the findings; called once, after all records."""
+        count = len(self._source)
+        copies = equal_records(self._column("record"))
+        opposed = contradictions(
+            self._column("preferences"), np.frombuffer(self._of_preference, np.int32), count
+        )
+        leaked, near_leaked, of_leaks = self._leaks(self._column("hash"), prompts := self._column("prompt"))
+        repeated, numbers = equal_records(prompts), self._column("numbers")
+        near, sampled = self._near_copies.result()
+        alike = np.full(count, -1, dtype=np.int32)
+        alike[list(near)] = list(near.values())
+        of_near = None
+        if sampled is not None:
+            of_near = _Sample(count - _count(copies), len(sampled), len(sampled))
+        only_near = _without(near_leaked, leaked)
+        hits = np.full(count, -1, dtype=np.int32)
+        hits[self._hits] = self._hits
         near_copies = self._within_a_part(_without(alike, copies, opposed))
-        overlaps = [f"{records[index].origin}, {item}" for index, item in hits.items()]
-        across = {
-            "duplicates": len(copies),
-            "near_duplicates": len(alike),
-            "contradictions": len(opposed),
-            "repeated_prompts": len(prompts),
-            "leaked_prompts": len(leaked),
-            "near_leaked_prompts": len(only_near) + len(leaked),
-            "benchmark_hits": len(hits),
+        overlaps = [
+            f"{self._origin(index)}, {item}" for index, item in zip(self._hits, self._items, strict=False)
+        ]
+        across: dict[str, Any] = {
+            "duplicates": _count(copies),
+            "near_duplicates": _estimate(_count(alike), of_near) + (_count(copies) if of_near else 0),
+            "contradictions": _count(opposed),
+            "repeated_prompts": _count(repeated),
+            "leaked_prompts": _count(leaked),
+            "near_leaked_prompts": _estimate(_count(only_near), of_leaks) + _count(leaked),
+            "benchmark_hits": _count(hits),
         }
+        # Of a sample it is not known which other records are near copies.
+        other_responses = _without(repeated, copies if of_near else alike)
         findings = [
             *self._partner_findings("duplicates", copies),
-            *self._partner_findings("near_duplicates", near_copies, detail=self._other_numbers(near_copies)),
+            *self._partner_findings(
+                "near_duplicates", near_copies, (), _other_numbers(near_copies, numbers, of_near), of_near
+            ),
             *self._partner_findings("contradictions", opposed),
-            *self._partner_findings("repeated_prompts", _without(prompts, alike)),
-            *self._leak_findings("train_eval_leak", leaked),
-            *self._leak_findings("near_train_eval_leak", only_near),
-            *self._partner_findings("benchmark_overlap", dict(zip(hits, hits, strict=True)), overlaps),
+            *self._partner_findings("repeated_prompts", other_responses),
+            *self._leak_findings("train_eval_leak", leaked, numbers),
+            *self._leak_findings("near_train_eval_leak", only_near, numbers, of_leaks),
+            *self._partner_findings("benchmark_overlap", hits, overlaps),
         ]
         return across, findings
 
-    def _leak_findings(self, rule: str, partners: Partners) -> Iterator[Finding]:
+    def _column(self, name: str) -> TextKeys:
+        """Return the keys of all records, which are in memory only as long as the result."""
+        return np.frombuffer(self._keys.pop(name), np.uint64)
+
+    def _leaks(self, hashes: TextKeys, prompts: TextKeys) -> tuple[Partners, Partners, _Sample | None]:
+        """Return the evaluation records whose prompt equals, and nearly equals, that of a training record."""
+        leaked, near = np.full((2, len(hashes)), -1, dtype=np.int32)
+        evaluated = np.flatnonzero(self._evaluated)
+        shared = np.flatnonzero((first_equal(hashes[evaluated], hashes) >= 0) & ~self._evaluated)
+        found = first_equal(hashes[shared], hashes[evaluated])
+        leaked[evaluated[found >= 0]] = shared[found[found >= 0]]
+        known, partners, is_sampled = self._prompts.result()
+        at = first_equal(known, prompts[evaluated])
+        near[evaluated[at >= 0]] = partners[at[at >= 0]]
+        sample = _Sample(len(evaluated), _count(at), len(known)) if is_sampled and _count(at) else None
+        return leaked, near, sample
+
+    @property
+    def _evaluated(self) -> npt.NDArray[np.bool_]:
+        return np.frombuffer(self._is_eval, np.bool_)
+
+    def _leak_findings(
+        self, rule: str, partners: Partners, numbers: TextKeys, sample: _Sample | None = None
+    ) -> Iterator[Finding]:
         """Yield the finding about evaluation records whose prompts are in training records."""
         is_dropped = rule == "train_eval_leak" and self._drops_eval_prompts
         removed = "data.drop_eval_prompts removes it from the training data"
-        detail = removed if is_dropped else self._other_numbers(partners)
-        count, origins = DOCTOR_RULES[rule].count, self._origins(partners.items())
-        for finding in count(len(partners), sum(self._is_eval), None, origins, detail):
+        detail = removed if is_dropped else _other_numbers(partners, numbers, sample)
+        total, examples = int(self._evaluated.sum()), self._origins(partners)
+        for finding in _findings(rule, partners, total, None, examples, detail, sample):
             yield replace(finding, level=Level.note, remedy="none is needed") if is_dropped else finding
 
     def _partner_findings(
-        self, rule: str, partners: Partners, examples: Sequence[str] = (), detail: str = ""
+        self,
+        rule: str,
+        partners: Partners,
+        examples: Sequence[str] = (),
+        detail: str = "",
+        sample: _Sample | None = None,
     ) -> Iterator[Finding]:
         """Yield the finding about records with a partner, counted by source if there are several sources."""
         partners = self._within_a_part(partners)
-        examples = examples or self._origins(partners.items())
-        counts = Counter(self._source[index] for index in partners)
-        total, label = len(self._records), None
-        if len(counts) == 1:
-            [(total, label)] = ((len(source.readable), source.label) for source in counts)
+        examples = examples or self._origins(partners)
+        sources = np.frombuffer(self._source, np.uint16)
+        counts = np.bincount(sources[partners >= 0]).tolist()
+        found = {at: _estimate(count, sample) for at, count in enumerate(counts) if count}
+        total, label = len(sources), None
+        if len(found) == 1:
+            [at] = found
+            total, label = int((sources == at).sum()), self._labels[at]
         else:
-            by_source = ", ".join(f"{count} in {source.label}" for source, count in counts.items())
+            by_source = ", ".join(f"{count} in {self._labels[at]}" for at, count in found.items())
             detail = "; ".join(filter(None, (by_source, detail)))
-        yield from DOCTOR_RULES[rule].count(len(partners), total, label, examples, detail)
+        yield from _findings(rule, partners, total, label, examples, detail, sample)
 
     def _within_a_part(self, partners: Partners) -> Partners:
         """Leave out matches between training and evaluation data, which are leaks and have their own rule."""
-        is_eval = self._is_eval
-        return {index: other for index, other in partners.items() if is_eval[index] == is_eval[other]}
+        is_eval = self._evaluated
+        return np.where(is_eval == is_eval[partners], partners, -1)
 
-    def _other_numbers(self, partners: Mapping[int, int]) -> str:
-        """Return how many of the records have other numbers in the prompt than their partner."""
-        numbers = [record.numbers for record in self._records]
-        count = sum(numbers[index] != numbers[other] for index, other in partners.items())
-        return f"{count} of them with other numbers in the prompt" if count else ""
+    def _origins(self, partners: Partners) -> list[str]:
+        shown = np.flatnonzero(partners >= 0)[:MAX_EXAMPLES].tolist()
+        return [f"{self._origin(index)}, {self._origin(int(partners[index]))}" for index in shown]
 
-    def _origins(self, groups: Iterable[Iterable[int]]) -> list[str]:
-        return [", ".join(str(self._records[index].origin) for index in group) for group in groups]
+    def _origin(self, index: int) -> str:
+        return f"{list(self._files)[self._file[index]]}:{self._line[index]}"
+
+
+def _findings(
+    rule: str,
+    partners: Partners,
+    total: int,
+    label: str | None,
+    examples: Sequence[str],
+    detail: str,
+    sample: _Sample | None,
+) -> Iterator[Finding]:
+    """Yield the finding about records with a partner, or about their estimated number with its interval."""
+    count = _count(partners)
+    if sample is None:
+        yield from DOCTOR_RULES[rule].count(count, total, label, examples, detail)
+        return
+    low, high = (percent(end / total) for end in sample.interval(count))
+    interval = f"estimated from {sample.records:,} sampled records, {low} to {high}"
+    detail = "; ".join(filter(None, (interval, detail)))
+    for finding in DOCTOR_RULES[rule].count(sample.estimate(count), total, label, examples, detail):
+        yield replace(finding, text=f"about {finding.text}")
+
+
+def _count(partners: Indexes) -> int:
+    return int((partners >= 0).sum())
+
+
+def _estimate(count: int, sample: _Sample | None) -> int:
+    return count if sample is None else sample.estimate(count)
+
+
+def _other_numbers(partners: Partners, numbers: TextKeys, sample: _Sample | None) -> str:
+    """Return how many of the records have other numbers in the prompt than their partner."""
+    found = np.flatnonzero(partners >= 0)
+    count = _estimate(int((numbers[found] != numbers[partners[found]]).sum()), sample)
+    return f"{count} of them with other numbers in the prompt" if count else ""
 
 
 def _without(partners: Partners, *others: Partners) -> Partners:
-    return {index: other for index, other in partners.items() if not any(index in each for each in others)}
+    for other in others:
+        partners = np.where(other >= 0, np.int32(-1), partners)
+    return partners

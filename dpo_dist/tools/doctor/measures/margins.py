@@ -1,7 +1,9 @@
 """Find pairs that are likely mislabelled, by the reference's stored log-probs; no model is loaded."""
 
 import itertools
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,16 @@ from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.reference.store import LogpStore, StoredLogps, read_fingerprints
 from dpo_dist.tools.doctor.measures.sources import distribution
-from dpo_dist.tools.doctor.rules import DOCTOR_RULES
+from dpo_dist.tools.doctor.rules import DOCTOR_RULES, MAX_EXAMPLES
 from dpo_dist.tools.shared.findings import Finding
 
 # A margin is far from 0 if it is at least half a nat per token, and not by chance: log-probs of tokens vary
 # by 1 to 2 nats, so means of n and m tokens differ by about 1.5 sqrt(1/n + 1/m) by chance alone.
 _FAR_NATS, _FAR_DEVIATIONS, _TOKEN_DEVIATION = 0.5, 3.0, 1.5
 _BINS = 40
+Datasets = Sequence[PreferenceDataset]
+Places = npt.NDArray[np.int64]
+"""Of each pair: the number of its dataset, and its index in it; int64 [pairs, 2]."""
 _EXAMPLES_AT_ONCE = 1 << 12
 
 
@@ -50,13 +55,14 @@ def compare_with_store(
     descriptions = (", ".join(profile[name] for name in names if name in profile) for profile in profiles)
     use["numerics"] = list(dict.fromkeys(descriptions))
     for source, source_datasets in zip(sources, datasets, strict=True):
-        table, origins = stored_pairs(stores, source_datasets)
-        if origins:
-            margins, source["margins"], disagreements = margin_findings(table, origins, source["label"])
+        table, places = stored_pairs(stores, source_datasets)
+        if len(places):
+            origin = partial(_origin, source_datasets, places)
+            margins, source["margins"], disagreements = margin_findings(table, origin, source["label"])
             findings += disagreements
             low, high = np.percentile(margins, (0.5, 99.5)) + (np.ptp(margins) == 0) * np.array([-0.5, 0.5])
             use["margins"][source["label"]] = distribution(margins, np.linspace(low, high, _BINS + 1))
-            use["stored"] += len(origins)
+            use["stored"] += len(places)
     return use, findings
 
 
@@ -100,17 +106,14 @@ def find_stored(policy: ModelConfig, reference: ReferenceConfig) -> list[LogpSto
     return [store for each in matching if len(store := LogpStore(root, each))]
 
 
-def stored_pairs(
-    stores: Sequence[LogpStore], datasets: Sequence[PreferenceDataset]
-) -> tuple[npt.NDArray[np.float64], list[str]]:
-    """Return [4, pairs] for the pairs whose two responses are stored, and each pair's origin.
+def stored_pairs(stores: Sequence[LogpStore], datasets: Datasets) -> tuple[npt.NDArray[np.float64], Places]:
+    """Return [4, pairs] for the pairs whose two responses are stored, and each pair's place.
 
     The rows are the log-probs of the first and the last response, summed over the tokens that the loss
     counts, then the numbers of these tokens.
     """
-    columns: list[tuple[float, ...]] = []
-    origins: list[str] = []
-    for dataset in datasets:
+    numbers, places = array("d"), array("q")
+    for at, dataset in enumerate(datasets):
         for start in range(0, len(dataset), _EXAMPLES_AT_ONCE):
             examples = range(start, min(start + _EXAMPLES_AT_ONCE, len(dataset)))
             responses = [dataset.response_range(index) for index in examples]
@@ -121,9 +124,14 @@ def stored_pairs(
                 chosen, rejected = _loss_logps(values[0], masks[0]), _loss_logps(values[-1], masks[-1])
                 if len(values) > 1 and len(chosen) and len(rejected):
                     sums = (float(part.sum(dtype=np.float64)) for part in (chosen, rejected))
-                    columns.append((*sums, len(chosen), len(rejected)))
-                    origins.append(str(dataset.origin(index)))
-    return np.array(columns, dtype=np.float64).reshape(-1, 4).T, origins
+                    numbers.extend((*sums, len(chosen), len(rejected)))
+                    places.extend((at, index))
+    return np.array(numbers).reshape(-1, 4).T, np.array(places).reshape(-1, 2)
+
+
+def _origin(datasets: Datasets, places: Places, pair: int) -> str:
+    dataset, example = places[pair].tolist()
+    return str(datasets[dataset].origin(example))
 
 
 def _find(stores: Sequence[LogpStore], keys: Keys) -> list[StoredLogps | None]:
@@ -140,12 +148,13 @@ def _loss_logps(values: StoredLogps | None, mask: slice | npt.NDArray[np.bool_])
 
 
 def margin_findings(
-    table: npt.NDArray[np.float64], origins: Sequence[str], source: str
+    table: npt.NDArray[np.float64], origin: Callable[[int], str], source: str
 ) -> tuple[npt.NDArray[np.float64], dict[str, float], list[Finding]]:
     """Judge the pairs of a source by the reference's length-normalised margins.
 
-    `table` comes from `stored_pairs` and has at least one pair. Returns the margins in nats per token, their
-    statistics, and the finding about pairs whose margin is far below 0, the most extreme first.
+    `table` comes from `stored_pairs` and has at least one pair; `origin` returns that of a pair. Returns the
+    margins in nats per token, their statistics, and the finding about pairs whose margin is far below 0, the
+    most extreme first.
     """
     chosen, rejected, chosen_tokens, rejected_tokens = table
     margins = chosen / chosen_tokens - rejected / rejected_tokens
@@ -163,5 +172,5 @@ def margin_findings(
         "reference_solved": float((margins >= far).mean()),
     }
     extreme = disagreeing[np.argsort((margins / noise)[disagreeing], kind="stable")]
-    rule, examples = DOCTOR_RULES["reference_disagrees"], [origins[index] for index in extreme]
+    rule, examples = DOCTOR_RULES["reference_disagrees"], list(map(origin, extreme[:MAX_EXAMPLES].tolist()))
     return margins, facts, list(rule.count(len(disagreeing), len(margins), source, examples, records="pairs"))

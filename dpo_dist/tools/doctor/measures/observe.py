@@ -2,10 +2,12 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import combinations, islice
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from dpo_dist.data.records import (
     BadRecord,
     Origin,
     PreferenceRecord,
+    Record,
     Tokenizer,
     UnusableRecordError,
     eval_part,
@@ -28,6 +31,7 @@ from dpo_dist.data.text.template import chosen_template
 from dpo_dist.tools.doctor.measures.texts import (
     Benchmark,
     Signature,
+    Texts,
     differences,
     measure_features,
     plain_texts,
@@ -37,6 +41,7 @@ from dpo_dist.tools.doctor.measures.texts import (
 from dpo_dist.tools.doctor.rules import RULE_BY_KIND
 from dpo_dist.tools.shared.records import labelled_side
 
+_Result = TypeVar("_Result")
 SIDES = ("prompt", "chosen", "rejected")
 Lengths = tuple[int, int, int]
 """A number for each of `SIDES`; -1 for a response that is missing."""
@@ -92,10 +97,17 @@ class RecordFacts:
     record: int = 0  # of the prompt and all responses
     numbers: int = 0  # of the prompt's numbers
     hash: int = 0  # `prompts.prompt_hash`
-    preferences: tuple[tuple[int, int], ...] = ()  # each preference with its opposite
+    preferences: tuple[int, ...] = ()  # that of the opposite differs in the lowest bit
     # uint32 [2, 64]: MinHash of the prompt, and of all responses
     signatures: Signature = field(default_factory=lambda: np.empty(0, dtype=np.uint32))
     benchmark: str | None = None  # origin of an item with which it overlaps
+
+
+def with_number(
+    work: Callable[[Sequence[Record]], _Result], records: Sequence[Record]
+) -> tuple[int, _Result]:
+    """Return the number of records and the result of `work`; it is here since processes import its module."""
+    return len(records), work(records)
 
 
 class Observer:
@@ -123,6 +135,24 @@ class Observer:
             token for token in special or () if not token.isalnum() and not token.isspace()
         )
 
+    def evaluation_prompts(
+        self, records: Sequence[PreferenceRecord | BadRecord], *, is_eval: bool
+    ) -> list[tuple[int, Signature]]:
+        """Return the key and the signature, uint32 [64], of the prompts of evaluation data.
+
+        These are all prompts of a source that `is_eval`, else those that `data.eval_share` draws.
+        """
+        found = []
+        for record in records:
+            if isinstance(record, PreferenceRecord):
+                read = self._images(record)
+                with suppress(UnusableRecordError):  # of an image: `observe` counts it
+                    if is_eval or self._is_held_out(prompt_hash(record.prompt, read)):
+                        texts, digests = plain_texts(record), [image.digest.hex() for image in read]
+                        key = text_key(_same_prompt(texts, digests))
+                        found.append((key, signature(texts.prompt, "".join(digests))))
+        return found
+
     def observe(self, records: Sequence[PreferenceRecord | BadRecord]) -> list[RecordFacts]:
         """Return the facts about each record. Raises ConfigError as encoding does."""
         return list(map(self._observed, records))
@@ -135,14 +165,17 @@ class Observer:
                 record = fault.as_bad_record(record.origin)
         return RecordFacts(record.origin, record.reason, record.detail)
 
+    def _images(self, record: PreferenceRecord) -> Sequence[ImageFile]:
+        return record.images if self._reads_images else ()
+
+    def _is_held_out(self, prompt: int) -> bool:
+        return self._held_out is not None and self._held_out.has(prompt)
+
     def _facts(self, record: PreferenceRecord) -> RecordFacts:
-        read = record.images if self._reads_images else ()
+        read = self._images(record)
         number, digests = prompt_hash(record.prompt, read), [image.digest.hex() for image in read]
         images, texts = tuple(map(_image_facts, read)), plain_texts(record)
-        prompt, responses = "\n".join(turn for _role, turn in texts.turns), texts.responses
-        # Prompts that differ only in case or white space count as equal.
-        same = "\n".join(f"{role}: {' '.join(turn.casefold().split())}" for role, turn in texts.turns)
-        same = "\n".join([same, *digests])
+        prompt, responses, same = texts.prompt, texts.responses, _same_prompt(texts, digests)
         side, pair = labelled_side(record), None
         key, whole = text_key(same), text_key(same, *map(str.strip, responses), *filter(None, [side]))
         if side is not None or len(responses) > 1:
@@ -152,7 +185,7 @@ class Observer:
         facts = RecordFacts(
             record.origin,
             is_readable=True,
-            is_held_out=self._held_out is not None and self._held_out.has(number),
+            is_held_out=self._is_held_out(number),
             characters=(len(prompt), *_ends(responses, side)),
             pair=pair,
             unread=record.unread,
@@ -234,6 +267,12 @@ def _ends(responses: Sequence[Sized], side: str | None) -> tuple[int, int]:
     return len(responses[0]), len(responses[-1]) if len(responses) > 1 else -1
 
 
+def _same_prompt(texts: Texts, images: Sequence[str]) -> str:
+    """Return a text that is the same for prompts which differ only in case or white space."""
+    turns = (f"{role}: {' '.join(turn.casefold().split())}" for role, turn in texts.turns)
+    return "\n".join([*turns, *images])
+
+
 def _image_facts(file: ImageFile) -> ImageFacts:
     """Raises UnusableRecordError: the image cannot be read."""
     width, height = decode_image(file.read()).size
@@ -249,20 +288,17 @@ def text_key(*texts: str) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _preferences(
-    record: PreferenceRecord, responses: tuple[str, ...], prompt: int
-) -> Iterator[tuple[int, int]]:
-    """Yield the key of each preference, or of a label, and the key of its opposite.
+def _preferences(record: PreferenceRecord, responses: tuple[str, ...], prompt: int) -> Iterator[int]:
+    """Yield the key of each preference, or of a label; that of its opposite differs in the lowest bit.
 
     Texts that differ only in case or white space have the same key; a text that occurs twice is ignored.
     """
     keys = [text_key(" ".join(response.casefold().split())) for response in responses]
     if side := labelled_side(record):
-        other = "rejected" if side == "chosen" else "chosen"
-        yield text_key(f"{prompt} {keys[0]} {side}"), text_key(f"{prompt} {keys[0]} {other}")
+        yield text_key(f"{prompt} {keys[0]}") & ~1 | (side == "chosen")
     scores = record.scores or tuple(range(len(keys), 0, -1))
     once = [index for index, key in enumerate(keys) if keys.count(key) == 1]
     for better, worse in islice(combinations(once, 2), _MAX_PREFERENCES):
         if scores[better] != scores[worse]:
-            preferred = text_key(f"{prompt} {keys[better]} {keys[worse]}")
-            yield preferred, text_key(f"{prompt} {keys[worse]} {keys[better]}")
+            low, high = sorted((keys[better], keys[worse]))
+            yield text_key(f"{prompt} {low} {high}") & ~1 | (keys[better] == high)

@@ -1,9 +1,10 @@
 """Sum up the facts about the records of one source, and find its faults."""
 
 import heapq
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,9 +14,9 @@ import numpy.typing as npt
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import EMPTY_REMEDY, named_in_one_line, reason_remedy
 from dpo_dist.tools.doctor.measures.label_leaks import LeakTest, leak_findings, leak_tests
-from dpo_dist.tools.doctor.measures.observe import SIDES, ImageFacts, PairFacts, RecordFacts
+from dpo_dist.tools.doctor.measures.observe import SIDES, PairFacts, RecordFacts
 from dpo_dist.tools.doctor.measures.texts import subtract_features
-from dpo_dist.tools.doctor.rules import DOCTOR_RULES, KINDS_BY_RULE, RULE_BY_KIND
+from dpo_dist.tools.doctor.rules import DOCTOR_RULES, KINDS_BY_RULE, MAX_EXAMPLES, RULE_BY_KIND
 from dpo_dist.tools.shared.findings import Finding
 from dpo_dist.tools.shared.text_facts import detect_language
 
@@ -26,56 +27,105 @@ _MOST_FIELDS = 1000
 _SHOWN_BINS = 32
 
 
-def distribution(values: npt.NDArray[Any], edges: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """Return the distribution of values; a value outside the edges counts in the first or last bin."""
-    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)
-    percentiles = np.percentile(values, PERCENTILES, method="inverted_cdf")
+def distribution(
+    values: npt.NDArray[Any], edges: npt.NDArray[np.float64], counts: npt.NDArray[np.int64] | None = None
+) -> dict[str, Any]:
+    """Return the distribution of values; a value outside the edges counts in the first or last bin.
+
+    `counts`: how often there is each value, once by default.
+    """
+    shown, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges, weights=counts)
+    percentiles = np.percentile(values, PERCENTILES, weights=counts, method="inverted_cdf")
     return {
-        "count": len(values),
-        "mean": float(np.mean(values)),
+        "count": len(values) if counts is None else int(counts.sum()),
+        "mean": float(np.average(values, weights=counts)),
         "smallest": float(np.min(values)),
         "largest": float(np.max(values)),
         "percentiles": dict(zip(PERCENTILES, percentiles.tolist(), strict=True)),
         "edges": edges.tolist(),
-        "counts": counts.tolist(),
+        "counts": shown.tolist(),
     }
 
 
-def _spread(lengths: Sequence[int]) -> dict[str, Any] | None:
-    """Return the distribution of lengths, in bins that become wider with the length."""
+def _spread(lengths: Mapping[int, int]) -> dict[str, Any] | None:
+    """Return the distribution of lengths, in bins that become wider; `lengths` counts the records of each."""
     if not lengths:
         return None
     edges = np.unique(np.round(np.geomspace(min(lengths) + 1, max(lengths) + 2, _SHOWN_BINS + 1) - 1))
-    return distribution(np.array(lengths), edges)
+    return distribution(np.array([*lengths]), edges, np.array([*lengths.values()]))
+
+
+@dataclass
+class _Found:
+    """The number of records with a name or reason, the origins of the first ones, and the first detail."""
+
+    count: int = 0
+    origins: list[str] = field(default_factory=list)
+    detail: str = ""
+
+    def add(self, record: RecordFacts) -> None:
+        """Count one more record."""
+        self.count += 1
+        if self.count == 1:
+            self.detail = record.detail
+        if self.count <= MAX_EXAMPLES:
+            self.origins.append(str(record.origin))
 
 
 class ExaminedSource:
-    """The records of one source; a readable one has a prompt and responses."""
+    """Counts the facts about the records of one source; a readable one has a prompt and responses."""
 
     def __init__(self, label: str, path: str, config: DataConfig, *, is_eval: bool, is_encoded: bool):
         self.label, self.path, self.is_eval = label, path, is_eval
         self._config, self._is_encoded = config, is_encoded
-        self.records: list[RecordFacts] = []
+        self.read = self._readable = self._kept = self._held_out = 0
         self._sample: list[tuple[int, int, PairFacts]] = []  # a heap: the next one to drop comes first
-        self._unread = Counter[str]()
-        self._images: dict[int, ImageFacts] = {}  # the different ones, by key
-        self._images_of_records: list[int] = []
+        self._names, self._reasons = defaultdict[str, _Found](_Found), defaultdict[str, _Found](_Found)
+        self._labels = {"good": 0, "bad": 0}  # of kept records
+        self._sums, self._changed, self._unread = Counter[str](), Counter[str](), Counter[str]()
+        # For each of `SIDES`, how many records have each length.
+        self._characters, self._tokens, self._cuts = ([Counter[int]() for _ in SIDES] for _ in range(3))
+        self._images = {name: array("Q") for name in ("key", "pixels", "tokens")}  # tokens: 1 more; 0: none
+        self._images_of_records = Counter[int]()
 
     def add(self, records: Sequence[RecordFacts]) -> None:
         """Add the facts about the next records; facts about pairs are kept for a sample only."""
-        for number, record in enumerate(records, start=len(self.records)):
+        for record in records:
             if record.pair is not None:
                 push = heapq.heappush if len(self._sample) < _SAMPLED_PAIRS else heapq.heappushpop
-                push(self._sample, (-record.pair.record, -number, record.pair))
-        self.records += records
-        for record in records:
+                push(self._sample, (-record.pair.record, -self.read, record.pair))
+            self.read += 1
             if len(self._unread) < _MOST_FIELDS:
                 self._unread.update(record.unread)
             for image in record.images:
-                if image.tokens is not None or image.key not in self._images:
-                    self._images[image.key] = image
-            self._images_of_records += [len(record.images)] * bool(record.images)
-            record.pair, record.unread, record.images = None, (), ()
+                self._images["key"].append(image.key)
+                self._images["pixels"].append(image.pixels)
+                self._images["tokens"].append(0 if image.tokens is None else image.tokens + 1)
+            if record.images:
+                self._images_of_records[len(record.images)] += 1
+            if record.dropped is not None:
+                self._reasons[record.dropped].add(record)
+            if record.is_readable:
+                self._add_readable(record)
+
+    def _add_readable(self, record: RecordFacts) -> None:
+        self._readable += 1
+        for name in record.names:
+            self._names[name].add(record)
+        for counted, lengths in ((self._characters, record.characters), (self._tokens, record.tokens or ())):
+            for counts, length in zip(counted, lengths, strict=False):
+                if length >= 0:
+                    counts[length] += 1
+        if record.dropped is None:
+            self._kept += 1
+            self._held_out += record.is_held_out
+            for label in self._labels:
+                self._labels[label] += f"labelled_{label}" in record.names
+            for counts, tokens in zip(self._cuts, record.cut, strict=True):
+                if tokens > 0:
+                    counts[tokens] += 1
+            self._sums.update(record.sums)
+            self._changed.update(record.changed)
 
     @cached_property
     def _pairs(self) -> list[PairFacts]:
@@ -83,39 +133,9 @@ class ExaminedSource:
         return [pair for *_, pair in sorted(self._sample, reverse=True)]
 
     @cached_property
-    def readable(self) -> list[RecordFacts]:
-        """The readable records."""
-        return [record for record in self.records if record.is_readable]
-
-    @cached_property
-    def origins_by_name(self) -> dict[str, list[object]]:
-        """The origins of the records that have each name."""
-        origins = defaultdict[str, list[object]](list)
-        for record in self.readable:
-            for name in record.names:
-                origins[name].append(record.origin)
-        return origins
-
-    @cached_property
-    def _kept(self) -> list[RecordFacts]:
-        return [record for record in self.readable if record.dropped is None]
-
-    @cached_property
-    def labels(self) -> dict[str, int]:
-        """The numbers of kept records whose single response is labelled good, and bad."""
-        return {
-            label: sum(f"labelled_{label}" in record.names for record in self._kept)
-            for label in ("good", "bad")
-        }
-
-    @cached_property
-    def _dropped(self) -> list[tuple[str, list[RecordFacts]]]:
+    def _dropped(self) -> list[tuple[str, _Found]]:
         """The reasons with their records, the most frequent first."""
-        by_reason = defaultdict[str, list[RecordFacts]](list)
-        for record in self.records:
-            if record.dropped is not None:
-                by_reason[record.dropped].append(record)
-        return sorted(by_reason.items(), key=lambda item: -len(item[1]))
+        return sorted(self._reasons.items(), key=lambda item: -item[1].count)
 
     @cached_property
     def leaks(self) -> list[LeakTest]:
@@ -137,64 +157,56 @@ class ExaminedSource:
 
     def _image_report(self) -> dict[str, Any] | None:
         """Return the numbers and sizes of images; None without any."""
-        if not self._images:
+        if not self._images_of_records:
             return None
-        different = self._images.values()
-        tokens = [image.tokens for image in different if image.tokens is not None]
+        keys, pixels, tokens = (np.array(column) for column in self._images.values())
+        order = np.lexsort((tokens > 0, keys))  # an image of a dropped record has no tokens
+        last = order[np.append(keys[order[1:]] != keys[order[:-1]], True)]
+        encoded = last[tokens[last] > 0]
         return {
-            "records": len(self._images_of_records),
-            "images": sum(self._images_of_records),
-            "different": len(different),
+            "records": self._images_of_records.total(),
+            "images": sum(count * records for count, records in self._images_of_records.items()),
+            "different": len(last),
             "in_a_record": _spread(self._images_of_records),
-            "pixels": _spread([image.pixels for image in different]),
-            "tokens": _spread(tokens),
+            "pixels": _spread(Counter(pixels[last].tolist())),
+            "tokens": _spread(Counter((tokens[encoded] - np.uint64(1)).tolist())),
         }
 
     def report(self) -> dict[str, Any]:
         """Return the entry of doctor.json; docs/doctor.md describes its fields."""
-        sums, changed, readable = Counter[str](), Counter[str](), self.readable
-        for record in self._kept:
-            sums.update(record.sums)
-            changed.update(record.changed)
-        sides: dict[str, dict[str, Any]] = {}
-        for at, side in enumerate(SIDES):
-            lengths = [record.tokens[at] for record in readable if record.tokens and record.tokens[at] >= 0]
-            cuts = [record.cut[at] for record in self._kept if record.cut[at] > 0]
-            if characters := [record.characters[at] for record in readable if record.characters[at] >= 0]:
-                sides[side] = {
-                    "characters": _spread(characters),
-                    "tokens": _spread(lengths),
-                }
-                sides[side] |= {"cut": len(cuts), "cut_tokens": sum(cuts)}
+        sums, sides = self._sums, dict[str, dict[str, Any]]()
+        measured = zip(SIDES, self._characters, self._tokens, self._cuts, strict=True)
+        for side, characters, lengths, cuts in measured:
+            if characters:
+                sides[side] = {"characters": _spread(characters), "tokens": _spread(lengths)}
+                cut_tokens = sum(tokens * records for tokens, records in cuts.items())
+                sides[side] |= {"cut": cuts.total(), "cut_tokens": cut_tokens}
         prefix: dict[str, float] | None = None
         if tokens := sums["tokens"]:
             unique = sums["unique_tokens"]
             prefix = {"tokens": tokens, "unique_tokens": unique}
             prefix |= {"share": 1 - unique / tokens, "expected_gain": tokens / unique}
         languages = Counter(prompt for prompt, *_ in self._languages if prompt is not None)
-        shown = {
-            name for name in self.origins_by_name if name not in DOCTOR_RULES and name not in RULE_BY_KIND
-        }
+        shown = {name for name in self._names if name not in DOCTOR_RULES and name not in RULE_BY_KIND}
         return {
             "label": self.label,
             "path": self.path,
             "is_eval": self.is_eval,
-            "read": len(self.records),
-            "kept": len(self._kept),
-            "pairs": sums["pairs"] if self._is_encoded else len(self._kept),
-            "held_out": sum(record.is_held_out for record in self._kept) if self._config.eval_share else None,
-            "labels": self.labels,
+            "read": self.read,
+            "kept": self._kept,
+            "pairs": sums["pairs"] if self._is_encoded else self._kept,
+            "held_out": self._held_out if self._config.eval_share else None,
+            "labels": self._labels,
             "dropped": {
-                reason: {"count": len(records), "examples": [str(record.origin) for record in records[:20]]}
-                for reason, records in self._dropped
+                reason: {"count": found.count, "examples": found.origins} for reason, found in self._dropped
             },
-            "changed": dict(sorted(changed.items())),
+            "changed": dict(sorted(self._changed.items())),
             "sides": sides,
             "prefix": prefix,
             "images": self._image_report(),
             "shares": {
                 **({"trained_tokens": sums["trained_tokens"] / sums["response_tokens"]} if tokens else {}),
-                **{name: len(self.origins_by_name[name]) / len(readable) for name in sorted(shown)},
+                **{name: self._names[name].count / self._readable for name in sorted(shown)},
             },
             "languages": {name: count / languages.total() for name, count in languages.most_common()},
             "margins": {},
@@ -205,13 +217,16 @@ class ExaminedSource:
         """Yield the findings about this source; those that compare records are in `duplicates`."""
         yield from self._reading_findings()
         for name in DOCTOR_RULES:
-            origins = self.origins_by_name.get(name, [])
-            kinds = {kind: len(self.origins_by_name.get(kind, ())) for kind in KINDS_BY_RULE.get(name, ())}
+            found, kinds = self._names.get(name, _Found()), KINDS_BY_RULE.get(name, ())
             detail = ", ".join(
-                f"{kind.replace('_', ' ')} in {count}" for kind, count in kinds.items() if count
+                f"{kind.replace('_', ' ')} in {self._names[kind].count}"
+                for kind in kinds
+                if kind in self._names
             )
             detail = named_in_one_line(self._unread) if name == "columns_not_read" else detail
-            yield from DOCTOR_RULES[name].count(len(origins), len(self.readable), self.label, origins, detail)
+            yield from DOCTOR_RULES[name].count(
+                found.count, self._readable, self.label, found.origins, detail
+            )
         yield from leak_findings(self.leaks, self.label)
         known = [pair for _, *pair in self._languages if None not in pair]
         if len(known) >= _MIN_LANGUAGES:
@@ -221,7 +236,7 @@ class ExaminedSource:
             )
 
     def _reading_findings(self) -> Iterator[Finding]:
-        read, dropped = len(self.records), sum(len(records) for _, records in self._dropped)
+        read, dropped = self.read, sum(found.count for found in self._reasons.values())
         if not self._kept:
             remedy = reason_remedy(self._dropped[0][0]) if self._dropped else EMPTY_REMEDY
             findings = DOCTOR_RULES["no_records"].value(1, read, self.label, f"{read} were read")
@@ -229,8 +244,9 @@ class ExaminedSource:
         elif dropped > self._config.max_bad_share * read:
             detail = f"{dropped} of {read} records"
             yield from DOCTOR_RULES["too_many_dropped"].value(dropped / read, dropped, self.label, detail)
-        for reason, records in self._dropped:
-            first, origins = records[0], [record.origin for record in records]
-            detail = f"{reason} ({first.detail})" if first.detail else reason
-            for finding in DOCTOR_RULES["dropped"].count(len(records), read, self.label, origins, detail):
+        for reason, found in self._dropped:
+            detail = f"{reason} ({found.detail})" if found.detail else reason
+            for finding in DOCTOR_RULES["dropped"].count(
+                found.count, read, self.label, found.origins, detail
+            ):
                 yield replace(finding, remedy=reason_remedy(reason))

@@ -71,6 +71,11 @@ class Texts:
     turns: tuple[tuple[str, str], ...]
     responses: tuple[str, ...]
 
+    @property
+    def prompt(self) -> str:
+        """The contents of all turns."""
+        return "\n".join(content for _role, content in self.turns)
+
 
 def plain_texts(record: PreferenceRecord) -> Texts:
     """Return the texts of a record; the turns of a response are joined by newlines."""

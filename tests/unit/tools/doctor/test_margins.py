@@ -88,8 +88,8 @@ def test_sums_of_all_numerics_are_of_the_tokens_that_the_loss_counts(
     stores = stored(tmp_path, model)
     assert {store.fingerprint.profile["device"] for store in stores} == {"cuda", "cpu"}
     for counted, every in ((dataset, 1), (with_every_second_token(dataset), 2)):
-        table, origins = stored_pairs(stores, [counted])
-        assert origins == [str(dataset.origin(index)) for index in range(4)]
+        table, places = stored_pairs(stores, [counted])
+        assert places.tolist() == [[0, index] for index in range(4)]
         for row, numbers in enumerate((range(0, 8, 2), range(1, 8, 2))):
             np.testing.assert_allclose(table[row], [values[n][::every].sum() for n in numbers], rtol=1e-6)
             assert table[2 + row].tolist() == [len(values[n][::every]) for n in numbers]
@@ -112,13 +112,12 @@ def test_pairs_that_the_reference_orders_against_the_labels_by_far() -> None:
     per_token = np.random.default_rng(0).normal(-1, 0.1, (2, 100))
     per_token[:, 7], per_token[:, 8], per_token[:, 9] = (-3.5, -1), (-2.9, -1), (-0.2, -2.9)
     table = np.concatenate([40 * per_token, np.full((2, 100), 40.0)])
-    origins = [f"a:{index}" for index in range(100)]
-    margins, facts, [finding] = margin_findings(table, origins, "a")
+    margins, facts, [finding] = margin_findings(table, "a:{}".format, "a")
     assert margins == pytest.approx(per_token[0] - per_token[1])
     assert (finding.rule, finding.examples) == ("reference_disagrees", ("a:7", "a:8"))
     assert (facts["reference_disagrees"], facts["reference_solved"]) == (0.02, 0.01)
     # The margin of a single token is within noise.
-    assert margin_findings(np.array([[-5.0], [-0.1], [1], [1]]), ["a:1"], "a")[2] == []
+    assert margin_findings(np.array([[-5.0], [-0.1], [1], [1]]), "a:{}".format, "a")[2] == []
 
 
 @pytest.mark.parametrize(
