@@ -7,14 +7,14 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,19 +25,34 @@ from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, OnBadRecord, Sourc
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.encode import EncodedRecord, encode_record
+from dpo_dist.data.encoded.parts import (
+    EVERY_PART,
+    PART_RECORDS,
+    PART_WITH_IMAGES,
+    Share,
+    encode_parts,
+    join_parts,
+)
 from dpo_dist.data.encoded.store import (
     ROW_SCHEMA,
     EncodedChunk,
     EncodedSource,
     ensure_order,
     has_changed_images,
-    write_source,
+    with_relative_files,
 )
-from dpo_dist.data.formats import read_records
+from dpo_dist.data.formats import parse_record
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
 from dpo_dist.data.read.columns import READER
 from dpo_dist.data.read.files import file_kind
-from dpo_dist.data.read.sources import image_folders, local_files, pin_source, source_identity, source_labels
+from dpo_dist.data.read.sources import (
+    image_folders,
+    local_files,
+    pin_source,
+    raw_records,
+    source_identity,
+    source_labels,
+)
 from dpo_dist.data.records import (
     ALL_RECORDS,
     HELD_OUT,
@@ -45,6 +60,7 @@ from dpo_dist.data.records import (
     BadRecord,
     Part,
     PreferenceRecord,
+    RawRecord,
     Record,
     Tokenizer,
     bad_record_error,
@@ -62,7 +78,7 @@ from dpo_dist.foundation.files import (
 )
 from dpo_dist.foundation.process import usable_cores
 
-_Records: TypeAlias = Sequence[Record]
+_Given = TypeVar("_Given")
 _Result = TypeVar("_Result")
 
 # Increase it when the same records get other token ids or files: else old files would be reused.
@@ -90,6 +106,112 @@ def no_progress(_source: str) -> AbstractContextManager[Callable[[int], None]]:
     return nullcontext(lambda _records: None)
 
 
+@dataclass(frozen=True)
+class PlannedSource:
+    """A pinned source, the file of its encoded records, and whether the file is there."""
+
+    source: SourceConfig
+    wanted: EncodedSource
+    is_encoded: bool
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Encodes each source into its own file in `config.cache`, unless it is encoded already.
+
+    A file is named by its content: a source is not encoded again if it moved, is in another list, or has
+    another weight. `digest` is the `tokenizer_digest`. The `processor` reads images, whose files are watched:
+    if one changed, its source is encoded again. `progress` shows one process's work.
+    """
+
+    sources: Sequence[SourceConfig]
+    config: DataConfig
+    tokenizer: Tokenizer
+    digest: str
+    progress: EncodingProgress = no_progress
+    part: Part = ALL_RECORDS
+    processor: ImageProcessor | None = None
+
+    def plan(self) -> tuple[PlannedSource, ...]:
+        """Return which sources must be encoded. Raises DataError or ConfigError."""
+        config, tokenizer, processor = self.config, self.tokenizer, self.processor
+        check_template_keys(config, tokenizer)
+        digest = self.digest + (processor.settings.hex() if processor is not None else "")
+        digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
+        cache = Path(config.cache)
+        remove_abandoned(cache)
+        all_pinned = [pin_source(source) for source in self.sources]
+        fingerprints = [_fingerprint(source, config, digest, self.part) for source in all_pinned]
+        planned = []
+        for source, fingerprint, label in zip(
+            all_pinned, fingerprints, source_labels(self.sources), strict=True
+        ):
+            folders = "" if processor is None else _folders_digest(source)
+            wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label, folders)
+            is_encoded = (table := wanted.table()) is not None and not has_changed_images(table)
+            planned.append(PlannedSource(source, wanted, is_encoded))
+        return tuple(planned)
+
+    def encode(self, planned: Sequence[PlannedSource], share: Share = EVERY_PART) -> list[int]:
+        """Write the missing parts of this share; return the number of parts of each source.
+
+        Raises DataError; PeerLostError if a process that encodes has died.
+        """
+        return [0 if each.is_encoded else self._encode(each, share) for each in planned]
+
+    def join(
+        self, planned: Sequence[PlannedSource], parts: Sequence[int]
+    ) -> tuple[EncodedSource, ...] | None:
+        """Join the parts of each source; return the encoded sources, or None while a part is missing."""
+        placeholder_id = None if self.processor is None else self.processor.placeholder_id
+        is_whole = [
+            each.is_encoded or join_parts(each.wanted, number)
+            for each, number in zip(planned, parts, strict=True)
+        ]
+        if not all(is_whole):
+            return None
+        for each in planned:
+            ensure_order(each.wanted, placeholder_id)
+        return tuple(each.wanted for each in planned)
+
+    def _encode(self, planned: PlannedSource, share: Share) -> int:
+        source, state = planned.source, _identities(planned.source)
+        chunk_records, part_records = (
+            (CHUNK_RECORDS, PART_RECORDS)
+            if self.processor is None
+            else (_CHUNK_WITH_IMAGES, PART_WITH_IMAGES)
+        )
+        work = partial(
+            _encode_chunk,
+            source=source,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            part=self.part,
+            processor=self.processor,
+        )
+
+        def check() -> None:
+            # If a file changed meanwhile, the fingerprint would name other records.
+            if _identities(source) != state:
+                raise DataError(
+                    "the data changed while they were read",
+                    where=source.path,
+                    remedy="start again when no other program writes to the files",
+                )
+
+        with self.progress(source.path) as show:
+
+            def encode(records: Iterator[RawRecord]) -> Generator[EncodedChunk, None, None]:
+                done = 0
+                with closing(in_order(records, work, chunk_records, share)) as chunks:
+                    for chunk in chunks:
+                        yield chunk
+                        done += len(chunk[0])
+                        show(done)
+
+            return encode_parts(planned.wanted, raw_records(source), encode, check, share, part_records)
+
+
 def prepare_dataset(
     sources: Sequence[SourceConfig],
     config: DataConfig,
@@ -99,61 +221,31 @@ def prepare_dataset(
     part: Part = ALL_RECORDS,
     processor: ImageProcessor | None = None,
 ) -> tuple[EncodedSource, ...]:
-    """Encode each source into its own file in `config.cache`, unless it is encoded already.
-
-    A file is named by its content: a source is not encoded again if it moved, is in another list, or has
-    another weight. `digest` is the `tokenizer_digest`. The `processor` reads images, whose files are watched:
-    if one changed, its source is encoded again. Raises DataError; PeerLostError if a process that encodes has
-    died.
-    """
-    check_template_keys(config, tokenizer)
-    digest += processor.settings.hex() if processor is not None else ""
-    digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
-    cache = Path(config.cache)
-    remove_abandoned(cache)
-    all_pinned = [pin_source(source) for source in sources]
-    fingerprints = [_fingerprint(source, config, digest, part) for source in all_pinned]
-    encode = partial(_encode_chunk, config=config, tokenizer=tokenizer, part=part, processor=processor)
-    chunk_records = CHUNK_RECORDS if processor is None else _CHUNK_WITH_IMAGES
-    encoded = []
-    for source, fingerprint, label in zip(all_pinned, fingerprints, source_labels(sources), strict=True):
-        folders = "" if processor is None else _folders_digest(source)
-        wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label, folders)
-        if (table := wanted.table()) is None or has_changed_images(table):
-            with (
-                progress(source.path) as show,
-                closing(_encoded(source, encode, show, chunk_records)) as chunks,
-            ):
-                write_source(wanted, chunks)
-        ensure_order(wanted, None if processor is None else processor.placeholder_id)
-        encoded.append(wanted)
-    return tuple(encoded)
+    """Return the encoded sources of a `Preparation`, all by this process and those that it starts."""
+    preparation = Preparation(sources, config, tokenizer, digest, progress, part, processor)
+    planned = preparation.plan()
+    encoded = preparation.join(planned, preparation.encode(planned))
+    if encoded is None:
+        raise damaged_parts(config)
+    return encoded
 
 
-def _encoded(
-    source: SourceConfig,
-    encode: Callable[[_Records], EncodedChunk],
-    show: Callable[[int], None],
-    chunk_records: int,
-) -> Generator[EncodedChunk, None, None]:
-    records, state = 0, _identities(source)
-    with closing(in_order(read_records(source), encode, chunk_records)) as chunks:
-        for chunk in chunks:
-            yield chunk
-            records += len(chunk[0])
-            show(records)
-    # If a file changed meanwhile, the fingerprint would name other records.
-    if _identities(source) != state:
-        raise DataError(
-            "the data changed while they were read",
-            where=source.path,
-            remedy="start again when no other program writes to the files",
-        )
+def damaged_parts(config: DataConfig) -> DataError:
+    """Return the error for parts that were damaged, or whose images changed, before they were joined."""
+    return DataError(
+        "parts of the encoded data are damaged, or images have changed",
+        where=f"data.cache: {config.cache}",
+        remedy="start again: these parts are encoded again",
+    )
 
 
-def _encode_chunk(records: _Records, **options: Any) -> EncodedChunk:
+def _encode_chunk(records: Sequence[RawRecord], source: SourceConfig, **options: Any) -> EncodedChunk:
     images: dict[bytes, ExpandedImage] = {}
-    return encode_records(records, images=images, **options), images
+    parsed = [
+        record if isinstance(record, BadRecord) else parse_record(record, source.format, origin)
+        for record, origin in records
+    ]
+    return with_relative_files(encode_records(parsed, images=images, **options), source.path), images
 
 
 def encode_records(
@@ -285,16 +377,21 @@ def processes_for(chunks: int) -> int:
 
 
 def in_order(
-    records: Iterable[Record], work: Callable[[_Records], _Result], chunk_records: int = CHUNK_RECORDS
+    records: Iterable[_Given],
+    work: Callable[[Sequence[_Given]], _Result],
+    chunk_records: int = CHUNK_RECORDS,
+    share: Share = EVERY_PART,
 ) -> Generator[_Result, None, None]:
     """Yield the result of `work` for each chunk of the records, in order, computed by several processes.
 
     `work` can be pickled. Closing the generator ends the processes. Few chunks per process are in memory.
+    Ranks that `share` the work divide the cores of their node.
     """
     records = iter(records)
     chunks = iter(lambda: list(itertools.islice(records, chunk_records)), [])
     first = list(itertools.islice(chunks, _MIN_CHUNKS))
-    processes = processes_for(len(first))
+    ranks = 1 if share == EVERY_PART else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = max(1, processes_for(len(first)) // ranks)
     every = itertools.chain(first, chunks)
     if processes == 1:
         yield from map(work, every)
@@ -320,11 +417,11 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-_works: list[Callable[[_Records], Any]] = []
+_works: list[Callable[[Any], Any]] = []
 """The work of a spawned process: one function, or none in the main process."""
 
 
-def _start_process(work: Callable[[_Records], Any]) -> None:
+def _start_process(work: Callable[[Any], Any]) -> None:
     """Prepare a spawned process: ignore interrupts, end when the parent dies."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -339,5 +436,5 @@ def _start_process(work: Callable[[_Records], Any]) -> None:
     _works.append(work)
 
 
-def _work(records: _Records) -> Any:
+def _work(records: Sequence[Any]) -> Any:
     return _works[0](records)

@@ -93,13 +93,15 @@ class EncodedSource:
     limit: int | None = None
     label: str = ""
     folders: str = ""  # digest of the folders in which images are looked up; empty: images are not read
+    part: int | None = None  # number of a part that is not joined yet; None: all records
 
     @property
     def file(self) -> Path:
         """The file with the records."""
         folders = f"-{self.folders}" if self.folders else ""
         first = "" if self.limit is None else f"-first-{self.limit}"
-        return self.cache / f"{self.fingerprint}{folders}{first}.arrow"
+        part = "" if self.part is None else f"-part-{self.part:06}"
+        return self.cache / f"{self.fingerprint}{folders}{first}{part}.arrow"
 
     @property
     def image_file(self) -> Path:
@@ -163,14 +165,20 @@ def has_changed_images(table: pa.Table) -> bool:
 
 def write_source(source: EncodedSource, chunks: Iterable[EncodedChunk]) -> None:
     """Write a source's records and images to its files, in constant memory."""
-    final, root = source.file, root_of(source.path).expanduser()
+    final = source.file
     if final.exists():
         log.warning("%s is damaged, or images have changed: it is encoded again", final)
     with _staged(final, ROW_SCHEMA) as writer, ExitStack() as stack:
         for batch in _large(_without_images(chunks, source.image_file, stack)):
-            names = batch["file"].to_pylist()
-            files = [os.path.relpath(Path(name).expanduser(), root) for name in names]
-            writer.write_batch(batch.set_column(0, "file", pa.array(files, pa.string())))
+            writer.write_batch(batch)
+
+
+def with_relative_files(batch: pa.RecordBatch, path: str) -> pa.RecordBatch:
+    """Return records with the names of their files relative to the `path` of the source."""
+    root = root_of(path).expanduser()
+    names = batch["file"].dictionary_encode()
+    files = [os.path.relpath(Path(name).expanduser(), root) for name in names.dictionary.to_pylist()]
+    return batch.set_column(0, "file", pa.array(files, pa.string()).take(names.indices))
 
 
 def ensure_order(source: EncodedSource, placeholder_id: int | None) -> None:
