@@ -3,8 +3,10 @@
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
+
+import pyarrow as pa
 
 from dpo_dist.data.encoded.store import (
     ROW_SCHEMA,
@@ -15,7 +17,8 @@ from dpo_dist.data.encoded.store import (
 )
 from dpo_dist.data.images import ExpandedImage
 from dpo_dist.data.records import RawRecord
-from dpo_dist.foundation.files import sync
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.files import locked, sync
 
 PART_RECORDS = 8192
 """Records of a part: seconds of a core, so that a kill loses little and a short source is a single part."""
@@ -75,11 +78,24 @@ def _until_whole(
 
 
 def join_parts(wanted: EncodedSource, parts: int) -> bool:
-    """Write a source from its parts, and remove them; return False if one is missing or damaged."""
-    every = [replace(wanted, part=number) for number in range(parts)]
+    """Write a source from its parts, and remove them.
+
+    Returns False if a part is missing or damaged, or another process joins them now.
+    """
+    lock = wanted.file.with_suffix(".lock")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock, "joins the parts of a source"))
+        except ConfigError:
+            return False
+        stack.callback(lock.unlink, missing_ok=True)
+        return _is_whole(wanted) or _join([replace(wanted, part=number) for number in range(parts)], wanted)
+
+
+def _join(every: list[EncodedSource], wanted: EncodedSource) -> bool:
     if not all(map(_is_whole, every)):
         return False
-    if parts == 1:  # the part is the whole
+    if len(every) == 1:  # the part is the whole
         [part] = every
         if part.image_file.exists():
             part.image_file.replace(wanted.image_file)
@@ -108,6 +124,6 @@ def _chunks(part: EncodedSource) -> Iterator[EncodedChunk]:
             digest: ExpandedImage(digest, row["tokens"], _NO_ID, content=row["content"])
             for digest, row in rows.items()
         }
-        yield ROW_SCHEMA.empty_table().to_batches()[0], stored
+        yield pa.RecordBatch.from_pylist([], schema=ROW_SCHEMA), stored
     for batch in records.cast(ROW_SCHEMA).to_batches():
         yield batch, {}
