@@ -32,6 +32,7 @@ from dpo_dist.data.encoded.parts import (
     Share,
     encode_parts,
     join_parts,
+    missing_records,
 )
 from dpo_dist.data.encoded.store import (
     ROW_SCHEMA,
@@ -44,6 +45,7 @@ from dpo_dist.data.encoded.store import (
 from dpo_dist.data.formats import parse_record
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
 from dpo_dist.data.read.columns import READER
+from dpo_dist.data.read.estimate import expected_records
 from dpo_dist.data.read.files import file_kind
 from dpo_dist.data.read.sources import (
     image_folders,
@@ -96,14 +98,14 @@ _VOCABULARY_FILES = ("tokenizer*", "*.model", "*.tiktoken", "tekken*", "*.py", "
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _SPECIAL_FILES = ("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*")
 
-EncodingProgress = Callable[[str], AbstractContextManager[Callable[[int], None]]]
+EncodingProgress = Callable[[str], AbstractContextManager[Callable[..., None]]]
 """Called with the path of a source that is encoded. The entered function is called with the number of encoded
-records."""
+records, and perhaps with about how many records this process encodes in all."""
 
 
-def no_progress(_source: str) -> AbstractContextManager[Callable[[int], None]]:
+def no_progress(_source: str) -> AbstractContextManager[Callable[..., None]]:
     """Show no progress."""
-    return nullcontext(lambda _records: None)
+    return nullcontext(lambda _records, _total=None: None)
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,7 @@ class Preparation:
                     remedy="start again when no other program writes to the files",
                 )
 
+        total = missing_records(planned.wanted, expected_records(source), share, part_records)
         with self.progress(source.path) as show:
 
             def encode(records: Iterator[RawRecord]) -> Generator[EncodedChunk, None, None]:
@@ -207,7 +210,7 @@ class Preparation:
                     for chunk in chunks:
                         yield chunk
                         done += len(chunk[0])
-                        show(done)
+                        show(done, total if total and done <= total else None)
 
             return encode_parts(planned.wanted, raw_records(source), encode, check, share, part_records)
 

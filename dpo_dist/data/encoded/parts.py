@@ -66,6 +66,17 @@ def encode_parts(
     return parts
 
 
+def missing_records(
+    wanted: EncodedSource, records: int | None, share: Share, part_records: int
+) -> int | None:
+    """Return how many of a source's `records` are in missing parts of this share; None if not known."""
+    if records is None:
+        return None
+    firsts = range(share[0] * part_records, records, share[1] * part_records)
+    missing = [first for first in firsts if not replace(wanted, part=first // part_records).file.exists()]
+    return sum(min(part_records, records - first) for first in missing)
+
+
 def _until_whole(
     chunks: Iterator[EncodedChunk], part_records: int, check: Callable[[], None]
 ) -> Iterator[EncodedChunk]:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import tokenizers
 
 from dpo_dist.data.records import Tokenizer, UnusableRecordError
-from dpo_dist.data.text.words import Words, encodes_words
+from dpo_dist.data.text.words import WordEncoder, encodes_words
 from dpo_dist.foundation.errors import ConfigError
 
 THOUGHT_TAGS = ("<think>", "</think>")
@@ -248,12 +248,12 @@ class EscapedEncoder:
         ]
 
     @cached_property
-    def _words(self) -> Words | None:
+    def _words(self) -> WordEncoder | None:
         """Encodes word by word; None if the tokenizer may read words together."""
         tokenizer = self._tokenizer
         if not tokenizer.is_fast or not encodes_words(tokenizer.backend_tokenizer):
             return None
-        return Words(lambda words: [ids for ids, _ in tokenize_texts(tokenizer, words)])
+        return WordEncoder(lambda words: [ids for ids, _ in tokenize_texts(tokenizer, words)])
 
     @cached_property
     def _literal_copy(self) -> Tokenizer:

@@ -18,7 +18,7 @@ _MAX_WORDS = 2**16
 _MAX_CHARACTERS = 64  # a longer word hardly occurs again
 
 
-class Words:
+class WordEncoder:
     """Encodes texts word by word, and each frequent word once."""
 
     def __init__(self, encode: Callable[[Sequence[str]], Sequence[list[int]]]):

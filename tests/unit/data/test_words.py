@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from dpo_dist.data.text.words import Words, encodes_words
+from dpo_dist.data.text.words import WordEncoder, encodes_words
 from tests.support import tiny
 
 # The patterns of GPT-2 (inside ByteLevel), Llama 3, Qwen 2.5 and o200k.
@@ -58,14 +58,14 @@ def test_the_ids_are_those_of_the_whole_text(name: str, lists: list[list[str]]) 
         return [found.ids for found in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     assert encodes_words(tokenizer)
-    words = Words(encode)
+    words = WordEncoder(encode)
     for texts in lists:
         assert words.encode(texts) == encode(texts)
 
 
 def test_a_frequent_word_is_encoded_once() -> None:
     seen: list[str] = []
-    words = Words(lambda new: seen.extend(new) or [[len(word)] for word in new])
+    words = WordEncoder(lambda new: seen.extend(new) or [[len(word)] for word in new])
     long = "x" * 100
     assert words.encode(["the cat", "the cat", f"a {long}"]) == [[3, 4], [3, 4], [1, 101]]
     assert words.encode([f"the cat {long}"]) == [[3, 4, 101]]
