@@ -1,8 +1,8 @@
 """Encode the data of a run where no GPU waits for it: `dpo-dist encode +experiment=qwen7b encode.part=3/8`.
 
 Takes the configuration of the training run, which then finds its data in `data.cache`. Needs no weights and
-no GPU. Each job of an array encodes the evaluation data, which decide what is training data, and its part of
-the training data; finished parts are used again.
+no GPU. Each job of an array encodes its part of all sources; with `data.drop_eval_prompts` it encodes the
+whole evaluation data, which decide what is training data. Finished parts are used again.
 """
 
 import sys
@@ -20,10 +20,10 @@ from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import ExitCode
-from dpo_dist.foundation.text import pluralize
 
 if TYPE_CHECKING:
     from dpo_dist.data.encoded.build import Preparation
+    from dpo_dist.data.encoded.store import EncodedSource
 
 _JOIN_SECONDS = 2.0
 
@@ -71,24 +71,33 @@ def main(config: RunConfig) -> int:
 
         return Preparation(sources, data, tokenizer, digest, progress, part, processor)
 
-    prompts = None
+    share, prompts, made = _share(config), None, list[object]()
     if data.eval_sources:
         evaluation = preparation("eval", data.eval_sources, eval_part(data))
-        while True:
+        if data.drop_eval_prompts:
+            encoded = _whole(evaluation)
+            prompts = open_dataset(encoded, data, processor).prompt_hashes[:]
+        else:
             planned = evaluation.plan()
-            if (encoded := evaluation.join(planned, evaluation.encode(planned))) is not None:
-                break
-            time.sleep(_JOIN_SECONDS)  # another job joins the parts
-        prompts = open_dataset(encoded, data, processor).prompt_hashes[:]
+            made.append(evaluation.join(planned, evaluation.encode(planned, share)))
     train = preparation("train", data.train, train_part(data, prompts))
     planned = train.plan()
-    made = train.join(planned, train.encode(planned, _share(config)))
+    made.append(train.join(planned, train.encode(planned, share)))
     where = f"in {data.cache}"
-    if made is None:
+    if None in made:
         console.say(f"part {config.encode.part} is encoded {where}; the job that ends last joins all parts")
     else:
-        console.say(f"all data are encoded {where}: {pluralize(len(made), 'source')} of training data")
+        console.say(f"all data are encoded {where}")
     return ExitCode.completed
+
+
+def _whole(preparation: "Preparation") -> "tuple[EncodedSource, ...]":
+    """Return the sources of a preparation, of which other jobs may encode or join the same parts."""
+    while True:
+        planned = preparation.plan()
+        if (encoded := preparation.join(planned, preparation.encode(planned))) is not None:
+            return encoded
+        time.sleep(_JOIN_SECONDS)  # another job joins the parts
 
 
 if __name__ == "__main__":

@@ -11,13 +11,18 @@ SMALL = {"dpo_dist.data.encoded.build.PART_RECORDS": 4, "dpo_dist.data.encoded.b
 NOTHING = {"dpo_dist.data.encoded.build.encode_records": None}
 
 
-@pytest.mark.parametrize(
-    "held_out", ["data.eval_share=0.2", "data.eval=[{assets}/eval.jsonl]"], ids=["a share", "a file"]
-)
+HELD_OUT = {
+    "a share": ["data.eval_share=0.2"],
+    "a file": ["data.eval=[{assets}/eval.jsonl]"],
+    "a file that is left out": ["data.eval=[{assets}/eval.jsonl]", "data.drop_eval_prompts=true"],
+}
+
+
+@pytest.mark.parametrize("held_out", HELD_OUT)
 def test_training_encodes_nothing_after_an_array_of_jobs(
     held_out: str, overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
-    data = [held_out.format(assets=assets), "data.drop_eval_prompts=true", f"data.cache={tmp_path}/encoded"]
+    data = [word.format(assets=assets) for word in HELD_OUT[held_out]] + [f"data.cache={tmp_path}/encoded"]
     words = []
     for number in (2, 3, 1):
         job = run_verb("encode", overrides(*data, f"encode.part={number}/3"), prepare=constants(**SMALL))

@@ -7,12 +7,12 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import astuple, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from dpo_dist.data.encoded.parts import (
     PART_WITH_IMAGES,
     Share,
     encode_parts,
+    is_whole,
     join_parts,
     missing_records,
 )
@@ -39,7 +40,6 @@ from dpo_dist.data.encoded.store import (
     EncodedChunk,
     EncodedSource,
     ensure_order,
-    has_changed_images,
     with_relative_files,
 )
 from dpo_dist.data.formats import parse_record
@@ -150,8 +150,7 @@ class Preparation:
         ):
             folders = "" if processor is None else _folders_digest(source)
             wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label, folders)
-            is_encoded = (table := wanted.table()) is not None and not has_changed_images(table)
-            planned.append(PlannedSource(source, wanted, is_encoded))
+            planned.append(PlannedSource(source, wanted, is_whole(wanted)))
         return tuple(planned)
 
     def encode(self, planned: Sequence[PlannedSource], share: Share = EVERY_PART) -> list[int]:
@@ -166,11 +165,11 @@ class Preparation:
     ) -> tuple[EncodedSource, ...] | None:
         """Join the parts of each source; return the encoded sources, or None while a part is missing."""
         placeholder_id = None if self.processor is None else self.processor.placeholder_id
-        is_whole = [
+        joined = [
             each.is_encoded or join_parts(each.wanted, number)
             for each, number in zip(planned, parts, strict=True)
         ]
-        if not all(is_whole):
+        if not all(joined):
             return None
         for each in planned:
             ensure_order(each.wanted, placeholder_id)
@@ -288,8 +287,24 @@ def encode_records(
             outcome, values = encoded.outcome, _columns(encoded) | {"prompt": prompt}
             if images is not None:
                 images.update((image.digest, image) for image in encoded.example.images)
-        rows.append({**_EMPTY_ROW, **origin, "outcome": json.dumps(astuple(outcome)), **values})
-    return pa.RecordBatch.from_pylist(rows, schema=ROW_SCHEMA)
+        rows.append({**_EMPTY_ROW, **origin, "outcome": _as_json(outcome), **values})
+    return pa.RecordBatch.from_arrays([_column(rows, field) for field in ROW_SCHEMA], schema=ROW_SCHEMA)
+
+
+@lru_cache(maxsize=1024)
+def _as_json(outcome: Outcome) -> str:
+    return json.dumps(astuple(outcome))
+
+
+def _column(rows: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:
+    """Return a column; lists of numbers, which are most bytes, are joined without a Python value for each."""
+    values = [row[field.name] for row in rows]
+    kind = field.type
+    if not values or not pa.types.is_list(kind) or not pa.types.is_primitive(kind.value_type):
+        return pa.array(values, kind)
+    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    joined = np.concatenate([np.asarray(value, kind.value_type.to_pandas_dtype()) for value in values])
+    return pa.ListArray.from_arrays(offsets, pa.array(joined, kind.value_type))
 
 
 _EMPTY_ROW = {
@@ -316,8 +331,8 @@ def _columns(record: EncodedRecord) -> dict[str, Any]:
             max((common_tokens(ids[:-1], before[:-1]) for before in example.responses[:place]), default=0)
             for place, ids in enumerate(example.responses)
         ],
-        "trained_tokens": [int(mask.sum()) for mask in example.masks],
-        "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in example.masks if not m.all())]),
+        "trained_tokens": [int(mask.sum()) for mask in example.trained] or list(map(len, example.responses)),
+        "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in example.trained if not m.all())]),
         "examples": record.ranks,
         "images": [image.digest for image in example.images],
         "lengths": example.lengths,

@@ -1,6 +1,7 @@
 """Parts of a source while it is encoded: written whole, reused after a kill, joined at the end."""
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
@@ -19,6 +20,8 @@ from dpo_dist.data.images import ExpandedImage
 from dpo_dist.data.records import RawRecord
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import locked, sync
+
+log = logging.getLogger(__name__)
 
 PART_RECORDS = 8192
 """Records of a part: seconds of a core, so that a kill loses little and a short source is a single part."""
@@ -52,7 +55,7 @@ def encode_parts(
             if not first and parts:
                 return
             file = replace(wanted, part=parts)
-            if parts % share[1] == share[0] and not _is_whole(file):
+            if parts % share[1] == share[0] and not is_whole(file):
                 missing.append(file)
                 yield from itertools.chain(first, part)
             deque(part, maxlen=0)
@@ -100,11 +103,11 @@ def join_parts(wanted: EncodedSource, parts: int) -> bool:
         except ConfigError:
             return False
         stack.callback(lock.unlink, missing_ok=True)
-        return _is_whole(wanted) or _join([replace(wanted, part=number) for number in range(parts)], wanted)
+        return is_whole(wanted) or _join([replace(wanted, part=number) for number in range(parts)], wanted)
 
 
 def _join(every: list[EncodedSource], wanted: EncodedSource) -> bool:
-    if not all(map(_is_whole, every)):
+    if not all(map(is_whole, every)):
         return False
     if len(every) == 1:  # the part is the whole
         [part] = every
@@ -120,9 +123,15 @@ def _join(every: list[EncodedSource], wanted: EncodedSource) -> bool:
     return True
 
 
-def _is_whole(part: EncodedSource) -> bool:
-    table = part.table() if part.file.exists() else None
-    return table is not None and not has_changed_images(table)
+def is_whole(source: EncodedSource) -> bool:
+    """Return whether the file of a source or a part is undamaged, and no image of it has changed."""
+    if not source.file.exists():
+        return False
+    table = source.table()
+    if table is not None and not has_changed_images(table):
+        return True
+    log.warning("%s is damaged, or images have changed: it is encoded again", source.file)
+    return False
 
 
 def _chunks(part: EncodedSource) -> Iterator[EncodedChunk]:

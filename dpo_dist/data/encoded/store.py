@@ -5,7 +5,6 @@ The distinct images of a source are in a second such file, the order of its reco
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,8 +35,6 @@ from dpo_dist.foundation.files import (
     remember,
     staged_file,
 )
-
-log = logging.getLogger(__name__)
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -165,10 +162,7 @@ def has_changed_images(table: pa.Table) -> bool:
 
 def write_source(source: EncodedSource, chunks: Iterable[EncodedChunk]) -> None:
     """Write a source's records and images to its files, in constant memory."""
-    final = source.file
-    if final.exists():
-        log.warning("%s is damaged, or images have changed: it is encoded again", final)
-    with _staged(final, ROW_SCHEMA) as writer, ExitStack() as stack:
+    with _staged(source.file, ROW_SCHEMA) as writer, ExitStack() as stack:
         for batch in _large(_without_images(chunks, source.image_file, stack)):
             writer.write_batch(batch)
 
