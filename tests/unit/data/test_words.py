@@ -20,7 +20,7 @@ O200K = (
 PATTERNS = {"gpt2": None, "llama3": LLAMA3, "qwen": LLAMA3.replace("{1,3}", ""), "o200k": O200K}
 CORPUS = [
     "the cat  sat.\n\nOn a mat, it's 1234 (don't) <end> no",
-    "it is the cat's mat; \tthe  end é 漢字 ",
+    "it is   the cat's mat; \tthe    end é 漢字  7     ",
 ] * 9
 
 
