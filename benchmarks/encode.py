@@ -1,9 +1,9 @@
 """Measure how fast records are encoded, by number of processes.
 
 Encodes the records of a file, repeated: a slice of real data if it exists, else invented records. The
-tokenizer is trained on them. Every number of processes must write the same bytes. `main_share` is the share
-of CPU time that the process which reads and writes takes: more than 1 / `main_share` processes are not
-faster, however busy the machine is.
+tokenizer is trained on them, unless `--tokenizer` names one. Every number of processes must write the same
+bytes. `main_share` is the share of CPU time that the process which reads and writes takes: more than 1 /
+`main_share` processes are not faster, however busy the machine is.
 """
 
 import hashlib
@@ -15,6 +15,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from transformers import AutoTokenizer
 
 from benchmarks.options import Benchmark, Json, markdown
 from benchmarks.setting import (
@@ -40,8 +42,12 @@ def run(options: Namespace) -> Json:
     """Encode the records once with each number of processes."""
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         file = _write_repeated(options.file, options.records, Path(name))
-        tokenizer = train_tokenizer(file, 512 if options.smoke else TOKENIZER_VOCABULARY)
-        if options.chat:
+        tokenizer: Any = None
+        if options.tokenizer is not None:
+            tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+        else:
+            tokenizer = train_tokenizer(file, 512 if options.smoke else TOKENIZER_VOCABULARY)
+        if options.chat and options.tokenizer is None:
             tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
             tokenizer.chat_template = CHATML
         speeds, contents = [], set()
@@ -63,6 +69,7 @@ def _config(cache: Path) -> DataConfig:
 def _own_options(parser: ArgumentParser) -> None:
     parser.add_argument("--file", type=Path, help="pairs, one JSON object a line")
     parser.add_argument("--records", type=int, default=50_000)
+    parser.add_argument("--tokenizer", help="folder or hub name of a real tokenizer; its template is used")
     parser.add_argument("--chat", action="store_true", help="render dialogues with a chat template")
 
 
@@ -97,6 +104,7 @@ def _measure(file: Path, records: int, processes: int, tokenizer: Any, cache: Pa
         "tokens_per_second": tokens / seconds,
         "main_share": main_seconds / all_seconds,
         "records_per_cpu_second": records / all_seconds,
+        "cpu_ms_per_record": 1000 * all_seconds / records,
     }
     return speed, digest.hexdigest()
 

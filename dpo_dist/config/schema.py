@@ -28,6 +28,7 @@ from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.verb_sections import (
     CompareConfig,
     DoctorConfig,
+    EncodeConfig,
     ExportConfig,
     PairsConfig,
     PlanConfig,
@@ -274,7 +275,7 @@ class SourceConfig:
 
 Source = Annotated[SourceConfig, BeforeValidator(as_entry("path"))]
 
-_EVALUATED = "train precompute evaluate compare doctor"
+_EVALUATED = "train precompute evaluate compare doctor encode"
 
 
 @schema
@@ -474,7 +475,7 @@ class RunConfig:
 
     run: FolderConfig = section(FolderConfig, free=True, verbs=EVERY_VERB)
     model: ModelConfig = section(ModelConfig, verbs=EVERY_VERB)
-    data: DataConfig = section(DataConfig, verbs="train precompute evaluate doctor")
+    data: DataConfig = section(DataConfig, verbs="train precompute evaluate doctor encode")
     loss: LossConfig = section(LossConfig, verbs="train evaluate")
     reference: ReferenceConfig = section(ReferenceConfig, verbs="train precompute evaluate")
     optim: OptimConfig = section(OptimConfig, verbs="train")
@@ -488,6 +489,7 @@ class RunConfig:
     compare: CompareConfig = section(CompareConfig, free=True, verbs="compare")
     console: ConsoleConfig = section(ConsoleConfig, free=True, verbs=EVERY_VERB)
     doctor: DoctorConfig = section(DoctorConfig, free=True, verbs="doctor")
+    encode: EncodeConfig = section(EncodeConfig, free=True, verbs="encode")
     pairs: PairsConfig = section(PairsConfig, free=True, verbs="pairs")
     export: ExportConfig = section(ExportConfig, free=True, verbs="export")
     plan: PlanConfig = section(PlanConfig, free=True, verbs="train plan")

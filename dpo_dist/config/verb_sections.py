@@ -174,6 +174,14 @@ class PairsConfig:
     exit code; null: `dpo-dist launch` with several GPUs, else one process."""
 
 
+@schema
+class EncodeConfig:
+    """The share of the data that one `dpo-dist encode` of several encodes."""
+
+    part: str = key("1/1", pattern=r"^[1-9]\d*/[1-9]\d*$", accepts="I/N, from 1/N to N/N")
+    """The part of the data to encode, in an array of N jobs; the job that finds all parts joins them."""
+
+
 GpuKind = Literal["h100-80g", "h200-141g", "b200-180g", "a100-80g", "a100-40g", "l40s-48g", "rtx4090-24g"]
 
 

@@ -65,6 +65,13 @@ VERBS = {
         reuses_config=True,
         is_one_process=True,
     ),
+    "encode": Verb(
+        "dpo_dist.verbs.encode",
+        "encode the data of a run on CPUs, alone or by an array of jobs",
+        _RUN,
+        reuses_config=True,
+        is_one_process=True,
+    ),
     "plan": Verb(
         "dpo_dist.tools.plan",
         "compute memory and hours of a run on GPUs that one does not have yet",

@@ -151,8 +151,9 @@ def _encoded(
     masks = [
         np.ones(len(ids), dtype=np.bool_) if spans is None else _token_mask(starts, len(text), spans)
         for text, (ids, starts), spans in zip(rendered.responses, encoded, counted, strict=True)
+        if has_masks
     ]
-    return prompt, [ids for ids, _ in encoded], masks if has_masks else [], is_resplit
+    return prompt, [ids for ids, _ in encoded], masks, is_resplit
 
 
 def _untrained_parts(facts: TokenizerFacts, config: DataConfig) -> list[tuple[str, re.Pattern[str]]]:
@@ -244,6 +245,8 @@ def _truncated(
             )
         prompt = _cut_left(prompt, limit, prefix_length)
     longest = max(map(len, responses))
+    if len(prompt) == whole and 0 < longest <= limits.max_length - whole:
+        return prompt, responses
     kept_prompt, kept = map(int, kept_tokens(len(prompt), longest, prefix_length, limits))
     if least > prefix_length and kept_prompt < min(least, whole):
         detail = f"{least} tokens of {whole} from the first image on, and room for {max(kept_prompt, 0)}"
@@ -309,8 +312,11 @@ def encode_record(
         record = replace(record, responses=record.responses[:: len(record.responses) - 1], scores=(1.0, 0.0))
         ranks, ties = [(0,), (1,)], 0
     used = sorted(set().union(*ranks))
-    responses = tuple(record.responses[index] for index in used)
-    encoded = encode_pair(replace(record, responses=responses), tokenizer, config, processor)
+    if len(used) < len(record.responses):
+        used_ones = replace(record, responses=tuple(record.responses[index] for index in used))
+    else:
+        used_ones = record
+    encoded = encode_pair(used_ones, tokenizer, config, processor)
     if isinstance(encoded, BadRecord):
         return encoded
     scores = record.scores or (np.nan,) * len(record.responses)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig
 from dpo_dist.data.encoded import build
 from dpo_dist.data.encoded.build import CHUNK_RECORDS, prepare_dataset
-from dpo_dist.data.records import Origin, PreferenceRecord
+from dpo_dist.data.records import Origin, RawRecord
 from dpo_dist.foundation.errors import DataError, PeerLostError
 from tests.support import tiny
 from tests.support.cache import encoded_folders
@@ -115,13 +115,13 @@ def encode_endlessly(folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without
     folder.mkdir()
     (file := folder / "endless.jsonl").touch()
-    with mock.patch.object(build, "read_records", endless_records):
+    with mock.patch.object(build, "raw_records", endless_records):
         prepare(folder, [SourceConfig(str(file))], 2, tiny.qwen())
 
 
-def endless_records(endless: SourceConfig, **_: Any) -> Iterator[PreferenceRecord]:
+def endless_records(endless: SourceConfig, *_: Any) -> Iterator[RawRecord]:
     for number in itertools.count(1):
-        yield PreferenceRecord(f"question {number}", ("right", "wrong"), Origin(endless.path, number))
+        yield record(number), Origin(endless.path, number)
 
 
 def test_no_process_outlives_its_parent(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_every_exit_code_is_described() -> None:
 def test_named_keys_modules_and_tests_exist(page: Path) -> None:
     text = page.read_text()
     prose = re.sub(r"```(python|diff).*?```", "", text, flags=re.DOTALL)
-    named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_]+(?=[`=\s,:;)])", prose)
+    named = re.findall(rf"(?<![\w.])(?:{SECTIONS})\.[a-z_]+(?=[`=\s,:;)])", prose)
     files = (".py", ".html", ".png", ".yaml", ".json", ".jsonl", ".md", ".sbatch")
     assert [key for key in named if key not in KEYS and not key.endswith(files)] == []
     tests = re.findall(r"`(tests/[^`]+)`", text)

@@ -7,14 +7,14 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import astuple
-from functools import partial
+from dataclasses import astuple, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,23 +25,34 @@ from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, OnBadRecord, Sourc
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.encode import EncodedRecord, encode_record
+from dpo_dist.data.encoded.parts import (
+    EVERY_PART,
+    PART_RECORDS,
+    PART_WITH_IMAGES,
+    Share,
+    encode_parts,
+    is_whole,
+    join_parts,
+    missing_records,
+)
 from dpo_dist.data.encoded.store import (
     ROW_SCHEMA,
     EncodedChunk,
     EncodedSource,
     ensure_order,
-    has_changed_images,
-    write_source,
+    with_relative_files,
 )
-from dpo_dist.data.formats import read_records
+from dpo_dist.data.formats import parse_record
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
 from dpo_dist.data.read.columns import READER
+from dpo_dist.data.read.estimate import expected_records
 from dpo_dist.data.read.files import file_kind
 from dpo_dist.data.read.sources import (
     changed_error,
     image_folders,
     local_files,
     pin_source,
+    raw_records,
     source_identity,
     source_labels,
 )
@@ -52,6 +63,7 @@ from dpo_dist.data.records import (
     BadRecord,
     Part,
     PreferenceRecord,
+    RawRecord,
     Record,
     Tokenizer,
     bad_record_error,
@@ -59,7 +71,7 @@ from dpo_dist.data.records import (
     readable,
 )
 from dpo_dist.data.text.template import check_template_keys, chosen_template
-from dpo_dist.foundation.errors import PeerLostError
+from dpo_dist.foundation.errors import DataError, PeerLostError
 from dpo_dist.foundation.files import (
     MEMO_FOLDER,
     content_digest,
@@ -70,7 +82,7 @@ from dpo_dist.foundation.files import (
 from dpo_dist.foundation.process import usable_cores
 from dpo_dist.foundation.remote import is_url
 
-_Records: TypeAlias = Sequence[Record]
+_Given = TypeVar("_Given")
 _Result = TypeVar("_Result")
 
 # Increase it when the same records get other token ids or files: else old files would be reused.
@@ -88,14 +100,118 @@ _VOCABULARY_FILES = ("tokenizer*", "*.model", "*.tiktoken", "tekken*", "*.py", "
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _SPECIAL_FILES = ("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*")
 
-EncodingProgress = Callable[[str], AbstractContextManager[Callable[[int], None]]]
+EncodingProgress = Callable[[str], AbstractContextManager[Callable[..., None]]]
 """Called with the path of a source that is encoded. The entered function is called with the number of encoded
-records."""
+records, and perhaps with about how many records this process encodes in all."""
 
 
-def no_progress(_source: str) -> AbstractContextManager[Callable[[int], None]]:
+def no_progress(_source: str) -> AbstractContextManager[Callable[..., None]]:
     """Show no progress."""
-    return nullcontext(lambda _records: None)
+    return nullcontext(lambda _records, _total=None: None)
+
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """A pinned source, the file of its encoded records, and whether the file is there."""
+
+    source: SourceConfig
+    wanted: EncodedSource
+    is_encoded: bool
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Encodes each source into its own file in `config.cache`, unless it is encoded already.
+
+    A file is named by its content: a source is not encoded again if it moved, is in another list, or has
+    another weight. `digest` is the `tokenizer_digest`. The `processor` reads images, whose files are watched:
+    if one changed, its source is encoded again. `progress` shows one process's work.
+    """
+
+    sources: Sequence[SourceConfig]
+    config: DataConfig
+    tokenizer: Tokenizer
+    digest: str
+    progress: EncodingProgress = no_progress
+    part: Part = ALL_RECORDS
+    processor: ImageProcessor | None = None
+
+    def plan(self) -> tuple[PlannedSource, ...]:
+        """Return which sources must be encoded. Raises DataError or ConfigError."""
+        config, tokenizer, processor = self.config, self.tokenizer, self.processor
+        check_template_keys(config, tokenizer)
+        digest = self.digest + (processor.settings.hex() if processor is not None else "")
+        digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
+        cache = Path(config.cache)
+        remove_abandoned(cache)
+        all_pinned = [pin_source(source) for source in self.sources]
+        fingerprints = [_fingerprint(source, config, digest, self.part) for source in all_pinned]
+        planned = []
+        for source, fingerprint, label in zip(
+            all_pinned, fingerprints, source_labels(self.sources), strict=True
+        ):
+            folders = "" if processor is None else _folders_digest(source)
+            wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label, folders)
+            planned.append(PlannedSource(source, wanted, is_whole(wanted)))
+        return tuple(planned)
+
+    def encode(self, planned: Sequence[PlannedSource], share: Share = EVERY_PART) -> list[int]:
+        """Write the missing parts of this share; return the number of parts of each source.
+
+        Raises DataError; PeerLostError if a process that encodes has died.
+        """
+        return [0 if each.is_encoded else self._encode(each, share) for each in planned]
+
+    def join(
+        self, planned: Sequence[PlannedSource], parts: Sequence[int]
+    ) -> tuple[EncodedSource, ...] | None:
+        """Join the parts of each source; return the encoded sources, or None while a part is missing."""
+        placeholder_id = None if self.processor is None else self.processor.placeholder_id
+        joined = [
+            each.is_encoded or join_parts(each.wanted, number)
+            for each, number in zip(planned, parts, strict=True)
+        ]
+        if not all(joined):
+            return None
+        for each in planned:
+            ensure_order(each.wanted, placeholder_id)
+        return tuple(each.wanted for each in planned)
+
+    def _encode(self, planned: PlannedSource, share: Share) -> int:
+        source, state = planned.source, _identities(planned.source)
+        chunk_records, part_records = (
+            (CHUNK_RECORDS, PART_RECORDS)
+            if self.processor is None
+            else (_CHUNK_WITH_IMAGES, PART_WITH_IMAGES)
+        )
+        work = partial(
+            _encode_chunk,
+            source=source,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            part=self.part,
+            processor=self.processor,
+        )
+
+        def check() -> None:
+            # If a file changed meanwhile, the fingerprint would name other records.
+            if _identities(source) != state:
+                raise changed_error(source)
+
+        total = missing_records(planned.wanted, expected_records(source), share, part_records)
+        with self.progress(source.path) as show:
+
+            def encode(records: Iterator[RawRecord]) -> Generator[EncodedChunk, None, None]:
+                done = 0
+                with closing(in_order(records, work, chunk_records, share)) as chunks:
+                    for chunk in chunks:
+                        yield chunk
+                        done += len(chunk[0])
+                        show(done, total if total and done <= total else None)
+
+            return encode_parts(
+                planned.wanted, raw_records(source, planned.wanted.cache), encode, check, share, part_records
+            )
 
 
 def prepare_dataset(
@@ -107,58 +223,31 @@ def prepare_dataset(
     part: Part = ALL_RECORDS,
     processor: ImageProcessor | None = None,
 ) -> tuple[EncodedSource, ...]:
-    """Encode each source into its own file in `config.cache`, unless it is encoded already.
-
-    A file is named by its content: a source is not encoded again if it moved, is in another list, or has
-    another weight. `digest` is the `tokenizer_digest`. The `processor` reads images, whose files are watched:
-    if one changed, its source is encoded again. Raises DataError; PeerLostError if a process that encodes has
-    died.
-    """
-    check_template_keys(config, tokenizer)
-    digest += processor.settings.hex() if processor is not None else ""
-    digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
-    cache = Path(config.cache)
-    remove_abandoned(cache)
-    all_pinned = [pin_source(source) for source in sources]
-    fingerprints = [_fingerprint(source, config, digest, part) for source in all_pinned]
-    encode = partial(_encode_chunk, config=config, tokenizer=tokenizer, part=part, processor=processor)
-    chunk_records = CHUNK_RECORDS if processor is None else _CHUNK_WITH_IMAGES
-    encoded = []
-    for source, fingerprint, label in zip(all_pinned, fingerprints, source_labels(sources), strict=True):
-        folders = "" if processor is None else _folders_digest(source)
-        wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label, folders)
-        if (table := wanted.table()) is None or has_changed_images(table):
-            with (
-                progress(source.path) as show,
-                closing(_encoded(source, cache, encode, show, chunk_records)) as chunks,
-            ):
-                write_source(wanted, chunks)
-        ensure_order(wanted, None if processor is None else processor.placeholder_id)
-        encoded.append(wanted)
-    return tuple(encoded)
+    """Return the encoded sources of a `Preparation`, all by this process and those that it starts."""
+    preparation = Preparation(sources, config, tokenizer, digest, progress, part, processor)
+    planned = preparation.plan()
+    encoded = preparation.join(planned, preparation.encode(planned))
+    if encoded is None:
+        raise damaged_parts(config)
+    return encoded
 
 
-def _encoded(
-    source: SourceConfig,
-    cache: Path,
-    encode: Callable[[_Records], EncodedChunk],
-    show: Callable[[int], None],
-    chunk_records: int,
-) -> Generator[EncodedChunk, None, None]:
-    records, state = 0, _identities(source)
-    with closing(in_order(read_records(source, copies=cache), encode, chunk_records)) as chunks:
-        for chunk in chunks:
-            yield chunk
-            records += len(chunk[0])
-            show(records)
-    # If a file changed meanwhile, the fingerprint would name other records.
-    if _identities(source) != state:
-        raise changed_error(source)
+def damaged_parts(config: DataConfig) -> DataError:
+    """Return the error for parts that were damaged, or whose images changed, before they were joined."""
+    return DataError(
+        "parts of the encoded data are damaged, or images have changed",
+        where=f"data.cache: {config.cache}",
+        remedy="start again: these parts are encoded again",
+    )
 
 
-def _encode_chunk(records: _Records, **options: Any) -> EncodedChunk:
+def _encode_chunk(records: Sequence[RawRecord], source: SourceConfig, **options: Any) -> EncodedChunk:
     images: dict[bytes, ExpandedImage] = {}
-    return encode_records(records, images=images, **options), images
+    parsed = [
+        record if isinstance(record, BadRecord) else parse_record(record, source.format, origin)
+        for record, origin in records
+    ]
+    return with_relative_files(encode_records(parsed, images=images, **options), source.path), images
 
 
 def encode_records(
@@ -198,8 +287,24 @@ def encode_records(
             outcome, values = encoded.outcome, _columns(encoded) | {"prompt": prompt}
             if images is not None:
                 images.update((image.digest, image) for image in encoded.example.images)
-        rows.append({**_EMPTY_ROW, **origin, "outcome": json.dumps(astuple(outcome)), **values})
-    return pa.RecordBatch.from_pylist(rows, schema=ROW_SCHEMA)
+        rows.append({**_EMPTY_ROW, **origin, "outcome": _as_json(outcome), **values})
+    return pa.RecordBatch.from_arrays([_column(rows, field) for field in ROW_SCHEMA], schema=ROW_SCHEMA)
+
+
+@lru_cache(maxsize=1024)
+def _as_json(outcome: Outcome) -> str:
+    return json.dumps(astuple(outcome))
+
+
+def _column(rows: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:
+    """Return a column; lists of numbers, which are most bytes, are joined without a Python value for each."""
+    values = [row[field.name] for row in rows]
+    kind = field.type
+    if not values or not pa.types.is_list(kind) or not pa.types.is_primitive(kind.value_type):
+        return pa.array(values, kind)
+    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    joined = np.concatenate([np.asarray(value, kind.value_type.to_pandas_dtype()) for value in values])
+    return pa.ListArray.from_arrays(offsets, pa.array(joined, kind.value_type))
 
 
 _EMPTY_ROW = {
@@ -226,8 +331,8 @@ def _columns(record: EncodedRecord) -> dict[str, Any]:
             max((common_tokens(ids[:-1], before[:-1]) for before in example.responses[:place]), default=0)
             for place, ids in enumerate(example.responses)
         ],
-        "trained_tokens": [int(mask.sum()) for mask in example.masks],
-        "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in example.masks if not m.all())]),
+        "trained_tokens": [int(mask.sum()) for mask in example.trained] or list(map(len, example.responses)),
+        "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in example.trained if not m.all())]),
         "examples": record.ranks,
         "images": [image.digest for image in example.images],
         "lengths": example.lengths,
@@ -292,16 +397,21 @@ def processes_for(chunks: int) -> int:
 
 
 def in_order(
-    records: Iterable[Record], work: Callable[[_Records], _Result], chunk_records: int = CHUNK_RECORDS
+    records: Iterable[_Given],
+    work: Callable[[Sequence[_Given]], _Result],
+    chunk_records: int = CHUNK_RECORDS,
+    share: Share = EVERY_PART,
 ) -> Generator[_Result, None, None]:
     """Yield the result of `work` for each chunk of the records, in order, computed by several processes.
 
     `work` can be pickled. Closing the generator ends the processes. Few chunks per process are in memory.
+    Ranks that `share` the work divide the cores of their node.
     """
     records = iter(records)
     chunks = iter(lambda: list(itertools.islice(records, chunk_records)), [])
     first = list(itertools.islice(chunks, _MIN_CHUNKS))
-    processes = processes_for(len(first))
+    ranks = 1 if share == EVERY_PART else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = max(1, processes_for(len(first)) // ranks)
     every = itertools.chain(first, chunks)
     if processes == 1:
         yield from map(work, every)
@@ -327,11 +437,11 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-_works: list[Callable[[_Records], Any]] = []
+_works: list[Callable[[Any], Any]] = []
 """The work of a spawned process: one function, or none in the main process."""
 
 
-def _start_process(work: Callable[[_Records], Any]) -> None:
+def _start_process(work: Callable[[Any], Any]) -> None:
     """Prepare a spawned process: ignore interrupts, end when the parent dies."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -346,5 +456,5 @@ def _start_process(work: Callable[[_Records], Any]) -> None:
     _works.append(work)
 
 
-def _work(records: _Records) -> Any:
+def _work(records: Sequence[Any]) -> Any:
     return _works[0](records)

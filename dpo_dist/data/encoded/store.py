@@ -6,7 +6,6 @@ The columns of a dataset (`columns.py`) are in such a file too.
 
 import hashlib
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,8 +36,6 @@ from dpo_dist.foundation.files import (
     remember,
     staged_file,
 )
-
-log = logging.getLogger(__name__)
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -94,13 +91,15 @@ class EncodedSource:
     limit: int | None = None
     label: str = ""
     folders: str = ""  # digest of the folders in which images are looked up; empty: images are not read
+    part: int | None = None  # number of a part that is not joined yet; None: all records
 
     @property
     def file(self) -> Path:
         """The file with the records."""
         folders = f"-{self.folders}" if self.folders else ""
         first = "" if self.limit is None else f"-first-{self.limit}"
-        return self.cache / f"{self.fingerprint}{folders}{first}.arrow"
+        part = "" if self.part is None else f"-part-{self.part:06}"
+        return self.cache / f"{self.fingerprint}{folders}{first}{part}.arrow"
 
     @property
     def image_file(self) -> Path:
@@ -177,14 +176,17 @@ def has_changed_images(table: pa.Table) -> bool:
 
 def write_source(source: EncodedSource, chunks: Iterable[EncodedChunk]) -> None:
     """Write a source's records and images to its files, in constant memory."""
-    final, root = source.file, root_of(source.path).expanduser()
-    if final.exists():
-        log.warning("%s is damaged, or images have changed: it is encoded again", final)
-    with write_table(final, ROW_SCHEMA) as writer, ExitStack() as stack:
+    with write_table(source.file, ROW_SCHEMA) as writer, ExitStack() as stack:
         for batch in _large(_without_images(chunks, source.image_file, stack)):
-            names = batch["file"].to_pylist()
-            files = [os.path.relpath(Path(name).expanduser(), root) for name in names]
-            writer.write_batch(batch.set_column(0, "file", pa.array(files, pa.string())))
+            writer.write_batch(batch)
+
+
+def with_relative_files(batch: pa.RecordBatch, path: str) -> pa.RecordBatch:
+    """Return records with the names of their files relative to the `path` of the source."""
+    root = root_of(path).expanduser()
+    names = batch["file"].dictionary_encode()
+    files = [os.path.relpath(Path(name).expanduser(), root) for name in names.dictionary.to_pylist()]
+    return batch.set_column(0, "file", pa.array(files, pa.string()).take(names.indices))
 
 
 def ensure_order(source: EncodedSource, placeholder_id: int | None) -> None:

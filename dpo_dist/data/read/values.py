@@ -62,11 +62,11 @@ def without_nulls(value: Any) -> Any:
 
 def has_value(value: Any) -> bool:
     """Return whether a field has content: not an empty text, list or object, also in JSON, and not false."""
+    if value is None or value is False:
+        return False
     if isinstance(value, str):
         return value.strip() not in _EMPTY_TEXTS
-    if isinstance(value, list | tuple | Mapping):
-        return len(value) > 0
-    return value is not None and value is not False
+    return len(value) > 0 if isinstance(value, list | tuple | Mapping) else True
 
 
 def finite_numbers(values: Iterable[Any]) -> tuple[float, ...]:

@@ -16,7 +16,7 @@ from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.config.schema import ModelConfig, ParallelismKind, ReferenceMode, SourceConfig
 from dpo_dist.data.counts import describe_counts, describe_short_run
-from dpo_dist.data.encoded.build import prepare_dataset, tokenizer_digest
+from dpo_dist.data.encoded.build import Preparation, damaged_parts, tokenizer_digest
 from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
     check_fits_loss,
@@ -27,8 +27,10 @@ from dpo_dist.data.encoded.dataset import (
     open_dataset,
 )
 from dpo_dist.data.encoded.partners import with_partners
+from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.data.records import Part, eval_part, train_part
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.model.architectures import (
     check_causal,
@@ -219,9 +221,9 @@ def _load(
         def progress(source: str) -> AbstractContextManager[Callable[..., None]]:
             return run.console.progress(f"encoding the {name} data: {source}", "record")
 
-        prepare = partial(prepare_dataset, sources, config.data, tokenizer, digest, progress, part, processor)
+        preparation = Preparation(sources, config.data, tokenizer, digest, progress, part, processor)
         with run.console.heartbeat(f"preparing the {name} data"):
-            encoded = world.on_main(prepare)
+            encoded = encode_together(world, preparation)
         with run.console.heartbeat(f"verifying the {name} data"):
             dataset = _built_once(run, partial(open_dataset, encoded, config.data, processor))
             if processor is not None and dataset.images is None:
@@ -234,6 +236,18 @@ def _load(
     if sources:
         eval_set = encode("eval", sources, eval_part(config.data))
     return EvaluationInputs(*files, tokenizer, processor, flops, weights, router, eval_set), encode
+
+
+def encode_together(world: World, preparation: Preparation) -> tuple[EncodedSource, ...]:
+    """Return the encoded sources; each rank encodes its share of what is missing. Collective."""
+    planned = world.on_main(preparation.plan)
+    parts = [0] * len(planned)
+    if not all(each.is_encoded for each in planned):
+        parts = world.together(lambda: preparation.encode(planned, (world.rank, world.size)))
+    encoded = world.on_main(lambda: preparation.join(planned, parts))
+    if encoded is None:
+        raise damaged_parts(preparation.config)
+    return encoded
 
 
 def checked_model(

@@ -185,9 +185,9 @@ def test_a_limit_reads_its_records_only(tmp_path: Path, encodes: list[str]) -> N
 @pytest.mark.parametrize("put_back", [False, True], ids=["replaced", "replaced and put back"])
 def test_files_replaced_while_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put_back: bool) -> None:
     path = Path(jsonl(tmp_path, *GOOD))
-    read = build_dataset_module.read_records
+    read = build_dataset_module.raw_records
 
-    def overtaken(source: SourceConfig, **_: Any) -> Iterator[Any]:
+    def overtaken(source: SourceConfig, *_: Any) -> Iterator[Any]:
         path.rename(tmp_path / "aside")
         jsonl(tmp_path, *GOOD[:3])
         records = list(read(source))
@@ -195,7 +195,7 @@ def test_files_replaced_while_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             (tmp_path / "aside").rename(path)
         return iter(records)
 
-    monkeypatch.setattr(build_dataset_module, "read_records", overtaken)
+    monkeypatch.setattr(build_dataset_module, "raw_records", overtaken)
     with pytest.raises(DataError, match="changed while they were read"):
         prepare(tmp_path, str(path))
     assert encoded_folders(tmp_path) == []

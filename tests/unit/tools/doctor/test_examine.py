@@ -325,7 +325,7 @@ def run_of(folder: Path, *train: str | Path, **data: Any) -> RunConfig:
 
 def prepared(config: RunConfig, model: Path) -> tuple[list[list[int]], list[Any]]:
     of_model = replace(config.model, path=str(model))
-    encoded = prepare(config.data, of_model, config.loss, lambda *_: contextlib.nullcontext(lambda _: None))
+    encoded = prepare(config.data, of_model, config.loss, lambda *_: contextlib.nullcontext(lambda *_: None))
     return [list(map(len, of_source)) for of_source in encoded.datasets], encoded.refusals
 
 

@@ -1,0 +1,219 @@
+"""Sources encoded in parts: the same file as in one, whoever encodes them; finished parts survive a kill."""
+
+import contextlib
+import os
+import random
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
+from dpo_dist.data import encode as encode_module
+from dpo_dist.data.encoded import build
+from dpo_dist.data.encoded.build import Preparation
+from dpo_dist.data.encoded.store import EncodedSource
+from dpo_dist.data.read.estimate import expected_records
+from dpo_dist.foundation.errors import DataError
+from tests.support import tiny
+from tests.support.cache import encoded_folders
+from tests.support.records import jsonl
+from tests.support.warm import context, start_parent
+
+PART, CHUNK = 4, 2
+BAD = {"prompt": "q", "chosen": "same", "rejected": "same"}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "PART_RECORDS", PART)
+    monkeypatch.setattr(build, "CHUNK_RECORDS", CHUNK)
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts of the records that are encoded."""
+    seen: list[str] = []
+    encode = encode_module.encode_pair
+
+    def spy(record: Any, *rest: Any) -> Any:
+        seen.append(str(record.prompt))
+        return encode(record, *rest)
+
+    monkeypatch.setattr(encode_module, "encode_pair", spy)
+    return seen
+
+
+def rows(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"q {n}", "chosen": "right " * (n % 5 + 1), "rejected": "wrong"} for n in range(count)]
+
+
+def source_of(folder: Path, count: int) -> SourceConfig:
+    return SourceConfig(jsonl(folder, *rows(count)[:-1], *[BAD] * (count > 0)))
+
+
+def preparation(source: SourceConfig, cache: Path, **data: Any) -> Preparation:
+    return Preparation([source], DataConfig(cache=str(cache), **data), tiny.qwen(), "qwen")
+
+
+def whole(source: SourceConfig, cache: Path) -> list[str]:
+    """The records of a source that is encoded as one part."""
+    with mock.patch.object(build, "PART_RECORDS", 1000):
+        one = preparation(source, cache)
+        planned = one.plan()
+        [made] = one.join(planned, one.encode(planned)) or ()
+    return records_of(made)
+
+
+def records_of(made: EncodedSource) -> list[str]:
+    """The encoded records; as texts, so that nan is equal to itself."""
+    table = made.table()
+    assert table is not None
+    return list(map(str, table.to_pylist()))
+
+
+def parts_in(folder: Path) -> list[str]:
+    return [name for name in encoded_folders(folder) if "-part-" in name and name.endswith(".arrow")]
+
+
+@pytest.mark.parametrize("count", [0, 1, PART, PART + 1, 3 * PART - 1, 5 * PART])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_shares_of_parts_make_the_file_of_one_part(count: int, ranks: int, tmp_path: Path) -> None:
+    source = source_of(tmp_path, count)
+    one = preparation(source, tmp_path / "cache")
+    planned = one.plan()
+    for rank in reversed(range(ranks)):
+        parts = one.encode(planned, (rank, ranks))
+        assert parts == [max(-(-count // PART), 1)]
+        made = one.join(planned, parts)
+        assert (made is None) == (rank > 0)
+    assert made
+    assert records_of(made[0]) == whole(source, tmp_path / "whole")
+    assert parts_in(tmp_path) == []
+    assert [each.is_encoded for each in one.plan()] == [True]
+
+
+def encode_and_die(folder: Path, source: SourceConfig, last: int) -> None:
+    """Encode until a record, and be killed there."""
+    encode = encode_module.encode_pair
+
+    def dying(record: Any, *rest: Any) -> Any:
+        if record.prompt == f"q {last}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(record, *rest)
+
+    with (
+        mock.patch.object(encode_module, "encode_pair", dying),
+        mock.patch.multiple(build, PART_RECORDS=PART, CHUNK_RECORDS=CHUNK),
+    ):
+        one = preparation(source, folder / "cache")
+        one.encode(one.plan())
+
+
+def test_a_kill_loses_the_part_in_work_only(tmp_path: Path, encoded: list[str]) -> None:
+    source = source_of(tmp_path, 5 * PART)
+    start_parent()
+    child = context.Process(target=encode_and_die, args=(tmp_path, source, 2 * PART + 3))
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    assert len(parts_in(tmp_path)) == 2
+    one = preparation(source, tmp_path / "cache")
+    planned = one.plan()
+    made = one.join(planned, one.encode(planned))
+    assert made
+    assert encoded == [*(f"q {number}" for number in range(2 * PART, 5 * PART - 1))]
+    assert records_of(made[0]) == whole(source, tmp_path / "whole")
+    assert parts_in(tmp_path) == []
+
+
+def test_a_damaged_part_is_encoded_again(tmp_path: Path, encoded: list[str]) -> None:
+    source = source_of(tmp_path, 3 * PART)
+    one = preparation(source, tmp_path / "cache")
+    planned = one.plan()
+    parts = one.encode(planned)
+    part = tmp_path / "cache" / parts_in(tmp_path)[1]
+    content = bytearray(part.read_bytes())
+    content[random.Random(0).randrange(len(content))] ^= 1
+    part.write_bytes(content)
+    encoded.clear()
+    assert one.join(planned, parts) is None
+    assert one.join(planned, one.encode(planned))
+    assert encoded == [f"q {number}" for number in range(PART, 2 * PART)]
+
+
+def test_parts_of_other_settings_or_of_changed_data_are_not_used(tmp_path: Path, encoded: list[str]) -> None:
+    source = source_of(tmp_path, 3 * PART)
+    for changed in ({}, {"max_length": 99}):
+        one = preparation(source, tmp_path / "cache", **changed)
+        one.encode(one.plan())
+    assert len(parts_in(tmp_path)) == 6
+    path = Path(source.path)
+    path.write_text(path.read_text().replace("right", "wright"))
+    encoded.clear()
+    one = preparation(source, tmp_path / "cache")
+    one.encode(one.plan())
+    assert len(encoded) == 3 * PART - 1
+
+
+def test_data_that_change_meanwhile_commit_no_further_part(tmp_path: Path, monkeypatch: Any) -> None:
+    source = source_of(tmp_path, 3 * PART)
+    encode = encode_module.encode_pair
+
+    def changing(record: Any, *rest: Any) -> Any:
+        if record.prompt == f"q {PART + 1}":
+            jsonl(tmp_path, *rows(2))
+        return encode(record, *rest)
+
+    monkeypatch.setattr(encode_module, "encode_pair", changing)
+    one = preparation(source, tmp_path / "cache")
+    planned = one.plan()
+    with pytest.raises(DataError, match="changed while they were read"):
+        one.encode(planned)
+    assert len(parts_in(tmp_path)) == 1
+
+
+def test_an_error_of_a_record_keeps_the_parts_before(tmp_path: Path) -> None:
+    source = source_of(tmp_path, 3 * PART)
+    one = preparation(source, tmp_path / "cache", on_bad_record=OnBadRecord.error)
+    with pytest.raises(DataError, match="identical_responses") as raised:
+        one.encode(one.plan())
+    assert raised.value.where == f"{source.path}:{3 * PART}"
+    assert len(parts_in(tmp_path)) == 2
+
+
+def test_progress_knows_what_is_left(tmp_path: Path) -> None:
+    """Of 5 parts and a half, the first share has three; one of them is there already."""
+    source, shown = source_of(tmp_path, 5 * PART + 2), list[tuple[int, int | None]]()
+    progress = mock.Mock(return_value=contextlib.nullcontext(lambda *numbers: shown.append(numbers)))
+    one = replace(preparation(source, tmp_path / "cache"), progress=progress)
+    one.encode(one.plan(), (0, 2))
+    assert shown == [(done, 3 * PART) for done in range(CHUNK, 3 * PART + 1, CHUNK)]
+    shown.clear()
+    (tmp_path / "cache" / parts_in(tmp_path)[1]).unlink()
+    one.encode(one.plan(), (0, 2))
+    assert shown == [(CHUNK, PART), (2 * CHUNK, PART)]
+    shown.clear()
+    one.encode(one.plan(), (1, 2))
+    assert shown[-1] == (2 * PART + 2, 2 * PART + 2)
+
+
+@pytest.mark.parametrize("lines", [0, 7, 100_000])
+def test_the_number_of_records_is_known_before_they_are_read(lines: int, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"prompt": "{"x" * (n % 60)}"}}\n' for n in range(lines)))
+    expected = expected_records(SourceConfig(str(file)))
+    assert expected is not None
+    assert expected == pytest.approx(lines, rel=0.01 if lines > 100 else 0)
+    table = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x"] * lines}), table)
+    assert expected_records(SourceConfig(str(table))) == lines
+    assert expected_records(SourceConfig(str(table), limit=5)) == min(lines, 5)
+    other = tmp_path / "rows.csv"
+    other.write_text("prompt\nx\n")
+    assert expected_records(SourceConfig(str(other))) is None
