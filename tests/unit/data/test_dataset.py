@@ -47,9 +47,18 @@ def ranked_records() -> list[PreferenceRecord]:
 
 
 @pytest.fixture
-def ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PreferenceDataset:
-    monkeypatch.setattr(build_dataset_module, "read_records", lambda *_, **__: iter(ranked_records()))
-    return opened(tmp_path, jsonl(tmp_path, {}))
+def ranked(tmp_path: Path) -> PreferenceDataset:
+    rows: list[dict[str, Any]] = [
+        {"prompt": record.prompt, "completion": record.responses[0]}
+        if len(record.responses) == 1
+        else {
+            "prompt": record.prompt,
+            "responses": record.responses,
+            "rank": [*range(1, len(record.responses) + 1)],
+        }
+        for record in ranked_records()
+    ]
+    return opened(tmp_path, jsonl(tmp_path, *rows))
 
 
 def same_ids(first: Sequence[TokenIds], second: Sequence[TokenIds]) -> bool:

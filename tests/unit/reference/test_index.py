@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_dist.batching.example import Example
+from dpo_dist.data.encoded.columns import key_order
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.reference import fill, store
 from dpo_dist.reference.fill import FillReport, missing_responses
@@ -286,7 +287,8 @@ def test_exactly_the_visited_responses_without_an_intact_entry_are_missing(
             firsts.setdefault(name, response)
     ids = np.ones(1, dtype=np.int32)
     dataset = dataset_of([Example(ids, (ids,) * len(example)) for example in examples])
-    dataset = replace(dataset, keys=keys_of([name for name, _ in keys]))
+    named = keys_of([name for name, _ in keys])
+    dataset = replace(dataset, keys=named, key_order=key_order(named))
     indices = np.array(sorted(index for index in visited if index < len(examples)), dtype=np.int64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fill, "RESPONSES_AT_ONCE", at_once)
