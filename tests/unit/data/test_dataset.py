@@ -54,7 +54,7 @@ def ranked(tmp_path: Path) -> PreferenceDataset:
         else {
             "prompt": record.prompt,
             "responses": record.responses,
-            "rank": [*range(1, len(record.responses) + 1)],
+            "scores": [*range(len(record.responses), 0, -1)],
         }
         for record in ranked_records()
     ]
