@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 import tokenizers
 
 from dpo_dist.data.records import Tokenizer, UnusableRecordError
-from dpo_dist.data.text.words import WordEncoder, encodes_words
 from dpo_dist.foundation.errors import ConfigError
 
 THOUGHT_TAGS = ("<think>", "</think>")
@@ -187,8 +186,6 @@ class EscapedEncoder:
         """Return the tokens of each text, without added tokens. Raises UnusableRecordError."""
         if any(RESERVED_CHARACTER in text for text in escaped):
             return self._encode_literally(escaped, self._literal_copy, with_starts)
-        if not with_starts and self._words is not None:
-            return [(ids, []) for ids in self._words.encode(escaped)]
         return tokenize_texts(self._tokenizer, escaped, with_starts=with_starts)
 
     def encode_after(
@@ -246,14 +243,6 @@ class EscapedEncoder:
             )
             for (ids, starts), (_, pieces) in zip(encoded, aliased, strict=True)
         ]
-
-    @cached_property
-    def _words(self) -> WordEncoder | None:
-        """Encodes word by word; None if the tokenizer may read words together."""
-        tokenizer = self._tokenizer
-        if not tokenizer.is_fast or not encodes_words(tokenizer.backend_tokenizer):
-            return None
-        return WordEncoder(lambda words: [ids for ids, _ in tokenize_texts(tokenizer, words)])
 
     @cached_property
     def _literal_copy(self) -> Tokenizer:
