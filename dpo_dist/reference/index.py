@@ -1,34 +1,35 @@
-"""The index of a fingerprint's entries, which all processes map; the shards that were read and found whole.
+"""The index of a fingerprint's entries, which all processes map, and the memo of its verified shards.
 
-    <fingerprint>/<digest>.index    the columns of `Index`, one behind the other, and a digest of them
-    <fingerprint>/verified.json     files of this folder that were found whole, and their `file_state` then
+    <fingerprint>/<digest>.index    the columns of `Index`; the digest is that of the names of its shards
+    <fingerprint>/verified.json     the names of shards without damage, and their `file_state` then
 
-An index's name is the digest of the names of its shards: jobs that see the same shards write the same file.
-Both files can be deleted at any time. No value depends on them: each is verified when it is read.
+No value depends on them: each is verified when it is read.
 """
 
-import fcntl
-import hashlib
 import json
 import logging
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.batching.example import Keys
-from dpo_dist.foundation.files import staged_file, text_digest, write_text
+from dpo_dist.foundation.files import temporary_folder, text_digest, write_text
+
+if TYPE_CHECKING:
+    from dpo_dist.foundation.tables import Columns, Facts
 
 log = logging.getLogger(__name__)
 
-_INDEX_FORMAT = 1
-_SUFFIX = ".index"
-_DIGEST_BYTES = 16
+_INDEX_FORMAT = 2
 _MEMO = "verified.json"
+# A network file system may take the pages of a removed file from the processes of other nodes.
+_UNUSED_SECONDS = 30 * 24 * 3600
 
 _Column: TypeAlias = npt.NDArray[Any]
 Positions: TypeAlias = npt.NDArray[np.intp]
@@ -61,138 +62,78 @@ class Index(NamedTuple):
 
 
 _KINDS = (np.uint64, np.uint64, np.uint64, np.uint32, np.uint32, np.uint32)
-_ENDS = np.cumsum([np.dtype(kind).itemsize for kind in _KINDS])
 
 
-class UnsortedEntries:
-    """Entries in the order of their shards; in memory, 32 bytes each."""
+def open_index(folder: Path, shards: Sequence[str], read: Callable[[], Iterator[Sequence[_Column]]]) -> Index:
+    """Map the index of these shards; write it if there is none, with the columns that `read` yields for each.
 
-    def __init__(self) -> None:
-        self._counts: list[int] = []
-        # Arrays of each shard would leave gaps when they are freed.
-        self._columns = [bytearray() for _ in _KINDS[:-1]]
-
-    def add(self, keys: Keys, starts: _Column, tokens: _Column, checks: _Column) -> None:
-        """Add the entries of one shard."""
-        self._counts.append(len(keys))
-        for column, kind, part in zip(self._columns, _KINDS, (*keys.T, starts, tokens, checks), strict=False):
-            column.extend(part.astype(kind).data)
-
-    def sorted_columns(self) -> Iterator[_Column]:
-        """Yield the columns of the `Index`, one at a time: each is large."""
-        columns = [np.frombuffer(each, kind) for each, kind in zip(self._columns, _KINDS, strict=False)]
-        # Stable, so that the earlier shard's entry of a key comes first.
-        order = np.argsort(columns[0], kind="stable")
-        yield from (column[order] for column in columns)
-        yield np.repeat(np.arange(len(self._counts), dtype=np.uint32), self._counts)[order]
-
-
-def map_index(folder: Path, shards: Sequence[str]) -> Index | None:
-    """Map the index of these shards; None if there is none, or it is damaged."""
-    file = _index_file(folder, shards)
-    try:
-        state = file_state(file)
-        with file.open("rb") as opened:
-            try:  # the map keeps the lock as long as it exists
-                fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:  # another process removes it
-                return None
-            except OSError:  # a file system without locks, where nobody removes it
-                pass
-            content = np.asarray(np.memmap(opened, np.uint8, "r"))
-    except (OSError, ValueError):  # an empty file is a ValueError
-        return None
-    columns, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
-    if recall_whole(folder).get(file.name) != state:
-        if _begin_digest(file, columns).digest() != digest.tobytes():
-            log.warning("%s is damaged, and is built again", file)
-            return None
-        remember_whole(folder, {file.name: state})
-    parts = np.split(columns, len(columns) // _ENDS[-1] * _ENDS[:-1])
-    return Index(*(part.view(kind) for part, kind in zip(parts, _KINDS, strict=True)))
-
-
-def write_index(folder: Path, shards: Sequence[str], entries: UnsortedEntries) -> Index:
-    """Write the index of these shards, remove those of other ones, and map it; else return it in memory."""
-    file = _index_file(folder, shards)
-    try:
-        if shards and os.access(folder, os.W_OK):  # else a warning has been given
-            with staged_file(file) as staged, staged.open("wb") as stream:
-                digest = _begin_digest(file)
-                for column in entries.sorted_columns():
-                    digest.update(column.data)
-                    stream.write(column.data)
-                stream.write(digest.digest())
-            _remove_others(file)
-            if (index := map_index(folder, shards)) is not None:
-                return index
-    except OSError as error:
-        log.warning("an index of the reference store cannot be written, each process has its own: %s", error)
-    return Index(*entries.sorted_columns())
-
-
-def _index_file(folder: Path, shards: Sequence[str]) -> Path:
-    return folder / f"{text_digest(json.dumps([_INDEX_FORMAT, *shards]))}{_SUFFIX}"
-
-
-def _begin_digest(file: Path, *columns: _Column) -> "hashlib.blake2b":
-    """Return the digest of an index's name and of these columns: a renamed index is damaged."""
-    digest = hashlib.blake2b(file.name.encode(), digest_size=_DIGEST_BYTES)
-    for column in columns:
-        digest.update(column.data)
-    return digest
-
-
-def _remove_others(file: Path) -> None:
-    """Remove the indexes beside `file` that no process has mapped.
-
-    A network file system may take the pages of a removed file from the processes of other nodes.
+    In a folder that cannot be written, each process has its own.
     """
-    for other in file.parent.glob(f"*{_SUFFIX}"):
-        if other != file:
-            with suppress(OSError), other.open("r+b") as opened:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                other.unlink()
+    from dpo_dist.foundation.tables import Columns, stored_columns  # noqa: PLC0415  (slow to import)
+
+    if not shards:
+        return Index(*(np.empty(0, kind) for kind in _KINDS))
+    content = {"format": _INDEX_FORMAT, "shards": [folder.name, *shards]}
+    file = folder / f"{text_digest(json.dumps(content))}.index"
+
+    def build(columns: "Columns") -> "Facts":
+        for old in file.parent.glob("*.index"):
+            with suppress(OSError):
+                if time.time() - old.stat().st_atime > _UNUSED_SECONDS:
+                    old.unlink()
+        with temporary_folder(file) as scratch:
+            unsorted = Columns(scratch)
+            for part in read():
+                for name, kind, column in zip(Index._fields, _KINDS, part, strict=True):
+                    unsorted.append(**{name: column.astype(kind)})
+            # Stable, so that the earlier shard's entry of a key comes first.
+            order = np.argsort(unsorted["first_words"], kind="stable")
+            for name in Index._fields:
+                columns.append(**{name: unsorted[name][order]})
+        return {}
+
+    try:
+        columns, _ = stored_columns(file, content, build)
+    except OSError as error:
+        log.warning("each process has its own index of the reference store: %s", error)
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / file.name
+            columns, _ = stored_columns(file, content, build)
+    return Index(**columns)
 
 
-def file_state(file: Path) -> str:
-    """Return size, times and number of a file, which change with its content; raises FileNotFoundError.
+def file_state(file: Path) -> str | None:
+    """Return size, times and number of a file, which change with its content; None if it is missing.
 
     The content is not sampled, which takes seconds for thousands of files on a network disk. Damage that
     leaves the times as they were is found when a value is read.
     """
-    status = file.stat()
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return None
     return f"{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}|{status.st_ino}"
 
 
 def recall_whole(folder: Path) -> dict[str, str]:
-    """Return the names of the files that were found whole, with their `file_state` then."""
-    with suppress(OSError, ValueError, AttributeError):
-        return dict(json.loads((folder / _MEMO).read_bytes()).items())
+    """Return the names of the shards that were found whole, with their `file_state` then."""
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads((folder / _MEMO).read_bytes()))
     return {}
 
 
-def remember_whole(folder: Path, states: Mapping[str, str]) -> None:
-    """Add files that were found whole; concurrent jobs may lose names, which are verified again."""
-    if states:
-        _write_memo(folder, {**recall_whole(folder), **states})
+def remember_whole(folder: Path, states: Mapping[str, str | None]) -> None:
+    """Add shards that were found whole; concurrent jobs may lose names, which are verified again."""
+    with suppress(OSError):
+        write_text(folder / _MEMO, json.dumps({**recall_whole(folder), **states}, indent=0))
 
 
-def forget_whole(folder: Path, names: Iterable[str]) -> bool:
-    """Let the next start verify these files and all indexes; return whether it will."""
-    known, damaged = recall_whole(folder), {*names}
-    kept = {name: known[name] for name in known if name not in damaged and not name.endswith(_SUFFIX)}
-    return kept == known or _write_memo(folder, kept)
-
-
-def _write_memo(folder: Path, states: Mapping[str, str]) -> bool:
-    if not os.access(folder, os.W_OK):
-        return False
+def forget_whole(folder: Path) -> bool:
+    """Let the next start verify all shards and indexes; return False if it will not."""
     try:
-        existing = {file.name for file in folder.iterdir()}
-        left = {name: state for name, state in sorted(states.items()) if name in existing}
-        write_text(folder / _MEMO, json.dumps(left, indent=0))
-    except OSError as error:
-        log.warning("the reference store cannot remember its verified shards: %s", error)
+        for index in folder.glob("*.index"):
+            index.touch()
+        (folder / _MEMO).unlink(missing_ok=True)
+    except OSError:
         return False
     return True

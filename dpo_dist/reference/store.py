@@ -19,9 +19,8 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,16 +34,7 @@ from safetensors.numpy import save_file
 from dpo_dist.batching.example import Keys
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.foundation.files import staged_file, text_digest, write_text
-from dpo_dist.reference.index import (
-    Index,
-    UnsortedEntries,
-    file_state,
-    forget_whole,
-    map_index,
-    recall_whole,
-    remember_whole,
-    write_index,
-)
+from dpo_dist.reference.index import file_state, forget_whole, open_index, recall_whole, remember_whole
 
 log = logging.getLogger(__name__)
 
@@ -201,13 +191,6 @@ def open_shard(file: Path) -> Shard | None:
     return None
 
 
-def _open_shards(files: Sequence[Path]) -> Iterator[Shard | None]:
-    """Yield what `open_shard` returns for each file; in memory are a few at a time."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, len(files), _SHARDS_AT_ONCE):
-            yield from pool.map(open_shard, files[start : start + _SHARDS_AT_ONCE])
-
-
 class LogpStore:
     """Log-probs of responses by key, of one fingerprint.
 
@@ -228,46 +211,37 @@ class LogpStore:
             names = [f"{self.folder.name}/{name}" for name in listed]
         # Sorted, so that every rank takes the same one of several entries of a key.
         names = sorted(names)
-        self._states = self._find_states(names)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            self._states = dict(
+                zip(names, pool.map(lambda name: file_state(root / name), names), strict=True)
+            )
         memo = recall_whole(self.folder)
-        whole = {name for name, state in self._states.items() if state and memo.get(Path(name).name) == state}
-        self.damaged = set[str]()
-        self.shards = sorted(whole.union(self._intact([name for name in names if name not in whole])))
-        self._index = map_index(self.folder, self.shards) or self._build_index()
-        self._unread = {number for number, name in enumerate(self.shards) if name not in whole}
-        self._is_whole = np.array([name in whole for name in self.shards], dtype=np.bool_)
+        unknown = {name for name in names if memo.get(Path(name).name, "") != self._states[name]}
+        opened = zip(unknown, self._open_shards([*unknown]), strict=True)
+        self.damaged = {name for name, shard in opened if shard is None}
+        self.shards = [name for name in names if name not in self.damaged]
+        self._index = open_index(self.folder, self.shards, self._read_entries)
+        self._unread = {number for number, name in enumerate(self.shards) if name in unknown}
+        self._with_damage = set[int]()
         # Now, so that a job continues when its fingerprint is dropped.
         self._contents = [_map_file(root / name) for name in self.shards]
 
-    def _find_states(self, names: Sequence[str]) -> dict[str, str]:
-        def find(name: str) -> str:
-            try:
-                return file_state(self.root / name)
-            except FileNotFoundError:
-                return ""
-
+    def _open_shards(self, names: Sequence[str]) -> Iterator[Shard | None]:
+        """Yield what `open_shard` returns for each name; in memory are a few at a time."""
         with ThreadPoolExecutor(_THREADS) as pool:
-            return dict(zip(names, pool.map(find, names), strict=True))
+            for start in range(0, len(names), _SHARDS_AT_ONCE):
+                yield from pool.map(
+                    open_shard, (self.root / name for name in names[start : start + _SHARDS_AT_ONCE])
+                )
 
-    def _intact(self, names: Sequence[str], entries: UnsortedEntries | None = None) -> Iterator[str]:
-        """Yield the names of the shards that can be opened, and add their entries; others are damaged."""
-        for name, shard in zip(names, _open_shards([self.root / name for name in names]), strict=True):
-            if shard is None:
-                self.damaged.add(name)
-                continue
-            if entries is not None:
-                entries.add(shard.keys, shard.starts, shard.lengths, shard.checks)
-            yield name
-
-    def _build_index(self) -> Index:
-        """Read the keys of all shards, drop damaged ones from `shards`, and write their index."""
-        entries = UnsortedEntries()
-        self.shards = [*self._intact(self.shards, entries)]
-        self._forget(self.damaged)  # damage that left a file's times as they were
-        return write_index(self.folder, self.shards, entries)
-
-    def _forget(self, names: Iterable[str]) -> bool:
-        return forget_whole(self.folder, [Path(name).name for name in names])
+    def _read_entries(self) -> Iterator[tuple[npt.NDArray[Any], ...]]:
+        """Yield the columns of an `Index` with the entries of each shard."""
+        for number, shard in enumerate(self._open_shards(self.shards)):
+            if shard is None:  # its times are as they were when it was whole
+                forget_whole(self.folder)
+                raise OSError(f"{self.shards[number]} is damaged; start again, which verifies all shards")
+            numbers = np.full(len(shard.keys), number)
+            yield *shard.keys.T, shard.starts, shard.lengths, shard.checks, numbers
 
     @classmethod
     def open(
@@ -316,7 +290,7 @@ class LogpStore:
             for entry in range(first, stop):
                 if index.second_words[entry] != second:
                     continue
-                start, shard = int(index.starts[entry]), min(int(index.shards[entry]), len(self.shards) - 1)
+                start, shard = int(index.starts[entry]), int(index.shards[entry])
                 values = self._contents[shard][start : start + 4 * int(index.tokens[entry])]
                 if zlib.crc32(values.data) == index.checks[entry]:
                     yield values.view(np.float32)
@@ -336,16 +310,15 @@ class LogpStore:
         """
         entries, stops = self._index.locate(keys)
         found: npt.NDArray[np.bool_] = entries < stops
-        if not self._is_whole.all():
+        if self._unread or self._with_damage:
             which = np.flatnonzero(found)
-            # The checksum of a value finds that an index is damaged.
-            shards = np.minimum(self._index.shards[entries[which]], len(self.shards) - 1)
-            self._verify(self._unread.intersection(np.unique(shards).tolist()))
-            doubtful = which[~self._is_whole[shards]]
+            shards = self._index.shards[entries[which]]
+            self._verify(sorted(self._unread.intersection(np.unique(shards).tolist())))
+            doubtful = which[np.isin(shards, [*self._with_damage])]
             found[doubtful] = [values is not None for values in self._find(keys[doubtful])]
         return found
 
-    def _verify(self, shards: Collection[int]) -> None:
+    def _verify(self, shards: Sequence[int]) -> None:
         """Read all values of these shards, and remember those without damage."""
 
         def is_whole(number: int) -> bool:
@@ -353,18 +326,16 @@ class LogpStore:
             return shard is not None and not shard.count_damaged()
 
         with ThreadPoolExecutor(_THREADS) as pool:
-            whole = [number for number, good in zip(shards, pool.map(is_whole, shards), strict=True) if good]
+            whole = {number for number, good in zip(shards, pool.map(is_whole, shards), strict=True) if good}
         self._unread.difference_update(shards)
-        self._is_whole[whole] = True
-        self.damaged.update(self.shards[number] for number in {*shards}.difference(whole))
+        self._with_damage.update(whole.symmetric_difference(shards))
+        self.damaged.update(self.shards[number] for number in self._with_damage)
         names = [self.shards[number] for number in whole]
         remember_whole(self.folder, {Path(name).name: self._states[name] for name in names})
 
     def remember(self, names: Iterable[str]) -> None:
         """Count shards that `write` has just written as whole: the next start does not read them."""
-        with suppress(OSError):
-            states = self._find_states([*names])
-            remember_whole(self.folder, {Path(name).name: state for name, state in states.items() if state})
+        remember_whole(self.folder, {Path(name).name: file_state(self.root / name) for name in names})
 
     def read(self, keys: Keys) -> list[StoredLogps]:
         """Return the log-probs of each key, float32 [completion tokens]; a missing key is an error."""
@@ -373,7 +344,7 @@ class LogpStore:
             if values is None:
                 damaged = f"; damaged: {', '.join(sorted(self.damaged))}" if self.damaged else ""
                 remedy = "start the same command again: missing log-probs are computed before training"
-                if not self._forget(self.damaged):
+                if self.damaged and not forget_whole(self.folder):
                     remedy = "restore the damaged file, or set another reference.store: this one is read-only"
                 raise ReferenceModelError(
                     "a reference log-prob that this run needs is missing or damaged",
@@ -424,6 +395,4 @@ def _record_use(folder: Path, fingerprint: ReferenceFingerprint) -> None:
     except OSError as error:
         if not folder.is_dir():
             raise
-        log.warning(
-            "the reference store can be read, but not written: each process has its own index: %s", error
-        )
+        log.warning("the reference store can be read, but not written: %s", error)

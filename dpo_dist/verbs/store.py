@@ -116,7 +116,8 @@ def _verify(options: argparse.Namespace) -> int:
         checked = list(pool.map(check, files))
     damage = {file: fault for file, (_, fault) in zip(files, checked, strict=True) if fault}
     for folder in folders:
-        forget_whole(folder, [file.name for file in damage if file.parent == folder])
+        if any(file.parent == folder for file in damage):
+            forget_whole(folder)
         if read_fingerprint(folder) is None:
             damage[folder / FINGERPRINT_FILE] = "missing, damaged or written by another version"
     for file, fault in damage.items():
