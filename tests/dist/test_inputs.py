@@ -13,10 +13,10 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import ParallelismKind
 from dpo_dist.data.encoded.dataset import PreferenceDataset
-from dpo_dist.data.encoded.store import write_table
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.tables import write_table
 from dpo_dist.training.start.inputs import load_inputs
 from dpo_dist.training.start.open_run import Run
 from tests.dist.scenario import Assets
@@ -55,7 +55,7 @@ class Starts:
                 ]
             )
             world.barrier()
-            built = mock.patch("dpo_dist.data.encoded.columns.write_table", wraps=write_table)
+            built = mock.patch("dpo_dist.foundation.tables.write_table", wraps=write_table)
             with built as writes:
                 try:
                     found.append([digest(load_inputs(Run(config, world, Console(None))).train_set)])

@@ -1,13 +1,7 @@
-"""Columns of an encoded dataset: computed once in an Arrow file, then mapped, so that ranks share them.
+"""Columns of an encoded dataset, computed once and then mapped (`foundation.tables`)."""
 
-The file has one row, a list of values for each column. Its metadata are facts in JSON.
-"""
-
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,118 +11,25 @@ import pyarrow.compute as pc
 from dpo_dist.batching.example import Keys
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.losses import NUMBERS
-from dpo_dist.data.encoded.store import (
-    Array,
-    EncodedSource,
-    cache_errors,
-    damaged_data,
-    map_table,
-    write_table,
-)
-from dpo_dist.foundation.files import temporary_folder
+from dpo_dist.data.encoded.store import EncodedSource
+from dpo_dist.foundation.tables import Array, Columns, Facts, stored_digest
 
 _VERSION = 1  # increased when equal records get other columns
-_NUMBER = "number_"  # begins the name of a column of one of `NUMBERS`
+NUMBER = "number_"
+"""Begins the name of a column of one of `NUMBERS`."""
 
 # Columns of `dataset_columns` that do not depend on the examples before them.
 _UNCHANGED = ("piece_tokens", "keys", "scores", "trained_tokens", "truncated", "begins", "prompt_hashes")
 DATASET_COLUMNS = (*_UNCHANGED, "piece_starts", "first_pieces", "mask_starts", "origins", "key_order")
 """Columns that are fields of `PreferenceDataset`."""
 
-ColumnFacts: TypeAlias = dict[str, Any]
+
+def made_from(sources: Sequence[EncodedSource]) -> Facts:
+    """Return what decides the columns of these sources, for `stored_columns`."""
+    return {"version": _VERSION, "records": [stored_digest(source.file) for source in sources]}
 
 
-@dataclass(frozen=True)
-class StoredColumns:
-    """Columns that are mapped, and the facts beside them."""
-
-    arrays: dict[str, Any]
-    facts: ColumnFacts
-
-    @property
-    def numbers(self) -> dict[str, Array]:
-        """The columns of `NUMBERS`."""
-        return {name: self.arrays[_NUMBER + name] for name in NUMBERS if _NUMBER + name in self.arrays}
-
-
-class GrowingColumns:
-    """Columns that grow chunk by chunk, in files of a folder: they take no memory."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._kinds: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
-
-    def append(self, **chunks: Array) -> None:
-        """Append values to columns by name; all chunks of a column have one type."""
-        for name, values in chunks.items():
-            kind = (values.dtype, values.shape[1:])
-            assert self._kinds.setdefault(name, kind) == kind, f"{name} has another type: {kind}"
-            with (self._folder / name).open("ab") as file:
-                values.tofile(file)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._kinds
-
-    def __getitem__(self, name: str) -> Array:
-        """Map a column that has values."""
-        dtype, shape = self._kinds[name]
-        return np.memmap(self._folder / name, dtype, mode="r").reshape(-1, *shape)
-
-    def write(self, file: Path, facts: ColumnFacts) -> None:
-        """Write all columns to `file`."""
-        kinds = {name: (str(dtype), list(shape)) for name, (dtype, shape) in self._kinds.items()}
-        values = [pa.array(_plain(self[name])) for name in kinds]
-        lists = [pa.LargeListArray.from_arrays(pa.array([0, len(v)], pa.int64()), v) for v in values]
-        batch = pa.record_batch(lists, names=list(kinds))
-        metadata = {"facts": json.dumps({**facts, "kinds": kinds})}
-        with write_table(file, batch.schema.with_metadata(metadata)) as writer:
-            writer.write_batch(batch)
-
-
-def _plain(values: Array) -> Array:
-    """Return values in one dimension; Arrow would pack booleans to bits."""
-    return values.ravel().view(np.uint8) if values.dtype == np.bool_ else values.ravel()
-
-
-def made_from(sources: Sequence[EncodedSource]) -> ColumnFacts:
-    """Return what names the content of these sources, for `stored_columns`."""
-    return {"records": [source.digest for source in sources]}
-
-
-def stored_columns(
-    file: Path, content: ColumnFacts, build: Callable[[GrowingColumns], ColumnFacts]
-) -> StoredColumns:
-    """Map the columns in `file`, a file of the cache; `build` and write them if they are not there.
-
-    They are not there if the file is damaged, or they were made from other `content`. Raises ConfigError: the
-    file cannot be written.
-    """
-    wanted = {"version": _VERSION, **content}
-    if (found := _mapped(file, wanted)) is None:
-        with cache_errors(file), temporary_folder(file) as folder:
-            columns = GrowingColumns(folder)
-            facts = build(columns)
-            columns.write(file, {**facts, "made_from": wanted})
-        found = _mapped(file, wanted)
-    if found is None:
-        raise damaged_data(file)
-    return found
-
-
-def _mapped(file: Path, wanted: Mapping[str, Any]) -> StoredColumns | None:
-    """Map the columns in `file`; None if there are none, or they were not made from `wanted`."""
-    table = map_table(file)
-    facts = {} if table is None else json.loads((table.schema.metadata or {}).get(b"facts", "{}"))
-    if table is None or facts.get("made_from") != wanted:
-        return None
-    arrays: dict[str, Array] = {}
-    for name, (dtype, shape) in facts["kinds"].items():
-        values = table[name].chunk(0).values.to_numpy()
-        arrays[name] = values.view(dtype).reshape(-1, *shape)
-    return StoredColumns(arrays, facts)
-
-
-def append_records(columns: GrowingColumns, tables: Sequence[pa.Table]) -> ColumnFacts:
+def append_records(columns: Columns, tables: Sequence[pa.Table]) -> Facts:
     """Append the columns of sources, whose tables are those of `read_source`; return facts about them.
 
     Needs memory for a batch of records, and about 24 bytes a response. There is at least one example.
@@ -150,7 +51,7 @@ def append_records(columns: GrowingColumns, tables: Sequence[pa.Table]) -> Colum
             )
             counts = np.diff(chunk["first_pieces"]) - 1
             for name, neutral in NUMBERS.items():
-                column, given = _NUMBER + name, chunk["numbers"].get(name)
+                column, given = NUMBER + name, chunk["numbers"].get(name)
                 if given is not None or column in columns:
                     earlier = np.full(0 if column in columns else examples, neutral)
                     own = np.full(len(counts), neutral) if given is None else given

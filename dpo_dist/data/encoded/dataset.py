@@ -27,18 +27,16 @@ from dpo_dist.config.user_code import accepts_facts
 from dpo_dist.data.counts import check_counts, check_split
 from dpo_dist.data.encoded.columns import (
     DATASET_COLUMNS,
-    ColumnFacts,
-    GrowingColumns,
+    NUMBER,
     append_records,
     example_digests,
     made_from,
-    stored_columns,
 )
 from dpo_dist.data.encoded.images import PromptImages, prompt_images
 from dpo_dist.data.encoded.store import (
-    Array,
     EncodedSource,
     Outcomes,
+    cache_errors,
     read_lengths,
     read_outcomes,
     read_source,
@@ -50,6 +48,7 @@ from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.process import usable_cores
+from dpo_dist.foundation.tables import Array, Columns, Facts, stored_columns
 
 _MAX_THREADS = 8
 _CHUNK_EXAMPLES = 2**18
@@ -306,14 +305,14 @@ def open_dataset(
         identity.append(images.fingerprint)
     fingerprint = text_digest(json.dumps(identity))
 
-    def build(columns: GrowingColumns) -> ColumnFacts:
+    def build(columns: Columns) -> Facts:
         outcomes = list(map(read_outcomes, tables))
         _checked_counts(sources, outcomes, tables, config)  # there are examples
         return append_records(columns, tables) | {"outcomes": list(map(asdict, outcomes))}
 
     file = sources[0].cache / f"{fingerprint}-columns.arrow"
-    stored = stored_columns(file, made_from(sources), build)
-    arrays, facts = {**stored.arrays}, stored.facts
+    with cache_errors(file):
+        arrays, facts = stored_columns(file, made_from(sources), build)
     counts = _checked_counts(sources, [Outcomes(**each) for each in facts["outcomes"]], tables, config)
     every, files = pa.concat_tables(tables), zip(sources, facts["files"], strict=True)
     return PreferenceDataset(
@@ -326,7 +325,7 @@ def open_dataset(
         ids=pc.list_flatten(every["ids"]),
         trained=pc.list_flatten(every["trained"]),
         encoded=tuple(sources),
-        numbers=stored.numbers,
+        numbers={name: arrays[NUMBER + name] for name in NUMBERS if NUMBER + name in arrays},
         images=images,
         prefixes=Prefixes(*(arrays.pop(name) for name in ("places", "rows", "shared"))),
         **{name: arrays[name] for name in DATASET_COLUMNS},

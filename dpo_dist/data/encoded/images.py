@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_dist.batching.example import ImageInput
-from dpo_dist.data.encoded.store import Array, EncodedSource, has_images
+from dpo_dist.data.encoded.store import EncodedSource, has_images
 from dpo_dist.data.images import ImageProcessor
+from dpo_dist.foundation.tables import Array
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ import numpy as np
 
 from dpo_dist.batching.example import Example, response_keys
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.encoded.columns import ColumnFacts, GrowingColumns, key_order, made_from, stored_columns
+from dpo_dist.data.encoded.columns import key_order, made_from
 from dpo_dist.data.encoded.dataset import PreferenceDataset, chunks_of
-from dpo_dist.data.encoded.store import Array
+from dpo_dist.data.encoded.store import cache_errors
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import text_digest
+from dpo_dist.foundation.tables import Array, Columns, Facts, stored_columns
 
 _VERSION = 1  # increased when records get other partners
 
@@ -37,11 +38,12 @@ def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceData
         in_memory = None if dataset.encoded else stack.enter_context(TemporaryDirectory())
         cache = dataset.encoded[0].cache if in_memory is None else Path(in_memory)
         file = cache / f"{fingerprint}-{max_length}-columns.arrow"
-        stored = stored_columns(file, content, partial(_write_partners, dataset, max_length))
-    return replace(dataset, fingerprint=fingerprint, **stored.arrays)
+        stack.enter_context(cache_errors(file))
+        arrays, _ = stored_columns(file, content, partial(_write_partners, dataset, max_length))
+    return replace(dataset, fingerprint=fingerprint, **arrays)
 
 
-def _write_partners(dataset: PreferenceDataset, max_length: int, columns: GrowingColumns) -> ColumnFacts:
+def _write_partners(dataset: PreferenceDataset, max_length: int, columns: Columns) -> Facts:
     """Append the columns of the examples with their partners, of those that are other than without."""
     stops = np.cumsum(dataset.source_pairs)
     partner = np.concatenate(

@@ -4,7 +4,6 @@ The distinct images of a source are in a second such file, the order of its reco
 The columns of a dataset (`columns.py`) are in such a file too.
 """
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -28,19 +26,9 @@ from dpo_dist.data.read.sources import name_of, root_of
 from dpo_dist.data.records import BadRecord, Origin
 from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.files import (
-    MEMO_FOLDER,
-    content_digest,
-    file_identity,
-    recall,
-    remember,
-    staged_file,
-)
-
-Array: TypeAlias = npt.NDArray[Any]
+from dpo_dist.foundation.tables import map_table, write_table
 
 _BATCH_BYTES = 2**24
-_DIGEST_BYTES = 16  # of the blake2b digest behind the Arrow file
 
 ROW_SCHEMA = pa.schema(
     {
@@ -111,13 +99,6 @@ class EncodedSource:
         """The file with the order of the records by their token ids."""
         return self.file.with_name(f"{self.file.stem}-order.arrow")
 
-    @property
-    def digest(self) -> str:
-        """The digest of the records, which is behind them in their file."""
-        with self.file.open("rb") as stream:
-            stream.seek(-_DIGEST_BYTES, os.SEEK_END)
-            return stream.read().hex()
-
     def path_of(self, file: str) -> str:
         """Return the path of a file with records, which is named as in the column `file`."""
         return name_of(self.path, file)
@@ -138,27 +119,6 @@ class EncodedSource:
         return table if is_theirs else None
 
 
-def map_table(file: Path) -> pa.Table | None:
-    """Map a file of `write_table`; None if there is no file, or it is damaged.
-
-    It is read for its digest once, and again only if its `file_identity` has changed. The metadata of a table
-    without its own are its digest; those of an order are the digest of its records.
-    """
-    try:
-        identity, memo = file_identity(file), file.parent / MEMO_FOLDER
-        whole = pa.memory_map(str(file)).read_buffer()
-        end = max(whole.size - _DIGEST_BYTES, 0)
-        records, digest = whole.slice(0, end), whole.slice(end).to_pybytes().hex()
-        if recall(memo, identity) != digest:
-            if hashlib.blake2b(records, digest_size=_DIGEST_BYTES).hexdigest() != digest:
-                return None
-            remember(memo, identity, digest)
-        table = pa.ipc.open_file(records).read_all()
-        return table.replace_schema_metadata(table.schema.metadata or {"digest": digest})
-    except (OSError, pa.ArrowInvalid):
-        return None
-
-
 def has_images(table: pa.Table) -> bool:
     """Return whether any of these records has an image."""
     return any(len(chunk.flatten()) for chunk in table["images"].chunks)
@@ -176,7 +136,7 @@ def has_changed_images(table: pa.Table) -> bool:
 
 def write_source(source: EncodedSource, chunks: Iterable[EncodedChunk]) -> None:
     """Write a source's records and images to its files, in constant memory."""
-    with write_table(source.file, ROW_SCHEMA) as writer, ExitStack() as stack:
+    with cache_errors(source.file), write_table(source.file, ROW_SCHEMA) as writer, ExitStack() as stack:
         for batch in _large(_without_images(chunks, source.image_file, stack)):
             writer.write_batch(batch)
 
@@ -193,19 +153,9 @@ def ensure_order(source: EncodedSource, placeholder_id: int | None) -> None:
     """Write the order of an encoded source's records, unless it is there; see `order_by_ids`."""
     records = source.table()
     if records is not None and source.order(records) is None:
-        with write_table(source.order_file, ORDER_SCHEMA.with_metadata(records.schema.metadata)) as writer:
+        schema = ORDER_SCHEMA.with_metadata(records.schema.metadata)
+        with cache_errors(source.order_file), write_table(source.order_file, schema) as writer:
             writer.write_batch(order_by_ids(records, source.images(), placeholder_id))
-
-
-@contextmanager
-def write_table(final: Path, schema: pa.Schema) -> Iterator[Any]:
-    """Yield a writer of batches; what it wrote becomes the file `final`, with a digest behind it."""
-    with cache_errors(final), staged_file(final) as staged:
-        with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-            yield writer
-        digest = content_digest([staged])
-        with staged.open("ab") as end:
-            end.write(bytes.fromhex(digest))
 
 
 @contextmanager
@@ -253,19 +203,14 @@ def read_source(source: EncodedSource) -> pa.Table:
     table = source.table()
     order = None if table is None else source.order(table)
     if table is None or order is None:
-        raise damaged_data(source.file)
+        raise DataError(
+            "the encoded data are damaged",
+            where=f"data.cache: {source.file}",
+            remedy="start again: damaged data are encoded again",
+        )
     for name in ORDER_SCHEMA.names:
         table = table.append_column(name, order[name])
     return table
-
-
-def damaged_data(file: Path) -> DataError:
-    """Return the error for a file of the cache that is absent or damaged."""
-    return DataError(
-        "the encoded data are damaged",
-        where=f"data.cache: {file}",
-        remedy="start again: damaged data are encoded again",
-    )
 
 
 @dataclass(frozen=True)

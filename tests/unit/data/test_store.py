@@ -91,7 +91,7 @@ def test_no_flipped_bit_is_read(tmp_path: Path) -> None:
 def test_a_verified_file_is_not_read_for_its_digest_again(tmp_path: Path) -> None:
     [source] = prepare_all(tmp_path, jsonl(tmp_path, *GOOD))
     open_dataset([source], DataConfig())
-    with mock.patch("dpo_dist.data.encoded.store.content_digest", side_effect=AssertionError):
+    with mock.patch("dpo_dist.foundation.tables.content_digest", side_effect=AssertionError):
         assert source.table() is not None
 
 

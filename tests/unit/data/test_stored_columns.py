@@ -17,8 +17,9 @@ from dpo_dist.batching.example import response_keys
 from dpo_dist.config.schema import DataConfig, Ranked, SourceConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset, count_shared, count_shared_prompts, open_dataset
 from dpo_dist.data.encoded.partners import with_partners
-from dpo_dist.data.encoded.store import EncodedSource, ensure_order, write_table
+from dpo_dist.data.encoded.store import EncodedSource, ensure_order
 from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.tables import write_table
 from tests.support.cache import opened, prepare_all
 from tests.support.records import BAD, GOOD, assistant, jsonl, user
 
