@@ -217,7 +217,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
         file.stat()
         return list(stored_rows(run))
 
-    return _read(run.rows if run.rows.exists() else run.log_history, read)
+    return _read(run.rows, read)
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:

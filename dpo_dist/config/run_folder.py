@@ -215,7 +215,7 @@ def strip_key(word: str) -> str:
 def existing_run(path: Path) -> RunFolder:
     """Return the run directory at `path`, of a run that may still be training; ConfigError for others."""
     folder = RunFolder(path)
-    if any(file.is_file() for file in (folder.config, folder.rows, folder.log_history)):
+    if any(file.is_file() for file in (folder.config, folder.rows)):
         return folder
     beside = sorted((path if path.is_dir() else path.parent).glob("*/config.yaml"))
     nearest = get_close_matches(str(path), [str(file.parent) for file in beside], 3, cutoff=0)

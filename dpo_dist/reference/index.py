@@ -22,7 +22,7 @@ from dpo_dist.batching.example import Keys
 from dpo_dist.foundation.files import temporary_folder, text_digest, write_text
 
 if TYPE_CHECKING:
-    from dpo_dist.foundation.tables import Columns, Facts
+    from dpo_dist.foundation.tables import Columns
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def open_index(folder: Path, shards: Sequence[str], read: Callable[[], Iterator[
     content = {"format": _INDEX_FORMAT, "shards": [folder.name, *shards]}
     file = folder / f"{text_digest(json.dumps(content))}.index"
 
-    def build(columns: "Columns") -> "Facts":
+    def build(columns: "Columns") -> dict[str, Any]:
         for old in file.parent.glob("*.index"):
             with suppress(OSError):
                 if time.time() - old.stat().st_atime > _UNUSED_SECONDS:

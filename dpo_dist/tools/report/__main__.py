@@ -10,7 +10,7 @@ from dpo_dist.foundation.streams import print_line
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.tools.report.runs import compare_runs
 from dpo_dist.tools.shared.pages.charts import draw_curves
-from dpo_dist.training.reporting.metrics_log import complete_tables, read_latest_rows
+from dpo_dist.training.reporting.metrics_log import read_latest_rows, write_tables
 
 
 def _run(text: str) -> Path:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.output is None and rows:
                 draw_curves(rows, first.curves, first.path.name)
                 print_line(f"curves: {first.curves}")
-                complete_tables(first)
+                write_tables(first)
             remove_abandoned(first.metrics)  # a start that was killed may have left half a picture
     except (OSError, ValueError) as error:
         remedy = "check the files of the run, permissions and free space, or set --output page.html"

@@ -1,7 +1,6 @@
 """Append a run's metrics rows to a file, read them, and write their tables and summary at its end."""
 
 import csv
-import io
 import json
 import math
 import os
@@ -43,11 +42,10 @@ _FINAL = (*PAIR_METRICS, *TERMS.values(), AUC, MISMATCH)
 _SPIKE_ROWS, _FEWEST_ROWS, _EXCURSION = 100, 50, 5.0
 _COLLAPSED_NATS = 50.0
 _EQUAL = 1e-9  # relative difference of means that only rounding makes different
-MOST_STEPS, MOST_EVALUATIONS, MOST_NAMED = 20_000, 5_000, 1_000
+MOST_STEPS, MOST_EVALUATIONS = 20_000, 5_000
 """How many rows of a run are in memory, for its verdict, page, curves and card."""
 _EDGE = 200
 _AFTER_STEP = 0.5
-_UNREADABLE = "the metrics of this run cannot be read"
 
 
 def csv_columns(plan: MetricPlan | None = None) -> tuple[str, ...]:
@@ -84,28 +82,23 @@ class RowSample:
 
     The same holds for evaluations and `MOST_EVALUATIONS`. Always kept are the first and the newest 200 of
     each, the best row of each metric, the last row that has it, the first row with a value that is not
-    finite, spikes of the loss and the rows of `keep`, which are steps (`MOST_NAMED` of both).
+    finite, and the rows of the steps `keep`.
     `steps` and `evaluations` are the chosen rows of each kind alone.
     """
 
     def __init__(self, rows: Iterable[MetricsRow] = (), keep: Collection[float | None] = ()) -> None:
         self._steps, self._evaluations = _Evenly(MOST_STEPS), _Evenly(MOST_EVALUATIONS)
         self.steps, self.evaluations = self._steps.rows, self._evaluations.rows
-        self._last, self._first, self._named = (
-            dict[str, MetricsRow](),
-            dict[str, MetricsRow](),
-            list[MetricsRow](),
-        )
-        self._keep = keep
+        self._last, self._first = dict[str, MetricsRow](), dict[str, MetricsRow]()
+        self._keep, self._kept = keep, list[MetricsRow]()
         for row in rows:
             self.add(row)
 
     def add(self, row: MetricsRow) -> None:
         """Add the next row."""
         (self._evaluations if "eval_loss" in row else self._steps).add(row)
-        is_spike = row.get("loss_spikes", 0) > self._last.get("loss_spikes", {}).get("loss_spikes", 0)
-        if (is_spike or row["step"] in self._keep) and len(self._named) < MOST_NAMED:
-            self._named.append(row)
+        if row["step"] in self._keep:
+            self._kept.append(row)
         if not all(map(math.isfinite, row.values())):
             self._first.setdefault("not finite", row)
         self._last |= dict.fromkeys(row, row)
@@ -114,7 +107,7 @@ class RowSample:
     @property
     def rows(self) -> list[MetricsRow]:
         """All rows that are kept, in their order."""
-        asked = (*self._last.values(), *self._first.values(), *self._named)
+        asked = (*self._last.values(), *self._first.values(), *self._kept)
         rows = {id(row): row for row in (*self.steps, *self.evaluations, *asked)}
         return sorted(rows.values(), key=log_position)
 
@@ -222,7 +215,6 @@ def read_latest_rows(
 def _stored_lines(folder: RunFolder) -> Iterator[tuple[bytes, MetricsRow]]:
     """Yield the whole lines of a run's file, with their rows; the last line may be unfinished."""
     if not folder.rows.exists():
-        yield from ((_line(row), row) for row in _rows_of_earlier_versions(folder))
         return
     with folder.rows.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -230,22 +222,12 @@ def _stored_lines(folder: RunFolder) -> Iterator[tuple[bytes, MetricsRow]]:
                 try:
                     yield line, _known(json.loads(line))
                 except ValueError as error:
-                    place, got = f"{folder.rows}:{number}", str(error)
-                    raise ConfigError(_UNREADABLE, where=place, got=got, remedy="delete this line") from error
-
-
-def _rows_of_earlier_versions(folder: RunFolder) -> Iterator[MetricsRow]:
-    """Yield the rows in `log_history.json`, then the newer ones of a table that grew during the run."""
-    try:
-        rows = json.loads(folder.log_history.read_bytes()) if folder.log_history.exists() else []
-    except ValueError as error:
-        place, remedy = str(folder.log_history), f"delete it: {folder.metrics_table.name} has the same rows"
-        raise ConfigError(_UNREADABLE, where=place, got=str(error), remedy=remedy) from error
-    yield from map(_known, rows)
-    table = folder.metrics_table.read_text(encoding="utf-8") if folder.metrics_table.exists() else ""
-    whole, _, _ = table.rpartition("\n")  # the last line may be unfinished
-    for cells in islice(csv.DictReader(io.StringIO(whole)), len(rows), None):
-        yield _known({key: int(x) if x.isdecimal() else float(x) for key, x in cells.items() if x})
+                    raise ConfigError(
+                        "the metrics of this run cannot be read",
+                        where=f"{folder.rows}:{number}",
+                        got=str(error),
+                        remedy="delete this line",
+                    ) from error
 
 
 def write_tables(folder: RunFolder) -> None:
@@ -272,15 +254,6 @@ def write_tables(folder: RunFolder) -> None:
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(map(row.get, columns) for row in stored_rows(folder))
-
-
-def complete_tables(folder: RunFolder) -> None:
-    """Write the tables of a run that is training, or was killed before it could write them."""
-    is_over = folder.summary.exists()
-    if folder.rows.exists() and not (is_over and folder.log_history.exists()):
-        write_tables(folder)
-        if not is_over and folder.summary.exists():  # it has ended: its own tables may have been replaced
-            write_tables(folder)
 
 
 def final_and_best(rows: Sequence[MetricsRow]) -> dict[str, Any]:
