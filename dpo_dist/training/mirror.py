@@ -7,11 +7,12 @@ A thread of rank 0 uploads them after each commit. A folder without a manifest i
 """
 
 import contextlib
+import math
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from fsspec.implementations.dirfs import DirFileSystem
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.run_folder import (
     BEST_FILE,
-    STATE,
     RunFolder,
     best_checkpoint,
     checkpoint_folders,
@@ -32,10 +32,8 @@ from dpo_dist.config.schema import Resume
 from dpo_dist.distributed.checkpoint.saver import (
     LATEST,
     MANIFEST,
-    checkpoint_state,
     damaged_checkpoint,
     find_faults,
-    read_manifest,
 )
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError
@@ -46,9 +44,8 @@ from dpo_dist.training.start.resume import check_configuration, find_finished, r
 
 _STOP_SECONDS = 30.0  # in which a run that was asked to stop waits for its last upload
 _POLL_SECONDS = 0.2
-_STUCK_SECONDS = 600.0  # after which another run gives up an upload that completes no file
 _DOWNLOADS = 8  # files at a time
-_PROBE, _PART = ".probe", ".part"
+_PART = ".part"
 
 
 class Mirror:
@@ -66,53 +63,48 @@ class Mirror:
         self._thread: threading.Thread | None = None
         self._is_due = False
         self._in_use: list[Path] = []
-        self._uploaded: dict[str, tuple[int, int]] = {}  # time and size of files of the run
+        self._uploaded: dict[str, int] = {}  # times of files in nanoseconds
         self._failure = ""
         self._done, self._files = 0, 0  # files of this upload
         system, path = open_file_system(url, "run.mirror")
-        if system.protocol[0] == "file" and Path(path).resolve().is_relative_to(folder.path.resolve()):
-            raise self._error("run.mirror is inside of run.dir")
         # Other storage than folders, such as a bucket, shows whole files only.
         self._has_folders, self._there = not system.async_impl, DirFileSystem(path, system)
         with remote_errors(self._place, CheckpointError):
             if self._has_folders:
                 self._there.makedirs("", exist_ok=True)
-            self._there.pipe_file(_PROBE, b"may be deleted")
-            self._there.rm_file(_PROBE)
+            self._there.pipe_file(_PART, b"may be deleted")
+            self._there.rm_file(_PART)
 
     def restore(self, identity: RunIdentity, resume: Resume) -> None:
         """Download the run if the mirror is further than the run directory; an error if it has another."""
         with remote_errors(self._place, CheckpointError), tempfile.TemporaryDirectory() as scratch:
-            names = [name for name in self._names() if not name.endswith((_PART, _PROBE))]
-            whole, former = _steps(names), RunFolder(Path(scratch))
-            wanted = [f"{self._root}/{checkpoint_name(step)}/{STATE}" for step in whole[:1]]
-            for name in {former.state.name, former.config.name, *wanted} & set(names):
-                self._there.get_file(name, str(former.path / Path(name).name))
-            state = read_state(former)
-            recorded = checkpoint_state(former.path) if whole else state.identity if state else None
-            if recorded is None:
+            names, former = self._names(), RunFolder(Path(scratch))
+            for file in (former.state, former.config):
+                if file.name in names:
+                    self._there.get_file(file.name, str(file))
+            if (state := read_state(former)) is None:
                 if names and self._folder.environment.name not in names:
                     raise self._error("the mirror has files that no run has written", names[0])
                 return
             if resume is Resume.never:
                 raise self._error("the mirror has a run, and run.resume=never")
             try:
-                check_configuration(recorded, identity, former)
+                check_configuration(state.identity, identity, former)
             except CheckpointError as error:
                 raise self._error("the mirror has another run", error.got, error.expected) from None
             folders = filter(is_checkpoint, checkpoint_folders(self._folder.checkpoints))
             here = [checkpoint_step(folder.name) or 0 for folder in folders]
             if finished := find_finished(identity, self._folder):
                 here.append(finished.step)
-            there = max([*whole, state.step if state is not None and state.is_finished else -1])
+            whole = _steps(names)
+            there = max([*whole, state.step if state.is_finished else -1])
             if there > max(here, default=-1):
                 self._console.say(f"restoring step {there:,} of the run from {self._url}")
                 self._download(names, whole)
 
-    def _names(self, below: str = "") -> list[str]:
+    def _names(self) -> list[str]:
         self._there.invalidate_cache()  # of lists
-        names: list[str] = self._there.find(below)
-        return names
+        return [name for name in self._there.find("") if not name.endswith(_PART)]
 
     def _error(self, fault: str, got: str = "", expected: str = "") -> CheckpointError:
         remedy = "set run.mirror to an empty folder, or leave it out"
@@ -120,11 +112,10 @@ class Mirror:
 
     def _download(self, names: Sequence[str], whole: Sequence[int]) -> None:
         """Download the files of the run, then the best checkpoint, then the newest intact one."""
-        run = self._folder
-        parts = {*self._parts(), *self._ends} - {run.logs}  # this start has opened its logs
-        self._get(
-            [n for n in names if not parts.isdisjoint([run.path / n, *(run.path / n).parents])], run.path
-        )
+        checkpoints, logs = f"{self._root}/", f"{self._folder.logs.name}/"  # this start has opened its logs
+        of_steps = {name for name in names if name.startswith(checkpoints) and name.count("/") > 1}
+        small = [name for name in names if name not in of_steps and not name.startswith(logs)]
+        self._get(small, self._folder.path)
         best = f"{self._root}/{BEST_FILE}"
         if best in names:
             best_step = checkpoint_step(self._there.cat_file(best).decode().strip())
@@ -186,9 +177,6 @@ class Mirror:
             try:
                 self._upload()
             except Exception as error:
-                if not all(map(is_checkpoint, self._in_use)):  # trainer.keep_last=0 has deleted it
-                    self.upload()
-                    continue
                 if not self._failure:
                     later = "the next checkpoint tries again"
                     self._console.say(f"warning: the mirror {self._url} fails, {later}: {shown_fault(error)}")
@@ -217,75 +205,63 @@ class Mirror:
         run, wanted = self._folder, self._in_use
         state, names = read_state(run), self._names()
         is_finished = state is not None and state.is_finished
-        parts = self._parts() if is_finished else self._parts()[:-1]
-        files = [file for part in parts for file in (part, *part.rglob("*")) if self._has_changed(file)]
+        files = _files(self._parts() if is_finished else self._parts()[:-1])
         for folder in wanted:
             manifest = folder / MANIFEST
-            name = self._name(manifest)
-            if name in names and self._there.cat_file(name) == manifest.read_bytes():
-                continue
-            if name in names:
+            if (name := self._name(manifest)) in names:
+                if self._there.cat_file(name) == manifest.read_bytes():
+                    continue
                 self._there.rm_file(name)
-            files += [*(folder / each for each in read_manifest(folder)), manifest]
+            files += [*(file for file in _files([folder]) if file != manifest), manifest]
         files += self._ends
-        if is_finished and run.state.name in names:  # else it could stand beside a model of another length
-            self._there.rm_file(run.state.name)
         self._done, self._files = 0, len(files)
         with tempfile.TemporaryDirectory() as scratch:
             for file in files:
                 self._put(file, Path(scratch) / "file")
                 self._done += 1
         if wanted or (is_finished and not self._keep_last):
-            self._delete_old(wanted, self._keep_last if is_finished else max(1, self._keep_last))
-
-    def _has_changed(self, file: Path) -> bool:
-        is_own = file.is_file() and not is_temporary(file)
-        return is_own and self._uploaded.get(self._name(file)) != _version(file)
+            newest = checkpoint_folders(run.checkpoints)[: self._keep_last]
+            self._delete_all_but({folder.name for folder in (*newest, *wanted)})
 
     def _put(self, file: Path, scratch: Path) -> None:
-        """Upload a file; one that may change meanwhile is first copied to `scratch`."""
+        """Upload a file if it has changed; one that may change meanwhile is first copied to `scratch`."""
         name, source = self._name(file), file
         try:
-            version = _version(file)
+            version = file.stat().st_mtime_ns
+            if self._uploaded.get(name) == version:
+                return
             if file.suffix != ".safetensors":
                 source = Path(shutil.copyfile(file, scratch))
+            if self._has_folders:  # where a reader would see a part of a file
+                self._there.makedirs(str(Path(name).parent), exist_ok=True)
+                self._there.put_file(str(source), name + _PART)
+                self._there.mv(name + _PART, name)
+            else:
+                self._there.put_file(str(source), name)
+            self._uploaded[name] = version
         except FileNotFoundError:  # deleted since it was listed, or there is no best checkpoint
-            return
-        if self._has_folders:  # where a reader would see a part of a file
-            self._there.makedirs(str(Path(name).parent), exist_ok=True)
-            self._there.put_file(str(source), name + _PART)
-            self._there.mv(name + _PART, name)
-        else:
-            self._there.put_file(str(source), name)
-        self._uploaded[name] = version
+            if file.exists():
+                raise
 
-    def _delete_old(self, wanted: Sequence[Path], keep_last: int) -> None:
-        """Delete all checkpoints there but those of `wanted` and the newest ones up to its first."""
-        names = self._names(self._root)
-        last = checkpoint_step(wanted[0].name) if wanted else None
-        older = [step for step in _steps(names) if last is None or step <= last]
-        kept = {checkpoint_name(step) for step in older[:keep_last]} | {folder.name for folder in wanted}
-        there = {parts[1] for parts in (name.split("/") for name in names) if len(parts) > 2}
-        for name in {name for name in there - kept if checkpoint_step(name) is not None}:
-            folder = f"{self._root}/{name}"
-            with contextlib.suppress(FileNotFoundError):  # first: what is left of the others is no checkpoint
-                self._there.rm_file(f"{folder}/{MANIFEST}")
-            self._there.rm(folder, recursive=True)
+    def _delete_all_but(self, kept: Collection[str]) -> None:
+        """Delete all other checkpoints there."""
+        there = {name.split("/")[1] for name in self._names() if name.startswith(f"{self._root}/")}
+        for name in there.difference(kept):
+            if checkpoint_step(name) is not None:
+                folder = f"{self._root}/{name}"
+                with contextlib.suppress(FileNotFoundError):  # first: what is left is no checkpoint
+                    self._there.rm_file(f"{folder}/{MANIFEST}")
+                self._there.rm(folder, recursive=True)
 
     def finish(self, is_stopping: Callable[[], bool]) -> None:
         """Upload the last files and wait for them, not long if the run is to stop; print what is missing."""
         self.upload()
-        now, done = time.monotonic(), self._done
-        moved, stopped = now, None
+        end = math.inf
         with self._console.progress(f"uploading to {self._url}", "file") as show:
-            while (thread := self._thread) is not None:
+            while (thread := self._thread) is not None and time.monotonic() < end:
                 thread.join(_POLL_SECONDS)
-                now = time.monotonic()
-                moved, done = (moved, done) if self._done == done else (now, self._done)
-                if is_stopping() and stopped is None:
-                    stopped = now
-                if now > (moved + _STUCK_SECONDS if stopped is None else stopped + _STOP_SECONDS):
-                    break
+                if is_stopping():
+                    end = min(end, time.monotonic() + _STOP_SECONDS)
                 show(self._done, self._files)
         if self._thread is None and not self._failure:
             self._console.say(f"the mirror {self._url} has the whole run")
@@ -298,9 +274,10 @@ class Mirror:
         return file.relative_to(self._folder.path).as_posix()
 
 
-def _version(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_mtime_ns, status.st_size
+def _files(parts: Iterable[Path]) -> list[Path]:
+    """Return the files that are, or are below, these paths, without unfinished ones."""
+    below = (file for part in parts for file in (part, *part.rglob("*")))
+    return [file for file in below if file.is_file() and not is_temporary(file)]
 
 
 def _steps(names: Collection[str]) -> list[int]:

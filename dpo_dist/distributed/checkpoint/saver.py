@@ -316,7 +316,6 @@ class CheckpointSaver:
         self._say, self._committed, self._in_use = say, committed, in_use
         self._pending: _Pending | None = None
         self._deleting: threading.Thread | None = None
-        self._last: Path | None = None
         self._has_warned = False
         self._best_step: int | None = None
 
@@ -391,7 +390,6 @@ class CheckpointSaver:
         self._name(pending.folder)
         note_progress(str(pending.folder))
         self._committed(checkpoint_step(pending.folder.name) or 0)
-        self._last = pending.folder
         self._delete_old(pending.folder)
 
     def _name(self, folder: Path) -> None:
@@ -435,11 +433,9 @@ class CheckpointSaver:
         self._world.on_main(complete)
 
     def close(self) -> None:
-        """End the saver: drop an uncommitted checkpoint, and delete the last old ones; not collective."""
+        """End the saver: drop an uncommitted checkpoint; not collective."""
         self._pending = None
         self._copy.close()
-        if self._last is not None:
-            self._delete_old(self._last)  # one that was in use
         self._end_deleting()
 
 

@@ -153,7 +153,6 @@ def test_a_lost_run_resumes_from_its_last_checkpoint_with_its_rows(tmp_path: Pat
     again = Run(tmp_path / "b")
     assert again.start() == 3
     assert again.folder.rank_log(0).read_text() == "the log of this start"
-    run.saver.close()
     older = "checkpoints/step-000002/"
     kept = {name: content for name, content in files(run.folder).items() if not name.startswith(older)}
     assert files(again.folder) == kept
@@ -202,8 +201,9 @@ def test_the_newest_checkpoint_is_next_and_the_one_in_use_is_not_deleted(tmp_pat
     run.wait()
     assert not any("step-000002" in name or "step-000003" in name for name in Bucket.puts)
     assert there() == ["step-000004"]
-    run.saver.close()
-    assert [path.name for path in run.folder.checkpoints.glob("step-*")] == ["step-000004"]
+    run.save(5)
+    assert [path.name for path in run.folder.checkpoints.glob("step-*")] == ["step-000005"]
+    assert there() == ["step-000005"]
     assert run.lines == []
 
 
@@ -248,17 +248,16 @@ def test_a_failed_upload_is_one_warning_without_secrets_and_is_made_good(tmp_pat
     assert there() == ["step-000003"]
 
 
-@pytest.mark.parametrize("limit", ["_STOP_SECONDS", "_STUCK_SECONDS"])
-def test_an_upload_that_hangs_is_given_up(
-    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_upload_that_hangs_is_given_up_by_a_run_that_must_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, limit, 0.3)
+    monkeypatch.setattr(module, "_STOP_SECONDS", 0.3)
     run = Run(tmp_path / "a")
     run.start()
     Bucket.gate.clear()
     run.save(1, waits=False)
     started = time.monotonic()
-    run.mirror.finish(lambda: limit == "_STOP_SECONDS")
+    run.mirror.finish(lambda: True)
     assert time.monotonic() - started < 5
     assert "is behind the run" in run.lines[-1]
 
@@ -307,8 +306,6 @@ def test_another_run_and_foreign_files_are_refused(tmp_path: Path) -> None:
     fsspec.filesystem("bucket").pipe_file("bucket://b/base/config.json", b"{}")
     with pytest.raises(CheckpointError, match="no run has written"):
         Run(tmp_path / "d", "bucket://b/base").start()
-    with pytest.raises(CheckpointError, match=r"inside of run\.dir"):
-        Run(tmp_path / "e", f"{tmp_path}/e/mirror")
     with pytest.raises(ConfigError, match="password"):
         Run(tmp_path / "f", "s3://me:secret@b/run")
     (tmp_path / "file").touch()
