@@ -24,32 +24,22 @@ Partners = Indexes
 """The index of a matching record for each record, int32 [records]; -1: there is none."""
 
 _STANDARD_ERRORS = 3.0
-_KEYS_AT_ONCE = 1 << 20
 
 
 def equal_records(keys: TextKeys) -> Partners:
     """Return for each record whose key occurs earlier the first record of that key."""
-    order = np.argsort(keys, kind="stable").astype(np.int32)
-    ordered = keys[order]
-    is_later = np.zeros(len(keys), dtype=np.bool_)
-    is_later[1:] = ordered[1:] == ordered[:-1]
-    firsts = np.where(is_later, 0, np.arange(len(keys), dtype=np.int32))
-    partners = np.empty(len(keys), dtype=np.int32)
-    partners[order] = np.where(is_later, order[np.maximum.accumulate(firsts)], -1)
-    return partners
+    _, firsts, numbers = np.unique(keys, return_index=True, return_inverse=True)
+    partners = firsts.astype(np.int32)[numbers]
+    return np.where(partners == np.arange(len(keys), dtype=np.int32), np.int32(-1), partners)
 
 
 def first_equal(keys: TextKeys, sought: TextKeys) -> Indexes:
     """Return the place of the first of the keys that equals each sought one; -1: none does."""
-    places = np.full(len(sought), -1, dtype=np.int32)
-    known, first = np.unique(keys, return_index=True)
-    for start in range(0, len(sought) if len(known) else 0, _KEYS_AT_ONCE):
-        block = sought[start : start + _KEYS_AT_ONCE]
-        at = np.searchsorted(
-            known[:-1], block
-        )  # never past the end: what is above all is compared with the last
-        places[start : start + _KEYS_AT_ONCE] = np.where(known[at] == block, first[at], -1)
-    return places
+    known, firsts = np.unique(keys, return_index=True)
+    if not len(known):
+        return np.full(len(sought), -1, dtype=np.int32)
+    at = np.searchsorted(known[:-1], sought)  # what is above all is compared with the last
+    return np.where(known[at] == sought, firsts.astype(np.int32)[at], np.int32(-1))
 
 
 def contradictions(preferences: TextKeys, of_record: Indexes, count: int) -> Partners:
