@@ -12,7 +12,7 @@ from dpo_dist.batching.example import Keys
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.losses import NUMBERS
 from dpo_dist.data.encoded.store import EncodedSource
-from dpo_dist.foundation.tables import Array, Columns, Facts, stored_digest
+from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_digest
 
 _VERSION = 1  # increased when equal records get other columns
 NUMBER = "number_"
@@ -24,12 +24,12 @@ DATASET_COLUMNS = (*_UNCHANGED, "piece_starts", "first_pieces", "mask_starts", "
 """Columns that are fields of `PreferenceDataset`."""
 
 
-def made_from(sources: Sequence[EncodedSource]) -> Facts:
+def made_from(sources: Sequence[EncodedSource]) -> TableFacts:
     """Return what decides the columns of these sources, for `stored_columns`."""
     return {"version": _VERSION, "records": [stored_digest(source.file) for source in sources]}
 
 
-def append_records(columns: Columns, tables: Sequence[pa.Table]) -> Facts:
+def append_records(columns: Columns, tables: Sequence[pa.Table]) -> TableFacts:
     """Append the columns of sources, whose tables are those of `read_source`; return facts about them.
 
     Needs memory for a batch of records, and about 24 bytes a response. There is at least one example.

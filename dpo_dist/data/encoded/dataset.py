@@ -48,7 +48,7 @@ from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.process import usable_cores
-from dpo_dist.foundation.tables import Array, Columns, Facts, stored_columns
+from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_columns
 
 _MAX_THREADS = 8
 _CHUNK_EXAMPLES = 2**18
@@ -305,7 +305,7 @@ def open_dataset(
         identity.append(images.fingerprint)
     fingerprint = text_digest(json.dumps(identity))
 
-    def build(columns: Columns) -> Facts:
+    def build(columns: Columns) -> TableFacts:
         outcomes = list(map(read_outcomes, tables))
         _checked_counts(sources, outcomes, tables, config)  # there are examples
         return append_records(columns, tables) | {"outcomes": list(map(asdict, outcomes))}

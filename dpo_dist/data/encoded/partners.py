@@ -20,7 +20,7 @@ from dpo_dist.data.encoded.dataset import PreferenceDataset, chunks_of
 from dpo_dist.data.encoded.store import cache_errors
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import text_digest
-from dpo_dist.foundation.tables import Array, Columns, Facts, stored_columns
+from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_columns
 
 _VERSION = 1  # increased when records get other partners
 
@@ -43,7 +43,7 @@ def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceData
     return replace(dataset, fingerprint=fingerprint, **arrays)
 
 
-def _write_partners(dataset: PreferenceDataset, max_length: int, columns: Columns) -> Facts:
+def _write_partners(dataset: PreferenceDataset, max_length: int, columns: Columns) -> TableFacts:
     """Append the columns of the examples with their partners, of those that are other than without."""
     stops = np.cumsum(dataset.source_pairs)
     partner = np.concatenate(

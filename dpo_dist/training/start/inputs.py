@@ -16,7 +16,7 @@ from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.config.schema import ModelConfig, ParallelismKind, ReferenceMode, SourceConfig
 from dpo_dist.data.counts import describe_counts, describe_short_run
-from dpo_dist.data.encoded.build import Preparation, damaged_parts, tokenizer_digest
+from dpo_dist.data.encoded.build import Preparation, tokenizer_digest
 from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
     check_fits_loss,
@@ -241,12 +241,9 @@ def _load(
 def encode_together(world: World, preparation: Preparation) -> tuple[EncodedSource, ...]:
     """Return the encoded sources; each rank encodes its share of what is missing. Collective."""
     planned = world.on_main(preparation.plan)
-    parts = [0] * len(planned)
-    if not all(each.is_encoded for each in planned):
-        parts = world.together(lambda: preparation.encode(planned, (world.rank, world.size)))
+    parts = world.together(lambda: preparation.encode(planned, (world.rank, world.size)))
     encoded = world.on_main(lambda: preparation.join(planned, parts))
-    if encoded is None:
-        raise damaged_parts(preparation.config)
+    assert encoded is not None, "of every part"
     return encoded
 
 

@@ -18,7 +18,7 @@ from dpo_dist.data import encode as encode_module
 from dpo_dist.data.encoded import build
 from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.store import EncodedSource
-from dpo_dist.data.read.estimate import expected_records
+from dpo_dist.data.read.files import expected_records
 from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
 from tests.support.cache import encoded_folders
@@ -90,7 +90,7 @@ def test_shares_of_parts_make_the_file_of_one_part(count: int, ranks: int, tmp_p
     for rank in reversed(range(ranks)):
         parts = one.encode(planned, (rank, ranks))
         assert parts == [max(-(-count // PART), 1)]
-        made = one.join(planned, parts)
+        made = one.join(planned, parts, (rank, ranks))
         assert (made is None) == (rank > 0)
     assert made
     assert records_of(made[0]) == whole(source, tmp_path / "whole")
@@ -142,7 +142,8 @@ def test_a_damaged_part_is_encoded_again(tmp_path: Path, encoded: list[str]) -> 
     content[random.Random(0).randrange(len(content))] ^= 1
     part.write_bytes(content)
     encoded.clear()
-    assert one.join(planned, parts) is None
+    with pytest.raises(DataError, match=r"parts .* damaged"):
+        one.join(planned, parts)
     assert one.join(planned, one.encode(planned))
     assert encoded == [f"q {number}" for number in range(PART, 2 * PART)]
 
@@ -207,13 +208,8 @@ def test_progress_knows_what_is_left(tmp_path: Path) -> None:
 def test_the_number_of_records_is_known_before_they_are_read(lines: int, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(f'{{"prompt": "{"x" * (n % 60)}"}}\n' for n in range(lines)))
-    expected = expected_records(SourceConfig(str(file)))
-    assert expected is not None
-    assert expected == pytest.approx(lines, rel=0.01 if lines > 100 else 0)
+    assert expected_records([file]) == pytest.approx(lines, rel=0.01 if lines > 100 else 0)
     table = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x"] * lines}), table)
-    assert expected_records(SourceConfig(str(table))) == lines
-    assert expected_records(SourceConfig(str(table), limit=5)) == min(lines, 5)
-    other = tmp_path / "rows.csv"
-    other.write_text("prompt\nx\n")
-    assert expected_records(SourceConfig(str(other))) is None
+    assert expected_records([table, table]) == 2 * lines
+    assert expected_records([table, tmp_path / "rows.csv"]) == 0
