@@ -8,12 +8,11 @@ import itertools
 import json
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -252,50 +251,23 @@ def read_source(source: EncodedSource) -> pa.Table:
     return table
 
 
-@dataclass(frozen=True)
-class Outcomes:
-    """How many records have each `Outcome`, in JSON; reason, file, line and detail of the first bad ones."""
-
-    numbers: dict[str, int]
-    dropped: list[Any]
-
-    @classmethod
-    def of_all(cls, parts: "Sequence[Outcomes]") -> "Outcomes":
-        """Return the outcomes of the records of several sources."""
-        numbers = sum((Counter(part.numbers) for part in parts), Counter[str]())
-        return cls(numbers, [each for part in parts for each in part.dropped][:SHOWN_EXAMPLES])
-
-    def renamed(self, path_of: Callable[[str], str]) -> "Outcomes":
-        """Return these outcomes with other names of files."""
-        dropped = [(reason, path_of(file), *rest) for reason, file, *rest in self.dropped]
-        return replace(self, dropped=dropped)
-
-    def counts(self) -> DataCounts:
-        """Return the counts of these records."""
-        outcomes = {_outcome(text): records for text, records in self.numbers.items()}
-        named = [BadRecord(reason, Origin(file, line), detail) for reason, file, line, detail in self.dropped]
-        return DataCounts.from_outcomes(outcomes, named)
-
-
-def read_outcomes(table: pa.Table) -> Outcomes:
-    """Return the outcomes of an encoded source's records."""
+def read_counts(table: pa.Table) -> DataCounts:
+    """Return the counts of an encoded source's records; names of files are those of the column `file`."""
     coded = table["outcome"].dictionary_encode().combine_chunks()  # texts of many records overflow an array
-    texts, codes = coded.dictionary.to_pylist(), coded.indices.to_numpy()
-    reasons = [_outcome(text).dropped for text in texts]
-    is_dropped = np.array([reason is not None for reason in reasons], dtype=np.bool_)
+    outcomes = [
+        Outcome(drop, pairs, tuple(map(tuple, changed)), read_as)
+        for drop, pairs, changed, read_as in map(json.loads, coded.dictionary.to_pylist())
+    ]
+    codes = coded.indices.to_numpy()
+    is_dropped = np.array([outcome.dropped is not None for outcome in outcomes], dtype=np.bool_)
     shown = np.flatnonzero(is_dropped[codes])[:SHOWN_EXAMPLES]
     places = table.select(["file", "line", "detail"]).take(shown).to_pylist()
-    numbers = np.bincount(codes, minlength=len(texts)).tolist()
-    dropped = [
-        (str(reasons[code]), row["file"], row["line"], row["detail"])
+    named = [
+        BadRecord(str(outcomes[code].dropped), Origin(row["file"], row["line"]), row["detail"])
         for code, row in zip(codes[shown], places, strict=True)
     ]
-    return Outcomes(dict(zip(texts, numbers, strict=True)), dropped)
-
-
-def _outcome(text: str) -> Outcome:
-    drop, pairs, changed, read_as = json.loads(text)
-    return Outcome(drop, pairs, tuple(map(tuple, changed)), read_as)
+    numbers = np.bincount(codes, minlength=len(outcomes)).tolist()
+    return DataCounts.from_outcomes(dict(zip(outcomes, numbers, strict=True)), named)
 
 
 def read_lengths(table: pa.Table, counts: DataCounts, config: DataConfig) -> SourceLengths:

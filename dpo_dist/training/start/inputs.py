@@ -21,7 +21,6 @@ from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
     check_fits_loss,
     check_ids_in_vocabulary,
-    chunks_of,
     count_shared,
     count_shared_prompts,
     open_dataset,
@@ -168,7 +167,7 @@ def _with_labels_and_partners(run: Run, dataset: PreferenceDataset) -> Preferenc
 
 
 def _count_labels(dataset: PreferenceDataset) -> dict[str, int]:
-    good = sum(int(dataset.labels_good(some).sum()) for some in chunks_of(dataset))
+    good = int(dataset.labels_good(np.arange(len(dataset))).sum())
     return {"good": good, "bad": len(dataset) - good}
 
 
