@@ -41,6 +41,7 @@ from dpo_dist.data.encoded.store import (
 )
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.read.columns import VOTES
+from dpo_dist.data.read.sources import name_of
 from dpo_dist.data.records import Origin, Tokenizer
 from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -302,7 +303,7 @@ def open_dataset(
     return PreferenceDataset(
         fingerprint=fingerprint,
         counts=counts | {"duplicates": facts["duplicates"]},
-        source_paths=tuple(source.path_of(name) for source, names in files for name in names),
+        source_paths=tuple(name_of(source.path, name) for source, names in files for name in names),
         source_pairs=tuple(source_counts["pairs"] for source_counts in counts["sources"]),
         source_labels=tuple(source.label for source in sources),
         largest_id=facts["largest_id"],
@@ -326,8 +327,8 @@ def _checked_counts(
     counted = [DataCounts.total([counts]) for counts in found]
     by_source = []
     for source, counts in zip(sources, counted, strict=True):
-        split = [example.partition(":") for example in counts.examples]  # names are as in `path_of`
-        counts.examples = [f"{source.path_of(file)}:{rest}" for file, _, rest in split]
+        split = [example.partition(":") for example in counts.examples]  # names are as in the column `file`
+        counts.examples = [f"{name_of(source.path, file)}:{rest}" for file, _, rest in split]
 
     def lengths() -> list[SourceLengths]:
         pairs = zip(tables, counted, strict=True)

@@ -22,7 +22,7 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
 from dpo_dist.data.encoded.order import ORDER_SCHEMA, order_by_ids
 from dpo_dist.data.read.images import image_state
-from dpo_dist.data.read.sources import name_of, root_of
+from dpo_dist.data.read.sources import root_of
 from dpo_dist.data.records import BadRecord, Origin
 from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -101,10 +101,6 @@ class EncodedSource:
     def order_file(self) -> Path:
         """The file with the order of the records by their token ids."""
         return self.file.with_name(f"{self.file.stem}-order.arrow")
-
-    def path_of(self, file: str) -> str:
-        """Return the path of a file with records, which is named as in the column `file`."""
-        return name_of(self.path, file)
 
     def table(self) -> pa.Table | None:
         """Map the records; None if there is no file, or it or that of the images is damaged."""
