@@ -37,11 +37,9 @@ def append_records(columns: Columns, tables: Sequence[pa.Table]) -> TableFacts:
 
     Needs memory for a batch of records, and to sort the keys. There is at least one example.
     """
-    files, largest = list[list[str]](), -1
+    files, largest = dict[tuple[int, str], int](), -1
     records = tokens = masked = pieces = examples = 0
-    for table in tables:
-        known: dict[str, int] = {}
-        before = sum(map(len, files))
+    for source, table in enumerate(tables):
         for batch in table.to_batches():
             columns.append(shared=batch["shared"].to_numpy())
             part = pa.Table.from_batches([batch])
@@ -49,9 +47,8 @@ def append_records(columns: Columns, tables: Sequence[pa.Table]) -> TableFacts:
             if not examples_of.any():
                 continue
             chunk = dataset_columns(part)
-            numbers = np.array(
-                [before + known.setdefault(name, len(known)) for name in chunk["source_paths"]]
-            )
+            names = [(source, name) for name in chunk["source_paths"]]
+            numbers = np.array([files.setdefault(name, len(files)) for name in names])
             starts, sizes, prompts = chunk["piece_starts"], chunk["piece_tokens"], chunk["first_pieces"]
             counts = np.diff(prompts) - 1
             for name, neutral in NUMBERS.items():
@@ -74,12 +71,11 @@ def append_records(columns: Columns, tables: Sequence[pa.Table]) -> TableFacts:
             largest = max(largest, chunk["largest_id"])
             tokens, masked = tokens + len(chunk["ids"]), masked + len(chunk["trained"])
             pieces, examples = pieces + len(sizes), examples + len(counts)
-        files.append([*known])
         records += len(table)
     columns.append(shared=np.zeros(1, dtype=np.int32), first_pieces=np.array([pieces], dtype=np.int64))
     columns.append(key_order=key_order(columns["keys"]))
     duplicates = examples - len(np.unique(columns["digests"]))
-    return {"files": files, "largest_id": largest, "duplicates": duplicates}
+    return {"files": [*files], "largest_id": largest, "duplicates": duplicates}
 
 
 def key_order(keys: Keys) -> Indices:

@@ -299,11 +299,11 @@ def open_dataset(
     with cache_errors(file):
         arrays, facts = stored_columns(file, made_from(sources), build)
     counts = _checked_counts(sources, facts["counts"], tables, config)
-    every, files = pa.concat_tables(tables), zip(sources, facts["files"], strict=True)
+    every = pa.concat_tables(tables)
     return PreferenceDataset(
         fingerprint=fingerprint,
         counts=counts | {"duplicates": facts["duplicates"]},
-        source_paths=tuple(name_of(source.path, name) for source, names in files for name in names),
+        source_paths=tuple(name_of(sources[source].path, name) for source, name in facts["files"]),
         source_pairs=tuple(source_counts["pairs"] for source_counts in counts["sources"]),
         source_labels=tuple(source.label for source in sources),
         largest_id=facts["largest_id"],

@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.data.read.files import expected_records
 from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.files import locked
 from tests.support import tiny
 from tests.support.cache import encoded_folders
 from tests.support.records import jsonl
@@ -146,6 +148,25 @@ def test_a_damaged_part_is_encoded_again(tmp_path: Path, encoded: list[str]) -> 
         one.join(planned, parts)
     assert one.join(planned, one.encode(planned))
     assert encoded == [f"q {number}" for number in range(PART, 2 * PART)]
+
+
+def test_a_join_waits_for_another_one_and_takes_what_it_made(tmp_path: Path) -> None:
+    source = source_of(tmp_path, 3 * PART)
+    one = preparation(source, tmp_path / "cache")
+    planned = one.plan()
+    parts = one.encode(planned)
+    lock = planned[0].wanted.file.with_suffix(".lock")
+    with ThreadPoolExecutor(1) as pool:
+        with locked(lock, "joins"):
+            joined = pool.submit(one.join, planned, parts)
+            with pytest.raises(TimeoutError):
+                joined.result(0.5)
+        assert joined.result(60)
+    one.encode(planned, (1, 3))  # by a process that did not see the end of the first join
+    assert one.join(planned, parts)
+    assert encoded_folders(tmp_path) == sorted(
+        [planned[0].wanted.file.name, planned[0].wanted.order_file.name]
+    )
 
 
 def test_parts_of_other_settings_or_of_changed_data_are_not_used(tmp_path: Path, encoded: list[str]) -> None:
