@@ -70,7 +70,7 @@ def prepare(folder: Path, model: Path, kind: str, records: int, filled: Path | N
     from dpo_dist.data.encoded.build import prepare_dataset, tokenizer_digest
     from dpo_dist.data.encoded.dataset import open_dataset
     from dpo_dist.data.encoded.partners import with_partners
-    from dpo_dist.data.encoded.store import ensure_order, write_source
+    from dpo_dist.data.encoded.store import IMAGE_SCHEMA, ensure_order, write_source
     from dpo_dist.data.records import eval_part, train_part
     from dpo_dist.model.files.load import load_tokenizer
     from dpo_dist.reference.fill import ENTRIES_PER_SHARD
@@ -90,7 +90,8 @@ def prepare(folder: Path, model: Path, kind: str, records: int, filled: Path | N
     names = pa.array([source.path] * len(table))
     [templates] = table.set_column(0, table.schema.field("file"), names).combine_chunks().to_batches()
     generated = dataclasses.replace(source, cache=Path(data.cache))
-    write_source(generated, ((batch, {}) for batch in _batches(templates, records)))
+    no_images = pa.RecordBatch.from_pylist([], IMAGE_SCHEMA)
+    write_source(generated, ((batch, no_images) for batch in _batches(templates, records)))
     ensure_order(generated, None)
     shutil.rmtree(folder / "short")
     if filled is None:

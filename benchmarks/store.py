@@ -104,6 +104,7 @@ def _invented_pairs(pairs: int) -> PreferenceDataset:
         truncated=np.zeros(2 * pairs, dtype=np.bool_),
         begins=np.zeros(2 * pairs, dtype=np.int32),
         prompt_hashes=np.arange(pairs, dtype=np.uint64),
+        digests=np.arange(pairs, dtype=np.uint64),
         origins=np.zeros((pairs, 2), dtype=np.int64),
     )
 

@@ -97,6 +97,18 @@ class DataCounts:
         counts.read = counts.kept + counts.dropped.total()
         return counts
 
+    @classmethod
+    def total(cls, parts: Iterable[Mapping[str, Any]]) -> "DataCounts":
+        """Return the sum of counts, of which the attributes are given, also as JSON has them."""
+        total = cls()
+        for part in parts:
+            total.read, total.kept = total.read + part["read"], total.kept + part["kept"]
+            total.pairs += part["pairs"]
+            for name in ("dropped", "read_as", "changed"):
+                getattr(total, name).update(part[name])
+            total.examples += part["examples"][: SHOWN_EXAMPLES - len(total.examples)]
+        return total
+
     def add(self, record: Record) -> None:
         """Count a record without encoding it."""
         self.read += 1

@@ -307,17 +307,17 @@ def for_json(value: Any) -> Any:
 
 @contextlib.contextmanager
 def locked(
-    path: Path, owner: str, remedy: str = "wait until it ends, or set another run.dir"
+    path: Path, owner: str, remedy: str = "wait until it ends, or set another run.dir", waits: bool = False
 ) -> Iterator[int]:
     """Open or create a file for appending and lock it until the context ends; yield its descriptor.
 
-    `owner` completes the message "another process ..." of the error if another process has the lock. A file
-    system without locks does not notice a second process.
+    `owner` completes the message "another process ..." of the error if another process has the lock, unless
+    this one `waits`. A file system without locks does not notice a second process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ConfigError(f"another process {owner}", where=str(path), remedy=remedy) from None
         except OSError:

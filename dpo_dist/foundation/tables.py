@@ -23,7 +23,7 @@ from dpo_dist.foundation.files import (
 )
 
 Array: TypeAlias = npt.NDArray[Any]
-Facts: TypeAlias = dict[str, Any]
+TableFacts: TypeAlias = dict[str, Any]
 """Values of JSON."""
 
 _DIGEST_BYTES = 16
@@ -91,7 +91,7 @@ class Columns:
         dtype, shape = self._kinds[name]
         return np.memmap(self._folder / name, dtype, mode="r").reshape(-1, *shape)
 
-    def write(self, file: Path, facts: Facts) -> None:
+    def write(self, file: Path, facts: TableFacts) -> None:
         """Write a table of one row, a list of values for each column, with `facts` in its metadata."""
         kinds = {name: (str(dtype), list(shape)) for name, (dtype, shape) in self._kinds.items()}
         values = [pa.array(_plain(self[name])) for name in kinds]
@@ -108,8 +108,8 @@ def _plain(values: Array) -> Array:
 
 
 def stored_columns(
-    file: Path, made_from: Facts, build: Callable[[Columns], Facts]
-) -> tuple[dict[str, Any], Facts]:
+    file: Path, made_from: TableFacts, build: Callable[[Columns], TableFacts]
+) -> tuple[dict[str, Any], TableFacts]:
     """Map the columns in `file`, and return the facts beside them; `build` and write them if they are absent.
 
     They are absent too if the file is damaged, or they were made from something else. Raises OSError.
@@ -125,7 +125,7 @@ def stored_columns(
     return found
 
 
-def _mapped(file: Path, made_from: Facts) -> tuple[dict[str, Any], Facts] | None:
+def _mapped(file: Path, made_from: TableFacts) -> tuple[dict[str, Any], TableFacts] | None:
     """Map the columns in `file`; None if there are none that were made from this."""
     table = map_table(file)
     facts = {} if table is None else json.loads((table.schema.metadata or {}).get(b"facts", "{}"))

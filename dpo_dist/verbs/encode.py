@@ -6,54 +6,41 @@ whole evaluation data, which decide what is training data. Finished parts are us
 """
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.rule import Rule, check_rules
 from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig, SourceConfig
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.console import console_on
-from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.foundation.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
-    from dpo_dist.data.encoded.build import Preparation
     from dpo_dist.data.encoded.store import EncodedSource
 
-_JOIN_SECONDS = 2.0
 
-
-def _share(config: RunConfig) -> tuple[int, int]:
+def _share(part: str) -> tuple[int, int]:
     """Return the index of this job's part, from 0, and the number of parts."""
-    number, parts = map(int, config.encode.part.split("/"))
+    number, parts = map(int, part.split("/"))
+    if number > parts:
+        remedy = "set encode.part to I/N with I from 1 to N"
+        raise ConfigError("there is no such part", where="encode.part", got=part, remedy=remedy)
     return number - 1, parts
-
-
-_RULES = (
-    Rule(
-        "encode.part",
-        "there is no such part",
-        "set encode.part to I/N with I from 1 to N",
-        lambda c: _share(c)[0] >= _share(c)[1],
-    ),
-)
 
 
 def main(config: RunConfig) -> int:
     """Encode the data of `config`, or a part of them; return the exit code."""
     check_needs(config, "encode")
-    check_rules(config, _RULES)
-    data = config.data
+    data, share = config.data, _share(config.encode.part)
     for source in [*data.train, *data.eval]:
         check_source(source, data)
     check_template_file(data.chat_template)
     # Imported late, so that the errors above appear at once.
-    from dpo_dist.data.encoded.build import Preparation, tokenizer_digest  # noqa: PLC0415
+    from dpo_dist.data.encoded.build import EVERY_PART, Preparation, tokenizer_digest  # noqa: PLC0415
     from dpo_dist.data.encoded.dataset import open_dataset  # noqa: PLC0415
     from dpo_dist.data.images import image_processor  # noqa: PLC0415
     from dpo_dist.model.files.folder import description_folder, start_folder, tokenizer_folder  # noqa: PLC0415
@@ -65,39 +52,33 @@ def main(config: RunConfig) -> int:
     tokenizer, digest = load_tokenizer(files, model), tokenizer_digest(files)
     processor = image_processor(folder, tokenizer, model.images)
 
-    def preparation(name: str, sources: Sequence[SourceConfig], part: Part) -> "Preparation":
+    def encode(
+        name: str, sources: Sequence[SourceConfig], part: Part, share: tuple[int, int]
+    ) -> "tuple[EncodedSource, ...] | None":
+        """Return the encoded sources; None while other jobs encode their share."""
+
         def progress(source: str) -> AbstractContextManager[Callable[..., None]]:
             return console.progress(f"encoding the {name} data: {source}", "record")
 
-        return Preparation(sources, data, tokenizer, digest, progress, part, processor)
-
-    share, prompts, made = _share(config), None, list[object]()
-    if data.eval_sources:
-        evaluation = preparation("eval", data.eval_sources, eval_part(data))
-        if data.drop_eval_prompts:
-            encoded = _whole(evaluation)
-            prompts = open_dataset(encoded, data, processor).prompt_hashes[:]
-        else:
-            planned = evaluation.plan()
-            made.append(evaluation.join(planned, evaluation.encode(planned, share)))
-    train = preparation("train", data.train, train_part(data, prompts))
-    planned = train.plan()
-    made.append(train.join(planned, train.encode(planned, share)))
-    where = f"in {data.cache}"
-    if None in made:
-        console.say(f"part {config.encode.part} is encoded {where}; the job that ends last joins all parts")
-    else:
-        console.say(f"all data are encoded {where}")
-    return ExitCode.completed
-
-
-def _whole(preparation: "Preparation") -> "tuple[EncodedSource, ...]":
-    """Return the sources of a preparation, of which other jobs may encode or join the same parts."""
-    while True:
+        preparation = Preparation(sources, data, tokenizer, digest, progress, part, processor)
         planned = preparation.plan()
-        if (encoded := preparation.join(planned, preparation.encode(planned))) is not None:
-            return encoded
-        time.sleep(_JOIN_SECONDS)  # another job joins the parts
+        return preparation.join(planned, preparation.encode(planned, share), share)
+
+    made, prompts = [], None
+    if data.eval_sources:
+        needs_all = data.drop_eval_prompts
+        held_out = encode("eval", data.eval_sources, eval_part(data), EVERY_PART if needs_all else share)
+        if needs_all and held_out is not None:
+            prompts = open_dataset(held_out, data, processor).prompt_hashes[:]
+        made.append(held_out)
+    made.append(encode("train", data.train, train_part(data, prompts), share))
+    if None in made:
+        console.say(
+            f"part {config.encode.part} is encoded in {data.cache}; the job that ends last joins all parts"
+        )
+    else:
+        console.say(f"all data are encoded in {data.cache}")
+    return ExitCode.completed
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ def dataset_of(pairs: Sequence[Example]) -> PreferenceDataset:
         truncated=np.zeros(len(keys), dtype=np.bool_),
         begins=np.array([tokens for pair in pairs for tokens in begins_of(pair)], dtype=np.int32),
         prompt_hashes=np.arange(len(pairs), dtype=np.uint64),
+        digests=np.arange(len(pairs), dtype=np.uint64),
         origins=np.zeros((len(pairs), 2), dtype=np.int64),
         prefixes=prefixes_of(pairs),
     )

@@ -11,10 +11,10 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,28 +25,21 @@ from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, OnBadRecord, Sourc
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.encode import EncodedRecord, encode_record
-from dpo_dist.data.encoded.parts import (
-    EVERY_PART,
-    PART_RECORDS,
-    PART_WITH_IMAGES,
-    Share,
-    encode_parts,
-    is_whole,
-    join_parts,
-    missing_records,
-)
 from dpo_dist.data.encoded.store import (
+    IMAGE_SCHEMA,
     ROW_SCHEMA,
     EncodedChunk,
     EncodedSource,
     ensure_order,
+    is_whole,
+    join_parts,
     with_relative_files,
+    write_source,
 )
 from dpo_dist.data.formats import parse_record
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
 from dpo_dist.data.read.columns import READER
-from dpo_dist.data.read.estimate import expected_records
-from dpo_dist.data.read.files import file_kind
+from dpo_dist.data.read.files import expected_records, file_kind
 from dpo_dist.data.read.sources import (
     changed_error,
     image_folders,
@@ -110,8 +103,12 @@ def no_progress(_source: str) -> AbstractContextManager[Callable[..., None]]:
     return nullcontext(lambda _records, _total=None: None)
 
 
-@dataclass(frozen=True)
-class PlannedSource:
+Share: TypeAlias = tuple[int, int]
+"""Index and number of the processes that divide the parts of a source."""
+EVERY_PART: Share = (0, 1)
+
+
+class PlannedSource(NamedTuple):
     """A pinned source, the file of its encoded records, and whether the file is there."""
 
     source: SourceConfig
@@ -163,26 +160,31 @@ class Preparation:
         return [0 if each.is_encoded else self._encode(each, share) for each in planned]
 
     def join(
-        self, planned: Sequence[PlannedSource], parts: Sequence[int]
+        self, planned: Sequence[PlannedSource], parts: Sequence[int], share: Share = EVERY_PART
     ) -> tuple[EncodedSource, ...] | None:
-        """Join the parts of each source; return the encoded sources, or None while a part is missing."""
-        placeholder_id = None if self.processor is None else self.processor.placeholder_id
-        joined = [
-            each.is_encoded or join_parts(each.wanted, number)
-            for each, number in zip(planned, parts, strict=True)
-        ]
+        """Join the parts of each source; return the encoded sources, or None while others encode their share.
+
+        Raises DataError: of every part that this process has encoded, one is damaged.
+        """
+        numbers = zip(planned, parts, strict=True)
+        joined = [each.is_encoded or join_parts(each.wanted, number) for each, number in numbers]
         if not all(joined):
-            return None
+            if share != EVERY_PART:
+                return None
+            raise DataError(
+                "parts of the encoded data are damaged, or images have changed",
+                where=f"data.cache: {self.config.cache}",
+                remedy="start again: these parts are encoded again",
+            )
         for each in planned:
-            ensure_order(each.wanted, placeholder_id)
+            ensure_order(each.wanted, None if self.processor is None else self.processor.placeholder_id)
         return tuple(each.wanted for each in planned)
 
     def _encode(self, planned: PlannedSource, share: Share) -> int:
-        source, state = planned.source, _identities(planned.source)
+        source, wanted, _ = planned
+        state, parts, missing = _identities(source), 0, deque[EncodedSource]()
         chunk_records, part_records = (
-            (CHUNK_RECORDS, PART_RECORDS)
-            if self.processor is None
-            else (_CHUNK_WITH_IMAGES, PART_WITH_IMAGES)
+            (CHUNK_RECORDS, PART_RECORDS) if self.processor is None else _WITH_IMAGES
         )
         work = partial(
             _encode_chunk,
@@ -193,25 +195,44 @@ class Preparation:
             processor=self.processor,
         )
 
-        def check() -> None:
+        def missing_chunks() -> Iterator[list[RawRecord]]:
+            nonlocal parts
+            records = raw_records(source, wanted.cache)
+            for number in itertools.count():
+                part = itertools.islice(records, part_records)
+                if not (first := [*itertools.islice(part, chunk_records)]) and number:
+                    return
+                parts, file = number + 1, replace(wanted, part=number)
+                if number % share[1] == share[0] and not is_whole(file):
+                    missing.append(file)
+                    yield first
+                    yield from in_chunks(part, chunk_records)
+                deque(part, maxlen=0)
+
+        expected = expected_records(local_files(source) or ())
+        expected = min(expected, source.limit or expected)
+        firsts = range(share[0] * part_records, expected, share[1] * part_records)
+        left = [first for first in firsts if not replace(wanted, part=first // part_records).file.exists()]
+        done, total = 0, sum(min(part_records, expected - first) for first in left)
+
+        def shown(chunks: Iterable[EncodedChunk]) -> Iterator[EncodedChunk]:
+            """Yield the chunks of one part: all have as many, but the last."""
+            nonlocal done
+            for chunk in itertools.islice(chunks, part_records // chunk_records):
+                yield chunk
+                done += len(chunk[0])
+                show(done, total if done <= total else None)
             # If a file changed meanwhile, the fingerprint would name other records.
             if _identities(source) != state:
                 raise changed_error(source)
 
-        total = missing_records(planned.wanted, expected_records(source), share, part_records)
-        with self.progress(source.path) as show:
-
-            def encode(records: Iterator[RawRecord]) -> Generator[EncodedChunk, None, None]:
-                done = 0
-                with closing(in_order(records, work, chunk_records, share)) as chunks:
-                    for chunk in chunks:
-                        yield chunk
-                        done += len(chunk[0])
-                        show(done, total if total and done <= total else None)
-
-            return encode_parts(
-                planned.wanted, raw_records(source, planned.wanted.cache), encode, check, share, part_records
-            )
+        with (
+            self.progress(source.path) as show,
+            closing(in_order(missing_chunks(), work, share)) as chunks,
+        ):
+            for chunk in chunks:
+                write_source(missing.popleft(), shown(itertools.chain([chunk], chunks)))
+        return parts
 
 
 def prepare_dataset(
@@ -227,18 +248,8 @@ def prepare_dataset(
     preparation = Preparation(sources, config, tokenizer, digest, progress, part, processor)
     planned = preparation.plan()
     encoded = preparation.join(planned, preparation.encode(planned))
-    if encoded is None:
-        raise damaged_parts(config)
+    assert encoded is not None, "of every part"
     return encoded
-
-
-def damaged_parts(config: DataConfig) -> DataError:
-    """Return the error for parts that were damaged, or whose images changed, before they were joined."""
-    return DataError(
-        "parts of the encoded data are damaged, or images have changed",
-        where=f"data.cache: {config.cache}",
-        remedy="start again: these parts are encoded again",
-    )
 
 
 def _encode_chunk(records: Sequence[RawRecord], source: SourceConfig, **options: Any) -> EncodedChunk:
@@ -247,7 +258,9 @@ def _encode_chunk(records: Sequence[RawRecord], source: SourceConfig, **options:
         record if isinstance(record, BadRecord) else parse_record(record, source.format, origin)
         for record, origin in records
     ]
-    return with_relative_files(encode_records(parsed, images=images, **options), source.path), images
+    encoded = with_relative_files(encode_records(parsed, images=images, **options), source.path)
+    rows = [{name: getattr(image, name) for name in IMAGE_SCHEMA.names} for image in images.values()]
+    return encoded, pa.RecordBatch.from_pylist(rows, schema=IMAGE_SCHEMA)
 
 
 def encode_records(
@@ -383,7 +396,9 @@ def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Pa
 
 
 CHUNK_RECORDS = 64
-_CHUNK_WITH_IMAGES = 16  # an image takes as long as ten texts, and may have megabytes
+PART_RECORDS = 8192
+"""Records of a part: seconds of a core, so that a kill loses little."""
+_WITH_IMAGES = 16, 512  # an image takes as long as ten texts, and may have megabytes
 # One process reads and writes for all others: it is too slow for more of them than this.
 _MAX_PROCESSES = 16
 # Fewer chunks than these are encoded by one process before other processes have started.
@@ -396,19 +411,21 @@ def processes_for(chunks: int) -> int:
     return 1 if chunks < _MIN_CHUNKS else min(usable_cores(), _MAX_PROCESSES)
 
 
+def in_chunks(records: Iterable[_Given], chunk_records: int = CHUNK_RECORDS) -> Iterator[list[_Given]]:
+    """Yield the records in lists of so many; the last one may be shorter."""
+    records = iter(records)
+    return iter(lambda: [*itertools.islice(records, chunk_records)], [])
+
+
 def in_order(
-    records: Iterable[_Given],
-    work: Callable[[Sequence[_Given]], _Result],
-    chunk_records: int = CHUNK_RECORDS,
-    share: Share = EVERY_PART,
+    chunks: Iterable[list[_Given]], work: Callable[[Sequence[_Given]], _Result], share: Share = EVERY_PART
 ) -> Generator[_Result, None, None]:
-    """Yield the result of `work` for each chunk of the records, in order, computed by several processes.
+    """Yield the result of `work` for each chunk of records, in order, computed by several processes.
 
     `work` can be pickled. Closing the generator ends the processes. Few chunks per process are in memory.
     Ranks that `share` the work divide the cores of their node.
     """
-    records = iter(records)
-    chunks = iter(lambda: list(itertools.islice(records, chunk_records)), [])
+    chunks = iter(chunks)
     first = list(itertools.islice(chunks, _MIN_CHUNKS))
     ranks = 1 if share == EVERY_PART else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     processes = max(1, processes_for(len(first)) // ranks)

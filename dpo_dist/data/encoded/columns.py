@@ -1,6 +1,6 @@
 """Columns of an encoded dataset, computed once and then mapped (`foundation.tables`)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,33 +12,34 @@ from dpo_dist.batching.example import Keys
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.losses import NUMBERS
 from dpo_dist.data.encoded.store import EncodedSource
-from dpo_dist.foundation.tables import Array, Columns, Facts, stored_digest
+from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_digest
 
-_VERSION = 1  # increased when equal records get other columns
+_VERSION = 2  # increased when equal records get other columns
 NUMBER = "number_"
 """Begins the name of a column of one of `NUMBERS`."""
 
 # Columns of `dataset_columns` that do not depend on the examples before them.
-_UNCHANGED = ("piece_tokens", "keys", "scores", "trained_tokens", "truncated", "begins", "prompt_hashes")
+_UNCHANGED = (
+    *("piece_tokens", "keys", "scores", "trained_tokens", "truncated", "begins"),
+    *("prompt_hashes", "digests"),
+)
 DATASET_COLUMNS = (*_UNCHANGED, "piece_starts", "first_pieces", "mask_starts", "origins", "key_order")
 """Columns that are fields of `PreferenceDataset`."""
 
 
-def made_from(sources: Sequence[EncodedSource]) -> Facts:
+def made_from(sources: Sequence[EncodedSource]) -> TableFacts:
     """Return what decides the columns of these sources, for `stored_columns`."""
     return {"version": _VERSION, "records": [stored_digest(source.file) for source in sources]}
 
 
-def append_records(columns: Columns, tables: Sequence[pa.Table]) -> Facts:
+def append_records(columns: Columns, tables: Sequence[pa.Table]) -> TableFacts:
     """Append the columns of sources, whose tables are those of `read_source`; return facts about them.
 
-    Needs memory for a batch of records, and about 24 bytes a response. There is at least one example.
+    Needs memory for a batch of records, and to sort the keys. There is at least one example.
     """
-    files, digests, largest = list[list[str]](), list[Keys](), -1
+    files, largest = dict[tuple[int, str], int](), -1
     records = tokens = masked = pieces = examples = 0
-    for table in tables:
-        known: dict[str, int] = {}
-        before = sum(map(len, files))
+    for source, table in enumerate(tables):
         for batch in table.to_batches():
             columns.append(shared=batch["shared"].to_numpy())
             part = pa.Table.from_batches([batch])
@@ -46,10 +47,10 @@ def append_records(columns: Columns, tables: Sequence[pa.Table]) -> Facts:
             if not examples_of.any():
                 continue
             chunk = dataset_columns(part)
-            numbers = np.array(
-                [before + known.setdefault(name, len(known)) for name in chunk["source_paths"]]
-            )
-            counts = np.diff(chunk["first_pieces"]) - 1
+            names = [(source, name) for name in chunk["source_paths"]]
+            numbers = np.array([files.setdefault(name, len(files)) for name in names])
+            starts, sizes, prompts = chunk["piece_starts"], chunk["piece_tokens"], chunk["first_pieces"]
+            counts = np.diff(prompts) - 1
             for name, neutral in NUMBERS.items():
                 column, given = NUMBER + name, chunk["numbers"].get(name)
                 if given is not None or column in columns:
@@ -58,31 +59,23 @@ def append_records(columns: Columns, tables: Sequence[pa.Table]) -> Facts:
                     columns.append(**{column: np.concatenate((earlier, own))})
             columns.append(
                 **{name: chunk[name] for name in _UNCHANGED},
-                piece_starts=chunk["piece_starts"] + tokens,
-                first_pieces=chunk["first_pieces"][:-1] + pieces,
+                piece_starts=starts + tokens,
+                first_pieces=prompts[:-1] + pieces,
                 mask_starts=chunk["mask_starts"] + masked,
                 origins=np.column_stack((numbers[chunk["origins"][:, 0]], chunk["origins"][:, 1])),
                 places=np.repeat(batch["place"].to_numpy().astype(np.int64) + records, examples_of),
-                rows=_first_rows(chunk),
+                rows=first_rows(
+                    starts, sizes, prompts[:-1], np.delete(np.arange(len(sizes)), prompts[:-1]), counts
+                ),
             )
-            digests.append(example_digests(chunk["keys"], counts))
             largest = max(largest, chunk["largest_id"])
             tokens, masked = tokens + len(chunk["ids"]), masked + len(chunk["trained"])
-            pieces, examples = pieces + len(chunk["piece_tokens"]), examples + len(counts)
-        files.append([*known])
+            pieces, examples = pieces + len(sizes), examples + len(counts)
         records += len(table)
     columns.append(shared=np.zeros(1, dtype=np.int32), first_pieces=np.array([pieces], dtype=np.int64))
-    duplicates = examples - _count_distinct(digests)
     columns.append(key_order=key_order(columns["keys"]))
-    return {"files": files, "largest_id": largest, "duplicates": duplicates}
-
-
-def _count_distinct(parts: list[Array]) -> int:
-    """Return the number of distinct values, and empty the list: there may be many."""
-    values = np.concatenate(parts)
-    parts.clear()
-    values.sort()
-    return 1 + int(np.count_nonzero(values[1:] != values[:-1]))
+    duplicates = examples - len(np.unique(columns["digests"]))
+    return {"files": [*files], "largest_id": largest, "duplicates": duplicates}
 
 
 def key_order(keys: Keys) -> Indices:
@@ -101,15 +94,16 @@ def example_digests(keys: Keys, counts: Indices) -> npt.NDArray[np.uint64]:
     return np.add.reduceat(keys.sum(axis=1) * (2 * rank + 1).astype(np.uint64), starts)
 
 
-def _first_rows(columns: Mapping[str, Any]) -> Indices:
+def first_rows(starts: Array, tokens: Array, prompts: Indices, pieces: Indices, counts: Indices) -> Indices:
     """Return how much of its record's first row each example has, which is the definition of `Prefixes.rows`.
 
-    Without the record's first response, which is behind the prompt in `ids`, this is the prompt.
+    `starts` and `tokens`: offset and length of each piece; `prompts` and `pieces`: the pieces that are the
+    examples' prompts and responses; `counts`: responses of each example. Without the record's first response,
+    which is behind the prompt in `ids`, this is the prompt.
     """
-    starts, tokens, prompts = (columns[name] for name in ("piece_starts", "piece_tokens", "first_pieces"))
-    ends = np.repeat((starts + tokens)[prompts[:-1]], np.diff(prompts))
-    own = np.add.reduceat(np.where(starts == ends, tokens - 1, 0), prompts[:-1])
-    rows: Indices = tokens[prompts[:-1]].astype(np.int64) + own
+    is_first = starts[pieces] == np.repeat(starts[prompts] + tokens[prompts], counts)
+    own = np.add.reduceat(np.where(is_first, tokens[pieces] - 1, 0), np.cumsum(counts) - counts)
+    rows: Indices = tokens[prompts].astype(np.int64) + own
     return rows
 
 
@@ -139,7 +133,7 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
     pieces = np.insert(piece, starts, first_piece[record])
     # An example that lacks one of the record's responses may lack the one that begins like another.
     is_known = np.maximum.reduceat(numbers, starts) < responses_of
-    files = table["file"].combine_chunks().dictionary_encode()
+    keys, files = flat("keys").reshape(-1, 2)[response], table["file"].combine_chunks().dictionary_encode()
     origins = np.stack([files.indices.to_numpy(), table["line"].to_numpy()], axis=1)
     return {
         "source_paths": tuple(files.dictionary.to_pylist()),
@@ -148,7 +142,8 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
         "piece_starts": (np.cumsum(tokens, dtype=np.int64) - tokens)[pieces],
         "piece_tokens": tokens[pieces],
         "first_pieces": np.insert(np.cumsum(responses_of + 1), 0, 0),
-        "keys": flat("keys").reshape(-1, 2)[response],
+        "keys": keys,
+        "digests": example_digests(keys, responses_of),
         "scores": flat("scores")[response],
         "numbers": _numbers(table["numbers"], record),
         "trained": pc.list_flatten(table["trained"]),

@@ -6,10 +6,9 @@ Token ids and masks are in the files of the sources, the other columns in a file
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,34 +23,33 @@ from dpo_dist.batching.sampler import Indices, SourceSpan
 from dpo_dist.config.losses import KINDS, NUMBERS, LossConfig, LossKind
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.config.user_code import accepts_facts
-from dpo_dist.data.counts import check_counts, check_split
+from dpo_dist.data.counts import DataCounts, check_counts, check_split
 from dpo_dist.data.encoded.columns import (
     DATASET_COLUMNS,
     NUMBER,
     append_records,
-    example_digests,
+    first_rows,
     made_from,
 )
 from dpo_dist.data.encoded.images import PromptImages, prompt_images
 from dpo_dist.data.encoded.store import (
     EncodedSource,
-    Outcomes,
     cache_errors,
+    read_counts,
     read_lengths,
-    read_outcomes,
     read_source,
 )
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.read.columns import VOTES
+from dpo_dist.data.read.sources import name_of
 from dpo_dist.data.records import Origin, Tokenizer
 from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.process import usable_cores
-from dpo_dist.foundation.tables import Array, Columns, Facts, stored_columns
+from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_columns
 
 _MAX_THREADS = 8
-_CHUNK_EXAMPLES = 2**18
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,7 @@ class PreferenceDataset:
     truncated: Array  # bool [responses], whether the end of a response was cut, with its end of turn
     begins: Array  # int32 [responses], leading tokens that an earlier one of the record has; 0: not known
     prompt_hashes: Array  # uint64 [examples], `records.prompt_hash` of each record
+    digests: Array  # uint64 [examples], `example_digests`
     origins: Array  # int64 [examples, 2], index in `source_paths`, and line
     encoded: tuple[EncodedSource, ...] = ()  # the sources on disk
     numbers: Mapping[str, Array] = field(default_factory=dict)  # float64 [examples], `NUMBERS` with an effect
@@ -196,17 +195,9 @@ class PreferenceDataset:
         return replace(sizes, prefixes=replace(self.prefixes.select(indices), rows=rows))
 
     def first_rows(self, indices: Indices, response_indices: Indices, counts: Indices) -> Indices:
-        """Return how much of its record's first row each example has with these responses, `Prefixes.rows`.
-
-        Without the record's first response, which is behind the prompt in `ids`, this is the prompt.
-        """
+        """Return how much of its record's first row each example has with these responses."""
         pieces, prompts = response_indices + np.repeat(indices, counts) + 1, self.first_pieces[indices]
-        ends = self.piece_starts[prompts] + self.piece_tokens[prompts]
-        is_first = self.piece_starts[pieces] == np.repeat(ends, counts)
-        own = np.add.reduceat(
-            np.where(is_first, self.piece_tokens[pieces] - 1, 0), np.cumsum(counts) - counts
-        )
-        return self.piece_tokens[prompts].astype(np.int64) + own
+        return first_rows(self.piece_starts, self.piece_tokens, prompts, pieces, counts)
 
     def response_range(self, index: int) -> range:
         """Return the response indices of one example."""
@@ -232,12 +223,6 @@ class PreferenceDataset:
         worst = best + self.response_counts(indices) - 1
         gaps: npt.NDArray[np.float32] = (self.scores[best] - self.scores[worst]).astype(np.float32)
         return gaps
-
-    def is_labelled(self, indices: Indices) -> npt.NDArray[np.bool_]:
-        """Return whether each example is a single response with a label."""
-        is_finite = np.isfinite(self.scores[self.first_pieces[indices] - indices])
-        labelled: npt.NDArray[np.bool_] = is_finite & (self.response_counts(indices) == 1)
-        return labelled
 
     def labels_good(self, indices: Indices | Sequence[int]) -> npt.NDArray[np.bool_]:
         """Return whether the response of each of these labelled examples is good."""
@@ -305,20 +290,20 @@ def open_dataset(
         identity.append(images.fingerprint)
     fingerprint = text_digest(json.dumps(identity))
 
-    def build(columns: Columns) -> Facts:
-        outcomes = list(map(read_outcomes, tables))
-        _checked_counts(sources, outcomes, tables, config)  # there are examples
-        return append_records(columns, tables) | {"outcomes": list(map(asdict, outcomes))}
+    def build(columns: Columns) -> TableFacts:
+        counts = [vars(read_counts(table)) for table in tables]
+        _checked_counts(sources, counts, tables, config)  # there are examples
+        return append_records(columns, tables) | {"counts": counts}
 
     file = sources[0].cache / f"{fingerprint}-columns.arrow"
     with cache_errors(file):
         arrays, facts = stored_columns(file, made_from(sources), build)
-    counts = _checked_counts(sources, [Outcomes(**each) for each in facts["outcomes"]], tables, config)
-    every, files = pa.concat_tables(tables), zip(sources, facts["files"], strict=True)
+    counts = _checked_counts(sources, facts["counts"], tables, config)
+    every = pa.concat_tables(tables)
     return PreferenceDataset(
         fingerprint=fingerprint,
         counts=counts | {"duplicates": facts["duplicates"]},
-        source_paths=tuple(source.path_of(name) for source, names in files for name in names),
+        source_paths=tuple(name_of(sources[source].path, name) for source, name in facts["files"]),
         source_pairs=tuple(source_counts["pairs"] for source_counts in counts["sources"]),
         source_labels=tuple(source.label for source in sources),
         largest_id=facts["largest_id"],
@@ -334,63 +319,44 @@ def open_dataset(
 
 def _checked_counts(
     sources: Sequence[EncodedSource],
-    found: Sequence[Outcomes],
+    found: Sequence[Mapping[str, Any]],
     tables: Sequence[pa.Table],
     config: DataConfig,
 ) -> dict[str, Any]:
     """Return the counts of the sources' records, of each too under `sources`. Raises DataError: too few."""
-    found = [outcomes.renamed(source.path_of) for source, outcomes in zip(sources, found, strict=True)]
-    counted = [outcomes.counts() for outcomes in found]
+    counted = [DataCounts.total([counts]) for counts in found]
+    by_source = []
+    for source, counts in zip(sources, counted, strict=True):
+        split = [example.partition(":") for example in counts.examples]  # names are as in the column `file`
+        counts.examples = [f"{name_of(source.path, file)}:{rest}" for file, _, rest in split]
 
     def lengths() -> list[SourceLengths]:
         pairs = zip(tables, counted, strict=True)
         return [read_lengths(table, counts, config) for table, counts in pairs]
 
-    by_source = []
-    for source, source_counts in zip(sources, counted, strict=True):
-        check_counts(source_counts, source.path, config, lengths=lengths)
-        by_source.append({"label": source.label, "path": source.path, **source_counts.numbers()})
-    counts = Outcomes.of_all(found).counts()
-    check_split(counts)
-    return counts.as_dict() | {"sources": by_source}
-
-
-def chunks_of(dataset: PreferenceDataset) -> Iterator[Indices]:
-    """Yield the indices of all examples in ascending order, few at a time: memory does not grow with them."""
-    for start in range(0, len(dataset), _CHUNK_EXAMPLES):
-        yield np.arange(start, min(start + _CHUNK_EXAMPLES, len(dataset)), dtype=np.int64)
+    for source, counts in zip(sources, counted, strict=True):
+        check_counts(counts, source.path, config, lengths=lengths)
+        by_source.append({"label": source.label, "path": source.path, **counts.numbers()})
+    total = DataCounts.total(map(vars, counted))
+    check_split(total)
+    return total.as_dict() | {"sources": by_source}
 
 
 def count_shared(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
     """Return the number of examples of `dataset` with the same token ids as one of `other`."""
-    return _count_among(_digests(dataset), _digests(other))
+    return _count_among(dataset.digests, other.digests)
 
 
 def count_shared_prompts(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
     """Return the number of examples of `dataset` whose prompt also occurs in `other`."""
-    return _count_among(_prompt_hashes(dataset), _prompt_hashes(other))
+    return _count_among(dataset.prompt_hashes, other.prompt_hashes)
 
 
-def _prompt_hashes(dataset: PreferenceDataset) -> Iterator[Array]:
-    """Yield the `prompt_hashes` of some examples after others."""
-    return (dataset.prompt_hashes[chunk] for chunk in chunks_of(dataset))
-
-
-def _digests(dataset: PreferenceDataset) -> Iterator[Array]:
-    """Yield the `example_digests` of some examples after others."""
-    for chunk in chunks_of(dataset):
-        keys = dataset.keys[dataset.response_indices(chunk)]
-        yield example_digests(keys, dataset.response_counts(chunk))
-
-
-def _count_among(values: Iterator[Array], others: Iterator[Array]) -> int:
-    """Return how many of the `values` are among the others, which may be many."""
-    distinct, numbers = np.unique(np.concatenate([*values]), return_counts=True)
-    is_found = np.zeros(len(distinct), dtype=np.bool_)
-    for chunk in others:
-        places = np.minimum(np.searchsorted(distinct, chunk), len(distinct) - 1)
-        is_found[places[distinct[places] == chunk]] = True
-    return int(numbers[is_found].sum())
+def _count_among(values: Array, others: Array) -> int:
+    """Return how many of the `values` are among the others, of which there may be many more."""
+    distinct, numbers = np.unique(values, return_counts=True)
+    places = np.searchsorted(distinct[:-1], others)
+    return int(numbers[np.unique(places[distinct[places] == others])].sum())
 
 
 def check_ids_in_vocabulary(dataset: PreferenceDataset, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -412,21 +378,22 @@ def check_ids_in_vocabulary(dataset: PreferenceDataset, tokenizer: Tokenizer, vo
 
 def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
     """Check that the loss can use every example and its numbers. Raises DataError."""
-    counts, is_labelled = dataset.response_counts, dataset.is_labelled
+    every = np.arange(len(dataset), dtype=np.int64)
+    counts, best = np.diff(dataset.first_pieces) - 1, dataset.scores[dataset.first_pieces[:-1] - every]
+    is_labelled = (counts == 1) & np.isfinite(best)
 
-    def check(is_misfit: Callable[[Indices], npt.NDArray[np.bool_]], got: str, remedy: str) -> None:
-        misfits = np.concatenate([some[is_misfit(some)] for some in chunks_of(dataset)])
-        if len(misfits):
+    def check(misfits: npt.NDArray[np.bool_], got: str, remedy: str) -> None:
+        if misfits.any():
             raise DataError(
-                f"{', '.join(loss.kinds)} cannot use {len(misfits)} of {len(dataset)} examples",
-                where="; ".join(str(dataset.origin(int(index))) for index in misfits[:5]),
+                f"{', '.join(loss.kinds)} cannot use {misfits.sum()} of {len(misfits)} examples",
+                where="; ".join(str(dataset.origin(int(index))) for index in np.flatnonzero(misfits)[:5]),
                 got=got,
                 remedy=remedy,
             )
 
     takes_facts = LossKind.custom not in loss.kinds or accepts_facts(loss.function)
     for name, column in dataset.numbers.items():
-        misfits = partial(_has_effect, column, NUMBERS[name])
+        misfits = column != NUMBERS[name]
         if not loss.takes(name) or (name != "loss_weight" and not takes_facts):
             kinds = ", ".join(kind for kind, facts in KINDS.items() if name in facts.numbers)
             null = ", ".join(f"{each}: null" for each in (name, *(VOTES if name == "soft_label" else ())))
@@ -436,24 +403,15 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
             check(misfits, f"a {name} beside loss.label_smoothing", "set loss.label_smoothing=null")
     if loss.is_unpaired:
         remedy = "give each response a label: true or false, 1 or 0; data.unpair=true takes pairs apart"
-        check(lambda some: ~is_labelled(some), "no single response with a label", remedy)
+        check(~is_labelled, "no single response with a label", remedy)
         return
     remedy = "set loss=kto; if the label does not judge the response, ignore it: columns: {label: null}"
     check(is_labelled, "one response with a label, good or bad", remedy)
     if not loss.is_one_sided:
-        check(lambda some: counts(some) < 2, "1 response", "set loss=sft, or use data with two responses")
+        check(counts < 2, "1 response", "set loss=sft, or use data with two responses")
     if not loss.accepts_rankings:
         remedy = "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs"
-        check(lambda some: counts(some) > 2, "a ranking of more than two responses", remedy)
+        check(counts > 2, "a ranking of more than two responses", remedy)
     if loss.needs_scores:
         got = "no scores, or a chosen response that is not scored above the rejected one"
-        check(
-            lambda some: ~(dataset.score_gaps(some) > 0),
-            got,
-            "remove these records, or set another loss.kind",
-        )
-
-
-def _has_effect(column: Array, neutral: float, some: Indices) -> npt.NDArray[np.bool_]:
-    has_effect: npt.NDArray[np.bool_] = column[some] != neutral
-    return has_effect
+        check(~(dataset.score_gaps(every) > 0), got, "remove these records, or set another loss.kind")

@@ -16,12 +16,13 @@ import numpy as np
 from dpo_dist.batching.example import Example, response_keys
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.encoded.columns import key_order, made_from
-from dpo_dist.data.encoded.dataset import PreferenceDataset, chunks_of
+from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.data.encoded.store import cache_errors
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import text_digest
-from dpo_dist.foundation.tables import Array, Columns, Facts, stored_columns
+from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_columns
 
+_CHUNK_EXAMPLES = 2**18
 _VERSION = 1  # increased when records get other partners
 
 
@@ -43,7 +44,7 @@ def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceData
     return replace(dataset, fingerprint=fingerprint, **arrays)
 
 
-def _write_partners(dataset: PreferenceDataset, max_length: int, columns: Columns) -> Facts:
+def _write_partners(dataset: PreferenceDataset, max_length: int, columns: Columns) -> TableFacts:
     """Append the columns of the examples with their partners, of those that are other than without."""
     stops = np.cumsum(dataset.source_pairs)
     partner = np.concatenate(
@@ -52,7 +53,8 @@ def _write_partners(dataset: PreferenceDataset, max_length: int, columns: Column
             for stop, pairs in zip(stops, dataset.source_pairs, strict=True)
         ]
     )
-    for own in chunks_of(dataset):
+    for start in range(0, len(dataset), _CHUNK_EXAMPLES):  # memory does not grow with the examples
+        own = np.arange(start, min(start + _CHUNK_EXAMPLES, len(dataset)), dtype=np.int64)
         columns.append(**_extended(dataset, own, partner[own], max_length))
     columns.append(first_pieces=np.array([3 * len(dataset)], dtype=np.int64))
     columns.append(key_order=key_order(columns["keys"]))

@@ -4,14 +4,15 @@ The distinct images of a source are in a second such file, the order of its reco
 The columns of a dataset (`columns.py`) are in such a file too.
 """
 
+import itertools
 import json
+import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +21,15 @@ import pyarrow.compute as pc
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
 from dpo_dist.data.encoded.order import ORDER_SCHEMA, order_by_ids
-from dpo_dist.data.images import ExpandedImage
 from dpo_dist.data.read.images import image_state
-from dpo_dist.data.read.sources import name_of, root_of
+from dpo_dist.data.read.sources import root_of
 from dpo_dist.data.records import BadRecord, Origin
 from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.tables import map_table, write_table
+
+log = logging.getLogger(__name__)
 
 _BATCH_BYTES = 2**24
 
@@ -65,8 +68,8 @@ ROW_SCHEMA = pa.schema(
 )
 IMAGE_SCHEMA = pa.schema({"digest": pa.binary(), "tokens": pa.int64(), "content": pa.large_binary()})
 
-EncodedChunk: TypeAlias = tuple[pa.RecordBatch, dict[bytes, ExpandedImage]]
-"""Encoded records, and their images by digest."""
+EncodedChunk: TypeAlias = tuple[pa.RecordBatch, pa.RecordBatch]
+"""Encoded records, and their distinct images."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,6 @@ class EncodedSource:
     def order_file(self) -> Path:
         """The file with the order of the records by their token ids."""
         return self.file.with_name(f"{self.file.stem}-order.arrow")
-
-    def path_of(self, file: str) -> str:
-        """Return the path of a file with records, which is named as in the column `file`."""
-        return name_of(self.path, file)
 
     def table(self) -> pa.Table | None:
         """Map the records; None if there is no file, or it or that of the images is damaged."""
@@ -141,6 +140,41 @@ def write_source(source: EncodedSource, chunks: Iterable[EncodedChunk]) -> None:
             writer.write_batch(batch)
 
 
+def is_whole(source: EncodedSource) -> bool:
+    """Return whether the file of a source or a part is undamaged, and no image of it has changed."""
+    if not source.file.exists():
+        return False
+    table = source.table()
+    if table is not None and not has_changed_images(table):
+        return True
+    log.warning("%s is damaged, or images have changed: it is encoded again", source.file)
+    return False
+
+
+def join_parts(source: EncodedSource, parts: int) -> bool:
+    """Write a source from its parts, and remove them; return False while a part is missing or damaged."""
+    lock, every = source.file.with_suffix(".lock"), [replace(source, part=each) for each in range(parts)]
+    with locked(lock, "joins the parts of a source", waits=True):
+        is_joined = is_whole(source)  # by another process
+        if not is_joined and (is_joined := all(map(is_whole, every))):
+            write_source(source, itertools.chain.from_iterable(map(_chunks, every)))
+        for file in (file for part in every for file in (part.file, part.image_file) if is_joined):
+            file.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
+    return is_joined
+
+
+def _chunks(part: EncodedSource) -> Iterator[EncodedChunk]:
+    """Yield the images of a part, as they were written, then its records."""
+    records, images = part.table(), part.images()
+    assert records is not None, "just verified"
+    no_records, no_images = (pa.RecordBatch.from_pylist([], schema) for schema in (ROW_SCHEMA, IMAGE_SCHEMA))
+    for batch in [] if images is None else images.to_batches():
+        yield no_records, batch
+    for batch in records.cast(ROW_SCHEMA).to_batches():
+        yield batch, no_images
+
+
 def with_relative_files(batch: pa.RecordBatch, path: str) -> pa.RecordBatch:
     """Return records with the names of their files relative to the `path` of the source."""
     root = root_of(path).expanduser()
@@ -178,11 +212,11 @@ def _without_images(
     """Yield the records of each chunk, and write each distinct image once; `stack` closes their file."""
     writer, written = None, set[bytes]()
     for records, images in chunks:
-        if new := [image for digest, image in images.items() if digest not in written]:
+        digests = images["digest"].to_pylist()
+        if new := [place for place, digest in enumerate(digests) if digest not in written]:
             writer = writer or stack.enter_context(write_table(final, IMAGE_SCHEMA))
-            rows = [{name: getattr(image, name) for name in IMAGE_SCHEMA.names} for image in new]
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=IMAGE_SCHEMA))
-            written.update(image.digest for image in new)
+            writer.write_batch(images.take(pa.array(new)))
+            written.update(digests)
         yield records
 
 
@@ -213,50 +247,23 @@ def read_source(source: EncodedSource) -> pa.Table:
     return table
 
 
-@dataclass(frozen=True)
-class Outcomes:
-    """How many records have each `Outcome`, in JSON; reason, file, line and detail of the first bad ones."""
-
-    numbers: dict[str, int]
-    dropped: list[Any]
-
-    @classmethod
-    def of_all(cls, parts: "Sequence[Outcomes]") -> "Outcomes":
-        """Return the outcomes of the records of several sources."""
-        numbers = sum((Counter(part.numbers) for part in parts), Counter[str]())
-        return cls(numbers, [each for part in parts for each in part.dropped][:SHOWN_EXAMPLES])
-
-    def renamed(self, path_of: Callable[[str], str]) -> "Outcomes":
-        """Return these outcomes with other names of files."""
-        dropped = [(reason, path_of(file), *rest) for reason, file, *rest in self.dropped]
-        return replace(self, dropped=dropped)
-
-    def counts(self) -> DataCounts:
-        """Return the counts of these records."""
-        outcomes = {_outcome(text): records for text, records in self.numbers.items()}
-        named = [BadRecord(reason, Origin(file, line), detail) for reason, file, line, detail in self.dropped]
-        return DataCounts.from_outcomes(outcomes, named)
-
-
-def read_outcomes(table: pa.Table) -> Outcomes:
-    """Return the outcomes of an encoded source's records."""
+def read_counts(table: pa.Table) -> DataCounts:
+    """Return the counts of an encoded source's records; names of files are those of the column `file`."""
     coded = table["outcome"].dictionary_encode().combine_chunks()  # texts of many records overflow an array
-    texts, codes = coded.dictionary.to_pylist(), coded.indices.to_numpy()
-    reasons = [_outcome(text).dropped for text in texts]
-    is_dropped = np.array([reason is not None for reason in reasons], dtype=np.bool_)
+    outcomes = [
+        Outcome(drop, pairs, tuple(map(tuple, changed)), read_as)
+        for drop, pairs, changed, read_as in map(json.loads, coded.dictionary.to_pylist())
+    ]
+    codes = coded.indices.to_numpy()
+    is_dropped = np.array([outcome.dropped is not None for outcome in outcomes], dtype=np.bool_)
     shown = np.flatnonzero(is_dropped[codes])[:SHOWN_EXAMPLES]
     places = table.select(["file", "line", "detail"]).take(shown).to_pylist()
-    numbers = np.bincount(codes, minlength=len(texts)).tolist()
-    dropped = [
-        (str(reasons[code]), row["file"], row["line"], row["detail"])
+    named = [
+        BadRecord(str(outcomes[code].dropped), Origin(row["file"], row["line"]), row["detail"])
         for code, row in zip(codes[shown], places, strict=True)
     ]
-    return Outcomes(dict(zip(texts, numbers, strict=True)), dropped)
-
-
-def _outcome(text: str) -> Outcome:
-    drop, pairs, changed, read_as = json.loads(text)
-    return Outcome(drop, pairs, tuple(map(tuple, changed)), read_as)
+    numbers = np.bincount(codes, minlength=len(outcomes)).tolist()
+    return DataCounts.from_outcomes(dict(zip(outcomes, numbers, strict=True)), named)
 
 
 def read_lengths(table: pa.Table, counts: DataCounts, config: DataConfig) -> SourceLengths:

@@ -1,6 +1,7 @@
 """Read the records of a file: JSON lines, JSON, CSV, TSV or Parquet; write records as JSON lines."""
 
 import codecs
+import contextlib
 import csv
 import hashlib
 import io
@@ -34,6 +35,7 @@ _OTHER_KINDS = {
 }
 """How to read other kinds of files."""
 _BLOCK_BYTES = 2**20
+_SAMPLE_BYTES = 2**23
 _BATCH_RECORDS = 64
 # Added for each line to the bytes since the last record: millions of empty lines would take minutes.
 _LINE_BYTES = 64
@@ -52,6 +54,22 @@ def file_kind(file: PurePath) -> str | None:
         inner = Path(file.stem).suffix
         return inner if inner in _COMPRESSED_KINDS else None
     return file.suffix if file.suffix in _KINDS else None
+
+
+def expected_records(files: Iterable[Path]) -> int:
+    """Return about how many records files have, by the first lines of a .jsonl; 0: unknown."""
+    records = 0
+    with contextlib.suppress(OSError, pyarrow.ArrowException):  # reading the records names the fault
+        for file in files:
+            if file.suffix == ".parquet":
+                records += pyarrow.parquet.read_metadata(file).num_rows
+            elif file.suffix == ".jsonl":
+                with file.open("rb") as stream:
+                    start = stream.read(_SAMPLE_BYTES)
+                records += round(start.count(b"\n") * file.stat().st_size / max(len(start), 1))
+            else:
+                return 0
+    return records
 
 
 def check_kind(file: PurePath, path: str) -> None:

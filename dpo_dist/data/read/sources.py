@@ -354,17 +354,16 @@ _LISTED = "listed "
 
 
 class RemoteFile(NamedTuple):
-    """A file at a URL: its name, its path on the file system, its size, and a text that changes with it."""
+    """A file at a URL: its name, its path on the file system, and a text that changes with its content."""
 
     name: str
     path: str
-    bytes: int | None
     state: str
 
 
 def _listed(files: Sequence[RemoteFile]) -> str:
     """Return a digest of the names and states of files."""
-    return _LISTED + text_digest("\n".join(f"{file.name} {file.bytes} {file.state}" for file in files))
+    return _LISTED + text_digest("\n".join(f"{file.name} {file.state}" for file in files))
 
 
 def remote_files(source: SourceConfig) -> list[RemoteFile]:
@@ -408,7 +407,7 @@ def _remote_file(system: Any, name: str, info: Mapping[str, Any], url: str) -> R
             expected="a server that says a checksum, an ETag or the time of the last change",
             remedy="download the file, and set its path",
         )
-    return RemoteFile(shown, name, info.get("size"), state)
+    return RemoteFile(shown, name, f"{info.get('size')} {state}")
 
 
 def _remote_folder(system: Any, path: str, found: Sequence[str], source: SourceConfig) -> list[str]:
@@ -442,14 +441,6 @@ def _remote_records(source: SourceConfig, folders: Sequence[Path], copies: Path)
             copy = folder / f"copy{''.join(PurePath(file.path).suffixes[-2:])}"
             with remote_errors(file.name, DataError):
                 system.get_file(file.path, str(copy))
-            if file.bytes not in (None, size := copy.stat().st_size):
-                raise DataError(
-                    "the file was not downloaded to its end",
-                    where=file.name,
-                    got=f"{size:,} bytes",
-                    expected=f"{file.bytes:,} bytes",
-                    remedy="start again",
-                )
             yield from read_file(copy, file.name, folders)
 
 

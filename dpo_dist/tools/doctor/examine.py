@@ -23,6 +23,7 @@ from dpo_dist.config.schema import (
 from dpo_dist.config.verb_sections import FailOn
 from dpo_dist.data.encoded.build import (
     EncodingProgress,
+    in_chunks,
     in_order,
     no_progress,
     prepare_dataset,
@@ -152,7 +153,7 @@ def _for_each_chunk(
 ) -> None:
     """Give the result of `work` for each chunk of a source's records to all `uses`, in order."""
     read, records = 0, read_records(pin_source(entry), copies=cache)
-    with progress as show, closing(in_order(records, partial(with_number, work))) as chunks:
+    with progress as show, closing(in_order(in_chunks(records), partial(with_number, work))) as chunks:
         for number, result in chunks:
             for use in uses:
                 use(result)

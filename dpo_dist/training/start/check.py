@@ -26,7 +26,7 @@ from dpo_dist.data.counts import check_counts, counts_in_one_line, named_in_one_
 from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.encoded.columns import dataset_columns, key_order
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
-from dpo_dist.data.encoded.store import read_lengths, read_outcomes
+from dpo_dist.data.encoded.store import read_counts, read_lengths
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.data.read.sources import pin_source
@@ -160,7 +160,7 @@ def _first_records(
     records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
     encoded = encode_records(records[:_FIRST_RECORDS], data, tokenizer, processor=processor)
     table = pa.Table.from_batches([encoded])
-    counts, has_more = read_outcomes(table).counts(), len(records) > _FIRST_RECORDS
+    counts, has_more = read_counts(table), len(records) > _FIRST_RECORDS
     where = f"{key}: {source.path}"
     check_counts(counts, where, data, of_first=has_more, lengths=lambda: [read_lengths(table, counts, data)])
     columns = dataset_columns(table)

@@ -16,12 +16,11 @@ from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.config.schema import ModelConfig, ParallelismKind, ReferenceMode, SourceConfig
 from dpo_dist.data.counts import describe_counts, describe_short_run
-from dpo_dist.data.encoded.build import Preparation, damaged_parts, tokenizer_digest
+from dpo_dist.data.encoded.build import Preparation, tokenizer_digest
 from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
     check_fits_loss,
     check_ids_in_vocabulary,
-    chunks_of,
     count_shared,
     count_shared_prompts,
     open_dataset,
@@ -164,23 +163,13 @@ def _with_labels_and_partners(run: Run, dataset: PreferenceDataset) -> Preferenc
         dataset = _add_counts(run, dataset, labels=partial(_count_labels, dataset))
     if not run.config.loss.needs_partners:
         return dataset
-    return _built_once(run, partial(with_partners, dataset, run.config.data.max_length))
+    partnered = partial(with_partners, dataset, run.config.data.max_length)
+    return _on_every_rank(run, partnered, "preparing the partners of records")
 
 
 def _count_labels(dataset: PreferenceDataset) -> dict[str, int]:
-    good = sum(int(dataset.labels_good(some).sum()) for some in chunks_of(dataset))
+    good = int(dataset.labels_good(np.arange(len(dataset))).sum())
     return {"good": good, "bad": len(dataset) - good}
-
-
-def _built_once(run: Run, open_columns: Callable[[], PreferenceDataset]) -> PreferenceDataset:
-    """Return a dataset whose columns rank 0 writes, if they are not there, before all ranks map them."""
-
-    def build() -> None:
-        open_columns()
-
-    run.world.on_main(build)
-    # Not only on rank 0: a node that mounts the files from another device verifies them again.
-    return run.world.together(open_columns)
 
 
 def _load(
@@ -224,10 +213,10 @@ def _load(
         preparation = Preparation(sources, config.data, tokenizer, digest, progress, part, processor)
         with run.console.heartbeat(f"preparing the {name} data"):
             encoded = encode_together(world, preparation)
-        with run.console.heartbeat(f"verifying the {name} data"):
-            dataset = _built_once(run, partial(open_dataset, encoded, config.data, processor))
-            if processor is not None and dataset.images is None:
-                run.say(f"warning: no usable record of the {name} data has an image: {_NO_IMAGE}")
+        opened = partial(open_dataset, encoded, config.data, processor)
+        dataset = _on_every_rank(run, opened, f"verifying the {name} data")
+        if processor is not None and dataset.images is None:
+            run.say(f"warning: no usable record of the {name} data has an image: {_NO_IMAGE}")
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_fits_loss(dataset, config.loss))
         return dataset
@@ -241,12 +230,9 @@ def _load(
 def encode_together(world: World, preparation: Preparation) -> tuple[EncodedSource, ...]:
     """Return the encoded sources; each rank encodes its share of what is missing. Collective."""
     planned = world.on_main(preparation.plan)
-    parts = [0] * len(planned)
-    if not all(each.is_encoded for each in planned):
-        parts = world.together(lambda: preparation.encode(planned, (world.rank, world.size)))
+    parts = world.together(lambda: preparation.encode(planned, (world.rank, world.size)))
     encoded = world.on_main(lambda: preparation.join(planned, parts))
-    if encoded is None:
-        raise damaged_parts(preparation.config)
+    assert encoded is not None, "of every part"
     return encoded
 
 
@@ -290,9 +276,14 @@ def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[M
 
 
 def _on_every_rank(run: Run, find: Callable[[], T], doing: str) -> T:
-    """Return `find()` on every rank; rank 0 goes first, so that nodes with its cache do not download."""
+    """Return `find()` on every rank; rank 0 goes first, so that others with its disk find what it made."""
+
+    def on_main() -> None:
+        find()
+
     with run.console.heartbeat(doing):
-        run.world.on_main(find)
+        run.world.on_main(on_main)
+        # Each rank verifies: a node may mount the files from another device, or have a cache of its own.
         return run.world.together(find)
 
 

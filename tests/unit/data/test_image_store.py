@@ -111,8 +111,7 @@ def test_parts_are_joined_with_each_image_once_and_a_changed_image_is_read_again
     paint(tmp_path, a=1, b=2, c=3)
     path = write(tmp_path, "pairs.jsonl", ["a.png"], ["b.png", "a.png"], [], ["c.png"], ["b.png"])
     [whole] = encode(tmp_path / "whole", processor, path)
-    monkeypatch.setattr(build, "PART_WITH_IMAGES", 2)
-    monkeypatch.setattr(build, "_CHUNK_WITH_IMAGES", 1)
+    monkeypatch.setattr(build, "_WITH_IMAGES", (1, 2))
     config = DataConfig(cache=str(tmp_path / "cache"))
     one = Preparation([SourceConfig(path)], config, image_tokenizer(KIND), KIND, processor=processor)
     planned = one.plan()
@@ -120,7 +119,8 @@ def test_parts_are_joined_with_each_image_once_and_a_changed_image_is_read_again
     assert parts == [3]
     expanded.reset_mock()
     paint(tmp_path, c=4)
-    assert one.join(planned, parts) is None
+    with pytest.raises(DataError, match="images have changed"):
+        one.join(planned, parts)
     assert one.encode(planned) == parts
     assert expanded.call_count == 1, "the part with the changed image"
     paint(tmp_path, c=3)

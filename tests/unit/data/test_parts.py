@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from dpo_dist.data import encode as encode_module
 from dpo_dist.data.encoded import build
 from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.store import EncodedSource
-from dpo_dist.data.read.estimate import expected_records
+from dpo_dist.data.read.files import expected_records
 from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.files import locked
 from tests.support import tiny
 from tests.support.cache import encoded_folders
 from tests.support.records import jsonl
@@ -90,7 +92,7 @@ def test_shares_of_parts_make_the_file_of_one_part(count: int, ranks: int, tmp_p
     for rank in reversed(range(ranks)):
         parts = one.encode(planned, (rank, ranks))
         assert parts == [max(-(-count // PART), 1)]
-        made = one.join(planned, parts)
+        made = one.join(planned, parts, (rank, ranks))
         assert (made is None) == (rank > 0)
     assert made
     assert records_of(made[0]) == whole(source, tmp_path / "whole")
@@ -142,9 +144,29 @@ def test_a_damaged_part_is_encoded_again(tmp_path: Path, encoded: list[str]) -> 
     content[random.Random(0).randrange(len(content))] ^= 1
     part.write_bytes(content)
     encoded.clear()
-    assert one.join(planned, parts) is None
+    with pytest.raises(DataError, match=r"parts .* damaged"):
+        one.join(planned, parts)
     assert one.join(planned, one.encode(planned))
     assert encoded == [f"q {number}" for number in range(PART, 2 * PART)]
+
+
+def test_a_join_waits_for_another_one_and_takes_what_it_made(tmp_path: Path) -> None:
+    source = source_of(tmp_path, 3 * PART)
+    one = preparation(source, tmp_path / "cache")
+    planned = one.plan()
+    parts = one.encode(planned)
+    lock = planned[0].wanted.file.with_suffix(".lock")
+    with ThreadPoolExecutor(1) as pool:
+        with locked(lock, "joins"):
+            joined = pool.submit(one.join, planned, parts)
+            with pytest.raises(TimeoutError):
+                joined.result(0.5)
+        assert joined.result(60)
+    one.encode(planned, (1, 3))  # by a process that did not see the end of the first join
+    assert one.join(planned, parts)
+    assert encoded_folders(tmp_path) == sorted(
+        [planned[0].wanted.file.name, planned[0].wanted.order_file.name]
+    )
 
 
 def test_parts_of_other_settings_or_of_changed_data_are_not_used(tmp_path: Path, encoded: list[str]) -> None:
@@ -207,13 +229,8 @@ def test_progress_knows_what_is_left(tmp_path: Path) -> None:
 def test_the_number_of_records_is_known_before_they_are_read(lines: int, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(f'{{"prompt": "{"x" * (n % 60)}"}}\n' for n in range(lines)))
-    expected = expected_records(SourceConfig(str(file)))
-    assert expected is not None
-    assert expected == pytest.approx(lines, rel=0.01 if lines > 100 else 0)
+    assert expected_records([file]) == pytest.approx(lines, rel=0.01 if lines > 100 else 0)
     table = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x"] * lines}), table)
-    assert expected_records(SourceConfig(str(table))) == lines
-    assert expected_records(SourceConfig(str(table), limit=5)) == min(lines, 5)
-    other = tmp_path / "rows.csv"
-    other.write_text("prompt\nx\n")
-    assert expected_records(SourceConfig(str(other))) is None
+    assert expected_records([table, table]) == 2 * lines
+    assert expected_records([table, tmp_path / "rows.csv"]) == 0

@@ -149,7 +149,7 @@ def test_settings_that_keep_no_record_are_not_named() -> None:
 
 
 def test_a_fault_of_the_disk_names_the_cache(tmp_path: Path) -> None:
-    full = mock.patch("dpo_dist.data.encoded.store.staged_file", side_effect=OSError("no space left"))
+    full = mock.patch("dpo_dist.foundation.tables.staged_file", side_effect=OSError("no space left"))
     with full, pytest.raises(ConfigError, match="cannot be written") as raised:
         prepare(tmp_path, jsonl(tmp_path, *GOOD))
     assert raised.value.where == "data.cache"
