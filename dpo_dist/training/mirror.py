@@ -13,7 +13,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fsspec.implementations.dirfs import DirFileSystem
@@ -37,14 +36,13 @@ from dpo_dist.distributed.checkpoint.saver import (
 )
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError
-from dpo_dist.foundation.files import commit_folder, is_temporary, staged_file, temporary_folder
+from dpo_dist.foundation.files import commit_folder, is_temporary, temporary_folder
 from dpo_dist.foundation.remote import open_file_system, remote_errors, shown_fault
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.training.start.resume import check_configuration, find_finished, read_state
 
 _STOP_SECONDS = 30.0  # in which a run that was asked to stop waits for its last upload
 _POLL_SECONDS = 0.2
-_DOWNLOADS = 8  # files at a time
 _PART = ".part"
 
 
@@ -112,10 +110,11 @@ class Mirror:
 
     def _download(self, names: Sequence[str], whole: Sequence[int]) -> None:
         """Download the files of the run, then the best checkpoint, then the newest intact one."""
-        checkpoints, logs = f"{self._root}/", f"{self._folder.logs.name}/"  # this start has opened its logs
+        run, checkpoints = self._folder, f"{self._root}/"
         of_steps = {name for name in names if name.startswith(checkpoints) and name.count("/") > 1}
-        small = [name for name in names if name not in of_steps and not name.startswith(logs)]
-        self._get(small, self._folder.path)
+        not_now = (f"{run.logs.name}/", run.state.name)  # this start has opened its logs; the state is last
+        self._get([n for n in names if n not in of_steps and not n.startswith(not_now)], run.path)
+        self._get([run.state.name], run.path)
         best = f"{self._root}/{BEST_FILE}"
         if best in names:
             best_step = checkpoint_step(self._there.cat_file(best).decode().strip())
@@ -141,17 +140,10 @@ class Mirror:
 
     def _get(self, names: Sequence[str], folder: Path, start: str = "") -> None:
         """Download files to `folder`, under their names after `start`."""
-
-        def get(name: str) -> None:
-            if ".." in name.split("/"):
-                raise self._error("the mirror has a file outside of it", name)
-            with staged_file(folder / name.removeprefix(start)) as temporary:
-                self._there.get_file(name, str(temporary))
-
-        progress = self._console.progress(f"downloading from {self._url}", "file")
-        with progress as show, ThreadPoolExecutor(_DOWNLOADS) as pool:
-            for done, _ in enumerate(pool.map(get, names), 1):
-                show(done, len(names))
+        files = [folder / name.removeprefix(start) for name in names]
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        self._there.get([*names], [*map(str, files)])
 
     def _parts(self) -> tuple[Path, ...]:
         """Return files and folders of the run, without checkpoints, what other verbs write, and the state."""
