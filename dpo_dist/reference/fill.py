@@ -317,17 +317,15 @@ def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Ind
     """
     visited = np.zeros(len(dataset), dtype=np.bool_)
     visited[indices] = True
-    is_visited = np.repeat(visited, np.diff(dataset.first_pieces) - 1)
-    order, last, hits, missing = dataset.key_order, np.empty((0, 2), np.uint64), 0, [np.empty(0, np.int64)]
+    order = dataset.key_order[np.repeat(visited, np.diff(dataset.first_pieces) - 1)[dataset.key_order]]
+    hits, missing = 0, [np.empty(0, np.int64)]
     for start in range(0, len(order), RESPONSES_AT_ONCE):
         responses = order[start : start + RESPONSES_AT_ONCE]
-        responses = responses[is_visited[responses]]
-        keys = np.concatenate([last, dataset.keys[responses]])
-        is_new = np.ones(len(keys), dtype=np.bool_)
-        is_new[1:] = (keys[1:] != keys[:-1]).any(axis=1)
-        responses, new = responses[is_new[len(last) :]], keys[len(last) :][is_new[len(last) :]]
-        stored = store.contains(new)
+        keys = dataset.keys[order[max(start - 1, 0) : start + RESPONSES_AT_ONCE]]
+        is_new = (keys[1:] != keys[:-1]).any(axis=1)
+        is_new = is_new if start else np.insert(is_new, 0, True)
+        responses = responses[is_new]
+        stored = store.contains(dataset.keys[responses])
         hits += int(stored.sum())
         missing.append(responses[~stored].astype(np.int64))
-        last = keys[-1:]
     return np.sort(np.concatenate(missing)), hits
