@@ -44,7 +44,7 @@ from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.model.files.folder import description_folder, start_folder, tokenizer_folder
 from dpo_dist.tools.doctor.measures.duplicates import Comparison
 from dpo_dist.tools.doctor.measures.margins import compare_with_store
-from dpo_dist.tools.doctor.measures.observe import Observer, with_number
+from dpo_dist.tools.doctor.measures.observe import Observer
 from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts
 from dpo_dist.tools.doctor.measures.sources import ExaminedSource
 from dpo_dist.tools.doctor.measures.texts import Benchmark
@@ -147,17 +147,17 @@ def examine(
 def _for_each_chunk(
     entry: SourceConfig,
     cache: Path,
-    work: Callable[[Sequence[Record]], _Result],
-    uses: Sequence[Callable[[_Result], None]],
+    work: Callable[[Sequence[Record]], list[_Result]],
+    uses: Sequence[Callable[[list[_Result]], None]],
     progress: AbstractContextManager[Callable[[int], None]],
 ) -> None:
-    """Give the result of `work` for each chunk of a source's records to all `uses`, in order."""
+    """Give the results of `work` for each chunk of a source's records to all `uses`, in order."""
     read, records = 0, read_records(pin_source(entry), copies=cache)
-    with progress as show, closing(in_order(in_chunks(records), partial(with_number, work))) as chunks:
-        for number, result in chunks:
+    with progress as show, closing(in_order(in_chunks(records), work)) as chunks:
+        for results in chunks:
             for use in uses:
-                use(result)
-            read += number
+                use(results)
+            read += len(results)
             show(read)
 
 

@@ -2,12 +2,11 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import combinations, islice
-from typing import TypeVar
 
 import numpy as np
 
@@ -19,7 +18,6 @@ from dpo_dist.data.records import (
     BadRecord,
     Origin,
     PreferenceRecord,
-    Record,
     Tokenizer,
     UnusableRecordError,
     eval_part,
@@ -41,7 +39,6 @@ from dpo_dist.tools.doctor.measures.texts import (
 from dpo_dist.tools.doctor.rules import RULE_BY_KIND
 from dpo_dist.tools.shared.records import labelled_side
 
-_Result = TypeVar("_Result")
 SIDES = ("prompt", "chosen", "rejected")
 Lengths = tuple[int, int, int]
 """A number for each of `SIDES`; -1 for a response that is missing."""
@@ -103,13 +100,6 @@ class RecordFacts:
     benchmark: str | None = None  # origin of an item with which it overlaps
 
 
-def with_number(
-    work: Callable[[Sequence[Record]], _Result], records: Sequence[Record]
-) -> tuple[int, _Result]:
-    """Return the number of records and the result of `work`; it is here since processes import its module."""
-    return len(records), work(records)
-
-
 class Observer:
     """Collects facts about records, also about their tokens if there is a tokenizer; can be pickled."""
 
@@ -137,20 +127,20 @@ class Observer:
 
     def evaluation_prompts(
         self, records: Sequence[PreferenceRecord | BadRecord], *, is_eval: bool
-    ) -> list[tuple[int, Signature]]:
-        """Return the key and the signature, uint32 [64], of the prompts of evaluation data.
+    ) -> list[tuple[int, Signature] | None]:
+        """Return the key and the signature, uint32 [64], of each prompt of evaluation data, else None.
 
         These are all prompts of a source that `is_eval`, else those that `data.eval_share` draws.
         """
-        found = []
-        for record in records:
+        found: list[tuple[int, Signature] | None] = [None] * len(records)
+        for at, record in enumerate(records):
             if isinstance(record, PreferenceRecord):
                 read = self._images(record)
                 with suppress(UnusableRecordError):  # of an image: `observe` counts it
                     if is_eval or self._is_held_out(prompt_hash(record.prompt, read)):
                         texts, digests = plain_texts(record), [image.digest.hex() for image in read]
                         key = text_key(_same_prompt(texts, digests))
-                        found.append((key, signature(texts.prompt, "".join(digests))))
+                        found[at] = key, signature(texts.prompt, "".join(digests))
         return found
 
     def observe(self, records: Sequence[PreferenceRecord | BadRecord]) -> list[RecordFacts]:

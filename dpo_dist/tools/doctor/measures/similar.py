@@ -141,9 +141,9 @@ class EvaluationPrompts:
         self._sketches = _Sketches(limit)
         self._partners: dict[int, int] = {}
 
-    def add(self, prompts: Iterable[tuple[int, Signature]]) -> None:
+    def add(self, prompts: Iterable[tuple[int, Signature] | None]) -> None:
         """Seek these prompts: the key of each, and uint32 [64]."""
-        for key, signature in prompts:
+        for key, signature in filter(None, prompts):
             [(row, bands)] = _with_bands(signature[None, None])
             self._sketches.seek(key, 0, row, bands)
 
