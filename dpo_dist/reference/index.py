@@ -73,7 +73,7 @@ def open_index(folder: Path, shards: Sequence[str], read: Callable[[], Iterator[
 
     if not shards:
         return Index(*(np.empty(0, kind) for kind in _KINDS))
-    content = {"format": _INDEX_FORMAT, "shards": [folder.name, *shards]}
+    content = {"format": _INDEX_FORMAT, "shards": [*shards]}
     file = folder / f"{text_digest(json.dumps(content))}.index"
 
     def build(columns: "Columns") -> dict[str, Any]:

@@ -235,6 +235,13 @@ def test_a_copied_folder_is_a_store_under_its_own_name_only(
     assert len(store.LogpStore.open(tmp_path, OTHER).damaged) == 2
 
 
+def test_a_renamed_folder_is_no_store_of_another_model(tmp_path: Path, shard: Path) -> None:
+    shard.parent.rename(tmp_path / OTHER.name)
+    with pytest.raises(ReferenceModelError, match="start again"):
+        readable(tmp_path, list(ALL), OTHER)
+    assert readable(tmp_path, list(ALL), OTHER) == {}
+
+
 def test_keys_damaged_after_the_shard_was_verified_are_lost_when_the_index_is_built(
     tmp_path: Path, shard: Path
 ) -> None:
