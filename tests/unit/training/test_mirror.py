@@ -217,6 +217,7 @@ def test_a_checkpoint_is_there_when_all_its_files_and_rows_are(tmp_path: Path) -
     run.save(2)
     names = list(Bucket.puts)
     assert len(set(names)) == len(names)
+    assert [name for name in names if "/step-" in name][-1].endswith("manifest.json")
     for number, name in enumerate(names):
         Bucket.store.clear()
         Bucket.store.update(before)
