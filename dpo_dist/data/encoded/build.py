@@ -228,7 +228,7 @@ class Preparation:
 
         with (
             self.progress(source.path) as show,
-            closing(in_order(missing_chunks(), work, share)) as chunks,
+            closing(in_order(missing_chunks(), work)) as chunks,
         ):
             for chunk in chunks:
                 write_source(missing.popleft(), shown(itertools.chain([chunk], chunks)))
@@ -418,17 +418,16 @@ def in_chunks(records: Iterable[_Given], chunk_records: int = CHUNK_RECORDS) -> 
 
 
 def in_order(
-    chunks: Iterable[list[_Given]], work: Callable[[Sequence[_Given]], _Result], share: Share = EVERY_PART
+    chunks: Iterable[list[_Given]], work: Callable[[Sequence[_Given]], _Result]
 ) -> Generator[_Result, None, None]:
     """Yield the result of `work` for each chunk of records, in order, computed by several processes.
 
     `work` can be pickled. Closing the generator ends the processes. Few chunks per process are in memory.
-    Ranks that `share` the work divide the cores of their node.
+    Ranks divide the cores of their node.
     """
     chunks = iter(chunks)
     first = list(itertools.islice(chunks, _MIN_CHUNKS))
-    ranks = 1 if share == EVERY_PART else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    processes = max(1, processes_for(len(first)) // ranks)
+    processes = max(1, processes_for(len(first)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     every = itertools.chain(first, chunks)
     if processes == 1:
         yield from map(work, every)
