@@ -141,13 +141,10 @@ class Preparation:
         digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
         cache = Path(config.cache)
         remove_abandoned(cache)
-        all_pinned = [pin_source(source) for source in self.sources]
-        fingerprints = [_fingerprint(source, config, digest, self.part) for source in all_pinned]
         planned = []
-        for source, fingerprint, label in zip(
-            all_pinned, fingerprints, source_labels(self.sources), strict=True
-        ):
+        for source, label in zip([*map(pin_source, self.sources)], source_labels(self.sources), strict=True):
             folders = "" if processor is None else _folders_digest(source)
+            fingerprint = _fingerprint(source, config, digest, self.part)
             wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label, folders)
             planned.append(PlannedSource(source, wanted, is_whole(wanted)))
         return tuple(planned)
