@@ -312,11 +312,8 @@ def encode_record(
         record = replace(record, responses=record.responses[:: len(record.responses) - 1], scores=(1.0, 0.0))
         ranks, ties = [(0,), (1,)], 0
     used = sorted(set().union(*ranks))
-    if len(used) < len(record.responses):
-        used_ones = replace(record, responses=tuple(record.responses[index] for index in used))
-    else:
-        used_ones = record
-    encoded = encode_pair(used_ones, tokenizer, config, processor)
+    responses = tuple(record.responses[index] for index in used)
+    encoded = encode_pair(replace(record, responses=responses), tokenizer, config, processor)
     if isinstance(encoded, BadRecord):
         return encoded
     scores = record.scores or (np.nan,) * len(record.responses)

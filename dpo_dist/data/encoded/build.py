@@ -141,13 +141,10 @@ class Preparation:
         digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
         cache = Path(config.cache)
         remove_abandoned(cache)
-        all_pinned = [pin_source(source) for source in self.sources]
-        fingerprints = [_fingerprint(source, config, digest, self.part) for source in all_pinned]
         planned = []
-        for source, fingerprint, label in zip(
-            all_pinned, fingerprints, source_labels(self.sources), strict=True
-        ):
+        for source, label in zip([*map(pin_source, self.sources)], source_labels(self.sources), strict=True):
             folders = "" if processor is None else _folders_digest(source)
+            fingerprint = _fingerprint(source, config, digest, self.part)
             wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label, folders)
             planned.append(PlannedSource(source, wanted, is_whole(wanted)))
         return tuple(planned)
@@ -228,7 +225,7 @@ class Preparation:
 
         with (
             self.progress(source.path) as show,
-            closing(in_order(missing_chunks(), work, share)) as chunks,
+            closing(in_order(missing_chunks(), work)) as chunks,
         ):
             for chunk in chunks:
                 write_source(missing.popleft(), shown(itertools.chain([chunk], chunks)))
@@ -418,17 +415,16 @@ def in_chunks(records: Iterable[_Given], chunk_records: int = CHUNK_RECORDS) -> 
 
 
 def in_order(
-    chunks: Iterable[list[_Given]], work: Callable[[Sequence[_Given]], _Result], share: Share = EVERY_PART
+    chunks: Iterable[list[_Given]], work: Callable[[Sequence[_Given]], _Result]
 ) -> Generator[_Result, None, None]:
     """Yield the result of `work` for each chunk of records, in order, computed by several processes.
 
     `work` can be pickled. Closing the generator ends the processes. Few chunks per process are in memory.
-    Ranks that `share` the work divide the cores of their node.
+    Ranks divide the cores of their node.
     """
     chunks = iter(chunks)
     first = list(itertools.islice(chunks, _MIN_CHUNKS))
-    ranks = 1 if share == EVERY_PART else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    processes = max(1, processes_for(len(first)) // ranks)
+    processes = max(1, processes_for(len(first)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     every = itertools.chain(first, chunks)
     if processes == 1:
         yield from map(work, every)

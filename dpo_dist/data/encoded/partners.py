@@ -5,7 +5,7 @@ log-probs for all epochs and runs: neither seed nor order, batch or number of pr
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,12 +35,11 @@ def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceData
     """
     fingerprint = text_digest(f"{dataset.fingerprint} partners {_VERSION}")
     content = {"dataset": dataset.fingerprint, "max_length": max_length, **made_from(dataset.encoded)}
-    with ExitStack() as stack:  # examples that were never in a file have no cache
-        in_memory = None if dataset.encoded else stack.enter_context(TemporaryDirectory())
-        cache = dataset.encoded[0].cache if in_memory is None else Path(in_memory)
-        file = cache / f"{fingerprint}-{max_length}-columns.arrow"
-        stack.enter_context(cache_errors(file))
-        arrays, _ = stored_columns(file, content, partial(_write_partners, dataset, max_length))
+    # Examples that were never in a file have no cache.
+    with nullcontext(dataset.encoded[0].cache) if dataset.encoded else TemporaryDirectory() as cache:
+        file = Path(cache) / f"{fingerprint}-{max_length}-columns.arrow"
+        with cache_errors(file):
+            arrays, _ = stored_columns(file, content, partial(_write_partners, dataset, max_length))
     return replace(dataset, fingerprint=fingerprint, **arrays)
 
 
