@@ -34,6 +34,7 @@ from dpo_dist.data.encoded.parts import (
     is_whole,
     join_parts,
     missing_records,
+    remove_parts,
 )
 from dpo_dist.data.encoded.store import (
     ROW_SCHEMA,
@@ -174,6 +175,7 @@ class Preparation:
         if not all(joined):
             return None
         for each in planned:
+            remove_parts(each.wanted)
             ensure_order(each.wanted, placeholder_id)
         return tuple(each.wanted for each in planned)
 

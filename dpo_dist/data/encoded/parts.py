@@ -4,7 +4,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 
 import pyarrow as pa
@@ -117,10 +117,15 @@ def _join(every: list[EncodedSource], wanted: EncodedSource) -> bool:
         sync(wanted.cache)
         return True
     write_source(wanted, itertools.chain.from_iterable(map(_chunks, every)))
-    for part in every:
-        for file in (part.file, part.image_file):
-            file.unlink(missing_ok=True)
+    remove_parts(wanted)
     return True
+
+
+def remove_parts(joined: EncodedSource) -> None:
+    """Remove the parts of a joined source, also those that a killed or slower process left."""
+    for file in joined.cache.glob(f"{joined.file.stem}-part-*.arrow"):
+        with suppress(OSError):  # another process has removed it, or the cache is read-only
+            file.unlink()
 
 
 def is_whole(source: EncodedSource) -> bool:
