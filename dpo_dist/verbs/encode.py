@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dpo_dist.config.command_line import run_verb
@@ -71,19 +72,21 @@ def main(config: RunConfig) -> int:
 
         return Preparation(sources, data, tokenizer, digest, progress, part, processor)
 
-    share, prompts, made = _share(config), None, list[object]()
+    def encode(one: "Preparation") -> "Callable[[], tuple[EncodedSource, ...] | None]":
+        planned = one.plan()
+        return partial(one.join, planned, one.encode(planned, _share(config)))
+
+    prompts, joins = None, []
     if data.eval_sources:
         evaluation = preparation("eval", data.eval_sources, eval_part(data))
         if data.drop_eval_prompts:
             encoded = _whole(evaluation)
             prompts = open_dataset(encoded, data, processor).prompt_hashes[:]
         else:
-            planned = evaluation.plan()
-            made.append(evaluation.join(planned, evaluation.encode(planned, share)))
-    train = preparation("train", data.train, train_part(data, prompts))
-    planned = train.plan()
-    made.append(train.join(planned, train.encode(planned, share)))
-    where = f"in {data.cache}"
+            joins.append(encode(evaluation))
+    joins.append(encode(preparation("train", data.train, train_part(data, prompts))))
+    # All at the end: other jobs may have finished their parts of the evaluation data meanwhile.
+    made, where = [join() for join in joins], f"in {data.cache}"
     if None in made:
         console.say(f"part {config.encode.part} is encoded {where}; the job that ends last joins all parts")
     else:

@@ -197,10 +197,11 @@ def test_a_download_of_a_complete_run_that_is_killed_is_begun_again(
             raise KeyboardInterrupt
         get(self, name, *rest)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Bucket, "get_file", die)
-        Run(tmp_path / "b").mirror.restore(CONFIG.identity, Resume.auto)
     again = Run(tmp_path / "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "get_file", die)
+        with pytest.raises(KeyboardInterrupt):
+            again.mirror.restore(CONFIG.identity, Resume.auto)
     again.mirror.restore(CONFIG.identity, Resume.auto)
     older = "checkpoints/step-000001/"
     assert files(again.folder) == {n: c for n, c in files(run.folder).items() if not n.startswith(older)}
