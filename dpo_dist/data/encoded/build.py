@@ -113,11 +113,15 @@ def no_progress(_source: str) -> AbstractContextManager[Callable[..., None]]:
 
 @dataclass(frozen=True)
 class PlannedSource:
-    """A pinned source, the file of its encoded records, and whether the file is there."""
+    """A pinned source, the file of its encoded records, and whether the file is there.
+
+    `contents`: those of the source's files when the fingerprint was computed, `_contents`.
+    """
 
     source: SourceConfig
     wanted: EncodedSource
     is_encoded: bool
+    contents: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,9 @@ class Preparation:
         ):
             folders = "" if processor is None else _folders_digest(source)
             wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label, folders)
-            planned.append(PlannedSource(source, wanted, is_whole(wanted)))
+            is_encoded = is_whole(wanted)
+            contents = [] if is_encoded else _contents(_identities(source))
+            planned.append(PlannedSource(source, wanted, is_encoded, contents))
         return tuple(planned)
 
     def encode(self, planned: Sequence[PlannedSource], share: Share = EVERY_PART) -> list[int]:
@@ -181,6 +187,14 @@ class Preparation:
 
     def _encode(self, planned: PlannedSource, share: Share) -> int:
         source, state = planned.source, _identities(planned.source)
+        if _contents(state) != planned.contents:
+            raise DataError(
+                "the data have changed since the start, or are others on this node",
+                where=source.path,
+                got="another size or content of the files",
+                expected="the same files on every node, which all encode the data",
+                remedy="put the files on a file system that every node sees; then start again",
+            )
         chunk_records, part_records = (
             (CHUNK_RECORDS, PART_RECORDS)
             if self.processor is None
@@ -237,9 +251,10 @@ def prepare_dataset(
 def damaged_parts(config: DataConfig) -> DataError:
     """Return the error for parts that were damaged, or whose images changed, before they were joined."""
     return DataError(
-        "parts of the encoded data are damaged, or images have changed",
+        "parts of the encoded data are missing or damaged, or images have changed",
         where=f"data.cache: {config.cache}",
-        remedy="start again: these parts are encoded again",
+        remedy="put data.cache on a file system that every node sees; start again: only these parts are "
+        "encoded again",
     )
 
 
@@ -357,6 +372,11 @@ def _identities(source: SourceConfig) -> list[str]:
     if is_url(source.path):
         return [str(pin_source(source).revision)]
     return [file_identity(file) for file in local_files(source) or ()]
+
+
+def _contents(identities: Sequence[str]) -> list[list[str]]:
+    """Return size and sampled blocks in each `file_identity`, which are equal on all nodes."""
+    return [identity.rsplit("|", 6)[2::4] for identity in identities]
 
 
 def _folders_digest(source: SourceConfig) -> str:

@@ -188,6 +188,15 @@ def test_data_that_change_meanwhile_commit_no_further_part(tmp_path: Path, monke
     assert len(parts_in(tmp_path)) == 1
 
 
+def test_a_rank_that_sees_other_data_than_were_planned_encodes_nothing(tmp_path: Path) -> None:
+    one = preparation(source_of(tmp_path, 3 * PART), tmp_path / "cache")
+    planned = one.plan()
+    source_of(tmp_path, 3 * PART - 1)
+    with pytest.raises(DataError, match="others on this node"):
+        one.encode(planned, (1, 2))
+    assert parts_in(tmp_path) == []
+
+
 def test_an_error_of_a_record_keeps_the_parts_before(tmp_path: Path) -> None:
     source = source_of(tmp_path, 3 * PART)
     one = preparation(source, tmp_path / "cache", on_bad_record=OnBadRecord.error)
