@@ -109,23 +109,24 @@ class Mirror:
         return CheckpointError(fault, where=self._place, got=got, expected=expected, remedy=remedy)
 
     def _download(self, names: Sequence[str], whole: Sequence[int]) -> None:
-        """Download the files of the run, then the best checkpoint, then the newest intact one."""
+        """Download the files of the run, the best checkpoint, the newest intact one, and last the state."""
         run, checkpoints = self._folder, f"{self._root}/"
-        of_steps = {name for name in names if name.startswith(checkpoints) and name.count("/") > 1}
-        not_now = (f"{run.logs.name}/", run.state.name)  # this start has opened its logs; the state is last
-        self._get([n for n in names if n not in of_steps and not n.startswith(not_now)], run.path)
-        self._get([run.state.name], run.path)
-        best = f"{self._root}/{BEST_FILE}"
+        ends = [name for name in names if run.path / name in self._ends]
+        later = {name for name in names if name.startswith(checkpoints) and name.count("/") > 1}.union(ends)
+        logs = f"{run.logs.name}/"  # this start has opened its own
+        self._get([n for n in names if n not in later and not n.startswith(logs)], run.path)
+        best, faults = f"{self._root}/{BEST_FILE}", list[str]()
         if best in names:
             best_step = checkpoint_step(self._there.cat_file(best).decode().strip())
             if best_step is not None and best_step in whole[1:]:
                 self._download_checkpoint(best_step, names)
         for step in whole:
             if not (faults := self._download_checkpoint(step, names)):
-                return
+                break
             self._console.say(f"warning: the mirror's {checkpoint_name(step)} is damaged and not used")
-        if whole:
+        if faults:
             raise damaged_checkpoint(Path(f"{self._url}/{self._root}"), faults)
+        self._get(ends, run.path)  # a killed download of a complete run must not look complete
 
     def _download_checkpoint(self, step: int, names: Sequence[str]) -> list[str]:
         """Download and commit a checkpoint; return its faults, with which it is not committed."""

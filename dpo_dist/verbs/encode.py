@@ -8,6 +8,7 @@ whole evaluation data, which decide what is training data. Finished parts are us
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dpo_dist.config.command_line import run_verb
@@ -54,24 +55,28 @@ def main(config: RunConfig) -> int:
 
     def encode(
         name: str, sources: Sequence[SourceConfig], part: Part, share: tuple[int, int]
-    ) -> "tuple[EncodedSource, ...] | None":
-        """Return the encoded sources; None while other jobs encode their share."""
+    ) -> "Callable[[], tuple[EncodedSource, ...] | None]":
+        """Encode a share; return a function that returns the sources, or None while others encode theirs."""
 
         def progress(source: str) -> AbstractContextManager[Callable[..., None]]:
             return console.progress(f"encoding the {name} data: {source}", "record")
 
         preparation = Preparation(sources, data, tokenizer, digest, progress, part, processor)
         planned = preparation.plan()
-        return preparation.join(planned, preparation.encode(planned, share), share)
+        return partial(preparation.join, planned, preparation.encode(planned, share), share)
 
-    made, prompts = [], None
+    joins, prompts = [], None
     if data.eval_sources:
         needs_all = data.drop_eval_prompts
-        held_out = encode("eval", data.eval_sources, eval_part(data), EVERY_PART if needs_all else share)
-        if needs_all and held_out is not None:
+        join = encode("eval", data.eval_sources, eval_part(data), EVERY_PART if needs_all else share)
+        if needs_all and (held_out := join()) is not None:
             prompts = open_dataset(held_out, data, processor).prompt_hashes[:]
-        made.append(held_out)
-    made.append(encode("train", data.train, train_part(data, prompts), share))
+        joins.append(join)
+    joins.append(encode("train", data.train, train_part(data, prompts), share))
+    # All at the end: other jobs may have finished their parts of the evaluation data meanwhile.
+    made = [join() for join in joins]
+    for joined in filter(None, made):
+        open_dataset(joined, data, processor)  # checks the counts, and writes the columns
     if None in made:
         console.say(
             f"part {config.encode.part} is encoded in {data.cache}; the job that ends last joins all parts"

@@ -1,9 +1,11 @@
 """`dpo-dist encode`: jobs encode the data of a run, which training then finds."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dpo_dist.data.encoded.build import Preparation
 from tests.e2e.conftest import Overrides
 from tests.support.launch import constants, run_verb, summary
 
@@ -35,6 +37,27 @@ def test_training_encodes_nothing_after_an_array_of_jobs(
     trained = run_verb("train", overrides(*data, "trainer.max_steps=1"), prepare=constants(**NOTHING))
     assert trained.code == 0, trained.output
     assert summary(tmp_path / "run")["data"]["train"]["kept"] > 0
+
+
+def other_job_ends_meanwhile() -> None:
+    """Before the second encoding of job 1 of 2, job 2 encodes and joins what it can."""
+    constants(**SMALL)()
+    encode, earlier = Preparation.encode, list[tuple[Any, Any]]()
+
+    def encode_too(self: Preparation, planned: Any, share: Any) -> list[int]:
+        earlier.append((self, planned))
+        if len(earlier) == 2:
+            for one, its_planned in earlier:
+                one.join(its_planned, encode(one, its_planned, (1, 2)))
+        return encode(self, planned, share)
+
+    Preparation.encode = encode_too  # type: ignore[assignment, method-assign]
+
+
+def test_the_job_that_ends_last_joins_all_parts(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
+    data = [f"data.eval=[{assets}/eval.jsonl]", f"data.cache={tmp_path}/encoded", "encode.part=1/2"]
+    job = run_verb("encode", overrides(*data), prepare=other_job_ends_meanwhile)
+    assert "all data are encoded" in job.output, job.output
 
 
 def test_a_part_that_does_not_exist(overrides: Overrides) -> None:

@@ -33,6 +33,7 @@ from dpo_dist.data.encoded.store import (
     ensure_order,
     is_whole,
     join_parts,
+    remove_parts,
     with_relative_files,
     write_source,
 )
@@ -109,11 +110,15 @@ EVERY_PART: Share = (0, 1)
 
 
 class PlannedSource(NamedTuple):
-    """A pinned source, the file of its encoded records, and whether the file is there."""
+    """A pinned source, the file of its encoded records, and whether the file is there.
+
+    `contents`: those of the source's files when the fingerprint was computed, `_contents`.
+    """
 
     source: SourceConfig
     wanted: EncodedSource
     is_encoded: bool
+    contents: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,9 @@ class Preparation:
             folders = "" if processor is None else _folders_digest(source)
             fingerprint = _fingerprint(source, config, digest, self.part)
             wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label, folders)
-            planned.append(PlannedSource(source, wanted, is_whole(wanted)))
+            is_encoded = is_whole(wanted)
+            contents = [] if is_encoded else _contents(_identities(source))
+            planned.append(PlannedSource(source, wanted, is_encoded, contents))
         return tuple(planned)
 
     def encode(self, planned: Sequence[PlannedSource], share: Share = EVERY_PART) -> list[int]:
@@ -169,17 +176,27 @@ class Preparation:
             if share != EVERY_PART:
                 return None
             raise DataError(
-                "parts of the encoded data are damaged, or images have changed",
+                "parts of the encoded data are missing or damaged, or images have changed",
                 where=f"data.cache: {self.config.cache}",
-                remedy="start again: these parts are encoded again",
+                remedy="put data.cache on a file system that every node sees; start again: only these parts "
+                "are encoded again",
             )
         for each in planned:
+            remove_parts(each.wanted)
             ensure_order(each.wanted, None if self.processor is None else self.processor.placeholder_id)
         return tuple(each.wanted for each in planned)
 
     def _encode(self, planned: PlannedSource, share: Share) -> int:
-        source, wanted, _ = planned
+        source, wanted, _, contents = planned
         state, parts, missing = _identities(source), 0, deque[EncodedSource]()
+        if _contents(state) != contents:
+            raise DataError(
+                "the data have changed since the start, or are others on this node",
+                where=source.path,
+                got="another size or content of the files",
+                expected="the same files on every node, which all encode the data",
+                remedy="put the files on a file system that every node sees; then start again",
+            )
         chunk_records, part_records = (
             (CHUNK_RECORDS, PART_RECORDS) if self.processor is None else _WITH_IMAGES
         )
@@ -365,6 +382,11 @@ def _identities(source: SourceConfig) -> list[str]:
     if is_url(source.path):
         return [str(pin_source(source).revision)]
     return [file_identity(file) for file in local_files(source) or ()]
+
+
+def _contents(identities: Sequence[str]) -> list[list[str]]:
+    """Return size and sampled blocks in each `file_identity`, which are equal on all nodes."""
+    return [identity.rsplit("|", 6)[2::4] for identity in identities]
 
 
 def _folders_digest(source: SourceConfig) -> str:

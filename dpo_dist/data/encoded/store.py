@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -152,16 +152,21 @@ def is_whole(source: EncodedSource) -> bool:
 
 
 def join_parts(source: EncodedSource, parts: int) -> bool:
-    """Write a source from its parts, and remove them; return False while a part is missing or damaged."""
+    """Write a source from its parts; return False while a part is missing or damaged."""
     lock, every = source.file.with_suffix(".lock"), [replace(source, part=each) for each in range(parts)]
     with locked(lock, "joins the parts of a source", waits=True):
         is_joined = is_whole(source)  # by another process
         if not is_joined and (is_joined := all(map(is_whole, every))):
             write_source(source, itertools.chain.from_iterable(map(_chunks, every)))
-        for file in (file for part in every for file in (part.file, part.image_file) if is_joined):
-            file.unlink(missing_ok=True)
         lock.unlink(missing_ok=True)
     return is_joined
+
+
+def remove_parts(source: EncodedSource) -> None:
+    """Remove the parts of a joined source, also those that a killed or slower process left."""
+    for file in source.cache.glob(f"{source.file.stem}-part-*.arrow"):
+        with suppress(OSError):  # another process has removed it, or the cache is read-only
+            file.unlink()
 
 
 def _chunks(part: EncodedSource) -> Iterator[EncodedChunk]:

@@ -134,6 +134,16 @@ def test_a_kill_loses_the_part_in_work_only(tmp_path: Path, encoded: list[str]) 
     assert parts_in(tmp_path) == []
 
 
+def test_parts_that_a_slower_process_writes_after_the_join_are_removed(tmp_path: Path) -> None:
+    one = preparation(source_of(tmp_path, 2 * PART), tmp_path / "cache")
+    planned = one.plan()
+    assert one.join(planned, one.encode(planned))
+    one.encode(planned)
+    assert len(parts_in(tmp_path)) == 2
+    assert one.join(one.plan(), [0])
+    assert parts_in(tmp_path) == []
+
+
 def test_a_damaged_part_is_encoded_again(tmp_path: Path, encoded: list[str]) -> None:
     source = source_of(tmp_path, 3 * PART)
     one = preparation(source, tmp_path / "cache")
@@ -198,6 +208,15 @@ def test_data_that_change_meanwhile_commit_no_further_part(tmp_path: Path, monke
     with pytest.raises(DataError, match="changed while they were read"):
         one.encode(planned)
     assert len(parts_in(tmp_path)) == 1
+
+
+def test_a_rank_that_sees_other_data_than_were_planned_encodes_nothing(tmp_path: Path) -> None:
+    one = preparation(source_of(tmp_path, 3 * PART), tmp_path / "cache")
+    planned = one.plan()
+    source_of(tmp_path, 3 * PART - 1)
+    with pytest.raises(DataError, match="others on this node"):
+        one.encode(planned, (1, 2))
+    assert parts_in(tmp_path) == []
 
 
 def test_an_error_of_a_record_keeps_the_parts_before(tmp_path: Path) -> None:

@@ -181,6 +181,31 @@ def test_a_complete_run_is_whole_there(url: str, keep_last: int, tmp_path: Path)
     assert {name for name in left if not name.startswith("logs/")} == set(files(run.folder))
 
 
+@pytest.mark.parametrize("lost", ["model.safetensors", "step-000002/manifest.json"])
+def test_a_download_of_a_complete_run_that_is_killed_is_begun_again(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, get = Run(tmp_path / "a"), Bucket.get_file
+    run.start()
+    run.save(1, 2)
+    write_text(run.folder.model / "another.safetensors", "weights")
+    run.end()
+
+    def die(self: Bucket, name: str, *rest: Any) -> None:
+        if name.endswith(lost):
+            raise KeyboardInterrupt
+        get(self, name, *rest)
+
+    again = Run(tmp_path / "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "get_file", die)
+        with pytest.raises(KeyboardInterrupt):
+            again.mirror.restore(CONFIG.identity, Resume.auto)
+    again.mirror.restore(CONFIG.identity, Resume.auto)
+    older = "checkpoints/step-000001/"
+    assert files(again.folder) == {n: c for n, c in files(run.folder).items() if not n.startswith(older)}
+
+
 def test_the_newest_checkpoint_is_next_and_the_one_in_use_is_not_deleted(tmp_path: Path) -> None:
     run = Run(tmp_path / "a", keep_last=1)
     run.start()
