@@ -71,7 +71,7 @@ def main(config: RunConfig) -> int:
 
         return Preparation(sources, data, tokenizer, digest, progress, part, processor)
 
-    share, prompts, made = _share(config), None, list[object]()
+    share, prompts, made = _share(config), None, list["tuple[EncodedSource, ...] | None"]()
     if data.eval_sources:
         evaluation = preparation("eval", data.eval_sources, eval_part(data))
         if data.drop_eval_prompts:
@@ -83,6 +83,8 @@ def main(config: RunConfig) -> int:
     train = preparation("train", data.train, train_part(data, prompts))
     planned = train.plan()
     made.append(train.join(planned, train.encode(planned, share)))
+    for joined in filter(None, made):
+        open_dataset(joined, data, processor)  # as training would: checks the counts, and writes the columns
     where = f"in {data.cache}"
     if None in made:
         console.say(f"part {config.encode.part} is encoded {where}; the job that ends last joins all parts")

@@ -37,6 +37,12 @@ def test_training_encodes_nothing_after_an_array_of_jobs(
     assert summary(tmp_path / "run")["data"]["train"]["kept"] > 0
 
 
+def test_data_that_training_would_refuse_are_refused_here(overrides: Overrides) -> None:
+    refused = run_verb("encode", overrides("data.max_length=8", "data.truncation=drop"))
+    assert refused.code == 2
+    assert "cannot be used" in refused.output or "no pair" in refused.output, refused.output
+
+
 def test_a_part_that_does_not_exist(overrides: Overrides) -> None:
     for part, words in (("4/3", "no such part"), ("0/3", "from 1/N to N/N")):
         refused = run_verb("encode", overrides(f"encode.part={part}"))
