@@ -268,9 +268,13 @@ class Mirror:
         there = {parts[1] for parts in (name.split("/") for name in names) if len(parts) > 2}
         for name in {name for name in there - kept if checkpoint_step(name) is not None}:
             folder = f"{self._root}/{name}"
+            manifest = f"{folder}/{MANIFEST}"
             with contextlib.suppress(FileNotFoundError):  # first: what is left of the others is no checkpoint
-                self._there.rm_file(f"{folder}/{MANIFEST}")
-            self._there.rm(folder, recursive=True)
+                self._there.rm_file(manifest)
+            # Some buckets answer with an error to the deletion of a folder, which is no object there.
+            files = [each for each in names if each.startswith(f"{folder}/") and each != manifest]
+            if files or self._has_folders:
+                self._there.rm(folder if self._has_folders else files, recursive=self._has_folders)
 
     def finish(self, is_stopping: Callable[[], bool]) -> None:
         """Upload the last files and wait for them, not long if the run is to stop; print what is missing."""
