@@ -228,18 +228,21 @@ class Console:
     def progress(self, title: str, unit: str) -> Iterator[Callable[..., None]]:
         """Yield a function that shows progress, given the number of units done and, if known, the total.
 
-        Nothing is shown if the total is 0.
+        Nothing is shown if the total is 0. The rate counts from the first call: before it, processes start.
         """
-        started = time.monotonic()
+        first: tuple[float, int] | None = None
 
         def show(done: int, total: int | None = None) -> None:
+            nonlocal first
             if self._screen is not None and total != 0:
                 self._last_shown = time.monotonic()
-                seconds, share = self._last_shown - started, done / total if total else None
+                first = first or (self._last_shown, done)
+                seconds, new = self._last_shown - first[0], done - first[1]
+                share = done / total if total else None
                 amount = pluralize(done, unit) if total is None else f"{done:,} of {pluralize(total, unit)}"
                 parts = [f"{title}: {amount}"] + ([] if share is None else [percent(share)])
-                parts += [f"{done / seconds:,.0f} a second"] if done > seconds >= 1 else []
-                left = seconds / share - seconds if share and seconds >= 1 else None
+                parts += [f"{new / seconds:,.0f} a second"] if new > seconds >= 1 else []
+                left = (total - done) * seconds / new if total and new and seconds >= 1 else None
                 parts += [f"{duration(left)} left"] if left else []
                 content = {"work": title, "unit": unit, "done": done, "total": total, "share": share}
                 self.show_progress({**content, "seconds_left": left}, ", ".join(parts))

@@ -238,13 +238,18 @@ class Mirror:
 
     def _delete_all_but(self, kept: Collection[str]) -> None:
         """Delete all other checkpoints there."""
-        there = {name.split("/")[1] for name in self._names() if name.startswith(f"{self._root}/")}
+        names = self._names()
+        there = {name.split("/")[1] for name in names if name.startswith(f"{self._root}/")}
         for name in there.difference(kept):
-            if checkpoint_step(name) is not None:
-                folder = f"{self._root}/{name}"
-                with contextlib.suppress(FileNotFoundError):  # first: what is left is no checkpoint
-                    self._there.rm_file(f"{folder}/{MANIFEST}")
-                self._there.rm(folder, recursive=True)
+            if checkpoint_step(name) is None:
+                continue
+            folder, manifest = f"{self._root}/{name}", f"{self._root}/{name}/{MANIFEST}"
+            with contextlib.suppress(FileNotFoundError):  # first: what is left is no checkpoint
+                self._there.rm_file(manifest)
+            # Some buckets answer with an error to the deletion of a folder, which is no object there.
+            files = [each for each in names if each.startswith(f"{folder}/") and each != manifest]
+            if files or self._has_folders:
+                self._there.rm(folder if self._has_folders else files, recursive=self._has_folders)
 
     def finish(self, is_stopping: Callable[[], bool]) -> None:
         """Upload the last files and wait for them, not long if the run is to stop; print what is missing."""

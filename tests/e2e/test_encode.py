@@ -60,6 +60,12 @@ def test_the_job_that_ends_last_joins_all_parts(overrides: Overrides, assets: Pa
     assert "all data are encoded" in job.output, job.output
 
 
+def test_data_that_training_would_refuse_are_refused_here(overrides: Overrides) -> None:
+    refused = run_verb("encode", overrides("data.max_length=8", "data.truncation=drop"))
+    assert refused.code == 2
+    assert "cannot be used" in refused.output or "no pair" in refused.output, refused.output
+
+
 def test_a_part_that_does_not_exist(overrides: Overrides) -> None:
     for part, words in (("4/3", "no such part"), ("0/3", "from 1/N to N/N")):
         refused = run_verb("encode", overrides(f"encode.part={part}"))

@@ -130,11 +130,12 @@ def test_progress_is_printed_now_and_then(clock: SimpleNamespace) -> None:
             show(640 * number)
             clock.now += 10.0
     assert len(printed) == 3
-    assert printed[2] == "encoding: a.jsonl: 4,480 records, 75 a second"
+    assert printed[2] == "encoding: a.jsonl: 4,480 records, 64 a second"
     printed.clear()
     with console.progress("nothing", "record"), console.progress("log-probs", "pair") as show:
         show(0, 0)
         assert not printed
+        clock.now += 100.0  # processes start
         show(0, 1200)
         clock.now += 30.0
         show(600, 1200)

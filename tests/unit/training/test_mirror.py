@@ -46,6 +46,11 @@ class Bucket(MemoryFileSystem):
         self.puts.append(rpath)
         super().put_file(lpath, rpath, **kwargs)
 
+    def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
+        if recursive:
+            raise OSError("a folder is no object")
+        super().rm(path)
+
 
 @pytest.fixture(autouse=True)
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Bucket]]:
