@@ -48,7 +48,7 @@ def other_job_ends_meanwhile() -> None:
         earlier.append((self, planned))
         if len(earlier) == 2:
             for one, its_planned in earlier:
-                one.join(its_planned, encode(one, its_planned, (1, 2)))
+                one.join(its_planned, encode(one, its_planned, (1, 2)), (1, 2))
         return encode(self, planned, share)
 
     Preparation.encode = encode_too  # type: ignore[assignment, method-assign]

@@ -196,10 +196,10 @@ def test_a_download_of_a_complete_run_that_is_killed_is_begun_again(
     write_text(run.folder.model / "another.safetensors", "weights")
     run.end()
 
-    def die(self: Bucket, name: str, *rest: Any) -> None:
+    def die(self: Bucket, name: str, *rest: Any, **options: Any) -> None:
         if name.endswith(lost):
             raise KeyboardInterrupt
-        get(self, name, *rest)
+        get(self, name, *rest, **options)
 
     again = Run(tmp_path / "b")
     with monkeypatch.context() as patch:
