@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.batching.example import Keys
-from dpo_dist.foundation.files import temporary_folder, text_digest, write_text
+from dpo_dist.foundation.files import remove_abandoned, temporary_folder, text_digest, write_text
 
 if TYPE_CHECKING:
     from dpo_dist.foundation.tables import Columns
@@ -93,6 +93,7 @@ def open_index(folder: Path, shards: Sequence[str], read: Callable[[], Iterator[
         return {}
 
     try:
+        remove_abandoned(folder)  # a killed process leaves columns
         columns, _ = stored_columns(file, content, build)
     except OSError as error:
         log.warning("each process has its own index of the reference store: %s", error)

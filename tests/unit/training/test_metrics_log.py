@@ -93,6 +93,7 @@ def test_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path: Pa
     assert MetricsLog.open(RunFolder(tmp_path / "killed"), None, said.append).rows == []
     assert "its rows are replaced" in said.pop(), "a fresh start"
     whole.folder.rows.unlink()
+    whole.folder.log_history.unlink()
     assert MetricsLog.open(whole.folder, 6, said.append).rows == []
     assert "metrics up to step 6 are lost" in said.pop()
 
