@@ -417,8 +417,7 @@ class TrainerConfig:
     deterministic: bool = key(False, free=True, verbs="train precompute evaluate")
     """Use deterministic kernels only; an operation without one is an error. Slower on GPUs."""
     ema_decay: float | None = key(None, gt=0, lt=1)
-    """Decay of the moving average (EMA) of the trained weights, which `export.weights=ema` writes; null: no
-    average."""
+    """Decay of the moving average (EMA) of the trained weights, for `export.weights=ema`; null: none."""
     prefix_tree: bool = key(True, free=True, verbs="train precompute evaluate")
     """Compute tokens with which several responses of a micro-batch begin once (docs/scaling.md); false: share
     only the prompt of each pair."""

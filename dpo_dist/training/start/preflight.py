@@ -27,7 +27,6 @@ from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
 from dpo_dist.foundation.files import locked
-from dpo_dist.foundation.remote import open_file_system
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.files.folder import (
     CONFIG_FILE,
@@ -89,8 +88,6 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, config.data)
     check_template_file(config.data.chat_template)
-    if trains and config.run.mirror is not None:
-        open_file_system(config.run.mirror, "run.mirror")
     is_begun = run.lock.exists() or run.state.exists()
     foreign = [run.path / CONFIG_FILE, *([] if is_begun else [run.config])]  # files of a model, or of a user
     if trains and (there := [str(file) for file in foreign if file.is_file()]):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import dpo_dist
+from dpo_dist import api
 from dpo_dist.config.losses import LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import ConfigError
@@ -148,7 +149,7 @@ def test_runs_of_earlier_versions_have_their_rows_in_the_table_alone(tmp_path: P
     folder = log_of(tmp_path, *rows).folder
     before = folder.log_history.read_bytes()
     folder.rows.unlink()
-    assert read_latest_rows(folder) == rows
+    assert read_latest_rows(folder) == api.read_metrics(tmp_path) == rows
     write_tables(folder)
     assert folder.log_history.read_bytes() == before
     assert MetricsLog.open(folder, 2).rows == list(stored_rows(folder)) == rows[:2]
