@@ -28,7 +28,7 @@ from benchmarks.setting import (
     write_synthetic,
 )
 from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.encoded import build
+from dpo_dist.data.encoded import workers
 from dpo_dist.data.encoded.build import prepare_dataset
 from dpo_dist.data.encoded.dataset import open_dataset
 
@@ -91,7 +91,7 @@ def _measure(file: Path, records: int, processes: int, tokenizer: Any, cache: Pa
     """Return the speed of encoding `file`, and the digest of the written file."""
     config = _config(cache)
     started, main_before, all_before = time.perf_counter(), time.process_time(), _cpu_seconds()
-    with mock.patch.object(build, "processes_for", return_value=processes):
+    with mock.patch.object(workers, "processes_for", return_value=processes):
         encoded = prepare_dataset([SourceConfig(str(file))], config, tokenizer, "trained")
     seconds = time.perf_counter() - started
     main_seconds, all_seconds = time.process_time() - main_before, _cpu_seconds() - all_before

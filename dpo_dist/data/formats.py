@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_dist.config.losses import NUMBERS
@@ -109,18 +108,16 @@ def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> Record:
 def read_records(
     source: SourceConfig | str,
     parse: Callable[[Fields, DataFormat, Origin], Record] = parse_record,
-    copies: Path | None = None,
 ) -> Iterator[Record]:
     """Read the records of a source (a string: its path) in its order; only a .json is read whole.
 
     One item per record: a pair, a ranking, a completion, or the reason why the record cannot be used. The
-    call itself raises the DataError or ConfigError of a source with wrong keys. `copies`: the folder in which
-    a file of a URL lies while it is read; None: that for temporary files.
+    call itself raises the DataError or ConfigError of a source with wrong keys.
     """
     source = resolve_source(SourceConfig(path=source) if isinstance(source, str) else source)
     return (
         record if isinstance(record, BadRecord) else parse(record, source.format, origin)
-        for record, origin in raw_records(source, copies)
+        for record, origin in raw_records(source)
     )
 
 

@@ -16,8 +16,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig
-from dpo_dist.data.encoded import build
-from dpo_dist.data.encoded.build import CHUNK_RECORDS, prepare_dataset
+from dpo_dist.data.encoded import build, workers
+from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.workers import CHUNK_RECORDS
 from dpo_dist.data.records import Origin, RawRecord
 from dpo_dist.foundation.errors import DataError, PeerLostError
 from tests.support import tiny
@@ -46,7 +47,7 @@ def prepare(
 ) -> dict[str, bytes]:
     """The files that `prepare_dataset` writes on this number of processes."""
     config = DataConfig(cache=str(folder / f"cache {processes}"), **data)
-    with mock.patch.object(build, "processes_for", return_value=processes):
+    with mock.patch.object(workers, "processes_for", return_value=processes):
         encoded = prepare_dataset(sources, config, tokenizer, "tokenizer")
     return {f"{place} {one.file.name}": one.file.read_bytes() for place, one in enumerate(encoded)}
 

@@ -2,19 +2,14 @@
 
 import itertools
 import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache, partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -37,8 +32,10 @@ from dpo_dist.data.encoded.store import (
     with_relative_files,
     write_source,
 )
+from dpo_dist.data.encoded.workers import CHUNK_RECORDS, in_chunks, in_order
 from dpo_dist.data.formats import parse_record
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
+from dpo_dist.data.labels import source_labels
 from dpo_dist.data.read.columns import READER
 from dpo_dist.data.read.files import expected_records, file_kind
 from dpo_dist.data.read.sources import (
@@ -48,7 +45,6 @@ from dpo_dist.data.read.sources import (
     pin_source,
     raw_records,
     source_identity,
-    source_labels,
 )
 from dpo_dist.data.records import (
     ALL_RECORDS,
@@ -65,7 +61,7 @@ from dpo_dist.data.records import (
     readable,
 )
 from dpo_dist.data.text.template import check_template_keys, chosen_template
-from dpo_dist.foundation.errors import DataError, PeerLostError
+from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import (
     MEMO_FOLDER,
     content_digest,
@@ -73,11 +69,7 @@ from dpo_dist.foundation.files import (
     remove_abandoned,
     text_digest,
 )
-from dpo_dist.foundation.process import usable_cores
 from dpo_dist.foundation.remote import is_url
-
-_Given = TypeVar("_Given")
-_Result = TypeVar("_Result")
 
 # Increase it when the same records get other token ids or files: else old files would be reused.
 _ENCODING_VERSION = 18
@@ -188,7 +180,7 @@ class Preparation:
 
     def _encode(self, planned: PlannedSource, share: Share) -> int:
         source, wanted, _, contents = planned
-        state, parts, missing = _identities(source), 0, deque[EncodedSource]()
+        state = _identities(source)
         if _contents(state) != contents:
             raise DataError(
                 "the data have changed since the start, or are others on this node",
@@ -197,6 +189,7 @@ class Preparation:
                 expected="the same files on every node, which all encode the data",
                 remedy="put the files on a file system that every node sees; then start again",
             )
+        index, shares = share
         chunk_records, part_records = (
             (CHUNK_RECORDS, PART_RECORDS) if self.processor is None else _WITH_IMAGES
         )
@@ -208,34 +201,32 @@ class Preparation:
             part=self.part,
             processor=self.processor,
         )
+        expected = min(expected_records(local_files(source) or ()), source.limit or sys.maxsize)
+        total = sum(
+            min(part_records, expected - first)
+            for part, first in enumerate(range(0, expected, part_records))
+            if part % shares == index and not replace(wanted, part=part).file.exists()
+        )
+        read = encoded = 0
 
-        def missing_chunks() -> Iterator[list[RawRecord]]:
-            nonlocal parts
-            records = raw_records(source, wanted.cache)
-            for number in itertools.count():
-                part = itertools.islice(records, part_records)
-                if not (first := [*itertools.islice(part, chunk_records)]) and number:
-                    return
-                parts, file = number + 1, replace(wanted, part=number)
-                if number % share[1] == share[0] and not is_whole(file):
-                    missing.append(file)
-                    yield first
-                    yield from in_chunks(part, chunk_records)
-                deque(part, maxlen=0)
+        def missing_chunks() -> Iterator[tuple[int, list[RawRecord]]]:
+            """Read all records; yield the chunks of this share's missing parts, with the part's number."""
+            nonlocal read
+            is_missing = False
+            for chunk in in_chunks(raw_records(source, wanted.copies), chunk_records):
+                part, place = divmod(read, part_records)
+                if place == 0:
+                    is_missing = part % shares == index and not is_whole(replace(wanted, part=part))
+                if is_missing:
+                    yield part, chunk
+                read += len(chunk)
 
-        expected = expected_records(local_files(source) or ())
-        expected = min(expected, source.limit or expected)
-        firsts = range(share[0] * part_records, expected, share[1] * part_records)
-        left = [first for first in firsts if not replace(wanted, part=first // part_records).file.exists()]
-        done, total = 0, sum(min(part_records, expected - first) for first in left)
-
-        def shown(chunks: Iterable[EncodedChunk]) -> Iterator[EncodedChunk]:
-            """Yield the chunks of one part: all have as many, but the last."""
-            nonlocal done
-            for chunk in itertools.islice(chunks, part_records // chunk_records):
+        def checked(chunks: Iterable[tuple[int, EncodedChunk]]) -> Iterator[EncodedChunk]:
+            nonlocal encoded
+            for _, chunk in chunks:
                 yield chunk
-                done += len(chunk[0])
-                show(done, total if done <= total else None)
+                encoded += len(chunk[0])
+                show(encoded, total if encoded <= total else None)
             # If a file changed meanwhile, the fingerprint would name other records.
             if _identities(source) != state:
                 raise changed_error(source)
@@ -244,9 +235,9 @@ class Preparation:
             self.progress(source.path) as show,
             closing(in_order(missing_chunks(), work)) as chunks,
         ):
-            for chunk in chunks:
-                write_source(missing.popleft(), shown(itertools.chain([chunk], chunks)))
-        return parts
+            for part, of_part in itertools.groupby(chunks, itemgetter(0)):
+                write_source(replace(wanted, part=part), checked(of_part))
+        return -(-read // part_records)
 
 
 def prepare_dataset(
@@ -266,7 +257,11 @@ def prepare_dataset(
     return encoded
 
 
-def _encode_chunk(records: Sequence[RawRecord], source: SourceConfig, **options: Any) -> EncodedChunk:
+def _encode_chunk(
+    chunk: tuple[int, Sequence[RawRecord]], source: SourceConfig, **options: Any
+) -> tuple[int, EncodedChunk]:
+    """Encode the records of a part's chunk; return them with the part's number."""
+    part, records = chunk
     images: dict[bytes, ExpandedImage] = {}
     parsed = [
         record if isinstance(record, BadRecord) else parse_record(record, source.format, origin)
@@ -274,7 +269,7 @@ def _encode_chunk(records: Sequence[RawRecord], source: SourceConfig, **options:
     ]
     encoded = with_relative_files(encode_records(parsed, images=images, **options), source.path)
     rows = [{name: getattr(image, name) for name in IMAGE_SCHEMA.names} for image in images.values()]
-    return encoded, pa.RecordBatch.from_pylist(rows, schema=IMAGE_SCHEMA)
+    return part, (encoded, pa.RecordBatch.from_pylist(rows, schema=IMAGE_SCHEMA))
 
 
 def encode_records(
@@ -414,82 +409,6 @@ def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Pa
     return text_digest(json.dumps(content, sort_keys=True))
 
 
-CHUNK_RECORDS = 64
 PART_RECORDS = 8192
 """Records of a part: seconds of a core, so that a kill loses little."""
 _WITH_IMAGES = 16, 512  # an image takes as long as ten texts, and may have megabytes
-# One process reads and writes for all others: it is too slow for more of them than this.
-_MAX_PROCESSES = 16
-# Fewer chunks than these are encoded by one process before other processes have started.
-_MIN_CHUNKS = 2048 // CHUNK_RECORDS
-_CHUNKS_AHEAD = 2
-
-
-def processes_for(chunks: int) -> int:
-    """Return the number of processes for at least this many chunks: one per core, or one for few chunks."""
-    return 1 if chunks < _MIN_CHUNKS else min(usable_cores(), _MAX_PROCESSES)
-
-
-def in_chunks(records: Iterable[_Given], chunk_records: int = CHUNK_RECORDS) -> Iterator[list[_Given]]:
-    """Yield the records in lists of so many; the last one may be shorter."""
-    records = iter(records)
-    return iter(lambda: [*itertools.islice(records, chunk_records)], [])
-
-
-def in_order(
-    chunks: Iterable[list[_Given]], work: Callable[[Sequence[_Given]], _Result]
-) -> Generator[_Result, None, None]:
-    """Yield the result of `work` for each chunk of records, in order, computed by several processes.
-
-    `work` can be pickled. Closing the generator ends the processes. Few chunks per process are in memory.
-    Ranks divide the cores of their node.
-    """
-    chunks = iter(chunks)
-    first = list(itertools.islice(chunks, _MIN_CHUNKS))
-    processes = max(1, processes_for(len(first)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    every = itertools.chain(first, chunks)
-    if processes == 1:
-        yield from map(work, every)
-        return
-    ahead: deque[Future[_Result]] = deque()
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (work,))
-    try:
-        for chunk in every:
-            ahead.append(pool.submit(_work, chunk))
-            if len(ahead) == _CHUNKS_AHEAD * processes:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    except BrokenProcessPool as error:
-        raise PeerLostError(
-            "a process that encodes data has died",
-            where="data.train, data.eval",
-            got=str(error).splitlines()[0],
-            remedy="if memory ran out, write 'taskset -c 0' before the command: one process encodes; else "
-            "see logs/rank-0.log",
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_works: list[Callable[[Any], Any]] = []
-"""The work of a spawned process: one function, or none in the main process."""
-
-
-def _start_process(work: Callable[[Any], Any]) -> None:
-    """Prepare a spawned process: ignore interrupts, end when the parent dies."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process
-    _works.append(work)
-
-
-def _work(records: Sequence[Any]) -> Any:
-    return _works[0](records)

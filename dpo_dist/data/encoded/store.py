@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -93,6 +94,11 @@ class EncodedSource:
         return self.cache / f"{self.fingerprint}{folders}{first}{part}.arrow"
 
     @property
+    def copies(self) -> Path:
+        """The folder with the files of a URL, while the source is encoded."""
+        return self.cache / f"{self.file.stem}-copies"
+
+    @property
     def image_file(self) -> Path:
         """The file with the distinct images of the records, if they have any."""
         return self.file.with_name(f"{self.file.stem}-images.arrow")
@@ -163,7 +169,8 @@ def join_parts(source: EncodedSource, parts: int) -> bool:
 
 
 def remove_parts(source: EncodedSource) -> None:
-    """Remove the parts of a joined source, also those that a killed or slower process left."""
+    """Remove the parts and copies of a joined source, also what a killed or slower process left."""
+    shutil.rmtree(source.copies, ignore_errors=True)
     for file in source.cache.glob(f"{source.file.stem}-part-*.arrow"):
         with suppress(OSError):  # another process has removed it, or the cache is read-only
             file.unlink()

@@ -20,7 +20,14 @@ from dpo_dist.data.read.files import SUFFIXES, check_kind, dataset_rows, numbere
 from dpo_dist.data.read.values import parse_json
 from dpo_dist.data.records import RawRecord
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, in_one_line
-from dpo_dist.foundation.files import remembered_digest, remove_abandoned, temporary_folder, text_digest
+from dpo_dist.foundation.files import (
+    locked,
+    remembered_digest,
+    remove_abandoned,
+    staged_file,
+    temporary_folder,
+    text_digest,
+)
 from dpo_dist.foundation.remote import is_url, open_file_system, remote_errors
 
 T = TypeVar("T")
@@ -39,7 +46,7 @@ _NOT_FOUND = "neither a local file nor a dataset found on the Hugging Face Hub"
 def raw_records(source: SourceConfig, copies: Path | None = None) -> Iterator[RawRecord]:
     """Return the first `limit` records of a resolved source, after its `reader` and `columns`.
 
-    `copies`: the folder in which a file of a URL lies while it is read; None: that for temporary files.
+    `copies`: a folder for the files of a URL, shared by the processes that read them; None: a temporary one.
     """
     files, local = local_files(source), Path(source.path).expanduser()
     names: Iterable[str] = map(str, files or ())
@@ -52,7 +59,7 @@ def raw_records(source: SourceConfig, copies: Path | None = None) -> Iterator[Ra
     elif files == [local]:
         names = [source.path]
     if is_url(source.path):
-        records = _remote_records(source, folders, copies or Path(tempfile.gettempdir()))
+        records = _remote_records(source, folders, copies)
     elif is_saved(local):
         records = _saved_records(local, source, folders)
     else:
@@ -428,20 +435,29 @@ def _remote_folder(system: Any, path: str, found: Sequence[str], source: SourceC
             raise
 
 
-def _remote_records(source: SourceConfig, folders: Sequence[Path], copies: Path) -> Iterator[RawRecord]:
-    """Yield the records of a source at a URL; each file is copied to `copies`, read and removed."""
+def _remote_records(
+    source: SourceConfig, folders: Sequence[Path], copies: Path | None
+) -> Iterator[RawRecord]:
+    """Yield the records of a source at a URL; each file is downloaded before it is read."""
     system, _ = open_file_system(source.path)
     files = remote_files(source)
     if source.revision not in (None, _listed(files)):
         raise changed_error(source)
-    copies.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        remove_abandoned(copies)
-        with temporary_folder(copies / "download") as folder:
-            copy = folder / f"copy{''.join(PurePath(file.path).suffixes[-2:])}"
-            with remote_errors(file.name, DataError):
-                system.get_file(file.path, str(copy))
+    with contextlib.ExitStack() as stack:
+        if is_own := copies is None:
+            remove_abandoned(place := Path(tempfile.gettempdir()))
+            copies = stack.enter_context(temporary_folder(place / "download"))
+        for number, file in enumerate(files):
+            copy = copies / f"{number}{''.join(PurePath(file.path).suffixes[-2:])}"
+            with locked(copies / f"{number}.lock", "downloads this file", waits=True):
+                if not copy.exists():
+                    with remote_errors(file.name, DataError), staged_file(copy) as staged:
+                        system.get_file(file.path, str(staged))
+                        if remote_files(source) != files:
+                            raise changed_error(source)
             yield from read_file(copy, file.name, folders)
+            if is_own:
+                copy.unlink()
 
 
 def changed_error(source: SourceConfig) -> DataError:
@@ -451,41 +467,3 @@ def changed_error(source: SourceConfig) -> DataError:
         where=source.path,
         remedy="start again when no other program writes to the files",
     )
-
-
-# Labels.
-
-# Names of files and folders that need the folder above to say what they are.
-_USUAL_NAMES = frozenset({"data", "dev", "eval", "test", "train", "training", "val", "validation"})
-
-
-def source_labels(sources: Sequence[SourceConfig]) -> list[str]:
-    """Return a label for each source: its `label`, or its name, numbered where names are equal.
-
-    Sources with the same `label` share it.
-    """
-    taken, labels = {source.label for source in sources}, list[str]()
-    for source in sources:
-        name = _name(source)
-        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        labels.append(source.label or next(name for name in names if name not in taken))
-        taken.add(labels[-1])
-    return labels
-
-
-def _name(source: SourceConfig) -> str:
-    """Return the name of a source's file, with subset, folder and split."""
-    if source.name is not None and resolve_source(source) is not source:
-        return _safe(source.name)
-    file = PurePath(source.path)
-    while file.suffix in SUFFIXES:
-        file = file.with_suffix("")
-    parts = [*filter(None, map(_safe, file.parts))] or ["source"]
-    shown = parts[-2:] if parts[-1] in _USUAL_NAMES else parts[-1:]
-    options = [_safe(each) for each in (source.name, source.data_dir, source.split) if each]
-    return "-".join(filter(None, [*shown, *options]))
-
-
-def _safe(text: str) -> str:
-    """Return `text` without characters that separate parts of a metric's name or of a path."""
-    return re.sub(r"[^\w.+]+", "-", text).strip("-.")

@@ -23,8 +23,6 @@ from dpo_dist.config.schema import (
 from dpo_dist.config.verb_sections import FailOn
 from dpo_dist.data.encoded.build import (
     EncodingProgress,
-    in_chunks,
-    in_order,
     no_progress,
     prepare_dataset,
     tokenizer_digest,
@@ -36,9 +34,11 @@ from dpo_dist.data.encoded.dataset import (
     open_dataset,
 )
 from dpo_dist.data.encoded.store import EncodedSource
+from dpo_dist.data.encoded.workers import in_chunks, in_order
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ImageProcessor, image_processor
-from dpo_dist.data.read.sources import pin_source, source_labels
+from dpo_dist.data.labels import source_labels
+from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import Part, Record, Tokenizer, eval_part, train_part
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.model.files.folder import description_folder, start_folder, tokenizer_folder
@@ -127,17 +127,16 @@ def examine(
     observer, prompts = Observer(config, tokenizer, benchmark, processor), EvaluationPrompts()
     reports: list[dict[str, Any]] = []
     findings: list[Finding] = []
-    cache = Path(config.cache)
     # Training records are compared with the prompts of evaluation data while they are read.
     for entry, label, is_eval in _with_labels(config):
         if is_eval or config.eval_share:
             find = partial(observer.evaluation_prompts, is_eval=is_eval)
-            _for_each_chunk(entry, cache, find, [prompts.add], progress(f"evaluation prompts of {label}"))
+            _for_each_chunk(entry, find, [prompts.add], progress(f"evaluation prompts of {label}"))
     comparison = Comparison(config, prompts)
     for entry, label, is_eval in _with_labels(config):
         source = ExaminedSource(label, entry.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
         comparison.add_source(label, is_eval=is_eval)
-        _for_each_chunk(entry, cache, observer.observe, [source.add, comparison.add], progress(label))
+        _for_each_chunk(entry, observer.observe, [source.add, comparison.add], progress(label))
         findings += source.findings()
         reports.append(source.report())
     across, compared = comparison.result()
@@ -146,13 +145,12 @@ def examine(
 
 def _for_each_chunk(
     entry: SourceConfig,
-    cache: Path,
     work: Callable[[Sequence[Record]], list[_Result]],
     uses: Sequence[Callable[[list[_Result]], None]],
     progress: AbstractContextManager[Callable[[int], None]],
 ) -> None:
     """Give the results of `work` for each chunk of a source's records to all `uses`, in order."""
-    read, records = 0, read_records(pin_source(entry), copies=cache)
+    read, records = 0, read_records(pin_source(entry))
     with progress as show, closing(in_order(in_chunks(records), work)) as chunks:
         for results in chunks:
             for use in uses:

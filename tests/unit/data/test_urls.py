@@ -20,12 +20,16 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.data.encoded import build
+from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import open_dataset
 from dpo_dist.data.formats import check_source, read_records
-from dpo_dist.data.read.sources import pin_source, source_labels
+from dpo_dist.data.labels import source_labels
+from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.remote import open_file_system, remote_errors
+from tests.support import tiny
 from tests.support.cache import encoded_folders, prepare_all
 from tests.support.records import TEXT
 
@@ -180,22 +184,48 @@ def test_a_change_after_the_download_is_an_error(
     monkeypatch.setattr(MemoryFileSystem, "get_file", change)
     with pytest.raises(DataError, match="changed while"):
         prepare_all(tmp_path, "memory://b/one.jsonl")
+    assert not [*tmp_path.rglob("*.jsonl")]  # a later start would take it for what was listed
 
 
-def test_copies_and_leftovers_of_a_kill_go(memory: MemoryFileSystem, tmp_path: Path) -> None:
+def test_copies_and_leftovers_of_a_kill_go(
+    memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     left = tmp_path / "download.tmp-0123456789ab"
     left.mkdir()
     os.utime(left, (1, 1))
-    assert len(list(read_records("memory://b/one.jsonl", copies=tmp_path))) == 2
+    assert len(list(read_records("memory://b/one.jsonl"))) == 2
     assert not [*tmp_path.iterdir()]
 
 
-def test_faults_of_a_file_name_its_url(memory: MemoryFileSystem, tmp_path: Path) -> None:
-    [bad] = read_records("memory://bad/a.jsonl", copies=tmp_path)
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_processes_that_encode_share_one_download(
+    downloads: list[str], tmp_path: Path, is_killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "PART_RECORDS", 1)
+    monkeypatch.setattr(build, "CHUNK_RECORDS", 1)
+    config = DataConfig(cache=str(tmp_path / "cache"))
+    one = Preparation([SourceConfig("memory://b/*.jsonl*")], config, tiny.qwen(), "qwen")
+    planned = one.plan()
+    parts = one.encode(planned, (0, 2))
+    if is_killed:
+        left = planned[0].wanted.copies / "1.gz.tmp-0123456789ab"
+        left.touch()
+    assert one.encode(planned, (1, 2)) == parts == [3]
+    assert len(downloads) == 2
+    assert one.join(planned, parts)
+    assert all(name.endswith(".arrow") for name in encoded_folders(tmp_path))
+
+
+def test_faults_of_a_file_name_its_url(
+    memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    [bad] = read_records("memory://bad/a.jsonl")
     assert str(bad.origin) == "memory://bad/a.jsonl:1"
     memory.pipe("/bad/b.parquet", b"no parquet")
     with pytest.raises(DataError, match="cannot be read to its end") as raised:
-        list(read_records("memory://bad/b.parquet", copies=tmp_path))
+        list(read_records("memory://bad/b.parquet"))
     assert raised.value.where == "memory://bad/b.parquet"
     assert str(tmp_path) not in str(raised.value)
 

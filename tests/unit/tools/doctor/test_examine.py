@@ -16,7 +16,7 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import DataConfig, OnBadRecord, RunConfig, SourceConfig
-from dpo_dist.data.encoded import build
+from dpo_dist.data.encoded import workers
 from dpo_dist.data.records import eval_part, prompt_hash
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.tools.doctor.__main__ import main
@@ -229,7 +229,7 @@ def test_the_report_does_not_depend_on_the_number_of_processes(
     data = DataConfig(train=[SourceConfig(path=write(tmp_path / "train.jsonl", clean_pairs(70)))])
     reports = []
     for processes in (1, 2):
-        monkeypatch.setattr(build, "processes_for", lambda _, count=processes: count)
+        monkeypatch.setattr(workers, "processes_for", lambda _, count=processes: count)
         reports.append(examine(data, None))
     assert reports[0] == reports[1]
 
