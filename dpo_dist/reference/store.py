@@ -211,18 +211,19 @@ class LogpStore:
             names = [f"{self.folder.name}/{name}" for name in listed]
         # Sorted, so that every rank takes the same one of several entries of a key.
         names = sorted(names)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            self._states = dict(
-                zip(names, pool.map(lambda name: file_state(root / name), names), strict=True)
-            )
         memo = recall_whole(self.folder)
-        unknown = {name for name in names if memo.get(Path(name).name, "") != self._states[name]}
+        with ThreadPoolExecutor(_THREADS) as pool:
+            states = pool.map(lambda name: file_state(root / name), names)
+            unknown = {
+                name
+                for name, state in zip(names, states, strict=True)
+                if memo.get(Path(name).name, "") != state
+            }
         opened = zip(unknown, self._open_shards([*unknown]), strict=True)
         self.damaged = {name for name, shard in opened if shard is None}
         self.shards = [name for name in names if name not in self.damaged]
         self._index = open_index(self.folder, self.shards, self._read_entries)
-        self._unread = {number for number, name in enumerate(self.shards) if name in unknown}
-        self._with_damage = set[int]()
+        self._doubtful = {number for number, name in enumerate(self.shards) if name in unknown}
         # Now, so that a job continues when its fingerprint is dropped.
         self._contents = [_map_file(root / name) for name in self.shards]
 
@@ -310,16 +311,16 @@ class LogpStore:
         """
         entries, stops = self._index.locate(keys)
         found: npt.NDArray[np.bool_] = entries < stops
-        if self._unread or self._with_damage:
+        if self._doubtful:
             which = np.flatnonzero(found)
             shards = self._index.shards[entries[which]]
-            self._verify(sorted(self._unread.intersection(np.unique(shards).tolist())))
-            doubtful = which[np.isin(shards, [*self._with_damage])]
-            found[doubtful] = [values is not None for values in self._find(keys[doubtful])]
+            self._verify(sorted(self._doubtful.intersection(np.unique(shards).tolist())))
+            rest = which[np.isin(shards, [*self._doubtful])]
+            found[rest] = [values is not None for values in self._find(keys[rest])]
         return found
 
     def _verify(self, shards: Sequence[int]) -> None:
-        """Read all values of these shards, and remember those without damage."""
+        """Read all values of these shards; those without damage are no longer in doubt."""
 
         def is_whole(number: int) -> bool:
             shard = open_shard(self.root / self.shards[number])
@@ -327,14 +328,12 @@ class LogpStore:
 
         with ThreadPoolExecutor(_THREADS) as pool:
             whole = {number for number, good in zip(shards, pool.map(is_whole, shards), strict=True) if good}
-        self._unread.difference_update(shards)
-        self._with_damage.update(whole.symmetric_difference(shards))
-        self.damaged.update(self.shards[number] for number in self._with_damage)
-        names = [self.shards[number] for number in whole]
-        remember_whole(self.folder, {Path(name).name: self._states[name] for name in names})
+        self._doubtful -= whole
+        self.damaged.update(self.shards[number] for number in whole.symmetric_difference(shards))
+        self.remember(self.shards[number] for number in whole)
 
     def remember(self, names: Iterable[str]) -> None:
-        """Count shards that `write` has just written as whole: the next start does not read them."""
+        """Count shards that were just verified or written as whole: the next start does not read them."""
         remember_whole(self.folder, {Path(name).name: file_state(self.root / name) for name in names})
 
     def read(self, keys: Keys) -> list[StoredLogps]:

@@ -110,11 +110,9 @@ class Mirror:
 
     def _download(self, names: Sequence[str], whole: Sequence[int]) -> None:
         """Download the files of the run, the best checkpoint, the newest intact one, and last the state."""
-        run, checkpoints = self._folder, f"{self._root}/"
-        ends = [name for name in names if run.path / name in self._ends]
-        later = {name for name in names if name.startswith(checkpoints) and name.count("/") > 1}.union(ends)
-        logs = f"{run.logs.name}/"  # this start has opened its own
-        self._get([n for n in names if n not in later and not n.startswith(logs)], run.path)
+        run, ends = self._folder, [name for name in names if self._folder.path / name in self._ends]
+        later = (f"{self._root}/", run.state.name, f"{run.logs.name}/")  # this start has opened its own logs
+        self._get([name for name in names if not name.startswith(later)], run.path)
         best, faults = f"{self._root}/{BEST_FILE}", list[str]()
         if best in names:
             best_step = checkpoint_step(self._there.cat_file(best).decode().strip())

@@ -140,29 +140,27 @@ class WandbRun:
             summary = dict(self.run.summary)
             step = summary.get(STEP_AXIS, -1)
             self._received = step + (summary.get(EVALUATED_AT) == step) / 2
-        for number, row in enumerate(stored_rows(self._folder, self._end)):
-            self._note(row, number)
-            self._send(row, number)
-
-    def _note(self, row: MetricsRow, number: int) -> None:
-        self._end, self._count = max(self._end, log_position(row)), max(self._count, number + 1)
-        self._last |= row
-        note_best(self._best, row)
+        self._count = 0
+        for row in stored_rows(self._folder, self._end):
+            self._send(row)
 
     def log(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
         """Send a row with W&B names, unless wandb has it because a resumed run computed the step again."""
-        number = self._count
-        self._note(row, number)
-        self._retry(lambda: self._send(row, number, margins))
+        self._retry(lambda: self._send(row, margins))
 
     def finish(self, outcome: str, summary: Fields) -> None:
         """Close the run with its outcome, its summary (as in `summary.json`) and its verdict."""
         self._retry(lambda: self._close(outcome, summary))
         end_service()
 
-    def _send(self, row: MetricsRow, number: int, margins: PairColumn | None = None) -> None:
-        if log_position(row) <= self._received:
-            return
+    def _send(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
+        if log_position(row) > self._received:
+            self._send_new(row, margins)
+        self._end, self._count = log_position(row), self._count + 1
+        self._last |= row
+        note_best(self._best, row)
+
+    def _send_new(self, row: MetricsRow, margins: PairColumn | None) -> None:
         import wandb  # noqa: PLC0415
 
         values: dict[str, Any] = {**wandb_names(row)}
@@ -178,7 +176,7 @@ class WandbRun:
             ]
             values[SAMPLES] = wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
         # Online, wandb gets the row's number from the server.
-        self.run.log(values, step=number if self._is_offline else None, commit=True)
+        self.run.log(values, step=self._count if self._is_offline else None, commit=True)
         self._received = log_position(row)
         files.write_text(self._sent, json.dumps(self._received))
 

@@ -430,9 +430,12 @@ def test_a_killed_service_loses_no_later_row(tmp_path: Path, caplog: pytest.LogC
     tracker.log(ROWS[0])
     wait_for_rows(tmp_path, 1)
     kill_service()
-    tracker.log(ROWS[1])
+    stored(tmp_path, ROWS[:2])
+    tracker.log(ROWS[1], np.array([0.0, 1.0], dtype=np.float32))
     tracker.finish("preempted", {"steps": 2})
     assert [row["train/global_step"] for row in history_rows(tmp_path)] == [1, 2]
+    assert [list(media) for media in media_rows(tmp_path)] == [[], ["eval/margins_histogram"]]
+    assert [row["_step"] for row in all_rows(tmp_path)] == [0, 1]
     assert [record.exit_code for record in records_of(tmp_path, "exit")] == [75]
     assert [record for record in caplog.records if record.name.startswith("dpo_dist")] == []
 
