@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import astuple, dataclass, replace
@@ -37,9 +36,10 @@ from dpo_dist.data.formats import parse_record
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
 from dpo_dist.data.labels import source_labels
 from dpo_dist.data.read.columns import READER
-from dpo_dist.data.read.files import expected_records, file_kind
+from dpo_dist.data.read.files import file_kind
 from dpo_dist.data.read.sources import (
     changed_error,
+    expected_number,
     image_folders,
     local_files,
     pin_source,
@@ -201,7 +201,7 @@ class Preparation:
             part=self.part,
             processor=self.processor,
         )
-        expected = min(expected_records(local_files(source) or ()), source.limit or sys.maxsize)
+        expected = expected_number(source)
         total = sum(
             min(part_records, expected - first)
             for part, first in enumerate(range(0, expected, part_records))

@@ -5,6 +5,7 @@ import glob
 import itertools
 import os
 import re
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,14 @@ from typing import Any, NamedTuple, TypeVar
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.read.columns import is_saved, resolve_source, with_columns
-from dpo_dist.data.read.files import SUFFIXES, check_kind, dataset_rows, numbered_records, read_file
+from dpo_dist.data.read.files import (
+    SUFFIXES,
+    check_kind,
+    dataset_rows,
+    expected_records,
+    numbered_records,
+    read_file,
+)
 from dpo_dist.data.read.values import parse_json
 from dpo_dist.data.records import RawRecord
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, in_one_line
@@ -66,6 +74,11 @@ def raw_records(source: SourceConfig, copies: Path | None = None) -> Iterator[Ra
         read = partial(read_file, folders=folders)
         records = itertools.chain.from_iterable(map(read, files or (), names))
     return with_columns(itertools.islice(records, source.limit), source)
+
+
+def expected_number(source: SourceConfig) -> int:
+    """Return about how many records a source has; 0: unknown, as at a URL."""
+    return min(expected_records(local_files(source) or ()), source.limit or sys.maxsize)
 
 
 def image_folders(source: SourceConfig) -> list[Path]:

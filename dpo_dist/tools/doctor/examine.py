@@ -38,7 +38,7 @@ from dpo_dist.data.encoded.workers import in_chunks, in_order
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.data.labels import source_labels
-from dpo_dist.data.read.sources import pin_source
+from dpo_dist.data.read.sources import expected_number, pin_source
 from dpo_dist.data.records import Part, Record, Tokenizer, eval_part, train_part
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.model.files.folder import description_folder, start_folder, tokenizer_folder
@@ -147,16 +147,17 @@ def _for_each_chunk(
     entry: SourceConfig,
     work: Callable[[Sequence[Record]], list[_Result]],
     uses: Sequence[Callable[[list[_Result]], None]],
-    progress: AbstractContextManager[Callable[[int], None]],
+    progress: AbstractContextManager[Callable[..., None]],
 ) -> None:
     """Give the results of `work` for each chunk of a source's records to all `uses`, in order."""
-    read, records = 0, read_records(pin_source(entry))
+    entry, read = pin_source(entry), 0
+    records, total = read_records(entry), expected_number(entry)
     with progress as show, closing(in_order(in_chunks(records), work)) as chunks:
         for results in chunks:
             for use in uses:
                 use(results)
             read += len(results)
-            show(read)
+            show(read, total if read <= total else None)
 
 
 def _label_balance(
