@@ -5,14 +5,8 @@ from typing import Any
 
 import torch
 
-from dpo_dist.config.schema import (
-    ZERO_STAGES,
-    Dtype,
-    Offload,
-    OptimConfig,
-    ParallelismConfig,
-    ParallelismKind,
-)
+from dpo_dist.config.optim import OptimConfig
+from dpo_dist.config.schema import ZERO_STAGES, Dtype, Offload, ParallelismConfig, ParallelismKind
 
 START = 2.0**16  # the loss scale at the start of training in fp16
 # Weights of a decoder layer over the square of the hidden size: 13 in Llama-3-70B, 19 in Qwen2.5-0.5B.

@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import (
 )
 
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.config.schema import OptimConfig, OptimizerKind
+from dpo_dist.config.optim import OptimConfig, OptimizerKind
 from dpo_dist.distributed.checkpoint.saver import SavedSlices
 from dpo_dist.distributed.checkpoint.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
 from dpo_dist.distributed.deepspeed_config import START, communication

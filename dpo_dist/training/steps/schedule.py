@@ -2,7 +2,7 @@
 
 import math
 
-from dpo_dist.config.schema import LearningRateSchedule, OptimConfig
+from dpo_dist.config.optim import LearningRateSchedule, OptimConfig
 from dpo_dist.foundation.errors import ConfigError
 
 _STEPS_WITHOUT_WARMUP = 10_000  # the time scale of `inverse_sqrt` without warm-up, as in transformers

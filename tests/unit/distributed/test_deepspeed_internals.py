@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dpo_dist.batching.costs import Arrangement
-from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.config.optim import OptimConfig
+from dpo_dist.config.schema import AttentionBackend, Dtype, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.deepspeed_internals import (
     drop_gradients,
