@@ -41,7 +41,7 @@ def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dty
         **_shared_config(zero, dtype),
         "gradient_accumulation_steps": 1,
         "communication_data_type": _reduction(parallelism, dtype).value,
-        "gradient_clipping": optim.max_grad_norm,
+        "gradient_clipping": optim.max_grad_norm or 0.0,  # 0: none is clipped
         "zero_allow_untested_optimizer": True,
         "data_types": {"grad_accum_dtype": "fp32"},
     }
