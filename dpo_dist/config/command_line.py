@@ -273,7 +273,7 @@ def _configurations(options: argparse.Namespace, verb: str) -> Points:
 
 
 def _repeated(
-    parallelism: ParallelismConfig, dtype: Dtype, max_grad_norm: float
+    parallelism: ParallelismConfig, dtype: Dtype, max_grad_norm: float | None
 ) -> dict[str, tuple[str, str]]:
     """Map each variable of accelerate that repeats a key to this key and its value, for `check_launch`."""
     kind, deepspeed = parallelism.kind, "ACCELERATE_DEEPSPEED_"

@@ -225,9 +225,19 @@ RULES = (
     ),
     # The optimizer.
     Rule(
-        "optim.kind=adamw_8bit parallelism.offload_optimizer!=none",
+        "optim.kind=adamw_8bit|muon parallelism.offload_optimizer!=none",
         "an offloaded optimizer is DeepSpeed's CPU Adam, whose states are float32",
         "set optim.kind=adamw, or parallelism.offload_optimizer=none",
+    ),
+    Rule(
+        "optim.kind=muon parallelism.kind=zero3",
+        "ZeRO-3 cuts each matrix over all processes, and Muon needs whole ones",
+        "choose parallelism=zero2, or optim.kind=adamw",
+    ),
+    Rule(
+        "optim.kind=muon model.dtype=fp16",
+        "Muon computes its updates in bf16, and fp16 is for GPUs without it",
+        "set model.dtype=bf16, or optim.kind=adamw",
     ),
     unused(
         "optim.warmup_ratio",
@@ -241,7 +251,14 @@ RULES = (
         "lower optim.warmup_steps, or raise trainer.max_steps",
         lambda c: (c.optim.warmup_steps or 0) > (c.trainer.max_steps or 0),
     ),
-    unused("optim.min_lr_ratio", "optim.schedule=cosine|linear"),
+    unused("optim.min_lr_ratio", "optim.schedule=cosine|linear|wsd"),
+    unused("optim.decay_ratio", "optim.schedule=wsd"),
+    Rule(
+        "optim.schedule=wsd optim.warmup_ratio optim.decay_ratio optim.warmup_steps=null",
+        "the warm-up and the decay are longer than the run",
+        "lower optim.warmup_ratio or optim.decay_ratio: their sum is at most 1",
+        lambda c: c.optim.warmup_ratio + c.optim.decay_ratio > 1,
+    ),
     Rule(
         "trainer.ema_decay!=null trainer.keep_last=0",
         "checkpoints hold the moving average of the weights, but no checkpoint is kept",

@@ -1,8 +1,9 @@
 """Every key of a run: type, default, bounds, meaning. A key is declared once, and nowhere else.
 
-Keys of `loss` are in `losses`, keys of other verbs than `train` in `verb_sections`, rules between keys in
-`rules`. A key declared `free` does not define the run's result (hardware, placement, how often something is
-written): it is not part of the digest that names the run directory.
+Keys of `loss` are in `losses`, those of `optim` in `optim`, keys of other verbs than `train` in
+`verb_sections`, rules between keys in `rules`. A key declared `free` does not define the run's result
+(hardware, placement, how often something is written): it is not part of the digest that names the run
+directory.
 """
 
 from copy import copy
@@ -25,6 +26,7 @@ from dpo_dist.config.fields import (
 )
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.optim import OptimConfig
 from dpo_dist.config.verb_sections import (
     CompareConfig,
     DoctorConfig,
@@ -91,38 +93,6 @@ class TrackingConfig:
     no text of data or responses is sent."""
     also: list[OtherTracker] = key([])
     """Other trackers that get the metrics: `tensorboard`."""
-
-
-LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine", "inverse_sqrt"])
-OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_8bit"])
-
-
-@schema
-class OptimConfig:
-    """AdamW and its learning-rate schedule, a pure function of the step."""
-
-    kind: OptimizerKind = key(OptimizerKind.adamw)
-    """`adamw`, or `adamw_8bit`: its states take 2 bytes for each weight in place of 8 (bitsandbytes, the
-    `quantization` extra). Master weights are float32 with both."""
-    lr: float = key(1e-6, gt=0)
-    """Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained."""
-    schedule: LearningRateSchedule = key(LearningRateSchedule.cosine)
-    """Course of the learning rate after warm-up. `inverse_sqrt` falls as sqrt(w / step) after w steps of
-    warm-up, without warm-up as sqrt(10,000 / (10,000 + step)), as in transformers."""
-    warmup_ratio: float = key(0.1, ge=0, le=1)
-    """Share of all steps that warm up the learning rate; the first of w such steps has lr / w."""
-    warmup_steps: int | None = key(None, ge=0)
-    """Steps of warm-up, in place of `warmup_ratio`; null: by the ratio."""
-    min_lr_ratio: float = key(0.0, ge=0, lt=1)
-    """Last learning rate of `linear` and `cosine`, as a share of `lr`; 0: one more step would have rate 0."""
-    weight_decay: float = key(0.0, ge=0)
-    """Decoupled weight decay; biases and norms have none."""
-    betas: list[Annotated[float, Field(strict=True, ge=0, lt=1)]] = key(
-        [0.9, 0.999], accepts="two numbers, >= 0 and < 1: [0.9,0.999]", min_length=2, max_length=2
-    )
-    """Decay rates of the first and second moments."""
-    max_grad_norm: float = key(1.0, gt=0)
-    """Largest norm of the gradient; a larger gradient is clipped to this norm."""
 
 
 AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])

@@ -5,14 +5,8 @@ from typing import Any
 
 import torch
 
-from dpo_dist.config.schema import (
-    ZERO_STAGES,
-    Dtype,
-    Offload,
-    OptimConfig,
-    ParallelismConfig,
-    ParallelismKind,
-)
+from dpo_dist.config.optim import OptimConfig
+from dpo_dist.config.schema import ZERO_STAGES, Dtype, Offload, ParallelismConfig, ParallelismKind
 
 START = 2.0**16  # the loss scale at the start of training in fp16
 # Weights of a decoder layer over the square of the hidden size: 13 in Llama-3-70B, 19 in Qwen2.5-0.5B.
@@ -47,7 +41,7 @@ def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dty
         **_shared_config(zero, dtype),
         "gradient_accumulation_steps": 1,
         "communication_data_type": _reduction(parallelism, dtype).value,
-        "gradient_clipping": optim.max_grad_norm,
+        "gradient_clipping": optim.max_grad_norm or 0.0,  # 0: none is clipped
         "zero_allow_untested_optimizer": True,
         "data_types": {"grad_accum_dtype": "fp32"},
     }

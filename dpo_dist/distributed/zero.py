@@ -20,12 +20,13 @@ from transformers.integrations.deepspeed import (
 )
 
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.config.schema import OptimConfig, OptimizerKind
+from dpo_dist.config.optim import OptimConfig, OptimizerKind
 from dpo_dist.distributed.checkpoint.saver import SavedSlices
 from dpo_dist.distributed.checkpoint.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
 from dpo_dist.distributed.deepspeed_config import START, communication
 from dpo_dist.distributed.deepspeed_internals import (
     drop_gradients,
+    flat_masters,
     gathered_once,
     inner_optimizer,
     optimizer_tensors,
@@ -47,6 +48,7 @@ from dpo_dist.distributed.memory import (
     return_memory,
     wait_for_device,
 )
+from dpo_dist.distributed.muon import MATRICES, MuonAndAdamW, matrices_of
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.layers import decoder_layers, join_gradients, partly_used_blocks, without_gradient
@@ -199,14 +201,17 @@ ADAM_EPS = 1e-8
 """Added to the root of the second moment."""
 
 # Size of an optimizer's states for a master weight, relative to the master weight.
-STATES_PER_MASTER = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5}
+STATES_PER_MASTER = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5, OptimizerKind.muon: 1.0}
 
 
 def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Return AdamW for the trained weights; with offload, Accelerate replaces it by DeepSpeed's CPU Adam."""
-    groups, betas = _parameter_groups(model, optim.weight_decay), (optim.betas[0], optim.betas[1])
-    if optim.kind is OptimizerKind.adamw:
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=ADAM_EPS, fused=True)
+    """Return the optimizer of the trained weights; with offload, Accelerate puts CPU Adam in its place."""
+    matrices = matrices_of(model.causal_lm) if optim.kind is OptimizerKind.muon else set()
+    groups = _parameter_groups(model, optim.weight_decay, matrices)
+    betas = (optim.betas[0], optim.betas[1])
+    if optim.kind is not OptimizerKind.adamw_8bit:
+        kind = MuonAndAdamW if optim.kind is OptimizerKind.muon else torch.optim.AdamW
+        return kind(groups, lr=optim.lr, betas=betas, eps=ADAM_EPS, fused=True)
     from bitsandbytes import optim as bitsandbytes  # noqa: PLC0415  (optional)
 
     adamw: Any = bitsandbytes.AdamW8bit  # type: ignore[attr-defined]
@@ -214,8 +219,10 @@ def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.O
     return eight_bit
 
 
-def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[str, Any]]:
-    """Return parameter groups with weight decay for matrices, and without for biases and norms.
+def _parameter_groups(
+    model: PackedCausalLM, weight_decay: float, matrices: set[nn.Parameter]
+) -> list[dict[str, Any]]:
+    """Return parameter groups: with weight decay `matrices` and others, without it biases and norms.
 
     Weights without a gradient, such as a vision tower's, are not decayed either, so that they do not change.
     """
@@ -225,11 +232,15 @@ def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[s
         return len(whole_shape(weight)) > 1 and weight not in unmoved
 
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    groups = [
-        {"params": [weight for weight in trained if decays(weight)], "weight_decay": weight_decay},
-        {"params": [weight for weight in trained if not decays(weight)], "weight_decay": 0.0},
+    kinds = [(decays(weight), decays(weight) and weight in matrices) for weight in trained]
+    return [
+        {
+            "params": [weight for weight, found in zip(trained, kinds, strict=True) if found == kind],
+            "weight_decay": weight_decay * kind[0],
+            MATRICES: kind[1],
+        }
+        for kind in sorted({*kinds}, reverse=True)
     ]
-    return [group for group in groups if group["params"]]
 
 
 class PolicyEngine(Engine):
@@ -254,6 +265,8 @@ class PolicyEngine(Engine):
         if world.size == 1:
             reduce_in_optimizer_only(engine)
         super().__init__(model, engine)
+        if isinstance(inner := inner_optimizer(engine), MuonAndAdamW):
+            inner.ranges = dict(flat_masters(engine, world.rank))
         self._world, self._current = world, ""
         if self._shards_weights:
             record_gather_orders(engine)

@@ -69,7 +69,7 @@ from dpo_dist.training.start.resume import (
 )
 from dpo_dist.training.steps.health import check_keep_best
 from dpo_dist.training.steps.loop import Loop
-from dpo_dist.training.steps.schedule import check_warmup
+from dpo_dist.training.steps.schedule import check_schedule
 from dpo_dist.training.steps.state import Position
 from dpo_dist.training.steps.step import Objective
 
@@ -157,7 +157,7 @@ def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tup
         world.on_main(partial(check_identity, checkpoint.state, identity, checkpoint.folder))
         if change := world.on_main(partial(describe_change, checkpoint.state, config.trainer, steps)):
             run.say(change)
-    check_warmup(config.optim, steps)
+    check_schedule(config.optim, steps)
     state = RunState(RunOutcome.started, done, identity)
     world.on_main(partial(check_disk_room, run, inputs.weights, done, steps))
     record_start(run, environment, state, reporting.write_page)

@@ -13,7 +13,8 @@ from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, OptimConfig, ReferenceConfig, RunConfig
+from dpo_dist.config.optim import OptimConfig, OptimizerKind
+from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, ReferenceConfig, RunConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.distributed.processes.world import World
@@ -136,20 +137,32 @@ class RowsAtHand:
         return torch.cat([self.rows[key] * (torch.nan if key == self.spoilt else 1) for key in keys])
 
 
-def plain_training(model: Any, losses: Iterable[Callable[[], Tensor]]) -> list[float]:
+def plain_training(
+    model: Any, losses: Iterable[Callable[[], Tensor]], optim: OptimConfig = OPTIM
+) -> list[float]:
     """Gradient norms of steps by PyTorch alone, each with the mean loss of its batch."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": OPTIM.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    by_muon = [
+        weight
+        for name, weight in trained.items()
+        if optim.kind is OptimizerKind.muon and name.endswith("_proj.weight")
     ]
-    optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, eps=EPS)
+    others = [weight for weight in trained.values() if not any(weight is each for each in by_muon)]
+    groups = [
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": optim.weight_decay},
+        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=optim.lr, eps=EPS)]
+    if by_muon:
+        scale = {"adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(by_muon, optim.lr, optim.weight_decay, **scale))
     norms = []
     for loss in losses:
         loss().backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(trained, OPTIM.max_grad_norm).item())
-        optimizer.step()
-        optimizer.zero_grad()
+        norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), optim.max_grad_norm).item())
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
     return norms
 
 
@@ -173,6 +186,7 @@ def plain_steps(
     dataset: PreferenceDataset,
     reference: Sequence[np.ndarray],
     steps: Iterable[tuple[Sequence[int], int]] = STEPS,
+    optim: OptimConfig = OPTIM,
 ) -> list[float]:
     """Gradient norms of steps, applied to `model` by PyTorch alone, a sequence at a time."""
 
@@ -182,4 +196,5 @@ def plain_steps(
         sums = sum_by_response(logps, lengths), sum_by_response(values, lengths)
         return preference_loss(*sums, LOSS).mean()
 
-    return plain_training(model, [lambda rows=rows: loss(rows) for rows, _ in steps])  # type: ignore[misc]
+    losses = [lambda rows=rows: loss(rows) for rows, _ in steps]  # type: ignore[misc]
+    return plain_training(model, losses, optim)

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from dpo_dist.config.loss_options import BcoDelta, BcoPairOptions
 from dpo_dist.config.losses import LossConfig, LossKind, SyncReferenceConfig
+from dpo_dist.config.optim import OptimConfig, OptimizerKind
 from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
     Dtype,
     Offload,
-    OptimConfig,
-    OptimizerKind,
     ParallelismConfig,
     ParallelismKind,
     Quantization,
@@ -151,9 +150,9 @@ def slow_disk() -> Iterator[None]:
 
 
 def save_go_on_and_return(
-    assets: Assets, root: Path, adapter: AdapterConfig | None, dtype: Dtype, world: World, _folder: Path
+    assets: Assets, root: Path, policy: Policy, dtype: Dtype, world: World, _folder: Path
 ) -> dict[str, Any]:
-    trainer = Trainer(assets, world, adapter, dtype)
+    trainer = Trainer(assets, world, policy.adapter, dtype, optim=policy.optim)
     trainer.step([0, 1, 2])
     trainer.step([3, 4, 5])
     saved = trainer.held()
@@ -182,38 +181,42 @@ def save_go_on_and_return(
 
 
 OFFLOADED = ParallelismConfig(ParallelismKind.zero2, offload_optimizer=Offload.cpu)
-ADAPTER = AdapterConfig(r=2, alpha=4, variant=AdapterVariant.dora)
+FULL = Policy()
+DORA = Policy(AdapterConfig(r=2, alpha=4, variant=AdapterVariant.dora))
+MUON = Policy(optim=replace(OPTIM, kind=OptimizerKind.muon))
 EXACT = [
-    (ParallelismKind.ddp, Dtype.fp32, None),
-    (ParallelismKind.ddp, Dtype.bf16, ADAPTER),
-    (ParallelismKind.zero2, Dtype.fp32, ADAPTER),
-    (ParallelismKind.zero2, Dtype.bf16, None),
-    (ParallelismKind.zero2, Dtype.fp16, None),
-    (ParallelismKind.zero3, Dtype.fp32, None),
-    (ParallelismKind.zero3, Dtype.bf16, ADAPTER),
-    (ParallelismKind.zero3, Dtype.fp16, None),
-    (OFFLOADED, Dtype.bf16, None),
+    (ParallelismKind.ddp, Dtype.fp32, FULL),
+    (ParallelismKind.ddp, Dtype.bf16, DORA),
+    (ParallelismKind.zero2, Dtype.fp32, DORA),
+    (ParallelismKind.zero2, Dtype.bf16, FULL),
+    (ParallelismKind.zero2, Dtype.fp16, FULL),
+    (ParallelismKind.zero3, Dtype.fp32, FULL),
+    (ParallelismKind.zero3, Dtype.bf16, DORA),
+    (ParallelismKind.zero3, Dtype.fp16, FULL),
+    (OFFLOADED, Dtype.bf16, FULL),
+    (ParallelismKind.ddp, Dtype.bf16, MUON),
+    (ParallelismKind.zero2, Dtype.fp32, MUON),
 ]
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "adapter"),
+    ("kind", "dtype", "policy"),
     [pytest.param(*case, marks=NEEDS_FP16 if case[1] is Dtype.fp16 else ()) for case in EXACT],
 )
 def test_a_loaded_checkpoint_is_the_saved_state_bit_for_bit(
     kind: ParallelismKind | ParallelismConfig,
     dtype: Dtype,
-    adapter: AdapterConfig | None,
+    policy: Policy,
     assets: Assets,
     tmp_path: Path,
 ) -> None:
     root = tmp_path / "checkpoints"
-    scenario = partial(with_cpu_adam, partial(save_go_on_and_return, assets, root, adapter, dtype))
+    scenario = partial(with_cpu_adam, partial(save_go_on_and_return, assets, root, policy, dtype))
     for result in run_ranks(scenario, 2, tmp_path / "ranks", kind, dtype):
         assert result.pop("folder") == "step-000002"
         assert result.pop("state") == {"step": 2, "running": {"reward": 0.5}}
         assert result == dict.fromkeys(result, True)
-    if adapter is not None:  # without the base
+    if policy.adapter is not None:  # without the base
         saved = SavedSlices.find(root / "step-000002", SHARDS)
         assert {name.rpartition(".lora_")[1] for name in saved.shapes} == {".lora_"}
         written = sum(file.stat().st_size for file in root.rglob("*.safetensors"))
@@ -319,9 +322,7 @@ def go_on(
 DDP, ZERO2, ZERO3 = map(
     ParallelismConfig, (ParallelismKind.ddp, ParallelismKind.zero2, ParallelismKind.zero3)
 )
-FULL = Policy()
 LORA = Policy(AdapterConfig(r=2, alpha=4))
-DORA = Policy(AdapterConfig(r=2, alpha=4, variant=AdapterVariant.dora))
 SHARED_BY_2, SHARED_BY_4 = replace(ZERO2, sequence_parallel=2), replace(ZERO3, sequence_parallel=4)
 NF4_LORA = replace(LORA, quantization=Quantization.nf4)
 BCO = Policy(loss=LossConfig(kind=LossKind.bco_pair, options=BcoPairOptions(BcoDelta.running_mean)))
@@ -330,6 +331,7 @@ WORLDS = {
     "full in bf16, 3 with zero3 to 2 with zero2": (FULL, BF16, 3, ZERO3, 2, ZERO2),
     "bco and a reference that follows, 2 with zero3 to zero2": (BCO, FP32, 2, ZERO3, 2, ZERO2),
     "DoRA, 1 to 3 with zero2": (DORA, FP32, 1, ZERO2, 3, ZERO2),
+    "Muon on LoRA, 2 with ddp to 3 with zero2": (replace(LORA, optim=MUON.optim), FP32, 2, DDP, 3, ZERO2),
     "LoRA on nf4 in fp16, 1 to 2": (NF4_LORA, Dtype.fp16, 1, DDP, 2, DDP),
     "full in bf16, 2 times 2 that share tokens to 4 that do": (FULL, BF16, 4, SHARED_BY_2, 4, SHARED_BY_4),
 }
@@ -346,7 +348,7 @@ def test_another_world_reads_the_same_weights_and_states(case: str, assets: Asse
     scenario = partial(go_on, assets, root, policy, dtype)
     norms = run_ranks(scenario, ranks, tmp_path / "ranks", kind, dtype)
     others = run_ranks(scenario, other_ranks, tmp_path / "others", other_kind, dtype)
-    moments = {"exp_avg", "exp_avg_sq"}
+    moments = {"momentum_buffer"} if policy.optim is MUON.optim else {"exp_avg", "exp_avg_sq"}
     models = [(SHARDS, {"weight", *moments}, 2)]
     if policy.loss is not None:
         models.append(("reference", {"weight"}, 0))

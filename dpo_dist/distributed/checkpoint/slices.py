@@ -26,6 +26,7 @@ from dpo_dist.distributed.deepspeed_internals import (
     zero_kind,
 )
 from dpo_dist.distributed.memory import available_memory, return_host_memory
+from dpo_dist.distributed.muon import MOMENTUM, MuonAndAdamW
 from dpo_dist.distributed.processes.world import World
 
 SHARDS = "engine"  # the folder of the policy's slices in a checkpoint
@@ -152,7 +153,9 @@ class OptimizerSlices:
         is_cpu_adam = isinstance(inner, DeepSpeedCPUAdam)
         for flat in self.masters() if names else []:
             states = inner.state[flat]
-            for name in names:
+            # A rank's part may be only padding: it has the states of its group all the same.
+            has_momentum = isinstance(inner, MuonAndAdamW) and inner.has_momentum(flat)
+            for name in [name for name in names if (name == MOMENTUM) is has_momentum]:
                 states.setdefault(name, torch.zeros_like(flat, requires_grad=False))
             states[_STEP] = step if is_cpu_adam else torch.tensor(float(step), device=flat.device)
         if is_cpu_adam and names:

@@ -225,6 +225,23 @@ def _numbers(run: Translation) -> None:
         first, second = run.facts["defaults"].get("optim.betas", [0.9, 0.999])
         betas = [run.take("adam_beta1", default=first), run.take("adam_beta2", default=second)]
         run.set("optim.betas", betas, "adam_beta1, adam_beta2", betas)
+    if run.left.get("max_grad_norm", 1.0) is None and run.trainer != "axolotl":  # which leaves out such keys
+        run.set("optim.max_grad_norm", run.left.pop("max_grad_norm"), "max_grad_norm", None)
+    if run.left.get("lr_scheduler_type") == "warmup_stable_decay":
+        _decay(run)
+
+
+def _decay(run: Translation) -> None:
+    """Set the share of the steps in which the learning rate decays."""
+    steps, share = finite_number(run.left.get("max_steps")) or 0, 0.0
+    if "num_decay_steps" not in run.left and run.trainer == "LLaMA-Factory":
+        share = (1 - (finite_number(run.left.get("warmup_ratio")) or 0)) * 2 / 3
+    elif steps > 0:
+        share = run.take("num_decay_steps", default=0) / steps
+    if share:
+        run.set("optim.decay_ratio", share, "num_decay_steps", share)
+    if run.take("decay_type", default="cosine") != "linear":
+        run.comments.append("lr_scheduler_type: there the decay follows a cosine; here it is linear")
 
 
 def _watching(run: Translation) -> None:

@@ -105,6 +105,7 @@ class Estimate:
     needs: Footprint
     weights: int
     trained: int
+    states: float  # bytes of a trained weight's master weight and optimizer states
     layers: int
     steps: int
     micro_batch: int  # tokens
@@ -137,7 +138,7 @@ class Estimate:
     @property
     def host(self) -> float:
         """Bytes of host memory on rank 0's node, where the model is read and checkpoints are written."""
-        parallelism, states = self.config.parallelism, state_bytes(self.config.optim, self.config.trainer)
+        parallelism, states = self.config.parallelism, self.states
         if parallelism.offload_optimizer is not Offload.none:
             states += 4  # gradients
         policy = 0.0 if parallelism.offload_parameters is Offload.none else self.whole
@@ -148,7 +149,7 @@ class Estimate:
         """Bytes that a run writes, by kind; of an adapter run, the adapter's weights only."""
         model = self.whole if self.config.model.adapter is None else float(self.number * self.trained)
         taken = {
-            "a checkpoint": state_bytes(self.config.optim, self.config.trainer) * self.trained,
+            "a checkpoint": self.states * self.trained,
             "the model": model,
         }
         if self.config.reference.mode is ReferenceMode.cached:
@@ -178,9 +179,7 @@ class Estimate:
             seconds += 2 * self.times * self.whole / gpus / _PCIE
         if parallelism.offload_optimizer is not Offload.none:  # gradients go out, updated weights come in
             seconds += (4 + self.number) * self.trained / gpus / _PCIE
-            moved = (
-                2 * state_bytes(self.config.optim, self.config.trainer) + 4 + self.number
-            )  # bytes that CPU Adam reads and writes
+            moved = 2 * self.states + 4 + self.number  # bytes that CPU Adam reads and writes
             seconds += moved * self.trained * self._node_share / _HOST_MEMORY
         return self.steps * seconds
 
@@ -269,6 +268,7 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
         needs,
         weights=sum(map(torch.numel, causal_lm.parameters())),
         trained=sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad),
+        states=state_bytes(config.optim, config.trainer, causal_lm),
         layers=layers,
         steps=steps,
         micro_batch=micro_batch,

@@ -15,18 +15,19 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from dpo_dist.batching.costs import Arrangement
+from dpo_dist.config.optim import OptimConfig, OptimizerKind
 from dpo_dist.config.run_folder import checkpoint_folders
 from dpo_dist.config.schema import (
     ZERO_STAGES,
     AttentionBackend,
     Dtype,
     Offload,
-    OptimConfig,
     Quantization,
     ReferenceMode,
     RunConfig,
     TrainerConfig,
 )
+from dpo_dist.distributed.muon import matrices_of
 from dpo_dist.distributed.zero import STATES_PER_MASTER
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import size
@@ -80,7 +81,7 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
     weights = _count_weights(causal_lm)
     trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
     stage, number = ZERO_STAGES[config.parallelism.kind], TORCH_DTYPES[config.model.dtype].itemsize
-    master = state_bytes(config.optim, config.trainer)
+    master = state_bytes(config.optim, config.trainer, causal_lm)
     if config.parallelism.offload_optimizer is not Offload.none:
         master = 0.0
     resident = config.parallelism.offload_parameters is Offload.none
@@ -119,9 +120,17 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
     return Footprint({name: part for name, part in parts.items() if part}, per_token)
 
 
-def state_bytes(optim: OptimConfig, trainer: TrainerConfig) -> float:
-    """Return the bytes of master weight and optimizer states per trained weight, as in a checkpoint."""
-    return 4.0 * (1 + STATES_PER_MASTER[optim.kind] + (trainer.ema_decay is not None))
+def state_bytes(optim: OptimConfig, trainer: TrainerConfig, causal_lm: Any = None) -> float:
+    """Return the bytes of master weight and optimizer states per trained weight, as in a checkpoint.
+
+    Without the model, Muon is counted as if all weights were matrices, which are the fewest bytes.
+    """
+    states = STATES_PER_MASTER[optim.kind]
+    if optim.kind is OptimizerKind.muon and causal_lm is not None:
+        trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
+        by_muon = sum(weight.numel() for weight in matrices_of(causal_lm)) / trained
+        states = by_muon * states + (1 - by_muon) * STATES_PER_MASTER[OptimizerKind.adamw]
+    return 4.0 * (1 + states + (trainer.ema_decay is not None))
 
 
 def fit_micro_batches(run: Run, causal_lm: Any) -> None:

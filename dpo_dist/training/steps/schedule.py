@@ -2,7 +2,7 @@
 
 import math
 
-from dpo_dist.config.schema import LearningRateSchedule, OptimConfig
+from dpo_dist.config.optim import LearningRateSchedule, OptimConfig
 from dpo_dist.foundation.errors import ConfigError
 
 _STEPS_WITHOUT_WARMUP = 10_000  # the time scale of `inverse_sqrt` without warm-up, as in transformers
@@ -13,9 +13,10 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
 
     The rate rises linearly over the first `warmup_steps`, or over `warmup_ratio` of the steps; the last step
     of the warm-up has `optim.lr`. Then the rate is constant, falls to `min_lr_ratio` of `optim.lr` in the
-    step after the last, or falls with the inverse root of the step (`inverse_sqrt`, arXiv:2106.04560),
-    whatever the number of steps is. The schedules of transformers start the warm-up one step later: their
-    first step has a rate of 0 and does not change the weights; after the warm-up both are equal.
+    step after the last (`wsd`: in the last `decay_ratio` of the steps), or falls with the inverse root of the
+    step (`inverse_sqrt`, arXiv:2106.04560), whatever the number of steps is. The schedules of transformers
+    start the warm-up one step later: their first step has a rate of 0 and does not change the weights; after
+    the warm-up both are equal.
     """
     warmup_steps = math.ceil(optim.warmup_ratio * steps) if optim.warmup_steps is None else optim.warmup_steps
     if step < warmup_steps:
@@ -31,15 +32,18 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
         case LearningRateSchedule.inverse_sqrt:
             scale = warmup_steps or _STEPS_WITHOUT_WARMUP
             return optim.lr * math.sqrt(scale / (step - warmup_steps + scale))
+        case LearningRateSchedule.wsd:
+            share = min(1.0, (steps - step) / max(1, round(optim.decay_ratio * steps)))
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * share)
 
 
-def check_warmup(optim: OptimConfig, steps: int) -> None:
-    """Check that the warm-up ends within a run of `steps`."""
-    if optim.warmup_steps is not None and optim.warmup_steps > steps:
+def check_schedule(optim: OptimConfig, steps: int) -> None:
+    """Check that warm-up and decay end within a run of `steps`."""
+    decay = round(optim.decay_ratio * steps) if optim.schedule is LearningRateSchedule.wsd else 0
+    if optim.warmup_steps is not None and optim.warmup_steps + decay > steps:
         raise ConfigError(
-            "the warm-up is longer than the run: the rate never reaches optim.lr",
+            f"the warm-up {'and the decay are' if decay else 'is'} longer than the run",
             where="optim.warmup_steps",
-            got=f"{optim.warmup_steps} of {steps} steps",
-            remedy="lower optim.warmup_steps, or raise trainer.epochs",
+            got=f"{optim.warmup_steps + decay} of {steps} steps",
+            remedy=f"set optim.warmup_steps={steps - decay} or less, or raise trainer.epochs",
         )

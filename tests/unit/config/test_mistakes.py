@@ -51,7 +51,7 @@ MISTYPED = [
     ("reference=off", "did you mean reference=none?"),
     ("--lora_target_modules q_proj v_proj", "write 'model.adapter.target_modules=[q_proj,v_proj]'"),
     ("--loss_type sigmoid sft", "write 'loss.terms=[{kind: sigmoid}, {kind: sft}]'"),
-    ("--optim adamw_torch", "choose optim=adamw or adamw_8bit"),
+    ("--optim adamw_torch", "choose optim=adamw, adamw_8bit or muon"),
     ("tracking.wandb=false", "did you mean tracking.wandb=off?"),
     ("~loss.beta", "loss.beta takes one value"),
     ("'model.adapter={target_modules: all}'", "did you mean model.adapter.target_modules=all-linear?"),
@@ -72,7 +72,7 @@ MISTYPED = [
     ("loss.gamma_beta_ratio=0.5", "loss.options.gamma=..., which is this ratio times loss.beta"),
     ("kto_chosen_weight=2", "write loss=kto loss.desirable_weight=2"),
     ("adam_beta2=0.95", "write 'optim.betas=[0.9,0.95]'"),
-    ("lr_scheduler_type=polynomial", "one of constant, linear, cosine, inverse_sqrt"),
+    ("lr_scheduler_type=polynomial", "one of constant, linear, cosine, inverse_sqrt, wsd"),
     ("data.train.weight=2", "write this key inside an entry: 'data.train=[{path: ..., weight: 2}]'"),
     # Quotes and spaces: one hint.
     ("'data.train=[a.jsonl,' 'b.jsonl]'", "write 'data.train=[a.jsonl, b.jsonl]'"),

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dpo_dist.batching.costs import Arrangement
-from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.config.optim import OptimConfig
+from dpo_dist.config.schema import AttentionBackend, Dtype, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.deepspeed_internals import (
     drop_gradients,
@@ -62,9 +63,11 @@ def tiny() -> Any:
 
 
 @contextlib.contextmanager
-def made(kind: str, dtype: Dtype = Dtype.fp32) -> Iterator[tuple[Any, PackedCausalLM]]:
+def made(
+    kind: str, dtype: Dtype = Dtype.fp32, optim: OptimConfig | None = None
+) -> Iterator[tuple[Any, PackedCausalLM]]:
     """An engine of a tiny model and AdamW, with the model. ZeRO-3 keeps vectors only gathered."""
-    config = policy_config(ParallelismConfig(kind=ParallelismKind(kind)), OptimConfig(), dtype)
+    config = policy_config(ParallelismConfig(kind=ParallelismKind(kind)), optim or OptimConfig(), dtype)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
     causal_lm = tiny()
     with join_world(config, 60, Reports()) as world:
@@ -78,6 +81,29 @@ def backward(engine: Any) -> None:
     engine.train()
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(-engine(BATCH).sum())
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("ddp", Dtype.bf16), ("zero2", Dtype.fp32), ("zero3", Dtype.fp32)]
+)
+@pytest.mark.parametrize("largest", [None, 0.5])
+def test_gradients_are_clipped_to_the_largest_norm_if_there_is_one(
+    kind: str, dtype: Dtype, largest: float | None
+) -> None:
+    squares = []
+    with made(kind, dtype, OptimConfig(max_grad_norm=largest)) as (engine, _):
+        inner_optimizer(engine).register_step_pre_hook(
+            lambda inner, *_: squares.extend(
+                weight.grad.square().sum().item()
+                for group in inner.param_groups
+                for weight in group["params"]
+            )
+        )
+        backward(engine)
+        engine.step()
+        norm = float(engine.get_global_grad_norm())
+    assert norm > 1
+    assert sum(squares) ** 0.5 == pytest.approx(largest or norm, rel=1e-3)
 
 
 def test_zero_3_shards_every_weight_and_the_master_weights_are_slices() -> None:

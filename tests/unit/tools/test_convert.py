@@ -139,6 +139,28 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ("{max_steps: -1}", {"trainer.max_steps": None}, "max_steps: -1 — not needed"),
     ("{report_to: [tensorboard]}", {"tracking.wandb": "off", "tracking.also": ["tensorboard"]}, ""),
     ("{optim: paged_adamw_8bit}", {"optim.kind": "adamw_8bit"}, ""),
+    ("{optim: muon}", {"optim.kind": "muon"}, ""),
+    ("{use_muon: true, stage: dpo}", {"optim.kind": "muon", "parallelism.kind": "ddp"}, ""),
+    ("{use_muon: true, deepspeed: ds_z3_config.json}", {"optim.kind": "adamw"}, "Muon needs whole"),
+    ("{max_grad_norm: null}", {"optim.max_grad_norm": None}, ""),
+    ("{max_grad_norm: 0}", {"optim.max_grad_norm": None}, ""),
+    ("{base_model: m, max_grad_norm: null}", {"optim.max_grad_norm": 1.0}, "max_grad_norm: empty"),
+    (
+        "{lr_scheduler_type: warmup_stable_decay, max_steps: 70, "
+        "lr_scheduler_kwargs: {num_decay_steps: 7, min_lr_ratio: 0.1, decay_type: linear}}",
+        {"optim.schedule": "wsd", "optim.decay_ratio": 0.1, "optim.min_lr_ratio": 0.1},
+        "",
+    ),
+    (
+        "{lr_scheduler_type: warmup_stable_decay, lr_scheduler_kwargs: {num_decay_steps: 7}}",
+        {"optim.schedule": "wsd", "optim.decay_ratio": 0.2},
+        "num_decay_steps: 7 — set optim.decay_ratio",
+    ),
+    (
+        "{stage: dpo, lr_scheduler_type: warmup_stable_decay, warmup_ratio: 0.1}",
+        {"optim.schedule": "wsd", "optim.decay_ratio": pytest.approx(0.6)},
+        "here it is linear",
+    ),
     ("{optim: rmsprop}", {"optim.kind": "adamw"}, "optim: rmsprop — "),
     ("{max_length: }", {}, "max_length: null — there no text is cut"),
     ("{preprocessing_num_workers: 16}", {}, "16 — not needed"),
@@ -218,7 +240,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     (
         "{use_lora: true}",
         {"model.adapter.r": 64, "model.adapter.alpha": 16, "loss.kind": "sigmoid_norm", "loss.beta": 5.0}
-        | {"optim.max_grad_norm": 1e9},
+        | {"optim.max_grad_norm": None},
         "",
     ),
     (

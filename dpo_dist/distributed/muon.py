@@ -1,0 +1,103 @@
+"""Muon for matrices and AdamW for all other weights, as one optimizer inside of DeepSpeed's."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dpo_dist.distributed.deepspeed_internals import Range
+
+MOMENTUM = "momentum_buffer"  # the state of Muon, of the shape of the weight
+MATRICES = "is_of_matrices"
+"""Marks the parameter group that Muon updates."""
+
+
+def matrices_of(causal_lm: Any) -> set[nn.Parameter]:
+    """Return the trained matrices, without embeddings and the output layer; stacked experts are none."""
+    tables = {module.weight for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
+    if (output := causal_lm.get_output_embeddings()) is not None:
+        tables |= set(output.parameters())
+    return {
+        weight
+        for weight in causal_lm.parameters()
+        if weight.requires_grad and weight.ndim == 2 and weight not in tables
+    }
+
+
+class MuonAndAdamW(torch.optim.AdamW):
+    """AdamW, with Muon for the group of `MATRICES` (arXiv 2502.16982: updates as large as those of AdamW).
+
+    DeepSpeed replaces the weights of each group by one flat tensor, this rank's part of all of them;
+    `ranges` maps this tensor to the weights in it.
+    """
+
+    ranges: Mapping[Tensor, Sequence[Range]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update all weights from their gradients, which are already clipped; collective."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group[MATRICES]]
+        super().step(closure)
+        self.param_groups = groups
+        for group in groups:
+            if group[MATRICES]:
+                self._update_matrices(group["params"][0], group["lr"], group["weight_decay"])
+
+    def has_momentum(self, flat: Tensor) -> bool:
+        """Return whether Muon updates a flat tensor, which then has a momentum in place of two moments."""
+        return any(group[MATRICES] and group["params"][0] is flat for group in self.param_groups)
+
+    def _update_matrices(self, flat: Tensor, lr: float, weight_decay: float) -> None:
+        state = self.state[flat]
+        if not state:
+            state |= {"step": torch.zeros(()), MOMENTUM: torch.zeros_like(flat, requires_grad=False)}
+        state["step"] += 1
+        assert flat.grad is not None, "DeepSpeed sets the gradient before each step"
+        tensors, ranges = [flat.detach(), flat.grad, state[MOMENTUM]], self.ranges[flat]
+        joined, momenta = _join(tensors, ranges), {}
+        for weight, start, _, length in ranges:
+            parts = joined.get(weight) or [tensor.narrow(0, start, length) for tensor in tensors]
+            matrix, matrix.grad, momentum = (part.view(weight.shape) for part in parts)
+            momenta[matrix] = {MOMENTUM: momentum}
+        if momenta:  # else this rank's part is only padding
+            muon: Any = torch.optim.Muon(momenta, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+            muon.state.update(momenta)
+            muon.step()
+        for weight, start, first, length in ranges:
+            for tensor, whole in zip(tensors, joined.get(weight, ()), strict=False):
+                tensor.narrow(0, start, length).copy_(whole.narrow(0, first, length))
+
+
+def _join(tensors: Sequence[Tensor], ranges: Sequence[Range]) -> dict[nn.Parameter, list[Tensor]]:
+    """Return the whole of each matrix that is cut over ranks, of each of the flat `tensors`; collective.
+
+    Ranks have equal parts, one after the other, of all matrices in a row. Two ranks share at most one
+    matrix, unless they are the same.
+    """
+    rank, ranks, size = dist.get_rank(), dist.get_world_size(), tensors[0].numel()
+    cut = [each for each in ranges if each[3] < each[0].numel()]
+
+    def length_on(other: int, cut_range: Range) -> int:
+        weight, start, first, _ = cut_range
+        begin = (rank - other) * size + start - first  # of the matrix, from the start of the other's part
+        return max(0, min(begin + weight.numel(), size) - max(begin, 0))
+
+    shares = [
+        (other, each, count) for other in range(ranks) for each in cut if (count := length_on(other, each))
+    ]
+    sent = [torch.stack([tensor.narrow(0, each[1], each[3]) for tensor in tensors]) for _, each, _ in shares]
+    to_send, to_receive = [0] * ranks, [0] * ranks
+    for (other, _, count), own in zip(shares, sent, strict=True):
+        to_send[other] += own.numel()
+        to_receive[other] += len(tensors) * count
+    received = tensors[0].new_empty(sum(to_receive))
+    flat = torch.cat([received[:0], *map(torch.flatten, sent)])
+    dist.all_to_all_single(received, flat, to_receive, to_send)
+    pieces: dict[nn.Parameter, list[Tensor]] = {}
+    for _, (weight, *_), count in shares:
+        piece, received = received.tensor_split([len(tensors) * count])
+        pieces.setdefault(weight, []).append(piece.view(len(tensors), count))
+    return {weight: [*torch.cat(each, dim=1)] for weight, each in pieces.items()}
