@@ -1,6 +1,7 @@
 """`--json`: one document that the schema describes; the words of an error repair a command by themselves."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.verbs import VERBS
-from tests.support.launch import environment
+from tests.support.launch import ROOT, TWO_PROCESSES, environment
 from tests.support.warm import ENVIRONMENT, run_warm_apart
 
 RUN = "model.path=model model.dtype=fp32 data.train=[train.jsonl] tracking.wandb=off"
@@ -29,10 +30,10 @@ BROKEN = [
     ("a misspelt data file", "train model.path=model model.dtype=fp32 data.train=[trian.jsonl]",
      "data.train=[train.jsonl]"),
     ("a misspelt file in an entry", "train model.path=model 'data.train=[{path: trian.jsonl, weight: 2}]'",
-     "data.train=[{path: train.jsonl, weight: 2}]"),
+     "'data.train=[{path: train.jsonl, weight: 2}]'"),
     ("a misspelt value in an entry",
      "train model.path=model 'data.train=[{path: train.jsonl, format: sharegpt}]'",
-     "data.train=[{path: train.jsonl, format: auto}]"),
+     "'data.train=[{path: train.jsonl, format: auto}]'"),
     ("a misspelt model folder", "train model.path=./modle model.dtype=fp32 data.train=[train.jsonl]",
      "model.path=model"),
     ("options of TRL",
@@ -84,7 +85,16 @@ def document(words: list[str], folder: Path) -> tuple[int, dict[str, Any]]:
         code, output, errors = ended.returncode, ended.stdout, ended.stderr
     [line] = output.splitlines() or pytest.fail(errors)
     found: dict[str, Any] = json.loads(line, parse_constant=pytest.fail)
+    check_schema(found)
     return code, found
+
+
+def check_schema(found: dict[str, Any]) -> None:
+    """Compare a document with docs/output.schema.json; skip the test without the package that does."""
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((ROOT / "docs" / "output.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.Draft202012Validator(schema).validate(found)
 
 
 def key_of(word: str) -> str:
@@ -121,3 +131,99 @@ def test_the_words_of_an_error_repair_its_command(typed: str, wanted: str, folde
     assert said, "it is not broken"
     assert found.get("verdict", "").startswith("check passed"), "\n".join(said)
     assert {*shlex.split(wanted)} <= {*words}, "\n".join(said)
+
+
+PAGE = (ROOT / "docs" / "agents.md").read_text()
+TYPED = re.findall(r"^(?:\$ |    )dpo-dist (.*)$|^\| `dpo-dist ([^`]*)`", PAGE, re.MULTILINE)
+
+
+def test_every_command_on_the_page_for_agents_does_what_the_page_says(folder: Path) -> None:
+    """In the order of the page; documents have their kind and fit the schema."""
+    (folder / "pairs.jsonl").symlink_to(folder / "train.jsonl")
+    (folder / "held_out.jsonl").symlink_to(folder / "eval.jsonl")
+    [run] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (folder / "run.yaml").write_text(run)
+    kinds = dict(re.findall(r"^\| `dpo-dist ([^`]*)` \| `(\w+)`", PAGE, re.MULTILINE))
+    [wrong] = re.findall(r"^\$ dpo-dist (.*)\n(\{.*\})$", PAGE, re.MULTILINE)
+    for typed in ["agent-docs --json", *map("".join, TYPED)]:
+        words = shlex.split(typed)
+        if "--json" not in words:
+            module = VERBS[words[0]].module if words[0] in VERBS else "dpo_dist"
+            arguments = words[words[0] in VERBS :]
+            code, output, errors = run_warm_apart(module, arguments, environment() | ENVIRONMENT, folder, 240)
+            assert code == 0, f"{typed}\n{output}{errors}"
+            continue
+        code, found = document([word for word in words if word != "--json"], folder)
+        if typed == wrong[0]:
+            assert (code, found) == (2, json.loads(wrong[1]))
+            continue
+        assert code in ({0, 1} if words[0] == "doctor" else {0}), found
+        assert found["kind"] == kinds.get(typed, found["kind"])
+        if words[0] == "agent-docs":
+            assert found["text"] == PAGE
+    assert (folder / "output/a/model").is_dir()
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "store info gone",
+        "chat gone",
+        "report gone",
+        "convert gone.yaml",
+        "selftest --output gone/x.json",
+        "plan --cfg",
+        "export",
+        f"train {RUN} loss.beta=0",
+    ],
+)
+def test_every_error_is_a_document(typed: str, folder: Path) -> None:
+    code, found = document(shlex.split(typed), folder)
+    assert code == found["error"]["code"] == 2
+    assert found["error"]["remedy"]["text"]
+
+
+def test_several_processes_print_one_document(folder: Path) -> None:
+    """Also of an error, and beside what they say on standard error."""
+    words = shlex.split(f"{RUN} trainer.max_steps=1 samples.prompts=0 run.dir=run --json")
+    command = [
+        sys.executable,
+        "-m",
+        "dpo_dist",
+        "launch",
+        "--config_file",
+        str(TWO_PROCESSES),
+        "train",
+        *words,
+    ]
+    for added, key in (("loss.beta=0.2", "kind"), ("run.dir=model", "error")):
+        ended = subprocess.run(
+            [*command, added],
+            env=environment(),
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        [line] = ended.stdout.splitlines() or pytest.fail(ended.stderr)
+        found = json.loads(line)
+        assert key in found
+        check_schema(found)
+
+
+def test_what_is_not_promised_breaks_the_schema() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    error = {"code": 2, "message": "no", "remedy": {"text": "a", "write": [], "remove": []}}
+    for broken in (
+        {},
+        {"error": {}},
+        {"error": {**error, "code": 0}},
+        {"error": error, "kind": "check"},
+        {"error": {**error, "remedy": "write loss.beta=1"}},
+        {"kind": "check", "verdict": "check failed", "facts": [], "hint": ""},
+        {"kind": "sweep", "points": [{}]},
+        {"kind": "report", "page": "x", "runs": []},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            check_schema(broken)
