@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import dpo_dist
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.foundation.errors import ConfigError, ExitCode, exit_after, wants_document
+from dpo_dist.foundation.errors import ConfigError, ErrorPrinter, ExitCode, exit_after
 from dpo_dist.foundation.process import this_rank
 from dpo_dist.foundation.repair import COMMAND_LINE
 from dpo_dist.foundation.streams import print_line
@@ -33,7 +33,7 @@ def main() -> int:
         return ExitCode.completed
     is_asked = verb in ("help", "-h", "--help")
     mistake = [f"there is no verb {verb!r}; {_suggest(verb)}".rstrip("; ")] if verb and not is_asked else []
-    if mistake and wants_document():
+    if mistake and ErrorPrinter().is_document:
         exit_after(lambda: _refuse(verb))
     tools = {name: row for name, row in VERBS.items() if ".tools." in row.module}
     runs = {name: row for name, row in VERBS.items() if name not in tools}

@@ -32,14 +32,7 @@ from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, Dtype, Parallelism
 from dpo_dist.config.user_code import check_code_allowed, code_warnings, read_saved_yaml
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.console import console_on, warnings_off
-from dpo_dist.foundation.errors import (
-    Arguments,
-    ConfigError,
-    ErrorPrinter,
-    ExitCode,
-    exit_after,
-    wants_document,
-)
+from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.process import check_launch, this_rank
 from dpo_dist.foundation.repair import COMMAND_LINE
@@ -228,8 +221,7 @@ def run_verb(
     `check` returns what `--check` prints, on rank 0 only. `--help` prints the docstring of `main`'s module.
     """
     styles = [word.lstrip("+") for word in sys.argv[1:] if word.lstrip("+").startswith("console.style=")]
-    is_json = styles[-1:] == [f"console.style={ConsoleStyle.json}"]
-    errors = ErrorPrinter(is_json, this_rank(), wants_document())
+    errors = ErrorPrinter(styles[-1:] == [f"console.style={ConsoleStyle.json}"], this_rank())
     exit_after(lambda: _run(main, check, verb, errors), errors)
 
 

@@ -15,7 +15,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum, StrEnum
 from pathlib import Path
@@ -247,20 +247,17 @@ class ErrorPrinter:
 
     is_json: bool = False
     rank: int = 0
-    is_document: bool = False
+    is_document: bool = field(default_factory=lambda: "--json" in sys.argv[1:])
 
     def print(self, text: str, content: Mapping[str, Any]) -> None:
         """Print one error; `content` is for programs. A stream that fails is ignored."""
-        stream = sys.stderr
+        is_object = self.is_json and not self.is_document
         if self.is_document:
             keep_document(json.dumps({"error": without_secrets(content)}))
-        elif self.is_json:
+        if is_object:
             now = datetime.now().astimezone().isoformat(timespec="seconds")
-            text, stream = (
-                json.dumps({"kind": "error", "time": now, **without_secrets(content)}),
-                json_stream(),
-            )
-        print_line(text, stream)
+            text = json.dumps({"kind": "error", "time": now, **without_secrets(content)})
+        print_line(text, json_stream() if is_object else sys.stderr)
 
     def print_end(self, exit_code: int, words: str) -> int:
         """Print `words`, how the process ended, on rank 0 unless they are empty; return the exit code."""
@@ -286,11 +283,6 @@ class ErrorPrinter:
         return error.exit_code
 
 
-def wants_document() -> bool:
-    """Return whether the command line asks for one JSON document."""
-    return "--json" in sys.argv[1:]
-
-
 def _print_document(*, is_done: bool) -> None:
     """Print the document that is kept; `is_done`: print one also for a verb without a result."""
     if document := kept_document() or ('{"kind": "done"}' if is_done and kept_document() == "" else None):
@@ -304,7 +296,7 @@ def exit_after(work: Callable[[], int], errors: ErrorPrinter | None = None) -> N
     A `DpoDistError` is printed as one block by one rank, Ctrl-C as one line, any other exception with its
     traceback. With `--json` standard output gets one JSON document in place of all: the result or the error.
     """
-    errors = errors or ErrorPrinter(is_document=wants_document())
+    errors = errors or ErrorPrinter()
     open_closed_streams()
     keep_document("" if errors.is_document else None)
     if errors.is_document:

@@ -19,7 +19,7 @@ _OTHER_CASES = ("or ", "else ", "in place of ", "in a command of its own ")
 _EXAMPLE = re.compile(
     r"\.\.\.|<|=\[?[A-Z_/]{2,}(?![a-z\d-])|=VALUE|\b(?:pairs|held_out)\.jsonl|\bmy_loss|\./base"
 )
-"""Stands in a remedy for something that only the user knows."""
+"""Stands in a remedy for what only the user knows, unless the user has typed it."""
 _CHOSEN_BY = {"loss": ("loss.kind", "loss.terms"), "reference": ("reference.mode",)}
 """By the group of a preset: the keys that would win over a preset that is written."""
 
@@ -41,16 +41,17 @@ def repair_of(remedy: str, where: str, got: str, typed: Sequence[str]) -> dict[s
         elif kind == "verb":
             write += [word.strip("'") for word in re.findall(rf"{_WORD}|\w+", words)]
         elif kind == "name":
-            write += _renamed(words, wrong)
+            _, equals, value = "".join(wrong[:1]).partition("=")
+            write += [f"{words}{equals}{value}", *wrong[1:]]
         else:
             named = [] if words in ("it", "not needed") else [words]
             remove += named or wrong or re.findall(r"^[a-z][\w.]*(?=$|[, ])", where)
-    if any(map(_EXAMPLE.search, write)):
+    examples = [found[0] for found in map(_EXAMPLE.search, write) if found]
+    if any(not any(example in word for word in typed) for example in examples):
         return {"write": [], "remove": remove}
     if not wrong and any("[" in key_of(word) or "=" not in word for word in write):
-        write, remove = _replaced(
-            write[0].partition("=")[2] or write[0], (got.partition(" (")[0], where), typed
-        )
+        name = write[0].partition("=")[2] or write[0]
+        write, remove = _replaced(name, (got.partition(" (")[0], where), typed)
     keys = {key_of(word) for word in write}
     if write:
         remove += [word for word in wrong if "=" not in word or key_of(word) not in keys]
@@ -69,14 +70,6 @@ def _wrong_words(where: str, got: str) -> list[str]:
     if place != COMMAND_LINE:
         return re.findall(r"^([a-z][\w.]*) in \S", where)  # a key in a file
     return [line] if line and not line.startswith("-") else (line or got).split()
-
-
-def _renamed(name: str, wrong: Sequence[str]) -> list[str]:
-    """Return the wrong words with another key, option or verb."""
-    if not wrong:
-        return [name]
-    _, equals, value = wrong[0].partition("=")
-    return [f"{name}{equals}{value}", *wrong[1:]]
 
 
 def _replaced(name: str, wrong: Sequence[str], typed: Sequence[str]) -> tuple[list[str], list[str]]:

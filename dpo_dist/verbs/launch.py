@@ -13,4 +13,4 @@ if __name__ == "__main__":
     end_at_signals()  # the import takes seconds
     from dpo_dist.distributed.processes.launcher import launch
 
-    exit_after(lambda: launch(sys.argv[1:]), ErrorPrinter())  # `--json` is for the verb that it starts
+    exit_after(lambda: launch(sys.argv[1:]), ErrorPrinter(is_document=False))  # `--json` is the verb's

@@ -5,6 +5,7 @@ import pytest
 from dpo_dist.foundation.repair import repair_of
 
 TYPED = ["model.path=./modle", "data.train=[{path: trian.jsonl, format: sharegpt}]"]
+TYPED += ["data.eval=held_out.jsonl"]
 # A remedy, where, got; the words to write and to remove.
 # fmt: off
 REMEDIES = [
@@ -40,6 +41,8 @@ REMEDIES = [
     ("write loss.beta=0.2: a decimal point, no comma", "command line: loss.beta=0,2", "",
      ["loss.beta=0.2"], []),
     ("leave run.dir out, which gives each configuration its own folder", "run.dir", "", [], ["run.dir"]),
+    ("write 'data.train=[held_out.jsonl]'", "command line: data.train=held_out.jsonl", "",
+     ["data.train=[held_out.jsonl]"], []),
     # What only the user knows is no word to type.
     ("set data.train=[pairs.jsonl], or choose a preset with data=...", "data.train", "", [], []),
     ("write loss=NAME: aot, bco", "command line: loss=[]", "", [], []),
