@@ -4,11 +4,13 @@ import os
 import shlex
 import sys
 from difflib import get_close_matches
+from typing import NoReturn
 
 import dpo_dist
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.foundation.errors import ConfigError, ErrorPrinter, ExitCode, exit_after
 from dpo_dist.foundation.process import this_rank
+from dpo_dist.foundation.repair import COMMAND_LINE
 from dpo_dist.foundation.streams import print_line
 
 
@@ -31,6 +33,8 @@ def main() -> int:
         return ExitCode.completed
     is_asked = verb in ("help", "-h", "--help")
     mistake = [f"there is no verb {verb!r}; {_suggest(verb)}".rstrip("; ")] if verb and not is_asked else []
+    if mistake and ErrorPrinter().is_document:
+        exit_after(lambda: _refuse(verb))
     tools = {name: row for name, row in VERBS.items() if ".tools." in row.module}
     runs = {name: row for name, row in VERBS.items() if name not in tools}
     lines = ["usage: dpo-dist VERB ...; dpo-dist VERB --help"]
@@ -44,6 +48,11 @@ def _python_options() -> list[str]:
     """Return Python's own options before `-m dpo_dist`, such as a launcher's `-u`."""
     before = sys.orig_argv[1 : -len(sys.argv)]
     return before[:-1] if before[-1:] == ["-m"] else []
+
+
+def _refuse(verb: str) -> NoReturn:
+    remedy = _suggest(verb) or "dpo-dist without a verb lists the verbs"
+    raise ConfigError(f"there is no verb {verb!r}", where=f"{COMMAND_LINE}: {verb}", remedy=remedy)
 
 
 def _suggest(verb: str) -> str:

@@ -4,7 +4,7 @@ The same command again resumes the run. `--check` only checks that the run can s
 key.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from dpo_dist.foundation.signals import StopRequest, end_at_signals
 
@@ -14,6 +14,7 @@ if __name__ == "__main__":
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.types import CheckReport
 from dpo_dist.training.start.preflight import check_start, checked_start
 
 
@@ -32,13 +33,13 @@ def main(config: RunConfig, on_row: Callable[[dict[str, float]], bool | None] | 
         return train(config, console, stop, reporting(on_row))
 
 
-def check(config: RunConfig) -> Iterator[str]:
+def check(config: RunConfig) -> CheckReport:
     """Check everything that training needs before it uses a GPU."""
     check_start(config, trains=True)
     from dpo_dist.tools.plan.make_plan import plan_in_brief  # noqa: PLC0415  (slow)
     from dpo_dist.training.start.check import dry_run  # noqa: PLC0415  (slow)
 
-    yield dry_run(config, plan=plan_in_brief)
+    return dry_run(config, plan=plan_in_brief)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import dpo_dist
 from dpo_dist.config.compose import parse_overrides
 from dpo_dist.config.keys import (
-    COMMAND_LINE,
     Key,
     group_folders,
     is_within,
@@ -36,8 +35,10 @@ from dpo_dist.foundation.console import console_on, warnings_off
 from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.process import check_launch, this_rank
+from dpo_dist.foundation.repair import COMMAND_LINE
 from dpo_dist.foundation.streams import print_result, printable_lines, reserve_output
 from dpo_dist.foundation.text import without_secrets
+from dpo_dist.foundation.types import CheckReport
 
 _EXIT_CODES = """exit codes: 0 completed, 1 bug or findings of the doctor, 2 configuration or data error,
 3 diverged; the same command resumes after 69 lost process, 75 stopped with a checkpoint"""
@@ -89,20 +90,22 @@ def split_words(arguments: Sequence[str]) -> argparse.Namespace:
     options, rest = _parser().parse_known_args(arguments)
     options.words, options.mistakes = [], []
     while rest:
-        name, equals, value = (word := rest.pop(0)).partition("=")
-        if not word.startswith("-"):
+        if not (word := rest.pop(0)).startswith("-"):
             options.words.append(word)
             continue
-        values = [value] if equals else []
-        while not equals and rest and not rest[0].startswith("-") and "=" not in rest[0]:
+        values = []
+        while "=" not in word and rest and not rest[0].startswith("-") and "=" not in rest[0]:
             values.append(rest.pop(0))
-        options.mistakes.append(_unknown_option(name, values))
+        options.mistakes.append(_unknown_option(word, values))
     if options.help and "=" in options.help:
         options.words, options.help = [options.help, *options.words], ""
     return options
 
 
-def _unknown_option(name: str, values: Sequence[str]) -> ConfigError:
+def _unknown_option(typed: str, values: Sequence[str]) -> ConfigError:
+    name, equals, value = typed.partition("=")
+    where = f"{COMMAND_LINE}: {' '.join([typed, *values])}"
+    values = [value] if equals else values
     key, value = name.lstrip("-").replace("-", "_"), "".join(values[:1])
     if len(values) > 1:
         value = f"[{','.join(values)}]"
@@ -112,7 +115,6 @@ def _unknown_option(name: str, values: Sequence[str]) -> ConfigError:
     else:
         guess = "" if is_foreign else suggestion(name, re.findall(r"--[\w-]+", _parser().format_help()))
         remedy = guess.rstrip() or unknown_key(key, value or "true").remedy
-    where = f"{COMMAND_LINE}: {' '.join([name, *values]).strip()}"
     return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
 
 
@@ -212,12 +214,11 @@ def _columns(lines: Collection[tuple[str, str]]) -> list[str]:
 
 
 def run_verb(
-    main: Callable[[Any], int], check: Callable[[Any], Iterator[str]] | None = None, *, verb: str = "train"
+    main: Callable[[Any], int], check: Callable[[Any], CheckReport] | None = None, *, verb: str = "train"
 ) -> NoReturn:
     """Call `main` with the command line's configuration, or with a sweep's points; exit with its exit code.
 
-    `check` yields the lines that `--check` prints, on rank 0 only. `--help` prints the docstring of `main`'s
-    module.
+    `check` returns what `--check` prints, on rank 0 only. `--help` prints the docstring of `main`'s module.
     """
     styles = [word.lstrip("+") for word in sys.argv[1:] if word.lstrip("+").startswith("console.style=")]
     errors = ErrorPrinter(styles[-1:] == [f"console.style={ConsoleStyle.json}"], this_rank())
@@ -225,7 +226,7 @@ def run_verb(
 
 
 def _run(
-    main: Callable[[Any], int], check: Callable[[Any], Iterator[str]] | None, verb: str, errors: ErrorPrinter
+    main: Callable[[Any], int], check: Callable[[Any], CheckReport] | None, verb: str, errors: ErrorPrinter
 ) -> int:
     options = split_words(sys.argv[1:])
     text = _option_text(options, verb, sys.modules[main.__module__].__doc__ or "")
@@ -253,14 +254,10 @@ def _run(
         raise ConfigError("this verb has no --check", where=COMMAND_LINE, remedy="remove --check")
     if this_rank() == 0:
         with warnings_off():
-            _print_checks(check(configured), config.console.style)
+            report = check(configured)
+            content = {**report.as_dict(), "text": str(report)}
+            console_on(sys.stdout, config.console.style).result("check", content, str(report).splitlines())
     return ExitCode.completed
-
-
-def _print_checks(texts: Iterable[str], style: ConsoleStyle) -> None:
-    console = console_on(sys.stdout, style)
-    for text in texts:
-        console.result("check", {"text": text}, text.splitlines())
 
 
 def _configurations(options: argparse.Namespace, verb: str) -> Points:

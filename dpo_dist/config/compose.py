@@ -24,7 +24,6 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_dist.config.keys import (
-    COMMAND_LINE,
     config_dir,
     is_within,
     preset_names,
@@ -44,6 +43,7 @@ from dpo_dist.config.mistakes import (
 )
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.repair import COMMAND_LINE
 
 FAILURES = (
     *(ConfigError, HydraException, OmegaConfBaseException),
@@ -312,7 +312,7 @@ class Command:
             message, remedy = f"{key} is a section", f"write {key}.KEY=VALUE; --help {key} lists its keys"
         else:
             return None
-        return ConfigError(message, where=COMMAND_LINE, got=line, remedy=remedy)
+        return ConfigError(message, where=f"{COMMAND_LINE}: {line}", remedy=remedy)
 
     def unread_keys(self, verb: str, *, trains: bool) -> list[ConfigError]:
         """Return an error for each override whose key a verb does not read; files may have such keys."""

@@ -17,7 +17,6 @@ from dpo_dist.config.identity import plain
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.config.verbs import EVERY_VERB, VERBS
 
-COMMAND_LINE = "command line"
 _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
 

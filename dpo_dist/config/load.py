@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from dpo_dist.config.compose import FAILURES, Command, keys_given, names_chosen, parse_overrides, plain_values
 from dpo_dist.config.identity import RunIdentity, default_dir, differing_keys
-from dpo_dist.config.keys import COMMAND_LINE, group_folders, preset_names, run_keys
+from dpo_dist.config.keys import group_folders, preset_names, run_keys
 from dpo_dist.config.mistakes import (
     SCHEMA,
     composition_error,
@@ -31,6 +31,7 @@ from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function, read_saved_yaml
 from dpo_dist.foundation.errors import ConfigError, DpoDistError
 from dpo_dist.foundation.remote import check_url, is_url
+from dpo_dist.foundation.repair import COMMAND_LINE
 from dpo_dist.foundation.text import first_few, without_secrets
 
 Points: TypeAlias = dict[tuple[str, ...], RunConfig]

@@ -20,7 +20,6 @@ from pydantic_core import ErrorDetails
 
 from dpo_dist.config.fields import schema_fields
 from dpo_dist.config.keys import (
-    COMMAND_LINE,
     all_keys,
     as_written,
     choices,
@@ -35,6 +34,7 @@ from dpo_dist.config.losses import NO_OPTION, kinds_using
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, DpoDistError
+from dpo_dist.foundation.repair import COMMAND_LINE
 from dpo_dist.foundation.text import first_few
 
 SCHEMA = TypeAdapter(RunConfig)
@@ -146,7 +146,7 @@ def raise_all(mistakes: Sequence[DpoDistError]) -> None:
         lines.append(f"{where or mistake.got}{got}: {mistake.message}{expected}; {mistake.remedy}")
     if lines := list(dict.fromkeys(lines)):
         whole = ConfigError(f"this command has {len(lines)} mistakes", remedy=f"\n{' ' * 12}".join(lines))
-        whole.parts = every
+        whole.parts = list(different.values())
         raise whole
 
 
@@ -435,7 +435,8 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
     expected = expected or describe_type(hint)
     if error["type"] == "less_than_equal" and "<=" not in expected:
         expected += f", <= {error['ctx']['le']:,}"
-    remedy = f"set {key} to {expected}"
+    default = f"; remove it for the default, {row.default_words}" if row and row.default_words else ""
+    remedy = f"set {key} to {expected}{default}"
     if error["type"] == "string_pattern_mismatch" and not got.strip("' "):
         expected, remedy = "text that is not empty", "remove the key, or write a value"
     elif isinstance(value, bool) and " in " in where and choices(hint):

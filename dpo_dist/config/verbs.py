@@ -124,6 +124,12 @@ VERBS = {
         is_configured=False,
         is_one_process=True,
     ),
+    "agent-docs": Verb(
+        "dpo_dist.verbs.agent_docs",
+        "print the page for coding agents: commands, exit codes, JSON",
+        is_configured=False,
+        is_one_process=True,
+    ),
     "launch": Verb(
         "dpo_dist.verbs.launch",
         "start a verb on several processes, with the arguments of accelerate launch",

@@ -25,7 +25,14 @@ from rich.text import Text
 from dpo_dist.foundation.background import call_periodically
 from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.files import for_json
-from dpo_dist.foundation.streams import SafeStream, json_stream, output_descriptor, printable_lines
+from dpo_dist.foundation.streams import (
+    SafeStream,
+    json_stream,
+    keep_document,
+    kept_document,
+    output_descriptor,
+    printable_lines,
+)
 from dpo_dist.foundation.text import duration, percent, pluralize, without_secrets
 from dpo_dist.foundation.types import Fields
 
@@ -38,6 +45,7 @@ _BAR_WIDTH = 20
 _STYLES = {"error": "bold red", "warning": "yellow"}  # of a line on a terminal, by its first word
 # In a scheduler's log file lines of these kinds begin with date and time; results do not.
 _KINDS_WITH_TIME = ("message", "progress", "evaluation", "error")
+_EVENTS = (*_KINDS_WITH_TIME, "step")
 TRAINING = "training"  # the last progress line of this work stays on a terminal
 
 
@@ -70,6 +78,17 @@ class JsonScreen(LineScreen):
         """Print `content` as one JSON object."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         self._print(json.dumps(for_json({"kind": kind, "time": now, **content}), default=str))
+
+
+class DocumentScreen(LineScreen):
+    """Prints events as lines; the last result becomes the one JSON document of the program."""
+
+    def print(self, kind: str, content: Fields, lines: Sequence[str]) -> None:
+        """Print an event, or keep a result."""
+        if kind in _EVENTS:
+            super().print(kind, content, lines)
+        else:
+            JsonScreen(keep_document).print(kind, content, lines)
 
 
 class LiveScreen(LineScreen):
@@ -133,6 +152,8 @@ class Terminal(RichConsole):
 
 def open_screen(messages: SafeStream, objects: SafeStream, style: str) -> LineScreen:
     """Return the screen for a `console.style`: text goes to `messages`, JSON goes to `objects`."""
+    if kept_document() is not None:
+        return DocumentScreen(partial(_print, messages), has_times=True)
     if style == "json":
         return JsonScreen(partial(_print, objects))
     if style == "auto" and messages.isatty():

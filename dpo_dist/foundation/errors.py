@@ -15,13 +15,21 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from dpo_dist.foundation.streams import json_stream, open_closed_streams, print_line
+from dpo_dist.foundation.repair import COMMAND_LINE, repair_of
+from dpo_dist.foundation.streams import (
+    json_stream,
+    keep_document,
+    kept_document,
+    open_closed_streams,
+    print_line,
+    reserve_output,
+)
 from dpo_dist.foundation.text import without_secrets
 
 _RANK_0_SECONDS = 60
@@ -83,10 +91,17 @@ class DpoDistError(Exception):
         lines = [f"  {label + ':':<10}{text}" for label, text in parts.items() if text]
         return "\n".join([f"{self.title}: {self.message}", *lines])
 
-    def as_dict(self) -> dict[str, str | int]:
-        """Return the error for programs."""
+    def as_dict(self, typed: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the error for programs, with the words that repair the command `typed` as far as known."""
         texts = {name: getattr(self, name) for name in ("title", "message", "where", "got", "expected")}
-        return {**texts, "to_do": self.remedy, "exit_code": int(self.exit_code)}
+        words = repair_of(self.remedy, self.where, self.got, typed)
+        content = {"code": int(self.exit_code), **texts, "remedy": {"text": self.remedy, **words}}
+        if self.parts:
+            content["mistakes"] = mistakes = [part.as_dict(typed) for part in self.parts]
+            for name in words:
+                every = [word for mistake in mistakes for word in mistake["remedy"][name]]
+                content["remedy"][name] = list(dict.fromkeys(every))
+        return content
 
     def __str__(self) -> str:
         return self.block()
@@ -210,34 +225,44 @@ def warn_on_bug(what: str, say: Callable[[str], None]) -> Iterator[None]:
 
 
 class Arguments(argparse.ArgumentParser):
-    """An argument parser whose errors are printed like all errors of the user."""
+    """An argument parser whose errors are printed like all errors of the user; all programs take `--json`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        text = "print the result or the error as one JSON document, and progress to standard error"
+        self.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError with the usage of the command."""
         usage = " ".join(self.format_usage().removeprefix("usage:").split())
-        raise ConfigError(
-            message, where="command line", expected=usage, remedy="--help explains the arguments"
-        )
+        raise ConfigError(message, where=COMMAND_LINE, expected=usage, remedy="--help explains the arguments")
 
 
 @dataclass
 class ErrorPrinter:
-    """Prints errors without secrets: as text to standard error, or as JSON objects to standard output."""
+    """Prints errors without secrets: as text to standard error, or as JSON objects to standard output.
+
+    `is_document`: the error is also the one JSON document that `exit_after` prints.
+    """
 
     is_json: bool = False
     rank: int = 0
+    is_document: bool = field(default_factory=lambda: "--json" in sys.argv[1:])
 
     def print(self, text: str, content: Mapping[str, Any]) -> None:
         """Print one error; `content` is for programs. A stream that fails is ignored."""
-        if self.is_json:
+        is_object = self.is_json and not self.is_document
+        if self.is_document:
+            keep_document(json.dumps({"error": without_secrets(content)}))
+        if is_object:
             now = datetime.now().astimezone().isoformat(timespec="seconds")
             text = json.dumps({"kind": "error", "time": now, **without_secrets(content)})
-        print_line(text, json_stream() if self.is_json else sys.stderr)
+        print_line(text, json_stream() if is_object else sys.stderr)
 
     def print_end(self, exit_code: int, words: str) -> int:
         """Print `words`, how the process ended, on rank 0 unless they are empty; return the exit code."""
         if words and self.rank == 0:
-            self.print(words, {"message": words, "exit_code": int(exit_code)})
+            self.print(words, {"message": words, "code": int(exit_code)})
         return exit_code
 
     def print_once(self, error: DpoDistError) -> int:
@@ -254,18 +279,28 @@ class ErrorPrinter:
             signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
             time.sleep(_RANK_0_SECONDS)
         if error.is_printed_here is not False:
-            self.print(error.block(), error.as_dict())
+            self.print(error.block(), error.as_dict(sys.argv[1:]))
         return error.exit_code
+
+
+def _print_document(*, is_done: bool) -> None:
+    """Print the document that is kept; `is_done`: print one also for a verb without a result."""
+    if document := kept_document() or ('{"kind": "done"}' if is_done and kept_document() == "" else None):
+        print_line(document, json_stream())
+    keep_document(None)
 
 
 def exit_after(work: Callable[[], int], errors: ErrorPrinter | None = None) -> NoReturn:
     """Call `work`, and exit with the exit code that it returns.
 
     A `DpoDistError` is printed as one block by one rank, Ctrl-C as one line, any other exception with its
-    traceback.
+    traceback. With `--json` standard output gets one JSON document in place of all: the result or the error.
     """
     errors = errors or ErrorPrinter()
     open_closed_streams()
+    keep_document("" if errors.is_document else None)
+    if errors.is_document:
+        reserve_output()
     try:
         exit_code = work()
     except DpoDistError as error:
@@ -283,8 +318,9 @@ def exit_after(work: Callable[[], int], errors: ErrorPrinter | None = None) -> N
             exit_code = errors.print_once(user_error)
         else:
             exit_code = ExitCode.failed
-            message = {"title": "bug", "message": first_line(bug), "exit_code": int(exit_code)}
+            message = {"code": int(exit_code), "title": "bug", "message": first_line(bug)}
             errors.print(traceback.format_exc().rstrip(), message)
+    _print_document(is_done=errors.rank == 0 and exit_code == ExitCode.completed)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()

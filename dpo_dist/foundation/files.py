@@ -14,6 +14,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -323,3 +324,10 @@ def locked(
         except OSError:
             pass
         yield file.fileno()
+
+
+def similar_path(path: Path) -> Path | None:
+    """Return the file or folder beside a path that does not exist whose name is most like it, if any."""
+    is_typed = path.parent.is_dir() and not os.path.lexists(path)
+    names = [other.name for other in path.parent.iterdir()] if is_typed else []
+    return next((path.with_name(name) for name in get_close_matches(path.name, names, 1)), None)

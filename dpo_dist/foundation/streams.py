@@ -1,6 +1,7 @@
 """Standard streams without secrets and control codes; closed, full or unread ones never end a run."""
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import TextIO
 from dpo_dist.foundation.text import without_secrets
 
 _reserved: TextIO | None = None
+_document: str | None = None
 
 
 class SafeStream:
@@ -73,6 +75,9 @@ def print_line(text: str, to: TextIO | None = None) -> None:
 
 def print_result(text: str) -> None:
     """Print the only result of a command, without secrets; a reader that has gone (`| head`) is no error."""
+    if _document is not None:
+        keep_document(json.dumps({"kind": "text", "text": text}))
+        return
     try:
         _write(sys.stdout, text)
         sys.stdout.flush()
@@ -106,6 +111,17 @@ def reserve_output() -> None:
 def json_stream() -> TextIO:
     """Return the stream for JSON objects."""
     return _reserved or sys.stdout
+
+
+def keep_document(text: str | None) -> None:
+    """Keep the JSON document that the program prints at its end; "": none yet; None: it prints none."""
+    global _document  # noqa: PLW0603 (one for the process)
+    _document = text
+
+
+def kept_document() -> str | None:
+    """Return the last argument of `keep_document`."""
+    return _document
 
 
 def output_descriptor() -> int:

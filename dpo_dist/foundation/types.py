@@ -1,7 +1,24 @@
 """Names of types that modules of several rooms use."""
 
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 Fields: TypeAlias = Mapping[str, Any]
 """Fields of a JSON object or of a table's row, by name."""
+
+
+class CheckReport(NamedTuple):
+    """What `--check` found in order: a verdict, and facts, each with its key or other label ("" for none)."""
+
+    facts: Sequence[tuple[str, str]]
+    verdict: str = "check passed: everything that needs no weights and no GPU is in order"
+    hint: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report for programs."""
+        facts = [{"about": label.strip(), "text": text} for label, text in self.facts]
+        return {"verdict": self.verdict, "facts": facts, "hint": self.hint}
+
+    def __str__(self) -> str:
+        lines = (f"{label + ':':<14} {text}" if label else text for label, text in self.facts)
+        return "\n".join([self.verdict, *(f"  {line}" for line in [*lines, self.hint] if line)]) + "\n"

@@ -5,10 +5,9 @@ checkpoints on `data.eval` or `evaluation.data`. Reference log-probs come from t
 computed and stored.
 """
 
-from collections.abc import Iterator
-
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.types import CheckReport
 from dpo_dist.training.start.named_models import find_evaluation_models
 from dpo_dist.training.start.preflight import check_start, checked_start
 
@@ -22,13 +21,13 @@ def main(config: RunConfig) -> int:
         return evaluate_models(config, models, console)
 
 
-def check(config: RunConfig) -> Iterator[str]:
+def check(config: RunConfig) -> CheckReport:
     """Check everything that `main` needs before it uses a GPU."""
     config, models = find_evaluation_models(config)
     check_start(config)
     from dpo_dist.training.start.check import dry_run  # noqa: PLC0415  (slow)
 
-    yield dry_run(config, models)
+    return dry_run(config, models)
 
 
 if __name__ == "__main__":

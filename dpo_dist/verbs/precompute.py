@@ -3,8 +3,6 @@
 Takes the configuration of the training run, or reads it from `run.dir`. Computes only missing log-probs.
 """
 
-from collections.abc import Iterator
-
 from dpo_dist.foundation.signals import StopRequest, end_at_signals
 
 if __name__ == "__main__":
@@ -13,6 +11,7 @@ if __name__ == "__main__":
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.types import CheckReport
 from dpo_dist.training.start.preflight import check_start, checked_start
 
 
@@ -26,12 +25,12 @@ def main(config: RunConfig) -> int:
         return precompute(config, console, stop)
 
 
-def check(config: RunConfig) -> Iterator[str]:
+def check(config: RunConfig) -> CheckReport:
     """Check everything that `main` needs before it uses a GPU."""
     check_start(config)
     from dpo_dist.training.start.check import dry_run  # noqa: PLC0415  (slow)
 
-    yield dry_run(config, trains=False)
+    return dry_run(config, trains=False)
 
 
 if __name__ == "__main__":

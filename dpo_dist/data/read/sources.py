@@ -10,7 +10,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
@@ -32,6 +31,7 @@ from dpo_dist.foundation.files import (
     locked,
     remembered_digest,
     remove_abandoned,
+    similar_path,
     staged_file,
     temporary_folder,
     text_digest,
@@ -178,14 +178,12 @@ def _is_like_a_file(path: Path) -> bool:
 
 
 def _missing(file: Path) -> DataError:
-    is_typed = file.parent.is_dir() and not os.path.lexists(file)
-    beside = [other.name for other in file.parent.iterdir()] if is_typed else []
-    similar = get_close_matches(file.name, beside, 1)
+    similar = similar_path(file)
     return DataError(
         "the path is neither a file nor a folder" if file.exists() else "the file does not exist",
         where=str(file),
         got=dead_link(file) or ("" if file.parent.is_dir() else f"no folder {file.parent}"),
-        remedy=f"did you mean {file.with_name(similar[0])}?" if similar else "check the path of the source",
+        remedy=f"did you mean {similar}?" if similar else "check the path of the source",
     )
 
 

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_dist.config.schema import AdapterConfig, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError, first_line, in_one_line
+from dpo_dist.foundation.files import similar_path
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -113,11 +114,13 @@ def _snapshot(path: str, revision: str | None, key: str, ignored: list[str]) -> 
 
 
 def _not_found(path: str, key: str, reason: str) -> ConfigError:
+    similar = similar_path(Path(path).expanduser())
+    check = "check the path or the hub name, and that the hub can be reached or the model is cached"
     return ConfigError(
         "the model is neither a local folder nor found on the Hugging Face Hub",
         where=key,
         got=f"{path} ({reason})",
-        remedy="check the path or the hub name, and that the hub can be reached or the model is cached",
+        remedy=f"did you mean {similar}?" if similar else check,
     )
 
 

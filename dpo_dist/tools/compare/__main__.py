@@ -6,13 +6,12 @@ and, with a judge (`pairs.reward_model`, `pairs.function` or `pairs.endpoint`), 
 after the finished parts. docs/evaluate.md explains the files.
 """
 
-from collections.abc import Iterator
-
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.foundation.types import CheckReport
 from dpo_dist.tools.compare.start import check_comparison
 
 
@@ -31,12 +30,12 @@ def main(config: RunConfig) -> int:
     return ExitCode.completed
 
 
-def check(config: RunConfig) -> Iterator[str]:
+def check(config: RunConfig) -> CheckReport:
     """Check everything that needs no weights and no GPU."""
     models = check_comparison(config)
     from dpo_dist.tools.compare.models import dry_run_comparison  # noqa: PLC0415  (slow)
 
-    yield dry_run_comparison(config, models)
+    return dry_run_comparison(config, models)
 
 
 if __name__ == "__main__":

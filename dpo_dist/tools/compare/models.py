@@ -35,6 +35,7 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import pluralize
+from dpo_dist.foundation.types import CheckReport
 from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.files.folder import hub_commit
 from dpo_dist.model.files.load import load_packed
@@ -46,7 +47,7 @@ from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.shared.images import thumbnails, with_marks
 from dpo_dist.tools.shared.records import good_records, labelled_side
-from dpo_dist.tools.shared.sampling.dry_run import check_model, check_report, first_records
+from dpo_dist.tools.shared.sampling.dry_run import check_model, first_records
 from dpo_dist.tools.shared.sampling.generate import Request, Sample, generate
 from dpo_dist.tools.shared.sampling.judges import Judge, open_judge
 from dpo_dist.tools.shared.sampling.prompts import (
@@ -426,7 +427,7 @@ def _write(
     return written
 
 
-def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> str:
+def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> CheckReport:
     """Check models without loading weights, the judge, and each source's first records; return the report."""
     check_writable(RunFolder.from_config(config).path)
     lines: list[str] = []
@@ -441,4 +442,4 @@ def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> str:
     if judge is not None:
         judge.check()
     lines.append(f"judge: {judge or 'none, so no scores and win rates'}")
-    return check_report(lines)
+    return CheckReport([("", line) for line in lines])

@@ -6,7 +6,6 @@ after the finished parts. docs/evaluate.md has a command for each method.
 
 import os
 import sys
-from collections.abc import Iterator
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
@@ -14,6 +13,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verb_sections import PairsMethod
 from dpo_dist.foundation.console import console_on, open_console
 from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.foundation.types import CheckReport
 from dpo_dist.tools.pairs.rounds import run_rounds
 from dpo_dist.tools.pairs.start import check_pairs
 
@@ -32,12 +32,12 @@ def main(config: RunConfig) -> int:
     return ExitCode.completed
 
 
-def check(config: RunConfig) -> Iterator[str]:
+def check(config: RunConfig) -> CheckReport:
     """Check everything that needs no weights and no GPU."""
     check_pairs(config)
     from dpo_dist.tools.pairs.make_pairs import dry_run_pairs  # noqa: PLC0415  (slow)
 
-    yield dry_run_pairs(config)
+    return dry_run_pairs(config)
 
 
 if __name__ == "__main__":

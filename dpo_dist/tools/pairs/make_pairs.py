@@ -22,6 +22,7 @@ from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.files import locked, remove_abandoned, staged_file, text_digest, write_lines
 from dpo_dist.foundation.text import pluralize
+from dpo_dist.foundation.types import CheckReport
 from dpo_dist.tools.pairs.files import (
     check_output,
     image_fields,
@@ -31,7 +32,7 @@ from dpo_dist.tools.pairs.files import (
 )
 from dpo_dist.tools.pairs.people import label_pairs
 from dpo_dist.tools.pairs.start import responding_models
-from dpo_dist.tools.shared.sampling.dry_run import check_model, check_report, first_records
+from dpo_dist.tools.shared.sampling.dry_run import check_model, first_records
 from dpo_dist.tools.shared.sampling.judges import Judge, Judgement, Question, open_judge
 from dpo_dist.tools.shared.sampling.prompts import (
     Parts,
@@ -325,7 +326,7 @@ def pairs_from_scores(
     write_results(file, records(), settings, counts, say)
 
 
-def dry_run_pairs(config: RunConfig) -> str:
+def dry_run_pairs(config: RunConfig) -> CheckReport:
     """Check models without loading weights, the judge, and each source's first records; return the report."""
     pairs, folder = config.pairs, RunFolder.from_config(config)
     check_writable(folder.path)
@@ -344,7 +345,7 @@ def dry_run_pairs(config: RunConfig) -> str:
     ):
         judge.check()
         lines.append(f"judge: {judge}")
-    return check_report(lines)
+    return CheckReport([("", line) for line in lines])
 
 
 def make_pairs(config: RunConfig, console: Console) -> None:

@@ -1,13 +1,15 @@
 """Write a run's report page again from the run's files, or a page that compares several runs."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_dist.config.run_folder import existing_run, strip_key
+from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.files import remove_abandoned
 from dpo_dist.foundation.streams import print_line
-from dpo_dist.tools.report.run import write_page
+from dpo_dist.tools.report.run import PageFacts, verdict_for_page, write_page
 from dpo_dist.tools.report.runs import compare_runs
 from dpo_dist.tools.shared.pages.charts import draw_curves
 from dpo_dist.training.reporting.metrics_log import read_latest_rows, write_tables
@@ -43,7 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remedy = "check the files of the run, permissions and free space, or set --output page.html"
         where = str(options.output or options.runs[0])
         raise ConfigError("the page cannot be written", where=where, got=str(error), remedy=remedy) from error
-    print_line(f"report: {path}")
+    facts = [(run, PageFacts(run)) for run in runs]
+    content = [
+        {
+            "run_dir": str(run),
+            "outcome": each.summary.get("exit"),
+            "final": each.section("final"),
+            "verdict": verdict_for_page(each),
+        }
+        for run, each in facts
+    ]
+    console_on(sys.stdout, "plain").result(
+        "report", {"page": str(path), "runs": content}, [f"report: {path}"]
+    )
     return ExitCode.completed
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,10 +24,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import Arguments, ExitCode, exit_after, first_line
 from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.process import LAUNCHER_PREFIXES, WORLD_VARIABLES
-from dpo_dist.foundation.streams import json_stream, print_line, reserve_output
+from dpo_dist.foundation.streams import json_stream, kept_document, print_line, reserve_output
 from dpo_dist.tools.selftest.checks import Check, failed_check
 from dpo_dist.tools.selftest.devices import (
     check_attention,
@@ -62,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if output.is_dir() or not output.parent.is_dir() or not is_writable:
         parser.error(f"argument --output: {output} is not a file in a writable folder")
     reserve_output()  # libraries must not print into the table
+    table = json_stream() if kept_document() is None else sys.stderr
     for name in [
         name for name in os.environ if name in WORLD_VARIABLES or name.startswith(LAUNCHER_PREFIXES)
     ]:
@@ -75,14 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="selftest-", dir=output.parent) as folder:
             for check in _checks(Path(folder), options.quick):
-                print_line(f"{check.outcome:<8}  {check.name:<40}  {check.seen}", json_stream())
+                print_line(f"{check.outcome:<8}  {check.name:<40}  {check.seen}", table)
                 checks.append(check)
         code, verdict = _verdict(checks)
     finally:
         seconds = time.monotonic() - began
-        print_line(f"verdict: {verdict} ({seconds:.0f} s; {options.output})", json_stream())
+        print_line(f"verdict: {verdict} ({seconds:.0f} s; {options.output})", table)
         content |= {"seconds": seconds, "verdict": verdict, "checks": [check._asdict() for check in checks]}
         output.write_text(json.dumps(for_json(content), indent=1) + "\n", encoding="utf-8")
+        console_on(table, "plain").result("selftest", content, [])
     return code
 
 

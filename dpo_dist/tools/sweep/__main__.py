@@ -11,7 +11,6 @@ if __name__ == "__main__":
     end_at_signals()  # the imports take seconds
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from dpo_dist.config.command_line import run_verb
@@ -21,6 +20,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.text import pluralize
+from dpo_dist.foundation.types import CheckReport
 from dpo_dist.tools.sweep.pool import Pool, is_finished, warm_up
 from dpo_dist.training.start.preflight import check_start
 
@@ -87,27 +87,25 @@ def _place_in_array() -> tuple[int, int]:
     return (job - first) // step, jobs
 
 
-def check(points: Points) -> Iterator[str]:
-    """Check what points need before they use a GPU: yield a line for each, then the first point's details.
+def check(points: Points) -> CheckReport:
+    """Check what points need before they use a GPU: return a fact for each, then the first point's details.
 
-    Points that load the same inputs are checked once. A point with other inputs has lines about them.
+    Points that load the same inputs are checked once. A point with other inputs has facts about them.
     """
     check_points(points)
     from dpo_dist.tools.plan.make_plan import plan_in_brief  # noqa: PLC0415  (slow)
     from dpo_dist.training.start.check import dry_run, expected_start  # noqa: PLC0415  (slow)
 
-    loaded = dict[str, list[str]]()
+    loaded, facts = dict[str, CheckReport](), list[tuple[str, str]]()
     for words, config in points.items():
         loads = config.model, config.data, config.reference, config.loss, config.metrics, config.parallelism
         key = repr(loads)
         if key not in loaded:
-            loaded[key] = dry_run(config, plan=plan_in_brief).splitlines()
+            loaded[key] = dry_run(config, plan=plan_in_brief)
         run, common = RunFolder.from_config(config), next(iter(loaded.values()))
-        own = [line for line in loaded[key] if line not in common and "run.dir:" not in line]
-        yield "\n".join(
-            [f"{' '.join(words)}: {run} ({expected_start(config.identity, config.run.resume, run)})", *own]
-        )
-    yield "\n".join(next(iter(loaded.values())))
+        facts.append((" ".join(words), f"{run} ({expected_start(config.identity, config.run.resume, run)})"))
+        facts += (fact for fact in loaded[key].facts if fact not in common.facts and fact[0] != "run.dir")
+    return common._replace(facts=[*facts, *common.facts])
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ class Pool:
         place = f"point {list(self._points).index(words) + 1} of {len(self._points)}"
         self._console.say(f"{' '.join(words)}: {place}, its screen is in {screen}")
         fork = multiprocessing.get_context("fork")
-        errors = ErrorPrinter(is_json=config.console.style is ConsoleStyle.json)
+        errors = ErrorPrinter(config.console.style is ConsoleStyle.json, is_document=False)
         process: Any = fork.Process(target=_run_point, args=(work, errors, screen, gpus))
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
         start = screen.stat().st_size if screen.exists() else 0

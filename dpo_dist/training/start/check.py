@@ -33,6 +33,7 @@ from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.text.template import check_template_keys
 from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.types import CheckReport
 from dpo_dist.model.architectures import router_loss
 from dpo_dist.model.files.folder import description_folder, is_adapter, start_folder, tokenizer_folder
 from dpo_dist.model.files.load import check_contents_at_hand, check_same_vocabulary, load_tokenizer
@@ -54,7 +55,7 @@ def dry_run(
     *,
     trains: bool = True,
     plan: Callable[[RunConfig, float], list[tuple[str, str]]] | None = None,
-) -> str:
+) -> CheckReport:
     """Load a run's inputs except weights, and encode the first records of each source; return the findings.
 
     Weights are neither read nor downloaded from the hub.
@@ -105,11 +106,10 @@ def dry_run(
             tokens.append(mean)
     if plan is not None:
         lines += plan(config, fmean(tokens[: len(config.data.train)]))
-    findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
-    doctor = "  dpo-dist doctor with the same arguments without --check examines all records\n"
-    order = ", but the chat template omits tools (below)" if "tools_not_rendered" in findings else ""
-    passed = f"check passed: everything that needs no weights and no GPU is in order{order}\n"
-    return passed + findings + ("" if models else doctor)
+    doctor = "dpo-dist doctor with the same arguments without --check examines all records"
+    report = CheckReport(lines, hint="" if models else doctor)
+    order = ", but the chat template omits tools (below)" if "tools_not_rendered" in str(report) else ""
+    return report._replace(verdict=report.verdict + order)
 
 
 def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> str:

@@ -162,8 +162,9 @@ def test_all_mistakes_of_a_command_are_one_error() -> None:
         "write model.gradient_checkpointing=full",
         "loss.betta=1: there is no key 'loss.betta'; did you mean loss.beta?",
         "trainer.max_steps=x: trainer.max_steps cannot have this value; "
-        "set trainer.max_steps to a whole number or null, >= 1",
-        "optim.lr=0: optim.lr cannot have this value; set optim.lr to a number, > 0",
+        "set trainer.max_steps to a whole number or null, >= 1; remove it for the default, null",
+        "optim.lr=0: optim.lr cannot have this value; "
+        "set optim.lr to a number, > 0; remove it for the default, 5e-07",
         "loss (ipoo): there is no loss named 'ipoo'; did you mean loss=ipo?",
         "pairs.limit=3: train does not read pairs.limit; remove pairs.limit, a key of pairs",
     ):

@@ -313,7 +313,7 @@ def config(*overrides: str) -> RunConfig:
 def found(folder: Path, records: list[Any], *overrides: str) -> str:
     jsonl(folder, *records)
     before = sorted(folder.rglob("*"))
-    report = dry_run_pairs(config("model.path=model", *overrides))
+    report = str(dry_run_pairs(config("model.path=model", *overrides)))
     assert sorted(folder.rglob("*")) == before
     return report
 

@@ -10,6 +10,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError, RunOutcome
 from dpo_dist.foundation.files import locked
+from dpo_dist.foundation.types import CheckReport
 from dpo_dist.tools.sweep import __main__ as sweep
 from dpo_dist.tools.sweep.pool import is_finished, point_end, screen_since
 from dpo_dist.tools.sweep.results import sweep_lines, sweep_results
@@ -102,16 +103,17 @@ def test_a_check_has_a_line_for_each_point_and_loads_what_is_equal_once(
 ) -> None:
     loaded = list[RunConfig]()
 
-    def check(config: RunConfig, **_: object) -> str:
+    def check(config: RunConfig, **_: object) -> CheckReport:
         loaded.append(config)
-        return f"check passed\n  run.dir:  {config.run.dir}\n  loss:  {config.loss.kind}\n"
+        return CheckReport([("run.dir", str(config.run.dir)), ("loss", str(config.loss.kind))])
 
     monkeypatch.setattr("dpo_dist.training.start.check.dry_run", check)
     monkeypatch.setattr(sweep, "check_points", lambda points: None)
     points = points_in(tmp_path, "loss.kind=sigmoid,ipo", "trainer.seed=range(3)")
-    *lines, whole = sweep.check(points)
+    facts = sweep.check(points).facts
     assert len(loaded) == 2
-    for (words, config), line in zip(points.items(), lines, strict=True):
-        own = "\n  loss:  ipo" if "loss.kind=ipo" in words else ""
-        assert line == f"{' '.join(words)}: {config.run.dir} (new){own}"
-    assert whole == f"check passed\n  run.dir:  {loaded[0].run.dir}\n  loss:  sigmoid"
+    wanted = list[tuple[str, str]]()
+    for words, config in points.items():
+        wanted.append((" ".join(words), f"{config.run.dir} (new)"))
+        wanted += [("loss", "ipo")] * ("loss.kind=ipo" in words)
+    assert facts == [*wanted, ("run.dir", str(loaded[0].run.dir)), ("loss", "sigmoid")]

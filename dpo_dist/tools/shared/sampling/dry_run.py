@@ -57,9 +57,3 @@ def check_model(
         )
     if dropped:
         say(f"  first records that the model cannot be asked: {counts_in_one_line(dropped)}")
-
-
-def check_report(lines: Sequence[str]) -> str:
-    """Return what a passed check prints."""
-    findings = "".join(f"  {line}\n" for line in lines)
-    return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"

@@ -87,7 +87,7 @@ def test_a_check_reads_no_weights_but_their_names_and_writes_nothing(tmp_path: P
 
     def rehearsed(*overrides: str) -> str:
         checked = load_run_config([*keys, *overrides])
-        return dry_run_comparison(checked, check_comparison(checked))
+        return str(dry_run_comparison(checked, check_comparison(checked)))
 
     before = sorted(tmp_path.rglob("*"))
     report = rehearsed("pairs.function=tests.support.own_judge:letter_shares")

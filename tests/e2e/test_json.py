@@ -1,0 +1,229 @@
+"""`--json`: one document that the schema describes; the words of an error repair a command by themselves."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.verbs import VERBS
+from tests.support.launch import ROOT, TWO_PROCESSES, environment
+from tests.support.warm import ENVIRONMENT, run_warm_apart
+
+RUN = "model.path=model model.dtype=fp32 data.train=[train.jsonl] tracking.wandb=off"
+MOST_ROUNDS = 4
+# fmt: off
+BROKEN = [
+    ("a misspelt key", f"train {RUN} loss.betta=0.2", "loss.beta=0.2"),
+    ("a key without its section", f"train {RUN} max_steps=3", "trainer.max_steps=3"),
+    ("a key of another verb", f"train {RUN} pairs.limit=3", ""),
+    ("a misspelt value", f"train {RUN} optim.schedule=cosin", "optim.schedule=cosine"),
+    ("a value outside its bounds", f"train {RUN} optim.lr=0", ""),
+    ("a value of another type", f"train {RUN} trainer.max_steps=many", ""),
+    ("a text for a list", "train model.path=model model.dtype=fp32 data.train=train.jsonl",
+     "data.train=[train.jsonl]"),
+    ("a misspelt preset", f"train {RUN} loss=ipoo", "loss=ipo"),
+    ("a misspelt data file", "train model.path=model model.dtype=fp32 data.train=[trian.jsonl]",
+     "data.train=[train.jsonl]"),
+    ("a misspelt file in an entry", "train model.path=model 'data.train=[{path: trian.jsonl, weight: 2}]'",
+     "'data.train=[{path: train.jsonl, weight: 2}]'"),
+    ("a misspelt value in an entry",
+     "train model.path=model 'data.train=[{path: train.jsonl, format: sharegpt}]'",
+     "'data.train=[{path: train.jsonl, format: auto}]'"),
+    ("a misspelt model folder", "train model.path=./modle model.dtype=fp32 data.train=[train.jsonl]",
+     "model.path=model"),
+    ("options of TRL",
+     "train --model_name_or_path model --dataset_name train.jsonl --learning_rate 5e-6 --beta=0.1 "
+     "--report_to none --max_length 512 --loss_type ipo --plot_loss", "optim.lr=5e-6 loss=ipo loss.beta=0.1"),
+    ("a loss option without effect", f"train {RUN} loss=ipo loss.options.gamma=1", "loss=ipo"),
+    ("a kind that contradicts labels", f"train {RUN} data.unpair=true loss.kind=ipo",
+     "loss=kto data.unpair=true"),
+    ("two sources of evaluation data", f"train {RUN} data.eval=[eval.jsonl] data.eval_share=0.2",
+     "data.eval=[eval.jsonl]"),
+    ("evaluations without data", f"train {RUN} trainer.eval_every=5", ""),
+    ("a kernel without its precision", f"train {RUN} model.attention=flash_attention_2",
+     "model.attention=sdpa"),
+    ("a reference without its adapter", f"train {RUN} reference=adapter", "reference=adapter"),
+    ("spaces around =", f"train {RUN} loss.beta = 0.2", "loss.beta=0.2"),
+    ("a word without its key", "compare model.dtype=fp32 ./model ./other data.eval=[eval.jsonl]",
+     "compare.models=[./model,./other]"),
+    ("a misspelt option", f"train {RUN} --confg-dir . loss.beta=0.2", "--config-dir . loss.beta=0.2"),
+    ("a resumed run that never was", f"train {RUN} run.resume=must", "run.resume=auto"),
+    ("a list for a swept key", f"sweep {RUN} loss.beta=[0.1,0.2]", "loss.beta=0.1,0.2"),
+    ("a misspelt verb", f"trian {RUN}", "train"),
+    ("a loss in place of a verb", f"orpo {RUN}", "train loss=orpo"),
+    ("many mistakes", f"train {RUN} loss.betta=1 optim.lr=0 loss=ipoo pairs.limit=3 epochs=2",
+     "loss.beta=1 loss=ipo"),
+]
+# fmt: on
+
+
+@pytest.fixture
+def folder(assets: Path, tmp_path: Path) -> Path:
+    for name in ("model", "train.jsonl", "eval.jsonl"):
+        (tmp_path / name).symlink_to(assets / name)
+    (tmp_path / "other").symlink_to(assets / "model")
+    return tmp_path
+
+
+def document(words: list[str], folder: Path) -> tuple[int, dict[str, Any]]:
+    """Run a command with `--json`; return its exit code and the document on its standard output."""
+    verb, *arguments = words
+    variables = environment() | ENVIRONMENT
+    if verb in VERBS:
+        module = VERBS[verb].module
+        code, output, errors = run_warm_apart(module, [*arguments, "--json"], variables, folder, 240)
+    else:
+        command = [sys.executable, "-m", "dpo_dist", *words, "--json"]
+        ended = subprocess.run(
+            command, env=variables, cwd=folder, capture_output=True, text=True, timeout=240, check=False
+        )
+        code, output, errors = ended.returncode, ended.stdout, ended.stderr
+    [line] = output.splitlines() or pytest.fail(errors)
+    found: dict[str, Any] = json.loads(line, parse_constant=pytest.fail)
+    check_schema(found)
+    return code, found
+
+
+def check_schema(found: dict[str, Any]) -> None:
+    """Compare a document with docs/output.schema.json; skip the test without the package that does."""
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((ROOT / "docs" / "output.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.Draft202012Validator(schema).validate(found)
+
+
+def key_of(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")
+
+
+def repaired(words: list[str], remedy: dict[str, Any]) -> list[str]:
+    """Return a command with the words of a remedy, as docs/agents.md says that they are meant."""
+    left, place = list(words), len(words)
+    for gone in remedy["remove"]:
+        for word in [word for word in left if gone in (word, key_of(word))]:
+            place = min(place, left.index(word))
+            left.remove(word)
+    for word in remedy["write"]:
+        same = [index for index, other in enumerate(left) if "=" in word and key_of(other) == key_of(word)]
+        if same:
+            left[same[0]] = word
+        else:
+            left.insert(place, word)
+            place += 1
+    return left
+
+
+@pytest.mark.parametrize(("typed", "wanted"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
+def test_the_words_of_an_error_repair_its_command(typed: str, wanted: str, folder: Path) -> None:
+    words, said = shlex.split(f"{typed} --check"), list[str]()
+    for _ in range(MOST_ROUNDS):
+        code, found = document(words, folder)
+        if code == 0:
+            break
+        assert code == found["error"]["code"] == 2, found
+        said.append(f"{words}: {found['error']}")
+        words = repaired(words, found["error"]["remedy"])
+    assert said, "it is not broken"
+    assert found.get("verdict", "").startswith("check passed"), "\n".join(said)
+    assert {*shlex.split(wanted)} <= {*words}, "\n".join(said)
+
+
+PAGE = (ROOT / "docs" / "agents.md").read_text()
+TYPED = re.findall(r"^(?:\$ |    )dpo-dist (.*)$|^\| `dpo-dist ([^`]*)`", PAGE, re.MULTILINE)
+
+
+def test_every_command_on_the_page_for_agents_does_what_the_page_says(folder: Path) -> None:
+    """In the order of the page; documents have their kind and fit the schema."""
+    (folder / "pairs.jsonl").symlink_to(folder / "train.jsonl")
+    (folder / "held_out.jsonl").symlink_to(folder / "eval.jsonl")
+    [run] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (folder / "run.yaml").write_text(run)
+    kinds = dict(re.findall(r"^\| `dpo-dist ([^`]*)` \| `(\w+)`", PAGE, re.MULTILINE))
+    [wrong] = re.findall(r"^\$ dpo-dist (.*)\n(\{.*\})$", PAGE, re.MULTILINE)
+    for typed in ["agent-docs --json", *map("".join, TYPED)]:
+        words = shlex.split(typed)
+        if "--json" not in words:
+            module = VERBS[words[0]].module if words[0] in VERBS else "dpo_dist"
+            arguments = words[words[0] in VERBS :]
+            code, output, errors = run_warm_apart(module, arguments, environment() | ENVIRONMENT, folder, 240)
+            assert code == 0, f"{typed}\n{output}{errors}"
+            continue
+        code, found = document([word for word in words if word != "--json"], folder)
+        if typed == wrong[0]:
+            assert (code, found) == (2, json.loads(wrong[1]))
+            continue
+        assert code in ({0, 1} if words[0] == "doctor" else {0}), found
+        assert found["kind"] == kinds.get(typed, found["kind"])
+        if words[0] == "agent-docs":
+            assert found["text"] == PAGE
+    assert (folder / "output/a/model").is_dir()
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "store info gone",
+        "chat gone",
+        "report gone",
+        "convert gone.yaml",
+        "selftest --output gone/x.json",
+        "plan --cfg",
+        "export",
+        f"train {RUN} loss.beta=0",
+    ],
+)
+def test_every_error_is_a_document(typed: str, folder: Path) -> None:
+    code, found = document(shlex.split(typed), folder)
+    assert code == found["error"]["code"] == 2
+    assert found["error"]["remedy"]["text"]
+
+
+def test_several_processes_print_one_document(folder: Path) -> None:
+    """Also of an error, and beside what they say on standard error."""
+    words = shlex.split(f"{RUN} trainer.max_steps=1 samples.prompts=0 run.dir=run --json")
+    command = [
+        sys.executable,
+        "-m",
+        "dpo_dist",
+        "launch",
+        "--config_file",
+        str(TWO_PROCESSES),
+        "train",
+        *words,
+    ]
+    for added, key in (("loss.beta=0.2", "kind"), ("run.dir=model", "error")):
+        ended = subprocess.run(
+            [*command, added],
+            env=environment(),
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        [line] = ended.stdout.splitlines() or pytest.fail(ended.stderr)
+        found = json.loads(line)
+        assert key in found
+        check_schema(found)
+
+
+def test_what_is_not_promised_breaks_the_schema() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    error = {"code": 2, "message": "no", "remedy": {"text": "a", "write": [], "remove": []}}
+    for broken in (
+        {},
+        {"error": {}},
+        {"error": {**error, "code": 0}},
+        {"error": error, "kind": "check"},
+        {"error": {**error, "remedy": "write loss.beta=1"}},
+        {"kind": "check", "verdict": "check failed", "facts": [], "hint": ""},
+        {"kind": "sweep", "points": [{}]},
+        {"kind": "report", "page": "x", "runs": []},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            check_schema(broken)
