@@ -96,7 +96,8 @@ class AccelerateRun:
             self._id = str(attrgetter(_RUN_IDS[name][0])(self._tracker.tracker))
         if known and name is TrackerName.clearml:
             self._tracker.tracker.set_initial_iteration(0)  # else steps count from the last one
-        if not known and name is not TrackerName.tensorboard:  # which would show settings as a second run
+        # TensorBoard would show settings as a second run, MLflow refuses to change them.
+        if name is not TrackerName.tensorboard and not (known and name is TrackerName.mlflow):
             self._tracker.store_init_configuration(dict(_plain_values(without_secrets(tracked.settings))))
         self._write_note()
         for row in stored_rows(tracked.folder, end):
