@@ -37,7 +37,7 @@ def overrides(folder: Path, model: Path, kind: str) -> list[str]:
         "trainer.global_batch_pairs=16",
         "trainer.eval_every=0",
         "optim.warmup_ratio=0",
-        "tracking.wandb=off",
+        "tracking=off",
         "samples.prompts=0",
         *(["loss=kto"] if kind == "labelled" else []),
     ]

@@ -128,7 +128,7 @@ def overrides(setting: Setting, folder: Path, run_dir: Path, store: Path) -> lis
         "optim.lr=1e-4",
         "optim.schedule=constant",
         "optim.warmup_ratio=0",
-        "tracking.wandb=off",
+        "tracking=off",
     ]
 
 

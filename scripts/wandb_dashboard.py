@@ -18,7 +18,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_dist.foundation.errors import ExitCode
-from dpo_dist.training.reporting.trackers import MARGINS, SAMPLES, STEP_AXIS
+from dpo_dist.training.reporting.wandb_run import MARGINS, SAMPLES, STEP_AXIS
 
 Needs = Literal["", "reference", "evaluations", "samples", "sources"]
 

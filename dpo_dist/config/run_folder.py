@@ -131,6 +131,8 @@ class RunFolder:
     wandb_id = PathBelow("wandb/run_id.txt")
     """The id of the W&B run; the other files in its folder are wandb's own."""
     tensorboard = PathBelow("tensorboard")
+    trackers = PathBelow("trackers")
+    """What was sent to each tracker but W&B, and the files of those that write into the run directory."""
     samples = PathBelow("samples")
 
     def samples_file(self, step: int) -> Path:

@@ -74,25 +74,26 @@ class ConsoleConfig:
     object per line, on standard output."""
 
 
-WandbMode = StrEnum("WandbMode", ["auto", "online", "offline", "off"])
-OtherTracker = StrEnum("OtherTracker", ["tensorboard"])
+TrackerName = StrEnum("TrackerName", "wandb tensorboard mlflow trackio swanlab comet_ml aim clearml dvclive")
+WandbMode = StrEnum("WandbMode", ["auto", "online", "offline"])
 DEFAULT_PROJECT = "dpo_dist"
 """Project of runs without `tracking.project`."""
 
 
 @schema
 class TrackingConfig:
-    """Weights & Biases; the report of the run."""
+    """Trackers, which get the metrics of the run."""
 
+    to: list[TrackerName] = key([TrackerName.wandb])
+    """Any of `wandb`, `tensorboard`, `mlflow`, `trackio`, `swanlab`, `comet_ml`, `aim`, `clearml`,
+    `dvclive`."""
     wandb: WandbMode = key(WandbMode.auto)
-    """`auto`: online if there is an API key, else offline."""
+    """W&B: `auto` is online if there is an API key, else offline."""
     project: str | None = key(None)
-    """Project of the run; null: WANDB_PROJECT, else `dpo_dist`."""
+    """Project of the run; null: the tracker's variable, such as WANDB_PROJECT, else `dpo_dist`."""
     samples: int = key(8, ge=0, le=1000)
     """Rows in W&B's table of samples at each evaluation, if `samples.prompts` is set. Otherwise, or with 0,
     no text of data or responses is sent."""
-    also: list[OtherTracker] = key([])
-    """Other trackers that get the metrics: `tensorboard`."""
 
 
 AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])

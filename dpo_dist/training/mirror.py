@@ -148,7 +148,7 @@ class Mirror:
         """Return files and folders of the run, without checkpoints, what other verbs write, and the state."""
         run = self._folder
         small = (run.environment, run.config, run.metrics, run.samples, run.logs, run.wandb_id, run.report)
-        return *small, run.evaluation.path, run.tensorboard, run.model
+        return *small, run.evaluation.path, run.tensorboard, run.trackers, run.model
 
     def in_use(self) -> Collection[Path]:
         """Return the checkpoints that are being uploaded."""

@@ -39,7 +39,7 @@ def small_run(assets: Path, folder: Path) -> list[str]:
         f"reference.store={folder}/store",
         f"run.dir={folder}/run",
         "trainer.global_batch_pairs=6",
-        "tracking.wandb=off",
+        "tracking=off",
         "samples.prompts=0",
     ]
 

@@ -23,7 +23,7 @@ def test_a_model_learns_what_only_the_picture_says_as_the_page_shows(tmp_path: P
     in_process(run_scripts, tmp_path)
     screens = "".join(block.text for block in blocks_of(PAGE) if block.language == "console")
     command = next(line for line in screens.splitlines() if line.startswith("$ dpo-dist train "))
-    overrides = [*shlex.split(command)[3:], "tracking.wandb=off"]
+    overrides = [*shlex.split(command)[3:], "tracking=off"]
     ended = run_verb("train", overrides, cwd=tmp_path)
     assert ended.code == 0, ended.output
     run = tmp_path / "output/pictures"
@@ -45,7 +45,7 @@ def train_in_memory(folder: Path) -> None:
     records = [image_pair(Image.new("RGB", (60, 50), name), f"It is {name}.", "No.") for name in colours]
     words = [f"model.path={write_image_model(folder / 'model')}", "model.images.train=none", "data.eval=[]"]
     words += ["model.dtype=fp32", "parallelism=ddp", "trainer.global_batch_pairs=3", "trainer.max_steps=2"]
-    words += ["tracking.wandb=off", f"run.root={folder}/output", f"run.dir={folder}/run"]
+    words += ["tracking=off", f"run.root={folder}/output", f"run.dir={folder}/run"]
     api.train(words, train=records)
 
 

@@ -45,7 +45,7 @@ def arguments_of_processes() -> Iterator[set[bytes]]:
 
 def test_no_file_no_screen_and_no_argument_of_a_process_has_a_secret(assets: Path, tmp_path: Path) -> None:
     """Of what the verbs write, also where they fail."""
-    run = [part for part in small_run(assets, tmp_path) if not part.startswith("tracking.wandb")]
+    run = [part for part in small_run(assets, tmp_path) if not part.startswith("tracking")]
     run.append("trainer.max_steps=2")
     evaluated = f"data.eval=[{assets}/eval.jsonl]"
     variables = {**environment(), **SECRETS, "WANDB_MODE": "offline", "TMPDIR": str(tmp_path)}
@@ -81,7 +81,7 @@ def test_no_file_no_screen_and_no_argument_of_a_process_has_a_secret(assets: Pat
         codes = [
             verb("precompute", noted),
             verb("doctor", noted, f"run.dir={tmp_path}/doctor"),
-            verb("train", evaluated, "tracking.wandb=offline", noted),
+            verb("train", evaluated, "tracking.to=[wandb,tensorboard]", "tracking.wandb=offline", noted),
             verb("evaluate", evaluated),
             verb("export", noted, evaluated, f"export.output={tmp_path}/exported"),
             verb("compare", evaluated, *compared),

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.training.clock import PHASES
-from dpo_dist.training.reporting.trackers import wandb_names
+from dpo_dist.training.reporting.wandb_run import wandb_names
 from scripts.wandb_dashboard import SECTIONS
 from tests.e2e.conftest import Overrides, assert_last_log_probs, small_run
 from tests.support.doctor_data import agent_records, write
@@ -45,7 +45,7 @@ def trained(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("trained")
     data = Path(shutil.copy(assets / "train.jsonl", folder))
     command = [*small_run(assets, folder), f"data.train=[{data}]", f"data.eval=[{assets}/eval.jsonl]"]
-    command += ["tracking.wandb=offline", "trainer.eval_every=2", "optim.lr=1e-2"]
+    command += ["tracking=wandb", "tracking.wandb=offline", "trainer.eval_every=2", "optim.lr=1e-2"]
     return Trained(data, command, folder / "run", train(command, processes=2, cold=True).output)
 
 

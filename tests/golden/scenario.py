@@ -38,7 +38,7 @@ def overrides(folder: Path, name: str) -> list[str]:
         "trainer.global_batch_pairs=9",
         "trainer.max_steps=6",
         "trainer.eval_every=3",
-        "tracking.wandb=off",
+        "tracking=off",
         "samples.prompts=0",
         *reference,
         *SCENARIOS[name],

@@ -91,7 +91,7 @@ def command(assets: Path, run: Path, base: str, *extra: str) -> list[str]:
         "optim.lr=1e-3",
         "trainer.global_batch_pairs=5",
         "trainer.micro_batch_tokens=256",
-        "tracking.wandb=off",
+        "tracking=off",
         "samples.prompts=0",
         *BASES[base],
         *extra,

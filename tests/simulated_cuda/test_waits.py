@@ -94,7 +94,7 @@ def test_the_host_waits_for_the_device_once_a_step(way: str, assets: Path, tmp_p
         "trainer.global_batch_pairs=4",
         "trainer.micro_batch_tokens=256",
         f"trainer.max_steps={STEPS}",
-        "tracking.wandb=off",
+        "tracking=off",
         *others.split(),
     ]
     ended = run_train(overrides, processes=processes, prepare=count_by_phase, report=reports)

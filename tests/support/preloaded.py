@@ -51,7 +51,7 @@ for name in LATE:
 get_checkpoint_conversion_mapping("qwen2")
 mock.patch("hydra.compose", compose_once).start()
 for choices in ((), ("parallelism=ddp",), ("parallelism=zero2",), ("parallelism=ddp", "tracking=off")):
-    load_run_config(["model.path=model", "data.train=[train.jsonl]", "tracking.wandb=off", *choices])
+    load_run_config(["model.path=model", "data.train=[train.jsonl]", "tracking=off", *choices])
 for template in ("base.jinja", "macros.jinja", "run.jinja", "svg.jinja"):
     TEMPLATES.get_template(template)
 for verb in VERBS:

@@ -39,7 +39,7 @@ LAYERS = (
 ROOMS = {
     "accelerate": r"distributed\.|training\.reporting\.trackers",
     "deepspeed": r"distributed\.",
-    "wandb": r"training\.reporting\.trackers",
+    "wandb": r"training\.reporting\.wandb_run",
     "hydra": r"config\.",
     "omegaconf": r"config\.",
     "torch": r"(?!config\.|foundation\.)",

@@ -10,6 +10,7 @@ from dpo_dist.config.keys import as_written, run_keys
 from dpo_dist.config.losses import LossKind, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, as_tree, equivalents, find_advice, fits
 from dpo_dist.config.rules import resolve_reference, rules_of
+from dpo_dist.config.schema import TrackerName
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.tools.convert.reading import ForeignRun
@@ -247,16 +248,17 @@ def _decay(run: Translation) -> None:
 def _watching(run: Translation) -> None:
     """Set where metrics go, which checkpoint is kept, and whether a run ends early."""
     report = [str(name).lower() for name in as_list(run.take("report_to"))]
+    report += [name for name in (*TrackerName, "comet") if run.take(f"use_{name}", default=False)]
     is_named = run.trainer == "axolotl" and bool(run.left.get("wandb_project"))
-    is_on = run.take("with_tracking", "use_wandb", default=is_named)
-    if is_on or "wandb_mode" in run.left or {"wandb", "all"} & set(report):
-        run.not_default.add("tracking.wandb")
-    elif report:
-        run.values["tracking.wandb"] = "off"
-    if run.take("use_tensorboard", default=False) or "tensorboard" in report:
-        run.values["tracking.also"] = ["tensorboard"]
-    if others := [name for name in report if name not in ("wandb", "tensorboard", "all", "none")]:
-        run.comment("report_to", others, "dpo-dist has wandb and tensorboard only")
+    is_online = run.left.get("wandb_mode", "disabled") != "disabled"
+    if run.take("with_tracking", default=False) or is_named or is_online:
+        report.append("wandb")
+    ours = {name: name for name in TrackerName} | {"all": TrackerName.wandb, "comet": TrackerName.comet_ml}
+    if report:
+        to = dict.fromkeys(ours[name].value for name in report if name in ours)
+        run.set("tracking.to", [*to], "report_to", report)
+    if others := [name for name in report if name not in (*ours, "none")]:
+        run.comment("report_to", others, f"the trackers of tracking.to are {', '.join(TrackerName)}")
     patience = run.take("early_stopping_patience", "early_stopping_steps", "early_stop_interval", default=0)
     metric = run.take("metric_for_best_model", default="")
     is_best = run.take("load_best_model_at_end", default=False)
@@ -288,7 +290,7 @@ def _combine(run: Translation) -> None:
 
 def _add_defaults(run: Translation, is_uncut: bool) -> list[str]:
     """Set the other trainer's defaults where ours differ; return their keys."""
-    defaults = run.facts["defaults"] | {"parallelism.kind": "ddp", "tracking.wandb": "off"}
+    defaults = run.facts["defaults"] | {"parallelism.kind": "ddp", "tracking.to": []}
     if not any(key.startswith("model.adapter.") for key in run.values):
         defaults |= run.facts.get("full", {})
     if "model.adapter.path" in run.values and run.trainer in ("LLaMA-Factory", "ms-swift"):

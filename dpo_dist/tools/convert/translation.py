@@ -18,7 +18,7 @@ from dpo_dist.tools.convert.reading import ForeignRun
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 _KEYS = {"loss": "loss.kind", "parallelism": "parallelism.kind", "reference": "reference.mode"}
-_KEYS |= {"optim": "optim.kind", "tracking": "tracking.wandb"}
+_KEYS |= {"optim": "optim.kind", "tracking": "tracking.to"}
 """The key that the name of a preset sets; presets of losses set other keys too, as in their papers."""
 _LONGEST = 60
 _TRAINERS: dict[str, Any] = yaml.safe_load(

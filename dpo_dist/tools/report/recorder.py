@@ -21,7 +21,8 @@ from dpo_dist.tools.shared.pages.charts import draw_curves
 from dpo_dist.tools.shared.tables import closing_table
 from dpo_dist.training.reporting.metrics_log import MetricsLog, MetricsRow, log_position
 from dpo_dist.training.reporting.protocols import Reporting
-from dpo_dist.training.reporting.trackers import TrackedRun, Trackers, open_trackers
+from dpo_dist.training.reporting.trackers import Trackers, open_trackers
+from dpo_dist.training.reporting.wandb_run import TrackedRun
 from dpo_dist.training.start.inputs import Inputs
 from dpo_dist.training.start.open_run import Run
 

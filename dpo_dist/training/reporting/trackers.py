@@ -1,380 +1,251 @@
-"""Send each metrics row once to W&B and TensorBoard, over all starts of a run; errors become warnings."""
+"""Send each metrics row once to each tracker, over all starts of a run; no tracker stops or slows the run."""
 
 import contextlib
 import json
-import logging
+import math
 import os
 import queue
-import shlex
-import sys
+import re
 import threading
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from operator import attrgetter
+from typing import Any
 
-import numpy as np
-import psutil
-from accelerate.tracking import TensorBoardTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from dpo_dist.config.metrics import PREFIX
+from dpo_dist.config.metrics import METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import DEFAULT_PROJECT, OtherTracker, TrackingConfig, WandbMode
+from dpo_dist.config.schema import DEFAULT_PROJECT, TrackerName
 from dpo_dist.foundation import files
-from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError, first_line
-from dpo_dist.foundation.text import without_secrets
+from dpo_dist.foundation.errors import RunOutcome, StoppedError, first_line
+from dpo_dist.foundation.text import pluralize, without_secrets
 from dpo_dist.foundation.types import Fields
 from dpo_dist.objective.metrics import PairColumn
-from dpo_dist.training.reporting.metrics_log import MetricsRow, log_position, note_best, stored_rows
+from dpo_dist.training.reporting.metrics_log import MetricsRow, log_position, stored_rows
+from dpo_dist.training.reporting.wandb_run import (
+    Say,
+    TrackedRun,
+    WandbRun,
+    end_service,
+    open_wandb,
+    upload_command,
+    wandb_name,
+    wanted_mode,
+    warn,
+)
 
-if TYPE_CHECKING:
-    import wandb
-
-Say = Callable[[str], None]
-Stop = Callable[[], None]
-Mode = Literal["online", "offline"]
-
-STEP_AXIS = "train/global_step"
-EVALUATED_AT = "eval/global_step"
-MARGINS = "eval/margins_histogram"
-SAMPLES = "eval/samples_table"
-
-_MODES = {
-    "online": WandbMode.online,
-    "run": WandbMode.online,
-    "offline": WandbMode.offline,
-    "dryrun": WandbMode.offline,
-    "disabled": WandbMode.off,
-}
-"""Modes by value of WANDB_MODE; `run` and `dryrun` are older names."""
-_CELL_CHARACTERS = 4000
-_BINS = 64
-_HEADER_BYTES = 7
 _OPEN_SECONDS, _FINISH_SECONDS, _FINISH_ON_ERROR_SECONDS, _KILL_SECONDS = 10.0, 30.0, 4.0, 2.0
-
-_log = logging.getLogger(__name__)
-
-
-def wandb_name(key: str) -> str:
-    """Return a metric's name in W&B, as the trainers of transformers and TRL write it."""
-    return f"eval/{key.removeprefix(PREFIX)}" if key.startswith(PREFIX) else f"train/{key}"
-
-
-def wandb_names(row: MetricsRow) -> dict[str, float]:
-    """Return a row with W&B names; its step is `train/global_step`, for an evaluation also `eval/...`."""
-    named = {wandb_name(key): value for key, value in row.items() if key != "step"}
-    axes = (STEP_AXIS, EVALUATED_AT) if log_position(row) > row["step"] else (STEP_AXIS,)
-    return dict.fromkeys(axes, row["step"]) | named
-
-
-@dataclass(frozen=True)
-class TrackedRun:
-    """Facts of a run that its trackers show."""
-
-    folder: RunFolder
-    tracking: TrackingConfig
-    title: str
-    settings: Fields  # the whole configuration, and the environment
-    max_samples: int  # rows of the table of samples
-    stop: Stop  # called, from another thread, when someone stops the run on its W&B page
+_VARIABLES = {
+    "SWANLAB_INTERACTIVE": "false",  # it would ask for a key
+    "SWANLAB_PROBE_RUNTIME": "false",  # the command line, which may have secrets
+    "SWANLAB_TERMINAL_PROXY_TYPE": "none",
+    "COMET_DISABLE_AUTO_LOGGING": "1",
+    "COMET_DISPLAY_SUMMARY_LEVEL": "0",
+}
+"""Variables that keep packages from asking, and from sending what nobody asked for."""
+_RUN_IDS = {
+    TrackerName.mlflow: ("info.run_id", "run_id"),
+    TrackerName.trackio: ("name", "name"),
+    TrackerName.swanlab: ("id", "id"),
+    TrackerName.comet_ml: ("id", "experiment_key"),
+    TrackerName.aim: ("hash", "run_hash"),
+    TrackerName.clearml: ("id", "continue_last_task"),
+}
+"""Where a tracker's run has its id, and the option of accelerate's class that continues this run."""
 
 
-class WandbRun:
-    """The wandb run of a run directory, online or offline; methods raise wandb's errors.
+def plain_name(key: str) -> str:
+    """Return a metric's name for trackers: as in W&B, but so that it can be a file beside those of others.
 
-    Sends those rows of earlier starts, up to the position `end`, that wandb does not have.
+    `rewards/margins/a` beside `rewards/margins` is `train/rewards/margins.a`.
     """
+    name = key.removeprefix(PREFIX)
+    for place in (found.start() for found in re.finditer("/", name)):
+        if name[:place] in METRICS:
+            name = f"{name[:place]}.{name[place + 1 :]}"
+    return re.sub(r"[^\w./ :-]", "_", wandb_name(PREFIX * key.startswith(PREFIX) + name))
 
-    run: "wandb.Run"
-    is_over = False  # true when wandb's service was ended, so that it is not started again
 
-    def __init__(self, tracked: TrackedRun, mode: Mode, end: float):
-        folder = tracked.folder
-        self._max_samples, self._folder = tracked.max_samples, folder
-        self._is_offline = mode == "offline"
-        if not folder.wandb_id.exists():
-            files.write_text(folder.wandb_id, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
-        described: dict[str, Any] = {
-            "project": tracked.tracking.project or _environment_variable("WANDB_PROJECT") or DEFAULT_PROJECT,
-            "notes": _environment_variable("WANDB_NOTES") or None,  # None: wandb reads the variable itself
-            "name": _environment_variable("WANDB_NAME") or tracked.title,
-            "config": dict(tracked.settings),
-        }
-        self._init = without_secrets(described) | {
-            "id": folder.wandb_id.read_text(encoding="utf-8").strip(),
-            "resume": "allow",
-            "dir": folder.path,
-            "mode": mode,
-            "allow_val_change": True,
-            "settings": _set_up(mode).Settings(
-                silent=True,
-                reinit="create_new",  # else wandb would end a run that the caller has open
-                console="off",
-                save_code=False,
-                disable_git=True,
-                stop_fn=tracked.stop,
-                # wandb's metadata would have the command with its secrets.
-                x_disable_meta=without_secrets(sys.argv) != sys.argv,
-                x_transaction_log_flush_interval=1.0,  # seconds; a killed offline run loses rows of this time
-            ),
-        }
-        self._sent = folder.wandb_id.with_name(f"sent-{self._init['id']}.json")
-        self._end, self._received, self._count = end, -1.0, 0
-        self._last, self._best = MetricsRow(), dict[str, MetricsRow]()
-        self._start()
-
-    def _start(self) -> None:
-        """Start or resume the wandb run, and send it the rows that it lacks."""
-        for file in self._sent.parent.glob("*run-*/*.wandb"):
-            if file.stat().st_size <= _HEADER_BYTES:  # of a killed start; it would break `wandb sync`
-                file.unlink()
-        self.run = _set_up(self._init["mode"]).init(**self._init)
-        self.run.define_metric(STEP_AXIS)
-        for names in ("train/*", "eval/*"):
-            self.run.define_metric(names, step_metric=STEP_AXIS)
-        if self._is_offline and self._sent.exists():
-            self._received = json.loads(self._sent.read_bytes())
+def _plain_values(values: Fields, above: str = "") -> Iterator[tuple[str, float | str]]:
+    """Yield the settings with their keys: `loss.beta`."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _plain_values(value, f"{above}{name}.")
         else:
-            summary = dict(self.run.summary)
-            step = summary.get(STEP_AXIS, -1)
-            self._received = step + (summary.get(EVALUATED_AT) == step) / 2
-        self._count = 0
-        for row in stored_rows(self._folder, self._end):
-            self._send(row)
-
-    def log(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
-        """Send a row with W&B names, unless wandb has it because a resumed run computed the step again."""
-        self._retry(lambda: self._send(row, margins))
-
-    def finish(self, outcome: str, summary: Fields) -> None:
-        """Close the run with its outcome, its summary (as in `summary.json`) and its verdict."""
-        self._retry(lambda: self._close(outcome, summary))
-        end_service()
-
-    def _send(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
-        if log_position(row) > self._received:
-            self._send_new(row, margins)
-        self._end, self._count = log_position(row), self._count + 1
-        self._last |= row
-        note_best(self._best, row)
-
-    def _send_new(self, row: MetricsRow, margins: PairColumn | None) -> None:
-        import wandb  # noqa: PLC0415
-
-        values: dict[str, Any] = {**wandb_names(row)}
-        if margins is not None and (finite := margins[np.isfinite(margins)].tolist()):
-            values[MARGINS] = wandb.Histogram(finite, num_bins=_BINS)
-        if self._max_samples and "eval_samples/length" in row:
-            lines = files.read_lines(self._folder.samples_file(int(row["step"])))
-            samples = without_secrets(list(islice(lines, self._max_samples)))
-            columns = [name for name in samples[0] if name != "images"]  # thumbnails are for pages
-            cells = [
-                [value[:_CELL_CHARACTERS] if isinstance(value, str) else value for value in cells]
-                for cells in ([sample[name] for name in columns] for sample in samples)
-            ]
-            values[SAMPLES] = wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
-        # Online, wandb gets the row's number from the server.
-        self.run.log(values, step=self._count if self._is_offline else None, commit=True)
-        self._received = log_position(row)
-        files.write_text(self._sent, json.dumps(self._received))
-
-    def _close(self, outcome: str, summary: Fields) -> None:
-        # wandb itself knows rows of the last start only. Not `step`: wandb's axis can be ahead of the rows.
-        last = {wandb_name(key): value for key, value in self._last.items() if key != "step"}
-        best = {f"best/{wandb_name(key)}": row[key] for key, row in self._best.items()}
-        self.run.summary.update({**last, **best, **without_secrets(summary)})
-        if "verdict" in summary:
-            notes = [_environment_variable("WANDB_NOTES"), f"Verdict: {summary['verdict']['sentence']}"]
-            self.run.notes = "\n\n".join(without_secrets(list(filter(None, notes))))
-        if outcome == RunOutcome.preempted:
-            self.run.mark_preempting()
-        self.run.finish(exit_code=ExitCode[outcome])
-
-    def _retry(self, action: Callable[[], object]) -> None:
-        """Call `action`; if wandb's service has died of a signal to this run, restart it and call again."""
-        try:
-            action()
-        except ConnectionError:
-            if self.is_over:
-                raise
-            end_service(is_dead=True)
-            self._start()
-            action()
+            yield above + name, value if isinstance(value, int | float) else str(value)
 
 
-def open_wandb(tracked: TrackedRun, end: float, say: Say) -> WandbRun | None:
-    """Start or resume the wandb run of a run directory; return None if it is off or cannot start.
+class AccelerateRun:
+    """The run of another tracker than W&B, by accelerate's class; methods raise the tracker's errors.
 
-    Never raises or prompts. A run that cannot go online is stored in the directory for a later upload; `say`
-    gets the reason and the run's address.
+    Sends those rows of earlier starts, up to the position `end`, that the tracker does not have.
     """
-    for mode in _modes_to_try(wanted_mode(tracked.tracking.wandb), say):
-        try:
-            tracker = WandbRun(tracked, mode, end)
-        except Exception as error:
-            _warn(f"wandb cannot start {mode}: {first_line(error)}", say)
-            end_service()
-            continue
-        is_offline = f"offline; upload with: {upload_command(tracked.folder)}"
-        say(f"wandb: {is_offline if mode == 'offline' else tracker.run.url}")
-        return tracker
-    return None
 
+    def __init__(self, name: TrackerName, tracked: TrackedRun, end: float):
+        os.environ.update({key: value for key, value in _VARIABLES.items() if key not in os.environ})
+        self._name, self._note = name, tracked.folder.trackers / f"{name}.json"
+        known = json.loads(self._note.read_bytes()) if self._note.exists() else {}
+        self._id, self._received = known.get("id"), known.get("sent", -1.0)
+        first, options = self._options(tracked)
+        self._tracker = LOGGER_TYPE_TO_CLASS[name](first, **options)
+        self._tracker.start()
+        if name in _RUN_IDS:
+            self._id = str(attrgetter(_RUN_IDS[name][0])(self._tracker.tracker))
+        if known and name is TrackerName.clearml:
+            self._tracker.tracker.set_initial_iteration(0)  # else steps count from the last one
+        # TensorBoard would show settings as a second run, MLflow refuses to change them.
+        if name is not TrackerName.tensorboard and not (known and name is TrackerName.mlflow):
+            self._tracker.store_init_configuration(dict(_plain_values(without_secrets(tracked.settings))))
+        self._write_note()
+        for row in stored_rows(tracked.folder, end):
+            self.log(row)
 
-def wanted_mode(wanted: WandbMode) -> WandbMode:
-    """Return `tracking.wandb`; in place of `auto`, the mode in WANDB_MODE if this variable is set."""
-    return _MODES.get(_environment_variable("WANDB_MODE"), wanted) if wanted is WandbMode.auto else wanted
-
-
-def _modes_to_try(wanted: WandbMode, say: Say) -> list[Mode]:
-    if wanted in (WandbMode.off, WandbMode.offline):
-        return [] if wanted is WandbMode.off else ["offline"]
-    try:
-        has_key = _set_up("online").login(prompt=False, verify=False)
-    except Exception as error:
-        _warn(f"wandb cannot log in: {first_line(error)}", say)
-        has_key = False
-    if not has_key and wanted is WandbMode.online:
-        _warn(
-            "wandb has no usable key, and the run is tracked offline; run `wandb login` to store a key", say
-        )
-    return ["online", "offline"] if has_key else ["offline"]
-
-
-def _environment_variable(name: str) -> str:
-    return os.environ.get(name, "").strip()
-
-
-def _set_up(mode: Mode) -> Any:
-    """Import wandb and return it, with its console output switched off."""
-    import wandb  # noqa: PLC0415
-
-    wandb.setup(wandb.Settings(silent=True, mode=mode))
-    return wandb
-
-
-def _warn(text: str, say: Say) -> None:
-    _log.warning(text)
-    say(f"warning: {text}")
-
-
-def upload_command(folder: RunFolder) -> str:
-    """Return the command that uploads all starts of an offline run."""
-    return f"wandb sync {shlex.quote(str(folder.wandb_id.parent))}"
-
-
-def end_service(*, is_dead: bool = False, kills: bool = False) -> None:
-    """End wandb's service, so that the run id is free again and nothing is printed when the program ends.
-
-    Keeps a service that has another run of this process, unless the service `is_dead`. `kills`: kill the
-    service, which ends a call that waits for it; its file has all rows.
-    """
-    # wandb raises SystemExit if its service ended with an error.
-    with contextlib.suppress(Exception, SystemExit):
-        import wandb  # noqa: PLC0415
-
-        if wandb.run is not None and not is_dead:
+    def log(self, row: MetricsRow, margins: PairColumn | None = None) -> None:  # noqa: ARG002
+        """Send a row, unless the tracker has it because a resumed run computed the step again."""
+        if log_position(row) <= self._received:
             return
-        if not kills:
-            wandb.teardown()
-        for child in psutil.Process().children() if kills else ():
-            if child.name().startswith("wandb-core"):
-                child.kill()
+        named = {plain_name(key): float(value) for key, value in row.items() if key != "step"}
+        if self._name is TrackerName.clearml:  # which would show nan as 0
+            named = {key: value for key, value in named.items() if math.isfinite(value)}
+        self._tracker.log(named, step=int(row["step"]))
+        self._received = log_position(row)
+        self._write_note()
+
+    def finish(self, outcome: str, summary: Fields) -> None:  # noqa: ARG002
+        """Close the run."""
+        self._tracker.finish()
+
+    def _write_note(self) -> None:
+        files.write_text(self._note, json.dumps({"id": self._id, "sent": self._received}))
+
+    def _options(self, tracked: TrackedRun) -> tuple[str, dict[str, Any]]:
+        """Return the first argument of accelerate's class, for most the project, and its options."""
+        folder = tracked.folder
+        place, continued = folder.trackers / self._name, {"resume": "allow"} if self._id else {}
+        project, title = without_secrets([tracked.tracking.project or DEFAULT_PROJECT, tracked.title])
+        first, options = project, dict[str, Any]()
+        match self._name:
+            case TrackerName.tensorboard:
+                first, place = folder.tensorboard.name, folder.tensorboard.parent
+                options = {"logging_dir": str(place), "purge_step": int(self._received) + 1}
+            case TrackerName.mlflow:
+                options = {"run_name": title}
+            case TrackerName.trackio | TrackerName.swanlab:
+                options = {"name": title, **continued}
+            case TrackerName.aim:
+                first, options = title, {"experiment": project, "capture_terminal_logs": False}
+            case TrackerName.clearml:
+                options = {"task_name": title, "reuse_last_task_id": False}
+                options |= {f"auto_connect_{part}": False for part in ("arg_parser", "frameworks", "streams")}
+            case TrackerName.dvclive:
+                options = {"dir": str(place), "resume": True, "dvcyaml": str(place / "dvc.yaml")}
+                options["save_dvc_exp"] = False  # a commit of the user's repository
+        return first, options | ({_RUN_IDS[self._name][1]: self._id} if self._id else {})
+
+
+OpenRun = WandbRun | AccelerateRun
+Call = Callable[[OpenRun], None]
 
 
 class InBackground:
-    """Sends rows to a wandb run in a thread, because calls of wandb can wait for the server.
+    """Sends rows to one tracker in a thread, because its calls can wait, fail and hang.
 
-    `start` opens the run. The constructor waits at most `_OPEN_SECONDS`, so that messages of a fast start
-    come in order. Of the methods only `finish` waits.
+    `start` opens the run. A row that cannot be sent is tried again before the next one, and at the end.
     """
 
-    def __init__(self, start: Callable[[Say], WandbRun | None], say: Say, folder: RunFolder):
-        self._say, self._folder = say, folder
-        self._run: WandbRun | None = None
-        self._calls: queue.SimpleQueue[Callable[[WandbRun], None] | None] = queue.SimpleQueue()
-        self._is_open = threading.Event()
-        # Without this variable wandb writes the files of tables into the home directory.
-        os.environ.setdefault("WANDB_DATA_DIR", str(folder.wandb_id.with_name("staging").absolute()))
-        self._thread = threading.Thread(target=self._work, args=(start,), name="wandb", daemon=True)
+    def __init__(self, name: str, start: Callable[[Say], OpenRun | None], say: Say, folder: RunFolder):
+        self._name, self._say, self._folder = name, say, folder
+        self._run: OpenRun | None = None
+        self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._logged, self._sent = 0, 0
+        self.is_open = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(start,), name=name, daemon=True)
         self._thread.start()
-        self._is_open.wait(_OPEN_SECONDS)
 
     def log(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
         """Queue one metrics row; rows are sent in order."""
+        self._logged += 1
         self._calls.put(lambda run: run.log(row, margins))
 
-    def finish(self, outcome: str, summary: Fields, seconds: float) -> None:
-        """Close the run; return after about `seconds` even if wandb still waits."""
-        self._calls.put(lambda run: run.finish(outcome, summary))
+    def finish(self, outcome: str, summary: Fields) -> None:
+        """Queue the end of the run."""
         self._calls.put(None)
+        self._calls.put(lambda run: run.finish(outcome, summary))
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the end, at most about `seconds`, and say which rows are lost."""
         self._thread.join(seconds)
-        if self._thread.is_alive():
-            advice = f"to upload the run: {upload_command(self._folder)}"
-            _warn(f"wandb has not finished after {seconds:.0f} s and is stopped; {advice}", self._say)
-            self._say = lambda _: None  # else the thread would warn that the service has ended
-            if self._run is not None:
+        say, is_late, is_wandb = self._say, self._thread.is_alive(), self._name == TrackerName.wandb
+        if is_late:
+            self._say = lambda _: None  # else the thread would warn again
+            advice = f"; to upload the run: {upload_command(self._folder)}" if is_wandb else ""
+            warn(f"{self._name} has not finished in time and is stopped{advice}", say)
+        if is_late and is_wandb:
+            if isinstance(self._run, WandbRun):
                 self._run.is_over = True
             end_service(kills=True)
             self._thread.join(_KILL_SECONDS)
+        if lost := self._logged - self._sent:
+            rows = f"{lost:,} of the {pluralize(self._logged, 'row')} of this start"
+            warn(f"{rows} were not sent to {self._name}; {self._folder.log_history} has all", say)
 
-    def _work(self, start: Callable[[Say], WandbRun | None]) -> None:
+    def _work(self, start: Callable[[Say], OpenRun | None]) -> None:
         def say(text: str) -> None:
-            self._say(text)
+            self._say(text)  # which `wait` replaces
 
-        try:
+        def open_run() -> None:
             self._run = start(say)
-            self._is_open.set()
-            while self._run is not None and (call := self._calls.get()) is not None:
-                call(self._run)
-        except Exception as error:
-            end_service()
-            _warn(f"wandb tracking stops, training continues: {first_line(error)}", say)
-        finally:
-            self._is_open.set()
 
+        self._try(open_run, "cannot start, training continues without it")
+        self.is_open.set()
+        if (run := self._run) is None:
+            return
+        waiting, failure = deque[Call](), "fails, training continues, its rows wait"
+        while (call := self._calls.get()) is not None:
+            waiting.append(call)
+            while waiting:
+                if not self._try(partial(waiting[0], run), failure):
+                    failure = ""  # is said once
+                    break
+                waiting.popleft()
+                self._sent += 1
+        for each in waiting:
+            self._sent += self._try(partial(each, run))
+        if (close := self._calls.get()) is not None:
+            self._try(partial(close, run), "has not closed its run")
 
-class TensorBoard:
-    """Writes TensorBoard's event files; a resumed run replaces the steps after its checkpoint."""
-
-    def __init__(self, folder: RunFolder, end: float):
-        place = folder.tensorboard
-        self._received = end if any(place.glob("events.*")) else -1.0
-        self._tracker = TensorBoardTracker(place.name, place.parent, purge_step=int(self._received) + 1)
-        self._tracker.start()
-        if self._received < end:
-            for row in stored_rows(folder, end):
-                self.log(row)
-
-    def log(self, row: MetricsRow, margins: PairColumn | None = None) -> None:  # noqa: ARG002
-        """Write a row, with its W&B names."""
-        if log_position(row) > self._received:
-            self._tracker.log(wandb_names(row), step=int(row["step"]))
-            self._received = log_position(row)
-
-    def finish(self, outcome: str, summary: Fields, seconds: float) -> None:  # noqa: ARG002
-        """Close the event files."""
-        self._tracker.finish()
-
-
-Tracker = InBackground | TensorBoard
+    def _try(self, action: Callable[[], None], failure: str = "") -> bool:
+        """Return whether the action succeeds; if not, warn with the words of `failure`, if there are any."""
+        try:
+            action()
+        except (Exception, SystemExit) as error:  # some packages exit
+            if failure:
+                warn(f"{self._name} {failure}: {first_line(error)}", self._say)
+            return False
+        return True
 
 
 class Trackers:
     """All trackers of a run; empty if tracking is off."""
 
-    def __init__(self, trackers: Sequence[Tracker] = (), say: Say = print):
-        self._open, self._say = list(trackers), say
+    def __init__(self, trackers: Sequence[InBackground] = ()):
+        self._trackers = trackers
 
     def log(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
         """Send one metrics row, of an evaluation with its margins, without waiting for a server."""
-        self._call_each(lambda tracker: tracker.log(row, margins))
+        for tracker in self._trackers:
+            tracker.log(row, margins)
 
     def finish(self, outcome: str, summary: Fields, seconds: float = _FINISH_SECONDS) -> None:
-        """Close all trackers; waits about `seconds` for each."""
-        self._call_each(lambda tracker: tracker.finish(outcome, summary, seconds))
+        """Close all trackers at the same time; waits about `seconds`."""
+        end = time.monotonic() + seconds
+        for tracker in self._trackers:
+            tracker.finish(outcome, summary)
+        for tracker in self._trackers:
+            tracker.wait(max(end - time.monotonic(), 0.0))
 
     @contextlib.contextmanager
     def finish_on_error(self) -> Iterator[None]:
@@ -386,25 +257,24 @@ class Trackers:
             self.finish(RunOutcome.preempted if is_stop else "failed", {}, _FINISH_ON_ERROR_SECONDS)
             raise
 
-    def _call_each(self, call: Callable[[Tracker], None]) -> None:
-        for tracker in tuple(self._open):
-            try:
-                call(tracker)
-            except Exception as error:
-                self._open.remove(tracker)
-                _warn(f"{type(tracker).__name__} stops, training continues: {first_line(error)}", self._say)
-
 
 def open_trackers(tracked: TrackedRun, end: float, say: Say) -> Trackers:
-    """Start or resume a run's trackers, without waiting for a slow server.
+    """Start or resume a run's trackers at the same time, without waiting for a slow server.
 
     `end`: the position of the last row before the checkpoint from which training resumes; -1 for a new run.
     Other threads also call `say`.
     """
-    trackers: list[Tracker] = []
-    if tracked.tracking.wandb is not WandbMode.off:
-        start = partial(open_wandb, tracked, end)
-        trackers.append(InBackground(start, say, tracked.folder))
-    if OtherTracker.tensorboard in tracked.tracking.also:
-        trackers.append(TensorBoard(tracked.folder, end))
-    return Trackers(trackers, say)
+    trackers: list[InBackground] = []
+    for name in dict.fromkeys(tracked.tracking.to):
+        if name is not TrackerName.wandb or wanted_mode(tracked.tracking.wandb) is not None:
+            trackers.append(InBackground(name, partial(_open, name, tracked, end), say, tracked.folder))
+    until = time.monotonic() + _OPEN_SECONDS
+    for tracker in trackers:  # so that the messages of a fast start come in order
+        tracker.is_open.wait(max(until - time.monotonic(), 0.0))
+    return Trackers(trackers)
+
+
+def _open(name: TrackerName, tracked: TrackedRun, end: float, say: Say) -> OpenRun | None:
+    """Start or resume the run of a tracker; None is a W&B run that cannot start, others raise."""
+    is_wandb = name is TrackerName.wandb
+    return open_wandb(tracked, end, say) if is_wandb else AccelerateRun(name, tracked, end)

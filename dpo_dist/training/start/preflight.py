@@ -121,6 +121,7 @@ def _check_groups(parallelism: ParallelismConfig, *, trains: bool) -> None:
 
 
 def _check_packages(config: RunConfig, *, trains: bool) -> None:
+    trackers = config.tracking.to if trains else []
     model, is_8bit = config.model, trains and config.optim.kind is OptimizerKind.adamw_8bit
     needed = [
         # package, key, value that needs it, value that does not
@@ -132,10 +133,13 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
             (package, "model.attention", model.attention if model.attention is backend else None, "auto")
             for package, backend in _FLASH_ATTN.items()
         ),
-        *((tracker, "tracking.also", tracker, "[]") for tracker in config.tracking.also),
+        *(
+            (name, "tracking.to", name, f"[{','.join(other for other in trackers if other != name)}]")
+            for name in trackers
+        ),
     ]
     for package, key, value, instead in needed:
-        usual = f"pip install 'dpo-dist[{package}]'"
+        usual = f"pip install {package}" if key == "tracking.to" else f"pip install 'dpo-dist[{package}]'"
         if value is not None and importlib.util.find_spec(package.replace("-", "_")) is None:
             raise ConfigError(
                 f"{package} is not installed",

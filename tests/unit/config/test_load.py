@@ -188,11 +188,11 @@ def test_files_are_merged_left_to_right_and_the_command_line_wins() -> None:
     config = alone("mine.yaml loss=simpo")
     assert (config.loss.kind, config.loss.beta, config.loss.options) == ("simpo", 2.0, SimpoOptions(1.0))
     Path("off.yaml").write_text("defaults: [tracking: off]\n")
-    assert alone("mine.yaml off.yaml").tracking.wandb == "off"
+    assert alone("mine.yaml off.yaml").tracking.to == []
     Path("preset.yaml").write_text("loss: hinge\ntracking: off\ntrainer: {seed: 4}\ndoctor: {texts: false}\n")
     config = alone("+experiment=qwen7b_sft preset.yaml seed.yml", verb="train")
     assert (config.model.path, config.loss.kind, config.loss.beta) == ("Qwen/Qwen2.5-7B", "hinge", 0.4)
-    assert (config.trainer.seed, config.doctor.texts, config.tracking.wandb) == (3, False, "off")
+    assert (config.trainer.seed, config.doctor.texts, config.tracking.to) == (3, False, [])
 
 
 @pytest.mark.parametrize(
@@ -235,8 +235,8 @@ def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> Non
     )
     assert (config.loss.kind, config.loss.beta, config.optim.lr) == ("ipo", 0.05, 3e-6)
     assert (config.trainer.seed, config.trainer.epochs, config.samples.prompts) == (2, 3, 64)
-    of_clusters = config.parallelism.kind, config.reference.offload, config.tracking.wandb
-    assert of_clusters == ("zero2", "cpu", "off")
+    of_clusters = config.parallelism.kind, config.reference.offload, config.tracking.to
+    assert of_clusters == ("zero2", "cpu", [])
     seed, loss, above = [
         configured(f"--config-dir conf {words}")
         for words in ("+experiment=plain", "+experiment=plain loss=simpo", "+experiment=above")

@@ -52,7 +52,8 @@ MISTYPED = [
     ("--lora_target_modules q_proj v_proj", "write 'model.adapter.target_modules=[q_proj,v_proj]'"),
     ("--loss_type sigmoid sft", "write 'loss.terms=[{kind: sigmoid}, {kind: sft}]'"),
     ("--optim adamw_torch", "choose optim=adamw, adamw_8bit or muon"),
-    ("tracking.wandb=false", "did you mean tracking.wandb=off?"),
+    ("tracking.wandb=off", "write 'tracking.to=[]'"),
+    ("tracking.also=[tensorboard]", "write 'tracking.to=[tensorboard]'"),
     ("~loss.beta", "loss.beta takes one value"),
     ("'model.adapter={target_modules: all}'", "did you mean model.adapter.target_modules=all-linear?"),
     ("loss.router=0.01", "write loss.router.aux_coefficient=..."),
@@ -119,7 +120,10 @@ MISTYPED = [
     ("keep_best=true", "write trainer.keep_best=eval_loss"),
     ("run_name=true", "write run.name=..., "),
     ("pairs.method=human", "did you mean pairs.method=people?"),
-    ("tracking=tensorboard", "write tracking=off 'tracking.also=[tensorboard]'"),
+    ("tracking=tensorboard", "write 'tracking.to=[tensorboard]'"),
+    ("report_to=none", "write 'tracking.to=[]'"),
+    ("--report_to mlflow", "write 'tracking.to=[mlflow]'"),
+    ("tracking.to=trackio", "write 'tracking.to=[trackio]'"),
     ("tracking=none", "did you mean tracking=off?"),
     *((f"loss={name}", "there is no online RL") for name in ("grpo", "reinforce++", "[grpo,sft]")),
     ("'loss.terms=[{kind: ppo}]'", "there is no online RL"),
@@ -220,7 +224,7 @@ def test_options_may_be_anywhere_and_the_last_of_a_key_counts() -> None:
     assert arguments.words == ["loss=ipo", "loss=hinge", "trainer.seed=3"]
     assert (str(arguments.config_dir), arguments.cfg) == (".", "job")
     config = configured("", run=[*RUN, *arguments.words, "tracking=off", "tracking=wandb", "trainer.seed=4"])
-    assert (config.loss.kind, config.tracking.wandb, config.trainer.seed) == ("hinge", "auto", 4)
+    assert (config.loss.kind, config.tracking.to, config.trainer.seed) == ("hinge", ["wandb"], 4)
 
 
 def test_paths_need_no_quotes() -> None:

@@ -30,7 +30,7 @@ def test_the_paths_of_a_run_directory_are_those_of_the_contract() -> None:
         *("dpo_metrics", "dpo_metrics/log_history.json", "dpo_metrics/training_metrics.csv"),
         "dpo_metrics/rows.jsonl",
         *("dpo_metrics/summary.json", "dpo_metrics/training_curves.png", "report.html"),
-        *("checkpoints", "model", "exported", "wandb/run_id.txt", "tensorboard"),
+        *("checkpoints", "model", "exported", "wandb/run_id.txt", "tensorboard", "trackers"),
         *("samples", "samples/reference.jsonl"),
         *("comparison", "comparison/answers.jsonl", "comparison/comparison.json"),
         *("comparison/comparison.html", "comparison/parts", "comparison/models"),

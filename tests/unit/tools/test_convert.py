@@ -115,7 +115,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         "— choose parallelism=zero3, zero2 or ddp",
     ),
     ("{deepspeed: stage3_no_offloading.conf}", {"parallelism.offload_optimizer": "none"}, ""),
-    ("{num_processes: 4, deepspeed: }", {"parallelism.kind": "ddp", "tracking.wandb": "off"}, "1 x 4 proc"),
+    ("{num_processes: 4, deepspeed: }", {"parallelism.kind": "ddp", "tracking.to": []}, "1 x 4 proc"),
     ("{deepspeed: my.json}", {"parallelism.kind": "zero3"}, "deepspeed: my.json — choose parallelism=zero3"),
     ("{fsdp: full_shard auto_wrap, fsdp_config: {x: 1}}", {"parallelism.kind": "zero3"}, ""),
     (
@@ -137,7 +137,18 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ("{eval_steps: 5}", {"trainer.eval_every": 0}, "eval_steps: 5 — trainer.eval_every has no effect"),
     ("{eval_steps: 5, val_size: 0.1}", {"trainer.eval_every": 5, "data.eval_share": 0.1}, ""),
     ("{max_steps: -1}", {"trainer.max_steps": None}, "max_steps: -1 — not needed"),
-    ("{report_to: [tensorboard]}", {"tracking.wandb": "off", "tracking.also": ["tensorboard"]}, ""),
+    ("{report_to: [tensorboard, mlflow]}", {"tracking.to": ["tensorboard", "mlflow"]}, ""),
+    ("{report_to: comet_ml}", {"tracking.to": ["comet_ml"]}, ""),
+    ("{report_to: all}", {"tracking.to": ["wandb"]}, ""),
+    ("{report_to: none, loss_type: ipo}", {"tracking.to": []}, ""),
+    (
+        "{report_to: [neptune, wandb]}",
+        {"tracking.to": ["wandb"]},
+        "[neptune] — the trackers of tracking.to are wandb, ",
+    ),
+    ("{use_swanlab: true}", {"tracking.to": ["swanlab"]}, ""),
+    ("{base_model: m, use_comet: true, wandb_project: p}", {"tracking.to": ["comet_ml", "wandb"]}, ""),
+    ("{wandb_mode: disabled}", {"tracking.to": []}, ""),
     ("{optim: paged_adamw_8bit}", {"optim.kind": "adamw_8bit"}, ""),
     ("{optim: muon}", {"optim.kind": "muon"}, ""),
     ("{use_muon: true, stage: dpo}", {"optim.kind": "muon", "parallelism.kind": "ddp"}, ""),
@@ -248,7 +259,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         {"loss.kind": "simpo", "loss.options.gamma": 4.0, "model.adapter": None},
         "",
     ),
-    ("{with_tracking: true, loss_type: wpo}", {"loss.weighting": "wpo", "tracking.wandb": "auto"}, ""),
+    ("{with_tracking: true, loss_type: wpo}", {"loss.weighting": "wpo", "tracking.to": ["wandb"]}, ""),
     # Images. These trainers train a tower without its projector, and adapters on a tower's layers.
     (
         "{stage: dpo, finetuning_type: full, freeze_vision_tower: true, image_max_pixels: 589824, "

@@ -59,6 +59,7 @@ def refused(config: RunConfig) -> DpoDistError:
         ("bitsandbytes", "model.adapter.r=8 model.quantization=nf4 parallelism=ddp"),
         ("bitsandbytes", "reference.quantization=int8"),
         ("bitsandbytes", "optim=adamw_8bit"),
+        ("mlflow", "tracking.to=[wandb,mlflow,aim]"),
     ],
 )
 def test_a_missing_package_is_an_error_before_anything_is_read(
@@ -68,6 +69,8 @@ def test_a_missing_package_is_an_error_before_anything_is_read(
     error = refused(run_of(assets, tmp_path, "data.train=[/nowhere/a.jsonl]", *overrides.split()))
     assert isinstance(error, ConfigError)
     assert "is not installed" in error.message
+    if package == "mlflow":
+        assert error.remedy == "pip install mlflow, or set tracking.to=[wandb,aim]"
 
 
 def test_a_model_without_a_tokenizer_is_an_error(assets: Path, tmp_path: Path) -> None:

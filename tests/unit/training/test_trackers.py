@@ -15,14 +15,11 @@ import numpy as np
 import psutil
 import pytest
 import wandb
-from accelerate import PartialState
-from accelerate.state import AcceleratorState
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import (
     FolderConfig,
     ModelConfig,
-    OtherTracker,
     RunConfig,
     TrackingConfig,
     WandbMode,
@@ -32,13 +29,11 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.files import write_text
 from dpo_dist.tools.report.recorder import tracked_run
 from dpo_dist.training.reporting.metrics_log import MetricsLog, log_position
-from dpo_dist.training.reporting.trackers import (
-    InBackground,
+from dpo_dist.training.reporting.trackers import InBackground, Trackers, open_trackers
+from dpo_dist.training.reporting.wandb_run import (
     TrackedRun,
-    Trackers,
     WandbRun,
     end_service,
-    open_trackers,
     open_wandb,
     wandb_names,
     wanted_mode,
@@ -143,7 +138,7 @@ class Stuck:
 
 
 def background(run: Any, folder: Path, say: Callable[[str], None] = print) -> InBackground:
-    return InBackground(lambda tell: run, say, RunFolder(folder))
+    return InBackground("wandb", lambda tell: run, say, RunFolder(folder))
 
 
 def test_rows_wait_for_a_dead_network_and_the_caller_does_not(tmp_path: Path) -> None:
@@ -153,7 +148,8 @@ def test_rows_wait_for_a_dead_network_and_the_caller_does_not(tmp_path: Path) ->
         tracker.log({"step": step})
     assert stuck.sent == []
     stuck.network.set()
-    tracker.finish("completed", {}, seconds=60)
+    tracker.finish("completed", {})
+    tracker.wait(60)
     assert (stuck.sent, stuck.outcome) == (list(range(1000)), "completed")
 
 
@@ -165,32 +161,6 @@ def test_an_interrupt_closes_the_trackers_with_their_rows(tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt), trackers.finish_on_error():
         raise KeyboardInterrupt
     assert (stuck.sent, stuck.outcome) == ([1], "failed")
-
-
-@pytest.fixture
-def accelerate_state() -> Iterator[None]:
-    PartialState(cpu=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("accelerate_state")
-def test_tensorboard_has_every_value_once(tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    config = config_of(WandbMode.off, also=[OtherTracker.tensorboard])
-    for known, computed in ((0, ROWS[:4]), (1, ROWS[1:])):  # resumed from step 1
-        trackers = open_trackers(tracked(tmp_path, config), stored(tmp_path, ROWS[:known]), pytest.fail)
-        for row in computed:
-            trackers.log(row)
-        trackers.finish("preempted", {})
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    expected: dict[str, list[tuple[int, float]]] = {}
-    for row in ROWS:
-        for name, value in wandb_names(row).items():
-            expected.setdefault(name, []).append((int(row["step"]), pytest.approx(value, nan_ok=True)))
-    tags = events.Tags()["scalars"]
-    assert {name: [(event.step, event.value) for event in events.Scalars(name)] for name in tags} == expected
 
 
 def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
@@ -403,7 +373,8 @@ def test_a_server_lost_during_training_delays_the_end_by_a_timeout_only(
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         tracker = background(open_in(tmp_path, config_of(WandbMode.auto)), tmp_path, said.append)
     tracker.log(ROWS[0])
-    tracker.finish("completed", {}, seconds=2.0)
+    tracker.finish("completed", {})
+    tracker.wait(2.0)
     (warning,) = said
     assert f"wandb sync {tmp_path / 'wandb'}" in warning
     assert history_rows(tmp_path) == [wandb_names(ROWS[0])]
@@ -440,8 +411,14 @@ def test_a_killed_service_loses_no_later_row(tmp_path: Path, caplog: pytest.LogC
     assert [record for record in caplog.records if record.name.startswith("dpo_dist")] == []
 
 
-def test_tracking_may_be_off_or_fail(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert open_wandb(tracked(tmp_path, config_of(WandbMode.off)), -1.0, print) is None
+def test_tracking_may_be_off_or_fail(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for config in (config_of(to=[]), config_of(WandbMode.auto)):
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+        trackers = open_trackers(tracked(tmp_path, config), -1.0, pytest.fail)
+        trackers.log(ROWS[0])
+        trackers.finish("completed", {})
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "wandb").write_text("a file in the way")
     assert open_wandb(tracked(tmp_path), -1.0, print) is None
@@ -450,8 +427,8 @@ def test_tracking_may_be_off_or_fail(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 @pytest.mark.parametrize(
     ("value", "mode"),
-    [("", "auto"), ("online", "online"), ("dryrun", "offline"), ("disabled", "off"), ("shared", "auto")],
+    [("", "auto"), ("online", "online"), ("dryrun", "offline"), ("disabled", None), ("shared", "auto")],
 )
-def test_modes(monkeypatch: pytest.MonkeyPatch, value: str, mode: str) -> None:
+def test_modes(monkeypatch: pytest.MonkeyPatch, value: str, mode: str | None) -> None:
     monkeypatch.setenv("WANDB_MODE", value)
     assert wanted_mode(WandbMode.auto) == mode
