@@ -15,16 +15,10 @@ from lm_eval.tasks.ifeval.utils import InputExample, test_instruction_following_
 
 
 @cache
-def _inputs() -> dict[str, InputExample]:
-    lines = (
-        Path(os.environ.get("IFEVAL_DATA", "ifeval_input_data.jsonl"))
-        .read_text(encoding="utf-8")
-        .splitlines()
-    )
+def _inputs(file: Path) -> dict[str, InputExample]:
     names = ("key", "instruction_id_list", "prompt", "kwargs")
-    return {
-        row["prompt"].strip(): InputExample(*(row[name] for name in names)) for row in map(json.loads, lines)
-    }
+    rows = map(json.loads, file.read_bytes().splitlines())
+    return {row["prompt"].strip(): InputExample(*(row[name] for name in names)) for row in rows}
 
 
 def score(prompt: str | Sequence[Mapping[str, str]], responses: Sequence[str]) -> list[float | None]:
@@ -32,9 +26,9 @@ def score(prompt: str | Sequence[Mapping[str, str]], responses: Sequence[str]) -
 
     The mean is the benchmark's strict accuracy of prompts.
     """
+    inputs = _inputs(Path(os.environ.get("IFEVAL_DATA", "ifeval_input_data.jsonl")))
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    if (wanted := _inputs().get(text.strip())) is None:
+    if (wanted := inputs.get(text.strip())) is None:
         return [None] * len(responses)
-    return [
-        float(test_instruction_following_strict(wanted, text).follow_all_instructions) for text in responses
-    ]
+    checked = (test_instruction_following_strict(wanted, response) for response in responses)
+    return [float(each.follow_all_instructions) for each in checked]
