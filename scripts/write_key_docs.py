@@ -75,21 +75,24 @@ def _loss_row(kind: str, facts: KindFacts) -> tuple[str, ...]:
 def _machine_table() -> str:
     """Return the rows of machines: each a line that `dpo-dist selftest --share` has printed."""
     lines = (ROOT / "benchmarks" / "machines.jsonl").read_text().splitlines()
-    heading = ("device", "date", "versions", "pairs/s (MFU)", "checks that passed", "failed", "skipped")
+    heading = ("device", "date", "versions", "pairs/s (MFU)", "passed", "failed", "skipped")
     return _table(heading, map(_machine_row, map(json.loads, lines)))
 
 
 def _machine_row(shared: dict[str, Any]) -> tuple[str, ...]:
-    best = dict[str, tuple[float, float]]()
-    for way, speed in shared["speeds"].items():
-        shape = way.partition(", fused")[0].partition(", without")[0]
-        best[shape] = max(best.get(shape, (0.0, 0.0)), (speed["pairs_per_second"], speed["mfu"] or 0.0))
-    speeds = [f"{shape}: {pairs:,.0f} ({mfu:.0%})" for shape, (pairs, mfu) in best.items()]
-    shown = ("torch", "CUDA", "driver")
-    versions = [f"{name} {shared['versions'][name]}" for name in shown if shared["versions"][name]]
-    failed = ", ".join(shared["failed"])[:CELL]
-    checks = str(len(shared["passed"])), failed or "-", str(len(shared["skipped"]))
-    return shared["device"], shared["date"][:10], ", ".join(versions), "; ".join(speeds) or "-", *checks
+    speeds = [
+        f"{name.removeprefix('speed of ')}: {speed['pairs_per_second']:,.0f} ({speed['mfu']:.0%})"
+        for name, speed in shared["speeds"].items()
+        if not name.endswith("compile") and not name.endswith("overlap")
+    ]
+    versions = [
+        f"{name} {shared['versions'][name]}" for name in ("torch", "CUDA") if shared["versions"][name]
+    ]
+    outcomes = list(shared["checks"].values())
+    failed = ", ".join(name for name, outcome in shared["checks"].items() if outcome == "failed")
+    passed, skipped = (str(outcomes.count(outcome)) for outcome in ("passed", "skipped"))
+    cells = (", ".join(versions), "; ".join(speeds) or "-", passed, failed[:CELL] or "-", skipped)
+    return shared["device"], shared["date"][:10], *cells
 
 
 def _configuration() -> str:

@@ -3,6 +3,7 @@
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, ModelConfig
@@ -20,46 +21,43 @@ def model_command(tool: ExportTool, folder: Path, model: ModelConfig) -> list[st
 
     `model` names an adapter's base. Paths are in JSON, in which they may contain commas and equals signs.
     """
-    folder, base, adapter = folder.resolve(), Path(model.path).expanduser(), is_adapter(folder)
-    if adapter:
-        whole, dtype = str(base.resolve()) if base.is_dir() else model.path, _DTYPES[model.dtype]
-    else:
-        whole, dtype = str(folder), read_model_json(folder / CONFIG_FILE).get("dtype") or "auto"
+    folder, local, adapter = folder.resolve(), Path(model.path).expanduser().resolve(), is_adapter(folder)
+    base = str(local) if local.is_dir() else model.path
+    facts: dict[str, Any] = {"dtype": _DTYPES[model.dtype]}
+    if not adapter:
+        base, facts = str(folder), {"dtype": read_model_json(folder / CONFIG_FILE).get("dtype") or "auto"}
+    elif model.revision is not None:
+        facts["revision"] = model.revision
     if tool is ExportTool.vllm:
-        words = ["vllm", "serve", whole, "--dtype", dtype]
+        words = [word for name, value in facts.items() for word in (f"--{name}", value)]
         words += ["--trust-remote-code"] if model.trust_remote_code else []
-        return words + (_vllm_adapter(folder, model.revision) if adapter else [])
-    arguments = {"pretrained": whole, "dtype": dtype}
-    arguments |= {"trust_remote_code": True} if model.trust_remote_code else {}
-    words = ["lm-eval", "run", "--model", "hf"]
+        return ["vllm", "serve", base, *words, *(_vllm_adapter(folder) if adapter else ())]
+    words, facts = ["lm-eval", "run", "--model", "hf"], {"pretrained": base, **facts}
+    if model.trust_remote_code:
+        facts["trust_remote_code"] = True
     if adapter:
-        arguments |= {"peft": str(folder), "tokenizer": str(folder)}
-        arguments |= {} if model.revision is None else {"revision": model.revision}
+        facts |= {"peft": str(folder), "tokenizer": str(folder)}
         # lm-eval reads the base's generation_config.json, which may lack the end of a turn.
         stops = read_model_json(folder / "generation_config.json")["eos_token_id"]
         words += ["--gen_kwargs", json.dumps({"eos_token_id": stops})]
-    return [*words, "--model_args", json.dumps(arguments), "--apply_chat_template", "--tasks", "ifeval"]
+    return [*words, "--model_args", json.dumps(facts), "--apply_chat_template", "--tasks", "ifeval"]
 
 
-def _vllm_adapter(folder: Path, revision: str | None) -> list[str]:
-    described = read_model_json(folder / ADAPTER_CONFIG)
-    rank = max(described["r"], *(described.get("rank_pattern") or {}).values(), 1)
-    refused = {
-        "DoRA": described.get("use_dora"),
-        f"modules_to_save={described.get('modules_to_save')}": described.get("modules_to_save"),
-        f"rank {rank}": rank > _VLLM_RANKS[-1],
-    }
-    if any(refused.values()):
+def _vllm_adapter(folder: Path) -> list[str]:
+    facts = read_model_json(folder / ADAPTER_CONFIG)
+    rank, saved = (
+        max(facts["r"], *(facts.get("rank_pattern") or {}).values(), 1),
+        facts.get("modules_to_save"),
+    )
+    if facts.get("use_dora") or saved or rank > _VLLM_RANKS[-1]:
         raise ConfigError(
-            "vLLM does not serve this adapter",
+            f"vLLM does not serve DoRA, modules_to_save or a rank above {_VLLM_RANKS[-1]}",
             where="export.tool",
-            got=f"{folder} with {', '.join(name for name, has in refused.items() if has)}",
-            expected=f"LoRA or rsLoRA of at most rank {_VLLM_RANKS[-1]}, without modules_to_save",
+            got=f"{folder} with use_dora={facts.get('use_dora')}, modules_to_save={saved}, rank {rank}",
             remedy="set export.merge=true",
         )
     words = ["--tokenizer", str(folder), "--generation-config", str(folder), "--enable-lora"]
     words += ["--max-lora-rank", str(next(size for size in _VLLM_RANKS if size >= rank))]
-    words += [] if revision is None else ["--revision", revision]
     return [*words, "--lora-modules", json.dumps({"name": folder.name, "path": str(folder)})]
 
 
@@ -71,19 +69,12 @@ def write_alpaca_answers(run: RunFolder) -> list[list[str]]:
             answer = {"instruction": row["prompt"], "output": response["text"], "generator": name}
             outputs.setdefault(name, []).append(answer)
     if not outputs:
-        words = [
-            "dpo-dist",
-            "compare",
-            f"compare.models=[base=BASE,{run}]",
-            "data.eval=[PROMPTS]",
-            f"run.dir={run}",
-        ]
+        words = ["dpo-dist", "compare", f"compare.models=[base=BASE,{run}]", "data.eval=[PROMPTS]"]
         raise ConfigError(
             "this run has no answers for AlpacaEval",
             where="export.tool",
             got=f"no {run.comparison_answers}",
-            expected="the answers of a comparison in the run's folder",
-            remedy=f"run {shlex.join(words)}",
+            remedy=f"run {shlex.join([*words, f'run.dir={run}'])}",
         )
     files = {name: run.alpaca_answers / f"{name.replace('/', '-')}.json" for name in outputs}
     for name, file in files.items():

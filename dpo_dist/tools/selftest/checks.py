@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-_SHARED_VERSIONS = ("python", "torch", "deepspeed", "transformers", "CUDA", "NCCL", "driver")
 _NOT_INSTALLED = ("not installed", "needs Triton", "in torch before")
 _NO_ROOM = ("memory is exhausted", "has no room", "cannot be written", "No space left")
 
@@ -20,21 +19,13 @@ class Check(NamedTuple):
 
 
 def shared_facts(date: str, checks: Sequence[Check]) -> dict[str, Any]:
-    """Return what one machine tells others: devices, versions, speeds, exactness; no name, path or error."""
+    """Return what one machine tells others: devices, versions, speeds, outcomes; no name, path or error."""
     values = {check.name: check.values for check in checks}
-    names = [facts["name"] for name, facts in values.items() if name.startswith("GPU ")]
-    versions = {name: values.get("versions", {}).get(name) for name in _SHARED_VERSIONS}
-    speeds = {
-        check.name.removeprefix("speed of "): {key: check.values[key] for key in ("pairs_per_second", "mfu")}
-        for check in checks
-        if check.name.startswith("speed of ") and check.outcome == "measured"
-    }
-    outcomes = {
-        outcome: [check.name for check in checks if check.outcome == outcome]
-        for outcome in ("passed", "failed", "skipped")
-    }
-    devices = [f"{number} x {name}" for name, number in Counter(names or ["CPU"]).items()]
-    return {"date": date, "device": ", ".join(devices), "versions": versions, "speeds": speeds, **outcomes}
+    gpus = Counter(facts["name"] for name, facts in values.items() if name.startswith("GPU "))
+    device = ", ".join(f"{number} x {name}" for name, number in gpus.items()) or "CPU"
+    speeds = {name: facts for name, facts in values.items() if name.startswith("speed of ") and facts}
+    facts = {"date": date, "device": device, "versions": values.get("versions", {}), "speeds": speeds}
+    return {**facts, "checks": {check.name: check.outcome for check in checks}}
 
 
 def failed_check(name: str, error: str) -> Check:
