@@ -1,13 +1,15 @@
-"""Write the tables of keys and of loss kinds in docs/ from the declarations in dpo_dist/config.
+"""Write the tables of docs/: keys and losses from dpo_dist/config, machines from benchmarks/machines.jsonl.
 
-Run `make docs` after a change of a key or of a kind of loss.
+Run `make docs` after a change of a key, of a kind of loss, or of that file.
 """
 
+import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -29,6 +31,7 @@ def pages() -> dict[Path, str]:
     return {
         docs / "losses.md": _with_table(docs / "losses.md", _loss_table()),
         docs / "configuration.md": _configuration(),
+        docs / "scaling.md": _with_table(docs / "scaling.md", _machine_table()),
     }
 
 
@@ -67,6 +70,29 @@ def _loss_row(kind: str, facts: KindFacts) -> tuple[str, ...]:
     names = [*sorted(facts.uses - MODIFIERS), *(f"options.{name}" for name in own)]
     options = ", ".join(f"`{name}`" for name in names)
     return f"`{kind}`", formula, options or "-", "yes" if facts.needs_reference else "-", facts.source
+
+
+def _machine_table() -> str:
+    """Return the rows of machines: each a line that `dpo-dist selftest --share` has printed."""
+    lines = (ROOT / "benchmarks" / "machines.jsonl").read_text().splitlines()
+    heading = ("device", "date", "versions", "pairs/s (MFU)", "passed", "failed", "skipped")
+    return _table(heading, map(_machine_row, map(json.loads, lines)))
+
+
+def _machine_row(shared: dict[str, Any]) -> tuple[str, ...]:
+    speeds = [
+        f"{name.removeprefix('speed of ')}: {speed['pairs_per_second']:,.0f} ({speed['mfu']:.0%})"
+        for name, speed in shared["speeds"].items()
+        if not name.endswith("compile") and not name.endswith("overlap")
+    ]
+    versions = [
+        f"{name} {shared['versions'][name]}" for name in ("torch", "CUDA") if shared["versions"][name]
+    ]
+    outcomes = list(shared["checks"].values())
+    failed = ", ".join(name for name, outcome in shared["checks"].items() if outcome == "failed")
+    passed, skipped = (str(outcomes.count(outcome)) for outcome in ("passed", "skipped"))
+    cells = (", ".join(versions), "; ".join(speeds) or "-", passed, failed[:CELL] or "-", skipped)
+    return shared["device"], shared["date"][:10], *cells
 
 
 def _configuration() -> str:

@@ -367,6 +367,10 @@ RULES = (
         unused(key, "export.average=[]", "export each checkpoint with it first, and average the folders")
         for key in ("export.merge", "export.weights")
     ),
+    *(
+        unused(f"export.{key}", "export.tool!=alpaca-eval", "another tool: AlpacaEval reads answers only")
+        for key in ("checkpoint", "weights", "average", "merge", "dtype", "check", "output", "push_to")
+    ),
     Rule(
         "export.average!=[]",
         "an average has two members or more, each once",

@@ -72,6 +72,12 @@ Member = Annotated[MemberConfig, BeforeValidator(as_entry("path"))]
 ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
 
 
+class ExportTool(StrEnum):
+    lm_eval = "lm-eval"
+    vllm = "vllm"
+    alpaca_eval = "alpaca-eval"
+
+
 @schema
 class ExportConfig:
     """The model folder that `dpo-dist export` writes from checkpoints of `run.dir`."""
@@ -98,6 +104,9 @@ class ExportConfig:
     output: NonEmpty | None = key(None)
     """Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, followed by `-ema` or
     `-merged`; with `export.average`, `<run.dir>/exported/average`."""
+    tool: ExportTool | None = key(None)
+    """Also print the command by which `lm-eval` or `vllm` reads the folder, which may exist; `alpaca-eval`:
+    write no folder, but the answers of the comparison in `run.dir` in AlpacaEval's format."""
     push_to: str | None = key(None, accepts="ORG/NAME", pattern=r"^[\w.-]+/[\w.-]+$")
     """Hub repository for the folder, created as a private one if it is missing; a folder that exists is
     uploaded as it is. The files are listed, and sent only with `export.confirm`."""

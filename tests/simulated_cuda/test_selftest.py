@@ -88,7 +88,13 @@ def _train(keys: dict[str, str], steps: list[int], **changed: Any) -> tuple[int,
     """Write rows of these steps, as a training run; `changed` replaces values of the last."""
     rows = [{"step": step, "loss": 0.7 / step, "grad_norm": 1.0, "step_seconds": 0.5} for step in steps]
     phases = {f"time/{name}": 0.1 for name in ("forward", "backward", "optimizer")}
-    speeds = {**phases, "mfu": 0.4, "tokens_per_second": 100.0, "memory/peak_allocated_bytes": 2**30}
+    speeds = {
+        **phases,
+        "mfu": 0.4,
+        "tokens_per_second": 100.0,
+        "pairs_per_second": 80.0,
+        "memory/peak_allocated_bytes": 2**30,
+    }
     rows = [row | speeds for row in rows]
     rows[-1] |= changed
     log = Path(keys["run.dir"].strip('"')) / "dpo_metrics" / "log_history.json"
@@ -167,7 +173,7 @@ def _with_faults_on_four_gpus() -> None:
 
 
 def test_faults_are_failed_checks_that_say_what_they_are(tmp_path: Path) -> None:
-    ended, checks = _selftest(tmp_path, prepare=_with_faults_on_four_gpus)
+    ended, checks = _selftest(tmp_path, "--share", prepare=_with_faults_on_four_gpus)
     assert ended.code == 1, ended.output
     wanted = {
         "steps of zero3": ("failed", "exit code 3: diverged: loss or gradient"),
@@ -196,6 +202,21 @@ def test_faults_are_failed_checks_that_say_what_they_are(tmp_path: Path) -> None
         assert checks[name]["outcome"] == outcome, (name, checks[name])
         assert seen in checks[name]["seen"], (name, checks[name])
     assert checks["speed of 0.5B, fused layers: none"]["values"]["mfu"] == 0.4
+    assert_shared(json.loads(ended.output.splitlines()[-1], parse_constant=pytest.fail), checks, tmp_path)
+
+
+def assert_shared(shared: dict[str, Any], checks: dict[str, Any], folder: Path) -> None:
+    """The line for others has the results, and nothing of this machine's names, paths and errors."""
+    assert shared["device"] == f"4 x {checks['GPU 0']['values']['name']}"
+    assert shared["date"] == checks["content"]["date"]
+    assert shared["versions"]["torch"] == checks["versions"]["values"]["torch"]
+    names = ("speed of 0.5B, fused layers: none", "speed of 0.5B, without overlap")
+    assert shared["speeds"] == {name: checks[name]["values"] for name in names}
+    assert shared["speeds"][names[0]]["pairs_per_second"] == 80
+    outcomes = {name: check["outcome"] for name, check in checks.items() if name != "content"}
+    assert shared["checks"] == outcomes
+    private = (checks["content"]["host"], str(folder), "a bug", "SIGSEGV")
+    assert not any(text in json.dumps(shared) for text in private)
 
 
 def _until_signal(keys: dict[str, str], _environment: dict[str, str]) -> tuple[int, str]:

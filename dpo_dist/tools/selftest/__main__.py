@@ -29,7 +29,7 @@ from dpo_dist.foundation.errors import Arguments, ExitCode, exit_after, first_li
 from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.process import LAUNCHER_PREFIXES, WORLD_VARIABLES
 from dpo_dist.foundation.streams import json_stream, kept_document, print_line, reserve_output
-from dpo_dist.tools.selftest.checks import Check, failed_check
+from dpo_dist.tools.selftest.checks import Check, failed_check, shared_facts
 from dpo_dist.tools.selftest.devices import (
     check_attention,
     check_collective_calls,
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Arguments(prog="dpo-dist selftest", description=__doc__)
     parser.add_argument("--output", type=Path, metavar="FILE", default=Path("selftest.json"))
     parser.add_argument("--quick", action="store_true", help="skip the speeds, which need disk and memory")
+    parser.add_argument("--share", action="store_true", help="end with a line of JSON to show to others")
     parser.add_argument("--exchange", type=Path, help=argparse.SUPPRESS)  # a process of a check
     parser.add_argument("--waits", type=Path, help=argparse.SUPPRESS)  # a process of a check
     parser.add_argument("--without-overlap", nargs="+", help=argparse.SUPPRESS)  # a process of a run
@@ -87,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         content |= {"seconds": seconds, "verdict": verdict, "checks": [check._asdict() for check in checks]}
         output.write_text(json.dumps(for_json(content), indent=1) + "\n", encoding="utf-8")
         console_on(table, "plain").result("selftest", content, [])
+    if options.share:
+        print_line(json.dumps(for_json(shared_facts(now, checks))), table)
     return code
 
 

@@ -1,5 +1,6 @@
 """Results of checks: the lines of the table and the entries of selftest.json."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -15,6 +16,16 @@ class Check(NamedTuple):
     outcome: str
     seen: str
     values: Mapping[str, Any] = MappingProxyType({})
+
+
+def shared_facts(date: str, checks: Sequence[Check]) -> dict[str, Any]:
+    """Return what one machine tells others: devices, versions, speeds, outcomes; no name, path or error."""
+    values = {check.name: check.values for check in checks}
+    gpus = Counter(facts["name"] for name, facts in values.items() if name.startswith("GPU "))
+    device = ", ".join(f"{number} x {name}" for name, number in gpus.items()) or "CPU"
+    speeds = {name: facts for name, facts in values.items() if name.startswith("speed of ") and facts}
+    facts = {"date": date, "device": device, "versions": values.get("versions", {}), "speeds": speeds}
+    return {**facts, "checks": {check.name: check.outcome for check in checks}}
 
 
 def failed_check(name: str, error: str) -> Check:

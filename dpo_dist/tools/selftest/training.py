@@ -58,7 +58,7 @@ SHAPES = {  # models of shipped presets; fewer layers suffice, as layers are ali
     "7B, 4 layers": ("Qwen/Qwen2.5-7B", 4),
 }
 _MEASURED = ["step_seconds", "mfu", "tokens_per_second", "memory/peak_allocated_bytes"]
-_MEASURED += ["time/forward", "time/backward", "time/optimizer"]
+_MEASURED += ["time/forward", "time/backward", "time/optimizer", "pairs_per_second"]
 
 
 def compare_ways(folder: Path, gpus: int) -> Iterator[Check]:

@@ -121,7 +121,7 @@ def _find_evaluation_model(model: str | None, run: RunFolder) -> EvaluatedModel:
 def find_export_paths(config: RunConfig) -> tuple[list[Path], Path]:
     """Return the checkpoint, or the model folders of `export.average`, and the folder to write.
 
-    Does not check their files. With `export.push_to` the folder to write may exist.
+    Does not check their files. With `export.push_to` or `export.tool` the folder to write may exist.
     """
     run = existing_run(RunFolder.from_config(config).path)
     if changed := changed_keys(run.config, config.identity):
@@ -143,7 +143,7 @@ def find_export_paths(config: RunConfig) -> tuple[list[Path], Path]:
         name += "-merged"
     named = config.export.output
     output = run.exported / name if named is None else Path(named).expanduser()
-    if os.path.lexists(output) and config.export.push_to is None:
+    if os.path.lexists(output) and config.export.push_to is None and config.export.tool is None:
         remedy = "name another folder, or delete this one"
         raise ConfigError("the folder to write exists", where="export.output", got=str(output), remedy=remedy)
     return sources, output

@@ -1,0 +1,84 @@
+"""What other tools read: the commands of lm-eval and vLLM for a model folder, and answers for AlpacaEval."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import Dtype, ModelConfig
+from dpo_dist.config.verb_sections import ExportTool
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.files import read_lines, write_json
+from dpo_dist.model.files.folder import ADAPTER_CONFIG, CONFIG_FILE, is_adapter, read_model_json
+
+_DTYPES = {Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp32: "float32"}
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def model_command(tool: ExportTool, folder: Path, model: ModelConfig) -> list[str]:
+    """Return the words of the command by which lm-eval or vLLM reads an exported folder.
+
+    `model` names an adapter's base. Paths are in JSON, in which they may contain commas and equals signs.
+    """
+    folder, local, adapter = folder.resolve(), Path(model.path).expanduser().resolve(), is_adapter(folder)
+    base = str(local) if local.is_dir() else model.path
+    facts: dict[str, Any] = {"dtype": _DTYPES[model.dtype]}
+    if not adapter:
+        base, facts = str(folder), {"dtype": read_model_json(folder / CONFIG_FILE).get("dtype") or "auto"}
+    elif model.revision is not None:
+        facts["revision"] = model.revision
+    if tool is ExportTool.vllm:
+        words = [word for name, value in facts.items() for word in (f"--{name}", value)]
+        words += ["--trust-remote-code"] if model.trust_remote_code else []
+        return ["vllm", "serve", base, *words, *(_vllm_adapter(folder) if adapter else ())]
+    words, facts = ["lm-eval", "run", "--model", "hf"], {"pretrained": base, **facts}
+    if model.trust_remote_code:
+        facts["trust_remote_code"] = True
+    if adapter:
+        facts |= {"peft": str(folder), "tokenizer": str(folder)}
+        # lm-eval reads the base's generation_config.json, which may lack the end of a turn.
+        stops = read_model_json(folder / "generation_config.json")["eos_token_id"]
+        words += ["--gen_kwargs", json.dumps({"eos_token_id": stops})]
+    return [*words, "--model_args", json.dumps(facts), "--apply_chat_template", "--tasks", "ifeval"]
+
+
+def _vllm_adapter(folder: Path) -> list[str]:
+    facts = read_model_json(folder / ADAPTER_CONFIG)
+    rank, saved = (
+        max(facts["r"], *(facts.get("rank_pattern") or {}).values(), 1),
+        facts.get("modules_to_save"),
+    )
+    if facts.get("use_dora") or saved or rank > _VLLM_RANKS[-1]:
+        raise ConfigError(
+            f"vLLM does not serve DoRA, modules_to_save or a rank above {_VLLM_RANKS[-1]}",
+            where="export.tool",
+            got=f"{folder} with use_dora={facts.get('use_dora')}, modules_to_save={saved}, rank {rank}",
+            remedy="set export.merge=true",
+        )
+    words = ["--tokenizer", str(folder), "--generation-config", str(folder), "--enable-lora"]
+    words += ["--max-lora-rank", str(next(size for size in _VLLM_RANKS if size >= rank))]
+    return [*words, "--lora-modules", json.dumps({"name": folder.name, "path": str(folder)})]
+
+
+def write_alpaca_answers(run: RunFolder) -> list[list[str]]:
+    """Write each model's answers of a comparison for AlpacaEval; return the commands that read them."""
+    outputs: dict[str, list[dict[str, str]]] = {}
+    for row in read_lines(run.comparison_answers):
+        for name, response in row["responses"].items():
+            answer = {"instruction": row["prompt"], "output": response["text"], "generator": name}
+            outputs.setdefault(name, []).append(answer)
+    if not outputs:
+        words = ["dpo-dist", "compare", f"compare.models=[base=BASE,{run}]", "data.eval=[PROMPTS]"]
+        raise ConfigError(
+            "this run has no answers for AlpacaEval",
+            where="export.tool",
+            got=f"no {run.comparison_answers}",
+            remedy=f"run {shlex.join([*words, f'run.dir={run}'])}",
+        )
+    files = {name: run.alpaca_answers / f"{name.replace('/', '-')}.json" for name in outputs}
+    for name, file in files.items():
+        write_json(file, outputs[name])
+    base, *others = map(str, files.values())
+    command = ["alpaca_eval", "evaluate", "--reference_outputs", base, "--model_outputs"]
+    return [[*command, other] for other in others]
