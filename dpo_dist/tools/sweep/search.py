@@ -1,5 +1,6 @@
 """Train the points that optuna samples; stop one whose evaluations are worse than the others' median."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from dpo_dist.training.reporting.metrics_log import finite, stored_rows
 
 _PRUNED = "pruned"
 _OUTCOME = "outcome"  # the trial's attribute
-_SEEDS = 1000  # as many as a search has trials at most: two searches share no seed of the sampler
 
 
 class Search(Pool):
@@ -37,7 +37,7 @@ class Search(Pool):
         self._space, self._by, self._seed = space, first.sweep.by or "", first.trainer.seed
         self._is_low = best_direction(self._by) is Direction.lowest
         journal, defining = folder.study.resolve(), (space.dimensions, self._by, first.identity.digest)
-        Path(f"{journal}.lock").unlink(missing_ok=True)  # of a killed start: optuna would wait for its end
+        _repair(journal)
         self._storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
         self._study = optuna.create_study(
             storage=self._storage,
@@ -47,9 +47,10 @@ class Search(Pool):
             load_if_exists=True,
         )
         self._open, self._hopeless = dict[Words, list[Trial]](), set[Words]()
-        for trial in self._trials(TrialState.COMPLETE, TrialState.PRUNED):
-            words = self._words(trial)
-            self.points[words], self.ends[words] = space.load(words), (trial.user_attrs[_OUTCOME], "")
+        for trial in self._trials():
+            if outcome := trial.user_attrs.get(_OUTCOME):
+                words = self._words(trial)
+                self.points[words], self.ends[words] = space.load(words), (outcome, "")
         console.say(f"search: {pluralize(self._count, 'trial')} by {self._by}, {len(self.ends):,} finished")
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
@@ -57,8 +58,16 @@ class Search(Pool):
         return trials
 
     def _words(self, trial: Trial | FrozenTrial) -> Words:
-        """Return the values of a trial as overrides; those that it lacks are sampled."""
-        return tuple(f"{one.key}={_suggest(trial, one)}" for one in self._space.dimensions)
+        """Return the values of a trial as overrides; those that it lacks are sampled.
+
+        Each has a seed of its own: after a kill they are what they would have been.
+        """
+        words = list[str]()
+        for one in self._space.dimensions:
+            seed = int(text_digest(f"{self._seed} {trial.number} {one.key}")[:8], 16)
+            self._study.sampler = optuna.samplers.TPESampler(seed=seed)
+            words.append(f"{one.key}={_suggest(trial, one)}")
+        return tuple(words)
 
     def waiting(self) -> Iterator[Words]:
         """Yield the points of open trials, then of new ones, without those whose results are known."""
@@ -79,22 +88,22 @@ class Search(Pool):
         for begun in self._trials(TrialState.RUNNING):
             trial = self._storage.get_trial_id_from_study_id_trial_number(study, begun.number)
             yield Trial(self._study, trial)
-        while (count := len(self._trials())) < self._count:
-            # A seed for each trial: a search that was stopped samples what it would have sampled.
-            self._study.sampler = optuna.samplers.TPESampler(seed=(self._seed * _SEEDS + count) % 2**32)
+        while len(self._trials()) < self._count:
             yield self._study.ask()
 
-    def _evaluations(self, words: Words) -> dict[int, float]:
-        """Return the values of the metric by step."""
+    def _report(self, words: Words) -> dict[int, float]:
+        """Report new evaluations of a point; return all values of the metric by step, from step 1 on."""
         rows = stored_rows(RunFolder.from_config(self.points[words]))
-        values = {int(row["step"]): finite(row, self._by) for row in rows if row["step"] > 0}
-        return {step: value for step, value in values.items() if value is not None}
-
-    def is_hopeless(self, words: Words) -> bool:
-        """Report new evaluations of a point; return whether it is to be stopped, once."""
-        trial, values = self._open[words][0], self._evaluations(words)
+        known = {int(row["step"]): finite(row, self._by) for row in rows if row["step"] > 0}
+        values = {step: value for step, value in known.items() if value is not None}
+        trial = self._open[words][0]
         for step in values.keys() - self._trials()[trial.number].intermediate_values.keys():
             trial.report(values[step], step)
+        return values
+
+    def is_hopeless(self, words: Words) -> bool:
+        """Return whether a point's evaluations are bad, at the first time that they are."""
+        trial, values = self._open[words][0], self._report(words)
         if words in self._hopeless or not trial.should_prune():
             return False
         self._hopeless.add(words)
@@ -105,7 +114,7 @@ class Search(Pool):
 
     def ended(self, words: Words) -> None:
         """Tell optuna how a point has ended, if it is done."""
-        values, outcome, state = self._evaluations(words), _PRUNED, TrialState.PRUNED
+        values, outcome, state = self._report(words), _PRUNED, TrialState.PRUNED
         if is_finished(self.points[words]):
             outcome, state = RunOutcome.completed, TrialState.COMPLETE
             if not values:
@@ -134,6 +143,13 @@ class Search(Pool):
         best = self._words(self._study.best_trial) if values else ()
         settings = dict(word.lstrip("+").split("=", 1) for word in best)
         return found | {"best": {"settings": settings, "value": self._study.best_value} if best else None}
+
+
+def _repair(journal: Path) -> None:
+    """Remove what a killed start may leave, and optuna cannot read: its lock, and a part of a line."""
+    Path(f"{journal}.lock").unlink(missing_ok=True)
+    if journal.exists() and not (lines := journal.read_bytes()).endswith(b"\n"):
+        os.truncate(journal, lines.rfind(b"\n") + 1)
 
 
 def _suggest(trial: Trial | FrozenTrial, one: Dimension) -> str:
