@@ -3,21 +3,25 @@
 Hydra composes presets, experiments, files and words of the command; pydantic checks the types.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, islice, product
+from decimal import ROUND_CEILING, Decimal
+from functools import partial
+from itertools import chain, product
 from math import prod
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, get_args
 
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from dpo_dist.config.compose import FAILURES, Command, keys_given, names_chosen, parse_overrides, plain_values
 from dpo_dist.config.identity import RunIdentity, default_dir, differing_keys
-from dpo_dist.config.keys import group_folders, preset_names, run_keys
+from dpo_dist.config.keys import COMMAND_LINE, group_folders, preset_names, run_keys
+from dpo_dist.config.metrics import ACCURACIES, LOSS_METRICS, PREFIX
 from dpo_dist.config.mistakes import (
     SCHEMA,
     composition_error,
@@ -37,6 +41,24 @@ from dpo_dist.foundation.text import first_few, without_secrets
 Points: TypeAlias = dict[tuple[str, ...], RunConfig]
 """The runs of a sweep by the overrides in which they differ: `("loss.beta=0.1", "loss.kind=ipo")`."""
 _MOST_POINTS = 1000
+_SWEEP_IN_FILE = re.compile(r"(choice|float|int|interval|range|shuffle|sort|tag)\(.*\)", re.DOTALL)
+"""Several values for a key in a file, where a comma may be that of a text."""
+
+
+class Dimension(NamedTuple):
+    """The values of a swept key: `texts`, or in a search also the numbers between two `ends`."""
+
+    key: str
+    texts: Sequence[str]
+    ends: tuple[float, float] | None = None
+    is_log: bool = False
+
+
+class SearchSpace(Points):
+    """The points at the ends of a search's dimensions; `load` returns the configuration of any other."""
+
+    dimensions: Sequence[Dimension]
+    load: Callable[[Sequence[str]], RunConfig]
 
 
 def load_run_config(
@@ -66,20 +88,30 @@ def load_points(
     """Return the checked configuration of each point of a sweep: all combinations of the swept overrides.
 
     Swept overrides follow Hydra's grammar: `loss.beta=0.1,0.2`, `trainer.seed=range(3)`, `loss=choice(ipo)`.
+    With `sweep.trials` also `optim.lr=tag(log, interval(1e-7,1e-5))`, and the points are a `SearchSpace`.
 
     Raises:
         ConfigError: all mistakes of all points, as in `load_run_config`; or two points are the same run.
     """
     find_function.cache_clear()
     cache, all_mistakes, folders = dict[str, Any](), list[DpoDistError](mistakes), group_folders(own_folder)
-    choices = _choices(words, folders)
-    points: Points = {}
+    command = partial(Command, folders=folders, saved=None, mistakes=(), cache=cache, verb="sweep")
+    given = {word: override for word in words for override in parse_overrides([word])[0]}
+    fixed = [word for word in words if word not in given or not given[word].is_sweep_override()]
+    values, swept = _values(command(fixed)), {override.key_or_group for override in given.values()}
+    words = [*words, *(word for word in _swept_in_files(values) if word.partition("=")[0] not in swept)]
+    points = Points() if OmegaConf.select(values, "sweep.trials") is None else SearchSpace()
+    dimensions = _dimensions(words, folders, searches=isinstance(points, SearchSpace))
+    choices = [
+        [f"{found.key}={text}" for text in found.texts] if (found := dimensions.get(word)) else [word]
+        for word in words
+    ]
     refused = dict[tuple[str, ...], ConfigError]()
     names = dict[str | None, tuple[str, ...]]()
     for point in product(*choices):
         swept_words = tuple(word for word in point if word not in words)
         try:
-            config = _load(Command(point, folders, None, (), cache, "sweep"), "sweep")
+            config = _load(command(point), "sweep")
         except ConfigError as error:
             refused[swept_words] = error
             continue
@@ -101,39 +133,99 @@ def load_points(
     if () in points:
         remedy = "write several values, such as loss.beta=0.05,0.1, or train this one: dpo-dist train"
         all_mistakes.append(ConfigError("no key has several values", where=COMMAND_LINE, remedy=remedy))
-    raise_all(all_mistakes)
+    raise_all([*all_mistakes, *_mistakes_of_search(points, dimensions.values())])
+    if isinstance(points, SearchSpace):
+        points.dimensions = list(dimensions.values())
+        points.load = lambda sampled: _load(command([*fixed, *sampled]), "sweep")
     return points
 
 
-def _choices(words: Sequence[str], folders: Sequence[Path]) -> list[list[str]]:
-    """Return the values of each word of a sweep, as words; raise if they cannot be listed."""
-    choices, mistakes = list[list[str]](), list[ConfigError]()
+def _values(command: "Command") -> Any:
+    """Return the values of the words and files without several values; none if they have a mistake."""
+    try:
+        return OmegaConf.create(command.compose())
+    except FAILURES:
+        return OmegaConf.create()  # every point has the mistake
+
+
+def _swept_in_files(values: Any) -> Iterator[str]:
+    """Yield an override for each key for which a file has several values."""
+    for key in run_keys():
+        if isinstance(value := OmegaConf.select(values, key), str) and _SWEEP_IN_FILE.fullmatch(value):
+            yield f"{key}={value}"
+
+
+def _mistakes_of_search(points: Points, dimensions: Iterable[Dimension]) -> Iterator[ConfigError]:
+    """Yield an error if a search compares losses of different kinds or scales."""
+    by = {str(config.sweep.by) for config in points.values()}
+    if keys := [found.key for found in dimensions if found.key.partition(".")[0] == "loss"]:
+        for metric in by:
+            if metric.removeprefix(PREFIX).startswith(LOSS_METRICS):
+                yield ConfigError(
+                    "this metric cannot be compared between the losses of this search",
+                    where="sweep.by",
+                    got=metric,
+                    remedy=f"set sweep.by=eval_{ACCURACIES[0]}, or give {', '.join(keys)} one value",
+                )
+
+
+def _dimensions(words: Sequence[str], folders: Sequence[Path], *, searches: bool) -> dict[str, Dimension]:
+    """Return the values of each swept word; raise if they cannot be listed, or in a search sampled."""
+    dimensions, counts, mistakes = dict[str, Dimension](), dict[str, float](), list[ConfigError]()
     for word in words:
         override = next(iter(parse_overrides([word])[0]), None)
-        values, message, remedy = [word], "", ""
-        if override is not None and override.is_discrete_sweep():
-            remedy = "write a range with values, such as range(3) or range(0,9,3)"
-            try:  # only as many as the check below needs: a range may have billions
-                few = islice(override.sweep_string_iterator(), _MOST_POINTS + 1)
-                values = [f"{override.get_key_element()}={string}" for string in few]
-            except (ValueError, HydraException):
-                values = []
-            message = "" if values else "this range has no values"
+        message, remedy = "", ""
+        if override is not None and (
+            override.is_discrete_sweep() or (searches and override.is_interval_sweep())
+        ):
+            try:
+                counts[word], dimensions[word] = _dimension(override)
+            except (ArithmeticError, ValueError, HydraException):
+                message, remedy = "this range has no values", "write range(3), range(0,9,3) or interval(0,1)"
+                if override.is_interval_sweep():
+                    message = "this interval cannot be sampled"
+                    remedy = "write 'tag(log, interval(1e-7,1e-5))', above 0, or interval(0,1)"
+        elif override is not None and override.is_interval_sweep():
+            mistakes += Command([word], folders, None, ()).mistakes
         elif override is not None and _is_in_brackets(override, folders):
             message = "several values of a sweep are written without brackets"
             remedy = f"write {override.key_or_group}={','.join(names_chosen(override))}"
         if message:
             mistakes.append(ConfigError(message, where=f"{COMMAND_LINE}: {word}", remedy=remedy))
-        choices.append(values)
     raise_all(mistakes)
-    if prod(map(len, choices)) > _MOST_POINTS:
+    if (count := prod(counts.values())) > _MOST_POINTS:
         raise ConfigError(
             f"a sweep has at most {_MOST_POINTS:,} points",
             where=COMMAND_LINE,
-            got=" ".join(word for word, values in zip(words, choices, strict=True) if len(values) > 1),
+            got=f"{' '.join(word for word, values in counts.items() if values > 1)}: {count:,.0f}",
             remedy="sweep fewer values, or divide them among several sweeps",
         )
-    return choices
+    return dimensions
+
+
+def _dimension(override: Override) -> tuple[float, Dimension]:
+    """Return the number of a sweep's values, and the values: of a range with too many none.
+
+    Raises:
+        ArithmeticError, ValueError, HydraException: there are no values.
+    """
+    key, sweep = override.get_key_element(), override.value()
+    if isinstance(sweep, IntervalSweep):
+        low, high = float(sweep.start or 0), float(sweep.end or 0)
+        if low > high or sweep.tags - {"log"} or (sweep.tags and low <= 0):
+            raise ValueError
+        hint = run_keys().get(override.key_or_group)
+        is_whole = {int, float} & {hint, *get_args(hint)} == {int} and low.is_integer() and high.is_integer()
+        ends = (int(low), int(high)) if is_whole else (low, high)
+        return 2, Dimension(key, list(dict.fromkeys(map(repr, ends))), ends, bool(sweep.tags))
+    count = 0.0
+    if isinstance(sweep, RangeSweep):
+        start, stop, step = (Decimal(each or 0) for each in (sweep.start, sweep.stop, sweep.step))
+        count = float(((stop - start) / step).to_integral_value(ROUND_CEILING))
+    texts = list(override.sweep_string_iterator()) if count <= _MOST_POINTS else []
+    if (count := count or len(texts)) <= 0:
+        raise ValueError
+    return count, Dimension(key, texts)
 
 
 def _is_in_brackets(override: Override, folders: Sequence[Path]) -> bool:

@@ -102,5 +102,7 @@ def find_metric(name: str) -> Metric:
 
 ACCURACIES = ("rewards/accuracies", "rewards/auc")
 """How often the better response has the larger reward: in pairs, and in labelled records."""
+LOSS_METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
+"""Beginnings of the names of metrics that cannot be compared between losses."""
 MAIN = ("loss", *ACCURACIES, "rewards/margins")
 """The metrics that tables, the terminal and the card show first, if the run has them."""

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from dpo_dist.config.fields import schema_fields
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
-from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX
+from dpo_dist.config.metrics import ACCURACIES, CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import suggestion
 from dpo_dist.config.rule import LOSS, Rule, check_rules, unused, value_at
-from dpo_dist.config.schema import NO_MODEL, DataFormat, Direction, ReferenceMode, RunConfig, TrainerConfig
+from dpo_dist.config.schema import NO_MODEL, DataFormat, Direction, ReferenceMode, RunConfig
 from dpo_dist.config.verb_sections import PairsMethod, SamplingConfig
 from dpo_dist.config.verbs import VERBS
 
@@ -56,9 +56,8 @@ def _unused_by_reference(key: str, resets: str = "") -> tuple[Rule, Rule]:
     return replace(by_mode, resets=resets), replace(by_loss, resets=resets)
 
 
-def best_direction(trainer: TrainerConfig) -> Direction | None:
-    """Return whether high or low values of `trainer.keep_best` are the best; None: unknown."""
-    metric = trainer.keep_best or ""
+def best_direction(metric: str) -> Direction | None:
+    """Return whether high or low values of an evaluation's metric are the best; None: unknown."""
     if metric.startswith(PREFIX + CUSTOM):
         return Direction.highest
     # A metric may be for one source, bucket of lengths or percentile; `loss/kl` is not a source's `loss`.
@@ -298,7 +297,24 @@ RULES = (
             suggestion(c.trainer.keep_best or "", [PREFIX + name for name in METRICS if METRICS[name].best])
             + "choose eval_loss, eval_rewards/accuracies, eval_rewards/margins or eval_custom/NAME"
         ),
-        lambda c: best_direction(c.trainer) is None,
+        lambda c: best_direction(c.trainer.keep_best or "") is None,
+    ),
+    # A search.
+    unused("sweep.by", "sweep.trials!=null", "set sweep.trials=20"),
+    Rule(
+        "sweep.trials!=null sweep.by",
+        "a search needs an evaluation metric with a known best direction, highest or lowest",
+        lambda c: (
+            suggestion(c.sweep.by or "", [PREFIX + name for name in METRICS if METRICS[name].best])
+            + f"set sweep.by=eval_{ACCURACIES[c.loss.is_unpaired]}"
+        ),
+        lambda c: best_direction(c.sweep.by or "") is None,
+    ),
+    Rule(
+        "sweep.trials!=null data.eval=[]",
+        "a search compares evaluations, and these runs have none",
+        _HOLD_OUT,
+        lambda c: c.data.eval_share == 0,
     ),
     Rule(
         "metrics.bands!=[]",

@@ -221,3 +221,7 @@ class SweepConfig:
     launcher: NonEmpty | None = key(None)
     """Command before `-m dpo_dist train` that starts the processes of a point; null:
     `dpo-dist launch` if a point has several GPUs, else one process that imports nothing again."""
+    trials: int | None = key(None, ge=1, le=1000)
+    """Points to train of a search, which samples the swept values by optuna; null: train all combinations."""
+    by: NonEmpty | None = key(None)
+    """Metric that a search improves, in the last evaluation of a run: `eval_rewards/accuracies`."""

@@ -176,20 +176,20 @@ def disk_error(error: BaseException) -> ConfigError | None:
     )
 
 
-_TOOL_PACKAGES = {"datasketch", "py3langid", "scipy", "sklearn"}
-"""Packages of the extra `tools`, by the names that Python imports."""
+_EXTRAS = {**dict.fromkeys(("datasketch", "py3langid", "scipy", "sklearn"), "tools"), "optuna": "search"}
+"""Extras of packages, by the names that Python imports."""
 
 
 def package_error(error: BaseException) -> ConfigError | None:
-    """Return a `ConfigError` if a package of the extra `tools` is missing, else None."""
+    """Return a `ConfigError` if a package of an extra is missing, else None."""
     package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else ""
-    if package not in _TOOL_PACKAGES:
+    if package not in _EXTRAS:
         return None
     return ConfigError(
         "this verb needs packages that training does not need",
         where="the environment",
         got=f"{package} is not installed",
-        remedy="pip install 'dpo-dist[tools]'",
+        remedy=f"pip install 'dpo-dist[{_EXTRAS[package]}]'",
     )
 
 

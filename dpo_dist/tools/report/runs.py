@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from markupsafe import Markup
 
 from dpo_dist.config.losses import kinds_using
-from dpo_dist.config.metrics import ACCURACIES, CUSTOM, MAIN, METRICS, TERMS, find_metric
+from dpo_dist.config.metrics import ACCURACIES, CUSTOM, LOSS_METRICS, MAIN, METRICS, TERMS, find_metric
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation.errors import RunOutcome
@@ -32,13 +32,15 @@ Runs = Mapping[str, PageFacts]
 _KEYS_WITHOUT_RESULT = ("run.", "console.", "tracking.")
 _NOT_POLICY_METRICS = ("samples/reference_", "samples/prompts", "samples/alarms")
 _REFERENCE_METRICS = ("loss", "rewards/", "distance/")
-_LOSS_METRICS = ("loss", "rewards/chosen", "rewards/rejected", MARGIN)
 _MOST_SETTINGS, _MOST_CHARACTERS = 4, 80  # in the table of results; of a label made from settings
 _SEED = "trainer.seed"
 
 
-def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
-    """Write the page about runs, which may still be training; return its tables of results as lines."""
+def compare_runs(folders: Sequence[RunFolder], page: Path, charts: Sequence[Markup] = ()) -> list[str]:
+    """Write the page about runs, which may still be training; return its tables of results as lines.
+
+    `charts` come before the runs' curves.
+    """
     facts, names = list(map(PageFacts, folders)), [folder.path.resolve().name for folder in folders]
     names = names if len(set(names)) == len(names) else list(map(str, folders))
     settings, others = _differing(facts)
@@ -61,7 +63,7 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
     units = {each.run.unit for each in facts}
     unit = units.pop() if len(units) == 1 else "example"
     curves = [Curves(*each) for each in zip(groups, kinds, map(_over_pairs, facts), strict=True)]
-    apart = _LOSS_METRICS if len(set(kinds)) > 1 else ()
+    apart = LOSS_METRICS if len(set(kinds)) > 1 else ()
     colors = list(dict.fromkeys(groups))
     html = render.page(
         "runs.jinja",
@@ -76,7 +78,7 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
         is_short=own == settings,
         others=[(key, *texts) for key, texts in others.items()],
         metrics=[(key, *map(_on_two_lines, results.cells(key))) for key in _keys(last)],
-        curves=charts_of_runs(curves, unit, apart),
+        curves=[*charts, *charts_of_runs(curves, unit, apart)],
         legend=[(color_classes(colors, label), label, groups.count(label)) for label in colors],
         unit=unit,
         samples=samples_side_by_side(dict(zip(labels, folders, strict=True))),
@@ -231,7 +233,7 @@ def _warnings(runs: Runs) -> Iterator[tuple[str, tuple[str, ...]]]:
             "Their reference models differ: rewards are relative to other models.",
             _REFERENCE_METRICS,
         ),
-        (losses, "Their losses differ: compare accuracies, not losses, rewards and margins.", _LOSS_METRICS),
+        (losses, "Their losses differ: compare accuracies, not losses, rewards and margins.", LOSS_METRICS),
     ):
         if len({str(value) for value in values if value is not None}) > 1:
             yield sentence, metrics

@@ -3,6 +3,9 @@
 Takes the arguments of `train`, with several values for some keys, in Hydra's words: 0.1,0.2 or range(1,4) or
 choice(a,b). The same command again resumes interrupted points and skips finished ones. In a SLURM array each
 job trains a part of the points. launch/README.md explains the table at the end.
+
+With sweep.trials=20 sweep.by=eval_rewards/accuracies, optuna chooses 20 points for which this metric is good,
+also between two numbers: optim.lr=tag(log, interval(1e-7,1e-5)).
 """
 
 from dpo_dist.foundation.signals import end_at_signals
@@ -14,12 +17,12 @@ import os
 from pathlib import Path
 
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.load import Points
+from dpo_dist.config.load import Points, SearchSpace
 from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
-from dpo_dist.foundation.text import pluralize
+from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.tools.sweep.pool import Pool, is_finished, warm_up
 from dpo_dist.training.start.preflight import check_start
@@ -34,15 +37,22 @@ def main(points: Points) -> int:
         warm_up()
         from dpo_dist.tools.sweep.results import sweep_lines, sweep_results  # noqa: PLC0415  (slow, prints)
 
-        job, jobs = _place_in_array()
-        mine = list(points)[job::jobs]
-        left = [words for words in mine if not is_finished(points[words])]
-        share = "" if jobs == 1 else f", {len(mine):,} of them for this job of the array"
-        console.say(f"sweep: {pluralize(len(points), 'point')}{share}, {len(mine) - len(left):,} finished")
-        pool = Pool({words: points[words] for words in mine}, folder, console, first.sweep)
-        is_stopped = pool.run(left)
-        results = sweep_results(points, pool.ends, folder)
-        lines = [*sweep_lines(results, points, folder.report), f"sweep   {folder.sweep}"]
+        if isinstance(points, SearchSpace):
+            from dpo_dist.tools.sweep.search import Search  # noqa: PLC0415  (an extra)
+
+            with locked(folder.lock, "searches here", "wait until it ends, or set another run.name"):
+                pool: Pool = (search := Search(points, folder, console))
+                is_stopped = search.run(search.waiting())
+        else:
+            job, jobs = _place_in_array()
+            mine = list(points)[job::jobs]
+            left = [words for words in mine if not is_finished(points[words])]
+            share = "" if jobs == 1 else f", {len(mine):,} of them for this job of the array"
+            console.say(f"sweep: {len(points):,} points{share}, {len(mine) - len(left):,} finished")
+            pool = Pool(points, folder, console, first.sweep)
+            is_stopped = pool.run(iter(left))
+        results = sweep_results(pool.points, pool.ends, folder, pool.found())
+        lines = [*sweep_lines(results, pool.points, folder.report), f"sweep   {folder.sweep}"]
         if is_stopped:
             lines.append("stopped: the same command continues with the points that are not finished")
         console.result("sweep", results, lines)
@@ -61,6 +71,8 @@ def check_points(points: Points) -> None:
             got=f"{os.environ['WORLD_SIZE']} processes",
             remedy="start one: dpo-dist sweep; with sweep.parallel=1 each point has all GPUs",
         )
+    if isinstance(points, SearchSpace):
+        import optuna  # noqa: F401, PLC0415  (an extra: said before anything is loaded)
     mistakes = list[DpoDistError]()
     if any(config.run.mirror is not None for config in points.values()):
         what, remedy = "a mirror is for one run, not for the points of a sweep", "leave run.mirror out"

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
@@ -32,7 +32,7 @@ from dpo_dist.training.start.preflight import checked_start
 from dpo_dist.training.start.resume import read_state
 
 Words = tuple[str, ...]
-_PROGRESS_SECONDS = 60
+_PROGRESS_SECONDS, _WATCH_SECONDS = 60.0, 2.0
 ELSEWHERE = "trained by another process"
 """The outcome of a point whose run another process has locked."""
 
@@ -122,9 +122,10 @@ class Pool:
     def __init__(self, points: Points, folder: RunFolder, console: Console, settings: SweepConfig) -> None:
         import torch  # noqa: PLC0415  (imported by now)
 
-        self._points, self._folder, self._console = points, folder, console
+        self.points, self._folder, self._console = points, folder, console
         self.codes, self.ends = dict[Words, int](), dict[Words, tuple[str, str]]()
-        self._running: dict[Any, _Process] = {}
+        self._count = settings.trials or len(points)
+        self._running = dict[Any, _Process]()  # by a descriptor that is ready when the process has ended
         self._received: list[int] = []
         visible, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
         gpus = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
@@ -143,40 +144,62 @@ class Pool:
         elif self._launcher is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             self._launcher = python  # CUDA does not work in a fork of a process that has used it
 
-    def run(self, waiting: list[Words]) -> bool:
-        """Train these points and fill `codes` and `ends`; return whether a signal stopped the sweep."""
+    def run(self, waiting: Iterator[Words]) -> bool:
+        """Train these points and fill `codes` and `ends`; return whether a signal stopped the sweep.
+
+        The next point is asked for when GPUs are free for it.
+        """
         before = {number: signal.signal(number, self._pass_on) for number in stop_signals()}
-        while (waiting and not self._received) or self._running:
-            while waiting and self._free and not self._received:
-                self._start(waiting.pop(0))
-            if not (ended := wait(list(self._running), _PROGRESS_SECONDS)):
-                for running in self._running.values():
+        has_more, due = True, time.monotonic() + _PROGRESS_SECONDS
+        while (has_more and not self._received) or self._running:
+            while self._free and not self._received and (words := next(waiting, None)) is not None:
+                self._start(words)
+            has_more = not self._free
+            for descriptor in wait(list(self._running), _WATCH_SECONDS) if self._running else ():
+                self._end(descriptor)
+            for running in self._running.values():
+                if self.is_hopeless(running.words):
+                    os.killpg(running.process.pid, signal.SIGTERM)
+                if time.monotonic() > due:
                     self._console.say(f"{' '.join(running.words)}: {_last_line(running.printed())}")
-            for sentinel in ended:
-                self._end(self._running.pop(sentinel))
+            due += _PROGRESS_SECONDS if time.monotonic() > due else 0.0
         for number, handler in before.items():
             signal.signal(number, handler)
-        for words in filter(lambda words: is_finished(self._points[words]), list(self.ends)):
+        for words in filter(lambda words: is_finished(self.points[words]), list(self.ends)):
             self.codes[words], self.ends[words] = ExitCode.completed, (_ending(ExitCode.completed), "")
         return bool(self._received)
 
-    def _end(self, ended: _Process) -> None:
+    def found(self) -> dict[str, Any]:
+        """Return what sweep.json has beside the points; a grid has nothing."""
+        return {}
+
+    def is_hopeless(self, words: Words) -> bool:  # noqa: ARG002
+        """Return whether a running point is to be stopped now; a grid trains every point to its end."""
+        return False
+
+    def ended(self, words: Words) -> None:
+        """Judge a point that has ended, or change how; a grid has nothing to judge."""
+
+    def _end(self, descriptor: Any) -> None:
         """Record how a process and its point ended, and free its GPUs."""
+        os.close(descriptor)
+        ended = self._running.pop(descriptor)
         words = ended.words
         ended.process.join()
         self._free.append(ended.gpus)
-        run = RunFolder.from_config(self._points[words])
+        run = RunFolder.from_config(self.points[words])
         self.codes[words], self.ends[words] = point_end(run, ended.process.exitcode, ended.printed())
+        self.ended(words)
         spent = duration(time.monotonic() - ended.began)
         self._console.say(f"{' '.join(words)}: {self.ends[words][0]} after {spent}")
 
     def _start(self, words: Words) -> None:
-        config, gpus = replace(self._points[words], sweep=SweepConfig()), self._free.pop(0)
+        config, gpus = replace(self.points[words], sweep=SweepConfig()), self._free.pop(0)
         screen = self._folder.point_screen(RunFolder.from_config(config))
         work: Callable[[], int] = partial(_train_point, config)
         if self._launcher is not None:
             work = partial(_become, write_command("train", config, screen.with_suffix(""), self._launcher))
-        place = f"point {list(self._points).index(words) + 1} of {len(self._points)}"
+        place = f"point {list(self.points).index(words) + 1} of {self._count}"
         self._console.say(f"{' '.join(words)}: {place}, its screen is in {screen}")
         fork = multiprocessing.get_context("fork")
         errors = ErrorPrinter(config.console.style is ConsoleStyle.json, is_document=False)
@@ -186,7 +209,9 @@ class Pool:
         process.start()
         with contextlib.suppress(OSError):  # the point has already done it
             os.setpgid(process.pid, process.pid)
-        self._running[process.sentinel] = _Process(words, process, gpus, time.monotonic(), screen, start)
+        # Not `process.sentinel`: a launcher, which replaces the fork, closes it at once.
+        descriptor = os.pidfd_open(process.pid)
+        self._running[descriptor] = _Process(words, process, gpus, time.monotonic(), screen, start)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:

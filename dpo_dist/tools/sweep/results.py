@@ -1,30 +1,37 @@
 """Collect the results of a sweep: outcomes and final metrics of its points, as JSON and as lines."""
 
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from dpo_dist.config.load import Points
-from dpo_dist.config.metrics import MAIN, PREFIX
+from dpo_dist.config.metrics import MAIN, PREFIX, find_metric
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import write_json
+from dpo_dist.foundation.text import number
 from dpo_dist.tools.evaluation.results import ALL
 from dpo_dist.tools.report.run import PageFacts
 from dpo_dist.tools.report.runs import compare_runs
+from dpo_dist.tools.shared.pages.charts import Line, chart
 from dpo_dist.tools.sweep.pool import ELSEWHERE
 
 _NOT_TRAINED = "not trained"
 End = tuple[str, str]  # a point's outcome and error
 
 
-def sweep_results(points: Points, ends: Mapping[tuple[str, ...], End], folder: RunFolder) -> dict[str, Any]:
+def sweep_results(
+    points: Points, ends: Mapping[tuple[str, ...], End], folder: RunFolder, search: Mapping[str, Any]
+) -> dict[str, Any]:
     """Write sweep.json, and return its content; `ends` has the points that this start has run."""
     rows = [
         _point(words, RunFolder.from_config(points[words]), ends.get(words, ("", "")), folder)
         for words in points
     ]
-    results = {"points": rows}
+    results = {"points": rows, **({"search": search} if search else {})}
     write_json(folder.sweep, results)
     return results
 
@@ -48,12 +55,28 @@ def _point(words: tuple[str, ...], run: RunFolder, end: End, folder: RunFolder) 
 
 def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str]:
     """Write the page about the points that have started; return its table, and lines about the others."""
+    search = results.get("search")
     begun = [run for run in map(RunFolder.from_config, points.values()) if run.state.is_file()]
-    lines = ["", *compare_runs(begun, page), ""] if len(begun) > 1 else []
+    lines = (
+        ["", *compare_runs(begun, page, _search_charts(search) if search else ()), ""]
+        if len(begun) > 1
+        else []
+    )
     for row in results["points"]:
         words = " ".join(f"{key}={value}" for key, value in row["settings"].items())
         if "error" in row:
             lines.append(f"{words}: {row['outcome']}: {row['error']} ({row['screen']})")
         elif row["outcome"] in (_NOT_TRAINED, ELSEWHERE):
             lines.append(f"{words}: {row['outcome']}")
+    if search and search["best"]:
+        words = " ".join(f"{key}={value}" for key, value in search["best"]["settings"].items())
+        lines.append(f"best    {words}: {search['by']} {number(search['best']['value'])}")
     return [*lines, f"report  {page}"] if len(begun) > 1 else lines
+
+
+def _search_charts(search: Mapping[str, Any]) -> list[Markup]:
+    """Return a chart of the values of a search's completed trials."""
+    trials, values = list(search["values"]), list(search["values"].values())
+    best = accumulate(values, min if search["is_lowest_best"] else max)
+    lines = [Line("best so far", "smooth", trials, list(best)), Line("trial", "evaluation", trials, values)]
+    return [chart(f"Search: {find_metric(search['by'].removeprefix(PREFIX)).title}", lines, over="trial")]

@@ -70,7 +70,7 @@ def best_after(
         best = None
     if metric is None or step == 0 or not math.isfinite(row.get(metric, math.nan)):
         return best
-    sign = 1 if best_direction(trainer) is Direction.highest else -1
+    sign = 1 if best_direction(metric) is Direction.highest else -1
     is_better = best is None or sign * row[metric] > sign * best.value
     return BestCheckpoint(metric, step, row[metric]) if is_better else best
 

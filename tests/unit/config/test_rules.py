@@ -10,7 +10,7 @@ from dpo_dist.config import load
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.rules import best_direction, rules_of
-from dpo_dist.config.schema import AdapterConfig, SourceConfig, TrainerConfig
+from dpo_dist.config.schema import AdapterConfig, SourceConfig
 from dpo_dist.foundation.errors import ConfigError
 from tests.unit.config.support import RUN, configured, error_of
 
@@ -90,6 +90,10 @@ REFUSED = [
     ("trainer.keep_best=eval_loss data.eval_share=0.1", "trainer.keep_best"),
     (f"{EVALUATED} trainer.keep_best=loss", "trainer.keep_best"),
     (f"{EVALUATED} trainer.keep_best=eval_logps/chosen", "trainer.keep_best"),
+    ("sweep.by=eval_loss", "sweep.by"),
+    (f"{EVALUATED} sweep.trials=2", "sweep.trials"),
+    (f"{EVALUATED} sweep.trials=2 sweep.by=eval_logps/chosen", "sweep.trials"),
+    ("sweep.trials=2 sweep.by=eval_loss", "sweep.trials"),
     ("parallelism=zero2 parallelism.offload_parameters=cpu", "parallelism.offload_parameters"),
     ("parallelism=ddp parallelism.offload_optimizer=cpu", "parallelism.offload_optimizer"),
     ("export.merge=true", "export.merge"),
@@ -241,4 +245,4 @@ def test_the_best_checkpoint_has_the_values_that_are_best_of_its_metric(
     metrics: str, best: str | None
 ) -> None:
     for metric in metrics.split():
-        assert best_direction(TrainerConfig(keep_best=f"eval_{metric}")) == best, metric
+        assert best_direction(f"eval_{metric}") == best, metric

@@ -29,7 +29,7 @@ def test_results_have_the_metrics_of_finished_points_with_intervals(tmp_path: Pa
     change(made.state, "outcome", value="completed")
     made.path.rename(RunFolder.from_config(points[done]).path)
     folder = RunFolder(tmp_path / "sweep")
-    results = sweep_results(points, {failed: ("diverged", "not finite")}, folder)
+    results = sweep_results(points, {failed: ("diverged", "not finite")}, folder, {})
     assert json.loads(folder.sweep.read_text()) == results
     first, second, third = results["points"]
     assert first["settings"] == {"trainer.seed": "0"}

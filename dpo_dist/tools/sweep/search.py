@@ -1,0 +1,160 @@
+"""Train the points that optuna samples; stop one whose evaluations are worse than the others' median."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from dpo_dist.config.load import Dimension, SearchSpace
+from dpo_dist.config.rules import best_direction
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import Direction
+from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome
+from dpo_dist.foundation.files import text_digest
+from dpo_dist.foundation.text import number, pluralize
+from dpo_dist.tools.sweep.pool import Pool, Words, is_finished
+from dpo_dist.training.reporting.metrics_log import finite, stored_rows
+
+_PRUNED = "pruned"
+_OUTCOME = "outcome"  # the trial's attribute
+
+
+class Search(Pool):
+    """Trains the points of a study that is kept in the sweep's folder.
+
+    A trial is recorded before its point starts. If the point fails or is stopped, the trial stays open, and
+    the next start of the search continues it.
+    """
+
+    def __init__(self, space: SearchSpace, folder: RunFolder, console: Console) -> None:
+        first = next(iter(space.values()))
+        super().__init__({}, folder, console, first.sweep)
+        self._space, self._by, self._seed = space, first.sweep.by or "", first.trainer.seed
+        self._is_low = best_direction(self._by) is Direction.lowest
+        journal, defining = folder.study.resolve(), (space.dimensions, self._by, first.identity.digest)
+        _repair(journal)
+        self._storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
+        self._study = optuna.create_study(
+            storage=self._storage,
+            study_name=f"{folder.path.name}-{text_digest(repr(defining))[:8]}",
+            pruner=optuna.pruners.MedianPruner(),
+            direction="minimize" if self._is_low else "maximize",
+            load_if_exists=True,
+        )
+        self._open, self._hopeless = dict[Words, list[Trial]](), set[Words]()
+        for trial in self._trials():
+            if outcome := trial.user_attrs.get(_OUTCOME):
+                words = self._words(trial)
+                self.points[words], self.ends[words] = space.load(words), (outcome, "")
+        console.say(f"search: {pluralize(self._count, 'trial')} by {self._by}, {len(self.ends):,} finished")
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        trials: list[FrozenTrial] = self._study.get_trials(deepcopy=False, states=states or None)
+        return trials
+
+    def _words(self, trial: Trial | FrozenTrial) -> Words:
+        """Return the values of a trial as overrides; those that it lacks are sampled.
+
+        Each has a seed of its own: after a kill they are what they would have been.
+        """
+        words = list[str]()
+        for one in self._space.dimensions:
+            seed = int(text_digest(f"{self._seed} {trial.number} {one.key}")[:8], 16)
+            self._study.sampler = optuna.samplers.TPESampler(seed=seed)
+            words.append(f"{one.key}={_suggest(trial, one)}")
+        return tuple(words)
+
+    def waiting(self) -> Iterator[Words]:
+        """Yield the points of open trials, then of new ones, without those whose results are known."""
+        for trial in self._open_and_new_trials():
+            words = self._words(trial)
+            same = self._open.setdefault(words, [])
+            same.append(trial)
+            if len(same) > 1:  # the point is in training
+                continue
+            self.points.setdefault(words, self._space.load(words))
+            if is_finished(self.points[words]) or self.is_hopeless(words):
+                self.ended(words)
+            else:
+                yield words
+
+    def _open_and_new_trials(self) -> Iterator[Trial]:
+        study = self._storage.get_study_id_from_name(self._study.study_name)
+        for begun in self._trials(TrialState.RUNNING):
+            trial = self._storage.get_trial_id_from_study_id_trial_number(study, begun.number)
+            yield Trial(self._study, trial)
+        while len(self._trials()) < self._count:
+            yield self._study.ask()
+
+    def _report(self, words: Words) -> dict[int, float]:
+        """Report new evaluations of a point; return all values of the metric by step, from step 1 on."""
+        rows = stored_rows(RunFolder.from_config(self.points[words]))
+        known = {int(row["step"]): finite(row, self._by) for row in rows if row["step"] > 0}
+        values = {step: value for step, value in known.items() if value is not None}
+        trial = self._open[words][0]
+        for step in values.keys() - self._trials()[trial.number].intermediate_values.keys():
+            trial.report(values[step], step)
+        return values
+
+    def is_hopeless(self, words: Words) -> bool:
+        """Return whether a point's evaluations are bad, at the first time that they are."""
+        trial, values = self._open[words][0], self._report(words)
+        if words in self._hopeless or not trial.should_prune():
+            return False
+        self._hopeless.add(words)
+        step = max(values)
+        what = f"{self._by} {number(values[step])} at step {step} is worse than the median of other trials"
+        self._console.say(f"{' '.join(words)}: stops, {what}")
+        return True
+
+    def ended(self, words: Words) -> None:
+        """Tell optuna how a point has ended, if it is done."""
+        values, outcome, state = self._report(words), _PRUNED, TrialState.PRUNED
+        if is_finished(self.points[words]):
+            outcome, state = RunOutcome.completed, TrialState.COMPLETE
+            if not values:
+                raise ConfigError(
+                    "the evaluations of these runs do not have this metric",
+                    where="sweep.by",
+                    got=self._by,
+                    remedy=f"set it to a metric of {RunFolder.from_config(self.points[words]).metrics_table}",
+                )
+        elif self.codes.get(words) == ExitCode.diverged:
+            outcome = RunOutcome.diverged
+        elif words not in self._hopeless:
+            return
+        if outcome != RunOutcome.diverged:
+            self.codes[words], self.ends[words] = ExitCode.completed, (outcome, "")
+        for trial in self._open.pop(words):
+            trial.set_user_attr(_OUTCOME, str(outcome))
+            self._study.tell(trial, values[max(values)] if state is TrialState.COMPLETE else None, state)
+
+    def found(self) -> dict[str, Any]:
+        """Return what sweep.json has about the search: also the value of each completed trial."""
+        outcomes = [trial.user_attrs.get(_OUTCOME, "open") for trial in self._trials()]
+        values = {trial.number + 1: trial.value for trial in self._trials(TrialState.COMPLETE)}
+        found = {"study": self._study.study_name, "by": self._by, "is_lowest_best": self._is_low}
+        found |= {"trials": {each: outcomes.count(each) for each in sorted(set(outcomes))}, "values": values}
+        best = self._words(self._study.best_trial) if values else ()
+        settings = dict(word.lstrip("+").split("=", 1) for word in best)
+        return found | {"best": {"settings": settings, "value": self._study.best_value} if best else None}
+
+
+def _repair(journal: Path) -> None:
+    """Remove what a killed start may leave, and optuna cannot read: its lock, and a part of a line."""
+    Path(f"{journal}.lock").unlink(missing_ok=True)
+    if journal.exists() and not (lines := journal.read_bytes()).endswith(b"\n"):
+        os.truncate(journal, lines.rfind(b"\n") + 1)
+
+
+def _suggest(trial: Trial | FrozenTrial, one: Dimension) -> str:
+    """Return a trial's value of a dimension, sampled if it has none."""
+    if one.ends is None:
+        return str(trial.suggest_categorical(one.key, one.texts))
+    suggest = trial.suggest_int if isinstance(one.ends[0], int) else trial.suggest_float
+    return repr(suggest(one.key, *one.ends, log=one.is_log))
