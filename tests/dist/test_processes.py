@@ -52,6 +52,17 @@ def prepare(
     return {f"{place} {one.file.name}": one.file.read_bytes() for place, one in enumerate(encoded)}
 
 
+@pytest.mark.parametrize(
+    ("cores", "ranks", "expected"), [(128, 8, 16), (64, 8, 8), (128, 1, 16), (4, 8, 1), (2, 1, 2)]
+)
+def test_ranks_divide_the_cores_of_their_node(
+    cores: int, ranks: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(workers, "usable_cores", lambda: cores)
+    assert (workers.processes_for(10**6), workers.processes_for(1)) == (expected, 1)
+
+
 REAL = ("bad_records.jsonl", "ranked_oasst_history_zh.json")
 
 

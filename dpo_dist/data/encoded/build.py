@@ -24,6 +24,7 @@ from dpo_dist.data.encoded.store import (
     ROW_SCHEMA,
     EncodedChunk,
     EncodedSource,
+    cache_errors,
     ensure_order,
     is_whole,
     join_parts,
@@ -61,7 +62,7 @@ from dpo_dist.data.records import (
     readable,
 )
 from dpo_dist.data.text.template import check_template_keys, chosen_template
-from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.errors import DataError, DpoDistError
 from dpo_dist.foundation.files import (
     MEMO_FOLDER,
     content_digest,
@@ -69,7 +70,6 @@ from dpo_dist.foundation.files import (
     remove_abandoned,
     text_digest,
 )
-from dpo_dist.foundation.remote import is_url
 
 # Increase it when the same records get other token ids or files: else old files would be reused.
 _ENCODING_VERSION = 18
@@ -153,7 +153,7 @@ class Preparation:
 
         Raises DataError; PeerLostError if a process that encodes has died.
         """
-        return [0 if each.is_encoded else self._encode(each, share) for each in planned]
+        return [0 if each.is_encoded else self._encode_unless_joined(each, share) for each in planned]
 
     def join(
         self, planned: Sequence[PlannedSource], parts: Sequence[int], share: Share = EVERY_PART
@@ -177,6 +177,14 @@ class Preparation:
             remove_parts(each.wanted)
             ensure_order(each.wanted, None if self.processor is None else self.processor.placeholder_id)
         return tuple(each.wanted for each in planned)
+
+    def _encode_unless_joined(self, planned: PlannedSource, share: Share) -> int:
+        try:
+            return self._encode(planned, share)
+        except DpoDistError:  # perhaps another job has joined the source, and removed the copies
+            if not is_whole(planned.wanted):
+                raise
+            return 0
 
     def _encode(self, planned: PlannedSource, share: Share) -> int:
         source, wanted, _, contents = planned
@@ -232,6 +240,7 @@ class Preparation:
                 raise changed_error(source)
 
         with (
+            cache_errors(wanted.file),  # of a copy of a URL's file
             self.progress(source.path) as show,
             closing(in_order(missing_chunks(), work)) as chunks,
         ):
@@ -374,8 +383,7 @@ def tokenizer_digest(folder: Path, *, with_images: bool = False) -> str:
 
 
 def _identities(source: SourceConfig) -> list[str]:
-    if is_url(source.path):
-        return [str(pin_source(source).revision)]
+    """Return the identities of local files; others are copies of what the pinned source names."""
     return [file_identity(file) for file in local_files(source) or ()]
 
 

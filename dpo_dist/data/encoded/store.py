@@ -164,7 +164,8 @@ def join_parts(source: EncodedSource, parts: int) -> bool:
         is_joined = is_whole(source)  # by another process
         if not is_joined and (is_joined := all(map(is_whole, every))):
             write_source(source, itertools.chain.from_iterable(map(_chunks, every)))
-        lock.unlink(missing_ok=True)
+        if is_joined:  # else one who waits for this file and one who makes a new one would join at once
+            lock.unlink(missing_ok=True)
     return is_joined
 
 

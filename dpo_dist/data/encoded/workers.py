@@ -26,8 +26,12 @@ _CHUNKS_AHEAD = 2
 
 
 def processes_for(chunks: int) -> int:
-    """Return the number of processes for at least this many chunks: one per core, or one for few chunks."""
-    return 1 if chunks < _MIN_CHUNKS else min(usable_cores(), _MAX_PROCESSES)
+    """Return the number of processes of one rank for at least this many chunks: one for few of them.
+
+    Ranks divide the cores of their node.
+    """
+    cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 1 if chunks < _MIN_CHUNKS else max(1, min(cores, _MAX_PROCESSES))
 
 
 def in_chunks(records: Iterable[_Given], chunk_records: int = CHUNK_RECORDS) -> Iterator[list[_Given]]:
@@ -40,11 +44,10 @@ def in_order(chunks: Iterable[_Given], work: Callable[[_Given], _Result]) -> Gen
     """Yield the result of `work` for each chunk of records, in order, computed by several processes.
 
     `work` can be pickled. Closing the generator ends the processes. Few chunks per process are in memory.
-    Ranks divide the cores of their node.
     """
     chunks = iter(chunks)
     first = list(itertools.islice(chunks, _MIN_CHUNKS))
-    processes = max(1, processes_for(len(first)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    processes = processes_for(len(first))
     every = itertools.chain(first, chunks)
     if processes == 1:
         yield from map(work, every)
@@ -64,7 +67,7 @@ def in_order(chunks: Iterable[_Given], work: Callable[[_Given], _Result]) -> Gen
             where="data.train, data.eval",
             got=str(error).splitlines()[0],
             remedy="if memory ran out, write 'taskset -c 0' before the command: one process encodes; else "
-            "see logs/rank-0.log",
+            "see logs/rank-N.log",
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

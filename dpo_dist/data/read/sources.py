@@ -458,6 +458,7 @@ def _remote_records(
         if is_own := copies is None:
             remove_abandoned(place := Path(tempfile.gettempdir()))
             copies = stack.enter_context(temporary_folder(place / "download"))
+        remove_abandoned(copies)  # downloads that a kill ended
         for number, file in enumerate(files):
             copy = copies / f"{number}{''.join(PurePath(file.path).suffixes[-2:])}"
             with locked(copies / f"{number}.lock", "downloads this file", waits=True):

@@ -1,6 +1,7 @@
 """Sources encoded in parts: the same file as in one, whoever encodes them; finished parts survive a kill."""
 
 import contextlib
+import fcntl
 import os
 import random
 import signal
@@ -20,7 +21,7 @@ from dpo_dist.data.encoded import build
 from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.data.read.files import expected_records
-from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import locked
 from tests.support import tiny
 from tests.support.cache import encoded_folders
@@ -177,6 +178,18 @@ def test_a_join_waits_for_another_one_and_takes_what_it_made(tmp_path: Path) -> 
     assert encoded_folders(tmp_path) == sorted(
         [planned[0].wanted.file.name, planned[0].wanted.order_file.name]
     )
+
+
+def test_joins_exclude_each_other_also_after_one_that_found_a_part_missing(tmp_path: Path) -> None:
+    """Else the first of two joins would remove the parts that the other one reads."""
+    one = preparation(source_of(tmp_path, 3 * PART), tmp_path / "cache")
+    planned = one.plan()
+    parts, lock = one.encode(planned, (0, 2)), planned[0].wanted.file.with_suffix(".lock")
+    with lock.open("a") as waiting:
+        assert one.join(planned, parts, (0, 2)) is None
+        fcntl.flock(waiting, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="joins"), locked(lock, "joins"):
+            pass
 
 
 def test_parts_of_other_settings_or_of_changed_data_are_not_used(tmp_path: Path, encoded: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Sources at URLs: files, patterns and folders; changes, damage and secrets; a web server and a bucket."""
 
+import errno
 import functools
 import gzip
 import http.server
@@ -11,8 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fsspec
 import pytest
@@ -25,9 +28,11 @@ from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import open_dataset
 from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.labels import source_labels
-from dpo_dist.data.read.sources import pin_source
+from dpo_dist.data.read import sources
+from dpo_dist.data.read.sources import pin_source, raw_records
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.remote import open_file_system, remote_errors
 from tests.support import tiny
 from tests.support.cache import encoded_folders, prepare_all
@@ -208,13 +213,79 @@ def test_processes_that_encode_share_one_download(
     one = Preparation([SourceConfig("memory://b/*.jsonl*")], config, tiny.qwen(), "qwen")
     planned = one.plan()
     parts = one.encode(planned, (0, 2))
+    left = planned[0].wanted.copies / "1.gz.tmp-0123456789ab"
     if is_killed:
-        left = planned[0].wanted.copies / "1.gz.tmp-0123456789ab"
         left.touch()
+        os.utime(left, (1, 1))
     assert one.encode(planned, (1, 2)) == parts == [3]
     assert len(downloads) == 2
+    assert not left.exists(), "kills would fill the disk"
     assert one.join(planned, parts)
     assert all(name.endswith(".arrow") for name in encoded_folders(tmp_path))
+
+
+def encoding(folder: Path, url: str) -> Preparation:
+    return Preparation([SourceConfig(url)], DataConfig(cache=str(folder / "cache")), tiny.qwen(), "qwen")
+
+
+def test_jobs_at_once_share_one_download(downloads: list[str], tmp_path: Path) -> None:
+    one = encoding(tmp_path, "memory://b/*.jsonl*")
+    planned, [source] = one.plan(), [pin_source(SourceConfig("memory://b/*.jsonl*"))]
+    first = raw_records(source, planned[0].wanted.copies)
+    with ThreadPoolExecutor(1) as pool, locked(planned[0].wanted.copies / "0.lock", "downloads"):
+        other = pool.submit(next, first)
+        with pytest.raises(TimeoutError):
+            other.result(0.5)
+    assert other.result()
+    assert one.encode(planned) == [1]
+    assert len(list(first)) == 2
+    assert len(downloads) == 2
+
+
+def test_the_files_are_listed_as_often_for_many_parts(
+    memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may limit requests."""
+    listed, counts = sources.remote_files, list[int]()
+    memory.pipe("/many/a.jsonl", lines(*map(str, range(20))))
+    monkeypatch.setattr(build, "CHUNK_RECORDS", 1)
+    for records in (100, 1):
+        monkeypatch.setattr(build, "PART_RECORDS", records)
+        with mock.patch.object(sources, "remote_files", side_effect=listed) as spy:
+            one = encoding(tmp_path / str(records), "memory://many/a.jsonl")
+            planned = one.plan()
+            assert one.encode(planned) == [20 // min(records, 20)]
+        counts.append(spy.call_count)
+    assert counts[0] == counts[1]
+
+
+def test_a_job_ends_well_when_another_has_joined_the_source_meanwhile(
+    memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The join removes the copies, also one that is downloaded again."""
+    one = encoding(tmp_path, "memory://b/*.jsonl*")
+    planned = one.plan()
+    made = one.join(planned, one.encode(planned))
+    get_file = MemoryFileSystem.get_file
+
+    def joined_meanwhile(self: Any, path: str, *rest: Any, **options: Any) -> None:
+        get_file(self, path, *rest, **options)
+        one.join(one.plan(), [0])
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", joined_meanwhile)
+    assert one.join(planned, one.encode(planned)) == made
+
+
+def test_a_full_disk_of_a_copy_is_one_plain_error(
+    memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a class that all ranks raise together."""
+    fault = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(MemoryFileSystem, "get_file", mock.Mock(side_effect=fault))
+    one = encoding(tmp_path, "memory://b/one.jsonl")
+    with pytest.raises(ConfigError, match="free disk space") as raised:
+        one.encode(one.plan())
+    assert raised.value.where == "data.cache"
 
 
 def test_faults_of_a_file_name_its_url(
