@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from dpo_dist.config.compose import FAILURES, Command, keys_given, names_chosen, parse_overrides, plain_values
 from dpo_dist.config.identity import RunIdentity, default_dir, differing_keys
-from dpo_dist.config.keys import COMMAND_LINE, group_folders, preset_names, run_keys
+from dpo_dist.config.keys import group_folders, preset_names, run_keys
 from dpo_dist.config.metrics import ACCURACIES, LOSS_METRICS, PREFIX
 from dpo_dist.config.mistakes import (
     SCHEMA,

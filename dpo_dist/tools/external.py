@@ -44,11 +44,9 @@ def model_command(tool: ExportTool, folder: Path, model: ModelConfig) -> list[st
 
 
 def _vllm_adapter(folder: Path) -> list[str]:
-    facts = read_model_json(folder / ADAPTER_CONFIG)
-    rank, saved = (
-        max(facts["r"], *(facts.get("rank_pattern") or {}).values(), 1),
-        facts.get("modules_to_save"),
-    )
+    facts: dict[str, Any] = read_model_json(folder / ADAPTER_CONFIG)
+    rank = max(facts["r"], 1, *(facts.get("rank_pattern") or {}).values())
+    saved = facts.get("modules_to_save")
     if facts.get("use_dora") or saved or rank > _VLLM_RANKS[-1]:
         raise ConfigError(
             f"vLLM does not serve DoRA, modules_to_save or a rank above {_VLLM_RANKS[-1]}",
