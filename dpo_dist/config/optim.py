@@ -15,7 +15,7 @@ OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_8bit", "muon"])
 
 @schema
 class OptimConfig:
-    """The optimizer and its learning-rate schedule, a pure function of the step."""
+    """AdamW or Muon, and the learning-rate schedule, a pure function of the step."""
 
     kind: OptimizerKind = key(OptimizerKind.adamw)
     """`adamw`; `adamw_8bit`: its states take 2 bytes for each weight in place of 8 (bitsandbytes, the
