@@ -99,6 +99,28 @@ def test_a_verb_has_the_same_run_directory_in_every_process(
     assert verb(*RUN) == (75, run_dir, "")
 
 
+def test_a_document_has_every_mistake_and_the_words_of_all(verb: Verb) -> None:
+    ended = verb(*RUN, "loss.betta=1", "optim.lr=0", "pairs.limit=3", "--json")
+    error = json.loads(ended.out)["error"]
+    assert (error["code"], len(error["mistakes"])) == (ended.code, 3) == (2, 3)
+    assert error["remedy"]["write"] == ["loss.beta=1"]
+    assert {*error["remedy"]["remove"]} == {"loss.betta=1", "optim.lr=0", "pairs.limit"}
+    assert "this command has 3 mistakes" in ended.err, "people read standard error"
+    assert list(json.loads(verb("--help", "loss.beta", "--json").out)) == ["kind", "text"]
+    bug = verb(*RUN, "run.name=fail", "--json")
+    assert json.loads(bug.out)["error"]["title"] == "bug"
+    assert "Traceback" in bug.err
+    assert json.loads(verb(*RUN, "run.name=stop", "--json").out)["error"]["code"] == 130
+    assert "to do:" in verb(*RUN, "loss.betta=1").err, "the next program prints no document"
+
+
+def test_beside_a_document_nothing_is_on_standard_output(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was stopped has no result."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    ended = subprocess.run([*TINY, *RUN, "--json"], cwd=work, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (75, "", f"{load_run_config(RUN).run.dir}\n")
+
+
 def catches_sigterm(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1]
