@@ -160,7 +160,8 @@ class InBackground:
         self._name, self._say, self._folder = name, say, folder
         self._run: OpenRun | None = None
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
-        self._logged, self._sent = 0, 0
+        self._end: Call  # of `finish`
+        self._logged, self._sent, self._is_late = 0, 0, False
         self.is_open = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(start,), name=name, daemon=True)
         self._thread.start()
@@ -172,60 +173,55 @@ class InBackground:
 
     def finish(self, outcome: str, summary: Fields) -> None:
         """Queue the end of the run."""
+        self._end = lambda run: run.finish(outcome, summary)
         self._calls.put(None)
-        self._calls.put(lambda run: run.finish(outcome, summary))
 
     def wait(self, seconds: float) -> None:
         """Wait for the end, at most about `seconds`, and say which rows are lost."""
         self._thread.join(seconds)
-        say, is_late, is_wandb = self._say, self._thread.is_alive(), self._name == TrackerName.wandb
-        if is_late:
-            self._say = lambda _: None  # else the thread would warn again
-            advice = f"; to upload the run: {upload_command(self._folder)}" if is_wandb else ""
-            warn(f"{self._name} has not finished in time and is stopped{advice}", say)
-        if is_late and is_wandb:
-            if isinstance(self._run, WandbRun):
-                self._run.is_over = True
-            end_service(kills=True)
-            self._thread.join(_KILL_SECONDS)
+        if self._thread.is_alive():
+            self._is_late, advice = True, ""
+            if self._name == TrackerName.wandb:
+                advice = f"; to upload the run: {upload_command(self._folder)}"
+                if isinstance(self._run, WandbRun):
+                    self._run.is_over = True
+                end_service(kills=True)
+                self._thread.join(_KILL_SECONDS)
+            warn(f"{self._name} has not finished in time and is stopped{advice}", self._say)
         if lost := self._logged - self._sent:
             rows = f"{lost:,} of the {pluralize(self._logged, 'row')} of this start"
-            warn(f"{rows} were not sent to {self._name}; {self._folder.log_history} has all", say)
+            warn(f"{rows} were not sent to {self._name}; {self._folder.log_history} has all", self._say)
 
     def _work(self, start: Callable[[Say], OpenRun | None]) -> None:
-        def say(text: str) -> None:
-            self._say(text)  # which `wait` replaces
-
-        def open_run() -> None:
-            self._run = start(say)
-
-        self._try(open_run, "cannot start, training continues without it")
+        with self._warns("cannot start, training continues without it"):
+            self._run = start(self._say)
         self.is_open.set()
         if (run := self._run) is None:
             return
         waiting, failure = deque[Call](), "fails, training continues, its rows wait"
         while (call := self._calls.get()) is not None:
             waiting.append(call)
-            while waiting:
-                if not self._try(partial(waiting[0], run), failure):
-                    failure = ""  # is said once
-                    break
-                waiting.popleft()
+            with self._warns(failure):
+                while waiting:
+                    waiting[0](run)
+                    waiting.popleft()
+                    self._sent += 1
+            failure = "" if waiting else failure  # is said once
+        for call in waiting:
+            with self._warns(""):
+                call(run)
                 self._sent += 1
-        for each in waiting:
-            self._sent += self._try(partial(each, run))
-        if (close := self._calls.get()) is not None:
-            self._try(partial(close, run), "has not closed its run")
+        with self._warns("has not closed its run"):
+            self._end(run)
 
-    def _try(self, action: Callable[[], None], failure: str = "") -> bool:
-        """Return whether the action succeeds; if not, warn with the words of `failure`, if there are any."""
+    @contextlib.contextmanager
+    def _warns(self, failure: str) -> Iterator[None]:
+        """Turn an error of the block into a warning with the words of `failure`, if there are any."""
         try:
-            action()
+            yield
         except (Exception, SystemExit) as error:  # some packages exit
-            if failure:
+            if failure and not self._is_late:
                 warn(f"{self._name} {failure}: {first_line(error)}", self._say)
-            return False
-        return True
 
 
 class Trackers:
