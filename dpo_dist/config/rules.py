@@ -12,7 +12,7 @@ from dpo_dist.config.metrics import ACCURACIES, CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import suggestion
 from dpo_dist.config.rule import LOSS, Rule, check_rules, unused, value_at
 from dpo_dist.config.schema import NO_MODEL, DataFormat, Direction, ReferenceMode, RunConfig
-from dpo_dist.config.verb_sections import PairsMethod, SamplingConfig
+from dpo_dist.config.verb_sections import ExportConfig, PairsMethod, SamplingConfig
 from dpo_dist.config.verbs import VERBS
 
 
@@ -383,9 +383,11 @@ RULES = (
         unused(key, "export.average=[]", "export each checkpoint with it first, and average the folders")
         for key in ("export.merge", "export.weights")
     ),
-    *(
-        unused(f"export.{key}", "export.tool!=alpaca-eval", "another tool: AlpacaEval reads answers only")
-        for key in ("checkpoint", "weights", "average", "merge", "dtype", "check", "output", "push_to")
+    Rule(
+        "export.tool=alpaca-eval",
+        "AlpacaEval reads answers, so no other key of export has an effect",
+        "remove the other keys of export",
+        lambda c: c.export != ExportConfig(tool=c.export.tool),
     ),
     Rule(
         "export.average!=[]",

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,23 @@ def assert_starts_at_its_reference(run: Path) -> None:
 def exported(run: Path, *options: str) -> None:
     ended = run_verb("export", [f"run.dir={run}", *options])
     assert ended.code == 0, ended.output
+
+
+def test_vllm_gets_the_written_adapter_and_its_base(assets: Path, trained: Path) -> None:
+    def served(*options: str) -> list[str]:
+        ended = run_verb("export", [f"run.dir={trained}", "export.tool=vllm", *options])
+        assert ended.code == 0, ended.output
+        assert "already there" in ended.output or not options
+        return shlex.split(ended.output.splitlines()[-1])
+
+    words, folder = served(), trained / "exported/step-000004"
+    assert words[:3] == ["vllm", "serve", str(assets / "model")]
+    named = json.loads(words[words.index("--lora-modules") + 1])
+    assert named == {"name": "step-000004", "path": str(folder)}
+    assert {"adapter_model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
+    assert served("export.checkpoint=latest") == words
+    ended = run_verb("export", [f"run.dir={trained}", "export.tool=alpaca-eval"])
+    assert (ended.code, "no answers for AlpacaEval" in ended.output) == (2, True), ended.output
 
 
 def test_the_adapter_is_start_and_reference_and_peft_loads_the_trained_one(
