@@ -1,4 +1,4 @@
-"""A sweep by its command line: a grid across SIGTERM and SIGKILL, with a point that fails."""
+"""A sweep by its command line: a grid and a search across kills, with points that fail or are stopped."""
 
 import json
 import os
@@ -102,3 +102,54 @@ def test_points_have_processes_of_a_launcher_and_jobs_of_an_array(
     irregular = run_verb("sweep", command)
     assert irregular.code == 2
     assert "--array=0-2" in irregular.output
+
+
+def test_a_search_survives_kills_and_stops_a_bad_point(assets: Path, tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna")
+    root = tmp_path / "root"
+    common = [word for word in small_run(assets, tmp_path) if not word.startswith("run.dir=")]
+    common += [f"data.eval=[{assets}/eval.jsonl]", "trainer.epochs=20", "trainer.eval_every=4"]
+    file = tmp_path / "space.yaml"
+    file.write_text("optim.lr: tag(log, interval(1e-5,1e-3))\n")
+    command = [*common, "trainer.save_every=4", str(file), f"run.root={root}", "sweep.by=eval_loss"]
+    folder = RunFolder(root / "sweep-run")
+    assert "check passed" in run_verb("sweep", [*command, "sweep.trials=8", "--check"]).output
+
+    def begun() -> list[Path]:
+        files = sorted(
+            root.glob("run-*/checkpoints/step-000004/state.json"), key=lambda path: path.stat().st_mtime
+        )
+        return [file.parents[2] for file in files]
+
+    for count in (1, 2):  # the second start continues the first trial
+        with running("sweep", [*command, "sweep.trials=8"], tmp_path / f"killed-{count}.txt") as process:
+            wait_until(lambda wanted=count: len(begun()) == wanted, process)
+            process.kill()
+            wait_until(lambda: run_state(begun()[-1])["outcome"] == "preempted", _Ended(process.screen))
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder.study)))
+    study = optuna.load_study(study_name=None, storage=storage)
+    first, second = study.trials
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "RUNNING"]
+    assert run_state(begun()[0])["outcome"] == "completed"
+    found = dict.fromkeys(range(4, 80, 4), 1e-3)
+    for _ in range(5):  # much better ones, of somebody else
+        more = {"distributions": first.distributions, "intermediate_values": found, "value": 1e-3}
+        study.add_trial(optuna.trial.create_trial(params=first.params, **more))
+    ended = run_verb("sweep", [*command, "sweep.trials=8"])
+    assert ended.code == 0, ended.output
+    trials = study.get_trials()
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", *["COMPLETE"] * 5, "PRUNED"]
+    assert (trials[0], trials[1].params) == (first, second.params), "told once; the same values"
+    lines = [row for row in history(begun()[0]) if "eval_loss" in row and row["step"] > 0]
+    assert first.intermediate_values == {row["step"]: row["eval_loss"] for row in lines}
+    assert first.value == lines[-1]["eval_loss"]
+    assert len(begun()) == 3
+    stopped = run_state(begun()[2])
+    assert (stopped["outcome"], stopped["step"] < 80) == ("preempted", True), "stopped as by a signal"
+    assert ended.output.count("is worse than the median of other trials") == 2
+    results = json.loads(folder.sweep.read_text())
+    assert [point["outcome"] for point in results["points"]] == ["completed", "pruned", "pruned"]
+    assert results["search"]["trials"] == {"completed": 6, "pruned": 2}
+    assert "Search: loss" in folder.report.read_text()
+    computed = [summary(run)["reference"]["computed"] for run in begun()]
+    assert (computed[0] > 0, computed[2]) == (True, 0), "one pass of the reference"

@@ -136,8 +136,10 @@ class Search(Pool):
 
     def found(self) -> dict[str, Any]:
         """Return what sweep.json has about the search: also the value of each completed trial."""
-        outcomes = [trial.user_attrs.get(_OUTCOME, "open") for trial in self._trials()]
-        values = {trial.number + 1: trial.value for trial in self._trials(TrialState.COMPLETE)}
+        done, others = self._trials(TrialState.COMPLETE), self._trials(TrialState.PRUNED, TrialState.RUNNING)
+        outcomes = [trial.user_attrs.get(_OUTCOME, "open") for trial in others]
+        outcomes += [RunOutcome.completed] * len(done)
+        values = {trial.number + 1: trial.value for trial in done}
         found = {"study": self._study.study_name, "by": self._by, "is_lowest_best": self._is_low}
         found |= {"trials": {each: outcomes.count(each) for each in sorted(set(outcomes))}, "values": values}
         best = self._words(self._study.best_trial) if values else ()
