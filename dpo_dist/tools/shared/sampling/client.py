@@ -6,7 +6,7 @@ The API key comes from the environment. Errors contain neither the key nor a tex
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +48,7 @@ class Client:
         key = os.environ.get(KEY_VARIABLE, "").strip() or "none"
         timeout = openai.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS))
         self._openai_client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
-        self._parallel = parallel
+        self._parallel, self._names = parallel, ""
         self._file: Path | None = None
         self._show: Callable[[int, int], None] = lambda *_: None
         self._answered = self._asked = 0
@@ -73,7 +73,9 @@ class Client:
             )
         except RefusedError as refusal:
             raise self.unusable(str(refusal)) from None
-        return {model.id: model for model in getattr(models, "data", None) or ()}
+        found = {model.id: model for model in getattr(models, "data", None) or ()}
+        self._names = f"; it lists {', '.join(found) or 'no model'}"
+        return found
 
     @contextlib.contextmanager
     def keeping(self, file: Path, show: Callable[[int, int], None]) -> Iterator[None]:
@@ -85,22 +87,22 @@ class Client:
             self._file, self._show = None, lambda *_: None
 
     def ask(
-        self, requests: Mapping[str, T], answer: Callable[[T], R], check: Callable[[], None]
+        self, keys: Collection[str], answer: Callable[[str], R], check: Callable[[], None]
     ) -> dict[str, R | None]:
-        """Return what `answer` returns for each request, by its key; None if the server refuses it.
+        """Return what `answer` returns for the key of each request; None if the server refuses that one.
 
         Replies, which JSON can hold, are read again from the file that a killed command left. If every
         request is refused, `check` is called, which raises if the server is at fault, not these few texts.
         """
         kept = {} if self._file is None else _kept(self._file)
-        replies: dict[str, R | None] = {key: kept[key] for key in requests if key in kept}
-        self._asked, self._answered = self._asked + len(requests), self._answered + len(replies)
+        replies: dict[str, R | None] = {key: kept[key] for key in keys if key in kept}
+        self._asked, self._answered = self._asked + len(keys), self._answered + len(replies)
         self._show(self._answered, self._asked)
         pool = ThreadPoolExecutor(self._parallel, "requests")
         with contextlib.ExitStack() as opened:
             opened.callback(pool.shutdown, wait=False, cancel_futures=True)  # waiting could take minutes
             file = None if self._file is None else opened.enter_context(self._file.open("a", buffering=1))
-            asked = {pool.submit(answer, requests[key]): key for key in requests if key not in replies}
+            asked = {pool.submit(answer, key): key for key in keys if key not in replies}
             for future in as_completed(asked):
                 try:
                     replies[asked[future]] = reply = future.result()
@@ -120,7 +122,7 @@ class Client:
         return ConfigError(
             "the server does not reply as expected",
             where=self._url_key,
-            got=f"{self.url}, model {self.name}: {fault}",
+            got=f"{self.url}, model {self.name}: {fault}{self._names}",
             remedy=f"start it, or check its address, {section}.model and the key in {KEY_VARIABLE}; "
             "the same command continues after the finished requests",
         )

@@ -325,7 +325,7 @@ class EndpointJudge:
         requests = {
             _key(question, order): (question, order) for question, tried in by_question for order in tried
         }
-        verdicts = self.client.ask(requests, lambda each: self._verdict(*each), self.check)
+        verdicts = self.client.ask(requests, lambda key: self._verdict(*requests[key]), self.check)
         return [
             _judgement(
                 len(question.responses),

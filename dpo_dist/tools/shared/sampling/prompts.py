@@ -174,7 +174,7 @@ class Prompts:
 
         def ready() -> None:
             if endpoint.reload is not None and not stage.folder.exists():
-                reload_server(endpoint, responder)
+                reload_server(endpoint, source)
             console.say(check_served(open_server(endpoint, responder), records, model, world.device))
 
         with console.heartbeat(f"checking that the server serves {source.name}"), unsharded_loading(world):

@@ -8,9 +8,11 @@ import contextlib
 import shlex
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from dpo_dist.model.packed import packed_logps
 from dpo_dist.tools.shared.sampling.client import Client, RefusedError
 from dpo_dist.tools.shared.sampling.generate import Request, Sample
 from dpo_dist.tools.shared.sampling.respond import (
+    ModelSource,
     Responder,
     load_packed_source,
     usable_prompt,
@@ -39,7 +42,7 @@ RELOAD_SECONDS = 1800.0
 """For the command `sampling.endpoint.reload` and the start of the server."""
 _CHECKED, _CHECK_TOKENS = 24, 64  # responses of a check, and the most tokens of each
 _CHECK_BUDGET = 8192  # tokens of a micro-batch
-_MOST = 1.5
+_MOST = 1.6
 """Most that a server's log-probs differ from ours, as a multiple of what bf16 rounding makes."""
 
 
@@ -50,15 +53,10 @@ class _Form(StrEnum):
     text = "prompts as texts"
     plain = "prompts as texts, one response at a time, no log-probs"  # `transformers serve`
 
-    @property
-    def samples(self) -> int:
-        """The most responses that a harmless request asks for."""
-        return 1 if self is _Form.plain else 2
-
 
 @dataclass(frozen=True)
 class _Completed:
-    """A response, with the log-probs of its tokens and its end (empty: not reported).
+    """A response; `logps` are those of its tokens and its end (empty: not reported).
 
     `prompt`: how the server read the prompt: its ids, or only their number; None: not reported.
     """
@@ -75,65 +73,49 @@ class Server:
 
     client: Client
     responder: Responder
-    form: _Form = _Form.ids
+    form: _Form
 
     def __str__(self) -> str:
         return f"{self.client.name} at {self.client.url}: {self.form}"
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample | None]:
         """Return a sample for each request, in order; None where the server refuses the prompt."""
-        prompts: dict[str, list[Request]] = {}
-        for request in requests:
-            own = f" {request.number}" if self.form is _Form.plain else ""
-            prompts.setdefault(request.key + own, []).append(request)
+        keys = [f"{each.key} {each.number if self.form is _Form.plain else ''}" for each in requests]
+        counts, prompts = Counter(keys), dict(zip(keys, requests, strict=True))
 
-        def answer(group: list[Request]) -> list[tuple[list[int], int | None]]:
-            completed = self.complete(group[0].prompt_ids, sampling, len(group))
+        def answer(key: str) -> list[tuple[list[int], int | None]]:
+            completed = self.complete(prompts[key].prompt_ids, sampling, counts[key])
             return [(each.sample.ids, each.sample.end) for each in completed]
 
-        replies, samples = self.client.ask(prompts, answer, self.check), dict[Request, Sample | None]()
-        for key, group in prompts.items():
-            drawn = replies[key]
-            samples |= zip(
-                group,
-                [None] * len(group) if drawn is None else [Sample(*each) for each in drawn],
-                strict=True,
-            )
-        return [samples[request] for request in requests]
+        replies = self.client.ask(prompts, answer, self.check)
+        drawn = {key: iter(reply or ()) for key, reply in replies.items()}
+        return [Sample(*sample) if (sample := next(drawn[key], None)) else None for key in keys]
 
     def complete(self, prompt_ids: TokenIds, sampling: Sampling, count: int) -> list[_Completed]:
         """Return `count` responses to a prompt; raise RefusedError if the server refuses it."""
-        prompt = prompt_ids.tolist() if self.form is _Form.ids else self._as_text(prompt_ids)
-        body = {
-            "model": self.client.name,
-            "prompt": prompt,
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-        }
+        body: dict[str, Any] = {"model": self.client.name, "max_tokens": sampling.max_new_tokens}
+        body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        body["prompt"] = prompt_ids.tolist() if self.form is _Form.ids else self._as_text(prompt_ids)
+        extra: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k else {}
         if self.form is not _Form.plain:
             # Else the defaults of the model's folder, such as a repetition penalty, would count.
-            plain = {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
-            ids = {"stop_token_ids": sorted(self.responder.stop_ids), "return_token_ids": True}
-            body |= {"n": count, "logprobs": 1, "extra_body": plain | ids}
-        elif sampling.top_k:
-            body["extra_body"] = {"top_k": sampling.top_k}
+            extra = {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
+            extra |= {"stop_token_ids": sorted(self.responder.stop_ids), "return_token_ids": True}
+            body |= {"n": count, "logprobs": 1}
+        body["extra_body"] = extra
         reply: Any = self.client.send(lambda openai: openai.completions.create(**body))
         choices = getattr(reply, "choices", None) or []
         if len(choices) != count:
             raise RefusedError(f"{len(choices)} of {pluralize(count, 'response')}")
         read = getattr(getattr(reply, "usage", None), "prompt_tokens", None)
-        return [self._completed(prompt_ids.tolist(), choice, read) for choice in choices]
+        return [self._completed(prompt_ids, choice, read) for choice in choices]
 
-    def _completed(self, prompt_ids: list[int], choice: Any, read: int | None) -> _Completed:
+    def _completed(self, prompt_ids: TokenIds, choice: Any, read: int | None) -> _Completed:
         stop_ids, ids = self.responder.stop_ids, getattr(choice, "token_ids", None)
-        if ids is None:  # tokenized after the prompt, by which the first token can differ
-            before = self._as_text(prompt_ids)
-            whole = self._encoded(before + choice.text)
-            is_same = whole[: len(prompt_ids)] == prompt_ids
-            ids = (
-                whole[len(prompt_ids) :] if is_same else self._encoded(choice.text, add_special_tokens=False)
-            )
+        if ids is None:  # tokenized after the prompt, on which the first token may depend
+            ids = self._encoded(self._as_text(prompt_ids) + choice.text)
+            is_after = ids[: len(prompt_ids)] == prompt_ids.tolist()
+            ids = ids[len(prompt_ids) :] if is_after else self._encoded(choice.text, add_special_tokens=False)
         sample = Sample.from_tokens(ids, stop_ids)
         if choice.finish_reason == "stop" and not sample.is_finished:
             own = self.responder.tokenizer.eos_token_id
@@ -145,18 +127,14 @@ class Server:
     def _encoded(self, text: str, **options: Any) -> list[int]:
         return list(self.responder.tokenizer(text, **options)["input_ids"])
 
-    def _as_text(self, prompt_ids: TokenIds | list[int]) -> str:
+    def _as_text(self, prompt_ids: TokenIds) -> str:
         """Return the text that the server will tokenize to these ids; raise RefusedError without one."""
-        tokenizer, ids = self.responder.tokenizer, list(map(int, prompt_ids))
+        tokenizer, ids = self.responder.tokenizer, prompt_ids.tolist()
         text = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         for written in (text, text.removeprefix(str(tokenizer.bos_token))):
             if self._encoded(written) == ids:
                 return written
         raise RefusedError("the prompt as a text has other tokens")
-
-    def probe(self) -> None:
-        """Send a harmless request; raise RefusedError or ConfigError if the server cannot answer it."""
-        self.complete(np.array(self._encoded("Hello."), dtype=np.int32), Sampling(1), self.form.samples)
 
     def check(self) -> None:
         """Raise ConfigError if the server refuses a harmless request, too."""
@@ -165,9 +143,10 @@ class Server:
         except RefusedError as refusal:
             raise self.client.unusable(f"{refusal}, also for a harmless request") from None
 
-
-def _address(endpoint: ServerConfig, responder: Responder) -> tuple[str, str, str]:
-    return str(endpoint.url), _URL, endpoint.model or responder.source.name
+    def probe(self) -> None:
+        """Send a harmless request; raise RefusedError or ConfigError if the server cannot answer it."""
+        ids, count = np.array(self._encoded("Hello."), dtype=np.int32), 1 if self.form is _Form.plain else 2
+        self.complete(ids, Sampling(1), count)
 
 
 def open_server(endpoint: ServerConfig, responder: Responder) -> Server:
@@ -175,12 +154,12 @@ def open_server(endpoint: ServerConfig, responder: Responder) -> Server:
 
     The responder's limit on prompt and response becomes the server's, if that is lower.
     """
-    client = Client(*_address(endpoint, responder), _SECONDS, endpoint.parallel)
-    limits = (responder.longest, getattr(client.listed().get(client.name), "max_model_len", None))
+    name = endpoint.model or responder.source.name
+    client = Client(str(endpoint.url), _URL, name, _SECONDS, endpoint.parallel)
+    limits = (responder.longest, getattr(client.listed().get(name), "max_model_len", None))
     longest = min((limit for limit in limits if limit is not None), default=None)
-    server = Server(client, replace(responder, longest=longest))
     for form in _Form:
-        server = replace(server, form=form)
+        server = Server(client, replace(responder, longest=longest), form)
         with contextlib.suppress(RefusedError):
             server.probe()
             return server
@@ -188,10 +167,9 @@ def open_server(endpoint: ServerConfig, responder: Responder) -> Server:
     return server
 
 
-def reload_server(endpoint: ServerConfig, responder: Responder) -> None:
+def reload_server(endpoint: ServerConfig, source: ModelSource) -> None:
     """Run `sampling.endpoint.reload`, and wait until the server answers."""
-    folder = str((responder.source.adapter or responder.source.folder).absolute())
-    deadline = time.monotonic() + RELOAD_SECONDS
+    folder, deadline = str((source.adapter or source.folder).absolute()), time.monotonic() + RELOAD_SECONDS
     try:
         words = [word.replace("{model}", folder) for word in shlex.split(str(endpoint.reload))]
         subprocess.run(words, check=True, timeout=RELOAD_SECONDS, stdin=subprocess.DEVNULL)  # noqa: S603
@@ -203,15 +181,12 @@ def reload_server(endpoint: ServerConfig, responder: Responder) -> None:
             expected="exit code 0 once the old weights are gone; a server is started in the background",
             remedy="correct the command, whose output is in logs/rank-0.log of the run directory",
         ) from None
-    while True:
-        try:
-            Client(*_address(endpoint, responder), _SECONDS, 1, retries=0).listed()
-        except ConfigError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1)
-        else:
+    client = Client(str(endpoint.url), _URL, endpoint.model or source.name, _SECONDS, 1, retries=0)
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ConfigError):
+            client.listed()
             return
+        time.sleep(1)
 
 
 def check_served(
@@ -219,24 +194,22 @@ def check_served(
 ) -> str:
     """Return how log-probs of the server's responses differ from ours; raise ConfigError if by too much."""
     asked = [usable_prompt(record, server.responder, _CHECK_TOKENS) for record in records[:_CHECKED]]
-    prompts = [prompt.prompt_ids for prompt in asked if not isinstance(prompt, str)]
-    if not prompts:
-        return f"{server}: unchecked, for no prompt can be asked"
-    numbered = {str(number): prompts[number % len(prompts)] for number in range(_CHECKED)}
+    usable = [prompt.prompt_ids for prompt in asked if not isinstance(prompt, str)]
+    prompts = {str(number): usable[number % len(usable)] for number in range(_CHECKED if usable else 0)}
     replies = server.client.ask(
-        numbered, lambda ids: server.complete(ids, Sampling(_CHECK_TOKENS), 1)[0], server.check
+        prompts, lambda number: server.complete(prompts[number], Sampling(_CHECK_TOKENS), 1)[0], server.check
     )
-    answered = [(ids, reply) for number, ids in numbered.items() if (reply := replies[number]) is not None]
+    answered = [(prompts[number], reply) for number, reply in replies.items() if reply is not None]
     _check_tokens(server, answered)
     examples, theirs = [], list[float]()
     for ids, reply in answered:
         ends = [] if reply.sample.end is None else [reply.sample.end]
         tokens = (reply.sample.ids + ends)[: len(reply.logps)]
-        if tokens and len(reply.logps) in (len(reply.sample.ids), len(reply.sample.ids + ends)):
+        if tokens and len(tokens) == len(reply.logps) >= len(reply.sample.ids):
             examples.append(Example(ids, (np.array(tokens, dtype=np.int32),)))
             theirs += reply.logps
     if not theirs:
-        return f"warning: {server}: unchecked, because the server gives no log-probs that belong to tokens"
+        return f"warning: {server}: unchecked, because there are no log-probs to compare"
     exact, rounded = (
         _logps(server, examples, replace(model, dtype=dtype), device) for dtype in (Dtype.fp32, Dtype.bf16)
     )
@@ -249,33 +222,22 @@ def check_served(
     if size <= _MOST * rounding:
         return f"{server}: {said}"
     # Rounding and quantisation err in both directions; other weights find the server's responses less likely.
-    cause = "other weights, such as those of an earlier round, or gets other prompts"
-    if mean > -(size**2):
-        cause = "a quantised copy of them"
+    is_copy = mean > -(size**2)
+    cause = "a quantised copy" if is_copy else "other weights, such as an earlier round's, or other prompts"
     raise _other(server, said, f"at most {_MOST * rounding:.4f}", f"it probably serves {cause}")
 
 
 def _check_tokens(server: Server, answered: Sequence[tuple[TokenIds, _Completed]]) -> None:
     """Check that the server reads our prompts, and that its tokens have our texts."""
-    tokenizer, count = server.responder.tokenizer, len(answered)
-    other = [
-        (ids, reply.prompt) for ids, reply in answered if reply.prompt not in (None, len(ids), ids.tolist())
-    ]
-    if other:
-        ids, read = other[0]
-        got = f"{read if isinstance(read, int) else len(read or ())} tokens of a prompt of {len(ids)}"
-        raise _other(
-            server,
-            f"{got}; {len(other)} of {pluralize(count, 'prompt')} differ",
-            "the prompts as they were sent",
-            "it applies a chat template, drops a system prompt or adds tokens, or has another tokenizer",
-        )
-    read_again = [
-        (str(tokenizer.decode(each.sample.ids, skip_special_tokens=True)), each.text) for _, each in answered
-    ]
-    wrong = sum(ours.split() != theirs.split() for ours, theirs in read_again)
-    if wrong > count / 2:
-        got = f"{wrong} of {pluralize(count, 'response')} whose tokens have other texts here"
+    for ids, reply in answered:
+        if reply.prompt not in (None, len(ids), ids.tolist()):
+            read = reply.prompt if isinstance(reply.prompt, int) else len(reply.prompt or ())
+            cause = "it applies a chat template, drops a system prompt, or has another tokenizer"
+            raise _other(server, f"it reads {read} tokens", f"the {len(ids)} tokens of a prompt", cause)
+    decode = partial(server.responder.tokenizer.decode, skip_special_tokens=True)
+    wrong = sum(str(decode(each.sample.ids)).split() != each.text.split() for _, each in answered)
+    if wrong > len(answered) / 2:
+        got = f"{wrong} of {pluralize(len(answered), 'response')} have other texts here"
         raise _other(server, got, "the tokens of our tokenizer", "it has another tokenizer")
 
 
