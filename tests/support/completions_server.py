@@ -82,7 +82,7 @@ class CompletionsServer:
         stops = {tokenizer.eos_token_id, *body.get("stop_token_ids", [])}
         with torch.inference_mode():
             for _ in range(body["max_tokens"]):
-                logits = model(torch.tensor([prompt + ids])).logits[0, -1].log_softmax(-1)
+                logits = model(torch.tensor([prompt + ids])).logits[0, -1].float().log_softmax(-1)
                 drawn = (
                     (logits / body["temperature"]).exp().multinomial(1)
                     if body["temperature"]
@@ -111,10 +111,13 @@ def completions_server(served: CompletionsServer) -> Iterator[CompletionsServer]
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/reload":
+                served.folder = Path(body["model"])
+                return self.reply(200, {})
             time.sleep(served.seconds)
             status, content = served.complete(body)
             served.bodies.append(body)
-            self.reply(status, content)
+            return self.reply(status, content)
 
         def reply(self, status: int, content: dict[str, Any]) -> None:
             text = json.dumps(content).encode()

@@ -17,6 +17,7 @@ from dpo_dist.config.verb_sections import ServerConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.shared.sampling import client as clients
+from dpo_dist.tools.shared.sampling import served
 from dpo_dist.tools.shared.sampling.client import Client
 from dpo_dist.tools.shared.sampling.respond import Responder, find_files, open_responder, respond
 from dpo_dist.tools.shared.sampling.served import Server, check_served, open_server, reload_server
@@ -29,6 +30,11 @@ RECORDS = [
     PreferenceRecord((SYSTEM, Message("user", f"question number {n}")), (), Origin("a.jsonl", n))
     for n in range(4)
 ]
+
+
+@pytest.fixture(autouse=True)
+def short_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "CHECK_TOKENS", 12)
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +50,20 @@ def responder(folder: Path) -> Responder:
     return open_responder(find_files(str(folder), config(folder), "model.path"), config(folder), DataConfig())
 
 
-def opened(served: CompletionsServer, folder: Path, **keys: Any) -> Server:
-    return open_server(ServerConfig(url=served.url, model="policy", **keys), responder(folder))
+def opened(own: CompletionsServer, folder: Path, **keys: Any) -> Server:
+    return open_server(ServerConfig(url=own.url, model="policy", **keys), responder(folder))
 
 
-def checked(served: CompletionsServer, folder: Path) -> str:
-    with completions_server(served):
-        return check_served(opened(served, folder), RECORDS, config(folder), CPU)
+def checked(own: CompletionsServer, folder: Path) -> str:
+    with completions_server(own):
+        return check_served(opened(own, folder), RECORDS, config(folder), CPU)
 
 
 @pytest.mark.parametrize("form", ["ids", "text", "plain"])
 def test_greedy_responses_are_those_of_transformers(folder: Path, form: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with completions_server(CompletionsServer(folder, form=form)) as served:
-        server = opened(served, folder)
+    with completions_server(CompletionsServer(folder, form=form)) as own:
+        server = opened(own, folder)
         rows = respond(RECORDS, server.responder, server.generate, Sampling(6, temperature=0), range(1))
     for row in rows:
         prompt = torch.tensor([row.prompt_ids])
@@ -69,9 +75,9 @@ def test_greedy_responses_are_those_of_transformers(folder: Path, form: str) -> 
 
 
 def test_samples_of_a_prompt_are_one_request_that_no_default_of_the_model_changes(folder: Path) -> None:
-    with completions_server(CompletionsServer(folder)) as served:
-        server = opened(served, folder)
-        del served.bodies[:]
+    with completions_server(CompletionsServer(folder)) as own:
+        server = opened(own, folder)
+        del own.bodies[:]
         rows = respond(RECORDS[:2], server.responder, server.generate, Sampling(5, 0.5, 0.9, 7), range(2, 5))
     assert [[each.number for each in row.completions] for row in rows] == [[2, 3, 4]] * 2
     wanted = {
@@ -82,30 +88,30 @@ def test_samples_of_a_prompt_are_one_request_that_no_default_of_the_model_change
         "top_k": 7,
         "repetition_penalty": 1.0,
     }
-    for body in served.bodies:
+    for body in own.bodies:
         assert wanted.items() <= body.items()
-    assert sorted(body["prompt"] for body in served.bodies) == sorted(row.prompt_ids for row in rows)
+    assert sorted(body["prompt"] for body in own.bodies) == sorted(row.prompt_ids for row in rows)
 
 
 def test_a_refused_prompt_is_dropped_and_an_endpoint_that_refuses_all_is_an_error(folder: Path) -> None:
-    with completions_server(CompletionsServer(folder)) as served:
-        server = opened(served, folder)
+    with completions_server(CompletionsServer(folder)) as own:
+        server = opened(own, folder)
         first = server.responder.encode(RECORDS[0], "r").prompt_ids.tolist()  # type: ignore[union-attr]
-        served.refuses = lambda ids: ids == first
+        own.refuses = lambda ids: ids == first
         rows = respond(RECORDS, server.responder, server.generate, Sampling(4), range(2))
         assert [row.dropped for row in rows] == ["refused_by_the_server", None, None, None]
-        served.refuses = lambda ids: len(ids) > 9
+        own.refuses = lambda ids: len(ids) > 9
         rows = respond(RECORDS, server.responder, server.generate, Sampling(4), range(2))
         assert {row.dropped for row in rows} == {"refused_by_the_server"}, "texts are at fault"
-        served.refuses = lambda _: True
+        own.refuses = lambda _: True
         with pytest.raises(ConfigError, match="status 400, filter, also for a harmless request") as caught:
             respond(RECORDS, server.responder, server.generate, Sampling(4), range(2))
     assert "a text of" not in caught.value.block()
 
 
 def test_a_prompt_that_the_server_is_too_short_for_is_dropped(folder: Path) -> None:
-    with completions_server(CompletionsServer(folder, longest=30)) as served:
-        server = opened(served, folder)
+    with completions_server(CompletionsServer(folder, longest=30)) as own:
+        server = opened(own, folder)
         rows = respond(RECORDS, server.responder, server.generate, Sampling(29), range(1))
     assert {row.dropped for row in rows} == {"too_long_for_the_model"}
 
@@ -129,7 +135,7 @@ def trained_a_little(model: Any) -> None:
 
 def no_system(ids: list[int]) -> list[int]:
     """As a template that leaves out the first of two turns."""
-    return ids[ids.index(ids[0], 1) :]
+    return ids[ids.index(ids[0], 1) :] if ids[0] in ids[1:] else ids
 
 
 OTHER = "the server does not serve the model that should respond"
@@ -143,30 +149,29 @@ def test_rounding_is_not_a_fault(folder: Path, changes: Callable[[Any], None]) -
 
 
 @pytest.mark.parametrize(
-    ("served", "said"),
+    ("faults", "said"),
     [
         ({"changes": trained_a_little}, "tokens differ from ours by .*it probably serves other weights"),
         ({"changes": to_int8}, "tokens differ from ours by .*it probably serves a quantised copy"),
         ({"reads": no_system, "confesses": False}, "tokens differ from ours by .*or other prompts"),
         ({"reads": no_system}, "it reads .* drops a system prompt"),
         ({"reads": lambda ids: [*ids[:-1], ids[0]]}, "it reads .*or has another tokenizer"),
-        ({"form": "text", "changes": trained_a_little}, "tokens differ from ours by"),
     ],
 )
-def test_another_model_template_or_copy_is_named(folder: Path, served: Any, said: str) -> None:
+def test_another_model_template_or_copy_is_named(folder: Path, faults: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=f"(?s){OTHER}.*{said}.*start it with {folder}"):
-        checked(CompletionsServer(folder, **served), folder)
+        checked(CompletionsServer(folder, **faults), folder)
 
 
 def test_another_tokenizer_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def choice(*arguments: Any) -> Any:
         return whole(*arguments) | {"text": "words that these tokens do not mean"}
 
-    served = CompletionsServer(folder)
-    whole = served.choice
+    own = CompletionsServer(folder)
+    whole = own.choice
     monkeypatch.setattr(served, "choice", choice)
     with pytest.raises(ConfigError, match=f"{OTHER}[^$]*24 of 24 responses have other texts"):
-        checked(served, folder)
+        checked(own, folder)
 
 
 def test_a_server_without_log_probs_is_said_to_be_unchecked(folder: Path) -> None:
@@ -176,10 +181,10 @@ def test_a_server_without_log_probs_is_said_to_be_unchecked(folder: Path) -> Non
 def test_a_server_that_is_not_there_or_has_another_name_is_one_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with completions_server(CompletionsServer(folder, name="base")) as served:
+    with completions_server(CompletionsServer(folder, name="base")) as own:
         with pytest.raises(ConfigError, match=r"(?s)model policy: status 404.*it lists base"):
-            opened(served, folder)
-        url = served.url
+            opened(own, folder)
+        url = own.url
     monkeypatch.setattr(clients, "RETRIES", 0)
     started = time.monotonic()
     with pytest.raises(ConfigError, match="the server does not reply as expected"):
@@ -227,11 +232,11 @@ def test_replies_are_kept_so_that_only_missing_ones_are_asked_again(tmp_path: Pa
 
 def test_a_command_changes_the_weights_and_the_server_is_waited_for(tmp_path: Path, folder: Path) -> None:
     source = dataclasses.replace(responder(folder).source, name="policy")
-    with completions_server(CompletionsServer(folder)) as served:
+    with completions_server(CompletionsServer(folder)) as own:
         written = tmp_path / "a folder"
-        keys = ServerConfig(url=served.url, reload=f"cp -r '{{model}}' '{written}'")
+        keys = ServerConfig(url=own.url, reload=f"cp -r '{{model}}' '{written}'")
         reload_server(keys, source)
         assert (written / "config.json").is_file()
         for command in ("false", "absent-program", "cp 'unclosed"):
             with pytest.raises(ConfigError, match="the command that changes the server's weights failed"):
-                reload_server(ServerConfig(url=served.url, reload=command), source)
+                reload_server(ServerConfig(url=own.url, reload=command), source)

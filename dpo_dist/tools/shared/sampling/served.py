@@ -40,7 +40,8 @@ _URL = "sampling.endpoint.url"
 _SECONDS = 600.0  # for one request, also if it waits for others
 RELOAD_SECONDS = 1800.0
 """For the command `sampling.endpoint.reload` and the start of the server."""
-_CHECKED, _CHECK_TOKENS = 24, 64  # responses of a check, and the most tokens of each
+CHECKED, CHECK_TOKENS = 24, 64
+"""Responses of a check, and the most tokens of each."""
 _CHECK_BUDGET = 8192  # tokens of a micro-batch
 _MOST = 1.6
 """Most that a server's log-probs differ from ours, as a multiple of what bf16 rounding makes."""
@@ -193,11 +194,11 @@ def check_served(
     server: Server, records: Sequence[PreferenceRecord], model: ModelConfig, device: torch.device
 ) -> str:
     """Return how log-probs of the server's responses differ from ours; raise ConfigError if by too much."""
-    asked = [usable_prompt(record, server.responder, _CHECK_TOKENS) for record in records[:_CHECKED]]
+    asked = [usable_prompt(record, server.responder, CHECK_TOKENS) for record in records[:CHECKED]]
     usable = [prompt.prompt_ids for prompt in asked if not isinstance(prompt, str)]
-    prompts = {str(number): usable[number % len(usable)] for number in range(_CHECKED if usable else 0)}
+    prompts = {str(number): usable[number % len(usable)] for number in range(CHECKED if usable else 0)}
     replies = server.client.ask(
-        prompts, lambda number: server.complete(prompts[number], Sampling(_CHECK_TOKENS), 1)[0], server.check
+        prompts, lambda number: server.complete(prompts[number], Sampling(CHECK_TOKENS), 1)[0], server.check
     )
     answered = [(prompts[number], reply) for number, reply in replies.items() if reply is not None]
     _check_tokens(server, answered)
@@ -221,9 +222,11 @@ def check_served(
     )
     if size <= _MOST * rounding:
         return f"{server}: {said}"
-    # Rounding and quantisation err in both directions; other weights find the server's responses less likely.
-    is_copy = mean > -(size**2)
-    cause = "a quantised copy" if is_copy else "other weights, such as an earlier round's, or other prompts"
+    # 8 bits make 2.4 times what bf16 makes, in both directions. Other weights, from which the responses were
+    # not drawn, find them less likely.
+    is_copy = size < 5 * rounding and mean > -(size**2)
+    cause = "other weights, such as an earlier round's, other prompts, or a copy in 4 bits"
+    cause = "a quantised copy" if is_copy else cause
     raise _other(server, said, f"at most {_MOST * rounding:.4f}", f"it probably serves {cause}")
 
 
@@ -256,7 +259,7 @@ def _other(server: Server, got: str, expected: str, cause: str) -> ConfigError:
 @torch.inference_mode()
 def _logps(server: Server, examples: Sequence[Example], model: ModelConfig, device: torch.device) -> Any:
     """Return our log-probs, float64 [tokens]; the model is freed."""
-    longest = max(len(example.prompt_ids) for example in examples) + _CHECK_TOKENS + 1
+    longest = max(len(example.prompt_ids) for example in examples) + CHECK_TOKENS + 1
     packed = load_packed_source(server.responder.source, model, longest, device)
     logps = packed_logps(packed, examples, _CHECK_BUDGET)
     del packed
