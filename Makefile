@@ -1,6 +1,6 @@
 BIN := .venv/bin
 
-.PHONY: help env format lint check unit test docs docs-site golden
+.PHONY: help env format lint check unit test test-server docs docs-site golden
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1	\2/p' Makefile | expand -t 12
@@ -23,6 +23,9 @@ unit: ## run the unit tests, one process per core
 
 test: ## run all tests
 	./scripts/test.sh
+
+test-server: ## run the tests against a real vLLM: DPO_DIST_VLLM=PATH/bin/vllm DPO_DIST_MODEL=FOLDER
+	./scripts/test.sh tests/server --numprocesses 0
 
 docs: env ## write the generated tables of docs/
 	$(BIN)/python scripts/write_key_docs.py

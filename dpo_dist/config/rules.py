@@ -404,17 +404,19 @@ def _is_for_others(config: RunConfig) -> bool:
     return config.pairs.method in (PairsMethod.samples, PairsMethod.delta) or bool(config.compare.models)
 
 
+SAMPLING_KEYS = [f"sampling.{name}" for name in schema_fields(SamplingConfig) if name != "endpoint"]
+"""The keys of how responses are drawn, without those of a server."""
 _SAMPLES_ONLY = tuple(
     rule
-    for name in schema_fields(SamplingConfig)
+    for key in SAMPLING_KEYS
     for rule in (
         unused(
-            f"sampling.{name}",
+            key,
             "data.eval!=[]",
             _HOLD_OUT,
             lambda c: c.data.eval_share > 0 or _is_for_others(c),
         ),
-        unused(f"sampling.{name}", "samples.prompts!=0", "set samples.prompts=16", _is_for_others),
+        unused(key, "samples.prompts!=0", "set samples.prompts=16", _is_for_others),
     )
 )
 """Rules of verbs that take a training run, in which models respond only to the prompts of evaluations."""

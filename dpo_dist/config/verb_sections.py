@@ -1,11 +1,14 @@
 """Every key of the verbs `compare`, `doctor`, `export`, `pairs`, `plan` and `sweep`, and of samples."""
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
 from dpo_dist.config.fields import NonEmpty, as_entry, key, schema, section
+
+RESPONDING = "compare pairs"
+"""The verbs that use a judge, and whose models may be behind a server."""
 
 
 @schema
@@ -15,6 +18,27 @@ class SamplesConfig:
     prompts: int | None = key(None, ge=0)
     """Prompts of the evaluation data that the policy responds to at every evaluation; null: 8 prompts,
     but only before the first step and after the last; 0: none."""
+
+
+_URL: Any = {
+    "accepts": "http://HOST:PORT/v1 or https://HOST/v1, without a user, key or query",
+    "pattern": r"^(?i:https?)://[^\s/@?]+(/[^\s?]*)?$",
+}
+
+
+@schema
+class ServerConfig:
+    """A server with the OpenAI API, such as vLLM, that generates the responses; it gets the prompts."""
+
+    url: str | None = key(None, **_URL)
+    """Address up to the version: `http://localhost:8000/v1`; null: this program generates."""
+    model: NonEmpty | None = key(None)
+    """Name under which the server serves the model; null: its name in `compare.models`, or its path."""
+    parallel: int = key(16, ge=1)
+    """Requests that each process sends at a time; one asks for all samples of a prompt."""
+    reload: NonEmpty | None = key(None)
+    """Command after which the server serves other weights, such as a new round's, run without a shell;
+    `{model}` is their folder. null: you start the server again."""
 
 
 @schema
@@ -30,6 +54,7 @@ class SamplingConfig:
     """Sample from the likeliest tokens whose probabilities add up to this."""
     top_k: int = key(0, ge=0)
     """Sample from this many of the likeliest tokens; 0: from all."""
+    endpoint: ServerConfig = section(ServerConfig, verbs=RESPONDING)
 
 
 @schema
@@ -120,19 +145,12 @@ DropOrKeep = StrEnum("DropOrKeep", ["drop", "keep"])
 RoundReference = StrEnum("RoundReference", ["first", "previous"])
 Verdicts = StrEnum("Verdicts", ["compare", "grade"])
 
-JUDGING = "compare pairs"
-"""The verbs that use a judge."""
-
 
 @schema
 class EndpointConfig:
     """A judge behind an OpenAI-compatible API; prompts and responses are sent to it."""
 
-    url: str | None = key(
-        None,
-        accepts="http://HOST:PORT/v1 or https://HOST/v1, without a user, key or query",
-        pattern=r"^(?i:https?)://[^\s/@?]+(/[^\s?]*)?$",
-    )
+    url: str | None = key(None, **_URL)
     """Address up to the version: `http://localhost:8000/v1`; null: no such judge."""
     model: NonEmpty | None = key(None)
     """Name of the model, as the endpoint lists it."""
@@ -165,11 +183,11 @@ class PairsConfig:
     """Responses of each model to a prompt; `delta` takes one."""
     unfinished: DropOrKeep = key(DropOrKeep.drop)
     """What to do with responses that did not end within `sampling.max_new_tokens`; they are counted."""
-    reward_model: NonEmpty | None = key(None, verbs=JUDGING)
+    reward_model: NonEmpty | None = key(None, verbs=RESPONDING)
     """Judge: folder or hub name of a sequence classification model with one output."""
-    function: NonEmpty | None = key(None, verbs=JUDGING)
+    function: NonEmpty | None = key(None, verbs=RESPONDING)
     """Judge: your own function, as `module:function`."""
-    endpoint: EndpointConfig = section(EndpointConfig, verbs=JUDGING)
+    endpoint: EndpointConfig = section(EndpointConfig, verbs=RESPONDING)
     prompt_parts: int = key(1, ge=1)
     """Divide the prompts into this many parts, by their contents; each round takes the next part."""
     prompt_part: int = key(0, ge=0)

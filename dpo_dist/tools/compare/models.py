@@ -15,7 +15,7 @@ import torch
 import dpo_dist
 from dpo_dist.batching.example import Example, ImageInput
 from dpo_dist.config.run_folder import RunFolder, check_writable
-from dpo_dist.config.schema import DataConfig, FusedLayers, RunConfig
+from dpo_dist.config.schema import DataConfig, RunConfig
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.labels import source_labels
@@ -36,12 +36,8 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.types import CheckReport
-from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.files.folder import hub_commit
-from dpo_dist.model.files.load import load_packed
-from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM, packed_logps
-from dpo_dist.reference.engine import scoring_config
 from dpo_dist.tools.compare.results import compares, comparison, judge_texts
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
@@ -63,6 +59,7 @@ from dpo_dist.tools.shared.sampling.respond import (
     Completions,
     ModelSource,
     Responder,
+    load_packed_source,
     open_responder,
     usable_prompt,
 )
@@ -142,21 +139,13 @@ class ComparedModel:
     @cached_property
     def _packed(self) -> PackedCausalLM:
         config = self.prompts.run.config
-        model = config.model
-        model_config = replace(scoring_config(model, model.quantization), fused=FusedLayers.none)
         longest = config.data.max_length + self._sampling.max_new_tokens
         if self.responder.longest is not None:
             longest = min(longest, self.responder.longest)
         world = self.prompts.run.world
         with unsharded_loading(world):
-            packed = load_packed(self.source.folder, model_config, longest, world.device, MODELS_KEY)
-            if self.source.adapter is not None:
-                load_adapter(packed, self.source.adapter, MODELS_KEY)
-        packed.eval()
-        processor = self.responder.processor
-        images = () if processor is None else processor.invented
-        StartCheck(packed, packed, world.device, longest, MODELS_KEY, images=images).choose_arrangement()
-        return packed
+            processor = self.responder.processor
+            return load_packed_source(self.source, config.model, longest, world.device, processor)
 
     def respond(self) -> None:
         """Generate the responses that are missing; collective. All models share a prompt's random numbers."""
@@ -293,7 +282,8 @@ def compare_models(
 
             folders = [speaker.responses.folder.name for speaker in speakers]
             settings = {"responses": folders, "judge": judge_facts}
-            judgement_parts = prompts.finish("judgements", prompts.stage("judgements", settings), judgements)
+            stage = prompts.stage("judgements", settings)
+            judgement_parts = prompts.finish("judgements", stage, judgements, judge.client)
         with console.heartbeat("writing the comparison"):
             return world.on_main(lambda: _write(speakers, judge, judgement_parts, labels))
 
@@ -437,7 +427,7 @@ def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> Check
         if model.is_checkpoint:
             lines.append(f"{model.location}, a checkpoint")
         else:
-            check_model(model.location, config.model, config.data, tokens, records, lines.append, MODELS_KEY)
+            check_model(model.location, config, tokens, records, lines.append, MODELS_KEY, model.name)
     judge = open_judge(config.pairs, config.model, Path(config.reference.store))
     if judge is not None:
         judge.check()

@@ -284,7 +284,8 @@ def pairs_from_models(run: Run) -> None:
 
     names = [parts.folder.name for parts in responses]
     inputs = {"responses": names, "unfinished": str(pairs.unfinished), "judge": judge_facts}
-    completions = prompts.finish("scores", prompts.stage("scores", inputs), scored)
+    client = None if judge is None else judge.client
+    completions = prompts.finish("scores", prompts.stage("scores", inputs), scored, client)
     facts = {"sampling": asdict(sampling)} | ({"judge": judge_facts} if judge else {})
     results = PairResults(prompts, models, completions, facts)
 
@@ -338,7 +339,7 @@ def dry_run_pairs(config: RunConfig) -> CheckReport:
     if responds:
         tokens = sampling_for("pairs", config.sampling).max_new_tokens
         for name in responding_models(pairs, config.model.path):
-            check_model(name, config.model, config.data, tokens, records, lines.append, _MODELS)
+            check_model(name, config, tokens, records, lines.append, _MODELS)
     if (
         pairs.method is PairsMethod.samples
         and (judge := open_judge(pairs, config.model, Path(config.reference.store))) is not None

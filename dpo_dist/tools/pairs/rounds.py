@@ -18,9 +18,10 @@ from dpo_dist.config.fields import schema_fields
 from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.rule import value_at
+from dpo_dist.config.rules import SAMPLING_KEYS
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DataConfig, ModelConfig, ReferenceMode, RunConfig, SourceConfig
-from dpo_dist.config.verb_sections import PairsConfig, RoundReference, SamplingConfig
+from dpo_dist.config.verb_sections import PairsConfig, RoundReference, SamplingConfig, ServerConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.signals import stop_signals
@@ -47,7 +48,7 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
     before, now = from_yaml(file.read_text(encoding="utf-8")), from_yaml(to_yaml(config))  # without secrets
     changed = differing_keys(before.identity, now.identity)
     keys = {f"pairs.{name}" for name in schema_fields(PairsConfig)} - {"pairs.rounds", "pairs.launcher"}
-    for key in {*keys, *(f"sampling.{name}" for name in schema_fields(SamplingConfig))}:
+    for key in {*keys, *SAMPLING_KEYS}:
         old, new = plain(value_at(before, key)), plain(value_at(now, key))
         changed |= {key: (old, new)} if old != new else {}
     if changed:
@@ -226,7 +227,10 @@ class _Rounds:
             self._with_policy(number),
             run=replace(self.config.run, dir=str(folder.training.path)),
             data=replace(self.config.data, train=[SourceConfig(path=str(folder.pairs_file))]),
-            sampling=self.config.sampling if has_samples else SamplingConfig(),
+            # Evaluations sample from the weights in training, which no server has.
+            sampling=replace(self.config.sampling, endpoint=ServerConfig())
+            if has_samples
+            else SamplingConfig(),
             pairs=PairsConfig(),
         )
         self.say(f"round {number}: training of {stage.model.path}")

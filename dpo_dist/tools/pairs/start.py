@@ -3,15 +3,20 @@
 import os
 from pathlib import Path
 
-from dpo_dist.config.fields import schema_fields
 from dpo_dist.config.rule import Rule, check_rules, unused
-from dpo_dist.config.rules import check_needs
+from dpo_dist.config.rules import SAMPLING_KEYS, check_needs
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig, SourceConfig
-from dpo_dist.config.verb_sections import PairsConfig, PairsMethod, SamplingConfig
+from dpo_dist.config.verb_sections import PairsConfig, PairsMethod
 from dpo_dist.data.formats import check_source
 from dpo_dist.model.files.folder import local_model_folder
-from dpo_dist.tools.shared.sampling.judge_rules import ENDPOINT_RULES, JUDGES, check_function, count_judges
+from dpo_dist.tools.shared.sampling.judge_rules import (
+    ENDPOINT_RULES,
+    JUDGES,
+    check_function,
+    count_judges,
+    server_rules,
+)
 from dpo_dist.training.start.named_models import locate_model
 
 
@@ -33,8 +38,9 @@ _EFFECTS = {
 _NO_ROUNDS = "rounds cannot be done with this setting"
 _RULES = (
     *(unused(f"pairs.{name}", unless) for unless, names in _EFFECTS.items() for name in names.split()),
-    *(unused(f"sampling.{name}", _RESPONDS) for name in schema_fields(SamplingConfig)),
+    *(unused(name, _RESPONDS) for name in (*SAMPLING_KEYS, "sampling.endpoint.url")),
     *ENDPOINT_RULES,
+    *server_rules(lambda c: len(responding_models(c.pairs, c.model.path))),
     Rule(
         "run.resume!=auto",
         "run.resume has no effect on pairs: finished parts are always used again",

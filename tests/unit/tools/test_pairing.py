@@ -297,6 +297,7 @@ def test_processes_share_the_open_parts_and_stop_at_the_error_of_another_one(tmp
 PROMPTS = [{"prompt": [user(f"question {n}")]} for n in range(3)]
 SAMPLED = ("pairs.method=samples", "pairs.reward_model=r", "pairs.samples=2")
 DELTA = ("pairs.method=delta", "pairs.models=[a/b,c/d]")
+SERVER = "sampling.endpoint.url=http://h/v1"
 
 
 @pytest.fixture
@@ -328,6 +329,10 @@ def found(folder: Path, records: list[Any], *overrides: str) -> str:
         ([*SAMPLED, "sampling.temperature=0"], "every sample of a model is the same"),
         ([*SAMPLED, "pairs.function=a:b"], "samples need one judge"),
         (["pairs.method=samples", "model.path=a/b", "pairs.endpoint.url=http://h/v1"], "model is not set"),
+        ([*SAMPLED, "sampling.endpoint.parallel=2"], "no effect with this sampling.endpoint.url"),
+        (["pairs.method=scores", SERVER], "sampling.endpoint.url has no effect"),
+        ([*DELTA, SERVER, "sampling.endpoint.model=m"], "several models cannot be served under one name"),
+        ([*SAMPLED, SERVER, "model.images={}"], "a server gets prompts as tokens, without images"),
         (["pairs.method=delta", "pairs.models=[a,./a]"], "two models"),
         (["pairs.rounds=1"], "rounds cannot be done"),
         (["pairs.rounds=1", *SAMPLED, "pairs.models=[other]"], "rounds cannot be done"),

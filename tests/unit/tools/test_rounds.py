@@ -209,3 +209,17 @@ def test_a_preempted_training_ends_the_command_with_its_code() -> None:
     code, said = do(Verbs(train1=75))
     assert code == ExitCode.preempted
     assert "the same command continues" in said[-1]
+
+
+def test_only_sampling_asks_a_server_which_may_move_between_starts() -> None:
+    server, verbs = "sampling.endpoint.url=http://127.0.0.1:9/v1", Verbs(pairs2=1)
+    with pytest.raises(DpoDistError):
+        do(verbs, server)
+    do(verbs, server.replace(":9", ":10"), "sampling.endpoint.parallel=3")
+    assert {each["sampling"]["endpoint"]["url"] for each in verbs.of("train")} == {None}
+    assert [each["sampling"]["endpoint"]["url"][-5:-3] for each in verbs.of("pairs")] == [
+        ":9",
+        ":9",
+        "10",
+        "10",
+    ]

@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 
-from dpo_dist.config.schema import DataConfig, ModelConfig, SourceConfig
+from dpo_dist.config.schema import DataConfig, RunConfig, SourceConfig
 from dpo_dist.data.counts import counts_in_one_line
 from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord
@@ -14,6 +15,7 @@ from dpo_dist.model.files.load import check_contents_at_hand
 from dpo_dist.tools.shared.records import Read, good_records
 from dpo_dist.tools.shared.sampling.prompts import as_user_message
 from dpo_dist.tools.shared.sampling.respond import find_files, open_responder, usable_prompt
+from dpo_dist.tools.shared.sampling.served import open_server
 
 _FIRST_RECORDS = 1024
 
@@ -32,16 +34,26 @@ def first_records(
 
 
 def check_model(
-    name: str,
-    model: ModelConfig,
-    data: DataConfig,
+    path: str,
+    config: RunConfig,
     new_tokens: int,
     records: Sequence[PreferenceRecord],
     say: Callable[[str], None],
     key: str,
+    name: str = "",
 ) -> None:
-    """Check a model without its weights, and that some record can be its prompt; print the result."""
-    responder = open_responder(find_files(name, model, key, description_folder), model, data)
+    """Check a model without its weights, and that some record can be its prompt; print the result.
+
+    A server that should generate by it, under `name` (default: the path), gets a harmless request, unless
+    the model is served only later, by `sampling.endpoint.reload`.
+    """
+    model, data, endpoint = config.model, config.data, config.sampling.endpoint
+    source = find_files(path, model, key, description_folder)
+    responder = open_responder(replace(source, name=name or path), model, data)
+    if endpoint.url is not None and endpoint.reload is None:
+        server = open_server(endpoint, responder)
+        responder = server.responder
+        say(f"served as {server}")
     ends = responder.tokenizer.convert_ids_to_tokens(sorted(responder.stop_ids))
     check_contents_at_hand(responder.source.folder, model, key)
     folder = responder.source.adapter or responder.source.folder
@@ -52,7 +64,7 @@ def check_model(
         raise DataError(
             "none of the first records can be used",
             where=key,
-            got=f"{name}: {counts_in_one_line(dropped)}",
+            got=f"{path}: {counts_in_one_line(dropped)}",
             remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
         )
     if dropped:

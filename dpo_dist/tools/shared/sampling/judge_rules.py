@@ -1,6 +1,9 @@
-"""Rules for the judge's settings, checked before torch is imported."""
+"""Rules for the settings of the judge and of a server, checked before torch is imported."""
+
+from collections.abc import Callable
 
 from dpo_dist.config.rule import Rule, unused
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.config.verb_sections import PairsConfig
 
@@ -14,6 +17,26 @@ ENDPOINT_RULES = (
         "set it to the name under which the endpoint serves the judge",
     ),
 )
+_SERVED = "sampling.endpoint.url!=null"
+
+
+def server_rules(count: Callable[[RunConfig], int]) -> tuple[Rule, ...]:
+    """Return the rules for `sampling.endpoint`; `count` returns how many models respond."""
+    return (
+        *(unused(f"sampling.endpoint.{key}", _SERVED) for key in ("model", "parallel", "reload")),
+        Rule(
+            f"sampling.endpoint.model!=null sampling.endpoint.reload=null {_SERVED}",
+            "several models cannot be served under one name",
+            "remove sampling.endpoint.model: each is asked under its own name; or set "
+            "sampling.endpoint.reload to a command that changes the weights",
+            lambda c: count(c) > 1,
+        ),
+        Rule(
+            f"model.images!=null {_SERVED}",
+            "a server gets prompts as tokens, without images",
+            "remove sampling.endpoint.url, or set model.images=null",
+        ),
+    )
 
 
 def count_judges(pairs: PairsConfig) -> int:

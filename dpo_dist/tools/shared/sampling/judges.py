@@ -1,22 +1,17 @@
-"""Judges of responses: a reward model, the user's function, or an OpenAI-compatible endpoint.
-
-The endpoint's API key comes from the environment. Errors contain neither the key nor the text of a reply.
-"""
+"""Judges of responses: a reward model, the user's function, or an OpenAI-compatible endpoint."""
 
 import itertools
 import json
 import logging
 import math
-import os
 import re
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -34,6 +29,7 @@ from dpo_dist.data.records import (
     UnusableRecordError,
     as_fields,
     context_fields,
+    prompt_key,
     turns_of,
 )
 from dpo_dist.data.text.tokenizer import tokenizer_facts
@@ -44,6 +40,7 @@ from dpo_dist.model.files.folder import description_folder, model_folder
 from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.tools.shared.images import jpeg_uri
+from dpo_dist.tools.shared.sampling.client import RETRIES, Client, RefusedError
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +88,8 @@ class FunctionJudge:
     `{"type": "image", "image"}` with the bytes of a file. The function returns a list of numbers, higher is
     better, with None for a response that it cannot score.
     """
+
+    client: ClassVar[None] = None
 
     def __init__(self, written: str):
         self._function = user_function(written, _FUNCTION)
@@ -148,6 +147,7 @@ class RewardModel:
     store: Path
     device: torch.device
     batch_tokens: int = 32768
+    client: ClassVar[None] = None
 
     def __str__(self) -> str:
         return f"reward model {self.name}"
@@ -261,10 +261,6 @@ class RewardModel:
 TIMEOUT_SECONDS = 120.0
 PARALLEL_REQUESTS = 8
 """Requests that each process sends at a time."""
-_KEY_VARIABLE = "OPENAI_API_KEY"
-_RETRIES = 6
-# Statuses that refuse a single request for its texts; others mean that the endpoint cannot be used.
-_REFUSES_TEXTS = (400, 413, 422)
 _JUDGED_SIDE = 2048  # pixels; endpoints make larger images smaller
 _MAX_TOKENS = 1024  # of a verdict, with the judge's reasons
 _OPTIONS: dict[str, Any] = {"temperature": 0, "max_tokens": _MAX_TOKENS}
@@ -296,19 +292,10 @@ _HARMLESS = Question(PreferenceRecord("Hello.", (), Origin("a harmless prompt", 
 class EndpointJudge:
     """Asks an endpoint for verdicts, several at a time."""
 
-    def __init__(self, config: EndpointConfig, retries: int = _RETRIES):
-        try:
-            import openai  # noqa: PLC0415  (optional)
-        except ImportError:
-            raise ConfigError(
-                "an endpoint as judge needs the package openai", where=_URL, remedy="pip install openai"
-            ) from None
-        self._openai, self._config = openai, config
-        key = os.environ.get(_KEY_VARIABLE, "").strip() or "none"
-        self._client = openai.OpenAI(
-            base_url=config.url, api_key=key, timeout=TIMEOUT_SECONDS, max_retries=retries
-        )
-        self._options = _OPTIONS
+    def __init__(self, config: EndpointConfig, retries: int = RETRIES):
+        self._config, self._options = config, _OPTIONS
+        address = str(config.url), _URL, str(config.model)
+        self.client = Client(*address, TIMEOUT_SECONDS, PARALLEL_REQUESTS, retries)
 
     def __str__(self) -> str:
         compares = self._config.verdicts is Verdicts.compare
@@ -317,9 +304,10 @@ class EndpointJudge:
 
     def check(self) -> None:
         """Send a harmless request; raise if the endpoint refuses it."""
-        _, refusal = self._ask(self._messages(_GRADE, _HARMLESS, response="Hello."))
-        if refusal:
-            raise self._unusable(f"{refusal}, also for a harmless request")
+        try:
+            self._ask(self._messages(_GRADE, _HARMLESS, response="Hello."))
+        except RefusedError as refusal:
+            raise self.client.unusable(f"{refusal}, also for a harmless request") from None
 
     def describe(self) -> dict[str, Any]:
         """Return address, model, kind of verdicts and criterion."""
@@ -334,29 +322,25 @@ class EndpointJudge:
         size = 2 if self._config.verdicts is Verdicts.compare else 1  # two, in both positions
         orders = [list(itertools.permutations(range(len(each.responses)), size)) for each in questions]
         by_question = list(zip(questions, orders, strict=True))
-        requests = [(question, order) for question, tried in by_question for order in tried]
-        pool = ThreadPoolExecutor(PARALLEL_REQUESTS, "judge")
-        try:
-            verdicts = list(pool.map(lambda each: self._verdict(*each), requests))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after an error, waiting could take minutes
-        if 0 < len(verdicts) == verdicts.count("refused"):
-            self.check()  # raises if the endpoint is at fault, not these few texts
-        given = iter(verdicts)
+        requests = {
+            _key(question, order): (question, order) for question, tried in by_question for order in tried
+        }
+        verdicts = self.client.ask(requests, lambda key: self._verdict(*requests[key]), self.check)
         return [
-            _judgement(len(question.responses), dict(zip(tried, given, strict=False)))
+            _judgement(
+                len(question.responses),
+                {order: verdicts[_key(question, order)] or "refused" for order in tried},
+            )
             for question, tried in by_question
         ]
 
     def _verdict(self, question: Question, order: tuple[int, ...]) -> str:
-        """Return the verdict on one or two responses; without a verdict `refused` or `unreadable`."""
+        """Return the verdict on one or two responses, or `unreadable`."""
         instruction, form, names = _ASKED[len(order)]
         responses = {name: question.responses[index] for name, index in zip(names, order, strict=True)}
-        text, refusal = self._ask(self._messages(instruction, question, **responses))
+        text = self._ask(self._messages(instruction, question, **responses))
         verdicts: list[str] = form.findall(text)[-1:]  # earlier verdicts are part of the thoughts
-        if verdicts and verdicts[0] in _VERDICTS:
-            return verdicts[0]
-        return "refused" if refusal else "unreadable"
+        return verdicts[0] if verdicts and verdicts[0] in _VERDICTS else "unreadable"
 
     def _messages(self, instruction: str, question: Question, **responses: str) -> list[Any]:
         fields = {"conversation": question.prompt, **context_fields(question.record), **responses}
@@ -370,48 +354,32 @@ class EndpointJudge:
             {"role": "user", "content": content},
         ]
 
-    def _ask(self, messages: list[Any]) -> tuple[str, str]:
-        """Return the assistant's text and "", or "" and the status and code with which it was refused.
-
-        The temperature is 0 if the endpoint accepts that.
-        """
-        options = self._options
+    def _ask(self, messages: list[Any]) -> str:
+        """Return the assistant's text; the temperature is 0 if the endpoint accepts that."""
+        body, options = {"model": self.client.name, "messages": messages}, self._options
         try:
-            reply: Any = self._client.chat.completions.create(
-                model=str(self._config.model), messages=messages, **options
-            )
-        except self._openai.APIStatusError as error:
-            is_unsupported = error.param in options and str(error.code).startswith("unsupported_")
+            reply: Any = self.client.send(lambda openai: openai.chat.completions.create(**body, **options))
+        except RefusedError as refusal:
+            is_unsupported = refusal.param in options and refusal.code.startswith("unsupported_")
             if is_unsupported and options is _OPTIONS:
                 log.warning("the judge's endpoint refuses %s: it gets %s", options, _REASONING_OPTIONS)
                 self._options = _REASONING_OPTIONS
                 return self._ask(messages)
-            # The error's message may quote a text.
-            facts = (f"status {error.status_code}", error.code, error.param)
-            refusal = ", ".join(str(fact) for fact in facts if fact)
-            if error.status_code not in _REFUSES_TEXTS:
-                raise self._unusable(refusal) from None
-            return "", refusal
-        except (self._openai.APIError, ValueError) as error:
-            raise self._unusable(type(error).__name__) from None
+            raise
         choices = getattr(reply, "choices", None)
         if choices is None:
-            raise self._unusable("a reply that is not a chat completion")
+            raise self.client.unusable("a reply that is not a chat completion")
         if not choices or choices[0].finish_reason == "length":  # cut before the verdict, which comes last
-            return "", ""
+            return ""
         content = choices[0].message.content or ""
         if isinstance(content, list):  # some endpoints return parts
             content = "".join(str(dict(part).get("text") or "") for part in content)
-        return content, ""
+        return str(content)
 
-    def _unusable(self, fault: str) -> ConfigError:
-        return ConfigError(
-            "the judge's endpoint does not reply as expected",
-            where=_URL,
-            got=f"{self._config.url}: {fault}",
-            remedy=f"start it, or check its address, pairs.endpoint.model and the key in {_KEY_VARIABLE}; "
-            "the same command continues after the finished parts",
-        )
+
+def _key(question: Question, order: tuple[int, ...]) -> str:
+    """Return the key of a request, by which its reply is kept."""
+    return text_digest(json.dumps([prompt_key(question.record), *(question.responses[at] for at in order)]))
 
 
 def _judgement(responses: int, verdicts: Mapping[tuple[int, ...], str]) -> Judgement:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,20 @@ from dpo_dist.config.schema import (
 from dpo_dist.data.records import PreferenceRecord, prompt_key, turns_of
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.memory import explain_out_of_memory
+from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
+from dpo_dist.tools.shared.sampling.client import Client
 from dpo_dist.tools.shared.sampling.judges import Judge, open_judge
-from dpo_dist.tools.shared.sampling.respond import Generate, ModelSource, Responder, find_model, respond
+from dpo_dist.tools.shared.sampling.respond import (
+    Generate,
+    ModelSource,
+    Responder,
+    find_model,
+    open_responder,
+    respond,
+)
+from dpo_dist.tools.shared.sampling.served import Server, check_served, open_server, reload_server
 from dpo_dist.tools.shared.sampling.settings import Sampling
 from dpo_dist.training.start.open_run import Run, join
 
@@ -42,12 +52,20 @@ class Parts:
         """Return the file of a part, which exists if the part is finished."""
         return self.folder / f"{index:06d}.jsonl"
 
+    def replies(self, index: int) -> Path:
+        """Return the file of a server's replies for a part that is not finished."""
+        return self.folder / f"replies-{index:06d}.jsonl"
+
+    def unfinished(self) -> list[int]:
+        """Return the indices of unfinished parts."""
+        return [index for index in range(self.count) if not self.file(index).is_file()]
+
     def open(self) -> list[int]:
         """Create the folder, remove files of killed processes, and return indices of unfinished parts."""
         self.folder.mkdir(parents=True, exist_ok=True)
         files.remove_abandoned(self.folder)
         (self.folder / _FAILED).unlink(missing_ok=True)
-        return [index for index in range(self.count) if not self.file(index).is_file()]
+        return self.unfinished()
 
     def read(self, index: int) -> list[dict[str, Any]]:
         """Return the rows of a finished part."""
@@ -76,8 +94,18 @@ class Prompts:
         digest = files.text_digest(json.dumps([self.digest, settings], sort_keys=True))[:16]
         return Parts(self.root / f"{name}-{digest}", len(self.parts))
 
-    def finish(self, title: str, parts: Parts, work: Callable[[int], list[dict[str, Any]]]) -> Parts:
-        """Write the rows that `work` returns for each unfinished part of a stage; return the stage."""
+    def finish(
+        self,
+        title: str,
+        parts: Parts,
+        work: Callable[[int], list[dict[str, Any]]],
+        client: Client | None = None,
+    ) -> Parts:
+        """Write the rows that `work` returns for each unfinished part of a stage; return the stage.
+
+        `client`: that of a server which `work` asks. Its requests are the progress, and its replies are kept
+        until their part is finished.
+        """
         world, console, flag = self.run.world, self.run.console, parts.folder / _FAILED
         with console.heartbeat(f"{title}: looking for parts"):
             unfinished = world.on_main(parts.open)
@@ -89,18 +117,25 @@ class Prompts:
                 for done, index in enumerate(share, start=1):
                     if flag.exists():
                         return
-                    with explain_out_of_memory(title, remedy):
+                    with ExitStack() as kept, explain_out_of_memory(title, remedy):
+                        if client is not None:
+                            # The requests of later parts are not known: they are estimated.
+                            counted = partial(_show_requests, show, len(share) / done)
+                            kept.enter_context(client.keeping(parts.replies(index), counted))
                         rows = work(index)
                     with files.staged_file(parts.file(index)) as temporary:
                         files.write_lines(temporary, rows)
-                    show(done, len(share))
+                    parts.replies(index).unlink(missing_ok=True)
+                    if client is None:
+                        show(done, len(share))
             except BaseException:
                 with contextlib.suppress(OSError):
                     flag.touch()
                 raise
 
-        with console.progress(title, "part") as show:
-            show(0, len(share))
+        with console.progress(title, "part" if client is None else "request") as show:
+            if client is None:
+                show(0, len(share))
             world.together(my_parts)
         return parts
 
@@ -111,15 +146,44 @@ class Prompts:
         numbers: range,
         open_model: Callable[[], tuple[Responder, Generate]],
     ) -> Parts:
-        """Return a model's finished responses; `open_model` is called only where parts are unfinished."""
+        """Return a model's finished responses; `open_model` is called only where parts are unfinished.
 
-        def part(index: int) -> list[dict[str, Any]]:
-            return list(map(asdict, respond(self.parts[index], *open_model(), sampling, numbers)))
-
+        With `sampling.endpoint` a server responds, which is checked first, and `open_model` is not called.
+        """
         config = self.run.config
         settings = generation_settings(config.data, config.model, sampling)
         settings |= {"model": source.digest, "numbers": [numbers.start, len(numbers)]}
-        return self.finish(f"responses of {source.name}", self.stage("responses", settings), part)
+        settings |= {} if config.sampling.endpoint.url is None else {"server": True}
+        stage, server = self.stage("responses", settings), None
+        if config.sampling.endpoint.url is not None and stage.unfinished():
+            server = self._served(source, stage)
+
+        def part(index: int) -> list[dict[str, Any]]:
+            opened = open_model() if server is None else (server.responder, server.generate)
+            return list(map(asdict, respond(self.parts[index], *opened, sampling, numbers)))
+
+        client = None if server is None else server.client
+        return self.finish(f"responses of {source.name}", stage, part, client)
+
+    def _served(self, source: ModelSource, stage: Parts) -> Server:
+        """Return the server on every rank, checked by the first prompts that it will be asked; collective."""
+        config, world, console = self.run.config, self.run.world, self.run.console
+        endpoint, model = config.sampling.endpoint, config.model
+        responder = open_responder(source, model, config.data)
+        records = self.parts[stage.unfinished()[0]]
+
+        def ready() -> None:
+            if endpoint.reload is not None and not stage.folder.exists():
+                reload_server(endpoint, source)
+            console.say(check_served(open_server(endpoint, responder), records, model, world.device))
+
+        with console.heartbeat(f"checking that the server serves {source.name}"), unsharded_loading(world):
+            world.on_main(ready)
+        return world.together(lambda: open_server(endpoint, responder))
+
+
+def _show_requests(show: Callable[..., None], times: float, answered: int, asked: int) -> None:
+    show(answered, round(asked * times))
 
 
 def in_parts(records: Sequence[PreferenceRecord], size: int) -> list[Sequence[PreferenceRecord]]:

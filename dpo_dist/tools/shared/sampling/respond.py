@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.batching.example import ImageInput, TokenIds
-from dpo_dist.config.schema import DataConfig, ModelConfig
+from dpo_dist.config.schema import DataConfig, FusedLayers, ModelConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.encoded.build import tokenizer_digest
 from dpo_dist.data.images import ImageProcessor, image_processor
@@ -29,6 +29,7 @@ from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.data.text.render import THOUGHT_FIELDS
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import content_digest, text_digest
+from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
     is_adapter,
@@ -36,10 +37,12 @@ from dpo_dist.model.files.folder import (
     read_model_json,
     tokenizer_folder,
 )
-from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
+from dpo_dist.model.files.load import load_config, load_packed, load_tokenizer, load_weights
 from dpo_dist.model.files.stops import find_stop_ids, folder_stops
-from dpo_dist.model.lora import TRAINED, add_saved
+from dpo_dist.model.lora import TRAINED, add_saved, load_adapter
+from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.digest import digest_model
+from dpo_dist.reference.engine import scoring_config
 from dpo_dist.tools.shared.sampling.generate import NotFiniteError, Request, Sample, generate
 from dpo_dist.tools.shared.sampling.settings import Sampling
 
@@ -137,8 +140,8 @@ def open_responder(source: ModelSource, model: ModelConfig, data: DataConfig) ->
 
 BATCH_TOKENS = 32768
 """Most tokens of a batch: rows times the longest prompt with its response."""
-Generate = Callable[[Sequence[Request], Sampling], list[Sample]]
-"""Returns a sample for each request, in order."""
+Generate = Callable[[Sequence[Request], Sampling], Sequence[Sample | None]]
+"""Returns a sample for each request, in order; None: a server refuses the prompt."""
 
 
 def open_generator(
@@ -156,6 +159,24 @@ def load_source(source: ModelSource, model: ModelConfig, device: torch.device) -
     if source.adapter is not None:
         add_saved(causal_lm, source.adapter, TRAINED, source.key)
     return causal_lm.eval()
+
+
+def load_packed_source(
+    source: ModelSource,
+    model: ModelConfig,
+    longest: int,
+    device: torch.device,
+    processor: ImageProcessor | None = None,
+) -> PackedCausalLM:
+    """Return the model, checked, for log-probs of sequences of up to `longest` tokens."""
+    model_config = replace(scoring_config(model, model.quantization), fused=FusedLayers.none)
+    packed = load_packed(source.folder, model_config, longest, device, source.key)
+    if source.adapter is not None:
+        load_adapter(packed, source.adapter, source.key)
+    packed.eval()
+    images = () if processor is None else processor.invented
+    StartCheck(packed, packed, device, longest, source.key, images=images).choose_arrangement()
+    return packed
 
 
 # A prompt is rendered before a placeholder. The first one ends a thought: a thought that the template opens
@@ -236,9 +257,11 @@ def respond(
         if isinstance(prompt, str):
             rows.append(Completions([], dropped=prompt))
         else:
+            drawn = [(number, next(samples)) for number in numbers]
             decoder = _Decoder(record, prompt.prompt_ids, responder)
-            completions = [decoder.completion(next(samples), number) for number in numbers]
-            rows.append(Completions(completions, prompt_ids=prompt.prompt_ids.tolist()))
+            completions = [decoder.completion(sample, number) for number, sample in drawn if sample]
+            dropped = None if completions else "refused_by_the_server"
+            rows.append(Completions(completions, dropped, prompt.prompt_ids.tolist()))
     return rows
 
 

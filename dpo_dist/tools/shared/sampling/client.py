@@ -1,0 +1,138 @@
+"""Ask an OpenAI-compatible server: several requests at a time, each reply kept as it comes.
+
+The API key comes from the environment. Errors contain neither the key nor a text of a request or reply.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dpo_dist.foundation.errors import ConfigError
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+RETRIES = 6
+"""The client's own, after pauses of 24 seconds in all; a server that is not there is an error in a minute."""
+_CONNECT_SECONDS = 4.0
+_LISTING_SECONDS = 45.0  # a server that computes everything else slowly answers this at once
+# Statuses that refuse a single request for its texts; others mean that the server cannot be used.
+_REFUSES_TEXTS = (400, 413, 422)
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class RefusedError(Exception):
+    """One request is refused; the message has the server's status and code, not its words."""
+
+    def __init__(self, status: str, code: Any = None, param: Any = None):
+        super().__init__(", ".join(str(fact) for fact in (status, code, param) if fact))
+        self.code, self.param = str(code), param
+
+
+class Client:
+    """The `openai` client of one server; `url_key` is the key of its `url`, and `name` the model's there."""
+
+    def __init__(
+        self, url: str, url_key: str, name: str, seconds: float, parallel: int, retries: int = RETRIES
+    ):
+        try:
+            import openai  # noqa: PLC0415  (optional)
+        except ImportError:
+            raise ConfigError(
+                "an endpoint needs the package openai", where=url_key, remedy="pip install openai"
+            ) from None
+        self._openai, self.url, self._url_key, self.name = openai, url, url_key, name
+        key = os.environ.get(KEY_VARIABLE, "").strip() or "none"
+        timeout = openai.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS))
+        self._openai_client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
+        self._parallel, self._names = parallel, ""
+        self._file: Path | None = None
+        self._show: Callable[[int, int], None] = lambda *_: None
+        self._answered = self._asked = 0
+
+    def send(self, request: Callable[[Any], T]) -> T:
+        """Return what `request` does with the client; raise RefusedError, or ConfigError without a server."""
+        try:
+            return request(self._openai_client)
+        except self._openai.APIStatusError as error:  # its message may quote a text
+            refusal = RefusedError(f"status {error.status_code}", error.code, error.param)
+            if error.status_code in _REFUSES_TEXTS:
+                raise refusal from None
+            raise self.unusable(str(refusal)) from None
+        except (self._openai.APIError, ValueError) as error:
+            raise self.unusable(type(error).__name__) from None
+
+    def listed(self) -> dict[str, Any]:
+        """Return the models that the server lists, by name."""
+        try:
+            models: Any = self.send(
+                lambda client: client.with_options(timeout=_LISTING_SECONDS).models.list()
+            )
+        except RefusedError as refusal:
+            raise self.unusable(str(refusal)) from None
+        found = {model.id: model for model in getattr(models, "data", None) or ()}
+        self._names = f"; it lists {', '.join(found) or 'no model'}"
+        return found
+
+    @contextlib.contextmanager
+    def keeping(self, file: Path, show: Callable[[int, int], None]) -> Iterator[None]:
+        """Inside the block keep replies in `file`, and `show` how many came so far, of how many requests."""
+        self._file, self._show = file, show
+        try:
+            yield
+        finally:
+            self._file, self._show = None, lambda *_: None
+
+    def ask(
+        self, keys: Collection[str], answer: Callable[[str], R], check: Callable[[], None]
+    ) -> dict[str, R | None]:
+        """Return what `answer` returns for the key of each request; None if the server refuses that one.
+
+        Replies, which JSON can hold, are read again from the file that a killed command left. If every
+        request is refused, `check` is called, which raises if the server is at fault, not these few texts.
+        """
+        kept = {} if self._file is None else _kept(self._file)
+        replies: dict[str, R | None] = {key: kept[key] for key in keys if key in kept}
+        self._asked, self._answered = self._asked + len(keys), self._answered + len(replies)
+        self._show(self._answered, self._asked)
+        pool = ThreadPoolExecutor(self._parallel, "requests")
+        with contextlib.ExitStack() as opened:
+            opened.callback(pool.shutdown, wait=False, cancel_futures=True)  # waiting could take minutes
+            file = None if self._file is None else opened.enter_context(self._file.open("a", buffering=1))
+            asked = {pool.submit(answer, key): key for key in keys if key not in replies}
+            for future in as_completed(asked):
+                try:
+                    replies[asked[future]] = reply = future.result()
+                    if file is not None:  # a killed command may have left half a line
+                        file.write("\n" + json.dumps([asked[future], reply]))
+                except RefusedError:
+                    replies[asked[future]] = None
+                self._answered += 1
+                self._show(self._answered, self._asked)
+        if replies and all(reply is None for reply in replies.values()):
+            check()
+        return replies
+
+    def unusable(self, fault: str) -> ConfigError:
+        """Return the error for a server that does not reply as expected."""
+        section = self._url_key.rpartition(".")[0]
+        return ConfigError(
+            "the server does not reply as expected",
+            where=self._url_key,
+            got=f"{self.url}, model {self.name}: {fault}{self._names}",
+            remedy=f"start it, or check its address, {section}.model and the key in {KEY_VARIABLE}; "
+            "the same command continues after the finished requests",
+        )
+
+
+def _kept(file: Path) -> dict[str, Any]:
+    """Return the replies in a file by their keys, without a line that was cut."""
+    replies = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            key, reply = json.loads(line) if line else ("", None)
+            replies[key] = reply
+    return replies

@@ -1,0 +1,267 @@
+"""Generate by an OpenAI-compatible server, and check first that it serves our weights: log-probs tell.
+
+In fp32, ours differ from those of a server in bf16 as they differ from our own in bf16, on the same tokens.
+Other weights differ more: an int8 copy twice as much, a few steps of LoRA three times and more.
+"""
+
+import contextlib
+import shlex
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_dist.batching.example import Example, TokenIds
+from dpo_dist.config.schema import Dtype, ModelConfig
+from dpo_dist.config.verb_sections import ServerConfig
+from dpo_dist.data.records import PreferenceRecord
+from dpo_dist.distributed.memory import return_memory
+from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.text import pluralize
+from dpo_dist.model.packed import packed_logps
+from dpo_dist.tools.shared.sampling.client import Client, RefusedError
+from dpo_dist.tools.shared.sampling.generate import Request, Sample
+from dpo_dist.tools.shared.sampling.respond import (
+    ModelSource,
+    Responder,
+    load_packed_source,
+    usable_prompt,
+)
+from dpo_dist.tools.shared.sampling.settings import Sampling
+
+_URL = "sampling.endpoint.url"
+_SECONDS = 600.0  # for one request, also if it waits for others
+RELOAD_SECONDS = 1800.0
+"""For the command `sampling.endpoint.reload` and the start of the server."""
+CHECKED, CHECK_TOKENS = 24, 64
+"""Responses of a check, and the most tokens of each."""
+_CHECK_BUDGET = 8192  # tokens of a micro-batch
+_MOST = 1.6
+"""Most that a server's log-probs differ from ours, as a multiple of what bf16 rounding makes."""
+
+
+class _Form(StrEnum):
+    """What a server understands, the best form first."""
+
+    ids = "prompts as token ids"
+    text = "prompts as texts"
+    plain = "prompts as texts, one response at a time, no log-probs"  # `transformers serve`
+
+
+@dataclass(frozen=True)
+class _Completed:
+    """A response; `logps` are those of its tokens and its end (empty: not reported).
+
+    `prompt`: how the server read the prompt: its ids, or only their number; None: not reported.
+    """
+
+    sample: Sample
+    text: str
+    logps: list[float]
+    prompt: list[int] | int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Server:
+    """A model behind a server; `responder` knows its tokens."""
+
+    client: Client
+    responder: Responder
+    form: _Form
+
+    def __str__(self) -> str:
+        return f"{self.client.name} at {self.client.url}: {self.form}"
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample | None]:
+        """Return a sample for each request, in order; None where the server refuses the prompt."""
+        keys = [f"{each.key} {each.number if self.form is _Form.plain else ''}" for each in requests]
+        counts, prompts = Counter(keys), dict(zip(keys, requests, strict=True))
+
+        def answer(key: str) -> list[tuple[list[int], int | None]]:
+            completed = self.complete(prompts[key].prompt_ids, sampling, counts[key])
+            return [(each.sample.ids, each.sample.end) for each in completed]
+
+        replies = self.client.ask(prompts, answer, self.check)
+        drawn = {key: iter(reply or ()) for key, reply in replies.items()}
+        return [Sample(*sample) if (sample := next(drawn[key], None)) else None for key in keys]
+
+    def complete(self, prompt_ids: TokenIds, sampling: Sampling, count: int) -> list[_Completed]:
+        """Return `count` responses to a prompt; raise RefusedError if the server refuses it."""
+        body: dict[str, Any] = {"model": self.client.name, "max_tokens": sampling.max_new_tokens}
+        body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        body["prompt"] = prompt_ids.tolist() if self.form is _Form.ids else self._as_text(prompt_ids)
+        extra: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k else {}
+        if self.form is not _Form.plain:
+            # Else the defaults of the model's folder, such as a repetition penalty, would count.
+            extra = {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
+            extra |= {"stop_token_ids": sorted(self.responder.stop_ids), "return_token_ids": True}
+            body |= {"n": count, "logprobs": 1}
+        body["extra_body"] = extra
+        reply: Any = self.client.send(lambda openai: openai.completions.create(**body))
+        choices = getattr(reply, "choices", None) or []
+        if len(choices) != count:
+            raise RefusedError(f"{len(choices)} of {pluralize(count, 'response')}")
+        read = getattr(getattr(reply, "usage", None), "prompt_tokens", None)
+        return [self._completed(prompt_ids, choice, read) for choice in choices]
+
+    def _completed(self, prompt_ids: TokenIds, choice: Any, read: int | None) -> _Completed:
+        stop_ids, ids = self.responder.stop_ids, getattr(choice, "token_ids", None)
+        if ids is None:  # tokenized after the prompt, on which the first token may depend
+            ids = self._encoded(self._as_text(prompt_ids) + choice.text)
+            is_after = ids[: len(prompt_ids)] == prompt_ids.tolist()
+            ids = ids[len(prompt_ids) :] if is_after else self._encoded(choice.text, add_special_tokens=False)
+        sample = Sample.from_tokens(ids, stop_ids)
+        if choice.finish_reason == "stop" and not sample.is_finished:
+            own = self.responder.tokenizer.eos_token_id
+            sample = replace(sample, end=own if own in stop_ids else min(stop_ids))
+        logps = getattr(choice.logprobs, "token_logprobs", None) or []
+        echo = getattr(choice, "prompt_token_ids", None) or read
+        return _Completed(sample, choice.text, logps, echo)
+
+    def _encoded(self, text: str, **options: Any) -> list[int]:
+        return list(self.responder.tokenizer(text, **options)["input_ids"])
+
+    def _as_text(self, prompt_ids: TokenIds) -> str:
+        """Return the text that the server will tokenize to these ids; raise RefusedError without one."""
+        tokenizer, ids = self.responder.tokenizer, prompt_ids.tolist()
+        text = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        for written in (text, text.removeprefix(str(tokenizer.bos_token))):
+            if self._encoded(written) == ids:
+                return written
+        raise RefusedError("the prompt as a text has other tokens")
+
+    def check(self) -> None:
+        """Raise ConfigError if the server refuses a harmless request, too."""
+        try:
+            self.probe()
+        except RefusedError as refusal:
+            raise self.client.unusable(f"{refusal}, also for a harmless request") from None
+
+    def probe(self) -> None:
+        """Send a harmless request; raise RefusedError or ConfigError if the server cannot answer it."""
+        ids, count = np.array(self._encoded("Hello."), dtype=np.int32), 1 if self.form is _Form.plain else 2
+        self.complete(ids, Sampling(1), count)
+
+
+def open_server(endpoint: ServerConfig, responder: Responder) -> Server:
+    """Return the server of a model in the first form in which it answers a harmless request.
+
+    The responder's limit on prompt and response becomes the server's, if that is lower.
+    """
+    name = endpoint.model or responder.source.name
+    client = Client(str(endpoint.url), _URL, name, _SECONDS, endpoint.parallel)
+    limits = (responder.longest, getattr(client.listed().get(name), "max_model_len", None))
+    longest = min((limit for limit in limits if limit is not None), default=None)
+    for form in _Form:
+        server = Server(client, replace(responder, longest=longest), form)
+        with contextlib.suppress(RefusedError):
+            server.probe()
+            return server
+    server.check()
+    return server
+
+
+def reload_server(endpoint: ServerConfig, source: ModelSource) -> None:
+    """Run `sampling.endpoint.reload`, and wait until the server answers."""
+    folder, deadline = str((source.adapter or source.folder).absolute()), time.monotonic() + RELOAD_SECONDS
+    try:
+        words = [word.replace("{model}", folder) for word in shlex.split(str(endpoint.reload))]
+        subprocess.run(words, check=True, timeout=RELOAD_SECONDS, stdin=subprocess.DEVNULL)  # noqa: S603
+    except (OSError, ValueError, subprocess.SubprocessError) as fault:
+        raise ConfigError(
+            "the command that changes the server's weights failed",
+            where="sampling.endpoint.reload",
+            got=first_line(fault),
+            expected="exit code 0 once the old weights are gone; a server is started in the background",
+            remedy="correct the command, whose output is in logs/rank-0.log of the run directory",
+        ) from None
+    client = Client(str(endpoint.url), _URL, endpoint.model or source.name, _SECONDS, 1, retries=0)
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ConfigError):
+            client.listed()
+            return
+        time.sleep(1)
+
+
+def check_served(
+    server: Server, records: Sequence[PreferenceRecord], model: ModelConfig, device: torch.device
+) -> str:
+    """Return how log-probs of the server's responses differ from ours; raise ConfigError if by too much."""
+    asked = [usable_prompt(record, server.responder, CHECK_TOKENS) for record in records[:CHECKED]]
+    usable = [prompt.prompt_ids for prompt in asked if not isinstance(prompt, str)]
+    prompts = {str(number): usable[number % len(usable)] for number in range(CHECKED if usable else 0)}
+    replies = server.client.ask(
+        prompts, lambda number: server.complete(prompts[number], Sampling(CHECK_TOKENS), 1)[0], server.check
+    )
+    answered = [(prompts[number], reply) for number, reply in replies.items() if reply is not None]
+    _check_tokens(server, answered)
+    examples, theirs = [], list[float]()
+    for ids, reply in answered:
+        ends = [] if reply.sample.end is None else [reply.sample.end]
+        tokens = (reply.sample.ids + ends)[: len(reply.logps)]
+        if tokens and len(tokens) == len(reply.logps) >= len(reply.sample.ids):
+            examples.append(Example(ids, (np.array(tokens, dtype=np.int32),)))
+            theirs += reply.logps
+    if not theirs:
+        return f"warning: {server}: unchecked, because there are no log-probs to compare"
+    exact, rounded = (
+        _logps(server, examples, replace(model, dtype=dtype), device) for dtype in (Dtype.fp32, Dtype.bf16)
+    )
+    differences, rounding = exact - np.array(theirs), float(np.abs(exact - rounded).mean())
+    size, mean = float(np.abs(differences).mean()), float(differences.mean())
+    said = (
+        f"log-probs of {len(theirs):,} tokens differ from ours by {size:.4f} on average "
+        f"(mean difference {mean:+.4f}); bf16 rounding makes {rounding:.4f}"
+    )
+    if size <= _MOST * rounding:
+        return f"{server}: {said}"
+    # 8 bits make 2.4 times what bf16 makes, in both directions. Other weights, from which the responses were
+    # not drawn, find them less likely.
+    is_copy = size < 5 * rounding and mean > -(size**2)
+    cause = "other weights, such as an earlier round's, other prompts, or a copy in 4 bits"
+    cause = "a quantised copy" if is_copy else cause
+    raise _other(server, said, f"at most {_MOST * rounding:.4f}", f"it probably serves {cause}")
+
+
+def _check_tokens(server: Server, answered: Sequence[tuple[TokenIds, _Completed]]) -> None:
+    """Check that the server reads our prompts, and that its tokens have our texts."""
+    for ids, reply in answered:
+        if reply.prompt not in (None, len(ids), ids.tolist()):
+            read = reply.prompt if isinstance(reply.prompt, int) else len(reply.prompt or ())
+            cause = "it applies a chat template, drops a system prompt, or has another tokenizer"
+            raise _other(server, f"it reads {read} tokens", f"the {len(ids)} tokens of a prompt", cause)
+    decode = partial(server.responder.tokenizer.decode, skip_special_tokens=True)
+    wrong = sum(str(decode(each.sample.ids)).split() != each.text.split() for _, each in answered)
+    if wrong > len(answered) / 2:
+        got = f"{wrong} of {pluralize(len(answered), 'response')} have other texts here"
+        raise _other(server, got, "the tokens of our tokenizer", "it has another tokenizer")
+
+
+def _other(server: Server, got: str, expected: str, cause: str) -> ConfigError:
+    source = server.responder.source
+    return ConfigError(
+        "the server does not serve the model that should respond",
+        where=_URL,
+        got=f"{server}: {got}",
+        expected=expected,
+        remedy=f"{cause}: start it with {source.adapter or source.folder}, or set sampling.endpoint.reload; "
+        "the same command continues",
+    )
+
+
+@torch.inference_mode()
+def _logps(server: Server, examples: Sequence[Example], model: ModelConfig, device: torch.device) -> Any:
+    """Return our log-probs, float64 [tokens]; the model is freed."""
+    longest = max(len(example.prompt_ids) for example in examples) + CHECK_TOKENS + 1
+    packed = load_packed_source(server.responder.source, model, longest, device)
+    logps = packed_logps(packed, examples, _CHECK_BUDGET)
+    del packed
+    return_memory()
+    return torch.cat(logps).cpu().double().numpy()

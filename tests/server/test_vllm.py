@@ -1,0 +1,187 @@
+"""A real vLLM serves a real model: the check tells its rounding from other weights, copies and prompts."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig
+from dpo_dist.config.verb_sections import ServerConfig
+from dpo_dist.data.records import Message, Origin, PreferenceRecord
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.tools.shared.sampling.generate import Request
+from dpo_dist.tools.shared.sampling.respond import Responder, find_files, open_responder, usable_prompt
+from dpo_dist.tools.shared.sampling.served import Server, check_served, open_server, reload_server
+from dpo_dist.tools.shared.sampling.settings import Sampling
+
+VLLM, MODEL = (os.environ.get(name, "") for name in ("DPO_DIST_VLLM", "DPO_DIST_MODEL"))
+pytestmark = [
+    pytest.mark.skipif(not Path(VLLM).is_file(), reason="DPO_DIST_VLLM names no vllm"),
+    pytest.mark.skipif(
+        not Path(MODEL, "config.json").is_file(), reason="DPO_DIST_MODEL names no model folder"
+    ),
+    pytest.mark.timeout(3600),
+]
+CPU, SYSTEM = torch.device("cpu"), Message("system", "You are a gardener who answers in one short sentence.")
+TOPICS = ["rain", "bread", "cats", "clocks", "paper", "salt", "trees", "music", "glass", "iron", "snow"]
+RECORDS = [
+    PreferenceRecord((SYSTEM, Message("user", f"Tell me something about {topic}.")), (), Origin("a", at))
+    for at, topic in enumerate(TOPICS)
+]
+RELOAD = (
+    "import json, sys, urllib.request as web; "
+    "body = {'method': 'reload_weights', 'kwargs': {'weights_path': sys.argv[2]}}; "
+    "headers = {'Content-Type': 'application/json'}; "
+    "web.urlopen(web.Request(sys.argv[1] + '/../collective_rpc', json.dumps(body).encode(), headers))"
+)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a vLLM in bf16."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        VLLM,
+        "serve",
+        MODEL,
+        "--served-model-name",
+        "policy",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    command += [
+        "--max-model-len",
+        "2048",
+        "--max-num-seqs",
+        "32",
+        "--enforce-eager",
+        "--no-enable-prefix-caching",
+    ]
+    variables = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
+    with (tmp_path_factory.mktemp("vllm") / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
+        address = f"http://127.0.0.1:{port}/v1"
+        try:
+            while True:
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"{address}/models")
+                    break
+                assert process.poll() is None, Path(log.name).read_text()[-2000:]
+                time.sleep(1)
+            yield address
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+
+
+def config(folder: str) -> ModelConfig:
+    return ModelConfig(path=folder, dtype=Dtype.fp32)
+
+
+def opened(url: str, folder: str, **data: Any) -> Server:
+    source = find_files(folder, config(folder), "model.path")
+    return open_server(
+        ServerConfig(url=url, model="policy"), open_responder(source, config(folder), DataConfig())
+    )
+
+
+def check(url: str, folder: str) -> str:
+    return check_served(opened(url, folder), RECORDS, config(folder), CPU)
+
+
+def written(folder: Path, change: Any) -> str:
+    """A copy of the model with other weights."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    change(model)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    return str(folder)
+
+
+def to_int8(model: Any) -> None:
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2 and "embed" not in name:
+            scale = weight.data.abs().amax(1, keepdim=True) / 127
+            weight.data = (weight.data / scale).round() * scale
+
+
+def trained(model: Any) -> None:
+    """Five steps that make the responses of the first prompts likelier."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
+    for record in RECORDS[:5]:
+        turns = [{"role": turn.role, "content": turn.content} for turn in record.prompt]  # type: ignore[union-attr]
+        turns.append({"role": "assistant", "content": "It is green."})
+        ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_rounding_passes_and_ids_are_its_own(url: str) -> None:
+    said = check(url, MODEL)
+    assert "bf16 rounding makes" in said
+    print(said)
+    server = opened(url, MODEL)
+    prompt = usable_prompt(RECORDS[0], server.responder, 8)
+    assert not isinstance(prompt, str)
+    requests = [Request(prompt.prompt_ids, "a", number) for number in range(3)]
+    samples = server.generate(requests, Sampling(8))
+    assert len({tuple(sample.ids) for sample in samples if sample}) > 1
+    bad = Request(np.full(2047, 5, dtype=np.int32), "long", 0)
+    assert server.generate([bad, requests[0]], Sampling(8))[0] is None
+
+
+def test_another_prompt_is_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = opened(url, MODEL)
+    whole = Server.complete
+    system = len(server.responder.tokenizer(f"<|im_start|>system\n{SYSTEM.content}<|im_end|>\n")["input_ids"])
+
+    def without_system(self: Server, ids: Any, *others: Any) -> Any:
+        return [replace(each, prompt=None) for each in whole(self, ids[system:], *others)]
+
+    monkeypatch.setattr(Server, "complete", without_system)
+    with pytest.raises(ConfigError, match="other prompts") as caught:
+        check_served(server, RECORDS, config(MODEL), CPU)
+    print(caught.value.got)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"), [(trained, "other weights"), (to_int8, "quantised copy|other weights")]
+)
+def test_the_base_in_place_of_a_checkpoint_and_a_copy_are_caught(
+    change: Any, cause: str, url: str, tmp_path: Path
+) -> None:
+    other = written(tmp_path / "other", change)
+    with pytest.raises(ConfigError, match=cause) as caught:  # the base is served
+        check(url, other)
+    print(caught.value.got)
+    command = json.dumps(["python3", "-c", RELOAD, url])[1:-1].replace('", "', '" "')
+    for folder in (other, MODEL):
+        source = find_files(folder, config(folder), "model.path")
+        reload_server(ServerConfig(url=url, model="policy", reload=f"{command} {{model}}"), source)
+        assert "bf16 rounding makes" in check(url, folder)
+
+
+def test_names(url: str) -> None:
+    responder: Responder = opened(url, MODEL).responder
+    assert responder.longest == 2048
+    with pytest.raises(ConfigError, match=r"status 404.*it lists policy"):
+        open_server(ServerConfig(url=url, model="absent"), responder)

@@ -1,0 +1,142 @@
+"""A completions server on this machine: transformers generates, with token ids and log-probs as vLLM's."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+STRICT = {"model", "prompt", "max_tokens", "temperature", "top_p"}
+"""The fields that `transformers serve` accepts."""
+
+
+@dataclass
+class CompletionsServer:
+    """What is served, and the requests that came in; a test may change everything while it runs."""
+
+    folder: Path
+    name: str = "policy"
+    form: str = "ids"  # or "text", or "plain"
+    longest: int | None = None
+    seconds: float = 0.0  # before each reply
+    reads: Callable[[list[int]], list[int]] = list  # the prompt that the model gets
+    confesses: bool = True  # whether the reply says so
+    refuses: Callable[[list[int]], bool] = lambda _: False
+    changes: Callable[[Any], None] = lambda _: None  # the model, when it is loaded
+    url: str = ""
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    loaded: tuple[Path, Any, Any] | None = None
+
+    def load(self) -> tuple[Any, Any]:
+        if self.loaded is None or self.loaded[0] != self.folder:
+            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+            self.changes(model)
+            self.loaded = self.folder, model, AutoTokenizer.from_pretrained(self.folder)
+        return self.loaded[1:]
+
+    def models(self) -> dict[str, Any]:
+        return {
+            "object": "list",
+            "data": [{"id": self.name, "object": "model", "max_model_len": self.longest}],
+        }
+
+    def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if body["model"] != self.name:
+            return 404, {"error": {"code": "model_not_found", "message": ""}}
+        if self.form == "plain" and not body.keys() <= STRICT:
+            return 422, {"error": {"code": None, "message": "a text of the request"}}
+        if self.form != "ids" and not isinstance(body["prompt"], str):
+            return 400, {"error": {"code": None, "message": "prompt must be a string"}}
+        with self.lock:
+            model, tokenizer = self.load()
+            sent = body["prompt"] if self.form == "ids" else tokenizer(body["prompt"])["input_ids"]
+            if self.refuses(sent):
+                return 400, {"error": {"code": "filter", "message": "a text of the request"}}
+            prompt = self.reads(sent)
+            choices = [self.choice(model, tokenizer, prompt, sent, body) for _ in range(body.get("n", 1))]
+        usage = {
+            "prompt_tokens": len(prompt if self.confesses else sent),
+            "completion_tokens": 0,
+            "total_tokens": 0,
+        }
+        return 200, {
+            "id": "1",
+            "object": "text_completion",
+            "model": self.name,
+            "choices": choices,
+            "usage": usage,
+        }
+
+    def choice(
+        self, model: Any, tokenizer: Any, prompt: list[int], sent: list[int], body: dict[str, Any]
+    ) -> Any:
+        ids, logps = list[int](), list[float]()
+        stops = {tokenizer.eos_token_id, *body.get("stop_token_ids", [])}
+        with torch.inference_mode():
+            for _ in range(body["max_tokens"]):
+                logits = model(torch.tensor([prompt + ids])).logits[0, -1].float().log_softmax(-1)
+                drawn = (
+                    (logits / body["temperature"]).exp().multinomial(1)
+                    if body["temperature"]
+                    else logits.argmax()
+                )
+                ids.append(int(drawn))
+                logps.append(float(logits[ids[-1]]))
+                if ids[-1] in stops:
+                    break
+        ended = ids[-1] in stops
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "stop" if ended else "length"}
+        choice["text"] = tokenizer.decode(ids[: len(ids) - ended], skip_special_tokens=True)
+        choice["logprobs"] = None if self.form == "plain" else {"token_logprobs": logps}
+        if body.get("return_token_ids") and self.form == "ids":
+            choice |= {"token_ids": ids, "prompt_token_ids": prompt if self.confesses else sent}
+        return choice
+
+
+@contextlib.contextmanager
+def completions_server(served: CompletionsServer) -> Iterator[CompletionsServer]:
+    """Serve until the end of the block."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.reply(200, served.models())
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/reload":
+                served.folder = Path(body["model"])
+                return self.reply(200, {})
+            time.sleep(served.seconds)
+            status, content = served.complete(body)
+            served.bodies.append(body)
+            return self.reply(status, content)
+
+        def reply(self, status: int, content: dict[str, Any]) -> None:
+            text = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(text)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    served.url = f"http://127.0.0.1:{server.server_port}/v1"
+    try:
+        yield served
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

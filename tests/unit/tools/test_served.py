@@ -1,0 +1,242 @@
+"""Responses by a real server over HTTP: the same tokens, refused prompts, and which faults are caught."""
+
+import dataclasses
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig
+from dpo_dist.config.verb_sections import ServerConfig
+from dpo_dist.data.records import Message, Origin, PreferenceRecord
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.tools.shared.sampling import client as clients
+from dpo_dist.tools.shared.sampling import served
+from dpo_dist.tools.shared.sampling.client import Client
+from dpo_dist.tools.shared.sampling.respond import Responder, find_files, open_responder, respond
+from dpo_dist.tools.shared.sampling.served import Server, check_served, open_server, reload_server
+from dpo_dist.tools.shared.sampling.settings import Sampling
+from tests.support.completions_server import CompletionsServer, completions_server
+from tests.support.tiny_model import write_model
+
+SYSTEM, CPU = Message("system", "speak like a captain of the old days"), torch.device("cpu")
+RECORDS = [
+    PreferenceRecord((SYSTEM, Message("user", f"question number {n}")), (), Origin("a.jsonl", n))
+    for n in range(4)
+]
+
+
+@pytest.fixture(autouse=True)
+def short_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "CHECK_TOKENS", 12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("served") / "model")
+
+
+def config(folder: Path) -> ModelConfig:
+    return ModelConfig(path=str(folder), dtype=Dtype.fp32)
+
+
+def responder(folder: Path) -> Responder:
+    return open_responder(find_files(str(folder), config(folder), "model.path"), config(folder), DataConfig())
+
+
+def opened(own: CompletionsServer, folder: Path, **keys: Any) -> Server:
+    return open_server(ServerConfig(url=own.url, model="policy", **keys), responder(folder))
+
+
+def checked(own: CompletionsServer, folder: Path) -> str:
+    with completions_server(own):
+        return check_served(opened(own, folder), RECORDS, config(folder), CPU)
+
+
+@pytest.mark.parametrize("form", ["ids", "text", "plain"])
+def test_greedy_responses_are_those_of_transformers(folder: Path, form: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with completions_server(CompletionsServer(folder, form=form)) as own:
+        server = opened(own, folder)
+        rows = respond(RECORDS, server.responder, server.generate, Sampling(6, temperature=0), range(1))
+    for row in rows:
+        prompt = torch.tensor([row.prompt_ids])
+        wanted = model.generate(prompt, max_new_tokens=6, do_sample=False)[0, prompt.shape[1] :].tolist()
+        [completion] = row.completions
+        if form == "ids":
+            assert completion.ids == wanted
+        assert completion.content == server.responder.tokenizer.decode(wanted).removesuffix("<|im_end|>")
+
+
+def test_samples_of_a_prompt_are_one_request_that_no_default_of_the_model_changes(folder: Path) -> None:
+    with completions_server(CompletionsServer(folder)) as own:
+        server = opened(own, folder)
+        del own.bodies[:]
+        rows = respond(RECORDS[:2], server.responder, server.generate, Sampling(5, 0.5, 0.9, 7), range(2, 5))
+    assert [[each.number for each in row.completions] for row in rows] == [[2, 3, 4]] * 2
+    wanted = {
+        "n": 3,
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "repetition_penalty": 1.0,
+    }
+    for body in own.bodies:
+        assert wanted.items() <= body.items()
+    assert sorted(body["prompt"] for body in own.bodies) == sorted(row.prompt_ids for row in rows)
+
+
+def test_a_refused_prompt_is_dropped_and_an_endpoint_that_refuses_all_is_an_error(folder: Path) -> None:
+    with completions_server(CompletionsServer(folder)) as own:
+        server = opened(own, folder)
+        first = server.responder.encode(RECORDS[0], "r").prompt_ids.tolist()  # type: ignore[union-attr]
+        own.refuses = lambda ids: ids == first
+        rows = respond(RECORDS, server.responder, server.generate, Sampling(4), range(2))
+        assert [row.dropped for row in rows] == ["refused_by_the_server", None, None, None]
+        own.refuses = lambda ids: len(ids) > 9
+        rows = respond(RECORDS, server.responder, server.generate, Sampling(4), range(2))
+        assert {row.dropped for row in rows} == {"refused_by_the_server"}, "texts are at fault"
+        own.refuses = lambda _: True
+        with pytest.raises(ConfigError, match="status 400, filter, also for a harmless request") as caught:
+            respond(RECORDS, server.responder, server.generate, Sampling(4), range(2))
+    assert "a text of" not in caught.value.block()
+
+
+def test_a_prompt_that_the_server_is_too_short_for_is_dropped(folder: Path) -> None:
+    with completions_server(CompletionsServer(folder, longest=30)) as own:
+        server = opened(own, folder)
+        rows = respond(RECORDS, server.responder, server.generate, Sampling(29), range(1))
+    assert {row.dropped for row in rows} == {"too_long_for_the_model"}
+
+
+def to_int8(model: Any) -> None:
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2 and "embed" not in name:
+            scale = weight.data.abs().amax(1, keepdim=True) / 127
+            weight.data = (weight.data / scale).round() * scale
+
+
+def to_bf16(model: Any) -> None:
+    model.to(torch.bfloat16)
+
+
+def trained_a_little(model: Any) -> None:
+    torch.manual_seed(1)
+    for weight in model.parameters():
+        weight.data += torch.randn_like(weight) * 0.02 * weight.data.std()
+
+
+def no_system(ids: list[int]) -> list[int]:
+    """As a template that leaves out the first of two turns."""
+    return ids[ids.index(ids[0], 1) :] if ids[0] in ids[1:] else ids
+
+
+OTHER = "the server does not serve the model that should respond"
+
+
+@pytest.mark.parametrize("changes", [lambda _: None, to_bf16])
+def test_rounding_is_not_a_fault(folder: Path, changes: Callable[[Any], None]) -> None:
+    said = checked(CompletionsServer(folder, changes=changes), folder)
+    assert "bf16 rounding makes" in said
+    assert "unchecked" not in said
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ({"changes": trained_a_little}, "tokens differ from ours by .*it probably serves other weights"),
+        ({"changes": to_int8}, "tokens differ from ours by .*it probably serves a quantised copy"),
+        ({"reads": no_system, "confesses": False}, "tokens differ from ours by .*or other prompts"),
+        ({"reads": no_system}, "it reads .* drops a system prompt"),
+        ({"reads": lambda ids: [*ids[:-1], ids[0]]}, "it reads .*or has another tokenizer"),
+    ],
+)
+def test_another_model_template_or_copy_is_named(folder: Path, faults: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"(?s){OTHER}.*{said}.*start it with {folder}"):
+        checked(CompletionsServer(folder, **faults), folder)
+
+
+def test_another_tokenizer_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def choice(*arguments: Any) -> Any:
+        return whole(*arguments) | {"text": "words that these tokens do not mean"}
+
+    own = CompletionsServer(folder)
+    whole = own.choice
+    monkeypatch.setattr(served, "choice", choice)
+    with pytest.raises(ConfigError, match=f"{OTHER}[^$]*24 of 24 responses have other texts"):
+        checked(own, folder)
+
+
+def test_a_server_without_log_probs_is_said_to_be_unchecked(folder: Path) -> None:
+    assert checked(CompletionsServer(folder, form="plain"), folder).startswith("warning: ")
+
+
+def test_a_server_that_is_not_there_or_has_another_name_is_one_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with completions_server(CompletionsServer(folder, name="base")) as own:
+        with pytest.raises(ConfigError, match=r"(?s)model policy: status 404.*it lists base"):
+            opened(own, folder)
+        url = own.url
+    monkeypatch.setattr(clients, "RETRIES", 0)
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match="the server does not reply as expected"):
+        open_server(ServerConfig(url=url, model="policy"), responder(folder))
+    assert time.monotonic() - started < 60
+
+
+def test_replies_are_kept_so_that_only_missing_ones_are_asked_again(tmp_path: Path) -> None:
+    shown, asked, lock = list[tuple[int, int]](), list[str](), threading.Lock()
+    most, running = 0, 0
+
+    def answer(key: str) -> list[str]:
+        nonlocal most, running
+        with lock:
+            asked.append(key)
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+        if key == "7" and len(asked) < 12:
+            raise ConfigError("the server died", remedy="start it")
+        return [key, "é\u2028"]
+
+    client, keys = (
+        Client("http://127.0.0.1:9/v1", "sampling.endpoint.url", "m", 1, 3),
+        list(map(str, range(9))),
+    )
+    file = tmp_path / "replies.jsonl"
+    with client.keeping(file, lambda *counts: shown.append(counts)), pytest.raises(ConfigError):
+        client.ask(keys, answer, list)
+    with file.open("a") as torn:
+        torn.write('\n["8", ["a cut li')
+    kept = [json.loads(line)[0] for line in file.read_text().splitlines()[:-1] if line]
+    time.sleep(0.1)
+    del asked[:]
+    asked += ["-"] * 20
+    with client.keeping(file, lambda *counts: shown.append(counts)):
+        assert client.ask(keys, answer, list) == {key: [key, "é\u2028"] for key in keys}
+    assert kept
+    assert sorted(asked[20:] + kept) == keys
+    assert most == 3
+    assert shown[-1] == (len(kept) + 9, 18)
+
+
+def test_a_command_changes_the_weights_and_the_server_is_waited_for(tmp_path: Path, folder: Path) -> None:
+    source = dataclasses.replace(responder(folder).source, name="policy")
+    with completions_server(CompletionsServer(folder)) as own:
+        written = tmp_path / "a folder"
+        keys = ServerConfig(url=own.url, reload=f"cp -r '{{model}}' '{written}'")
+        reload_server(keys, source)
+        assert (written / "config.json").is_file()
+        for command in ("false", "absent-program", "cp 'unclosed"):
+            with pytest.raises(ConfigError, match="the command that changes the server's weights failed"):
+                reload_server(ServerConfig(url=own.url, reload=command), source)
