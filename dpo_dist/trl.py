@@ -8,17 +8,16 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
-from enum import Enum
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,7 +27,6 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 from transformers.trainer_utils import TrainOutput
 
@@ -42,106 +40,26 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import locked, staged_folder, write_text
 from dpo_dist.foundation.process import this_rank
 from dpo_dist.foundation.streams import print_line
+from dpo_dist.model.files.folder import model_folder
+from dpo_dist.tools.convert.arguments import Arguments, DPOConfig, KTOConfig, adapter_keys, refused
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.translate import translate_run
 from dpo_dist.verbs import evaluate, export
 
 _EVENTS = {"on_init_end", "on_train_begin", "on_log", "on_evaluate", "on_save", "on_train_end"}
-_ALWAYS = ("gradient_checkpointing", "logging_steps", "loss_type", "save_steps", "seed")
-"""Arguments that are translated even if they have their default, because ours is another."""
-_NOT_KEYS = ("output_dir", "resume_from_checkpoint", "train_sampling_strategy", "hub_token", "words")
-_ADAPTER_FACTS = ("task_type", "base_model_name_or_path", "inference_mode", "revision", "peft_version")
-
-
-@dataclass
-class _Arguments(TrainingArguments):  # type: ignore[misc]
-    """Arguments of both trainers that transformers does not have, or that have another default."""
-
-    learning_rate: float = 1e-6
-    logging_steps: float = 10
-    gradient_checkpointing: bool = True
-    bf16: bool | None = None
-    lr_scheduler_kwargs: dict[str, Any] | str | None = None
-    model_init_kwargs: dict[str, Any] | str | None = None
-    trust_remote_code: bool = False
-    router_aux_loss_coef: float | None = None
-    disable_dropout: bool = True
-    dataset_num_proc: int | None = None
-    max_length: int | None = 1024
-    pad_to_multiple_of: int | str | None = "auto"
-    precompute_ref_log_probs: bool = False
-    precompute_ref_batch_size: int | None = None
-    beta: float = 0.1
-    activation_offloading: bool = False
-    sync_ref_model: bool = False
-    ref_model_mixup_alpha: float = 0.6
-    ref_model_sync_steps: int = 512
-    words: list[str] = field(default_factory=list)
-    """Words of `dpo-dist train`, which win over the translation: `["data.truncation=drop"]`."""
-
-    def __post_init__(self) -> None:
-        """Do nothing: transformers would join the processes here."""
-
-    def keys(self) -> dict[str, Any]:
-        """Return what is not at its default, and `_ALWAYS`, as a file of TRL has it."""
-        keys: dict[str, Any] = {}
-        for entry in fields(self):
-            default = entry.default if entry.default_factory is MISSING else entry.default_factory()
-            value = getattr(self, entry.name)
-            if entry.name not in _NOT_KEYS and (entry.name in _ALWAYS or value != default):
-                is_json = isinstance(value, str) and value.startswith("{")
-                value = json.loads(value) if is_json else value.value if isinstance(value, Enum) else value
-                keys[entry.name] = value
-        keys["bf16"] = not self.fp16 if self.bf16 is None else self.bf16
-        if not torch.cuda.is_available():
-            keys.pop("use_cpu", None)
-        options = {name: value for name, value in keys.get("model_init_kwargs", {}).items() if value}
-        dtype = options.pop("dtype", None) or options.pop("torch_dtype", "float32")
-        if not (keys["bf16"] or self.fp16) and str(dtype).removeprefix("torch.") != "float32":
-            del keys["bf16"]  # with it weights of any dtype are computed in it
-            options["dtype"] = str(dtype)
-        if options.get("revision") == "main":
-            del options["revision"]
-        return keys | {"model_init_kwargs": options}
-
-
-@dataclass
-class DPOConfig(_Arguments):
-    """Arguments of TRL's `DPOConfig`, with their defaults."""
-
-    truncation_mode: str = "keep_start"
-    padding_free: bool = False
-    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
-    loss_weights: list[float] | None = None
-    ld_alpha: float | None = None
-    f_divergence_type: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    label_smoothing: float = 0.0
-    use_weighting: bool = False
-    discopop_tau: float = 0.05
-    pad_token: str | None = None
-
-
-@dataclass
-class KTOConfig(_Arguments):
-    """Arguments of TRL's `KTOConfig`, with their defaults."""
-
-    train_sampling_strategy: str = "sequential"
-    loss_type: str = "kto"
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
+_BITS = ("load_in_", "bnb_4bit_quant_type")
 
 
 class DPOTrainer:
     """TRL's `DPOTrainer`: its arguments, methods and `state`; trains with dpo_dist."""
 
-    config: type[_Arguments] = DPOConfig
+    config: type[Arguments] = DPOConfig
 
     def __init__(
         self,
         model: Any,
         ref_model: Any = None,
-        args: _Arguments | None = None,
+        args: Arguments | None = None,
         *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -163,8 +81,7 @@ class DPOTrainer:
         self.processing_class, self.compute_metrics = processing_class, compute_metrics
         self.state, self.control, self.callbacks = TrainerState(), TrainerControl(), list[TrainerCallback]()
         world, is_main = int(os.environ.get("WORLD_SIZE", "1")), this_rank() == 0
-        say = print_line if is_main else lambda *_: None
-        self.accelerator = SimpleNamespace(print=say, is_main_process=is_main, num_processes=world)
+        self.accelerator = SimpleNamespace(print=_say, is_main_process=is_main, num_processes=world)
         self._keys = self.args.keys() | {"num_processes": world}
         self._own: dict[str, Any] = {
             "run.dir": str(self.run),
@@ -173,7 +90,7 @@ class DPOTrainer:
         }
         for key, value in others.items():
             if value not in (None, (None, None)):
-                raise _refused(key, type(value).__name__, "remove it: dpo_dist has its own")
+                raise refused(key, type(value).__name__, "remove it: dpo_dist has its own")
         for callback in callbacks or ():
             self.add_callback(callback)
         train = self._sources(train_dataset, "train_dataset")
@@ -185,22 +102,26 @@ class DPOTrainer:
         if self.args.eval_strategy != "no":
             self._own["data.eval"] = self._eval
         self._place_models(model, ref_model, peft_config)
-        self._quantize(quantization_config)
-        self._set_intervals(Path(train[0]["path"]).read_bytes().count(b"\n"), world)
+        given = quantization_config or self._keys["model_init_kwargs"].pop("quantization_config", None)
+        if given is not None:
+            self._keys |= {key: value for key, value in given.to_dict().items() if key.startswith(_BITS)}
+        self._keys |= self.args.intervals(Path(train[0]["path"]).read_bytes().count(b"\n"), world)
         self._translate()
         self._call("on_init_end")
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback, of which the events in `_EVENTS` happen: on rank 0, at the rows of the log."""
         callback = callback() if isinstance(callback, type) else callback
-        if isinstance(callback, EarlyStoppingCallback) and not callback.early_stopping_threshold:
+        if isinstance(callback, EarlyStoppingCallback):
+            if callback.early_stopping_threshold:
+                raise refused("callbacks", "early_stopping_threshold", "set it to 0: any new best value counts")
             self._keys["early_stopping_patience"] = callback.early_stopping_patience
             return
         base, kind = vars(TrainerCallback), type(callback)
         events = [name for name in base if name.startswith("on_") and getattr(kind, name) is not base[name]]
         if others := sorted({*events} - _EVENTS):
             remedy = f"of a callback there are {', '.join(sorted(_EVENTS))}; progress is shown anyway"
-            raise _refused("callbacks", f"{kind.__name__}.{others[0]}", remedy)
+            raise refused("callbacks", f"{kind.__name__}.{others[0]}", remedy)
         self.callbacks.append(callback)
 
     def train(self, resume_from_checkpoint: bool | str | None = None, **_: Any) -> TrainOutput:
@@ -211,7 +132,7 @@ class DPOTrainer:
         last = self._last = next(iter(checkpoint_folders(self.run.checkpoints)), None)
         is_path = isinstance(resume_from_checkpoint, str)
         if is_path and (last is None or not last.samefile(str(resume_from_checkpoint))):
-            raise _refused("resume_from_checkpoint", str(resume_from_checkpoint), f"pass True or {last}")
+            raise refused("resume_from_checkpoint", str(resume_from_checkpoint), f"pass True or {last}")
         self._call("on_train_begin")
         words = [*self._words, *(["run.resume=must"] if resume_from_checkpoint else [])]
         summary = api.train(words, on_row=self._on_row)
@@ -238,10 +159,10 @@ class DPOTrainer:
         evaluation = replace(config.evaluation, model=self._result() or start, data=data)
         evaluate.main(replace(config, evaluation=evaluation))
         results = json.loads(self.run.evaluation.results.read_text())
-        labels = {source.get("label", "all"): source.get("label", "") + "_" for source in sources}
+        labels = [source["label"] for source in sources if "label" in source]
         metrics = {
-            f"{metric_key_prefix}_{prefix.lstrip('_')}{key.removeprefix('eval_')}": value
-            for label, prefix in labels.items()
+            f"{metric_key_prefix}_{label + '_' if label in labels else ''}{key.removeprefix('eval_')}": value
+            for label in labels or ["all"]
             for key, value in results[label].items()
             if key != "intervals"
         }
@@ -254,7 +175,7 @@ class DPOTrainer:
 
     def save_model(self, output_dir: str | None = None, _: bool = False) -> None:
         """Copy the trained model, or the one that was given, with its tokenizer, to a folder."""
-        source = self._result() or self._own["model.path"]
+        source = self._result() or model_folder(self._own["model.path"])
         if this_rank() == 0:
             shutil.copytree(source, output_dir or self.folder, dirs_exist_ok=True)
 
@@ -265,11 +186,6 @@ class DPOTrainer:
             folder = self._result() or self._own["model.path"]
             self._given = AutoModelForCausalLM.from_pretrained(folder)
         return self._given
-
-    def push_to_hub(self, *_: Any, **__: Any) -> None:
-        """Raise: the upload is a command."""
-        command = f"dpo-dist export run.dir={self.run} export.push_to=ORG/NAME export.confirm=true"
-        raise _refused("push_to_hub", "a call", command)
 
     def end(self) -> None:
         """Do nothing: trackers and processes have ended with the run."""
@@ -300,15 +216,13 @@ class DPOTrainer:
         return row["step"] > 0 or self.args.eval_on_start
 
     def _renamed(self, row: dict[str, float]) -> dict[str, float]:
-        """Return a row with the names of several evaluation sets where TRL has them."""
-        for label in (source["label"] for source in self._eval if "label" in source):
-            row = {
-                f"eval_{label}_{key[5:].removesuffix(f'/{label}')}"
-                if key.endswith(f"/{label}")
-                else key: value
-                for key, value in row.items()
-            }
-        return row
+        """Return a row with the name of an evaluation set where TRL has it: `eval_NAME_loss`."""
+        labels = "|".join(re.escape(source["label"]) for source in self._eval if "label" in source)
+        if not labels:
+            return row
+        if len(self._eval) == 1:  # the only set has no names of its own in a row
+            row = {f"{key}/{labels}" if key.startswith("eval_") else key: row[key] for key in row}
+        return {re.sub(rf"^eval_(.+)/({labels})$", r"eval_\2_\1", key): row[key] for key in row}
 
     def _on_row(self, row: dict[str, float]) -> bool:
         """Call the callbacks, on rank 0; return whether one of them ends the run."""
@@ -334,7 +248,7 @@ class DPOTrainer:
             getattr(callback, event)(self.args, self.state, self.control, **values)
             if self.control.should_save or self.control.should_evaluate:
                 got = f"{type(callback).__name__}.{event} sets should_save or should_evaluate"
-                raise _refused("callbacks", got, "set save_steps and eval_steps")
+                raise refused("callbacks", got, "set save_steps and eval_steps")
 
     def _place_models(self, model: Any, ref_model: Any, peft_config: Any) -> None:
         """Set the keys of the models; save those in memory."""
@@ -343,7 +257,7 @@ class DPOTrainer:
         self._given = None if isinstance(model, str) else model
         if hasattr(model, "peft_config"):
             if peft_config is not None:
-                raise _refused("peft_config", "with a PeftModel", "merge_and_unload its adapter first")
+                raise refused("peft_config", "with a PeftModel", "merge_and_unload its adapter first")
             self._keys |= {"use_peft": True, "adapter_name_or_path": self._saved(model, None)}
             model = model.peft_config["default"].base_model_name_or_path
         source = model if isinstance(model, str) else model.config._name_or_path
@@ -362,7 +276,7 @@ class DPOTrainer:
             own["reference.path"] = ref_model if is_named else self._saved(ref_model, tokenizer)
         if peft_config is not None:
             kind = AutoConfig.from_pretrained(own["model.path"], **trust).model_type
-            self._keys |= _adapter_keys(peft_config, kind)
+            self._keys |= adapter_keys(peft_config, kind)
 
     def _saved(self, model: Any, tokenizer: Any) -> str:
         """Save a model to a folder that its content names, unless it is there; return the folder."""
@@ -380,14 +294,6 @@ class DPOTrainer:
                         part.save_pretrained(temporary)
         return str(folder)
 
-    def _quantize(self, quantization_config: Any) -> None:
-        keys = self._keys
-        given = quantization_config or keys["model_init_kwargs"].pop("quantization_config", None)
-        if given is not None:
-            keys |= {name: getattr(given, name, False) for name in ("load_in_4bit", "load_in_8bit")}
-            if keys["load_in_4bit"] and given.bnb_4bit_quant_type != "nf4":
-                keys["bnb_4bit_quant_type"] = given.bnb_4bit_quant_type
-
     def _sources(self, given: Any, name: str) -> list[dict[str, Any]]:
         """Write records in memory, or a mapping of several sets, to files; return them as sources."""
         folder, sets = (
@@ -401,29 +307,13 @@ class DPOTrainer:
         }
         return [{"path": file} | ({"label": label} if label else {}) for label, file in files.items()]
 
-    def _set_intervals(self, records: int, world: int) -> None:
-        """Set the intervals, in steps, of a strategy by epoch, of a share of the run, and of evaluations."""
-        args, keys = self.args, self._keys
-        pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
-        epoch = math.ceil(records / pairs)
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(epoch * args.num_train_epochs)
-        for name in ("logging", "eval", "save"):
-            strategy, every = getattr(args, f"{name}_strategy"), keys.pop(f"{name}_steps", None)
-            every = args.logging_steps if every is None else every
-            if strategy == "epoch":
-                keys |= {f"{name}_strategy": "steps", f"{name}_steps": epoch}
-            elif strategy == "steps":
-                keys[f"{name}_steps"] = int(every) if every >= 1 else max(1, math.ceil(every * steps))
-
     def _translate(self) -> None:
         """Write the file of the run; raise if an argument with an effect has no translation."""
         name = self.config.__name__
         translation = translate_run(ForeignRun("TRL", self._keys, name), self._own)
         raise_all(
             [
-                _refused(
-                    key, str(self._keys.get(key)), f"{why}; keys of dpo_dist go into {name}(words=[...])"
-                )
+                refused(key, str(self._keys.get(key)), f"{why}; keys of dpo_dist go into {name}(words=[...])")
                 for key, why in translation.reasons.items()
                 if not why.startswith("not needed") and "has no effect" not in why
             ]
@@ -439,8 +329,9 @@ class KTOTrainer(DPOTrainer):
     config = KTOConfig
 
 
-def _refused(key: str, got: str, remedy: str) -> ConfigError:
-    return ConfigError("this argument of TRL is not offered", where=key, got=got, remedy=remedy)
+def _say(*texts: Any) -> None:
+    if this_rank() == 0:
+        print_line(" ".join(map(str, texts)))
 
 
 def _first_record(sources: list[dict[str, Any]]) -> dict[str, Any]:
@@ -454,18 +345,3 @@ def _tokenization(tokenizer: Any) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     return {**parts, "padding": None, "truncation": None, "eos": tokenizer.eos_token_id}
-
-
-def _adapter_keys(peft_config: Any, model_type: str) -> dict[str, Any]:
-    """Return the options of a LoRA adapter as a file of TRL names them."""
-    if peft_config.peft_type != "LORA":
-        raise _refused("peft_config", str(peft_config.peft_type), "pass a LoraConfig")
-    usual = type(peft_config)().to_dict()
-    given = {name: value for name, value in peft_config.to_dict().items() if value != usual[name]}
-    given = {name: value for name, value in given.items() if name not in _ADAPTER_FACTS}
-    given.pop("lora_dropout", None)  # TRL switches it off with all dropout of the model
-    targets = given.pop("target_modules", None) or USUAL_TARGETS.get(model_type)
-    targets = sorted(targets) if not isinstance(targets, str) else targets
-    keys = {"use_peft": True, "lora_r": peft_config.r, "lora_alpha": peft_config.lora_alpha}
-    given = {"lora_" * (name in ("bias", "modules_to_save")) + name: given[name] for name in given}
-    return given | keys | {"lora_target_modules": targets}
