@@ -114,7 +114,9 @@ class DPOTrainer:
         callback = callback() if isinstance(callback, type) else callback
         if isinstance(callback, EarlyStoppingCallback):
             if callback.early_stopping_threshold:
-                raise refused("callbacks", "early_stopping_threshold", "set it to 0: any new best value counts")
+                raise refused(
+                    "callbacks", "early_stopping_threshold", "set it to 0: any new best value counts"
+                )
             self._keys["early_stopping_patience"] = callback.early_stopping_patience
             return
         base, kind = vars(TrainerCallback), type(callback)

@@ -121,7 +121,10 @@ TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ),
     ({"peft_config": LoraConfig(r=4, lora_alpha=8, target_modules=["k_proj"], lora_dropout=0.1)}, ADAPTER),
     # peft's own choice for this model.
-    ({"peft_config": LoraConfig()}, {"model.adapter.target_modules": ["q_proj", "v_proj"]} | {"model.adapter.r": 8}),
+    (
+        {"peft_config": LoraConfig()},
+        {"model.adapter.target_modules": ["q_proj", "v_proj"]} | {"model.adapter.r": 8},
+    ),
     ({"peft_config": LoraConfig(use_rslora=True)}, {"model.adapter.variant": "rslora"}),
     (
         {"peft_config": LoraConfig(target_modules="all-linear")}
@@ -160,7 +163,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"callbacks": [EarlyStoppingCallback(2, 0.1)]}, "callbacks", "set it to 0"),
     ({"peft_config": LoraConfig(bias="all")}, "lora_bias", "no biases"),
     ({"peft_config": LoraConfig(rank_pattern={"q": 2})}, "rank_pattern", "words"),
-    ({"peft_config": LoraConfig(), "quantization_config": BitsAndBytesConfig(load_in_4bit=True)}, "bnb_4bit_quant_type", "nf4"),
+    (
+        {"peft_config": LoraConfig(), "quantization_config": BitsAndBytesConfig(load_in_4bit=True)},
+        "bnb_4bit_quant_type",
+        "nf4",
+    ),
     ({"train_dataset": None}, "train_dataset", "datasets.Dataset"),
     ({"train_dataset": []}, "train_dataset", "at least one"),
 ]
