@@ -156,7 +156,8 @@ def stored_pair_logps(
     return _sum_pairs(pairs, values, ld_alpha)
 
 
-Records: TypeAlias = Iterable[Mapping[str, Any]]
+Records: TypeAlias = Iterable[Any]
+"""Records as mappings, or a table of them: a `datasets.Dataset`, a frame of pandas or polars."""
 
 
 def train(
@@ -172,8 +173,9 @@ def train(
 
     Args:
         words: of the command line, as in `load_run_config`.
-        train: a list of records, or a `datasets.Dataset`, in place of `data.train`. The records are written
-            below `data.cache`, to a file named by their content, so that the same call resumes the run.
+        train: a list of records, a `datasets.Dataset`, or a frame of pandas or polars, in place of
+            `data.train`. The records are written below `data.cache`, to a file named by their content, so
+            that the same call resumes the run.
         eval: records in place of `data.eval`.
         on_row: called on rank 0 with each metrics row, after the row is recorded. If it returns true, the run
             stops with a checkpoint, after the next step at the latest. If it raises, the run stops in the

@@ -149,5 +149,5 @@ def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     write_pairs(tmp_path / "pairs.jsonl", 9, seed=1)
     blocks = [block for block in blocks_of("docs/python.md") if block.language == "python"]
-    assert len(blocks) == 11
+    assert len(blocks) == 12
     in_process(notebook, tmp_path, blocks)

@@ -1,6 +1,7 @@
 """Join the processes of a run, and leave at its end."""
 
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -39,6 +40,8 @@ _ALONE = {
     "MASTER_PORT": "0",  # any free port, chosen when it is opened
 }
 """Environment for a world of one process that no launcher started."""
+_STARTS = itertools.count()
+"""Numbers the starts of this process in a world of several."""
 
 
 def _load_cpu_adam(say: Callable[[str], None]) -> None:
@@ -115,6 +118,11 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
         if os.environ.get("WORLD_SIZE") == "1":  # torch's own store would listen on all interfaces
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
+        if not dist.is_initialized() and (number := next(_STARTS)):
+            # The launcher's store still has the keys of the group that an earlier verb has left.
+            store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+            store = dist.PrefixStore(f"start-{number}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         accelerator = Accelerator(
             mixed_precision="no",  # model.dtype decides, through DeepSpeed; the environment could change it
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        text = translate_run(read(options.run))
+        text = translate_run(read(options.run)).as_file()
         if options.output is None:
             print_result(text)
             return ExitCode.completed

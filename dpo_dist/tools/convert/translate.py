@@ -2,17 +2,16 @@
 
 import math
 import re
+from collections.abc import Mapping
 from itertools import zip_longest
+from typing import Any
 
-import yaml
-
-from dpo_dist.config.keys import as_written, run_keys
+from dpo_dist.config.keys import as_written
 from dpo_dist.config.losses import LossKind, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, as_tree, equivalents, find_advice, fits
 from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.config.schema import TrackerName
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.text import without_secrets
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.sources import set_sources
 from dpo_dist.tools.convert.translation import EMPTY, Translation, as_list, finite_number
@@ -29,12 +28,13 @@ _BATCH, _LENGTH = "trainer.global_batch_pairs", "data.max_length"
 _ODDS_WEIGHT = "loss.options.odds_weight"
 
 
-def translate_run(foreign: ForeignRun) -> str:
-    """Return the content of a file for `train`, without secrets; comments name what is not translated."""
+def translate_run(foreign: ForeignRun, own: Mapping[str, Any] | None = None) -> Translation:
+    """Return the translation of a run; `own`: values of our keys that stand beside the other trainer's."""
     run = Translation(foreign)
-    about = [f"From {run.name}, read as a run of {run.trainer} that trains by {_method(run)}."]
+    run.values |= own or {}
+    run.about = [f"From {run.name}, read as a run of {run.trainer} that trains by {_method(run)}."]
     set_sources(run)
-    about += _batch(run)
+    run.about += _batch(run)
     has_adapter = _trains_adapter(run)
     for part in (_machine, _images, _numbers, _watching):
         part(run)
@@ -50,13 +50,8 @@ def translate_run(foreign: ForeignRun) -> str:
     _give_options(run)
     _obey_rules(run, defaults)
     if defaults:
-        about.append(f"Not in it, so its defaults: {', '.join(defaults)}.")
-    lines = [*about, *(["Not translated:"] if run.comments else []), *run.comments]
-    comments = "".join(f"# {' '.join(line.split())}\n" for line in lines)
-    comments = "".join(letter for letter in comments if letter.isprintable() or letter == "\n")
-    order = list(run_keys())
-    keys = as_tree({key: run.values[key] for key in sorted(run.values, key=order.index)})
-    return str(without_secrets(comments + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)))
+        run.about.append(f"Not in it, so its defaults: {', '.join(defaults)}.")
+    return run
 
 
 def _method(run: Translation) -> str:
@@ -121,11 +116,11 @@ def _batch(run: Translation) -> list[str]:
     pairs, steps = run.facts["batch"]
     pairs, steps = (
         run.take(*_DEVICE_BATCH_KEYS[:2], default=pairs),
-        run.take(_DEVICE_BATCH_KEYS[2], default=steps),
+        run.take(_DEVICE_BATCH_KEYS[2], default=steps or 0),
     )
     if run.computed.union(run.left) & set(_DEVICE_BATCH_KEYS):  # the value of one of them is not known
         return []
-    if steps is None:
+    if not steps:
         steps = math.ceil(16 / pairs / world) if fits(_BATCH, pairs * world) else 1
     total = pairs * steps * world
     run.set(_BATCH, total, "batch", [pairs, steps])

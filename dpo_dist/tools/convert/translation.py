@@ -13,7 +13,8 @@ import yaml
 
 from dpo_dist.config.compose import parse_overrides
 from dpo_dist.config.keys import as_written, run_keys, verb_keys
-from dpo_dist.config.mistakes import equivalents, find_advice, fits
+from dpo_dist.config.mistakes import as_tree, equivalents, find_advice, fits
+from dpo_dist.foundation.text import without_secrets
 from dpo_dist.tools.convert.reading import ForeignRun
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -27,12 +28,16 @@ _TRAINERS: dict[str, Any] = yaml.safe_load(
 
 
 class Translation:
-    """A translation: their keys that are `left`, the `values` of our keys, `comments` on keys left out."""
+    """A translation: their keys that are `left`, the `values` of our keys, `comments` on keys left out.
+
+    `about`: lines about the whole run; `reasons`: why a key of theirs is left out, by its name.
+    """
 
     def __init__(self, foreign: ForeignRun) -> None:
         self.trainer, keys, self.name = foreign
         self.facts = _TRAINERS[self.trainer]
         self.left, self.values, self.comments = dict(keys), dict[str, Any](), list[str]()
+        self.about, self.reasons = list[str](), dict[str, str]()
         self.origins: dict[str, tuple[str, Any]] = {}
         """For each of our keys: the key of theirs from which it comes, with its value there."""
         self.not_default: set[str] = set()
@@ -74,6 +79,7 @@ class Translation:
         text = " ".join(as_written(value).split())
         text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
         self.comments.append(f"{key}: {text} — {reason}")
+        self.reasons[key] = reason
 
     def set(self, target: str, value: Any, key: str, written: Any) -> None:
         """Set a key of ours from a key of theirs, if the value fits and ours is not set yet."""
@@ -111,6 +117,15 @@ class Translation:
         else:
             unfit = f"{targets[0]} cannot have this value" if targets else "no counterpart is known"
             self.comment(key, value, reason or unfit)
+
+    def as_file(self) -> str:
+        """Return the content of a file for `train`, without secrets; comments name what is not translated."""
+        lines = [*self.about, *(["Not translated:"] if self.comments else []), *self.comments]
+        comments = "".join(f"# {' '.join(line.split())}\n" for line in lines)
+        comments = "".join(letter for letter in comments if letter.isprintable() or letter == "\n")
+        order = list(run_keys())
+        keys = as_tree({key: self.values[key] for key in sorted(self.values, key=order.index)})
+        return str(without_secrets(comments + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)))
 
 
 def _keys_to_write(answer: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ FILES = Path(__file__).parents[2] / "assets" / "foreign"
 
 def converted(run: str | Path) -> tuple[RunConfig, str]:
     """Return the configuration that a file or command becomes, and its comments."""
-    lines = translate_run(read(str(run))).splitlines(keepends=True)
+    lines = translate_run(read(str(run))).as_file().splitlines(keepends=True)
     comments = "".join(line for line in lines if line.startswith("#"))
     return complete_config(SCHEMA.validate_python(yaml.safe_load("".join(lines)))), comments
 
@@ -510,7 +510,7 @@ MORE = ["datasets", "dataset_mixture", "dataset_mixer", "mixer_list", "rl", "num
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_values_of_odd_types_are_named_or_one_error(trainer: str, keys: dict[str, Any]) -> None:
     try:
-        text = translate_run(ForeignRun(trainer, keys, "file"))
+        text = translate_run(ForeignRun(trainer, keys, "file")).as_file()
     except ConfigError:
         return
     complete_config(SCHEMA.validate_python(yaml.safe_load(text)))

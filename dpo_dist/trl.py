@@ -1,0 +1,349 @@
+"""TRL's trainers by one import: `from dpo_dist.trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer`.
+
+The arguments of TRL 1.16 are translated by the table of `dpo-dist convert` into a file in `output_dir`, with
+which `api.train` runs; `dpo-dist train` can go on with it.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    EvalPrediction,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+from transformers.trainer_utils import TrainOutput
+
+from dpo_dist import api
+from dpo_dist.config.load import from_yaml, load_run_config
+from dpo_dist.config.mistakes import raise_all
+from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
+from dpo_dist.config.schema import SourceConfig
+from dpo_dist.data.read.files import write_records
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.files import locked, staged_folder, write_text
+from dpo_dist.foundation.process import this_rank
+from dpo_dist.foundation.streams import print_line
+from dpo_dist.model.files.folder import model_folder
+from dpo_dist.tools.convert.arguments import Arguments, DPOConfig, KTOConfig, adapter_keys, refused
+from dpo_dist.tools.convert.reading import ForeignRun
+from dpo_dist.tools.convert.translate import translate_run
+from dpo_dist.verbs import evaluate, export
+
+_EVENTS = {"on_init_end", "on_train_begin", "on_log", "on_evaluate", "on_save", "on_train_end"}
+_BITS = ("load_in_", "bnb_4bit_quant_type")
+
+
+class DPOTrainer:
+    """TRL's `DPOTrainer`: its arguments, methods and `state`; trains with dpo_dist."""
+
+    config: type[Arguments] = DPOConfig
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: Arguments | None = None,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: Iterable[TrainerCallback] | None = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        **others: Any,
+    ) -> None:
+        """Write models and data in memory, and the translation, below `output_dir`.
+
+        Raises ConfigError: an argument that is not offered has an effect.
+        """
+        name = Path(model if isinstance(model, str) else model.config._name_or_path).name
+        self.args = args or self.config(output_dir=f"{name}-{self.config.__name__[:3]}")
+        self.folder = Path(self.args.output_dir or "trainer_output")
+        self.run = RunFolder(self.folder / "run")
+        self.processing_class, self.compute_metrics = processing_class, compute_metrics
+        self.state, self.control, self.callbacks = TrainerState(), TrainerControl(), list[TrainerCallback]()
+        world, is_main = int(os.environ.get("WORLD_SIZE", "1")), this_rank() == 0
+        self.accelerator = SimpleNamespace(print=_say, is_main_process=is_main, num_processes=world)
+        self._keys = self.args.keys() | {"num_processes": world}
+        self._own: dict[str, Any] = {
+            "run.dir": str(self.run),
+            "run.root": str(self.folder),
+            "samples.prompts": 0,
+        }
+        for key, value in others.items():
+            if value not in (None, (None, None)):
+                raise refused(key, type(value).__name__, "remove it: dpo_dist has its own")
+        for callback in callbacks or ():
+            self.add_callback(callback)
+        train = self._sources(train_dataset, "train_dataset")
+        self._eval = self._sources(eval_dataset, "eval_dataset")
+        if not train:
+            raise ConfigError("there are no records", where="train_dataset", remedy="pass a datasets.Dataset")
+        self._own["data.train"] = train
+        self._own["data.unpair"] = self.config is KTOConfig and "chosen" in _first_record(train)
+        if self.args.eval_strategy != "no":
+            self._own["data.eval"] = self._eval
+        self._place_models(model, ref_model, peft_config)
+        given = quantization_config or self._keys["model_init_kwargs"].pop("quantization_config", None)
+        if given is not None:
+            self._keys |= {key: value for key, value in given.to_dict().items() if key.startswith(_BITS)}
+        self._keys |= self.args.intervals(Path(train[0]["path"]).read_bytes().count(b"\n"), world)
+        self._translate()
+        self._call("on_init_end")
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback, of which the events in `_EVENTS` happen: on rank 0, at the rows of the log."""
+        callback = callback() if isinstance(callback, type) else callback
+        if isinstance(callback, EarlyStoppingCallback):
+            if callback.early_stopping_threshold:
+                raise refused(
+                    "callbacks", "early_stopping_threshold", "set it to 0: any new best value counts"
+                )
+            self._keys["early_stopping_patience"] = callback.early_stopping_patience
+            return
+        base, kind = vars(TrainerCallback), type(callback)
+        events = [name for name in base if name.startswith("on_") and getattr(kind, name) is not base[name]]
+        if others := sorted({*events} - _EVENTS):
+            remedy = f"of a callback there are {', '.join(sorted(_EVENTS))}; progress is shown anyway"
+            raise refused("callbacks", f"{kind.__name__}.{others[0]}", remedy)
+        self.callbacks.append(callback)
+
+    def train(self, resume_from_checkpoint: bool | str | None = None, **_: Any) -> TrainOutput:
+        """Train, from the last checkpoint if there is one; return what TRL's trainer returns.
+
+        `resume_from_checkpoint`: true: there must be one; a path: it must be the last one.
+        """
+        last = self._last = next(iter(checkpoint_folders(self.run.checkpoints)), None)
+        is_path = isinstance(resume_from_checkpoint, str)
+        if is_path and (last is None or not last.samefile(str(resume_from_checkpoint))):
+            raise refused("resume_from_checkpoint", str(resume_from_checkpoint), f"pass True or {last}")
+        self._call("on_train_begin")
+        words = [*self._words, *(["run.resume=must"] if resume_from_checkpoint else [])]
+        summary = api.train(words, on_row=self._on_row)
+        rows = [self._renamed(row) for row in api.read_metrics(self.run.path) if self._is_shown(row)]
+        self.state.log_history, self.state.global_step = rows, summary["steps"]
+        self._given = None
+        self._note_checkpoint()
+        self._call("on_train_end")
+        losses = [row["loss"] for row in rows if "loss" in row]
+        mean, seconds = math.fsum(losses) / max(len(losses), 1), summary["train_seconds"]
+        return TrainOutput(summary["steps"], mean, {"train_runtime": seconds, "train_loss": mean})
+
+    def evaluate(
+        self, eval_dataset: Any = None, _: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate the trained model, before training the one that was given; return the metrics."""
+        sources = self._eval if eval_dataset is None else self._sources(eval_dataset, "eval_dataset")
+        if not sources:
+            raise ConfigError("there are no records", where="eval_dataset", remedy="pass a datasets.Dataset")
+        config = load_run_config(self._words)
+        adapter = config.model.adapter
+        start = (adapter and adapter.path) or config.model.path
+        data = [SourceConfig(**source) for source in sources]
+        evaluation = replace(config.evaluation, model=self._result() or start, data=data)
+        evaluate.main(replace(config, evaluation=evaluation))
+        results = json.loads(self.run.evaluation.results.read_text())
+        labels = [source["label"] for source in sources if "label" in source]
+        metrics = {
+            f"{metric_key_prefix}_{label + '_' if label in labels else ''}{key.removeprefix('eval_')}": value
+            for label in labels or ["all"]
+            for key, value in results[label].items()
+            if key != "intervals"
+        }
+        if self.compute_metrics is not None:
+            own = self.compute_metrics(self._predictions())
+            metrics |= {f"{metric_key_prefix}_{key}": value for key, value in own.items()}
+        self.state.log_history.append({**metrics, "step": self.state.global_step})
+        self._call("on_evaluate", metrics=metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _: bool = False) -> None:
+        """Copy the trained model, or the one that was given, with its tokenizer, to a folder."""
+        source = self._result() or model_folder(self._own["model.path"])
+        if this_rank() == 0:
+            shutil.copytree(source, output_dir or self.folder, dirs_exist_ok=True)
+
+    @property
+    def model(self) -> Any:
+        """The trained model, loaded once; before training the one that was given."""
+        if self._given is None:
+            folder = self._result() or self._own["model.path"]
+            self._given = AutoModelForCausalLM.from_pretrained(folder)
+        return self._given
+
+    def end(self) -> None:
+        """Do nothing: trackers and processes have ended with the run."""
+
+    def _result(self) -> str | None:
+        """Return the folder of the trained model; of a run that a callback stopped, write it first."""
+        if self.run.model.is_dir():
+            return str(self.run.model)
+        if not (folders := checkpoint_folders(self.run.checkpoints)):
+            return None
+        exported = self.run.exported / folders[0].name
+        if this_rank() == 0 and not exported.is_dir():
+            export.main(from_yaml(self.run.config.read_text()))
+        return str(exported)
+
+    def _predictions(self) -> EvalPrediction:
+        """Return the rewards of the last evaluation: of chosen and rejected, or of labelled responses."""
+        with self.run.evaluation.scores.open() as lines:
+            scores = [json.loads(line) for line in lines]
+        if self.config is KTOConfig:
+            rewards, labels = ([row[name] for row in scores] for name in ("reward", "label"))
+        else:
+            rewards = [[row["reward_chosen"], row["reward_rejected"]] for row in scores]
+            labels = [0] * len(scores)
+        return EvalPrediction(predictions=np.array(rewards), label_ids=np.array(labels, dtype=int))
+
+    def _is_shown(self, row: Mapping[str, float]) -> bool:
+        return row["step"] > 0 or self.args.eval_on_start
+
+    def _renamed(self, row: dict[str, float]) -> dict[str, float]:
+        """Return a row with the name of an evaluation set where TRL has it: `eval_NAME_loss`."""
+        labels = "|".join(re.escape(source["label"]) for source in self._eval if "label" in source)
+        if not labels:
+            return row
+        if len(self._eval) == 1:  # the only set has no names of its own in a row
+            row = {f"{key}/{labels}" if key.startswith("eval_") else key: row[key] for key in row}
+        return {re.sub(rf"^eval_(.+)/({labels})$", r"eval_\2_\1", key): row[key] for key in row}
+
+    def _on_row(self, row: dict[str, float]) -> bool:
+        """Call the callbacks, on rank 0; return whether one of them ends the run."""
+        if not self._is_shown(row):
+            return False
+        logs = self._renamed(row)
+        self.state.global_step, self.state.epoch = int(row["step"]), row.get("epoch")
+        self.state.log_history.append(logs)
+        self._call("on_log", logs=logs)
+        if "eval_loss" in row:
+            self._call("on_evaluate", metrics=logs)
+        self._note_checkpoint()
+        return bool(self.control.should_training_stop)
+
+    def _note_checkpoint(self) -> None:
+        newest = next(iter(checkpoint_folders(self.run.checkpoints)), None)
+        if newest != self._last:
+            self._last = newest
+            self._call("on_save")
+
+    def _call(self, event: str, **values: Any) -> None:
+        for callback in self.callbacks if this_rank() == 0 else ():
+            getattr(callback, event)(self.args, self.state, self.control, **values)
+            if self.control.should_save or self.control.should_evaluate:
+                got = f"{type(callback).__name__}.{event} sets should_save or should_evaluate"
+                raise refused("callbacks", got, "set save_steps and eval_steps")
+
+    def _place_models(self, model: Any, ref_model: Any, peft_config: Any) -> None:
+        """Set the keys of the models; save those in memory."""
+        own, tokenizer, options = self._own, self.processing_class, self._keys["model_init_kwargs"]
+        trust = {"trust_remote_code": self.args.trust_remote_code}
+        self._given = None if isinstance(model, str) else model
+        if hasattr(model, "peft_config"):
+            if peft_config is not None:
+                raise refused("peft_config", "with a PeftModel", "merge_and_unload its adapter first")
+            self._keys |= {"use_peft": True, "adapter_name_or_path": self._saved(model, None)}
+            model = model.peft_config["default"].base_model_name_or_path
+        source = model if isinstance(model, str) else model.config._name_or_path
+        if tokenizer is None and not isinstance(model, str):
+            tokenizer = AutoTokenizer.from_pretrained(source, **trust)
+        elif tokenizer is not None and isinstance(model, str):
+            kept = AutoTokenizer.from_pretrained(source, revision=options.get("revision"), **trust)
+            if _tokenization(kept) != _tokenization(tokenizer):
+                model = AutoModelForCausalLM.from_pretrained(source, **options, **trust)
+            elif kept.chat_template != tokenizer.chat_template:
+                own["data.chat_template"] = str(self.folder / "chat_template.jinja")
+                write_text(self.folder / "chat_template.jinja", tokenizer.chat_template)
+        own["model.path"] = model if isinstance(model, str) else self._saved(model, tokenizer)
+        if ref_model is not None:
+            is_named = isinstance(ref_model, str)
+            own["reference.path"] = ref_model if is_named else self._saved(ref_model, tokenizer)
+        if peft_config is not None:
+            kind = AutoConfig.from_pretrained(own["model.path"], **trust).model_type
+            self._keys |= adapter_keys(peft_config, kind)
+
+    def _saved(self, model: Any, tokenizer: Any) -> str:
+        """Save a model to a folder that its content names, unless it is there; return the folder."""
+        digest = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=8)
+        if tokenizer is not None:
+            digest.update(repr((_tokenization(tokenizer), tokenizer.chat_template)).encode())
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        folder = self.folder / "models" / digest.hexdigest()
+        with locked(folder.with_suffix(".lock"), "saves this model", waits=True):
+            if not folder.exists():
+                with staged_folder(folder) as temporary:
+                    for part in filter(None, (model, tokenizer)):
+                        part.save_pretrained(temporary)
+        return str(folder)
+
+    def _sources(self, given: Any, name: str) -> list[dict[str, Any]]:
+        """Write records in memory, or a mapping of several sets, to files; return them as sources."""
+        folder, sets = (
+            self.folder / "encoded" / "records",
+            given if isinstance(given, Mapping) else {"": given},
+        )
+        files = {
+            label: str(write_records(records, folder, name))
+            for label, records in sets.items()
+            if records is not None
+        }
+        return [{"path": file} | ({"label": label} if label else {}) for label, file in files.items()]
+
+    def _translate(self) -> None:
+        """Write the file of the run; raise if an argument with an effect has no translation."""
+        name = self.config.__name__
+        translation = translate_run(ForeignRun("TRL", self._keys, name), self._own)
+        raise_all(
+            [
+                refused(key, str(self._keys.get(key)), f"{why}; keys of dpo_dist go into {name}(words=[...])")
+                for key, why in translation.reasons.items()
+                if not why.startswith("not needed") and "has no effect" not in why
+            ]
+        )
+        file = self.folder / "dpo_dist.yaml"
+        write_text(file, translation.as_file())
+        self._words = [str(file), *self.args.words]
+
+
+class KTOTrainer(DPOTrainer):
+    """TRL's `KTOTrainer`: as `DPOTrainer`, on labelled responses, or on pairs that are taken apart."""
+
+    config = KTOConfig
+
+
+def _say(*texts: Any) -> None:
+    if this_rank() == 0:
+        print_line(" ".join(map(str, texts)))
+
+
+def _first_record(sources: list[dict[str, Any]]) -> dict[str, Any]:
+    with Path(sources[0]["path"]).open() as lines:
+        return dict(json.loads(next(lines)))
+
+
+def _tokenization(tokenizer: Any) -> Any:
+    """Return what decides the ids of a text: the tokenizer's parts, without its padding."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    return {**parts, "padding": None, "truncation": None, "eos": tokenizer.eos_token_id}

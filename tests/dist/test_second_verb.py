@@ -1,0 +1,63 @@
+"""Several verbs in the same processes of a launcher, one after the other."""
+
+import json
+import os
+from pathlib import Path
+
+from tests.support import tiny
+from tests.support.launch import environment
+from tests.support.tiny_model import write_model
+from tests.support.warm import ENVIRONMENT, context, reserve_port, start_parent
+
+PAIRS = [
+    {"prompt": f"q{number}", "chosen": " right" * (1 + number % 3), "rejected": " wrong"}
+    for number in range(8)
+]
+
+
+def evaluate_train_evaluate(variables: dict[str, str], folder: Path) -> None:
+    log = os.open(folder / f"rank-{variables['RANK']}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.clear()
+    os.environ.update(variables)
+    from dpo_dist.trl import DPOConfig, DPOTrainer
+
+    args = DPOConfig(
+        output_dir=str(folder / "out"),
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        max_steps=3,
+        logging_steps=1,
+        bf16=False,
+    )
+    trainer = DPOTrainer(str(folder / "model"), args=args, train_dataset=PAIRS, eval_dataset=PAIRS)
+    losses = [trainer.evaluate()["eval_loss"], trainer.train().training_loss]
+    losses += [trainer.evaluate()["eval_loss"], len(trainer.state.log_history)]
+    (folder / f"rank-{variables['RANK']}.json").write_text(json.dumps(losses))
+
+
+def test_two_processes_evaluate_and_train_and_evaluate(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", tiny.qwen())
+    start_parent()
+    port, processes = reserve_port(), []
+    for rank in map(str, range(2)):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        variables = {**environment(), **ENVIRONMENT, **place}
+        processes.append(context.Process(target=evaluate_train_evaluate, args=(variables, tmp_path)))
+        processes[-1].start()
+    for process in processes:
+        process.join(400)
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    said = [(tmp_path / f"rank-{rank}.log").read_text()[-2000:] for rank in range(2)]
+    assert [process.exitcode for process in processes] == [0, 0], said
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    assert first == second, "every process has the same results"
+    before, trained, after, rows = first
+    assert before > trained > after
+    assert rows == 4, "three steps, and the evaluation after them"
+    keys = (tmp_path / "out" / "dpo_dist.yaml").read_text()
+    assert "global_batch_pairs: 4" in keys, "pairs of each process, times two"

@@ -1,0 +1,235 @@
+"""Arguments of TRL's trainers become the file of a run, or one error that names them; without training."""
+
+import copy
+import json
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    EarlyStoppingCallback,
+    HfArgumentParser,
+    ProgressCallback,
+)
+
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from tests.support.tiny_model import write_model
+
+PAIRS = [{"prompt": f"q{number}", "chosen": f" yes {number}", "rejected": " no"} for number in range(20)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def keys_of(trainer: DPOTrainer) -> dict[str, Any]:
+    """The keys that the trainer's file sets, with their sections."""
+    found = dict[str, Any]()
+
+    def collect(tree: dict[str, Any], above: str) -> None:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                collect(value, f"{above}{name}.")
+            else:
+                found[above + name] = value
+
+    collect(yaml.safe_load((trainer.folder / "dpo_dist.yaml").read_text()), "")
+    return found
+
+
+def translated(folder: Path, output: Path, trainer: Any = DPOTrainer, **given: Any) -> dict[str, Any]:
+    options = {name: given.pop(name) for name in list(given) if name in TRAINERS_OWN}
+    config = DPOConfig if trainer is DPOTrainer else KTOConfig
+    args = config(output_dir=str(output), **given)
+    every = {"model": str(folder), "train_dataset": PAIRS} | options
+    return keys_of(trainer(args=args, **every))
+
+
+TRAINERS_OWN = ("model", "ref_model", "train_dataset", "eval_dataset", "processing_class", "callbacks") + (
+    *("peft_config", "quantization_config", "data_collator", "optimizers", "compute_metrics"),
+)
+
+
+@pytest.mark.parametrize("name", ["DPOConfig", "KTOConfig"])
+def test_arguments_and_defaults_are_those_of_trl(name: str) -> None:
+    trl = pytest.importorskip("trl")
+    ours, theirs = (
+        {
+            entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()
+            for entry in fields(config)
+        }
+        for config in ({"DPOConfig": DPOConfig, "KTOConfig": KTOConfig}[name], getattr(trl, name))
+    )
+    assert ours.pop("words") == []
+    assert ours == theirs
+
+
+def test_arguments_are_read_from_a_command_line() -> None:
+    words = ["--output_dir", "o", "--loss_type", "ipo", "hinge", "--learning_rate", "1e-5", "--bf16", "false"]
+    [args] = HfArgumentParser(DPOConfig).parse_args_into_dataclasses(
+        [*words, "--model_init_kwargs", '{"dtype": "bfloat16"}']
+    )
+    keys = args.keys()
+    assert (keys["loss_type"], keys["learning_rate"]) == (["ipo", "hinge"], 1e-5)
+    assert keys["model_init_kwargs"] == {"dtype": "bfloat16"}
+
+
+ADAPTER = {"model.adapter.r": 4, "model.adapter.alpha": 8, "model.adapter.target_modules": ["k_proj"]}
+TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    # Defaults that are not ours.
+    (
+        {},
+        {"trainer.seed": 42, "trainer.log_every": 10, "trainer.save_every": 500, "optim.schedule": "linear"}
+        | {"model.gradient_checkpointing": "full", "model.dtype": "bf16", "trainer.global_batch_pairs": 8}
+        | {"parallelism.kind": "ddp", "tracking.wandb": "off", "loss.kind": "sigmoid"},
+    ),
+    ({"bf16": False}, {"model.dtype": "fp32"}),
+    ({"fp16": True}, {"model.dtype": "fp16"}),
+    ({"bf16": False, "model_init_kwargs": {"dtype": torch.bfloat16}}, {"model.dtype": "bf16"}),
+    ({"model_init_kwargs": {"dtype": "float32", "revision": "main"}}, {"model.dtype": "bf16"}),
+    ({"loss_type": ["ipo"], "beta": 0.3}, {"loss.kind": "ipo", "loss.beta": 0.3}),
+    (
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+        {"loss.terms": [{"kind": "sigmoid", "weight": 1.0}, {"kind": "sft", "weight": 0.5}]},
+    ),
+    # 20 pairs are 5 steps of 4.
+    (
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "epoch"},
+        {"trainer.global_batch_pairs": 4, "trainer.save_every": 5},
+    ),
+    ({"logging_steps": 0.5, "max_steps": 8}, {"trainer.log_every": 4, "trainer.max_steps": 8}),
+    ({"save_strategy": "no", "save_steps": 9}, {"trainer.save_every": 0}),
+    (
+        {"eval_strategy": "steps", "logging_steps": 3, "eval_dataset": PAIRS[:4]},
+        {"trainer.eval_every": 3},
+    ),
+    (
+        {"eval_strategy": "epoch", "eval_dataset": PAIRS[:4], "callbacks": [EarlyStoppingCallback(2)]}
+        | {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "num_train_epochs": 1},
+        {"trainer.eval_every": 3, "trainer.patience": 2, "trainer.keep_best": "eval_loss"}
+        | {"trainer.final": "best"},
+    ),
+    ({"peft_config": LoraConfig(r=4, lora_alpha=8, target_modules=["k_proj"], lora_dropout=0.1)}, ADAPTER),
+    # peft's own choice for this model.
+    (
+        {"peft_config": LoraConfig()},
+        {"model.adapter.target_modules": ["q_proj", "v_proj"]} | {"model.adapter.r": 8},
+    ),
+    ({"peft_config": LoraConfig(use_rslora=True)}, {"model.adapter.variant": "rslora"}),
+    (
+        {"peft_config": LoraConfig(target_modules="all-linear")}
+        | {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")},
+        {"model.quantization": "nf4", "model.adapter.target_modules": "all-linear"},
+    ),
+    ({"words": ["optim.lr=3e-4"], "warmup_steps": 0.1}, {"optim.warmup_ratio": 0.1}),
+    ({"trainer": KTOTrainer}, {"loss.kind": "kto", "data.unpair": True}),
+    (
+        {"trainer": KTOTrainer, "loss_type": "apo_zero_unpaired", "desirable_weight": 2.0}
+        | {"train_dataset": [{"prompt": "a", "completion": "b", "label": True}]},
+        {"loss.kind": "apo_zero_unpaired", "data.unpair": False},
+    ),
+    ({"disable_tqdm": True, "use_cpu": True, "dataloader_num_workers": 4, "optimizers": (None, None)}, {}),
+]
+
+
+@pytest.mark.parametrize(("given", "ours"), TRANSLATED, ids=[str(row[0])[:60] for row in TRANSLATED])
+def test_an_argument_is_the_key_of_the_same_meaning(
+    given: dict[str, Any], ours: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    found = translated(folder, tmp_path, **given)
+    assert {key: found.get(key) for key in ours} == ours
+
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha", "not offered"),
+    ({"max_length": None}, "max_length", "raise it"),
+    ({"disable_dropout": False}, "disable_dropout", "the same function"),
+    ({"push_to_hub": True}, "push_to_hub", "dpo-dist export"),
+    ({"adam_epsilon": 1e-6}, "adam_epsilon", "always 1e-8"),
+    ({"save_strategy": "best"}, "save_strategy", "trainer.save_every"),
+    ({"data_collator": print}, "data_collator", "remove it"),
+    ({"optimizers": (object(), None)}, "optimizers", "remove it"),
+    ({"callbacks": [ProgressCallback]}, "callbacks", "on_log"),
+    ({"callbacks": [EarlyStoppingCallback(2, 0.1)]}, "callbacks", "set it to 0"),
+    ({"peft_config": LoraConfig(bias="all")}, "lora_bias", "no biases"),
+    ({"peft_config": LoraConfig(rank_pattern={"q": 2})}, "rank_pattern", "words"),
+    (
+        {"peft_config": LoraConfig(), "quantization_config": BitsAndBytesConfig(load_in_4bit=True)},
+        "bnb_4bit_quant_type",
+        "nf4",
+    ),
+    ({"train_dataset": None}, "train_dataset", "datasets.Dataset"),
+    ({"train_dataset": []}, "train_dataset", "at least one"),
+]
+
+
+@pytest.mark.parametrize(("given", "where", "remedy"), REFUSED, ids=[str(row[0])[:60] for row in REFUSED])
+def test_what_is_not_offered_is_named_with_the_reason(
+    given: dict[str, Any], where: str, remedy: str, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        translated(folder, tmp_path, **given)
+    assert raised.value.where == where
+    assert remedy in raised.value.remedy
+
+
+def test_all_arguments_that_are_not_offered_are_one_error(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        translated(folder, tmp_path, neftune_noise_alpha=5.0, adam_epsilon=1e-6)
+    assert [part.where for part in raised.value.parts] == ["adam_epsilon", "neftune_noise_alpha"]
+
+
+def test_models_in_memory_are_saved_once_by_content(folder: Path, tmp_path: Path) -> None:
+    model, other = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    first = translated(folder, tmp_path, model=model, ref_model=other)
+    assert first["model.path"] == first["reference.path"], "the content is the same"
+    with torch.no_grad():
+        other.lm_head.weight[0] += 1
+    second = translated(folder, tmp_path, model=model, ref_model=other)
+    assert second["model.path"] == first["model.path"]
+    saved = AutoModelForCausalLM.from_pretrained(second["reference.path"])
+    assert torch.equal(saved.lm_head.weight, other.lm_head.weight)
+    assert len([entry for entry in (tmp_path / "models").iterdir() if entry.is_dir()]) == 2
+
+
+def test_an_adapter_in_memory_is_continued(folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    found = translated(folder, tmp_path, model=get_peft_model(base, LoraConfig(r=2)))
+    assert found["model.path"] == str(folder)
+    assert (Path(found["model.adapter.path"]) / "adapter_model.safetensors").is_file()
+
+
+def test_a_tokenizer_is_the_models_own_or_written_beside_it(folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(["a", "b c d e f"], padding=True)
+    assert translated(folder, tmp_path, processing_class=tokenizer)["model.path"] == str(folder)
+    spoken = copy.deepcopy(tokenizer)
+    spoken.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    found = translated(folder, tmp_path, processing_class=spoken)
+    assert found["model.path"] == str(folder)
+    assert Path(found["data.chat_template"]).read_text() == spoken.chat_template
+    tokenizer.add_tokens(["<new>"])
+    found = translated(folder, tmp_path, processing_class=tokenizer)
+    assert "<new>" in AutoTokenizer.from_pretrained(found["model.path"]).get_vocab()
+
+
+def test_datasets_are_written_as_they_are_given(folder: Path, tmp_path: Path) -> None:
+    rows = Dataset.from_list(PAIRS)
+    named = {"easy": PAIRS[:2], "hard": rows.select(range(3))}
+    options = {"train_dataset": rows.to_iterable_dataset(), "eval_dataset": named, "eval_strategy": "epoch"}
+    found = translated(folder, tmp_path, **options)
+    [train], tests = found["data.train"], found["data.eval"]
+    assert list(map(json.loads, Path(train["path"]).read_text().splitlines())) == PAIRS
+    lines = {source["label"]: len(Path(source["path"]).read_text().splitlines()) for source in tests}
+    assert lines == {"easy": 2, "hard": 3}
