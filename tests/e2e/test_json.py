@@ -14,7 +14,7 @@ from dpo_dist.config.verbs import VERBS
 from tests.support.launch import ROOT, TWO_PROCESSES, environment
 from tests.support.warm import ENVIRONMENT, run_warm_apart
 
-RUN = "model.path=model model.dtype=fp32 data.train=[train.jsonl] tracking.wandb=off"
+RUN = "model.path=model model.dtype=fp32 data.train=[train.jsonl] tracking=off"
 MOST_ROUNDS = 4
 # fmt: off
 BROKEN = [
