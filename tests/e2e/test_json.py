@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from dpo_dist.config.verbs import VERBS
 from tests.support.launch import ROOT, TWO_PROCESSES, environment
-from tests.support.warm import ENVIRONMENT, run_warm_apart
+from tests.support.warm import ENVIRONMENT, run_warm, run_warm_apart
 
 RUN = "model.path=model model.dtype=fp32 data.train=[train.jsonl] tracking=off"
 MOST_ROUNDS = 4
@@ -66,7 +67,7 @@ BROKEN = [
 def folder(assets: Path, tmp_path: Path) -> Path:
     for name in ("model", "train.jsonl", "eval.jsonl"):
         (tmp_path / name).symlink_to(assets / name)
-    (tmp_path / "other").symlink_to(assets / "model")
+    shutil.copytree(assets / "model", tmp_path / "other")
     return tmp_path
 
 
@@ -134,34 +135,51 @@ def test_the_words_of_an_error_repair_its_command(typed: str, wanted: str, folde
 
 
 PAGE = (ROOT / "docs" / "agents.md").read_text()
-TYPED = re.findall(r"^(?:\$ |    )dpo-dist (.*)$|^\| `dpo-dist ([^`]*)`", PAGE, re.MULTILINE)
+COMMANDS = [
+    "".join(found) for found in re.findall(r"^(?:\$ |    )dpo-dist (.*)$|^\| `dpo-dist ([^`]*)`", PAGE, re.M)
+]
+KINDS = dict(re.findall(r"^\| `dpo-dist ([^`]*)` \| `(\w+)`", PAGE, re.MULTILINE))
+TRAINS = [command for command in COMMANDS if command.startswith("train") and "run.dir=" in command]
 
 
-def test_every_command_on_the_page_for_agents_does_what_the_page_says(folder: Path) -> None:
-    """In the order of the page; documents have their kind and fit the schema."""
-    (folder / "pairs.jsonl").symlink_to(folder / "train.jsonl")
-    (folder / "held_out.jsonl").symlink_to(folder / "eval.jsonl")
+@pytest.fixture(scope="module")
+def page_folder(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the page names, after the commands of the page that train."""
+    made = tmp_path_factory.mktemp("agents")
+    for name, source in (
+        ("model", "model"),
+        ("pairs.jsonl", "train.jsonl"),
+        ("held_out.jsonl", "eval.jsonl"),
+    ):
+        (made / name).symlink_to(assets / source)
     [run] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    (folder / "run.yaml").write_text(run)
-    kinds = dict(re.findall(r"^\| `dpo-dist ([^`]*)` \| `(\w+)`", PAGE, re.MULTILINE))
-    [wrong] = re.findall(r"^\$ dpo-dist (.*)\n(\{.*\})$", PAGE, re.MULTILINE)
-    for typed in ["agent-docs --json", *map("".join, TYPED)]:
-        words = shlex.split(typed)
-        if "--json" not in words:
-            module = VERBS[words[0]].module if words[0] in VERBS else "dpo_dist"
-            arguments = words[words[0] in VERBS :]
-            code, output, errors = run_warm_apart(module, arguments, environment() | ENVIRONMENT, folder, 240)
-            assert code == 0, f"{typed}\n{output}{errors}"
-            continue
-        code, found = document([word for word in words if word != "--json"], folder)
-        if typed == wrong[0]:
-            assert (code, found) == (2, json.loads(wrong[1]))
-            continue
-        assert code in ({0, 1} if words[0] == "doctor" else {0}), found
-        assert found["kind"] == kinds.get(typed, found["kind"])
-        if words[0] == "agent-docs":
-            assert found["text"] == PAGE
-    assert (folder / "output/a/model").is_dir()
+    (made / "run.yaml").write_text(run)
+    for command in TRAINS:
+        code, output = run_warm("train", shlex.split(command)[1:], environment() | ENVIRONMENT, 1, made, 240)
+        assert code == 0, output
+        assert (made / command.split("run.dir=")[1].split()[0] / "model").is_dir()
+    return made
+
+
+@pytest.mark.parametrize("typed", ["agent-docs --json", *COMMANDS])
+def test_a_command_on_the_page_for_agents_does_what_the_page_says(typed: str, page_folder: Path) -> None:
+    """A document has the kind of the page and fits the schema; the error is the one on the page."""
+    words = shlex.split(typed)
+    if "--json" not in words:
+        module = VERBS[words[0]].module if words[0] in VERBS else "dpo_dist"
+        arguments = words[words[0] in VERBS :]
+        code, output, errors = run_warm_apart(
+            module, arguments, environment() | ENVIRONMENT, page_folder, 240
+        )
+        assert code == 0, output + errors
+        return
+    code, found = document([word for word in words if word != "--json"], page_folder)
+    if printed := re.findall(rf"^\$ dpo-dist {re.escape(typed)}\n(\{{.*)$", PAGE, re.MULTILINE):
+        assert (code, found) == (2, json.loads(printed[0]))
+        return
+    assert code in ({0, 1} if words[0] == "doctor" else {0}), found
+    assert found["kind"] == KINDS.get(typed, found["kind"])
+    assert found.get("text", PAGE) == PAGE or words[0] != "agent-docs"
 
 
 @pytest.mark.parametrize(
