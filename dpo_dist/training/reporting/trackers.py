@@ -24,7 +24,7 @@ from dpo_dist.foundation.errors import RunOutcome, StoppedError, first_line
 from dpo_dist.foundation.text import pluralize, without_secrets
 from dpo_dist.foundation.types import Fields
 from dpo_dist.objective.metrics import PairColumn
-from dpo_dist.training.reporting.metrics_log import MetricsRow, log_position, stored_rows
+from dpo_dist.training.reporting.metrics_log import MetricsRow, csv_columns, log_position, stored_rows
 from dpo_dist.training.reporting.wandb_run import (
     Say,
     TrackedRun,
@@ -43,6 +43,8 @@ _VARIABLES = {
     "SWANLAB_PROBE_RUNTIME": "false",  # the command line, which may have secrets
     "SWANLAB_TERMINAL_PROXY_TYPE": "none",
     "COMET_DISABLE_AUTO_LOGGING": "1",
+    "COMET_AUTO_LOG_CODE": "false",
+    "COMET_AUTO_LOG_ENV_DETAILS": "false",
     "COMET_DISPLAY_SUMMARY_LEVEL": "0",
 }
 """Variables that keep packages from asking, and from sending what nobody asked for."""
@@ -52,9 +54,11 @@ _RUN_IDS = {
     TrackerName.swanlab: ("id", "id"),
     TrackerName.comet_ml: ("id", "experiment_key"),
     TrackerName.aim: ("hash", "run_hash"),
-    TrackerName.clearml: ("id", "continue_last_task"),
+    TrackerName.clearml: ("id", "reuse_last_task_id"),
 }
 """Where a tracker's run has its id, and the option of accelerate's class that continues this run."""
+_FILES = {*METRICS, *csv_columns()}
+"""Metrics whose names begin those of others."""
 
 
 def plain_name(key: str) -> str:
@@ -64,7 +68,7 @@ def plain_name(key: str) -> str:
     """
     name = key.removeprefix(PREFIX)
     for place in (found.start() for found in re.finditer("/", name)):
-        if name[:place] in METRICS:
+        if name[:place] in _FILES:
             name = f"{name[:place]}.{name[place + 1 :]}"
     return re.sub(r"[^\w./ :-]", "_", wandb_name(PREFIX * key.startswith(PREFIX) + name))
 
@@ -94,8 +98,6 @@ class AccelerateRun:
         self._tracker.start()
         if name in _RUN_IDS:
             self._id = str(attrgetter(_RUN_IDS[name][0])(self._tracker.tracker))
-        if known and name is TrackerName.clearml:
-            self._tracker.tracker.set_initial_iteration(0)  # else steps count from the last one
         # TensorBoard would show settings as a second run, MLflow refuses to change them.
         if name is not TrackerName.tensorboard and not (known and name is TrackerName.mlflow):
             self._tracker.store_init_configuration(dict(_plain_values(without_secrets(tracked.settings))))
@@ -138,7 +140,9 @@ class AccelerateRun:
             case TrackerName.aim:
                 first, options = title, {"experiment": project, "capture_terminal_logs": False}
             case TrackerName.clearml:
-                options = {"task_name": title, "reuse_last_task_id": False}
+                # 0: the first step; else a continued run counts from its last step.
+                continues = 0 if self._id else False
+                options = {"task_name": title, "reuse_last_task_id": False, "continue_last_task": continues}
                 options |= {f"auto_connect_{part}": False for part in ("arg_parser", "frameworks", "streams")}
             case TrackerName.dvclive:
                 options = {"dir": str(place), "resume": True, "dvcyaml": str(place / "dvc.yaml")}
