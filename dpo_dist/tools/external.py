@@ -44,7 +44,7 @@ def model_command(tool: ExportTool, folder: Path, model: ModelConfig) -> list[st
 
 
 def _vllm_adapter(folder: Path) -> list[str]:
-    facts = read_model_json(folder / ADAPTER_CONFIG)
+    facts: dict[str, Any] = {**read_model_json(folder / ADAPTER_CONFIG)}
     rank, saved = (
         max(facts["r"], *(facts.get("rank_pattern") or {}).values(), 1),
         facts.get("modules_to_save"),
