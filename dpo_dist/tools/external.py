@@ -76,7 +76,7 @@ def write_alpaca_answers(run: RunFolder) -> list[list[str]]:
             got=f"no {run.comparison_answers}",
             remedy=f"run {shlex.join([*words, f'run.dir={run}'])}",
         )
-    files = {name: run.alpaca_answers / f"{name.replace('/', '-')}.json" for name in outputs}
+    files = {name: run.alpaca_answers / f"{name}.json" for name in outputs}
     for name, file in files.items():
         write_json(file, outputs[name])
     base, *others = map(str, files.values())
