@@ -44,7 +44,7 @@ def model_command(tool: ExportTool, folder: Path, model: ModelConfig) -> list[st
 
 
 def _vllm_adapter(folder: Path) -> list[str]:
-    facts: dict[str, Any] = read_model_json(folder / ADAPTER_CONFIG)
+    facts: dict[str, Any] = {**read_model_json(folder / ADAPTER_CONFIG)}
     rank = max(facts["r"], 1, *(facts.get("rank_pattern") or {}).values())
     saved = facts.get("modules_to_save")
     if facts.get("use_dora") or saved or rank > _VLLM_RANKS[-1]:
@@ -74,7 +74,7 @@ def write_alpaca_answers(run: RunFolder) -> list[list[str]]:
             got=f"no {run.comparison_answers}",
             remedy=f"run {shlex.join([*words, f'run.dir={run}'])}",
         )
-    files = {name: run.alpaca_answers / f"{name.replace('/', '-')}.json" for name in outputs}
+    files = {name: run.alpaca_answers / f"{name}.json" for name in outputs}
     for name, file in files.items():
         write_json(file, outputs[name])
     base, *others = map(str, files.values())

@@ -86,7 +86,8 @@ def test_paths_of_a_command_hold_in_every_working_directory(
     write_model(Path("base"))
     words = model_command(ExportTool.vllm, adapter(Path("out")), on("./base"))
     assert words[:3] == ["vllm", "serve", str(tmp_path / "base")]
-    assert option(words, "--tokenizer") == str(tmp_path / "out")
+    for name in ("--tokenizer", "--generation-config"):  # the adapter's own template and stop tokens
+        assert option(words, name) == str(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
