@@ -111,7 +111,8 @@ def test_a_search_survives_kills_and_stops_a_bad_point(assets: Path, tmp_path: P
     common += [f"data.eval=[{assets}/eval.jsonl]", "trainer.epochs=20", "trainer.eval_every=4"]
     file = tmp_path / "space.yaml"
     file.write_text("optim.lr: tag(log, interval(1e-5,1e-3))\n")
-    command = [*common, "trainer.save_every=4", str(file), f"run.root={root}", "sweep.by=eval_loss"]
+    common += ["trainer.save_every=4", "trainer.keep_last=30"]
+    command = [*common, str(file), f"run.root={root}", "sweep.by=eval_loss"]
     folder = RunFolder(root / "sweep-run")
     assert "check passed" in run_verb("sweep", [*command, "sweep.trials=8", "--check"]).output
 
