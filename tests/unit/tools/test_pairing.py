@@ -302,7 +302,7 @@ def test_a_killed_part_asks_a_server_again_only_for_what_it_has_not_answered(tmp
 
     def answer(key: str) -> str:
         asked.append(key)
-        if asked.count("2:1") == 1 and key == "2:1":
+        if key == "2:1" and len(asked) > 5:
             raise ConfigError("the server died", remedy="start it")
         return f"reply {key}"
 
@@ -314,10 +314,9 @@ def test_a_killed_part_asks_a_server_again_only_for_what_it_has_not_answered(tmp
     prompts = replace(prompts, run=SimpleNamespace(world=prompts.run.world, console=console_to(said)))
     with pytest.raises(ConfigError, match="the server died"):
         prompts.finish("responses", parts, work, client)
-    before = len(asked)
+    asked.clear()  # of part 2 one request was answered, one failed, and the last may have been under way
     prompts.finish("responses", parts, work, client)
-    assert asked[:before] == ["0:0", "0:1", "0:2", "1:0", "1:1", "1:2", "2:0", "2:1"]
-    assert asked[before:] == ["2:1", "2:2", *(f"{part}:{n}" for part in (3, 4) for n in range(3))]
+    assert asked == ["2:1", "2:2", *(f"{part}:{n}" for part in (3, 4) for n in range(3))]
     assert [row["reply"] for row in parts.read(2)] == [f"reply 2:{n}" for n in range(3)]
     assert not list(parts.folder.glob("replies-*"))
     assert any("of 15 requests" in line for line in said)
