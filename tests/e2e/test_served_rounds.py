@@ -24,7 +24,8 @@ BRIEF = constants(
 )
 RELOAD = (
     "import json, sys, urllib.request as web; "
-    "web.urlopen(web.Request(sys.argv[1] + '/../reload', json.dumps({'model': sys.argv[2]}).encode()))"
+    "body = json.dumps({'model': sys.argv[2]}).encode(); "
+    "web.urlopen(web.Request(sys.argv[1].replace('/v1', '/reload'), body))"
 )
 output: list[str] = []
 
@@ -71,3 +72,35 @@ def test_a_server_gets_each_round_s_weights_and_a_stale_one_is_an_error(tmp_path
     rounds = json.loads((tmp_path / "run/rounds/rounds.json").read_text())["rounds"]
     assert [row["samples"]["responses"] for row in rounds] == [18, 18]
     assert "requests" in output[0]
+
+
+def test_compared_models_respond_under_their_names(tmp_path: Path) -> None:
+    folders = {name: write_model(tmp_path / name, seed=seed) for seed, name in enumerate(("base", "tuned"))}
+    write_pairs(tmp_path / "prompts.jsonl", 4)
+    with completions_server(CompletionsServer(folders["base"], name="base")) as server:
+        server.others["tuned"] = folders["tuned"]
+        overrides = [
+            *(f"compare.models=[base={folders['base']},tuned={folders['tuned']}]", "model.dtype=fp32"),
+            *(
+                f"data.eval=[{tmp_path}/prompts.jsonl]",
+                f"run.dir={tmp_path}/run",
+                "sampling.max_new_tokens=6",
+            ),
+            *(
+                f"reference.store={tmp_path}/store",
+                f"sampling.endpoint.url={server.url}",
+                "compare.prompts=4",
+            ),
+        ]
+        ended = run_verb("compare", overrides, prepare=BRIEF)
+        assert ended.code == 0, ended.output
+        server.others["tuned"] = folders["base"]
+        stale = run_verb("compare", [*overrides, f"run.dir={tmp_path}/again"], prepare=BRIEF)
+        assert stale.code == 2
+        assert "tuned at" in stale.output
+    answers = [
+        json.loads(line) for line in (tmp_path / "run/comparison/answers.jsonl").read_text().splitlines()
+    ]
+    assert len(answers) == 4
+    texts = {answer["responses"][name]["text"] for answer in answers for name in folders}
+    assert len(texts) > 4

@@ -45,7 +45,8 @@ RELOAD = (
     "import json, sys, urllib.request as web; "
     "body = {'method': 'reload_weights', 'kwargs': {'weights_path': sys.argv[2]}}; "
     "headers = {'Content-Type': 'application/json'}; "
-    "web.urlopen(web.Request(sys.argv[1] + '/../collective_rpc', json.dumps(body).encode(), headers))"
+    "place = sys.argv[1].replace('/v1', '/collective_rpc'); "
+    "web.urlopen(web.Request(place, json.dumps(body).encode(), headers))"
 )
 
 

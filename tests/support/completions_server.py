@@ -33,14 +33,16 @@ class CompletionsServer:
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    loaded: tuple[Path, Any, Any] | None = None
+    others: dict[str, Path] = field(default_factory=dict)  # further models by name
+    loaded: dict[Path, tuple[Any, Any]] = field(default_factory=dict)
 
-    def load(self) -> tuple[Any, Any]:
-        if self.loaded is None or self.loaded[0] != self.folder:
-            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+    def load(self, name: str) -> tuple[Any, Any]:
+        folder = self.others.get(name, self.folder)
+        if folder not in self.loaded:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
             self.changes(model)
-            self.loaded = self.folder, model, AutoTokenizer.from_pretrained(self.folder)
-        return self.loaded[1:]
+            self.loaded[folder] = model, AutoTokenizer.from_pretrained(folder)
+        return self.loaded[folder]
 
     def models(self) -> dict[str, Any]:
         return {
@@ -49,14 +51,14 @@ class CompletionsServer:
         }
 
     def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        if body["model"] != self.name:
+        if body["model"] not in (self.name, *self.others):
             return 404, {"error": {"code": "model_not_found", "message": ""}}
         if self.form == "plain" and not body.keys() <= STRICT:
             return 422, {"error": {"code": None, "message": "a text of the request"}}
         if self.form != "ids" and not isinstance(body["prompt"], str):
             return 400, {"error": {"code": None, "message": "prompt must be a string"}}
         with self.lock:
-            model, tokenizer = self.load()
+            model, tokenizer = self.load(body["model"])
             sent = body["prompt"] if self.form == "ids" else tokenizer(body["prompt"])["input_ids"]
             if self.refuses(sent):
                 return 400, {"error": {"code": "filter", "message": "a text of the request"}}

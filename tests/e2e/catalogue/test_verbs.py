@@ -32,11 +32,10 @@ CASES = [
     Case("pairs by a server in place of a training's samples", "sampling.endpoint.url=http://127.0.0.1:9/v1",
          "sampling.endpoint.url", to_do="pairs"),
     Case("pairs by a server without a program to reload it",
-         "data.train=[train.jsonl] pairs.method=samples pairs.samples=2 model.path=model "
-         "pairs.function=json:dumps sampling.endpoint.url=http://127.0.0.1:9/v1 "
-         "sampling.endpoint.reload='absent {model}' run.dir=p",
+         "data.train=[train.jsonl] pairs.method=samples model.path=model pairs.function=json:dumps "
+         "sampling.endpoint.url=http://127.0.0.1:9/v1 sampling.endpoint.reload=absent run.dir=p",
          "the command that changes the server's weights failed", "sampling.endpoint.reload", "absent",
-         "exit code 0", "correct the command", verb="pairs", run="", joins=True, leaves=("p(/.*)?",)),
+         "code 0", "correct the command", verb="pairs", run="", joins=True, leaves=("p(/.*)?",)),
     Case("doctor without data", "", "no run is named", "run.dir", "", "run.dir=output/", "data.train=...",
          verb="doctor", run=""),
     Case("precompute without a reference", "loss=simpo", "only a stored reference", "reference.mode",

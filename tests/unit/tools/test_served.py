@@ -153,7 +153,7 @@ def test_rounding_is_not_a_fault(folder: Path, changes: Callable[[Any], None]) -
     [
         ({"changes": trained_a_little}, "tokens differ from ours by .*it probably serves other weights"),
         ({"changes": to_int8}, "tokens differ from ours by .*it probably serves a quantised copy"),
-        ({"reads": no_system, "confesses": False}, "tokens differ from ours by .*or other prompts"),
+        ({"reads": no_system, "confesses": False}, "tokens differ from ours by .*other prompts"),
         ({"reads": no_system}, "it reads .* drops a system prompt"),
         ({"reads": lambda ids: [*ids[:-1], ids[0]]}, "it reads .*or has another tokenizer"),
     ],
@@ -169,7 +169,7 @@ def test_another_tokenizer_is_named(folder: Path, monkeypatch: pytest.MonkeyPatc
 
     own = CompletionsServer(folder)
     whole = own.choice
-    monkeypatch.setattr(served, "choice", choice)
+    monkeypatch.setattr(own, "choice", choice)
     with pytest.raises(ConfigError, match=f"{OTHER}[^$]*24 of 24 responses have other texts"):
         checked(own, folder)
 

@@ -6,9 +6,11 @@ The API key comes from the environment. Errors contain neither the key nor a tex
 import contextlib
 import json
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from dpo_dist.foundation.errors import ConfigError
@@ -98,23 +100,45 @@ class Client:
         replies: dict[str, R | None] = {key: kept[key] for key in keys if key in kept}
         self._asked, self._answered = self._asked + len(keys), self._answered + len(replies)
         self._show(self._answered, self._asked)
-        pool = ThreadPoolExecutor(self._parallel, "requests")
+        missing = [key for key in keys if key not in replies]
         with contextlib.ExitStack() as opened:
-            opened.callback(pool.shutdown, wait=False, cancel_futures=True)  # waiting could take minutes
             file = None if self._file is None else opened.enter_context(self._file.open("a", buffering=1))
-            asked = {pool.submit(answer, key): key for key in keys if key not in replies}
-            for future in as_completed(asked):
-                try:
-                    replies[asked[future]] = reply = future.result()
-                    if file is not None:  # a killed command may have left half a line
-                        file.write("\n" + json.dumps([asked[future], reply]))
-                except RefusedError:
-                    replies[asked[future]] = None
+            for key, reply in self._answers(missing, answer):
+                replies[key] = reply
+                if file is not None and reply is not None:  # a killed command may have left half a line
+                    file.write("\n" + json.dumps([key, reply]))
                 self._answered += 1
                 self._show(self._answered, self._asked)
         if replies and all(reply is None for reply in replies.values()):
             check()
         return replies
+
+    def _answers(self, keys: Collection[str], answer: Callable[[str], R]) -> Iterator[tuple[str, R | None]]:
+        """Yield each key with its answer, as they come.
+
+        After an error or Ctrl-C nothing waits for requests under way, as a pool of threads would.
+        """
+        todo, done = deque(keys), SimpleQueue[tuple[str, R | None, Exception | None]]()
+
+        def work() -> None:
+            while todo:
+                with contextlib.suppress(IndexError):
+                    key = todo.popleft()
+                    try:
+                        done.put((key, answer(key), None))
+                    except Exception as error:  # raised where it is read
+                        done.put((key, None, error))
+
+        for _ in range(min(self._parallel, len(keys))):
+            threading.Thread(target=work, name="requests", daemon=True).start()
+        try:
+            for _ in keys:
+                key, reply, error = done.get()
+                if error is not None and not isinstance(error, RefusedError):
+                    raise error
+                yield key, reply
+        finally:
+            todo.clear()
 
     def unusable(self, fault: str) -> ConfigError:
         """Return the error for a server that does not reply as expected."""
