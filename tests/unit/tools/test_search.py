@@ -276,7 +276,8 @@ def test_a_point_of_a_launcher_does_not_keep_the_others_waiting(tmp_path: Path) 
         "import sys, time\nfrom pathlib import Path\n"
         "here, folder = Path(sys.argv[0]).parent, Path(sys.argv[sys.argv.index('--config-dir') + 1])\n"
         "(here / folder.name).with_suffix('.began').touch()\n"
-        "until, is_first = time.monotonic() + 40, 'seed: 1' in (folder / 'experiment/round.yaml').read_text()\n"
+        "until, is_first = time.monotonic() + 40, 'seed: 1' in "
+        "(folder / 'experiment/round.yaml').read_text()\n"
         "while is_first and len([*here.glob('*.began')]) < 3:\n"
         "    time.sleep(0.05)\n    assert time.monotonic() < until\n"
     )
