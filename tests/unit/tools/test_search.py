@@ -269,17 +269,19 @@ def test_a_metric_that_the_evaluations_lack_ends_the_search_at_its_first_point(t
         run(search, train)
 
 
-def test_points_of_a_launcher_train_at_the_same_time(tmp_path: Path) -> None:
-    """Each waits for the other, which a pool that waits for the first one never starts."""
+def test_a_point_of_a_launcher_does_not_keep_the_others_waiting(tmp_path: Path) -> None:
+    """The first one of three waits for the last, which starts in the place of the second."""
     program = tmp_path / "launcher.py"
     program.write_text(
         "import sys, time\nfrom pathlib import Path\n"
-        "here, folder = Path(sys.argv[0]).parent, sys.argv[sys.argv.index('--config-dir') + 1]\n"
-        "(here / Path(folder).name).with_suffix('.began').touch()\n"
-        "until = time.monotonic() + 60\n"
-        "while len([*here.glob('*.began')]) < 2:\n    time.sleep(0.05)\n    assert time.monotonic() < until\n"
+        "here, folder = Path(sys.argv[0]).parent, Path(sys.argv[sys.argv.index('--config-dir') + 1])\n"
+        "(here / folder.name).with_suffix('.began').touch()\n"
+        "until, is_first = time.monotonic() + 40, 'seed: 1' in "
+        "(folder / 'experiment/round.yaml').read_text()\n"
+        "while is_first and len([*here.glob('*.began')]) < 3:\n"
+        "    time.sleep(0.05)\n    assert time.monotonic() < until\n"
     )
-    words = ["model.path=m", "data.train=[a.jsonl]", f"run.root={tmp_path}", "trainer.seed=1,2"]
+    words = ["model.path=m", "data.train=[a.jsonl]", f"run.root={tmp_path}", "trainer.seed=1,2,3"]
     points: Points = load_points([*words, f"sweep.launcher='{sys.executable} {program}'", "sweep.parallel=2"])
     folder = RunFolder(tmp_path / "sweep")
     folder.logs.mkdir(parents=True)
