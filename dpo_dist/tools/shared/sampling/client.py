@@ -20,6 +20,7 @@ RETRIES = 6
 """The client's own, after pauses of 24 seconds in all; a server that is not there is an error in a minute."""
 _CONNECT_SECONDS = 4.0
 _LISTING_SECONDS = 45.0  # a server that computes everything else slowly answers this at once
+_LOADING = 503
 # Statuses that refuse a single request for its texts; others mean that the server cannot be used.
 _REFUSES_TEXTS = (400, 413, 422)
 T = TypeVar("T")
@@ -68,13 +69,16 @@ class Client:
             raise self.unusable(type(error).__name__) from None
 
     def listed(self) -> dict[str, Any]:
-        """Return the models that the server lists, by name."""
+        """Return the models that the server lists, by name; none if it has no list."""
+        client = self._openai_client.with_options(timeout=_LISTING_SECONDS, max_retries=2)
         try:
-            models: Any = self.send(
-                lambda client: client.with_options(timeout=_LISTING_SECONDS).models.list()
-            )
-        except RefusedError as refusal:
-            raise self.unusable(str(refusal)) from None
+            models = client.models.list()
+        except self._openai.InternalServerError as error:  # of `transformers serve` without a cache of models
+            if error.status_code == _LOADING:
+                raise self.unusable(f"status {_LOADING}") from None
+            return {}
+        except (self._openai.OpenAIError, ValueError) as error:
+            raise self.unusable(type(error).__name__) from None
         found = {model.id: model for model in getattr(models, "data", None) or ()}
         self._names = f"; it lists {', '.join(found) or 'no model'}"
         return found
