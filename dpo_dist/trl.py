@@ -41,7 +41,7 @@ from dpo_dist.foundation.files import locked, staged_folder, write_text
 from dpo_dist.foundation.process import this_rank
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.model.files.folder import model_folder
-from dpo_dist.tools.convert.arguments import Arguments, DPOConfig, KTOConfig, adapter_keys, refused
+from dpo_dist.tools.convert.arguments import DPOConfig, KTOConfig, TrainerArguments, adapter_keys, refused
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.translate import translate_run
 from dpo_dist.verbs import evaluate, export
@@ -53,13 +53,13 @@ _BITS = ("load_in_", "bnb_4bit_quant_type")
 class DPOTrainer:
     """TRL's `DPOTrainer`: its arguments, methods and `state`; trains with dpo_dist."""
 
-    config: type[Arguments] = DPOConfig
+    config: type[TrainerArguments] = DPOConfig
 
     def __init__(
         self,
         model: Any,
         ref_model: Any = None,
-        args: Arguments | None = None,
+        args: TrainerArguments | None = None,
         *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -74,7 +74,7 @@ class DPOTrainer:
 
         Raises ConfigError: an argument that is not offered has an effect.
         """
-        name = Path(model if isinstance(model, str) else model.config._name_or_path).name
+        name = Path(model if isinstance(model, str) else model.config.name_or_path).name
         self.args = args or self.config(output_dir=f"{name}-{self.config.__name__[:3]}")
         self.folder = Path(self.args.output_dir or "trainer_output")
         self.run = RunFolder(self.folder / "run")
@@ -177,7 +177,7 @@ class DPOTrainer:
 
     def save_model(self, output_dir: str | None = None, _: bool = False) -> None:
         """Copy the trained model, or the one that was given, with its tokenizer, to a folder."""
-        source = self._result() or model_folder(self._own["model.path"])
+        source = self._result() or model_folder(self._own["model.path"], None)
         if this_rank() == 0:
             shutil.copytree(source, output_dir or self.folder, dirs_exist_ok=True)
 
@@ -262,7 +262,7 @@ class DPOTrainer:
                 raise refused("peft_config", "with a PeftModel", "merge_and_unload its adapter first")
             self._keys |= {"use_peft": True, "adapter_name_or_path": self._saved(model, None)}
             model = model.peft_config["default"].base_model_name_or_path
-        source = model if isinstance(model, str) else model.config._name_or_path
+        source = model if isinstance(model, str) else model.config.name_or_path
         if tokenizer is None and not isinstance(model, str):
             tokenizer = AutoTokenizer.from_pretrained(source, **trust)
         elif tokenizer is not None and isinstance(model, str):

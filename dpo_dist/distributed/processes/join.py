@@ -15,8 +15,9 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 from deepspeed.ops.op_builder import CPUAdamBuilder
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed import distributed_c10d
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.cpp_extension import _get_build_directory
 
 from dpo_dist.distributed.deepspeed_internals import (
@@ -120,8 +121,8 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
     try:
         if not dist.is_initialized() and (number := next(_STARTS)):
             # The launcher's store still has the keys of the group that an earlier verb has left.
-            store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-            store = dist.PrefixStore(f"start-{number}", store)
+            store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+            store = PrefixStore(f"start-{number}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         accelerator = Accelerator(
             mixed_precision="no",  # model.dtype decides, through DeepSpeed; the environment could change it

@@ -21,7 +21,7 @@ _ADAPTER_FACTS = ("task_type", "base_model_name_or_path", "inference_mode", "rev
 
 
 @dataclass
-class Arguments(TrainingArguments):  # type: ignore[misc]
+class TrainerArguments(TrainingArguments):  # type: ignore[misc]
     """Arguments of both trainers that transformers does not have, or that have another default."""
 
     learning_rate: float = 1e-6
@@ -89,7 +89,7 @@ _REGULAR = ("epoch", "steps")
 
 
 @dataclass
-class DPOConfig(Arguments):
+class DPOConfig(TrainerArguments):
     """Arguments of TRL's `DPOConfig`, with their defaults."""
 
     truncation_mode: str = "keep_start"
@@ -106,7 +106,7 @@ class DPOConfig(Arguments):
 
 
 @dataclass
-class KTOConfig(Arguments):
+class KTOConfig(TrainerArguments):
     """Arguments of TRL's `KTOConfig`, with their defaults."""
 
     train_sampling_strategy: str = "sequential"

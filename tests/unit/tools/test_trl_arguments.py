@@ -55,10 +55,10 @@ def translated(folder: Path, output: Path, trainer: Any = DPOTrainer, **given: A
     return keys_of(trainer(args=args, **every))
 
 
-TRAINERS_OWN = {
-    *("model", "ref_model", "train_dataset", "eval_dataset", "processing_class", "callbacks", "peft_config"),
-    *("quantization_config", "data_collator", "optimizers", "compute_metrics"),
-}
+TRAINERS_OWN = (
+    *("model", "ref_model", "train_dataset", "eval_dataset", "processing_class", "callbacks"),
+    *("peft_config", "quantization_config", "data_collator", "optimizers", "compute_metrics"),
+)
 
 
 @pytest.mark.parametrize("name", ["DPOConfig", "KTOConfig"])
