@@ -37,6 +37,7 @@ def test_the_wheel_trains_reports_and_lists_its_presets(assets: Path, tmp_path: 
     presets = run(verb, "train", "--help")
     assert "simpo" in presets
     assert "qwen7b" in presets
+    assert run(verb, "agent-docs").startswith("# For coding agents")
     model, pairs = f"model.path={assets}/model", f"data.train=[{assets}/train.jsonl]"
     small = ("model.dtype=fp32", "parallelism=ddp", "trainer.global_batch_pairs=4", "trainer.max_steps=2")
     run(verb, "train", model, pairs, *small, "tracking=off", "run.dir=run")
