@@ -43,6 +43,7 @@ _VARIABLES = {
     "SWANLAB_PROBE_RUNTIME": "false",  # the command line, which may have secrets
     "SWANLAB_TERMINAL_PROXY_TYPE": "none",
     "COMET_DISABLE_AUTO_LOGGING": "1",
+    "COMET_AUTO_LOG_CLI_ARGUMENTS": "false",
     "COMET_AUTO_LOG_CODE": "false",
     "COMET_AUTO_LOG_ENV_DETAILS": "false",
     "COMET_DISPLAY_SUMMARY_LEVEL": "0",
@@ -143,7 +144,17 @@ class AccelerateRun:
                 # 0: the first step; else a continued run counts from its last step.
                 continues = 0 if self._id else False
                 options = {"task_name": title, "reuse_last_task_id": False, "continue_last_task": continues}
-                options |= {f"auto_connect_{part}": False for part in ("arg_parser", "frameworks", "streams")}
+                options |= {"auto_connect_arg_parser": False, "auto_connect_streams": False}
+                # Without the last one ClearML stores the command line, which may have secrets.
+                automatic = (
+                    "pytorch",
+                    "tensorboard",
+                    "matplotlib",
+                    "hydra",
+                    "huggingface",
+                    "detect_repository",
+                )
+                options["auto_connect_frameworks"] = dict.fromkeys(automatic, False)
             case TrackerName.dvclive:
                 options = {"dir": str(place), "resume": True, "dvcyaml": str(place / "dvc.yaml")}
                 options["save_dvc_exp"] = False  # a commit of the user's repository
