@@ -168,7 +168,7 @@ def test_all_mistakes_of_a_command_are_one_error() -> None:
         "trainer.max_steps=x: trainer.max_steps cannot have this value; "
         "set trainer.max_steps to a whole number or null, >= 1; remove it for the default, null",
         "optim.lr=0: optim.lr cannot have this value; "
-        "set optim.lr to a number, > 0; remove it for the default, 5e-07",
+        "set optim.lr to a number, > 0; remove it for the default, 1e-06",
         "loss (ipoo): there is no loss named 'ipoo'; did you mean loss=ipo?",
         "pairs.limit=3: train does not read pairs.limit; remove pairs.limit, a key of pairs",
     ):
