@@ -143,7 +143,7 @@ TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "ours"), TRANSLATED, ids=[str(row[0])[:60] for row in TRANSLATED])
+@pytest.mark.parametrize(("given", "ours"), TRANSLATED, ids=[", ".join(row[0]) for row in TRANSLATED])
 def test_an_argument_is_the_key_of_the_same_meaning(
     given: dict[str, Any], ours: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
@@ -174,7 +174,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "where", "remedy"), REFUSED, ids=[str(row[0])[:60] for row in REFUSED])
+@pytest.mark.parametrize(("given", "where", "remedy"), REFUSED, ids=[", ".join(row[0]) for row in REFUSED])
 def test_what_is_not_offered_is_named_with_the_reason(
     given: dict[str, Any], where: str, remedy: str, folder: Path, tmp_path: Path
 ) -> None:
