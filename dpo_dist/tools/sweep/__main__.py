@@ -33,7 +33,6 @@ def main(points: Points) -> int:
     check_points(points)
     first = next(iter(points.values()))
     folder = RunFolder(Path(first.run.root) / f"sweep-{first.run.name}")
-    pool: Pool
     with open_console(folder.rank_log, first.console.style) as console:
         warm_up()
         from dpo_dist.tools.sweep.results import sweep_lines, sweep_results  # noqa: PLC0415  (slow, prints)
@@ -43,7 +42,8 @@ def main(points: Points) -> int:
 
             with locked(folder.lock, "searches here", "wait until it ends, or set another run.name"):
                 search = Search(points, folder, console)
-                pool, is_stopped, found = search, search.run(search.waiting()), search.found()
+                is_stopped, found = search.run(search.waiting()), search.found()
+            pool: Pool = search
         else:
             job, jobs = _place_in_array()
             mine = list(points)[job::jobs]
