@@ -255,8 +255,8 @@ def _run(
     if this_rank() == 0:
         with warnings_off():
             report = check(configured)
-            content = {**report.as_dict(), "text": str(report)}
-            console_on(sys.stdout, config.console.style).result("check", content, str(report).splitlines())
+            console = console_on(sys.stdout, config.console.style)
+            console.result("check", report.as_dict(), str(report).splitlines())
     return ExitCode.completed
 
 

@@ -157,27 +157,22 @@ def _swept_in_files(values: Any) -> Iterator[str]:
 
 def _mistakes_of_search(points: Points, dimensions: Iterable[Dimension]) -> Iterator[ConfigError]:
     """Yield an error if a search compares losses of different kinds or scales."""
-    by = {str(config.sweep.by) for config in points.values()}
-    if keys := [found.key for found in dimensions if found.key.partition(".")[0] == "loss"]:
-        for metric in by:
-            if metric.removeprefix(PREFIX).startswith(LOSS_METRICS):
-                yield ConfigError(
-                    "this metric cannot be compared between the losses of this search",
-                    where="sweep.by",
-                    got=metric,
-                    remedy=f"set sweep.by=eval_{ACCURACIES[0]}, or give {', '.join(keys)} one value",
-                )
+    by = next((str(config.sweep.by) for config in points.values()), "")
+    keys = [found.key for found in dimensions if found.key.partition(".")[0] == "loss"]
+    if keys and by.removeprefix(PREFIX).startswith(LOSS_METRICS):
+        remedy = f"set sweep.by=eval_{ACCURACIES[0]}, or give {', '.join(keys)} one value"
+        message = "this metric cannot be compared between the losses of this search"
+        yield ConfigError(message, where="sweep.by", got=by, remedy=remedy)
 
 
 def _dimensions(words: Sequence[str], folders: Sequence[Path], *, searches: bool) -> dict[str, Dimension]:
     """Return the values of each swept word; raise if they cannot be listed, or in a search sampled."""
     dimensions, counts, mistakes = dict[str, Dimension](), dict[str, float](), list[ConfigError]()
-    for word in words:
-        override = next(iter(parse_overrides([word])[0]), None)
-        message, remedy = "", ""
-        if override is not None and (
-            override.is_discrete_sweep() or (searches and override.is_interval_sweep())
-        ):
+    for override in parse_overrides(words)[0]:
+        word, message, remedy = str(override.input_line), "", ""
+        if override.is_interval_sweep() and not searches:
+            mistakes += Command([word], folders, None, ()).mistakes
+        elif override.is_sweep_override():
             try:
                 counts[word], dimensions[word] = _dimension(override)
             except (ArithmeticError, ValueError, HydraException):
@@ -185,9 +180,7 @@ def _dimensions(words: Sequence[str], folders: Sequence[Path], *, searches: bool
                 if override.is_interval_sweep():
                     message = "this interval cannot be sampled"
                     remedy = "write 'tag(log, interval(1e-7,1e-5))', above 0, or interval(0,1)"
-        elif override is not None and override.is_interval_sweep():
-            mistakes += Command([word], folders, None, ()).mistakes
-        elif override is not None and _is_in_brackets(override, folders):
+        elif _is_in_brackets(override, folders):
             message = "several values of a sweep are written without brackets"
             remedy = f"write {override.key_or_group}={','.join(names_chosen(override))}"
         if message:

@@ -251,13 +251,13 @@ class ErrorPrinter:
 
     def print(self, text: str, content: Mapping[str, Any]) -> None:
         """Print one error; `content` is for programs. A stream that fails is ignored."""
-        is_object = self.is_json and not self.is_document
+        stream = sys.stderr
         if self.is_document:
             keep_document(json.dumps({"error": without_secrets(content)}))
-        if is_object:
-            now = datetime.now().astimezone().isoformat(timespec="seconds")
+        elif self.is_json:
+            now, stream = datetime.now().astimezone().isoformat(timespec="seconds"), json_stream()
             text = json.dumps({"kind": "error", "time": now, **without_secrets(content)})
-        print_line(text, json_stream() if is_object else sys.stderr)
+        print_line(text, stream)
 
     def print_end(self, exit_code: int, words: str) -> int:
         """Print `words`, how the process ended, on rank 0 unless they are empty; return the exit code."""
@@ -281,13 +281,6 @@ class ErrorPrinter:
         if error.is_printed_here is not False:
             self.print(error.block(), error.as_dict(sys.argv[1:]))
         return error.exit_code
-
-
-def _print_document(*, is_done: bool) -> None:
-    """Print the document that is kept; `is_done`: print one also for a verb without a result."""
-    if document := kept_document() or ('{"kind": "done"}' if is_done and kept_document() == "" else None):
-        print_line(document, json_stream())
-    keep_document(None)
 
 
 def exit_after(work: Callable[[], int], errors: ErrorPrinter | None = None) -> NoReturn:
@@ -320,7 +313,9 @@ def exit_after(work: Callable[[], int], errors: ErrorPrinter | None = None) -> N
             exit_code = ExitCode.failed
             message = {"code": int(exit_code), "title": "bug", "message": first_line(bug)}
             errors.print(traceback.format_exc().rstrip(), message)
-    _print_document(is_done=errors.rank == 0 and exit_code == ExitCode.completed)
+    is_done = errors.is_document and errors.rank == 0 and exit_code == ExitCode.completed
+    if document := kept_document() or ('{"kind": "done"}' if is_done else ""):
+        print_line(document, json_stream())
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()

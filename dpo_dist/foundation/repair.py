@@ -36,9 +36,7 @@ def repair_of(remedy: str, where: str, got: str, typed: Sequence[str]) -> dict[s
         if action is None:
             continue
         kind, words = str(action.lastgroup), action[str(action.lastgroup)]
-        if kind == "write":
-            write += [word.strip("'") for word in re.findall(_WORD, words)]
-        elif kind == "verb":
+        if kind in ("write", "verb"):
             write += [word.strip("'") for word in re.findall(rf"{_WORD}|\w+", words)]
         elif kind == "name":
             _, equals, value = "".join(wrong[:1]).partition("=")

@@ -17,7 +17,7 @@ class CheckReport(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         """Return the report for programs."""
         facts = [{"about": label.strip(), "text": text} for label, text in self.facts]
-        return {"verdict": self.verdict, "facts": facts, "hint": self.hint}
+        return {"verdict": self.verdict, "facts": facts, "hint": self.hint, "text": str(self)}
 
     def __str__(self) -> str:
         lines = (f"{label + ':':<14} {text}" if label else text for label, text in self.facts)

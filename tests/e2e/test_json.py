@@ -15,6 +15,7 @@ from dpo_dist.config.verbs import VERBS
 from dpo_dist.tools.selftest.checks import Check
 from tests.support.launch import ROOT, TWO_PROCESSES, constants, environment
 from tests.support.warm import ENVIRONMENT, run_warm, run_warm_apart
+from tests.unit.tools.pages.made_run import made_run
 
 RUN = "model.path=model model.dtype=fp32 data.train=[train.jsonl] tracking=off"
 MOST_ROUNDS = 4
@@ -212,6 +213,15 @@ def test_every_error_is_a_document(typed: str, folder: Path) -> None:
     code, found = document(shlex.split(typed), folder)
     assert code == found["error"]["code"] == 2
     assert found["error"]["remedy"]["text"]
+
+
+def test_a_report_has_the_verdict_and_the_findings_of_its_run(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    code, found = document(["report", str(run.path)], tmp_path)
+    assert code == 0
+    verdict = json.loads(run.summary.read_text())["verdict"]
+    assert found["runs"][0]["verdict"] == verdict
+    assert verdict["findings"]
 
 
 def test_several_processes_print_one_document(folder: Path) -> None:

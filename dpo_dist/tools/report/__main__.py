@@ -9,7 +9,7 @@ from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.files import remove_abandoned
 from dpo_dist.foundation.streams import print_line
-from dpo_dist.tools.report.run import PageFacts, verdict_for_page, write_page
+from dpo_dist.tools.report.run import PageFacts, write_page
 from dpo_dist.tools.report.runs import compare_runs
 from dpo_dist.tools.shared.pages.charts import draw_curves
 from dpo_dist.training.reporting.metrics_log import read_latest_rows, write_tables
@@ -45,19 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remedy = "check the files of the run, permissions and free space, or set --output page.html"
         where = str(options.output or options.runs[0])
         raise ConfigError("the page cannot be written", where=where, got=str(error), remedy=remedy) from error
-    facts = [(run, PageFacts(run)) for run in runs]
-    content = [
-        {
-            "run_dir": str(run),
-            "outcome": each.summary.get("exit"),
-            "final": each.section("final"),
-            "verdict": verdict_for_page(each),
-        }
+    facts = zip(runs, map(PageFacts, runs), strict=True)
+    results = [
+        {"run_dir": str(run), "outcome": each.summary.get("exit")}
+        | {name: each.section(name) for name in ("final", "verdict")}
         for run, each in facts
     ]
-    console_on(sys.stdout, "plain").result(
-        "report", {"page": str(path), "runs": content}, [f"report: {path}"]
-    )
+    content = {"page": str(path), "runs": results}
+    console_on(sys.stdout, "plain").result("report", content, [f"report: {path}"])
     return ExitCode.completed
 
 

@@ -41,8 +41,9 @@ def main(points: Points) -> int:
             from dpo_dist.tools.sweep.search import Search  # noqa: PLC0415  (an extra)
 
             with locked(folder.lock, "searches here", "wait until it ends, or set another run.name"):
-                pool: Pool = (search := Search(points, folder, console))
-                is_stopped = search.run(search.waiting())
+                search = Search(points, folder, console)
+                is_stopped, found = search.run(search.waiting()), search.found()
+            pool: Pool = search
         else:
             job, jobs = _place_in_array()
             mine = list(points)[job::jobs]
@@ -50,8 +51,8 @@ def main(points: Points) -> int:
             share = "" if jobs == 1 else f", {len(mine):,} of them for this job of the array"
             console.say(f"sweep: {len(points):,} points{share}, {len(mine) - len(left):,} finished")
             pool = Pool(points, folder, console, first.sweep)
-            is_stopped = pool.run(iter(left))
-        results = sweep_results(pool.points, pool.ends, folder, pool.found())
+            is_stopped, found = pool.run(iter(left)), {}
+        results = sweep_results(pool.points, pool.ends, folder, found)
         lines = [*sweep_lines(results, pool.points, folder.report), f"sweep   {folder.sweep}"]
         if is_stopped:
             lines.append("stopped: the same command continues with the points that are not finished")

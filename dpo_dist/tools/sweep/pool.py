@@ -169,10 +169,6 @@ class Pool:
             self.codes[words], self.ends[words] = ExitCode.completed, (_ending(ExitCode.completed), "")
         return bool(self._received)
 
-    def found(self) -> dict[str, Any]:
-        """Return what sweep.json has beside the points; a grid has nothing."""
-        return {}
-
     def is_hopeless(self, words: Words) -> bool:  # noqa: ARG002
         """Return whether a running point is to be stopped now; a grid trains every point to its end."""
         return False

@@ -57,11 +57,8 @@ def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str
     """Write the page about the points that have started; return its table, and lines about the others."""
     search = results.get("search")
     begun = [run for run in map(RunFolder.from_config, points.values()) if run.state.is_file()]
-    lines = (
-        ["", *compare_runs(begun, page, _search_charts(search) if search else ()), ""]
-        if len(begun) > 1
-        else []
-    )
+    charts = [_search_chart(search)] if search else []
+    lines = ["", *compare_runs(begun, page, charts), ""] if len(begun) > 1 else []
     for row in results["points"]:
         words = " ".join(f"{key}={value}" for key, value in row["settings"].items())
         if "error" in row:
@@ -74,9 +71,9 @@ def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str
     return [*lines, f"report  {page}"] if len(begun) > 1 else lines
 
 
-def _search_charts(search: Mapping[str, Any]) -> list[Markup]:
+def _search_chart(search: Mapping[str, Any]) -> Markup:
     """Return a chart of the values of a search's completed trials."""
     trials, values = list(search["values"]), list(search["values"].values())
     best = accumulate(values, min if search["is_lowest_best"] else max)
     lines = [Line("best so far", "smooth", trials, list(best)), Line("trial", "evaluation", trials, values)]
-    return [chart(f"Search: {find_metric(search['by'].removeprefix(PREFIX)).title}", lines, over="trial")]
+    return chart(f"Search: {find_metric(search['by'].removeprefix(PREFIX)).title}", lines, over="trial")

@@ -1,6 +1,7 @@
 """Train the points that optuna samples; stop one whose evaluations are worse than the others' median."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,11 @@ class Search(Pool):
 
     def waiting(self) -> Iterator[Words]:
         """Yield the points of open trials, then of new ones, without those whose results are known."""
-        for trial in self._open_and_new_trials():
+        study, find_id = self._study.study_name, self._storage.get_trial_id_from_study_id_trial_number
+        study_id = self._storage.get_study_id_from_name(study)
+        begun = [find_id(study_id, trial.number) for trial in self._trials(TrialState.RUNNING)]
+        while begun or len(self._trials()) < self._count:
+            trial = Trial(self._study, begun.pop(0)) if begun else self._study.ask()
             words = self._words(trial)
             same = self._open.setdefault(words, [])
             same.append(trial)
@@ -82,14 +87,6 @@ class Search(Pool):
                 self.ended(words)
             else:
                 yield words
-
-    def _open_and_new_trials(self) -> Iterator[Trial]:
-        study = self._storage.get_study_id_from_name(self._study.study_name)
-        for begun in self._trials(TrialState.RUNNING):
-            trial = self._storage.get_trial_id_from_study_id_trial_number(study, begun.number)
-            yield Trial(self._study, trial)
-        while len(self._trials()) < self._count:
-            yield self._study.ask()
 
     def _report(self, words: Words) -> dict[int, float]:
         """Report new evaluations of a point; return all values of the metric by step, from step 1 on."""
@@ -136,15 +133,14 @@ class Search(Pool):
 
     def found(self) -> dict[str, Any]:
         """Return what sweep.json has about the search: also the value of each completed trial."""
-        done, others = self._trials(TrialState.COMPLETE), self._trials(TrialState.PRUNED, TrialState.RUNNING)
-        outcomes = [trial.user_attrs.get(_OUTCOME, "open") for trial in others]
-        outcomes += [RunOutcome.completed] * len(done)
-        values = {trial.number + 1: trial.value for trial in done}
+        outcomes = Counter(trial.user_attrs.get(_OUTCOME, "open") for trial in self._trials())
         found = {"study": self._study.study_name, "by": self._by, "is_lowest_best": self._is_low}
-        found |= {"trials": {each: outcomes.count(each) for each in sorted(set(outcomes))}, "values": values}
-        best = self._words(self._study.best_trial) if values else ()
-        settings = dict(word.lstrip("+").split("=", 1) for word in best)
-        return found | {"best": {"settings": settings, "value": self._study.best_value} if best else None}
+        found |= {"trials": dict(sorted(outcomes.items())), "values": {}, "best": None}
+        if done := self._trials(TrialState.COMPLETE):
+            found["values"] = {trial.number + 1: trial.value for trial in done}
+            settings = dict(word.lstrip("+").split("=", 1) for word in self._words(self._study.best_trial))
+            found["best"] = {"settings": settings, "value": self._study.best_value}
+        return found
 
 
 def _repair(journal: Path) -> None:
