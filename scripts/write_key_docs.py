@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,11 +26,11 @@ MODIFIERS = {"ld_alpha", "weighting", "reference_free"}
 
 def pages() -> dict[Path, str]:
     """Return the whole text of every page with a table."""
-    docs = ROOT / "docs"
+    docs, machines = ROOT / "docs", ROOT / "benchmarks" / "machines.jsonl"
     return {
         docs / "losses.md": _with_table(docs / "losses.md", _loss_table()),
         docs / "configuration.md": _configuration(),
-        docs / "scaling.md": _with_table(docs / "scaling.md", _machine_table()),
+        docs / "scaling.md": _with_table(docs / "scaling.md", machine_table(machines.read_text())),
     }
 
 
@@ -72,27 +71,22 @@ def _loss_row(kind: str, facts: KindFacts) -> tuple[str, ...]:
     return f"`{kind}`", formula, options or "-", "yes" if facts.needs_reference else "-", facts.source
 
 
-def _machine_table() -> str:
-    """Return the rows of machines: each a line that `dpo-dist selftest --share` has printed."""
-    lines = (ROOT / "benchmarks" / "machines.jsonl").read_text().splitlines()
-    heading = ("device", "date", "versions", "pairs/s (MFU)", "passed", "failed", "skipped")
-    return _table(heading, map(_machine_row, map(json.loads, lines)))
-
-
-def _machine_row(shared: dict[str, Any]) -> tuple[str, ...]:
-    speeds = [
-        f"{name.removeprefix('speed of ')}: {speed['pairs_per_second']:,.0f} ({speed['mfu']:.0%})"
-        for name, speed in shared["speeds"].items()
-        if not name.endswith("compile") and not name.endswith("overlap")
-    ]
-    versions = [
-        f"{name} {shared['versions'][name]}" for name in ("torch", "CUDA") if shared["versions"][name]
-    ]
-    outcomes = list(shared["checks"].values())
-    failed = ", ".join(name for name, outcome in shared["checks"].items() if outcome == "failed")
-    passed, skipped = (str(outcomes.count(outcome)) for outcome in ("passed", "skipped"))
-    cells = (", ".join(versions), "; ".join(speeds) or "-", passed, failed[:CELL] or "-", skipped)
-    return shared["device"], shared["date"][:10], *cells
+def machine_table(lines: str) -> str:
+    """Return the table of machines; each line is one that `dpo-dist selftest --share` has printed."""
+    rows = []
+    for shared in map(json.loads, lines.splitlines()):
+        speeds = [
+            f"{name.removeprefix('speed of ')}: {speed['pairs_per_second']:,.0f} ({speed['mfu']:.0%})"
+            for name, speed in shared["speeds"].items()
+            if not name.endswith(("compile", "overlap"))
+        ]
+        versions = [f"{name} {shared['versions'][name] or '-'}" for name in ("torch", "CUDA")]
+        outcomes = Counter(shared["checks"].values())
+        checks = [f"{outcomes[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped")]
+        words = (", ".join(versions), "; ".join(speeds) or "-", ", ".join(checks))
+        rows.append((shared["device"], shared["date"][:10], *words))
+    heading = ("device", "date", "versions", "pairs/s (MFU)", "checks")
+    return _table(heading, rows) if rows else "No line yet.\n"
 
 
 def _configuration() -> str:

@@ -95,12 +95,7 @@ class MemberConfig:
 
 Member = Annotated[MemberConfig, BeforeValidator(as_entry("path"))]
 ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
-
-
-class ExportTool(StrEnum):
-    lm_eval = "lm-eval"
-    vllm = "vllm"
-    alpaca_eval = "alpaca-eval"
+ExportTool = StrEnum("ExportTool", {"lm_eval": "lm-eval", "vllm": "vllm", "alpaca_eval": "alpaca-eval"})
 
 
 @schema

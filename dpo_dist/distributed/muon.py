@@ -1,5 +1,6 @@
 """Muon for matrices and AdamW for all other weights, as one optimizer inside of DeepSpeed's."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,25 +80,20 @@ def _join(tensors: Sequence[Tensor], ranges: Sequence[Range]) -> dict[nn.Paramet
     """
     rank, ranks, size = dist.get_rank(), dist.get_world_size(), tensors[0].numel()
     cut = [each for each in ranges if each[3] < each[0].numel()]
-
-    def length_on(other: int, cut_range: Range) -> int:
-        weight, start, first, _ = cut_range
+    sent, to_send, to_receive = [tensors[0][:0]], [0] * ranks, [0] * ranks
+    shares: list[tuple[nn.Parameter, int]] = []
+    for other, (weight, start, first, length) in itertools.product(range(ranks), cut):
         begin = (rank - other) * size + start - first  # of the matrix, from the start of the other's part
-        return max(0, min(begin + weight.numel(), size) - max(begin, 0))
-
-    shares = [
-        (other, each, count) for other in range(ranks) for each in cut if (count := length_on(other, each))
-    ]
-    sent = [torch.stack([tensor.narrow(0, each[1], each[3]) for tensor in tensors]) for _, each, _ in shares]
-    to_send, to_receive = [0] * ranks, [0] * ranks
-    for (other, _, count), own in zip(shares, sent, strict=True):
-        to_send[other] += own.numel()
-        to_receive[other] += len(tensors) * count
+        count = min(begin + weight.numel(), size) - max(begin, 0)
+        if count > 0:
+            shares.append((weight, count))
+            sent += [tensor.narrow(0, start, length) for tensor in tensors]
+            to_send[other] += len(tensors) * length
+            to_receive[other] += len(tensors) * count
     received = tensors[0].new_empty(sum(to_receive))
-    flat = torch.cat([received[:0], *map(torch.flatten, sent)])
-    dist.all_to_all_single(received, flat, to_receive, to_send)
+    dist.all_to_all_single(received, torch.cat(sent), to_receive, to_send)
     pieces: dict[nn.Parameter, list[Tensor]] = {}
-    for _, (weight, *_), count in shares:
+    for weight, count in shares:
         piece, received = received.tensor_split([len(tensors) * count])
         pieces.setdefault(weight, []).append(piece.view(len(tensors), count))
     return {weight: [*torch.cat(each, dim=1)] for weight, each in pieces.items()}

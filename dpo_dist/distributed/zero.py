@@ -232,14 +232,16 @@ def _parameter_groups(
         return len(whole_shape(weight)) > 1 and weight not in unmoved
 
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    kinds = [(decays(weight), decays(weight) and weight in matrices) for weight in trained]
+    decayed = [weight for weight in trained if decays(weight)]
+    groups = [
+        ([weight for weight in decayed if weight in matrices], weight_decay, True),
+        ([weight for weight in decayed if weight not in matrices], weight_decay, False),
+        ([weight for weight in trained if not decays(weight)], 0.0, False),
+    ]
     return [
-        {
-            "params": [weight for weight, found in zip(trained, kinds, strict=True) if found == kind],
-            "weight_decay": weight_decay * kind[0],
-            MATRICES: kind[1],
-        }
-        for kind in sorted({*kinds}, reverse=True)
+        {"params": weights, "weight_decay": decay, MATRICES: are_matrices}
+        for weights, decay, are_matrices in groups
+        if weights
     ]
 
 

@@ -17,6 +17,7 @@ from unittest import mock
 import psutil
 import pytest
 
+from scripts.write_key_docs import machine_table
 from tests.simulated_cuda import runs
 from tests.support.launch import Finished
 from tests.support.warm_benchmarks import run_fork
@@ -215,6 +216,11 @@ def assert_shared(shared: dict[str, Any], checks: dict[str, Any], folder: Path) 
     assert shared["speeds"][names[0]]["pairs_per_second"] == 80
     outcomes = {name: check["outcome"] for name, check in checks.items() if name != "content"}
     assert shared["checks"] == outcomes
+    row = machine_table(json.dumps(shared)).splitlines()[-1]
+    assert f"| {shared['device']} | {shared['date'][:10]} | torch {shared['versions']['torch']}, CUDA " in row
+    failed = [*outcomes.values()].count("failed")
+    assert " | 0.5B, fused layers: none: 80 (40%) | " in row
+    assert f" passed, {failed} failed, " in row
     private = (checks["content"]["host"], str(folder), "a bug", "SIGSEGV")
     assert not any(text in json.dumps(shared) for text in private)
 

@@ -9,12 +9,13 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from transformers.utils import flatten_dict
 
 from dpo_dist.config.metrics import METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder
@@ -58,8 +59,8 @@ _RUN_IDS = {
     TrackerName.clearml: ("id", "reuse_last_task_id"),
 }
 """Where a tracker's run has its id, and the option of accelerate's class that continues this run."""
-_FILES = {*METRICS, *csv_columns()}
-"""Metrics whose names begin those of others."""
+_ABOVE = re.compile(rf"^({'|'.join(map(re.escape, sorted({*METRICS, *csv_columns()})))})/")
+"""A metric's name at the beginning of another one."""
 
 
 def plain_name(key: str) -> str:
@@ -67,20 +68,8 @@ def plain_name(key: str) -> str:
 
     `rewards/margins/a` beside `rewards/margins` is `train/rewards/margins.a`.
     """
-    name = key.removeprefix(PREFIX)
-    for place in (found.start() for found in re.finditer("/", name)):
-        if name[:place] in _FILES:
-            name = f"{name[:place]}.{name[place + 1 :]}"
+    name = _ABOVE.sub(r"\1.", key.removeprefix(PREFIX))
     return re.sub(r"[^\w./ :-]", "_", wandb_name(PREFIX * key.startswith(PREFIX) + name))
-
-
-def _plain_values(values: Fields, above: str = "") -> Iterator[tuple[str, float | str]]:
-    """Yield the settings with their keys: `loss.beta`."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _plain_values(value, f"{above}{name}.")
-        else:
-            yield above + name, value if isinstance(value, int | float) else str(value)
 
 
 class AccelerateRun:
@@ -90,7 +79,8 @@ class AccelerateRun:
     """
 
     def __init__(self, name: TrackerName, tracked: TrackedRun, end: float):
-        os.environ.update({key: value for key, value in _VARIABLES.items() if key not in os.environ})
+        for variable, value in _VARIABLES.items():
+            os.environ.setdefault(variable, value)
         self._name, self._note = name, tracked.folder.trackers / f"{name}.json"
         known = json.loads(self._note.read_bytes()) if self._note.exists() else {}
         self._id, self._received = known.get("id"), known.get("sent", -1.0)
@@ -101,7 +91,12 @@ class AccelerateRun:
             self._id = str(attrgetter(_RUN_IDS[name][0])(self._tracker.tracker))
         # TensorBoard would show settings as a second run, MLflow refuses to change them.
         if name is not TrackerName.tensorboard and not (known and name is TrackerName.mlflow):
-            self._tracker.store_init_configuration(dict(_plain_values(without_secrets(tracked.settings))))
+            settings = flatten_dict(without_secrets(tracked.settings))
+            plain = {
+                key: value if isinstance(value, int | float) else str(value)
+                for key, value in settings.items()
+            }
+            self._tracker.store_init_configuration(plain)
         self._write_note()
         for row in stored_rows(tracked.folder, end):
             self.log(row)
@@ -126,8 +121,7 @@ class AccelerateRun:
 
     def _options(self, tracked: TrackedRun) -> tuple[str, dict[str, Any]]:
         """Return the first argument of accelerate's class, for most the project, and its options."""
-        folder = tracked.folder
-        place, continued = folder.trackers / self._name, {"resume": "allow"} if self._id else {}
+        folder, place = tracked.folder, tracked.folder.trackers / self._name
         project, title = without_secrets([tracked.tracking.project or DEFAULT_PROJECT, tracked.title])
         first, options = project, dict[str, Any]()
         match self._name:
@@ -137,7 +131,7 @@ class AccelerateRun:
             case TrackerName.mlflow:
                 options = {"run_name": title}
             case TrackerName.trackio | TrackerName.swanlab:
-                options = {"name": title, **continued}
+                options = {"name": title, **({"resume": "allow"} if self._id else {})}
             case TrackerName.aim:
                 first, options = title, {"experiment": project, "capture_terminal_logs": False}
             case TrackerName.clearml:
@@ -171,7 +165,7 @@ class InBackground:
     `start` opens the run. A row that cannot be sent is tried again before the next one, and at the end.
     """
 
-    def __init__(self, name: str, start: Callable[[Say], OpenRun | None], say: Say, folder: RunFolder):
+    def __init__(self, name: str, start: Callable[[], OpenRun | None], say: Say, folder: RunFolder):
         self._name, self._say, self._folder = name, say, folder
         self._run: OpenRun | None = None
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
@@ -207,9 +201,9 @@ class InBackground:
             rows = f"{lost:,} of the {pluralize(self._logged, 'row')} of this start"
             warn(f"{rows} were not sent to {self._name}; {self._folder.log_history} has all", self._say)
 
-    def _work(self, start: Callable[[Say], OpenRun | None]) -> None:
+    def _work(self, start: Callable[[], OpenRun | None]) -> None:
         with self._warns("cannot start, training continues without it"):
-            self._run = start(self._say)
+            self._run = start()
         self.is_open.set()
         if (run := self._run) is None:
             return
@@ -277,15 +271,13 @@ def open_trackers(tracked: TrackedRun, end: float, say: Say) -> Trackers:
     """
     trackers: list[InBackground] = []
     for name in dict.fromkeys(tracked.tracking.to):
-        if name is not TrackerName.wandb or wanted_mode(tracked.tracking.wandb) is not None:
-            trackers.append(InBackground(name, partial(_open, name, tracked, end), say, tracked.folder))
+        start: Callable[[], OpenRun | None] = partial(AccelerateRun, name, tracked, end)
+        if name is TrackerName.wandb:
+            if wanted_mode(tracked.tracking.wandb) is None:
+                continue
+            start = partial(open_wandb, tracked, end, say)
+        trackers.append(InBackground(name, start, say, tracked.folder))
     until = time.monotonic() + _OPEN_SECONDS
     for tracker in trackers:  # so that the messages of a fast start come in order
         tracker.is_open.wait(max(until - time.monotonic(), 0.0))
     return Trackers(trackers)
-
-
-def _open(name: TrackerName, tracked: TrackedRun, end: float, say: Say) -> OpenRun | None:
-    """Start or resume the run of a tracker; None is a W&B run that cannot start, others raise."""
-    is_wandb = name is TrackerName.wandb
-    return open_wandb(tracked, end, say) if is_wandb else AccelerateRun(name, tracked, end)

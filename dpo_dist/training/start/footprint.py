@@ -129,7 +129,7 @@ def state_bytes(optim: OptimConfig, trainer: TrainerConfig, causal_lm: Any = Non
     if optim.kind is OptimizerKind.muon and causal_lm is not None:
         trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
         by_muon = sum(weight.numel() for weight in matrices_of(causal_lm)) / trained
-        states = by_muon * states + (1 - by_muon) * STATES_PER_MASTER[OptimizerKind.adamw]
+        states += 1 - by_muon  # the other weights have AdamW's second state
     return 4.0 * (1 + states + (trainer.ema_decay is not None))
 
 

@@ -138,7 +138,7 @@ class Stuck:
 
 
 def background(run: Any, folder: Path, say: Callable[[str], None] = print) -> InBackground:
-    return InBackground("wandb", lambda tell: run, say, RunFolder(folder))
+    return InBackground("wandb", lambda: run, say, RunFolder(folder))
 
 
 def test_rows_wait_for_a_dead_network_and_the_caller_does_not(tmp_path: Path) -> None:
