@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -39,14 +38,13 @@ from dpo_dist.data.read.files import write_records
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import locked, staged_folder, write_text
 from dpo_dist.foundation.process import this_rank
-from dpo_dist.foundation.streams import print_line
 from dpo_dist.model.files.folder import model_folder
 from dpo_dist.tools.convert.arguments import DPOConfig, KTOConfig, TrainerArguments, adapter_keys, refused
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.translate import translate_run
 from dpo_dist.verbs import evaluate, export
 
-_EVENTS = {"on_init_end", "on_train_begin", "on_log", "on_evaluate", "on_save", "on_train_end"}
+_EVENTS = ("on_init_end", "on_train_begin", "on_log", "on_evaluate", "on_save", "on_train_end")
 _BITS = ("load_in_", "bnb_4bit_quant_type")
 
 
@@ -81,7 +79,8 @@ class DPOTrainer:
         self.processing_class, self.compute_metrics = processing_class, compute_metrics
         self.state, self.control, self.callbacks = TrainerState(), TrainerControl(), list[TrainerCallback]()
         world, is_main = int(os.environ.get("WORLD_SIZE", "1")), this_rank() == 0
-        self.accelerator = SimpleNamespace(print=_say, is_main_process=is_main, num_processes=world)
+        say = print if is_main else lambda *_: None
+        self.accelerator = SimpleNamespace(print=say, is_main_process=is_main)
         self._keys = self.args.keys() | {"num_processes": world}
         self._own: dict[str, Any] = {
             "run.dir": str(self.run),
@@ -97,15 +96,16 @@ class DPOTrainer:
         self._eval = self._sources(eval_dataset, "eval_dataset")
         if not train:
             raise ConfigError("there are no records", where="train_dataset", remedy="pass a datasets.Dataset")
+        lines = Path(train[0]["path"]).read_bytes().splitlines()
         self._own["data.train"] = train
-        self._own["data.unpair"] = self.config is KTOConfig and "chosen" in _first_record(train)
+        self._own["data.unpair"] = self.config is KTOConfig and "chosen" in json.loads(lines[0])
         if self.args.eval_strategy != "no":
             self._own["data.eval"] = self._eval
         self._place_models(model, ref_model, peft_config)
         given = quantization_config or self._keys["model_init_kwargs"].pop("quantization_config", None)
         if given is not None:
             self._keys |= {key: value for key, value in given.to_dict().items() if key.startswith(_BITS)}
-        self._keys |= self.args.intervals(Path(train[0]["path"]).read_bytes().count(b"\n"), world)
+        self._keys |= self.args.intervals(len(lines), world)
         self._translate()
         self._call("on_init_end")
 
@@ -119,11 +119,11 @@ class DPOTrainer:
                 )
             self._keys["early_stopping_patience"] = callback.early_stopping_patience
             return
-        base, kind = vars(TrainerCallback), type(callback)
-        events = [name for name in base if name.startswith("on_") and getattr(kind, name) is not base[name]]
-        if others := sorted({*events} - _EVENTS):
-            remedy = f"of a callback there are {', '.join(sorted(_EVENTS))}; progress is shown anyway"
-            raise refused("callbacks", f"{kind.__name__}.{others[0]}", remedy)
+        kind = type(callback)
+        for name, unchanged in vars(TrainerCallback).items():
+            if name.startswith("on_") and name not in _EVENTS and getattr(kind, name) is not unchanged:
+                remedy = f"of a callback there are {', '.join(_EVENTS)}; progress is shown anyway"
+                raise refused("callbacks", f"{kind.__name__}.{name}", remedy)
         self.callbacks.append(callback)
 
     def train(self, resume_from_checkpoint: bool | str | None = None, **_: Any) -> TrainOutput:
@@ -219,12 +219,12 @@ class DPOTrainer:
 
     def _renamed(self, row: dict[str, float]) -> dict[str, float]:
         """Return a row with the name of an evaluation set where TRL has it: `eval_NAME_loss`."""
-        labels = "|".join(re.escape(source["label"]) for source in self._eval if "label" in source)
-        if not labels:
-            return row
-        if len(self._eval) == 1:  # the only set has no names of its own in a row
-            row = {f"{key}/{labels}" if key.startswith("eval_") else key: row[key] for key in row}
-        return {re.sub(rf"^eval_(.+)/({labels})$", r"eval_\2_\1", key): row[key] for key in row}
+        for label in (source["label"] for source in self._eval if "label" in source):
+            end = f"/{label}" if len(self._eval) > 1 else ""  # the only set has no name in a row
+            named = [key for key in row if key.startswith("eval_") and key.endswith(end)]
+            names = {key: f"eval_{label}_{key.removeprefix('eval_').removesuffix(end)}" for key in named}
+            row = {names.get(key, key): value for key, value in row.items()}
+        return row
 
     def _on_row(self, row: dict[str, float]) -> bool:
         """Call the callbacks, on rank 0; return whether one of them ends the run."""
@@ -298,28 +298,24 @@ class DPOTrainer:
 
     def _sources(self, given: Any, name: str) -> list[dict[str, Any]]:
         """Write records in memory, or a mapping of several sets, to files; return them as sources."""
-        folder, sets = (
-            self.folder / "encoded" / "records",
-            given if isinstance(given, Mapping) else {"": given},
-        )
-        files = {
-            label: str(write_records(records, folder, name))
-            for label, records in sets.items()
-            if records is not None
-        }
-        return [{"path": file} | ({"label": label} if label else {}) for label, file in files.items()]
+        if given is None:
+            return []
+        folder = self.folder / "encoded" / "records"
+        if not isinstance(given, Mapping):
+            return [{"path": str(write_records(given, folder, name))}]
+        sets = given.items()
+        return [{"path": str(write_records(one, folder, name)), "label": label} for label, one in sets]
 
     def _translate(self) -> None:
         """Write the file of the run; raise if an argument with an effect has no translation."""
         name = self.config.__name__
         translation = translate_run(ForeignRun("TRL", self._keys, name), self._own)
-        raise_all(
-            [
-                refused(key, str(self._keys.get(key)), f"{why}; keys of dpo_dist go into {name}(words=[...])")
-                for key, why in translation.reasons.items()
-                if not why.startswith("not needed") and "has no effect" not in why
-            ]
-        )
+        faults = [
+            refused(key, str(self._keys.get(key)), f"{why}; keys of dpo_dist go into {name}(words=[...])")
+            for key, why in translation.reasons.items()
+            if not why.startswith("not needed") and "has no effect" not in why
+        ]
+        raise_all(faults)
         file = self.folder / "dpo_dist.yaml"
         write_text(file, translation.as_file())
         self._words = [str(file), *self.args.words]
@@ -329,16 +325,6 @@ class KTOTrainer(DPOTrainer):
     """TRL's `KTOTrainer`: as `DPOTrainer`, on labelled responses, or on pairs that are taken apart."""
 
     config = KTOConfig
-
-
-def _say(*texts: Any) -> None:
-    if this_rank() == 0:
-        print_line(" ".join(map(str, texts)))
-
-
-def _first_record(sources: list[dict[str, Any]]) -> dict[str, Any]:
-    with Path(sources[0]["path"]).open() as lines:
-        return dict(json.loads(next(lines)))
 
 
 def _tokenization(tokenizer: Any) -> Any:

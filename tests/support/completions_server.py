@@ -23,7 +23,7 @@ class CompletionsServer:
 
     folder: Path
     name: str = "policy"
-    form: str = "ids"  # or "text", or "plain"
+    form: str = "ids"  # in and out, "text" out only, or "plain": text in and out, and nothing else
     longest: int | None = None
     seconds: float = 0.0  # before each reply
     reads: Callable[[list[int]], list[int]] = list  # the prompt that the model gets
@@ -55,11 +55,11 @@ class CompletionsServer:
             return 404, {"error": {"code": "model_not_found", "message": ""}}
         if self.form == "plain" and not body.keys() <= STRICT:
             return 422, {"error": {"code": None, "message": "a text of the request"}}
-        if self.form != "ids" and not isinstance(body["prompt"], str):
+        if self.form == "plain" and not isinstance(body["prompt"], str):
             return 400, {"error": {"code": None, "message": "prompt must be a string"}}
         with self.lock:
             model, tokenizer = self.load(body["model"])
-            sent = body["prompt"] if self.form == "ids" else tokenizer(body["prompt"])["input_ids"]
+            sent = tokenizer(body["prompt"])["input_ids"] if self.form == "plain" else body["prompt"]
             if self.refuses(sent):
                 return 400, {"error": {"code": "filter", "message": "a text of the request"}}
             prompt = self.reads(sent)

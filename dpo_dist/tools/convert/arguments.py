@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,10 @@ _NO_KEYS = (
     *("output_dir", "resume_from_checkpoint", "train_sampling_strategy", "hub_token", "words"),
     *("logging_steps", "eval_steps", "save_steps"),  # those of `intervals`
 )
-_ADAPTER_FACTS = ("task_type", "base_model_name_or_path", "inference_mode", "revision", "peft_version")
+_NO_ADAPTER_KEYS = (
+    *("task_type", "base_model_name_or_path", "inference_mode", "revision", "peft_version"),
+    *("r", "lora_dropout"),  # TRL switches dropout off with that of the model
+)
 
 
 @dataclass
@@ -51,10 +54,7 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
 
     def keys(self) -> dict[str, Any]:
         """Return what is not at its default, and `_ALWAYS`, as keys of a file."""
-        usual = {
-            entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()
-            for entry in fields(self)
-        }
+        usual = vars(type(self)())
         keys = {
             name: json.loads(value) if str(value).startswith('{"') else getattr(value, "value", value)
             for name, value in vars(self).items()
@@ -81,11 +81,9 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
             strategy, every = getattr(self, f"{name}_strategy"), getattr(self, f"{name}_steps")
             every = self.logging_steps if every is None else every
             every = epoch if strategy == "epoch" else math.ceil(every if every >= 1 else every * steps)
-            keys |= {f"{name}_strategy": "steps", f"{name}_steps": every} if strategy in _REGULAR else {}
+            if strategy in ("epoch", "steps"):
+                keys |= {f"{name}_strategy": "steps", f"{name}_steps": every}
         return keys
-
-
-_REGULAR = ("epoch", "steps")
 
 
 @dataclass
@@ -128,9 +126,7 @@ def adapter_keys(peft_config: Any, model_type: str) -> dict[str, Any]:
     given = {name: value for name, value in peft_config.to_dict().items() if value != usual[name]}
     targets = given.pop("target_modules", None) or USUAL_TARGETS.get(model_type)
     targets = targets if isinstance(targets, str) else sorted(targets or ())
-    # TRL switches dropout off with that of the model.
     names = {"bias": "lora_bias", "modules_to_save": "lora_modules_to_save"}
-    unread = (*_ADAPTER_FACTS, "lora_dropout", "r")
-    keys = {names.get(name, name): value for name, value in given.items() if name not in unread}
+    keys = {names.get(name, name): value for name, value in given.items() if name not in _NO_ADAPTER_KEYS}
     keys |= {"use_peft": True, "lora_r": peft_config.r, "lora_alpha": peft_config.lora_alpha}
     return keys | {"lora_target_modules": targets}

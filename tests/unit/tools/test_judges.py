@@ -15,7 +15,7 @@ from dpo_dist.config.user_code import find_function
 from dpo_dist.config.verb_sections import EndpointConfig, Verdicts
 from dpo_dist.data.records import Message, Origin, PreferenceRecord, Prompt
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.tools.shared.sampling import judges
+from dpo_dist.tools.shared.sampling import client, judges
 from dpo_dist.tools.shared.sampling.judges import (
     EndpointJudge,
     FunctionJudge,
@@ -120,8 +120,13 @@ def always(reply: Any) -> Answer:
     return lambda *_: reply
 
 
-def endpoint(url: str, retries: int = 0, **keys: Any) -> EndpointJudge:
-    return EndpointJudge(EndpointConfig(url=url, model="judge", **keys), retries)
+@pytest.fixture(autouse=True)
+def no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "RETRIES", 0)
+
+
+def endpoint(url: str, **keys: Any) -> EndpointJudge:
+    return EndpointJudge(EndpointConfig(url=url, model="judge", **keys))
 
 
 def judged(answer: Answer, *responses: str, **keys: Any) -> tuple[Judgement, JudgeServer]:

@@ -92,7 +92,7 @@ TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {},
         {"trainer.seed": 42, "trainer.log_every": 10, "trainer.save_every": 500, "optim.schedule": "linear"}
         | {"model.gradient_checkpointing": "full", "model.dtype": "bf16", "trainer.global_batch_pairs": 8}
-        | {"parallelism.kind": "ddp", "tracking.wandb": "off", "loss.kind": "sigmoid"},
+        | {"parallelism.kind": "ddp", "tracking.to": [], "loss.kind": "sigmoid"},
     ),
     ({"bf16": False}, {"model.dtype": "fp32"}),
     ({"fp16": True}, {"model.dtype": "fp16"}),

@@ -6,11 +6,9 @@ The API key comes from the environment. Errors contain neither the key nor a tex
 import contextlib
 import json
 import os
-import threading
-from collections import deque
 from collections.abc import Callable, Collection, Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from dpo_dist.foundation.errors import ConfigError
@@ -23,7 +21,6 @@ _LISTING_SECONDS = 45.0  # a server that computes everything else slowly answers
 _LOADING = 503
 # Statuses that refuse a single request for its texts; others mean that the server cannot be used.
 _REFUSES_TEXTS = (400, 413, 422)
-T = TypeVar("T")
 R = TypeVar("R")
 
 
@@ -38,9 +35,7 @@ class RefusedError(Exception):
 class Client:
     """The `openai` client of one server; `url_key` is the key of its `url`, and `name` the model's there."""
 
-    def __init__(
-        self, url: str, url_key: str, name: str, seconds: float, parallel: int, retries: int = RETRIES
-    ):
+    def __init__(self, url: str, url_key: str, name: str, seconds: float, parallel: int):
         try:
             import openai  # noqa: PLC0415  (optional)
         except ImportError:
@@ -50,13 +45,13 @@ class Client:
         self._openai, self.url, self._url_key, self.name = openai, url, url_key, name
         key = os.environ.get(KEY_VARIABLE, "").strip() or "none"
         timeout = openai.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS))
-        self._openai_client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
+        self._openai_client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=RETRIES)
         self._parallel, self._names = parallel, ""
         self._file: Path | None = None
         self._show: Callable[[int, int], None] = lambda *_: None
         self._answered = self._asked = 0
 
-    def send(self, request: Callable[[Any], T]) -> T:
+    def send(self, request: Callable[[Any], Any]) -> Any:
         """Return what `request` does with the client; raise RefusedError, or ConfigError without a server."""
         try:
             return request(self._openai_client)
@@ -84,13 +79,17 @@ class Client:
         return found
 
     @contextlib.contextmanager
-    def keeping(self, file: Path, show: Callable[[int, int], None]) -> Iterator[None]:
-        """Inside the block keep replies in `file`, and `show` how many came so far, of how many requests."""
-        self._file, self._show = file, show
+    def keeping(self, file: Path, show: Callable[[int, int], None], times: float = 1) -> Iterator[None]:
+        """Inside the block keep replies in `file`, and `show` how many came so far, of how many requests.
+
+        `times`: how many requests are expected for each one until the end of the block.
+        """
+        before = self._file, self._show
+        self._file, self._show = file, lambda answered, asked: show(answered, round(asked * times))
         try:
             yield
         finally:
-            self._file, self._show = None, lambda *_: None
+            self._file, self._show = before
 
     def ask(
         self, keys: Collection[str], answer: Callable[[str], R], check: Callable[[], None]
@@ -105,44 +104,25 @@ class Client:
         self._asked, self._answered = self._asked + len(keys), self._answered + len(replies)
         self._show(self._answered, self._asked)
         missing = [key for key in keys if key not in replies]
-        with contextlib.ExitStack() as opened:
-            file = None if self._file is None else opened.enter_context(self._file.open("a", buffering=1))
-            for key, reply in self._answers(missing, answer):
+
+        def reply_to(key: str) -> tuple[str, R | None]:
+            try:
+                return key, answer(key)
+            except RefusedError:
+                return key, None
+
+        # Unlike that of concurrent.futures, this pool waits for no request after an error or Ctrl-C.
+        with ThreadPool(self._parallel) as pool:
+            for key, reply in pool.imap_unordered(reply_to, missing):
                 replies[key] = reply
-                if file is not None and reply is not None:  # a killed command may have left half a line
-                    file.write("\n" + json.dumps([key, reply]))
+                if self._file is not None and reply is not None:
+                    with self._file.open("a") as file:  # a killed command may have left half a line
+                        file.write("\n" + json.dumps([key, reply]))
                 self._answered += 1
                 self._show(self._answered, self._asked)
         if replies and all(reply is None for reply in replies.values()):
             check()
         return replies
-
-    def _answers(self, keys: Collection[str], answer: Callable[[str], R]) -> Iterator[tuple[str, R | None]]:
-        """Yield each key with its answer, as they come.
-
-        After an error or Ctrl-C nothing waits for requests under way, as a pool of threads would.
-        """
-        todo, done = deque(keys), SimpleQueue[tuple[str, R | None, Exception | None]]()
-
-        def work() -> None:
-            while todo:
-                with contextlib.suppress(IndexError):
-                    key = todo.popleft()
-                    try:
-                        done.put((key, answer(key), None))
-                    except Exception as error:  # raised where it is read
-                        done.put((key, None, error))
-
-        for _ in range(min(self._parallel, len(keys))):
-            threading.Thread(target=work, name="requests", daemon=True).start()
-        try:
-            for _ in keys:
-                key, reply, error = done.get()
-                if error is not None and not isinstance(error, RefusedError):
-                    raise error
-                yield key, reply
-        finally:
-            todo.clear()
 
     def unusable(self, fault: str) -> ConfigError:
         """Return the error for a server that does not reply as expected."""
@@ -159,8 +139,9 @@ class Client:
 def _kept(file: Path) -> dict[str, Any]:
     """Return the replies in a file by their keys, without a line that was cut."""
     replies = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    for line in filter(None, lines):
         with contextlib.suppress(json.JSONDecodeError):
-            key, reply = json.loads(line) if line else ("", None)
+            key, reply = json.loads(line)
             replies[key] = reply
     return replies

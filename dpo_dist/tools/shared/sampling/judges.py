@@ -40,7 +40,7 @@ from dpo_dist.model.files.folder import description_folder, model_folder
 from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.tools.shared.images import jpeg_uri
-from dpo_dist.tools.shared.sampling.client import RETRIES, Client, RefusedError
+from dpo_dist.tools.shared.sampling.client import Client, RefusedError
 
 log = logging.getLogger(__name__)
 
@@ -292,10 +292,10 @@ _HARMLESS = Question(PreferenceRecord("Hello.", (), Origin("a harmless prompt", 
 class EndpointJudge:
     """Asks an endpoint for verdicts, several at a time."""
 
-    def __init__(self, config: EndpointConfig, retries: int = RETRIES):
+    def __init__(self, config: EndpointConfig):
         self._config, self._options = config, _OPTIONS
         address = str(config.url), _URL, str(config.model)
-        self.client = Client(*address, TIMEOUT_SECONDS, PARALLEL_REQUESTS, retries)
+        self.client = Client(*address, TIMEOUT_SECONDS, PARALLEL_REQUESTS)
 
     def __str__(self) -> str:
         compares = self._config.verdicts is Verdicts.compare
@@ -358,7 +358,7 @@ class EndpointJudge:
         """Return the assistant's text; the temperature is 0 if the endpoint accepts that."""
         body, options = {"model": self.client.name, "messages": messages}, self._options
         try:
-            reply: Any = self.client.send(lambda openai: openai.chat.completions.create(**body, **options))
+            reply = self.client.send(lambda openai: openai.chat.completions.create(**body, **options))
         except RefusedError as refusal:
             is_unsupported = refusal.param in options and refusal.code.startswith("unsupported_")
             if is_unsupported and options is _OPTIONS:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +117,10 @@ class Prompts:
                 for done, index in enumerate(share, start=1):
                     if flag.exists():
                         return
-                    with ExitStack() as kept, explain_out_of_memory(title, remedy):
-                        if client is not None:
-                            # The requests of later parts are not known: they are estimated.
-                            counted = partial(_show_requests, show, len(share) / done)
-                            kept.enter_context(client.keeping(parts.replies(index), counted))
+                    kept: AbstractContextManager[None] = contextlib.nullcontext()
+                    if client is not None:  # the requests of later parts are not known: they are estimated
+                        kept = client.keeping(parts.replies(index), show, len(share) / done)
+                    with kept, explain_out_of_memory(title, remedy):
                         rows = work(index)
                     with files.staged_file(parts.file(index)) as temporary:
                         files.write_lines(temporary, rows)
@@ -153,10 +152,9 @@ class Prompts:
         config = self.run.config
         settings = generation_settings(config.data, config.model, sampling)
         settings |= {"model": source.digest, "numbers": [numbers.start, len(numbers)]}
-        settings |= {} if config.sampling.endpoint.url is None else {"server": True}
-        stage, server = self.stage("responses", settings), None
-        if config.sampling.endpoint.url is not None and stage.unfinished():
-            server = self._served(source, stage)
+        is_served = config.sampling.endpoint.url is not None
+        stage = self.stage("responses", settings | ({"server": True} if is_served else {}))
+        server = self._served(source, stage) if is_served and stage.unfinished() else None
 
         def part(index: int) -> list[dict[str, Any]]:
             opened = open_model() if server is None else (server.responder, server.generate)
@@ -180,10 +178,6 @@ class Prompts:
         with console.heartbeat(f"checking that the server serves {source.name}"), unsharded_loading(world):
             world.on_main(ready)
         return world.together(lambda: open_server(endpoint, responder))
-
-
-def _show_requests(show: Callable[..., None], times: float, answered: int, asked: int) -> None:
-    show(answered, round(asked * times))
 
 
 def in_parts(records: Sequence[PreferenceRecord], size: int) -> list[Sequence[PreferenceRecord]]:

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -47,14 +46,6 @@ _MOST = 1.6
 """Most that a server's log-probs differ from ours, as a multiple of what bf16 rounding makes."""
 
 
-class _Form(StrEnum):
-    """What a server understands, the best form first."""
-
-    ids = "prompts as token ids"
-    text = "prompts as texts"
-    plain = "prompts as texts, one response at a time, no log-probs"  # `transformers serve`
-
-
 @dataclass(frozen=True)
 class _Completed:
     """A response; `logps` are those of its tokens and its end (empty: not reported).
@@ -70,18 +61,22 @@ class _Completed:
 
 @dataclass(frozen=True, eq=False)
 class Server:
-    """A model behind a server; `responder` knows its tokens."""
+    """A model behind a server; `responder` knows its tokens.
+
+    A server that `takes_ids` also makes several responses at a time; `transformers serve` does neither.
+    """
 
     client: Client
     responder: Responder
-    form: _Form
+    takes_ids: bool = True
 
     def __str__(self) -> str:
-        return f"{self.client.name} at {self.client.url}: {self.form}"
+        form = "token ids" if self.takes_ids else "texts, one response at a time, no log-probs"
+        return f"{self.client.name} at {self.client.url}: prompts as {form}"
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample | None]:
         """Return a sample for each request, in order; None where the server refuses the prompt."""
-        keys = [f"{each.key} {each.number if self.form is _Form.plain else ''}" for each in requests]
+        keys = [f"{each.key} {'' if self.takes_ids else each.number}" for each in requests]
         counts, prompts = Counter(keys), dict(zip(keys, requests, strict=True))
 
         def answer(key: str) -> list[tuple[list[int], int | None]]:
@@ -96,15 +91,15 @@ class Server:
         """Return `count` responses to a prompt; raise RefusedError if the server refuses it."""
         body: dict[str, Any] = {"model": self.client.name, "max_tokens": sampling.max_new_tokens}
         body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
-        body["prompt"] = prompt_ids.tolist() if self.form is _Form.ids else self._as_text(prompt_ids)
-        extra: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k else {}
-        if self.form is not _Form.plain:
+        if self.takes_ids:
             # Else the defaults of the model's folder, such as a repetition penalty, would count.
             extra = {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
             extra |= {"stop_token_ids": sorted(self.responder.stop_ids), "return_token_ids": True}
-            body |= {"n": count, "logprobs": 1}
-        body["extra_body"] = extra
-        reply: Any = self.client.send(lambda openai: openai.completions.create(**body))
+            body |= {"prompt": prompt_ids.tolist(), "n": count, "logprobs": 1, "extra_body": extra}
+        else:
+            body["prompt"] = self._as_text(prompt_ids)
+            body["extra_body"] = {"top_k": sampling.top_k} if sampling.top_k else {}
+        reply = self.client.send(lambda openai: openai.completions.create(**body))
         choices = getattr(reply, "choices", None) or []
         if len(choices) != count:
             raise RefusedError(f"{len(choices)} of {pluralize(count, 'response')}")
@@ -146,12 +141,12 @@ class Server:
 
     def probe(self) -> None:
         """Send a harmless request; raise RefusedError or ConfigError if the server cannot answer it."""
-        ids, count = np.array(self._encoded("Hello."), dtype=np.int32), 1 if self.form is _Form.plain else 2
-        self.complete(ids, Sampling(1), count)
+        ids = np.array(self._encoded("Hello."), dtype=np.int32)
+        self.complete(ids, Sampling(1), 2 if self.takes_ids else 1)
 
 
 def open_server(endpoint: ServerConfig, responder: Responder) -> Server:
-    """Return the server of a model in the first form in which it answers a harmless request.
+    """Return the server of a model, after a harmless request that says what it takes.
 
     The responder's limit on prompt and response becomes the server's, if that is lower.
     """
@@ -159,12 +154,12 @@ def open_server(endpoint: ServerConfig, responder: Responder) -> Server:
     client = Client(str(endpoint.url), _URL, name, _SECONDS, endpoint.parallel)
     limits = (responder.longest, getattr(client.listed().get(name), "max_model_len", None))
     longest = min((limit for limit in limits if limit is not None), default=None)
-    for form in _Form:
-        server = Server(client, replace(responder, longest=longest), form)
-        with contextlib.suppress(RefusedError):
-            server.probe()
-            return server
-    server.check()
+    server = Server(client, replace(responder, longest=longest))
+    try:
+        server.probe()
+    except RefusedError:
+        server = replace(server, takes_ids=False)
+        server.check()
     return server
 
 
@@ -182,7 +177,7 @@ def reload_server(endpoint: ServerConfig, source: ModelSource) -> None:
             expected="exit code 0 once the old weights are gone; a server is started in the background",
             remedy="correct the command, whose output is in logs/rank-0.log of the run directory",
         ) from None
-    client = Client(str(endpoint.url), _URL, endpoint.model or source.name, _SECONDS, 1, retries=0)
+    client = Client(str(endpoint.url), _URL, endpoint.model or source.name, _SECONDS, 1)
     while time.monotonic() < deadline:
         with contextlib.suppress(ConfigError):
             client.listed()
