@@ -72,3 +72,8 @@ def test_of_several_words_of_a_key_the_repaired_one_stays() -> None:
     where = "command line: model.dtype=float32"
     found = repair_of("did you mean model.dtype=fp32?", where, "float32", typed)
     assert found == {"write": ["model.dtype=fp32"], "remove": typed[:2]}
+
+
+def test_a_word_that_is_shown_in_another_way_is_removed_by_its_key() -> None:
+    found = repair_of("remove it", 'command line: loss.beta="=0.2"', "=0.2", ["loss.beta==0.2"])
+    assert found == {"write": [], "remove": ["loss.beta"]}
