@@ -101,7 +101,7 @@ def load_points(
     values, swept = _values(command(fixed)), {override.key_or_group for override in given.values()}
     words = [*words, *(word for word in _swept_in_files(values) if word.partition("=")[0] not in swept)]
     points = Points() if OmegaConf.select(values, "sweep.trials") is None else SearchSpace()
-    dimensions = _dimensions(words, folders, searches=isinstance(points, SearchSpace))
+    dimensions = _dimensions(words, folders, all_mistakes, searches=isinstance(points, SearchSpace))
     choices = [
         [f"{found.key}={text}" for text in found.texts] if (found := dimensions.get(word)) else [word]
         for word in words
@@ -165,13 +165,24 @@ def _mistakes_of_search(points: Points, dimensions: Iterable[Dimension]) -> Iter
         yield ConfigError(message, where="sweep.by", got=by, remedy=remedy)
 
 
-def _dimensions(words: Sequence[str], folders: Sequence[Path], *, searches: bool) -> dict[str, Dimension]:
-    """Return the values of each swept word; raise if they cannot be listed, or in a search sampled."""
+def _dimensions(
+    words: Sequence[str], folders: Sequence[Path], before: Iterable[DpoDistError], *, searches: bool
+) -> dict[str, Dimension]:
+    """Return the values of each swept word.
+
+    Raises:
+        ConfigError: they cannot be listed, or in a search sampled; also the mistakes found `before`.
+    """
     dimensions, counts, mistakes = dict[str, Dimension](), dict[str, float](), list[ConfigError]()
     for override in parse_overrides(words)[0]:
         word, message, remedy = str(override.input_line), "", ""
         if override.is_interval_sweep() and not searches:
-            mistakes += Command([word], folders, None, ()).mistakes
+            key, value = override.key_or_group, word.partition("=")[2]
+            search = f"add sweep.trials=20 sweep.by={PREFIX}{ACCURACIES[0]} for a search"
+            remedy = f"{search}, or list its values: {key}=0.1,0.2 or '{key}=range(1,4)'"
+            where, got = f"{key}, sweep.trials", f"{value}, null"
+            what = "an interval has no points to train"
+            mistakes.append(ConfigError(what, where=where, got=got, remedy=remedy))
         elif override.is_sweep_override():
             try:
                 counts[word], dimensions[word] = _dimension(override)
@@ -185,7 +196,7 @@ def _dimensions(words: Sequence[str], folders: Sequence[Path], *, searches: bool
             remedy = f"write {override.key_or_group}={','.join(names_chosen(override))}"
         if message:
             mistakes.append(ConfigError(message, where=f"{COMMAND_LINE}: {word}", remedy=remedy))
-    raise_all(mistakes)
+    raise_all([*mistakes, *before] if mistakes else ())
     if (count := prod(counts.values())) > _MOST_POINTS:
         raise ConfigError(
             f"a sweep has at most {_MOST_POINTS:,} points",

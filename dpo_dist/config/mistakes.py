@@ -202,6 +202,7 @@ def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
 
 
 def _remedy_for_unknown(key: str, value: str) -> str:
+    key = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key)  # `data.train.0.path`, as OmegaConf writes it
     mapping, _, name = key.rpartition(".")
     above = all_keys().get(strip_indices(mapping).removesuffix("[]"))
     inner = nested(above.type) if above else None

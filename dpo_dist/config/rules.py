@@ -9,7 +9,7 @@ from dataclasses import replace
 from dpo_dist.config.fields import schema_fields
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import ACCURACIES, CUSTOM, METRICS, PREFIX
-from dpo_dist.config.mistakes import suggestion
+from dpo_dist.config.mistakes import likely, suggestion
 from dpo_dist.config.rule import LOSS, Rule, check_rules, unused, value_at
 from dpo_dist.config.schema import NO_MODEL, DataFormat, Direction, ReferenceMode, RunConfig
 from dpo_dist.config.verb_sections import ExportConfig, PairsMethod, SamplingConfig
@@ -305,8 +305,11 @@ RULES = (
         "sweep.trials!=null sweep.by",
         "a search needs an evaluation metric with a known best direction, highest or lowest",
         lambda c: (
-            suggestion(c.sweep.by or "", [PREFIX + name for name in METRICS if METRICS[name].best])
-            + f"set sweep.by=eval_{ACCURACIES[c.loss.is_unpaired]}"
+            "set sweep.by="
+            + [
+                *likely(c.sweep.by or "", [PREFIX + name for name in METRICS if METRICS[name].best]),
+                PREFIX + ACCURACIES[c.loss.is_unpaired],
+            ][0]
         ),
         lambda c: best_direction(c.sweep.by or "") is None,
     ),

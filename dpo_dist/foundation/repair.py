@@ -53,7 +53,11 @@ def repair_of(remedy: str, where: str, got: str, typed: Sequence[str]) -> dict[s
     keys = {key_of(word) for word in write}
     if write:
         remove += [word for word in wrong if "=" not in word or key_of(word) not in keys]
+    typed_keys = [key_of(word) for word in typed]  # the last word of a key wins: none but the new one is kept
+    remove += [word for word in typed if key_of(word) in keys and typed_keys.count(key_of(word)) > 1]
     remove += [key for group in _CHOSEN_BY for key in _CHOSEN_BY[group] if group in keys]
+    # A word that is shown with quotes or without its secret is not the one that was typed.
+    remove = [word if word in typed or key_of(word) not in typed_keys else key_of(word) for word in remove]
     return {"write": write, "remove": list(dict.fromkeys(remove))}
 
 

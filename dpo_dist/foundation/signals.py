@@ -3,18 +3,21 @@
 import _thread
 import contextlib
 import ctypes
+import json
 import math
 import os
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dpo_dist.foundation.errors import ExitCode, StoppedError
 from dpo_dist.foundation.process import this_rank
+from dpo_dist.foundation.streams import awaits_document, output_descriptor
 
 BY_TRACKER, BY_STEPS, BY_SECONDS = "the tracker", "trainer.stop_after_steps", "trainer.max_seconds"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -150,7 +153,8 @@ def exit_on_signal() -> Iterator[None]:
             return
         if is_resumable:
             _end_before_start(number, None)
-        _print_on_rank_0(f"ended by {signal.Signals(number).name}")
+        ending = f"ended by {signal.Signals(number).name}"
+        _print_on_rank_0(ending, {"code": 128 + number, "message": ending})
         _end_now(128 + number)
 
     def listen() -> None:
@@ -173,15 +177,18 @@ def exit_on_signal() -> Iterator[None]:
 
 
 def _end_before_start(number: int, _frame: FrameType | None) -> None:
-    _print_on_rank_0(str(stopped_by(signal.Signals(number).name, "before the start")))
+    error = stopped_by(signal.Signals(number).name, "before the start")
+    _print_on_rank_0(str(error), error.as_dict())
     _end_now(ExitCode.preempted)
 
 
-def _print_on_rank_0(text: str) -> None:
-    """Print a line without Python's streams, which the main thread may be using."""
+def _print_on_rank_0(text: str, content: Mapping[str, Any]) -> None:
+    """Print an error without Python's streams, which the main thread may be using."""
     if this_rank() == 0:
         with contextlib.suppress(OSError):
             os.write(2, f"{text}\n".encode())
+            if "--json" in sys.argv[1:] and awaits_document():
+                os.write(output_descriptor(), f"{json.dumps({'error': content})}\n".encode())
 
 
 def _end_now(exit_code: int) -> NoReturn:

@@ -124,6 +124,11 @@ def kept_document() -> str | None:
     return _document
 
 
+def awaits_document() -> bool:
+    """Return whether this program, if it prints a JSON document, has not printed it yet."""
+    return _document is not None or _reserved is None
+
+
 def output_descriptor() -> int:
     """Return the file descriptor of `json_stream`."""
     return 1 if _reserved is None else _reserved.fileno()

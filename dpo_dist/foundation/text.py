@@ -93,7 +93,7 @@ _SECRET_LENGTH = 8
 _SECRET_TEXTS = (
     re.compile(r"(?<=://)[^/\s]+(?=@)"),  # user:password in a URL
     re.compile(
-        r"(?i)(?<=[?&])((?:[\w-]*[_-])?(?:api_?key|key|token|secret|password|sig|signature)=)[^&#\s]+"
+        r"(?i)(?<=[?&])((?:[\w-]*[_-])?(?:api_?key|key|token|secret|password|sig|signature)=)[^&#\s\"\\]+"
     ),
     # At least as long as real tokens: names of files and models also begin with `hf_` and `sk-`.
     re.compile(

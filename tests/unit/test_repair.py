@@ -64,3 +64,16 @@ def test_the_words_of_a_remedy(
     remedy: str, where: str, got: str, write: list[str], remove: list[str]
 ) -> None:
     assert repair_of(remedy, where, got, TYPED) == {"write": write, "remove": remove}
+
+
+def test_of_several_words_of_a_key_the_repaired_one_stays() -> None:
+    """The last one wins, so that a repair of the first would be without effect."""
+    typed = ["model.dtype=fp32", "model.dtype=float32", "loss=ipo"]
+    where = "command line: model.dtype=float32"
+    found = repair_of("did you mean model.dtype=fp32?", where, "float32", typed)
+    assert found == {"write": ["model.dtype=fp32"], "remove": typed[:2]}
+
+
+def test_a_word_that_is_shown_in_another_way_is_removed_by_its_key() -> None:
+    found = repair_of("remove it", 'command line: loss.beta="=0.2"', "=0.2", ["loss.beta==0.2"])
+    assert found == {"write": [], "remove": ["loss.beta"]}

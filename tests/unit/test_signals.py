@@ -3,8 +3,10 @@
 import _thread
 import contextlib
 import ctypes
+import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.foundation import signals
-from dpo_dist.foundation.errors import ExitCode, StoppedError
+from dpo_dist.foundation.errors import ExitCode, StoppedError, exit_after
 from dpo_dist.foundation.signals import StopRequest
 
 
@@ -136,7 +138,28 @@ def test_before_the_start_a_signal_ends_with_one_line(
         send(signal.SIGUSR1)
 
     assert in_child(start) == ExitCode.preempted
-    assert capfd.readouterr().err.startswith("stopped: by SIGUSR1 before the start\n")
+    shown = capfd.readouterr()
+    assert shown.err.startswith("stopped: by SIGUSR1 before the start\n")
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_with_json_a_signal_before_the_start_prints_the_one_document(
+    is_late: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`is_late`: standard output is kept for the document by then."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--json"])
+    monkeypatch.setattr(sys, "stdout", open(1, "w", closefd=False))  # noqa: SIM115
+
+    def start() -> None:
+        signals.end_at_signals()
+        if is_late:
+            exit_after(lambda: send(signal.SIGUSR1) or 0)
+        send(signal.SIGUSR1)
+
+    assert in_child(start) == ExitCode.preempted
+    error = json.loads(capfd.readouterr().out)["error"]
+    assert (error["code"], error["message"]) == (75, "by SIGUSR1 before the start")
 
 
 @pytest.mark.parametrize("is_resumable", [True, False])

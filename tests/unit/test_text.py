@@ -1,6 +1,7 @@
 """Numbers are written the same everywhere; secrets leave no text that is printed, logged or written."""
 
 import contextlib
+import json
 import logging
 import math
 import sys
@@ -74,6 +75,13 @@ ENVIRONMENT = {"OPENAI_API_KEY": "of-my-endpoint", "HF_TOKEN": "short", "HOME": 
 def test_a_secret_in_a_text_is_hidden(text: str, shown: str) -> None:
     found = without_secrets({"values": [text, 1, None, True]}, ENVIRONMENT)
     assert found == {"values": [shown, 1, None, True]}
+
+
+def test_json_without_its_secrets_is_json() -> None:
+    value = {"text": 'x="https://host/a?token=abc"', "next": ["s3://data?key=abc", "b"]}
+    for given in (value, without_secrets(value)):  # hidden twice, as in an error
+        found = json.loads(without_secrets(json.dumps(given)))
+        assert found == {"text": 'x="https://host/a?token=***"', "next": ["s3://data?key=***", "b"]}
 
 
 @pytest.mark.parametrize(
