@@ -105,7 +105,8 @@ class DPOTrainer:
         given = quantization_config or self._keys["model_init_kwargs"].pop("quantization_config", None)
         if given is not None:
             self._keys |= {key: value for key, value in given.to_dict().items() if key.startswith(_BITS)}
-        self._keys |= self.args.intervals(len(lines), world)
+        records = len(lines) * (2 if self._own["data.unpair"] else 1)
+        self._keys |= self.args.intervals(records, world)
         self._translate()
         self._call("on_init_end")
 

@@ -14,7 +14,7 @@ from dpo_dist.foundation.errors import ConfigError
 _ALWAYS = ("gradient_checkpointing", "loss_type", "seed")
 """Arguments that are keys also with their default, because ours is another."""
 _NO_KEYS = (
-    *("output_dir", "resume_from_checkpoint", "train_sampling_strategy", "hub_token", "words"),
+    *("output_dir", "resume_from_checkpoint", "hub_token", "words"),
     *("logging_steps", "eval_steps", "save_steps"),  # those of `intervals`
 )
 _NO_ADAPTER_KEYS = (

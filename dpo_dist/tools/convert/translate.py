@@ -225,6 +225,10 @@ def _numbers(run: Translation) -> None:
         run.set("optim.max_grad_norm", run.left.pop("max_grad_norm"), "max_grad_norm", None)
     if run.left.get("lr_scheduler_type") == "warmup_stable_decay":
         _decay(run)
+    if run.left.get("sync_ref_model") is True and (steps := run.take("ref_model_sync_steps", default=0)):
+        run.take("sync_ref_model")
+        run.set("reference.mode", "live", "sync_ref_model", True)
+        run.set("loss.sync_reference.every", steps, "ref_model_sync_steps", steps)
 
 
 def _decay(run: Translation) -> None:

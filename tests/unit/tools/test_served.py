@@ -178,6 +178,22 @@ def test_a_server_without_log_probs_is_said_to_be_unchecked(folder: Path) -> Non
     assert checked(CompletionsServer(folder, form="plain"), folder).startswith("warning: ")
 
 
+@pytest.mark.parametrize("form", ["ids", "text"])
+def test_fields_without_a_value_are_no_fault(folder: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = CompletionsServer(folder, form=form)
+    complete = own.complete
+
+    def sparse(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        status, content = complete(body)
+        for choice in content.get("choices", ()):
+            choice |= {"text": None, "finish_reason": None, "logprobs": {"token_logprobs": [None]}}
+            choice |= {"token_ids": []} if form == "ids" else {}
+        return status, content | {"usage": {"prompt_tokens": 0}}
+
+    monkeypatch.setattr(own, "complete", sparse)
+    assert "unchecked" in checked(own, folder)
+
+
 def test_a_server_that_is_not_there_or_has_another_name_is_one_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

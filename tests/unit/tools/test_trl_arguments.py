@@ -133,7 +133,16 @@ TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"model.quantization": "nf4", "model.adapter.target_modules": "all-linear"},
     ),
     ({"words": ["optim.lr=3e-4"], "warmup_steps": 0.1}, {"optim.warmup_ratio": 0.1}),
-    ({"trainer": KTOTrainer}, {"loss.kind": "kto", "data.unpair": True}),
+    (
+        {"sync_ref_model": True, "ref_model_sync_steps": 16, "ref_model_mixup_alpha": 0.5},
+        {"reference.mode": "live", "loss.sync_reference.every": 16, "loss.sync_reference.mixup": 0.5},
+    ),
+    ({"train_sampling_strategy": "group_by_length"}, {}),
+    # 20 pairs are 40 labelled responses: 5 steps of 8.
+    (
+        {"trainer": KTOTrainer, "save_strategy": "epoch"},
+        {"loss.kind": "kto", "data.unpair": True, "trainer.save_every": 5},
+    ),
     (
         {"trainer": KTOTrainer, "loss_type": "apo_zero_unpaired", "desirable_weight": 2.0}
         | {"train_dataset": [{"prompt": "a", "completion": "b", "label": True}]},
@@ -155,6 +164,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha", "not offered"),
     ({"max_length": None}, "max_length", "raise it"),
     ({"disable_dropout": False}, "disable_dropout", "the same function"),
+    ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy", "shuffled"),
     ({"push_to_hub": True}, "push_to_hub", "dpo-dist export"),
     ({"adam_epsilon": 1e-6}, "adam_epsilon", "always 1e-8"),
     ({"save_strategy": "best"}, "save_strategy", "trainer.save_every"),

@@ -108,17 +108,19 @@ class Server:
 
     def _completed(self, prompt_ids: TokenIds, choice: Any, read: int | None) -> _Completed:
         stop_ids, ids = self.responder.stop_ids, getattr(choice, "token_ids", None)
+        text = choice.text or ""
         if ids is None:  # tokenized after the prompt, on which the first token may depend
-            ids = self._encoded(self._as_text(prompt_ids) + choice.text)
+            ids = self._encoded(self._as_text(prompt_ids) + text)
             is_after = ids[: len(prompt_ids)] == prompt_ids.tolist()
-            ids = ids[len(prompt_ids) :] if is_after else self._encoded(choice.text, add_special_tokens=False)
+            ids = ids[len(prompt_ids) :] if is_after else self._encoded(text, add_special_tokens=False)
         sample = Sample.from_tokens(ids, stop_ids)
         if choice.finish_reason == "stop" and not sample.is_finished:
             own = self.responder.tokenizer.eos_token_id
             sample = replace(sample, end=own if own in stop_ids else min(stop_ids))
         logps = getattr(choice.logprobs, "token_logprobs", None) or []
-        echo = getattr(choice, "prompt_token_ids", None) or read
-        return _Completed(sample, choice.text, logps, echo)
+        logps = [] if None in logps else logps
+        echo = getattr(choice, "prompt_token_ids", None) or read or None  # 0: it does not count them
+        return _Completed(sample, text, logps, echo)
 
     def _encoded(self, text: str, **options: Any) -> list[int]:
         return list(self.responder.tokenizer(text, **options)["input_ids"])
