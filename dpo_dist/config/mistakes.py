@@ -209,7 +209,9 @@ def _remedy_for_unknown(key: str, value: str) -> str:
     known = [f"{mapping}.{option}" for option in schema_fields(inner)] if inner else list(run_keys())
     if mapping and key in known:
         before = "" if key == known[0] else f"{known[0].rpartition('.')[2]}: ..., "
-        return f"write this key inside an entry: '{mapping}=[{{{before}{name}: {value or '...'}}}]'"
+        value = "" if mapping.endswith("]") else value  # the word would take the place of all entries
+        entry = f"{{{before}{name}: {value or '...'}}}"
+        return f"write this key inside an entry: '{strip_indices(mapping).removesuffix('[]')}=[{entry}]'"
     same: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
     if mapping.endswith("]"):

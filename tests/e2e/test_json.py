@@ -61,8 +61,6 @@ BROKEN = [
      "sweep.trials=20 sweep.by=eval_rewards/accuracies"),
     ("a search by options", f"sweep {RUN} data.eval=[eval.jsonl] optim.lr=interval(1e-7,1e-5) --trials 3 "
      "--by rewards/margins", "sweep.trials=3 sweep.by=eval_rewards/margins"),
-    ("a source in a dotted word", f"train {RUN} data.eval.0.path=eval.jsonl",
-     "'data.eval=[{path: eval.jsonl}]'"),
     ("a later word of the same key", f"train {RUN} model.dtype=float32", "model.dtype=fp32"),
     ("two equals signs", f"train {RUN} loss.beta==0.2", ""),
     ("a misspelt verb", f"trian {RUN}", "train"),

@@ -74,6 +74,7 @@ MISTYPED = [
     ("kto_chosen_weight=2", "write loss=kto loss.desirable_weight=2"),
     ("adam_beta2=0.95", "write 'optim.betas=[0.9,0.95]'"),
     ("lr_scheduler_type=polynomial", "one of constant, linear, cosine, inverse_sqrt, wsd"),
+    ("data.eval.0.path=a.jsonl", "write this key inside an entry: 'data.eval=[{path: ...}]'"),
     ("data.train.weight=2", "write this key inside an entry: 'data.train=[{path: ..., weight: 2}]'"),
     # Quotes and spaces: one hint.
     ("'data.train=[a.jsonl,' 'b.jsonl]'", "write 'data.train=[a.jsonl, b.jsonl]'"),

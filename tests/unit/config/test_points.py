@@ -175,7 +175,7 @@ def test_an_interval_without_trials_is_named_with_what_makes_it_a_search(tmp_pat
     file.write_text("loss.beta: interval(0.1,1)")
     for words in (["loss.beta=interval(0.1,1)"], [str(file)]):
         text = error_of(*words)
-        assert "where:    command line: loss.beta=interval(0.1,1)\n" in text
+        assert "loss.beta, sweep.trials\n  got:      interval(0.1,1), null\n" in text
         assert "sweep.trials=20 sweep.by=eval_rewards/accuracies" in text
         added = ["sweep.trials=20", "sweep.by=eval_rewards/accuracies", "data.eval_share=0.05"]
         assert len(load_points([*RUN, *words, *added])) == 2
