@@ -91,14 +91,14 @@ class Server:
         """Return `count` responses to a prompt; raise RefusedError if the server refuses it."""
         body: dict[str, Any] = {"model": self.client.name, "max_tokens": sampling.max_new_tokens}
         body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        body["prompt"] = prompt_ids.tolist() if self.takes_ids else self._as_text(prompt_ids)
+        extra: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k else {}
         if self.takes_ids:
             # Else the defaults of the model's folder, such as a repetition penalty, would count.
             extra = {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
             extra |= {"stop_token_ids": sorted(self.responder.stop_ids), "return_token_ids": True}
-            body |= {"prompt": prompt_ids.tolist(), "n": count, "logprobs": 1, "extra_body": extra}
-        else:
-            body["prompt"] = self._as_text(prompt_ids)
-            body["extra_body"] = {"top_k": sampling.top_k} if sampling.top_k else {}
+            body |= {"n": count, "logprobs": 1}
+        body["extra_body"] = extra
         reply = self.client.send(lambda openai: openai.completions.create(**body))
         choices = getattr(reply, "choices", None) or []
         if len(choices) != count:
