@@ -240,8 +240,8 @@ def _decay(run: Translation) -> None:
         share = run.take("num_decay_steps", default=0) / steps
     if share:
         run.set("optim.decay_ratio", share, "num_decay_steps", share)
-    if run.take("decay_type", default="cosine") != "linear":
-        run.comments.append("lr_scheduler_type: there the decay follows a cosine; here it is linear")
+    if (kind := run.take("decay_type", default="cosine")) != "linear":
+        run.comment("decay_type", kind, "here the learning rate decays linearly")
 
 
 def _watching(run: Translation) -> None:

@@ -170,7 +170,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     (
         "{stage: dpo, lr_scheduler_type: warmup_stable_decay, warmup_ratio: 0.1}",
         {"optim.schedule": "wsd", "optim.decay_ratio": pytest.approx(0.6)},
-        "here it is linear",
+        "decay_type: cosine — ",
     ),
     ("{optim: rmsprop}", {"optim.kind": "adamw"}, "optim: rmsprop — "),
     ("{max_length: }", {}, "max_length: null — there no text is cut"),
