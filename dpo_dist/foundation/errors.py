@@ -252,7 +252,7 @@ class ErrorPrinter:
     def print(self, text: str, content: Mapping[str, Any]) -> None:
         """Print one error; `content` is for programs. A stream that fails is ignored."""
         is_object = self.is_json and not self.is_document
-        if self.is_document:
+        if self.is_document and kept_document() is not None:
             keep_document(json.dumps({"error": without_secrets(content)}))
         if is_object:
             now = datetime.now().astimezone().isoformat(timespec="seconds")
