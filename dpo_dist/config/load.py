@@ -202,7 +202,9 @@ def _dimensions(
             f"a sweep has at most {_MOST_POINTS:,} points",
             where=COMMAND_LINE,
             got=f"{' '.join(word for word, values in counts.items() if values > 1)}: {count:,.0f}",
-            remedy="sweep fewer values, or divide them among several sweeps",
+            remedy="write interval(LOW,HIGH) for a long range, or search fewer values"
+            if searches
+            else "sweep fewer values, or divide them among several sweeps",
         )
     return dimensions
 

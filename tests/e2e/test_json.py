@@ -259,6 +259,31 @@ def test_several_processes_print_one_document(folder: Path) -> None:
         check_schema(found)
 
 
+def test_a_bug_on_every_process_is_one_document(folder: Path) -> None:
+    program = folder / "bug.py"
+    program.write_text(
+        "import runpy, torch\nif __name__ == '__main__':\n"
+        "    torch.Tensor.backward = lambda *_, **__: 1 // 0\n"
+        "    runpy.run_module('dpo_dist.train', run_name='__main__')\n"
+    )
+    words = shlex.split(f"{RUN} trainer.max_steps=1 samples.prompts=0 run.dir=run --json")
+    launcher = [sys.executable, "-m", "dpo_dist", "launch", "--config_file", str(TWO_PROCESSES)]
+    ended = subprocess.run(
+        [*launcher, str(program), *words],
+        env=environment(),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    [line] = ended.stdout.splitlines() or pytest.fail(ended.stderr)
+    found = json.loads(line)
+    check_schema(found)
+    assert found["error"]["code"] == ended.returncode == 1
+    assert "ZeroDivisionError" in found["error"]["message"]
+
+
 def test_what_is_not_promised_breaks_the_schema() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     error = {"code": 2, "message": "no", "remedy": {"text": "a", "write": [], "remove": []}}

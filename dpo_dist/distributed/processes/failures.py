@@ -35,6 +35,7 @@ from dpo_dist.foundation.errors import (
     first_line,
 )
 from dpo_dist.foundation.signals import end_with_launcher, exit_callbacks, exit_on_signal, raise_terminated
+from dpo_dist.foundation.streams import keep_document
 
 T = TypeVar("T")
 
@@ -235,7 +236,9 @@ class Watcher(threading.Thread):
         code = failure.code if isinstance(failure, SystemExit) else None
         if isinstance(failure, KeyboardInterrupt):
             code = ExitCode.interrupted
-        self.record.report(code if isinstance(code, int) else ExitCode.failed)
+        is_first = self.record.report(code if isinstance(code, int) else ExitCode.failed)
+        if is_first is False and isinstance(failure, Exception):
+            keep_document(None)  # with --json, the first process prints the document
         self.record.wait_for_all()
         return None
 
