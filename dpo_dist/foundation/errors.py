@@ -252,8 +252,9 @@ class ErrorPrinter:
     def print(self, text: str, content: Mapping[str, Any]) -> None:
         """Print one error; `content` is for programs. A stream that fails is ignored."""
         stream = sys.stderr
-        if self.is_document and kept_document() is not None:
-            keep_document(json.dumps({"error": without_secrets(content)}))
+        if self.is_document:
+            if kept_document() is not None:
+                keep_document(json.dumps({"error": without_secrets(content)}))
         elif self.is_json:
             now, stream = datetime.now().astimezone().isoformat(timespec="seconds"), json_stream()
             text = json.dumps({"kind": "error", "time": now, **without_secrets(content)})
