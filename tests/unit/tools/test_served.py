@@ -179,15 +179,17 @@ def test_a_server_without_log_probs_is_said_to_be_unchecked(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("form", ["ids", "text"])
-def test_fields_without_a_value_are_no_fault(folder: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fields_without_a_value_are_no_fault(
+    folder: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = CompletionsServer(folder, form=form)
     complete = own.complete
 
     def sparse(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         status, content = complete(body)
         for choice in content.get("choices", ()):
-            choice |= {"text": None, "finish_reason": None, "logprobs": {"token_logprobs": [None]}}
-            choice |= {"token_ids": []} if form == "ids" else {}
+            choice.update(text=None, finish_reason=None, logprobs={"token_logprobs": [None]})
+            choice.update({"token_ids": []} if form == "ids" else {})
         return status, content | {"usage": {"prompt_tokens": 0}}
 
     monkeypatch.setattr(own, "complete", sparse)
