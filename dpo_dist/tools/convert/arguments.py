@@ -137,7 +137,7 @@ def adapter_keys(peft_config: Any, model_type: str) -> dict[str, Any]:
 
 
 def router_coefficient(args: TrainerArguments, config: Any) -> Any:
-    """Return the key of the load-balancing loss, which in TRL is the model's own unless it is set; 0: none."""
+    """Return the key of the load-balancing loss, in TRL the model's own unless it is set; 0: none."""
     given, name = args.router_aux_loss_coef, "router_aux_loss_coef"
     own = "model" if getattr(config.get_text_config(), name, 0) else None
     return own if given is None else given or None
