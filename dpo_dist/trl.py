@@ -39,7 +39,14 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import locked, staged_folder, write_text
 from dpo_dist.foundation.process import this_rank
 from dpo_dist.model.files.folder import model_folder
-from dpo_dist.tools.convert.arguments import DPOConfig, KTOConfig, TrainerArguments, adapter_keys, refused
+from dpo_dist.tools.convert.arguments import (
+    DPOConfig,
+    KTOConfig,
+    TrainerArguments,
+    adapter_keys,
+    refused,
+    router_coefficient,
+)
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.translate import translate_run
 from dpo_dist.verbs import evaluate, export
@@ -277,9 +284,10 @@ class DPOTrainer:
         if ref_model is not None:
             is_named = isinstance(ref_model, str)
             own["reference.path"] = ref_model if is_named else self._saved(ref_model, tokenizer)
+        facts = AutoConfig.from_pretrained(own["model.path"], revision=options.get("revision"), **trust)
         if peft_config is not None:
-            kind = AutoConfig.from_pretrained(own["model.path"], **trust).model_type
-            self._keys |= adapter_keys(peft_config, kind)
+            self._keys |= adapter_keys(peft_config, facts.model_type)
+        self._keys["router_aux_loss_coef"] = router_coefficient(self.args, facts)
 
     def _saved(self, model: Any, tokenizer: Any) -> str:
         """Save a model to a folder that its content names, unless it is there; return the folder."""

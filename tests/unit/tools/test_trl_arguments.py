@@ -22,6 +22,7 @@ from transformers import (
 
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from tests.support.families import tiny_config
 from tests.support.tiny_model import write_model
 
 PAIRS = [{"prompt": f"q{number}", "chosen": f" yes {number}", "rejected": " no"} for number in range(20)]
@@ -198,6 +199,15 @@ def test_all_arguments_that_are_not_offered_are_one_error(folder: Path, tmp_path
     with pytest.raises(ConfigError) as raised:
         translated(folder, tmp_path, neftune_noise_alpha=5.0, adam_epsilon=1e-6)
     assert [part.where for part in raised.value.parts] == ["adam_epsilon", "neftune_noise_alpha"]
+
+
+@pytest.mark.parametrize(("given", "ours"), [(None, "model"), (0.0, None), (0.5, 0.5)])
+def test_a_mixture_of_experts_has_the_router_loss_of_trl(
+    given: float | None, ours: Any, tmp_path: Path
+) -> None:
+    tiny_config("qwen3_moe").save_pretrained(tmp_path / "experts")
+    found = translated(tmp_path / "experts", tmp_path / "out", router_aux_loss_coef=given)
+    assert found.get("loss.router.aux_coefficient") == ours
 
 
 def test_models_in_memory_are_saved_once_by_content(folder: Path, tmp_path: Path) -> None:
