@@ -194,7 +194,7 @@ class DPOTrainer:
         """The trained model, loaded once; before training the one that was given."""
         if self._given is None:
             folder = self._result() or self._own["model.path"]
-            self._given = AutoModelForCausalLM.from_pretrained(folder)
+            self._given = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
         return self._given
 
     def end(self) -> None:
@@ -276,7 +276,7 @@ class DPOTrainer:
         elif tokenizer is not None and isinstance(model, str):
             kept = AutoTokenizer.from_pretrained(source, revision=options.get("revision"), **trust)
             if _tokenization(kept) != _tokenization(tokenizer):
-                model = AutoModelForCausalLM.from_pretrained(source, **options, **trust)
+                model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **options, **trust)
             elif kept.chat_template != tokenizer.chat_template:
                 own["data.chat_template"] = str(self.folder / "chat_template.jinja")
                 write_text(self.folder / "chat_template.jinja", tokenizer.chat_template)

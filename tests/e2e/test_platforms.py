@@ -91,7 +91,7 @@ def test_pip_accepts_the_steps_of_the_dockerfile(tmp_path: Path) -> None:
         (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, tmp_path / source)
     with_pip = [step.removeprefix("RUN ") for step in steps if "pip install" in step]
     arguments = dict(re.findall(r'^ARG (\w+)="?([^"\n]*)', text, re.MULTILINE))
-    arguments |= {"EXTRAS": "quantization tensorboard", "PATH": f"{sys.exec_prefix}/bin:{os.environ['PATH']}"}
+    arguments |= {"EXTRAS": "quantization judge", "PATH": f"{sys.exec_prefix}/bin:{os.environ['PATH']}"}
     dry = {"PIP_DRY_RUN": "1", "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
     command = ["sh", "-ec", "\n".join(with_pip)]
     said = subprocess.check_output(command, cwd=tmp_path, env=os.environ | arguments | dry, text=True)

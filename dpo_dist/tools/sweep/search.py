@@ -133,7 +133,10 @@ class Search(Pool):
 
     def found(self) -> dict[str, Any]:
         """Return what sweep.json has about the search: also the value of each completed trial."""
-        outcomes = Counter(trial.user_attrs.get(_OUTCOME, "open") for trial in self._trials())
+        ends = {TrialState.COMPLETE: str(RunOutcome.completed)}  # also of trials that somebody else has added
+        outcomes = Counter(
+            each.user_attrs.get(_OUTCOME, ends.get(each.state, "open")) for each in self._trials()
+        )
         found = {"study": self._study.study_name, "by": self._by, "is_lowest_best": self._is_low}
         found |= {"trials": dict(sorted(outcomes.items())), "values": {}, "best": None}
         if done := self._trials(TrialState.COMPLETE):
