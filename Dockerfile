@@ -55,6 +55,7 @@ RUN for extra in tools $EXTRAS; do \
     done
 
 COPY LICENSE README.md ./
+COPY docs docs
 COPY conf conf
 COPY dpo_dist dpo_dist
 RUN pip install --no-deps .
