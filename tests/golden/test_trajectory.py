@@ -83,8 +83,8 @@ def test_shared_prefixes_change_no_number(way: str, scenario: Path, tmp_path: Pa
         stores = [f"reference.store={folder}/store", f"run.dir={folder}/run"]
         screens.append(train([*command, *stores, f"trainer.prefix_tree={is_on}"], processes=processes).output)
         found[is_on] = history(folder / "run")
-    # Margins and rewards are small differences of sums of log-probs, of which float32 keeps 4e-6 (near 50).
-    assert_same_history(found["true"], found["false"], relative=1e-5)
+    # Margins and rewards are small differences of sums of log-probs.
+    assert_same_history(found["true"], found["false"], relative=5e-6)
     for tree, plain in zip(found["true"], found["false"], strict=True):
         for key in {"loss", "eval_loss", "logps/chosen", "logps/rejected"} & tree.keys():
             assert tree[key] == pytest.approx(plain[key], rel=1e-6)

@@ -26,6 +26,7 @@ from dpo_dist.tools.shared.sampling.generate import Request
 from dpo_dist.tools.shared.sampling.respond import Responder, find_files, open_responder, usable_prompt
 from dpo_dist.tools.shared.sampling.served import Server, check_served, open_server, reload_server
 from dpo_dist.tools.shared.sampling.settings import Sampling
+from tests.support.completions_server import to_int8
 
 VLLM, MODEL = (os.environ.get(name, "") for name in ("DPO_DIST_VLLM", "DPO_DIST_MODEL"))
 pytestmark = [
@@ -114,13 +115,6 @@ def written(folder: Path, change: Any) -> str:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
     return str(folder)
-
-
-def to_int8(model: Any) -> None:
-    for name, weight in model.named_parameters():
-        if weight.ndim == 2 and "embed" not in name:
-            scale = weight.data.abs().amax(1, keepdim=True) / 127
-            weight.data = (weight.data / scale).round() * scale
 
 
 def trained(model: Any) -> None:

@@ -142,3 +142,11 @@ def completions_server(served: CompletionsServer) -> Iterator[CompletionsServer]
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def to_int8(model: Any) -> None:
+    """Round the weights of a model to 8 bits, by rows."""
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2 and "embed" not in name:
+            scale = weight.data.abs().amax(1, keepdim=True) / 127
+            weight.data = (weight.data / scale).round() * scale

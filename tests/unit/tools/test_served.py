@@ -22,7 +22,7 @@ from dpo_dist.tools.shared.sampling.client import Client
 from dpo_dist.tools.shared.sampling.respond import Responder, find_files, open_responder, respond
 from dpo_dist.tools.shared.sampling.served import Server, check_served, open_server, reload_server
 from dpo_dist.tools.shared.sampling.settings import Sampling
-from tests.support.completions_server import CompletionsServer, completions_server
+from tests.support.completions_server import CompletionsServer, completions_server, to_int8
 from tests.support.tiny_model import write_model
 
 SYSTEM, CPU = Message("system", "speak like a captain of the old days"), torch.device("cpu")
@@ -114,13 +114,6 @@ def test_a_prompt_that_the_server_is_too_short_for_is_dropped(folder: Path) -> N
         server = opened(own, folder)
         rows = respond(RECORDS, server.responder, server.generate, Sampling(29), range(1))
     assert {row.dropped for row in rows} == {"too_long_for_the_model"}
-
-
-def to_int8(model: Any) -> None:
-    for name, weight in model.named_parameters():
-        if weight.ndim == 2 and "embed" not in name:
-            scale = weight.data.abs().amax(1, keepdim=True) / 127
-            weight.data = (weight.data / scale).round() * scale
 
 
 def to_bf16(model: Any) -> None:
