@@ -22,6 +22,7 @@ from dpo_dist.foundation.text import first_few
 from dpo_dist.model.architectures import check_positions, recorded_arrangement
 from dpo_dist.model.attention.kernels import choose_backend
 from dpo_dist.model.attention.ulysses import sharing_error
+from dpo_dist.model.flops import visited_experts
 from dpo_dist.model.layers import layer_values, partly_used_blocks
 from dpo_dist.model.library_internals import attention_name
 from dpo_dist.model.packed import PackedCausalLM, reset_rope
@@ -46,6 +47,8 @@ _SHARE_OF_SPREAD = 5e-4
 # Largest mean difference of tokens in 16 bits: a share of log-probs' standard deviation, or a multiple of the
 # change that one more rounding of the embeddings makes.
 _SHARE_IN_16_BITS, _NOISE_FACTOR = 0.005, 2.0
+# Rounding sends a few tokens to other experts, which changes them much: one draw can miss them.
+_DRAWS_OF_EXPERTS = 3
 # Largest median change of the first tokens after a response when that response is replaced: a multiple of the
 # change by rounding, or of the change between two forwards of one batch, as some kernels do not repeat
 # results.
@@ -196,8 +199,10 @@ class StartCheck:
         self._plain = self._tried = self._plain_scores()
         self._spread = float(self._plain.std())
         if not self._is_float32:
-            with _rounded_once_more(self._model.causal_lm):
-                again = self._plain_scores()
+            causal_lm = self._model.causal_lm
+            draws = _DRAWS_OF_EXPERTS if visited_experts(causal_lm.config.get_text_config()) else 1
+            with _rounded_once_more(causal_lm):
+                again = torch.stack([self._plain_scores() for _ in range(draws)])
             self._noise = float((again - self._plain).abs().mean())
         lost = int((~self._plain.isfinite()).sum())
         return f"{lost} of {len(self._plain)} log-probs are not finite" if lost else ""

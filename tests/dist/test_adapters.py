@@ -170,8 +170,9 @@ def test_steps_and_the_exported_adapter_equal_plain_peft(
     seen = torch.tensor(results[0]["after"]["policy"])
     assert (seen - base).abs().max() > 0.01
     torch.testing.assert_close(scored_plainly(reloaded, assets), seen, atol=tolerance, rtol=tolerance)
-    trained_alike = scored_plainly(oracle.eval(), assets)
-    torch.testing.assert_close(trained_alike, seen, atol=1e-3 if is_int8 else 2e-4, rtol=2e-4)
+    # Without those roundings, of which the last bit of an input decides one by 0.005 nats.
+    trained_alike, exported = (scored_plainly(model.train(is_int8), assets) for model in (oracle, reloaded))
+    torch.testing.assert_close(trained_alike, exported, atol=2e-4, rtol=2e-4)
 
 
 def first_norms(model: ModelConfig, assets: Assets, world: World, _folder: Path) -> list[list[float]]:
