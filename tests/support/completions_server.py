@@ -4,14 +4,15 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.http_server import http_server
 
 STRICT = {"model", "prompt", "max_tokens", "temperature", "top_p"}
 """The fields that `transformers serve` accepts."""
@@ -107,41 +108,20 @@ class CompletionsServer:
 def completions_server(served: CompletionsServer) -> Iterator[CompletionsServer]:
     """Serve until the end of the block."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.reply(200, served.models())
+    def respond(path: str, body: Any, _headers: Mapping[str, str]) -> tuple[int, str]:
+        if body is None:
+            return 200, json.dumps(served.models())
+        if path == "/reload":
+            served.folder = Path(body["model"])
+            return 200, "{}"
+        time.sleep(served.seconds)
+        status, content = served.complete(body)
+        served.bodies.append(body)
+        return status, json.dumps(content)
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path == "/reload":
-                served.folder = Path(body["model"])
-                return self.reply(200, {})
-            time.sleep(served.seconds)
-            status, content = served.complete(body)
-            served.bodies.append(body)
-            return self.reply(status, content)
-
-        def reply(self, status: int, content: dict[str, Any]) -> None:
-            text = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            with contextlib.suppress(OSError):
-                self.wfile.write(text)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    served.url = f"http://127.0.0.1:{server.server_port}/v1"
-    try:
+    with http_server(respond) as address:
+        served.url = f"{address}/v1"
         yield served
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def to_int8(model: Any) -> None:

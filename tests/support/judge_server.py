@@ -3,10 +3,11 @@
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.support.http_server import http_server
 
 Answer = Callable[[dict[str, Any]], "str | tuple[int, str]"]
 
@@ -28,36 +29,18 @@ def judge_server(answer: Answer) -> Iterator[JudgeServer]:
     """
     log, lock = JudgeServer(), threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                log.bodies.append(body)
-                log.headers.append(dict(self.headers))
-            content = body["messages"][-1]["content"]
-            replied = answer(json.loads(content if isinstance(content, str) else content[0]["text"]))
-            if isinstance(replied, str):
-                choices = [{"message": {"role": "assistant", "content": replied}}]
-                status, text = 200, json.dumps({"choices": choices})
-            else:
-                status, text = replied
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(text.encode())))
-            self.end_headers()
-            with contextlib.suppress(OSError):
-                self.wfile.write(text.encode())
+    def respond(_path: str, body: Any, headers: Mapping[str, str]) -> tuple[int, str]:
+        if body is None:  # it lists no models
+            return 501, "{}"
+        with lock:
+            log.bodies.append(body)
+            log.headers.append(dict(headers))
+        content = body["messages"][-1]["content"]
+        replied = answer(json.loads(content if isinstance(content, str) else content[0]["text"]))
+        if not isinstance(replied, str):
+            return replied
+        return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": replied}}]})
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    # It looks so often whether it is to end.
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    log.url = f"http://127.0.0.1:{server.server_port}/v1"
-    try:
+    with http_server(respond) as address:
+        log.url = f"{address}/v1"
         yield log
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

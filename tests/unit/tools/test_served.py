@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig
+from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, Quantization
 from dpo_dist.config.verb_sections import ServerConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError
@@ -139,6 +139,12 @@ def test_rounding_is_not_a_fault(folder: Path, changes: Callable[[Any], None]) -
     said = checked(CompletionsServer(folder, changes=changes), folder)
     assert "bf16 rounding makes" in said
     assert "unchecked" not in said
+
+
+def test_training_on_quantised_weights_checks_the_weights_of_the_folder(folder: Path) -> None:
+    model = dataclasses.replace(config(folder), quantization=Quantization.nf4)
+    with completions_server(CompletionsServer(folder)) as own:
+        assert "bf16 rounding makes" in check_served(opened(own, folder), RECORDS, model, CPU)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ class Prompts:
         records = self.parts[stage.unfinished()[0]]
 
         def ready() -> None:
-            if endpoint.reload is not None and not stage.folder.exists():
+            if endpoint.reload is not None:
                 reload_server(endpoint, source)
             console.say(check_served(open_server(endpoint, responder), records, model, world.device))
 

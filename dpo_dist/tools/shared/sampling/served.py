@@ -44,6 +44,7 @@ CHECKED, CHECK_TOKENS = 24, 64
 _CHECK_BUDGET = 8192  # tokens of a micro-batch
 _MOST = 1.6
 """Most that a server's log-probs differ from ours, as a multiple of what bf16 rounding makes."""
+_STANDARD_ERRORS = 3.0  # of that, if the responses are short
 
 
 @dataclass(frozen=True)
@@ -208,23 +209,24 @@ def check_served(
             theirs += reply.logps
     if not theirs:
         return f"warning: {server}: unchecked, because there are no log-probs to compare"
+    # The server has the folder's weights, also where training quantises them.
+    whole = replace(model, quantization=None)
     exact, rounded = (
-        _logps(server, examples, replace(model, dtype=dtype), device) for dtype in (Dtype.fp32, Dtype.bf16)
+        _logps(server, examples, replace(whole, dtype=dtype), device) for dtype in (Dtype.fp32, Dtype.bf16)
     )
-    differences, rounding = exact - np.array(theirs), float(np.abs(exact - rounded).mean())
-    size, mean = float(np.abs(differences).mean()), float(differences.mean())
+    differences, by_rounding = exact - np.array(theirs), np.abs(exact - rounded)
+    size, mean, rounding = (float(each.mean()) for each in (np.abs(differences), differences, by_rounding))
+    most = _MOST * (rounding + _STANDARD_ERRORS * float(by_rounding.std()) / len(theirs) ** 0.5)
     said = (
         f"log-probs of {len(theirs):,} tokens differ from ours by {size:.4f} on average "
         f"(mean difference {mean:+.4f}); bf16 rounding makes {rounding:.4f}"
     )
-    if size <= _MOST * rounding:
+    if size <= most:
         return f"{server}: {said}"
-    # 8 bits make 2.4 times what bf16 makes, in both directions. Other weights, from which the responses were
-    # not drawn, find them less likely.
-    is_copy = size < 5 * rounding and mean > -(size**2)
-    cause = "other weights, such as an earlier round's, other prompts, or a copy in 4 bits"
-    cause = "a quantised copy" if is_copy else cause
-    raise _other(server, said, f"at most {_MOST * rounding:.4f}", f"it probably serves {cause}")
+    # 8 bits make 2.4 times what bf16 makes.
+    few = "a quantised copy, or weights of a few steps before"
+    cause = few if size < 5 * rounding else "other weights, such as an earlier round's, or other prompts"
+    raise _other(server, said, f"at most {most:.4f}", f"it probably serves {cause}")
 
 
 def _check_tokens(server: Server, answered: Sequence[tuple[TokenIds, _Completed]]) -> None:
