@@ -17,17 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    EarlyStoppingCallback,
-    EvalPrediction,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
-from transformers.trainer_utils import TrainOutput
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, AutoTokenizer, trainer_pt_utils
+from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from dpo_dist import api
 from dpo_dist.config.load import from_yaml, load_run_config
@@ -38,15 +31,9 @@ from dpo_dist.data.read.files import write_records
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import locked, staged_folder, write_text
 from dpo_dist.foundation.process import this_rank
-from dpo_dist.model.files.folder import model_folder
-from dpo_dist.tools.convert.arguments import (
-    DPOConfig,
-    KTOConfig,
-    TrainerArguments,
-    adapter_keys,
-    refused,
-    router_coefficient,
-)
+from dpo_dist.model.architectures import auto_class
+from dpo_dist.model.files.folder import is_adapter, model_folder
+from dpo_dist.tools.convert.arguments import DPOConfig, KTOConfig, TrainerArguments, adapter_keys, refused
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.translate import translate_run
 from dpo_dist.verbs import evaluate, export
@@ -59,6 +46,9 @@ class DPOTrainer:
     """TRL's `DPOTrainer`: its arguments, methods and `state`; trains with dpo_dist."""
 
     config: type[TrainerArguments] = DPOConfig
+    log_metrics = trainer_pt_utils.log_metrics
+    save_metrics = trainer_pt_utils.save_metrics
+    save_state = trainer_pt_utils.save_state
 
     def __init__(
         self,
@@ -75,44 +65,39 @@ class DPOTrainer:
         peft_config: Any = None,
         **others: Any,
     ) -> None:
-        """Write models and data in memory, and the translation, below `output_dir`.
-
-        Raises ConfigError: an argument that is not offered has an effect.
-        """
+        """Write models and data in memory, and the translation, below `output_dir`; or name what is refused."""
         name = Path(model if isinstance(model, str) else model.config.name_or_path).name
         self.args = args or self.config(output_dir=f"{name}-{self.config.__name__[:3]}")
         self.folder = Path(self.args.output_dir or "trainer_output")
         self.run = RunFolder(self.folder / "run")
         self.processing_class, self.compute_metrics = processing_class, compute_metrics
+        self.train_dataset, self.eval_dataset, self.ref_model = train_dataset, eval_dataset, ref_model
         self.state, self.control, self.callbacks = TrainerState(), TrainerControl(), list[TrainerCallback]()
-        world, is_main = int(os.environ.get("WORLD_SIZE", "1")), this_rank() == 0
-        say = print if is_main else lambda *_: None
-        self.accelerator = SimpleNamespace(print=say, is_main_process=is_main)
+        world, is_main = int(os.environ.get("WORLD_SIZE", "1")), self.is_world_process_zero()
+        say = print if is_main else self.end
+        self.accelerator = SimpleNamespace(print=say, is_main_process=is_main, wait_for_everyone=self.end)
         self._keys = self.args.keys() | {"num_processes": world}
-        self._own: dict[str, Any] = {
-            "run.dir": str(self.run),
-            "run.root": str(self.folder),
-            "samples.prompts": 0,
-        }
+        self._own: dict[str, Any] = {"run.dir": str(self.run), "run.root": str(self.folder)}
+        self._given: Any = None if isinstance(model, str) or peft_config is not None else model
         for key, value in others.items():
             if value not in (None, (None, None)):
                 raise refused(key, type(value).__name__, "remove it: dpo_dist has its own")
         for callback in callbacks or ():
             self.add_callback(callback)
-        train = self._sources(train_dataset, "train_dataset")
-        self._eval = self._sources(eval_dataset, "eval_dataset")
-        if not train:
-            raise ConfigError("there are no records", where="train_dataset", remedy="pass a datasets.Dataset")
-        lines = Path(train[0]["path"]).read_bytes().splitlines()
-        self._own["data.train"] = train
-        self._own["data.unpair"] = self.config is KTOConfig and "chosen" in json.loads(lines[0])
+        self._own |= {"samples.prompts": 0, "data.train": self._sources(train_dataset, "train_dataset")}
+        self._eval = [] if eval_dataset is None else self._sources(eval_dataset, "eval_dataset")
+        sets = [Path(source["path"]).read_bytes().splitlines() for source in self._own["data.train"]]
+        self._own["data.unpair"] = self.config is KTOConfig and "chosen" in json.loads(sets[0][0])
         if self.args.eval_strategy != "no":
             self._own["data.eval"] = self._eval
-        self._place_models(model, ref_model, peft_config)
         given = quantization_config or self._keys["model_init_kwargs"].pop("quantization_config", None)
+        given = given or getattr(getattr(model, "config", None), "quantization_config", None)
         if given is not None:
             self._keys |= {key: value for key, value in given.to_dict().items() if key.startswith(_BITS)}
-        records = len(lines) * (2 if self._own["data.unpair"] else 1)
+            if not isinstance(model, str) and not hasattr(model, "peft_config"):
+                model = model.config.name_or_path  # whose weights are quantized again
+        self._place_models(model, ref_model, peft_config)
+        records = sum(map(len, sets)) * (2 if self._own["data.unpair"] else 1)
         self._keys |= self.args.intervals(records, world)
         self._translate()
         self._call("on_init_end")
@@ -122,9 +107,8 @@ class DPOTrainer:
         callback = callback() if isinstance(callback, type) else callback
         if isinstance(callback, EarlyStoppingCallback):
             if callback.early_stopping_threshold:
-                raise refused(
-                    "callbacks", "early_stopping_threshold", "set it to 0: any new best value counts"
-                )
+                remedy = "set it to 0: any new best value counts"
+                raise refused("callbacks", "early_stopping_threshold", remedy)
             self._keys["early_stopping_patience"] = callback.early_stopping_patience
             return
         kind = type(callback)
@@ -146,33 +130,36 @@ class DPOTrainer:
         self._call("on_train_begin")
         words = [*self._words, *(["run.resume=must"] if resume_from_checkpoint else [])]
         summary = api.train(words, on_row=self._on_row)
-        rows = [self._renamed(row) for row in api.read_metrics(self.run.path) if self._is_shown(row)]
-        self.state.log_history, self.state.global_step = rows, summary["steps"]
-        self._given = None
+        rows = [*filter(None, map(self._shown, api.read_metrics(self.run.path)))]
+        losses, seconds = [row["loss"] for row in rows if "loss" in row], summary["train_seconds"]
+        mean = math.fsum(losses) / max(len(losses), 1)
+        metrics = {"train_runtime": seconds, "train_loss": mean}
+        self.state.global_step = summary["steps"]
+        self.state.log_history = [*rows, {**metrics, "step": summary["steps"]}]
         self._note_checkpoint()
+        if self._given is not None and (self.run.model.is_dir() or this_rank() == 0):
+            if isinstance(self._given, PeftModel):
+                self._given.load_adapter(str(self._result()), "default", is_trainable=True)
+            else:
+                self._given.load_state_dict(self._loaded().state_dict())
         self._call("on_train_end")
-        losses = [row["loss"] for row in rows if "loss" in row]
-        mean, seconds = math.fsum(losses) / max(len(losses), 1), summary["train_seconds"]
-        return TrainOutput(summary["steps"], mean, {"train_runtime": seconds, "train_loss": mean})
+        return TrainOutput(summary["steps"], mean, metrics)
 
     def evaluate(
         self, eval_dataset: Any = None, _: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate the trained model, before training the one that was given; return the metrics."""
-        sources = self._eval if eval_dataset is None else self._sources(eval_dataset, "eval_dataset")
-        if not sources:
-            raise ConfigError("there are no records", where="eval_dataset", remedy="pass a datasets.Dataset")
+        is_own = eval_dataset is None and self._eval
+        sources = self._eval if is_own else self._sources(eval_dataset, "eval_dataset")
         config = load_run_config(self._words)
-        adapter = config.model.adapter
-        start = (adapter and adapter.path) or config.model.path
         data = [SourceConfig(**source) for source in sources]
-        evaluation = replace(config.evaluation, model=self._result() or start, data=data)
+        evaluation = replace(config.evaluation, model=self._result() or self._start, data=data)
         evaluate.main(replace(config, evaluation=evaluation))
         results = json.loads(self.run.evaluation.results.read_text())
-        labels = [source["label"] for source in sources if "label" in source]
+        names = {source["label"]: f"{source['label']}_" for source in sources if "label" in source}
         metrics = {
-            f"{metric_key_prefix}_{label + '_' if label in labels else ''}{key.removeprefix('eval_')}": value
-            for label in labels or ["all"]
+            f"{metric_key_prefix}_{name}{key.removeprefix('eval_')}": value
+            for label, name in (names or {"all": ""}).items()
             for key, value in results[label].items()
             if key != "intervals"
         }
@@ -185,20 +172,39 @@ class DPOTrainer:
 
     def save_model(self, output_dir: str | None = None, _: bool = False) -> None:
         """Copy the trained model, or the one that was given, with its tokenizer, to a folder."""
-        source = self._result() or model_folder(self._own["model.path"], None)
+        options, folder = self._keys["model_init_kwargs"], Path(output_dir or self.folder)
+        source = self._result() or model_folder(self._start, options.get("revision"), accepts_adapter=True)
         if this_rank() == 0:
-            shutil.copytree(source, output_dir or self.folder, dirs_exist_ok=True)
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+            if "data.chat_template" in self._own:
+                write_text(folder / "chat_template.jinja", self.processing_class.chat_template)
 
     @property
     def model(self) -> Any:
-        """The trained model, loaded once; before training the one that was given."""
+        """The model that was given, or loaded once; after `train` with the trained weights."""
         if self._given is None:
-            folder = self._result() or self._own["model.path"]
-            self._given = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+            self._given = self._loaded()
         return self._given
 
-    def end(self) -> None:
-        """Do nothing: trackers and processes have ended with the run."""
+    def is_world_process_zero(self) -> bool:
+        """Return whether this is the process that writes."""
+        return this_rank() == 0
+
+    def end(self, *_: Any, **__: Any) -> None:
+        """Do nothing: trackers and processes have ended with the run, and its model has a card."""
+
+    create_model_card = end
+
+    def _loaded(self) -> Any:
+        """Load the trained model, else the one that was named; with an adapter as a `PeftModel`."""
+        trained, trust = self._result(), self.args.trust_remote_code
+        adapter = trained if trained and is_adapter(Path(trained)) else None
+        options = {"use_safetensors": True, "trust_remote_code": trust} | self._keys["model_init_kwargs"]
+        source = self._own["model.path"] if adapter or not trained else trained
+        model = auto_class(self._facts, trust).from_pretrained(source, **options)
+        if adapter:
+            return PeftModel.from_pretrained(model, adapter)
+        return model if trained or self._peft is None else get_peft_model(model, self._peft)
 
     def _result(self) -> str | None:
         """Return the folder of the trained model; of a run that a callback stopped, write it first."""
@@ -213,8 +219,7 @@ class DPOTrainer:
 
     def _predictions(self) -> EvalPrediction:
         """Return the rewards of the last evaluation: of chosen and rejected, or of labelled responses."""
-        with self.run.evaluation.scores.open() as lines:
-            scores = [json.loads(line) for line in lines]
+        scores = [*map(json.loads, self.run.evaluation.scores.read_bytes().splitlines())]
         if self.config is KTOConfig:
             rewards, labels = ([row[name] for row in scores] for name in ("reward", "label"))
         else:
@@ -222,11 +227,10 @@ class DPOTrainer:
             labels = [0] * len(scores)
         return EvalPrediction(predictions=np.array(rewards), label_ids=np.array(labels, dtype=int))
 
-    def _is_shown(self, row: Mapping[str, float]) -> bool:
-        return row["step"] > 0 or self.args.eval_on_start
-
-    def _renamed(self, row: dict[str, float]) -> dict[str, float]:
-        """Return a row with the name of an evaluation set where TRL has it: `eval_NAME_loss`."""
+    def _shown(self, row: dict[str, float]) -> dict[str, float]:
+        """Return a row, a set's name where TRL has it: `eval_NAME_loss`; {}: TRL has no such row."""
+        if row["step"] == 0 and not self.args.eval_on_start:
+            return {}
         for label in (source["label"] for source in self._eval if "label" in source):
             end = f"/{label}" if len(self._eval) > 1 else ""  # the only set has no name in a row
             named = [key for key in row if key.startswith("eval_") and key.endswith(end)]
@@ -236,9 +240,8 @@ class DPOTrainer:
 
     def _on_row(self, row: dict[str, float]) -> bool:
         """Call the callbacks, on rank 0; return whether one of them ends the run."""
-        if not self._is_shown(row):
+        if not (logs := self._shown(row)):
             return False
-        logs = self._renamed(row)
         self.state.global_step, self.state.epoch = int(row["step"]), row.get("epoch")
         self.state.log_history.append(logs)
         self._call("on_log", logs=logs)
@@ -263,31 +266,34 @@ class DPOTrainer:
     def _place_models(self, model: Any, ref_model: Any, peft_config: Any) -> None:
         """Set the keys of the models; save those in memory."""
         own, tokenizer, options = self._own, self.processing_class, self._keys["model_init_kwargs"]
-        trust = {"trust_remote_code": self.args.trust_remote_code}
-        self._given = None if isinstance(model, str) else model
+        named = {"revision": options.get("revision"), "trust_remote_code": self.args.trust_remote_code}
         if hasattr(model, "peft_config"):
             if peft_config is not None:
                 raise refused("peft_config", "with a PeftModel", "merge_and_unload its adapter first")
             self._keys |= {"use_peft": True, "adapter_name_or_path": self._saved(model, None)}
             model = model.peft_config["default"].base_model_name_or_path
         source = model if isinstance(model, str) else model.config.name_or_path
-        if tokenizer is None and not isinstance(model, str):
-            tokenizer = AutoTokenizer.from_pretrained(source, **trust)
-        elif tokenizer is not None and isinstance(model, str):
-            kept = AutoTokenizer.from_pretrained(source, revision=options.get("revision"), **trust)
+        if tokenizer is None:
+            tokenizer = self.processing_class = AutoTokenizer.from_pretrained(source, **named)
+        elif isinstance(model, str):
+            kept = AutoTokenizer.from_pretrained(source, **named)
             if _tokenization(kept) != _tokenization(tokenizer):
-                model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **options, **trust)
+                kind = auto_class(AutoConfig.from_pretrained(source, **named), self.args.trust_remote_code)
+                model = kind.from_pretrained(source, use_safetensors=True, **options | named)
             elif kept.chat_template != tokenizer.chat_template:
                 own["data.chat_template"] = str(self.folder / "chat_template.jinja")
                 write_text(self.folder / "chat_template.jinja", tokenizer.chat_template)
         own["model.path"] = model if isinstance(model, str) else self._saved(model, tokenizer)
+        self._start, self._peft = self._keys.get("adapter_name_or_path", own["model.path"]), peft_config
         if ref_model is not None:
             is_named = isinstance(ref_model, str)
             own["reference.path"] = ref_model if is_named else self._saved(ref_model, tokenizer)
-        facts = AutoConfig.from_pretrained(own["model.path"], revision=options.get("revision"), **trust)
+        self._facts = AutoConfig.from_pretrained(own["model.path"], **named)
         if peft_config is not None:
-            self._keys |= adapter_keys(peft_config, facts.model_type)
-        self._keys["router_aux_loss_coef"] = router_coefficient(self.args, facts)
+            self._keys |= adapter_keys(peft_config, self._facts.model_type)
+        experts = getattr(self._facts.get_text_config(), "router_aux_loss_coef", None)
+        given = self.args.router_aux_loss_coef
+        self._keys["router_aux_loss_coef"] = (experts and "model" if given is None else given) or None
 
     def _saved(self, model: Any, tokenizer: Any) -> str:
         """Save a model to a folder that its content names, unless it is there; return the folder."""
@@ -307,13 +313,12 @@ class DPOTrainer:
 
     def _sources(self, given: Any, name: str) -> list[dict[str, Any]]:
         """Write records in memory, or a mapping of several sets, to files; return them as sources."""
-        if given is None:
-            return []
+        sets = given if isinstance(given, Mapping) else {"": given}
+        if given is None or not sets:
+            raise ConfigError("there are no records", where=name, remedy="pass a datasets.Dataset")
         folder = self.folder / "encoded" / "records"
-        if not isinstance(given, Mapping):
-            return [{"path": str(write_records(given, folder, name))}]
-        sets = given.items()
-        return [{"path": str(write_records(one, folder, name)), "label": label} for label, one in sets]
+        files = {label: str(write_records(one, folder, name)) for label, one in sets.items()}
+        return [{"path": file} | ({"label": label} if label else {}) for label, file in files.items()]
 
     def _translate(self) -> None:
         """Write the file of the run; raise if an argument with an effect has no translation."""

@@ -119,8 +119,9 @@ def use_methods(variables: dict[str, str], folder: Path) -> None:
     def accuracy(prediction: Any) -> dict[str, float]:
         return {"mine": float((prediction.predictions[:, 0] > prediction.predictions[:, 1]).mean())}
 
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
     trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "model"),
+        model=model,
         args=args,
         train_dataset=pd.DataFrame(TEXTS),
         eval_dataset={"easy": TEXTS[:4], "hard": TEXTS[4:]},
@@ -141,7 +142,8 @@ def use_methods(variables: dict[str, str], folder: Path) -> None:
     assert [step for kind, step in events if kind == "log"][:3] == [1, 2, 2], "a row of a step, an evaluation"
     trainer.save_model(str(folder / "stopped"))
     stopped = AutoModelForCausalLM.from_pretrained(folder / "stopped")
-    assert torch.equal(stopped.lm_head.weight, trainer.model.lm_head.weight)
+    assert torch.equal(stopped.lm_head.weight, model.lm_head.weight), "the model in memory is trained"
+    assert trainer.model is model
     stop.step = 0
     trainer.control.should_training_stop = False
     last = trainer.train(resume_from_checkpoint=True)
@@ -159,9 +161,16 @@ def use_methods(variables: dict[str, str], folder: Path) -> None:
         "logps/chosen",
     }
     assert names <= history[0].keys()
-    assert {"eval_easy_loss", "eval_hard_rewards/accuracies"} <= history[-1].keys()
+    assert {"eval_easy_loss", "eval_hard_rewards/accuracies"} <= history[-2].keys()
+    assert history[-1] == {**last.metrics, "step": 6}
+    assert last.metrics["train_loss"] == pytest.approx(sum(row.get("loss", 0) for row in history) / 6)
+    of_training = history[-2]["eval_hard_loss"]
     after = trainer.evaluate()
-    assert after["eval_hard_loss"] == pytest.approx(history[-1]["eval_hard_loss"], abs=1e-6)
+    assert after["eval_hard_loss"] == pytest.approx(of_training, abs=1e-6)
+    trainer.log_metrics("eval", after)
+    trainer.save_metrics("eval", after)
+    trainer.save_state()
+    assert json.loads((folder / "out" / "all_results.json").read_text()) == after
     assert trainer.evaluate(TEXTS, metric_key_prefix="test")["test_mine"] == 1.0
     trainer.save_model()
     assert AutoModelForCausalLM.from_pretrained(folder / "out").config.model_type == "qwen2"
@@ -173,6 +182,36 @@ def use_methods(variables: dict[str, str], folder: Path) -> None:
 def test_methods_do_what_those_of_trl_do(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     in_process(use_methods, {**environment(), **ENVIRONMENT}, tmp_path)
+
+
+def train_adapters(variables: dict[str, str], folder: Path) -> None:
+    """Train a new adapter, and one in memory; the trainer's model has it, to merge as in TRL."""
+    os.environ.clear()
+    os.environ.update(variables)
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from dpo_dist.trl import DPOConfig, DPOTrainer
+
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    own = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "model"), LoraConfig(r=2))
+    for name, model, config in (("new", base, LoraConfig(r=2)), ("own", own, None)):
+        args = DPOConfig(output_dir=str(folder / name), max_steps=2, learning_rate=1e-2, bf16=False)
+        trainer = DPOTrainer(model, args=args, train_dataset=TEXTS, peft_config=config)
+        trainer.train()
+        assert isinstance(trainer.model, PeftModel)
+        trained = [weight for key, weight in trainer.model.named_parameters() if "lora_B" in key]
+        assert trained, name
+        assert all(weight.abs().max() > 0 for weight in trained), name
+        merged = trainer.model.merge_and_unload().model.layers[0].self_attn.q_proj.weight
+        assert not torch.equal(merged, base.model.layers[0].self_attn.q_proj.weight)
+    assert trainer.model is own
+
+
+def test_adapters_are_models_of_peft(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    in_process(train_adapters, {**environment(), **ENVIRONMENT}, tmp_path)
 
 
 def run_script(variables: dict[str, str], name: str, folder: Path, words: list[str]) -> None:

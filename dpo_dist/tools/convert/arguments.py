@@ -130,10 +130,3 @@ def adapter_keys(peft_config: Any, model_type: str) -> dict[str, Any]:
     keys = {names.get(name, name): value for name, value in given.items() if name not in _NO_ADAPTER_KEYS}
     keys |= {"use_peft": True, "lora_r": peft_config.r, "lora_alpha": peft_config.lora_alpha}
     return keys | {"lora_target_modules": targets}
-
-
-def router_coefficient(args: TrainerArguments, config: Any) -> Any:
-    """Return the key of the load-balancing loss, in TRL the model's own unless it is set; 0: none."""
-    given, name = args.router_aux_loss_coef, "router_aux_loss_coef"
-    own = "model" if getattr(config.get_text_config(), name, 0) else None
-    return own if given is None else given or None

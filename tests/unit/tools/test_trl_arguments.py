@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -108,6 +108,11 @@ TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "epoch"},
         {"trainer.global_batch_pairs": 4, "trainer.save_every": 5},
+    ),
+    (
+        {"train_dataset": {"easy": PAIRS[:4], "hard": PAIRS[4:]}, "per_device_train_batch_size": 4}
+        | {"save_strategy": "epoch"},
+        {"trainer.save_every": 5},
     ),
     ({"logging_steps": 0.5, "max_steps": 8}, {"trainer.log_every": 4, "trainer.max_steps": 8}),
     ({"save_strategy": "no", "save_steps": 9}, {"trainer.save_every": 0}),
@@ -228,6 +233,28 @@ def test_an_adapter_in_memory_is_continued(folder: Path, tmp_path: Path) -> None
     found = translated(folder, tmp_path, model=get_peft_model(base, LoraConfig(r=2)))
     assert found["model.path"] == str(folder)
     assert (Path(found["model.adapter.path"]) / "adapter_model.safetensors").is_file()
+
+
+def test_a_quantized_model_in_memory_is_quantized_again_by_its_name(folder: Path, tmp_path: Path) -> None:
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=bits)
+    found = translated(folder, tmp_path, model=model, peft_config=LoraConfig())
+    assert (found["model.path"], found["model.quantization"]) == (str(folder), "nf4")
+
+
+def test_before_training_a_trainer_has_what_it_was_given(folder: Path, tmp_path: Path) -> None:
+    args = DPOConfig(output_dir=str(tmp_path / "out"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    given = {"train_dataset": PAIRS, "peft_config": LoraConfig()}
+    trainer = DPOTrainer(str(folder), args=args, processing_class=tokenizer, **given)
+    assert (trainer.train_dataset, trainer.eval_dataset) == (PAIRS, None)
+    assert isinstance(trainer.model, PeftModel)
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert saved.chat_template == tokenizer.chat_template
+    named = DPOTrainer(str(folder), args=args, **given)
+    assert named.processing_class.get_vocab() == tokenizer.get_vocab()
 
 
 def test_a_tokenizer_is_the_models_own_or_written_beside_it(folder: Path, tmp_path: Path) -> None:
