@@ -65,7 +65,7 @@ class DPOTrainer:
         peft_config: Any = None,
         **others: Any,
     ) -> None:
-        """Write models and data in memory, and the translation, below `output_dir`; or name what is refused."""
+        """Write models and data in memory, and the translation, below `output_dir`; name what is refused."""
         name = Path(model if isinstance(model, str) else model.config.name_or_path).name
         self.args = args or self.config(output_dir=f"{name}-{self.config.__name__[:3]}")
         self.folder = Path(self.args.output_dir or "trainer_output")
