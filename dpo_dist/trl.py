@@ -7,7 +7,6 @@ which `api.train` runs; `dpo-dist train` can go on with it.
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -73,10 +72,10 @@ class DPOTrainer:
         self.processing_class, self.compute_metrics = processing_class, compute_metrics
         self.train_dataset, self.eval_dataset, self.ref_model = train_dataset, eval_dataset, ref_model
         self.state, self.control, self.callbacks = TrainerState(), TrainerControl(), list[TrainerCallback]()
-        world, is_main = int(os.environ.get("WORLD_SIZE", "1")), self.is_world_process_zero()
+        is_main = self.is_world_process_zero()
         say = print if is_main else self.end
         self.accelerator = SimpleNamespace(print=say, is_main_process=is_main, wait_for_everyone=self.end)
-        self._keys = self.args.keys() | {"num_processes": world}
+        self._keys = self.args.keys()
         self._own: dict[str, Any] = {"run.dir": str(self.run), "run.root": str(self.folder)}
         self._given: Any = None if isinstance(model, str) or peft_config is not None else model
         for key, value in others.items():
@@ -98,7 +97,7 @@ class DPOTrainer:
                 model = model.config.name_or_path  # whose weights are quantized again
         self._place_models(model, ref_model, peft_config)
         records = sum(map(len, sets)) * (2 if self._own["data.unpair"] else 1)
-        self._keys |= self.args.intervals(records, world)
+        self._keys |= self.args.intervals(records)
         self._translate()
         self._call("on_init_end")
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from dpo_dist.foundation.errors import ConfigError
 _ALWAYS = ("gradient_checkpointing", "loss_type", "seed")
 """Arguments that are keys also with their default, because ours is another."""
 _NO_KEYS = (
-    *("output_dir", "resume_from_checkpoint", "hub_token", "words"),
+    *("output_dir", "resume_from_checkpoint", "hub_token", "words", "distributed_state"),
     *("logging_steps", "eval_steps", "save_steps"),  # those of `intervals`
 )
 _NO_ADAPTER_KEYS = (
@@ -50,7 +52,10 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
     """Words of `dpo-dist train`, which win over the translation: `["data.truncation=drop"]`."""
 
     def __post_init__(self) -> None:
-        """Do nothing: transformers would join the processes here."""
+        """Know this process by its environment: transformers would join the processes here."""
+        names = {"process_index": "RANK", "local_process_index": "LOCAL_RANK", "num_processes": "WORLD_SIZE"}
+        places = {name: int(os.environ.get(key, key == "WORLD_SIZE")) for name, key in names.items()}
+        self.distributed_state: Any = SimpleNamespace(**places)
 
     def keys(self) -> dict[str, Any]:
         """Return what is not at its default, and `_ALWAYS`, as keys of a file."""
@@ -70,11 +75,11 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
             options["dtype"] = str(dtype)
         elif self.bf16 is None:  # weights of any dtype are computed in it
             keys["bf16"] = not self.fp16
-        return keys | {"model_init_kwargs": options}
+        return keys | {"model_init_kwargs": options, "num_processes": self.world_size}
 
-    def intervals(self, records: int, processes: int) -> dict[str, Any]:
+    def intervals(self, records: int) -> dict[str, Any]:
         """Return the keys of the intervals in steps, also of one by epoch, or of a share of the run."""
-        pairs = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
+        pairs = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         epoch, keys = math.ceil(records / pairs), dict[str, Any]()
         steps = self.max_steps if self.max_steps > 0 else math.ceil(epoch * self.num_train_epochs)
         for name in ("logging", "eval", "save"):
