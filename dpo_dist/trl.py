@@ -130,11 +130,10 @@ class DPOTrainer:
         words = [*self._words, *(["run.resume=must"] if resume_from_checkpoint else [])]
         summary = api.train(words, on_row=self._on_row)
         rows = [*filter(None, map(self._shown, api.read_metrics(self.run.path)))]
-        losses, seconds = [row["loss"] for row in rows if "loss" in row], summary["train_seconds"]
-        mean = math.fsum(losses) / max(len(losses), 1)
-        metrics = {"train_runtime": seconds, "train_loss": mean}
-        self.state.global_step = summary["steps"]
-        self.state.log_history = [*rows, {**metrics, "step": summary["steps"]}]
+        losses = [row["loss"] for row in rows if "loss" in row]
+        mean, steps = math.fsum(losses) / max(len(losses), 1), summary["steps"]
+        metrics = {"train_runtime": summary["train_seconds"], "train_loss": mean}
+        self.state.global_step, self.state.log_history = steps, [*rows, {**metrics, "step": steps}]
         self._note_checkpoint()
         if self._given is not None and (self.run.model.is_dir() or this_rank() == 0):
             if isinstance(self._given, PeftModel):
@@ -142,14 +141,13 @@ class DPOTrainer:
             else:
                 self._given.load_state_dict(self._loaded().state_dict())
         self._call("on_train_end")
-        return TrainOutput(summary["steps"], mean, metrics)
+        return TrainOutput(steps, mean, metrics)
 
     def evaluate(
         self, eval_dataset: Any = None, _: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate the trained model, before training the one that was given; return the metrics."""
-        is_own = eval_dataset is None and self._eval
-        sources = self._eval if is_own else self._sources(eval_dataset, "eval_dataset")
+        sources = (eval_dataset is None and self._eval) or self._sources(eval_dataset, "eval_dataset")
         config = load_run_config(self._words)
         data = [SourceConfig(**source) for source in sources]
         evaluation = replace(config.evaluation, model=self._result() or self._start, data=data)
@@ -285,8 +283,8 @@ class DPOTrainer:
         own["model.path"] = model if isinstance(model, str) else self._saved(model, tokenizer)
         self._start, self._peft = self._keys.get("adapter_name_or_path", own["model.path"]), peft_config
         if ref_model is not None:
-            is_named = isinstance(ref_model, str)
-            own["reference.path"] = ref_model if is_named else self._saved(ref_model, tokenizer)
+            is_path = isinstance(ref_model, str)
+            own["reference.path"] = ref_model if is_path else self._saved(ref_model, tokenizer)
         self._facts = AutoConfig.from_pretrained(own["model.path"], **named)
         if peft_config is not None:
             self._keys |= adapter_keys(peft_config, self._facts.model_type)

@@ -58,6 +58,6 @@ def test_two_processes_evaluate_and_train_and_evaluate(tmp_path: Path) -> None:
     assert first == second, "every process has the same results"
     before, trained, after, rows = first
     assert before > trained > after
-    assert rows == 4, "three steps, and the evaluation after them"
+    assert rows == 5, "three steps, their mean loss, and the evaluation after them"
     keys = (tmp_path / "out" / "dpo_dist.yaml").read_text()
     assert "global_batch_pairs: 4" in keys, "pairs of each process, times two"
