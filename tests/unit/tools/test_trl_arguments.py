@@ -86,6 +86,15 @@ def test_arguments_are_read_from_a_command_line() -> None:
     assert keys["model_init_kwargs"] == {"dtype": "bfloat16"}
 
 
+def test_arguments_know_their_process_before_it_joins_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    args = DPOConfig(output_dir="o")
+    assert (args.process_index, args.world_size, args.should_log) == (3, 4, False)
+    assert args.get_process_log_level() > 0
+    assert args.keys()["num_processes"] == 4
+
+
 ADAPTER = {"model.adapter.r": 4, "model.adapter.alpha": 8, "model.adapter.target_modules": ["k_proj"]}
 TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     # Defaults that are not ours.
