@@ -37,7 +37,7 @@ def run_module(
             started = warm.start_module(
                 warm.context, module, arguments, variables, processes, launch.ROOT, screen, begin
             )
-        code = warm.wait(started, 240)
+        code = warm.wait(started, 540)
         return Finished(code, screen.read_text(encoding="utf-8"))
 
 
