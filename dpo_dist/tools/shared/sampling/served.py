@@ -27,12 +27,7 @@ from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.packed import packed_logps
 from dpo_dist.tools.shared.sampling.client import Client, RefusedError
 from dpo_dist.tools.shared.sampling.generate import Request, Sample
-from dpo_dist.tools.shared.sampling.respond import (
-    ModelSource,
-    Responder,
-    load_packed_source,
-    usable_prompt,
-)
+from dpo_dist.tools.shared.sampling.respond import ModelSource, Responder, load_packed_source, usable_prompt
 from dpo_dist.tools.shared.sampling.settings import Sampling
 
 _URL = "sampling.endpoint.url"
