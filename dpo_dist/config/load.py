@@ -175,14 +175,13 @@ def _dimensions(
     """
     dimensions, counts, mistakes = dict[str, Dimension](), dict[str, float](), list[ConfigError]()
     for override in parse_overrides(words)[0]:
-        word, message, remedy = str(override.input_line), "", ""
+        key, word, message, remedy, got = override.key_or_group, str(override.input_line), "", "", ""
+        where = f"{COMMAND_LINE}: {word}"
         if override.is_interval_sweep() and not searches:
-            key, value = override.key_or_group, word.partition("=")[2]
+            message = "an interval has no points to train"
+            where, got = f"{key}, sweep.trials", f"{word.partition('=')[2]}, null"
             search = f"add sweep.trials=20 sweep.by={PREFIX}{ACCURACIES[0]} for a search"
             remedy = f"{search}, or list its values: {key}=0.1,0.2 or '{key}=range(1,4)'"
-            where, got = f"{key}, sweep.trials", f"{value}, null"
-            what = "an interval has no points to train"
-            mistakes.append(ConfigError(what, where=where, got=got, remedy=remedy))
         elif override.is_sweep_override():
             try:
                 counts[word], dimensions[word] = _dimension(override)
@@ -193,9 +192,9 @@ def _dimensions(
                     remedy = "write 'tag(log, interval(1e-7,1e-5))', above 0, or interval(0,1)"
         elif _is_in_brackets(override, folders):
             message = "several values of a sweep are written without brackets"
-            remedy = f"write {override.key_or_group}={','.join(names_chosen(override))}"
+            remedy = f"write {key}={','.join(names_chosen(override))}"
         if message:
-            mistakes.append(ConfigError(message, where=f"{COMMAND_LINE}: {word}", remedy=remedy))
+            mistakes.append(ConfigError(message, where=where, got=got, remedy=remedy))
     raise_all([*mistakes, *before] if mistakes else ())
     if (count := prod(counts.values())) > _MOST_POINTS:
         raise ConfigError(

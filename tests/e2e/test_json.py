@@ -14,7 +14,7 @@ import pytest
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.tools.selftest.checks import Check
 from tests.support.launch import ROOT, TWO_PROCESSES, constants, environment
-from tests.support.warm import ENVIRONMENT, run_warm, run_warm_apart
+from tests.support.warm import ENVIRONMENT, launcher_variables, run_warm, run_warm_apart
 from tests.unit.tools.pages.made_run import made_run
 
 RUN = "model.path=model model.dtype=fp32 data.train=[train.jsonl] tracking=off"
@@ -87,15 +87,15 @@ def one_way(*_: object) -> list[Check]:
 ONE_WAY = constants(**{"dpo_dist.tools.selftest.training.compare_ways": one_way})
 
 
-def document(words: list[str], folder: Path) -> tuple[int, dict[str, Any]]:
+def document(words: list[str], folder: Path, size: int = 1) -> tuple[int, dict[str, Any]]:
     """Run a command with `--json`; return its exit code and the document on its standard output."""
-    verb, *arguments = words
+    verb, arguments = words[0], [*words[1:], "--json"]
     variables = environment() | ENVIRONMENT
-    if verb in VERBS:
+    if verb in VERBS and verb != "launch":
+        variables |= launcher_variables(TWO_PROCESSES) if size > 1 else {}
+        prepare = ONE_WAY if verb == "selftest" else None
         module = VERBS[verb].module
-        code, output, errors = run_warm_apart(
-            module, [*arguments, "--json"], variables, folder, 240, ONE_WAY if verb == "selftest" else None
-        )
+        code, output, errors = run_warm_apart(module, arguments, variables, folder, 240, prepare, size)
     else:
         command = [sys.executable, "-m", "dpo_dist", *words, "--json"]
         ended = subprocess.run(
@@ -230,57 +230,24 @@ def test_a_report_has_the_verdict_and_the_findings_of_its_run(tmp_path: Path) ->
     assert verdict["findings"]
 
 
+ONE_STEP = [*shlex.split(RUN), "trainer.max_steps=1", "samples.prompts=0", "run.dir=run"]
+
+
 def test_several_processes_print_one_document(folder: Path) -> None:
     """Also of an error, and beside what they say on standard error."""
-    words = shlex.split(f"{RUN} trainer.max_steps=1 samples.prompts=0 run.dir=run --json")
-    command = [
-        sys.executable,
-        "-m",
-        "dpo_dist",
-        "launch",
-        "--config_file",
-        str(TWO_PROCESSES),
-        "train",
-        *words,
-    ]
     for added, key in (("loss.beta=0.2", "kind"), ("run.dir=model", "error")):
-        ended = subprocess.run(
-            [*command, added],
-            env=environment(),
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        [line] = ended.stdout.splitlines() or pytest.fail(ended.stderr)
-        found = json.loads(line)
-        assert key in found
-        check_schema(found)
+        assert key in document(["train", *ONE_STEP, added], folder, size=2)[1]
 
 
-def test_a_bug_on_every_process_is_one_document(folder: Path) -> None:
+def test_a_bug_on_every_process_of_a_launcher_is_one_document(folder: Path) -> None:
     program = folder / "bug.py"
     program.write_text(
         "import runpy, torch\nif __name__ == '__main__':\n"
         "    torch.Tensor.backward = lambda *_, **__: 1 // 0\n"
         "    runpy.run_module('dpo_dist.train', run_name='__main__')\n"
     )
-    words = shlex.split(f"{RUN} trainer.max_steps=1 samples.prompts=0 run.dir=run --json")
-    launcher = [sys.executable, "-m", "dpo_dist", "launch", "--config_file", str(TWO_PROCESSES)]
-    ended = subprocess.run(
-        [*launcher, str(program), *words],
-        env=environment(),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    [line] = ended.stdout.splitlines() or pytest.fail(ended.stderr)
-    found = json.loads(line)
-    check_schema(found)
-    assert found["error"]["code"] == ended.returncode == 1
+    code, found = document(["launch", "--config_file", str(TWO_PROCESSES), str(program), *ONE_STEP], folder)
+    assert found["error"]["code"] == code == 1
     assert "ZeroDivisionError" in found["error"]["message"]
 
 

@@ -41,23 +41,15 @@ def test_a_server_gets_each_round_s_weights_and_a_stale_one_is_an_error(tmp_path
     write_model(tmp_path / "model")
     write_pairs(tmp_path / "prompts.jsonl", 6)
     with completions_server(CompletionsServer(tmp_path / "model")) as server:
-        overrides = [
-            *(f"model.path={tmp_path}/model", "model.dtype=fp32", f"data.train=[{tmp_path}/prompts.jsonl]"),
-            *(
-                f"run.dir={tmp_path}/run",
-                f"reference.store={tmp_path}/store",
-                f"data.cache={tmp_path}/encoded",
-            ),
-            *(
-                "pairs.method=samples",
-                "pairs.function=tests.support.own_judge:letter_shares",
-                "pairs.rounds=1",
-            ),
-            *("sampling.max_new_tokens=6", "pairs.unfinished=keep", "pairs.samples=3"),
-            *("optim.lr=2e-2", "trainer.global_batch_pairs=6", "trainer.epochs=2", "trainer.save_every=0"),
-            *("parallelism=ddp", "tracking=off", f"pairs.launcher='{sys.executable}'"),
-            *(f"sampling.endpoint.url={server.url}", "sampling.endpoint.model=policy"),
-        ]
+        overrides = shlex.split(
+            f"model.path={tmp_path}/model model.dtype=fp32 data.train=[{tmp_path}/prompts.jsonl] "
+            f"run.dir={tmp_path}/run reference.store={tmp_path}/store data.cache={tmp_path}/encoded "
+            "pairs.method=samples pairs.function=tests.support.own_judge:letter_shares pairs.rounds=1 "
+            "sampling.max_new_tokens=6 pairs.unfinished=keep pairs.samples=3 "
+            "optim.lr=2e-2 trainer.global_batch_pairs=6 trainer.epochs=2 trainer.save_every=0 "
+            f"parallelism=ddp tracking=off sampling.endpoint.url={server.url} sampling.endpoint.model=policy"
+        )
+        overrides.append(f"pairs.launcher='{sys.executable}'")
         said: list[str] = []
         # Nobody gives the server the weights of the first round.
         with pytest.raises(ConfigError, match="the sampling of round 2 failed"):
@@ -79,19 +71,11 @@ def test_compared_models_respond_under_their_names(tmp_path: Path) -> None:
     write_pairs(tmp_path / "prompts.jsonl", 4)
     with completions_server(CompletionsServer(folders["base"], name="base")) as server:
         server.others["tuned"] = folders["tuned"]
-        overrides = [
-            *(f"compare.models=[base={folders['base']},tuned={folders['tuned']}]", "model.dtype=fp32"),
-            *(
-                f"data.eval=[{tmp_path}/prompts.jsonl]",
-                f"run.dir={tmp_path}/run",
-                "sampling.max_new_tokens=6",
-            ),
-            *(
-                f"reference.store={tmp_path}/store",
-                f"sampling.endpoint.url={server.url}",
-                "compare.prompts=4",
-            ),
-        ]
+        overrides = shlex.split(
+            f"compare.models=[base={folders['base']},tuned={folders['tuned']}] model.dtype=fp32 "
+            f"data.eval=[{tmp_path}/prompts.jsonl] run.dir={tmp_path}/run sampling.max_new_tokens=6 "
+            f"reference.store={tmp_path}/store sampling.endpoint.url={server.url} compare.prompts=4"
+        )
         ended = run_verb("compare", overrides, prepare=BRIEF)
         assert ended.code == 0, ended.output
         server.others["tuned"] = folders["base"]

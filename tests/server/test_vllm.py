@@ -57,25 +57,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        VLLM,
-        "serve",
-        MODEL,
-        "--served-model-name",
-        "policy",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    command += [
-        "--max-model-len",
-        "2048",
-        "--max-num-seqs",
-        "32",
-        "--enforce-eager",
-        "--no-enable-prefix-caching",
-    ]
+    words = f"--served-model-name policy --host 127.0.0.1 --port {port} --max-model-len 2048"
+    words += " --max-num-seqs 32 --enforce-eager --no-enable-prefix-caching"
+    command = [VLLM, "serve", MODEL, *words.split()]
     variables = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
     with (tmp_path_factory.mktemp("vllm") / "log.txt").open("w") as log:
         process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)

@@ -133,12 +133,13 @@ def run_warm_apart(
     folder: Path,
     seconds: float,
     prepare: Callable[[], None] | None = None,
+    size: int = 1,
 ) -> tuple[int, str, str]:
-    """Run a module on one process as `run_warm` does; exit code, standard output and standard error."""
+    """Run a module on `size` processes as `run_warm` does; exit code, standard output, standard error."""
     start_parent()
     with tempfile.TemporaryDirectory() as temporary:
         output, errors = Path(temporary) / "output", Path(temporary) / "errors"
-        started = start_module(context, module, arguments, variables, 1, folder, output, prepare, errors)
+        started = start_module(context, module, arguments, variables, size, folder, output, prepare, errors)
         code = wait(started, seconds)
         return code, output.read_text(encoding="utf-8"), errors.read_text(encoding="utf-8")
 

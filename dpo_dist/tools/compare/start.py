@@ -12,13 +12,7 @@ from dpo_dist.data.formats import check_source
 from dpo_dist.data.read.sources import check_has_evaluation_data
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.tools.shared.sampling.judge_rules import (
-    ENDPOINT_RULES,
-    JUDGES,
-    check_function,
-    count_judges,
-    server_rules,
-)
+from dpo_dist.tools.shared.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
 from dpo_dist.training.start.named_models import locate_model, short_name
 
 MODELS_KEY = "compare.models"
@@ -60,7 +54,7 @@ def check_comparison(config: RunConfig) -> list[NamedModel]:
         lambda c: c.model.path not in locations,
     )
     check_rules(config, [revision])
-    check_rules(config, [*ENDPOINT_RULES, _ONE_JUDGE, *server_rules(lambda _: len(models))])
+    check_rules(config, [*endpoint_rules(lambda _: len(models)), _ONE_JUDGE])
     check_function(config.pairs)
     return models
 

@@ -10,13 +10,7 @@ from dpo_dist.config.schema import NO_MODEL, RunConfig, SourceConfig
 from dpo_dist.config.verb_sections import PairsConfig, PairsMethod
 from dpo_dist.data.formats import check_source
 from dpo_dist.model.files.folder import local_model_folder
-from dpo_dist.tools.shared.sampling.judge_rules import (
-    ENDPOINT_RULES,
-    JUDGES,
-    check_function,
-    count_judges,
-    server_rules,
-)
+from dpo_dist.tools.shared.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
 from dpo_dist.training.start.named_models import locate_model
 
 
@@ -39,8 +33,7 @@ _NO_ROUNDS = "rounds cannot be done with this setting"
 _RULES = (
     *(unused(f"pairs.{name}", unless) for unless, names in _EFFECTS.items() for name in names.split()),
     *(unused(name, _RESPONDS) for name in (*SAMPLING_KEYS, "sampling.endpoint.url")),
-    *ENDPOINT_RULES,
-    *server_rules(lambda c: len(responding_models(c.pairs, c.model.path))),
+    *endpoint_rules(lambda c: len(responding_models(c.pairs, c.model.path))),
     Rule(
         "run.resume!=auto",
         "run.resume has no effect on pairs: finished parts are always used again",

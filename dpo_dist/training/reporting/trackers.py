@@ -140,15 +140,8 @@ class AccelerateRun:
                 options = {"task_name": title, "reuse_last_task_id": False, "continue_last_task": continues}
                 options |= {"auto_connect_arg_parser": False, "auto_connect_streams": False}
                 # Without the last one ClearML stores the command line, which may have secrets.
-                automatic = (
-                    "pytorch",
-                    "tensorboard",
-                    "matplotlib",
-                    "hydra",
-                    "huggingface",
-                    "detect_repository",
-                )
-                options["auto_connect_frameworks"] = dict.fromkeys(automatic, False)
+                automatic = "pytorch tensorboard matplotlib hydra huggingface detect_repository"
+                options["auto_connect_frameworks"] = dict.fromkeys(automatic.split(), False)
             case TrackerName.dvclive:
                 options = {"dir": str(place), "resume": True, "dvcyaml": str(place / "dvc.yaml")}
                 options["save_dvc_exp"] = False  # a commit of the user's repository

@@ -125,10 +125,7 @@ TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ),
     ({"logging_steps": 0.5, "max_steps": 8}, {"trainer.log_every": 4, "trainer.max_steps": 8}),
     ({"save_strategy": "no", "save_steps": 9}, {"trainer.save_every": 0}),
-    (
-        {"eval_strategy": "steps", "logging_steps": 3, "eval_dataset": PAIRS[:4]},
-        {"trainer.eval_every": 3},
-    ),
+    ({"eval_strategy": "steps", "logging_steps": 3, "eval_dataset": PAIRS[:4]}, {"trainer.eval_every": 3}),
     (
         {"eval_strategy": "epoch", "eval_dataset": PAIRS[:4], "callbacks": [EarlyStoppingCallback(2)]}
         | {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "num_train_epochs": 1},

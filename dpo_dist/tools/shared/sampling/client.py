@@ -92,12 +92,12 @@ class Client:
             self._file, self._show = before
 
     def ask(
-        self, keys: Collection[str], answer: Callable[[str], R], check: Callable[[], None]
+        self, keys: Collection[str], answer: Callable[[str], R], probe: Callable[[], object]
     ) -> dict[str, R | None]:
         """Return what `answer` returns for the key of each request; None if the server refuses that one.
 
         Replies, which JSON can hold, are read again from the file that a killed command left. If every
-        request is refused, `check` is called, which raises if the server is at fault, not these few texts.
+        request is refused, `probe` tells whether the server is at fault, or these few texts.
         """
         kept = {} if self._file is None else _kept(self._file)
         replies: dict[str, R | None] = {key: kept[key] for key in keys if key in kept}
@@ -121,8 +121,15 @@ class Client:
                 self._answered += 1
                 self._show(self._answered, self._asked)
         if replies and all(reply is None for reply in replies.values()):
-            check()
+            self.check(probe)
         return replies
+
+    def check(self, probe: Callable[[], object]) -> None:
+        """Raise ConfigError if the server refuses `probe`, a harmless request, too."""
+        try:
+            probe()
+        except RefusedError as refusal:
+            raise self.unusable(f"{refusal}, also for a harmless request") from None
 
     def unusable(self, fault: str) -> ConfigError:
         """Return the error for a server that does not reply as expected."""

@@ -9,20 +9,18 @@ from dpo_dist.config.verb_sections import PairsConfig
 
 JUDGES = "pairs.reward_model pairs.function pairs.endpoint.url"
 _HAS_ENDPOINT = "pairs.endpoint.url!=null"
-ENDPOINT_RULES = (
-    *(unused(f"pairs.endpoint.{key}", _HAS_ENDPOINT) for key in ("model", "verdicts", "criterion")),
-    Rule(
-        f"pairs.endpoint.model=null {_HAS_ENDPOINT}",
-        "the endpoint's model is not set",
-        "set it to the name under which the endpoint serves the judge",
-    ),
-)
 _SERVED = "sampling.endpoint.url!=null"
 
 
-def server_rules(count: Callable[[RunConfig], int]) -> tuple[Rule, ...]:
-    """Return the rules for `sampling.endpoint`; `count` returns how many models respond."""
+def endpoint_rules(count: Callable[[RunConfig], int]) -> tuple[Rule, ...]:
+    """Return the rules for `pairs.endpoint` and `sampling.endpoint`; `count`: how many models respond."""
     return (
+        *(unused(f"pairs.endpoint.{key}", _HAS_ENDPOINT) for key in ("model", "verdicts", "criterion")),
+        Rule(
+            f"pairs.endpoint.model=null {_HAS_ENDPOINT}",
+            "the endpoint's model is not set",
+            "set it to the name under which the endpoint serves the judge",
+        ),
         *(unused(f"sampling.endpoint.{key}", _SERVED) for key in ("model", "parallel", "reload")),
         Rule(
             f"sampling.endpoint.model!=null sampling.endpoint.reload=null {_SERVED}",

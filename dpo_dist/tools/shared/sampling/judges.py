@@ -304,10 +304,10 @@ class EndpointJudge:
 
     def check(self) -> None:
         """Send a harmless request; raise if the endpoint refuses it."""
-        try:
-            self._ask(self._messages(_GRADE, _HARMLESS, response="Hello."))
-        except RefusedError as refusal:
-            raise self.client.unusable(f"{refusal}, also for a harmless request") from None
+        self.client.check(self._probe)
+
+    def _probe(self) -> None:
+        self._ask(self._messages(_GRADE, _HARMLESS, response="Hello."))
 
     def describe(self) -> dict[str, Any]:
         """Return address, model, kind of verdicts and criterion."""
@@ -325,7 +325,7 @@ class EndpointJudge:
         requests = {
             _key(question, order): (question, order) for question, tried in by_question for order in tried
         }
-        verdicts = self.client.ask(requests, lambda key: self._verdict(*requests[key]), self.check)
+        verdicts = self.client.ask(requests, lambda key: self._verdict(*requests[key]), self._probe)
         return [
             _judgement(
                 len(question.responses),

@@ -27,12 +27,7 @@ from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.packed import packed_logps
 from dpo_dist.tools.shared.sampling.client import Client, RefusedError
 from dpo_dist.tools.shared.sampling.generate import Request, Sample
-from dpo_dist.tools.shared.sampling.respond import (
-    ModelSource,
-    Responder,
-    load_packed_source,
-    usable_prompt,
-)
+from dpo_dist.tools.shared.sampling.respond import ModelSource, Responder, load_packed_source, usable_prompt
 from dpo_dist.tools.shared.sampling.settings import Sampling
 
 _URL = "sampling.endpoint.url"
@@ -84,7 +79,7 @@ class Server:
             completed = self.complete(prompts[key].prompt_ids, sampling, counts[key])
             return [(each.sample.ids, each.sample.end) for each in completed]
 
-        replies = self.client.ask(prompts, answer, self.check)
+        replies = self.client.ask(prompts, answer, self.probe)
         drawn = {key: iter(reply or ()) for key, reply in replies.items()}
         return [Sample(*sample) if (sample := next(drawn[key], None)) else None for key in keys]
 
@@ -135,13 +130,6 @@ class Server:
                 return written
         raise RefusedError("the prompt as a text has other tokens")
 
-    def check(self) -> None:
-        """Raise ConfigError if the server refuses a harmless request, too."""
-        try:
-            self.probe()
-        except RefusedError as refusal:
-            raise self.client.unusable(f"{refusal}, also for a harmless request") from None
-
     def probe(self) -> None:
         """Send a harmless request; raise RefusedError or ConfigError if the server cannot answer it."""
         ids = np.array(self._encoded("Hello."), dtype=np.int32)
@@ -162,7 +150,7 @@ def open_server(endpoint: ServerConfig, responder: Responder) -> Server:
         server.probe()
     except RefusedError:
         server = replace(server, takes_ids=False)
-        server.check()
+        client.check(server.probe)
     return server
 
 
@@ -196,7 +184,7 @@ def check_served(
     usable = [prompt.prompt_ids for prompt in asked if not isinstance(prompt, str)]
     prompts = {str(number): usable[number % len(usable)] for number in range(CHECKED if usable else 0)}
     replies = server.client.ask(
-        prompts, lambda number: server.complete(prompts[number], Sampling(CHECK_TOKENS), 1)[0], server.check
+        prompts, lambda number: server.complete(prompts[number], Sampling(CHECK_TOKENS), 1)[0], server.probe
     )
     answered = [(prompts[number], reply) for number, reply in replies.items() if reply is not None]
     _check_tokens(server, answered)
