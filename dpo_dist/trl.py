@@ -7,6 +7,7 @@ which `api.train` runs; `dpo-dist train` can go on with it.
 import hashlib
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, trainer_pt_utils
 from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalPrediction, TrainOutput
@@ -29,11 +31,11 @@ from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.run_folder import RunFolder, best_checkpoint, checkpoint_folders
 from dpo_dist.config.schema import FinalModel, SourceConfig
 from dpo_dist.data.read.files import write_records
-from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome
+from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome, StoppedError
 from dpo_dist.foundation.files import locked, staged_folder, write_text
 from dpo_dist.foundation.process import this_rank
 from dpo_dist.model.architectures import auto_class
-from dpo_dist.model.files.folder import is_adapter, model_folder
+from dpo_dist.model.files.folder import is_adapter, model_folder, weight_files
 from dpo_dist.tools.convert.arguments import DPOConfig, KTOConfig, TrainerArguments, adapter_keys, refused
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.translate import translate_run
@@ -135,7 +137,11 @@ class DPOTrainer:
         self.control.should_training_stop = False
         self._call("on_train_begin")
         words = [*self._words, *(["run.resume=must"] if resume_from_checkpoint else [])]
-        summary = api.train(words, on_row=self._on_row)
+        try:
+            summary = api.train(words, on_row=self._on_row)
+        except StoppedError as stop:  # before the first step
+            self.accelerator.print(stop)
+            raise SystemExit(ExitCode.preempted) from stop
         if summary["exit"] == RunOutcome.preempted and "on_row" not in summary["stopped_by"]:
             raise SystemExit(ExitCode.preempted)  # the script would take these weights for the trained model
         self._has_trained = True
@@ -283,11 +289,8 @@ class DPOTrainer:
         if hasattr(model, "peft_config"):
             if peft_config is not None:
                 raise refused("peft_config", "with a PeftModel", "merge_and_unload its adapter first")
-            if [*model.peft_config] != ["default"]:
-                remedy = "pass a PeftModel whose only adapter has the name 'default'"
-                raise refused("model", f"a PeftModel with {', '.join(model.peft_config)}", remedy)
             self._keys |= {"use_peft": True, "adapter_name_or_path": self._saved(model, None)}
-            model = model.peft_config["default"].base_model_name_or_path
+            model = _base_of(model, options.get("revision"))
         source = model if isinstance(model, str) else model.config.name_or_path
         if tokenizer is None:
             tokenizer = self.processing_class = AutoTokenizer.from_pretrained(source, **named)
@@ -362,6 +365,30 @@ class KTOTrainer(DPOTrainer):
     """TRL's `KTOTrainer`: as `DPOTrainer`, on labelled responses, or on pairs that are taken apart."""
 
     config = KTOConfig
+
+
+def _base_of(model: Any, revision: str | None) -> str:
+    """Return the name by which a `PeftModel`'s base is trained; check that its weights are the same."""
+    if [*model.peft_config] != ["default"]:
+        remedy = "pass a PeftModel whose only adapter has the name 'default'"
+        raise refused("model", f"a PeftModel with {', '.join(model.peft_config)}", remedy)
+    base = str(model.peft_config["default"].base_model_name_or_path)
+    if hasattr(model.config, "quantization_config"):
+        return base
+    weights = {
+        re.sub(r"^base_model\.model\.|\.(base_layer|original_module)(?=\.)", "", name): weight
+        for name, weight in model.state_dict().items()
+    }
+    for file in weight_files(model_folder(base, revision)):
+        if file.suffix == ".json":
+            continue
+        with safe_open(file, "pt") as stored:
+            for name in weights.keys() & set(stored.keys()):
+                weight = weights[name].cpu()
+                if not torch.equal(stored.get_tensor(name).to(weight.dtype), weight):
+                    remedy = "save the base by save_pretrained, and load it from there before its adapter"
+                    raise refused("model", f"a PeftModel whose {name} is not that of {base}", remedy)
+    return base
 
 
 def _tokenization(tokenizer: Any) -> Any:

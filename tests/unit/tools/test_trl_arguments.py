@@ -246,6 +246,16 @@ def test_an_adapter_in_memory_is_continued(folder: Path, tmp_path: Path) -> None
     assert (Path(found["model.adapter.path"]) / "adapter_model.safetensors").is_file()
 
 
+def test_an_adapter_whose_base_was_changed_in_memory_is_refused(folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(r=2))
+    translated(folder, tmp_path, model=model)
+    with torch.no_grad():
+        base.model.layers[0].self_attn.q_proj.base_layer.weight[0] += 1
+    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj\.weight"):
+        translated(folder, tmp_path, model=model)
+
+
 def test_an_adapter_beside_another_is_refused(folder: Path, tmp_path: Path) -> None:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2))
     model.add_adapter("other", LoraConfig(r=2))
