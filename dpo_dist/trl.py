@@ -7,7 +7,9 @@ which `api.train` runs; `dpo-dist train` can go on with it.
 import hashlib
 import json
 import math
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from peft import PeftModel, get_peft_model
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, trainer_pt_utils
 from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalPrediction, TrainOutput
@@ -24,17 +28,18 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from dpo_dist import api
 from dpo_dist.config.load import from_yaml, load_run_config
 from dpo_dist.config.mistakes import raise_all
-from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
-from dpo_dist.config.schema import SourceConfig
+from dpo_dist.config.run_folder import RunFolder, best_checkpoint, checkpoint_folders
+from dpo_dist.config.schema import FinalModel, SourceConfig
 from dpo_dist.data.read.files import write_records
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome, StoppedError
 from dpo_dist.foundation.files import locked, staged_folder, write_text
 from dpo_dist.foundation.process import this_rank
 from dpo_dist.model.architectures import auto_class
-from dpo_dist.model.files.folder import is_adapter, model_folder
+from dpo_dist.model.files.folder import is_adapter, model_folder, weight_files
 from dpo_dist.tools.convert.arguments import DPOConfig, KTOConfig, TrainerArguments, adapter_keys, refused
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.translate import translate_run
+from dpo_dist.tools.evaluation.results import results_name
 from dpo_dist.verbs import evaluate, export
 
 _EVENTS = ("on_init_end", "on_train_begin", "on_log", "on_evaluate", "on_save", "on_train_end")
@@ -77,6 +82,7 @@ class DPOTrainer:
         self.accelerator = SimpleNamespace(print=say, is_main_process=is_main, wait_for_everyone=self.end)
         self._keys = self.args.keys()
         self._own: dict[str, Any] = {"run.dir": str(self.run), "run.root": str(self.folder)}
+        self._words, self._has_trained = list[str](), False
         self._given: Any = None if isinstance(model, str) or peft_config is not None else model
         for key, value in others.items():
             if value not in (None, (None, None)):
@@ -109,6 +115,8 @@ class DPOTrainer:
                 remedy = "set it to 0: any new best value counts"
                 raise refused("callbacks", "early_stopping_threshold", remedy)
             self._keys["early_stopping_patience"] = callback.early_stopping_patience
+            if self._words:  # else the trainer is still being made
+                self._translate()
             return
         kind = type(callback)
         for name, unchanged in vars(TrainerCallback).items():
@@ -123,19 +131,27 @@ class DPOTrainer:
         `resume_from_checkpoint`: true: there must be one; a path: it must be the last one.
         """
         last = self._last = next(iter(checkpoint_folders(self.run.checkpoints)), None)
-        is_path = isinstance(resume_from_checkpoint, str)
-        if is_path and (last is None or not last.samefile(str(resume_from_checkpoint))):
-            raise refused("resume_from_checkpoint", str(resume_from_checkpoint), f"pass True or {last}")
+        wanted = resume_from_checkpoint
+        if isinstance(wanted, str) and (last is None or last.resolve() != Path(wanted).resolve()):
+            raise refused("resume_from_checkpoint", wanted, f"pass True or {last}")
+        self.control.should_training_stop = False
         self._call("on_train_begin")
         words = [*self._words, *(["run.resume=must"] if resume_from_checkpoint else [])]
-        summary = api.train(words, on_row=self._on_row)
+        try:
+            summary = api.train(words, on_row=self._on_row)
+        except StoppedError as stop:  # before the first step
+            self.accelerator.print(stop)
+            raise SystemExit(ExitCode.preempted) from stop
+        if summary["exit"] == RunOutcome.preempted and "on_row" not in summary["stopped_by"]:
+            raise SystemExit(ExitCode.preempted)  # the script would take these weights for the trained model
+        self._has_trained = True
         rows = [*filter(None, map(self._shown, api.read_metrics(self.run.path)))]
         losses = [row["loss"] for row in rows if "loss" in row]
         mean, steps = math.fsum(losses) / max(len(losses), 1), summary["steps"]
         metrics = {"train_runtime": summary["train_seconds"], "train_loss": mean}
         self.state.global_step, self.state.log_history = steps, [*rows, {**metrics, "step": steps}]
         self._note_checkpoint()
-        if self._given is not None and (self.run.model.is_dir() or this_rank() == 0):
+        if self._given is not None:
             if isinstance(self._given, PeftModel):
                 self._given.load_adapter(str(self._result()), "default", is_trainable=True)
             else:
@@ -157,7 +173,7 @@ class DPOTrainer:
         metrics = {
             f"{metric_key_prefix}_{name}{key.removeprefix('eval_')}": value
             for label, name in (names or {"all": ""}).items()
-            for key, value in results[label].items()
+            for key, value in results[results_name(label) if names else label].items()
             if key != "intervals"
         }
         if self.compute_metrics is not None:
@@ -205,13 +221,19 @@ class DPOTrainer:
 
     def _result(self) -> str | None:
         """Return the folder of the trained model; of a run that a callback stopped, write it first."""
+        if not self._has_trained:
+            return None
         if self.run.model.is_dir():
             return str(self.run.model)
         if not (folders := checkpoint_folders(self.run.checkpoints)):
             return None
-        exported = self.run.exported / folders[0].name
+        config = from_yaml(self.run.config.read_text())
+        best = best_checkpoint(self.run.checkpoints) if config.trainer.final is FinalModel.best else None
+        exported = self.run.exported / (best or folders[0].name)
         if this_rank() == 0 and not exported.is_dir():
-            export.main(from_yaml(self.run.config.read_text()))
+            export.main(config)
+        while not exported.is_dir():  # rank 0 writes it; if that fails, the launcher ends this process
+            time.sleep(0.1)
         return str(exported)
 
     def _predictions(self) -> EvalPrediction:
@@ -268,7 +290,7 @@ class DPOTrainer:
             if peft_config is not None:
                 raise refused("peft_config", "with a PeftModel", "merge_and_unload its adapter first")
             self._keys |= {"use_peft": True, "adapter_name_or_path": self._saved(model, None)}
-            model = model.peft_config["default"].base_model_name_or_path
+            model = _base_of(model, options.get("revision"))
         source = model if isinstance(model, str) else model.config.name_or_path
         if tokenizer is None:
             tokenizer = self.processing_class = AutoTokenizer.from_pretrained(source, **named)
@@ -293,20 +315,27 @@ class DPOTrainer:
         self._keys["router_aux_loss_coef"] = (experts and "model" if given is None else given) or None
 
     def _saved(self, model: Any, tokenizer: Any) -> str:
-        """Save a model to a folder that its content names, unless it is there; return the folder."""
+        """Save a model to a folder that its content names, unless it is there; return the folder.
+
+        Collective where a script has joined the processes: transformers then saves on rank 0 only.
+        """
         digest = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=8)
         if tokenizer is not None:
             digest.update(repr((_tokenization(tokenizer), tokenizer.chat_template)).encode())
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        folder = self.folder / "models" / digest.hexdigest()
-        with locked(folder.with_suffix(".lock"), "saves this model", waits=True):
-            if not folder.exists():
-                with staged_folder(folder) as temporary:
-                    for part in filter(None, (model, tokenizer)):
-                        part.save_pretrained(temporary)
-        return str(folder)
+        folder, is_joined = self.folder / "models" / digest.hexdigest(), dist.is_initialized()
+        if not is_joined or this_rank() == 0:
+            with locked(folder.with_suffix(".lock"), "saves this model", waits=True):
+                if not folder.exists():
+                    with staged_folder(folder) as temporary:
+                        for part in filter(None, (model, tokenizer)):
+                            part.save_pretrained(temporary)
+        saved = [str(folder)]
+        if is_joined:
+            dist.broadcast_object_list(saved)
+        return saved[0]
 
     def _sources(self, given: Any, name: str) -> list[dict[str, Any]]:
         """Write records in memory, or a mapping of several sets, to files; return them as sources."""
@@ -336,6 +365,30 @@ class KTOTrainer(DPOTrainer):
     """TRL's `KTOTrainer`: as `DPOTrainer`, on labelled responses, or on pairs that are taken apart."""
 
     config = KTOConfig
+
+
+def _base_of(model: Any, revision: str | None) -> str:
+    """Return the name by which a `PeftModel`'s base is trained; check that its weights are the same."""
+    if [*model.peft_config] != ["default"]:
+        remedy = "pass a PeftModel whose only adapter has the name 'default'"
+        raise refused("model", f"a PeftModel with {', '.join(model.peft_config)}", remedy)
+    base = str(model.peft_config["default"].base_model_name_or_path)
+    if hasattr(model.config, "quantization_config"):
+        return base
+    weights = {
+        re.sub(r"^base_model\.model\.|\.(base_layer|original_module)(?=\.)", "", name): weight
+        for name, weight in model.state_dict().items()
+    }
+    for file in weight_files(model_folder(base, revision)):
+        if file.suffix == ".json":
+            continue
+        with safe_open(file, "pt") as stored:
+            for name in weights.keys() & set(stored.keys()):
+                weight = weights[name].cpu()
+                if not torch.equal(stored.get_tensor(name).to(weight.dtype), weight):
+                    remedy = "save the base by save_pretrained, and load it from there before its adapter"
+                    raise refused("model", f"a PeftModel whose {name} is not that of {base}", remedy)
+    return base
 
 
 def _tokenization(tokenizer: Any) -> Any:

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from tests.support import tiny
 from tests.support.launch import environment
@@ -21,19 +22,30 @@ def evaluate_train_evaluate(variables: dict[str, str], folder: Path) -> None:
     os.dup2(log, 2)
     os.environ.clear()
     os.environ.update(variables)
+    from accelerate import PartialState
+    from transformers import AutoModelForCausalLM, TrainerCallback
+
     from dpo_dist.trl import DPOConfig, DPOTrainer
 
+    class Stop(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 2
+
+    PartialState()  # as in scripts that load a model for each process
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
     args = DPOConfig(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=2,
         learning_rate=1e-3,
-        max_steps=3,
+        max_steps=5,
         logging_steps=1,
         bf16=False,
     )
-    trainer = DPOTrainer(str(folder / "model"), args=args, train_dataset=PAIRS, eval_dataset=PAIRS)
+    sets = {"train_dataset": PAIRS, "eval_dataset": PAIRS}
+    trainer = DPOTrainer(model, args=args, callbacks=[Stop()], **sets)
     losses = [trainer.evaluate()["eval_loss"], trainer.train().training_loss]
-    losses += [trainer.evaluate()["eval_loss"], len(trainer.state.log_history)]
+    trained = float(model.model.layers[0].self_attn.q_proj.weight.sum())
+    losses += [trainer.evaluate()["eval_loss"], len(trainer.state.log_history), trained]
     (folder / f"rank-{variables['RANK']}.json").write_text(json.dumps(losses))
 
 
@@ -56,7 +68,7 @@ def test_two_processes_evaluate_and_train_and_evaluate(tmp_path: Path) -> None:
     assert [process.exitcode for process in processes] == [0, 0], said
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert first == second, "every process has the same results"
-    before, trained, after, rows = first
+    before, trained, after, rows, _ = first
     assert before > trained > after
     assert rows == 5, "three steps, their mean loss, and the evaluation after them"
     keys = (tmp_path / "out" / "dpo_dist.yaml").read_text()

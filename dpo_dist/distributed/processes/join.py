@@ -114,12 +114,12 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(distributed_c10d, name, timeout)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if not dist.is_initialized():  # then a state of Accelerate is another library's
-        forget_accelerate_state()
-        if os.environ.get("WORLD_SIZE") == "1":  # torch's own store would listen on all interfaces
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    forget_accelerate_state()  # of another library or the script, which may not have looked for the others
+    if not dist.is_initialized() and os.environ.get("WORLD_SIZE") == "1":
+        # torch's own store would listen on all interfaces
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
-        if not dist.is_initialized() and (number := next(_STARTS)):
+        if (number := next(_STARTS)) and not dist.is_initialized():
             # The launcher's store still has the keys of the group that an earlier verb has left.
             store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
             store = PrefixStore(f"start-{number}", store)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -20,7 +21,13 @@ from dpo_dist.tools.shared.sampling import client as clients
 from dpo_dist.tools.shared.sampling import served
 from dpo_dist.tools.shared.sampling.client import Client
 from dpo_dist.tools.shared.sampling.respond import Responder, find_files, open_responder, respond
-from dpo_dist.tools.shared.sampling.served import Server, check_served, open_server, reload_server
+from dpo_dist.tools.shared.sampling.served import (
+    Server,
+    check_served,
+    most_difference,
+    open_server,
+    reload_server,
+)
 from dpo_dist.tools.shared.sampling.settings import Sampling
 from tests.support.completions_server import CompletionsServer, completions_server, to_int8
 from tests.support.tiny_model import write_model
@@ -139,6 +146,16 @@ def test_rounding_is_not_a_fault(folder: Path, changes: Callable[[Any], None]) -
     said = checked(CompletionsServer(folder, changes=changes), folder)
     assert "bf16 rounding makes" in said
     assert "unchecked" not in said
+
+
+def test_few_tokens_are_no_fault_and_many_show_a_copy_in_8_bits() -> None:
+    random = np.random.default_rng(0)
+    for tokens, changes in ((24, 1.0), (1000, 2.4)):
+        mine, theirs = (np.abs(random.normal(size=(2000, tokens))) for _ in range(2))
+        refused = [
+            changes * size.mean() > most_difference(own) for own, size in zip(mine, theirs, strict=True)
+        ]
+        assert np.mean(refused) < 0.005 if changes == 1.0 else np.mean(refused) > 0.995
 
 
 def test_training_on_quantised_weights_checks_the_weights_of_the_folder(folder: Path) -> None:

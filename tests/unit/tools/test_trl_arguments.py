@@ -20,7 +20,9 @@ from transformers import (
     ProgressCallback,
 )
 
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.config.load import load_run_config, to_yaml
+from dpo_dist.foundation.errors import ConfigError, ExitCode
+from dpo_dist.training.start.named_models import find_export_paths
 from dpo_dist.trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from tests.support.families import tiny_config
 from tests.support.tiny_model import write_model
@@ -241,6 +243,23 @@ def test_an_adapter_in_memory_is_continued(folder: Path, tmp_path: Path) -> None
     assert (Path(found["model.adapter.path"]) / "adapter_model.safetensors").is_file()
 
 
+def test_an_adapter_whose_base_was_changed_in_memory_is_refused(folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(r=2))
+    translated(folder, tmp_path, model=model)
+    with torch.no_grad():
+        base.model.layers[0].self_attn.q_proj.base_layer.weight[0] += 1
+    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj\.weight"):
+        translated(folder, tmp_path, model=model)
+
+
+def test_an_adapter_beside_another_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2))
+    model.add_adapter("other", LoraConfig(r=2))
+    with pytest.raises(ConfigError, match="default, other"):
+        translated(folder, tmp_path, model=model)
+
+
 def test_a_quantized_model_in_memory_is_quantized_again_by_its_name(folder: Path, tmp_path: Path) -> None:
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=bits)
@@ -261,6 +280,59 @@ def test_before_training_a_trainer_has_what_it_was_given(folder: Path, tmp_path:
     assert saved.chat_template == tokenizer.chat_template
     named = DPOTrainer(str(folder), args=args, **given)
     assert named.processing_class.get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_callback_that_is_added_later_counts(folder: Path, tmp_path: Path) -> None:
+    args = DPOConfig(output_dir=str(tmp_path), eval_strategy="epoch")
+    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=PAIRS[:4])
+    assert "trainer.patience" not in keys_of(trainer)
+    trainer.add_callback(EarlyStoppingCallback(2))
+    assert keys_of(trainer)["trainer.patience"] == 2
+
+
+def test_a_signal_ends_the_script_and_a_callback_ends_only_training(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = {"exit": "preempted", "stopped_by": "SIGTERM", "steps": 1, "train_seconds": 1.0}
+    monkeypatch.setattr("dpo_dist.trl.api.train", lambda *_, **__: ended)
+    monkeypatch.setattr("dpo_dist.trl.api.read_metrics", lambda _: [])
+    args = DPOConfig(output_dir=str(tmp_path))
+    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS)
+    with pytest.raises(SystemExit) as raised:
+        trainer.train()
+    assert raised.value.code == ExitCode.preempted
+    ended["stopped_by"] = "on_row"
+    assert trainer.train().global_step == 1
+
+
+@pytest.mark.parametrize(("is_best", "name"), [(True, "step-000002"), (False, "step-000004")])
+def test_a_run_that_stopped_has_the_weights_that_its_end_would_have(
+    is_best: bool, name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = DPOConfig(output_dir=str(tmp_path), eval_strategy="epoch", load_best_model_at_end=is_best)
+    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=PAIRS[:4])
+    for step in (2, 4):
+        (trainer.run.checkpoints / f"step-{step:06d}").mkdir(parents=True)
+    (trainer.run.checkpoints / "best").write_text("step-000002")
+    trainer.run.config.write_text(to_yaml(load_run_config([str(tmp_path / "dpo_dist.yaml")])))
+    trainer.save_model(str(tmp_path / "before"))
+    assert (tmp_path / "before" / "model.safetensors").is_file(), "of the model that was given"
+
+    def write(config: Any) -> None:
+        _, output = find_export_paths(config)
+        output.mkdir(parents=True)
+        (output / output.name).touch()
+
+    monkeypatch.setattr("dpo_dist.trl.export.main", write)
+    ended = {"exit": "preempted", "stopped_by": "on_row", "steps": 4, "train_seconds": 1.0}
+    monkeypatch.setattr("dpo_dist.trl.api.train", lambda *_, **__: ended)
+    monkeypatch.setattr("dpo_dist.trl.api.read_metrics", lambda _: [])
+    with pytest.raises(ConfigError, match="resume_from_checkpoint"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trainer.train()
+    for _ in range(2):
+        trainer.save_model(str(tmp_path / "after"))
+    assert [file.name for file in (tmp_path / "after").iterdir()] == [name]
 
 
 def test_a_tokenizer_is_the_models_own_or_written_beside_it(folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Other weights differ more: an int8 copy twice as much, a few steps of LoRA three
 """
 
 import contextlib
+import math
 import shlex
 import subprocess
 import time
@@ -15,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from dpo_dist.batching.example import Example, TokenIds
@@ -204,7 +206,7 @@ def check_served(
     )
     differences, by_rounding = exact - np.array(theirs), np.abs(exact - rounded)
     size, mean, rounding = (float(each.mean()) for each in (np.abs(differences), differences, by_rounding))
-    most = _MOST * (rounding + _STANDARD_ERRORS * float(by_rounding.std()) / len(theirs) ** 0.5)
+    most = most_difference(by_rounding)
     said = (
         f"log-probs of {len(theirs):,} tokens differ from ours by {size:.4f} on average "
         f"(mean difference {mean:+.4f}); bf16 rounding makes {rounding:.4f}"
@@ -215,6 +217,13 @@ def check_served(
     few = "a quantised copy, or weights of a few steps before"
     cause = few if size < 5 * rounding else "other weights, such as an earlier round's, or other prompts"
     raise _other(server, said, f"at most {most:.4f}", f"it probably serves {cause}")
+
+
+def most_difference(by_rounding: npt.NDArray[np.float64]) -> float:
+    """Return the most that a server's log-probs of these tokens may differ from ours on average."""
+    standard_error = float(by_rounding.std()) / math.sqrt(len(by_rounding))
+    mean = float(by_rounding.mean())
+    return _MOST * (mean + _STANDARD_ERRORS * standard_error)
 
 
 def _check_tokens(server: Server, answered: Sequence[tuple[TokenIds, _Completed]]) -> None:
