@@ -154,7 +154,8 @@ class Prompts:
         settings |= {"model": source.digest, "numbers": [numbers.start, len(numbers)]}
         is_served = config.sampling.endpoint.url is not None
         stage = self.stage("responses", settings | ({"server": True} if is_served else {}))
-        server = self._served(source, stage) if is_served and stage.unfinished() else None
+        unfinished = self.run.world.on_main(stage.unfinished) if is_served else []
+        server = self._served(source, self.parts[unfinished[0]]) if unfinished else None
 
         def part(index: int) -> list[dict[str, Any]]:
             opened = open_model() if server is None else (server.responder, server.generate)
@@ -163,12 +164,11 @@ class Prompts:
         client = None if server is None else server.client
         return self.finish(f"responses of {source.name}", stage, part, client)
 
-    def _served(self, source: ModelSource, stage: Parts) -> Server:
-        """Return the server on every rank, checked by the first prompts that it will be asked; collective."""
+    def _served(self, source: ModelSource, records: Sequence[PreferenceRecord]) -> Server:
+        """Return the server on every rank, checked by some of the prompts that it is asked; collective."""
         config, world, console = self.run.config, self.run.world, self.run.console
         endpoint, model = config.sampling.endpoint, config.model
         responder = open_responder(source, model, config.data)
-        records = self.parts[stage.unfinished()[0]]
 
         def ready() -> None:
             if endpoint.reload is not None:
