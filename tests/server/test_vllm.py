@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig
@@ -102,16 +103,18 @@ def written(folder: Path, change: Any) -> str:
 
 
 def trained(model: Any) -> None:
-    """Five steps that make the responses of the first prompts likelier."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
+    """Five steps of LoRA that make one response to some prompts likelier."""
+    tokenizer, adapter = AutoTokenizer.from_pretrained(MODEL), LoraConfig(target_modules="all-linear")
+    wrapped = get_peft_model(model, adapter)
+    optimizer = torch.optim.AdamW((each for each in wrapped.parameters() if each.requires_grad), lr=3e-4)
     for record in RECORDS[:5]:
         turns = [{"role": turn.role, "content": turn.content} for turn in record.prompt]  # type: ignore[union-attr]
         turns.append({"role": "assistant", "content": "It is green."})
         ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
-        model(input_ids=ids, labels=ids).loss.backward()
+        wrapped(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    wrapped.merge_and_unload()
 
 
 def test_rounding_passes_and_ids_are_its_own(url: str) -> None:
