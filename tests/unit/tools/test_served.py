@@ -133,6 +133,13 @@ def trained_a_little(model: Any) -> None:
         weight.data += torch.randn_like(weight) * 0.02 * weight.data.std()
 
 
+def trained_less_than_bf16_rounds(model: Any) -> None:
+    torch.manual_seed(1)
+    for weight in model.parameters():
+        weight.data += torch.randn_like(weight) * 0.004 * weight.data.std()
+    to_bf16(model)
+
+
 def no_system(ids: list[int]) -> list[int]:
     """As a template that leaves out the first of two turns."""
     return ids[ids.index(ids[0], 1) :] if ids[0] in ids[1:] else ids
@@ -168,6 +175,10 @@ def test_training_on_quantised_weights_checks_the_weights_of_the_folder(folder: 
     ("faults", "said"),
     [
         ({"changes": trained_a_little}, "tokens differ from ours by .*it probably serves other weights"),
+        (
+            {"changes": trained_less_than_bf16_rounds},
+            "tokens differ from ours by .*weights of a few steps before",
+        ),
         ({"changes": to_int8}, "tokens differ from ours by .*it probably serves a quantised copy"),
         ({"reads": no_system, "confesses": False}, "tokens differ from ours by .*other prompts"),
         ({"reads": no_system}, "it reads .* drops a system prompt"),
