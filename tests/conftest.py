@@ -2,11 +2,13 @@
 
 import gc
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+from tqdm.std import tqdm
 
 from tests.simulated_cuda import parent as with_device
 from tests.support.parent import started_parent, use_parent
@@ -14,6 +16,8 @@ from tests.support.parent import started_parent, use_parent
 gc.disable()  # until tests are collected: beside imports it takes a fifth of the time
 # Of torch.compile: by default each process starts others, which import torch, too.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+# Its own is shared with forked processes: one that is killed while it holds it would block this one forever.
+tqdm.set_lock(threading.RLock())
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("repeatable")
 
