@@ -299,7 +299,7 @@ class DPOTrainer:
             if _tokenization(kept) != _tokenization(tokenizer):
                 kind = auto_class(AutoConfig.from_pretrained(source, **named), self.args.trust_remote_code)
                 model = kind.from_pretrained(source, use_safetensors=True, **options | named)
-            elif kept.chat_template != tokenizer.chat_template:
+            elif tokenizer.chat_template and tokenizer.chat_template != kept.chat_template:
                 own["data.chat_template"] = str(self.folder / "chat_template.jinja")
                 write_text(self.folder / "chat_template.jinja", tokenizer.chat_template)
         own["model.path"] = model if isinstance(model, str) else self._saved(model, tokenizer)

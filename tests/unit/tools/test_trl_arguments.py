@@ -345,6 +345,8 @@ def test_a_tokenizer_is_the_models_own_or_written_beside_it(folder: Path, tmp_pa
     found = translated(folder, tmp_path, processing_class=spoken)
     assert found["model.path"] == str(folder)
     assert Path(found["data.chat_template"]).read_text() == spoken.chat_template
+    spoken.chat_template = None
+    assert "data.chat_template" not in translated(folder, tmp_path, processing_class=spoken)
     tokenizer.add_tokens(["<new>"])
     found = translated(folder, tmp_path, processing_class=tokenizer)
     assert "<new>" in AutoTokenizer.from_pretrained(found["model.path"]).get_vocab()
