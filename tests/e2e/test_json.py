@@ -14,7 +14,8 @@ import pytest
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.tools.selftest.checks import Check
 from tests.support.launch import ROOT, TWO_PROCESSES, constants, environment
-from tests.support.warm import ENVIRONMENT, launcher_variables, run_warm, run_warm_apart
+from tests.support.parent import context, start_parent
+from tests.support.warm import ENVIRONMENT, launcher_variables, run_warm, run_warm_apart, start_module, wait
 from tests.unit.tools.pages.made_run import made_run
 
 RUN = "model.path=model model.dtype=fp32 data.train=[train.jsonl] tracking=off"
@@ -219,6 +220,16 @@ def test_every_error_is_a_document(typed: str, folder: Path) -> None:
     code, found = document(shlex.split(typed), folder)
     assert code == found["error"]["code"] == 2
     assert found["error"]["remedy"]["text"]
+
+
+def test_the_selftests_document_may_be_kept_in_the_file_that_it_writes(tmp_path: Path) -> None:
+    start_parent()
+    output, errors = tmp_path / "selftest.json", tmp_path / "errors"
+    variables = environment() | ENVIRONMENT
+    module, words = VERBS["selftest"].module, ["--quick", "--json"]
+    started = start_module(context, module, words, variables, 1, tmp_path, output, ONE_WAY, errors)
+    assert wait(started, 240) == 0
+    assert json.loads(output.read_text())["kind"] == "selftest"
 
 
 def test_a_report_has_the_verdict_and_the_findings_of_its_run(tmp_path: Path) -> None:

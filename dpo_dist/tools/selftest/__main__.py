@@ -28,7 +28,13 @@ from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import Arguments, ExitCode, exit_after, first_line
 from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.process import LAUNCHER_PREFIXES, WORLD_VARIABLES
-from dpo_dist.foundation.streams import json_stream, kept_document, print_line, reserve_output
+from dpo_dist.foundation.streams import (
+    json_stream,
+    kept_document,
+    output_descriptor,
+    print_line,
+    reserve_output,
+)
 from dpo_dist.tools.selftest.checks import Check, failed_check, shared_facts
 from dpo_dist.tools.selftest.devices import (
     check_attention,
@@ -86,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds = time.monotonic() - began
         print_line(f"verdict: {verdict} ({seconds:.0f} s; {options.output})", table)
         content |= {"seconds": seconds, "verdict": verdict, "checks": [check._asdict() for check in checks]}
-        output.write_text(json.dumps(for_json(content), indent=1) + "\n", encoding="utf-8")
+        if not (output.exists() and os.path.samestat(output.stat(), os.fstat(output_descriptor()))):
+            output.write_text(json.dumps(for_json(content), indent=1) + "\n", encoding="utf-8")
         console_on(table, "plain").result("selftest", content, [])
     if options.share:
         print_line(json.dumps(for_json(shared_facts(now, checks))), table)
