@@ -92,7 +92,12 @@ class DPOTrainer:
         self._own |= {"samples.prompts": 0, "data.train": self._sources(train_dataset, "train_dataset")}
         self._eval = [] if eval_dataset is None else self._sources(eval_dataset, "eval_dataset")
         sets = [Path(source["path"]).read_bytes().splitlines() for source in self._own["data.train"]]
-        self._own["data.unpair"] = self.config is KTOConfig and "chosen" in json.loads(sets[0][0])
+        first = json.loads(sets[0][0])
+        self._own["data.unpair"] = self.config is KTOConfig and "chosen" in first
+        if {"image", "images"} & first.keys():
+            has_adapter = peft_config is not None or hasattr(model, "peft_config")
+            trained = "none" if has_adapter else "tower"
+            self._own |= {"model.images.train": trained, "data.images": str(Path.cwd())}
         if self.args.eval_strategy != "no":
             self._own["data.eval"] = self._eval
         given = quantization_config or self._keys["model_init_kwargs"].pop("quantization_config", None)
@@ -189,6 +194,8 @@ class DPOTrainer:
         source = self._result() or model_folder(self._start, options.get("revision"), accepts_adapter=True)
         if this_rank() == 0:
             shutil.copytree(source, folder, dirs_exist_ok=True)
+            if hasattr(self.processing_class, "image_processor"):
+                self.processing_class.save_pretrained(folder)
             if "data.chat_template" in self._own:
                 write_text(folder / "chat_template.jinja", self.processing_class.chat_template)
 

@@ -36,19 +36,22 @@ def test_a_model_learns_what_only_the_picture_says_as_the_page_shows(tmp_path: P
 
 
 def train_in_memory(folder: Path) -> None:
-    """Train on pictures of Pillow."""
+    """Train on pictures of Pillow, and on one that is named as the script would open it."""
     from PIL import Image
 
     from dpo_dist import api
 
     colours = ("red", "green", "blue")
     records = [image_pair(Image.new("RGB", (60, 50), name), f"It is {name}.", "No.") for name in colours]
+    os.chdir(folder)
+    records[0]["images"][0].save("red.png")
+    records[0]["images"] = ["red.png"]
     words = [f"model.path={write_image_model(folder / 'model')}", "model.images.train=none", "data.eval=[]"]
     words += ["model.dtype=fp32", "parallelism=ddp", "trainer.global_batch_pairs=3", "trainer.max_steps=2"]
     words += ["tracking=off", f"run.root={folder}/output", f"run.dir={folder}/run"]
     api.train(words, train=records)
 
 
-def test_records_in_memory_have_pictures_of_pillow(tmp_path: Path) -> None:
+def test_records_in_memory_have_pictures_of_pillow_or_name_them(tmp_path: Path) -> None:
     in_process(train_in_memory, tmp_path)
     assert summary(tmp_path / "run")["data"]["train"]["kept"] == 3

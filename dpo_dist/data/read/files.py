@@ -135,14 +135,20 @@ def numbered_records(
             yield BadRecord("unparsable", origin, detail), origin
 
 
-def dataset_rows(dataset: Any) -> Iterator[Any]:
-    """Yield the rows of a `datasets.Dataset`, or of its stream, as they are stored."""
+def dataset_rows(dataset: Any, *, reads_files: bool = False) -> Iterator[Any]:
+    """Yield the rows of a `datasets.Dataset`, or of its stream, as they are stored.
+
+    With `reads_files` an image that the dataset has as the path of a file becomes its bytes.
+    """
     form = getattr(dataset, "format", None)  # a stream has no format
     if form and form["type"] == "custom":  # a transform of the user's
         return map(_with_given_arguments, dataset)
     # As stored: to decode images needs packages, and decoded JSON would get the nulls of a table.
     columns = {"columns": form["columns"]} if form else {}
-    return _table_rows(dataset.with_format("arrow", **columns).iter(_BATCH_RECORDS))
+    tables = dataset.with_format("arrow", **columns).iter(_BATCH_RECORDS)
+    from datasets.table import embed_table_storage  # noqa: PLC0415  (slow; here it is loaded already)
+
+    return _table_rows(map(embed_table_storage, tables) if reads_files else tables)
 
 
 def _table_rows(tables: Iterable[Any]) -> Iterator[Any]:
@@ -206,7 +212,7 @@ def _rows_in_memory(records: Iterable[Any], name: str) -> Iterable[Any]:
     if isinstance(records, list):
         return records
     if hasattr(records, "with_format") and hasattr(records, "iter"):
-        return dataset_rows(records)
+        return dataset_rows(records, reads_files=True)
     if not hasattr(records, "__arrow_c_stream__"):
         return map(_with_given_arguments, records)
     try:

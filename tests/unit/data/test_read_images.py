@@ -519,6 +519,15 @@ def test_records_in_memory_keep_the_pixels_of_their_images(tmp_path: Path) -> No
             write_records([{"prompt": "q", **PAIR, "image": value}], tmp_path, "data.train")
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_dataset_in_memory_brings_the_files_that_its_images_name(is_stream: bool, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    records = [{"prompt": "q", **PAIR, "images": [str(tmp_path / "a.png")]}]
+    dataset = datasets.Dataset.from_list(records).cast_column("images", datasets.List(datasets.Image()))
+    given = dataset.to_iterable_dataset() if is_stream else dataset
+    assert contents_read(str(write_records(given, tmp_path / "cache", "data.train"))) == [picture()]
+
+
 def test_the_folder_of_images_is_no_part_of_a_run_s_identity() -> None:
     words = ["model.path=m", "data.train=[a.jsonl]", "data.eval=[b.jsonl]", "model.images.train=none"]
     plain, moved = (load_run_config([*words, *more]) for more in ([], ["data.images=pictures"]))

@@ -352,6 +352,14 @@ def test_a_tokenizer_is_the_models_own_or_written_beside_it(folder: Path, tmp_pa
     assert "<new>" in AutoTokenizer.from_pretrained(found["model.path"]).get_vocab()
 
 
+def test_images_are_read_and_their_parts_trained_as_in_trl(folder: Path, tmp_path: Path) -> None:
+    seen = [pair | {"images": ["a.png"]} for pair in PAIRS]
+    found = translated(folder, tmp_path, train_dataset=seen)
+    assert (found["model.images.train"], found["data.images"]) == ("tower", str(Path.cwd()))
+    found = translated(folder, tmp_path, train_dataset=seen, peft_config=LoraConfig(r=2))
+    assert found["model.images.train"] == "none"
+
+
 def test_datasets_are_written_as_they_are_given(folder: Path, tmp_path: Path) -> None:
     rows = Dataset.from_list(PAIRS)
     named = {"easy": PAIRS[:2], "hard": rows.select(range(3))}
