@@ -139,7 +139,7 @@ class DPOTrainer:
             )
         has_mirror = any(word.startswith("run.mirror=") for word in self._words)
         if wanted and last is None and not has_mirror:
-            raise refused("resume_from_checkpoint", wanted, _NO_CHECKPOINT)
+            raise refused("resume_from_checkpoint", str(wanted), _NO_CHECKPOINT)
         self.control.should_training_stop = False
         self._call("on_train_begin")
         words = [*self._words, *(["run.resume=must"] if resume_from_checkpoint else [])]
