@@ -62,6 +62,8 @@ def _suggest(verb: str) -> str:
 
     if answers := equivalents(verb, "methods"):
         return answers[0]
+    if verb.startswith("-"):
+        return f"options come after the verb: dpo-dist train {verb}"
     if "=" in verb or verb.endswith((".yaml", ".yml")):
         return f"write dpo-dist train {shlex.quote(verb)}"
     losses = [f"train loss={verb}"] if verb in choices(run_keys()["loss.kind"]) else []

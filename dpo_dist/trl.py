@@ -44,6 +44,7 @@ from dpo_dist.verbs import evaluate, export
 
 _EVENTS = ("on_init_end", "on_train_begin", "on_log", "on_evaluate", "on_save", "on_train_end")
 _BITS = ("load_in_", "bnb_4bit_quant_type")
+_NO_CHECKPOINT = "there is no checkpoint yet: leave it out, and train() continues one if there is one"
 
 
 class DPOTrainer:
@@ -126,7 +127,7 @@ class DPOTrainer:
         kind = type(callback)
         for name, unchanged in vars(TrainerCallback).items():
             if name.startswith("on_") and name not in _EVENTS and getattr(kind, name) is not unchanged:
-                remedy = f"of a callback there are {', '.join(_EVENTS)}; progress is shown anyway"
+                remedy = f"of a callback there are {', '.join(_EVENTS)}; on_log can be at each step"
                 raise refused("callbacks", f"{kind.__name__}.{name}", remedy)
         self.callbacks.append(callback)
 
@@ -138,7 +139,12 @@ class DPOTrainer:
         last = self._last = next(iter(checkpoint_folders(self.run.checkpoints)), None)
         wanted = resume_from_checkpoint
         if isinstance(wanted, str) and (last is None or last.resolve() != Path(wanted).resolve()):
-            raise refused("resume_from_checkpoint", wanted, f"pass True or {last}")
+            raise refused(
+                "resume_from_checkpoint", wanted, f"pass True or {last}" if last else _NO_CHECKPOINT
+            )
+        has_mirror = any(word.startswith("run.mirror=") for word in self._words)
+        if wanted and last is None and not has_mirror:
+            raise refused("resume_from_checkpoint", str(wanted), _NO_CHECKPOINT)
         self.control.should_training_stop = False
         self._call("on_train_begin")
         words = [*self._words, *(["run.resume=must"] if resume_from_checkpoint else [])]

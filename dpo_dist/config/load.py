@@ -187,9 +187,9 @@ def _dimensions(
                 counts[word], dimensions[word] = _dimension(override)
             except (ArithmeticError, ValueError, HydraException):
                 message, remedy = "this range has no values", "write range(3), range(0,9,3) or interval(0,1)"
-                if override.is_interval_sweep():
+                if isinstance(interval := override.value(), IntervalSweep):
                     message = "this interval cannot be sampled"
-                    remedy = "write 'tag(log, interval(1e-7,1e-5))', above 0, or interval(0,1)"
+                    remedy = _samplable(key, word.partition("=")[2], interval)
         elif _is_in_brackets(override, folders):
             message = "several values of a sweep are written without brackets"
             remedy = f"write {key}={','.join(names_chosen(override))}"
@@ -206,6 +206,18 @@ def _dimensions(
             else "sweep fewer values, or divide them among several sweeps",
         )
     return dimensions
+
+
+def _samplable(key: str, written: str, interval: IntervalSweep) -> str:
+    """Return the remedy for an interval that cannot be sampled."""
+    low, high = float(interval.start or 0), float(interval.end or 0)
+    if interval.tags - {"log"}:
+        return "the only tag is log: write 'tag(log, interval(1e-7,1e-5))', or interval(0,1)"
+    if low > high:
+        turned = re.sub(r"interval\(([^,()]*),([^,()]*)\)", r"interval(\2,\1)", written.replace(" ", ""))
+        return f"the smaller number comes first: write '{key}={turned}'"
+    low = high / 100 if high > 0 else 1e-7
+    return f"log needs numbers above 0: write '{key}=tag(log, interval({low:g},{max(high, 1e-5):g}))'"
 
 
 def _dimension(override: Override) -> tuple[float, Dimension]:

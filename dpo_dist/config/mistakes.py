@@ -110,6 +110,10 @@ def unreadable(words: Sequence[str], verb: str = "") -> ConfigError:
         remedy = "close each bracket, and put the word between quotes: 'KEY=range(1,4)'"
     if "@" in whole.partition("=")[0]:
         remedy = "remove @ and the word after it: write loss=ipo"
+    called = re.fullmatch(r"([\w.]+)=(\w+)\(\s*([^(),]+),\s*([^(),]+)\)", whole)  # lr=loguniform(1e-7,1e-5)
+    if called and called[1] in run_keys() and re.search("log|uniform", called[2]):
+        interval = f"interval({called[3].strip()},{called[4].strip()})"
+        remedy = f"write '{called[1]}={f'tag(log, {interval})' if 'log' in called[2] else interval}'"
     if first in run_keys() and "=" not in whole:
         remedy = f"write {assignment(first, rest[0] if rest else 'true')}"
     elif (typed := re.fullmatch(r"([\w.]+)(?: *[:=] *)\(?([^()]*)\)?", whole)) and typed[1] in run_keys():
@@ -444,8 +448,10 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
         expected, remedy = "text that is not empty", "remove the key, or write a value"
     elif isinstance(value, bool) and " in " in where and choices(hint):
         remedy = "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
-    elif advice := find_advice(key, got) or [
-        f"did you mean {key}={choice}?" for choice in likely(got, choices(hint))
+    elif advice := [
+        *find_advice(key, got),
+        *([f"write {key}=null"] if got.lower() in ("none", "nil") and _is_accepted(key, "null") else []),
+        *(f"did you mean {key}={choice}?" for choice in likely(got, choices(hint))),
     ]:
         remedy = advice[0]
     elif get_origin(hint) is list:

@@ -64,7 +64,7 @@ def unused(key: str, unless: str, remedy: str = "", works: Condition = lambda _:
     return Rule(
         f"{key} {other}",
         f"{key} has no effect with this {other}",
-        f"remove {key}, or {remedy or 'set ' + unless.replace('|', ' or ')}",
+        f"remove {key}, or {remedy or 'set ' + unless.replace('|', ' or ').replace('!=null', '=...')}",
         lambda c: (
             value_at(c, key, default) != default
             and not (other != unless and _holds(c, unless))

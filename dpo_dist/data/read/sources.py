@@ -178,7 +178,9 @@ def _is_like_a_file(path: Path) -> bool:
 
 
 def _missing(file: Path) -> DataError:
-    similar = similar_path(file)
+    names = str(file).split()
+    is_list = len(names) > 1 and all(Path(name).expanduser().is_file() for name in names)
+    similar = ",".join(names) if is_list else similar_path(file)
     return DataError(
         "the path is neither a file nor a folder" if file.exists() else "the file does not exist",
         where=str(file),

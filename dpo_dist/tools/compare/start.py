@@ -67,7 +67,7 @@ def compared_models(written: list[str]) -> list[NamedModel]:
             where=MODELS_KEY,
             got=as_written(written),
             expected="the base and at least one other model",
-            remedy="write 'compare.models=[base=./base,output/a,beta05=output/b]'",
+            remedy="name them, for example 'compare.models=[base=./base,output/a,beta05=output/b]'",
         )
     models = []
     for entry in map(str.strip, written):

@@ -67,7 +67,9 @@ def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str
             lines.append(f"{words}: {row['outcome']}")
     if search and search["best"]:
         words = " ".join(f"{key}={value}" for key, value in search["best"]["settings"].items())
-        lines.append(f"best    {words}: {search['by']} {number(search['best']['value'])}")
+        ties = list(search["values"].values()).count(search["best"]["value"])
+        tied = f", one of {ties} trials with this value" if ties > 1 else ""
+        lines.append(f"best    {words}: {search['by']} {number(search['best']['value'])}{tied}")
     return [*lines, f"report  {page}"] if len(begun) > 1 else lines
 
 

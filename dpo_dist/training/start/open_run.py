@@ -16,6 +16,7 @@ from transformers import set_seed
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.batching.step_batch import RankBatch, shard_batch
+from dpo_dist.config.optim import OptimizerKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, Offload, RunConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset
@@ -144,13 +145,21 @@ def say_header(run: Run) -> None:
     evaluation = first_few([source.path for source in config.data.eval])
     run.say(f"run directory: {run.folder}")
     run.say(f"model: {config.model.path}, {config.model.dtype}, {config.parallelism.kind}")
-    if world.device.type == "cpu" and config.model.dtype is Dtype.bf16 and not has_bf16_products():
-        run.say("hint: this CPU has no instructions for bf16: model.dtype=fp32 is several times faster")
+    for hint in hints_on_cpu(config) if world.device.type == "cpu" and not has_bf16_products() else ():
+        run.say(f"hint: this CPU has no instructions for bf16{hint}")
     run.say(f"data: {train}; evaluation: {evaluation or share}")
     groups = (
         "" if world.sequence is None else f", in groups of {world.sequence.ranks} for sequence parallelism"
     )
     run.say(f"world: {processes} on {pluralize(hosts, 'host')}, {world.device.type}{groups}")
+
+
+def hints_on_cpu(config: RunConfig) -> Iterator[str]:
+    """Yield what is slow on a CPU without instructions for bf16."""
+    if config.model.dtype is Dtype.bf16:
+        yield ": model.dtype=fp32 is several times faster"
+    if config.optim.kind is OptimizerKind.muon and config.model.adapter is None:
+        yield ", in which Muon multiplies: a step of 135M weights takes minutes"
 
 
 def has_bf16_products() -> bool:

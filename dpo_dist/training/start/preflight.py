@@ -133,20 +133,24 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
             (package, "model.attention", model.attention if model.attention is backend else None, "auto")
             for package, backend in _FLASH_ATTN.items()
         ),
-        *(
-            (name, "tracking.to", name, f"[{','.join(other for other in trackers if other != name)}]")
-            for name in trackers
-        ),
     ]
     for package, key, value, instead in needed:
-        usual = f"pip install {package}" if key == "tracking.to" else f"pip install 'dpo-dist[{package}]'"
-        if value is not None and importlib.util.find_spec(package.replace("-", "_")) is None:
+        if value is not None and not _is_installed(package):
+            install = _INSTALLED_BY.get(package, f"pip install 'dpo-dist[{package}]'")
             raise ConfigError(
                 f"{package} is not installed",
                 where=key,
                 got=value,
-                remedy=f"{_INSTALLED_BY.get(package, usual)}, or set {key}={instead}",
+                remedy=f"{install}, or set {key}={instead}",
             )
+    if absent := [tracker for tracker in trackers if not _is_installed(tracker)]:
+        others = ",".join(tracker for tracker in trackers if tracker not in absent)
+        raise ConfigError(
+            f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed",
+            where="tracking.to",
+            got=", ".join(absent),
+            remedy=f"pip install {' '.join(absent)}, or set tracking.to=[{others}]",
+        )
     torch_version, is_sharded = version("torch"), config.parallelism.kind is ParallelismKind.zero3
     is_old = tuple(map(int, torch_version.split(".")[:2])) < (2, 12)
     if trains and model.fused is FusedLayers.compile and is_sharded and is_old:
@@ -156,6 +160,10 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
             got=f"compile with parallelism=zero3 and torch {torch_version}",
             remedy="update torch, or set parallelism=zero2 or model.fused=none",
         )
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package.replace("-", "_")) is not None
 
 
 def _check_models(model: ModelConfig, reference_path: str | None) -> None:

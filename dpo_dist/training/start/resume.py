@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from dpo_dist.config.identity import RunIdentity
+from dpo_dist.config.keys import as_written
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Resume, TrainerConfig
@@ -102,12 +103,16 @@ def check_configuration(recorded: Mapping[str, Any], identity: RunIdentity, fold
         raise CheckpointError(
             "the run directory belongs to another configuration",
             where=str(folder.config if changed else folder),
-            got=", ".join(f"{key}={new}" for key, (_, new) in changed.items())
+            got=", ".join(f"{key}={_shown(new)}" for key, (_, new) in changed.items())
             or f"digest {identity.digest}{source}",
-            expected=", ".join(f"{key}={old}" for key, (old, _) in changed.items())
+            expected=", ".join(f"{key}={_shown(old)}" for key, (old, _) in changed.items())
             or f"digest {recorded.get('run_digest')}",
             remedy="leave run.dir out, which gives each configuration its own folder, or set another run.dir",
         )
+
+
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, float) else as_written(value)  # with all of its digits
 
 
 def describe_change(state: Mapping[str, Any], trainer: TrainerConfig, steps: int) -> str:

@@ -270,6 +270,7 @@ def test_a_verb_without_check_refuses_the_option(verb: Verb) -> None:
         ("+experiment=smollm2", "write dpo-dist train +experiment=smollm2"),
         ("mine.yaml", "write dpo-dist train mine.yaml"),
         ("xyzzy", "there is no verb 'xyzzy'"),
+        ("--check", "options come after the verb: dpo-dist train --check"),
     ],
 )
 def test_a_verb_that_is_not_there_names_the_one_that_is(

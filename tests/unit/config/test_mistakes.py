@@ -126,6 +126,8 @@ MISTYPED = [
     ("--report_to mlflow", "write 'tracking.to=[mlflow]'"),
     ("tracking.to=trackio", "write 'tracking.to=[trackio]'"),
     ("tracking=none", "did you mean tracking=off?"),
+    ("optim.max_grad_norm=none", "write optim.max_grad_norm=null"),
+    ("trainer.max_steps=None", "write trainer.max_steps=null"),
     *((f"loss={name}", "there is no online RL") for name in ("grpo", "reinforce++", "[grpo,sft]")),
     ("'loss.terms=[{kind: ppo}]'", "there is no online RL"),
     ("stage=rm", "pairs.reward_model=MODEL"),

@@ -154,9 +154,12 @@ def test_a_file_has_the_space_of_a_search_and_the_command_changes_it(tmp_path: P
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["optim.lr=tag(log, interval(0,1))"], "this interval cannot be sampled"),
-        (["optim.lr=tag(lin, interval(0.1,1))"], "this interval cannot be sampled"),
-        (["optim.lr=interval(1,0.1)"], "this interval cannot be sampled"),
+        (["optim.lr=tag(log, interval(0,1))"], "write 'optim.lr=tag(log, interval(0.01,1))'"),
+        (["optim.lr=tag(lin, interval(0.1,1))"], "the only tag is log"),
+        (["optim.lr=interval(1,0.1)"], "write 'optim.lr=interval(0.1,1)'"),
+        (["optim.lr=tag(log, interval(1e-5, 1e-7))"], "write 'optim.lr=tag(log,interval(1e-7,1e-5))'"),
+        (["optim.lr=loguniform(1e-7, 1e-5)"], "write 'optim.lr=tag(log, interval(1e-7,1e-5))'"),
+        (["loss.beta=uniform(0.1,1)"], "write 'loss.beta=interval(0.1,1)'"),
         (["trainer.seed=range(1000000000)"], "1,000,000,000"),
         (["optim.warmup_steps=interval(0.5,2)"], "a whole number"),
         (["optim.lr=interval(-1,1)"], "optim.lr=-1.0"),

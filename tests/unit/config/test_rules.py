@@ -9,6 +9,7 @@ import pytest
 from dpo_dist.config import load
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.losses import LossKind
+from dpo_dist.config.rule import unused
 from dpo_dist.config.rules import best_direction, rules_of
 from dpo_dist.config.schema import AdapterConfig, SourceConfig
 from dpo_dist.foundation.errors import ConfigError
@@ -245,3 +246,8 @@ def test_the_best_checkpoint_has_the_values_that_are_best_of_its_metric(
 ) -> None:
     for metric in metrics.split():
         assert best_direction(f"eval_{metric}") == best, metric
+
+
+def test_the_remedy_for_a_key_that_must_have_a_value_can_be_typed() -> None:
+    rule = unused("sampling.endpoint.model", unless="sampling.endpoint.url!=null")
+    assert rule.remedy == "remove sampling.endpoint.model, or set sampling.endpoint.url=..."

@@ -281,6 +281,7 @@ def test_the_ways_for_one_response_with_a_score_are_read(
         ("table.xlsx", "the file does not exist"),
         ("notes.tsv.zip", "the file does not exist"),
         ("all.json", "did you mean .*all.jsonl"),
+        ("all.jsonl all.jsonl", r"did you mean all.jsonl,all.jsonl\?"),
         ("below/all.xlsx", "the file does not exist"),
     ],
 )

@@ -114,6 +114,8 @@ def test_a_search_trains_what_optuna_samples_and_optuna_reads_it(tmp_path: Path)
     (line,) = (line for line in sweep_lines(results, search.points, page) if line.startswith("best"))
     assert line.split()[1:4] == [*best[:-1], f"{best[-1]}:"]
     assert "Search: accuracy" in page.read_text()
+    found["values"] = dict.fromkeys(found["values"], study.best_value)
+    assert sweep_lines(results, search.points, page)[-2].endswith(", one of 15 trials with this value")
 
 
 def test_another_seed_is_another_search_and_the_lowest_loss_is_the_best(tmp_path: Path) -> None:

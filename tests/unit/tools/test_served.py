@@ -30,6 +30,7 @@ from dpo_dist.tools.shared.sampling.served import (
 )
 from dpo_dist.tools.shared.sampling.settings import Sampling
 from tests.support.completions_server import CompletionsServer, completions_server, to_int8
+from tests.support.http_server import http_server
 from tests.support.tiny_model import write_model
 
 SYSTEM, CPU = Message("system", "speak like a captain of the old days"), torch.device("cpu")
@@ -235,6 +236,13 @@ def test_a_server_that_is_not_there_or_has_another_name_is_one_error(
     with pytest.raises(ConfigError, match="the server does not reply as expected"):
         open_server(ServerConfig(url=url, model="policy"), responder(folder))
     assert time.monotonic() - started < 60
+
+
+def test_a_page_is_no_server_with_this_api() -> None:
+    with http_server(lambda *_: (200, "<html>Welcome</html>")) as url, pytest.raises(ConfigError) as raised:
+        Client(url, "sampling.endpoint.url", "policy", 1, 1).listed()
+    assert "a page" in raised.value.got
+    assert f"usually {url}/v1" in raised.value.remedy
 
 
 def test_replies_are_kept_so_that_only_missing_ones_are_asked_again(tmp_path: Path) -> None:

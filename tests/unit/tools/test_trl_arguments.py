@@ -305,6 +305,15 @@ def test_a_signal_ends_the_script_and_a_callback_ends_only_training(
     assert trainer.train().global_step == 1
 
 
+@pytest.mark.parametrize("wanted", [True, "dpo/checkpoint-2"])
+def test_a_script_that_resumes_before_its_first_checkpoint_is_told_to_leave_it_out(
+    wanted: bool | str, folder: Path, tmp_path: Path
+) -> None:
+    trainer = DPOTrainer(str(folder), args=DPOConfig(output_dir=str(tmp_path)), train_dataset=PAIRS)
+    with pytest.raises(ConfigError, match="no checkpoint yet: leave it out"):
+        trainer.train(resume_from_checkpoint=wanted)
+
+
 @pytest.mark.parametrize(("is_best", "name"), [(True, "step-000002"), (False, "step-000004")])
 def test_a_run_that_stopped_has_the_weights_that_its_end_would_have(
     is_best: bool, name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

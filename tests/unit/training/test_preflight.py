@@ -73,6 +73,15 @@ def test_a_missing_package_is_an_error_before_anything_is_read(
         assert error.remedy == "pip install mlflow, or set tracking.to=[wandb,aim]"
 
 
+def test_all_missing_trackers_are_one_error(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("mlflow", "aim") else name)
+    error = refused(run_of(assets, tmp_path, "tracking.to=[wandb,mlflow,aim]"))
+    assert error.message == "mlflow and aim are not installed"
+    assert error.remedy == "pip install mlflow aim, or set tracking.to=[wandb]"
+
+
 def test_a_model_without_a_tokenizer_is_an_error(assets: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

@@ -28,7 +28,7 @@ from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.run import find_start, lock_directory, record_start
 from dpo_dist.training.start.environment import describe_run
 from dpo_dist.training.start.footprint import check_disk_room
-from dpo_dist.training.start.open_run import Run, warn_of_recompiles
+from dpo_dist.training.start.open_run import Run, hints_on_cpu, warn_of_recompiles
 from dpo_dist.training.start.resume import (
     RunState,
     check_identity,
@@ -267,11 +267,11 @@ def test_a_complete_run_continues_to_another_length(former: list[str], new: str,
 
 def test_another_key_is_refused_beside_a_greater_length(tmp_path: Path) -> None:
     complete(config_of(tmp_path))
-    other = config_of(tmp_path, "trainer.epochs=2", "optim.lr=0.5")
+    other = config_of(tmp_path, "trainer.epochs=2", "optim.lr=0.5", "optim.max_grad_norm=null")
     for _ in ("a complete run", "a run with a checkpoint"):
         with pytest.raises(CheckpointError, match="belongs to another configuration") as error:
             start_of(other)
-        assert "optim.lr=0.5" in error.value.got
+        assert "optim.lr=0.5, optim.max_grad_norm=null" in error.value.got
         assert "optim.lr=1e-06" in error.value.expected
         RunFolder.from_config(other).state.unlink(missing_ok=True)
 
@@ -329,3 +329,19 @@ def test_layers_that_torch_stops_compiling_are_named_once() -> None:
                 compiled(torch.ones(2), [factor])
     [warning] = said
     assert "set model.fused=auto" in warning
+
+
+@pytest.mark.parametrize(
+    ("words", "hints"),
+    [
+        ([], ["fp32 is several times faster"]),
+        (["model.dtype=fp32"], []),
+        (["model.dtype=fp32", "optim=muon", "parallelism=ddp"], ["a step of 135M weights takes minutes"]),
+        (["model.dtype=fp32", "optim=muon", "parallelism=ddp", "model.adapter.r=8"], []),
+    ],
+)
+def test_what_is_slow_on_a_cpu_without_bf16_is_said_before_it_is_slow(
+    words: list[str], hints: list[str]
+) -> None:
+    said = list(hints_on_cpu(load_run_config(["model.path=m", "data.train=[a.jsonl]", *words])))
+    assert [hint in line for line, hint in zip(said, hints, strict=True)] == [True] * len(hints)

@@ -74,6 +74,8 @@ class Client:
             return {}
         except (self._openai.OpenAIError, ValueError) as error:
             raise self.unusable(type(error).__name__) from None
+        except AttributeError:  # of the client, which parses a page as a text
+            raise self.unusable("no JSON, but a page") from None
         found = {model.id: model for model in getattr(models, "data", None) or ()}
         self._names = f"; it lists {', '.join(found) or 'no model'}"
         return found
@@ -134,11 +136,12 @@ class Client:
     def unusable(self, fault: str) -> ConfigError:
         """Return the error for a server that does not reply as expected."""
         section = self._url_key.rpartition(".")[0]
+        usual = "" if "/v" in self.url else f", usually {self.url.rstrip('/')}/v1"
         return ConfigError(
             "the server does not reply as expected",
             where=self._url_key,
             got=f"{self.url}, model {self.name}: {fault}{self._names}",
-            remedy=f"start it, or check its address, {section}.model and the key in {KEY_VARIABLE}; "
+            remedy=f"start it, or check its address{usual}, {section}.model and the key in {KEY_VARIABLE}; "
             "the same command continues after the finished requests",
         )
 
