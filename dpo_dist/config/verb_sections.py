@@ -125,8 +125,8 @@ class ExportConfig:
     """Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, followed by `-ema` or
     `-merged`; with `export.average`, `<run.dir>/exported/average`."""
     tool: ExportTool | None = key(None)
-    """Also print the command by which `lm-eval` or `vllm` reads the folder, which may exist; `alpaca-eval`:
-    write no folder, but the answers of the comparison in `run.dir` in AlpacaEval's format."""
+    """Print the command by which `lm-eval` or `vllm` reads `model/`, or a folder that other keys of `export`
+    name; `alpaca-eval`: write the answers of the comparison in `run.dir` in AlpacaEval's format."""
     push_to: str | None = key(None, accepts="ORG/NAME", pattern=r"^[\w.-]+/[\w.-]+$")
     """Hub repository for the folder, created as a private one if it is missing; a folder that exists is
     uploaded as it is. The files are listed, and sent only with `export.confirm`."""

@@ -21,7 +21,7 @@ from dpo_dist.config.run_folder import (
 )
 from dpo_dist.config.schema import FinalModel, ModelConfig, ReferenceMode, RunConfig
 from dpo_dist.config.user_code import METRICS_FUNCTION, find_function
-from dpo_dist.config.verb_sections import ExportedWeights
+from dpo_dist.config.verb_sections import ExportConfig, ExportedWeights
 from dpo_dist.data.read.sources import check_has_evaluation_data
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
@@ -121,7 +121,8 @@ def _find_evaluation_model(model: str | None, run: RunFolder) -> EvaluatedModel:
 def find_export_paths(config: RunConfig) -> tuple[list[Path], Path]:
     """Return the checkpoint, or the model folders of `export.average`, and the folder to write.
 
-    Does not check their files. With `export.push_to` or `export.tool` the folder to write may exist.
+    Does not check their files. With `export.push_to` or `export.tool` the folder to write may exist; with
+    `export.tool` alone it is the run's `model/`, if that is there.
     """
     run = existing_run(RunFolder.from_config(config).path)
     if changed := changed_keys(run.config, config.identity):
@@ -132,6 +133,9 @@ def find_export_paths(config: RunConfig) -> tuple[list[Path], Path]:
             expected=first_few([as_written(old) for old, _ in changed.values()], "other"),
             remedy="set only run.dir and keys of export: all other keys, also model.path, come from the run",
         )
+    is_plain = replace(config.export, tool=None) == ExportConfig()
+    if config.export.tool is not None and is_plain and run.model.is_dir():
+        return [run.model], run.model
     sources = [Path(member.path).expanduser() for member in config.export.average]
     name = "average"
     if not sources:
