@@ -44,7 +44,6 @@ from dpo_dist.verbs import evaluate, export
 
 _EVENTS = ("on_init_end", "on_train_begin", "on_log", "on_evaluate", "on_save", "on_train_end")
 _BITS = ("load_in_", "bnb_4bit_quant_type")
-_NO_CHECKPOINT = "there is no checkpoint yet: leave it out, and train() continues one if there is one"
 
 
 class DPOTrainer:
@@ -138,18 +137,15 @@ class DPOTrainer:
         """
         last = self._last = next(iter(checkpoint_folders(self.run.checkpoints)), None)
         wanted = resume_from_checkpoint
-        if isinstance(wanted, str) and (last is None or last.resolve() != Path(wanted).resolve()):
-            raise refused(
-                "resume_from_checkpoint", wanted, f"pass True or {last}" if last else _NO_CHECKPOINT
-            )
-        has_mirror = any(word.startswith("run.mirror=") for word in self._words)
-        if wanted and last is None and not has_mirror:
-            raise refused("resume_from_checkpoint", str(wanted), _NO_CHECKPOINT)
+        if wanted and last is None:
+            remedy = "there is no checkpoint yet: leave it out, and train() continues one if there is one"
+            raise refused("resume_from_checkpoint", str(wanted), remedy)
+        if isinstance(wanted, str) and last is not None and last.resolve() != Path(wanted).resolve():
+            raise refused("resume_from_checkpoint", wanted, f"pass True or {last}")
         self.control.should_training_stop = False
         self._call("on_train_begin")
-        words = [*self._words, *(["run.resume=must"] if resume_from_checkpoint else [])]
         try:
-            summary = api.train(words, on_row=self._on_row)
+            summary = api.train(self._words, on_row=self._on_row)
         except StoppedError as stop:  # before the first step
             self.accelerator.print(stop)
             raise SystemExit(ExitCode.preempted) from stop
