@@ -24,8 +24,8 @@ unit: ## run the unit tests, one process per core
 test: ## run all tests
 	./scripts/test.sh
 
-test-server: ## run the tests against a real vLLM: DPO_DIST_VLLM=PATH/bin/vllm DPO_DIST_MODEL=FOLDER
-	./scripts/test.sh tests/server --numprocesses 0
+test-server: ## test against a real vLLM, with its figures: DPO_DIST_VLLM=PATH/bin/vllm DPO_DIST_MODEL=FOLDER
+	./scripts/test.sh tests/server --numprocesses 0 -rP
 
 docs: env ## write the generated tables of docs/
 	$(BIN)/python scripts/write_key_docs.py
