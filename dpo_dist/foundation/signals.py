@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
+import psutil
+
 from dpo_dist.foundation.errors import ExitCode, StoppedError
 from dpo_dist.foundation.process import this_rank
 from dpo_dist.foundation.streams import awaits_document, output_descriptor
@@ -27,6 +29,8 @@ _EXIT_CALLBACK_SECONDS = 0.3
 _MAIN_THREAD_SECONDS = 1.0
 SWEEP_VARIABLE = "DPO_DIST_SWEEP"
 """Environment variable that a sweep sets for the runs that it launches."""
+LAUNCHER_VARIABLE = "DPO_DIST_LAUNCHER"
+"""Environment variable with the process id of `dpo-dist launch`."""
 _LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", SWEEP_VARIABLE)
 _PR_SET_PDEATHSIG = 1
 
@@ -218,6 +222,9 @@ def _follow_launcher(number: int = signal.SIGTERM) -> None:
     if any(name in os.environ for name in _LAUNCHER_VARIABLES):
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
+    launcher = os.environ.get(LAUNCHER_VARIABLE, "")
+    if number and launcher.isdecimal() and os.getppid() == 1 and not psutil.pid_exists(int(launcher)):
+        os.kill(os.getpid(), number)  # it died before, during this process's imports
 
 
 def raise_terminated(number: int, _frame: FrameType | None) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -215,3 +216,15 @@ def test_the_limit_of_steps_lets_an_evaluation_end_and_a_tracker_does_not() -> N
     stop.ask("the tracker")
     stop.ask("SIGTERM")
     assert (stop.vote(), stop.is_urgent, stop.reason) == (True, True, "the tracker")
+
+
+def test_a_launcher_that_died_during_the_imports_counts_as_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setenv(signals.LAUNCHER_VARIABLE, str(os.getpid()))
+    with StopRequest().listening():
+        pass
+    monkeypatch.setenv(signals.LAUNCHER_VARIABLE, str(gone.pid))
+    with pytest.raises(StoppedError, match="SIGTERM"), StopRequest().listening():
+        pass

@@ -21,7 +21,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, ExitCode, PeerLostError, first_line
-from dpo_dist.foundation.signals import stop_signals
+from dpo_dist.foundation.signals import LAUNCHER_VARIABLE, stop_signals
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -34,6 +34,7 @@ def launch(arguments: Sequence[str]) -> int:
     try:
         parsed = _parsed(arguments)
         os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGQUIT")  # torch's launcher then handles no other
+        os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         for number in stop_signals():
             signal.signal(number, _pass_on)

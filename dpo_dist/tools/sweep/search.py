@@ -1,5 +1,6 @@
 """Train the points that optuna samples; stop one whose evaluations are worse than the others' median."""
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from dpo_dist.config.rules import best_direction
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome
+from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome, first_line
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import number, pluralize
 from dpo_dist.tools.sweep.pool import Pool, Words, is_finished
@@ -147,10 +148,25 @@ class Search(Pool):
 
 
 def _repair(journal: Path) -> None:
-    """Remove what a killed start may leave, and optuna cannot read: its lock, and a part of a line."""
+    """Remove what a killed start may leave, and optuna cannot read: its lock, and a part of a line.
+
+    Raises ConfigError for a damaged line.
+    """
     Path(f"{journal}.lock").unlink(missing_ok=True)
-    if journal.exists() and not (lines := journal.read_bytes()).endswith(b"\n"):
+    if not journal.exists():
+        return
+    if not (lines := journal.read_bytes()).endswith(b"\n"):
         os.truncate(journal, lines.rfind(b"\n") + 1)
+    for number_of_line, line in enumerate(lines.split(b"\n")[:-1], start=1):
+        try:
+            json.loads(line)
+        except ValueError as fault:
+            raise ConfigError(
+                "a line of the search's journal is damaged",
+                where=f"{journal}, line {number_of_line}",
+                got=first_line(fault),
+                remedy="delete the file: points that are finished and chosen again are not trained again",
+            ) from None
 
 
 def _suggest(trial: Trial | FrozenTrial, one: Dimension) -> str:

@@ -157,6 +157,17 @@ def test_a_search_that_is_killed_anywhere_ends_as_one_that_was_not(tmp_path: Pat
         assert [trial.value for trial in trials] == [score(search.points[each]) for each in wanted]
 
 
+def test_a_damaged_line_of_the_journal_is_named(tmp_path: Path) -> None:
+    space = space_in(tmp_path, *SPACE, "sweep.trials=1")
+    run(search_in(tmp_path, space))
+    journal = tmp_path / "sweep/study.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:2], lines[2][:20] + b"\n", *lines[3:]]))
+    with pytest.raises(ConfigError, match="damaged") as caught:
+        search_in(tmp_path, space)
+    assert caught.value.where == f"{journal}, line 3"
+
+
 def test_failed_and_stopped_points_continue_with_the_same_values(tmp_path: Path) -> None:
     space = space_in(tmp_path, *SPACE, "sweep.trials=2")
     for outcome in (RunOutcome.started, RunOutcome.preempted):

@@ -293,3 +293,15 @@ def test_a_command_changes_the_weights_and_the_server_is_waited_for(tmp_path: Pa
         for command in ("false", "absent-program", "cp 'unclosed"):
             with pytest.raises(ConfigError, match="the command that changes the server's weights failed"):
                 reload_server(ServerConfig(url=own.url, reload=command), source)
+
+
+def test_a_server_behind_a_proxy_is_waited_for(folder: Path) -> None:
+    statuses = [504, 503, 502, 502, 200]
+
+    def respond(*_: Any) -> tuple[int, str]:
+        return statuses.pop(0) if statuses[1:] else statuses[0], json.dumps({"object": "list", "data": []})
+
+    with http_server(respond) as address:
+        keys = ServerConfig(url=f"{address}/v1", model="policy", reload="true")
+        reload_server(keys, responder(folder).source)
+    assert statuses == [200]

@@ -18,7 +18,7 @@ RETRIES = 6
 """The client's own, after pauses of 24 seconds in all; a server that is not there is an error in a minute."""
 _CONNECT_SECONDS = 4.0
 _LISTING_SECONDS = 45.0  # a server that computes everything else slowly answers this at once
-_LOADING = 503
+_ABSENT = (502, 503, 504)  # while it loads a model, or of a proxy before it
 # Statuses that refuse a single request for its texts; others mean that the server cannot be used.
 _REFUSES_TEXTS = (400, 413, 422)
 R = TypeVar("R")
@@ -69,8 +69,8 @@ class Client:
         try:
             models = client.models.list()
         except self._openai.InternalServerError as error:  # of `transformers serve` without a cache of models
-            if error.status_code == _LOADING:
-                raise self.unusable(f"status {_LOADING}") from None
+            if error.status_code in _ABSENT:
+                raise self.unusable(f"status {error.status_code}") from None
             return {}
         except (self._openai.OpenAIError, ValueError) as error:
             raise self.unusable(type(error).__name__) from None
