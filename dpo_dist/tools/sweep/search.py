@@ -1,6 +1,5 @@
 """Train the points that optuna samples; stop one whose evaluations are worse than the others' median."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -40,7 +39,15 @@ class Search(Pool):
         self._is_low = best_direction(self._by) is Direction.lowest
         journal, defining = folder.study.resolve(), (space.dimensions, self._by, first.identity.digest)
         _repair(journal)
-        self._storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
+        try:
+            self._storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
+        except ValueError as fault:
+            raise ConfigError(
+                "the search's journal is damaged",
+                where=str(journal),
+                got=first_line(fault),
+                remedy="delete the file: points that are finished and chosen again are not trained again",
+            ) from None
         self._study = optuna.create_study(
             storage=self._storage,
             study_name=f"{folder.path.name}-{text_digest(repr(defining))[:8]}",
@@ -148,25 +155,10 @@ class Search(Pool):
 
 
 def _repair(journal: Path) -> None:
-    """Remove what a killed start may leave, and optuna cannot read: its lock, and a part of a line.
-
-    Raises ConfigError for a damaged line.
-    """
+    """Remove what a killed start may leave, and optuna cannot read: its lock, and a part of a line."""
     Path(f"{journal}.lock").unlink(missing_ok=True)
-    if not journal.exists():
-        return
-    if not (lines := journal.read_bytes()).endswith(b"\n"):
+    if journal.exists() and not (lines := journal.read_bytes()).endswith(b"\n"):
         os.truncate(journal, lines.rfind(b"\n") + 1)
-    for number_of_line, line in enumerate(lines.split(b"\n")[:-1], start=1):
-        try:
-            json.loads(line)
-        except ValueError as fault:
-            raise ConfigError(
-                "a line of the search's journal is damaged",
-                where=f"{journal}, line {number_of_line}",
-                got=first_line(fault),
-                remedy="delete the file: points that are finished and chosen again are not trained again",
-            ) from None
 
 
 def _suggest(trial: Trial | FrozenTrial, one: Dimension) -> str:
