@@ -251,8 +251,8 @@ def _other(server: Server, got: str, expected: str, cause: str) -> ConfigError:
         where=_URL,
         got=f"{server}: {got}",
         expected=expected,
-        remedy=f"{cause}: start it with {source.adapter or source.folder}, or set sampling.endpoint.reload; "
-        "the same command continues",
+        remedy=f"{cause}: start it with {source.adapter or source.folder}, by hand or by "
+        "sampling.endpoint.reload; the same command continues",
     )
 
 
