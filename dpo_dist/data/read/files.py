@@ -146,9 +146,11 @@ def dataset_rows(dataset: Any, *, reads_files: bool = False) -> Iterator[Any]:
     # As stored: to decode images needs packages, and decoded JSON would get the nulls of a table.
     columns = {"columns": form["columns"]} if form else {}
     tables = dataset.with_format("arrow", **columns).iter(_BATCH_RECORDS)
-    from datasets.table import embed_table_storage  # noqa: PLC0415  (slow; here it is loaded already)
+    if reads_files:
+        from datasets.table import embed_table_storage  # noqa: PLC0415  (slow)
 
-    return _table_rows(map(embed_table_storage, tables) if reads_files else tables)
+        tables = map(embed_table_storage, tables)
+    return _table_rows(tables)
 
 
 def _table_rows(tables: Iterable[Any]) -> Iterator[Any]:
