@@ -193,12 +193,12 @@ def train(
             raise ConfigError("records must be a list", where=key, got=type(records).__name__, remedy=remedy)
     if on_row is not None and not callable(on_row):
         raise ConfigError("on_row must be a function", where="on_row", got=repr(on_row), remedy="pass one")
-    data = load_run_config([*words, *(f"{key}=[records.jsonl]" for key in records_by_key)]).data
-    folder = Path(data.cache) / "records"
+    given = load_run_config([*words, *(f"{key}=[records.jsonl]" for key in records_by_key)])
+    folder = Path(given.data.cache) / "records"
     own: dict[str, Any] = {
         key: [str(write_records(records, folder, key))] for key, records in records_by_key.items()
     }
-    if own and data.images is None:
+    if own and given.model.images is not None and given.data.images is None:
         own["data.images"] = str(Path.cwd())  # paths of images mean what they mean to the script
     words = [*words, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items())]
     config, faults = load_run_config(words, verb="train"), list[Exception]()
