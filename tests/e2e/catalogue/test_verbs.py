@@ -19,7 +19,7 @@ CASES = [
          "neither a local folder", "evaluation", "gone", verb="evaluate", to_do="check the path"),
     Case("comparison of one model", "'compare.models=[model]' data.eval=[eval.jsonl]",
          "a comparison needs two models", "compare.models",
-         verb="compare", run="", to_do="write 'compare.models=[base=./base"),
+         verb="compare", run="", to_do="for example 'compare.models=[base=./base"),
     Case("comparison of two models of one name", "'compare.models=[a=model,a=model]' data.eval=[eval.jsonl]",
          "two models have the same name", "compare.models", "a", verb="compare", run="", to_do="name them"),
     Case("pairs from records without scores", "data.train=[train.jsonl] pairs.method=scores run.dir=p",
