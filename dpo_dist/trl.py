@@ -4,6 +4,7 @@ The arguments of TRL 1.16 are translated by the table of `dpo-dist convert` into
 which `api.train` runs; `dpo-dist train` can go on with it.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -39,6 +40,7 @@ from dpo_dist.model.files.folder import is_adapter, model_folder, weight_files
 from dpo_dist.tools.convert.arguments import DPOConfig, KTOConfig, TrainerArguments, adapter_keys, refused
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.translate import translate_run
+from dpo_dist.tools.convert.unseen import changed_arguments, frozen_weights, hooks, overrides
 from dpo_dist.tools.evaluation.results import results_name
 from dpo_dist.verbs import evaluate, export
 
@@ -70,6 +72,14 @@ class DPOTrainer:
         **others: Any,
     ) -> None:
         """Write models and data in memory, and the translation, below `output_dir`; name what is refused."""
+        unseen = [
+            fault
+            for given, key in ((model, "model"), (ref_model, "ref_model"))
+            for fault in hooks(given, key)
+        ]
+        if isinstance(model, PeftModel) or not (peft_config or hasattr(model, "quantization_method")):
+            unseen += frozen_weights(model, "model")
+        raise_all(self._overrides(args) + unseen)
         name = Path(model if isinstance(model, str) else model.config.name_or_path).name
         self.args = args or self.config(output_dir=f"{name}-{self.config.__name__[:3]}")
         self.folder = Path(self.args.output_dir or "trainer_output")
@@ -92,9 +102,9 @@ class DPOTrainer:
         self._own |= {"samples.prompts": 0, "data.train": self._sources(train_dataset, "train_dataset")}
         self._eval = [] if eval_dataset is None else self._sources(eval_dataset, "eval_dataset")
         sets = [Path(source["path"]).read_bytes().splitlines() for source in self._own["data.train"]]
-        first = json.loads(sets[0][0])
-        self._own["data.unpair"] = self.config is KTOConfig and "chosen" in first
-        if {"image", "images"} & first.keys():
+        columns = self._own["data.train"][0].get("columns", {})
+        self._own["data.unpair"] = self.config is KTOConfig and "chosen" in columns
+        if "images" in columns:
             has_adapter = peft_config is not None or hasattr(model, "peft_config")
             trained = "none" if has_adapter else "tower"
             self._own |= {"model.images.train": trained, "data.images": str(Path.cwd())}
@@ -110,6 +120,7 @@ class DPOTrainer:
         records = sum(map(len, sets)) * (2 if self._own["data.unpair"] else 1)
         self._keys |= self.args.intervals(records)
         self._translate()
+        self._arguments = copy.deepcopy(dict(vars(self.args)))
         self._call("on_init_end")
 
     def add_callback(self, callback: Any) -> None:
@@ -135,6 +146,7 @@ class DPOTrainer:
 
         `resume_from_checkpoint`: true: there must be one; a path: it must be the last one.
         """
+        raise_all(self._overrides(self.args) + changed_arguments(self.args, self._arguments))
         last = self._last = next(iter(checkpoint_folders(self.run.checkpoints)), None)
         wanted = resume_from_checkpoint
         if wanted and last is None:
@@ -190,6 +202,11 @@ class DPOTrainer:
         self._call("on_evaluate", metrics=metrics)
         return metrics
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002
+        """Keep a row of the run, and tell the callbacks: an override is called for each row."""
+        self.state.log_history.append(logs)
+        self._call("on_log", logs=logs)
+
     def save_model(self, output_dir: str | None = None, _: bool = False) -> None:
         """Copy the trained model, or the one that was given, with its tokenizer, to a folder."""
         options, folder = self._keys["model_init_kwargs"], Path(output_dir or self.folder)
@@ -216,6 +233,16 @@ class DPOTrainer:
         """Do nothing: trackers and processes have ended with the run, and its model has a card."""
 
     create_model_card = end
+
+    def _overrides(self, args: TrainerArguments | None) -> list[ConfigError]:
+        """Return errors for the methods of a subclass that nothing calls.
+
+        A script calls `evaluate` and `save_model`; the loop of dpo_dist, other than TRL's, does not.
+        """
+        args = args or self.config()
+        strategies = {"evaluate": args.eval_strategy, "save_model": args.save_strategy}
+        by_script = {name for name in dir(DPOTrainer) if strategies.get(name, "no") == "no"}
+        return overrides(self, by_script)
 
     def _loaded(self) -> Any:
         """Load the trained model, else the one that was named; with an adapter as a `PeftModel`."""
@@ -271,8 +298,7 @@ class DPOTrainer:
         if not (logs := self._shown(row)):
             return False
         self.state.global_step, self.state.epoch = int(row["step"]), row.get("epoch")
-        self.state.log_history.append(logs)
-        self._call("on_log", logs=logs)
+        self.log(logs)
         if "eval_loss" in row:
             self._call("on_evaluate", metrics=logs)
         self._note_checkpoint()
@@ -352,8 +378,9 @@ class DPOTrainer:
         if given is None or not sets:
             raise ConfigError("there are no records", where=name, remedy="pass a datasets.Dataset")
         folder = self.folder / "encoded" / "records"
-        files = {label: str(write_records(one, folder, name)) for label, one in sets.items()}
-        return [{"path": file} | ({"label": label} if label else {}) for label, file in files.items()]
+        files = {label: write_records(one, folder, name) for label, one in sets.items()}
+        labels = {label: {"label": label} if label else {} for label in files}
+        return [{"path": str(file), **labels[label], **_as_trl_reads(file)} for label, file in files.items()]
 
     def _translate(self) -> None:
         """Write the file of the run; raise if an argument with an effect has no translation."""
@@ -374,6 +401,30 @@ class KTOTrainer(DPOTrainer):
     """TRL's `KTOTrainer`: as `DPOTrainer`, on labelled responses, or on pairs that are taken apart."""
 
     config = KTOConfig
+
+
+_COLUMNS = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "completion": "completion"}
+_COLUMNS |= {"label": "label", "images": "images", "image": "images"}
+_COLUMNS |= {"tools": "tools", "chat_template_kwargs": "chat_template_kwargs"}
+"""The columns that TRL reads, and the fields of dpo_dist for them."""
+_OF_MESSAGES = ("tools", "chat_template_kwargs")
+
+
+def _as_trl_reads(file: Path) -> dict[str, Any]:
+    """Return the columns and the format by which records are read as by TRL: texts stay texts, without a
+    template, and no other column counts, such as `system` or `margin`."""
+    with file.open(encoding="utf-8") as lines:
+        first = json.loads(next(lines))
+    columns = {field: name for name, field in _COLUMNS.items() if name in first}
+    response = first.get("chosen", first.get("completion"))
+    if response is None:  # which TRL cannot read
+        return {}
+    read: dict[str, Any] = {}
+    if isinstance(response, str) and isinstance(first.get("prompt") or "", str) and "images" not in columns:
+        columns = {field: name for field, name in columns.items() if field not in _OF_MESSAGES}
+        plain = "text" if "prompt" in columns else "implicit_prompt"
+        read = {"format": plain if "chosen" in first else "labelled_text"}
+    return {"columns": columns | {"*": None}, **read}
 
 
 def _base_of(model: Any, revision: str | None) -> str:

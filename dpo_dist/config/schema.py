@@ -197,7 +197,9 @@ class ModelConfig:
     """Run Python code from the model's repository."""
 
 
-DataFormat = StrEnum("DataFormat", "auto hh text implicit_prompt messages ranked completion labelled")
+DataFormat = StrEnum(
+    "DataFormat", "auto hh text implicit_prompt messages ranked completion labelled labelled_text"
+)
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
 TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
 Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "both", "drop"])

@@ -283,7 +283,8 @@ _SPELLED_LISTS = ("responses", "completions")
 
 def _with_values(record: Fields, name: DataFormat) -> Fields:
     """Return a record with the messages and lists that its texts hold as JSON, as a table's cells do."""
-    is_text = name in (DataFormat.text, DataFormat.implicit_prompt, DataFormat.hh)
+    plain = (DataFormat.text, DataFormat.labelled_text, DataFormat.implicit_prompt, DataFormat.hh)
+    is_text = name in plain
     lists = LISTS if name is DataFormat.ranked else _SPELLED_LISTS
     read = dict(record)
     nested: dict[str, str] = {}
@@ -314,5 +315,7 @@ FORMATS: dict[DataFormat, Format] = {
     DataFormat.auto: Format(pair, matches=has_pair),
     DataFormat.ranked: Format(ranking, matches=has_ranking),
     DataFormat.labelled: Format(labelled, matches=is_labelled),
+    # As TRL reads texts: also those that look like a dialogue, or like messages in JSON.
+    DataFormat.labelled_text: Format(labelled, read=read_text),
     DataFormat.completion: Format(completion, matches=has_completion),
 }

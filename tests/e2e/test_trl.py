@@ -24,7 +24,19 @@ TEXTS = [
     }
     for number in range(12)
 ]
+# Texts that look like dialogues, and columns that TRL does not read.
+DIALOGUES = [
+    pair | {"prompt": f"\n\nHuman: {pair['prompt']}\n\nAssistant:", "system": "Be brief.", "margin": 3.0}
+    for pair in TEXTS
+]
+WHOLE = [{side: pair["prompt"] + pair[side] for side in ("chosen", "rejected")} for pair in DIALOGUES]
+LABELLED = [
+    {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+    for pair in DIALOGUES
+    for side in ("chosen", "rejected")
+]
 KINDS = ("sigmoid", "ipo", "hinge", "apo_zero", "kto", "apo_zero_unpaired")
+DATA = {"sigmoid": DIALOGUES, "ipo": WHOLE, "kto": LABELLED}
 STEPS = 5
 
 
@@ -37,7 +49,7 @@ def train_each(module: str, folder: Path) -> None:
     losses = {}
     for kind in KINDS:
         name = "KTO" if kind in ("kto", "apo_zero_unpaired") else "DPO"
-        records = len(TEXTS) * (2 if name == "KTO" else 1)
+        records, data = len(TEXTS) * (2 if name == "KTO" else 1), DATA.get(kind, TEXTS)
         args = getattr(trainers, f"{name}Config")(
             output_dir=str(folder / module / kind),
             loss_type=kind if name == "KTO" else [kind],
@@ -51,7 +63,7 @@ def train_each(module: str, folder: Path) -> None:
             report_to="none",
         )
         trainer = getattr(trainers, f"{name}Trainer")(
-            str(folder / "model"), args=args, train_dataset=Dataset.from_list(TEXTS)
+            str(folder / "model"), args=args, train_dataset=Dataset.from_list(data)
         )
         trainer.train()
         losses[kind] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -92,6 +104,7 @@ def use_methods(variables: dict[str, str], folder: Path) -> None:
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             events.append(("log", logs["step"]))
+            assert logs["mark"] == 7
             control.should_training_stop = state.global_step == self.step
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
@@ -116,11 +129,15 @@ def use_methods(variables: dict[str, str], folder: Path) -> None:
     )
     stop = Stop()
 
+    class Marked(DPOTrainer):
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            super().log({**logs, "mark": 7.0}, start_time)
+
     def accuracy(prediction: Any) -> dict[str, float]:
         return {"mine": float((prediction.predictions[:, 0] > prediction.predictions[:, 1]).mean())}
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    trainer = DPOTrainer(
+    trainer = Marked(
         model=model,
         args=args,
         train_dataset=pd.DataFrame(TEXTS),

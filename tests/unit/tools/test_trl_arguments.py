@@ -214,6 +214,93 @@ def test_all_arguments_that_are_not_offered_are_one_error(folder: Path, tmp_path
     assert [part.where for part in raised.value.parts] == ["adam_epsilon", "neftune_noise_alpha"]
 
 
+def _loss(*_: Any, **__: Any) -> Any:
+    """An override that would change the run."""
+
+
+OVERRIDES = [
+    ("compute_loss", "loss.function"),
+    ("dpo_loss", "loss.function"),
+    ("get_batch_loss_metrics", "loss.function"),
+    ("training_step", "loss.function"),
+    ("create_optimizer", "optim"),
+    ("get_train_dataloader", "train_dataset"),
+    ("tokenize_row", "train_dataset"),
+    ("evaluation_loop", "with TRL"),
+    ("_save_checkpoint", "with TRL"),
+    ("save_model", "with TRL"),
+]
+
+
+@pytest.mark.parametrize("trainer", [DPOTrainer, KTOTrainer])
+@pytest.mark.parametrize(("name", "remedy"), OVERRIDES, ids=[name for name, _ in OVERRIDES])
+def test_an_override_that_nothing_would_call_is_refused_by_class_and_method(
+    trainer: type[DPOTrainer], name: str, remedy: str, folder: Path, tmp_path: Path
+) -> None:
+    parent = type("Parent", (trainer,), {name: _loss})
+    mine = type("Mine", (parent,), {"helper": _loss, "_tag_names": ["mine"]})
+    with pytest.raises(ConfigError) as raised:
+        mine(str(folder), args=trainer.config(output_dir=str(tmp_path)), train_dataset=PAIRS)
+    assert raised.value.where == f"Parent.{name}"
+    assert remedy in raised.value.remedy
+    assert not list(tmp_path.iterdir()), "before anything is written"
+
+
+def test_a_method_that_is_replaced_on_the_trainer_is_refused_before_it_trains(
+    folder: Path, tmp_path: Path
+) -> None:
+    trainer = DPOTrainer(str(folder), args=DPOConfig(output_dir=str(tmp_path)), train_dataset=PAIRS)
+    trainer.compute_loss = _loss
+    with pytest.raises(ConfigError) as raised:
+        trainer.train()
+    assert raised.value.where == "trainer.compute_loss"
+
+
+def test_methods_of_its_own_and_those_that_are_called_do_not_hinder_a_subclass(
+    folder: Path, tmp_path: Path
+) -> None:
+    called = {"log": _loss, "train": _loss, "evaluate": _loss, "reward_of": _loss}
+    mine = type("Mine", (DPOTrainer,), called)
+    mine(str(folder), args=DPOConfig(output_dir=str(tmp_path)), train_dataset=PAIRS)
+    args = DPOConfig(output_dir=str(tmp_path), eval_strategy="epoch")
+    with pytest.raises(ConfigError, match="evaluate"):  # the loop evaluates, and would not call it
+        mine(str(folder), args=args, train_dataset=PAIRS, eval_dataset=PAIRS[:4])
+
+
+def test_arguments_that_change_after_the_trainer_is_made_are_refused(folder: Path, tmp_path: Path) -> None:
+    trainer = DPOTrainer(str(folder), args=DPOConfig(output_dir=str(tmp_path)), train_dataset=PAIRS)
+    trainer.args.learning_rate = 1e-3
+    trainer.args.loss_type.append("sft")
+    with pytest.raises(ConfigError) as raised:
+        trainer.train()
+    assert {part.where for part in raised.value.parts} == {"args.learning_rate", "args.loss_type"}
+
+
+def test_frozen_weights_and_hooks_of_a_model_in_memory_are_refused(folder: Path, tmp_path: Path) -> None:
+    def refusal(model: Any, **given: Any) -> str:
+        with pytest.raises(ConfigError) as raised:
+            translated(folder, tmp_path, model=model, **given)
+        return raised.value.got
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.enable_input_require_grads()
+    translated(folder, tmp_path, model=model)
+    model.model.norm.weight.requires_grad = False
+    assert "model.norm.weight" in refusal(model)
+    translated(folder, tmp_path, model=model, peft_config=LoraConfig(r=2))  # which freezes all
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2))
+    adapted.base_model.model.model.norm.weight.requires_grad = True
+    assert "model.norm.weight" in refusal(adapted)
+    adapted.base_model.model.model.norm.weight.requires_grad = False
+    for name, weight in adapted.named_parameters():
+        weight.requires_grad = "lora_B" in name
+    assert "lora_A" in refusal(adapted)
+    hooked = AutoModelForCausalLM.from_pretrained(folder)
+    hooked.lm_head.register_forward_hook(_loss)
+    assert refusal(hooked) == "a hook on lm_head"
+    assert refusal(str(folder), ref_model=hooked) == "a hook on lm_head"
+
+
 @pytest.mark.parametrize(("given", "ours"), [(None, "model"), (0.0, None), (0.5, 0.5)])
 def test_a_mixture_of_experts_has_the_router_loss_of_trl(
     given: float | None, ours: Any, tmp_path: Path
