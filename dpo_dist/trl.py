@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,7 @@ class DPOTrainer:
         self._place_models(model, ref_model, peft_config)
         records = sum(map(len, sets)) * (2 if self._own["data.unpair"] else 1)
         self._keys |= self.args.intervals(records)
+        raise_all(self.args.faults(records, has_evaluation=bool(self._eval)))
         self._translate()
         self._arguments = copy.deepcopy(dict(vars(self.args)))
         self._call("on_init_end")
@@ -389,9 +391,11 @@ class DPOTrainer:
         faults = [
             refused(key, str(self._keys.get(key)), f"{why}; keys of dpo_dist go into {name}(words=[...])")
             for key, why in translation.reasons.items()
-            if not why.startswith("not needed") and "has no effect" not in why
+            if not why.startswith("not needed") and key not in translation.unused
         ]
         raise_all(faults)
+        for key, why in translation.unused.items():
+            warnings.warn(f"{key}: {why}", stacklevel=4)
         file = self.folder / "dpo_dist.yaml"
         write_text(file, translation.as_file())
         self._words = [str(file), *self.args.words]

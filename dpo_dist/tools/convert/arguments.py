@@ -11,6 +11,8 @@ import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
 from transformers import TrainingArguments
 
+from dpo_dist.config.rules import best_direction
+from dpo_dist.config.schema import Direction
 from dpo_dist.foundation.errors import ConfigError
 
 _ALWAYS = ("gradient_checkpointing", "loss_type", "seed")
@@ -23,6 +25,14 @@ _NO_ADAPTER_KEYS = (
     *("task_type", "base_model_name_or_path", "inference_mode", "revision", "peft_version"),
     *("r", "lora_dropout"),  # TRL switches dropout off with that of the model
 )
+
+
+# Arguments that TRL reads only if another one has this value.
+_ONLY_WITH = {
+    "ref_model_mixup_alpha": ("sync_ref_model", True),
+    "ref_model_sync_steps": ("sync_ref_model", True),
+    "f_alpha_divergence_coef": ("f_divergence_type", "alpha_divergence"),
+}
 
 
 @dataclass
@@ -67,9 +77,15 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         }
         if not torch.cuda.is_available():
             keys.pop("use_cpu", None)
+        for name, (other, value) in _ONLY_WITH.items():
+            if getattr(self, other, None) != value:
+                keys.pop(name, None)
         options = keys.get("model_init_kwargs", {})
         options = {name: value for name, value in options.items() if value not in (None, False, "main")}
         dtype = options.pop("dtype", None) or options.pop("torch_dtype", None) or "float32"
+        if str(dtype).removeprefix("torch.") == "float16" and not self.fp16 and self.bf16 is not False:
+            remedy = "set fp16=True, or dtype='bfloat16': here weights are computed in one type"
+            raise refused("model_init_kwargs.dtype", "float16 beside bf16", remedy)
         if self.bf16 is False and not self.fp16 and str(dtype).removeprefix("torch.") != "float32":
             del keys["bf16"]
             options["dtype"] = str(dtype)
@@ -89,6 +105,31 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
             if strategy in ("epoch", "steps"):
                 keys |= {f"{name}_strategy": "steps", f"{name}_steps": every}
         return keys
+
+    def faults(self, records: int, *, has_evaluation: bool) -> list[ConfigError]:
+        """Return errors for arguments that have an effect on these data in TRL, and another one here."""
+        found = list[ConfigError]()
+        steps = self.intervals(records)
+        if self.eval_strategy != "no" and not has_evaluation:
+            found.append(refused("eval_strategy", str(self.eval_strategy), "pass an eval_dataset"))
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            found.append(
+                refused("load_best_model_at_end", "True", "set eval_strategy: the best one is evaluated")
+            )
+        metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        is_greater = not metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
+        ours = best_direction(f"eval_{metric}")
+        names_best = self.load_best_model_at_end or self.metric_for_best_model
+        if names_best and ours is not None and is_greater != (ours is Direction.highest):
+            remedy = f"set it to {not is_greater}: here the {ours} value of {metric} is the best"
+            found.append(refused("greater_is_better", str(is_greater), remedy))
+        if self.dataloader_drop_last and records % (self.per_device_train_batch_size * self.world_size):
+            remedy = "leave it out: here the last step of an epoch has the pairs that are left"
+            found.append(refused("dataloader_drop_last", "True", remedy))
+        if self.logging_first_step and steps.get("logging_steps", 1) > 1:
+            remedy = f"set logging_steps=1: here each {steps['logging_steps']}th step has a row"
+            found.append(refused("logging_first_step", "True", remedy))
+        return found
 
 
 @dataclass

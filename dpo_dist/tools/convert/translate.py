@@ -26,6 +26,18 @@ _FROZEN_PARTS = ("freeze_vision_tower", "freeze_vit"), ("freeze_multi_modal_proj
 """Keys for the tower and for the projector; both are frozen by default."""
 _BATCH, _LENGTH = "trainer.global_batch_pairs", "data.max_length"
 _ODDS_WEIGHT = "loss.options.odds_weight"
+_WHOLE_SCORES = {"apo_down", "apo_zero", "bco_pair", "nca_pair", "sppo_hard"}
+_SCORES = {"discopop", "exo_pair", "hinge", "ipo", "robust", "sigmoid", "sigmoid_norm"}
+_SORTED = {"aot", "aot_unpaired"}
+# Options of TRL 1.16's DPOConfig: the key here, the value without an effect, the losses that the option changes
+# there, and those with which TRL refuses it. It does not use the option with any other loss (`_compute_loss`).
+_LOSS_OPTIONS: dict[str, tuple[str, Any, set[str], set[str]]] = {
+    "f_divergence_type": ("divergence", "reverse_kl", _SCORES, _WHOLE_SCORES | _SORTED),
+    "use_weighting": ("weighting", False, _SCORES | _WHOLE_SCORES | {"sft"}, _SORTED),
+    "ld_alpha": ("ld_alpha", None, _SCORES | _WHOLE_SCORES | _SORTED, set()),
+    "label_smoothing": ("label_smoothing", 0.0, {"exo_pair", "robust"} | _SORTED, set()),
+    "discopop_tau": ("options.tau", 0.05, {"discopop"}, set()),
+}
 
 
 def translate_run(foreign: ForeignRun, own: Mapping[str, Any] | None = None) -> Translation:
@@ -33,6 +45,8 @@ def translate_run(foreign: ForeignRun, own: Mapping[str, Any] | None = None) -> 
     run = Translation(foreign)
     run.values |= own or {}
     run.about = [f"From {run.name}, read as a run of {run.trainer} that trains by {_method(run)}."]
+    if run.trainer == "TRL":
+        _loss_options_of_trl(run)
     set_sources(run)
     run.about += _batch(run)
     has_adapter = _trains_adapter(run)
@@ -88,6 +102,31 @@ def _method(run: Translation) -> str:
     if "simpo" in (method, *kinds):
         _simpo(run)
     return method
+
+
+def _loss_options_of_trl(run: Translation) -> None:
+    """Leave out options that TRL does not use with the run's losses, or uses in another way than `train`."""
+    terms = run.values.get("loss.terms", [{"kind": run.left.get("loss_type", "sigmoid")}])
+    kinds = {str(term["kind"]) for term in terms}
+    for option, (key, neutral, changed, refused) in _LOSS_OPTIONS.items():
+        if (
+            not kinds <= _SCORES | _WHOLE_SCORES | _SORTED | {"sft"}
+            or run.left.get(option, neutral) == neutral
+        ):
+            continue
+        here, there = kinds.intersection(kinds_using(key)), kinds & changed
+        if with_error := kinds & refused:
+            reason = f"TRL refuses it with {', '.join(sorted(with_error))}"
+        elif not there:
+            reason = f"TRL does not use it with {', '.join(sorted(kinds))}"
+            reason += f"; loss.{key} would change it here" if here else ""
+            run.unused[option] = reason
+        elif other := here ^ there:
+            reason = f"here it changes {', '.join(sorted(here)) or 'nothing'}; TRL and dpo-dist differ in "
+            reason += ", ".join(sorted(other))
+        else:
+            continue
+        run.comment(option, run.left.pop(option), reason)
 
 
 def _simpo(run: Translation) -> None:

@@ -30,14 +30,15 @@ _TRAINERS: dict[str, Any] = yaml.safe_load(
 class Translation:
     """A translation: their keys that are `left`, the `values` of our keys, `comments` on keys left out.
 
-    `about`: lines about the whole run; `reasons`: why a key of theirs is left out, by its name.
+    `about`: lines about the whole run; `reasons`: why a key of theirs is left out, by its name; `unused`: the
+    reasons of options that have no effect there, but would have one here.
     """
 
     def __init__(self, foreign: ForeignRun) -> None:
         self.trainer, keys, self.name = foreign
         self.facts = _TRAINERS[self.trainer]
         self.left, self.values, self.comments = dict(keys), dict[str, Any](), list[str]()
-        self.about, self.reasons = list[str](), dict[str, str]()
+        self.about, self.reasons, self.unused = list[str](), dict[str, str](), dict[str, str]()
         self.origins: dict[str, tuple[str, Any]] = {}
         """For each of our keys: the key of theirs from which it comes, with its value there."""
         self.not_default: set[str] = set()

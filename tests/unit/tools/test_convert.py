@@ -80,7 +80,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("{stage: dpo, pref_loss: simpo, simpo_gamma: 0.7}", {"loss.beta": 0.1, "loss.options.gamma": 0.7}, ""),
     ("{loss_type: discopop, discopop_tau: 0.2}", {"loss.options.tau": 0.2}, ""),
-    ("{loss_type: ipo, discopop_tau: 0.2}", {"loss.kind": "ipo"}, "0.2 — loss.options.tau has no effect"),
+    ("{loss_type: ipo, discopop_tau: 0.2}", {"loss.kind": "ipo"}, "0.2 — TRL does not use it with ipo"),
     (
         "{loss_type: [sigmoid, discopop], discopop_tau: 0.2}",
         {

@@ -174,6 +174,8 @@ def test_an_argument_is_the_key_of_the_same_meaning(
     assert {key: found.get(key) for key in ours} == ours
 
 
+BEST: dict[str, Any] = {"eval_strategy": "epoch", "eval_dataset": PAIRS[:4], "load_best_model_at_end": True}
+BEST |= {"metric_for_best_model": "rewards/margins"}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha", "not offered"),
     ({"max_length": None}, "max_length", "raise it"),
@@ -193,6 +195,18 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "bnb_4bit_quant_type",
         "nf4",
     ),
+    # What has an effect in TRL, and another one here, or none.
+    ({"eval_strategy": "steps"}, "eval_strategy", "pass an eval_dataset"),
+    ({"load_best_model_at_end": True}, "load_best_model_at_end", "set eval_strategy"),
+    (BEST | {"greater_is_better": False}, "greater_is_better", "set it to True"),
+    (BEST | {"metric_for_best_model": "loss", "greater_is_better": True}, "greater_is_better", "to False"),
+    ({"dataloader_drop_last": True}, "dataloader_drop_last", "leave it out"),
+    ({"logging_first_step": True}, "logging_first_step", "logging_steps=1"),
+    ({"model_init_kwargs": {"dtype": "float16"}}, "model_init_kwargs.dtype", "fp16=True"),
+    ({"loss_type": ["nca_pair"], "f_divergence_type": "js_divergence"}, "f_divergence_type", "nca_pair"),
+    ({"loss_type": ["sigmoid", "aot"], "use_weighting": True}, "use_weighting", "refuses it with aot"),
+    ({"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1}, "label_smoothing", "differ in sigmoid"),
+    ({"loss_type": ["sigmoid", "sft"], "use_weighting": True}, "use_weighting", "differ in sft"),
     ({"train_dataset": None}, "train_dataset", "datasets.Dataset"),
     ({"train_dataset": []}, "train_dataset", "at least one"),
 ]
@@ -206,6 +220,39 @@ def test_what_is_not_offered_is_named_with_the_reason(
         translated(folder, tmp_path, **given)
     assert raised.value.where == where
     assert remedy in raised.value.remedy
+
+
+WITHOUT_EFFECT: list[dict[str, Any]] = [
+    {"ref_model_mixup_alpha": 0.5},
+    {"f_alpha_divergence_coef": 0.7},
+    {"dataloader_drop_last": True, "per_device_train_batch_size": 5},
+    {"logging_first_step": True, "logging_steps": 1},
+    BEST | {"greater_is_better": True},
+]
+
+
+@pytest.mark.parametrize("given", WITHOUT_EFFECT, ids=[", ".join(row) for row in WITHOUT_EFFECT])
+def test_what_has_no_effect_in_trl_either_is_accepted(
+    given: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    translated(folder, tmp_path, **given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"label_smoothing": 0.2},
+        {"loss_type": ["nca_pair"], "label_smoothing": 0.2},
+        {"loss_type": ["sft"], "ld_alpha": 0.5},
+        {"discopop_tau": 0.2},
+    ],
+)
+def test_an_option_that_trl_does_not_use_with_the_loss_changes_nothing_and_is_said(
+    given: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=f"{[*given][-1]}: TRL does not use it with"):
+        found = translated(folder, tmp_path, **given)
+    assert {key for key in found if key.startswith("loss.")} <= {"loss.kind"}
 
 
 def test_all_arguments_that_are_not_offered_are_one_error(folder: Path, tmp_path: Path) -> None:
