@@ -73,14 +73,7 @@ class DPOTrainer:
         **others: Any,
     ) -> None:
         """Write models and data in memory, and the translation, below `output_dir`; name what is refused."""
-        unseen = [
-            fault
-            for given, key in ((model, "model"), (ref_model, "ref_model"))
-            for fault in hooks(given, key)
-        ]
-        if isinstance(model, PeftModel) or not (peft_config or hasattr(model, "quantization_method")):
-            unseen += frozen_weights(model, "model")
-        raise_all(self._overrides(args) + unseen)
+        raise_all(self._overrides(args) + _unseen(model, ref_model, has_adapter=peft_config is not None))
         name = Path(model if isinstance(model, str) else model.config.name_or_path).name
         self.args = args or self.config(output_dir=f"{name}-{self.config.__name__[:3]}")
         self.folder = Path(self.args.output_dir or "trainer_output")
@@ -405,6 +398,15 @@ class KTOTrainer(DPOTrainer):
     """TRL's `KTOTrainer`: as `DPOTrainer`, on labelled responses, or on pairs that are taken apart."""
 
     config = KTOConfig
+
+
+def _unseen(model: Any, ref_model: Any, *, has_adapter: bool) -> list[ConfigError]:
+    """Return errors for what a script has changed in models in memory, which are saved and loaded again."""
+    found = hooks(model, "model") + hooks(ref_model, "ref_model")
+    # Below an adapter all weights are frozen, and quantized ones always.
+    if isinstance(model, PeftModel) or not (has_adapter or hasattr(model, "quantization_method")):
+        found += frozen_weights(model, "model")
+    return found
 
 
 _COLUMNS = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "completion": "completion"}
