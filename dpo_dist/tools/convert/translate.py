@@ -30,7 +30,7 @@ _WHOLE_SCORES = {"apo_down", "apo_zero", "bco_pair", "nca_pair", "sppo_hard"}
 _SCORES = {"discopop", "exo_pair", "hinge", "ipo", "robust", "sigmoid", "sigmoid_norm"}
 _SORTED = {"aot", "aot_unpaired"}
 # Options of TRL 1.16's DPOConfig: the key here, the value without an effect, the losses that the option
-# changes there, and those with which TRL refuses it. With any other loss TRL does not use it (`_compute_loss`).
+# changes there, and those with which TRL refuses it. With any other loss TRL ignores it (`_compute_loss`).
 _LOSS_OPTIONS: dict[str, tuple[str, Any, set[str], set[str]]] = {
     "f_divergence_type": ("divergence", "reverse_kl", _SCORES, _WHOLE_SCORES | _SORTED),
     "use_weighting": ("weighting", False, _SCORES | _WHOLE_SCORES | {"sft"}, _SORTED),
