@@ -162,7 +162,9 @@ def as_file(image: Any) -> bytes:
         raise ValueError(f"a {type(image).__name__} is not an image, nor the bytes or the path of one")
     stream = io.BytesIO()
     try:
-        (image if image.mode in _PNG_MODES else image.convert("RGB")).save(stream, "PNG")
+        if image.mode not in _PNG_MODES:
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image.save(stream, "PNG")
     except Exception as fault:  # an image that is decoded only now can raise anything
         raise ValueError(f"an image of Pillow cannot be written ({type(fault).__name__})") from fault
     return stream.getvalue()
