@@ -297,9 +297,7 @@ def encode_records(
     for given in records:
         origin: dict[str, Any] = {"file": given.origin.source, "line": given.origin.line}
         if processor is not None and isinstance(given, PreferenceRecord):
-            watched = list(filter(None, (image.watched for image in given.images)))
-            origin |= {"image_files": [file for file, _ in watched]}
-            origin |= {"image_states": [state for _, state in watched]}
+            origin["watched"] = list(filter(None, (image.watched for image in given.images)))
         record = given if processor is None else readable(given)
         prompt, values = 0, dict[str, Any]()
         encoded: EncodedRecord | BadRecord | None = None  # the record belongs to another part

@@ -3,10 +3,12 @@
 import base64
 import hashlib
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from dpo_dist.data.read.messages import PLACED, given_images
@@ -26,15 +28,6 @@ from dpo_dist.foundation.types import Fields
 # The place of an image in the texts of LLaMA-Factory, ms-swift and LLaVA.
 _TAG = "<image>"
 _PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
-
-
-def image_state(file: str) -> str:
-    """Return the size and the time of change of an image file, without reading it; "" if it is absent."""
-    try:
-        status = Path(file).stat()
-    except (OSError, ValueError):
-        return ""
-    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
@@ -72,27 +65,68 @@ class ImageFile:
         return hashlib.blake2b(self.read(), digest_size=16).digest()
 
     @property
-    def watched(self) -> tuple[str, str] | None:
-        """The file and its `image_state`; None if the record has the content."""
+    def watched(self) -> dict[str, Any] | None:
+        """The name, the folders, and the file's state as it is read; None if the record has the content."""
         if self.content is not None or self.name.startswith("data:"):
             return None
+        state = f"{self.found} {self._content_digest()}"  # in this order: it may change while it is read
+        return {"name": self.name, "folders": list(map(os.path.abspath, self.folders)), "state": state}
+
+    def differs_from(self, state: str) -> bool:
+        """Return whether the name leads to a file that may be another than that of a `state`; reads nothing.
+
+        An absent file is no other: its copy is stored.
+        """
+        found, _, _ = state.partition(" ")
+        # First without resolving all links, which takes long: nearly always nothing has changed.
+        first = next(filter(None, (_metadata(Path(folder, self._path)) for folder in self.folders)), "")
+        return first not in ("", found) and self.found not in ("", found)
+
+    def has_content_of(self, state: str) -> bool:
+        """Return whether the file's content is that of a `state`."""
+        return self._content_digest() == state.partition(" ")[2]
+
+    @property
+    def found(self) -> str:
+        """The metadata of the file; empty if there is none."""
         try:
-            file = str(self._file())
+            return _metadata(self._file())
         except (UnusableRecordError, OSError, ValueError, RuntimeError):
-            file = str(Path(*self.folders[:1], self.name))
-        return file, image_state(file)
+            return ""
+
+    def _content_digest(self) -> str:
+        try:
+            return self.digest.hex()
+        except UnusableRecordError:
+            return ""
+
+    @property
+    def _path(self) -> str:
+        return self.name.removeprefix("file://")
 
     def _file(self) -> Path:
-        name = self.name.removeprefix("file://")
+        name = self._path
         if "://" in name:
             raise UnusableRecordError("image_unreadable", "a URL is not fetched")
         roots = [Path(folder).resolve() for folder in self.folders]
-        # Links stay in the path, so that `watched` sees one that leads to another file later.
         files = [root / name for root in roots if (root / name).resolve().is_file()]
         if allowed := [file for file in files if any(map(file.resolve().is_relative_to, roots))]:
             return allowed[0]
         what = "is outside the folders of images" if files else "does not exist"
         raise UnusableRecordError("image_unreadable", f"the file {shown_key(Path(name).name)} {what}")
+
+
+def _metadata(file: Path) -> str:
+    """Return a text that changes if a file is changed or replaced, and sometimes if not; "" if it is absent.
+
+    The change time is included because a copy can keep the modification time and the size.
+    """
+    try:
+        status = file.stat()
+    except (OSError, ValueError):
+        return ""
+    times = f"{status.st_mtime_ns}|{status.st_ctime_ns}"
+    return f"{status.st_dev}|{status.st_ino}|{status.st_size}|{times}" if S_ISREG(status.st_mode) else ""
 
 
 def place_images(
