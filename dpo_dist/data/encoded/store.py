@@ -138,11 +138,11 @@ def has_changed_images(table: pa.Table, memo: Path) -> bool:
     watched = pc.list_flatten(table["watched"]).to_pylist()
     known = {(each["name"], tuple(each["folders"]), each["state"]) for each in watched}
     files = [(ImageFile(None, name, folders), state) for name, folders, state in sorted(known)]
-    doubtful = [(file, state) for file, state in files if file.differs_from(state)]
-    found = text_digest(json.dumps([[file.found, state] for file, state in doubtful]))
+    doubtful = [(file, state) for file, state in files if not file.is_surely(state)]
+    found = text_digest(json.dumps([[file.named, state] for file, state in doubtful]))
     if not doubtful or recall(memo, found) is not None:
         return False
-    if all(file.has_content_of(state) for file, state in doubtful):
+    if all(file.is_still(state) for file, state in doubtful):
         remember(memo, found, "equal images")
         return False
     return True

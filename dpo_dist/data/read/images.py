@@ -69,26 +69,27 @@ class ImageFile:
         """The name, the folders, and the file's state as it is read; None if the record has the content."""
         if self.content is not None or self.name.startswith("data:"):
             return None
-        state = f"{self.found} {self._content_digest()}"  # in this order: it may change while it is read
+        state = f"{self._found()} {self._content_digest()}"  # in this order: it may change while it is read
         return {"name": self.name, "folders": list(map(os.path.abspath, self.folders)), "state": state}
 
-    def differs_from(self, state: str) -> bool:
-        """Return whether the name leads to a file that may be another than that of a `state`; reads nothing.
-
-        An absent file is no other: its copy is stored.
-        """
-        found, _, _ = state.partition(" ")
-        # First without resolving all links, which takes long: nearly always nothing has changed.
-        first = next(filter(None, (_metadata(Path(folder, self._path)) for folder in self.folders)), "")
-        return first not in ("", found) and self.found not in ("", found)
-
-    def has_content_of(self, state: str) -> bool:
-        """Return whether the file's content is that of a `state`."""
-        return self._content_digest() == state.partition(" ")[2]
-
     @property
-    def found(self) -> str:
-        """The metadata of the file; empty if there is none."""
+    def named(self) -> list[str]:
+        """The metadata of the file of this name in each folder, also of one that a look-up refuses."""
+        return [_metadata(Path(folder, self._path)) for folder in self.folders]
+
+    def is_surely(self, state: str) -> bool:
+        """Return whether the file is that of a `state`, without a look-up that resolves all links.
+
+        Also if there is no file: its copy is stored.
+        """
+        return next(filter(None, self.named), "") in ("", state.partition(" ")[0])
+
+    def is_still(self, state: str) -> bool:
+        """Return whether the file has the content of a `state`, or there is none."""
+        metadata, _, digest = state.partition(" ")
+        return self._found() in ("", metadata) or self._content_digest() == digest
+
+    def _found(self) -> str:
         try:
             return _metadata(self._file())
         except (UnusableRecordError, OSError, ValueError, RuntimeError):
