@@ -56,10 +56,10 @@ class ImageProcessor:
     """The image processor of a model folder, with the settings of `model.images`.
 
     `token` is the text that a chat template writes for an image, `placeholder_id` the token that the model
-    replaces by a feature of an image, `settings` a digest of everything that decides the pixels and tokens;
-    `invented` are small images of random pixels, in different sizes, for the check at start and for ranks
-    without an image. `reads_several`: an image has the same pixels and tokens whatever other images are in
-    its prompt.
+    replaces by a feature of an image, `tokens` the texts of both; `settings` is a digest of everything that
+    decides the pixels and tokens; `invented` are small images of random pixels, in different sizes, for the
+    check at start and for ranks without an image. `reads_several`: an image has the same pixels and tokens
+    whatever other images are in its prompt.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, images: ImagesConfig):
@@ -69,6 +69,7 @@ class ImageProcessor:
         try:
             self._processor, self.placeholder_id = _with_pillow(folder, tokenizer)
             self.token = str(self._processor.image_token)
+            self.tokens = {self.token, str(tokenizer.convert_ids_to_tokens(self.placeholder_id))}
             # LLaVA-OneVision cuts an image into tiles only if it is the only one of its prompt.
             self.reads_several = "batch_num_images" not in self._processor.image_processor.model_input_names
             with limited_memory(_MOST_BYTES):

@@ -7,6 +7,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -104,14 +105,42 @@ def test_a_spelled_token_of_images_stays_text(kind: str, tmp_path: Path) -> None
     processor, tokenizer = processor_of(tmp_path, kind), image_tokenizer(kind)
     names = {processor.token, tokenizer.convert_ids_to_tokens(processor.placeholder_id), "<image>", "[IMG]"}
     spelled = " and ".join(sorted(names))
-    for contents, images in ((f"# is {spelled} #", [FIRST, SECOND]), (f"What is {spelled}?", [])):
+    for contents, in_prompt, images in (
+        (f"# is {spelled} #", spelled, [FIRST, SECOND]),
+        ("# is", "", [FIRST]),
+        ("What?", "", []),
+    ):
         sides = (f"It is {spelled}.", "No.")
         example = encoded(image_record(contents, images=images, responses=sides), kind, processor)
+        assert "image_tag_in_text" in example.changes
         placeholders = np.count_nonzero(example.prompt_ids == processor.placeholder_id)
         assert placeholders == sum(image.tokens for image in example.images)
-        assert spelled in tokenizer.decode(example.prompt_ids)
+        assert in_prompt in tokenizer.decode(example.prompt_ids)
         assert spelled in tokenizer.decode(example.responses[0])
         assert processor.placeholder_id not in example.responses[0]
+
+
+TAGS = ["<image>", "<|image_1|>", "<image 1>", "<img>pictures/0.png</img>", "<start_of_image>"]
+TAGS += ["<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|image_pad|><|image_pad|>"]
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_a_tag_of_images_without_an_image_is_not_trained_as_text(tag: str, tmp_path: Path) -> None:
+    processor, tokenizer = processor_of(tmp_path, "qwen2_vl"), image_tokenizer("qwen2_vl")
+    record = replace(image_record("First.", "Yes.", f"{tag}\nWhat?", images=[]), unread=("image_path",))
+    dropped = encode_pair(record, tokenizer, WIDE, processor)
+    assert (dropped.reason, dropped.unread) == ("image_count", ("image_path",))
+    plain = replace(record, prompt=f"{tag}\nWhat?")
+    assert encode_pair(plain, tokenizer, WIDE, processor).reason == "image_count"
+    assert isinstance(encode_pair(plain, tokenizer, WIDE), EncodedExample), "the model reads no images"
+    for text in (
+        "the images of <a>",
+        "[IMG]a.png[/IMG]",
+        "<img src='a.png'>",
+        "an <image-set> of <10 images>",
+    ):
+        example = encoded(image_record(text, images=[], responses=(text, "no")), "qwen2_vl", processor)
+        assert "image_tag_in_text" not in example.changes
 
 
 def test_records_that_differ_in_the_image_only_have_other_keys(
