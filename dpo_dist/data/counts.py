@@ -245,7 +245,7 @@ def check_counts(
         remedy += "; correct its format, if one is set (docs/data.md)"
     unread = [name.removeprefix("unread_") for name in counts.changed if name.startswith("unread_")]
     if reason == "image_count" and (pictures := _image_column(unread)):
-        remedy = f"{_source_with(f'images: {pictures}', path, config)}; else {remedy}"
+        remedy = _source_with(f"images: {pictures}", path, config)
     if "data.max_length" in remedy and lengths is not None and (fitting := fitting_limits(lengths(), config)):
         remedy = f"set {fitting}"
     elif "data.max_length" in remedy:
