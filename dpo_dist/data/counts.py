@@ -243,6 +243,9 @@ def check_counts(
     if reason == "unknown_format":
         remedy = _with_columns(path, config, counts.examples)
         remedy += "; correct its format, if one is set (docs/data.md)"
+    unread = [name.removeprefix("unread_") for name in counts.changed if name.startswith("unread_")]
+    if reason == "image_count" and (pictures := _image_column(unread)):
+        remedy = _source_with(f"images: {pictures}", path, config)
     if "data.max_length" in remedy and lengths is not None and (fitting := fitting_limits(lengths(), config)):
         remedy = f"set {fitting}"
     elif "data.max_length" in remedy:
@@ -266,6 +269,8 @@ _NAMES = {
     "rejected": "rejected bad worse worst dispreferred negative loser incorrect wrong",
     "completion": "completion answer response output reply text",
     "label": "label thumb vote feedback is_good liked",
+    "images": "images image img imgs picture pictures pic pics photo photos screenshot",
+    "no images": "id ids caption captions description width height size source count number",
 }
 """Words in names of columns, by the field that they probably hold; a name with a word of `_SCORES`: none."""
 
@@ -275,7 +280,6 @@ def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> str
 
     Other names of columns do not help a record with a score and no second response: it gets other advice.
     """
-    path = path.rpartition(": ")[2]
     seen = (re.search(r"\(fields: (.*)\)$", example) for example in examples)
     given = next((match.group(1).split(", ") for match in seen if match), [])
     others = [name for name in given if _SCORES.isdisjoint(_words(name))]
@@ -283,10 +287,17 @@ def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> str
     if others != given and not _column(sides[1], others):
         return reason_remedy("no_ranking")
     guessed = {field: _column(field, others) or "COLUMN" for field in ("prompt", *sides)}
+    guessed |= {"images": pictures} if (pictures := _image_column(given)) else {}
     known = (re.search(r"; set columns: \{(.*)\}\)$", example) for example in examples)
     named = next((match.group(1) for match in known if match), None)
     named = named or ", ".join(f"{field}: {column}" for field, column in guessed.items())
-    source = f"{{path: {path}, columns: {{{named}}}}}"
+    return _source_with(named, path, config)
+
+
+def _source_with(columns: str, path: str, config: DataConfig) -> str:
+    """Return advice to write a source with these columns."""
+    path = path.rpartition(": ")[2]
+    source = f"{{path: {path}, columns: {{{columns}}}}}"
     for key, sources in (("data.train", config.train), ("data.eval", config.eval)):
         if [each.path for each in sources] == [path]:
             return f"write '{key}=[{source}]'"
@@ -297,6 +308,12 @@ def _column(field: str, given: Sequence[str]) -> str | None:
     """Return the first column whose name is, or contains, a word for the field."""
     words = _NAMES[field].split()
     return next((name for word in words for name in given if word in _words(name)), None)
+
+
+def _image_column(given: Sequence[str]) -> str | None:
+    """Return the first column whose name says that it has images or their files, not something about them."""
+    words, others = (set(_NAMES[field].split()) for field in ("images", "no images"))
+    return next((name for name in given if words & _words(name) and not others & _words(name)), None)
 
 
 def _words(name: str) -> set[str]:

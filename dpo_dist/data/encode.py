@@ -11,6 +11,7 @@ from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import MARKER_GAP, UNTRAINED_PARTS, DataConfig, Truncation
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
+from dpo_dist.data.read.images import has_tag
 from dpo_dist.data.records import (
     IMAGE,
     BadRecord,
@@ -59,6 +60,7 @@ def encode_pair(
         if has_reserved((record.prompt, record.responses, record.tools, record.template_arguments)):
             raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0")
         images = _expanded(record, processor)
+        has_tags = processor is not None and _has_tags(record, processor.tokens)
         rendered = render_record(record, facts, data_config)
         if processor is not None and images:
             rendered = with_images(rendered, images, facts, processor)
@@ -89,6 +91,7 @@ def encode_pair(
         "response_truncated": any(truncated),
         "sides_exchanged": record.is_exchanged,
         "partly_trained": bool(trained),
+        "image_tag_in_text": has_tags,
     }
     return EncodedExample(
         np.array(kept_prompt, dtype=np.int32),
@@ -113,6 +116,20 @@ def _expanded(record: PreferenceRecord, processor: ImageProcessor | None) -> tup
     if processor is not None and not processor.reads_several and len(record.images) > 1:
         raise UnusableRecordError("several_images", f"{len(record.images)} images")
     return tuple(processor.expanded(image.read()) for image in record.images if processor is not None)
+
+
+def _has_tags(record: PreferenceRecord, tokens: Collection[str]) -> bool:
+    """Return whether a text has a tag of images that is no place of one.
+
+    Raises UnusableRecordError: one of the prompt, of which no image is known.
+    """
+    prompt, *responses = (
+        any(has_tag(turn.content, tokens) for turn in turns_of(content))
+        for content in (record.prompt, *record.responses)
+    )
+    if prompt and not record.images:
+        raise UnusableRecordError("image_count", "a tag of images, and no image", record.unread)
+    return prompt or any(responses)
 
 
 def _check_placeholders(

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -21,15 +22,24 @@ from dpo_dist.batching.example import ImageInput
 from dpo_dist.config.schema import ImagesConfig
 from dpo_dist.data.records import Tokenizer, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.process import limited_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# Increase it when the same file gets other pixels: else stored log-probs of the former ones would be reused.
+DECODING_VERSION = 2
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MOST_PIXELS = 80_000_000  # more than any camera's; Pillow itself warns above 89 million
 _MOST_TIMES_LONGER = 200  # than the shorter side: processors would scale the shorter side up
 _CACHED_FILES, _CACHED_INPUTS = 64, 16  # inputs of a large image take 20 MB
+_MOST_SCANS = 100  # each is as much work as the whole JPEG; encoders write about ten
+# Of the first image, which is small: a processor's configuration can ask for any size.
+_MOST_BYTES = 4 * 2**30
 _INVENTED_SIZES = (112, 84), (56, 140)
+# In a JPEG's entropy-coded data, which have no length, FF is followed by 00 or by a restart.
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+_SCAN, _END, _WITHOUT_LENGTH = b"\xda", b"\xd9", b"\x01\xd8"
 # Outputs of processors that belong to the text, not to the image.
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"}
 
@@ -46,10 +56,10 @@ class ImageProcessor:
     """The image processor of a model folder, with the settings of `model.images`.
 
     `token` is the text that a chat template writes for an image, `placeholder_id` the token that the model
-    replaces by a feature of an image, `settings` a digest of everything that decides the pixels and tokens;
-    `invented` are small images of random pixels, in different sizes, for the check at start and for ranks
-    without an image. `reads_several`: an image has the same pixels and tokens whatever other images are in
-    its prompt.
+    replaces by a feature of an image, `tokens` the texts of both; `settings` is a digest of everything that
+    decides the pixels and tokens; `invented` are small images of random pixels, in different sizes, for the
+    check at start and for ranks without an image. `reads_several`: an image has the same pixels and tokens
+    whatever other images are in its prompt.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, images: ImagesConfig):
@@ -59,15 +69,20 @@ class ImageProcessor:
         try:
             self._processor, self.placeholder_id = _with_pillow(folder, tokenizer)
             self.token = str(self._processor.image_token)
+            self.tokens = {self.token, str(tokenizer.convert_ids_to_tokens(self.placeholder_id))}
             # LLaVA-OneVision cuts an image into tiles only if it is the only one of its prompt.
             self.reads_several = "batch_num_images" not in self._processor.image_processor.model_input_names
-            self.invented = tuple(self._invent())
+            with limited_memory(_MOST_BYTES):
+                self.invented = tuple(self._invent())
         except ConfigError:
             raise
+        except MemoryError as error:
+            cause = f"it needs over {_MOST_BYTES >> 30} GiB for a small image: correct its sizes"
+            raise _refused(folder, cause) from error
         except Exception as error:  # files that others wrote can raise anything
             raise _refused(folder, f"no image processor can be made: {first_line(error)}") from error
         versions = [_pillow().__version__, version("transformers")]  # their code decides pixels
-        settings = [self._processor.to_json_string(), images.max_pixels, *versions]
+        settings = [self._processor.to_json_string(), images.max_pixels, DECODING_VERSION, *versions]
         self.settings = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).digest()
         self.expanded = lru_cache(maxsize=_CACHED_FILES)(self._expanded)
         self.inputs = lru_cache(maxsize=_CACHED_INPUTS)(self._inputs)
@@ -216,7 +231,7 @@ def _pillow() -> Any:
 
 
 def decode_image(content: bytes, max_pixels: int | None = None) -> "Image":
-    """Return the image in a file as RGB, upright, the first frame of an animated one.
+    """Return the image in a file as RGB on white, upright, the first frame of an animated one.
 
     It is made smaller to at most `max_pixels`. Raises UnusableRecordError: `image_unreadable`, or
     `image_too_large` by the size in the file's header, before any pixel is decoded.
@@ -232,13 +247,14 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Image":
         if longer > _MOST_TIMES_LONGER * shorter:
             detail = f"{size}: a side over {_MOST_TIMES_LONGER} times the other"
             raise UnusableRecordError("image_too_large", detail)
+        if image.format in ("JPEG", "MPO") and _has_many_scans(content):
+            raise UnusableRecordError("image_unreadable", f"a JPEG of {size} in over {_MOST_SCANS} scans")
+        bits = content[24] if image.format == "PNG" else 8
         image.load()
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
-            image = pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.mode in ("I", "F"):
+        if image.mode in ("I", "F"):
             raise UnusableRecordError("image_unreadable", "its pixels are not of 8 or 16 bits")
-        image = image.convert("RGB")
+        image = _on_white(image, bits)
     except pillow.DecompressionBombError as error:
         raise UnusableRecordError("image_too_large", "over 170 million pixels") from error
     except UnusableRecordError:
@@ -252,3 +268,31 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Image":
     scale = math.sqrt(max_pixels / pixels)
     width, height = (min(max(int(side * scale), 1), max_pixels) for side in image.size)
     return image.resize((width, height), pillow.Resampling.BICUBIC)
+
+
+def _has_many_scans(jpeg: bytes) -> bool:
+    position = scans = 0
+    while (marker := _JPEG_MARKER.search(jpeg, position)) and marker[1] != _END and scans <= _MOST_SCANS:
+        position, scans = marker.end(), scans + (marker[1] == _SCAN)
+        if marker[1] not in _WITHOUT_LENGTH:
+            position += int.from_bytes(jpeg[position : position + 2])
+    return scans > _MOST_SCANS
+
+
+def _on_white(image: "Image", bits: int) -> "Image":
+    """Return an image as RGB, its transparent parts on white, as processors of models and servers show it.
+
+    Pixels that are not seen have a colour, too, often black as the drawing beside them. `bits`: of a value in
+    the file, whose transparent colour Pillow does not scale as it scales pixels.
+    """
+    pillow, key = _pillow(), image.info.get("transparency")
+    if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
+        values = np.asarray(image)
+        return pillow.fromarray(np.where(values == key, 255, values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("L", "RGB") and key is not None:
+        values = np.atleast_1d(key)
+        scaled = (values >> 8 if bits == 16 else values * 255 // (2**bits - 1)).tolist()
+        image.info["transparency"] = tuple(scaled) if image.mode == "RGB" else scaled[0]
+    if image.has_transparency_data:
+        image = pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")

@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-from collections.abc import Mapping
+import resource
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dpo_dist.foundation.errors import ConfigError
@@ -77,3 +78,23 @@ def _is_one_process(environ: Mapping[str, str]) -> bool:
 def usable_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def limited_memory(further: int) -> Iterator[None]:
+    """Inside the block, an allocation fails if the process would have this many bytes more than at its start.
+
+    Without /proc, as on macOS, there is no limit.
+    """
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [int(pages.read_text().split()[0]) * resource.getpagesize() + further, soft, hard]
+    least = min(limit for limit in limits if limit != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_AS, (least, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

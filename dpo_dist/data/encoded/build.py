@@ -72,7 +72,7 @@ from dpo_dist.foundation.files import (
 )
 
 # Increase it when the same records get other token ids or files: else old files would be reused.
-_ENCODING_VERSION = 18
+_ENCODING_VERSION = 19
 _LENGTH_KEYS = ("max_length", "max_prompt_length", "truncation")
 _ENCODING_KEYS = (
     *_LENGTH_KEYS,
@@ -297,9 +297,7 @@ def encode_records(
     for given in records:
         origin: dict[str, Any] = {"file": given.origin.source, "line": given.origin.line}
         if processor is not None and isinstance(given, PreferenceRecord):
-            watched = list(filter(None, (image.watched for image in given.images)))
-            origin |= {"image_files": [file for file, _ in watched]}
-            origin |= {"image_states": [state for _, state in watched]}
+            origin["watched"] = list(filter(None, (image.watched for image in given.images)))
         record = given if processor is None else readable(given)
         prompt, values = 0, dict[str, Any]()
         encoded: EncodedRecord | BadRecord | None = None  # the record belongs to another part

@@ -22,12 +22,12 @@ import pyarrow.compute as pc
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
 from dpo_dist.data.encoded.order import ORDER_SCHEMA, order_by_ids
-from dpo_dist.data.read.images import image_state
+from dpo_dist.data.read.images import ImageFile
 from dpo_dist.data.read.sources import root_of
 from dpo_dist.data.records import BadRecord, Origin
 from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.files import locked
+from dpo_dist.foundation.files import MEMO_FOLDER, locked, recall, remember, text_digest
 from dpo_dist.foundation.tables import map_table, write_table
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,9 @@ ROW_SCHEMA = pa.schema(
         "lengths": pa.list_(pa.int64()),
         # The digests of the prompt's images; their files, if the record only names them, as they were read.
         "images": pa.list_(pa.binary()),
-        "image_files": pa.list_(pa.string()),
-        "image_states": pa.list_(pa.string()),
+        "watched": pa.list_(
+            pa.struct({"name": pa.string(), "folders": pa.list_(pa.string()), "state": pa.string()})
+        ),
     }
 )
 IMAGE_SCHEMA = pa.schema({"digest": pa.binary(), "tokens": pa.int64(), "content": pa.large_binary()})
@@ -129,14 +130,22 @@ def has_images(table: pa.Table) -> bool:
     return any(len(chunk.flatten()) for chunk in table["images"].chunks)
 
 
-def has_changed_images(table: pa.Table) -> bool:
-    """Return whether a file of the records' images has changed since it was read, or appeared.
+def has_changed_images(table: pa.Table, memo: Path) -> bool:
+    """Return whether names of images lead to other contents than were read; an absent file's copy is stored.
 
-    An absent file has not changed: its copy is stored.
+    Files of which only the metadata changed are read once: `memo` is the folder with cached findings.
     """
-    files, states = (pc.list_flatten(table[name]).to_pylist() for name in ("image_files", "image_states"))
-    known = set(zip(files, states, strict=True))
-    return any(image_state(file) not in ("", state) for file, state in known)
+    watched = pc.list_flatten(table["watched"]).to_pylist()
+    known = {(each["name"], tuple(each["folders"]), each["state"]) for each in watched}
+    files = [(ImageFile(None, name, folders), state) for name, folders, state in sorted(known)]
+    doubtful = [(file, state) for file, state in files if not file.is_surely(state)]
+    found = text_digest(json.dumps([[file.named, state] for file, state in doubtful]))
+    if not doubtful or recall(memo, found) is not None:
+        return False
+    if all(file.is_still(state) for file, state in doubtful):
+        remember(memo, found, "equal images")
+        return False
+    return True
 
 
 def write_source(source: EncodedSource, chunks: Iterable[EncodedChunk]) -> None:
@@ -151,7 +160,7 @@ def is_whole(source: EncodedSource) -> bool:
     if not source.file.exists():
         return False
     table = source.table()
-    if table is not None and not has_changed_images(table):
+    if table is not None and not has_changed_images(table, source.cache / MEMO_FOLDER):
         return True
     log.warning("%s is damaged, or images have changed: it is encoded again", source.file)
     return False

@@ -26,7 +26,7 @@ from dpo_dist.data.counts import check_counts, counts_in_one_line, named_in_one_
 from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.encoded.columns import dataset_columns, key_order
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
-from dpo_dist.data.encoded.store import read_counts, read_lengths
+from dpo_dist.data.encoded.store import has_images, read_counts, read_lengths
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.data.read.sources import pin_source
@@ -42,7 +42,7 @@ from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.training.mirror import Mirror
-from dpo_dist.training.start.inputs import checked_model
+from dpo_dist.training.start.inputs import NO_IMAGE, checked_model
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
 from dpo_dist.training.start.resume import check_fresh_start, find_finished
 
@@ -97,13 +97,8 @@ def dry_run(
     if config.metrics.function is not None:
         lines.append(("metrics", ", ".join(custom_metrics(config.metrics.function, config.loss).names)))
     lines.append(("reference", _reference(config.reference, config.model, tokenizer, processor)))
-    tokens: list[float] = []
-    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        for index, source in enumerate(sources):
-            name = f"{key}[{index}]"
-            text, unread, mean = _first_records(source, name, config.data, config.loss, tokenizer, processor)
-            lines += [(name, text), *([("  not read", unread)] if unread else [])]
-            tokens.append(mean)
+    found, tokens = _data(config, tokenizer, processor)
+    lines += found
     if plan is not None:
         lines += plan(config, fmean(tokens[: len(config.data.train)]))
     doctor = "dpo-dist doctor with the same arguments without --check examines all records"
@@ -147,6 +142,24 @@ def _reference(
     return ", ".join(parts)
 
 
+def _data(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, processor: ImageProcessor | None
+) -> tuple[list[tuple[str, str]], list[float]]:
+    """Check the first records of each source; return lines, and the mean tokens of each source."""
+    lines, tokens = list[tuple[str, str]](), list[float]()
+    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        found = [
+            _first_records(source, f"{key}[{index}]", config.data, config.loss, tokenizer, processor)
+            for index, source in enumerate(sources)
+        ]
+        for described, mean, _ in found:
+            lines += described
+            tokens.append(mean)
+        if processor is not None and found and not any(with_images for _, _, with_images in found):
+            lines.append(("  warning", f"none of these records has an image: {NO_IMAGE}"))
+    return lines, tokens
+
+
 def _first_records(
     source: SourceConfig,
     key: str,
@@ -154,8 +167,11 @@ def _first_records(
     loss: LossConfig,
     tokenizer: PreTrainedTokenizerBase,
     processor: ImageProcessor | None,
-) -> tuple[str, str, float]:
-    """Read, encode and check the first records of a source; return counts, unread fields and mean tokens."""
+) -> tuple[list[tuple[str, str]], float, bool]:
+    """Read, encode and check the first records of a source.
+
+    Return lines with counts and unread fields, the mean tokens, and whether a usable record has an image.
+    """
     source = pin_source(source)
     records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
     encoded = encode_records(records[:_FIRST_RECORDS], data, tokenizer, processor=processor)
@@ -185,4 +201,5 @@ def _first_records(
     ]
     read = (record for record in records if isinstance(record, PreferenceRecord))
     unread = named_in_one_line(itertools.chain.from_iterable(record.unread for record in read))
-    return "; ".join(filter(None, parts)), unread, tokens
+    lines = [(key, "; ".join(filter(None, parts))), *([("  not read", unread)] if unread else [])]
+    return lines, tokens, has_images(table)

@@ -59,7 +59,7 @@ _NO_END = (
     "of a turn, and the trained model stops nowhere else; set eos_token in tokenizer_config.json"
 )
 
-_NO_IMAGE = "name the column of images (columns: {images: COLUMN}), or set model.images=null to train on text"
+NO_IMAGE = "name the column of images (columns: {images: COLUMN}), or set model.images=null to train on text"
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def _load(
         opened = partial(open_dataset, encoded, config.data, processor)
         dataset = _on_every_rank(run, opened, f"verifying the {name} data")
         if processor is not None and dataset.images is None:
-            run.say(f"warning: no usable record of the {name} data has an image: {_NO_IMAGE}")
+            run.say(f"warning: no usable record of the {name} data has an image: {NO_IMAGE}")
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_fits_loss(dataset, config.loss))
         return dataset

@@ -206,6 +206,11 @@ def test_a_description_of_another_program_is_no_registry(tmp_path: Path) -> None
         ("Id user_query best_answer worst_answer", None),
         ("instruction_text reply thumb", "{prompt: instruction_text, completion: reply, label: thumb}"),
         ("a b c", "{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}"),
+        (
+            "image_id question img_path good bad",
+            "{prompt: question, chosen: good, rejected: bad, images: img_path}",
+        ),
+        ("image ask good bad", "{prompt: COLUMN, chosen: good, rejected: bad, images: image}"),
     ],
 )
 @pytest.mark.parametrize("key", ["train", "eval"])

@@ -1,9 +1,12 @@
 """Images of encoded sources: stored once, watched, verified, and given to the model with their inputs."""
 
+import io
 import json
 import os
 import random
-from collections.abc import Iterator
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from dpo_dist.data.encoded.dataset import PreferenceDataset, count_shared, open_
 from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.data.images import ImageProcessor
+from dpo_dist.data.read.images import ImageFile
 from dpo_dist.data.records import Part
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import MEMO_FOLDER
@@ -128,7 +132,7 @@ def test_parts_are_joined_with_each_image_once_and_a_changed_image_is_read_again
     assert [row["content"] for row in made.images().to_pylist()] == [
         row["content"] for row in whole.images().to_pylist()
     ]
-    rows, others = (each.table().drop_columns("image_states").to_pylist() for each in (made, whole))
+    rows, others = (each.table().drop_columns("watched").to_pylist() for each in (made, whole))
     assert list(map(str, rows)) == list(map(str, others))  # as texts: nan is not equal to itself
     assert not [file for file in (tmp_path / "cache").iterdir() if "-part-" in file.name]
 
@@ -196,6 +200,111 @@ def test_an_image_that_changed_in_place_is_encoded_and_keyed_anew(
         assert linked.example(0).images[0] is linked.example(("b.png", "later.png").index(name) + 1).images[0]
     expanded.reset_mock()
     opened(tmp_path, processor, path, max_bad_share=1.0)
+    assert not expanded.called
+
+
+FIXED = (10**18, 10**18)
+
+
+def colour(file: Path, seed: int) -> None:
+    """Write a picture whose size and time are those of every other."""
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(file_of(picture(seed, 56, 84), "BMP"))
+    os.utime(file, ns=FIXED)
+
+
+def exchange(first: Path, second: Path) -> None:
+    first.rename(first.with_name("between"))
+    second.rename(first)
+    first.with_name("between").rename(second)
+
+
+def link(file: Path, target: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.symlink_to(target)
+
+
+def unpack(file: Path, content: bytes) -> None:
+    with tarfile.open(file.with_suffix(".tar"), "w") as archive:
+        member = tarfile.TarInfo(file.name)
+        member.size, member.mtime = len(content), FIXED[0] / 1e9
+        archive.addfile(member, io.BytesIO(content))
+    with tarfile.open(file.with_suffix(".tar")) as archive:
+        archive.extractall(file.parent, filter="data")
+
+
+# `a` and `b` are pictures beside the records, `link` leads to `a`, `both` is also in `data.images`, which is
+# looked up first, and `new` is in none of the records.
+REPLACED: dict[str, Callable[[Path, Path], Any]] = {
+    "copied over": lambda data, _: shutil.copy2(data / "new", data / "a"),
+    "moved over": lambda data, _: (data / "new").replace(data / "a"),
+    "unpacked over": lambda data, _: unpack(data / "a", (data / "new").read_bytes()),
+    "link to another": lambda data, _: link(data / "link", data / "b"),
+    "folder that is a link to another": lambda data, _: link(data / "sub", data / "later"),
+    "names exchanged": lambda data, _: exchange(data / "a", data / "b"),
+    "earlier folder has the name, too": lambda data, images: shutil.copy2(data / "new", images / "a"),
+    "earlier folder has a link of the name": lambda data, images: link(images / "a", data / "b"),
+    "the first of two is gone": lambda _, images: (images / "both").unlink(),
+    "in place, an absent name appears": lambda data, _: shutil.copy2(data / "new", data / "absent"),
+}
+KEPT: dict[str, Callable[[Path, Path], Any]] = {
+    "touched": lambda data, _: (data / "a").touch(),
+    "other permissions": lambda data, _: (data / "a").chmod(0o600),
+    "hard link": lambda data, _: (data / "another").hardlink_to(data / "a"),
+    "equal copy moved over": lambda data, _: shutil.copy2(data / "a", data / "x").replace(data / "a"),
+    "equal copy in an earlier folder": lambda data, images: shutil.copy2(data / "a", images / "a"),
+    "link that leads out of the folders": lambda data, images: link(images / "a", data.parent / "out"),
+    "the second of two is gone": lambda data, _: (data / "both").unlink(),
+    "gone": lambda data, _: (data / "b").unlink(),
+}
+
+
+@pytest.fixture
+def watched(tmp_path: Path, processor: ImageProcessor) -> Callable[[str], PreferenceDataset]:
+    """Opens the pictures of REPLACED and KEPT, encoded in a cache."""
+    data, images = tmp_path / "data", tmp_path / "images"
+    names = ["a", "b", "link", "sub/e", "both", "absent"]
+    for seed, name in enumerate(["a", "b", "new", "early/e", "later/e", "both", "../images/both", "../out"]):
+        colour(data / name, seed)
+    link(data / "link", data / "a")
+    link(data / "sub", data / "early")
+    path = write(data, "pairs.jsonl", *([name] for name in names))
+    assert len({(file.stat().st_size, file.stat().st_mtime) for file in data.glob("?")}) == 1
+
+    def opened_from(cache: str) -> PreferenceDataset:
+        config = DataConfig(cache=str(tmp_path / cache), max_bad_share=1.0)
+        source = SourceConfig(path, images=str(images))
+        encoded = prepare_dataset([source], config, image_tokenizer(KIND), KIND, processor=processor)
+        return open_dataset(encoded, config, processor)
+
+    return opened_from
+
+
+@pytest.mark.parametrize("change", REPLACED)
+def test_a_picture_that_was_replaced_with_its_size_and_time_kept_is_encoded_anew(
+    change: str, tmp_path: Path, watched: Callable[[str], PreferenceDataset]
+) -> None:
+    before = watched("cache")
+    REPLACED[change](tmp_path / "data", tmp_path / "images")
+    after, fresh = watched("cache"), watched("other")
+    assert after.fingerprint != before.fingerprint
+    assert after.fingerprint == fresh.fingerprint
+
+
+@pytest.mark.parametrize("change", KEPT)
+def test_a_picture_with_the_same_content_is_not_encoded_anew_and_read_once(
+    change: str,
+    tmp_path: Path,
+    watched: Callable[[str], PreferenceDataset],
+    expanded: mock.Mock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = watched("cache")
+    KEPT[change](tmp_path / "data", tmp_path / "images")
+    expanded.reset_mock()
+    assert watched("cache").fingerprint == before.fingerprint
+    monkeypatch.setattr(ImageFile, "read", mock.Mock(side_effect=AssertionError("read again")))
+    assert watched("cache").fingerprint == before.fingerprint
     assert not expanded.called
 
 

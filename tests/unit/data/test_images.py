@@ -1,10 +1,13 @@
 """Images in prompts: placeholders as the model's own processor writes them, truncation, and bad files."""
 
+import io
 import json
 import pickle
 import struct
 import sys
 import zlib
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +25,7 @@ from dpo_dist.config.schema import DataConfig, ImagesConfig
 from dpo_dist.data.counts import reason_remedy
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.images import ImageProcessor, decode_image
+from dpo_dist.data.read.images import as_file
 from dpo_dist.data.records import IMAGE, BadRecord, UnusableRecordError
 from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError
@@ -101,27 +105,60 @@ def test_a_spelled_token_of_images_stays_text(kind: str, tmp_path: Path) -> None
     processor, tokenizer = processor_of(tmp_path, kind), image_tokenizer(kind)
     names = {processor.token, tokenizer.convert_ids_to_tokens(processor.placeholder_id), "<image>", "[IMG]"}
     spelled = " and ".join(sorted(names))
-    for contents, images in ((f"# is {spelled} #", [FIRST, SECOND]), (f"What is {spelled}?", [])):
+    for contents, in_prompt, images in (
+        (f"# is {spelled} #", spelled, [FIRST, SECOND]),
+        ("# is", "", [FIRST]),
+        ("What?", "", []),
+    ):
         sides = (f"It is {spelled}.", "No.")
         example = encoded(image_record(contents, images=images, responses=sides), kind, processor)
+        assert "image_tag_in_text" in example.changes
         placeholders = np.count_nonzero(example.prompt_ids == processor.placeholder_id)
         assert placeholders == sum(image.tokens for image in example.images)
-        assert spelled in tokenizer.decode(example.prompt_ids)
+        assert in_prompt in tokenizer.decode(example.prompt_ids)
         assert spelled in tokenizer.decode(example.responses[0])
         assert processor.placeholder_id not in example.responses[0]
 
 
-def test_records_that_differ_in_the_image_only_have_other_keys(tmp_path: Path) -> None:
+TAGS = ["<image>", "<|image_1|>", "<image 1>", "<img>pictures/0.png</img>", "<start_of_image>"]
+TAGS += ["<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|image_pad|><|image_pad|>"]
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_a_tag_of_images_without_an_image_is_not_trained_as_text(tag: str, tmp_path: Path) -> None:
+    processor, tokenizer = processor_of(tmp_path, "qwen2_vl"), image_tokenizer("qwen2_vl")
+    record = replace(image_record("First.", "Yes.", f"{tag}\nWhat?", images=[]), unread=("image_path",))
+    dropped = encode_pair(record, tokenizer, WIDE, processor)
+    assert (dropped.reason, dropped.unread) == ("image_count", ("image_path",))
+    plain = replace(record, prompt=f"{tag}\nWhat?")
+    assert encode_pair(plain, tokenizer, WIDE, processor).reason == "image_count"
+    assert isinstance(encode_pair(plain, tokenizer, WIDE), EncodedExample), "the model reads no images"
+    for text in (
+        "the images of <a>",
+        "[IMG]a.png[/IMG]",
+        "<img src='a.png'>",
+        "an <image-set> of <10 images>",
+    ):
+        example = encoded(image_record(text, images=[], responses=(text, "no")), "qwen2_vl", processor)
+        assert "image_tag_in_text" not in example.changes
+
+
+def test_records_that_differ_in_the_image_only_have_other_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     processor = processor_of(tmp_path, "gemma3")
     other = processor_of(tmp_path, "gemma3", max_pixels=100)
+    monkeypatch.setattr("dpo_dist.data.images.DECODING_VERSION", 0)
+    earlier = processor_of(tmp_path, "gemma3")
     same = [encoded(image_record("#", images=[FIRST]), "gemma3", processor) for _ in range(2)]
     differing = [
         *same[:1],
         encoded(image_record("#", images=[SECOND]), "gemma3", processor),
         encoded(image_record("#", images=[FIRST]), "gemma3", other),
+        encoded(image_record("#", images=[FIRST]), "gemma3", earlier),
     ]
     assert len({tuple(example.prompt_ids) for example in differing}) == 1
-    assert len({response_keys([example]).tobytes() for example in differing}) == 3
+    assert len({response_keys([example]).tobytes() for example in differing}) == 4
     assert len({response_keys([example]).tobytes() for example in same}) == 1
 
 
@@ -134,9 +171,10 @@ def test_larger_images_are_made_smaller(tmp_path: Path) -> None:
         )
         tokens.append(encoded(image_record("#", images=[large]), "qwen2_vl", processor).images[0].tokens)
     assert tokens[0] > tokens[1] > tokens[2]
-    for most in (1, 7, 5_000, 59_999, 60_000):
+    for most in (1, 7, 5_000, 15_000, 59_999, 60_000):
         width, height = decode_image(large, most).size
         assert width * height <= most
+        assert (width + 1) * (height + 1) > most  # no pixel is left out without need
     assert decode_image(large, 60_000).size == (300, 200)
 
 
@@ -233,19 +271,18 @@ def test_images_are_never_cut(truncation: str, tmp_path: Path) -> None:
     assert "max_pixels" in reason_remedy("image_does_not_fit")
 
 
-def png(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims to be this large."""
+def png(
+    width: int, height: int, rows: bytes = b"", bits: int = 8, colour: int = 2, key: Sequence[int] = ()
+) -> bytes:
+    """A PNG of a few bytes that claims to be this large; `key` is its transparent colour."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    transparent = chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)) if key else b""
+    pixels = chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + transparent + pixels + chunk(b"IEND", b"")
 
 
 def gif(*frames: Image.Image) -> bytes:
@@ -272,10 +309,8 @@ GOOD = {
     "tiff": TIFF,
     "cmyk": file_of(SMALL.convert("CMYK"), "JPEG"),
     "grey": file_of(SMALL.convert("L")),
-    "grey with alpha": file_of(SMALL.convert("LA")),
     "rgba": file_of(SMALL.convert("RGBA")),
     "palette": file_of(SMALL.convert("P")),
-    "palette with alpha": file_of(SMALL.convert("P"), transparency=bytes(range(256))),
     "one bit": file_of(SMALL.convert("1")),
     "ycbcr": file_of(SMALL.convert("YCbCr"), "JPEG"),
     "lab": file_of(SMALL.convert("LAB"), "TIFF"),
@@ -325,6 +360,108 @@ def test_good_images_are_decoded_as_transformers_does(name: str, tmp_path: Path)
     found = decode_image(GOOD[name])
     assert found.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(found), np.asarray(load_image(str(file))))
+
+
+DRAWING = Image.new("RGBA", (40, 30))
+DRAWING.paste((0, 0, 0, 255), (5, 5, 20, 20))
+DRAWING.paste((200, 40, 40, 255), (20, 10, 30, 25))
+GREY = DRAWING.convert("LA")
+FADED = DRAWING.copy()
+FADED.putalpha(DRAWING.getchannel("A").point([value // 2 for value in range(256)]))
+
+
+def on_colour(drawing: Image.Image, colour: Any) -> Image.Image:
+    """A drawing without alpha, whose ground has a colour that it has nowhere else."""
+    ground = Image.new("RGB", drawing.size, colour)
+    ground.paste(drawing.convert("RGB"), mask=drawing.getchannel("A"))
+    return ground
+
+
+def palette_with_alpha(drawing: Image.Image) -> Image.Image:
+    image = drawing.convert("RGB").quantize(8)
+    image.putalpha(drawing.getchannel("A"))
+    return image
+
+
+def tagged(name: str) -> bytes:
+    tags = Image.Exif()
+    tags[0x0112] = 3
+    return file_of(DRAWING.rotate(180), name, exif=tags, **({"lossless": True} if name == "WEBP" else {}))
+
+
+DRAWN = {
+    "RGBA": (DRAWING, file_of(DRAWING)),
+    "optimized": (DRAWING, file_of(DRAWING, optimize=True)),
+    "TIFF": (DRAWING, file_of(DRAWING, "TIFF", compression="tiff_lzw")),
+    "WebP": (DRAWING, file_of(DRAWING, "WEBP", lossless=True)),
+    "animated WebP": (DRAWING, file_of(DRAWING, "WEBP", lossless=True, save_all=True, append_images=[FADED])),
+    "animated PNG": (DRAWING, file_of(DRAWING, save_all=True, append_images=[FADED])),
+    "GIF": (DRAWING, file_of(DRAWING, "GIF")),
+    "animated GIF": (DRAWING, file_of(DRAWING, "GIF", save_all=True, append_images=[FADED])),
+    "palette": (DRAWING, file_of(DRAWING.quantize(8))),
+    "palette with alpha": (DRAWING, file_of(palette_with_alpha(DRAWING), "TIFF")),
+    "colour as key": (DRAWING, file_of(on_colour(DRAWING, (1, 2, 3)), transparency=(1, 2, 3))),
+    "turned PNG": (DRAWING, tagged("PNG")),
+    "turned WebP": (DRAWING, tagged("WEBP")),
+    "grey with alpha": (GREY, file_of(GREY)),
+    "grey as key": (GREY, file_of(on_colour(GREY, (9, 9, 9)).convert("L"), transparency=9)),
+    "half": (FADED, file_of(FADED)),
+    "palette with half": (FADED, file_of(FADED.quantize(8))),
+    "memory": (DRAWING, as_file(DRAWING)),
+    "memory, palette with alpha": (DRAWING, as_file(palette_with_alpha(DRAWING))),
+    "memory, premultiplied": (DRAWING, as_file(DRAWING.convert("RGBa"))),
+    "memory, GIF": (DRAWING, as_file(Image.open(io.BytesIO(file_of(DRAWING, "GIF"))))),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_transparent_parts_are_white_however_a_drawing_is_saved(name: str) -> None:
+    drawing, content = DRAWN[name]
+    white = Image.new("RGBA", drawing.size, "white")
+    expected = np.asarray(Image.alpha_composite(white, drawing.convert("RGBA")).convert("RGB"))
+    found = np.asarray(decode_image(content))
+    assert expected.min() == (128 if drawing is FADED else 0)
+    np.testing.assert_array_equal(found, expected)
+
+
+# A row of four pixels: black, the transparent colour, and others.
+KEYED: list[tuple[int, int, bytes, list[int], list[int]]] = [
+    (1, 0, bytes([0b01010000]), [1], [0, 255, 0, 255]),
+    (1, 0, bytes([0b01010000]), [0], [255, 255, 255, 255]),
+    (2, 0, bytes([0b00011011]), [1], [0, 255, 170, 255]),
+    (4, 0, bytes([0x05, 0x6F]), [5], [0, 255, 102, 255]),
+    (8, 0, bytes([0, 5, 6, 255]), [5], [0, 255, 6, 255]),
+    (16, 0, struct.pack(">4H", 0, 500, 501, 2560), [500], [0, 255, 1, 10]),
+    (8, 2, bytes([0, 0, 0, 5, 5, 5, 6, 6, 6, 5, 5, 5]), [5] * 3, [0, 255, 6, 255]),
+    (
+        16,
+        2,
+        struct.pack(">12H", *[0] * 3, *[500] * 3, *[60000] * 3, *[500] * 3),
+        [500] * 3,
+        [0, 255, 234, 255],
+    ),
+]
+
+
+@pytest.mark.parametrize(("bits", "colour", "row", "key", "expected"), KEYED)
+def test_a_transparent_colour_is_that_of_the_file_at_each_depth(
+    bits: int, colour: int, row: bytes, key: list[int], expected: list[int]
+) -> None:
+    found = np.asarray(decode_image(png(4, 1, b"\0" + row, bits, colour, key)))
+    assert found[0].tolist() == [[value] * 3 for value in expected]
+
+
+def test_a_jpeg_is_decoded_only_if_it_has_few_scans() -> None:
+    jpeg = file_of(SMALL, "JPEG", progressive=True, exif=file_of(SMALL, "JPEG", progressive=True))
+    start = jpeg.rindex(b"\xff\xda")
+    comment = b"\xff\xfe\x00\x06" + b"\xff\xd9" * 2  # an end of image that is none
+    for between in (b"", comment, b"\xff\x01"):
+        few, many = (jpeg[:-2] + (between + jpeg[start:-2]) * number + jpeg[-2:] for number in (20, 2000))
+        # Phones write a video after the picture.
+        assert decode_image(few + jpeg[start:] * 200).size == SMALL.size
+        with pytest.raises(UnusableRecordError) as fault:
+            decode_image(many)
+        assert fault.value.detail == "a JPEG of 40 x 30 pixels in over 100 scans"
 
 
 def test_16_bits_are_scaled() -> None:
@@ -381,6 +518,11 @@ def test_folders_without_a_usable_processor_are_refused(tmp_path: Path) -> None:
     assert "no image processor" in refusal("qwen2_vl", config='{"model_type": "none"}')
     own_code = {"auto_map": {"AutoImageProcessor": "own.Processor"}}
     assert "custom code" in refusal("llama", preprocessor_config=json.dumps(own_code))
+    for sides in (10**5, 10**12):
+        size = {"height": sides, "width": sides}
+        own_size = {"image_processor_type": "Gemma3ImageProcessor", "size": size}
+        cause = refusal("gemma3", "gemma3", preprocessor_config=json.dumps(own_size))
+        assert cause.endswith("a small image: correct its sizes") or "OverflowError" in cause
     assert "'[IMG]'" in refusal("mistral3", processor_config='{"image_token": "[PICTURE]"}').replace(
         "PICTURE", "IMG"
     )

@@ -180,6 +180,46 @@ FORMS: dict[str, tuple[dict[str, Any], list[str], list[Any]]] = {
         [f"{I}q"],
         ["a.png"],
     ),
+    **{
+        f"placeholders: {tag}": (
+            {"prompt": [user(f"{tag} q {tag}")], **PAIR, "images": TWO},
+            [f"{I} q {I}"],
+            TWO,
+        )
+        for tag in (
+            "<|vision_start|><|image_pad|><|vision_end|>",
+            "<|vision_start|>" + "<|image_pad|>" * 9 + "<|vision_end|>",
+            "<|image_pad|>",
+            "<start_of_image>",
+            "<start_of_image><image_soft_token><image_soft_token><end_of_image>",
+            "<img><IMG_CONTEXT><IMG_CONTEXT></img>",
+            "<|begin_of_image|><|image|><|end_of_image|>",
+            "<|image>" + "<|image|>" * 3 + "<image|>",
+            "[IMG]",
+        )
+    },
+    "Phi": ({"prompt": [user("<|image_1|>q")], **PAIR, "image": "a.png"}, [f"{I}q"], ["a.png"]),
+    "numbers from 1": (
+        {"prompt": [user("is <image 2>"), assistant("?"), user("<image 1>?")], **PAIR, "images": TWO},
+        [f"is {I}", "?", f"{I}?"],
+        TWO[::-1],
+    ),
+    "numbers from 0": ({"prompt": [user("<image_0><image1>")], **PAIR, "images": TWO}, [I + I], TWO),
+    "Qwen-VL": (
+        {"query": "Picture 1: <img>b/a.png</img>\nq <img>b.JPEG</img>", "response": "good", **PAIR},
+        [f"Picture 1: {I}\nq {I}"],
+        ["b/a.png", "b.JPEG"],
+    ),
+    "Qwen-VL, its files in a column, too": (
+        {"prompt": "<img>a.png</img>q", **PAIR, "images": ["a.png"]},
+        [f"{I}q"],
+        ["a.png"],
+    ),
+    "forums": (
+        {"prompt": "[IMG]a.png[/IMG] <img>q</img>", **PAIR, "image": "a.png"},
+        [f"{I}[IMG]a.png[/IMG] <img>q</img>"],
+        ["a.png"],
+    ),
     "calls": (
         {
             "prompt": [
@@ -243,6 +283,12 @@ DROPPED = [
     ("image_count", {**Q, "prompt": [user("<image><image>")], **ONE}),
     ("image_count", {**Q, "prompt": [user("<image>")], "images": TWO}),
     ("image_count", {**Q, "prompt": [{"role": "system", "content": "q"}], **ONE}),
+    ("image_count", {**Q, "prompt": [user("<|image_pad|><|image_pad|>")], **ONE}),
+    ("image_count", {**Q, "prompt": [user("<image 1> and <image 1>")], "images": TWO}),
+    ("image_count", {**Q, "prompt": [user("<image 1> and <image 3>")], "images": TWO}),
+    ("image_count", {**Q, "prompt": [user("<image 1> and [IMG]")], "images": TWO}),
+    ("invalid_unicode", {**Q, "images": ["a\udc80.png"]}),
+    ("invalid_unicode", {**Q, "prompt": [turn({**PART, "path": "\ud83d.png"}, text("q"))]}),
     ("image_count", {**Q, **ONE, "image": "b.png"}),
     (
         "image_count",

@@ -43,6 +43,7 @@ from tests.support.image_model import image_pair, write_image_model, write_pictu
 from tests.support.image_processors import image_tokenizer
 from tests.support.invented_images import row_logps
 from tests.support.judge_server import judge_server
+from tests.support.records import jsonl
 from tests.support.tiny_model import write_model
 
 CPU = torch.device("cpu")
@@ -232,6 +233,20 @@ def test_the_doctor_counts_images_and_tells_records_apart_by_them(
     page = run.doctor_page.read_text()
     assert page.count('<img src="data:image/jpeg;base64,') == page.count("<img") == 4
     assert "4 in 4 records, 3 different ones" in page
+
+
+def test_the_doctor_finds_tags_that_are_no_places(folder: Path) -> None:
+    beside = image_pair("red one.png", "A good answer.", "A bad one.")
+    beside["prompt"][0]["content"].append({"type": "text", "text": "<image>"})
+    sides = {"chosen": "good", "rejected": "bad", "image_path": "red one.png"}
+    missing = {"prompt": [{"role": "user", "content": "<image>?"}], **sides}
+    file = jsonl(folder, beside, missing)
+    data = DataConfig(train=[SourceConfig(file)], max_bad_share=0.5)
+    processor = ImageProcessor(folder / "model", TOKENIZER, ImagesConfig())
+    found = {finding.rule: finding.text for finding in examine(data, TOKENIZER, processor=processor).findings}
+    assert "image tag in text in 1" in found["markup_in_text"]
+    assert "image_count (a tag of images, and no image)" in found["dropped"]
+    assert "image_path" in found["columns_not_read"]
 
 
 def test_verbs_read_records_with_images_and_drop_those_whose_file_is_missing(folder: Path) -> None:

@@ -25,8 +25,9 @@ from dpo_dist.training.start.resume import RunState, write_state
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.families import tiny_family
-from tests.support.image_model import write_image_model, write_pictures
+from tests.support.image_model import image_pair, write_image_model, write_pictures
 from tests.support.invented import write_pairs
+from tests.support.records import jsonl, user
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 
@@ -350,7 +351,48 @@ def test_a_run_whose_model_reads_images_warns_of_data_without_any(
         config = run_of(assets, tmp_path, *options, "model.dtype=fp32", f"data.train=[{data}]")
         load_inputs(Run(config, ALONE, Console(None)))
         assert ("no usable record of the train data has an image" in "\n".join(said)) is is_said
+        assert ("none of these records has an image: name the column" in str(dry_run(config))) is is_said
         said.clear()
+
+
+def test_records_with_tags_and_no_images_are_refused_with_the_column_to_name(
+    assets: Path, tmp_path: Path
+) -> None:
+    options = (
+        f"model.path={write_image_model(tmp_path / 'model')}",
+        "model.images.train=none",
+        "model.dtype=fp32",
+    )
+    pictures = write_pictures(tmp_path)
+    tagged = [
+        {
+            "id": 7,
+            "image_id": 8,
+            "image_path": f"{colour} one.png",
+            "prompt": [user("<image>?")],
+            "chosen": "A.",
+            "rejected": "B.",
+        }
+        for colour in ("red", "green")
+    ]
+    for mixed in ([], [image_pair("blue one.png", "It is blue.", "No.")]):
+        file = jsonl(tmp_path, *tagged, *mixed)
+        config = run_of(assets, tmp_path, *options, f"data.train=[{{path: {file}, weight: 2}}, {pictures}]")
+        with pytest.raises(DataError, match=r"2 of [23] records cannot be used") as caught:
+            dry_run(config)
+        fault = caught.value
+        assert fault.remedy.startswith(
+            f"write the source as {{path: {file}, columns: {{images: image_path}}}}"
+        )
+    remedy = f"data.train=[{{path: {file}, columns: {{images: image_path}}}}]"
+    config = run_of(assets, tmp_path, *options, f"data.train=[{file}]")
+    with pytest.raises(DataError) as caught:
+        dry_run(config)
+    assert f"write '{remedy}'" in caught.value.remedy
+    found = str(dry_run(run_of(assets, tmp_path, *options, remedy, "data.max_bad_share=0.4")))
+    assert "2 of the first 3 records kept" in found
+    few = run_of(assets, tmp_path, *options, f"data.train=[{file}]", "data.max_bad_share=0.7")
+    assert "dropped: 2 image_count" in str(dry_run(few))
 
 
 def test_options_of_gpus_are_refused_without_one_before_files_are_read(
