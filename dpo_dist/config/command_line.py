@@ -34,6 +34,7 @@ from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.console import console_on, warnings_off
 from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after
 from dpo_dist.foundation.files import write_text
+from dpo_dist.foundation.installed import with_pages
 from dpo_dist.foundation.process import check_launch, this_rank
 from dpo_dist.foundation.repair import COMMAND_LINE
 from dpo_dist.foundation.streams import print_result, printable_lines, reserve_output
@@ -298,9 +299,9 @@ def _option_text(options: argparse.Namespace, verb: str, about: str) -> str | No
         return None
     folders, keys = group_folders(options.config_dir), verb_keys(verb, trains=verb == "pairs")
     if options.help:
-        return explain(options.help, folders)
+        return with_pages(explain(options.help, folders))
     command = f"dpo-dist {verb}" if VERBS[verb].is_one_process else f"dpo-dist [launch] {verb}"
-    return usage(command, about, keys, folders)
+    return with_pages(usage(command, about, keys, folders))
 
 
 def write_command(verb: str, config: RunConfig, folder: Path, launcher: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo_dist.foundation.errors import DISK_IS_FULL, ConfigError, DpoDistError, in_one_line
+from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import without_secrets
 
 _WEB = ("http", "https")
@@ -64,7 +65,7 @@ def open_file_system(url: str, where: str = "") -> tuple[Any, str]:
             f"{protocol}:// needs a package that is not installed",
             where=where or url,
             got=in_one_line(fault),
-            remedy="pip install 'dpo-dist[cloud]'" if protocol in _CLOUD else "install the package",
+            remedy=install_extra("cloud") if protocol in _CLOUD else "install the package",
         ) from fault
     except ValueError as fault:
         raise ConfigError(

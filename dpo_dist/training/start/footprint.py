@@ -156,7 +156,7 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
 
 
 def quantized_weights(causal_lm: Any) -> int:
-    """Return the number of weights that bitsandbytes quantizes: linear layers of the text model, no adapter's."""
+    """Return the number of weights that bitsandbytes quantizes: linear layers of text, no adapter's."""
     linear = {
         module.weight
         for name, module in causal_lm.named_modules()
