@@ -27,7 +27,7 @@ from dpo_dist.config.keys import (
 from dpo_dist.config.load import Points, load_points, load_run_config, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, assignment, equivalents, raise_all, suggestion, unknown_key
-from dpo_dist.config.run_folder import existing_run
+from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
 from dpo_dist.config.user_code import check_code_allowed, code_warnings, read_saved_yaml
 from dpo_dist.config.verbs import VERBS
@@ -145,6 +145,23 @@ def saved_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[st
     values = read_saved_yaml(file.read_bytes(), str(file))
     check_code_allowed(values, given, file)
     return values
+
+
+def _check_more_than_run(options: argparse.Namespace) -> None:
+    """Raise ConfigError for a command that names an existing run in place of what it trains."""
+    overrides, _ = parse_overrides(word for word in options.words if "=" in word)
+    given = {override.key_or_group: override.value() for override in overrides}
+    is_whole = not {"experiment", "model", "model.path", "data", "data.train"}.isdisjoint(given)
+    if is_whole or options.config_dir or "run.dir" not in given or any("=" not in w for w in options.words):
+        return
+    words, file = shlex.join(options.words), RunFolder(Path(str(given["run.dir"])).expanduser()).config
+    if file.is_file():
+        raise ConfigError(
+            "this command names a run, and not what it trains",
+            where="run.dir",
+            got=str(given["run.dir"]),
+            remedy=f"begin with the run's configuration: dpo-dist train {shlex.quote(str(file))} {words}",
+        )
 
 
 def usage(command: str, about: str, keys: Collection[str], folders: Sequence[Path]) -> str:
@@ -266,6 +283,8 @@ def _configurations(options: argparse.Namespace, verb: str) -> Points:
     words, folder, mistakes = options.words, options.config_dir, options.mistakes
     if VERBS[verb].takes_points:
         return load_points(words, folder, mistakes=mistakes)
+    if verb == "train":
+        _check_more_than_run(options)
     saved = saved_values(options, verb) if VERBS[verb].reuses_config else None
     return {(): load_run_config(words, folder, verb=verb, saved=saved, mistakes=mistakes)}
 

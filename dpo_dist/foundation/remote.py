@@ -16,6 +16,9 @@ _CLOUD = (*_WEB, "s3", "s3a", "gs", "gcs")
 _CONNECT_SECONDS, _SILENT_SECONDS = 10, 60
 _QUERY = re.compile(r"(?<=://)([^\s?#]*)[?#][^\s'\")]+")
 _PASSWORD, _WEB_USER = re.compile("[^/@]*:[^@]*@"), re.compile("[^/@]*(:[^@]*)?@")
+_HUB_PAGE = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)(?:/(?:tree|blob)/.*)?/?"
+)
 _DENIED = re.compile(r"(?i)credential|forbidden|unauthorized|access.?denied|invalid.?access|signature|40[13]")
 
 
@@ -41,6 +44,12 @@ def check_url(url: str, where: str) -> None:
             remedy="set credentials in the environment or the files where the file system looks for them "
             "(for https:// ~/.netrc); download what only a signed URL can reach",
         )
+
+
+def name_in_address(address: str) -> str:
+    """Return the name of the model or dataset whose page on the hub has this address; "" for any other."""
+    found = _HUB_PAGE.fullmatch(address)
+    return found[1] if found else ""
 
 
 def open_file_system(url: str, where: str = "") -> tuple[Any, str]:

@@ -144,8 +144,8 @@ def _hours(found: Estimate) -> list[str]:
         *(f"  {line}" for line in aligned(times, numbers=(1,))),
     ]
     if found.sending > found.computing / MFU_RANGE[0]:
-        is_wide = found.machine.gpus > GPUS_PER_NODE
-        by_node = f"set parallelism.hpz={GPUS_PER_NODE} with zero3, " if is_wide else ""
+        has_gain = found.machine.gpus > GPUS_PER_NODE and found.config.parallelism.hpz == 1
+        by_node = f"set parallelism.hpz={GPUS_PER_NODE} with zero3, " if has_gain else ""
         lines.append(
             "communication-bound: exchanging weights takes longer than computing; raise "
             f"trainer.global_batch_pairs, {by_node}or use fewer GPUs"
