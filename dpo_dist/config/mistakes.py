@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from dpo_dist.config.fields import schema_fields
+from dpo_dist.config.identity import plain
 from dpo_dist.config.keys import (
     all_keys,
     as_written,
@@ -27,7 +28,6 @@ from dpo_dist.config.keys import (
     describe_type,
     group_folders,
     nested,
-    plain,
     preset_names,
     run_keys,
     strip_indices,
