@@ -9,6 +9,7 @@ from typing import NoReturn
 import dpo_dist
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, ErrorPrinter, ExitCode, exit_after
+from dpo_dist.foundation.installed import pages
 from dpo_dist.foundation.process import this_rank
 from dpo_dist.foundation.repair import COMMAND_LINE
 from dpo_dist.foundation.streams import print_line
@@ -40,6 +41,7 @@ def main() -> int:
     lines = ["usage: dpo-dist VERB ...; dpo-dist VERB --help"]
     for title, verbs in (("train, and what a run needs", runs), ("look at data, models and runs", tools)):
         lines += ["", f"{title}:", *(f"  {name:<12}{row.help}" for name, row in verbs.items())]
+    lines += ["", f"pages: {pages()}"]
     print_line("\n".join([*mistake, *lines]))
     return ExitCode.completed if is_asked else ExitCode.invalid
 

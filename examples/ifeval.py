@@ -1,7 +1,7 @@
 """IFEval (arXiv 2311.07911) as a judge, by the rules of lm-eval: `pairs.function=examples.ifeval:score`.
 
 The environment variable IFEVAL_DATA names the benchmark's file, by default `ifeval_input_data.jsonl`, whose
-lines have `prompt`, `instruction_id_list` and `kwargs`. Needs `pip install "dpo-dist[ifeval]"`; at the first
+lines have `prompt`, `instruction_id_list` and `kwargs`. Needs `pip install '.[ifeval]'`; at the first
 import nltk downloads `punkt_tab`, by which sentences are counted.
 """
 

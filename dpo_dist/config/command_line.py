@@ -27,13 +27,14 @@ from dpo_dist.config.keys import (
 from dpo_dist.config.load import Points, load_points, load_run_config, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, assignment, equivalents, raise_all, suggestion, unknown_key
-from dpo_dist.config.run_folder import existing_run
+from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
 from dpo_dist.config.user_code import check_code_allowed, code_warnings, read_saved_yaml
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.console import console_on, warnings_off
 from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after
 from dpo_dist.foundation.files import write_text
+from dpo_dist.foundation.installed import with_pages
 from dpo_dist.foundation.process import check_launch, this_rank
 from dpo_dist.foundation.repair import COMMAND_LINE
 from dpo_dist.foundation.streams import print_result, printable_lines, reserve_output
@@ -144,6 +145,23 @@ def saved_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[st
     values = read_saved_yaml(file.read_bytes(), str(file))
     check_code_allowed(values, given, file)
     return values
+
+
+def _check_more_than_run(options: argparse.Namespace) -> None:
+    """Raise ConfigError for a command that names an existing run in place of what it trains."""
+    overrides, _ = parse_overrides(word for word in options.words if "=" in word)
+    given = {override.key_or_group: override.value() for override in overrides}
+    is_whole = not {"experiment", "model", "model.path", "data", "data.train"}.isdisjoint(given)
+    if is_whole or options.config_dir or "run.dir" not in given or any("=" not in w for w in options.words):
+        return
+    words, file = shlex.join(options.words), RunFolder(Path(str(given["run.dir"])).expanduser()).config
+    if file.is_file():
+        raise ConfigError(
+            "this command names a run, and not what it trains",
+            where="run.dir",
+            got=str(given["run.dir"]),
+            remedy=f"begin with the run's configuration: dpo-dist train {shlex.quote(str(file))} {words}",
+        )
 
 
 def usage(command: str, about: str, keys: Collection[str], folders: Sequence[Path]) -> str:
@@ -265,6 +283,8 @@ def _configurations(options: argparse.Namespace, verb: str) -> Points:
     words, folder, mistakes = options.words, options.config_dir, options.mistakes
     if VERBS[verb].takes_points:
         return load_points(words, folder, mistakes=mistakes)
+    if verb == "train":
+        _check_more_than_run(options)
     saved = saved_values(options, verb) if VERBS[verb].reuses_config else None
     return {(): load_run_config(words, folder, verb=verb, saved=saved, mistakes=mistakes)}
 
@@ -298,9 +318,9 @@ def _option_text(options: argparse.Namespace, verb: str, about: str) -> str | No
         return None
     folders, keys = group_folders(options.config_dir), verb_keys(verb, trains=verb == "pairs")
     if options.help:
-        return explain(options.help, folders)
+        return with_pages(explain(options.help, folders))
     command = f"dpo-dist {verb}" if VERBS[verb].is_one_process else f"dpo-dist [launch] {verb}"
-    return usage(command, about, keys, folders)
+    return with_pages(usage(command, about, keys, folders))
 
 
 def write_command(verb: str, config: RunConfig, folder: Path, launcher: str) -> str:

@@ -29,12 +29,12 @@ from dpo_dist.config.mistakes import (
     raise_all,
     wrong_values,
 )
-from dpo_dist.config.rule import check_rules, reset_unused
+from dpo_dist.config.rule import check_rules, reset_unused, value_at
 from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function, read_saved_yaml
 from dpo_dist.foundation.errors import ConfigError, DpoDistError
-from dpo_dist.foundation.remote import check_url, is_url
+from dpo_dist.foundation.remote import check_url, is_url, name_in_address
 from dpo_dist.foundation.repair import COMMAND_LINE
 from dpo_dist.foundation.text import first_few, without_secrets
 
@@ -281,7 +281,7 @@ def _load(command: "Command", verb: str) -> RunConfig:
             command.mistakes += command.unread_keys(verb, trains=trains)
         config = SCHEMA.validate_python(values)
     except ValidationError as error:
-        raise_all([*command.mistakes, *wrong_values(error, command.origin)])
+        raise_all([*command.mistakes, *wrong_values(error, values, command.origin)])
         raise
     except FAILURES as error:
         raise_all([*command.mistakes, composition_error(error, command.folders)])
@@ -298,9 +298,12 @@ def complete_config(config: RunConfig, given: Collection[str] = (), verb: str = 
     rules = rules_of(verb)
     config = reset_unused(resolve_reference(config), given, rules)
     check_rules(config, rules)
+    named = [(key, value_at(config, key)) for key in ("model.path", "model.adapter.path", "reference.path")]
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for source in filter(lambda source: is_url(source.path), sources):
             check_url(source.path, key)
+        named += [(key, source.path) for source in sources]
+    raise_all([_hub_page(key, path, name) for key, path in named if (name := name_in_address(path or ""))])
     given_dir = config.run.dir
     folder = (
         default_dir(config.run.root, config.run.name, config.identity.digest)
@@ -310,6 +313,13 @@ def complete_config(config: RunConfig, given: Collection[str] = (), verb: str = 
     return replace(config, run=replace(config.run, dir=str(folder)))
 
 
+def _hub_page(key: str, path: str, name: str) -> ConfigError:
+    message = "this is the address of a page for browsers"
+    return ConfigError(
+        message, where=key, got=path, expected="the name on the hub, ORG/NAME", remedy=f"did you mean {name}?"
+    )
+
+
 def to_yaml(config: RunConfig) -> str:
     """Return `config` as YAML without secrets, which `from_yaml` reads; also the text of an experiment."""
     return OmegaConf.to_yaml(OmegaConf.create(without_secrets(plain_values(config))))
@@ -317,10 +327,11 @@ def to_yaml(config: RunConfig) -> str:
 
 def from_yaml(text: str, where: str | Path = "config.yaml") -> RunConfig:
     """Return the configuration that `to_yaml` wrote; `where`: its file, for errors."""
+    values = read_saved_yaml(text, str(where))
     try:
-        return complete_config(SCHEMA.validate_python(read_saved_yaml(text, str(where))))
+        return complete_config(SCHEMA.validate_python(values))
     except ValidationError as error:
-        raise_all(wrong_values(error, lambda key: f"{key} in {where}"))
+        raise_all(wrong_values(error, values, lambda key: f"{key} in {where}"))
         raise
 
 

@@ -3,6 +3,7 @@
 Remedies translate the keys of other trainers (names.yaml) and correct mistyped names.
 """
 
+import copy
 import re
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from dpo_dist.config.fields import schema_fields
+from dpo_dist.config.identity import plain
 from dpo_dist.config.keys import (
     all_keys,
     as_written,
@@ -82,7 +84,7 @@ def likely(word: str, known: Collection[str]) -> list[str]:
     """Return the name in `known` that the user probably meant, if any."""
     if same := [name for name in (word.lower(), *equivalents(word, "values")) if name in known]:
         return same[:1]
-    if longer := [name for name in known if name.startswith(f"{word.lower()}-")]:  # h100: h100-80g
+    if longer := [name for name in known if f"{word.lower()}-" in name]:  # h100: h100-80g, 4090: rtx4090-24g
         return longer[:1]
     section, _, last = word.rpartition(".")
     of_section = [name for name in known if section in ("", name.rpartition(".")[0])]
@@ -234,8 +236,9 @@ def _remedy_for_unknown(key: str, value: str) -> str:
         return advice[0].replace("{value}", value or "...")
     if same:
         return _with_a_value(same[0], value)
-    if guess := suggestion(key, known):
-        return guess.rstrip()
+    guesses = likely(key, known)
+    if guesses and (mapping == guesses[0].rpartition(".")[0] or not value or _is_accepted(guesses[0], value)):
+        return f"did you mean {guesses[0]}?"
     beside = [option.rpartition(".")[2] for option in known if option.rpartition(".")[0] == mapping]
     if mapping and beside:
         return f"the keys of {mapping} are {', '.join(beside)}"
@@ -329,8 +332,10 @@ def _key_at(place: Sequence[int | str], *, is_unknown: bool = False) -> str:
     return key
 
 
-def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[ConfigError]:
-    """Return an error for each key whose value does not fit the schema.
+def wrong_values(
+    error: ValidationError, values: Mapping[str, Any], origin: Callable[[str], str]
+) -> list[ConfigError]:
+    """Return an error for each key of `values` whose value does not fit the schema.
 
     `origin` returns the override or file that sets a key.
     """
@@ -347,7 +352,7 @@ def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[C
             text = "" if isinstance(value, dict) else as_written(as_sources(value))
             mistakes[key] = unknown_key(key, text, where=origin(key))
         elif detail["type"] != "missing":
-            mistakes.setdefault(key, _wrong_value(key, detail, origin(key)))
+            mistakes.setdefault(key, _wrong_value(key, detail, origin(key), values))
         elif all(other.rpartition(".")[0] != above for other in mistakes):
             mistakes[key] = ConfigError(f"{key} is not set", where=key, remedy=f"write {name}: ...")
     return list(mistakes.values())
@@ -433,7 +438,27 @@ def _as_list(key: str, text: str) -> str:
     return f"'{key}=[...]'" if line.endswith("=...") else line
 
 
-def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
+def _instead(key: str, choice: str, values: Mapping[str, Any]) -> str:
+    """Return the word that sets a key to `choice`: for a key in an entry, the whole list."""
+    if "[" not in key:
+        return f"{key}={choice}"
+    whole, _, inside = key.partition("[")  # data.train[0].format
+    changed = copy.deepcopy(plain(reduce(lambda at, name: at[name], whole.split("."), values)))
+    *places, last = (int(part) if part.isdecimal() else part for part in re.findall(r"\w+", inside))
+    reduce(lambda at, place: at[place], places, changed)[last] = choice
+    text = as_written(changed)
+    return shlex.quote(f"{whole}={text}") if _is_accepted(whole, text) else choice
+
+
+def _readings(value: Any) -> list[str]:
+    """Return what a value may mean: 1e3 a whole number, 20% a share, localhost:8000 a server."""
+    if isinstance(value, float) and value.is_integer():
+        return [str(int(value))]
+    share = re.fullmatch(r"([\d.]+) ?%", str(value))
+    return [f"{float(share[1]) / 100:g}"] if share else [f"http://{value}/v1", f"{value}/v1"]
+
+
+def _wrong_value(key: str, error: ErrorDetails, where: str, values: Mapping[str, Any]) -> ConfigError:
     row = all_keys().get(strip_indices(key)) or all_keys().get(strip_indices(key).removesuffix("[]"))
     hint, expected = (row.type, row.type_words) if row else (run_keys().get(key), "")
     if key.endswith("]"):  # an entry of a list
@@ -451,7 +476,7 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
     elif advice := [
         *find_advice(key, got),
         *([f"write {key}=null"] if got.lower() in ("none", "nil") and _is_accepted(key, "null") else []),
-        *(f"did you mean {key}={choice}?" for choice in likely(got, choices(hint))),
+        *(f"did you mean {_instead(key, choice, values)}?" for choice in likely(got, choices(hint))),
     ]:
         remedy = advice[0]
     elif get_origin(hint) is list:
@@ -461,8 +486,8 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
     elif inner is not None:
         first = next(iter(schema_fields(inner)))
         remedy = f"write a mapping with {first}" if key.endswith("]") else f"write {key}.{first}=..."
-    elif isinstance(value, float) and value.is_integer() and _is_accepted(key, str(int(value))):
-        remedy = f"write {key}={int(value)}"
+    elif meant := [text for text in _readings(value) if _is_accepted(key, text)]:
+        remedy = f"write {key}={meant[0]}"
     return ConfigError(
         f"{key} cannot have this value", where=where, got=got, expected=expected, remedy=remedy
     )

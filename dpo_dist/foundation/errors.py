@@ -21,6 +21,7 @@ from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
+from dpo_dist.foundation.installed import install_extra, with_pages
 from dpo_dist.foundation.repair import COMMAND_LINE, repair_of
 from dpo_dist.foundation.streams import (
     json_stream,
@@ -81,7 +82,8 @@ class DpoDistError(Exception):
 
     def __init__(self, message: str, *, where: str = "", got: str = "", expected: str = "", remedy: str = ""):
         super().__init__(message)
-        self.message, self.where, self.got, self.expected, self.remedy = message, where, got, expected, remedy
+        self.message, self.where, self.got = message, where, got
+        self.expected, self.remedy = with_pages(expected), with_pages(remedy)
         self.is_printed_here: bool | None = None  # by this process; None: the processes have not joined yet
         self.parts: Sequence[DpoDistError] = ()  # the errors that this one joins
 
@@ -189,7 +191,7 @@ def package_error(error: BaseException) -> ConfigError | None:
         "this verb needs packages that training does not need",
         where="the environment",
         got=f"{package} is not installed",
-        remedy=f"pip install 'dpo-dist[{_EXTRAS[package]}]'",
+        remedy=install_extra(_EXTRAS[package]),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo_dist.foundation.errors import DISK_IS_FULL, ConfigError, DpoDistError, in_one_line
+from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import without_secrets
 
 _WEB = ("http", "https")
@@ -15,6 +16,9 @@ _CLOUD = (*_WEB, "s3", "s3a", "gs", "gcs")
 _CONNECT_SECONDS, _SILENT_SECONDS = 10, 60
 _QUERY = re.compile(r"(?<=://)([^\s?#]*)[?#][^\s'\")]+")
 _PASSWORD, _WEB_USER = re.compile("[^/@]*:[^@]*@"), re.compile("[^/@]*(:[^@]*)?@")
+_HUB_PAGE = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)(?:/(?:tree|blob)/.*)?/?"
+)
 _DENIED = re.compile(r"(?i)credential|forbidden|unauthorized|access.?denied|invalid.?access|signature|40[13]")
 
 
@@ -42,6 +46,12 @@ def check_url(url: str, where: str) -> None:
         )
 
 
+def name_in_address(address: str) -> str:
+    """Return the name of the model or dataset whose page on the hub has this address; "" for any other."""
+    found = _HUB_PAGE.fullmatch(address)
+    return found[1] if found else ""
+
+
 def open_file_system(url: str, where: str = "") -> tuple[Any, str]:
     """Return the fsspec file system of a URL, and the path on it; its lists of files are read anew.
 
@@ -64,7 +74,7 @@ def open_file_system(url: str, where: str = "") -> tuple[Any, str]:
             f"{protocol}:// needs a package that is not installed",
             where=where or url,
             got=in_one_line(fault),
-            remedy="pip install 'dpo-dist[cloud]'" if protocol in _CLOUD else "install the package",
+            remedy=install_extra("cloud") if protocol in _CLOUD else "install the package",
         ) from fault
     except ValueError as fault:
         raise ConfigError(

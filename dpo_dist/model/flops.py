@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.config.schema import AttentionBackend, ModelConfig
 from dpo_dist.model.attention.kernels import layer_heads
-from dpo_dist.model.layers import image_weights, layer_values, other_weights, projector_weights
+from dpo_dist.model.layers import image_weights, layer_values, other_weights, projector_weights, text_part
 
 # FLOPs per weight and token: forward, input gradient and weight gradient are one multiply-add each.
 _FORWARD = 2
@@ -81,8 +81,7 @@ def step_flops(causal_lm: Any) -> StepFlops:
     text, output = causal_lm.config.get_text_config(), causal_lm.get_output_embeddings().weight
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
     outside |= {id(output), *map(id, other_weights(causal_lm))}
-    convolutions = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Conv1d)}
-    visited = visited_experts(text)
+    experts, visited = set(map(id, stacked_experts(causal_lm))), visited_experts(text)
     per_token, forward = 0.0, 0.0
     for name, weight in causal_lm.named_parameters():
         # A continued adapter also has a frozen copy.
@@ -90,8 +89,7 @@ def step_flops(causal_lm: Any) -> StepFlops:
         is_bias = weight.dim() < 2 or name.endswith("bias")  # biases of stacked experts
         if id(weight) in outside or is_unused or is_bias:
             continue
-        is_of_experts = weight.dim() > 2 and visited and id(weight) not in convolutions
-        share = min(1.0, visited / len(weight)) if is_of_experts else 1.0
+        share = min(1.0, visited / len(weight)) if id(weight) in experts else 1.0
         per_token += _per_weight(weight) * share * weight.numel()
         forward += _FORWARD * share * weight.numel()
     layers, every = text.num_hidden_layers, layer_heads(text)
@@ -152,6 +150,15 @@ def visited_experts(text: Any) -> int:
     """Return how many experts a token visits, the most of any layer; 0 without experts."""
     counts = (count for name in _EXPERTS_PER_TOKEN for count in layer_values(text, name))
     return max(filter(None, counts), default=0)
+
+
+def stacked_experts(causal_lm: Any) -> list[nn.Parameter]:
+    """Return the weights of experts that a tensor of three dimensions joins, and their biases."""
+    if not visited_experts(causal_lm.config.get_text_config()):
+        return []
+    modules = [module for module in text_part(causal_lm).modules() if not isinstance(module, nn.Conv1d)]
+    own = [list(module.parameters(recurse=False)) for module in modules]
+    return [weight for weights in own if any(one.dim() > 2 for one in weights) for weight in weights]
 
 
 def _per_weight(weight: Tensor) -> int:

@@ -1,5 +1,6 @@
 """The wheel, in an environment that does not see the checkout: its verbs run, and it has the presets."""
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -38,10 +39,17 @@ def test_the_wheel_trains_reports_and_lists_its_presets(assets: Path, tmp_path: 
     assert "simpo" in presets
     assert "qwen7b" in presets
     assert run(verb, "agent-docs").startswith("# For coding agents")
+    assert "demo_warmup" not in presets
+    page = re.search(r"\((.*/docs/scaling\.md)\)", run(verb, "train", "--help", "trainer.prefix_tree"))
+    assert page is not None
+    assert (tmp_path / page[1]).is_relative_to(packages)
+    assert (tmp_path / page[1]).is_file()
+    (described,) = packages.glob("dpo_dist-*/METADATA")
+    assert not re.search(r"\]\((?!https://)", described.read_text())
     model, pairs = f"model.path={assets}/model", f"data.train=[{assets}/train.jsonl]"
     small = ("model.dtype=fp32", "parallelism=ddp", "trainer.global_batch_pairs=4", "trainer.max_steps=2")
     run(verb, "train", model, pairs, *small, "tracking=off", "run.dir=run")
-    page = tmp_path / "run" / "report.html"
-    page.unlink()
+    report = tmp_path / "run" / "report.html"
+    report.unlink()
     run(verb, "report", "run")
-    assert "</html>" in page.read_text()
+    assert "</html>" in report.read_text()

@@ -72,12 +72,12 @@ def test_training_samples_and_its_page_need_no_package_of_the_tools(ended: Ended
     screen = ended.screen("train")
     assert ended.codes["train"] == 0, screen
     assert (ended.folder / "run" / "report.html").exists()
-    assert "languages are not checked; to check them, pip install 'dpo-dist[tools]'" in screen
+    assert "languages are not checked; to check them, pip install 'datasketch>=" in screen
 
 
 @pytest.mark.parametrize("verb", ["doctor", "compare", "pairs"])
 def test_a_verb_without_its_packages_says_what_to_install(verb: str, ended: Ended) -> None:
     screen = ended.screen(verb)
     assert ended.codes[verb] == ExitCode.invalid, screen
-    assert "to do:    pip install 'dpo-dist[tools]'" in screen
+    assert "to do:    pip install 'datasketch>=" in screen
     assert "Traceback" not in screen

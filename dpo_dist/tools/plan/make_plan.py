@@ -34,6 +34,7 @@ from dpo_dist.tools.plan.estimate import (
     estimate,
 )
 from dpo_dist.tools.shared.tables import aligned
+from dpo_dist.training.start.footprint import quantization_notes
 
 _Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 
@@ -72,6 +73,7 @@ def make_plan(config: RunConfig, progress: _Progress) -> Plan:
         f"{config.model.path}: {found.weights / 1e9:.3g}e9 weights, {found.trained / 1e9:.3g}e9 "
         f"trained, on {pluralize(machine.gpus, 'GPU')} ({machine.gpu}), {config.parallelism.kind}",
         *(f"  {line}" for line in aligned([[name, size(part)] for name, part in rows if part], numbers=(1,))),
+        *quantization_notes(config, causal_lm),
         _verdict(found),
         f"host memory of a node: {size(found.host)}; disk: "
         f"{', '.join(f'{size(taken)} {name}' for name, taken in found.disk.items())}",
@@ -142,8 +144,8 @@ def _hours(found: Estimate) -> list[str]:
         *(f"  {line}" for line in aligned(times, numbers=(1,))),
     ]
     if found.sending > found.computing / MFU_RANGE[0]:
-        is_wide = found.machine.gpus > GPUS_PER_NODE
-        by_node = f"set parallelism.hpz={GPUS_PER_NODE} with zero3, " if is_wide else ""
+        has_gain = found.machine.gpus > GPUS_PER_NODE and found.config.parallelism.hpz == 1
+        by_node = f"set parallelism.hpz={GPUS_PER_NODE} with zero3, " if has_gain else ""
         lines.append(
             "communication-bound: exchanging weights takes longer than computing; raise "
             f"trainer.global_batch_pairs, {by_node}or use fewer GPUs"

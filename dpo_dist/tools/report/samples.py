@@ -14,6 +14,7 @@ from dpo_dist.distributed.processes.world import Interrupted
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import ConfigError, warn_on_bug
 from dpo_dist.foundation.files import json_line, read_lines, text_digest, write_text
+from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import duration, pluralize
 from dpo_dist.model.files.load import load_config
 from dpo_dist.model.files.stops import find_stop_ids
@@ -216,7 +217,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
     if not prompts:
         return None
     if run.world.is_main and language_identifier() is None:
-        run.say("samples: languages are not checked; to check them, pip install 'dpo-dist[tools]'")
+        run.say(f"samples: languages are not checked; to check them, {install_extra('tools')}")
     samples = RunSamples(run, sampling, prompts, stop_ids, tokenizer, settings.prompts is not None)
     files = inputs.reference_files or inputs.policy_files
     same_precision = config.reference.quantization is config.model.quantization

@@ -34,7 +34,7 @@ from dpo_dist.foundation.text import size
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, layer_heads
 from dpo_dist.model.files.load import TORCH_DTYPES
-from dpo_dist.model.flops import visited_experts
+from dpo_dist.model.flops import stacked_experts, visited_experts
 from dpo_dist.model.layers import decoder_layers, image_parts, image_weights, layer_values
 from dpo_dist.training.start.open_run import Run
 
@@ -85,11 +85,7 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
     if config.parallelism.offload_optimizer is not Offload.none:
         master = 0.0
     resident = config.parallelism.offload_parameters is Offload.none
-    held = float(number * weights)
-    if config.model.quantization is not None:
-        held -= (number - BYTES_PER_QUANTIZED_WEIGHT[config.model.quantization]) * quantized_weights(
-            causal_lm
-        )
+    held = _weight_bytes(config.model.quantization, number, causal_lm)
     # In bf16, stage 1 keeps a micro-batch's gradients beside their float32 sum.
     has_both = stage == 1 and config.model.dtype is Dtype.bf16
     gradients = (4.0 + number * has_both) * trained
@@ -110,7 +106,9 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
         "CUDA and NCCL": _CONTEXT_BYTES,
     }
     if config.reference.mode is ReferenceMode.live and config.reference.offload is Offload.none:
-        parts["reference"] = number * weights / processes
+        bits = config.reference.quantization
+        copies = processes if bits is None else 1  # ZeRO shards no quantized weights
+        parts["reference"] = _weight_bytes(bits, number, causal_lm) / copies
     is_tower_trained = any(weight.requires_grad for weight in image_weights(causal_lm))
     # What a trained tower keeps depends on the share of images in the data.
     checkpointing = config.model.gradient_checkpointing
@@ -158,11 +156,35 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
 
 
 def quantized_weights(causal_lm: Any) -> int:
-    """Return the number of weights that bitsandbytes quantizes: frozen linear layers of the text model."""
-    linear = {module.weight for module in causal_lm.modules() if isinstance(module, nn.Linear)}
+    """Return the number of weights that bitsandbytes quantizes: linear layers of text, no adapter's."""
+    linear = {
+        module.weight
+        for name, module in causal_lm.named_modules()
+        if isinstance(module, nn.Linear) and not any(part in name for part in (".lora_", ".modules_to_save."))
+    }
     of_images = {weight for part in image_parts(causal_lm).values() for weight in part.parameters()}
-    quantized = linear - of_images - {causal_lm.get_output_embeddings().weight}
-    return sum(weight.numel() for weight in quantized if not weight.requires_grad)
+    return sum(map(torch.numel, linear - of_images - {causal_lm.get_output_embeddings().weight}))
+
+
+def _weight_bytes(quantization: Quantization | None, number: int, causal_lm: Any) -> float:
+    """Return the bytes of all weights, of `number` bytes each where they are not quantized."""
+    less = 0.0 if quantization is None else number - BYTES_PER_QUANTIZED_WEIGHT[quantization]
+    return number * _count_weights(causal_lm) - less * quantized_weights(causal_lm)
+
+
+def quantization_notes(config: RunConfig, causal_lm: Any) -> list[str]:
+    """Return a line for each key that quantizes the model but leaves the experts of a mixture as they are."""
+    number, experts = TORCH_DTYPES[config.model.dtype].itemsize, stacked_experts(causal_lm)
+    kinds = {"model.quantization": config.model.quantization}
+    if config.reference.path is None:
+        kinds["reference.quantization"] = config.reference.quantization
+    return [
+        f"warning: {key}={kind} leaves the experts in {config.model.dtype}, "
+        f"{size(number * sum(map(torch.numel, experts)))}: bitsandbytes quantizes linear layers only, here "
+        f"{size(BYTES_PER_QUANTIZED_WEIGHT[kind] * quantized_weights(causal_lm))}"
+        for key, kind in kinds.items()
+        if kind is not None and experts
+    ]
 
 
 def _count_weights(module: nn.Module) -> int:

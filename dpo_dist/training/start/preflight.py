@@ -27,6 +27,7 @@ from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
 from dpo_dist.foundation.files import locked
+from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.files.folder import (
     CONFIG_FILE,
@@ -39,12 +40,7 @@ from dpo_dist.model.files.folder import (
 )
 from dpo_dist.training.start.resume import check_newest_checkpoint
 
-# How to install packages that have no extra of their name.
-_INSTALLED_BY = {
-    "bitsandbytes": "pip install 'dpo-dist[quantization]'",
-    "liger-kernel": "pip install 'dpo-dist[liger]'",
-    "flash-attn-3": "build it, the folder hopper of FlashAttention's repository",
-}
+_EXTRAS = {"bitsandbytes": "quantization", "liger-kernel": "liger", "flash-attn": "flash-attn"}
 _FLASH_ATTN = {
     "flash-attn": AttentionBackend.flash_attention_2,
     "flash-attn-3": AttentionBackend.flash_attention_3,
@@ -136,7 +132,9 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
     ]
     for package, key, value, instead in needed:
         if value is not None and not _is_installed(package):
-            install = _INSTALLED_BY.get(package, f"pip install 'dpo-dist[{package}]'")
+            install = "build it, the folder hopper of FlashAttention's repository"
+            if package in _EXTRAS:
+                install = install_extra(_EXTRAS[package])
             raise ConfigError(
                 f"{package} is not installed",
                 where=key,

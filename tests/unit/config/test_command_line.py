@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import dpo_dist.__main__
 from dpo_dist.config.command_line import explain, run_verb, usage
 from dpo_dist.config.keys import all_keys, group_folders, section_meanings, verb_keys
-from dpo_dist.config.load import load_run_config
+from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.verbs import EVERY_VERB, VERBS
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.chat import __main__ as chat
@@ -167,6 +168,19 @@ def test_cfg_prints_the_configuration_of_the_run(verb: Verb) -> None:
     assert (beta["default"], beta["exclusiveMinimum"]) == (0.1, 0)
 
 
+def test_a_command_that_only_names_its_run_is_told_what_to_begin_with(verb: Verb, tmp_path: Path) -> None:
+    config = tmp_path / "a run" / "config.yaml"
+    config.parent.mkdir()
+    config.write_text(to_yaml(load_run_config([*RUN, f"run.dir={config.parent}", "loss.beta=0.3"])))
+    ended = verb(f"run.dir={config.parent}", "trainer.max_steps=5")
+    assert ended.code == 2
+    [_, command] = ended.err.split("dpo-dist train ")
+    shown = verb("--cfg", "job", *shlex.split(command))
+    assert shown.code == 0
+    assert {"  beta: 0.3", "  max_steps: 5", f"  dir: {config.parent}"} <= {*shown.out.splitlines()}
+    assert "model.path is not set" in verb(f"run.dir={tmp_path}").err, "no run"
+
+
 def test_help_and_version(verb: Verb) -> None:
     assert verb("--version") == (0, f"dpo_dist {dpo_dist.__version__}\n", "")
     ended = verb("--help")
@@ -264,6 +278,8 @@ def test_a_verb_without_check_refuses_the_option(verb: Verb) -> None:
     [
         ("merge", "write dpo-dist export run.dir=RUN export.merge=true"),
         ("dpo", "write dpo-dist train"),
+        ("resume", "write dpo-dist train RUN/config.yaml"),
+        ("version", "write dpo-dist --version"),
         ("orpo", "write dpo-dist train loss=orpo"),
         ("grpo", "not offered: there is no online RL"),
         ("evluate", "did you mean evaluate?"),

@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from dpo_dist.config import mistakes
 from dpo_dist.config.command_line import split_words
 from dpo_dist.config.keys import run_keys
+from dpo_dist.foundation.errors import ConfigError
 from tests.unit.config.support import RUN, configured, error_of
 
 SECTIONS = "|".join(name for name in run_keys() if "." not in name)
@@ -38,7 +39,25 @@ MISTYPED = [
     ("max_lenght=5", "did you mean data.max_length?"),
     ("loss.ldalpha=0.3", "did you mean loss.ld_alpha?"),
     ("prompts=3", "write samples.prompts=3 or compare.prompts=3"),
-    ("'data.train=[{path: a, format: sharegpt}]'", "did you mean data.train[0].format=auto?"),
+    ("'data.train=[{path: a, format: sharegpt}]'", "did you mean 'data.train=[{path: a, format: auto}]'?"),
+    ("tracking.to=[wandb,mlflo]", "did you mean 'tracking.to=[wandb, mlflow]'?"),
+    ("'loss.terms=[{kind: sigmoid}, {kind: sfft, weight: 2}]'", "{kind: sft, weight: 2}]'?"),
+    ("'data.train=[{path: \"a, b\", format: sharegpt}]'", "did you mean auto?"),
+    ("sweep.method=optuna", "write sweep.trials=20 sweep.by=eval_rewards/accuracies"),
+    ("export.method=x", "the keys of export are checkpoint, "),
+    ("export.method=delta", "did you mean pairs.method?"),
+    ("json=true", "write --json"),
+    ("--output json", "write --json"),
+    ("--shards 4", "write encode.part=1/4"),
+    ("pairs.method=online", "write pairs.method=samples pairs.rounds=3"),
+    ("plan.gpu=4090", "did you mean plan.gpu=rtx4090-24g?"),
+    ("data.eval_share=20%", "write data.eval_share=0.2"),
+    ("data.eval_share=200%", "set data.eval_share to a number"),
+    ("sampling.endpoint.url=localhost:8000", "write sampling.endpoint.url=http://localhost:8000/v1"),
+    ("model.path=https://huggingface.co/Qwen/Qwen3-0.6B", "did you mean Qwen/Qwen3-0.6B?"),
+    ("model.path=hf.co/Qwen/Qwen3-0.6B/tree/main", "did you mean Qwen/Qwen3-0.6B?"),
+    ("data.train=[https://huggingface.co/datasets/org/name/]", "did you mean org/name?"),
+    ("'data.eval=[{path: https://huggingface.co/datasets/org/n/blob/main/a.csv}]'", "did you mean org/n?"),
     ("data.train.path=a", "'data.train=[{path: a}]'"),
     ("'data.cache=${run.rot}/x'", "run.rot"),
     ("'loss.terms={kind: sft}'", "write 'loss.terms=[{kind: sft}]'"),
@@ -149,6 +168,43 @@ def test_a_mistake_gets_a_correction(typed: str, text: str) -> None:
         corrected = error.remedy.removeprefix("write ").partition(";")[0]
         for word in [word for word in shlex.split(corrected) if "=" in word]:
             OverridesParser.create().parse_override(word)
+
+
+_NO_ANSWER = ("there is no", "cannot have this value", "not KEY=VALUE", "cannot be composed")
+_ONLY_THE_USER_KNOWS = re.compile(r"\.\.\.|=[A-Z_/]+$|<|^KEY=|[{ ][a-z]+: [A-Z_]+[,}]|=\[?[A-Z]+\]?$")
+
+
+def refused_proposals(remedy: str) -> list[str]:
+    """The words of a remedy that a command would not accept; a rule between keys may need more of them."""
+    whole = [word for word in re.findall(r"'([^']+)'", remedy) if "=" in word]
+    bare = re.findall(r"(?<![\w.<'])\+?[a-z_]+(?:\.\w+)*(?:\[\d+\][\w.]*)?=[^\s;,?)'<]+", remedy)
+    refused = []
+    for word in [*whole, *(word.rstrip(":") for word in bare if not any(word in one for one in whole))]:
+        try:
+            if not _ONLY_THE_USER_KNOWS.search(word):
+                configured(shlex.quote(word))
+        except ConfigError as error:
+            messages = [part.message for part in error.parts or (error,)]
+            refused += [f"{word}: {one}" for one in messages if any(text in one for text in _NO_ANSWER)]
+    return refused
+
+
+@pytest.mark.parametrize("typed", [typed for typed, _ in MISTYPED])
+def test_what_an_error_proposes_is_accepted(typed: str) -> None:
+    error = error_of(typed)
+    assert [word for part in error.parts or (error,) for word in refused_proposals(part.remedy)] == []
+
+
+def test_what_the_answers_to_other_trainers_names_propose_is_accepted() -> None:
+    table = yaml.safe_load(Path(mistakes.__file__).with_name("names.yaml").read_text())
+    refused = []
+    for answer, names in [*table["advice"].items(), *table["methods"].items()]:
+        given = {name.partition("=")[2] for name in names.split()} if "{value}" in answer else {"8"}
+        for value in given:  # "": it may be anything
+            values = [value] if value else ["8", "0.5", "a.jsonl"]
+            found = [refused_proposals(answer.replace("{value}", value)) for value in values]
+            refused += found[0] if all(found) else []
+    assert refused == []
 
 
 def test_all_mistakes_of_a_command_are_one_error() -> None:

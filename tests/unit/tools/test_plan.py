@@ -322,6 +322,9 @@ def test_hours_are_told_of_what_fits_only(monkeypatch: pytest.MonkeyPatch) -> No
     assert "disk: 85.1 GiB a checkpoint, 14.2 GiB the model\n" in text
     assert "communication-bound" not in text
     assert "set parallelism.hpz=8 with zero3" in planned("+experiment=qwen7b", "plan.gpus=64")[0]
+    text, _ = planned("+experiment=qwen7b", "plan.gpus=512", "parallelism.hpz=8")
+    assert "communication-bound" in text
+    assert "hpz" not in text, "it is set"
 
 
 SMALL = [

@@ -1,19 +1,22 @@
 """What training takes on a device, by shapes; the simulated device measures it in tests/simulated_cuda."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.foundation.console import Console
-from dpo_dist.model.files.load import without_weights
-from dpo_dist.training.start.footprint import activation_bytes, footprint
+from dpo_dist.foundation.text import size
+from dpo_dist.model.files.load import load_config, load_weights, without_weights
+from dpo_dist.training.start.footprint import activation_bytes, footprint, quantization_notes
 from dpo_dist.training.start.open_run import Run
 from tests.support.alone import ALONE
-from tests.support.families import FAMILIES, tiny_config
+from tests.support.families import FAMILIES, tiny_causal_lm, tiny_config
 
 SHAPE = {
     **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "vocab_size": 128},
@@ -75,3 +78,51 @@ def test_micro_batches_are_small_on_a_cpu_where_larger_ones_are_no_faster() -> N
     for given, tokens in (("auto", 2048), ("8192", 8192)):
         config = load_run_config(["model.path=m", f"trainer.micro_batch_tokens={given}"])
         assert Run(config, ALONE, Console(None)).micro_batch_tokens == tokens
+
+
+ON_4_BITS = [
+    "model.path=m",
+    "model.adapter={r: 4, target_modules: [o_proj]}",
+    "model.quantization=nf4",
+    "parallelism=ddp",
+]
+WIDE = {"hidden_size": 128, "intermediate_size": 256}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v2", "granitemoe"])
+def test_the_experts_that_stay_in_16_bits_are_said_and_counted(family: str, tmp_path: Path) -> None:
+    """As bitsandbytes loads them."""
+    tiny_causal_lm(tiny_config(family, **WIDE)).save_pretrained(tmp_path)
+    config = load_run_config(ON_4_BITS)
+    described = load_config(tmp_path, config.model)
+    loaded = load_weights(tmp_path, described, config.model, torch.device("cpu"))
+    weights = dict(loaded.named_parameters())
+    experts = [weight for name, weight in weights.items() if ".experts." in name]
+    assert {weight.dtype for weight in experts} == {torch.bfloat16}
+    causal_lm = without_weights(described, config.model)
+    kept = size(sum(weight.nbytes for weight in experts))
+    [note] = quantization_notes(config, causal_lm)
+    assert note.startswith(f"warning: model.quantization=nf4 leaves the experts in bf16, {kept}:")
+    whole = sum(weight.nbytes for weight in weights.values())
+    adapter = 2 * sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
+    assert footprint(config, causal_lm, 4).parts["weights"] - adapter == pytest.approx(whole, rel=0.02)
+
+
+def test_nothing_is_said_where_all_layers_are_linear_or_nothing_is_quantized() -> None:
+    config = load_run_config(ON_4_BITS)
+    for family in ("qwen3", "zamba", "recurrent_gemma"):  # the last two have states of three dimensions
+        assert not quantization_notes(config, without_weights(tiny_config(family), ModelConfig()))
+    plain = load_run_config(["model.path=m"])
+    mixtral = without_weights(tiny_config("mixtral"), ModelConfig())
+    assert not quantization_notes(plain, mixtral)
+    reference = load_run_config(["model.path=m", "reference=cached", "reference.quantization=int8"])
+    assert "reference.quantization=int8 leaves" in quantization_notes(reference, mixtral)[0]
+
+
+@pytest.mark.parametrize(("bits", "share"), [("null", 1 / 4), ("int8", 1 / 2)])
+def test_a_live_reference_is_whole_on_each_device_if_it_is_quantized(bits: str, share: float) -> None:
+    """In 8 bits it is half of bf16, but for what is no linear layer."""
+    config = load_run_config(["model.path=m", "reference=live", f"reference.quantization={bits}"])
+    causal_lm = without_weights(AutoConfig.for_model("llama", **(SHAPE | {"vocab_size": 8})), ModelConfig())
+    whole = 2 * sum(map(torch.numel, causal_lm.parameters()))
+    assert footprint(config, causal_lm, 4).parts["reference"] == pytest.approx(share * whole, rel=0.01)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.installed import install_extra
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 RETRIES = 6
@@ -40,7 +41,7 @@ class Client:
             import openai  # noqa: PLC0415  (optional)
         except ImportError:
             raise ConfigError(
-                "an endpoint needs the package openai", where=url_key, remedy="pip install openai"
+                "an endpoint needs the package openai", where=url_key, remedy=install_extra("judge")
             ) from None
         self._openai, self.url, self._url_key, self.name = openai, url, url_key, name
         key = os.environ.get(KEY_VARIABLE, "").strip() or "none"

@@ -1,0 +1,74 @@
+"""What an installation has: the pages that texts name, the presets of a wheel, the packages of extras."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.command_line import explain
+from dpo_dist.config.keys import group_folders
+from dpo_dist.foundation import installed
+from dpo_dist.foundation.errors import ConfigError, package_error
+from dpo_dist.foundation.installed import install_extra, pages, with_pages
+from tests.support.launch import ROOT
+
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SOURCES = [path for kind in ("py", "yaml", "jinja", "js") for path in (ROOT / "dpo_dist").rglob(f"*.{kind}")]
+TEXTS = "\n".join(path.read_text() for path in SOURCES)
+
+
+def test_every_page_that_a_text_names_is_there() -> None:
+    named = set(re.findall(r"\bdocs/(\w+\.md)\b", TEXTS))
+    assert len(named) > 5
+    assert [name for name in named if not (pages() / name).is_file()] == []
+
+
+def test_an_error_and_help_name_the_file_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = ConfigError("wrong", remedy="docs/data.md explains it", got="docs/data.md")
+    assert error.remedy == "docs/data.md explains it", "in the checkout"
+    monkeypatch.chdir(tmp_path)
+    error = ConfigError("wrong", remedy="docs/data.md explains it", got="docs/data.md")
+    assert error.remedy == f"{ROOT}/docs/data.md explains it"
+    assert error.got == "docs/data.md", "what the user wrote"
+    assert with_pages("their/docs/data.md, docs/data.mdx") == "their/docs/data.md, docs/data.mdx"
+    assert f"({ROOT}/docs/scaling.md)" in with_pages(explain("trainer.prefix_tree", group_folders()))
+    tmp_path.rmdir()
+    assert f"{ROOT}/docs/" in ConfigError("wrong", remedy="docs/data.md").remedy, "the folder is gone"
+
+
+@pytest.mark.parametrize("extra", PROJECT["project"]["optional-dependencies"])
+def test_an_extra_is_installed_by_its_packages(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `dpo-dist[extra]` is in no index."""
+    every = PROJECT["project"]["optional-dependencies"]
+    requirements = [f"{package}; extra == '{name}'" for name in every for package in every[name]]
+    monkeypatch.setattr(installed.metadata, "requires", lambda _: ["torch>=2.11", *requirements])
+    words = install_extra(extra).replace("'", "").split()
+    assert words == ["pip", "install", *every[extra]]
+
+
+@pytest.mark.parametrize("module", ["datasketch", "optuna", "py3langid", "scipy", "sklearn"])
+def test_a_tool_without_its_package_names_it(module: str) -> None:
+    error = package_error(ModuleNotFoundError("none", name=f"{module}.part"))
+    assert error is not None
+    assert {"sklearn": "scikit-learn"}.get(module, module) in error.remedy
+
+
+def test_no_text_names_a_package_that_no_index_has() -> None:
+    assert "dpo-dist[" not in TEXTS
+    named = set(re.findall(r"""install_extra\(["'](\w+)""", TEXTS))
+    assert {"cloud", "judge", "tools"} <= named <= PROJECT["project"]["optional-dependencies"].keys()
+
+
+def test_a_wheel_has_all_presets_but_those_that_need_the_demos_files() -> None:
+    included = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    presets = {file.relative_to(ROOT) for file in (ROOT / "conf").rglob("*.yaml")}
+    of_demo = {file for file in presets if "${run.root}/" in (ROOT / file).read_text()}
+    shipped = {file for file in presets for given in included if file.is_relative_to(given)}
+    assert shipped == presets - of_demo
+    assert {file.stem for file in of_demo} == {"demo", "demo_warmup", "demo_rounds", "smollm2"}
+
+
+def test_the_description_in_an_index_has_no_links_to_files() -> None:
+    assert not re.search(r"\]\(|<img|docs/", PROJECT["project"]["readme"]["text"])
