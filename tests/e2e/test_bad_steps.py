@@ -43,7 +43,7 @@ def prepare(folder: Path, overrides: Overrides, spoilt: range, *extra: str) -> l
     data = folder / "pairs.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     loss = "loss=custom", "loss.function=spoilt_loss:spoilt"
-    return overrides(f"data.train=[{data}]", *loss, "trainer.epochs=3", *extra)
+    return overrides(f"data.train=[{data}]", "data.text_as_messages=true", *loss, "trainer.epochs=3", *extra)
 
 
 def bad_steps(most: int) -> Callable[[], None]:

@@ -27,7 +27,7 @@ from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.training.steps.health import best_after, check_keep_best, count_step, divergence_error
 from dpo_dist.training.steps.schedule import check_schedule, learning_rate
 from dpo_dist.training.steps.state import BestCheckpoint, Health, Position
-from dpo_dist.training.steps.step import StepTotals
+from dpo_dist.training.steps.step import StepTotals, without_comparisons
 
 
 def of_transformers(
@@ -201,3 +201,20 @@ def test_a_metric_that_the_loss_does_not_have_is_refused() -> None:
     with pytest.raises(ConfigError, match="do not have this metric") as error:
         check_keep_best(ACCURACY, MetricPlan(config.loss, ("math", "code"), is_evaluation=True))
     assert "eval_rewards/chosen" in error.value.expected
+
+
+def test_the_first_step_of_a_policy_that_is_the_reference_compares_nothing() -> None:
+    sums = {"rewards/accuracies": 3.0, "rewards/accuracies/a": 1.0, "rewards/both_fall": 2.0, "loss": 2.8}
+    sums |= {"rewards/auc": 5.0, "rewards/margins": 1e-6}
+    counts = dict.fromkeys(sums, 4.0) | {"rewards/accuracies/a": 1.0}
+    means = {name: value / counts[name] for name, value in sums.items()}
+    totals = without_comparisons(StepTotals(sums, counts, means, votes=[1], grad_norm=2.0))
+    ties = {
+        "rewards/accuracies": 2.0,
+        "rewards/accuracies/a": 0.5,
+        "rewards/auc": 2.0,
+        "rewards/both_fall": 0.0,
+    }
+    assert totals.sums == sums | ties
+    assert totals.means == {name: value / counts[name] for name, value in totals.sums.items()}
+    assert (totals.counts, totals.votes, totals.grad_norm) == (counts, [1], 2.0)

@@ -263,6 +263,28 @@ def test_copies_and_contradictions_are_found_within_a_source_and_across(tmp_path
     assert report.across["contradictions"] == 2
 
 
+def test_copies_in_the_evaluation_data_are_leaks_and_no_duplicates(tmp_path: Path) -> None:
+    pairs = clean_pairs(40)
+    near = pairs[1] | {"prompt": pairs[1]["prompt"] + " 12"}
+    report = examined(
+        tmp_path, pairs[:30], [*pairs[:1], near, *pairs[30:]], config={"drop_eval_prompts": True}
+    )
+    assert not [*of_rule(report, "duplicates"), *of_rule(report, "near_duplicates")]
+    [leak], [near_leak] = (of_rule(report, rule) for rule in ("train_eval_leak", "near_train_eval_leak"))
+    assert (leak.count, leak.level, leak.remedy) == (1, Level.note, "none is needed")
+    # Only the same prompts are removed.
+    assert (near_leak.count, near_leak.level) == (1, Level.warning)
+    assert near_leak.remedy == DOCTOR_RULES["near_train_eval_leak"].remedy
+
+
+@pytest.mark.parametrize(("bad", "is_refused"), [(5, False), (6, True)])
+def test_the_share_of_dropped_records_is_one_of_all_that_were_read(
+    bad: int, is_refused: bool, tmp_path: Path
+) -> None:
+    report = examined(tmp_path, [*clean_pairs(100 - bad), *[{"prompt": "q"}] * bad])
+    assert bool(of_rule(report, "too_many_dropped")) == is_refused
+
+
 def test_a_response_that_a_ranking_repeats_contradicts_no_record(tmp_path: Path) -> None:
     opposite = {"prompt": "Name a colour.", "chosen": "Grey.", "rejected": "Blue."}
     for added, count in (([], 0), (["Grey."], 2)):

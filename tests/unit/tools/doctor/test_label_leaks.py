@@ -4,14 +4,16 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.records import Origin
-from dpo_dist.tools.doctor.measures.label_leaks import LeakTest, leak_findings
+from dpo_dist.tools.doctor.measures.label_leaks import LeakTest, leak_findings, leak_tests
 from dpo_dist.tools.doctor.measures.observe import PairFacts, RecordFacts
 from dpo_dist.tools.doctor.measures.sources import ExaminedSource
 from dpo_dist.tools.shared.findings import Level
+from dpo_dist.tools.shared.intervals import wilson_interval
 from tests.support import tiny
 from tests.support.doctor_data import Pair, clean_pairs, examined, of_rule
 
@@ -190,3 +192,15 @@ def test_repeated_prompts_do_not_narrow_the_interval(tmp_path: Path) -> None:
         pair["prompt"] = f"question number {'one' if len(pair['prompt']) % 2 else 'two'}"
         pair["rejected"] = " " + pair["rejected"]
     assert examined(tmp_path, pairs).sources[0]["leaks"] == []
+
+
+def test_folds_share_no_prompt_and_intervals_count_prompts() -> None:
+    """Else what tells a prompt's pairs apart is learnt from its other pairs, and each of them is a proof."""
+    prompts = np.repeat(np.arange(60, dtype=np.uint64), 6)
+    words = [{f"first word 'w{prompt}'": 1.0 - 2 * (prompt % 2)} for prompt in prompts.tolist()]
+    [of_words] = [test for test in leak_tests(words, prompts) if test.feature == "first words"]
+    assert of_words.accuracy == 0.5
+    spaces = [{"leading space": 1.0 if at % 10 < 7 else -1.0} for at in range(len(prompts))]
+    [of_space] = leak_tests(spaces, prompts)
+    assert (round(of_space.accuracy, 2), of_space.pairs) == (0.7, 360)
+    assert (of_space.low, of_space.high) == wilson_interval(of_space.accuracy * 60, 60, 3.0)
