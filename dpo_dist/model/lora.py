@@ -141,11 +141,9 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
     except Exception as error:  # peft can raise anything
         reason = " ".join(str(error).split())[:200]  # torch's first line only announces the others
         raise _foreign_adapter(causal_lm, folder, f"{type(error).__name__}: {reason}", key) from error
-    if isinstance(head := causal_lm.get_output_embeddings(), LoraLayer):
+    if isinstance(causal_lm.get_output_embeddings(), LoraLayer):
         refused = _foreign_adapter(causal_lm, folder, "matrices on the output layer", key)
         refused.remedy = MERGE
-        if head.weight is causal_lm.get_input_embeddings().weight:
-            refused.remedy = "name another adapter: merging this one would also change the base's embeddings"
         raise refused
     unset = [
         missing

@@ -94,6 +94,7 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
         "reference": loop.reference_report,
         "work": loop.run.clock.read(),
         "world_size": world.size,
+        "vocabulary": len(loop.inputs.tokenizer),
         "settings": settings(loop.run.config),
         "bands": [asdict(band) for band in loop.run.config.metrics.bands],
         "data": loop.inputs.counts,

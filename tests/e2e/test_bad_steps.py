@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from tests.e2e.conftest import Overrides
@@ -22,6 +23,14 @@ def spoilt(policy, reference, config):
     losses = relu(1 - config.beta * (policy.margin - reference.margin))
     is_spoilt = (policy.chosen_tokens > 60) & (policy.margin != reference.margin)
     return torch.where(is_spoilt, torch.inf, losses)
+
+
+def constant(policy, reference, config):
+    return config.beta + 0 * (policy.margin - reference.margin)
+
+
+def zero(policy, reference, config):
+    return 0 * (policy.margin - reference.margin)
 """
 
 
@@ -34,7 +43,7 @@ def prepare(folder: Path, overrides: Overrides, spoilt: range, *extra: str) -> l
     data = folder / "pairs.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     loss = "loss=custom", "loss.function=spoilt_loss:spoilt"
-    return overrides(f"data.train=[{data}]", *loss, "trainer.epochs=3", *extra)
+    return overrides(f"data.train=[{data}]", "data.text_as_messages=true", *loss, "trainer.epochs=3", *extra)
 
 
 def bad_steps(most: int) -> Callable[[], None]:
@@ -87,3 +96,16 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_3_also_over_a_resume(
     assert "bad-step-000004.json" in ended.output
     assert (summary(tmp_path / "run")["exit"], summary(tmp_path / "run")["bad_steps"]) == ("diverged", 3)
     assert [row["step"] for row in history(tmp_path / "run")] == [1, 4]
+
+
+@pytest.mark.parametrize(("loss", "step"), [("constant", 4), ("zero", 6)])
+def test_a_run_without_a_gradient_ends_with_3(
+    overrides: Overrides, tmp_path: Path, loss: str, step: int
+) -> None:
+    command = prepare(tmp_path, overrides, range(0), f"loss.function=spoilt_loss:{loss}")
+    ended = run_verb("train", command, cwd=tmp_path)
+    assert ended.code == 3, ended.output
+    assert f"the gradient is exactly 0 at step {step}" in ended.output
+    told = summary(tmp_path / "run")
+    assert (told["exit"], told["steps"]) == ("diverged", step)
+    assert [finding["rule"] for finding in told["verdict"]["findings"]] == ["nothing_trained"]

@@ -33,8 +33,8 @@ _UNMERGED_TYPES = (
     "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING PREFIX_TUNING PROMPT_TUNING P_TUNING XLORA"
 )
 MERGE = (
-    "merge the adapter into its base with peft's merge_and_unload, and set model.path to the result (with "
-    "tie_word_embeddings false in its config.json, if the adapter trains embeddings or output layer in full)"
+    "merge the adapter into its base, whose output layer first gets a weight of its own, by the lines of "
+    "docs/scaling.md (an adapter of supervised fine-tuning), and set model.path to the result"
 )
 """The remedy for an adapter that peft can merge."""
 # Keys of an adapter's kind and size: a continued adapter has them in its own files, so none may be set.

@@ -4,7 +4,10 @@ import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +25,13 @@ from dpo_dist.config.schema import (
     RunConfig,
     SourceConfig,
 )
-from dpo_dist.data.counts import check_counts, counts_in_one_line, named_in_one_line, read_in_words
+from dpo_dist.data.counts import (
+    DataCounts,
+    check_counts,
+    counts_in_one_line,
+    named_in_one_line,
+    read_in_words,
+)
 from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.encoded.columns import dataset_columns, key_order
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
@@ -48,6 +57,17 @@ from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, Evaluated
 from dpo_dist.training.start.resume import check_fresh_start, find_finished
 
 _FIRST_RECORDS = 1024
+
+
+class _FirstRecords(NamedTuple):
+    """What the first records of a source are."""
+
+    text: str  # counts in words
+    unread: str  # fields that no format reads
+    tokens: float  # of an example, on average
+    counts: DataCounts
+    prompts: npt.NDArray[np.uint64]  # the `prompt_hash` of each example
+    has_images: bool  # whether a usable record has an image
 
 
 def dry_run(
@@ -99,14 +119,51 @@ def dry_run(
     if config.metrics.function is not None:
         lines.append(("metrics", ", ".join(custom_metrics(config.metrics.function, config.loss).names)))
     lines.append(("reference", _reference(config.reference, config.model, tokenizer, processor)))
-    found, tokens = _data(config, tokenizer, processor)
+    found, looked_at = _data(config, tokenizer, processor)
     lines += found
+    faults = _faults(
+        looked_at["data.train"], looked_at["data.eval"], config.data, trains=trains and not models
+    )
+    lines += [("  look at", f"{fault}: {text}") for fault, text in faults]
     if plan is not None:
-        lines += plan(config, fmean(tokens[: len(config.data.train)]))
+        lines += plan(config, fmean(found.tokens for found in looked_at["data.train"]))
     doctor = "dpo-dist doctor with the same arguments without --check examines all records"
+    order = f", but {' and '.join(fault for fault, _ in faults)} (below)" if faults else ""
     report = CheckReport(lines, hint="" if models else doctor)
-    order = ", but the chat template omits tools (below)" if "tools_not_rendered" in str(report) else ""
     return report._replace(verdict=report.verdict + order)
+
+
+def _faults(
+    train: Sequence[_FirstRecords], evaluation: Sequence[_FirstRecords], data: DataConfig, *, trains: bool
+) -> list[tuple[str, str]]:
+    """Return each fault of the first records in a few words, with numbers and what to do."""
+    faults, every = [], [*train, *evaluation]
+    kept = sum(found.counts.kept for found in every)
+    without_tools, plain = (
+        sum(found.counts.changed[name] for found in every)
+        for name in ("tools_not_rendered", "chat_template_not_applied")
+    )
+    if without_tools:
+        text = f"of {without_tools:,} of {kept:,} records; set data.chat_template to one that writes them"
+        faults.append(("the chat template omits tools", text))
+    if trains and plain > kept / 2:
+        text = f"{plain:,} of {kept:,} records are plain text; data.text_as_messages=true makes each prompt "
+        text += "a user's turn; nothing is to be done if the model is meant to continue texts"
+        faults.append(("the chat template is not applied", text))
+    trained, evaluated = (
+        np.concatenate([np.empty(0, np.uint64), *(found.prompts for found in part)])
+        for part in (train, evaluation)
+    )
+    shared, are_all = int(np.isin(evaluated, trained).sum()), bool(np.isin(trained, evaluated).all())
+    own = "data.eval=[] data.eval_share=0.1 reserves a part of the training data"
+    if trains and len(evaluated) and are_all:
+        text = f"all {len(trained):,} training examples have a prompt of the evaluation data; {own}"
+        faults.append(("the evaluation data are the training data", text))
+    elif trains and not data.drop_eval_prompts and shared > 0.01 * len(evaluated):
+        text = f"those of {shared:,} of {len(evaluated):,} evaluation examples, which measure memory; "
+        text += f"data.drop_eval_prompts=true removes them from the training data, or {own}"
+        faults.append(("evaluation prompts are in the training data", text))
+    return faults
 
 
 def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> str:
@@ -146,20 +203,19 @@ def _reference(
 
 def _data(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, processor: ImageProcessor | None
-) -> tuple[list[tuple[str, str]], list[float]]:
-    """Check the first records of each source; return lines, and the mean tokens of each source."""
-    lines, tokens = list[tuple[str, str]](), list[float]()
+) -> tuple[list[tuple[str, str]], dict[str, list[_FirstRecords]]]:
+    """Check the first records of each source; return lines about them, and what they are by `data` key."""
+    lines, looked_at = list[tuple[str, str]](), dict[str, list[_FirstRecords]]()
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        found = [
-            _first_records(source, f"{key}[{index}]", config.data, config.loss, tokenizer, processor)
-            for index, source in enumerate(sources)
-        ]
-        for described, mean, _ in found:
-            lines += described
-            tokens.append(mean)
-        if processor is not None and found and not any(with_images for _, _, with_images in found):
+        looked_at[key] = []
+        for index, source in enumerate(sources):
+            name = f"{key}[{index}]"
+            found = _first_records(source, name, config.data, config.loss, tokenizer, processor)
+            lines += [(name, found.text), *([("  not read", found.unread)] if found.unread else [])]
+            looked_at[key].append(found)
+        if processor is not None and sources and not any(found.has_images for found in looked_at[key]):
             lines.append(("  warning", f"none of these records has an image: {NO_IMAGE}"))
-    return lines, tokens
+    return lines, looked_at
 
 
 def _first_records(
@@ -169,11 +225,8 @@ def _first_records(
     loss: LossConfig,
     tokenizer: PreTrainedTokenizerBase,
     processor: ImageProcessor | None,
-) -> tuple[list[tuple[str, str]], float, bool]:
-    """Read, encode and check the first records of a source.
-
-    Return lines with counts and unread fields, the mean tokens, and whether a usable record has an image.
-    """
+) -> _FirstRecords:
+    """Read, encode and check the first records of a source."""
     source = pin_source(source)
     records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
     encoded = encode_records(records[:_FIRST_RECORDS], data, tokenizer, processor=processor)
@@ -203,5 +256,5 @@ def _first_records(
     ]
     read = (record for record in records if isinstance(record, PreferenceRecord))
     unread = named_in_one_line(itertools.chain.from_iterable(record.unread for record in read))
-    lines = [(key, "; ".join(filter(None, parts))), *([("  not read", unread)] if unread else [])]
-    return lines, tokens, has_images(table)
+    text, prompts = "; ".join(filter(None, parts)), np.asarray(dataset.prompt_hashes[:], np.uint64)
+    return _FirstRecords(text, unread, tokens, counts, prompts, has_images(table))

@@ -1,4 +1,4 @@
-"""Check a run's health: steps that are not finite, a collapsed policy, loss spikes, the best checkpoint."""
+"""Check a run's health: steps that are not finite or have no gradient, loss spikes, the best checkpoint."""
 
 import difflib
 import json
@@ -89,9 +89,16 @@ def count_step(health: Health, totals: StepTotals, *, overflow: bool) -> None:
         health.bad_in_a_row += 1
     else:
         health.bad_in_a_row = 0
-        collapsed = is_collapsed({**totals.means, "grad_norm": totals.grad_norm})
-        if collapsed is not None:
-            health.collapsed_in_a_row = health.collapsed_in_a_row + 1 if collapsed else 0
+        health.without_gradient += totals.grad_norm == 0
+        is_lost = _is_collapsed(totals)
+        if totals.grad_norm == 0 and totals.means["loss"] != 0:
+            is_lost = True  # a loss that all pairs satisfy, as hinge or ipo may, is 0
+        if is_lost is not None:
+            health.without_gradient_in_a_row = health.without_gradient_in_a_row + 1 if is_lost else 0
+
+
+def _is_collapsed(totals: StepTotals) -> bool | None:
+    return is_collapsed({**totals.means, "grad_norm": totals.grad_norm})
 
 
 def write_bad_step(
@@ -136,16 +143,27 @@ def divergence_error(
             expected=f"at most {allowed} in a row here ({_BAD_AT_THE_END} at the end)",
             remedy="lower optim.lr or raise optim.warmup_ratio, and look at these pairs",
         )
-    if health.collapsed_in_a_row > MOST_BAD_STEPS or (health.collapsed_in_a_row and is_last):
-        side, logp = next(iter(logps_by_side(totals.means).items()), ("chosen", math.nan))
+    # A run without a gradient in any step has written its start as its result, whatever the loss.
+    is_untrained = is_last and health.without_gradient + health.bad_steps + health.overflows == steps
+    in_a_row = health.without_gradient_in_a_row
+    if not (in_a_row > MOST_BAD_STEPS or (in_a_row and is_last) or is_untrained):
+        return None
+    side, logp = next(iter(logps_by_side(totals.means).items()), ("chosen", math.nan))
+    got = f"{logp:.4g} nats per token of {side} responses, loss {totals.means['loss']:.4g}"
+    if _is_collapsed(totals):
         return DivergedError(
             f"the policy has collapsed: the gradient is 0 at step {step}, so that it learns nothing",
             where="optim.lr",
-            got=f"{logp:.4g} nats per token of {side} responses, loss "
-            f"{totals.means['loss']:.4g}; steps of this kind in a row: {health.collapsed_in_a_row}",
+            got=f"{got}; steps of this kind in a row: {in_a_row}",
             remedy="lower optim.lr or raise optim.warmup_ratio; at the first step, check model.path",
         )
-    return None
+    return DivergedError(
+        f"the gradient is exactly 0 at step {step}, so that the policy learns nothing",
+        where="loss",
+        got=f"{got}; steps without a gradient: {health.without_gradient} of {step}, in a row: {in_a_row}",
+        remedy="check that the loss depends on the policy (a loss of your own: no detach), and that no "
+        "weight of a record or of a label makes it 0",
+    )
 
 
 @torch.no_grad()

@@ -39,7 +39,15 @@ from dpo_dist.training.steps.health import (
 from dpo_dist.training.steps.progress import Progress, show_row
 from dpo_dist.training.steps.schedule import learning_rate
 from dpo_dist.training.steps.state import LogWindow, Position, throughput
-from dpo_dist.training.steps.step import Objective, ReadyStep, StepTotals, evaluate, reduce_step, train_step
+from dpo_dist.training.steps.step import (
+    Objective,
+    ReadyStep,
+    StepTotals,
+    evaluate,
+    reduce_step,
+    train_step,
+    without_comparisons,
+)
 
 _STEPS_AHEAD = 2
 
@@ -143,6 +151,8 @@ class Loop:
             self.reference_sync.after_step(position.step + 1)
         votes = [self.run.stops.request.vote(), self.checkpoints.is_written]
         totals = reduce_step(sums, votes, norm, world)
+        if self.start_is_known and position.step == 0:
+            totals = without_comparisons(totals)
         stop_votes, written = totals.votes
         if written == world.size:
             clock.enter("checkpoint")

@@ -77,7 +77,8 @@ class Health:
 
     bad_steps: int = 0  # skipped because loss or gradient was not finite
     bad_in_a_row: int = 0  # bad steps since the last good one
-    collapsed_in_a_row: int = 0  # steps since the policy has collapsed
+    without_gradient: int = 0  # steps whose gradient was exactly 0
+    without_gradient_in_a_row: int = 0  # the last ones of them, unless all pairs satisfied the loss
     overflows: int = 0  # skipped because fp16 gradients were too large for the loss scale
 
 

@@ -363,6 +363,24 @@ def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, worl
     return StepTotals(by_metric, counts, metric_means(by_metric, counts), ranks, norm)
 
 
+_TIES = {"rewards/accuracies": 0.5, AUC: 0.5, "rewards/both_fall": 0.0}
+"""The values of metrics that compare rewards, if all rewards are 0."""
+
+
+def without_comparisons(totals: StepTotals) -> StepTotals:
+    """Return the totals of a step of a policy that still is the reference: all pairs are ties.
+
+    Its rewards differ from 0 by rounding alone, and which of two is larger is chance.
+    """
+    ties = {name: value for name in totals.sums for base, value in _TIES.items() if name.startswith(base)}
+    sums = {
+        name: ties[name] * totals.counts[name] if name in ties else total
+        for name, total in totals.sums.items()
+    }
+    means = {name: ties.get(name, mean) for name, mean in totals.means.items()}
+    return replace(totals, sums=sums, means=means)
+
+
 @torch.no_grad()
 def evaluate(
     model: Engine | None,

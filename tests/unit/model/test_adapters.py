@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -203,6 +203,49 @@ def test_an_adapter_with_other_weights_or_none_is_refused(base: Path, sft: Path,
         start_folder(config_of(base, sft))
     with pytest.raises(ConfigError, match="a whole model, not an adapter"):
         start_folder(config_of(base, base))
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "scaling.md"
+OF_MERGING = "head = base.get_output_embeddings()\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "has_tokens"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, False),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+        ({"target_modules": ["lm_head"], "use_dora": True}, False),
+        ({"modules_to_save": PAIR}, False),
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False),
+        ({"init_lora_weights": "pissa"}, False),
+        ({"trainable_token_indices": {"embed_tokens": [5, 6]}}, True),
+    ],
+)
+def test_the_lines_that_merge_an_adapter_make_the_same_model(
+    options: dict[str, Any], has_tokens: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a tied base, where peft's `merge_and_unload` alone would change embeddings and output layer."""
+    adapter = write_sft_adapter(base, tmp_path / "ADAPTER", **options)
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    for name, weight in weights.items():
+        if name.endswith(("lora_embedding_A", "trainable_tokens_delta")):  # which start at 0
+            weight.add_(0.05 * torch.randn_like(weight))
+    save_file(weights, file)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    ids = torch.arange(3, 30)[None]
+    expected = PeftModel.from_pretrained(plain, adapter)(ids).logits.log_softmax(-1)
+    [lines] = [
+        part.partition("```")[0] for part in PAGE.read_text().split("```python\n") if OF_MERGING in part
+    ]
+    lines = lines.replace("bfloat16", "float32").replace("BASE", str(base))
+    if has_tokens:
+        before, after = lines.split(OF_MERGING)
+        lines = before + "\n".join(after.splitlines()[2:])
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})  # as a reader does
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "MERGED", dtype=torch.float32)
+    torch.testing.assert_close(merged(ids).logits.log_softmax(-1), expected, rtol=0, atol=2e-5)
 
 
 def test_dora_has_no_8_bit_base(base: Path, tmp_path: Path) -> None:

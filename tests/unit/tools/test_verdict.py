@@ -162,6 +162,12 @@ KTO = {
     "settings": SETTINGS | {"loss.kind": "kto"},
     "data": {name: counts(labels={"good": 150, "bad": 250}) for name in ("train", "eval")},
 }
+ONE_LABEL = {**KTO, "data": {"train": counts(labels={"good": 400, "bad": 0})}}
+PLAIN = {"data": {"train": counts(chat_template_not_applied=400), "eval": counts()}}
+RANDOM = {"logps/chosen_per_token": -7.9, "eval_logps/chosen_per_token": -7.8}
+FEW = {"rewards/accuracies": 0.62, "eval_rewards/accuracies": 0.55, "eval_pairs": 12.0}
+RISEN = {"loss": 0.75, "eval_loss": 0.75}
+BY_HEART = {"rewards/accuracies": 0.68, "eval_rewards/accuracies": 0.5, "eval_pairs": 40.0}
 RARE = {**KTO, "data": {"train": counts(labels={"good": 380, "bad": 20})}}
 
 
@@ -263,6 +269,16 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("learnt_nothing", labelled(auc=0.52), KTO, "evaluation AUC 0.520 on 400 records is within its noise"),
     ("diverged", labelled(**COLLAPSED), KTO, "collapsed: from step 10 on"),
     ("mismatch_grows", labelled(kl=60.0), KTO, "is 54 nats at the end and still grows"),
+    (
+        "label_missing",
+        labelled(),
+        ONE_LABEL,
+        "all 400 training responses are good",
+    ),
+    ("template_not_applied", rows(), PLAIN, "400 of 400 training records (100 %) are plain text"),
+    ("untrained_base", rows(every=RANDOM), {"vocabulary": 3000}, "a guess among 3,000 tokens has -8.01"),
+    ("samples_loop", rows(late={"eval_samples/longest_repeat": 0.8}), {}, "has 80 % of its words"),
+    ("learnt_nothing", rows(every=FEW, late=RISEN), {}, "evaluation loss 0.63 -> 0.75, training loss 0.678"),
     ("one_label", labelled(), RARE, "95 % of the training responses are good"),
     ("one_label", labelled(), RARE, "loss.undesirable_weight=16.3 balances them"),
     (
@@ -406,6 +422,23 @@ def test_a_long_run_is_judged_by_a_sample_of_its_rows_as_by_all(
         (spoilt(0.66, 2000.0), {}, ["does_not_generalise"]),
         (spoilt(1.5, 2000.0, **{"rewards/accuracies": 0.6}), {}, ["does_not_generalise"]),
         (spoilt(0.66, 8.0, **{"rewards/accuracies": 0.8}), {}, []),
+        # An accuracy of few pairs says nothing, losses that rose do: both, or of 40 pairs the evaluation's.
+        (rows(every=FEW, late={"eval_loss": 0.75}), {}, []),
+        (rows(every=FEW, late={"loss": 0.75}), {}, []),
+        (rows(every=BY_HEART, late={"eval_loss": 0.69}), {}, ["learnt_nothing"]),
+        (rows(every=BY_HEART), {}, []),
+        (rows(every=BY_HEART, late={"eval_loss": 0.69}), {"exit": "preempted"}, []),
+        # One label alone explains why nothing moves.
+        (labelled(auc=0.5, **FLAT), ONE_LABEL, ["label_missing"]),
+        (labelled(kl=60.0), ONE_LABEL, ["label_missing"]),
+        # Some plain texts; the usual log-probs of a model, and of a vocabulary that is not known.
+        (rows(), {"data": {"train": counts(chat_template_not_applied=200), "eval": counts()}}, []),
+        (rows(), {"vocabulary": 150_000}, []),
+        (rows(every=RANDOM), {}, []),
+        # What the policy learns of a small vocabulary; a few steps.
+        (rows(every=RANDOM, late={"eval_logps/chosen_per_token": -2.0}), {"vocabulary": 3000}, []),
+        (steps(every=RANDOM)[:5], {"vocabulary": 3000, "steps": 5}, []),
+        (rows(late={"eval_samples/longest_repeat": 0.3}), {}, []),
         # Of labelled records: a healthy run; weights that balance; an AUC of few bad records.
         (labelled(), KTO, []),
         (labelled(), {**RARE, "settings": KTO["settings"] | {"loss.undesirable_weight": 16.0}}, []),
@@ -472,6 +505,11 @@ UNSAMPLED = [{key: value for key, value in row.items() if "samples/" not in key}
         (rows()[:18], {"exit": "preempted", "steps": 15}, "stopped after step 15; so far: no fault found: "),
         (steps(every=AT_CHANCE)[:4], {"steps": 4}, "too short to be judged"),
         (steps(), {}, NOT_EVALUATED),
+        (
+            rows(every=UNSURE | {"eval_pairs": 10.0}),
+            {},
+            "no fault found (the accuracy is within",
+        ),
         (UNSAMPLED, {}, "no fault found (nothing was sampled): evaluation accuracy 0.750 on 400 pairs"),
     ],
 )

@@ -27,7 +27,7 @@ from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.training.steps.health import best_after, check_keep_best, count_step, divergence_error
 from dpo_dist.training.steps.schedule import check_schedule, learning_rate
 from dpo_dist.training.steps.state import BestCheckpoint, Health, Position
-from dpo_dist.training.steps.step import StepTotals
+from dpo_dist.training.steps.step import StepTotals, without_comparisons
 
 
 def of_transformers(
@@ -111,9 +111,13 @@ INFINITE = StepTotals(sums={}, counts={}, means=MEANS, votes=[], grad_norm=float
         (9, {"step": 3, "bad_steps": 3, "bad_in_a_row": 3}, None),
         (9, {"step": 9, "bad_steps": 2, "bad_in_a_row": 2}, "not finite at step 9"),
         (9, {"step": 9, "bad_steps": 1, "bad_in_a_row": 1}, None),
-        (9, {"step": 5, "collapsed_in_a_row": 4}, "the policy has collapsed"),
-        (9, {"step": 5, "collapsed_in_a_row": 3}, None),
-        (9, {"step": 9, "collapsed_in_a_row": 1}, "the policy has collapsed"),
+        (9, {"step": 5, "without_gradient_in_a_row": 4}, "the gradient is exactly 0 at step 5"),
+        (9, {"step": 5, "without_gradient_in_a_row": 3}, None),
+        (9, {"step": 9, "without_gradient_in_a_row": 1}, "the gradient is exactly 0 at step 9"),
+        (9, {"step": 9, "without_gradient": 9}, "the gradient is exactly 0 at step 9"),
+        (9, {"step": 8, "without_gradient": 8}, None),
+        (9, {"step": 9, "without_gradient": 8}, None),
+        (9, {"step": 9, "without_gradient": 8, "bad_steps": 1}, "the gradient is exactly 0 at step 9"),
         (3, {"step": 3, "overflows": 3}, "gradients overflow in fp16"),
         (3, {"step": 3, "overflows": 2}, None),
         (4, {"step": 3, "overflows": 2}, None),
@@ -128,8 +132,35 @@ def test_a_run_ends_that_learns_nothing(steps: int, facts: dict[str, Any], said:
     assert error is None or str(said) in error.message
 
 
+ALIKE = {"logps/chosen_per_token": -3.0, "logps/rejected_per_token": -3.0}
+PREFERS = {"logps/chosen_per_token": -1.0, "logps/rejected_per_token": -3.0}
+
+
+@pytest.mark.parametrize(
+    ("loss", "logps", "in_a_row", "said"),
+    [
+        (0.7, ALIKE, 2, "the policy has collapsed"),
+        (0.7, PREFERS, 2, "the gradient is exactly 0"),  # a constant loss
+        (0.7, {"logps/chosen_per_token": -1.0}, 2, "the gradient is exactly 0"),  # records of one label
+        (0.0, PREFERS, 0, None),  # hinge or ipo, which all pairs satisfy
+        (0.0, {"logps/chosen_per_token": -1.0}, 1, "the gradient is exactly 0"),  # cannot show a collapse
+    ],
+)
+def test_steps_without_a_gradient_are_lost_unless_all_pairs_satisfy_the_loss(
+    loss: float, logps: dict[str, float], in_a_row: int, said: str | None
+) -> None:
+    totals = StepTotals(sums={}, counts={}, means={"loss": loss, **logps}, votes=[], grad_norm=0.0)
+    health = Health(without_gradient_in_a_row=1)
+    count_step(health, totals, overflow=False)
+    assert (health.without_gradient, health.without_gradient_in_a_row) == (1, in_a_row)
+    error = divergence_error(totals, Position(9, health=health), 9, RunFolder(Path("run")))
+    assert (error.message.partition(" at step")[0].partition(":")[0] if error else None) == said
+    count_step(health, replace(totals, grad_norm=0.1), overflow=False)
+    assert (health.without_gradient, health.without_gradient_in_a_row) == (1, 0)
+
+
 def test_an_overflow_neither_ends_nor_continues_a_row_of_bad_steps() -> None:
-    health = Health(bad_steps=2, bad_in_a_row=2, collapsed_in_a_row=1)
+    health = Health(bad_steps=2, bad_in_a_row=2, without_gradient_in_a_row=1)
     count_step(health, INFINITE, overflow=True)
     assert (health.overflows, health.bad_steps, health.bad_in_a_row) == (1, 2, 2)
     count_step(health, INFINITE, overflow=False)
@@ -170,3 +201,20 @@ def test_a_metric_that_the_loss_does_not_have_is_refused() -> None:
     with pytest.raises(ConfigError, match="do not have this metric") as error:
         check_keep_best(ACCURACY, MetricPlan(config.loss, ("math", "code"), is_evaluation=True))
     assert "eval_rewards/chosen" in error.value.expected
+
+
+def test_the_first_step_of_a_policy_that_is_the_reference_compares_nothing() -> None:
+    sums = {"rewards/accuracies": 3.0, "rewards/accuracies/a": 1.0, "rewards/both_fall": 2.0, "loss": 2.8}
+    sums |= {"rewards/auc": 5.0, "rewards/margins": 1e-6}
+    counts = dict.fromkeys(sums, 4.0) | {"rewards/accuracies/a": 1.0}
+    means = {name: value / counts[name] for name, value in sums.items()}
+    totals = without_comparisons(StepTotals(sums, counts, means, votes=[1], grad_norm=2.0))
+    ties = {
+        "rewards/accuracies": 2.0,
+        "rewards/accuracies/a": 0.5,
+        "rewards/auc": 2.0,
+        "rewards/both_fall": 0.0,
+    }
+    assert totals.sums == sums | ties
+    assert totals.means == {name: value / counts[name] for name, value in totals.sums.items()}
+    assert (totals.counts, totals.votes, totals.grad_norm) == (counts, [1], 2.0)

@@ -14,6 +14,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
 from dpo_dist.foundation.files import locked
+from dpo_dist.foundation.types import CheckReport
 from dpo_dist.tools.selftest.checks import failed_check
 from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.run import find_start
@@ -209,6 +210,37 @@ def test_a_check_prints_its_findings_and_leaves_no_files(assets: Path, tmp_path:
     assert "5 of the first 5 records kept" in text
     assert "cached, store" in text
     assert not list(tmp_path.iterdir())
+
+
+SHARED_PROMPTS = "evaluation prompts are in the training data"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "limit", "faults"),
+    [
+        ("data.text_as_messages=false", 5, ["the chat template is not applied", SHARED_PROMPTS]),
+        ("", 5, [SHARED_PROMPTS]),
+        ("", None, ["the evaluation data are the training data"]),
+        ("data.drop_eval_prompts=true", None, ["the evaluation data are the training data"]),
+        ("data.drop_eval_prompts=true", 5, []),
+        ("data.eval=[]", 5, []),
+    ],
+)
+def test_a_check_says_what_is_wrong_with_the_data(
+    overrides: str, limit: int | None, faults: list[str], assets: Path, tmp_path: Path
+) -> None:
+    records = [{"prompt": f"q {number}", "chosen": "good", "rejected": "bad"} for number in range(12)]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = [f"data.train=[{path}]", f"data.eval=[{{path: {path}, limit: {limit or 'null'}}}]"]
+    config = run_of(assets, tmp_path, *data, "data.text_as_messages=true", *overrides.split())
+    report, passed = dry_run(config), CheckReport(()).verdict
+    assert report.verdict == passed + (f", but {' and '.join(faults)} (below)" if faults else "")
+    lines = [text for label, text in report.facts if label.strip() == "look at"]
+    assert [text.partition(":")[0] for text in lines] == faults
+    assert ("those of 5 of 5 evaluation examples" in "".join(lines)) == (SHARED_PROMPTS in faults)
+    assert ("17 of 17 records are plain text" in "".join(lines)) == (len(faults) == 2)
+    assert dry_run(config, trains=False).verdict == passed
 
 
 def test_a_check_names_what_is_not_read_and_counts_numbers_of_the_loss(assets: Path, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from dpo_dist.tools.doctor.measures.texts import (
     signature,
     text_names,
 )
+from dpo_dist.tools.doctor.measures.tool_calls import call_faults, calls_in
 from dpo_dist.tools.doctor.rules import RULE_BY_KIND
 from dpo_dist.tools.shared.records import labelled_side
 
@@ -47,6 +48,7 @@ _CUT = {"prompt_truncated", "response_truncated"}
 # Most preferences of one ranking that are compared with other records.
 _MAX_PREFERENCES = 64
 _HEAD = 300
+_CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _NUMBER = re.compile(r"\d+")
 
 
@@ -57,8 +59,10 @@ class PairFacts:
     record: int  # the record's key, by which a sample is drawn
     prompt: int  # the prompt's key
     differences: dict[str, float]  # `texts.differences`, with `tokens` in place of `characters` if encoded
-    heads: tuple[str, str, str]  # the start of the prompt's last turn and of the two responses
+    heads: tuple[str, str, str]  # the start of the user's last turn and of the two responses, without code
     side: str | None = None  # of a labelled response, whose features are in `differences`
+    is_call: bool = False  # a tool call against a text, or a labelled call: the form is the preference itself
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -169,9 +173,14 @@ class Observer:
         side, pair = labelled_side(record), None
         key, whole = text_key(same), text_key(same, *map(str.strip, responses), *filter(None, [side]))
         if side is not None or len(responses) > 1:
-            heads = texts.turns[-1][1][:_HEAD], responses[0][:_HEAD], responses[-1][:_HEAD]
+            asked = next((text for role, text in texts.turns[::-1] if role == "user"), texts.turns[-1][1])
+            first, second, third = (
+                _CODE.sub("", text)[:_HEAD] for text in (asked, responses[0], responses[-1])
+            )
             form = measure_features(responses[0]) if side else differences(responses[0], responses[-1])
-            pair = PairFacts(whole, key, form, heads, side)
+            calls = [bool(calls_in(record.responses[at])) for at in (0, -1)]
+            is_call = calls[0] if side else calls[0] != calls[1]
+            pair = PairFacts(whole, key, form, (first, second, third), side, is_call, record.origin)
         facts = RecordFacts(
             record.origin,
             is_readable=True,
@@ -188,7 +197,9 @@ class Observer:
             signatures=np.stack([signature(prompt, "".join(digests)), signature("\n".join(responses))]),
             benchmark=None if self._benchmark is None else self._benchmark.item_in(prompt, *responses),
         )
-        names = {*text_names(record, texts), *record.numbers}
+        names = {*text_names(record, texts), *record.numbers, *call_faults(record)}
+        if pair is not None and pair.is_call:
+            names.add("call_against_text")
         if record.unread:
             names.add("columns_not_read")
         if any(map(self._special.search, (prompt, *responses))):

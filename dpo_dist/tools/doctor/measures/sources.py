@@ -15,7 +15,7 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import EMPTY_REMEDY, named_in_one_line, reason_remedy
 from dpo_dist.tools.doctor.measures.label_leaks import LeakTest, leak_findings, leak_tests
 from dpo_dist.tools.doctor.measures.observe import SIDES, PairFacts, RecordFacts
-from dpo_dist.tools.doctor.measures.texts import subtract_features
+from dpo_dist.tools.doctor.measures.texts import speaks_differently, subtract_features
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, KINDS_BY_RULE, MAX_EXAMPLES, RULE_BY_KIND
 from dpo_dist.tools.shared.findings import Finding
 from dpo_dist.tools.shared.text_facts import detect_language
@@ -140,8 +140,9 @@ class ExaminedSource:
     @cached_property
     def leaks(self) -> list[LeakTest]:
         """The tests for label leaks; none for evaluation data, from which the policy does not learn."""
-        pairs = [pair for pair in self._pairs if pair.side is None]
-        by_prompt = sorted(self._pairs, key=lambda pair: pair.prompt)
+        texts = [pair for pair in self._pairs if not pair.is_call]
+        pairs = [pair for pair in texts if pair.side is None]
+        by_prompt = sorted(texts, key=lambda pair: pair.prompt)
         good, bad = ([pair for pair in by_prompt if pair.side == side] for side in SIDES[1:])
         for first, second in zip(good, bad, strict=False):  # each labelled response once
             pairs.append(replace(first, differences=subtract_features(first.differences, second.differences)))
@@ -233,6 +234,17 @@ class ExaminedSource:
             differing = sum(chosen != rejected for chosen, rejected in known)
             yield from DOCTOR_RULES["language_differs"].count(
                 differing, len(known), self.label, records="sampled records"
+            )
+        answers = [
+            (pair.origin, speaks_differently(pair.heads, languages))
+            for pair, languages in zip(self._pairs, self._languages, strict=False)
+            if pair.side != "rejected"
+        ]
+        clear = [(origin, differs) for origin, differs in answers if differs is not None]
+        if len(clear) >= _MIN_LANGUAGES:
+            found = [origin for origin, differs in clear if differs]
+            yield from DOCTOR_RULES["prompt_language_differs"].count(
+                len(found), len(clear), self.label, found, records="sampled records"
             )
 
     def _reading_findings(self) -> Iterator[Finding]:

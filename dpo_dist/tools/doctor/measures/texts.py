@@ -9,18 +9,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import regex
 from datasketch import MinHash
 
 from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, turns_of
 from dpo_dist.foundation.errors import DataError
+from dpo_dist.tools.doctor.measures.tool_calls import taught_turns
 from dpo_dist.tools.shared.images import with_marks
 from dpo_dist.tools.shared.records import labelled_side
-from dpo_dist.tools.shared.text_facts import is_refusal
+from dpo_dist.tools.shared.text_facts import WORD, is_refusal, longest_repeat
 
 SIGNATURE_NUMBERS = 64
 EMPTY_SKETCH = MinHash(SIGNATURE_NUMBERS, seed=1, hashfunc=zlib.crc32)
@@ -32,6 +35,15 @@ _WORD = re.compile(rf"{_WORD_ONLY.pattern}|[^\w\s]|_")
 _SHORT_CHARACTERS = 3
 _NEARLY_EQUAL = 0.1
 _THOUGHTS = ("reasoning_content", "thinking")
+# The tag with which a thought starts or ends; in the middle of a line it may be what a text is about.
+_THOUGHT_TAG = re.compile(
+    r"^[ \t]{0,8}[<\[](?:\w+:)?(?:think|thinking|thought|reasoning)[>\]]"
+    r"|(?P<end>[<\[]/(?:\w+:)?(?:think|thinking|thought|reasoning)[>\]])",
+    re.IGNORECASE | re.MULTILINE,
+)
+_LOOP, _FEWEST_LOOP_WORDS = 0.5, 20
+"""Share of a response's words in its longest passage that occurs twice, from which on it is a loop. Of 5,000
+responses of public datasets those that loop have 0.6 and more, all others below 0.45."""
 # Roles that often have several turns in a row.
 _REPEATABLE_ROLES = {"tool", "function", "observation"}
 
@@ -124,6 +136,56 @@ def names_model(response: str) -> bool:
     return _MODEL_NAME.search(response) is not None
 
 
+def is_loop(text: str) -> bool:
+    """Return whether a text, or the second half of it, repeats one passage."""
+    words = WORD.findall(text.casefold())
+    parts = (words, words[len(words) // 2 :])
+    return len(words) >= _FEWEST_LOOP_WORDS and any(
+        longest_repeat(part) >= _LOOP * len(part) for part in parts
+    )
+
+
+def has_open_thought(text: str) -> bool:
+    """Return whether the last tag of a thought starts one."""
+    *_, last = [None, *_THOUGHT_TAG.finditer(text)]
+    return last is not None and last["end"] is None
+
+
+_SCRIPTS = {
+    name: regex.compile(rf"[{letters}]")
+    for name, letters in {
+        "Chinese, Japanese": r"\p{Han}\p{Hiragana}\p{Katakana}",
+        **{
+            name: rf"\p{{{name}}}"
+            for name in ("Latin", "Cyrillic", "Greek", "Arabic", "Hebrew", "Devanagari", "Thai", "Hangul")
+        },
+    }.items()
+}
+_FEWEST_LETTERS, _MAIN_SCRIPT = 8, 0.8
+
+
+def main_script(text: str) -> str | None:
+    """Return the script of at least 80 % of a text's letters; None if there is none, or too few letters."""
+    counts = {name: len(script.findall(text)) for name, script in _SCRIPTS.items()}
+    (name, most), letters = max(counts.items(), key=itemgetter(1)), sum(counts.values())
+    return name if letters >= _FEWEST_LETTERS and most >= _MAIN_SCRIPT * letters else None
+
+
+def speaks_differently(texts: Sequence[str], languages: Sequence[str | None]) -> bool | None:
+    """Return whether a response is in another language than the prompt; None if it is not clear.
+
+    `texts` and `languages` are those of the prompt and of the response, first and second. Texts that are too
+    short for a language are compared by their scripts. A short response in Latin letters is not clear to a
+    prompt in others: it may be code, a formula or a name.
+    """
+    if None not in languages[:2]:
+        return languages[0] != languages[1]
+    prompt, response = map(main_script, texts[:2])
+    if prompt is None or response is None or (prompt != response == "Latin" and languages[1] is None):
+        return None
+    return prompt != response
+
+
 def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
     """Yield the names of rules, kinds and properties that are true of a record's texts."""
     roles, contents = zip(*texts.turns, strict=True)
@@ -131,10 +193,13 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
     following = pairwise((*roles, "assistant") if is_dialogue else roles)
     asked = contents[-1].strip()
     whole = "\n".join(text for role, text in texts.turns if role != "system").strip()
+    taught = [turn.content for turn in taught_turns(record) if turn.role == "assistant"]
     starting = [each for each in map(str.strip, responses) if whole and each.startswith(whole)]
     properties = {
         **{name: any(map(kind.search, (*contents, *responses))) for name, kind in _KINDS.items()},
         "tools": bool(record.tools),
+        "looping_response": any(map(is_loop, taught)),
+        "thought_not_closed": any(map(has_open_thought, taught)),
         "completion": len(responses) == 1 and record.scores is None,
         "labelled_good": labelled_side(record) == "chosen",
         "labelled_bad": labelled_side(record) == "rejected",

@@ -186,20 +186,38 @@ def _doctor_errors(facts: RunFacts) -> Iterator[str]:
             return
 
 
+def _template_not_applied(facts: RunFacts) -> Iterator[str]:
+    counts = facts.counts("train")
+    count, kept = counts.get("chat_template_not_applied", 0), counts.get("kept", 0)
+    if kept and count > 0.5 * kept:
+        yield (
+            f"{count:,} of {kept:,} training records ({percent(count / kept)}) are plain text, although the "
+            "tokenizer has a chat template: chats with the model do not look like what it was trained on"
+        )
+
+
+def _label_missing(facts: RunFacts) -> Iterator[str]:
+    labels = facts.counts("train").get("labels") or {}
+    present = [label for label, count in labels.items() if count]
+    if len(present) == 1:
+        yield f"all {labels[present[0]]:,} training responses are {present[0]}: there is nothing to compare"
+
+
 def _one_label(facts: RunFacts) -> Iterator[str]:
     labels = facts.counts("train").get("labels") or {}
     weights = {facts.setting(f"loss.{name}_weight") or 1.0 for name in ("desirable", "undesirable")}
     most = max(labels, key=labels.__getitem__, default="")
-    if most and labels[most] > 0.9 * sum(labels.values()) and len(weights) == 1:
+    if most and all(labels.values()) and labels[most] > 0.9 * sum(labels.values()) and len(weights) == 1:
         given = (labels["good"], labels["bad"], *weights, *weights)
-        remedy = f"; {balancing_weight(*given)} balances them" if all(labels.values()) else ""
         yield (
             f"{percent(labels[most] / sum(labels.values()))} of the training responses are {most}, and both "
-            f"labels have the same weight{remedy}"
+            f"labels have the same weight; {balancing_weight(*given)} balances them"
         )
 
 
 DATA_RULES: tuple[Find, ...] = (
+    _label_missing,
+    _template_not_applied,
     _labels_swapped,
     _evaluation_leak,
     _evaluation_too_good,

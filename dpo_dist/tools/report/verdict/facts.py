@@ -37,6 +37,11 @@ class Accuracy(NamedTuple):
         return 3 * math.sqrt(share * (1 - share) / compared) if compared else math.inf
 
     @property
+    def is_chance(self) -> bool:
+        """Whether the accuracy differs from one half by chance only."""
+        return abs(self.value - 0.5) <= self.noise
+
+    @property
     def is_below_half(self) -> bool:
         """Whether the accuracy is clearly below one half."""
         return self.value < min(0.45, 0.5 - self.noise)

@@ -15,6 +15,7 @@ from dpo_dist.tools.report.verdict.facts import (
     Find,
     RunFacts,
     digits,
+    evaluation_rows,
     first,
     last,
     pooled,
@@ -176,13 +177,46 @@ def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
     if not _should_have_learnt(facts):
         return
     accuracy, training, name = facts.accuracy(), facts.training_accuracy(), facts.accuracy_title
-    if accuracy is not None and training is not None and accuracy.pairs >= 30:
-        is_chance = abs(accuracy.value - 0.5) <= accuracy.noise
-        if is_chance and max(accuracy.value, training.value) < 0.6:
-            yield (
-                f"{facts.part} {name} {accuracy.value:.3f} on {accuracy.pairs:,} {facts.unit}s is within its "
-                f"noise of one half ({accuracy.noise:.3f}); training {name} {digits(training.value)}"
-            )
+    if accuracy is None or training is None or not accuracy.is_chance:
+        return
+    is_known = accuracy.pairs >= 30 and max(accuracy.value, training.value) < 0.6
+    if is_known or (stayed := _losses_that_did_not_fall(facts, accuracy.pairs)):
+        losses = "" if is_known else f"; {stayed}"
+        yield (
+            f"{facts.part} {name} {accuracy.value:.3f} on {accuracy.pairs:,} {facts.unit}s is within its "
+            f"noise of one half ({accuracy.noise:.3f}); training {name} {digits(training.value)}{losses}"
+        )
+
+
+def _losses_that_did_not_fall(facts: RunFacts, pairs: int) -> str | None:
+    """Return a clause if the evaluation loss ended at its start or above; of few pairs, if both losses did.
+
+    A training loss falls, too, where a policy learns its pairs by heart.
+    """
+    evaluated, recent = (
+        [loss for _, loss in values(evaluation_rows(facts.rows), "loss")],
+        facts.recent("loss"),
+    )
+    start = first(facts.steps, "loss")
+    if len(evaluated) < 2 or evaluated[-1] < 0.99 * evaluated[0] or start is None or not recent:
+        return None
+    if pairs < 30 and fmean(recent) < 0.99 * start:
+        return None
+    return (
+        f"evaluation loss {evaluated[0]:.3g} -> {evaluated[-1]:.3g}, training loss {start:.3g} -> "
+        f"{fmean(recent):.3g}"
+    )
+
+
+def _untrained_base(facts: RunFacts) -> Iterator[str]:
+    """Yield a clause if chosen responses stay about as unlikely as a guess among all tokens makes them."""
+    logps, vocabulary = facts.chosen_logps(), facts.summary.get("vocabulary") or 1
+    guess = -math.log(vocabulary)
+    if vocabulary > 1 and logps and max(logps) < 0.6 * guess and _should_have_learnt(facts):
+        yield (
+            f"chosen responses have {logps[0]:.2f} nats per token at first and {logps[1]:.2f} at the end; "
+            f"a guess among {vocabulary:,} tokens has {guess:.2f}: no sampled response can be a text"
+        )
 
 
 def _hardly_moved(facts: RunFacts) -> Iterator[str]:
@@ -234,6 +268,7 @@ OPTIMISATION_RULES: tuple[Find, ...] = (
     _nothing_trained,
     _beta_wrong,
     _learning_rate_too_high,
+    _untrained_base,
     _learnt_nothing,
     _hardly_moved,
     _outside_band,

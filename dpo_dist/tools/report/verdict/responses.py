@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from dpo_dist.foundation.text import percent
 from dpo_dist.tools.report.verdict.facts import (
+    FEWEST_STEPS,
     Find,
     RunFacts,
     digits,
@@ -77,6 +78,15 @@ def _worse_samples(facts: RunFacts) -> Iterator[str]:
                 yield f"more sampled responses {meaning} ({percent(start)} -> {percent(end)})"
 
 
+def _samples_loop(facts: RunFacts) -> Iterator[str]:
+    repeated, start = (last(facts.evaluations, name + "longest_repeat") for name in ("samples/", _REFERENCE))
+    if repeated is not None and repeated >= 0.5 and facts.total_steps >= FEWEST_STEPS:
+        yield (
+            f"the longest passage that a sampled response repeats has {percent(repeated)} of its words"
+            + (f", and {percent(start)} in the reference's responses" if start is not None else "")
+        )
+
+
 def _good_responses_fall(facts: RunFacts) -> Iterator[str]:
     falls = facts.falls(facts.last_rows)
     if facts.unit == "record" and falls and falls[-1][1] >= 0.1:
@@ -102,6 +112,7 @@ def _displacement(facts: RunFacts) -> Iterator[str]:
 RESPONSES_RULES: tuple[Find, ...] = (
     _responses_forgotten,
     _over_optimised,
+    _samples_loop,
     _good_responses_fall,
     _displacement,
 )

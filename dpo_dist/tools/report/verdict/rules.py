@@ -108,10 +108,14 @@ def _success(facts: RunFacts) -> str:
         return NOTHING_TO_JUDGE
     fall = f"training loss {start:.3g} -> {end:.3g} in {pluralize(facts.total_steps, 'step')}"
     result = "no fault found" if facts.total_steps >= FEWEST_STEPS else "too short to be judged"
+    unknown = []
     if not facts.evaluations:
-        result += " (nothing was evaluated after a step, or sampled)"
+        unknown.append("nothing was evaluated after a step, or sampled")
     elif last(facts.evaluations, "samples/prompts") is None:
-        result += " (nothing was sampled)"
+        unknown.append("nothing was sampled")
+    if accuracy is not None and accuracy.is_chance and facts.total_steps >= FEWEST_STEPS:
+        unknown.append(f"the {facts.accuracy_title} is within its noise of a guess, {accuracy.noise:.3f}")
+    result += f" ({'; '.join(unknown)})" if unknown else ""
     if accuracy is None or last(facts.last_rows, facts.accuracy_key) is None:
         return f"{result}: {fall}"
     pairs = f" on {pluralize(accuracy.pairs, facts.unit)}" if accuracy.pairs else ""

@@ -65,6 +65,18 @@ def turns(*prompt: dict[str, str]) -> Plant:
     )
 
 
+def calling(name: str, arguments: object, **changes: object) -> Pair:
+    """Return what makes of a pair's chosen response a call, and of its rejected one a text."""
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {
+        "tools": [WEATHER],
+        "prompt": [user("how is the weather in Paris")],
+        "chosen": [{"role": "assistant", "content": "", "tool_calls": [call]}],
+        "rejected": [assistant("I can not know that.")],
+        **changes,
+    }
+
+
 PLANTED: dict[str, Plant] = {
     "replacement_character": side("chosen", lambda text: text + "\ufffd"),
     "control_character": side("rejected", lambda text: "\x07" + text),
@@ -88,6 +100,21 @@ PLANTED: dict[str, Plant] = {
     "same_role_twice": turns(user("one thing"), user("another thing")),
     "system_not_first": turns(user("one thing"), {"role": "system", "content": "Be good."}, user("two")),
     "empty_turn": turns(user("one thing"), assistant(" "), user("another")),
+    "looping_response": side("chosen", lambda text: text + " so it goes on and on" * 20),
+    "thought_not_closed": side("chosen", lambda text: "<think>\nI do not know. " + text),
+    "undefined_tool": lambda pair: pair.update(calling("search", {"city": "Paris"})),
+    "missing_argument": lambda pair: pair.update(calling("weather", {"unit": "C"})),
+}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "unit": {"type": "string"}},
+            "required": ["city"],
+        },
+    },
 }
 
 
@@ -104,6 +131,94 @@ def test_planted_faults_are_counted_and_located(tmp_path: Path) -> None:
         assert lines(finding) == sorted(line for first in same for line in (first + 1, first + 2)), name
         assert (finding.count, finding.source) == (2 * len(same), f"{tmp_path.name}-train")
         assert name not in RULE_BY_KIND or f"{name.replace('_', ' ')} in 2" in finding.text
+
+
+LOOP = "so it goes on and on " * 20
+WRITTEN = '<tool_call>\n{"name": "%s", "arguments": {"city": "Paris"}}\n</tool_call>'
+OF_SIDES = {"tools", "looping_response", "thought_not_closed", "tool_calls"}
+
+
+@pytest.mark.parametrize(
+    ("record", "rules"),
+    [
+        # What is taught is looked at: a rejected response may be rejected for its fault.
+        (TEXT | {"rejected": LOOP}, ""),
+        (TEXT | {"rejected": f"<think>{LOOP}"}, ""),
+        ({"prompt": "q", "completion": LOOP, "label": False}, ""),
+        ({"prompt": "q", "completion": LOOP, "label": True}, "looping_response"),
+        (calling("search", {}, rejected=calling("weather", {"city": "P"})["chosen"]), "tool_calls"),
+        (
+            calling("weather", {"city": "P"}, rejected=calling("search", {})["chosen"]),
+            "",
+        ),
+        # The second half alone; a passage of a third; a short answer.
+        (
+            TEXT | {"chosen": QUESTION + " and what comes after these words is more of it. " + LOOP},
+            "looping_response",
+        ),
+        (TEXT | {"chosen": f"{QUESTION} {' '.join(map(str, range(40)))} {QUESTION}"}, ""),
+        (TEXT | {"chosen": "ha ha ha ha ha"}, ""),
+        (TEXT | {"chosen": "\u54c8" * 40}, "looping_response"),
+        # Thoughts.
+        (TEXT | {"chosen": "<think>a thought</think>an answer"}, ""),
+        (TEXT | {"chosen": "a thought that the template opened</think>an answer"}, ""),
+        (TEXT | {"chosen": "write `<think>` before a thought"}, ""),
+        (TEXT | {"chosen": "<think>one</think>\n<think>two, and no answer"}, "thought_not_closed"),
+        (TEXT | {"chosen": "[THINK]no answer"}, "thought_not_closed"),
+        # Calls: of the prompt; written as text; of tools that the prompt's text defines; without definitions.
+        (
+            calling(
+                "weather", {"city": "P"}, prompt=[user("one"), *calling("look", {})["chosen"], user("two")]
+            ),
+            "tool_calls",
+        ),
+        (calling("", {}, chosen=[assistant(WRITTEN % "search")]), "tool_calls"),
+        (calling("", {}, chosen=[assistant(WRITTEN % "weather")]), ""),
+        (
+            calling(
+                "search",
+                {},
+                tools=[],
+                prompt=[{"role": "system", "content": "search(city) is a tool"}, user("q")],
+            ),
+            "",
+        ),
+        (calling("search", {}, tools=[]), "tool_calls"),
+        (calling("weather", {}, tools=[{"name": "weather"}]), ""),
+        (calling("weather", {}, tools=[{"name": "weather", "parameters": {"required": None}}]), ""),
+    ],
+)
+def test_faults_of_what_is_taught(record: Pair, rules: str, tmp_path: Path) -> None:
+    found = {finding.rule for finding in examined(tmp_path, [record]).findings}
+    assert " ".join(found & OF_SIDES) == rules
+
+
+def test_a_call_against_a_text_is_the_preference_itself_and_no_leak(tmp_path: Path) -> None:
+    pairs = clean_pairs(200)
+    calls = [
+        calling(
+            "weather",
+            {"city": pair["chosen"]},
+            prompt=[user(pair["prompt"])],
+            rejected=[assistant(pair["rejected"])],
+        )
+        for pair in pairs
+    ]
+    report = examined(tmp_path, calls)
+    assert alarms(report) == []
+    assert (report.sources[0]["shares"]["call_against_text"], report.sources[0]["leaks"]) == (1.0, [])
+    # Both sides call, and the form of an argument reveals the chosen one; texts beside calls are tested.
+    both = [call | {"rejected": calling("weather", {"city": "Rome"})["chosen"]} for call in calls]
+    assert of_rule(examined(tmp_path, both), "length_bias")
+    texts = [as_messages(pair | {"chosen": "Sure: " + pair["chosen"]}) for pair in pairs]
+    [leak] = of_rule(examined(tmp_path, [*calls, *texts]), "label_leak")
+    assert "Sure" in leak.text
+    # Labelled calls are good, labelled texts bad.
+    labelled = [
+        {"prompt": call["prompt"], "tools": [WEATHER], "completion": call[name], "label": name == "chosen"}
+        for call, name in zip(calls, itertools.cycle(("chosen", "rejected")), strict=False)
+    ]
+    assert alarms(examined(tmp_path, labelled)) == []
 
 
 @pytest.mark.parametrize(("count", "seed"), [(12, 0), (300, 3)])
@@ -146,6 +261,28 @@ def test_copies_and_contradictions_are_found_within_a_source_and_across(tmp_path
     assert copies.examples == (f"{files[0]}:31, {files[0]}:6", f"{files[1]}:11, {files[0]}:10")
     assert copies.text.endswith("1 in a, 1 in b")
     assert report.across["contradictions"] == 2
+
+
+def test_copies_in_the_evaluation_data_are_leaks_and_no_duplicates(tmp_path: Path) -> None:
+    pairs = clean_pairs(40)
+    near = pairs[1] | {"prompt": pairs[1]["prompt"] + " 12"}
+    report = examined(
+        tmp_path, pairs[:30], [*pairs[:1], near, *pairs[30:]], config={"drop_eval_prompts": True}
+    )
+    assert not [*of_rule(report, "duplicates"), *of_rule(report, "near_duplicates")]
+    [leak], [near_leak] = (of_rule(report, rule) for rule in ("train_eval_leak", "near_train_eval_leak"))
+    assert (leak.count, leak.level, leak.remedy) == (1, Level.note, "none is needed")
+    # Only the same prompts are removed.
+    assert (near_leak.count, near_leak.level) == (1, Level.warning)
+    assert near_leak.remedy == DOCTOR_RULES["near_train_eval_leak"].remedy
+
+
+@pytest.mark.parametrize(("bad", "is_refused"), [(5, False), (6, True)])
+def test_the_share_of_dropped_records_is_one_of_all_that_were_read(
+    bad: int, is_refused: bool, tmp_path: Path
+) -> None:
+    report = examined(tmp_path, [*clean_pairs(100 - bad), *[{"prompt": "q"}] * bad])
+    assert bool(of_rule(report, "too_many_dropped")) == is_refused
 
 
 def test_a_response_that_a_ranking_repeats_contradicts_no_record(tmp_path: Path) -> None:
@@ -273,22 +410,23 @@ FINDINGS: dict[str, tuple[str, str]] = {
         "markup_in_text",
     ),
     "llama_factory_sharegpt_zh.json": (
-        "broken_text 8, duplicates 11, markup_in_text 1, one_response_starts_the_other 1, short_response 10",
+        "broken_text 8, duplicates 11, markup_in_text 1, one_response_starts_the_other 1, "
+        "prompt_language_differs 1, short_response 10",
         "broken_text, duplicates",
     ),
     "ultrafeedback_plain_scored.jsonl": (
         "broken_text 7, columns_not_read 293, dropped 7, language_differs 6, markup_in_text 7, "
-        "one_response_starts_the_other 6, score_ties 30, short_response 15",
+        "one_response_starts_the_other 6, prompt_language_differs 9, score_ties 30, short_response 15",
         "broken_text, dropped, markup_in_text, one_response_starts_the_other, score_ties",
     ),
     "ranked_oasst_history_zh.json": (
         "dropped 6, length_bias 244, markup_in_text 1, nearly_equal_sides 1, "
-        "one_response_starts_the_other 2, repeated_prompts 4, response_repeats_prompt 4, "
-        "response_starts_with_prompt 6, short_response 16",
+        "one_response_starts_the_other 2, prompt_language_differs 1, repeated_prompts 4, "
+        "response_repeats_prompt 4, response_starts_with_prompt 6, short_response 16",
         "dropped, length_bias, response_repeats_prompt",
     ),
     "orca_system_question.csv": (
-        "label_leak 120, language_differs 1, length_bias 60, style_bias 60",
+        "label_leak 120, language_differs 1, length_bias 60, prompt_language_differs 2, style_bias 60",
         "label_leak, length_bias, style_bias",
     ),
     "templated_near_duplicates.jsonl": ("length_bias 40, near_duplicates 37", "length_bias, near_duplicates"),

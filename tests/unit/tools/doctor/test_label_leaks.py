@@ -4,14 +4,16 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.records import Origin
-from dpo_dist.tools.doctor.measures.label_leaks import LeakTest, leak_findings
+from dpo_dist.tools.doctor.measures.label_leaks import LeakTest, leak_findings, leak_tests
 from dpo_dist.tools.doctor.measures.observe import PairFacts, RecordFacts
 from dpo_dist.tools.doctor.measures.sources import ExaminedSource
 from dpo_dist.tools.shared.findings import Level
+from dpo_dist.tools.shared.intervals import wilson_interval
 from tests.support import tiny
 from tests.support.doctor_data import Pair, clean_pairs, examined, of_rule
 
@@ -78,6 +80,45 @@ def test_responses_in_two_languages_are_found(tmp_path: Path) -> None:
     assert finding.level is Level.warning
     assert finding.share is not None
     assert 0.4 < finding.share < 0.6
+
+
+FRENCH = "Le petit chat est assis sur la table et il regarde par la porte ouverte."
+CHINESE = "\u4eca\u5929\u5929\u6c14\u5f88\u597d\uff0c\u6211\u4eec\u4e00\u8d77\u53bb\u516c\u56ed"
+ENGLISH = "The little cat sits on the table and looks through the open door of the house."
+RUSSIAN = "\u0434\u043e\u0431\u0440\u044b\u0439 \u0434\u0435\u043d\u044c"
+CODE = "```\nfor number in range(10): print(number, number * number, sep='; ')\n```"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "share"),
+    [
+        (ENGLISH, FRENCH, ENGLISH, 1.0),
+        (ENGLISH, ENGLISH, FRENCH, None),  # a reason to reject it
+        (ENGLISH, CHINESE, ENGLISH, 1.0),
+        ("How are you today?", CHINESE, ENGLISH, 1.0),  # too short for a language, not for a script
+        ("How are you today?", RUSSIAN, ENGLISH, 1.0),
+        (CHINESE, ENGLISH, CHINESE[::-1], 1.0),
+        (CHINESE, "x = y + z, as NumPy says", CHINESE, None),  # a formula, code, names
+        (CHINESE, CHINESE + CODE * 3, CHINESE, None),
+        (CHINESE, CODE, CHINESE, None),
+        ("How are you?", "I am well, thank you.", "Go away, please.", None),
+    ],
+)
+def test_responses_in_another_language_than_the_prompt_are_found(
+    prompt: str, chosen: str, rejected: str, share: float | None, tmp_path: Path
+) -> None:
+    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    found = of_rule(examined(tmp_path, [pair] * 25), "prompt_language_differs")
+    assert [finding.share for finding in found] == ([] if share is None else [share])
+    assert all((finding.level, len(finding.examples)) == (Level.warning, 20) for finding in found)
+
+
+def test_few_answers_in_another_script_are_a_share_of_all_short_ones(tmp_path: Path) -> None:
+    pair = {"prompt": "How are you today?", "chosen": "I am well, thank you.", "rejected": "Go away, please."}
+    [finding] = of_rule(
+        examined(tmp_path, [pair] * 95 + [pair | {"chosen": CHINESE}] * 5), "prompt_language_differs"
+    )
+    assert (finding.count, finding.share, finding.level) == (5, 0.05, Level.note)
 
 
 def test_forms_on_one_side_of_few_pairs_are_found(tmp_path: Path) -> None:
@@ -151,3 +192,15 @@ def test_repeated_prompts_do_not_narrow_the_interval(tmp_path: Path) -> None:
         pair["prompt"] = f"question number {'one' if len(pair['prompt']) % 2 else 'two'}"
         pair["rejected"] = " " + pair["rejected"]
     assert examined(tmp_path, pairs).sources[0]["leaks"] == []
+
+
+def test_folds_share_no_prompt_and_intervals_count_prompts() -> None:
+    """Else what tells a prompt's pairs apart is learnt from its other pairs, and each of them is a proof."""
+    prompts = np.repeat(np.arange(60, dtype=np.uint64), 6)
+    words = [{f"first word 'w{prompt}'": 1.0 - 2 * (prompt % 2)} for prompt in prompts.tolist()]
+    [of_words] = [test for test in leak_tests(words, prompts) if test.feature == "first words"]
+    assert of_words.accuracy == 0.5
+    spaces = [{"leading space": 1.0 if at % 10 < 7 else -1.0} for at in range(len(prompts))]
+    [of_space] = leak_tests(spaces, prompts)
+    assert (round(of_space.accuracy, 2), of_space.pairs) == (0.7, 360)
+    assert (of_space.low, of_space.high) == wilson_interval(of_space.accuracy * 60, 60, 3.0)
