@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from dpo_dist.config.schema import DataConfig, TextTemplate
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
@@ -347,7 +348,7 @@ class _Conversation:
             return marks.escape(content, marks.in_response) + self.facts.end_of_turn
         thought, rest = _split_thought(content)
         separator = rest[: len(rest) - len(rest.lstrip())]
-        [rendered], _ = self._after([replace(message, content=rest)], prompt)
+        [rendered], _ = self._after([replace(message, content=rest.lstrip())], prompt)
         # The thought stands before what the template writes, perhaps after an empty thought of its own.
         written = _EMPTY_THOUGHT.sub("", rendered.lstrip())
         return marks.escape(thought, marks.in_response) + separator + written
@@ -387,12 +388,12 @@ class _Conversation:
         role, first, turn = self.role, 0, ""
         starts: list[int] = []
         spans: list[Span] = []
-        found = trace.spans[len(self.prompt) :]
-        found_spans = (
-            [span for span in found if span] if None not in found else self._added(turns, trace.text)
-        )
+        written = [span for span in trace.spans[len(self.prompt) :] if span]
+        is_apart = all(one[1] <= other[0] for one, other in pairwise(written))
+        if len(written) < len(response) or not is_apart:
+            written = self._added(turns, trace.text)
         for index, message in enumerate(response, start=len(self.prompt)):
-            first, end = found_spans[index - len(self.prompt)]
+            first, end = written[index - len(self.prompt)]
             turn = trace.text[first:end]
             is_assistant = message.role == "assistant"
             header = self._header_length(message, turn, turns[:index], role) if is_assistant else 0

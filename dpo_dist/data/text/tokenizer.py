@@ -76,8 +76,9 @@ class TokenizerFacts:
         # What only the last response has belongs to the conversation (Phi-3's end of text). A token that
         # starts turns begins a generation prompt that the template always writes (Command A).
         shared = after[: self.common_length(after, self.chat.after_earlier_response)]
-        starts = (token for token in self._special.findall(self.chat.before_question) if token != bos)
-        shared = shared.partition(next(starts, RESERVED_CHARACTER))[0]
+        if shared != after:
+            starts = (token for token in self._special.findall(self.chat.before_question) if token != bos)
+            shared = shared.partition(next(starts, RESERVED_CHARACTER))[0]
         end = self.after_last_special(shared) or first.end()
         return after[:end].lstrip(), after[end:].lstrip()
 
