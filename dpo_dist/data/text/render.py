@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from dpo_dist.config.schema import DataConfig, TextTemplate
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
@@ -32,6 +33,7 @@ from dpo_dist.foundation.types import Fields
 THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 CALLS = "tool_calls"
 _OPEN, _CLOSE = THOUGHT_TAGS
+_EMPTY_THOUGHT = re.compile(rf"\A{_OPEN}\s*{_CLOSE}\s*")
 _EMPTY_END = re.compile(rf"\s*{_CLOSE}\s*")
 _NO_THOUGHT = re.compile(rf"\s*(?:{_OPEN}\s*)?{_CLOSE}|(?!.*{_CLOSE})", re.DOTALL)
 _ENDED = re.compile(rf"(?:{_OPEN}\s*)?{_CLOSE}\s*\Z")
@@ -153,8 +155,12 @@ def _by_template(
         changes.add("unknown_template_argument")
     texts = list(map(facts.marks.spell, rendered.responses))
     spelled = [facts.marks.spell(rendered.prompt) + text for text in texts]
+    # A part of a response may also stand in the prompt: a tool's name, or a short answer.
+    given = [*_contents(messages), *_tool_names(record.tools)]
     if not all(
-        _is_written(whole, (*messages, *turns), record.tools) and all(name in text for name in _called(turns))
+        _is_written(whole, given)
+        and _is_written(text, [*_contents(turns), message_thought(turns[-1]) or ""])
+        and chat.writes_calls(tuple(map(chat.turn, (*messages, *turns))), context)
         for whole, text, turns in zip(spelled, texts, responses, strict=True)
     ):
         changes.add("content_not_rendered")
@@ -168,15 +174,14 @@ def _by_template(
     return replace(rendered, changes=frozenset(changes), read_as=f"{form}, by the chat template")
 
 
-def _is_written(text: str, turns: Messages, tools: Iterable[Fields]) -> bool:
-    """Return whether a rendered text has all turns' contents, the last thought and the names of tools.
-
-    A template may leave out or change earlier thoughts and contents with a thought.
-    """
+def _contents(turns: Messages) -> list[str]:
+    """Return the texts of contents that a template writes: it may leave out or change those with thoughts."""
     contents = (turn.content for turn in turns if _CLOSE not in turn.content)
-    parts = [part for content in contents for part in content.split(IMAGE)]
-    parts += filter(None, [message_thought(turns[-1])])
-    parts += [*_tool_names(tools), *_called(turns)]
+    return [part for content in contents for part in content.split(IMAGE)]
+
+
+def _is_written(text: str, parts: Iterable[str]) -> bool:
+    """Return whether a rendered text has all parts."""
     return all(
         part.strip() in text or json.dumps(part.strip(), ensure_ascii=False)[1:-1] in text for part in parts
     )
@@ -184,10 +189,6 @@ def _is_written(text: str, turns: Messages, tools: Iterable[Fields]) -> bool:
 
 def _tool_names(tools: Iterable[Fields]) -> list[str]:
     return [tool["function"]["name"] for tool in tools if "name" in tool.get("function", ())]
-
-
-def _called(turns: Messages) -> list[str]:
-    return [call["function"]["name"] for turn in turns for call in turn.fields.get(CALLS, ())]
 
 
 def message_thought(message: Message) -> str | None:
@@ -278,8 +279,8 @@ class _Conversation:
         # The record's prompt opens no thought: a thought opened before the turn belongs to the response.
         return text[text.rindex(_OPEN, 0, start) if _opens_thought(text[:start]) else start :]
 
-    def _header_length(self, turn: str, before: Turns, role: str) -> int:
-        """Return the length of a turn's header: what a generation prompt writes after `before`.
+    def _header_length(self, message: Message, turn: str, before: Turns, role: str) -> int:
+        """Return the length of a rendered message's header: what a generation prompt writes after `before`.
 
         `role` is the role of the last turn of `before`.
         """
@@ -289,14 +290,20 @@ class _Conversation:
             if not before or trace.spans[-1] is None or end == len(trace.text):
                 # Llama 3.1 writes tools and the first question before its loop over messages; Zephyr and
                 # OLMo 2 write the generation prompt in that loop.
-                end = _common_length(trace.text, self.chat.render(before, self.context))
+                alone = self.facts.without_prompt(self.chat.render(before, self.context))
+                end = self.facts.common_length(trace.text, alone)
             self.generation[role] = trace.text[end:]
         generation = self.generation[role]
-        header = turn[: _common_length(turn, generation)]
-        before_thought, opened, thought = header.rpartition(_OPEN)
-        # The thought of the turn is the model's if the generation prompt opens none, or ends it.
-        is_models = opened and _CLOSE not in thought and not _opens_thought(generation)
-        return len(before_thought if is_models else header)
+        length = self.facts.common_length(turn, generation)
+        if length == len(generation):
+            return length
+        # A content may begin like the generation prompt, where the turn itself does not (Apriel).
+        for part in filter(None, (message_thought(message), message.content.strip())):
+            text = self.facts.marks.escape(part, self.facts.marks.in_response)
+            start = turn.find(text, max(length - len(text) + 1, 0))
+            length = min(length, start) if start >= 0 else length
+        # The thought of the turn is the model's if the generation prompt ends one (<channel|> of Gemma 4).
+        return self.facts.before_opened(turn, length, generation[length:])
 
     def _after_opened_thought(
         self, messages: Sequence[Message], prompt: str
@@ -341,8 +348,10 @@ class _Conversation:
             return marks.escape(content, marks.in_response) + self.facts.end_of_turn
         thought, rest = _split_thought(content)
         separator = rest[: len(rest) - len(rest.lstrip())]
-        [rendered], _ = self._after([replace(message, content=rest)], prompt)
-        return marks.escape(thought, marks.in_response) + separator + rendered.lstrip()
+        [rendered], _ = self._after([replace(message, content=rest.lstrip())], prompt)
+        # The thought stands before what the template writes, perhaps after an empty thought of its own.
+        written = _EMPTY_THOUGHT.sub("", rendered.lstrip())
+        return marks.escape(thought, marks.in_response) + separator + written
 
     def _render_turns(self, responses: Sequence[Messages]) -> RenderedRecord:
         """Render responses of several turns; the prompt is the start of the whole conversation."""
@@ -351,7 +360,7 @@ class _Conversation:
         prompt, start, changes = prompts[0], len(prompts[0]), set[str]()
         if len(set(prompts)) > 1:
             changes.add("prompt_not_prefix")
-            common = min(_common_length(prompt, other) for other in prompts[1:])
+            common = min(self.facts.common_length(prompt, other) for other in prompts[1:])
             start = self.facts.after_last_special(prompt[:common])
         elif self.prompt:
             generation = all(turns[0].role == "assistant" for turns in responses)
@@ -379,16 +388,17 @@ class _Conversation:
         role, first, turn = self.role, 0, ""
         starts: list[int] = []
         spans: list[Span] = []
+        written = [span for span in trace.spans[len(self.prompt) :] if span]
+        is_apart = all(one[1] <= other[0] for one, other in pairwise(written))
+        if len(written) < len(response) or not is_apart:
+            written = self._added(turns, trace.text)
         for index, message in enumerate(response, start=len(self.prompt)):
-            span = trace.spans[index]
-            if span is None:
-                raise UnusableRecordError("turn_not_rendered", "the chat template leaves out a turn")
-            first, end = span
+            first, end = written[index - len(self.prompt)]
             turn = trace.text[first:end]
             is_assistant = message.role == "assistant"
-            header = self._header_length(turn, turns[:index], role) if is_assistant else 0
+            header = self._header_length(message, turn, turns[:index], role) if is_assistant else 0
             if index == len(turns) - 1:
-                turn = self.facts.until_end(turn)
+                turn = turn[:header] + self.facts.until_end(turn[header:])
             starts.append(first + header)
             content = header if is_assistant else max(turn.find(message.content.strip()), 0)
             length = self.facts.end_of_rendered(turn, trace.text[end:])
@@ -397,18 +407,30 @@ class _Conversation:
             role = message.role
         return trace.text[:first] + turn, starts[0], spans
 
+    def _added(self, turns: Turns, whole: str) -> list[Span]:
+        """Return the span of each turn of a response: what it adds to the conversation before it.
 
-def _common_length(first: str, second: str) -> int:
-    """Return the length of the common start of two texts, which does not end inside the tag of a thought."""
-    length = len(os.path.commonprefix([first, second]))  # noqa: RUF071  (of characters)
-    # A generation prompt may open a thought where a turn starts with another tag, such as <tool_call>.
-    last = max(first.rfind("<", 0, length), 0)
-    is_cut = any(
-        text.startswith(tag, last) and last + len(tag) > length
-        for text in (first, second)
-        for tag in THOUGHT_TAGS
-    )
-    return last if is_cut else length
+        Some templates write turns after their loop (Nemotron), or tools' results with the call (Gemma 4) or
+        with each other (Command R7B): such a result may have an empty span.
+        """
+        first, end, spans, ending = len(self.prompt), 0, list[Span](), self.facts.end_of_turn
+        for count in range(first, len(turns) + 1):
+            start, around = end, [form["role"] for form, _ in turns[:count][-1:] + turns[count : count + 1]]
+            if "assistant" in around or count in (first, len(turns)):
+                alone = self.facts.without_prompt(self.chat.render(turns[:count], self.context))
+                end = self.facts.common_length(alone, whole)
+                if not self.facts.is_blank(alone[end:]):  # more than an end of turn
+                    # The last answer of a conversation may have another form (Nemotron).
+                    found = whole.find(ending, start) if around[0] == "assistant" else -1
+                    end = found + len(ending) if found >= 0 else -1
+                if end < start:
+                    raise UnusableRecordError(
+                        "turns_not_found", "no turns are found in the template's output"
+                    )
+                if count > first and not whole[start:end].strip():
+                    raise UnusableRecordError("turn_not_rendered", "the chat template leaves out a turn")
+            spans.append((start, end))
+        return spans[1:]
 
 
 def _opens_thought(prompt: str) -> bool:
@@ -426,7 +448,8 @@ def _within_thought(content: str, prompt: str) -> str:
     start = content.lstrip()
     if not start.startswith(_OPEN):
         return content
-    return start.removeprefix(_OPEN).removeprefix(prompt.rpartition(_OPEN)[2])
+    content = start.removeprefix(_OPEN)
+    return content[len(os.path.commonprefix([content, prompt.rpartition(_OPEN)[2]])) :]  # noqa: RUF071
 
 
 def _has_only_thought(rendered: str, content: str) -> bool:

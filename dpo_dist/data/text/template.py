@@ -1,5 +1,6 @@
 """Chat templates: choose one, fix its date, render conversations, and find each turn in the output."""
 
+import contextlib
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -28,6 +29,7 @@ _OWN_VARIABLES = {"messages", "tools", "add_generation_prompt", "strftime_now"}
 _PROBE = "probe answer"
 _PROBES = ({"role": "user", "content": "probe question"}, {"role": "assistant", "content": _PROBE})
 _NOTHING = {"role": "assistant", "content": ""}
+_PROBE_TOOL = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {}}}
 _PROBE_CALL = {"type": "function", "id": "probe1234", "function": {"name": "probe", "arguments": {"a": "b"}}}
 
 
@@ -149,10 +151,11 @@ def _probed(
     """Return the output of a template for probes; "" if it rejects them."""
     turns = [in_form(probe, in_parts) for probe in probes]
     options: Any = {"tokenize": False, "add_generation_prompt": generation}
-    try:
-        return str(tokenizer.apply_chat_template(turns, chat_template=template, **options))
-    except Exception:  # a template can raise anything; each record is rendered again, with its error
-        return ""
+    for tools in (None, [_PROBE_TOOL]):  # some templates for tools cannot do without (Hermes)
+        # A template can raise anything; each record is rendered again, with its error.
+        with contextlib.suppress(Exception):
+            return str(tokenizer.apply_chat_template(turns, chat_template=template, tools=tools, **options))
+    return ""
 
 
 def in_form(turn: Fields, roles: Collection[str]) -> dict[str, Any]:
@@ -277,21 +280,41 @@ class ChatRenderer:
         return self._render(self.template, turns, context, generation)
 
     def trace(self, turns: Turns, context: Forms = NO_CONTEXT, *, generation: bool = False) -> Trace:
-        """Render a conversation like `render`, with the position of each turn."""
+        """Render a conversation like `render`, with the position of each turn that a loop writes once."""
         text = self.render(turns, context, generation=generation)
         marks = ({_START: _mark("start", index), _END: _mark("end", index)} for index in range(len(turns)))
         numbered = [[{**form, **both} for form in turn] for turn, both in zip(turns, marks, strict=True)]
         trace = _read_trace(self._render(self._traced, numbered, context, generation), len(turns))
-        if trace is None or trace.text != text:
-            raise UnusableRecordError("turns_not_found", "no turns are found in the template's output")
-        return trace
+        is_found = trace is not None and trace.text == text
+        return trace if trace and is_found else Trace(text, [None] * len(turns), len(text))
+
+    def writes_calls(self, turns: Turns, context: Forms = NO_CONTEXT) -> bool:
+        """Return whether the output of the template has each call of a tool."""
+        marks = list[str]()
+
+        def marked(call: Fields) -> Fields:
+            marks.append(_mark("call", len(marks)))
+            return {**call, "function": {**call["function"], "name": call["function"]["name"] + marks[-1]}}
+
+        named = [
+            turn | {"tool_calls": list(map(marked, turn["tool_calls"]))} if turn.get("tool_calls") else turn
+            for turn, _ in turns
+        ]
+        if not marks:
+            return True
+        try:
+            rendered = self._render(self.template, [(turn, turn) for turn in named], (context[0],) * 2, False)
+        except UnusableRecordError:
+            return False
+        rendered = self._marks.replace_marked(rendered)
+        return all(mark in rendered for mark in marks)
 
     @cached_property
     def after_response(self) -> str:
         """The output of the template after the last assistant turn."""
         try:
             probes = tuple(self.data(in_form(probe, self._in_parts)) for probe in _PROBES)
-            _, probe, after = self.render(probes).rpartition(_PROBE)
+            _, probe, after = (self._probed(*_PROBES) or self.render(probes)).rpartition(_PROBE)
             fault = "" if probe else "its output does not contain the response"
         except UnusableRecordError as error:
             fault = error.detail
@@ -308,6 +331,11 @@ class ChatRenderer:
     def after_earlier_response(self) -> str:
         """The output of the template after an assistant turn before another turn."""
         return self._probed(*_PROBES, _PROBES[0]).rpartition(_PROBE)[2]
+
+    @cached_property
+    def before_question(self) -> str:
+        """The output of the template before the first user's content."""
+        return self._probed(*_PROBES).partition(_PROBES[0]["content"])[0]
 
     @cached_property
     def after_call(self) -> str:

@@ -1,11 +1,12 @@
 """Facts about a tokenizer and its chat template, probed once: starts and ends of texts and turns."""
 
+import os
 import re
 from functools import cached_property, lru_cache
 
 from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig
 from dpo_dist.data.records import Tokenizer
-from dpo_dist.data.text.escape import THOUGHT_TAGS, EscapedEncoder, Marks, any_of
+from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_TAGS, EscapedEncoder, Marks, any_of
 from dpo_dist.data.text.template import ChatRenderer, chosen_template, pin_clock, turn_tokens
 from dpo_dist.foundation.errors import ConfigError
 
@@ -34,6 +35,8 @@ class TokenizerFacts:
         self.marks = Marks(special, named | set(THOUGHT_TAGS).intersection(added))
         self._special = self.marks.in_text
         self._unspoken = any_of({*special, *THOUGHT_TAGS})
+        whole = {token for token in {*added, *special, *THOUGHT_TAGS} if not token.isspace()}
+        self._whole, self._longest = any_of(whole), max(map(len, whole))
         self.encoder = EscapedEncoder(tokenizer, self.marks, any_of({*added, *special}))
         self.chat = None if chat_template is None else ChatRenderer(tokenizer, chat_template, self.marks)
 
@@ -56,17 +59,47 @@ class TokenizerFacts:
 
     @cached_property
     def end_of_turn(self) -> str:
-        """The special tokens with which the template ends a response; the end of text if it writes none.
+        """What the template writes after a response, up to its last special token; else the end of text.
 
-        One token, or several if they also follow a response before another turn (Command R7B).
+        Usually one token; some templates (Kimi K3) write several, with text between them.
         """
-        chat, after = self.chat, "" if self.chat is None else self.chat.after_response
-        first = self._special.search(after)
-        if chat is None or first is None:
-            return self.end_of_text
-        end = first.group() + after[first.end() :].rstrip()
-        is_whole = self._special.sub("", end) == "" and chat.after_earlier_response.strip().startswith(end)
-        return end if is_whole else first.group()
+        return self._ending[0] or self.end_of_text
+
+    @cached_property
+    def _ending(self) -> tuple[str, str]:
+        """The end of a turn, and what the template writes after it at the end of a conversation."""
+        if self.chat is None:
+            return "", ""
+        after, bos = self.chat.after_response, self.tokenizer.bos_token
+        if not (first := self._special.search(after)):
+            return "", ""
+        # What only the last response has belongs to the conversation (Phi-3's end of text). A token that
+        # starts turns begins a generation prompt that the template always writes (Command A).
+        shared = after[: self.common_length(after, self.chat.after_earlier_response)]
+        if shared != after:
+            starts = (token for token in self._special.findall(self.chat.before_question) if token != bos)
+            shared = shared.partition(next(starts, RESERVED_CHARACTER))[0]
+        end = self.after_last_special(shared) or first.end()
+        return after[:end].lstrip(), after[end:].lstrip()
+
+    def common_length(self, one: str, other: str) -> int:
+        """Return the length of the common start of two escaped texts, which ends in no added token or tag."""
+        length = len(os.path.commonprefix([one, other]))  # noqa: RUF071  (of characters)
+        starts = range(max(length - self._longest, 0), length)
+        matches = (self._whole.match(text, start) for start in starts for text in (one, other))
+        return next((match.start() for match in matches if match and match.end() > length), length)
+
+    def before_opened(self, turn: str, length: int, rest: str) -> int:
+        """Return `length`, or the position of the token before it that opens what both texts then end.
+
+        The texts are a turn and a generation prompt; from `length` on they differ, `rest` in the latter.
+        """
+        closing = self._whole.search(rest)
+        if closing is None or closing.group() not in turn[length:]:
+            return length
+        first, *others = [*self._whole.finditer(turn[:length]), None]  # the first token starts the turn
+        tokens = [first, *others] if first and first.group() == THOUGHT_TAGS[0] else others
+        return max((token.start() for token in tokens if token), default=length)
 
     @property
     def stops(self) -> set[str]:
@@ -105,17 +138,18 @@ class TokenizerFacts:
 
     def until_end(self, rendered: str) -> str:
         """Return a rendered assistant turn up to its end of turn, which is added if it is missing."""
-        after = "" if self.chat is None else self.chat.after_response
         ending = self.end_of_turn
-        # Phi-3's template writes an end of text after the last turn, which may be the same token.
-        is_usual = rendered.endswith(after)
-        end = rendered.find(ending, len(rendered) - len(after)) if is_usual else rendered.rfind(ending)
-        if end >= 0:
-            return rendered[: end + len(ending)]
+        turn = self.without_prompt(rendered)
         # Some turns end with another token, such as calls of tools.
-        if last := self._final_special(rendered):
-            return rendered[:last]
-        return rendered.removesuffix(after) + ending
+        if last := self._final_special(turn):
+            return turn[:last]
+        end = turn.rfind(ending)
+        after = "" if self.chat is None else self.chat.after_response
+        return turn[: end + len(ending)] if end >= 0 else turn.removesuffix(after) + ending
+
+    def without_prompt(self, rendered: str) -> str:
+        """Return a rendered conversation without what the template writes after each, such as a prompt."""
+        return rendered.removesuffix(self._ending[1])
 
     def is_blank(self, turn: str) -> bool:
         """Return whether a rendered turn has only the text that the template writes around a content."""
@@ -128,7 +162,7 @@ class TokenizerFacts:
 
         In some templates (GLM) the token that starts the following text, `after`, ends the turn.
         """
-        following = self._special.match(after)
+        following = self._special.match(after, len(after) - len(after.lstrip()))
         return self._final_special(turn) or len(turn) + (following.end() if following else 0)
 
     def _final_special(self, escaped: str) -> int:

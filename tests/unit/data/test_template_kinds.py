@@ -1,0 +1,253 @@
+"""Kinds of chat templates: where a response starts and ends, its trained turns, and what a template omits."""
+
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+
+from dpo_dist.data.records import Message, Response
+from dpo_dist.data.text.tokenizer import tokenizer_facts
+from tests.support.pairs import encode, reason_against, texts
+from tests.support.tiny import _byte_level
+from tests.unit.data.test_templates import ANSWER, DOUBT, QUESTION, TOOL, as_dict, pair, trained_text
+
+SPECIAL = ["<s>", "</s>", "<|turn|>", "<|end|>", "<|open|>", "<|close|>", "<|calls|>", "<|answer|>"]
+ADDED = ["<think>", "</think>", "<thought>", "</thought>"]
+
+
+def called(city: str, number: int = 1) -> dict[str, Any]:
+    function = {"name": "weather", "arguments": {"city": city}}
+    return {"type": "function", "id": f"call{number:05}", "function": function}
+
+
+def result(content: str, number: int = 1) -> Message:
+    return Message("tool", content, {"name": "weather", "tool_call_id": f"call{number:05}"})
+
+
+CALL, RESULT = Message("assistant", "", {"tool_calls": [called("Bern")]}), result("umbrella")
+NO = "No."
+TWICE = Message("assistant", "", {"tool_calls": [called("Bern"), called("Oslo", 2)]})
+
+
+def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
+    backend = _byte_level(SPECIAL)
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in ADDED])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>", chat_template=template
+    )
+
+
+def whole(tokenizer: PreTrainedTokenizerFast, response: Response) -> str:
+    turns = (Message("assistant", response),) if isinstance(response, str) else response
+    messages = list(map(as_dict, (QUESTION, *turns)))
+    return str(tokenizer.apply_chat_template(messages, tools=[TOOL], tokenize=False))
+
+
+# What all templates below write for the calls of a message.
+CALLS = (
+    "{% for call in m.tool_calls or () %}<|calls|>{{ call.function.name }} {{ call.function.arguments.city }}"
+    "{% endfor %}"
+)
+ASSISTANT = "<|turn|>assistant\n"
+USER = "<|turn|>{{ m.role }}\n{{ m.content }}<|end|>\n"
+LOOP = "{% for m in messages %}{% if m.role == 'assistant' %}%A{% else %}" + USER + "{% endif %}{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}%G{% endif %}"
+
+
+def template_of(assistant: str, generation: str = ASSISTANT) -> str:
+    return "<s>" + (LOOP + PROMPT).replace("%A", assistant).replace("%G", generation)
+
+
+PLAIN = ASSISTANT + CALLS + "{{ m.content }}<|end|>\n"
+THOUGHT = "{% if m.reasoning_content %}<thought>{{ m.reasoning_content }}</thought>{% endif %}"
+# The generation prompt ends a thought that a turn does not have (Gemma 4), or is a text (Apriel).
+ENDED = template_of(
+    ASSISTANT + THOUGHT + CALLS + "{{ m.content }}<|end|>\n", ASSISTANT + "<thought></thought>"
+)
+STEPS = template_of(PLAIN, ASSISTANT + "Here are my steps:\n")
+ANSWERED = template_of(
+    ASSISTANT + "{% if m.tool_calls %}" + CALLS + "{% else %}<|answer|>{{ m.content }}{% endif %}<|end|>\n",
+    ASSISTANT + "<thought>",
+)
+LOOKED = (Message("assistant", "It rains.", {"reasoning_content": "Look."}),)
+
+
+@pytest.mark.parametrize(
+    ("template", "response", "expected"),
+    [
+        (ENDED, "It rains.", "It rains.<|end|>"),
+        (ENDED, "<b>Rain</b>", "<b>Rain</b><|end|>"),
+        (ENDED, (CALL,), "<|calls|>weather Bern<|end|>"),
+        (ENDED, LOOKED, "<thought>Look.</thought>It rains.<|end|>"),
+        (ANSWERED, "It rains.", "<|answer|>It rains.<|end|>"),
+        (ANSWERED, (CALL,), "<|calls|>weather Bern<|end|>"),
+        (STEPS, "Heavy rain.", "Heavy rain.<|end|>"),
+        (STEPS, "Here it rains.", "Here it rains.<|end|>"),
+    ],
+)
+def test_a_response_starts_after_all_that_the_turn_shares_with_the_generation_prompt(
+    template: str, response: Response, expected: str
+) -> None:
+    tokenizer = tokenizer_with(template)
+    for sides in ((response, NO), (NO, response)):
+        found = encode(pair(*sides, tools=(TOOL,)), tokenizer)
+        first = found.responses[sides.index(response)].tolist()
+        assert first == tokenizer(expected, add_special_tokens=False)["input_ids"]
+        generation = template.partition("{% if add_generation_prompt %}")[2].removesuffix("{% endif %}")
+        assert texts(found, tokenizer)[0].endswith(generation)
+
+
+# Kimi K3 ends a turn by several tokens with text between them; Command A always writes the next turn's start.
+SEVERAL = template_of(
+    "<|open|>turn<|turn|><|open|>thought<|turn|>{{ m.reasoning_content or '' }}<|close|>thought<|turn|>"
+    + CALLS
+    + "<|open|>answer<|turn|>{{ m.content }}<|close|>answer<|turn|><|close|>turn<|turn|><|end|>\n",
+    "<|open|>turn<|turn|><|open|>thought<|turn|>",
+)
+ALWAYS = template_of("<|turn|><|open|>" + CALLS + "{{ m.content }}<|close|><|end|>\n").replace(
+    PROMPT.replace("%G", ASSISTANT), "<|turn|><|open|>"
+)
+LAST = template_of(PLAIN) + "{% if messages[-1].role == 'assistant' %}{{ eos_token }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "stops"),
+    [
+        (SEVERAL, "<|close|>answer<|turn|><|close|>turn<|turn|><|end|>", {"<|end|>"}),
+        (ALWAYS, "<|close|><|end|>", {"<|end|>"}),
+        (LAST, "<|end|>", {"<|end|>"}),
+        (template_of("{{ m.content }}<|close|><|answer|>\n"), "<|close|><|answer|>", {"<|answer|>"}),
+        (template_of("{{ m.content }}<|close|> done"), "<|close|>", {"<|close|>"}),
+    ],
+)
+def test_a_turn_ends_with_all_that_the_template_writes_up_to_its_last_token(
+    template: str, end: str, stops: set[str]
+) -> None:
+    tokenizer = tokenizer_with(template)
+    facts = tokenizer_facts(tokenizer)
+    assert (facts.end_of_turn, facts.stops) == (end, stops | {"</s>"})
+    for response in ("It rains.", (CALL,)) if "calls" in template else ("It rains.",):
+        _, one, other = texts(encode(pair(response, NO, tools=(TOOL,)), tokenizer), tokenizer)
+        assert other.endswith(NO + end)
+        assert one.endswith(end)
+
+
+# Templates that do not write each turn in a pass of its own of a loop over messages.
+BODY = LOOP.partition("%}")[2].removesuffix("{% endfor %}").replace("%A", PLAIN)
+FOLLOWING = "{% for n in messages[loop.index0 + 1:] %}{% if n.role == 'tool' %}%N{% endif %}{% endfor %}"
+LAST_TURN = "{% if messages[-1].role == 'assistant' %}{% set m = messages[-1] %}%A{% endif %}"
+WRITING = {
+    "by number": "{% for i in range(messages | length) %}{% set m = messages[i] %}" + BODY + "{% endfor %}",
+    "as one text": "{% set all = namespace(text='') %}{% for m in messages %}{% set turn %}"
+    + BODY
+    + "{% endset %}{% set all.text = all.text + turn %}{% endfor %}{{ all.text }}",
+    "searching": "{% for m in messages %}{% for n in messages %}{% endfor %}" + BODY + "{% endfor %}",
+    "the last one after the loop": "{% for m in messages %}{% if not loop.last or m.role != 'assistant' %}"
+    + BODY.replace("<|end|>\n", "\n<|end|>\n")
+    + "{% endif %}{% endfor %}"
+    + LAST_TURN.replace("%A", PLAIN.replace(ASSISTANT, ASSISTANT + "<think>\n")),
+    "results with their call": "{% for m in messages %}{% if m.role == 'assistant' %}"
+    + PLAIN.replace(
+        "{{ m.content }}<|end|>\n",
+        "{{ m.content }}<|end|>\n{% if m.tool_calls %}"
+        + FOLLOWING.replace("%N", "<|open|>{{ n.content }}<|close|>\n")
+        + "{% endif %}",
+    )
+    + "{% elif m.role != 'tool' %}"
+    + USER
+    + "{% endif %}{% endfor %}",
+    "results with each other": "{% for m in messages %}{% if m.role != 'tool' %}"
+    + BODY
+    + "{% elif messages[loop.index0 - 1].role != 'tool' %}<|open|>{{ m.content }}"
+    + FOLLOWING.replace("%N", ", {{ n.content }}")
+    + " all<|close|>\n{% endif %}{% endfor %}",
+}
+BOTH = (TWICE, RESULT, result("sunshade", 2), ANSWER)
+TURNS = {
+    "agent": ((CALL, RESULT, ANSWER), ["<|calls|>weather Bern", "It rains."]),
+    "two calls": (BOTH, ["<|calls|>weather Bern<|calls|>weather Oslo", "It rains."]),
+    "turns": ((ANSWER, DOUBT, Message("assistant", "Yes.")), ["It rains.", "Yes."]),
+}
+
+
+@pytest.mark.parametrize("writing", WRITING)
+@pytest.mark.parametrize("case", TURNS)
+def test_turns_are_trained_wherever_the_template_writes_them(writing: str, case: str) -> None:
+    tokenizer = tokenizer_with("<s>" + WRITING[writing] + PROMPT.replace("%G", ASSISTANT))
+    response, expected = TURNS[case]
+    found = encode(pair(response, NO, tools=(TOOL,)), tokenizer)
+    text = "".join(texts(found, tokenizer)[:2])
+    assert text == whole(tokenizer, response).rstrip()
+    trained = trained_text(tokenizer, found).replace("\n", "").replace("<think>", "")
+    assert trained == "".join(turn + "<|end|>" for turn in expected)
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        (PLAIN.replace("{{ m.content }}", "{{ m.content if m.content != 'Yes.' }}"), None),
+        ("{% if m.content != 'Yes.' %}" + PLAIN + "{% endif %}", "turn_not_rendered"),
+        (PLAIN + "{{ messages[0].content }}", "turns_not_found"),
+    ],
+)
+def test_turns_that_the_template_leaves_out_are_refused_or_counted(turn: str, reason: str | None) -> None:
+    writing = WRITING["by number"].replace(PLAIN, turn)
+    if reason == "turns_not_found":
+        writing = writing.replace("{% for i", "{{ messages | length }}{% for i")
+    tokenizer = tokenizer_with("<s>" + writing + PROMPT.replace("%G", ASSISTANT))
+    what = pair(TURNS["turns"][0], NO, prompt=(QUESTION, Message("assistant", "Yes, it is."), DOUBT))
+    if reason:
+        assert reason_against(what, tokenizer) == reason
+    else:
+        assert "content_not_rendered" in encode(what, tokenizer).changes
+
+
+FIRST = CALLS.replace("m.tool_calls or ()", "(m.tool_calls or ())[:1]")
+
+
+@pytest.mark.parametrize("calls", [CALLS, FIRST, "{% if m.tool_calls %}<|calls|>{% endif %}"])
+def test_each_call_that_the_template_leaves_out_is_counted(calls: str) -> None:
+    """Also if a definition, a result or another call has its name."""
+    template = "{{ tools | tojson }}" + template_of(
+        PLAIN.replace(CALLS, calls).replace("<|end|>", " !<|end|>")
+    )
+    spoken = Message("assistant", "I call weather.", TWICE.fields)
+    for response in ((spoken,), (spoken, RESULT, ANSWER), (ANSWER, DOUBT, spoken)):
+        for what in (
+            pair(response, NO, tools=(TOOL,)),
+            pair(NO, "Rain.", prompt=(QUESTION, *response, DOUBT)),
+        ):
+            changes = encode(what, tokenizer_with(template)).changes
+            assert ("content_not_rendered" in changes) is (calls != CALLS)
+
+
+def test_the_end_of_a_turn_may_stand_before_the_next_one() -> None:
+    turn = "{{ '<|end|>' if not loop.first }}<|turn|>{{ m.role }}\n{{ m.content }}"
+    closed = "<s>{% for m in messages %}" + turn + "{% endfor %}"
+    closed += "<|end|>{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+    found = encode(pair(TURNS["turns"][0], NO), tokenizer := tokenizer_with(closed))
+    assert trained_text(tokenizer, found) == "It rains.<|end|>Yes.<|end|>"
+
+
+def test_a_template_that_needs_tools_is_used_for_records_with_tools() -> None:
+    template = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}" + template_of(PLAIN)
+    found = encode(pair((CALL,), NO, tools=(TOOL,)), tokenizer := tokenizer_with(template))
+    assert texts(found, tokenizer)[1:] == ["<|calls|>weather Bern<|end|>", "No.<|end|>"]
+
+
+@pytest.mark.parametrize("opening", ["<think>\n\n", "<think>\n"])
+def test_a_thought_before_a_call_is_written_once(opening: str) -> None:
+    """axolotl's template of Qwen3 writes an empty thought before the call of a turn without one."""
+    thoughts = "<think>\n{{ m.reasoning_content }}\n</think>\n\n"
+    empty = "{% elif m.tool_calls %}<think>\n\n</think>\n\n{% endif %}"
+    written = "{% if m.reasoning_content %}" + thoughts + empty
+    template = template_of(PLAIN.replace(ASSISTANT, ASSISTANT + written), ASSISTANT + opening)
+    thinking = Message("assistant", "", CALL.fields | {"reasoning_content": "Look."})
+    found = encode(
+        pair((thinking,), "<think>\nSee.\n</think>\n\nNo.", tools=(TOOL,)), tokenizer_with(template)
+    )
+    prompt, one, other = texts(found, tokenizer_with(template))
+    assert prompt.endswith(ASSISTANT + opening)
+    assert one == "Look.\n</think>\n\n<|calls|>weather Bern<|end|>"
+    assert other == "See.\n</think>\n\nNo.<|end|>"
