@@ -19,6 +19,7 @@ from dpo_dist.foundation.text import pluralize
 SHOWN_EXAMPLES = 20
 _NAMED_EXAMPLES = 3
 _NAMED_FIELDS = 12
+_LINE = re.compile(r":\d+ ")
 DROPPED_PROMPT_PREFIX = "prompts_dropped_"
 """Prefix of the counts of prompts that are left out; the reason follows."""
 EMPTY_REMEDY = "check the path, or remove the source"
@@ -250,9 +251,12 @@ def check_counts(
     if counts.kept:
         remedy += "; or raise data.max_bad_share if dropping these records is intended"
     first, rest = ("the first ", " (the others were not looked at)") if of_first else ("", "")
+    different: dict[str, str] = {}  # the first record of each reason and detail
+    for example in counts.examples:
+        different.setdefault(_LINE.split(example, maxsplit=1)[-1], example)
     raise DataError(
         f"{dropped} of {first}{counts.read} records cannot be used",
-        where="; ".join(counts.examples[:_NAMED_EXAMPLES]) or path,
+        where="; ".join([*different.values()][:_NAMED_EXAMPLES]) or path,
         got=f"{counts.read} records{rest}; dropped: {reasons}",
         expected=f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
         remedy=remedy,

@@ -69,7 +69,7 @@ _RESPONSE_FAULTS = {
     "empty_response",
     "identical_responses",
 }
-_RESPONSE_FAULTS |= {"no_ranking", "all_tied", "invalid_scores", "invalid_numbers"}
+_RESPONSE_FAULTS |= {"unknown_label", "no_ranking", "all_tied", "invalid_scores", "invalid_numbers"}
 _MAX_SHOWN_KEYS = 12
 # A record with only these fields has its prompt inside the sides.
 _BESIDE_SIDES = frozenset((*SIDE_NAMES, *PAIR_SCORE_FIELDS, OTHERS))

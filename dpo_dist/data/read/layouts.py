@@ -14,7 +14,7 @@ from dpo_dist.data.read.messages import (
     spelled_messages,
 )
 from dpo_dist.data.read.values import BAD, GOOD, finite_numbers, from_json, has_value
-from dpo_dist.data.records import FIRST_TURN, UnusableRecordError
+from dpo_dist.data.records import FIRST_TURN, UnusableRecordError, shown_key
 from dpo_dist.foundation.types import Fields
 
 
@@ -211,14 +211,25 @@ LABEL_FIELDS = ("label", "kto_tag")
 
 
 def is_labelled(record: Fields) -> bool:
-    """Return whether a record is a single response with a good/bad label, as for KTO."""
-    return bool(_labels_of(record)) and not has_pair(record) and not has_ranking(record)
+    """Return whether a record is a single response with a label, as for KTO.
+
+    A label that is neither good nor bad counts only beside a response: many tables have a column `label`.
+    """
+    words = _label_words(record)
+    is_label = has_completion(record) if words.isdisjoint(GOOD + BAD) else True
+    return bool(words) and is_label and not has_pair(record) and not has_ranking(record)
+
+
+def _label_words(record: Fields) -> set[str]:
+    """Return the labels of a record, as `GOOD` and `BAD` are written."""
+    given = (str(record[name]).strip().lower() for name in LABEL_FIELDS if record.get(name) is not None)
+    return {"_".join(word.replace("-", " ").split()) if word[:1].isalpha() else word for word in given} - {""}
 
 
 def _labels_of(record: Fields) -> set[float]:
-    """Return the different labels of a record: 1 for good, 0 for bad."""
-    words = {str(record.get(name)).strip().lower() for name in LABEL_FIELDS}
-    return {float(word in GOOD) for word in words.intersection(GOOD + BAD)}
+    """Return the different labels of a record: 1 for good, 0 for bad, -1 for a bad one that is written so."""
+    known = _label_words(record).intersection(GOOD + BAD)
+    return {1.0 if word in GOOD else -1.0 if word.startswith("-") else 0.0 for word in known}
 
 
 def is_response(record: Fields, name: str) -> bool:
@@ -240,7 +251,7 @@ def has_completion(record: Fields) -> bool:
 def completion(record: Fields) -> Content:
     """Return the one response: `completion`, the end of a conversation, `output`, or `chosen`.
 
-    A label, if the record has one, is its score: 1 for good, 0 for bad.
+    A label, if the record has one, is its score: 1 for good, 0 or -1 for bad.
     """
     labels = _labels_of(record) if is_labelled(record) else set[float]()
     if len(labels) > 1:
@@ -256,7 +267,8 @@ def completion(record: Fields) -> Content:
 
 def labelled(record: Fields) -> Content:
     """Return the one response of a record, with its label as score."""
+    content = completion(record)
     if not _labels_of(record):
-        known = f"{', '.join(GOOD)} or {', '.join(BAD)}"
-        raise UnusableRecordError("invalid_scores", f"{' or '.join(LABEL_FIELDS)} is none of {known}")
-    return completion(record)
+        words = [shown_key(record[name]) for name in LABEL_FIELDS if record.get(name) is not None]
+        raise UnusableRecordError("unknown_label", " and ".join(words) or f"no {' or '.join(LABEL_FIELDS)}")
+    return content

@@ -136,6 +136,18 @@ def test_examples_of_no_use_to_the_loss_are_listed() -> None:
     assert raised.value.got.startswith("no scores")
 
 
+def test_a_label_of_0_beside_minus_1_is_no_bad_response(tmp_path: Path) -> None:
+    def labelled(name: str, *labels: int) -> str:
+        rows = ({"prompt": f"{name} {label}", "completion": "a", "label": label} for label in labels)
+        return file_of(tmp_path, name, *rows)
+
+    kto, one, three = LossConfig(LossKind.kto), labelled("one", 1, 0), labelled("three", 1, 0, -1)
+    check_fits_loss(opened(tmp_path, one, labelled("other", -1, 1)), kto)
+    with pytest.raises(DataError, match="kto cannot use 1 of 5 examples") as raised:
+        check_fits_loss(opened(tmp_path, one, three), kto)
+    assert raised.value.where == f"{three}:2"
+
+
 SCORED = {"low": 1, "mid": 4, "tie": 1, "top": 7}
 ROWS = [
     {"prompt": "one", "responses": ["best", "middle", "worst"]},

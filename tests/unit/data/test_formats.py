@@ -157,7 +157,7 @@ def test_fields_without_effect_are_accepted(fields: dict[str, Any], nothing: Any
         (TEXT | {"chosen_score": 3, "rejected_score": 2, "metadata": {"a": 1}, "scores": [1]}, "scores"),
         (RANKED | {"scores": [3, 2, 1], "label": "x", "output": "y"}, "label output"),
         (COMPLETION | {"label": True}, ""),
-        (COMPLETION | {"label": "physics", "score_chosen": 1}, "label score_chosen"),
+        (COMPLETION | {"topic": "physics", "score_chosen": 1}, "topic score_chosen"),
         (CHAT | {"tools": [{"name": "f"}], "rejected_tools": '[{"name": "f"}]', "system": "be kind"}, ""),
         (HH | {"prompt": "q", "idx": 3}, "idx"),
         *((TEXT | {"*": value, "vector": np.zeros(2)}, "* vector") for value in (3, "ab", [{}])),
