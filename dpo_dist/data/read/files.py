@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 
 from dpo_dist.data.read.images import as_file
-from dpo_dist.data.read.values import NOT_UTF8, parse_json, without_nulls
+from dpo_dist.data.read.values import ARGUMENTS, NOT_UTF8, parse_json, without_nulls
 from dpo_dist.data.records import MAX_RECORD_BYTES, BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError, first_line
 from dpo_dist.foundation.files import staged_file, text_digest, write_text
@@ -43,7 +43,6 @@ _LINE_BYTES = 64
 _MAX_EXPANSION = 100
 # An Arrow array of texts holds less than 2**31 bytes; Python needs a multiple of it.
 _MAX_BATCH_BYTES = 2**28
-_ARGUMENTS = ("arguments", "parameters")
 SUFFIXES = (*_KINDS, *_COMPRESSIONS)
 _EXTENSION = b"ARROW:extension:name"
 _LISTS = ("List", "LargeList", "Sequence")  # of `datasets`' features
@@ -169,8 +168,10 @@ def _table_rows(tables: Iterable[Any]) -> Iterator[Any]:
 def _with_given_arguments(value: Any) -> Any:
     """Return a table's value without the nulls that the table adds to the arguments of tool calls."""
     if isinstance(value, Mapping):
+        # An `input` without a name is no call but a part of the prompt.
+        names = ARGUMENTS if "name" in value else ARGUMENTS[:2]
         return {
-            name: without_nulls(item) if name in _ARGUMENTS else _with_given_arguments(item)
+            name: without_nulls(item) if name in names else _with_given_arguments(item)
             for name, item in value.items()
         }
     return [_with_given_arguments(item) for item in value] if isinstance(value, list) else value

@@ -18,6 +18,8 @@ up/down upvote/downvote upvoted/downvoted valid/invalid"""
 GOOD, BAD = (
     tuple(dict.fromkeys(words)) for words in zip(*(p.split("/") for p in _LABELS.split()), strict=True)
 )
+ARGUMENTS = ("arguments", "parameters", "args", "input", "action_input", "tool_input", "kwargs", "params")
+"""Keys with the arguments of a tool call: of OpenAI, Llama, LangChain and Gemini, Anthropic, agents."""
 NOT_UTF8 = "not UTF-8"
 
 

@@ -310,13 +310,13 @@ def test_values_of_mixed_types_are_those_of_the_same_records_as_lines(tmp_path: 
 LABELLED = {"prompt": "q", "completion": "a"}
 
 
-PAIRS_OF_LABELS = (
+OPPOSITES = (
     "correct/incorrect yes/no positive/negative like/dislike helpful/unhelpful safe/unsafe accept/reject "
     "chosen/rejected good/bad true/false right/wrong pos/neg Thumbs-Up/thumbs_down pass/fail"
-).split()
+)
 
 
-@pytest.mark.parametrize("names", [names.split("/") for names in PAIRS_OF_LABELS])
+@pytest.mark.parametrize("names", [names.split("/") for names in OPPOSITES.split()])
 def test_the_name_of_a_label_decides_not_its_number(tmp_path: Path, names: list[str]) -> None:
     rows = [LABELLED | {"label": name, "nested": {"label": name}} for name in names]
     table = datasets.Dataset.from_list(rows).class_encode_column("label")
