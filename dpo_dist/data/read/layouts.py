@@ -1,11 +1,16 @@
 """Layouts of records: where a pair, a ranking or a single response has its prompt and responses."""
 
 import itertools
+import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from dpo_dist.data.read.messages import (
     CONVERSATIONS,
+    IMAGES,
+    TOOLS,
+    WEIGHTS,
     check_no_media,
     given_images,
     has_more,
@@ -13,7 +18,7 @@ from dpo_dist.data.read.messages import (
     message_role,
     spelled_messages,
 )
-from dpo_dist.data.read.values import BAD, GOOD, finite_numbers, from_json, has_value
+from dpo_dist.data.read.values import BAD, GOOD, finite_numbers, from_json, has_value, to_number
 from dpo_dist.data.records import FIRST_TURN, UnusableRecordError, shown_key
 from dpo_dist.foundation.types import Fields
 
@@ -138,8 +143,28 @@ def _pair_scores(record: Fields) -> tuple[float, ...] | None:
 LISTS = ("responses", "completions", "output")
 _TEXTS = ("content", "text", "response", "answer")
 _SCORES = ("score", "fine-grained_score", "overall_score", "rating", "reward")
-# Fields with an order of the responses that no format reads.
+# Fields with an order of the responses that no format reads, whatever their values.
 _ORDERS = ("rank", "ranks", "reward", "rewards", "rating", "ratings", "label", "labels", "choice")
+# Words in names of fields that say which response is better. A list of numbers, one for each response, needs
+# no such word: it is nearly always an order.
+_ORDER_WORD = re.compile(
+    "(rank|order|best|better|wors|prefer|pref|cho[so]|choice|select|pick|(up|down)?vote|scor|rating|reward|"
+    r"(in)?correct|wrong|label|grad|judg|verdict|decision|elo|quality|accept|reject|gold)\w{0,5}|"
+    "win(s|ner|ners|ning)?|(dis)?like[sd]?"
+)
+# Words in names of numbers that are no judgement.
+_NO_ORDER_WORD = re.compile(
+    "(id|index|idx|seed|time|timestamp|date|year|version|created|length|token|char|word|byte|size|turn|"
+    "temperature|latency|duration|second|cost|price|count|position|step|epoch|page)s?|top|uuid|len|num"
+)
+# Fields of the prompt, and of a pair, which the source's format ignores.
+_OTHER_FIELDS = ("prompt", "instruction", "system", "system_prompt", "history", *QUESTIONS, *CONVERSATIONS)
+_OTHER_FIELDS += (*TOOLS, *IMAGES, *SIDE_NAMES, *PAIR_SCORE_FIELDS[:-1])
+_MESSAGE_FIELDS = ("role", "from", "value", "name")
+# A text that names one of several responses: "B", "2", "response_b", "Assistant 1".
+_POINTER = re.compile(
+    r"((response|answer|completion|output|assistant|model|candidate|option)[ _-]?)?([a-z]|\d+)"
+)
 
 
 def has_ranking(record: Fields) -> bool:
@@ -166,8 +191,7 @@ def ranking(record: Fields) -> Content:
         raise UnusableRecordError("missing_field", f"a response in {name}")
     if scores is not None and scores[0] == scores[-1]:
         raise UnusableRecordError("all_tied", f"all scores are {scores[0]:g}")
-    unread = [field for field in _ORDERS if has_value(record.get(field))]
-    if scores is None and unread:
+    if scores is None and (unread := _unread_orders(record, name, items)):
         detail = f"an order of the responses in {', '.join(unread)}; write `scores`: higher is better"
         raise UnusableRecordError("unread_content", detail, tuple(unread))
     by_rank = {f"rank {rank}": spelled_messages(text) for rank, text in enumerate(responses, start=1)}
@@ -195,6 +219,67 @@ def _sorted(items: list[Any], scores: Any) -> tuple[list[Any], tuple[float, ...]
     if len(numbers) != len(items) or any(low < high for low, high in itertools.pairwise(numbers)):
         raise UnusableRecordError("invalid_scores", "scores must be one for each response, best first")
     return items, numbers
+
+
+def _unread_orders(record: Fields, name: str, items: list[Any]) -> list[str]:
+    """Return the fields of a record, or of its responses in `name`, that may tell which is better."""
+    ends = [item[-1] if isinstance(item, list) and item else item for item in items]
+    texts = [_first(end, _TEXTS) if isinstance(end, Mapping) else end for end in ends]
+    found = _orders_inside(ends)
+    for field, value in record.items():
+        if field not in (name, *_OTHER_FIELDS) and has_value(value):
+            found += [field] if field in _ORDERS or _has_order(field, from_json(value), texts) else []
+    return list(map(shown_key, found))
+
+
+def _has_order(name: str, value: Any, texts: list[Any]) -> bool:
+    """Return whether a field beside a list of responses with these texts may tell their order."""
+    is_named = _has_word(name, _ORDER_WORD)
+    if isinstance(value, Mapping):
+        return any(_has_order(f"{name} {key}", inner, texts) for key, inner in value.items())
+    if isinstance(value, list):
+        if len(value) != len(texts):
+            return is_named and _are_pointers(value)
+        return _is_order(name, value) or bool(_orders_inside(value))
+    if isinstance(value, str):
+        pointer = _POINTER.fullmatch(value.strip().lower())
+        return is_named or (pointer is not None and pointer[1] is not None) or value in texts[1:]
+    return is_named and value in range(len(texts) + 1) and not isinstance(value, bool)
+
+
+def _orders_inside(items: list[Any]) -> list[str]:
+    """Return the fields of objects, one for each response, whose values may tell their order."""
+    objects = [item if isinstance(item, Mapping) else {} for item in items]
+    names = set(itertools.chain(*objects)) - {*_TEXTS, *WEIGHTS, *_MESSAGE_FIELDS}
+    return sorted(
+        name for name in map(str, names) if _is_order(name, [fields.get(name) for fields in objects])
+    )
+
+
+def _is_order(name: str, values: list[Any]) -> bool:
+    """Return whether values, one for each response, may be an order: judgements, or numbers that differ."""
+    if all(value == values[0] for value in values):
+        return False
+    are_numbers = not any(isinstance(value, list) for value in values) and _are_pointers(values)
+    return _has_word(name, _ORDER_WORD) or (are_numbers and not _has_word(name, _NO_ORDER_WORD))
+
+
+def _are_pointers(values: list[Any]) -> bool:
+    """Return whether all values are numbers, flags, or names of responses, perhaps in lists."""
+    return all(
+        _are_pointers(value)
+        if isinstance(value, list)
+        else _POINTER.fullmatch(value.strip().lower()) is not None or math.isfinite(to_number(value))
+        if isinstance(value, str)
+        else value is None or isinstance(value, bool | int | float)
+        for value in values
+    )
+
+
+def _has_word(name: Any, pattern: re.Pattern[str]) -> bool:
+    """Return whether a word in a field's name, also in camel case, fits a pattern."""
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", str(name))
+    return any(pattern.fullmatch(word.lower()) for word in words)
 
 
 def _own_score(response: Fields) -> Any:

@@ -45,7 +45,7 @@ _THOUGHTS = {
 }
 # A text that is one message in JSON has these fields only; a response may be an object with more.
 _BARE_MESSAGES = ({"role", "content"}, {"from", "value"})
-_WEIGHTS = ("loss_weight", "loss", "weight", "loss_scale", "train", "training")
+WEIGHTS = ("loss_weight", "loss", "weight", "loss_scale", "train", "training")
 # Weights of parts of a turn, or with an unclear meaning.
 _UNREAD_WEIGHTS = ("mask", "train_detail", "training_detail")
 # Thoughts and calls of gpt-oss; other channels do not split a turn.
@@ -254,7 +254,7 @@ def _arguments(call: Fields) -> Fields:
 
 def _is_trained(fields: Fields) -> bool | None:
     """Return the weight of a message in the loss, 0 or 1, as a bool; None without one."""
-    given = {name: fields[name] for name in _WEIGHTS if fields.get(name) is not None}
+    given = {name: fields[name] for name in WEIGHTS if fields.get(name) is not None}
     unclear = [name for name in _UNREAD_WEIGHTS if fields.get(name) is not None]
     unclear += [name for name, weight in given.items() if weight not in (0, 1)]
     if unclear or len(set(map(bool, given.values()))) > 1:
