@@ -267,7 +267,7 @@ _SCORES = {"score", "scores", "rating", "rate", "reward", "helpfulness", "qualit
 _NAMES = {
     "prompt": "prompt question query instruction input problem user post request",
     "chosen": "chosen good better best accepted preferred positive winner correct answer response",
-    "rejected": "rejected bad worse worst dispreferred negative loser incorrect wrong",
+    "rejected": "rejected bad worse worst dispreferred negative loser incorrect wrong non not",
     "completion": "completion answer response output reply text",
     "label": "label thumb vote feedback is_good liked",
 }
@@ -286,7 +286,14 @@ def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> str
     sides = ("chosen", "rejected") if not _column("label", others) else ("completion", "label")
     if others != given and not _column(sides[1], others):
         return reason_remedy("no_ranking")
-    guessed = {field: _column(field, others) or "COLUMN" for field in ("prompt", *sides)}
+    # "non_preferred" has a word for the chosen side, too.
+    rejected = _column("rejected", others)
+    given_sides = {
+        "prompt": others,
+        sides[0]: [name for name in others if name != rejected],
+        sides[1]: others,
+    }
+    guessed = {field: _column(field, names) or "COLUMN" for field, names in given_sides.items()}
     known = (re.search(r"; set columns: \{(.*)\}\)$", example) for example in examples)
     named = next((match.group(1) for match in known if match), None)
     named = named or ", ".join(f"{field}: {column}" for field, column in guessed.items())

@@ -77,6 +77,7 @@ _PAIRS = (
     ("chosen_messages", "rejected_messages"),
     ("response_chosen", "response_rejected"),
     ("chosen_response", "rejected_response"),
+    ("preferred_output", "non_preferred_output"),
     ("response", "rejected_response"),
     ("messages", "rejected_messages"),
     ("messages", "rejected_response"),

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,24 @@ def good(path: str | Path, **options: Any) -> PreferenceRecord:
 def test_fields_are_read_from_the_columns_given(tmp_path: Path, record: Any, columns: Any) -> None:
     found = good(jsonl(tmp_path, record), columns=columns)
     assert (found.prompt, found.responses) == ("q", ("yes", "never"))
+
+
+def test_preferences_of_openai_are_read_with_and_without_columns(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    record = {
+        "input": {
+            "messages": [{"role": "user", "content": "q"}],
+            "tools": tools,
+            "parallel_tool_calls": True,
+        },
+        "preferred_output": [{"role": "assistant", "content": "yes"}],
+        "non_preferred_output": [{"role": "assistant", "content": "never"}],
+    }
+    columns = {"prompt": "input.messages", "tools": "input.tools"}
+    columns |= {"chosen": "preferred_output", "rejected": "non_preferred_output"}
+    found, named = good(file := jsonl(tmp_path, record)), good(file, columns=columns)
+    assert found == replace(named, unread=("parallel_tool_calls",))
+    assert (found.tools, found.responses) == (tuple(tools), ("yes", "never"))
 
 
 @pytest.mark.parametrize(
@@ -204,6 +223,10 @@ def test_a_description_of_another_program_is_no_registry(tmp_path: Path) -> None
     [
         ("question good bad", "{prompt: question, chosen: good, rejected: bad}"),
         ("Id user_query best_answer worst_answer", None),
+        (
+            "non_preferred preferred question",
+            "{prompt: question, chosen: preferred, rejected: non_preferred}",
+        ),
         ("instruction_text reply thumb", "{prompt: instruction_text, completion: reply, label: thumb}"),
         ("a b c", "{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}"),
     ],
