@@ -162,7 +162,19 @@ def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
             dropped = "".join(f", {number:,} {name}" for name, number in sorted(source["dropped"].items()))
             shown = f"of {source['label']} ({source['path']}): {_kept(source)}{dropped}"
         lines.append(f"  {shown}: {read_in_words(source['read_as'])}")
+        lines += [f"  warning: {warning}" for warning in two_forms(source)]
     return lines
+
+
+def two_forms(counts: Mapping[str, Any]) -> list[str]:
+    """Return a warning if the chat template renders only a part of a source's records, else none."""
+    bare, kept = counts.get("chat_template_not_applied", 0), counts["kept"]
+    if not 0 < bare < kept:
+        return []
+    return [
+        f"{bare:,} of {kept:,} records of this source are plain text, the others are turns of the chat "
+        "template; data.text_as_messages=true makes all of them turns"
+    ]
 
 
 def read_in_words(read_as: Mapping[str, int]) -> str:

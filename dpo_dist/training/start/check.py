@@ -22,7 +22,13 @@ from dpo_dist.config.schema import (
     RunConfig,
     SourceConfig,
 )
-from dpo_dist.data.counts import check_counts, counts_in_one_line, named_in_one_line, read_in_words
+from dpo_dist.data.counts import (
+    check_counts,
+    counts_in_one_line,
+    named_in_one_line,
+    read_in_words,
+    two_forms,
+)
 from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.encoded.columns import dataset_columns, key_order
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
@@ -101,8 +107,8 @@ def dry_run(
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for index, source in enumerate(sources):
             name = f"{key}[{index}]"
-            text, unread, mean = _first_records(source, name, config.data, config.loss, tokenizer, processor)
-            lines += [(name, text), *([("  not read", unread)] if unread else [])]
+            text, notes, mean = _first_records(source, name, config.data, config.loss, tokenizer, processor)
+            lines += [(name, text), *notes]
             tokens.append(mean)
     if plan is not None:
         lines += plan(config, fmean(tokens[: len(config.data.train)]))
@@ -154,8 +160,8 @@ def _first_records(
     loss: LossConfig,
     tokenizer: PreTrainedTokenizerBase,
     processor: ImageProcessor | None,
-) -> tuple[str, str, float]:
-    """Read, encode and check the first records of a source; return counts, unread fields and mean tokens."""
+) -> tuple[str, list[tuple[str, str]], float]:
+    """Read, encode and check the first records of a source; return counts, notes and mean tokens."""
     source = pin_source(source)
     records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
     encoded = encode_records(records[:_FIRST_RECORDS], data, tokenizer, processor=processor)
@@ -185,4 +191,6 @@ def _first_records(
     ]
     read = (record for record in records if isinstance(record, PreferenceRecord))
     unread = named_in_one_line(itertools.chain.from_iterable(record.unread for record in read))
-    return "; ".join(filter(None, parts)), unread, tokens
+    notes = [("  not read", unread)] if unread else []
+    notes += [("  warning", warning) for warning in two_forms(counts.numbers())]
+    return "; ".join(filter(None, parts)), notes, tokens

@@ -224,7 +224,7 @@ def test_a_description_of_another_program_is_no_registry(tmp_path: Path) -> None
         ("question good bad", "{prompt: question, chosen: good, rejected: bad}"),
         ("Id user_query best_answer worst_answer", None),
         (
-            "non_preferred preferred question",
+            "non_preferred question preferred",
             "{prompt: question, chosen: preferred, rejected: non_preferred}",
         ),
         ("instruction_text reply thumb", "{prompt: instruction_text, completion: reply, label: thumb}"),

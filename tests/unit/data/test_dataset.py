@@ -273,6 +273,14 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
     assert f"of records-2 ({second}): 3 of 4 records kept, 1 missing_field: text" in "\n".join(lines)
 
 
+def test_a_source_in_two_forms_is_a_warning(tmp_path: Path) -> None:
+    mixed = [*GOOD, GOOD[0] | {"system": "Be kind."}]
+    for rows, warning in ((GOOD, []), (mixed, ["  warning: 7 of 8 records of this source are plain text, "])):
+        counts = opened(tmp_path, file_of(tmp_path, str(len(rows)), *rows)).counts
+        lines = [line for line in describe_counts("train", counts) if "warning" in line]
+        assert [line.partition("the others")[0] for line in lines] == warning
+
+
 def test_duplicates_are_counted(tmp_path: Path) -> None:
     swapped = GOOD[0] | {"chosen": GOOD[0]["rejected"], "rejected": GOOD[0]["chosen"]}
     ranking = {"prompt": "q", "responses": ["a", "b", "c"]}
