@@ -161,6 +161,17 @@ def test_an_entry_names_file_and_columns(tmp_path: Path) -> None:
     assert source_labels([SourceConfig(str(folder), name="mine")]) == ["mine"]
 
 
+@pytest.mark.parametrize(
+    ("limit", "samples", "records"), [(2, 3, 2), (3, 2, 2), (None, 3, 3), (2, None, 2), (None, None, 4)]
+)
+def test_the_smaller_of_an_entrys_samples_and_the_limit_counts(
+    tmp_path: Path, limit: int | None, samples: int | None, records: int
+) -> None:
+    jsonl(tmp_path, *[RECORD] * 4)
+    folder = registry(tmp_path, mine=FILE | ({} if samples is None else {"num_samples": samples}))
+    assert len(read(folder, name="mine", limit=limit)) == records
+
+
 def test_turns_of_an_entry_have_its_tags(tmp_path: Path) -> None:
     sides = {"good": assistant("yes"), "bad": assistant("no")}
     jsonl(tmp_path, {"talk": [user("q")], **sides, "defs": '[{"name": "f"}]'})

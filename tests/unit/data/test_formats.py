@@ -341,10 +341,11 @@ def test_a_schema_of_another_name_becomes_the_parameters_of_a_tool(name: str) ->
     assert good(CHAT | {"tools": [both]}).tools == ({"type": "function", "function": both},)
 
 
-def test_a_null_argument_is_kept_but_not_one_that_fills_a_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["arguments", "parameters", "args", "input"])
+def test_a_null_argument_is_kept_but_not_one_that_fills_a_table(tmp_path: Path, key: str) -> None:
     arguments = {"city": "Oslo", "date": None}
     as_object, as_text = (
-        assistant("") | {"tool_calls": [{"function": CALL | {"arguments": given}}]}
+        assistant("") | {"tool_calls": [{"function": {"name": "weather", key: given}}]}
         for given in (arguments, json.dumps(arguments))
     )
     fields = {

@@ -318,9 +318,9 @@ OPPOSITES = (
 
 @pytest.mark.parametrize("names", [names.split("/") for names in OPPOSITES.split()])
 def test_the_name_of_a_label_decides_not_its_number(tmp_path: Path, names: list[str]) -> None:
-    rows = [LABELLED | {"label": name, "nested": {"label": name}} for name in names]
+    rows = [LABELLED | {"label": name, "nested": {"labels": [name]}} for name in names]
     table = datasets.Dataset.from_list(rows).class_encode_column("label")
-    features = table.features | {"nested": {"label": table.features["label"]}}
+    features = table.features | {"nested": {"labels": datasets.List(table.features["label"])}}
     table = table.cast(datasets.Features(features))
     table.to_parquet(tmp_path / "a.parquet")
     table.save_to_disk(tmp_path / "saved")
@@ -331,7 +331,7 @@ def test_the_name_of_a_label_decides_not_its_number(tmp_path: Path, names: list[
         write_records(table, tmp_path, "data.train"),
         words,
     ):
-        for columns in (None, {"label": "nested.label"}):
+        for columns in (None, {"label": "nested.labels.0"}):
             found = read_records(SourceConfig(str(path), columns=columns))
             assert [record.scores for record in found] == [(1,), (0,)]  # type: ignore[union-attr]
 
