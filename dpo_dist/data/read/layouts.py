@@ -159,8 +159,8 @@ _NO_ORDER_WORD = re.compile(
     "temperature|latency|duration|second|cost|price|count|position|step|epoch|page)s?|top|uuid|len|num"
 )
 # Fields of the prompt, and of a pair, which the source's format ignores.
-_OTHER_FIELDS = ("prompt", "instruction", "system", "system_prompt", "history", *QUESTIONS, *CONVERSATIONS)
-_OTHER_FIELDS += (*TOOLS, *IMAGES, *SIDE_NAMES, *PAIR_SCORE_FIELDS[:-1])
+_OTHER_FIELDS = {"prompt", "instruction", "system", "system_prompt", "history", *QUESTIONS, *CONVERSATIONS}
+_OTHER_FIELDS |= {*TOOLS, *IMAGES, *SIDE_NAMES, *PAIR_SCORE_FIELDS[:-1]}  # `metadata` may have an order
 _MESSAGE_FIELDS = ("role", "from", "value", "name")
 # A text that names one of several responses: "B", "2", "response_b", "Assistant 1".
 _POINTER = re.compile(
@@ -228,7 +228,7 @@ def _unread_orders(record: Fields, name: str, items: list[Any]) -> list[str]:
     texts = [_first(end, _TEXTS) if isinstance(end, Mapping) else end for end in ends]
     found = _orders_inside(ends)
     for field, value in record.items():
-        if field not in (name, *_OTHER_FIELDS) and has_value(value):
+        if field not in _OTHER_FIELDS | {name} and has_value(value):
             found += [field] if field in _ORDERS or _has_order(field, from_json(value), texts) else []
     return list(map(shown_key, found))
 
