@@ -19,6 +19,7 @@ from dpo_dist.foundation.text import pluralize
 SHOWN_EXAMPLES = 20
 _NAMED_EXAMPLES = 3
 _NAMED_FIELDS = 12
+_LINE = re.compile(r":\d+ ")
 DROPPED_PROMPT_PREFIX = "prompts_dropped_"
 """Prefix of the counts of prompts that are left out; the reason follows."""
 EMPTY_REMEDY = "check the path, or remove the source"
@@ -161,7 +162,19 @@ def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
             dropped = "".join(f", {number:,} {name}" for name, number in sorted(source["dropped"].items()))
             shown = f"of {source['label']} ({source['path']}): {_kept(source)}{dropped}"
         lines.append(f"  {shown}: {read_in_words(source['read_as'])}")
+        lines += [f"  warning: {warning}" for warning in two_forms(source)]
     return lines
+
+
+def two_forms(counts: Mapping[str, Any]) -> list[str]:
+    """Return a warning if the chat template renders only a part of a source's records, else none."""
+    bare, kept = counts.get("chat_template_not_applied", 0), counts["kept"]
+    if not 0 < bare < kept:
+        return []
+    return [
+        f"{bare:,} of {kept:,} records of this source are plain text, the others are turns of the chat "
+        "template; data.text_as_messages=true makes all of them turns"
+    ]
 
 
 def read_in_words(read_as: Mapping[str, int]) -> str:
@@ -239,6 +252,30 @@ def check_counts(
         return
     reason = max(counts.dropped, key=lambda name: counts.dropped[name])
     reasons = ", ".join(f"{name} {number}" for name, number in sorted(counts.dropped.items()))
+    remedy = _remedy(reason, counts, path, config, lengths)
+    if counts.kept:
+        remedy += "; or raise data.max_bad_share if dropping these records is intended"
+    first, rest = ("the first ", " (the others were not looked at)") if of_first else ("", "")
+    different: dict[str, str] = {}  # the first record of each reason and detail
+    for example in counts.examples:
+        different.setdefault(_LINE.split(example, maxsplit=1)[-1], example)
+    raise DataError(
+        f"{dropped} of {first}{counts.read} records cannot be used",
+        where="; ".join([*different.values()][:_NAMED_EXAMPLES]) or path,
+        got=f"{counts.read} records{rest}; dropped: {reasons}",
+        expected=f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
+        remedy=remedy,
+    )
+
+
+def _remedy(
+    reason: str,
+    counts: DataCounts,
+    path: str,
+    config: DataConfig,
+    lengths: Callable[[], Sequence[SourceLengths]] | None,
+) -> str:
+    """Return what to do about the most frequent reason, with the words for this source."""
     remedy = reason_remedy(reason)
     if reason == "unknown_format":
         remedy = _with_columns(path, config, counts.examples)
@@ -250,23 +287,14 @@ def check_counts(
         remedy = f"set {fitting}"
     elif "data.max_length" in remedy:
         remedy += f" (data.max_length is {config.max_length})"
-    if counts.kept:
-        remedy += "; or raise data.max_bad_share if dropping these records is intended"
-    first, rest = ("the first ", " (the others were not looked at)") if of_first else ("", "")
-    raise DataError(
-        f"{dropped} of {first}{counts.read} records cannot be used",
-        where="; ".join(counts.examples[:_NAMED_EXAMPLES]) or path,
-        got=f"{counts.read} records{rest}; dropped: {reasons}",
-        expected=f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
-        remedy=remedy,
-    )
+    return remedy
 
 
 _SCORES = {"score", "scores", "rating", "rate", "reward", "helpfulness", "quality", "rank"}
 _NAMES = {
     "prompt": "prompt question query instruction input problem user post request",
     "chosen": "chosen good better best accepted preferred positive winner correct answer response",
-    "rejected": "rejected bad worse worst dispreferred negative loser incorrect wrong",
+    "rejected": "rejected bad worse worst dispreferred negative loser incorrect wrong non not",
     "completion": "completion answer response output reply text",
     "label": "label thumb vote feedback is_good liked",
     "images": "images image img imgs picture pictures pic pics photo photos screenshot",
@@ -286,7 +314,14 @@ def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> str
     sides = ("chosen", "rejected") if not _column("label", others) else ("completion", "label")
     if others != given and not _column(sides[1], others):
         return reason_remedy("no_ranking")
-    guessed = {field: _column(field, others) or "COLUMN" for field in ("prompt", *sides)}
+    # "non_preferred" has a word for the chosen side, too.
+    rejected = _column("rejected", others)
+    given_sides = {
+        "prompt": others,
+        sides[0]: [name for name in others if name != rejected],
+        sides[1]: others,
+    }
+    guessed = {field: _column(field, names) or "COLUMN" for field, names in given_sides.items()}
     guessed |= {"images": pictures} if (pictures := _image_column(given)) else {}
     known = (re.search(r"; set columns: \{(.*)\}\)$", example) for example in examples)
     named = next((match.group(1) for match in known if match), None)

@@ -44,7 +44,7 @@ from dpo_dist.data.read.messages import (
     spelled_messages,
 )
 from dpo_dist.data.read.sources import local_files, pin_source, raw_records
-from dpo_dist.data.read.values import from_json, to_number
+from dpo_dist.data.read.values import from_json, has_value, to_number
 from dpo_dist.data.records import (
     IMAGE,
     MAX_RECORD_BYTES,
@@ -69,7 +69,7 @@ _RESPONSE_FAULTS = {
     "empty_response",
     "identical_responses",
 }
-_RESPONSE_FAULTS |= {"no_ranking", "all_tied", "invalid_scores", "invalid_numbers"}
+_RESPONSE_FAULTS |= {"unknown_label", "no_ranking", "all_tied", "invalid_scores", "invalid_numbers"}
 _MAX_SHOWN_KEYS = 12
 # A record with only these fields has its prompt inside the sides.
 _BESIDE_SIDES = frozenset((*SIDE_NAMES, *PAIR_SCORE_FIELDS, OTHERS))
@@ -158,6 +158,8 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
         row = next((row for row in FORMATS.values() if row.matches and row.matches(record)), None)
     if row is None:
         raise _unknown_format(record)
+    if row.read not in _READS_TEXT:
+        record = _with_prompt_outside(record)
     content = row.content(record)
     if name is DataFormat.auto:
         _check_no_other(record, content)
@@ -191,6 +193,29 @@ class Format(NamedTuple):
     content: Callable[[Fields], Content]
     read: Reader | None = None
     matches: Callable[[Fields], bool] | None = None
+
+
+_READS_TEXT = (read_text, read_implicit, read_hh)
+
+
+def _with_prompt_outside(record: Fields) -> Fields:
+    """Return a record with the fields of a prompt that is an object of messages, tools and others.
+
+    So OpenAI writes preferences: {input: {messages, tools}, preferred_output, non_preferred_output}.
+    """
+    for field in ("prompt", *QUESTIONS):
+        paths = nested_conversation(field, record.get(field))
+        if not paths:
+            continue
+        inner, outer = from_json(record[field]), {name: record[name] for name in record if name != field}
+        messages = paths.pop(field).rpartition(".")[2]
+        inner = {"prompt" if name == messages else name: inner[name] for name in inner}
+        if twice := [name for name in inner if has_value(outer.get(name)) and has_value(inner[name])]:
+            raise UnusableRecordError(
+                "ambiguous_format", f"also in {field}: {', '.join(map(shown_key, twice))}"
+            )
+        return outer | {name: value for name, value in inner.items() if has_value(value)}
+    return record
 
 
 def _check_no_other(record: Fields, content: Content) -> None:
@@ -295,6 +320,8 @@ def _with_values(record: Fields, name: DataFormat) -> Fields:
             read[field] = listed
         elif field in _SPELLED and not is_text:
             read[field] = spelled = spelled_messages(value)
+            if field in ("prompt", *QUESTIONS):
+                continue  # see `_with_prompt_outside`
             if spelled[:1] == "{" if isinstance(spelled, str) else isinstance(spelled, Mapping):
                 nested |= nested_conversation(field, spelled)
     if nested:

@@ -404,6 +404,10 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
     if loss.is_unpaired:
         remedy = "give each response a label: true or false, 1 or 0; data.unpair=true takes pairs apart"
         check(~is_labelled, "no single response with a label", remedy)
+        # Read alone, 0 is bad; beside -1 it is perhaps neutral.
+        of = np.repeat(np.arange(len(dataset.source_pairs)), dataset.source_pairs)
+        remedy = "let a reader of the source return true, false, or None for a record to drop (docs/data.md)"
+        check((best == 0) & np.isin(of, of[best == -1]), "labels of 0 and of -1 in one source", remedy)
         return
     remedy = "set loss=kto; if the label does not judge the response, ignore it: columns: {label: null}"
     check(is_labelled, "one response with a label, good or bad", remedy)

@@ -22,6 +22,7 @@ from dpo_dist.foundation.types import Fields
 
 _SYSTEMS = ("system", "system_prompt")
 _ARGUMENTS = "chat_template_kwargs"
+_SCHEMAS = ("input_schema", "inputSchema")  # of Anthropic and of MCP
 # Parts of the question in some datasets, which the prompt must contain. No format adds `context` to it.
 _QUESTION_FIELDS = ("instruction", *QUESTIONS, "context")
 _SIDES = ("chosen", "rejected")
@@ -111,14 +112,24 @@ def _tools(value: Any) -> tuple[Fields, ...]:
     """Return definitions of tools, each as `{type: function, function: {name, ...}}` if it has a name."""
     spelled = from_json(without_nulls(value))
     tools = list(map(from_json, spelled)) if isinstance(spelled, list) else [spelled]
+    read: list[Fields] = []
     for tool in tools:
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name", ""), str):
             raise UnusableRecordError("invalid_tools", "a tool or its name is no JSON of that kind")
-    return tuple(
-        {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool
-        for tool in tools
-    )
+        if "function" in tool:
+            read.append({**tool, "function": _function(function)})
+        else:
+            read.append({"type": "function", "function": _function(tool)} if "name" in tool else tool)
+    return tuple(read)
+
+
+def _function(fields: Fields) -> Fields:
+    """Return the definition of a function; the schema of its arguments is in `parameters`."""
+    schema = next((name for name in _SCHEMAS if has_value(fields.get(name))), None)
+    if schema is None or has_value(fields.get("parameters")):
+        return fields
+    return {"parameters" if name == schema else name: fields[name] for name in fields if name != "parameters"}
 
 
 def _arguments(record: Fields) -> Fields:

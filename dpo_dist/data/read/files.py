@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 
 from dpo_dist.data.read.images import as_file
-from dpo_dist.data.read.values import BAD, GOOD, NOT_UTF8, parse_json, without_nulls
+from dpo_dist.data.read.values import ARGUMENTS, NOT_UTF8, parse_json, without_nulls
 from dpo_dist.data.records import MAX_RECORD_BYTES, BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError, first_line
 from dpo_dist.foundation.files import staged_file, text_digest, write_text
@@ -43,9 +43,9 @@ _LINE_BYTES = 64
 _MAX_EXPANSION = 100
 # An Arrow array of texts holds less than 2**31 bytes; Python needs a multiple of it.
 _MAX_BATCH_BYTES = 2**28
-_ARGUMENTS = ("arguments", "parameters")
 SUFFIXES = (*_KINDS, *_COMPRESSIONS)
 _EXTENSION = b"ARROW:extension:name"
+_LISTS = ("List", "LargeList", "Sequence")  # of `datasets`' features
 
 
 def file_kind(file: PurePath) -> str | None:
@@ -156,10 +156,11 @@ def dataset_rows(dataset: Any, *, reads_files: bool = False) -> Iterator[Any]:
 def _table_rows(tables: Iterable[Any]) -> Iterator[Any]:
     """Yield the rows of Arrow tables: JSON parsed, labels as words, tool arguments without added nulls."""
     for table in tables:
-        parsers = _json_parsers(table.schema) | _class_parsers(table.schema)
+        parsers, class_names = _json_parsers(table.schema), _class_names(table.schema)
         for row in map(_with_given_arguments, table.to_pylist()):
             try:
-                yield _with_parsed_json(row, parsers) if parsers else row
+                parsed = _with_parsed_json(row, parsers) if parsers else row
+                yield class_names(parsed) if class_names else parsed
             except ValueError as fault:
                 yield ValueError(f"JSON in a column: {fault}")
 
@@ -167,8 +168,10 @@ def _table_rows(tables: Iterable[Any]) -> Iterator[Any]:
 def _with_given_arguments(value: Any) -> Any:
     """Return a table's value without the nulls that the table adds to the arguments of tool calls."""
     if isinstance(value, Mapping):
+        # An `input` without a name is no call but a part of the prompt.
+        names = ARGUMENTS if "name" in value else ARGUMENTS[:2]
         return {
-            name: without_nulls(item) if name in _ARGUMENTS else _with_given_arguments(item)
+            name: without_nulls(item) if name in names else _with_given_arguments(item)
             for name, item in value.items()
         }
     return [_with_given_arguments(item) for item in value] if isinstance(value, list) else value
@@ -404,13 +407,34 @@ def _with_parsed_json(fields: Any, parsers: Mapping[str, Callable[[Any], Any]]) 
     return {name: parsers[name](value) if name in parsers else value for name, value in fields.items()}
 
 
-def _class_parsers(schema: pyarrow.Schema) -> dict[str, Callable[[Any], Any]]:
-    """Return by name a function from a label's number in `datasets`, in any order, to its word."""
-    known = {*GOOD, *BAD}
+def _class_names(schema: pyarrow.Schema) -> Callable[[Any], Any] | None:
+    """Return a function from a row of `datasets` to the same with names of classes in place of numbers.
+
+    The number of a class says nothing: `class_encode_column` sorts names, so that "correct" is 0. None: no
+    column has classes.
+    """
     try:
-        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        given = {name: feature["names"] for name, feature in features.items() if "names" in feature}
-        words = {name: dict(enumerate(of)) for name, of in given.items() if known & {*map(str.lower, of)}}
-    except (KeyError, TypeError, AttributeError, ValueError):  # a dataset's author may write anything there
-        return {}
-    return {name: numbered.get for name, numbered in words.items()}
+        return _class_parser(parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"])
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RecursionError,
+    ):  # a dataset's author may write anything there
+        return None
+
+
+def _class_parser(feature: Any) -> Callable[[Any], Any] | None:
+    kind, names, item = map(feature.get, ("_type", "names", "feature"))
+    if kind == "ClassLabel":
+        named = dict(enumerate(names))
+        return lambda value: named.get(value) if isinstance(value, int) else value
+    if kind in _LISTS:
+        parse = _class_parser(item)
+        return parse and (lambda items: list(map(parse, items)) if isinstance(items, list) else items)
+    inner = {name: value for name, value in feature.items() if isinstance(value, Mapping)}
+    parsers = {name: parse for name, value in inner.items() if (parse := _class_parser(value)) is not None}
+    if not parsers:
+        return None
+    return lambda fields: _with_parsed_json(fields, parsers) if isinstance(fields, Mapping) else fields

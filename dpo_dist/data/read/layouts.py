@@ -1,11 +1,16 @@
 """Layouts of records: where a pair, a ranking or a single response has its prompt and responses."""
 
 import itertools
+import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from dpo_dist.data.read.messages import (
     CONVERSATIONS,
+    IMAGES,
+    TOOLS,
+    WEIGHTS,
     check_no_media,
     given_images,
     has_more,
@@ -13,8 +18,8 @@ from dpo_dist.data.read.messages import (
     message_role,
     spelled_messages,
 )
-from dpo_dist.data.read.values import BAD, GOOD, finite_numbers, from_json, has_value
-from dpo_dist.data.records import FIRST_TURN, UnusableRecordError
+from dpo_dist.data.read.values import BAD, GOOD, finite_numbers, from_json, has_value, to_number
+from dpo_dist.data.records import FIRST_TURN, UnusableRecordError, shown_key
 from dpo_dist.foundation.types import Fields
 
 
@@ -72,6 +77,7 @@ _PAIRS = (
     ("chosen_messages", "rejected_messages"),
     ("response_chosen", "response_rejected"),
     ("chosen_response", "rejected_response"),
+    ("preferred_output", "non_preferred_output"),
     ("response", "rejected_response"),
     ("messages", "rejected_messages"),
     ("messages", "rejected_response"),
@@ -138,8 +144,28 @@ def _pair_scores(record: Fields) -> tuple[float, ...] | None:
 LISTS = ("responses", "completions", "output")
 _TEXTS = ("content", "text", "response", "answer")
 _SCORES = ("score", "fine-grained_score", "overall_score", "rating", "reward")
-# Fields with an order of the responses that no format reads.
+# Fields with an order of the responses that no format reads, whatever their values.
 _ORDERS = ("rank", "ranks", "reward", "rewards", "rating", "ratings", "label", "labels", "choice")
+# Words in names of fields that say which response is better. A list of numbers, one for each response, needs
+# no such word: it is nearly always an order.
+_ORDER_WORD = re.compile(
+    "(rank|order|best|better|wors|prefer|pref|cho[so]|choice|select|pick|(up|down)?vote|scor|rating|reward|"
+    r"(in)?correct|wrong|label|grad|judg|verdict|decision|elo|quality|accept|reject|gold)\w{0,5}|"
+    "win(s|ner|ners|ning)?|(dis)?like[sd]?"
+)
+# Words in names of numbers that are no judgement.
+_NO_ORDER_WORD = re.compile(
+    "(id|index|idx|seed|time|timestamp|date|year|version|created|length|token|char|word|byte|size|turn|"
+    "temperature|latency|duration|second|cost|price|count|position|step|epoch|page)s?|top|uuid|len|num"
+)
+# Fields of the prompt, and of a pair, which the source's format ignores.
+_OTHER_FIELDS = {"prompt", "instruction", "system", "system_prompt", "history", *QUESTIONS, *CONVERSATIONS}
+_OTHER_FIELDS |= {*TOOLS, *IMAGES, *SIDE_NAMES, *PAIR_SCORE_FIELDS[:-1]}  # `metadata` may have an order
+_MESSAGE_FIELDS = ("role", "from", "value", "name")
+# A text that names one of several responses: "B", "2", "response_b", "Assistant 1".
+_POINTER = re.compile(
+    r"((response|answer|completion|output|assistant|model|candidate|option)[ _-]?)?([a-z]|\d+)"
+)
 
 
 def has_ranking(record: Fields) -> bool:
@@ -166,8 +192,7 @@ def ranking(record: Fields) -> Content:
         raise UnusableRecordError("missing_field", f"a response in {name}")
     if scores is not None and scores[0] == scores[-1]:
         raise UnusableRecordError("all_tied", f"all scores are {scores[0]:g}")
-    unread = [field for field in _ORDERS if has_value(record.get(field))]
-    if scores is None and unread:
+    if scores is None and (unread := _unread_orders(record, name, items)):
         detail = f"an order of the responses in {', '.join(unread)}; write `scores`: higher is better"
         raise UnusableRecordError("unread_content", detail, tuple(unread))
     by_rank = {f"rank {rank}": spelled_messages(text) for rank, text in enumerate(responses, start=1)}
@@ -197,6 +222,67 @@ def _sorted(items: list[Any], scores: Any) -> tuple[list[Any], tuple[float, ...]
     return items, numbers
 
 
+def _unread_orders(record: Fields, name: str, items: list[Any]) -> list[str]:
+    """Return the fields of a record, or of its responses in `name`, that may tell which is better."""
+    ends = [item[-1] if isinstance(item, list) and item else item for item in items]
+    texts = [_first(end, _TEXTS) if isinstance(end, Mapping) else end for end in ends]
+    found = _orders_inside(ends)
+    for field, value in record.items():
+        if field not in _OTHER_FIELDS | {name} and has_value(value):
+            found += [field] if field in _ORDERS or _has_order(field, from_json(value), texts) else []
+    return list(map(shown_key, found))
+
+
+def _has_order(name: str, value: Any, texts: list[Any]) -> bool:
+    """Return whether a field beside a list of responses with these texts may tell their order."""
+    is_named = _has_word(name, _ORDER_WORD)
+    if isinstance(value, Mapping):
+        return any(_has_order(f"{name} {key}", inner, texts) for key, inner in value.items())
+    if isinstance(value, list):
+        if len(value) != len(texts):
+            return is_named and _are_pointers(value)
+        return _is_order(name, value) or bool(_orders_inside(value))
+    if isinstance(value, str):
+        pointer = _POINTER.fullmatch(value.strip().lower())
+        return is_named or (pointer is not None and pointer[1] is not None) or value in texts[1:]
+    return is_named and value in range(len(texts) + 1) and not isinstance(value, bool)
+
+
+def _orders_inside(items: list[Any]) -> list[str]:
+    """Return the fields of objects, one for each response, whose values may tell their order."""
+    objects = [item if isinstance(item, Mapping) else {} for item in items]
+    names = set(itertools.chain(*objects)) - {*_TEXTS, *WEIGHTS, *_MESSAGE_FIELDS}
+    return sorted(
+        name for name in map(str, names) if _is_order(name, [fields.get(name) for fields in objects])
+    )
+
+
+def _is_order(name: str, values: list[Any]) -> bool:
+    """Return whether values, one for each response, may be an order: judgements, or numbers that differ."""
+    if all(value == values[0] for value in values):
+        return False
+    are_numbers = not any(isinstance(value, list) for value in values) and _are_pointers(values)
+    return _has_word(name, _ORDER_WORD) or (are_numbers and not _has_word(name, _NO_ORDER_WORD))
+
+
+def _are_pointers(values: list[Any]) -> bool:
+    """Return whether all values are numbers, flags, or names of responses, perhaps in lists."""
+    return all(
+        _are_pointers(value)
+        if isinstance(value, list)
+        else _POINTER.fullmatch(value.strip().lower()) is not None or math.isfinite(to_number(value))
+        if isinstance(value, str)
+        else value is None or isinstance(value, bool | int | float)
+        for value in values
+    )
+
+
+def _has_word(name: Any, pattern: re.Pattern[str]) -> bool:
+    """Return whether a word in a field's name, also in camel case, fits a pattern."""
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", str(name))
+    return any(pattern.fullmatch(word.lower()) for word in words)
+
+
 def _own_score(response: Fields) -> Any:
     """Return the score inside a response, or the negative of its rank (1 is the best)."""
     score, rank = _first(response, _SCORES), response.get("rank")
@@ -211,14 +297,25 @@ LABEL_FIELDS = ("label", "kto_tag")
 
 
 def is_labelled(record: Fields) -> bool:
-    """Return whether a record is a single response with a good/bad label, as for KTO."""
-    return bool(_labels_of(record)) and not has_pair(record) and not has_ranking(record)
+    """Return whether a record is a single response with a label, as for KTO.
+
+    A label that is neither good nor bad counts only beside a response: many tables have a column `label`.
+    """
+    words = _label_words(record)
+    is_label = has_completion(record) if words.isdisjoint(GOOD + BAD) else True
+    return bool(words) and is_label and not has_pair(record) and not has_ranking(record)
+
+
+def _label_words(record: Fields) -> set[str]:
+    """Return the labels of a record, as `GOOD` and `BAD` are written."""
+    given = (str(record[name]).strip().lower() for name in LABEL_FIELDS if record.get(name) is not None)
+    return {"_".join(word.replace("-", " ").split()) if word[:1].isalpha() else word for word in given} - {""}
 
 
 def _labels_of(record: Fields) -> set[float]:
-    """Return the different labels of a record: 1 for good, 0 for bad."""
-    words = {str(record.get(name)).strip().lower() for name in LABEL_FIELDS}
-    return {float(word in GOOD) for word in words.intersection(GOOD + BAD)}
+    """Return the different labels of a record: 1 for good, 0 for bad, -1 for a bad one that is written so."""
+    known = _label_words(record).intersection(GOOD + BAD)
+    return {1.0 if word in GOOD else -1.0 if word.startswith("-") else 0.0 for word in known}
 
 
 def is_response(record: Fields, name: str) -> bool:
@@ -240,7 +337,7 @@ def has_completion(record: Fields) -> bool:
 def completion(record: Fields) -> Content:
     """Return the one response: `completion`, the end of a conversation, `output`, or `chosen`.
 
-    A label, if the record has one, is its score: 1 for good, 0 for bad.
+    A label, if the record has one, is its score: 1 for good, 0 or -1 for bad.
     """
     labels = _labels_of(record) if is_labelled(record) else set[float]()
     if len(labels) > 1:
@@ -256,7 +353,8 @@ def completion(record: Fields) -> Content:
 
 def labelled(record: Fields) -> Content:
     """Return the one response of a record, with its label as score."""
+    content = completion(record)
     if not _labels_of(record):
-        known = f"{', '.join(GOOD)} or {', '.join(BAD)}"
-        raise UnusableRecordError("invalid_scores", f"{' or '.join(LABEL_FIELDS)} is none of {known}")
-    return completion(record)
+        words = [shown_key(record[name]) for name in LABEL_FIELDS if record.get(name) is not None]
+        raise UnusableRecordError("unknown_label", " and ".join(words) or f"no {' or '.join(LABEL_FIELDS)}")
+    return content

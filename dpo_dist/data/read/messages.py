@@ -2,11 +2,12 @@
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from dpo_dist.data.read.values import from_json, has_value, without_nulls
+from dpo_dist.data.read.values import ARGUMENTS, from_json, has_value, without_nulls
 from dpo_dist.data.records import (
     FIRST_TURN,
     IMAGE,
@@ -17,6 +18,7 @@ from dpo_dist.data.records import (
     Prompt,
     Response,
     UnusableRecordError,
+    shown_key,
 )
 from dpo_dist.foundation.types import Fields
 
@@ -30,6 +32,10 @@ ROLES = {
 }
 # In turns with these roles the content is a tool call, as JSON.
 CALLING = ("function_call", "tool_call")
+# Keys of a call that are none of its arguments.
+_BESIDE_ARGUMENTS = ("name", "function", "id", "call_id", "tool_call_id", "type", "index", "status")
+# Other keys of a message or a part with a list or an object of calls, such as `functionCall`.
+_CALLS = re.compile("call|tool_?use", re.IGNORECASE)
 _PLAIN_ROLES = (*ROLES, "system", "developer", "user", "assistant", "tool")
 _ALL_ROLES = (*_PLAIN_ROLES, *CALLING)
 _THOUGHTS = {
@@ -39,7 +45,7 @@ _THOUGHTS = {
 }
 # A text that is one message in JSON has these fields only; a response may be an object with more.
 _BARE_MESSAGES = ({"role", "content"}, {"from", "value"})
-_WEIGHTS = ("loss_weight", "loss", "weight", "loss_scale", "train", "training")
+WEIGHTS = ("loss_weight", "loss", "weight", "loss_scale", "train", "training")
 # Weights of parts of a turn, or with an unclear meaning.
 _UNREAD_WEIGHTS = ("mask", "train_detail", "training_detail")
 # Thoughts and calls of gpt-oss; other channels do not split a turn.
@@ -139,6 +145,7 @@ def _read_message(fields: Fields) -> Message:
         raise UnusableRecordError("unread_content", "a message has a role that is not read", ("role",))
     if fields.get("channel") in _UNREAD_CHANNELS:
         raise UnusableRecordError("unread_content", "a message has another channel than final", ("channel",))
+    _check_no_calls(fields, ("tool_calls", "function_call"))
     calls: list[Fields] = []
     if role in CALLING:
         role, content, calls = "assistant", "", _tool_calls(content)
@@ -155,6 +162,15 @@ def _read_message(fields: Fields) -> Message:
     if calls:
         extra["tool_calls"] = calls
     return Message(ROLES.get(role, role), text, extra, _is_trained(fields))
+
+
+def _check_no_calls(fields: Fields, known: Sequence[str]) -> None:
+    """Check that a message or a part has no calls under other names than the `known` ones."""
+    others = [name for name in fields if name not in known and _CALLS.search(str(name))]
+    unread = [name for name in others if isinstance(from_json(without_nulls(fields[name])), list | Mapping)]
+    if unread := [name for name in unread if has_value(without_nulls(fields[name]))]:
+        names = tuple(map(shown_key, unread))
+        raise UnusableRecordError("unread_content", f"a message has {', '.join(names)}", names)
 
 
 def _joined(parts: Sequence[tuple[str, Any]]) -> tuple[str, dict[str, Any]]:
@@ -176,6 +192,7 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
             continue
         names = (kind, "text", "value") if kind in _PARTS else ()
         value = next((fields[name] for name in names if fields.get(name) is not None), None)
+        _check_no_calls(fields, CALLING if kind == "tool_call" else ())
         if kind != "tool_call" and not isinstance(value, str):
             media = [name for name in MEDIA if name in str(kind).split("_")]
             detail = f"a message has content of type {str(kind)!r} that is not text"
@@ -216,19 +233,28 @@ def _tool_calls(value: Any) -> list[Fields]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise UnusableRecordError("invalid_tool_call", "a tool call does not name a function")
-        arguments = function.get("arguments", function.get("parameters"))
-        arguments = from_json(arguments) if has_value(arguments) else {}
-        if not isinstance(arguments, Mapping):
-            raise UnusableRecordError("invalid_tool_call", "the arguments of a call are not a JSON object")
+        arguments = _arguments({**call, **function})
         kept = {"id": call["id"]} if has_value(call.get("id")) else {}
         called = {"name": function["name"], "arguments": arguments}
         read.append({**kept, "type": "function", "function": called})
     return read
 
 
+def _arguments(call: Fields) -> Fields:
+    """Return the arguments of a call; of one without arguments an empty object."""
+    given = [from_json(call[name]) for name in ARGUMENTS if has_value(call.get(name))]
+    if not all(isinstance(arguments, Mapping) and arguments == given[0] for arguments in given):
+        raise UnusableRecordError("invalid_tool_call", "the arguments of a call are not one JSON object")
+    unread = [name for name in call if name not in (*ARGUMENTS, *_BESIDE_ARGUMENTS) and has_value(call[name])]
+    if unread and all(call.get(name) is None for name in ARGUMENTS):
+        detail = f"a call has no arguments, but {', '.join(map(shown_key, unread))}"
+        raise UnusableRecordError("invalid_tool_call", detail)
+    return given[0] if given else {}
+
+
 def _is_trained(fields: Fields) -> bool | None:
     """Return the weight of a message in the loss, 0 or 1, as a bool; None without one."""
-    given = {name: fields[name] for name in _WEIGHTS if fields.get(name) is not None}
+    given = {name: fields[name] for name in WEIGHTS if fields.get(name) is not None}
     unclear = [name for name in _UNREAD_WEIGHTS if fields.get(name) is not None]
     unclear += [name for name, weight in given.items() if weight not in (0, 1)]
     if unclear or len(set(map(bool, given.values()))) > 1:

@@ -9,9 +9,17 @@ from typing import Any
 from dpo_dist.data.records import UnusableRecordError
 
 _EMPTY_TEXTS = ("", "[]", "{}", "null")
-GOOD = ("1", "1.0", "true", "good", "chosen", "desirable")
-BAD = ("0", "0.0", "-1", "-1.0", "false", "bad", "rejected", "undesirable")
-"""Labels of single responses, in lower case."""
+# Labels of single responses, in lower case, each with its opposite.
+_LABELS = """1/0 1.0/0.0 1/-1 1.0/-1.0 true/false yes/no good/bad chosen/rejected desirable/undesirable
+accept/reject accepted/rejected approve/disapprove approved/disapproved correct/incorrect right/wrong
+helpful/unhelpful like/dislike liked/disliked pass/fail passed/failed pos/neg positive/negative
+preferred/dispreferred safe/unsafe satisfactory/unsatisfactory acceptable/unacceptable thumbs_up/thumbs_down
+up/down upvote/downvote upvoted/downvoted valid/invalid"""
+GOOD, BAD = (
+    tuple(dict.fromkeys(words)) for words in zip(*(p.split("/") for p in _LABELS.split()), strict=True)
+)
+ARGUMENTS = ("arguments", "parameters", "args", "input", "action_input", "tool_input", "kwargs", "params")
+"""Keys with the arguments of a tool call: of OpenAI, Llama, LangChain and Gemini, Anthropic, agents."""
 NOT_UTF8 = "not UTF-8"
 
 

@@ -31,6 +31,7 @@ from dpo_dist.data.counts import (
     counts_in_one_line,
     named_in_one_line,
     read_in_words,
+    two_forms,
 )
 from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.encoded.columns import dataset_columns, key_order
@@ -63,7 +64,7 @@ class _FirstRecords(NamedTuple):
     """What the first records of a source are."""
 
     text: str  # counts in words
-    unread: str  # fields that no format reads
+    notes: list[tuple[str, str]]  # lines about fields that no format reads, and about two forms
     tokens: float  # of an example, on average
     counts: DataCounts
     prompts: npt.NDArray[np.uint64]  # the `prompt_hash` of each example
@@ -211,7 +212,7 @@ def _data(
         for index, source in enumerate(sources):
             name = f"{key}[{index}]"
             found = _first_records(source, name, config.data, config.loss, tokenizer, processor)
-            lines += [(name, found.text), *([("  not read", found.unread)] if found.unread else [])]
+            lines += [(name, found.text), *found.notes]
             looked_at[key].append(found)
         if processor is not None and sources and not any(found.has_images for found in looked_at[key]):
             lines.append(("  warning", f"none of these records has an image: {NO_IMAGE}"))
@@ -256,5 +257,7 @@ def _first_records(
     ]
     read = (record for record in records if isinstance(record, PreferenceRecord))
     unread = named_in_one_line(itertools.chain.from_iterable(record.unread for record in read))
+    notes = [("  not read", unread)] if unread else []
+    notes += [("  warning", warning) for warning in two_forms(counts.numbers())]
     text, prompts = "; ".join(filter(None, parts)), np.asarray(dataset.prompt_hashes[:], np.uint64)
-    return _FirstRecords(text, unread, tokens, counts, prompts, has_images(table))
+    return _FirstRecords(text, notes, tokens, counts, prompts, has_images(table))

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,24 @@ def good(path: str | Path, **options: Any) -> PreferenceRecord:
 def test_fields_are_read_from_the_columns_given(tmp_path: Path, record: Any, columns: Any) -> None:
     found = good(jsonl(tmp_path, record), columns=columns)
     assert (found.prompt, found.responses) == ("q", ("yes", "never"))
+
+
+def test_preferences_of_openai_are_read_with_and_without_columns(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    record = {
+        "input": {
+            "messages": [{"role": "user", "content": "q"}],
+            "tools": tools,
+            "parallel_tool_calls": True,
+        },
+        "preferred_output": [{"role": "assistant", "content": "yes"}],
+        "non_preferred_output": [{"role": "assistant", "content": "never"}],
+    }
+    columns = {"prompt": "input.messages", "tools": "input.tools"}
+    columns |= {"chosen": "preferred_output", "rejected": "non_preferred_output"}
+    found, named = good(file := jsonl(tmp_path, record)), good(file, columns=columns)
+    assert found == replace(named, unread=("parallel_tool_calls",))
+    assert (found.tools, found.responses) == (tuple(tools), ("yes", "never"))
 
 
 @pytest.mark.parametrize(
@@ -142,6 +161,17 @@ def test_an_entry_names_file_and_columns(tmp_path: Path) -> None:
     assert source_labels([SourceConfig(str(folder), name="mine")]) == ["mine"]
 
 
+@pytest.mark.parametrize(
+    ("limit", "samples", "records"), [(2, 3, 2), (3, 2, 2), (None, 3, 3), (2, None, 2), (None, None, 4)]
+)
+def test_the_smaller_of_an_entrys_samples_and_the_limit_counts(
+    tmp_path: Path, limit: int | None, samples: int | None, records: int
+) -> None:
+    jsonl(tmp_path, *[RECORD] * 4)
+    folder = registry(tmp_path, mine=FILE | ({} if samples is None else {"num_samples": samples}))
+    assert len(read(folder, name="mine", limit=limit)) == records
+
+
 def test_turns_of_an_entry_have_its_tags(tmp_path: Path) -> None:
     sides = {"good": assistant("yes"), "bad": assistant("no")}
     jsonl(tmp_path, {"talk": [user("q")], **sides, "defs": '[{"name": "f"}]'})
@@ -204,6 +234,10 @@ def test_a_description_of_another_program_is_no_registry(tmp_path: Path) -> None
     [
         ("question good bad", "{prompt: question, chosen: good, rejected: bad}"),
         ("Id user_query best_answer worst_answer", None),
+        (
+            "non_preferred question preferred",
+            "{prompt: question, chosen: preferred, rejected: non_preferred}",
+        ),
         ("instruction_text reply thumb", "{prompt: instruction_text, completion: reply, label: thumb}"),
         ("a b c", "{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}"),
         (

@@ -136,6 +136,18 @@ def test_examples_of_no_use_to_the_loss_are_listed() -> None:
     assert raised.value.got.startswith("no scores")
 
 
+def test_a_label_of_0_beside_minus_1_is_no_bad_response(tmp_path: Path) -> None:
+    def labelled(name: str, *labels: int) -> str:
+        rows = ({"prompt": f"{name} {label}", "completion": "a", "label": label} for label in labels)
+        return file_of(tmp_path, name, *rows)
+
+    kto, one, three = LossConfig(LossKind.kto), labelled("one", 1, 0), labelled("three", 1, 0, -1)
+    check_fits_loss(opened(tmp_path, one, labelled("other", -1, 1)), kto)
+    with pytest.raises(DataError, match="kto cannot use 1 of 5 examples") as raised:
+        check_fits_loss(opened(tmp_path, one, three), kto)
+    assert raised.value.where == f"{three}:2"
+
+
 SCORED = {"low": 1, "mid": 4, "tie": 1, "top": 7}
 ROWS = [
     {"prompt": "one", "responses": ["best", "middle", "worst"]},
@@ -259,6 +271,14 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
     assert "10 of 11 records kept" in lines[0]
     assert lines[1] == "  1 dropped (missing_field): a prompt or response is missing"
     assert f"of records-2 ({second}): 3 of 4 records kept, 1 missing_field: text" in "\n".join(lines)
+
+
+def test_a_source_in_two_forms_is_a_warning(tmp_path: Path) -> None:
+    mixed = [*GOOD, GOOD[0] | {"system": "Be kind."}]
+    for rows, warning in ((GOOD, []), (mixed, ["  warning: 7 of 8 records of this source are plain text, "])):
+        counts = opened(tmp_path, file_of(tmp_path, str(len(rows)), *rows)).counts
+        lines = [line for line in describe_counts("train", counts) if "warning" in line]
+        assert [line.partition("the others")[0] for line in lines] == warning
 
 
 def test_duplicates_are_counted(tmp_path: Path) -> None:

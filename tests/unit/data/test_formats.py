@@ -157,7 +157,7 @@ def test_fields_without_effect_are_accepted(fields: dict[str, Any], nothing: Any
         (TEXT | {"chosen_score": 3, "rejected_score": 2, "metadata": {"a": 1}, "scores": [1]}, "scores"),
         (RANKED | {"scores": [3, 2, 1], "label": "x", "output": "y"}, "label output"),
         (COMPLETION | {"label": True}, ""),
-        (COMPLETION | {"label": "physics", "score_chosen": 1}, "label score_chosen"),
+        (COMPLETION | {"topic": "physics", "score_chosen": 1}, "topic score_chosen"),
         (CHAT | {"tools": [{"name": "f"}], "rejected_tools": '[{"name": "f"}]', "system": "be kind"}, ""),
         (HH | {"prompt": "q", "idx": 3}, "idx"),
         *((TEXT | {"*": value, "vector": np.zeros(2)}, "* vector") for value in (3, "ab", [{}])),
@@ -254,10 +254,98 @@ def test_no_record_raises(seed: int) -> None:
         encode_records([found], config, generator.choice(tokenizers))
 
 
-def test_a_null_argument_is_kept_but_not_one_that_fills_a_table(tmp_path: Path) -> None:
+ARGUMENTS = {"city": "Oslo"}
+CALLS: dict[str, dict[str, Any]] = {
+    "OpenAI": {
+        "id": "c",
+        "type": "function",
+        "function": {"name": "weather", "arguments": '{"city": "Oslo"}'},
+    },
+    "a stream of OpenAI": {"index": 0, "function": {"name": "weather", "arguments": ARGUMENTS}},
+    "OpenAI, outside": {"function": {"name": "weather"}, "arguments": ARGUMENTS},
+    "LangChain": {"name": "weather", "args": ARGUMENTS, "id": "c", "type": "tool_call"},
+    "Anthropic": {"type": "tool_use", "id": "c", "name": "weather", "input": ARGUMENTS},
+    "Gemini": {"name": "weather", "args": ARGUMENTS},
+    "Responses": {
+        "type": "function_call",
+        "call_id": "c",
+        "name": "weather",
+        "arguments": '{"city": "Oslo"}',
+    },
+    "Llama": {"name": "weather", "parameters": ARGUMENTS},
+    "an agent": {"name": "weather", "action_input": '{"city": "Oslo"}'},
+    "another agent": {"name": "weather", "kwargs": ARGUMENTS},
+    "a table": {"name": "weather", "arguments": None, "args": ARGUMENTS, "payload": None},
+    "no arguments": {"name": "weather"},
+    "null": {"name": "weather", "arguments": None, "id": "c"},
+    "empty": {"name": "weather", "input": "{}", "extra_content": {"signature": "s"}},
+}
+BAD_CALLS: dict[str, dict[str, Any]] = {
+    "another key": {"name": "weather", "payload": ARGUMENTS},
+    "another key in the function": {"type": "function", "function": {"name": "weather", "arg": ARGUMENTS}},
+    "two arguments": {"name": "weather", "arguments": ARGUMENTS, "args": {"city": "Rome"}},
+    "a text": {"type": "custom", "name": "weather", "input": "ls"},
+    "a custom tool": {"type": "custom", "custom": {"name": "weather", "input": "ls"}},
+    "another name": {"action": "weather", "action_input": ARGUMENTS},
+}
+
+
+@pytest.mark.parametrize("name", CALLS | BAD_CALLS)
+@pytest.mark.parametrize("key", ["tool_calls", "function_call", "role", "part"])
+def test_the_arguments_of_a_call_are_read_or_the_record_is_bad(tmp_path: Path, name: str, key: str) -> None:
+    call = (CALLS | BAD_CALLS)[name]
+    turns = {
+        "tool_calls": assistant("I look.") | {"tool_calls": [call]},
+        "function_call": assistant("I look.") | {"function_call": call},
+        "role": {"role": "function_call", "content": json.dumps(call)},
+        "part": {"role": "assistant", "content": [{"type": "tool_call", "tool_call": call}]},
+    }
+    fields = {"prompt": [user("q")], "chosen": [turns[key]], "rejected": [assistant("no")]}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([fields]), table := tmp_path / "table.parquet")
+    for path in (jsonl(tmp_path, fields), str(table)):
+        [record] = read_records(path)
+        if name in BAD_CALLS:
+            assert isinstance(record, BadRecord)
+            assert record.reason == "invalid_tool_call"
+            continue
+        assert isinstance(record, PreferenceRecord), record
+        [read_call] = record.responses[0][0].fields["tool_calls"]  # type: ignore[union-attr]
+        expected = {} if name in ("no arguments", "null", "empty") else ARGUMENTS
+        assert read_call["function"] == {"name": "weather", "arguments": expected}
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        assistant("I look.") | {"functionCall": CALL},
+        assistant("I look.") | {"function_calls": [CALL]},
+        assistant("I look.") | {"toolCalls": json.dumps([CALL])},
+        assistant("I look.") | {"tool_call": CALL},
+        {"role": "assistant", "content": [{"type": "text", "text": "I look.", "functionCall": CALL}]},
+        {"role": "assistant", "content": [{"functionCall": CALL}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "I"}, CALLS["Anthropic"]]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "rain"}]},
+    ],
+)
+def test_a_call_that_no_format_reads_is_not_dropped_from_its_turn(turn: dict[str, Any]) -> None:
+    found = bad({"prompt": [user("q")], "chosen": [turn], "rejected": [assistant("no")]})
+    assert (found.reason, len(found.unread)) == ("unread_content", 1)
+
+
+@pytest.mark.parametrize("name", ["input_schema", "inputSchema"])
+def test_a_schema_of_another_name_becomes_the_parameters_of_a_tool(name: str) -> None:
+    tool = {"name": "weather", "parameters": None, name: {"type": "object"}}
+    for tools in ([tool], [{"type": "function", "function": tool}], json.dumps([tool])):
+        assert good(CHAT | {"tools": tools}).tools == TOOLS
+    both = TOOL | {name: {"type": "array"}}
+    assert good(CHAT | {"tools": [both]}).tools == ({"type": "function", "function": both},)
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "args", "input"])
+def test_a_null_argument_is_kept_but_not_one_that_fills_a_table(tmp_path: Path, key: str) -> None:
     arguments = {"city": "Oslo", "date": None}
     as_object, as_text = (
-        assistant("") | {"tool_calls": [{"function": CALL | {"arguments": given}}]}
+        assistant("") | {"tool_calls": [{"function": {"name": "weather", key: given}}]}
         for given in (arguments, json.dumps(arguments))
     )
     fields = {

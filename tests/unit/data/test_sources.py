@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import yaml
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.formats import check_source, read_records
@@ -308,24 +310,52 @@ def test_values_of_mixed_types_are_those_of_the_same_records_as_lines(tmp_path: 
 LABELLED = {"prompt": "q", "completion": "a"}
 
 
-@pytest.mark.parametrize(
-    ("names", "labels"),
-    [
-        (["Good", "bad"], [1.0, 0.0]),
-        (["desirable", "neutral", "undesirable"], [1.0, None, 0.0]),
-        (["no", "yes"], [0.0, 1.0]),
-    ],
+OPPOSITES = (
+    "correct/incorrect yes/no positive/negative like/dislike helpful/unhelpful safe/unsafe accept/reject "
+    "chosen/rejected good/bad true/false right/wrong pos/neg Thumbs-Up/thumbs_down pass/fail"
 )
-def test_labels_that_are_stored_as_numbers_are_read_as_their_words(
-    tmp_path: Path, names: list[str], labels: list[float | None]
-) -> None:
-    rows = [LABELLED | {"label": number} for number in range(len(names))]
-    table = datasets.Dataset.from_list(rows).cast_column("label", datasets.ClassLabel(names=names))
+
+
+@pytest.mark.parametrize("names", [names.split("/") for names in OPPOSITES.split()])
+def test_the_name_of_a_label_decides_not_its_number(tmp_path: Path, names: list[str]) -> None:
+    rows = [LABELLED | {"label": name, "nested": {"labels": [name]}} for name in names]
+    table = datasets.Dataset.from_list(rows).class_encode_column("label")
+    features = table.features | {"nested": {"labels": datasets.List(table.features["label"])}}
+    table = table.cast(datasets.Features(features))
     table.to_parquet(tmp_path / "a.parquet")
     table.save_to_disk(tmp_path / "saved")
-    for path in (tmp_path / "a.parquet", tmp_path / "saved", write_records(table, tmp_path, "data.train")):
-        found = [record for record in read_records(str(path)) if isinstance(record, PreferenceRecord)]
-        assert [record.scores and record.scores[0] for record in found] == labels
+    words = jsonl(tmp_path, *rows)
+    for path in (
+        tmp_path / "a.parquet",
+        tmp_path / "saved",
+        write_records(table, tmp_path, "data.train"),
+        words,
+    ):
+        for columns in (None, {"label": "nested.labels.0"}):
+            found = read_records(SourceConfig(str(path), columns=columns))
+            assert [record.scores for record in found] == [(1,), (0,)]  # type: ignore[union-attr]
+
+
+def test_an_error_lists_labels_that_it_does_not_know_and_its_remedy_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["awful", "awful", "awful", "awful", "splendid"]
+    table = datasets.Dataset.from_list([LABELLED | {"label": name} for name in names])
+    table.class_encode_column("label").to_parquet(file := tmp_path / "a.parquet")
+    source = SourceConfig(str(file))
+    with pytest.raises(DataError) as raised:
+        check_source(source, DataConfig(train=[source]))
+    assert "awful" in raised.value.where
+    assert "splendid" in raised.value.where
+    reader, code, ignored = re.findall(r"reader: (\w+:\w+).*`(.*)`.*columns: (\{.*?\})", raised.value.remedy)[
+        0
+    ]
+    (tmp_path / "labels.py").write_text(code.replace("GOOD", "splendid"))
+    monkeypatch.chdir(tmp_path)
+    found = read_records(SourceConfig(str(file), reader=reader))
+    assert [record.scores for record in found] == [*[(0,)] * 4, (1,)]  # type: ignore[union-attr]
+    found = read_records(SourceConfig(str(file), columns=yaml.safe_load(ignored)))
+    assert {record.scores for record in found} == {None}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("text", [b"[", b"[]", b'{"info": {"features": {"label": {"names": 3}}}}'])

@@ -243,6 +243,16 @@ def test_a_check_says_what_is_wrong_with_the_data(
     assert dry_run(config, trains=False).verdict == passed
 
 
+def test_a_check_warns_of_a_source_in_two_forms(assets: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q {n}", "chosen": "good", "rejected": "bad", "system": "kind" * n} for n in range(2)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "chat.jinja").write_text(tiny.LLAMA3)
+    words = [f"data.train=[{tmp_path}/data.jsonl]", f"data.chat_template={tmp_path}/chat.jinja"]
+    warned = "1 of 2 records of this source are plain text"
+    assert warned in str(dry_run(run_of(assets, tmp_path, *words)))
+    assert warned not in str(dry_run(run_of(assets, tmp_path, *words, "data.text_as_messages=true")))
+
+
 def test_a_check_names_what_is_not_read_and_counts_numbers_of_the_loss(assets: Path, tmp_path: Path) -> None:
     others = {f"field_{n}": n for n in range(14)} | {"a text " * 9: 1}
     record = {"prompt": "q", "chosen": "good", "rejected": "bad", "margin": 1, "votes_chosen": 3, **others}
@@ -371,15 +381,20 @@ def test_a_base_that_does_not_stop_where_training_ends_turns_is_said_at_start(
         said.clear()
 
 
+@pytest.fixture
+def without_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "dpo_dist.training.start.inputs.unsharded_loading", lambda _: contextlib.nullcontext()
+    )
+    monkeypatch.setattr("dpo_dist.training.start.inputs._digest_models", lambda *_: (None, None))
+
+
+@pytest.mark.usefixtures("without_models")
 def test_a_run_whose_model_reads_images_warns_of_data_without_any(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(Run, "say", lambda _, text: said.append(text))
-    monkeypatch.setattr(
-        "dpo_dist.training.start.inputs.unsharded_loading", lambda _: contextlib.nullcontext()
-    )
-    monkeypatch.setattr("dpo_dist.training.start.inputs._digest_models", lambda *_: (None, None))
     options = f"model.path={write_image_model(tmp_path / 'model')}", "model.images.train=none"
     for data, is_said in ((assets / "train.jsonl", True), (write_pictures(tmp_path), False)):
         config = run_of(assets, tmp_path, *options, "model.dtype=fp32", f"data.train=[{data}]")
@@ -456,3 +471,17 @@ def test_a_check_refuses_a_model_that_is_not_causal(
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     with pytest.raises(ConfigError, match=named):
         dry_run(run_of(assets, tmp_path, f"model.path={tmp_path}/model"))
+
+
+@pytest.mark.usefixtures("without_models")
+def test_evaluation_pairs_that_are_trained_are_counted_not_the_training_pairs(
+    assets: Path, tmp_path: Path
+) -> None:
+    lines = (assets / "train.jsonl").read_text().splitlines()
+    other = json.dumps(json.loads(lines[2]) | {"chosen": "another one"})
+    for name, rows in (("train", lines[:5]), ("eval", [lines[0]] * 3 + [lines[1], other, lines[7]])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    words = [f"data.train=[{tmp_path}/train.jsonl]", f"data.eval=[{tmp_path}/eval.jsonl]"]
+    config = run_of(assets, tmp_path, *words, "data.drop_eval_prompts=false")
+    counts = load_inputs(Run(config, ALONE, Console(None)), trains=True).counts["eval"]
+    assert (counts["also_in_train"], counts["prompts_also_in_train"]) == (4, 5)

@@ -225,7 +225,8 @@ class ExaminedSource:
                 if kind in self._names
             )
             detail = named_in_one_line(self._unread) if name == "columns_not_read" else detail
-            yield from DOCTOR_RULES[name].count(
+            is_part = name == "chat_template_not_applied" and found.count < self._kept
+            yield from DOCTOR_RULES["two_forms" if is_part else name].count(
                 found.count, self._readable, self.label, found.origins, detail
             )
         yield from leak_findings(self.leaks, self.label)
