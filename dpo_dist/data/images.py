@@ -288,7 +288,8 @@ def _on_white(image: "Image", bits: int) -> "Image":
     pillow, key = _pillow(), image.info.get("transparency")
     if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
         values = np.asarray(image)
-        return pillow.fromarray(np.where(values == key, 255, values >> 8).astype(np.uint8)).convert("RGB")
+        image = pillow.fromarray(np.where(values == key, 255, values >> 8).astype(np.uint8))
+        return image.convert("RGB")
     if image.mode in ("L", "RGB") and key is not None:
         values = np.atleast_1d(key)
         scaled = (values >> 8 if bits == 16 else values * 255 // (2**bits - 1)).tolist()
