@@ -297,7 +297,7 @@ class ChatRenderer:
             return {**call, "function": {**call["function"], "name": call["function"]["name"] + marks[-1]}}
 
         named = [
-            turn | {"tool_calls": list(map(marked, turn["tool_calls"]))} if turn.get("tool_calls") else turn
+            {**turn, "tool_calls": list(map(marked, turn["tool_calls"]))} if turn.get("tool_calls") else turn
             for turn, _ in turns
         ]
         if not marks:

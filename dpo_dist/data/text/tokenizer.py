@@ -35,8 +35,8 @@ class TokenizerFacts:
         self.marks = Marks(special, named | set(THOUGHT_TAGS).intersection(added))
         self._special = self.marks.in_text
         self._unspoken = any_of({*special, *THOUGHT_TAGS})
-        whole = {token for token in {*added, *special, *THOUGHT_TAGS} if not token.isspace()}
-        self._whole, self._longest = any_of(whole), max(map(len, whole))
+        unbroken = {token for token in {*added, *special, *THOUGHT_TAGS} if not token.isspace()}
+        self._whole, self._longest = any_of(unbroken), max(map(len, unbroken))
         self.encoder = EscapedEncoder(tokenizer, self.marks, any_of({*added, *special}))
         self.chat = None if chat_template is None else ChatRenderer(tokenizer, chat_template, self.marks)
 
