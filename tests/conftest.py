@@ -16,8 +16,6 @@ from tests.support.parent import started_parent, use_parent
 gc.disable()  # until tests are collected: beside imports it takes a fifth of the time
 # Of torch.compile: by default each process starts others, which import torch, too.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-# Its own is shared with forked processes: one that is killed while it holds it would block this one forever.
-tqdm.set_lock(threading.RLock())
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("repeatable")
 
@@ -38,6 +36,15 @@ LONG = (
     "dist/test_losses.py",
 )
 """Files of long tests, which start first: at the end of a run a worker would wait for them."""
+
+
+def pytest_runtest_setup() -> None:
+    """Give the bars of each test a new lock.
+
+    Their own one is shared with forked processes: one that is killed while it holds it would block this one
+    forever. And a bar whose write fails keeps it: threads of later tests would wait forever.
+    """
+    tqdm.set_lock(threading.RLock())
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,22 +76,29 @@ class Columns:
     def __init__(self, folder: Path):
         self._folder = folder
         self._kinds: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+        self._lengths: Counter[str] = Counter()
 
     def append(self, **chunks: Array) -> None:
-        """Append values to columns by name; all chunks of a column have one type."""
+        """Append values to columns by name; all chunks of a column have one type. Raises OSError."""
         for name, values in chunks.items():
             kind = (values.dtype, values.shape[1:])
             assert self._kinds.setdefault(name, kind) == kind, f"{name} has another type: {kind}"
             with (self._folder / name).open("ab") as file:
-                values.tofile(file)
+                # Not `tofile`: on a full disk it loses the last values without an error.
+                file.write(np.ascontiguousarray(values))
+            self._lengths[name] += len(values)
 
     def __contains__(self, name: str) -> bool:
         return name in self._kinds
 
     def __getitem__(self, name: str) -> Array:
-        """Map a column that has values."""
+        """Map a column that has values. Raises OSError: some of them are missing."""
         dtype, shape = self._kinds[name]
-        return np.memmap(self._folder / name, dtype, mode="r").reshape(-1, *shape)
+        file, length = self._folder / name, self._lengths[name]
+        expected = length * math.prod(shape) * dtype.itemsize
+        if (size := file.stat().st_size) != expected:
+            raise OSError(f"{file} has {size} bytes in place of the {expected} that were written")
+        return np.memmap(file, dtype, mode="r", shape=(length, *shape))
 
     def write(self, file: Path, facts: TableFacts) -> None:
         """Write a table of one row, a list of values for each column, with `facts` in its metadata."""

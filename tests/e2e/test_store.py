@@ -78,10 +78,17 @@ def test_damage_is_reported_and_only_lost_entries_are_computed_again(
     assert_same_history(history(tmp_path / "again"), history(tmp_path / "run"), 1e-6)
 
 
-def test_a_complete_store_on_a_read_only_disk_is_used(overrides: Overrides, tmp_path: Path) -> None:
-    assert run_verb("precompute", overrides(*STEPS, f"run.dir={tmp_path}/scored")).code == 0
-    with read_only(tmp_path / "store"):
-        train(overrides(*STEPS))
+def test_a_complete_store_and_cache_on_a_read_only_disk_are_used(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    steps = (*STEPS, f"data.cache={tmp_path}/encoded")
+    assert run_verb("precompute", overrides(*steps, f"run.dir={tmp_path}/scored")).code == 0
+    with read_only(tmp_path / "store"), read_only(tmp_path / "encoded"):
+        train(overrides(*steps))
+        refused = run_verb("train", overrides(*steps, f"run.dir={tmp_path}/other", "data.max_length=99"))
+    assert refused.code == 2
+    assert "where:    data.cache" in refused.output
+    assert "Read-only file system" in refused.output
     assert summary(tmp_path / "run")["reference"]["computed"] == 0
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from dpo_dist.distributed.processes.world import World
 
@@ -23,6 +24,12 @@ class _Alone:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def barrier(self) -> None: ...
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def sum_replicas(self, tensor: Tensor) -> Tensor:
+        return tensor
 
     def agree(self, flag: bool) -> bool:
         return flag

@@ -1,6 +1,7 @@
 """Columns of an encoded dataset, computed once and then mapped (`foundation.tables`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from dpo_dist.batching.example import Keys
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.losses import NUMBERS
 from dpo_dist.data.encoded.store import EncodedSource
+from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_digest
 
 _VERSION = 2  # increased when equal records get other columns
@@ -25,6 +27,9 @@ _UNCHANGED = (
 )
 DATASET_COLUMNS = (*_UNCHANGED, "piece_starts", "first_pieces", "mask_starts", "origins", "key_order")
 """Columns that are fields of `PreferenceDataset`."""
+PREFIX_COLUMNS = ("places", "rows", "shared")
+"""Columns that are fields of `Prefixes`."""
+_OF_RESPONSES = ("keys", "key_order", "scores", "trained_tokens", "mask_starts", "truncated", "begins")
 
 
 def made_from(sources: Sequence[EncodedSource]) -> TableFacts:
@@ -76,6 +81,33 @@ def append_records(columns: Columns, tables: Sequence[pa.Table]) -> TableFacts:
     columns.append(key_order=key_order(columns["keys"]))
     duplicates = examples - len(np.unique(columns["digests"]))
     return {"files": [*files], "largest_id": largest, "duplicates": duplicates}
+
+
+def check_columns(
+    file: Path,
+    columns: Mapping[str, Array],
+    examples: int,
+    records: int = 0,
+    needed: Iterable[str] = DATASET_COLUMNS,
+) -> None:
+    """Check that columns are as long as so many examples of so many records need. Raises DataError."""
+    ends = columns.get("first_pieces", ())
+    pieces = int(ends[-1]) if len(ends) else 0
+    lengths = {
+        **dict.fromkeys(_OF_RESPONSES, pieces - examples),
+        **dict.fromkeys(("piece_starts", "piece_tokens"), pieces),
+        "first_pieces": examples + 1,
+        "shared": records + 1,
+    }  # of the others: a value for each example
+    found = {name: len(columns.get(name, ())) for name in (*needed, *columns)}
+    if damaged := [name for name in found if found[name] != lengths.get(name, examples)]:
+        raise DataError(
+            "the columns of the encoded data are damaged",
+            where=f"data.cache: {file}",
+            got=", ".join(f"{name}: {found[name]} values" for name in damaged),
+            expected=", ".join(f"{name}: {lengths.get(name, examples)}" for name in damaged),
+            remedy="delete this file and start again: it is computed again",
+        )
 
 
 def key_order(keys: Keys) -> Indices:

@@ -27,7 +27,9 @@ from dpo_dist.data.counts import DataCounts, check_counts, check_split
 from dpo_dist.data.encoded.columns import (
     DATASET_COLUMNS,
     NUMBER,
+    PREFIX_COLUMNS,
     append_records,
+    check_columns,
     first_rows,
     made_from,
 )
@@ -299,12 +301,13 @@ def open_dataset(
     with cache_errors(file):
         arrays, facts = stored_columns(file, made_from(sources), build)
     counts = _checked_counts(sources, facts["counts"], tables, config)
-    every = pa.concat_tables(tables)
+    every, pairs = pa.concat_tables(tables), [each["pairs"] for each in counts["sources"]]
+    check_columns(file, arrays, sum(pairs), len(every), (*DATASET_COLUMNS, *PREFIX_COLUMNS))
     return PreferenceDataset(
         fingerprint=fingerprint,
         counts=counts | {"duplicates": facts["duplicates"]},
         source_paths=tuple(name_of(sources[source].path, name) for source, name in facts["files"]),
-        source_pairs=tuple(source_counts["pairs"] for source_counts in counts["sources"]),
+        source_pairs=tuple(pairs),
         source_labels=tuple(source.label for source in sources),
         largest_id=facts["largest_id"],
         ids=pc.list_flatten(every["ids"]),
@@ -312,7 +315,7 @@ def open_dataset(
         encoded=tuple(sources),
         numbers={name: arrays[NUMBER + name] for name in NUMBERS if NUMBER + name in arrays},
         images=images,
-        prefixes=Prefixes(*(arrays.pop(name) for name in ("places", "rows", "shared"))),
+        prefixes=Prefixes(*(arrays.pop(name) for name in PREFIX_COLUMNS)),
         **{name: arrays[name] for name in DATASET_COLUMNS},
     )
 

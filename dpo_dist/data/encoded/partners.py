@@ -15,7 +15,7 @@ import numpy as np
 
 from dpo_dist.batching.example import Example, response_keys
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.encoded.columns import key_order, made_from
+from dpo_dist.data.encoded.columns import DATASET_COLUMNS, check_columns, key_order, made_from
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.data.encoded.store import cache_errors
 from dpo_dist.foundation.errors import DataError
@@ -40,6 +40,9 @@ def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceData
         file = Path(cache) / f"{fingerprint}-{max_length}-columns.arrow"
         with cache_errors(file):
             arrays, _ = stored_columns(file, content, partial(_write_partners, dataset, max_length))
+    check_columns(
+        file, {name: getattr(dataset, name) for name in DATASET_COLUMNS} | arrays, examples=len(dataset)
+    )
     return replace(dataset, fingerprint=fingerprint, **arrays)
 
 

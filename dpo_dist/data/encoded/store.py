@@ -171,8 +171,14 @@ def join_parts(source: EncodedSource, parts: int) -> bool:
     lock, every = source.file.with_suffix(".lock"), [replace(source, part=each) for each in range(parts)]
     with locked(lock, "joins the parts of a source", waits=True):
         is_joined = is_whole(source)  # by another process
-        if not is_joined and (is_joined := all(map(is_whole, every))):
-            write_source(source, itertools.chain.from_iterable(map(_chunks, every)))
+        if not is_joined:
+            try:
+                if is_joined := all(map(is_whole, every)):
+                    write_source(source, itertools.chain.from_iterable(map(_chunks, every)))
+            except DataError:
+                is_joined = False
+            # Where the file system has no locks, another process may have joined and removed the parts.
+            is_joined = is_joined or is_whole(source)
         if is_joined:  # else one who waits for this file and one who makes a new one would join at once
             lock.unlink(missing_ok=True)
     return is_joined
@@ -187,9 +193,10 @@ def remove_parts(source: EncodedSource) -> None:
 
 
 def _chunks(part: EncodedSource) -> Iterator[EncodedChunk]:
-    """Yield the images of a part, as they were written, then its records."""
-    records, images = part.table(), part.images()
-    assert records is not None, "just verified"
+    """Yield the images of a part, as they were written, then its records. Raises DataError: damaged."""
+    images, records = part.images(), part.table()  # in this order: `table` needs the images, too
+    if records is None:
+        raise _damaged(part)
     no_records, no_images = (pa.RecordBatch.from_pylist([], schema) for schema in (ROW_SCHEMA, IMAGE_SCHEMA))
     for batch in [] if images is None else images.to_batches():
         yield no_records, batch
@@ -259,14 +266,18 @@ def read_source(source: EncodedSource) -> pa.Table:
     table = source.table()
     order = None if table is None else source.order(table)
     if table is None or order is None:
-        raise DataError(
-            "the encoded data are damaged",
-            where=f"data.cache: {source.file}",
-            remedy="start again: damaged data are encoded again",
-        )
+        raise _damaged(source)
     for name in ORDER_SCHEMA.names:
         table = table.append_column(name, order[name])
     return table
+
+
+def _damaged(source: EncodedSource) -> DataError:
+    return DataError(
+        "the encoded data are damaged",
+        where=f"data.cache: {source.file}",
+        remedy="start again: damaged data are encoded again",
+    )
 
 
 def read_counts(table: pa.Table) -> DataCounts:

@@ -94,7 +94,7 @@ def _started(text: str, where: str) -> tuple[str, dict[str, Any]] | None:
         if re.search("config.file|deepspeed|zero|fsdp", launcher):
             keys.setdefault("deepspeed", launcher)
         # With several nodes, torchrun's number counts the processes of one node only.
-        if (count := _PROCESSES.search(launcher)) and not re.search(r"(?i)nnodes[= ](?!1\b)", launcher):
+        if (count := _PROCESSES.search(launcher)) and not re.search(r"(?i)nnodes[= ](?!1(?:\s|$))", launcher):
             keys.setdefault("num_processes", int(count[1]))
         if pixels := _PIXELS.search(text):
             keys.setdefault("max_pixels", int(pixels[1]))

@@ -94,10 +94,12 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
             expected="an empty folder, or one that only this run uses",
             remedy="set run.dir to a new folder",
         )
-    folders = {"run.dir": run.path, "data.cache": Path(config.data.cache)}
-    store = Path(config.reference.store)
+    folders = {"run.dir": run.path}
+    cache, store = Path(config.data.cache), Path(config.reference.store)
+    if not any(cache.glob("*.arrow")):
+        folders["data.cache"] = cache  # not one that is in use: it may be read-only if it has all data
     if config.reference.mode is ReferenceMode.cached and not store.is_dir():
-        folders["reference.store"] = store  # not an existing one: it may be read-only if it has all log-probs
+        folders["reference.store"] = store  # the same
     for key, folder in folders.items():
         check_writable(folder, key)
 

@@ -41,6 +41,8 @@ CASES = [
 READ_ONLY = [
     Case("run directory on a read-only disk", "run.dir=locked/run", "run.dir cannot be written", "run.dir",
          "locked", to_do="set run.dir to another folder"),
+    Case("cache on a read-only disk", "data.cache=locked", "data.cache cannot be written", "data.cache",
+         "locked", to_do="set data.cache to another folder"),
     Case("store on a read-only disk", "reference.store=locked/store", "reference.store cannot be written",
          "reference.store", "locked", to_do="set reference.store to another folder"),
     Case("read-only working folder for pairs",

@@ -1,7 +1,9 @@
 """Sources encoded in parts: the same file as in one, whoever encodes them; finished parts survive a kill."""
 
 import contextlib
+import errno
 import fcntl
+import itertools
 import os
 import random
 import signal
@@ -17,7 +19,7 @@ import pytest
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data import encode as encode_module
-from dpo_dist.data.encoded import build
+from dpo_dist.data.encoded import build, store
 from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.data.read.files import expected_records
@@ -190,6 +192,34 @@ def test_joins_exclude_each_other_also_after_one_that_found_a_part_missing(tmp_p
         fcntl.flock(waiting, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="joins"), locked(lock, "joins"):
             pass
+
+
+def test_joins_without_locks_give_the_source_whenever_another_process_joins(tmp_path: Path) -> None:
+    """Some file systems have no locks: then the parts may be removed at any moment."""
+    source, read, moments = source_of(tmp_path, 2 * PART), store.map_table, 0
+    wanted = whole(source, tmp_path / "whole")
+    for moment in itertools.count(1):
+        one, calls = preparation(source, tmp_path / f"cache{moment}"), itertools.count(1)
+        planned = one.plan()
+        parts = one.encode(planned)
+
+        def overtaken(*file: Any) -> Any:
+            if next(calls) == moment:  # noqa: B023
+                with mock.patch.object(store, "map_table", read):
+                    assert one.join(planned, parts)  # noqa: B023
+            return read(*file)
+
+        with (
+            mock.patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "no locks")),
+            mock.patch.object(store, "map_table", overtaken),
+        ):
+            made = one.join(planned, parts)
+        assert made
+        assert records_of(made[0]) == wanted
+        if next(calls) <= moment:
+            break
+        moments += 1
+    assert moments > 2 * 3
 
 
 def test_parts_of_other_settings_or_of_changed_data_are_not_used(tmp_path: Path, encoded: list[str]) -> None:

@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig, Truncation
+from dpo_dist.config.schema import DataConfig, Ranked, SourceConfig, Truncation
 from dpo_dist.data import encode as encode_module
 from dpo_dist.data.encoded import build as build_dataset_module
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
@@ -44,22 +44,6 @@ def encodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(encode_module, "encode_pair", spy)
     return seen
-
-
-def test_inputs_of_the_ids_change_the_file(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, *GOOD)
-    changes: dict[str, Any] = {
-        "max_length": 30,
-        "max_prompt_length": 5,
-        "truncation": Truncation.drop,
-        "text_as_messages": True,
-        "on_bad_record": OnBadRecord.error,
-        "tokenizer_digest": "another",
-    }
-    plain = prepare(tmp_path, path)
-    files = [plain, *(prepare(tmp_path, path, **{name: value}) for name, value in changes.items())]
-    assert len(set(files)) == len(files)
-    assert prepare(tmp_path, path, max_bad_share=0.5) == plain
 
 
 @pytest.mark.parametrize("size", [0, 500], ids="{} bytes".format)

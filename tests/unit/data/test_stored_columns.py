@@ -1,5 +1,6 @@
 """Columns of a dataset in its file: equal to their definition, computed once, never read if damaged."""
 
+import os
 import random
 import tempfile
 from collections.abc import Sequence
@@ -19,8 +20,10 @@ from dpo_dist.data.encoded.dataset import PreferenceDataset, count_shared, count
 from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.data.encoded.store import EncodedSource, ensure_order
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.tables import write_table
+from dpo_dist.foundation.tables import Columns, write_table
 from tests.support.cache import opened, prepare_all
+from tests.support.full_disk import full_disk
+from tests.support.read_only import read_only
 from tests.support.records import BAD, GOOD, assistant, jsonl, user
 
 TEXTS = st.text("ab", max_size=4)
@@ -201,6 +204,96 @@ def test_columns_of_records_that_moved_name_the_new_path(tmp_path: Path) -> None
     assert str(data.origin(6)) == f"{moved}:7"
     assert data.counts["examples"][0].startswith(f"{moved}:8 ")
     assert data.counts["sources"][0]["path"] == moved
+
+
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_a_column_on_a_full_disk_is_whole_or_an_error(shape: tuple[int, ...], tmp_path: Path) -> None:
+    first, failed = np.ones((1000, *shape), dtype=np.int64), list[int]()
+    sizes = (0, 1, 12, 13, 24, 25, 100, 500, 513, 5000)  # small ones only fail when the file is closed
+    for values in sizes:
+        (folder := tmp_path / str(values)).mkdir()
+        columns, second = Columns(folder), np.full((values, *shape), 2, dtype=np.int64)
+        columns.append(name=first)
+        try:
+            with full_disk(first.nbytes + 24 * 8):
+                columns.append(name=second)
+        except OSError:
+            failed.append(values)
+            continue
+        np.testing.assert_array_equal(columns["name"], np.concatenate((first, second)))
+        [file] = folder.iterdir()
+        os.truncate(file, first.nbytes - 8)
+        with pytest.raises(OSError, match="in place of"):
+            columns["name"]
+    assert failed == [values for values in sizes if np.prod((values, *shape)) > 24]
+
+
+def test_columns_are_right_or_an_error_if_the_disk_is_full_for_a_moment(tmp_path: Path) -> None:
+    path, append = labelled(tmp_path, *[True, False] * 20), Columns.append
+    whole = with_partners(opened(tmp_path, path), 30)
+    failed, limits = list[str | None](), range(0, 3000, 199)
+    for limit in limits:
+
+        def fills(self: Columns, limit: int = limit, **chunks: Any) -> None:
+            with full_disk(limit):
+                append(self, **chunks)
+
+        for file in (tmp_path / "cache").glob("*-columns.arrow"):
+            file.unlink()
+        try:
+            with mock.patch.object(Columns, "append", fills):
+                data = with_partners(opened(tmp_path, path), 30)
+        except ConfigError as error:
+            failed.append(error.where)
+            data = with_partners(opened(tmp_path, path), 30)
+        assert_same(data, whole)
+    assert 0 < len(failed) < len(limits)
+    assert {*failed} == {"data.cache"}
+
+
+@pytest.mark.parametrize("of_partners", [False, True])
+def test_columns_of_another_length_are_one_error_that_names_the_cache(
+    of_partners: bool, tmp_path: Path
+) -> None:
+    path, append, names = labelled(tmp_path, True, False, True, False), Columns.append, dict[str, None]()
+
+    def start() -> None:
+        data = opened(tmp_path, path)
+        if of_partners:
+            with_partners(data, 30)
+
+    def noted(self: Columns, **chunks: Any) -> None:
+        names.update(dict.fromkeys(chunks))
+        append(self, **chunks)
+
+    if of_partners:
+        opened(tmp_path, path)
+    with mock.patch.object(Columns, "append", noted):
+        start()
+    assert len(names) > 9
+    for lost in names:
+
+        def losing(self: Columns, lost: str = lost, **chunks: Any) -> None:
+            append(self, **{name: values[name == lost :] for name, values in chunks.items()})
+
+        newest = max((tmp_path / "cache").glob("*-columns.arrow"), key=lambda file: file.stat().st_mtime_ns)
+        newest.unlink()
+        with mock.patch.object(Columns, "append", losing):
+            for _ in range(2):  # the second start finds the file, whose digest is right
+                with pytest.raises(DataError, match="columns of the encoded data are damaged") as raised:
+                    start()
+                assert raised.value.where == f"data.cache: {newest}"
+                assert lost in raised.value.got
+
+
+def test_complete_data_on_a_read_only_disk_are_read(tmp_path: Path) -> None:
+    path = labelled(tmp_path, True, False, True, False)
+    whole = with_partners(opened(tmp_path, path), 30)
+    with read_only(tmp_path / "cache"):
+        assert_same(with_partners(opened(tmp_path, path), 30), whole)
+        with pytest.raises(ConfigError, match="cannot be written") as raised:
+            with_partners(opened(tmp_path, path), 12)
+    assert raised.value.where == "data.cache"
 
 
 def test_columns_that_cannot_be_written_are_one_error_that_names_the_cache(tmp_path: Path) -> None:

@@ -460,3 +460,19 @@ def test_a_bucket(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for path in ("b/one.jsonl", "b/*.jsonl", "split"):
         with pytest.raises(DataError, match="access to the URL is denied"):
             read(f"s3://bucket/{path}")
+
+
+def test_a_file_that_appears_after_a_listing_is_listed(
+    memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system may keep its lists: S3 and web servers do."""
+    kept, listed = dict[str, Any](), MemoryFileSystem.ls
+    monkeypatch.setattr(
+        MemoryFileSystem,
+        "ls",
+        lambda self, path, **options: kept.setdefault(f"{path} {options}", listed(self, path, **options)),
+    )
+    monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda _self, _path=None: kept.clear())
+    before = read("memory://b")
+    memory.pipe({"/b/new.jsonl": lines("new")})
+    assert read("memory://b").keys() - before.keys() == {"new"}

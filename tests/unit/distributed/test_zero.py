@@ -1,7 +1,56 @@
-"""The loss scale of fp16."""
+"""An update is that of PyTorch's AdamW, exactly; the loss scale of fp16."""
 
-from dpo_dist.distributed.deepspeed_config import START
-from dpo_dist.distributed.zero import LossScale
+import copy
+
+import pytest
+import torch
+
+from dpo_dist.config.optim import OptimConfig
+from dpo_dist.config.schema import AttentionBackend, Dtype, ParallelismConfig, ParallelismKind
+from dpo_dist.distributed import zero
+from dpo_dist.distributed.deepspeed_config import START, policy_config
+from dpo_dist.distributed.processes.failures import Reports
+from dpo_dist.distributed.processes.join import join_world
+from dpo_dist.distributed.zero import LossScale, PolicyEngine
+from dpo_dist.model.packed import PackedCausalLM
+from tests.support.families import tiny_family
+from tests.support.packing import pack_unkeyed, random_pairs
+from tests.support.written import whole_weights
+
+RATE = 100.0  # updates are large beside the rounding of the weights
+EPS = 1.0  # and nowhere as large as the rounding of a gradient decides
+
+
+@pytest.mark.parametrize("kind", ParallelismKind)
+def test_an_update_is_that_of_adamw(kind: ParallelismKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zero, "ADAM_EPS", EPS)
+    optim = OptimConfig(weight_decay=0.1, max_grad_norm=None)
+    torch.manual_seed(0)
+    causal_lm, batch = tiny_family("llama"), pack_unkeyed(random_pairs([(7, 5, 9), (3, 4, 2)]))
+    plain = copy.deepcopy(causal_lm)
+    with join_world(policy_config(ParallelismConfig(kind), optim, Dtype.fp32), 60, Reports()) as world:
+        assert world.sum(torch.tensor([1.0, 3.0])).tolist() == [1.0, 3.0]
+        policy = PolicyEngine(PackedCausalLM(causal_lm, AttentionBackend.sdpa), optim, world)
+        policy.train()
+        for part, is_last in ((0.25, False), (0.5, True)):
+            policy.backward(-policy.token_logps(batch).sum() * part, is_last=is_last)
+        norm = float(policy.step(RATE))
+        found = whole_weights(policy)
+
+    (-PackedCausalLM(plain, AttentionBackend.sdpa)(batch).sum() * 0.75).backward()
+    weights = dict(plain.named_parameters())
+    groups = [
+        {"params": [weight for weight in weights.values() if weight.ndim > 1], "weight_decay": 0.1},
+        {"params": [weight for weight in weights.values() if weight.ndim <= 1], "weight_decay": 0.0},
+    ]
+    gradients = [weight.grad for weight in weights.values() if weight.grad is not None]
+    assert norm == pytest.approx(float(torch.nn.utils.get_total_norm(gradients)), rel=2e-6)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    torch.optim.AdamW(groups, lr=RATE, betas=tuple(optim.betas), eps=EPS).step()
+    assert found is not None
+    for name, weight in weights.items():
+        update, expected = found[name] - before[name], weight.detach() - before[name]
+        assert float((update - expected).norm() / expected.norm()) < 3e-6, name  # measured: 5e-7
 
 
 def test_an_overflow_halves_the_loss_scale_and_a_thousand_updates_double_it() -> None:

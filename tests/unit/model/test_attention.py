@@ -403,3 +403,9 @@ def test_gradients_of_short_segments_in_bf16_are_rounded_once(softcap: float | N
         found.append(torch.autograd.grad(attended, own, slopes.to(dtype)))
     for exact, rounded in zip(*found, strict=True):
         assert (rounded - exact).abs().mean() <= allowed * exact.abs().mean()
+
+
+def test_a_mask_has_the_type_of_the_layer_that_asks() -> None:
+    rule = MaskRule(causal_mask_function, reach=None, by_element=True, device=torch.device("cpu"))
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+        assert rule.mask(2, 3, dtype).dtype is dtype

@@ -294,6 +294,23 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         "{HF_TOKEN: ***, A: B_KEY=***} — no counterpart is known\n# swanlab_lark_secret: *** — "
         "no counterpart is known\n# pad_token: q4",
     ),
+    *[
+        (f"{{{name}: hidden-value}}", {}, f"{name}: *** — no counterpart is known")
+        for name in (
+            *(
+                "api_key",
+                "accessKey",
+                "auth_key",
+                "private_key",
+                "secret_key",
+                "hub_key",
+                "hf_key",
+                "wandb_key",
+            ),
+            *("client_secret", "secrets", "password", "passwd", "credential", "credentials", "hub_token"),
+            *("slack_webhook", "DISCORD_WEBHOOK_URL"),
+        )
+    ],
     ("{new_key: 3, use_dora: false}", {}, "3 — no counterpart is known\n# use_dora: false — not needed"),
     ("{run_name: , logging_dir: ''}", {}, "run_name, logging_dir: empty"),
     ("{gradient_accumulation_steps: auto}", {}, "_steps: auto — set trainer.global_batch"),
@@ -427,6 +444,19 @@ NPROC_PER_NODE=2 swift rlhf --rlhf_type dpo --model "${MODEL}" \\
         | {"model.images.max_pixels": 1_003_520},
         "output_dir: out-$(...) — the shell computes it: write the value",
     ),
+    (
+        "torchrun --nnodes 1 --nproc_per_node 4 dpo.py --config FILE --beta 1",
+        {"trainer.global_batch_pairs": 32},
+        "8 pairs x 1 x 4 processes",
+    ),
+    *[
+        (
+            f"torchrun --{nodes} --nproc_per_node 4 dpo.py --config FILE --beta 1",
+            {"trainer.global_batch_pairs": 8},
+            "8 pairs x 1; multiply it by the number of GPUs there, which is not given",
+        )
+        for nodes in ("nnodes 2", "nnodes=16", "nnodes 1:4")
+    ],
     (
         """accelerate launch --use_deepspeed --deepspeed_config_file stage3_no_offloading_accelerate.conf \\
      open_instruct/dpo_tune_cache.py --mixer_list a/b 1.0 c/d 300 --learning_rate $LR --loss_type dpo_norm""",

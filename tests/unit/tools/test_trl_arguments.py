@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -95,6 +95,8 @@ def test_arguments_know_their_process_before_it_joins_the_others(monkeypatch: py
     assert (args.process_index, args.world_size, args.should_log) == (3, 4, False)
     assert args.get_process_log_level() > 0
     assert args.keys()["num_processes"] == 4
+    args = DPOConfig(output_dir="o", per_device_train_batch_size=2, save_strategy="epoch")
+    assert args.intervals(records=20)["save_steps"] == 3  # of 2 pairs on each of 4 processes
 
 
 ADAPTER = {"model.adapter.r": 4, "model.adapter.alpha": 8, "model.adapter.target_modules": ["k_proj"]}
@@ -188,6 +190,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"optimizers": (object(), None)}, "optimizers", "remove it"),
     ({"callbacks": [ProgressCallback]}, "callbacks", "on_log"),
     ({"callbacks": [EarlyStoppingCallback(2, 0.1)]}, "callbacks", "set it to 0"),
+    ({"peft_config": IA3Config()}, "peft_config", "LoraConfig"),
     ({"peft_config": LoraConfig(bias="all")}, "lora_bias", "no biases"),
     ({"peft_config": LoraConfig(rank_pattern={"q": 2})}, "rank_pattern", "words"),
     (

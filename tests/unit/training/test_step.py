@@ -1,0 +1,79 @@
+"""A step gives each log-prob the gradient of the global batch's mean loss, on any number of ranks."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_dist.batching.pack import PackedBatch
+from dpo_dist.batching.step_batch import shard_batch
+from dpo_dist.config.losses import LossConfig, LossKind
+from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.objective.logps import sum_by_response
+from dpo_dist.objective.losses import RunningMeans, preference_loss
+from dpo_dist.reference.engine import ReferenceProvider
+from dpo_dist.training.clock import StepClock
+from dpo_dist.training.steps.step import Objective, reduce_step, train_step
+from tests.support.alone import ALONE
+from tests.support.cache import opened
+from tests.support.packing import COSTS
+from tests.support.records import GOOD, jsonl
+
+
+class LogProbs:
+    """Stands for a model: log-probs of the tokens of each response are its parameters, in float64."""
+
+    def __init__(self, dataset: PreferenceDataset, seed: int):
+        draw = torch.Generator().manual_seed(seed)
+        tokens = np.delete(dataset.piece_tokens, dataset.first_pieces[:-1]).tolist()
+        drawn = [torch.rand(each, dtype=torch.float64, generator=draw) for each in tokens]
+        self.values = [(-each).requires_grad_() for each in drawn]
+        self._of = dict(zip([key.tobytes() for key in dataset.keys], self.values, strict=True))
+
+    def token_logps(self, batch: PackedBatch, *_: Any) -> Tensor:
+        if not len(batch.keys):  # a dummy
+            return torch.zeros(len(batch.targets), dtype=torch.float64)
+        return torch.cat([self._of[key.tobytes()] for key in batch.keys])
+
+    def add_stored_logps(self, batch: PackedBatch) -> PackedBatch:
+        return batch
+
+    def train(self, mode: bool = True) -> None: ...
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        if loss.requires_grad:
+            loss.backward()
+
+    def step(self, rate: float) -> Tensor:
+        return torch.zeros(())
+
+    def gradient(self) -> Tensor:
+        return torch.cat([value.grad for value in self.values if value.grad is not None])
+
+
+@pytest.mark.parametrize("kind", [LossKind.sigmoid, LossKind.ipo, LossKind.aot, LossKind.beta_dpo])
+@pytest.mark.parametrize("budget", [1, 64, 8192])
+def test_the_gradient_is_that_of_the_mean_loss_of_the_global_batch(
+    kind: LossKind, budget: int, tmp_path: Path
+) -> None:
+    dataset, loss = opened(tmp_path, jsonl(tmp_path, *GOOD)), LossConfig(kind, beta=0.5)
+    policy, reference, plain = (LogProbs(dataset, seed) for seed in (1, 2, 1))
+    objective = Objective(loss, cast(ReferenceProvider, reference))
+    rows, ranks, total = np.arange(len(dataset)), 1 if loss.is_coupled else 2, 0.0
+    for rank in range(ranks):
+        share = shard_batch(dataset, rows, rank, ranks, budget, COSTS, loss)
+        step, clock = objective.ready_step(share, ALONE.device), StepClock(ALONE.device)
+        engine = cast(PolicyEngine, policy)
+        sums, norm = train_step(engine, objective, step, 1e-3, ALONE, clock, RunningMeans())
+        total += reduce_step(sums, [], norm, ALONE).sums["loss"]
+
+    lengths = torch.tensor([len(value) for value in plain.values])
+    pairs = [sum_by_response(torch.cat(each.values), lengths) for each in (plain, reference)]
+    expected = preference_loss(*pairs, loss).mean()
+    expected.backward()
+    assert total / len(dataset) == pytest.approx(expected.item(), rel=1e-9)
+    torch.testing.assert_close(policy.gradient(), plain.gradient(), rtol=1e-9, atol=1e-12)
