@@ -306,11 +306,11 @@ def _option_text(options: argparse.Namespace, verb: str, about: str) -> str | No
 
 
 _COMPUTED = r"\$\{|^(choice|float|int|interval|range|shuffle|sort|tag)\(|,"
-"""Pattern of texts in place of a number: another key's value, `${run.root}`, and several values of a sweep."""
+"""Pattern of texts in place of a number: another key's value, `${run.root}`, or several values of a sweep."""
 
 
 def file_schema(folders: Sequence[Path]) -> dict[str, Any]:
-    """Return the JSON schema of a file of keys, in which `loss: ipo` and `loss.beta: 0.2` are written, too."""
+    """Return the JSON schema of a file of keys, which may also have `loss: ipo` and `loss.beta: 0.2`."""
     schema = SCHEMA.json_schema()
     for kind in schema["$defs"].values():
         for value in kind.get("properties", {}).values():
