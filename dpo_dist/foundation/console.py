@@ -149,7 +149,7 @@ class NotebookScreen(LineScreen):
     """
 
     def __init__(self) -> None:
-        from IPython.display import display  # noqa: PLC0415  (there is one in a notebook)
+        from IPython.display import display  # type: ignore[import-not-found]  # noqa: PLC0415
 
         super().__init__(self._add, _REFRESH_SECONDS)
         self._lines, self._progress, self._stays = list[str](), "", False
