@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as bars
 
 from dpo_dist.batching.example import Example, response_keys
 from dpo_dist.batching.pack import pack
@@ -210,7 +211,13 @@ def train(
             faults.append(fault)
             return True
 
-    run_training(config, stop_requested)
+    had_bars = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()  # in a notebook each would stay as an output of its own
+    try:
+        run_training(config, stop_requested)
+    finally:
+        if had_bars:
+            bars.enable_progress_bar()
     if faults:
         raise faults[0]
     return {"run_dir": str(config.run.dir), **read_summary(str(config.run.dir))}

@@ -100,8 +100,10 @@ def _configuration() -> str:
         "    loss: simpo          # a preset of conf/loss; or keys, {kind: simpo, beta: 2}\n"
         "    optim.lr: 1e-6\n",
         "Every key of this page can be set in both. `--help KEY` explains a key, `--cfg job` prints the "
-        "values of a run,\n`--cfg schema` the JSON schema of all keys, for editors. All mistakes of a "
-        "command are one error.\n",
+        "values of a run,\n`--cfg schema` the JSON schema of such files. Editors with the YAML language "
+        "server (VS Code, Neovim) complete and\ncheck keys after `dpo-dist train --cfg schema > "
+        "schema.json`, if the file's first line is\n`# yaml-language-server: $schema=schema.json`. "
+        "All mistakes of a command are one error.\n",
         "Later values win, in this order: defaults, experiments (`+experiment=NAME`), files from left to "
         "right, the command line.\nIn each of them keys win over presets (`loss=ipo`). `loss=NAME` and "
         "presets without keys replace the whole section. If a\nkey of the command line leaves an earlier "

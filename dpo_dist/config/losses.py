@@ -340,7 +340,9 @@ class LossTermConfig:
     """Options of this kind, as in `loss.options`."""
 
 
-Term = Annotated[LossTermConfig, BeforeValidator(as_entry("kind"))]
+Term = Annotated[
+    LossTermConfig, BeforeValidator(as_entry("kind"), json_schema_input_type=LossTermConfig | LossKind)
+]
 
 
 @schema

@@ -246,7 +246,9 @@ class SourceConfig:
     """Name of the source in metrics and counts; null: a name from its path, unique in the list."""
 
 
-Source = Annotated[SourceConfig, BeforeValidator(as_entry("path"))]
+Source = Annotated[
+    SourceConfig, BeforeValidator(as_entry("path"), json_schema_input_type=SourceConfig | NonEmpty)
+]
 
 _EVALUATED = "train precompute evaluate compare doctor encode"
 

@@ -93,7 +93,9 @@ class MemberConfig:
     """Weight in the mean; the weights are divided by their sum."""
 
 
-Member = Annotated[MemberConfig, BeforeValidator(as_entry("path"))]
+Member = Annotated[
+    MemberConfig, BeforeValidator(as_entry("path"), json_schema_input_type=MemberConfig | NonEmpty)
+]
 ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
 ExportTool = StrEnum("ExportTool", {"lm_eval": "lm-eval", "vllm": "vllm", "alpaca_eval": "alpaca-eval"})
 

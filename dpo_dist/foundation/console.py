@@ -142,6 +142,45 @@ class LiveScreen(LineScreen):
         self._terminal.print(Text(line, style), soft_wrap=True)
 
 
+class NotebookScreen(LineScreen):
+    """Shows all lines, and below them the progress with a bar, in one output of a notebook's cell.
+
+    A stream would be an output for each line, and its progress lines would stay.
+    """
+
+    def __init__(self) -> None:
+        from IPython.display import display  # type: ignore[import-not-found]  # noqa: PLC0415
+
+        super().__init__(self._add, _REFRESH_SECONDS)
+        self._lines, self._progress, self._stays = list[str](), "", False
+        self._output = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def print(self, kind: str, content: Fields, lines: Sequence[str]) -> None:
+        """Add lines, or replace the progress."""
+        if kind == "progress":
+            filled = round(_BAR_WIDTH * (content["share"] or 0))
+            bar = "" if content["share"] is None else "█" * filled + "░" * (_BAR_WIDTH - filled) + "  "
+            self._progress, self._stays = bar + printable_lines(lines[0]), content["work"] == TRAINING
+            self._show()
+        else:
+            super().print(kind, content, lines)
+
+    def end_progress(self) -> None:
+        """Keep the last state of training; remove the state of other work."""
+        super().end_progress()
+        last, self._progress = self._progress, ""
+        if last and self._stays:
+            self._lines.append(last)
+        self._show()
+
+    def _add(self, line: str) -> None:
+        self._lines.append(without_secrets(line))
+        self._show()
+
+    def _show(self) -> None:
+        self._output.update({"text/plain": "\n".join([*self._lines, self._progress])}, raw=True)
+
+
 class Terminal(RichConsole):
     """A console of rich that never hides the cursor."""
 
@@ -156,11 +195,20 @@ def open_screen(messages: SafeStream, objects: SafeStream, style: str) -> LineSc
         return DocumentScreen(partial(_print, messages), has_times=True)
     if style == "json":
         return JsonScreen(partial(_print, objects))
+    if style == "auto" and is_notebook():
+        return NotebookScreen()
     if style == "auto" and messages.isatty():
         terminal = Terminal(file=messages, highlight=False)  # type: ignore[arg-type]  # has the methods that rich calls
         if terminal.is_terminal and not terminal.is_dumb_terminal:
             return LiveScreen(terminal)
     return LineScreen(partial(_print, messages), has_times=True)
+
+
+def is_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook; a process that it has forked is none."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    session = getattr(getattr(shell, "kernel", None), "session", None)
+    return getattr(session, "pid", None) == os.getpid()
 
 
 def _print(stream: SafeStream, line: str) -> None:
@@ -302,6 +350,7 @@ def open_console(rank_log: Callable[[str], Path], style: str = "auto") -> Iterat
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
+    before = sys.stdout, sys.stderr
     # Line buffering: else the lines of several processes would mix.
     streams = (os.fdopen(os.dup(number), "w", buffering=1) for number in (output_descriptor(), 2))
     objects, messages = map(SafeStream, streams)
@@ -311,6 +360,9 @@ def open_console(rank_log: Callable[[str], Path], style: str = "auto") -> Iterat
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         faulthandler.enable(2)  # a crash in native code, or at a truncated mapped file, logs its stack
+        if is_notebook():  # its streams have no descriptors; these stay open for handlers of libraries
+            sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+            _move_handlers(before, (sys.stdout, sys.stderr))
         try:
             screen = open_screen(messages, objects, style)
             console = Console(screen if rank == "0" else None, screen)
@@ -327,8 +379,18 @@ def open_console(rank_log: Callable[[str], Path], style: str = "auto") -> Iterat
                     stream.flush()
                 os.dup2(saved[number - 1], number)
                 os.close(saved[number - 1])
+            _move_handlers((sys.stdout, sys.stderr), before)
+            sys.stdout, sys.stderr = before
             messages.close()
             objects.close()
+
+
+def _move_handlers(streams: tuple[TextIO, TextIO], others: tuple[TextIO, TextIO]) -> None:
+    """Make the handlers of libraries that write to `streams` write to `others`."""
+    for logger in logging.root.manager.loggerDict.values():
+        for handler in getattr(logger, "handlers", ()):
+            if (stream := vars(handler).get("stream")) in streams:
+                handler.setStream(others[streams.index(stream)])
 
 
 class _LogFormatter(logging.Formatter):

@@ -16,11 +16,13 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import printable_lines
 from dpo_dist.tools.chat import __main__ as chat
 from tests.e2e.conftest import Overrides
 from tests.support.image_model import write_image_model, write_pictures
 from tests.support.launch import command, environment, train
+from tests.support.tiny_model import write_model
 
 QUESTIONS = ("Which is larger, 3 or 5?", "And 7?")
 
@@ -32,12 +34,12 @@ Says = Callable[..., str]
 def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Says:
     """What `chat` prints for lines of its standard input, greedy, in this process."""
 
-    def said(*arguments: str, lines: Sequence[str]) -> str:
+    def said(*arguments: str, lines: Sequence[str], tokens: Sequence[str] = ("--max-new-tokens", "6")) -> str:
         (file := tmp_path / "lines").write_text("".join(f"{line}\n" for line in lines))
         capsys.readouterr()
         with file.open(encoding="utf-8") as asked:
             monkeypatch.setattr(sys, "stdin", asked)
-            assert chat.main([*arguments, "--temperature", "0", "--max-new-tokens", "6"]) == 0
+            assert chat.main([*arguments, "--temperature", "0", *tokens]) == 0
         return capsys.readouterr().out
 
     return said
@@ -153,3 +155,21 @@ def test_images_come_before_the_next_question_and_stay_in_the_conversation(
     asked = [f"/image '{red}' no.png", "Is it red?", f"/image '{blue}'", f"/image '{red}'", "And these?"]
     printed = says(str(folder), lines=[*asked, f"/image '{red}'", "/new", "Is it red?"])
     assert printed == "".join(f"{printable_lines(text)}\n" for text in wanted)
+
+
+def test_an_answer_takes_what_is_left_of_a_short_context_if_no_length_is_asked(
+    tmp_path: Path, says: Says
+) -> None:
+    """As after the quickstart, whose model has 512 tokens, the usual length of an answer."""
+    folder = write_model(tmp_path / "model", longest=64)
+    with torch.no_grad():
+        ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+            [{"role": "user", "content": QUESTIONS[0]}], add_generation_prompt=True, return_tensors="pt"
+        )["input_ids"]
+        config = {"do_sample": False, "max_length": 64, "max_new_tokens": None}
+        found = plain(folder).generate(ids, **config)[0, ids.shape[1] :]
+    wanted = AutoTokenizer.from_pretrained(folder).decode(found, skip_special_tokens=True)
+    assert says(str(folder), lines=QUESTIONS[:1], tokens=()) == f"{printable_lines(wanted)}\n"
+    with pytest.raises(ConfigError, match="cannot be asked") as raised:
+        says(str(folder), lines=QUESTIONS[:1], tokens=("--max-new-tokens", "60"))
+    assert "60 more tokens" in raised.value.expected

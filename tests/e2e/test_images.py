@@ -1,12 +1,14 @@
 """Runs on pairs with images: that of the page about them, and one on records in memory."""
 
 import os
+import re
 import shlex
+import sys
 from pathlib import Path
 
 from tests.support.image_model import image_pair, write_image_model
 from tests.support.launch import history, run_verb, summary
-from tests.support.pages import blocks_of, in_process
+from tests.support.pages import ROOT, blocks_of, in_process
 
 PAGE = "docs/images.md"
 
@@ -17,6 +19,21 @@ def run_scripts(folder: Path) -> None:
     for block in blocks_of(PAGE):
         if block.language == "python":
             exec(compile(block.text, PAGE, "exec"), {})
+
+
+def ask(folder: Path) -> None:
+    """Type what the page says after the run: a picture, then a question, to a model with a short context."""
+    from dpo_dist.tools.chat import __main__ as chat
+
+    page = (ROOT / PAGE).read_text()
+    command = re.search(r"`dpo-dist chat (\S+)` answers", page)
+    lines = re.search(r"type `(/image \S+)`, then `(.+?)`", page)
+    assert command is not None
+    assert lines is not None
+    os.chdir(folder)
+    Path("lines").write_text("\n".join(lines.groups()))
+    with Path("lines").open() as sys.stdin:
+        assert chat.main([*command.groups()]) == 0
 
 
 def test_a_model_learns_what_only_the_picture_says_as_the_page_shows(tmp_path: Path) -> None:
@@ -30,6 +47,7 @@ def test_a_model_learns_what_only_the_picture_says_as_the_page_shows(tmp_path: P
     accuracies = [row["eval_rewards/accuracies"] for row in history(run) if "eval_loss" in row]
     assert (accuracies[0], accuracies[-1]) == (0.5, 1.0)
     assert "data:image/jpeg;base64," in (run / "report.html").read_text()
+    in_process(ask, tmp_path)
     again = run_verb("train", [*overrides, "loss.beta=0.1", "trainer.max_steps=1", "run.dir=b"], cwd=tmp_path)
     assert again.code == 0, again.output
     assert summary(tmp_path / "b")["reference"]["computed"] == 0

@@ -17,6 +17,7 @@ def write_model(
     intermediate_size: int | None = None,
     layers: int = 2,
     tied: bool = True,
+    longest: int = 2048,
 ) -> Path:
     """A Qwen2 model folder with a tokenizer; weights large enough that log-probs differ visibly."""
     tokenizer = tokenizer or tiny.qwen()
@@ -28,7 +29,7 @@ def write_model(
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=2048,
+        max_position_embeddings=longest,
         tie_word_embeddings=tied,
         initializer_range=0.1,
         eos_token_id=tokenizer.eos_token_id,

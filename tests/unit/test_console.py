@@ -27,6 +27,7 @@ from dpo_dist.foundation.console import (
     Console,
     LineScreen,
     LiveScreen,
+    is_notebook,
     open_console,
     open_screen,
     warnings_off,
@@ -240,3 +241,63 @@ def test_the_share_of_the_peak_is_shown_for_devices_that_cost_more(device: str, 
     with mock.patch("dpo_dist.training.steps.progress.peak_memory_bytes", return_value=1):
         progress.add(1, measures, must_stop=False)
     assert ("MFU 10 %" in shown.show_progress.call_args.args[1]) is is_shown
+
+
+class Shell:
+    """A notebook's kernel: outputs by display, streams without descriptors 1 and 2."""
+
+    def __init__(self) -> None:
+        self.kernel = SimpleNamespace(session=SimpleNamespace(pid=os.getpid()))
+        self.outputs = list[str]()
+
+    def get_ipython(self) -> "Shell":
+        return self
+
+    def display(self, data: dict[str, str], **options: Any) -> Any:
+        assert options == {"raw": True, "display_id": True}
+        at = len(self.outputs)
+        self.outputs.append(data["text/plain"])
+
+        def update(data: dict[str, str], raw: bool) -> None:
+            assert raw
+            self.outputs[at] = data["text/plain"]
+
+        return SimpleNamespace(update=update)
+
+
+def test_in_a_notebook_a_run_is_one_output_with_each_line_once_and_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell, streams = Shell(), (io.StringIO(), io.StringIO())
+    monkeypatch.setitem(sys.modules, "IPython", shell)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "IPython.display", shell)  # type: ignore[arg-type]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    library = logging.getLogger("a_library")
+    monkeypatch.setattr(library, "handlers", [logging.StreamHandler(streams[0])])
+    with open_console(RunFolder(tmp_path).rank_log) as console:
+        print("a library's own words")
+        library.warning("a library's handler")
+        console.say("run directory: a\x1b[2J")
+        with console.progress("encoding", "record") as show:
+            show(1, 4)
+            assert shell.outputs[-1].endswith("█████░░░░░░░░░░░░░░░  encoding: 1 of 4 records, 25 %")
+        show_step(console, *STATUS, always=True)
+        assert shell.outputs[-1].endswith(f"░  {LINE}")
+    library.warning("after the run")
+    assert len(shell.outputs) == 1
+    first, last = shell.outputs[0].strip().split("\n")
+    assert first == "run directory: a\\x1b[2J"
+    assert last == f"██{'░' * 18}  {LINE}"
+    assert (streams[0].getvalue(), streams[1].getvalue()) == ("after the run\n", "")
+    assert (sys.stdout, sys.stderr) == streams
+    assert log_of(tmp_path).count("a library's") == 3  # the handler's, and the root's
+    assert log_of(tmp_path).count("run directory") == 1
+
+
+def test_a_process_that_a_notebook_has_forked_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    shell = Shell()
+    monkeypatch.setitem(sys.modules, "IPython", shell)  # type: ignore[arg-type]
+    assert is_notebook()
+    shell.kernel.session.pid += 1
+    assert not is_notebook()

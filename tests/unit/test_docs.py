@@ -1,14 +1,20 @@
 """Names in the documentation exist, and lists in it are complete."""
 
+import importlib.util
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dpo_dist.config.command_line import saved_values, split_words
 from dpo_dist.config.keys import run_keys
+from dpo_dist.config.load import load_points, load_run_config
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.user_code import FOREIGN_CODE
-from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.config.verbs import VERBS
+from dpo_dist.foundation.errors import Arguments, ExitCode
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
 from scripts.write_key_docs import CELL, pages
@@ -103,3 +109,85 @@ def test_the_readme_begins_with_the_commands_of_users_and_of_developers() -> Non
         line.split("#")[0].strip() for line in first_screen
     }
     assert (ROOT / ".ci" / "run").read_text().endswith("exec ./scripts/test.sh\n")
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The words after `dpo-dist` of a page's commands, those in its sentences too, without `launch`."""
+    prose = re.sub(r"```(?!console)\w+\n.*?```", "", text, flags=re.DOTALL)
+    lines = re.findall(r"^(?:    |\$ )(?:.*[ (])?(dpo-dist .*)$", prose.replace("\\\n", " "), re.MULTILINE)
+    lines += re.findall(r"`(dpo-dist [^`]+)`", re.sub(r"```.*?```", "", prose, flags=re.DOTALL))
+    found = []
+    for line in lines:
+        whole = re.sub(r" \[([A-Z-][^]]*)\]", r" \1", line.partition(" | ")[0])
+        words = ["1" if word == "N" else word for word in shlex.split(whole, comments=True)[1:]]
+        verbs = [at for at, word in enumerate(words) if word in VERBS and word != "launch"]
+        words = words[verbs[0] :] if verbs else []
+        if "..." in words:
+            usual = ["model.path=MODEL", "data.train=[pairs.jsonl]"] if VERBS[words[0]].is_configured else []
+            words = [words[0], *usual, *(word for word in words[1:] if word != "...")]
+        found.append(words)
+    return found
+
+
+COMMANDS = {
+    shlex.join(words): words
+    for page in PAGES
+    if page.stem not in ("CHANGELOG", "log")  # they quote commands of other days, and in part
+    for words in commands_of(page.read_text())
+    # A name of a verb, the example of a mistake, a file of a search (tests/unit/tools/test_search.py).
+    if len(words) > 1 and {"learning_rate=1e-5", "space.yaml"}.isdisjoint(words)
+}
+
+KEYS_OF_A_RUN = """
+model: {path: MODEL, adapter: {r: 4}}
+data: {train: [pairs.jsonl], eval: [other.jsonl]}
+trainer: {ema_decay: 0.999}
+"""
+
+
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
+def test_a_command_of_a_page_is_one_that_the_program_takes(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files and runs are there, with the keys that every run has; models and data are not."""
+    verb, *others = words
+    monkeypatch.chdir(tmp_path)
+    named = [word for word in others if word.endswith(".yaml")]
+    runs = [Path(word.removeprefix("run.dir=")) for word in others if word.startswith("run.dir=")]
+    for file in [*map(Path, named), *(run / "config.yaml" for run in runs)]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(KEYS_OF_A_RUN)
+    if not VERBS[verb].is_configured:
+        assert_arguments_are_taken(verb, others, monkeypatch)
+        return
+    options = split_words([word for word in others if word != "--json"])
+    assert options.mistakes == []
+    if VERBS[verb].takes_points:
+        load_points(options.words)
+    elif options.help is None and options.cfg is None:
+        saved = saved_values(options, verb) if VERBS[verb].reuses_config else None
+        load_run_config(options.words, verb=verb, saved=saved)
+
+
+def verb_module(verb: str) -> Any:
+    module = VERBS[verb].module
+    package = importlib.util.find_spec(module).submodule_search_locations is not None
+    return importlib.import_module(f"{module}.__main__" if package else module)
+
+
+def assert_arguments_are_taken(verb: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verb's parser takes them; the verb itself is not run."""
+
+    class TakenError(Exception):
+        pass
+
+    parse = Arguments.parse_args
+
+    def stop(self: Arguments, *arguments: Any) -> None:
+        parse(self, *arguments)
+        raise TakenError
+
+    monkeypatch.setattr(Arguments, "parse_args", stop)
+    monkeypatch.setattr("sys.argv", [verb, *words])
+    with pytest.raises(TakenError):
+        verb_module(verb).main()

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     second = "a second model that answers too; `base`: the base of the adapter or run"
     parser.add_argument("--beside", metavar="MODEL", help=second)
     usual = "default: as in the model's generation_config.json"
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"{usual}, or 512")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"{usual}, or 512, or what is left")
     parser.add_argument("--temperature", type=float, metavar="T", help=f"0: greedy; {usual}")
     meaning = "run Python code from the folders of these models: read it first"
     parser.add_argument("trust", nargs="?", metavar=_TRUST, help=meaning)
@@ -86,7 +86,7 @@ def _converse(speakers: "Sequence[Speaker]", max_new_tokens: int | None, samplin
             if len(speakers) > 1:
                 print_result(f"{speaker.name}: ")
             try:
-                speaker.answer(question, images, max_new_tokens, sampling)
+                speaker.answer(question, images, max_new_tokens, sampling, _say)
             except KeyboardInterrupt:
                 if not sys.stdin.isatty():
                     raise

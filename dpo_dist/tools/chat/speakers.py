@@ -1,6 +1,7 @@
 """Hold a conversation with a model: its chat template, and transformers' generation, token by token."""
 
 import contextlib
+import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -60,27 +61,31 @@ class Speaker:
         images: Sequence[ImageFile],
         max_new_tokens: int | None,
         sampling: Mapping[str, Any],
+        say: Callable[[str], None],
     ) -> None:
         """Print the answer to a question after `images` as it comes, and keep both turns.
 
         `sampling` overrides the model's generation_config. If `max_new_tokens` is None, that of
-        generation_config counts, or else 512. Raises ConfigError if the conversation with the answer does
-        not fit.
+        generation_config counts, or else 512, and less where the model's context ends before. Raises
+        ConfigError if the conversation with the answer does not fit.
         """
         responder, causal_lm = self.responder, self.causal_lm
-        most = max_new_tokens or causal_lm.generation_config.max_new_tokens or 512
+        usual = causal_lm.generation_config.max_new_tokens or 512
+        needed = max_new_tokens or 1
         asked = [*self.messages, Message("user", IMAGE * len(images) + question)]
         seen = (*self.images, *images)
         record = PreferenceRecord(tuple(asked), (), Origin(self.name, 1), images=seen)
-        prompt = usable_prompt(record, responder, most)
+        prompt = usable_prompt(record, responder, needed)
         if isinstance(prompt, str):
             raise ConfigError(
                 "the model cannot be asked this",
                 where=self.name,
                 got=prompt,
-                expected=f"a chat template; {most} more tokens within the model's {responder.longest}",
+                expected=f"a chat template; {needed} more tokens within the model's {responder.longest}",
                 remedy="start again, lower --max-new-tokens, or put chat_template.jinja into its folder",
             )
+        left = math.inf if responder.longest is None else responder.longest - len(prompt.prompt_ids)
+        most = max_new_tokens or int(min(usual, left))
         ids = torch.tensor([prompt.prompt_ids.tolist()], device=causal_lm.device)
         stop_ids = sorted(responder.stop_ids)
         with adapter_off(causal_lm) if self.without_adapter else contextlib.nullcontext():
@@ -94,7 +99,10 @@ class Speaker:
                 pad_token_id=stop_ids[0],
                 **sampling,
             )
-        text = str(responder.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        answer = output[0, ids.shape[1] :]
+        if len(answer) == left and int(answer[-1]) not in responder.stop_ids:
+            say(f"{self.name}: cut at the end of the model's {responder.longest} tokens; /new starts again")
+        text = str(responder.tokenizer.decode(answer, skip_special_tokens=True))
         self.messages, self.images = [*asked, Message("assistant", text)], [*seen]
 
     def forget(self) -> None:

@@ -33,7 +33,11 @@ MOST_BYTES = 5_000_000
 _FRAME_BYTES = 150_000
 _HALF = 0.5
 _STYLE = ("length", "finished", "refusals", "distinct_3", "longest_repeat", "empty")
-_NO_SHARES = {"score": "score", "kl": "KL, nats per response", "length": METRICS["samples/length"].title}
+_NO_SHARES = {
+    "score": "score",
+    "kl": "KL estimate, nats per response",
+    "length": METRICS["samples/length"].title,
+}
 """Titles of metrics that are not shares; all others are shares."""
 _VERDICTS = {1.0: "loses to", 0.5: "ties with", 0.0: "wins over"}
 """What the other model did against the base, by the base's credit."""
@@ -72,7 +76,7 @@ def comparison_table(results: _Row) -> list[str]:
     """Return the table of models with 95 % intervals, as lines; all win rates are on the page only."""
     base, rates = results["base"], _rates(results)
     has_scores = any(model["score"] is not None for model in results["models"])
-    titles = ["model", "tokens", "finished", "refusals", f"KL to {base}"]
+    titles = ["model", "tokens", "finished", "refusals", f"KL to {base} (estimate)"]
     titles += ["score"] if has_scores else []
     titles += [f"wins over {base}"] if rates else []
     rows = [titles]
@@ -165,7 +169,7 @@ def _qualities(results: _Row) -> tuple[str, dict[str, tuple[float, Interval]]]:
 def _overview(results: _Row, rates: Rates) -> _Table:
     """Return the table of models with KL, score and win rate over the base, without empty columns."""
     base = results["base"]
-    head = ["model", "KL, nats per response", "score", f"win rate over {base}"]
+    head = ["model", "KL estimate, nats per response", "score", f"win rate over {base}"]
     rows: list[list[object]] = [
         [
             part("macros.jinja", "named", model["name"], model["path"]),

@@ -69,7 +69,9 @@ def make_plan(config: RunConfig, progress: _Progress) -> Plan:
     activations = used - sum(parts.values())
     rows = [*parts.items(), (f"{found.micro_batch:,} tokens", activations)]
     rows.append((f"in all, of {size(machine.memory)}, of which a tenth stays free", used))
+    is_elsewhere = config.plan.gpu is None and not torch.cuda.device_count()
     lines = [
+        *(["this machine has no GPU: the plan is for a machine of plan.gpus and plan.gpu"] * is_elsewhere),
         f"{config.model.path}: {found.weights / 1e9:.3g}e9 weights, {found.trained / 1e9:.3g}e9 "
         f"trained, on {pluralize(machine.gpus, 'GPU')} ({machine.gpu}), {config.parallelism.kind}",
         *(f"  {line}" for line in aligned([[name, size(part)] for name, part in rows if part], numbers=(1,))),
@@ -154,7 +156,8 @@ def _hours(found: Estimate) -> list[str]:
 
 
 def _span(fast: float, slow: float) -> str:
-    return " to ".join(dict.fromkeys(map(duration, (fast, slow))))
+    ends = (duration(end) if end >= 1 else "under 1 s" for end in (fast, slow))
+    return " to ".join(dict.fromkeys(ends))
 
 
 def planned_data(

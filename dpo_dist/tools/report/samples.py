@@ -36,6 +36,7 @@ from dpo_dist.training.start.open_run import Run
 _Row = dict[str, Any]
 _BATCH_TOKENS = 16384
 _USUAL_PROMPTS = 8
+_MOST_SECONDS = 60.0  # of the default's responses by one model on a CPU
 _RESPONSE_FIELDS = ("text", "tokens", "finished")
 
 
@@ -78,7 +79,7 @@ class RunSamples:
         if not (self.at_every_evaluation or is_last or step == 0):
             return {}
         known = self.reference if step == 0 and self.starts_as_reference else None
-        asked = known or self._ask(policy)
+        asked = known or self._ask(policy, self.prompts)
         if asked is None:
             return {}
 
@@ -111,8 +112,16 @@ class RunSamples:
     def ask_reference(self, model: Engine, *, without_adapter: bool = False) -> None:
         """Generate and write the reference's responses with this model; ends the run if it must stop."""
         started = time.monotonic()
+        is_bounded = not self.at_every_evaluation and self.run.world.device.type == "cpu"
         try:
-            self.reference = self._ask(model, without_adapter=without_adapter)
+            first = self._ask(
+                model, self.prompts[: 1 if is_bounded else None], without_adapter=without_adapter
+            )
+            self.reference = first
+            if first is not None and is_bounded:
+                self._bound(time.monotonic() - started)
+                others = self._ask(model, self.prompts[1:], without_adapter=without_adapter)
+                self.reference = None if others is None else first + others
         except Interrupted:
             self.run.stops.check()
         if self.reference is not None:
@@ -130,17 +139,33 @@ class RunSamples:
                 "samples.prompts=0 turns them off"
             )
 
+    def _bound(self, seconds: float) -> None:
+        """Keep as many prompts as fit into `_MOST_SECONDS`, at least one; `seconds`: what one takes."""
+        most = self.run.world.on_main(lambda: max(1, int(_MOST_SECONDS / max(seconds, 1e-9))))
+        if most < len(self.prompts):
+            self.run.say(
+                f"samples: {most} of {pluralize(len(self.prompts), 'prompt')}, since a response takes "
+                f"{duration(seconds)} here; samples.prompts={len(self.prompts)} asks all of them"
+            )
+            self.prompts = self.prompts[:most]
+
     def read_reference(self) -> list[_Row] | None:
         """Return the reference's responses from their file; None if prompts or settings have changed."""
         rows = list(read_lines(self.run.folder.samples_reference))
         wanted = [(prompt.fields["prompt_id"], asdict(self.sampling)) for prompt in self.prompts]
+        if rows and not self.at_every_evaluation:  # the earlier start may have asked fewer
+            wanted = wanted[: len(rows)]
         if [(row["prompt_id"], row["sampling"]) for row in rows] != wanted:
             return None
         return [{name: row[name] for name in _RESPONSE_FIELDS} for row in rows]
 
-    def _ask(self, model: Engine, *, without_adapter: bool = False) -> list[_Row] | None:
+    def _ask(
+        self, model: Engine, prompts: Sequence[SamplePrompt], *, without_adapter: bool = False
+    ) -> list[_Row] | None:
         """Return a response to each prompt; warn and return None if the model's logits are not finite."""
-        requests = [prompt.request for prompt in self.prompts]
+        requests = [prompt.request for prompt in prompts]
+        if not requests:
+            return []
         limits = self.stop_ids, _BATCH_TOKENS, self.run.stops
         try:
             doing = f"samples: responding to {pluralize(len(requests), 'prompt')}"
@@ -227,6 +252,8 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
         or (files.digest == inputs.policy_files.digest and same_precision)
     )
     samples.reference = run.world.on_main(samples.read_reference)
+    if samples.reference is not None:
+        samples.prompts = samples.prompts[: len(samples.reference)]
     policy_responds = samples.starts_as_reference and (step == 0 or config.model.adapter is not None)
     if samples.reference is None and not policy_responds:
         run.say("samples: loading the reference to generate its responses")

@@ -1,6 +1,7 @@
 """Tables of runs, evaluations and comparisons as text, for terminals, pages and model cards."""
 
 import math
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 
@@ -68,7 +69,7 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
         "model": f"{folder.model}{step_note}" if outcome is RunOutcome.completed else "",
         "report": folder.report,
         "metrics": folder.metrics,
-        "talk to it": f"dpo-dist chat {folder}" if outcome is RunOutcome.completed else "",
+        "talk to it": f"dpo-dist chat {shlex.quote(str(folder))}" if outcome is RunOutcome.completed else "",
     }
     table = ["", *aligned(lines, numbers=(1, 2)), ""] if len(lines) > 1 else [""]
     return [*table, *(f"{name:<11}{text}" for name, text in facts.items() if text)]

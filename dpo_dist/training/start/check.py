@@ -55,6 +55,7 @@ from dpo_dist.training.mirror import Mirror
 from dpo_dist.training.start.footprint import quantization_notes
 from dpo_dist.training.start.inputs import NO_IMAGE, checked_model
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
+from dpo_dist.training.start.open_run import rate_warning
 from dpo_dist.training.start.resume import check_fresh_start, find_finished
 
 _FIRST_RECORDS = 1024
@@ -116,6 +117,7 @@ def dry_run(
         lines.append(("evaluation", evaluated.path))
     if not models:
         lines.append(("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)))
+        lines += [("optim.lr", f"warning: {warning}")] if (warning := rate_warning(config)) else []
         lines += (("end", note) for note in stop_notes(tokenizer, config.data, folder))
     if config.metrics.function is not None:
         lines.append(("metrics", ", ".join(custom_metrics(config.metrics.function, config.loss).names)))

@@ -148,10 +148,25 @@ def say_header(run: Run) -> None:
     for hint in hints_on_cpu(config) if world.device.type == "cpu" and not has_bf16_products() else ():
         run.say(f"hint: this CPU has no instructions for bf16{hint}")
     run.say(f"data: {train}; evaluation: {evaluation or share}")
+    if warning := rate_warning(config):
+        run.say(f"warning: {warning}")
     groups = (
         "" if world.sequence is None else f", in groups of {world.sequence.ranks} for sequence parallelism"
     )
     run.say(f"world: {processes} on {pluralize(hosts, 'host')}, {world.device.type}{groups}")
+
+
+def rate_warning(config: RunConfig) -> str:
+    """Return a warning, in words, if an adapter has a learning rate for all weights; else ""."""
+    if config.model.adapter is None or config.optim.lr >= _LEAST_ADAPTER_RATE:
+        return ""
+    return (
+        f"optim.lr={config.optim.lr:g} is a rate for training all weights: an adapter hardly learns by it; "
+        "1e-4 to 3e-4 is usual for an adapter (optim.lr=1e-4)"
+    )
+
+
+_LEAST_ADAPTER_RATE = 5e-6  # of public recipes for adapters
 
 
 def hints_on_cpu(config: RunConfig) -> Iterator[str]:

@@ -190,6 +190,21 @@ def test_local_data_that_begin_alike_take_less_time(tmp_path: Path) -> None:
         assert "prefixes" not in line
 
 
+def test_a_plan_says_whose_machine_it_is_for_and_no_fractions_of_a_second(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    given = [f"model.path={model}", "plan.pairs=100", "plan.tokens_per_pair=50"]
+
+    def lines(*words: str) -> list[str]:
+        return make_plan(load_run_config([*given, *words]), lambda *_: nullcontext()).lines
+
+    assert "no GPU" in lines()[0]
+    assert "on 8 GPUs (h100-80g)" in lines()[1]
+    named = lines("plan.gpu=h100-80g")
+    assert "no GPU" not in "".join(named)
+    assert any(line.endswith("under 1 s") for line in named)
+    assert not any("0.0" in line and line.endswith(" s") for line in named)
+
+
 def test_phases_overlap_but_for_ddp_in_bf16_and_the_reference_is_scored_once() -> None:
     for words, together in (
         (["parallelism=ddp"], sum),

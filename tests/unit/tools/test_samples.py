@@ -125,3 +125,38 @@ def test_a_run_says_that_it_samples_while_it_takes_long_and_counts_the_time(
     assert metrics["samples/prompts"] == 1.0
     assert run.clock.read()["seconds"]["samples"] > 0
     assert lines[0].startswith("samples: responding to 1 prompt: ")
+
+
+@pytest.mark.parametrize(("seconds", "asked"), [(1.0, 8), (25.0, 2), (400.0, 1)])
+def test_by_default_a_slow_model_answers_as_many_prompts_as_fit_in_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, asked: int
+) -> None:
+    told: list[str] = []
+    run = Run(
+        RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path))),
+        ALONE,
+        Console(LineScreen(told.append)),
+    )
+    run.folder.samples.mkdir()
+    prompts = tuple(
+        SamplePrompt(Request(np.array([1], np.int32), str(n), 0), {"prompt_id": str(n)}) for n in range(8)
+    )
+    now = 0.0
+
+    def generate(model: object, requests: list[Request], *others: object, **options: object) -> list[Sample]:
+        nonlocal now
+        now += seconds * len(requests)
+        return [Sample([5], None) for _ in requests]
+
+    monkeypatch.setattr(samples, "generate_together", generate)
+    monkeypatch.setattr(samples.time, "monotonic", lambda: now)
+    usual = RunSamples(run, Sampling(4), prompts, STOPS, TOKENIZER, at_every_evaluation=False)
+    usual.ask_reference(FrozenEngine.__new__(FrozenEngine))
+    assert (len(usual.prompts), len(usual.reference or [])) == (asked, asked)
+    assert any("samples.prompts=8" in line for line in told) == (asked < 8)
+    again = replace(usual, prompts=prompts, reference=None)
+    assert again.read_reference() == usual.reference
+    every = RunSamples(run, Sampling(4), prompts, STOPS, TOKENIZER)
+    assert asked == 8 or every.read_reference() is None
+    every.ask_reference(FrozenEngine.__new__(FrozenEngine))
+    assert len(every.reference or []) == 8

@@ -28,7 +28,7 @@ from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.run import find_start, lock_directory, record_start
 from dpo_dist.training.start.environment import describe_run
 from dpo_dist.training.start.footprint import check_disk_room
-from dpo_dist.training.start.open_run import Run, hints_on_cpu, warn_of_recompiles
+from dpo_dist.training.start.open_run import Run, hints_on_cpu, rate_warning, warn_of_recompiles
 from dpo_dist.training.start.resume import (
     RunState,
     check_identity,
@@ -345,3 +345,18 @@ def test_what_is_slow_on_a_cpu_without_bf16_is_said_before_it_is_slow(
 ) -> None:
     said = list(hints_on_cpu(load_run_config(["model.path=m", "data.train=[a.jsonl]", *words])))
     assert [hint in line for line, hint in zip(said, hints, strict=True)] == [True] * len(hints)
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [
+        (["model.adapter={r: 4}"], True),  # the default is a rate for all weights
+        (["model.adapter={r: 4}", "optim.lr=1e-6"], True),
+        (["model.adapter={r: 4}", "optim.lr=5e-6"], False),
+        (["model.adapter={r: 4}", "optim.lr=2e-4"], False),
+        (["optim.lr=1e-6"], False),
+    ],
+)
+def test_an_adapter_at_a_rate_for_all_weights_is_said_before_training(words: list[str], warned: bool) -> None:
+    found = rate_warning(load_run_config(["model.path=m", "data.train=[a.jsonl]", *words]))
+    assert ("optim.lr=1e-4" in found) == warned
