@@ -24,7 +24,7 @@ from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.config.verb_sections import ServerConfig
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.distributed.memory import return_memory
-from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import pluralize, without_secrets
 from dpo_dist.model.packed import packed_logps
 from dpo_dist.tools.shared.sampling.client import Client, RefusedError
@@ -183,7 +183,7 @@ def reload_server(endpoint: ServerConfig, source: ModelSource) -> None:
         raise ConfigError(
             "the command that changes the server's weights failed",
             where="sampling.endpoint.reload",
-            got=without_secrets(first_line(fault)),
+            got=f"{type(fault).__name__}: {without_secrets(str(fault))[:200]}",  # hidden before it is cut
             expected="exit code 0 once the old weights are gone; a server is started in the background",
             remedy="correct the command, whose output is in logs/rank-0.log of the run directory",
         ) from None
