@@ -128,6 +128,9 @@ def code_warnings(values: Mapping[str, Any]) -> list[str]:
     return [f"warning: {key}={value}: {FOREIGN_CODE[key]}" for key, value in _code_options(values).items()]
 
 
+_DEEPEST = 50
+
+
 def read_saved_yaml(text: str | bytes, where: str = "config.yaml") -> dict[str, Any]:
     """Return the values of a run's config.yaml; nothing in the file is evaluated.
 
@@ -135,8 +138,13 @@ def read_saved_yaml(text: str | bytes, where: str = "config.yaml") -> dict[str, 
         ConfigError: the file has no keys, or has an alias, an interpolation or a key of Hydra's.
     """
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it has an alias (*), which no run writes")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it has an alias (*), which no run writes")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:  # PyYAML takes minutes for thousands of open brackets
+                raise ValueError(f"it has values in more than {_DEEPEST} others, which no run writes")
         content = yaml.safe_load(text)
         if not isinstance(content, dict):
             raise ValueError("it has no keys")

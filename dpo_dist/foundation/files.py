@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, first_line
 
 _TEMPORARY = ".tmp-"
 _REPLACED = "replaced-"
@@ -66,6 +66,23 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         with path.open("rb") as lines:
             yield from map(json.loads, lines)
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a run, perhaps a stranger's; ConfigError for anything else."""
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"no object, but a {type(content).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            "this file of a run cannot be read",
+            where=str(path),
+            got=first_line(error),
+            expected="a JSON object",
+            remedy="restore the file, or delete it: pages leave out what it tells",
+        ) from None
+    return content
 
 
 @contextlib.contextmanager

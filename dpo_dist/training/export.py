@@ -1,6 +1,5 @@
 """Write a checkpoint, or the mean of models, as a model folder: at the end of a run, and by `export`."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome,
 from dpo_dist.foundation.files import (
     content_digest,
     final_name,
+    read_fields,
     remove_abandoned,
     staged_folder,
     temporary_folder,
@@ -243,7 +243,7 @@ def export_model(
         }
         keep = [band.step for band in config.metrics.bands]
         rows = read_latest_rows(folder, state["step"], keep)
-        versions = json.loads(folder.environment.read_bytes())["packages"]
+        versions = read_fields(folder.environment)["packages"]
         is_evaluated = is_end and config.export.weights is ExportedWeights.last
         merged = replace(config, model=replace(config.model, adapter=None)) if config.export.merge else config
         return run_card(merged, rows, summary, console.say, versions, loader, is_evaluated=is_evaluated)

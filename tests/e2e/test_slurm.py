@@ -68,6 +68,10 @@ class Cluster:
         self.run("slurmctld", "-c")
         for node in NODES:
             self.run("slurmd", "-N", node)
+        self.wait_for_idle()
+
+    def wait_for_idle(self) -> None:
+        """Wait until both nodes are idle."""
         self.wait_for(lambda: int(self.run("sinfo", "-h", "-t", "idle", "-o", "%D") or 0) == len(NODES))
 
     def stop(self) -> None:
@@ -77,9 +81,13 @@ class Cluster:
         for name in ("slurmctld.pid", "munged.pid"):
             _kill(self._folder / name)
 
+    def end_daemon(self, node: str) -> None:
+        """Kill the daemon of a node, whose processes go on."""
+        _kill(self._folder / f"slurmd.{node}.pid")
+
     def kill_node(self, node: str) -> None:
         """Kill the daemon of a node and all processes of jobs there at the same moment."""
-        _kill(self._folder / f"slurmd.{node}.pid")
+        self.end_daemon(node)
         variables = {"SLURMD_NODENAME": node, "SLURM_CONF": str(self._folder / "slurm.conf")}.items()
         lost: set[psutil.Process] = set()
         for process in psutil.process_iter():
@@ -214,7 +222,8 @@ start=${SLURM_RESTART_COUNT:-0}
 read -ra of_starts <<<"$CODES"
 code=${of_starts[start]:-0}
 echo "started with ${@: -1}"
-[[ $code == wait ]] && exec sleep 600
+[[ $code == wait ]] && exec /bin/sleep 600
+[[ $code == until* ]] && until [[ -e $UNTIL ]]; do sleep 0.1; done
 [[ $code == *saved* ]] && echo checkpoint >>"$DPO_DIST_PROGRESS"
 [[ $code == *person* ]] && echo "stopped by the tracker" >>"$DPO_DIST_PROGRESS"
 exit "${code//[^0-9]/}"
@@ -260,12 +269,49 @@ def test_a_job_that_stops_before_its_time_limit_is_continued(
     assert not list(tmp_path.glob("dpo_dist-*")), "files of the job are left"
 
 
-def test_the_end_of_the_processes_decides_the_end_of_the_job(cluster: Cluster, tmp_path: Path) -> None:
-    launcher = tmp_path / "bin" / "python"
+def stand_in(folder: Path) -> str:
+    """Write the launcher that only ends; return the PATH that has it."""
+    launcher = folder / "bin" / "python"
     launcher.parent.mkdir()
     launcher.write_text(STAND_IN)
     launcher.chmod(0o755)
-    path = f"{launcher.parent}:{os.environ['PATH']}"
+    return f"{launcher.parent}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("order", ["SLURM queues it", "the script queues it"])
+def test_a_script_on_a_lost_node_leaves_the_next_start_alone(
+    cluster: Cluster, tmp_path: Path, order: str
+) -> None:
+    """SLURM cannot end the script of a node that it has lost."""
+    path, ended, slept = stand_in(tmp_path), tmp_path / "ended", tmp_path / "slept"
+    sleep = tmp_path / "bin" / "sleep"
+    short = "[[ $1 == 600 ]] || exec /bin/sleep $1"
+    sleep.write_text(f"#!/bin/bash\n{short}\nuntil [[ -e {slept} ]]; do /bin/sleep 0.1; done\n")
+    sleep.chmod(0o755)
+    variables = {"CODES": "until137 wait", "UNTIL": str(ended), "PATH": path}
+    job = submit(cluster, tmp_path, ["--nodes=1", "--gres=none"], [], **variables)
+    try:
+        job.wait_for_text("started")
+        cluster.end_daemon("node1")
+        if order == "the script queues it":
+            ended.touch()
+            job.wait_for_text("is queued again")
+        cluster.run("scontrol", "update", "nodename=node1", "state=down", "reason=lost")
+        job.wait_for(lambda: job.text().count("started") == 2)
+        ended.touch()
+        slept.touch()
+        job.wait_for_text("SLURM has queued")
+        time.sleep(1)
+        assert job.shown() == ("RUNNING", "0:0", "1"), job.text()
+        assert (tmp_path / f"dpo_dist-{job.number}" / "progress").is_file()
+    finally:
+        cluster.run("scancel", job.number)
+        cluster.run("slurmd", "-N", "node1")
+        cluster.wait_for_idle()
+
+
+def test_the_end_of_the_processes_decides_the_end_of_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    path = stand_in(tmp_path)
 
     def job(codes: str, *options: str, **variables: str) -> Job:
         small = ["--nodes=1", "--gres=gpu:2", *options]

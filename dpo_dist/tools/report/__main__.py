@@ -1,12 +1,13 @@
 """Write a run's report page again from the run's files, or a page that compares several runs."""
 
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_dist.config.run_folder import existing_run, strip_key
 from dpo_dist.foundation.console import console_on
-from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
+from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after, first_line
 from dpo_dist.foundation.files import remove_abandoned
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.tools.report.run import PageFacts, write_page
@@ -41,16 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print_line(f"curves: {first.curves}")
                 write_tables(first)
             remove_abandoned(first.metrics)  # a start that was killed may have left half a picture
+        facts = zip(runs, map(PageFacts, runs), strict=True)
+        results = [
+            {"run_dir": str(run), "outcome": each.summary.get("exit")}
+            | {name: each.section(name) for name in ("final", "verdict")}
+            for run, each in facts
+        ]
+    except (TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            "the files of this run do not have the form in which a run writes them",
+            where=", ".join(map(str, options.runs)),
+            got=f"{first_line(error)} in {place.filename}:{place.lineno}",
+            remedy="restore the run's JSON files, or delete them: the page leaves out what they tell",
+        ) from error
     except (OSError, ValueError) as error:
         remedy = "check the files of the run, permissions and free space, or set --output page.html"
         where = str(options.output or options.runs[0])
         raise ConfigError("the page cannot be written", where=where, got=str(error), remedy=remedy) from error
-    facts = zip(runs, map(PageFacts, runs), strict=True)
-    results = [
-        {"run_dir": str(run), "outcome": each.summary.get("exit")}
-        | {name: each.section(name) for name in ("final", "verdict")}
-        for run, each in facts
-    ]
     content = {"page": str(path), "runs": results}
     console_on(sys.stdout, "plain").result("report", content, [f"report: {path}"])
     return ExitCode.completed

@@ -1,6 +1,5 @@
 """Write a trained model's README.md: metadata for the hub, results, data and settings."""
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import DataConfig, ModelConfig, ReferenceConfig, RunConfig, SourceConfig
 from dpo_dist.config.verb_sections import ExportedWeights
 from dpo_dist.foundation.errors import warn_on_bug
+from dpo_dist.foundation.files import read_fields
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, pluralize, without_secrets
 from dpo_dist.tools.report.verdict.rules import verdict
@@ -186,7 +186,7 @@ def run_card(
         run_verdict = verdict(rows, summary, data_findings(folder))
         results = folder.named_evaluation(LAST_EVALUATION).results
         if is_evaluated and results.is_file():
-            evaluation = json.loads(results.read_text(encoding="utf-8"))
+            evaluation = read_fields(results)
         summary_with_verdict = {**summary, "verdict": run_verdict.as_dict()}
         card += model_card(config, summary_with_verdict, evaluation, versions, loader)
     return card
@@ -196,5 +196,5 @@ def data_findings(folder: RunFolder) -> list[dict[str, Any]]:
     """Return the doctor's findings about the data of this run; empty if the doctor did not run."""
     if not folder.doctor_report.is_file():
         return []
-    findings: list[dict[str, Any]] = json.loads(folder.doctor_report.read_text(encoding="utf-8"))["findings"]
+    findings: list[dict[str, Any]] = read_fields(folder.doctor_report)["findings"]
     return findings

@@ -1,15 +1,13 @@
 """Write the page about a run, from the verdict to the command that repeats it."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.config.user_code import read_saved_yaml
 from dpo_dist.data.counts import in_words
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN
 from dpo_dist.foundation import files
@@ -62,7 +60,7 @@ class PageFacts:
     """
 
     def __init__(self, folder: RunFolder, rows: Sequence[MetricsRow] | None = None):
-        self.config, self.doctor = _fields(folder.config, yaml.safe_load), _fields(folder.doctor_report)
+        self.config, self.doctor = _fields(folder.config, _saved), _fields(folder.doctor_report)
         self.environment, self.state = _fields(folder.environment), _fields(folder.state)
         summary = _fields(folder.summary)
         rows = read_latest_rows(folder) if rows is None else rows
@@ -90,11 +88,13 @@ class PageFacts:
         return (self.evaluation.get(name) or {}).get("intervals") or {}
 
 
-def _fields(path: Path, parse: Callable[[str], Any] = json.loads) -> Fields:
+def _saved(file: Path) -> Fields:
+    return read_saved_yaml(file.read_bytes(), str(file))
+
+
+def _fields(path: Path, read: Callable[[Path], Fields] = files.read_fields) -> Fields:
     """Return a file's fields without secrets, because pages are shared; empty if there is no file."""
-    if not path.exists():
-        return {}
-    fields: Fields = without_secrets(parse(path.read_text(encoding="utf-8")) or {})
+    fields: Fields = without_secrets(read(path)) if path.exists() else {}
     return fields
 
 

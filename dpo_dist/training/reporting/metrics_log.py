@@ -14,7 +14,7 @@ from dpo_dist.config.metrics import ACCURACIES, CUSTOM, MAIN, METRICS, PREFIX, T
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation import files
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import for_json
 from dpo_dist.objective.metrics import (
     AUC,
@@ -212,6 +212,10 @@ def read_latest_rows(
     return RowSample(stored_rows(folder, step + _AFTER_STEP), keep).rows
 
 
+# Of a line that is no JSON, or no row of numbers.
+_NO_ROW = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+
+
 def _stored_lines(folder: RunFolder) -> Iterator[tuple[bytes, MetricsRow]]:
     """Yield the whole lines of a run's file, with their rows; the last line may be unfinished.
 
@@ -226,14 +230,17 @@ def _stored_lines(folder: RunFolder) -> Iterator[tuple[bytes, MetricsRow]]:
         for number, line in enumerate(lines, start=1):
             if line.endswith(b"\n"):
                 try:
-                    yield line, _known(json.loads(line))
-                except ValueError as error:
+                    row = _known(json.loads(line))
+                    log_position(row)
+                except _NO_ROW as error:
                     raise ConfigError(
                         "the metrics of this run cannot be read",
                         where=f"{folder.rows}:{number}",
-                        got=str(error),
+                        got=first_line(error),
+                        expected="numbers by their names, as a run writes them",
                         remedy="delete this line",
                     ) from error
+                yield line, row
 
 
 def write_tables(folder: RunFolder) -> None:

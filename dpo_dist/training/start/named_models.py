@@ -13,6 +13,7 @@ from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.run_folder import (
     RunFolder,
     best_checkpoint,
+    check_files,
     checkpoint_folders,
     checkpoint_step,
     existing_run,
@@ -41,6 +42,7 @@ def locate_model(path: str, key: str) -> str:
     folder = Path(path).expanduser()
     run = RunFolder(folder)
     if run.config.is_file() and not (folder / "config.json").is_file():
+        check_files(folder)
         if not run.model.is_dir():
             raise no_model_error(run, key, "let the run complete")
         folder = run.model

@@ -19,7 +19,7 @@ from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.shared.sampling import client as clients
 from dpo_dist.tools.shared.sampling import served
-from dpo_dist.tools.shared.sampling.client import Client
+from dpo_dist.tools.shared.sampling.client import Client, RefusedError
 from dpo_dist.tools.shared.sampling.respond import Responder, find_files, open_responder, respond
 from dpo_dist.tools.shared.sampling.served import (
     Server,
@@ -281,6 +281,22 @@ def test_replies_are_kept_so_that_only_missing_ones_are_asked_again(tmp_path: Pa
     assert sorted(asked[20:] + kept) == keys
     assert most == 3
     assert shown[-1] == (len(kept) + 9, 18)
+    del asked[20:]
+    with client.keeping(file, lambda *_: None):  # also the reply after the cut line is kept
+        assert client.ask(keys, answer, list).keys() == set(keys)
+    assert len(asked) == 20
+
+
+def test_a_refused_request_is_asked_again(tmp_path: Path) -> None:
+    def refuse(key: str) -> str:
+        if key == "b":
+            raise RefusedError("status 400")
+        return key
+
+    client = Client("http://127.0.0.1:9/v1", "sampling.endpoint.url", "m", 1, 1)
+    with client.keeping(tmp_path / "replies.jsonl", lambda *_: None):
+        assert client.ask(["a", "b"], refuse, list) == {"a": "a", "b": None}
+        assert client.ask(["a", "b"], str.upper, list) == {"a": "a", "b": "B"}
 
 
 def test_a_command_changes_the_weights_and_the_server_is_waited_for(tmp_path: Path, folder: Path) -> None:
@@ -290,6 +306,15 @@ def test_a_command_changes_the_weights_and_the_server_is_waited_for(tmp_path: Pa
         keys = ServerConfig(url=own.url, reload=f"cp -r '{{model}}' '{written}'")
         reload_server(keys, source)
         assert (written / "config.json").is_file()
+        adapter = dataclasses.replace(source, adapter=tmp_path / "a folder")
+        (written / "of_the_adapter").touch()
+        reload_server(ServerConfig(url=own.url, reload=f"cp -r '{{model}}' '{tmp_path}/copy'"), adapter)
+        assert (tmp_path / "copy" / "of_the_adapter").is_file()
+        token = "hf_" + "a1B2" * 10
+        secret = f"false -H 'Authorization: Bearer {token}'"
+        with pytest.raises(ConfigError, match=r"Bearer [*]{3}") as raised:
+            reload_server(ServerConfig(url=own.url, reload=secret), source)
+        assert "a1B2" not in raised.value.block()
         for command in ("false", "absent-program", "cp 'unclosed"):
             with pytest.raises(ConfigError, match="the command that changes the server's weights failed"):
                 reload_server(ServerConfig(url=own.url, reload=command), source)

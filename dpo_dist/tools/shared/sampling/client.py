@@ -7,12 +7,17 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator
+from multiprocessing import TimeoutError as Late
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.installed import install_extra
+from dpo_dist.foundation.text import duration, first_few, size
+from dpo_dist.tools.shared.sampling.replies import Models, Reply
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 RETRIES = 6
@@ -22,15 +27,22 @@ _LISTING_SECONDS = 45.0  # a server that computes everything else slowly answers
 _ABSENT = (502, 503, 504)  # while it loads a model, or of a proxy before it
 # Statuses that refuse a single request for its texts; others mean that the server cannot be used.
 _REFUSES_TEXTS = (400, 413, 422)
+_MOST_BYTES = 128 << 20
+"""Of a reply. Ids and log-probs of a token take about 110; the longest requests ask for half a million."""
+_SILENCES = 2
+"""A whole reply may take as many times the longest silence, after which a request is sent again."""
+_WORD = 60  # characters of a server's code in an error
 R = TypeVar("R")
+Form = TypeVar("Form", bound=Reply)
 
 
 class RefusedError(Exception):
     """One request is refused; the message has the server's status and code, not its words."""
 
     def __init__(self, status: str, code: Any = None, param: Any = None):
-        super().__init__(", ".join(str(fact) for fact in (status, code, param) if fact))
-        self.code, self.param = str(code), param
+        words = [fact[:_WORD] for fact in (status, code, param) if isinstance(fact, str) and fact]
+        super().__init__(", ".join(words))
+        self.code, self.param = str(code), str(param)
 
 
 class Client:
@@ -38,6 +50,7 @@ class Client:
 
     def __init__(self, url: str, url_key: str, name: str, seconds: float, parallel: int):
         try:
+            import httpx2  # noqa: PLC0415  (openai's)
             import openai  # noqa: PLC0415  (optional)
         except ImportError:
             raise ConfigError(
@@ -46,40 +59,88 @@ class Client:
         self._openai, self.url, self._url_key, self.name = openai, url, url_key, name
         key = os.environ.get(KEY_VARIABLE, "").strip() or "none"
         timeout = openai.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS))
-        self._openai_client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=RETRIES)
+
+        class Bounded(httpx2.HTTPTransport):
+            """Reads each reply whole. An error of openai's is passed on: the client tries others again."""
+
+            def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+                seconds = _SILENCES * request.extensions["timeout"]["read"]
+                # In a thread: a server can also send its headers byte by byte.
+                with ThreadPool(1) as pool:
+                    try:
+                        return pool.apply_async(self._whole, (request,)).get(seconds)
+                    except Late:
+                        raise openai.OpenAIError(f"no end within {duration(seconds)}") from None
+
+            def _whole(self, request: httpx2.Request) -> httpx2.Response:
+                reply, content = super().handle_request(request), bytearray()
+                with contextlib.closing(reply):
+                    if reply.headers.get("Content-Encoding", "identity") != "identity":
+                        raise openai.OpenAIError("a compressed reply, which was not asked for")
+                    for chunk in reply.iter_raw():
+                        content += chunk
+                        if len(content) > _MOST_BYTES:
+                            raise openai.OpenAIError(f"more than {size(_MOST_BYTES)} in one reply")
+                return httpx2.Response(reply.status_code, headers=reply.headers, content=bytes(content))
+
+        self._openai_client = openai.OpenAI(
+            base_url=url,
+            api_key=key,
+            timeout=timeout,
+            max_retries=RETRIES,
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=openai.DefaultHttpxClient(transport=Bounded()),
+        )
         self._parallel, self._names = parallel, ""
         self._file: Path | None = None
         self._show: Callable[[int, int], None] = lambda *_: None
         self._answered = self._asked = 0
 
-    def send(self, request: Callable[[Any], Any]) -> Any:
-        """Return what `request` does with the client; raise RefusedError, or ConfigError without a server."""
+    def send(self, request: Callable[[Any], Any], form: type[Form]) -> Form:
+        """Return what the server replies to `request`, which gets the client with raw responses.
+
+        Raises RefusedError, or ConfigError without a server, and if the reply does not have the form.
+        """
         try:
-            return request(self._openai_client)
+            return self._read(request(self._openai_client), form)
         except self._openai.APIStatusError as error:  # its message may quote a text
             refusal = RefusedError(f"status {error.status_code}", error.code, error.param)
             if error.status_code in _REFUSES_TEXTS:
                 raise refusal from None
             raise self.unusable(str(refusal)) from None
-        except (self._openai.APIError, ValueError) as error:
-            raise self.unusable(type(error).__name__) from None
+        except (self._openai.OpenAIError, ValueError) as error:
+            raise self.unusable(self._fault(error)) from None
 
-    def listed(self) -> dict[str, Any]:
-        """Return the models that the server lists, by name; none if it has no list."""
+    def _read(self, raw: Any, form: type[Form]) -> Form:
+        content = raw.http_response.content
+        try:
+            return form.model_validate_json(content, strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            page = "no JSON, but a page: " if content.lstrip()[:1] == b"<" else ""
+            raise self.unusable(f"{page}{place}{': ' if place else ''}{first['msg']}") from None
+
+    def _fault(self, error: Exception) -> str:
+        """Return what is wrong with a connection or a reply as a whole."""
+        is_ours = type(error) is self._openai.OpenAIError
+        return str(error) if is_ours else type(error.__cause__ or error).__name__
+
+    def listed(self) -> dict[str, int | None]:
+        """Return the models that the server lists and the length of each, if known; none without a list."""
         client = self._openai_client.with_options(timeout=_LISTING_SECONDS, max_retries=2)
         try:
-            models = client.models.list()
+            models = self._read(client.models.with_raw_response.list(), Models).data
         except self._openai.InternalServerError as error:  # of `transformers serve` without a cache of models
             if error.status_code in _ABSENT:
                 raise self.unusable(f"status {error.status_code}") from None
             return {}
+        except self._openai.APIStatusError as error:
+            raise self.unusable(f"status {error.status_code}") from None
         except (self._openai.OpenAIError, ValueError) as error:
-            raise self.unusable(type(error).__name__) from None
-        except AttributeError:  # of the client, which parses a page as a text
-            raise self.unusable("no JSON, but a page") from None
-        found = {model.id: model for model in getattr(models, "data", None) or ()}
-        self._names = f"; it lists {', '.join(found) or 'no model'}"
-        return found
+            raise self.unusable(self._fault(error)) from None
+        self._names = f"; it lists {first_few([model.id for model in models]) or 'no model'}"
+        return {model.id: model.max_model_len for model in models}
 
     @contextlib.contextmanager
     def keeping(self, file: Path, show: Callable[[int, int], None], times: float = 1) -> Iterator[None]:

@@ -41,6 +41,7 @@ from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.tools.shared.images import jpeg_uri
 from dpo_dist.tools.shared.sampling.client import Client, RefusedError
+from dpo_dist.tools.shared.sampling.replies import ChatCompletion
 
 log = logging.getLogger(__name__)
 
@@ -358,7 +359,10 @@ class EndpointJudge:
         """Return the assistant's text; the temperature is 0 if the endpoint accepts that."""
         body, options = {"model": self.client.name, "messages": messages}, self._options
         try:
-            reply = self.client.send(lambda openai: openai.chat.completions.create(**body, **options))
+            reply = self.client.send(
+                lambda openai: openai.chat.completions.with_raw_response.create(**body, **options),
+                ChatCompletion,
+            )
         except RefusedError as refusal:
             is_unsupported = refusal.param in options and refusal.code.startswith("unsupported_")
             if is_unsupported and options is _OPTIONS:
@@ -366,15 +370,11 @@ class EndpointJudge:
                 self._options = _REASONING_OPTIONS
                 return self._ask(messages)
             raise
-        choices = getattr(reply, "choices", None)
-        if choices is None:
-            raise self.client.unusable("a reply that is not a chat completion")
-        if not choices or choices[0].finish_reason == "length":  # cut before the verdict, which comes last
+        # Without a choice, or cut before the verdict, which comes last.
+        if not reply.choices or reply.choices[0].finish_reason == "length":
             return ""
-        content = choices[0].message.content or ""
-        if isinstance(content, list):  # some endpoints return parts
-            content = "".join(str(dict(part).get("text") or "") for part in content)
-        return str(content)
+        content = reply.choices[0].message.content or ""
+        return content if isinstance(content, str) else "".join(part.text or "" for part in content)
 
 
 def _key(question: Question, order: tuple[int, ...]) -> str:

@@ -111,6 +111,7 @@ class Responder:
     stop_ids: frozenset[int]
     longest: int | None  # tokens of a prompt and its response; None: no limit is known
     processor: ImageProcessor | None = None
+    vocabulary: int | None = None  # ids of the model; None: unknown
 
     def encode(self, record: PreferenceRecord, response: Response) -> EncodedExample | BadRecord:
         """Return a prompt and a response as training encodes them, without the limits on their length."""
@@ -135,7 +136,8 @@ def open_responder(source: ModelSource, model: ModelConfig, data: DataConfig) ->
     stop_ids = find_stop_ids(tokenizer, data, source.folder, source.key)
     model_config = load_config(source.folder, model).get_text_config()
     longest = getattr(model_config, "max_position_embeddings", None)
-    return Responder(source, tokenizer, data, stop_ids, longest, processor)
+    vocabulary = getattr(model_config, "vocab_size", None)
+    return Responder(source, tokenizer, data, stop_ids, longest, processor, vocabulary)
 
 
 BATCH_TOKENS = 32768

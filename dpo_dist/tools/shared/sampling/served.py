@@ -24,11 +24,12 @@ from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.config.verb_sections import ServerConfig
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.distributed.memory import return_memory
-from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.foundation.text import pluralize
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.text import pluralize, without_secrets
 from dpo_dist.model.packed import packed_logps
 from dpo_dist.tools.shared.sampling.client import Client, RefusedError
 from dpo_dist.tools.shared.sampling.generate import Request, Sample
+from dpo_dist.tools.shared.sampling.replies import Choice, Completion
 from dpo_dist.tools.shared.sampling.respond import ModelSource, Responder, load_packed_source, usable_prompt
 from dpo_dist.tools.shared.sampling.settings import Sampling
 
@@ -97,15 +98,31 @@ class Server:
             extra |= {"stop_token_ids": sorted(self.responder.stop_ids), "return_token_ids": True}
             body |= {"n": count, "logprobs": 1}
         body["extra_body"] = extra
-        reply = self.client.send(lambda openai: openai.completions.create(**body))
-        choices = getattr(reply, "choices", None) or []
-        if len(choices) != count:
-            raise RefusedError(f"{len(choices)} of {pluralize(count, 'response')}")
-        read = getattr(getattr(reply, "usage", None), "prompt_tokens", None)
-        return [self._completed(prompt_ids, choice, read) for choice in choices]
+        reply = self.client.send(
+            lambda openai: openai.completions.with_raw_response.create(**body), Completion
+        )
+        if len(reply.choices) != count:
+            raise RefusedError(f"{len(reply.choices)} of {pluralize(count, 'response')}")
+        read = reply.usage.prompt_tokens if reply.usage else None
+        for choice in reply.choices:
+            self._check_ids(choice, sampling.max_new_tokens)
+        return [self._completed(prompt_ids, choice, read) for choice in reply.choices]
 
-    def _completed(self, prompt_ids: TokenIds, choice: Any, read: int | None) -> _Completed:
-        stop_ids, ids = self.responder.stop_ids, getattr(choice, "token_ids", None)
+    def _check_ids(self, choice: Choice, most: int) -> None:
+        """Check that reported tokens are tokens of the model, as many as their log-probs and not too many."""
+        ids, end = choice.token_ids, self.responder.vocabulary
+        if ids is None:
+            return
+        logps = (choice.logprobs and choice.logprobs.token_logprobs) or []
+        if end is not None and max(ids, default=0) >= end:
+            raise self.client.unusable(f"the token {max(ids)} of a model with {end:,} tokens")
+        if len(ids) > most:
+            raise self.client.unusable(f"{pluralize(len(ids), 'token')}, though it was asked for {most}")
+        if ids and logps and len(logps) != len(ids):
+            raise self.client.unusable(f"{len(logps)} log-probs of {pluralize(len(ids), 'token')}")
+
+    def _completed(self, prompt_ids: TokenIds, choice: Choice, read: int | None) -> _Completed:
+        stop_ids, ids = self.responder.stop_ids, choice.token_ids
         text = choice.text or ""
         if ids is None:  # tokenized after the prompt, on which the first token may depend
             ids = self._encoded(self._as_text(prompt_ids) + text)
@@ -115,10 +132,10 @@ class Server:
         if choice.finish_reason == "stop" and not sample.is_finished:
             own = self.responder.tokenizer.eos_token_id
             sample = replace(sample, end=own if own in stop_ids else min(stop_ids))
-        logps = getattr(choice.logprobs, "token_logprobs", None) or []
-        logps = [] if None in logps else logps
-        echo = getattr(choice, "prompt_token_ids", None) or read or None  # 0: it does not count them
-        return _Completed(sample, text, logps, echo)
+        reported = (choice.logprobs and choice.logprobs.token_logprobs) or []
+        logps = [logp for logp in reported if logp is not None]
+        echo = choice.prompt_token_ids or read or None  # 0: it does not count them
+        return _Completed(sample, text, logps if len(logps) == len(reported) else [], echo)
 
     def _encoded(self, text: str, **options: Any) -> list[int]:
         return list(self.responder.tokenizer(text, **options)["input_ids"])
@@ -145,7 +162,7 @@ def open_server(endpoint: ServerConfig, responder: Responder) -> Server:
     """
     name = endpoint.model or responder.source.name
     client = Client(str(endpoint.url), _URL, name, _SECONDS, endpoint.parallel)
-    limits = (responder.longest, getattr(client.listed().get(name), "max_model_len", None))
+    limits = (responder.longest, client.listed().get(name))
     longest = min((limit for limit in limits if limit is not None), default=None)
     server = Server(client, replace(responder, longest=longest))
     try:
@@ -166,7 +183,7 @@ def reload_server(endpoint: ServerConfig, source: ModelSource) -> None:
         raise ConfigError(
             "the command that changes the server's weights failed",
             where="sampling.endpoint.reload",
-            got=first_line(fault),
+            got=f"{type(fault).__name__}: {without_secrets(str(fault))[:200]}",  # hidden before it is cut
             expected="exit code 0 once the old weights are gone; a server is started in the background",
             remedy="correct the command, whose output is in logs/rank-0.log of the run directory",
         ) from None

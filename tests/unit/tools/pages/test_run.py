@@ -144,7 +144,7 @@ def test_a_page_that_cannot_be_written_is_a_plain_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the page cannot be written"):
         main([str(run), "--output", str(run.path)])
     run.summary.write_text("[1,")
-    with pytest.raises(ConfigError, match="the page cannot be written"):
+    with pytest.raises(ConfigError, match="this file of a run cannot be read"):
         main([str(run)])
     with pytest.raises(ConfigError, match=re.escape(f"such as {run}")):
         main([str(run), str(tmp_path)])
@@ -169,3 +169,34 @@ def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
     run = made_run(tmp_path)
     change(run.named_evaluation(LAST_EVALUATION).results, "all", "eval_loss", value=9.0)
     assert "[0.55, 0.7]" not in page_of(run).text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config", "a: &a [x]\nb: [*a, *a]"),
+        ("config", "[" * 5000),
+        ("summary", "[" * 100_000),
+        ("summary", '{"work": [5], "final": 7}'),
+        ("state", "[1]"),
+        ("rows", "[1]\n"),
+        ("rows", '{"loss": "x"}\n'),
+        ("rows", '{"loss": 1}\n'),
+        ("doctor_report", '{"findings": 5}'),
+        ("summary", None),
+        ("rows", None),
+        ("environment", None),
+    ],
+)
+def test_a_file_that_no_run_writes_is_a_plain_error(tmp_path: Path, name: str, content: str | None) -> None:
+    """`None`: a pipe, which nobody writes."""
+    run = made_run(tmp_path)
+    file: Path = getattr(run, name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)
+    if content is None:
+        os.mkfifo(file)
+    else:
+        file.write_text(content)
+    with pytest.raises(ConfigError):
+        main([str(run)])

@@ -1,0 +1,205 @@
+"""What a server says is not believed: each lie is one plain error that names the server."""
+
+import contextlib
+import gzip
+import json
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.schema import DataConfig, ModelConfig
+from dpo_dist.config.verb_sections import EndpointConfig, ServerConfig
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.tools.shared.sampling import client as clients
+from dpo_dist.tools.shared.sampling.client import Client
+from dpo_dist.tools.shared.sampling.judges import EndpointJudge
+from dpo_dist.tools.shared.sampling.respond import find_files, open_responder
+from dpo_dist.tools.shared.sampling.served import open_server
+from tests.support.tiny_model import write_model
+
+JSON = "Content-Type: application/json"
+
+
+@contextlib.contextmanager
+def raw_server(pieces: Callable[[str], Iterable[bytes]]) -> Iterator[str]:
+    """Yield the address of a server that sends the `pieces` for each request's path, and closes."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            path, length = self.rfile.readline().decode().split()[1], 0
+            while line := self.rfile.readline().strip().lower():
+                length = int(line.split()[1]) if line.startswith(b"content-length") else length
+            self.rfile.read(length)
+            with contextlib.suppress(OSError):
+                for piece in pieces(path):
+                    self.wfile.write(piece)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads, block_on_close = True, False
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        finally:
+            server.shutdown()
+
+
+def reply(body: bytes | str, *headers: str, status: str = "200 OK") -> list[bytes]:
+    content = body if isinstance(body, bytes) else body.encode()
+    lines = [
+        f"HTTP/1.1 {status}",
+        f"Content-Length: {len(content)}",
+        "Connection: close",
+        *(headers or (JSON,)),
+    ]
+    return ["\r\n".join([*lines, "", ""]).encode(), content]  # type: ignore[list-item]
+
+
+def endless(piece: bytes, seconds: float, *headers: str) -> Iterator[bytes]:
+    yield "\r\n".join(["HTTP/1.1 200 OK", "Connection: close", *headers]).encode() + b"\r\n"
+    if headers:
+        yield b"\r\n"
+    while True:
+        yield piece
+        time.sleep(seconds)
+
+
+# What is wrong with a reply as a whole, whatever was asked: the pieces, and what the error says of them.
+WHOLE: dict[str, tuple[Callable[[], Iterable[bytes]], str]] = {
+    "nothing": (lambda: reply(""), "Invalid JSON: EOF"),
+    "a page": (lambda: reply("<html>Welcome</html>", "Content-Type: text/html"), "no JSON, but a page"),
+    "a page as JSON": (lambda: reply(" <html>Welcome</html>"), "no JSON, but a page"),
+    "another encoding": (lambda: reply(b'{"choices": "\xff", "data": "\xff"}'), "Invalid JSON"),
+    "deep brackets": (lambda: reply('{"x":' + "[" * 5_000), "Invalid JSON: recursion limit"),
+    "events": (lambda: reply("data: {}\n\n", "Content-Type: text/event-stream"), "Invalid JSON"),
+    "a list": (lambda: reply("[]"), "be an object"),
+    "null": (lambda: reply("null"), "be an object"),
+    "half of it": (lambda: reply('{"choices": ['), "Invalid JSON: EOF"),
+    "a bomb": (lambda: reply(gzip.compress(bytes(1 << 24)), JSON, "Content-Encoding: gzip"), "compressed"),
+    "no end": (
+        lambda: endless(b"5\r\naaaaa\r\n" * 99, 0, "Transfer-Encoding: chunked"),
+        "more than 9.8 KiB in",
+    ),
+    "a slow body": (lambda: endless(b" ", 0.1, "Content-Length: 999999"), "no end within 1 s"),
+    "slow headers": (lambda: endless(b"X", 0.1), "no end within 1 s"),
+    "a loop": (lambda: reply("", "Location: /v1/x", status="307 Go"), "TooManyRedirects"),
+    "no HTTP": (lambda: [b"SSH-2.0-OpenSSH\r\n"], "RemoteProtocolError"),
+    "a deep error": (lambda: reply("[" * 5_000, status="404 No"), "status 404"),
+    "an error of types": (
+        lambda: reply('{"error": {"code": ["x"], "param": {"y": 1}}}', status="403 No"),
+        "status 403",
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "RETRIES", 0)
+    monkeypatch.setattr(clients, "_MOST_BYTES", 10_000)
+    monkeypatch.setattr(clients, "_LISTING_SECONDS", 0.5)
+
+
+def completion(openai: Any) -> Any:
+    return openai.completions.with_raw_response.create(model="m", prompt=[1])
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_reply_that_is_no_reply_is_one_error(name: str) -> None:
+    pieces, said = WHOLE[name]
+    started = time.monotonic()
+    with raw_server(lambda _: pieces()) as url:
+        client = Client(url, "sampling.endpoint.url", "m", 0.5, 1)
+        for ask in (client.listed, lambda: client.send(completion, clients.Models)):
+            with pytest.raises(ConfigError, match="the server does not reply as expected") as raised:
+                ask()
+            assert raised.value.got.startswith(f"{url}, model m: ")
+            assert said in raised.value.got
+    assert time.monotonic() - started < 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("lies") / "model")
+
+
+OK = {"text": "a", "finish_reason": "stop", "logprobs": {"token_logprobs": [-0.5]}, "token_ids": [5]}
+
+
+def choice(**fields: Any) -> dict[str, Any]:
+    return {"choices": [OK | fields] * 2}
+
+
+@pytest.mark.parametrize(
+    ("said", "place"),
+    [
+        ({}, "choices: Field required"),
+        ({"choices": None}, "choices: Input"),
+        ({"choices": {"0": OK}}, "choices: Input"),
+        ({"choices": [None, None]}, "choices.0: Input"),
+        (choice(text=5), "choices.0.text: "),
+        (choice(text=["a"]), "choices.0.text: "),
+        (choice(finish_reason=1), "choices.0.finish_reason: "),
+        (choice(logprobs=[-0.5]), "choices.0.logprobs: "),
+        (choice(logprobs={"token_logprobs": ["-0.5"]}), "token_logprobs.0: "),
+        (choice(logprobs={"token_logprobs": [float("nan")]}), "token_logprobs.0: Input should be a finite"),
+        (choice(logprobs={"token_logprobs": [float("-inf")]}), "token_logprobs.0: Input should be a finite"),
+        (choice(logprobs={"token_logprobs": [0.5]}), "token_logprobs.0: "),
+        (choice(logprobs={"token_logprobs": [-0.5] * 3}), "3 log-probs of 1 token"),
+        (choice(token_ids=[-1]), "token_ids.0: "),
+        (choice(token_ids=["5"]), "token_ids.0: "),
+        (choice(token_ids=[5.5]), "token_ids.0: "),
+        (choice(token_ids=[True]), "token_ids.0: "),
+        (choice(token_ids=[10**30]), "token_ids.0: "),
+        (choice(token_ids=[10**6]), "the token 1000000 of a model with"),
+        (choice(token_ids=[5] * 9), "9 tokens, though it was asked for 1"),
+        (choice() | {"usage": {"prompt_tokens": "3"}}, "usage.prompt_tokens: "),
+        (choice() | {"usage": [3]}, "usage: "),
+    ],
+)
+def test_a_lie_in_a_completion_is_one_error(folder: Path, said: Any, place: str) -> None:
+    model = ModelConfig(path=str(folder))
+    responder = open_responder(find_files(str(folder), model, "model.path"), model, DataConfig())
+    models = reply(json.dumps({"data": [{"id": "m"}]}))
+    said_by = {"/v1/models": models, "/v1/completions": reply(json.dumps(said))}
+    with raw_server(said_by.__getitem__) as url, pytest.raises(ConfigError) as raised:
+        open_server(ServerConfig(url=url, model="m"), responder)
+    assert place in raised.value.got
+    assert "it lists m" in raised.value.got
+
+
+@pytest.mark.parametrize(
+    ("said", "place"),
+    [
+        ({"data": None}, "data: "),
+        ({"data": ["m"]}, "data.0: "),
+        ({"data": [{"id": 5}]}, "data.0.id: "),
+        ({"data": [{"id": "m", "max_model_len": "9"}]}, "max_model_len: "),
+        ({"data": [{"id": "m", "max_model_len": -9}]}, "max_model_len: "),
+    ],
+)
+def test_a_lie_in_the_list_of_models_is_one_error(said: Any, place: str) -> None:
+    with raw_server(lambda _: reply(json.dumps(said))) as url, pytest.raises(ConfigError) as raised:
+        Client(url, "sampling.endpoint.url", "m", 1, 1).listed()
+    assert place in raised.value.got
+
+
+@pytest.mark.parametrize(
+    ("said", "place"),
+    [
+        ({"choices": None}, "choices: "),
+        ({"choices": [{}]}, "choices.0.message: "),
+        ({"choices": [{"message": "[[5]]"}]}, "choices.0.message: "),
+        ({"choices": [{"message": {"content": 5}}]}, "choices.0.message.content"),
+        ({"choices": [{"message": {"content": [5]}}]}, "choices.0.message.content"),
+    ],
+)
+def test_a_lie_of_a_judge_is_one_error(said: Any, place: str) -> None:
+    with raw_server(lambda _: reply(json.dumps(said))) as url, pytest.raises(ConfigError) as raised:
+        EndpointJudge(EndpointConfig(url=url, model="judge")).check()
+    assert place in raised.value.got
