@@ -243,9 +243,9 @@ class ExaminedSource:
         ]
         clear = [(origin, differs) for origin, differs in answers if differs is not None]
         if len(clear) >= _MIN_LANGUAGES:
-            found = [origin for origin, differs in clear if differs]
+            elsewhere = [origin for origin, differs in clear if differs]
             yield from DOCTOR_RULES["prompt_language_differs"].count(
-                len(found), len(clear), self.label, found, records="sampled records"
+                len(elsewhere), len(clear), self.label, elsewhere, records="sampled records"
             )
 
     def _reading_findings(self) -> Iterator[Finding]:
