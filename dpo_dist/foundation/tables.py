@@ -85,7 +85,7 @@ class Columns:
             assert self._kinds.setdefault(name, kind) == kind, f"{name} has another type: {kind}"
             with (self._folder / name).open("ab") as file:
                 # Not `tofile`: on a full disk it loses the last values without an error.
-                file.write(np.ascontiguousarray(values))
+                file.write(np.ascontiguousarray(values).data)
             self._lengths[name] += len(values)
 
     def __contains__(self, name: str) -> bool:

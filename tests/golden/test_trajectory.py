@@ -16,8 +16,12 @@ from tests.golden.scenario import GOLDEN, SCENARIOS, overrides, write_scenario
 from tests.support.invented import write_pairs
 from tests.support.launch import assert_same_history, history, train
 
+# Of the recorded values, on any machine: 3e-6 to 5e-6 were measured on another one than recorded them.
+RECORDED = 2e-5
+# Of the same run in another way on this machine: 3e-6 were measured. Faults that all ways have in common, of
+# 1e-5, die in tests/unit/training/test_step.py and tests/unit/distributed/test_zero.py.
+SAME_MACHINE = 8e-6
 WAYS = {
-    "one process, small budget": (1, ["trainer.micro_batch_tokens=256"]),
     "two processes, zero2, large budget, live": (
         2,
         ["parallelism.kind=zero2", "trainer.micro_batch_tokens=8192", "reference.mode=live"],
@@ -39,16 +43,29 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_scenario(tmp_path_factory.mktemp("golden"))
 
 
+@pytest.fixture(scope="session")
+def one_process(scenario: Path) -> list[dict[str, float]]:
+    """The trajectory on one process of this machine."""
+    run = scenario / "one-process"
+    train([*overrides(scenario, "sigmoid"), f"run.dir={run}", "trainer.micro_batch_tokens=256"])
+    return history(run)
+
+
+def test_one_process_gives_the_recorded_trajectory(one_process: list[dict[str, float]]) -> None:
+    assert_same_history(one_process, json.loads(GOLDEN.read_text())["sigmoid"], relative=RECORDED)
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_computing_gives_the_recorded_trajectory(
-    way: str, scenario: Path, tmp_path: Path
+def test_every_way_of_computing_gives_the_same_trajectory(
+    way: str, one_process: list[dict[str, float]], scenario: Path, tmp_path: Path
 ) -> None:
     processes, extra = WAYS[way]
     if "compiled" in way and shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
     train([*overrides(scenario, "sigmoid"), f"run.dir={tmp_path}/run", *extra], processes=processes)
-    golden = json.loads(GOLDEN.read_text())["sigmoid"]
-    assert_same_history(history(tmp_path / "run"), golden, relative=2e-4)
+    # Compiled code rounds otherwise, differently on each kind of processor.
+    relative = RECORDED if "compiled" in way else SAME_MACHINE
+    assert_same_history(history(tmp_path / "run"), one_process, relative)
 
 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "sigmoid"])
@@ -62,7 +79,7 @@ def test_other_losses_give_their_recorded_trajectory_on_two_processes(
             prefix = "eval_" if "eval_loss" in row else ""
             sigmoid, sft = (row.pop(f"{prefix}loss/terms/{kind}") for kind in ("sigmoid", "sft"))
             assert sigmoid + 0.2 * sft == pytest.approx(row[f"{prefix}loss"], rel=1e-6)
-    assert_same_history(rows, golden, relative=2e-4)
+    assert_same_history(rows, golden, relative=RECORDED)
 
 
 AS_TREES = {

@@ -91,7 +91,7 @@ def check_columns(
     needed: Iterable[str] = DATASET_COLUMNS,
 ) -> None:
     """Check that columns are as long as so many examples of so many records need. Raises DataError."""
-    ends = columns.get("first_pieces", ())
+    ends = columns.get("first_pieces", np.empty(0))
     pieces = int(ends[-1]) if len(ends) else 0
     lengths = {
         **dict.fromkeys(_OF_RESPONSES, pieces - examples),
