@@ -41,7 +41,7 @@ from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.tools.shared.images import jpeg_uri
 from dpo_dist.tools.shared.sampling.client import Client, RefusedError
-from dpo_dist.tools.shared.sampling.replies import ChatCompletion
+from dpo_dist.tools.shared.sampling.replies import ChatReply
 
 log = logging.getLogger(__name__)
 
@@ -361,7 +361,7 @@ class EndpointJudge:
         try:
             reply = self.client.send(
                 lambda openai: openai.chat.completions.with_raw_response.create(**body, **options),
-                ChatCompletion,
+                ChatReply,
             )
         except RefusedError as refusal:
             is_unsupported = refusal.param in options and refusal.code.startswith("unsupported_")

@@ -16,7 +16,7 @@ class Reply(BaseModel):
     """A whole reply."""
 
 
-class Model(BaseModel):
+class ListedModel(BaseModel):
     """A model that a server lists."""
 
     id: str
@@ -26,7 +26,7 @@ class Model(BaseModel):
 class Models(Reply):
     """The list of models; some servers have none."""
 
-    data: list[Model] = []
+    data: list[ListedModel] = []
 
 
 class Logprobs(BaseModel):
@@ -51,14 +51,14 @@ class Usage(BaseModel):
     prompt_tokens: _Count | None = None
 
 
-class Completion(Reply):
+class CompletionReply(Reply):
     """A reply to a prompt."""
 
     choices: list[Choice]
     usage: Usage | None = None
 
 
-class Part(BaseModel):
+class MessagePart(BaseModel):
     """A part of a message; other parts than texts have none."""
 
     text: str | None = None
@@ -67,7 +67,7 @@ class Part(BaseModel):
 class ChatMessage(BaseModel):
     """The message of an assistant; some servers return parts."""
 
-    content: str | list[Part] | None = None
+    content: str | list[MessagePart] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -77,7 +77,7 @@ class ChatChoice(BaseModel):
     finish_reason: str | None = None
 
 
-class ChatCompletion(Reply):
+class ChatReply(Reply):
     """A reply to a conversation."""
 
     choices: list[ChatChoice]

@@ -29,7 +29,7 @@ from dpo_dist.foundation.text import pluralize, without_secrets
 from dpo_dist.model.packed import packed_logps
 from dpo_dist.tools.shared.sampling.client import Client, RefusedError
 from dpo_dist.tools.shared.sampling.generate import Request, Sample
-from dpo_dist.tools.shared.sampling.replies import Choice, Completion
+from dpo_dist.tools.shared.sampling.replies import Choice, CompletionReply
 from dpo_dist.tools.shared.sampling.respond import ModelSource, Responder, load_packed_source, usable_prompt
 from dpo_dist.tools.shared.sampling.settings import Sampling
 
@@ -99,7 +99,7 @@ class Server:
             body |= {"n": count, "logprobs": 1}
         body["extra_body"] = extra
         reply = self.client.send(
-            lambda openai: openai.completions.with_raw_response.create(**body), Completion
+            lambda openai: openai.completions.with_raw_response.create(**body), CompletionReply
         )
         if len(reply.choices) != count:
             raise RefusedError(f"{len(reply.choices)} of {pluralize(count, 'response')}")
