@@ -149,7 +149,7 @@ _ORDERS = ("rank", "ranks", "reward", "rewards", "rating", "ratings", "label", "
 # Words in names of fields that say which response is better. A list of numbers, one for each response, needs
 # no such word: it is nearly always an order.
 _ORDER_WORD = re.compile(
-    "(rank|order|best|better|wors|prefer|pref|cho[so]|choice|select|pick|(up|down)?vote|scor|rating|reward|"
+    "(rank|order|best|better|worse|worst|prefer|pref|cho[so]|choice|select|pick|(up|down)?vote|scor|rating|reward|"
     r"(in)?correct|wrong|label|grad|judg|verdict|decision|elo|quality|accept|reject|gold)\w{0,5}|"
     "win(s|ner|ners|ning)?|(dis)?like[sd]?"
 )
