@@ -215,6 +215,16 @@ FORMS: dict[str, tuple[dict[str, Any], list[str], list[Any]]] = {
         [f"{I}q"],
         ["a.png"],
     ),
+    "hostile": (  # in linear time: else hours
+        {"prompt": [user("<start_of_image>" * 50_000)], **PAIR, "images": ["a.png"] * 50_000},
+        [I * 50_000],
+        ["a.png"] * 50_000,
+    ),
+    "hostile forums": (
+        {"prompt": [user("[IMG]" * 50_000 + "a.png[/IMG]")], **PAIR, "images": ["a.png"] * 49_999},
+        [I * 49_999 + "[IMG]a.png[/IMG]"],
+        ["a.png"] * 49_999,
+    ),
     "forums": (
         {"prompt": "[IMG]a.png[/IMG] <img>q</img>", **PAIR, "image": "a.png"},
         [f"{I}[IMG]a.png[/IMG] <img>q</img>"],
