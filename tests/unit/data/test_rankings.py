@@ -73,6 +73,7 @@ def test_a_list_as_long_as_the_responses_is_an_order_by_any_name(value: Any) -> 
         ("metadata", {"language": "en", "level": 2}),
         ("language", "en"),
         ("reference", "Pear"),
+        ("reference", "Car"),
         ("context_window", 2),
         ("agreement_score", 0.7),
         ("reward_model", "a model"),

@@ -297,6 +297,7 @@ DROPPED = [
     ("image_count", {**Q, "prompt": [user("<image 1> and <image 1>")], "images": TWO}),
     ("image_count", {**Q, "prompt": [user("<image 1> and <image 3>")], "images": TWO}),
     ("image_count", {**Q, "prompt": [user("<image 1> and [IMG]")], "images": TWO}),
+    ("image_count", {**Q, "prompt": [user("<image 2> and <image 3>")], "images": TWO}),
     ("invalid_unicode", {**Q, "images": ["a\udc80.png"]}),
     ("invalid_unicode", {**Q, "prompt": [turn({**PART, "path": "\ud83d.png"}, text("q"))]}),
     ("image_count", {**Q, **ONE, "image": "b.png"}),
