@@ -68,8 +68,14 @@ _RESPONSE_FAULTS = {
     "not_one_answer",
     "empty_response",
     "identical_responses",
+    "unread_content",
+    "invalid_tool_call",
+    "unknown_label",
+    "no_ranking",
+    "all_tied",
+    "invalid_scores",
+    "invalid_numbers",
 }
-_RESPONSE_FAULTS |= {"unknown_label", "no_ranking", "all_tied", "invalid_scores", "invalid_numbers"}
 _MAX_SHOWN_KEYS = 12
 # A record with only these fields has its prompt inside the sides.
 _BESIDE_SIDES = frozenset((*SIDE_NAMES, *PAIR_SCORE_FIELDS, OTHERS))

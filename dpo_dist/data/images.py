@@ -38,7 +38,7 @@ _MOST_SCANS = 100  # each is as much work as the whole JPEG; encoders write abou
 _MOST_BYTES = 4 * 2**30
 _INVENTED_SIZES = (112, 84), (56, 140)
 # In a JPEG's entropy-coded data, which have no length, FF is followed by 00 or by a restart.
-_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)
 _SCAN, _END, _WITHOUT_LENGTH = b"\xda", b"\xd9", b"\x01\xd8"
 # Outputs of processors that belong to the text, not to the image.
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"}

@@ -135,10 +135,8 @@ def has_changed_images(table: pa.Table, memo: Path) -> bool:
 
     Files of which only the metadata changed are read once: `memo` is the folder with cached findings.
     """
-    watched = pc.list_flatten(table["watched"]).to_pylist()
-    known = {(each["name"], tuple(each["folders"]), each["state"]) for each in watched}
-    files = [(ImageFile(None, name, folders), state) for name, folders, state in sorted(known)]
-    doubtful = [(file, state) for file, state in files if not file.is_surely(state)]
+    doubtful = [(file, state) for file, state in _watched(table) if not file.is_surely(state)]
+    doubtful.sort(key=lambda each: (each[0].name, each[0].folders, each[1]))
     found = text_digest(json.dumps([[file.named, state] for file, state in doubtful]))
     if not doubtful or recall(memo, found) is not None:
         return False
@@ -146,6 +144,17 @@ def has_changed_images(table: pa.Table, memo: Path) -> bool:
         remember(memo, found, "equal images")
         return False
     return True
+
+
+def _watched(table: pa.Table) -> Iterator[tuple[ImageFile, str]]:
+    """Yield the files of images that records name, each once, and their states."""
+    columns = pa.Table.from_struct_array(pc.list_flatten(table["watched"]))
+    folders = pc.binary_join(columns["folders"], "\0")
+    columns = columns.set_column(columns.schema.get_field_index("folders"), "folders", folders)
+    # As columns, because millions of records would be gigabytes of objects.
+    for batch in columns.group_by(columns.column_names).aggregate([]).to_batches(max_chunksize=10_000):
+        for each in batch.to_pylist():
+            yield ImageFile(None, each["name"], tuple(each["folders"].split("\0"))), each["state"]
 
 
 def write_source(source: EncodedSource, chunks: Iterable[EncodedChunk]) -> None:

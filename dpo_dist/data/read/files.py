@@ -426,6 +426,8 @@ def _class_names(schema: pyarrow.Schema) -> Callable[[Any], Any] | None:
 
 
 def _class_parser(feature: Any) -> Callable[[Any], Any] | None:
+    if isinstance(feature, list):  # as `datasets` wrote lists before version 4
+        feature = {"_type": "List", "feature": feature[0]}
     kind, names, item = map(feature.get, ("_type", "names", "feature"))
     if kind == "ClassLabel":
         named = dict(enumerate(names))
@@ -433,7 +435,7 @@ def _class_parser(feature: Any) -> Callable[[Any], Any] | None:
     if kind in _LISTS:
         parse = _class_parser(item)
         return parse and (lambda items: list(map(parse, items)) if isinstance(items, list) else items)
-    inner = {name: value for name, value in feature.items() if isinstance(value, Mapping)}
+    inner = {name: value for name, value in feature.items() if isinstance(value, Mapping | list)}
     parsers = {name: parse for name, value in inner.items() if (parse := _class_parser(value)) is not None}
     if not parsers:
         return None

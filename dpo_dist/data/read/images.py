@@ -29,15 +29,17 @@ from dpo_dist.foundation.types import Fields
 # The place of an image in the texts of LLaMA-Factory, ms-swift and LLaVA.
 _TAG = re.compile("<image>")
 # In other texts: placeholders of a model, perhaps with what its template writes around them; numbers (Phi and
-# MMMU); names of files (Qwen-VL). `[IMG]` with an end is a tag of forums.
-_PLACEHOLDER = (
-    r"<\|image_pad\|>|<\|image\|>|<\|media_pad\|>|<start_of_image>|<image_soft_token>|<IMG_CONTEXT>"
-    r"|\[IMG\](?!\S*\[/IMG\])"
+# MMMU); names of files (Qwen-VL). `[IMG]` with an end is a tag of forums. No part of a pattern can be matched
+# by the part before it, too, and none looks beyond the next tag: the time is linear in a hostile text.
+_INSIDE = (
+    r"<\|image_pad\|>|<\|image\|>|<\|media_pad\|>|<image_soft_token>|<IMG_CONTEXT>"
+    r"|\[IMG\](?![^\s\[]*\[/IMG\])"
 )
 _BEFORE = r"<\|vision_start\|>|<\|begin_of_image\|>|<start_of_image>|<\|image>|<img>"
 _AFTER = r"<\|vision_end\|>|<\|end_of_image\|>|<end_of_image>|<image\|>|</img>"
 _OTHER_TAG = re.compile(
-    rf"(?:{_BEFORE})(?:{_PLACEHOLDER})+(?:{_AFTER})|{_PLACEHOLDER}|<\|?image[ _]?(?P<number>\d{{1,2}})\|?>"
+    rf"(?:{_BEFORE})(?:{_INSIDE})+(?:{_AFTER})|{_INSIDE}|<start_of_image>"
+    r"|<\|?image[ _]?(?P<number>\d{1,2})\|?>"
     r"|<img>(?P<file>[^<>\n]+\.(?i:png|jpe?g|webp|gif|bmp|tiff?))</img>"
 )
 _WORDS_OF_TAGS = ("image", "img", "IMG", "media_pad")  # found in no time: most texts have none
@@ -89,7 +91,7 @@ class ImageFile:
     @property
     def named(self) -> list[str]:
         """The metadata of the file of this name in each folder, also of one that a look-up refuses."""
-        return [_metadata(Path(folder, self._path)) for folder in self.folders]
+        return [_metadata(os.path.join(folder, self._path)) for folder in self.folders]  # noqa: PTH118
 
     def is_surely(self, state: str) -> bool:
         """Return whether the file is that of a `state`, without a look-up that resolves all links.
@@ -131,13 +133,13 @@ class ImageFile:
         raise UnusableRecordError("image_unreadable", f"the file {shown_key(Path(name).name)} {what}")
 
 
-def _metadata(file: Path) -> str:
+def _metadata(file: str | Path) -> str:
     """Return a text that changes if a file is changed or replaced, and sometimes if not; "" if it is absent.
 
     The change time is included because a copy can keep the modification time and the size.
     """
     try:
-        status = file.stat()
+        status = os.stat(file)  # noqa: PTH116  (of millions of files: a Path takes longer than its state)
     except (OSError, ValueError):
         return ""
     times = f"{status.st_mtime_ns}|{status.st_ctime_ns}"

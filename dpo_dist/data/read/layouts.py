@@ -153,10 +153,17 @@ _ORDER_WORD = re.compile(
     r"(in)?correct|wrong|label|grad|judg|verdict|decision|elo|quality|accept|reject|gold)\w{0,5}|"
     "win(s|ner|ners|ning)?|(dis)?like[sd]?"
 )
+# What names with such words may tell instead: who or what has judged, or a question's answer.
+_NO_JUDGEMENT = re.compile(
+    r"\b(rank|scor|rating|reward|grader|judg|preference)\w* "
+    r"(model|source|dataset|method|prompt|template|version)\b"
+    r"|\bgrade level\b|\b(gold|correct) (answer|solution)s?\b|\bchoices$|\bbest of\b"
+)
 # Words in names of numbers that are no judgement.
 _NO_ORDER_WORD = re.compile(
     "(id|index|idx|seed|time|timestamp|date|year|version|created|length|token|char|word|byte|size|turn|"
-    "temperature|latency|duration|second|cost|price|count|position|step|epoch|page)s?|top|uuid|len|num"
+    "temperature|latency|duration|second|cost|price|count|position|step|epoch|page|uuid|logp|logprob|"
+    "perplexity)s?|top|len|num"
 )
 # Fields of the prompt, and of a pair, which the source's format ignores.
 _OTHER_FIELDS = {"prompt", "instruction", "system", "system_prompt", "history", *QUESTIONS, *CONVERSATIONS}
@@ -235,17 +242,19 @@ def _unread_orders(record: Fields, name: str, items: list[Any]) -> list[str]:
 
 def _has_order(name: str, value: Any, texts: list[Any]) -> bool:
     """Return whether a field beside a list of responses with these texts may tell their order."""
-    is_named = _has_word(name, _ORDER_WORD)
+    is_named, judges = _has_word(name, _ORDER_WORD), _judges(name)
     if isinstance(value, Mapping):
         return any(_has_order(f"{name} {key}", inner, texts) for key, inner in value.items())
     if isinstance(value, list):
         if len(value) != len(texts):
             return is_named and _are_pointers(value)
-        return _is_order(name, value) or bool(_orders_inside(value))
+        return _is_order(name, value)
     if isinstance(value, str):
         pointer = _POINTER.fullmatch(value.strip().lower())
-        return is_named or (pointer is not None and pointer[1] is not None) or value in texts[1:]
-    return is_named and value in range(len(texts) + 1) and not isinstance(value, bool)
+        is_pointer = pointer is not None and (pointer[1] is not None or is_named)
+        return is_pointer or judges or value in texts[1:]
+    is_place = value in range(len(texts) + 1) and not isinstance(value, bool)
+    return judges and is_place
 
 
 def _orders_inside(items: list[Any]) -> list[str]:
@@ -262,7 +271,8 @@ def _is_order(name: str, values: list[Any]) -> bool:
     if all(value == values[0] for value in values):
         return False
     are_numbers = not any(isinstance(value, list) for value in values) and _are_pointers(values)
-    return _has_word(name, _ORDER_WORD) or (are_numbers and not _has_word(name, _NO_ORDER_WORD))
+    may_be_order = _has_word(name, _ORDER_WORD) or not _has_word(name, _NO_ORDER_WORD)
+    return _judges(name) or (are_numbers and may_be_order) or bool(_orders_inside(values))
 
 
 def _are_pointers(values: list[Any]) -> bool:
@@ -277,10 +287,19 @@ def _are_pointers(values: list[Any]) -> bool:
     )
 
 
-def _has_word(name: Any, pattern: re.Pattern[str]) -> bool:
-    """Return whether a word in a field's name, also in camel case, fits a pattern."""
-    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", str(name))
-    return any(pattern.fullmatch(word.lower()) for word in words)
+def _has_word(name: str, pattern: re.Pattern[str]) -> bool:
+    """Return whether a word in a field's name fits a pattern."""
+    return any(map(pattern.fullmatch, _words(name)))
+
+
+def _judges(name: str) -> bool:
+    """Return whether a field of this name tells which response is better, whatever its values."""
+    return _has_word(name, _ORDER_WORD) and _NO_JUDGEMENT.search(" ".join(_words(name))) is None
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a field's name, also in camel case."""
+    return [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)]
 
 
 def _own_score(response: Fields) -> Any:

@@ -194,6 +194,16 @@ def test_the_configured_format_decides() -> None:
         (TEXT, "q"),
         ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 1]}, "q"),
         (HH, [Q]),
+        ({"prompt": "q", "responses": ["a", "b"], "winner": "b"}, "q"),
+        ({"prompt": "q", "input": "p", "completion": "a"}, "unread_content"),
+        (
+            {
+                "prompt": [user("q")],
+                "chosen": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "x": 1}]}],
+                "rejected": [assistant("b")],
+            },
+            [Q],
+        ),
         ({"text": "q"}, "unknown_format"),
         ({"prompt": "  "}, "empty_prompt"),
         ({"prompt": "q", "images": ["a.png"]}, [["user", "\ufdd1q"]]),

@@ -5,6 +5,7 @@ import json
 import pickle
 import struct
 import sys
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -462,6 +463,12 @@ def test_a_jpeg_is_decoded_only_if_it_has_few_scans() -> None:
         with pytest.raises(UnusableRecordError) as fault:
             decode_image(many)
         assert fault.value.detail == "a JPEG of 40 x 30 pixels in over 100 scans"
+
+
+def test_fill_bytes_of_a_hostile_jpeg_are_read_in_linear_time() -> None:
+    jpeg, started = file_of(SMALL, "JPEG"), time.process_time()
+    assert decode_image(jpeg[:-2] + b"\xff" * 100_000 + b"\x00" + jpeg[-2:]).size == SMALL.size
+    assert time.process_time() - started < 5
 
 
 def test_16_bits_are_scaled() -> None:

@@ -73,8 +73,18 @@ def test_a_list_as_long_as_the_responses_is_an_order_by_any_name(value: Any) -> 
         ("metadata", {"language": "en", "level": 2}),
         ("language", "en"),
         ("reference", "Pear"),
+        ("reference", "Car"),
         ("context_window", 2),
         ("agreement_score", 0.7),
+        ("reward_model", "a model"),
+        ("judgeModel", "a model"),
+        ("preference_source", "web"),
+        ("grade_level", "elementary"),
+        ("gold_answer", "a pear"),
+        ("choices", ["Car", "Pear", "Plum"]),
+        ("generation", {"best_of": 2}),
+        ("uuids", ["x", "y", "z"]),
+        ("logps", [-3.5, -2.5, -4.5]),
         ("ranking", None),
         ("labels", []),
     ],
@@ -84,8 +94,24 @@ def test_a_field_that_is_no_order_does_not_drop_the_record(name: str, value: Any
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("reward_model", [3, 1, 2]),
+        ("gold_answer", "Apple"),
+        ("gold_answer", "b"),
+        ("choices", ["b", "a", "c"]),
+        ("incorrect_answer", "Car"),
+        ("preferred_model", "a model"),
+    ],
+)
+def test_an_order_in_a_field_about_something_else_is_not_ignored(name: str, value: Any) -> None:
+    assert bad(FRUITS | {name: value}).unread == (name,)
+
+
+@pytest.mark.parametrize(
     ("name", "values"),
     [
+        ("annotations", [{"helpfulness": {"Rating": "2"}}, {"helpfulness": {"Rating": "5"}}]),
         ("votes", [1, 9]),
         ("selected", [False, True]),
         ("best", [None, True]),

@@ -215,6 +215,16 @@ FORMS: dict[str, tuple[dict[str, Any], list[str], list[Any]]] = {
         [f"{I}q"],
         ["a.png"],
     ),
+    "hostile": (  # in linear time: else hours
+        {"prompt": [user("<start_of_image>" * 50_000)], **PAIR, "images": ["a.png"] * 50_000},
+        [I * 50_000],
+        ["a.png"] * 50_000,
+    ),
+    "hostile forums": (
+        {"prompt": [user("[IMG]" * 50_000 + "a.png[/IMG]")], **PAIR, "images": ["a.png"] * 49_999},
+        [I * 49_999 + "[IMG]a.png[/IMG]"],
+        ["a.png"] * 49_999,
+    ),
     "forums": (
         {"prompt": "[IMG]a.png[/IMG] <img>q</img>", **PAIR, "image": "a.png"},
         [f"{I}[IMG]a.png[/IMG] <img>q</img>"],
@@ -287,6 +297,7 @@ DROPPED = [
     ("image_count", {**Q, "prompt": [user("<image 1> and <image 1>")], "images": TWO}),
     ("image_count", {**Q, "prompt": [user("<image 1> and <image 3>")], "images": TWO}),
     ("image_count", {**Q, "prompt": [user("<image 1> and [IMG]")], "images": TWO}),
+    ("image_count", {**Q, "prompt": [user("<image 2> and <image 3>")], "images": TWO}),
     ("invalid_unicode", {**Q, "images": ["a\udc80.png"]}),
     ("invalid_unicode", {**Q, "prompt": [turn({**PART, "path": "\ud83d.png"}, text("q"))]}),
     ("image_count", {**Q, **ONE, "image": "b.png"}),

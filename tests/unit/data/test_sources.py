@@ -358,6 +358,17 @@ def test_an_error_lists_labels_that_it_does_not_know_and_its_remedy_reads_them(
     assert {record.scores for record in found} == {None}  # type: ignore[union-attr]
 
 
+def test_names_of_labels_beside_lists_of_older_datasets_are_read(tmp_path: Path) -> None:
+    label = {"names": ["correct", "incorrect"], "_type": "ClassLabel"}
+    text = {"dtype": "string", "_type": "Value"}
+    for lists in ([{"text": text}], {"feature": [text], "_type": "Sequence"}, [[label]]):
+        features = {"info": {"features": {"lists": lists, "label": label}}}
+        table = pa.Table.from_pylist([LABELLED | {"label": 1}])
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+        pyarrow.parquet.write_table(table, file := tmp_path / "a.parquet")
+        assert [record.scores for record in read_records(SourceConfig(str(file)))] == [(0,)]  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("text", [b"[", b"[]", b'{"info": {"features": {"label": {"names": 3}}}}'])
 def test_descriptions_of_labels_that_are_none_are_not_read(tmp_path: Path, text: bytes) -> None:
     table = pa.Table.from_pylist([LABELLED | {"label": 1}]).replace_schema_metadata({"huggingface": text})
