@@ -341,7 +341,7 @@ def test_arguments_that_change_after_the_trainer_is_made_are_refused(folder: Pat
 
 def test_attributes_that_change_after_the_trainer_is_made_are_refused(folder: Path, tmp_path: Path) -> None:
     args = DPOConfig(output_dir=str(tmp_path))
-    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=PAIRS[:4])
+    trainer: Any = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=PAIRS[:4])
     trainer.train_dataset, trainer.eval_dataset, trainer.ref_model = PAIRS[:2], PAIRS[:2], str(folder)
     trainer.loss_types, trainer.optimizer = ["ipo"], object()
     trainer.beta = args.beta  # which changes nothing
