@@ -41,7 +41,13 @@ from dpo_dist.model.files.folder import is_adapter, model_folder, weight_files
 from dpo_dist.tools.convert.arguments import DPOConfig, KTOConfig, TrainerArguments, adapter_keys, refused
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.translate import translate_run
-from dpo_dist.tools.convert.unseen import changed_arguments, frozen_weights, hooks, overrides
+from dpo_dist.tools.convert.unseen import (
+    changed_arguments,
+    changed_attributes,
+    frozen_weights,
+    hooks,
+    overrides,
+)
 from dpo_dist.tools.evaluation.results import results_name
 from dpo_dist.verbs import evaluate, export
 
@@ -116,6 +122,8 @@ class DPOTrainer:
         raise_all(self.args.faults(records, has_evaluation=bool(self._eval)))
         self._translate()
         self._arguments = copy.deepcopy(dict(vars(self.args)))
+        given_once = ("train_dataset", "eval_dataset", "ref_model", "processing_class")
+        self._given_once = {name: getattr(self, name) for name in given_once}
         self._call("on_init_end")
 
     def add_callback(self, callback: Any) -> None:
@@ -141,7 +149,8 @@ class DPOTrainer:
 
         `resume_from_checkpoint`: true: there must be one; a path: it must be the last one.
         """
-        raise_all(self._overrides(self.args) + changed_arguments(self.args, self._arguments))
+        changed = changed_arguments(self.args, self._arguments) + changed_attributes(self, self._given_once)
+        raise_all(self._overrides(self.args) + changed)
         last = self._last = next(iter(checkpoint_folders(self.run.checkpoints)), None)
         wanted = resume_from_checkpoint
         if wanted and last is None:
@@ -177,6 +186,7 @@ class DPOTrainer:
         self, eval_dataset: Any = None, _: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate the trained model, before training the one that was given; return the metrics."""
+        raise_all(changed_attributes(self, {"eval_dataset": self._given_once["eval_dataset"]}))
         sources = (eval_dataset is None and self._eval) or self._sources(eval_dataset, "eval_dataset")
         config = load_run_config(self._words)
         data = [SourceConfig(**source) for source in sources]
@@ -421,7 +431,8 @@ def _as_trl_reads(file: Path) -> dict[str, Any]:
     template, and no other column counts, such as `system` or `margin`."""
     with file.open(encoding="utf-8") as lines:
         first = json.loads(next(lines))
-    columns = {field: name for name, field in _COLUMNS.items() if name in first}
+        names = set(first).union(*map(json.loads, lines))  # a list's first record may lack a column
+    columns = {field: name for name, field in _COLUMNS.items() if name in names}
     response = first.get("chosen", first.get("completion"))
     if response is None:  # which TRL cannot read
         return {}

@@ -73,7 +73,8 @@ def equivalents(name: str, table: str) -> tuple[str, ...]:
     `verbs`.
     """
     plain = name.lower().replace("-", "_")
-    return _table(table).get(plain) or _table(table).get(plain.rpartition(".")[2], ())
+    key, equals, value = plain.partition("=")  # whose value may be a file: its last part is no name
+    return _table(table).get(plain) or _table(table).get(key.rpartition(".")[2] + equals + value, ())
 
 
 _SIMILAR = 0.75

@@ -1,8 +1,11 @@
 """What a script of TRL changes in Python where dpo_dist would not see it: each is an error that names it."""
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import Trainer
 
@@ -21,18 +24,26 @@ _ELSEWHERE = "train this class with TRL: here another loop trains"
 _METHODS = {
     _LOSS: "compute_loss _compute_loss _compute_loss_liger dpo_loss kto_loss get_batch_loss_metrics forward "
     "get_batch_logps get_batch_samples compute_loss_context_manager concatenated_forward concatenated_inputs "
-    "compute_ref_log_probs compute_reference_log_probs _compute_logps _compute_kl_logps null_ref_context "
-    "training_step prediction_step",
+    "compute_ref_log_probs compute_reference_log_probs _precompute_ref_logps _compute_logps "
+    "_compute_kl_logps null_ref_context training_step prediction_step",
     _OPTIMIZER: "create_optimizer create_scheduler create_optimizer_and_scheduler get_decay_parameter_names "
     "get_optimizer_cls_and_kwargs",
     _DATA: "get_train_dataloader get_eval_dataloader get_test_dataloader _get_dataloader _get_train_sampler "
     "_get_eval_sampler _prepare_dataset _prepare_inputs _prepare_input tokenize_row process_row "
     "tokenize_batch build_tokenized_answer _set_signature_columns_if_needed",
+    "use a callback's on_evaluate, or set eval_strategy='no' and call it in the script": "evaluate",
+    "use a callback's on_save, or set save_strategy='no' and call it in the script": "save_model",
 }
 _REMEDIES = {name: remedy for remedy, names in _METHODS.items() for name in names.split()}
 _ADAPTER_PARTS = (".lora_", ".modules_to_save.", ".trainable_tokens_")
-# Hooks of these packages belong to how a model is loaded, as that of `enable_input_require_grads`.
-_LIBRARIES = ("accelerate", "peft", "torch", "transformers")
+# What these packages change belongs to how a model is loaded, as the hook of `enable_input_require_grads`.
+_LIBRARIES = ("accelerate", "liger_kernel", "peft", "torch", "transformers", "transformers_modules")
+# Attributes that TRL's trainers copy from their arguments, or make, and read at each step.
+_LIVE = (
+    *("beta", "loss_type", "loss_types", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting"),
+    *("f_divergence_type", "f_alpha_divergence_coef", "desirable_weight", "undesirable_weight"),
+    *("optimizer", "lr_scheduler", "data_collator", "compute_loss_func", "label_smoother"),
+)
 
 
 def overrides(trainer: Any, ours: Iterable[str]) -> list[ConfigError]:
@@ -46,8 +57,8 @@ def overrides(trainer: Any, ours: Iterable[str]) -> list[ConfigError]:
     return [
         refused(f"{place}.{name}", "an override that would never be called", _REMEDIES.get(name, _ELSEWHERE))
         for place, found in [*places, ("trainer", vars(trainer))]
-        for name, value in found.items()
-        if name in unseen and callable(value)
+        for name in found
+        if name in unseen
     ]
 
 
@@ -59,7 +70,10 @@ def frozen_weights(model: Any, name: str) -> list[ConfigError]:
     """Return errors for weights of a model in memory that are frozen, or trained, other than here."""
     weights = {} if isinstance(model, str) else dict(model.named_parameters())
     frozen = [name for name, weight in weights.items() if not weight.requires_grad]
-    remedy = "unfreeze them, or train an adapter by peft_config: here all weights are trained"
+    remedy = (
+        "unfreeze them (words=['model.images.train=none'] leaves an image tower and its projector out), or "
+    )
+    remedy += "train an adapter by peft_config: here all weights are trained"
     if isinstance(model, PeftModel):
         # Here all parts of an adapter are trained, and none of its base.
         adapter = {key for key in weights if any(part in key for part in _ADAPTER_PARTS)}
@@ -68,27 +82,57 @@ def frozen_weights(model: Any, name: str) -> list[ConfigError]:
             return [refused(name, f"a PeftModel that also trains {_shown(extra)}", remedy)]
         frozen = [key for key in frozen if key in adapter and ".default" in key]
         remedy = "load the adapter with is_trainable=True: here all its parts are trained"
+    elif frozen:
+        # Some classes freeze weights of their own, as the bias of a router that no gradient reaches.
+        with torch.device("meta"):
+            by_class = dict(type(model)(copy.deepcopy(model.config)).named_parameters())
+        frozen = [key for key in frozen if key not in by_class or by_class[key].requires_grad]
     return [refused(name, f"a model with frozen weights: {_shown(frozen)}", remedy)] if frozen else []
 
 
 def hooks(model: Any, name: str) -> list[ConfigError]:
-    """Return an error for each module of a model in memory with a hook of the script."""
-    remedy = "remove the hooks: the model is saved and loaded again by its class"
-    return [
-        refused(name, f"a hook on {module_name or 'the model'}", remedy)
-        for module_name, module in getattr(model, "named_modules", tuple)()
-        for found in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-        if any(
-            str(getattr(hook, "__module__", "")).split(".")[0] not in _LIBRARIES for hook in found.values()
-        )
-    ]
+    """Return an error for each hook, `forward` or class of the script in a model in memory."""
+    remedy = "remove it: the model is saved, and loaded again by its class"
+    found = list[str]()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(model, str | None) and not _is_library(type(base)) and _is_library(type(base.config)):
+        found.append(f"a class of its own, {type(base).__name__}")  # AutoModel loads that of the config
+    for part, module in getattr(model, "named_modules", tuple)():
+        groups = [module._forward_hooks, module._forward_pre_hooks]
+        groups += [module._backward_hooks, module._backward_pre_hooks]
+        for weight in module.parameters(recurse=False):
+            groups += [weight._backward_hooks, weight._post_accumulate_grad_hooks]
+        if not all(_is_library(hook) for group in groups for hook in (group or {}).values()):
+            found.append(f"a hook on {part or 'the model'}")
+        is_replaced = "forward" in vars(module) and not getattr(model, "use_kernels", False)
+        if is_replaced and not _is_library(module.forward):
+            found.append(f"another forward of {part or 'the model'}")
+    return [refused(name, got, remedy) for got in found]
+
+
+def _is_library(thing: Any) -> bool:
+    return str(getattr(thing, "__module__", "")).split(".")[0] in _LIBRARIES
 
 
 def changed_arguments(args: TrainerArguments, before: dict[str, Any]) -> list[ConfigError]:
     """Return an error for each argument that was changed after the trainer was made."""
     remedy = f"set it in {type(args).__name__}(...), before the trainer is made"
-    changed = [key for key, value in vars(args).items() if key not in before or before[key] != value]
-    return [refused(f"args.{key}", str(getattr(args, key)), remedy) for key in changed]
+    # Others are what transformers computes when a script reads `args.device`.
+    names = [entry.name for entry in fields(args)]
+    changed = [name for name in names if before[name] != getattr(args, name)]
+    return [refused(f"args.{name}", str(getattr(args, name)), remedy) for name in changed]
+
+
+def changed_attributes(trainer: Any, given: Mapping[str, Any]) -> list[ConfigError]:
+    """Return an error for each attribute of a trainer that was set after it was made, and that TRL reads."""
+    remedy, found = "pass it, or set it by the arguments, when the trainer is made", vars(trainer)
+    changed = [name for name, value in given.items() if found[name] is not value]
+    changed += [
+        name
+        for name in _LIVE
+        if found.get(name) is not None and found[name] != getattr(trainer.args, name, None)
+    ]
+    return [refused(f"trainer.{name}", type(found[name]).__name__, remedy) for name in changed]
 
 
 def _shown(names: list[str]) -> str:

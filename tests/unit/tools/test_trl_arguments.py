@@ -3,12 +3,15 @@
 import copy
 import json
 from dataclasses import MISSING, fields
+from functools import partialmethod
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -18,10 +21,12 @@ from transformers import (
     EarlyStoppingCallback,
     HfArgumentParser,
     ProgressCallback,
+    Qwen2ForCausalLM,
 )
 
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.foundation.errors import ConfigError, ExitCode
+from dpo_dist.tools.convert.unseen import frozen_weights, hooks
 from dpo_dist.training.start.named_models import find_export_paths
 from dpo_dist.trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from tests.support.families import tiny_config
@@ -278,7 +283,8 @@ OVERRIDES = [
     ("tokenize_row", "train_dataset"),
     ("evaluation_loop", "with TRL"),
     ("_save_checkpoint", "with TRL"),
-    ("save_model", "with TRL"),
+    ("_precompute_ref_logps", "loss.function"),
+    ("save_model", "save_strategy='no'"),
 ]
 
 
@@ -294,6 +300,13 @@ def test_an_override_that_nothing_would_call_is_refused_by_class_and_method(
     assert raised.value.where == f"Parent.{name}"
     assert remedy in raised.value.remedy
     assert not list(tmp_path.iterdir()), "before anything is written"
+
+
+@pytest.mark.parametrize("form", [partialmethod, classmethod, property], ids=lambda form: form.__name__)
+def test_an_override_is_refused_in_each_form_of_a_method(form: Any, folder: Path, tmp_path: Path) -> None:
+    mine = type("Mine", (DPOTrainer,), {"compute_loss": form(_loss)})
+    with pytest.raises(ConfigError, match=r"Mine\.compute_loss"):
+        mine(str(folder), args=DPOConfig(output_dir=str(tmp_path)), train_dataset=PAIRS)
 
 
 def test_a_method_that_is_replaced_on_the_trainer_is_refused_before_it_trains(
@@ -324,6 +337,85 @@ def test_arguments_that_change_after_the_trainer_is_made_are_refused(folder: Pat
     with pytest.raises(ConfigError) as raised:
         trainer.train()
     assert {part.where for part in raised.value.parts} == {"args.learning_rate", "args.loss_type"}
+
+
+def test_attributes_that_change_after_the_trainer_is_made_are_refused(folder: Path, tmp_path: Path) -> None:
+    args = DPOConfig(output_dir=str(tmp_path))
+    trainer: Any = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=PAIRS[:4])
+    trainer.train_dataset, trainer.eval_dataset, trainer.ref_model = PAIRS[:2], PAIRS[:2], str(folder)
+    trainer.loss_types, trainer.optimizer = ["ipo"], object()
+    trainer.beta = args.beta  # which changes nothing
+    with pytest.raises(ConfigError) as raised:
+        trainer.train()
+    names = {"train_dataset", "eval_dataset", "ref_model", "loss_types", "optimizer"}
+    assert {part.where for part in raised.value.parts} == {f"trainer.{name}" for name in names}
+    del trainer.loss_types, trainer.optimizer
+    with pytest.raises(ConfigError, match=r"trainer\.eval_dataset"):
+        trainer.evaluate()
+
+
+def test_a_script_may_read_what_transformers_computes_from_the_arguments(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class TrainedError(Exception):
+        pass
+
+    def train(*_: Any, **__: Any) -> Any:
+        raise TrainedError
+
+    monkeypatch.setattr("dpo_dist.trl.api.train", train)
+    trainer = DPOTrainer(str(folder), args=DPOConfig(output_dir=str(tmp_path)), train_dataset=PAIRS)
+    assert trainer.args.device.type
+    trainer.args.note = "of the script"
+    with pytest.raises(TrainedError):
+        trainer.train()
+
+
+def test_a_column_that_the_first_record_of_a_list_lacks_is_read(folder: Path, tmp_path: Path) -> None:
+    pair = {
+        name: [{"role": role, "content": name}]
+        for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
+    }
+    found = translated(folder, tmp_path, train_dataset=[pair, {**pair, "tools": []}])
+    assert found["data.train"][0]["columns"]["tools"] == "tools"
+
+
+def test_weights_that_the_class_of_a_model_freezes_are_not_those_of_the_script(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("afmoe"))
+    assert any(not weight.requires_grad for weight in model.parameters())
+    assert not frozen_weights(model, "model")
+    model.lm_head.weight.requires_grad = False
+    assert [error.got for error in frozen_weights(model, "model")] == [
+        "a model with frozen weights: lm_head.weight"
+    ]
+
+
+def test_what_a_script_changes_in_the_code_of_a_model_is_refused(folder: Path) -> None:
+    class Mine(Qwen2ForCausalLM):  # type: ignore[misc]
+        pass
+
+    def changed(change: Any, kind: Any = Qwen2ForCausalLM) -> list[str]:
+        model = kind.from_pretrained(folder)
+        change(model)
+        return [error.got for error in hooks(model, "model")]
+
+    def replace(model: Any) -> None:
+        model.model.norm.forward = MethodType(lambda _, hidden: hidden, model.model.norm)
+
+    assert changed(add_hook_to_module_of) == []
+    assert changed(replace) == ["another forward of model.norm"]
+    assert changed(lambda model: None, Mine) == ["a class of its own, Mine"]
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        found = changed(lambda model, name=register: getattr(model.model.norm.weight, name)(_loss))
+        assert found == ["a hook on model.norm"]
+    before = changed(lambda model: model.lm_head.register_full_backward_pre_hook(_loss))
+    assert before == ["a hook on lm_head"]
+
+
+def add_hook_to_module_of(model: Any) -> None:
+    """Hook a model as accelerate does for a `device_map`."""
+    add_hook_to_module(model, AlignDevicesHook("cpu"))
 
 
 def test_frozen_weights_and_hooks_of_a_model_in_memory_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -435,6 +435,12 @@ def test_a_long_run_is_judged_by_a_sample_of_its_rows_as_by_all(
         (rows(), {"data": {"train": counts(chat_template_not_applied=200), "eval": counts()}}, []),
         (rows(), {"vocabulary": 150_000}, []),
         (rows(every=RANDOM), {}, []),
+        # The alphabet of proteins, which good models hardly guess.
+        (
+            rows(every={"eval_logps/chosen_per_token": -2.6, "logps/chosen_per_token": -2.6}),
+            {"vocabulary": 33},
+            [],
+        ),
         # What the policy learns of a small vocabulary; a few steps.
         (rows(every=RANDOM, late={"eval_logps/chosen_per_token": -2.0}), {"vocabulary": 3000}, []),
         (steps(every=RANDOM)[:5], {"vocabulary": 3000, "steps": 5}, []),

@@ -32,6 +32,8 @@ _QUANTITIES = {
     "grad_norm": "gradient norm",
 }
 """In the order in which a step computes them: the first one that is not finite is reported."""
+_LEAST_VOCABULARY = 1000
+"""Fewest tokens of a vocabulary of texts: an alphabet, as of proteins, can be hard to guess for any model."""
 _LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
 """Losses that fall to 0 with a growing margin; other losses have another scale, or rise again."""
 
@@ -212,7 +214,7 @@ def _untrained_base(facts: RunFacts) -> Iterator[str]:
     """Yield a clause if chosen responses stay about as unlikely as a guess among all tokens makes them."""
     logps, vocabulary = facts.chosen_logps(), facts.summary.get("vocabulary") or 1
     guess = -math.log(vocabulary)
-    if vocabulary > 1 and logps and max(logps) < 0.6 * guess and _should_have_learnt(facts):
+    if vocabulary >= _LEAST_VOCABULARY and logps and max(logps) < 0.6 * guess and _should_have_learnt(facts):
         yield (
             f"chosen responses have {logps[0]:.2f} nats per token at first and {logps[1]:.2f} at the end; "
             f"a guess among {vocabulary:,} tokens has {guess:.2f}: no sampled response can be a text"
