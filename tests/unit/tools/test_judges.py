@@ -51,9 +51,8 @@ def reward_model(folder: Path, budget: int = 10**6) -> RewardModel:
 def whole_ids(folder: Path, response: str) -> torch.Tensor:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     turns = [{"role": turn.role, "content": turn.content} for turn in (*CHAT, Message("assistant", response))]
-    ids: torch.Tensor = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)[
-        "input_ids"
-    ]
+    encoded = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
+    ids: torch.Tensor = encoded["input_ids"]
     return ids
 
 
