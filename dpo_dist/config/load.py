@@ -325,7 +325,7 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(without_secrets(plain_values(config))))
 
 
-def from_yaml(text: str, where: str | Path = "config.yaml") -> RunConfig:
+def from_yaml(text: str | bytes, where: str | Path = "config.yaml") -> RunConfig:
     """Return the configuration that `to_yaml` wrote; `where`: its file, for errors."""
     values = read_saved_yaml(text, str(where))
     try:

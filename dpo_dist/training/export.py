@@ -154,7 +154,8 @@ def checkpoint_as_model(
     written = below / f"{trained.name}-{checkpoint.name}-{digest}"
     if not written.is_dir():
         say(f"writing the weights of {checkpoint} as a model folder")
-        config = from_yaml(existing_run(trained).config.read_text(encoding="utf-8"))
+        file = existing_run(trained).config
+        config = from_yaml(file.read_bytes(), file)
         # Not that run's own setting: its configuration could run code that the caller does not trust.
         export_checkpoint(
             checkpoint, written, replace(config, model=replace(config.model, trust_remote_code=trusts_code))
@@ -224,7 +225,7 @@ def export_model(
     console.say(f"reading {checkpoint}")
     try:
         state = checkpoint_state(checkpoint)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise damaged_checkpoint(checkpoint, [first_line(error)]) from error
     if config.model.adapter is not None and config.export.merge:  # the base is part of the result
         check_base(config.model, Path(config.reference.store), state.get("model"))

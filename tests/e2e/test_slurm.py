@@ -278,20 +278,25 @@ def stand_in(folder: Path) -> str:
     return f"{launcher.parent}:{os.environ['PATH']}"
 
 
-@pytest.mark.parametrize("order", ["SLURM queues it", "the script queues it"])
+@pytest.mark.parametrize(
+    ("order", "code"), [("SLURM queues it", 137), ("SLURM queues it", 0), ("the script queues it", 137)]
+)
 def test_a_script_on_a_lost_node_leaves_the_next_start_alone(
-    cluster: Cluster, tmp_path: Path, order: str
+    cluster: Cluster, tmp_path: Path, order: str, code: int
 ) -> None:
-    """SLURM cannot end the script of a node that it has lost."""
+    """SLURM cannot end the script of a node that it has lost; `code`: that of its launcher."""
     path, ended, slept = stand_in(tmp_path), tmp_path / "ended", tmp_path / "slept"
     sleep = tmp_path / "bin" / "sleep"
     short = "[[ $1 == 600 ]] || exec /bin/sleep $1"
     sleep.write_text(f"#!/bin/bash\n{short}\nuntil [[ -e {slept} ]]; do /bin/sleep 0.1; done\n")
     sleep.chmod(0o755)
-    variables = {"CODES": "until137 wait", "UNTIL": str(ended), "PATH": path}
+    noted, scripts = tmp_path / "environment", tmp_path / "scripts"
+    noted.write_text(f"echo $$ >>{scripts}\n")
+    variables = {"CODES": f"until{code} wait", "UNTIL": str(ended), "PATH": path, "DPO_DIST_ENV": str(noted)}
     job = submit(cluster, tmp_path, ["--nodes=1", "--gres=none"], [], **variables)
     try:
         job.wait_for_text("started")
+        first = int(scripts.read_text())
         cluster.end_daemon("node1")
         if order == "the script queues it":
             ended.touch()
@@ -300,10 +305,12 @@ def test_a_script_on_a_lost_node_leaves_the_next_start_alone(
         job.wait_for(lambda: job.text().count("started") == 2)
         ended.touch()
         slept.touch()
-        job.wait_for_text("SLURM has queued")
+        job.wait_for(lambda: job.shown()[2] != "1" or not psutil.pid_exists(first))
+        assert job.shown()[2] == "1", f"restarts by the script of the lost node: {job.text()}"
         time.sleep(1)
         assert job.shown() == ("RUNNING", "0:0", "1"), job.text()
         assert (tmp_path / f"dpo_dist-{job.number}" / "progress").is_file()
+        assert "SLURM has queued" in job.text()
     finally:
         cluster.run("scancel", job.number)
         cluster.run("slurmd", "-N", "node1")

@@ -45,7 +45,7 @@ def count_trained(
 
 @cache
 def _training_prompts(file: Path) -> frozenset[int]:
-    config: RunConfig = from_yaml(file.read_text(encoding="utf-8"), file)
+    config: RunConfig = from_yaml(file.read_bytes(), file)
     data = config.data
     held_out = np.array(sorted(_prompts(data.eval)), np.uint64) if data.drop_eval_prompts else None
     part = train_part(data, held_out)

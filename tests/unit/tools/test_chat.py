@@ -1,9 +1,14 @@
-"""Options of a conversation."""
+"""Options of a conversation, and runs of strangers."""
+
+import os
+from pathlib import Path
 
 import pytest
 
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.chat import __main__ as chat
+from dpo_dist.tools.chat.speakers import open_speakers
+from dpo_dist.training.export import checkpoint_as_model
 
 
 @pytest.mark.parametrize(
@@ -19,3 +24,26 @@ def test_a_key_of_a_configuration_is_refused_with_the_options_that_chat_has() ->
     with pytest.raises(ConfigError, match="no key but") as raised:
         chat.main(["nothing", "sampling.temperature=0.3"])
     assert "--temperature" in raised.value.remedy
+
+
+@pytest.mark.parametrize("content", [b"model: \xff", b"a: &a [x]\nb: [*a]", b"[" * 5000, b"[1]", None])
+def test_a_configuration_that_no_run_writes_is_a_plain_error(tmp_path: Path, content: bytes | None) -> None:
+    """Read for a conversation, and for a checkpoint as a model; `None`: a pipe."""
+    checkpoint, model = tmp_path / "checkpoints" / "step-000001", tmp_path / "model"
+    for folder in (checkpoint, model):
+        folder.mkdir(parents=True)
+    for file in ("manifest.json", "state.json"):
+        (checkpoint / file).write_text("{}")
+    (tmp_path / "run_state.json").write_text("{}")
+    (tmp_path / "dpo_metrics").mkdir()
+    (tmp_path / "dpo_metrics" / "rows.jsonl").touch()
+    config = tmp_path / "config.yaml"
+    if content is None:
+        os.mkfifo(config)
+    else:
+        config.write_bytes(content)
+    for folder in (checkpoint, model):
+        with pytest.raises(ConfigError):
+            open_speakers(str(folder), None, print)
+    with pytest.raises(ConfigError):
+        checkpoint_as_model(checkpoint, tmp_path / "written", print)

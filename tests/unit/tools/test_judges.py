@@ -48,12 +48,18 @@ def reward_model(folder: Path, budget: int = 10**6) -> RewardModel:
     return RewardModel(str(folder), FP32, folder, torch.device("cpu"), budget)
 
 
+def whole_ids(folder: Path, response: str) -> torch.Tensor:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    turns = [{"role": turn.role, "content": turn.content} for turn in (*CHAT, Message("assistant", response))]
+    encoded = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
+    ids: torch.Tensor = encoded["input_ids"]
+    return ids
+
+
 def alone(folder: Path, response: str) -> float:
     """As transformers' own documentation scores one conversation."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    turns = [{"role": turn.role, "content": turn.content} for turn in (*CHAT, Message("assistant", response))]
-    ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
+    ids = whole_ids(folder, response)
     with torch.inference_mode():
         return float(model(input_ids=ids).logits[0, 0])
 
@@ -76,6 +82,16 @@ def test_a_special_token_stays_text_and_a_long_or_rejected_conversation_has_no_s
     strict = write(tmp_path / "strict", tiny.mistral())
     (judgement,) = reward_model(strict).judge([question(CHAT, "the template takes no system turn")])
     assert judgement.scores == [None]
+
+
+def test_a_conversation_as_long_as_the_limit_has_a_score(tmp_path: Path) -> None:
+    longest = whole_ids(write_model(tmp_path / "model"), RESPONSES[1]).shape[1]
+    for limit, is_scored in ((longest, True), (longest - 1, False)):
+        folder = write(tmp_path / str(limit), max_position_embeddings=limit)
+        (judgement,) = reward_model(folder).judge([question(CHAT, RESPONSES[1])])
+        assert judgement.scores == [
+            pytest.approx(alone(folder, RESPONSES[1]), abs=1e-5) if is_scored else None
+        ]
 
 
 def test_a_model_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:

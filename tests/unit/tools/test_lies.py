@@ -123,6 +123,19 @@ def test_a_reply_that_is_no_reply_is_one_error(name: str) -> None:
     assert time.monotonic() - started < 20
 
 
+def test_replies_without_an_end_leave_no_thread() -> None:
+    before = {*threading.enumerate()}
+    with raw_server(lambda _: WHOLE["a slow body"][0]()) as url:
+        client = Client(url, "sampling.endpoint.url", "m", 0.2, 4)
+        for _ in range(4):
+            with pytest.raises(ConfigError, match="no end within"):
+                client.send(completion, clients.Models)
+        deadline = time.monotonic() + 20
+        while left := {one for one in threading.enumerate() if "(worker)" in one.name} - before:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("lies") / "model")

@@ -6,6 +6,7 @@ The API key comes from the environment. Errors contain neither the key nor a tex
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Collection, Iterator
 from multiprocessing import TimeoutError as Late
 from multiprocessing.pool import ThreadPool
@@ -68,11 +69,12 @@ class Client:
                 # In a thread: a server can also send its headers byte by byte.
                 with ThreadPool(1) as pool:
                     try:
-                        return pool.apply_async(self._whole, (request,)).get(seconds)
+                        return pool.apply_async(self._whole, (request, seconds)).get(seconds)
                     except Late:
                         raise openai.OpenAIError(f"no end within {duration(seconds)}") from None
 
-            def _whole(self, request: httpx2.Request) -> httpx2.Response:
+            def _whole(self, request: httpx2.Request, seconds: float) -> httpx2.Response:
+                end = time.monotonic() + seconds
                 reply, content = super().handle_request(request), bytearray()
                 with contextlib.closing(reply):
                     if reply.headers.get("Content-Encoding", "identity") != "identity":
@@ -81,6 +83,8 @@ class Client:
                         content += chunk
                         if len(content) > _MOST_BYTES:
                             raise openai.OpenAIError(f"more than {size(_MOST_BYTES)} in one reply")
+                        if time.monotonic() > end:  # nobody waits any more: this thread must not stay
+                            raise openai.OpenAIError(f"no end within {duration(seconds)}")
                 return httpx2.Response(reply.status_code, headers=reply.headers, content=bytes(content))
 
         self._openai_client = openai.OpenAI(
