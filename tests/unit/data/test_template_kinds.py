@@ -260,7 +260,7 @@ def test_a_thought_before_a_call_is_written_once(opening: str) -> None:
     empty = "{% elif m.tool_calls %}<think>\n\n</think>\n\n{% endif %}"
     written = "{% if m.reasoning_content %}" + thoughts + empty
     template = template_of(PLAIN.replace(ASSISTANT, ASSISTANT + written), ASSISTANT + opening)
-    thinking = Message("assistant", "", CALL.fields | {"reasoning_content": "Look."})
+    thinking = Message("assistant", "", {**CALL.fields, "reasoning_content": "Look."})
     found = encode(
         pair((thinking,), "<think>\nSee.\n</think>\n\nNo.", tools=(TOOL,)), tokenizer_with(template)
     )
