@@ -160,7 +160,7 @@ def _by_template(
     if not all(
         _is_written(whole, given)
         and _is_written(text, [*_contents(turns), message_thought(turns[-1]) or ""])
-        and chat.writes_calls(tuple(map(chat.turn, (*messages, *turns))), context)
+        and chat.writes_calls((*messages, *turns), context)
         for whole, text, turns in zip(spelled, texts, responses, strict=True)
     ):
         changes.add("content_not_rendered")
@@ -294,6 +294,8 @@ class _Conversation:
                 end = self.facts.common_length(trace.text, alone)
             self.generation[role] = trace.text[end:]
         generation = self.generation[role]
+        if not turn[:1].isspace():  # the template writes the space between turns with the former (Alpaca)
+            generation = generation.lstrip()
         length = self.facts.common_length(turn, generation)
         if length == len(generation):
             return length

@@ -15,7 +15,7 @@ from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.records import IMAGE, Message, Tokenizer, UnusableRecordError, parts_of
+from dpo_dist.data.records import IMAGE, Message, Messages, Tokenizer, UnusableRecordError, parts_of
 from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_TAGS, Marks, any_of
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.types import Fields
@@ -255,12 +255,16 @@ class ChatRenderer:
         self.template, self._traced = template, _with_marks(template)
         self._marks, self._in_parts = marks, roles_in_parts(tokenizer, template)
 
-    def turn(self, message: Message) -> Forms:
-        """Return a message in the template's form."""
+    def _plain(self, message: Message) -> dict[str, Any]:
         plain = {"role": message.role, "content": message.content, **message.fields}
         fields = in_form(plain, self._in_parts)
         if (calls := fields.get("tool_calls")) and not self._takes_objects:
             fields["tool_calls"] = [_with_text_arguments(call) for call in calls]
+        return fields
+
+    def turn(self, message: Message) -> Forms:
+        """Return a message in the template's form."""
+        fields = self._plain(message)
         if message.role != "assistant":
             return self.data(fields)
         # The model does not write the tags around calls and names as text: the template does.
@@ -288,8 +292,10 @@ class ChatRenderer:
         is_found = trace is not None and trace.text == text
         return trace if trace and is_found else Trace(text, [None] * len(turns), len(text))
 
-    def writes_calls(self, turns: Turns, context: Forms = NO_CONTEXT) -> bool:
+    def writes_calls(self, messages: Messages, context: Forms = NO_CONTEXT) -> bool:
         """Return whether the output of the template has each call of a tool."""
+        if not any(message.fields.get("tool_calls") for message in messages):
+            return True
         marks = list[str]()
 
         def marked(call: Fields) -> Fields:
@@ -298,10 +304,8 @@ class ChatRenderer:
 
         named = [
             {**turn, "tool_calls": list(map(marked, turn["tool_calls"]))} if turn.get("tool_calls") else turn
-            for turn, _ in turns
+            for turn in map(self._plain, messages)
         ]
-        if not marks:
-            return True
         try:
             rendered = self._render(self.template, [(turn, turn) for turn in named], (context[0],) * 2, False)
         except UnusableRecordError:

@@ -230,6 +230,23 @@ def test_the_end_of_a_turn_may_stand_before_the_next_one() -> None:
     assert trained_text(tokenizer, found) == "It rains.<|end|>Yes.<|end|>"
 
 
+def test_a_header_is_no_part_of_a_response_if_the_space_before_it_ends_the_former_turn() -> None:
+    """Alpaca's template writes two newlines between turns, and before the header of a generation prompt."""
+    turn = (
+        "{% if m.role == 'user' %}### Instruction:\n{{ m.content }}{% else %}### Response:\n{{ m.content }}"
+    )
+    template = (
+        "<s>{% for m in messages %}" + turn + "</s>{% endif %}{{ '\n\n' if not loop.last }}{% endfor %}"
+    )
+    tokenizer = tokenizer_with(template + PROMPT.replace("%G", "{{ '\\n\\n### Response:\\n' }}"))
+    found = encode(pair(TURNS["turns"][0], NO), tokenizer)
+    prompt, turns, other = texts(found, tokenizer)
+    assert prompt.endswith("?\n\n### Response:\n")
+    assert (turns.startswith("It rains.</s>"), other) == (True, "No.</s>")
+    assert trained_text(tokenizer, found) == "It rains.</s>Yes.</s>"
+    assert "prompt_not_prefix" not in found.changes
+
+
 def test_a_template_that_needs_tools_is_used_for_records_with_tools() -> None:
     template = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}" + template_of(PLAIN)
     found = encode(pair((CALL,), NO, tools=(TOOL,)), tokenizer := tokenizer_with(template))
@@ -243,7 +260,7 @@ def test_a_thought_before_a_call_is_written_once(opening: str) -> None:
     empty = "{% elif m.tool_calls %}<think>\n\n</think>\n\n{% endif %}"
     written = "{% if m.reasoning_content %}" + thoughts + empty
     template = template_of(PLAIN.replace(ASSISTANT, ASSISTANT + written), ASSISTANT + opening)
-    thinking = Message("assistant", "", CALL.fields | {"reasoning_content": "Look."})
+    thinking = Message("assistant", "", {**CALL.fields, "reasoning_content": "Look."})
     found = encode(
         pair((thinking,), "<think>\nSee.\n</think>\n\nNo.", tools=(TOOL,)), tokenizer_with(template)
     )
