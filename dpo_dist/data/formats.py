@@ -314,8 +314,7 @@ _SPELLED_LISTS = ("responses", "completions")
 
 def _with_values(record: Fields, name: DataFormat) -> Fields:
     """Return a record with the messages and lists that its texts hold as JSON, as a table's cells do."""
-    plain = (DataFormat.text, DataFormat.labelled_text, DataFormat.implicit_prompt, DataFormat.hh)
-    is_text = name in plain
+    is_text = FORMATS[name].read in _READS_TEXT
     lists = LISTS if name is DataFormat.ranked else _SPELLED_LISTS
     read = dict(record)
     nested: dict[str, str] = {}

@@ -1,7 +1,6 @@
 """Checkpoints of several ranks: complete or absent, and exact (law L4)."""
 
 import contextlib
-import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -45,6 +44,7 @@ from dpo_dist.training.steps.state import Position
 from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import Assets, load_policy, load_reference, one_step
 from tests.support.cpu_adam import with_cpu_adam
+from tests.support.full_disk import full_disk
 from tests.support.precision import NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
 
@@ -246,16 +246,6 @@ def test_a_bad_step_of_an_offloaded_optimizer_is_lost_alone(assets: Assets, tmp_
     assert with_bad == plain
 
 
-def without_room(work: Callable[[], Any], bytes_left: int) -> Any:
-    """Do `work` while no file of this process can grow beyond `bytes_left`, as on a full disk."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
-    try:
-        return work()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-
-
 def save_without_room(assets: Assets, root: Path, world: World, _folder: Path) -> dict[str, Any]:
     trainer = Trainer(assets, world)
     trainer.save(root, 1)
@@ -269,7 +259,8 @@ def save_without_room(assets: Assets, root: Path, world: World, _folder: Path) -
             results["error"] = str(error)
 
     if world.rank == 1:
-        without_room(save, bytes_left=40_000)
+        with full_disk(40_000):
+            save()
     else:
         save()
     world.barrier()

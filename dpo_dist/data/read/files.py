@@ -415,14 +415,8 @@ def _class_names(schema: pyarrow.Schema) -> Callable[[Any], Any] | None:
     """
     try:
         return _class_parser(parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"])
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        RecursionError,
-    ):  # a dataset's author may write anything there
-        return None
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        return None  # a dataset's author may write anything there
 
 
 def _class_parser(feature: Any) -> Callable[[Any], Any] | None:

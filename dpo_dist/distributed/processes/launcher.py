@@ -19,7 +19,6 @@ from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from dpo_dist.config.mistakes import suggestion
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, ExitCode, PeerLostError, first_line
 from dpo_dist.foundation.signals import LAUNCHER_VARIABLE, stop_signals
@@ -73,8 +72,9 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         parsed.training_script_args.insert(0, parsed.training_script)
         parsed.module, parsed.training_script = True, "dpo_dist"
     elif not is_file and not parsed.module:
-        message = "the program to start is neither a file nor a verb nor a module"
-        raise _refused(message, parsed.training_script, suggestion(parsed.training_script, VERBS))
+        raise _refused(
+            "the program to start is neither a file nor a verb nor a module", parsed.training_script
+        )
     is_here = not parsed.config_file and (parsed.num_machines or 1) == 1
     if is_here and (parsed.num_processes or 1) > 1 and not torch.accelerator.is_available():
         parsed.use_deepspeed = parsed.use_cpu = True  # else accelerate starts one process
@@ -85,14 +85,13 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     return parsed
 
 
-def _refused(message: str, got: str, guess: str = "") -> ConfigError:
+def _refused(message: str, got: str) -> ConfigError:
     return ConfigError(
         message,
         where="command line",
         got=got,
         expected="dpo-dist launch [--config_file FILE] train OVERRIDES",
-        remedy=guess.rstrip()
-        or "use a file of launch/accelerate; dpo-dist launch --help explains the options",
+        remedy="use a file of launch/accelerate; dpo-dist launch --help explains the options",
     )
 
 

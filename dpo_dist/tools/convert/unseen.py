@@ -53,17 +53,14 @@ def overrides(trainer: Any, ours: Iterable[str]) -> list[ConfigError]:
     """
     theirs = {name for name in dir(Trainer) if not name.startswith("__")} | _REMEDIES.keys()
     unseen = theirs - set(ours)
-    places = [(kind.__name__, vars(kind)) for kind in type(trainer).__mro__ if _is_users(kind)]
+    kinds = (kind for kind in type(trainer).__mro__ if kind.__module__ != "dpo_dist.trl")
+    places = [(kind.__name__, vars(kind)) for kind in kinds]
     return [
         refused(f"{place}.{name}", "an override that would never be called", _REMEDIES.get(name, _ELSEWHERE))
         for place, found in [*places, ("trainer", vars(trainer))]
         for name in found
         if name in unseen
     ]
-
-
-def _is_users(kind: type) -> bool:
-    return kind is not object and kind.__module__ != "dpo_dist.trl"
 
 
 def frozen_weights(model: Any, name: str) -> list[ConfigError]:

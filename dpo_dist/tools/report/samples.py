@@ -141,7 +141,7 @@ class RunSamples:
 
     def _bound(self, seconds: float) -> None:
         """Keep as many prompts as fit into `_MOST_SECONDS`, at least one; `seconds`: what one takes."""
-        most = self.run.world.on_main(lambda: max(1, int(_MOST_SECONDS / max(seconds, 1e-9))))
+        most = self.run.world.on_main(lambda: max(1, int(_MOST_SECONDS / seconds)))
         if most < len(self.prompts):
             self.run.say(
                 f"samples: {most} of {pluralize(len(self.prompts), 'prompt')}, since a response takes "

@@ -2,7 +2,7 @@
 
 import json
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from dpo_dist.batching.example import Keys
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, StoredLogps
+from tests.support.full_disk import full_disk
 
 FINGERPRINT = ReferenceFingerprint("weights", {"dtype": "fp32"})
 Entries: TypeAlias = dict[int, list[float]]
@@ -136,23 +137,10 @@ def test_a_store_or_shard_that_cannot_be_read_is_an_error(tmp_path: Path) -> Non
         assert name in raised.value.got
 
 
-def with_limit(limit: int, most: int, work: Callable[[], None]) -> None:
-    soft, hard = resource.getrlimit(limit)
-    resource.setrlimit(limit, (most, hard))
-    try:
-        work()
-    finally:
-        resource.setrlimit(limit, (soft, hard))
-
-
 def test_a_full_disk_is_an_error_and_leaves_no_partial_file(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-
-    def fail() -> None:
-        with pytest.raises(ReferenceModelError, match="cannot be written"):
-            store.write(keys_of([1]), [np.zeros(4096, dtype=np.float32)])
-
-    with_limit(resource.RLIMIT_FSIZE, 4096, fail)
+    with full_disk(4096), pytest.raises(ReferenceModelError, match="cannot be written"):
+        store.write(keys_of([1]), [np.zeros(4096, dtype=np.float32)])
     assert [file.name for file in store.folder.iterdir()] == ["space.json"]
 
 
@@ -172,8 +160,9 @@ def test_a_store_can_have_more_shards_than_the_limit_of_open_files(tmp_path: Pat
     wanted = {name: [-float(name)] for name in range(30)}
     for name, entry in wanted.items():
         write(tmp_path, {name: entry})
-
-    def read() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard))
+    try:
         assert readable(tmp_path, range(30)) == wanted
-
-    with_limit(resource.RLIMIT_NOFILE, len(list(Path("/proc/self/fd").iterdir())) + 20, read)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -152,15 +152,10 @@ def has_open_thought(text: str) -> bool:
 
 
 _SCRIPTS = {
-    name: regex.compile(rf"[{letters}]")
-    for name, letters in {
-        "Chinese, Japanese": r"\p{Han}\p{Hiragana}\p{Katakana}",
-        **{
-            name: rf"\p{{{name}}}"
-            for name in ("Latin", "Cyrillic", "Greek", "Arabic", "Hebrew", "Devanagari", "Thai", "Hangul")
-        },
-    }.items()
+    name: regex.compile(rf"\p{{{name}}}")
+    for name in ("Latin", "Cyrillic", "Greek", "Arabic", "Hebrew", "Devanagari", "Thai", "Hangul")
 }
+_SCRIPTS["Chinese, Japanese"] = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]")
 _FEWEST_LETTERS, _MAIN_SCRIPT = 8, 0.8
 
 
