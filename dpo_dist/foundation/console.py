@@ -41,7 +41,7 @@ LINE_SECONDS = 30.0  # between two progress lines
 _REFRESH_SECONDS = 0.5
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
-_BAR_WIDTH = 20
+_BAR_WIDTH, _LEAST_BAR = 20, 16
 _STYLES = {"error": "bold red", "warning": "yellow"}  # of a line on a terminal, by its first word
 # In a scheduler's log file lines of these kinds begin with date and time; results do not.
 _KINDS_WITH_TIME = ("message", "progress", "evaluation", "error")
@@ -97,6 +97,7 @@ class LiveScreen(LineScreen):
     def __init__(self, terminal: RichConsole):
         super().__init__(self._print_line, _REFRESH_SECONDS)
         self._terminal = terminal
+        self._text = Column(no_wrap=True, overflow="crop")
         self._live: RichProgress | None = None
 
     def print(self, kind: str, content: Fields, lines: Sequence[str]) -> None:
@@ -113,12 +114,14 @@ class LiveScreen(LineScreen):
         super().print(kind, content, lines)
 
     def _update(self, content: Fields, line: str) -> None:
-        """Replace the live line; a narrow terminal cuts its end."""
+        """Replace the live line; a narrow terminal cuts the end of its text."""
         share = content["share"]
+        # Rich would shorten both columns by as much, and a line of 80 columns would have no bar.
+        self._text.max_width = max(1, self._terminal.width - _LEAST_BAR - 1)
         if self._live is None:
-            cut = Column(no_wrap=True, overflow="crop")
             self._live = RichProgress(
-                *(TextColumn("{task.description}", markup=False, table_column=cut), BarColumn(_BAR_WIDTH)),
+                TextColumn("{task.description}", markup=False, table_column=self._text),
+                BarColumn(None, table_column=Column(max_width=_BAR_WIDTH)),
                 console=self._terminal,
                 auto_refresh=False,
                 redirect_stdout=False,

@@ -181,8 +181,8 @@ def on_terminal() -> tuple[int, int, LineScreen]:
     return master, slave, open_screen(stream, stream, "auto")
 
 
-@pytest.mark.parametrize("width", [1, 60, 140])
-def test_the_live_line_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [1, 60, 80, 140])
+def test_the_live_line_fits_the_terminal_with_its_bar(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     master, slave, screen = on_terminal()
     ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
@@ -195,6 +195,8 @@ def test_the_live_line_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyP
     assert len(line) <= width
     assert line.startswith(LINE[: max(width - 22, 0)])
     assert (LINE in line) == (width > 130)
+    assert width == 1 or line.rstrip().count("━") >= 2
+    assert width < 80 or "2 h 00 min left" in line
 
 
 def test_only_a_terminal_gets_a_live_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

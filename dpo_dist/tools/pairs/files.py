@@ -97,7 +97,8 @@ def write_results(
                     where=str(file),
                     got="no prompt has two usable responses with different scores",
                     remedy="see the counts: scores can be missing, equal, or closer than pairs.margin, and "
-                    "responses can be cut at sampling.max_new_tokens; for data without scores "
+                    "responses can be cut at sampling.max_new_tokens, or have no room for it in the model; "
+                    "for data without scores "
                     "pairs.method=samples makes responses and scores them",
                 )
             summary = {

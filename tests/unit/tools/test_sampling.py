@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import os
+import re
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -34,9 +35,11 @@ from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, Response
 from dpo_dist.distributed.processes.world import Interrupted, Stops
+from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.tools.pairs.files import pair_fields, write_results
 from dpo_dist.tools.pairs.rounds import merge_adapter
+from dpo_dist.tools.shared.sampling.dry_run import check_model
 from dpo_dist.tools.shared.sampling.generate import (
     NotFiniteError,
     Request,
@@ -300,3 +303,17 @@ def test_adapters_also_merged_shards_and_other_ends_of_a_response(tmp_path: Path
     merge_adapter(tmp_path / "adapter", tmp_path / "again", *facts)
     stops = GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id
     assert stops == [5, tiny.qwen().eos_token_id]
+
+
+def test_a_check_of_a_short_context_names_a_length_that_fits(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", longest=64)
+    config = load_run_config([f"model.path={path}", "data.train=[unused.jsonl]"])
+    records = [
+        PreferenceRecord((Message("user", text),), (), Origin("file", 1)) for text in ("Hi", "Hi, you")
+    ]
+    with pytest.raises(DataError, match="none of the first records") as caught:
+        check_model(str(path), config, 64, records, lambda _: None, "pairs.models")
+    fits = int(re.findall(r"sampling.max_new_tokens=(\d+)", caught.value.remedy)[0])
+    said: list[str] = []
+    check_model(str(path), config, fits, records, said.append, "pairs.models")
+    assert len(said) == 1, "both records can be used"

@@ -212,6 +212,12 @@ def test_a_check_prints_its_findings_and_leaves_no_files(assets: Path, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_check_warns_of_an_adapter_at_a_rate_for_all_weights(assets: Path, tmp_path: Path) -> None:
+    for rate, warned in (("1e-6", True), ("2e-4", False)):
+        text = str(dry_run(run_of(assets, tmp_path, "model.adapter={r: 4}", f"optim.lr={rate}")))
+        assert ("warning: optim.lr=1e-06 is a rate for training all weights" in text) == warned
+
+
 SHARED_PROMPTS = "evaluation prompts are in the training data"
 
 

@@ -7,6 +7,7 @@ from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AdapterConfig, FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
 from dpo_dist.distributed.checkpoint.saver import Checkpoint, CheckpointSaver
-from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import staged_file, temporary_name, write_text
 from dpo_dist.tools.report.recorder import RunRecorder
@@ -28,7 +29,7 @@ from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.run import find_start, lock_directory, record_start
 from dpo_dist.training.start.environment import describe_run
 from dpo_dist.training.start.footprint import check_disk_room
-from dpo_dist.training.start.open_run import Run, hints_on_cpu, rate_warning, warn_of_recompiles
+from dpo_dist.training.start.open_run import Run, hints_on_cpu, say_header, warn_of_recompiles
 from dpo_dist.training.start.resume import (
     RunState,
     check_identity,
@@ -358,5 +359,10 @@ def test_what_is_slow_on_a_cpu_without_bf16_is_said_before_it_is_slow(
     ],
 )
 def test_an_adapter_at_a_rate_for_all_weights_is_said_before_training(words: list[str], warned: bool) -> None:
-    found = rate_warning(load_run_config(["model.path=m", "data.train=[a.jsonl]", *words]))
-    assert ("optim.lr=1e-4" in found) == warned
+    said: list[str] = []
+    config = load_run_config(["model.path=m", "data.train=[a.jsonl]", *words])
+    world: Any = SimpleNamespace(
+        peers=[SimpleNamespace(host="here")], size=1, device=torch.device("cpu"), sequence=None
+    )
+    say_header(Run(config, world, Console(LineScreen(said.append))))
+    assert ("optim.lr=1e-4" in "".join(line for line in said if line.startswith("warning: "))) == warned

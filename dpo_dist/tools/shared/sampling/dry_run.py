@@ -14,7 +14,7 @@ from dpo_dist.model.files.folder import description_folder
 from dpo_dist.model.files.load import check_contents_at_hand
 from dpo_dist.tools.shared.records import Read, good_records
 from dpo_dist.tools.shared.sampling.prompts import as_user_message
-from dpo_dist.tools.shared.sampling.respond import find_files, open_responder, usable_prompt
+from dpo_dist.tools.shared.sampling.respond import Responder, find_files, open_responder, usable_prompt
 from dpo_dist.tools.shared.sampling.served import open_server
 
 _FIRST_RECORDS = 1024
@@ -65,7 +65,16 @@ def check_model(
             "none of the first records can be used",
             where=key,
             got=f"{path}: {counts_in_one_line(dropped)}",
-            remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
+            remedy=f"set sampling.max_new_tokens={room}: the model has {responder.longest} tokens in all"
+            if (room := _room(records, responder, data)) and "too_long_for_the_model" in dropped
+            else "correct the records, or the keys of data; docs/data.md explains the reasons",
         )
     if dropped:
         say(f"  first records that the model cannot be asked: {counts_in_one_line(dropped)}")
+
+
+def _room(records: Sequence[PreferenceRecord], responder: Responder, data: DataConfig) -> int:
+    """Return how many tokens the model can write after each record that it can be asked; 0 if none."""
+    prompts = [usable_prompt(as_user_message(record, data), responder, 1) for record in records]
+    tokens = [len(prompt.prompt_ids) for prompt in prompts if not isinstance(prompt, str)]
+    return responder.longest - max(tokens) if tokens and responder.longest is not None else 0
