@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import pytest
+import yaml
 
 import dpo_dist.__main__
 from dpo_dist.config.command_line import explain, run_verb, usage
@@ -177,7 +178,9 @@ def test_a_command_that_only_names_its_run_is_told_what_to_begin_with(verb: Verb
     [_, command] = ended.err.split("dpo-dist train ")
     shown = verb("--cfg", "job", *shlex.split(command))
     assert shown.code == 0
-    assert {"  beta: 0.3", "  max_steps: 5", f"  dir: {config.parent}"} <= {*shown.out.splitlines()}
+    found = yaml.safe_load(shown.out)
+    assert found["loss"]["beta"] == 0.3
+    assert (found["trainer"]["max_steps"], found["run"]["dir"]) == (5, str(config.parent))
     assert "model.path is not set" in verb(f"run.dir={tmp_path}").err, "no run"
 
 

@@ -17,7 +17,16 @@ from safetensors.torch import save_file
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import AdapterConfig, FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    DataConfig,
+    FolderConfig,
+    ModelConfig,
+    ReferenceConfig,
+    Resume,
+    RunConfig,
+    TrainerConfig,
+)
 from dpo_dist.distributed.checkpoint.saver import Checkpoint, CheckpointSaver
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
@@ -40,7 +49,11 @@ from tests.support.alone import ALONE
 from tests.support.one_weight import Run as Saves
 from tests.support.own_loss import OWN
 
-CONFIG = RunConfig(model=ModelConfig("somewhere"))
+CONFIG = RunConfig(
+    model=ModelConfig("somewhere"),
+    data=DataConfig(cache="encoded"),
+    reference=ReferenceConfig(store="reference"),
+)
 IDENTITY = {
     "run_digest": CONFIG.identity.digest,
     "data": "d",

@@ -433,7 +433,7 @@ FINDINGS: dict[str, tuple[str, str]] = {
     ),
     "ranked_oasst_history_zh.json": (
         "dropped 6, length_bias 244, markup_in_text 1, nearly_equal_sides 1, "
-        "one_response_starts_the_other 2, prompt_language_differs 1, repeated_prompts 4, "
+        "one_response_starts_the_other 2, prompt_language_differs 2, repeated_prompts 4, "
         "response_repeats_prompt 4, response_starts_with_prompt 6, short_response 16",
         "dropped, length_bias, response_repeats_prompt",
     ),
