@@ -301,8 +301,13 @@ def test_a_script_on_a_lost_node_leaves_the_next_start_alone(
         if order == "the script queues it":
             ended.touch()
             job.wait_for_text("is queued again")
-        cluster.run("scontrol", "update", "nodename=node1", "state=down", "reason=lost")
-        job.wait_for(lambda: job.text().count("started") == 2)
+
+        def is_started_elsewhere() -> bool:
+            # Each time: an answer to the launch that is read late makes SLURM take the node back.
+            cluster.run("scontrol", "update", "nodename=node1", "state=down", "reason=lost")
+            return job.text().count("started") == 2
+
+        job.wait_for(is_started_elsewhere)
         ended.touch()
         slept.touch()
         job.wait_for(lambda: job.shown()[2] != "1" or not psutil.pid_exists(first))
