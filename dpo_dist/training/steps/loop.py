@@ -256,7 +256,7 @@ class Loop:
         measured |= {"pairs": speed["pairs"]} if policy is None else speed
         named = {f"eval_{name}": value for name, value in measured.items()}
         best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))
-        is_better = position.step == 0 or (best is not None and best.step == position.step)
+        is_better = best is not None and best.step == position.step
         stale = 0 if is_better else position.stale_evaluations + 1
         is_over = self.is_over(replace(position, best=best, stale_evaluations=stale))
         if self.samples is not None:

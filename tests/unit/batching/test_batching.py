@@ -303,6 +303,7 @@ def test_epochs_may_be_fractions(epochs: float, total: int, steps: int) -> None:
 def test_the_epoch_of_a_step_is_the_share_of_pairs_that_it_has_seen() -> None:
     of = sampler(10, 4, epochs=2.0)
     assert [of.epoch(step) for step in (-1, 0, 1, 4)] == [0, 0.4, 0.8, 2]
+    assert sampler(10, 4).epoch(2) == 1, "the last step has two pairs"
 
 
 def test_what_is_visited_is_known_without_a_look_at_all_epochs() -> None:

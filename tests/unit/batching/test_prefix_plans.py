@@ -144,16 +144,36 @@ def test_no_more_micro_batches_than_without_prefixes(seed: int) -> None:
     assert known <= unknown
 
 
-def test_examples_that_do_not_pay_to_share_keep_the_budget() -> None:
+@pytest.mark.parametrize(
+    ("sizes", "ranks", "budget"),
+    [
+        ([(0, 166, 73), (116, 181, 57), (139, 211, 72), (166, 223, 118)], 2, 564),
+        # The last one, beside the first one alone, shares nothing, though each one shares much with its like.
+        (
+            [
+                (0, 166, 73),
+                (150, 300, 100),
+                (300, 600, 100),
+                (600, 1200, 100),
+                (650, 1150, 100),
+                (1100, 1900, 100),
+            ],
+            1,
+            2100,
+        ),
+    ],
+)
+def test_examples_that_do_not_pay_to_share_keep_the_budget(
+    sizes: list[tuple[int, int, int]], ranks: int, budget: int
+) -> None:
     """Where a row that shares tokens is slow, a long one shares none of its first with another example."""
     pairs, like = list[Example](), np.empty(0, dtype=np.int32)
-    sizes = [(0, 166, 73), (116, 181, 57), (139, 211, 72), (166, 223, 118)]
     for number, (common, prompt, response) in enumerate(sizes):
         like = np.concatenate((like[:common], np.full(prompt - common, 100 + number, dtype=np.int32)))
-        pairs.append(Example(like, (np.full(response, 200 + number, dtype=np.int32),)))
-    shares = shares_of(pairs, 2, 564, replace(SHARING, key=0.05, is_masked=True))
+        pairs.append(Example(like, (np.full(response, number, dtype=np.int32),)))
+    shares = shares_of(pairs, ranks, budget, replace(SHARING, key=0.05, is_masked=True))
     batches = [batch for share in shares for batch in share.batches()]
-    assert all(batch.tokens <= 564 or len(batch.layout) == 1 for batch in batches)
+    assert all(batch.tokens <= budget or len(batch.layout) == 1 for batch in batches)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

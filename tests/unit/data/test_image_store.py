@@ -19,7 +19,7 @@ import torch
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.pack import PackedImages
 from dpo_dist.batching.step_batch import shard_batch
-from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.config.schema import DataConfig, Ranked, SourceConfig
 from dpo_dist.data.encoded import build
 from dpo_dist.data.encoded.build import Preparation, prepare_dataset
 from dpo_dist.data.encoded.dataset import PreferenceDataset, count_shared, open_dataset
@@ -372,14 +372,21 @@ def test_every_rank_knows_which_micro_batches_have_images(tmp_path: Path, proces
 
 def test_the_planner_counts_images(tmp_path: Path, processor: ImageProcessor) -> None:
     paint(tmp_path, a=1, b=4)
-    data = opened(tmp_path, processor, write(tmp_path, "p.jsonl", ["a.png"], [], ["b.png", "a.png"]))
-    indices = np.arange(3)
+    ranking = {
+        "prompt": [{"role": "user", "content": "What is it?"}],
+        "responses": ["A dog.", "A cat.", "No."],
+        "images": ["a.png"],
+    }
+    (tmp_path / "ranking.jsonl").write_text(json.dumps(ranking))
+    pairs = write(tmp_path, "p.jsonl", [], ["b.png", "a.png"])
+    data = opened(tmp_path, processor, f"{tmp_path}/ranking.jsonl", pairs, ranked=Ranked.all_pairs)
+    indices = np.arange(len(data))
     responses, counts = data.response_indices(indices), data.response_counts(indices)
     without, counted = (
         data.sizes(indices, responses, counts, replace(COSTS, image=image)).costs for image in (0.0, 2.0)
     )
-    tokens = [sum(image.tokens for image in data.example(index).images) for index in range(3)]
-    assert tokens[2] > tokens[0] > tokens[1] == 0
+    tokens = [sum(image.tokens for image in data.example(int(index)).images) for index in indices]
+    assert tokens[4] > tokens[2] == tokens[1] == tokens[0] > tokens[3] == 0
     np.testing.assert_allclose(counted - without, 2 * np.array(tokens))
 
 

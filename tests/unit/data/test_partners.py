@@ -68,13 +68,15 @@ def test_sources_have_partners_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_partner_is_cut_to_what_the_prompt_leaves(masked: bool) -> None:
+@pytest.mark.parametrize("longest", [5, 3])
+def test_a_partner_is_cut_to_what_the_prompt_leaves(longest: int, masked: bool) -> None:
+    """Which is one token at least."""
     data = labelled([1, 2, 3, 7], masked)
-    cut = with_partners(data, 5)
+    cut = with_partners(data, longest)
     for index in range(4):
         prompt, own, partner = cut.example(index, masked=masked).prompt_ids, *cut.example(index).responses
         whole = data.example(int(partner[0])).responses[0]
-        assert partner.tolist() == whole[: max(1, 5 - len(prompt))].tolist()
+        assert partner.tolist() == whole[: max(1, longest - len(prompt))].tolist()
         assert own.tolist() == data.example(index).responses[0].tolist()
         if masked:
             mask = cut.example(index, [1], masked=True).masks[0]

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -28,7 +29,6 @@ from dpo_dist.foundation.files import locked
 from tests.support import tiny
 from tests.support.cache import encoded_folders
 from tests.support.records import jsonl
-from tests.support.warm import context, start_parent
 
 PART, CHUNK = 4, 2
 BAD = {"prompt": "q", "chosen": "same", "rejected": "same"}
@@ -112,18 +112,16 @@ def encode_and_die(folder: Path, source: SourceConfig, last: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return encode(record, *rest)
 
-    with (
-        mock.patch.object(encode_module, "encode_pair", dying),
-        mock.patch.multiple(build, PART_RECORDS=PART, CHUNK_RECORDS=CHUNK),
-    ):
+    with mock.patch.object(encode_module, "encode_pair", dying):
         one = preparation(source, folder / "cache")
         one.encode(one.plan())
 
 
 def test_a_kill_loses_the_part_in_work_only(tmp_path: Path, encoded: list[str]) -> None:
     source = source_of(tmp_path, 5 * PART)
-    start_parent()
-    child = context.Process(target=encode_and_die, args=(tmp_path, source, 2 * PART + 3))
+    child = multiprocessing.get_context("fork").Process(
+        target=encode_and_die, args=(tmp_path, source, 2 * PART + 3)
+    )
     child.start()
     child.join(120)
     assert child.exitcode == -signal.SIGKILL

@@ -76,6 +76,7 @@ def test_a_list_as_long_as_the_responses_is_an_order_by_any_name(value: Any) -> 
         ("reference", "Car"),
         ("context_window", 2),
         ("agreement_score", 0.7),
+        ("is_correct", True),
         ("reward_model", "a model"),
         ("judgeModel", "a model"),
         ("preference_source", "web"),

@@ -30,7 +30,7 @@ from dpo_dist.distributed.checkpoint.saver import (
 from dpo_dist.distributed.checkpoint.slices import ModelSlices, Slice, write_slices
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.foundation.files import is_temporary
-from tests.support.one_weight import WEIGHTS, Run
+from tests.support.one_weight import WEIGHTS, Run, Weights
 
 _CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
@@ -52,6 +52,16 @@ def flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
+
+
+def test_a_rank_flushes_the_weights_that_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main rank, which commits, may be on another node."""
+    flushed = list[Path]()
+    monkeypatch.setattr(
+        os, "fsync", lambda opened: flushed.append(Path(f"/proc/self/fd/{opened}").readlink())
+    )
+    write_slices(Weights().shards(), tmp_path, 0)
+    assert {file for file in tmp_path.rglob("*") if file.is_file()} == {*flushed}
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -51,6 +52,13 @@ def test_launchers_need_not_say_how_many_processes_a_host_has() -> None:
 
 def alone() -> World:
     return World(None, 0, 1, torch.device("cpu"), (Peer.here(0),))
+
+
+@pytest.mark.parametrize(("rank", "whole"), [(0, 2.0), (1, 0.0)])
+def test_one_rank_of_a_replica_counts_what_all_of_them_have(rank: int, whole: float) -> None:
+    exchange: Any = SimpleNamespace(rank=rank, ranks=2)
+    world = replace(alone(), sequence=exchange)
+    assert world.sum_replicas(torch.tensor(2.0)) == whole
 
 
 def test_a_run_outside_of_the_main_thread_changes_no_handler() -> None:

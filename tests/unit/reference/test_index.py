@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.foundation.files import file_identity, remember
 from dpo_dist.reference import fill, store
 from dpo_dist.reference.fill import FillReport, missing_responses
-from dpo_dist.reference.index import file_state, remember_whole
+from dpo_dist.reference.index import file_state, open_index, remember_whole
 from dpo_dist.reference.store import ReferenceFingerprint, open_shard
 from tests.support.packing import dataset_of, random_pairs
 from tests.support.read_only import read_only
@@ -274,6 +274,19 @@ def test_a_read_only_store_has_its_index_in_memory(tmp_path: Path) -> None:
     with read_only(tmp_path):
         assert readable(tmp_path) == ENTRIES
         assert sorted(shard.parent.iterdir()) == before
+
+
+def test_of_two_entries_with_one_key_the_earlier_shard_has_the_first(tmp_path: Path) -> None:
+    """Else another shard could change the values that a run reads when it resumes."""
+    words = np.arange(1000, dtype=np.uint64) // 3
+
+    def read() -> Iterator[list[np.ndarray[Any, Any]]]:
+        for shard in (0, 1):
+            yield [words, words, *[np.zeros(1000)] * 3, np.full(1000, shard)]
+
+    index = open_index(tmp_path, ["first", "second"], read)
+    keys = np.stack([words, words], axis=1)
+    assert not index.shards[index.locate(keys)[0]].any()
 
 
 KEY = st.integers(0, 8)

@@ -52,6 +52,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         "peft chooses only a few",
     ),
     ("{adam_beta1: 0.8, adam_beta2: 0.95}", {"optim.betas": [0.8, 0.95]}, ""),
+    ("{loss_type: simpo, beta: 3, dpo_beta: 2}", {"loss.beta": 3}, "dpo_beta: 2 — beta overrides it"),
     (
         "{learning_rate: 1.0e-5, lr_scheduler_type: cosine_with_min_lr, "
         "lr_scheduler_kwargs: {min_lr: 1.0e-6}}",

@@ -163,7 +163,7 @@ KTO = {
     "data": {name: counts(labels={"good": 150, "bad": 250}) for name in ("train", "eval")},
 }
 ONE_LABEL = {**KTO, "data": {"train": counts(labels={"good": 400, "bad": 0})}}
-PLAIN = {"data": {"train": counts(chat_template_not_applied=400), "eval": counts()}}
+PLAIN = {"data": {"train": counts(chat_template_not_applied=240), "eval": counts()}}
 RANDOM = {"logps/chosen_per_token": -7.9, "eval_logps/chosen_per_token": -7.8}
 FEW = {"rewards/accuracies": 0.62, "eval_rewards/accuracies": 0.55, "eval_pairs": 12.0}
 RISEN = {"loss": 0.75, "eval_loss": 0.75}
@@ -275,7 +275,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
         ONE_LABEL,
         "all 400 training responses are good",
     ),
-    ("template_not_applied", rows(), PLAIN, "400 of 400 training records (100 %) are plain text"),
+    ("template_not_applied", rows(), PLAIN, "240 of 400 training records (60 %) are plain text"),
     ("untrained_base", rows(every=RANDOM), {"vocabulary": 3000}, "a guess among 3,000 tokens has -8.01"),
     ("samples_loop", rows(late={"eval_samples/longest_repeat": 0.8}), {}, "has 80 % of its words"),
     ("learnt_nothing", rows(every=FEW, late=RISEN), {}, "evaluation loss 0.63 -> 0.75, training loss 0.678"),

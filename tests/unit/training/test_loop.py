@@ -1,6 +1,6 @@
 """The loop: the learning rate, steps without an update that end a run, and the best checkpoint."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from dpo_dist.config.schema import TrainerConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.training.steps.health import best_after, check_keep_best, count_step, divergence_error
+from dpo_dist.training.steps.loop import Loop
 from dpo_dist.training.steps.schedule import check_schedule, learning_rate
 from dpo_dist.training.steps.state import BestCheckpoint, Health, Position
 from dpo_dist.training.steps.step import StepTotals, without_comparisons
@@ -193,6 +194,27 @@ def test_another_metric_starts_again_and_none_keeps_none() -> None:
     assert of_loss == BestCheckpoint("eval_loss", 10, 0.5)
     assert best_after(TrainerConfig(), best, 10, {ACCURACY: 1.0}) is None
     assert best_after(TrainerConfig(keep_best=ACCURACY), best, 10, {"eval_loss": 0.5}) == best
+
+
+@pytest.mark.parametrize(
+    ("position", "is_over"),
+    [
+        (Position(5, best=BestCheckpoint("eval_loss", 1, 0.5), stale_evaluations=2), True),
+        (Position(5, best=BestCheckpoint("eval_loss", 1, 0.5), stale_evaluations=1), False),
+        # Counted by an earlier start with another `keep_best`.
+        (Position(5, best=BestCheckpoint(ACCURACY, 1, 0.5), stale_evaluations=2), False),
+        (Position(5, stale_evaluations=2), False),
+        (Position(9), True),
+    ],
+)
+def test_a_run_ends_after_evaluations_that_its_own_metric_did_not_improve(
+    position: Position, is_over: bool
+) -> None:
+    parts: dict[str, Any] = dict.fromkeys(field.name for field in fields(Loop))
+    trainer = TrainerConfig(keep_best="eval_loss", patience=2)
+    parts["run"] = SimpleNamespace(config=SimpleNamespace(trainer=trainer))
+    parts["inputs"] = SimpleNamespace(sampler=SimpleNamespace(steps=9))
+    assert Loop(**parts).is_over(position) == is_over
 
 
 def test_a_metric_that_the_loss_does_not_have_is_refused() -> None:

@@ -5,10 +5,12 @@ import os
 import shutil
 from collections import namedtuple
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import (
     AdapterConfig,
     DataConfig,
+    FinalModel,
     FolderConfig,
     ModelConfig,
     ReferenceConfig,
@@ -33,7 +36,8 @@ from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import staged_file, temporary_name, write_text
 from dpo_dist.tools.report.recorder import RunRecorder
 from dpo_dist.tools.report.run import write_page
-from dpo_dist.training.finish import finish
+from dpo_dist.training import finish as ending
+from dpo_dist.training.finish import finish, run_to_its_end
 from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.run import find_start, lock_directory, record_start
 from dpo_dist.training.start.environment import describe_run
@@ -45,6 +49,7 @@ from dpo_dist.training.start.resume import (
     read_state,
     write_state,
 )
+from dpo_dist.training.steps.state import BestCheckpoint, Position
 from tests.support.alone import ALONE
 from tests.support.one_weight import Run as Saves
 from tests.support.own_loss import OWN
@@ -199,6 +204,82 @@ def test_the_report_of_a_complete_run_is_written(folder: RunFolder) -> None:
     assert folder.report.is_file()
     assert read_state(folder) == completed
     assert list(folder.checkpoints.iterdir()) == []
+
+
+def test_a_run_that_diverges_again_keeps_the_step_that_the_same_command_starts_from(
+    folder: RunFolder,
+) -> None:
+    write_state(folder, replace(state_of(RunOutcome.started), step=2))
+    run = run_in(folder.path)
+    finish(run, state_of(RunOutcome.diverged), recorder_of(run), SUMMARY)
+    assert read_state(folder) == replace(state_of(RunOutcome.diverged), step=2)
+
+
+def loop_of(run: Run) -> Any:
+    """A loop that has trained 4 steps."""
+    return SimpleNamespace(
+        run=run,
+        identity=IDENTITY,
+        recorder=RunRecorder(run, MetricsLog.open(run.folder, None)),
+        train=lambda _position: True,
+        policy=SimpleNamespace(loss_scale=None),
+        inputs=SimpleNamespace(
+            sampler=SimpleNamespace(steps=4), eval_set="examples", tokenizer="tokens", counts={}
+        ),
+        reference_report={},
+    )
+
+
+@pytest.fixture
+def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of a run has its card only."""
+    monkeypatch.setattr(ending, "check_base", lambda *_: None)
+    monkeypatch.setattr(ending, "unsharded_loading", nullcontext)
+    monkeypatch.setattr(ending, "export_checkpoint", lambda *given, **_is_new: given[3]("loader"))
+
+
+@pytest.mark.usefixtures("without_weights")
+def test_a_model_whose_report_cannot_be_written_is_finished_by_the_next_start(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = loop_of(run_in(folder.path))
+    save_checkpoint(folder, 4, pairs_seen=24, **IDENTITY)
+    monkeypatch.setattr(RunRecorder, "close", mock.Mock(side_effect=OSError("a full disk")))
+    with pytest.raises(OSError, match="a full disk"):
+        run_to_its_end(loop, Position(4, pairs_seen=24), mock.Mock())
+    found = read_state(folder)
+    assert found is not None
+    assert (found.outcome, found.step) == (RunOutcome.exported, 4)
+    assert found.summary is not None
+    assert found.summary["pairs_seen"] == 24
+
+
+@pytest.mark.usefixtures("without_weights")
+@pytest.mark.parametrize(
+    ("final", "steps", "pairs", "is_evaluated"),
+    [("best", [1, 2], 12, False), ("last", [1, 2, 3, 4], 24, True)],
+)
+def test_the_card_tells_of_the_step_whose_weights_are_the_model(
+    final: str,
+    steps: list[int],
+    pairs: int,
+    is_evaluated: bool,
+    folder: RunFolder,
+) -> None:
+    run, cards = run_in(folder.path), mock.Mock()
+    run.config = replace(
+        run.config, trainer=TrainerConfig(keep_best="eval_loss", eval_every=1, final=FinalModel(final))
+    )
+    loop, best = loop_of(run), BestCheckpoint("eval_loss", 2, 0.5)
+    for step in (1, 2, 3, 4):
+        loop.recorder.row({"step": step, "loss": 0.5})
+    loop.recorder.metrics.save()
+    save_checkpoint(folder, steps[-1], pairs_seen=pairs, **IDENTITY)
+    run_to_its_end(loop, Position(4, pairs_seen=24, best=best), cards)
+    [(_, rows, summary, *_), options] = cards.call_args
+    assert [row["step"] for row in rows] == steps
+    assert (summary["steps"], summary["pairs_seen"]) == (steps[-1], pairs)
+    assert options == {"is_evaluated": is_evaluated}
 
 
 def test_the_verdict_reads_the_findings_of_the_doctor(folder: RunFolder) -> None:
