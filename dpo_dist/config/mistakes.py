@@ -96,6 +96,11 @@ def advice_on(name: str, value: str) -> list[Remedy]:
     return remedies
 
 
+def is_switch(name: str) -> bool:
+    """Return whether nothing is needed for another trainer's option that is false."""
+    return any(row.get("is_switch") or row.get("write") for row in _meanings(name, "advice"))
+
+
 def is_foreign(name: str) -> bool:
     """Return whether an option is known as another trainer's."""
     return bool(_meanings(name, "keys") or _meanings(name, "advice"))

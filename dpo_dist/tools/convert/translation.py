@@ -13,7 +13,7 @@ import yaml
 
 from dpo_dist.config.compose import parse_overrides
 from dpo_dist.config.keys import as_written, run_keys, verb_keys
-from dpo_dist.config.mistakes import advice_on, as_tree, equivalents, find_advice, fits
+from dpo_dist.config.mistakes import advice_on, as_tree, equivalents, find_advice, fits, is_switch
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.tools.convert.reading import ForeignRun
 
@@ -119,7 +119,7 @@ class Translation:
                 self.set(to, kept, key, value)
         elif advice and advice.drops:
             self.comment(key, value, advice.text, is_needed=False)
-        elif advice and value is False:
+        elif advice and value is False and is_switch(name):
             self.comment(key, value, "not needed: it is off", is_needed=False)
         elif advice:
             self.comment(key, value, advice.text)
