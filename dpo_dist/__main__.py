@@ -11,7 +11,7 @@ from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, ErrorPrinter, ExitCode, exit_after
 from dpo_dist.foundation.installed import pages
 from dpo_dist.foundation.process import this_rank
-from dpo_dist.foundation.repair import COMMAND_LINE
+from dpo_dist.foundation.remedies import Remedy, Typed
 from dpo_dist.foundation.streams import print_line
 
 
@@ -53,27 +53,27 @@ def _python_options() -> list[str]:
 
 
 def _refuse(verb: str) -> NoReturn:
-    remedy = _suggest(verb) or "dpo-dist without a verb lists the verbs"
-    raise ConfigError(f"there is no verb {verb!r}", where=f"{COMMAND_LINE}: {verb}", remedy=remedy)
+    raise ConfigError(f"there is no verb {verb!r}", where=Typed(verb), remedy=_suggest(verb))
 
 
-def _suggest(verb: str) -> str:
-    """Return a suggestion for a verb that does not exist; empty if no verb is similar."""
+def _suggest(verb: str) -> Remedy:
+    """Return what to write for a verb that does not exist."""
     from dpo_dist.config.keys import choices, run_keys  # noqa: PLC0415  (slow)
     from dpo_dist.config.mistakes import equivalents  # noqa: PLC0415
 
     if answers := equivalents(verb, "methods"):
-        return answers[0]
+        return Remedy(answers[0])
     if verb.startswith("-"):
-        return f"options come after the verb: dpo-dist train {verb}"
+        return Remedy(f"options come after the verb: dpo-dist train {verb}")
     if "=" in verb or verb.endswith((".yaml", ".yml")):
-        return f"write dpo-dist train {shlex.quote(verb)}"
+        return Remedy(f"write dpo-dist train {shlex.quote(verb)}", ("train", verb))
     losses = [f"train loss={verb}"] if verb in choices(run_keys()["loss.kind"]) else []
     if written := [*equivalents(verb, "verbs"), *losses]:
-        return f"write dpo-dist {written[0]}"
-    return "".join(
-        f"did you mean {name}?" for name in get_close_matches(verb.removeprefix("dpo_dist."), VERBS, 1)
-    )
+        is_whole = "RUN" not in written[0]  # else only the user knows which run
+        return Remedy(f"write dpo-dist {written[0]}", tuple(written[0].split()) * is_whole)
+    if guesses := get_close_matches(verb.removeprefix("dpo_dist."), VERBS, 1):
+        return Remedy.to_rename(verb, guesses[0])
+    return Remedy("dpo-dist without a verb lists the verbs")
 
 
 if __name__ == "__main__":

@@ -394,7 +394,7 @@ class DPOTrainer:
         faults = [
             refused(key, str(self._keys.get(key)), f"{why}; keys of dpo_dist go into {name}(words=[...])")
             for key, why in translation.reasons.items()
-            if not why.startswith("not needed") and key not in translation.unused
+            if key not in translation.unneeded and key not in translation.unused
         ]
         raise_all(faults)
         for key, why in translation.unused.items():

@@ -28,7 +28,7 @@ from dpo_dist.config.keys import (
 )
 from dpo_dist.config.load import Points, load_points, load_run_config, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
-from dpo_dist.config.mistakes import SCHEMA, assignment, equivalents, raise_all, suggestion, unknown_key
+from dpo_dist.config.mistakes import SCHEMA, is_foreign, likely, raise_all, to_assign, unknown_key
 from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
 from dpo_dist.config.user_code import check_code_allowed, code_warnings, read_saved_yaml
@@ -38,7 +38,7 @@ from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, Exi
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.installed import with_pages
 from dpo_dist.foundation.process import check_launch, this_rank
-from dpo_dist.foundation.repair import COMMAND_LINE
+from dpo_dist.foundation.remedies import COMMAND_LINE, Remedy, Typed
 from dpo_dist.foundation.streams import print_result, printable_lines, reserve_output
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.foundation.types import CheckReport
@@ -107,17 +107,20 @@ def split_words(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _unknown_option(typed: str, values: Sequence[str]) -> ConfigError:
     name, equals, value = typed.partition("=")
-    where = f"{COMMAND_LINE}: {' '.join([typed, *values])}"
+    where = Typed(typed, *values)
     values = [value] if equals else values
     key, value = name.lstrip("-").replace("-", "_"), "".join(values[:1])
     if len(values) > 1:
         value = f"[{','.join(values)}]"
-    is_foreign = equivalents(key, "keys") or equivalents(key, "advice") or len(key) == 1
-    if key in run_keys() and ("." in key or not is_foreign):  # `--optim adamw_torch` is foreign
-        remedy = f"write {assignment(key, value or 'true')}"
+    is_theirs = is_foreign(key) or len(key) == 1
+    if key in run_keys() and ("." in key or not is_theirs):  # `--optim adamw_torch` is foreign
+        remedy = to_assign(key, value or "true")
     else:
-        guess = "" if is_foreign else suggestion(name, re.findall(r"--[\w-]+", _parser().format_help()))
-        remedy = guess.rstrip() or unknown_key(key, value or "true").remedy
+        options = re.findall(r"--[\w-]+", _parser().format_help())
+        guesses = [] if is_theirs else likely(name, options)
+        remedy = unknown_key(key, value or "true").advice
+        if guesses:
+            remedy = Remedy.to_rename(name, guesses[0])
     return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
 
 
@@ -271,7 +274,7 @@ def _run(
     if not options.check:
         return main(configured)
     if check is None:
-        raise ConfigError("this verb has no --check", where=COMMAND_LINE, remedy="remove --check")
+        raise ConfigError("this verb has no --check", where=COMMAND_LINE, remedy=Remedy.to_remove("--check"))
     if this_rank() == 0:
         with warnings_off():
             report = check(configured)

@@ -37,13 +37,14 @@ from dpo_dist.config.mistakes import (
     equivalents,
     foreign_file,
     likely,
+    to_assign,
     unknown_key,
     unknown_preset,
     unreadable,
 )
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.repair import COMMAND_LINE
+from dpo_dist.foundation.remedies import COMMAND_LINE, InFile, Remedy, Typed
 
 FAILURES = (
     *(ConfigError, HydraException, OmegaConfBaseException),
@@ -266,7 +267,7 @@ class Command:
         for override in reversed(self.overrides):
             given = override.key_or_group
             if not self._is_choice(override) and (is_within(key, given) or is_within(given, key)):
-                return key if len(key) > len(given) else f"{COMMAND_LINE}: {override.input_line}"
+                return key if len(key) > len(given) else Typed(str(override.input_line))
         with self._hydra() as loader:
             entries = loader.compute_defaults_list(COMMAND_LINE, [], RunMode.RUN).defaults
         for entry in reversed(entries):
@@ -277,7 +278,7 @@ class Command:
             if part.name and key.startswith(package):
                 with contextlib.suppress(KeyError, TypeError):
                     reduce(getitem, key.removeprefix(package).partition("[")[0].split("."), part.values)
-                    return f"{key} in {part.name}"
+                    return InFile(key, part.name)
         return key
 
     def _file(self, name: str) -> Path:
@@ -295,7 +296,7 @@ class Command:
         is_choice = self._is_choice(override)
         # The kind of loss decides which options exist: pydantic checks them.
         if not is_choice and key not in run_keys() and not key.startswith("loss.options."):
-            return unknown_key(key, line.partition("=")[2], where=f"{COMMAND_LINE}: {line}")
+            return unknown_key(key, line.partition("=")[2], where=Typed(line))
         if override.is_delete() or override.is_sweep_override():
             message, remedy = f"{key} takes one value", _remedy_for_several(override)
             if override.is_interval_sweep():
@@ -304,15 +305,17 @@ class Command:
             names, known = names_chosen(override), preset_names(key, self.folders)
             if unknown := [name for name in names if {name, *equivalents(name, "values")}.isdisjoint(known)]:
                 return unknown_preset(key, unknown[0], self.folders)
-            sum_of_losses = f" or write {assignment(key, line.partition('=')[2])}" if key == "loss" else ""
-            message, remedy = f"{key} takes one preset", f"write {key}=NAME: {', '.join(known)}"
+            message, remedy = f"{key} takes one preset", Remedy(f"write {key}=NAME: {', '.join(known)}")
             if names:
-                remedy = f"choose {key}={names[0]}{sum_of_losses}"
+                remedy = Remedy.to_write(f"{key}={names[0]}", verb="choose")
+                if key == "loss":
+                    remedy += f" or {to_assign(key, line.partition('=')[2])}"
         elif not is_choice and "." not in key and not isinstance(override.value(), dict):
-            message, remedy = f"{key} is a section", f"write {key}.KEY=VALUE; --help {key} lists its keys"
+            message = f"{key} is a section"
+            remedy = Remedy(f"write {key}.KEY=VALUE; --help {key} lists its keys")
         else:
             return None
-        return ConfigError(message, where=f"{COMMAND_LINE}: {line}", remedy=remedy)
+        return ConfigError(message, where=Typed(line), remedy=remedy)
 
     def unread_keys(self, verb: str, *, trains: bool) -> list[ConfigError]:
         """Return an error for each override whose key a verb does not read; files may have such keys."""
@@ -320,10 +323,10 @@ class Command:
         for override in self.overrides:
             for key in keys_given(override):
                 if key in run_keys() and key not in read:
-                    where = f"{COMMAND_LINE}: {override.input_line}"
-                    remedy = f"remove {key}, a key of {', '.join(readers(key))}"
+                    where = Typed(str(override.input_line))
+                    remedy = Remedy.to_remove(key) + f", a key of {', '.join(readers(key))}"
                     if (own := f"{verb}.{key.partition('.')[2]}") in read:
-                        remedy = f"write {assignment(own, str(override.input_line).partition('=')[2])}"
+                        remedy = to_assign(own, str(override.input_line).partition("=")[2])
                     mistakes.append(ConfigError(f"{verb} does not read {key}", where=where, remedy=remedy))
         return mistakes
 
@@ -340,20 +343,20 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _remedy_for_several(override: Override) -> str:
+def _remedy_for_several(override: Override) -> Remedy:
     """Suggest an override in place of one that gives a key several values, or removes it."""
     key, value = override.key_or_group, str(override.input_line).partition("=")[2]
     if override.is_delete():
-        return f"write {key}=VALUE, or leave the word out"
+        return Remedy(f"write {key}=VALUE, or leave the word out")
     if override.is_interval_sweep():
         listed = f"list its values for the verb sweep: {key}=0.1,0.2 or '{key}=range(1,4)'"
-        return f"{listed}; or let it search: add sweep.trials=20 sweep.by=eval_rewards/accuracies"
-    remedy = f"write {key}=VALUE with one value"
-    if not (listed := assignment(key, f"[{value}]")).endswith("=..."):
-        remedy = f"write {listed}"
+        return Remedy(f"{listed}; or let it search: add sweep.trials=20 sweep.by=eval_rewards/accuracies")
+    remedy = Remedy(f"write {key}=VALUE with one value")
+    if word := assignment(key, f"[{value}]"):
+        remedy = Remedy.to_write(word)
     elif re.fullmatch(r"\d+,\d+", value):
-        remedy = f"write {key}={value.replace(',', '.')}: a decimal point, no comma"
-    return f"{remedy}; the verb sweep runs each of several values" if override.is_discrete_sweep() else remedy
+        remedy = Remedy.to_write(f"{key}={value.replace(',', '.')}") + ": a decimal point, no comma"
+    return remedy + "; the verb sweep runs each of several values" if override.is_discrete_sweep() else remedy
 
 
 def plain_values(section: Any) -> dict[str, Any]:

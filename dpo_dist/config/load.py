@@ -34,8 +34,8 @@ from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function, read_saved_yaml
 from dpo_dist.foundation.errors import ConfigError, DpoDistError
+from dpo_dist.foundation.remedies import COMMAND_LINE, Place, Remedy, Typed
 from dpo_dist.foundation.remote import check_url, is_url, name_in_address
-from dpo_dist.foundation.repair import COMMAND_LINE
 from dpo_dist.foundation.text import first_few, without_secrets
 
 Points: TypeAlias = dict[tuple[str, ...], RunConfig]
@@ -117,7 +117,8 @@ def load_points(
             continue
         if (same := names.setdefault(config.run.dir, swept_words)) != swept_words or swept_words in points:
             if config.run.dir != str(default_dir(config.run.root, config.run.name, config.identity.digest)):
-                remedy = "add run.dir=null: each point has a folder of its own below run.root"
+                remedy = Remedy.to_write("run.dir=null", verb="add")
+                remedy += ": each point has a folder of its own below run.root"
                 message = "run.dir is given, so all points would be one run"
                 all_mistakes.append(ConfigError(message, where="run.dir", remedy=remedy))
                 break
@@ -131,7 +132,7 @@ def load_points(
         points[swept_words] = config
     all_mistakes += _at_some_points(refused, points)
     if () in points:
-        remedy = "write several values, such as loss.beta=0.05,0.1, or train this one: dpo-dist train"
+        remedy = Remedy("write several values, such as loss.beta=0.05,0.1, or train this one: dpo-dist train")
         all_mistakes.append(ConfigError("no key has several values", where=COMMAND_LINE, remedy=remedy))
     raise_all([*all_mistakes, *_mistakes_of_search(points, dimensions.values())])
     if isinstance(points, SearchSpace):
@@ -160,7 +161,7 @@ def _mistakes_of_search(points: Points, dimensions: Iterable[Dimension]) -> Iter
     by = next((str(config.sweep.by) for config in points.values()), "")
     keys = [found.key for found in dimensions if found.key.partition(".")[0] == "loss"]
     if keys and by.removeprefix(PREFIX).startswith(LOSS_METRICS):
-        remedy = f"set sweep.by=eval_{ACCURACIES[0]}, or give {', '.join(keys)} one value"
+        remedy = Remedy.to_set(f"sweep.by=eval_{ACCURACIES[0]}") + f", or give {', '.join(keys)} one value"
         message = "this metric cannot be compared between the losses of this search"
         yield ConfigError(message, where="sweep.by", got=by, remedy=remedy)
 
@@ -175,24 +176,26 @@ def _dimensions(
     """
     dimensions, counts, mistakes = dict[str, Dimension](), dict[str, float](), list[ConfigError]()
     for override in parse_overrides(words)[0]:
-        key, word, message, remedy, got = override.key_or_group, str(override.input_line), "", "", ""
-        where = f"{COMMAND_LINE}: {word}"
+        key, word = override.key_or_group, str(override.input_line)
+        message, remedy, got = "", Remedy(""), ""
+        where: Place = Typed(word)
         if override.is_interval_sweep() and not searches:
             message = "an interval has no points to train"
-            where, got = f"{key}, sweep.trials", f"{word.partition('=')[2]}, null"
-            search = f"add sweep.trials=20 sweep.by={PREFIX}{ACCURACIES[0]} for a search"
-            remedy = f"{search}, or list its values: {key}=0.1,0.2 or '{key}=range(1,4)'"
+            where, got = Place(f"{key}, sweep.trials"), f"{word.partition('=')[2]}, null"
+            remedy = Remedy.to_write("sweep.trials=20", f"sweep.by={PREFIX}{ACCURACIES[0]}", verb="add")
+            remedy += f" for a search, or list its values: {key}=0.1,0.2 or '{key}=range(1,4)'"
         elif override.is_sweep_override():
             try:
                 counts[word], dimensions[word] = _dimension(override)
             except (ArithmeticError, ValueError, HydraException):
-                message, remedy = "this range has no values", "write range(3), range(0,9,3) or interval(0,1)"
+                message = "this range has no values"
+                remedy = Remedy("write range(3), range(0,9,3) or interval(0,1)")
                 if isinstance(interval := override.value(), IntervalSweep):
                     message = "this interval cannot be sampled"
                     remedy = _samplable(key, word.partition("=")[2], interval)
         elif _is_in_brackets(override, folders):
             message = "several values of a sweep are written without brackets"
-            remedy = f"write {key}={','.join(names_chosen(override))}"
+            remedy = Remedy.to_write(f"{key}={','.join(names_chosen(override))}")
         if message:
             mistakes.append(ConfigError(message, where=where, got=got, remedy=remedy))
     raise_all([*mistakes, *before] if mistakes else ())
@@ -208,16 +211,17 @@ def _dimensions(
     return dimensions
 
 
-def _samplable(key: str, written: str, interval: IntervalSweep) -> str:
+def _samplable(key: str, written: str, interval: IntervalSweep) -> Remedy:
     """Return the remedy for an interval that cannot be sampled."""
     low, high = float(interval.start or 0), float(interval.end or 0)
     if interval.tags - {"log"}:
-        return "the only tag is log: write 'tag(log, interval(1e-7,1e-5))', or interval(0,1)"
+        return Remedy("the only tag is log: write 'tag(log, interval(1e-7,1e-5))', or interval(0,1)")
     if low > high:
         turned = re.sub(r"interval\(([^,()]*),([^,()]*)\)", r"interval(\2,\1)", written.replace(" ", ""))
-        return f"the smaller number comes first: write '{key}={turned}'"
+        return Remedy.to_write_one_of([f"{key}={turned}"], lead="the smaller number comes first: write")
     low = high / 100 if high > 0 else 1e-7
-    return f"log needs numbers above 0: write '{key}=tag(log, interval({low:g},{max(high, 1e-5):g}))'"
+    word = f"{key}=tag(log, interval({low:g},{max(high, 1e-5):g}))"
+    return Remedy.to_write_one_of([word], lead="log needs numbers above 0: write")
 
 
 def _dimension(override: Override) -> tuple[float, Dimension]:
@@ -263,7 +267,7 @@ def _at_some_points(refused: Mapping[tuple[str, ...], ConfigError], points: Poin
     for (message, where), broken in found.items():
         mistake = next(iter(broken.values()))
         kept = {word for words in (*points, *refused) if words not in broken for word in words}
-        if kept and not where.startswith(COMMAND_LINE):
+        if kept and not isinstance(where, Typed):
             alone = [word for word in dict.fromkeys(chain.from_iterable(broken)) if word not in kept]
             values = first_few(alone or [" ".join(words) for words in broken])
             what = values if alone else "one of these values"
@@ -316,7 +320,11 @@ def complete_config(config: RunConfig, given: Collection[str] = (), verb: str = 
 def _hub_page(key: str, path: str, name: str) -> ConfigError:
     message = "this is the address of a page for browsers"
     return ConfigError(
-        message, where=key, got=path, expected="the name on the hub, ORG/NAME", remedy=f"did you mean {name}?"
+        message,
+        where=key,
+        got=path,
+        expected="the name on the hub, ORG/NAME",
+        remedy=Remedy.to_rename(path, name),
     )
 
 

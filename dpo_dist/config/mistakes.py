@@ -7,6 +7,7 @@ import copy
 import re
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache, reduce
 from pathlib import Path
@@ -36,7 +37,7 @@ from dpo_dist.config.losses import NO_OPTION, kinds_using
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, DpoDistError
-from dpo_dist.foundation.repair import COMMAND_LINE
+from dpo_dist.foundation.remedies import COMMAND_LINE, Remedy, Typed
 from dpo_dist.foundation.text import first_few
 
 SCHEMA = TypeAdapter(RunConfig)
@@ -49,32 +50,60 @@ _PRESET_PATHS = {
 
 
 @cache
-def other_trainers() -> dict[str, dict[str, Any]]:
+def other_trainers() -> dict[str, Any]:
     """Return the sections of names.yaml."""
     content = Path(__file__).with_name("names.yaml").read_text(encoding="utf-8")
-    return cast(dict[str, dict[str, Any]], yaml.safe_load(content))
+    return cast(dict[str, Any], yaml.safe_load(content))
 
 
 @cache
-def _table(section: str) -> dict[str, tuple[str, ...]]:
+def _table(section: str) -> dict[str, tuple[Any, ...]]:
     """Return for each name that other trainers use its meanings in a section of names.yaml."""
-    meanings: dict[str, tuple[str, ...]] = {}
-    for meaning, names in other_trainers()[section].items():
+    rows, meanings = other_trainers()[section], dict[str, tuple[Any, ...]]()
+    for meaning, names in rows.items() if isinstance(rows, dict) else ((row, row["names"]) for row in rows):
         for name in names.split():
             meanings[name] = (*meanings.get(name, ()), meaning)
     return meanings
 
 
-def equivalents(name: str, table: str) -> tuple[str, ...]:
-    """Return the meanings of another trainer's name, or of its last part, in a table of names.yaml.
-
-    Tables: `keys`; `advice`: what to write instead, with `{value}` for the name's value, also for
-    `name=value`; `sources`: keys in an entry of `data.train`; `values`; `methods`: other ways of training;
-    `verbs`.
-    """
+def _meanings(name: str, table: str) -> tuple[Any, ...]:
     plain = name.lower().replace("-", "_")
     key, equals, value = plain.partition("=")  # whose value may be a file: its last part is no name
     return _table(table).get(plain) or _table(table).get(key.rpartition(".")[2] + equals + value, ())
+
+
+def equivalents(name: str, table: str) -> tuple[str, ...]:
+    """Return the meanings of another trainer's name, or of its last part, in a table of names.yaml.
+
+    Tables: `keys`; `sources`: keys in an entry of `data.train`; `values`; `methods`: other ways of training;
+    `verbs`.
+    """
+    return _meanings(name, table)
+
+
+def advice_on(name: str, value: str) -> list[Remedy]:
+    """Return what names.yaml advises on another trainer's option `name`, or `name=value`."""
+
+    def filled(text: str) -> str:
+        return text.replace("{value}", value or "...")
+
+    remedies = []
+    for row in _meanings(name, "advice"):
+        words = shlex.split(row.get("write", ""))
+        is_known = bool(value) or not any("{value}" in word for word in words)
+        text = filled(row.get("text", f"write {row.get('write')}"))
+        remedies.append(Remedy(text, tuple(map(filled, words)) * is_known, drops=row.get("drops", False)))
+    return remedies
+
+
+def is_switch(name: str) -> bool:
+    """Return whether nothing is needed for another trainer's option that is false."""
+    return any(row.get("is_switch") or row.get("write") for row in _meanings(name, "advice"))
+
+
+def is_foreign(name: str) -> bool:
+    """Return whether an option is known as another trainer's."""
+    return bool(_meanings(name, "keys") or _meanings(name, "advice"))
 
 
 _SIMILAR = 0.75
@@ -97,9 +126,10 @@ def likely(word: str, known: Collection[str]) -> list[str]:
     return guesses[:1]
 
 
-def suggestion(word: str, known: Collection[str]) -> str:
-    """Return "did you mean NAME? " for the likely name in `known`; empty if there is none."""
-    return "".join(f"did you mean {name}? " for name in likely(word, known))
+def did_you_mean(word: str, known: Collection[str]) -> Remedy:
+    """Return "did you mean NAME? " for the likely name in `known`; an empty remedy if there is none."""
+    guesses = likely(word, known)
+    return Remedy.to_rename(word, guesses[0]) + " " if guesses else Remedy("")
 
 
 _DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet)(\.gz|\.zst)?$")
@@ -108,32 +138,36 @@ _DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet)(\.gz|\.zst)?$")
 def unreadable(words: Sequence[str], verb: str = "") -> ConfigError:
     """Return the error for words of a verb's command line that are not overrides."""
     whole, [first, *rest] = " ".join(words), words
-    remedy = "write no spaces around =, and quotes around a value with spaces or commas: 'KEY=\"a, b\"'"
+    text = "write no spaces around =, and quotes around a value with spaces or commas: 'KEY=\"a, b\"'"
+    remedy = Remedy(text)
     if any(whole.count(opened) != whole.count(closed) for opened, closed in ("()", "[]", "{}")):
-        remedy = "close each bracket, and put the word between quotes: 'KEY=range(1,4)'"
+        remedy = Remedy("close each bracket, and put the word between quotes: 'KEY=range(1,4)'")
     if "@" in whole.partition("=")[0]:
-        remedy = "remove @ and the word after it: write loss=ipo"
+        remedy = Remedy("remove @ and the word after it: write loss=ipo")
     called = re.fullmatch(r"([\w.]+)=(\w+)\(\s*([^(),]+),\s*([^(),]+)\)", whole)  # lr=loguniform(1e-7,1e-5)
     if called and called[1] in run_keys() and re.search("log|uniform", called[2]):
         interval = f"interval({called[3].strip()},{called[4].strip()})"
-        remedy = f"write '{called[1]}={f'tag(log, {interval})' if 'log' in called[2] else interval}'"
+        drawn = f"tag(log, {interval})" if "log" in called[2] else interval
+        remedy = Remedy.to_write(f"{called[1]}={drawn}")
     if first in run_keys() and "=" not in whole:
-        remedy = f"write {assignment(first, rest[0] if rest else 'true')}"
+        remedy = to_assign(first, rest[0] if rest else "true")
     elif (typed := re.fullmatch(r"([\w.]+)(?: *[:=] *)\(?([^()]*)\)?", whole)) and typed[1] in run_keys():
-        remedy = f"write {assignment(typed[1], typed[2])}"
-        if verb == "sweep" and remedy.endswith("=..."):
-            remedy = f"write {typed[1]}={typed[2]}"
+        remedy = to_assign(typed[1], typed[2])
+        if verb == "sweep" and not remedy.write:
+            remedy = Remedy.to_write(f"{typed[1]}={typed[2]}")
     elif all(re.fullmatch(r"[\w./~+-]+", word) for word in words):
         keys = VERBS[verb].takes_words if verb else ("run.dir", *VERBS["train"].takes_words)
         lists = {key for key in keys if get_origin(run_keys()[key]) is list}
         if lists and all(_DATA_FILE.search(word) for word in words):
             keys = tuple(key for key in keys if key in lists)
-        written = (assignment(key, f"[{','.join(words)}]" if key in lists else first) for key in keys)
-        remedy = f"write the key too: {' or '.join(written)}"
+        forms = (assignment(key, f"[{','.join(words)}]" if key in lists else first) for key in keys)
+        lead, accepted = "write the key too:", [word for word in forms if word]
+        remedy = Remedy(f"{lead} {' or '.join(f'{key}=...' for key in keys)}")
+        if accepted:
+            remedy = Remedy.to_write_one_of(accepted, lead=lead)
     return ConfigError(
         "the command has words that are not KEY=VALUE",
-        where=COMMAND_LINE,
-        got=whole,
+        where=Typed(*words),
         expected="KEY=VALUE, for example loss.beta=0.2",
         remedy=remedy,
     )
@@ -148,7 +182,8 @@ def raise_all(mistakes: Sequence[DpoDistError]) -> None:
     for mistake in different.values():
         where = mistake.where.removeprefix(COMMAND_LINE).removeprefix(": ")
         got = f" ({mistake.got})" if where and mistake.got and "=" not in where else ""
-        is_said = mistake.expected in mistake.remedy or mistake.remedy.startswith(("did you mean", "write"))
+        advice = mistake.advice
+        is_said = mistake.expected in advice.text or advice.write or advice.rename
         expected = "" if is_said else f", expected {mistake.expected}"
         lines.append(f"{where or mistake.got}{got}: {mistake.message}{expected}; {mistake.remedy}")
     if lines := list(dict.fromkeys(lines)):
@@ -157,17 +192,21 @@ def raise_all(mistakes: Sequence[DpoDistError]) -> None:
         raise whole
 
 
-def assignment(key: str, value: str) -> str:
-    """Return `key=value`, quoted for a shell, with `...` in place of a value that the key does not accept."""
+def assignment(key: str, value: str) -> str | None:
+    """Return the word `key=value`, in a form that the key accepts; None if it accepts none."""
     if key == "loss" and value.startswith("["):
         kinds = [kind.strip("[] '\"") for kind in value.split(",")]
         named = (likely(kind, choices(run_keys()["loss.kind"])) or [kind] for kind in kinds)
         return assignment("loss.terms", f"[{', '.join(f'{{kind: {kind}}}' for [kind] in named)}]")
     meanings = (word for word in equivalents(value, "values") if word in choices(run_keys().get(key)))
-    for text in (value, *meanings, f"[{value}]"):
-        if text and _is_accepted(key, text):
-            return shlex.quote(f"{key}={text}")
-    return f"{key}=..."
+    accepted = (text for text in (value, *meanings, f"[{value}]") if text and _is_accepted(key, text))
+    return next((f"{key}={text}" for text in accepted), None)
+
+
+def to_assign(key: str, value: str) -> Remedy:
+    """Return the remedy that writes `key=value`, or `key=...` if the key does not accept the value."""
+    word = assignment(key, value)
+    return Remedy.to_write(word) if word else Remedy(f"write {key}=...")
 
 
 def _is_accepted(key: str, text: str) -> bool:
@@ -208,7 +247,8 @@ def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
     return ConfigError(f"there is no key {key!r}", where=where or key, remedy=remedy)
 
 
-def _remedy_for_unknown(key: str, value: str) -> str:
+def _remedy_for_unknown(key: str, value: str) -> Remedy:
+    typed = key
     key = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key)  # `data.train.0.path`, as OmegaConf writes it
     mapping, _, name = key.rpartition(".")
     above = all_keys().get(strip_indices(mapping).removesuffix("[]"))
@@ -218,67 +258,76 @@ def _remedy_for_unknown(key: str, value: str) -> str:
         before = "" if key == known[0] else f"{known[0].rpartition('.')[2]}: ..., "
         value = "" if mapping.endswith("]") else value  # the word would take the place of all entries
         entry = f"{{{before}{name}: {value or '...'}}}"
-        return f"write this key inside an entry: '{strip_indices(mapping).removesuffix('[]')}=[{entry}]'"
+        text = f"write this key inside an entry: '{strip_indices(mapping).removesuffix('[]')}=[{entry}]'"
+        return Remedy(text)
     same: tuple[str, ...] = ()
-    advice: tuple[str, ...] = ()
+    advice: list[Remedy] = []
     if mapping.endswith("]"):
         if options := [option for option in equivalents(name, "sources") if f"{mapping}.{option}" in known]:
-            return f"write {options[0]}: {value or '...'}"
+            return Remedy(f"write {options[0]}: {value or '...'}")
     else:
-        same, advice = equivalents(key, "keys"), equivalents(key, "advice")
+        same, advice = equivalents(key, "keys"), advice_on(key, value)
         if not same and not advice:  # a key without its section
             inside = [option for option in known if option.startswith(mapping)]
             same = tuple(option for option in inside if option.rpartition(".")[2] == name)
-    if written := [line for other in same if not (line := assignment(other, value)).endswith("=...")]:
+    if written := [word for other in same if (word := assignment(other, value))]:
         options = [other.removeprefix("loss.") for other in same if other.startswith("loss.options.")]
         losses = [f"loss={kind}" for option in options for kind in kinds_using(option)]
-        return f"write {' or '.join(written)}{'; this option needs ' if losses else ''}{' or '.join(losses)}"
+        remedy = Remedy.to_write_one_of(written)
+        needed = f"; this option needs {' or '.join(losses)}" if losses else ""
+        return replace(remedy, text=remedy.text + needed, write=(*remedy.write, *losses[:1]))
     if advice:  # before `same`, or `template: llama3` of LLaMA-Factory would get the key data.template
-        return advice[0].replace("{value}", value or "...")
+        return advice[0]
     if same:
         return _with_a_value(same[0], value)
     guesses = likely(key, known)
     if guesses and (mapping == guesses[0].rpartition(".")[0] or not value or _is_accepted(guesses[0], value)):
-        return f"did you mean {guesses[0]}?"
+        return Remedy.to_rename(typed, guesses[0])
     beside = [option.rpartition(".")[2] for option in known if option.rpartition(".")[0] == mapping]
     if mapping and beside:
-        return f"the keys of {mapping} are {', '.join(beside)}"
+        return Remedy(f"the keys of {mapping} are {', '.join(beside)}")
     sections = [option for option in known if "." not in option]
-    return f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}"
+    return Remedy(f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}")
 
 
 _METHODS = {"loss", "loss.kind", "loss.terms[].kind", "stage", "rl", "rlhf_type"}
 """Keys whose value may name another way of training."""
 
 
-def find_advice(key: str, value: str) -> list[str]:
+def _instead_of(word: str) -> Remedy:
+    return Remedy(f"did you mean {word}?", write=(word,))
+
+
+def find_advice(key: str, value: str) -> list[Remedy]:
     """Return the advice on a key with this value, or on a key of the same meaning."""
     names = (key, *equivalents(key, "keys"))
     methods = equivalents(value, "methods") if {*map(strip_indices, names)} & _METHODS else ()
-    given = [line for name in names for line in equivalents(f"{name}={value}", "advice")]
-    return [*methods, *(line.replace("{value}", value) for line in given)]
+    given = [remedy for name in names for remedy in advice_on(f"{name}={value}", value)]
+    return [*map(Remedy, methods), *given]
 
 
-def _with_a_value(key: str, value: str) -> str:
+def _with_a_value(key: str, value: str) -> Remedy:
     """Return what to write for a value that the key does not accept."""
     row = all_keys().get(key)
     if guesses := likely(value, choices(run_keys()["loss.kind" if key == "loss" else key])):
-        return f"did you mean {key}={guesses[0]}?"
+        return _instead_of(f"{key}={guesses[0]}")
     words = row.type_words if row else "a preset; a sum of losses is loss.terms"
-    return f"write {key}=..., {words}"
+    return Remedy(f"write {key}=..., {words}")
 
 
 def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigError:
     """Return the error for a preset that does not exist."""
     known, plus = preset_names(group, folders), "+" if group == "experiment" else ""
-    remedy = f"write {plus}{group}={known[0] if len(known) == 1 else 'NAME'}"
+    remedy = Remedy(f"write {plus}{group}=NAME")
+    if len(known) == 1:
+        remedy = Remedy.to_write(f"{plus}{group}={known[0]}")
     if advice := find_advice(group, choice):
         remedy = advice[0]
     elif guesses := likely(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known):
-        remedy = f"did you mean {plus}{group}={guesses[0]}?"
+        remedy = _instead_of(f"{plus}{group}={guesses[0]}")
     elif group in _PRESET_PATHS:
-        written = [assignment(key, choice) for key in _PRESET_PATHS[group]]
-        remedy = f"a path is no preset: write {' or '.join(written)}"
+        accepted = [word for key in _PRESET_PATHS[group] if (word := assignment(key, choice))]
+        remedy = Remedy.to_write_one_of(accepted, lead="a path is no preset: write")
     elif group == "experiment":
         remedy += "; your own: name the file, my.yaml, or --config-dir DIR with DIR/experiment/NAME.yaml"
     return ConfigError(
@@ -366,20 +415,22 @@ def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> 
     users, kind_key = kinds_using(f"options.{name}"), f"{place.removesuffix('options')}kind"
     if not kind:
         entry = f"{{kind: {users[0] if users else '...'}, options: {{{name}: {got}}}}}"
-        remedy = f"write the entry {entry}; loss.options=null removes the options of a preset"
+        remedy = Remedy(f"write the entry {entry}; loss.options=null removes the options of a preset")
         return ConfigError(
             "each entry of loss.terms has its own options", where=f"{key}, loss.terms", got=got, remedy=remedy
         )
     expected = f"an option of {kind}: {', '.join(known)}" if known else f"none, as {kind} has no options"
     if users:
-        remedy = f"remove {key}, or choose a loss that uses it: {', '.join(sorted(users))}"
+        remedy = Remedy.to_remove(key) + f", or choose a loss that uses it: {', '.join(sorted(users))}"
         remedy += "; loss=NAME replaces all options of the loss" if place == "loss.options" else ""
         message, where = f"{key} has no effect with this {kind_key}", f"{key}, {kind_key}"
         return ConfigError(message, where=where, got=f"{got}, {kind}", expected=expected, remedy=remedy)
     same = [option for option in known if f"loss.options.{option}" in equivalents(name, "keys")]
-    remedy = f"write {' or '.join(f'{place}.{option}' for option in known)}" if known else "remove it"
+    remedy = Remedy("remove it", drops=True)
+    if known:
+        remedy = Remedy(f"write {' or '.join(f'{place}.{option}' for option in known)}")
     if guesses := [*same, *likely(name, known)]:
-        remedy = f"did you mean {place}.{guesses[0]}?"
+        remedy = Remedy.to_rename(key, f"{place}.{guesses[0]}")
     message = f"{kind} has no option {name!r}"
     return ConfigError(message, where=origin(key), got=got, expected=expected, remedy=remedy)
 
@@ -409,17 +460,14 @@ _KEYS_OF_A_TRAINER = 3
 def trainer_of(keys: Collection[Any]) -> str | None:
     """Return the trainer whose file has these keys: at least three known ones, and one that it alone has."""
     trainers, same = other_trainers()["trainers"], {name.rpartition(".")[2] for name in run_keys()}
-    known = [
-        key for key in map(str, keys) if key in same or equivalents(key, "keys") or equivalents(key, "advice")
-    ]
+    known = [key for key in map(str, keys) if key in same or is_foreign(key)]
     own = (name for name, signs in trainers.items() if not {*signs.split()}.isdisjoint(known))
     return next(own, None) if len(known) >= _KEYS_OF_A_TRAINER else None
 
 
 def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
     """Return the error for another trainer's file; None if the file has only a few foreign keys."""
-    names = [str(key) for key in content if equivalents(str(key), "keys") or equivalents(str(key), "advice")]
-    names = [name for name in names if name not in run_keys()]
+    names = [name for name in map(str, content) if is_foreign(name) and name not in run_keys()]
     if len(names) < _FOREIGN_KEYS or trainer_of(content) is None:
         return None
     target = shlex.quote(str(file.with_name(f"{file.stem}_converted.yaml")))
@@ -431,24 +479,27 @@ def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
     )
 
 
-def _as_list(key: str, text: str) -> str:
-    """Return the assignment of a text to a key that takes a list."""
+def _as_list(key: str, text: str) -> Remedy:
+    """Return the remedy that assigns a text to a key that takes a list."""
     if key == "data.eval" and _is_accepted("data.eval_share", text):
-        return f"data.eval_share={text}"
-    line = assignment(key, text)
-    return f"'{key}=[...]'" if line.endswith("=...") else line
+        return Remedy.to_write(f"data.eval_share={text}")
+    word = assignment(key, text)
+    return Remedy.to_write(word) if word else Remedy(f"write '{key}=[...]'")
 
 
-def _instead(key: str, choice: str, values: Mapping[str, Any]) -> str:
-    """Return the word that sets a key to `choice`: for a key in an entry, the whole list."""
+def _instead(key: str, choice: str, got: str, values: Mapping[str, Any]) -> Remedy:
+    """Return the remedy that sets a key to `choice` in place of `got`: for an entry, the whole list."""
     if "[" not in key:
-        return f"{key}={choice}"
+        return _instead_of(f"{key}={choice}")
     whole, _, inside = key.partition("[")  # data.train[0].format
     changed = copy.deepcopy(plain(reduce(lambda at, name: at[name], whole.split("."), values)))
     *places, last = (int(part) if part.isdecimal() else part for part in re.findall(r"\w+", inside))
     reduce(lambda at, place: at[place], places, changed)[last] = choice
     text = as_written(changed)
-    return shlex.quote(f"{whole}={text}") if _is_accepted(whole, text) else choice
+    if not _is_accepted(whole, text):
+        return Remedy.to_rename(got, choice)
+    word = f"{whole}={text}"
+    return Remedy(f"did you mean {shlex.quote(word)}?", write=(word,))
 
 
 def _readings(value: Any) -> list[str]:
@@ -469,26 +520,30 @@ def _wrong_value(key: str, error: ErrorDetails, where: str, values: Mapping[str,
     if error["type"] == "less_than_equal" and "<=" not in expected:
         expected += f", <= {error['ctx']['le']:,}"
     default = f"; remove it for the default, {row.default_words}" if row and row.default_words else ""
-    remedy = f"set {key} to {expected}{default}"
+    remedy = Remedy(f"set {key} to {expected}{default}", drops=bool(default))
     if error["type"] == "string_pattern_mismatch" and not got.strip("' "):
-        expected, remedy = "text that is not empty", "remove the key, or write a value"
+        expected, remedy = "text that is not empty", Remedy("remove the key, or write a value")
     elif isinstance(value, bool) and " in " in where and choices(hint):
-        remedy = "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
+        remedy = Remedy("in YAML a bare on, off, yes or no is true or false: put the word in quotes")
     elif advice := [
         *find_advice(key, got),
-        *([f"write {key}=null"] if got.lower() in ("none", "nil") and _is_accepted(key, "null") else []),
-        *(f"did you mean {_instead(key, choice, values)}?" for choice in likely(got, choices(hint))),
+        *(
+            [Remedy.to_write(f"{key}=null")]
+            if got.lower() in ("none", "nil") and _is_accepted(key, "null")
+            else []
+        ),
+        *(_instead(key, choice, got, values) for choice in likely(got, choices(hint))),
     ]:
         remedy = advice[0]
     elif get_origin(hint) is list:
-        remedy = f"write {_as_list(key, got)}"
+        remedy = _as_list(key, got)
     elif key == "model.adapter" and "/" in got:
-        remedy = f"write {key}.path={got}"
+        remedy = Remedy.to_write(f"{key}.path={got}")
     elif inner is not None:
         first = next(iter(schema_fields(inner)))
-        remedy = f"write a mapping with {first}" if key.endswith("]") else f"write {key}.{first}=..."
+        remedy = Remedy(f"write a mapping with {first}" if key.endswith("]") else f"write {key}.{first}=...")
     elif meant := [text for text in _readings(value) if _is_accepted(key, text)]:
-        remedy = f"write {key}={meant[0]}"
+        remedy = Remedy.to_write(f"{key}={meant[0]}")
     return ConfigError(
         f"{key} cannot have this value", where=where, got=got, expected=expected, remedy=remedy
     )

@@ -11,6 +11,7 @@ from dpo_dist.config.keys import all_keys, as_written
 from dpo_dist.config.mistakes import SCHEMA, raise_all
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.remedies import Remedy
 
 Condition = Callable[[RunConfig], bool]
 LOSS = "loss"
@@ -22,13 +23,13 @@ class Rule:
     """A rule between values: a configuration breaks it if all parts of `when`, and `also`, are true.
 
     A part is `KEY=VALUE`, `KEY=VALUE|VALUE`, `KEY!=VALUE` or a bare KEY; the keys give an error's `where` and
-    `got`. In `why` and `remedy` `{model.attention}` stands for the value of that key. If the command sets the
+    `got`. In `why` `{model.attention}` stands for the value of that key. If the command sets the
     key `resets` but not the first key of `when`, the first key goes back to its default.
     """
 
     when: str
     why: str
-    remedy: str | Callable[[RunConfig], str]
+    remedy: str | Remedy | Callable[[RunConfig], Remedy]
     also: Condition = lambda _: True
     resets: str = ""
 
@@ -44,8 +45,8 @@ class Rule:
         values = [
             "+".join(config.loss.kinds) if key == LOSS else as_written(value_at(config, key)) for key in keys
         ]
-        remedy = self.remedy if isinstance(self.remedy, str) else self.remedy(config)
-        why, remedy = self.why.format(**vars(config)), remedy.format(**vars(config))
+        remedy = self.remedy(config) if callable(self.remedy) else self.remedy
+        why = self.why.format(**vars(config))
         return ConfigError(why, where=", ".join(names), got=", ".join(values), remedy=remedy)
 
 
@@ -55,7 +56,7 @@ def _holds(config: RunConfig, part: str) -> bool:
     return is_listed is not key.endswith("!")
 
 
-def unused(key: str, unless: str, remedy: str = "", works: Condition = lambda _: False) -> Rule:
+def unused(key: str, unless: str, remedy: str | Remedy = "", works: Condition = lambda _: False) -> Rule:
     """Return the rule that refuses a key without effect: the key is set, and `unless` and `works` are false.
 
     An `unless` without a value, such as LOSS, is only named in the error.
@@ -64,7 +65,8 @@ def unused(key: str, unless: str, remedy: str = "", works: Condition = lambda _:
     return Rule(
         f"{key} {other}",
         f"{key} has no effect with this {other}",
-        f"remove {key}, or {remedy or 'set ' + unless.replace('|', ' or ').replace('!=null', '=...')}",
+        Remedy.to_remove(key)
+        + f", or {remedy or 'set ' + unless.replace('|', ' or ').replace('!=null', '=...')}",
         lambda c: (
             value_at(c, key, default) != default
             and not (other != unless and _holds(c, unless))

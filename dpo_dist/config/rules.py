@@ -9,11 +9,12 @@ from dataclasses import replace
 from dpo_dist.config.fields import schema_fields
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import ACCURACIES, CUSTOM, METRICS, PREFIX
-from dpo_dist.config.mistakes import likely, suggestion
+from dpo_dist.config.mistakes import did_you_mean, likely
 from dpo_dist.config.rule import LOSS, Rule, check_rules, unused, value_at
 from dpo_dist.config.schema import NO_MODEL, DataFormat, Direction, ReferenceMode, RunConfig
 from dpo_dist.config.verb_sections import ExportConfig, PairsMethod, SamplingConfig
 from dpo_dist.config.verbs import VERBS
+from dpo_dist.foundation.remedies import Remedy
 
 
 def _given_once(key: str) -> Rule:
@@ -69,18 +70,19 @@ def best_direction(metric: str) -> Direction | None:
     return METRICS[max(named, key=len)].best if named else None
 
 
-_HOLD_OUT = "set data.eval_share=0.05 or data.eval=[held_out.jsonl]"
+_ADAPTER = Remedy.to_set("model.adapter={r: 64, alpha: 128}")
+_HOLD_OUT = Remedy.to_set("data.eval_share=0.05") + " or data.eval=[held_out.jsonl]"
 RULES = (
     # The model.
     Rule(
         "model.attention=flash_attention_2|flash_attention_3|varlen model.dtype=fp32",
         "{model.attention} computes in 16 bits only",
-        "set model.attention=sdpa or model.dtype=bf16",
+        Remedy.to_set("model.attention=sdpa") + " or model.dtype=bf16",
     ),
     Rule(
         "trainer.deterministic=true model.fused=liger",
         "Liger's kernels may not be deterministic",
-        "set model.fused=none or trainer.deterministic=false",
+        Remedy.to_set("model.fused=none") + " or trainer.deterministic=false",
     ),
     unused(
         "model.activation_offload",
@@ -91,7 +93,7 @@ RULES = (
         Rule(
             f"model.fused=compile {other}",
             "torch.compile is not known to be exact with this setting",
-            f"set model.fused=none, or remove {other.partition('=')[0].rstrip('!')}",
+            Remedy.to_set("model.fused=none") + f", or remove {other.partition('=')[0].rstrip('!')}",
         )
         for other in (
             "model.quantization!=null",
@@ -119,28 +121,30 @@ RULES = (
     Rule(
         "model.quantization!=null model.adapter=null",
         "quantized weights cannot be trained themselves",
-        "set model.adapter={{r: 64, alpha: 128}}, or model.quantization=null",
+        _ADAPTER + ", or model.quantization=null",
     ),
     Rule(
         "model.quantization!=null parallelism.kind!=ddp",
         "ZeRO would separate quantized weights from the scales of their blocks",
-        "choose parallelism=ddp, where every process has the whole base, or model.quantization=null",
+        Remedy.to_write("parallelism=ddp", verb="choose")
+        + ", where every process has the whole base, or model.quantization=null",
     ),
     Rule(
         "model.adapter.variant=dora model.quantization=int8",
         "DoRA needs the norms of the base's weights, which peft cannot compute from 8-bit weights",
-        "set model.quantization=nf4, or another model.adapter.variant",
+        Remedy.to_set("model.quantization=nf4") + ", or another model.adapter.variant",
     ),
     # Images in prompts.
     Rule(
         "model.images!=null parallelism.sequence_parallel!=1",
         "ranks that share the tokens of a sequence cannot share its images",
-        "set parallelism.sequence_parallel=1, or remove model.images",
+        Remedy.to_set("parallelism.sequence_parallel=1") + ", or remove model.images",
     ),
     Rule(
         "model.images.train!=none|null model.adapter!=null",
         "with an adapter, no weights of the model itself are trained",
-        "set model.images.train=none, and name the projector in model.adapter.modules_to_save (by the "
+        Remedy.to_set("model.images.train=none")
+        + ", and name the projector in model.adapter.modules_to_save (by the "
         "model's family [multi_modal_projector], [merger] or [embed_vision]) or its layers in "
         "model.adapter.target_modules",
     ),
@@ -150,14 +154,15 @@ RULES = (
     Rule(
         "data.eval!=[] data.eval_share!=0",
         "evaluation data are given twice: by their sources and as a share of the training data",
-        "remove data.eval_share; data.drop_eval_prompts=true keeps prompts of data.eval out of training",
+        Remedy.to_remove("data.eval_share")
+        + "; data.drop_eval_prompts=true keeps prompts of data.eval out of training",
     ),
     unused("data.drop_eval_prompts", "data.eval!=[]", "set data.eval; data.eval_share never shares a prompt"),
     unused("data.images", "model.images!=null", "set model.images.train=none to read images"),
     Rule(
         "data.train model.images=null",
         "the folder of a source's images has no effect with this model.images",
-        "remove it, or set model.images.train=none to read images",
+        "remove the field images of the source, or set model.images.train=none to read images",
         lambda c: (
             c.data.images is None
             and any(source.images for source in [*c.data.train, *c.data.eval, *c.evaluation.data])
@@ -181,13 +186,13 @@ RULES = (
     Rule(
         LOSS,
         "a loss of labelled records cannot be summed with losses of pairs",
-        "set loss=kto or loss=apo_zero_unpaired alone",
+        Remedy.to_set("loss=kto") + " or loss=apo_zero_unpaired alone",
         lambda c: c.loss.is_unpaired and len(c.loss.kinds) > 1,
     ),
     Rule(
         "data.unpair=true loss.kind",
         "pairs that are taken apart have no second response to compare with",
-        "set loss=kto or loss=apo_zero_unpaired, or remove data.unpair",
+        Remedy.to_set("loss=kto") + " or loss=apo_zero_unpaired, or remove data.unpair",
         lambda c: not c.loss.is_unpaired,
     ),
     Rule(
@@ -219,24 +224,24 @@ RULES = (
     Rule(
         f"loss.label_smoothing=0 {LOSS}",
         "this loss takes the logarithm of loss.label_smoothing",
-        "remove loss.label_smoothing, or choose a value > 0 and < 0.5",
+        Remedy.to_remove("loss.label_smoothing") + ", or choose a value > 0 and < 0.5",
         lambda c: any(facts.smoothing_above_0 for facts in c.loss.facts),
     ),
     # The optimizer.
     Rule(
         "optim.kind=adamw_8bit|muon parallelism.offload_optimizer!=none",
         "an offloaded optimizer is DeepSpeed's CPU Adam, whose states are float32",
-        "set optim.kind=adamw, or parallelism.offload_optimizer=none",
+        Remedy.to_set("optim.kind=adamw") + ", or parallelism.offload_optimizer=none",
     ),
     Rule(
         "optim.kind=muon parallelism.kind=zero3",
         "ZeRO-3 cuts each matrix over all processes, and Muon needs whole ones",
-        "choose parallelism=zero2, or optim.kind=adamw",
+        Remedy.to_write("parallelism=zero2", verb="choose") + ", or optim.kind=adamw",
     ),
     Rule(
         "optim.kind=muon model.dtype=fp16",
         "Muon computes its updates in bf16, and fp16 is for GPUs without it",
-        "set model.dtype=bf16, or optim.kind=adamw",
+        Remedy.to_set("model.dtype=bf16") + ", or optim.kind=adamw",
     ),
     unused(
         "optim.warmup_ratio",
@@ -261,7 +266,7 @@ RULES = (
     Rule(
         "trainer.ema_decay!=null trainer.keep_last=0",
         "checkpoints hold the moving average of the weights, but no checkpoint is kept",
-        "set trainer.keep_last=1, or remove trainer.ema_decay",
+        Remedy.to_set("trainer.keep_last=1") + ", or remove trainer.ema_decay",
     ),
     # Training and evaluations.
     *(
@@ -294,7 +299,7 @@ RULES = (
         "trainer.keep_best!=null",
         "this is no evaluation metric with a known best direction, highest or lowest",
         lambda c: (
-            suggestion(c.trainer.keep_best or "", [PREFIX + name for name in METRICS if METRICS[name].best])
+            did_you_mean(c.trainer.keep_best or "", [PREFIX + name for name in METRICS if METRICS[name].best])
             + "choose eval_loss, eval_rewards/accuracies, eval_rewards/margins or eval_custom/NAME"
         ),
         lambda c: best_direction(c.trainer.keep_best or "") is None,
@@ -304,8 +309,8 @@ RULES = (
     Rule(
         "sweep.trials!=null sweep.by",
         "a search needs an evaluation metric with a known best direction, highest or lowest",
-        lambda c: (
-            "set sweep.by="
+        lambda c: Remedy.to_set(
+            "sweep.by="
             + [
                 *likely(c.sweep.by or "", [PREFIX + name for name in METRICS if METRICS[name].best]),
                 PREFIX + ACCURACIES[c.loss.is_unpaired],
@@ -334,19 +339,21 @@ RULES = (
     Rule(
         "reference.mode=none loss",
         "this loss needs a reference model",
-        "choose reference=auto, or set loss.reference_free=true to take its log-probs as 0",
+        Remedy.to_write("reference=auto", verb="choose")
+        + ", or set loss.reference_free=true to take its log-probs as 0",
         lambda c: c.loss.needs_reference,
     ),
     Rule(
         "reference.mode!=none loss loss.reference_free",
         "this loss does not use a reference model",
-        "choose reference=none, or remove reference.mode: auto follows the loss",
+        Remedy.to_write("reference=none", verb="choose")
+        + ", or remove reference.mode: auto follows the loss",
         lambda c: not c.loss.needs_reference,
     ),
     Rule(
         "reference.mode=adapter model.adapter=null",
         "reference.mode=adapter switches off the policy's adapter, and the policy has none",
-        "set model.adapter={{r: 64, alpha: 128}}, or choose reference=cached",
+        _ADAPTER + ", or choose reference=cached",
     ),
     # Not `reference.store`: like `data.cache` it names a folder, which scripts set for runs of every mode.
     *_unused_by_reference("reference.path"),
@@ -356,7 +363,10 @@ RULES = (
     Rule(
         "reference.quantization model.quantization!=null reference.path=null reference.mode=cached|live",
         "the reference model would not have the quantization with which the policy starts",
-        "choose reference=adapter, or set reference.quantization={model.quantization}",
+        lambda c: (
+            Remedy.to_write("reference=adapter", verb="choose")
+            + f", or set reference.quantization={c.model.quantization}"
+        ),
         lambda c: c.reference.quantization is not c.model.quantization,
     ),
     Rule(
@@ -369,7 +379,8 @@ RULES = (
         Rule(
             f"loss.sync_reference.every!=null {other}",
             "only a live reference, whole in memory, can follow the policy, and only if all weights train",
-            "choose reference=live without this setting, or remove loss.sync_reference",
+            Remedy.to_write("reference=live", verb="choose")
+            + " without this setting, or remove loss.sync_reference",
         )
         for other in (
             "reference.mode!=live",
@@ -438,7 +449,7 @@ _NEEDED = {
     "reference.mode": Rule(
         "reference.mode!=cached loss",
         "only a stored reference can be precomputed",
-        "set reference=cached, with a loss that uses a reference model",
+        Remedy.to_set("reference=cached") + ", with a loss that uses a reference model",
     ),
 }
 

@@ -14,6 +14,7 @@ from dpo_dist.config.schema import DataConfig, TextTemplate
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord, Record, shown_key
 from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
 from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import pluralize
 
 SHOWN_EXAMPLES = 20
@@ -241,8 +242,9 @@ def check_counts(
             where=path,
             got="prompts with turns of a chat template or BOS, or responses with an end-of-turn token",
             expected="prompts and responses as plain text or messages",
-            remedy="set data.template=applied to encode these tokens as special tokens, or "
-            "data.template=literal to encode them as ordinary text",
+            remedy=Remedy.to_set("data.template=applied")
+            + " to encode these tokens as special tokens, or data.template=literal to encode them as "
+            "ordinary text",
         )
     if not counts.read:
         got = "an empty file, or only a header"
@@ -283,13 +285,20 @@ def _remedy(
     unread = [name.removeprefix("unread_") for name in counts.changed if name.startswith("unread_")]
     if reason == "image_count" and (pictures := _image_column(unread)):
         remedy = _source_with(f"images: {pictures}", path, config)
-    if "data.max_length" in remedy and lengths is not None and (fitting := fitting_limits(lengths(), config)):
+    if reason not in _TOO_LONG:
+        return remedy
+    if lengths is not None and (fitting := fitting_limits(lengths(), config)):
         remedy = f"set {fitting}"
-    elif "data.max_length" in remedy:
+    else:
         remedy += f" (data.max_length is {config.max_length})"
     return remedy
 
 
+_TOO_LONG = (
+    *("too_long", "prompt_fills_max_length", "response_fills_max_length"),
+    "image_does_not_fit",
+)
+"""Reasons for which another limit helps."""
 _SCORES = {"score", "scores", "rating", "rate", "reward", "helpfulness", "quality", "rank"}
 _NAMES = {
     "prompt": "prompt question query instruction input problem user post request",

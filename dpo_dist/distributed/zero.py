@@ -51,6 +51,7 @@ from dpo_dist.distributed.memory import (
 from dpo_dist.distributed.muon import MATRICES, MuonAndAdamW, matrices_of
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.layers import decoder_layers, join_gradients, partly_used_blocks, without_gradient
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.packed import PackedCausalLM
@@ -283,7 +284,8 @@ class PolicyEngine(Engine):
                 "the kernels of adamw_8bit index a process's weights by 31 bits",
                 where="optim.kind",
                 got=f"{longest:,} weights in one tensor of a process",
-                remedy="set parallelism=zero3, which cuts weights into groups of 1e9, or optim.kind=adamw",
+                remedy=Remedy.to_set("parallelism=zero3")
+                + ", which cuts weights into groups of 1e9, or optim.kind=adamw",
             )
         if ema_decay is not None:
             self._averages = {master: master.detach().clone() for master in masters}

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from dpo_dist.foundation.installed import install_extra, with_pages
-from dpo_dist.foundation.repair import COMMAND_LINE, repair_of
+from dpo_dist.foundation.remedies import COMMAND_LINE, Place, Remedy
 from dpo_dist.foundation.streams import (
     json_stream,
     keep_document,
@@ -80,23 +80,41 @@ class DpoDistError(Exception):
     exit_code: int = ExitCode.invalid
     title: ClassVar[str] = "error"
 
-    def __init__(self, message: str, *, where: str = "", got: str = "", expected: str = "", remedy: str = ""):
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str = "",
+        got: str = "",
+        expected: str = "",
+        remedy: str | Remedy = "",
+    ) -> None:
         super().__init__(message)
-        self.message, self.where, self.got = message, where, got
-        self.expected, self.remedy = with_pages(expected), with_pages(remedy)
+        self.message, self.where, self.got, self.expected = message, where, got, with_pages(expected)
+        self.advice = Remedy(remedy) if isinstance(remedy, str) else remedy
         self.is_printed_here: bool | None = None  # by this process; None: the processes have not joined yet
         self.parts: Sequence[DpoDistError] = ()  # the errors that this one joins
 
+    @property
+    def remedy(self) -> str:
+        """The sentence of what to do."""
+        return with_pages(self.advice.text)
+
     def block(self) -> str:
         """Return the error as the lines that are printed, without empty parts."""
-        parts = {"where": self.where, "got": self.got, "expected": self.expected, "to do": self.remedy}
+        parts = {
+            "where": self.where,
+            "got": self.got,
+            "expected": self.expected,
+            "to do": self.remedy,
+        }
         lines = [f"  {label + ':':<10}{text}" for label, text in parts.items() if text]
         return "\n".join([f"{self.title}: {self.message}", *lines])
 
     def as_dict(self, typed: Sequence[str] = ()) -> dict[str, Any]:
         """Return the error for programs, with the words that repair the command `typed` as far as known."""
         texts = {name: getattr(self, name) for name in ("title", "message", "where", "got", "expected")}
-        words = repair_of(self.remedy, self.where, self.got, typed)
+        words = self.advice.words(self.where.words if isinstance(self.where, Place) else (), typed)
         content = {"code": int(self.exit_code), **texts, "remedy": {"text": self.remedy, **words}}
         if self.parts:
             content["mistakes"] = mistakes = [part.as_dict(typed) for part in self.parts]

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
 from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -111,7 +112,9 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> LoraConfig:
             where="model.adapter.target_modules",
             got=fault or ", ".join(_last_parts(differing)),
             expected="no fused experts, and no out_proj of a state-space model",
-            remedy=f"set model.adapter.target_modules=[{','.join(kept)}]" if kept else "name other layers",
+            remedy=Remedy.to_set(f"model.adapter.target_modules=[{','.join(kept)}]")
+            if kept
+            else "name other layers",
         )
     return lora
 
@@ -142,9 +145,7 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
         reason = " ".join(str(error).split())[:200]  # torch's first line only announces the others
         raise _foreign_adapter(causal_lm, folder, f"{type(error).__name__}: {reason}", key) from error
     if isinstance(causal_lm.get_output_embeddings(), LoraLayer):
-        refused = _foreign_adapter(causal_lm, folder, "matrices on the output layer", key)
-        refused.remedy = MERGE
-        raise refused
+        raise _foreign_adapter(causal_lm, folder, "matrices on the output layer", key, MERGE)
     unset = [
         missing
         for missing in loaded.missing_keys
@@ -155,7 +156,7 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
     return lora
 
 
-def _foreign_adapter(causal_lm: Any, folder: Path, got: str, key: str) -> ConfigError:
+def _foreign_adapter(causal_lm: Any, folder: Path, got: str, key: str, merge: str = "") -> ConfigError:
     remedy = "name the model that the adapter was trained on as its base"
     if text_part(causal_lm) is not causal_lm:
         remedy += (
@@ -168,7 +169,7 @@ def _foreign_adapter(causal_lm: Any, folder: Path, got: str, key: str) -> Config
         where=key,
         got=f"{folder}: {got}",
         expected=f"a LoRA adapter of {type(causal_lm).__name__}, with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}",
-        remedy=remedy,
+        remedy=merge or remedy,
     )
 
 

@@ -13,6 +13,7 @@ import transformers
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.remedies import Remedy
 
 FLASH_ATTN = {
     AttentionBackend.flash_attention_2: "flash-attn",
@@ -79,7 +80,7 @@ def check_precision(dtype: Dtype, device: torch.device) -> None:
             "this CPU does not compute in fp16",
             where="model.dtype",
             got=str(dtype),
-            remedy="set model.dtype=fp32, or bf16",
+            remedy=Remedy.to_set("model.dtype=fp32") + ", or bf16",
         )
     if device.type != "cuda" or dtype is not Dtype.bf16:
         return
@@ -88,7 +89,7 @@ def check_precision(dtype: Dtype, device: torch.device) -> None:
             f"{torch.cuda.get_device_name(device)} does not compute in bf16",
             where="model.dtype",
             got=str(dtype),
-            remedy="set model.dtype=fp16, or fp32",
+            remedy=Remedy.to_set("model.dtype=fp16") + ", or fp32",
         )
 
 

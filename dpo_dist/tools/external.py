@@ -10,6 +10,7 @@ from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.config.verb_sections import ExportTool
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import read_lines, write_json
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.files.folder import ADAPTER_CONFIG, CONFIG_FILE, is_adapter, read_model_json
 
 _DTYPES = {Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp32: "float32"}
@@ -52,7 +53,7 @@ def _vllm_adapter(folder: Path) -> list[str]:
             f"vLLM does not serve DoRA, modules_to_save or a rank above {_VLLM_RANKS[-1]}",
             where="export.tool",
             got=f"{folder} with use_dora={facts.get('use_dora')}, modules_to_save={saved}, rank {rank}",
-            remedy="set export.merge=true",
+            remedy=Remedy.to_set("export.merge=true"),
         )
     words = ["--tokenizer", str(folder), "--generation-config", str(folder), "--enable-lora"]
     words += ["--max-lora-rank", str(next(size for size in _VLLM_RANKS if size >= rank))]

@@ -49,6 +49,7 @@ from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.process import usable_cores
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_columns
 
 _MAX_THREADS = 8
@@ -385,7 +386,7 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
     counts, best = np.diff(dataset.first_pieces) - 1, dataset.scores[dataset.first_pieces[:-1] - every]
     is_labelled = (counts == 1) & np.isfinite(best)
 
-    def check(misfits: npt.NDArray[np.bool_], got: str, remedy: str) -> None:
+    def check(misfits: npt.NDArray[np.bool_], got: str, remedy: str | Remedy) -> None:
         if misfits.any():
             raise DataError(
                 f"{', '.join(loss.kinds)} cannot use {misfits.sum()} of {len(misfits)} examples",
@@ -403,7 +404,9 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
             remedy = f"set loss.kind to one of {kinds}; or ignore it: columns: {{{null}}}"
             check(misfits, f"a {name} of the record", remedy)
         elif name == "soft_label" and loss.label_smoothing:
-            check(misfits, f"a {name} beside loss.label_smoothing", "set loss.label_smoothing=null")
+            check(
+                misfits, f"a {name} beside loss.label_smoothing", Remedy.to_set("loss.label_smoothing=null")
+            )
     if loss.is_unpaired:
         remedy = "give each response a label: true or false, 1 or 0; data.unpair=true takes pairs apart"
         check(~is_labelled, "no single response with a label", remedy)
@@ -412,13 +415,13 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
         remedy = "let a reader of the source return true, false, or None for a record to drop (docs/data.md)"
         check((best == 0) & np.isin(of, of[best == -1]), "labels of 0 and of -1 in one source", remedy)
         return
-    remedy = "set loss=kto; if the label does not judge the response, ignore it: columns: {label: null}"
-    check(is_labelled, "one response with a label, good or bad", remedy)
+    ignored = "; if the label does not judge the response, ignore it: columns: {label: null}"
+    check(is_labelled, "one response with a label, good or bad", Remedy.to_set("loss=kto") + ignored)
     if not loss.is_one_sided:
-        check(counts < 2, "1 response", "set loss=sft, or use data with two responses")
+        check(counts < 2, "1 response", Remedy.to_set("loss=sft") + ", or use data with two responses")
     if not loss.accepts_rankings:
-        remedy = "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs"
-        check(counts > 2, "a ranking of more than two responses", remedy)
+        ranked = Remedy.to_set("loss.kind=plackett_luce") + ", or data.ranked=best_worst or all_pairs"
+        check(counts > 2, "a ranking of more than two responses", ranked)
     if loss.needs_scores:
         got = "no scores, or a chosen response that is not scored above the rejected one"
         check(~(dataset.score_gaps(every) > 0), got, "remove these records, or set another loss.kind")

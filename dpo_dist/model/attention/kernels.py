@@ -20,6 +20,7 @@ from dpo_dist.batching.pack import copy_to_device
 from dpo_dist.batching.prefix_tree import Segment, first_tokens, paths
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.architectures import ImageMask, recorded_arrangement
 from dpo_dist.model.attention.sdpa import (
     ImageRuns,
@@ -349,7 +350,7 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
             where="model.attention",
             got=f"{wanted} on {torch.cuda.get_device_name(device) if on_cuda else device.type}",
             expected="auto or sdpa",
-            remedy="set model.attention=auto",
+            remedy=Remedy.to_set("model.attention=auto"),
         )
     if wanted in FLASH_ATTN and not _is_installed(wanted):
         name = FLASH_ATTN[wanted]
@@ -357,8 +358,8 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
             f"{name} is not installed",
             where="model.attention",
             got=wanted,
-            remedy=f"set model.attention=auto, or install {name}, built against the installed torch "
-            "(pip install --no-build-isolation)",
+            remedy=Remedy.to_set("model.attention=auto")
+            + f", or install {name}, built against the installed torch (pip install --no-build-isolation)",
         )
     return wanted
 
@@ -398,7 +399,7 @@ def check_kernel(
                 "this attention kernel fails or gives wrong results on this device",
                 where="model.attention",
                 got=f"{backend}, {dtype}, {heads}, {layer}: {fault}",
-                remedy="set model.attention=sdpa, or another of its values",
+                remedy=Remedy.to_set("model.attention=sdpa") + ", or another of its values",
             )
 
 

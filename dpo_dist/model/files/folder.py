@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from dpo_dist.config.schema import AdapterConfig, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError, first_line, in_one_line
 from dpo_dist.foundation.files import similar_path
+from dpo_dist.foundation.remedies import Remedy
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -120,7 +121,7 @@ def _not_found(path: str, key: str, reason: str) -> ConfigError:
         "the model is neither a local folder nor found on the Hugging Face Hub",
         where=key,
         got=f"{path} ({reason})",
-        remedy=f"did you mean {similar}?" if similar else check,
+        remedy=Remedy.to_rename(path, str(similar)) if similar else check,
     )
 
 
@@ -293,7 +294,8 @@ def _check_form(folder: Path, config: ModelConfig) -> None:
             "the folder contains a whole model, not an adapter",
             where=_ADAPTER_KEY,
             got=str(folder),
-            remedy=f"set model.path={folder}, and for a new adapter 'model.adapter={{r: 16, alpha: 32}}'",
+            remedy=Remedy.to_set(f"model.path={folder}")
+            + ", and for a new adapter 'model.adapter={r: 16, alpha: 32}'",
         )
     adapter = read_model_json(folder / ADAPTER_CONFIG)
     other = [name for name in _OTHER_FORMS if adapter.get(name)]

@@ -12,6 +12,7 @@ from dpo_dist.data.formats import check_source
 from dpo_dist.data.read.sources import check_has_evaluation_data
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.tools.shared.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
 from dpo_dist.training.start.named_models import locate_model, short_name
 
@@ -50,7 +51,8 @@ def check_comparison(config: RunConfig) -> list[NamedModel]:
     revision = Rule(
         "model.revision!=null model.path compare.models",
         "model.revision has no effect on a comparison without model.path",
-        "set model.revision=null; a revision of another model: download it and name its folder",
+        Remedy.to_set("model.revision=null")
+        + "; a revision of another model: download it and name its folder",
         lambda c: c.model.path not in locations,
     )
     check_rules(config, [revision])

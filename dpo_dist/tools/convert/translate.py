@@ -87,7 +87,7 @@ def _method(run: Translation) -> str:
     words = [(kind, *equivalents(str(kind), "values")) for kind in kinds]
     known = [next((word for word in forms if fits("loss.kind", word)), None) for forms in words]
     answers = find_advice("loss_type", as_written(kinds[0])) if len(kinds) == 1 else []
-    if None in known and not any(answer.startswith("write ") for answer in answers):
+    if None in known and not any(answer.write for answer in answers):
         remedy = f"train it with {run.trainer}, or write the loss as a function: docs/python.md"
         got = as_written(kinds[known.index(None)])
         raise ConfigError("dpo-dist does not have this loss", got=got, remedy=next(iter(answers), remedy))
@@ -172,7 +172,8 @@ def _batch(run: Translation) -> list[str]:
 def _trains_adapter(run: Translation) -> bool:
     """Return whether the run trains an adapter rather than all weights."""
     if run.left.get("ref_adapters") not in EMPTY and run.left["ref_adapters"] == run.left.get("adapters"):
-        run.comment("ref_adapters", run.left.pop("ref_adapters"), "not needed: it is the reference anyway")
+        why = "not needed: it is the reference anyway"
+        run.comment("ref_adapters", run.left.pop("ref_adapters"), why, is_needed=False)
         run.not_default.add("reference.path")
     kind = run.take("tuner_type", "train_type", "finetuning_type", "adapter", "use_peft", "use_lora")
     kind = str(run.facts.get("tuner") if kind is None else kind).lower()
@@ -209,7 +210,7 @@ def _set_adapter(run: Translation, is_trained: bool) -> None:
         adapter_keys.remove("model.adapter.path")
     for key in adapter_keys:
         del values[key]
-        run.comment(*run.origins[key], f"not needed: {unread}")
+        run.comment(*run.origins[key], f"not needed: {unread}", is_needed=False)
 
 
 def _machine(run: Translation) -> None:
@@ -313,7 +314,8 @@ def _combine(run: Translation) -> None:
     """Correct values that depend on other values."""
     values = run.values
     if values.pop("model.attention", None):
-        run.comment(*run.origins["model.attention"], "not needed: the fastest kernel is chosen")
+        why = "not needed: the fastest kernel is chosen"
+        run.comment(*run.origins["model.attention"], why, is_needed=False)
     if values.get("optim.warmup_steps") == 0:  # the other trainers then use the ratio
         del values["optim.warmup_steps"]
     if values.get("loss.kind") == "orpo" and "loss.beta" in values and _ODDS_WEIGHT not in values:

@@ -5,7 +5,7 @@ In names and comments "theirs" is the other trainer's, "ours" is dpo_dist's.
 
 import math
 import re
-import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import yaml
 
 from dpo_dist.config.compose import parse_overrides
 from dpo_dist.config.keys import as_written, run_keys, verb_keys
-from dpo_dist.config.mistakes import as_tree, equivalents, find_advice, fits
+from dpo_dist.config.mistakes import advice_on, as_tree, equivalents, find_advice, fits, is_switch
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.tools.convert.reading import ForeignRun
 
@@ -39,6 +39,8 @@ class Translation:
         self.facts = _TRAINERS[self.trainer]
         self.left, self.values, self.comments = dict(keys), dict[str, Any](), list[str]()
         self.about, self.reasons, self.unused = list[str](), dict[str, str](), dict[str, str]()
+        self.unneeded: set[str] = set()
+        """Their keys that are left out without a change of the run."""
         self.origins: dict[str, tuple[str, Any]] = {}
         """For each of our keys: the key of theirs from which it comes, with its value there."""
         self.not_default: set[str] = set()
@@ -75,12 +77,14 @@ class Translation:
                 self.comment(key, other, f"{keys_with_value[0]} overrides it")
         return value
 
-    def comment(self, key: str, value: Any, reason: str) -> None:
-        """Add a comment that says why a key of theirs is left out."""
+    def comment(self, key: str, value: Any, reason: str, *, is_needed: bool = True) -> None:
+        """Add a comment that says why a key of theirs is left out; `is_needed`: it has an effect there."""
         text = " ".join(as_written(value).split())
         text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
         self.comments.append(f"{key}: {text} — {reason}")
         self.reasons[key] = reason
+        if not is_needed:
+            self.unneeded.add(key)
 
     def set(self, target: str, value: Any, key: str, written: Any) -> None:
         """Set a key of ours from a key of theirs, if the value fits and ours is not set yet."""
@@ -94,7 +98,7 @@ class Translation:
     def translate(self, key: str, value: Any) -> None:
         """Set our keys for a key of theirs, as names.yaml says, or comment why it is left out."""
         text, name = as_written(value), "optimizer" if key == "optim" else key
-        exact, general = find_advice(name, text), equivalents(name, "advice")
+        exact, general = find_advice(name, text), advice_on(name, text)
         known = [] if general else [ours for ours in verb_keys("train") if "." in ours]
         unsectioned = [ours for ours in known if name in (ours, ours.rpartition(".")[2])]
         targets = [_KEYS.get(target, target) for target in equivalents(name, "keys") or unsectioned]
@@ -106,18 +110,22 @@ class Translation:
         ]
         words = [] if isinstance(value, dict) else value[:1] if isinstance(value, list) else words
         fitting = [(to, form) for to in targets for form in (value, *words) if fits(to, form)]
-        reason = next(iter((*exact, *general)), "").replace("{value}", text)
-        is_said = exact or value is True or "{value}" in "".join(general[:1])
+        advice = next(iter((*exact, *general)), None)
+        has_value = general != advice_on(name, "")  # the words have the user's value
         if fitting and not exact:
             self.set(*fitting[0], key, value)
-        elif is_said and (written := _keys_to_write(reason)):
+        elif advice and (exact or value is True or has_value) and (written := _keys_of(advice.write)):
             for to, kept in written.items():
                 self.set(to, kept, key, value)
-        elif value is False and reason.startswith(("write ", "set ")):
-            self.comment(key, value, "not needed: it is off")
+        elif advice and advice.drops:
+            self.comment(key, value, advice.text, is_needed=False)
+        elif advice and value is False and is_switch(name):
+            self.comment(key, value, "not needed: it is off", is_needed=False)
+        elif advice:
+            self.comment(key, value, advice.text)
         else:
             unfit = f"{targets[0]} cannot have this value" if targets else "no counterpart is known"
-            self.comment(key, value, reason or unfit)
+            self.comment(key, value, unfit)
 
     def as_file(self) -> str:
         """Return the content of a file for `train`, without secrets; comments name what is not translated."""
@@ -129,15 +137,9 @@ class Translation:
         return str(without_secrets(comments + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)))
 
 
-def _keys_to_write(answer: str) -> dict[str, Any]:
-    """Return the keys that advice in names.yaml says to write; none if one is unknown or does not fit."""
-    verb, _, rest = answer.partition(" ")
-    if verb not in ("write", "set"):
-        return {}
-    try:
-        overrides, unread = parse_overrides(shlex.split(rest.partition(";")[0]))
-    except ValueError:  # a quote in a value
-        return {}
+def _keys_of(words: Sequence[str]) -> dict[str, Any]:
+    """Return the keys that words set; none if one is unknown or does not fit."""
+    overrides, unread = parse_overrides(words)
     given = ((override.key_or_group, override.value()) for override in overrides)
     written = {_KEYS.get(key, key): value for key, value in given}
     is_whole = not unread and all(key in run_keys() and fits(key, value) for key, value in written.items())

@@ -9,6 +9,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig, SourceConfig
 from dpo_dist.config.verb_sections import PairsConfig, PairsMethod
 from dpo_dist.data.formats import check_source
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.files.folder import local_model_folder
 from dpo_dist.tools.shared.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
 from dpo_dist.training.start.named_models import locate_model
@@ -37,10 +38,12 @@ _RULES = (
     Rule(
         "run.resume!=auto",
         "run.resume has no effect on pairs: finished parts are always used again",
-        "remove run.resume",
+        Remedy.to_remove("run.resume"),
     ),
     Rule(
-        "run.mirror!=null", "run.mirror has no effect on pairs", "remove it: a mirror is for one training run"
+        "run.mirror!=null",
+        "run.mirror has no effect on pairs: a mirror is for one training run",
+        Remedy.to_remove("run.mirror"),
     ),
     Rule(
         "data.train",
@@ -69,7 +72,7 @@ _RULES = (
     Rule(
         f"model.revision!=null {_RESPONDS}",
         "model.revision has no effect if model.path is not among pairs.models",
-        "remove model.revision",
+        Remedy.to_remove("model.revision"),
         lambda c: c.model.path not in responding_models(c.pairs, c.model.path),
     ),
     Rule(
@@ -93,7 +96,7 @@ _RULES = (
         "set one of them; pairs.method=delta needs no judge",
         lambda c: count_judges(c.pairs) != 1,
     ),
-    Rule(f"pairs.method!=samples {_ROUNDS}", _NO_ROUNDS, "set pairs.method=samples"),
+    Rule(f"pairs.method!=samples {_ROUNDS}", _NO_ROUNDS, Remedy.to_set("pairs.method=samples")),
     Rule(f"pairs.models!=[] {_ROUNDS}", _NO_ROUNDS, "name the first policy by model.path"),
     Rule(
         f"pairs.launcher {_ROUNDS}",

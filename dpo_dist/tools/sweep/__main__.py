@@ -23,6 +23,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.files import locked
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.tools.sweep.pool import Pool, is_finished, warm_up
 from dpo_dist.training.start.preflight import check_start
@@ -76,7 +77,8 @@ def check_points(points: Points) -> None:
         import optuna  # noqa: F401, PLC0415  (an extra: said before anything is loaded)
     mistakes = list[DpoDistError]()
     if any(config.run.mirror is not None for config in points.values()):
-        what, remedy = "a mirror is for one run, not for the points of a sweep", "leave run.mirror out"
+        what = "a mirror is for one run, not for the points of a sweep"
+        remedy = Remedy.to_remove("run.mirror")
         mistakes.append(ConfigError(what, where="run.mirror", remedy=remedy))
     for config in points.values():
         try:

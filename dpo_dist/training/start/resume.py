@@ -19,6 +19,7 @@ from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Resume, TrainerConfig
 from dpo_dist.foundation.errors import CheckpointError, RunOutcome, dead_link, first_line
 from dpo_dist.foundation.files import write_text
+from dpo_dist.foundation.remedies import Remedy
 
 Identity = dict[str, str | None]
 _DIGESTS = {
@@ -107,7 +108,8 @@ def check_configuration(recorded: Mapping[str, Any], identity: RunIdentity, fold
             or f"digest {identity.digest}{source}",
             expected=", ".join(f"{key}={_shown(old)}" for key, (old, _) in changed.items())
             or f"digest {recorded.get('run_digest')}",
-            remedy="leave run.dir out, which gives each configuration its own folder, or set another run.dir",
+            remedy=Remedy.to_remove("run.dir")
+            + ", without which each configuration has its own folder, or set another run.dir",
         )
 
 
@@ -162,12 +164,13 @@ def check_newest_checkpoint(identity: RunIdentity, folder: RunFolder) -> None:
 def check_fresh_start(resume: Resume, folder: RunFolder) -> None:
     """Raise an error if a start at step 0 needs a checkpoint, or would replace results."""
     state, has_model = read_state(folder), folder.model.is_dir()
+    remedy: str | Remedy
     used = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
     if resume is Resume.never:
         if not used:
             return
         fault = f"the run directory has results of a run ({', '.join(used)}), and run.resume=never"
-        remedy = "set run.resume=auto to resume, or another run.dir"
+        remedy = Remedy.to_set("run.resume=auto") + " to resume, or another run.dir"
     elif has_model or (state is not None and (state.is_finished or state.step)):
         fault = "the run directory has a model or a run that has started, and its checkpoints are missing"
         remedy = (
@@ -178,7 +181,8 @@ def check_fresh_start(resume: Resume, folder: RunFolder) -> None:
         fault = f"the checkpoints of this run directory are {dead}"
         remedy = "mount the disk or create the folder; to train from the beginning, delete the link"
     elif resume is Resume.must:
-        fault, remedy = "there is no checkpoint to resume from", "set run.resume=auto to start a new run"
+        fault = "there is no checkpoint to resume from"
+        remedy = Remedy.to_set("run.resume=auto") + " to start a new run"
     else:
         return
     raise CheckpointError(fault, where=str(folder.path), remedy=remedy)

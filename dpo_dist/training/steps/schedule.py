@@ -4,6 +4,7 @@ import math
 
 from dpo_dist.config.optim import LearningRateSchedule, OptimConfig
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.remedies import Remedy
 
 _STEPS_WITHOUT_WARMUP = 10_000  # the time scale of `inverse_sqrt` without warm-up, as in transformers
 
@@ -45,5 +46,5 @@ def check_schedule(optim: OptimConfig, steps: int) -> None:
             f"the warm-up {'and the decay are' if decay else 'is'} longer than the run",
             where="optim.warmup_steps",
             got=f"{optim.warmup_steps + decay} of {steps} steps",
-            remedy=f"set optim.warmup_steps={steps - decay} or less, or raise trainer.epochs",
+            remedy=Remedy.to_set(f"optim.warmup_steps={steps - decay}") + " or less, or raise trainer.epochs",
         )

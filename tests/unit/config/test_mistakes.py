@@ -198,7 +198,8 @@ def test_what_an_error_proposes_is_accepted(typed: str) -> None:
 def test_what_the_answers_to_other_trainers_names_propose_is_accepted() -> None:
     table = yaml.safe_load(Path(mistakes.__file__).with_name("names.yaml").read_text())
     refused = []
-    for answer, names in [*table["advice"].items(), *table["methods"].items()]:
+    advice = {row.get("text", f"write {row.get('write')}"): row["names"] for row in table["advice"]}
+    for answer, names in [*advice.items(), *table["methods"].items()]:
         given = {name.partition("=")[2] for name in names.split()} if "{value}" in answer else {"8"}
         for value in given:  # "": it may be anything
             values = [value] if value else ["8", "0.5", "a.jsonl"]
@@ -270,9 +271,9 @@ def test_every_answer_names_keys_that_exist() -> None:
     text = Path(mistakes.__file__).with_name("names.yaml").read_text()
     for name in yaml.safe_load(text)["keys"]:
         assert name in run_keys()
-    for answer in (
-        line for section in ("advice", "methods", "verbs") for line in yaml.safe_load(text)[section]
-    ):
+    table = yaml.safe_load(text)
+    advice = [f"{row.get('write', '')} {row.get('text', '')}" for row in table["advice"]]
+    for answer in (*advice, *table["methods"], *table["verbs"]):
         named = re.findall(rf"\b(?:{SECTIONS})\.[a-z0-9_.]*[a-z0-9]", answer)
         files = (".jsonl", ".md", ".yaml")
         assert [key for key in named if key not in run_keys() and not key.endswith(files)] == []

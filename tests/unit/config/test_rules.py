@@ -250,4 +250,4 @@ def test_the_best_checkpoint_has_the_values_that_are_best_of_its_metric(
 
 def test_the_remedy_for_a_key_that_must_have_a_value_can_be_typed() -> None:
     rule = unused("sampling.endpoint.model", unless="sampling.endpoint.url!=null")
-    assert rule.remedy == "remove sampling.endpoint.model, or set sampling.endpoint.url=..."
+    assert str(rule.remedy) == "remove sampling.endpoint.model, or set sampling.endpoint.url=..."

@@ -517,14 +517,8 @@ def test_what_is_not_known_is_refused(name: str, content: str, message: str, tmp
     assert not (tmp_path / "ours.yaml").exists()
 
 
-NAMES = sorted(
-    {
-        name
-        for group in ("keys", "advice")
-        for text in other_trainers()[group].values()
-        for name in text.split()
-    }
-)
+TABLE = other_trainers()
+NAMES = sorted({*" ".join([*TABLE["keys"].values(), *(row["names"] for row in TABLE["advice"])]).split()})
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 LEAVES |= st.sampled_from(["auto", "dpo", "simpo", "stage3", "1.0", "$X", "a,b", "'", "a#3", "[x]"])
 INNER = st.sampled_from(["path", "type", "zero_optimization", "datasets", "data_files", "device", "weight"])

@@ -337,7 +337,7 @@ MISFITS = [
         "deepseek_v3",
         "model.adapter={r: 2}",
         "peft would adapt other layers",
-        "set model.adapter.target_modules=[",
+        "set 'model.adapter.target_modules=[",
     ),
 ]
 

@@ -10,6 +10,7 @@ from dpo_dist.data.counts import counts_in_one_line
 from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.files.folder import description_folder
 from dpo_dist.model.files.load import check_contents_at_hand
 from dpo_dist.tools.shared.records import Read, good_records
@@ -65,7 +66,8 @@ def check_model(
             "none of the first records can be used",
             where=key,
             got=f"{path}: {counts_in_one_line(dropped)}",
-            remedy=f"set sampling.max_new_tokens={room}: the model has {responder.longest} tokens in all"
+            remedy=Remedy.to_set(f"sampling.max_new_tokens={room}")
+            + f": the model has {responder.longest} tokens in all"
             if (room := _room(records, responder, data)) and "too_long_for_the_model" in dropped
             else "correct the records, or the keys of data; docs/data.md explains the reasons",
         )

@@ -6,6 +6,7 @@ from dpo_dist.config.rule import Rule, unused
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.config.verb_sections import PairsConfig
+from dpo_dist.foundation.remedies import Remedy
 
 JUDGES = "pairs.reward_model pairs.function pairs.endpoint.url"
 _HAS_ENDPOINT = "pairs.endpoint.url!=null"
@@ -25,14 +26,15 @@ def endpoint_rules(count: Callable[[RunConfig], int]) -> tuple[Rule, ...]:
         Rule(
             f"sampling.endpoint.model!=null sampling.endpoint.reload=null {_SERVED}",
             "several models cannot be served under one name",
-            "remove sampling.endpoint.model: each is asked under its own name; or set "
-            "sampling.endpoint.reload to a command that changes the weights",
+            Remedy.to_remove("sampling.endpoint.model")
+            + ": each is asked under its own name; or set sampling.endpoint.reload to a command that changes "
+            "the weights",
             lambda c: count(c) > 1,
         ),
         Rule(
             f"model.images!=null {_SERVED}",
             "a server gets prompts as tokens, without images",
-            "remove sampling.endpoint.url, or set model.images=null",
+            Remedy.to_remove("sampling.endpoint.url") + ", or set model.images=null",
         ),
     )
 

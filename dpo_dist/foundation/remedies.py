@@ -1,0 +1,120 @@
+"""What to do about an error: a sentence for people, and beside it the words by which a program does it."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+COMMAND_LINE = "command line"
+
+
+class Place(str):
+    """Where an error is, with the words of the command, or the key of a file, that it is about."""
+
+    words: tuple[str, ...] = ()
+
+
+class Typed(Place):
+    """The place of words of the command: `command line: loss.betta=1`."""
+
+    def __new__(cls, *words: str) -> Self:
+        """Return the place of these words."""
+        place = super().__new__(cls, f"{COMMAND_LINE}: {' '.join(words)}")
+        place.words = words
+        return place
+
+
+class InFile(Place):
+    """The place of a key in a file: `loss.betta in run.yaml`."""
+
+    def __new__(cls, key: str, file: object) -> Self:
+        """Return the place of a key."""
+        place = super().__new__(cls, f"{key} in {file}")
+        place.words = (key,)
+        return place
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What to do, as a sentence; beside it the words to write into the command and to remove from it.
+
+    `write`: words, each of which takes the place of the word with its key, or of what is removed. `remove`:
+    words or keys. `drops`: the words that the error is about are removed. `rename`: a wrong name in a word,
+    and the right one. Of alternatives in the sentence the first counts; what only the user knows is no word.
+    """
+
+    text: str
+    write: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
+    drops: bool = False
+    rename: tuple[str, str] | None = None
+
+    @classmethod
+    def to_write(cls, *words: str, verb: str = "write") -> Self:
+        """Return the remedy `write KEY=VALUE`, with quotes for a shell where words need them."""
+        return cls(f"{verb} {shlex.join(words)}", words)
+
+    @classmethod
+    def to_write_one_of(cls, words: Sequence[str], *, lead: str = "write") -> Self:
+        """Return the remedy `write KEY=VALUE or OTHER=VALUE`, of which a program writes the first."""
+        return cls(f"{lead} {' or '.join(map(shlex.quote, words))}", tuple(words[:1]))
+
+    @classmethod
+    def to_set(cls, *words: str) -> Self:
+        """Return the remedy `set KEY=VALUE`."""
+        return cls.to_write(*words, verb="set")
+
+    @classmethod
+    def to_remove(cls, *words: str) -> Self:
+        """Return the remedy `remove WORD`."""
+        return cls(f"remove {' '.join(words)}", remove=words)
+
+    @classmethod
+    def to_rename(cls, wrong: str, right: str) -> Self:
+        """Return the remedy `did you mean RIGHT?`, which stands in the place of WRONG."""
+        return cls(f"did you mean {right}?", rename=(wrong, right))
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __add__(self, more: str) -> Self:
+        """Return the remedy with more text, such as an alternative."""
+        return replace(self, text=self.text + more)
+
+    def words(self, about: Sequence[str], typed: Sequence[str]) -> dict[str, list[str]]:
+        """Return the words to `write` into a command and the words or keys to `remove` from it.
+
+        `about`: the words that the error is about, where it knows them; `typed`: those of the command.
+        """
+        write, remove = [*self.write], [*self.remove, *(about if self.drops else ())]
+        if self.rename is not None:
+            changed = {word: renamed for word in about or typed if (renamed := self._renamed(word)) != word}
+            if about:
+                write = [changed.get(word, word) for word in about]
+            else:  # the word is not known: the first that has the name
+                write, remove = [*changed.values()][:1], [*changed][:1]
+        keys = {key_of(word) for word in write}
+        if write:
+            remove += [word for word in about if "=" not in word or key_of(word) not in keys]
+        typed_keys = [key_of(word) for word in typed]  # the last word of a key wins: only the new one is kept
+        remove += [word for word in typed if key_of(word) in keys and typed_keys.count(key_of(word)) > 1]
+        remove += [key for group in _CHOSEN_BY for key in _CHOSEN_BY[group] if group in keys]
+        # A word that is shown with quotes or without its secret is not the one that was typed.
+        remove = [
+            word if word in typed or key_of(word) not in typed_keys else key_of(word) for word in remove
+        ]
+        return {"write": write, "remove": list(dict.fromkeys(remove))}
+
+    def _renamed(self, word: str) -> str:
+        wrong, right = self.rename or ("", "")
+        return re.sub(rf"(?<![\w.-]){re.escape(wrong)}(?![\w-])", lambda _: right, word)
+
+
+_CHOSEN_BY = {"loss": ("loss.kind", "loss.terms"), "reference": ("reference.mode",)}
+"""By the group of a preset: the keys that would win over a preset that is written."""
+
+
+def key_of(word: str) -> str:
+    """Return the key of a word of a command: `loss.beta=0.2`, `+experiment=qwen7b`."""
+    return word.partition("=")[0].lstrip("+")

@@ -1,0 +1,104 @@
+"""The words that an error gives to a program beside its sentence."""
+
+import shlex
+from typing import Any
+
+import pytest
+
+from dpo_dist.foundation.errors import DpoDistError
+from dpo_dist.foundation.remedies import InFile, Place, Remedy, Typed
+from tests.unit.config.support import error_of
+
+TYPED = ["model.path=./modle", "data.train=[{path: trian.jsonl, format: sharegpt}]"]
+TYPED += ["data.eval=held_out.jsonl"]
+# A remedy, where the error is; the words to write and to remove.
+# fmt: off
+REMEDIES = [
+    (Remedy.to_write("optim.lr=5e-6"), Typed("--learning_rate", "5e-6"), ["optim.lr=5e-6"],
+     ["--learning_rate", "5e-6"]),
+    (Remedy.to_write_one_of(["loss.terms=[{kind: sft}]", "loss=sft"]), Typed("loss.terms={kind: sft}"),
+     ["loss.terms=[{kind: sft}]"], []),
+    (Remedy.to_rename("loss.betta", "loss.beta"), Typed("loss.betta=0.2"), ["loss.beta=0.2"],
+     ["loss.betta=0.2"]),
+    (Remedy.to_rename("loss.betta", "loss.beta"), InFile("loss.betta", "run.yaml"), ["loss.beta"],
+     ["loss.betta"]),
+    (Remedy.to_rename("--confg-dir", "--config-dir"), Typed("--confg-dir", "x"), ["--config-dir", "x"],
+     ["--confg-dir", "x"]),
+    (Remedy("", ("loss.options.alpha=0.3", "loss=odpo")), Typed("alpha=0.3"),
+     ["loss.options.alpha=0.3", "loss=odpo"], ["alpha=0.3", "loss.kind", "loss.terms"]),
+    (Remedy.to_set("loss=kto"), "data.unpair, loss.kind", ["loss=kto"], ["loss.kind", "loss.terms"]),
+    (Remedy.to_remove("loss.options.gamma"), "loss.options.gamma, loss.kind", [], ["loss.options.gamma"]),
+    (Remedy("", drops=True), Typed("optim.lr=0"), [], ["optim.lr=0"]),
+    (Remedy("", drops=True), "data.train[0].limit", [], []),
+    (Remedy.to_rename("./modle", "./model"), "model.path", ["model.path=./model"], [TYPED[0]]),
+    (Remedy.to_rename("trian.jsonl", "train.jsonl"), "trian.jsonl",
+     [TYPED[1].replace("trian", "train")], [TYPED[1]]),
+    (Remedy("", ("train", "loss=orpo")), Typed("orpo"), ["train", "loss=orpo"],
+     ["orpo", "loss.kind", "loss.terms"]),
+    (Remedy("raise the weight, or remove the source"), "data.train[0]", [], []),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("remedy", "where", "write", "remove"), REMEDIES)
+def test_the_words_of_a_remedy(remedy: Remedy, where: str, write: list[str], remove: list[str]) -> None:
+    about = where.words if isinstance(where, Place) else ()
+    assert remedy.words(about, TYPED) == {"write": write, "remove": remove}
+
+
+def test_of_several_words_of_a_key_the_repaired_one_stays() -> None:
+    """The last one wins, so that a repair of the first would be without effect."""
+    typed = ["model.dtype=fp32", "model.dtype=float32", "loss=ipo"]
+    found = Remedy.to_write("model.dtype=fp32").words(["model.dtype=float32"], typed)
+    assert found == {"write": ["model.dtype=fp32"], "remove": typed[:2]}
+
+
+def test_a_word_that_is_shown_in_another_way_is_removed_by_its_key() -> None:
+    found = Remedy("", drops=True).words(['loss.beta="=0.2"'], ["loss.beta==0.2"])
+    assert found == {"write": [], "remove": ["loss.beta"]}
+
+
+RUN = "model.path=model model.dtype=fp32 tracking=off"
+WRONG = [
+    f"{RUN} data.train=[train.jsonl] loss.betta=0.2",
+    f"{RUN} data.train=[train.jsonl] max_steps=3 optim.schedule=cosin optim.lr=0 loss=ipoo pairs.limit=3",
+    f"{RUN} data.train=train.jsonl",
+    f"{RUN} 'data.train=[{{path: train.jsonl, format: sharegpt}}]'",
+    "--model_name_or_path model --dataset_name train.jsonl --learning_rate 5e-6 --report_to none --plot_loss",
+    f"{RUN} data.train=[train.jsonl] loss=ipo loss.options.gamma=1",
+    f"{RUN} data.train=[train.jsonl] data.unpair=true loss.kind=ipo model.attention=flash_attention_2",
+    f"{RUN} data.train=[train.jsonl] reference=adapter trainer.eval_every=5",
+    f"{RUN} data.train=[train.jsonl] loss.beta = 0.2",
+    f"{RUN} data.train=[train.jsonl] --confg-dir . loss.beta==0.2",
+]
+
+
+def words_of(typed: str, verb: str = "train") -> dict[str, Any]:
+    remedy: dict[str, Any] = error_of(typed, verb=verb, run=[]).as_dict(shlex.split(typed))["remedy"]
+    return remedy
+
+
+@pytest.mark.parametrize("typed", WRONG)
+def test_nothing_is_decided_by_the_programs_own_english(typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, init = words_of(typed), DpoDistError.__init__
+
+    def without_english(self: DpoDistError, message: str, **parts: Any) -> None:
+        init(self, f"x{hash(message)}", **parts)
+        self.advice = Remedy("x", *list(vars(self.advice).values())[1:])
+        self.expected = "x"
+
+    monkeypatch.setattr(DpoDistError, "__init__", without_english)
+    found = words_of(typed)
+    assert (found["write"], found["remove"]) == (right["write"], right["remove"])
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "'data.train=[{path: a.jsonl, images: ./img}]'",
+        "data.train=[a.jsonl] 'data.eval=[{path: b, weight: 2}]'",
+    ],
+)
+def test_a_fault_of_a_field_never_removes_the_data(typed: str) -> None:
+    found = words_of(f"model.path=model {typed}")
+    assert found["remove"] == [], found
