@@ -24,14 +24,13 @@ from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.pack import PackedBatch, copy_to_device
 from dpo_dist.batching.step_batch import RankBatch
 from dpo_dist.config.losses import NUMBERS, LossConfig, Weighting
+from dpo_dist.config.metrics import AUC, MISMATCH
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
 from dpo_dist.objective.losses import KINDS_WITH_FLOOR, BatchFacts, RunningMeans, log_ratios, loss_and_terms
 from dpo_dist.objective.metrics import (
-    AUC,
-    MISMATCH,
     CustomMetrics,
     MetricPlan,
     MetricSums,
