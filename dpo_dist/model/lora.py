@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
@@ -34,7 +33,7 @@ from dpo_dist.model.layers import (
     text_part,
     without_gradient,
 )
-from dpo_dist.model.library_internals import adapter_state, mark_as_adapted, set_adapter_state
+from dpo_dist.model.library_internals import adapter_state, mark_as_adapted, set_adapter_state, shards_loading
 from dpo_dist.model.packed import PackedCausalLM
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
         layer.set_adapter(TRAINED)
     _prepare_copies(causal_lm, start)
     _activate(model, TRAINED)
-    if is_deepspeed_zero3_enabled() or partly_used_blocks(causal_lm):
+    if shards_loading() or partly_used_blocks(causal_lm):
         # ZeRO-3 reduces the gradients of a leaf once the leaf's input has a gradient; if the input needed
         # none, ZeRO-3 would reduce the gradients before they are computed.
         # Not transformers' own method: it would also make frozen towers keep their activations.

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import tokenizers
 
+from dpo_dist.data.library_internals import with_backend
 from dpo_dist.data.records import Tokenizer, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError
 
@@ -146,9 +147,8 @@ def tokenize_texts(
 
 def _with_backend(tokenizer: Tokenizer, change: Callable[[dict[str, Any]], Any]) -> Tokenizer:
     """Return a copy with each object of the tokenizer's description changed."""
-    changed = copy.deepcopy(tokenizer)
-    described = json.loads(changed.backend_tokenizer.to_str(), object_hook=change)
-    changed._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(described))
+    described = json.loads(tokenizer.backend_tokenizer.to_str(), object_hook=change)
+    changed: Tokenizer = with_backend(tokenizer, json.dumps(described))
     return changed
 
 

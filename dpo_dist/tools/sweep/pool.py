@@ -51,14 +51,14 @@ def warm_up() -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import pyarrow  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: PLC0415
 
     import dpo_dist.tools.report.recorder  # noqa: PLC0415
     import dpo_dist.training.run  # noqa: F401, PLC0415
+    from dpo_dist.model.library_internals import fill_conversions  # noqa: PLC0415
     from dpo_dist.tools.shared.pages.render import TEMPLATES  # noqa: PLC0415
 
     pyarrow.array([0])  # imports pandas
-    get_checkpoint_conversion_mapping("")
+    fill_conversions()
     for name in ("base.jinja", "macros.jinja", "run.jinja", "svg.jinja"):
         TEMPLATES.get_template(name)
     Figure().savefig(BytesIO())
