@@ -233,11 +233,11 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
                 expected=f"all-linear, or a list of {', '.join(_last_parts(layers))}",
                 remedy="name existing layers; modules_to_save trains embeddings and output layer in full",
             )
-    meant = {name for target in targets for name in _meant(layers, target, for_images)}
-    return [name for name in layers if name in meant]
+    selected = {name for target in targets for name in _first_of_text(layers, target, for_images)}
+    return [name for name in layers if name in selected]
 
 
-def _meant(names: Iterable[str], ending: str, for_images: Container[str]) -> list[str]:
+def _first_of_text(names: Iterable[str], ending: str, for_images: Container[str]) -> list[str]:
     """Return the names with an ending: those of the text model, or if there are none, of parts for images."""
     found = [name for name in names if _matches(name, ending)]
     return [name for name in found if name not in for_images] or found
@@ -277,8 +277,10 @@ def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
                 expected=", ".join(_last_parts(plain)),
                 remedy="name modules that have unquantized weights of their own",
             )
-    meant = {name for ending in wanted for name in _meant(plain, ending, for_images)}
-    names = [name for name in plain if name in meant and not any(name.startswith(f"{one}.") for one in meant)]
+    selected = {name for ending in wanted for name in _first_of_text(plain, ending, for_images)}
+    names = [
+        name for name in plain if name in selected and not any(name.startswith(f"{one}.") for one in selected)
+    ]
     if len(shared := _tied_pair(causal_lm)) == 2 and len(set(names) & set(shared)) == 1:
         raise ConfigError(
             "two modules of this model share a weight, and only one of them is named for training in full",

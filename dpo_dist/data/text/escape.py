@@ -57,7 +57,7 @@ class Marks:
         """Return a text with a mark in place of each token of `pattern`, by default `in_text`."""
         return (pattern or self.in_text).sub(lambda match: self._marks[match[0]], text)
 
-    def mark_beside(self, value: Any, pattern: re.Pattern[str]) -> Any:
+    def mark_tokens(self, value: Any, pattern: re.Pattern[str]) -> Any:
         """Return a value with a mark beside each token of `pattern`, where a template still finds the token.
 
         The mark follows a token at the start of a text, and precedes any other token.
