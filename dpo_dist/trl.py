@@ -29,6 +29,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from dpo_dist import api
 from dpo_dist.config.load import from_yaml, load_run_config
+from dpo_dist.config.metrics import results_name
 from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.run_folder import RunFolder, best_checkpoint, checkpoint_folders
 from dpo_dist.config.schema import FinalModel, SourceConfig
@@ -48,7 +49,6 @@ from dpo_dist.tools.convert.unseen import (
     hooks,
     overrides,
 )
-from dpo_dist.tools.evaluation.results import results_name
 from dpo_dist.verbs import evaluate, export
 
 _EVENTS = ("on_init_end", "on_train_begin", "on_log", "on_evaluate", "on_save", "on_train_end")

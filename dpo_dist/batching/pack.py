@@ -173,6 +173,7 @@ def pack(
     ids = [np.concatenate((e.prompt_ids, ids[:-1])) for e in examples for ids in e.responses]
     positions = [np.arange(shared, shared + own) for _, shared, own in segments]
     responses = [response for example in examples for response in example.responses]
+    # A row ends before the response's last token, so its last len(response) tokens predict the response.
     predictors = [row[-len(response) :] for row, response in zip(rows, responses, strict=True)]
     mask = None
     if any(example.trained for example in examples):
@@ -206,6 +207,7 @@ def dummy_batch(dummy_image: ImageInput | None = None) -> PackedBatch:
     ids = np.zeros(1, dtype=np.int32)
     example, keys = Example(np.zeros(2, dtype=np.int32), (ids, ids)), np.empty((0, 2), dtype=np.uint64)
     batch = pack([example], keys, dummy_image=dummy_image)
+    # A gap of 1: losses take its logarithm, and 0 times an infinite loss is nan.
     return replace(batch, weights=torch.zeros(1), score_gaps=torch.ones(1))
 
 
@@ -248,6 +250,7 @@ def _ranking(counts: Sequence[int], is_good: npt.NDArray[np.bool_] | None) -> Te
     ranking = np.full((len(counts), max(2, *counts)), -1)
     start = 0
     for pair, count in enumerate(counts):
+        # The worst is second, where a pair has it: losses of pairs compare the two ends of a ranking.
         best, *others = range(start, start + count)
         ranking[pair, :count] = [best, *others[-1:], *others[:-1]]
         start += count

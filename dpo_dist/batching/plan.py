@@ -35,9 +35,9 @@ def consecutive_batches(
 
 Bins = npt.NDArray[np.int64]
 
-_CUTS = 8  # trials
-_IN_RUNS = 1.25  # examples of a bundle share more than this many times what all share
-_ROW_TRIALS = 12
+_CUT_TRIALS = 8  # halvings of the logarithm's range: of the largest of 1,000 sizes, 3 % are left open
+_MIN_EXTRA_SHARING = 1.25  # examples of a bundle share more than this many times what all share
+_ROW_TRIALS = 12  # halvings of the range of a capacity in tokens
 _LESS_PADDING = 0.9  # smaller micro-batches have to compute at most this share of the larger ones' tokens
 _ENOUGH_TOKENS = 2048  # of a micro-batch that keeps a device busy
 
@@ -131,8 +131,11 @@ def _fill_together(
         bins, number = assigned
         shares = shares_in_bins(sizes, costs, bins)
         is_above = np.bincount(bins, sizes.tokens - shares.memory) > budget
+        # One more micro-batch gathers all weights once more under ZeRO-3, which `costs` do not know.
         if number > plain[1] or (is_above & (np.bincount(bins) > 1)).any():
             return math.inf
+        # The ranks of a micro-batch wait for the costliest, and bins of similar cost are one micro-batch
+        # (`_assign_to_ranks`): of the sorted loads, each first of `world_size` is a micro-batch's time.
         loads = np.bincount(bins, sizes.costs - shares.time, world_size * number)
         return float(np.sort(loads)[::-1][::world_size].sum())
 
@@ -144,13 +147,14 @@ class _Chain:
 
     def __init__(self, sizes: ExampleSizes, shares: Shares, order: Counts, budget: int):
         tokens, saved = shares.tokens[order], np.stack((shares.memory, shares.time))[:, order]
-        # What every example shares is in each bin: the first one is as if another had it, too.
+        # Every bin computes the prefix that all examples share, so it is left out of all sizes and, by the
+        # callers, of the budget; the first example shares it, too, although no example is before it.
         if 0 < (least := saved[:, 1:].min(axis=1))[0] < budget:
             saved[:, 0] = least
         self._budget, self.common, self._saved = budget, int(saved[0, 0]), saved
         self._own = np.stack((sizes.tokens, sizes.costs))[:, order] - saved
         self._ends = np.insert(np.cumsum(self._own, axis=1), 0, 0, axis=1).tolist()
-        runs = np.append(np.flatnonzero(tokens <= _IN_RUNS * tokens[1:].min()), len(order))
+        runs = np.append(np.flatnonzero(tokens <= _MIN_EXTRA_SHARING * tokens[1:].min()), len(order))
         self._run_ends = np.repeat(runs[1:], np.diff(runs)).tolist()
 
     def bundle_sizes(self, starts: Sequence[int]) -> tuple[Counts, Costs]:
@@ -178,8 +182,8 @@ class _Chain:
         starts = self.cut()
         most = -(-len(starts) // world_size) * world_size
         low, high = self._ends[1][-1] / len(self._run_ends), self._ends[1][-1]
-        for _ in range(_CUTS):
-            cap = math.sqrt(low * high)
+        for _ in range(_CUT_TRIALS):
+            cap = math.sqrt(low * high)  # costs of examples range over orders of magnitude
             smaller = self.cut(cap)
             if len(smaller) > most:
                 low = cap
@@ -191,7 +195,8 @@ class _Chain:
 def _fill_fewest(tokens: Counts, costs: Costs, world_size: int, budget: int) -> tuple[Bins, int]:
     """Return the bin of each example, and the number of micro-batches, which is the fewest that has space."""
     tokens = np.minimum(tokens, budget)
-    # A bin has no space for two of more than half the budget.
+    # Bounds from below, so that a hopeless number is not tried: the sum, and that a bin has no space for two
+    # examples of more than half the budget.
     least = max(tokens.sum() / budget, np.count_nonzero(2 * tokens > budget))
     micro_batches = max(1, math.ceil(least / world_size))
     while True:
@@ -204,11 +209,13 @@ def _fill_fewest(tokens: Counts, costs: Costs, world_size: int, budget: int) -> 
 def _fill_evenly(
     tokens: Counts, costs: Costs, world_size: int, micro_batches: int, budget: int
 ) -> Bins | None:
-    """Assign each example, costliest first, to the bin of least cost that has space (LPT); None if none has.
+    """Assign each example, costliest first, to the bin of least cost that has space; None if none has.
 
     Bins of a micro-batch with a smaller target cost than the first start with the difference as load. All
     bins that would get an example before any of them gets a second one are filled in one iteration.
     """
+    # LPT (Graham 1969, doi:10.1137/0117045): where all have space, at most a third above the best. In runs of
+    # many examples, because a call of numpy takes as long for one example as for a hundred.
     target_costs = _target_costs(costs, world_size, micro_batches)
     loads = np.repeat(target_costs[0] - target_costs, world_size)
     free = np.full(world_size * micro_batches, budget)

@@ -24,14 +24,15 @@ def common_tokens(first: Row, second: Row) -> int:
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Places of examples in the order of the token ids of their records' first rows, and what these share.
+    """The order of examples by their token ids, and how many leading tokens neighbours in it share.
 
-    A first row is the prompt with the first response. Examples of one record have one place.
+    Records are sorted by their first row, the prompt with the first response; a record has one place in this
+    order, with all its examples. Kept on disk, so that a start does not sort the rows of millions of records.
     """
 
-    places: Counts  # [examples]
+    places: Counts  # [examples], the place of each example's record
     rows: Counts  # [examples], leading tokens of the record's first row with which the example begins
-    # [places + 1], leading tokens of a place and the one before, maybe more than `rows`; the last is 0.
+    # [places + 1], leading tokens that the first rows of a place and of the one before share; the last is 0.
     shared: npt.NDArray[np.int32]
 
     def select(self, indices: Counts) -> "Prefixes":
@@ -47,6 +48,8 @@ class Prefixes:
         """
         if not len(self.places):
             return np.zeros(0, dtype=np.int64)
+        # Two rows share what all neighbours between them share, as in the LCP array of a suffix array (Manber
+        # and Myers 1993): no token ids are read.
         edges = np.stack((self.places[:-1] + 1, self.places[1:] + 1), axis=1)
         common = np.minimum(self.rows[:-1], self.rows[1:])
         between = np.minimum.reduceat(self.shared, edges.ravel())[::2] if len(edges) else common

@@ -18,6 +18,14 @@ CUSTOM = "custom/"
 """Prefix of the names of `metrics.function`'s metrics."""
 TERMS = {kind: f"loss/terms/{kind}" for kind in LossKind}
 """The metric of each kind of loss that is a term of `loss.terms`."""
+AUC, MISMATCH = "rewards/auc", "loss/kl"
+"""Of labelled records: how often a good response has a higher reward than a bad one; mean log-ratio of
+mismatched responses, whose part above 0 is the z of `kto`."""
+EXCESS = "loss/excess"
+"""The loss minus the least that it can be with soft labels."""
+PERCENTS = (5, 25, 50, 75, 95)
+MARGIN_PERCENTILES = tuple(f"rewards/margins/p{percent:02}" for percent in PERCENTS)
+"""Metrics of evaluations: percentiles of the margin over pairs."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +66,15 @@ METRICS: Mapping[str, Metric] = {
         "accuracy", ACCURACY_CHART, best=_HIGHEST, by_group=True, is_share=True
     ),
     "rewards/margins": _pair_metric("margin", _MARGIN, best=_HIGHEST, by_group=True),
-    "rewards/auc": Metric(
-        "AUC", _digits(".3f"), best=_HIGHEST, by_group=True, is_share=True, chart=AUC_CHART
-    ),
+    AUC: Metric("AUC", _digits(".3f"), best=_HIGHEST, by_group=True, is_share=True, chart=AUC_CHART),
     **{
         name: Metric(f"loss term {kind}", _digits(".4f"), best=_LOWEST, chart=f"Loss term: {kind}")
         for kind, name in TERMS.items()
     },
-    "loss/excess": Metric(
+    EXCESS: Metric(
         "loss above its floor", _digits(".4f"), best=_LOWEST, chart="Loss above that of soft labels"
     ),
-    "loss/kl": Metric("mismatched log-ratio", unit="nats", chart="Log-ratio of mismatched responses"),
+    MISMATCH: Metric("mismatched log-ratio", unit="nats", chart="Log-ratio of mismatched responses"),
     "rewards/both_fall": _pair_metric("both fall", best=_LOWEST, is_share=True),
     "logps/chosen": _pair_metric("log-prob chosen", unit="nats"),
     "logps/rejected": _pair_metric("log-prob rejected", unit="nats"),
@@ -100,9 +106,22 @@ def find_metric(name: str) -> Metric:
     return METRICS.get(whole, Metric(name))
 
 
-ACCURACIES = ("rewards/accuracies", "rewards/auc")
+PAIR_METRICS = tuple(name for name, metric in METRICS.items() if metric.over_pairs)
+ENTROPIES = tuple(name for name, metric in METRICS.items() if metric.only_evaluated)
+"""Metrics that need the whole distribution of each token."""
+GROUP_METRICS = tuple(name for name, metric in METRICS.items() if metric.by_group)
+"""Metrics that are also reported for groups of pairs: sources and lengths."""
+ACCURACIES = ("rewards/accuracies", AUC)
 """How often the better response has the larger reward: in pairs, and in labelled records."""
 LOSS_METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
 """Beginnings of the names of metrics that cannot be compared between losses."""
 MAIN = ("loss", *ACCURACIES, "rewards/margins")
 """The metrics that tables, the terminal and the card show first, if the run has them."""
+
+ALL = "all"
+"""The key of the results of all pairs in an evaluation's file; those of a source have its label as key."""
+
+
+def results_name(label: str) -> str:
+    """Return the key of a source's results: its label, changed if it equals `ALL`."""
+    return f"{ALL} (source)" if label == ALL else label

@@ -162,7 +162,7 @@ Direction = StrEnum("Direction", ["highest", "lowest"])
 
 Every = Annotated[int, Field(strict=True, ge=2)]
 NO_MODEL = "-"
-"""The value of `model.path` for a verb that can work without a model, if none is given."""
+"""The default of a key that must be set; a verb that can work without a model gets it as `model.path`."""
 
 
 @schema

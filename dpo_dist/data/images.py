@@ -6,7 +6,6 @@ import io
 import json
 import math
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 
 from dpo_dist.batching.example import ImageInput
 from dpo_dist.config.schema import ImagesConfig
+from dpo_dist.data.library_internals import make_processor, processor_class
 from dpo_dist.data.records import Tokenizer, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.process import limited_memory
@@ -150,11 +150,7 @@ def image_processor(folder: Path, tokenizer: Tokenizer, images: ImagesConfig | N
 
 
 def _with_pillow(folder: Path, tokenizer: Tokenizer) -> tuple[Any, int]:
-    """Return the folder's processor, with Pillow in place of torchvision, and the id of its placeholders.
-
-    `AutoProcessor` would need torchvision, and for some classes a video processor, which only it has. Uses
-    undocumented parts of transformers (5.23).
-    """
+    """Return the folder's processor, with Pillow in place of torchvision, and the id of its placeholders."""
     from transformers import AutoConfig, AutoImageProcessor  # noqa: PLC0415  (slow)
     from transformers.image_processing_backends import PilBackend  # noqa: PLC0415
 
@@ -170,45 +166,16 @@ def _with_pillow(folder: Path, tokenizer: Tokenizer) -> tuple[Any, int]:
         image_processor = None
     if not isinstance(image_processor, PilBackend):
         raise _refused(folder, f"the image processor of {kind} has no version for Pillow")
-    parent = _processor_class(folder, config)
-    if parent is None:
+    chosen = processor_class(folder, kind)
+    if chosen is None:
         raise _refused(folder, f"transformers has no processor of {kind}")
-    accept = {"check_argument_for_proper_class": lambda *_arguments: object}
-    own: Any = type(parent.__name__, (parent,), accept)
     # Some processors add tokens to their tokenizer.
     parts = {"image_processor": image_processor, "tokenizer": copy.deepcopy(tokenizer)}
-    parameters, _ = own.get_processor_dict(folder)
-    processor = own.from_args_and_dict([parts.get(name) for name in own.get_attributes()], parameters)
+    processor = make_processor(folder, chosen, parts)
     if processor.image_token not in tokenizer.get_added_vocab():
         raise _refused(folder, f"the tokenizer has no token {processor.image_token!r} for images")
     processor.tokenizer = _OneAtATime(processor.tokenizer)
     return processor, int(config.image_token_id)
-
-
-def _processor_class(folder: Path, config: Any) -> Any:
-    """Return the class that `AutoProcessor` would choose; None if there is none."""
-    from transformers.models.auto.processing_auto import (  # noqa: PLC0415
-        PROCESSOR_MAPPING_NAMES,
-        processor_class_from_name,
-    )
-
-    name = PROCESSOR_MAPPING_NAMES.get(config.model_type)
-    for file in ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
-        if (folder / file).exists():
-            name = json.loads((folder / file).read_bytes()).get("processor_class") or name
-    if name != "PixtralProcessor":
-        return name and processor_class_from_name(name)
-    from transformers.models.pixtral import image_processing_pil_pixtral  # noqa: PLC0415
-
-    # Its module imports a function from a module that needs torchvision; the module for Pillow has it, too.
-    needed = image_processing_pil_pixtral.__name__.replace("_pil_", "_")
-    chosen = sys.modules.setdefault(needed, image_processing_pil_pixtral)
-    try:
-        from transformers.models.pixtral.processing_pixtral import PixtralProcessor  # noqa: PLC0415
-    finally:
-        if chosen is image_processing_pil_pixtral:
-            del sys.modules[needed]
-    return PixtralProcessor
 
 
 def _refused(folder: Path, cause: str) -> ConfigError:

@@ -3,13 +3,18 @@
 Records belong to the training or to the evaluation data by the hash of their prompt.
 """
 
+import base64
 import hashlib
 import itertools
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -22,8 +27,6 @@ from dpo_dist.foundation.types import Fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from dpo_dist.data.read.images import ImageFile
 
 FIRST_TURN, LAST_TURN = "\n\nHuman:", "\n\nAssistant:"
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -164,6 +167,106 @@ RawRecord: TypeAlias = tuple[Fields | BadRecord, Origin]
 Ranks: TypeAlias = tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class ImageFile:
+    """The file of an image: its content, or its name, looked up in `folders` in their order.
+
+    Wherever a link leads, the file must be below one of the folders. A name can be a base64 `data:` URI.
+    """
+
+    content: bytes | None = field(default=None, repr=False)
+    name: str = ""
+    folders: tuple[str, ...] = ()
+
+    def read(self) -> bytes:
+        """Return the content of the file. Raises UnusableRecordError: `image_unreadable`, with the cause."""
+        content = self.content
+        try:
+            if content is None and self.name.startswith("data:"):
+                content = base64.b64decode(self.name.partition(";base64,")[2], validate=True)
+            elif content is None:
+                with self._file().open("rb") as stream:
+                    content = stream.read(MAX_RECORD_BYTES + 1)
+        except (OSError, ValueError, RuntimeError) as fault:  # RuntimeError: links in a circle
+            raise UnusableRecordError("image_unreadable", f"{type(fault).__name__} for its file") from fault
+        if not 0 < len(content) <= MAX_RECORD_BYTES:
+            detail = (
+                f"a file of {len(content):,} bytes" if not content else f"over {MAX_RECORD_BYTES:,} bytes"
+            )
+            raise UnusableRecordError("image_unreadable", detail)
+        return content
+
+    @cached_property
+    def digest(self) -> bytes:
+        """16 bytes over the content of the file."""
+        return hashlib.blake2b(self.read(), digest_size=16).digest()
+
+    @property
+    def watched(self) -> dict[str, Any] | None:
+        """The name, the folders, and the file's state as it is read; None if the record has the content."""
+        if self.content is not None or self.name.startswith("data:"):
+            return None
+        state = f"{self._found()} {self._content_digest()}"  # in this order: it may change while it is read
+        return {"name": self.name, "folders": list(map(os.path.abspath, self.folders)), "state": state}
+
+    @property
+    def named(self) -> list[str]:
+        """The metadata of the file of this name in each folder, also of one that a look-up refuses."""
+        return [_metadata(os.path.join(folder, self._path)) for folder in self.folders]  # noqa: PTH118
+
+    def is_surely(self, state: str) -> bool:
+        """Return whether the file is that of a `state`, without a look-up that resolves all links.
+
+        Also if there is no file: its copy is stored.
+        """
+        return next(filter(None, self.named), "") in ("", state.partition(" ")[0])
+
+    def is_still(self, state: str) -> bool:
+        """Return whether the file has the content of a `state`, or there is none."""
+        metadata, _, digest = state.partition(" ")
+        return self._found() in ("", metadata) or self._content_digest() == digest
+
+    def _found(self) -> str:
+        try:
+            return _metadata(self._file())
+        except (UnusableRecordError, OSError, ValueError, RuntimeError):
+            return ""
+
+    def _content_digest(self) -> str:
+        try:
+            return self.digest.hex()
+        except UnusableRecordError:
+            return ""
+
+    @property
+    def _path(self) -> str:
+        return self.name.removeprefix("file://")
+
+    def _file(self) -> Path:
+        name = self._path
+        if "://" in name:
+            raise UnusableRecordError("image_unreadable", "a URL is not fetched")
+        roots = [Path(folder).resolve() for folder in self.folders]
+        files = [root / name for root in roots if (root / name).resolve().is_file()]
+        if allowed := [file for file in files if any(map(file.resolve().is_relative_to, roots))]:
+            return allowed[0]
+        what = "is outside the folders of images" if files else "does not exist"
+        raise UnusableRecordError("image_unreadable", f"the file {shown_key(Path(name).name)} {what}")
+
+
+def _metadata(file: str | Path) -> str:
+    """Return a text that changes if a file is changed or replaced, and sometimes if not; "" if it is absent.
+
+    The change time is included because a copy can keep the modification time and the size.
+    """
+    try:
+        status = os.stat(file)  # noqa: PTH116  (of millions of files: a Path takes longer than its state)
+    except (OSError, ValueError):
+        return ""
+    times = f"{status.st_mtime_ns}|{status.st_ctime_ns}"
+    return f"{status.st_dev}|{status.st_ino}|{status.st_size}|{times}" if S_ISREG(status.st_mode) else ""
+
+
 def readable(record: Record) -> Record:
     """Return a record whose images can all be read, else the reason why not."""
     try:
@@ -277,7 +380,7 @@ _HASH_BYTES = 8
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
 
 
-def prompt_hash(prompt: Prompt, images: Sequence["ImageFile"] = ()) -> int:
+def prompt_hash(prompt: Prompt, images: Sequence[ImageFile] = ()) -> int:
     """Return 64 bits of a hash over the images, and the roles and texts of a prompt, as they are seen.
 
     See docs/data.md. Raises UnusableRecordError: an image cannot be read.

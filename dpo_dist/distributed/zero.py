@@ -13,11 +13,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
-from transformers.integrations.deepspeed import (
-    HfDeepSpeedConfig,
-    is_deepspeed_zero3_enabled,
-    set_hf_deepspeed_config,
-)
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.optim import OptimConfig, OptimizerKind
@@ -53,6 +48,7 @@ from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.layers import decoder_layers, join_gradients, partly_used_blocks, without_gradient
+from dpo_dist.model.library_internals import sharded_by, shards_loading
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic
@@ -78,15 +74,11 @@ def unsharded_loading(world: World) -> contextlib.AbstractContextManager[None]:
     return sharded_loading(world, {"zero_optimization": {"stage": 0}})
 
 
-@contextlib.contextmanager
-def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[None]:
+def sharded_loading(
+    world: World, deepspeed_config: dict[str, Any]
+) -> contextlib.AbstractContextManager[None]:
     """Inside the block, make transformers shard weights by this configuration, not by the policy's own."""
-    inner = HfDeepSpeedConfig(deepspeed_config)  # bound to a name: transformers has only a weak reference
-    try:
-        yield
-    finally:
-        del inner
-        set_hf_deepspeed_config(world.accelerator.state.deepspeed_plugin.dschf)
+    return sharded_by(deepspeed_config, world.accelerator.state.deepspeed_plugin.dschf)
 
 
 class Engine:
@@ -167,7 +159,7 @@ class FrozenEngine(Engine):
         self._engine.destroy()
         _empty_module(self.model)
         del self._engine
-        if not is_deepspeed_zero3_enabled():  # the policy is not sharded
+        if not shards_loading():  # the policy is not sharded
             restore_linear()
         return_memory()
 

@@ -246,6 +246,8 @@ class StartCheck:
     def _difference(self, tried: Tensor) -> str:
         """Return how much log-probs differ from the plain ones; empty if rounding explains it."""
         differences = (tried - self._plain).abs()
+        # In 16 bits, single tokens of an exact model move by a tenth of a nat with the shape of the batch, so
+        # that only their mean tells rounding from a fault.
         largest, mean = float(differences.max()), float(differences.mean())
         is_rounding = largest <= self._exact if self._is_float32 else mean <= self._rounding
         return (
@@ -259,6 +261,7 @@ class StartCheck:
         other = replace(example, responses=(first[::-1].copy(), second))
         # The prompt predicts the second response's first token, so that token is left out.
         near = slice(len(first) + min(1, len(second) - 1), len(first) + min(1 + _TOKENS_AFTER, len(second)))
+        # The median: rounding may send one token to another expert, which would decide the mean.
         effect, repeated = (
             float((self._scores(batch) - self._tried)[near].abs().median())
             for batch in (_packed([other, *self._examples[1:]]), self._batch)
@@ -289,6 +292,7 @@ class StartCheck:
 
     def _used(self, batch: PackedBatch) -> set[nn.Parameter]:
         """Return the weights that get a gradient from a batch's log-probs."""
+        # Read off the graph: a backward would need memory for all gradients.
         with torch.enable_grad():
             logps = self._score(batch.to(self._device))
         seen, used, waiting = set(), set(), [logps.grad_fn]
@@ -305,6 +309,8 @@ class StartCheck:
 @contextlib.contextmanager
 def _rounded_once_more(causal_lm: nn.Module) -> Iterator[None]:
     """Inside the block, change embeddings at random by up to one rounding error of their dtype."""
+    # How much a model amplifies rounding is its own: another order of sums can change log-probs by what one
+    # more rounding of its first values changes, so the limits are multiples of this.
     generator = torch.Generator().manual_seed(0)
 
     def change(_module: Any, _inputs: Any, embedded: Tensor) -> Tensor:

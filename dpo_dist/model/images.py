@@ -161,7 +161,7 @@ class EncodedImages:
             inputs["position_ids"] = copy_to_device(input_ids.device, padded.numpy())
         return inputs | self.reader.row_kinds(input_ids)
 
-    def touch(self, predicting: Tensor) -> Tensor:
+    def with_dummy_gradient(self, predicting: Tensor) -> Tensor:
         """Return `predicting` plus 0 times the features of a dummy, so that the encoder gets a gradient.
 
         The sum is in float32: in fp16 it can be infinite, and 0 times infinity is NaN.

@@ -1,4 +1,4 @@
-"""Undocumented parts of transformers, peft and Liger; no other file uses them.
+"""Undocumented parts of transformers, peft and Liger that models need; no other file uses them.
 
 tests/unit/model/test_library_internals.py calls the functions below on the real libraries, and fails if a new
 version changes one of these parts.
@@ -11,11 +11,31 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import Transpose, WeightRenaming, rename_source_key
 from transformers.integrations import deepspeed
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
 # ---- transformers: loading ----
+
+
+def shards_loading() -> bool:
+    """Return whether transformers shards the weights that it makes or loads, by ZeRO-3."""
+    return bool(deepspeed.is_deepspeed_zero3_enabled())
+
+
+@contextlib.contextmanager
+def sharded_by(inside: Mapping[str, Any], after: Any) -> Iterator[None]:
+    """Make transformers shard weights by DeepSpeed's configuration `inside` in the block.
+
+    `after`: the `HfDeepSpeedConfig` that decides after the block.
+    """
+    bound = deepspeed.HfDeepSpeedConfig(inside)  # transformers has only a weak reference to it
+    try:
+        yield
+    finally:
+        del bound
+        deepspeed.set_hf_deepspeed_config(after)
 
 
 @contextlib.contextmanager
@@ -65,6 +85,11 @@ def name_in_model(causal_lm: Any) -> Callable[[str], str]:
 def ignored_patterns(causal_lm: Any) -> Sequence[str]:
     """Return the patterns of names in weight files that a model's class ignores on purpose."""
     return tuple(type(causal_lm)._keys_to_ignore_on_load_unexpected or ())
+
+
+def fill_conversions() -> None:
+    """Make the table of renamed weights, which transformers makes at its first use and keeps."""
+    get_checkpoint_conversion_mapping("")
 
 
 # ---- transformers: attention and checkpointing ----

@@ -1,18 +1,19 @@
-"""LoRA adapters on the linear layers of a loaded model (arXiv:2106.09685), by peft."""
+"""LoRA adapters on the linear layers of a loaded model (arXiv:2106.09685), by peft.
 
+peft is imported inside of functions: it imports bitsandbytes, which takes as long as torch, and most models
+have no adapter.
+"""
+
+import sys
 import warnings
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
@@ -33,8 +34,13 @@ from dpo_dist.model.layers import (
     text_part,
     without_gradient,
 )
-from dpo_dist.model.library_internals import adapter_state, mark_as_adapted, set_adapter_state
+from dpo_dist.model.library_internals import adapter_state, mark_as_adapted, set_adapter_state, shards_loading
 from dpo_dist.model.packed import PackedCausalLM
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
 
 TRAINED = "default"
 """The name of the trained adapter in a model."""
@@ -63,7 +69,7 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
         layer.set_adapter(TRAINED)
     _prepare_copies(causal_lm, start)
     _activate(model, TRAINED)
-    if is_deepspeed_zero3_enabled() or partly_used_blocks(causal_lm):
+    if shards_loading() or partly_used_blocks(causal_lm):
         # ZeRO-3 reduces the gradients of a leaf once the leaf's input has a gradient; if the input needed
         # none, ZeRO-3 would reduce the gradients before they are computed.
         # Not transformers' own method: it would also make frozen towers keep their activations.
@@ -82,7 +88,9 @@ def load_adapter(model: PackedCausalLM, folder: Path, key: str = "evaluation.mod
     add_saved(model.causal_lm, folder, TRAINED, key)
 
 
-def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> LoraConfig:
+def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> "LoraConfig":
+    from peft import LoraConfig  # noqa: PLC0415
+
     targets = target_layers(causal_lm, adapter)
     lora = LoraConfig(
         r=adapter.r,
@@ -101,7 +109,7 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> LoraConfig:
             _inject(causal_lm, lora, TRAINED)
         except ValueError as error:  # `out_proj` in state-space models: their kernels would skip an adapter
             fault = first_line(error)
-    adapted = {name for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}
+    adapted = _adapted_names(causal_lm)
     # If experts were linear layers before transformers 5, peft reads `gate_proj` as a name of fused experts.
     differing = adapted ^ set(targets)
     if fault or differing:
@@ -119,8 +127,15 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> LoraConfig:
     return lora
 
 
-def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
+def _adapted_names(causal_lm: Any) -> set[str]:
+    adapted = set(adapted_layers(causal_lm))
+    return {name for name, module in causal_lm.named_modules() if module in adapted}
+
+
+def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> "LoraConfig":
     """Add the adapter in a folder to the model as `name`, and return its peft configuration."""
+    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict  # noqa: PLC0415
+
     try:
         lora = LoraConfig.from_pretrained(folder)
         lora.inference_mode, lora.lora_dropout, lora.init_lora_weights = True, 0.0, True
@@ -130,8 +145,7 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
             lora.target_modules = set(modules_on_disk(folder)[0])
         _inject(causal_lm, lora, name)
         if next(causal_lm.parameters()).is_meta:  # only its shapes are used
-            adapted = {layer for layer, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}
-            if unknown := sorted(set(modules_on_disk(folder)[0]) - adapted):
+            if unknown := sorted(set(modules_on_disk(folder)[0]) - _adapted_names(causal_lm)):
                 raise LookupError(f"no linear layers {', '.join(unknown[:3])} ({len(unknown)} in all)")
             return lora
         # For modules trained in full, peft expects the names that they had before it wrapped them.
@@ -144,7 +158,7 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
     except Exception as error:  # peft can raise anything
         reason = " ".join(str(error).split())[:200]  # torch's first line only announces the others
         raise _foreign_adapter(causal_lm, folder, f"{type(error).__name__}: {reason}", key) from error
-    if isinstance(causal_lm.get_output_embeddings(), LoraLayer):
+    if causal_lm.get_output_embeddings() in adapted_layers(causal_lm):
         raise _foreign_adapter(causal_lm, folder, "matrices on the output layer", key, MERGE)
     unset = [
         missing
@@ -173,11 +187,13 @@ def _foreign_adapter(causal_lm: Any, folder: Path, got: str, key: str, merge: st
     )
 
 
-def _inject(causal_lm: Any, lora: LoraConfig, name: str) -> None:
+def _inject(causal_lm: Any, lora: "LoraConfig", name: str) -> None:
     """Add an adapter to a transformers model and activate it in all low-rank layers.
 
     transformers' `add_adapter` fails if another adapter trains modules in full that this one does not.
     """
+    from peft import inject_adapter_in_model  # noqa: PLC0415
+
     mark_as_adapted(causal_lm)
     with warnings.catch_warnings():
         # `_prepare_copies` handles tied embeddings and output layer, which peft warns about.
@@ -218,11 +234,11 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
                 expected=f"all-linear, or a list of {', '.join(_last_parts(layers))}",
                 remedy="name existing layers; modules_to_save trains embeddings and output layer in full",
             )
-    meant = {name for target in targets for name in _meant(layers, target, for_images)}
-    return [name for name in layers if name in meant]
+    selected = {name for target in targets for name in _first_of_text(layers, target, for_images)}
+    return [name for name in layers if name in selected]
 
 
-def _meant(names: Iterable[str], ending: str, for_images: Container[str]) -> list[str]:
+def _first_of_text(names: Iterable[str], ending: str, for_images: Container[str]) -> list[str]:
     """Return the names with an ending: those of the text model, or if there are none, of parts for images."""
     found = [name for name in names if _matches(name, ending)]
     return [name for name in found if name not in for_images] or found
@@ -262,8 +278,10 @@ def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
                 expected=", ".join(_last_parts(plain)),
                 remedy="name modules that have unquantized weights of their own",
             )
-    meant = {name for ending in wanted for name in _meant(plain, ending, for_images)}
-    names = [name for name in plain if name in meant and not any(name.startswith(f"{one}.") for one in meant)]
+    selected = {name for ending in wanted for name in _first_of_text(plain, ending, for_images)}
+    names = [
+        name for name in plain if name in selected and not any(name.startswith(f"{one}.") for one in selected)
+    ]
     if len(shared := _tied_pair(causal_lm)) == 2 and len(set(names) & set(shared)) == 1:
         raise ConfigError(
             "two modules of this model share a weight, and only one of them is named for training in full",
@@ -278,7 +296,8 @@ def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
 def _tied_pair(causal_lm: Any) -> tuple[str, ...]:
     """Return the names of embeddings and output layer if the base ties them, else an empty tuple."""
     pair = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    bases = (layer.original_module if isinstance(layer, ModulesToSaveWrapper) else layer for layer in pair)
+    wrappers = saved_modules(causal_lm).values()
+    bases = (layer.original_module if layer in wrappers else layer for layer in pair)
     first, second = (getattr(base, "weight", None) for base in bases)
     if first is None or first is not second:
         return ()
@@ -286,12 +305,16 @@ def _tied_pair(causal_lm: Any) -> tuple[str, ...]:
     return tuple(names[module] for module in pair)
 
 
-def adapted_layers(model: nn.Module) -> list[LoraLayer]:
+def adapted_layers(model: nn.Module) -> "list[LoraLayer]":
     """Return the layers that have an adapter."""
+    if "peft" not in sys.modules:  # then no layer is peft's
+        return []
+    from peft.tuners.lora import LoraLayer  # noqa: PLC0415
+
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-def active_adapters(layers: Iterable[LoraLayer]) -> frozenset[str]:
+def active_adapters(layers: "Iterable[LoraLayer]") -> frozenset[str]:
     """Return the names of the adapters that a forward uses in `layers` (see `adapted_layers`)."""
     return frozenset(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters)
 
@@ -323,8 +346,10 @@ def _switchable(model: nn.Module) -> list[tuple[Any, list[str]]]:
     ]
 
 
-def saved_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+def saved_modules(model: nn.Module) -> "dict[str, ModulesToSaveWrapper]":
     """Return the modules that have trained copies, by name."""
+    from peft.utils import ModulesToSaveWrapper  # noqa: PLC0415
+
     return {
         name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)
     }

@@ -212,7 +212,9 @@ class PackedCausalLM(nn.Module):
         else:
             outputs = self._one_by_one(rows, batch, encoded, with_routing)
             weights = outputs.predicting.new_full((sum(rows.lengths),), is_example, dtype=torch.float32)
-        predicting = outputs.predicting if encoded is None else encoded.touch(outputs.predicting)
+        predicting = (
+            outputs.predicting if encoded is None else encoded.with_dummy_gradient(outputs.predicting)
+        )
         logps = self._logps(predicting, batch.targets, statistics)
         return (logps, self._routing(outputs, weights)) if with_routing else logps
 
@@ -245,7 +247,9 @@ class PackedCausalLM(nn.Module):
             packed_positions=positions,
             **inputs,
         ).select(predictors)
-        predicting = outputs.predicting if encoded is None else encoded.touch(outputs.predicting)
+        predicting = (
+            outputs.predicting if encoded is None else encoded.with_dummy_gradient(outputs.predicting)
+        )
         logps = self._logps(predicting, targets, statistics)
         if share is None:
             return (logps, self._routing(outputs, repeats)) if with_routing else logps

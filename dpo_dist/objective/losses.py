@@ -55,7 +55,7 @@ class RunningMeans:
         return config.beta * (1 + config.options_of(BetaDpoOptions).alpha * (mean_margin - start))
 
     def after(self, config: LossConfig, mean_margin: float, mean_reward: float, pairs: int) -> "RunningMeans":
-        """Return the means after one more step, given its means of `b h` and `b D`."""
+        """Return the means after one more step, given its means of `b h` and of the pairs' rewards."""
         kept = config.options_of(BetaDpoOptions).momentum
         before = mean_margin if self.margin is None else self.margin
         total = self.pairs + pairs
@@ -165,6 +165,8 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
             chosen, rejected = beta * ratios.chosen, beta * ratios.rejected
             return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
         case LossKind.bco_pair:  # Jung et al. 2024, arXiv 2404.04656
+            # The paper's moving average of rewards, here their mean over the steps before: with this step's
+            # own rewards, a pair's loss would depend on the other pairs.
             shift = facts.running.reward if config.has_running_reward else 0.0
             return -logsigmoid(beta * ratios.chosen - shift) - logsigmoid(shift - beta * ratios.rejected)
         case LossKind.sppo_hard:  # Wu et al. 2024, arXiv 2405.00675
@@ -201,12 +203,16 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
             weight = config.options_of(OrpoOptions).odds_weight
             return -policy.mean_chosen - weight * logsigmoid(log_odds_ratio)
         case LossKind.cpo:  # Xu et al. 2024, arXiv 2401.08417
+            # The paper's negative log-likelihood is of the response; here of a token of it, as in TRL.
             preference = -logsigmoid(_minus_margin(facts, beta * policy.margin))
             return preference - config.options_of(CpoOptions).nll_weight * policy.mean_chosen
         case LossKind.sft:
             chosen = policy.chosen if policy.whole_chosen is None else policy.whole_chosen
+            # Divided by the batch's mean length, not by each response's own: the mean over pairs is then the
+            # mean over tokens, as in supervised fine-tuning.
             tokens = facts.mean_chosen_tokens
             return -chosen / (policy.chosen_tokens.mean() if tokens is None else tokens)
+        # Sorted over the global batch: TRL sorts each micro-batch, whose size would change the loss (law L1).
         case LossKind.aot:  # Melnyk et al. 2024, arXiv 2406.05882
             return _smoothed(beta * _sorted_difference(policy.margin, reference.margin), smoothing)
         case LossKind.aot_unpaired:  # Melnyk et al. 2024, arXiv 2406.05882, for unpaired data
@@ -220,6 +226,8 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
         case LossKind.kto:  # Ethayarajh et al. 2024, arXiv 2402.01306, equation 7
             if facts.mismatch is None:
                 raise ValueError("loss kind kto needs the log-ratio of mismatched responses")
+            # z estimates a KL divergence, which is not negative; of the global batch, where TRL takes each
+            # micro-batch (law L1).
             return _labelled(ratios, config, relu(facts.mismatch))
         case LossKind.apo_zero_unpaired:  # D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 7
             return _labelled(ratios, config, 0.0)

@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.losses import LossConfig, LossKind
-from dpo_dist.config.metrics import CUSTOM, METRICS, TERMS
+from dpo_dist.config.metrics import (
+    AUC,
+    CUSTOM,
+    ENTROPIES,
+    EXCESS,
+    GROUP_METRICS,
+    MARGIN_PERCENTILES,
+    MISMATCH,
+    PAIR_METRICS,
+    PERCENTS,
+    TERMS,
+)
 from dpo_dist.config.user_code import METRICS_FUNCTION, user_function
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
@@ -31,20 +42,10 @@ from dpo_dist.objective.losses import (
 )
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
 
-PAIR_METRICS = tuple(name for name, metric in METRICS.items() if metric.over_pairs)
-ENTROPIES = tuple(name for name, metric in METRICS.items() if metric.only_evaluated)
-"""Metrics that need the whole distribution of each token."""
-GROUP_METRICS = tuple(name for name, metric in METRICS.items() if metric.by_group)
-"""Metrics that are also reported for groups of pairs: sources and lengths."""
 BUCKETS = ("1-63", "64-127", "128-255", "256-511", "512-1023", "1024-")
 """Tokens of the longer response of a pair, for metrics by length: `<metric>_by_length/<bucket>`."""
 LENGTH_BORDERS = (64, 128, 256, 512, 1024)
 """Smallest length of each bucket after the first."""
-AUC, MISMATCH = "rewards/auc", "loss/kl"
-"""Of labelled records: how often a good response has a higher reward than a bad one; mean log-ratio of
-mismatched responses, whose part above 0 is the z of `kto`."""
-EXCESS = "loss/excess"
-"""The loss minus its `floors`."""
 BATCH_MARGIN = "loss/margin"
 """Mean of `b h`, reported if the loss depends on it."""
 BATCH_REWARD = "loss/reward"
@@ -371,9 +372,6 @@ def length_members(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 PairColumn = npt.NDArray[np.float32]
 """A value of each pair: float32 [pairs]."""
-_PERCENTS = (5, 25, 50, 75, 95)
-MARGIN_PERCENTILES = tuple(f"rewards/margins/p{percent:02}" for percent in _PERCENTS)
-"""Metrics of evaluations: percentiles of the margin over pairs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -412,7 +410,7 @@ class PairValues:
 
     def margin_percentiles(self) -> dict[str, float]:
         """Return `MARGIN_PERCENTILES`, interpolated between neighbours."""
-        values = np.percentile(self.margin.astype(np.float64), _PERCENTS)
+        values = np.percentile(self.margin.astype(np.float64), PERCENTS)
         return dict(zip(MARGIN_PERCENTILES, values.tolist(), strict=True))
 
     def auc_by_source(self, labels: Sequence[str], numbers: npt.NDArray[np.integer[Any]]) -> dict[str, float]:

@@ -223,7 +223,7 @@ class LogpStore:
         self.damaged = {name for name, shard in opened if shard is None}
         self.shards = [name for name in names if name not in self.damaged]
         self._index = open_index(self.folder, self.shards, self._read_entries)
-        self._doubtful = {number for number, name in enumerate(self.shards) if name in unknown}
+        self._unverified = {number for number, name in enumerate(self.shards) if name in unknown}
         # Now, so that a job continues when its fingerprint is dropped.
         self._contents = [_map_file(root / name) for name in self.shards]
 
@@ -311,11 +311,11 @@ class LogpStore:
         """
         entries, stops = self._index.locate(keys)
         found: npt.NDArray[np.bool_] = entries < stops
-        if self._doubtful:
+        if self._unverified:
             which = np.flatnonzero(found)
             shards = self._index.shards[entries[which]]
-            self._verify(sorted(self._doubtful.intersection(np.unique(shards).tolist())))
-            rest = which[np.isin(shards, [*self._doubtful])]
+            self._verify(sorted(self._unverified.intersection(np.unique(shards).tolist())))
+            rest = which[np.isin(shards, [*self._unverified])]
             found[rest] = [values is not None for values in self._find(keys[rest])]
         return found
 
@@ -328,7 +328,7 @@ class LogpStore:
 
         with ThreadPoolExecutor(_THREADS) as pool:
             whole = {number for number, good in zip(shards, pool.map(is_whole, shards), strict=True) if good}
-        self._doubtful -= whole
+        self._unverified -= whole
         self.damaged.update(self.shards[number] for number in whole.symmetric_difference(shards))
         self.remember(self.shards[number] for number in whole)
 

@@ -4,9 +4,10 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
+if TYPE_CHECKING:  # pages of runs read the names below, and need no torch
+    import torch
 
 Phase = Literal["data", "reference", "forward", "backward", "optimizer", "checkpoint", "other"]
 PHASES: tuple[Phase, ...] = get_args(Phase)  # of a step, with the key `time/<phase>` in a metrics row
@@ -22,7 +23,7 @@ class StepClock:
     includes time that the device waits for the host. Elsewhere the host's clock times the phases.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: "torch.device"):
         self._started = time.monotonic()
         self._on_cuda = device.type == "cuda"
         self._phases: list[Phase] = []
@@ -32,6 +33,8 @@ class StepClock:
         """Start `phase`, which lasts until the next call; never waits for the device."""
         self._phases.append(phase)
         if self._on_cuda:
+            import torch  # noqa: PLC0415
+
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             self._starts.append(event)

@@ -121,7 +121,7 @@ class Reference:
     """A run's reference: where its log-probs come from, and the report about them."""
 
     provider: ReferenceProvider
-    is_policys_start: bool  # same model, same precision: before step 0, both give the same log-probs
+    is_start_of_policy: bool  # same model, same precision: before step 0, both give the same log-probs
     report: dict[str, Any]  # the section `reference` of summary.json
 
 

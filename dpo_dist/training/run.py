@@ -242,7 +242,7 @@ def _set_up(
         checkpoints.resume(checkpoint.folder, position.best_step)
     else:
         position, report = Position(), reference.report
-        if reference.is_policys_start:
+        if reference.is_start_of_policy:
             policy.train(False)
             with run.console.heartbeat("comparing the log-probs of policy and reference"):
                 drift = check_drift(run, policy.token_logps, objective, *inputs.datasets_to_score[0], costs)
@@ -263,7 +263,7 @@ def _set_up(
         costs=costs,
         policy=policy,
         objective=objective,
-        start_is_known=reference.is_policys_start and config.loss.weighting is not Weighting.wpo,
+        starts_as_reference=reference.is_start_of_policy and config.loss.weighting is not Weighting.wpo,
         peak=peak,
         recorder=_open_recorder(run, position, reporting),
         samples=samples,

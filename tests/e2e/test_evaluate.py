@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.objective.metrics import MARGIN_PERCENTILES
+from dpo_dist.config.metrics import MARGIN_PERCENTILES
 from tests.e2e.conftest import Overrides, last_evaluation
 from tests.support.invented import write_pairs
 from tests.support.launch import run_state, run_verb, train

@@ -12,8 +12,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from dpo_dist.config.schema import ImagesConfig
 from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.read.images import ImageFile
-from dpo_dist.data.records import IMAGE, Message, Origin, PreferenceRecord
+from dpo_dist.data.records import IMAGE, ImageFile, Message, Origin, PreferenceRecord
 from tests.support.tiny import _byte_level
 
 TEMPLATE = (

@@ -47,7 +47,7 @@ def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceData
 
 
 def _write_partners(dataset: PreferenceDataset, max_length: int, columns: Columns) -> TableFacts:
-    """Append the columns of the examples with their partners, of those that are other than without."""
+    """Append the columns that partners change, with the examples' own values and their partners'."""
     stops = np.cumsum(dataset.source_pairs)
     partner = np.concatenate(
         [

@@ -22,9 +22,8 @@ import pyarrow.compute as pc
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
 from dpo_dist.data.encoded.order import ORDER_SCHEMA, order_by_ids
-from dpo_dist.data.read.images import ImageFile
 from dpo_dist.data.read.sources import root_of
-from dpo_dist.data.records import BadRecord, Origin
+from dpo_dist.data.records import BadRecord, ImageFile, Origin
 from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import MEMO_FOLDER, locked, recall, remember, text_digest

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import tokenizers
 
+from dpo_dist.data.library_internals import with_backend
 from dpo_dist.data.records import Tokenizer, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError
 
@@ -56,7 +57,7 @@ class Marks:
         """Return a text with a mark in place of each token of `pattern`, by default `in_text`."""
         return (pattern or self.in_text).sub(lambda match: self._marks[match[0]], text)
 
-    def mark_beside(self, value: Any, pattern: re.Pattern[str]) -> Any:
+    def mark_tokens(self, value: Any, pattern: re.Pattern[str]) -> Any:
         """Return a value with a mark beside each token of `pattern`, where a template still finds the token.
 
         The mark follows a token at the start of a text, and precedes any other token.
@@ -146,9 +147,8 @@ def tokenize_texts(
 
 def _with_backend(tokenizer: Tokenizer, change: Callable[[dict[str, Any]], Any]) -> Tokenizer:
     """Return a copy with each object of the tokenizer's description changed."""
-    changed = copy.deepcopy(tokenizer)
-    described = json.loads(changed.backend_tokenizer.to_str(), object_hook=change)
-    changed._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(described))
+    described = json.loads(tokenizer.backend_tokenizer.to_str(), object_hook=change)
+    changed: Tokenizer = with_backend(tokenizer, json.dumps(described))
     return changed
 
 

@@ -270,11 +270,11 @@ class ChatRenderer:
         # The model does not write the tags around calls and names as text: the template does.
         marks = self._marks
         patterns = ((name, marks.in_response if name in _TEXTS else marks.anywhere) for name in fields)
-        return fields, {name: marks.mark_beside(fields[name], pattern) for name, pattern in patterns}
+        return fields, {name: marks.mark_tokens(fields[name], pattern) for name, pattern in patterns}
 
     def data(self, values: Fields) -> Forms:
         """Return tools or arguments in the template's form."""
-        return values, self._marks.mark_beside(values, self._marks.anywhere)
+        return values, self._marks.mark_tokens(values, self._marks.anywhere)
 
     def render(self, turns: Turns, context: Forms = NO_CONTEXT, *, generation: bool = False) -> str:
         """Render a conversation, escaped; `context` are tools and arguments of the template, of `data`.

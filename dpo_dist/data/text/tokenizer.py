@@ -34,7 +34,7 @@ class TokenizerFacts:
         named = {token for token in tags if token in (chat_template or "")}  # of tool calls, for example
         self.marks = Marks(special, named | set(THOUGHT_TAGS).intersection(added))
         self._special = self.marks.in_text
-        self._unspoken = any_of({*special, *THOUGHT_TAGS})
+        self._markup = any_of({*special, *THOUGHT_TAGS})
         unbroken = {token for token in {*added, *special, *THOUGHT_TAGS} if not token.isspace()}
         self._whole, self._longest = any_of(unbroken), max(map(len, unbroken))
         self.encoder = EscapedEncoder(tokenizer, self.marks, any_of({*added, *special}))
@@ -154,7 +154,7 @@ class TokenizerFacts:
     def is_blank(self, turn: str) -> bool:
         """Return whether a rendered turn has only the text that the template writes around a content."""
         assert self.chat is not None
-        text, blank = ("".join(self._unspoken.sub("", part).split()) for part in (turn, self.chat.empty_turn))
+        text, blank = ("".join(self._markup.sub("", part).split()) for part in (turn, self.chat.empty_turn))
         return text in ("", blank)
 
     def end_of_rendered(self, turn: str, after: str) -> int:

@@ -1,4 +1,8 @@
-"""This rank's slices of weights and optimizer states: find them, copy them to host memory, write them."""
+"""This rank's slices of weights and optimizer states: find them, copy them to host memory, write them.
+
+Not DeepSpeed's own checkpoints: these are pickles, and those of ZeRO can be loaded by as many ranks as wrote
+them only. A slice is a named range of a weight in a safetensors file, which any number of ranks can read.
+"""
 
 import hashlib
 import itertools
@@ -112,6 +116,7 @@ class OptimizerSlices:
         """Yield the slices; optimizer states exist after the first step, or `create_states`."""
         eight_bit = is_eight_bit(self._inner)
         for flat, ranges in flat_masters(self._engine, self._rank):
+            # States of the flat tensor's shape, such as moments, are cut as the weights in it are.
             tensors = {WEIGHT: flat.detach()}
             if not eight_bit:
                 tensors |= {k: v for k, v in _tensor_states(self._inner, flat) if v.shape == flat.shape}
@@ -263,7 +268,10 @@ def write_slices(model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
-    """Write a safetensors file to disk without copying its tensors, and return its digest."""
+    """Write a safetensors file to disk without copying its tensors, and return its digest.
+
+    The library's own writer gives no digest of what it writes: the file would have to be read again.
+    """
     header: dict[str, Any] = {"__metadata__": metadata}
     # Larger elements first, so that each tensor begins at a multiple of its element size.
     ordered, end = sorted(tensors.items(), key=lambda named: -named[1].itemsize), 0
@@ -272,7 +280,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format's alignment of the first tensor
     parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
     parts += [tensor.detach().reshape(-1).view(torch.uint8).numpy().data for _, tensor in ordered]
     digest = hashlib.blake2b(digest_size=16)

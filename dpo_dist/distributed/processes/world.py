@@ -125,7 +125,7 @@ class World:
             if self.is_main:
                 outcome[0] = work()
         except DpoDistError as error:
-            outcome[1] = error
+            outcome[1] = error  # sent, not raised here: the other ranks wait for the broadcast
         self.barrier()
         dist.broadcast_object_list(outcome, src=0, group=self.control)
         if outcome[1] is not None:

@@ -17,7 +17,6 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
 from dpo_dist.batching.costs import Arrangement
@@ -53,7 +52,7 @@ from dpo_dist.model.layers import (
     offload_inputs,
     use_liger,
 )
-from dpo_dist.model.library_internals import name_in_model, transposed_by, unsharded
+from dpo_dist.model.library_internals import name_in_model, shards_loading, transposed_by, unsharded
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.packed import PackedCausalLM
@@ -267,7 +266,7 @@ def load_weights(
     """
     check_precision(config.dtype, device)
     shapes = check_contents(folder, model_config, config, key=key, kind=kind)
-    is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
+    is_sharded = shards_loading() and config.quantization is None
     options = placement(config, device)
     if config.quantization is not None and config.images is not None:
         options["quantization_config"].llm_int8_skip_modules = _never_quantized(model_config, config)
@@ -434,7 +433,7 @@ def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
             bnb_4bit_compute_dtype=TORCH_DTYPES[config.dtype],
         )
         return {"quantization_config": quantized, "device_map": {"": device}}
-    on_host = device.type == "cpu" or is_deepspeed_zero3_enabled()  # ZeRO-3 moves its shards itself
+    on_host = device.type == "cpu" or shards_loading()  # ZeRO-3 moves its shards itself
     return {} if on_host else {"device_map": {"": device}}
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -170,6 +169,8 @@ def write_merged(
 
     The whole model is in host memory in float32, so that sums are rounded once.
     """
+    from peft import PeftModel  # noqa: PLC0415  (slow, see model/lora.py)
+
     described = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     causal_lm = auto_class(described, trust_remote_code).from_pretrained(
         base, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True

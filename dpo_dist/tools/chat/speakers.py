@@ -14,8 +14,7 @@ from transformers import TextStreamer
 from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import RunFolder, check_files, is_checkpoint
 from dpo_dist.config.schema import NO_MODEL, DataConfig, Dtype, ImagesConfig, ModelConfig, RunConfig
-from dpo_dist.data.read.images import ImageFile
-from dpo_dist.data.records import IMAGE, Message, Origin, PreferenceRecord, UnusableRecordError
+from dpo_dist.data.records import IMAGE, ImageFile, Message, Origin, PreferenceRecord, UnusableRecordError
 from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import print_result, printable_lines

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from dpo_dist.config.load import changed_keys
+from dpo_dist.config.metrics import ALL
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.checkpoint.saver import (
@@ -25,7 +26,7 @@ from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.reference.engine import load_for_scoring, scoring_config
-from dpo_dist.tools.evaluation.results import ALL, Results, write_evaluation
+from dpo_dist.tools.evaluation.results import Results, write_evaluation
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.shared.tables import evaluation_table
 from dpo_dist.training.reference import prepare_reference

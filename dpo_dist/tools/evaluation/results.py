@@ -13,13 +13,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.metrics import METRICS
+from dpo_dist.config.metrics import ALL, AUC, METRICS, results_name
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation import files
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.objective.metrics import (
-    AUC,
     CustomMetrics,
     MetricPlan,
     PairValues,
@@ -39,8 +38,6 @@ from dpo_dist.tools.shared.intervals import (
 _Mask = npt.NDArray[np.bool_]
 Results = dict[str, dict[str, Any]]
 
-ALL = "all"
-"""The key of the results of all pairs."""
 _WORST = 8
 _SHARES = tuple(name for name, metric in METRICS.items() if metric.is_share)
 
@@ -77,11 +74,6 @@ def contrasts(
             (low, worst), (high, best) = ends.tolist()
             margin_interval, auc_interval = (low, high), with_width(worst, best, fewest_prompts, 0.0)
     return {"rewards/margins": (estimates[0], margin_interval), AUC: (estimates[1], auc_interval)}
-
-
-def results_name(label: str) -> str:
-    """Return the key of a source's results: its label, changed if it equals `ALL`."""
-    return f"{ALL} (source)" if label == ALL else label
 
 
 def results(

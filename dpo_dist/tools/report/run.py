@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.metrics import METRICS
+from dpo_dist.config.metrics import ALL, METRICS, results_name
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.user_code import read_saved_yaml
 from dpo_dist.data.counts import in_words
@@ -14,7 +14,6 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import duration, number, percent, pluralize, size, without_secrets
 from dpo_dist.foundation.types import Fields
-from dpo_dist.tools.evaluation.results import ALL, results_name
 from dpo_dist.tools.report.verdict.facts import MARGIN, RunFacts, last
 from dpo_dist.tools.report.verdict.rules import RUN_RULES
 from dpo_dist.tools.shared.findings import Level

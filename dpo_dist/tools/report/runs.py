@@ -10,14 +10,26 @@ from statistics import fmean, stdev
 from markupsafe import Markup
 
 from dpo_dist.config.losses import kinds_using
-from dpo_dist.config.metrics import ACCURACIES, CUSTOM, LOSS_METRICS, MAIN, METRICS, TERMS, find_metric
+from dpo_dist.config.metrics import (
+    ACCURACIES,
+    ALL,
+    AUC,
+    CUSTOM,
+    ENTROPIES,
+    LOSS_METRICS,
+    MAIN,
+    METRICS,
+    MISMATCH,
+    PAIR_METRICS,
+    TERMS,
+    find_metric,
+    results_name,
+)
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import printable
-from dpo_dist.objective.metrics import AUC, ENTROPIES, MISMATCH, PAIR_METRICS
-from dpo_dist.tools.evaluation.results import ALL, results_name
 from dpo_dist.tools.report.run import PageFacts, verdict_for_page
 from dpo_dist.tools.report.verdict.facts import MARGIN
 from dpo_dist.tools.shared.pages import render

@@ -9,8 +9,7 @@ import numpy as np
 from dpo_dist.batching.example import Example, ImageInput, Mask, TokenIds
 from dpo_dist.data.encoded.images import PromptImages
 from dpo_dist.data.images import decode_image
-from dpo_dist.data.read.images import ImageFile
-from dpo_dist.data.records import IMAGE, UnusableRecordError
+from dpo_dist.data.records import IMAGE, ImageFile, UnusableRecordError
 
 Thumbnails = Sequence[str | None]
 """Data URIs of small JPEG files; None for an image that cannot be read, or has no room."""

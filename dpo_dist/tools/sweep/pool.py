@@ -51,14 +51,14 @@ def warm_up() -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import pyarrow  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: PLC0415
 
     import dpo_dist.tools.report.recorder  # noqa: PLC0415
     import dpo_dist.training.run  # noqa: F401, PLC0415
+    from dpo_dist.model.library_internals import fill_conversions  # noqa: PLC0415
     from dpo_dist.tools.shared.pages.render import TEMPLATES  # noqa: PLC0415
 
     pyarrow.array([0])  # imports pandas
-    get_checkpoint_conversion_mapping("")
+    fill_conversions()
     for name in ("base.jinja", "macros.jinja", "run.jinja", "svg.jinja"):
         TEMPLATES.get_template(name)
     Figure().savefig(BytesIO())
@@ -174,7 +174,7 @@ class Pool:
         return False
 
     def ended(self, words: Words) -> None:
-        """Judge a point that has ended, or change how; a grid has nothing to judge."""
+        """Report a point that has ended to the search, which may change how it ended; a grid has none."""
 
     def _end(self, descriptor: Any) -> None:
         """Record how a process and its point ended, and free its GPUs."""
@@ -194,7 +194,9 @@ class Pool:
         screen = self._folder.point_screen(RunFolder.from_config(config))
         work: Callable[[], int] = partial(_train_point, config)
         if self._launcher is not None:
-            work = partial(_become, write_command("train", config, screen.with_suffix(""), self._launcher))
+            work = partial(
+                _exec_command, write_command("train", config, screen.with_suffix(""), self._launcher)
+            )
         place = f"point {list(self.points).index(words) + 1} of {self._count}"
         self._console.say(f"{' '.join(words)}: {place}, its screen is in {screen}")
         fork = multiprocessing.get_context("fork")
@@ -242,7 +244,7 @@ def _train_point(config: RunConfig) -> int:
         return train(config, console, stop, reporting())
 
 
-def _become(command: str) -> int:
+def _exec_command(command: str) -> int:
     """Replace this process by a command."""
     words = shlex.split(command)
     os.execvp(words[0], words)  # noqa: S606  (the user's own launcher)

@@ -8,12 +8,11 @@ from typing import Any
 from markupsafe import Markup
 
 from dpo_dist.config.load import Points
-from dpo_dist.config.metrics import MAIN, PREFIX, find_metric
+from dpo_dist.config.metrics import ALL, MAIN, PREFIX, find_metric
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import write_json
 from dpo_dist.foundation.text import number
-from dpo_dist.tools.evaluation.results import ALL
 from dpo_dist.tools.report.run import PageFacts
 from dpo_dist.tools.report.runs import compare_runs
 from dpo_dist.tools.shared.pages.charts import Line, chart

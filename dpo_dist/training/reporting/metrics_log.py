@@ -8,23 +8,30 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dpo_dist.config.metrics import ACCURACIES, CUSTOM, MAIN, METRICS, PREFIX, TERMS
+from dpo_dist.config.metrics import (
+    ACCURACIES,
+    AUC,
+    CUSTOM,
+    GROUP_METRICS,
+    MAIN,
+    MARGIN_PERCENTILES,
+    METRICS,
+    MISMATCH,
+    PAIR_METRICS,
+    PREFIX,
+    TERMS,
+)
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import for_json
-from dpo_dist.objective.metrics import (
-    AUC,
-    GROUP_METRICS,
-    MARGIN_PERCENTILES,
-    MISMATCH,
-    PAIR_METRICS,
-    MetricPlan,
-)
 from dpo_dist.training.clock import PHASES
+
+if TYPE_CHECKING:  # it imports torch, and pages of runs need none
+    from dpo_dist.objective.metrics import MetricPlan
 
 MetricsRow = dict[str, float]
 """Metrics of a logged step or of an evaluation, by name, as in log_history.json."""
@@ -48,7 +55,7 @@ _EDGE = 200
 _AFTER_STEP = 0.5
 
 
-def csv_columns(plan: MetricPlan | None = None) -> tuple[str, ...]:
+def csv_columns(plan: "MetricPlan | None" = None) -> tuple[str, ...]:
     """Return the columns of a new CSV file: with `plan` those of its loss, else those of a loss for pairs."""
     measured = PAIR_METRICS
     if plan is not None and plan.loss.terms:
@@ -129,7 +136,7 @@ class MetricsLog:
         folder: RunFolder,
         resume_step: int | None,
         say: Callable[[str], None] = print,
-        plan: MetricPlan | None = None,
+        plan: "MetricPlan | None" = None,
         *,
         owes_evaluation: bool = False,
         keep: Collection[float | None] = (),

@@ -4,14 +4,15 @@ import contextlib
 import errno
 import logging
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from transformers import set_seed
 
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.sampler import Indices
@@ -107,7 +108,11 @@ def open_run(
     deepspeed_config = policy_config(parallelism, config.optim, config.model.dtype)
     joins = join(deepspeed_config, parallelism.timeout_seconds, RunFolder.from_config(config), console)
     with deterministic_kernels(config.trainer.deterministic), joins as world:
-        set_seed(config.trainer.seed % 2**32)
+        # Not transformers' `set_seed`: its module imports peft, which most models do not need.
+        seed = config.trainer.seed % 2**32
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
         grouped = with_sequence_groups(world, config.parallelism.sequence_parallel)
         with warn_of_recompiles(console.say):
             yield Run(config, grouped, console, stop, began)

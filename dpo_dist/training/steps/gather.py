@@ -33,6 +33,7 @@ def in_batch_order(columns: Sequence[Tensor], rank_batch: RankBatch, world: Worl
 
     `columns`: values of each of this rank's micro-batches, [columns, pairs].
     """
+    # A sum of one value and zeros is a gather for ranks with different numbers of pairs, and exact.
     whole = torch.zeros(len(columns[0]), rank_batch.pairs, dtype=torch.float64, device=world.device)
     for part, positions in zip(columns, rank_batch.positions, strict=True):
         if positions:  # not a dummy

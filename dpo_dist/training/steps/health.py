@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_dist.config.metrics import PREFIX
+from dpo_dist.config.metrics import AUC, MARGIN_PERCENTILES, PREFIX
 from dpo_dist.config.rules import best_direction
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction, TrainerConfig
@@ -19,7 +19,7 @@ from dpo_dist.foundation.errors import ConfigError, DivergedError
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.text import first_few
 from dpo_dist.objective.losses import RunningMeans, preference_loss
-from dpo_dist.objective.metrics import AUC, MARGIN_PERCENTILES, MetricPlan
+from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.training.reporting.metrics_log import MetricsRow, is_collapsed, logps_by_side, loss_before_spike
 from dpo_dist.training.steps.gather import gather_pairs, in_batch_order
 from dpo_dist.training.steps.state import BestCheckpoint, Health, Position

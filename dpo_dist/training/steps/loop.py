@@ -61,7 +61,9 @@ class Loop:
     costs: ComputeCosts  # balance micro-batches
     policy: PolicyEngine
     objective: Objective
-    start_is_known: bool  # the policy starts as the reference: the first evaluation needs no policy forward
+    starts_as_reference: (
+        bool  # the policy starts as the reference: the first evaluation needs no policy forward
+    )
     peak: float  # FLOP/s of all devices
     recorder: Recorder | None  # on rank 0
     samples: Samples | None  # written at evaluations
@@ -151,7 +153,7 @@ class Loop:
             self.reference_sync.after_step(position.step + 1)
         votes = [self.run.stops.request.vote(), self.checkpoints.is_written]
         totals = reduce_step(sums, votes, norm, world)
-        if self.start_is_known and position.step == 0:
+        if self.starts_as_reference and position.step == 0:
             totals = without_comparisons(totals)
         stop_votes, written = totals.votes
         if written == world.size:
@@ -240,7 +242,7 @@ class Loop:
         dataset = self.inputs.eval_set
         assert dataset is not None, "evaluations have data"
         rank_batch = self.run.shard(dataset, np.arange(len(dataset)), self.costs)
-        policy = None if self.start_is_known and position.step == 0 else self.policy
+        policy = None if self.starts_as_reference and position.step == 0 else self.policy
         self.policy.train(False)
         metrics, values = evaluate(
             policy, self.objective, rank_batch, world, position.running, self.run.stops.raise_if_stopping

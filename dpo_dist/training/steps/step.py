@@ -24,14 +24,13 @@ from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.pack import PackedBatch, copy_to_device
 from dpo_dist.batching.step_batch import RankBatch
 from dpo_dist.config.losses import NUMBERS, LossConfig, Weighting
+from dpo_dist.config.metrics import AUC, MISMATCH
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
 from dpo_dist.objective.losses import KINDS_WITH_FLOOR, BatchFacts, RunningMeans, log_ratios, loss_and_terms
 from dpo_dist.objective.metrics import (
-    AUC,
-    MISMATCH,
     CustomMetrics,
     MetricPlan,
     MetricSums,
@@ -250,6 +249,9 @@ def train_step(
     on all ranks, infinite if the update was skipped.
     """
     rank_batch, device = step.rank_batch, world.device
+    # Collective calls in one order on all ranks, whatever their pairs are (law L2): forwards of the partners
+    # and their sum; for a coupled loss, forwards of all micro-batches and their gather; for routers, the
+    # forwards and sum of selections; then forward and backward of each micro-batch, the update, the metrics.
     if objective.loss.needs_partners:
         policy.train(False)
     facts = objective.facts(policy, rank_batch, step.partners, world, running, clock.enter)
@@ -265,7 +267,7 @@ def train_step(
         loss, batch_sums = objective.measure(pairs, plan)  # of the whole batch, on every rank
         loss = _nan_unless_finite(loss, pairs.policy.chosen) / rank_batch.pairs
         slopes += torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-        sums = batch_sums if world.is_main else sums
+        sums = batch_sums if world.is_main else sums  # every rank has the whole batch's: they count once
         objective = replace(objective, reference=ReferenceProvider())  # the reference is already in `slopes`
     clock.enter("forward")
     routers = None

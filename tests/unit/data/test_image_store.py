@@ -26,8 +26,7 @@ from dpo_dist.data.encoded.dataset import PreferenceDataset, count_shared, open_
 from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.read.images import ImageFile
-from dpo_dist.data.records import Part
+from dpo_dist.data.records import ImageFile, Part
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import MEMO_FOLDER
 from tests.support.image_processors import file_of, image_tokenizer, picture, processor_of

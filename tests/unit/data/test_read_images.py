@@ -415,7 +415,7 @@ def test_a_path_leads_to_a_file_below_the_folder_of_its_record(
 
 
 def test_a_file_is_read_up_to_the_limit_of_a_record(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_dist.data.read.images.MAX_RECORD_BYTES", 5)
+    monkeypatch.setattr("dpo_dist.data.records.MAX_RECORD_BYTES", 5)
     assert contents_read(jsonl(folder, *rows("pictures/a.png", URI))) == ["over 5 bytes", b"bytes"]
 
 

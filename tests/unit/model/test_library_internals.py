@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, conversion_mapping
 from transformers.core_model_loading import Transpose
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -19,12 +19,15 @@ from dpo_dist.model.library_internals import (
     apply_liger,
     attention_name,
     can_choose_attention,
+    fill_conversions,
     flash_attention,
     ignored_patterns,
     mark_as_adapted,
     name_in_model,
     plain_attention,
     set_adapter_state,
+    sharded_by,
+    shards_loading,
     text_attention,
     transposed_by,
     unsharded,
@@ -46,6 +49,24 @@ def test_nothing_is_sharded_inside_the_block_only() -> None:
     finally:
         unset_hf_deepspeed_config()
         del sharding
+
+
+def test_another_configuration_shards_inside_the_block_only() -> None:
+    policy = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    try:
+        with sharded_by({"zero_optimization": {"stage": 0}}, policy):
+            assert not shards_loading()
+        assert shards_loading()
+    finally:
+        unset_hf_deepspeed_config()
+        del policy
+    assert not shards_loading()
+
+
+def test_the_table_of_renamed_weights_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", None)
+    fill_conversions()
+    assert conversion_mapping._checkpoint_conversion_mapping_cache is not None
 
 
 def test_transformers_transposes_by_the_shape_of_a_whole_weight() -> None:

@@ -212,7 +212,7 @@ def test_a_size_that_differs_from_config_json_is_named(option: str, sizes: str, 
 def test_unsharded_weights_are_loaded_directly_to_a_gpu(
     is_sharded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_dist.model.files.load.is_deepspeed_zero3_enabled", lambda: is_sharded)
+    monkeypatch.setattr("dpo_dist.model.files.load.shards_loading", lambda: is_sharded)
     config, gpu = ModelConfig("m"), torch.device("cuda", 3)
     assert placement(config, gpu) == ({} if is_sharded else {"device_map": {"": gpu}})
     assert placement(config, CPU) == {}

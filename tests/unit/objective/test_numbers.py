@@ -14,12 +14,13 @@ from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.loss_options import BcoDelta, BcoPairOptions
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.metrics import EXCESS
 from dpo_dist.config.schema import Ranked
 from dpo_dist.data.encoded.dataset import check_fits_loss
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, preference_loss
-from dpo_dist.objective.metrics import EXCESS, MetricPlan, ScoredPairs, metric_sums
+from dpo_dist.objective.metrics import MetricPlan, ScoredPairs, metric_sums
 from tests.support.cache import opened
 from tests.support.own_loss import OWN
 from tests.support.packing import COSTS

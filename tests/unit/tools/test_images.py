@@ -6,7 +6,7 @@ import re
 
 from PIL import Image
 
-from dpo_dist.data.read.images import ImageFile
+from dpo_dist.data.records import ImageFile
 from dpo_dist.tools.shared.images import Thumbnails, thumbnails
 from dpo_dist.tools.shared.pages.samples import ShownPrompt, ShownResponse, prompt_items
 from tests.support.image_processors import file_of, picture

@@ -13,9 +13,9 @@ import numpy as np
 from dpo_dist.config.schema import DataConfig, OnBadRecord
 from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
 from dpo_dist.data.images import ImageProcessor, decode_image
-from dpo_dist.data.read.images import ImageFile
 from dpo_dist.data.records import (
     BadRecord,
+    ImageFile,
     Origin,
     PreferenceRecord,
     Tokenizer,

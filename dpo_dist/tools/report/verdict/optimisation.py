@@ -5,9 +5,9 @@ import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 
+from dpo_dist.config.metrics import EXCESS, MISMATCH
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import pluralize
-from dpo_dist.objective.metrics import EXCESS, MISMATCH
 from dpo_dist.tools.report.verdict.facts import (
     FEWEST_PAIRS,
     FEWEST_STEPS,
