@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, first_fault
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import duration, first_few, size
 from dpo_dist.tools.shared.sampling.replies import Models, Reply
@@ -120,10 +120,8 @@ class Client:
         try:
             return form.model_validate_json(content, strict=True)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            place = ".".join(map(str, first["loc"]))
             page = "no JSON, but a page: " if content.lstrip()[:1] == b"<" else ""
-            raise self.unusable(f"{page}{place}{': ' if place else ''}{first['msg']}") from None
+            raise self.unusable(page + first_fault(error)) from None
 
     def _fault(self, error: Exception) -> str:
         """Return what is wrong with a connection or a reply as a whole."""
