@@ -77,10 +77,8 @@ def read_fields(path: Path, form: Any = dict) -> dict[str, Any]:
     Raises ConfigError for a file that is missing, or has no object of this `form`, a type for pydantic.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("no file, but a folder, a pipe or a device")
         content = path.read_bytes()
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise _unreadable(str(path), first_line(error)) from None
     return _object(content, form, str(path))
 

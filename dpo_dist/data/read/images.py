@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
 from dpo_dist.data.read.messages import PLACED, given_images
@@ -143,7 +142,7 @@ def _metadata(file: str | Path) -> str:
     except (OSError, ValueError):
         return ""
     times = f"{status.st_mtime_ns}|{status.st_ctime_ns}"
-    return f"{status.st_dev}|{status.st_ino}|{status.st_size}|{times}" if S_ISREG(status.st_mode) else ""
+    return f"{status.st_dev}|{status.st_ino}|{status.st_size}|{times}"
 
 
 def place_images(

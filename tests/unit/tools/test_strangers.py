@@ -24,6 +24,7 @@ from tests.support.loop_state import write_loop_state
 NAME = "checkpoints/step-000001"
 STATE, MANIFEST = f"{NAME}/state.json", f"{NAME}/manifest.json"
 DEEP = "[" * 100_000
+ALIAS = "model: {path: org/model}\ndata: {train: &a [a.jsonl], eval: *a}"
 
 
 def export(run: Path) -> None:
@@ -52,6 +53,7 @@ def alpaca(run: Path) -> None:
 
 
 PIPE = None
+CONFIGS = [("config.yaml", text) for text in ("", "[" * 5000, "- 1", "model: 5", ALIAS, PIPE)]
 VERBS: dict[Callable[[Path], None], list[tuple[str, str | None]]] = {
     export: [
         *((STATE, text) for text in ("[1]", "{}", DEEP, '{"model": "m", "step": "1"}', "\xff")),
@@ -60,10 +62,8 @@ VERBS: dict[Callable[[Path], None], list[tuple[str, str | None]]] = {
         (MANIFEST, PIPE),
     ],
     evaluate: [*((STATE, text) for text in ("[1]", "{}", "null", DEEP)), (MANIFEST, PIPE)],
-    compare: [("config.yaml", text) for text in ("", "[" * 5000, "- 1", "model: 5", "a: &a [x]\nb: [*a]")]
-    + [("config.yaml", PIPE), (MANIFEST, PIPE)],
-    chat: [("config.yaml", text) for text in ("", "[" * 5000, "- 1", "model: 5", "a: &a [x]\nb: [*a]")]
-    + [("config.yaml", PIPE), ("config.yaml", "absent"), (MANIFEST, PIPE)],
+    compare: [*CONFIGS, (MANIFEST, PIPE)],
+    chat: [*CONFIGS, ("config.yaml", "absent"), (MANIFEST, PIPE)],
     alpaca: [("answers.jsonl", text) for text in ("[1]\n", '{"responses": 5}\n', "{\n", DEEP)],
 }
 

@@ -12,6 +12,8 @@ from multiprocessing import TimeoutError as Late
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from pydantic import ValidationError
 
@@ -87,13 +89,17 @@ class Client:
                             raise openai.OpenAIError(f"no end within {duration(seconds)}")
                 return httpx2.Response(reply.status_code, headers=reply.headers, content=bytes(content))
 
+        # The client has neither the environment's proxies nor its own limits with another transport.
+        place, proxies = urlsplit(url), getproxies()
+        proxy = None if proxy_bypass(place.netloc) else proxies.get(place.scheme, proxies.get("all"))
+        transport = Bounded(limits=openai.DEFAULT_CONNECTION_LIMITS, proxy=proxy)
         self._openai_client = openai.OpenAI(
             base_url=url,
             api_key=key,
             timeout=timeout,
             max_retries=RETRIES,
             default_headers={"Accept-Encoding": "identity"},
-            http_client=openai.DefaultHttpxClient(transport=Bounded()),
+            http_client=openai.DefaultHttpxClient(transport=transport),
         )
         self._parallel, self._names = parallel, ""
         self._file: Path | None = None
