@@ -111,9 +111,9 @@ _SECRET_TEXTS = (
 def without_secrets(value: Any, environment: Mapping[str, str] = os.environ) -> Any:
     """Return plain values with `***` for secrets in texts.
 
-    Secrets are passwords in URLs, words after `Authorization:`, tokens of known forms, and values of at least 8 characters in environment
-    variables named like `*_KEY`, `*_TOKEN`, `*_PASSWORD`. Token counts (`MAX_TOKENS=4096`) and existing paths
-    (`SSH_KEY=/data/key`) are no secrets.
+    Secrets are passwords in URLs, words after `Authorization:` or `api-key:`, tokens of known forms, and
+    values of at least 8 characters in environment variables named like `*_KEY`, `*_TOKEN`, `*_PASSWORD`.
+    Token counts (`MAX_TOKENS=4096`) and existing paths (`SSH_KEY=/data/key`) are no secrets.
     """
     secrets = {
         written

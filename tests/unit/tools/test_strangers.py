@@ -108,7 +108,10 @@ def test_what_a_run_was_trained_on_is_not_known_without_its_configuration(run: P
     said: list[str] = []
     for text in ("model: 5", "[1]", PIPE):
         (run / "config.yaml").unlink()
-        os.mkfifo(run / "config.yaml") if text is PIPE else (run / "config.yaml").write_text(text)
+        if text is PIPE:
+            os.mkfifo(run / "config.yaml")
+        else:
+            (run / "config.yaml").write_text(text)
         assert count_trained(str(run), [1], "pair", said.append) is None
     assert len(said) == 3
     assert all("config.yaml" in line or "configuration" in line for line in said)
