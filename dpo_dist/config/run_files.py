@@ -94,7 +94,6 @@ class DatasetCounts(BaseModel, extra="allow"):
     response_truncated: Count = 0
     chat_template_not_applied: Count = 0
     prompts_also_in_train: Count = 0
-    __pydantic_extra__: dict[str, Count | Text | None]
 
 
 class Drift(BaseModel, extra="allow"):
