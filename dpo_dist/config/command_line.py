@@ -31,7 +31,7 @@ from dpo_dist.config.losses import KINDS, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, is_foreign, likely, raise_all, to_assign, unknown_key
 from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
-from dpo_dist.config.user_code import check_code_allowed, code_warnings, read_saved_yaml
+from dpo_dist.config.user_code import check_code_allowed, code_warnings, read_saved
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.console import console_on, warnings_off
 from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after
@@ -147,7 +147,7 @@ def saved_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[st
     file = existing_run(Path(str(given["run.dir"])).expanduser()).config
     if not file.is_file():
         return None
-    values = read_saved_yaml(file.read_bytes(), str(file))
+    values = read_saved(file)
     check_code_allowed(values, given, file)
     return values
 

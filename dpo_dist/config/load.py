@@ -32,7 +32,7 @@ from dpo_dist.config.mistakes import (
 from dpo_dist.config.rule import check_rules, reset_unused, value_at
 from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.config.user_code import find_function, read_saved_yaml
+from dpo_dist.config.user_code import find_function, read_saved, read_saved_yaml
 from dpo_dist.foundation.errors import ConfigError, DpoDistError
 from dpo_dist.foundation.remedies import COMMAND_LINE, Place, Remedy, Typed
 from dpo_dist.foundation.remote import check_url, is_url, name_in_address
@@ -335,7 +335,15 @@ def to_yaml(config: RunConfig) -> str:
 
 def from_yaml(text: str | bytes, where: str | Path = "config.yaml") -> RunConfig:
     """Return the configuration that `to_yaml` wrote; `where`: its file, for errors."""
-    values = read_saved_yaml(text, str(where))
+    return _saved(read_saved_yaml(text, str(where)), where)
+
+
+def saved_config(file: Path) -> RunConfig:
+    """Return the configuration in a run's config.yaml, perhaps a stranger's."""
+    return _saved(read_saved(file), file)
+
+
+def _saved(values: dict[str, Any], where: str | Path) -> RunConfig:
     try:
         return complete_config(SCHEMA.validate_python(values))
     except ValidationError as error:
@@ -349,7 +357,7 @@ def changed_keys(file: Path, identity: RunIdentity) -> dict[str, tuple[Any, Any]
     Empty if this version cannot read the file. Secrets, which the file lacks, are not compared.
     """
     try:
-        changed = differing_keys(from_yaml(file.read_text(encoding="utf-8")).identity, identity)
-    except (OSError, ValueError, ConfigError):
+        changed = differing_keys(saved_config(file).identity, identity)
+    except ConfigError:
         return {}
     return {key: (old, new) for key, (old, new) in changed.items() if old != without_secrets(new)}

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.errors import ConfigError, first_fault, first_line
 from dpo_dist.foundation.files import text_digest
 
 LOSS_FUNCTION, METRICS_FUNCTION = "loss.function", "metrics.function"
@@ -131,6 +132,23 @@ def code_warnings(values: Mapping[str, Any]) -> list[str]:
 _DEEPEST = 50
 
 
+def read_saved(file: Path, form: Any = dict) -> dict[str, Any]:
+    """Return the values of a run's config.yaml, perhaps a stranger's, by `read_saved_yaml`.
+
+    `form`: a type for pydantic.
+    """
+    try:
+        if file.exists() and not file.is_file():  # a pipe is read for ever
+            raise ValueError("no file, but a folder, a pipe or a device")
+        values = read_saved_yaml(file.read_bytes(), str(file))
+        TypeAdapter(form).validate_python(values, strict=True)
+    except ValidationError as error:
+        raise _unreadable(str(file), first_fault(error)) from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(str(file), first_line(error)) from None
+    return values
+
+
 def read_saved_yaml(text: str | bytes, where: str = "config.yaml") -> dict[str, Any]:
     """Return the values of a run's config.yaml; nothing in the file is evaluated.
 
@@ -151,13 +169,17 @@ def read_saved_yaml(text: str | bytes, where: str = "config.yaml") -> dict[str, 
         if "${" in str(content) or not content.keys().isdisjoint(_CODE_OF_HYDRA):
             raise ValueError("it has an interpolation (${...}), defaults or hydra, which no run writes")
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(
-            "the configuration of this run cannot be read",
-            where=where,
-            got=first_line(error),
-            remedy="restore the file, or write the run's whole command: model.path=... and its other keys",
-        ) from error
+        raise _unreadable(where, first_line(error)) from error
     return content
+
+
+def _unreadable(where: str, fault: str) -> ConfigError:
+    return ConfigError(
+        "the configuration of this run cannot be read",
+        where=where,
+        got=fault,
+        remedy="restore the file, or write the run's whole command: model.path=... and its other keys",
+    )
 
 
 def check_code_allowed(content: Mapping[str, Any], given: Collection[str], file: Path) -> None:

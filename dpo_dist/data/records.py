@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from stat import S_ISREG
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -264,7 +263,7 @@ def _metadata(file: str | Path) -> str:
     except (OSError, ValueError):
         return ""
     times = f"{status.st_mtime_ns}|{status.st_ctime_ns}"
-    return f"{status.st_dev}|{status.st_ino}|{status.st_size}|{times}" if S_ISREG(status.st_mode) else ""
+    return f"{status.st_dev}|{status.st_ino}|{status.st_size}|{times}"
 
 
 def readable(record: Record) -> Record:

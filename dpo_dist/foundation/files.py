@@ -18,7 +18,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.foundation.errors import ConfigError, first_line
+from pydantic import TypeAdapter, ValidationError
+
+from dpo_dist.foundation.errors import ConfigError, first_fault, first_line
 
 _TEMPORARY = ".tmp-"
 _REPLACED = "replaced-"
@@ -61,28 +63,45 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     return number
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a file that this program wrote; a missing file yields none."""
+def read_lines(path: Path, form: Any = dict) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a file, a line each, as `read_fields`; a missing file yields none."""
     if path.exists():
         with path.open("rb") as lines:
-            yield from map(json.loads, lines)
+            for number, line in enumerate(lines, start=1):
+                yield _object(line, form, f"{path}:{number}")
 
 
-def read_fields(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of a run, perhaps a stranger's; ConfigError for anything else."""
+def read_fields(path: Path, form: Any = dict) -> dict[str, Any]:
+    """Return the object in a JSON file of a run, perhaps a stranger's, unchanged.
+
+    Raises ConfigError for a file that is missing, or has no object of this `form`, a type for pydantic.
+    """
     try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError(f"no object, but a {type(content).__name__}")
+        content = path.read_bytes()
+    except OSError as error:
+        raise _unreadable(str(path), first_line(error)) from None
+    return _object(content, form, str(path))
+
+
+def _object(text: bytes, form: Any, where: str) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(text)
+        TypeAdapter(form).validate_python(content, strict=True)
+    except ValidationError as error:
+        raise _unreadable(where, first_fault(error)) from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            "this file of a run cannot be read",
-            where=str(path),
-            got=first_line(error),
-            expected="a JSON object",
-            remedy="restore the file, or delete it: pages leave out what it tells",
-        ) from None
+        raise _unreadable(where, first_line(error)) from None
     return content
+
+
+def _unreadable(where: str, fault: str) -> ConfigError:
+    return ConfigError(
+        "this file of a run cannot be read",
+        where=where,
+        got=fault,
+        expected="JSON as a run writes it",
+        remedy="restore the file, or delete it: pages leave out what it tells",
+    )
 
 
 @contextlib.contextmanager

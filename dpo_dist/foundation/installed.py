@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_PAGE = re.compile(r"(?<![\w/])docs/(?=\w+\.md\b)")
+_PAGE = re.compile(r"(?<![\w/])docs/(\w+\.md)\b")
 
 
 @cache
@@ -19,11 +19,16 @@ def pages() -> Path:
 
 
 def with_pages(text: str) -> str:
-    """Return the program's own `text` with the path of each page that it names as `docs/data.md`."""
+    """Return the program's own `text` with the path of each page that it names as `docs/data.md`.
+
+    The text may also name a file of the user's.
+    """
     folder = pages()
     with contextlib.suppress(OSError, ValueError):  # no working directory, or another one
         folder = folder.relative_to(Path.cwd())
-    return _PAGE.sub(lambda _: f"{folder}/", text)
+    return _PAGE.sub(
+        lambda found: f"{folder}/{found[1]}" if (pages() / found[1]).is_file() else found[0], text
+    )
 
 
 def install_extra(extra: str) -> str:

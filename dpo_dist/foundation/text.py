@@ -95,6 +95,11 @@ _SECRET_TEXTS = (
     re.compile(
         r"(?i)(?<=[?&])((?:[\w-]*[_-])?(?:api_?key|key|token|secret|password|sig|signature)=)[^&#\s\"\\]+"
     ),
+    # The word after a header's or an option's name: "Authorization: Bearer abc", "['--api-key', 'abc']".
+    re.compile(
+        r"(?i)(\b(?:authorization|(?:x-)?api[-_]?key)[\"']?\s*[:=]\s*[\"']?(?:(?:basic|bearer|token)\s+)?"
+        r"|--api[-_]?key[\"']?,?\s+[\"']?|(?-i:\bBearer)\s+)[^\s\"'\\,&#]+"
+    ),
     # At least as long as real tokens: names of files and models also begin with `hf_` and `sk-`.
     re.compile(
         r"\b(?:hf_[A-Za-z0-9]{30,}|gh[opsru]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
@@ -106,9 +111,9 @@ _SECRET_TEXTS = (
 def without_secrets(value: Any, environment: Mapping[str, str] = os.environ) -> Any:
     """Return plain values with `***` for secrets in texts.
 
-    Secrets are passwords in URLs, tokens of known forms, and values of at least 8 characters in environment
-    variables named like `*_KEY`, `*_TOKEN`, `*_PASSWORD`. Token counts (`MAX_TOKENS=4096`) and existing paths
-    (`SSH_KEY=/data/key`) are no secrets.
+    Secrets are passwords in URLs, words after `Authorization:` or `api-key:`, tokens of known forms, and
+    values of at least 8 characters in environment variables named like `*_KEY`, `*_TOKEN`, `*_PASSWORD`.
+    Token counts (`MAX_TOKENS=4096`) and existing paths (`SSH_KEY=/data/key`) are no secrets.
     """
     secrets = {
         written
@@ -139,6 +144,6 @@ def _hidden(value: Any, secrets: Iterable[str]) -> Any:
     text = str(value)
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
-    address, query, token = _SECRET_TEXTS
-    text = address.sub(HIDDEN, text)
-    return token.sub(HIDDEN, query.sub(rf"\g<1>{HIDDEN}", text))
+    address, query, header, token = _SECRET_TEXTS
+    text = header.sub(rf"\g<1>{HIDDEN}", query.sub(rf"\g<1>{HIDDEN}", address.sub(HIDDEN, text)))
+    return token.sub(HIDDEN, text)

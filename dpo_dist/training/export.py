@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from dpo_dist.config.identity import settings
-from dpo_dist.config.load import from_yaml
+from dpo_dist.config.load import saved_config
+from dpo_dist.config.run_files import CheckpointState, Environment
 from dpo_dist.config.run_folder import RunFolder, checkpoint_step, existing_run
 from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.config.verb_sections import ExportedWeights
@@ -25,7 +26,7 @@ from dpo_dist.distributed.checkpoint.saver import (
 )
 from dpo_dist.distributed.checkpoint.slices import EMA, WEIGHT
 from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome, first_line
+from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import (
     content_digest,
     final_name,
@@ -150,12 +151,12 @@ def checkpoint_as_model(
     """Return a model folder below `below` with a checkpoint's weights; it is written only once."""
     checkpoint = checkpoint.resolve()
     trained = checkpoint.parents[1]
+    file = existing_run(trained).config  # first of all: it checks the run's files
     digest = content_digest([checkpoint / MANIFEST])[:16]
     written = below / f"{trained.name}-{checkpoint.name}-{digest}"
     if not written.is_dir():
         say(f"writing the weights of {checkpoint} as a model folder")
-        file = existing_run(trained).config
-        config = from_yaml(file.read_bytes(), file)
+        config = saved_config(file)
         # Not that run's own setting: its configuration could run code that the caller does not trust.
         export_checkpoint(
             checkpoint, written, replace(config, model=replace(config.model, trust_remote_code=trusts_code))
@@ -223,10 +224,8 @@ def export_model(
 ) -> None:
     """Check a checkpoint and write it to `output`, all of it or nothing, with the card of `run_card`."""
     console.say(f"reading {checkpoint}")
-    try:
-        state = checkpoint_state(checkpoint)
-    except (OSError, ValueError, RecursionError) as error:
-        raise damaged_checkpoint(checkpoint, [first_line(error)]) from error
+    state = checkpoint_state(checkpoint, CheckpointState)
+    versions = read_fields(RunFolder.from_config(config).environment, Environment)["packages"]
     if config.model.adapter is not None and config.export.merge:  # the base is part of the result
         check_base(config.model, Path(config.reference.store), state.get("model"))
 
@@ -244,7 +243,6 @@ def export_model(
         }
         keep = [band.step for band in config.metrics.bands]
         rows = read_latest_rows(folder, state["step"], keep)
-        versions = read_fields(folder.environment)["packages"]
         is_evaluated = is_end and config.export.weights is ExportedWeights.last
         merged = replace(config, model=replace(config.model, adapter=None)) if config.export.merge else config
         return run_card(merged, rows, summary, console.say, versions, loader, is_evaluated=is_evaluated)

@@ -33,6 +33,7 @@ def test_an_error_and_help_name_the_file_of_a_page(tmp_path: Path, monkeypatch: 
     assert error.remedy == f"{ROOT}/docs/data.md explains it"
     assert error.got == "docs/data.md", "what the user wrote"
     assert with_pages("their/docs/data.md, docs/data.mdx") == "their/docs/data.md, docs/data.mdx"
+    assert with_pages("delete docs/my_pairs.md") == "delete docs/my_pairs.md", "a file of the user's"
     assert f"({ROOT}/docs/scaling.md)" in with_pages(explain("trainer.prefix_tree", group_folders()))
     tmp_path.rmdir()
     assert f"{ROOT}/docs/" in ConfigError("wrong", remedy="docs/data.md").remedy, "the folder is gone"

@@ -25,10 +25,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import deepspeed
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -52,12 +53,13 @@ from dpo_dist.distributed.checkpoint.slices import (
 )
 from dpo_dist.distributed.deepspeed_internals import is_sharded, whole_shape
 from dpo_dist.distributed.processes.world import World
-from dpo_dist.foundation.errors import CheckpointError, first_line
+from dpo_dist.foundation.errors import CheckpointError, ConfigError, first_line
 from dpo_dist.foundation.files import (
     commit_folder,
     content_digest,
     final_name,
     is_temporary,
+    read_fields,
     recover_folder,
     temporary_name,
     text_digest,
@@ -69,14 +71,15 @@ from dpo_dist.foundation.text import size
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+# Files of the checkpoint alone: in a stranger's, any other name could be a device, which is read for ever.
+_Name = Annotated[str, Field(pattern=r"^(\w[\w.-]*/)?\w[\w.-]*$")]
+_Manifest = Annotated[dict[_Name, str], Field(min_length=1)]
 LATEST = "latest"
 
 
 def read_manifest(folder: Path) -> Entries:
-    """Return the entries in the manifest of `folder`; OSError without it, ValueError without entries."""
-    entries: Entries = json.loads((folder / MANIFEST).read_bytes())
-    if not isinstance(entries, dict) or not entries:
-        raise ValueError("it names no file")
+    """Return the entries in the manifest of `folder`; ConfigError for a file that is none."""
+    entries: Entries = read_fields(folder / MANIFEST, _Manifest)
     return entries
 
 
@@ -84,8 +87,8 @@ def find_faults(folder: Path, part: int, parts: int) -> list[str]:
     """Read every `parts`-th file of the manifest, starting at `part`, and return the faults found."""
     try:
         entries = read_manifest(folder)
-    except (OSError, ValueError) as error:
-        return [f"{MANIFEST}: {error}"]
+    except ConfigError as error:
+        return [f"{MANIFEST}: {error.got}"]
     faults = []
     for name in sorted(entries)[part::parts]:
         try:
@@ -185,7 +188,7 @@ def reading_errors(folder: Path) -> Iterator[None]:
     """Raise a `CheckpointError` for a file that cannot be read or does not belong to a checkpoint."""
     try:
         yield
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
+    except (ConfigError, OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise damaged_checkpoint(folder, [first_line(error)]) from error
 
 
@@ -230,10 +233,15 @@ def _find_all_faults(folder: Path, world: World) -> list[str]:
     return [fault for part in world.gather(find_faults(folder, world.rank, world.size)) for fault in part]
 
 
-def checkpoint_state(folder: Path) -> dict[str, Any]:
-    """Return the loop's state in a checkpoint, without checking its files; not collective."""
-    state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
-    return state
+def checkpoint_state(folder: Path, form: Any = dict) -> dict[str, Any]:
+    """Return the loop's state in a checkpoint, without checking its other files; not collective.
+
+    `form`: of a run that may be a stranger's, as in `read_fields`.
+    """
+    try:
+        return read_fields(folder / STATE, form)
+    except ConfigError as error:
+        raise damaged_checkpoint(folder, [f"{STATE}: {error.got}"]) from error
 
 
 def read_weights(folder: Path, trained: Mapping[str, nn.Parameter]) -> SavedSlices:

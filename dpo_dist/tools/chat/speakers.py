@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from dpo_dist.config.load import from_yaml
+from dpo_dist.config.load import saved_config
 from dpo_dist.config.run_folder import RunFolder, check_files, is_checkpoint
 from dpo_dist.config.schema import NO_MODEL, DataConfig, Dtype, ImagesConfig, ModelConfig, RunConfig
 from dpo_dist.data.records import IMAGE, ImageFile, Message, Origin, PreferenceRecord, UnusableRecordError
@@ -165,7 +165,7 @@ def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool
     run = next((run for run in above if folder.is_dir() and run.state.is_file()), None)
     if run is not None:
         check_files(run.path)
-    config = RunConfig() if run is None else from_yaml(run.config.read_bytes(), run.config)
+    config = RunConfig() if run is None else saved_config(run.config)
     products = {Dtype.bf16: has_bf16_products, Dtype.fp16: has_fp16_products}
     emulated = _device().type == "cpu" and not products.get(config.model.dtype, lambda: True)()
     dtype = Dtype.fp32 if emulated else config.model.dtype

@@ -7,17 +7,17 @@ from pathlib import Path
 
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.metrics import ALL
+from dpo_dist.config.run_files import CheckpointState
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.checkpoint.saver import (
     checkpoint_state,
-    damaged_checkpoint,
     load_checkpoint_weights,
     open_checkpoint,
 )
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.errors import CheckpointError, ExitCode, first_line
+from dpo_dist.foundation.errors import CheckpointError, ExitCode
 from dpo_dist.model.files.folder import base_notes, hub_commit, is_adapter
 from dpo_dist.model.files.load import check_same_vocabulary
 from dpo_dist.model.flops import compute_costs
@@ -62,10 +62,7 @@ def check_origin(entry: EvaluatedModel, config: RunConfig, inputs: EvaluationInp
     if not entry.is_checkpoint:
         return
     folder, digest = Path(entry.path), inputs.policy_files.digest
-    try:
-        model_digest, adapter = checkpoint_state(folder)["model"], config.model.adapter
-    except (OSError, ValueError) as error:
-        raise damaged_checkpoint(folder, [first_line(error)]) from error
+    model_digest, adapter = checkpoint_state(folder, CheckpointState)["model"], config.model.adapter
     changed = changed_keys(RunFolder(folder.resolve().parent.parent).config, config.identity)
     if model_digest != digest or "model.adapter" in changed:
         before, _ = changed.get("model.adapter", (adapter, adapter))

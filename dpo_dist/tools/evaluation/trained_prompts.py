@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_dist.config.load import from_yaml
+from dpo_dist.config.load import saved_config
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig, SourceConfig
+from dpo_dist.config.schema import SourceConfig
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord, prompt_hash, readable, train_part
@@ -45,8 +45,7 @@ def count_trained(
 
 @cache
 def _training_prompts(file: Path) -> frozenset[int]:
-    config: RunConfig = from_yaml(file.read_bytes(), file)
-    data = config.data
+    data = saved_config(file).data
     held_out = np.array(sorted(_prompts(data.eval)), np.uint64) if data.drop_eval_prompts else None
     part = train_part(data, held_out)
     return frozenset(filter(part.has, _prompts(data.train)))

@@ -1,13 +1,12 @@
 """Write a run's report page again from the run's files, or a page that compares several runs."""
 
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_dist.config.run_folder import existing_run, strip_key
 from dpo_dist.foundation.console import console_on
-from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after, first_line
+from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.files import remove_abandoned
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.tools.report.run import PageFacts, write_page
@@ -48,15 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             | {name: each.section(name) for name in ("final", "verdict")}
             for run, each in facts
         ]
-    except (TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(
-            "the files of this run do not have the form in which a run writes them",
-            where=", ".join(map(str, options.runs)),
-            got=f"{first_line(error)} in {place.filename}:{place.lineno}",
-            remedy="restore the run's JSON files, or delete them: the page leaves out what they tell",
-        ) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         remedy = "check the files of the run, permissions and free space, or set --output page.html"
         where = str(options.output or options.runs[0])
         raise ConfigError("the page cannot be written", where=where, got=str(error), remedy=remedy) from error

@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.metrics import ALL, METRICS, results_name
+from dpo_dist.config.run_files import (
+    DoctorReport,
+    Environment,
+    EvaluationFile,
+    RunRecord,
+    SavedConfig,
+    Summary,
+)
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.config.user_code import read_saved_yaml
+from dpo_dist.config.user_code import read_saved
 from dpo_dist.data.counts import in_words
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN
 from dpo_dist.foundation import files
@@ -59,14 +67,14 @@ class PageFacts:
     """
 
     def __init__(self, folder: RunFolder, rows: Sequence[MetricsRow] | None = None):
-        self.config, self.doctor = _fields(folder.config, _saved), _fields(folder.doctor_report)
-        self.environment, self.state = _fields(folder.environment), _fields(folder.state)
-        summary = _fields(folder.summary)
+        self.config, self.doctor = _config(folder.config), _fields(folder.doctor_report, DoctorReport)
+        self.environment = _fields(folder.environment, Environment)
+        self.state, summary = _fields(folder.state, RunRecord), _fields(folder.summary, Summary)
         rows = read_latest_rows(folder) if rows is None else rows
         self.summary = {**final_and_best(rows), **summary}
         self.run = RunFacts(rows, self.summary, self.doctor.get("findings") or [])
         self.by_source = metrics_by_source(rows)
-        evaluation = _fields(folder.named_evaluation(LAST_EVALUATION).results)
+        evaluation = _fields(folder.named_evaluation(LAST_EVALUATION).results, EvaluationFile)
         # If a resumed run stopped early, the file has an earlier evaluation than the rows, and is not used.
         last = self.run.evaluations[-1] if self.run.evaluations else {}
         loss = (evaluation.get("all") or {}).get("eval_loss")
@@ -87,13 +95,15 @@ class PageFacts:
         return (self.evaluation.get(name) or {}).get("intervals") or {}
 
 
-def _saved(file: Path) -> Fields:
-    return read_saved_yaml(file.read_bytes(), str(file))
-
-
-def _fields(path: Path, read: Callable[[Path], Fields] = files.read_fields) -> Fields:
+def _fields(path: Path, form: Any) -> Fields:
     """Return a file's fields without secrets, because pages are shared; empty if there is no file."""
-    fields: Fields = without_secrets(read(path)) if path.exists() else {}
+    fields: Fields = without_secrets(files.read_fields(path, form)) if path.exists() else {}
+    return fields
+
+
+def _config(file: Path) -> Fields:
+    """Return the values of config.yaml as `_fields`; also those of another version."""
+    fields: Fields = without_secrets(read_saved(file, SavedConfig)) if file.exists() else {}
     return fields
 
 
@@ -153,8 +163,9 @@ def _about(facts: PageFacts) -> Iterator[str]:
             labels = facts.run.counts(name).get("labels")
             label_counts = f" ({labels['good']:,} good, {labels['bad']:,} bad)" if labels else ""
             yield pluralize(pairs, f"{noun} {unit}") + label_counts
-    if steps := facts.summary.get("steps"):
-        yield f"{pluralize(steps, 'step')} of {pluralize(facts.setting('trainer.global_batch_pairs'), unit)}"
+    steps, batch = facts.summary.get("steps"), facts.setting("trainer.global_batch_pairs")
+    if steps and batch:
+        yield f"{pluralize(steps, 'step')} of {pluralize(batch, unit)}"
     processes = facts.summary.get("world_size") or facts.environment.get("world_size") or 1
     yield pluralize(processes, "process", "processes") + "."
 
@@ -169,10 +180,11 @@ def verdict_for_page(facts: PageFacts) -> Mapping[str, Any]:
         fact, _, advice = finding["text"].partition(". Try: ")
         # The verdict's sentence already has the facts of the worst finding.
         fact = "" if fact in stored["sentence"] else fact
-        findings.append({"headline": RUN_RULES[finding["rule"]].text, "fact": fact, "advice": advice})
-    has_faults = any(RUN_RULES[finding["rule"]].level is not Level.note for finding in stored["findings"])
-    level = "warning" if has_faults else "good"
-    if facts.summary["exit"] == RunOutcome.diverged:
+        rule = RUN_RULES.get(finding["rule"])  # None: of another version
+        findings.append({"headline": rule.text if rule else finding["rule"], "fact": fact, "advice": advice})
+    rules = [RUN_RULES.get(finding["rule"]) for finding in stored["findings"]]
+    level = "good" if all(rule and rule.level is Level.note for rule in rules) else "warning"
+    if facts.summary.get("exit") == RunOutcome.diverged:
         level = "error"
     return {"level": level, "sentence": stored["sentence"], "findings": findings}
 

@@ -94,7 +94,7 @@ def _time(rows: Sequence[Fields], summary: Fields) -> str:
 
 def describe_reference(report: Fields) -> str:
     """Return the section `reference` of summary.json in words: "cached: 6,403 log-probs computed, ..."."""
-    if report.get("mode") != "cached":
+    if report.get("mode") != "cached" or not {"computed", "hits"} <= report.keys():
         return str(report.get("mode", ""))
     return f"cached: {pluralize(report['computed'], 'log-prob')} computed, {report['hits']:,} reused"
 

@@ -224,14 +224,8 @@ _NO_ROW = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, 
 
 
 def _stored_lines(folder: RunFolder) -> Iterator[tuple[bytes, MetricsRow]]:
-    """Yield the whole lines of a run's file, with their rows; the last line may be unfinished.
-
-    Runs of earlier versions have only log_history.json.
-    """
+    """Yield the whole lines of a run's file, with their rows; the last line may be unfinished."""
     if not folder.rows.exists():
-        if folder.log_history.exists():
-            rows = map(_known, json.loads(folder.log_history.read_bytes()))
-            yield from ((_line(row), row) for row in rows)
         return
     with folder.rows.open("rb") as lines:
         for number, line in enumerate(lines, start=1):

@@ -47,6 +47,7 @@ def locate_model(path: str, key: str) -> str:
             raise no_model_error(run, key, "let the run complete")
         folder = run.model
     elif is_checkpoint(folder):
+        check_files(folder)
         return str(folder)
     location = str(folder) if folder.is_dir() else path
     local_model_folder(location, None, key, accepts_adapter=True)

@@ -23,6 +23,7 @@ from dpo_dist.tools.shared.sampling.served import open_server
 from tests.support.tiny_model import write_model
 
 JSON = "Content-Type: application/json"
+_BOMB = gzip.compress(bytes(1 << 20))
 
 
 @contextlib.contextmanager
@@ -81,7 +82,7 @@ WHOLE: dict[str, tuple[Callable[[], Iterable[bytes]], str]] = {
     "a list": (lambda: reply("[]"), "be an object"),
     "null": (lambda: reply("null"), "be an object"),
     "half of it": (lambda: reply('{"choices": ['), "Invalid JSON: EOF"),
-    "a bomb": (lambda: reply(gzip.compress(bytes(1 << 24)), JSON, "Content-Encoding: gzip"), "compressed"),
+    "a bomb": (lambda: reply(_BOMB, JSON, "Content-Encoding: gzip"), "compressed"),
     "no end": (
         lambda: endless(b"5\r\naaaaa\r\n" * 99, 0, "Transfer-Encoding: chunked"),
         "more than 9.8 KiB in",
@@ -121,6 +122,23 @@ def test_a_reply_that_is_no_reply_is_one_error(name: str) -> None:
             assert raised.value.got.startswith(f"{url}, model m: ")
             assert said in raised.value.got
     assert time.monotonic() - started < 20
+
+
+def test_a_server_is_reached_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its proxy, but for the hosts that need none."""
+    monkeypatch.setattr(clients, "_LISTING_SECONDS", 20)
+    asked: list[str] = []
+
+    def listed(path: str) -> Iterable[bytes]:
+        asked.append(path)
+        return reply('{"data": [{"id": "m"}]}')
+
+    with raw_server(listed) as url:
+        monkeypatch.setenv("http_proxy", url.removesuffix("/v1"))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        for address in ("http://judge.invalid/v1", url):
+            assert Client(address, "sampling.endpoint.url", "m", 20, 1).listed() == {"m": None}
+    assert asked == ["http://judge.invalid/v1/models", "/v1/models"]
 
 
 def test_replies_without_an_end_leave_no_thread() -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 import dpo_dist
-from dpo_dist import api
 from dpo_dist.config.losses import LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import ConfigError
@@ -29,7 +28,6 @@ from dpo_dist.training.reporting.metrics_log import (
     metrics_by_source,
     read_latest_rows,
     stored_rows,
-    write_tables,
 )
 from dpo_dist.training.start.environment import describe_environment
 
@@ -94,7 +92,6 @@ def test_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path: Pa
     assert MetricsLog.open(RunFolder(tmp_path / "killed"), None, said.append).rows == []
     assert "its rows are replaced" in said.pop(), "a fresh start"
     whole.folder.rows.unlink()
-    whole.folder.log_history.unlink()
     assert MetricsLog.open(whole.folder, 6, said.append).rows == []
     assert "metrics up to step 6 are lost" in said.pop()
 
@@ -142,17 +139,6 @@ def test_a_damaged_line_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read") as raised:
         MetricsLog.open(folder, 1)
     assert raised.value.where == f"{folder.rows}:1"
-
-
-def test_runs_of_earlier_versions_have_their_rows_in_the_table_alone(tmp_path: Path) -> None:
-    rows = [row_of(step) for step in (1, 2, 3)]
-    folder = log_of(tmp_path, *rows).folder
-    before = folder.log_history.read_bytes()
-    folder.rows.unlink()
-    assert read_latest_rows(folder) == api.read_metrics(tmp_path) == rows
-    write_tables(folder)
-    assert folder.log_history.read_bytes() == before
-    assert MetricsLog.open(folder, 2).rows == list(stored_rows(folder)) == rows[:2]
 
 
 def test_an_evaluation_that_is_made_again_has_one_row(tmp_path: Path) -> None:

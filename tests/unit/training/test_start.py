@@ -283,7 +283,9 @@ def test_the_card_tells_of_the_step_whose_weights_are_the_model(
 
 
 def test_the_verdict_reads_the_findings_of_the_doctor(folder: RunFolder) -> None:
-    write_text(folder.doctor_report, '{"findings": [{"rule": "doubled_bos", "level": "error"}]}')
+    texts = {"text": "", "source": None, "remedy": "", "examples": []}
+    finding = {"rule": "doubled_bos", "level": "error", **texts}
+    write_text(folder.doctor_report, json.dumps({"findings": [finding]}))
     run = run_in(folder.path)
     finish(run, state_of(RunOutcome.completed), recorder_of(run), SUMMARY)
     sentence = "faults in the data"

@@ -12,10 +12,12 @@ from multiprocessing import TimeoutError as Late
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from pydantic import ValidationError
 
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, first_fault
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import duration, first_few, size
 from dpo_dist.tools.shared.sampling.replies import Models, Reply
@@ -87,13 +89,17 @@ class Client:
                             raise openai.OpenAIError(f"no end within {duration(seconds)}")
                 return httpx2.Response(reply.status_code, headers=reply.headers, content=bytes(content))
 
+        # The client has neither the environment's proxies nor its own limits with another transport.
+        place, proxies = urlsplit(url), getproxies()
+        proxy = None if proxy_bypass(place.netloc) else proxies.get(place.scheme, proxies.get("all"))
+        transport = Bounded(limits=openai.DEFAULT_CONNECTION_LIMITS, proxy=proxy)
         self._openai_client = openai.OpenAI(
             base_url=url,
             api_key=key,
             timeout=timeout,
             max_retries=RETRIES,
             default_headers={"Accept-Encoding": "identity"},
-            http_client=openai.DefaultHttpxClient(transport=Bounded()),
+            http_client=openai.DefaultHttpxClient(transport=transport),
         )
         self._parallel, self._names = parallel, ""
         self._file: Path | None = None
@@ -120,10 +126,8 @@ class Client:
         try:
             return form.model_validate_json(content, strict=True)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            place = ".".join(map(str, first["loc"]))
             page = "no JSON, but a page: " if content.lstrip()[:1] == b"<" else ""
-            raise self.unusable(f"{page}{place}{': ' if place else ''}{first['msg']}") from None
+            raise self.unusable(page + first_fault(error)) from None
 
     def _fault(self, error: Exception) -> str:
         """Return what is wrong with a connection or a reply as a whole."""

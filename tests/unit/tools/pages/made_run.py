@@ -68,9 +68,10 @@ def evaluation(step: int, source: str) -> dict[str, float]:
 
 def summary(label: str) -> dict[str, Any]:
     source = {"label": label, "path": label, "read": 2000, "kept": 1920, "pairs": 1920}
+    source |= {"dropped": {}}
     train = source | {"dropped": {"identical_responses": 80}, "response_truncated": 17, "duplicates": 0}
     train |= {"examples": [f"{label}:3"], "sources": [source]}
-    held_out = {"read": 100, "kept": 100, "pairs": 100, "dropped": {}, "left_in_train": 300}
+    held_out = {"read": 100, "kept": 100, "pairs": 100, "dropped": {}, "left_in_train": 300, "sources": []}
     drift = {"responses": 32, "mean_token_drift": 2e-9, "largest_token_drift": 3e-6}
     drift |= {"rms_response_drift": 0.05, "largest_response_drift": 0.2}
     seconds = {"starting": 60.0, "reference": 84.0, "training": 4210.4, "evaluation": 60.0, "other": 0.0}

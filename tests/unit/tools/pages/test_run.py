@@ -183,6 +183,14 @@ def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
         ("rows", '{"loss": "x"}\n'),
         ("rows", '{"loss": 1}\n'),
         ("doctor_report", '{"findings": 5}'),
+        ("doctor_report", "{}"),
+        ("doctor_report", '{"findings": [{"rule": "label_leak"}]}'),
+        ("environment", '{"packages": {}, "gpus": 5}'),
+        ("config", "loss: 5"),
+        ("config", "optim: {lr: [1]}"),
+        ("summary", '{"data": {"train": {"read": "x"}}}'),
+        ("summary", '{"best": {"eval_loss": 5}}'),
+        ("state", '{"identity": 5}'),
         ("summary", None),
         ("rows", None),
         ("environment", None),
@@ -200,3 +208,27 @@ def test_a_file_that_no_run_writes_is_a_plain_error(tmp_path: Path, name: str, c
         file.write_text(content)
     with pytest.raises(ConfigError):
         main([str(run)])
+
+
+def test_a_line_of_samples_that_no_run_writes_is_a_plain_error(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    for line in ("[1]", "{", '{"policy": 5}', "[" * 100_000):
+        run.samples_file(30).write_text(line + "\n")
+        with pytest.raises(ConfigError, match=re.escape(f"{run.samples_file(30)}:1")):
+            main([str(run)])
+
+
+def test_a_bug_of_the_page_is_not_called_a_fault_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo_dist.tools.report.__main__.write_page", lambda *_: {}["bug"])
+    with pytest.raises(KeyError):
+        main([str(made_run(tmp_path))])
+
+
+def test_a_finding_of_another_version_keeps_its_name(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    finding = {"rule": "former_rule", "text": "something. Try: less"}
+    change(run.summary, "verdict", "findings", value=[finding])
+    change(run.summary, "exit", value=None)
+    assert "former_rule" in page_of(run).section("Verdict").casefold()

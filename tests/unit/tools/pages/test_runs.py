@@ -35,13 +35,9 @@ def change_last_row(run: RunFolder, values: dict[str, float]) -> None:
 def end_with(run: RunFolder, accuracy: float, *ends: float) -> None:
     """Give the last evaluation of a run another accuracy."""
     change_last_row(run, {"eval_rewards/accuracies": accuracy})
-    change(
-        run.named_evaluation(LAST_EVALUATION).results,
-        "all",
-        "intervals",
-        "eval_rewards/accuracies",
-        value=ends,
-    )
+    intervals = {"eval_rewards/accuracies": ends, "eval_rewards/margins": (0.4, 0.6)}
+    known = {name: both for name, both in intervals.items() if both}
+    change(run.named_evaluation(LAST_EVALUATION).results, "all", "intervals", value=known)
 
 
 def test_settings_that_differ_are_those_that_are_not_equal_in_all() -> None:
