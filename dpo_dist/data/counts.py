@@ -23,6 +23,7 @@ _NAMED_FIELDS = 12
 _LINE = re.compile(r":\d+ ")
 DROPPED_PROMPT_PREFIX = "prompts_dropped_"
 """Prefix of the counts of prompts that are left out; the reason follows."""
+_PLAIN = "chat_template_not_applied"
 EMPTY_REMEDY = "check the path, or remove the source"
 _TABLE: dict[str, dict[str, list[str]]] = yaml.safe_load(
     Path(__file__).with_name("counts.yaml").read_text(encoding="utf-8")
@@ -167,15 +168,22 @@ def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def plain_texts(counts: Mapping[str, Any], records: str = "records") -> str:
+    """Return how many kept records are plain text beside a chat template, "" if none."""
+    plain, kept = counts.get(_PLAIN, 0), counts.get("kept", 0)
+    return f"{plain:,} of {kept:,} {records} are {in_words(_PLAIN)}" if plain else ""
+
+
+def are_mostly_plain(counts: Mapping[str, Any]) -> bool:
+    """Return whether more than half of the kept records are plain text beside a chat template."""
+    return bool(counts.get(_PLAIN, 0) > counts.get("kept", 0) / 2)
+
+
 def two_forms(counts: Mapping[str, Any]) -> list[str]:
     """Return a warning if the chat template renders only a part of a source's records, else none."""
-    bare, kept = counts.get("chat_template_not_applied", 0), counts["kept"]
-    if not 0 < bare < kept:
+    if not 0 < counts.get(_PLAIN, 0) < counts["kept"]:
         return []
-    return [
-        f"{bare:,} of {kept:,} records of this source are plain text, the others are turns of the chat "
-        "template; data.text_as_messages=true makes all of them turns"
-    ]
+    return [f"{plain_texts(counts, 'records of this source')}; {reason_remedy(_PLAIN)}"]
 
 
 def read_in_words(read_as: Mapping[str, int]) -> str:

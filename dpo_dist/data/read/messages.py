@@ -30,6 +30,8 @@ ROLES = {
     **dict.fromkeys(("gpt", "chatgpt", "bot", "Assistant"), "assistant"),
     **dict.fromkeys(("observation", "tool_response", "function"), "tool"),
 }
+# Fields with the calls of a message; LangChain's may stand only in `additional_kwargs`.
+_CALL_FIELDS = ("tool_calls", "function_call")
 # In turns with these roles the content is a tool call, as JSON.
 CALLING = ("function_call", "tool_call")
 # Keys of a call that are none of its arguments.
@@ -141,17 +143,20 @@ def _read_message(fields: Fields) -> Message:
     if isinstance(role, str) and role in _PLAIN_ROLES and isinstance(content, str) and len(fields) == 2:
         return Message(ROLES.get(role, role), content)  # fast path: most messages
     check_no_media([fields])
+    inner = from_json(fields.get("additional_kwargs"))
+    if isinstance(inner, Mapping) and not any(has_value(fields.get(name)) for name in _CALL_FIELDS):
+        fields = {**fields, **{name: inner[name] for name in _CALL_FIELDS if name in inner}}
     if not isinstance(role, str) or ("role" not in fields and role not in _ALL_ROLES):
         raise UnusableRecordError("unread_content", "a message has a role that is not read", ("role",))
     if fields.get("channel") in _UNREAD_CHANNELS:
         raise UnusableRecordError("unread_content", "a message has another channel than final", ("channel",))
-    _check_no_calls(fields, ("tool_calls", "function_call"))
+    _check_no_calls(fields, _CALL_FIELDS)
     calls: list[Fields] = []
     if role in CALLING:
         role, content, calls = "assistant", "", _tool_calls(content)
     if content is None and has_more(fields):
         content = ""
-    for name in ("tool_calls", "function_call"):
+    for name in _CALL_FIELDS:
         if has_value(fields.get(name)):
             calls += _tool_calls(fields[name])
     parts = [*(("image", image) for image in given_images(fields)), *_parts(content)]

@@ -1,5 +1,6 @@
 """Render a record as texts to tokenise: a prompt, and its responses with their turns."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,11 +15,14 @@ from dpo_dist.data.records import (
     Dialogue,
     Message,
     Messages,
+    Origin,
     PreferenceRecord,
     UnusableRecordError,
 )
 from dpo_dist.data.text.escape import THOUGHT_TAGS
 from dpo_dist.data.text.template import (
+    PROBE_CALL,
+    PROBE_TOOL,
     ChatRenderer,
     Forms,
     Span,
@@ -84,6 +88,23 @@ def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataC
     if facts.tokenizer.chat_template and not is_applied:
         changes.add("chat_template_not_applied")
     return _as_text(prompt, texts, facts, read_as, changes)
+
+
+_CALLED = Message("assistant", "", {CALLS: [PROBE_CALL]})
+_RESULT = Message("tool", "probe result", {"name": "probe", "tool_call_id": PROBE_CALL["id"]})
+_SAID, _ASKED = Message("assistant", "probe answer"), Message("user", "probe question")
+
+
+def trained_ends(facts: TokenizerFacts) -> set[str]:
+    """Return the tokens with which training ends turns and that stand nowhere else in a turn."""
+    ends = set[str]()
+    for turns in ((_CALLED, _RESULT, _SAID), (_SAID, _ASKED, _SAID)):
+        record = PreferenceRecord((_ASKED,), (turns,), Origin("", 0), tools=(PROBE_TOOL,))
+        with contextlib.suppress(UnusableRecordError, ConfigError):  # the template cannot be used for these
+            rendered = render_record(record, facts, DataConfig())
+            [text], [counted] = rendered.responses, rendered.counted
+            ends |= {facts.ending_token(text[start:end]) for start, end in counted}
+    return {*facts.stops, *ends} - facts.within_turns - {""}
 
 
 def with_images(
@@ -171,6 +192,9 @@ def _by_template(
         changes.add("tools_not_rendered")
     if any(facts.has_turns(turn.content) for turns in (messages, *responses) for turn in turns):
         changes.add("templated_content")
+    spans = zip(rendered.responses, rendered.counted, strict=True)
+    if any(facts.stops_within(text[start:end]) for text, turns in spans for start, end in turns):
+        changes.add("stop_within_turn")
     return replace(rendered, changes=frozenset(changes), read_as=f"{form}, by the chat template")
 
 
@@ -299,6 +323,9 @@ class _Conversation:
         length = self.facts.common_length(turn, generation)
         if length == len(generation):
             return length
+        # The prompt may say more before the header (Command R+ with tools).
+        if tail := self.facts.tail_of(generation, turn):
+            return tail
         # A content may begin like the generation prompt, where the turn itself does not (Apriel).
         for part in filter(None, (message_thought(message), message.content.strip())):
             text = self.facts.marks.escape(part, self.facts.marks.in_response)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Collection, Sequence
 from copy import copy
@@ -29,8 +30,8 @@ _OWN_VARIABLES = {"messages", "tools", "add_generation_prompt", "strftime_now"}
 _PROBE = "probe answer"
 _PROBES = ({"role": "user", "content": "probe question"}, {"role": "assistant", "content": _PROBE})
 _NOTHING = {"role": "assistant", "content": ""}
-_PROBE_TOOL = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {}}}
-_PROBE_CALL = {"type": "function", "id": "probe1234", "function": {"name": "probe", "arguments": {"a": "b"}}}
+PROBE_TOOL = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {}}}
+PROBE_CALL = {"type": "function", "id": "probe1234", "function": {"name": "probe", "arguments": {"a": "b"}}}
 
 
 def pin_clock(template: str, day: str) -> str:
@@ -151,7 +152,7 @@ def _probed(
     """Return the output of a template for probes; "" if it rejects them."""
     turns = [in_form(probe, in_parts) for probe in probes]
     options: Any = {"tokenize": False, "add_generation_prompt": generation}
-    for tools in (None, [_PROBE_TOOL]):  # some templates for tools cannot do without (Hermes)
+    for tools in (None, [PROBE_TOOL]):  # some templates for tools cannot do without (Hermes)
         # A template can raise anything; each record is rendered again, with its error.
         with contextlib.suppress(Exception):
             return str(tokenizer.apply_chat_template(turns, chat_template=template, tools=tools, **options))
@@ -344,8 +345,14 @@ class ChatRenderer:
     @cached_property
     def after_call(self) -> str:
         """The output of the template after the prompt for a call of a tool; "" if it rejects calls."""
-        call = _PROBE_CALL if self._takes_objects else _with_text_arguments(_PROBE_CALL)
-        return self._answered(_NOTHING | {"tool_calls": [call]})
+        return self._answered(_NOTHING | {"tool_calls": [self._call]})
+
+    @cached_property
+    def turns_of_parts(self) -> list[str]:
+        """The output of the template after the prompt for a thought and an answer, and a text and a call."""
+        said = _PROBES[1]
+        thinking = said | dict.fromkeys(("reasoning_content", "thinking"), "probe thought")
+        return [self._answered(turn) for turn in (thinking, said | {"tool_calls": [self._call]})]
 
     @cached_property
     def empty_turn(self) -> str:
@@ -365,16 +372,21 @@ class ChatRenderer:
             )
 
     @cached_property
+    def _call(self) -> Fields:
+        return PROBE_CALL if self._takes_objects else _with_text_arguments(PROBE_CALL)
+
+    @cached_property
     def _takes_objects(self) -> bool:
         """Whether the template takes the arguments of tool calls as objects; DeepSeek's wants JSON text."""
 
         def is_rendered(call: Fields) -> bool:
             return self._probed(_PROBES[0], _NOTHING | {"tool_calls": [call]}) != ""
 
-        return is_rendered(_PROBE_CALL) or not is_rendered(_with_text_arguments(_PROBE_CALL))
+        return is_rendered(PROBE_CALL) or not is_rendered(_with_text_arguments(PROBE_CALL))
 
     def _answered(self, turn: Fields) -> str:
-        return self._probed(_PROBES[0], turn).removeprefix(self._probed(_PROBES[0], generation=True))
+        whole = self._probed(_PROBES[0], turn)
+        return whole[len(os.path.commonprefix([whole, self._probed(_PROBES[0], generation=True)])) :]  # noqa: RUF071
 
     def _probed(self, *turns: Fields, generation: bool = False) -> str:
         return _probed(self._tokenizer, self.template, turns, self._in_parts, generation=generation)

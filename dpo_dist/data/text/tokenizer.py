@@ -61,9 +61,21 @@ class TokenizerFacts:
     def end_of_turn(self) -> str:
         """What the template writes after a response, up to its last special token; else the end of text.
 
-        Usually one token; some templates (Kimi K3) write several, with text between them.
+        Usually one token; some templates (Kimi K3) write several, with text between them. EOS follows a token
+        that also stands within turns (GigaChat 3), where no response may stop.
         """
-        return self._ending[0] or self.end_of_text
+        return self._ending[0] + self._closing or self.end_of_text
+
+    @cached_property
+    def _closing(self) -> str:
+        return self.end_of_text if self.last_special(self._ending[0]) in self.within_turns else ""
+
+    @cached_property
+    def within_turns(self) -> set[str]:
+        """The special tokens that the template writes within turns, as gpt-oss does between channels."""
+        turns = [] if self.chat is None else map(self.without_prompt, self.chat.turns_of_parts)
+        within = (token for turn in turns for token in self._special.findall(turn)[:-1])
+        return set(within) - {self.tokenizer.eos_token}
 
     @cached_property
     def _ending(self) -> tuple[str, str]:
@@ -89,6 +101,11 @@ class TokenizerFacts:
         matches = (self._whole.match(text, start) for start in starts for text in (one, other))
         return next((match.start() for match in matches if match and match.end() > length), length)
 
+    def tail_of(self, generation: str, turn: str) -> int:
+        """Return the length of the longest part, from a token to the end of a prompt, that starts a turn."""
+        tails = (generation[token.start() :] for token in self._special.finditer(generation))
+        return next((len(tail) for tail in tails if turn.startswith(tail)), 0)
+
     def before_opened(self, turn: str, length: int, rest: str) -> int:
         """Return `length`, or the position of the token before it that opens what both texts then end.
 
@@ -101,12 +118,20 @@ class TokenizerFacts:
         tokens = [first, *others] if first and first.group() == THOUGHT_TAGS[0] else others
         return max((token.start() for token in tokens if token), default=length)
 
-    @property
+    @cached_property
     def stops(self) -> set[str]:
         """The tokens that end a generated response: the last ones of a text, a turn and a call."""
         ends = [self.end_of_turn, self.until_end(self.chat.after_call if self.chat is not None else "")]
-        last = (list(self._special.finditer(end))[-1].group() for end in ends)
-        return {*last, *filter(None, [self.tokenizer.eos_token])}
+        return {*map(self.last_special, ends), *filter(None, [self.tokenizer.eos_token])}
+
+    @cached_property
+    def _stop(self) -> re.Pattern[str]:
+        return any_of(self.stops)
+
+    def stops_within(self, turn: str) -> bool:
+        """Return whether a rendered turn has a token that ends responses before a part of it."""
+        stop = self._stop.search(turn)
+        return stop is not None and not self.is_blank(turn[stop.end() :])
 
     @cached_property
     def around_turns(self) -> re.Pattern[str]:
@@ -142,7 +167,8 @@ class TokenizerFacts:
         turn = self.without_prompt(rendered)
         # Some turns end with another token, such as calls of tools.
         if last := self._final_special(turn):
-            return turn[:last]
+            is_bare = turn[:last].endswith(self._ending[0])
+            return turn[:last] + self._closing * is_bare
         end = turn.rfind(ending)
         after = "" if self.chat is None else self.chat.after_response
         return turn[: end + len(ending)] if end >= 0 else turn.removesuffix(after) + ending
@@ -173,6 +199,14 @@ class TokenizerFacts:
     def after_last_special(self, escaped: str) -> int:
         """Return the position after the last special token or token around turns, 0 if there is none."""
         return max((match.end() for match in self._special.finditer(escaped)), default=0)
+
+    def ending_token(self, turn: str) -> str:
+        """Return the special token that ends a rendered turn, "" if none does."""
+        return self.last_special(turn) if self._final_special(turn) else ""
+
+    def last_special(self, escaped: str) -> str:
+        """Return the last special token or token around turns, "" if there is none."""
+        return next(reversed(self._special.findall(escaped)), "")
 
     def with_prefix(self, ids: list[int]) -> tuple[list[int], int]:
         """Return `ids` with the tokenizer's prefix exactly once, and how many of them truncation keeps."""

@@ -23,7 +23,7 @@ from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig, Quantization
 from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.foundation.errors import ConfigError, disk_error, first_line
-from dpo_dist.foundation.text import pluralize
+from dpo_dist.foundation.text import pluralize, size
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
     ImageMask,
@@ -42,6 +42,7 @@ from dpo_dist.model.files.folder import (
     read_model_json,
     weight_files,
 )
+from dpo_dist.model.flops import stacked_experts
 from dpo_dist.model.layers import (
     check_device,
     check_reads_images,
@@ -276,6 +277,9 @@ def load_weights(
     _check_missing(report, folder, key, "; or set parallelism.kind=zero2 or ddp" if is_sharded else "")
     if not is_sharded and config.quantization is None:
         _freeze_as_defined(causal_lm)
+    if config.quantization is not None and (experts := stacked_experts(causal_lm)):
+        kept = size(sum(weight.nbytes for weight in experts))
+        log.warning("%s: %s leaves the experts in %s, %s", folder, config.quantization, config.dtype, kept)
     if kind is None:
         if config.images is not None:
             check_reads_images(causal_lm, key)

@@ -11,6 +11,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.records import Tokenizer
+from dpo_dist.data.text.render import trained_ends
 from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.folder import CONFIG_FILE, is_adapter, read_model_json
@@ -34,8 +35,9 @@ def find_stop_ids(tokenizer: Tokenizer, data: DataConfig, folder: Path, key: str
 def trained_stops(tokenizer: Tokenizer, data: DataConfig) -> list[int]:
     """Return the ids of the tokens that end texts in training, and of those that end a template's turns."""
     ends = {tokenizer.eos_token}
-    with contextlib.suppress(ConfigError):  # the template cannot be used for training
-        ends |= tokenizer_facts(tokenizer, data).stops
+    for with_tools in (False, True):
+        with contextlib.suppress(ConfigError):  # the template cannot be used for training
+            ends |= trained_ends(tokenizer_facts(tokenizer, data, with_tools=with_tools))
     ids = {tokenizer.convert_tokens_to_ids(end) for end in ends - {None}}
     return sorted(ids - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id}))
 

@@ -25,6 +25,26 @@ _PRUNED = "pruned"
 _OUTCOME = "outcome"  # the trial's attribute
 
 
+class _Sampler(optuna.samplers.TPESampler):  # type: ignore[misc]
+    """Samples numbers of four digits, so that a run's word, optuna and all that is shown have the same."""
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: Any
+    ) -> Any:
+        value = super().sample_independent(study, trial, param_name, param_distribution)
+        return _rounded(value, param_distribution)
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Any) -> dict[str, Any]:
+        values = super().sample_relative(study, trial, search_space)
+        return {name: _rounded(value, search_space[name]) for name, value in values.items()}
+
+
+def _rounded(value: Any, distribution: Any) -> Any:
+    if not isinstance(distribution, optuna.distributions.FloatDistribution):
+        return value
+    return min(max(float(f"{value:.4g}"), distribution.low), distribution.high)
+
+
 class Search(Pool):
     """Trains the points of a study that is kept in the sweep's folder.
 
@@ -74,7 +94,7 @@ class Search(Pool):
         words = list[str]()
         for one in self._space.dimensions:
             seed = int(text_digest(f"{self._seed} {trial.number} {one.key}")[:8], 16)
-            self._study.sampler = optuna.samplers.TPESampler(seed=seed)
+            self._study.sampler = _Sampler(seed=seed)
             words.append(f"{one.key}={_suggest(trial, one)}")
         return tuple(words)
 

@@ -27,10 +27,13 @@ from dpo_dist.config.schema import (
 )
 from dpo_dist.data.counts import (
     DataCounts,
+    are_mostly_plain,
     check_counts,
     counts_in_one_line,
     named_in_one_line,
+    plain_texts,
     read_in_words,
+    reason_remedy,
     two_forms,
 )
 from dpo_dist.data.encoded.build import encode_records
@@ -141,17 +144,13 @@ def _faults(
 ) -> list[tuple[str, str]]:
     """Return each fault of the first records in a few words, with numbers and what to do."""
     faults, every = [], [*train, *evaluation]
-    kept = sum(found.counts.kept for found in every)
-    without_tools, plain = (
-        sum(found.counts.changed[name] for found in every)
-        for name in ("tools_not_rendered", "chat_template_not_applied")
-    )
-    if without_tools:
-        text = f"of {without_tools:,} of {kept:,} records; set data.chat_template to one that writes them"
+    numbers = DataCounts.total(vars(found.counts) for found in every).numbers()
+    if without_tools := numbers["tools_not_rendered"]:
+        text = f"of {without_tools:,} of {numbers['kept']:,} records"
+        text += "; set data.chat_template to one that writes them"
         faults.append(("the chat template omits tools", text))
-    if trains and plain > kept / 2:
-        text = f"{plain:,} of {kept:,} records are plain text; data.text_as_messages=true makes each prompt "
-        text += "a user's turn; nothing is to be done if the model is meant to continue texts"
+    if trains and are_mostly_plain(numbers):
+        text = f"{plain_texts(numbers)}; {reason_remedy('chat_template_not_applied')}"
         faults.append(("the chat template is not applied", text))
     trained, evaluated = (
         np.concatenate([np.empty(0, np.uint64), *(found.prompts for found in part)])

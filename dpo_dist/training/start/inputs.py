@@ -46,7 +46,7 @@ from dpo_dist.model.flops import StepFlops, step_flops
 from dpo_dist.model.layers import check_device, text_notes
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
-from dpo_dist.training.start.footprint import fit_micro_batches, quantization_notes
+from dpo_dist.training.start.footprint import fit_micro_batches
 from dpo_dist.training.start.open_run import Run
 from dpo_dist.training.start.resume import Identity
 
@@ -196,7 +196,6 @@ def _load(
         notes.append(_NO_END)
     notes += base_notes(config.model, start)
     notes += stop_notes(tokenizer, config.data, folder) if trains else []
-    notes += quantization_notes(config, causal_lm)
     for note in [*text_notes(causal_lm), *router_notes(routers, causal_lm), *notes]:
         run.say(note)
     if trains:

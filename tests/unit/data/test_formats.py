@@ -19,6 +19,7 @@ import pytest
 from dpo_dist.config.schema import DataConfig, DataFormat, SourceConfig, TextTemplate, Truncation
 from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.formats import check_source, parse_prompt, parse_record, read_records
+from dpo_dist.data.read import values
 from dpo_dist.data.read.columns import FIELDS
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import DataError
@@ -97,6 +98,8 @@ def test_every_format_and_field_is_on_the_page() -> None:
     assert sorted(re.findall(r"`([^`]+)`", listed)) == sorted(FIELDS)
     written = " ".join(re.findall(r"columns: {(.*?)}", PAGE))
     assert set(re.findall(r"(\w+): (?!null)", written)) <= {*FIELDS, "COLUMN"}
+    [row] = re.findall(r"\| (.*) of a call \| its `arguments`", PAGE)
+    assert ("arguments", *re.findall(r"`(\w+)`", row)) == values.ARGUMENTS
 
 
 @pytest.mark.parametrize("name", ["score_{}", "{}_score", "{}_rating", "rating_{}", "{}-rating"])
@@ -298,6 +301,29 @@ BAD_CALLS: dict[str, dict[str, Any]] = {
     "a custom tool": {"type": "custom", "custom": {"name": "weather", "input": "ls"}},
     "another name": {"action": "weather", "action_input": ARGUMENTS},
 }
+
+
+def test_calls_only_in_additional_kwargs_are_read_once() -> None:
+    """LangChain repeats there the calls of a message, in OpenAI's form, or has them nowhere else."""
+    call, other = CALLS["OpenAI"], CALLS["LangChain"]
+    for inner in ({"tool_calls": [call]}, {"function_call": call["function"]}):
+        for fields in ({}, {"tool_calls": []}, {"tool_calls": [other]}, {"content": None}):
+            turn = {"role": "assistant", "content": "", **fields, "additional_kwargs": inner}
+            record = good({"prompt": [user("q")], "chosen": [turn], "rejected": [assistant("no")]})
+            [read_call] = record.responses[0][0].fields["tool_calls"]  # type: ignore[union-attr]
+            assert read_call["function"] == {"name": "weather", "arguments": ARGUMENTS}
+
+
+@pytest.mark.parametrize("where", ["beside", "within"])
+def test_an_id_within_the_arguments_is_an_argument(where: str) -> None:
+    given = {"name": "weather", "input": {"id": "a", **ARGUMENTS}} | (
+        {"id": "c"} if where == "beside" else {}
+    )
+    turn = {"role": "assistant", "content": "", "tool_calls": [given]}
+    record = good({"prompt": [user("q")], "chosen": [turn], "rejected": [assistant("no")]})
+    [call] = record.responses[0][0].fields["tool_calls"]  # type: ignore[union-attr]
+    assert call.get("id") == given.get("id")
+    assert call["function"]["arguments"] == {"id": "a", **ARGUMENTS}
 
 
 @pytest.mark.parametrize("name", CALLS | BAD_CALLS)

@@ -6,8 +6,10 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.records import Message, Response
 from dpo_dist.data.text.tokenizer import tokenizer_facts
+from dpo_dist.model.files.stops import trained_stops
 from tests.support.pairs import encode, reason_against, texts
 from tests.support.tiny import _byte_level
 from tests.unit.data.test_templates import ANSWER, DOUBT, QUESTION, TOOL, as_dict, pair, trained_text
@@ -131,6 +133,65 @@ def test_a_turn_ends_with_all_that_the_template_writes_up_to_its_last_token(
         _, one, other = texts(encode(pair(response, NO, tools=(TOOL,)), tokenizer), tokenizer)
         assert other.endswith(NO + end)
         assert one.endswith(end)
+
+
+# GigaChat 3 ends turns by a token that also stands before a call: only EOS can end a response.
+PARTED = template_of(
+    ASSISTANT
+    + "{{ m.content }}<|close|>{% for call in m.tool_calls or () %}call\n"
+    + "{{ call.function.name }} {{ call.function.arguments.city }}<|close|>{% endfor %}"
+).replace("<|end|>", "<|close|>")
+# GLM ends no turn: a model stops where the next one starts.
+OPEN = "<s>{% for m in messages %}<|{{ {'assistant': 'answer', 'tool': 'open'}.get(m.role, 'turn') }}|>"
+OPEN += CALLS + "{{ m.content }}{% endfor %}" + PROMPT.replace("%G", "<|answer|>")
+SAID = Message("assistant", "Let me look.", CALL.fields)
+
+
+@pytest.mark.parametrize(
+    ("template", "response", "expected"),
+    [
+        (PARTED, (SAID,), ["Let me look.<|close|>call\nweather Bern<|close|></s>"]),
+        (PARTED, NO + " Why?", [NO + " Why?<|close|></s>"]),
+        (
+            PARTED,
+            (SAID, RESULT, ANSWER),
+            ["Let me look.<|close|>call\nweather Bern<|close|>", "It rains.<|close|></s>"],
+        ),
+        (OPEN, (CALL, RESULT, ANSWER), ["<|calls|>weather Bern<|open|>", "It rains.</s>"]),
+        (OPEN, (ANSWER, DOUBT, ANSWER), ["It rains.<|turn|>", "It rains.</s>"]),
+    ],
+)
+def test_a_token_that_stands_within_turns_stops_none(
+    template: str, response: Response, expected: list[str]
+) -> None:
+    tokenizer = tokenizer_with(template)
+    found = encode(pair(response, NO, tools=(TOOL,)), tokenizer)
+    assert trained_text(tokenizer, found) == "".join(expected)
+    stops = tokenizer.convert_ids_to_tokens(trained_stops(tokenizer, DataConfig()))
+    assert set(stops) == ({"</s>"} if template is PARTED else {"</s>", "<|open|>", "<|turn|>"})
+    assert "stop_within_turn" not in found.changes
+    assert texts(found, tokenizer)[2].endswith("<|close|></s>" if template is PARTED else "</s>")
+
+
+def test_a_turn_with_a_stop_before_its_call_is_counted() -> None:
+    """Nemotron Nano 2 writes a text and a call as two turns; DeepSeek R1 an empty turn after a call."""
+    two = "{% if m.tool_calls %}" + ASSISTANT + "{{ m.content }}</s>" + ASSISTANT + CALLS + "</s>{% else %}"
+    empty = two.replace("{{ m.content }}</s>" + ASSISTANT + CALLS, CALLS + "</s><|answer|>{{ m.content }}")
+    rest = ASSISTANT + "{{ m.content }}</s>{% endif %}"
+    for turn, call, is_counted in ((two, SAID, True), (empty, CALL, False)):
+        found = encode(pair((call,), NO, tools=(TOOL,)), tokenizer_with(template_of(turn + rest)))
+        assert ("stop_within_turn" in found.changes) is is_counted
+
+
+def test_a_header_is_found_after_words_of_the_generation_prompt() -> None:
+    """Command R+ writes instructions between the question and the answer's header."""
+    template = template_of(PLAIN, "<|turn|>system\nUse tools.<|end|>\n" + ASSISTANT)
+    tokenizer = tokenizer_with(template)
+    for response in ((CALL,), (CALL, RESULT, ANSWER)):
+        found = encode(pair(response, NO, tools=(TOOL,)), tokenizer)
+        assert trained_text(tokenizer, found).startswith("<|calls|>weather Bern<|end|>")
+        assert texts(found, tokenizer)[0].endswith(ASSISTANT)
+        assert texts(found, tokenizer)[2] == NO + "<|end|>"
 
 
 # Templates that do not write each turn in a pass of its own of a loop over messages.

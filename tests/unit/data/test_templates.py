@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
@@ -19,6 +20,7 @@ from dpo_dist.data.records import BadRecord, Message, Origin, PreferenceRecord, 
 from dpo_dist.data.text.template import pin_clock
 from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.files.stops import trained_stops
 from tests.support import tiny
 from tests.support.cache import prepare
 from tests.support.chat_tokenizers import FAMILIES, tokenizer_of
@@ -279,6 +281,20 @@ def test_tokens_that_end_a_response(family: str) -> None:
     tokenizer = tokenizer_of(family)
     facts = tokenizer_facts(tokenizer)
     assert (facts.end_of_turn, facts.stops) == (ENDS[family][0], {tokenizer.eos_token} | ENDS[family][1])
+
+
+@pytest.mark.parametrize(("family", "case"), CASES)
+def test_each_trained_turn_ends_where_generation_stops(family: str, case: str) -> None:
+    """Also a call before its result; gpt-oss ends an earlier answer by a token that stands within turns."""
+    tokenizer = tokenizer_of(family)
+    stops, found = trained_stops(tokenizer, WIDE), encode(RECORDS[case], tokenizer)
+    for ids, mask in zip(found.responses, found.masks, strict=True):
+        starts = [0, *np.flatnonzero(np.diff(mask)) + 1]
+        ends = [*starts[1:], len(ids)]
+        for start, end in zip(starts, ends, strict=True):
+            is_idle = (family, case, end < len(ids)) == ("gptoss", "turns", True)
+            expected = [end - 1] if mask[start] and not is_idle else []
+            assert [at for at in range(start, end) if mask[at] and ids[at] in stops] == expected
 
 
 def test_a_response_ends_as_an_earlier_turn_does() -> None:

@@ -100,6 +100,7 @@ def test_a_search_trains_what_optuna_samples_and_optuna_reads_it(tmp_path: Path)
         assert trial.params["optim.lr"] == config.optim.lr
         assert trial.params["optim.warmup_steps"] == config.optim.warmup_steps
         assert config == space.load(words)
+        assert trial.params["optim.lr"] == float(f"{trial.params['optim.lr']:.4g}"), "of few digits"
     rates = [trial.params["optim.lr"] for trial in study.trials]
     assert sum(rate < 3e-5 for rate in rates[:10]) in range(2, 9), "on a logarithmic scale"
     found = search.found()

@@ -275,7 +275,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
         ONE_LABEL,
         "all 400 training responses are good",
     ),
-    ("template_not_applied", rows(), PLAIN, "240 of 400 training records (60 %) are plain text"),
+    ("template_not_applied", rows(), PLAIN, "240 of 400 training records are plain text"),
     ("untrained_base", rows(every=RANDOM), {"vocabulary": 3000}, "a guess among 3,000 tokens has -8.01"),
     ("samples_loop", rows(late={"eval_samples/longest_repeat": 0.8}), {}, "has 80 % of its words"),
     ("learnt_nothing", rows(every=FEW, late=RISEN), {}, "evaluation loss 0.63 -> 0.75, training loss 0.678"),

@@ -90,8 +90,10 @@ WIDE = {"hidden_size": 128, "intermediate_size": 256}
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v2", "granitemoe"])
-def test_the_experts_that_stay_in_16_bits_are_said_and_counted(family: str, tmp_path: Path) -> None:
-    """As bitsandbytes loads them."""
+def test_the_experts_that_stay_in_16_bits_are_said_and_counted(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As bitsandbytes loads them; also when a model is loaded that is not the policy."""
     tiny_causal_lm(tiny_config(family, **WIDE)).save_pretrained(tmp_path)
     config = load_run_config(ON_4_BITS)
     described = load_config(tmp_path, config.model)
@@ -101,6 +103,7 @@ def test_the_experts_that_stay_in_16_bits_are_said_and_counted(family: str, tmp_
     assert {weight.dtype for weight in experts} == {torch.bfloat16}
     causal_lm = without_weights(described, config.model)
     kept = size(sum(weight.nbytes for weight in experts))
+    assert f"nf4 leaves the experts in bf16, {kept}" in caplog.text
     [note] = quantization_notes(config, causal_lm)
     assert note.startswith(f"warning: model.quantization=nf4 leaves the experts in bf16, {kept}:")
     whole = sum(weight.nbytes for weight in weights.values())

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from statistics import fmean
 
 from dpo_dist.config.losses import balancing_weight
+from dpo_dist.data.counts import are_mostly_plain, plain_texts
 from dpo_dist.foundation.text import percent, pluralize
 from dpo_dist.tools.report.verdict.facts import (
     FEWEST_PAIRS,
@@ -188,12 +189,9 @@ def _doctor_errors(facts: RunFacts) -> Iterator[str]:
 
 def _template_not_applied(facts: RunFacts) -> Iterator[str]:
     counts = facts.counts("train")
-    count, kept = counts.get("chat_template_not_applied", 0), counts.get("kept", 0)
-    if kept and count > 0.5 * kept:
-        yield (
-            f"{count:,} of {kept:,} training records ({percent(count / kept)}) are plain text, although the "
-            "tokenizer has a chat template: chats with the model do not look like what it was trained on"
-        )
+    if are_mostly_plain(counts):
+        told = plain_texts(counts, "training records")
+        yield f"{told}: chats with the model do not look like what it was trained on"
 
 
 def _label_missing(facts: RunFacts) -> Iterator[str]:

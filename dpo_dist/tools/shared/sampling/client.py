@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dpo_dist.foundation.errors import ConfigError, first_fault
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import duration, first_few, size
-from dpo_dist.tools.shared.sampling.replies import Models, Reply
+from dpo_dist.tools.shared.sampling.replies import Models
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 RETRIES = 6
@@ -36,7 +36,7 @@ _SILENCES = 2
 """A whole reply may take as many times the longest silence, after which a request is sent again."""
 _WORD = 60  # characters of a server's code in an error
 R = TypeVar("R")
-Form = TypeVar("Form", bound=Reply)
+Form = TypeVar("Form", bound=BaseModel)
 
 
 class RefusedError(Exception):

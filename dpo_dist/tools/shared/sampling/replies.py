@@ -12,10 +12,6 @@ _Count = Annotated[int, Field(ge=0, lt=2**31)]
 _Logp = Annotated[float, Field(le=1e-3, allow_inf_nan=False)]
 
 
-class Reply(BaseModel):
-    """A whole reply."""
-
-
 class ListedModel(BaseModel):
     """A model that a server lists."""
 
@@ -23,7 +19,7 @@ class ListedModel(BaseModel):
     max_model_len: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
 
-class Models(Reply):
+class Models(BaseModel):
     """The list of models; some servers have none."""
 
     data: list[ListedModel] = []
@@ -51,7 +47,7 @@ class Usage(BaseModel):
     prompt_tokens: _Count | None = None
 
 
-class CompletionReply(Reply):
+class CompletionReply(BaseModel):
     """A reply to a prompt."""
 
     choices: list[Choice]
@@ -77,7 +73,7 @@ class ChatChoice(BaseModel):
     finish_reason: str | None = None
 
 
-class ChatReply(Reply):
+class ChatReply(BaseModel):
     """A reply to a conversation."""
 
     choices: list[ChatChoice]
