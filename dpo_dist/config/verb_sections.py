@@ -46,7 +46,8 @@ class SamplingConfig:
     """How models respond: at evaluations (`samples`), in `compare` and in `pairs`."""
 
     max_new_tokens: int | None = key(None, ge=1)
-    """Largest number of tokens in a response; null: 512 in `pairs`, else 256."""
+    """Largest number of tokens in a response; null: 512 in `pairs`, else 256, and less where the model's
+    context ends before."""
     temperature: float | None = key(None, ge=0)
     """Sampling temperature; 0: greedy; null: 0.7 at evaluations, else 1. `compare` estimates the KL without
     bias only at 1."""

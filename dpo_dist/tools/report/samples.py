@@ -16,6 +16,7 @@ from dpo_dist.foundation.errors import ConfigError, warn_on_bug
 from dpo_dist.foundation.files import json_line, read_lines, text_digest, write_text
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import duration, pluralize
+from dpo_dist.model.architectures import context_length
 from dpo_dist.model.files.load import load_config
 from dpo_dist.model.files.stops import find_stop_ids
 from dpo_dist.reference.engine import load_reference
@@ -220,10 +221,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
         run.say(f"no samples: {error.message}; {error.remedy}")
         return None
     sampling = sampling_for("train", config.sampling, seed)
-    text_config = load_config(model_folder, config.model).get_text_config()
-    longest = getattr(text_config, "max_position_embeddings", None)
-    if longest is not None:
-        longest -= sampling.max_new_tokens
+    longest = context_length(load_config(model_folder, config.model))
     wanted = _USUAL_PROMPTS if settings.prompts is None else settings.prompts
     prompts = choose_prompts(
         inputs.eval_set,
@@ -231,6 +229,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
         stop_ids,
         wanted,
         seed,
+        sampling,
         longest,
         is_labelled=run.config.loss.is_unpaired,
     )
@@ -271,11 +270,12 @@ def choose_prompts(
     stop_ids: frozenset[int],
     count: int,
     seed: int,
+    sampling: Sampling,
     longest: int | None,
     *,
     is_labelled: bool = False,
 ) -> tuple[SamplePrompt, ...]:
-    """Return different prompts of at most `longest` tokens, chosen by a hash of seed and prompt.
+    """Return different prompts after which there is room in `longest` tokens, by a hash of seed and prompt.
 
     The choice does not depend on the dataset's order. `is_labelled`: add the field `label`.
     """
@@ -287,7 +287,8 @@ def choose_prompts(
     prompts: list[SamplePrompt] = []
     for prompt_hash, index in by_hash:
         tokens = dataset.lengths(index)[0]
-        if tokens == 0 or (longest is not None and tokens > longest):
+        room = sampling.room(tokens, longest)
+        if tokens == 0 or not room:
             continue
         [example] = dataset.with_inputs([dataset.example(index, (0,))])
         chosen_ids, prompt_ids = example.responses[0].tolist(), np.asarray(example.prompt_ids)
@@ -304,7 +305,8 @@ def choose_prompts(
             fields["images"] = images
         if is_labelled:
             fields["label"] = "good" if dataset.labels_good([index])[0] else "bad"
-        prompts.append(SamplePrompt(Request(prompt_ids, prompt_hash[:16], 0, example.images), fields))
+        request = Request(prompt_ids, prompt_hash[:16], 0, example.images, room)
+        prompts.append(SamplePrompt(request, fields))
         if len(prompts) == count:
             break
     return tuple(prompts)

@@ -41,8 +41,8 @@ def dataset(folder: Path, rows: list[dict[str, str]]) -> PreferenceDataset:
     return open_dataset(prepare_dataset([source], config, TOKENIZER, "tiny"), config)
 
 
-def chosen(data: PreferenceDataset, count: int, seed: int = 0, longest: int | None = None) -> list[str]:
-    prompts = choose_prompts(data, TOKENIZER, STOPS, count, seed, longest)
+def chosen(data: PreferenceDataset, count: int, seed: int = 0) -> list[str]:
+    prompts = choose_prompts(data, TOKENIZER, STOPS, count, seed, Sampling(4), None)
     return [prompt.fields["prompt"] for prompt in prompts]
 
 
@@ -58,9 +58,14 @@ def test_prompts_follow_from_seed_and_contents_alone(tmp_path: Path) -> None:
 def test_prompts_leave_room_for_the_response(tmp_path: Path) -> None:
     data = dataset(tmp_path / "one", ROWS)
     lengths = sorted({data.lengths(index)[0] for index in range(len(data))})
-    fitting = choose_prompts(data, TOKENIZER, STOPS, 100, 0, lengths[2])
+    longest = lengths[2] + 20
+    fitting = choose_prompts(data, TOKENIZER, STOPS, 100, 0, Sampling(20), longest)
     assert max(len(prompt.request.prompt_ids) for prompt in fitting) == lengths[2]
     assert 0 < len(fitting) < 12
+    usual = choose_prompts(data, TOKENIZER, STOPS, 100, 0, Sampling(20, is_default=True), longest)
+    assert len(usual) > len(fitting)
+    for prompt in usual:
+        assert 1 <= (prompt.request.room or 0) == min(20, longest - len(prompt.request.prompt_ids))
 
 
 def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_only(tmp_path: Path) -> None:
@@ -71,7 +76,14 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
     opened = RunSamples(run, Sampling(4, seed=3), (prompt,), STOPS, TOKENIZER)
     assert opened.read_reference() is None
     response = {"text": "a\u2028b", "tokens": 2, "finished": True}
-    sampling = {"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 3}
+    sampling = {
+        "max_new_tokens": 4,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "seed": 3,
+        "is_default": False,
+    }
     opened.run.folder.samples.mkdir()
     opened.run.folder.samples_reference.write_text(
         json_line({"prompt_id": "id", "sampling": sampling, **response}), encoding="utf-8"
