@@ -1,5 +1,6 @@
 """Generate responses of policy and reference to held-out prompts, at evaluations."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +39,9 @@ _Row = dict[str, Any]
 _BATCH_TOKENS = 16384
 _USUAL_PROMPTS = 8
 _MOST_SECONDS = 60.0  # of the default's responses by one model on a CPU
+_MOST_SHARE = (
+    0.1  # of the training time, beside `_MOST_SECONDS`, for all responses between first and last step
+)
 _RESPONSE_FIELDS = ("text", "tokens", "finished")
 
 
@@ -57,9 +61,11 @@ class RunSamples:
 
     Attributes:
         stop_ids: tokens that end a response.
-        at_every_evaluation: whether the policy responds at every evaluation, or at the first and last only.
+        at_every_evaluation: whether the policy responds at evaluations between the first and the last one.
         starts_as_reference: whether the policy equals the reference before the first step.
         reference: the reference's response to each prompt; None if not known.
+        seconds: what the latest responses took on this rank.
+        has_skipped: whether an evaluation had no time for responses.
     """
 
     run: Run
@@ -70,6 +76,8 @@ class RunSamples:
     at_every_evaluation: bool = True
     starts_as_reference: bool = False
     reference: list[_Row] | None = None
+    seconds: float = 0.0
+    has_skipped: bool = False
 
     def write_responses(self, step: int, policy: Engine, *, is_last: bool) -> dict[str, float]:
         """Write the policy's responses after `step`, and return their metrics `samples/...`.
@@ -77,7 +85,8 @@ class RunSamples:
         Raises Interrupted if the run must stop. Without finite logits there is no file; a bug in the metrics
         gives a warning and no metrics. `is_last`: whether the run ends after this step.
         """
-        if not (self.at_every_evaluation or is_last or step == 0):
+        is_between = step != 0 and not is_last
+        if is_between and not (self.at_every_evaluation and self._has_time(step)):
             return {}
         known = self.reference if step == 0 and self.starts_as_reference else None
         asked = known or self._ask(policy, self.prompts)
@@ -104,6 +113,29 @@ class RunSamples:
             return metrics
 
         return self.run.write(write)
+
+    def _has_time(self, step: int) -> bool:
+        """Return whether responses after `step` leave samples a small share of the run; else say so once.
+
+        Rank 0 decides by its clock for all ranks.
+        """
+
+        def missing() -> int | None:
+            spent = self.run.clock.read()["seconds"]
+            training = max(spent.get("training", 0.0), 1e-3)
+            if spent.get("samples", 0.0) + self.seconds <= _MOST_SECONDS + _MOST_SHARE * training:
+                return None
+            return math.ceil(self.seconds * step / (_MOST_SHARE * training))
+
+        every = self.run.world.on_main(missing)
+        if every is not None and not self.has_skipped:
+            self.has_skipped = True
+            self.run.say(
+                f"samples: none after step {step}, since they take {duration(self.seconds)}: until the last "
+                "step all samples get a minute and a tenth of the training time; "
+                f"trainer.eval_every={every} or a smaller samples.prompts leaves time for them"
+            )
+        return every is None
 
     def open(self, policy: Engine) -> None:
         """Get the reference's responses, if missing, from the policy at its start or with its adapter off."""
@@ -168,6 +200,7 @@ class RunSamples:
         if not requests:
             return []
         limits = self.stop_ids, _BATCH_TOKENS, self.run.stops
+        started = time.monotonic()
         try:
             doing = f"samples: responding to {pluralize(len(requests), 'prompt')}"
             with self.run.clock.measure("samples"), self.run.console.heartbeat(doing):
@@ -177,6 +210,7 @@ class RunSamples:
         except NotFiniteError:
             self.run.say("warning: no samples: the model's logits are not finite")
             return None
+        self.seconds = time.monotonic() - started
         return [
             {
                 "text": texts_after(list(sample.ids), request.prompt_ids, self.tokenizer)[0],
