@@ -351,7 +351,7 @@ def _remedy_for_several(override: Override) -> str:
     remedy = f"write {key}=VALUE with one value"
     if not (listed := assignment(key, f"[{value}]")).endswith("=..."):
         remedy = f"write {listed}"
-    elif re.fullmatch(r"\d+,\d+", value):
+    elif re.fullmatch(r"\d+,\d+(e-?\d+)?", value):
         remedy = f"write {key}={value.replace(',', '.')}: a decimal point, no comma"
     return f"{remedy}; the verb sweep runs each of several values" if override.is_discrete_sweep() else remedy
 

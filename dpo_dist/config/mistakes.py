@@ -120,7 +120,7 @@ def unreadable(words: Sequence[str], verb: str = "") -> ConfigError:
     if first in run_keys() and "=" not in whole:
         remedy = f"write {assignment(first, rest[0] if rest else 'true')}"
     elif (typed := re.fullmatch(r"([\w.]+)(?: *[:=] *)\(?([^()]*)\)?", whole)) and typed[1] in run_keys():
-        remedy = f"write {assignment(typed[1], typed[2])}"
+        remedy = f"write {assignment(typed[1], typed[2].strip(' ,;'))}"
         if verb == "sweep" and remedy.endswith("=..."):
             remedy = f"write {typed[1]}={typed[2]}"
     elif all(re.fullmatch(r"[\w./~+-]+", word) for word in words):

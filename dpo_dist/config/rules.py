@@ -69,7 +69,7 @@ def best_direction(metric: str) -> Direction | None:
     return METRICS[max(named, key=len)].best if named else None
 
 
-_HOLD_OUT = "set data.eval_share=0.05 or data.eval=[held_out.jsonl]"
+_HOLD_OUT = "set data.eval_share=0.05 or 'data.eval=[held_out.jsonl]'"
 RULES = (
     # The model.
     Rule(
@@ -119,7 +119,7 @@ RULES = (
     Rule(
         "model.quantization!=null model.adapter=null",
         "quantized weights cannot be trained themselves",
-        "set model.adapter={{r: 64, alpha: 128}}, or model.quantization=null",
+        "set 'model.adapter={{r: 64, alpha: 128}}', or model.quantization=null",
     ),
     Rule(
         "model.quantization!=null parallelism.kind!=ddp",
@@ -174,7 +174,10 @@ RULES = (
     Rule(
         "data.max_prompt_length!=null data.max_length",
         "the longest prompt leaves no room for a response",
-        "raise data.max_length or lower data.max_prompt_length",
+        lambda c: (
+            f"set data.max_prompt_length={c.data.max_length // 2}, or "
+            f"data.max_length={2 * (c.data.max_prompt_length or 0)}"
+        ),
         lambda c: (c.data.max_prompt_length or 0) >= c.data.max_length,
     ),
     # The loss.
@@ -247,7 +250,10 @@ RULES = (
     Rule(
         "optim.warmup_steps trainer.max_steps!=null",
         "the warm-up is longer than the run, so that optim.lr is never reached",
-        "lower optim.warmup_steps, or raise trainer.max_steps",
+        lambda c: (
+            f"set optim.warmup_steps={(c.trainer.max_steps or 0) // 10}, or raise trainer.max_steps above "
+            f"{c.optim.warmup_steps}"
+        ),
         lambda c: (c.optim.warmup_steps or 0) > (c.trainer.max_steps or 0),
     ),
     unused("optim.min_lr_ratio", "optim.schedule=cosine|linear|wsd"),
@@ -346,7 +352,7 @@ RULES = (
     Rule(
         "reference.mode=adapter model.adapter=null",
         "reference.mode=adapter switches off the policy's adapter, and the policy has none",
-        "set model.adapter={{r: 64, alpha: 128}}, or choose reference=cached",
+        "set 'model.adapter={{r: 64, alpha: 128}}', or choose reference=cached",
     ),
     # Not `reference.store`: like `data.cache` it names a folder, which scripts set for runs of every mode.
     *_unused_by_reference("reference.path"),
@@ -433,7 +439,7 @@ _NEEDED = {
     "data.train": Rule(
         "data.train=[]",
         "no training data is given",
-        "set data.train=[pairs.jsonl], or choose a preset with data=...",
+        "set 'data.train=[pairs.jsonl]', or choose a preset with data=...",
     ),
     "reference.mode": Rule(
         "reference.mode!=cached loss",

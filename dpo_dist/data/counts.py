@@ -364,5 +364,5 @@ def check_split(counts: DataCounts) -> None:
         "the split has no evaluation data" if left else "no training data are left",
         where="data.eval_share" if left else "data.train",
         got=f"{counts.read} records, none usable, and {left or counts.changed[HELD_OUT]} in the other part",
-        remedy="change data.eval_share, set data.drop_eval_prompts=false, or set data.eval=[held_out.jsonl]",
+        remedy="change data.eval_share, or set data.drop_eval_prompts=false or 'data.eval=[held_out.jsonl]'",
     )

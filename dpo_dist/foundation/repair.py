@@ -9,7 +9,8 @@ COMMAND_LINE = "command line"
 _VALUE = r"(?:\{[^}]*\}|\[[^]]*\]|[^\s'\[{]*[^\s'\[{,;:?.)])"
 _WORD = rf"(?:'[^']+'|\+?[a-z][\w.]*(?:\[\d+\][\w.]*)?={_VALUE})"
 _ACTION = re.compile(
-    rf"(?:\b(?:write|set|choose|add|needs|mean)(?: the key too:)? (?P<write>{_WORD}(?: {_WORD})*))"
+    r"(?:\b(?:write|set|choose|add|needs|mean)(?: the key too:| this key inside an entry:)? "
+    rf"(?P<write>{_WORD}(?: {_WORD})*))"
     rf"|write dpo-dist (?P<verb>\w+(?: {_WORD})*)"
     r"|did you mean (?P<name>[^\s=]+)\?"
     r"|(?:remove|leave) (?P<remove>it\b|--?\w[\w-]*|[a-z]\w*(?:\.\w+)+)"
@@ -52,6 +53,8 @@ def repair_of(remedy: str, where: str, got: str, typed: Sequence[str]) -> dict[s
         write, remove = _replaced(name, (got.partition(" (")[0], where), typed)
     keys = {key_of(word) for word in write}
     if write:
+        if "." not in where:  # a group of presets, for which a key is written: model=FOLDER
+            remove += [word for word in typed if key_of(word) == where and where not in keys]
         remove += [word for word in wrong if "=" not in word or key_of(word) not in keys]
     typed_keys = [key_of(word) for word in typed]  # the last word of a key wins: none but the new one is kept
     remove += [word for word in typed if key_of(word) in keys and typed_keys.count(key_of(word)) > 1]

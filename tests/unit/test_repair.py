@@ -34,6 +34,8 @@ REMEDIES = [
     ("did you mean train.jsonl?", "trian.jsonl", "", [TYPED[1].replace("trian", "train")], [TYPED[1]]),
     ("did you mean data.train[0].format=auto?", "data.train[0].format", "sharegpt",
      [TYPED[1].replace("sharegpt", "auto")], [TYPED[1]]),
+    ("write this key inside an entry: 'data.train=[{path: a}]'", "command line: data.train.path=a", "",
+     ["data.train=[{path: a}]"], ["data.train.path=a"]),
     ("write dpo-dist train loss=orpo", "command line: orpo", "", ["train", "loss=orpo"],
      ["orpo", "loss.kind", "loss.terms"]),
     ("not needed: every run writes report.html", "command line: --plot_loss", "", [], ["--plot_loss"]),
@@ -72,6 +74,13 @@ def test_of_several_words_of_a_key_the_repaired_one_stays() -> None:
     where = "command line: model.dtype=float32"
     found = repair_of("did you mean model.dtype=fp32?", where, "float32", typed)
     assert found == {"write": ["model.dtype=fp32"], "remove": typed[:2]}
+
+
+def test_a_preset_that_does_not_exist_goes_where_a_key_is_written() -> None:
+    typed = ["model=folder", "loss.beta=0.2"]
+    remedy = "a path is no preset: write model.path=folder or evaluation.model=folder"
+    found = repair_of(remedy, "model", "folder", typed)
+    assert found == {"write": ["model.path=folder"], "remove": typed[:1]}
 
 
 def test_a_word_that_is_shown_in_another_way_is_removed_by_its_key() -> None:

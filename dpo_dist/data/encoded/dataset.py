@@ -405,7 +405,9 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
         elif name == "soft_label" and loss.label_smoothing:
             check(misfits, f"a {name} beside loss.label_smoothing", "set loss.label_smoothing=null")
     if loss.is_unpaired:
-        remedy = "give each response a label: true or false, 1 or 0; data.unpair=true takes pairs apart"
+        remedy = (
+            "set data.unpair=true to take pairs apart, or give each response a label: true or false, 1 or 0"
+        )
         check(~is_labelled, "no single response with a label", remedy)
         # Read alone, 0 is bad; beside -1 it is perhaps neutral.
         of = np.repeat(np.arange(len(dataset.source_pairs)), dataset.source_pairs)
