@@ -39,9 +39,7 @@ _Row = dict[str, Any]
 _BATCH_TOKENS = 16384
 _USUAL_PROMPTS = 8
 _MOST_SECONDS = 60.0  # of the default's responses by one model on a CPU
-_MOST_SHARE = (
-    0.1  # of the training time, beside `_MOST_SECONDS`, for all responses between first and last step
-)
+_MOST_SHARE = 0.1  # of the training time, beside `_MOST_SECONDS`, for samples before the last ones
 _RESPONSE_FIELDS = ("text", "tokens", "finished")
 
 
