@@ -128,7 +128,7 @@ def _not_an_array(content: Any, path: str) -> DataError:
     if len(lists) == 1:
         new = Path(path).with_name(f"{Path(path).name.partition('.')[0]}_records.json")
         records = f"json.load(open({json.dumps(path)}))[{json.dumps(lists[0])}]"
-        code = shlex.quote(f"import json; json.dump({records}, open({json.dumps(str(new))}, 'w'))")
+        code = shlex.quote(f'import json; json.dump({records}, open({json.dumps(str(new))}, "w"))')
         remedy = f"python -c {code} writes its list; then read {new}"
     return DataError(
         "a .json file is one list of records",
