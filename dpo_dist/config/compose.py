@@ -354,7 +354,7 @@ def _remedy_for_several(override: Override) -> Remedy:
     remedy = Remedy(f"write {key}=VALUE with one value")
     if word := assignment(key, f"[{value}]"):
         remedy = Remedy.to_write(word)
-    elif re.fullmatch(r"\d+,\d+", value):
+    elif re.fullmatch(r"\d+,\d+(e-?\d+)?", value):
         remedy = Remedy.to_write(f"{key}={value.replace(',', '.')}") + ": a decimal point, no comma"
     return remedy + "; the verb sweep runs each of several values" if override.is_discrete_sweep() else remedy
 

@@ -152,7 +152,7 @@ def unreadable(words: Sequence[str], verb: str = "") -> ConfigError:
     if first in run_keys() and "=" not in whole:
         remedy = to_assign(first, rest[0] if rest else "true")
     elif (typed := re.fullmatch(r"([\w.]+)(?: *[:=] *)\(?([^()]*)\)?", whole)) and typed[1] in run_keys():
-        remedy = to_assign(typed[1], typed[2])
+        remedy = to_assign(typed[1], typed[2].strip(" ,;"))
         if verb == "sweep" and not remedy.write:
             remedy = Remedy.to_write(f"{typed[1]}={typed[2]}")
     elif all(re.fullmatch(r"[\w./~+-]+", word) for word in words):
@@ -258,8 +258,8 @@ def _remedy_for_unknown(key: str, value: str) -> Remedy:
         before = "" if key == known[0] else f"{known[0].rpartition('.')[2]}: ..., "
         value = "" if mapping.endswith("]") else value  # the word would take the place of all entries
         entry = f"{{{before}{name}: {value or '...'}}}"
-        text = f"write this key inside an entry: '{strip_indices(mapping).removesuffix('[]')}=[{entry}]'"
-        return Remedy(text)
+        word = f"{strip_indices(mapping).removesuffix('[]')}=[{entry}]"
+        return Remedy(f"write this key inside an entry: '{word}'", (word,) * bool(value and not before))
     same: tuple[str, ...] = ()
     advice: list[Remedy] = []
     if mapping.endswith("]"):
@@ -270,7 +270,7 @@ def _remedy_for_unknown(key: str, value: str) -> Remedy:
         if not same and not advice:  # a key without its section
             inside = [option for option in known if option.startswith(mapping)]
             same = tuple(option for option in inside if option.rpartition(".")[2] == name)
-    if written := [word for other in same if (word := assignment(other, value))]:
+    if written := [fitting for other in same if (fitting := assignment(other, value))]:
         options = [other.removeprefix("loss.") for other in same if other.startswith("loss.options.")]
         losses = [f"loss={kind}" for option in options for kind in kinds_using(option)]
         remedy = Remedy.to_write_one_of(written)
@@ -328,6 +328,7 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigEr
     elif group in _PRESET_PATHS:
         accepted = [word for key in _PRESET_PATHS[group] if (word := assignment(key, choice))]
         remedy = Remedy.to_write_one_of(accepted, lead="a path is no preset: write")
+        remedy = replace(remedy, remove=(group,))
     elif group == "experiment":
         remedy += "; your own: name the file, my.yaml, or --config-dir DIR with DIR/experiment/NAME.yaml"
     return ConfigError(

@@ -71,7 +71,7 @@ def best_direction(metric: str) -> Direction | None:
 
 
 _ADAPTER = Remedy.to_set("model.adapter={r: 64, alpha: 128}")
-_HOLD_OUT = Remedy.to_set("data.eval_share=0.05") + " or data.eval=[held_out.jsonl]"
+_HOLD_OUT = Remedy.to_set("data.eval_share=0.05") + " or 'data.eval=[held_out.jsonl]'"
 RULES = (
     # The model.
     Rule(
@@ -179,7 +179,10 @@ RULES = (
     Rule(
         "data.max_prompt_length!=null data.max_length",
         "the longest prompt leaves no room for a response",
-        "raise data.max_length or lower data.max_prompt_length",
+        lambda c: (
+            Remedy.to_set(f"data.max_prompt_length={c.data.max_length // 2}")
+            + f", or data.max_length={2 * (c.data.max_prompt_length or 0)}"
+        ),
         lambda c: (c.data.max_prompt_length or 0) >= c.data.max_length,
     ),
     # The loss.
@@ -252,7 +255,10 @@ RULES = (
     Rule(
         "optim.warmup_steps trainer.max_steps!=null",
         "the warm-up is longer than the run, so that optim.lr is never reached",
-        "lower optim.warmup_steps, or raise trainer.max_steps",
+        lambda c: (
+            Remedy.to_set(f"optim.warmup_steps={(c.trainer.max_steps or 0) // 10}")
+            + f", or raise trainer.max_steps above {c.optim.warmup_steps}"
+        ),
         lambda c: (c.optim.warmup_steps or 0) > (c.trainer.max_steps or 0),
     ),
     unused("optim.min_lr_ratio", "optim.schedule=cosine|linear|wsd"),
@@ -444,7 +450,7 @@ _NEEDED = {
     "data.train": Rule(
         "data.train=[]",
         "no training data is given",
-        "set data.train=[pairs.jsonl], or choose a preset with data=...",
+        "set 'data.train=[pairs.jsonl]', or choose a preset with data=...",
     ),
     "reference.mode": Rule(
         "reference.mode!=cached loss",

@@ -16,8 +16,8 @@ class SamplesConfig:
     """Responses of the policy to held-out prompts at evaluations."""
 
     prompts: int | None = key(None, ge=0)
-    """Prompts of the evaluation data that the policy responds to at every evaluation; null: 8 prompts,
-    but only before the first step and after the last; 0: none."""
+    """Prompts of the evaluation data that the policy responds to at every evaluation while this takes at most
+    a minute and a tenth of the training time; null: 8, before the first step and after the last; 0: none."""
 
 
 _URL: Any = {
@@ -46,7 +46,8 @@ class SamplingConfig:
     """How models respond: at evaluations (`samples`), in `compare` and in `pairs`."""
 
     max_new_tokens: int | None = key(None, ge=1)
-    """Largest number of tokens in a response; null: 512 in `pairs`, else 256."""
+    """Largest number of tokens in a response; null: 512 in `pairs`, else 256, and less where the model's
+    context ends before."""
     temperature: float | None = key(None, ge=0)
     """Sampling temperature; 0: greedy; null: 0.7 at evaluations, else 1. `compare` estimates the KL without
     bias only at 1."""

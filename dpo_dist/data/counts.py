@@ -284,9 +284,9 @@ def _remedy(
     path: str,
     config: DataConfig,
     lengths: Callable[[], Sequence[SourceLengths]] | None,
-) -> str:
+) -> Remedy:
     """Return what to do about the most frequent reason, with the words for this source."""
-    remedy = reason_remedy(reason)
+    remedy = Remedy(reason_remedy(reason))
     if reason == "unknown_format":
         remedy = _with_columns(path, config, counts.examples)
         remedy += "; correct its format, if one is set (docs/data.md)"
@@ -296,10 +296,8 @@ def _remedy(
     if reason not in _TOO_LONG:
         return remedy
     if lengths is not None and (fitting := fitting_limits(lengths(), config)):
-        remedy = f"set {fitting}"
-    else:
-        remedy += f" (data.max_length is {config.max_length})"
-    return remedy
+        return fitting
+    return remedy + f" (data.max_length is {config.max_length})"
 
 
 _TOO_LONG = (
@@ -320,7 +318,7 @@ _NAMES = {
 """Words in names of columns, by the field that they probably hold; a name with a word of `_SCORES`: none."""
 
 
-def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> str:
+def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> Remedy:
     """Return advice to set the source's `columns`, guessed from the fields of bad records.
 
     Other names of columns do not help a record with a score and no second response: it gets other advice.
@@ -330,7 +328,7 @@ def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> str
     others = [name for name in given if _SCORES.isdisjoint(_words(name))]
     sides = ("chosen", "rejected") if not _column("label", others) else ("completion", "label")
     if others != given and not _column(sides[1], others):
-        return reason_remedy("no_ranking")
+        return Remedy(reason_remedy("no_ranking"))
     # "non_preferred" has a word for the chosen side, too.
     rejected = _column("rejected", others)
     given_sides = {
@@ -346,14 +344,15 @@ def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> str
     return _source_with(named, path, config)
 
 
-def _source_with(columns: str, path: str, config: DataConfig) -> str:
+def _source_with(columns: str, path: str, config: DataConfig) -> Remedy:
     """Return advice to write a source with these columns."""
     path = path.rpartition(": ")[2]
     source = f"{{path: {path}, columns: {{{columns}}}}}"
     for key, sources in (("data.train", config.train), ("data.eval", config.eval)):
         if [each.path for each in sources] == [path]:
-            return f"write '{key}=[{source}]'"
-    return f"write the source as {source}"
+            is_known = "COLUMN" not in columns
+            return Remedy(f"write '{key}=[{source}]'", (f"{key}=[{source}]",) * is_known)
+    return Remedy(f"write the source as {source}")
 
 
 def _column(field: str, given: Sequence[str]) -> str | None:
@@ -381,5 +380,5 @@ def check_split(counts: DataCounts) -> None:
         "the split has no evaluation data" if left else "no training data are left",
         where="data.eval_share" if left else "data.train",
         got=f"{counts.read} records, none usable, and {left or counts.changed[HELD_OUT]} in the other part",
-        remedy="change data.eval_share, set data.drop_eval_prompts=false, or set data.eval=[held_out.jsonl]",
+        remedy="change data.eval_share, or set data.drop_eval_prompts=false or 'data.eval=[held_out.jsonl]'",
     )

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 from dpo_dist.config.losses import NUMBERS
@@ -240,7 +241,13 @@ def _check_no_other(record: Fields, content: Content) -> None:
 def _unknown_format(record: Fields) -> UnusableRecordError:
     shown = [shown_key(key) for key, value in record.items() if value is not None and key != OTHERS]
     shown[_MAX_SHOWN_KEYS:] = ["..."] if len(shown) > _MAX_SHOWN_KEYS else []
-    return UnusableRecordError("unknown_format", f"fields: {', '.join(shown) or 'none'}")
+    inside = (
+        name
+        for name, value in record.items()
+        if isinstance(value, Mapping) and {"chosen", "rejected"} <= value.keys()
+    )
+    columns = "".join(f"; set columns: {{record: {shown_key(name)}}}" for name in islice(inside, 1))
+    return UnusableRecordError("unknown_format", f"fields: {', '.join(shown) or 'none'}{columns}")
 
 
 def _numbers(record: Fields, responses: int) -> dict[str, float]:

@@ -107,11 +107,17 @@ def check_causal(model_config: Any, key: str = "model.path") -> None:
         )
 
 
+def context_length(model_config: Any) -> int | None:
+    """Return the tokens of the longest sequence that a model was made for; None: not known."""
+    text = model_config.get_text_config()
+    found = getattr(text, "max_seq_len" if text.model_type == "mpt" else "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
+
+
 def check_positions(causal_lm: Any, max_length: int, key: str = "model.path") -> None:
     """Check that a model's table of positions is long enough for `max_length`."""
-    text = causal_lm.config.get_text_config()
-    positions = getattr(text, "max_seq_len" if text.model_type == "mpt" else "max_position_embeddings", None)
-    if not isinstance(positions, int) or max_length - 1 <= positions:
+    text, positions = causal_lm.config.get_text_config(), context_length(causal_lm.config)
+    if positions is None or max_length - 1 <= positions:
         return
     tokens = set(causal_lm.get_input_embeddings().modules())  # with an adapter: the original and its copy
     tables = [m for m in causal_lm.modules() if isinstance(m, nn.Embedding) and m not in tokens]
@@ -128,7 +134,7 @@ def check_positions(causal_lm: Any, max_length: int, key: str = "model.path") ->
 
 def training_notes(model_config: Any, max_length: int) -> list[str]:
     """Return a warning if `max_length` exceeds the model's positions."""
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    positions = context_length(model_config)
     if positions is None or max_length - 1 <= positions:
         return []
     return [

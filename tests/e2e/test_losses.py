@@ -79,7 +79,7 @@ def test_labelled_responses_train_the_same_on_two_processes_and_are_scored_once(
         (RANKINGS, "sigmoid", "set loss.kind=plackett_luce"),
         (COMPLETIONS, "sigmoid", "set loss=sft"),
         (COMPLETIONS, "kto", "a label: true or false"),
-        (SCORED, "kto", "data.unpair=true takes pairs apart"),
+        (SCORED, "kto", "data.unpair=true to take pairs apart"),
         (LABELLED, "sigmoid", "set loss=kto"),
         (LABELLED, "sft", "set loss=kto"),
         ([{**row, "prompt": "same"} for row in LABELLED], "kto", "set loss=apo_zero_unpaired"),

@@ -122,7 +122,7 @@ def test_rounding_passes_and_ids_are_its_own(url: str) -> None:
     assert "bf16 rounding makes" in said
     print(said)
     server = opened(url, MODEL)
-    prompt = usable_prompt(RECORDS[0], server.responder, 8)
+    prompt = usable_prompt(RECORDS[0], server.responder, Sampling(8))
     assert not isinstance(prompt, str)
     requests = [Request(prompt.prompt_ids, "a", number) for number in range(3)]
     samples = server.generate(requests, Sampling(8))

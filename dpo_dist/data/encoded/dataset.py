@@ -408,8 +408,9 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
                 misfits, f"a {name} beside loss.label_smoothing", Remedy.to_set("loss.label_smoothing=null")
             )
     if loss.is_unpaired:
-        remedy = "give each response a label: true or false, 1 or 0; data.unpair=true takes pairs apart"
-        check(~is_labelled, "no single response with a label", remedy)
+        taken_apart = Remedy.to_set("data.unpair=true")
+        taken_apart += " to take pairs apart, or give each response a label: true or false, 1 or 0"
+        check(~is_labelled, "no single response with a label", taken_apart)
         # Read alone, 0 is bad; beside -1 it is perhaps neutral.
         of = np.repeat(np.arange(len(dataset.source_pairs)), dataset.source_pairs)
         remedy = "let a reader of the source return true, false, or None for a record to drop (docs/data.md)"

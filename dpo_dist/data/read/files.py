@@ -20,6 +20,7 @@ from dpo_dist.data.read.values import ARGUMENTS, NOT_UTF8, parse_json, without_n
 from dpo_dist.data.records import MAX_RECORD_BYTES, BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError, first_line
 from dpo_dist.foundation.files import staged_file, text_digest, write_text
+from dpo_dist.foundation.text import first_few
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _COMPRESSED_KINDS = (".jsonl", ".json", *_SEPARATORS)
@@ -100,7 +101,7 @@ def read_file(file: Path, path: str, folders: Sequence[Path] = ()) -> Iterator[R
             case ".json":
                 elements = parse_json(_opened(file, path).read())
                 if not isinstance(elements, list):
-                    raise ValueError("the JSON file is not an array")
+                    raise _not_an_array(elements, path)
                 values = enumerate(elements, start=1)
             case ".csv" | ".tsv" as kind:
                 values = _table_lines(_opened(file, path), path, _SEPARATORS[kind])
@@ -117,6 +118,27 @@ def read_file(file: Path, path: str, folders: Sequence[Path] = ()) -> Iterator[R
             remedy="if the file is damaged or incomplete, write or download it again; rename a file with one "
             "object per line to .jsonl; save text of another encoding as UTF-8",
         ) from fault
+
+
+def _not_an_array(content: Any, path: str) -> DataError:
+    """Return the error for a .json file that is one object; a list inside of it may be the records."""
+    names = [*content] if isinstance(content, Mapping) else []
+    lists = [name for name in names if isinstance(content[name], list)]
+    remedy = "write the records as one list, or as a .jsonl with one object per line"
+    if len(lists) == 1:
+        new = Path(path).with_name(f"{Path(path).name.partition('.')[0]}_records.json")
+        records = f"json.load(open({json.dumps(path)}))[{json.dumps(lists[0])}]"
+        code = shlex.quote(f'import json; json.dump({records}, open({json.dumps(str(new))}, "w"))')
+        remedy = f"python -c {code} writes its list; then read {new}"
+    return DataError(
+        "a .json file is one list of records",
+        where=path,
+        got=f"one object with {first_few([*map(shown_key, names)])}"
+        if names
+        else f"a {type(content).__name__}",
+        expected="[{...}, {...}]",
+        remedy=remedy,
+    )
 
 
 def numbered_records(

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig, Truncation
+from dpo_dist.foundation.remedies import Remedy
 
 Tokens: TypeAlias = npt.NDArray[np.int64]
 _STEP = 64  # suggested limits are its multiples
@@ -73,8 +74,8 @@ class SourceLengths:
         return kept == every or (kept > 0 and every - kept + self.unusable <= self.max_dropped)
 
 
-def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig) -> str:
-    """Return settings that make the data of all sources usable, as text; empty if there are none."""
+def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig) -> Remedy | None:
+    """Return the remedy to set limits that make the data of all sources usable; None if there are none."""
     lengths = np.concatenate([source.lengths for source in sources])
     whole, records = lengths[:, :2].sum(axis=1), len(lengths) + sum(source.unusable for source in sources)
     longest = int(whole.max(initial=1))
@@ -87,10 +88,11 @@ def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig) -> str:
     tried = {"data.truncation=both": replace(limits, truncation=Truncation.both)}
     for step in (*steps[at : at + 1], *steps[-1:]):
         tried[f"data.max_length={step}"] = replace(limits, max_length=step)
-    lines = []
+    lines, words = list[str](), list[str]()
     for written, changed in tried.items():
         if accepted(changed):
             kept = sum(source.kept(changed) for source in sources)
             cuts = (whole > changed.max_length) | (lengths[:, 0] > (changed.max_prompt_length or longest))
             lines.append(f"{written} ({f'keeps {kept:,} of {records:,}' if cuts.any() else 'cuts none'})")
-    return " or ".join(lines)
+            words.append(written)
+    return Remedy(f"set {' or '.join(lines)}", tuple(words[:1])) if words else None

@@ -1,7 +1,6 @@
 """Hold a conversation with a model: its chat template, and transformers' generation, token by token."""
 
 import contextlib
-import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from dpo_dist.data.records import IMAGE, ImageFile, Message, Origin, PreferenceR
 from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import print_result, printable_lines
+from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.tools.shared.sampling.generate import image_inputs
@@ -29,6 +29,7 @@ from dpo_dist.tools.shared.sampling.respond import (
     open_responder,
     usable_prompt,
 )
+from dpo_dist.tools.shared.sampling.settings import Sampling
 from dpo_dist.training.export import checkpoint_as_model
 from dpo_dist.training.start.named_models import short_name
 from dpo_dist.training.start.open_run import has_bf16_products
@@ -70,21 +71,21 @@ class Speaker:
         """
         responder, causal_lm = self.responder, self.causal_lm
         usual = causal_lm.generation_config.max_new_tokens or 512
-        needed = max_new_tokens or 1
+        limit = Sampling(max_new_tokens or usual, is_default=max_new_tokens is None)
         asked = [*self.messages, Message("user", IMAGE * len(images) + question)]
         seen = (*self.images, *images)
         record = PreferenceRecord(tuple(asked), (), Origin(self.name, 1), images=seen)
-        prompt = usable_prompt(record, responder, needed)
+        prompt = usable_prompt(record, responder, limit)
         if isinstance(prompt, str):
             raise ConfigError(
                 "the model cannot be asked this",
                 where=self.name,
                 got=prompt,
-                expected=f"a chat template; {needed} more tokens within the model's {responder.longest}",
+                expected=f"a chat template; {pluralize(max_new_tokens or 1, 'more token')} within the "
+                f"model's {responder.longest}",
                 remedy="start again, lower --max-new-tokens, or put chat_template.jinja into its folder",
             )
-        left = math.inf if responder.longest is None else responder.longest - len(prompt.prompt_ids)
-        most = max_new_tokens or int(min(usual, left))
+        tokens = len(prompt.prompt_ids)
         ids = torch.tensor([prompt.prompt_ids.tolist()], device=causal_lm.device)
         stop_ids = sorted(responder.stop_ids)
         with adapter_off(causal_lm) if self.without_adapter else contextlib.nullcontext():
@@ -93,13 +94,13 @@ class Speaker:
                 attention_mask=torch.ones_like(ids),
                 **image_inputs(causal_lm, ids, responder.images(prompt)),
                 streamer=_Printer(responder.tokenizer, skip_prompt=True, skip_special_tokens=True),
-                max_new_tokens=most,
+                max_new_tokens=limit.room(tokens, responder.longest),
                 eos_token_id=stop_ids,
                 pad_token_id=stop_ids[0],
                 **sampling,
             )
         answer = output[0, ids.shape[1] :]
-        if len(answer) == left and int(answer[-1]) not in responder.stop_ids:
+        if tokens + len(answer) == responder.longest and int(answer[-1]) not in responder.stop_ids:
             say(f"{self.name}: cut at the end of the model's {responder.longest} tokens; /new starts again")
         text = str(responder.tokenizer.decode(answer, skip_special_tokens=True))
         self.messages, self.images = [*asked, Message("assistant", text)], [*seen]

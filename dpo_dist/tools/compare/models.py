@@ -188,7 +188,9 @@ class ComparedModel:
         """
         responder, found = self.responder, list[tuple[ImageInput, ...] | None]()
         for record, row in zip(self.prompts.parts[index], rows, strict=True):
-            own = usable_prompt(record, responder, 0) if record.images and row.completions else ""
+            own = (
+                usable_prompt(record, responder, self._sampling) if record.images and row.completions else ""
+            )
             images = () if isinstance(own, str) else responder.images(own)
             ids = row.prompt_ids + [token for each in row.completions for token in each.ids]
             places = ids.count(responder.processor.placeholder_id) if responder.processor else 0
@@ -422,12 +424,12 @@ def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> Check
     check_writable(RunFolder.from_config(config).path)
     lines: list[str] = []
     records = first_records(config.data.eval_sources, read_prompts, config.data, lines.append)
-    tokens = sampling_for("compare", config.sampling).max_new_tokens
+    sampling = sampling_for("compare", config.sampling)
     for model in models:
         if model.is_checkpoint:
             lines.append(f"{model.location}, a checkpoint")
         else:
-            check_model(model.location, config, tokens, records, lines.append, MODELS_KEY, model.name)
+            check_model(model.location, config, sampling, records, lines.append, MODELS_KEY, model.name)
     judge = open_judge(config.pairs, config.model, Path(config.reference.store))
     if judge is not None:
         judge.check()

@@ -337,9 +337,9 @@ def dry_run_pairs(config: RunConfig) -> CheckReport:
     read = read_prompts if responds else read_records
     records = first_records(config.data.train, read, config.data, lines.append)
     if responds:
-        tokens = sampling_for("pairs", config.sampling).max_new_tokens
+        sampling = sampling_for("pairs", config.sampling)
         for name in responding_models(pairs, config.model.path):
-            check_model(name, config, tokens, records, lines.append, _MODELS)
+            check_model(name, config, sampling, records, lines.append, _MODELS)
     if (
         pairs.method is PairsMethod.samples
         and (judge := open_judge(pairs, config.model, Path(config.reference.store))) is not None

@@ -35,6 +35,8 @@ from dpo_dist.training.start.open_run import DEFAULT_TOKENS
 
 GPUS_PER_NODE = 8
 PROMPT_SHARE = 0.3
+PROCESS_BYTES = 1e9
+"""Host memory of a process without its model: Python and libraries, 0.84e9 in a run without a GPU."""
 _GPUS = {
     # GiB that programs can use; then by the datasheet: operations a second of dense products in 16 bits and
     # in float32 (without TF32), and bytes a second of the memory.
@@ -142,7 +144,8 @@ class Estimate:
         if parallelism.offload_optimizer is not Offload.none:
             states += 4  # gradients
         policy = 0.0 if parallelism.offload_parameters is Offload.none else self.whole
-        return self.whole + self._node_share * (states * self.trained + policy)
+        processes = min(self.machine.gpus, GPUS_PER_NODE) * PROCESS_BYTES
+        return processes + self.whole + self._node_share * (states * self.trained + policy)
 
     @property
     def disk(self) -> dict[str, float]:

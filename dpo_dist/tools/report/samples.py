@@ -1,5 +1,6 @@
 """Generate responses of policy and reference to held-out prompts, at evaluations."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,7 @@ from dpo_dist.foundation.errors import ConfigError, warn_on_bug
 from dpo_dist.foundation.files import json_line, read_lines, text_digest, write_text
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import duration, pluralize
+from dpo_dist.model.architectures import context_length
 from dpo_dist.model.files.load import load_config
 from dpo_dist.model.files.stops import find_stop_ids
 from dpo_dist.reference.engine import load_reference
@@ -37,6 +39,7 @@ _Row = dict[str, Any]
 _BATCH_TOKENS = 16384
 _USUAL_PROMPTS = 8
 _MOST_SECONDS = 60.0  # of the default's responses by one model on a CPU
+_MOST_SHARE = 0.1  # of the training time, beside `_MOST_SECONDS`, for samples before the last ones
 _RESPONSE_FIELDS = ("text", "tokens", "finished")
 
 
@@ -56,9 +59,11 @@ class RunSamples:
 
     Attributes:
         stop_ids: tokens that end a response.
-        at_every_evaluation: whether the policy responds at every evaluation, or at the first and last only.
+        at_every_evaluation: whether the policy responds at evaluations between the first and the last one.
         starts_as_reference: whether the policy equals the reference before the first step.
         reference: the reference's response to each prompt; None if not known.
+        seconds: what the latest responses took on this rank.
+        has_skipped: whether an evaluation had no time for responses.
     """
 
     run: Run
@@ -69,6 +74,8 @@ class RunSamples:
     at_every_evaluation: bool = True
     starts_as_reference: bool = False
     reference: list[_Row] | None = None
+    seconds: float = 0.0
+    has_skipped: bool = False
 
     def write_responses(self, step: int, policy: Engine, *, is_last: bool) -> dict[str, float]:
         """Write the policy's responses after `step`, and return their metrics `samples/...`.
@@ -76,7 +83,8 @@ class RunSamples:
         Raises Interrupted if the run must stop. Without finite logits there is no file; a bug in the metrics
         gives a warning and no metrics. `is_last`: whether the run ends after this step.
         """
-        if not (self.at_every_evaluation or is_last or step == 0):
+        is_between = step != 0 and not is_last
+        if is_between and not (self.at_every_evaluation and self._has_time(step)):
             return {}
         known = self.reference if step == 0 and self.starts_as_reference else None
         asked = known or self._ask(policy, self.prompts)
@@ -103,6 +111,29 @@ class RunSamples:
             return metrics
 
         return self.run.write(write)
+
+    def _has_time(self, step: int) -> bool:
+        """Return whether responses after `step` leave samples a small share of the run; else say so once.
+
+        Rank 0 decides by its clock for all ranks.
+        """
+
+        def missing() -> int | None:
+            spent = self.run.clock.read()["seconds"]
+            training = max(spent.get("training", 0.0), 1e-3)
+            if spent.get("samples", 0.0) + self.seconds <= _MOST_SECONDS + _MOST_SHARE * training:
+                return None
+            return int(math.ceil(self.seconds * step / (_MOST_SHARE * training)))
+
+        every = self.run.world.on_main(missing)
+        if every is not None and not self.has_skipped:
+            self.has_skipped = True
+            self.run.say(
+                f"samples: none after step {step}, since they take {duration(self.seconds)}: until the last "
+                "step all samples get a minute and a tenth of the training time; "
+                f"trainer.eval_every={every} or a smaller samples.prompts leaves time for them"
+            )
+        return every is None
 
     def open(self, policy: Engine) -> None:
         """Get the reference's responses, if missing, from the policy at its start or with its adapter off."""
@@ -167,6 +198,7 @@ class RunSamples:
         if not requests:
             return []
         limits = self.stop_ids, _BATCH_TOKENS, self.run.stops
+        started = time.monotonic()
         try:
             doing = f"samples: responding to {pluralize(len(requests), 'prompt')}"
             with self.run.clock.measure("samples"), self.run.console.heartbeat(doing):
@@ -176,6 +208,7 @@ class RunSamples:
         except NotFiniteError:
             self.run.say("warning: no samples: the model's logits are not finite")
             return None
+        self.seconds = time.monotonic() - started
         return [
             {
                 "text": texts_after(list(sample.ids), request.prompt_ids, self.tokenizer)[0],
@@ -220,10 +253,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
         run.say(f"no samples: {error.message}; {error.remedy}")
         return None
     sampling = sampling_for("train", config.sampling, seed)
-    text_config = load_config(model_folder, config.model).get_text_config()
-    longest = getattr(text_config, "max_position_embeddings", None)
-    if longest is not None:
-        longest -= sampling.max_new_tokens
+    longest = context_length(load_config(model_folder, config.model))
     wanted = _USUAL_PROMPTS if settings.prompts is None else settings.prompts
     prompts = choose_prompts(
         inputs.eval_set,
@@ -231,6 +261,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
         stop_ids,
         wanted,
         seed,
+        sampling,
         longest,
         is_labelled=run.config.loss.is_unpaired,
     )
@@ -271,11 +302,12 @@ def choose_prompts(
     stop_ids: frozenset[int],
     count: int,
     seed: int,
+    sampling: Sampling,
     longest: int | None,
     *,
     is_labelled: bool = False,
 ) -> tuple[SamplePrompt, ...]:
-    """Return different prompts of at most `longest` tokens, chosen by a hash of seed and prompt.
+    """Return different prompts after which there is room in `longest` tokens, by a hash of seed and prompt.
 
     The choice does not depend on the dataset's order. `is_labelled`: add the field `label`.
     """
@@ -287,7 +319,8 @@ def choose_prompts(
     prompts: list[SamplePrompt] = []
     for prompt_hash, index in by_hash:
         tokens = dataset.lengths(index)[0]
-        if tokens == 0 or (longest is not None and tokens > longest):
+        room = sampling.room(tokens, longest)
+        if tokens == 0 or not room:
             continue
         [example] = dataset.with_inputs([dataset.example(index, (0,))])
         chosen_ids, prompt_ids = example.responses[0].tolist(), np.asarray(example.prompt_ids)
@@ -304,7 +337,8 @@ def choose_prompts(
             fields["images"] = images
         if is_labelled:
             fields["label"] = "good" if dataset.labels_good([index])[0] else "bad"
-        prompts.append(SamplePrompt(Request(prompt_ids, prompt_hash[:16], 0, example.images), fields))
+        request = Request(prompt_ids, prompt_hash[:16], 0, example.images, room)
+        prompts.append(SamplePrompt(request, fields))
         if len(prompts) == count:
             break
     return tuple(prompts)

@@ -126,7 +126,7 @@ def test_settings_that_an_error_names_keep_the_records_that_it_says(shape: str, 
 def test_settings_that_keep_no_record_are_not_named() -> None:
     lengths = SourceLengths(np.array([[2000, 300, 1, 3, 1]] * 5), 0, max_dropped=5.0)
     limits = DataConfig(max_length=1024, max_bad_share=1.0)
-    both, longer, whole = fitting_limits([lengths], limits).split(" or ")
+    both, longer, whole = str(fitting_limits([lengths], limits)).removeprefix("set ").split(" or ")
     assert both == "data.truncation=both (keeps 5 of 5)"
     assert longer == "data.max_length=2048 (keeps 5 of 5)"
     assert whole == "data.max_length=2304 (cuts none)"

@@ -120,7 +120,7 @@ def test_a_model_of_text_is_refused_and_without_the_key_records_with_images_are_
 
 def test_samples_show_one_mark_and_a_thumbnail_for_an_image_that_the_model_reads_whole(folder: Path) -> None:
     stops = frozenset({TOKENIZER.eos_token_id})
-    prompts = choose_prompts(encoded(folder), TOKENIZER, stops, 9, 0, None)
+    prompts = choose_prompts(encoded(folder), TOKENIZER, stops, 9, 0, GREEDY, None)
     assert {prompt.fields["chosen"] for prompt in prompts} == {"It is red.", "It is green.", "It is blue."}
     for prompt in prompts:
         request, fields = prompt.request, prompt.fields

@@ -18,7 +18,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.model.files.load import without_weights
 from dpo_dist.model.flops import step_flops
 from dpo_dist.tools.plan import __main__ as plan
-from dpo_dist.tools.plan.estimate import Data, Estimate, choose_machine, estimate
+from dpo_dist.tools.plan.estimate import PROCESS_BYTES, Data, Estimate, choose_machine, estimate
 from dpo_dist.tools.plan.make_plan import make_plan, plan_in_brief, planned_data
 from tests.support import tiny
 from tests.support.doctor_data import agent_records, clean_pairs, write
@@ -266,8 +266,11 @@ def test_experts_take_longer_than_a_dense_model_of_their_active_size() -> None:
 )
 def test_bytes_of_hosts_and_disks(words: list[str], host: float, disk: dict[str, float]) -> None:
     found = estimated(*words)
-    assert (found.host, found.disk) == (pytest.approx(host), pytest.approx(disk))
+    of_processes = 8 * PROCESS_BYTES
+    assert (found.host - of_processes, found.disk) == (pytest.approx(host), pytest.approx(disk))
     assert estimated(*words, gpus=16).host < found.host
+    fewer = found.host - estimated(*words, gpus=2).host
+    assert fewer == pytest.approx(6 * PROCESS_BYTES), "one process for each GPU"
 
 
 def test_an_adapter_writes_itself_and_a_quantized_base_keeps_what_is_not_linear() -> None:

@@ -41,8 +41,8 @@ def dataset(folder: Path, rows: list[dict[str, str]]) -> PreferenceDataset:
     return open_dataset(prepare_dataset([source], config, TOKENIZER, "tiny"), config)
 
 
-def chosen(data: PreferenceDataset, count: int, seed: int = 0, longest: int | None = None) -> list[str]:
-    prompts = choose_prompts(data, TOKENIZER, STOPS, count, seed, longest)
+def chosen(data: PreferenceDataset, count: int, seed: int = 0) -> list[str]:
+    prompts = choose_prompts(data, TOKENIZER, STOPS, count, seed, Sampling(4), None)
     return [prompt.fields["prompt"] for prompt in prompts]
 
 
@@ -58,9 +58,14 @@ def test_prompts_follow_from_seed_and_contents_alone(tmp_path: Path) -> None:
 def test_prompts_leave_room_for_the_response(tmp_path: Path) -> None:
     data = dataset(tmp_path / "one", ROWS)
     lengths = sorted({data.lengths(index)[0] for index in range(len(data))})
-    fitting = choose_prompts(data, TOKENIZER, STOPS, 100, 0, lengths[2])
+    longest = lengths[2] + 20
+    fitting = choose_prompts(data, TOKENIZER, STOPS, 100, 0, Sampling(20), longest)
     assert max(len(prompt.request.prompt_ids) for prompt in fitting) == lengths[2]
     assert 0 < len(fitting) < 12
+    usual = choose_prompts(data, TOKENIZER, STOPS, 100, 0, Sampling(20, is_default=True), longest)
+    assert len(usual) > len(fitting)
+    for prompt in usual:
+        assert 1 <= (prompt.request.room or 0) == min(20, longest - len(prompt.request.prompt_ids))
 
 
 def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_only(tmp_path: Path) -> None:
@@ -71,7 +76,14 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
     opened = RunSamples(run, Sampling(4, seed=3), (prompt,), STOPS, TOKENIZER)
     assert opened.read_reference() is None
     response = {"text": "a\u2028b", "tokens": 2, "finished": True}
-    sampling = {"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 3}
+    sampling = {
+        "max_new_tokens": 4,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "seed": 3,
+        "is_default": False,
+    }
     opened.run.folder.samples.mkdir()
     opened.run.folder.samples_reference.write_text(
         json_line({"prompt_id": "id", "sampling": sampling, **response}), encoding="utf-8"
@@ -125,6 +137,39 @@ def test_a_run_says_that_it_samples_while_it_takes_long_and_counts_the_time(
     assert metrics["samples/prompts"] == 1.0
     assert run.clock.read()["seconds"]["samples"] > 0
     assert lines[0].startswith("samples: responding to 1 prompt: ")
+
+
+def test_evaluations_have_samples_while_these_take_a_minute_and_a_tenth_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation after each 100 s of training, with 30 s of samples."""
+    told: list[str] = []
+    now = 0.0
+
+    def generate(*_: object, **__: object) -> list[Sample]:
+        nonlocal now
+        now += 30.0
+        return [Sample([5], None)]
+
+    monkeypatch.setattr(samples, "generate_together", generate)
+    monkeypatch.setattr(samples.time, "monotonic", lambda: now)
+    config = RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path)))
+    run = Run(config, ALONE, Console(LineScreen(told.append)))
+    run.folder.samples.mkdir()
+    prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id", "chosen": "Yes."})
+    asked = RunSamples(run, Sampling(4), (prompt,), STOPS, TOKENIZER)
+    policy = FrozenEngine.__new__(FrozenEngine)
+    written = []
+    for step in range(11):
+        with run.clock.measure("training"):
+            now += 100.0 if step else 0.0
+        with run.clock.measure("evaluation"):
+            if asked.write_responses(step, policy, is_last=step == 10):
+                written.append(step)
+    # With those of step 3n there are n + 2 samples: 30 (n + 2) = 60 + 10 * 3n.
+    assert written == [0, 1, 3, 6, 9, 10]
+    [line] = [line for line in told if "none after step" in line]
+    assert "trainer.eval_every=3 " in line, "100 s of training pay for 10 s"
 
 
 @pytest.mark.parametrize(("seconds", "asked"), [(1.0, 8), (25.0, 2), (400.0, 1)])

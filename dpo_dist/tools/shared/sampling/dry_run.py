@@ -17,6 +17,7 @@ from dpo_dist.tools.shared.records import Read, good_records
 from dpo_dist.tools.shared.sampling.prompts import as_user_message
 from dpo_dist.tools.shared.sampling.respond import Responder, find_files, open_responder, usable_prompt
 from dpo_dist.tools.shared.sampling.served import open_server
+from dpo_dist.tools.shared.sampling.settings import Sampling
 
 _FIRST_RECORDS = 1024
 
@@ -37,7 +38,7 @@ def first_records(
 def check_model(
     path: str,
     config: RunConfig,
-    new_tokens: int,
+    sampling: Sampling,
     records: Sequence[PreferenceRecord],
     say: Callable[[str], None],
     key: str,
@@ -59,7 +60,7 @@ def check_model(
     check_contents_at_hand(responder.source.folder, model, key)
     folder = responder.source.adapter or responder.source.folder
     say(f"{folder}, vocabulary of {len(responder.tokenizer):,}, a response ends with {' or '.join(ends)}")
-    prompts = [usable_prompt(as_user_message(record, data), responder, new_tokens) for record in records]
+    prompts = [usable_prompt(as_user_message(record, data), responder, sampling) for record in records]
     dropped = Counter(prompt for prompt in prompts if isinstance(prompt, str))
     if dropped.total() == len(prompts):
         raise DataError(
@@ -77,6 +78,6 @@ def check_model(
 
 def _room(records: Sequence[PreferenceRecord], responder: Responder, data: DataConfig) -> int:
     """Return how many tokens the model can write after each record that it can be asked; 0 if none."""
-    prompts = [usable_prompt(as_user_message(record, data), responder, 1) for record in records]
+    prompts = [usable_prompt(as_user_message(record, data), responder, Sampling(1)) for record in records]
     tokens = [len(prompt.prompt_ids) for prompt in prompts if not isinstance(prompt, str)]
     return responder.longest - max(tokens) if tokens and responder.longest is not None else 0

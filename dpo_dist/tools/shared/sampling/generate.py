@@ -1,6 +1,7 @@
 """Generate responses in batches padded on the left; a sample's random numbers do not depend on its batch."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,12 @@ class Request:
     key: str
     number: int
     images: tuple[ImageInput, ...] = ()  # in the order of their placeholders in the prompt
+    room: int | None = None  # most tokens of the response; None: `max_new_tokens`
+
+    def new_tokens(self, sampling: Sampling) -> int:
+        """Return the most tokens of the response with these settings."""
+        most = sampling.max_new_tokens
+        return most if self.room is None else min(most, self.room)
 
 
 @dataclass(frozen=True)
@@ -69,19 +76,22 @@ def random_numbers(sampling: Sampling, request: Request) -> Tensor:
 
 
 def batches(
-    requests: Sequence[Request], new_tokens: int, budget: int, rank: int = 0, size: int = 1
+    requests: Sequence[Request], sampling: Sampling, budget: int, rank: int = 0, size: int = 1
 ) -> list[list[int]]:
     """Return a rank's batches as indices of requests, longest prompts first; ranks take turns in this order.
 
     Rows of a batch times tokens of its longest prompt with its response are at most `budget`; a single row
-    may exceed it.
+    may exceed it. All rows have the same room: else a row that has ended would pass the end of the model's
+    context while it waits for the others.
     """
     order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))[rank::size]
     batched = []
     while order:
-        rows = max(1, budget // (len(requests[order[0]].prompt_ids) + new_tokens))
-        batched.append(order[:rows])
-        del order[:rows]
+        rooms = itertools.groupby(order, lambda index: requests[index].new_tokens(sampling))
+        room, alike = next(rooms)
+        rows = max(1, budget // (len(requests[order[0]].prompt_ids) + room))
+        batched.append(list(itertools.islice(alike, rows)))
+        del order[: len(batched[-1])]
     return batched
 
 
@@ -101,7 +111,7 @@ def generate(
     are not finite. `budget`: most tokens of a batch.
     """
     samples: dict[int, Sample] = {}
-    for indices in batches(requests, sampling.max_new_tokens, budget):
+    for indices in batches(requests, sampling, budget):
         chosen = [requests[index] for index in indices]
         generated = generate_batch(causal_lm, chosen, sampling, stop_ids, causal_lm.device)
         samples |= zip(indices, generated, strict=True)
@@ -142,7 +152,7 @@ def generate_batch(
         attention_mask=mask.to(device),
         **image_inputs(causal_lm, ids, images),
         generation_config=GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=max(request.new_tokens(sampling) for request in requests),
             do_sample=False,
             eos_token_id=sorted(stop_ids),
             pad_token_id=filler,
@@ -238,9 +248,7 @@ def generate_together(
     the batch. If logits are not finite, all ranks raise NotFiniteError.
     """
     world = stops.world
-    shares = [
-        batches(requests, sampling.max_new_tokens, budget, rank, world.size) for rank in range(world.size)
-    ]
+    shares = [batches(requests, sampling, budget, rank, world.size) for rank in range(world.size)]
     share, synchronised = shares[world.rank], engine.is_synchronised
     samples, is_broken = dict[int, Sample](), False
     with engine.ready_to_generate(without_adapter=without_adapter) as causal_lm:

@@ -36,6 +36,7 @@ from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import pluralize
+from dpo_dist.model.architectures import context_length
 from dpo_dist.model.files.folder import description_folder, model_folder
 from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model
@@ -243,7 +244,7 @@ class RewardModel:
     @torch.inference_mode()
     def _scores(self, encoded: Sequence[list[int] | None]) -> list[float | None]:
         padding = self._model.config.get_text_config().pad_token_id
-        longest = getattr(self._model.config, "max_position_embeddings", None) or math.inf
+        longest = context_length(self._model.config) or math.inf
         scores: list[float | None] = [None] * len(encoded)
         rows = {at: torch.tensor(ids) for at, ids in enumerate(encoded) if ids and len(ids) <= longest}
         order = sorted(rows, key=lambda at: -len(rows[at]))

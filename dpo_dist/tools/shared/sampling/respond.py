@@ -29,6 +29,7 @@ from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.data.text.render import THOUGHT_FIELDS
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import content_digest, text_digest
+from dpo_dist.model.architectures import context_length
 from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
@@ -134,9 +135,11 @@ def open_responder(source: ModelSource, model: ModelConfig, data: DataConfig) ->
     tokenizer = load_tokenizer(source.tokenizer_folder, model)
     processor = image_processor(source.folder, tokenizer, model.images)
     stop_ids = find_stop_ids(tokenizer, data, source.folder, source.key)
-    model_config = load_config(source.folder, model).get_text_config()
-    longest = getattr(model_config, "max_position_embeddings", None)
-    vocabulary = getattr(model_config, "vocab_size", None)
+    model_config = load_config(source.folder, model)
+    longest, vocabulary = (
+        context_length(model_config),
+        getattr(model_config.get_text_config(), "vocab_size", None),
+    )
     return Responder(source, tokenizer, data, stop_ids, longest, processor, vocabulary)
 
 
@@ -237,9 +240,15 @@ def respond(
     numbers: range,
 ) -> list[Completions]:
     """Return the completions of each prompt, in order; `numbers`: which of a prompt's samples to make."""
-    prompts = [usable_prompt(record, responder, sampling.max_new_tokens) for record in records]
+    prompts = [usable_prompt(record, responder, sampling) for record in records]
     requests = [
-        Request(prompt.prompt_ids, prompt_key(record), number, images)
+        Request(
+            prompt.prompt_ids,
+            prompt_key(record),
+            number,
+            images,
+            sampling.room(len(prompt.prompt_ids), responder.longest),
+        )
         for record, prompt in zip(records, prompts, strict=True)
         if not isinstance(prompt, str)
         for images in (responder.images(prompt),)
@@ -267,8 +276,8 @@ def respond(
     return rows
 
 
-def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: int) -> EncodedExample | str:
-    """Return a prompt, encoded, if `new_tokens` fit after it, else the reason why it cannot be used.
+def usable_prompt(record: PreferenceRecord, responder: Responder, sampling: Sampling) -> EncodedExample | str:
+    """Return a prompt, encoded, if the model has room for a response, else why it cannot be used.
 
     The ids are the same as in training; if the template opens a thought, its start is among them.
     """
@@ -282,7 +291,7 @@ def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: in
     tokens = len(prompt.prompt_ids)
     if tokens >= responder.data.max_length:
         return "prompt_fills_max_length"
-    if responder.longest is not None and tokens + new_tokens > responder.longest:
+    if not sampling.room(tokens, responder.longest):
         return "too_long_for_the_model"
     return prompt
 

@@ -79,7 +79,8 @@ class Server:
         counts, prompts = Counter(keys), dict(zip(keys, requests, strict=True))
 
         def answer(key: str) -> list[tuple[list[int], int | None]]:
-            completed = self.complete(prompts[key].prompt_ids, sampling, counts[key])
+            most = replace(sampling, max_new_tokens=prompts[key].new_tokens(sampling))
+            completed = self.complete(prompts[key].prompt_ids, most, counts[key])
             return [(each.sample.ids, each.sample.end) for each in completed]
 
         replies = self.client.ask(prompts, answer, self.probe)
@@ -199,12 +200,16 @@ def check_served(
     server: Server, records: Sequence[PreferenceRecord], model: ModelConfig, device: torch.device
 ) -> str:
     """Return how log-probs of the server's responses differ from ours; raise ConfigError if by too much."""
-    asked = [usable_prompt(record, server.responder, CHECK_TOKENS) for record in records[:CHECKED]]
+    short = Sampling(CHECK_TOKENS, is_default=True)
+    asked = [usable_prompt(record, server.responder, short) for record in records[:CHECKED]]
     usable = [prompt.prompt_ids for prompt in asked if not isinstance(prompt, str)]
     prompts = {str(number): usable[number % len(usable)] for number in range(CHECKED if usable else 0)}
-    replies = server.client.ask(
-        prompts, lambda number: server.complete(prompts[number], Sampling(CHECK_TOKENS), 1)[0], server.probe
-    )
+
+    def answer(number: str) -> _Completed:
+        ids = prompts[number]
+        return server.complete(ids, Sampling(short.room(len(ids), server.responder.longest)), 1)[0]
+
+    replies = server.client.ask(prompts, answer, server.probe)
     answered = [(prompts[number], reply) for number, reply in replies.items() if reply is not None]
     _check_tokens(server, answered)
     examples, theirs = [], list[float]()

@@ -1,0 +1,158 @@
+"""Mistakes as people make them: after the words of each error's remedy the same start passes its check."""
+
+import csv
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_dist.config.command_line import split_words
+from dpo_dist.config.load import load_run_config
+from dpo_dist.foundation.errors import DpoDistError
+from dpo_dist.foundation.remedies import key_of
+from dpo_dist.foundation.types import CheckReport
+from dpo_dist.training.start.check import dry_run
+from dpo_dist.training.start.preflight import check_start
+from tests.support.invented import write_pairs
+from tests.support.tiny_model import write_model
+
+USUAL = {"model.path": "model", "data.train": "[train.jsonl]", "parallelism": "ddp"}
+ROUNDS = 3  # a remedy may lead to a rule that was not broken before
+
+# The words beside the usual ones, which they replace.
+MISTAKES = """
+lr=1e-4
+--lr 1e-4
+--learning_rate 1e-4 --beta 0.2
+optim.lr=1e-4,
+optim.lr=1,5e-4
+optim.lr=0
+learning_rate=1e-4 optim.lr=1e-5
+beta=0.2
+loss.betta=0.2
+loss=dpo
+loss=DPO
+loss=sigmoid,sft
+bf16=true
+fp16=true
+model.dtype=float32
+model.dtype=bfloat16 trainer.max_steps=1e1
+epochs=2
+trainer.max_steps=
+max_length=512
+data.max_length=0
+data.max_length=8
+data.max_prompt_length=2000
+batch_size=4
+wandb=false
+tracking.wandb=off
+model.adapter=lora
+model.adapter.rank=8
+model.quantization=nf4
+model.quantization=4bit model.adapter.r=8
+model.quantization=nf4 model.adapter.r=8 parallelism=zero3
+load_in_4bit=true model.adapter.r=8
+model=model
+model.path=modle
+data.train=train.jsonl
+data.train=[trian.jsonl]
+data.train=[other.csv]
+data.train=[nested.parquet]
+data.train.path=train.jsonl
+dataset_name=train.jsonl
+data.eval=held_out.jsonl
+data.eval=0.1
+data.eval=[held_out.jsonl] data.eval_share=0.1
+trainer.eval_every=5
+trainer.keep_best=true
+reference=none
+reference=adapter
+loss=simpo reference.path=model
+loss=kto
+loss=ipo loss.label_smoothing=0.1
+model.attention=varlen model.dtype=fp32
+optim.warmup_steps=100 trainer.max_steps=10
+optim.min_lr_ratio=0.1 optim.schedule=constant
+parallelism.offload_parameters=cpu
+trainer.ema_decay=0.99 trainer.keep_last=0
+model.activation_offload=true
+run.resume=yes
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a model and data in several forms."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    write_model(folder / "model")
+    write_pairs(folder / "train.jsonl", 12, seed=1)
+    write_pairs(folder / "held_out.jsonl", 4, seed=2)
+    pairs = [{"prompt": f"question {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(6)]
+    with (folder / "other.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerows([["question", "good_answer", "bad_answer"], *(pair.values() for pair in pairs)])
+    nested = pa.Table.from_pylist([{"id": number, "pair": pair} for number, pair in enumerate(pairs)])
+    pq.write_table(nested, folder / "nested.parquet")
+    (folder / "object.json").write_text(json.dumps({"version": 1, "data": pairs}))
+    return folder
+
+
+def checked(words: list[str]) -> CheckReport:
+    """What `dpo-dist train WORDS --check` does."""
+    options = split_words(words)
+    config = load_run_config(options.words, options.config_dir, verb="train", mistakes=options.mistakes)
+    check_start(config, trains=True)
+    return dry_run(config)
+
+
+def repaired(words: list[str], error: DpoDistError) -> list[str]:
+    """The words after all repairs that the remedies of an error give."""
+    write, remove = list[str](), list[str]()
+    for part in error.parts or (error,):
+        found = part.as_dict(words)["remedy"]
+        write += found["write"]
+        remove += found["remove"]
+    keys = {key_of(word) for word in write}
+    kept = [word for word in words if not {word, key_of(word)} & {*remove} and key_of(word) not in keys]
+    return [*kept, *(word for word in dict.fromkeys(write) if not word.startswith("-"))]
+
+
+def test_the_command_of_an_error_about_a_json_object_writes_its_records(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    words = ["model.path=model", "parallelism=ddp"]
+    with pytest.raises(DpoDistError, match="one list of records") as caught:
+        checked([*words, "data.train=[object.json]"])
+    command, _, rest = caught.value.remedy.partition(" writes its list; then read ")
+    python, *arguments = shlex.split(command)
+    assert python == "python"
+    subprocess.run([sys.executable, *arguments], check=True)
+    assert "6 of the first 6 records kept" in str(checked([*words, f"data.train=[{rest}]"]))
+
+
+@pytest.mark.parametrize("typed", MISTAKES.strip().splitlines())
+def test_after_the_words_of_the_remedy_the_start_passes(
+    typed: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    wrong = typed.split()
+    usual = [f"{key}={value}" for key, value in USUAL.items() if key not in map(key_of, wrong)]
+    words = [*usual, *wrong]
+    for _ in range(ROUNDS):
+        with pytest.raises(DpoDistError) as caught:
+            checked(words)
+        before, words = words, repaired(words, caught.value)
+        assert words != before, caught.value.block()
+        try:
+            checked(words)
+        except DpoDistError:
+            continue
+        return
+    checked(words)
