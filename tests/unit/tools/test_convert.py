@@ -60,6 +60,9 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("{warmup_steps: 0, warmup_ratio: 0.05}", {"optim.warmup_steps": None, "optim.warmup_ratio": 0.05}, ""),
     ("{base_model: m, warmup_steps: 7}", {"optim.warmup_steps": 7}, "data.truncation"),
+    ("{warmup_steps: 7}", {"optim.warmup_from_zero": True}, ""),
+    ("{warmup_steps: 0}", {"optim.warmup_from_zero": False}, ""),
+    ("{lr_scheduler_type: constant, warmup_ratio: 0.1}", {"optim.warmup_ratio": 0}, "0.1 — not needed"),
     (
         "{loss_type: [sigmoid, bco], loss_weights: [0.8, 0.2]}",
         {"loss.terms": terms(sigmoid=0.8, bco_pair=0.2)},

@@ -22,12 +22,14 @@ from transformers import (
     HfArgumentParser,
     ProgressCallback,
     Qwen2ForCausalLM,
+    get_scheduler,
 )
 
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.foundation.errors import ConfigError, ExitCode
 from dpo_dist.tools.convert.unseen import frozen_weights, hooks
 from dpo_dist.training.start.named_models import find_export_paths
+from dpo_dist.training.steps.schedule import check_schedule, learning_rate
 from dpo_dist.trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from tests.support.families import tiny_config
 from tests.support.tiny_model import write_model
@@ -181,6 +183,58 @@ def test_an_argument_is_the_key_of_the_same_meaning(
     assert {key: found.get(key) for key in ours} == ours
 
 
+SCHEDULES: list[dict[str, Any]] = [
+    {},
+    {"warmup_steps": 3},
+    {"warmup_steps": 0.3},
+    {"warmup_steps": 30},  # more than the run has
+    {"lr_scheduler_type": "cosine", "warmup_steps": 3},
+    {"lr_scheduler_type": "cosine", "warmup_steps": 0.01},
+    {"lr_scheduler_type": "cosine_with_restarts", "warmup_steps": 2},
+    {"lr_scheduler_type": "constant", "warmup_steps": 3},
+    {"lr_scheduler_type": "constant", "warmup_steps": 0.3},
+    {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3},
+    {"lr_scheduler_type": "inverse_sqrt"},
+    {"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 3},
+    {"lr_scheduler_type": "cosine_with_min_lr", "warmup_steps": 3, "lr_scheduler_kwargs": {"min_lr": 2e-6}},
+    {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+    {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "warmup_steps": 3,
+        "lr_scheduler_kwargs": {"num_decay_steps": 5, "decay_type": "linear"},
+    },
+    {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": 5, "decay_type": "linear", "min_lr_ratio": 0.1},
+    },
+]
+
+
+@pytest.mark.parametrize("given", SCHEDULES, ids=[", ".join(map(str, row.values())) for row in SCHEDULES])
+def test_the_rate_of_each_step_is_that_of_transformers(
+    given: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    steps = 11
+    args = DPOConfig(output_dir=str(tmp_path), learning_rate=1e-5, max_steps=steps, **given)
+    DPOTrainer(str(folder), args=args, train_dataset=PAIRS)
+    optim = load_run_config([str(tmp_path / "dpo_dist.yaml")]).optim
+    check_schedule(optim, steps)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-5)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        args.get_warmup_steps(steps),
+        steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    for step in range(steps):
+        assert learning_rate(optim, step, steps) == pytest.approx(
+            *scheduler.get_last_lr(), rel=1e-9, abs=1e-20
+        )
+        optimizer.step()
+        scheduler.step()
+
+
 BEST: dict[str, Any] = {"eval_strategy": "epoch", "eval_dataset": PAIRS[:4], "load_best_model_at_end": True}
 BEST |= {"metric_for_best_model": "rewards/margins"}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
@@ -215,6 +269,14 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"loss_type": ["sigmoid", "aot"], "use_weighting": True}, "use_weighting", "refuses it with aot"),
     ({"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1}, "label_smoothing", "differ in sigmoid"),
     ({"loss_type": ["sigmoid", "sft"], "use_weighting": True}, "use_weighting", "differ in sft"),
+    ({"lr_scheduler_type": "cosine_warmup_with_min_lr"}, "lr_scheduler_type", "words"),
+    ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type", "words"),
+    (
+        {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 3, "max_steps": 20}
+        | {"lr_scheduler_kwargs": {"num_decay_steps": 5, "decay_type": "linear", "min_lr_ratio": 0.1}},
+        "min_lr_ratio",
+        "warm-up begins at this share",
+    ),
     ({"train_dataset": None}, "train_dataset", "datasets.Dataset"),
     ({"train_dataset": []}, "train_dataset", "at least one"),
 ]
