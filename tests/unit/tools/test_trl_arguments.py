@@ -22,10 +22,13 @@ from transformers import (
     HfArgumentParser,
     ProgressCallback,
     Qwen2ForCausalLM,
+    TrainingArguments,
     get_scheduler,
 )
+from transformers.training_args import ParallelMode
 
 from dpo_dist.config.load import load_run_config, to_yaml
+from dpo_dist.config.rule import value_at
 from dpo_dist.foundation.errors import ConfigError, ExitCode
 from dpo_dist.tools.convert.unseen import frozen_weights, hooks
 from dpo_dist.training.start.named_models import find_export_paths
@@ -101,6 +104,7 @@ def test_arguments_know_their_process_before_it_joins_the_others(monkeypatch: py
     args = DPOConfig(output_dir="o")
     assert (args.process_index, args.world_size, args.should_log) == (3, 4, False)
     assert args.get_process_log_level() > 0
+    assert args.parallel_mode is ParallelMode.DISTRIBUTED
     assert args.keys()["num_processes"] == 4
     args = DPOConfig(output_dir="o", per_device_train_batch_size=2, save_strategy="epoch")
     assert args.intervals(records=20)["save_steps"] == 3  # of 2 pairs on each of 4 processes
@@ -323,6 +327,95 @@ def test_an_option_that_trl_does_not_use_with_the_loss_changes_nothing_and_is_sa
     with pytest.warns(UserWarning, match=f"{[*given][-1]}: TRL does not use it with"):
         found = translated(folder, tmp_path, **given)
     assert {key for key in found if key.startswith("loss.")} <= {"loss.kind"}
+
+
+OLDER: list[tuple[dict[str, Any], Any, dict[str, Any]]] = [
+    # The trainer's arguments, `args`, and what the line of the error sets.
+    (
+        {"beta": 0.3, "loss_type": "ipo", "max_length": 64, "max_prompt_length": 32, "tokenizer": 1},
+        None,
+        {"loss.beta": 0.3, "loss.kind": "ipo", "data.max_length": 64, "data.max_prompt_length": 32},
+    ),
+    (
+        {"beta": 0.3, "label_smoothing": 0, "truncation_mode": "keep_end"},
+        TrainingArguments(
+            output_dir="out",
+            per_device_train_batch_size=2,
+            max_steps=7,
+            lr_scheduler_type="cosine",
+            warmup_steps=3,
+            bf16=False,
+        ),
+        {"loss.beta": 0.3, "trainer.global_batch_pairs": 2, "trainer.max_steps": 7, "trainer.log_every": 500}
+        | {"optim.lr": 5e-5, "optim.schedule": "cosine", "optim.warmup_steps": 3, "model.dtype": "fp32"}
+        | {"model.gradient_checkpointing": "none", "data.truncation": "keep_end"},
+    ),
+    (
+        {"beta": 0.3},
+        DPOConfig(output_dir="out", learning_rate=2e-5, words=["data.on_bad_record=error"]),
+        {"loss.beta": 0.3, "optim.lr": 2e-5, "trainer.log_every": 10, "data.on_bad_record": "error"},
+    ),
+    ({}, 0.3, {"loss.beta": 0.3}),
+    ({"rpo_alpha": None}, TrainingArguments(output_dir="out"), {"optim.lr": 5e-5}),
+]
+
+
+@pytest.mark.parametrize(("given", "args", "ours"), OLDER)
+def test_a_script_of_an_older_trl_is_told_the_line_to_write(
+    given: dict[str, Any], args: Any, ours: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    trainer: Any = DPOTrainer
+    with pytest.raises(ConfigError, match="an older TRL") as raised:
+        trainer(str(folder), None, args, train_dataset=PAIRS, **given)
+    assert raised.value.remedy.endswith("processing_class=... in place of tokenizer=...") is (
+        "tokenizer" in given
+    )
+    line = raised.value.remedy.partition("write args=")[2].partition("; write processing_class")[0]
+    written = eval(line, {"DPOConfig": DPOConfig})
+    written.output_dir = str(tmp_path)
+    DPOTrainer(str(folder), args=written, train_dataset=PAIRS)
+    run = load_run_config([str(tmp_path / "dpo_dist.yaml"), *written.words])
+    assert {key: value_at(run, key) for key in ours} == ours
+
+
+def test_what_an_older_trainer_took_and_nothing_takes_now_is_in_the_same_error(folder: Path) -> None:
+    trainer: Any = DPOTrainer
+    given = {"beta": 0.2, "label_pad_token_id": -100, "data_collator": print}
+    with pytest.raises(ConfigError) as raised:
+        trainer(str(folder), train_dataset=PAIRS, **given)
+    assert [part.where for part in raised.value.parts] == ["trainer", "label_pad_token_id", "data_collator"]
+    with pytest.raises(ConfigError) as raised:
+        trainer(str(folder), train_dataset=PAIRS, tokenizer=AutoTokenizer.from_pretrained(folder))
+    assert raised.value.remedy == "write processing_class=... in place of tokenizer=..."
+
+
+def test_arguments_of_trl_itself_are_told_their_import(folder: Path, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    args = trl.DPOConfig(output_dir=str(tmp_path), bf16=False)
+    with pytest.raises(ConfigError, match=r"from dpo_dist\.trl import DPOConfig"):
+        DPOTrainer(str(folder), args=args, train_dataset=PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("given", "weights", "ours"),
+    [
+        ({}, torch.float16, None),
+        ({"fp16": True}, torch.float16, "fp16"),
+        ({}, torch.bfloat16, "bf16"),
+        ({"bf16": False}, torch.bfloat16, "bf16"),
+        ({"bf16": False}, torch.float32, "fp32"),
+    ],
+)
+def test_the_type_of_a_model_in_memory_counts_as_that_of_one_to_load(
+    given: dict[str, Any], weights: torch.dtype, ours: str | None, folder: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=weights)
+    if ours is None:
+        with pytest.raises(ConfigError, match="float16 beside bf16") as raised:
+            translated(folder, tmp_path, model=model, **given)
+        assert raised.value.where == "model.dtype"
+    else:
+        assert translated(folder, tmp_path, model=model, **given)["model.dtype"] == ours
 
 
 def test_all_arguments_that_are_not_offered_are_one_error(folder: Path, tmp_path: Path) -> None:
