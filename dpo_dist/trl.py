@@ -396,8 +396,9 @@ class DPOTrainer:
         """Write the file of the run; raise if an argument with an effect has no translation."""
         name = self.config.__name__
         translation = translate_run(ForeignRun("TRL", self._keys, name), self._own)
+        given = self._keys | self._keys["model_init_kwargs"] | self._keys.get("lr_scheduler_kwargs", {})
         faults = [
-            refused(key, str(self._keys.get(key)), f"{why}; keys of dpo_dist go into {name}(words=[...])")
+            refused(key, str(given.get(key)), f"{why}; keys of dpo_dist go into {name}(words=[...])")
             for key, why in translation.reasons.items()
             if not why.startswith("not needed") and key not in translation.unused
         ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
 from transformers import TrainingArguments
@@ -21,19 +22,12 @@ _ALWAYS = ("gradient_checkpointing", "loss_type", "seed")
 _NO_KEYS = (
     *("output_dir", "resume_from_checkpoint", "hub_token", "words", "distributed_state"),
     *("logging_steps", "eval_steps", "save_steps"),  # those of `intervals`
+    "local_rank",  # the launcher says it
 )
 _NO_ADAPTER_KEYS = (
     *("task_type", "base_model_name_or_path", "inference_mode", "revision", "peft_version"),
     *("r", "lora_dropout"),  # TRL switches dropout off with that of the model
 )
-
-
-# Arguments that TRL reads only if another one has this value.
-_ONLY_WITH = {
-    "ref_model_mixup_alpha": ("sync_ref_model", True),
-    "ref_model_sync_steps": ("sync_ref_model", True),
-    "f_alpha_divergence_coef": ("f_divergence_type", "alpha_divergence"),
-}
 
 
 @dataclass
@@ -76,15 +70,12 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         """
         usual = vars(type(self)())
         keys = {
-            name: json.loads(value) if str(value).startswith('{"') else getattr(value, "value", value)
+            name: _plain(value)
             for name, value in vars(self).items()
             if name not in _NO_KEYS and (name in _ALWAYS or value != usual.get(name, value))
         }
         if not torch.cuda.is_available():
             keys.pop("use_cpu", None)
-        for name, (other, value) in _ONLY_WITH.items():
-            if getattr(self, other, None) != value:
-                keys.pop(name, None)
         options = keys.get("model_init_kwargs", {})
         options = {name: value for name, value in options.items() if value not in (None, False, "main")}
         named = options.pop("dtype", None) or options.pop("torch_dtype", None)
@@ -130,11 +121,17 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         if names_best and ours is not None and is_greater != (ours is Direction.highest):
             remedy = f"set it to {not is_greater}: here the {ours} value of {metric} is the best"
             found.append(refused("greater_is_better", str(is_greater), remedy))
+        if self.eval_on_start and self.eval_strategy == "no" and has_evaluation:
+            remedy = "set eval_strategy, or call evaluate() before train()"
+            found.append(refused("eval_on_start", "True", remedy))
+        if self.max_length is None:
+            remedy = "set it to the tokens of the longest pair: here a longer one is cut"
+            found.append(refused("max_length", "None", remedy))
         if self.dataloader_drop_last and records % (self.per_device_train_batch_size * self.world_size):
             remedy = "leave it out: here the last step of an epoch has the pairs that are left"
             found.append(refused("dataloader_drop_last", "True", remedy))
         if self.logging_first_step and steps.get("logging_steps", 1) > 1:
-            remedy = f"set logging_steps=1: here each {steps['logging_steps']}th step has a row"
+            remedy = f"set logging_steps=1: here only each of {steps['logging_steps']} steps has a row"
             found.append(refused("logging_first_step", "True", remedy))
         return found
 
@@ -168,6 +165,13 @@ class KTOConfig(TrainerArguments):
 
 # Arguments of TRL's trainers before 0.13 that TRL has no more, and the keys of dpo_dist with their meaning.
 _OLDER = {"max_prompt_length": "data.max_prompt_length", "reference_free": "loss.reference_free"}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as a file has it: the text of a mapping, an enum or a number of numpy."""
+    if str(value).startswith('{"'):
+        return json.loads(value)
+    return value.item() if isinstance(value, np.generic) else getattr(value, "value", value)
 
 
 def _written(args: TrainingArguments, usual: dict[str, Any]) -> dict[str, Any]:

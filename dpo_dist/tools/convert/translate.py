@@ -23,7 +23,7 @@ _STAGES = {"shard grad op": "stage2", "full shard|fsdp": "stage3", "(multi|singl
 _DEVICE_BATCH_KEYS = ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
 _SHARDING = ("deepspeed", "zero_stage", "accelerate_config", "fsdp", "fsdp_config", "fsdp_shard_degree")
 _QUANTIZED = ("load_in_4bit", "load_in_8bit", "use_qlora", "quantization_bit", "quant_bits")
-_WARMUP = {"warmup_steps", "warmup_ratio"}
+_WARMUP = ("warmup_steps", "warmup_ratio")
 _FROZEN_PARTS = ("freeze_vision_tower", "freeze_vit"), ("freeze_multi_modal_projector", "freeze_aligner")
 """Keys for the tower and for the projector; both are frozen by default."""
 _BATCH, _LENGTH = "trainer.global_batch_pairs", "data.max_length"
@@ -39,6 +39,12 @@ _LOSS_OPTIONS: dict[str, tuple[str, Any, set[str], set[str]]] = {
     "ld_alpha": ("ld_alpha", None, _SCORES | _WHOLE_SCORES | _SORTED, set()),
     "label_smoothing": ("label_smoothing", 0.0, {"exo_pair", "robust"} | _SORTED, set()),
     "discopop_tau": ("options.tau", 0.05, {"discopop"}, set()),
+}
+# Arguments that TRL reads only if another one has this value.
+_ONLY_WITH = {
+    "ref_model_mixup_alpha": ("sync_ref_model", True),
+    "ref_model_sync_steps": ("sync_ref_model", True),
+    "f_alpha_divergence_coef": ("f_divergence_type", "alpha_divergence"),
 }
 
 
@@ -129,6 +135,9 @@ def _loss_options_of_trl(run: Translation) -> None:
         else:
             continue
         run.comment(option, run.left.pop(option), reason)
+    for option, (other, value) in _ONLY_WITH.items():
+        if option in run.left and run.left.get(other) != value:
+            run.comment(option, run.left.pop(option), f"not needed: TRL reads it only with {other}: {value}")
 
 
 def _simpo(run: Translation) -> None:
@@ -269,7 +278,7 @@ def _numbers(run: Translation) -> None:
         _decay(run)
     elif scheduler == "constant":
         run.values["optim.warmup_ratio"] = 0.0
-        for key in _WARMUP & run.left.keys():
+        for key in filter(run.left.__contains__, _WARMUP):
             run.comment(key, run.left.pop(key), "not needed: there, `constant` has no warm-up")
     if run.left.get("sync_ref_model") is True and (steps := run.take("ref_model_sync_steps", default=0)):
         run.take("sync_ref_model")

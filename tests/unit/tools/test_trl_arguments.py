@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -175,7 +176,17 @@ TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
         | {"train_dataset": [{"prompt": "a", "completion": "b", "label": True}]},
         {"loss.kind": "apo_zero_unpaired", "data.unpair": False},
     ),
-    ({"disable_tqdm": True, "use_cpu": True, "dataloader_num_workers": 4, "optimizers": (None, None)}, {}),
+    ({"learning_rate": np.float64(5e-6), "beta": np.float32(0.5)}, {"optim.lr": 5e-6, "loss.beta": 0.5}),
+    (
+        {
+            "local_rank": 0,
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "dataloader_num_workers": 4,
+            "optimizers": (None, None),
+        },
+        {},
+    ),
 ]
 
 
@@ -243,7 +254,7 @@ BEST: dict[str, Any] = {"eval_strategy": "epoch", "eval_dataset": PAIRS[:4], "lo
 BEST |= {"metric_for_best_model": "rewards/margins"}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha", "not offered"),
-    ({"max_length": None}, "max_length", "raise it"),
+    ({"max_length": None}, "max_length", "set it to the tokens of the longest pair"),
     ({"disable_dropout": False}, "disable_dropout", "the same function"),
     ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy", "shuffled"),
     ({"push_to_hub": True}, "push_to_hub", "dpo-dist export"),
@@ -268,6 +279,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (BEST | {"metric_for_best_model": "loss", "greater_is_better": True}, "greater_is_better", "to False"),
     ({"dataloader_drop_last": True}, "dataloader_drop_last", "leave it out"),
     ({"logging_first_step": True}, "logging_first_step", "logging_steps=1"),
+    ({"eval_on_start": True, "eval_dataset": PAIRS[:4]}, "eval_on_start", "call evaluate()"),
     ({"model_init_kwargs": {"dtype": "float16"}}, "model_init_kwargs.dtype", "fp16=True"),
     ({"loss_type": ["nca_pair"], "f_divergence_type": "js_divergence"}, "f_divergence_type", "nca_pair"),
     ({"loss_type": ["sigmoid", "aot"], "use_weighting": True}, "use_weighting", "refuses it with aot"),
@@ -294,6 +306,21 @@ def test_what_is_not_offered_is_named_with_the_reason(
         translated(folder, tmp_path, **given)
     assert raised.value.where == where
     assert remedy in raised.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        ({"model_init_kwargs": {"attention_dropout": 0.5}}, "0.5"),
+        ({"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}}, "2"),
+    ],
+)
+def test_an_argument_in_a_mapping_is_refused_with_its_value(
+    given: dict[str, Any], got: str, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        translated(folder, tmp_path, **given)
+    assert raised.value.got == got
 
 
 WITHOUT_EFFECT: list[dict[str, Any]] = [
