@@ -135,9 +135,9 @@ def _loss_options_of_trl(run: Translation) -> None:
         else:
             continue
         run.comment(option, run.left.pop(option), reason)
-    for option, (other, value) in _ONLY_WITH.items():
-        if option in run.left and run.left.get(other) != value:
-            run.comment(option, run.left.pop(option), f"not needed: TRL reads it only with {other}: {value}")
+    for option, (needed, value) in _ONLY_WITH.items():
+        if option in run.left and run.left.get(needed) != value:
+            run.comment(option, run.left.pop(option), f"not needed: TRL reads it only with {needed}: {value}")
 
 
 def _simpo(run: Translation) -> None:
