@@ -39,7 +39,14 @@ from dpo_dist.foundation.files import locked, staged_folder, write_text
 from dpo_dist.foundation.process import this_rank
 from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.files.folder import is_adapter, model_folder, weight_files
-from dpo_dist.tools.convert.arguments import DPOConfig, KTOConfig, TrainerArguments, adapter_keys, refused
+from dpo_dist.tools.convert.arguments import (
+    DPOConfig,
+    KTOConfig,
+    TrainerArguments,
+    adapter_keys,
+    not_offered,
+    refused,
+)
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.translate import translate_run
 from dpo_dist.tools.convert.unseen import (
@@ -79,6 +86,7 @@ class DPOTrainer:
         **others: Any,
     ) -> None:
         """Write models and data in memory, and the translation, below `output_dir`; name what is refused."""
+        raise_all(not_offered(self.config, args, others))
         raise_all(self._overrides(args) + _unseen(model, ref_model, has_adapter=peft_config is not None))
         name = Path(model if isinstance(model, str) else model.config.name_or_path).name
         self.args = args or self.config(output_dir=f"{name}-{self.config.__name__[:3]}")
@@ -90,13 +98,10 @@ class DPOTrainer:
         is_main = self.is_world_process_zero()
         say = print if is_main else self.end
         self.accelerator = SimpleNamespace(print=say, is_main_process=is_main, wait_for_everyone=self.end)
-        self._keys = self.args.keys()
+        self._keys = self.args.keys(_weights(model))
         self._own: dict[str, Any] = {"run.dir": str(self.run), "run.root": str(self.folder)}
         self._words, self._has_trained = list[str](), False
         self._given: Any = None if isinstance(model, str) or peft_config is not None else model
-        for key, value in others.items():
-            if value not in (None, (None, None)):
-                raise refused(key, type(value).__name__, "remove it: dpo_dist has its own")
         for callback in callbacks or ():
             self.add_callback(callback)
         self._own |= {"samples.prompts": 0, "data.train": self._sources(train_dataset, "train_dataset")}
@@ -391,8 +396,9 @@ class DPOTrainer:
         """Write the file of the run; raise if an argument with an effect has no translation."""
         name = self.config.__name__
         translation = translate_run(ForeignRun("TRL", self._keys, name), self._own)
+        given = self._keys | self._keys["model_init_kwargs"] | self._keys.get("lr_scheduler_kwargs", {})
         faults = [
-            refused(key, str(self._keys.get(key)), f"{why}; keys of dpo_dist go into {name}(words=[...])")
+            refused(key, str(given.get(key)), f"{why}; keys of dpo_dist go into {name}(words=[...])")
             for key, why in translation.reasons.items()
             if key not in translation.unneeded and key not in translation.unused
         ]
@@ -408,6 +414,12 @@ class KTOTrainer(DPOTrainer):
     """TRL's `KTOTrainer`: as `DPOTrainer`, on labelled responses, or on pairs that are taken apart."""
 
     config = KTOConfig
+
+
+def _weights(model: Any) -> torch.dtype | None:
+    """Return the type in which a model in memory is trained; None: by the arguments."""
+    is_named = isinstance(model, str) or hasattr(model, "quantization_method")
+    return None if is_named else getattr(model, "dtype", None)
 
 
 def _unseen(model: Any, ref_model: Any, *, has_adapter: bool) -> list[ConfigError]:

@@ -46,7 +46,7 @@ def train_each(module: str, folder: Path) -> None:
     trainers = importlib.import_module(module)
     from datasets import Dataset
 
-    losses = {}
+    rows = {}
     for kind in KINDS:
         name = "KTO" if kind in ("kto", "apo_zero_unpaired") else "DPO"
         records, data = len(TEXTS) * (2 if name == "KTO" else 1), DATA.get(kind, TEXTS)
@@ -56,6 +56,7 @@ def train_each(module: str, folder: Path) -> None:
             per_device_train_batch_size=records,
             max_steps=STEPS,
             learning_rate=1e-3,
+            warmup_steps=2,
             logging_steps=1,
             save_strategy="no",
             bf16=False,
@@ -66,20 +67,23 @@ def train_each(module: str, folder: Path) -> None:
             str(folder / "model"), args=args, train_dataset=Dataset.from_list(data)
         )
         trainer.train()
-        losses[kind] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    (folder / f"{module}.json").write_text(json.dumps(losses))
+        history = [row for row in trainer.state.log_history if "loss" in row]
+        rows[kind] = {name: [row[name] for row in history] for name in ("loss", "learning_rate")}
+    (folder / f"{module}.json").write_text(json.dumps(rows))
 
 
-def test_losses_of_five_steps_are_those_of_trl(tmp_path: Path) -> None:
+def test_losses_and_rates_of_five_steps_are_those_of_trl(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     write_model(tmp_path / "model")
     for module in ("trl", "dpo_dist.trl"):
         in_process(train_each, module, tmp_path)
     theirs, ours = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("trl", "dpo_dist.trl"))
     for kind in KINDS:
-        assert len(ours[kind]) == STEPS
-        assert ours[kind][0] > ours[kind][-1]
-        assert ours[kind] == pytest.approx(theirs[kind], abs=1e-5), kind
+        losses, rates = ours[kind]["loss"], ours[kind]["learning_rate"]
+        assert len(losses) == STEPS
+        assert losses[1] > losses[-1]
+        assert losses == pytest.approx(theirs[kind]["loss"], abs=1e-5), kind
+        assert rates == pytest.approx(theirs[kind]["learning_rate"], rel=1e-9, abs=0), kind
 
 
 def use_methods(variables: dict[str, str], folder: Path) -> None:

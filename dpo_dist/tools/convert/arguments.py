@@ -3,14 +3,16 @@
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
 from transformers import TrainingArguments
 
+from dpo_dist.config.mistakes import equivalents
 from dpo_dist.config.rules import best_direction
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation.errors import ConfigError
@@ -20,19 +22,12 @@ _ALWAYS = ("gradient_checkpointing", "loss_type", "seed")
 _NO_KEYS = (
     *("output_dir", "resume_from_checkpoint", "hub_token", "words", "distributed_state"),
     *("logging_steps", "eval_steps", "save_steps"),  # those of `intervals`
+    "local_rank",  # the launcher says it
 )
 _NO_ADAPTER_KEYS = (
     *("task_type", "base_model_name_or_path", "inference_mode", "revision", "peft_version"),
     *("r", "lora_dropout"),  # TRL switches dropout off with that of the model
 )
-
-
-# Arguments that TRL reads only if another one has this value.
-_ONLY_WITH = {
-    "ref_model_mixup_alpha": ("sync_ref_model", True),
-    "ref_model_sync_steps": ("sync_ref_model", True),
-    "f_alpha_divergence_coef": ("f_divergence_type", "alpha_divergence"),
-}
 
 
 @dataclass
@@ -65,30 +60,33 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         """Know this process by its environment: transformers would join the processes here."""
         names = {"process_index": "RANK", "local_process_index": "LOCAL_RANK", "num_processes": "WORLD_SIZE"}
         places = {name: int(os.environ.get(key, key == "WORLD_SIZE")) for name, key in names.items()}
-        self.distributed_state: Any = SimpleNamespace(**places)
+        kind = "NO" if places["num_processes"] == 1 else "MULTI_GPU"  # of accelerate's DistributedType
+        self.distributed_state: Any = SimpleNamespace(**places, distributed_type=kind)
 
-    def keys(self) -> dict[str, Any]:
-        """Return what is not at its default, and `_ALWAYS`, as keys of a file."""
+    def keys(self, weights: torch.dtype | None = None) -> dict[str, Any]:
+        """Return what is not at its default, and `_ALWAYS`, as keys of a file.
+
+        `weights`: the type of those of a model in memory.
+        """
         usual = vars(type(self)())
         keys = {
-            name: json.loads(value) if str(value).startswith('{"') else getattr(value, "value", value)
+            name: _plain(value)
             for name, value in vars(self).items()
             if name not in _NO_KEYS and (name in _ALWAYS or value != usual.get(name, value))
         }
         if not torch.cuda.is_available():
             keys.pop("use_cpu", None)
-        for name, (other, value) in _ONLY_WITH.items():
-            if getattr(self, other, None) != value:
-                keys.pop(name, None)
         options = keys.get("model_init_kwargs", {})
         options = {name: value for name, value in options.items() if value not in (None, False, "main")}
-        dtype = options.pop("dtype", None) or options.pop("torch_dtype", None) or "float32"
-        if str(dtype).removeprefix("torch.") == "float16" and not self.fp16 and self.bf16 is not False:
+        named = options.pop("dtype", None) or options.pop("torch_dtype", None)
+        dtype = str(weights or named or "float32").removeprefix("torch.")
+        if dtype == "float16" and not self.fp16 and self.bf16 is not False:
             remedy = "set fp16=True, or dtype='bfloat16': here weights are computed in one type"
-            raise refused("model_init_kwargs.dtype", "float16 beside bf16", remedy)
-        if self.bf16 is False and not self.fp16 and str(dtype).removeprefix("torch.") != "float32":
+            where = "model.dtype" if weights else "model_init_kwargs.dtype"
+            raise refused(where, "float16 beside bf16", remedy)
+        if self.bf16 is False and not self.fp16 and dtype != "float32":
             del keys["bf16"]
-            options["dtype"] = str(dtype)
+            options["dtype"] = dtype
         elif self.bf16 is None:  # weights of any dtype are computed in it
             keys["bf16"] = not self.fp16
         return keys | {"model_init_kwargs": options, "num_processes": self.world_size}
@@ -123,11 +121,17 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         if names_best and ours is not None and is_greater != (ours is Direction.highest):
             remedy = f"set it to {not is_greater}: here the {ours} value of {metric} is the best"
             found.append(refused("greater_is_better", str(is_greater), remedy))
+        if self.eval_on_start and self.eval_strategy == "no" and has_evaluation:
+            remedy = "set eval_strategy, or call evaluate() before train()"
+            found.append(refused("eval_on_start", "True", remedy))
+        if self.max_length is None:
+            remedy = "set it to the tokens of the longest pair: here a longer one is cut"
+            found.append(refused("max_length", "None", remedy))
         if self.dataloader_drop_last and records % (self.per_device_train_batch_size * self.world_size):
             remedy = "leave it out: here the last step of an epoch has the pairs that are left"
             found.append(refused("dataloader_drop_last", "True", remedy))
         if self.logging_first_step and steps.get("logging_steps", 1) > 1:
-            remedy = f"set logging_steps=1: here each {steps['logging_steps']}th step has a row"
+            remedy = f"set logging_steps=1: here only each of {steps['logging_steps']} steps has a row"
             found.append(refused("logging_first_step", "True", remedy))
         return found
 
@@ -157,6 +161,73 @@ class KTOConfig(TrainerArguments):
     loss_type: str = "kto"
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+
+
+# Arguments of TRL's trainers before 0.13 that TRL has no more, and the keys of dpo_dist with their meaning.
+_OLDER = {"max_prompt_length": "data.max_prompt_length", "reference_free": "loss.reference_free"}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as a file has it: the text of a mapping, an enum or a number of numpy."""
+    if str(value).startswith('{"'):
+        return json.loads(value)
+    return value.item() if isinstance(value, np.generic) else getattr(value, "value", value)
+
+
+def _written(args: TrainingArguments, usual: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of arguments of another class that are not `usual` in ours.
+
+    A value that nobody wrote counts where the default of that class is another one, as of the learning rate,
+    but not what transformers computes.
+    """
+    computed = vars(type(args)(output_dir=args.output_dir)) | {"output_dir": None}
+    defaults = {entry.name: entry.default for entry in fields(args)}
+    values = {key: getattr(args, key) for key in usual if key in defaults}
+    return {
+        key: getattr(value, "value", value)
+        for key, value in values.items()
+        if value != usual[key] and (value != computed[key] or defaults[key] != usual[key])
+    }
+
+
+def not_offered(config: type[TrainerArguments], args: Any, others: dict[str, Any]) -> list[ConfigError]:
+    """Return errors for arguments that a trainer does not have, `others`, and for those of another class.
+
+    The remedy for a script of an older TRL is the line of arguments to write.
+    """
+    name = config.__name__
+    others = {key: value for key, value in others.items() if value not in (None, (None, None))}
+    if type(args).__module__.startswith("trl."):
+        return [refused("args", f"{name} of trl", f"write: from dpo_dist.trl import {name}")]
+    if not isinstance(args, TrainingArguments | None):  # where `beta` was the third argument
+        others["beta"], args = args, None
+    usual = {entry.name: getattr(config(), entry.name) for entry in fields(config)}
+    moved = {key: others.pop(key) for key in [*others] if key in usual or key in _OLDER}
+    tokenizer, got = others.pop("tokenizer", None), [*moved]
+    if isinstance(args, TrainingArguments) and not isinstance(args, TrainerArguments):
+        got.append(type(args).__name__)
+    given = {} if args is None else _written(args, usual)
+    words = [f"{_OLDER[key]}={json.dumps(moved[key])}" for key in _OLDER.keys() & moved.keys()]
+    given |= {key: value for key, value in moved.items() if key in usual and value != usual[key]}
+    if isinstance(usual["loss_type"], list) and isinstance(given.get("loss_type"), str):
+        given["loss_type"] = [given["loss_type"]]
+    if words:
+        given["words"] = [*given.get("words", ()), *sorted(words)]
+    line = ", ".join(f"{key}={given[key]!r}" for key in usual if key in given)
+    ways = [f"write args={name}({line})"] if got else []
+    if tokenizer is not None:
+        got.append("tokenizer")
+        ways.append("write processing_class=... in place of tokenizer=...")
+    faults = list[ConfigError]()
+    if got:
+        message = "this script is of an older TRL, whose trainer had arguments that are now elsewhere"
+        remedy = "; ".join(ways)
+        faults.append(ConfigError(message, where="trainer", got=", ".join(got), remedy=remedy))
+    for key, value in others.items():
+        advice = (one.replace("{value}", str(value)) for one in equivalents(key, "advice"))
+        remedy = f"remove it: {next(advice, 'dpo_dist has its own')}"
+        faults.append(refused(key, type(value).__name__, remedy))
+    return faults
 
 
 def refused(key: str, got: str, remedy: str) -> ConfigError:

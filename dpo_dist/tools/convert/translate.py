@@ -9,6 +9,7 @@ from typing import Any
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.losses import LossKind, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, as_tree, equivalents, find_advice, fits
+from dpo_dist.config.optim import OptimConfig
 from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.config.schema import TrackerName
 from dpo_dist.foundation.errors import ConfigError
@@ -22,6 +23,7 @@ _STAGES = {"shard grad op": "stage2", "full shard|fsdp": "stage3", "(multi|singl
 _DEVICE_BATCH_KEYS = ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
 _SHARDING = ("deepspeed", "zero_stage", "accelerate_config", "fsdp", "fsdp_config", "fsdp_shard_degree")
 _QUANTIZED = ("load_in_4bit", "load_in_8bit", "use_qlora", "quantization_bit", "quant_bits")
+_WARMUP = ("warmup_steps", "warmup_ratio")
 _FROZEN_PARTS = ("freeze_vision_tower", "freeze_vit"), ("freeze_multi_modal_projector", "freeze_aligner")
 """Keys for the tower and for the projector; both are frozen by default."""
 _BATCH, _LENGTH = "trainer.global_batch_pairs", "data.max_length"
@@ -37,6 +39,12 @@ _LOSS_OPTIONS: dict[str, tuple[str, Any, set[str], set[str]]] = {
     "ld_alpha": ("ld_alpha", None, _SCORES | _WHOLE_SCORES | _SORTED, set()),
     "label_smoothing": ("label_smoothing", 0.0, {"exo_pair", "robust"} | _SORTED, set()),
     "discopop_tau": ("options.tau", 0.05, {"discopop"}, set()),
+}
+# Arguments that TRL reads only if another one has this value.
+_ONLY_WITH = {
+    "ref_model_mixup_alpha": ("sync_ref_model", True),
+    "ref_model_sync_steps": ("sync_ref_model", True),
+    "f_alpha_divergence_coef": ("f_divergence_type", "alpha_divergence"),
 }
 
 
@@ -127,6 +135,9 @@ def _loss_options_of_trl(run: Translation) -> None:
         else:
             continue
         run.comment(option, run.left.pop(option), reason)
+    for option, (needed, value) in _ONLY_WITH.items():
+        if option in run.left and run.left.get(needed) != value:
+            run.comment(option, run.left.pop(option), f"not needed: TRL reads it only with {needed}: {value}")
 
 
 def _simpo(run: Translation) -> None:
@@ -263,8 +274,13 @@ def _numbers(run: Translation) -> None:
         run.set("optim.betas", betas, "adam_beta1, adam_beta2", betas)
     if run.left.get("max_grad_norm", 1.0) is None and run.trainer != "axolotl":  # which leaves out such keys
         run.set("optim.max_grad_norm", run.left.pop("max_grad_norm"), "max_grad_norm", None)
-    if run.left.get("lr_scheduler_type") == "warmup_stable_decay":
+    scheduler = run.left.get("lr_scheduler_type", run.left.get("lr_scheduler"))
+    if scheduler == "warmup_stable_decay":
         _decay(run)
+    elif scheduler == "constant":
+        run.values["optim.warmup_ratio"] = 0.0
+        for key in filter(run.left.__contains__, _WARMUP):
+            run.comment(key, run.left.pop(key), "not needed: there, `constant` has no warm-up")
     if run.left.get("sync_ref_model") is True and (steps := run.take("ref_model_sync_steps", default=0)):
         run.take("sync_ref_model")
         run.set("reference.mode", "live", "sync_ref_model", True)
@@ -282,6 +298,9 @@ def _decay(run: Translation) -> None:
         run.set("optim.decay_ratio", share, "num_decay_steps", share)
     if (kind := run.take("decay_type", default="cosine")) != "linear":
         run.comment("decay_type", kind, "here the learning rate decays linearly")
+    if run.left.get("min_lr_ratio") and any(map(run.left.get, _WARMUP)):
+        reason = "there the warm-up begins at this share, here at 0: leave one of both out"
+        run.comment("min_lr_ratio", run.left.pop("min_lr_ratio"), reason)
 
 
 def _watching(run: Translation) -> None:
@@ -345,7 +364,9 @@ def _add_defaults(run: Translation, is_uncut: bool) -> list[str]:
     if "loss.terms" in run.values:
         run.not_default.add("loss.kind")
     added = [key for key in defaults if key not in run.values and key not in run.not_default]
-    run.values |= {key: defaults[key] for key in added}
+    values = run.values = run.values | {key: defaults[key] for key in added}
+    if values.get("optim.warmup_steps", values.get("optim.warmup_ratio", OptimConfig.warmup_ratio)):
+        values["optim.warmup_from_zero"] = True  # the warm-up of transformers, which all these trainers use
     return added
 
 

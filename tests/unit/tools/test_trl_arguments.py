@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,12 +23,17 @@ from transformers import (
     HfArgumentParser,
     ProgressCallback,
     Qwen2ForCausalLM,
+    TrainingArguments,
+    get_scheduler,
 )
+from transformers.training_args import ParallelMode
 
 from dpo_dist.config.load import load_run_config, to_yaml
+from dpo_dist.config.rule import value_at
 from dpo_dist.foundation.errors import ConfigError, ExitCode
 from dpo_dist.tools.convert.unseen import frozen_weights, hooks
 from dpo_dist.training.start.named_models import find_export_paths
+from dpo_dist.training.steps.schedule import check_schedule, learning_rate
 from dpo_dist.trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from tests.support.families import tiny_config
 from tests.support.tiny_model import write_model
@@ -99,6 +105,7 @@ def test_arguments_know_their_process_before_it_joins_the_others(monkeypatch: py
     args = DPOConfig(output_dir="o")
     assert (args.process_index, args.world_size, args.should_log) == (3, 4, False)
     assert args.get_process_log_level() > 0
+    assert args.parallel_mode is ParallelMode.DISTRIBUTED
     assert args.keys()["num_processes"] == 4
     args = DPOConfig(output_dir="o", per_device_train_batch_size=2, save_strategy="epoch")
     assert args.intervals(records=20)["save_steps"] == 3  # of 2 pairs on each of 4 processes
@@ -169,7 +176,17 @@ TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
         | {"train_dataset": [{"prompt": "a", "completion": "b", "label": True}]},
         {"loss.kind": "apo_zero_unpaired", "data.unpair": False},
     ),
-    ({"disable_tqdm": True, "use_cpu": True, "dataloader_num_workers": 4, "optimizers": (None, None)}, {}),
+    ({"learning_rate": np.float64(5e-6), "beta": np.float32(0.5)}, {"optim.lr": 5e-6, "loss.beta": 0.5}),
+    (
+        {
+            "local_rank": 0,
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "dataloader_num_workers": 4,
+            "optimizers": (None, None),
+        },
+        {},
+    ),
 ]
 
 
@@ -181,11 +198,63 @@ def test_an_argument_is_the_key_of_the_same_meaning(
     assert {key: found.get(key) for key in ours} == ours
 
 
+SCHEDULES: list[dict[str, Any]] = [
+    {},
+    {"warmup_steps": 3},
+    {"warmup_steps": 0.3},
+    {"warmup_steps": 30},  # more than the run has
+    {"lr_scheduler_type": "cosine", "warmup_steps": 3},
+    {"lr_scheduler_type": "cosine", "warmup_steps": 0.01},
+    {"lr_scheduler_type": "cosine_with_restarts", "warmup_steps": 2},
+    {"lr_scheduler_type": "constant", "warmup_steps": 3},
+    {"lr_scheduler_type": "constant", "warmup_steps": 0.3},
+    {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3},
+    {"lr_scheduler_type": "inverse_sqrt"},
+    {"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 3},
+    {"lr_scheduler_type": "cosine_with_min_lr", "warmup_steps": 3, "lr_scheduler_kwargs": {"min_lr": 2e-6}},
+    {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+    {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "warmup_steps": 3,
+        "lr_scheduler_kwargs": {"num_decay_steps": 5, "decay_type": "linear"},
+    },
+    {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": 5, "decay_type": "linear", "min_lr_ratio": 0.1},
+    },
+]
+
+
+@pytest.mark.parametrize("given", SCHEDULES, ids=[", ".join(map(str, row.values())) for row in SCHEDULES])
+def test_the_rate_of_each_step_is_that_of_transformers(
+    given: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    steps = 11
+    args = DPOConfig(output_dir=str(tmp_path), learning_rate=1e-5, max_steps=steps, **given)
+    DPOTrainer(str(folder), args=args, train_dataset=PAIRS)
+    optim = load_run_config([str(tmp_path / "dpo_dist.yaml")]).optim
+    check_schedule(optim, steps)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-5)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        args.get_warmup_steps(steps),
+        steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    for step in range(steps):
+        assert learning_rate(optim, step, steps) == pytest.approx(
+            *scheduler.get_last_lr(), rel=1e-9, abs=1e-20
+        )
+        optimizer.step()
+        scheduler.step()
+
+
 BEST: dict[str, Any] = {"eval_strategy": "epoch", "eval_dataset": PAIRS[:4], "load_best_model_at_end": True}
 BEST |= {"metric_for_best_model": "rewards/margins"}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha", "not offered"),
-    ({"max_length": None}, "max_length", "raise it"),
+    ({"max_length": None}, "max_length", "set it to the tokens of the longest pair"),
     ({"disable_dropout": False}, "disable_dropout", "the same function"),
     ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy", "shuffled"),
     ({"push_to_hub": True}, "push_to_hub", "dpo-dist export"),
@@ -210,11 +279,20 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (BEST | {"metric_for_best_model": "loss", "greater_is_better": True}, "greater_is_better", "to False"),
     ({"dataloader_drop_last": True}, "dataloader_drop_last", "leave it out"),
     ({"logging_first_step": True}, "logging_first_step", "logging_steps=1"),
+    ({"eval_on_start": True, "eval_dataset": PAIRS[:4]}, "eval_on_start", "call evaluate()"),
     ({"model_init_kwargs": {"dtype": "float16"}}, "model_init_kwargs.dtype", "fp16=True"),
     ({"loss_type": ["nca_pair"], "f_divergence_type": "js_divergence"}, "f_divergence_type", "nca_pair"),
     ({"loss_type": ["sigmoid", "aot"], "use_weighting": True}, "use_weighting", "refuses it with aot"),
     ({"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1}, "label_smoothing", "differ in sigmoid"),
     ({"loss_type": ["sigmoid", "sft"], "use_weighting": True}, "use_weighting", "differ in sft"),
+    ({"lr_scheduler_type": "cosine_warmup_with_min_lr"}, "lr_scheduler_type", "words"),
+    ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type", "words"),
+    (
+        {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 3, "max_steps": 20}
+        | {"lr_scheduler_kwargs": {"num_decay_steps": 5, "decay_type": "linear", "min_lr_ratio": 0.1}},
+        "min_lr_ratio",
+        "warm-up begins at this share",
+    ),
     ({"train_dataset": None}, "train_dataset", "datasets.Dataset"),
     ({"train_dataset": []}, "train_dataset", "at least one"),
 ]
@@ -228,6 +306,21 @@ def test_what_is_not_offered_is_named_with_the_reason(
         translated(folder, tmp_path, **given)
     assert raised.value.where == where
     assert remedy in raised.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        ({"model_init_kwargs": {"attention_dropout": 0.5}}, "0.5"),
+        ({"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}}, "2"),
+    ],
+)
+def test_an_argument_in_a_mapping_is_refused_with_its_value(
+    given: dict[str, Any], got: str, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        translated(folder, tmp_path, **given)
+    assert raised.value.got == got
 
 
 WITHOUT_EFFECT: list[dict[str, Any]] = [
@@ -261,6 +354,95 @@ def test_an_option_that_trl_does_not_use_with_the_loss_changes_nothing_and_is_sa
     with pytest.warns(UserWarning, match=f"{[*given][-1]}: TRL does not use it with"):
         found = translated(folder, tmp_path, **given)
     assert {key for key in found if key.startswith("loss.")} <= {"loss.kind"}
+
+
+OLDER: list[tuple[dict[str, Any], Any, dict[str, Any]]] = [
+    # The trainer's arguments, `args`, and what the line of the error sets.
+    (
+        {"beta": 0.3, "loss_type": "ipo", "max_length": 64, "max_prompt_length": 32, "tokenizer": 1},
+        None,
+        {"loss.beta": 0.3, "loss.kind": "ipo", "data.max_length": 64, "data.max_prompt_length": 32},
+    ),
+    (
+        {"beta": 0.3, "label_smoothing": 0, "truncation_mode": "keep_end"},
+        TrainingArguments(
+            output_dir="out",
+            per_device_train_batch_size=2,
+            max_steps=7,
+            lr_scheduler_type="cosine",
+            warmup_steps=3,
+            bf16=False,
+        ),
+        {"loss.beta": 0.3, "trainer.global_batch_pairs": 2, "trainer.max_steps": 7, "trainer.log_every": 500}
+        | {"optim.lr": 5e-5, "optim.schedule": "cosine", "optim.warmup_steps": 3, "model.dtype": "fp32"}
+        | {"model.gradient_checkpointing": "none", "data.truncation": "keep_end"},
+    ),
+    (
+        {"beta": 0.3},
+        DPOConfig(output_dir="out", learning_rate=2e-5, words=["data.on_bad_record=error"]),
+        {"loss.beta": 0.3, "optim.lr": 2e-5, "trainer.log_every": 10, "data.on_bad_record": "error"},
+    ),
+    ({}, 0.3, {"loss.beta": 0.3}),
+    ({"rpo_alpha": None}, TrainingArguments(output_dir="out"), {"optim.lr": 5e-5}),
+]
+
+
+@pytest.mark.parametrize(("given", "args", "ours"), OLDER)
+def test_a_script_of_an_older_trl_is_told_the_line_to_write(
+    given: dict[str, Any], args: Any, ours: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    trainer: Any = DPOTrainer
+    with pytest.raises(ConfigError, match="an older TRL") as raised:
+        trainer(str(folder), None, args, train_dataset=PAIRS, **given)
+    assert raised.value.remedy.endswith("processing_class=... in place of tokenizer=...") is (
+        "tokenizer" in given
+    )
+    line = raised.value.remedy.partition("write args=")[2].partition("; write processing_class")[0]
+    written = eval(line, {"DPOConfig": DPOConfig})
+    written.output_dir = str(tmp_path)
+    DPOTrainer(str(folder), args=written, train_dataset=PAIRS)
+    run = load_run_config([str(tmp_path / "dpo_dist.yaml"), *written.words])
+    assert {key: value_at(run, key) for key in ours} == ours
+
+
+def test_what_an_older_trainer_took_and_nothing_takes_now_is_in_the_same_error(folder: Path) -> None:
+    trainer: Any = DPOTrainer
+    given = {"beta": 0.2, "label_pad_token_id": -100, "data_collator": print}
+    with pytest.raises(ConfigError) as raised:
+        trainer(str(folder), train_dataset=PAIRS, **given)
+    assert [part.where for part in raised.value.parts] == ["trainer", "label_pad_token_id", "data_collator"]
+    with pytest.raises(ConfigError) as raised:
+        trainer(str(folder), train_dataset=PAIRS, tokenizer=AutoTokenizer.from_pretrained(folder))
+    assert raised.value.remedy == "write processing_class=... in place of tokenizer=..."
+
+
+def test_arguments_of_trl_itself_are_told_their_import(folder: Path, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    args = trl.DPOConfig(output_dir=str(tmp_path), bf16=False)
+    with pytest.raises(ConfigError, match=r"from dpo_dist\.trl import DPOConfig"):
+        DPOTrainer(str(folder), args=args, train_dataset=PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("given", "weights", "ours"),
+    [
+        ({}, torch.float16, None),
+        ({"fp16": True}, torch.float16, "fp16"),
+        ({}, torch.bfloat16, "bf16"),
+        ({"bf16": False}, torch.bfloat16, "bf16"),
+        ({"bf16": False}, torch.float32, "fp32"),
+    ],
+)
+def test_the_type_of_a_model_in_memory_counts_as_that_of_one_to_load(
+    given: dict[str, Any], weights: torch.dtype, ours: str | None, folder: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=weights)
+    if ours is None:
+        with pytest.raises(ConfigError, match="float16 beside bf16") as raised:
+            translated(folder, tmp_path, model=model, **given)
+        assert raised.value.where == "model.dtype"
+    else:
+        assert translated(folder, tmp_path, model=model, **given)["model.dtype"] == ours
 
 
 def test_all_arguments_that_are_not_offered_are_one_error(folder: Path, tmp_path: Path) -> None:
