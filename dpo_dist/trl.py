@@ -191,7 +191,8 @@ class DPOTrainer:
         config = load_run_config(self._words)
         data = [SourceConfig(**source) for source in sources]
         evaluation = replace(config.evaluation, model=self._result() or self._start, data=data)
-        evaluate.main(replace(config, evaluation=evaluation))
+        with api.as_guest():
+            evaluate.main(replace(config, evaluation=evaluation))
         results = json.loads(self.run.evaluation.results.read_text())
         names = {source["label"]: f"{source['label']}_" for source in sources if "label" in source}
         metrics = {
@@ -272,7 +273,8 @@ class DPOTrainer:
         best = best_checkpoint(self.run.checkpoints) if config.trainer.final is FinalModel.best else None
         exported = self.run.exported / (best or folders[0].name)
         if this_rank() == 0 and not exported.is_dir():
-            export.main(config)
+            with api.as_guest():
+                export.main(config)
         while not exported.is_dir():  # rank 0 writes it; if that fails, the launcher ends this process
             time.sleep(0.1)
         return str(exported)
