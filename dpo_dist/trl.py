@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -39,6 +40,7 @@ from dpo_dist.foundation.process import this_rank
 from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.files.folder import is_adapter, model_folder, weight_files
 from dpo_dist.tools.convert.arguments import DPOConfig, KTOConfig, TrainerArguments, adapter_keys, refused
+from dpo_dist.tools.convert.launcher import launcher_keys
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.translate import translate_run
 from dpo_dist.tools.convert.unseen import (
@@ -324,10 +326,22 @@ class DPOTrainer:
                 got = f"{type(callback).__name__}.{event} sets should_save or should_evaluate"
                 raise refused("callbacks", got, "set save_steps and eval_steps")
 
+    def _launched(self) -> dict[str, Any]:
+        """Return the keys that the launcher's file means; the arguments' own way of sharding wins."""
+        if self.args.deepspeed or self.args.fsdp:
+            return {}
+        is_quantized = any(key.startswith(_BITS) for key in self._keys | self._keys["model_init_kwargs"])
+        is_half = bool(self._keys.get("bf16", True) or self.args.fp16)
+        keys, said = launcher_keys(os.environ, is_quantized=is_quantized, is_half=is_half)
+        for line in said:
+            self.accelerator.print(line)
+        return keys
+
     def _place_models(self, model: Any, ref_model: Any, peft_config: Any) -> None:
         """Set the keys of the models; save those in memory."""
         own, tokenizer, options = self._own, self.processing_class, self._keys["model_init_kwargs"]
         named = {"revision": options.get("revision"), "trust_remote_code": self.args.trust_remote_code}
+        own |= self._launched()
         if hasattr(model, "peft_config"):
             if peft_config is not None:
                 raise refused("peft_config", "with a PeftModel", "merge_and_unload its adapter first")
@@ -364,6 +378,11 @@ class DPOTrainer:
         digest = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=8)
         if tokenizer is not None:
             digest.update(repr((_tokenization(tokenizer), tokenizer.chat_template)).encode())
+        if any(hasattr(weight, "ds_id") for weight in model.parameters()):
+            remedy = (
+                "pass its name or folder: under this launcher transformers loads only a part in a process"
+            )
+            raise refused("model", f"a {type(model).__name__} whose weights ZeRO-3 shards", remedy)
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -99,6 +99,10 @@ def join_world(deepspeed_config: dict[str, Any], timeout_seconds: int, reports: 
                 world = start_world(deepspeed_config, timeout_seconds)
             with watch_world(world, reports):
                 yield world
+        except BaseException:
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                atexit.unregister(leave_world)  # leaving may wait for a rank that still works
+            raise
         finally:
             restore_linear()
             sys.excepthook = hook  # torch's adds "[rank0]: " to each line
@@ -111,8 +115,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
     """
     _check_devices()
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-        if name != "ACCELERATE_USE_CPU":
-            del os.environ[name]
+        del os.environ[name]
     if "RANK" not in os.environ:
         os.environ.update(_ALONE)
     use_gloo_all_reduce()
@@ -187,8 +190,12 @@ def _kept_timeouts() -> Iterator[None]:
 
 
 def _check_devices() -> None:
-    if _is_on("ACCELERATE_USE_CPU"):
-        return
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") and torch.cuda.is_available():
+        raise ConfigError(
+            "accelerate launch --cpu does not hide the GPUs",
+            where="accelerate launch",
+            remedy="to train on CPUs, start with CUDA_VISIBLE_DEVICES= in the environment",
+        )
     visible, gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not torch.cuda.is_available():
@@ -208,10 +215,6 @@ def _check_devices() -> None:
             + (f" (CUDA_VISIBLE_DEVICES={visible})" if visible else ""),
             remedy=f"start with --num_processes {gpus}, or make more GPUs visible",
         )
-
-
-def _is_on(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
 def leave_world() -> None:

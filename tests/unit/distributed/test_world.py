@@ -74,7 +74,7 @@ def test_a_run_outside_of_the_main_thread_changes_no_handler() -> None:
         (2, {"LOCAL_WORLD_SIZE": "3"}, "there are more processes than GPUs on this host"),
         (2, {"LOCAL_WORLD_SIZE": "2"}, ""),
         (0, {"CUDA_VISIBLE_DEVICES": "-1"}, ""),
-        (2, {"LOCAL_WORLD_SIZE": "3", "ACCELERATE_USE_CPU": "true"}, ""),
+        (2, {"ACCELERATE_USE_CPU": "true"}, "--cpu does not hide the GPUs"),
     ],
 )
 def test_gpus_that_are_asked_for_are_there(
