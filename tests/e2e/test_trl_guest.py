@@ -109,7 +109,7 @@ def found() -> dict[str, Any]:
         "python threads": threading.active_count(),
         "logging": (root.level, root.handlers[:], logging.root.manager.disable),
         "warnings": (warnings.filters[:], warnings.showwarning),
-        "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),  # type: ignore[index, union-attr]
+        "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),  # type: ignore[index]
         "default dtype": torch.get_default_dtype(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "precision": torch.get_float32_matmul_precision(),
@@ -156,7 +156,7 @@ def notebook(variables: dict[str, str], folder: Path) -> None:
     assert left[1:] == left[:1] * 2
     assert (accelerator.num_processes, accelerator.device.type) == (1, "cpu")
 
-    class Fail(TrainerCallback):
+    class Fail(TrainerCallback):  # type: ignore[misc]
         def on_log(self, *_: Any, **__: Any) -> None:
             raise ZeroDivisionError
 
