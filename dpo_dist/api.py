@@ -4,11 +4,16 @@ Works in one process, on CPU or GPU; docs/python.md has examples. Log-probs come
 as in training (law L7).
 """
 
+import contextlib
+import faulthandler
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +30,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.files import write_records
 from dpo_dist.data.records import BadRecord
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.process import kept_environment
 from dpo_dist.model.exactness import StartCheck, temporarily_packed
 from dpo_dist.model.files import load
 from dpo_dist.model.files.folder import model_folder
@@ -157,6 +163,31 @@ def stored_pair_logps(
     return _sum_pairs(pairs, values, ld_alpha)
 
 
+@contextlib.contextmanager
+def as_guest() -> Iterator[None]:
+    """Leave the process as it was: environment, random states, warnings, and what else a verb changes.
+
+    `join_world` does so for Accelerate and DeepSpeed, the console for streams and logging.
+    """
+    had_bars, had_fault_handler = bars.is_progress_bar_enabled(), faulthandler.is_enabled()
+    had_cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    states = random.getstate(), np.random.get_state()
+    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    gpus = [torch.cuda.current_device()] if has_cuda else []
+    bars.disable_progress_bar()  # in a notebook each would stay as an output of its own
+    try:
+        with kept_environment(), warnings.catch_warnings(), torch.random.fork_rng(gpus):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.backends.cuda.enable_cudnn_sdp(had_cudnn)
+        if had_bars:
+            bars.enable_progress_bar()
+        if not had_fault_handler:
+            faulthandler.disable()
+
+
 Records: TypeAlias = Iterable[Any]
 """Records as mappings, or a table of them: a `datasets.Dataset`, a frame of pandas or polars."""
 
@@ -211,13 +242,8 @@ def train(
             faults.append(fault)
             return True
 
-    had_bars = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()  # in a notebook each would stay as an output of its own
-    try:
+    with as_guest():
         run_training(config, stop_requested)
-    finally:
-        if had_bars:
-            bars.enable_progress_bar()
     if faults:
         raise faults[0]
     return {"run_dir": str(config.run.dir), **read_summary(str(config.run.dir))}

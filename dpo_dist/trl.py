@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -47,6 +48,7 @@ from dpo_dist.tools.convert.arguments import (
     not_offered,
     refused,
 )
+from dpo_dist.tools.convert.launcher import launcher_keys
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.translate import translate_run
 from dpo_dist.tools.convert.unseen import (
@@ -196,7 +198,8 @@ class DPOTrainer:
         config = load_run_config(self._words)
         data = [SourceConfig(**source) for source in sources]
         evaluation = replace(config.evaluation, model=self._result() or self._start, data=data)
-        evaluate.main(replace(config, evaluation=evaluation))
+        with api.as_guest():
+            evaluate.main(replace(config, evaluation=evaluation))
         results = json.loads(self.run.evaluation.results.read_text())
         names = {source["label"]: f"{source['label']}_" for source in sources if "label" in source}
         metrics = {
@@ -277,7 +280,8 @@ class DPOTrainer:
         best = best_checkpoint(self.run.checkpoints) if config.trainer.final is FinalModel.best else None
         exported = self.run.exported / (best or folders[0].name)
         if this_rank() == 0 and not exported.is_dir():
-            export.main(config)
+            with api.as_guest():
+                export.main(config)
         while not exported.is_dir():  # rank 0 writes it; if that fails, the launcher ends this process
             time.sleep(0.1)
         return str(exported)
@@ -327,10 +331,22 @@ class DPOTrainer:
                 got = f"{type(callback).__name__}.{event} sets should_save or should_evaluate"
                 raise refused("callbacks", got, "set save_steps and eval_steps")
 
+    def _launched(self) -> dict[str, Any]:
+        """Return the keys that the launcher's file means; the arguments' own way of sharding wins."""
+        if self.args.deepspeed or self.args.fsdp:
+            return {}
+        is_quantized = any(key.startswith(_BITS) for key in self._keys | self._keys["model_init_kwargs"])
+        is_half = bool(self._keys.get("bf16", True) or self.args.fp16)
+        keys, said = launcher_keys(os.environ, is_quantized=is_quantized, is_half=is_half)
+        for line in said:
+            self.accelerator.print(line)
+        return keys
+
     def _place_models(self, model: Any, ref_model: Any, peft_config: Any) -> None:
         """Set the keys of the models; save those in memory."""
         own, tokenizer, options = self._own, self.processing_class, self._keys["model_init_kwargs"]
         named = {"revision": options.get("revision"), "trust_remote_code": self.args.trust_remote_code}
+        own |= self._launched()
         if hasattr(model, "peft_config"):
             if peft_config is not None:
                 raise refused("peft_config", "with a PeftModel", "merge_and_unload its adapter first")
@@ -367,6 +383,11 @@ class DPOTrainer:
         digest = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=8)
         if tokenizer is not None:
             digest.update(repr((_tokenization(tokenizer), tokenizer.chat_template)).encode())
+        if any(hasattr(weight, "ds_id") for weight in model.parameters()):
+            remedy = (
+                "pass its name or folder: under this launcher transformers loads only a part in a process"
+            )
+            raise refused("model", f"a {type(model).__name__} whose weights ZeRO-3 shards", remedy)
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -9,12 +9,13 @@ policy), `test_engine.py`, `test_generation.py` (orders of gathering).
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import deepspeed.ops
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState, PartialState, SharedDict
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.partition_parameters import (
     InsertPostInitMethodToModuleSubClasses,
@@ -22,7 +23,9 @@ from deepspeed.runtime.zero.partition_parameters import (
 )
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 from torch import Tensor, nn
+from transformers.integrations import deepspeed as transformers_deepspeed
 
 from dpo_dist.model.lora import active_adapters, adapted_layers
 
@@ -228,14 +231,34 @@ def release_gathered(weights: Iterable[Any]) -> None:
 
 
 def forget_process_group() -> None:
-    """Reset DeepSpeed and Accelerate, which keep a destroyed process group and could not join a new one."""
+    """Make DeepSpeed look for a process group anew: it keeps a destroyed one."""
     deepspeed.comm.comm.cdb = None
-    forget_accelerate_state()
+    groups._release_process_group_references()
 
 
-def forget_accelerate_state() -> None:
-    """Reset Accelerate, so that it looks for its processes again."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+@contextlib.contextmanager
+def own_accelerate_state() -> Iterator[None]:
+    """Inside the block Accelerate has a new state; afterwards the caller's again, with its Accelerators.
+
+    So has transformers, whose DeepSpeed configuration shards what is loaded.
+    """
+    kinds = (PartialState, AcceleratorState, GradientState)
+    states = [vars(kind)["_shared_state"] for kind in kinds]
+    reference = transformers_deepspeed._hf_deepspeed_config_weak_ref
+    for kind in kinds:
+        kind._shared_state = SharedDict()
+    try:
+        yield
+    finally:
+        for kind, state in zip(kinds, states, strict=True):
+            kind._shared_state = state
+        transformers_deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
+def timeout_of(group: Any) -> timedelta:
+    """Return how long a collective call of a process group waits."""
+    timeout: timedelta = group._get_backend(group._device_types[0]).options._timeout
+    return timeout
 
 
 def use_gloo_all_reduce() -> None:

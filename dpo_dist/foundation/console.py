@@ -407,7 +407,7 @@ class _LogFormatter(logging.Formatter):
 def _logging_to(stream: TextIO) -> Iterator[None]:
     """Log to `stream`, each warning once; restore the caller's logging on exit."""
     root, warned, seen = logging.getLogger(), logging.getLogger("py.warnings"), set[str]()
-    former = root.handlers[:], root.level
+    former, had_warnings = (root.handlers[:], root.level), warnings.showwarning.__module__ == "logging"
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_LogFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     root.handlers[:] = [handler]
@@ -426,6 +426,6 @@ def _logging_to(stream: TextIO) -> Iterator[None]:
         yield
     finally:
         warned.removeFilter(is_new)
-        logging.captureWarnings(False)
+        logging.captureWarnings(had_warnings)
         root.handlers[:] = former[0]
         root.setLevel(former[1])

@@ -75,6 +75,17 @@ def _is_one_process(environ: Mapping[str, str]) -> bool:
     return 0 <= rank < size and has_place and has_world
 
 
+@contextlib.contextmanager
+def kept_environment() -> Iterator[None]:
+    """Restore the environment variables at the end of the block."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def usable_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

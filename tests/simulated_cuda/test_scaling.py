@@ -35,7 +35,8 @@ from dpo_dist.config.schema import (
     RunConfig,
 )
 from dpo_dist.distributed.deepspeed_config import policy_config
-from dpo_dist.distributed.processes.join import start_world, stop_world
+from dpo_dist.distributed.deepspeed_internals import own_accelerate_state
+from dpo_dist.distributed.processes.join import leave_world, start_world
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.files.load import load_packed, without_weights
 from dpo_dist.model.layers import checkpoint_layers
@@ -107,7 +108,7 @@ def step(model: Path, kind: str, ranks: int) -> dict[str, Any]:
     """Sizes of weights; of rank 0's third step the bytes before the update, and the collective calls."""
     gc.collect()
     before = torch.cuda.memory_allocated()
-    with _rank_0_of(ranks):
+    with _rank_0_of(ranks), own_accelerate_state():
         optim = OptimConfig()
         parallelism = ParallelismConfig(ParallelismKind(kind), reduce_in_float32=False)
         world = start_world(policy_config(parallelism, optim, Dtype.bf16), parallelism.timeout_seconds)
@@ -122,7 +123,7 @@ def step(model: Path, kind: str, ranks: int) -> dict[str, Any]:
                 used = torch.cuda.memory_allocated() - before
                 policy.step(1e-6)
         policy.free()
-        stop_world()
+        leave_world()
     return {"sizes": [shape.numel() for shape in shapes], "used": used, "calls": calls.found}
 
 

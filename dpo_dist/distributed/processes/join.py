@@ -1,6 +1,12 @@
-"""Join the processes of a run, and leave at its end."""
+"""Join the processes of a run, and leave at its end.
 
+A process has one process group for its life, the script's own or one that is made here: what DeepSpeed keeps
+of an engine would keep the threads of each further group.
+"""
+
+import atexit
 import contextlib
+import functools
 import itertools
 import os
 import sys
@@ -9,7 +15,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
@@ -21,14 +26,16 @@ from torch.distributed.rendezvous import rendezvous
 from torch.utils.cpp_extension import _get_build_directory
 
 from dpo_dist.distributed.deepspeed_internals import (
-    forget_accelerate_state,
     forget_process_group,
+    own_accelerate_state,
     restore_linear,
+    timeout_of,
     use_gloo_all_reduce,
 )
 from dpo_dist.distributed.processes.failures import Reports, is_communication_error, watch_world
 from dpo_dist.distributed.processes.world import Peer, World
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
+from dpo_dist.foundation.process import kept_environment
 from dpo_dist.foundation.signals import exit_on_signal
 from dpo_dist.foundation.text import pluralize
 
@@ -42,7 +49,9 @@ _ALONE = {
 }
 """Environment for a world of one process that no launcher started."""
 _STARTS = itertools.count()
-"""Numbers the starts of this process in a world of several."""
+"""Numbers the process groups that this process makes in a world of several."""
+_TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")
+"""torch's variables for the groups that DeepSpeed and torch create without a timeout."""
 
 
 def _load_cpu_adam(say: Callable[[str], None]) -> None:
@@ -72,64 +81,59 @@ def join_world(deepspeed_config: dict[str, Any], timeout_seconds: int, reports: 
     `deepspeed_config` is a `policy_config`, on which loading weights depends; a collective call waits
     `timeout_seconds`; `reports` are used also if the main thread is blocked.
     """
-    if "PYTORCH_ALLOC_CONF" not in os.environ:
-        # Without expandable segments, micro-batches of many sizes fragment GPU memory.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    if reports.stacks is not None:  # NCCL's last calls of each rank, written when one times out
-        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
-        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-        os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(reports.stacks.with_name("nccl-rank-")))
-    if "offload_optimizer" in deepspeed_config["zero_optimization"]:
-        _load_cpu_adam(reports.say)
     hook = sys.excepthook
-    with exit_on_signal():
-        world = start_world(deepspeed_config, timeout_seconds)
-    may_leave = world.size == 1  # else leaving after an error may wait for a rank that still works
-    try:
-        with watch_world(world, reports):
-            yield world
-        may_leave = True
-    finally:
-        if may_leave:
-            stop_world()
+    with kept_environment(), own_accelerate_state(), _kept_timeouts():
+        if "PYTORCH_ALLOC_CONF" not in os.environ:
+            # Without expandable segments, micro-batches of many sizes fragment GPU memory.
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if reports.stacks is not None:  # NCCL's last calls of each rank, written when one times out
+            os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+            os.environ.setdefault(
+                "TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(reports.stacks.with_name("nccl-rank-"))
+            )
+        if "offload_optimizer" in deepspeed_config["zero_optimization"]:
+            _load_cpu_adam(reports.say)
+        try:
+            with exit_on_signal():
+                world = start_world(deepspeed_config, timeout_seconds)
+            with watch_world(world, reports):
+                yield world
+        except BaseException:
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                atexit.unregister(leave_world)  # leaving may wait for a rank that still works
+            raise
+        finally:
+            restore_linear()
             sys.excepthook = hook  # torch's adds "[rank0]: " to each line
 
 
 def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World:
-    """Join the processes that the launcher started; without a launcher, return a world of one process."""
-    if _is_on("ACCELERATE_USE_CPU") and not _is_on("ACCELERATE_USE_DEEPSPEED"):
-        raise ConfigError(
-            "accelerate launch --cpu starts processes without DeepSpeed",
-            where="accelerate launch",
-            remedy="use --config_file launch/accelerate/cpu_2.yaml, with --num_processes for another number",
-        )
+    """Join the processes that the launcher started; without a launcher, return a world of one process.
+
+    Reads nothing of what the launcher says about precision and sharding, which are the configuration's.
+    """
     _check_devices()
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
     if "RANK" not in os.environ:
         os.environ.update(_ALONE)
-    # Accelerate prefers this variable to its argument; accumulation varies by step here.
-    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     use_gloo_all_reduce()
-    # Also for the groups that DeepSpeed and torch create without a timeout.
     timeout = timedelta(seconds=timeout_seconds)
-    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+    for name in _TIMEOUTS:
         setattr(distributed_c10d, name, timeout)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    forget_accelerate_state()  # of another library or the script, which may not have looked for the others
-    if not dist.is_initialized() and os.environ.get("WORLD_SIZE") == "1":
-        # torch's own store would listen on all interfaces
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
-        if (number := next(_STARTS)) and not dist.is_initialized():
-            # The launcher's store still has the keys of the group that an earlier verb has left.
-            store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
-            store = PrefixStore(f"start-{number}", store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        if not dist.is_initialized():
+            _make_group(backend, timeout)
+        for group in distributed_c10d._world.pg_map:  # those of an earlier run, or of the script
+            distributed_c10d._set_pg_timeout(timeout, group)
         accelerator = Accelerator(
-            mixed_precision="no",  # model.dtype decides, through DeepSpeed; the environment could change it
+            mixed_precision="no",  # model.dtype decides, through DeepSpeed
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),
             kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
         )
-        control = dist.new_group(backend="gloo", timeout=timeout)
+        control = _control_group(dist.group.WORLD)
         rank, size = accelerator.process_index, accelerator.num_processes
         peers: list[Any] = [None] * size
         dist.all_gather_object(peers, Peer.here(rank), group=control)
@@ -150,9 +154,48 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
     return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
 
 
+def _make_group(backend: str, timeout: timedelta) -> None:
+    """Make the process group of this process's life."""
+    forget_process_group()  # one that the script has destroyed
+    if os.environ["WORLD_SIZE"] == "1":
+        # torch's own store would listen on all interfaces
+        store: Any = HashStore()
+    else:
+        store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
+        # The launcher's store still has the keys of a destroyed group.
+        store = PrefixStore(f"start-{next(_STARTS)}", store)
+    place = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=store, rank=place[0], world_size=place[1], timeout=timeout)
+    atexit.register(leave_world)
+
+
+@functools.cache
+def _control_group(_: Any) -> Any:
+    """Return the CPU process group beside a default group; collective at the first call."""
+    return dist.new_group(backend="gloo", timeout=distributed_c10d.default_pg_timeout)
+
+
+@contextlib.contextmanager
+def _kept_timeouts() -> Iterator[None]:
+    """Restore torch's timeouts, and those of the script's own groups, at the end of the block."""
+    defaults = {name: getattr(distributed_c10d, name) for name in _TIMEOUTS}
+    groups = {group: timeout_of(group) for group in distributed_c10d._world.pg_map}
+    try:
+        yield
+    finally:
+        for name, timeout in defaults.items():
+            setattr(distributed_c10d, name, timeout)
+        for group in groups.keys() & distributed_c10d._world.pg_map.keys():
+            distributed_c10d._set_pg_timeout(groups[group], group)
+
+
 def _check_devices() -> None:
-    if _is_on("ACCELERATE_USE_CPU"):
-        return
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") and torch.cuda.is_available():
+        raise ConfigError(
+            "accelerate launch --cpu does not hide the GPUs",
+            where="accelerate launch",
+            remedy="to train on CPUs, start with CUDA_VISIBLE_DEVICES= in the environment",
+        )
     visible, gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not torch.cuda.is_available():
@@ -174,16 +217,9 @@ def _check_devices() -> None:
         )
 
 
-def _is_on(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
-
-
-def stop_world() -> None:
-    """Leave the process group and undo global changes, so that this process can start another run."""
+def leave_world() -> None:
+    """Leave the process group at the end of the process."""
+    atexit.unregister(leave_world)
     if dist.is_initialized():
-        deepspeed.comm.destroy_process_group()
+        dist.destroy_process_group()
     forget_process_group()
-    if os.environ.get("MASTER_PORT") == _ALONE["MASTER_PORT"]:
-        for name in _ALONE:
-            os.environ.pop(name, None)
-    restore_linear()

@@ -123,8 +123,8 @@ class RunSamples:
             training = max(spent.get("training", 0.0), 1e-3)
             if spent.get("samples", 0.0) + self.seconds <= _MOST_SECONDS + _MOST_SHARE * training:
                 return None
-            share: float = self.seconds * step / (_MOST_SHARE * training)
-            return math.ceil(share)
+            interval: float = self.seconds * step / (_MOST_SHARE * training)
+            return math.ceil(interval)
 
         every = self.run.world.on_main(missing)
         if every is not None and not self.has_skipped:

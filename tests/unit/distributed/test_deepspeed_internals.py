@@ -16,6 +16,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch import Tensor
 from torch.nn.functional import linear
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.optim import OptimConfig
@@ -24,12 +25,12 @@ from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.deepspeed_internals import (
     drop_gradients,
     flat_masters,
-    forget_accelerate_state,
     forget_process_group,
     gathered_once,
     inner_optimizer,
     is_sharded,
     optimizer_tensors,
+    own_accelerate_state,
     record_gather_orders,
     reduce_in_optimizer_only,
     release_gathered,
@@ -39,6 +40,7 @@ from dpo_dist.distributed.deepspeed_internals import (
     set_loss_scale,
     shard_of,
     shard_range,
+    timeout_of,
     use_gloo_all_reduce,
     whole_numel,
     whole_shape,
@@ -46,7 +48,7 @@ from dpo_dist.distributed.deepspeed_internals import (
     zero_kind,
 )
 from dpo_dist.distributed.processes.failures import Reports
-from dpo_dist.distributed.processes.join import join_world, start_world, stop_world
+from dpo_dist.distributed.processes.join import join_world, leave_world, start_world
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.packed import PackedCausalLM
 from tests.support.cpu_adam import CPUAdamInPyTorch
@@ -267,18 +269,29 @@ def test_a_sharded_model_replaces_linear_until_it_is_restored() -> None:
         assert torch.nn.functional.linear is linear
 
 
-def test_a_process_group_is_forgotten() -> None:
-    config = policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32)
-    start_world(config, 60)
-    assert deepspeed.comm.is_initialized()
-    deepspeed.comm.destroy_process_group()
-    assert deepspeed.comm.comm.cdb is not None, "DeepSpeed forgets the group by itself: remove its part here"
-    forget_process_group()
-    assert deepspeed.comm.comm.cdb is None
-    stop_world()
-    PartialState(cpu=True)
-    forget_accelerate_state()
-    assert not PartialState._shared_state
+def test_a_process_group_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1" if name.endswith("SIZE") else "0")
+    with own_accelerate_state():
+        start_world(policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32), 60)
+        assert deepspeed.comm.is_initialized()
+        assert timeout_of(torch.distributed.group.WORLD).total_seconds() == 60
+        torch.distributed.destroy_process_group()
+        assert deepspeed.comm.comm.cdb is not None, "DeepSpeed forgets it by itself: remove our part here"
+        forget_process_group()
+        assert deepspeed.comm.comm.cdb is None
+        leave_world()
+
+
+def test_accelerators_of_a_script_live_on_beside_a_state_of_our_own() -> None:
+    theirs = PartialState(cpu=True)
+    with own_accelerate_state():
+        assert not PartialState._shared_state
+        assert theirs.device.type == "cpu"
+        config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+        assert is_deepspeed_zero3_enabled()
+    assert vars(PartialState()) is vars(theirs)
+    assert not is_deepspeed_zero3_enabled(), config
 
 
 def test_deepspeed_builds_no_all_reduce_of_its_own() -> None:

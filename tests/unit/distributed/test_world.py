@@ -5,15 +5,18 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.ops.op_builder.builder import OpBuilder
+from torch.distributed import distributed_c10d
 
 from dpo_dist.config.optim import OptimConfig
 from dpo_dist.config.schema import AttentionBackend, Dtype, ParallelismConfig
@@ -21,7 +24,7 @@ from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.processes import join as joined_module
 from dpo_dist.distributed.processes.failures import Reports, watch_world
 from dpo_dist.distributed.processes.failures import _origin as origin_of
-from dpo_dist.distributed.processes.join import join_world, start_world
+from dpo_dist.distributed.processes.join import join_world, leave_world
 from dpo_dist.distributed.processes.world import Interrupted, Peer, Stops, World
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import ConfigError, StoppedError
@@ -72,14 +75,6 @@ def test_a_run_outside_of_the_main_thread_changes_no_handler() -> None:
     assert signal.signal(signal.SIGTERM, handler) is signal.SIG_DFL
 
 
-def test_a_launch_without_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
-    with pytest.raises(ConfigError, match="without DeepSpeed") as found:
-        start_world({}, 60)
-    assert "cpu_2.yaml" in str(found.value)
-
-
 @pytest.mark.parametrize(
     ("gpus", "variables", "error"),
     [
@@ -87,7 +82,7 @@ def test_a_launch_without_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) 
         (2, {"LOCAL_WORLD_SIZE": "3"}, "there are more processes than GPUs on this host"),
         (2, {"LOCAL_WORLD_SIZE": "2"}, ""),
         (0, {"CUDA_VISIBLE_DEVICES": "-1"}, ""),
-        (2, {"LOCAL_WORLD_SIZE": "3", "ACCELERATE_USE_CPU": "true"}, ""),
+        (2, {"ACCELERATE_USE_CPU": "true"}, "--cpu does not hide the GPUs"),
     ],
 )
 def test_gpus_that_are_asked_for_are_there(
@@ -109,13 +104,37 @@ def test_a_process_without_a_launcher_is_a_world_of_one_for_a_while(monkeypatch:
     """No port is chosen before it is opened, and the environment is the caller's again."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    before = dict(os.environ)
-    PartialState(cpu=True)  # of another library in this process
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # as `accelerate launch --cpu` starts one process
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    before, timeout = dict(os.environ), distributed_c10d.default_pg_timeout
+    theirs = PartialState(cpu=True)  # of another library in this process
     for _ in range(2):
-        with join_world(CONFIG, 60, Reports()) as world:
+        with join_world(CONFIG, 7, Reports()) as world:
             assert (world.size, world.gather("here"), os.environ["MASTER_PORT"]) == (1, ["here"], "0")
-        assert {name for name in os.environ if name not in before and "RANK" in name} == set()
-        assert "MASTER_PORT" not in os.environ
+            assert distributed_c10d.default_pg_timeout.total_seconds() == 7
+        assert dict(os.environ) == before
+        assert distributed_c10d.default_pg_timeout == timeout
+        assert theirs.device.type == "cpu"
+
+
+def test_a_run_in_the_process_group_of_a_script_leaves_it_with_its_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    leave_world()
+    hour = timedelta(hours=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=hour)
+    theirs = dist.group.WORLD
+    backend = theirs._get_backend(torch.device("cpu"))
+    try:
+        with join_world(CONFIG, 7, Reports()) as world:
+            assert backend.options._timeout.total_seconds() == 7
+            assert world.gather("here") == ["here"]
+        assert dist.group.WORLD is theirs
+        assert backend.options._timeout == hour
+    finally:
+        leave_world()
 
 
 @pytest.fixture
