@@ -39,7 +39,7 @@ from dpo_dist.reference.store import (
 )
 from dpo_dist.train import main as run_training
 from dpo_dist.training.reporting.metrics_log import stored_rows
-from dpo_dist.training.reporting.protocols import Moment, OnMoment, Point, Wish
+from dpo_dist.training.reporting.protocols import Moment, OnMoment, When, Wish
 
 __all__ = [
     "BatchFacts",
@@ -49,9 +49,9 @@ __all__ = [
     "LossKind",
     "Moment",
     "PairLogps",
-    "Point",
     "RunConfig",
     "SourceConfig",
+    "When",
     "Wish",
     "implicit_rewards",
     "load_model",
@@ -70,7 +70,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-R = TypeVar("R")
+_Answer = TypeVar("_Answer")
 Model: TypeAlias = PackedCausalLM | PreTrainedModel
 
 
@@ -225,12 +225,14 @@ def train(
     return {"run_dir": str(config.run.dir), **read_summary(str(config.run.dir))}
 
 
-def _caught(function: Callable[[T], Any] | None, faults: list[Exception], stop: R) -> Callable[[T], R] | None:
+def _caught(
+    function: Callable[[T], Any] | None, faults: list[Exception], stop: _Answer
+) -> Callable[[T], _Answer] | None:
     """Return a function that keeps what `function` raises in `faults`, and from then on asks to `stop`."""
     if function is None:
         return None
 
-    def call(value: T) -> R:
+    def call(value: T) -> _Answer:
         try:
             return stop if faults else function(value)
         except Exception as fault:

@@ -53,7 +53,7 @@ from dpo_dist.training.reference import (
     reference_without_store,
 )
 from dpo_dist.training.reporting.metrics_log import MetricsLog
-from dpo_dist.training.reporting.protocols import Point, Recorder, Reporting
+from dpo_dist.training.reporting.protocols import Recorder, Reporting, When
 from dpo_dist.training.start.environment import describe_run
 from dpo_dist.training.start.footprint import check_disk_room
 from dpo_dist.training.start.inputs import Inputs, identify, load_inputs
@@ -220,7 +220,7 @@ def _set_up(
 
     def committed(step: int) -> None:
         write_state(run.folder, replace(state, step=step))
-        watch.at(Point.saved, step)
+        watch.at(When.saved, step)
         if run.mirror is not None:
             run.mirror.upload()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
 from transformers import TrainingArguments
@@ -65,7 +66,12 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         """Know this process by its environment: transformers would join the processes here."""
         names = {"process_index": "RANK", "local_process_index": "LOCAL_RANK", "num_processes": "WORLD_SIZE"}
         places = {name: int(os.environ.get(key, key == "WORLD_SIZE")) for name, key in names.items()}
+        is_main, is_local = not places["process_index"], not places["local_process_index"]
+        places |= {"is_main_process": is_main, "is_local_main_process": is_local}
         self.distributed_state: Any = SimpleNamespace(**places)
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic | np.ndarray):
+                setattr(self, name, value.tolist())
 
     def keys(self) -> dict[str, Any]:
         """Return what is not at its default, and `_ALWAYS`, as keys of a file."""
@@ -159,9 +165,13 @@ class KTOConfig(TrainerArguments):
     undesirable_weight: float = 1.0
 
 
+class ScriptError(ConfigError, ValueError):
+    """A script of TRL cannot run here; a `ValueError` as there."""
+
+
 def refused(key: str, got: str, remedy: str) -> ConfigError:
     """Return the error for an argument of TRL that has an effect there, and none here."""
-    return ConfigError("this argument of TRL is not offered", where=key, got=got, remedy=remedy)
+    return ScriptError("this argument of TRL is not offered", where=key, got=got, remedy=remedy)
 
 
 def adapter_keys(peft_config: Any, model_type: str) -> dict[str, Any]:

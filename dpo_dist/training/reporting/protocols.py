@@ -45,7 +45,7 @@ class Samples(Protocol):
         """Write the responses after `step` and return their metrics; `is_last`: the run ends after it."""
 
 
-class Point(StrEnum):
+class When(StrEnum):
     """A point of the training loop at which a function of the user is called, on rank 0.
 
     `start`: before the first step of this start. `before_step`, `after_step`: around the update of the
@@ -74,7 +74,7 @@ class Wish(StrEnum):
 class Moment:
     """A point of the loop, and where the run is; at `saved`, where it was when it saved."""
 
-    point: Point
+    when: When
     step: int  # steps done
     steps: int  # of the run
     epoch: float  # epochs done

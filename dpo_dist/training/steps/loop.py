@@ -24,7 +24,7 @@ from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.objective.metrics import PairColumn
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.reporting.protocols import Point, Recorder, Samples, Wish
+from dpo_dist.training.reporting.protocols import Recorder, Samples, When, Wish
 from dpo_dist.training.start.inputs import Inputs
 from dpo_dist.training.start.open_run import Run
 from dpo_dist.training.start.resume import Identity
@@ -88,7 +88,7 @@ class Loop:
             self.run.console.until_end(),
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
-            self.watch.at(Point.start, position.step)
+            self.watch.at(When.start, position.step)
             if self._evaluate(position):
                 self.save_rows()  # this step was saved without the new row
                 if position.best_step == position.step:
@@ -123,7 +123,7 @@ class Loop:
             wishes.add(Wish.save)
         self._report(position, wishes)
         if self.watch.ends_epoch(done):
-            asked = {*self.watch.agreed(Point.epoch_end, done)} - wishes
+            asked = {*self.watch.agreed(When.epoch_end, done)} - wishes
             self._report(position, asked)
             wishes |= asked
 
@@ -131,11 +131,11 @@ class Loop:
         """Record a row of steps and evaluate, as `wishes` say; add what is wished for at these rows."""
         if Wish.log in wishes:
             self.record_steps(position)
-            wishes |= {*self.watch.agreed(Point.recorded, position.step)}
+            wishes |= {*self.watch.agreed(When.recorded, position.step)}
         if Wish.evaluate in wishes and self.inputs.eval_set is not None:
             position.owes_evaluation = True
             if self._evaluate(position):
-                wishes |= {*self.watch.agreed(Point.recorded, position.step)}
+                wishes |= {*self.watch.agreed(When.recorded, position.step)}
 
     def _evaluate(self, position: Position) -> bool:
         """Evaluate if an evaluation is due, unless a rank asks to stop; return whether it was done."""
@@ -164,7 +164,7 @@ class Loop:
 
         Only DeepSpeed's update and `reduce_step` make the host wait for the device.
         """
-        before = self.watch.at(Point.before_step, position.step)
+        before = self.watch.at(When.before_step, position.step)
         world, clock = self.run.world, StepClock(self.run.world.device)
         clock.enter("data")
         ready = next(ready_steps)
@@ -174,7 +174,7 @@ class Loop:
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
         if self.reference_sync is not None:
             self.reference_sync.after_step(position.step + 1)
-        wishes = {*before, *self.watch.at(Point.after_step, position.step + 1)}
+        wishes = {*before, *self.watch.at(When.after_step, position.step + 1)}
         votes = [self.run.stops.request.vote(), self.checkpoints.is_written]
         votes += [wish in wishes for wish in self._votes]
         totals = reduce_step(sums, votes, norm, world)
