@@ -1,13 +1,15 @@
 """`DPOTrainer` and `KTOTrainer`: the surface of TRL's trainers, and the runs below it."""
 
+import contextlib
 import copy
 import json
 import math
+import re
 import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +29,7 @@ from dpo_dist.config.rules import best_direction
 from dpo_dist.config.run_folder import RunFolder, best_checkpoint, checkpoint_folders
 from dpo_dist.config.schema import DataConfig, Direction, FinalModel, SourceConfig
 from dpo_dist.distributed.checkpoint.saver import SavedSlices
-from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome, StoppedError
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, RunOutcome, StoppedError
 from dpo_dist.foundation.files import locked, write_text
 from dpo_dist.foundation.process import this_rank
 from dpo_dist.foundation.signals import BY_CALLBACK
@@ -148,10 +150,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         self._place_hub()
         if self.args.max_length is None:
             self._own["data.max_length"] = self._longest()
-        lines = sum(len(Path(source["path"]).read_bytes().splitlines()) for source in self._own["data.train"])
-        count = lines * (2 if self._own["data.unpair"] else 1)
-        self._keys |= self.args.intervals(count)
-        raise_all([*self.args.faults(count, has_evaluation=bool(self._eval)), *self._name_best()])
+        raise_all([*self._place_steps(), *self._name_best()])
         self._translate()
         self.state.max_steps = self.args.max_steps
         self._arguments = copy.deepcopy(dict(vars(self.args)))
@@ -181,7 +180,8 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         self._find_start(resume_from_checkpoint)
         follower, start = self._follower, time.time()
         try:
-            summary = api.train(self._words, on_row=self._on_row, on_moment=follower.on_moment)
+            with self._own_words():
+                summary = api.train(self._words, on_row=self._on_row, on_moment=follower.on_moment)
         except StoppedError as stop:  # before the first step
             self.accelerator.print(stop)
             raise SystemExit(ExitCode.preempted) from stop
@@ -204,6 +204,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             metrics |= {"train_samples_per_second": summary["pairs_per_second"]}
             metrics |= {"train_steps_per_second": steps / seconds}
         self.state.global_step, self.state.max_steps = steps, max(steps, self.state.max_steps)
+        self.state.epoch = raw[-1].get("epoch") if raw else self.state.epoch
         self.log({**self._rest(raw), **metrics, "step": steps})
         if self._given is not None:
             if isinstance(self._given, PeftModel):
@@ -232,7 +233,8 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         config = load_run_config(self._words)
         data = [SourceConfig(**source) for source in given]
         evaluation = replace(config.evaluation, model=self._result() or self._start, data=data)
-        evaluate.main(replace(config, evaluation=evaluation))
+        with self._own_words():
+            evaluate.main(replace(config, evaluation=evaluation))
         results, metrics = json.loads(self.run.evaluation.results.read_text()), dict[str, float]()
         for label in [source["label"] for source in given if "label" in source] or [""]:
             found = results[results_name(label) if label else "all"]
@@ -477,6 +479,18 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             remedy = "leave it out to train from the start (what is there is kept), or restore the arguments"
             raise refused("resume_from_checkpoint", f"{last}, of other arguments or data", remedy)
 
+    @contextlib.contextmanager
+    def _own_words(self) -> Iterator[None]:
+        """Say in the words of a script what to do about an error of a run."""
+        try:
+            yield
+        except DpoDistError as error:
+            remedy = error.remedy.replace("run.dir", "output_dir")
+            if written := re.search(r"\b[a-z_]+\.[a-z_.]+=[^\s,;)]+", remedy):
+                remedy += f"; a script passes it as {self.config.__name__}(words=[{written[0]!r}])"
+            error.remedy = remedy
+            raise
+
     def _from_files(self, source: str) -> Any:
         options = {"use_safetensors": True, "trust_remote_code": self.args.trust_remote_code}
         options |= {"dtype": "float32"} | self._keys["model_init_kwargs"]
@@ -523,6 +537,21 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             self._own |= {"model.images.train": trained, "data.images": str(Path.cwd())}
         if self.evaluates:
             self._own["data.eval"] = self._eval
+
+    def _place_steps(self) -> list[ConfigError]:
+        """Set the keys that depend on the number of steps; return faults of the arguments."""
+        args, keys = self.args, self._keys
+        lines = sum(len(Path(source["path"]).read_bytes().splitlines()) for source in self._own["data.train"])
+        count = lines * (2 if self._own["data.unpair"] else 1)
+        keys |= args.intervals(count)
+        pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        steps = (
+            args.max_steps if args.max_steps > 0 else math.ceil(round(args.num_train_epochs * count) / pairs)
+        )
+        if keys.get("warmup_steps", 0) > steps:  # the part of the rise that the run reaches
+            keys["learning_rate"] = args.learning_rate * steps / args.warmup_steps
+            keys["warmup_steps"] = steps
+        return args.faults(count, has_evaluation=bool(self._eval))
 
     def _place_models(self, model: Any, ref_model: Any, peft_config: Any) -> None:
         """Set the keys of the models; save those in memory."""
