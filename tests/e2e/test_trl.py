@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -238,25 +239,66 @@ def test_methods_do_what_those_of_trl_do(tmp_path: Path) -> None:
     in_process(use_methods, {**environment(), **ENVIRONMENT}, tmp_path)
 
 
+def train_again(variables: dict[str, str], folder: Path) -> None:
+    """Train other arguments in the same output_dir, then texts with an applied template as the error says."""
+    os.environ.clear()
+    os.environ.update(variables)
+    from dpo_dist.foundation.errors import DataError
+    from dpo_dist.trl import DPOConfig, DPOTrainer
+
+    def trained(data: Any = TEXTS, **given: Any) -> Any:
+        shared: dict[str, Any] = {"output_dir": str(folder / "out"), "max_steps": 1, "bf16": False}
+        trainer = DPOTrainer(str(folder / "model"), args=DPOConfig(**shared | given), train_dataset=data)
+        trainer.train()
+        return trainer
+
+    weights = [trained(beta=beta).model.lm_head.weight for beta in (0.1, 0.1, 0.9)]
+    runs = [folder / "out" / name for name in ("run-1", "run-2", "run")]
+    assert all((run / "model" / "model.safetensors").is_file() for run in runs), "none is lost"
+    assert weights[0].equal(weights[1])
+    assert not weights[0].equal(weights[2])
+    turns = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    templated = [{**pair, "prompt": turns.format(pair["prompt"])} for pair in TEXTS]
+    with pytest.raises(DataError) as raised:
+        trained(templated)
+    words = re.search(r"DPOConfig\(words=\['(.*)'\]\)", raised.value.remedy)
+    assert words is not None
+    assert trained(templated, words=[words[1]]).state.global_step == 1
+
+
+def test_a_second_trainer_trains_and_what_was_there_is_kept(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    in_process(train_again, {**environment(), **ENVIRONMENT}, tmp_path)
+
+
 def train_adapters(variables: dict[str, str], folder: Path) -> None:
     """Train a new adapter, and one in memory; the trainer's model has it, to merge as in TRL."""
     os.environ.clear()
     os.environ.update(variables)
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, TrainerCallback
 
     from dpo_dist.trl import DPOConfig, DPOTrainer
+
+    seen = list[list[float]]()
+
+    class Look(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            assert isinstance(model, PeftModel)
+            weights = [weight for key, weight in model.named_parameters() if "lora_B" in key]
+            seen.append([float(weight.abs().max()) for weight in weights])
 
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     own = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "model"), LoraConfig(r=2))
     for name, model, config in (("new", base, LoraConfig(r=2)), ("own", own, None)):
         args = DPOConfig(output_dir=str(folder / name), max_steps=2, learning_rate=1e-2, bf16=False)
-        trainer = DPOTrainer(model, args=args, train_dataset=TEXTS, peft_config=config)
+        trainer = DPOTrainer(model, args=args, train_dataset=TEXTS, peft_config=config, callbacks=[Look()])
         trainer.train()
         assert isinstance(trainer.model, PeftModel)
         trained = [weight for key, weight in trainer.model.named_parameters() if "lora_B" in key]
         assert trained, name
+        assert [float(weight.abs().max()) for weight in trained] == seen.pop()
         assert all(weight.abs().max() > 0 for weight in trained), name
         merged = trainer.model.merge_and_unload().model.layers[0].self_attn.q_proj.weight
         assert not torch.equal(merged, base.model.layers[0].self_attn.q_proj.weight)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,7 +21,10 @@ from transformers import (
     BitsAndBytesConfig,
     EarlyStoppingCallback,
     HfArgumentParser,
+    PrinterCallback,
+    ProgressCallback,
     Qwen2ForCausalLM,
+    Trainer,
     TrainerCallback,
 )
 
@@ -169,6 +173,22 @@ TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
         | {"train_dataset": [{"prompt": "a", "completion": "b", "label": True}]},
         {"loss.kind": "apo_zero_unpaired", "data.unpair": False},
     ),
+    # 10 steps of the rise to 1e-3 in 40 steps.
+    (
+        {"warmup_steps": 40, "max_steps": 10, "learning_rate": 1e-3},
+        {"optim.warmup_steps": 10, "optim.lr": 2.5e-4},
+    ),
+    (
+        {"learning_rate": np.float64(1e-3), "max_steps": np.int64(8), "loss_weights": np.array([2.0, 1.0])}
+        | {"loss_type": ["sigmoid", "sft"]},
+        {"optim.lr": 1e-3, "trainer.max_steps": 8}
+        | {"loss.terms": [{"kind": "sigmoid", "weight": 2.0}, {"kind": "sft", "weight": 1.0}]},
+    ),
+    (
+        {"eval_strategy": "epoch", "eval_dataset": {"easy": PAIRS[:4], "hard": PAIRS[4:]}}
+        | {"load_best_model_at_end": True, "metric_for_best_model": "eval_hard_rewards/accuracies"},
+        {"trainer.keep_best": "eval_rewards/accuracies/hard"},
+    ),
     ({"disable_tqdm": True, "use_cpu": True, "dataloader_num_workers": 4, "optimizers": (None, None)}, {}),
 ]
 
@@ -219,7 +239,18 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"loss_type": ["sigmoid", "aot"], "use_weighting": True}, "use_weighting", "refuses it with aot"),
     ({"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1}, "label_smoothing", "differ in sigmoid"),
     ({"loss_type": ["sigmoid", "sft"], "use_weighting": True}, "use_weighting", "differ in sft"),
+    (
+        {"eval_strategy": "epoch", "eval_dataset": {"easy": PAIRS[:4], "hard": PAIRS[4:]}}
+        | {"metric_for_best_model": "loss"},
+        "metric_for_best_model",
+        "eval_easy_loss",
+    ),
     ({"train_dataset": None}, "train_dataset", "datasets.Dataset"),
+    (
+        {"precompute_ref_log_probs": True, "train_dataset": Dataset.from_list(PAIRS).to_iterable_dataset()},
+        "train_dataset",
+        "leave it out",
+    ),
     ({"train_dataset": []}, "train_dataset", "at least one"),
 ]
 
@@ -232,6 +263,7 @@ def test_what_is_not_offered_is_named_with_the_reason(
         translated(folder, tmp_path, **given)
     assert raised.value.where == where
     assert remedy in raised.value.remedy
+    assert isinstance(raised.value, ValueError) or where == "train_dataset", "as in TRL"
 
 
 WITHOUT_EFFECT: list[dict[str, Any]] = [
@@ -311,6 +343,61 @@ def test_an_override_is_refused_in_each_form_of_a_method(form: Any, folder: Path
     mine = type("Mine", (DPOTrainer,), {"compute_loss": form(_loss)})
     with pytest.raises(ConfigError, match=r"Mine\.compute_loss"):
         mine(str(folder), args=DPOConfig(output_dir=str(tmp_path)), train_dataset=PAIRS)
+
+
+def test_an_override_by_a_class_of_transformers_or_on_the_class_itself_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: Any = {"args": DPOConfig(output_dir=str(tmp_path)), "train_dataset": PAIRS}
+    mixin = type("Mixin", (Trainer,), {"training_step": _loss})
+    with pytest.raises(ConfigError, match=r"Mixin\.training_step"):
+        type("Mine", (mixin, DPOTrainer), {})(str(folder), **given)
+    monkeypatch.setattr(DPOTrainer, "compute_loss", _loss, raising=False)
+    with pytest.raises(ConfigError, match=r"DPOTrainer\.compute_loss"):
+        DPOTrainer(str(folder), **given)
+
+
+def test_attributes_are_those_of_trl_or_say_what_to_use(folder: Path, tmp_path: Path) -> None:
+    args = DPOConfig(output_dir=str(tmp_path), beta=0.3, loss_type=["ipo"])
+    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS)
+    assert isinstance(trainer, Trainer)
+    assert (trainer.beta, trainer.loss_types, trainer.hub_model_id) == (0.3, ["ipo"], None)
+    assert (trainer.aux_loss_enabled, trainer.is_fsdp_enabled) == (False, False)
+    assert trainer.is_local_process_zero()
+    assert args.distributed_state.is_main_process
+    assert {"trl", "dpo"} <= {*trainer.model.model_tags}
+    names = ("predict", "optimizer", "lr_scheduler", "data_collator", "get_train_dataloader", "compute_loss")
+    for name in names:
+        assert not hasattr(trainer, name)
+        with pytest.raises(ConfigError, match=rf"trainer\.{name}"):
+            getattr(trainer, name)
+    processes = trainer.accelerator
+    assert (processes.num_processes, processes.is_local_main_process) == (1, True)
+    assert processes.unwrap_model(trainer.model) is trainer.model
+    assert torch.equal(processes.gather(torch.ones(2)), torch.ones(2))
+    with pytest.raises(ConfigError, match=r"accelerator\.backward"):
+        _ = processes.backward
+    for left in (ProgressCallback(), PrinterCallback()):
+        trainer.add_callback(left)
+    trainer.remove_callback(PrinterCallback)
+    assert isinstance(trainer.pop_callback(ProgressCallback), ProgressCallback)
+    assert trainer.pop_callback(ProgressCallback) is None
+
+
+def test_data_of_a_trainer_have_the_token_ids_that_are_trained(folder: Path, tmp_path: Path) -> None:
+    args, held_out = DPOConfig(output_dir=str(tmp_path), max_length=None), {"easy": PAIRS[:2]}
+    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=held_out)
+    tokenizer = trainer.processing_class
+    for row, pair in zip(trainer.train_dataset, PAIRS, strict=True):
+        assert row["prompt_ids"] == tokenizer(pair["prompt"], add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(row["chosen_ids"]) == pair["chosen"] + tokenizer.eos_token
+        assert row["rejected"] == pair["rejected"]
+    assert [len(rows) for rows in trainer.eval_dataset.values()] == [2]
+    sides = ("chosen_ids", "rejected_ids")
+    longest = max(
+        len(row["prompt_ids"]) + max(len(row[side]) for side in sides) for row in trainer.train_dataset
+    )
+    assert keys_of(trainer)["data.max_length"] == longest
 
 
 def test_a_method_that_is_replaced_on_the_trainer_is_refused_before_it_trains(
