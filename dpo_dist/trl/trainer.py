@@ -179,6 +179,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         raise_all(self._overrides(self.args) + changed)
         self._find_start(resume_from_checkpoint)
         follower, start = self._follower, time.time()
+        follower.has_begun = False
         try:
             with self._own_words():
                 summary = api.train(self._words, on_row=self._on_row, on_moment=follower.on_moment)
@@ -190,11 +191,18 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         if summary["exit"] == RunOutcome.preempted and BY_CALLBACK not in summary["stopped_by"]:
             raise SystemExit(ExitCode.preempted)  # the script would take these weights for the trained model
         self._has_trained = True
+        steps, seconds = summary["steps"], summary["train_seconds"]
+        self.state.global_step, self.state.max_steps = steps, max(steps, self.state.max_steps)
         if not follower.has_begun:
             follower.call("on_train_begin")  # the run was complete, or this is not rank 0
             self.state.log_history = self.rows()
-        steps, seconds = summary["steps"], summary["train_seconds"]
+        self.__dict__.pop("_reference", None)  # it may have followed the policy
+        if isinstance(self._given, PeftModel):
+            self._given.load_adapter(str(self._result()), "default", is_trainable=True)
+        elif self._given is not None:
+            self._given.load_state_dict(self._loaded().state_dict())
         raw = [row for row in api.read_metrics(self.run.path) if "loss" in row]
+        self.state.epoch = raw[-1].get("epoch") if raw else self.state.epoch
         ends = [row["step"] for row in raw]
         mean = (
             float(np.average([row["loss"] for row in raw], weights=np.diff(ends, prepend=0))) if raw else 0.0
@@ -203,15 +211,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         if seconds:
             metrics |= {"train_samples_per_second": summary["pairs_per_second"]}
             metrics |= {"train_steps_per_second": steps / seconds}
-        self.state.global_step, self.state.max_steps = steps, max(steps, self.state.max_steps)
-        self.state.epoch = raw[-1].get("epoch") if raw else self.state.epoch
         self.log({**self._rest(raw), **metrics, "step": steps})
-        if self._given is not None:
-            if isinstance(self._given, PeftModel):
-                self._given.load_adapter(str(self._result()), "default", is_trainable=True)
-            else:
-                self._given.load_state_dict(self._loaded().state_dict())
-        self.__dict__.pop("_reference", None)  # it may have followed the policy
         if self.args.push_to_hub and self.args.hub_strategy != "end":
             self.push_to_hub()
         follower.call("on_train_end")
