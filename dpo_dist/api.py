@@ -45,6 +45,7 @@ from dpo_dist.reference.store import (
 )
 from dpo_dist.train import main as run_training
 from dpo_dist.training.reporting.metrics_log import stored_rows
+from dpo_dist.training.reporting.protocols import Moment, OnMoment, When, Wish
 
 __all__ = [
     "BatchFacts",
@@ -52,9 +53,12 @@ __all__ = [
     "Dtype",
     "LossConfig",
     "LossKind",
+    "Moment",
     "PairLogps",
     "RunConfig",
     "SourceConfig",
+    "When",
+    "Wish",
     "implicit_rewards",
     "load_model",
     "load_run_config",
@@ -72,6 +76,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_Answer = TypeVar("_Answer")
 Model: TypeAlias = PackedCausalLM | PreTrainedModel
 
 
@@ -198,6 +203,7 @@ def train(
     train: Records | None = None,
     eval: Records | None = None,  # noqa: A002  (as the key data.eval)
     on_row: Callable[[dict[str, float]], bool | None] | None = None,
+    on_moment: OnMoment | None = None,
 ) -> dict[str, Any]:
     """Train as the command `dpo-dist train` with these words does; return the run's summary.
 
@@ -212,6 +218,9 @@ def train(
         on_row: called on rank 0 with each metrics row, after the row is recorded. If it returns true, the run
             stops with a checkpoint, after the next step at the latest. If it raises, the run stops in the
             same way, and `train` raises the exception at the end.
+        on_moment: called on rank 0 at each `Moment` of the loop; returns what it asks of the step at hand, as
+            `Wish`es: `log`, `evaluate` (with evaluation data), `save`, `stop`. All ranks do what it asks. If
+            it raises, the run stops after that step, as for `on_row`. Pass it on all ranks or on none.
 
     Returns:
         The content of summary.json, and `run_dir`. `exit` is `completed` or `preempted`; `stopped_by` has
@@ -235,18 +244,28 @@ def train(
     words = [*words, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items())]
     config, faults = load_run_config(words, verb="train"), list[Exception]()
 
-    def stop_requested(row: dict[str, float]) -> bool:
-        try:
-            return bool(faults or (on_row is not None and on_row(row)))
-        except Exception as fault:
-            faults.append(fault)
-            return True
-
     with as_guest():
-        run_training(config, stop_requested)
+        run_training(config, _caught(on_row, faults, True), _caught(on_moment, faults, {Wish.stop}))
     if faults:
         raise faults[0]
     return {"run_dir": str(config.run.dir), **read_summary(str(config.run.dir))}
+
+
+def _caught(
+    function: Callable[[T], Any] | None, faults: list[Exception], stop: _Answer
+) -> Callable[[T], _Answer] | None:
+    """Return a function that keeps what `function` raises in `faults`, and from then on asks to `stop`."""
+    if function is None:
+        return None
+
+    def call(value: T) -> _Answer:
+        try:
+            return stop if faults else function(value)
+        except Exception as fault:
+            faults.append(fault)
+            return stop
+
+    return call
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:

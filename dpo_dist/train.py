@@ -5,6 +5,7 @@ key.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from dpo_dist.foundation.signals import StopRequest, end_at_signals
 
@@ -18,10 +19,14 @@ from dpo_dist.foundation.types import CheckReport
 from dpo_dist.training.start.preflight import check_start, checked_start
 
 
-def main(config: RunConfig, on_row: Callable[[dict[str, float]], bool | None] | None = None) -> int:
+def main(
+    config: RunConfig,
+    on_row: Callable[[dict[str, float]], bool | None] | None = None,
+    on_moment: Callable[[Any], Any] | None = None,
+) -> int:
     """Train `config`, from its last checkpoint if there is one; return the exit code.
 
-    `on_row`: see `api.train`; an exception that it raises ends the run at once.
+    `on_row`, `on_moment`: see `api.train`; an exception that they raise ends the run at once.
     """
     check_needs(config, "train")
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
@@ -30,7 +35,7 @@ def main(config: RunConfig, on_row: Callable[[dict[str, float]], bool | None] | 
         from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415
         from dpo_dist.training.run import train  # noqa: PLC0415
 
-        return train(config, console, stop, reporting(on_row))
+        return train(config, console, stop, reporting(on_row, on_moment))
 
 
 def check(config: RunConfig) -> CheckReport:

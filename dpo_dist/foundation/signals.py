@@ -22,6 +22,7 @@ from dpo_dist.foundation.process import this_rank
 from dpo_dist.foundation.streams import awaits_document, output_descriptor
 
 BY_TRACKER, BY_STEPS, BY_SECONDS = "the tracker", "trainer.stop_after_steps", "trainer.max_seconds"
+BY_CALLBACK = "a callback"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # Signals within these seconds count as one: Ctrl-C comes from the terminal and again from the launcher.
 _REPEATED_SECONDS = 2.0
@@ -58,6 +59,10 @@ class StopRequest:
     def ask(self, reason: str) -> None:
         """Stop as soon as the progress can be saved; thread-safe."""
         self.reason, self._is_urgent = self.reason or reason, True
+
+    def ask_after_step(self, reason: str) -> None:
+        """Stop after the step at hand, its rows and its evaluation."""
+        self.reason = self.reason or reason
 
     def vote(self) -> bool:
         """Return whether this rank wants to stop after the step just done."""

@@ -53,7 +53,7 @@ from dpo_dist.training.reference import (
     reference_without_store,
 )
 from dpo_dist.training.reporting.metrics_log import MetricsLog
-from dpo_dist.training.reporting.protocols import Recorder, Reporting
+from dpo_dist.training.reporting.protocols import Recorder, Reporting, When
 from dpo_dist.training.start.environment import describe_run
 from dpo_dist.training.start.footprint import check_disk_room
 from dpo_dist.training.start.inputs import Inputs, identify, load_inputs
@@ -72,6 +72,7 @@ from dpo_dist.training.steps.loop import Loop
 from dpo_dist.training.steps.schedule import check_schedule
 from dpo_dist.training.steps.state import Position
 from dpo_dist.training.steps.step import Objective
+from dpo_dist.training.steps.watch import Watch
 
 _PLANNED_STEPS = 8  # at most, to say what shared prefixes save
 
@@ -213,15 +214,13 @@ def _set_up(
     run.stops.check()
     custom = custom_metrics(config.metrics.function, config.loss, world.device)
     objective = Objective(config.loss, reference.provider, inputs.router, custom)
-    sharded: list[SlicedWeights] = [policy]
-    reference_sync = None
-    if config.loss.sync_reference.every is not None:
-        assert isinstance(reference.provider.engine, FrozenEngine)
-        reference_sync = ReferenceSync(reference.provider.engine, policy, config.loss.sync_reference, world)
-        sharded.append(reference_sync)
+    reference_sync = _follow_policy(run, reference, policy)
+    sharded: list[SlicedWeights] = [policy] if reference_sync is None else [policy, reference_sync]
+    watch = Watch(reporting.on_moment, run, inputs.sampler, policy)
 
     def committed(step: int) -> None:
         write_state(run.folder, replace(state, step=step))
+        watch.at(When.saved, step)
         if run.mirror is not None:
             run.mirror.upload()
 
@@ -267,12 +266,21 @@ def _set_up(
         peak=peak,
         recorder=_open_recorder(run, position, reporting),
         samples=samples,
+        watch=watch,
         reference_sync=reference_sync,
         checkpoints=checkpoints,
         identity=state.identity,
         reference_report=report,
     )
     return loop, position
+
+
+def _follow_policy(run: Run, reference: Reference, policy: PolicyEngine) -> ReferenceSync | None:
+    sync, engine = run.config.loss.sync_reference, reference.provider.engine
+    if sync.every is None:
+        return None
+    assert isinstance(engine, FrozenEngine)
+    return ReferenceSync(engine, policy, sync, run.world)
 
 
 def _load_models(

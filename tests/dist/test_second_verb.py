@@ -28,8 +28,12 @@ def evaluate_train_evaluate(variables: dict[str, str], folder: Path) -> None:
     from dpo_dist.trl import DPOConfig, DPOTrainer
 
     class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_save = state.global_step == 1
+            control.should_log = control.should_evaluate = state.global_step == 2
+
         def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_training_stop = state.global_step == 2
+            control.should_training_stop = state.global_step == 3
 
     PartialState()  # as in scripts that load a model for each process
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -38,14 +42,20 @@ def evaluate_train_evaluate(variables: dict[str, str], folder: Path) -> None:
         per_device_train_batch_size=2,
         learning_rate=1e-3,
         max_steps=5,
-        logging_steps=1,
+        logging_steps=3,
+        eval_strategy="steps",
+        eval_steps=5,
+        save_total_limit=9,
         bf16=False,
     )
     sets = {"train_dataset": PAIRS, "eval_dataset": PAIRS}
-    trainer = DPOTrainer(model, args=args, callbacks=[Stop()], **sets)
+    trainer = DPOTrainer(model, args=args, **sets)
+    if trainer.is_world_process_zero():
+        trainer.add_callback(Stop)
     losses = [trainer.evaluate()["eval_loss"], trainer.train().training_loss]
     trained = float(model.model.layers[0].self_attn.q_proj.weight.sum())
-    losses += [trainer.evaluate()["eval_loss"], len(trainer.state.log_history), trained]
+    rows = [(row["step"], "eval_loss" in row) for row in trainer.state.log_history]
+    losses += [trainer.evaluate()["eval_loss"], rows, trained]
     (folder / f"rank-{variables['RANK']}.json").write_text(json.dumps(losses))
 
 
@@ -70,6 +80,8 @@ def test_two_processes_evaluate_and_train_and_evaluate(tmp_path: Path) -> None:
     assert first == second, "every process has the same results"
     before, trained, after, rows, _ = first
     assert before > trained > after
-    assert rows == 5, "three steps, their mean loss, and the evaluation after them"
+    assert rows == [[2, False], [2, True], [3, False], [3, False]], "at last the mean loss"
+    saved = sorted(folder.name for folder in (tmp_path / "out" / "run" / "checkpoints").glob("step-*"))
+    assert saved == ["step-000001", "step-000003"], "as the callback of one process asked"
     keys = (tmp_path / "out" / "dpo_dist.yaml").read_text()
     assert "global_batch_pairs: 4" in keys, "pairs of each process, times two"

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -86,25 +87,39 @@ def test_losses_and_rates_of_five_steps_are_those_of_trl(tmp_path: Path) -> None
         assert rates == pytest.approx(theirs[kind]["learning_rate"], rel=1e-9, abs=0), kind
 
 
-def use_methods(variables: dict[str, str], folder: Path) -> None:
-    """Evaluate, stop by a callback, save, evaluate on other sets, and continue to the end."""
-    os.environ.clear()
-    os.environ.update(variables)
-    import pandas as pd
+def stopping(events: list[tuple[str, Any]], sums: list[float]) -> Any:
+    """Return a callback that notes its events, and sums of logits of its model; it decides what is done."""
     import torch
-    from transformers import AutoModelForCausalLM, TrainerCallback
+    from transformers import TrainerCallback
 
-    from dpo_dist import api
     from dpo_dist.foundation.errors import ConfigError
-    from dpo_dist.trl import DPOConfig, DPOTrainer
-
-    events: list[tuple[str, Any]] = []
 
     class Stop(TrainerCallback):
         step = 3
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             events.append(("begin", state.global_step))
+            assert (state.max_steps, state.num_train_epochs) == (6, 2)
+
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            events.append(("epoch begin", state.epoch))
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            events.append(("epoch end", state.epoch))
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            events.append(("step begin", state.global_step))
+            ids = torch.tensor([[5, 6, 7]])
+            with torch.no_grad():
+                sums.append(float(model(ids).logits.double().sum()))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            events.append(("step end", state.global_step))
+            assert given["processing_class"].decode([5])
+            with pytest.raises(ConfigError, match="optimizer"):
+                _ = given["optimizer"].param_groups
+            control.should_save = state.global_step == 1
+            control.should_evaluate = state.global_step == 5
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             events.append(("log", logs["step"]))
@@ -112,13 +127,32 @@ def use_methods(variables: dict[str, str], folder: Path) -> None:
             control.should_training_stop = state.global_step == self.step
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-            events.append(("evaluate", metrics.get("eval_easy_loss")))
+            events.append(("evaluate", [key for key in metrics if key.endswith("_loss")]))
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             events.append(("save", state.global_step))
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             events.append(("end", state.global_step))
+
+    return Stop()
+
+
+def use_methods(variables: dict[str, str], folder: Path) -> None:
+    """Evaluate, stop by a callback, save, evaluate on other sets, and continue to the end."""
+    os.environ.clear()
+    os.environ.update(variables)
+    import pandas as pd
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from dpo_dist import api
+    from dpo_dist.foundation.errors import ConfigError
+    from dpo_dist.trl import DPOConfig, DPOTrainer
+
+    of_sets = ("eval_easy_loss", "eval_hard_loss")
+    events: list[tuple[str, Any]] = []
+    sums: list[float] = []
 
     args = DPOConfig(
         output_dir=str(folder / "out"),
@@ -129,16 +163,16 @@ def use_methods(variables: dict[str, str], folder: Path) -> None:
         eval_strategy="steps",
         eval_steps=2,
         save_steps=2,
+        save_total_limit=9,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_easy_loss",
         bf16=False,
     )
-    stop = Stop()
+    stop = stopping(events, sums)
 
     class Marked(DPOTrainer):
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             super().log({**logs, "mark": 7.0}, start_time)
-
-    def accuracy(prediction: Any) -> dict[str, float]:
-        return {"mine": float((prediction.predictions[:, 0] > prediction.predictions[:, 1]).mean())}
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     trainer = Marked(
@@ -147,7 +181,6 @@ def use_methods(variables: dict[str, str], folder: Path) -> None:
         train_dataset=pd.DataFrame(TEXTS),
         eval_dataset={"easy": TEXTS[:4], "hard": TEXTS[4:]},
         callbacks=[stop],
-        compute_metrics=accuracy,
     )
     before = trainer.evaluate()
     assert before["eval_easy_loss"] == pytest.approx(0.6931, abs=1e-4)
@@ -156,27 +189,38 @@ def use_methods(variables: dict[str, str], folder: Path) -> None:
     assert raised.value.where == "resume_from_checkpoint"
     events.clear()
     first = trainer.train()
-    assert first.global_step in (stop.step, stop.step + 1), "after the next step at the latest"
-    kinds = [kind for kind, _ in events]
-    assert (kinds[0], kinds[-1]) == ("begin", "end")
-    assert {"evaluate", "save"} <= {*kinds}
-    assert [step for kind, step in events if kind == "log"][:3] == [1, 2, 2], "a row of a step, an evaluation"
+    assert first.global_step == stop.step, "at that step"
+    evaluated = [("log", 2), ("evaluate", ["eval_easy_loss"]), ("log", 2), ("evaluate", ["eval_hard_loss"])]
+    assert [event for event in events if event[0] != "save"] == [
+        *(("begin", 0), ("epoch begin", 0.0)),
+        *(("step begin", 0), ("step end", 1), ("log", 1)),
+        *(("step begin", 1), ("step end", 2), ("log", 2), *evaluated),
+        *(("step begin", 2), ("step end", 3), ("log", 3), ("epoch end", 1.0)),
+        *(("log", 3), ("end", 3)),
+    ]
+    assert [step for kind, step in events if kind == "save"] == [1, 2, 3]
+    assert len({*sums}) == 3, "the model of callbacks is the one that trains"
+    assert trainer.state.best_global_step == 2
+    assert trainer.state.best_model_checkpoint == str(trainer.run.checkpoints / "step-000002")
     trainer.save_model(str(folder / "stopped"))
     stopped = AutoModelForCausalLM.from_pretrained(folder / "stopped")
     assert torch.equal(stopped.lm_head.weight, model.lm_head.weight), "the model in memory is trained"
     assert trainer.model is model
     stop.step = 0
-    trainer.control.should_training_stop = False
+    with pytest.raises(ConfigError, match="resume_from_checkpoint=True"):
+        trainer.train()
     last = trainer.train(resume_from_checkpoint=True)
     assert last.global_step == 6
     assert not torch.equal(stopped.lm_head.weight, trainer.model.lm_head.weight)
     history = trainer.state.log_history
     assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    sets = [("easy", "hard")["eval_hard_loss" in row] for row in history if row.keys() & {*of_sets}]
+    assert sets == ["easy", "hard"] * 4, "after steps 2, 4, 5 and 6, a row for each"
     names = {"loss", "grad_norm", "learning_rate", "epoch", "logps/chosen"}
     names |= {"rewards/chosen", "rewards/margins"}
     assert names <= history[0].keys()
-    assert {"eval_easy_loss", "eval_hard_rewards/accuracies"} <= history[-2].keys()
-    assert history[-1] == {**last.metrics, "step": 6}
+    assert {"eval_hard_loss", "eval_hard_rewards/accuracies"} <= history[-2].keys()
+    assert history[-1] == {**last.metrics, "epoch": 2.0, "mark": 7.0, "step": 6}
     assert last.metrics["train_loss"] == pytest.approx(sum(row.get("loss", 0) for row in history) / 6)
     of_training = history[-2]["eval_hard_loss"]
     after = trainer.evaluate()
@@ -185,10 +229,11 @@ def use_methods(variables: dict[str, str], folder: Path) -> None:
     trainer.save_metrics("eval", after)
     trainer.save_state()
     assert json.loads((folder / "out" / "all_results.json").read_text()) == after
-    assert trainer.evaluate(TEXTS, metric_key_prefix="test")["test_mine"] == 1.0
+    assert trainer.evaluate(TEXTS, metric_key_prefix="test")["test_rewards/accuracies"] == 1.0
+    assert {*trainer.evaluate("hard")} & {*of_sets} == {"eval_hard_loss"}
     trainer.save_model()
     assert AutoModelForCausalLM.from_pretrained(folder / "out").config.model_type == "qwen2"
-    assert trainer.train().global_step == 6, "the same call finds the complete run"
+    assert trainer.train(resume_from_checkpoint=True).global_step == 6, "it finds the complete run"
     ended = api.read_summary(folder / "out" / "run")
     assert ended["exit"] == "completed"
 
@@ -198,25 +243,66 @@ def test_methods_do_what_those_of_trl_do(tmp_path: Path) -> None:
     in_process(use_methods, {**environment(), **ENVIRONMENT}, tmp_path)
 
 
+def train_again(variables: dict[str, str], folder: Path) -> None:
+    """Train other arguments in the same output_dir, then texts with an applied template as the error says."""
+    os.environ.clear()
+    os.environ.update(variables)
+    from dpo_dist.foundation.errors import DataError
+    from dpo_dist.trl import DPOConfig, DPOTrainer
+
+    def trained(data: Any = TEXTS, **given: Any) -> Any:
+        shared: dict[str, Any] = {"output_dir": str(folder / "out"), "max_steps": 1, "bf16": False}
+        trainer = DPOTrainer(str(folder / "model"), args=DPOConfig(**shared | given), train_dataset=data)
+        trainer.train()
+        return trainer
+
+    weights = [trained(beta=beta).model.lm_head.weight for beta in (0.1, 0.1, 0.9)]
+    runs = [folder / "out" / name for name in ("run-1", "run-2", "run")]
+    assert all((run / "model" / "model.safetensors").is_file() for run in runs), "none is lost"
+    assert weights[0].equal(weights[1])
+    assert not weights[0].equal(weights[2])
+    turns = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    templated = [{**pair, "prompt": turns.format(pair["prompt"])} for pair in TEXTS]
+    with pytest.raises(DataError) as raised:
+        trained(templated)
+    words = re.search(r"DPOConfig\(words=\['(.*)'\]\)", raised.value.remedy)
+    assert words is not None
+    assert trained(templated, words=[words[1]]).state.global_step == 1
+
+
+def test_a_second_trainer_trains_and_what_was_there_is_kept(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    in_process(train_again, {**environment(), **ENVIRONMENT}, tmp_path)
+
+
 def train_adapters(variables: dict[str, str], folder: Path) -> None:
     """Train a new adapter, and one in memory; the trainer's model has it, to merge as in TRL."""
     os.environ.clear()
     os.environ.update(variables)
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, TrainerCallback
 
     from dpo_dist.trl import DPOConfig, DPOTrainer
+
+    seen = list[list[float]]()
+
+    class Look(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            assert isinstance(model, PeftModel)
+            weights = [weight for key, weight in model.named_parameters() if "lora_B" in key]
+            seen.append([float(weight.abs().max()) for weight in weights])
 
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     own = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "model"), LoraConfig(r=2))
     for name, model, config in (("new", base, LoraConfig(r=2)), ("own", own, None)):
         args = DPOConfig(output_dir=str(folder / name), max_steps=2, learning_rate=1e-2, bf16=False)
-        trainer = DPOTrainer(model, args=args, train_dataset=TEXTS, peft_config=config)
+        trainer = DPOTrainer(model, args=args, train_dataset=TEXTS, peft_config=config, callbacks=[Look()])
         trainer.train()
         assert isinstance(trainer.model, PeftModel)
         trained = [weight for key, weight in trainer.model.named_parameters() if "lora_B" in key]
         assert trained, name
+        assert [float(weight.abs().max()) for weight in trained] == seen.pop()
         assert all(weight.abs().max() > 0 for weight in trained), name
         merged = trainer.model.merge_and_unload().model.layers[0].self_attn.q_proj.weight
         assert not torch.equal(merged, base.model.layers[0].self_attn.q_proj.weight)

@@ -12,7 +12,7 @@ import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
 from transformers import TrainingArguments
 
-from dpo_dist.config.mistakes import equivalents
+from dpo_dist.config.mistakes import advice_on
 from dpo_dist.config.rules import best_direction
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation.errors import ConfigError
@@ -60,8 +60,13 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         """Know this process by its environment: transformers would join the processes here."""
         names = {"process_index": "RANK", "local_process_index": "LOCAL_RANK", "num_processes": "WORLD_SIZE"}
         places = {name: int(os.environ.get(key, key == "WORLD_SIZE")) for name, key in names.items()}
+        is_main, is_local = not places["process_index"], not places["local_process_index"]
+        places |= {"is_main_process": is_main, "is_local_main_process": is_local}
         kind = "NO" if places["num_processes"] == 1 else "MULTI_GPU"  # of accelerate's DistributedType
         self.distributed_state: Any = SimpleNamespace(**places, distributed_type=kind)
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic | np.ndarray):
+                setattr(self, name, value.tolist())
 
     def keys(self, weights: torch.dtype | None = None) -> dict[str, Any]:
         """Return what is not at its default, and `_ALWAYS`, as keys of a file.
@@ -168,10 +173,10 @@ _OLDER = {"max_prompt_length": "data.max_prompt_length", "reference_free": "loss
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as a file has it: the text of a mapping, an enum or a number of numpy."""
+    """Return a value as a file has it: the text of a mapping, or an enum."""
     if str(value).startswith('{"'):
         return json.loads(value)
-    return value.item() if isinstance(value, np.generic) else getattr(value, "value", value)
+    return getattr(value, "value", value)
 
 
 def _written(args: TrainingArguments, usual: dict[str, Any]) -> dict[str, Any]:
@@ -224,15 +229,19 @@ def not_offered(config: type[TrainerArguments], args: Any, others: dict[str, Any
         remedy = "; ".join(ways)
         faults.append(ConfigError(message, where="trainer", got=", ".join(got), remedy=remedy))
     for key, value in others.items():
-        advice = (one.replace("{value}", str(value)) for one in equivalents(key, "advice"))
-        remedy = f"remove it: {next(advice, 'dpo_dist has its own')}"
+        advice = next(iter(advice_on(key, str(value))), "dpo_dist has its own")
+        remedy = f"remove it: {advice}"
         faults.append(refused(key, type(value).__name__, remedy))
     return faults
 
 
+class ScriptError(ConfigError, ValueError):
+    """A script of TRL cannot run here; a `ValueError` as there."""
+
+
 def refused(key: str, got: str, remedy: str) -> ConfigError:
     """Return the error for an argument of TRL that has an effect there, and none here."""
-    return ConfigError("this argument of TRL is not offered", where=key, got=got, remedy=remedy)
+    return ScriptError("this argument of TRL is not offered", where=key, got=got, remedy=remedy)
 
 
 def adapter_keys(peft_config: Any, model_type: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ _METHODS = {
     "use a callback's on_evaluate, or set eval_strategy='no' and call it in the script": "evaluate",
     "use a callback's on_save, or set save_strategy='no' and call it in the script": "save_model",
 }
-_REMEDIES = {name: remedy for remedy, names in _METHODS.items() for name in names.split()}
+REMEDIES = {name: remedy for remedy, names in _METHODS.items() for name in names.split()}
 _ADAPTER_PARTS = (".lora_", ".modules_to_save.", ".trainable_tokens_")
 # What these packages change belongs to how a model is loaded, as the hook of `enable_input_require_grads`.
 _LIBRARIES = ("accelerate", "liger_kernel", "peft", "torch", "transformers", "transformers_modules")
@@ -46,18 +46,17 @@ _LIVE = (
 )
 
 
-def overrides(trainer: Any, ours: Iterable[str]) -> list[ConfigError]:
-    """Return an error for each method that the trainer's class, or the script, replaces and nothing calls.
+def overrides(places: Iterable[tuple[str, Iterable[str]]], ours: Iterable[str]) -> list[ConfigError]:
+    """Return an error for each method that a trainer's class, or the script, replaces and nothing calls.
 
-    `ours`: the methods that dpo_dist has, which stay as they are where the script calls them.
+    `places`: names that each class, or the trainer itself, sets. `ours`: the methods that dpo_dist has, which
+    stay as they are where the script calls them.
     """
-    theirs = {name for name in dir(Trainer) if not name.startswith("__")} | _REMEDIES.keys()
+    theirs = {name for name in dir(Trainer) if not name.startswith("__")} | REMEDIES.keys()
     unseen = theirs - set(ours)
-    kinds = (kind for kind in type(trainer).__mro__ if kind.__module__ != "dpo_dist.trl")
-    places = [(kind.__name__, vars(kind)) for kind in kinds]
     return [
-        refused(f"{place}.{name}", "an override that would never be called", _REMEDIES.get(name, _ELSEWHERE))
-        for place, found in [*places, ("trainer", vars(trainer))]
+        refused(f"{place}.{name}", "an override that would never be called", REMEDIES.get(name, _ELSEWHERE))
+        for place, found in places
         for name in found
         if name in unseen
     ]

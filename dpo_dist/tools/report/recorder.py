@@ -20,7 +20,7 @@ from dpo_dist.tools.report.verdict.rules import RUN_RULES, sample_alarm, verdict
 from dpo_dist.tools.shared.pages.charts import draw_curves
 from dpo_dist.tools.shared.tables import closing_table
 from dpo_dist.training.reporting.metrics_log import MetricsLog, MetricsRow, log_position
-from dpo_dist.training.reporting.protocols import Reporting
+from dpo_dist.training.reporting.protocols import OnMoment, Reporting
 from dpo_dist.training.reporting.trackers import Trackers, open_trackers
 from dpo_dist.training.reporting.wandb_run import TrackedRun
 from dpo_dist.training.start.inputs import Inputs
@@ -124,6 +124,7 @@ def tracked_run(run: Run, environment: Mapping[str, Any], stop: Callable[[], Non
     )
 
 
-def reporting(on_row: OnRow | None = None) -> Reporting:
+def reporting(on_row: OnRow | None = None, on_moment: OnMoment | None = None) -> Reporting:
     """Return everything that reports on a run; `on_row` is called with each of its metrics rows."""
-    return Reporting(partial(open_recorder, on_row=on_row), run_card, prepare_samples, write_page)
+    open_one = partial(open_recorder, on_row=on_row)
+    return Reporting(open_one, run_card, prepare_samples, write_page, on_moment)

@@ -1,8 +1,9 @@
-"""Interfaces of a run's reports: the verb `train` passes them in, so that training imports no tools."""
+"""Interfaces of what follows a run: the verb `train` passes them in, so that training imports no tools."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol
 
 from dpo_dist.config.run_folder import RunFolder
@@ -44,11 +45,54 @@ class Samples(Protocol):
         """Write the responses after `step` and return their metrics; `is_last`: the run ends after it."""
 
 
+class When(StrEnum):
+    """A point of the training loop at which a function of the user is called, on rank 0.
+
+    `start`: before the first step of this start. `before_step`, `after_step`: around the update of the
+    weights. `recorded`: the rows of a step, or of its evaluation, are written. `epoch_end`: after the rows of
+    a step that ends an epoch. `saved`: a checkpoint is committed, at times a few steps later.
+    """
+
+    start = "start"
+    before_step = "before_step"
+    after_step = "after_step"
+    recorded = "recorded"
+    epoch_end = "epoch_end"
+    saved = "saved"
+
+
+class Wish(StrEnum):
+    """What such a function asks of the step at hand: a row, an evaluation, a checkpoint, to be the last."""
+
+    log = "log"
+    evaluate = "evaluate"
+    save = "save"
+    stop = "stop"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point of the loop, and where the run is; at `saved`, where it was when it saved."""
+
+    when: When
+    step: int  # steps done
+    steps: int  # of the run
+    epoch: float  # epochs done
+    policy: Engine
+
+
+OnMoment = Callable[[Moment], Collection[Wish]]
+
+
 @dataclass(frozen=True)
 class Reporting:
-    """Functions that a verb passes in so that training can report: recorder, model card, samples, page."""
+    """Functions that a verb passes in so that training can report: recorder, model card, samples, page.
+
+    `on_moment`, which follows the loop, is there on all ranks or on none.
+    """
 
     open_recorder: Callable[[Run, MetricsLog], Recorder]
     run_card: Callable[..., str]  # returns the text of the model card
     prepare_samples: Callable[[Run, Inputs, int], Samples | None]  # called before a model is loaded
     write_page: Callable[[RunFolder], object]
+    on_moment: OnMoment | None = None

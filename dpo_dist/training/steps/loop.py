@@ -8,7 +8,7 @@ no update whose gradient norm is not finite, and the norm is the same on all ran
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.objective.metrics import PairColumn
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.reporting.protocols import Recorder, Samples
+from dpo_dist.training.reporting.protocols import Recorder, Samples, When, Wish
 from dpo_dist.training.start.inputs import Inputs
 from dpo_dist.training.start.open_run import Run
 from dpo_dist.training.start.resume import Identity
@@ -48,6 +48,7 @@ from dpo_dist.training.steps.step import (
     train_step,
     without_comparisons,
 )
+from dpo_dist.training.steps.watch import Watch
 
 _STEPS_AHEAD = 2
 
@@ -67,6 +68,7 @@ class Loop:
     peak: float  # FLOP/s of all devices
     recorder: Recorder | None  # on rank 0
     samples: Samples | None  # written at evaluations
+    watch: Watch
     reference_sync: ReferenceSync | None  # None unless the reference follows the policy
     checkpoints: CheckpointSaver
     identity: Identity  # digests of the run's inputs, written to every checkpoint
@@ -78,7 +80,7 @@ class Loop:
         Return whether the run is over; if not, it was stopped and has a checkpoint.
         """
         self.run.clock.enter("other")
-        trainer, steps, eval_set = self.run.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set
+        steps, eval_set = self.inputs.sampler.steps, self.inputs.eval_set
         position.owes_evaluation |= eval_set is not None and position.step == 0
         must_stop = False
         unit = self.run.config.loss.unit
@@ -88,6 +90,7 @@ class Loop:
             self.run.console.until_end(),
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
+            self.watch.at(When.start, position.step)
             if self._evaluate(position):
                 self.save_rows()  # this step was saved without the new row
                 if position.best_step == position.step:
@@ -96,18 +99,14 @@ class Loop:
                 self._say_why_it_stops(position)
             while not (must_stop or position.owes_evaluation or self.is_over(position)):
                 with self.run.clock.measure("training"):
-                    must_stop = self._step(position, ready_steps, progress)
-                done = position.step
-                if done == steps or _is_due(done, trainer.log_every):
-                    self.record_steps(position)
-                if eval_set is not None and (done == steps or _is_due(done, trainer.eval_every)):
-                    position.owes_evaluation = True
-                    self._evaluate(position)
+                    must_stop, wishes = self._step(position, ready_steps, progress)
+                self._report_step(position, wishes)
+                must_stop |= Wish.stop in wishes
                 is_over = self.is_over(position)
                 if position.owes_evaluation or (must_stop and not is_over):
                     self._say_why_it_stops(position)
                 is_last = is_over or must_stop or position.owes_evaluation
-                if is_last or position.best_step == done or _is_due(done, trainer.save_every):
+                if is_last or position.best_step == position.step or Wish.save in wishes:
                     self._save(position, is_last=is_last)
         with self.run.clock.measure("saving"):
             self.checkpoints.commit()
@@ -116,6 +115,29 @@ class Loop:
             self._say_why_it_stops(position)
             return False
         return is_done
+
+    def _report_step(self, position: Position, wishes: set[Wish]) -> None:
+        """Record what is due after a step, or wished for; add to `wishes` what is due or wished for then."""
+        trainer, done = self.run.config.trainer, position.step
+        every = {Wish.log: trainer.log_every, Wish.evaluate: trainer.eval_every}
+        wishes |= {wish for wish in every if done == self.inputs.sampler.steps or _is_due(done, every[wish])}
+        if _is_due(done, trainer.save_every):
+            wishes.add(Wish.save)
+        self._report(position, wishes)
+        if self.watch.ends_epoch(done):
+            asked = {*self.watch.agreed(When.epoch_end, done)} - wishes
+            self._report(position, asked)
+            wishes |= asked
+
+    def _report(self, position: Position, wishes: set[Wish]) -> None:
+        """Record a row of steps and evaluate, as `wishes` say; add what is wished for at these rows."""
+        if Wish.log in wishes:
+            self.record_steps(position)
+            wishes |= {*self.watch.agreed(When.recorded, position.step)}
+        if Wish.evaluate in wishes and self.inputs.eval_set is not None:
+            position.owes_evaluation = True
+            if self._evaluate(position):
+                wishes |= {*self.watch.agreed(When.recorded, position.step)}
 
     def _evaluate(self, position: Position) -> bool:
         """Evaluate if an evaluation is due, unless a rank asks to stop; return whether it was done."""
@@ -137,11 +159,14 @@ class Loop:
             rank_batch = self.run.shard(self.inputs.train_set, sampler.indices(step), self.costs)
             yield self.objective.ready_step(rank_batch, self.run.world.device)
 
-    def _step(self, position: Position, ready_steps: Iterator[ReadyStep], progress: Progress) -> bool:
-        """Train one step, advance `position`, and return whether a rank asked to stop.
+    def _step(
+        self, position: Position, ready_steps: Iterator[ReadyStep], progress: Progress
+    ) -> tuple[bool, set[Wish]]:
+        """Train one step, advance `position`, and return whether a rank asked to stop, and all wishes.
 
         Only DeepSpeed's update and `reduce_step` make the host wait for the device.
         """
+        before = self.watch.at(When.before_step, position.step)
         world, clock = self.run.world, StepClock(self.run.world.device)
         clock.enter("data")
         ready = next(ready_steps)
@@ -151,11 +176,13 @@ class Loop:
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
         if self.reference_sync is not None:
             self.reference_sync.after_step(position.step + 1)
+        wishes = {*before, *self.watch.at(When.after_step, position.step + 1)}
         votes = [self.run.stops.request.vote(), self.checkpoints.is_written]
+        votes += [wish in wishes for wish in self._votes]
         totals = reduce_step(sums, votes, norm, world)
         if self.starts_as_reference and position.step == 0:
             totals = without_comparisons(totals)
-        stop_votes, written = totals.votes
+        stop_votes, written, *wanted = totals.votes
         if written == world.size:
             clock.enter("checkpoint")
             self.checkpoints.commit()
@@ -189,7 +216,12 @@ class Loop:
             self.record_steps(position)
             self.checkpoints.commit()
             raise error
-        return stop_votes > 0
+        return stop_votes > 0, {wish for wish, votes in zip(self._votes, wanted, strict=True) if votes}
+
+    @property
+    def _votes(self) -> Collection[Wish]:
+        """The wishes on which the ranks vote after a step."""
+        return () if self.watch.on_moment is None else tuple(Wish)
 
     def _flops(self, batch: RankBatch, partners: RankBatch | None) -> float:
         flops = self.inputs.flops

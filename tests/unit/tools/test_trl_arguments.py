@@ -21,8 +21,11 @@ from transformers import (
     BitsAndBytesConfig,
     EarlyStoppingCallback,
     HfArgumentParser,
+    PrinterCallback,
     ProgressCallback,
     Qwen2ForCausalLM,
+    Trainer,
+    TrainerCallback,
     TrainingArguments,
     get_scheduler,
 )
@@ -187,6 +190,17 @@ TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
         },
         {},
     ),
+    (
+        {"learning_rate": np.float64(1e-3), "max_steps": np.int64(8), "loss_weights": np.array([2.0, 1.0])}
+        | {"loss_type": ["sigmoid", "sft"]},
+        {"optim.lr": 1e-3, "trainer.max_steps": 8}
+        | {"loss.terms": [{"kind": "sigmoid", "weight": 2.0}, {"kind": "sft", "weight": 1.0}]},
+    ),
+    (
+        {"eval_strategy": "epoch", "eval_dataset": {"easy": PAIRS[:4], "hard": PAIRS[4:]}}
+        | {"load_best_model_at_end": True, "metric_for_best_model": "eval_hard_rewards/accuracies"},
+        {"trainer.keep_best": "eval_rewards/accuracies/hard"},
+    ),
 ]
 
 
@@ -250,20 +264,24 @@ def test_the_rate_of_each_step_is_that_of_transformers(
         scheduler.step()
 
 
+class SeesGradients(TrainerCallback):  # type: ignore[misc]
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Inside a step."""
+
+
 BEST: dict[str, Any] = {"eval_strategy": "epoch", "eval_dataset": PAIRS[:4], "load_best_model_at_end": True}
 BEST |= {"metric_for_best_model": "rewards/margins"}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha", "not offered"),
-    ({"max_length": None}, "max_length", "set it to the tokens of the longest pair"),
     ({"disable_dropout": False}, "disable_dropout", "the same function"),
     ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy", "shuffled"),
-    ({"push_to_hub": True}, "push_to_hub", "dpo-dist export"),
+    ({"push_to_hub": True, "hub_strategy": "all_checkpoints"}, "hub_strategy", "pushed at the end"),
+    ({"compute_metrics": print}, "compute_metrics", "metrics.function"),
     ({"adam_epsilon": 1e-6}, "adam_epsilon", "always 1e-8"),
     ({"save_strategy": "best"}, "save_strategy", "trainer.save_every"),
     ({"data_collator": print}, "data_collator", "remove it"),
     ({"optimizers": (object(), None)}, "optimizers", "remove it"),
-    ({"callbacks": [ProgressCallback]}, "callbacks", "on_log"),
-    ({"callbacks": [EarlyStoppingCallback(2, 0.1)]}, "callbacks", "set it to 0"),
+    ({"callbacks": [SeesGradients]}, "callbacks", "on_step_end"),
     ({"peft_config": IA3Config()}, "peft_config", "LoraConfig"),
     ({"peft_config": LoraConfig(bias="all")}, "lora_bias", "no biases"),
     ({"peft_config": LoraConfig(rank_pattern={"q": 2})}, "rank_pattern", "words"),
@@ -293,7 +311,18 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "min_lr_ratio",
         "warm-up begins at this share",
     ),
+    (
+        {"eval_strategy": "epoch", "eval_dataset": {"easy": PAIRS[:4], "hard": PAIRS[4:]}}
+        | {"metric_for_best_model": "loss"},
+        "metric_for_best_model",
+        "eval_easy_loss",
+    ),
     ({"train_dataset": None}, "train_dataset", "datasets.Dataset"),
+    (
+        {"precompute_ref_log_probs": True, "train_dataset": Dataset.from_list(PAIRS).to_iterable_dataset()},
+        "train_dataset",
+        "leave it out",
+    ),
     ({"train_dataset": []}, "train_dataset", "at least one"),
 ]
 
@@ -306,6 +335,7 @@ def test_what_is_not_offered_is_named_with_the_reason(
         translated(folder, tmp_path, **given)
     assert raised.value.where == where
     assert remedy in raised.value.remedy
+    assert isinstance(raised.value, ValueError) or where == "train_dataset", "as in TRL"
 
 
 @pytest.mark.parametrize(
@@ -491,6 +521,61 @@ def test_an_override_is_refused_in_each_form_of_a_method(form: Any, folder: Path
         mine(str(folder), args=DPOConfig(output_dir=str(tmp_path)), train_dataset=PAIRS)
 
 
+def test_an_override_by_a_class_of_transformers_or_on_the_class_itself_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: Any = {"args": DPOConfig(output_dir=str(tmp_path)), "train_dataset": PAIRS}
+    mixin = type("Mixin", (Trainer,), {"training_step": _loss})
+    with pytest.raises(ConfigError, match=r"Mixin\.training_step"):
+        type("Mine", (mixin, DPOTrainer), {})(str(folder), **given)
+    monkeypatch.setattr(DPOTrainer, "compute_loss", _loss, raising=False)
+    with pytest.raises(ConfigError, match=r"DPOTrainer\.compute_loss"):
+        DPOTrainer(str(folder), **given)
+
+
+def test_attributes_are_those_of_trl_or_say_what_to_use(folder: Path, tmp_path: Path) -> None:
+    args = DPOConfig(output_dir=str(tmp_path), beta=0.3, loss_type=["ipo"])
+    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS)
+    assert isinstance(trainer, Trainer)
+    assert (trainer.beta, trainer.loss_types, trainer.hub_model_id) == (0.3, ["ipo"], None)
+    assert (trainer.aux_loss_enabled, trainer.is_fsdp_enabled) == (False, False)
+    assert trainer.is_local_process_zero()
+    assert args.distributed_state.is_main_process
+    assert {"trl", "dpo"} <= {*trainer.model.model_tags}
+    names = ("predict", "optimizer", "lr_scheduler", "data_collator", "get_train_dataloader", "compute_loss")
+    for name in names:
+        assert not hasattr(trainer, name)
+        with pytest.raises(ConfigError, match=rf"trainer\.{name}"):
+            getattr(trainer, name)
+    processes = trainer.accelerator
+    assert (processes.num_processes, processes.is_local_main_process) == (1, True)
+    assert processes.unwrap_model(trainer.model) is trainer.model
+    assert torch.equal(processes.gather(torch.ones(2)), torch.ones(2))
+    with pytest.raises(ConfigError, match=r"accelerator\.backward"):
+        _ = processes.backward
+    for left in (ProgressCallback(), PrinterCallback()):
+        trainer.add_callback(left)
+    trainer.remove_callback(PrinterCallback)
+    assert isinstance(trainer.pop_callback(ProgressCallback), ProgressCallback)
+    assert trainer.pop_callback(ProgressCallback) is None
+
+
+def test_data_of_a_trainer_have_the_token_ids_that_are_trained(folder: Path, tmp_path: Path) -> None:
+    args, held_out = DPOConfig(output_dir=str(tmp_path), max_length=None), {"easy": PAIRS[:2]}
+    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=held_out)
+    tokenizer = trainer.processing_class
+    for row, pair in zip(trainer.train_dataset, PAIRS, strict=True):
+        assert row["prompt_ids"] == tokenizer(pair["prompt"], add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(row["chosen_ids"]) == pair["chosen"] + tokenizer.eos_token
+        assert row["rejected"] == pair["rejected"]
+    assert [len(rows) for rows in trainer.eval_dataset.values()] == [2]
+    sides = ("chosen_ids", "rejected_ids")
+    longest = max(
+        len(row["prompt_ids"]) + max(len(row[side]) for side in sides) for row in trainer.train_dataset
+    )
+    assert keys_of(trainer)["data.max_length"] == longest
+
+
 def test_a_method_that_is_replaced_on_the_trainer_is_refused_before_it_trains(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -524,16 +609,14 @@ def test_arguments_that_change_after_the_trainer_is_made_are_refused(folder: Pat
 def test_attributes_that_change_after_the_trainer_is_made_are_refused(folder: Path, tmp_path: Path) -> None:
     args = DPOConfig(output_dir=str(tmp_path))
     trainer: Any = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=PAIRS[:4])
-    trainer.train_dataset, trainer.eval_dataset, trainer.ref_model = PAIRS[:2], PAIRS[:2], str(folder)
+    for name in ("train_dataset", "eval_dataset", "ref_model", "model"):
+        with pytest.raises(ConfigError, match=rf"trainer\.{name}"):
+            setattr(trainer, name, PAIRS[:2])
     trainer.loss_types, trainer.optimizer = ["ipo"], object()
     trainer.beta = args.beta  # which changes nothing
     with pytest.raises(ConfigError) as raised:
         trainer.train()
-    names = {"train_dataset", "eval_dataset", "ref_model", "loss_types", "optimizer"}
-    assert {part.where for part in raised.value.parts} == {f"trainer.{name}" for name in names}
-    del trainer.loss_types, trainer.optimizer
-    with pytest.raises(ConfigError, match=r"trainer\.eval_dataset"):
-        trainer.evaluate()
+    assert {part.where for part in raised.value.parts} == {"trainer.loss_types", "trainer.optimizer"}
 
 
 def test_a_script_may_read_what_transformers_computes_from_the_arguments(
@@ -545,7 +628,7 @@ def test_a_script_may_read_what_transformers_computes_from_the_arguments(
     def train(*_: Any, **__: Any) -> Any:
         raise TrainedError
 
-    monkeypatch.setattr("dpo_dist.trl.api.train", train)
+    monkeypatch.setattr("dpo_dist.api.train", train)
     trainer = DPOTrainer(str(folder), args=DPOConfig(output_dir=str(tmp_path)), train_dataset=PAIRS)
     assert trainer.args.device.type
     trainer.args.note = "of the script"
@@ -684,7 +767,8 @@ def test_before_training_a_trainer_has_what_it_was_given(folder: Path, tmp_path:
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     given = {"train_dataset": PAIRS, "peft_config": LoraConfig()}
     trainer = DPOTrainer(str(folder), args=args, processing_class=tokenizer, **given)
-    assert (trainer.train_dataset, trainer.eval_dataset) == (PAIRS, None)
+    assert [row["prompt"] for row in trainer.train_dataset] == [pair["prompt"] for pair in PAIRS]
+    assert trainer.eval_dataset is None
     assert isinstance(trainer.model, PeftModel)
     trainer.save_model(str(tmp_path / "saved"))
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
@@ -704,15 +788,15 @@ def test_a_callback_that_is_added_later_counts(folder: Path, tmp_path: Path) -> 
 def test_a_signal_ends_the_script_and_a_callback_ends_only_training(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended = {"exit": "preempted", "stopped_by": "SIGTERM", "steps": 1, "train_seconds": 1.0}
-    monkeypatch.setattr("dpo_dist.trl.api.train", lambda *_, **__: ended)
-    monkeypatch.setattr("dpo_dist.trl.api.read_metrics", lambda _: [])
+    ended = {"exit": "preempted", "stopped_by": "SIGTERM", "steps": 1, "train_seconds": 0.0}
+    monkeypatch.setattr("dpo_dist.api.train", lambda *_, **__: ended)
+    monkeypatch.setattr("dpo_dist.api.read_metrics", lambda _: [])
     args = DPOConfig(output_dir=str(tmp_path))
     trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS)
     with pytest.raises(SystemExit) as raised:
         trainer.train()
     assert raised.value.code == ExitCode.preempted
-    ended["stopped_by"] = "on_row"
+    ended["stopped_by"] = "a callback"
     assert trainer.train().global_step == 1
 
 
@@ -743,10 +827,10 @@ def test_a_run_that_stopped_has_the_weights_that_its_end_would_have(
         output.mkdir(parents=True)
         (output / output.name).touch()
 
-    monkeypatch.setattr("dpo_dist.trl.export.main", write)
-    ended = {"exit": "preempted", "stopped_by": "on_row", "steps": 4, "train_seconds": 1.0}
-    monkeypatch.setattr("dpo_dist.trl.api.train", lambda *_, **__: ended)
-    monkeypatch.setattr("dpo_dist.trl.api.read_metrics", lambda _: [])
+    monkeypatch.setattr("dpo_dist.verbs.export.main", write)
+    ended = {"exit": "preempted", "stopped_by": "a callback", "steps": 4, "train_seconds": 0.0}
+    monkeypatch.setattr("dpo_dist.api.train", lambda *_, **__: ended)
+    monkeypatch.setattr("dpo_dist.api.read_metrics", lambda _: [])
     with pytest.raises(ConfigError, match="resume_from_checkpoint"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     trainer.train()

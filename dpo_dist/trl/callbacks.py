@@ -1,0 +1,154 @@
+"""Calls the callbacks of a script at the moments of a run, with what transformers gives them."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerCallback
+
+from dpo_dist.api import Moment, When, Wish
+from dpo_dist.config.run_folder import best_checkpoint
+from dpo_dist.distributed.deepspeed_internals import is_sharded
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.process import this_rank
+from dpo_dist.model.lora import adapted_layers
+from dpo_dist.tools.convert.arguments import refused
+
+_NEVER = ("on_pre_optimizer_step", "on_optimizer_step", "on_substep_end")
+"""Events inside a step, which here is one piece."""
+_NOT_HERE = {
+    "optimizer": "the arguments set it, and the rows of state.log_history have the learning_rate",
+    "train_dataloader": "iterate over the trainer's train_dataset",
+}
+_NOT_HERE |= {
+    "lr_scheduler": _NOT_HERE["optimizer"],
+    "eval_dataloader": _NOT_HERE["train_dataloader"].replace("train", "eval"),
+}
+
+
+class AbsentError(ConfigError, AttributeError):
+    """An attribute of TRL's trainer that is not here; `hasattr` finds that it is not."""
+
+
+class Absent:
+    """Stands for an object that callbacks get from TRL's trainer, and not here: an error if it is used."""
+
+    def __init__(self, name: str, remedy: str) -> None:
+        self._name, self._remedy = name, remedy
+
+    def __getattr__(self, name: str) -> Any:
+        """Raise an error that says what to use."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AbsentError("this is not here", where=f"{self._name}.{name}", remedy=self._remedy)
+
+
+class Flow(DefaultFlowCallback):  # type: ignore[misc]
+    """Decides nothing: the run's own loop knows when rows, evaluations and checkpoints are due."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave `control` as it is."""
+
+    on_epoch_end = on_step_end
+
+
+class Follower:
+    """Follows a run on rank 0: keeps the trainer's `state`, calls its callbacks, obeys its `control`."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.has_begun, self._begins_epoch = trainer, False, True
+        self.policy: Any = None  # while it trains
+        handler = CallbackHandler([Flow()], None, None, None, None)
+        for name, remedy in _NOT_HERE.items():
+            setattr(handler, name, Absent(name, remedy))
+        self.handler = handler
+
+    def add(self, callback: Any) -> None:
+        """Add a callback, or one of a class; raise an error for an event that does not happen here."""
+        callback = callback() if isinstance(callback, type) else callback
+        for name in _NEVER:
+            if _overrides(callback, name):
+                remedy = "use on_step_begin or on_step_end: here a step is one piece"
+                raise refused("callbacks", f"{type(callback).__name__}.{name}", remedy)
+        self.handler.add_callback(callback)
+
+    def call(self, event: str, **values: Any) -> None:
+        """Call the callbacks, if this is rank 0."""
+        if this_rank() != 0:
+            return
+        trainer, handler = self.trainer, self.handler
+        is_used = any(_overrides(callback, event) for callback in handler.callbacks)
+        with self._model() if is_used else contextlib.nullcontext() as handler.model:
+            handler.processing_class = trainer.processing_class
+            trainer.control = getattr(handler, event)(trainer.args, trainer.state, trainer.control, **values)
+        handler.model = None
+        if trainer.control.should_epoch_stop:
+            trainer.control.should_epoch_stop = False
+            remedy = "set should_training_stop: here the rest of an epoch is not skipped"
+            raise refused("callbacks", "control.should_epoch_stop", remedy)
+
+    @contextlib.contextmanager
+    def _model(self) -> Iterator[Any]:
+        """Yield the model as it is now: outside of training the trainer's, else that which trains.
+
+        One with an adapter is the trainer's `PeftModel`, with the weights that the adapter has now.
+        """
+        if self.policy is None:
+            yield self.trainer.model
+        elif any(map(is_sharded, self.policy.causal_lm.parameters())):
+            yield Absent("model", "its weights are sharded: use on_save, or the trainer's model at the end")
+        elif adapted_layers(self.policy.causal_lm):
+            given = self.trainer.model
+            with torch.no_grad():
+                for name, weight in self.policy.causal_lm.named_parameters():
+                    if weight.requires_grad:
+                        given.get_parameter(f"base_model.model.{name}").copy_(weight)
+            yield given
+        else:
+            with self.policy.model.unpacked() as live:
+                yield live
+
+    def on_moment(self, moment: Moment) -> set[Wish]:
+        """Call the events of a moment; return what `control` asks of the step at hand."""
+        trainer, state = self.trainer, self.trainer.state
+        self.policy = moment.policy
+        now, state.max_steps = (state.global_step, state.epoch), moment.steps
+        state.global_step, state.epoch = moment.step, moment.epoch
+        match moment.when:
+            case When.start:
+                state.num_train_epochs = math.ceil(trainer.args.num_train_epochs)
+                state.log_history = trainer.rows(up_to=moment.step)
+                self.has_begun = self._begins_epoch = True
+                self.call("on_train_begin")
+            case When.before_step:
+                if self._begins_epoch:
+                    self.call("on_epoch_begin")
+                self._begins_epoch = False
+                self.call("on_step_begin")
+            case When.after_step:
+                self.call("on_step_end")
+            case When.epoch_end:
+                self._begins_epoch = True
+                self.call("on_epoch_end")
+            case When.saved:
+                if best := best_checkpoint(root := trainer.run.checkpoints):
+                    state.best_model_checkpoint = str(root / best)
+                self.call("on_save")
+                state.global_step, state.epoch = now
+        return self._wishes()
+
+    def _wishes(self) -> set[Wish]:
+        control = self.trainer.control
+        if control.should_evaluate and not self.trainer.evaluates:
+            control.should_evaluate = False
+            remedy = "pass an eval_dataset, and set eval_strategy='steps' and eval_steps"
+            raise refused("callbacks", "control.should_evaluate without evaluations", remedy)
+        asked = {Wish.log: control.should_log, Wish.evaluate: control.should_evaluate}
+        asked |= {Wish.save: control.should_save, Wish.stop: control.should_training_stop}
+        return {wish for wish, is_asked in asked.items() if is_asked}
+
+
+def _overrides(callback: Any, event: str) -> bool:
+    return getattr(type(callback), event, None) is not getattr(TrainerCallback, event)

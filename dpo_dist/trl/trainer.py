@@ -1,0 +1,701 @@
+"""`DPOTrainer` and `KTOTrainer`: the surface of TRL's trainers, and the runs below it."""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import HfApi
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, AutoTokenizer, Trainer
+from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from dpo_dist import api
+from dpo_dist.config.load import from_yaml, load_run_config
+from dpo_dist.config.metrics import results_name
+from dpo_dist.config.mistakes import raise_all
+from dpo_dist.config.rules import best_direction
+from dpo_dist.config.run_folder import RunFolder, best_checkpoint, checkpoint_folders
+from dpo_dist.config.schema import DataConfig, Direction, FinalModel, SourceConfig
+from dpo_dist.distributed.checkpoint.saver import SavedSlices
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, RunOutcome, StoppedError
+from dpo_dist.foundation.files import locked, write_text
+from dpo_dist.foundation.process import this_rank
+from dpo_dist.foundation.signals import BY_CALLBACK
+from dpo_dist.model.architectures import auto_class
+from dpo_dist.model.files.folder import is_adapter, model_folder
+from dpo_dist.objective.router import AUX_LOSS
+from dpo_dist.tools.convert.arguments import (
+    DPOConfig,
+    KTOConfig,
+    TrainerArguments,
+    adapter_keys,
+    not_offered,
+    refused,
+)
+from dpo_dist.tools.convert.launcher import launcher_keys
+from dpo_dist.tools.convert.reading import ForeignRun
+from dpo_dist.tools.convert.translate import translate_run
+from dpo_dist.tools.convert.unseen import REMEDIES, changed_arguments, changed_attributes, overrides
+from dpo_dist.training.start.resume import has_other_length, read_state
+from dpo_dist.trl.callbacks import AbsentError, Follower
+from dpo_dist.trl.data import longest_tokens, sources, with_token_ids
+from dpo_dist.trl.models import base_of, saved, tokenization, unseen
+from dpo_dist.trl.processes import Processes
+from dpo_dist.verbs import evaluate, export
+
+_BITS = ("load_in_", "bnb_4bit_quant_type")
+_HUB = ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
+_INHERITED = {"add_callback", "pop_callback", "remove_callback", "init_hf_repo", "is_local_process_zero"}
+_INHERITED |= {"is_world_process_zero", "log_metrics", "metrics_format", "save_metrics", "save_state"}
+"""The methods of transformers' `Trainer` that are used as they are; its others are not here."""
+_OF_ARGUMENTS = {name: name for name in ("beta", "loss_type", "loss_weights", "ld_alpha", "label_smoothing")}
+_OF_ARGUMENTS |= {name: name for name in ("f_divergence_type", "f_alpha_divergence_coef", "use_weighting")}
+_OF_ARGUMENTS |= {name: name for name in ("desirable_weight", "undesirable_weight", "padding_free")}
+_OF_ARGUMENTS |= {"loss_types": "loss_type", "precompute_ref_logps": "precompute_ref_log_probs"}
+"""Attributes of TRL's trainers that are arguments."""
+_LOOK = "evaluate(dataset, metric_key_prefix='test') has the metrics, and OUTPUT_DIR/run/evaluation each pair"
+_ELSEWHERE = {
+    **REMEDIES,
+    **dict.fromkeys(
+        ("optimizer", "lr_scheduler"), "the arguments set it; state.log_history has learning_rate"
+    ),
+    **dict.fromkeys(("predict", "prediction_step", "evaluation_loop"), _LOOK),
+    **dict.fromkeys(
+        ("get_train_dataloader", "get_eval_dataloader", "get_test_dataloader", "data_collator"),
+        "iterate over train_dataset or eval_dataset, which have token ids: batches are packed inside the run",
+    ),
+    "hyperparameter_search": "use dpo-dist sweep with the file dpo_dist.yaml in output_dir",
+}
+"""What to use in place of what is not here."""
+_OTHERS = {
+    "compute_metrics": "words=['metrics.function=MODULE:NAME'] names a function of log-probs: "
+    "docs/python.md#metrics-of-your-own; here no logits of whole texts are kept",
+}
+_LIBRARIES = ("builtins", "dpo_dist", "transformers")
+
+
+class _Missing:
+    """A method of transformers' `Trainer` that is not here: `__getattr__` of the trainer says so."""
+
+    def __get__(self, trainer: Any, kind: Any = None) -> Any:
+        raise AttributeError
+
+
+def _fixed(read: Callable[[Any], Any]) -> Any:
+    """Return a property that a script cannot set."""
+
+    def refuse(_: Any, value: Any) -> None:
+        remedy = "pass it, or set it by the arguments, when the trainer is made"
+        raise refused(f"trainer.{read.__name__}", type(value).__name__, remedy)
+
+    return property(read, refuse)
+
+
+class DPOTrainer(Trainer):  # type: ignore[misc]
+    """TRL's `DPOTrainer`: its arguments, methods and `state`; trains with dpo_dist."""
+
+    config: type[TrainerArguments] = DPOConfig
+    _tag_names = ("trl", "dpo")
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: TrainerArguments | None = None,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: Iterable[TrainerCallback] | None = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        **others: Any,
+    ) -> None:
+        """Write models and data in memory, and the translation, below `output_dir`; name what is refused."""
+        unknown = {key: value for key, value in others.items() if key not in _OTHERS}
+        raise_all(
+            [
+                *not_offered(self.config, args, unknown),
+                *(
+                    refused(key, type(others[key]).__name__, way)
+                    for key, way in _OTHERS.items()
+                    if others.get(key) is not None
+                ),
+            ]
+        )
+        raise_all(self._overrides(args) + unseen(model, ref_model, has_adapter=peft_config is not None))
+        name = Path(model if isinstance(model, str) else model.config.name_or_path).name
+        self.args = args or self.config(output_dir=f"{name}-{self.config.__name__[:3]}")
+        self.folder = Path(self.args.output_dir or "trainer_output")
+        self.run = RunFolder(self.folder / "run")
+        self.processing_class = processing_class
+        self.state, self.control = TrainerState(), TrainerControl()
+        self.accelerator, self._follower = Processes(self.args), Follower(self)
+        self.callback_handler = self._follower.handler
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        self.state.is_local_process_zero = self.is_local_process_zero()
+        self._keys = self.args.keys(_weights(model))
+        self._own: dict[str, Any] = {"run.dir": str(self.run), "run.root": str(self.folder)}
+        self._words, self._has_trained = list[str](), False
+        self._given: Any = None if isinstance(model, str) or peft_config is not None else model
+        self._given_data, self._given_reference = (train_dataset, eval_dataset), ref_model
+        for callback in callbacks or ():
+            self.add_callback(callback)
+        has_adapter = peft_config is not None or hasattr(model, "peft_config")
+        self._place_data(train_dataset, eval_dataset, has_adapter=has_adapter)
+        given = quantization_config or self._keys["model_init_kwargs"].pop("quantization_config", None)
+        given = given or getattr(getattr(model, "config", None), "quantization_config", None)
+        if given is not None:
+            self._keys |= {key: value for key, value in given.to_dict().items() if key.startswith(_BITS)}
+            if not isinstance(model, str) and not hasattr(model, "peft_config"):
+                model = model.config.name_or_path  # whose weights are quantized again
+        self._place_models(model, ref_model, peft_config)
+        self._place_hub()
+        if self.args.max_length is None:
+            self._own["data.max_length"] = self._longest()
+        raise_all([*self._place_steps(), *self._name_best()])
+        self._translate()
+        self.state.max_steps = self.args.max_steps
+        self._arguments = copy.deepcopy(dict(vars(self.args)))
+        self._given_once = {"processing_class": self.processing_class}
+        self._follower.call("on_init_end")
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback, or one of a class; its events happen on rank 0."""
+        callback = callback() if isinstance(callback, type) else callback
+        if type(callback) is EarlyStoppingCallback and not callback.early_stopping_threshold:
+            # As a key it also holds for a run that is resumed.
+            self._keys["early_stopping_patience"] = callback.early_stopping_patience
+            if self._words:  # else the trainer is still being made
+                self._translate()
+        else:
+            self._follower.add(callback)
+
+    def train(self, resume_from_checkpoint: bool | str | None = None, **_: Any) -> TrainOutput:
+        """Train; return what TRL's trainer returns.
+
+        `resume_from_checkpoint`: true: from the last checkpoint, which must be there; a path: it must be the
+        last one. Without it a run of the same arguments that was stopped goes on, and any other run that is
+        in `output_dir` is moved aside.
+        """
+        changed = changed_arguments(self.args, self._arguments) + changed_attributes(self, self._given_once)
+        raise_all(self._overrides(self.args) + changed)
+        self._find_start(resume_from_checkpoint)
+        follower, start = self._follower, time.time()
+        follower.has_begun = False
+        try:
+            with self._own_words():
+                summary = api.train(self._words, on_row=self._on_row, on_moment=follower.on_moment)
+        except StoppedError as stop:  # before the first step
+            self.accelerator.print(stop)
+            raise SystemExit(ExitCode.preempted) from stop
+        finally:
+            follower.policy = None
+        if summary["exit"] == RunOutcome.preempted and BY_CALLBACK not in summary["stopped_by"]:
+            raise SystemExit(ExitCode.preempted)  # the script would take these weights for the trained model
+        self._has_trained = True
+        steps, seconds = summary["steps"], summary["train_seconds"]
+        self.state.global_step, self.state.max_steps = steps, max(steps, self.state.max_steps)
+        if not follower.has_begun:
+            follower.call("on_train_begin")  # the run was complete, or this is not rank 0
+            self.state.log_history = self.rows()
+        self.__dict__.pop("_reference", None)  # it may have followed the policy
+        if isinstance(self._given, PeftModel):
+            self._given.load_adapter(str(self._result()), "default", is_trainable=True)
+        elif self._given is not None:
+            self._given.load_state_dict(self._loaded().state_dict())
+        raw = [row for row in api.read_metrics(self.run.path) if "loss" in row]
+        self.state.epoch = raw[-1].get("epoch") if raw else self.state.epoch
+        ends = [row["step"] for row in raw]
+        mean = (
+            float(np.average([row["loss"] for row in raw], weights=np.diff(ends, prepend=0))) if raw else 0.0
+        )
+        metrics = {"train_runtime": seconds or time.time() - start, "train_loss": mean}
+        if seconds:
+            metrics |= {"train_samples_per_second": summary["pairs_per_second"]}
+            metrics |= {"train_steps_per_second": steps / seconds}
+        self.log({**self._rest(raw), **metrics, "step": steps})
+        if self.args.push_to_hub and self.args.hub_strategy != "end":
+            self.push_to_hub()
+        follower.call("on_train_end")
+        return TrainOutput(steps, mean, metrics)
+
+    def evaluate(
+        self, eval_dataset: Any = None, _: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate the trained model, before training the one that was given; return the metrics."""
+        if isinstance(eval_dataset, str):
+            given = [source for source in self._eval if source.get("label") == eval_dataset]
+        elif eval_dataset is None:
+            given = self._eval
+        else:
+            folder, is_stored = self.folder / "encoded" / "records", self.args.precompute_ref_log_probs
+            given = sources(eval_dataset, "eval_dataset", folder, is_stored=is_stored)
+        if not given:
+            raise refused("evaluate", "no eval_dataset", "pass one to evaluate, or to the trainer")
+        config = load_run_config(self._words)
+        data = [SourceConfig(**source) for source in given]
+        evaluation = replace(config.evaluation, model=self._result() or self._start, data=data)
+        with self._own_words(), api.as_guest():
+            evaluate.main(replace(config, evaluation=evaluation))
+        results, metrics = json.loads(self.run.evaluation.results.read_text()), dict[str, float]()
+        for label in [source["label"] for source in given if "label" in source] or [""]:
+            found = results[results_name(label) if label else "all"]
+            names = {key: f"{metric_key_prefix}_{label}_".replace("__", "_") for key in found}
+            row = {names[key] + key.removeprefix("eval_"): found[key] for key in found if key != "intervals"}
+            metrics |= row
+            self.log({**row, "step": self.state.global_step})
+            self._follower.call("on_evaluate", metrics=row)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002
+        """Keep a row of the run, and tell the callbacks: an override is called for each row."""
+        if self.state.epoch is not None:
+            logs = {"epoch": self.state.epoch, **logs}
+        self.state.log_history.append({**logs, "step": logs.get("step", self.state.global_step)})
+        self._follower.call("on_log", logs=logs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Copy the trained model, or the one that was given, with its tokenizer, to a folder."""
+        options, folder = self._keys["model_init_kwargs"], Path(output_dir or self.folder)
+        source = self._result() or model_folder(self._start, options.get("revision"), accepts_adapter=True)
+        if this_rank() == 0:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+            if hasattr(self.processing_class, "image_processor"):
+                self.processing_class.save_pretrained(folder)
+            if "data.chat_template" in self._own:
+                write_text(folder / "chat_template.jinja", self.processing_class.chat_template)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,  # noqa: ARG002  (it always waits: the files are temporary)
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **_: Any,
+    ) -> Any:
+        """Upload what `save_model` writes to `args.hub_model_id`, or one with `output_dir`'s name."""
+        self._follower.call("on_push_begin")
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_model(folder, _internal_call=True)
+            if not self.is_world_process_zero():
+                return None
+            return HfApi(token=token or self.args.hub_token).upload_folder(
+                repo_id=str(self.hub_model_id),
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision or self.args.hub_revision,
+            )
+
+    def end(self, *_: Any, **__: Any) -> None:
+        """Do nothing: trackers and processes have ended with the run, and its model has a card."""
+
+    create_model_card = end
+
+    @_fixed
+    def model(self) -> Any:
+        """The model that was given, or loaded once; after `train` with the trained weights."""
+        if self._given is None:
+            self._given = self._loaded()
+        if not getattr(self._given, "model_tags", None):
+            self._given.add_model_tags([*self._tag_names])
+        return self._given
+
+    model_wrapped = model
+
+    @_fixed
+    def ref_model(self) -> Any:
+        """The reference that was given, or a copy of the model before training; None with an adapter."""
+        return self._reference
+
+    @cached_property
+    def _reference(self) -> Any:
+        if self._given_reference is not None and not isinstance(self._given_reference, str):
+            return self._given_reference
+        if self._given_reference is None and (self._has_adapter or self.args.precompute_ref_log_probs):
+            return None
+        source = self._own.get("reference.path", self._own["model.path"])
+        reference = self._from_files(source).requires_grad_(False)
+        folders = checkpoint_folders(self.run.checkpoints) if self._has_trained else []
+        if self.args.sync_ref_model and folders:
+            written = SavedSlices.find(folders[0], "reference")
+            for name, weight in reference.named_parameters():
+                weight.data.copy_(written.whole(name))
+        return reference
+
+    @_fixed
+    def train_dataset(self) -> Any:
+        """The records of `train_dataset` that are trained, with their token ids."""
+        return self._encoded[0]
+
+    @_fixed
+    def eval_dataset(self) -> Any:
+        """The records of `eval_dataset` that are scored, with their token ids."""
+        return self._encoded[1]
+
+    @cached_property
+    def _encoded(self) -> list[Any]:
+        limits = load_run_config(self._words).data
+        places = zip(self._given_data, (self._own["data.train"], self._eval), strict=True)
+        return [with_token_ids(given, at, self.processing_class, limits) for given, at in places]
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether the loss of a mixture of experts has the term that balances them."""
+        return bool(self._keys["router_aux_loss_coef"])
+
+    @property
+    def is_fsdp_enabled(self) -> bool:
+        """False: weights are sharded by ZeRO."""
+        return False
+
+    @property
+    def is_deepspeed_enabled(self) -> bool:
+        """Whether a ZeRO stage shards the run."""
+        return load_run_config(self._words).parallelism.kind != "ddp"
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of TRL's trainer that is an argument; else raise an error with what to use."""
+        if name in _OF_ARGUMENTS and "args" in self.__dict__:
+            return getattr(self.args, _OF_ARGUMENTS[name])
+        if name.startswith("__") or "args" not in self.__dict__:
+            raise AttributeError(name)
+        public = ", ".join(sorted(entry for entry in _OFFERED if entry[0] != "_"))
+        remedy = _ELSEWHERE.get(
+            name, f"a trainer has its arguments as `args`, its rows as `state`, and {public}"
+        )
+        raise AbsentError("dpo_dist's trainer does not have this", where=f"trainer.{name}", remedy=remedy)
+
+    def rows(self, up_to: float = math.inf) -> list[dict[str, float]]:
+        """Return the rows of the run in `output_dir` as TRL's trainer logs them."""
+        every = api.read_metrics(self.run.path)
+        return [shown for row in every if row["step"] <= up_to for shown in self._shown(row)]
+
+    def _shown(self, row: dict[str, float], *, is_asked: bool = False) -> list[dict[str, float]]:
+        """Return a row as those of TRL: one for each evaluation set, none for what TRL does not log.
+
+        `is_asked`: a callback asked for it.
+        """
+        if row["step"] == 0 and not self.args.eval_on_start:
+            return []
+        if "loss" in row:
+            # TRL logs the steps after the last due row in the row at the end.
+            every, is_last = self._keys.get("logging_steps", 0), row["step"] == self.state.max_steps
+            if (
+                is_last
+                and not is_asked
+                and self.args.logging_strategy != "epoch"
+                and (self.args.logging_strategy == "no" or row["step"] % every)
+            ):
+                return []
+            return [_as_trl_names(row)]
+        if not (labels := [source["label"] for source in self._eval if "label" in source]):
+            return [row]
+        shown = list[dict[str, float]]()
+        for label in labels:
+            end = f"/{label}" if len(labels) > 1 else ""  # the only set has no name in a row
+            own = [key for key in row if key.startswith("eval_") and key.endswith(end)]
+            named = {f"eval_{label}_{key.removeprefix('eval_').removesuffix(end)}": row[key] for key in own}
+            shown.append({**{key: row[key] for key in ("step", "epoch") if key in row}, **named})
+        return shown
+
+    def _rest(self, losses: list[dict[str, float]]) -> dict[str, float]:
+        """Return the metrics of the last steps, if TRL logs them at the end only."""
+        if not losses or self._shown(losses[-1]):
+            return {}
+        own = ("loss", "grad_norm", "learning_rate", "step")
+        return {key: value for key, value in _as_trl_names(losses[-1]).items() if key not in own}
+
+    def _on_row(self, row: dict[str, float]) -> None:
+        """Log a row, on rank 0, as TRL's trainer does, and note the best evaluation."""
+        self.state.global_step, self.state.epoch = int(row["step"]), row.get("epoch")
+        merged = dict[str, float]()
+        for logs in self._shown(row, is_asked=self.control.should_log):
+            self.log(logs)
+            merged |= logs
+            if "eval_loss" in row:
+                self._follower.call("on_evaluate", metrics=logs)
+        value = merged.get(f"eval_{self._best_metric}")
+        best, sign = self.state.best_metric, 1 if self._is_greater_better else -1
+        if value is not None and (best is None or sign * value > sign * best):
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+
+    def _overrides(self, args: TrainerArguments | None) -> list[ConfigError]:
+        """Return errors for the methods of a subclass that nothing calls.
+
+        A script calls `evaluate` and `save_model`; the loop of dpo_dist, other than TRL's, does not.
+        """
+        args = args or self.config()
+        strategies = {"evaluate": args.eval_strategy, "save_model": args.save_strategy}
+        by_script = {name for name in _OFFERED if strategies.get(name, "no") == "no"}
+        kinds = [kind for kind in type(self).__mro__ if kind.__module__.split(".")[0] not in _LIBRARIES]
+        places = [(kind.__name__, set(vars(kind))) for kind in kinds]
+        for kind in (DPOTrainer, KTOTrainer):  # a method may have been set on the class
+            new = {name for name, value in vars(kind).items() if not isinstance(value, _Missing)}
+            places.append((kind.__name__, new - _OFFERED))
+        return overrides([*places, ("trainer", set(vars(self)))], by_script)
+
+    def _find_start(self, wanted: bool | str | None) -> None:
+        """Check `resume_from_checkpoint`, or move a run aside that TRL would replace."""
+        if wanted:
+            self._check_resume(str(wanted))
+        elif self._has_trained:
+            remedy = (
+                "pass resume_from_checkpoint=True to go on from its last checkpoint, or make a new trainer"
+            )
+            remedy += ": with model=trainer.model it trains on, and ref_model is the reference"
+            raise refused("train", "a second call on the same trainer", remedy)
+        elif this_rank() != 0:
+            while self._is_replaced():  # rank 0 moves it; if that fails, the launcher ends this process
+                time.sleep(0.1)
+        elif self._is_replaced():
+            numbers = (number for number in range(1, 10**6) if not Path(f"{self.run}-{number}").exists())
+            aside = Path(f"{self.run}-{next(numbers)}")
+            with locked(self.run.lock, "trains in this output_dir", "wait for it, or set another output_dir"):
+                self.run.path.rename(aside)
+            self.accelerator.print(f"{self.folder} has another run, kept as {aside}; training starts anew")
+
+    def _is_replaced(self) -> bool:
+        """Return whether the run in `output_dir` is complete, or one of other arguments, models or data."""
+        state, identity = read_state(self.run), load_run_config(self._words).identity
+        return state is not None and (
+            state.is_finished or state.identity.get("run_digest") != identity.digest
+        )
+
+    def _check_resume(self, wanted: str) -> None:
+        """Check that there is a checkpoint of these arguments, and that it is `wanted` if this is a path."""
+        last = next(iter(checkpoint_folders(self.run.checkpoints)), None)
+        if last is None:
+            remedy = "there is no checkpoint yet: leave it out, and train() continues one if there is one"
+            raise refused("resume_from_checkpoint", wanted, remedy)
+        if wanted != "True" and last.resolve() != Path(wanted).resolve():
+            raise refused("resume_from_checkpoint", wanted, f"pass True or {last}")
+        state, identity = read_state(self.run), load_run_config(self._words).identity
+        if state is None or has_other_length(state.identity, identity):
+            return
+        if state.identity.get("run_digest") != identity.digest:
+            remedy = "leave it out to train from the start (what is there is kept), or restore the arguments"
+            raise refused("resume_from_checkpoint", f"{last}, of other arguments or data", remedy)
+
+    @contextlib.contextmanager
+    def _own_words(self) -> Iterator[None]:
+        """Say in the words of a script what to do about an error of a run."""
+        try:
+            yield
+        except DpoDistError as error:
+            text = error.advice.text.replace("run.dir", "output_dir")
+            if words := error.advice.write:
+                text += f"; a script passes it as {self.config.__name__}(words={[*words]})"
+            error.advice = replace(error.advice, text=text)
+            raise
+
+    def _from_files(self, source: str) -> Any:
+        options = {"use_safetensors": True, "trust_remote_code": self.args.trust_remote_code}
+        options |= {"dtype": "float32"} | self._keys["model_init_kwargs"]
+        return auto_class(self._facts, self.args.trust_remote_code).from_pretrained(source, **options)
+
+    def _loaded(self) -> Any:
+        """Load the trained model, else the one that was named; with an adapter as a `PeftModel`."""
+        trained = self._result()
+        adapter = trained if trained and is_adapter(Path(trained)) else None
+        model = self._from_files(self._own["model.path"] if adapter or not trained else trained)
+        if adapter:
+            return PeftModel.from_pretrained(model, adapter)
+        return model if trained or self._peft is None else get_peft_model(model, self._peft)
+
+    def _result(self) -> str | None:
+        """Return the folder of the trained model; of a run that a callback stopped, write it first."""
+        if not self._has_trained:
+            return None
+        if self.run.model.is_dir():
+            return str(self.run.model)
+        if not (folders := checkpoint_folders(self.run.checkpoints)):
+            return None
+        config = from_yaml(self.run.config.read_text())
+        best = best_checkpoint(self.run.checkpoints) if config.trainer.final is FinalModel.best else None
+        exported = self.run.exported / (best or folders[0].name)
+        if this_rank() == 0 and not exported.is_dir():
+            with api.as_guest():
+                export.main(config)
+        while not exported.is_dir():  # rank 0 writes it; if that fails, the launcher ends this process
+            time.sleep(0.1)
+        return str(exported)
+
+    def _place_data(self, train_dataset: Any, eval_dataset: Any, *, has_adapter: bool) -> None:
+        """Set the keys of the records, and write them."""
+        folder, is_stored = self.folder / "encoded" / "records", self.args.precompute_ref_log_probs
+        self._own["samples.prompts"] = 0
+        train = self._own["data.train"] = sources(train_dataset, "train_dataset", folder, is_stored=is_stored)
+        self._eval, self.evaluates = list[dict[str, Any]](), self.args.eval_strategy != "no"
+        if eval_dataset is not None:
+            self._eval = sources(eval_dataset, "eval_dataset", folder, is_stored=is_stored)
+        columns = train[0].get("columns", {})
+        self._own["data.unpair"] = self.config is KTOConfig and "chosen" in columns
+        if "images" in columns:
+            trained = "none" if has_adapter else "tower"
+            self._own |= {"model.images.train": trained, "data.images": str(Path.cwd())}
+        if self.evaluates:
+            self._own["data.eval"] = self._eval
+
+    def _place_steps(self) -> list[ConfigError]:
+        """Set the keys that depend on the number of steps; return faults of the arguments."""
+        args, keys = self.args, self._keys
+        lines = sum(len(Path(source["path"]).read_bytes().splitlines()) for source in self._own["data.train"])
+        count = lines * (2 if self._own["data.unpair"] else 1)
+        keys |= args.intervals(count)
+        return args.faults(count, has_evaluation=bool(self._eval))
+
+    def _launched(self) -> dict[str, Any]:
+        """Return the keys that the launcher's file means; the arguments' own way of sharding wins."""
+        if self.args.deepspeed or self.args.fsdp:
+            return {}
+        is_quantized = any(key.startswith(_BITS) for key in self._keys | self._keys["model_init_kwargs"])
+        is_half = bool(self._keys.get("bf16", True) or self.args.fp16)
+        keys, said = launcher_keys(os.environ, is_quantized=is_quantized, is_half=is_half)
+        for line in said:
+            self.accelerator.print(line)
+        return keys
+
+    def _place_models(self, model: Any, ref_model: Any, peft_config: Any) -> None:
+        """Set the keys of the models; save those in memory."""
+        own, tokenizer, options = self._own, self.processing_class, self._keys["model_init_kwargs"]
+        named = {"revision": options.get("revision"), "trust_remote_code": self.args.trust_remote_code}
+        root = self.folder / "models"
+        own |= self._launched()
+        self._has_adapter = peft_config is not None or hasattr(model, "peft_config")
+        if hasattr(model, "peft_config"):
+            if peft_config is not None:
+                raise refused("peft_config", "with a PeftModel", "merge_and_unload its adapter first")
+            self._keys |= {"use_peft": True, "adapter_name_or_path": saved(model, None, root)}
+            model = base_of(model, options.get("revision"))
+        source = model if isinstance(model, str) else model.config.name_or_path
+        if tokenizer is None:
+            tokenizer = self.processing_class = AutoTokenizer.from_pretrained(source, **named)
+        elif isinstance(model, str):
+            kept = AutoTokenizer.from_pretrained(source, **named)
+            if tokenization(kept) != tokenization(tokenizer):
+                kind = auto_class(AutoConfig.from_pretrained(source, **named), self.args.trust_remote_code)
+                model = kind.from_pretrained(source, use_safetensors=True, **options | named)
+            elif tokenizer.chat_template and tokenizer.chat_template != kept.chat_template:
+                own["data.chat_template"] = str(self.folder / "chat_template.jinja")
+                write_text(self.folder / "chat_template.jinja", tokenizer.chat_template)
+        own["model.path"] = model if isinstance(model, str) else saved(model, tokenizer, root)
+        self._start, self._peft = self._keys.get("adapter_name_or_path", own["model.path"]), peft_config
+        if ref_model is not None:
+            is_path = isinstance(ref_model, str)
+            own["reference.path"] = ref_model if is_path else saved(ref_model, tokenizer, root)
+        self._facts = AutoConfig.from_pretrained(own["model.path"], **named)
+        if peft_config is not None:
+            self._keys |= adapter_keys(peft_config, self._facts.model_type)
+        experts = getattr(self._facts.get_text_config(), "router_aux_loss_coef", None)
+        given = self.args.router_aux_loss_coef
+        self._keys["router_aux_loss_coef"] = (experts and "model" if given is None else given) or None
+
+    def _place_hub(self) -> None:
+        """Take the arguments of the hub, to which the trained model is pushed at the end."""
+        self.hub_model_id = self.args.hub_model_id
+        if "checkpoint" in str(getattr(self.args.hub_strategy, "value", self.args.hub_strategy)):
+            remedy = "leave it out: the model is pushed at the end, and by save_model"
+            raise refused("hub_strategy", str(self.args.hub_strategy), remedy)
+        for key in _HUB:
+            self._keys.pop(key, None)
+        if self.args.push_to_hub:
+            self.init_hf_repo()
+
+    def _longest(self) -> int:
+        """Return the tokens of the longest record, where none is cut."""
+        every, template = [*self._own["data.train"], *self._eval], self._own.get("data.chat_template")
+        if any("images" in source.get("columns", {}) for source in every):
+            raise refused(
+                "max_length", "None, with images", "set it to a number of tokens that fits all records"
+            )
+        self._keys.pop("max_length", None)
+        limits = DataConfig(chat_template=template, unpair=self._own["data.unpair"], max_length=2**30)
+        return longest_tokens(every, self.processing_class, limits)
+
+    @property
+    def _best_metric(self) -> str:
+        usual = "loss" if self.args.load_best_model_at_end else ""
+        return (self.args.metric_for_best_model or usual).removeprefix("eval_")
+
+    @property
+    def _is_greater_better(self) -> bool:
+        given = self.args.greater_is_better
+        return not self._best_metric.endswith("loss") if given is None else bool(given)
+
+    def _name_best(self) -> list[ConfigError]:
+        """Name the metric of one evaluation set as here: `eval_easy_loss` is `loss/easy`; return faults."""
+        name = self._best_metric
+        labels = [source["label"] for source in self._eval if "label" in source]
+        label = max((label for label in labels if name.startswith(f"{label}_")), key=len, default=None)
+        if label is None:
+            if not name or len(labels) < 2:
+                return []
+            remedy = f"name the set: eval_{labels[0]}_{name}"
+            return [refused("metric_for_best_model", f"{name}, of several sets", remedy)]
+        metric = name.removeprefix(f"{label}_")
+        self._keys["metric_for_best_model"] = f"{metric}/{label}" if len(labels) > 1 else metric
+        best = best_direction(f"eval_{metric}")
+        if best is None or self._is_greater_better == (best is Direction.highest):
+            return []
+        remedy = f"set it to {best is Direction.highest}: here the {best} value of {metric} is the best"
+        return [refused("greater_is_better", str(self.args.greater_is_better), remedy)]
+
+    def _translate(self) -> None:
+        """Write the file of the run; raise if an argument with an effect has no translation."""
+        name = self.config.__name__
+        translation = translate_run(ForeignRun("TRL", self._keys, name), self._own)
+        given = self._keys | self._keys["model_init_kwargs"] | self._keys.get("lr_scheduler_kwargs", {})
+        faults = [
+            refused(key, str(given.get(key)), f"{why}; keys of dpo_dist go into {name}(words=[...])")
+            for key, why in translation.reasons.items()
+            if key not in translation.unneeded and key not in translation.unused
+        ]
+        raise_all(faults)
+        for key, why in translation.unused.items():
+            warnings.warn(f"{key}: {why}", stacklevel=4)
+        file = self.folder / "dpo_dist.yaml"
+        write_text(file, translation.as_file())
+        self._words = [str(file), *self.args.words]
+
+
+def _weights(model: Any) -> torch.dtype | None:
+    """Return the type in which a model in memory is trained; None: by the arguments."""
+    is_named = isinstance(model, str) or hasattr(model, "quantization_method")
+    return None if is_named else getattr(model, "dtype", None)
+
+
+def _as_trl_names(row: dict[str, float]) -> dict[str, float]:
+    return {**row, "aux_loss": row[AUX_LOSS]} if AUX_LOSS in row else row
+
+
+class KTOTrainer(DPOTrainer):
+    """TRL's `KTOTrainer`: as `DPOTrainer`, on labelled responses, or on pairs that are taken apart."""
+
+    config = KTOConfig
+    _tag_names = ("trl", "kto")
+
+
+_OFFERED = frozenset(vars(DPOTrainer)) | _INHERITED
+for _name in dir(Trainer):
+    if _name not in _OFFERED and not _name.startswith("__"):
+        setattr(DPOTrainer, _name, _Missing())
