@@ -168,7 +168,7 @@ def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def plain_texts(counts: Mapping[str, Any], records: str = "records") -> str:
+def plain_text_count(counts: Mapping[str, Any], records: str = "records") -> str:
     """Return how many kept records are plain text beside a chat template, "" if none."""
     plain, kept = counts.get(_PLAIN, 0), counts.get("kept", 0)
     return f"{plain:,} of {kept:,} {records} are {in_words(_PLAIN)}" if plain else ""
@@ -183,7 +183,7 @@ def two_forms(counts: Mapping[str, Any]) -> list[str]:
     """Return a warning if the chat template renders only a part of a source's records, else none."""
     if not 0 < counts.get(_PLAIN, 0) < counts["kept"]:
         return []
-    return [f"{plain_texts(counts, 'records of this source')}; {reason_remedy(_PLAIN)}"]
+    return [f"{plain_text_count(counts, 'records of this source')}; {reason_remedy(_PLAIN)}"]
 
 
 def read_in_words(read_as: Mapping[str, int]) -> str:

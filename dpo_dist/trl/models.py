@@ -11,6 +11,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from safetensors import safe_open
 
+from dpo_dist.distributed.deepspeed_internals import is_sharded
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import locked, staged_folder
 from dpo_dist.foundation.process import this_rank
@@ -78,7 +79,7 @@ def saved(model: Any, tokenizer: Any, root: Path) -> str:
     digest = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=8)
     if tokenizer is not None:
         digest.update(repr((tokenization(tokenizer), tokenizer.chat_template)).encode())
-    if any(hasattr(weight, "ds_id") for weight in model.parameters()):
+    if any(map(is_sharded, model.parameters())):
         remedy = "pass its name or folder: under this launcher transformers loads only a part in a process"
         raise refused("model", f"a {type(model).__name__} whose weights ZeRO-3 shards", remedy)
     for name, tensor in sorted(model.state_dict().items()):

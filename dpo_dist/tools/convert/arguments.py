@@ -129,9 +129,6 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         if self.eval_on_start and self.eval_strategy == "no" and has_evaluation:
             remedy = "set eval_strategy, or call evaluate() before train()"
             found.append(refused("eval_on_start", "True", remedy))
-        if self.max_length is None:
-            remedy = "set it to the tokens of the longest pair: here a longer one is cut"
-            found.append(refused("max_length", "None", remedy))
         if self.dataloader_drop_last and records % (self.per_device_train_batch_size * self.world_size):
             remedy = "leave it out: here the last step of an epoch has the pairs that are left"
             found.append(refused("dataloader_drop_last", "True", remedy))

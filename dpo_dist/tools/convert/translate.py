@@ -137,7 +137,8 @@ def _loss_options_of_trl(run: Translation) -> None:
         run.comment(option, run.left.pop(option), reason)
     for option, (needed, value) in _ONLY_WITH.items():
         if option in run.left and run.left.get(needed) != value:
-            run.comment(option, run.left.pop(option), f"not needed: TRL reads it only with {needed}: {value}")
+            why = f"not needed: TRL reads it only with {needed}: {value}"
+            run.comment(option, run.left.pop(option), why, is_needed=False)
 
 
 def _simpo(run: Translation) -> None:
@@ -280,7 +281,8 @@ def _numbers(run: Translation) -> None:
     elif scheduler == "constant":
         run.values["optim.warmup_ratio"] = 0.0
         for key in filter(run.left.__contains__, _WARMUP):
-            run.comment(key, run.left.pop(key), "not needed: there, `constant` has no warm-up")
+            why = "not needed: there, `constant` has no warm-up"
+            run.comment(key, run.left.pop(key), why, is_needed=False)
     if run.left.get("sync_ref_model") is True and (steps := run.take("ref_model_sync_steps", default=0)):
         run.take("sync_ref_model")
         run.set("reference.mode", "live", "sync_ref_model", True)

@@ -31,7 +31,7 @@ from dpo_dist.data.counts import (
     check_counts,
     counts_in_one_line,
     named_in_one_line,
-    plain_texts,
+    plain_text_count,
     read_in_words,
     reason_remedy,
     two_forms,
@@ -150,7 +150,7 @@ def _faults(
         text += "; set data.chat_template to one that writes them"
         faults.append(("the chat template omits tools", text))
     if trains and are_mostly_plain(numbers):
-        text = f"{plain_texts(numbers)}; {reason_remedy('chat_template_not_applied')}"
+        text = f"{plain_text_count(numbers)}; {reason_remedy('chat_template_not_applied')}"
         faults.append(("the chat template is not applied", text))
     trained, evaluated = (
         np.concatenate([np.empty(0, np.uint64), *(found.prompts for found in part)])

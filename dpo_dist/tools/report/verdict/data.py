@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from statistics import fmean
 
 from dpo_dist.config.losses import balancing_weight
-from dpo_dist.data.counts import are_mostly_plain, plain_texts
+from dpo_dist.data.counts import are_mostly_plain, plain_text_count
 from dpo_dist.foundation.text import percent, pluralize
 from dpo_dist.tools.report.verdict.facts import (
     FEWEST_PAIRS,
@@ -190,7 +190,7 @@ def _doctor_errors(facts: RunFacts) -> Iterator[str]:
 def _template_not_applied(facts: RunFacts) -> Iterator[str]:
     counts = facts.counts("train")
     if are_mostly_plain(counts):
-        told = plain_texts(counts, "training records")
+        told = plain_text_count(counts, "training records")
         yield f"{told}: chats with the model do not look like what it was trained on"
 
 
