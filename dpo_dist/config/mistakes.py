@@ -51,9 +51,14 @@ _PRESET_PATHS = {
 
 @cache
 def other_trainers() -> dict[str, Any]:
-    """Return the sections of names.yaml."""
+    """Return the sections of names.yaml; `advice` has a row for each answer."""
     content = Path(__file__).with_name("names.yaml").read_text(encoding="utf-8")
-    return cast(dict[str, Any], yaml.safe_load(content))
+    tables = cast(dict[str, Any], yaml.safe_load(content))
+    rows = tables.pop("both")
+    rows += [{"write": words, "names": names} for words, names in tables.pop("words").items()]
+    for kind, facts in {"advice": {}, "switches": {"is_switch": True}, "unneeded": {"drops": True}}.items():
+        rows += [{"text": text, "names": names} | facts for text, names in tables.pop(kind).items()]
+    return tables | {"advice": rows}
 
 
 @cache

@@ -18,13 +18,12 @@ from dpo_dist.tools.convert.arguments import refused
 
 _NEVER = ("on_pre_optimizer_step", "on_optimizer_step", "on_substep_end")
 """Events inside a step, which here is one piece."""
-_NOT_HERE = {
-    "optimizer": "the arguments set it, and the rows of state.log_history have the learning_rate",
+NOT_HERE = {
+    **dict.fromkeys(
+        ("optimizer", "lr_scheduler"), "the arguments set it; state.log_history has learning_rate"
+    ),
     "train_dataloader": "iterate over the trainer's train_dataset",
-}
-_NOT_HERE |= {
-    "lr_scheduler": _NOT_HERE["optimizer"],
-    "eval_dataloader": _NOT_HERE["train_dataloader"].replace("train", "eval"),
+    "eval_dataloader": "iterate over the trainer's eval_dataset",
 }
 
 
@@ -61,13 +60,12 @@ class Follower:
         self.trainer, self.has_begun, self._begins_epoch = trainer, False, True
         self.policy: Any = None  # while it trains
         handler = CallbackHandler([Flow()], None, None, None, None)
-        for name, remedy in _NOT_HERE.items():
+        for name, remedy in NOT_HERE.items():
             setattr(handler, name, Absent(name, remedy))
         self.handler = handler
 
     def add(self, callback: Any) -> None:
-        """Add a callback, or one of a class; raise an error for an event that does not happen here."""
-        callback = callback() if isinstance(callback, type) else callback
+        """Add a callback; raise an error for an event that does not happen here."""
         for name in _NEVER:
             if _overrides(callback, name):
                 remedy = "use on_step_begin or on_step_end: here a step is one piece"

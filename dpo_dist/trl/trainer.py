@@ -51,7 +51,7 @@ from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.translate import translate_run
 from dpo_dist.tools.convert.unseen import REMEDIES, changed_arguments, changed_attributes, overrides
 from dpo_dist.training.start.resume import has_other_length, read_state
-from dpo_dist.trl.callbacks import AbsentError, Follower
+from dpo_dist.trl.callbacks import NOT_HERE, AbsentError, Follower
 from dpo_dist.trl.data import longest_tokens, sources, with_token_ids
 from dpo_dist.trl.models import base_of, saved, tokenization, unseen
 from dpo_dist.trl.processes import Processes
@@ -70,9 +70,7 @@ _OF_ARGUMENTS |= {"loss_types": "loss_type", "precompute_ref_logps": "precompute
 _LOOK = "evaluate(dataset, metric_key_prefix='test') has the metrics, and OUTPUT_DIR/run/evaluation each pair"
 _ELSEWHERE = {
     **REMEDIES,
-    **dict.fromkeys(
-        ("optimizer", "lr_scheduler"), "the arguments set it; state.log_history has learning_rate"
-    ),
+    **{name: NOT_HERE[name] for name in ("optimizer", "lr_scheduler")},
     **dict.fromkeys(("predict", "prediction_step", "evaluation_loop"), _LOOK),
     **dict.fromkeys(
         ("get_train_dataloader", "get_eval_dataloader", "get_test_dataloader", "data_collator"),
@@ -81,10 +79,6 @@ _ELSEWHERE = {
     "hyperparameter_search": "use dpo-dist sweep with the file dpo_dist.yaml in output_dir",
 }
 """What to use in place of what is not here."""
-_OTHERS = {
-    "compute_metrics": "words=['metrics.function=MODULE:NAME'] names a function of log-probs: "
-    "docs/python.md#metrics-of-your-own; here no logits of whole texts are kept",
-}
 _LIBRARIES = ("builtins", "dpo_dist", "transformers")
 
 
@@ -126,17 +120,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         **others: Any,
     ) -> None:
         """Write models and data in memory, and the translation, below `output_dir`; name what is refused."""
-        unknown = {key: value for key, value in others.items() if key not in _OTHERS}
-        raise_all(
-            [
-                *not_offered(self.config, args, unknown),
-                *(
-                    refused(key, type(others[key]).__name__, way)
-                    for key, way in _OTHERS.items()
-                    if others.get(key) is not None
-                ),
-            ]
-        )
+        raise_all(not_offered(self.config, args, others))
         raise_all(self._overrides(args) + unseen(model, ref_model, has_adapter=peft_config is not None))
         name = Path(model if isinstance(model, str) else model.config.name_or_path).name
         self.args = args or self.config(output_dir=f"{name}-{self.config.__name__[:3]}")
@@ -167,7 +151,10 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         self._place_hub()
         if self.args.max_length is None:
             self._own["data.max_length"] = self._longest()
-        raise_all([*self._place_steps(), *self._name_best()])
+        lines = sum(len(Path(source["path"]).read_bytes().splitlines()) for source in self._own["data.train"])
+        count = lines * (2 if self._own["data.unpair"] else 1)
+        self._keys |= self.args.intervals(count)
+        raise_all([*self.args.faults(count, has_evaluation=bool(self._eval)), *self._name_best()])
         self._translate()
         self.state.max_steps = self.args.max_steps
         self._arguments = copy.deepcopy(dict(vars(self.args)))
@@ -368,11 +355,6 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         """False: weights are sharded by ZeRO."""
         return False
 
-    @property
-    def is_deepspeed_enabled(self) -> bool:
-        """Whether a ZeRO stage shards the run."""
-        return load_run_config(self._words).parallelism.kind != "ddp"
-
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of TRL's trainer that is an argument; else raise an error with what to use."""
         if name in _OF_ARGUMENTS and "args" in self.__dict__:
@@ -556,14 +538,6 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         if self.evaluates:
             self._own["data.eval"] = self._eval
 
-    def _place_steps(self) -> list[ConfigError]:
-        """Set the keys that depend on the number of steps; return faults of the arguments."""
-        args, keys = self.args, self._keys
-        lines = sum(len(Path(source["path"]).read_bytes().splitlines()) for source in self._own["data.train"])
-        count = lines * (2 if self._own["data.unpair"] else 1)
-        keys |= args.intervals(count)
-        return args.faults(count, has_evaluation=bool(self._eval))
-
     def _launched(self) -> dict[str, Any]:
         """Return the keys that the launcher's file means; the arguments' own way of sharding wins."""
         if self.args.deepspeed or self.args.fsdp:
@@ -644,21 +618,20 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
 
     def _name_best(self) -> list[ConfigError]:
         """Name the metric of one evaluation set as here: `eval_easy_loss` is `loss/easy`; return faults."""
-        name = self._best_metric
+        name = metric = self._best_metric
         labels = [source["label"] for source in self._eval if "label" in source]
         label = max((label for label in labels if name.startswith(f"{label}_")), key=len, default=None)
-        if label is None:
-            if not name or len(labels) < 2:
-                return []
+        if label is not None:
+            metric = name.removeprefix(f"{label}_")
+            self._keys["metric_for_best_model"] = f"{metric}/{label}" if len(labels) > 1 else metric
+        elif name and len(labels) > 1:
             remedy = f"name the set: eval_{labels[0]}_{name}"
             return [refused("metric_for_best_model", f"{name}, of several sets", remedy)]
-        metric = name.removeprefix(f"{label}_")
-        self._keys["metric_for_best_model"] = f"{metric}/{label}" if len(labels) > 1 else metric
         best = best_direction(f"eval_{metric}")
         if best is None or self._is_greater_better == (best is Direction.highest):
             return []
         remedy = f"set it to {best is Direction.highest}: here the {best} value of {metric} is the best"
-        return [refused("greater_is_better", str(self.args.greater_is_better), remedy)]
+        return [refused("greater_is_better", str(self._is_greater_better), remedy)]
 
     def _translate(self) -> None:
         """Write the file of the run; raise if an argument with an effect has no translation."""

@@ -13,8 +13,6 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USU
 from transformers import TrainingArguments
 
 from dpo_dist.config.mistakes import advice_on
-from dpo_dist.config.rules import best_direction
-from dpo_dist.config.schema import Direction
 from dpo_dist.foundation.errors import ConfigError
 
 _ALWAYS = ("gradient_checkpointing", "loss_type", "seed")
@@ -119,13 +117,6 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
             found.append(
                 refused("load_best_model_at_end", "True", "set eval_strategy: the best one is evaluated")
             )
-        metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
-        is_greater = not metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
-        ours = best_direction(f"eval_{metric}")
-        names_best = self.load_best_model_at_end or self.metric_for_best_model
-        if names_best and ours is not None and is_greater != (ours is Direction.highest):
-            remedy = f"set it to {not is_greater}: here the {ours} value of {metric} is the best"
-            found.append(refused("greater_is_better", str(is_greater), remedy))
         if self.eval_on_start and self.eval_strategy == "no" and has_evaluation:
             remedy = "set eval_strategy, or call evaluate() before train()"
             found.append(refused("eval_on_start", "True", remedy))

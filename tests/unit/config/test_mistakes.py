@@ -2,10 +2,8 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dpo_dist.config import mistakes
@@ -202,7 +200,7 @@ def test_what_an_error_proposes_is_accepted(typed: str) -> None:
 
 
 def test_what_the_answers_to_other_trainers_names_propose_is_accepted() -> None:
-    table = yaml.safe_load(Path(mistakes.__file__).with_name("names.yaml").read_text())
+    table = mistakes.other_trainers()
     refused = []
     advice = {row.get("text", f"write {row.get('write')}"): row["names"] for row in table["advice"]}
     for answer, names in [*advice.items(), *table["methods"].items()]:
@@ -274,10 +272,9 @@ def test_a_key_that_the_verb_does_not_read_is_refused(verb: str, typed: str, tex
 
 
 def test_every_answer_names_keys_that_exist() -> None:
-    text = Path(mistakes.__file__).with_name("names.yaml").read_text()
-    for name in yaml.safe_load(text)["keys"]:
+    table = mistakes.other_trainers()
+    for name in table["keys"]:
         assert name in run_keys()
-    table = yaml.safe_load(text)
     advice = [f"{row.get('write', '')} {row.get('text', '')}" for row in table["advice"]]
     for answer in (*advice, *table["methods"], *table["verbs"]):
         named = re.findall(rf"\b(?:{SECTIONS})\.[a-z0-9_.]*[a-z0-9]", answer)
