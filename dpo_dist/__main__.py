@@ -66,7 +66,7 @@ def _suggest(verb: str) -> Remedy:
     if verb.startswith("-"):
         return Remedy(f"options come after the verb: dpo-dist train {verb}")
     if "=" in verb or verb.endswith((".yaml", ".yml")):
-        return Remedy(f"write dpo-dist train {shlex.quote(verb)}", ("train", verb))
+        return Remedy(f"write dpo-dist train {shlex.quote(verb)}", ("train", verb), remove=(verb,))
     losses = [f"train loss={verb}"] if verb in choices(run_keys()["loss.kind"]) else []
     if written := [*equivalents(verb, "verbs"), *losses]:
         is_whole = "RUN" not in written[0]  # else only the user knows which run

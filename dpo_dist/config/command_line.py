@@ -98,6 +98,9 @@ def split_words(arguments: Sequence[str]) -> argparse.Namespace:
             continue
         values = []
         while "=" not in word and rest and not rest[0].startswith("-") and "=" not in rest[0]:
+            # A switch, as of another trainer, does not take the file that follows; `--config` does.
+            if rest[0].endswith((".yaml", ".yml")) and "config" not in word:
+                break
             values.append(rest.pop(0))
         options.mistakes.append(_unknown_option(word, values))
     if options.help and "=" in options.help:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import reduce
+from itertools import pairwise
 from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args, get_origin
@@ -140,9 +141,14 @@ class Command:
         # A cache for a sweep's points: Hydra's result by its layers; the keys of each file.
         self._cache = {} if cache is None else cache
         files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
-        parsed, unread = parse_overrides(word for word in words if word not in files)
+        words = [word for word in words if word not in files]
+        # `optim.lr= 1e-6`: the second word belongs to the first.
+        pairs = [
+            [*pair] for pair in pairwise(words) if re.fullmatch(r"[\w.]+=", pair[0]) and "=" not in pair[1]
+        ]
+        parsed, unread = parse_overrides(word for word in words if not any(word in pair for pair in pairs))
         self.folders, self.overrides = folders, list[Override]()
-        self.mistakes = [*mistakes, *([unreadable(unread, verb)] if unread else [])]
+        self.mistakes = [*mistakes, *(unreadable(some, verb) for some in (*pairs, unread) if some)]
         self._experiments, typed = list[_Layer](), dict[str, str | None]()
         for override in parsed:
             if (mistake := self._mistake(override)) is not None:
@@ -307,7 +313,8 @@ class Command:
                 return unknown_preset(key, unknown[0], self.folders)
             message, remedy = f"{key} takes one preset", Remedy(f"write {key}=NAME: {', '.join(known)}")
             if names:
-                remedy = Remedy.to_write(f"{key}={names[0]}", verb="choose")
+                meant = next(name for name in (names[0], *equivalents(names[0], "values")) if name in known)
+                remedy = Remedy.to_write(f"{key}={meant}", verb="choose")
                 if key == "loss":
                     remedy += f" or {to_assign(key, line.partition('=')[2])}"
         elif not is_choice and "." not in key and not isinstance(override.value(), dict):
@@ -355,7 +362,10 @@ def _remedy_for_several(override: Override) -> Remedy:
     if word := assignment(key, f"[{value}]"):
         remedy = Remedy.to_write(word)
     elif re.fullmatch(r"\d+,\d+(e-?\d+)?", value):
-        remedy = Remedy.to_write(f"{key}={value.replace(',', '.')}") + ": a decimal point, no comma"
+        meant = [word for mark in (".", "") if (word := assignment(key, value.replace(",", mark)))]
+        if meant:
+            is_decimal = "." in meant[0].partition("=")[2]
+            remedy = Remedy.to_write(meant[0]) + ": a decimal point, no comma" * is_decimal
     return remedy + "; the verb sweep runs each of several values" if override.is_discrete_sweep() else remedy
 
 

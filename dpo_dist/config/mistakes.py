@@ -86,15 +86,21 @@ def equivalents(name: str, table: str) -> tuple[str, ...]:
     return _meanings(name, table)
 
 
+_OFF = ("false", "no", "off", "0")
+
+
 def advice_on(name: str, value: str) -> list[Remedy]:
     """Return what names.yaml advises on another trainer's option `name`, or `name=value`."""
 
     def filled(text: str) -> str:
-        return text.replace("{value}", value or "...")
+        return text.replace("[{value}]", f"[{value.strip('[]') or '...'}]").replace("{value}", value or "...")
 
     remedies = []
     for row in _meanings(name, "advice"):
         words = shlex.split(row.get("write", ""))
+        if value.lower() in _OFF and "=" not in name and words and "{value}" not in "".join(words):
+            remedies.append(Remedy("not needed: it is off", drops=True))
+            continue
         is_known = bool(value) or not any("{value}" in word for word in words)
         text = filled(row.get("text", f"write {row.get('write')}"))
         remedies.append(Remedy(text, tuple(map(filled, words)) * is_known, drops=row.get("drops", False)))
@@ -103,7 +109,7 @@ def advice_on(name: str, value: str) -> list[Remedy]:
 
 def is_switch(name: str) -> bool:
     """Return whether nothing is needed for another trainer's option that is false."""
-    return any(row.get("is_switch") or row.get("write") for row in _meanings(name, "advice"))
+    return any(row.get("is_switch") for row in _meanings(name, "advice"))
 
 
 def is_foreign(name: str) -> bool:
@@ -287,12 +293,20 @@ def _remedy_for_unknown(key: str, value: str) -> Remedy:
         return _with_a_value(same[0], value)
     guesses = likely(key, known)
     if guesses and (mapping == guesses[0].rpartition(".")[0] or not value or _is_accepted(guesses[0], value)):
-        return Remedy.to_rename(typed, guesses[0])
+        return _meant(typed, guesses[0], value)
     beside = [option.rpartition(".")[2] for option in known if option.rpartition(".")[0] == mapping]
     if mapping and beside:
         return Remedy(f"the keys of {mapping} are {', '.join(beside)}")
     sections = [option for option in known if "." not in option]
     return Remedy(f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}")
+
+
+def _meant(typed: str, key: str, value: str) -> Remedy:
+    """Return the remedy that puts a key in the place of what was typed, if the key accepts the value."""
+    if not value:
+        return Remedy.to_rename(typed, key)
+    word = assignment(key, value)
+    return Remedy(f"did you mean {key}?", (word,) if word else ())
 
 
 _METHODS = {"loss", "loss.kind", "loss.terms[].kind", "stage", "rl", "rlhf_type"}
@@ -487,8 +501,9 @@ def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
 
 def _as_list(key: str, text: str) -> Remedy:
     """Return the remedy that assigns a text to a key that takes a list."""
-    if key == "data.eval" and _is_accepted("data.eval_share", text):
-        return Remedy.to_write(f"data.eval_share={text}")
+    for share in (text, *_readings(text)) if key == "data.eval" else ():
+        if _is_accepted("data.eval_share", share):
+            return Remedy.to_write(f"data.eval_share={share}")
     word = assignment(key, text)
     return Remedy.to_write(word) if word else Remedy(f"write '{key}=[...]'")
 
@@ -512,6 +527,8 @@ def _readings(value: Any) -> list[str]:
     """Return what a value may mean: 1e3 a whole number, 20% a share, localhost:8000 a server."""
     if isinstance(value, float) and value.is_integer():
         return [str(int(value))]
+    if (switch := str(value).lower()) in _OFF or switch in ("yes", "on", "1"):
+        return ["false" if switch in _OFF else "true"]
     share = re.fullmatch(r"([\d.]+) ?%", str(value))
     return [f"{float(share[1]) / 100:g}"] if share else [f"http://{value}/v1", f"{value}/v1"]
 

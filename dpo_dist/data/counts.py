@@ -3,14 +3,15 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dpo_dist.batching.sampler import BatchSampler
-from dpo_dist.config.schema import DataConfig, TextTemplate
+from dpo_dist.config.keys import as_written
+from dpo_dist.config.schema import DataConfig, SourceConfig, TextTemplate
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord, Record, shown_key
 from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
 from dpo_dist.foundation.errors import DataError
@@ -21,6 +22,7 @@ SHOWN_EXAMPLES = 20
 _NAMED_EXAMPLES = 3
 _NAMED_FIELDS = 12
 _LINE = re.compile(r":\d+ ")
+_PLAIN_WORDS = re.compile(r"[\w./:@~+\-{}\[\], ]+")  # which a shell and Hydra read as they stand
 DROPPED_PROMPT_PREFIX = "prompts_dropped_"
 """Prefix of the counts of prompts that are left out; the reason follows."""
 _PLAIN = "chat_template_not_applied"
@@ -292,7 +294,7 @@ def _remedy(
         remedy += "; correct its format, if one is set (docs/data.md)"
     unread = [name.removeprefix("unread_") for name in counts.changed if name.startswith("unread_")]
     if reason == "image_count" and (pictures := _image_column(unread)):
-        remedy = _source_with(f"images: {pictures}", path, config)
+        remedy = _source_with({"images": pictures}, path, config)
     if reason not in _TOO_LONG:
         return remedy
     if lengths is not None and (fitting := fitting_limits(lengths(), config)):
@@ -339,20 +341,20 @@ def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> Rem
     guessed = {field: _column(field, names) or "COLUMN" for field, names in given_sides.items()}
     guessed |= {"images": pictures} if (pictures := _image_column(given)) else {}
     known = (re.search(r"; set columns: \{(.*)\}\)$", example) for example in examples)
-    named = next((match.group(1) for match in known if match), None)
-    named = named or ", ".join(f"{field}: {column}" for field, column in guessed.items())
-    return _source_with(named, path, config)
+    named = next((match.group(1).split(", ") for match in known if match), None)
+    return _source_with(dict(part.split(": ") for part in named) if named else guessed, path, config)
 
 
-def _source_with(columns: str, path: str, config: DataConfig) -> Remedy:
-    """Return advice to write a source with these columns."""
-    path = path.rpartition(": ")[2]
-    source = f"{{path: {path}, columns: {{{columns}}}}}"
+def _source_with(columns: Mapping[str, str], path: str, config: DataConfig) -> Remedy:
+    """Return advice to write a source with these columns beside what it has."""
+    path, usual = path.rpartition(": ")[2], asdict(SourceConfig(path="-"))
     for key, sources in (("data.train", config.train), ("data.eval", config.eval)):
         if [each.path for each in sources] == [path]:
-            is_known = "COLUMN" not in columns
-            return Remedy(f"write '{key}=[{source}]'", (f"{key}=[{source}]",) * is_known)
-    return Remedy(f"write the source as {source}")
+            given = {name: value for name, value in asdict(sources[0]).items() if value != usual[name]}
+            source = as_written({**given, "columns": {**(given.get("columns") or {}), **columns}})
+            is_known = "COLUMN" not in columns.values() and _PLAIN_WORDS.fullmatch(source)
+            return Remedy(f"write '{key}=[{source}]'", (f"{key}=[{source}]",) * bool(is_known))
+    return Remedy(f"write the source as {as_written({'path': path, 'columns': dict(columns)})}")
 
 
 def _column(field: str, given: Sequence[str]) -> str | None:

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, NoReturn
 from pydantic import ValidationError
 
 from dpo_dist.foundation.installed import install_extra, with_pages
-from dpo_dist.foundation.remedies import COMMAND_LINE, Place, Remedy
+from dpo_dist.foundation.remedies import COMMAND_LINE, Remedy, joined
 from dpo_dist.foundation.streams import (
     json_stream,
     keep_document,
@@ -116,13 +116,11 @@ class DpoDistError(Exception):
     def as_dict(self, typed: Sequence[str] = ()) -> dict[str, Any]:
         """Return the error for programs, with the words that repair the command `typed` as far as known."""
         texts = {name: getattr(self, name) for name in ("title", "message", "where", "got", "expected")}
-        words = self.advice.words(self.where.words if isinstance(self.where, Place) else (), typed)
+        words = self.advice.words(self.where, typed)
         content = {"code": int(self.exit_code), **texts, "remedy": {"text": self.remedy, **words}}
         if self.parts:
             content["mistakes"] = mistakes = [part.as_dict(typed) for part in self.parts]
-            for name in words:
-                every = [word for mistake in mistakes for word in mistake["remedy"][name]]
-                content["remedy"][name] = list(dict.fromkeys(every))
+            content["remedy"] |= joined([mistake["remedy"] for mistake in mistakes])
         return content
 
     def __str__(self) -> str:

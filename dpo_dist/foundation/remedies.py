@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -10,7 +10,7 @@ COMMAND_LINE = "command line"
 
 
 class Place(str):
-    """Where an error is, with the words of the command, or the key of a file, that it is about."""
+    """Where an error is, with the words of the command that it is about."""
 
     words: tuple[str, ...] = ()
 
@@ -26,13 +26,11 @@ class Typed(Place):
 
 
 class InFile(Place):
-    """The place of a key in a file: `loss.betta in run.yaml`."""
+    """The place of a key in a file, which no word of the command corrects: `loss.betta in run.yaml`."""
 
     def __new__(cls, key: str, file: object) -> Self:
         """Return the place of a key."""
-        place = super().__new__(cls, f"{key} in {file}")
-        place.words = (key,)
-        return place
+        return super().__new__(cls, f"{key} in {file}")
 
 
 @dataclass(frozen=True)
@@ -82,14 +80,20 @@ class Remedy:
         """Return the remedy with more text, such as an alternative."""
         return replace(self, text=self.text + more)
 
-    def words(self, about: Sequence[str], typed: Sequence[str]) -> dict[str, list[str]]:
+    def words(self, where: str, typed: Sequence[str]) -> dict[str, list[str]]:
         """Return the words to `write` into a command and the words or keys to `remove` from it.
 
-        `about`: the words that the error is about, where it knows them; `typed`: those of the command.
+        `where`: the place of the error; `typed`: the words of the command.
         """
+        if isinstance(where, InFile):
+            return {"write": [], "remove": []}
+        about = where.words if isinstance(where, Place) else ()
         write, remove = [*self.write], [*self.remove, *(about if self.drops else ())]
         if self.rename is not None:
-            changed = {word: renamed for word in about or typed if (renamed := self._renamed(word)) != word}
+            of_key = [word for word in typed if key_of(word) == where]
+            changed = {
+                word: renamed for word in about or of_key or typed if (renamed := self._renamed(word)) != word
+            }
             if about:
                 write = [changed.get(word, word) for word in about]
             else:  # the word is not known: the first that has the name
@@ -108,11 +112,40 @@ class Remedy:
 
     def _renamed(self, word: str) -> str:
         wrong, right = self.rename or ("", "")
-        return re.sub(rf"(?<![\w.-]){re.escape(wrong)}(?![\w-])", lambda _: right, word)
+        return re.sub(rf"(?<![\w./-]){re.escape(wrong)}(?![\w/-])", lambda _: right, word)
 
 
 _CHOSEN_BY = {"loss": ("loss.kind", "loss.terms"), "reference": ("reference.mode",)}
+_CHOSEN_BY |= {"parallelism": ("parallelism.kind",), "optim": ("optim.kind",)}
 """By the group of a preset: the keys that would win over a preset that is written."""
+
+
+def joined(parts: Sequence[Mapping[str, list[str]]]) -> dict[str, list[str]]:
+    """Return the words of several remedies as those of one.
+
+    Of two that write one value differently the one with fewer words knows it: the other gives a usual value
+    beside its own. Of two alike neither is known, and what they are about stays as it is.
+    """
+    least: dict[str, set[tuple[int, str]]] = {}
+    for part in parts:
+        for word in part["write"]:
+            least.setdefault(_chosen(word), set()).add((len(part["write"]), word))
+    known = {key: min(found)[0] for key, found in least.items()}
+    clear = {key for key, found in least.items() if [size for size, _ in found].count(known[key]) == 1}
+    whole: dict[str, list[str]] = {"write": [], "remove": []}
+    for part in parts:
+        own = [word for word in part["write"] if (len(part["write"]), word) == min(least[_chosen(word)])]
+        own = [word for word in own if _chosen(word) in clear]
+        if own or not part["write"]:
+            whole["write"] += own
+            whole["remove"] += part["remove"]
+    return {name: list(dict.fromkeys(words)) for name, words in whole.items()}
+
+
+def _chosen(word: str) -> str:
+    """Return what a word sets: its key, or the preset that sets the key."""
+    key = key_of(word)
+    return next((group for group, keys in _CHOSEN_BY.items() if key in keys), key)
 
 
 def key_of(word: str) -> str:

@@ -1,12 +1,13 @@
 """The words that an error gives to a program beside its sentence."""
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpo_dist.foundation.errors import DpoDistError
-from dpo_dist.foundation.remedies import InFile, Place, Remedy, Typed
+from dpo_dist.foundation.remedies import InFile, Remedy, Typed
 from tests.unit.config.support import error_of
 
 TYPED = ["model.path=./modle", "data.train=[{path: trian.jsonl, format: sharegpt}]"]
@@ -20,8 +21,7 @@ REMEDIES = [
      ["loss.terms=[{kind: sft}]"], []),
     (Remedy.to_rename("loss.betta", "loss.beta"), Typed("loss.betta=0.2"), ["loss.beta=0.2"],
      ["loss.betta=0.2"]),
-    (Remedy.to_rename("loss.betta", "loss.beta"), InFile("loss.betta", "run.yaml"), ["loss.beta"],
-     ["loss.betta"]),
+    (Remedy.to_rename("loss.betta", "loss.beta"), InFile("loss.betta", "run.yaml"), [], []),
     (Remedy.to_rename("--confg-dir", "--config-dir"), Typed("--confg-dir", "x"), ["--config-dir", "x"],
      ["--confg-dir", "x"]),
     (Remedy("", ("loss.options.alpha=0.3", "loss=odpo")), Typed("alpha=0.3"),
@@ -42,19 +42,18 @@ REMEDIES = [
 
 @pytest.mark.parametrize(("remedy", "where", "write", "remove"), REMEDIES)
 def test_the_words_of_a_remedy(remedy: Remedy, where: str, write: list[str], remove: list[str]) -> None:
-    about = where.words if isinstance(where, Place) else ()
-    assert remedy.words(about, TYPED) == {"write": write, "remove": remove}
+    assert remedy.words(where, TYPED) == {"write": write, "remove": remove}
 
 
 def test_of_several_words_of_a_key_the_repaired_one_stays() -> None:
     """The last one wins, so that a repair of the first would be without effect."""
     typed = ["model.dtype=fp32", "model.dtype=float32", "loss=ipo"]
-    found = Remedy.to_write("model.dtype=fp32").words(["model.dtype=float32"], typed)
+    found = Remedy.to_write("model.dtype=fp32").words(Typed("model.dtype=float32"), typed)
     assert found == {"write": ["model.dtype=fp32"], "remove": typed[:2]}
 
 
 def test_a_word_that_is_shown_in_another_way_is_removed_by_its_key() -> None:
-    found = Remedy("", drops=True).words(['loss.beta="=0.2"'], ["loss.beta==0.2"])
+    found = Remedy("", drops=True).words(Typed('loss.beta="=0.2"'), ["loss.beta==0.2"])
     assert found == {"write": [], "remove": ["loss.beta"]}
 
 
@@ -102,3 +101,49 @@ def test_nothing_is_decided_by_the_programs_own_english(typed: str, monkeypatch:
 def test_a_fault_of_a_field_never_removes_the_data(typed: str) -> None:
     found = words_of(f"model.path=model {typed}")
     assert found["remove"] == [], found
+
+
+# fmt: off
+JOINED = [
+    ("--adam_beta2 0.95 --adam_beta1 0.9", [], []),
+    ("--rpo_alpha 1.0 --loss_type ipo", [], []),
+    ("sync_ref_model=true ref_model_sync_steps=64", ["reference=live", "loss.sync_reference.every=64"],
+     ["sync_ref_model=true", "reference.mode", "ref_model_sync_steps=64"]),
+    ("--early_stopping_patience 3 --eval_steps 50",
+     ["trainer.patience=3", "trainer.keep_best=eval_loss", "trainer.eval_every=50"],
+     ["--early_stopping_patience", "3", "--eval_steps", "50"]),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("typed", "write", "remove"), JOINED)
+def test_two_mistakes_never_write_one_value_twice(typed: str, write: list[str], remove: list[str]) -> None:
+    found = words_of(f"{RUN} data.train=[train.jsonl] {typed}")
+    assert (found["write"], found["remove"]) == (write, remove)
+
+
+WRITTEN = [
+    ("--fp16 false", []),
+    ("--use_liger_kernel false", []),
+    ("optim.lr= 1e-6", ["optim.lr=1e-6"]),
+    ("--loss.betta 0.2", ["loss.beta=0.2"]),
+    ("data.trian=a.jsonl", ["data.train=[a.jsonl]"]),
+    ("loss=[dpo,sft]", ["loss=sigmoid"]),
+    ("data.max_length=1,024", ["data.max_length=1024"]),
+    ("data.eval=5%", ["data.eval_share=0.05"]),
+    ("trainer.deterministic=yes", ["trainer.deterministic=true"]),
+    ("optim.kind=muon parallelism.kind=zero3", ["parallelism=zero2"]),
+    ("--bf16 my.yaml", []),
+]
+
+
+@pytest.mark.parametrize(("typed", "write"), WRITTEN, ids=[row[0] for row in WRITTEN])
+def test_the_words_that_are_written(
+    typed: str, write: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text("trainer: {seed: 1}")
+    found = words_of(f"{RUN} data.train=[train.jsonl] {typed}")
+    assert found["write"] == write
+    assert "my.yaml" not in found["remove"]
+    assert not any(word.startswith("model.path") for word in found["remove"])
