@@ -304,7 +304,7 @@ def _remedy(
 
 _TOO_LONG = (
     *("too_long", "prompt_fills_max_length", "response_fills_max_length"),
-    "image_does_not_fit",
+    *("identical_after_truncation", "image_does_not_fit"),
 )
 """Reasons for which another limit helps."""
 _SCORES = {"score", "scores", "rating", "rate", "reward", "helpfulness", "quality", "rank"}

@@ -2,9 +2,8 @@
 
 import contextlib
 import json
-import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import dataclass
 from datetime import datetime
@@ -251,8 +250,11 @@ _TEXTS = frozenset({"content", "reasoning_content", "thinking", "reasoning"})
 class ChatRenderer:
     """Renders conversations by a chat template; probes find the template's properties."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str, marks: Marks):
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, template: str, marks: Marks, common_length: Callable[[str, str], int]
+    ):
+        """Args: `common_length` of two texts, which ends inside of no added token or tag."""
+        self._tokenizer, self._common_length = tokenizer, common_length
         self.template, self._traced = template, _with_marks(template)
         self._marks, self._in_parts = marks, roles_in_parts(tokenizer, template)
 
@@ -385,8 +387,26 @@ class ChatRenderer:
         return is_rendered(PROBE_CALL) or not is_rendered(_with_text_arguments(PROBE_CALL))
 
     def _answered(self, turn: Fields) -> str:
-        whole = self._probed(_PROBES[0], turn)
-        return whole[len(os.path.commonprefix([whole, self._probed(_PROBES[0], generation=True)])) :]  # noqa: RUF071
+        """Return the output of the template for a turn after the question, without the turn's header.
+
+        The output before the end of the question is not compared: it may be another in a generation prompt.
+        """
+        question = _PROBES[0]["content"]
+        answered, prompt, alone = (
+            rendered.rpartition(question)[2]
+            for rendered in (
+                self._probed(_PROBES[0], turn),
+                self._probed(_PROBES[0], generation=True),
+                self._probed(_PROBES[0]),
+            )
+        )
+        header = prompt[self._common_length(prompt, alone) :]
+        # A prompt can have more than a conversation between question and header, such as a hint to think.
+        start = self._marks.in_text.search(header)
+        if not answered.startswith(prompt) and start and start.group() in answered:
+            answered = answered[answered.index(start.group()) :]
+            prompt = header[start.start() :]
+        return answered[self._common_length(answered, prompt) :]
 
     def _probed(self, *turns: Fields, generation: bool = False) -> str:
         return _probed(self._tokenizer, self.template, turns, self._in_parts, generation=generation)

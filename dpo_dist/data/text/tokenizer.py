@@ -38,7 +38,9 @@ class TokenizerFacts:
         unbroken = {token for token in {*added, *special, *THOUGHT_TAGS} if not token.isspace()}
         self._whole, self._longest = any_of(unbroken), max(map(len, unbroken))
         self.encoder = EscapedEncoder(tokenizer, self.marks, any_of({*added, *special}))
-        self.chat = None if chat_template is None else ChatRenderer(tokenizer, chat_template, self.marks)
+        self.chat = None
+        if chat_template is not None:
+            self.chat = ChatRenderer(tokenizer, chat_template, self.marks, self.common_length)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

@@ -29,7 +29,7 @@ from dpo_dist.tools.shared.sampling.respond import (
     open_responder,
     usable_prompt,
 )
-from dpo_dist.tools.shared.sampling.settings import Sampling
+from dpo_dist.tools.shared.sampling.settings import LEAST_ROOM, Sampling
 from dpo_dist.training.export import checkpoint_as_model
 from dpo_dist.training.start.named_models import short_name
 from dpo_dist.training.start.open_run import has_bf16_products
@@ -81,8 +81,8 @@ class Speaker:
                 "the model cannot be asked this",
                 where=self.name,
                 got=prompt,
-                expected=f"a chat template; {pluralize(max_new_tokens or 1, 'more token')} within the "
-                f"model's {responder.longest}",
+                expected=f"a chat template; {pluralize(max_new_tokens or LEAST_ROOM, 'more token')} within "
+                f"the model's {responder.longest}",
                 remedy="start again, lower --max-new-tokens, or put chat_template.jinja into its folder",
             )
         tokens = len(prompt.prompt_ids)

@@ -147,8 +147,11 @@ class ComparedModel:
             processor = self.responder.processor
             return load_packed_source(self.source, config.model, longest, world.device, processor)
 
-    def respond(self) -> None:
-        """Generate the responses that are missing; collective. All models share a prompt's random numbers."""
+    def respond(self, longest: int | None) -> None:
+        """Generate the responses that are missing; collective. All models share a prompt's random numbers.
+
+        `longest`: most tokens of a prompt and its response.
+        """
 
         def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
             with self._packed.unpacked() as causal_lm:
@@ -159,6 +162,7 @@ class ComparedModel:
             self._sampling,
             range(1),
             lambda: (self.responder, samples),
+            longest,
         )
 
     def score(self, other: "ComparedModel") -> Parts:
@@ -188,9 +192,7 @@ class ComparedModel:
         """
         responder, found = self.responder, list[tuple[ImageInput, ...] | None]()
         for record, row in zip(self.prompts.parts[index], rows, strict=True):
-            own = (
-                usable_prompt(record, responder, self._sampling) if record.images and row.completions else ""
-            )
+            own = usable_prompt(record, responder, None) if record.images and row.completions else ""
             images = () if isinstance(own, str) else responder.images(own)
             ids = row.prompt_ids + [token for each in row.completions for token in each.ids]
             places = ids.count(responder.processor.placeholder_id) if responder.processor else 0
@@ -304,8 +306,11 @@ def whole_model(model: NamedModel, folder: Path, run: Run) -> str:
 def _ask_and_score(speakers: Sequence[ComparedModel], console: Console) -> None:
     """Generate and score responses, one model at a time in memory; the base, which scores all, comes last."""
     base, *others = speakers
+    # A model that reads more gets no more room than the others: a longer response is not a better model.
+    limits = [speaker.responder.longest for speaker in speakers if speaker.responder.longest is not None]
+    longest = min(limits, default=None)
     for speaker in (*others, base):
-        speaker.respond()
+        speaker.respond(longest)
         speaker.logps = speaker.score(speaker)
         if speaker is not base:
             speaker.free()

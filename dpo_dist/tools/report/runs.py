@@ -130,7 +130,8 @@ def _differing(facts: Sequence[PageFacts]) -> tuple[dict[str, list[str]], dict[s
 def _kinds(facts: PageFacts) -> list[str]:
     """Return the kinds of a run's loss; none if its configuration is not known."""
     loss = facts.config.get("loss") or {}
-    return [term["kind"] for term in loss.get("terms") or ()] or [loss[key] for key in loss if key == "kind"]
+    kinds = [term.get("kind") for term in loss.get("terms") or ()] or [loss.get("kind")]
+    return [str(kind) for kind in kinds if kind is not None]
 
 
 def _describe_settings(settings: Mapping[str, Sequence[str]], count: int) -> list[str]:

@@ -1,6 +1,5 @@
 """Generate responses of policy and reference to held-out prompts, at evaluations."""
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -118,23 +117,20 @@ class RunSamples:
         Rank 0 decides by its clock for all ranks.
         """
 
-        def missing() -> int | None:
+        def is_left() -> bool:
             spent = self.run.clock.read()["seconds"]
-            training = max(spent.get("training", 0.0), 1e-3)
-            if spent.get("samples", 0.0) + self.seconds <= _MOST_SECONDS + _MOST_SHARE * training:
-                return None
-            interval: float = self.seconds * step / (_MOST_SHARE * training)
-            return math.ceil(interval)
+            most: float = _MOST_SECONDS + _MOST_SHARE * spent.get("training", 0.0)
+            return bool(spent.get("samples", 0.0) + self.seconds <= most)
 
-        every = self.run.world.on_main(missing)
-        if every is not None and not self.has_skipped:
+        has_time = self.run.world.on_main(is_left)
+        if not has_time and not self.has_skipped:
             self.has_skipped = True
             self.run.say(
                 f"samples: none after step {step}, since they take {duration(self.seconds)}: until the last "
                 "step all samples get a minute and a tenth of the training time; "
-                f"trainer.eval_every={every} or a smaller samples.prompts leaves time for them"
+                "a larger trainer.eval_every or a smaller samples.prompts leaves time for them"
             )
-        return every is None
+        return has_time
 
     def open(self, policy: Engine) -> None:
         """Get the reference's responses, if missing, from the policy at its start or with its adapter off."""

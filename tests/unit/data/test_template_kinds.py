@@ -173,6 +173,38 @@ def test_a_token_that_stands_within_turns_stops_none(
     assert texts(found, tokenizer)[2].endswith("<|close|></s>" if template is PARTED else "</s>")
 
 
+# A prompt may be another one where a response follows: a hint in its last turn, a switch in its system turn.
+HINT = "{% if loop.last %} /think{% endif %}<|end|>\n"
+SWITCH = "<|turn|>system\nReasoning: o{{ 'n' if add_generation_prompt else 'ff' }}<|end|>\n"
+APART = ASSISTANT + "{{ m.content }}{% for call in m.tool_calls or () %}<|end|>\n<|calls|>"
+APART += "{{ call.function.name }} {{ call.function.arguments.city }}{% endfor %}<|end|>\n"
+OPENED = ASSISTANT + "<think>\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "empty", "end"),
+    [
+        (template_of(PLAIN).replace(USER, USER.replace("<|end|>\n", HINT)), "<|end|>\n", "<|end|>"),
+        (template_of(PLAIN, OPENED).replace(USER, USER.replace("<|end|>\n", HINT)), "<|end|>\n", "<|end|>"),
+        (template_of(PLAIN).replace("<s>", "<s>" + SWITCH), "<|end|>\n", "<|end|>"),
+        (LOOP.replace("%A", PLAIN) + "<|close|>" + PROMPT.replace("%G", ASSISTANT), None, "<|end|>"),
+        (template_of(APART, OPENED), "<|end|>\n", "<|end|></s>"),  # its turn's end also stands before a call
+    ],
+)
+def test_a_turn_is_compared_with_the_prompt_from_its_header_on(
+    template: str, empty: str | None, end: str
+) -> None:
+    tokenizer = tokenizer_with(template)
+    facts = tokenizer_facts(tokenizer)
+    assert facts.chat is not None
+    assert facts.chat.empty_turn == (empty or "<|end|>\n<|close|>")
+    assert "<|turn|>" not in facts.within_turns
+    found = encode(pair("It rains.", NO), tokenizer)
+    assert texts(found, tokenizer)[1:] == ["It rains." + end, NO + end]
+    stops = tokenizer.convert_ids_to_tokens(trained_stops(tokenizer, DataConfig()))
+    assert ("<|end|>" in stops) is (end == "<|end|>")
+
+
 def test_a_turn_with_a_stop_before_its_call_is_counted() -> None:
     """Nemotron Nano 2 writes a text and a call as two turns; DeepSeek R1 an empty turn after a call."""
     two = "{% if m.tool_calls %}" + ASSISTANT + "{{ m.content }}</s>" + ASSISTANT + CALLS + "</s>{% else %}"

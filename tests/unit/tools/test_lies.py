@@ -125,7 +125,7 @@ def test_a_reply_that_is_no_reply_is_one_error(name: str) -> None:
 
 
 def test_a_server_is_reached_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its proxy, but for the hosts that need none."""
+    """By its proxy, which may be a bare host, but for the hosts that need none and those on this machine."""
     monkeypatch.setattr(clients, "_LISTING_SECONDS", 20)
     asked: list[str] = []
 
@@ -134,11 +134,23 @@ def test_a_server_is_reached_as_the_environment_says(monkeypatch: pytest.MonkeyP
         return reply('{"data": [{"id": "m"}]}')
 
     with raw_server(listed) as url:
-        monkeypatch.setenv("http_proxy", url.removesuffix("/v1"))
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        for address in ("http://judge.invalid/v1", url):
-            assert Client(address, "sampling.endpoint.url", "m", 20, 1).listed() == {"m": None}
-    assert asked == ["http://judge.invalid/v1/models", "/v1/models"]
+        place = url.removesuffix("/v1")
+        for proxy in (place, place.removeprefix("http://")):
+            monkeypatch.setenv("http_proxy", proxy)
+            monkeypatch.setenv("no_proxy", "none.invalid")
+            for address in ("http://judge.invalid/v1", url, url.replace("127.0.0.1", "localhost")):
+                assert Client(address, "sampling.endpoint.url", "m", 20, 1).listed() == {"m": None}
+    assert asked == ["http://judge.invalid/v1/models", "/v1/models", "/v1/models"] * 2
+
+
+@pytest.mark.parametrize("proxy", ["socks5://proxy.invalid:1080", "ftp://proxy.invalid", "http://["])
+def test_a_proxy_that_cannot_be_used_is_one_error(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(ConfigError, match="the proxy of the environment cannot be used"):
+        Client("http://judge.invalid/v1", "sampling.endpoint.url", "m", 1, 1)
+    assert Client("http://[::1]:8000/v1", "sampling.endpoint.url", "m", 1, 1)
+    monkeypatch.setenv("no_proxy", "judge.invalid")
+    assert Client("http://judge.invalid/v1", "sampling.endpoint.url", "m", 1, 1)
 
 
 def test_replies_without_an_end_leave_no_thread() -> None:

@@ -65,7 +65,7 @@ def test_prompts_leave_room_for_the_response(tmp_path: Path) -> None:
     usual = choose_prompts(data, TOKENIZER, STOPS, 100, 0, Sampling(20, is_default=True), longest)
     assert len(usual) > len(fitting)
     for prompt in usual:
-        assert 1 <= (prompt.request.room or 0) == min(20, longest - len(prompt.request.prompt_ids))
+        assert 16 <= (prompt.request.room or 0) == min(20, longest - len(prompt.request.prompt_ids))
 
 
 def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_only(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_evaluations_have_samples_while_these_take_a_minute_and_a_tenth_of_the_t
     # With those of step 3n there are n + 2 samples: 30 (n + 2) = 60 + 10 * 3n.
     assert written == [0, 1, 3, 6, 9, 10]
     [line] = [line for line in told if "none after step" in line]
-    assert "trainer.eval_every=3 " in line, "100 s of training pay for 10 s"
+    assert "a larger trainer.eval_every or a smaller samples.prompts" in line
 
 
 @pytest.mark.parametrize(("seconds", "asked"), [(1.0, 8), (25.0, 2), (400.0, 1)])

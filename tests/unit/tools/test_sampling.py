@@ -46,6 +46,7 @@ from dpo_dist.tools.shared.sampling.generate import (
     Request,
     Sample,
     batches,
+    dummy_request,
     generate,
     generate_together,
     random_numbers,
@@ -146,7 +147,7 @@ def test_responses_end_where_the_context_ends_whatever_is_in_their_batch(tempera
     wanted = [
         replace(request, room=sampling.room(len(request.prompt_ids), SHORT_CONTEXT))
         for request in requests((0, 1))
-        if len(request.prompt_ids) < SHORT_CONTEXT
+        if sampling.room(len(request.prompt_ids), SHORT_CONTEXT)
     ]
     alone = [sample for request in wanted for sample in generate(model, [request], sampling, [RARE], 1)]
     ends = [SHORT_CONTEXT - len(request.prompt_ids) for request in wanted]
@@ -156,18 +157,30 @@ def test_responses_end_where_the_context_ends_whatever_is_in_their_batch(tempera
     assert generate(model, wanted, sampling, [RARE], 10**6) == alone
 
 
+def test_a_request_whose_sample_is_not_used_has_the_room_of_the_rows_beside_it() -> None:
+    images: Any = ("image",)
+    rows = [Request(np.arange(500), "row", 0, room=12)]
+    pictures = [Request(np.arange(100), "picture", 0, images, room=256)]
+    [dummy] = dummy_request(rows, rows + pictures, STOPS)
+    assert (dummy.images, dummy.room) == (images, 12)
+    assert dummy_request(pictures, rows + pictures, STOPS) == dummy_request(rows, rows, STOPS) == []
+    assert dummy_request([], rows + pictures, STOPS)[0].images == images
+
+
 @pytest.mark.parametrize(
     ("most", "prompt", "longest", "default", "given"),
     [
         (9, 5, None, 9, 9),
         (9, 5, 14, 9, 9),
-        (9, 6, 14, 8, 0),
-        (9, 13, 14, 1, 0),
-        (9, 14, 14, 0, 0),
-        (9, 15, 14, 0, 0),
+        (9, 6, 14, 0, 0),
+        (40, 5, 45, 40, 40),
+        (40, 6, 45, 39, 0),
+        (40, 29, 45, 16, 0),
+        (40, 30, 45, 0, 0),
+        (40, 46, 45, 0, 0),
     ],
 )
-def test_a_default_takes_what_is_left_and_a_number_of_the_user_must_fit(
+def test_a_default_takes_what_is_left_if_it_is_an_answer_and_a_number_of_the_user_must_fit(
     most: int, prompt: int, longest: int | None, default: int, given: int
 ) -> None:
     assert Sampling(most, is_default=True).room(prompt, longest) == default

@@ -44,6 +44,7 @@ _SHORT = 200.0  # a logarithmic axis whose ends have a smaller ratio has ticks w
 _SMOOTHED_SHARE = 0.06
 _MOST_POINTS = 400
 _FEW_POINTS = 30
+_LARGEST = 1e100  # the ends of an axis and a sum of values must stay finite
 _WIDEST_BAR = 24.0  # else a few different values look like a solid box
 
 
@@ -101,8 +102,8 @@ _Role = Literal["raw", "smooth", "evaluation", "spike", "noise"]
 class Line:
     """One line of a chart, with increasing steps; lines with the same label share their colour.
 
-    A value that is not finite, or not positive on a logarithmic axis, becomes a gap (nan). A "raw" line is
-    drawn lighter if there is a "smooth" one; a "spike" is a mark without a line.
+    A value that is not finite or too large to draw, or not positive on a logarithmic axis, becomes a gap
+    (nan). A "raw" line is drawn lighter if there is a "smooth" one; a "spike" is a mark without a line.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Line:
     ) -> None:
         self.label, self.role = label, role
         self.steps, self.values = np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
-        self.values[~np.isfinite(self.values) | ((self.values <= 0) & log)] = math.nan
+        self.values[~(np.abs(self.values) < _LARGEST) | ((self.values <= 0) & log)] = math.nan
 
     def smoothed(self) -> "Line":
         """Return the line after two passes of a centred mean over 6 % of the values; gaps stay gaps."""

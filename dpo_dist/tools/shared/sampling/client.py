@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
+from ipaddress import ip_address
 from multiprocessing import TimeoutError as Late
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from dpo_dist.foundation.errors import ConfigError, first_fault
 from dpo_dist.foundation.installed import install_extra
-from dpo_dist.foundation.text import duration, first_few, size
+from dpo_dist.foundation.text import duration, first_few, size, without_secrets
 from dpo_dist.tools.shared.sampling.replies import Models
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -37,6 +38,19 @@ _SILENCES = 2
 _WORD = 60  # characters of a server's code in an error
 R = TypeVar("R")
 Form = TypeVar("Form", bound=BaseModel)
+
+
+def _proxy_of(url: str) -> str | None:
+    """Return the environment's proxy for a server, none for one on this machine."""
+    place, proxies = urlsplit(url), getproxies()
+    host = place.hostname or ""
+    with contextlib.suppress(ValueError):
+        if ip_address(host).is_loopback:
+            return None
+    if host == "localhost" or host.endswith(".localhost") or proxy_bypass(place.netloc):
+        return None
+    proxy = proxies.get(place.scheme, proxies.get("all"))
+    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
 
 class RefusedError(Exception):
@@ -90,9 +104,17 @@ class Client:
                 return httpx2.Response(reply.status_code, headers=reply.headers, content=bytes(content))
 
         # The client has neither the environment's proxies nor its own limits with another transport.
-        place, proxies = urlsplit(url), getproxies()
-        proxy = None if proxy_bypass(place.netloc) else proxies.get(place.scheme, proxies.get("all"))
-        transport = Bounded(limits=openai.DEFAULT_CONNECTION_LIMITS, proxy=proxy)
+        proxy = _proxy_of(url)
+        try:
+            transport = Bounded(limits=openai.DEFAULT_CONNECTION_LIMITS, proxy=proxy)
+        except (ValueError, ImportError) as fault:  # not a URL; a scheme that needs another package
+            raise ConfigError(
+                "the proxy of the environment cannot be used",
+                where="http_proxy, https_proxy or all_proxy",
+                got=without_secrets(str(fault)),
+                expected="http://HOST:PORT",
+                remedy=f"correct or remove the variable, or set no_proxy={urlsplit(url).hostname}",
+            ) from None
         self._openai_client = openai.OpenAI(
             base_url=url,
             api_key=key,

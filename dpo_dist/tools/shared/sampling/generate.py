@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -216,7 +216,7 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
 
-def _left_out(
+def dummy_request(
     chosen: Sequence[Request], beside: Sequence[Request], stop_ids: Collection[int]
 ) -> list[Request]:
     """Return a request whose sample is not used, if a rank needs one to make the forwards of the others.
@@ -226,7 +226,9 @@ def _left_out(
     """
     with_images = [request for request in beside if request.images]
     if with_images and not any(request.images for request in chosen):
-        return [min(with_images, key=lambda request: len(request.prompt_ids))]
+        shortest = min(with_images, key=lambda request: len(request.prompt_ids))
+        # As much room as the rows: with more, they would pass the end of the model's context.
+        return [replace(shortest, room=chosen[0].room) if chosen else shortest]
     return [] if chosen else [Request(np.array([min(stop_ids)], dtype=np.int32), "", 0)]
 
 
@@ -262,7 +264,7 @@ def generate_together(
                 settings = Sampling(max_new_tokens=1, temperature=0)
             if synchronised:
                 beside = [requests[at] for each in shares for batch in each[number:][:1] for at in batch]
-                chosen += _left_out(chosen, beside, stop_ids)
+                chosen += dummy_request(chosen, beside, stop_ids)
             try:
                 generated = generate_batch(
                     causal_lm,

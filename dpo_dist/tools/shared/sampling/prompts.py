@@ -144,22 +144,27 @@ class Prompts:
         sampling: Sampling,
         numbers: range,
         open_model: Callable[[], tuple[Responder, Generate]],
+        longest: int | None = None,
     ) -> Parts:
         """Return a model's finished responses; `open_model` is called only where parts are unfinished.
 
+        `longest`: most tokens of a prompt and its response, if that is less than the model reads.
         With `sampling.endpoint` a server responds, which is checked first, and `open_model` is not called.
         """
         config = self.run.config
         settings = generation_settings(config.data, config.model, sampling)
         settings |= {"model": source.digest, "numbers": [numbers.start, len(numbers)]}
+        settings |= {} if longest is None else {"longest": longest}
         is_served = config.sampling.endpoint.url is not None
         stage = self.stage("responses", settings | ({"server": True} if is_served else {}))
         unfinished = self.run.world.on_main(stage.unfinished) if is_served else []
         server = self._served(source, self.parts[unfinished[0]]) if unfinished else None
 
         def part(index: int) -> list[dict[str, Any]]:
-            opened = open_model() if server is None else (server.responder, server.generate)
-            return list(map(asdict, respond(self.parts[index], *opened, sampling, numbers)))
+            responder, generate = open_model() if server is None else (server.responder, server.generate)
+            limits = [limit for limit in (longest, responder.longest) if limit is not None]
+            responder = replace(responder, longest=min(limits, default=None))
+            return list(map(asdict, respond(self.parts[index], responder, generate, sampling, numbers)))
 
         client = None if server is None else server.client
         return self.finish(f"responses of {source.name}", stage, part, client)

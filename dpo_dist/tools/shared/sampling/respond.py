@@ -276,9 +276,12 @@ def respond(
     return rows
 
 
-def usable_prompt(record: PreferenceRecord, responder: Responder, sampling: Sampling) -> EncodedExample | str:
+def usable_prompt(
+    record: PreferenceRecord, responder: Responder, sampling: Sampling | None
+) -> EncodedExample | str:
     """Return a prompt, encoded, if the model has room for a response, else why it cannot be used.
 
+    `sampling` is None if no response is generated: then none needs room.
     The ids are the same as in training; if the template opens a thought, its start is among them.
     """
     for placeholder in _PLACEHOLDERS:
@@ -291,7 +294,7 @@ def usable_prompt(record: PreferenceRecord, responder: Responder, sampling: Samp
     tokens = len(prompt.prompt_ids)
     if tokens >= responder.data.max_length:
         return "prompt_fills_max_length"
-    if not sampling.room(tokens, responder.longest):
+    if sampling is not None and not sampling.room(tokens, responder.longest):
         return "too_long_for_the_model"
     return prompt
 

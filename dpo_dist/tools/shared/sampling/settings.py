@@ -7,6 +7,9 @@ from dpo_dist.config.verb_sections import SamplingConfig
 
 _USUAL = {"train": (256, 0.7), "compare": (256, 1.0), "pairs": (512, 1.0)}
 
+LEAST_ROOM = 16
+"""Tokens of a response that a default must leave room for: a shorter one says nothing about a model."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -22,13 +25,13 @@ class Sampling:
     def room(self, prompt_tokens: int, longest: int | None) -> int:
         """Return the most tokens of a response to a prompt; 0: the model cannot be asked.
 
-        A default takes what a context of `longest` tokens leaves; a number of the user must fit. `longest` is
-        None if no limit is known.
+        A default takes what a context of `longest` tokens leaves, if that is not too little for an answer; a
+        number of the user must fit. `longest` is None if no limit is known.
         """
         left = math.inf if longest is None else longest - prompt_tokens
         if left >= self.max_new_tokens:
             return self.max_new_tokens
-        return int(max(left, 0)) if self.is_default else 0
+        return int(left) if self.is_default and left >= LEAST_ROOM else 0
 
 
 def sampling_for(verb: str, given: SamplingConfig, seed: int = 0) -> Sampling:

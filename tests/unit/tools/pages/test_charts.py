@@ -73,6 +73,16 @@ def test_the_moving_mean_has_no_gap_in_it() -> None:
     assert few.smoothed() is few
 
 
+@pytest.mark.parametrize("largest", [1e308, -1e308])
+@pytest.mark.parametrize("name", ["grad_norm", "loss"])
+def test_a_value_that_is_too_large_to_draw_is_a_gap(name: str, largest: float) -> None:
+    values = [0.5, 1e30, largest, 0.4]
+    rows = [{"step": step, "loss": 1.0} | {name: value} for step, value in enumerate(values, start=1)]
+    drawn = "".join(charts(rows, {}))
+    assert "1e+30" in drawn
+    assert "e+308" not in drawn
+
+
 @pytest.mark.parametrize("values", [[], [0.0], [-1e30, 1e30], [1e-9, 2e-9]])
 @pytest.mark.parametrize("is_log", [True, False])
 def test_any_values_have_an_axis_with_ticks(values: list[float], is_log: bool) -> None:

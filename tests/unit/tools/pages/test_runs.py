@@ -161,6 +161,12 @@ def test_losses_of_other_kinds_name_runs_and_share_no_axis(runs: list[RunFolder]
     assert len(legends) == 1
 
 
+def test_a_run_without_a_kind_of_loss_is_compared(runs: list[RunFolder]) -> None:
+    change(runs[0].config, "loss", value={"kind": None, "beta": 0.1, "terms": []})
+    lines, _ = compared(runs)
+    assert len(lines) > len(runs)
+
+
 def test_runs_that_differ_in_their_seeds_have_a_mean_and_a_spread(runs: list[RunFolder]) -> None:
     """The best is a mean, never one of the seeds."""
     for run, beta, seed, accuracy in zip(runs, (0.1, 0.1, 0.2), (1, 2, 1), (0.6, 0.9, 0.7), strict=True):
