@@ -46,7 +46,8 @@ def test_samples_are_those_of_one_process_also_after_a_restart(
     stopped = run_verb("train", [*usual, *SAMPLES, "trainer.stop_after_steps=1"], processes=2)
     assert "stopped after step 1" in stopped.output, stopped.output
     assert not (run / "evaluation").exists(), "only of the last evaluation"
-    (run / "samples/step-000002.jsonl").write_text("of a start whose steps are lost")
+    of_lost_steps = (run / "samples/step-000000.jsonl").read_text()
+    (run / "samples/step-000002.jsonl").write_text(of_lost_steps)
     train([*usual, *SAMPLES], processes=2)
     train([*usual, f"run.dir={quiet}"], processes=2)
 

@@ -17,6 +17,7 @@ from unittest import mock
 import psutil
 import pytest
 
+from dpo_dist.config.run_folder import RunFolder
 from scripts.write_key_docs import machine_table
 from tests.simulated_cuda import runs
 from tests.support.launch import Finished
@@ -98,9 +99,9 @@ def _train(keys: dict[str, str], steps: list[int], **changed: Any) -> tuple[int,
     }
     rows = [row | speeds for row in rows]
     rows[-1] |= changed
-    log = Path(keys["run.dir"].strip('"')) / "dpo_metrics" / "log_history.json"
+    log = RunFolder(Path(keys["run.dir"].strip('"'))).rows
     log.parent.mkdir(parents=True)
-    log.write_text(json.dumps(rows))
+    log.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return (75 if "trainer.stop_after_steps" in keys else 0), ""
 
 

@@ -36,7 +36,7 @@ CASES = [
     Case("file as cache", "data.cache=occupied", "data.cache cannot be written", "data.cache", "occupied",
          before=file("occupied"), to_do="set data.cache to another folder"),
     Case("run directory of another configuration", "run.dir=other", "belongs to another configuration",
-         "other", "digest", "digest of-another", "leave run.dir out", before=of_another_configuration),
+         "other", "digest", "digest of-another", "remove run.dir", before=of_another_configuration),
 ]
 READ_ONLY = [
     Case("run directory on a read-only disk", "run.dir=locked/run", "run.dir cannot be written", "run.dir",

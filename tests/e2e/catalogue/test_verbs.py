@@ -12,7 +12,7 @@ CASES = [
          "do not have this metric", "trainer.keep_best", "eval_rewards/margins/nobody",
          "eval_rewards/margins", "set trainer.keep_best", joins=True),
     Case("no training data", "data.train=[]", "no training data", "data.train",
-         to_do="set data.train=[pairs.jsonl]"),
+         to_do="set 'data.train=[pairs.jsonl]'"),
     Case("evaluation without data", "run.dir=new", "evaluation data", "data.eval", verb="evaluate",
          to_do="set 'data.eval=[held_out.jsonl]'"),
     Case("evaluation of a missing model", "run.dir=new data.eval=[eval.jsonl] evaluation.model=./gone",

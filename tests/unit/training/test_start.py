@@ -171,7 +171,7 @@ def test_a_start_removes_the_summary_of_an_earlier_one(folder: RunFolder) -> Non
     run = run_in(folder.path)
     recorder_of(run).close(SUMMARY, RunOutcome.preempted)
     assert ">preempted<" in folder.report.read_text()
-    record_start(run, {}, state_of(RunOutcome.started), write_page)
+    record_start(run, {"packages": {}}, state_of(RunOutcome.started), write_page)
     assert read_state(folder) == state_of(RunOutcome.started)
     assert not folder.summary.exists()
     assert ">preempted<" not in folder.report.read_text()
