@@ -78,10 +78,13 @@ class Follower:
             return
         trainer, handler = self.trainer, self.handler
         is_used = any(_overrides(callback, event) for callback in handler.callbacks)
-        with self._model() if is_used else contextlib.nullcontext() as handler.model:
-            handler.processing_class = trainer.processing_class
-            trainer.control = getattr(handler, event)(trainer.args, trainer.state, trainer.control, **values)
-        handler.model = None
+        try:
+            with self._model() if is_used else contextlib.nullcontext() as handler.model:
+                handler.processing_class = trainer.processing_class
+                control = getattr(handler, event)(trainer.args, trainer.state, trainer.control, **values)
+                trainer.control = control
+        finally:
+            handler.model = None
         if trainer.control.should_epoch_stop:
             trainer.control.should_epoch_stop = False
             remedy = "set should_training_stop: here the rest of an epoch is not skipped"
@@ -94,11 +97,11 @@ class Follower:
         One with an adapter is the trainer's `PeftModel`, with the weights that the adapter has now.
         """
         if self.policy is None:
-            yield self.trainer.model
+            yield self.trainer.own_model()
         elif any(map(is_sharded, self.policy.causal_lm.parameters())):
             yield Absent("model", "its weights are sharded: use on_save, or the trainer's model at the end")
         elif adapted_layers(self.policy.causal_lm):
-            given = self.trainer.model
+            given = self.trainer.own_model()
             with torch.no_grad():
                 for name, weight in self.policy.causal_lm.named_parameters():
                     if weight.requires_grad:

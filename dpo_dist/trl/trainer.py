@@ -225,6 +225,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         self, eval_dataset: Any = None, _: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate the trained model, before training the one that was given; return the metrics."""
+        self._check_outside("evaluate", "set control.should_evaluate: the metrics come to on_evaluate")
         if isinstance(eval_dataset, str):
             given = [source for source in self._eval if source.get("label") == eval_dataset]
         elif eval_dataset is None:
@@ -258,6 +259,8 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Copy the trained model, or the one that was given, with its tokenizer, to a folder."""
+        remedy = "set control.should_save for a checkpoint, or save kwargs['model'] of on_step_end"
+        self._check_outside("save_model", remedy)
         options, folder = self._keys["model_init_kwargs"], Path(output_dir or self.folder)
         source = self._result() or model_folder(self._start, options.get("revision"), accepts_adapter=True)
         if this_rank() == 0:
@@ -279,6 +282,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         **_: Any,
     ) -> Any:
         """Upload what `save_model` writes to `args.hub_model_id`, or one with `output_dir`'s name."""
+        self._check_outside("push_to_hub", "push kwargs['model'] of on_step_end")
         self._follower.call("on_push_begin")
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -300,14 +304,25 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
 
     @_fixed
     def model(self) -> Any:
-        """The model that was given, or loaded once; after `train` with the trained weights."""
+        """The model that was given, or loaded once; after `train` with the trained weights.
+
+        To a callback it is the one that trains.
+        """
+        if self._follower.policy is not None:
+            if self._follower.handler.model is None:
+                raise refused("trainer.model", "while it trains", "use kwargs['model'] of a callback")
+            return self._follower.handler.model
+        return self.own_model()
+
+    model_wrapped = model
+
+    def own_model(self) -> Any:
+        """Return the model that was given, or loaded once."""
         if self._given is None:
             self._given = self._loaded()
         if not getattr(self._given, "model_tags", None):
             self._given.add_model_tags([*self._tag_names])
         return self._given
-
-    model_wrapped = model
 
     @_fixed
     def ref_model(self) -> Any:
@@ -366,6 +381,11 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             name, f"a trainer has its arguments as `args`, its rows as `state`, and {public}"
         )
         raise AbsentError("dpo_dist's trainer does not have this", where=f"trainer.{name}", remedy=remedy)
+
+    def _check_outside(self, method: str, remedy: str) -> None:
+        """Refuse a method whose model is the one before training while a run trains."""
+        if self._follower.policy is not None:
+            raise refused(f"trainer.{method}", "a call while it trains", remedy)
 
     def rows(self, up_to: float = math.inf) -> list[dict[str, float]]:
         """Return the rows of the run in `output_dir` as TRL's trainer logs them."""
