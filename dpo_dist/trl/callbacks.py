@@ -9,7 +9,7 @@ import torch
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerCallback
 
 from dpo_dist.api import Moment, When, Wish
-from dpo_dist.config.run_folder import best_checkpoint
+from dpo_dist.config.run_folder import best_checkpoint, checkpoint_name
 from dpo_dist.distributed.deepspeed_internals import is_sharded
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.process import this_rank
@@ -79,7 +79,7 @@ class Follower:
         trainer, handler = self.trainer, self.handler
         is_used = any(_overrides(callback, event) for callback in handler.callbacks)
         try:
-            with self._model() if is_used else contextlib.nullcontext() as handler.model:
+            with self._model(event) if is_used else contextlib.nullcontext() as handler.model:
                 handler.processing_class = trainer.processing_class
                 control = getattr(handler, event)(trainer.args, trainer.state, trainer.control, **values)
                 trainer.control = control
@@ -91,15 +91,22 @@ class Follower:
             raise refused("callbacks", "control.should_epoch_stop", remedy)
 
     @contextlib.contextmanager
-    def _model(self) -> Iterator[Any]:
+    def _model(self, event: str) -> Iterator[Any]:
         """Yield the model as it is now: outside of training the trainer's, else that which trains.
 
-        One with an adapter is the trainer's `PeftModel`, with the weights that the adapter has now.
+        One with an adapter is the trainer's `PeftModel`, with the weights that the adapter has now. At
+        `on_save` it may be a later one than the checkpoint's.
         """
         if self.policy is None:
             yield self.trainer.own_model()
+        elif event == "on_save":
+            folder = self.trainer.run.checkpoints / checkpoint_name(self.trainer.state.global_step)
+            yield Absent("model", f"{folder} is the checkpoint; on_step_end has the model of each step")
         elif any(map(is_sharded, self.policy.causal_lm.parameters())):
-            yield Absent("model", "its weights are sharded: use on_save, or the trainer's model at the end")
+            yield Absent(
+                "model",
+                "its weights are sharded: set control.should_save, or use the trainer's model at the end",
+            )
         elif adapted_layers(self.policy.causal_lm):
             given = self.trainer.own_model()
             with torch.no_grad():

@@ -376,6 +376,10 @@ def look_within(variables: dict[str, str], folder: Path) -> None:
                 with pytest.raises(ConfigError, match=remedy):
                     call()
 
+        def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            with pytest.raises(ConfigError, match=f"step-{state.global_step:06d}.*on_step_end"):
+                model.save_pretrained(folder / "checkpoint")
+
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             trainer.save_model(str(folder / "saved"))
 
