@@ -134,7 +134,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         self.state.is_local_process_zero = self.is_local_process_zero()
         self._keys = self.args.keys(_weights(model))
         self._own: dict[str, Any] = {"run.dir": str(self.run), "run.root": str(self.folder)}
-        self._words, self._has_trained = list[str](), False
+        self._words, self._has_trained, self._is_complete = list[str](), False, False
         self._given: Any = None if isinstance(model, str) or peft_config is not None else model
         self._given_data, self._given_reference = (train_dataset, eval_dataset), ref_model
         for callback in callbacks or ():
@@ -194,7 +194,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             follower.policy = None
         if summary["exit"] == RunOutcome.preempted and BY_CALLBACK not in summary["stopped_by"]:
             raise SystemExit(ExitCode.preempted)  # the script would take these weights for the trained model
-        self._has_trained = True
+        self._has_trained, self._is_complete = True, summary["exit"] == RunOutcome.completed
         steps, seconds = summary["steps"], summary["train_seconds"]
         self.state.global_step, self.state.max_steps = steps, max(steps, self.state.max_steps)
         if not follower.has_begun:
@@ -528,7 +528,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         """Return the folder of the trained model; of a run that a callback stopped, write it first."""
         if not self._has_trained:
             return None
-        if self.run.model.is_dir():
+        if self._is_complete:  # else a model that is there is of an earlier, shorter run
             return str(self.run.model)
         if not (folders := checkpoint_folders(self.run.checkpoints)):
             return None

@@ -818,6 +818,8 @@ def test_a_run_that_stopped_has_the_weights_that_its_end_would_have(
     for step in (2, 4):
         (trainer.run.checkpoints / f"step-{step:06d}").mkdir(parents=True)
     (trainer.run.checkpoints / "best").write_text("step-000002")
+    trainer.run.model.mkdir()
+    (trainer.run.model / "of_a_shorter_run").touch()
     trainer.run.config.write_text(to_yaml(load_run_config([str(tmp_path / "dpo_dist.yaml")])))
     trainer.save_model(str(tmp_path / "before"))
     assert (tmp_path / "before" / "model.safetensors").is_file(), "of the model that was given"
