@@ -127,7 +127,7 @@ class Follower:
         match moment.when:
             case When.start:
                 state.num_train_epochs = math.ceil(trainer.args.num_train_epochs)
-                state.log_history = trainer.rows(up_to=moment.step)
+                trainer.take_rows(up_to=moment.step)
                 self.has_begun = self._begins_epoch = True
                 self.call("on_train_begin")
             case When.before_step:

@@ -199,7 +199,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         self.state.global_step, self.state.max_steps = steps, max(steps, self.state.max_steps)
         if not follower.has_begun:
             follower.call("on_train_begin")  # the run was complete, or this is not rank 0
-            self.state.log_history = self.rows()
+            self.take_rows()
         self.__dict__.pop("_reference", None)  # it may have followed the policy
         if isinstance(self._given, PeftModel):
             self._given.load_adapter(str(self._result()), "default", is_trainable=True)
@@ -387,10 +387,13 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         if self._follower.policy is not None:
             raise refused(f"trainer.{method}", "a call while it trains", remedy)
 
-    def rows(self, up_to: float = math.inf) -> list[dict[str, float]]:
-        """Return the rows of the run in `output_dir` as TRL's trainer logs them."""
+    def take_rows(self, up_to: float = math.inf) -> None:
+        """Set `state` by the rows of the run in `output_dir`, as TRL's trainer logs them."""
         every = api.read_metrics(self.run.path)
-        return [shown for row in every if row["step"] <= up_to for shown in self._shown(row)]
+        rows = [shown for row in every if row["step"] <= up_to for shown in self._shown(row)]
+        self.state.log_history = rows
+        for row in rows:
+            self._note_best(row)
 
     def _shown(self, row: dict[str, float], *, is_asked: bool = False) -> list[dict[str, float]]:
         """Return a row as those of TRL: one for each evaluation set, none for what TRL does not log.
@@ -430,16 +433,20 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
     def _on_row(self, row: dict[str, float]) -> None:
         """Log a row, on rank 0, as TRL's trainer does, and note the best evaluation."""
         self.state.global_step, self.state.epoch = int(row["step"]), row.get("epoch")
-        merged = dict[str, float]()
-        for logs in self._shown(row, is_asked=self.control.should_log):
+        shown = self._shown(row, is_asked=self.control.should_log)
+        for logs in shown:
             self.log(logs)
-            merged |= logs
             if "eval_loss" in row:
                 self._follower.call("on_evaluate", metrics=logs)
-        value = merged.get(f"eval_{self._best_metric}")
+        for logs in shown:
+            self._note_best(logs)
+
+    def _note_best(self, row: dict[str, float]) -> None:
+        """Keep the value and the step of a row of an evaluation, if it is the best so far."""
+        value = row.get(f"eval_{self._best_metric}")
         best, sign = self.state.best_metric, 1 if self._is_greater_better else -1
         if value is not None and (best is None or sign * value > sign * best):
-            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+            self.state.best_metric, self.state.best_global_step = value, int(row["step"])
 
     def _overrides(self, args: TrainerArguments | None) -> list[ConfigError]:
         """Return errors for the methods of a subclass that nothing calls.

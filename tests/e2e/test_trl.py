@@ -100,6 +100,7 @@ def stopping(events: list[tuple[str, Any]], sums: list[float]) -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             events.append(("begin", state.global_step))
             assert (state.max_steps, state.num_train_epochs) == (6, 2)
+            assert (state.best_metric is None) == (state.global_step < 2), "also after a resume"
 
         def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             events.append(("epoch begin", state.epoch))
@@ -201,6 +202,7 @@ def use_methods(variables: dict[str, str], folder: Path) -> None:
     assert [step for kind, step in events if kind == "save"] == [1, 2, 3]
     assert len({*sums}) == 3, "the model of callbacks is the one that trains"
     assert trainer.state.best_global_step == 2
+    trainer.state.best_metric = None  # as in a new script
     assert trainer.state.best_model_checkpoint == str(trainer.run.checkpoints / "step-000002")
     trainer.save_model(str(folder / "stopped"))
     stopped = AutoModelForCausalLM.from_pretrained(folder / "stopped")
