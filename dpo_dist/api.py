@@ -29,8 +29,9 @@ from dpo_dist.data.encode import EncodedExample, encode_record
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.files import write_records
 from dpo_dist.data.records import BadRecord
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, in_one_line
 from dpo_dist.foundation.process import kept_environment
+from dpo_dist.foundation.signals import BY_FAULT, StopRequest
 from dpo_dist.model.exactness import StartCheck, temporarily_packed
 from dpo_dist.model.files import load
 from dpo_dist.model.files.folder import model_folder
@@ -243,16 +244,24 @@ def train(
         own["data.images"] = str(Path.cwd())  # paths of images mean what they mean to the script
     words = [*words, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items())]
     config, faults = load_run_config(words, verb="train"), list[Exception]()
-
+    request = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
+    followers = (
+        _caught(on_row, faults, request, True),
+        _caught(on_moment, faults, request, {Wish.stop}),
+    )
     with as_guest():
-        run_training(config, _caught(on_row, faults, True), _caught(on_moment, faults, {Wish.stop}))
+        run_training(config, *followers, request)
     if faults:
         raise faults[0]
-    return {"run_dir": str(config.run.dir), **read_summary(str(config.run.dir))}
+    summary = read_summary(str(config.run.dir))
+    _, is_fault, fault = (summary.get("stopped_by") or "").partition(BY_FAULT)
+    if is_fault:  # on the other ranks
+        raise DpoDistError("the script failed on rank 0", got=fault, remedy="see the error of rank 0")
+    return {"run_dir": str(config.run.dir), **summary}
 
 
 def _caught(
-    function: Callable[[T], Any] | None, faults: list[Exception], stop: _Answer
+    function: Callable[[T], Any] | None, faults: list[Exception], request: StopRequest, stop: _Answer
 ) -> Callable[[T], _Answer] | None:
     """Return a function that keeps what `function` raises in `faults`, and from then on asks to `stop`."""
     if function is None:
@@ -263,6 +272,7 @@ def _caught(
             return stop if faults else function(value)
         except Exception as fault:
             faults.append(fault)
+            request.ask(BY_FAULT + in_one_line(fault))
             return stop
 
     return call

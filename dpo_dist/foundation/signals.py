@@ -22,7 +22,7 @@ from dpo_dist.foundation.process import this_rank
 from dpo_dist.foundation.streams import awaits_document, output_descriptor
 
 BY_TRACKER, BY_STEPS, BY_SECONDS = "the tracker", "trainer.stop_after_steps", "trainer.max_seconds"
-BY_CALLBACK = "a callback"
+BY_CALLBACK, BY_FAULT = "a callback", "a fault of the script on rank 0: "
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # Signals within these seconds count as one: Ctrl-C comes from the terminal and again from the launcher.
 _REPEATED_SECONDS = 2.0

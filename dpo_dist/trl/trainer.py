@@ -192,7 +192,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             raise SystemExit(ExitCode.preempted) from stop
         finally:
             follower.policy = None
-        if summary["exit"] == RunOutcome.preempted and BY_CALLBACK not in summary["stopped_by"]:
+        if summary["exit"] == RunOutcome.preempted and BY_CALLBACK not in summary["stopped_by"].split(", "):
             raise SystemExit(ExitCode.preempted)  # the script would take these weights for the trained model
         self._has_trained, self._is_complete = True, summary["exit"] == RunOutcome.completed
         steps, seconds = summary["steps"], summary["train_seconds"]
@@ -474,14 +474,22 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             remedy += ": with model=trainer.model it trains on, and ref_model is the reference"
             raise refused("train", "a second call on the same trainer", remedy)
         elif this_rank() != 0:
-            while self._is_replaced():  # rank 0 moves it; if that fails, the launcher ends this process
-                time.sleep(0.1)
+            self._wait_for_rank_0("moved the former run aside", lambda: not self._is_replaced())
         elif self._is_replaced():
             numbers = (number for number in range(1, 10**6) if not Path(f"{self.run}-{number}").exists())
             aside = Path(f"{self.run}-{next(numbers)}")
             with locked(self.run.lock, "trains in this output_dir", "wait for it, or set another output_dir"):
                 self.run.path.rename(aside)
             self.accelerator.print(f"{self.folder} has another run, kept as {aside}; training starts anew")
+
+    def _wait_for_rank_0(self, work: str, is_done: Callable[[], bool]) -> None:
+        """Wait until rank 0 has done what this rank needs; if that fails, a launcher ends this process."""
+        end = time.monotonic() + self.args.ddp_timeout
+        while not is_done():
+            if time.monotonic() > end:
+                remedy = "see the error of rank 0, or raise ddp_timeout"
+                raise DpoDistError(f"rank 0 has not {work} in {self.args.ddp_timeout} s", remedy=remedy)
+            time.sleep(0.1)
 
     def _is_replaced(self) -> bool:
         """Return whether the run in `output_dir` is complete, or one of other arguments, models or data."""
@@ -545,8 +553,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         if this_rank() == 0 and not exported.is_dir():
             with api.as_guest():
                 export.main(config)
-        while not exported.is_dir():  # rank 0 writes it; if that fails, the launcher ends this process
-            time.sleep(0.1)
+        self._wait_for_rank_0(f"written {exported}", exported.is_dir)
         return str(exported)
 
     def _place_data(self, train_dataset: Any, eval_dataset: Any, *, has_adapter: bool) -> None:
