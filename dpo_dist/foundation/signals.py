@@ -89,16 +89,17 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {
-            number: signal.signal(number, self._receive) for number in (*stop_signals(), signal.SIGALRM)
-        }
-        if self._deadline < math.inf:
+        is_limited = self._deadline < math.inf  # else the timer is the script's
+        numbers = (*stop_signals(), signal.SIGALRM) if is_limited else stop_signals()
+        previous = {number: signal.signal(number, self._receive) for number in numbers}
+        if is_limited:
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._deadline - time.monotonic()))
         try:
             with end_with_launcher():
                 yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            if is_limited:
+                signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
