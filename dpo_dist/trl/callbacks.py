@@ -43,6 +43,15 @@ class Absent:
             raise AttributeError(name)
         raise AbsentError("this is not here", where=f"{self._name}.{name}", remedy=self._remedy)
 
+    def __bool__(self) -> bool:
+        """Return true, as the object that this stands for."""
+        return True
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise AbsentError("this is not here", where=self._name, remedy=self._remedy)
+
+    __call__ = __iter__ = __len__ = __getitem__ = _refuse
+
 
 class Flow(DefaultFlowCallback):  # type: ignore[misc]
     """Decides nothing: the run's own loop knows when rows, evaluations and checkpoints are due."""

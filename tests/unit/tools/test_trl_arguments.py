@@ -38,6 +38,7 @@ from dpo_dist.tools.convert.unseen import frozen_weights, hooks
 from dpo_dist.training.start.named_models import find_export_paths
 from dpo_dist.training.steps.schedule import check_schedule, learning_rate
 from dpo_dist.trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from dpo_dist.trl.callbacks import Absent
 from tests.support.families import tiny_config
 from tests.support.tiny_model import write_model
 
@@ -800,6 +801,14 @@ def test_a_signal_ends_the_script_and_a_callback_ends_only_training(
     assert trainer.train().global_step == 1
 
 
+def test_each_use_of_what_callbacks_do_not_get_says_what_to_use() -> None:
+    absent = Absent("train_dataloader", "iterate over the trainer's train_dataset")
+    assert absent
+    for use in (len, iter, lambda one: one[0], lambda one: one(), lambda one: one.dataset):
+        with pytest.raises(ConfigError, match=r"(?s)train_dataloader.*train_dataset"):
+            use(absent)
+
+
 def test_a_rank_does_not_wait_for_ever_for_a_rank_0_that_failed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -812,7 +821,7 @@ def test_a_rank_does_not_wait_for_ever_for_a_rank_0_that_failed(
     trainer.run.config.write_text(to_yaml(load_run_config([str(tmp_path / "dpo_dist.yaml")])))
     trainer.train()
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(DpoDistError, match="rank 0 has not written .*step-000002 in 1 s"):
+    with pytest.raises(DpoDistError, match=r"rank 0 has not written .*step-000002 in 1 s"):
         trainer.save_model(str(tmp_path / "after"))
 
 
