@@ -5,6 +5,7 @@ as in training (law L7).
 """
 
 import contextlib
+import csv
 import faulthandler
 import json
 import random
@@ -177,7 +178,7 @@ def as_guest() -> Iterator[None]:
     """
     had_bars, had_fault_handler = bars.is_progress_bar_enabled(), faulthandler.is_enabled()
     had_cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    states = random.getstate(), np.random.get_state()
+    states, cell_size = (random.getstate(), np.random.get_state()), csv.field_size_limit()
     has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     gpus = [torch.cuda.current_device()] if has_cuda else []
     bars.disable_progress_bar()  # in a notebook each would stay as an output of its own
@@ -187,6 +188,7 @@ def as_guest() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+        csv.field_size_limit(cell_size)
         torch.backends.cuda.enable_cudnn_sdp(had_cudnn)
         if had_bars:
             bars.enable_progress_bar()
