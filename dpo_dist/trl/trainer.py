@@ -484,11 +484,12 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
 
     def _wait_for_rank_0(self, work: str, is_done: Callable[[], bool]) -> None:
         """Wait until rank 0 has done what this rank needs; if that fails, a launcher ends this process."""
-        end = time.monotonic() + self.args.ddp_timeout
+        seconds = load_run_config(self._words).parallelism.timeout_seconds
+        end = time.monotonic() + seconds
         while not is_done():
             if time.monotonic() > end:
-                remedy = "see the error of rank 0, or raise ddp_timeout"
-                raise DpoDistError(f"rank 0 has not {work} in {self.args.ddp_timeout} s", remedy=remedy)
+                remedy = "see the error of rank 0; words=['parallelism.timeout_seconds=3600'] waits longer"
+                raise DpoDistError(f"rank 0 has not {work} in {seconds} s", remedy=remedy)
             time.sleep(0.1)
 
     def _is_replaced(self) -> bool:

@@ -815,7 +815,7 @@ def test_a_rank_does_not_wait_for_ever_for_a_rank_0_that_failed(
     ended = {"exit": "preempted", "stopped_by": "a callback", "steps": 2, "train_seconds": 0.0}
     monkeypatch.setattr("dpo_dist.api.train", lambda *_, **__: ended)
     monkeypatch.setattr("dpo_dist.api.read_metrics", lambda _: [])
-    args = DPOConfig(output_dir=str(tmp_path), ddp_timeout=1)
+    args = DPOConfig(output_dir=str(tmp_path), words=["parallelism.timeout_seconds=1"])
     trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS)
     (trainer.run.checkpoints / "step-000002").mkdir(parents=True)
     trainer.run.config.write_text(to_yaml(load_run_config([str(tmp_path / "dpo_dist.yaml")])))
