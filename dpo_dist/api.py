@@ -5,11 +5,12 @@ as in training (law L7).
 """
 
 import contextlib
+import csv
 import faulthandler
 import json
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -29,8 +30,9 @@ from dpo_dist.data.encode import EncodedExample, encode_record
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.files import write_records
 from dpo_dist.data.records import BadRecord
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, in_one_line
 from dpo_dist.foundation.process import kept_environment
+from dpo_dist.foundation.signals import BY_FAULT, StopRequest
 from dpo_dist.model.exactness import StartCheck, temporarily_packed
 from dpo_dist.model.files import load
 from dpo_dist.model.files.folder import model_folder
@@ -45,7 +47,7 @@ from dpo_dist.reference.store import (
 )
 from dpo_dist.train import main as run_training
 from dpo_dist.training.reporting.metrics_log import stored_rows
-from dpo_dist.training.reporting.protocols import Moment, OnMoment, When, Wish
+from dpo_dist.training.reporting.protocols import Moment, When, Wish
 
 __all__ = [
     "BatchFacts",
@@ -176,7 +178,7 @@ def as_guest() -> Iterator[None]:
     """
     had_bars, had_fault_handler = bars.is_progress_bar_enabled(), faulthandler.is_enabled()
     had_cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    states = random.getstate(), np.random.get_state()
+    states, cell_size = (random.getstate(), np.random.get_state()), csv.field_size_limit()
     has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     gpus = [torch.cuda.current_device()] if has_cuda else []
     bars.disable_progress_bar()  # in a notebook each would stay as an output of its own
@@ -186,6 +188,7 @@ def as_guest() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+        csv.field_size_limit(cell_size)
         torch.backends.cuda.enable_cudnn_sdp(had_cudnn)
         if had_bars:
             bars.enable_progress_bar()
@@ -203,7 +206,7 @@ def train(
     train: Records | None = None,
     eval: Records | None = None,  # noqa: A002  (as the key data.eval)
     on_row: Callable[[dict[str, float]], bool | None] | None = None,
-    on_moment: OnMoment | None = None,
+    on_moment: Callable[[Moment], Collection[Wish] | None] | None = None,
 ) -> dict[str, Any]:
     """Train as the command `dpo-dist train` with these words does; return the run's summary.
 
@@ -219,8 +222,9 @@ def train(
             stops with a checkpoint, after the next step at the latest. If it raises, the run stops in the
             same way, and `train` raises the exception at the end.
         on_moment: called on rank 0 at each `Moment` of the loop; returns what it asks of the step at hand, as
-            `Wish`es: `log`, `evaluate` (with evaluation data), `save`, `stop`. All ranks do what it asks. If
-            it raises, the run stops after that step, as for `on_row`. Pass it on all ranks or on none.
+            `Wish`es, or None: `log`, `evaluate` (with evaluation data), `save`, `stop`. All ranks do what it
+            asks. If it raises, the run stops after that step, as for `on_row`. Pass it on all ranks or on
+            none.
 
     Returns:
         The content of summary.json, and `run_dir`. `exit` is `completed` or `preempted`; `stopped_by` has
@@ -243,16 +247,28 @@ def train(
         own["data.images"] = str(Path.cwd())  # paths of images mean what they mean to the script
     words = [*words, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items())]
     config, faults = load_run_config(words, verb="train"), list[Exception]()
+    request = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
 
+    def wishes(moment: Moment) -> set[Wish]:
+        return set(map(Wish, (on_moment and on_moment(moment)) or ()))
+
+    followers = (
+        _caught(on_row, faults, request, True),
+        _caught(on_moment and wishes, faults, request, {Wish.stop}),
+    )
     with as_guest():
-        run_training(config, _caught(on_row, faults, True), _caught(on_moment, faults, {Wish.stop}))
+        run_training(config, *followers, request)
     if faults:
         raise faults[0]
-    return {"run_dir": str(config.run.dir), **read_summary(str(config.run.dir))}
+    summary = read_summary(str(config.run.dir))
+    _, is_fault, fault = (summary.get("stopped_by") or "").partition(BY_FAULT)
+    if is_fault:  # on the other ranks
+        raise DpoDistError("the script failed on rank 0", got=fault, remedy="see the error of rank 0")
+    return {"run_dir": str(config.run.dir), **summary}
 
 
 def _caught(
-    function: Callable[[T], Any] | None, faults: list[Exception], stop: _Answer
+    function: Callable[[T], Any] | None, faults: list[Exception], request: StopRequest, stop: _Answer
 ) -> Callable[[T], _Answer] | None:
     """Return a function that keeps what `function` raises in `faults`, and from then on asks to `stop`."""
     if function is None:
@@ -263,6 +279,7 @@ def _caught(
             return stop if faults else function(value)
         except Exception as fault:
             faults.append(fault)
+            request.ask(BY_FAULT + in_one_line(fault))
             return stop
 
     return call

@@ -23,13 +23,14 @@ def main(
     config: RunConfig,
     on_row: Callable[[dict[str, float]], bool | None] | None = None,
     on_moment: Callable[[Any], Any] | None = None,
+    stop: StopRequest | None = None,
 ) -> int:
     """Train `config`, from its last checkpoint if there is one; return the exit code.
 
     `on_row`, `on_moment`: see `api.train`; an exception that they raise ends the run at once.
     """
     check_needs(config, "train")
-    stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
+    stop = stop or StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     with stop.listening(), checked_start(config, trains=True) as console:
         # Slow, and the log must have what these imports print.
         from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415

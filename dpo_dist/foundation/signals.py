@@ -22,7 +22,7 @@ from dpo_dist.foundation.process import this_rank
 from dpo_dist.foundation.streams import awaits_document, output_descriptor
 
 BY_TRACKER, BY_STEPS, BY_SECONDS = "the tracker", "trainer.stop_after_steps", "trainer.max_seconds"
-BY_CALLBACK = "a callback"
+BY_CALLBACK, BY_FAULT = "a callback", "a fault of the script on rank 0: "
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # Signals within these seconds count as one: Ctrl-C comes from the terminal and again from the launcher.
 _REPEATED_SECONDS = 2.0
@@ -89,16 +89,17 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {
-            number: signal.signal(number, self._receive) for number in (*stop_signals(), signal.SIGALRM)
-        }
-        if self._deadline < math.inf:
+        is_limited = self._deadline < math.inf  # else the timer is the script's
+        numbers = (*stop_signals(), signal.SIGALRM) if is_limited else stop_signals()
+        previous = {number: signal.signal(number, self._receive) for number in numbers}
+        if is_limited:
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._deadline - time.monotonic()))
         try:
             with end_with_launcher():
                 yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            if is_limited:
+                signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in previous.items():
                 signal.signal(number, handler)
 

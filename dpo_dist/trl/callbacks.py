@@ -9,7 +9,7 @@ import torch
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerCallback
 
 from dpo_dist.api import Moment, When, Wish
-from dpo_dist.config.run_folder import best_checkpoint
+from dpo_dist.config.run_folder import best_checkpoint, checkpoint_name
 from dpo_dist.distributed.deepspeed_internals import is_sharded
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.process import this_rank
@@ -42,6 +42,15 @@ class Absent:
         if name.startswith("__"):
             raise AttributeError(name)
         raise AbsentError("this is not here", where=f"{self._name}.{name}", remedy=self._remedy)
+
+    def __bool__(self) -> bool:
+        """Return true, as the object that this stands for."""
+        return True
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise AbsentError("this is not here", where=self._name, remedy=self._remedy)
+
+    __call__ = __iter__ = __len__ = __getitem__ = _refuse
 
 
 class Flow(DefaultFlowCallback):  # type: ignore[misc]
@@ -78,27 +87,37 @@ class Follower:
             return
         trainer, handler = self.trainer, self.handler
         is_used = any(_overrides(callback, event) for callback in handler.callbacks)
-        with self._model() if is_used else contextlib.nullcontext() as handler.model:
-            handler.processing_class = trainer.processing_class
-            trainer.control = getattr(handler, event)(trainer.args, trainer.state, trainer.control, **values)
-        handler.model = None
+        try:
+            with self._model(event) if is_used else contextlib.nullcontext() as handler.model:
+                handler.processing_class = trainer.processing_class
+                control = getattr(handler, event)(trainer.args, trainer.state, trainer.control, **values)
+                trainer.control = control
+        finally:
+            handler.model = None
         if trainer.control.should_epoch_stop:
             trainer.control.should_epoch_stop = False
             remedy = "set should_training_stop: here the rest of an epoch is not skipped"
             raise refused("callbacks", "control.should_epoch_stop", remedy)
 
     @contextlib.contextmanager
-    def _model(self) -> Iterator[Any]:
+    def _model(self, event: str) -> Iterator[Any]:
         """Yield the model as it is now: outside of training the trainer's, else that which trains.
 
-        One with an adapter is the trainer's `PeftModel`, with the weights that the adapter has now.
+        One with an adapter is the trainer's `PeftModel`, with the weights that the adapter has now. At
+        `on_save` it may be a later one than the checkpoint's.
         """
         if self.policy is None:
-            yield self.trainer.model
+            yield self.trainer.own_model()
+        elif event == "on_save":
+            folder = self.trainer.run.checkpoints / checkpoint_name(self.trainer.state.global_step)
+            yield Absent("model", f"{folder} is the checkpoint; on_step_end has the model of each step")
         elif any(map(is_sharded, self.policy.causal_lm.parameters())):
-            yield Absent("model", "its weights are sharded: use on_save, or the trainer's model at the end")
+            yield Absent(
+                "model",
+                "its weights are sharded: set control.should_save, or use the trainer's model at the end",
+            )
         elif adapted_layers(self.policy.causal_lm):
-            given = self.trainer.model
+            given = self.trainer.own_model()
             with torch.no_grad():
                 for name, weight in self.policy.causal_lm.named_parameters():
                     if weight.requires_grad:
@@ -117,7 +136,7 @@ class Follower:
         match moment.when:
             case When.start:
                 state.num_train_epochs = math.ceil(trainer.args.num_train_epochs)
-                state.log_history = trainer.rows(up_to=moment.step)
+                trainer.take_rows(up_to=moment.step)
                 self.has_begun = self._begins_epoch = True
                 self.call("on_train_begin")
             case When.before_step:

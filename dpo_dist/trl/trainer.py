@@ -134,7 +134,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         self.state.is_local_process_zero = self.is_local_process_zero()
         self._keys = self.args.keys(_weights(model))
         self._own: dict[str, Any] = {"run.dir": str(self.run), "run.root": str(self.folder)}
-        self._words, self._has_trained = list[str](), False
+        self._words, self._has_trained, self._is_complete = list[str](), False, False
         self._given: Any = None if isinstance(model, str) or peft_config is not None else model
         self._given_data, self._given_reference = (train_dataset, eval_dataset), ref_model
         for callback in callbacks or ():
@@ -192,14 +192,14 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             raise SystemExit(ExitCode.preempted) from stop
         finally:
             follower.policy = None
-        if summary["exit"] == RunOutcome.preempted and BY_CALLBACK not in summary["stopped_by"]:
+        if summary["exit"] == RunOutcome.preempted and BY_CALLBACK not in summary["stopped_by"].split(", "):
             raise SystemExit(ExitCode.preempted)  # the script would take these weights for the trained model
-        self._has_trained = True
+        self._has_trained, self._is_complete = True, summary["exit"] == RunOutcome.completed
         steps, seconds = summary["steps"], summary["train_seconds"]
         self.state.global_step, self.state.max_steps = steps, max(steps, self.state.max_steps)
         if not follower.has_begun:
             follower.call("on_train_begin")  # the run was complete, or this is not rank 0
-            self.state.log_history = self.rows()
+            self.take_rows()
         self.__dict__.pop("_reference", None)  # it may have followed the policy
         if isinstance(self._given, PeftModel):
             self._given.load_adapter(str(self._result()), "default", is_trainable=True)
@@ -225,6 +225,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         self, eval_dataset: Any = None, _: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate the trained model, before training the one that was given; return the metrics."""
+        self._check_outside("evaluate", "set control.should_evaluate: the metrics come to on_evaluate")
         if isinstance(eval_dataset, str):
             given = [source for source in self._eval if source.get("label") == eval_dataset]
         elif eval_dataset is None:
@@ -258,6 +259,8 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Copy the trained model, or the one that was given, with its tokenizer, to a folder."""
+        remedy = "set control.should_save for a checkpoint, or save kwargs['model'] of on_step_end"
+        self._check_outside("save_model", remedy)
         options, folder = self._keys["model_init_kwargs"], Path(output_dir or self.folder)
         source = self._result() or model_folder(self._start, options.get("revision"), accepts_adapter=True)
         if this_rank() == 0:
@@ -279,6 +282,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         **_: Any,
     ) -> Any:
         """Upload what `save_model` writes to `args.hub_model_id`, or one with `output_dir`'s name."""
+        self._check_outside("push_to_hub", "push kwargs['model'] of on_step_end")
         self._follower.call("on_push_begin")
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -300,14 +304,25 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
 
     @_fixed
     def model(self) -> Any:
-        """The model that was given, or loaded once; after `train` with the trained weights."""
+        """The model that was given, or loaded once; after `train` with the trained weights.
+
+        To a callback it is the one that trains.
+        """
+        if self._follower.policy is not None:
+            if self._follower.handler.model is None:
+                raise refused("trainer.model", "while it trains", "use kwargs['model'] of a callback")
+            return self._follower.handler.model
+        return self.own_model()
+
+    model_wrapped = model
+
+    def own_model(self) -> Any:
+        """Return the model that was given, or loaded once."""
         if self._given is None:
             self._given = self._loaded()
         if not getattr(self._given, "model_tags", None):
             self._given.add_model_tags([*self._tag_names])
         return self._given
-
-    model_wrapped = model
 
     @_fixed
     def ref_model(self) -> Any:
@@ -367,10 +382,18 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         )
         raise AbsentError("dpo_dist's trainer does not have this", where=f"trainer.{name}", remedy=remedy)
 
-    def rows(self, up_to: float = math.inf) -> list[dict[str, float]]:
-        """Return the rows of the run in `output_dir` as TRL's trainer logs them."""
+    def _check_outside(self, method: str, remedy: str) -> None:
+        """Refuse a method whose model is the one before training while a run trains."""
+        if self._follower.policy is not None:
+            raise refused(f"trainer.{method}", "a call while it trains", remedy)
+
+    def take_rows(self, up_to: float = math.inf) -> None:
+        """Set `state` by the rows of the run in `output_dir`, as TRL's trainer logs them."""
         every = api.read_metrics(self.run.path)
-        return [shown for row in every if row["step"] <= up_to for shown in self._shown(row)]
+        rows = [shown for row in every if row["step"] <= up_to for shown in self._shown(row)]
+        self.state.log_history = rows
+        for row in rows:
+            self._note_best(row)
 
     def _shown(self, row: dict[str, float], *, is_asked: bool = False) -> list[dict[str, float]]:
         """Return a row as those of TRL: one for each evaluation set, none for what TRL does not log.
@@ -410,16 +433,20 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
     def _on_row(self, row: dict[str, float]) -> None:
         """Log a row, on rank 0, as TRL's trainer does, and note the best evaluation."""
         self.state.global_step, self.state.epoch = int(row["step"]), row.get("epoch")
-        merged = dict[str, float]()
-        for logs in self._shown(row, is_asked=self.control.should_log):
+        shown = self._shown(row, is_asked=self.control.should_log)
+        for logs in shown:
             self.log(logs)
-            merged |= logs
             if "eval_loss" in row:
                 self._follower.call("on_evaluate", metrics=logs)
-        value = merged.get(f"eval_{self._best_metric}")
+        for logs in shown:
+            self._note_best(logs)
+
+    def _note_best(self, row: dict[str, float]) -> None:
+        """Keep the value and the step of a row of an evaluation, if it is the best so far."""
+        value = row.get(f"eval_{self._best_metric}")
         best, sign = self.state.best_metric, 1 if self._is_greater_better else -1
         if value is not None and (best is None or sign * value > sign * best):
-            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+            self.state.best_metric, self.state.best_global_step = value, int(row["step"])
 
     def _overrides(self, args: TrainerArguments | None) -> list[ConfigError]:
         """Return errors for the methods of a subclass that nothing calls.
@@ -447,14 +474,23 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             remedy += ": with model=trainer.model it trains on, and ref_model is the reference"
             raise refused("train", "a second call on the same trainer", remedy)
         elif this_rank() != 0:
-            while self._is_replaced():  # rank 0 moves it; if that fails, the launcher ends this process
-                time.sleep(0.1)
+            self._wait_for_rank_0("moved the former run aside", lambda: not self._is_replaced())
         elif self._is_replaced():
             numbers = (number for number in range(1, 10**6) if not Path(f"{self.run}-{number}").exists())
             aside = Path(f"{self.run}-{next(numbers)}")
             with locked(self.run.lock, "trains in this output_dir", "wait for it, or set another output_dir"):
                 self.run.path.rename(aside)
             self.accelerator.print(f"{self.folder} has another run, kept as {aside}; training starts anew")
+
+    def _wait_for_rank_0(self, work: str, is_done: Callable[[], bool]) -> None:
+        """Wait until rank 0 has done what this rank needs; if that fails, a launcher ends this process."""
+        seconds = load_run_config(self._words).parallelism.timeout_seconds
+        end = time.monotonic() + seconds
+        while not is_done():
+            if time.monotonic() > end:
+                remedy = "see the error of rank 0; words=['parallelism.timeout_seconds=3600'] waits longer"
+                raise DpoDistError(f"rank 0 has not {work} in {seconds} s", remedy=remedy)
+            time.sleep(0.1)
 
     def _is_replaced(self) -> bool:
         """Return whether the run in `output_dir` is complete, or one of other arguments, models or data."""
@@ -508,7 +544,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         """Return the folder of the trained model; of a run that a callback stopped, write it first."""
         if not self._has_trained:
             return None
-        if self.run.model.is_dir():
+        if self._is_complete:  # else a model that is there is of an earlier, shorter run
             return str(self.run.model)
         if not (folders := checkpoint_folders(self.run.checkpoints)):
             return None
@@ -518,8 +554,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         if this_rank() == 0 and not exported.is_dir():
             with api.as_guest():
                 export.main(config)
-        while not exported.is_dir():  # rank 0 writes it; if that fails, the launcher ends this process
-            time.sleep(0.1)
+        self._wait_for_rank_0(f"written {exported}", exported.is_dir)
         return str(exported)
 
     def _place_data(self, train_dataset: Any, eval_dataset: Any, *, has_adapter: bool) -> None:

@@ -100,6 +100,7 @@ def stopping(events: list[tuple[str, Any]], sums: list[float]) -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             events.append(("begin", state.global_step))
             assert (state.max_steps, state.num_train_epochs) == (6, 2)
+            assert (state.best_metric is None) == (state.global_step < 2), "also after a resume"
 
         def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             events.append(("epoch begin", state.epoch))
@@ -201,6 +202,7 @@ def use_methods(variables: dict[str, str], folder: Path) -> None:
     assert [step for kind, step in events if kind == "save"] == [1, 2, 3]
     assert len({*sums}) == 3, "the model of callbacks is the one that trains"
     assert trainer.state.best_global_step == 2
+    trainer.state.best_metric = None  # as in a new script
     assert trainer.state.best_model_checkpoint == str(trainer.run.checkpoints / "step-000002")
     trainer.save_model(str(folder / "stopped"))
     stopped = AutoModelForCausalLM.from_pretrained(folder / "stopped")
@@ -353,3 +355,51 @@ def test_a_script_of_trl_runs(name: str, words: list[str], tmp_path: Path) -> No
     assert (tmp_path / "out" / saved).is_file()
     summary = json.loads((tmp_path / "out/run/dpo_metrics/summary.json").read_text())
     assert (summary["exit"], summary["steps"]) == ("completed", 2)
+
+
+def look_within(variables: dict[str, str], folder: Path) -> None:
+    """Ask a trainer for its model while it trains."""
+    os.environ.clear()
+    os.environ.update(variables)
+    from transformers import TrainerCallback
+
+    from dpo_dist.foundation.errors import ConfigError
+    from dpo_dist.trl import DPOConfig, DPOTrainer
+
+    class Look(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            self.steps += 1
+            assert trainer.model is model
+            assert trainer.model_wrapped is model
+            calls = {trainer.evaluate: "should_evaluate", trainer.save_model: "should_save"}
+            for call, remedy in (calls | {trainer.push_to_hub: "model"}).items():
+                with pytest.raises(ConfigError, match=remedy):
+                    call()
+
+        def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            with pytest.raises(ConfigError, match=f"step-{state.global_step:06d}.*on_step_end"):
+                model.save_pretrained(folder / "checkpoint")
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            trainer.save_model(str(folder / "saved"))
+
+    class Logging(DPOTrainer):
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            super().log(logs, start_time)
+            if "train_loss" not in logs:
+                with pytest.raises(ConfigError, match=r"kwargs\['model'\]"):
+                    _ = self.model
+
+    look = Look()
+    args = DPOConfig(output_dir=str(folder / "out"), max_steps=2, bf16=False, logging_steps=1)
+    trainer = Logging(str(folder / "model"), args=args, train_dataset=TEXTS, callbacks=[look])
+    trainer.train()
+    assert look.steps == 2
+    assert (folder / "saved" / "model.safetensors").is_file()
+
+
+def test_the_model_of_a_trainer_is_not_that_before_training_while_it_trains(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    in_process(look_within, {**environment(), **ENVIRONMENT}, tmp_path)

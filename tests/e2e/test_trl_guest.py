@@ -254,12 +254,13 @@ num_processes: 2
 rdzv_backend: static
 """
 SCRIPT = """
-import json, os, sys
+import json, sys, time
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import TrainerCallback
 
+from dpo_dist.foundation.errors import DpoDistError
 from tests.e2e.test_trl_guest import prefer
 
 
@@ -272,7 +273,15 @@ folder, state = Path(sys.argv[1]), PartialState()
 losses = prefer("DPO", folder, "out")
 if state.is_main_process:
     (folder / "losses.json").write_text(json.dumps(losses))
-prefer("KTO", folder, "failed", callbacks=[Fail()])
+told = folder / "told.txt"
+try:
+    prefer("KTO", folder, "failed", callbacks=[Fail()])
+except DpoDistError as error:
+    told.write_text(str(error))
+except ZeroDivisionError:
+    for _ in range(300):
+        time.sleep(0 if told.exists() else 0.1)
+    raise
 state.wait_for_everyone()
 state.wait_for_everyone()
 """
@@ -297,3 +306,5 @@ def test_accelerate_launches_a_script_and_ends_it_when_one_process_fails(tmp_pat
     assert json.loads((tmp_path / "losses.json").read_text())[0] == pytest.approx(0.6931, abs=1e-4)
     assert ended.returncode == 1
     assert "ZeroDivisionError" in ended.stderr
+    assert "the script failed on rank 0" in (tmp_path / "told.txt").read_text()
+    assert "ZeroDivisionError" in (tmp_path / "told.txt").read_text()

@@ -1,6 +1,8 @@
 """The API for scripts and notebooks; the list of verbs."""
 
 import copy
+import csv
+import os
 import pkgutil
 import shlex
 import subprocess
@@ -115,6 +117,19 @@ def test_what_is_no_list_of_records_and_no_function_is_refused_first(
         api.train(["model.path=m", f"data.cache={tmp_path}/cache"], **given)
     assert raised.value.where == where
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_guest_restores_only_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHANGED", "before")
+    monkeypatch.setenv("DELETED", "before")
+    before, cell_size = dict(os.environ), csv.field_size_limit()
+    with api.as_guest():
+        monkeypatch.setattr(type(os.environ), "clear", lambda _: pytest.fail("other threads read it"))
+        os.environ.update({"CHANGED": "within", "ADDED": "within"})
+        del os.environ["DELETED"]
+        csv.field_size_limit(7)
+    assert dict(os.environ) == before
+    assert csv.field_size_limit() == cell_size
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])

@@ -208,6 +208,20 @@ def test_the_limit_of_seconds_counts_during_steps_and_before() -> None:
     time.sleep(0.06)  # no alarm is left
 
 
+def test_without_a_limit_of_seconds_the_alarm_is_that_of_the_script() -> None:
+    rung: list[int] = []
+    former = signal.signal(signal.SIGALRM, lambda number, _: rung.append(number))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 60)
+        with StopRequest().listening():
+            send(signal.SIGALRM)
+        assert rung == [signal.SIGALRM]
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
 def test_the_limit_of_steps_lets_an_evaluation_end_and_a_tracker_does_not() -> None:
     stop = StopRequest(stop_after_steps=2)
     assert [stop.vote(), stop.is_urgent, stop.vote(), stop.is_urgent] == [False, False, True, False]

@@ -33,11 +33,12 @@ from transformers.training_args import ParallelMode
 
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.rule import value_at
-from dpo_dist.foundation.errors import ConfigError, ExitCode
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.tools.convert.unseen import frozen_weights, hooks
 from dpo_dist.training.start.named_models import find_export_paths
 from dpo_dist.training.steps.schedule import check_schedule, learning_rate
 from dpo_dist.trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from dpo_dist.trl.callbacks import Absent
 from tests.support.families import tiny_config
 from tests.support.tiny_model import write_model
 
@@ -796,8 +797,32 @@ def test_a_signal_ends_the_script_and_a_callback_ends_only_training(
     with pytest.raises(SystemExit) as raised:
         trainer.train()
     assert raised.value.code == ExitCode.preempted
-    ended["stopped_by"] = "a callback"
+    ended["stopped_by"] = "SIGTERM, a callback"
     assert trainer.train().global_step == 1
+
+
+def test_each_use_of_what_callbacks_do_not_get_says_what_to_use() -> None:
+    absent = Absent("train_dataloader", "iterate over the trainer's train_dataset")
+    assert absent
+    for use in (len, iter, lambda one: one[0], lambda one: one(), lambda one: one.dataset):
+        with pytest.raises(ConfigError, match=r"(?s)train_dataloader.*train_dataset"):
+            use(absent)
+
+
+def test_a_rank_does_not_wait_for_ever_for_a_rank_0_that_failed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = {"exit": "preempted", "stopped_by": "a callback", "steps": 2, "train_seconds": 0.0}
+    monkeypatch.setattr("dpo_dist.api.train", lambda *_, **__: ended)
+    monkeypatch.setattr("dpo_dist.api.read_metrics", lambda _: [])
+    args = DPOConfig(output_dir=str(tmp_path), words=["parallelism.timeout_seconds=1"])
+    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS)
+    (trainer.run.checkpoints / "step-000002").mkdir(parents=True)
+    trainer.run.config.write_text(to_yaml(load_run_config([str(tmp_path / "dpo_dist.yaml")])))
+    trainer.train()
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(DpoDistError, match=r"rank 0 has not written .*step-000002 in 1 s"):
+        trainer.save_model(str(tmp_path / "after"))
 
 
 @pytest.mark.parametrize("wanted", [True, "dpo/checkpoint-2"])
@@ -818,6 +843,8 @@ def test_a_run_that_stopped_has_the_weights_that_its_end_would_have(
     for step in (2, 4):
         (trainer.run.checkpoints / f"step-{step:06d}").mkdir(parents=True)
     (trainer.run.checkpoints / "best").write_text("step-000002")
+    trainer.run.model.mkdir()
+    (trainer.run.model / "of_a_shorter_run").touch()
     trainer.run.config.write_text(to_yaml(load_run_config([str(tmp_path / "dpo_dist.yaml")])))
     trainer.save_model(str(tmp_path / "before"))
     assert (tmp_path / "before" / "model.safetensors").is_file(), "of the model that was given"
