@@ -18,7 +18,7 @@ from dpo_dist.foundation.errors import ConfigError
 _ALWAYS = ("gradient_checkpointing", "loss_type", "seed")
 """Arguments that are keys also with their default, because ours is another."""
 _NO_KEYS = (
-    *("output_dir", "resume_from_checkpoint", "hub_token", "words", "distributed_state"),
+    *("output_dir", "resume_from_checkpoint", "hub_token", "words"),
     *("logging_steps", "eval_steps", "save_steps"),  # those of `intervals`
     "local_rank",  # the launcher says it
 )
@@ -71,11 +71,14 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
 
         `weights`: the type of those of a model in memory.
         """
-        usual = vars(type(self)())
+        # A script may have a class below ours, with defaults and fields of its own.
+        ours = next(kind for kind in type(self).__mro__ if kind.__module__ == __name__)
+        usual = vars(ours())
+        values = {entry.name: getattr(self, entry.name) for entry in fields(ours)}
         keys = {
             name: _plain(value)
-            for name, value in vars(self).items()
-            if name not in _NO_KEYS and (name in _ALWAYS or value != usual.get(name, value))
+            for name, value in values.items()
+            if name not in _NO_KEYS and (name in _ALWAYS or value != usual[name])
         }
         if not torch.cuda.is_available():
             keys.pop("use_cpu", None)

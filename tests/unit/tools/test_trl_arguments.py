@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import partialmethod
 from pathlib import Path
 from types import MethodType
@@ -100,6 +100,20 @@ def test_arguments_are_read_from_a_command_line() -> None:
     keys = args.keys()
     assert (keys["loss_type"], keys["learning_rate"]) == (["ipo", "hinge"], 1e-5)
     assert keys["model_init_kwargs"] == {"dtype": "bfloat16"}
+
+
+def test_a_class_below_the_arguments_has_defaults_and_fields_of_its_own(folder: Path, tmp_path: Path) -> None:
+    @dataclass
+    class Mine(DPOConfig):
+        beta: float = 0.5
+        learning_rate: float = 5e-5
+        ema: bool = False
+        dataset_name: str = ""
+
+    args = Mine(output_dir=str(tmp_path), ema=True, dataset_name="mine")
+    found = keys_of(DPOTrainer(str(folder), args=args, train_dataset=PAIRS))
+    assert (found["loss.beta"], found["optim.lr"]) == (0.5, 5e-5)
+    assert "trainer.ema_decay" not in found
 
 
 def test_arguments_know_their_process_before_it_joins_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
