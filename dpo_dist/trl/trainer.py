@@ -124,7 +124,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         raise_all(self._overrides(args) + unseen(model, ref_model, has_adapter=peft_config is not None))
         name = Path(model if isinstance(model, str) else model.config.name_or_path).name
         self.args = args or self.config(output_dir=f"{name}-{self.config.__name__[:3]}")
-        self.folder = Path(self.args.output_dir or "trainer_output")
+        self.folder = Path(self.args.output_dir)
         self.run = RunFolder(self.folder / "run")
         self.processing_class = processing_class
         self.state, self.control = TrainerState(), TrainerControl()
@@ -608,13 +608,11 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def _best_metric(self) -> str:
-        usual = "loss" if self.args.load_best_model_at_end else ""
-        return (self.args.metric_for_best_model or usual).removeprefix("eval_")
+        return (self.args.metric_for_best_model or "").removeprefix("eval_")
 
     @property
     def _is_greater_better(self) -> bool:
-        given = self.args.greater_is_better
-        return not self._best_metric.endswith("loss") if given is None else bool(given)
+        return bool(self.args.greater_is_better)
 
     def _name_best(self) -> list[ConfigError]:
         """Name the metric of one evaluation set as here: `eval_easy_loss` is `loss/easy`; return faults."""

@@ -55,7 +55,7 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
     """Words of `dpo-dist train`, which win over the translation: `["data.truncation=drop"]`."""
 
     def __post_init__(self) -> None:
-        """Know this process by its environment: transformers would join the processes here."""
+        """Know this process by its environment, and derive values as transformers, which would join here."""
         names = {"process_index": "RANK", "local_process_index": "LOCAL_RANK", "num_processes": "WORLD_SIZE"}
         places = {name: int(os.environ.get(key, key == "WORLD_SIZE")) for name, key in names.items()}
         is_main, is_local = not places["process_index"], not places["local_process_index"]
@@ -65,6 +65,14 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         for name, value in vars(self).items():
             if isinstance(value, np.generic | np.ndarray):
                 setattr(self, name, value.tolist())
+        self.output_dir = os.path.expanduser(self.output_dir or "trainer_output")
+        self.do_eval = self.do_eval or self.eval_strategy != "no"
+        if self.eval_strategy == "steps":
+            self.eval_steps = self.eval_steps or self.logging_steps
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
 
     def keys(self, weights: torch.dtype | None = None) -> dict[str, Any]:
         """Return what is not at its default, and `_ALWAYS`, as keys of a file.

@@ -116,6 +116,24 @@ def test_a_class_below_the_arguments_has_defaults_and_fields_of_its_own(folder: 
     assert "trainer.ema_decay" not in found
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"eval_strategy": "steps", "logging_steps": 7, "output_dir": "~/out"},
+        {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True},
+        {"metric_for_best_model": "rewards/accuracies"},
+        {"metric_for_best_model": "eval_loss"},
+        {"metric_for_best_model": "loss", "greater_is_better": True, "output_dir": None},
+    ],
+)
+def test_what_is_not_given_is_derived_as_by_transformers(given: dict[str, Any]) -> None:
+    ours, theirs = (config(**{"output_dir": "o"} | given) for config in (DPOConfig, TrainingArguments))
+    names = ("output_dir", "do_eval", "metric_for_best_model", "greater_is_better")
+    names += ("eval_steps",) if "logging_steps" in given else ()  # whose default TRL changes
+    assert [getattr(ours, name) for name in names] == [getattr(theirs, name) for name in names]
+
+
 def test_arguments_know_their_process_before_it_joins_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
