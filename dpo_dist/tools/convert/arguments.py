@@ -74,6 +74,17 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
 
+    @property
+    def device(self) -> torch.device:
+        """The device of this process; transformers would reset the states of accelerate to name it."""
+        return torch.device("cuda", self.local_process_index) if self.n_gpu else torch.device("cpu")
+
+    @property
+    def n_gpu(self) -> int:
+        """The GPUs of this process: a run uses one."""
+        is_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        return int(torch.cuda.is_available() and not is_cpu)
+
     def keys(self, weights: torch.dtype | None = None) -> dict[str, Any]:
         """Return what is not at its default, and `_ALWAYS`, as keys of a file.
 

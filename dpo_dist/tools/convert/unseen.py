@@ -113,7 +113,7 @@ def _is_library(thing: Any) -> bool:
 def changed_arguments(args: TrainerArguments, before: dict[str, Any]) -> list[ConfigError]:
     """Return an error for each argument that was changed after the trainer was made."""
     remedy = f"set it in {type(args).__name__}(...), before the trainer is made"
-    # Others are what transformers computes when a script reads `args.device`.
+    # Others are notes of the script.
     names = [entry.name for entry in fields(args)]
     changed = [name for name in names if before[name] != getattr(args, name)]
     return [refused(f"args.{name}", str(getattr(args, name)), remedy) for name in changed]

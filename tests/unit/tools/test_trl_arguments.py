@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
@@ -144,6 +145,18 @@ def test_arguments_know_their_process_before_it_joins_the_others(monkeypatch: py
     assert args.keys()["num_processes"] == 4
     args = DPOConfig(output_dir="o", per_device_train_batch_size=2, save_strategy="epoch")
     assert args.intervals(records=20)["save_steps"] == 3  # of 2 pairs on each of 4 processes
+
+
+def test_reading_the_device_leaves_the_states_of_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for has_gpu, device in ((True, "cuda:1"), (False, "cpu")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
+        args = DPOConfig(output_dir="o", per_device_train_batch_size=3)
+        assert (str(args.device), args.n_gpu, args.train_batch_size) == (device, int(has_gpu), 3)
+    assert accelerator.state.num_processes == 1
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert DPOConfig(output_dir="o", use_cpu=True).device.type == "cpu"
 
 
 ADAPTER = {"model.adapter.r": 4, "model.adapter.alpha": 8, "model.adapter.target_modules": ["k_proj"]}
