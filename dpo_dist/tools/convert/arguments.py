@@ -85,6 +85,13 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         is_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         return int(torch.cuda.is_available() and not is_cpu)
 
+    def main_process_first(self, local: bool = True, desc: str = "work") -> Any:
+        """Run a block on the main process before the others, which the script has joined."""
+        if self.world_size > 1 and not torch.distributed.is_initialized():
+            remedy = "call accelerate.PartialState() first: here the processes join when a run starts"
+            raise refused("args.main_process_first", f"{self.world_size} processes", remedy)
+        return super().main_process_first(local, desc)
+
     def keys(self, weights: torch.dtype | None = None) -> dict[str, Any]:
         """Return what is not at its default, and `_ALWAYS`, as keys of a file.
 

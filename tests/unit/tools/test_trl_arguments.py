@@ -39,6 +39,7 @@ from dpo_dist.tools.convert.unseen import frozen_weights, hooks
 from dpo_dist.training.start.named_models import find_export_paths
 from dpo_dist.training.steps.schedule import check_schedule, learning_rate
 from dpo_dist.trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from dpo_dist.trl.processes import Processes
 from tests.support.families import tiny_config
 from tests.support.tiny_model import write_model
 
@@ -145,6 +146,21 @@ def test_arguments_know_their_process_before_it_joins_the_others(monkeypatch: py
     assert args.keys()["num_processes"] == 4
     args = DPOConfig(output_dir="o", per_device_train_batch_size=2, save_strategy="epoch")
     assert args.intervals(records=20)["save_steps"] == 3  # of 2 pairs on each of 4 processes
+
+
+def test_the_main_process_is_first_where_the_processes_have_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    with DPOConfig(output_dir="o").main_process_first():
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args, barriers = DPOConfig(output_dir="o"), list[str]()
+    with pytest.raises(ConfigError, match="main_process_first"):
+        args.main_process_first()
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.barrier", lambda: barriers.append("met"))
+    for first in (args.main_process_first, Processes(args).main_process_first):
+        with pytest.raises(ZeroDivisionError), first():
+            raise ZeroDivisionError
+    assert barriers == ["met", "met"], "the others go on after an error"
 
 
 def test_reading_the_device_leaves_the_states_of_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
