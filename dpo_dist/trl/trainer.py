@@ -159,6 +159,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         self.state.max_steps = self.args.max_steps
         self._arguments = copy.deepcopy(dict(vars(self.args)))
         self._given_once = {"processing_class": self.processing_class}
+        self._tokenization = _tokenization(self.processing_class)
         self._follower.call("on_init_end")
 
     def add_callback(self, callback: Any) -> None:
@@ -180,6 +181,12 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         in `output_dir` is moved aside.
         """
         changed = changed_arguments(self.args, self._arguments) + changed_attributes(self, self._given_once)
+        model = self._start if self._given is None else self._given
+        changed += unseen(model, self._given_reference, has_adapter=self._has_adapter)
+        if self._tokenization != (now := _tokenization(self.processing_class)):
+            got = "another chat_template" if self._tokenization[0] == now[0] else "other tokens"
+            remedy = "change it before the trainer is made: records are encoded as it was then"
+            changed.append(refused("trainer.processing_class", got, remedy))
         raise_all(self._overrides(self.args) + changed)
         self._find_start(resume_from_checkpoint)
         follower, start = self._follower, time.time()
@@ -501,7 +508,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         adapter = trained if trained and is_adapter(Path(trained)) else None
         model = self._from_files(self._own["model.path"] if adapter or not trained else trained)
         if adapter:
-            return PeftModel.from_pretrained(model, adapter)
+            return PeftModel.from_pretrained(model, adapter, is_trainable=True)
         return model if trained or self._peft is None else get_peft_model(model, self._peft)
 
     def _result(self) -> str | None:
@@ -653,6 +660,10 @@ def _weights(model: Any) -> torch.dtype | None:
     """Return the type in which a model in memory is trained; None: by the arguments."""
     is_named = isinstance(model, str) or hasattr(model, "quantization_method")
     return None if is_named else getattr(model, "dtype", None)
+
+
+def _tokenization(processing_class: Any) -> tuple[Any, Any]:
+    return tokenization(processing_class), copy.copy(processing_class.chat_template)
 
 
 def _as_trl_names(row: dict[str, float]) -> dict[str, float]:

@@ -680,6 +680,36 @@ def test_attributes_that_change_after_the_trainer_is_made_are_refused(folder: Pa
     assert {part.where for part in raised.value.parts} == {"trainer.loss_types", "trainer.optimizer"}
 
 
+def test_a_model_or_a_tokenizer_that_changes_after_the_trainer_is_made_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    args, tokenizer = DPOConfig(output_dir=str(tmp_path)), AutoTokenizer.from_pretrained(folder)
+    given: dict[str, Any] = {"args": args, "train_dataset": PAIRS, "processing_class": tokenizer}
+    model, reference = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+
+    def refusal(trainer: DPOTrainer) -> dict[str, str]:
+        with pytest.raises(ConfigError) as raised:
+            trainer.train()
+        return {part.where: part.got for part in raised.value.parts or [raised.value]}
+
+    trainer = DPOTrainer(model, reference, **given)
+    reference.register_forward_hook(_loss)
+    assert refusal(trainer) == {"ref_model": "a hook on the model"}
+    model.model.norm.weight.requires_grad = False
+    assert refusal(trainer).keys() == {"model", "ref_model"}
+    for kind in ({}, {"peft_config": LoraConfig(r=2)}):
+        named = DPOTrainer(str(folder), **given, **kind)
+        named.model.get_output_embeddings().register_forward_hook(_loss)
+        assert "hook on" in refusal(named)["model"]
+    named = DPOTrainer(str(folder), **given)
+    named.processing_class.pad_token = named.processing_class.eos_token
+    named.processing_class(["a", "b c d"], padding=True, truncation=True, max_length=1)
+    named.processing_class.chat_template = "{{ messages }}"
+    assert refusal(named) == {"trainer.processing_class": "another chat_template"}
+    named.processing_class.add_tokens(["<new>"])
+    assert refusal(named) == {"trainer.processing_class": "other tokens"}
+
+
 def test_a_script_may_read_what_transformers_computes_from_the_arguments(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
