@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoTokenizer, Trainer
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
@@ -67,6 +68,7 @@ _OF_ARGUMENTS |= {name: name for name in ("f_divergence_type", "f_alpha_divergen
 _OF_ARGUMENTS |= {name: name for name in ("desirable_weight", "undesirable_weight", "padding_free")}
 _OF_ARGUMENTS |= {"loss_types": "loss_type", "precompute_ref_logps": "precompute_ref_log_probs"}
 """Attributes of TRL's trainers that are arguments."""
+_LEAVE_OUT = "leave it out: what a model returns is not gathered"
 _LOOK = "evaluate(dataset, metric_key_prefix='test') has the metrics, and OUTPUT_DIR/run/evaluation each pair"
 _ELSEWHERE = {
     **REMEDIES,
@@ -144,6 +146,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         given = quantization_config or self._keys["model_init_kwargs"].pop("quantization_config", None)
         given = given or getattr(getattr(model, "config", None), "quantization_config", None)
         if given is not None:
+            given = AutoQuantizationConfig.from_dict(given) if isinstance(given, Mapping) else given
             self._keys |= {key: value for key, value in given.to_dict().items() if key.startswith(_BITS)}
             if not isinstance(model, str) and not hasattr(model, "peft_config"):
                 model = model.config.name_or_path  # whose weights are quantized again
@@ -229,9 +232,11 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         return TrainOutput(steps, mean, metrics)
 
     def evaluate(
-        self, eval_dataset: Any = None, _: Any = None, metric_key_prefix: str = "eval"
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate the trained model, before training the one that was given; return the metrics."""
+        if ignore_keys is not None:
+            raise refused("evaluate", f"ignore_keys={ignore_keys!r}", _LEAVE_OUT)
         if isinstance(eval_dataset, str):
             given = [source for source in self._eval if source.get("label") == eval_dataset]
         elif eval_dataset is None:

@@ -191,7 +191,7 @@ _OLDER = {"max_prompt_length": "data.max_prompt_length", "reference_free": "loss
 
 def _plain(value: Any) -> Any:
     """Return a value as a file has it: the text of a mapping, or an enum."""
-    if str(value).startswith('{"'):
+    if isinstance(value, str) and value.startswith("{"):
         return json.loads(value)
     return getattr(value, "value", value)
 

@@ -97,7 +97,7 @@ def test_arguments_and_defaults_are_those_of_trl(name: str) -> None:
 def test_arguments_are_read_from_a_command_line() -> None:
     words = ["--output_dir", "o", "--loss_type", "ipo", "hinge", "--learning_rate", "1e-5", "--bf16", "false"]
     [args] = HfArgumentParser(DPOConfig).parse_args_into_dataclasses(
-        [*words, "--model_init_kwargs", '{"dtype": "bfloat16"}']
+        [*words, "--model_init_kwargs", '{ "dtype": "bfloat16" }']
     )
     keys = args.keys()
     assert (keys["loss_type"], keys["learning_rate"]) == (["ipo", "hinge"], 1e-5)
@@ -850,6 +850,20 @@ def test_a_quantized_model_in_memory_is_quantized_again_by_its_name(folder: Path
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=bits)
     found = translated(folder, tmp_path, model=model, peft_config=LoraConfig())
     assert (found["model.path"], found["model.quantization"]) == (str(folder), "nf4")
+
+
+def test_a_mapping_may_say_how_a_model_is_quantized(folder: Path, tmp_path: Path) -> None:
+    bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    for given in ({"model_init_kwargs": {"quantization_config": bits}}, {"quantization_config": bits}):
+        found = translated(folder, tmp_path, peft_config=LoraConfig(), **given)
+        assert found["model.quantization"] == "nf4"
+
+
+def test_keys_that_an_evaluation_would_ignore_are_refused(folder: Path, tmp_path: Path) -> None:
+    args = DPOConfig(output_dir=str(tmp_path))
+    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=PAIRS[:4])
+    with pytest.raises(ConfigError, match="ignore_keys"):
+        trainer.evaluate(ignore_keys=["logits"])
 
 
 def test_before_training_a_trainer_has_what_it_was_given(folder: Path, tmp_path: Path) -> None:
