@@ -736,6 +736,19 @@ def test_a_column_that_the_first_record_of_a_list_lacks_is_read(folder: Path, tm
     assert found["data.train"][0]["columns"]["tools"] == "tools"
 
 
+@pytest.mark.parametrize("first", [{"chosen": None}, {"chosen": None, "rejected": None}, {"prompt": None}])
+def test_a_record_without_a_response_does_not_change_how_others_are_read(
+    first: dict[str, None], folder: Path, tmp_path: Path
+) -> None:
+    pairs = [pair | {"system": "s", "margin": 3.0} for pair in PAIRS]
+    without, [source] = (
+        translated(folder, tmp_path, train_dataset=rows)["data.train"]
+        for rows in (pairs, [pairs[0] | first, *pairs])
+    )
+    assert source["format"] == "text"
+    assert source["columns"] == without[0]["columns"]
+
+
 def test_weights_that_the_class_of_a_model_freezes_are_not_those_of_the_script(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config("afmoe"))
