@@ -60,7 +60,7 @@ from dpo_dist.verbs import evaluate, export
 
 _BITS = ("load_in_", "bnb_4bit_quant_type")
 _HUB = ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
-_INHERITED = {"add_callback", "pop_callback", "remove_callback", "init_hf_repo", "is_local_process_zero"}
+_INHERITED = {"init_hf_repo", "is_local_process_zero"}
 _INHERITED |= {"is_world_process_zero", "log_metrics", "metrics_format", "save_metrics", "save_state"}
 """The methods of transformers' `Trainer` that are used as they are; its others are not here."""
 _OF_ARGUMENTS = {name: name for name in ("beta", "loss_type", "loss_weights", "ld_alpha", "label_smoothing")}
@@ -176,21 +176,30 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         else:
             self._follower.add(callback)
 
-    def train(self, resume_from_checkpoint: bool | str | None = None, **_: Any) -> TrainOutput:
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove a callback, or one of a class, and return it."""
+        kind = callback if isinstance(callback, type) else type(callback)
+        if kind is EarlyStoppingCallback and "early_stopping_patience" in self._keys:
+            patience = self._keys.pop("early_stopping_patience")
+            self._translate()
+            return EarlyStoppingCallback(patience)
+        return self.callback_handler.pop_callback(callback)
+
+    remove_callback = pop_callback
+
+    def train(
+        self,
+        resume_from_checkpoint: bool | str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
+    ) -> TrainOutput:
         """Train; return what TRL's trainer returns.
 
         `resume_from_checkpoint`: true: from the last checkpoint, which must be there; a path: it must be the
         last one. Without it a run of the same arguments that was stopped goes on, and any other run that is
         in `output_dir` is moved aside.
         """
-        changed = changed_arguments(self.args, self._arguments) + changed_attributes(self, self._given_once)
-        model = self._start if self._given is None else self._given
-        changed += unseen(model, self._given_reference, has_adapter=self._has_adapter)
-        if self._tokenization != (now := _tokenization(self.processing_class)):
-            got = "another chat_template" if self._tokenization[0] == now[0] else "other tokens"
-            remedy = "change it before the trainer is made: records are encoded as it was then"
-            changed.append(refused("trainer.processing_class", got, remedy))
-        raise_all(self._overrides(self.args) + changed)
+        raise_all(self._changes(trial, ignore_keys_for_eval))
         self._find_start(resume_from_checkpoint)
         follower, start = self._follower, time.time()
         follower.has_begun = False
@@ -440,13 +449,28 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         """
         args = args or self.config()
         strategies = {"evaluate": args.eval_strategy, "save_model": args.save_strategy}
-        by_script = {name for name in _OFFERED if strategies.get(name, "no") == "no"}
+        by_script = {name for name in _OFFERED if strategies.get(name, "no") == "no"} - {"create_model_card"}
         kinds = [kind for kind in type(self).__mro__ if kind.__module__.split(".")[0] not in _LIBRARIES]
         places = [(kind.__name__, set(vars(kind))) for kind in kinds]
         for kind in (DPOTrainer, KTOTrainer):  # a method may have been set on the class
             new = {name for name, value in vars(kind).items() if not isinstance(value, _Missing)}
             places.append((kind.__name__, new - _OFFERED))
         return overrides([*places, ("trainer", set(vars(self)))], by_script)
+
+    def _changes(self, trial: Any, ignore_keys: Any) -> list[ConfigError]:
+        """Return errors for what a script changed after the trainer was made, and for options of `train`."""
+        changed = changed_arguments(self.args, self._arguments) + changed_attributes(self, self._given_once)
+        model = self._start if self._given is None else self._given
+        if trial is not None:
+            changed.append(refused("train", "trial", _ELSEWHERE["hyperparameter_search"]))
+        if ignore_keys is not None:
+            changed.append(refused("train", "ignore_keys_for_eval", _LEAVE_OUT))
+        changed += unseen(model, self._given_reference, has_adapter=self._has_adapter)
+        if self._tokenization != (now := _tokenization(self.processing_class)):
+            got = "another chat_template" if self._tokenization[0] == now[0] else "other tokens"
+            remedy = "change it before the trainer is made: records are encoded as it was then"
+            changed.append(refused("trainer.processing_class", got, remedy))
+        return self._overrides(self.args) + changed
 
     def _find_start(self, wanted: bool | str | None) -> None:
         """Check `resume_from_checkpoint`, or move a run aside that TRL would replace."""

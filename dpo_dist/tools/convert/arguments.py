@@ -65,7 +65,7 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         for name, value in vars(self).items():
             if isinstance(value, np.generic | np.ndarray):
                 setattr(self, name, value.tolist())
-        self.output_dir = os.path.expanduser(self.output_dir or "trainer_output")
+        self.output_dir = os.path.expanduser(self.output_dir or "trainer_output")  # noqa: PTH111  (keeps "./")
         self.do_eval = self.do_eval or self.eval_strategy != "no"
         if self.eval_strategy == "steps":
             self.eval_steps = self.eval_steps or self.logging_steps

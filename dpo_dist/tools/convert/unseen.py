@@ -31,6 +31,7 @@ _METHODS = {
     _DATA: "get_train_dataloader get_eval_dataloader get_test_dataloader _get_dataloader _get_train_sampler "
     "_get_eval_sampler _prepare_dataset _prepare_inputs _prepare_input tokenize_row process_row "
     "tokenize_batch build_tokenized_answer _set_signature_columns_if_needed",
+    "give it another name, and call it in the script: a run writes a card of its own": "create_model_card",
     "use a callback's on_evaluate, or set eval_strategy='no' and call it in the script": "evaluate",
     "use a callback's on_save, or set save_strategy='no' and call it in the script": "save_model",
 }

@@ -558,6 +558,7 @@ OVERRIDES = [
     ("_save_checkpoint", "with TRL"),
     ("_precompute_ref_logps", "loss.function"),
     ("save_model", "save_strategy='no'"),
+    ("create_model_card", "another name"),
 ]
 
 
@@ -899,8 +900,20 @@ def test_a_callback_that_is_added_later_counts(folder: Path, tmp_path: Path) -> 
     args = DPOConfig(output_dir=str(tmp_path), eval_strategy="epoch")
     trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=PAIRS[:4])
     assert "trainer.patience" not in keys_of(trainer)
-    trainer.add_callback(EarlyStoppingCallback(2))
-    assert keys_of(trainer)["trainer.patience"] == 2
+    for remove in (trainer.remove_callback, trainer.pop_callback):
+        trainer.add_callback(EarlyStoppingCallback(2))
+        assert keys_of(trainer)["trainer.patience"] == 2
+        remove(EarlyStoppingCallback)
+        assert "trainer.patience" not in keys_of(trainer)
+
+
+def test_options_of_train_that_have_no_effect_are_refused(folder: Path, tmp_path: Path) -> None:
+    trainer: Any = DPOTrainer(str(folder), args=DPOConfig(output_dir=str(tmp_path)), train_dataset=PAIRS)
+    with pytest.raises(ConfigError) as raised:
+        trainer.train(trial={"beta": 1}, ignore_keys_for_eval=["logits"])
+    assert {part.got for part in raised.value.parts} == {"trial", "ignore_keys_for_eval"}
+    with pytest.raises(TypeError, match="foo"):
+        trainer.train(None, foo=1)
 
 
 def test_a_signal_ends_the_script_and_a_callback_ends_only_training(
