@@ -65,14 +65,15 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         for name, value in vars(self).items():
             if isinstance(value, np.generic | np.ndarray):
                 setattr(self, name, value.tolist())
-        self.output_dir = os.path.expanduser(self.output_dir or "trainer_output")  # noqa: PTH111  (keeps "./")
-        self.do_eval = self.do_eval or self.eval_strategy != "no"
-        if self.eval_strategy == "steps":
-            self.eval_steps = self.eval_steps or self.logging_steps
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "loss"
-        if self.greater_is_better is None and self.metric_for_best_model is not None:
-            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+        args: Any = self  # transformers has no types for these
+        args.output_dir = os.path.expanduser(args.output_dir or "trainer_output")  # noqa: PTH111  (keeps "./")
+        args.do_eval = args.do_eval or args.eval_strategy != "no"
+        if args.eval_strategy == "steps":
+            args.eval_steps = args.eval_steps or args.logging_steps
+        if args.load_best_model_at_end and args.metric_for_best_model is None:
+            args.metric_for_best_model = "loss"
+        if args.greater_is_better is None and args.metric_for_best_model is not None:
+            args.greater_is_better = not args.metric_for_best_model.endswith("loss")
 
     @property
     def device(self) -> torch.device:
