@@ -866,6 +866,13 @@ def test_a_quantized_model_in_memory_is_quantized_again_by_its_name(folder: Path
     assert (found["model.path"], found["model.quantization"]) == (str(folder), "nf4")
 
 
+def test_a_file_of_deepspeed_counts_by_its_content(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "zero2.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}}))
+    found = translated(folder, tmp_path, deepspeed=str(file))
+    assert found["parallelism.kind"] == "zero3"
+
+
 def test_a_mapping_may_say_how_a_model_is_quantized(folder: Path, tmp_path: Path) -> None:
     bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     for given in ({"model_init_kwargs": {"quantization_config": bits}}, {"quantization_config": bits}):
