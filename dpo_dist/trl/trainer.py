@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoTokenizer, Trainer
-from transformers.quantizers import AutoQuantizationConfig
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Trainer
 from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
@@ -146,7 +145,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         given = quantization_config or self._keys["model_init_kwargs"].pop("quantization_config", None)
         given = given or getattr(getattr(model, "config", None), "quantization_config", None)
         if given is not None:
-            given = AutoQuantizationConfig.from_dict(given) if isinstance(given, Mapping) else given
+            given = BitsAndBytesConfig.from_dict(given) if isinstance(given, Mapping) else given
             self._keys |= {key: value for key, value in given.to_dict().items() if key.startswith(_BITS)}
             if not isinstance(model, str) and not hasattr(model, "peft_config"):
                 model = model.config.name_or_path  # whose weights are quantized again
