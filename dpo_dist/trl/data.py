@@ -41,11 +41,13 @@ def sources(given: Any, name: str, folder: Path, *, is_stored: bool = False) -> 
 def _as_trl_reads(file: Path) -> dict[str, Any]:
     """Return the columns and the format by which records are read as by TRL: texts stay texts, without a
     template, and no other column counts, such as `system` or `margin`."""
+    first, names, response = dict[str, Any](), set[str](), None
     with file.open(encoding="utf-8") as lines:
-        first = json.loads(next(lines))
-        names = set(first).union(*map(json.loads, lines))  # a list's first record may lack a column
+        for record in map(json.loads, lines):
+            names |= record.keys()  # a list's first record may lack a column
+            if response is None:
+                first, response = record, record.get("chosen", record.get("completion"))
     columns = {field: name for name, field in _COLUMNS.items() if name in names}
-    response = first.get("chosen", first.get("completion"))
     if response is None:  # which TRL cannot read
         return {}
     read: dict[str, Any] = {}

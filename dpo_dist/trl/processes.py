@@ -62,9 +62,11 @@ class Processes:
         """Run the block on the main process before the others, if the script has joined them."""
         if not self.is_main_process:
             self.wait_for_everyone()
-        yield
-        if self.is_main_process:
-            self.wait_for_everyone()
+        try:
+            yield
+        finally:
+            if self.is_main_process:
+                self.wait_for_everyone()
 
     local_main_process_first = main_process_first
 

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoTokenizer, Trainer
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Trainer
 from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
@@ -59,7 +59,7 @@ from dpo_dist.verbs import evaluate, export
 
 _BITS = ("load_in_", "bnb_4bit_quant_type")
 _HUB = ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
-_INHERITED = {"add_callback", "pop_callback", "remove_callback", "init_hf_repo", "is_local_process_zero"}
+_INHERITED = {"init_hf_repo", "is_local_process_zero"}
 _INHERITED |= {"is_world_process_zero", "log_metrics", "metrics_format", "save_metrics", "save_state"}
 """The methods of transformers' `Trainer` that are used as they are; its others are not here."""
 _OF_ARGUMENTS = {name: name for name in ("beta", "loss_type", "loss_weights", "ld_alpha", "label_smoothing")}
@@ -67,6 +67,7 @@ _OF_ARGUMENTS |= {name: name for name in ("f_divergence_type", "f_alpha_divergen
 _OF_ARGUMENTS |= {name: name for name in ("desirable_weight", "undesirable_weight", "padding_free")}
 _OF_ARGUMENTS |= {"loss_types": "loss_type", "precompute_ref_logps": "precompute_ref_log_probs"}
 """Attributes of TRL's trainers that are arguments."""
+_LEAVE_OUT = "leave it out: what a model returns is not gathered"
 _LOOK = "evaluate(dataset, metric_key_prefix='test') has the metrics, and OUTPUT_DIR/run/evaluation each pair"
 _ELSEWHERE = {
     **REMEDIES,
@@ -124,7 +125,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         raise_all(self._overrides(args) + unseen(model, ref_model, has_adapter=peft_config is not None))
         name = Path(model if isinstance(model, str) else model.config.name_or_path).name
         self.args = args or self.config(output_dir=f"{name}-{self.config.__name__[:3]}")
-        self.folder = Path(self.args.output_dir or "trainer_output")
+        self.folder = Path(self.args.output_dir)
         self.run = RunFolder(self.folder / "run")
         self.processing_class = processing_class
         self.state, self.control = TrainerState(), TrainerControl()
@@ -144,6 +145,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         given = quantization_config or self._keys["model_init_kwargs"].pop("quantization_config", None)
         given = given or getattr(getattr(model, "config", None), "quantization_config", None)
         if given is not None:
+            given = BitsAndBytesConfig.from_dict(given) if isinstance(given, Mapping) else given
             self._keys |= {key: value for key, value in given.to_dict().items() if key.startswith(_BITS)}
             if not isinstance(model, str) and not hasattr(model, "peft_config"):
                 model = model.config.name_or_path  # whose weights are quantized again
@@ -159,6 +161,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         self.state.max_steps = self.args.max_steps
         self._arguments = copy.deepcopy(dict(vars(self.args)))
         self._given_once = {"processing_class": self.processing_class}
+        self._tokenization = _tokenization(self.processing_class)
         self._follower.call("on_init_end")
 
     def add_callback(self, callback: Any) -> None:
@@ -172,15 +175,30 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         else:
             self._follower.add(callback)
 
-    def train(self, resume_from_checkpoint: bool | str | None = None, **_: Any) -> TrainOutput:
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove a callback, or one of a class, and return it."""
+        kind = callback if isinstance(callback, type) else type(callback)
+        if kind is EarlyStoppingCallback and "early_stopping_patience" in self._keys:
+            patience = self._keys.pop("early_stopping_patience")
+            self._translate()
+            return EarlyStoppingCallback(patience)
+        return self.callback_handler.pop_callback(callback)
+
+    remove_callback = pop_callback
+
+    def train(
+        self,
+        resume_from_checkpoint: bool | str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
+    ) -> TrainOutput:
         """Train; return what TRL's trainer returns.
 
         `resume_from_checkpoint`: true: from the last checkpoint, which must be there; a path: it must be the
         last one. Without it a run of the same arguments that was stopped goes on, and any other run that is
         in `output_dir` is moved aside.
         """
-        changed = changed_arguments(self.args, self._arguments) + changed_attributes(self, self._given_once)
-        raise_all(self._overrides(self.args) + changed)
+        raise_all(self._changes(trial, ignore_keys_for_eval))
         self._find_start(resume_from_checkpoint)
         follower, start = self._follower, time.time()
         follower.has_begun = False
@@ -222,10 +240,12 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         return TrainOutput(steps, mean, metrics)
 
     def evaluate(
-        self, eval_dataset: Any = None, _: Any = None, metric_key_prefix: str = "eval"
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate the trained model, before training the one that was given; return the metrics."""
         self._check_outside("evaluate", "set control.should_evaluate: the metrics come to on_evaluate")
+        if ignore_keys is not None:
+            raise refused("evaluate", f"ignore_keys={ignore_keys!r}", _LEAVE_OUT)
         if isinstance(eval_dataset, str):
             given = [source for source in self._eval if source.get("label") == eval_dataset]
         elif eval_dataset is None:
@@ -455,13 +475,28 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         """
         args = args or self.config()
         strategies = {"evaluate": args.eval_strategy, "save_model": args.save_strategy}
-        by_script = {name for name in _OFFERED if strategies.get(name, "no") == "no"}
+        by_script = {name for name in _OFFERED if strategies.get(name, "no") == "no"} - {"create_model_card"}
         kinds = [kind for kind in type(self).__mro__ if kind.__module__.split(".")[0] not in _LIBRARIES]
         places = [(kind.__name__, set(vars(kind))) for kind in kinds]
         for kind in (DPOTrainer, KTOTrainer):  # a method may have been set on the class
             new = {name for name, value in vars(kind).items() if not isinstance(value, _Missing)}
             places.append((kind.__name__, new - _OFFERED))
         return overrides([*places, ("trainer", set(vars(self)))], by_script)
+
+    def _changes(self, trial: Any, ignore_keys: Any) -> list[ConfigError]:
+        """Return errors for what a script changed after the trainer was made, and for options of `train`."""
+        changed = changed_arguments(self.args, self._arguments) + changed_attributes(self, self._given_once)
+        model = self._start if self._given is None else self._given
+        if trial is not None:
+            changed.append(refused("train", "trial", _ELSEWHERE["hyperparameter_search"]))
+        if ignore_keys is not None:
+            changed.append(refused("train", "ignore_keys_for_eval", _LEAVE_OUT))
+        changed += unseen(model, self._given_reference, has_adapter=self._has_adapter)
+        if self._tokenization != (now := _tokenization(self.processing_class)):
+            got = "another chat_template" if self._tokenization[0] == now[0] else "other tokens"
+            remedy = "change it before the trainer is made: records are encoded as it was then"
+            changed.append(refused("trainer.processing_class", got, remedy))
+        return self._overrides(self.args) + changed
 
     def _find_start(self, wanted: bool | str | None) -> None:
         """Check `resume_from_checkpoint`, or move a run aside that TRL would replace."""
@@ -537,7 +572,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         adapter = trained if trained and is_adapter(Path(trained)) else None
         model = self._from_files(self._own["model.path"] if adapter or not trained else trained)
         if adapter:
-            return PeftModel.from_pretrained(model, adapter)
+            return PeftModel.from_pretrained(model, adapter, is_trainable=True)
         return model if trained or self._peft is None else get_peft_model(model, self._peft)
 
     def _result(self) -> str | None:
@@ -574,12 +609,16 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             self._own["data.eval"] = self._eval
 
     def _launched(self) -> dict[str, Any]:
-        """Return the keys that the launcher's file means; the arguments' own way of sharding wins."""
-        if self.args.deepspeed or self.args.fsdp:
+        """Return the keys that a file of DeepSpeed or of the launcher means; that of the arguments wins."""
+        environ: Mapping[str, str] = os.environ
+        if isinstance(file := self.args.deepspeed, str) and Path(file).is_file():
+            self._keys.pop("deepspeed")
+            environ = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": file}
+        elif self.args.deepspeed or self.args.fsdp:
             return {}
         is_quantized = any(key.startswith(_BITS) for key in self._keys | self._keys["model_init_kwargs"])
         is_half = bool(self._keys.get("bf16", True) or self.args.fp16)
-        keys, said = launcher_keys(os.environ, is_quantized=is_quantized, is_half=is_half)
+        keys, said = launcher_keys(environ, is_quantized=is_quantized, is_half=is_half)
         for line in said:
             self.accelerator.print(line)
         return keys
@@ -643,13 +682,11 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def _best_metric(self) -> str:
-        usual = "loss" if self.args.load_best_model_at_end else ""
-        return (self.args.metric_for_best_model or usual).removeprefix("eval_")
+        return (self.args.metric_for_best_model or "").removeprefix("eval_")
 
     @property
     def _is_greater_better(self) -> bool:
-        given = self.args.greater_is_better
-        return not self._best_metric.endswith("loss") if given is None else bool(given)
+        return bool(self.args.greater_is_better)
 
     def _name_best(self) -> list[ConfigError]:
         """Name the metric of one evaluation set as here: `eval_easy_loss` is `loss/easy`; return faults."""
@@ -690,6 +727,10 @@ def _weights(model: Any) -> torch.dtype | None:
     """Return the type in which a model in memory is trained; None: by the arguments."""
     is_named = isinstance(model, str) or hasattr(model, "quantization_method")
     return None if is_named else getattr(model, "dtype", None)
+
+
+def _tokenization(processing_class: Any) -> tuple[Any, Any]:
+    return tokenization(processing_class), copy.copy(processing_class.chat_template)
 
 
 def _as_trl_names(row: dict[str, float]) -> dict[str, float]:

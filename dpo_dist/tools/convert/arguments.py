@@ -18,7 +18,7 @@ from dpo_dist.foundation.errors import ConfigError
 _ALWAYS = ("gradient_checkpointing", "loss_type", "seed")
 """Arguments that are keys also with their default, because ours is another."""
 _NO_KEYS = (
-    *("output_dir", "resume_from_checkpoint", "hub_token", "words", "distributed_state"),
+    *("output_dir", "resume_from_checkpoint", "hub_token", "words"),
     *("logging_steps", "eval_steps", "save_steps"),  # those of `intervals`
     "local_rank",  # the launcher says it
 )
@@ -55,7 +55,7 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
     """Words of `dpo-dist train`, which win over the translation: `["data.truncation=drop"]`."""
 
     def __post_init__(self) -> None:
-        """Know this process by its environment: transformers would join the processes here."""
+        """Know this process by its environment, and derive values as transformers, which would join here."""
         names = {"process_index": "RANK", "local_process_index": "LOCAL_RANK", "num_processes": "WORLD_SIZE"}
         places = {name: int(os.environ.get(key, key == "WORLD_SIZE")) for name, key in names.items()}
         is_main, is_local = not places["process_index"], not places["local_process_index"]
@@ -65,17 +65,47 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         for name, value in vars(self).items():
             if isinstance(value, np.generic | np.ndarray):
                 setattr(self, name, value.tolist())
+        args: Any = self  # transformers has no types for these
+        args.output_dir = os.path.expanduser(args.output_dir or "trainer_output")  # noqa: PTH111  (keeps "./")
+        args.do_eval = args.do_eval or args.eval_strategy != "no"
+        if args.eval_strategy == "steps":
+            args.eval_steps = args.eval_steps or args.logging_steps
+        if args.load_best_model_at_end and args.metric_for_best_model is None:
+            args.metric_for_best_model = "loss"
+        if args.greater_is_better is None and args.metric_for_best_model is not None:
+            args.greater_is_better = not args.metric_for_best_model.endswith("loss")
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process; transformers would reset the states of accelerate to name it."""
+        return torch.device("cuda", self.local_process_index) if self.n_gpu else torch.device("cpu")
+
+    @property
+    def n_gpu(self) -> int:
+        """The GPUs of this process: a run uses one."""
+        is_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        return int(torch.cuda.is_available() and not is_cpu)
+
+    def main_process_first(self, local: bool = True, desc: str = "work") -> Any:
+        """Run a block on the main process before the others, which the script has joined."""
+        if self.world_size > 1 and not torch.distributed.is_initialized():
+            remedy = "call accelerate.PartialState() first: here the processes join when a run starts"
+            raise refused("args.main_process_first", f"{self.world_size} processes", remedy)
+        return super().main_process_first(local, desc)
 
     def keys(self, weights: torch.dtype | None = None) -> dict[str, Any]:
         """Return what is not at its default, and `_ALWAYS`, as keys of a file.
 
         `weights`: the type of those of a model in memory.
         """
-        usual = vars(type(self)())
+        # A script may have a class below ours, with defaults and fields of its own.
+        ours = next(kind for kind in type(self).__mro__ if kind.__module__ == __name__)
+        usual = vars(ours())
+        values = {entry.name: getattr(self, entry.name) for entry in fields(ours)}
         keys = {
             name: _plain(value)
-            for name, value in vars(self).items()
-            if name not in _NO_KEYS and (name in _ALWAYS or value != usual.get(name, value))
+            for name, value in values.items()
+            if name not in _NO_KEYS and (name in _ALWAYS or value != usual[name])
         }
         if not torch.cuda.is_available():
             keys.pop("use_cpu", None)
@@ -162,7 +192,7 @@ _OLDER = {"max_prompt_length": "data.max_prompt_length", "reference_free": "loss
 
 def _plain(value: Any) -> Any:
     """Return a value as a file has it: the text of a mapping, or an enum."""
-    if str(value).startswith('{"'):
+    if isinstance(value, str) and value.startswith("{"):
         return json.loads(value)
     return getattr(value, "value", value)
 

@@ -31,6 +31,7 @@ _METHODS = {
     _DATA: "get_train_dataloader get_eval_dataloader get_test_dataloader _get_dataloader _get_train_sampler "
     "_get_eval_sampler _prepare_dataset _prepare_inputs _prepare_input tokenize_row process_row "
     "tokenize_batch build_tokenized_answer _set_signature_columns_if_needed",
+    "give it another name, and call it in the script: a run writes a card of its own": "create_model_card",
     "use a callback's on_evaluate, or set eval_strategy='no' and call it in the script": "evaluate",
     "use a callback's on_save, or set save_strategy='no' and call it in the script": "save_model",
 }
@@ -113,7 +114,7 @@ def _is_library(thing: Any) -> bool:
 def changed_arguments(args: TrainerArguments, before: dict[str, Any]) -> list[ConfigError]:
     """Return an error for each argument that was changed after the trainer was made."""
     remedy = f"set it in {type(args).__name__}(...), before the trainer is made"
-    # Others are what transformers computes when a script reads `args.device`.
+    # Others are notes of the script.
     names = [entry.name for entry in fields(args)]
     changed = [name for name in names if before[name] != getattr(args, name)]
     return [refused(f"args.{name}", str(getattr(args, name)), remedy) for name in changed]

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import partialmethod
 from pathlib import Path
 from types import MethodType
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
@@ -39,6 +40,7 @@ from dpo_dist.training.start.named_models import find_export_paths
 from dpo_dist.training.steps.schedule import check_schedule, learning_rate
 from dpo_dist.trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from dpo_dist.trl.callbacks import Absent
+from dpo_dist.trl.processes import Processes
 from tests.support.families import tiny_config
 from tests.support.tiny_model import write_model
 
@@ -96,11 +98,43 @@ def test_arguments_and_defaults_are_those_of_trl(name: str) -> None:
 def test_arguments_are_read_from_a_command_line() -> None:
     words = ["--output_dir", "o", "--loss_type", "ipo", "hinge", "--learning_rate", "1e-5", "--bf16", "false"]
     [args] = HfArgumentParser(DPOConfig).parse_args_into_dataclasses(
-        [*words, "--model_init_kwargs", '{"dtype": "bfloat16"}']
+        [*words, "--model_init_kwargs", '{ "dtype": "bfloat16" }']
     )
     keys = args.keys()
     assert (keys["loss_type"], keys["learning_rate"]) == (["ipo", "hinge"], 1e-5)
     assert keys["model_init_kwargs"] == {"dtype": "bfloat16"}
+
+
+def test_a_class_below_the_arguments_has_defaults_and_fields_of_its_own(folder: Path, tmp_path: Path) -> None:
+    @dataclass
+    class Mine(DPOConfig):
+        beta: float = 0.5
+        learning_rate: float = 5e-5
+        ema: bool = False
+        dataset_name: str = ""
+
+    args = Mine(output_dir=str(tmp_path), ema=True, dataset_name="mine")
+    found = keys_of(DPOTrainer(str(folder), args=args, train_dataset=PAIRS))
+    assert (found["loss.beta"], found["optim.lr"]) == (0.5, 5e-5)
+    assert "trainer.ema_decay" not in found
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"eval_strategy": "steps", "logging_steps": 7, "output_dir": "~/out"},
+        {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True},
+        {"metric_for_best_model": "rewards/accuracies"},
+        {"metric_for_best_model": "eval_loss"},
+        {"metric_for_best_model": "loss", "greater_is_better": True, "output_dir": None},
+    ],
+)
+def test_what_is_not_given_is_derived_as_by_transformers(given: dict[str, Any]) -> None:
+    ours, theirs = (config(**{"output_dir": "o"} | given) for config in (DPOConfig, TrainingArguments))
+    names = ("output_dir", "do_eval", "metric_for_best_model", "greater_is_better")
+    names += ("eval_steps",) if "logging_steps" in given else ()  # whose default TRL changes
+    assert [getattr(ours, name) for name in names] == [getattr(theirs, name) for name in names]
 
 
 def test_arguments_know_their_process_before_it_joins_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +147,33 @@ def test_arguments_know_their_process_before_it_joins_the_others(monkeypatch: py
     assert args.keys()["num_processes"] == 4
     args = DPOConfig(output_dir="o", per_device_train_batch_size=2, save_strategy="epoch")
     assert args.intervals(records=20)["save_steps"] == 3  # of 2 pairs on each of 4 processes
+
+
+def test_the_main_process_is_first_where_the_processes_have_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    with DPOConfig(output_dir="o").main_process_first():
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args, barriers = DPOConfig(output_dir="o"), list[str]()
+    with pytest.raises(ConfigError, match="main_process_first"):
+        args.main_process_first()
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.barrier", lambda: barriers.append("met"))
+    for first in (args.main_process_first, Processes(args).main_process_first):
+        with pytest.raises(ZeroDivisionError), first():
+            raise ZeroDivisionError
+    assert barriers == ["met", "met"], "the others go on after an error"
+
+
+def test_reading_the_device_leaves_the_states_of_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for has_gpu, device in ((True, "cuda:1"), (False, "cpu")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
+        args = DPOConfig(output_dir="o", per_device_train_batch_size=3)
+        assert (str(args.device), args.n_gpu, args.train_batch_size) == (device, int(has_gpu), 3)
+    assert accelerator.state.num_processes == 1
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert DPOConfig(output_dir="o", use_cpu=True).device.type == "cpu"
 
 
 ADAPTER = {"model.adapter.r": 4, "model.adapter.alpha": 8, "model.adapter.target_modules": ["k_proj"]}
@@ -498,6 +559,7 @@ OVERRIDES = [
     ("_save_checkpoint", "with TRL"),
     ("_precompute_ref_logps", "loss.function"),
     ("save_model", "save_strategy='no'"),
+    ("create_model_card", "another name"),
 ]
 
 
@@ -620,6 +682,36 @@ def test_attributes_that_change_after_the_trainer_is_made_are_refused(folder: Pa
     assert {part.where for part in raised.value.parts} == {"trainer.loss_types", "trainer.optimizer"}
 
 
+def test_a_model_or_a_tokenizer_that_changes_after_the_trainer_is_made_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    args, tokenizer = DPOConfig(output_dir=str(tmp_path)), AutoTokenizer.from_pretrained(folder)
+    given: dict[str, Any] = {"args": args, "train_dataset": PAIRS, "processing_class": tokenizer}
+    model, reference = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+
+    def refusal(trainer: DPOTrainer) -> dict[str, str]:
+        with pytest.raises(ConfigError) as raised:
+            trainer.train()
+        return {part.where: part.got for part in raised.value.parts or [raised.value]}
+
+    trainer = DPOTrainer(model, reference, **given)
+    reference.register_forward_hook(_loss)
+    assert refusal(trainer) == {"ref_model": "a hook on the model"}
+    model.model.norm.weight.requires_grad = False
+    assert refusal(trainer).keys() == {"model", "ref_model"}
+    for kind in ({}, {"peft_config": LoraConfig(r=2)}):
+        named = DPOTrainer(str(folder), **given, **kind)
+        named.model.get_output_embeddings().register_forward_hook(_loss)
+        assert "hook on" in refusal(named)["model"]
+    named = DPOTrainer(str(folder), **given)
+    named.processing_class.pad_token = named.processing_class.eos_token
+    named.processing_class(["a", "b c d"], padding=True, truncation=True, max_length=1)
+    named.processing_class.chat_template = "{{ messages }}"
+    assert refusal(named) == {"trainer.processing_class": "another chat_template"}
+    named.processing_class.add_tokens(["<new>"])
+    assert refusal(named) == {"trainer.processing_class": "other tokens"}
+
+
 def test_a_script_may_read_what_transformers_computes_from_the_arguments(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -644,6 +736,19 @@ def test_a_column_that_the_first_record_of_a_list_lacks_is_read(folder: Path, tm
     }
     found = translated(folder, tmp_path, train_dataset=[pair, {**pair, "tools": []}])
     assert found["data.train"][0]["columns"]["tools"] == "tools"
+
+
+@pytest.mark.parametrize("first", [{"chosen": None}, {"chosen": None, "rejected": None}, {"prompt": None}])
+def test_a_record_without_a_response_does_not_change_how_others_are_read(
+    first: dict[str, None], folder: Path, tmp_path: Path
+) -> None:
+    pairs = [pair | {"system": "s", "margin": 3.0} for pair in PAIRS]
+    without, [source] = (
+        translated(folder, tmp_path, train_dataset=rows)["data.train"]
+        for rows in (pairs, [pairs[0] | first, *pairs])
+    )
+    assert source["format"] == "text"
+    assert source["columns"] == without[0]["columns"]
 
 
 def test_weights_that_the_class_of_a_model_freezes_are_not_those_of_the_script(tmp_path: Path) -> None:
@@ -762,6 +867,27 @@ def test_a_quantized_model_in_memory_is_quantized_again_by_its_name(folder: Path
     assert (found["model.path"], found["model.quantization"]) == (str(folder), "nf4")
 
 
+def test_a_file_of_deepspeed_counts_by_its_content(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "zero2.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}}))
+    found = translated(folder, tmp_path, deepspeed=str(file))
+    assert found["parallelism.kind"] == "zero3"
+
+
+def test_a_mapping_may_say_how_a_model_is_quantized(folder: Path, tmp_path: Path) -> None:
+    bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    for given in ({"model_init_kwargs": {"quantization_config": bits}}, {"quantization_config": bits}):
+        found = translated(folder, tmp_path, peft_config=LoraConfig(), **given)
+        assert found["model.quantization"] == "nf4"
+
+
+def test_keys_that_an_evaluation_would_ignore_are_refused(folder: Path, tmp_path: Path) -> None:
+    args = DPOConfig(output_dir=str(tmp_path))
+    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=PAIRS[:4])
+    with pytest.raises(ConfigError, match="ignore_keys"):
+        trainer.evaluate(ignore_keys=["logits"])
+
+
 def test_before_training_a_trainer_has_what_it_was_given(folder: Path, tmp_path: Path) -> None:
     args = DPOConfig(output_dir=str(tmp_path / "out"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -782,8 +908,20 @@ def test_a_callback_that_is_added_later_counts(folder: Path, tmp_path: Path) -> 
     args = DPOConfig(output_dir=str(tmp_path), eval_strategy="epoch")
     trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=PAIRS[:4])
     assert "trainer.patience" not in keys_of(trainer)
-    trainer.add_callback(EarlyStoppingCallback(2))
-    assert keys_of(trainer)["trainer.patience"] == 2
+    for remove in (trainer.remove_callback, trainer.pop_callback):
+        trainer.add_callback(EarlyStoppingCallback(2))
+        assert keys_of(trainer)["trainer.patience"] == 2
+        remove(EarlyStoppingCallback)
+        assert "trainer.patience" not in keys_of(trainer)
+
+
+def test_options_of_train_that_have_no_effect_are_refused(folder: Path, tmp_path: Path) -> None:
+    trainer: Any = DPOTrainer(str(folder), args=DPOConfig(output_dir=str(tmp_path)), train_dataset=PAIRS)
+    with pytest.raises(ConfigError) as raised:
+        trainer.train(trial={"beta": 1}, ignore_keys_for_eval=["logits"])
+    assert {part.got for part in raised.value.parts} == {"trial", "ignore_keys_for_eval"}
+    with pytest.raises(TypeError, match="foo"):
+        trainer.train(None, foo=1)
 
 
 def test_a_signal_ends_the_script_and_a_callback_ends_only_training(
