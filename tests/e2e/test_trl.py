@@ -290,7 +290,7 @@ def train_adapters(variables: dict[str, str], folder: Path) -> None:
     seen = list[list[float]]()
 
     class Look(TrainerCallback):
-        def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             assert isinstance(model, PeftModel)
             weights = [weight for key, weight in model.named_parameters() if "lora_B" in key]
             seen.append([float(weight.abs().max()) for weight in weights])

@@ -260,8 +260,11 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import TrainerCallback
 
+from dpo_dist.distributed.deepspeed_internals import use_gloo_all_reduce
 from dpo_dist.foundation.errors import DpoDistError
 from tests.e2e.test_trl_guest import prefer
+
+use_gloo_all_reduce()  # a script that joins the processes itself would compile DeepSpeed's own kernel
 
 
 class Fail(TrainerCallback):

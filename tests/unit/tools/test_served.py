@@ -118,13 +118,13 @@ def test_a_refused_prompt_is_dropped_and_an_endpoint_that_refuses_all_is_an_erro
 
 
 def test_a_prompt_that_the_server_is_too_short_for_is_dropped(folder: Path) -> None:
-    longest = len(responder(folder).encode(RECORDS[0], "r").prompt_ids) + 9  # type: ignore[union-attr]
+    longest = len(responder(folder).encode(RECORDS[0], "r").prompt_ids) + 19  # type: ignore[union-attr]
     with completions_server(CompletionsServer(folder, longest=longest)) as own:
         server = opened(own, folder)
-        rows = respond(RECORDS, server.responder, server.generate, Sampling(10), range(1))
+        rows = respond(RECORDS, server.responder, server.generate, Sampling(20), range(1))
         assert {row.dropped for row in rows} == {"too_long_for_the_model"}
         del own.bodies[:]
-        usual = respond(RECORDS, server.responder, server.generate, Sampling(10, is_default=True), range(1))
+        usual = respond(RECORDS, server.responder, server.generate, Sampling(20, is_default=True), range(1))
     assert {row.dropped for row in usual} == {None}
     assert [len(body["prompt"]) + body["max_tokens"] for body in own.bodies] == [longest] * len(RECORDS)
 
