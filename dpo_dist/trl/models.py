@@ -17,7 +17,7 @@ from dpo_dist.foundation.files import locked, staged_folder
 from dpo_dist.foundation.process import this_rank
 from dpo_dist.model.files.folder import model_folder, weight_files
 from dpo_dist.tools.convert.arguments import refused
-from dpo_dist.tools.convert.unseen import frozen_weights, hooks
+from dpo_dist.trl.unseen import frozen_weights, hooks
 
 
 def unseen(model: Any, ref_model: Any, *, has_adapter: bool) -> list[ConfigError]:

@@ -46,15 +46,15 @@ from dpo_dist.tools.convert.arguments import (
     not_offered,
     refused,
 )
-from dpo_dist.tools.convert.launcher import launcher_keys
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.translate import translate_run
-from dpo_dist.tools.convert.unseen import REMEDIES, changed_arguments, changed_attributes, overrides
 from dpo_dist.training.start.resume import has_other_length, read_state
 from dpo_dist.trl.callbacks import NOT_HERE, AbsentError, Follower
 from dpo_dist.trl.data import longest_tokens, sources, with_token_ids
+from dpo_dist.trl.launcher import launcher_keys
 from dpo_dist.trl.models import base_of, saved, tokenization, unseen
 from dpo_dist.trl.processes import Processes
+from dpo_dist.trl.unseen import REMEDIES, changed_arguments, changed_attributes, overrides
 from dpo_dist.verbs import evaluate, export
 
 _BITS = ("load_in_", "bnb_4bit_quant_type")

@@ -35,12 +35,12 @@ from transformers.training_args import ParallelMode
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.rule import value_at
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
-from dpo_dist.tools.convert.unseen import frozen_weights, hooks
 from dpo_dist.training.start.named_models import find_export_paths
 from dpo_dist.training.steps.schedule import check_schedule, learning_rate
 from dpo_dist.trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from dpo_dist.trl.callbacks import Absent
 from dpo_dist.trl.processes import Processes
+from dpo_dist.trl.unseen import frozen_weights, hooks
 from tests.support.families import tiny_config
 from tests.support.tiny_model import write_model
 

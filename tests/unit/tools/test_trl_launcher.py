@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.tools.convert.launcher import launcher_keys
+from dpo_dist.trl.launcher import launcher_keys
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
 STAGE, DEVICE = "ACCELERATE_DEEPSPEED_ZERO_STAGE", "ACCELERATE_DEEPSPEED_OFFLOAD_{}_DEVICE"
