@@ -4,7 +4,7 @@ import contextlib
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import reduce
 from itertools import pairwise
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, cast, get_args, get_origin
 
 import hydra
 import yaml
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,7 +24,6 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_dist.config.keys import (
-    config_dir,
     is_within,
     preset_names,
     readers,
@@ -53,9 +51,7 @@ FAILURES = (
 )
 """Exceptions that composing a command can raise."""
 _ROOT = "dpo_dist"
-"""Name of Hydra's primary configuration, and of the group that holds the command's parts."""
-_UNUSED_PARTS = ["output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging", "env"]
-"""Groups of Hydra's own configuration, which matter to programs that Hydra starts."""
+"""The group that holds the command's layers in Hydra's store."""
 
 
 def parse_overrides(words: Iterable[str]) -> tuple[list[Override], list[str]]:
@@ -107,7 +103,7 @@ class _Layer(NamedTuple):
 
     name: str
     presets: dict[str, str | None]
-    values: Mapping[str, Any]
+    values: dict[str, Any]
 
 
 def read_keys(file: Path) -> dict[str, Any]:
@@ -122,7 +118,7 @@ def read_keys(file: Path) -> dict[str, Any]:
 
 
 class Command:
-    """A command: its layers, which Hydra composes, its overrides, and the mistakes in both.
+    """A command: its layers, which Hydra ranks, its overrides, and the mistakes in both.
 
     Layers add two things that Hydra lacks: files and experiments are written like a command, `loss: ipo` and
     `loss.beta: 0.2`; and `loss=ipo` in a file or command replaces everything before it, while Hydra puts
@@ -138,7 +134,7 @@ class Command:
         cache: dict[str, Any] | None = None,
         verb: str = "",
     ) -> None:
-        # A cache for a sweep's points: Hydra's result by its layers; the keys of each file.
+        # A cache for a sweep's points: the ranked layers by their names; the keys of each file.
         self._cache = {} if cache is None else cache
         files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
         words = [word for word in words if word not in files]
@@ -158,32 +154,8 @@ class Command:
             if mistake is None:
                 self.overrides.append(override)
         self._files = [layer for file in files for layer in self._read(Path(file), file)]
-        self._files += [] if saved is None else [_Layer("config.yaml", {}, saved)]
+        self._files += [] if saved is None else [_Layer("config.yaml", {}, dict(saved))]
         self._files.append(_Layer(COMMAND_LINE, typed, {}))
-
-    def _list_defaults(self) -> None:
-        """Write Hydra's list of defaults: config.yaml, experiments, and files, each above its presets."""
-        parts: list[str | _Layer] = ["config", *self._experiments]
-        chosen = {group: layer for layer in self._files for group in layer.presets}
-        for layer in self._files:
-            for group, name in layer.presets.items():
-                if name is not None and chosen[group] is layer:
-                    if not read_keys(self._file(f"{group}/{name}")) or group == "loss":
-                        # The preset resets its whole group: the group's defaults come first.
-                        parts.append(_Layer("", {}, {group: plain_values(getattr(RunConfig(), group))}))
-                    parts.append(f"{group}/{name}")
-            parts.append(layer)
-        stored = {f"{_ROOT}/{number}": part for number, part in enumerate(parts)}
-        self._entries = {part if isinstance(part, str) else name: part for name, part in stored.items()}
-        presets = {group: name for layer in self._experiments for group, name in layer.presets.items()}
-        self._defaults = [
-            *self._entries,
-            "_self_",
-            # Each name once: Hydra changes a file that it merges twice.
-            *({f"override {group}": name} for group, name in (presets | dict.fromkeys(chosen)).items()),
-            # Hydra's own parts, which only composing would read.
-            *({f"override hydra/{part}": None} for part in _UNUSED_PARTS),
-        ]
 
     def _choose(self, group: str, names: Iterable[Any], presets: dict[str, str | None]) -> list[_Layer]:
         """Return the layers of the named experiments; put the preset named for a section into `presets`."""
@@ -233,33 +205,61 @@ class Command:
                 layers += self._choose(str(written).split()[-1].lstrip("/"), chosen, presets)
         return layers if layer in layers else [*layers, layer]
 
-    @contextlib.contextmanager
-    def _hydra(self) -> Iterator[ConfigLoader]:
-        """Initialise Hydra with the layers and the folders of groups; on exit, restore the caller's Hydra."""
+    def _ranked(self) -> list[_Layer]:
+        """Return everything below the overrides, the lowest first: Hydra resolves the list of defaults."""
+        # config.yaml, experiments, and files, each above the presets that it chooses.
+        parts: list[str | _Layer] = ["config", *self._experiments]
+        chosen = {group: layer for layer in self._files for group in layer.presets}
+        for layer in self._files:
+            for group, name in layer.presets.items():
+                if name is not None and chosen[group] is layer:
+                    if not read_keys(self._file(f"{group}/{name}")) or group == "loss":
+                        # The preset resets its whole group: the group's defaults come first.
+                        parts.append(_Layer("", {}, {group: plain_values(getattr(RunConfig(), group))}))
+                    parts.append(f"{group}/{name}")
+            parts.append(layer)
+        presets = {group: name for layer in self._experiments for group, name in layer.presets.items()}
+        presets |= dict.fromkeys(chosen)
+        if (known := repr((parts, presets))) in self._cache:
+            return cast(list[_Layer], self._cache[known])
+
+        # Layers of a command are parts without a file: Hydra ranks them by an empty stand-in in its store.
+        stored = {f"{_ROOT}/{number}": part for number, part in enumerate(parts)}
+        entries = {part if isinstance(part, str) else name: part for name, part in stored.items()}
         store = ConfigStore.instance()
-        for name, part in self._entries.items():
+        for name, part in entries.items():
             if not isinstance(part, str):
-                store.store(name.rpartition("/")[2], dict(part.values), _ROOT, "_global_")
+                store.store(name.rpartition("/")[2], {}, _ROOT, "_global_")
+        # Each name once: Hydra changes a file that it merges twice.
+        overridden = [{f"override {group}": name} for group, name in presets.items()]
         search = {"searchpath": [f"file://{folder}" for folder in self.folders[1:]]}
-        store.store(COMMAND_LINE, {"defaults": self._defaults, "hydra": search})
+        store.store(COMMAND_LINE, {"defaults": [*entries, "_self_", *overridden], "hydra": search})
         callers = GlobalHydra.instance().hydra
         GlobalHydra.instance().clear()
         try:
             with hydra.initialize_config_dir(version_base="1.3", config_dir=str(self.folders[0])):
-                yield GlobalHydra.instance().config_loader()
+                loader = GlobalHydra.instance().config_loader()
+                defaults = loader.compute_defaults_list(COMMAND_LINE, [], RunMode.RUN).defaults
         finally:
             GlobalHydra.instance().hydra = callers
 
+        # What Hydra's own configuration has is for programs that it starts.
+        ranked = [_Layer("", {}, plain_values(RunConfig()))]
+        for entry in defaults:
+            path = str(entry.config_path)
+            if isinstance(own := entries.get(path), _Layer):
+                ranked.append(own)
+            elif not path.startswith("hydra/") and (file := self._file(path)).is_file():
+                values = {name: value for name, value in read_keys(file).items() if name != "defaults"}
+                for package in reversed(entry.package.split(".") if entry.package else []):
+                    values = {package: values}
+                ranked.append(_Layer(f"{path}.yaml", {}, values))
+        self._cache[known] = ranked
+        return ranked
+
     def compose(self) -> dict[str, Any]:
         """Return the values of the command, leaving out overrides and files with mistakes."""
-        self._list_defaults()
-        if (parts := repr((self._entries, self._defaults))) not in self._cache:
-            if (root := self._file("config")).parent != config_dir():
-                read_keys(root)
-            with self._hydra():
-                composed = OmegaConf.to_container(hydra.compose(COMMAND_LINE))
-            self._cache[parts] = _merged(plain_values(RunConfig()), cast(dict[str, Any], composed))
-        config = OmegaConf.create(self._cache[parts])
+        config = OmegaConf.create(reduce(_merged, [layer.values for layer in self._ranked()]))
         for override in self.overrides:
             if not self._is_choice(override):
                 key, value = override.key_or_group, override.value()
@@ -274,17 +274,10 @@ class Command:
             given = override.key_or_group
             if not self._is_choice(override) and (is_within(key, given) or is_within(given, key)):
                 return key if len(key) > len(given) else Typed(str(override.input_line))
-        with self._hydra() as loader:
-            entries = loader.compute_defaults_list(COMMAND_LINE, [], RunMode.RUN).defaults
-        for entry in reversed(entries):
-            path, package = str(entry.config_path), f"{entry.package}." if entry.package else ""
-            part, file = self._entries.get(path), self._file(path)
-            if not isinstance(part, _Layer):
-                part = _Layer(f"{path}.yaml", {}, read_keys(file) if file.is_file() else {})
-            if part.name and key.startswith(package):
-                with contextlib.suppress(KeyError, TypeError):
-                    reduce(getitem, key.removeprefix(package).partition("[")[0].split("."), part.values)
-                    return InFile(key, part.name)
+        for layer in reversed(self._ranked()):
+            with contextlib.suppress(KeyError, TypeError):
+                reduce(getitem, key.partition("[")[0].split("."), layer.values)
+                return InFile(key, layer.name) if layer.name else key
         return key
 
     def _file(self, name: str) -> Path:
@@ -338,7 +331,7 @@ class Command:
         return mistakes
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Return the values of both as `OmegaConf.merge` does, in a tenth of its time."""
     merged = dict(below)
     for key, value in above.items():
