@@ -128,7 +128,7 @@ def loss_and_terms(
     return total, terms if config.terms else {}
 
 
-def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
+def _kind_loss(  # noqa: C901, PLR0911, PLR0912  (one branch per kind)
     kind: LossKind, policy: PairLogps, reference: PairLogps | None, config: LossConfig, facts: BatchFacts
 ) -> Tensor:
     if reference is None:

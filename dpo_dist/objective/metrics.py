@@ -260,6 +260,7 @@ def metric_means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict
 
 def wins(good: Tensor, bad: Tensor) -> Tensor:
     """Count how often a good value is above a bad one; a tie counts half. nan if any value is."""
+    # By ranks in the sorted list, in place of all pairs of values; the last term carries a nan on.
     ordered = bad.double().sort().values
     above = torch.searchsorted(ordered, good.double()) + torch.searchsorted(
         ordered, good.double(), right=True
@@ -303,6 +304,7 @@ def metric_sums(
     members = {"": ones} | length_members(columns)
     if pairs.sources is not None:
         members |= {f"/{label}": pairs.sources == number for number, label in enumerate(plan.labels)}
+    # Every rank and micro-batch has the same rows, so that sums add up by place; what was not measured is 0.
     rows = [(*measured.get(metric, (zeros, zeros)), group) for metric, group in plan.rows.values()]
     values = torch.stack([row.double() for row, _, _ in rows])
     counts = torch.stack([(row * members.get(group, zeros)).double() for _, row, group in rows])

@@ -204,8 +204,10 @@ def _set_up(
     `engines` gets the callbacks that free the loaded models.
     """
     config, world = run.config, run.world
+    # Prompts of samples are checked before a model is loaded: a mistake in them costs no loading.
     with run.clock.measure("samples"):
         samples = reporting.prepare_samples(run, inputs, state.step)
+    # Models, and how they share the work of a step.
     reference, policy = _load_models(run, inputs, engines, step0_follows=checkpoint is None)
     costs = balance_costs(run, inputs, policy, reference)
     planned = planned_steps(run, inputs.train_set, inputs.sampler, costs)
@@ -214,6 +216,7 @@ def _set_up(
     run.stops.check()
     custom = custom_metrics(config.metrics.function, config.loss, world.device)
     objective = Objective(config.loss, reference.provider, inputs.router, custom)
+    # What a checkpoint holds, and what happens when one is committed.
     reference_sync = _follow_policy(run, reference, policy)
     sharded: list[SlicedWeights] = [policy] if reference_sync is None else [policy, reference_sync]
     watch = Watch(reporting.on_moment, run, inputs.sampler, policy)
@@ -234,6 +237,7 @@ def _set_up(
         in_use=lambda: () if run.mirror is None else run.mirror.in_use(),
     )
     engines.callback(checkpoints.close)  # before the engines are freed: a save still reads their weights
+    # The position: that of the checkpoint, or the start, where policy and reference must agree.
     if checkpoint is not None:
         position = _resume(run, checkpoint, sharded)
         scale, report = checkpoint.state["loss_scale"], checkpoint.state["reference_report"]
@@ -290,6 +294,7 @@ def _load_models(
 
     With `reference.mode=adapter` the policy is also the reference.
     """
+    # The reference first: while it fills the store, no policy with its optimizer states is in memory.
     reference = None
     run.stops.check()
     run.say("loading the model, and checking its packed log-probs by its plain forward")
@@ -438,6 +443,7 @@ def _describe_duration(inputs: Inputs, planned: Sequence[RankBatch], done: int, 
 
 def _peak_flops(run: Run) -> float:
     """Return the peak FLOP/s of all devices, measured while all of them are busy; collective."""
+    # Together, because devices that share power or a host are slower when all work.
     world = run.world
     world.barrier()
     peaks = world.gather(matmul_peak(world.device, TORCH_DTYPES[run.config.model.dtype]))

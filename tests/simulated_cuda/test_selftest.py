@@ -137,7 +137,7 @@ def test_a_sound_device_passes_every_check(tmp_path: Path) -> None:
     assert "running: steps of ddp" in ended.output
 
 
-def _with_faults(keys: dict[str, str], environment: dict[str, str]) -> tuple[int, str]:  # noqa: PLR0911, C901
+def _with_faults(keys: dict[str, str], environment: dict[str, str]) -> tuple[int, str]:  # noqa: PLR0911
     assert not environment.keys() & {"RANK", "WORLD_SIZE", "PET_NNODES"}
     assert int(keys["parallelism.timeout_seconds"]) <= 120
     visible, all_steps = environment["CUDA_VISIBLE_DEVICES"], [1, 2, 3, 4]

@@ -203,6 +203,7 @@ class Checkpoint:
 
 def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
     """Return the newest intact checkpoint; None without any, an error if all are damaged. Collective."""
+    # One rank lists: on a network file system the listings of two nodes may differ.
     folders = world.on_main(lambda: checkpoint_folders(root))
     damaged: list[str] = []
     for folder in folders:
@@ -342,6 +343,7 @@ class CheckpointSaver:
         models = [part.shards() for part in self._parts]
         needed = sum(world.gather(sum(model.bytes for model in models)))
 
+        # One rank makes the folder, and `on_main` lets the others wait for it.
         def create() -> Path:
             with disk_errors(folder):
                 self._end_deleting()  # to make room
@@ -358,6 +360,8 @@ class CheckpointSaver:
                 "training waits while a checkpoint is written: host memory has no room for a copy of it"
             )
             self._has_warned = True
+        # From a copy, because the next update changes the weights. At the end nothing happens meanwhile, and
+        # the copy would only cost memory.
         if has_room and not is_last:
             arguments = self._copy.fill(models), world.rank
             threading.Thread(target=pending.write, args=arguments, daemon=True).start()
@@ -381,6 +385,8 @@ class CheckpointSaver:
         if pending is None:
             return
         try:
+            # All files are on disk before the manifest names them, and only the rename makes the folder a
+            # checkpoint: a kill at any moment leaves the last one as it was.
             mine = world.together(pending.entries.result)
             entries = {name: entry for part in world.gather(mine) for name, entry in part.items()}
             world.on_main(lambda: self._commit(pending, entries))
@@ -395,6 +401,7 @@ class CheckpointSaver:
             entries[STATE] = text_digest(pending.state)
             write_text(pending.temporary / MANIFEST, json.dumps(entries, indent=1))
             commit_folder(pending.temporary, pending.folder, is_synced=True)
+        # Names and reports follow; a resume repeats what a kill prevents here.
         self._name(pending.folder)
         note_progress(str(pending.folder))
         self._committed(checkpoint_step(pending.folder.name) or 0)

@@ -81,10 +81,13 @@ class Loop:
         """
         self.run.clock.enter("other")
         steps, eval_set = self.inputs.sampler.steps, self.inputs.eval_set
+        # The model before its first step is evaluated, too: later rows are compared with it.
         position.owes_evaluation |= eval_set is not None and position.step == 0
         must_stop = False
         unit = self.run.config.loss.unit
         progress = Progress(self.run.console, steps, self.peak, self.run.world.device, unit)
+        # A signal only notes that a stop is wanted. The ranks agree on it in the sum that ends a step
+        # (`reduce_step`), so that all leave at the same step and nobody waits in a collective call.
         with (
             self.run.stops.request.deferred(),
             self.run.console.until_end(),
@@ -108,9 +111,12 @@ class Loop:
                 is_last = is_over or must_stop or position.owes_evaluation
                 if is_last or position.best_step == position.step or Wish.save in wishes:
                     self._save(position, is_last=is_last)
+        # The last checkpoint may still be with its background thread.
         with self.run.clock.measure("saving"):
             self.checkpoints.commit()
         is_done = self.is_over(position) and not position.owes_evaluation
+        # A stop that came after the last step still ends this start: what follows, such as writing the model,
+        # may take longer than the time that is left.
         if is_done and self.run.stops.must_stop():
             self._say_why_it_stops(position)
             return False
@@ -166,6 +172,7 @@ class Loop:
 
         Only DeepSpeed's update and `reduce_step` make the host wait for the device.
         """
+        # The step: next batch, forward and backward, update, and one sum of metrics and votes over the ranks.
         before = self.watch.at(When.before_step, position.step)
         world, clock = self.run.world, StepClock(self.run.world.device)
         clock.enter("data")
@@ -183,10 +190,12 @@ class Loop:
         if self.starts_as_reference and position.step == 0:
             totals = without_comparisons(totals)
         stop_votes, written, *wanted = totals.votes
+        # Committing is collective, so it waits for the step at which every rank's files are written.
         if written == world.size:
             clock.enter("checkpoint")
             self.checkpoints.commit()
             clock.enter("other")
+        # What the step did: an update, a smaller loss scale, or a bad step whose pairs are written down.
         overflow = self.policy.has_overflowed and math.isfinite(totals.means["loss"])
         running = {} if totals.is_bad else position.add_running(self.run.config.loss, totals.means, pairs)
         times = {f"time/{phase}": seconds for phase, seconds in clock.stop().items()}
@@ -210,6 +219,7 @@ class Loop:
         else:
             position.window.add(measures)
             progress.add(position.step, measures, must_stop=stop_votes > 0)
+        # All ranks have the same totals, so all raise the same error here.
         error = divergence_error(totals, position, self.inputs.sampler.steps, self.run.folder)
         if error is not None:
             position.window = measures

@@ -115,6 +115,7 @@ class Objective:
         for host_batch in batches:
             enter("data")
             batch = host_batch.to(device)
+            # The reference first: its activations are gone before the policy's are kept for the backward.
             enter("reference")
             reference = self.reference.token_logps(batch)
             enter("forward")
@@ -160,6 +161,7 @@ class Objective:
         facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
         if rank_batch.partners is None:
             return facts
+        # Partners are no training data, so they do not count for the routers.
         unrouted, total = replace(self, router=None), torch.zeros(1, dtype=torch.float64, device=world.device)
         for scored in unrouted.score(model, partners, facts, world.device, enter):
             ratios = log_ratios(scored.policy, scored.reference, self.loss)
@@ -258,6 +260,7 @@ def train_step(
     plan = objective.plan(rank_batch)
     sums, slopes, rewards = MetricSums.zeros(plan, device), list[Tensor](), list[Tensor]()
     known: list[ScoredPairs] = []
+    # A coupled loss: log-probs of all ranks, then its derivative with respect to each of them.
     if objective.loss.is_coupled:
         policy.train(False)
         with torch.no_grad():
@@ -269,6 +272,7 @@ def train_step(
         slopes += torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         sums = batch_sums if world.is_main else sums  # every rank has the whole batch's: they count once
         objective = replace(objective, reference=ReferenceProvider())  # the reference is already in `slopes`
+    # Forward and backward, one micro-batch after the other: only one has its activations in memory.
     clock.enter("forward")
     routers = None
     if objective.router is not None:
@@ -280,6 +284,8 @@ def train_step(
     scored = objective.score(policy, step.batches, facts, device, clock.enter)
     for number, (pairs, positions) in enumerate(zip(scored, rank_batch.positions, strict=True), start=1):
         if objective.loss.is_coupled:
+            # The chain rule: slope times log-prob has the gradient of the whole batch's loss. For a dummy, of
+            # weight 0, any slope will do.
             places = on_device(positions or (0,), device)
             parts = zip(slopes, _differentiable(pairs.policy), strict=True)
             loss = (torch.stack([slope[places] * part for slope, part in parts]) * pairs.weights).sum()
@@ -357,6 +363,7 @@ class StepTotals:
 def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, world: World) -> StepTotals:
     """Return metrics and votes summed over all ranks: one all-reduce, one copy to the host; collective."""
     vote_values = copy_to_device(sums.values.device, np.array(votes, dtype=np.float64))
+    # Ranks that share a sequence have the same sums: one of them counts.
     counted = sums.values if world.leads else torch.zeros_like(sums.values)
     total = world.sum(torch.cat((counted, vote_values)))
     *reduced, norm = torch.cat((total, grad_norm.double().view(1))).tolist()
