@@ -74,6 +74,8 @@ class DataCounts:
         changed: changes and omitted ties of kept records, by kind; unread fields of dropped records.
         read_as: kept records by `Outcome.read_as`.
         examples: dropped records as ``file:line reason (detail)``, without their texts.
+        fields: names of the fields of the first record of an unknown format.
+        columns: of the first such record that could be read with other columns, these.
     """
 
     read: int = 0
@@ -83,11 +85,15 @@ class DataCounts:
     read_as: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(_TABLE["changed"], 0)))
     examples: list[str] = field(default_factory=list)
+    fields: list[str] = field(default_factory=list)
+    columns: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_outcomes(cls, outcomes: Mapping[Outcome, int], bad: Iterable[BadRecord]) -> "DataCounts":
         """Return the counts for these numbers of records by outcome, with some bad records as examples."""
-        counts = cls(examples=list(map(str, bad)))
+        counts = cls()
+        for record in bad:
+            counts._show(record)
         for outcome, records in outcomes.items():
             if not records:
                 continue
@@ -112,14 +118,21 @@ class DataCounts:
             for name in ("dropped", "read_as", "changed"):
                 getattr(total, name).update(part[name])
             total.examples += part["examples"][: SHOWN_EXAMPLES - len(total.examples)]
+            total.fields = total.fields or part["fields"]
+            total.columns = total.columns or part["columns"]
         return total
+
+    def _show(self, record: BadRecord) -> None:
+        self.examples += [str(record)][: SHOWN_EXAMPLES - len(self.examples)]
+        self.fields = self.fields or [*record.fields]
+        self.columns = self.columns or dict(record.columns)
 
     def add(self, record: Record) -> None:
         """Count a record without encoding it."""
         self.read += 1
         if isinstance(record, BadRecord):
             self.dropped[record.reason] += 1
-            self.examples += [str(record)][: SHOWN_EXAMPLES - len(self.examples)]
+            self._show(record)
         else:
             self.kept += 1
 
@@ -290,7 +303,7 @@ def _remedy(
     """Return what to do about the most frequent reason, with the words for this source."""
     remedy = Remedy(reason_remedy(reason))
     if reason == "unknown_format":
-        remedy = _with_columns(path, config, counts.examples)
+        remedy = _with_columns(path, config, counts)
         remedy += "; correct its format, if one is set (docs/data.md)"
     unread = [name.removeprefix("unread_") for name in counts.changed if name.startswith("unread_")]
     if reason == "image_count" and (pictures := _image_column(unread)):
@@ -320,13 +333,14 @@ _NAMES = {
 """Words in names of columns, by the field that they probably hold; a name with a word of `_SCORES`: none."""
 
 
-def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> Remedy:
-    """Return advice to set the source's `columns`, guessed from the fields of bad records.
+def _with_columns(path: str, config: DataConfig, counts: DataCounts) -> Remedy:
+    """Return advice to set the source's `columns`: those known to be right, else guessed from the fields.
 
     Other names of columns do not help a record with a score and no second response: it gets other advice.
     """
-    seen = (re.search(r"\(fields: (.*)\)$", example) for example in examples)
-    given = next((match.group(1).split(", ") for match in seen if match), [])
+    if counts.columns:
+        return _source_with(counts.columns, path, config)
+    given = counts.fields
     others = [name for name in given if _SCORES.isdisjoint(_words(name))]
     sides = ("chosen", "rejected") if not _column("label", others) else ("completion", "label")
     if others != given and not _column(sides[1], others):
@@ -340,9 +354,7 @@ def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> Rem
     }
     guessed = {field: _column(field, names) or "COLUMN" for field, names in given_sides.items()}
     guessed |= {"images": pictures} if (pictures := _image_column(given)) else {}
-    known = (re.search(r"; set columns: \{(.*)\}\)$", example) for example in examples)
-    named = next((match.group(1).split(", ") for match in known if match), None)
-    return _source_with(dict(part.split(": ") for part in named) if named else guessed, path, config)
+    return _source_with(guessed, path, config)
 
 
 def _source_with(columns: Mapping[str, str], path: str, config: DataConfig) -> Remedy:

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
 from typing import Any, NamedTuple
 
 from dpo_dist.config.losses import NUMBERS
@@ -49,6 +48,7 @@ from dpo_dist.data.read.values import from_json, has_value, to_number
 from dpo_dist.data.records import (
     IMAGE,
     MAX_RECORD_BYTES,
+    MAX_SHOWN_KEYS,
     BadRecord,
     Message,
     Origin,
@@ -77,7 +77,6 @@ _RESPONSE_FAULTS = {
     "invalid_scores",
     "invalid_numbers",
 }
-_MAX_SHOWN_KEYS = 12
 # A record with only these fields has its prompt inside the sides.
 _BESIDE_SIDES = frozenset((*SIDE_NAMES, *PAIR_SCORE_FIELDS, OTHERS))
 
@@ -239,15 +238,15 @@ def _check_no_other(record: Fields, content: Content) -> None:
 
 
 def _unknown_format(record: Fields) -> UnusableRecordError:
-    shown = [shown_key(key) for key, value in record.items() if value is not None and key != OTHERS]
-    shown[_MAX_SHOWN_KEYS:] = ["..."] if len(shown) > _MAX_SHOWN_KEYS else []
-    inside = (
-        name
-        for name, value in record.items()
-        if isinstance(value, Mapping) and {"chosen", "rejected"} <= value.keys()
+    fields = [shown_key(key) for key, value in record.items() if value is not None and key != OTHERS]
+    columns = dict[str, str]()
+    for name, value in record.items():
+        if isinstance(value, Mapping) and {"chosen", "rejected"} <= value.keys():
+            columns.setdefault("record", shown_key(name))
+    fields = fields[: MAX_SHOWN_KEYS + 1]  # one more, so that it is known that there are more
+    return UnusableRecordError(
+        "unknown_format", "" if fields else "no fields", fields=fields, columns=columns
     )
-    columns = "".join(f"; set columns: {{record: {shown_key(name)}}}" for name in islice(inside, 1))
-    return UnusableRecordError("unknown_format", f"fields: {', '.join(shown) or 'none'}{columns}")
 
 
 def _numbers(record: Fields, responses: int) -> dict[str, float]:
@@ -337,10 +336,7 @@ def _with_values(record: Fields, name: DataFormat) -> Fields:
             if spelled[:1] == "{" if isinstance(spelled, str) else isinstance(spelled, Mapping):
                 nested |= nested_conversation(field, spelled)
     if nested:
-        columns = ", ".join(f"{field}: {path}" for field, path in nested.items())
-        raise UnusableRecordError(
-            "unknown_format", f"objects with messages inside; set columns: {{{columns}}}"
-        )
+        raise UnusableRecordError("unknown_format", "objects with messages inside", columns=nested)
     return read
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -35,6 +36,7 @@ MAX_RECORD_BYTES = 2**27
 """Largest record, in a file and in memory: a larger one is a damaged file, or expands without end."""
 IMAGE = "\ufdd1"
 """Stands for an image in the content of a message: a noncharacter, never part of interchanged text."""
+MAX_SHOWN_KEYS = 12
 _MAX_SHOWN_CHARACTERS = 40
 _MAX_SHOWN_WORDS = 3
 
@@ -134,7 +136,9 @@ class BadRecord:
     """A record that cannot be used, with a reason from counts.yaml.
 
     The `detail` has no text of the record. `unread` are fields that no format reads, counted by their names.
-    `lengths` as those of an `EncodedExample`, if the record could be used with other limits.
+    `lengths` as those of an `EncodedExample`, if the record could be used with other limits. Of a record of
+    an unknown format also the names of its `fields`, and the `columns` with which it could be read: pairs of
+    a format's field and its place in the record.
     """
 
     reason: str
@@ -142,21 +146,39 @@ class BadRecord:
     detail: str = ""
     unread: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
+    fields: tuple[str, ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.origin} {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        shown = [self.detail] if self.detail else []
+        if self.fields:
+            more = ("...",) * (len(self.fields) > MAX_SHOWN_KEYS)
+            shown.append(f"fields: {', '.join(self.fields[:MAX_SHOWN_KEYS] + more)}")
+        if self.columns:
+            shown.append(f"set columns: {{{', '.join(map(': '.join, self.columns))}}}")
+        return f"{self.origin} {self.reason}" + (f" ({'; '.join(shown)})" if shown else "")
 
 
 class UnusableRecordError(Exception):
     """Raised for a record that cannot be used; `as_bad_record` adds the record's position."""
 
-    def __init__(self, reason: str, detail: str = "", unread: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        reason: str,
+        detail: str = "",
+        unread: tuple[str, ...] = (),
+        fields: Sequence[str] = (),
+        columns: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         super().__init__(reason)
         self.reason, self.detail, self.unread = reason, detail, unread
+        self.fields, self.columns = tuple(fields), tuple(columns.items())
 
     def as_bad_record(self, origin: Origin) -> BadRecord:
         """Return a `BadRecord` with this reason and the record's position."""
-        return BadRecord(self.reason, origin, self.detail, self.unread)
+        return BadRecord(
+            self.reason, origin, self.detail, self.unread, fields=self.fields, columns=self.columns
+        )
 
 
 Record: TypeAlias = PreferenceRecord | BadRecord

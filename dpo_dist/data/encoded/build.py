@@ -72,7 +72,7 @@ from dpo_dist.foundation.files import (
 )
 
 # Increase it when the same records get other token ids or files: else old files would be reused.
-_ENCODING_VERSION = 20
+_ENCODING_VERSION = 21
 _LENGTH_KEYS = ("max_length", "max_prompt_length", "truncation")
 _ENCODING_KEYS = (
     *_LENGTH_KEYS,
@@ -309,7 +309,8 @@ def encode_records(
             if config.on_bad_record is OnBadRecord.error:
                 raise bad_record_error(encoded)
             outcome = Outcome(encoded.reason, changed=tuple((f"unread_{name}", 1) for name in encoded.unread))
-            values = {"detail": encoded.detail, "lengths": encoded.lengths}
+            values = {name: getattr(encoded, name) for name in ("detail", "lengths", "fields")}
+            values["columns"] = [*itertools.chain(*encoded.columns)]
         elif encoded is None:
             outcome = Outcome(changed=((LEFT_IN_TRAIN if part.is_eval else HELD_OUT, 1),))
         else:

@@ -41,6 +41,9 @@ ROW_SCHEMA = pa.schema(
         # `Outcome` in JSON; the detail of a dropped record's reason.
         "outcome": pa.string(),
         "detail": pa.string(),
+        # `BadRecord.fields`, and its `columns` as field, place, field, place, ...
+        "fields": pa.list_(pa.string()),
+        "columns": pa.list_(pa.string()),
         # Kept records. Pieces are the prompt and the responses; examples share them.
         "prompt": pa.uint64(),
         "largest_id": pa.int32(),
@@ -298,9 +301,15 @@ def read_counts(table: pa.Table) -> DataCounts:
     codes = coded.indices.to_numpy()
     is_dropped = np.array([outcome.dropped is not None for outcome in outcomes], dtype=np.bool_)
     shown = np.flatnonzero(is_dropped[codes])[:SHOWN_EXAMPLES]
-    places = table.select(["file", "line", "detail"]).take(shown).to_pylist()
+    places = table.select(["file", "line", "detail", "fields", "columns"]).take(shown).to_pylist()
     named = [
-        BadRecord(str(outcomes[code].dropped), Origin(row["file"], row["line"]), row["detail"])
+        BadRecord(
+            str(outcomes[code].dropped),
+            Origin(row["file"], row["line"]),
+            row["detail"],
+            fields=tuple(row["fields"]),
+            columns=tuple(zip(row["columns"][::2], row["columns"][1::2], strict=True)),
+        )
         for code, row in zip(codes[shown], places, strict=True)
     ]
     numbers = np.bincount(codes, minlength=len(outcomes)).tolist()
