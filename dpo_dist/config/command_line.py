@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeAlias, cast
 
 import dpo_dist
 from dpo_dist.config.compose import parse_overrides
@@ -26,7 +26,7 @@ from dpo_dist.config.keys import (
     strip_indices,
     verb_keys,
 )
-from dpo_dist.config.load import Points, load_points, load_run_config, to_yaml
+from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, is_foreign, likely, raise_all, to_assign, unknown_key
 from dpo_dist.config.run_folder import RunFolder, existing_run
@@ -239,27 +239,43 @@ def _columns(lines: Collection[tuple[str, str]]) -> list[str]:
     return [f"  {name:<{width}}  {text}" for name, text in lines]
 
 
+_Points: TypeAlias = Mapping[tuple[str, ...], RunConfig]
+
+
 def run_verb(
-    main: Callable[[Any], int], check: Callable[[Any], CheckReport] | None = None, *, verb: str = "train"
+    main: Callable[[Any], int],
+    check: Callable[[Any], CheckReport] | None = None,
+    *,
+    verb: str = "train",
+    load_points: Callable[..., _Points] | None = None,
 ) -> NoReturn:
-    """Call `main` with the command line's configuration, or with a sweep's points; exit with its exit code.
+    """Call `main` with the command line's configuration, or with the points that `load_points` makes of it;
+    exit with its exit code.
 
     `check` returns what `--check` prints, on rank 0 only. `--help` prints the docstring of `main`'s module.
     """
     styles = [word.lstrip("+") for word in sys.argv[1:] if word.lstrip("+").startswith("console.style=")]
     errors = ErrorPrinter(styles[-1:] == [f"console.style={ConsoleStyle.json}"], this_rank())
-    exit_after(lambda: _run(main, check, verb, errors), errors)
+    exit_after(lambda: _run(main, check, verb, load_points, errors), errors)
 
 
 def _run(
-    main: Callable[[Any], int], check: Callable[[Any], CheckReport] | None, verb: str, errors: ErrorPrinter
+    main: Callable[[Any], int],
+    check: Callable[[Any], CheckReport] | None,
+    verb: str,
+    load_points: Callable[..., _Points] | None,
+    errors: ErrorPrinter,
 ) -> int:
     options = split_words(sys.argv[1:])
     text = _option_text(options, verb, sys.modules[main.__module__].__doc__ or "")
     if text is None:
-        given = _configurations(options, verb)
-        config = next(iter(given.values()))
-        text = "---\n".join(map(to_yaml, given.values())) if options.cfg else None
+        points: _Points
+        if load_points is None:
+            points = {(): _configuration(options, verb)}
+        else:
+            points = load_points(options.words, options.config_dir, mistakes=options.mistakes)
+        config = next(iter(points.values()))
+        text = "---\n".join(map(to_yaml, points.values())) if options.cfg else None
     if text is not None:
         if this_rank() == 0:
             print_result(text)
@@ -273,7 +289,7 @@ def _run(
         sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in lines))
     if VERBS[verb].is_one_process and this_rank() > 0:
         return ExitCode.completed
-    configured = given if VERBS[verb].takes_points else config
+    configured = config if load_points is None else points
     if not options.check:
         return main(configured)
     if check is None:
@@ -286,15 +302,12 @@ def _run(
     return ExitCode.completed
 
 
-def _configurations(options: argparse.Namespace, verb: str) -> Points:
-    """Return the points of a sweep, or any other verb's one configuration."""
-    words, folder, mistakes = options.words, options.config_dir, options.mistakes
-    if VERBS[verb].takes_points:
-        return load_points(words, folder, mistakes=mistakes)
+def _configuration(options: argparse.Namespace, verb: str) -> RunConfig:
     if verb == "train":
         _check_more_than_run(options)
     saved = saved_values(options, verb) if VERBS[verb].reuses_config else None
-    return {(): load_run_config(words, folder, verb=verb, saved=saved, mistakes=mistakes)}
+    words, folder, mistakes = options.words, options.config_dir, options.mistakes
+    return load_run_config(words, folder, verb=verb, saved=saved, mistakes=mistakes)
 
 
 def _repeated(

@@ -25,8 +25,6 @@ class Verb(NamedTuple):
     """Whether rank 0 alone works if a launcher starts several processes."""
     takes_words: tuple[str, ...] = ("model.path", "data.train")
     """The keys to suggest for a word without a key."""
-    takes_points: bool = False
-    """Whether a key may have several values: the verb then gets all combinations."""
 
 
 _RUN = ("model.path", "data.train")
@@ -37,7 +35,6 @@ VERBS = {
         "train a run for each point of a grid of values",
         _RUN,
         is_one_process=True,
-        takes_points=True,
     ),
     "precompute": Verb(
         "dpo_dist.verbs.precompute",

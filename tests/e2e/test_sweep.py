@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.load import load_points
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.files import locked
+from dpo_dist.tools.sweep.points import load_points
 from tests.e2e.conftest import small_run
 from tests.support.launch import history, run_state, run_verb, running, summary, train, wait_until
 

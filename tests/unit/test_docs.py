@@ -10,13 +10,14 @@ import pytest
 
 from dpo_dist.config.command_line import saved_values, split_words
 from dpo_dist.config.keys import run_keys
-from dpo_dist.config.load import load_points, load_run_config
+from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.metrics import ENTROPIES, PAIR_METRICS
 from dpo_dist.config.user_code import FOREIGN_CODE
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import Arguments, ExitCode
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
+from dpo_dist.tools.sweep.points import load_points
 from scripts.write_key_docs import CELL, pages
 
 ROOT = Path(__file__).parents[2]
@@ -162,7 +163,7 @@ def test_a_command_of_a_page_is_one_that_the_program_takes(
         return
     options = split_words([word for word in others if word != "--json"])
     assert options.mistakes == []
-    if VERBS[verb].takes_points:
+    if verb == "sweep":
         load_points(options.words)
     elif options.help is None and options.cfg is None:
         saved = saved_values(options, verb) if VERBS[verb].reuses_config else None

@@ -17,7 +17,6 @@ import os
 from pathlib import Path
 
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.load import Points, SearchSpace
 from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.console import open_console
@@ -25,6 +24,7 @@ from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.types import CheckReport
+from dpo_dist.tools.sweep.points import Points, SearchSpace, load_points
 from dpo_dist.tools.sweep.pool import Pool, is_finished, warm_up
 from dpo_dist.training.start.preflight import check_start
 
@@ -124,4 +124,4 @@ def check(points: Points) -> CheckReport:
 
 
 if __name__ == "__main__":
-    run_verb(main, check, verb="sweep")
+    run_verb(main, check, verb="sweep", load_points=load_points)

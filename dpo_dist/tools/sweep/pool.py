@@ -18,7 +18,6 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from dpo_dist.config.command_line import write_command
-from dpo_dist.config.load import Points
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ConsoleStyle, RunConfig
 from dpo_dist.config.verb_sections import SweepConfig
@@ -28,6 +27,7 @@ from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.signals import SWEEP_VARIABLE, StopRequest, end_at_signals, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import duration, pluralize
+from dpo_dist.tools.sweep.points import Points
 from dpo_dist.training.start.preflight import checked_start
 from dpo_dist.training.start.resume import read_state
 

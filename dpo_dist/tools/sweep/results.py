@@ -7,7 +7,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dpo_dist.config.load import Points
 from dpo_dist.config.metrics import ALL, MAIN, PREFIX, find_metric
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import RunOutcome
@@ -16,6 +15,7 @@ from dpo_dist.foundation.text import number
 from dpo_dist.tools.report.run import PageFacts
 from dpo_dist.tools.report.runs import compare_runs
 from dpo_dist.tools.shared.pages.charts import Line, chart
+from dpo_dist.tools.sweep.points import Points
 from dpo_dist.tools.sweep.pool import ELSEWHERE
 
 _NOT_TRAINED = "not trained"

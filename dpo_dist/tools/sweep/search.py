@@ -10,7 +10,6 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from dpo_dist.config.load import Dimension, SearchSpace
 from dpo_dist.config.rules import best_direction
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
@@ -18,6 +17,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome, first_line
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import number, pluralize
+from dpo_dist.tools.sweep.points import Dimension, SearchSpace
 from dpo_dist.tools.sweep.pool import Pool, Words, is_finished
 from dpo_dist.training.reporting.metrics_log import finite, stored_rows
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.load import Points, SearchSpace, load_points
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome
+from dpo_dist.tools.sweep.points import Points, SearchSpace, load_points
 from dpo_dist.tools.sweep.pool import Pool, Words, is_finished
 from dpo_dist.tools.sweep.results import sweep_lines, sweep_results
 from dpo_dist.training.start.resume import RunState, write_state

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.load import Points, load_points
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError, RunOutcome
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.tools.sweep import __main__ as sweep
+from dpo_dist.tools.sweep.points import Points, load_points
 from dpo_dist.tools.sweep.pool import is_finished, point_end, screen_since
 from dpo_dist.tools.sweep.results import sweep_lines, sweep_results
 from dpo_dist.training.start.resume import RunState, write_state

@@ -8,8 +8,9 @@ import pytest
 from dpo_dist.config import compose
 from dpo_dist.config.command_line import split_words
 from dpo_dist.config.identity import default_dir
-from dpo_dist.config.load import SearchSpace, load_points, load_run_config
+from dpo_dist.config.load import load_run_config
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.tools.sweep.points import SearchSpace, load_points
 
 RUN = ["model.path=m", "data.train=[a.jsonl]"]
 

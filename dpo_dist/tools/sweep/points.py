@@ -1,0 +1,243 @@
+"""The points of a sweep: several values for a key, in Hydra's grammar, and all their combinations."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import ROUND_CEILING, Decimal
+from functools import partial
+from itertools import chain, product
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias, get_args
+
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from dpo_dist.config.compose import FAILURES, Command, names_chosen, parse_overrides
+from dpo_dist.config.identity import default_dir
+from dpo_dist.config.keys import group_folders, preset_names, run_keys
+from dpo_dist.config.load import load_command
+from dpo_dist.config.metrics import ACCURACIES, LOSS_METRICS, PREFIX
+from dpo_dist.config.mistakes import fits, raise_all
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.user_code import find_function
+from dpo_dist.foundation.errors import ConfigError, DpoDistError
+from dpo_dist.foundation.remedies import COMMAND_LINE, Place, Remedy, Typed
+from dpo_dist.foundation.text import first_few
+
+Points: TypeAlias = dict[tuple[str, ...], RunConfig]
+"""The runs of a sweep by the overrides in which they differ: `("loss.beta=0.1", "loss.kind=ipo")`."""
+_MOST_POINTS = 1000
+_SWEEP_IN_FILE = re.compile(r"(choice|float|int|interval|range|shuffle|sort|tag)\(.*\)", re.DOTALL)
+"""Several values for a key in a file, where a comma may be that of a text."""
+
+
+class Dimension(NamedTuple):
+    """The values of a swept key: `texts`, or in a search also the numbers between two `ends`."""
+
+    key: str
+    texts: Sequence[str]
+    ends: tuple[float, float] | None = None
+    is_log: bool = False
+
+
+class SearchSpace(Points):
+    """The points at the ends of a search's dimensions; `load` returns the configuration of any other."""
+
+    dimensions: Sequence[Dimension]
+    load: Callable[[Sequence[str]], RunConfig]
+
+
+def load_points(
+    words: Sequence[str], own_folder: Path | None = None, *, mistakes: Iterable[ConfigError] = ()
+) -> Points:
+    """Return the checked configuration of each point of a sweep: all combinations of the swept overrides.
+
+    Swept overrides follow Hydra's grammar: `loss.beta=0.1,0.2`, `trainer.seed=range(3)`, `loss=choice(ipo)`.
+    With `sweep.trials` also `optim.lr=tag(log, interval(1e-7,1e-5))`, and the points are a `SearchSpace`.
+
+    Raises:
+        ConfigError: all mistakes of all points, as in `load_run_config`; or two points are the same run.
+    """
+    find_function.cache_clear()
+    cache, all_mistakes, folders = dict[str, Any](), list[DpoDistError](mistakes), group_folders(own_folder)
+    command = partial(Command, folders=folders, saved=None, mistakes=(), cache=cache, verb="sweep")
+    given = {word: override for word in words for override in parse_overrides([word])[0]}
+    fixed = [word for word in words if word not in given or not given[word].is_sweep_override()]
+    values, swept = _values(command(fixed)), {override.key_or_group for override in given.values()}
+    words = [*words, *(word for word in _swept_in_files(values) if word.partition("=")[0] not in swept)]
+    points = Points() if OmegaConf.select(values, "sweep.trials") is None else SearchSpace()
+    dimensions = _dimensions(words, folders, all_mistakes, searches=isinstance(points, SearchSpace))
+    choices = [
+        [f"{found.key}={text}" for text in found.texts] if (found := dimensions.get(word)) else [word]
+        for word in words
+    ]
+    refused = dict[tuple[str, ...], ConfigError]()
+    names = dict[str | None, tuple[str, ...]]()
+    for point in product(*choices):
+        swept_words = tuple(word for word in point if word not in words)
+        try:
+            config = load_command(command(point), "sweep")
+        except ConfigError as error:
+            refused[swept_words] = error
+            continue
+        if (same := names.setdefault(config.run.dir, swept_words)) != swept_words or swept_words in points:
+            if config.run.dir != str(default_dir(config.run.root, config.run.name, config.identity.digest)):
+                remedy = Remedy.to_write("run.dir=null", verb="add")
+                remedy += ": each point has a folder of its own below run.root"
+                message = "run.dir is given, so all points would be one run"
+                all_mistakes.append(ConfigError(message, where="run.dir", remedy=remedy))
+                break
+            all_mistakes.append(
+                ConfigError(
+                    f"this point is the same run as {' '.join(same)}",
+                    where=" ".join(swept_words),
+                    remedy="sweep only keys that define the result of a run",
+                )
+            )
+        points[swept_words] = config
+    all_mistakes += _at_some_points(refused, points)
+    if () in points:
+        remedy = Remedy("write several values, such as loss.beta=0.05,0.1, or train this one: dpo-dist train")
+        all_mistakes.append(ConfigError("no key has several values", where=COMMAND_LINE, remedy=remedy))
+    raise_all([*all_mistakes, *_mistakes_of_search(points, dimensions.values())])
+    if isinstance(points, SearchSpace):
+        points.dimensions = list(dimensions.values())
+        points.load = lambda sampled: load_command(command([*fixed, *sampled]), "sweep")
+    return points
+
+
+def _values(command: Command) -> Any:
+    """Return the values of the words and files without several values; none if they have a mistake."""
+    try:
+        return OmegaConf.create(command.compose())
+    except FAILURES:
+        return OmegaConf.create()  # every point has the mistake
+
+
+def _swept_in_files(values: Any) -> Iterator[str]:
+    """Yield an override for each key for which a file has several values."""
+    for key in run_keys():
+        if isinstance(value := OmegaConf.select(values, key), str) and _SWEEP_IN_FILE.fullmatch(value):
+            yield f"{key}={value}"
+
+
+def _mistakes_of_search(points: Points, dimensions: Iterable[Dimension]) -> Iterator[ConfigError]:
+    """Yield an error if a search compares losses of different kinds or scales."""
+    by = next((str(config.sweep.by) for config in points.values()), "")
+    keys = [found.key for found in dimensions if found.key.partition(".")[0] == "loss"]
+    if keys and by.removeprefix(PREFIX).startswith(LOSS_METRICS):
+        remedy = Remedy.to_set(f"sweep.by=eval_{ACCURACIES[0]}") + f", or give {', '.join(keys)} one value"
+        message = "this metric cannot be compared between the losses of this search"
+        yield ConfigError(message, where="sweep.by", got=by, remedy=remedy)
+
+
+def _dimensions(
+    words: Sequence[str], folders: Sequence[Path], before: Iterable[DpoDistError], *, searches: bool
+) -> dict[str, Dimension]:
+    """Return the values of each swept word.
+
+    Raises:
+        ConfigError: they cannot be listed, or in a search sampled; also the mistakes found `before`.
+    """
+    dimensions, counts, mistakes = dict[str, Dimension](), dict[str, float](), list[ConfigError]()
+    for override in parse_overrides(words)[0]:
+        key, word = override.key_or_group, str(override.input_line)
+        message, remedy, got = "", Remedy(""), ""
+        where: Place = Typed(word)
+        if override.is_interval_sweep() and not searches:
+            message = "an interval has no points to train"
+            where, got = Place(f"{key}, sweep.trials"), f"{word.partition('=')[2]}, null"
+            remedy = Remedy.to_write("sweep.trials=20", f"sweep.by={PREFIX}{ACCURACIES[0]}", verb="add")
+            remedy += f" for a search, or list its values: {key}=0.1,0.2 or '{key}=range(1,4)'"
+        elif override.is_sweep_override():
+            try:
+                counts[word], dimensions[word] = _dimension(override)
+            except (ArithmeticError, ValueError, HydraException):
+                message = "this range has no values"
+                remedy = Remedy("write range(3), range(0,9,3) or interval(0,1)")
+                if isinstance(interval := override.value(), IntervalSweep):
+                    message = "this interval cannot be sampled"
+                    remedy = _samplable(key, word.partition("=")[2], interval)
+        elif _is_in_brackets(override, folders):
+            message = "several values of a sweep are written without brackets"
+            remedy = Remedy.to_write(f"{key}={','.join(names_chosen(override))}")
+        if message:
+            mistakes.append(ConfigError(message, where=where, got=got, remedy=remedy))
+    raise_all([*mistakes, *before] if mistakes else ())
+    if (count := prod(counts.values())) > _MOST_POINTS:
+        raise ConfigError(
+            f"a sweep has at most {_MOST_POINTS:,} points",
+            where=COMMAND_LINE,
+            got=f"{' '.join(word for word, values in counts.items() if values > 1)}: {count:,.0f}",
+            remedy="write interval(LOW,HIGH) for a long range, or search fewer values"
+            if searches
+            else "sweep fewer values, or divide them among several sweeps",
+        )
+    return dimensions
+
+
+def _samplable(key: str, written: str, interval: IntervalSweep) -> Remedy:
+    """Return the remedy for an interval that cannot be sampled."""
+    low, high = float(interval.start or 0), float(interval.end or 0)
+    if interval.tags - {"log"}:
+        return Remedy("the only tag is log: write 'tag(log, interval(1e-7,1e-5))', or interval(0,1)")
+    if low > high:
+        turned = re.sub(r"interval\(([^,()]*),([^,()]*)\)", r"interval(\2,\1)", written.replace(" ", ""))
+        return Remedy.to_write_one_of([f"{key}={turned}"], lead="the smaller number comes first: write")
+    low = high / 100 if high > 0 else 1e-7
+    word = f"{key}=tag(log, interval({low:g},{max(high, 1e-5):g}))"
+    return Remedy.to_write_one_of([word], lead="log needs numbers above 0: write")
+
+
+def _dimension(override: Override) -> tuple[float, Dimension]:
+    """Return the number of a sweep's values, and the values: of a range with too many none.
+
+    Raises:
+        ArithmeticError, ValueError, HydraException: there are no values.
+    """
+    key, sweep = override.get_key_element(), override.value()
+    if isinstance(sweep, IntervalSweep):
+        low, high = float(sweep.start or 0), float(sweep.end or 0)
+        if low > high or sweep.tags - {"log"} or (sweep.tags and low <= 0):
+            raise ValueError
+        hint = run_keys().get(override.key_or_group)
+        is_whole = {int, float} & {hint, *get_args(hint)} == {int} and low.is_integer() and high.is_integer()
+        ends = (int(low), int(high)) if is_whole else (low, high)
+        return 2, Dimension(key, list(dict.fromkeys(map(repr, ends))), ends, bool(sweep.tags))
+    count = 0.0
+    if isinstance(sweep, RangeSweep):
+        start, stop, step = (Decimal(each or 0) for each in (sweep.start, sweep.stop, sweep.step))
+        count = float(((stop - start) / step).to_integral_value(ROUND_CEILING))
+    texts = list(override.sweep_string_iterator()) if count <= _MOST_POINTS else []
+    if (count := count or len(texts)) <= 0:
+        raise ValueError
+    return count, Dimension(key, texts)
+
+
+def _is_in_brackets(override: Override, folders: Sequence[Path]) -> bool:
+    """Return whether a list is written for a key that takes none."""
+    key, values, known = override.key_or_group, override.value(), preset_names(override.key_or_group, folders)
+    if key not in run_keys() or not isinstance(values, list) or not values or fits(key, values):
+        return False
+    return all(str(value) in known if known else fits(key, value) for value in values)
+
+
+def _at_some_points(refused: Mapping[tuple[str, ...], ConfigError], points: Points) -> list[DpoDistError]:
+    """Return the points' mistakes, each once; if only some points have one, its error names their values."""
+    found = dict[tuple[str, str], dict[tuple[str, ...], DpoDistError]]()
+    for words, error in refused.items():
+        for part in error.parts or (error,):
+            found.setdefault((part.message, part.where), {})[words] = part
+    mistakes = list[DpoDistError]()
+    for (message, where), broken in found.items():
+        mistake = next(iter(broken.values()))
+        kept = {word for words in (*points, *refused) if words not in broken for word in words}
+        if kept and not isinstance(where, Typed):
+            alone = [word for word in dict.fromkeys(chain.from_iterable(broken)) if word not in kept]
+            values = first_few(alone or [" ".join(words) for words in broken])
+            what = values if alone else "one of these values"
+            remedy = f"take {what} out of this sweep; in a command of its own {mistake.remedy}"
+            mistake = ConfigError(message, where=values, got=mistake.got, remedy=remedy)
+        mistakes.append(mistake)
+    return mistakes
