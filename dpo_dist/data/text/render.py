@@ -318,21 +318,23 @@ class _Conversation:
                 end = self.facts.common_length(trace.text, alone)
             self.generation[role] = trace.text[end:]
         generation = self.generation[role]
-        if not turn[:1].isspace():  # the template writes the space between turns with the former (Alpaca)
-            generation = generation.lstrip()
-        length = self.facts.common_length(turn, generation)
-        if length == len(generation):
+        length, space = self.facts.common_length(turn, generation), len(turn) - len(turn.lstrip())
+        rest = generation[length:]
+        # The space before the header may be another one, or belong to the former turn (Alpaca).
+        if shared := self.facts.common_length(turn[space:], generation.lstrip()):
+            length, rest = space + shared, generation.lstrip()[shared:]
+        if not rest:
             return length
         # The prompt may say more before the header (Command R+ with tools).
-        if tail := self.facts.tail_of(generation, turn):
-            return tail
+        if tail := self.facts.tail_of(generation, turn[space:]):
+            return space + tail
         # A content may begin like the generation prompt, where the turn itself does not (Apriel).
         for part in filter(None, (message_thought(message), message.content.strip())):
             text = self.facts.marks.escape(part, self.facts.marks.in_response)
             start = turn.find(text, max(length - len(text) + 1, 0))
             length = min(length, start) if start >= 0 else length
         # The thought of the turn is the model's if the generation prompt ends one (<channel|> of Gemma 4).
-        return self.facts.before_opened(turn, length, generation[length:])
+        return self.facts.before_opened(turn, length, rest)
 
     def _after_opened_thought(
         self, messages: Sequence[Message], prompt: str

@@ -340,6 +340,37 @@ def test_a_header_is_no_part_of_a_response_if_the_space_before_it_ends_the_forme
     assert "prompt_not_prefix" not in found.changes
 
 
+@pytest.mark.parametrize(
+    ("header", "generation"),
+    [
+        ("\n  " + ASSISTANT, ASSISTANT),
+        ("\n\n  " + ASSISTANT, "\n" + ASSISTANT),
+        ("  " + ASSISTANT, "\n" + ASSISTANT + "\n"),
+        ("    Answer:", "\n  Answer:\n"),
+        ("  " + ASSISTANT, "<|turn|>system\nUse tools.<|end|>\n" + ASSISTANT),
+    ],
+)
+def test_a_header_is_found_after_another_space_than_in_the_generation_prompt(
+    header: str, generation: str
+) -> None:
+    """As in a template with indented lines: the header would be trained, after that of the prompt."""
+    template = template_of(PLAIN.replace(ASSISTANT, header), generation)
+    for response in ("It rains.", TURNS["turns"][0]):
+        found = encode(pair(response, NO), tokenizer := tokenizer_with(template))
+        prompt, one, other = texts(found, tokenizer)
+        assert prompt.count(header.strip()) == 1
+        assert (one.startswith("It rains.<|end|>"), other) == (True, NO + "<|end|>")
+        later = "" if isinstance(response, str) else "Yes.<|end|>"
+        assert trained_text(tokenizer, found) == "It rains.<|end|>" + later
+
+
+@pytest.mark.parametrize("generation", ["", "\n", "\n\n"])
+def test_a_space_before_a_content_belongs_to_the_response(generation: str) -> None:
+    tokenizer = tokenizer_with(template_of(" {{ m.content }}<|end|>", generation))
+    found = encode(pair(TURNS["turns"][0], NO), tokenizer)
+    assert trained_text(tokenizer, found) == " It rains.<|end|> Yes.<|end|>"
+
+
 def test_a_template_that_needs_tools_is_used_for_records_with_tools() -> None:
     template = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}" + template_of(PLAIN)
     found = encode(pair((CALL,), NO, tools=(TOOL,)), tokenizer := tokenizer_with(template))
