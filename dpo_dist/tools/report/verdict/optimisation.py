@@ -33,8 +33,8 @@ _QUANTITIES = {
 }
 """In the order in which a step computes them: the first one that is not finite is reported."""
 _LEAST_VOCABULARY = 1000
-"""Fewest tokens of a vocabulary of texts: an alphabet, as of proteins, can be hard to guess for any model, but
-each trained one knows which of its tokens are letters."""
+"""Fewest tokens of a vocabulary of texts: an alphabet, as of proteins, can be hard to guess for any model,
+but each trained one knows which of its tokens are letters."""
 _LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
 """Losses that fall to 0 with a growing margin; other losses have another scale, or rise again."""
 
