@@ -318,21 +318,23 @@ class _Conversation:
                 end = self.facts.common_length(trace.text, alone)
             self.generation[role] = trace.text[end:]
         generation = self.generation[role]
-        if not turn[:1].isspace():  # the template writes the space between turns with the former (Alpaca)
-            generation = generation.lstrip()
-        length = self.facts.common_length(turn, generation)
-        if length == len(generation):
+        length, space = self.facts.common_length(turn, generation), len(turn) - len(turn.lstrip())
+        rest = generation[length:]
+        # The space before the header may be another one, or belong to the former turn (Alpaca).
+        if shared := self.facts.common_length(turn[space:], generation.lstrip()):
+            length, rest = space + shared, generation.lstrip()[shared:]
+        if not rest:
             return length
         # The prompt may say more before the header (Command R+ with tools).
-        if tail := self.facts.tail_of(generation, turn):
-            return tail
+        if tail := self.facts.tail_of(generation, turn[space:]):
+            return space + tail
         # A content may begin like the generation prompt, where the turn itself does not (Apriel).
         for part in filter(None, (message_thought(message), message.content.strip())):
             text = self.facts.marks.escape(part, self.facts.marks.in_response)
             start = turn.find(text, max(length - len(text) + 1, 0))
             length = min(length, start) if start >= 0 else length
         # The thought of the turn is the model's if the generation prompt ends one (<channel|> of Gemma 4).
-        return self.facts.before_opened(turn, length, generation[length:])
+        return self.facts.before_opened(turn, length, rest)
 
     def _after_opened_thought(
         self, messages: Sequence[Message], prompt: str
@@ -383,7 +385,7 @@ class _Conversation:
         return marks.escape(thought, marks.in_response) + separator + written
 
     def _render_turns(self, responses: Sequence[Messages]) -> RenderedRecord:
-        """Render responses of several turns; the prompt is the start of the whole conversation."""
+        """Render responses of several turns, each as a part of the whole conversation."""
         parts = [self._whole_conversation(response) for response in responses]
         prompts = [text[:start] for text, start, _ in parts]
         prompt, start, changes = prompts[0], len(prompts[0]), set[str]()
@@ -391,16 +393,20 @@ class _Conversation:
             changes.add("prompt_not_prefix")
             common = min(self.facts.common_length(prompt, other) for other in prompts[1:])
             start = self.facts.after_last_special(prompt[:common])
+            prompt = prompt[:start]
         elif self.prompt:
             generation = all(turns[0].role == "assistant" for turns in responses)
             alone = self.chat.render(self.prompt, self.context, generation=generation)
             changes |= {"prompt_not_prefix"} if alone != prompt else set()
+            following = [text[start:] for text, start, _ in parts]
             if _opens_thought(alone):
-                following = [text[start:] for text, start, _ in parts]
                 changes |= {"opened_thought_removed"} if any(map(_NO_THOUGHT.match, following)) else set()
-                start += len(self._common_scaffold(following))
+                scaffold = len(self._common_scaffold(following))
+                start, prompt = start + scaffold, prompt + following[0][:scaffold]
+            elif generation and not (_ENDED.search(alone) and any(_CLOSE in text for text in following)):
+                prompt = alone  # as for one turn: it may end a thought that the turn does not have (Gemma 4)
         return RenderedRecord(
-            parts[0][0][:start],
+            prompt,
             tuple(text[start:] for text, _, _ in parts),
             tuple(
                 tuple((max(first - start, 0), end - start) for first, end in spans) for _, _, spans in parts

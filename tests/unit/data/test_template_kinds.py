@@ -62,6 +62,7 @@ def template_of(assistant: str, generation: str = ASSISTANT) -> str:
 
 
 PLAIN = ASSISTANT + CALLS + "{{ m.content }}<|end|>\n"
+THINKING = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
 THOUGHT = "{% if m.reasoning_content %}<thought>{{ m.reasoning_content }}</thought>{% endif %}"
 # The generation prompt ends a thought that a turn does not have (Gemma 4), or is a text (Apriel).
 ENDED = template_of(
@@ -338,6 +339,63 @@ def test_a_header_is_no_part_of_a_response_if_the_space_before_it_ends_the_forme
     assert (turns.startswith("It rains.</s>"), other) == (True, "No.</s>")
     assert trained_text(tokenizer, found) == "It rains.</s>Yes.</s>"
     assert "prompt_not_prefix" not in found.changes
+
+
+@pytest.mark.parametrize(
+    ("header", "generation"),
+    [
+        ("\n  " + ASSISTANT, ASSISTANT),
+        ("\n\n  " + ASSISTANT, "\n" + ASSISTANT),
+        ("  " + ASSISTANT, "\n" + ASSISTANT + "\n"),
+        ("    Answer:", "\n  Answer:\n"),
+        ("  " + ASSISTANT, "<|turn|>system\nUse tools.<|end|>\n" + ASSISTANT),
+    ],
+)
+def test_a_header_is_found_after_another_space_than_in_the_generation_prompt(
+    header: str, generation: str
+) -> None:
+    """As in a template with indented lines: the header would be trained, after that of the prompt."""
+    template = template_of(PLAIN.replace(ASSISTANT, header), generation)
+    for response in ("It rains.", TURNS["turns"][0]):
+        found = encode(pair(response, NO), tokenizer := tokenizer_with(template))
+        prompt, one, other = texts(found, tokenizer)
+        assert prompt.count(header.strip()) == 1
+        assert (one.startswith("It rains.<|end|>"), other) == (True, NO + "<|end|>")
+        later = "" if isinstance(response, str) else "Yes.<|end|>"
+        assert trained_text(tokenizer, found) == "It rains.<|end|>" + later
+
+
+OFF = template_of(PLAIN.replace(ASSISTANT, ASSISTANT + THINKING), ASSISTANT + "<think></think>")
+
+
+@pytest.mark.parametrize("template", [ENDED, ANSWERED, STEPS, OFF])
+@pytest.mark.parametrize("case", ["agent", "turns"])
+def test_several_turns_follow_the_same_prompt_as_one(template: str, case: str) -> None:
+    """The generation prompt, after which a server generates the first turn, too (Gemma 4, Command R7B)."""
+    tokenizer = tokenizer_with(template)
+    response, _ = TURNS[case]
+    several, one = (encode(pair(side, NO, tools=(TOOL,)), tokenizer) for side in (response, response[:1]))
+    prompt = tokenizer.apply_chat_template([as_dict(QUESTION)], add_generation_prompt=True)["input_ids"]
+    assert several.prompt_ids.tolist() == one.prompt_ids.tolist() == prompt
+    for side in (0, 1):
+        assert trained_text(tokenizer, several, side).startswith(trained_text(tokenizer, one, side))
+    assert "prompt_not_prefix" in several.changes
+
+
+def test_a_thought_of_several_turns_follows_no_ended_one() -> None:
+    thinking = Message("assistant", "It rains.", {"reasoning_content": "Look."})
+    found = encode(pair((thinking, DOUBT, ANSWER), NO), tokenizer := tokenizer_with(OFF))
+    prompt, several, other = texts(found, tokenizer)
+    assert prompt.endswith(ASSISTANT)
+    assert several.startswith("<think>Look.</think>It rains.<|end|>")
+    assert other == NO + "<|end|>"
+
+
+@pytest.mark.parametrize("generation", ["", "\n", "\n\n"])
+def test_a_space_before_a_content_belongs_to_the_response(generation: str) -> None:
+    tokenizer = tokenizer_with(template_of(" {{ m.content }}<|end|>", generation))
+    found = encode(pair(TURNS["turns"][0], NO), tokenizer)
+    assert trained_text(tokenizer, found) == " It rains.<|end|> Yes.<|end|>"
 
 
 def test_a_template_that_needs_tools_is_used_for_records_with_tools() -> None:

@@ -33,7 +33,8 @@ _QUANTITIES = {
 }
 """In the order in which a step computes them: the first one that is not finite is reported."""
 _LEAST_VOCABULARY = 1000
-"""Fewest tokens of a vocabulary of texts: an alphabet, as of proteins, can be hard to guess for any model."""
+"""Fewest tokens of a vocabulary of texts: an alphabet, as of proteins, can be hard to guess for any model,
+but each trained one knows which of its tokens are letters."""
 _LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
 """Losses that fall to 0 with a growing margin; other losses have another scale, or rise again."""
 
@@ -212,9 +213,11 @@ def _losses_that_did_not_fall(facts: RunFacts, pairs: int) -> str | None:
 
 def _untrained_base(facts: RunFacts) -> Iterator[str]:
     """Yield a clause if chosen responses stay about as unlikely as a guess among all tokens makes them."""
-    logps, vocabulary = facts.chosen_logps(), facts.summary.get("vocabulary") or 1
+    logps, vocabulary = facts.chosen_logps(), facts.summary.get("vocabulary")
+    if not vocabulary or not logps or not _should_have_learnt(facts):
+        return
     guess = -math.log(vocabulary)
-    if vocabulary >= _LEAST_VOCABULARY and logps and max(logps) < 0.6 * guess and _should_have_learnt(facts):
+    if logps[0] < (0.6 if vocabulary >= _LEAST_VOCABULARY else 0.95) * guess and logps[1] < 0.6 * guess:
         yield (
             f"chosen responses have {logps[0]:.2f} nats per token at first and {logps[1]:.2f} at the end; "
             f"a guess among {vocabulary:,} tokens has {guess:.2f}: no sampled response can be a text"
