@@ -38,8 +38,9 @@ class Remedy:
     """What to do, as a sentence; beside it the words to write into the command and to remove from it.
 
     `write`: words, each of which takes the place of the word with its key, or of what is removed. `remove`:
-    words, words that follow each other as one, or keys. `drops`: the words that the error is about are removed. `rename`: a wrong name in a word,
-    and the right one. Of alternatives in the sentence the first counts; what only the user knows is no word.
+    words, an option with its value as one, or keys. `drops`: the words that the error is about are removed.
+    `rename`: a wrong name in a word, and the right one. Of alternatives in the sentence the first counts;
+    what only the user knows is no word.
     """
 
     text: str
