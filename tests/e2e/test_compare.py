@@ -140,7 +140,7 @@ def test_a_default_leaves_all_models_the_same_room_for_a_response(tmp_path: Path
     usual = [data, "model.dtype=fp32", "run.dir=run"]
     ended = run_verb("compare", ["compare.models=[./base,./more,./foreign]", *usual], cwd=tmp_path)
     assert ended.code == 0, ended.output
-    rooms = []
+    rooms = list[int]()
     for row in rows(tmp_path, "run"):
         cut = {each["logp_tokens"] for each in row["responses"].values() if not each["finished"]}
         assert len(cut) == 1, row
