@@ -90,7 +90,10 @@ def _folder(text: str) -> Path:
 
 def split_words(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the options of a command line, its other `words`, and `mistakes`: unknown options."""
-    options, rest = _parser().parse_known_args(arguments)
+    # argparse reads `-check` as `-c heck`.
+    single = [word for word in arguments if f"-{word}" in ("--check", "--help", "--version")]
+    options, rest = _parser().parse_known_args([word for word in arguments if word not in single])
+    rest += single
     options.words, options.mistakes = [], []
     while rest:
         if not (word := rest.pop(0)).startswith("-"):
@@ -120,7 +123,8 @@ def _unknown_option(typed: str, values: Sequence[str]) -> ConfigError:
         remedy = to_assign(key, value or "true")
     else:
         options = re.findall(r"--[\w-]+", _parser().format_help())
-        guesses = [] if is_theirs else likely(name, options)
+        same = f"-{name}"  # `-check`
+        guesses = [same] if same in options else [] if is_theirs else likely(name, options)
         remedy = unknown_key(key, value or "true").advice
         if guesses:
             remedy = Remedy.to_rename(name, guesses[0])

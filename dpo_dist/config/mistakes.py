@@ -37,6 +37,7 @@ from dpo_dist.config.losses import NO_OPTION, kinds_using
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, DpoDistError
+from dpo_dist.foundation.files import similar_path
 from dpo_dist.foundation.remedies import COMMAND_LINE, Remedy, Typed
 from dpo_dist.foundation.text import first_few
 
@@ -210,7 +211,10 @@ def assignment(key: str, value: str) -> str | None:
         named = (likely(kind, choices(run_keys()["loss.kind"])) or [kind] for kind in kinds)
         return assignment("loss.terms", f"[{', '.join(f'{{kind: {kind}}}' for [kind] in named)}]")
     meanings = (word for word in equivalents(value, "values") if word in choices(run_keys().get(key)))
-    accepted = (text for text in (value, *meanings, f"[{value}]") if text and _is_accepted(key, text))
+    closed = value + "".join(end for start, end in ("[]", "{}") if value.count(start) == value.count(end) + 1)
+    closed = re.sub(r"(\w)=", r"\1: ", closed) if closed.startswith(("{", "[{")) else closed  # {r=8}
+    forms = (value, *meanings, closed, f"[{value}]")
+    accepted = (text for text in forms if text and _is_accepted(key, text))
     return next((f"{key}={text}" for text in accepted), None)
 
 
@@ -367,11 +371,16 @@ def composition_error(error: Exception, folders: Sequence[Path]) -> ConfigError:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return unknown_preset(group, choice, folders)
     if isinstance(error, OSError) and error.strerror:
+        path = str(error.filename)
+        similar = similar_path(Path(path))
+        is_meant = similar is not None and similar.suffix in (".yaml", ".yml")
         return ConfigError(
             "this YAML file cannot be read",
-            where=str(error.filename),
+            where=path,
             got=error.strerror,
-            remedy="check the path, which is relative to the working directory",
+            remedy=Remedy.to_rename(path, str(similar))
+            if is_meant
+            else "check the path, which is relative to the working directory",
         )
     where, got = "command line, or a file that it names", str(error).partition("full_key:")[0]
     if isinstance(error, yaml.MarkedYAMLError):

@@ -38,8 +38,9 @@ class Remedy:
     """What to do, as a sentence; beside it the words to write into the command and to remove from it.
 
     `write`: words, each of which takes the place of the word with its key, or of what is removed. `remove`:
-    words or keys. `drops`: the words that the error is about are removed. `rename`: a wrong name in a word,
-    and the right one. Of alternatives in the sentence the first counts; what only the user knows is no word.
+    words, an option with its value as one, or keys. `drops`: the words that the error is about are removed.
+    `rename`: a wrong name in a word, and the right one. Of alternatives in the sentence the first counts;
+    what only the user knows is no word.
     """
 
     text: str
@@ -98,9 +99,12 @@ class Remedy:
                 write = [changed.get(word, word) for word in about]
             else:  # the word is not known: the first that has the name
                 write, remove = [*changed.values()][:1], [*changed][:1]
-        keys = {key_of(word) for word in write}
+        keys = {key_of(word) for word in write if "=" in word}
         if write:
             remove += [word for word in about if "=" not in word or key_of(word) not in keys]
+        # A value that another option has, too, is removed with its own option only.
+        if {*about} <= {*remove} and any(typed.count(word) > 1 for word in about[1:]):
+            remove = [*(word for word in remove if word not in about), " ".join(about)]
         typed_keys = [key_of(word) for word in typed]  # the last word of a key wins: only the new one is kept
         remove += [word for word in typed if key_of(word) in keys and typed_keys.count(key_of(word)) > 1]
         remove += [key for group in _CHOSEN_BY for key in _CHOSEN_BY[group] if group in keys]

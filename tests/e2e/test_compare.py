@@ -130,6 +130,24 @@ def test_a_checkpoint_of_two_processes_and_an_adapter_respond_as_their_runs_do(
     assert (tmp_path / "compared/comparison/comparison.html").is_file()
 
 
+def test_a_default_leaves_all_models_the_same_room_for_a_response(tmp_path: Path) -> None:
+    """A longer response is not a better model, whichever reads more or has more tokens for the prompt."""
+    write_model(tmp_path / "base", longest=100)
+    write_model(tmp_path / "more", seed=1, longest=140)
+    write_model(tmp_path / "foreign", tiny.llama3(), seed=2, longest=100)
+    records = [{"prompt": [user("why? " * n)], "chosen": "a", "rejected": "b"} for n in (1, 8, 16)]
+    data = f"data.eval=[{jsonl(tmp_path, *records)}]"
+    usual = [data, "model.dtype=fp32", "run.dir=run"]
+    ended = run_verb("compare", ["compare.models=[./base,./more,./foreign]", *usual], cwd=tmp_path)
+    assert ended.code == 0, ended.output
+    rooms = list[int]()
+    for row in rows(tmp_path, "run"):
+        cut = {each["logp_tokens"] for each in row["responses"].values() if not each["finished"]}
+        assert len(cut) == 1, row
+        rooms += cut
+    assert len({*rooms}) == len(rooms) > 1, "each prompt leaves another room"
+
+
 def test_models_that_read_images_are_compared(tmp_path: Path) -> None:
     write_image_model(tmp_path / "base")
     write_image_model(tmp_path / "other", seed=2)

@@ -53,6 +53,10 @@ BROKEN = [
      "model.attention=sdpa"),
     ("a reference without its adapter", f"train {RUN} reference=adapter", "reference=adapter"),
     ("spaces around =", f"train {RUN} loss.beta = 0.2", "loss.beta=0.2"),
+    ("an option's value that another one has", f"train {RUN} --config-dir . --max_length 99 --seed 99",
+     "--config-dir . data.max_length=99 trainer.seed=99"),
+    ("a right option with the same value", f"train {RUN} --config-dir other --run_name other",
+     "--config-dir other run.name=other"),
     ("a word without its key", "compare model.dtype=fp32 ./model ./other data.eval=[eval.jsonl]",
      "compare.models=[./model,./other]"),
     ("a misspelt option", f"train {RUN} --confg-dir . loss.beta=0.2", "--config-dir . loss.beta=0.2"),
@@ -125,9 +129,11 @@ def repaired(words: list[str], remedy: dict[str, Any]) -> list[str]:
     """Return a command with the words of a remedy, as docs/agents.md says that they are meant."""
     left, place = list(words), len(words)
     for gone in remedy["remove"]:
-        for word in [word for word in left if gone in (word, key_of(word))]:
-            place = min(place, left.index(word))
-            left.remove(word)
+        single = [at for at, word in enumerate(left) if gone in (word, key_of(word))]
+        pair = [at + on for at in range(len(left)) for on in (0, 1) if " ".join(left[at : at + 2]) == gone]
+        for at in reversed(single or pair):
+            place = min(place, at)
+            del left[at]
     for word in remedy["write"]:
         same = [index for index, other in enumerate(left) if "=" in word and key_of(other) == key_of(word)]
         if same:

@@ -52,6 +52,25 @@ def test_of_several_words_of_a_key_the_repaired_one_stays() -> None:
     assert found == {"write": ["model.dtype=fp32"], "remove": typed[:2]}
 
 
+SAME_VALUES = [
+    (Remedy.to_write("run.dir=512"), Typed("--output_dir", "512"), ["run.dir=512"], ["--output_dir 512"]),
+    (Remedy.to_write("loss.beta=1"), Typed("loss.beta", "=", "1"), ["loss.beta=1"], ["loss.beta = 1"]),
+    (Remedy.to_rename("--confg-dir", "--config-dir"), Typed("--confg-dir", "512"), ["--config-dir", "512"],
+     ["--confg-dir 512"]),
+    (Remedy("", drops=True), Typed("--seed", "512"), [], ["--seed 512"]),
+    (Remedy.to_write("trainer.seed=7"), Typed("--seed", "7"), ["trainer.seed=7"], ["--seed", "7"]),
+    (Remedy("say what it is"), Typed("--seed", "512"), [], []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("remedy", "where", "write", "remove"), SAME_VALUES)
+def test_a_value_that_two_options_have_is_removed_with_its_own(
+    remedy: Remedy, where: Typed, write: list[str], remove: list[str]
+) -> None:
+    typed = ["--config-dir", "512", *where.words, "optim.lr", "=", "1"]
+    assert remedy.words(where, typed) == {"write": write, "remove": remove}
+
+
 def test_a_word_that_is_shown_in_another_way_is_removed_by_its_key() -> None:
     found = Remedy("", drops=True).words(Typed('loss.beta="=0.2"'), ["loss.beta==0.2"])
     assert found == {"write": [], "remove": ["loss.beta"]}
@@ -129,6 +148,12 @@ WRITTEN = [
     ("--loss.betta 0.2", ["loss.beta=0.2"]),
     ("data.trian=a.jsonl", ["data.train=[a.jsonl]"]),
     ("loss=[dpo,sft]", ["loss=sigmoid"]),
+    ("model.adapter={r=8}", ["model.adapter={r: 8}"]),
+    ("data.eval=[{path=a.jsonl,split=test}]", ["data.eval=[{path: a.jsonl,split: test}]"]),
+    ("data.eval=[a.jsonl", ["data.eval=[a.jsonl]"]),
+    ("-check", ["--check"]),
+    ("my.yml", ["my.yaml"]),
+    ("mine.toml.yaml", []),
     ("data.max_length=1,024", ["data.max_length=1024"]),
     ("data.eval=5%", ["data.eval_share=0.05"]),
     ("trainer.deterministic=yes", ["trainer.deterministic=true"]),

@@ -147,10 +147,17 @@ class ComparedModel:
             processor = self.responder.processor
             return load_packed_source(self.source, config.model, longest, world.device, processor)
 
-    def respond(self, longest: int | None) -> None:
+    def room(self, record: PreferenceRecord) -> int | None:
+        """Return the most tokens of a response to a prompt; None: the model cannot be asked."""
+        prompt = usable_prompt(record, self.responder, self._sampling)
+        if isinstance(prompt, str):
+            return None
+        return self._sampling.room(len(prompt.prompt_ids), self.responder.longest)
+
+    def respond(self, rooms: Mapping[str, int]) -> None:
         """Generate the responses that are missing; collective. All models share a prompt's random numbers.
 
-        `longest`: most tokens of a prompt and its response.
+        `rooms`: most tokens of a response by `prompt_key`.
         """
 
         def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
@@ -162,7 +169,7 @@ class ComparedModel:
             self._sampling,
             range(1),
             lambda: (self.responder, samples),
-            longest,
+            rooms,
         )
 
     def score(self, other: "ComparedModel") -> Parts:
@@ -306,11 +313,9 @@ def whole_model(model: NamedModel, folder: Path, run: Run) -> str:
 def _ask_and_score(speakers: Sequence[ComparedModel], console: Console) -> None:
     """Generate and score responses, one model at a time in memory; the base, which scores all, comes last."""
     base, *others = speakers
-    # A model that reads more gets no more room than the others: a longer response is not a better model.
-    limits = [speaker.responder.longest for speaker in speakers if speaker.responder.longest is not None]
-    longest = min(limits, default=None)
+    rooms = _shared_rooms(speakers)
     for speaker in (*others, base):
-        speaker.respond(longest)
+        speaker.respond(rooms)
         speaker.logps = speaker.score(speaker)
         if speaker is not base:
             speaker.free()
@@ -322,6 +327,19 @@ def _ask_and_score(speakers: Sequence[ComparedModel], console: Console) -> None:
         else:
             console.say(f"{speaker.name}: no KL to {base.name}, which has other token ids")
     base.free()
+
+
+def _shared_rooms(speakers: Sequence[ComparedModel]) -> dict[str, int]:
+    """Return the most tokens of a response by `prompt_key`, where the models' contexts leave different room.
+
+    A model that reads more gets no more room than the others: a longer response is not a better model.
+    """
+    rooms = dict[str, int]()
+    for record in itertools.chain(*speakers[0].prompts.parts):
+        found = [room for speaker in speakers if (room := speaker.room(record)) is not None]
+        if len({*found}) > 1:
+            rooms[prompt_key(record)] = min(found)
+    return rooms
 
 
 def _rows(

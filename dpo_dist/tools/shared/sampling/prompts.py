@@ -144,17 +144,17 @@ class Prompts:
         sampling: Sampling,
         numbers: range,
         open_model: Callable[[], tuple[Responder, Generate]],
-        longest: int | None = None,
+        rooms: Mapping[str, int] | None = None,
     ) -> Parts:
         """Return a model's finished responses; `open_model` is called only where parts are unfinished.
 
-        `longest`: most tokens of a prompt and its response, if that is less than the model reads.
+        `rooms`: most tokens of a response by `prompt_key`, where they are fewer than the model's own.
         With `sampling.endpoint` a server responds, which is checked first, and `open_model` is not called.
         """
         config = self.run.config
         settings = generation_settings(config.data, config.model, sampling)
         settings |= {"model": source.digest, "numbers": [numbers.start, len(numbers)]}
-        settings |= {} if longest is None else {"longest": longest}
+        settings |= {"rooms": rooms} if rooms else {}
         is_served = config.sampling.endpoint.url is not None
         stage = self.stage("responses", settings | ({"server": True} if is_served else {}))
         unfinished = self.run.world.on_main(stage.unfinished) if is_served else []
@@ -162,9 +162,8 @@ class Prompts:
 
         def part(index: int) -> list[dict[str, Any]]:
             responder, generate = open_model() if server is None else (server.responder, server.generate)
-            limits = [limit for limit in (longest, responder.longest) if limit is not None]
-            responder = replace(responder, longest=min(limits, default=None))
-            return list(map(asdict, respond(self.parts[index], responder, generate, sampling, numbers)))
+            records = self.parts[index]
+            return list(map(asdict, respond(records, responder, generate, sampling, numbers, rooms)))
 
         client = None if server is None else server.client
         return self.finish(f"responses of {source.name}", stage, part, client)

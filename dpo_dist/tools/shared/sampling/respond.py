@@ -238,20 +238,25 @@ def respond(
     generate_samples: Generate,
     sampling: Sampling,
     numbers: range,
+    rooms: Mapping[str, int] | None = None,
 ) -> list[Completions]:
-    """Return the completions of each prompt, in order; `numbers`: which of a prompt's samples to make."""
+    """Return the completions of each prompt, in order.
+
+    `numbers`: which of a prompt's samples to make; `rooms`: see `Prompts.responses`.
+    """
     prompts = [usable_prompt(record, responder, sampling) for record in records]
     requests = [
         Request(
             prompt.prompt_ids,
-            prompt_key(record),
+            key,
             number,
             images,
-            sampling.room(len(prompt.prompt_ids), responder.longest),
+            min(own, (rooms or {}).get(key, own)),
         )
         for record, prompt in zip(records, prompts, strict=True)
         if not isinstance(prompt, str)
-        for images in (responder.images(prompt),)
+        for key, images in ((prompt_key(record), responder.images(prompt)),)
+        for own in (sampling.room(len(prompt.prompt_ids), responder.longest),)
         for number in numbers
     ]
     try:
