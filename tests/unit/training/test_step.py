@@ -12,6 +12,7 @@ from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import RunningMeans, preference_loss
@@ -31,12 +32,12 @@ class LogProbs:
         draw = torch.Generator().manual_seed(seed)
         tokens = np.delete(dataset.piece_tokens, dataset.first_pieces[:-1]).tolist()
         drawn = [torch.rand(each, dtype=torch.float64, generator=draw) for each in tokens]
-        self.values = [(-each).requires_grad_() for each in drawn]
+        self.seed, self.values = seed, [(-each).requires_grad_() for each in drawn]
         self._of = dict(zip([key.tobytes() for key in dataset.keys], self.values, strict=True))
 
     def token_logps(self, batch: PackedBatch, *_: Any) -> Tensor:
         if not len(batch.keys):  # a dummy
-            return torch.zeros(len(batch.targets), dtype=torch.float64)
+            return torch.full((len(batch.targets),), -self.seed, dtype=torch.float64)
         return torch.cat([self._of[key.tobytes()] for key in batch.keys])
 
     def add_stored_logps(self, batch: PackedBatch) -> PackedBatch:
@@ -77,3 +78,21 @@ def test_the_gradient_is_that_of_the_mean_loss_of_the_global_batch(
     expected.backward()
     assert total / len(dataset) == pytest.approx(expected.item(), rel=1e-9)
     torch.testing.assert_close(policy.gradient(), plain.gradient(), rtol=1e-9, atol=1e-12)
+
+
+def test_the_mismatch_of_kto_is_the_mean_log_ratio_of_the_partners_of_the_global_batch(
+    tmp_path: Path,
+) -> None:
+    rows = [{"prompt": f"{n}?", "completion": "a" * 9 * n, "label": n % 2 == 0} for n in range(1, 8)]
+    dataset, loss = with_partners(opened(tmp_path, jsonl(tmp_path, *rows)), 8192), LossConfig(LossKind.kto)
+    policy, reference = (LogProbs(dataset, seed) for seed in (1, 2))
+    objective, found = Objective(loss, cast(ReferenceProvider, reference)), 0.0
+    for rank in range(2):
+        share = shard_batch(dataset, np.arange(len(dataset)), rank, 2, 1, COSTS, loss)
+        partners = objective.ready_step(share, ALONE.device).partners
+        engine = cast(PolicyEngine, policy)
+        mismatch = objective.facts(engine, share, partners, ALONE, RunningMeans()).mismatch
+        assert mismatch is not None
+        found += mismatch.item()
+    ratios = [(one - other).sum().item() for one, other in zip(policy.values, reference.values, strict=True)]
+    assert found == pytest.approx(np.mean(ratios[1::2]), rel=1e-9)
