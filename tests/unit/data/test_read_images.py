@@ -206,6 +206,15 @@ FORMS: dict[str, tuple[dict[str, Any], list[str], list[Any]]] = {
         TWO[::-1],
     ),
     "numbers from 0": ({"prompt": [user("<image_0><image1>")], **PAIR, "images": TWO}, [I + I], TWO),
+    "numbers of two digits": (
+        {
+            "prompt": [user("".join(f"<image {number}>" for number in range(10, 0, -1)))],
+            **PAIR,
+            "images": [*"abcdefghij"],
+        },
+        [I * 10],
+        [*"jihgfedcba"],
+    ),
     "Qwen-VL": (
         {"query": "Picture 1: <img>b/a.png</img>\nq <img>b.JPEG</img>", "response": "good", **PAIR},
         [f"Picture 1: {I}\nq {I}"],
