@@ -736,6 +736,8 @@ def test_a_column_that_the_first_record_of_a_list_lacks_is_read(folder: Path, tm
     }
     found = translated(folder, tmp_path, train_dataset=[pair, {**pair, "tools": []}])
     assert found["data.train"][0]["columns"]["tools"] == "tools"
+    answered = translated(folder, tmp_path, train_dataset=[pair | {"chosen": "yes", "rejected": "no"}])
+    assert "format" not in answered["data.train"][0]
 
 
 @pytest.mark.parametrize("first", [{"chosen": None}, {"chosen": None, "rejected": None}, {"prompt": None}])
