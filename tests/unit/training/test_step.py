@@ -26,7 +26,6 @@ from tests.support.cache import opened
 from tests.support.packing import COSTS
 from tests.support.records import GOOD, jsonl
 
-
 NORM = 0.125
 
 
