@@ -274,6 +274,21 @@ def test_images_are_never_cut(truncation: str, tmp_path: Path) -> None:
     assert "max_pixels" in reason_remedy("image_does_not_fit")
 
 
+def test_a_response_is_cut_though_an_image_stands_directly_after_bos(tmp_path: Path) -> None:
+    processor, tokenizer = processor_of(tmp_path, "qwen2_vl"), image_tokenizer("qwen2_vl")
+    tokenizer.bos_token = "<|im_start|>"
+    parts = "{{ p.text if p.type == 'text' else '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    tokenizer.chat_template = (
+        "<|im_start|>{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}" + parts + "{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+    )
+    record = image_record("# is what?", images=[FIRST], responses=("Yes, it is.", "No"))
+    whole = encode_pair(record, tokenizer, WIDE, processor)
+    config = DataConfig(max_length=len(whole.prompt_ids) + 2, truncation="keep_start")
+    found = encode_pair(record, tokenizer, config, processor)
+    assert [*map(len, (found.prompt_ids, *found.responses))] == [len(whole.prompt_ids), 2, 2]
+
+
 def png(
     width: int, height: int, rows: bytes = b"", bits: int = 8, colour: int = 2, key: Sequence[int] = ()
 ) -> bytes:
