@@ -22,7 +22,7 @@ from transformers.image_utils import load_image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from dpo_dist.batching.example import response_keys
-from dpo_dist.config.schema import DataConfig, ImagesConfig
+from dpo_dist.config.schema import DataConfig, ImagesConfig, TextTemplate
 from dpo_dist.data.counts import reason_remedy
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.images import ImageProcessor, decode_image
@@ -144,6 +144,18 @@ def test_a_tag_of_images_without_an_image_is_not_trained_as_text(tag: str, tmp_p
     ):
         example = encoded(image_record(text, images=[], responses=(text, "no")), "qwen2_vl", processor)
         assert "image_tag_in_text" not in example.changes
+
+
+def test_a_placeholder_in_a_response_with_its_template_applied_is_no_place_of_an_image(
+    tmp_path: Path,
+) -> None:
+    processor, tokenizer = processor_of(tmp_path, "qwen2_vl"), image_tokenizer("qwen2_vl")
+    prompt = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
+    record = replace(
+        image_record("What?", images=[], responses=("It is <|image_pad|>.", "No.")), prompt=prompt
+    )
+    applied = replace(WIDE, template=TextTemplate.applied)
+    assert encode_pair(record, tokenizer, applied, processor).reason == "image_count"
 
 
 def test_records_that_differ_in_the_image_only_have_other_keys(
