@@ -345,6 +345,10 @@ class SeesGradients(TrainerCallback):  # type: ignore[misc]
         """Inside a step."""
 
 
+class AlsoSees(SeesGradients):
+    """Has the event from its base."""
+
+
 BEST: dict[str, Any] = {"eval_strategy": "epoch", "eval_dataset": PAIRS[:4], "load_best_model_at_end": True}
 BEST |= {"metric_for_best_model": "rewards/margins"}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
@@ -359,6 +363,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"data_collator": print}, "data_collator", "remove it"),
     ({"optimizers": (object(), None)}, "optimizers", "remove it"),
     ({"callbacks": [SeesGradients]}, "callbacks", "on_step_end"),
+    ({"callbacks": [AlsoSees()]}, "callbacks", "on_step_end"),
     ({"peft_config": IA3Config()}, "peft_config", "LoraConfig"),
     ({"peft_config": LoraConfig(bias="all")}, "lora_bias", "no biases"),
     ({"peft_config": LoraConfig(rank_pattern={"q": 2})}, "rank_pattern", "words"),
