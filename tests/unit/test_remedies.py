@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from dpo_dist.foundation.errors import DpoDistError
-from dpo_dist.foundation.remedies import InFile, Remedy, Typed
+from dpo_dist.foundation.remedies import InFile, Remedy, Typed, joined
 from tests.unit.config.support import error_of
 
-TYPED = ["model.path=./modle", "data.train=[{path: trian.jsonl, format: sharegpt}]"]
+TYPED = ["reference.path=./modle", "model.path=./modle", "data.train=[{path: trian.jsonl, format: sharegpt}]"]
 TYPED += ["data.eval=held_out.jsonl"]
 # A remedy, where the error is; the words to write and to remove.
 # fmt: off
@@ -30,9 +30,17 @@ REMEDIES = [
     (Remedy.to_remove("loss.options.gamma"), "loss.options.gamma, loss.kind", [], ["loss.options.gamma"]),
     (Remedy("", drops=True), Typed("optim.lr=0"), [], ["optim.lr=0"]),
     (Remedy("", drops=True), "data.train[0].limit", [], []),
-    (Remedy.to_rename("./modle", "./model"), "model.path", ["model.path=./model"], [TYPED[0]]),
+    (Remedy.to_rename("./modle", "./model"), "model.path", ["model.path=./model"], [TYPED[1]]),
+    (Remedy.to_rename("./modle", "./model"), "./modle", ["reference.path=./model"], [TYPED[0]]),
+    (Remedy.to_rename("mlflo", "mlflow"), Typed("tracking.to=[mlflo,mlflow]"),
+     ["tracking.to=[mlflow,mlflow]"], []),
+    (Remedy.to_rename("lr", "optim.lr"), Typed("keys=[lr,optim.lr]"), ["keys=[optim.lr,optim.lr]"], []),
+    (Remedy.to_write("experiment=qwen3_0_6b"), Typed("+experiment=qwen3"), ["experiment=qwen3_0_6b"], []),
+    (Remedy("", ("loss=kto",), remove=("loss.kind",)), "", ["loss=kto"], ["loss.kind", "loss.terms"]),
+    *((Remedy.to_set(f"{group}=x"), "", [f"{group}=x"], [key]) for group, key in
+      (("reference", "reference.mode"), ("parallelism", "parallelism.kind"), ("optim", "optim.kind"))),
     (Remedy.to_rename("trian.jsonl", "train.jsonl"), "trian.jsonl",
-     [TYPED[1].replace("trian", "train")], [TYPED[1]]),
+     [TYPED[2].replace("trian", "train")], [TYPED[2]]),
     (Remedy("", ("train", "loss=orpo")), Typed("orpo"), ["train", "loss=orpo"],
      ["orpo", "loss.kind", "loss.terms"]),
     (Remedy("raise the weight, or remove the source"), "data.train[0]", [], []),
@@ -139,6 +147,12 @@ JOINED = [
 def test_two_mistakes_never_write_one_value_twice(typed: str, write: list[str], remove: list[str]) -> None:
     found = words_of(f"{RUN} data.train=[train.jsonl] {typed}")
     assert (found["write"], found["remove"]) == (write, remove)
+
+
+def test_one_remedy_twice_is_the_remedy_and_what_another_only_removes_is_removed() -> None:
+    written, removed = {"write": ["a=1"], "remove": ["b=2"]}, {"write": [], "remove": ["c=3"]}
+    assert joined([written, written]) == written
+    assert joined([written, removed]) == {"write": ["a=1"], "remove": ["b=2", "c=3"]}
 
 
 WRITTEN = [

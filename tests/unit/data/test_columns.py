@@ -88,7 +88,8 @@ def test_unknown_names_are_errors(tmp_path: Path, columns: Any, names: tuple[str
 
 
 def test_columns_that_others_replace_or_leave_out_are_named(tmp_path: Path) -> None:
-    path, columns = jsonl(tmp_path, NESTED | {"prompt": "another", "images": ["a.png"]}), COLUMNS
+    given = NESTED | {"prompt": "another", "images": ["a.png"], "history": []}
+    path, columns = jsonl(tmp_path, given), COLUMNS
     assert good(path, columns=columns | {"images": None}).unread == ("id", "prompt")
     assert good(path, columns=columns | {"images": None, "*": None}).unread == ("id", "prompt")
     assert good(path, columns=columns | {"*": None}).unread == ("id", "prompt", "images")
@@ -102,6 +103,49 @@ def test_a_column_that_no_record_has_is_an_error_with_the_columns_seen(tmp_path:
             read(path, columns=columns, limit=limit)
         for words in ("answer.good, system_text", "task, answers, id"):
             assert words in str(raised.value)
+
+
+RARE, OTHER = NESTED | {"style": "be kind"}, {"prompt": "q", "good": "yes", "bad": "no"}
+
+
+def test_a_column_of_rare_records_may_come_late_but_not_one_that_every_record_needs(tmp_path: Path) -> None:
+    late = read(jsonl(tmp_path, *[NESTED] * 21, RARE), columns=COLUMNS | {"system": "style"})
+    assert [one.prompt == "q" for one in late if isinstance(one, PreferenceRecord)] == [True] * 21 + [False]
+    with pytest.raises(DataError, match="none of the first 20 records has a column"):
+        read(jsonl(tmp_path, *[OTHER] * 21, NESTED), columns=COLUMNS)
+    # Empty ones say nothing of the columns.
+    assert isinstance(read(jsonl(tmp_path, *[{}] * 21, NESTED), columns=COLUMNS)[-1], PreferenceRecord)
+
+
+@pytest.mark.parametrize(("path", "record"), [("2", [1, 2]), ("-3", [1, 2]), ("a", [1]), ("0", "text")])
+def test_a_record_without_the_value_at_a_path_is_bad(tmp_path: Path, path: str, record: Any) -> None:
+    rows = [NESTED | {"answers": {"good": "yes", "bad": bad}} for bad in (record, ["no"] * 3, {"a": "no"})]
+    first, *others = read(jsonl(tmp_path, *rows), columns=COLUMNS | {"rejected": f"answers.bad.{path}"})
+    assert isinstance(first, BadRecord)
+    assert (first.reason, first.detail) == ("missing_field", "rejected")
+    assert any(isinstance(one, PreferenceRecord) for one in others)
+
+
+def test_a_column_with_the_whole_record_must_be_an_object(tmp_path: Path) -> None:
+    whole = {"inner": {"prompt": "q", "chosen": "yes", "rejected": "never"}}
+    first, second = read(jsonl(tmp_path, {"inner": "text"}, whole), columns=WHOLE)
+    assert isinstance(first, BadRecord)
+    assert (first.reason, first.detail) == ("missing_field", "inner is not an object")
+    assert isinstance(second, PreferenceRecord)
+
+
+def test_scores_beside_a_column_inside_of_the_metadata_are_read(tmp_path: Path) -> None:
+    metadata = {"task": "q", "score_chosen": 4, "score_rejected": 1}
+    path = jsonl(tmp_path, {"metadata": metadata, "chosen": "yes", "rejected": "no"})
+    assert good(path, columns={"prompt": "metadata.task"}).scores == (4.0, 1.0)
+
+
+def test_a_reader_that_returns_no_record_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "returning.py").write_text("def texts(record): return [*record.values()]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    [found] = read(jsonl(tmp_path, TEXT), reader="returning:texts")
+    assert isinstance(found, BadRecord)
+    assert (found.reason, found.detail) == ("reader_failed", "reader returned a list")
 
 
 def test_the_reader_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,10 +216,23 @@ def test_the_smaller_of_an_entrys_samples_and_the_limit_counts(
     assert len(read(folder, name="mine", limit=limit)) == records
 
 
+def test_an_entry_of_labelled_responses_of_one_response_or_of_the_split_train(tmp_path: Path) -> None:
+    sides = {"chosen": "a", "rejected": "b"}
+    jsonl(tmp_path, {"q": "do", "good": "yes", "ok": False, "instruction": "do", "output": "no"} | sides)
+    labelled = {"columns": {"prompt": "q", "response": "good", "kto_tag": "ok"}, "split": "train"}
+    of_one = {"ranking": False, "columns": None}
+    for entry, responses, scores in ((labelled, ("yes",), (0.0,)), (of_one, ("no",), None)):
+        registry(tmp_path, mine={"file_name": "records.jsonl"} | entry)
+        record = good(tmp_path, name="mine")
+        assert (record.prompt, record.responses) == ((Message("user", "do"),), responses)
+        assert record.scores == scores
+
+
 def test_turns_of_an_entry_have_its_tags(tmp_path: Path) -> None:
     sides = {"good": assistant("yes"), "bad": assistant("no")}
     jsonl(tmp_path, {"talk": [user("q")], **sides, "defs": '[{"name": "f"}]'})
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    tags |= {"system_tag": None}
     columns = {"messages": "talk", "chosen": "good", "rejected": "bad", "tools": "defs"}
     entry = {"file_name": "records.jsonl", "ranking": True, "columns": columns, "formatting": "sharegpt"}
     registry(tmp_path, mine=entry | {"tags": tags}, other=entry | {"formatting": "openai"})

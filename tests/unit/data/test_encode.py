@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.config.schema import DataConfig, TextTemplate, Truncation
-from dpo_dist.data.encode import encode_pair
+from dpo_dist.data.encode import EncodedRecord, encode_pair, encode_record
 from dpo_dist.data.records import Dialogue, Message, Messages, Origin, PreferenceRecord, Prompt
 from dpo_dist.data.text.escape import tokenize_texts
 from dpo_dist.data.text.tokenizer import tokenizer_facts
@@ -396,3 +396,22 @@ def test_the_mask_is_cut_with_its_response() -> None:
     cut = encode(what, tokenizer, DataConfig(max_length=length))
     assert [len(mask) for mask in cut.trained] == [len(ids) for ids in cut.responses]
     assert cut.trained[0].tolist() == whole.trained[0][:6].tolist()
+
+
+RANKING = record("Name a fruit:", " Apple", " Fruit" * 9, " Car")
+
+
+def test_a_ranking_is_taken_apart_into_its_best_and_its_worst_response() -> None:
+    found = encode_record(RANKING, replace(WIDE, unpair=True), tiny.qwen(), None)
+    assert isinstance(found, EncodedRecord)
+    sides = [texts(example, tiny.qwen())[1] for example in found.examples()]
+    assert [side.partition("<")[0] for side in sides] == [" Apple", " Car"]
+    assert found.scores == [1.0, 0.0]
+
+
+def test_a_ranking_of_which_one_rejected_response_is_cut_is_counted_once() -> None:
+    config = DataConfig(max_length=24, truncation=Truncation.keep_start)
+    found = encode_record(RANKING, config, tiny.qwen(), None)
+    assert isinstance(found, EncodedRecord)
+    changed = dict(found.outcome.changed)
+    assert (changed.get("chosen_truncated", 0), changed["rejected_truncated"]) == (0, 1)

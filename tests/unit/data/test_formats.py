@@ -137,6 +137,11 @@ def test_tools_are_objects_with_a_function(fields: dict[str, Any], tools: Any) -
     assert (record.tools, seen(record.prompt)) == (TOOLS, [Q])
 
 
+def test_a_tool_of_a_server_stays_as_it_is() -> None:
+    search = {"type": "web_search", "max_uses": 2}
+    assert good(CHAT | {"tools": [search, TOOL]}).tools == (search, *TOOLS)
+
+
 def test_arguments_of_the_template_are_read() -> None:
     for arguments in ({"depth": 2}, '{"depth": 2}'):
         record = good(TEXT | {"chat_template_kwargs": arguments})
@@ -374,6 +379,8 @@ def test_a_schema_of_another_name_becomes_the_parameters_of_a_tool(name: str) ->
     tool = {"name": "weather", "parameters": None, name: {"type": "object"}}
     for tools in ([tool], [{"type": "function", "function": tool}], json.dumps([tool])):
         assert good(CHAT | {"tools": tools}).tools == TOOLS
+    empty = {"name": "weather", name: {"type": "object"}, "parameters": {}}
+    assert good(CHAT | {"tools": [empty]}).tools == TOOLS
     both = TOOL | {name: {"type": "array"}}
     assert good(CHAT | {"tools": [both]}).tools == ({"type": "function", "function": both},)
 

@@ -22,7 +22,7 @@ from transformers.image_utils import load_image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from dpo_dist.batching.example import response_keys
-from dpo_dist.config.schema import DataConfig, ImagesConfig
+from dpo_dist.config.schema import DataConfig, ImagesConfig, TextTemplate
 from dpo_dist.data.counts import reason_remedy
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.images import ImageProcessor, decode_image
@@ -123,11 +123,13 @@ def test_a_spelled_token_of_images_stays_text(kind: str, tmp_path: Path) -> None
 
 TAGS = ["<image>", "<|image_1|>", "<image 1>", "<img>pictures/0.png</img>", "<start_of_image>"]
 TAGS += ["<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|image_pad|><|image_pad|>"]
+TAGS += ["<|own|>"]
 
 
 @pytest.mark.parametrize("tag", TAGS)
 def test_a_tag_of_images_without_an_image_is_not_trained_as_text(tag: str, tmp_path: Path) -> None:
     processor, tokenizer = processor_of(tmp_path, "qwen2_vl"), image_tokenizer("qwen2_vl")
+    processor.tokens.add("<|own|>")  # of a model that no other program writes for
     record = replace(image_record("First.", "Yes.", f"{tag}\nWhat?", images=[]), unread=("image_path",))
     dropped = encode_pair(record, tokenizer, WIDE, processor)
     assert (dropped.reason, dropped.unread) == ("image_count", ("image_path",))
@@ -142,6 +144,18 @@ def test_a_tag_of_images_without_an_image_is_not_trained_as_text(tag: str, tmp_p
     ):
         example = encoded(image_record(text, images=[], responses=(text, "no")), "qwen2_vl", processor)
         assert "image_tag_in_text" not in example.changes
+
+
+def test_a_placeholder_in_a_response_with_its_template_applied_is_no_place_of_an_image(
+    tmp_path: Path,
+) -> None:
+    processor, tokenizer = processor_of(tmp_path, "qwen2_vl"), image_tokenizer("qwen2_vl")
+    prompt = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
+    record = replace(
+        image_record("What?", images=[], responses=("It is <|image_pad|>.", "No.")), prompt=prompt
+    )
+    applied = replace(WIDE, template=TextTemplate.applied)
+    assert encode_pair(record, tokenizer, applied, processor).reason == "image_count"
 
 
 def test_records_that_differ_in_the_image_only_have_other_keys(
@@ -270,6 +284,21 @@ def test_images_are_never_cut(truncation: str, tmp_path: Path) -> None:
     expected = {"whole", "cut", "image_does_not_fit"}
     assert expected <= seen
     assert "max_pixels" in reason_remedy("image_does_not_fit")
+
+
+def test_a_response_is_cut_though_an_image_stands_directly_after_bos(tmp_path: Path) -> None:
+    processor, tokenizer = processor_of(tmp_path, "qwen2_vl"), image_tokenizer("qwen2_vl")
+    tokenizer.bos_token = "<|im_start|>"
+    parts = "{{ p.text if p.type == 'text' else '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    tokenizer.chat_template = (
+        "<|im_start|>{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}" + parts + "{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+    )
+    record = image_record("# is what?", images=[FIRST], responses=("Yes, it is.", "No"))
+    whole = encode_pair(record, tokenizer, WIDE, processor)
+    config = DataConfig(max_length=len(whole.prompt_ids) + 2, truncation="keep_start")
+    found = encode_pair(record, tokenizer, config, processor)
+    assert [*map(len, (found.prompt_ids, *found.responses))] == [len(whole.prompt_ids), 2, 2]
 
 
 def png(

@@ -28,6 +28,7 @@ from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import locked
 from tests.support import tiny
 from tests.support.cache import encoded_folders
+from tests.support.read_only import read_only
 from tests.support.records import jsonl
 
 PART, CHUNK = 4, 2
@@ -143,6 +144,16 @@ def test_parts_that_a_slower_process_writes_after_the_join_are_removed(tmp_path:
     assert len(parts_in(tmp_path)) == 2
     assert one.join(one.plan(), [0])
     assert parts_in(tmp_path) == []
+
+
+def test_parts_in_a_read_only_cache_stay(tmp_path: Path) -> None:
+    one = preparation(source_of(tmp_path, 2 * PART), tmp_path / "cache")
+    planned = one.plan()
+    assert one.join(planned, one.encode(planned))
+    one.encode(planned)
+    planned[0].wanted.copies.mkdir()
+    with read_only(tmp_path / "cache"):
+        assert one.join(one.plan(), [0])
 
 
 def test_a_damaged_part_is_encoded_again(tmp_path: Path, encoded: list[str]) -> None:

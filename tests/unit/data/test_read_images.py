@@ -190,6 +190,7 @@ FORMS: dict[str, tuple[dict[str, Any], list[str], list[Any]]] = {
             "<|vision_start|><|image_pad|><|vision_end|>",
             "<|vision_start|>" + "<|image_pad|>" * 9 + "<|vision_end|>",
             "<|image_pad|>",
+            "<|media_pad|>",
             "<start_of_image>",
             "<start_of_image><image_soft_token><image_soft_token><end_of_image>",
             "<img><IMG_CONTEXT><IMG_CONTEXT></img>",
@@ -205,6 +206,15 @@ FORMS: dict[str, tuple[dict[str, Any], list[str], list[Any]]] = {
         TWO[::-1],
     ),
     "numbers from 0": ({"prompt": [user("<image_0><image1>")], **PAIR, "images": TWO}, [I + I], TWO),
+    "numbers of two digits": (
+        {
+            "prompt": [user("".join(f"<image {number}>" for number in range(10, 0, -1)))],
+            **PAIR,
+            "images": [*"abcdefghij"],
+        },
+        [I * 10],
+        [*"jihgfedcba"],
+    ),
     "Qwen-VL": (
         {"query": "Picture 1: <img>b/a.png</img>\nq <img>b.JPEG</img>", "response": "good", **PAIR},
         [f"Picture 1: {I}\nq {I}"],
@@ -278,11 +288,19 @@ def test_images_have_the_places_that_trl_gives_them(prompt: list[Any], images: l
 
 
 @pytest.mark.parametrize(
-    "fields", [{"images": []}, {"image": None}, {"image": {"bytes": None, "path": None}}, {}]
+    "fields",
+    [
+        {"images": []},
+        {"image": None},
+        {"image": {"bytes": None, "path": None}},
+        {},
+        {"prompt": "<image 1> and <img>a.png</img>"},
+    ],
 )
 def test_without_images_a_tag_is_text_and_a_prompt_stays_text(fields: dict[str, Any]) -> None:
-    record = good({"prompt": "the tag <image>", **PAIR, **fields})
-    assert (record.prompt, record.images) == ("the tag <image>", ())
+    given = {"prompt": "the tag <image>", **PAIR, **fields}
+    record = good(given)
+    assert (record.prompt, record.images) == (given["prompt"], ())
 
 
 Q, ONE = {"prompt": [user("q")], **PAIR}, {"images": ["a.png"]}

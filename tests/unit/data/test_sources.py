@@ -492,6 +492,7 @@ of = SourceConfig
         ([of("a.jsonl"), of("b/a.jsonl"), of("b/a.csv"), of("a-2")], "a a-2 a-3 a-2-2"),
         ([of("o/d", split="a"), of("o/d", split="b"), of("o/d", split="b", weight=2.0)], "d-a d-b d-b-2"),
         ([of("o/d", name="en"), of("o/set")], "d-en set"),
+        ([of("o/d", data_dir="en", split="a"), of("o/d", data_dir="fr", split="a")], "d-en-a d-fr-a"),
         ([of("a/p.csv", label="math"), of("b/p.csv", label="math"), of("math.csv")], "math math math-2"),
     ],
 )

@@ -69,6 +69,7 @@ ENDED = template_of(
     ASSISTANT + THOUGHT + CALLS + "{{ m.content }}<|end|>\n", ASSISTANT + "<thought></thought>"
 )
 STEPS = template_of(PLAIN, ASSISTANT + "Here are my steps:\n")
+WITHOUT_HEADER = template_of("{{ m.content }}<|end|>\n", "Here are my steps:\n")
 ANSWERED = template_of(
     ASSISTANT + "{% if m.tool_calls %}" + CALLS + "{% else %}<|answer|>{{ m.content }}{% endif %}<|end|>\n",
     ASSISTANT + "<thought>",
@@ -87,6 +88,7 @@ LOOKED = (Message("assistant", "It rains.", {"reasoning_content": "Look."}),)
         (ANSWERED, (CALL,), "<|calls|>weather Bern<|end|>"),
         (STEPS, "Heavy rain.", "Heavy rain.<|end|>"),
         (STEPS, "Here it rains.", "Here it rains.<|end|>"),
+        (WITHOUT_HEADER, "Here it rains.", "Here it rains.<|end|>"),
     ],
 )
 def test_a_response_starts_after_all_that_the_turn_shares_with_the_generation_prompt(

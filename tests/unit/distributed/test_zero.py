@@ -21,10 +21,15 @@ RATE = 100.0  # updates are large beside the rounding of the weights
 EPS = 1.0  # and nowhere as large as the rounding of a gradient decides
 
 
-@pytest.mark.parametrize("kind", ParallelismKind)
-def test_an_update_is_that_of_adamw(kind: ParallelismKind, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "clipped"),
+    [(ParallelismKind.zero3, 10.0), (ParallelismKind.zero2, None), (ParallelismKind.ddp, 10.0)],
+)
+def test_an_update_is_that_of_adamw(
+    kind: ParallelismKind, clipped: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(zero, "ADAM_EPS", EPS)
-    optim = OptimConfig(weight_decay=0.1, max_grad_norm=None)
+    optim = OptimConfig(weight_decay=0.1, max_grad_norm=clipped)
     torch.manual_seed(0)
     causal_lm, batch = tiny_family("llama"), pack_unkeyed(random_pairs([(7, 5, 9), (3, 4, 2)]))
     plain = copy.deepcopy(causal_lm)
@@ -45,6 +50,8 @@ def test_an_update_is_that_of_adamw(kind: ParallelismKind, monkeypatch: pytest.M
     ]
     gradients = [weight.grad for weight in weights.values() if weight.grad is not None]
     assert norm == pytest.approx(float(torch.nn.utils.get_total_norm(gradients)), rel=2e-6)
+    if clipped is not None:
+        torch.nn.utils.clip_grad_norm_(weights.values(), clipped)
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     torch.optim.AdamW(groups, lr=RATE, betas=tuple(optim.betas), eps=EPS).step()
     assert found is not None

@@ -170,6 +170,11 @@ def test_the_preset_of_a_loss_of_soft_labels_accepts_them(preset: str, tmp_path:
     check_fits_loss(data, load_run_config([f"loss={preset}"]).loss)
 
 
+def test_a_function_without_facts_takes_the_weights_of_records(tmp_path: Path) -> None:
+    data = opened(tmp_path, jsonl(tmp_path, TEXT | {"loss_weight": 2}))
+    check_fits_loss(data, LossConfig(LossKind.custom, function=OWN))
+
+
 def summed(*kinds: LossKind) -> LossConfig:
     return LossConfig(terms=[LossTermConfig(kind) for kind in kinds])
 

@@ -164,6 +164,15 @@ def test_the_main_process_is_first_where_the_processes_have_joined(monkeypatch: 
     assert barriers == ["met", "met"], "the others go on after an error"
 
 
+def test_what_processes_gather_is_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    processes = Processes(DPOConfig(output_dir="o"))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.all_gather", lambda every, own: [one.copy_(own) for one in every])
+    for given, gathered in ((3.0, [3.0, 3.0]), ([1.0, 2.0], [1.0, 2.0, 1.0, 2.0]), ([[1.0]], [[1.0], [1.0]])):
+        assert processes.gather(torch.tensor(given)).tolist() == gathered
+
+
 def test_reading_the_device_leaves_the_states_of_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = Accelerator(cpu=True)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -263,6 +272,11 @@ TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
         | {"load_best_model_at_end": True, "metric_for_best_model": "eval_hard_rewards/accuracies"},
         {"trainer.keep_best": "eval_rewards/accuracies/hard"},
     ),
+    (
+        {"eval_strategy": "epoch", "eval_dataset": {"a": PAIRS[:4], "a_b": PAIRS[4:]}}
+        | {"load_best_model_at_end": True, "metric_for_best_model": "eval_a_b_loss"},
+        {"trainer.keep_best": "eval_loss/a_b"},
+    ),
 ]
 
 
@@ -331,6 +345,10 @@ class SeesGradients(TrainerCallback):  # type: ignore[misc]
         """Inside a step."""
 
 
+class AlsoSees(SeesGradients):
+    """Has the event from its base."""
+
+
 BEST: dict[str, Any] = {"eval_strategy": "epoch", "eval_dataset": PAIRS[:4], "load_best_model_at_end": True}
 BEST |= {"metric_for_best_model": "rewards/margins"}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
@@ -338,12 +356,14 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"disable_dropout": False}, "disable_dropout", "the same function"),
     ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy", "shuffled"),
     ({"push_to_hub": True, "hub_strategy": "all_checkpoints"}, "hub_strategy", "pushed at the end"),
+    ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "hub_strategy", "pushed at the end"),
     ({"compute_metrics": print}, "compute_metrics", "metrics.function"),
     ({"adam_epsilon": 1e-6}, "adam_epsilon", "always 1e-8"),
     ({"save_strategy": "best"}, "save_strategy", "trainer.save_every"),
     ({"data_collator": print}, "data_collator", "remove it"),
     ({"optimizers": (object(), None)}, "optimizers", "remove it"),
     ({"callbacks": [SeesGradients]}, "callbacks", "on_step_end"),
+    ({"callbacks": [AlsoSees()]}, "callbacks", "on_step_end"),
     ({"peft_config": IA3Config()}, "peft_config", "LoraConfig"),
     ({"peft_config": LoraConfig(bias="all")}, "lora_bias", "no biases"),
     ({"peft_config": LoraConfig(rank_pattern={"q": 2})}, "rank_pattern", "words"),
@@ -736,6 +756,8 @@ def test_a_column_that_the_first_record_of_a_list_lacks_is_read(folder: Path, tm
     }
     found = translated(folder, tmp_path, train_dataset=[pair, {**pair, "tools": []}])
     assert found["data.train"][0]["columns"]["tools"] == "tools"
+    answered = translated(folder, tmp_path, train_dataset=[pair | {"chosen": "yes", "rejected": "no"}])
+    assert "format" not in answered["data.train"][0]
 
 
 @pytest.mark.parametrize("first", [{"chosen": None}, {"chosen": None, "rejected": None}, {"prompt": None}])
@@ -749,6 +771,17 @@ def test_a_record_without_a_response_does_not_change_how_others_are_read(
     )
     assert source["format"] == "text"
     assert source["columns"] == without[0]["columns"]
+
+
+def test_of_two_equal_evaluations_the_earlier_is_the_best(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = DPOConfig(output_dir=str(tmp_path), eval_strategy="epoch", metric_for_best_model="loss")
+    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=PAIRS[:4])
+    rows = [{"step": step, "epoch": 1.0, "eval_loss": loss} for step, loss in ((1, 0.7), (2, 0.5), (3, 0.5))]
+    monkeypatch.setattr("dpo_dist.api.read_metrics", lambda _: rows)
+    trainer.take_rows()
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.5, 2)
 
 
 def test_weights_that_the_class_of_a_model_freezes_are_not_those_of_the_script(tmp_path: Path) -> None:

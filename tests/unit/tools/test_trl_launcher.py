@@ -30,7 +30,7 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         (DEEPSPEED | {STAGE: "3"}, {"parallelism.kind": "zero3"}),
         (DEEPSPEED | {STAGE: "3"} | BOTH, {"parallelism.kind": "zero3", **OFFLOAD}),
         (FSDP | {"FSDP_OFFLOAD_PARAMS": "false"}, {"parallelism.kind": "zero3"}),
-        (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, {"parallelism.kind": "zero3", **OFFLOAD}),
+        (FSDP | {"FSDP_OFFLOAD_PARAMS": "True"}, {"parallelism.kind": "zero3", **OFFLOAD}),
     ],
 )
 def test_a_launcher_shards_as_its_file_says(environ: dict[str, str], keys: dict[str, Any]) -> None:
@@ -46,6 +46,10 @@ def test_a_file_of_deepspeed_is_read(tmp_path: Path) -> None:
     environ = DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
     keys, _ = launcher_keys(environ, is_quantized=False, is_half=True)
     assert keys == {"parallelism.kind": "zero3", "parallelism.offload_optimizer": "cpu"}
+    for without_a_stage in ("{}", '{"zero_optimization": {}}'):
+        file.write_text(without_a_stage)
+        keys, _ = launcher_keys(environ, is_quantized=False, is_half=True)
+        assert keys == {"parallelism.kind": "ddp"}
 
 
 def test_what_is_another_way_is_said() -> None:

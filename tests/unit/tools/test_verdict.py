@@ -437,7 +437,11 @@ def test_a_long_run_is_judged_by_a_sample_of_its_rows_as_by_all(
         (rows(every=FEW, late={"loss": 0.75}), {}, []),
         (rows(every=BY_HEART, late={"eval_loss": 0.69}), {}, ["learnt_nothing"]),
         (rows(every=BY_HEART), {}, []),
+        # It is judged by its start, whatever the next evaluation was.
+        (changed(11, {"eval_loss": 0.75}, every=BY_HEART, late={"eval_loss": 0.69}), {}, ["learnt_nothing"]),
         (rows(every=BY_HEART, late={"eval_loss": 0.69}), {"exit": "preempted"}, []),
+        # A loss of one's own that falls below 0.
+        (rows(every={"loss": -0.5}, late={"loss": -0.55}), with_settings(kind="custom"), []),
         # One label alone explains why nothing moves.
         (labelled(auc=0.5, **FLAT), ONE_LABEL, ["label_missing"]),
         (labelled(kl=60.0), ONE_LABEL, ["label_missing"]),

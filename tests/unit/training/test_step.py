@@ -1,7 +1,8 @@
 """A step gives each log-prob the gradient of the global batch's mean loss, on any number of ranks."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,16 +13,20 @@ from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import RunningMeans, preference_loss
+from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.steps.step import Objective, reduce_step, train_step
+from dpo_dist.training.steps.step import Objective, evaluate, reduce_step, train_step
 from tests.support.alone import ALONE
 from tests.support.cache import opened
 from tests.support.packing import COSTS
 from tests.support.records import GOOD, jsonl
+
+NORM = 0.125
 
 
 class LogProbs:
@@ -31,13 +36,13 @@ class LogProbs:
         draw = torch.Generator().manual_seed(seed)
         tokens = np.delete(dataset.piece_tokens, dataset.first_pieces[:-1]).tolist()
         drawn = [torch.rand(each, dtype=torch.float64, generator=draw) for each in tokens]
-        self.values = [(-each).requires_grad_() for each in drawn]
+        self.seed, self.values = seed, [(-each).requires_grad_() for each in drawn]
         self._of = dict(zip([key.tobytes() for key in dataset.keys], self.values, strict=True))
 
-    def token_logps(self, batch: PackedBatch, *_: Any) -> Tensor:
-        if not len(batch.keys):  # a dummy
-            return torch.zeros(len(batch.targets), dtype=torch.float64)
-        return torch.cat([self._of[key.tobytes()] for key in batch.keys])
+    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
+        dummy = torch.full((len(batch.targets),), -self.seed, dtype=torch.float64)
+        logps = torch.cat([self._of[key.tobytes()] for key in batch.keys]) if len(batch.keys) else dummy
+        return torch.stack((logps, *[logps] * len(statistics))) if statistics else logps
 
     def add_stored_logps(self, batch: PackedBatch) -> PackedBatch:
         return batch
@@ -49,7 +54,7 @@ class LogProbs:
             loss.backward()
 
     def step(self, rate: float) -> Tensor:
-        return torch.zeros(())
+        return torch.tensor(NORM)
 
     def gradient(self) -> Tensor:
         return torch.cat([value.grad for value in self.values if value.grad is not None])
@@ -69,7 +74,9 @@ def test_the_gradient_is_that_of_the_mean_loss_of_the_global_batch(
         step, clock = objective.ready_step(share, ALONE.device), StepClock(ALONE.device)
         engine = cast(PolicyEngine, policy)
         sums, norm = train_step(engine, objective, step, 1e-3, ALONE, clock, RunningMeans())
-        total += reduce_step(sums, [], norm, ALONE).sums["loss"]
+        reduced = reduce_step(sums, [], norm, ALONE)
+        assert reduced.grad_norm == NORM
+        total += reduced.sums["loss"]
 
     lengths = torch.tensor([len(value) for value in plain.values])
     pairs = [sum_by_response(torch.cat(each.values), lengths) for each in (plain, reference)]
@@ -77,3 +84,24 @@ def test_the_gradient_is_that_of_the_mean_loss_of_the_global_batch(
     expected.backward()
     assert total / len(dataset) == pytest.approx(expected.item(), rel=1e-9)
     torch.testing.assert_close(policy.gradient(), plain.gradient(), rtol=1e-9, atol=1e-12)
+    share = shard_batch(dataset, rows, 0, 1, budget, COSTS, loss)
+    evaluated, _ = evaluate(cast(PolicyEngine, policy), objective, share, ALONE, RunningMeans())
+    assert evaluated["loss"] == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_the_mismatch_of_kto_is_the_mean_log_ratio_of_the_partners_of_the_global_batch(
+    tmp_path: Path,
+) -> None:
+    rows = [{"prompt": f"{n}?", "completion": "a" * 9 * n, "label": n % 2 == 0} for n in range(1, 8)]
+    dataset, loss = with_partners(opened(tmp_path, jsonl(tmp_path, *rows)), 8192), LossConfig(LossKind.kto)
+    policy, reference = (LogProbs(dataset, seed) for seed in (1, 2))
+    objective, found = Objective(loss, cast(ReferenceProvider, reference)), 0.0
+    for rank in range(2):
+        share = shard_batch(dataset, np.arange(len(dataset)), rank, 2, 1, COSTS, loss)
+        partners = objective.ready_step(share, ALONE.device).partners
+        engine = cast(PolicyEngine, policy)
+        mismatch = objective.facts(engine, share, partners, ALONE, RunningMeans()).mismatch
+        assert mismatch is not None
+        found += mismatch.item()
+    ratios = [(one - other).sum().item() for one, other in zip(policy.values, reference.values, strict=True)]
+    assert found == pytest.approx(np.mean(ratios[1::2]), rel=1e-9)
