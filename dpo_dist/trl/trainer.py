@@ -610,15 +610,14 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
 
     def _launched(self) -> dict[str, Any]:
         """Return the keys that a file of DeepSpeed or of the launcher means; that of the arguments wins."""
-        environ: Mapping[str, str] = os.environ
-        if isinstance(file := self.args.deepspeed, str) and Path(file).is_file():
-            self._keys.pop("deepspeed")
-            environ = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": file}
-        elif self.args.deepspeed or self.args.fsdp:
+        given = self.args.deepspeed
+        if isinstance(given, Mapping) or (given and Path(given).is_file()):
+            del self._keys["deepspeed"]
+        elif given or self.args.fsdp:
             return {}
         is_quantized = any(key.startswith(_BITS) for key in self._keys | self._keys["model_init_kwargs"])
         is_half = bool(self._keys.get("bf16", True) or self.args.fp16)
-        keys, said = launcher_keys(environ, is_quantized=is_quantized, is_half=is_half)
+        keys, said = launcher_keys(os.environ, self.args, is_quantized=is_quantized, is_half=is_half)
         for line in said:
             self.accelerator.print(line)
         return keys
