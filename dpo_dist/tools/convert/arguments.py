@@ -159,6 +159,10 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
             found.append("truncation_mode: of a pair that is too long both responses keep the same prompt")
         if self.include_num_input_tokens_seen != "no":
             found.append("include_num_input_tokens_seen: rows have no such number here")
+        if getattr(self, "loss_type", None) == "kto":
+            found.append(
+                "loss_type: z of kto comes from responses to other prompts, not of the record before"
+            )
         return found
 
     def faults(self, records: int, *, has_evaluation: bool) -> list[ConfigError]:
