@@ -733,6 +733,8 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         count = lines * (2 if own["data.unpair"] else 1)
         self._keys |= self.args.intervals(count)
         raise_all([*self.args.faults(count, has_evaluation=bool(self._eval)), *self._name_best()])
+        for note in self.args.notes(count):
+            warnings.warn(note, stacklevel=3)
         with tempfile.TemporaryDirectory() as folder, self._own_words():
             file = Path(folder, "dpo_dist.yaml")
             write_text(file, self._translation().as_file())
@@ -744,9 +746,8 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
     def _translate(self) -> None:
         """Write the file of the run."""
         translation = self._translation()
-        unused = [f"{key}: {why}" for key, why in translation.unused.items()]
-        for line in [*unused, *self.args.notes()]:
-            warnings.warn(line, stacklevel=4)
+        for key, why in translation.unused.items():
+            warnings.warn(f"{key}: {why}", stacklevel=4)
         file = self.folder / "dpo_dist.yaml"
         write_text(file, translation.as_file())
         self._words = [str(file), *self.args.words]

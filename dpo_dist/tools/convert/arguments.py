@@ -133,6 +133,12 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         return "epoch" in kinds or any(shares) or self._ends_within_epoch
 
     @property
+    def _pairs(self) -> int:
+        """The pairs of a step."""
+        pairs: int = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return pairs
+
+    @property
     def _ends_within_epoch(self) -> bool:
         return bool(self.max_steps <= 0 and self.num_train_epochs % 1)
 
@@ -141,8 +147,7 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
 
         A run that ends within an epoch has a number of steps, too: as in TRL its last one is whole.
         """
-        pairs = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-        epoch, keys = math.ceil(records / pairs), dict[str, Any]()
+        epoch, keys = math.ceil(records / self._pairs), dict[str, Any]()
         steps = self.max_steps if self.max_steps > 0 else math.ceil(epoch * self.num_train_epochs)
         for name in ("logging", "eval", "save"):
             strategy, every = getattr(self, f"{name}_strategy"), getattr(self, f"{name}_steps")
@@ -152,9 +157,15 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
                 keys |= {f"{name}_strategy": "steps", f"{name}_steps": every}
         return keys | ({"max_steps": steps} if self._ends_within_epoch else {})
 
-    def notes(self) -> list[str]:
+    def notes(self, records: int) -> list[str]:
         """Return what is another way here, and may surprise."""
-        found = list[str]()
+        found, pairs = list[str](), self._pairs
+        theirs = math.ceil(self.num_train_epochs * math.ceil(records / pairs))
+        here = math.ceil(self.num_train_epochs * records / pairs)
+        if self.max_steps <= 0 and not self._ends_within_epoch and here != theirs:
+            found.append(
+                f"num_train_epochs: {here} steps, {theirs} in TRL: here one goes on over the end of an epoch"
+            )
         if self.max_length is not None and getattr(self, "truncation_mode", None) == "keep_end":
             found.append("truncation_mode: of a pair that is too long both responses keep the same prompt")
         if self.include_num_input_tokens_seen != "no":
@@ -178,7 +189,7 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
             remedy = "set eval_strategy, or call evaluate() before train()"
             found.append(refused("eval_on_start", "True", remedy))
         if self.dataloader_drop_last and records % (self.per_device_train_batch_size * self.world_size):
-            remedy = "leave it out: here the last step of an epoch has the pairs that are left"
+            remedy = "leave it out: here a step goes on over the end of an epoch, and no pair is left out"
             found.append(refused("dataloader_drop_last", "True", remedy))
         return found
 

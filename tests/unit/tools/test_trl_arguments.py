@@ -477,6 +477,7 @@ def test_an_option_that_trl_does_not_use_with_the_loss_changes_nothing_and_is_sa
         ({"truncation_mode": "keep_end"}, "data.truncation"),
         ({"include_num_input_tokens_seen": "all"}, None),
         ({"loss_type": "kto", "trainer": KTOTrainer}, None),
+        ({"num_train_epochs": 2, "per_device_train_batch_size": 16}, None),  # 4 steps in TRL
     ],
 )
 def test_what_is_another_way_without_an_error_is_said(
