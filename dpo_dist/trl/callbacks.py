@@ -54,12 +54,14 @@ class Absent:
 
 
 class Flow(DefaultFlowCallback):  # type: ignore[misc]
-    """Decides nothing: the run's own loop knows when rows, evaluations and checkpoints are due."""
+    """Decides only the first row: the run's own loop knows when others and checkpoints are due."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask for the row of the first step, if the arguments do."""
+        control.should_log |= args.logging_first_step and state.global_step == 1
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
         """Leave `control` as it is."""
-
-    on_epoch_end = on_step_end
 
 
 class Follower:

@@ -78,6 +78,11 @@ def longest_tokens(written: list[dict[str, Any]], tokenizer: Any, limits: DataCo
     return max((len(pair.prompt_ids) + max(map(len, pair.responses)) for pair in pairs), default=2)
 
 
+def examples(written: list[dict[str, Any]], tokenizer: Any, limits: DataConfig) -> int:
+    """Return the number of pairs, or of labelled responses, that training makes of all records."""
+    return sum(1 for source in written for _ in _examples(source, tokenizer, limits))
+
+
 def _encoded(source: dict[str, Any], tokenizer: Any, limits: DataConfig) -> Dataset:
     given = [json.loads(line) for line in Path(source["path"]).read_bytes().splitlines()]
     rows = []

@@ -48,9 +48,10 @@ from dpo_dist.tools.convert.arguments import (
 )
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.translate import translate_run
+from dpo_dist.tools.convert.translation import Translation
 from dpo_dist.training.start.resume import has_other_length, read_state
 from dpo_dist.trl.callbacks import NOT_HERE, AbsentError, Follower
-from dpo_dist.trl.data import longest_tokens, sources, with_token_ids
+from dpo_dist.trl.data import examples, longest_tokens, sources, with_token_ids
 from dpo_dist.trl.launcher import launcher_keys
 from dpo_dist.trl.models import base_of, saved, tokenization, unseen
 from dpo_dist.trl.processes import Processes
@@ -153,10 +154,10 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         self._place_hub()
         if self.args.max_length is None:
             self._own["data.max_length"] = self._longest()
-        lines = sum(len(Path(source["path"]).read_bytes().splitlines()) for source in self._own["data.train"])
-        count = lines * (2 if self._own["data.unpair"] else 1)
-        self._keys |= self.args.intervals(count)
-        raise_all([*self.args.faults(count, has_evaluation=bool(self._eval)), *self._name_best()])
+        self._check()
+        for place, key, unsaved, tokenizer in self._unsaved:
+            place[key] = saved(unsaved, tokenizer, self.folder / "models")
+        self._start = self._keys.get("adapter_name_or_path", self._own["model.path"])
         self._translate()
         self.state.max_steps = self.args.max_steps
         self._arguments = copy.deepcopy(dict(vars(self.args)))
@@ -424,13 +425,12 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             return []
         if "loss" in row:
             # TRL logs the steps after the last due row in the row at the end.
-            every, is_last = self._keys.get("logging_steps", 0), row["step"] == self.state.max_steps
-            if (
-                is_last
-                and not is_asked
-                and self.args.logging_strategy != "epoch"
-                and (self.args.logging_strategy == "no" or row["step"] % every)
-            ):
+            every, step = self._keys.get("logging_steps", 0), row["step"]
+            is_due = self.args.logging_strategy == "epoch" or (
+                self.args.logging_strategy == "steps" and step % every == 0
+            )
+            is_due |= is_asked or (self.args.logging_first_step and step == 1)
+            if step == self.state.max_steps and not is_due:
                 return []
             return [_as_trl_names(row)]
         if not (labels := [source["label"] for source in self._eval if "label" in source]):
@@ -610,30 +610,30 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
 
     def _launched(self) -> dict[str, Any]:
         """Return the keys that a file of DeepSpeed or of the launcher means; that of the arguments wins."""
-        environ: Mapping[str, str] = os.environ
-        if isinstance(file := self.args.deepspeed, str) and Path(file).is_file():
-            self._keys.pop("deepspeed")
-            environ = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": file}
-        elif self.args.deepspeed or self.args.fsdp:
+        given = self.args.deepspeed
+        if isinstance(given, Mapping) or (given and Path(given).is_file()):
+            del self._keys["deepspeed"]
+        elif given or self.args.fsdp:
             return {}
         is_quantized = any(key.startswith(_BITS) for key in self._keys | self._keys["model_init_kwargs"])
         is_half = bool(self._keys.get("bf16", True) or self.args.fp16)
-        keys, said = launcher_keys(environ, is_quantized=is_quantized, is_half=is_half)
+        keys, said = launcher_keys(os.environ, self.args, is_quantized=is_quantized, is_half=is_half)
         for line in said:
             self.accelerator.print(line)
         return keys
 
     def _place_models(self, model: Any, ref_model: Any, peft_config: Any) -> None:
-        """Set the keys of the models; save those in memory."""
+        """Set the keys of the models; those in memory are saved when nothing is left to refuse."""
         own, tokenizer, options = self._own, self.processing_class, self._keys["model_init_kwargs"]
         named = {"revision": options.get("revision"), "trust_remote_code": self.args.trust_remote_code}
-        root = self.folder / "models"
+        self._unsaved = list[tuple[dict[str, Any], str, Any, Any]]()
         own |= self._launched()
         self._has_adapter = peft_config is not None or hasattr(model, "peft_config")
         if hasattr(model, "peft_config"):
             if peft_config is not None:
                 raise refused("peft_config", "with a PeftModel", "merge_and_unload its adapter first")
-            self._keys |= {"use_peft": True, "adapter_name_or_path": saved(model, None, root)}
+            self._keys["use_peft"] = True
+            self._place(self._keys, "adapter_name_or_path", model, None)
             model = base_of(model, options.get("revision"))
         source = model if isinstance(model, str) else model.config.name_or_path
         if tokenizer is None:
@@ -646,17 +646,25 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             elif tokenizer.chat_template and tokenizer.chat_template != kept.chat_template:
                 own["data.chat_template"] = str(self.folder / "chat_template.jinja")
                 write_text(self.folder / "chat_template.jinja", tokenizer.chat_template)
-        own["model.path"] = model if isinstance(model, str) else saved(model, tokenizer, root)
-        self._start, self._peft = self._keys.get("adapter_name_or_path", own["model.path"]), peft_config
+        self._place(own, "model.path", model, tokenizer)
+        self._peft = peft_config
         if ref_model is not None:
-            is_path = isinstance(ref_model, str)
-            own["reference.path"] = ref_model if is_path else saved(ref_model, tokenizer, root)
-        self._facts = AutoConfig.from_pretrained(own["model.path"], **named)
+            self._place(own, "reference.path", ref_model, tokenizer)
+        self._facts = AutoConfig.from_pretrained(model, **named) if isinstance(model, str) else model.config
         if peft_config is not None:
             self._keys |= adapter_keys(peft_config, self._facts.model_type)
         experts = getattr(self._facts.get_text_config(), "router_aux_loss_coef", None)
         given = self.args.router_aux_loss_coef
+        if given and experts is None:
+            remedy = f"leave it out: {self._facts.model_type} is no mixture of experts"
+            raise refused("router_aux_loss_coef", str(given), remedy)
         self._keys["router_aux_loss_coef"] = (experts and "model" if given is None else given) or None
+
+    def _place(self, keys: dict[str, Any], key: str, model: Any, tokenizer: Any) -> None:
+        """Set a key to the name of a model, or note one in memory, whose folder its content will name."""
+        keys[key] = model if isinstance(model, str) else str(self.folder / "models" / key)
+        if not isinstance(model, str):
+            self._unsaved.append((keys, key, model, tokenizer))
 
     def _place_hub(self) -> None:
         """Take the arguments of the hub, to which the trained model is pushed at the end."""
@@ -705,8 +713,8 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         remedy = f"set it to {best is Direction.highest}: here the {best} value of {metric} is the best"
         return [refused("greater_is_better", str(self._is_greater_better), remedy)]
 
-    def _translate(self) -> None:
-        """Write the file of the run; raise if an argument with an effect has no translation."""
+    def _translation(self) -> Translation:
+        """Translate the arguments; raise if one with an effect has no translation."""
         name = self.config.__name__
         translation = translate_run(ForeignRun("TRL", self._keys, name), self._own)
         given = self._keys | self._keys["model_init_kwargs"] | self._keys.get("lr_scheduler_kwargs", {})
@@ -716,6 +724,28 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             if key not in translation.unneeded and key not in translation.unused
         ]
         raise_all(faults)
+        return translation
+
+    def _check(self) -> None:
+        """Raise the errors of the arguments and of `words`, before a model is written; set the intervals."""
+        own = self._own
+        lines = sum(len(Path(source["path"]).read_bytes().splitlines()) for source in own["data.train"])
+        count = lines * (2 if own["data.unpair"] else 1)
+        self._keys |= self.args.intervals(count)
+        raise_all([*self.args.faults(count, has_evaluation=bool(self._eval)), *self._name_best()])
+        for note in self.args.notes(count):
+            warnings.warn(note, stacklevel=3)
+        with tempfile.TemporaryDirectory() as folder, self._own_words():
+            file = Path(folder, "dpo_dist.yaml")
+            write_text(file, self._translation().as_file())
+            limits = load_run_config([str(file), *self.args.words]).data
+        if self.args.counts_records and "data.images" not in own:  # without those that cannot be used
+            count = examples(own["data.train"], self.processing_class, limits)
+            self._keys |= self.args.intervals(count)
+
+    def _translate(self) -> None:
+        """Write the file of the run."""
+        translation = self._translation()
         for key, why in translation.unused.items():
             warnings.warn(f"{key}: {why}", stacklevel=4)
         file = self.folder / "dpo_dist.yaml"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from tests.support.launch import environment
 from tests.support.pages import in_process
@@ -183,7 +184,7 @@ def train_in_a_world(variables: dict[str, str], folder: Path, name: str) -> None
     os.environ.clear()
     os.environ.update(variables)
     first = prefer("DPO", folder, name)
-    second = prefer("KTO", folder, f"{name}-kto")
+    second = prefer("KTO", folder, name)  # where another run is, which every process must leave
     assert dict(os.environ) == variables
     (folder / f"{name}-{rank}.json").write_text(json.dumps([first, second]))
 
@@ -228,6 +229,11 @@ def test_losses_are_the_same_under_every_launcher(tmp_path: Path) -> None:
         assert f"fp32, {kind}" in said
         assert ("ZeRO-3 (parallelism=zero3) in place of FSDP" in said) == (name == "fsdp2")
         assert ("mixed_precision bf16 is not used" in said) == ("ACCELERATE_MIXED_PRECISION" in added)
+        runs = [
+            yaml.safe_load((tmp_path / name / run / "config.yaml").read_text()) for run in ("run-1", "run")
+        ]
+        assert [run["loss"]["kind"] for run in runs] == ["sigmoid", "kto"]
+        assert not (tmp_path / name / "run-2").exists()
         ranks = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(size)]
         assert ranks == ranks[:1] * size
         losses[name] = np.array(ranks[0])

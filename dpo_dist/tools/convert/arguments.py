@@ -124,10 +124,30 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
             keys["bf16"] = not self.fp16
         return keys | {"model_init_kwargs": options, "num_processes": self.world_size}
 
+    @property
+    def counts_records(self) -> bool:
+        """Whether an interval, or the end, is an epoch or a share of the run: these depend on the records."""
+        kinds = [self.logging_strategy, self.eval_strategy, self.save_strategy]
+        every = [self.logging_steps, self.eval_steps or self.logging_steps, self.save_steps]
+        shares = (kind == "steps" and steps < 1 for kind, steps in zip(kinds, every, strict=True))
+        return "epoch" in kinds or any(shares) or self._ends_within_epoch
+
+    @property
+    def _pairs(self) -> int:
+        """The pairs of a step."""
+        pairs: int = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return pairs
+
+    @property
+    def _ends_within_epoch(self) -> bool:
+        return bool(self.max_steps <= 0 and self.num_train_epochs % 1)
+
     def intervals(self, records: int) -> dict[str, Any]:
-        """Return the keys of the intervals in steps, also of one by epoch, or of a share of the run."""
-        pairs = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-        epoch, keys = math.ceil(records / pairs), dict[str, Any]()
+        """Return the keys of the intervals in steps, also of one by epoch, or of a share of the run.
+
+        A run that ends within an epoch has a number of steps, too: as in TRL its last one is whole.
+        """
+        epoch, keys = math.ceil(records / self._pairs), dict[str, Any]()
         steps = self.max_steps if self.max_steps > 0 else math.ceil(epoch * self.num_train_epochs)
         for name in ("logging", "eval", "save"):
             strategy, every = getattr(self, f"{name}_strategy"), getattr(self, f"{name}_steps")
@@ -135,12 +155,30 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
             every = epoch if strategy == "epoch" else math.ceil(every if every >= 1 else every * steps)
             if strategy in ("epoch", "steps"):
                 keys |= {f"{name}_strategy": "steps", f"{name}_steps": every}
-        return keys
+        return keys | ({"max_steps": steps} if self._ends_within_epoch else {})
+
+    def notes(self, records: int) -> list[str]:
+        """Return what is another way here, and may surprise."""
+        found, pairs = list[str](), self._pairs
+        theirs = math.ceil(self.num_train_epochs * math.ceil(records / pairs))
+        here = math.ceil(self.num_train_epochs * records / pairs)
+        if self.max_steps <= 0 and not self._ends_within_epoch and here != theirs:
+            found.append(
+                f"num_train_epochs: {here} steps, {theirs} in TRL: here one goes on over the end of an epoch"
+            )
+        if self.max_length is not None and getattr(self, "truncation_mode", None) == "keep_end":
+            found.append("truncation_mode: of a pair that is too long both responses keep the same prompt")
+        if self.include_num_input_tokens_seen != "no":
+            found.append("include_num_input_tokens_seen: rows have no such number here")
+        if getattr(self, "loss_type", None) == "kto":
+            found.append(
+                "loss_type: z of kto comes from responses to other prompts, not of the record before"
+            )
+        return found
 
     def faults(self, records: int, *, has_evaluation: bool) -> list[ConfigError]:
         """Return errors for arguments that have an effect on these data in TRL, and another one here."""
         found = list[ConfigError]()
-        steps = self.intervals(records)
         if self.eval_strategy != "no" and not has_evaluation:
             found.append(refused("eval_strategy", str(self.eval_strategy), "pass an eval_dataset"))
         if self.load_best_model_at_end and self.eval_strategy == "no":
@@ -151,11 +189,8 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
             remedy = "set eval_strategy, or call evaluate() before train()"
             found.append(refused("eval_on_start", "True", remedy))
         if self.dataloader_drop_last and records % (self.per_device_train_batch_size * self.world_size):
-            remedy = "leave it out: here the last step of an epoch has the pairs that are left"
+            remedy = "leave it out: here a step goes on over the end of an epoch, and no pair is left out"
             found.append(refused("dataloader_drop_last", "True", remedy))
-        if self.logging_first_step and steps.get("logging_steps", 1) > 1:
-            remedy = f"set logging_steps=1: here only each of {steps['logging_steps']} steps has a row"
-            found.append(refused("logging_first_step", "True", remedy))
         return found
 
 

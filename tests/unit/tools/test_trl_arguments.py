@@ -213,6 +213,11 @@ TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
         | {"save_strategy": "epoch"},
         {"trainer.save_every": 5},
     ),
+    ({"per_device_train_batch_size": 8, "num_train_epochs": 1.5}, {"trainer.max_steps": 5}),
+    (
+        {"per_device_train_batch_size": 8, "num_train_epochs": 2.0},
+        {"trainer.epochs": 2.0, "trainer.max_steps": None},
+    ),
     ({"logging_steps": 0.5, "max_steps": 8}, {"trainer.log_every": 4, "trainer.max_steps": 8}),
     ({"save_strategy": "no", "save_steps": 9}, {"trainer.save_every": 0}),
     ({"eval_strategy": "steps", "logging_steps": 3, "eval_dataset": PAIRS[:4]}, {"trainer.eval_every": 3}),
@@ -378,7 +383,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (BEST | {"greater_is_better": False}, "greater_is_better", "set it to True"),
     (BEST | {"metric_for_best_model": "loss", "greater_is_better": True}, "greater_is_better", "to False"),
     ({"dataloader_drop_last": True}, "dataloader_drop_last", "leave it out"),
-    ({"logging_first_step": True}, "logging_first_step", "logging_steps=1"),
+    ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef", "no mixture of experts"),
+    ({"words": ["loss.betaa=1"]}, "command line: loss.betaa=1", "loss.beta"),
     ({"eval_on_start": True, "eval_dataset": PAIRS[:4]}, "eval_on_start", "call evaluate()"),
     ({"model_init_kwargs": {"dtype": "float16"}}, "model_init_kwargs.dtype", "fp16=True"),
     ({"loss_type": ["nca_pair"], "f_divergence_type": "js_divergence"}, "f_divergence_type", "nca_pair"),
@@ -413,11 +419,29 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 def test_what_is_not_offered_is_named_with_the_reason(
     given: dict[str, Any], where: str, remedy: str, folder: Path, tmp_path: Path
 ) -> None:
+    if "model_init_kwargs" not in given:
+        given = {"model": AutoModelForCausalLM.from_pretrained(folder)} | given
     with pytest.raises(ConfigError) as raised:
         translated(folder, tmp_path, **given)
+    assert not (tmp_path / "models").exists()
     assert raised.value.where == where
     assert remedy in raised.value.remedy
-    assert isinstance(raised.value, ValueError) or where == "train_dataset", "as in TRL"
+    assert isinstance(raised.value, ValueError) or where in ("train_dataset", "command line: loss.betaa=1"), (
+        "as in TRL"
+    )
+
+
+@pytest.mark.parametrize("interval", [{"save_strategy": "epoch"}, {"save_steps": 0.5, "num_train_epochs": 2}])
+def test_an_epoch_has_no_steps_for_records_that_cannot_be_used(
+    interval: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    equal = [{"prompt": "q", "chosen": " yes", "rejected": " yes"}] * 4
+    for name, bad in (("good", []), ("some bad", equal)):
+        records = PAIRS[:6] + bad
+        found = translated(
+            folder, tmp_path / name, train_dataset=records, per_device_train_batch_size=2, **interval
+        )
+        assert found["trainer.save_every"] == 3, name
 
 
 @pytest.mark.parametrize(
@@ -439,7 +463,6 @@ WITHOUT_EFFECT: list[dict[str, Any]] = [
     {"ref_model_mixup_alpha": 0.5},
     {"f_alpha_divergence_coef": 0.7},
     {"dataloader_drop_last": True, "per_device_train_batch_size": 5},
-    {"logging_first_step": True, "logging_steps": 1},
     BEST | {"greater_is_better": True},
 ]
 
@@ -466,6 +489,23 @@ def test_an_option_that_trl_does_not_use_with_the_loss_changes_nothing_and_is_sa
     with pytest.warns(UserWarning, match=f"{[*given][-1]}: TRL does not use it with"):
         found = translated(folder, tmp_path, **given)
     assert {key for key in found if key.startswith("loss.")} <= {"loss.kind"}
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"truncation_mode": "keep_end"}, "data.truncation"),
+        ({"include_num_input_tokens_seen": "all"}, None),
+        ({"loss_type": "kto", "trainer": KTOTrainer}, None),
+        ({"num_train_epochs": 2, "per_device_train_batch_size": 16}, None),  # 4 steps in TRL
+    ],
+)
+def test_what_is_another_way_without_an_error_is_said(
+    given: dict[str, Any], key: str | None, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=next(iter(given))):
+        found = translated(folder, tmp_path, **given)
+    assert key is None or found[key] == "keep_end"
 
 
 OLDER: list[tuple[dict[str, Any], Any, dict[str, Any]]] = [
