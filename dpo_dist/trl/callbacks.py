@@ -2,22 +2,26 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerCallback
 
 from dpo_dist.api import Moment, When, Wish
+from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.run_folder import best_checkpoint, checkpoint_name
 from dpo_dist.distributed.deepspeed_internals import is_sharded
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.process import this_rank
 from dpo_dist.model.lora import adapted_layers
 from dpo_dist.tools.convert.arguments import refused
+from dpo_dist.trl.unseen import changed_arguments
 
-_NEVER = ("on_pre_optimizer_step", "on_optimizer_step", "on_substep_end")
-"""Events inside a step, which here is one piece."""
+_NEVER = ("on_pre_optimizer_step", "on_optimizer_step", "on_substep_end", "on_prediction_step")
+"""Events inside a step or an evaluation, which here are one piece."""
+_COUNTED = ("max_steps", "logging_steps", "eval_steps", "save_steps", "num_train_epochs")
+"""What the loop of transformers reads of `state` at each step."""
 NOT_HERE = {
     **dict.fromkeys(
         ("optimizer", "lr_scheduler"), "the arguments set it; state.log_history has learning_rate"
@@ -77,11 +81,20 @@ class Follower:
 
     def add(self, callback: Any) -> None:
         """Add a callback; raise an error for an event that does not happen here."""
-        for name in _NEVER:
-            if _overrides(callback, name):
-                remedy = "use on_step_begin or on_step_end: here a step is one piece"
-                raise refused("callbacks", f"{type(callback).__name__}.{name}", remedy)
+        raise_all(self.faults([callback]))
         self.handler.add_callback(callback)
+
+    def faults(self, callbacks: Iterable[Any] | None = None) -> list[ConfigError]:
+        """Return an error for each event of callbacks, by default of all, that does not happen here."""
+        remedy = "use on_step_begin, on_step_end or on_evaluate: here a step or an evaluation is one piece"
+        return [
+            refused("callbacks", f"{type(callback).__name__}.{name}", remedy)
+            for callback in (self.handler.callbacks if callbacks is None else callbacks)
+            for name in _NEVER
+            if name in vars(callback)
+            # Bars of transformers count the steps of an evaluation, if there are some.
+            or (_overrides(callback, name) and not type(callback).__module__.startswith("transformers."))
+        ]
 
     def call(self, event: str, **values: Any) -> None:
         """Call the callbacks, if this is rank 0."""
@@ -89,6 +102,7 @@ class Follower:
             return
         trainer, handler = self.trainer, self.handler
         is_used = any(_overrides(callback, event) for callback in handler.callbacks)
+        counted = {name: getattr(trainer.state, name) for name in _COUNTED}
         try:
             with self._model(event) if is_used else contextlib.nullcontext() as handler.model:
                 handler.processing_class = trainer.processing_class
@@ -96,6 +110,12 @@ class Follower:
                 trainer.control = control
         finally:
             handler.model = None
+        changed = changed_arguments(trainer.args, trainer.arguments) if trainer.arguments else []
+        for name, value in counted.items():
+            if (now := getattr(trainer.state, name)) != value:
+                remedy = "set control.should_training_stop, should_log, should_evaluate or should_save"
+                changed.append(refused("callbacks", f"state.{name} = {now}", remedy))
+        raise_all(changed)
         if trainer.control.should_epoch_stop:
             trainer.control.should_epoch_stop = False
             remedy = "set should_training_stop: here the rest of an epoch is not skipped"
@@ -170,4 +190,5 @@ class Follower:
 
 
 def _overrides(callback: Any, event: str) -> bool:
-    return getattr(type(callback), event, None) is not getattr(TrainerCallback, event)
+    is_own = getattr(type(callback), event, None) is not getattr(TrainerCallback, event)
+    return is_own or event in vars(callback)

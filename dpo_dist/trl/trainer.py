@@ -55,7 +55,14 @@ from dpo_dist.trl.data import examples, longest_tokens, sources, with_token_ids
 from dpo_dist.trl.launcher import launcher_keys
 from dpo_dist.trl.models import base_of, saved, tokenization, unseen
 from dpo_dist.trl.processes import Processes
-from dpo_dist.trl.unseen import REMEDIES, changed_arguments, changed_attributes, overrides
+from dpo_dist.trl.unseen import (
+    REMEDIES,
+    changed_arguments,
+    changed_attributes,
+    changed_methods,
+    overrides,
+    patches,
+)
 from dpo_dist.verbs import evaluate, export
 
 _BITS = ("load_in_", "bnb_4bit_quant_type")
@@ -82,6 +89,8 @@ _ELSEWHERE = {
 }
 """What to use in place of what is not here."""
 _LIBRARIES = ("builtins", "dpo_dist", "transformers")
+_OF_TRL = {"_tag_names"}
+"""Names of ours that a script's class may have, as below TRL's trainers."""
 
 
 class _Missing:
@@ -112,17 +121,22 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         model: Any,
         ref_model: Any = None,
         args: TrainerArguments | None = None,
-        *,
+        data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        compute_metrics: Any = None,
         callbacks: Iterable[TrainerCallback] | None = None,
+        optimizers: Any = (None, None),
         quantization_config: Any = None,
         peft_config: Any = None,
         **others: Any,
     ) -> None:
         """Write models and data in memory, and the translation, below `output_dir`; name what is refused."""
-        raise_all(not_offered(self.config, args, others))
+        before = dict(vars(self))
+        others |= {"data_collator": data_collator, "compute_metrics": compute_metrics}
+        raise_all(_collisions(type(self), before))
+        raise_all(not_offered(self.config, args, others | {"optimizers": optimizers}))
         raise_all(self._overrides(args) + unseen(model, ref_model, has_adapter=peft_config is not None))
         name = Path(model if isinstance(model, str) else model.config.name_or_path).name
         self.args = args or self.config(output_dir=f"{name}-{self.config.__name__[:3]}")
@@ -130,6 +144,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         self.run = RunFolder(self.folder / "run")
         self.processing_class = processing_class
         self.state, self.control = TrainerState(), TrainerControl()
+        self.arguments: dict[str, Any] = {}  # as they were when the trainer was made
         self.accelerator, self._follower = Processes(self.args), Follower(self)
         self.callback_handler = self._follower.handler
         self.state.is_world_process_zero = self.is_world_process_zero()
@@ -160,8 +175,10 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         self._start = self._keys.get("adapter_name_or_path", self._own["model.path"])
         self._translate()
         self.state.max_steps = self.args.max_steps
-        self._arguments = copy.deepcopy(dict(vars(self.args)))
-        self._given_once = {"processing_class": self.processing_class}
+        raise_all(_named_as_ours([name for name in before if vars(self)[name] is not before[name]]))
+        self.arguments = copy.deepcopy(dict(vars(self.args)))
+        fixed = ("processing_class", "folder", "run", "_start", "_own", "_keys", "_eval", "_facts")
+        self._given_once = {name: vars(self)[name] for name in fixed}
         self._tokenization = _tokenization(self.processing_class)
         self._follower.call("on_init_end")
 
@@ -478,14 +495,17 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         by_script = {name for name in _OFFERED if strategies.get(name, "no") == "no"} - {"create_model_card"}
         kinds = [kind for kind in type(self).__mro__ if kind.__module__.split(".")[0] not in _LIBRARIES]
         places = [(kind.__name__, set(vars(kind))) for kind in kinds]
-        for kind in (DPOTrainer, KTOTrainer):  # a method may have been set on the class
-            new = {name for name, value in vars(kind).items() if not isinstance(value, _Missing)}
-            places.append((kind.__name__, new - _OFFERED))
-        return overrides([*places, ("trainer", set(vars(self)))], by_script)
+        for kind, given in _OURS.items():  # a method may have been set on the class
+            places.append(
+                (kind.__name__, {name for name in vars(kind) if vars(kind)[name] is not given.get(name)})
+            )
+        places += [("Trainer", patches()), ("trainer", set(vars(self)))]
+        return overrides(places, by_script) + changed_methods(args)
 
     def _changes(self, trial: Any, ignore_keys: Any) -> list[ConfigError]:
         """Return errors for what a script changed after the trainer was made, and for options of `train`."""
-        changed = changed_arguments(self.args, self._arguments) + changed_attributes(self, self._given_once)
+        changed = changed_arguments(self.args, self.arguments) + changed_attributes(self, self._given_once)
+        changed += self._follower.faults()
         model = self._start if self._given is None else self._given
         if trial is not None:
             changed.append(refused("train", "trial", _ELSEWHERE["hyperparameter_search"]))
@@ -732,7 +752,9 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         lines = sum(len(Path(source["path"]).read_bytes().splitlines()) for source in own["data.train"])
         count = lines * (2 if own["data.unpair"] else 1)
         self._keys |= self.args.intervals(count)
-        raise_all([*self.args.faults(count, has_evaluation=bool(self._eval)), *self._name_best()])
+        stops_early = "early_stopping_patience" in self._keys
+        faults = self.args.faults(count, has_evaluation=bool(self._eval), stops_early=stops_early)
+        raise_all([*faults, *self._name_best()])
         for note in self.args.notes(count):
             warnings.warn(note, stacklevel=3)
         with tempfile.TemporaryDirectory() as folder, self._own_words():
@@ -751,6 +773,18 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         file = self.folder / "dpo_dist.yaml"
         write_text(file, translation.as_file())
         self._words = [str(file), *self.args.words]
+
+
+def _collisions(kind: type, given: Mapping[str, Any]) -> list[ConfigError]:
+    """Return errors for names of a script's class, or set before the trainer is made, that are used here."""
+    ours = {name for name in vars(DPOTrainer) if name not in dir(Trainer)} - _OF_TRL
+    own = [each for each in kind.__mro__ if each.__module__.split(".")[0] not in _LIBRARIES]
+    return _named_as_ours([name for each in (*map(vars, own), given) for name in each if name in ours])
+
+
+def _named_as_ours(names: Iterable[str]) -> list[ConfigError]:
+    remedy = "give it another name: dpo_dist's trainer uses this one"
+    return [refused(f"trainer.{name}", "a name of the script's own", remedy) for name in names]
 
 
 def _weights(model: Any) -> torch.dtype | None:
@@ -778,3 +812,4 @@ _OFFERED = frozenset(vars(DPOTrainer)) | _INHERITED
 for _name in dir(Trainer):
     if _name not in _OFFERED and not _name.startswith("__"):
         setattr(DPOTrainer, _name, _Missing())
+_OURS = {kind: dict(vars(kind)) for kind in (DPOTrainer, KTOTrainer)}

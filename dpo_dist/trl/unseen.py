@@ -1,8 +1,10 @@
 """What a script of TRL changes in Python where dpo_dist would not see it: each is an error that names it."""
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -47,6 +49,9 @@ _LIVE = (
 )
 
 
+_OURS = TrainerArguments.__module__
+
+
 def overrides(places: Iterable[tuple[str, Iterable[str]]], ours: Iterable[str]) -> list[ConfigError]:
     """Return an error for each method that a trainer's class, or the script, replaces and nothing calls.
 
@@ -59,7 +64,39 @@ def overrides(places: Iterable[tuple[str, Iterable[str]]], ours: Iterable[str]) 
         refused(f"{place}.{name}", "an override that would never be called", REMEDIES.get(name, _ELSEWHERE))
         for place, found in places
         for name in found
-        if name in unseen
+        # What is set on the trainer, and not by a class, `changed_attributes` compares.
+        if name in unseen or (name in _LIVE and place != "trainer")
+    ]
+
+
+_STOCK = {name: inspect.getattr_static(Trainer, name) for name in dir(Trainer)}
+
+
+def patches() -> set[str]:
+    """Return the methods of transformers' `Trainer` that a script, or a library, has replaced."""
+    found = set[str]()
+    for name, stock in _STOCK.items():
+        now = inspect.getattr_static(Trainer, name, None)
+        is_own = not inspect.isfunction(now) or _is_library(now)  # else replaced before our import
+        if not name.startswith("__") and (now is not stock or not is_own):
+            found.add(name)
+    return found
+
+
+def changed_methods(args: TrainerArguments) -> list[ConfigError]:
+    """Return an error for each method or property of the arguments that a script overrides."""
+    kinds = [kind for kind in type(args).__mro__ if not _is_library(kind) and kind.__module__ != _OURS]
+    names = {entry.name for entry in fields(args)}
+    places = [(kind.__name__, set(vars(kind))) for kind in kinds] + [("args", set(vars(args)))]
+    return [
+        refused(
+            f"{place}.{name}", "an override that would never be called", "set the argument that it is for"
+        )
+        for place, found in places
+        for name in sorted(found)
+        if name not in names
+        and not name.startswith("__")
+        and isinstance(inspect.getattr_static(TrainerArguments, name, None), FunctionType | property)
     ]
 
 

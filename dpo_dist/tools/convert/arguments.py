@@ -21,6 +21,7 @@ _NO_KEYS = (
     *("output_dir", "resume_from_checkpoint", "hub_token", "words"),
     *("logging_steps", "eval_steps", "save_steps"),  # those of `intervals`
     "local_rank",  # the launcher says it
+    *("activation_checkpointing", "activation_checkpointing_kwargs"),  # other names of gradient_checkpointing
 )
 _NO_ADAPTER_KEYS = (
     *("task_type", "base_model_name_or_path", "inference_mode", "revision", "peft_version"),
@@ -68,6 +69,10 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         args: Any = self  # transformers has no types for these
         args.output_dir = os.path.expanduser(args.output_dir or "trainer_output")  # noqa: PTH111  (keeps "./")
         args.do_eval = args.do_eval or args.eval_strategy != "no"
+        for name in ("checkpointing", "checkpointing_kwargs"):  # the new name wins, as in transformers
+            if (given := getattr(args, f"activation_{name}")) is not None:
+                setattr(args, f"gradient_{name}", given)
+            setattr(args, f"activation_{name}", getattr(args, f"gradient_{name}"))
         if args.eval_strategy == "steps":
             args.eval_steps = args.eval_steps or args.logging_steps
         if args.load_best_model_at_end and args.metric_for_best_model is None:
@@ -176,11 +181,14 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
             )
         return found
 
-    def faults(self, records: int, *, has_evaluation: bool) -> list[ConfigError]:
+    def faults(self, records: int, *, has_evaluation: bool, stops_early: bool) -> list[ConfigError]:
         """Return errors for arguments that have an effect on these data in TRL, and another one here."""
         found = list[ConfigError]()
         if self.eval_strategy != "no" and not has_evaluation:
             found.append(refused("eval_strategy", str(self.eval_strategy), "pass an eval_dataset"))
+        if stops_early and self.eval_strategy == "no":
+            remedy = "set eval_strategy and metric_for_best_model, or leave it out"
+            found.append(refused("callbacks", "EarlyStoppingCallback without evaluations", remedy))
         if self.load_best_model_at_end and self.eval_strategy == "no":
             found.append(
                 refused("load_best_model_at_end", "True", "set eval_strategy: the best one is evaluated")
@@ -259,7 +267,8 @@ def not_offered(config: type[TrainerArguments], args: Any, others: dict[str, Any
         return [refused("args", f"{name} of trl", f"write: from dpo_dist.trl import {name}")]
     if not isinstance(args, TrainingArguments | None):  # where `beta` was the third argument
         others["beta"], args = args, None
-    usual = {entry.name: getattr(config(), entry.name) for entry in fields(config)}
+    names = (entry.name for entry in fields(config) if not entry.name.startswith("activation_checkpointing"))
+    usual = {key: getattr(config(), key) for key in names}
     moved = {key: others.pop(key) for key in [*others] if key in usual or key in _OLDER}
     tokenizer, got = others.pop("tokenizer", None), [*moved]
     if isinstance(args, TrainingArguments) and not isinstance(args, TrainerArguments):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from functools import partialmethod
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import trl
 import yaml
 from accelerate import Accelerator
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -256,6 +258,15 @@ TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"loss.kind": "apo_zero_unpaired", "data.unpair": False},
     ),
     ({"learning_rate": np.float64(5e-6), "beta": np.float32(0.5)}, {"optim.lr": 5e-6, "loss.beta": 0.5}),
+    (
+        {"weight_decay": 0.2, "adam_beta1": 0.8, "adam_beta2": 0.95, "max_grad_norm": 0.3},
+        {"optim.weight_decay": 0.2, "optim.betas": [0.8, 0.95], "optim.max_grad_norm": 0.3},
+    ),
+    (
+        {"trainer": KTOTrainer, "desirable_weight": 2.0, "undesirable_weight": 0.5},
+        {"loss.desirable_weight": 2.0, "loss.undesirable_weight": 0.5},
+    ),
+    ({"activation_checkpointing": False}, {"model.gradient_checkpointing": "none"}),
     (
         {
             "local_rank": 0,
@@ -656,6 +667,88 @@ def test_an_override_by_a_class_of_transformers_or_on_the_class_itself_is_refuse
         DPOTrainer(str(folder), **given)
 
 
+@pytest.mark.parametrize("kind", [trl.DPOTrainer, trl.KTOTrainer], ids=["DPO", "KTO"])
+def test_each_method_of_trl_is_refused_as_an_override_or_called(
+    kind: type, folder: Path, tmp_path: Path
+) -> None:
+    trainer = DPOTrainer if kind is trl.DPOTrainer else KTOTrainer
+    names = {name for name, value in vars(kind).items() if callable(value)}
+    names = {name for name in names if not name.startswith("__")} - {"evaluate", "log"}
+    mine = type("Mine", (trainer,), dict.fromkeys(names, _loss))
+    with pytest.raises(ConfigError) as raised:
+        mine(str(folder), args=trainer.config(output_dir=str(tmp_path)), train_dataset=PAIRS)
+    refused = {part.where.removeprefix("Mine.") for part in raised.value.parts}
+    assert names == refused
+
+
+def test_what_a_script_replaces_in_the_trainer_of_transformers_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: Any = {"args": DPOConfig(output_dir=str(tmp_path), eval_strategy="steps"), "train_dataset": PAIRS}
+    monkeypatch.setattr(Trainer, "training_step", _loss)
+    monkeypatch.setattr(DPOTrainer, "evaluate", _loss)
+    with pytest.raises(ConfigError) as raised:
+        DPOTrainer(str(folder), **given)
+    assert [part.where for part in raised.value.parts] == ["DPOTrainer.evaluate", "Trainer.training_step"]
+
+
+def test_a_property_for_what_trl_reads_at_each_step_is_refused(folder: Path, tmp_path: Path) -> None:
+    both = property(_loss, _loss)
+    mine = type("Mine", (DPOTrainer,), {"data_collator": both, "beta": both})
+    with pytest.raises(ConfigError) as raised:
+        mine(str(folder), args=DPOConfig(output_dir=str(tmp_path)), train_dataset=PAIRS)
+    assert {part.where for part in raised.value.parts} == {"Mine.data_collator", "Mine.beta"}
+
+
+def test_an_override_by_a_class_of_arguments_is_refused(folder: Path, tmp_path: Path) -> None:
+    @dataclass
+    class Mine(DPOConfig):
+        beta: float = 0.3
+
+        def get_warmup_steps(self, steps: int) -> int:
+            return steps // 2
+
+        def helper(self) -> int:
+            return 1
+
+    with pytest.raises(ConfigError, match=r"Mine\.get_warmup_steps"):
+        DPOTrainer(str(folder), args=Mine(output_dir=str(tmp_path)), train_dataset=PAIRS)
+
+
+def test_names_of_a_script_that_the_trainer_uses_itself_are_refused(folder: Path, tmp_path: Path) -> None:
+    class Early(DPOTrainer):
+        def __init__(self, **given: Any) -> None:
+            self.config: Any = {}  # type: ignore[misc]
+            super().__init__(**given)
+
+    class Own(DPOTrainer):
+        def own_model(self) -> Any:
+            return None
+
+    class Folder(DPOTrainer):
+        def __init__(self, **given: Any) -> None:
+            self.folder: Any = "mine"  # type: ignore[misc]
+            self.mine = 1
+            super().__init__(**given)
+
+    given: Any = {"model": str(folder), "args": DPOConfig(output_dir=str(tmp_path)), "train_dataset": PAIRS}
+    for kind, name in ((Early, "config"), (Own, "own_model"), (Folder, "folder")):
+        with pytest.raises(ConfigError, match=rf"trainer\.{name}"):
+            kind(**given)
+    trainer = DPOTrainer(**given)
+    trainer.folder = Path("elsewhere")
+    with pytest.raises(ConfigError, match=r"trainer\.folder"):
+        trainer.train()
+
+
+def test_arguments_have_the_places_of_trl(folder: Path, tmp_path: Path) -> None:
+    args, tokenizer = DPOConfig(output_dir=str(tmp_path)), AutoTokenizer.from_pretrained(folder)
+    trainer = DPOTrainer(str(folder), None, args, None, PAIRS, None, tokenizer)
+    assert trainer.processing_class is tokenizer
+    with pytest.raises(ConfigError, match="data_collator"):
+        DPOTrainer(str(folder), None, args, _loss, PAIRS)
+
+
 def test_attributes_are_those_of_trl_or_say_what_to_use(folder: Path, tmp_path: Path) -> None:
     args = DPOConfig(output_dir=str(tmp_path), beta=0.3, loss_type=["ipo"])
     trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS)
@@ -986,6 +1079,51 @@ def test_a_callback_that_is_added_later_counts(folder: Path, tmp_path: Path) -> 
         assert keys_of(trainer)["trainer.patience"] == 2
         remove(EarlyStoppingCallback)
         assert "trainer.patience" not in keys_of(trainer)
+
+
+class _Event(TrainerCallback):
+    """Changes something at each row."""
+
+    def __init__(self, change: Callable[[Any, Any], None]) -> None:
+        self._change = change
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._change(args, state)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda args, state: setattr(state, "max_steps", 2), "callbacks"),
+        (lambda args, state: setattr(state, "save_steps", 2), "callbacks"),
+        (lambda args, state: setattr(args, "max_grad_norm", 0.1), r"args\.max_grad_norm"),
+    ],
+    ids=["max_steps", "save_steps", "max_grad_norm"],
+)
+def test_what_a_callback_changes_without_an_effect_is_refused(
+    change: Any, where: str, folder: Path, tmp_path: Path
+) -> None:
+    given: Any = {"args": DPOConfig(output_dir=str(tmp_path)), "train_dataset": PAIRS}
+    trainer = DPOTrainer(str(folder), callbacks=[_Event(lambda *_: None)], **given)
+    trainer.log({"loss": 1.0})
+    trainer.add_callback(_Event(change))
+    with pytest.raises(ConfigError, match=where):
+        trainer.log({"loss": 1.0})
+
+
+@pytest.mark.parametrize("event", ["on_prediction_step", "on_optimizer_step"])
+def test_an_event_that_does_not_happen_here_is_refused_however_it_is_added(
+    event: str, folder: Path, tmp_path: Path
+) -> None:
+    given: Any = {"args": DPOConfig(output_dir=str(tmp_path)), "train_dataset": PAIRS}
+    trainer, late, on_itself = DPOTrainer(str(folder), **given), TrainerCallback(), TrainerCallback()
+    setattr(on_itself, event, _loss)
+    with pytest.raises(ConfigError, match=event):
+        trainer.add_callback(on_itself)
+    trainer.callback_handler.add_callback(late)
+    setattr(late, event, _loss)
+    with pytest.raises(ConfigError, match=event):
+        trainer.train()
 
 
 def test_options_of_train_that_have_no_effect_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -86,6 +86,11 @@ USUAL: dict[str, Any] = {
         ({"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 5}}}, "='linear'"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "not quantized"),
         ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "offload_optimizer"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "not quantized"),
+        ({"zero_optimization": {"stage": 3, "cpu_offload_params": True}}, "offload_param"),
+        ({"train_micro_batch_size_per_gpu": 2}, "per_device_train_batch_size"),
+        ({"optimizer": {"type": "AdamW", "params": {"weight_decay": 0.1}}}, "weight_decay"),
+        ({"optimizer": {"type": "AdamW", "params": {"eps": 1e-6}}}, "adam_epsilon"),
         ({"compression_training": {"weight_quantization": {"enabled": True}}}, "remove it"),
     ],
 )
