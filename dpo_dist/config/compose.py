@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import reduce
@@ -52,6 +53,7 @@ FAILURES = (
 """Exceptions that composing a command can raise."""
 _ROOT = "dpo_dist"
 """The group that holds the command's layers in Hydra's store."""
+_ONE_HYDRA = threading.Lock()  # Hydra has one store and one search path in a process
 
 
 def parse_overrides(words: Iterable[str]) -> tuple[list[Override], list[str]]:
@@ -181,7 +183,7 @@ class Command:
                 raise error
             return self._layers(content, name, group)
         except FAILURES as error:
-            self.mistakes.append(composition_error(error, self.folders))
+            self.mistakes.append(composition_error(error, self.folders, name))
             return []
 
     def _layers(self, content: dict[str, Any], name: str, group: str) -> list[_Layer]:
@@ -226,22 +228,23 @@ class Command:
         # Layers of a command are parts without a file: Hydra ranks them by an empty stand-in in its store.
         stored = {f"{_ROOT}/{number}": part for number, part in enumerate(parts)}
         entries = {part if isinstance(part, str) else name: part for name, part in stored.items()}
-        store = ConfigStore.instance()
-        for name, part in entries.items():
-            if not isinstance(part, str):
-                store.store(name.rpartition("/")[2], {}, _ROOT, "_global_")
         # Each name once: Hydra changes a file that it merges twice.
         overridden = [{f"override {group}": name} for group, name in presets.items()]
         search = {"searchpath": [f"file://{folder}" for folder in self.folders[1:]]}
-        store.store(COMMAND_LINE, {"defaults": [*entries, "_self_", *overridden], "hydra": search})
-        callers = GlobalHydra.instance().hydra
-        GlobalHydra.instance().clear()
-        try:
-            with hydra.initialize_config_dir(version_base="1.3", config_dir=str(self.folders[0])):
-                loader = GlobalHydra.instance().config_loader()
-                defaults = loader.compute_defaults_list(COMMAND_LINE, [], RunMode.RUN).defaults
-        finally:
-            GlobalHydra.instance().hydra = callers
+        read_keys(self._file("config"))  # Hydra's words about one that is no mapping are about something else
+        with _ONE_HYDRA:
+            store, callers = ConfigStore.instance(), GlobalHydra.instance().hydra
+            for name, part in entries.items():
+                if not isinstance(part, str):
+                    store.store(name.rpartition("/")[2], {}, _ROOT, "_global_")
+            store.store(COMMAND_LINE, {"defaults": [*entries, "_self_", *overridden], "hydra": search})
+            GlobalHydra.instance().clear()
+            try:
+                with hydra.initialize_config_dir(version_base="1.3", config_dir=str(self.folders[0])):
+                    loader = GlobalHydra.instance().config_loader()
+                    defaults = loader.compute_defaults_list(COMMAND_LINE, [], RunMode.RUN).defaults
+            finally:
+                GlobalHydra.instance().hydra = callers
 
         # What Hydra's own configuration has is for programs that it starts.
         ranked = [_Layer("", {}, plain_values(RunConfig()))]
@@ -249,7 +252,10 @@ class Command:
             path = str(entry.config_path)
             if isinstance(own := entries.get(path), _Layer):
                 ranked.append(own)
-            elif not path.startswith("hydra/") and (file := self._file(path)).is_file():
+            elif path != COMMAND_LINE and not path.startswith("hydra/"):
+                if not (file := self._file(path)).is_file():  # another program's, in Hydra's store
+                    group, _, name = path.rpartition("/")
+                    raise unknown_preset(group, name, self.folders)
                 values = {name: value for name, value in read_keys(file).items() if name != "defaults"}
                 for package in reversed(entry.package.split(".") if entry.package else []):
                     values = {package: values}

@@ -211,8 +211,11 @@ def assignment(key: str, value: str) -> str | None:
         named = (likely(kind, choices(run_keys()["loss.kind"])) or [kind] for kind in kinds)
         return assignment("loss.terms", f"[{', '.join(f'{{kind: {kind}}}' for [kind] in named)}]")
     meanings = (word for word in equivalents(value, "values") if word in choices(run_keys().get(key)))
-    closed = value + "".join(end for start, end in ("[]", "{}") if value.count(start) == value.count(end) + 1)
-    closed = re.sub(r"(\w)=", r"\1: ", closed) if closed.startswith(("{", "[{")) else closed  # {r=8}
+    opened = re.sub(r"[^\[\]{}]", "", value)
+    while (left := opened.replace("[]", "").replace("{}", "")) != opened:
+        opened = left  # brackets that are not closed
+    closed = value + opened[::-1].translate(str.maketrans("[{", "]}"))
+    closed = re.sub(r"(?<=[{,])(\s*\w+)=", r"\1: ", closed)  # {r=8}
     forms = (value, *meanings, closed, f"[{value}]")
     accepted = (text for text in forms if text and _is_accepted(key, text))
     return next((f"{key}={text}" for text in accepted), None)
@@ -363,15 +366,18 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigEr
     )
 
 
-def composition_error(error: Exception, folders: Sequence[Path]) -> ConfigError:
-    """Return the `ConfigError` for an exception of Hydra, OmegaConf or the YAML parser."""
+def composition_error(error: Exception, folders: Sequence[Path], typed: str = "") -> ConfigError:
+    """Return the `ConfigError` for an exception of Hydra, OmegaConf or the YAML parser.
+
+    `typed`: the word that names the file that was read.
+    """
     if isinstance(error, ConfigError):
         return error
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return unknown_preset(group, choice, folders)
     if isinstance(error, OSError) and error.strerror:
-        path = str(error.filename)
+        path = typed or str(error.filename)
         similar = similar_path(Path(path))
         is_meant = similar is not None and similar.suffix in (".yaml", ".yml")
         return ConfigError(

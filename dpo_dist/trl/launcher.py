@@ -53,10 +53,12 @@ def launcher_keys(
         raise_all([*_faults(where, config, args)])
         if config.get("gradient_clipping") is None and args.max_grad_norm:
             said.append(f"{where}: gradients are clipped by max_grad_norm; DeepSpeed needs gradient_clipping")
-        zero = config.get("zero_optimization", {})
-        stage = int(zero.get("stage", 0))
+        zero = config.get("zero_optimization") or {}
+        if (given := str(zero.get("stage") or 0)) not in "0123":
+            raise _other(f"{where}: zero_optimization.stage", given, "write 2 or 3")
+        stage = int(given)
         optimizer, weights = (
-            zero.get(f"offload_{part}", {}).get("device", "none") for part in ("optimizer", "param")
+            (zero.get(f"offload_{part}") or {}).get("device", "none") for part in ("optimizer", "param")
         )
         keys["parallelism.kind"] = _KINDS.get(stage, "ddp")
         if stage == 1:
@@ -92,7 +94,16 @@ def _deepspeed(environ: Mapping[str, str], given: Any) -> tuple[str, dict[str, A
         return "deepspeed", dict(given)
     prefix = "ACCELERATE_DEEPSPEED"
     if (file := given or environ.get(f"{prefix}_CONFIG_FILE", "none")) != "none":
-        return str(file), json.loads(Path(file).read_text(encoding="utf-8"))
+        try:
+            config = json.loads(Path(file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            remedy = "name a file in JSON, without comments"
+            raise ScriptError(
+                "DeepSpeed's file cannot be read", where=file, got=str(error), remedy=remedy
+            ) from error
+        if not isinstance(config, dict):
+            raise ScriptError("DeepSpeed's file has no keys", where=file, remedy="write an object: {...}")
+        return str(file), config
     zero: dict[str, Any] = {"stage": environ.get(f"{prefix}_ZERO_STAGE", "2")}
     for part in ("optimizer", "param"):
         device = environ.get(f"{prefix}_OFFLOAD_{part.upper()}_DEVICE", "none")
@@ -130,7 +141,7 @@ def _faults(where: str, config: Mapping[str, Any], args: TrainerArguments) -> It
         top, name = key.split(".")[0], key.rpartition(".")[2]
         if key in same:
             argument, wanted = same[key]
-            if value not in ("auto", None, wanted):
+            if value not in ("auto", None, wanted) and (key, value) != ("optimizer.type", "adamw"):
                 remedy = f'write {json.dumps(wanted)} or "auto" there, or set {argument} in the script'
                 yield _other(f"{where}: {key}", value, remedy)
         elif key == "scheduler.type":

@@ -60,7 +60,7 @@ def _by_reader(records: Iterator[RawRecord], read: Callable[..., Any]) -> Iterat
             yield record, origin
             continue
         try:
-            fields = read(record)
+            fields = read(dict(record))  # a reader may change it
             detail = "" if isinstance(fields, Mapping) else f"reader returned a {type(fields).__name__}"
         except Exception as fault:  # the user's code can raise anything
             fields, detail = None, f"reader raised {type(fault).__name__}"

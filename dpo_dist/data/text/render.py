@@ -387,29 +387,35 @@ class _Conversation:
     def _render_turns(self, responses: Sequence[Messages]) -> RenderedRecord:
         """Render responses of several turns, each as a part of the whole conversation."""
         parts = [self._whole_conversation(response) for response in responses]
-        prompts = [text[:start] for text, start, _ in parts]
-        prompt, start, changes = prompts[0], len(prompts[0]), set[str]()
-        if len(set(prompts)) > 1:
+        texts, starts = [text for text, _, _ in parts], [start for _, start, _ in parts]
+        prompts, changes = [text[:start] for text, start, _ in parts], set[str]()
+        prompt, generation = prompts[0], all(turns[0].role == "assistant" for turns in responses)
+        alone = self.chat.render(self.prompt, self.context, generation=generation) if self.prompt else ""
+        if self.prompt and {alone} != {*prompts}:
+            changes.add("prompt_not_prefix")
+        # Of the first turn: templates write empty thoughts before later ones (Qwen3).
+        thinks = any(_CLOSE in turns[0].content or message_thought(turns[0]) for turns in responses)
+        is_other = _opens_thought(alone) or (thinks and _ENDED.search(alone))
+        # Turns before the response may depend on it: then only what all sides share is the prompt.
+        is_same = len(set(prompts)) == 1 or all(map(alone.startswith, prompts))
+        if alone and generation and is_same and not is_other:
+            prompt = alone  # as for one turn: it may end a thought that the turn does not have (Gemma 4)
+        elif len(set(prompts)) > 1:
             changes.add("prompt_not_prefix")
             common = min(self.facts.common_length(prompt, other) for other in prompts[1:])
-            start = self.facts.after_last_special(prompt[:common])
-            prompt = prompt[:start]
-        elif self.prompt:
-            generation = all(turns[0].role == "assistant" for turns in responses)
-            alone = self.chat.render(self.prompt, self.context, generation=generation)
-            changes |= {"prompt_not_prefix"} if alone != prompt else set()
-            following = [text[start:] for text, start, _ in parts]
-            if _opens_thought(alone):
-                changes |= {"opened_thought_removed"} if any(map(_NO_THOUGHT.match, following)) else set()
-                scaffold = len(self._common_scaffold(following))
-                start, prompt = start + scaffold, prompt + following[0][:scaffold]
-            elif generation and not (_ENDED.search(alone) and any(_CLOSE in text for text in following)):
-                prompt = alone  # as for one turn: it may end a thought that the turn does not have (Gemma 4)
+            starts = [self.facts.after_last_special(prompt[:common])] * len(parts)
+            prompt = prompt[: starts[0]]
+        elif self.prompt and _opens_thought(alone):
+            following = [text[start:] for text, start in zip(texts, starts, strict=True)]
+            changes |= {"opened_thought_removed"} if any(map(_NO_THOUGHT.match, following)) else set()
+            scaffold = following[0][: len(self._common_scaffold(following))]
+            starts, prompt = [start + len(scaffold) for start in starts], prompt + scaffold
         return RenderedRecord(
             prompt,
-            tuple(text[start:] for text, _, _ in parts),
+            tuple(text[start:] for text, start in zip(texts, starts, strict=True)),
             tuple(
-                tuple((max(first - start, 0), end - start) for first, end in spans) for _, _, spans in parts
+                tuple((max(first - start, 0), end - start) for first, end in spans)
+                for (_, _, spans), start in zip(parts, starts, strict=True)
             ),
             frozenset(changes),
         )

@@ -1,10 +1,12 @@
 """Words compose to one typed, frozen run: defaults, experiments, YAML files, presets, the command line."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import hydra
 import pytest
+from hydra.core.config_store import ConfigStore
 
 from dpo_dist.config.keys import config_dir
 from dpo_dist.config.load import from_yaml, to_yaml
@@ -288,6 +290,26 @@ def test_a_wrong_key_is_named_with_the_file_that_hydra_composed() -> None:
 def test_an_experiment_that_cannot_be_composed_is_an_error(content: str, text: str) -> None:
     write(experiment__mine=content)
     assert text in error_of("--config-dir conf +experiment=mine").block()
+
+
+@pytest.mark.parametrize(("root", "text"), [("- a\n", "no keys"), ("hydra: {}\n", "no key 'hydra'")])
+def test_an_own_root_that_cannot_be_composed_is_named_also_beside_a_preset(root: str, text: str) -> None:
+    write(config=root)
+    assert text in error_of("--config-dir conf loss=ipo").block()
+
+
+def test_a_preset_of_a_preset_that_is_no_file_is_an_error() -> None:
+    write(loss__own="defaults: [mine, _self_]\n")
+    ConfigStore.instance().store("mine", {"kind": "ipo"}, "loss")
+    assert "mine" in error_of("--config-dir conf loss=own").block()
+
+
+def test_threads_load_their_own_configurations() -> None:
+    kinds = ["ipo", "simpo"] * 4
+    with ThreadPoolExecutor(4) as pool:
+        assert [
+            config.loss.kind for config in pool.map(configured, [f"loss={kind}" for kind in kinds])
+        ] == kinds
 
 
 def test_a_program_with_hydra_keeps_its_own() -> None:

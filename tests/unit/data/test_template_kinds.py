@@ -368,9 +368,14 @@ def test_a_header_is_found_after_another_space_than_in_the_generation_prompt(
 
 
 OFF = template_of(PLAIN.replace(ASSISTANT, ASSISTANT + THINKING), ASSISTANT + "<think></think>")
+# An empty thought before the last turn only, as Qwen3 writes it.
+OFF_LAST = template_of(
+    PLAIN.replace(ASSISTANT, ASSISTANT + "{% if loop.last %}<think></think>{% endif %}"),
+    ASSISTANT + "<think></think>",
+)
 
 
-@pytest.mark.parametrize("template", [ENDED, ANSWERED, STEPS, OFF])
+@pytest.mark.parametrize("template", [ENDED, ANSWERED, STEPS, OFF, OFF_LAST])
 @pytest.mark.parametrize("case", ["agent", "turns"])
 def test_several_turns_follow_the_same_prompt_as_one(template: str, case: str) -> None:
     """The generation prompt, after which a server generates the first turn, too (Gemma 4, Command R7B)."""
