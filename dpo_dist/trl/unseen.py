@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.convert.arguments import TrainerArguments, refused
+from dpo_dist.trl.structure import difference, is_library
 
 _LOSS = (
     "write the loss as a function of log-probs, and pass words=['loss=custom', 'loss.function=MODULE:NAME']: "
@@ -37,8 +38,6 @@ _METHODS = {
 }
 REMEDIES = {name: remedy for remedy, names in _METHODS.items() for name in names.split()}
 _ADAPTER_PARTS = (".lora_", ".modules_to_save.", ".trainable_tokens_")
-# What these packages change belongs to how a model is loaded, as the hook of `enable_input_require_grads`.
-_LIBRARIES = ("accelerate", "liger_kernel", "peft", "torch", "transformers", "transformers_modules")
 # Attributes that TRL's trainers copy from their arguments, or make, and read at each step.
 _LIVE = (
     *("beta", "loss_type", "loss_types", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting"),
@@ -92,23 +91,24 @@ def hooks(model: Any, name: str) -> list[ConfigError]:
     remedy = "remove it: the model is saved, and loaded again by its class"
     found = list[str]()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(model, str | None) and not _is_library(type(base)) and _is_library(type(base.config)):
+    if not isinstance(model, str | None) and not is_library(type(base)) and is_library(type(base.config)):
         found.append(f"a class of its own, {type(base).__name__}")  # AutoModel loads that of the config
     for part, module in getattr(model, "named_modules", tuple)():
         groups = [module._forward_hooks, module._forward_pre_hooks]
         groups += [module._backward_hooks, module._backward_pre_hooks]
         for weight in module.parameters(recurse=False):
             groups += [weight._backward_hooks, weight._post_accumulate_grad_hooks]
-        if not all(_is_library(hook) for group in groups for hook in (group or {}).values()):
+        if not all(is_library(hook) for group in groups for hook in (group or {}).values()):
             found.append(f"a hook on {part or 'the model'}")
         is_replaced = "forward" in vars(module) and not getattr(model, "use_kernels", False)
-        if is_replaced and not _is_library(module.forward):
+        if is_replaced and not is_library(module.forward):
             found.append(f"another forward of {part or 'the model'}")
-    return [refused(name, got, remedy) for got in found]
-
-
-def _is_library(thing: Any) -> bool:
-    return str(getattr(thing, "__module__", "")).split(".")[0] in _LIBRARIES
+    if found or isinstance(model, str | None):
+        return [refused(name, got, remedy) for got in found]
+    remedy = (
+        "set it in the config from which the model is made, or leave it: only weights and config are saved"
+    )
+    return [refused(name, got, remedy) for got in filter(None, [difference(base)])]
 
 
 def changed_arguments(args: TrainerArguments, before: dict[str, Any]) -> list[ConfigError]:
