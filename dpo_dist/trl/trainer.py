@@ -53,7 +53,7 @@ from dpo_dist.training.start.resume import has_other_length, read_state
 from dpo_dist.trl.callbacks import NOT_HERE, AbsentError, Follower
 from dpo_dist.trl.data import examples, longest_tokens, sources, with_token_ids
 from dpo_dist.trl.launcher import launcher_keys
-from dpo_dist.trl.models import base_of, saved, tokenization, unseen
+from dpo_dist.trl.models import base_of, saved, tokenization, uncompiled, unseen
 from dpo_dist.trl.processes import Processes
 from dpo_dist.trl.unseen import REMEDIES, changed_arguments, changed_attributes, overrides
 from dpo_dist.verbs import evaluate, export
@@ -123,6 +123,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         """Write models and data in memory, and the translation, below `output_dir`; name what is refused."""
         raise_all(not_offered(self.config, args, others))
+        model, ref_model = uncompiled(model), uncompiled(ref_model)
         raise_all(self._overrides(args) + unseen(model, ref_model, has_adapter=peft_config is not None))
         name = Path(model if isinstance(model, str) else model.config.name_or_path).name
         self.args = args or self.config(output_dir=f"{name}-{self.config.__name__[:3]}")

@@ -194,3 +194,19 @@ def test_longer_sequences_than_the_model_was_made_for_change_no_structure() -> N
         model(torch.arange(5, 45)[None])
     assert not torch.equal(model.model.rotary_emb.inv_freq, before)
     assert not hooks(model, "model")
+
+
+def test_a_compiled_model_trains_as_the_one_inside(folder: Path, tmp_path: Path) -> None:
+    model, reference = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    args = DPOConfig(output_dir=str(tmp_path))
+    compiled = [torch.compile(part, backend="eager") for part in (model, reference)]
+    trainer = DPOTrainer(*compiled, args=args, train_dataset=PAIRS)
+    assert trainer.model is model
+    assert trainer.ref_model is reference
+    assert refusal(tmp_path, model=torch.compile(hooked(folder), backend="eager"))[1] == "a hook on lm_head"
+
+
+def hooked(folder: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head.register_forward_hook(lambda module, given, out: out / 2)
+    return model
