@@ -55,7 +55,7 @@ from dpo_dist.trl.data import examples, longest_tokens, sources, with_token_ids
 from dpo_dist.trl.launcher import launcher_keys
 from dpo_dist.trl.models import base_of, saved, tokenization, uncompiled, unseen
 from dpo_dist.trl.processes import Processes
-from dpo_dist.trl.unseen import REMEDIES, changed_arguments, changed_attributes, overrides
+from dpo_dist.trl.unseen import REMEDIES, changed_arguments, changed_attributes, overrides, own_tokenizer
 from dpo_dist.verbs import evaluate, export
 
 _BITS = ("load_in_", "bnb_4bit_quant_type")
@@ -497,6 +497,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             got = "another chat_template" if self._tokenization[0] == now[0] else "other tokens"
             remedy = "change it before the trainer is made: records are encoded as it was then"
             changed.append(refused("trainer.processing_class", got, remedy))
+        changed += own_tokenizer(self.processing_class, "trainer.processing_class")
         return self._overrides(self.args) + changed
 
     def _find_start(self, wanted: bool | str | None) -> None:
@@ -626,6 +627,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
     def _place_models(self, model: Any, ref_model: Any, peft_config: Any) -> None:
         """Set the keys of the models; those in memory are saved when nothing is left to refuse."""
         own, tokenizer, options = self._own, self.processing_class, self._keys["model_init_kwargs"]
+        raise_all(own_tokenizer(tokenizer, "processing_class"))
         named = {"revision": options.get("revision"), "trust_remote_code": self.args.trust_remote_code}
         self._unsaved = list[tuple[dict[str, Any], str, Any, Any]]()
         own |= self._launched()

@@ -38,6 +38,8 @@ _METHODS = {
 }
 REMEDIES = {name: remedy for remedy, names in _METHODS.items() for name in names.split()}
 _ADAPTER_PARTS = (".lora_", ".modules_to_save.", ".trainable_tokens_")
+# From these packages a run loads tokenizers and processors.
+_TOKENIZERS = ("mistral_common", "transformers", "transformers_modules")
 # Attributes that TRL's trainers copy from their arguments, or make, and read at each step.
 _LIVE = (
     *("beta", "loss_type", "loss_types", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting"),
@@ -109,6 +111,20 @@ def hooks(model: Any, name: str) -> list[ConfigError]:
         "set it in the config from which the model is made, or leave it: only weights and config are saved"
     )
     return [refused(name, got, remedy) for got in filter(None, [difference(base)])]
+
+
+def own_tokenizer(tokenizer: Any, name: str) -> list[ConfigError]:
+    """Return an error for each class or method of the script in a tokenizer or a processor."""
+    parts = (tokenizer, *(getattr(tokenizer, part, None) for part in ("tokenizer", "image_processor")))
+    found = list[str]()
+    for part in filter(lambda part: part is not None, parts):
+        kind = type(part)
+        if kind.__module__.split(".")[0] not in _TOKENIZERS:
+            found.append(f"a class of its own, {kind.__name__}")
+        replaced = [key for key, value in vars(part).items() if callable(value) and hasattr(kind, key)]
+        found += [f"another {key} of a {kind.__name__}" for key in replaced]
+    remedy = "change the texts of the records, or set its chat_template: it is saved, and loaded by its class"
+    return [refused(name, got, remedy) for got in found]
 
 
 def changed_arguments(args: TrainerArguments, before: dict[str, Any]) -> list[ConfigError]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.trl import DPOConfig, DPOTrainer
@@ -210,3 +210,23 @@ def hooked(folder: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.lm_head.register_forward_hook(lambda module, given, out: out / 2)
     return model
+
+
+def test_a_tokenizer_with_methods_of_the_script_is_refused(folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    class Upper(type(tokenizer)):  # type: ignore[misc]
+        def __call__(self, text: Any = None, *given: Any, **named: Any) -> Any:
+            return super().__call__(text.upper(), *given, **named)
+
+    mine = Upper.from_pretrained(folder)
+    found = refusal(tmp_path, model=str(folder), processing_class=mine)
+    assert found == ("processing_class", "a class of its own, Upper")
+    args = DPOConfig(output_dir=str(tmp_path / "usual"))
+    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, processing_class=tokenizer)
+    tokenizer.apply_chat_template = functools.partial(tokenizer.apply_chat_template, extra=True)
+    where, got = refusal(tmp_path, model=str(folder), processing_class=tokenizer)
+    assert where == "processing_class"
+    assert got.startswith("another apply_chat_template of a ")
+    with pytest.raises(ConfigError, match=r"trainer\.processing_class\s+got: +another apply_chat_template"):
+        trainer.train()
