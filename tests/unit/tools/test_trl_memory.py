@@ -1,6 +1,7 @@
 """What a script has changed in a model or a tokenizer in memory trains as it is, or an error names it."""
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.trl import DPOConfig, DPOTrainer
 from dpo_dist.trl.unseen import hooks
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.multimodal import image_model
+from tests.support.pages import in_process
 from tests.support.tiny_model import write_model
+from tests.support.warm import ENVIRONMENT
 
 PAIRS = [{"prompt": f"q{number}", "chosen": f" yes {number}", "rejected": " no"} for number in range(4)]
 
@@ -230,3 +233,71 @@ def test_a_tokenizer_with_methods_of_the_script_is_refused(folder: Path, tmp_pat
     assert got.startswith("another apply_chat_template of a ")
     with pytest.raises(ConfigError, match=r"trainer\.processing_class\s+got: +another apply_chat_template"):
         trainer.train()
+
+
+def zeros(model: Any) -> None:
+    next(weight for name, weight in model.named_parameters() if "lora_B" in name).data.add_(1)
+
+
+def norm(model: Any) -> None:
+    with torch.no_grad():
+        model.model.norm.weight.fill_(7.0)
+
+
+def data(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(0.5)
+
+
+def freezes(model: Any) -> None:
+    model.model.norm.requires_grad_(False)
+
+
+def looks(model: Any) -> None:
+    model.eval()
+    model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False)
+
+
+class Edit(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, change: Callable[[Any], None]) -> None:
+        self.change, self.steps = change, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.steps += 1
+        if self.steps == 2:
+            self.change(model)
+
+
+def train_by(folder: Path, change: str, output: Path) -> None:
+    os.environ.update(ENVIRONMENT)
+    adapter = LoraConfig(r=2) if change == "zeros" else None
+    args = DPOConfig(
+        output_dir=str(output),
+        per_device_train_batch_size=2,
+        max_steps=3,
+        bf16=change == "data",
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+    )
+    edit = Edit(globals()[change])
+    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, callbacks=[edit], peft_config=adapter)
+    named = {
+        "zeros": r"Edit\.on_step_end that changes base_model\.model\.\S+lora_B",
+        "norm": r"Edit\.on_step_end that changes model\.norm\.weight",
+        "data": r"Edit\.on_step_end that changes model\.layers\.0\.mlp\.up_proj\.weight",
+        "freezes": r"Edit\.on_step_end that freezes or unfreezes model\.norm\.weight",
+    }
+    if change == "looks":
+        trainer.train()
+        assert edit.steps == 3
+    else:
+        with pytest.raises(ConfigError, match=named[change]):
+            trainer.train()
+        assert edit.steps == 2
+
+
+@pytest.mark.parametrize("change", ["zeros", "norm", "data", "freezes", "looks"])
+def test_a_callback_that_changes_weights_is_refused_by_its_name(
+    change: str, folder: Path, tmp_path: Path
+) -> None:
+    in_process(train_by, folder, change, tmp_path)
