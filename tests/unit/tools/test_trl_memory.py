@@ -167,6 +167,7 @@ def test_what_scripts_usually_do_to_a_model_is_not_refused(family: str, dtype: t
         moved.gradient_checkpointing_enable()
         moved.enable_input_require_grads()
     assert not hooks(moved, "model")
+    assert not hooks(moved.to(torch.float32), "model"), "buffers stay rounded"
     moved.resize_token_embeddings(moved.config.vocab_size + 3)
     assert not hooks(moved, "model")
     made = AutoModelForCausalLM.from_config(tiny_config(family), dtype=dtype, attn_implementation="eager")
