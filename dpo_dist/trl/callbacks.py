@@ -22,6 +22,7 @@ _NEVER = ("on_pre_optimizer_step", "on_optimizer_step", "on_substep_end", "on_pr
 """Events inside a step or an evaluation, which here are one piece."""
 _COUNTED = ("max_steps", "logging_steps", "eval_steps", "save_steps", "num_train_epochs")
 """What the loop of transformers reads of `state` at each step."""
+_EDITS = "change the model before the trainer is made: the optimizer has weights of its own, and replaces it"
 NOT_HERE = {
     **dict.fromkeys(
         ("optimizer", "lr_scheduler"), "the arguments set it; state.log_history has learning_rate"
@@ -106,16 +107,22 @@ class Follower:
         try:
             with self._model(event) if is_used else contextlib.nullcontext() as handler.model:
                 handler.processing_class = trainer.processing_class
+                theirs = [type(part).__name__ for part in handler.callbacks if _is_of_script(part, event)]
+                # After training a callback may merge an adapter, or give the memory free.
+                is_watched = theirs and (self.policy is not None or event == "on_init_end")
+                before = _weights(handler.model) if is_watched else {}
                 control = getattr(handler, event)(trainer.args, trainer.state, trainer.control, **values)
                 trainer.control = control
+                if before and (changed := _changed(before, handler.model)):
+                    raise refused("callbacks", f"{', '.join(theirs)}.{event} {changed}", _EDITS)
         finally:
             handler.model = None
-        changed = changed_arguments(trainer.args, trainer.arguments) if trainer.arguments else []
+        faults = changed_arguments(trainer.args, trainer.arguments) if trainer.arguments else []
         for name, value in counted.items():
             if (now := getattr(trainer.state, name)) != value:
                 remedy = "set control.should_training_stop, should_log, should_evaluate or should_save"
-                changed.append(refused("callbacks", f"state.{name} = {now}", remedy))
-        raise_all(changed)
+                faults.append(refused("callbacks", f"state.{name} = {now}", remedy))
+        raise_all(faults)
         if trainer.control.should_epoch_stop:
             trainer.control.should_epoch_stop = False
             remedy = "set should_training_stop: here the rest of an epoch is not skipped"
@@ -192,3 +199,31 @@ class Follower:
 def _overrides(callback: Any, event: str) -> bool:
     is_own = getattr(type(callback), event, None) is not getattr(TrainerCallback, event)
     return is_own or event in vars(callback)
+
+
+def _is_of_script(callback: Any, event: str) -> bool:
+    return _overrides(callback, event) and type(callback).__module__.split(".")[0] != "transformers"
+
+
+def _weights(model: Any) -> dict[str, tuple[bool, int]]:
+    """Return by name whether a weight is trained, and if so a sum of its bits."""
+    named = {} if isinstance(model, Absent) else dict(model.named_parameters())
+    return {
+        name: (weight.requires_grad, _sum(weight.detach()) if weight.requires_grad else 0)
+        for name, weight in named.items()
+    }
+
+
+def _sum(weight: torch.Tensor) -> int:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return int(weight.view(integer).sum(dtype=torch.int64))
+
+
+def _changed(before: dict[str, tuple[bool, int]], model: Any) -> str | None:
+    """Return what a callback has changed in weights; those that it froze are trained again, to be saved."""
+    now = _weights(model)
+    if frozen := [name for name in before if name not in now or now[name][0] != before[name][0]]:
+        for name in now.keys() & set(frozen):
+            model.get_parameter(name).requires_grad_(before[name][0])
+        return f"that freezes or unfreezes {frozen[0]}"
+    return next((f"that changes {name}" for name in before if now[name] != before[name]), None)

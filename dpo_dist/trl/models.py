@@ -20,6 +20,12 @@ from dpo_dist.tools.convert.arguments import refused
 from dpo_dist.trl.unseen import frozen_weights, hooks
 
 
+def uncompiled(model: Any) -> Any:
+    """Return the model inside one of `torch.compile`, which has its weights: a run compiles its own."""
+    parts = dict(model.named_children()) if isinstance(model, torch.nn.Module) else {}
+    return parts.get("_orig_mod", model)
+
+
 def unseen(model: Any, ref_model: Any, *, has_adapter: bool) -> list[ConfigError]:
     """Return errors for what a script has changed in models in memory, which are saved and loaded again."""
     found = hooks(model, "model") + hooks(ref_model, "ref_model")

@@ -53,7 +53,7 @@ from dpo_dist.training.start.resume import has_other_length, read_state
 from dpo_dist.trl.callbacks import NOT_HERE, AbsentError, Follower
 from dpo_dist.trl.data import examples, longest_tokens, sources, with_token_ids
 from dpo_dist.trl.launcher import launcher_keys
-from dpo_dist.trl.models import base_of, saved, tokenization, unseen
+from dpo_dist.trl.models import base_of, saved, tokenization, uncompiled, unseen
 from dpo_dist.trl.processes import Processes
 from dpo_dist.trl.unseen import (
     REMEDIES,
@@ -61,6 +61,7 @@ from dpo_dist.trl.unseen import (
     changed_attributes,
     changed_methods,
     overrides,
+    own_tokenizer,
     patches,
 )
 from dpo_dist.verbs import evaluate, export
@@ -137,6 +138,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         others |= {"data_collator": data_collator, "compute_metrics": compute_metrics}
         raise_all(_collisions(type(self), before))
         raise_all(not_offered(self.config, args, others | {"optimizers": optimizers}))
+        model, ref_model = uncompiled(model), uncompiled(ref_model)
         raise_all(self._overrides(args) + unseen(model, ref_model, has_adapter=peft_config is not None))
         name = Path(model if isinstance(model, str) else model.config.name_or_path).name
         self.args = args or self.config(output_dir=f"{name}-{self.config.__name__[:3]}")
@@ -516,6 +518,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             got = "another chat_template" if self._tokenization[0] == now[0] else "other tokens"
             remedy = "change it before the trainer is made: records are encoded as it was then"
             changed.append(refused("trainer.processing_class", got, remedy))
+        changed += own_tokenizer(self.processing_class, "trainer.processing_class")
         return self._overrides(self.args) + changed
 
     def _find_start(self, wanted: bool | str | None) -> None:
@@ -645,6 +648,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
     def _place_models(self, model: Any, ref_model: Any, peft_config: Any) -> None:
         """Set the keys of the models; those in memory are saved when nothing is left to refuse."""
         own, tokenizer, options = self._own, self.processing_class, self._keys["model_init_kwargs"]
+        raise_all(own_tokenizer(tokenizer, "processing_class"))
         named = {"revision": options.get("revision"), "trust_remote_code": self.args.trust_remote_code}
         self._unsaved = list[tuple[dict[str, Any], str, Any, Any]]()
         own |= self._launched()

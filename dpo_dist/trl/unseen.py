@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.convert.arguments import TrainerArguments, refused
+from dpo_dist.trl.structure import difference, is_library
 
 _LOSS = (
     "write the loss as a function of log-probs, and pass words=['loss=custom', 'loss.function=MODULE:NAME']: "
@@ -39,8 +40,8 @@ _METHODS = {
 }
 REMEDIES = {name: remedy for remedy, names in _METHODS.items() for name in names.split()}
 _ADAPTER_PARTS = (".lora_", ".modules_to_save.", ".trainable_tokens_")
-# What these packages change belongs to how a model is loaded, as the hook of `enable_input_require_grads`.
-_LIBRARIES = ("accelerate", "liger_kernel", "peft", "torch", "transformers", "transformers_modules")
+# From these packages a run loads tokenizers and processors.
+_TOKENIZERS = ("mistral_common", "transformers", "transformers_modules")
 # Attributes that TRL's trainers copy from their arguments, or make, and read at each step.
 _LIVE = (
     *("beta", "loss_type", "loss_types", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting"),
@@ -77,7 +78,7 @@ def patches() -> set[str]:
     found = set[str]()
     for name, stock in _STOCK.items():
         now = inspect.getattr_static(Trainer, name, None)
-        is_own = not inspect.isfunction(now) or _is_library(now)  # else replaced before our import
+        is_own = not inspect.isfunction(now) or is_library(now)  # else replaced before our import
         if not name.startswith("__") and (now is not stock or not is_own):
             found.add(name)
     return found
@@ -85,7 +86,7 @@ def patches() -> set[str]:
 
 def changed_methods(args: TrainerArguments) -> list[ConfigError]:
     """Return an error for each method or property of the arguments that a script overrides."""
-    kinds = [kind for kind in type(args).__mro__ if not _is_library(kind) and kind.__module__ != _OURS]
+    kinds = [kind for kind in type(args).__mro__ if not is_library(kind) and kind.__module__ != _OURS]
     names = {entry.name for entry in fields(args)}
     places = [(kind.__name__, set(vars(kind))) for kind in kinds] + [("args", set(vars(args)))]
     return [
@@ -129,23 +130,38 @@ def hooks(model: Any, name: str) -> list[ConfigError]:
     remedy = "remove it: the model is saved, and loaded again by its class"
     found = list[str]()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(model, str | None) and not _is_library(type(base)) and _is_library(type(base.config)):
+    if not isinstance(model, str | None) and not is_library(type(base)) and is_library(type(base.config)):
         found.append(f"a class of its own, {type(base).__name__}")  # AutoModel loads that of the config
     for part, module in getattr(model, "named_modules", tuple)():
         groups = [module._forward_hooks, module._forward_pre_hooks]
         groups += [module._backward_hooks, module._backward_pre_hooks]
         for weight in module.parameters(recurse=False):
             groups += [weight._backward_hooks, weight._post_accumulate_grad_hooks]
-        if not all(_is_library(hook) for group in groups for hook in (group or {}).values()):
+        if not all(is_library(hook) for group in groups for hook in (group or {}).values()):
             found.append(f"a hook on {part or 'the model'}")
         is_replaced = "forward" in vars(module) and not getattr(model, "use_kernels", False)
-        if is_replaced and not _is_library(module.forward):
+        if is_replaced and not is_library(module.forward):
             found.append(f"another forward of {part or 'the model'}")
+    if found or isinstance(model, str | None):
+        return [refused(name, got, remedy) for got in found]
+    remedy = (
+        "set it in the config from which the model is made, or leave it: only weights and config are saved"
+    )
+    return [refused(name, got, remedy) for got in filter(None, [difference(base)])]
+
+
+def own_tokenizer(tokenizer: Any, name: str) -> list[ConfigError]:
+    """Return an error for each class or method of the script in a tokenizer or a processor."""
+    parts = (tokenizer, *(getattr(tokenizer, part, None) for part in ("tokenizer", "image_processor")))
+    found = list[str]()
+    for part in filter(lambda part: part is not None, parts):
+        kind = type(part)
+        if kind.__module__.split(".")[0] not in _TOKENIZERS:
+            found.append(f"a class of its own, {kind.__name__}")
+        replaced = [key for key, value in vars(part).items() if callable(value) and hasattr(kind, key)]
+        found += [f"another {key} of a {kind.__name__}" for key in replaced]
+    remedy = "change the texts of the records, or set its chat_template: it is saved, and loaded by its class"
     return [refused(name, got, remedy) for got in found]
-
-
-def _is_library(thing: Any) -> bool:
-    return str(getattr(thing, "__module__", "")).split(".")[0] in _LIBRARIES
 
 
 def changed_arguments(args: TrainerArguments, before: dict[str, Any]) -> list[ConfigError]:
