@@ -1,5 +1,6 @@
 """What a script of TRL changes in Python where dpo_dist would not see it: each is an error that names it."""
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Iterable, Mapping
@@ -78,7 +79,10 @@ def patches() -> set[str]:
     found = set[str]()
     for name, stock in _STOCK.items():
         now = inspect.getattr_static(Trainer, name, None)
-        is_own = not inspect.isfunction(now) or is_library(now)  # else replaced before our import
+        # Else it was replaced before our import. A method may be a `contextlib.contextmanager`.
+        is_own = (
+            not inspect.isfunction(now) or is_library(now) or now.__code__.co_filename == contextlib.__file__
+        )
         if not name.startswith("__") and (now is not stock or not is_own):
             found.add(name)
     return found
