@@ -394,7 +394,9 @@ class _Conversation:
         if self.prompt and {alone} != {*prompts}:
             changes.add("prompt_not_prefix")
         # Of the first turn: templates write empty thoughts before later ones (Qwen3).
-        thinks = any(_CLOSE in turns[0].content or message_thought(turns[0]) for turns in responses)
+        thinks = any(_CLOSE in turns[0].content or bool(message_thought(turns[0])) for turns in responses)
+        # DeepSeek V3.2 ends a thought at the start of each turn, and in the generation prompt, too.
+        thinks |= any(text[start:].lstrip().startswith(_CLOSE) for text, start, _ in parts)
         is_other = _opens_thought(alone) or (thinks and _ENDED.search(alone))
         # Turns before the response may depend on it: then only what all sides share is the prompt.
         is_same = len(set(prompts)) == 1 or all(map(alone.startswith, prompts))
