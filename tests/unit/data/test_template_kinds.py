@@ -398,6 +398,18 @@ def test_a_thought_of_several_turns_follows_no_ended_one() -> None:
     assert other == NO + "<|end|>"
 
 
+@pytest.mark.parametrize("generation", ["<think></think>", "</think>"])
+@pytest.mark.parametrize("case", ["agent", "turns"])
+def test_a_thought_is_ended_once_before_several_turns(generation: str, case: str) -> None:
+    """DeepSeek V3.2 ends a thought in its generation prompt, and again at the start of each turn."""
+    turn = PLAIN.replace(ASSISTANT, ASSISTANT + "</think>")
+    tokenizer = tokenizer_with(template_of(turn, ASSISTANT + generation))
+    response, _ = TURNS[case]
+    prompt, *found = texts(encode(pair(response, NO, tools=(TOOL,)), tokenizer), tokenizer)
+    for text, side in zip(found, (response, NO), strict=True):
+        assert prompt + text == whole(tokenizer, side).rstrip()
+
+
 @pytest.mark.parametrize("generation", ["", "\n", "\n\n"])
 def test_a_space_before_a_content_belongs_to_the_response(generation: str) -> None:
     tokenizer = tokenizer_with(template_of(" {{ m.content }}<|end|>", generation))
