@@ -28,7 +28,8 @@ from dpo_dist.config.keys import (
 )
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
-from dpo_dist.config.mistakes import SCHEMA, is_foreign, likely, raise_all, to_assign, unknown_key
+from dpo_dist.config.mistakes import SCHEMA, likely, raise_all, to_assign, unknown_key
+from dpo_dist.config.other_trainers import is_foreign
 from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
 from dpo_dist.config.user_code import check_code_allowed, code_warnings, read_saved

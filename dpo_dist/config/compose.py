@@ -34,14 +34,13 @@ from dpo_dist.config.keys import (
 from dpo_dist.config.mistakes import (
     assignment,
     composition_error,
-    equivalents,
-    foreign_file,
     likely,
     to_assign,
     unknown_key,
     unknown_preset,
     unreadable,
 )
+from dpo_dist.config.other_trainers import equivalents, foreign_file
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.remedies import COMMAND_LINE, InFile, Remedy, Typed

@@ -1,6 +1,6 @@
 """Errors for mistakes in a command or a YAML file, with remedies; all mistakes of a command are one error.
 
-Remedies translate the keys of other trainers (names.yaml) and correct mistyped names.
+Remedies translate the keys of other trainers and correct mistyped names.
 """
 
 import copy
@@ -9,9 +9,9 @@ import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from functools import cache, reduce
+from functools import reduce
 from pathlib import Path
-from typing import Any, cast, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -34,12 +34,12 @@ from dpo_dist.config.keys import (
     strip_indices,
 )
 from dpo_dist.config.losses import NO_OPTION, kinds_using
+from dpo_dist.config.other_trainers import OFF, advice_on, as_sources, equivalents, find_advice
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, DpoDistError
 from dpo_dist.foundation.files import similar_path
 from dpo_dist.foundation.remedies import COMMAND_LINE, Remedy, Typed
-from dpo_dist.foundation.text import first_few
 
 SCHEMA = TypeAdapter(RunConfig)
 _PRESET_PATHS = {
@@ -48,74 +48,6 @@ _PRESET_PATHS = {
     "reference": ("reference.path",),
 }
 """The keys that take a path, by the group of presets for which a user may have written the path."""
-
-
-@cache
-def other_trainers() -> dict[str, Any]:
-    """Return the sections of names.yaml; `advice` has a row for each answer."""
-    content = Path(__file__).with_name("names.yaml").read_text(encoding="utf-8")
-    tables = cast(dict[str, Any], yaml.safe_load(content))
-    rows = tables.pop("both")
-    rows += [{"write": words, "names": names} for words, names in tables.pop("words").items()]
-    for kind, facts in {"advice": {}, "switches": {"is_switch": True}, "unneeded": {"drops": True}}.items():
-        rows += [{"text": text, "names": names} | facts for text, names in tables.pop(kind).items()]
-    return tables | {"advice": rows}
-
-
-@cache
-def _table(section: str) -> dict[str, tuple[Any, ...]]:
-    """Return for each name that other trainers use its meanings in a section of names.yaml."""
-    rows, meanings = other_trainers()[section], dict[str, tuple[Any, ...]]()
-    for meaning, names in rows.items() if isinstance(rows, dict) else ((row, row["names"]) for row in rows):
-        for name in names.split():
-            meanings[name] = (*meanings.get(name, ()), meaning)
-    return meanings
-
-
-def _meanings(name: str, table: str) -> tuple[Any, ...]:
-    plain = name.lower().replace("-", "_")
-    key, equals, value = plain.partition("=")  # whose value may be a file: its last part is no name
-    return _table(table).get(plain) or _table(table).get(key.rpartition(".")[2] + equals + value, ())
-
-
-def equivalents(name: str, table: str) -> tuple[str, ...]:
-    """Return the meanings of another trainer's name, or of its last part, in a table of names.yaml.
-
-    Tables: `keys`; `sources`: keys in an entry of `data.train`; `values`; `methods`: other ways of training;
-    `verbs`.
-    """
-    return _meanings(name, table)
-
-
-_OFF = ("false", "no", "off", "0")
-
-
-def advice_on(name: str, value: str) -> list[Remedy]:
-    """Return what names.yaml advises on another trainer's option `name`, or `name=value`."""
-
-    def filled(text: str) -> str:
-        return text.replace("[{value}]", f"[{value.strip('[]') or '...'}]").replace("{value}", value or "...")
-
-    remedies = []
-    for row in _meanings(name, "advice"):
-        words = shlex.split(row.get("write", ""))
-        if value.lower() in _OFF and "=" not in name and words and "{value}" not in "".join(words):
-            remedies.append(Remedy("not needed: it is off", drops=True))
-            continue
-        is_known = bool(value) or not any("{value}" in word for word in words)
-        text = filled(row.get("text", f"write {row.get('write')}"))
-        remedies.append(Remedy(text, tuple(map(filled, words)) * is_known, drops=row.get("drops", False)))
-    return remedies
-
-
-def is_switch(name: str) -> bool:
-    """Return whether nothing is needed for another trainer's option that is false."""
-    return any(row.get("is_switch") for row in _meanings(name, "advice"))
-
-
-def is_foreign(name: str) -> bool:
-    """Return whether an option is known as another trainer's."""
-    return bool(_meanings(name, "keys") or _meanings(name, "advice"))
 
 
 _SIMILAR = 0.75
@@ -316,20 +248,8 @@ def _meant(typed: str, key: str, value: str) -> Remedy:
     return Remedy(f"did you mean {key}?", (word,) if word else ())
 
 
-_METHODS = {"loss", "loss.kind", "loss.terms[].kind", "stage", "rl", "rlhf_type"}
-"""Keys whose value may name another way of training."""
-
-
 def _instead_of(word: str) -> Remedy:
     return Remedy(f"did you mean {word}?", write=(word,))
-
-
-def find_advice(key: str, value: str) -> list[Remedy]:
-    """Return the advice on a key with this value, or on a key of the same meaning."""
-    names = (key, *equivalents(key, "keys"))
-    methods = equivalents(value, "methods") if {*map(strip_indices, names)} & _METHODS else ()
-    given = [remedy for name in names for remedy in advice_on(f"{name}={value}", value)]
-    return [*map(Remedy, methods), *given]
 
 
 def _with_a_value(key: str, value: str) -> Remedy:
@@ -470,50 +390,6 @@ def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> 
     return ConfigError(message, where=origin(key), got=got, expected=expected, remedy=remedy)
 
 
-def as_sources(value: Any) -> Any:
-    """Return the `datasets` of another trainer as sources: paths, splits and names of fields."""
-    if not isinstance(value, list) or not all(isinstance(entry, dict) and "path" in entry for entry in value):
-        return value
-    sources = []
-    for entry in value:
-        path, kind = entry.get("data_files") or entry["path"], entry.get("type")
-        is_file = re.fullmatch(r"\.[a-z]{2,7}", Path(str(path)).suffix)  # org/name-v1.5 has such a suffix
-        kept = ("name", "data_dir", "revision", "weight", "limit", *([] if is_file else ["split"]))
-        source = {"path": path} | {name: entry[name] for name in kept if entry.get(name)}
-        fields = entry | (kind if isinstance(kind, dict) else {})
-        names = {name.removeprefix("field_"): fields[name] for name in fields if name.startswith("field_")}
-        columns = {name: column for name, column in names.items() if name != column}
-        sources.append(source | ({"columns": columns} if columns else {}))
-    return sources
-
-
-_FOREIGN_KEYS = 5
-"""With fewer foreign keys, advice on each key is better than a conversion."""
-_KEYS_OF_A_TRAINER = 3
-
-
-def trainer_of(keys: Collection[Any]) -> str | None:
-    """Return the trainer whose file has these keys: at least three known ones, and one that it alone has."""
-    trainers, same = other_trainers()["trainers"], {name.rpartition(".")[2] for name in run_keys()}
-    known = [key for key in map(str, keys) if key in same or is_foreign(key)]
-    own = (name for name, signs in trainers.items() if not {*signs.split()}.isdisjoint(known))
-    return next(own, None) if len(known) >= _KEYS_OF_A_TRAINER else None
-
-
-def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
-    """Return the error for another trainer's file; None if the file has only a few foreign keys."""
-    names = [name for name in map(str, content) if is_foreign(name) and name not in run_keys()]
-    if len(names) < _FOREIGN_KEYS or trainer_of(content) is None:
-        return None
-    target = shlex.quote(str(file.with_name(f"{file.stem}_converted.yaml")))
-    return ConfigError(
-        f"this file has {len(names)} keys of another trainer",
-        where=str(file),
-        got=first_few(names),
-        remedy=f"dpo-dist convert {shlex.quote(str(file))} {target} translates the file; then train {target}",
-    )
-
-
 def _as_list(key: str, text: str) -> Remedy:
     """Return the remedy that assigns a text to a key that takes a list."""
     for share in (text, *_readings(text)) if key == "data.eval" else ():
@@ -542,8 +418,8 @@ def _readings(value: Any) -> list[str]:
     """Return what a value may mean: 1e3 a whole number, 20% a share, localhost:8000 a server."""
     if isinstance(value, float) and value.is_integer():
         return [str(int(value))]
-    if (switch := str(value).lower()) in _OFF or switch in ("yes", "on", "1"):
-        return ["false" if switch in _OFF else "true"]
+    if (switch := str(value).lower()) in OFF or switch in ("yes", "on", "1"):
+        return ["false" if switch in OFF else "true"]
     share = re.fullmatch(r"([\d.]+) ?%", str(value))
     return [f"{float(share[1]) / 100:g}"] if share else [f"http://{value}/v1", f"{value}/v1"]
 

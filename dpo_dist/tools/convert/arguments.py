@@ -12,7 +12,7 @@ import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
 from transformers import TrainingArguments
 
-from dpo_dist.config.mistakes import advice_on
+from dpo_dist.config.other_trainers import advice_on
 from dpo_dist.foundation.errors import ConfigError
 
 _ALWAYS = ("gradient_checkpointing", "loss_type", "seed")

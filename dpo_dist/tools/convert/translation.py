@@ -13,7 +13,8 @@ import yaml
 
 from dpo_dist.config.compose import parse_overrides
 from dpo_dist.config.keys import as_written, run_keys, verb_keys
-from dpo_dist.config.mistakes import advice_on, as_tree, equivalents, find_advice, fits, is_switch
+from dpo_dist.config.mistakes import as_tree, fits
+from dpo_dist.config.other_trainers import advice_on, equivalents, find_advice, is_switch
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.tools.convert.reading import ForeignRun
 
@@ -96,7 +97,7 @@ class Translation:
             self.comment(key, written, f"{target} is already {as_written(self.values[target])}")
 
     def translate(self, key: str, value: Any) -> None:
-        """Set our keys for a key of theirs, as names.yaml says, or comment why it is left out."""
+        """Set our keys for a key of theirs, or comment why it is left out."""
         text, name = as_written(value), "optimizer" if key == "optim" else key
         exact, general = find_advice(name, text), advice_on(name, text)
         known = [] if general else [ours for ours in verb_keys("train") if "." in ours]

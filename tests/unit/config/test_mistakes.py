@@ -6,9 +6,9 @@ import shlex
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from dpo_dist.config import mistakes
 from dpo_dist.config.command_line import split_words
 from dpo_dist.config.keys import run_keys
+from dpo_dist.config.other_trainers import other_trainers
 from dpo_dist.foundation.errors import ConfigError
 from tests.unit.config.support import RUN, configured, error_of
 
@@ -200,7 +200,7 @@ def test_what_an_error_proposes_is_accepted(typed: str) -> None:
 
 
 def test_what_the_answers_to_other_trainers_names_propose_is_accepted() -> None:
-    table = mistakes.other_trainers()
+    table = other_trainers()
     refused = []
     advice = {row.get("text", f"write {row.get('write')}"): row["names"] for row in table["advice"]}
     for answer, names in [*advice.items(), *table["methods"].items()]:
@@ -272,7 +272,7 @@ def test_a_key_that_the_verb_does_not_read_is_refused(verb: str, typed: str, tex
 
 
 def test_every_answer_names_keys_that_exist() -> None:
-    table = mistakes.other_trainers()
+    table = other_trainers()
     for name in table["keys"]:
         assert name in run_keys()
     advice = [f"{row.get('write', '')} {row.get('text', '')}" for row in table["advice"]]

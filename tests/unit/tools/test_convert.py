@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from dpo_dist.config.load import complete_config
 from dpo_dist.config.loss_options import DiscopopOptions, SimpoOptions
 from dpo_dist.config.losses import LossKind, LossTermConfig
-from dpo_dist.config.mistakes import SCHEMA, other_trainers
+from dpo_dist.config.mistakes import SCHEMA
+from dpo_dist.config.other_trainers import other_trainers
 from dpo_dist.config.schema import ImagesConfig, RunConfig, TrainedImageParts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.convert import __main__ as convert
