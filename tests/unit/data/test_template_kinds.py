@@ -495,3 +495,12 @@ def test_a_thought_before_a_call_is_written_once(opening: str) -> None:
     assert prompt.endswith(ASSISTANT + opening)
     assert one == "Look.\n</think>\n\n<|calls|>weather Bern<|end|>"
     assert other == "See.\n</think>\n\nNo.<|end|>"
+
+
+def test_a_header_that_only_one_side_has_is_not_trained() -> None:
+    """DeepSeek V3 writes none before a call; the prompts of the sides then differ in more than a thought."""
+    turn = PLAIN.replace(ASSISTANT, "{% if not m.tool_calls %}" + ASSISTANT + "{% endif %}")
+    tokenizer = tokenizer_with(template_of(turn, OPENED))
+    found = encode(pair((CALL, RESULT, ANSWER), NO, tools=(TOOL,)), tokenizer)
+    assert trained_text(tokenizer, found) == "<|calls|>weather Bern<|end|>It rains.<|end|>"
+    assert trained_text(tokenizer, found, 1) == NO + "<|end|>"
