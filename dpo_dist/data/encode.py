@@ -178,7 +178,8 @@ def _untrained_parts(facts: TokenizerFacts, config: DataConfig) -> list[tuple[st
     names, (begin, end) = config.untrained, map(re.escape, THOUGHT_TAGS)
     parts = [("", facts.around_turns)] if "formatting" in names else []
     if "empty_thoughts" in names:
-        parts.append((THOUGHT_TAGS[0], re.compile(rf"\A\s*{begin}\s*{end}\s*")))
+        # GLM 4.7 and DeepSeek V3.2 write only the end before an answer without a thought.
+        parts.append((THOUGHT_TAGS[0], re.compile(rf"\A\s*(?:{begin}\s*)?{end}\s*")))
     markers = [tuple(name.split(MARKER_GAP, 1)) for name in names if name not in UNTRAINED_PARTS]
     for first, last in [*markers, *([THOUGHT_TAGS] if "thoughts" in names else [])]:
         spaces = r"\s*" if (first, last) == THOUGHT_TAGS else ""

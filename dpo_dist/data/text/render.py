@@ -40,6 +40,7 @@ _OPEN, _CLOSE = THOUGHT_TAGS
 _EMPTY_THOUGHT = re.compile(rf"\A{_OPEN}\s*{_CLOSE}\s*")
 _EMPTY_END = re.compile(rf"\s*{_CLOSE}\s*")
 _NO_THOUGHT = re.compile(rf"\s*(?:{_OPEN}\s*)?{_CLOSE}|(?!.*{_CLOSE})", re.DOTALL)
+_TO_THOUGHT = re.compile(rf"\s*(?:{_OPEN}|{_CLOSE}|\Z)")
 _ENDED = re.compile(rf"(?:{_OPEN}\s*)?{_CLOSE}\s*\Z")
 
 
@@ -349,7 +350,7 @@ class _Conversation:
             changes = {"opened_thought_removed"} if any(map(_NO_THOUGHT.match, texts)) else set[str]()
             return prompt + scaffold, [text.removeprefix(scaffold) for text in texts], changes
         spelled = list(map(_with_spelled_thought, messages))
-        closed = prompt.rstrip().removesuffix(_OPEN)
+        closed = _without_opened_thought(prompt)
         if all(_CLOSE in message.content for message in spelled):
             within = [_within_thought(message.content, prompt) for message in spelled]
             changes = set() if within == [turn.content for turn in spelled] else {"opened_thought_joined"}
@@ -404,17 +405,28 @@ class _Conversation:
             prompt = alone  # as for one turn: it may end a thought that the turn does not have (Gemma 4)
         elif len(set(prompts)) > 1:
             changes.add("prompt_not_prefix")
-            common = min(self.facts.common_length(prompt, other) for other in prompts[1:])
-            starts = [self.facts.after_last_special(prompt[:common])] * len(parts)
-            prompt = prompt[: starts[0]]
-        elif self.prompt and _opens_thought(alone):
+            shared = prompt[: min(self.facts.common_length(prompt, other) for other in prompts[1:])]
+            prompt = _without_opened_thought(shared)
+            if shared in prompts and all(_TO_THOUGHT.match(other, len(prompt)) for other in prompts):
+                # Only the thoughts of their headers differ: the model writes them, as after one turn.
+                parts = [
+                    (text, start, [(len(prompt) if first == start else first, end) for first, end in spans])
+                    for text, start, spans in parts
+                ]
+            else:
+                prompt = shared[: self.facts.after_last_special(shared)]
+            starts = [len(prompt)] * len(parts)
+        elif _opens_thought(alone):
             following = [text[start:] for text, start in zip(texts, starts, strict=True)]
-            changes |= {"opened_thought_removed"} if any(map(_NO_THOUGHT.match, following)) else set()
             scaffold = following[0][: len(self._common_scaffold(following))]
             starts, prompt = [start + len(scaffold) for start in starts], prompt + scaffold
+        following = [text[start:] for text, start in zip(texts, starts, strict=True)]
+        is_removed = not _opens_thought(prompt) or any(map(_NO_THOUGHT.match, following))
+        if _opens_thought(alone) and is_removed:
+            changes.add("opened_thought_removed")
         return RenderedRecord(
             prompt,
-            tuple(text[start:] for text, start in zip(texts, starts, strict=True)),
+            tuple(following),
             tuple(
                 tuple((max(first - start, 0), end - start) for first, end in spans)
                 for (_, _, spans), start in zip(parts, starts, strict=True)
@@ -478,6 +490,10 @@ class _Conversation:
 
 def _opens_thought(prompt: str) -> bool:
     return prompt.rstrip().endswith(_OPEN)
+
+
+def _without_opened_thought(prompt: str) -> str:
+    return prompt.rstrip().removesuffix(_OPEN) if _opens_thought(prompt) else prompt
 
 
 def _split_thought(content: str) -> tuple[str, str]:

@@ -398,6 +398,63 @@ def test_a_thought_of_several_turns_follows_no_ended_one() -> None:
     assert other == NO + "<|end|>"
 
 
+# What templates write for a turn without a thought: nothing, an empty one, or one in the last turn only.
+EMPTY = {
+    "axolotl's Qwen3": "",
+    "Nemotron 3": "{% else %}<think></think>",
+    "Qwen3.5": "{% elif loop.last %}<think>\n\n</think>\n\n",
+}
+THINKING, SILENT = Message("assistant", "Rain.", {"reasoning_content": "Look."}), Message("assistant", NO)
+
+
+@pytest.mark.parametrize("empty", EMPTY.values(), ids=EMPTY)
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((THINKING, DOUBT, THINKING), (SILENT,)),
+        ((ANSWER, DOUBT, THINKING), (SILENT,)),
+        ((ANSWER, DOUBT, ANSWER), (SILENT,)),
+        ((ANSWER, DOUBT, THINKING), (THINKING,)),
+        ((ANSWER, DOUBT, THINKING), (SILENT, DOUBT, THINKING)),
+    ],
+)
+def test_an_opened_thought_is_removed_before_several_turns_if_a_first_one_has_none(
+    empty: str, one: tuple[Message, ...], other: tuple[Message, ...]
+) -> None:
+    """Or ended at once; the prompt ends after the header, where the model then opens a thought itself."""
+    written = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n" + empty
+    turn = PLAIN.replace(ASSISTANT, ASSISTANT + written + "{% endif %}")
+    tokenizer = tokenizer_with(template_of(turn, OPENED))
+    for sides in ((one, other), (other, one)):
+        found = encode(pair(*sides), tokenizer)
+        prompt, *following = texts(found, tokenizer)
+        assert prompt.endswith((ASSISTANT, OPENED, ASSISTANT + "<think></think>"))
+        assert "opened_thought_removed" in found.changes
+        for index, (text, side) in enumerate(zip(following, sides, strict=True)):
+            assert prompt + text == whole(tokenizer, side).rstrip()
+            trained = ""
+            for message in (message for message in side if message.role == "assistant"):
+                opening = "" if trained or prompt.endswith(OPENED) else "<think>\n"
+                trained += f"{opening}Look.\n</think>\n\n" if message.fields else ""
+                trained += f"{message.content}<|end|>"
+            assert trained_text(tokenizer, found, index) == trained
+
+
+@pytest.mark.parametrize("generation", ["<think>", "<think></think>", "</think>", ""])
+@pytest.mark.parametrize("response", ["It rains.", TURNS["turns"][0]])
+def test_the_end_of_a_thought_that_the_template_writes_before_each_answer_is_not_trained(
+    generation: str, response: Response
+) -> None:
+    """GLM 4.7 and DeepSeek V3.2 write it alone where a turn has no thought."""
+    tokenizer = tokenizer_with(
+        template_of(PLAIN.replace(ASSISTANT, ASSISTANT + "</think>"), ASSISTANT + generation)
+    )
+    found = encode(pair(response, NO), tokenizer)
+    later = "" if isinstance(response, str) else "Yes.<|end|>"
+    assert trained_text(tokenizer, found) == "It rains.<|end|>" + later
+    assert trained_text(tokenizer, found, 1) == NO + "<|end|>"
+
+
 @pytest.mark.parametrize("generation", ["<think></think>", "</think>"])
 @pytest.mark.parametrize("case", ["agent", "turns"])
 def test_a_thought_is_ended_once_before_several_turns(generation: str, case: str) -> None:
@@ -438,3 +495,12 @@ def test_a_thought_before_a_call_is_written_once(opening: str) -> None:
     assert prompt.endswith(ASSISTANT + opening)
     assert one == "Look.\n</think>\n\n<|calls|>weather Bern<|end|>"
     assert other == "See.\n</think>\n\nNo.<|end|>"
+
+
+def test_a_header_that_only_one_side_has_is_not_trained() -> None:
+    """DeepSeek V3 writes none before a call; the prompts of the sides then differ in more than a thought."""
+    turn = PLAIN.replace(ASSISTANT, "{% if not m.tool_calls %}" + ASSISTANT + "{% endif %}")
+    tokenizer = tokenizer_with(template_of(turn, OPENED))
+    found = encode(pair((CALL, RESULT, ANSWER), NO, tools=(TOOL,)), tokenizer)
+    assert trained_text(tokenizer, found) == "<|calls|>weather Bern<|end|>It rains.<|end|>"
+    assert trained_text(tokenizer, found, 1) == NO + "<|end|>"
