@@ -407,7 +407,7 @@ class _Conversation:
             changes.add("prompt_not_prefix")
             shared = prompt[: min(self.facts.common_length(prompt, other) for other in prompts[1:])]
             prompt = _without_opened_thought(shared)
-            if shared in prompts and all(_TO_THOUGHT.match(other, len(prompt)) for other in prompts):
+            if all(_TO_THOUGHT.match(other, len(prompt)) for other in prompts):
                 # Only the thoughts of their headers differ: the model writes them, as after one turn.
                 parts = [
                     (text, start, [(len(prompt) if first == start else first, end) for first, end in spans])

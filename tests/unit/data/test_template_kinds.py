@@ -504,3 +504,26 @@ def test_a_header_that_only_one_side_has_is_not_trained() -> None:
     found = encode(pair((CALL, RESULT, ANSWER), NO, tools=(TOOL,)), tokenizer)
     assert trained_text(tokenizer, found) == "<|calls|>weather Bern<|end|>It rains.<|end|>"
     assert trained_text(tokenizer, found, 1) == NO + "<|end|>"
+
+
+def test_the_header_after_a_result_of_a_tool_may_be_another_one() -> None:
+    """Each turn's header is what the generation prompt writes after the turns before it."""
+    after_result = "{% if loop.previtem.role == 'tool' %}<|answer|>{% else %}" + ASSISTANT + "{% endif %}"
+    generation = "{% if messages[-1].role == 'tool' %}<|answer|>{% else %}" + ASSISTANT + "{% endif %}"
+    tokenizer = tokenizer_with(template_of(PLAIN.replace(ASSISTANT, after_result), generation))
+    found = encode(pair((CALL, RESULT, ANSWER), NO, tools=(TOOL,)), tokenizer)
+    assert trained_text(tokenizer, found) == "<|calls|>weather Bern<|end|>It rains.<|end|>"
+
+
+def test_the_prompt_of_sides_with_another_question_ends_at_a_control_token() -> None:
+    """The template marks the last question; cut where texts differ, a prompt could end inside of a token."""
+    mark = "{{ '!' if m == (messages | selectattr('role', 'equalto', 'user') | list)[-1] }}"
+    template = template_of(PLAIN).replace(USER, USER.replace("<|end|>", mark + "<|end|>"))
+    found = encode(pair((ANSWER, DOUBT, ANSWER), NO), tokenizer := tokenizer_with(template))
+    prompt, *sides = texts(found, tokenizer)
+    assert prompt.endswith("<|turn|>")
+    assert [side.partition("<|end|>")[0] for side in sides] == [
+        "user\nWhat is the weather?",
+        "user\nWhat is the weather?!",
+    ]
+    assert trained_text(tokenizer, found, 1) == NO + "<|end|>"
