@@ -282,7 +282,7 @@ def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
     names = [
         name for name in plain if name in selected and not any(name.startswith(f"{one}.") for one in selected)
     ]
-    if len(shared := _tied_pair(causal_lm)) == 2 and len(set(names) & set(shared)) == 1:
+    if len(shared := tied_pair(causal_lm)) == 2 and len(set(names) & set(shared)) == 1:
         raise ConfigError(
             "two modules of this model share a weight, and only one of them is named for training in full",
             where=_SAVED_KEY,
@@ -293,7 +293,7 @@ def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
     return names
 
 
-def _tied_pair(causal_lm: Any) -> tuple[str, ...]:
+def tied_pair(causal_lm: Any) -> tuple[str, ...]:
     """Return the names of embeddings and output layer if the base ties them, else an empty tuple."""
     pair = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     wrappers = saved_modules(causal_lm).values()
@@ -365,7 +365,7 @@ def _prepare_copies(causal_lm: Any, start: Path | None) -> None:
             copies[TRAINED].load_state_dict(copies[_START].state_dict())
         for name, module in copies.items():
             module.requires_grad_(name == TRAINED)
-    shared = _tied_pair(causal_lm) if wrappers else ()
+    shared = tied_pair(causal_lm) if wrappers else ()
     pair = [wrappers[name].modules_to_save for name in shared if name in wrappers]
     # Copies that differ in the start's file stay apart. The file is read, as the model's may be
     # sharded.

@@ -1,7 +1,6 @@
 """Calls the callbacks of a script at the moments of a run, with what transformers gives them."""
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.process import this_rank
 from dpo_dist.model.lora import adapted_layers
 from dpo_dist.tools.convert.arguments import refused
-from dpo_dist.trl.unseen import changed_arguments
+from dpo_dist.trl.unseen import bit_sum, changed_arguments
 
 _NEVER = ("on_pre_optimizer_step", "on_optimizer_step", "on_substep_end", "on_prediction_step")
 """Events inside a step or an evaluation, which here are one piece."""
@@ -75,6 +74,7 @@ class Follower:
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.has_begun, self._begins_epoch = trainer, False, True
         self.policy: Any = None  # while it trains
+        self.epochs = 0  # that a run begins
         handler = CallbackHandler([Flow()], None, None, None, None)
         for name, remedy in NOT_HERE.items():
             setattr(handler, name, Absent(name, remedy))
@@ -88,13 +88,18 @@ class Follower:
     def faults(self, callbacks: Iterable[Any] | None = None) -> list[ConfigError]:
         """Return an error for each event of callbacks, by default of all, that does not happen here."""
         remedy = "use on_step_begin, on_step_end or on_evaluate: here a step or an evaluation is one piece"
-        return [
+        every = [*(self.handler.callbacks if callbacks is None else callbacks)]
+        synced = [
+            part for part in every if "SyncRefModelCallback" in [kind.__name__ for kind in type(part).__mro__]
+        ]
+        faults = [refused("callbacks", type(part).__name__, "set sync_ref_model=True") for part in synced]
+        return faults + [
             refused("callbacks", f"{type(callback).__name__}.{name}", remedy)
-            for callback in (self.handler.callbacks if callbacks is None else callbacks)
+            for callback in every
             for name in _NEVER
             if name in vars(callback)
-            # Bars of transformers count the steps of an evaluation, if there are some.
-            or (_overrides(callback, name) and not type(callback).__module__.startswith("transformers."))
+            # Progress bars of the libraries count the steps of an evaluation, if there are some.
+            or (_overrides(callback, name) and not _is_of_library(callback, name))
         ]
 
     def call(self, event: str, **values: Any) -> None:
@@ -164,7 +169,7 @@ class Follower:
         state.global_step, state.epoch = moment.step, moment.epoch
         match moment.when:
             case When.start:
-                state.num_train_epochs = math.ceil(trainer.args.num_train_epochs)
+                state.num_train_epochs = self.epochs
                 trainer.take_rows(up_to=moment.step)
                 self.has_begun = self._begins_epoch = True
                 self.call("on_train_begin")
@@ -205,18 +210,17 @@ def _is_of_script(callback: Any, event: str) -> bool:
     return _overrides(callback, event) and type(callback).__module__.split(".")[0] != "transformers"
 
 
+def _is_of_library(callback: Any, event: str) -> bool:
+    return getattr(type(callback), event).__module__.startswith(("transformers.", "trl."))
+
+
 def _weights(model: Any) -> dict[str, tuple[bool, int]]:
     """Return by name whether a weight is trained, and if so a sum of its bits."""
     named = {} if isinstance(model, Absent) else dict(model.named_parameters())
     return {
-        name: (weight.requires_grad, _sum(weight.detach()) if weight.requires_grad else 0)
+        name: (weight.requires_grad, bit_sum(weight) if weight.requires_grad else 0)
         for name, weight in named.items()
     }
-
-
-def _sum(weight: torch.Tensor) -> int:
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    return int(weight.view(integer).sum(dtype=torch.int64))
 
 
 def _changed(before: dict[str, tuple[bool, int]], model: Any) -> str | None:

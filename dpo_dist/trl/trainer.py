@@ -37,6 +37,7 @@ from dpo_dist.foundation.process import this_rank
 from dpo_dist.foundation.signals import BY_CALLBACK
 from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.files.folder import is_adapter, model_folder
+from dpo_dist.model.lora import find_modules, tied_pair
 from dpo_dist.objective.router import AUX_LOSS
 from dpo_dist.tools.convert.arguments import (
     DPOConfig,
@@ -60,16 +61,25 @@ from dpo_dist.trl.unseen import (
     changed_arguments,
     changed_attributes,
     changed_methods,
+    changed_weights,
     overrides,
     own_tokenizer,
     patches,
+    weight_sums,
 )
 from dpo_dist.verbs import evaluate, export
 
 _BITS = ("load_in_", "bnb_4bit_quant_type")
 _HUB = ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
 _INHERITED = {"init_hf_repo", "is_local_process_zero"}
-_INHERITED |= {"is_world_process_zero", "log_metrics", "metrics_format", "save_metrics", "save_state"}
+_INHERITED |= {
+    "get_num_trainable_parameters",
+    "is_world_process_zero",
+    "log_metrics",
+    "metrics_format",
+    "save_metrics",
+    "save_state",
+}
 """The methods of transformers' `Trainer` that are used as they are; its others are not here."""
 _OF_ARGUMENTS = {name: name for name in ("beta", "loss_type", "loss_weights", "ld_alpha", "label_smoothing")}
 _OF_ARGUMENTS |= {name: name for name in ("f_divergence_type", "f_alpha_divergence_coef", "use_weighting")}
@@ -182,6 +192,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         fixed = ("processing_class", "folder", "run", "_start", "_own", "_keys", "_eval", "_facts")
         self._given_once = {name: vars(self)[name] for name in fixed}
         self._tokenization = _tokenization(self.processing_class)
+        self._sums = {"model": weight_sums(self._given), "ref_model": weight_sums(ref_model)}
         self._follower.call("on_init_end")
 
     def add_callback(self, callback: Any) -> None:
@@ -243,6 +254,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             self._given.load_adapter(str(self._result()), "default", is_trainable=True)
         elif self._given is not None:
             self._given.load_state_dict(self._loaded().state_dict())
+        self._sums["model"] = weight_sums(self._given)
         raw = [row for row in api.read_metrics(self.run.path) if "loss" in row]
         self.state.epoch = raw[-1].get("epoch") if raw else self.state.epoch
         ends = [row["step"] for row in raw]
@@ -307,6 +319,12 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             shutil.copytree(source, folder, dirs_exist_ok=True)
             if hasattr(self.processing_class, "image_processor"):
                 self.processing_class.save_pretrained(folder)
+            if (
+                self._given is not None
+                and not isinstance(self._given, PeftModel)
+                and self._given.can_generate()
+            ):
+                self._given.generation_config.save_pretrained(folder)
             if "data.chat_template" in self._own:
                 write_text(folder / "chat_template.jinja", self.processing_class.chat_template)
         if self.args.push_to_hub and not _internal_call:
@@ -360,6 +378,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         """Return the model that was given, or loaded once."""
         if self._given is None:
             self._given = self._loaded()
+            self._sums["model"] = weight_sums(self._given)
         if not getattr(self._given, "model_tags", None):
             self._given.add_model_tags([*self._tag_names])
         return self._given
@@ -426,6 +445,14 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         """Refuse a method whose model is the one before training while a run trains."""
         if self._follower.policy is not None:
             raise refused(f"trainer.{method}", "a call while it trains", remedy)
+        raise_all(self._changed_weights())
+
+    def _changed_weights(self) -> list[ConfigError]:
+        """Return errors for weights that a script changed since the run, or its start, knows them."""
+        models = {"model": self._given, "ref_model": self._given_reference}
+        return [
+            error for name, sums in self._sums.items() for error in changed_weights(name, models[name], sums)
+        ]
 
     def take_rows(self, up_to: float = math.inf) -> None:
         """Set `state` by the rows of the run in `output_dir`, as TRL's trainer logs them."""
@@ -519,6 +546,8 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             remedy = "change it before the trainer is made: records are encoded as it was then"
             changed.append(refused("trainer.processing_class", got, remedy))
         changed += own_tokenizer(self.processing_class, "trainer.processing_class")
+        if not self._has_trained:  # else the checkpoint has the weights
+            changed += self._changed_weights()
         return self._overrides(self.args) + changed
 
     def _find_start(self, wanted: bool | str | None) -> None:
@@ -578,7 +607,8 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         try:
             yield
         except DpoDistError as error:
-            text = error.advice.text.replace("run.dir", "output_dir")
+            text = error.advice.text.replace("run.dir", "output_dir").replace("model.adapter", "peft_config")
+            error.where = error.where.replace("model.adapter", "peft_config")
             if words := error.advice.write:
                 text += f"; a script passes it as {self.config.__name__}(words={[*words]})"
             error.advice = replace(error.advice, text=text)
@@ -677,6 +707,18 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         self._facts = AutoConfig.from_pretrained(model, **named) if isinstance(model, str) else model.config
         if peft_config is not None:
             self._keys |= adapter_keys(peft_config, self._facts.model_type)
+            kind = auto_class(self._facts, self.args.trust_remote_code)
+            with torch.device("meta"):
+                whole = kind.from_config(copy.deepcopy(self._facts)) if isinstance(model, str) else model
+            wanted, shared = list(peft_config.modules_to_save or ()), tied_pair(whole)
+            named = [one for one in wanted if any(f".{name}".endswith(f".{one}") for name in shared)]
+            if named and (len(named) == 1 or not peft_config.ensure_weight_tying):
+                every = [*dict.fromkeys([*wanted, *(name.rpartition(".")[2] for name in shared)])]
+                remedy = f"write LoraConfig(modules_to_save={every}, ensure_weight_tying=True)"
+                got = f"{', '.join(named)}, which shares its weight"
+                raise refused("peft_config.modules_to_save", got, remedy)
+            with self._own_words():
+                find_modules(whole, wanted)
         experts = getattr(self._facts.get_text_config(), "router_aux_loss_coef", None)
         given = self.args.router_aux_loss_coef
         if given and experts is None:
@@ -768,6 +810,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         if self.args.counts_records and "data.images" not in own:  # without those that cannot be used
             count = examples(own["data.train"], self.processing_class, limits)
             self._keys |= self.args.intervals(count)
+        self._follower.epochs = self.args.epochs(count)
 
     def _translate(self) -> None:
         """Write the file of the run."""

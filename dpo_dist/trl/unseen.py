@@ -43,8 +43,11 @@ REMEDIES = {name: remedy for remedy, names in _METHODS.items() for name in names
 _ADAPTER_PARTS = (".lora_", ".modules_to_save.", ".trainable_tokens_")
 # From these packages a run loads tokenizers and processors.
 _TOKENIZERS = ("mistral_common", "transformers", "transformers_modules")
+# TRL's SFTTrainer puts this forward on a model in memory: without a flag of its own it is that of the class.
+_FUSED_HEAD = "trl.trainer.utils"
 # Attributes that TRL's trainers copy from their arguments, or make, and read at each step.
 _LIVE = (
+    *("compute_metrics", "preprocess_logits_for_metrics"),
     *("beta", "loss_type", "loss_types", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting"),
     *("f_divergence_type", "f_alpha_divergence_coef", "desirable_weight", "undesirable_weight"),
     *("optimizer", "lr_scheduler", "data_collator", "compute_loss_func", "label_smoother"),
@@ -144,7 +147,8 @@ def hooks(model: Any, name: str) -> list[ConfigError]:
         if not all(is_library(hook) for group in groups for hook in (group or {}).values()):
             found.append(f"a hook on {part or 'the model'}")
         is_replaced = "forward" in vars(module) and not getattr(model, "use_kernels", False)
-        if is_replaced and not is_library(module.forward):
+        is_fused = getattr(module.forward, "__globals__", {}).get("__name__") == _FUSED_HEAD
+        if is_replaced and not (is_fused or is_library(module.forward)):
             found.append(f"another forward of {part or 'the model'}")
     if found or isinstance(model, str | None):
         return [refused(name, got, remedy) for got in found]
@@ -152,6 +156,26 @@ def hooks(model: Any, name: str) -> list[ConfigError]:
         "set it in the config from which the model is made, or leave it: only weights and config are saved"
     )
     return [refused(name, got, remedy) for got in filter(None, [difference(base)])]
+
+
+def bit_sum(weight: torch.Tensor) -> int:
+    """Return the sum of a tensor's bits, read as integers."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return int(weight.detach().view(integer).sum(dtype=torch.int64))
+
+
+def weight_sums(model: Any) -> dict[str, int]:
+    """Return the sums of a model's weights by name, without those into which an adapter may be merged."""
+    weights = model.named_parameters() if isinstance(model, torch.nn.Module) else ()
+    return {name: bit_sum(weight) for name, weight in weights if ".base_layer." not in name}
+
+
+def changed_weights(name: str, model: Any, before: Mapping[str, int]) -> list[ConfigError]:
+    """Return an error if a script changed weights of a model whose sums were `before`."""
+    now = weight_sums(model)
+    changed = [key for key in before if now.get(key, before[key]) != before[key]]
+    remedy = "change them before the trainer is made, or make a new trainer with this model"
+    return [refused(f"trainer.{name}", f"other weights: {_shown(changed)}", remedy)] if changed else []
 
 
 def own_tokenizer(tokenizer: Any, name: str) -> list[ConfigError]:

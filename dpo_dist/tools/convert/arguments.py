@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ _NO_KEYS = (
 )
 _NO_ADAPTER_KEYS = (
     *("task_type", "base_model_name_or_path", "inference_mode", "revision", "peft_version"),
+    "ensure_weight_tying",  # as always here: the trainer refuses modules where it would count
     *("r", "lora_dropout"),  # TRL switches dropout off with that of the model
 )
 
@@ -162,6 +164,11 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
                 keys |= {f"{name}_strategy": "steps", f"{name}_steps": every}
         return keys | ({"max_steps": steps} if self._ends_within_epoch else {})
 
+    def epochs(self, records: int) -> int:
+        """Return the number of epochs that a run begins, as transformers counts them."""
+        steps = math.ceil(records / self._pairs)
+        return math.ceil(self.max_steps / steps if self.max_steps > 0 else self.num_train_epochs)
+
     def notes(self, records: int) -> list[str]:
         """Return what is another way here, and may surprise."""
         found, pairs = list[str](), self._pairs
@@ -199,6 +206,11 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         if self.dataloader_drop_last and records % (self.per_device_train_batch_size * self.world_size):
             remedy = "leave it out: here a step goes on over the end of an epoch, and no pair is left out"
             found.append(refused("dataloader_drop_last", "True", remedy))
+        config = _plain(self.accelerator_config)
+        config = config if isinstance(config, Mapping) else vars(config or SimpleNamespace())
+        if config.get("split_batches"):
+            remedy = "leave it out, and set per_device_train_batch_size to the pairs of one process"
+            found.append(refused("accelerator_config", "split_batches", remedy))
         return found
 
 
@@ -234,9 +246,15 @@ _OLDER = {"max_prompt_length": "data.max_prompt_length", "reference_free": "loss
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as a file has it: the text of a mapping, or an enum."""
+    """Return a value as a file has it: the text of a mapping, numbers of numpy, or an enum."""
     if isinstance(value, str) and value.startswith("{"):
         return json.loads(value)
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [*map(_plain, value)]
     return getattr(value, "value", value)
 
 
@@ -311,10 +329,10 @@ def adapter_keys(peft_config: Any, model_type: str) -> dict[str, Any]:
     if peft_config.peft_type != "LORA":
         raise refused("peft_config", str(peft_config.peft_type), "pass a LoraConfig")
     usual = type(peft_config)().to_dict()
-    given = {name: value for name, value in peft_config.to_dict().items() if value != usual[name]}
+    given = {name: _plain(value) for name, value in peft_config.to_dict().items() if value != usual[name]}
     targets = given.pop("target_modules", None) or USUAL_TARGETS.get(model_type)
     targets = targets if isinstance(targets, str) else sorted(targets or ())
     names = {"bias": "lora_bias", "modules_to_save": "lora_modules_to_save"}
     keys = {names.get(name, name): value for name, value in given.items() if name not in _NO_ADAPTER_KEYS}
-    keys |= {"use_peft": True, "lora_r": peft_config.r, "lora_alpha": peft_config.lora_alpha}
+    keys |= {"use_peft": True, "lora_r": _plain(peft_config.r), "lora_alpha": _plain(peft_config.lora_alpha)}
     return keys | {"lora_target_modules": targets}

@@ -33,6 +33,9 @@ from transformers import (
     get_scheduler,
 )
 from transformers.training_args import ParallelMode
+from trl import RichProgressCallback
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import add_fused_lm_head
 
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.rule import value_at
@@ -257,6 +260,12 @@ TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
         | {"train_dataset": [{"prompt": "a", "completion": "b", "label": True}]},
         {"loss.kind": "apo_zero_unpaired", "data.unpair": False},
     ),
+    (
+        {"peft_config": LoraConfig(r=np.int64(4), lora_alpha=np.int64(8), lora_dropout=np.float64(0.1))}
+        | {"loss_type": ["sigmoid", "sft"], "loss_weights": [np.float64(0.5), 1.0]},
+        {"model.adapter.r": 4, "model.adapter.alpha": 8}
+        | {"loss.terms": [{"kind": "sigmoid", "weight": 0.5}, {"kind": "sft", "weight": 1.0}]},
+    ),
     ({"learning_rate": np.float64(5e-6), "beta": np.float32(0.5)}, {"optim.lr": 5e-6, "loss.beta": 0.5}),
     (
         {"weight_decay": 0.2, "adam_beta1": 0.8, "adam_beta2": 0.95, "max_grad_norm": 0.3},
@@ -380,6 +389,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"optimizers": (object(), None)}, "optimizers", "remove it"),
     ({"callbacks": [SeesGradients]}, "callbacks", "on_step_end"),
     ({"callbacks": [AlsoSees()]}, "callbacks", "on_step_end"),
+    ({"callbacks": [SyncRefModelCallback(None, None)]}, "callbacks", "sync_ref_model"),
     ({"peft_config": IA3Config()}, "peft_config", "LoraConfig"),
     ({"peft_config": LoraConfig(bias="all")}, "lora_bias", "no biases"),
     ({"peft_config": LoraConfig(rank_pattern={"q": 2})}, "rank_pattern", "words"),
@@ -394,6 +404,14 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (BEST | {"greater_is_better": False}, "greater_is_better", "set it to True"),
     (BEST | {"metric_for_best_model": "loss", "greater_is_better": True}, "greater_is_better", "to False"),
     ({"dataloader_drop_last": True}, "dataloader_drop_last", "leave it out"),
+    ({"accelerator_config": {"split_batches": True}}, "accelerator_config", "of one process"),
+    # Of a tied pair peft would train one as a copy.
+    (
+        {"peft_config": LoraConfig(modules_to_save=["lm_head"])},
+        "peft_config.modules_to_save",
+        "ensure_weight_tying",
+    ),
+    ({"peft_config": LoraConfig(modules_to_save=["head"])}, "peft_config.modules_to_save", "name modules"),
     ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef", "no mixture of experts"),
     ({"words": ["loss.betaa=1"]}, "command line: loss.betaa=1", "loss.beta"),
     ({"eval_on_start": True, "eval_dataset": PAIRS[:4]}, "eval_on_start", "call evaluate()"),
@@ -437,9 +455,8 @@ def test_what_is_not_offered_is_named_with_the_reason(
     assert not (tmp_path / "models").exists()
     assert raised.value.where == where
     assert remedy in raised.value.remedy
-    assert isinstance(raised.value, ValueError) or where in ("train_dataset", "command line: loss.betaa=1"), (
-        "as in TRL"
-    )
+    of_both = ("train_dataset", "command line: loss.betaa=1", "peft_config.modules_to_save")
+    assert isinstance(raised.value, ValueError) or where in of_both, "as in TRL"
 
 
 @pytest.mark.parametrize("interval", [{"save_strategy": "epoch"}, {"save_steps": 0.5, "num_train_epochs": 2}])
@@ -474,6 +491,15 @@ WITHOUT_EFFECT: list[dict[str, Any]] = [
     {"ref_model_mixup_alpha": 0.5},
     {"f_alpha_divergence_coef": 0.7},
     {"dataloader_drop_last": True, "per_device_train_batch_size": 5},
+    {"accelerator_config": {"dispatch_batches": False}, "ddp_timeout": 180000000, "ddp_backend": "nccl"},
+    {
+        "label_names": [],
+        "include_for_metrics": ["inputs"],
+        "batch_eval_metrics": True,
+        "prediction_loss_only": True,
+    },
+    {"torch_compile": True, "torch_compile_backend": "inductor", "torch_compile_mode": "default"},
+    {"model_init_kwargs": {"use_safetensors": True, "local_files_only": True, "max_memory": {0: "1GB"}}},
     BEST | {"greater_is_better": True},
 ]
 
@@ -769,6 +795,15 @@ def test_attributes_are_those_of_trl_or_say_what_to_use(folder: Path, tmp_path: 
     assert torch.equal(processes.gather(torch.ones(2)), torch.ones(2))
     with pytest.raises(ConfigError, match=r"accelerator\.backward"):
         _ = processes.backward
+    assert trainer.get_num_trainable_parameters() == trainer.model.num_parameters()
+
+    class Bar(ProgressCallback):  # type: ignore[misc]
+        def on_log(self, *_: Any, **__: Any) -> None:
+            """Of the script; the bars of an evaluation are the library's."""
+
+    for bar in (Bar(), RichProgressCallback()):
+        trainer.add_callback(bar)
+        trainer.remove_callback(type(bar))
     for left in (ProgressCallback(), PrinterCallback()):
         trainer.add_callback(left)
     trainer.remove_callback(PrinterCallback)
@@ -828,11 +863,15 @@ def test_attributes_that_change_after_the_trainer_is_made_are_refused(folder: Pa
     for name in ("train_dataset", "eval_dataset", "ref_model", "model"):
         with pytest.raises(ConfigError, match=rf"trainer\.{name}"):
             setattr(trainer, name, PAIRS[:2])
-    trainer.loss_types, trainer.optimizer = ["ipo"], object()
+    trainer.loss_types, trainer.optimizer, trainer.compute_metrics = ["ipo"], object(), _loss
     trainer.beta = args.beta  # which changes nothing
     with pytest.raises(ConfigError) as raised:
         trainer.train()
-    assert {part.where for part in raised.value.parts} == {"trainer.loss_types", "trainer.optimizer"}
+    assert {part.where for part in raised.value.parts} == {
+        "trainer.loss_types",
+        "trainer.optimizer",
+        "trainer.compute_metrics",
+    }
 
 
 def test_a_model_or_a_tokenizer_that_changes_after_the_trainer_is_made_is_refused(
@@ -941,6 +980,7 @@ def test_what_a_script_changes_in_the_code_of_a_model_is_refused(folder: Path) -
         model.model.norm.forward = MethodType(lambda _, hidden: hidden, model.model.norm)
 
     assert changed(add_hook_to_module_of) == []
+    assert changed(add_fused_lm_head) == [], "as SFTTrainer leaves a model"
     assert changed(replace) == ["another forward of model.norm"]
     assert changed(lambda model: None, Mine) == ["a class of its own, Mine"]
     for register in ("register_hook", "register_post_accumulate_grad_hook"):
@@ -1068,6 +1108,39 @@ def test_before_training_a_trainer_has_what_it_was_given(folder: Path, tmp_path:
     assert saved.chat_template == tokenizer.chat_template
     named = DPOTrainer(str(folder), args=args, **given)
     assert named.processing_class.get_vocab() == tokenizer.get_vocab()
+
+
+def test_modules_of_one_weight_are_saved_as_one_if_peft_ties_them(folder: Path, tmp_path: Path) -> None:
+    for wanted in (["lm_head"], ["embed_tokens", "lm_head"]):
+        with pytest.raises(ConfigError) as raised:
+            translated(folder, tmp_path, peft_config=LoraConfig(modules_to_save=wanted))
+        line = raised.value.remedy.removeprefix("write ")
+        found = translated(folder, tmp_path, peft_config=eval(line, {"LoraConfig": LoraConfig}))
+        assert {*found["model.adapter.modules_to_save"]} == {"embed_tokens", "lm_head"}
+
+
+@pytest.mark.parametrize("changed", ["model", "ref_model", "named"])
+def test_weights_that_change_after_the_trainer_is_made_are_refused(
+    changed: str, folder: Path, tmp_path: Path
+) -> None:
+    args = DPOConfig(output_dir=str(tmp_path))
+    model, reference = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    given: dict[str, Any] = {"args": args, "train_dataset": PAIRS, "eval_dataset": PAIRS[:4]}
+    trainer = DPOTrainer(*((str(folder),) if changed == "named" else (model, reference)), **given)
+    weights = reference if changed == "ref_model" else trainer.model
+    with torch.no_grad():
+        weights.model.norm.weight[0] = 3
+    for call in (trainer.train, trainer.evaluate, trainer.save_model):
+        with pytest.raises(ConfigError, match=r"model\.norm\.weight"):
+            call()
+
+
+def test_a_saved_model_generates_as_the_script_says(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    trainer = DPOTrainer(model, args=DPOConfig(output_dir=str(tmp_path)), train_dataset=PAIRS)
+    trainer.model.generation_config.max_new_tokens = 7
+    trainer.save_model(str(tmp_path / "saved"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").generation_config.max_new_tokens == 7
 
 
 def test_a_callback_that_is_added_later_counts(folder: Path, tmp_path: Path) -> None:
