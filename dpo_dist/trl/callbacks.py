@@ -211,7 +211,7 @@ def _is_of_script(callback: Any, event: str) -> bool:
 
 
 def _is_of_library(callback: Any, event: str) -> bool:
-    return getattr(type(callback), event).__module__.startswith(("transformers.", "trl."))
+    return str(getattr(type(callback), event).__module__).startswith(("transformers.", "trl."))
 
 
 def _weights(model: Any) -> dict[str, tuple[bool, int]]:

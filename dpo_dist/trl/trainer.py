@@ -711,11 +711,11 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             with torch.device("meta"):
                 whole = kind.from_config(copy.deepcopy(self._facts)) if isinstance(model, str) else model
             wanted, shared = list(peft_config.modules_to_save or ()), tied_pair(whole)
-            named = [one for one in wanted if any(f".{name}".endswith(f".{one}") for name in shared)]
-            if named and (len(named) == 1 or not peft_config.ensure_weight_tying):
+            tied = [one for one in wanted if any(f".{name}".endswith(f".{one}") for name in shared)]
+            if tied and (len(tied) == 1 or not peft_config.ensure_weight_tying):
                 every = [*dict.fromkeys([*wanted, *(name.rpartition(".")[2] for name in shared)])]
                 remedy = f"write LoraConfig(modules_to_save={every}, ensure_weight_tying=True)"
-                got = f"{', '.join(named)}, which shares its weight"
+                got = f"{', '.join(tied)}, which shares its weight"
                 raise refused("peft_config.modules_to_save", got, remedy)
             with self._own_words():
                 find_modules(whole, wanted)

@@ -167,7 +167,8 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
     def epochs(self, records: int) -> int:
         """Return the number of epochs that a run begins, as transformers counts them."""
         steps = math.ceil(records / self._pairs)
-        return math.ceil(self.max_steps / steps if self.max_steps > 0 else self.num_train_epochs)
+        epochs: float = self.max_steps / steps if self.max_steps > 0 else self.num_train_epochs
+        return math.ceil(epochs)
 
     def notes(self, records: int) -> list[str]:
         """Return what is another way here, and may surprise."""
