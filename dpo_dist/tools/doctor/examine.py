@@ -48,10 +48,10 @@ from dpo_dist.tools.doctor.measures.observe import Observer
 from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts
 from dpo_dist.tools.doctor.measures.sources import ExaminedSource
 from dpo_dist.tools.doctor.measures.texts import Benchmark
+from dpo_dist.tools.doctor.prefix_trees import saved_by_tree
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.doctor.shown_pairs import ShownPair, show_pairs
-from dpo_dist.tools.shared.beginnings import saved_by_tree
-from dpo_dist.tools.shared.findings import Finding, Level, most_serious_first
+from dpo_dist.tools.findings import Finding, Level, most_serious_first
 
 _Result = TypeVar("_Result")
 ProgressOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]

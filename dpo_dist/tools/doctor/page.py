@@ -15,10 +15,10 @@ from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, number, percent, pluralize, without_secrets
 from dpo_dist.tools.doctor.examine import TREE_EXAMPLES, Diagnosis
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
-from dpo_dist.tools.shared.findings import Finding, Level
-from dpo_dist.tools.shared.pages.charts import histogram
-from dpo_dist.tools.shared.pages.render import page
-from dpo_dist.tools.shared.tables import aligned
+from dpo_dist.tools.findings import Finding, Level
+from dpo_dist.tools.pages.charts import histogram
+from dpo_dist.tools.pages.render import page
+from dpo_dist.tools.tables import aligned
 
 FORMAT = 1
 """Version of the schema of doctor.json, in docs/doctor.md."""

@@ -113,7 +113,7 @@ def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataCon
     from dpo_dist.model.files.load import TORCH_DTYPES, load_tokenizer  # noqa: PLC0415
     from dpo_dist.model.files.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
     from dpo_dist.model.files.stops import trained_stops, write_stops  # noqa: PLC0415
-    from dpo_dist.tools.shared.sampling.respond import find_model  # noqa: PLC0415
+    from dpo_dist.tools.sampling.respond import find_model  # noqa: PLC0415
 
     source = find_model(str(adapter), model, store, "model.adapter")
     dtype, code = TORCH_DTYPES[model.dtype], model.trust_remote_code

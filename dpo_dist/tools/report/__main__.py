@@ -9,9 +9,9 @@ from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.files import remove_abandoned
 from dpo_dist.foundation.streams import print_line
+from dpo_dist.tools.pages.charts import draw_curves
 from dpo_dist.tools.report.run import PageFacts, write_page
 from dpo_dist.tools.report.runs import compare_runs
-from dpo_dist.tools.shared.pages.charts import draw_curves
 from dpo_dist.training.reporting.metrics_log import read_latest_rows, write_tables
 
 

@@ -16,8 +16,8 @@ from dpo_dist.foundation.text import percent
 from dpo_dist.tools.doctor.measures.observe import RecordFacts
 from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts, NearCopyFinder, TextKeys
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, MAX_EXAMPLES
-from dpo_dist.tools.shared.findings import Finding, Level
-from dpo_dist.tools.shared.intervals import wilson_interval
+from dpo_dist.tools.findings import Finding, Level
+from dpo_dist.tools.intervals import wilson_interval
 
 Indexes = npt.NDArray[np.int32]
 Partners = Indexes

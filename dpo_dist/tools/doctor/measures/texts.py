@@ -21,9 +21,8 @@ from datasketch import MinHash
 from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, turns_of
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.tools.doctor.measures.tool_calls import taught_turns
-from dpo_dist.tools.shared.images import with_marks
-from dpo_dist.tools.shared.records import labelled_side
-from dpo_dist.tools.shared.text_facts import WORD, is_refusal, longest_repeat
+from dpo_dist.tools.pages.thumbnails import with_marks
+from dpo_dist.tools.text_facts import WORD, is_refusal, longest_repeat
 
 SIGNATURE_NUMBERS = 64
 EMPTY_SKETCH = MinHash(SIGNATURE_NUMBERS, seed=1, hashfunc=zlib.crc32)
@@ -196,8 +195,8 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
         "looping_response": any(map(is_loop, taught)),
         "thought_not_closed": any(map(has_open_thought, taught)),
         "completion": len(responses) == 1 and record.scores is None,
-        "labelled_good": labelled_side(record) == "chosen",
-        "labelled_bad": labelled_side(record) == "rejected",
+        "labelled_good": record.labelled_side == "chosen",
+        "labelled_bad": record.labelled_side == "rejected",
         "pair_or_ranking": len(responses) > 1,
         "ranking": len(responses) > 2,
         "several_turns": len(roles) > 1,
@@ -209,7 +208,7 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
         "response_repeats_prompt": asked != "" and asked in map(str.strip, responses),
         "response_starts_with_prompt": any(each != whole for each in starting),
         **(_pair_properties(record, responses[0], responses[-1]) if len(responses) > 1 else {}),
-        **_side_properties({side: responses[0]} if (side := labelled_side(record)) else {}),
+        **_side_properties({side: responses[0]} if (side := record.labelled_side) else {}),
     }
     return (name for name, applies in properties.items() if applies)
 

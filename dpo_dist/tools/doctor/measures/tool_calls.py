@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dpo_dist.data.read.values import from_json
 from dpo_dist.data.records import Message, PreferenceRecord, Response, turns_of
 from dpo_dist.foundation.types import Fields
-from dpo_dist.tools.shared.records import labelled_side
 
 # A call that is a part of the text, as the templates of Hermes and Qwen write it.
 _WRITTEN = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
@@ -50,4 +49,4 @@ def call_faults(record: PreferenceRecord) -> Iterator[str]:
 
 def taught_turns(record: PreferenceRecord) -> tuple[Message, ...]:
     """Return the turns of the response that becomes likelier; none of a bad labelled response."""
-    return () if labelled_side(record) == "rejected" else turns_of(record.responses[0])
+    return () if record.labelled_side == "rejected" else turns_of(record.responses[0])

@@ -7,6 +7,7 @@ from statistics import fmean
 from dpo_dist.config.losses import balancing_weight
 from dpo_dist.data.counts import are_mostly_plain, plain_text_count
 from dpo_dist.foundation.text import percent, pluralize
+from dpo_dist.tools.findings import Level
 from dpo_dist.tools.report.verdict.facts import (
     FEWEST_PAIRS,
     FEWEST_STEPS,
@@ -19,7 +20,6 @@ from dpo_dist.tools.report.verdict.facts import (
     pooled,
     values,
 )
-from dpo_dist.tools.shared.findings import Level
 
 _LEAKS = ("label_leak", "length_bias", "style_bias")
 """The doctor's rules about features that reveal the chosen response."""

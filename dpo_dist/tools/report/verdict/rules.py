@@ -9,6 +9,7 @@ import yaml
 
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import pluralize
+from dpo_dist.tools.findings import Finding, FindingRule, Level
 from dpo_dist.tools.report.verdict.data import DATA_RULES
 from dpo_dist.tools.report.verdict.facts import (
     FEWEST_STEPS,
@@ -20,7 +21,6 @@ from dpo_dist.tools.report.verdict.facts import (
 )
 from dpo_dist.tools.report.verdict.optimisation import OPTIMISATION_RULES, lost_weights
 from dpo_dist.tools.report.verdict.responses import RESPONSES_RULES
-from dpo_dist.tools.shared.findings import Finding, FindingRule, Level
 from dpo_dist.training.reporting.metrics_log import MetricsRow
 
 MOST_FINDINGS = 5

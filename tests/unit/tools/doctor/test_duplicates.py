@@ -15,7 +15,7 @@ from dpo_dist.tools.doctor.measures.duplicates import Comparison, contradictions
 from dpo_dist.tools.doctor.measures.observe import RecordFacts
 from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts, NearCopyFinder
 from dpo_dist.tools.doctor.measures.texts import Signature
-from dpo_dist.tools.shared.findings import Finding
+from dpo_dist.tools.findings import Finding
 
 Record = tuple[int, Signature]
 """The key of a record, and the signatures of its prompt and its responses."""

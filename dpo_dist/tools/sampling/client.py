@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from dpo_dist.foundation.errors import ConfigError, first_fault
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import duration, first_few, size, without_secrets
-from dpo_dist.tools.shared.sampling.replies import Models
+from dpo_dist.tools.sampling.replies import Models
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 RETRIES = 6

@@ -3,36 +3,18 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import islice
 
-from dpo_dist.config.schema import DataConfig, RunConfig, SourceConfig
+from dpo_dist.config.schema import DataConfig, RunConfig
 from dpo_dist.data.counts import counts_in_one_line
-from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.files.folder import description_folder
 from dpo_dist.model.files.load import check_contents_at_hand
-from dpo_dist.tools.shared.records import Read, good_records
-from dpo_dist.tools.shared.sampling.prompts import as_user_message
-from dpo_dist.tools.shared.sampling.respond import Responder, find_files, open_responder, usable_prompt
-from dpo_dist.tools.shared.sampling.served import open_server
-from dpo_dist.tools.shared.sampling.settings import Sampling
-
-_FIRST_RECORDS = 1024
-
-
-def first_records(
-    sources: Sequence[SourceConfig], read: Read, data: DataConfig, say: Callable[[str], None]
-) -> list[PreferenceRecord]:
-    """Return the usable ones of each source's first records; print the counts with `say`."""
-    usable: list[PreferenceRecord] = []
-    for source in sources:
-        records = read(pin_source(source))
-        first = list(islice(records, _FIRST_RECORDS))
-        is_more = next(records, None) is not None
-        usable += good_records(iter(first), source, data, say, of_first=is_more)
-    return usable
+from dpo_dist.tools.sampling.records import as_user_message
+from dpo_dist.tools.sampling.respond import Responder, find_files, open_responder, usable_prompt
+from dpo_dist.tools.sampling.served import open_server
+from dpo_dist.tools.sampling.settings import Sampling
 
 
 def check_model(

@@ -25,7 +25,7 @@ from dpo_dist.batching.pack import joined_inputs
 from dpo_dist.distributed.processes.world import Stops
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.model.images import ImageReader
-from dpo_dist.tools.shared.sampling.settings import Sampling
+from dpo_dist.tools.sampling.settings import Sampling
 
 
 @dataclass(frozen=True, eq=False)
