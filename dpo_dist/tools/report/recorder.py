@@ -17,7 +17,7 @@ from dpo_dist.tools.pages.charts import draw_curves
 from dpo_dist.tools.report.card import data_findings, run_card
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.tools.report.samples import prepare_samples
-from dpo_dist.tools.report.verdict.rules import RUN_RULES, sample_alarm, verdict
+from dpo_dist.tools.report.verdict import RUN_RULES, sample_alarm, verdict
 from dpo_dist.tools.tables import closing_table
 from dpo_dist.training.reporting.metrics_log import MetricsLog, MetricsRow, log_position
 from dpo_dist.training.reporting.protocols import OnMoment, Reporting

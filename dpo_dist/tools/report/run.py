@@ -26,8 +26,8 @@ from dpo_dist.tools.findings import Level
 from dpo_dist.tools.pages.charts import charts
 from dpo_dist.tools.pages.render import flat, number_above_interval, page, part
 from dpo_dist.tools.pages.samples import samples_section, worst_pairs
-from dpo_dist.tools.report.verdict.facts import MARGIN, RunFacts, last
-from dpo_dist.tools.report.verdict.rules import RUN_RULES
+from dpo_dist.tools.report.facts import MARGIN, RunFacts, last
+from dpo_dist.tools.report.verdict import RUN_RULES
 from dpo_dist.tools.tables import describe_reference
 from dpo_dist.training.clock import WORKS, Work
 from dpo_dist.training.reporting.metrics_log import (

@@ -33,8 +33,8 @@ from dpo_dist.foundation.streams import printable
 from dpo_dist.tools.pages import render
 from dpo_dist.tools.pages.charts import Curves, charts_of_runs, color_classes
 from dpo_dist.tools.pages.samples import samples_side_by_side
+from dpo_dist.tools.report.facts import MARGIN
 from dpo_dist.tools.report.run import PageFacts, verdict_for_page
-from dpo_dist.tools.report.verdict.facts import MARGIN
 from dpo_dist.tools.tables import EVALUATION_METRICS, aligned
 from dpo_dist.training.reporting.metrics_log import MetricsRow, finite
 
