@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def train_rows(
     run, program = RunFolder(folder / "run"), ["-m", "dpo_dist.train"]
     if name.endswith(WITHOUT_OVERLAP):
         program = ["-m", "dpo_dist.tools.selftest", "--without-overlap"]
-    error = run_python(name, [*program, *usual_words(folder, run), *words], gpus, code)
+    error = run_python(name, [*program, *_usual_words(folder, run), *words], gpus, code)
     rows: RunRows = [] if error else read_latest_rows(run)
     rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in COMPARED_METRICS)]
     shutil.rmtree(run.metrics if code and not error else run.path, ignore_errors=True)
@@ -88,20 +88,15 @@ def train_without_overlap(words: Sequence[str]) -> int:
     from dpo_dist.distributed import deepspeed_config  # noqa: PLC0415  (slow)
 
     deepspeed_config.OVERLAPS = False
-    return train_here(words)
-
-
-def train_here(words: Sequence[str], on_row: Callable[[dict[str, float]], None] | None = None) -> int:
-    """Train in this process; return the exit code."""
     config, stop = load_run_config(words, verb="train"), StopRequest()
     with stop.listening(), checked_start(config, trains=True) as console:
         from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415  (slow)
         from dpo_dist.training.run import train  # noqa: PLC0415  (slow)
 
-        return train(config, console, stop, reporting(on_row))
+        return train(config, console, stop, reporting())
 
 
-def usual_words(folder: Path, run: RunFolder) -> list[str]:
+def _usual_words(folder: Path, run: RunFolder) -> list[str]:
     """Return the overrides that all training runs share."""
     words = [f"run.dir={quoted(run.path)}", f"data.train=[{quoted(folder / 'pairs.jsonl')}]"]
     words += [f"data.cache={quoted(folder / 'encoded')}", f"reference.store={quoted(folder / 'store')}"]
