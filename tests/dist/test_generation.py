@@ -23,9 +23,9 @@ from dpo_dist.tools.sampling.generate import (
     NotFiniteError,
     Request,
     Sample,
+    Sampling,
     generate_together,
 )
-from dpo_dist.tools.sampling.settings import Sampling
 from dpo_dist.training.steps.step import Objective, evaluate
 from tests.dist.scenario import Assets, load_policy, one_step
 from tests.support.packing import COSTS

@@ -41,8 +41,7 @@ from dpo_dist.model.files.folder import description_folder, model_folder
 from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.tools.pages.thumbnails import jpeg_uri
-from dpo_dist.tools.sampling.client import Client, RefusedError
-from dpo_dist.tools.sampling.replies import ChatReply
+from dpo_dist.tools.sampling.client import ChatReply, Client, RefusedError
 
 log = logging.getLogger(__name__)
 

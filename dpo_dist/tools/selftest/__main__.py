@@ -35,7 +35,6 @@ from dpo_dist.foundation.streams import (
     print_line,
     reserve_output,
 )
-from dpo_dist.tools.selftest.checks import Check, failed_check, shared_facts
 from dpo_dist.tools.selftest.devices import (
     check_attention,
     check_collective_calls,
@@ -43,7 +42,7 @@ from dpo_dist.tools.selftest.devices import (
     exchange,
     list_versions,
 )
-from dpo_dist.tools.selftest.runs import train_without_overlap
+from dpo_dist.tools.selftest.runs import Check, failed_check, shared_facts, train_without_overlap
 from dpo_dist.tools.selftest.training import SHAPES, compare_ways, measure_speeds
 
 

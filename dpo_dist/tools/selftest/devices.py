@@ -12,9 +12,11 @@ from typing import Any
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.text import size
-from dpo_dist.tools.selftest.checks import Check, check_without_faults, failed_check
 from dpo_dist.tools.selftest.runs import (
     HANGS_SECONDS,
+    Check,
+    check_without_faults,
+    failed_check,
     run_python,
 )
 

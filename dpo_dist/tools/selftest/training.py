@@ -12,12 +12,13 @@ import yaml
 from dpo_dist.config.load import load_run_config
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.foundation.text import size
-from dpo_dist.tools.selftest.checks import Check, failed_check
 from dpo_dist.tools.selftest.runs import (
     COMPARED_METRICS,
     STEPS,
     WITHOUT_OVERLAP,
+    Check,
     RunRows,
+    failed_check,
     quoted,
     train_rows,
     write_model,

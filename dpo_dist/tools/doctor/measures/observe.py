@@ -30,13 +30,14 @@ from dpo_dist.tools.doctor.measures.texts import (
     Benchmark,
     Signature,
     Texts,
+    call_faults,
+    calls_in,
     differences,
     measure_features,
     plain_texts,
     signature,
     text_names,
 )
-from dpo_dist.tools.doctor.measures.tool_calls import call_faults, calls_in
 from dpo_dist.tools.doctor.rules import RULE_BY_KIND
 
 SIDES = ("prompt", "chosen", "rejected")
