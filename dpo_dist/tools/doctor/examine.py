@@ -104,7 +104,11 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
                 in_order = saved_by_tree(datasets[0], TREE_EXAMPLES, in_order=True)
                 source["prefix"] |= {"tree_share": tree_share, "tree_share_in_order": in_order}
         if _REFUSING_RULES.isdisjoint(finding.rule for finding in findings):
-            findings = [*map(_refusal_finding, prepared.refusals), *findings]
+            for error in prepared.refusals:
+                text = f"training would stop: {error.message}" + (f" ({error.got})" if error.got else "")
+                where = tuple(error.where.split("; "))
+                refused = Finding("training_refuses", Level.error, text, examples=where, remedy=error.remedy)
+                findings.append(refused)
         diagnosis = replace(diagnosis, model=prepared.files, store=store)
     diagnosis = replace(diagnosis, findings=most_serious_first(findings))
     if config.doctor.texts:
@@ -180,12 +184,6 @@ def _label_balance(
             remedy = f"set {balancing_weight(good, bad, *present)}"
         for finding in DOCTOR_RULES["label_balance"].count(*numbers, None, detail=most):
             yield replace(finding, remedy=remedy)
-
-
-def _refusal_finding(error: DpoDistError) -> Finding:
-    text = f"training would stop: {error.message}" + (f" ({error.got})" if error.got else "")
-    examples = tuple(error.where.split("; "))
-    return Finding("training_refuses", Level.error, text, examples=examples, remedy=error.remedy)
 
 
 def _with_labels(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:

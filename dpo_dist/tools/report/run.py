@@ -67,7 +67,10 @@ class PageFacts:
     """
 
     def __init__(self, folder: RunFolder, rows: Sequence[MetricsRow] | None = None):
-        self.config, self.doctor = _config(folder.config), _fields(folder.doctor_report, DoctorReport)
+        # Also a configuration of another version.
+        config = read_saved(folder.config, SavedConfig) if folder.config.exists() else {}
+        self.config: Fields = without_secrets(config)
+        self.doctor = _fields(folder.doctor_report, DoctorReport)
         self.environment = _fields(folder.environment, Environment)
         self.state, summary = _fields(folder.state, RunRecord), _fields(folder.summary, Summary)
         rows = read_latest_rows(folder) if rows is None else rows
@@ -98,12 +101,6 @@ class PageFacts:
 def _fields(path: Path, form: Any) -> Fields:
     """Return a file's fields without secrets, because pages are shared; empty if there is no file."""
     fields: Fields = without_secrets(files.read_fields(path, form)) if path.exists() else {}
-    return fields
-
-
-def _config(file: Path) -> Fields:
-    """Return the values of config.yaml as `_fields`; also those of another version."""
-    fields: Fields = without_secrets(read_saved(file, SavedConfig)) if file.exists() else {}
     return fields
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -208,7 +208,11 @@ class _Results:
             means = [fmean(values) if values else None for values in known]
             best, form = self._best(key, means), find_metric(key).form
             columns[find_metric(key).title] = [
-                "-" if mean is None else form(mean) + "*" * (mean == best) + _spread(values, form)
+                "-"
+                if mean is None
+                else form(mean)
+                + "*" * (mean == best)
+                + (f" \u00b1 {form(stdev(values))}" if len(values) > 1 else "")
                 for values, mean in zip(known, means, strict=True)
             ]
         return _table(columns)
@@ -219,10 +223,6 @@ class _Results:
         if direction is None or len(set(known)) < 2 or key.startswith(self.not_comparable):
             return None
         return (min if direction is Direction.lowest else max)(known)
-
-
-def _spread(values: Sequence[float], form: Callable[[float], str]) -> str:
-    return f" \u00b1 {form(stdev(values))}" if len(values) > 1 else ""
 
 
 def differing_settings(configs: Sequence[Mapping[str, object]]) -> dict[str, list[str]]:

@@ -266,7 +266,12 @@ class Client:
         Replies, which JSON can hold, are read again from the file that a killed command left. If every
         request is refused, `probe` tells whether the server is at fault, or these few texts.
         """
-        kept = {} if self._file is None else _kept(self._file)
+        kept = dict[str, Any]()
+        if self._file is not None and self._file.is_file():
+            for line in filter(None, self._file.read_text(encoding="utf-8").splitlines()):
+                with contextlib.suppress(json.JSONDecodeError):  # a killed command may have left half a line
+                    key, reply = json.loads(line)
+                    kept[key] = reply
         replies: dict[str, R | None] = {key: kept[key] for key in keys if key in kept}
         self._asked, self._answered = self._asked + len(keys), self._answered + len(replies)
         self._show(self._answered, self._asked)
@@ -283,7 +288,7 @@ class Client:
             for key, reply in pool.imap_unordered(reply_to, missing):
                 replies[key] = reply
                 if self._file is not None and reply is not None:
-                    with self._file.open("a") as file:  # a killed command may have left half a line
+                    with self._file.open("a") as file:
                         file.write("\n" + json.dumps([key, reply]))
                 self._answered += 1
                 self._show(self._answered, self._asked)
@@ -309,14 +314,3 @@ class Client:
             remedy=f"start it, or check its address{usual}, {section}.model and the key in {KEY_VARIABLE}; "
             "the same command continues after the finished requests",
         )
-
-
-def _kept(file: Path) -> dict[str, Any]:
-    """Return the replies in a file by their keys, without a line that was cut."""
-    replies = {}
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    for line in filter(None, lines):
-        with contextlib.suppress(json.JSONDecodeError):
-            key, reply = json.loads(line)
-            replies[key] = reply
-    return replies

@@ -12,18 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.foundation.text import percent
 from dpo_dist.tools.doctor.measures.observe import RecordFacts
 from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts, NearCopies, TextKeys
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, MAX_EXAMPLES
 from dpo_dist.tools.findings import Finding, Level
-from dpo_dist.tools.intervals import wilson_interval
 
 Indexes = npt.NDArray[np.int32]
 Partners = Indexes
 """The index of a matching record for each record, int32 [records]; -1: there is none."""
-
-_STANDARD_ERRORS = 3.0
 
 
 def equal_records(keys: TextKeys) -> Partners:
@@ -62,17 +58,10 @@ class _Sample(NamedTuple):
 
     population: int
     records: int
-    trials: int  # different sampled texts
 
     def estimate(self, count: int) -> int:
         """Return how many records of the population so many sampled ones stand for."""
         return round(count * self.population / self.records)
-
-    def interval(self, count: int) -> list[float]:
-        """Return the lower and the upper end of the estimate's interval of three standard errors."""
-        share = count / self.records
-        ends = wilson_interval(share * self.trials, self.trials, _STANDARD_ERRORS)
-        return [end * self.population for end in ends]
 
 
 class Comparison:
@@ -139,8 +128,7 @@ class Comparison:
         repeated = equal_records(prompts)
         other_responses, of_near = _without(repeated, copies), None
         if near_copies.is_sample:  # it is not known which other records are near copies
-            sampled = len(near_copies.indexes)
-            of_near = _Sample(count - _count(copies), sampled, sampled)
+            of_near = _Sample(count - _count(copies), len(near_copies.indexes))
         else:
             other_responses[list(near_copies.matches.values())] = -1
         hits = np.full(count, -1, dtype=np.int32)
@@ -185,11 +173,7 @@ class Comparison:
         known, partners = self._prompts.result()
         at = first_equal(known, prompts[evaluated])
         near[evaluated[at >= 0]] = partners[at[at >= 0]]
-        sample = (
-            _Sample(len(evaluated), _count(at), len(known))
-            if self._prompts.is_sample and _count(at)
-            else None
-        )
+        sample = _Sample(len(evaluated), _count(at)) if self._prompts.is_sample and _count(at) else None
         return leaked, near, sample
 
     @property
@@ -252,14 +236,12 @@ def _findings(
     detail: str,
     sample: _Sample | None,
 ) -> Iterator[Finding]:
-    """Yield the finding about records with a partner, or about their estimated number with its interval."""
+    """Yield the finding about records with a partner, or about their estimated number."""
     count = _count(partners)
     if sample is None:
         yield from DOCTOR_RULES[rule].count(count, total, label, examples, detail)
         return
-    low, high = (percent(end / total) for end in sample.interval(count))
-    interval = f"estimated from {sample.records:,} sampled records, {low} to {high}"
-    detail = "; ".join(filter(None, (interval, detail)))
+    detail = "; ".join(filter(None, (f"estimated from {sample.records:,} sampled records", detail)))
     for finding in DOCTOR_RULES[rule].count(sample.estimate(count), total, label, examples, detail):
         yield replace(finding, text=f"about {finding.text}")
 
