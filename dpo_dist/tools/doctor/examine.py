@@ -234,7 +234,14 @@ def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Pr
         except (DataError, ConfigError) as refusal:
             encoded = encode(replace(data, on_bad_record=OnBadRecord.drop))
             refusals.append(refusal)
-        return [list(_usable_datasets(source, data, processor)) for source in encoded]
+        found = list[list[PreferenceDataset]]()
+        any_share = replace(data, max_bad_share=1.0, template=TextTemplate.literal)
+        for source in encoded:
+            try:
+                found.append([open_dataset([source], any_share, processor)])
+            except DataError:  # no record can be used
+                found.append([])
+        return found
 
     evals = prepared(data.eval_sources, eval_part(data), "eval")
     prompts = [dataset.prompt_hashes[:] for datasets in evals for dataset in datasets]
@@ -244,14 +251,3 @@ def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Pr
     parts = zip(trains, evals or [[]] * len(trains), strict=True)
     datasets = [[*train, *held_out] for train, held_out in parts]
     return PreparedData(files, tokenizer, processor, datasets, refusals)
-
-
-def _usable_datasets(
-    source: EncodedSource, config: DataConfig, processor: ImageProcessor | None
-) -> Iterator[PreferenceDataset]:
-    """Yield the source's dataset even if most of its records are bad; nothing if all are."""
-    try:
-        any_share = replace(config, max_bad_share=1.0, template=TextTemplate.literal)
-        yield open_dataset([source], any_share, processor)
-    except DataError:
-        return

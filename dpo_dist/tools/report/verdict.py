@@ -184,6 +184,15 @@ def _signs_of_rate(facts: RunFacts) -> Iterator[str]:
             f"the log-prob of chosen responses fell by {far[1]:.2g} nats per token by step {far[0]:.0f} "
             f"of {steps:,}"
         )
+    beta, ratios = facts.setting("loss.beta"), values(facts.steps, MISMATCH)
+    before, end = (
+        [ratio for step, ratio in ratios if low < step / steps <= low + 0.25] for low in (0.5, 0.75)
+    )
+    if beta and before and end and beta * fmean(end) > 3 and fmean(end) > 1.2 * fmean(before):
+        yield (
+            f"the log-ratio of mismatched responses (z) is {digits(fmean(end))} nats at the end and still "
+            f"grows, {digits(beta * fmean(end))} times 1 / loss.beta: the policy makes any response likelier"
+        )
 
 
 def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
@@ -251,19 +260,6 @@ def _outside_band(facts: RunFacts) -> Iterator[str]:
         for step, value in values(facts.rows, metric):
             if step == at and not low <= value <= high:
                 yield f"{metric} at step {step:.0f} is {digits(value)}, not in the band {low:g} to {high:g}"
-
-
-def _mismatch_grows(facts: RunFacts) -> Iterator[str]:
-    beta, ratios = facts.setting("loss.beta"), values(facts.steps, MISMATCH)
-    before, end = (
-        [ratio for step, ratio in ratios if low < step / facts.total_steps <= low + 0.25]
-        for low in (0.5, 0.75)
-    )
-    if beta and before and end and beta * fmean(end) > 3 and fmean(end) > 1.2 * fmean(before):
-        yield (
-            f"the log-ratio of mismatched responses (z) is {digits(fmean(end))} nats at the end and still "
-            f"grows, {digits(beta * fmean(end))} times 1 / loss.beta: the policy makes any response likelier"
-        )
 
 
 def _labels_swapped(facts: RunFacts) -> Iterator[str]:
@@ -557,7 +553,6 @@ _FIND: dict[str, Callable[[RunFacts], Iterator[str]]] = {
     "samples_loop": _samples_loop,
     "data_faults": _data_faults,
     "outside_band": _outside_band,
-    "mismatch_grows": _mismatch_grows,
     "one_label": _one_label,
     "displacement": _displacement,
 }

@@ -276,7 +276,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("labels_swapped", labelled(auc=0.2), KTO, "training AUC is 0.200 on 192 records: the loss teaches the"),
     ("learnt_nothing", labelled(auc=0.52), KTO, "evaluation AUC 0.520 on 400 records is within its noise"),
     ("diverged", labelled(**COLLAPSED), KTO, "collapsed: from step 10 on"),
-    ("mismatch_grows", labelled(kl=60.0), KTO, "is 54 nats at the end and still grows"),
+    ("learning_rate_too_high", labelled(kl=60.0), KTO, "is 54 nats at the end and still grows"),
     (
         "label_missing",
         labelled(),
