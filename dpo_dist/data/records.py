@@ -130,6 +130,13 @@ class PreferenceRecord:
     unread: tuple[str, ...] = ()
     images: tuple["ImageFile", ...] = ()
 
+    @property
+    def labelled_side(self) -> str | None:
+        """A labelled response's side: chosen if it is good, else rejected; None for other records."""
+        if len(self.responses) != 1 or self.scores is None:
+            return None
+        return "chosen" if self.scores[0] > 0 else "rejected"
+
 
 @dataclass(frozen=True)
 class BadRecord:

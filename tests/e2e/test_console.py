@@ -50,7 +50,7 @@ def test_a_run_prints_json_objects_only(overrides: Overrides, assets: Path, tmp_
     assert judged["sentence"].startswith("evaluation data leaked into training: ")
     texts = {finding["rule"]: finding["text"] for finding in judged["findings"]}
     assert "(100 %) have a prompt that is also in the training data" in texts["evaluation_leak"]
-    assert "have a response whose end data.max_length cuts" in texts["responses_cut"]
+    assert "have a response whose end data.max_length cuts" in texts["data_faults"]
 
     refused = run_verb("train", overrides(*evaluated, "loss.beta=0"))
     [error] = objects(refused.output)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.tools.selftest.checks import Check
+from dpo_dist.tools.selftest.runs import Check
 from tests.support.launch import ROOT, TWO_PROCESSES, constants, environment
 from tests.support.parent import context, start_parent
 from tests.support.warm import ENVIRONMENT, launcher_variables, run_warm, run_warm_apart, start_module, wait

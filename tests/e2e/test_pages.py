@@ -13,8 +13,8 @@ from dpo_dist.config.schema import FolderConfig, RunConfig
 from dpo_dist.foundation.text import number
 from dpo_dist.tools.compare.page import write_comparison_page
 from dpo_dist.tools.doctor.page import write_doctor_page
-from dpo_dist.tools.shared.pages.charts import Line, chart
-from dpo_dist.tools.shared.pages.render import page
+from dpo_dist.tools.pages.charts import Line, chart
+from dpo_dist.tools.pages.render import page
 from tests.e2e.conftest import Overrides, last_evaluation
 from tests.support.browser import Watched, chromium
 from tests.support.comparison_files import answer, model, results, row, write_comparison

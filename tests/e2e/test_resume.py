@@ -158,7 +158,7 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
     command = overrides(*usual, *samples, f"data.cache={cache}", "trainer.keep_best=eval_loss")
     places = [
         ("dpo_dist.data.encoded.build", "in_order", "before the first step"),
-        ("dpo_dist.tools.shared.sampling.generate", "generate_batch", "stopped: by SIGTERM before the first"),
+        ("dpo_dist.tools.sampling.generate", "generate_batch", "stopped: by SIGTERM before the first"),
         ("dpo_dist.distributed.checkpoint.saver", "commit_folder", "stopping after step [1-3]"),
         ("dpo_dist.training.steps.loop", "evaluate", "stopping after step 4"),
         ("dpo_dist.tools.report.samples", "generate_together", "stopping after step 4"),

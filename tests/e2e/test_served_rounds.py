@@ -17,9 +17,9 @@ from tests.support.tiny_model import write_model
 
 BRIEF = constants(
     **{
-        "dpo_dist.tools.shared.sampling.served.CHECKED": 6,
-        "dpo_dist.tools.shared.sampling.served.CHECK_TOKENS": 8,
-        "dpo_dist.tools.shared.sampling.client.RETRIES": 0,
+        "dpo_dist.tools.sampling.served.CHECKED": 6,
+        "dpo_dist.tools.sampling.served.CHECK_TOKENS": 8,
+        "dpo_dist.tools.sampling.client.RETRIES": 0,
     }
 )
 RELOAD = (

@@ -9,7 +9,7 @@ from typing import Any
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.tools.doctor.examine import Diagnosis, examine
 from dpo_dist.tools.doctor.shown_pairs import ShownPair, ShownPart
-from dpo_dist.tools.shared.findings import Finding, Level
+from dpo_dist.tools.findings import Finding, Level
 from tests.support.records import assistant, user
 
 Pair = dict[str, Any]

@@ -16,8 +16,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from dpo_dist.config.keys import verb_keys
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.tools.shared.pages.render import TEMPLATES
-from dpo_dist.tools.shared.text_facts import language_identifier
+from dpo_dist.tools.pages.render import TEMPLATES
+from dpo_dist.tools.text_facts import language_identifier
 from dpo_dist.training.start.environment import package_versions
 from tests.support.composed import compose_once
 

@@ -34,7 +34,7 @@ from dpo_dist.foundation.console import (
 )
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.streams import SafeStream
-from dpo_dist.tools.shared.tables import closing_table
+from dpo_dist.tools.tables import closing_table
 from dpo_dist.training.steps.progress import Progress, show_row, show_step
 from dpo_dist.training.steps.state import LogWindow
 

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.tools.shared.sampling.judges import FunctionJudge, Question
+from dpo_dist.tools.sampling.judges import FunctionJudge, Question
 
 pytest.importorskip("lm_eval.tasks.ifeval.utils")
 

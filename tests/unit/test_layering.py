@@ -233,12 +233,19 @@ def test_tests_call_each_function_of_a_wall(wall: str) -> None:
     assert {name for name in functions if not name.startswith("_")} <= called
 
 
-def test_what_tools_share_knows_no_tool() -> None:
-    shared = [module for module in modules() if module.startswith("dpo_dist.tools.shared.")]
-    for module in shared:
-        tools = (name for name in imported(ast.walk(modules()[module])) if name.startswith("dpo_dist.tools."))
-        assert [name for name in tools if not name.startswith("dpo_dist.tools.shared.")] == [], module
-    assert len(shared) > 10
+TOOLS = re.compile(
+    r"dpo_dist\.tools\.(chat|compare|convert|doctor|evaluation|pairs|plan|report|selftest|sweep)\."
+)
+"""Matches the modules of a tool; the other ones of `tools` are what several tools use."""
+
+
+def test_what_several_tools_use_knows_no_tool() -> None:
+    others = [name for name in modules() if name.startswith("dpo_dist.tools.") and not TOOLS.match(name)]
+    for module in others:
+        assert not [name for name in imported(ast.walk(modules()[module])) if TOOLS.match(name)], module
+    assert len(others) > 10
+    folders = {file.parent.name for file in (PACKAGE / "tools").glob("*/__main__.py")}
+    assert all(TOOLS.match(f"dpo_dist.tools.{folder}.") for folder in folders)
 
 
 def modules_imported_by(module: str, *, for_types: bool = False) -> set[str]:

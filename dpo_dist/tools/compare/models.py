@@ -41,21 +41,20 @@ from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.tools.compare.results import compares, comparison, judge_texts
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
-from dpo_dist.tools.shared.images import thumbnails, with_marks
-from dpo_dist.tools.shared.records import good_records, labelled_side
-from dpo_dist.tools.shared.sampling.dry_run import check_model, first_records
-from dpo_dist.tools.shared.sampling.generate import Request, Sample, generate
-from dpo_dist.tools.shared.sampling.judges import Judge, open_judge
-from dpo_dist.tools.shared.sampling.prompts import (
+from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks
+from dpo_dist.tools.sampling.dry_run import check_model
+from dpo_dist.tools.sampling.generate import Request, Sample, Sampling, generate, sampling_for
+from dpo_dist.tools.sampling.judges import Judge, open_judge
+from dpo_dist.tools.sampling.prompts import (
     Parts,
     Prompts,
-    as_user_message,
     find_model_together,
     in_parts,
     joined_run,
     open_judge_together,
 )
-from dpo_dist.tools.shared.sampling.respond import (
+from dpo_dist.tools.sampling.records import as_user_message, first_records, good_records
+from dpo_dist.tools.sampling.respond import (
     Completions,
     ModelSource,
     Responder,
@@ -63,7 +62,6 @@ from dpo_dist.tools.shared.sampling.respond import (
     open_responder,
     usable_prompt,
 )
-from dpo_dist.tools.shared.sampling.settings import Sampling, sampling_for
 from dpo_dist.training.export import checkpoint_as_model
 from dpo_dist.training.start.open_run import Run
 
@@ -86,7 +84,7 @@ def held_out(
     def ranked() -> Iterator[tuple[str, int, PreferenceRecord]]:
         for source, label in zip(sources, source_labels(sources), strict=True):
             for record in good_records(read_prompts(pin_source(source)), source, data, say):
-                scores = record.scores if labelled_side(record) else None
+                scores = record.scores if record.labelled_side else None
                 asked = replace(as_user_message(record, data), responses=record.responses[:1], scores=scores)
                 key = prompt_key(asked)
                 if key not in labels and part.has(prompt_hash(record.prompt, record.images)):
@@ -374,7 +372,7 @@ def _rows(
             }
             if record.images:
                 answer["images"] = thumbnails(record.images)
-            if side := labelled_side(record):
+            if side := record.labelled_side:
                 answer["label"] = "good" if side == "chosen" else "bad"
             if judgement_parts is not None:
                 pairs = zip(itertools.combinations(names, 2), judgement["credits"], strict=True)

@@ -12,16 +12,16 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation import files
 from dpo_dist.foundation.text import number, percent, pluralize, without_secrets
 from dpo_dist.tools.compare.results import DIFFERENCES
-from dpo_dist.tools.shared.pages.charts import Interval, Point, scatter
-from dpo_dist.tools.shared.pages.render import number_above_interval, page, part
-from dpo_dist.tools.shared.pages.samples import (
+from dpo_dist.tools.pages.charts import Interval, Point, scatter
+from dpo_dist.tools.pages.render import number_above_interval, page, part
+from dpo_dist.tools.pages.samples import (
     ShownPrompt,
     ShownResponse,
     end_notes,
     prompt_items,
     response_in_data,
 )
-from dpo_dist.tools.shared.tables import aligned, with_interval
+from dpo_dist.tools.tables import aligned, with_interval
 
 _Row = Mapping[str, Any]
 Pair = tuple[str, str]

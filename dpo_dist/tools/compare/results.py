@@ -10,9 +10,9 @@ import py3langid  # noqa: F401  (without this package the comparison would silen
 
 from dpo_dist.config.verb_sections import PairsConfig, Verdicts
 from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.tools.shared.intervals import Column, bootstrap_intervals
-from dpo_dist.tools.shared.sampling.judges import Judge, Question
-from dpo_dist.tools.shared.text_facts import text_facts
+from dpo_dist.tools.intervals import Column, bootstrap_intervals
+from dpo_dist.tools.sampling.judges import Judge, Question
+from dpo_dist.tools.text_facts import text_facts
 
 _Row = dict[str, Any]
 _Key = tuple[str, ...]

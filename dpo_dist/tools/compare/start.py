@@ -13,7 +13,7 @@ from dpo_dist.data.read.sources import check_has_evaluation_data
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.remedies import Remedy
-from dpo_dist.tools.shared.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
+from dpo_dist.tools.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
 from dpo_dist.training.start.named_models import locate_model, short_name
 
 MODELS_KEY = "compare.models"

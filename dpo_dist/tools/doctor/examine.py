@@ -48,10 +48,10 @@ from dpo_dist.tools.doctor.measures.observe import Observer
 from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts
 from dpo_dist.tools.doctor.measures.sources import ExaminedSource
 from dpo_dist.tools.doctor.measures.texts import Benchmark
+from dpo_dist.tools.doctor.prefix_trees import saved_by_tree
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.doctor.shown_pairs import ShownPair, show_pairs
-from dpo_dist.tools.shared.beginnings import saved_by_tree
-from dpo_dist.tools.shared.findings import Finding, Level, most_serious_first
+from dpo_dist.tools.findings import Finding, Level, most_serious_first
 
 _Result = TypeVar("_Result")
 ProgressOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
@@ -104,7 +104,11 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
                 in_order = saved_by_tree(datasets[0], TREE_EXAMPLES, in_order=True)
                 source["prefix"] |= {"tree_share": tree_share, "tree_share_in_order": in_order}
         if _REFUSING_RULES.isdisjoint(finding.rule for finding in findings):
-            findings = [*map(_refusal_finding, prepared.refusals), *findings]
+            for error in prepared.refusals:
+                text = f"training would stop: {error.message}" + (f" ({error.got})" if error.got else "")
+                where = tuple(error.where.split("; "))
+                refused = Finding("training_refuses", Level.error, text, examples=where, remedy=error.remedy)
+                findings.append(refused)
         diagnosis = replace(diagnosis, model=prepared.files, store=store)
     diagnosis = replace(diagnosis, findings=most_serious_first(findings))
     if config.doctor.texts:
@@ -182,12 +186,6 @@ def _label_balance(
             yield replace(finding, remedy=remedy)
 
 
-def _refusal_finding(error: DpoDistError) -> Finding:
-    text = f"training would stop: {error.message}" + (f" ({error.got})" if error.got else "")
-    examples = tuple(error.where.split("; "))
-    return Finding("training_refuses", Level.error, text, examples=examples, remedy=error.remedy)
-
-
 def _with_labels(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
     """Yield each source with its label in metrics (made unique), and whether it is for evaluation."""
     seen, train_labels = Counter[str](), source_labels(config.train)
@@ -236,7 +234,14 @@ def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Pr
         except (DataError, ConfigError) as refusal:
             encoded = encode(replace(data, on_bad_record=OnBadRecord.drop))
             refusals.append(refusal)
-        return [list(_usable_datasets(source, data, processor)) for source in encoded]
+        found = list[list[PreferenceDataset]]()
+        any_share = replace(data, max_bad_share=1.0, template=TextTemplate.literal)
+        for source in encoded:
+            try:
+                found.append([open_dataset([source], any_share, processor)])
+            except DataError:  # no record can be used
+                found.append([])
+        return found
 
     evals = prepared(data.eval_sources, eval_part(data), "eval")
     prompts = [dataset.prompt_hashes[:] for datasets in evals for dataset in datasets]
@@ -246,14 +251,3 @@ def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Pr
     parts = zip(trains, evals or [[]] * len(trains), strict=True)
     datasets = [[*train, *held_out] for train, held_out in parts]
     return PreparedData(files, tokenizer, processor, datasets, refusals)
-
-
-def _usable_datasets(
-    source: EncodedSource, config: DataConfig, processor: ImageProcessor | None
-) -> Iterator[PreferenceDataset]:
-    """Yield the source's dataset even if most of its records are bad; nothing if all are."""
-    try:
-        any_share = replace(config, max_bad_share=1.0, template=TextTemplate.literal)
-        yield open_dataset([source], any_share, processor)
-    except DataError:
-        return

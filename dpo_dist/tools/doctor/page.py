@@ -15,10 +15,10 @@ from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, number, percent, pluralize, without_secrets
 from dpo_dist.tools.doctor.examine import TREE_EXAMPLES, Diagnosis
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
-from dpo_dist.tools.shared.findings import Finding, Level
-from dpo_dist.tools.shared.pages.charts import histogram
-from dpo_dist.tools.shared.pages.render import page
-from dpo_dist.tools.shared.tables import aligned
+from dpo_dist.tools.findings import Finding, Level
+from dpo_dist.tools.pages.charts import histogram
+from dpo_dist.tools.pages.render import page
+from dpo_dist.tools.tables import aligned
 
 FORMAT = 1
 """Version of the schema of doctor.json, in docs/doctor.md."""
@@ -111,16 +111,13 @@ def overview(sources: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
         data = "eval" if source["is_eval"] else "train"
         data = data if held_out is None else f"{kept - held_out:,} train and {held_out:,} eval"
         numbers = map(number, (read, kept, read - kept, source["pairs"]))
-        lengths = (_median(source["sides"].get(side)) for side in ("chosen", "rejected"))
+        lengths = ["-", "-"]
+        for at, name in enumerate(("chosen", "rejected")):
+            if side := source["sides"].get(name):
+                unit = "tokens" if side["tokens"] else "characters"
+                lengths[at] = f"{side[unit]['percentiles'][50]:,.0f} {unit}"
         rows.append([source["label"], data, *numbers, *lengths])
     return ["source", "data", "read", "kept", "dropped", "examples", "chosen", "rejected"], rows
-
-
-def _median(side: Mapping[str, Any] | None) -> str:
-    if side is None:
-        return "-"
-    values, unit = (side["tokens"], "tokens") if side["tokens"] else (side["characters"], "characters")
-    return f"{values['percentiles'][50]:,.0f} {unit}"
 
 
 def _page_fields(source: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from dpo_dist.foundation.text import percent
-from dpo_dist.tools.shared.findings import Finding, FindingRule, Level
+from dpo_dist.tools.findings import Finding, FindingRule, Level
 
 MAX_EXAMPLES = 20
 """Examples of a finding."""

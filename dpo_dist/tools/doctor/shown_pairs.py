@@ -18,9 +18,8 @@ from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import BadRecord, PreferenceRecord, Tokenizer
 from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.tools.doctor.measures.texts import plain_texts
-from dpo_dist.tools.shared.findings import Finding
-from dpo_dist.tools.shared.images import ThumbnailRoom, Thumbnails, shown_tokens, thumbnails
-from dpo_dist.tools.shared.records import labelled_side
+from dpo_dist.tools.findings import Finding
+from dpo_dist.tools.pages.thumbnails import ThumbnailRoom, Thumbnails, shown_tokens, thumbnails
 
 _SAMPLED_RECORDS = 2000
 """A source's sample is drawn from this many of its first records."""
@@ -138,7 +137,7 @@ def _names(record: PreferenceRecord) -> Iterator[tuple[int, str, float | None]]:
     count = len(record.responses)
     for index in range(min(count, _MAX_RESPONSES)):
         name = ("chosen", "rejected")[index] if count == 2 else f"response {index + 1} of {count}"
-        name = {"chosen": "good response", "rejected": "bad response", None: name}[labelled_side(record)]
+        name = {"chosen": "good response", "rejected": "bad response", None: name}[record.labelled_side]
         yield index, name, record.scores[index] if record.scores is not None else None
 
 

@@ -28,7 +28,7 @@ from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.reference.engine import load_for_scoring, scoring_config
 from dpo_dist.tools.evaluation.results import Results, write_evaluation
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
-from dpo_dist.tools.shared.tables import evaluation_table
+from dpo_dist.tools.tables import evaluation_table
 from dpo_dist.training.reference import prepare_reference
 from dpo_dist.training.start.inputs import (
     EvaluationInputs,

@@ -25,8 +25,7 @@ from dpo_dist.objective.metrics import (
     length_members,
     measure_pairs,
 )
-from dpo_dist.tools.shared.images import shown_prompt
-from dpo_dist.tools.shared.intervals import (
+from dpo_dist.tools.intervals import (
     ENDS,
     FEWEST_PROMPTS,
     Column,
@@ -34,6 +33,7 @@ from dpo_dist.tools.shared.intervals import (
     resamples,
     with_width,
 )
+from dpo_dist.tools.pages.thumbnails import shown_prompt
 
 _Mask = npt.NDArray[np.bool_]
 Results = dict[str, dict[str, Any]]

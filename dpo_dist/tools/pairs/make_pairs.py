@@ -32,25 +32,25 @@ from dpo_dist.tools.pairs.files import (
 )
 from dpo_dist.tools.pairs.people import label_pairs
 from dpo_dist.tools.pairs.start import responding_models
-from dpo_dist.tools.shared.sampling.dry_run import check_model, first_records
-from dpo_dist.tools.shared.sampling.judges import Judge, Judgement, Question, open_judge
-from dpo_dist.tools.shared.sampling.prompts import (
+from dpo_dist.tools.sampling.dry_run import check_model
+from dpo_dist.tools.sampling.generate import sampling_for
+from dpo_dist.tools.sampling.judges import Judge, Judgement, Question, open_judge
+from dpo_dist.tools.sampling.prompts import (
     Parts,
     Prompts,
-    as_user_message,
     find_model_together,
     generation_settings,
     in_parts,
     joined_run,
     open_judge_together,
 )
-from dpo_dist.tools.shared.sampling.respond import (
+from dpo_dist.tools.sampling.records import as_user_message, first_records
+from dpo_dist.tools.sampling.respond import (
     Completion,
     Completions,
     ModelSource,
     open_generator,
 )
-from dpo_dist.tools.shared.sampling.settings import sampling_for
 from dpo_dist.training.start.open_run import Run
 
 _MODELS = "pairs.models"

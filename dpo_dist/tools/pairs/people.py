@@ -33,6 +33,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError, first_line
 from dpo_dist.foundation.files import locked, text_digest, write_json
 from dpo_dist.foundation.text import pluralize
+from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks
 from dpo_dist.tools.pairs.files import (
     check_output,
     image_fields,
@@ -40,7 +41,6 @@ from dpo_dist.tools.pairs.files import (
     training_records,
     write_results,
 )
-from dpo_dist.tools.shared.images import thumbnails, with_marks
 
 HOST = "127.0.0.1"
 _MOST_ITEMS = 1000

@@ -27,6 +27,7 @@ from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, firs
 from dpo_dist.foundation.signals import stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.model.files.folder import model_folder
+from dpo_dist.tools.tables import aligned
 
 _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
 
@@ -113,7 +114,7 @@ def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataCon
     from dpo_dist.model.files.load import TORCH_DTYPES, load_tokenizer  # noqa: PLC0415
     from dpo_dist.model.files.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
     from dpo_dist.model.files.stops import trained_stops, write_stops  # noqa: PLC0415
-    from dpo_dist.tools.shared.sampling.respond import find_model  # noqa: PLC0415
+    from dpo_dist.tools.sampling.respond import find_model  # noqa: PLC0415
 
     source = find_model(str(adapter), model, store, "model.adapter")
     dtype, code = TORCH_DTYPES[model.dtype], model.trust_remote_code
@@ -176,7 +177,14 @@ class _Rounds:
                 if not has_pairs:
                     self.say(f"round {number}: no two responses to a prompt differ by more than pairs.margin")
                     break
-        for line in _table(results):
+        rows = [["policy", "mean score", "pairs", "accuracy"]]  # of each policy, also the first
+        for result in results:
+            samples, accuracy = result["samples"], (result["training"] or {}).get("accuracy")
+            policy = f"after round {result['number'] - 1}" if result["number"] > 1 else "at the start"
+            forms = {"{:.4f}": samples["mean_score"], "{:,}": samples["pairs"], "{:.3f}": accuracy}
+            cells = ("-" if value is None else form.format(value) for form, value in forms.items())
+            rows.append([policy, *cells])
+        for line in aligned(rows, numbers=(1, 2, 3)):
             self.say(line)
         last = max(result["number"] for result in results if result["training"] is not None)
         self.say(f"the last policy: {self._policy(last)}")
@@ -275,20 +283,6 @@ class _Rounds:
 def run_rounds(config: RunConfig, say: _Say, run: RunCommand = run_command) -> int:
     """Do `config.pairs.rounds` rounds, and score the last policy; return the exit code."""
     return _Rounds(config, RunFolder.from_config(config), say, run).do()
-
-
-def _table(results: list[RoundResult]) -> list[str]:
-    """Return a line for each policy, also the first: mean score of samples, their pairs, accuracy."""
-    rows: list[tuple[str, ...]] = [("policy", "mean score", "pairs", "accuracy")]
-    for result in results:
-        samples, number = result["samples"], result["number"]
-        values = (samples["mean_score"], samples["pairs"], (result["training"] or {}).get("accuracy"))
-        forms = ("{:.4f}", "{:,}", "{:.3f}")
-        cells = (
-            "-" if value is None else form.format(value) for form, value in zip(forms, values, strict=True)
-        )
-        rows.append((f"after round {number - 1}" if number > 1 else "at the start", *cells))
-    return [f"{name:<16}{score:>10}{pairs:>8}{accuracy:>10}" for name, score, pairs, accuracy in rows]
 
 
 def _stage_error(stage: str, code: int, folder: RunFolder) -> DpoDistError:

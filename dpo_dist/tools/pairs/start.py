@@ -11,7 +11,7 @@ from dpo_dist.config.verb_sections import PairsConfig, PairsMethod
 from dpo_dist.data.formats import check_source
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.files.folder import local_model_folder
-from dpo_dist.tools.shared.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
+from dpo_dist.tools.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
 from dpo_dist.training.start.named_models import locate_model
 
 

@@ -13,7 +13,6 @@ import torch
 from dpo_dist.config.schema import (
     ZERO_STAGES,
     Dtype,
-    ModelConfig,
     Offload,
     ParallelismKind,
     ReferenceMode,
@@ -23,7 +22,7 @@ from dpo_dist.config.schema import (
 from dpo_dist.config.verb_sections import PlanConfig
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
-from dpo_dist.tools.shared.sampling.settings import sampling_for
+from dpo_dist.tools.sampling.generate import sampling_for
 from dpo_dist.training.start.footprint import (
     BYTES_PER_QUANTIZED_WEIGHT,
     Footprint,
@@ -263,6 +262,10 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     # A pair above the budget has a micro-batch of its own.
     step_tokens = config.trainer.global_batch_pairs * computed / gpus
     times = math.ceil(step_tokens / max(tokens, data.tokens))
+    dequantized = 0.0  # bytes that are moved to dequantize all weights once
+    if (kind := model.quantization) is not None:
+        moved = BYTES_PER_QUANTIZED_WEIGHT[kind] + TORCH_DTYPES[model.dtype].itemsize  # bytes for a weight
+        dequantized = moved * quantized_weights(causal_lm)
     steps, layers = math.ceil(data.pairs / config.trainer.global_batch_pairs), int(text.num_hidden_layers)
     return Estimate(
         config,
@@ -279,7 +282,7 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
         computing=useful * (1 + again) + partners,
         scoring=forward + partners,
         launching=(1 + again) * steps * times * layers * _LAUNCHES,
-        dequantizing=2 * (1 + again) * steps * times * _dequantizing_seconds(model, causal_lm, machine),
+        dequantizing=2 * (1 + again) * steps * times * dequantized / (_DEQUANTIZING * machine.bandwidth),
     )
 
 
@@ -288,11 +291,3 @@ def _micro_batch(trainer: TrainerConfig, needs: Footprint, machine: Machine) -> 
         return trainer.micro_batch_tokens
     largest = needs.largest_micro_batch(machine.memory)
     return DEFAULT_TOKENS if largest is None else largest
-
-
-def _dequantizing_seconds(model: ModelConfig, causal_lm: Any, machine: Machine) -> float:
-    """Return the seconds to dequantize all quantized weights once."""
-    if (kind := model.quantization) is None:
-        return 0.0
-    moved = BYTES_PER_QUANTIZED_WEIGHT[kind] + TORCH_DTYPES[model.dtype].itemsize  # bytes for a weight
-    return moved * quantized_weights(causal_lm) / (_DEQUANTIZING * machine.bandwidth)

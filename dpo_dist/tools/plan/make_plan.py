@@ -33,7 +33,7 @@ from dpo_dist.tools.plan.estimate import (
     choose_machine,
     estimate,
 )
-from dpo_dist.tools.shared.tables import aligned
+from dpo_dist.tools.tables import aligned
 from dpo_dist.training.start.footprint import quantization_notes
 
 _Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
@@ -185,7 +185,7 @@ def planned_data(
         how = f"{basis}; set plan.pairs and plan.tokens_per_pair"
         return Data(pairs, plan.tokens_per_pair or tokens / whole, how)
     from dpo_dist.tools.doctor.examine import prepare  # noqa: PLC0415  (slow)
-    from dpo_dist.tools.shared.beginnings import saved_by_tree  # noqa: PLC0415
+    from dpo_dist.tools.doctor.prefix_trees import saved_by_tree  # noqa: PLC0415
 
     of_sources = zip(
         prepare(data, model, loss, progress).datasets, sources, strict=False

@@ -9,26 +9,22 @@ from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.files import remove_abandoned
 from dpo_dist.foundation.streams import print_line
+from dpo_dist.tools.pages.charts import draw_curves
 from dpo_dist.tools.report.run import PageFacts, write_page
 from dpo_dist.tools.report.runs import compare_runs
-from dpo_dist.tools.shared.pages.charts import draw_curves
 from dpo_dist.training.reporting.metrics_log import read_latest_rows, write_tables
-
-
-def _run(text: str) -> Path:
-    return Path(strip_key(text)).expanduser()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
     parser = Arguments(prog="dpo-dist report", description=__doc__)
     help_text = "run directory, which may still be training; several are compared"
-    parser.add_argument("runs", type=_run, metavar="RUN", nargs="+", help=help_text)
+    parser.add_argument("runs", type=strip_key, metavar="RUN", nargs="+", help=help_text)
     output = "page to write; default: report.html in RUN, or for several runs.html in this folder"
     parser.add_argument("--output", type=Path, metavar="FILE", help=output)
     options = parser.parse_args(arguments)
     try:
-        first, *others = runs = list(map(existing_run, options.runs))
+        first, *others = runs = [existing_run(Path(text).expanduser()) for text in options.runs]
         path = options.output or (Path("runs.html") if others else first.report)
         if others:
             for line in compare_runs(runs, path):

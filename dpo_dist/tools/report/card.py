@@ -20,8 +20,8 @@ from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.files import read_fields
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, pluralize, without_secrets
-from dpo_dist.tools.report.verdict.rules import verdict
-from dpo_dist.tools.shared.tables import evaluation_cells
+from dpo_dist.tools.report.verdict import verdict
+from dpo_dist.tools.tables import evaluation_cells
 from dpo_dist.training.reporting.metrics_log import MetricsRow
 
 _Row = Mapping[str, Any]

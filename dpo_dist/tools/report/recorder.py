@@ -13,12 +13,12 @@ from dpo_dist.foundation.errors import RunOutcome, warn_on_bug
 from dpo_dist.foundation.signals import BY_TRACKER
 from dpo_dist.objective.metrics import PairColumn, PairValues
 from dpo_dist.tools.evaluation.results import write_evaluation, write_worst
+from dpo_dist.tools.pages.charts import draw_curves
 from dpo_dist.tools.report.card import data_findings, run_card
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.tools.report.samples import prepare_samples
-from dpo_dist.tools.report.verdict.rules import RUN_RULES, sample_alarm, verdict
-from dpo_dist.tools.shared.pages.charts import draw_curves
-from dpo_dist.tools.shared.tables import closing_table
+from dpo_dist.tools.report.verdict import RUN_RULES, sample_alarm, verdict
+from dpo_dist.tools.tables import closing_table
 from dpo_dist.training.reporting.metrics_log import MetricsLog, MetricsRow, log_position
 from dpo_dist.training.reporting.protocols import OnMoment, Reporting
 from dpo_dist.training.reporting.trackers import Trackers, open_trackers

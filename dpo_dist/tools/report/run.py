@@ -22,13 +22,13 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import duration, number, percent, pluralize, size, without_secrets
 from dpo_dist.foundation.types import Fields
-from dpo_dist.tools.report.verdict.facts import MARGIN, RunFacts, last
-from dpo_dist.tools.report.verdict.rules import RUN_RULES
-from dpo_dist.tools.shared.findings import Level
-from dpo_dist.tools.shared.pages.charts import charts
-from dpo_dist.tools.shared.pages.render import flat, number_above_interval, page, part
-from dpo_dist.tools.shared.pages.samples import samples_section, worst_pairs
-from dpo_dist.tools.shared.tables import describe_reference
+from dpo_dist.tools.findings import Level
+from dpo_dist.tools.pages.charts import charts
+from dpo_dist.tools.pages.render import flat, number_above_interval, page, part
+from dpo_dist.tools.pages.samples import samples_section, worst_pairs
+from dpo_dist.tools.report.facts import MARGIN, RunFacts, last
+from dpo_dist.tools.report.verdict import RUN_RULES
+from dpo_dist.tools.tables import describe_reference
 from dpo_dist.training.clock import WORKS, Work
 from dpo_dist.training.reporting.metrics_log import (
     MetricsRow,
@@ -67,7 +67,10 @@ class PageFacts:
     """
 
     def __init__(self, folder: RunFolder, rows: Sequence[MetricsRow] | None = None):
-        self.config, self.doctor = _config(folder.config), _fields(folder.doctor_report, DoctorReport)
+        # Also a configuration of another version.
+        config = read_saved(folder.config, SavedConfig) if folder.config.exists() else {}
+        self.config: Fields = without_secrets(config)
+        self.doctor = _fields(folder.doctor_report, DoctorReport)
         self.environment = _fields(folder.environment, Environment)
         self.state, summary = _fields(folder.state, RunRecord), _fields(folder.summary, Summary)
         rows = read_latest_rows(folder) if rows is None else rows
@@ -98,12 +101,6 @@ class PageFacts:
 def _fields(path: Path, form: Any) -> Fields:
     """Return a file's fields without secrets, because pages are shared; empty if there is no file."""
     fields: Fields = without_secrets(files.read_fields(path, form)) if path.exists() else {}
-    return fields
-
-
-def _config(file: Path) -> Fields:
-    """Return the values of config.yaml as `_fields`; also those of another version."""
-    fields: Fields = without_secrets(read_saved(file, SavedConfig)) if file.exists() else {}
     return fields
 
 

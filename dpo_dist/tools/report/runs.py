@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -30,12 +30,12 @@ from dpo_dist.config.schema import Direction
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import printable
+from dpo_dist.tools.pages import render
+from dpo_dist.tools.pages.charts import Curves, charts_of_runs, color_classes
+from dpo_dist.tools.pages.samples import samples_side_by_side
+from dpo_dist.tools.report.facts import MARGIN
 from dpo_dist.tools.report.run import PageFacts, verdict_for_page
-from dpo_dist.tools.report.verdict.facts import MARGIN
-from dpo_dist.tools.shared.pages import render
-from dpo_dist.tools.shared.pages.charts import Curves, charts_of_runs, color_classes
-from dpo_dist.tools.shared.pages.samples import samples_side_by_side
-from dpo_dist.tools.shared.tables import EVALUATION_METRICS, aligned
+from dpo_dist.tools.tables import EVALUATION_METRICS, aligned
 from dpo_dist.training.reporting.metrics_log import MetricsRow, finite
 
 Runs = Mapping[str, PageFacts]
@@ -208,7 +208,11 @@ class _Results:
             means = [fmean(values) if values else None for values in known]
             best, form = self._best(key, means), find_metric(key).form
             columns[find_metric(key).title] = [
-                "-" if mean is None else form(mean) + "*" * (mean == best) + _spread(values, form)
+                "-"
+                if mean is None
+                else form(mean)
+                + "*" * (mean == best)
+                + (f" \u00b1 {form(stdev(values))}" if len(values) > 1 else "")
                 for values, mean in zip(known, means, strict=True)
             ]
         return _table(columns)
@@ -219,10 +223,6 @@ class _Results:
         if direction is None or len(set(known)) < 2 or key.startswith(self.not_comparable):
             return None
         return (min if direction is Direction.lowest else max)(known)
-
-
-def _spread(values: Sequence[float], form: Callable[[float], str]) -> str:
-    return f" \u00b1 {form(stdev(values))}" if len(values) > 1 else ""
 
 
 def differing_settings(configs: Sequence[Mapping[str, object]]) -> dict[str, list[str]]:

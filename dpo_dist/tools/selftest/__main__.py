@@ -35,17 +35,15 @@ from dpo_dist.foundation.streams import (
     print_line,
     reserve_output,
 )
-from dpo_dist.tools.selftest.checks import Check, failed_check, shared_facts
 from dpo_dist.tools.selftest.devices import (
     check_attention,
     check_collective_calls,
-    check_losses,
     describe_gpus,
     exchange,
     list_versions,
 )
-from dpo_dist.tools.selftest.runs import train_without_overlap
-from dpo_dist.tools.selftest.training import SHAPES, check_waits, compare_ways, count_waits, measure_speeds
+from dpo_dist.tools.selftest.runs import Check, failed_check, shared_facts, train_without_overlap
+from dpo_dist.tools.selftest.training import SHAPES, compare_ways, measure_speeds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,15 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="skip the speeds, which need disk and memory")
     parser.add_argument("--share", action="store_true", help="end with a line of JSON to show to others")
     parser.add_argument("--exchange", type=Path, help=argparse.SUPPRESS)  # a process of a check
-    parser.add_argument("--waits", type=Path, help=argparse.SUPPRESS)  # a process of a check
     parser.add_argument("--without-overlap", nargs="+", help=argparse.SUPPRESS)  # a process of a run
     options = parser.parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     if options.exchange is not None:
         return exchange(options.exchange)
-    if options.waits is not None:
-        return count_waits(options.waits)
     if options.without_overlap is not None:
         return train_without_overlap(options.without_overlap)
     output: Path = options.output.absolute()
@@ -122,15 +117,11 @@ def _checks(folder: Path, is_quick: bool) -> Iterator[Check]:
     gpus = torch.cuda.device_count()
     device = torch.device("cuda" if gpus else "cpu")
     groups = {"versions": list_versions(gpus), "steps": compare_ways(folder, gpus)}
-    if gpus:
-        groups["waits of the host"] = check_waits(folder)
     if gpus > 1:
         groups["collective calls"] = check_collective_calls(folder, gpus)
     if gpus and not is_quick:
         groups |= {f"speed of {shape}": measure_speeds(folder, gpus, shape) for shape in SHAPES}
     groups |= {"GPU": describe_gpus(gpus, is_quick), "attention": check_attention(device)}
-    if gpus:
-        groups["losses"] = check_losses(device)
     for name, checks in groups.items():
         try:
             yield from checks

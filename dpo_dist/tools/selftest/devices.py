@@ -1,4 +1,4 @@
-"""Checks of the devices: versions, GPUs, collective calls, attention kernels and losses."""
+"""Checks of the devices: versions, GPUs, collective calls and attention kernels."""
 
 import json
 import os
@@ -9,13 +9,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.losses import KINDS, Divergence, LossConfig, LossKind
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.text import size
-from dpo_dist.tools.selftest.checks import Check, check_without_faults, failed_check
 from dpo_dist.tools.selftest.runs import (
     HANGS_SECONDS,
+    Check,
+    check_without_faults,
+    failed_check,
     run_python,
 )
 
@@ -126,41 +127,3 @@ def check_attention(device: Any) -> Iterator[Check]:
                 faults.append(error.got if isinstance(error, DpoDistError) else first_line(error))
         seen = "outputs and gradients equal those in float32, for heads of 64, 128 and 256"
         yield check_without_faults(name, faults, seen)
-
-
-def check_losses(device: Any) -> Iterator[Check]:
-    """Compare each loss and its gradient with the CPU's; no loss may make the host wait for the GPU."""
-    import torch  # noqa: PLC0415  (slow)
-
-    from dpo_dist.objective.logps import PairLogps  # noqa: PLC0415
-    from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss  # noqa: PLC0415
-
-    values = -30 * torch.rand(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    configs = [LossConfig(kind) for kind in LossKind if kind is not LossKind.custom]
-    diverging = [config.kind for config in configs if "divergence" in KINDS[config.kind].uses]
-    configs += [LossConfig(kind, divergence=other) for kind in diverging for other in list(Divergence)[1:]]
-
-    def computed(config: LossConfig, place: Any) -> list[Any]:
-        on_place = values.to(place, copy=True).requires_grad_()
-        tokens, gaps, known = torch.full((8,), 7, device=place), on_place[4].detach(), on_place[2:4].detach()
-        facts = BatchFacts(7.0, gaps.abs(), mismatch=-gaps.mean(), running=RunningMeans(0.1, 0.2, 2))
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            policy, reference = (PairLogps(sums[0], sums[1], tokens, tokens) for sums in (on_place, known))
-            loss = preference_loss(policy, reference, config, facts)
-            loss.sum().backward()  # type: ignore[no-untyped-call]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert on_place.grad is not None
-        return [loss.detach().cpu(), on_place.grad.cpu()]
-
-    faults = []
-    for config in configs:
-        try:
-            here, plain = computed(config, device), computed(config, torch.device("cpu"))
-            torch.testing.assert_close(here, plain, rtol=1e-6, atol=1e-9)
-        except Exception as error:  # a loss can raise anything
-            faults.append(f"{config.kind}: {first_line(error)}")
-    seen = f"{len(configs)} losses equal the CPU's, and none makes the host wait"
-    yield check_without_faults("losses", faults, seen)

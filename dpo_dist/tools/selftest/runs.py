@@ -1,4 +1,4 @@
-"""Start Python processes for a check, and write the invented model and pairs on which they train."""
+"""Results of checks; processes that a check starts, and the invented model and pairs on which they train."""
 
 import json
 import math
@@ -8,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -27,6 +29,40 @@ HANGS_SECONDS, _RUN_SECONDS = 120, 900  # for a process that waits for another o
 WITHOUT_OVERLAP = "without overlap"
 STEPS, COMPARED_METRICS = 4, ("loss", "grad_norm")  # for runs that are compared
 RunRows = list[dict[str, Any]]
+
+
+_NOT_INSTALLED = ("not installed", "needs Triton", "in torch before")
+_NO_ROOM = ("memory is exhausted", "has no room", "cannot be written", "No space left")
+
+
+class Check(NamedTuple):
+    """A check that `passed`, `failed`, was `skipped` or only `measured`; the result in words and values."""
+
+    name: str
+    outcome: str
+    seen: str
+    values: Mapping[str, Any] = MappingProxyType({})
+
+
+def shared_facts(date: str, checks: Sequence[Check]) -> dict[str, Any]:
+    """Return what one machine tells others: devices, versions, speeds, outcomes; no name, path or error."""
+    values = {check.name: check.values for check in checks}
+    gpus = Counter(facts["name"] for name, facts in values.items() if name.startswith("GPU "))
+    device = ", ".join(f"{number} x {name}" for name, number in gpus.items()) or "CPU"
+    speeds = {name: facts for name, facts in values.items() if name.startswith("speed of ") and facts}
+    facts = {"date": date, "device": device, "versions": values.get("versions", {}), "speeds": speeds}
+    return {**facts, "checks": {check.name: check.outcome for check in checks}}
+
+
+def failed_check(name: str, error: str) -> Check:
+    """Return a check that ended with an error, `skipped` for want of a package, a newer torch or room."""
+    lacks = _NOT_INSTALLED + _NO_ROOM * name.startswith("speed")
+    return Check(name, "skipped" if any(lack in error for lack in lacks) else "failed", error)
+
+
+def check_without_faults(name: str, faults: Sequence[str], seen: str) -> Check:
+    """Return a check that failed with these faults, or, without any, passed with the result `seen`."""
+    return Check(name, "failed" if faults else "passed", "; ".join(faults) or seen, {"faults": len(faults)})
 
 
 def write_pairs(file: Path) -> None:
@@ -74,7 +110,7 @@ def train_rows(
     run, program = RunFolder(folder / "run"), ["-m", "dpo_dist.train"]
     if name.endswith(WITHOUT_OVERLAP):
         program = ["-m", "dpo_dist.tools.selftest", "--without-overlap"]
-    error = run_python(name, [*program, *usual_words(folder, run), *words], gpus, code)
+    error = run_python(name, [*program, *_usual_words(folder, run), *words], gpus, code)
     rows: RunRows = [] if error else read_latest_rows(run)
     rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in COMPARED_METRICS)]
     shutil.rmtree(run.metrics if code and not error else run.path, ignore_errors=True)
@@ -88,20 +124,15 @@ def train_without_overlap(words: Sequence[str]) -> int:
     from dpo_dist.distributed import deepspeed_config  # noqa: PLC0415  (slow)
 
     deepspeed_config.OVERLAPS = False
-    return train_here(words)
-
-
-def train_here(words: Sequence[str], on_row: Callable[[dict[str, float]], None] | None = None) -> int:
-    """Train in this process; return the exit code."""
     config, stop = load_run_config(words, verb="train"), StopRequest()
     with stop.listening(), checked_start(config, trains=True) as console:
         from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415  (slow)
         from dpo_dist.training.run import train  # noqa: PLC0415  (slow)
 
-        return train(config, console, stop, reporting(on_row))
+        return train(config, console, stop, reporting())
 
 
-def usual_words(folder: Path, run: RunFolder) -> list[str]:
+def _usual_words(folder: Path, run: RunFolder) -> list[str]:
     """Return the overrides that all training runs share."""
     words = [f"run.dir={quoted(run.path)}", f"data.train=[{quoted(folder / 'pairs.jsonl')}]"]
     words += [f"data.cache={quoted(folder / 'encoded')}", f"reference.store={quoted(folder / 'store')}"]

@@ -1,10 +1,7 @@
 """Checks that train: does every way of training give the same steps, and how fast is it?"""
 
-import json
-import logging
 import statistics
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from importlib.resources import files
@@ -13,20 +10,17 @@ from pathlib import Path
 import yaml
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.foundation.text import size
-from dpo_dist.tools.selftest.checks import Check, failed_check
 from dpo_dist.tools.selftest.runs import (
     COMPARED_METRICS,
     STEPS,
     WITHOUT_OVERLAP,
+    Check,
     RunRows,
+    failed_check,
     quoted,
-    run_python,
-    train_here,
     train_rows,
-    usual_words,
     write_model,
     write_pairs,
 )
@@ -133,34 +127,3 @@ def _planned_bytes(words: Sequence[str]) -> float:
     given = ["data.train=[-]", "plan.gpu=h100-80g", "plan.pairs=1000", "plan.tokens_per_pair=200"]
     plan = make_plan(load_run_config([*words, *given]), lambda *_: nullcontext(lambda *_: None))
     return float(sum(part for name, part in plan.content["bytes"].items() if name != "CUDA and NCCL"))
-
-
-def check_waits(folder: Path) -> Iterator[Check]:
-    """Count how often the host waits for the GPU in a step, as far as PyTorch's sync debug mode sees it."""
-    name, out = "waits of the host", folder / "waits.json"
-    if error := run_python(name, ["-m", "dpo_dist.tools.selftest", "--waits", str(out)], 1):
-        yield failed_check(name, error)
-        return
-    found = json.loads(out.read_text())
-    yield Check(name, "measured", f"{found} in a step of ddp on one GPU", {"waits": found})
-
-
-def count_waits(out: Path) -> int:
-    """Train in this process, and write how often the host waited in the last step."""
-    import torch  # noqa: PLC0415  (slow)
-
-    waits, by_row, folder = 0, list[int](), out.parent
-
-    def count(record: logging.LogRecord) -> bool:
-        nonlocal waits
-        waits += "called a synchronizing CUDA operation" in record.getMessage()
-        return True
-
-    words = [*usual_words(folder, RunFolder(folder / "waits")), f"model.path={quoted(folder / 'tiny')}"]
-    words += ["parallelism=ddp", "model.fused=none", f"trainer.max_steps={STEPS}"]
-    logging.getLogger("py.warnings").addFilter(count)
-    torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(action="always"):
-        train_here(words, on_row=lambda _row: by_row.append(waits))
-    out.write_text(json.dumps(by_row[-1] - by_row[-2]))  # in the last step: earlier ones choose kernels
-    return ExitCode.completed

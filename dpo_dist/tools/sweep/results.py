@@ -12,9 +12,9 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import write_json
 from dpo_dist.foundation.text import number
+from dpo_dist.tools.pages.charts import Line, chart
 from dpo_dist.tools.report.run import PageFacts
 from dpo_dist.tools.report.runs import compare_runs
-from dpo_dist.tools.shared.pages.charts import Line, chart
 from dpo_dist.tools.sweep.points import Points
 from dpo_dist.tools.sweep.pool import ELSEWHERE
 

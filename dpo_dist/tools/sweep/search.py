@@ -17,7 +17,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome, first_line
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import number, pluralize
-from dpo_dist.tools.sweep.points import Dimension, SearchSpace
+from dpo_dist.tools.sweep.points import SearchSpace
 from dpo_dist.tools.sweep.pool import Pool, Words, is_finished
 from dpo_dist.training.reporting.metrics_log import finite, stored_rows
 
@@ -58,7 +58,10 @@ class Search(Pool):
         self._space, self._by, self._seed = space, first.sweep.by or "", first.trainer.seed
         self._is_low = best_direction(self._by) is Direction.lowest
         journal, defining = folder.study.resolve(), (space.dimensions, self._by, first.identity.digest)
-        _repair(journal)
+        # What a killed start may leave, and optuna cannot read: its lock, and a part of a line.
+        Path(f"{journal}.lock").unlink(missing_ok=True)
+        if journal.exists() and not (lines := journal.read_bytes()).endswith(b"\n"):
+            os.truncate(journal, lines.rfind(b"\n") + 1)
         try:
             self._storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
         except ValueError as fault:
@@ -95,7 +98,11 @@ class Search(Pool):
         for one in self._space.dimensions:
             seed = int(text_digest(f"{self._seed} {trial.number} {one.key}")[:8], 16)
             self._study.sampler = _Sampler(seed=seed)
-            words.append(f"{one.key}={_suggest(trial, one)}")
+            if one.ends is None:
+                words.append(f"{one.key}={trial.suggest_categorical(one.key, one.texts)}")
+                continue
+            suggest = trial.suggest_int if isinstance(one.ends[0], int) else trial.suggest_float
+            words.append(f"{one.key}={suggest(one.key, *one.ends, log=one.is_log)!r}")
         return tuple(words)
 
     def waiting(self) -> Iterator[Words]:
@@ -172,18 +179,3 @@ class Search(Pool):
             settings = dict(word.lstrip("+").split("=", 1) for word in self._words(self._study.best_trial))
             found["best"] = {"settings": settings, "value": self._study.best_value}
         return found
-
-
-def _repair(journal: Path) -> None:
-    """Remove what a killed start may leave, and optuna cannot read: its lock, and a part of a line."""
-    Path(f"{journal}.lock").unlink(missing_ok=True)
-    if journal.exists() and not (lines := journal.read_bytes()).endswith(b"\n"):
-        os.truncate(journal, lines.rfind(b"\n") + 1)
-
-
-def _suggest(trial: Trial | FrozenTrial, one: Dimension) -> str:
-    """Return a trial's value of a dimension, sampled if it has none."""
-    if one.ends is None:
-        return str(trial.suggest_categorical(one.key, one.texts))
-    suggest = trial.suggest_int if isinstance(one.ends[0], int) else trial.suggest_float
-    return repr(suggest(one.key, *one.ends, log=one.is_log))

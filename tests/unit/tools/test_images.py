@@ -7,8 +7,8 @@ import re
 from PIL import Image
 
 from dpo_dist.data.records import ImageFile
-from dpo_dist.tools.shared.images import Thumbnails, thumbnails
-from dpo_dist.tools.shared.pages.samples import ShownPrompt, ShownResponse, prompt_items
+from dpo_dist.tools.pages.samples import ShownPrompt, ShownResponse, prompt_items
+from dpo_dist.tools.pages.thumbnails import Thumbnails, thumbnails
 from tests.support.image_processors import file_of, picture
 from tests.unit.tools.pages.made_run import HOSTILE
 

@@ -15,8 +15,8 @@ from dpo_dist.config.user_code import find_function
 from dpo_dist.config.verb_sections import EndpointConfig, Verdicts
 from dpo_dist.data.records import Message, Origin, PreferenceRecord, Prompt
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.tools.shared.sampling import client, judges
-from dpo_dist.tools.shared.sampling.judges import (
+from dpo_dist.tools.sampling import client, judges
+from dpo_dist.tools.sampling.judges import (
     EndpointJudge,
     FunctionJudge,
     Judgement,

@@ -31,10 +31,10 @@ from dpo_dist.tools.pairs.make_pairs import (
     select_pairs,
 )
 from dpo_dist.tools.pairs.start import check_pairs, responding_models
-from dpo_dist.tools.shared.sampling.client import Client
-from dpo_dist.tools.shared.sampling.judges import Judgement
-from dpo_dist.tools.shared.sampling.prompts import Parts, Prompts
-from dpo_dist.tools.shared.sampling.respond import Completion, Completions, ModelSource
+from dpo_dist.tools.sampling.client import Client
+from dpo_dist.tools.sampling.judges import Judgement
+from dpo_dist.tools.sampling.prompts import Parts, Prompts
+from dpo_dist.tools.sampling.respond import Completion, Completions, ModelSource
 from dpo_dist.training.start.open_run import Run
 from tests.support.alone import ALONE
 from tests.support.judge_server import judge_server

@@ -40,19 +40,20 @@ from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.tools.pairs.files import pair_fields, write_results
 from dpo_dist.tools.pairs.rounds import merge_adapter
-from dpo_dist.tools.shared.sampling.dry_run import check_model
-from dpo_dist.tools.shared.sampling.generate import (
+from dpo_dist.tools.sampling.dry_run import check_model
+from dpo_dist.tools.sampling.generate import (
     NotFiniteError,
     Request,
     Sample,
+    Sampling,
     batches,
     dummy_request,
     generate,
     generate_together,
     random_numbers,
+    sampling_for,
 )
-from dpo_dist.tools.shared.sampling.respond import Completion, Responder, find_model, open_generator, respond
-from dpo_dist.tools.shared.sampling.settings import Sampling, sampling_for
+from dpo_dist.tools.sampling.respond import Completion, Responder, find_model, open_generator, respond
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.chat_tokenizers import tokenizer_of

@@ -17,18 +17,18 @@ from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, Quantization
 from dpo_dist.config.verb_sections import ServerConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.tools.shared.sampling import client as clients
-from dpo_dist.tools.shared.sampling import served
-from dpo_dist.tools.shared.sampling.client import Client, RefusedError
-from dpo_dist.tools.shared.sampling.respond import Responder, find_files, open_responder, respond
-from dpo_dist.tools.shared.sampling.served import (
+from dpo_dist.tools.sampling import client as clients
+from dpo_dist.tools.sampling import served
+from dpo_dist.tools.sampling.client import Client, RefusedError
+from dpo_dist.tools.sampling.generate import Sampling
+from dpo_dist.tools.sampling.respond import Responder, find_files, open_responder, respond
+from dpo_dist.tools.sampling.served import (
     Server,
     check_served,
     most_difference,
     open_server,
     reload_server,
 )
-from dpo_dist.tools.shared.sampling.settings import Sampling
 from tests.support.completions_server import CompletionsServer, completions_server, to_int8
 from tests.support.http_server import http_server
 from tests.support.tiny_model import write_model

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.tools.shared.text_facts import TextFacts, is_refusal, longest_repeat, sample_metrics, text_facts
+from dpo_dist.tools.text_facts import TextFacts, is_refusal, longest_repeat, sample_metrics, text_facts
 
 ENGLISH = "The weather in the mountains changes quickly, so take a warm jacket and enough water with you."
 GERMAN = "Das Wetter in den Bergen wechselt schnell, also nimm eine warme Jacke und genug Wasser mit."

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.tools.report.verdict.rules import RUN_RULES, Verdict, sample_alarm, verdict
+from dpo_dist.tools.report.verdict import RUN_RULES, Verdict, sample_alarm, verdict
 from dpo_dist.training.reporting import metrics_log
 from dpo_dist.training.reporting.metrics_log import RowSample, loss_before_spike
 
@@ -264,9 +264,9 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
         KTO,
         "good responses became far less likely, -1.20 -> -2.40",
     ),
-    ("responses_cut", rows(), CUT, "80 of 400 training records (20 %)"),
-    ("doctor_errors", rows(), {"findings": [DISAGREES | {"share": 0.1}, DOUBLED]}, "data: doubled_bos"),
-    ("doctor_errors", rows(), {"findings": [DISAGREES]}, "by far in 40 % of a"),
+    ("data_faults", rows(), CUT, "80 of 400 training records (20 %)"),
+    ("data_faults", rows(), {"findings": [DISAGREES | {"share": 0.1}, DOUBLED]}, "errors: doubled_bos"),
+    ("data_faults", rows(), {"findings": [DISAGREES]}, "by far in 40 % of a"),
     ("outside_band", rows(), BANDS, "eval_loss at step 10 is 0.57, not in the band 0.6 to 0.7; eval_rewards"),
     ("displacement", rows(late=FALLEN), {}, "-1.00 -> -1.40 nats per token, and in 60 % of the pairs"),
     ("diverged", rows(late=LOST, since=1), {}, "the model gives no finite log-probs from the start"),
@@ -276,14 +276,14 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("labels_swapped", labelled(auc=0.2), KTO, "training AUC is 0.200 on 192 records: the loss teaches the"),
     ("learnt_nothing", labelled(auc=0.52), KTO, "evaluation AUC 0.520 on 400 records is within its noise"),
     ("diverged", labelled(**COLLAPSED), KTO, "collapsed: from step 10 on"),
-    ("mismatch_grows", labelled(kl=60.0), KTO, "is 54 nats at the end and still grows"),
+    ("learning_rate_too_high", labelled(kl=60.0), KTO, "is 54 nats at the end and still grows"),
     (
         "label_missing",
         labelled(),
         ONE_LABEL,
         "all 400 training responses are good",
     ),
-    ("template_not_applied", rows(), PLAIN, "240 of 400 training records are plain text"),
+    ("data_faults", rows(), PLAIN, "240 of 400 training records are plain text"),
     ("untrained_base", rows(every=RANDOM), {"vocabulary": 3000}, "a guess among 3,000 tokens has -8.01"),
     # docs/images.md: better than a guess, and no answer yet.
     ("untrained_base", of_alphabet(-3.18, -2.36), {"vocabulary": 25}, "a guess among 25 tokens has -3.22"),
@@ -292,7 +292,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("one_label", labelled(), RARE, "95 % of the training responses are good"),
     ("one_label", labelled(), RARE, "loss.undesirable_weight=16.3 balances them"),
     (
-        "good_responses_fall",
+        "displacement",
         labelled(**{"eval_rewards/chosen": -2.2}),
         KTO,
         "good responses lost 0.2 nats per token",
@@ -314,7 +314,7 @@ def test_a_rule_finds_its_fault_alone(
     assert words in finding.text
     written = f"{finding.text}. Try: {finding.remedy}"
     assert judged.as_dict()["findings"] == [{"rule": rule, "text": written}]
-    is_remark = rule in ("displacement", "good_responses_fall")
+    is_remark = rule == "displacement"
     assert judged.sentence.startswith("no fault found: " if is_remark else RUN_RULES[rule].text)
     assert finding.remedy in "".join(judged.lines())
 
@@ -488,7 +488,7 @@ def test_at_most_five_findings_the_worst_first() -> None:
     data = {"train": counts(response_truncated=200), "eval": counts(prompts_also_in_train=50)}
     assert rules_of(rows(every={"tokens/chosen": 300.0}, late=late), findings=[DISAGREES], data=data) == [
         *("evaluation_leak", "evaluation_too_good", "label_leak"),
-        *("over_optimised", "responses_cut"),
+        *("over_optimised", "data_faults"),
     ]
 
 

@@ -12,18 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.foundation.text import percent
 from dpo_dist.tools.doctor.measures.observe import RecordFacts
-from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts, NearCopyFinder, TextKeys
+from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts, NearCopies, TextKeys
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, MAX_EXAMPLES
-from dpo_dist.tools.shared.findings import Finding, Level
-from dpo_dist.tools.shared.intervals import wilson_interval
+from dpo_dist.tools.findings import Finding, Level
 
 Indexes = npt.NDArray[np.int32]
 Partners = Indexes
 """The index of a matching record for each record, int32 [records]; -1: there is none."""
-
-_STANDARD_ERRORS = 3.0
 
 
 def equal_records(keys: TextKeys) -> Partners:
@@ -62,17 +58,10 @@ class _Sample(NamedTuple):
 
     population: int
     records: int
-    trials: int  # different sampled texts
 
     def estimate(self, count: int) -> int:
         """Return how many records of the population so many sampled ones stand for."""
         return round(count * self.population / self.records)
-
-    def interval(self, count: int) -> list[float]:
-        """Return the lower and the upper end of the estimate's interval of three standard errors."""
-        share = count / self.records
-        ends = wilson_interval(share * self.trials, self.trials, _STANDARD_ERRORS)
-        return [end * self.population for end in ends]
 
 
 class Comparison:
@@ -82,10 +71,10 @@ class Comparison:
         self,
         config: DataConfig,
         prompts: EvaluationPrompts | None = None,
-        near_copies: NearCopyFinder | None = None,
+        near_copies: NearCopies | None = None,
     ):
         self._drops_eval_prompts = config.drop_eval_prompts
-        self._prompts, self._near_copies = prompts or EvaluationPrompts(), near_copies or NearCopyFinder()
+        self._prompts, self._near_copies = prompts or EvaluationPrompts(), near_copies or NearCopies()
         self._labels, self._source_is_eval = list[str](), False
         self._files: dict[str, int] = {}
         self._source, self._is_eval = array("H"), array("B")
@@ -130,36 +119,37 @@ class Comparison:
         opposed = contradictions(
             self._column("preferences"), np.frombuffer(self._of_preference, np.int32), count
         )
-        leaked, near_leaked, of_leaks = self._leaks(self._column("hash"), prompts := self._column("prompt"))
-        repeated, numbers = equal_records(prompts), self._column("numbers")
-        near, sampled = self._near_copies.result()
-        alike = np.full(count, -1, dtype=np.int32)
-        alike[list(near)] = list(near.values())
-        of_near = None
-        if sampled is not None:
-            of_near = _Sample(count - _count(copies), len(sampled), len(sampled))
+        prompts, numbers, near_copies = self._column("prompt"), self._column("numbers"), self._near_copies
+        leaked, near_leaked, of_leaks = self._leaks(self._column("hash"), prompts)
         only_near = _without(near_leaked, leaked)
+        near = np.full(count, -1, dtype=np.int32)
+        for key, later in near_copies.matches.items():
+            near[near_copies.indexes[key]] = later
+        repeated = equal_records(prompts)
+        other_responses, of_near = _without(repeated, copies), None
+        if near_copies.is_sample:  # it is not known which other records are near copies
+            of_near = _Sample(count - _count(copies), len(near_copies.indexes))
+        else:
+            other_responses[list(near_copies.matches.values())] = -1
         hits = np.full(count, -1, dtype=np.int32)
         hits[self._hits] = self._hits
-        near_copies = self._within_a_part(_without(alike, copies, opposed))
+        near_only = self._within_a_part(_without(near, opposed))
         overlaps = [
             f"{self._origin(index)}, {item}" for index, item in zip(self._hits, self._items, strict=False)
         ]
         across: dict[str, Any] = {
             "duplicates": _count(copies),
-            "near_duplicates": _estimate(_count(alike), of_near) + (_count(copies) if of_near else 0),
+            "near_duplicates": _estimate(_count(near), of_near) + _count(copies),
             "contradictions": _count(opposed),
             "repeated_prompts": _count(repeated),
             "leaked_prompts": _count(leaked),
             "near_leaked_prompts": _estimate(_count(only_near), of_leaks) + _count(leaked),
             "benchmark_hits": _count(hits),
         }
-        # Of a sample it is not known which other records are near copies.
-        other_responses = _without(repeated, copies if of_near else alike)
         findings = [
             *self._partner_findings("duplicates", copies),
             *self._partner_findings(
-                "near_duplicates", near_copies, (), _other_numbers(near_copies, numbers, of_near), of_near
+                "near_duplicates", near_only, (), _other_numbers(near_only, numbers, of_near), of_near
             ),
             *self._partner_findings("contradictions", opposed),
             *self._partner_findings("repeated_prompts", other_responses),
@@ -180,10 +170,10 @@ class Comparison:
         shared = np.flatnonzero((first_equal(hashes[evaluated], hashes) >= 0) & ~self._evaluated)
         found = first_equal(hashes[shared], hashes[evaluated])
         leaked[evaluated[found >= 0]] = shared[found[found >= 0]]
-        known, partners, is_sampled = self._prompts.result()
+        known, partners = self._prompts.result()
         at = first_equal(known, prompts[evaluated])
         near[evaluated[at >= 0]] = partners[at[at >= 0]]
-        sample = _Sample(len(evaluated), _count(at), len(known)) if is_sampled and _count(at) else None
+        sample = _Sample(len(evaluated), _count(at)) if self._prompts.is_sample and _count(at) else None
         return leaked, near, sample
 
     @property
@@ -246,14 +236,12 @@ def _findings(
     detail: str,
     sample: _Sample | None,
 ) -> Iterator[Finding]:
-    """Yield the finding about records with a partner, or about their estimated number with its interval."""
+    """Yield the finding about records with a partner, or about their estimated number."""
     count = _count(partners)
     if sample is None:
         yield from DOCTOR_RULES[rule].count(count, total, label, examples, detail)
         return
-    low, high = (percent(end / total) for end in sample.interval(count))
-    interval = f"estimated from {sample.records:,} sampled records, {low} to {high}"
-    detail = "; ".join(filter(None, (interval, detail)))
+    detail = "; ".join(filter(None, (f"estimated from {sample.records:,} sampled records", detail)))
     for finding in DOCTOR_RULES[rule].count(sample.estimate(count), total, label, examples, detail):
         yield replace(finding, text=f"about {finding.text}")
 

@@ -21,8 +21,8 @@ from sklearn.preprocessing import StandardScaler
 from dpo_dist.foundation.text import percent
 from dpo_dist.tools.doctor.measures.texts import GROUPS
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
-from dpo_dist.tools.shared.findings import Finding
-from dpo_dist.tools.shared.intervals import wilson_interval
+from dpo_dist.tools.findings import Finding
+from dpo_dist.tools.intervals import wilson_interval
 
 _Keys: TypeAlias = npt.NDArray[np.uint64]
 Matrix: TypeAlias = Any

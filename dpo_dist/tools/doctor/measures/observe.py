@@ -30,15 +30,15 @@ from dpo_dist.tools.doctor.measures.texts import (
     Benchmark,
     Signature,
     Texts,
+    call_faults,
+    calls_in,
     differences,
     measure_features,
     plain_texts,
     signature,
     text_names,
 )
-from dpo_dist.tools.doctor.measures.tool_calls import call_faults, calls_in
 from dpo_dist.tools.doctor.rules import RULE_BY_KIND
-from dpo_dist.tools.shared.records import labelled_side
 
 SIDES = ("prompt", "chosen", "rejected")
 Lengths = tuple[int, int, int]
@@ -170,7 +170,7 @@ class Observer:
         number, digests = prompt_hash(record.prompt, read), [image.digest.hex() for image in read]
         images, texts = tuple(map(_image_facts, read)), plain_texts(record)
         prompt, responses, same = texts.prompt, texts.responses, _same_prompt(texts, digests)
-        side, pair = labelled_side(record), None
+        side, pair = record.labelled_side, None
         key, whole = text_key(same), text_key(same, *map(str.strip, responses), *filter(None, [side]))
         if side is not None or len(responses) > 1:
             asked = next((text for role, text in texts.turns[::-1] if role == "user"), texts.turns[-1][1])
@@ -217,7 +217,7 @@ class Observer:
         if isinstance(encoded, BadRecord) or not _CUT.isdisjoint(encoded.example.changes):
             whole = encode_record(record, self._whole, tokenizer, self._processor)
         if isinstance(whole, EncodedRecord):
-            facts.tokens = _lengths(whole.example, labelled_side(record))
+            facts.tokens = _lengths(whole.example, record.labelled_side)
             pictures = zip(facts.images, whole.example.images, strict=True)
             facts.images = tuple(replace(image, tokens=each.tokens) for image, each in pictures)
         if facts.pair is not None:
@@ -233,7 +233,7 @@ class Observer:
         assert isinstance(whole, EncodedRecord)
         assert facts.tokens is not None
         example, prompt = encoded.example, len(encoded.example.prompt_ids)
-        before, after = facts.tokens, _lengths(example, labelled_side(record))
+        before, after = facts.tokens, _lengths(example, record.labelled_side)
         facts.cut = before[0] - after[0], before[1] - after[1], before[2] - after[2]
         facts.changed = dict(encoded.outcome.changed)
         responses = list(map(len, example.responses))
@@ -295,7 +295,7 @@ def _preferences(record: PreferenceRecord, responses: tuple[str, ...], prompt: i
     Texts that differ only in case or white space have the same key; a text that occurs twice is ignored.
     """
     keys = [text_key(" ".join(response.casefold().split())) for response in responses]
-    if side := labelled_side(record):
+    if side := record.labelled_side:
         yield text_key(f"{prompt} {keys[0]}") & ~1 | (side == "chosen")
     scores = record.scores or tuple(range(len(keys), 0, -1))
     once = [index for index, key in enumerate(keys) if keys.count(key) == 1]

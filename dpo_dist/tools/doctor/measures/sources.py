@@ -17,8 +17,8 @@ from dpo_dist.tools.doctor.measures.label_leaks import LeakTest, leak_findings, 
 from dpo_dist.tools.doctor.measures.observe import SIDES, PairFacts, RecordFacts
 from dpo_dist.tools.doctor.measures.texts import speaks_differently, subtract_features
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, KINDS_BY_RULE, MAX_EXAMPLES, RULE_BY_KIND
-from dpo_dist.tools.shared.findings import Finding
-from dpo_dist.tools.shared.text_facts import detect_language
+from dpo_dist.tools.findings import Finding
+from dpo_dist.tools.text_facts import detect_language
 
 PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 _SAMPLED_PAIRS, _SAMPLED_LANGUAGES = 20_000, 2_000

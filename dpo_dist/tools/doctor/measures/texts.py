@@ -1,4 +1,4 @@
-"""Examine a record's plain texts: words, MinHash signatures, faults, features, overlap with benchmarks."""
+"""Examine a record: its words, MinHash signatures, faults, calls, features, overlap with benchmarks."""
 
 import json
 import math
@@ -18,12 +18,12 @@ import numpy.typing as npt
 import regex
 from datasketch import MinHash
 
-from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, turns_of
+from dpo_dist.data.read.values import from_json
+from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, Response, turns_of
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.tools.doctor.measures.tool_calls import taught_turns
-from dpo_dist.tools.shared.images import with_marks
-from dpo_dist.tools.shared.records import labelled_side
-from dpo_dist.tools.shared.text_facts import WORD, is_refusal, longest_repeat
+from dpo_dist.foundation.types import Fields
+from dpo_dist.tools.pages.thumbnails import with_marks
+from dpo_dist.tools.text_facts import WORD, is_refusal, longest_repeat
 
 SIGNATURE_NUMBERS = 64
 EMPTY_SKETCH = MinHash(SIGNATURE_NUMBERS, seed=1, hashfunc=zlib.crc32)
@@ -196,8 +196,8 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
         "looping_response": any(map(is_loop, taught)),
         "thought_not_closed": any(map(has_open_thought, taught)),
         "completion": len(responses) == 1 and record.scores is None,
-        "labelled_good": labelled_side(record) == "chosen",
-        "labelled_bad": labelled_side(record) == "rejected",
+        "labelled_good": record.labelled_side == "chosen",
+        "labelled_bad": record.labelled_side == "rejected",
         "pair_or_ranking": len(responses) > 1,
         "ranking": len(responses) > 2,
         "several_turns": len(roles) > 1,
@@ -209,7 +209,7 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
         "response_repeats_prompt": asked != "" and asked in map(str.strip, responses),
         "response_starts_with_prompt": any(each != whole for each in starting),
         **(_pair_properties(record, responses[0], responses[-1]) if len(responses) > 1 else {}),
-        **_side_properties({side: responses[0]} if (side := labelled_side(record)) else {}),
+        **_side_properties({side: responses[0]} if (side := record.labelled_side) else {}),
     }
     return (name for name, applies in properties.items() if applies)
 
@@ -240,6 +240,50 @@ def _side_properties(texts: Mapping[str, str]) -> dict[str, bool]:
         **{f"model_name_{side}": names_model(text) for side, text in sides},
         **{f"short_{side}": len(text.strip()) < _SHORT_CHARACTERS for side, text in sides},
     }
+
+
+# A call that is a part of the text, as the templates of Hermes and Qwen write it.
+_WRITTEN_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+
+
+def calls_in(response: Response) -> list[Fields]:
+    """Return the `name` and `arguments` of each call in the assistant's turns."""
+    calls: list[Fields] = []
+    for message in turns_of(response):
+        if message.role == "assistant":
+            calls += (call["function"] for call in message.fields.get("tool_calls", ()))
+            written = map(from_json, _WRITTEN_CALL.findall(message.content))
+            calls += (call for call in written if isinstance(call, Mapping) and "name" in call)
+    return calls
+
+
+def call_faults(record: PreferenceRecord) -> Iterator[str]:
+    """Yield `undefined_tool` and `missing_argument` if the prompt or the best response has such a call.
+
+    A rejected response may have been rejected for its call. In a record that defines no tools, a call may
+    name a function that is in the prompt's text.
+    """
+    prompt = turns_of(record.prompt, "user")
+    calls = calls_in((*prompt, *taught_turns(record)))
+    functions = [tool.get("function", tool) for tool in record.tools]
+    defined = {function["name"]: function for function in functions if "name" in function}
+    others = [turn.content for turn in prompt if turn.role != "assistant"] if not defined else []
+    others += [json.dumps(function, default=str) for function in functions if "name" not in function]
+    for call in calls:
+        function = defined.get(call["name"])
+        if function is None:
+            if not any(str(call["name"]) in text for text in others):
+                yield "undefined_tool"
+            continue
+        parameters, given = function.get("parameters"), call.get("arguments")
+        required = parameters.get("required") if isinstance(parameters, Mapping) else None
+        if isinstance(required, list) and set(map(str, required)) - set(given or ()):
+            yield "missing_argument"
+
+
+def taught_turns(record: PreferenceRecord) -> tuple[Message, ...]:
+    """Return the turns of the response that becomes likelier; none of a bad labelled response."""
+    return () if record.labelled_side == "rejected" else turns_of(record.responses[0])
 
 
 _HEAD_CHARACTERS = 400

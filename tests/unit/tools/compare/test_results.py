@@ -9,7 +9,7 @@ import pytest
 
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.tools.compare.results import LOST, TIED, WON, comparison, credit, judge_texts
-from dpo_dist.tools.shared.sampling.judges import Judgement, Question
+from dpo_dist.tools.sampling.judges import Judgement, Question
 
 Row = dict[str, Any]
 OUTCOMES = ("wins", "ties", "losses", "not_judged")

@@ -1,4 +1,4 @@
-"""Matches are those of brute force; of too many records a sample tells their number within its interval."""
+"""Matches are those of brute force; of too many records a sample tells about how many there are."""
 
 import random
 from collections.abc import Sequence
@@ -13,9 +13,8 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.records import Origin
 from dpo_dist.tools.doctor.measures.duplicates import Comparison, contradictions, equal_records
 from dpo_dist.tools.doctor.measures.observe import RecordFacts
-from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts, NearCopyFinder
+from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts, NearCopies
 from dpo_dist.tools.doctor.measures.texts import Signature
-from dpo_dist.tools.shared.findings import Finding
 
 Record = tuple[int, Signature]
 """The key of a record, and the signatures of its prompt and its responses."""
@@ -59,45 +58,41 @@ def records(groups: int, seed: int) -> list[Record]:
     return made
 
 
-def near_copies(finder: NearCopyFinder, found: Sequence[Record], chunk: int) -> Any:
-    for start in range(0, len(found), chunk):
-        keys, signatures = zip(*found[start : start + chunk], strict=True)
+def near_copies(made: Sequence[Record], chunk: int, limit: int) -> tuple[dict[int, int], list[int]]:
+    """Return the records with a near copy and the first one after them, and the records that were sought."""
+    finder = NearCopies(limit)
+    for start in range(0, len(made), chunk):
+        keys, signatures = zip(*made[start : start + chunk], strict=True)
         finder.add(keys, np.stack(signatures))
-    return finder.result()
+    found = {finder.indexes[key]: later for key, later in finder.matches.items()}
+    return found, sorted(finder.indexes.values())
 
 
 @pytest.mark.parametrize("chunk", [1, 64, 1000])
-def test_up_to_the_limit_each_near_copy_has_the_first_one_as_partner(chunk: int) -> None:
-    made, expected, firsts = records(100, 0), dict[int, int](), list[int]()
-    for index, (_, sides) in enumerate(made):
-        alike = (at for at in firsts if ((made[at][1] == sides).mean(axis=1) >= 0.7).all())
-        if (first := next(alike, None)) is None:
-            firsts.append(index)
-        else:
-            expected[index] = first
-    found = near_copies(NearCopyFinder(len(made), 1), made, chunk)
-    assert (found.partners, found.sampled, len(firsts)) == (expected, None, 100)
-
-
-def test_a_sample_does_not_depend_on_chunks_and_names_near_copies() -> None:
+@pytest.mark.parametrize(("limit", "fewest"), [(10_000, 300), (120, 60)])
+def test_near_copies_are_those_of_brute_force_among_all_or_a_sample(
+    chunk: int, limit: int, fewest: int
+) -> None:
     made = records(300, 1)
-    first, *others = (near_copies(NearCopyFinder(50, 120), made, chunk) for chunk in (1, 64, 333))
-    assert all(other == first for other in others)
     keys = [key for key, _ in made]
-    smallest = sorted(set(keys))[: len(first.sampled)]
-    assert 60 <= len(first.sampled) <= 120
-    assert first.sampled == sorted(map(keys.index, smallest))
-    for index in first.sampled:
-        last = len(keys) - 1 - keys[::-1].index(keys[index])
-        later = [at for at in range(last + 1, len(made)) if (made[at][1] == made[index][1]).mean() > 0.8]
-        assert first.partners.get(index) == min(later, default=None)
+    found, sought = near_copies(made, chunk, limit)
+    assert fewest <= len(sought) <= limit
+    assert sought == sorted(map(keys.index, sorted(set(keys))[: len(sought)]))
+    for index in sought:
+        last = len(keys) - 1 - keys[::-1].index(keys[index])  # of its copies
+        alike = (
+            at
+            for at in range(last + 1, len(made))
+            if ((made[at][1] == made[index][1]).mean(axis=1) >= 0.7).all()
+        )
+        assert found.get(index) == next(alike, None)
 
 
-def compared(made: Sequence[Record], is_eval: Sequence[bool], limit: int, sampled: int) -> Any:
+def compared(made: Sequence[Record], is_eval: Sequence[bool], limit: int) -> Any:
     """Return the counts and the findings about records; prompts are equal if the keys are."""
     prompts = EvaluationPrompts(limit)
     prompts.add((key, sides[0]) for (key, sides), each in zip(made, is_eval, strict=True) if each)
-    comparison = Comparison(DataConfig(), prompts, NearCopyFinder(limit, sampled))
+    comparison = Comparison(DataConfig(), prompts, NearCopies(limit))
     for line, ((key, sides), each) in enumerate(zip(made, is_eval, strict=True), 1):
         if line in (1, 700):
             comparison.add_source(f"source {line}", is_eval=False)
@@ -108,19 +103,16 @@ def compared(made: Sequence[Record], is_eval: Sequence[bool], limit: int, sample
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_number_of_near_copies_is_estimated_within_its_interval(seed: int) -> None:
+def test_a_sample_tells_about_how_many_near_copies_there_are(seed: int) -> None:
     made = records(900, seed)
     none = [False] * len(made)
-    (exact, of_all), (across, of_sample) = (
-        compared(made, none, *limits) for limits in ((len(made), 1), (200, 600))
-    )
+    (exact, of_all), (across, of_sample) = (compared(made, none, limit) for limit in (len(made), 600))
     [truth], [finding] = (
         [one for one in found if one.rule == "near_duplicates"] for found in (of_all, of_sample)
     )
     assert {**across, "near_duplicates": 0} == {**exact, "near_duplicates": 0}
-    low, high = interval(finding, len(made))
-    assert low <= truth.count <= high
-    assert low <= finding.count <= high < 1.7 * low
+    assert finding.count == pytest.approx(truth.count, rel=0.25)
+    assert finding.count != truth.count
     assert across["near_duplicates"] == finding.count + across["duplicates"]
     assert finding.text.startswith(f"about {finding.count} of {len(made)} records")
     assert 300 <= int(finding.text.split("estimated from ")[1].split(" sampled records")[0]) <= 600
@@ -128,19 +120,12 @@ def test_the_number_of_near_copies_is_estimated_within_its_interval(seed: int) -
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_number_of_leaked_prompts_is_estimated_within_its_interval(seed: int) -> None:
+def test_a_sample_tells_about_how_many_prompts_are_leaked(seed: int) -> None:
     made = records(700, seed)
     is_eval = [key % 3 == 0 for key, _ in made]
     [truth], [finding] = (
-        [one for one in compared(made, is_eval, limit, 300)[1] if one.rule == "near_train_eval_leak"]
+        [one for one in compared(made, is_eval, limit)[1] if one.rule == "near_train_eval_leak"]
         for limit in (len(made), 150)
     )
-    low, high = interval(finding, sum(is_eval))
-    assert low <= truth.count <= high < 2 * low
-    assert low <= finding.count <= high
-
-
-def interval(finding: Finding, total: int) -> tuple[float, float]:
-    """Return the ends of the interval in the text, in records; they are rounded to a per cent."""
-    words = finding.text.split("sampled records, ")[1].split(" ")
-    return (float(words[0]) - 0.5) * total / 100, (float(words[3]) + 0.5) * total / 100
+    assert finding.count == pytest.approx(truth.count, rel=0.4)
+    assert "estimated from " in finding.text

@@ -23,7 +23,7 @@ from dpo_dist.tools.doctor.__main__ import main
 from dpo_dist.tools.doctor.examine import Diagnosis, diagnose, examine, prepare
 from dpo_dist.tools.doctor.measures.texts import read_benchmarks
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, RULE_BY_KIND
-from dpo_dist.tools.shared.findings import Level
+from dpo_dist.tools.findings import Level
 from tests.support import tiny
 from tests.support.doctor_data import (
     Pair,

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_dist.config.schema import DataConfig, SourceConfig, Truncation
 from dpo_dist.tools.doctor.shown_pairs import ShownPair, ShownPart, show_pairs
-from dpo_dist.tools.shared.findings import Finding, Level
+from dpo_dist.tools.findings import Finding, Level
 from tests.support import tiny
 from tests.support.invented import write_pairs
 from tests.support.records import assistant, jsonl, user

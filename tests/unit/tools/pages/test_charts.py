@@ -13,7 +13,7 @@ import pytest
 from matplotlib.image import imread
 
 from dpo_dist.config.metrics import METRICS
-from dpo_dist.tools.shared.pages.charts import (
+from dpo_dist.tools.pages.charts import (
     PANELS,
     Axis,
     Line,

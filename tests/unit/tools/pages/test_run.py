@@ -10,10 +10,10 @@ from markupsafe import Markup
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.tools.pages.render import inert
 from dpo_dist.tools.report.__main__ import main
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.tools.report.runs import compare_runs
-from dpo_dist.tools.shared.pages.render import inert
 from dpo_dist.training.reporting.metrics_log import MetricsLog
 from tests.unit.tools.pages.made_run import HOSTILE, Page, change, made_run, row
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.tools.shared.pages.samples import choose, mark_differences, samples_section
+from dpo_dist.tools.pages.samples import choose, mark_differences, samples_section
 from tests.support.sample_files import GOOD, sample, write_samples
 
 

@@ -3,36 +3,18 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import islice
 
-from dpo_dist.config.schema import DataConfig, RunConfig, SourceConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.counts import counts_in_one_line
-from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.files.folder import description_folder
 from dpo_dist.model.files.load import check_contents_at_hand
-from dpo_dist.tools.shared.records import Read, good_records
-from dpo_dist.tools.shared.sampling.prompts import as_user_message
-from dpo_dist.tools.shared.sampling.respond import Responder, find_files, open_responder, usable_prompt
-from dpo_dist.tools.shared.sampling.served import open_server
-from dpo_dist.tools.shared.sampling.settings import Sampling
-
-_FIRST_RECORDS = 1024
-
-
-def first_records(
-    sources: Sequence[SourceConfig], read: Read, data: DataConfig, say: Callable[[str], None]
-) -> list[PreferenceRecord]:
-    """Return the usable ones of each source's first records; print the counts with `say`."""
-    usable: list[PreferenceRecord] = []
-    for source in sources:
-        records = read(pin_source(source))
-        first = list(islice(records, _FIRST_RECORDS))
-        is_more = next(records, None) is not None
-        usable += good_records(iter(first), source, data, say, of_first=is_more)
-    return usable
+from dpo_dist.tools.sampling.generate import Sampling
+from dpo_dist.tools.sampling.records import as_user_message
+from dpo_dist.tools.sampling.respond import find_files, open_responder, usable_prompt
+from dpo_dist.tools.sampling.served import open_server
 
 
 def check_model(
@@ -60,24 +42,25 @@ def check_model(
     check_contents_at_hand(responder.source.folder, model, key)
     folder = responder.source.adapter or responder.source.folder
     say(f"{folder}, vocabulary of {len(responder.tokenizer):,}, a response ends with {' or '.join(ends)}")
-    prompts = [usable_prompt(as_user_message(record, data), responder, sampling) for record in records]
+    asked = [as_user_message(record, data) for record in records]
+    prompts = [usable_prompt(record, responder, sampling) for record in asked]
     dropped = Counter(prompt for prompt in prompts if isinstance(prompt, str))
     if dropped.total() == len(prompts):
+        remedy = Remedy("correct the records, or the keys of data; docs/data.md explains the reasons")
+        if "too_long_for_the_model" in dropped and responder.longest is not None:
+            # Tokens that the model can write after each record that it can be asked.
+            least = [
+                usable_prompt(as_user_message(record, data), responder, Sampling(1)) for record in records
+            ]
+            tokens = [len(prompt.prompt_ids) for prompt in least if not isinstance(prompt, str)]
+            if room := responder.longest - max(tokens, default=responder.longest):
+                remedy = Remedy.to_set(f"sampling.max_new_tokens={room}")
+                remedy += f": the model has {responder.longest} tokens in all"
         raise DataError(
             "none of the first records can be used",
             where=key,
             got=f"{path}: {counts_in_one_line(dropped)}",
-            remedy=Remedy.to_set(f"sampling.max_new_tokens={room}")
-            + f": the model has {responder.longest} tokens in all"
-            if (room := _room(records, responder, data)) and "too_long_for_the_model" in dropped
-            else "correct the records, or the keys of data; docs/data.md explains the reasons",
+            remedy=remedy,
         )
     if dropped:
         say(f"  first records that the model cannot be asked: {counts_in_one_line(dropped)}")
-
-
-def _room(records: Sequence[PreferenceRecord], responder: Responder, data: DataConfig) -> int:
-    """Return how many tokens the model can write after each record that it can be asked; 0 if none."""
-    prompts = [usable_prompt(as_user_message(record, data), responder, Sampling(1)) for record in records]
-    tokens = [len(prompt.prompt_ids) for prompt in prompts if not isinstance(prompt, str)]
-    return responder.longest - max(tokens) if tokens and responder.longest is not None else 0

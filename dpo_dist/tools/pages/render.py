@@ -64,20 +64,15 @@ def number_above_interval(
 
 
 def flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield nested fields as dotted keys, with values as YAML text."""
+    """Yield nested fields as dotted keys, with values as YAML text; entries of lists without what is null."""
     for key, value in fields.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", as_yaml(_short(value))
-
-
-def _short(value: object) -> object:
-    """Return a list of mappings without the keys that are null, any other value unchanged."""
-    entries = value if isinstance(value, list) else []
-    if not all(isinstance(each, Mapping) for each in entries):
-        return value
-    return [{key: item for key, item in each.items() if item is not None} for each in entries] or value
+            shown: object = value
+            if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
+                shown = [{name: item for name, item in each.items() if item is not None} for each in value]
+            yield f"{prefix}{key}", as_yaml(shown)
 
 
 TEMPLATES = Environment(

@@ -28,7 +28,7 @@ from dpo_dist.config.metrics import (
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import number
-from dpo_dist.tools.shared.pages.render import part
+from dpo_dist.tools.pages.render import part
 
 Rows = Sequence[Mapping[str, float]]
 FloatArray = NDArray[np.float64]

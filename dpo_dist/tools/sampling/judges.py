@@ -40,9 +40,8 @@ from dpo_dist.model.architectures import context_length
 from dpo_dist.model.files.folder import description_folder, model_folder
 from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model
-from dpo_dist.tools.shared.images import jpeg_uri
-from dpo_dist.tools.shared.sampling.client import Client, RefusedError
-from dpo_dist.tools.shared.sampling.replies import ChatReply
+from dpo_dist.tools.pages.thumbnails import jpeg_uri
+from dpo_dist.tools.sampling.client import ChatReply, Client, RefusedError
 
 log = logging.getLogger(__name__)
 

@@ -38,14 +38,13 @@ def jpeg_uri(content: bytes, most: int) -> str:
 
 def thumbnails(images: Iterable[ImageFile], most: int = _THUMBNAIL_SIDE) -> list[str | None]:
     """Return the thumbnail of each image, with at most `most` pixels a side."""
-    return [_thumbnail(image, most) for image in images]
-
-
-def _thumbnail(image: ImageFile, most: int) -> str | None:
-    try:
-        return jpeg_uri(image.read(), most)
-    except UnusableRecordError:
-        return None
+    found: list[str | None] = []
+    for image in images:
+        try:
+            found.append(jpeg_uri(image.read(), most))
+        except UnusableRecordError:
+            found.append(None)
+    return found
 
 
 class ThumbnailRoom:
@@ -56,13 +55,13 @@ class ThumbnailRoom:
 
     def fitting(self, images: Thumbnails) -> Thumbnails:
         """Return those of a prompt's thumbnails that fit, None in place of others."""
-        return [image if image and self._takes(image) else None for image in images]
-
-    def _takes(self, image: str) -> bool:
-        fits = image.startswith(_JPEG) and self._number > 0 and len(image) <= self._bytes
-        if fits:
-            self._number, self._bytes = self._number - 1, self._bytes - len(image)
-        return fits
+        shown: list[str | None] = []
+        for image in images:
+            fits = image and image.startswith(_JPEG) and self._number > 0 and len(image) <= self._bytes
+            shown.append(image if fits else None)
+            if image and fits:
+                self._number, self._bytes = self._number - 1, self._bytes - len(image)
+        return shown
 
 
 def shown_tokens(ids: TokenIds, images: Sequence[ImageInput], placeholder_id: int | None) -> Mask:

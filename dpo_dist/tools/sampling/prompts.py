@@ -4,7 +4,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ from dpo_dist.config.schema import (
     ParallelismKind,
     RunConfig,
 )
-from dpo_dist.data.records import PreferenceRecord, prompt_key, turns_of
+from dpo_dist.data.records import PreferenceRecord, prompt_key
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
-from dpo_dist.tools.shared.sampling.client import Client
-from dpo_dist.tools.shared.sampling.judges import Judge, open_judge
-from dpo_dist.tools.shared.sampling.respond import (
+from dpo_dist.tools.sampling.client import Client
+from dpo_dist.tools.sampling.generate import Sampling
+from dpo_dist.tools.sampling.judges import Judge, open_judge
+from dpo_dist.tools.sampling.respond import (
     Generate,
     ModelSource,
     Responder,
@@ -34,8 +35,7 @@ from dpo_dist.tools.shared.sampling.respond import (
     open_responder,
     respond,
 )
-from dpo_dist.tools.shared.sampling.served import Server, check_served, open_server, reload_server
-from dpo_dist.tools.shared.sampling.settings import Sampling
+from dpo_dist.tools.sampling.served import Server, check_served, open_server, reload_server
 from dpo_dist.training.start.open_run import Run, join
 
 _FAILED = "failed"
@@ -187,11 +187,6 @@ class Prompts:
 def in_parts(records: Sequence[PreferenceRecord], size: int) -> list[Sequence[PreferenceRecord]]:
     """Split records into parts of `size`."""
     return [records[start : start + size] for start in range(0, len(records), size)]
-
-
-def as_user_message(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
-    """Return the record with the prompt that models get: under `data.text_as_messages` a user's message."""
-    return replace(record, prompt=turns_of(record.prompt, "user")) if data.text_as_messages else record
 
 
 def generation_settings(data: DataConfig, model: ModelConfig, sampling: Sampling) -> dict[str, Any]:

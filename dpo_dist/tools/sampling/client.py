@@ -12,16 +12,15 @@ from ipaddress import ip_address
 from multiprocessing import TimeoutError as Late
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from dpo_dist.foundation.errors import ConfigError, first_fault
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import duration, first_few, size, without_secrets
-from dpo_dist.tools.shared.sampling.replies import Models
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 RETRIES = 6
@@ -38,6 +37,80 @@ _SILENCES = 2
 _WORD = 60  # characters of a server's code in an error
 R = TypeVar("R")
 Form = TypeVar("Form", bound=BaseModel)
+
+
+# What servers reply: the fields that are read, and nothing else is believed. Fields may be absent or null
+# where servers leave them out; what they hold has the right type and range.
+_Count = Annotated[int, Field(ge=0, lt=2**31)]
+# Rounding lifts the log-prob of a certain token a little above 0.
+_Logp = Annotated[float, Field(le=1e-3, allow_inf_nan=False)]
+
+
+class ListedModel(BaseModel):
+    """A model that a server lists."""
+
+    id: str
+    max_model_len: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+
+
+class Models(BaseModel):
+    """The list of models; some servers have none."""
+
+    data: list[ListedModel] = []
+
+
+class Logprobs(BaseModel):
+    """Log-probs of the tokens of a response."""
+
+    token_logprobs: list[_Logp | None] | None = None
+
+
+class Choice(BaseModel):
+    """A response; ids as vLLM reports them."""
+
+    text: str | None = None
+    finish_reason: str | None = None
+    logprobs: Logprobs | None = None
+    token_ids: list[_Count] | None = None
+    prompt_token_ids: list[_Count] | None = None
+
+
+class Usage(BaseModel):
+    """Numbers of tokens."""
+
+    prompt_tokens: _Count | None = None
+
+
+class CompletionReply(BaseModel):
+    """A reply to a prompt."""
+
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+class MessagePart(BaseModel):
+    """A part of a message; other parts than texts have none."""
+
+    text: str | None = None
+
+
+class ChatMessage(BaseModel):
+    """The message of an assistant; some servers return parts."""
+
+    content: str | list[MessagePart] | None = None
+
+
+class ChatChoice(BaseModel):
+    """A response to a conversation."""
+
+    message: ChatMessage
+    finish_reason: str | None = None
+
+
+class ChatReply(BaseModel):
+    """A reply to a conversation."""
+
+    choices: list[ChatChoice]
 
 
 def _proxy_of(url: str) -> str | None:
@@ -193,7 +266,12 @@ class Client:
         Replies, which JSON can hold, are read again from the file that a killed command left. If every
         request is refused, `probe` tells whether the server is at fault, or these few texts.
         """
-        kept = {} if self._file is None else _kept(self._file)
+        kept = dict[str, Any]()
+        if self._file is not None and self._file.is_file():
+            for line in filter(None, self._file.read_text(encoding="utf-8").splitlines()):
+                with contextlib.suppress(json.JSONDecodeError):  # a killed command may have left half a line
+                    key, reply = json.loads(line)
+                    kept[key] = reply
         replies: dict[str, R | None] = {key: kept[key] for key in keys if key in kept}
         self._asked, self._answered = self._asked + len(keys), self._answered + len(replies)
         self._show(self._answered, self._asked)
@@ -210,7 +288,7 @@ class Client:
             for key, reply in pool.imap_unordered(reply_to, missing):
                 replies[key] = reply
                 if self._file is not None and reply is not None:
-                    with self._file.open("a") as file:  # a killed command may have left half a line
+                    with self._file.open("a") as file:
                         file.write("\n" + json.dumps([key, reply]))
                 self._answered += 1
                 self._show(self._answered, self._asked)
@@ -236,14 +314,3 @@ class Client:
             remedy=f"start it, or check its address{usual}, {section}.model and the key in {KEY_VARIABLE}; "
             "the same command continues after the finished requests",
         )
-
-
-def _kept(file: Path) -> dict[str, Any]:
-    """Return the replies in a file by their keys, without a line that was cut."""
-    replies = {}
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    for line in filter(None, lines):
-        with contextlib.suppress(json.JSONDecodeError):
-            key, reply = json.loads(line)
-            replies[key] = reply
-    return replies

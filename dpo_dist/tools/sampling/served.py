@@ -27,11 +27,9 @@ from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import pluralize, without_secrets
 from dpo_dist.model.packed import packed_logps
-from dpo_dist.tools.shared.sampling.client import Client, RefusedError
-from dpo_dist.tools.shared.sampling.generate import Request, Sample
-from dpo_dist.tools.shared.sampling.replies import Choice, CompletionReply
-from dpo_dist.tools.shared.sampling.respond import ModelSource, Responder, load_packed_source, usable_prompt
-from dpo_dist.tools.shared.sampling.settings import Sampling
+from dpo_dist.tools.sampling.client import Choice, Client, CompletionReply, RefusedError
+from dpo_dist.tools.sampling.generate import Request, Sample, Sampling
+from dpo_dist.tools.sampling.respond import ModelSource, Responder, load_packed_source, usable_prompt
 
 _URL = "sampling.endpoint.url"
 _SECONDS = 600.0  # for one request, also if it waits for others

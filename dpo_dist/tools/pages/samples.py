@@ -15,9 +15,9 @@ from dpo_dist.config.run_files import SampleRow, WorstRow
 from dpo_dist.config.run_folder import RunFolder, checkpoint_step
 from dpo_dist.foundation.files import read_lines
 from dpo_dist.foundation.text import number, percent, pluralize
-from dpo_dist.tools.shared.images import ThumbnailRoom, Thumbnails
-from dpo_dist.tools.shared.pages.render import part
-from dpo_dist.tools.shared.text_facts import WORD, text_facts
+from dpo_dist.tools.pages.render import part
+from dpo_dist.tools.pages.thumbnails import ThumbnailRoom, Thumbnails
+from dpo_dist.tools.text_facts import WORD, text_facts
 
 _Row = Mapping[str, Any]
 MarkedPiece = tuple[str, bool]

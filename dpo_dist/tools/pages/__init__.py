@@ -1,0 +1,1 @@
+"""Charts, prompts with responses, thumbnails and templates of all pages."""

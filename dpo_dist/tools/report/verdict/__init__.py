@@ -1,1 +1,0 @@
-"""Judge a run by its metrics, summary and data."""

@@ -1,1 +1,0 @@
-"""Code that several tools share: sampling and judges, pages, tables, findings, intervals, records."""

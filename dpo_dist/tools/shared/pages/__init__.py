@@ -1,1 +1,0 @@
-"""Charts, prompts with responses, and templates, which all pages share."""
