@@ -43,6 +43,7 @@ _Row = dict[str, Any]
 _BATCH_TOKENS = 16384
 _USUAL_PROMPTS = 8
 _MOST_SECONDS = 60.0  # of the default's responses by one model on a CPU
+_MOST_SHARE = 0.1  # of the training time, beside `_MOST_SECONDS`, for samples before the last ones
 _RESPONSE_FIELDS = ("text", "tokens", "finished")
 
 
@@ -65,6 +66,8 @@ class RunSamples:
         at_every_evaluation: whether the policy responds at evaluations between the first and the last one.
         starts_as_reference: whether the policy equals the reference before the first step.
         reference: the reference's response to each prompt; None if not known.
+        seconds: what the latest responses took on this rank.
+        has_skipped: whether an evaluation had no time for responses.
     """
 
     run: Run
@@ -75,6 +78,8 @@ class RunSamples:
     at_every_evaluation: bool = True
     starts_as_reference: bool = False
     reference: list[_Row] | None = None
+    seconds: float = 0.0
+    has_skipped: bool = False
 
     def write_responses(self, step: int, policy: Engine, *, is_last: bool) -> dict[str, float]:
         """Write the policy's responses after `step`, and return their metrics `samples/...`.
@@ -82,7 +87,8 @@ class RunSamples:
         Raises Interrupted if the run must stop. Without finite logits there is no file; a bug in the metrics
         gives a warning and no metrics. `is_last`: whether the run ends after this step.
         """
-        if step != 0 and not is_last and not self.at_every_evaluation:
+        is_between = step != 0 and not is_last
+        if is_between and not (self.at_every_evaluation and self._has_time(step)):
             return {}
         known = self.reference if step == 0 and self.starts_as_reference else None
         asked = known or self._ask(policy, self.prompts)
@@ -110,6 +116,27 @@ class RunSamples:
 
         return self.run.write(write)
 
+    def _has_time(self, step: int) -> bool:
+        """Return whether responses after `step` leave samples a small share of the run; else say so once.
+
+        Rank 0 decides by its clock for all ranks.
+        """
+
+        def is_left() -> bool:
+            spent = self.run.clock.read()["seconds"]
+            most: float = _MOST_SECONDS + _MOST_SHARE * spent.get("training", 0.0)
+            return bool(spent.get("samples", 0.0) + self.seconds <= most)
+
+        has_time = self.run.world.on_main(is_left)
+        if not has_time and not self.has_skipped:
+            self.has_skipped = True
+            self.run.say(
+                f"samples: none after step {step}, since they take {duration(self.seconds)}: until the last "
+                "step all samples get a minute and a tenth of the training time; "
+                "a larger trainer.eval_every or a smaller samples.prompts leaves time for them"
+            )
+        return has_time
+
     def open(self, policy: Engine) -> None:
         """Get the reference's responses, if missing, from the policy at its start or with its adapter off."""
         if self.reference is None and self.starts_as_reference:
@@ -117,24 +144,17 @@ class RunSamples:
 
     def ask_reference(self, model: Engine, *, without_adapter: bool = False) -> None:
         """Generate and write the reference's responses with this model; ends the run if it must stop."""
-        started, prompts, first = time.monotonic(), self.prompts, list[_Row]()
+        started = time.monotonic()
+        is_bounded = not self.at_every_evaluation and self.run.world.device.type == "cpu"
         try:
-            if not self.at_every_evaluation and self.run.world.device.type == "cpu":
-                # The first response tells how many a slow machine has time for.
-                answered = self._ask(model, prompts[:1], without_adapter=without_adapter)
-                if answered is None:
-                    return
-                first = answered
-                seconds = time.monotonic() - started
-                most = self.run.world.on_main(lambda: max(1, int(_MOST_SECONDS / seconds)))
-                if most < len(prompts):
-                    self.run.say(
-                        f"samples: {most} of {pluralize(len(prompts), 'prompt')}, since a response takes "
-                        f"{duration(seconds)} here; samples.prompts={len(prompts)} asks all of them"
-                    )
-                    self.prompts = prompts[:most]
-            others = self._ask(model, self.prompts[len(first) :], without_adapter=without_adapter)
-            self.reference = None if others is None else first + others
+            first = self._ask(
+                model, self.prompts[: 1 if is_bounded else None], without_adapter=without_adapter
+            )
+            self.reference = first
+            if first is not None and is_bounded:
+                self._bound(time.monotonic() - started)
+                others = self._ask(model, self.prompts[1:], without_adapter=without_adapter)
+                self.reference = None if others is None else first + others
         except Interrupted:
             self.run.stops.check()
         if self.reference is not None:
@@ -151,6 +171,16 @@ class RunSamples:
                 f"{duration(time.monotonic() - started)}, and take about as long {again}; "
                 "samples.prompts=0 turns them off"
             )
+
+    def _bound(self, seconds: float) -> None:
+        """Keep as many prompts as fit into `_MOST_SECONDS`, at least one; `seconds`: what one takes."""
+        most = self.run.world.on_main(lambda: max(1, int(_MOST_SECONDS / seconds)))
+        if most < len(self.prompts):
+            self.run.say(
+                f"samples: {most} of {pluralize(len(self.prompts), 'prompt')}, since a response takes "
+                f"{duration(seconds)} here; samples.prompts={len(self.prompts)} asks all of them"
+            )
+            self.prompts = self.prompts[:most]
 
     def read_reference(self) -> list[_Row] | None:
         """Return the reference's responses from their file; None if prompts or settings have changed."""
@@ -170,6 +200,7 @@ class RunSamples:
         if not requests:
             return []
         limits = self.stop_ids, _BATCH_TOKENS, self.run.stops
+        started = time.monotonic()
         try:
             doing = f"samples: responding to {pluralize(len(requests), 'prompt')}"
             with self.run.clock.measure("samples"), self.run.console.heartbeat(doing):
@@ -179,6 +210,7 @@ class RunSamples:
         except NotFiniteError:
             self.run.say("warning: no samples: the model's logits are not finite")
             return None
+        self.seconds = time.monotonic() - started
         return [
             {
                 "text": texts_after(list(sample.ids), request.prompt_ids, self.tokenizer)[0],

@@ -138,6 +138,39 @@ def test_a_run_says_that_it_samples_while_it_takes_long_and_counts_the_time(
     assert lines[0].startswith("samples: responding to 1 prompt: ")
 
 
+def test_evaluations_have_samples_while_these_take_a_minute_and_a_tenth_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation after each 100 s of training, with 30 s of samples."""
+    told: list[str] = []
+    now = 0.0
+
+    def generate(*_: object, **__: object) -> list[Sample]:
+        nonlocal now
+        now += 30.0
+        return [Sample([5], None)]
+
+    monkeypatch.setattr(samples, "generate_together", generate)
+    monkeypatch.setattr(samples.time, "monotonic", lambda: now)
+    config = RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path)))
+    run = Run(config, ALONE, Console(LineScreen(told.append)))
+    run.folder.samples.mkdir()
+    prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id", "chosen": "Yes."})
+    asked = RunSamples(run, Sampling(4), (prompt,), STOPS, TOKENIZER)
+    policy = FrozenEngine.__new__(FrozenEngine)
+    written = []
+    for step in range(11):
+        with run.clock.measure("training"):
+            now += 100.0 if step else 0.0
+        with run.clock.measure("evaluation"):
+            if asked.write_responses(step, policy, is_last=step == 10):
+                written.append(step)
+    # With those of step 3n there are n + 2 samples: 30 (n + 2) = 60 + 10 * 3n.
+    assert written == [0, 1, 3, 6, 9, 10]
+    [line] = [line for line in told if "none after step" in line]
+    assert "a larger trainer.eval_every or a smaller samples.prompts" in line
+
+
 @pytest.mark.parametrize(("seconds", "asked"), [(1.0, 8), (25.0, 2), (400.0, 1)])
 def test_by_default_a_slow_model_answers_as_many_prompts_as_fit_in_a_minute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, asked: int
