@@ -1,12 +1,15 @@
-"""DeepSpeed's configuration for the policy and for a model that is only scored."""
+"""DeepSpeed's configuration for the policy and for a model that is only scored; imports no DeepSpeed."""
 
 import os
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from dpo_dist.config.optim import OptimConfig
 from dpo_dist.config.schema import ZERO_STAGES, Dtype, Offload, ParallelismConfig, ParallelismKind
+from dpo_dist.distributed.processes.world import World
+from dpo_dist.model.library_internals import sharded_by
 
 START = 2.0**16  # the loss scale at the start of training in fp16
 # Weights of a decoder layer over the square of the hidden size: 13 in Llama-3-70B, 19 in Qwen2.5-0.5B.
@@ -98,3 +101,13 @@ def _shared_config(zero: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
 
 def _offload(target: Offload) -> dict[str, Any]:
     return {"device": target.value, "pin_memory": torch.cuda.is_available()}
+
+
+def unsharded_loading(world: World) -> AbstractContextManager[None]:
+    """Make transformers load unsharded weights inside the block, also if the policy is sharded."""
+    return sharded_loading(world, {"zero_optimization": {"stage": 0}})
+
+
+def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> AbstractContextManager[None]:
+    """Inside the block, make transformers shard weights by this configuration, not by the policy's own."""
+    return sharded_by(deepspeed_config, world.accelerator.state.deepspeed_plugin.dschf)

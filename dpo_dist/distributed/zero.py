@@ -48,7 +48,7 @@ from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.layers import decoder_layers, join_gradients, partly_used_blocks, without_gradient
-from dpo_dist.model.library_internals import sharded_by, shards_loading
+from dpo_dist.model.library_internals import shards_loading
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic
@@ -67,18 +67,6 @@ def mark_zero3_leaves(model: PackedCausalLM) -> None:
     whole = [layer for layer in layers if all(uses[weight] == 1 for weight in layer.parameters())]
     for module in (*partly_used_blocks(model.causal_lm), *whole):
         set_z3_leaf_module(module, True)
-
-
-def unsharded_loading(world: World) -> contextlib.AbstractContextManager[None]:
-    """Make transformers load unsharded weights inside the block, also if the policy is sharded."""
-    return sharded_loading(world, {"zero_optimization": {"stage": 0}})
-
-
-def sharded_loading(
-    world: World, deepspeed_config: dict[str, Any]
-) -> contextlib.AbstractContextManager[None]:
-    """Inside the block, make transformers shard weights by this configuration, not by the policy's own."""
-    return sharded_by(deepspeed_config, world.accelerator.state.deepspeed_plugin.dschf)
 
 
 class Engine:
@@ -193,9 +181,6 @@ class LossScale:
 
 ADAM_EPS = 1e-8
 """Added to the root of the second moment."""
-
-# Size of an optimizer's states for a master weight, relative to the master weight.
-STATES_PER_MASTER = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5, OptimizerKind.muon: 1.0}
 
 
 def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.Optimizer:

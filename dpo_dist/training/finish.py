@@ -9,8 +9,8 @@ from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import checkpoint_name
 from dpo_dist.config.schema import FinalModel
 from dpo_dist.distributed.checkpoint.saver import checkpoint_state, drop_checkpoints
+from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.memory import peak_memory_bytes
-from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.foundation.errors import DivergedError, ExitCode, RunOutcome
 from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.text import pluralize

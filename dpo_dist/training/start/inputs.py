@@ -29,8 +29,8 @@ from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.data.records import Part, eval_part, train_part
+from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.processes.world import World
-from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.model.architectures import (
     check_causal,
     check_positions,
