@@ -40,23 +40,19 @@ def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dty
             zero["offload_param"] = _offload(parallelism.offload_parameters)
     if parallelism.offload_optimizer is not Offload.none:
         zero["offload_optimizer"] = _offload(parallelism.offload_optimizer)
-    return {
-        **_shared_config(zero, dtype),
-        "gradient_accumulation_steps": 1,
-        "communication_data_type": _reduction(parallelism, dtype).value,
-        "gradient_clipping": optim.max_grad_norm or 0.0,  # 0: none is clipped
-        "zero_allow_untested_optimizer": True,
-        "data_types": {"grad_accum_dtype": "fp32"},
-    }
-
-
-def _reduction(parallelism: ParallelismConfig, dtype: Dtype) -> Dtype:
-    """Return the precision of gradient sums over processes; in bf16 the error grows with their number."""
+    # Gradient sums over processes: in bf16 the error grows with their number, so float32 over several nodes.
     processes = os.environ.get("WORLD_SIZE", "1")
     is_wide = parallelism.reduce_in_float32
     if is_wide is None:
         is_wide = int(processes) > int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    return Dtype.fp32 if is_wide else dtype
+    return {
+        **_shared_config(zero, dtype),
+        "gradient_accumulation_steps": 1,
+        "communication_data_type": (Dtype.fp32 if is_wide else dtype).value,
+        "gradient_clipping": optim.max_grad_norm or 0.0,  # 0: none is clipped
+        "zero_allow_untested_optimizer": True,
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
 
 
 def communication(stage: int, hidden_size: int, *, trains: bool = True) -> dict[str, int]:

@@ -14,7 +14,7 @@ from dpo_dist.config.identity import settings
 from dpo_dist.config.load import saved_config
 from dpo_dist.config.run_files import CheckpointState, Environment
 from dpo_dist.config.run_folder import RunFolder, checkpoint_step, existing_run
-from dpo_dist.config.schema import ModelConfig, RunConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
 from dpo_dist.config.verb_sections import ExportedWeights
 from dpo_dist.data.text.template import with_chosen_template
 from dpo_dist.distributed.checkpoint.saver import (
@@ -69,7 +69,6 @@ from dpo_dist.reference.digest import digest_model
 from dpo_dist.training.reporting.metrics_log import read_latest_rows
 
 _PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
-EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of `export.dtype`
 
 
 def export_checkpoint(
@@ -109,7 +108,7 @@ def export_checkpoint(
             got=f"ema, {checkpoint}",
             remedy="name such a checkpoint, or set export.weights=last",
         )
-    named = None if config.export.dtype is None else EXPORT_DTYPES[config.export.dtype]
+    named = None if config.export.dtype is None else TORCH_DTYPES[Dtype(config.export.dtype)]
     dtype = named or TORCH_DTYPES[config.model.dtype]
 
     def read(name: str) -> Tensor:
@@ -254,7 +253,7 @@ def export_average(config: RunConfig, members: Sequence[Path], output: Path) -> 
     """Write the weighted mean of models to `output`, all of it or nothing."""
     weights = [member.weight for member in config.export.average]
     shares = [(weight / sum(weights), member) for weight, member in zip(weights, members, strict=True)]
-    dtype = None if config.export.dtype is None else EXPORT_DTYPES[config.export.dtype]
+    dtype = None if config.export.dtype is None else TORCH_DTYPES[Dtype(config.export.dtype)]
     with writing_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with staged_folder(output, replaces=False) as temporary:

@@ -73,7 +73,14 @@ class FailureRecord:
     """
 
     def __init__(self, size: int):
-        self._size, self._store = size, _connect() if size > 1 else None
+        self._size = size
+        self._store: Store | None = None
+        if size > 1:
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            with contextlib.suppress(RuntimeError):
+                store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
+                self._store = PrefixStore(f"dpo_dist/{attempt}", store)
         self._exit_code: int | None = None
         self._is_idle = threading.Lock()
 
@@ -129,15 +136,6 @@ class FailureRecord:
             if (self._call_store(lambda store: int(store.add(_FAILURES, 0))) or 0) >= self._size:
                 return
             time.sleep(0.05)
-
-
-def _connect() -> Store | None:
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    with contextlib.suppress(RuntimeError):
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
-        return PrefixStore(f"dpo_dist/{attempt}", store)
-    return None
 
 
 class Watcher(threading.Thread):

@@ -160,16 +160,16 @@ def load_evaluation_inputs(run: Run) -> EvaluationInputs:
 def _with_labels_and_partners(run: Run, dataset: PreferenceDataset) -> PreferenceDataset:
     """Return the dataset with counts of labels, and with partners if the loss needs them; collective."""
     if run.config.loss.is_unpaired:
-        dataset = _add_counts(run, dataset, labels=partial(_count_labels, dataset))
+
+        def labels() -> dict[str, int]:
+            good = int(dataset.labels_good(np.arange(len(dataset))).sum())
+            return {"good": good, "bad": len(dataset) - good}
+
+        dataset = _add_counts(run, dataset, labels=labels)
     if not run.config.loss.needs_partners:
         return dataset
     partnered = partial(with_partners, dataset, run.config.data.max_length)
     return _on_every_rank(run, partnered, "preparing the partners of records")
-
-
-def _count_labels(dataset: PreferenceDataset) -> dict[str, int]:
-    good = int(dataset.labels_good(np.arange(len(dataset))).sum())
-    return {"good": good, "bad": len(dataset) - good}
 
 
 def _load(
