@@ -140,8 +140,24 @@ def export_checkpoint(
         write_stops(temporary, base, trained_stops(tokenizer, config.data))
         if card is not None and (text := card(auto_class(model_config, code).__name__)):
             (temporary / "README.md").write_text(text, encoding="utf-8")
+        # Load the folder as users do: weights are finite, and those of a whole model equal the trained ones.
         if config.export.check and not is_new:
-            _check_written(temporary, list(saved.shapes) if is_whole else [], read, trusts_code=code)
+            if is_adapter(temporary):
+                written = load_file(temporary / ADAPTER_WEIGHTS)
+            else:
+                written = dict(_load_model(temporary, trusts_code=code).named_parameters())
+            if is_whole:
+                wrong = [name for name in saved.shapes if not torch.equal(written[name], read(name))]
+            else:
+                wrong = [name for name, weight in written.items() if not weight.isfinite().all()]
+            if wrong:
+                raise CheckpointError(
+                    "weights of the written folder differ from the trained ones, or are not finite",
+                    where=str(temporary),
+                    got=f"{len(wrong)} of {len(written)} weights: {wrong[0]}",
+                    remedy="report this error with the run's config.yaml; export.check=false skips this "
+                    "check",
+                )
 
 
 def checkpoint_as_model(
@@ -161,25 +177,6 @@ def checkpoint_as_model(
             checkpoint, written, replace(config, model=replace(config.model, trust_remote_code=trusts_code))
         )
     return written
-
-
-def _check_written(
-    folder: Path, trained: Sequence[str], read: Callable[[str], Tensor], *, trusts_code: bool
-) -> None:
-    """Load the folder as users do; check that weights are finite, or equal the trained ones by `read`."""
-    if is_adapter(folder):
-        weights = load_file(folder / ADAPTER_WEIGHTS)
-    else:
-        weights = dict(_load_model(folder, trusts_code=trusts_code).named_parameters())
-    wrong = [name for name in trained if not torch.equal(weights[name], read(name))]
-    wrong += [name for name, weight in weights.items() if not trained and not weight.isfinite().all()]
-    if wrong:
-        raise CheckpointError(
-            "weights of the written folder differ from the trained ones, or are not finite",
-            where=str(folder),
-            got=f"{len(wrong)} of {len(weights)} weights: {wrong[0]}",
-            remedy="report this error with the run's config.yaml; export.check=false skips this check",
-        )
 
 
 def _untrained_tensors(causal_lm: Any, model: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -102,7 +102,7 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
             try:
                 loop, position = _set_up(run, start, inputs, state, engines, reporting)
             except StoppedError:
-                stopped = replace(state, outcome=RunOutcome.preempted, stopped_by=run.stops.agreed)
+                stopped = replace(state, outcome=RunOutcome.preempted, stopped_by=run.stops.agreed_reasons)
                 if run.world.is_main:
                     with contextlib.suppress(OSError):
                         write_state(run.folder, stopped)
@@ -293,8 +293,16 @@ def _set_up(
     peak = sum(world.gather(matmul_peak(world.device, TORCH_DTYPES[config.model.dtype])))
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # else the run's peak would count these matrices
-        reachable = peak / (1 + recomputed_share(config.model))
-        run.say(_describe_duration(inputs, planned, position.step, reachable))
+        flops, sampler = inputs.flops, inputs.sampler
+        work = sum(
+            flops.step(some.computed_tokens, some.targets, some.attended, some.image_tokens)
+            for some in planned
+        ) / sum(some.pairs for some in planned)
+        work *= (sampler.steps - position.step) * sampler.global_batch_pairs
+        fastest = work * (1 + recomputed_share(config.model)) / peak
+        ends = " to ".join(duration(fastest / share) for share in REACHED_SHARES)
+        shares = " to ".join(map(percent, REACHED_SHARES))
+        run.say(f"training takes about {ends}, at {shares} of the measured peak of matrix products")
     loop = Loop(
         run=run,
         inputs=inputs,
@@ -383,10 +391,10 @@ def describe_prefixes(planned: Sequence[RankBatch]) -> str | None:
 def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Recorder | None:
     if not run.world.is_main:
         return None
-    owes = position.owes_evaluation
+    owes = position.evaluation_is_due
     resumed, plan = position.step or None, MetricPlan(run.config.loss)
     keep = [band.step for band in run.config.metrics.bands]
-    metrics = MetricsLog.open(run.folder, resumed, run.say, plan, owes_evaluation=owes, keep=keep)
+    metrics = MetricsLog.open(run.folder, resumed, run.say, plan, evaluation_is_due=owes, keep=keep)
     return reporting.open_recorder(run, metrics)
 
 
@@ -414,19 +422,6 @@ def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> 
     return ExitCode.completed
 
 
-def _describe_duration(inputs: Inputs, planned: Sequence[RankBatch], done: int, peak: float) -> str:
-    """Return in words how long the remaining steps take; `peak`: FLOP/s of all devices."""
-    sampler = inputs.sampler
-    work = sum(
-        inputs.flops.step(some.computed_tokens, some.targets, some.attended, some.image_tokens)
-        for some in planned
-    ) / sum(some.pairs for some in planned)
-    work *= (sampler.steps - done) * sampler.global_batch_pairs
-    ends = (duration(work / peak / share) for share in REACHED_SHARES)
-    shares = " to ".join(map(percent, REACHED_SHARES))
-    return f"training takes about {' to '.join(ends)}, at {shares} of the measured peak of matrix products"
-
-
 def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str]) -> int:
     """Train until the run completes, stops or diverges; write its last files and return the exit code.
 
@@ -441,7 +436,7 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
         raise
     summary = _summary(loop, position)
     if outcome is RunOutcome.preempted:
-        why = run.stops.agreed
+        why = run.stops.agreed_reasons
         state = RunState(outcome, position.step, identity, stopped_by=why)
         finish(run, state, loop.recorder, summary | {"stopped_by": why})
         return ExitCode.preempted

@@ -115,7 +115,7 @@ class Loop:
         self.run.clock.enter("other")
         steps, eval_set = self.inputs.sampler.steps, self.inputs.eval_set
         # The model before its first step is evaluated, too: later rows are compared with it.
-        position.owes_evaluation |= eval_set is not None and position.step == 0
+        position.evaluation_is_due |= eval_set is not None and position.step == 0
         must_stop, trainer = False, self.run.config.trainer
         every = {Wish.log: trainer.log_every, Wish.evaluate: trainer.eval_every}
         unit = self.run.config.loss.unit
@@ -132,9 +132,9 @@ class Loop:
                 self.save_rows()  # this step was saved without the new row
                 if position.best_step == position.step:
                     self._save(position, is_last=False)
-            if position.owes_evaluation:
+            if position.evaluation_is_due:
                 self._say_why_it_stops(position)
-            while not (must_stop or position.owes_evaluation or self.is_over(position)):
+            while not (must_stop or position.evaluation_is_due or self.is_over(position)):
                 with self.run.clock.measure("training"):
                     must_stop, wishes = self._step(position, ready_steps, progress)
                 # What is due after the step, or wished for; each row may bring further wishes.
@@ -150,15 +150,15 @@ class Loop:
                     wishes |= asked
                 must_stop |= Wish.stop in wishes
                 is_over = self.is_over(position)
-                if position.owes_evaluation or (must_stop and not is_over):
+                if position.evaluation_is_due or (must_stop and not is_over):
                     self._say_why_it_stops(position)
-                is_last = is_over or must_stop or position.owes_evaluation
+                is_last = is_over or must_stop or position.evaluation_is_due
                 if is_last or position.best_step == position.step or Wish.save in wishes:
                     self._save(position, is_last=is_last)
         # The last checkpoint may still be with its background thread.
         with self.run.clock.measure("saving"):
             self.checkpoints.commit()
-        is_done = self.is_over(position) and not position.owes_evaluation
+        is_done = self.is_over(position) and not position.evaluation_is_due
         # A stop that came after the last step still ends this start: what follows, such as writing the model,
         # may take longer than the time that is left.
         if is_done and self.run.stops.must_stop():
@@ -172,18 +172,18 @@ class Loop:
             self.record_steps(position)
             wishes |= {*self.watch.agreed(When.recorded, position.step)}
         if Wish.evaluate in wishes and self.inputs.eval_set is not None:
-            position.owes_evaluation = True
+            position.evaluation_is_due = True
             if self._evaluate(position):
                 wishes |= {*self.watch.agreed(When.recorded, position.step)}
 
     def _evaluate(self, position: Position) -> bool:
         """Evaluate if an evaluation is due, unless a rank asks to stop; return whether it was done."""
-        if not position.owes_evaluation:
+        if not position.evaluation_is_due:
             return False
         with contextlib.suppress(Interrupted), self.run.clock.measure("evaluation"):
             self.record_evaluation(position)
-            position.owes_evaluation = False
-        return not position.owes_evaluation
+            position.evaluation_is_due = False
+        return not position.evaluation_is_due
 
     def _say_why_it_stops(self, position: Position) -> None:
         saved = ", with a checkpoint" if position.step else ""
