@@ -79,6 +79,8 @@ def _join(tensors: Sequence[Tensor], ranges: "Sequence[Range]") -> dict[nn.Param
     Ranks have equal parts, one after the other, of all matrices in a row. Two ranks share at most one
     matrix, unless they are the same.
     """
+    # Only matrices that are cut travel, and only to ranks that have parts of them: most of a rank's part are
+    # whole matrices, and to gather all of them would take the memory that ZeRO saves.
     rank, ranks, size = dist.get_rank(), dist.get_world_size(), tensors[0].numel()
     cut = [each for each in ranges if each[3] < each[0].numel()]
     sent, to_send, to_receive = [tensors[0][:0]], [0] * ranks, [0] * ranks

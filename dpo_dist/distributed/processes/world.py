@@ -126,7 +126,7 @@ class World:
                 outcome[0] = work()
         except DpoDistError as error:
             outcome[1] = error  # sent, not raised here: the other ranks wait for the broadcast
-        self.barrier()
+        self.barrier()  # the work may take longer than a broadcast waits
         dist.broadcast_object_list(outcome, src=0, group=self.control)
         if outcome[1] is not None:
             raise outcome[1]
@@ -244,7 +244,7 @@ class SequenceGroup:
 
 
 class _AllToAll(torch.autograd.Function):
-    """All-to-all is its own gradient."""
+    """All-to-all is its own gradient. PyTorch's own function with a gradient is deprecated."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:

@@ -144,8 +144,8 @@ class MetricsLog:
         """Start a log, or continue the one in `folder`.
 
         Rows after `resume_step` (None for a new run) are dropped, because training computes them again; with
-        `evaluation_is_due`, also the evaluation at this step. `say` gets a warning if existing rows are missing
-        or replaced. `keep`: steps whose rows stay in memory.
+        `evaluation_is_due`, also the evaluation at this step. `say` gets a warning if existing rows are
+        missing or replaced. `keep`: steps whose rows stay in memory.
         """
         end = -1.0 if resume_step is None else resume_step + (0.0 if evaluation_is_due else _AFTER_STEP)
         sample, is_replaced = RowSample(keep=keep), False

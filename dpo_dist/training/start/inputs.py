@@ -201,6 +201,7 @@ def _load(
     if trains:
         with unsharded_loading(world):
             fit_micro_batches(run, causal_lm)
+    # After all that needs no weights: the first start reads every byte of them.
     vocabulary = model_config.get_text_config().vocab_size
     processor = image_processor(folder, tokenizer, config.model.images)
     with run.console.heartbeat("reading the model's files to identify them"):
