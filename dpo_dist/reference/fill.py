@@ -204,8 +204,8 @@ class StoreFiller:
                     progress(before + int(share * size), len(firsts))
 
                 keys, entries, is_stopped = self._score(dataset, micro_batches, score, within)
-                # Written behind the scoring, and raised on all ranks: a full disk is an error of one rank, for
-                # which the others would wait in the next forward (law L2).
+                # Written behind the scoring, and raised on all ranks: a full disk is an error of one rank,
+                # for which the others would wait in the next forward (law L2).
                 written |= self.world.together(writing.result)
                 writing = pool.submit(write, keys, entries)
                 stored, done = stored + len(keys), done + round_pairs

@@ -328,8 +328,8 @@ class Loop:
             measured |= values.auc_by_source(dataset.labels, numbers)
         measured |= {"pairs": speed["pairs"]} if policy is None else speed
         named = {f"eval_{name}": value for name, value in measured.items()}
-        # Rank 0 decides for all, because times differ between ranks: whether the run is over decides about the
-        # collective calls that follow (law L2).
+        # Rank 0 decides for all, because times differ between ranks: the collective calls that follow depend
+        # on whether the run is over (law L2).
         best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))
         is_better = best is not None and best.step == position.step
         stale = 0 if is_better else position.stale_evaluations + 1
