@@ -57,6 +57,7 @@ def plan_micro_batches(
     """
     if not len(sizes.tokens):
         return []
+    # Few micro-batches before even ones: under ZeRO-3 each gathers all weights for forward and backward.
     if costs.pads_rows:
         bins, number = _fill_rows(sizes.responses, sizes.longest, world_size, token_budget)
     else:
@@ -303,6 +304,8 @@ def _cut_rows(rows: Counts, longest: Counts, capacity: int) -> Bins:
 
 def _assign_to_ranks(bins: Bins, costs: Costs, world_size: int, micro_batches: int) -> list[list[list[int]]]:
     """Put bins of similar cost into one micro-batch; the rank with the least work gets the costliest."""
+    # Ranks wait for each other in each micro-batch, where ZeRO-3 gathers weights, and again at the end of the
+    # step: so costs are alike in a micro-batch first, and then in the sum of all.
     number = world_size * micro_batches
     loads = np.bincount(bins, costs, number)
     slots = np.empty(number, dtype=np.int64)

@@ -229,7 +229,7 @@ def _set_up(
     engines.push(partial(_free, policy, world))
     if reference is None:  # the policy, with its adapter off, is the reference, too
         reference = reference_without_store(run, ReferenceProvider(policy=policy), is_start=True)
-    # How the ranks share the work of a step.
+    # How the ranks share the work of a step; after loading, which proves whether the model can be packed.
     costs = balance_costs(run, inputs, policy, reference)
     planned = planned_steps(run, inputs.train_set, inputs.sampler, costs)
     if saved := describe_prefixes(planned):

@@ -339,6 +339,8 @@ class CheckpointSaver:
         """
         self.commit()
         self._best_step = best_step
+        # Collective: the size of all shards, the folder, the room of all hosts, and, where training waits for
+        # the files, whether a rank failed.
         world, folder = self._world, self._root / checkpoint_name(step)
         models = [part.shards() for part in self._parts]
         needed = sum(world.gather(sum(model.bytes for model in models)))
