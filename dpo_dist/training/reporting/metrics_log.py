@@ -77,9 +77,10 @@ class _Evenly:
         """Add the next row."""
         self.rows.append(row)
         self._added += 1
-        if (self._added - 1 - 2 * _EDGE) % self._every:  # place of the row that is no newest one any more
+        # The row that is no longer one of the newest stays only if it is an `_every`-th after the first ones.
+        if (self._added - 1 - 2 * _EDGE) % self._every:
             del self.rows[-_EDGE - 1]
-        if len(self.rows) > self._most:
+        if len(self.rows) > self._most:  # drop every other one between first and newest
             del self.rows[_EDGE + 1 : -_EDGE : 2]
             self._every *= 2
 
