@@ -100,7 +100,6 @@ def _train(run: Run, run_dir: Path) -> Measurements:
         from dpo_dist.reference.engine import load_reference
         from dpo_dist.reference.fill import StoreFiller
         from dpo_dist.tools.report.recorder import reporting
-        from dpo_dist.training import finish
         from dpo_dist.training import reference as reference_setup
         from dpo_dist.training import run as run_module
         from dpo_dist.training.steps import loop
@@ -115,7 +114,7 @@ def _train(run: Run, run_dir: Path) -> Measurements:
             swaps.enter_context(swap(run_module, "prepare_reference", build))
         if not run.saves:
             swaps.enter_context(swap(CheckpointSaver, "save"))
-            swaps.enter_context(swap(finish, "export_checkpoint"))
+            swaps.enter_context(swap(run_module, "export_checkpoint"))
         with measured.whole.measure():
             run_module.train(config, console, StopRequest(), reporting())
     if run.weighs_reference:

@@ -57,6 +57,7 @@ def plan_micro_batches(
     """
     if not len(sizes.tokens):
         return []
+    # Few micro-batches before even ones: under ZeRO-3 each gathers all weights for forward and backward.
     if costs.pads_rows:
         bins, number = _fill_rows(sizes.responses, sizes.longest, world_size, token_budget)
     else:
@@ -209,15 +210,21 @@ def _fill_fewest(tokens: Counts, costs: Costs, world_size: int, budget: int) -> 
 def _fill_evenly(
     tokens: Counts, costs: Costs, world_size: int, micro_batches: int, budget: int
 ) -> Bins | None:
-    """Assign each example, costliest first, to the bin of least cost that has space; None if none has.
-
-    Bins of a micro-batch with a smaller target cost than the first start with the difference as load. All
-    bins that would get an example before any of them gets a second one are filled in one iteration.
-    """
-    # LPT (Graham 1969, doi:10.1137/0117045): where all have space, at most a third above the best. In runs of
-    # many examples, because a call of numpy takes as long for one example as for a hundred.
-    target_costs = _target_costs(costs, world_size, micro_batches)
-    loads = np.repeat(target_costs[0] - target_costs, world_size)
+    """Assign each example, costliest first, to the bin of least cost that has space; None if none has."""
+    # The cost per rank to aim at in each micro-batch, descending: if one example costs more than an even
+    # share, the other ranks of its micro-batch get as much.
+    descending = np.zeros(micro_batches)
+    costliest = np.sort(costs)[::-1][::world_size][:micro_batches]
+    descending[: len(costliest)] = costliest
+    targets, left = np.empty(micro_batches), costs.sum() / world_size
+    for micro_batch in range(micro_batches):
+        targets[micro_batch] = max(left / (micro_batches - micro_batch), min(descending[micro_batch], left))
+        left -= targets[micro_batch]
+    # LPT (Graham 1969, doi:10.1137/0117045): where all have space, at most a third above the best. Bins of a
+    # smaller target than the first start with the difference as load. All bins that would get an example
+    # before any of them gets a second one are filled at once, because a call of numpy takes as long for one
+    # example as for a hundred.
+    loads = np.repeat(targets[0] - targets, world_size)
     free = np.full(world_size * micro_batches, budget)
     costliest_first = np.argsort(-costs, kind="stable")
     costs, tokens = costs[costliest_first], tokens[costliest_first]
@@ -239,22 +246,6 @@ def _fill_evenly(
         bins[costliest_first[batch]] = lowest_first
         done += count
     return bins
-
-
-def _target_costs(costs: Costs, world_size: int, micro_batches: int) -> Costs:
-    """Return the cost per rank to aim at in each micro-batch, descending.
-
-    If one example costs more than an even share, the other ranks of its micro-batch get as much.
-    """
-    costliest = np.zeros(micro_batches)
-    descending = np.sort(costs)[::-1][::world_size][:micro_batches]
-    costliest[: len(descending)] = descending
-    targets = np.empty(micro_batches)
-    left = costs.sum() / world_size
-    for micro_batch in range(micro_batches):
-        targets[micro_batch] = max(left / (micro_batches - micro_batch), min(costliest[micro_batch], left))
-        left -= targets[micro_batch]
-    return targets
 
 
 def _fill_rows(rows: Counts, longest: Counts, world_size: int, budget: int) -> tuple[Bins, int]:
@@ -313,6 +304,8 @@ def _cut_rows(rows: Counts, longest: Counts, capacity: int) -> Bins:
 
 def _assign_to_ranks(bins: Bins, costs: Costs, world_size: int, micro_batches: int) -> list[list[list[int]]]:
     """Put bins of similar cost into one micro-batch; the rank with the least work gets the costliest."""
+    # Ranks wait for each other in each micro-batch, where ZeRO-3 gathers weights, and again at the end of the
+    # step: so costs are alike in a micro-batch first, and then in the sum of all.
     number = world_size * micro_batches
     loads = np.bincount(bins, costs, number)
     slots = np.empty(number, dtype=np.int64)

@@ -141,6 +141,7 @@ def shard_batch(
         responses, counts = chosen + which, np.ones_like(counts)
     weights = dataset.numbers["loss_weight"][indices] if "loss_weight" in dataset.numbers else None
     weights = None if weights is None or not weights.any() else weights
+    # Every rank plans the whole batch: that takes milliseconds, and to be sent a plan would be one more wait.
     sizes = dataset.sizes(indices, responses, counts, costs, masked=True)
     plan = plan_micro_batches(sizes, world_size, micro_batch_tokens, costs)
     bins = np.empty(len(indices), dtype=np.int64)

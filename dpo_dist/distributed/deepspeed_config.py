@@ -1,12 +1,15 @@
-"""DeepSpeed's configuration for the policy and for a model that is only scored."""
+"""DeepSpeed's configuration for the policy and for a model that is only scored; imports no DeepSpeed."""
 
 import os
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from dpo_dist.config.optim import OptimConfig
 from dpo_dist.config.schema import ZERO_STAGES, Dtype, Offload, ParallelismConfig, ParallelismKind
+from dpo_dist.distributed.processes.world import World
+from dpo_dist.model.library_internals import sharded_by
 
 START = 2.0**16  # the loss scale at the start of training in fp16
 # Weights of a decoder layer over the square of the hidden size: 13 in Llama-3-70B, 19 in Qwen2.5-0.5B.
@@ -37,23 +40,19 @@ def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dty
             zero["offload_param"] = _offload(parallelism.offload_parameters)
     if parallelism.offload_optimizer is not Offload.none:
         zero["offload_optimizer"] = _offload(parallelism.offload_optimizer)
-    return {
-        **_shared_config(zero, dtype),
-        "gradient_accumulation_steps": 1,
-        "communication_data_type": _reduction(parallelism, dtype).value,
-        "gradient_clipping": optim.max_grad_norm or 0.0,  # 0: none is clipped
-        "zero_allow_untested_optimizer": True,
-        "data_types": {"grad_accum_dtype": "fp32"},
-    }
-
-
-def _reduction(parallelism: ParallelismConfig, dtype: Dtype) -> Dtype:
-    """Return the precision of gradient sums over processes; in bf16 the error grows with their number."""
+    # Gradient sums over processes: in bf16 the error grows with their number, so float32 over several nodes.
     processes = os.environ.get("WORLD_SIZE", "1")
     is_wide = parallelism.reduce_in_float32
     if is_wide is None:
         is_wide = int(processes) > int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    return Dtype.fp32 if is_wide else dtype
+    return {
+        **_shared_config(zero, dtype),
+        "gradient_accumulation_steps": 1,
+        "communication_data_type": (Dtype.fp32 if is_wide else dtype).value,
+        "gradient_clipping": optim.max_grad_norm or 0.0,  # 0: none is clipped
+        "zero_allow_untested_optimizer": True,
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
 
 
 def communication(stage: int, hidden_size: int, *, trains: bool = True) -> dict[str, int]:
@@ -98,3 +97,13 @@ def _shared_config(zero: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
 
 def _offload(target: Offload) -> dict[str, Any]:
     return {"device": target.value, "pin_memory": torch.cuda.is_available()}
+
+
+def unsharded_loading(world: World) -> AbstractContextManager[None]:
+    """Make transformers load unsharded weights inside the block, also if the policy is sharded."""
+    return sharded_loading(world, {"zero_optimization": {"stage": 0}})
+
+
+def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> AbstractContextManager[None]:
+    """Inside the block, make transformers shard weights by this configuration, not by the policy's own."""
+    return sharded_by(deepspeed_config, world.accelerator.state.deepspeed_plugin.dschf)

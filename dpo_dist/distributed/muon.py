@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dpo_dist.distributed.deepspeed_internals import Range
+if TYPE_CHECKING:  # a plan without a device needs no DeepSpeed
+    from dpo_dist.distributed.deepspeed_internals import Range
 
 MOMENTUM = "momentum_buffer"  # the state of Muon, of the shape of the weight
 MATRICES = "is_of_matrices"
@@ -34,7 +35,7 @@ class MuonAndAdamW(torch.optim.AdamW):
     `ranges` maps this tensor to the weights in it.
     """
 
-    ranges: Mapping[Tensor, Sequence[Range]]
+    ranges: "Mapping[Tensor, Sequence[Range]]"
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -72,12 +73,14 @@ class MuonAndAdamW(torch.optim.AdamW):
                 tensor.narrow(0, start, length).copy_(whole.narrow(0, first, length))
 
 
-def _join(tensors: Sequence[Tensor], ranges: Sequence[Range]) -> dict[nn.Parameter, list[Tensor]]:
+def _join(tensors: Sequence[Tensor], ranges: "Sequence[Range]") -> dict[nn.Parameter, list[Tensor]]:
     """Return the whole of each matrix that is cut over ranks, of each of the flat `tensors`; collective.
 
     Ranks have equal parts, one after the other, of all matrices in a row. Two ranks share at most one
     matrix, unless they are the same.
     """
+    # Only matrices that are cut travel, and only to ranks that have parts of them: most of a rank's part are
+    # whole matrices, and to gather all of them would take the memory that ZeRO saves.
     rank, ranks, size = dist.get_rank(), dist.get_world_size(), tensors[0].numel()
     cut = [each for each in ranges if each[3] < each[0].numel()]
     sent, to_send, to_receive = [tensors[0][:0]], [0] * ranks, [0] * ranks

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from dpo_dist.config.losses import SyncReferenceConfig
 from dpo_dist.distributed.checkpoint.saver import SavedSlices
@@ -33,7 +32,17 @@ class ReferenceSync:
         self._every, self._mixup, self._world = config.every, config.mixup, world
         self._reference = dict(reference.causal_lm.named_parameters())
         self._policy = dict(policy.causal_lm.named_parameters())
-        _check_same_layout(self._reference, self._policy)
+        first, second = (
+            {(name, whole_shape(weight)) for name, weight in weights.items()}
+            for weights in (self._reference, self._policy)
+        )
+        if differing := sorted({name for name, _ in first ^ second}):
+            raise ConfigError(
+                "a reference that is updated from the policy needs the policy's weight names and shapes",
+                where="loss.sync_reference, reference.path",
+                got=f"{len(differing)} weights of other names or shapes: {', '.join(differing[:5])}",
+                remedy="set reference.path to a model of the policy's shapes, or remove loss.sync_reference",
+            )
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -67,16 +76,3 @@ class ReferenceSync:
 
     def _slices(self) -> Iterator[Slice]:
         return weight_slices(self._reference, self._world.rank)
-
-
-def _check_same_layout(reference: dict[str, nn.Parameter], policy: dict[str, nn.Parameter]) -> None:
-    first, second = (
-        {(name, whole_shape(weight)) for name, weight in weights.items()} for weights in (reference, policy)
-    )
-    if differing := sorted({name for name, _ in first ^ second}):
-        raise ConfigError(
-            "a reference that is updated from the policy needs the policy's weight names and shapes",
-            where="loss.sync_reference, reference.path",
-            got=f"{len(differing)} weights of other names or shapes: {', '.join(differing[:5])}",
-            remedy="set reference.path to a model of the policy's shapes, or remove loss.sync_reference",
-        )

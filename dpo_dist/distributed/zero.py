@@ -48,7 +48,7 @@ from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.layers import decoder_layers, join_gradients, partly_used_blocks, without_gradient
-from dpo_dist.model.library_internals import sharded_by, shards_loading
+from dpo_dist.model.library_internals import shards_loading
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic
@@ -67,18 +67,6 @@ def mark_zero3_leaves(model: PackedCausalLM) -> None:
     whole = [layer for layer in layers if all(uses[weight] == 1 for weight in layer.parameters())]
     for module in (*partly_used_blocks(model.causal_lm), *whole):
         set_z3_leaf_module(module, True)
-
-
-def unsharded_loading(world: World) -> contextlib.AbstractContextManager[None]:
-    """Make transformers load unsharded weights inside the block, also if the policy is sharded."""
-    return sharded_loading(world, {"zero_optimization": {"stage": 0}})
-
-
-def sharded_loading(
-    world: World, deepspeed_config: dict[str, Any]
-) -> contextlib.AbstractContextManager[None]:
-    """Inside the block, make transformers shard weights by this configuration, not by the policy's own."""
-    return sharded_by(deepspeed_config, world.accelerator.state.deepspeed_plugin.dschf)
 
 
 class Engine:
@@ -194,14 +182,27 @@ class LossScale:
 ADAM_EPS = 1e-8
 """Added to the root of the second moment."""
 
-# Size of an optimizer's states for a master weight, relative to the master weight.
-STATES_PER_MASTER = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5, OptimizerKind.muon: 1.0}
-
 
 def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Return the optimizer of the trained weights; with offload, Accelerate puts CPU Adam in its place."""
+    """Return the optimizer of the trained weights; with offload, Accelerate puts CPU Adam in its place.
+
+    Decayed are all but biases and norms; and weights without a gradient, such as a vision tower's, are not,
+    so that they do not change.
+    """
     matrices = matrices_of(model.causal_lm) if optim.kind is OptimizerKind.muon else set()
-    groups = _parameter_groups(model, optim.weight_decay, matrices)
+    unmoved = without_gradient(model.causal_lm)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    decayed = [weight for weight in trained if len(whole_shape(weight)) > 1 and weight not in unmoved]
+    parts = [
+        ([weight for weight in decayed if weight in matrices], optim.weight_decay, True),
+        ([weight for weight in decayed if weight not in matrices], optim.weight_decay, False),
+        ([weight for weight in trained if len(whole_shape(weight)) <= 1 or weight in unmoved], 0.0, False),
+    ]
+    groups = [
+        {"params": weights, "weight_decay": decay, MATRICES: are_matrices}
+        for weights, decay, are_matrices in parts
+        if weights
+    ]
     betas = (optim.betas[0], optim.betas[1])
     if optim.kind is not OptimizerKind.adamw_8bit:
         kind = MuonAndAdamW if optim.kind is OptimizerKind.muon else torch.optim.AdamW
@@ -211,32 +212,6 @@ def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.O
     adamw: Any = bitsandbytes.AdamW8bit  # type: ignore[attr-defined]
     eight_bit: torch.optim.Optimizer = adamw(groups, lr=optim.lr, betas=betas, eps=ADAM_EPS)
     return eight_bit
-
-
-def _parameter_groups(
-    model: PackedCausalLM, weight_decay: float, matrices: set[nn.Parameter]
-) -> list[dict[str, Any]]:
-    """Return parameter groups: with weight decay `matrices` and others, without it biases and norms.
-
-    Weights without a gradient, such as a vision tower's, are not decayed either, so that they do not change.
-    """
-    unmoved = without_gradient(model.causal_lm)
-
-    def decays(weight: nn.Parameter) -> bool:
-        return len(whole_shape(weight)) > 1 and weight not in unmoved
-
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    decayed = [weight for weight in trained if decays(weight)]
-    groups = [
-        ([weight for weight in decayed if weight in matrices], weight_decay, True),
-        ([weight for weight in decayed if weight not in matrices], weight_decay, False),
-        ([weight for weight in trained if not decays(weight)], 0.0, False),
-    ]
-    return [
-        {"params": weights, "weight_decay": decay, MATRICES: are_matrices}
-        for weights, decay, are_matrices in groups
-        if weights
-    ]
 
 
 class PolicyEngine(Engine):
@@ -306,13 +281,12 @@ class PolicyEngine(Engine):
         with explain_out_of_memory(self._current):
             return self._engine(batch, tuple(statistics), **options)
 
-    def _fits_whole(self) -> bool:
-        """Return whether all weights fit into half of the free memory, on every rank; collective."""
-        size = sum(whole_numel(weight) * weight.element_size() for weight in self.model.parameters())
-        return not self._world.agree(2 * size > free_memory(self._world.device, self._world.size))
-
     def _gathered_once(self) -> contextlib.AbstractContextManager[None]:
-        if not (self.is_synchronised and self._fits_whole()):
+        if not self.is_synchronised:
+            return contextlib.nullcontext()
+        # If all weights fit into half of the free memory of every rank.
+        size = sum(whole_numel(weight) * weight.element_size() for weight in self.model.parameters())
+        if self._world.agree(2 * size > free_memory(self._world.device, self._world.size)):
             return contextlib.nullcontext()
         return gathered_once(self._engine)
 

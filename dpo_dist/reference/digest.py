@@ -89,6 +89,7 @@ def digest_on_every_node(
     """
     digest = partial(digest_model, folder, store, remote_code=remote_code, adapter=adapter)
     main = world.on_main(digest)
+    # One rank of each other node reads; the ranks beside it see the same disk.
     place = world.peers[world.rank].place
     reads = not any(peer.place == place for peer in world.peers[: world.rank]) and not world.is_main
     mine = world.together(lambda: digest(with_weights=loads_whole) if reads else main)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dpo_dist.batching.costs import ComputeCosts
@@ -176,7 +175,19 @@ class StoreFiller:
         progress(0, len(firsts))
 
         def plan(responses: Indices) -> tuple[int, list[list[_Part]]]:
-            return self._plan(dataset, responses)
+            """Return a round's number of pairs, and this rank's micro-batches; not collective."""
+            owners, which = dataset.locate_responses(responses)
+            pairs, firsts, counts = np.unique(owners, return_index=True, return_counts=True)
+            sizes = dataset.sizes(pairs, responses, counts, self.costs)
+            # Each rank plans only its own share: the shares of thousands of pairs are nearly equal.
+            mine = deal_out(sizes, self.costs, self.world.replicas)[self.world.replica]
+
+            def part(number: int) -> _Part:
+                own = slice(firsts[number], firsts[number] + counts[number])
+                return _Part(int(pairs[number]), responses[own], which[own])
+
+            bins = plan_micro_batches(sizes.select(mine), 1, self.micro_batch_tokens, self.costs)
+            return len(pairs), [[part(number) for number in mine[numbers]] for (numbers,) in bins]
 
         def write(keys: Keys, entries: list[StoredLogps]) -> set[str]:
             if not entries:
@@ -193,6 +204,8 @@ class StoreFiller:
                     progress(before + int(share * size), len(firsts))
 
                 keys, entries, is_stopped = self._score(dataset, micro_batches, score, within)
+                # Written behind the scoring, and raised on all ranks: a full disk is an error of one rank,
+                # for which the others would wait in the next forward (law L2).
                 written |= self.world.together(writing.result)
                 writing = pool.submit(write, keys, entries)
                 stored, done = stored + len(keys), done + round_pairs
@@ -210,23 +223,6 @@ class StoreFiller:
             raise stopped_by(self.stops.reasons(), when)
         return FillReport(computed=len(missing), seconds=time.monotonic() - started)
 
-    def _plan(self, dataset: PreferenceDataset, responses: Indices) -> tuple[int, list[list[_Part]]]:
-        """Return a round's number of pairs, and this rank's micro-batches; not collective.
-
-        Each rank plans only its own share: `deal_out` makes the shares of thousands of pairs nearly equal.
-        """
-        owners, which = dataset.locate_responses(responses)
-        pairs, firsts, counts = np.unique(owners, return_index=True, return_counts=True)
-        sizes = dataset.sizes(pairs, responses, counts, self.costs)
-        mine = deal_out(sizes, self.costs, self.world.replicas)[self.world.replica]
-
-        def part(number: int) -> _Part:
-            its_responses = slice(firsts[number], firsts[number] + counts[number])
-            return _Part(int(pairs[number]), responses[its_responses], which[its_responses])
-
-        plan = plan_micro_batches(sizes.select(mine), 1, self.micro_batch_tokens, self.costs)
-        return len(pairs), [[part(number) for number in mine[numbers]] for (numbers,) in plan]
-
     def _score(
         self,
         dataset: PreferenceDataset,
@@ -241,15 +237,39 @@ class StoreFiller:
         replica returns responses.
         """
         world = self.world
-        own = [_needs(dataset, parts) for parts in micro_batches]
+        # The ranks agree on what each micro-batch needs, because a forward is collective under ZeRO-3: a rank
+        # with fewer responses, or without an image, makes the calls of the others.
+        own = []
+        for parts in micro_batches:
+            pairs = np.array([part.pair for part in parts], dtype=np.int64)
+            responses = sum(len(part.responses) for part in parts)
+            own.append(_Needs(max(DUMMY_RESPONSES, responses), bool(dataset.with_images(pairs).any())))
         by_number = itertools.zip_longest(*world.gather(own), fillvalue=_Needs())
         needs = [_Needs(*map(max, zip(*every, strict=True))) for every in by_number]
         damaged: list[int] = []
-        packed = _pack_batches(dataset, micro_batches, needs, damaged, world.device, self.costs)
+
+        def packed() -> Iterator[PackedBatch]:
+            """Yield a packed micro-batch for each of `needs`, dummies after this rank's last one."""
+            dummies: list[list[_Part]] = [[]] * (len(needs) - len(micro_batches))
+            for parts, (forwards, images) in zip([*micro_batches, *dummies], needs, strict=True):
+                examples = [dataset.example(part.pair, part.which.tolist()) for part in parts]
+                numbers = np.concatenate([np.empty(0, np.int64), *(part.responses for part in parts)])
+                known, dummy_image = dataset.keys[numbers], dataset.dummy_image() if images else None
+                is_whole = np.array_equal(response_keys(examples), known)
+                if parts and is_whole:
+                    inputs = dataset.with_inputs(examples)
+                    batch = pack(inputs, known, dummy_image=dummy_image, costs=self.costs)
+                else:
+                    batch = dummy_batch(dummy_image)
+                if not is_whole:  # the error waits until all ranks have scored the round
+                    damaged.extend(part.pair for part in parts)
+                batch = replace(batch, forwards=forwards)
+                yield batch.pinned() if world.device.type == "cuda" else batch
+
         keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
         entries: list[StoredLogps] = []
         is_stopped = False
-        with prefetch(packed, _BATCHES_AHEAD) as batches:
+        with prefetch(packed(), _BATCHES_AHEAD) as batches:
             for number, batch in enumerate(batches, start=1):
                 logps = score(batch.to(world.device))
                 self.computed_tokens += batch.tokens
@@ -274,40 +294,6 @@ class _Needs(NamedTuple):
 
     forwards: int = DUMMY_RESPONSES
     images: bool = False  # the model's tower encodes an image
-
-
-def _needs(dataset: PreferenceDataset, parts: Sequence[_Part]) -> _Needs:
-    has_image = dataset.with_images(np.array([part.pair for part in parts], dtype=np.int64)).any()
-    return _Needs(max(DUMMY_RESPONSES, sum(len(part.responses) for part in parts)), bool(has_image))
-
-
-def _pack_batches(
-    dataset: PreferenceDataset,
-    micro_batches: Sequence[Sequence[_Part]],
-    needs: Sequence[_Needs],
-    damaged: list[int],
-    device: torch.device,
-    costs: ComputeCosts,
-) -> Iterator[PackedBatch]:
-    """Yield a packed micro-batch for each entry of `needs`, dummies after this rank's last one.
-
-    Pairs whose token ids do not match their keys are added to `damaged`, and a dummy takes their place: all
-    ranks must score the same number of batches.
-    """
-    dummies: list[list[_Part]] = [[]] * (len(needs) - len(micro_batches))
-    for parts, (forwards, images) in zip([*micro_batches, *dummies], needs, strict=True):
-        examples = [dataset.example(part.pair, part.which.tolist()) for part in parts]
-        keys = dataset.keys[np.concatenate([np.empty(0, np.int64), *(part.responses for part in parts)])]
-        is_whole = np.array_equal(response_keys(examples), keys)
-        if not is_whole:
-            damaged += [part.pair for part in parts]
-        dummy_image = dataset.dummy_image() if images else None
-        if parts and is_whole:
-            batch = pack(dataset.with_inputs(examples), keys, dummy_image=dummy_image, costs=costs)
-        else:
-            batch = dummy_batch(dummy_image)
-        batch = replace(batch, forwards=forwards)
-        yield batch.pinned() if device.type == "cuda" else batch
 
 
 def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Indices) -> tuple[Indices, int]:

@@ -364,6 +364,7 @@ class LogpStore:
                 got=f"{bad_entries} of {len(entries)} responses",
                 remedy="check the model's weights, and whether it needs model.dtype=fp32",
             )
+        # Sorted: the same entries make the same file, whichever job writes it.
         order = np.lexsort((keys[:, 1], keys[:, 0]))
         entries = [np.ascontiguousarray(entries[i], dtype=np.float32) for i in order]
         keys = np.ascontiguousarray(keys[order])

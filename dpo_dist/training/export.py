@@ -14,7 +14,7 @@ from dpo_dist.config.identity import settings
 from dpo_dist.config.load import saved_config
 from dpo_dist.config.run_files import CheckpointState, Environment
 from dpo_dist.config.run_folder import RunFolder, checkpoint_step, existing_run
-from dpo_dist.config.schema import ModelConfig, RunConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
 from dpo_dist.config.verb_sections import ExportedWeights
 from dpo_dist.data.text.template import with_chosen_template
 from dpo_dist.distributed.checkpoint.saver import (
@@ -69,7 +69,6 @@ from dpo_dist.reference.digest import digest_model
 from dpo_dist.training.reporting.metrics_log import read_latest_rows
 
 _PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
-EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of `export.dtype`
 
 
 def export_checkpoint(
@@ -109,7 +108,7 @@ def export_checkpoint(
             got=f"ema, {checkpoint}",
             remedy="name such a checkpoint, or set export.weights=last",
         )
-    named = None if config.export.dtype is None else EXPORT_DTYPES[config.export.dtype]
+    named = None if config.export.dtype is None else TORCH_DTYPES[Dtype(config.export.dtype)]
     dtype = named or TORCH_DTYPES[config.model.dtype]
 
     def read(name: str) -> Tensor:
@@ -141,8 +140,24 @@ def export_checkpoint(
         write_stops(temporary, base, trained_stops(tokenizer, config.data))
         if card is not None and (text := card(auto_class(model_config, code).__name__)):
             (temporary / "README.md").write_text(text, encoding="utf-8")
+        # Load the folder as users do: weights are finite, and those of a whole model equal the trained ones.
         if config.export.check and not is_new:
-            _check_written(temporary, list(saved.shapes) if is_whole else [], read, trusts_code=code)
+            if is_adapter(temporary):
+                written = load_file(temporary / ADAPTER_WEIGHTS)
+            else:
+                written = dict(_load_model(temporary, trusts_code=code).named_parameters())
+            if is_whole:
+                wrong = [name for name in saved.shapes if not torch.equal(written[name], read(name))]
+            else:
+                wrong = [name for name, weight in written.items() if not weight.isfinite().all()]
+            if wrong:
+                raise CheckpointError(
+                    "weights of the written folder differ from the trained ones, or are not finite",
+                    where=str(temporary),
+                    got=f"{len(wrong)} of {len(written)} weights: {wrong[0]}",
+                    remedy="report this error with the run's config.yaml; export.check=false skips this "
+                    "check",
+                )
 
 
 def checkpoint_as_model(
@@ -162,25 +177,6 @@ def checkpoint_as_model(
             checkpoint, written, replace(config, model=replace(config.model, trust_remote_code=trusts_code))
         )
     return written
-
-
-def _check_written(
-    folder: Path, trained: Sequence[str], read: Callable[[str], Tensor], *, trusts_code: bool
-) -> None:
-    """Load the folder as users do; check that weights are finite, or equal the trained ones by `read`."""
-    if is_adapter(folder):
-        weights = load_file(folder / ADAPTER_WEIGHTS)
-    else:
-        weights = dict(_load_model(folder, trusts_code=trusts_code).named_parameters())
-    wrong = [name for name in trained if not torch.equal(weights[name], read(name))]
-    wrong += [name for name, weight in weights.items() if not trained and not weight.isfinite().all()]
-    if wrong:
-        raise CheckpointError(
-            "weights of the written folder differ from the trained ones, or are not finite",
-            where=str(folder),
-            got=f"{len(wrong)} of {len(weights)} weights: {wrong[0]}",
-            remedy="report this error with the run's config.yaml; export.check=false skips this check",
-        )
 
 
 def _untrained_tensors(causal_lm: Any, model: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -254,7 +250,7 @@ def export_average(config: RunConfig, members: Sequence[Path], output: Path) -> 
     """Write the weighted mean of models to `output`, all of it or nothing."""
     weights = [member.weight for member in config.export.average]
     shares = [(weight / sum(weights), member) for weight, member in zip(weights, members, strict=True)]
-    dtype = None if config.export.dtype is None else EXPORT_DTYPES[config.export.dtype]
+    dtype = None if config.export.dtype is None else TORCH_DTYPES[Dtype(config.export.dtype)]
     with writing_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with staged_folder(output, replaces=False) as temporary:

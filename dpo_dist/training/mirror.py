@@ -164,7 +164,17 @@ class Mirror:
                 self._thread.start()
 
     def _work(self) -> None:
-        while self._starts_upload():
+        root = self._folder.checkpoints
+        while True:
+            with self._lock:  # the saver asks for those in use after it has committed or named others
+                self._in_use = []
+                if not self._is_due:
+                    self._thread = None
+                    return
+                self._is_due = False
+                folders = list(filter(is_checkpoint, checkpoint_folders(root)))
+                best = best_checkpoint(root)
+                self._in_use = [folder for folder in folders if folder in (folders[0], root / str(best))]
             try:
                 self._upload()
             except Exception as error:
@@ -176,20 +186,6 @@ class Mirror:
                 if self._failure:
                     self._console.say(f"the mirror {self._url} is complete again")
                 self._failure = ""
-
-    def _starts_upload(self) -> bool:
-        """Choose the checkpoints to upload; return whether an upload is due."""
-        root = self._folder.checkpoints
-        with self._lock:  # the saver asks for those in use after it has committed or named others
-            self._in_use = []
-            if self._is_due:
-                folders = list(filter(is_checkpoint, checkpoint_folders(root)))
-                best = best_checkpoint(root)
-                self._in_use = [folder for folder in folders if folder in (folders[0], root / str(best))]
-            else:
-                self._thread = None
-            is_due, self._is_due = self._is_due, False
-        return is_due
 
     def _upload(self) -> None:
         """Upload changed files of the run, checkpoints that are not there yet, and last the state."""

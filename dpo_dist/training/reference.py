@@ -1,8 +1,8 @@
 """Prepare a run's reference: find or compute its log-probs, and check a sample before the first step."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from dpo_dist.model.files.load import check_same_vocabulary, load_config
 from dpo_dist.model.flops import compute_costs
 from dpo_dist.model.layers import choose_fused
 from dpo_dist.model.numerics import numerics_profile
-from dpo_dist.reference.digest import ModelFiles, check_same_numerics, model_label
+from dpo_dist.reference.digest import check_same_numerics, model_label
 from dpo_dist.reference.engine import SCORING_TOKENS_FACTOR, ReferenceProvider, load_reference, scoring_config
 from dpo_dist.reference.fill import ENTRIES_PER_SHARD, FillReport, Scorer, StoreFiller
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, StoredLogps
@@ -74,18 +74,8 @@ def check_drift(
                 parts = torch.split((fresh - stored).cpu(), host_batch.response_tokens.tolist())
                 drifts += zip(names, (part.numpy() for part in parts), strict=True)
     drifts = [drift for part in world.gather(drifts) for drift in part]
-    _check_drifts(drifts, config.model.dtype)
-    sums = np.array([drift.sum() for _, drift in drifts])
-    return {
-        "responses": len(drifts),
-        "mean_token_drift": float(np.mean([np.abs(drift).mean() for _, drift in drifts])),
-        "largest_token_drift": max(float(np.abs(drift).max()) for _, drift in drifts),
-        "rms_response_drift": float(np.sqrt(np.mean(sums**2))),
-        "largest_response_drift": float(np.abs(sums).max()),
-    }
+    dtype = config.model.dtype
 
-
-def _check_drifts(drifts: Sequence[tuple[str, StoredLogps]], dtype: Dtype) -> None:
     def tolerance(tokens: int) -> float:
         # 16-bit log-probs depend on the batch's shape: single tokens differ, the mean of many hardly.
         return _TOLERANCE[dtype] * (1.0 if dtype is Dtype.fp32 else max(1.0, 8 / math.sqrt(tokens)))
@@ -102,6 +92,14 @@ def _check_drifts(drifts: Sequence[tuple[str, StoredLogps]], dtype: Dtype) -> No
             "16 bits",
             remedy="the store belongs to another model or is damaged: set another reference.store",
         )
+    sums = np.array([drift.sum() for _, drift in drifts])
+    return {
+        "responses": len(drifts),
+        "mean_token_drift": float(np.mean([np.abs(drift).mean() for _, drift in drifts])),
+        "largest_token_drift": max(float(np.abs(drift).max()) for _, drift in drifts),
+        "rms_response_drift": float(np.sqrt(np.mean(sums**2))),
+        "largest_response_drift": float(np.abs(sums).max()),
+    }
 
 
 def describe_drift(drift: dict[str, Any]) -> str:
@@ -143,31 +141,13 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
         )
     same_precision = config.reference.quantization is config.model.quantization
     is_start = same_precision and files.digest == inputs.policy_files.digest
+    load = partial(
+        load_reference, files, config.model, config.reference, config.data.max_length, world, inputs.processor
+    )
     if mode is ReferenceMode.live:
-        provider = ReferenceProvider(
-            engine=load_reference(
-                files, config.model, config.reference, config.data.max_length, world, inputs.processor
-            )
-        )
-        return reference_without_store(run, provider, is_start=is_start)
-    return _reference_from_store(run, inputs, files, is_start, is_checked=is_start and step0_follows)
-
-
-def reference_without_store(run: Run, provider: ReferenceProvider, *, is_start: bool) -> Reference:
-    """Return a reference that computes log-probs with each micro-batch, or that has none."""
-    report = {"mode": run.config.reference.mode.value, **FillReport().as_dict()}
-    return Reference(provider, is_start, report)
-
-
-def _reference_from_store(
-    run: Run, inputs: EvaluationInputs, files: ModelFiles, is_start: bool, *, is_checked: bool
-) -> Reference:
-    """Fill the store with all log-probs of the run, then free the reference engine. Collective.
-
-    A sample is scored again while the engine is loaded, unless the check before step 0 does it
-    (`is_checked`).
-    """
-    config, world, store = run.config, run.world, Path(run.config.reference.store)
+        return reference_without_store(run, ReferenceProvider(engine=load()), is_start=is_start)
+    # The entries of the store that these files give under these numerics (law L3).
+    store = Path(config.reference.store)
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
     text = load_config(files.folder, config.model).get_text_config()
     fused = choose_fused(config.model, text, world.device)
@@ -177,15 +157,12 @@ def _reference_from_store(
     check_same_numerics(profile, world)
     label = model_label(config.reference.path or config.model.path, files.folder)
     empty = LogpStore(store, ReferenceFingerprint(files.digest, profile, label), [])
+    # Fill the store; the model is loaded only if log-probs are missing, and freed at the end.
     engines: list[Engine] = []
 
     def load_scorer() -> Scorer:
         if not engines:
-            engines.append(
-                load_reference(
-                    files, config.model, config.reference, config.data.max_length, world, inputs.processor
-                )
-            )
+            engines.append(load())
             model = engines[0].model
             costs = compute_costs(inputs.flops, prefixes=prefixes, backend=model.backend, device=world.device)
             filler.costs = replace(costs, arrangement=model.arrangement)
@@ -195,10 +172,20 @@ def _reference_from_store(
     prefixes = config.trainer.prefix_tree
     costs = compute_costs(inputs.flops, prefixes=prefixes)
     filler = StoreFiller(empty, load_scorer, world, tokens, costs, ENTRIES_PER_SHARD, run.stops)
-    filled = _fill(run, inputs, filler)
+    filled = FillReport()
+    for dataset, indices in inputs.datasets_to_score:
+        with run.console.progress("reference: scoring responses", config.loss.unit) as progress:
+            filled += filler.fill(dataset, indices, progress)
+    took = f", in {duration(filled.seconds)}" if filled.computed else ""
+    run.say(f"reference: {pluralize(filled.computed, 'log-prob')} computed, {filled.hits:,} reused{took}")
+    if filler.costs.shares_prefixes and (saved := describe_saving(filler.computed_tokens, filler.tokens)):
+        run.say(f"reference: {saved}")
+    for name in sorted(filled.damaged):
+        run.say(f"warning: the reference store has a damaged file, which is ignored: {store}/{name}")
     report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}
     provider = ReferenceProvider(store=filler.open_filled())
-    if engines and not is_checked:
+    # While the model is there a sample is scored again, unless the check before step 0 does it.
+    if engines and not (is_start and step0_follows):
         objective, score = Objective(config.loss, provider), load_scorer()
         report["drift"] = check_drift(run, score, objective, *inputs.datasets_to_score[0], filler.costs)
         drift = describe_drift(report["drift"])
@@ -212,19 +199,10 @@ def _reference_from_store(
     return Reference(provider, is_start, report)
 
 
-def _fill(run: Run, inputs: EvaluationInputs, filler: StoreFiller) -> FillReport:
-    filled = FillReport()
-    for dataset, indices in inputs.datasets_to_score:
-        with run.console.progress("reference: scoring responses", run.config.loss.unit) as progress:
-            filled += filler.fill(dataset, indices, progress)
-    took = f", in {duration(filled.seconds)}" if filled.computed else ""
-    run.say(f"reference: {pluralize(filled.computed, 'log-prob')} computed, {filled.hits:,} reused{took}")
-    if filler.costs.shares_prefixes and (saved := describe_saving(filler.computed_tokens, filler.tokens)):
-        run.say(f"reference: {saved}")
-    store = run.config.reference.store
-    for name in sorted(filled.damaged):
-        run.say(f"warning: the reference store has a damaged file, which is ignored: {store}/{name}")
-    return filled
+def reference_without_store(run: Run, provider: ReferenceProvider, *, is_start: bool) -> Reference:
+    """Return a reference that computes log-probs with each micro-batch, or that has none."""
+    report = {"mode": run.config.reference.mode.value, **FillReport().as_dict()}
+    return Reference(provider, is_start, report)
 
 
 def describe_saving(computed: int, tokens: int) -> str | None:

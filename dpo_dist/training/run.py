@@ -1,12 +1,17 @@
-"""Build a run's parts, connect them, and train; no other module does."""
+"""One run from its start to its end: build the parts, connect them, train, write the result.
+
+No other module does. In this order: find where the run stands, load inputs and write the files of this start,
+load models and set up the loop, train, write model, summary, report and outcome.
+"""
 
 import contextlib
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,35 +19,39 @@ import torch
 from dpo_dist.batching.costs import Arrangement, ComputeCosts
 from dpo_dist.batching.sampler import BatchSampler
 from dpo_dist.batching.step_batch import RankBatch
+from dpo_dist.config.identity import settings
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.losses import Weighting
-from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import AttentionBackend, ReferenceMode, Resume, RunConfig
+from dpo_dist.config.run_folder import RunFolder, checkpoint_name
+from dpo_dist.config.schema import AttentionBackend, FinalModel, ReferenceMode, Resume, RunConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint.saver import (
     Checkpoint,
     CheckpointSaver,
+    checkpoint_state,
+    drop_checkpoints,
     latest_checkpoint,
     reading_errors,
     remove_unfinished,
 )
 from dpo_dist.distributed.checkpoint.slices import SlicedWeights
+from dpo_dist.distributed.deepspeed_config import unsharded_loading
+from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine
 from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError, warn_on_bug
-from dpo_dist.foundation.files import locked, recover_folder, remove_abandoned, write_text
+from dpo_dist.foundation.errors import DivergedError, ExitCode, RunOutcome, StoppedError, warn_on_bug
+from dpo_dist.foundation.files import for_json, locked, recover_folder, remove_abandoned, write_text
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import duration, percent, pluralize
 from dpo_dist.model.attention.kernels import computed_by_segment
 from dpo_dist.model.files.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.flops import REACHED_SHARES, compute_costs, matmul_peak, recomputed_share
 from dpo_dist.model.lora import add_adapter
-from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.metrics import MetricPlan, custom_metrics
 from dpo_dist.reference.engine import ReferenceProvider, run_start_check
-from dpo_dist.training.finish import complete_mirror, finish, run_to_its_end
+from dpo_dist.training.export import check_base, export_checkpoint
 from dpo_dist.training.mirror import Mirror
 from dpo_dist.training.reference import (
     Reference,
@@ -52,9 +61,9 @@ from dpo_dist.training.reference import (
     prepare_reference,
     reference_without_store,
 )
-from dpo_dist.training.reporting.metrics_log import MetricsLog
+from dpo_dist.training.reporting.metrics_log import MetricsLog, final_and_best, read_latest_rows
 from dpo_dist.training.reporting.protocols import Recorder, Reporting, When
-from dpo_dist.training.start.environment import describe_run
+from dpo_dist.training.start.environment import describe_run, package_versions
 from dpo_dist.training.start.footprint import check_disk_room
 from dpo_dist.training.start.inputs import Inputs, identify, load_inputs
 from dpo_dist.training.start.open_run import Run, open_run, say_header
@@ -65,14 +74,14 @@ from dpo_dist.training.start.resume import (
     check_identity,
     describe_change,
     find_finished,
+    read_state,
     write_state,
 )
 from dpo_dist.training.steps.health import check_keep_best
-from dpo_dist.training.steps.loop import Loop
+from dpo_dist.training.steps.loop import Loop, Watch
 from dpo_dist.training.steps.schedule import check_schedule
 from dpo_dist.training.steps.state import Position
 from dpo_dist.training.steps.step import Objective
-from dpo_dist.training.steps.watch import Watch
 
 _PLANNED_STEPS = 8  # at most, to say what shared prefixes save
 
@@ -93,7 +102,7 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
             try:
                 loop, position = _set_up(run, start, inputs, state, engines, reporting)
             except StoppedError:
-                stopped = replace(state, outcome=RunOutcome.preempted, stopped_by=run.stops.agreed)
+                stopped = replace(state, outcome=RunOutcome.preempted, stopped_by=run.stops.agreed_reasons)
                 if run.world.is_main:
                     with contextlib.suppress(OSError):
                         write_state(run.folder, stopped)
@@ -117,8 +126,14 @@ def lock_directory(run: Run) -> Iterator[None]:
 def find_start(run: Run) -> Checkpoint | RunState | None:
     """Return the checkpoint to continue from, or the state of a run that has its model; collective."""
     identity, folder, world, resume = run.config.identity, run.folder, run.world, run.config.run.resume
-    if run.config.run.mirror is not None:
-        world.on_main(partial(_open_mirror, run, run.config.run.mirror))
+    if (url := run.config.run.mirror) is not None:
+
+        def restore() -> None:
+            with run.console.heartbeat(f"looking for the run in {url}"):
+                run.mirror = Mirror(url, folder, run.config.trainer.keep_last, run.console)
+                run.mirror.restore(identity, resume)
+
+        world.on_main(restore)
     checkpoint = None
     if resume is not Resume.never:
         world.on_main(partial(recover_folder, folder.model))
@@ -130,13 +145,6 @@ def find_start(run: Run) -> Checkpoint | RunState | None:
     else:
         world.on_main(partial(check_configuration, checkpoint.state, identity, folder))
     return checkpoint
-
-
-def _open_mirror(run: Run, url: str) -> None:
-    """Open the mirror on rank 0, and download the run if it is further there than in the run directory."""
-    with run.console.heartbeat(f"looking for the run in {url}"):
-        run.mirror = Mirror(url, run.folder, run.config.trainer.keep_last, run.console)
-        run.mirror.restore(run.config.identity, run.config.run.resume)
 
 
 def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tuple[Inputs, RunState]:
@@ -207,8 +215,21 @@ def _set_up(
     # Prompts of samples are checked before a model is loaded: a mistake in them costs no loading.
     with run.clock.measure("samples"):
         samples = reporting.prepare_samples(run, inputs, state.step)
-    # Models, and how they share the work of a step.
-    reference, policy = _load_models(run, inputs, engines, step0_follows=checkpoint is None)
+    # The reference first: while it fills the store, no policy with its optimizer states is in memory.
+    reference = None
+    run.stops.check()
+    run.say("loading the model, and checking its packed log-probs by its plain forward")
+    if config.reference.mode is not ReferenceMode.adapter:
+        with run.clock.measure("reference"):
+            reference = prepare_reference(run, inputs, step0_follows=checkpoint is None)
+        if reference.provider.engine is not None:
+            engines.push(partial(_free, reference.provider.engine, world))
+        run.stops.check()
+    policy = load_policy(run, inputs)
+    engines.push(partial(_free, policy, world))
+    if reference is None:  # the policy, with its adapter off, is the reference, too
+        reference = reference_without_store(run, ReferenceProvider(policy=policy), is_start=True)
+    # How the ranks share the work of a step; after loading, which proves whether the model can be packed.
     costs = balance_costs(run, inputs, policy, reference)
     planned = planned_steps(run, inputs.train_set, inputs.sampler, costs)
     if saved := describe_prefixes(planned):
@@ -217,8 +238,13 @@ def _set_up(
     custom = custom_metrics(config.metrics.function, config.loss, world.device)
     objective = Objective(config.loss, reference.provider, inputs.router, custom)
     # What a checkpoint holds, and what happens when one is committed.
-    reference_sync = _follow_policy(run, reference, policy)
-    sharded: list[SlicedWeights] = [policy] if reference_sync is None else [policy, reference_sync]
+    sharded: list[SlicedWeights] = [policy]
+    reference_sync = None
+    if config.loss.sync_reference.every is not None:
+        engine = reference.provider.engine
+        assert isinstance(engine, FrozenEngine)
+        reference_sync = ReferenceSync(engine, policy, config.loss.sync_reference, world)
+        sharded.append(reference_sync)
     watch = Watch(reporting.on_moment, run, inputs.sampler, policy)
 
     def committed(step: int) -> None:
@@ -239,7 +265,14 @@ def _set_up(
     engines.callback(checkpoints.close)  # before the engines are freed: a save still reads their weights
     # The position: that of the checkpoint, or the start, where policy and reference must agree.
     if checkpoint is not None:
-        position = _resume(run, checkpoint, sharded)
+        for part in sharded:
+            part.load_shards(checkpoint.folder)
+        with reading_errors(checkpoint.folder):
+            position = Position.from_state(checkpoint.state)
+        run.clock.resume(checkpoint.state["work"])
+        run.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
+        for name in checkpoint.damaged:
+            run.say(f"warning: checkpoint {name} is damaged and not used")
         scale, report = checkpoint.state["loss_scale"], checkpoint.state["reference_report"]
         policy.set_loss_scale(None if scale is None else LossScale(**scale))
         checkpoints.resume(checkpoint.folder, position.best_step)
@@ -255,11 +288,21 @@ def _set_up(
     if samples is not None:
         with run.clock.measure("samples"):
             samples.open(policy)
-    peak = _peak_flops(run)
+    # The peak FLOP/s of all devices, measured while all of them work: some share power or a host.
+    world.barrier()
+    peak = sum(world.gather(matmul_peak(world.device, TORCH_DTYPES[config.model.dtype])))
     if world.device.type == "cuda":
-        run.say(
-            _describe_duration(inputs, planned, position.step, peak / (1 + recomputed_share(config.model)))
-        )
+        torch.cuda.reset_peak_memory_stats()  # else the run's peak would count these matrices
+        flops, sampler = inputs.flops, inputs.sampler
+        work = sum(
+            flops.step(some.computed_tokens, some.targets, some.attended, some.image_tokens)
+            for some in planned
+        ) / sum(some.pairs for some in planned)
+        work *= (sampler.steps - position.step) * sampler.global_batch_pairs
+        fastest = work * (1 + recomputed_share(config.model)) / peak
+        ends = " to ".join(duration(fastest / share) for share in REACHED_SHARES)
+        shares = " to ".join(map(percent, REACHED_SHARES))
+        run.say(f"training takes about {ends}, at {shares} of the measured peak of matrix products")
     loop = Loop(
         run=run,
         inputs=inputs,
@@ -277,36 +320,6 @@ def _set_up(
         reference_report=report,
     )
     return loop, position
-
-
-def _follow_policy(run: Run, reference: Reference, policy: PolicyEngine) -> ReferenceSync | None:
-    sync, engine = run.config.loss.sync_reference, reference.provider.engine
-    if sync.every is None:
-        return None
-    assert isinstance(engine, FrozenEngine)
-    return ReferenceSync(engine, policy, sync, run.world)
-
-
-def _load_models(
-    run: Run, inputs: Inputs, engines: contextlib.ExitStack, *, step0_follows: bool
-) -> tuple[Reference, PolicyEngine]:
-    """Load the reference, then the policy; a model that fills the store is freed in between. Collective.
-
-    With `reference.mode=adapter` the policy is also the reference.
-    """
-    # The reference first: while it fills the store, no policy with its optimizer states is in memory.
-    reference = None
-    run.stops.check()
-    run.say("loading the model, and checking its packed log-probs by its plain forward")
-    if run.config.reference.mode is not ReferenceMode.adapter:
-        with run.clock.measure("reference"):
-            reference = prepare_reference(run, inputs, step0_follows=step0_follows)
-        if reference.provider.engine is not None:
-            engines.push(partial(_free, reference.provider.engine, run.world))
-        run.stops.check()
-    policy = load_policy(run, inputs)
-    engines.push(partial(_free, policy, run.world))
-    return reference or reference_without_store(run, ReferenceProvider(policy=policy), is_start=True), policy
 
 
 def _free(engine: Engine, world: World, error: type[BaseException] | None, *_: Any) -> None:
@@ -332,16 +345,13 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
     policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
     run_start_check(policy, longest, world, processor=inputs.processor, trains=True)
     if world.device.type == "cuda":
-        run.say(f"kernels: attention by {_describe_attention(model, longest)}; fused layers: {model.fused}")
+        attention: str = model.backend
+        if model.arrangement is not Arrangement.packed:
+            attention = "the model itself"
+        elif slow := computed_by_segment(model.causal_lm, model.backend, longest):
+            attention += f", but {AttentionBackend.sdpa}, several times slower, for layers with {slow}"
+        run.say(f"kernels: attention by {attention}; fused layers: {model.fused}")
     return policy
-
-
-def _describe_attention(model: PackedCausalLM, longest: int) -> str:
-    if model.arrangement is not Arrangement.packed:
-        return "the model itself"
-    if slow := computed_by_segment(model.causal_lm, model.backend, longest):
-        return f"{model.backend}, but {AttentionBackend.sdpa}, several times slower, for layers with {slow}"
-    return model.backend
 
 
 def balance_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Reference) -> ComputeCosts:
@@ -378,29 +388,13 @@ def describe_prefixes(planned: Sequence[RankBatch]) -> str | None:
     return f"prefixes: {saved}" if saved else None
 
 
-def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[SlicedWeights]) -> Position:
-    """Load a checkpoint into the engines and return its position; collective.
-
-    The clock continues from the checkpoint's times.
-    """
-    for part in sharded:
-        part.load_shards(checkpoint.folder)
-    with reading_errors(checkpoint.folder):
-        position = Position.from_state(checkpoint.state)
-    run.clock.resume(checkpoint.state["work"])
-    run.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
-    for name in checkpoint.damaged:
-        run.say(f"warning: checkpoint {name} is damaged and not used")
-    return position
-
-
 def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Recorder | None:
     if not run.world.is_main:
         return None
-    owes = position.owes_evaluation
+    owes = position.evaluation_is_due
     resumed, plan = position.step or None, MetricPlan(run.config.loss)
     keep = [band.step for band in run.config.metrics.bands]
-    metrics = MetricsLog.open(run.folder, resumed, run.say, plan, owes_evaluation=owes, keep=keep)
+    metrics = MetricsLog.open(run.folder, resumed, run.say, plan, evaluation_is_due=owes, keep=keep)
     return reporting.open_recorder(run, metrics)
 
 
@@ -428,25 +422,134 @@ def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> 
     return ExitCode.completed
 
 
-def _describe_duration(inputs: Inputs, planned: Sequence[RankBatch], done: int, peak: float) -> str:
-    """Return in words how long the remaining steps take; `peak`: FLOP/s of all devices."""
-    sampler = inputs.sampler
-    work = sum(
-        inputs.flops.step(some.computed_tokens, some.targets, some.attended, some.image_tokens)
-        for some in planned
-    ) / sum(some.pairs for some in planned)
-    work *= (sampler.steps - done) * sampler.global_batch_pairs
-    ends = (duration(work / peak / share) for share in REACHED_SHARES)
-    shares = " to ".join(map(percent, REACHED_SHARES))
-    return f"training takes about {' to '.join(ends)}, at {shares} of the measured peak of matrix products"
+def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str]) -> int:
+    """Train until the run completes, stops or diverges; write its last files and return the exit code.
+
+    If the process is killed between two of these files, the same command writes the missing ones.
+    """
+    run, identity = loop.run, loop.identity
+    try:
+        outcome = RunOutcome.completed if loop.train(position) else RunOutcome.preempted
+    except DivergedError:
+        diverged = RunState(RunOutcome.diverged, position.step, identity)
+        finish(run, diverged, loop.recorder, _summary(loop, position))
+        raise
+    summary = _summary(loop, position)
+    if outcome is RunOutcome.preempted:
+        why = run.stops.agreed_reasons
+        state = RunState(outcome, position.step, identity, stopped_by=why)
+        finish(run, state, loop.recorder, summary | {"stopped_by": why})
+        return ExitCode.preempted
+    best, takes_best = position.best, run.config.trainer.final is FinalModel.best
+    step = best.step if takes_best and best is not None else position.step
+    if position.step < loop.inputs.sampler.steps:
+        summary["stopped_by"] = "trainer.patience"
+        assert best is not None
+        which = "" if takes_best else ", whose weights are the model"
+        run.say(
+            f"ending after step {position.step}{which}: {best.metric} was best at step "
+            f"{best.step} ({best.value:.4g}), {pluralize(position.stale_evaluations, 'evaluation')} before"
+        )
+    if takes_best:
+        summary["model_step"] = step
+        # A start that only writes the model may have another `keep_best` than the start that trained.
+        metric = run.config.trainer.keep_best if best is None else best.metric
+        run.say(f"the weights of step {step} of {position.step} are the model, by {metric}")
+        if best is None:
+            run.say(
+                "warning: no evaluation had a finite value of this metric: the model is that of the last step"
+            )
+    with run.clock.measure("saving"):
+        _write_model(loop, step, summary, run_card)
+    summary["work"] = run.clock.read()
+    exported = RunState(RunOutcome.exported, position.step, identity, for_json(summary))
+    completed = replace(exported, outcome=RunOutcome.completed)
+    run.write(lambda: write_state(run.folder, exported))
+    run.stops.check("after the model was written, before its report")
+    finish(run, completed, loop.recorder, summary)
+    return ExitCode.completed
 
 
-def _peak_flops(run: Run) -> float:
-    """Return the peak FLOP/s of all devices, measured while all of them are busy; collective."""
-    # Together, because devices that share power or a host are slower when all work.
-    world = run.world
-    world.barrier()
-    peaks = world.gather(matmul_peak(world.device, TORCH_DTYPES[run.config.model.dtype]))
-    if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # else the run's peak would count these matrices
-    return sum(peaks)
+def _summary(loop: Loop, position: Position) -> dict[str, Any]:
+    """Return the content of summary.json without `exit`; collective."""
+    world = loop.run.world
+    peak_bytes = max(world.gather(peak_memory_bytes(world.device)))
+    seconds = position.train_seconds
+    results = final_and_best(loop.recorder.metrics.rows if loop.recorder is not None else [])
+    if (kept := position.best) is not None:
+        results["best"].setdefault(kept.metric, {"value": kept.value, "step": kept.step})
+    return {
+        **results,
+        "steps": position.step,
+        "pairs_seen": position.pairs_seen,
+        "bad_steps": position.health.bad_steps,
+        "bad_in_a_row": position.health.bad_in_a_row,
+        **({"overflows": position.health.overflows} if loop.policy.loss_scale is not None else {}),
+        "train_seconds": seconds,
+        "pairs_per_second": position.pairs_seen / seconds if seconds else 0.0,
+        "peak_memory_bytes": peak_bytes,
+        **({"best_checkpoint": asdict(position.best)} if position.best else {}),
+        "reference": loop.reference_report,
+        "work": loop.run.clock.read(),
+        "world_size": world.size,
+        "vocabulary": len(loop.inputs.tokenizer),
+        "settings": settings(loop.run.config),
+        "bands": [asdict(band) for band in loop.run.config.metrics.bands],
+        "data": loop.inputs.counts,
+    }
+
+
+def _write_model(loop: Loop, step: int, summary: dict[str, Any], run_card: Callable[..., str]) -> None:
+    """Write the checkpoint of `step` as the model of the run; collective."""
+    run, is_last = loop.run, step == summary["steps"]
+    checkpoint = run.folder.checkpoints / checkpoint_name(step)
+
+    def card(loader: str) -> str:
+        assert loop.recorder is not None
+        keep = [band.step for band in run.config.metrics.bands]
+        rows = loop.recorder.metrics.rows if is_last else read_latest_rows(run.folder, step, keep)
+        ended = {**summary, "exit": RunOutcome.completed.value, "steps": step}
+        ended["pairs_seen"] = checkpoint_state(checkpoint)["pairs_seen"]
+        is_evaluated, versions = loop.inputs.eval_set is not None and is_last, package_versions()
+        return run_card(run.config, rows, ended, run.say, versions, loader, is_evaluated=is_evaluated)
+
+    def write() -> None:
+        check_base(run.config.model, Path(run.config.reference.store), loop.identity["model"])
+        with unsharded_loading(run.world):
+            export_checkpoint(checkpoint, run.folder.model, run.config, card, is_new=is_last)
+
+    with run.console.heartbeat("writing the model"):
+        run.world.on_main(write)
+
+
+def finish(run: Run, state: RunState, recorder: Recorder | None, summary: dict[str, Any]) -> None:
+    """Write a run's report and state, and delete its checkpoints if `keep_last` is 0. Collective.
+
+    `recorder`: None on ranks above 0. `summary`: content of summary.json without `exit`.
+    """
+
+    def work() -> None:
+        assert recorder is not None
+        recorder.close(summary, state.outcome)
+        if state.outcome is RunOutcome.completed and run.config.trainer.keep_last == 0:
+            drop_checkpoints(run.folder.checkpoints)
+        # The same command tries a diverged run again from its last checkpoint: keep the recorded step.
+        former = read_state(run.folder) if state.outcome is RunOutcome.diverged else None
+        write_state(run.folder, state if former is None else replace(state, step=former.step))
+
+    with run.console.heartbeat("writing the report"):
+        run.write(work)
+    complete_mirror(run)
+
+
+def complete_mirror(run: Run) -> None:
+    """Upload what the mirror lacks; collective."""
+    if run.config.run.mirror is None:
+        return
+    request, must_stop = run.stops.request, run.stops.must_stop()
+
+    def upload() -> None:
+        assert run.mirror is not None
+        run.mirror.finish(lambda: must_stop or request.is_urgent)
+
+    run.world.on_main(upload)

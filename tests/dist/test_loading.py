@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import Dtype, ModelConfig, Offload
-from dpo_dist.distributed.deepspeed_config import frozen_config
+from dpo_dist.distributed.deepspeed_config import frozen_config, sharded_loading
 from dpo_dist.distributed.processes.world import World
-from dpo_dist.distributed.zero import sharded_loading
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.load import load_packed
 from tests.dist.scenario import Assets

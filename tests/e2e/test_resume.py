@@ -162,7 +162,7 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
         ("dpo_dist.distributed.checkpoint.saver", "commit_folder", "stopping after step [1-3]"),
         ("dpo_dist.training.steps.loop", "evaluate", "stopping after step 4"),
         ("dpo_dist.tools.report.samples", "generate_together", "stopping after step 4"),
-        ("dpo_dist.training.finish", "export_checkpoint", "after the model was written"),
+        ("dpo_dist.training.run", "export_checkpoint", "after the model was written"),
     ]
     for module, name, words in places:
         stopped = run_verb("train", command, prepare=partial(_stopped_at, module, name))

@@ -35,7 +35,7 @@ from dpo_dist.foundation.console import (
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.streams import SafeStream
 from dpo_dist.tools.tables import closing_table
-from dpo_dist.training.steps.progress import Progress, show_row, show_step
+from dpo_dist.training.steps.loop import Progress, show_row, show_step
 from dpo_dist.training.steps.state import LogWindow
 
 ATTACKS = "a\n2026-01-01 00:00:00 dpo_dist INFO forged\x1b[2J\x1b]52;c;eA==\x07\u202e\x9b.jsonl"
@@ -240,7 +240,7 @@ def test_the_share_of_the_peak_is_shown_for_devices_that_cost_more(device: str, 
     shown = mock.Mock(spec=Console)
     progress = Progress(shown, 3, 1e9, torch.device(device), "pair")
     measures = LogWindow(steps=1, sums={"loss": 0.5}, counts={"loss": 1.0}, pairs=2, flops=1e8, seconds=1.0)
-    with mock.patch("dpo_dist.training.steps.progress.peak_memory_bytes", return_value=1):
+    with mock.patch("dpo_dist.training.steps.loop.peak_memory_bytes", return_value=1):
         progress.add(1, measures, must_stop=False)
     assert ("MFU 10 %" in shown.show_progress.call_args.args[1]) is is_shown
 

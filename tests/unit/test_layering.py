@@ -316,6 +316,17 @@ def test_a_verb_imports_torch_after_its_arguments_are_checked(verb: str) -> None
     assert "dpo_dist.foundation.errors" in seen
 
 
+def test_a_dry_run_imports_no_deepspeed() -> None:
+    """DeepSpeed takes a second to import, and `--check` starts no process."""
+    seen, to_read = set(), {"dpo_dist.training.start.check", "dpo_dist.tools.plan.make_plan"}
+    while to_read:
+        seen.add(module := to_read.pop())
+        names = imported(run_at_import(modules()[module]))
+        assert "deepspeed" not in {name.partition(".")[0] for name in names}, module
+        to_read |= modules_imported_by(module) - seen
+    assert "dpo_dist.training.start.footprint" in seen
+
+
 def test_a_model_without_adapter_needs_no_peft() -> None:
     """peft imports bitsandbytes, which takes as long as torch."""
     parts = ("training.run", "training.start.check", "tools.plan.make_plan")

@@ -339,6 +339,8 @@ class CheckpointSaver:
         """
         self.commit()
         self._best_step = best_step
+        # Collective: the size of all shards, the folder, the room of all hosts, and, where training waits for
+        # the files, whether a rank failed.
         world, folder = self._world, self._root / checkpoint_name(step)
         models = [part.shards() for part in self._parts]
         needed = sum(world.gather(sum(model.bytes for model in models)))
@@ -389,23 +391,24 @@ class CheckpointSaver:
             # checkpoint: a kill at any moment leaves the last one as it was.
             mine = world.together(pending.entries.result)
             entries = {name: entry for part in world.gather(mine) for name, entry in part.items()}
-            world.on_main(lambda: self._commit(pending, entries))
+
+            def rename() -> None:
+                with disk_errors(pending.temporary, pending.bytes):
+                    write_text(pending.temporary / STATE, pending.state)
+                    entries[STATE] = text_digest(pending.state)
+                    write_text(pending.temporary / MANIFEST, json.dumps(entries, indent=1))
+                    commit_folder(pending.temporary, pending.folder, is_synced=True)
+                # Names and reports follow; a resume repeats what a kill prevents here.
+                self._name(pending.folder)
+                note_progress(str(pending.folder))
+                self._committed(checkpoint_step(pending.folder.name) or 0)
+                self._delete_old(pending.folder)
+
+            world.on_main(rename)
         except CheckpointError:
             if world.is_main:
                 shutil.rmtree(pending.temporary, ignore_errors=True)
             raise
-
-    def _commit(self, pending: _Pending, entries: Entries) -> None:
-        with disk_errors(pending.temporary, pending.bytes):
-            write_text(pending.temporary / STATE, pending.state)
-            entries[STATE] = text_digest(pending.state)
-            write_text(pending.temporary / MANIFEST, json.dumps(entries, indent=1))
-            commit_folder(pending.temporary, pending.folder, is_synced=True)
-        # Names and reports follow; a resume repeats what a kill prevents here.
-        self._name(pending.folder)
-        note_progress(str(pending.folder))
-        self._committed(checkpoint_step(pending.folder.name) or 0)
-        self._delete_old(pending.folder)
 
     def _name(self, folder: Path) -> None:
         with disk_errors(folder):

@@ -73,7 +73,14 @@ class FailureRecord:
     """
 
     def __init__(self, size: int):
-        self._size, self._store = size, _connect() if size > 1 else None
+        self._size = size
+        self._store: Store | None = None
+        if size > 1:
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            with contextlib.suppress(RuntimeError):
+                store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
+                self._store = PrefixStore(f"dpo_dist/{attempt}", store)
         self._exit_code: int | None = None
         self._is_idle = threading.Lock()
 
@@ -131,15 +138,6 @@ class FailureRecord:
             time.sleep(0.05)
 
 
-def _connect() -> Store | None:
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    with contextlib.suppress(RuntimeError):
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
-        return PrefixStore(f"dpo_dist/{attempt}", store)
-    return None
-
-
 class Watcher(threading.Thread):
     """Thread that ends this process if another process failed, died or is stopped, and the main thread hangs.
 
@@ -165,8 +163,16 @@ class Watcher(threading.Thread):
             if not self._has_failed_peers() or self._is_over.wait(GRACE_SECONDS):
                 continue
             with self._ending:
-                if not self._is_over.is_set():
-                    self._end_process()
+                if self._is_over.is_set():
+                    return
+                write_stacks(self._reports.stacks, "the run ends while the main thread hangs")
+                if (exit_code := self.record.exit_code) is not None:
+                    os._exit(exit_code)
+                error = self._lost_error("this process waits in a collective call")
+                if self._prints_error(error):
+                    self._reports.show(error.block())
+                self.record.wait_for_all()
+                os._exit(error.exit_code)
 
     def stop(self) -> None:
         """Stop watching; after this call the thread does not end the process.
@@ -188,16 +194,6 @@ class Watcher(threading.Thread):
     def _stopped_peers(self) -> list[Peer]:
         """Return the processes of this host that have been stopped for the whole timeout."""
         return [peer for peer, seconds in self._stopped.items() if seconds >= self._world.timeout_seconds]
-
-    def _end_process(self) -> None:
-        write_stacks(self._reports.stacks, "the run ends while the main thread hangs")
-        if (exit_code := self.record.exit_code) is not None:
-            os._exit(exit_code)
-        error = self._lost_error("this process waits in a collective call")
-        if self._prints_error(error):
-            self._reports.show(error.block())
-        self.record.wait_for_all()
-        os._exit(error.exit_code)
 
     def _prints_error(self, error: DpoDistError) -> bool:
         """Record `error`; return whether this process prints it.

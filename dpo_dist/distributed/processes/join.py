@@ -124,8 +124,17 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
         setattr(distributed_c10d, name, timeout)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
-        if not dist.is_initialized():
-            _make_group(backend, timeout)
+        if not dist.is_initialized():  # the process group of this process's life
+            forget_process_group()  # one that the script has destroyed
+            place, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            if size == 1:
+                store: Any = HashStore()  # torch's own store would listen on all interfaces
+            else:
+                store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
+                # The launcher's store still has the keys of a destroyed group.
+                store = PrefixStore(f"start-{next(_STARTS)}", store)
+            dist.init_process_group(backend, store=store, rank=place, world_size=size, timeout=timeout)
+            atexit.register(leave_world)
         for group in distributed_c10d._world.pg_map:  # those of an earlier run, or of the script
             distributed_c10d._set_pg_timeout(timeout, group)
         accelerator = Accelerator(
@@ -152,21 +161,6 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
             "choose another); then run the same command again",
         ) from failure
     return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
-
-
-def _make_group(backend: str, timeout: timedelta) -> None:
-    """Make the process group of this process's life."""
-    forget_process_group()  # one that the script has destroyed
-    if os.environ["WORLD_SIZE"] == "1":
-        # torch's own store would listen on all interfaces
-        store: Any = HashStore()
-    else:
-        store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
-        # The launcher's store still has the keys of a destroyed group.
-        store = PrefixStore(f"start-{next(_STARTS)}", store)
-    place = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(backend, store=store, rank=place[0], world_size=place[1], timeout=timeout)
-    atexit.register(leave_world)
 
 
 @functools.cache

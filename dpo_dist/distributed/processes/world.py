@@ -126,7 +126,7 @@ class World:
                 outcome[0] = work()
         except DpoDistError as error:
             outcome[1] = error  # sent, not raised here: the other ranks wait for the broadcast
-        self.barrier()
+        self.barrier()  # the work may take longer than a broadcast waits
         dist.broadcast_object_list(outcome, src=0, group=self.control)
         if outcome[1] is not None:
             raise outcome[1]
@@ -172,12 +172,12 @@ class Interrupted(Exception):  # noqa: N818  (no error)
 class Stops:
     """All ranks' requests to stop, on which they agree; methods are collective.
 
-    `agreed` has the reasons of all ranks after `reasons` gathered them.
+    `agreed_reasons` are those of all ranks after `reasons` gathered them.
     """
 
     def __init__(self, request: StopRequest, world: World):
         self.request, self.world = request, world
-        self.agreed = ""
+        self.agreed_reasons = ""
 
     def must_stop(self) -> bool:
         """Return whether a rank was asked to stop at once."""
@@ -197,10 +197,10 @@ class Stops:
     def reasons(self) -> str:
         """Return the reasons of all ranks; tell the batch script if a person stopped the run."""
         reasons = sorted({reason for reason in self.world.gather(self.request.reason) if reason})
-        self.agreed = ", ".join(reasons)
+        self.agreed_reasons = ", ".join(reasons)
         if self.world.is_main and {BY_TRACKER, BY_STEPS} & set(reasons):
-            note_progress(f"stopped by {self.agreed}")  # a batch script does not start it again
-        return self.agreed
+            note_progress(f"stopped by {self.agreed_reasons}")  # a batch script does not start it again
+        return self.agreed_reasons
 
 
 def with_sequence_groups(world: World, ranks: int) -> World:
@@ -244,7 +244,7 @@ class SequenceGroup:
 
 
 class _AllToAll(torch.autograd.Function):
-    """All-to-all is its own gradient."""
+    """All-to-all is its own gradient. PyTorch's own function with a gradient is deprecated."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:

@@ -29,8 +29,8 @@ from dpo_dist.data.records import (
     prompt_key,
     turns_of,
 )
+from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.memory import return_memory
-from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError

@@ -19,9 +19,8 @@ from dpo_dist.config.schema import (
     RunConfig,
 )
 from dpo_dist.data.records import PreferenceRecord, prompt_key
-from dpo_dist.distributed.deepspeed_config import policy_config
+from dpo_dist.distributed.deepspeed_config import policy_config, unsharded_loading
 from dpo_dist.distributed.memory import explain_out_of_memory
-from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
 from dpo_dist.tools.sampling.client import Client

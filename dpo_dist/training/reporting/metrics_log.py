@@ -77,9 +77,10 @@ class _Evenly:
         """Add the next row."""
         self.rows.append(row)
         self._added += 1
-        if (self._added - 1 - 2 * _EDGE) % self._every:  # place of the row that is no newest one any more
+        # The row that is no longer one of the newest stays only if it is an `_every`-th after the first ones.
+        if (self._added - 1 - 2 * _EDGE) % self._every:
             del self.rows[-_EDGE - 1]
-        if len(self.rows) > self._most:
+        if len(self.rows) > self._most:  # drop every other one between first and newest
             del self.rows[_EDGE + 1 : -_EDGE : 2]
             self._every *= 2
 
@@ -138,16 +139,16 @@ class MetricsLog:
         say: Callable[[str], None] = print,
         plan: "MetricPlan | None" = None,
         *,
-        owes_evaluation: bool = False,
+        evaluation_is_due: bool = False,
         keep: Collection[float | None] = (),
     ) -> "MetricsLog":
         """Start a log, or continue the one in `folder`.
 
         Rows after `resume_step` (None for a new run) are dropped, because training computes them again; with
-        `owes_evaluation`, also the evaluation at this step. `say` gets a warning if existing rows are missing
-        or replaced. `keep`: steps whose rows stay in memory.
+        `evaluation_is_due`, also the evaluation at this step. `say` gets a warning if existing rows are
+        missing or replaced. `keep`: steps whose rows stay in memory.
         """
-        end = -1.0 if resume_step is None else resume_step + (0.0 if owes_evaluation else _AFTER_STEP)
+        end = -1.0 if resume_step is None else resume_step + (0.0 if evaluation_is_due else _AFTER_STEP)
         sample, is_replaced = RowSample(keep=keep), False
         has_file = folder.rows.exists()
         with files.staged_file(folder.rows) as temporary, temporary.open("wb") as file:

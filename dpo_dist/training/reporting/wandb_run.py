@@ -145,49 +145,47 @@ class WandbRun:
 
     def finish(self, outcome: str, summary: Fields) -> None:
         """Close the run with its outcome, its summary (as in `summary.json`) and its verdict."""
+
+        def close() -> None:
+            # wandb itself knows rows of the last start only. Not `step`: its axis can be ahead of the rows.
+            last = {wandb_name(key): value for key, value in self._last.items() if key != "step"}
+            best = {f"best/{wandb_name(key)}": row[key] for key, row in self._best.items()}
+            self.run.summary.update({**last, **best, **without_secrets(summary)})
+            if "verdict" in summary:
+                notes = [_environment_variable("WANDB_NOTES"), f"Verdict: {summary['verdict']['sentence']}"]
+                self.run.notes = "\n\n".join(without_secrets(list(filter(None, notes))))
+            if outcome == RunOutcome.preempted:
+                self.run.mark_preempting()
+            self.run.finish(exit_code=ExitCode[outcome])
+
         try:
-            self._retry(lambda: self._close(outcome, summary))
+            self._retry(close)
         finally:
             end_service()
 
     def _send(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
+        import wandb  # noqa: PLC0415
+
         if log_position(row) > self._received:
-            self._send_new(row, margins)
+            values: dict[str, Any] = {**wandb_names(row)}
+            if margins is not None and (finite := margins[np.isfinite(margins)].tolist()):
+                values[MARGINS] = wandb.Histogram(finite, num_bins=_BINS)
+            if self._max_samples and "eval_samples/length" in row:
+                lines = files.read_lines(self._folder.samples_file(int(row["step"])))
+                samples = without_secrets(list(islice(lines, self._max_samples)))
+                columns = [name for name in samples[0] if name != "images"]  # thumbnails are for pages
+                cells = [
+                    [value[:_CELL_CHARACTERS] if isinstance(value, str) else value for value in cells]
+                    for cells in ([sample[name] for name in columns] for sample in samples)
+                ]
+                values[SAMPLES] = wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
+            # Online, wandb gets the row's number from the server.
+            self.run.log(values, step=self._count if self._is_offline else None, commit=True)
+            self._received = log_position(row)
+            files.write_text(self._sent, json.dumps(self._received))
         self._end, self._count = log_position(row), self._count + 1
         self._last |= row
         note_best(self._best, row)
-
-    def _send_new(self, row: MetricsRow, margins: PairColumn | None) -> None:
-        import wandb  # noqa: PLC0415
-
-        values: dict[str, Any] = {**wandb_names(row)}
-        if margins is not None and (finite := margins[np.isfinite(margins)].tolist()):
-            values[MARGINS] = wandb.Histogram(finite, num_bins=_BINS)
-        if self._max_samples and "eval_samples/length" in row:
-            lines = files.read_lines(self._folder.samples_file(int(row["step"])))
-            samples = without_secrets(list(islice(lines, self._max_samples)))
-            columns = [name for name in samples[0] if name != "images"]  # thumbnails are for pages
-            cells = [
-                [value[:_CELL_CHARACTERS] if isinstance(value, str) else value for value in cells]
-                for cells in ([sample[name] for name in columns] for sample in samples)
-            ]
-            values[SAMPLES] = wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
-        # Online, wandb gets the row's number from the server.
-        self.run.log(values, step=self._count if self._is_offline else None, commit=True)
-        self._received = log_position(row)
-        files.write_text(self._sent, json.dumps(self._received))
-
-    def _close(self, outcome: str, summary: Fields) -> None:
-        # wandb itself knows rows of the last start only. Not `step`: wandb's axis can be ahead of the rows.
-        last = {wandb_name(key): value for key, value in self._last.items() if key != "step"}
-        best = {f"best/{wandb_name(key)}": row[key] for key, row in self._best.items()}
-        self.run.summary.update({**last, **best, **without_secrets(summary)})
-        if "verdict" in summary:
-            notes = [_environment_variable("WANDB_NOTES"), f"Verdict: {summary['verdict']['sentence']}"]
-            self.run.notes = "\n\n".join(without_secrets(list(filter(None, notes))))
-        if outcome == RunOutcome.preempted:
-            self.run.mark_preempting()
-        self.run.finish(exit_code=ExitCode[outcome])
 
     def _retry(self, action: Callable[[], object]) -> None:
         """Call `action`; if wandb's service has died of a signal to this run, restart it and call again."""

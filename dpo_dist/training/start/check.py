@@ -54,7 +54,6 @@ from dpo_dist.model.files.stops import stop_notes
 from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
-from dpo_dist.training.mirror import Mirror
 from dpo_dist.training.start.footprint import quantization_notes
 from dpo_dist.training.start.inputs import NO_IMAGE, checked_model
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
@@ -106,7 +105,11 @@ def dry_run(
     processor = image_processor(folder, tokenizer, config.model.images)
     described = f"{folder}, {model_config.model_type}, vocabulary of {len(tokenizer):,}"
     lines = [("run.dir", f"{run}{start_in_words}"), ("model.path", described)]
-    lines += _mirror(config, run) if trains and not models else []
+    if config.run.mirror is not None and trains and not models:
+        from dpo_dist.training.mirror import Mirror  # noqa: PLC0415  (slow: DeepSpeed)
+
+        Mirror(config.run.mirror, run, config.trainer.keep_last, Console(None))
+        lines.append(("run.mirror", f"{config.run.mirror}, which can be written"))
     lines += (("experts", note) for note in quantization_notes(config, causal_lm))
     if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_fp16_products()):
         lines.append(("model.dtype", "fp16 needs a GPU: this CPU cannot compute in fp16"))
@@ -177,13 +180,6 @@ def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> 
             return "has checkpoints: the run resumes"
     check_fresh_start(resume, folder)
     return "new"
-
-
-def _mirror(config: RunConfig, run: RunFolder) -> list[tuple[str, str]]:
-    if config.run.mirror is None:
-        return []
-    Mirror(config.run.mirror, run, config.trainer.keep_last, Console(None))
-    return [("run.mirror", f"{config.run.mirror}, which can be written")]
 
 
 def _reference(

@@ -28,7 +28,6 @@ from dpo_dist.config.schema import (
     TrainerConfig,
 )
 from dpo_dist.distributed.muon import matrices_of
-from dpo_dist.distributed.zero import STATES_PER_MASTER
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import size
 from dpo_dist.model.architectures import recorded_arrangement
@@ -45,6 +44,8 @@ _MOST_TOKENS = 32_768  # more are not faster, and the reference scores several t
 _TOKENS_MULTIPLE = 256  # tokens; micro-batches are a multiple, so that the number is easy to read
 _CONTEXT_BYTES = 2e9  # bytes of CUDA and NCCL
 _GATHERED_WEIGHTS = 1e9  # weights that ZeRO-3 gathers at once, or the largest layer if that has more
+# Size of an optimizer's states for a master weight, relative to the master weight.
+_STATES_PER_MASTER = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5, OptimizerKind.muon: 1.0}
 BYTES_PER_QUANTIZED_WEIGHT = {Quantization.int8: 1.0, Quantization.nf4: 0.53}
 _TRACED_TOKENS = 64, 128  # tokens
 _TRACED_ATTENTION = "dpo_dist_trace"
@@ -123,7 +124,7 @@ def state_bytes(optim: OptimConfig, trainer: TrainerConfig, causal_lm: Any = Non
 
     Without the model, Muon is counted as if all weights were matrices, which are the fewest bytes.
     """
-    states = STATES_PER_MASTER[optim.kind]
+    states = _STATES_PER_MASTER[optim.kind]
     if optim.kind is OptimizerKind.muon and causal_lm is not None:
         trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
         by_muon = sum(weight.numel() for weight in matrices_of(causal_lm)) / trained

@@ -29,8 +29,8 @@ from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.data.records import Part, eval_part, train_part
+from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.processes.world import World
-from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.model.architectures import (
     check_causal,
     check_positions,
@@ -160,16 +160,16 @@ def load_evaluation_inputs(run: Run) -> EvaluationInputs:
 def _with_labels_and_partners(run: Run, dataset: PreferenceDataset) -> PreferenceDataset:
     """Return the dataset with counts of labels, and with partners if the loss needs them; collective."""
     if run.config.loss.is_unpaired:
-        dataset = _add_counts(run, dataset, labels=partial(_count_labels, dataset))
+
+        def labels() -> dict[str, int]:
+            good = int(dataset.labels_good(np.arange(len(dataset))).sum())
+            return {"good": good, "bad": len(dataset) - good}
+
+        dataset = _add_counts(run, dataset, labels=labels)
     if not run.config.loss.needs_partners:
         return dataset
     partnered = partial(with_partners, dataset, run.config.data.max_length)
     return _on_every_rank(run, partnered, "preparing the partners of records")
-
-
-def _count_labels(dataset: PreferenceDataset) -> dict[str, int]:
-    good = int(dataset.labels_good(np.arange(len(dataset))).sum())
-    return {"good": good, "bad": len(dataset) - good}
 
 
 def _load(
@@ -201,6 +201,7 @@ def _load(
     if trains:
         with unsharded_loading(world):
             fit_micro_batches(run, causal_lm)
+    # After all that needs no weights: the first start reads every byte of them.
     vocabulary = model_config.get_text_config().vocab_size
     processor = image_processor(folder, tokenizer, config.model.images)
     with run.console.heartbeat("reading the model's files to identify them"):

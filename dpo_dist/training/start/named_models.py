@@ -108,17 +108,15 @@ def find_evaluation_models(config: RunConfig) -> tuple[RunConfig, list[Evaluated
     data = replace(data, train=[]) if data.eval else data
     config = replace(config, data=data, reference=reference)
     check_has_evaluation_data(config.data, "evaluate models on")
-    return config, [
-        _find_evaluation_model(model, RunFolder.from_config(config)) for model in config.evaluation.models
-    ]
-
-
-def _find_evaluation_model(model: str | None, run: RunFolder) -> EvaluatedModel:
-    if model is None and not run.model.is_dir():
+    run = RunFolder.from_config(config)
+    if None in config.evaluation.models and not run.model.is_dir():
         pairs = "its name depends on data.eval: to evaluate on other pairs, set evaluation.data"
         raise no_model_error(run, EVALUATION_MODEL_KEY, f"set run.dir to a complete run ({pairs})")
-    path = locate_model(str(run.model) if model is None else model, EVALUATION_MODEL_KEY)
-    return EvaluatedModel(path, is_checkpoint(Path(path)))
+    paths = [
+        locate_model(str(run.model) if model is None else model, EVALUATION_MODEL_KEY)
+        for model in config.evaluation.models
+    ]
+    return config, [EvaluatedModel(path, is_checkpoint(Path(path))) for path in paths]
 
 
 def find_export_paths(config: RunConfig) -> tuple[list[Path], Path]:
@@ -142,7 +140,20 @@ def find_export_paths(config: RunConfig) -> tuple[list[Path], Path]:
     sources = [Path(member.path).expanduser() for member in config.export.average]
     name = "average"
     if not sources:
-        sources = [_checkpoint(run, config.export.checkpoint, config.trainer.final)]
+        folders, best = checkpoint_folders(run.checkpoints), best_checkpoint(run.checkpoints)
+        takes_best = config.trainer.final is FinalModel.best and best is not None
+        wanted = config.export.checkpoint or ("best" if takes_best else "latest")
+        latest = folders[0].name if folders else None
+        name = {"best": best, "latest": latest}.get(wanted) or wanted
+        sources = [path for path in folders if checkpoint_step(path.name) == checkpoint_step(name)][:1]
+        if not sources:
+            raise ConfigError(
+                "this run does not have this checkpoint",
+                where="export.checkpoint",
+                got=wanted,
+                expected=", ".join(path.name for path in folders) or f"{run} has no checkpoint",
+                remedy=f"name one of these checkpoints (`best` needs trainer.keep_best), or use {run.model}",
+            )
         name = sources[0].name
     if config.export.weights is ExportedWeights.ema:
         name += "-ema"
@@ -154,21 +165,3 @@ def find_export_paths(config: RunConfig) -> tuple[list[Path], Path]:
         remedy = "name another folder, or delete this one"
         raise ConfigError("the folder to write exists", where="export.output", got=str(output), remedy=remedy)
     return sources, output
-
-
-def _checkpoint(run: RunFolder, wanted: str | None, final: FinalModel) -> Path:
-    folders, best = checkpoint_folders(run.checkpoints), best_checkpoint(run.checkpoints)
-    takes_best = final is FinalModel.best and best is not None
-    wanted = wanted or ("best" if takes_best else "latest")
-    name = {"best": best, "latest": folders[0].name if folders else None}.get(wanted) or wanted
-    step = checkpoint_step(name)
-    folder = next((path for path in folders if checkpoint_step(path.name) == step), None)
-    if folder is None:
-        raise ConfigError(
-            "this run does not have this checkpoint",
-            where="export.checkpoint",
-            got=wanted,
-            expected=", ".join(path.name for path in folders) or f"{run} has no checkpoint",
-            remedy=f"name one of these checkpoints (`best` needs trainer.keep_best), or use {run.model}",
-        )
-    return folder

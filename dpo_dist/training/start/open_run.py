@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,15 +22,15 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, Offload, RunConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.deepspeed_config import policy_config
-from dpo_dist.distributed.processes.failures import Reports
-from dpo_dist.distributed.processes.join import join_world
 from dpo_dist.distributed.processes.world import Stops, World, with_sequence_groups
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import first_few, pluralize
 from dpo_dist.model.numerics import deterministic_kernels
 from dpo_dist.training.clock import WorkClock
-from dpo_dist.training.mirror import Mirror
+
+if TYPE_CHECKING:
+    from dpo_dist.training.mirror import Mirror
 
 T = TypeVar("T")
 
@@ -89,6 +89,10 @@ def join(
     deepspeed_config: dict[str, Any], timeout_seconds: int, folder: RunFolder, console: Console
 ) -> AbstractContextManager[World]:
     """Return the context of this launch's processes; console and `folder` get reports of their failures."""
+    # Imports DeepSpeed, which `--check` does without.
+    from dpo_dist.distributed.processes.failures import Reports  # noqa: PLC0415
+    from dpo_dist.distributed.processes.join import join_world  # noqa: PLC0415
+
     reports = Reports(console.alarm, console.say, folder.rank_stacks(os.environ.get("RANK", "0")))
     return join_world(deepspeed_config, timeout_seconds, reports)
 

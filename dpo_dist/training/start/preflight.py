@@ -14,8 +14,6 @@ from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import (
     AttentionBackend,
     FusedLayers,
-    ModelConfig,
-    ParallelismConfig,
     ParallelismKind,
     ReferenceMode,
     Resume,
@@ -78,9 +76,29 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
     if LossKind.custom in config.loss.kinds:
         find_function(config.loss.function)
     _check_packages(config, trains=trains)
-    if starts or "WORLD_SIZE" in os.environ:
-        _check_groups(config.parallelism, trains=trains)
-    _check_models(config.model, config.reference.path)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    for key in ("sequence_parallel", *["hpz"] * trains) if starts or "WORLD_SIZE" in os.environ else ():
+        ranks = getattr(config.parallelism, key)
+        if processes % ranks:
+            raise ConfigError(
+                "the processes cannot be divided into groups of this size",
+                where=f"parallelism.{key}",
+                got=f"{ranks}, with {pluralize(processes, 'process', 'processes')}",
+                expected=f"a divisor of {processes}",
+                remedy=f"set parallelism.{key} to such a divisor, or start a multiple of {ranks} processes",
+            )
+    # Models in local folders; those on the hub are checked when they are loaded.
+    model, start = config.model, None
+    if model.adapter is not None and model.adapter.path is not None:
+        named = local_model_folder(model.adapter.path, None, "model.adapter.path", accepts_adapter=True)
+        start = None if named is None else start_folder(model)
+    if (policy := local_model_folder(model.path, model.revision)) is not None:
+        check_weights(weight_files(policy), "model.path")
+        check_tokenizer_files(tokenizer_folder(policy, start))
+    if config.reference.path is not None:
+        reference = local_model_folder(config.reference.path, None, "reference.path")
+        if reference is not None:
+            check_weights(weight_files(reference), "reference.path")
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, config.data)
     check_template_file(config.data.chat_template)
@@ -102,20 +120,6 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
         folders["reference.store"] = store  # the same
     for key, folder in folders.items():
         check_writable(folder, key)
-
-
-def _check_groups(parallelism: ParallelismConfig, *, trains: bool) -> None:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    for key in ("sequence_parallel", *["hpz"] * trains):
-        ranks = getattr(parallelism, key)
-        if processes % ranks:
-            raise ConfigError(
-                "the processes cannot be divided into groups of this size",
-                where=f"parallelism.{key}",
-                got=f"{ranks}, with {pluralize(processes, 'process', 'processes')}",
-                expected=f"a divisor of {processes}",
-                remedy=f"set parallelism.{key} to such a divisor, or start a multiple of {ranks} processes",
-            )
 
 
 def _check_packages(config: RunConfig, *, trains: bool) -> None:
@@ -164,19 +168,3 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
 
 def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package.replace("-", "_")) is not None
-
-
-def _check_models(model: ModelConfig, reference_path: str | None) -> None:
-    """Check the files of models in local folders; models on the hub are checked when they are loaded."""
-    start, adapter = None, model.adapter
-    if adapter is not None and adapter.path is not None:
-        named = local_model_folder(adapter.path, None, "model.adapter.path", accepts_adapter=True)
-        start = None if named is None else start_folder(model)
-    policy = local_model_folder(model.path, model.revision)
-    if policy is not None:
-        check_weights(weight_files(policy), "model.path")
-        check_tokenizer_files(tokenizer_folder(policy, start))
-    if reference_path is not None:
-        reference = local_model_folder(reference_path, None, "reference.path")
-        if reference is not None:
-            check_weights(weight_files(reference), "reference.path")

@@ -21,9 +21,8 @@ from dpo_dist.foundation.text import first_few
 from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.training.reporting.metrics_log import MetricsRow, is_collapsed, logps_by_side, loss_before_spike
-from dpo_dist.training.steps.gather import gather_pairs, in_batch_order
 from dpo_dist.training.steps.state import BestCheckpoint, Health, Position
-from dpo_dist.training.steps.step import Objective, ReadyStep, StepTotals
+from dpo_dist.training.steps.step import Objective, ReadyStep, StepTotals, gather_pairs, in_batch_order
 
 
 def count_spike(row: MetricsRow, rows: Sequence[MetricsRow], say: Callable[[str], None]) -> None:

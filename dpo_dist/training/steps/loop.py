@@ -8,7 +8,7 @@ no update whose gradient norm is not finite, and the norm is the same on all ran
 import contextlib
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,15 +16,20 @@ import numpy as np
 import torch
 
 from dpo_dist.batching.costs import ComputeCosts
-from dpo_dist.batching.step_batch import RankBatch
+from dpo_dist.batching.sampler import BatchSampler
+from dpo_dist.config.metrics import ACCURACIES, MAIN, METRICS, PREFIX
 from dpo_dist.distributed.checkpoint.saver import CheckpointSaver
+from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.processes.world import Interrupted
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.foundation.background import prefetch
+from dpo_dist.foundation.console import TRAINING, Console
+from dpo_dist.foundation.signals import BY_CALLBACK
+from dpo_dist.foundation.text import duration, percent, size
 from dpo_dist.objective.metrics import PairColumn
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.reporting.protocols import Recorder, Samples, When, Wish
+from dpo_dist.training.reporting.protocols import Moment, OnMoment, Recorder, Samples, When, Wish
 from dpo_dist.training.start.inputs import Inputs
 from dpo_dist.training.start.open_run import Run
 from dpo_dist.training.start.resume import Identity
@@ -36,7 +41,6 @@ from dpo_dist.training.steps.health import (
     pair_losses,
     write_bad_step,
 )
-from dpo_dist.training.steps.progress import Progress, show_row
 from dpo_dist.training.steps.schedule import learning_rate
 from dpo_dist.training.steps.state import LogWindow, Position, throughput
 from dpo_dist.training.steps.step import (
@@ -48,9 +52,38 @@ from dpo_dist.training.steps.step import (
     train_step,
     without_comparisons,
 )
-from dpo_dist.training.steps.watch import Watch
 
 _STEPS_AHEAD = 2
+_IN_LINE = ("rewards/margins", "pairs_per_second", "mfu")
+
+
+@dataclass(frozen=True)
+class Watch:
+    """The function that follows a run, or None on all ranks."""
+
+    on_moment: OnMoment | None
+    run: Run
+    sampler: BatchSampler
+    policy: Engine
+
+    def at(self, when: When, step: int) -> Collection[Wish]:
+        """Call the function after `step` steps, on rank 0, and return what it asks for; not collective."""
+        if self.on_moment is None or not self.run.world.is_main:
+            return ()
+        epoch = self.sampler.epoch(step - 1)
+        wishes = self.on_moment(Moment(when, step, self.sampler.steps, epoch, self.policy))
+        if Wish.stop in wishes:
+            self.run.stops.request.ask_after_step(BY_CALLBACK)
+        return wishes
+
+    def agreed(self, when: When, step: int) -> Collection[Wish]:
+        """Call the function as `at` does, and return what it asks for on all ranks; collective."""
+        return () if self.on_moment is None else self.run.world.on_main(lambda: self.at(when, step))
+
+    def ends_epoch(self, step: int) -> bool:
+        """Return whether the step before `step` ended an epoch, or the run."""
+        before, after = (self.sampler.epoch(number - 1) for number in (step - 1, step))
+        return int(before) < int(after) or step == self.sampler.steps
 
 
 @dataclass(frozen=True)
@@ -82,8 +115,9 @@ class Loop:
         self.run.clock.enter("other")
         steps, eval_set = self.inputs.sampler.steps, self.inputs.eval_set
         # The model before its first step is evaluated, too: later rows are compared with it.
-        position.owes_evaluation |= eval_set is not None and position.step == 0
-        must_stop = False
+        position.evaluation_is_due |= eval_set is not None and position.step == 0
+        must_stop, trainer = False, self.run.config.trainer
+        every = {Wish.log: trainer.log_every, Wish.evaluate: trainer.eval_every}
         unit = self.run.config.loss.unit
         progress = Progress(self.run.console, steps, self.peak, self.run.world.device, unit)
         # A signal only notes that a stop is wanted. The ranks agree on it in the sum that ends a step
@@ -98,23 +132,33 @@ class Loop:
                 self.save_rows()  # this step was saved without the new row
                 if position.best_step == position.step:
                     self._save(position, is_last=False)
-            if position.owes_evaluation:
+            if position.evaluation_is_due:
                 self._say_why_it_stops(position)
-            while not (must_stop or position.owes_evaluation or self.is_over(position)):
+            while not (must_stop or position.evaluation_is_due or self.is_over(position)):
                 with self.run.clock.measure("training"):
                     must_stop, wishes = self._step(position, ready_steps, progress)
-                self._report_step(position, wishes)
+                # What is due after the step, or wished for; each row may bring further wishes.
+                done = position.step
+                is_at_end = done == steps
+                wishes |= {wish for wish, each in every.items() if is_at_end or _is_due(done, each)}
+                if _is_due(done, trainer.save_every):
+                    wishes.add(Wish.save)
+                self._report(position, wishes)
+                if self.watch.ends_epoch(done):
+                    asked = {*self.watch.agreed(When.epoch_end, done)} - wishes
+                    self._report(position, asked)
+                    wishes |= asked
                 must_stop |= Wish.stop in wishes
                 is_over = self.is_over(position)
-                if position.owes_evaluation or (must_stop and not is_over):
+                if position.evaluation_is_due or (must_stop and not is_over):
                     self._say_why_it_stops(position)
-                is_last = is_over or must_stop or position.owes_evaluation
+                is_last = is_over or must_stop or position.evaluation_is_due
                 if is_last or position.best_step == position.step or Wish.save in wishes:
                     self._save(position, is_last=is_last)
         # The last checkpoint may still be with its background thread.
         with self.run.clock.measure("saving"):
             self.checkpoints.commit()
-        is_done = self.is_over(position) and not position.owes_evaluation
+        is_done = self.is_over(position) and not position.evaluation_is_due
         # A stop that came after the last step still ends this start: what follows, such as writing the model,
         # may take longer than the time that is left.
         if is_done and self.run.stops.must_stop():
@@ -122,37 +166,24 @@ class Loop:
             return False
         return is_done
 
-    def _report_step(self, position: Position, wishes: set[Wish]) -> None:
-        """Record what is due after a step, or wished for; add to `wishes` what is due or wished for then."""
-        trainer, done = self.run.config.trainer, position.step
-        every = {Wish.log: trainer.log_every, Wish.evaluate: trainer.eval_every}
-        wishes |= {wish for wish in every if done == self.inputs.sampler.steps or _is_due(done, every[wish])}
-        if _is_due(done, trainer.save_every):
-            wishes.add(Wish.save)
-        self._report(position, wishes)
-        if self.watch.ends_epoch(done):
-            asked = {*self.watch.agreed(When.epoch_end, done)} - wishes
-            self._report(position, asked)
-            wishes |= asked
-
     def _report(self, position: Position, wishes: set[Wish]) -> None:
         """Record a row of steps and evaluate, as `wishes` say; add what is wished for at these rows."""
         if Wish.log in wishes:
             self.record_steps(position)
             wishes |= {*self.watch.agreed(When.recorded, position.step)}
         if Wish.evaluate in wishes and self.inputs.eval_set is not None:
-            position.owes_evaluation = True
+            position.evaluation_is_due = True
             if self._evaluate(position):
                 wishes |= {*self.watch.agreed(When.recorded, position.step)}
 
     def _evaluate(self, position: Position) -> bool:
         """Evaluate if an evaluation is due, unless a rank asks to stop; return whether it was done."""
-        if not position.owes_evaluation:
+        if not position.evaluation_is_due:
             return False
         with contextlib.suppress(Interrupted), self.run.clock.measure("evaluation"):
             self.record_evaluation(position)
-            position.owes_evaluation = False
-        return not position.owes_evaluation
+            position.evaluation_is_due = False
+        return not position.evaluation_is_due
 
     def _say_why_it_stops(self, position: Position) -> None:
         saved = ", with a checkpoint" if position.step else ""
@@ -166,7 +197,7 @@ class Loop:
             yield self.objective.ready_step(rank_batch, self.run.world.device)
 
     def _step(
-        self, position: Position, ready_steps: Iterator[ReadyStep], progress: Progress
+        self, position: Position, ready_steps: Iterator[ReadyStep], progress: "Progress"
     ) -> tuple[bool, set[Wish]]:
         """Train one step, advance `position`, and return whether a rank asked to stop, and all wishes.
 
@@ -199,6 +230,13 @@ class Loop:
         overflow = self.policy.has_overflowed and math.isfinite(totals.means["loss"])
         running = {} if totals.is_bad else position.add_running(self.run.config.loss, totals.means, pairs)
         times = {f"time/{phase}": seconds for phase, seconds in clock.stop().items()}
+        flops = self.inputs.flops.step(
+            rank_batch.computed_tokens, rank_batch.targets, rank_batch.attended, rank_batch.image_tokens
+        )
+        if partners is not None:
+            flops += self.inputs.flops.forward(
+                partners.computed_tokens, partners.targets, partners.attended, partners.image_tokens
+            )
         measures = LogWindow(
             steps=1,
             sums=totals.sums,
@@ -207,7 +245,7 @@ class Loop:
             learning_rate=rate,
             pairs=pairs,
             tokens=rank_batch.tokens + (0 if partners is None else partners.tokens),
-            flops=self._flops(rank_batch, partners),
+            flops=flops,
             seconds=sum(times.values()),
         )
         position.step += 1
@@ -232,15 +270,6 @@ class Loop:
     def _votes(self) -> Collection[Wish]:
         """The wishes on which the ranks vote after a step."""
         return () if self.watch.on_moment is None else tuple(Wish)
-
-    def _flops(self, batch: RankBatch, partners: RankBatch | None) -> float:
-        flops = self.inputs.flops
-        counted = flops.step(batch.computed_tokens, batch.targets, batch.attended, batch.image_tokens)
-        if partners is not None:
-            counted += flops.forward(
-                partners.computed_tokens, partners.targets, partners.attended, partners.image_tokens
-            )
-        return counted
 
     def _say_skipped(
         self, ready: ReadyStep, totals: StepTotals, position: Position, *, overflow: bool
@@ -299,6 +328,8 @@ class Loop:
             measured |= values.auc_by_source(dataset.labels, numbers)
         measured |= {"pairs": speed["pairs"]} if policy is None else speed
         named = {f"eval_{name}": value for name, value in measured.items()}
+        # Rank 0 decides for all, because times differ between ranks: the collective calls that follow depend
+        # on whether the run is over (law L2).
         best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))
         is_better = best is not None and best.step == position.step
         stale = 0 if is_better else position.stale_evaluations + 1
@@ -360,3 +391,78 @@ class Loop:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+class Progress:
+    """Shows the steps of one start of a run of `steps`, at least the first and the last one."""
+
+    def __init__(self, console: Console, steps: int, peak: float, device: torch.device, unit: str):
+        self._console, self._steps, self._peak, self._device = console, steps, peak, device
+        self._unit = unit  # `LossConfig.unit`
+        self._window = LogWindow()
+        self._first: tuple[int, float] | None = None
+
+    def add(self, step: int, measures: LogWindow, *, must_stop: bool) -> None:
+        """Add a finished step, and show the progress if it is due."""
+        is_first, is_last = self._first is None, must_stop or step == self._steps
+        if self._first is None:
+            # The first step does not count: compiling kernels would make the time left too long.
+            self._first = step, time.monotonic()
+        self._window.add(measures)
+        if not (is_first or is_last or self._console.is_due()):
+            return
+        first, since = self._first
+        left = (time.monotonic() - since) / (step - first) * (self._steps - step) if step > first else None
+        row = self._window.row(self._peak) | {"memory/peak_bytes": peak_memory_bytes(self._device)}
+        if self._device.type == "cpu":  # of no use on a CPU
+            del row["mfu"]
+        show_step(self._console, step, self._steps, row, left, self._unit, always=is_first or is_last)
+        self._window = LogWindow()
+
+
+def show_step(
+    console: Console,
+    step: int,
+    steps: int,
+    values: Mapping[str, float],
+    seconds_left: float | None = None,
+    unit: str = "pair",
+    *,
+    always: bool = False,
+) -> None:
+    """Show the progress if it is due, or `always`; `values` are those of a metrics row.
+
+    A narrow terminal cuts the end of the line, so that the most important values come first.
+    """
+    parts = [f"step {step:,}/{steps:,}"]
+    parts += [_in_words(name, values[name]) for name in ("loss", *ACCURACIES) if name in values]
+    if seconds_left is not None and step < steps:
+        parts.append(f"{duration(seconds_left)} left")
+    parts += [_in_words(name, values[name], unit) for name in _IN_LINE if name in values]
+    if (peak := values.get("memory/peak_bytes")) is not None:
+        parts.append(size(peak))
+    content = {"work": TRAINING, "unit": "step", "done": step, "total": steps, "share": step / steps}
+    console.show_progress({**content, "seconds_left": seconds_left}, "  ".join(parts), always=always)
+
+
+def show_row(console: Console, row: Mapping[str, float], steps: int, unit: str = "pair") -> None:
+    """Show a metrics row of a run of `steps`; people see rows of evaluations only, programs all rows."""
+    if not any(name.startswith(PREFIX) for name in row):
+        console.result("step", row, [])
+        return
+    measured = (name for name in (*MAIN, "pairs_per_second") if PREFIX + name in row)
+    parts = [_in_words(name, row[PREFIX + name], unit) for name in measured]
+    if (length := row.get("eval_samples/length")) is not None:
+        parts.append(f"samples of {length:,.0f} tokens")
+    if (finished := row.get("eval_samples/finished")) is not None:
+        parts.append(f"{percent(finished)} of them finished")
+    line = f"step {int(row['step']):,}/{steps:,}  evaluation: {', '.join(parts)}"
+    console.result("evaluation", row, [line])
+
+
+def _in_words(name: str, value: float, unit: str = "pair") -> str:
+    """Return a value with its name or unit: "loss 0.6931", "MFU 41 %", "161.7 pairs/s"."""
+    metric = METRICS[name]
+    if name == "pairs_per_second":
+        return f"{metric.form(value)} {unit}s/s"
+    return f"{metric.title} {metric.form(value)}"

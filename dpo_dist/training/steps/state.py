@@ -89,7 +89,7 @@ class Position:
     step: int = 0
     pairs_seen: int = 0
     train_seconds: float = 0.0
-    owes_evaluation: bool = False  # stopped before the evaluation of the last step was complete
+    evaluation_is_due: bool = False  # stopped before the evaluation of the last step was complete
     running: RunningMeans = field(default_factory=RunningMeans)  # used by some losses
     window: LogWindow = field(default_factory=LogWindow)  # since the last metrics row
     health: Health = field(default_factory=Health)

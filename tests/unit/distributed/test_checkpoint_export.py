@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from unittest.mock import Mock
 
 import pytest
@@ -149,6 +150,24 @@ def test_an_adapter_needs_no_weights_of_its_base(base: Path, tmp_path: Path) -> 
     found = {name.removeprefix("base_model.model."): weight for name, weight in model.named_parameters()}
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_folder_with_other_weights_than_the_trained_ones_is_refused(base: Path, tmp_path: Path) -> None:
+    adapted = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2))
+    weights = weights_of(adapted)
+    next(iter(weights.values()))[0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match="not finite"):
+        export_checkpoint(checkpoint_of(weights, tmp_path / "step-000001"), tmp_path / "adapter", adapted)
+
+    def change(folder: Path, causal_lm: Any, weights: dict[str, Tensor], base: Path) -> None:
+        write_weights(folder, causal_lm, {name: weight + 1 for name, weight in weights.items()}, base)
+
+    with (
+        mock.patch.object(checkpoint_export, "write_weights", change),
+        pytest.raises(CheckpointError, match="differ from the trained ones"),
+    ):
+        exported(run_of(base), tmp_path / "whole")
+    assert not {"adapter", "whole"} & {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_damaged_or_foreign_checkpoint_writes_nothing(base: Path, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_work_ends_only_when_a_rank_is_asked(asked: Stops) -> None:
         asked.raise_if_stopping()
     with pytest.raises(StoppedError, match="stopped: by SIGTERM, SIGUSR1 before the first step"):
         asked.check()
-    assert asked.agreed == "SIGTERM, SIGUSR1"
+    assert asked.agreed_reasons == "SIGTERM, SIGUSR1"
 
 
 @pytest.mark.parametrize("reason", ["SIGUSR1", BY_TRACKER, BY_STEPS])

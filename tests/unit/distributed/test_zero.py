@@ -68,3 +68,29 @@ def test_an_overflow_halves_the_loss_scale_and_a_thousand_updates_double_it() ->
         assert scale.value == START / 2
     assert scale.after(is_applied=True) == LossScale(START, applied=0)
     assert LossScale(2.0).after(is_applied=False).after(is_applied=False) == LossScale(1.0)
+
+
+def test_norms_and_weights_without_a_gradient_are_not_decayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    causal_lm = tiny_family("llama")
+    unmoved = causal_lm.model.layers[0].mlp.up_proj.weight
+    monkeypatch.setattr(zero, "without_gradient", lambda _: {unmoved})
+    optimizer = zero.create_optimizer(
+        PackedCausalLM(causal_lm, AttentionBackend.sdpa), OptimConfig(weight_decay=0.1)
+    )
+    decays = {weight: group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
+    assert decays == {
+        weight: 0.1 if weight.ndim > 1 and weight is not unmoved else 0.0 for weight in causal_lm.parameters()
+    }
+
+
+@pytest.mark.parametrize(
+    ("processes", "of_node", "wide", "reduced"),
+    [(8, 8, None, "bf16"), (16, 8, None, "fp32"), (16, 8, False, "bf16"), (1, 1, True, "fp32")],
+)
+def test_gradients_are_summed_in_float32_over_several_nodes(
+    processes: int, of_node: int, wide: bool | None, reduced: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(of_node))
+    config = policy_config(ParallelismConfig(reduce_in_float32=wide), OptimConfig(), Dtype.bf16)
+    assert config["communication_data_type"] == reduced

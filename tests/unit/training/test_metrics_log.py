@@ -146,7 +146,7 @@ def test_an_evaluation_that_is_made_again_has_one_row(tmp_path: Path) -> None:
     kept = [row_of(1), evaluation_of(1, 0.8, 0.4), row_of(2)]
     log_of(tmp_path, *kept, evaluation_of(2, 0.5, 0.6))
     assert len(MetricsLog.open(RunFolder(tmp_path), 2).rows) == 4
-    assert MetricsLog.open(RunFolder(tmp_path), 2, owes_evaluation=True).rows == kept
+    assert MetricsLog.open(RunFolder(tmp_path), 2, evaluation_is_due=True).rows == kept
 
 
 def test_values_that_are_not_finite_give_valid_json_and_survive_a_resume(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_only_training_divides_the_processes_into_groups_with_copies(
         joined.append(deepspeed_config["zero_optimization"])
         raise ConfigError("joined")
 
-    monkeypatch.setattr("dpo_dist.training.start.open_run.join_world", join)
+    monkeypatch.setattr("dpo_dist.distributed.processes.join.join_world", join)
     config = run_of(assets, tmp_path, "parallelism.hpz=8", "parallelism.offload_optimizer=cpu")
     with pytest.raises(ConfigError, match="joined"), open_run(config, Console(None), trains=trains):
         pass

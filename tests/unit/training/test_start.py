@@ -36,10 +36,9 @@ from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import staged_file, temporary_name, write_text
 from dpo_dist.tools.report.recorder import RunRecorder
 from dpo_dist.tools.report.run import write_page
-from dpo_dist.training import finish as ending
-from dpo_dist.training.finish import finish, run_to_its_end
+from dpo_dist.training import run as ending
 from dpo_dist.training.reporting.metrics_log import MetricsLog
-from dpo_dist.training.run import find_start, lock_directory, record_start
+from dpo_dist.training.run import find_start, finish, lock_directory, record_start, run_to_its_end
 from dpo_dist.training.start.environment import describe_run
 from dpo_dist.training.start.footprint import check_disk_room
 from dpo_dist.training.start.open_run import Run, hints_on_cpu, say_header, warn_of_recompiles
