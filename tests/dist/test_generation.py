@@ -19,13 +19,8 @@ from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.tools.sampling.generate import (
-    NotFiniteError,
-    Request,
-    Sample,
-    Sampling,
-    generate_together,
-)
+from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sample, generate_together
+from dpo_dist.tools.sampling.settings import Sampling
 from dpo_dist.training.steps.step import Objective, evaluate
 from tests.dist.scenario import Assets, load_policy, one_step
 from tests.support.packing import COSTS

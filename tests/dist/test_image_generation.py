@@ -12,7 +12,8 @@ from dpo_dist.config.schema import Dtype, ImagesConfig, ModelConfig, Parallelism
 from dpo_dist.distributed import zero
 from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.foundation.signals import StopRequest
-from dpo_dist.tools.sampling.generate import Request, Sampling, generate, generate_together
+from dpo_dist.tools.sampling.generate import Request, generate, generate_together
+from dpo_dist.tools.sampling.settings import Sampling
 from tests.dist.scenario import load_policy
 from tests.support.invented_images import image_examples, image_reader, invented_images
 from tests.support.ranks import run_ranks

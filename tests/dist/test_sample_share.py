@@ -16,7 +16,8 @@ from dpo_dist.distributed.zero import FrozenEngine
 from dpo_dist.foundation.console import Console
 from dpo_dist.tools.report import samples
 from dpo_dist.tools.report.samples import RunSamples, SamplePrompt
-from dpo_dist.tools.sampling.generate import Request, Sample, Sampling
+from dpo_dist.tools.sampling.generate import Request, Sample
+from dpo_dist.tools.sampling.settings import Sampling
 from dpo_dist.training.start.open_run import Run
 from tests.support import tiny
 from tests.support.ranks import run_ranks

@@ -16,9 +16,9 @@ from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig
 from dpo_dist.config.verb_sections import ServerConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.tools.sampling import served
-from dpo_dist.tools.sampling.generate import Sampling
 from dpo_dist.tools.sampling.respond import find_files, open_responder, respond
 from dpo_dist.tools.sampling.served import check_served, open_server
+from dpo_dist.tools.sampling.settings import Sampling
 from tests.support.tiny_model import write_model
 
 pytestmark = pytest.mark.skipif(not is_serve_available(), reason="needs fastapi and uvicorn")

@@ -23,9 +23,10 @@ from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig
 from dpo_dist.config.verb_sections import ServerConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.tools.sampling.generate import Request, Sampling
+from dpo_dist.tools.sampling.generate import Request
 from dpo_dist.tools.sampling.respond import Responder, find_files, open_responder, usable_prompt
 from dpo_dist.tools.sampling.served import Server, check_served, open_server, reload_server
+from dpo_dist.tools.sampling.settings import Sampling
 from tests.support.completions_server import to_int8
 
 VLLM, MODEL = (os.environ.get(name, "") for name in ("DPO_DIST_VLLM", "DPO_DIST_MODEL"))

@@ -20,7 +20,7 @@ from dpo_dist.foundation.streams import print_result, printable_lines
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.numerics import has_fp16_products
-from dpo_dist.tools.sampling.generate import LEAST_ROOM, Sampling, image_inputs
+from dpo_dist.tools.sampling.generate import image_inputs
 from dpo_dist.tools.sampling.respond import (
     ModelSource,
     Responder,
@@ -29,6 +29,7 @@ from dpo_dist.tools.sampling.respond import (
     open_responder,
     usable_prompt,
 )
+from dpo_dist.tools.sampling.settings import LEAST_ROOM, Sampling
 from dpo_dist.training.export import checkpoint_as_model
 from dpo_dist.training.start.named_models import short_name
 from dpo_dist.training.start.open_run import has_bf16_products

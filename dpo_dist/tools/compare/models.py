@@ -43,7 +43,7 @@ from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks
 from dpo_dist.tools.sampling.dry_run import check_model
-from dpo_dist.tools.sampling.generate import Request, Sample, Sampling, generate, sampling_for
+from dpo_dist.tools.sampling.generate import Request, Sample, generate
 from dpo_dist.tools.sampling.judges import Judge, open_judge
 from dpo_dist.tools.sampling.prompts import (
     Parts,
@@ -62,6 +62,7 @@ from dpo_dist.tools.sampling.respond import (
     open_responder,
     usable_prompt,
 )
+from dpo_dist.tools.sampling.settings import Sampling, sampling_for
 from dpo_dist.training.export import checkpoint_as_model
 from dpo_dist.training.start.open_run import Run
 

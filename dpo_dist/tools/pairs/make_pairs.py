@@ -33,7 +33,6 @@ from dpo_dist.tools.pairs.files import (
 from dpo_dist.tools.pairs.people import label_pairs
 from dpo_dist.tools.pairs.start import responding_models
 from dpo_dist.tools.sampling.dry_run import check_model
-from dpo_dist.tools.sampling.generate import sampling_for
 from dpo_dist.tools.sampling.judges import Judge, Judgement, Question, open_judge
 from dpo_dist.tools.sampling.prompts import (
     Parts,
@@ -51,6 +50,7 @@ from dpo_dist.tools.sampling.respond import (
     ModelSource,
     open_generator,
 )
+from dpo_dist.tools.sampling.settings import sampling_for
 from dpo_dist.training.start.open_run import Run
 
 _MODELS = "pairs.models"

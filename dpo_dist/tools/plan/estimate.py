@@ -22,7 +22,7 @@ from dpo_dist.config.schema import (
 from dpo_dist.config.verb_sections import PlanConfig
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
-from dpo_dist.tools.sampling.generate import sampling_for
+from dpo_dist.tools.sampling.settings import sampling_for
 from dpo_dist.training.start.footprint import (
     BYTES_PER_QUANTIZED_WEIGHT,
     Footprint,

@@ -21,14 +21,9 @@ from dpo_dist.model.files.load import load_config
 from dpo_dist.model.files.stops import find_stop_ids
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.tools.pages.thumbnails import shown_prompt
-from dpo_dist.tools.sampling.generate import (
-    NotFiniteError,
-    Request,
-    Sampling,
-    generate_together,
-    sampling_for,
-)
+from dpo_dist.tools.sampling.generate import NotFiniteError, Request, generate_together
 from dpo_dist.tools.sampling.respond import texts_after
+from dpo_dist.tools.sampling.settings import Sampling, sampling_for
 from dpo_dist.tools.text_facts import (
     detect_language,
     is_refusal,

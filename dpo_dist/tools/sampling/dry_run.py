@@ -11,10 +11,10 @@ from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.files.folder import description_folder
 from dpo_dist.model.files.load import check_contents_at_hand
-from dpo_dist.tools.sampling.generate import Sampling
 from dpo_dist.tools.sampling.records import as_user_message
 from dpo_dist.tools.sampling.respond import find_files, open_responder, usable_prompt
 from dpo_dist.tools.sampling.served import open_server
+from dpo_dist.tools.sampling.settings import Sampling
 
 
 def check_model(

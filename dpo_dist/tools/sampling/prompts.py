@@ -24,7 +24,6 @@ from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
 from dpo_dist.tools.sampling.client import Client
-from dpo_dist.tools.sampling.generate import Sampling
 from dpo_dist.tools.sampling.judges import Judge, open_judge
 from dpo_dist.tools.sampling.respond import (
     Generate,
@@ -35,6 +34,7 @@ from dpo_dist.tools.sampling.respond import (
     respond,
 )
 from dpo_dist.tools.sampling.served import Server, check_served, open_server, reload_server
+from dpo_dist.tools.sampling.settings import Sampling
 from dpo_dist.training.start.open_run import Run, join
 
 _FAILED = "failed"

@@ -44,7 +44,8 @@ from dpo_dist.model.lora import TRAINED, add_saved, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.engine import scoring_config
-from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate
+from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sample, generate
+from dpo_dist.tools.sampling.settings import Sampling
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import pluralize, without_secrets
 from dpo_dist.model.packed import packed_logps
 from dpo_dist.tools.sampling.client import Choice, Client, CompletionReply, RefusedError
-from dpo_dist.tools.sampling.generate import Request, Sample, Sampling
+from dpo_dist.tools.sampling.generate import Request, Sample
 from dpo_dist.tools.sampling.respond import ModelSource, Responder, load_packed_source, usable_prompt
+from dpo_dist.tools.sampling.settings import Sampling
 
 _URL = "sampling.endpoint.url"
 _SECONDS = 600.0  # for one request, also if it waits for others

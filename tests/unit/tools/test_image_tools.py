@@ -35,10 +35,10 @@ from dpo_dist.tools.pairs.make_pairs import pairs_from_scores
 from dpo_dist.tools.pairs.people import Labelling, draw_items
 from dpo_dist.tools.report.samples import choose_prompts
 from dpo_dist.tools.sampling import judges
-from dpo_dist.tools.sampling.generate import Sampling
 from dpo_dist.tools.sampling.judges import EndpointJudge, FunctionJudge, Question, RewardModel
 from dpo_dist.tools.sampling.records import good_records
 from dpo_dist.tools.sampling.respond import find_model, open_generator, open_responder, respond
+from dpo_dist.tools.sampling.settings import Sampling
 from tests.support.image_model import image_pair, write_image_model, write_pictures
 from tests.support.image_processors import image_tokenizer
 from tests.support.invented_images import row_logps

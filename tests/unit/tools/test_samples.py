@@ -17,7 +17,8 @@ from dpo_dist.foundation.files import json_line
 from dpo_dist.model.files.stops import find_stop_ids
 from dpo_dist.tools.report import samples
 from dpo_dist.tools.report.samples import RunSamples, SamplePrompt, choose_prompts
-from dpo_dist.tools.sampling.generate import Request, Sample, Sampling
+from dpo_dist.tools.sampling.generate import Request, Sample
+from dpo_dist.tools.sampling.settings import Sampling
 from dpo_dist.training.start.open_run import Run
 from tests.support import tiny
 from tests.support.alone import ALONE

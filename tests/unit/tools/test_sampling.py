@@ -45,15 +45,14 @@ from dpo_dist.tools.sampling.generate import (
     NotFiniteError,
     Request,
     Sample,
-    Sampling,
     batches,
     dummy_request,
     generate,
     generate_together,
     random_numbers,
-    sampling_for,
 )
 from dpo_dist.tools.sampling.respond import Completion, Responder, find_model, open_generator, respond
+from dpo_dist.tools.sampling.settings import Sampling, sampling_for
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.chat_tokenizers import tokenizer_of

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from dpo_dist.tools.sampling.generate import Request, Sample, Sampling, generate
+from dpo_dist.tools.sampling.generate import Request, Sample, generate
+from dpo_dist.tools.sampling.settings import Sampling
 from tests.support.invented_images import READERS, image_examples, image_reader, invented_images, own_inputs
 
 STOPS = [2, 30]

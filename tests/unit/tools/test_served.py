@@ -20,7 +20,6 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.sampling import client as clients
 from dpo_dist.tools.sampling import served
 from dpo_dist.tools.sampling.client import Client, RefusedError
-from dpo_dist.tools.sampling.generate import Sampling
 from dpo_dist.tools.sampling.respond import Responder, find_files, open_responder, respond
 from dpo_dist.tools.sampling.served import (
     Server,
@@ -29,6 +28,7 @@ from dpo_dist.tools.sampling.served import (
     open_server,
     reload_server,
 )
+from dpo_dist.tools.sampling.settings import Sampling
 from tests.support.completions_server import CompletionsServer, completions_server, to_int8
 from tests.support.http_server import http_server
 from tests.support.tiny_model import write_model

@@ -13,9 +13,9 @@ from dpo_dist.data.records import prompt_key, turns_of
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.tools.compare.models import held_out, response_logps
-from dpo_dist.tools.sampling.generate import Sampling
 from dpo_dist.tools.sampling.prompts import generation_settings
 from dpo_dist.tools.sampling.respond import Completion, Completions
+from dpo_dist.tools.sampling.settings import Sampling
 from tests.support.records import assistant, jsonl, user
 from tests.support.tiny_model import write_model
 
