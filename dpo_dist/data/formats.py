@@ -17,17 +17,16 @@ from dpo_dist.data.read.columns import FIRST_RECORDS, OTHERS, VOTES, resolve_sou
 from dpo_dist.data.read.context import unread_fields, with_context
 from dpo_dist.data.read.images import place_images
 from dpo_dist.data.read.layouts import (
-    LISTS,
     PAIR_SCORE_FIELDS,
     QUESTIONS,
     SIDE_NAMES,
     Content,
+    check_no_other,
     completion,
     has_completion,
     has_pair,
     has_ranking,
     is_labelled,
-    is_response,
     labelled,
     pair,
     ranking,
@@ -35,16 +34,15 @@ from dpo_dist.data.read.layouts import (
 from dpo_dist.data.read.messages import (
     CONVERSATIONS,
     Reader,
-    nested_conversation,
     read_hh,
     read_implicit,
     read_messages,
     read_text,
     select_reader,
-    spelled_messages,
 )
+from dpo_dist.data.read.plain import plain_record
 from dpo_dist.data.read.sources import local_files, pin_source, raw_records
-from dpo_dist.data.read.values import from_json, has_value, to_number
+from dpo_dist.data.read.values import to_number
 from dpo_dist.data.records import (
     IMAGE,
     MAX_RECORD_BYTES,
@@ -87,7 +85,7 @@ def parse_record(record: Fields, name: DataFormat, origin: Origin) -> Record:
     Details of a bad record never quote its texts, which may be offensive or personal.
     """
     try:
-        return _parse(_with_values(record, name), name, origin)
+        return _parse(record, name, origin)
     except UnusableRecordError as fault:
         return fault.as_bad_record(origin)
     except RecursionError:
@@ -158,25 +156,27 @@ def check_source(source: SourceConfig, config: DataConfig | None = None) -> None
         check_counts(counts, source.path, config)
 
 
-def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
+def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
     row: Format | None = FORMATS[name]
+    assert row is not None
+    record = plain_record(given, has_texts=row.read in _READS_TEXT, is_ranking=name is DataFormat.ranked)
     if name is DataFormat.auto:
         row = next((row for row in FORMATS.values() if row.matches and row.matches(record)), None)
     if row is None:
-        raise _unknown_format(record)
-    if row.read not in _READS_TEXT:
-        record = _with_prompt_outside(record)
+        raise _unknown_format(given)
+    # The prompt and the responses.
     content = row.content(record)
     if name is DataFormat.auto:
-        _check_no_other(record, content)
+        check_no_other(record, content)
     read = row.read or select_reader(content.prompt, content.responses)
-    if read is None and _BESIDE_SIDES.issuperset(field for field in record if record[field] is not None):
+    if read is None and _BESIDE_SIDES.issuperset(field for field in given if given[field] is not None):
         read = read_implicit  # the prompt can only be inside the sides
     if read is None:
         fields = ("prompt", "instruction", *QUESTIONS, *CONVERSATIONS)
         is_empty = content.prompt is None and any(record.get(field) is not None for field in fields)
-        raise UnusableRecordError("empty_prompt") if is_empty else _unknown_format(record)
+        raise UnusableRecordError("empty_prompt") if is_empty else _unknown_format(given)
     prompt, responses = read(content.prompt, content.responses)
+    # What stands beside them.
     is_plain = row.read in (read_text, read_implicit)
     prompt, tools, arguments = with_context(prompt, record, content.responses, is_plain=is_plain)
     prompt, images = place_images(prompt, responses, record, origin.folders, is_plain=is_plain)
@@ -202,39 +202,6 @@ class Format(NamedTuple):
 
 
 _READS_TEXT = (read_text, read_implicit, read_hh)
-
-
-def _with_prompt_outside(record: Fields) -> Fields:
-    """Return a record with the fields of a prompt that is an object of messages, tools and others.
-
-    So OpenAI writes preferences: {input: {messages, tools}, preferred_output, non_preferred_output}.
-    """
-    for field in ("prompt", *QUESTIONS):
-        paths = nested_conversation(field, record.get(field))
-        if not paths:
-            continue
-        inner, outer = from_json(record[field]), {name: record[name] for name in record if name != field}
-        messages = paths.pop(field).rpartition(".")[2]
-        inner = {"prompt" if name == messages else name: inner[name] for name in inner}
-        if twice := [name for name in inner if has_value(outer.get(name)) and has_value(inner[name])]:
-            raise UnusableRecordError(
-                "ambiguous_format", f"also in {field}: {', '.join(map(shown_key, twice))}"
-            )
-        return outer | {name: value for name, value in inner.items() if has_value(value)}
-    return record
-
-
-def _check_no_other(record: Fields, content: Content) -> None:
-    """Check that a record has no further responses, except copies of those that are read."""
-    used = {content.field} if content.field else set(content.responses)
-    values = [record.get(name) for name in used]
-    others = [
-        name
-        for name in (*SIDE_NAMES, "completion", *LISTS, *CONVERSATIONS)
-        if name not in used and is_response(record, name) and record[name] not in values
-    ]
-    if others:
-        raise UnusableRecordError("ambiguous_format", f"other responses in {', '.join(others)}")
 
 
 def _unknown_format(record: Fields) -> UnusableRecordError:
@@ -310,34 +277,6 @@ def _has_content(turn: Message) -> bool:
 
 def _json(values: Any) -> str:
     return json.dumps(values, ensure_ascii=False, sort_keys=True, default=str)
-
-
-# Text in these fields may be messages in JSON.
-_SPELLED = ("prompt", *QUESTIONS, "context", "completion", *SIDE_NAMES, "response")
-# Not `output`: it can be a text that happens to be JSON.
-_SPELLED_LISTS = ("responses", "completions")
-
-
-def _with_values(record: Fields, name: DataFormat) -> Fields:
-    """Return a record with the messages and lists that its texts hold as JSON, as a table's cells do."""
-    is_text = FORMATS[name].read in _READS_TEXT
-    lists = LISTS if name is DataFormat.ranked else _SPELLED_LISTS
-    read = dict(record)
-    nested: dict[str, str] = {}
-    for field, value in record.items():
-        if field in CONVERSATIONS:
-            read[field] = from_json(value)
-        elif field in lists and isinstance(listed := from_json(value), list):
-            read[field] = listed
-        elif field in _SPELLED and not is_text:
-            read[field] = spelled = spelled_messages(value)
-            if field in ("prompt", *QUESTIONS):
-                continue  # see `_with_prompt_outside`
-            if spelled[:1] == "{" if isinstance(spelled, str) else isinstance(spelled, Mapping):
-                nested |= nested_conversation(field, spelled)
-    if nested:
-        raise UnusableRecordError("unknown_format", "objects with messages inside", columns=nested)
-    return read
 
 
 # A record is read by the first row that matches.

@@ -97,16 +97,6 @@ def spelled_messages(value: Any) -> Any:
     return messages if all(role in _ALL_ROLES for role in roles) else value
 
 
-def nested_conversation(field: str, value: Any) -> dict[str, str]:
-    """Return the paths of messages and tools inside a field, if it holds an object, perhaps as JSON."""
-    whole = from_json(value)
-    if not isinstance(whole, Mapping):
-        return {}
-    given = [name for name in CONVERSATIONS if (turns := from_json(whole.get(name))) and is_messages(turns)]
-    columns = {field: f"{field}.{given[0]}"} if given else {}
-    return columns | {name: f"{field}.{name}" for name in TOOLS if given and has_value(whole.get(name))}
-
-
 def parse_messages(value: Any, role: str) -> Messages:
     """Return messages from a list, one message, or a text, which gets the role `role`."""
     if isinstance(value, str):
@@ -159,9 +149,22 @@ def _read_message(fields: Fields) -> Message:
     for name in _CALL_FIELDS:
         if has_value(fields.get(name)):
             calls += _tool_calls(fields[name])
-    parts = [*(("image", image) for image in given_images(fields)), *_parts(content)]
-    calls += itertools.chain.from_iterable(_tool_calls(call) for kind, call in parts if kind == "tool_call")
-    text, extra = _joined(parts)
+    # The content has an `IMAGE` where it has an image.
+    images, thoughts = given_images(fields), list[str]()
+    text = IMAGE * len(images)
+    for kind, value in _parts(content):
+        if kind == "image":
+            text += IMAGE
+            images.append(value)
+        elif kind == "tool_call":
+            calls += _tool_calls(value)
+        elif kind == "text":
+            text += value
+        else:
+            thoughts.append(value)
+    extra: dict[str, Any] = {PLACED: images} if images else {}
+    if thoughts:
+        extra["reasoning_content"] = "".join(thoughts)
     extra |= {kept: fields[name] for name, kept in _THOUGHTS.items() if isinstance(fields.get(name), str)}
     extra |= {name: fields[name] for name in ("tool_call_id", "name") if has_value(fields.get(name))}
     if calls:
@@ -178,22 +181,16 @@ def _check_no_calls(fields: Fields, known: Sequence[str]) -> None:
         raise UnusableRecordError("unread_content", f"a message has {', '.join(names)}", names)
 
 
-def _joined(parts: Sequence[tuple[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """Return the text of parts, with an `IMAGE` for each image, and the fields of thoughts and images."""
-    text = "".join(IMAGE if kind == "image" else value for kind, value in parts if kind in ("text", "image"))
-    images = [image for kind, image in parts if kind == "image"]
-    thoughts = [thought for kind, thought in parts if kind in ("reasoning", "thinking")]
-    extra: dict[str, Any] = {PLACED: images} if images else {}
-    return text, extra | ({"reasoning_content": "".join(thoughts)} if thoughts else {})
-
-
 def _parts(content: Any) -> Iterator[tuple[str, Any]]:
     """Yield the kind and the value of the parts of a content: text, a thought, a tool call or an image."""
     for part in content if isinstance(content, list) and content else [{"text": content}]:
         fields = part if isinstance(part, Mapping) else {"text": part}
         kind = fields.get("type", "text")
         if kind in _IMAGE_PARTS:
-            yield "image", _part_image(fields)
+            # Without a value of its own it is the place of an image in the record's list.
+            source = next((name for name in _SOURCES if _is_given(fields.get(name))), "")
+            prefix = "data:;base64," if source == "base64" else ""
+            yield "image", f"{prefix}{fields[source]}" if prefix else fields.get(source)
             continue
         names = (kind, "text", "value") if kind in _PARTS else ()
         value = next((fields[name] for name in names if fields.get(name) is not None), None)
@@ -219,12 +216,6 @@ def given_images(fields: Fields) -> list[Any]:
 
 def _is_given(image: Any) -> bool:
     return has_value(without_nulls(image))
-
-
-def _part_image(part: Fields) -> Any:
-    """Return the value of the image of a part; None if it is in the record's own list."""
-    name = next((name for name in _SOURCES if _is_given(part.get(name))), "")
-    return f"data:;base64,{part[name]}" if name == "base64" else part.get(name)
 
 
 def _tool_calls(value: Any) -> list[Fields]:
@@ -358,7 +349,11 @@ def read_messages(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Resp
     if any(side[start].role != "assistant" for side in whole):
         raise UnusableRecordError("history_differs", "the responses follow different messages")
     shared = tuple(replace(message, is_trained=None) for message in whole[0][:start])
-    return shared, [_response(side[start:]) for side in whole]
+    after = [side[start:] for side in whole]
+    if any(all(turn.is_trained is False for turn in turns if turn.role == "assistant") for turns in after):
+        raise UnusableRecordError("untrained_response", "the loss counts no turn of a response")
+    # One assistant turn with nothing beside its content is a text.
+    return shared, [turns[0].content if len(turns) == 1 and not turns[0].fields else turns for turns in after]
 
 
 def _with_prompt(given: Any, sides: list[Messages]) -> tuple[list[Messages], int]:
@@ -392,10 +387,3 @@ def _shared_turns(sides: list[Messages]) -> int:
     turns = enumerate(zip(*sides, strict=False))
     different = (at for at, same in turns if any(turn != same[0] for turn in same))
     return min(next(different, limit), limit)
-
-
-def _response(turns: Messages) -> Response:
-    """Return the turns after a prompt; for one assistant turn with nothing else, its content."""
-    if all(turn.is_trained is False for turn in turns if turn.role == "assistant"):
-        raise UnusableRecordError("untrained_response", "the loss counts no turn of a response")
-    return turns[0].content if len(turns) == 1 and not turns[0].fields else turns
