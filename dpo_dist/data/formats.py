@@ -51,7 +51,7 @@ from dpo_dist.data.read.messages import (
     unread_error,
 )
 from dpo_dist.data.read.sources import local_files, pin_source, raw_records
-from dpo_dist.data.read.values import from_json, has_value, may_be_json, to_number, without_nulls
+from dpo_dist.data.read.values import from_json, has_value, may_be_json, to_number, with_value, without_nulls
 from dpo_dist.data.records import (
     IMAGE,
     MAX_RECORD_BYTES,
@@ -272,11 +272,12 @@ def _with_prompt_outside(record: Fields) -> Fields:
         inner, outer = from_json(record[field]), {name: record[name] for name in record if name != field}
         messages = paths[field].rpartition(".")[2]
         inner = {"prompt" if name == messages else name: inner[name] for name in inner}
-        if twice := [name for name in inner if has_value(outer.get(name)) and has_value(inner[name])]:
+        inner = {name: inner[name] for name in with_value(inner, inner)}
+        if twice := with_value(outer, inner):
             raise UnusableRecordError(
                 "ambiguous_format", f"also in {field}: {', '.join(map(shown_key, twice))}"
             )
-        return outer | {name: value for name, value in inner.items() if has_value(value)}
+        return outer | inner
     return record
 
 
@@ -287,7 +288,7 @@ def _nested_conversation(field: str, value: Any) -> dict[str, str]:
         return {}
     given = [name for name in CONVERSATIONS if (turns := from_json(whole.get(name))) and is_messages(turns)]
     columns = {field: f"{field}.{given[0]}"} if given else {}
-    return columns | {name: f"{field}.{name}" for name in TOOLS if given and has_value(whole.get(name))}
+    return columns | {name: f"{field}.{name}" for name in (with_value(whole, TOOLS) if given else ())}
 
 
 def _with_context(
@@ -364,9 +365,9 @@ def _tools(value: Any) -> tuple[Fields, ...]:
         if not isinstance(function, Mapping) or not isinstance(function.get("name", ""), str):
             raise UnusableRecordError("invalid_tools", "a tool or its name is no JSON of that kind")
         # The schema of the arguments is in `parameters`.
-        schema = next((name for name in _SCHEMAS if has_value(function.get(name))), None)
-        if schema is not None and not has_value(function.get("parameters")):
-            names = {name: "parameters" if name == schema else name for name in function}
+        schemas = with_value(function, _SCHEMAS)
+        if schemas and not with_value(function, ("parameters",)):
+            names = {name: "parameters" if name == schemas[0] else name for name in function}
             function = {names[name]: function[name] for name in function if name != "parameters"}
         if "function" in tool:
             read.append({**tool, "function": function})
@@ -393,7 +394,7 @@ def _unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
     elif content.scores is not None:
         scores = PAIR_SCORE_FIELDS if len(content.responses) == 2 else LABEL_FIELDS
     read = _READ.union(content.responses, [content.field], scores)
-    names = tuple(name for name in record if name not in read and has_value(record[name]))
+    names = tuple(with_value(record, [name for name in record if name not in read]))
     if not isinstance(left_out := record.get(OTHERS), tuple):  # else a column of this name
         return names
     return (*(name for name in names if name != OTHERS), *left_out)

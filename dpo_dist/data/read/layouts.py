@@ -18,7 +18,7 @@ from dpo_dist.data.read.messages import (
     message_role,
     spelled_messages,
 )
-from dpo_dist.data.read.values import finite_numbers, from_json, has_value, to_number
+from dpo_dist.data.read.values import finite_numbers, from_json, has_value, to_number, with_value
 from dpo_dist.data.records import FIRST_TURN, UnusableRecordError, shown_key
 from dpo_dist.foundation.types import Fields
 
@@ -50,8 +50,10 @@ def record_prompt(record: Fields, responses: Iterable[Any]) -> Any:
     if has_value(record.get("instruction")):
         parts = [record["instruction"], record.get("input")]
         return _asked("\n".join(part for part in parts if isinstance(part, str) and part))
-    question = next((record[name] for name in QUESTIONS if has_value(record.get(name))), None)
-    return question if question is None or is_messages(question) else [{"role": "user", "content": question}]
+    questions = [record[name] for name in with_value(record, QUESTIONS)]
+    if not questions or is_messages(questions[0]):
+        return questions[0] if questions else None
+    return [{"role": "user", "content": questions[0]}]
 
 
 def _asked(turns: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from dpo_dist.data.read.values import ARGUMENTS, from_json, has_value, without_nulls
+from dpo_dist.data.read.values import ARGUMENTS, from_json, has_value, with_value, without_nulls
 from dpo_dist.data.records import (
     FIRST_TURN,
     IMAGE,
@@ -109,7 +109,7 @@ def parse_messages(value: Any, role: str) -> Messages:
 
 def has_more(fields: Fields) -> bool:
     """Return whether a message has tool calls or thoughts beside its content."""
-    return any(has_value(fields.get(name)) for name in ("tool_calls", "function_call", *_THOUGHTS))
+    return bool(with_value(fields, (*_CALL_FIELDS, *_THOUGHTS)))
 
 
 def unread_error(detail: str, unread: Sequence[str]) -> UnusableRecordError:
@@ -121,7 +121,7 @@ def unread_error(detail: str, unread: Sequence[str]) -> UnusableRecordError:
 def check_no_media(messages: Sequence[Fields]) -> None:
     """Check that no message has audio, video, or a thought that is not text."""
     for message in messages:
-        given = [name for name in (*MEDIA, *_THOUGHTS) if has_value(message.get(name))]
+        given = with_value(message, (*MEDIA, *_THOUGHTS))
         # A flag is no thought, nor is a number that a table wrote for an empty cell.
         unread = tuple(name for name in given if name in MEDIA or isinstance(message[name], list | Mapping))
         if unread:
@@ -134,7 +134,7 @@ def _read_message(fields: Fields) -> Message:
         return Message(ROLES.get(role, role), content)  # fast path: most messages
     check_no_media([fields])
     inner = from_json(fields.get("additional_kwargs"))
-    if isinstance(inner, Mapping) and not any(has_value(fields.get(name)) for name in _CALL_FIELDS):
+    if isinstance(inner, Mapping) and not with_value(fields, _CALL_FIELDS):
         fields = {**fields, **{name: inner[name] for name in _CALL_FIELDS if name in inner}}
     if not isinstance(role, str) or ("role" not in fields and role not in _ALL_ROLES):
         raise UnusableRecordError("unread_content", "a message has a role that is not read", ("role",))
@@ -146,9 +146,8 @@ def _read_message(fields: Fields) -> Message:
         role, content, calls = "assistant", "", _tool_calls(content)
     if content is None and has_more(fields):
         content = ""
-    for name in _CALL_FIELDS:
-        if has_value(fields.get(name)):
-            calls += _tool_calls(fields[name])
+    for name in with_value(fields, _CALL_FIELDS):
+        calls += _tool_calls(fields[name])
     # The content has an `IMAGE` where it has an image.
     images, thoughts = given_images(fields), list[str]()
     text = IMAGE * len(images)
@@ -166,7 +165,7 @@ def _read_message(fields: Fields) -> Message:
     if thoughts:
         extra["reasoning_content"] = "".join(thoughts)
     extra |= {kept: fields[name] for name, kept in _THOUGHTS.items() if isinstance(fields.get(name), str)}
-    extra |= {name: fields[name] for name in ("tool_call_id", "name") if has_value(fields.get(name))}
+    extra |= {name: fields[name] for name in with_value(fields, ("tool_call_id", "name"))}
     if calls:
         extra["tool_calls"] = calls
     return Message(ROLES.get(role, role), text, extra, _is_trained(fields))
@@ -230,7 +229,7 @@ def _tool_calls(value: Any) -> list[Fields]:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise UnusableRecordError("invalid_tool_call", "a tool call does not name a function")
         arguments = _arguments({**call, **function})
-        kept = {"id": call["id"]} if has_value(call.get("id")) else {}
+        kept = {name: call[name] for name in with_value(call, ("id",))}
         called = {"name": function["name"], "arguments": arguments}
         read.append({**kept, "type": "function", "function": called})
     return read
@@ -238,10 +237,10 @@ def _tool_calls(value: Any) -> list[Fields]:
 
 def _arguments(call: Fields) -> Fields:
     """Return the arguments of a call; of one without arguments an empty object."""
-    given = [from_json(call[name]) for name in ARGUMENTS if has_value(call.get(name))]
+    given = [from_json(call[name]) for name in with_value(call, ARGUMENTS)]
     if not all(isinstance(arguments, Mapping) and arguments == given[0] for arguments in given):
         raise UnusableRecordError("invalid_tool_call", "the arguments of a call are not one JSON object")
-    unread = [name for name in call if name not in (*ARGUMENTS, *_BESIDE_ARGUMENTS) and has_value(call[name])]
+    unread = with_value(call, [name for name in call if name not in (*ARGUMENTS, *_BESIDE_ARGUMENTS)])
     if unread and all(call.get(name) is None for name in ARGUMENTS):
         detail = f"a call has no arguments, but {', '.join(map(shown_key, unread))}"
         raise UnusableRecordError("invalid_tool_call", detail)

@@ -73,6 +73,11 @@ def has_value(value: Any) -> bool:
     return len(value) > 0 if isinstance(value, list | tuple | Mapping) else True
 
 
+def with_value(fields: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return the names of those fields that have content."""
+    return [name for name in names if name in fields and has_value(fields[name])]
+
+
 def finite_numbers(values: Iterable[Any]) -> tuple[float, ...]:
     """Return the values as finite numbers. Raises UnusableRecordError if any is not."""
     given = values if isinstance(values, Iterable) and not isinstance(values, str | Mapping) else ()
