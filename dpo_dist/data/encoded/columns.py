@@ -97,7 +97,7 @@ def example_digests(keys: Keys, counts: Indices) -> npt.NDArray[np.uint64]:
 
 
 def first_rows(starts: Array, tokens: Array, prompts: Indices, pieces: Indices, counts: Indices) -> Indices:
-    """Return how many leading tokens each example shares with its record's first row: `Prefixes.rows`.
+    """Return how many leading tokens each example shares with its record's first row, for `Prefixes.rows`.
 
     `starts` and `tokens`: offset and length of each piece; `prompts` and `pieces`: the pieces that are the
     examples' prompts and responses; `counts`: responses of each example. Without the record's first response,
