@@ -301,18 +301,16 @@ def _remedy(
     lengths: Callable[[], Sequence[SourceLengths]] | None,
 ) -> Remedy:
     """Return what to do about the most frequent reason, with the words for this source."""
-    remedy = Remedy(reason_remedy(reason))
     if reason == "unknown_format":
-        remedy = _with_columns(path, config, counts)
-        remedy += "; correct its format, if one is set (docs/data.md)"
+        return _with_columns(path, config, counts) + "; correct its format, if one is set (docs/data.md)"
     unread = [name.removeprefix("unread_") for name in counts.changed if name.startswith("unread_")]
-    if reason == "image_count" and (pictures := _image_column(unread)):
-        remedy = _source_with({"images": pictures}, path, config)
+    if reason == "image_count" and (images := _column("images", unread)):
+        return _source_with({"images": images}, path, config)
+    remedy = Remedy(reason_remedy(reason))
     if reason not in _TOO_LONG:
         return remedy
-    if lengths is not None and (fitting := fitting_limits(lengths(), config)):
-        return fitting
-    return remedy + f" (data.max_length is {config.max_length})"
+    fitting = None if lengths is None else fitting_limits(lengths(), config)
+    return fitting or remedy + f" (data.max_length is {config.max_length})"
 
 
 _TOO_LONG = (
@@ -320,7 +318,6 @@ _TOO_LONG = (
     *("identical_after_truncation", "image_does_not_fit"),
 )
 """Reasons for which another limit helps."""
-_SCORES = {"score", "scores", "rating", "rate", "reward", "helpfulness", "quality", "rank"}
 _NAMES = {
     "prompt": "prompt question query instruction input problem user post request",
     "chosen": "chosen good better best accepted preferred positive winner correct answer response",
@@ -328,9 +325,11 @@ _NAMES = {
     "completion": "completion answer response output reply text",
     "label": "label thumb vote feedback is_good liked",
     "images": "images image img imgs picture pictures pic pics photo photos screenshot",
-    "no images": "id ids caption captions description width height size source count number",
 }
-"""Words in names of columns, by the field that they probably hold; a name with a word of `_SCORES`: none."""
+"""Words in names of columns, by the field that they probably hold."""
+_SCORES = {"score", "scores", "rating", "rate", "reward", "helpfulness", "quality", "rank"}
+_ABOUT = {"id", "ids", "caption", "captions", "description", "width", "height", "size", "source", "count"}
+"""A name with such a word is about a field, but not the field itself."""
 
 
 def _with_columns(path: str, config: DataConfig, counts: DataCounts) -> Remedy:
@@ -341,20 +340,16 @@ def _with_columns(path: str, config: DataConfig, counts: DataCounts) -> Remedy:
     if counts.columns:
         return _source_with(counts.columns, path, config)
     given = counts.fields
-    others = [name for name in given if _SCORES.isdisjoint(_words(name))]
-    sides = ("chosen", "rejected") if not _column("label", others) else ("completion", "label")
-    if others != given and not _column(sides[1], others):
+    best, other = ("completion", "label") if _column("label", given) else ("chosen", "rejected")
+    rejected = _column(other, given)
+    if rejected is None and any(_SCORES & _words(name) for name in given):
         return Remedy(reason_remedy("no_ranking"))
     # "non_preferred" has a word for the chosen side, too.
-    rejected = _column("rejected", others)
-    given_sides = {
-        "prompt": others,
-        sides[0]: [name for name in others if name != rejected],
-        sides[1]: others,
-    }
-    guessed = {field: _column(field, names) or "COLUMN" for field, names in given_sides.items()}
-    guessed |= {"images": pictures} if (pictures := _image_column(given)) else {}
-    return _source_with(guessed, path, config)
+    chosen = _column(best, [name for name in given if name != rejected])
+    guessed = {"prompt": _column("prompt", given), best: chosen, other: rejected}
+    columns = {field: name or "COLUMN" for field, name in guessed.items()}
+    images = _column("images", given)
+    return _source_with(columns | ({"images": images} if images else {}), path, config)
 
 
 def _source_with(columns: Mapping[str, str], path: str, config: DataConfig) -> Remedy:
@@ -369,16 +364,10 @@ def _source_with(columns: Mapping[str, str], path: str, config: DataConfig) -> R
     return Remedy(f"write the source as {as_written({'path': path, 'columns': dict(columns)})}")
 
 
-def _column(field: str, given: Sequence[str]) -> str | None:
-    """Return the first column whose name is, or contains, a word for the field."""
-    words = _NAMES[field].split()
-    return next((name for word in words for name in given if word in _words(name)), None)
-
-
-def _image_column(given: Sequence[str]) -> str | None:
-    """Return the first column whose name says that it has images or their files, not something about them."""
-    words, others = (set(_NAMES[field].split()) for field in ("images", "no images"))
-    return next((name for name in given if words & _words(name) and not others & _words(name)), None)
+def _column(field: str, given: Iterable[str]) -> str | None:
+    """Return the first column whose name is, or contains, a word for the field and none of something else."""
+    names = [name for name in given if not (_SCORES | _ABOUT) & _words(name)]
+    return next((name for word in _NAMES[field].split() for name in names if word in _words(name)), None)
 
 
 def _words(name: str) -> set[str]:

@@ -59,8 +59,7 @@ def encode_pair(
     try:
         if has_reserved((record.prompt, record.responses, record.tools, record.template_arguments)):
             raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0")
-        images = _expanded(record, processor)
-        has_tags = processor is not None and _has_tags(record, processor.tokens)
+        images, has_tags = _images(record, processor)
         rendered = render_record(record, facts, data_config)
         if processor is not None and images:
             rendered = with_images(rendered, images, facts, processor)
@@ -68,10 +67,13 @@ def encode_pair(
         prompt, prefix_length = facts.with_prefix(prompt)
         least = prefix_length
         if processor is not None:
-            _check_placeholders(prompt, responses, images, processor.placeholder_id)
-            if images:
-                least += len(prompt) - _start_of_images(prompt, processor.placeholder_id, facts.special_ids)
-        lengths = _lengths(prompt, responses, trained, prefix_length, least)
+            least += _tokens_from_images(
+                prompt, responses, images, processor.placeholder_id, facts.special_ids
+            )
+        is_distinct = len(set(map(tuple, responses))) == len(responses)
+        if len(prompt) > prefix_length and is_distinct and all(mask.any() for mask in trained):
+            longest, needed = max(map(len, responses)), needed_tokens(responses, trained)
+            lengths = (len(prompt), longest, prefix_length, needed, min(least, len(prompt)))
         kept_prompt, kept = _truncated(prompt, responses, prefix_length, least, data_config)
         truncated = tuple(len(ids) < len(whole) for ids, whole in zip(kept, responses, strict=True))
         if len(set(map(tuple, kept))) < len(kept):
@@ -105,50 +107,54 @@ def encode_pair(
     )
 
 
-def _expanded(record: PreferenceRecord, processor: ImageProcessor | None) -> tuple[ExpandedImage, ...]:
-    """Return the images of a record. Raises UnusableRecordError."""
+def _images(
+    record: PreferenceRecord, processor: ImageProcessor | None
+) -> tuple[tuple[ExpandedImage, ...], bool]:
+    """Return the images of a record, and whether a text has a tag of images that is no place of one.
+
+    Raises UnusableRecordError, also for a tag in the prompt of a record without images.
+    """
     if record.images and processor is None:
         raise UnusableRecordError("media_not_read", "model.images is null", ("images",))
-    marks = sum(turn.content.count(IMAGE) for turn in turns_of(record.prompt))
-    in_responses = any(IMAGE in turn.content for side in record.responses for turn in turns_of(side))
-    if marks != len(record.images) or in_responses:
-        raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD1")
-    if processor is not None and not processor.reads_several and len(record.images) > 1:
-        raise UnusableRecordError("several_images", f"{len(record.images)} images")
-    return tuple(processor.expanded(image.read()) for image in record.images if processor is not None)
-
-
-def _has_tags(record: PreferenceRecord, tokens: Collection[str]) -> bool:
-    """Return whether a text has a tag of images that is no place of one.
-
-    Raises UnusableRecordError: one of the prompt, of which no image is known.
-    """
     prompt, *responses = (
-        any(has_tag(turn.content, tokens) for turn in turns_of(content))
-        for content in (record.prompt, *record.responses)
+        [turn.content for turn in turns_of(content)] for content in (record.prompt, *record.responses)
     )
-    if prompt and not record.images:
+    in_responses = any(IMAGE in text for texts in responses for text in texts)
+    if in_responses or sum(text.count(IMAGE) for text in prompt) != len(record.images):
+        raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD1")
+    if processor is None:
+        return (), False
+    if not processor.reads_several and len(record.images) > 1:
+        raise UnusableRecordError("several_images", f"{len(record.images)} images")
+    images = tuple(processor.expanded(image.read()) for image in record.images)
+    has_tag_in = [any(has_tag(text, processor.tokens) for text in texts) for texts in (prompt, *responses)]
+    if has_tag_in[0] and not images:
         raise UnusableRecordError("image_count", "a tag of images, and no image", record.unread)
-    return prompt or any(responses)
+    return images, any(has_tag_in)
 
 
-def _check_placeholders(
-    prompt: list[int], responses: list[list[int]], images: Sequence[ExpandedImage], placeholder_id: int
-) -> None:
-    """Check that the prompt has a placeholder for each feature of the images. Raises UnusableRecordError."""
+def _tokens_from_images(
+    prompt: list[int],
+    responses: list[list[int]],
+    images: Sequence[ExpandedImage],
+    placeholder_id: int,
+    special_ids: Collection[int],
+) -> int:
+    """Return how many of the prompt's tokens are from its first image on; 0 without images.
+
+    Raises UnusableRecordError: there is not a placeholder for each feature of the images.
+    """
     expected = sum(image.tokens for image in images)
     found = prompt.count(placeholder_id) + sum(ids.count(placeholder_id) for ids in responses)
     if not prompt.count(placeholder_id) == found == expected:
         detail = f"{found} placeholders in the tokens, for {len(images)} images of {expected}"
         raise UnusableRecordError("image_count", detail)
-
-
-def _start_of_images(prompt: list[int], placeholder_id: int, special_ids: Collection[int]) -> int:
-    """Return the index of the first image's first token: a placeholder, or a special token before it."""
+    if not images:
+        return 0
     start = prompt.index(placeholder_id)
-    while start and prompt[start - 1] in special_ids:
+    while start and prompt[start - 1] in special_ids:  # such as the token before the placeholders
         start -= 1
-    return start
+    return len(prompt) - start
 
 
 def _encoded(
@@ -226,20 +232,6 @@ def _token_mask(starts: Sequence[int], length: int, counted: Iterable[Span]) -> 
     for start, end in counted:
         mask |= (begins < end) & (ends > start)
     return mask
-
-
-def _lengths(
-    prompt: list[int], responses: list[list[int]], trained: list[Mask], prefix_length: int, least: int
-) -> tuple[int, ...]:
-    """Return the lengths before any cut; empty if no limits could make the record usable."""
-    if (
-        len(prompt) == prefix_length
-        or len(set(map(tuple, responses))) < len(responses)
-        or not all(mask.any() for mask in trained)
-    ):
-        return ()
-    needed = needed_tokens(responses, trained)
-    return len(prompt), max(map(len, responses)), prefix_length, needed, min(least, len(prompt))
 
 
 def _truncated(

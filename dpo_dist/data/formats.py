@@ -1,12 +1,13 @@
-"""Formats of input records: a table with a row for each, and functions that read a record by its row.
+"""Formats of input records: a table with a row for each, and the way of a record through it.
 
 To add a format: add its name to `DataFormat`, a function that returns a record's `Content`, and a row to
 `FORMATS`. `read/layouts` has these functions, `read/messages` reads the texts and messages that they return.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,45 +15,53 @@ from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, SourceConfig
 from dpo_dist.data.counts import DataCounts, check_counts
 from dpo_dist.data.read.columns import FIRST_RECORDS, OTHERS, VOTES, resolve_source, with_columns
-from dpo_dist.data.read.context import unread_fields, with_context
 from dpo_dist.data.read.images import place_images
 from dpo_dist.data.read.layouts import (
+    LABEL_FIELDS,
     LISTS,
     PAIR_SCORE_FIELDS,
     QUESTIONS,
     SIDE_NAMES,
     Content,
+    check_no_other,
     completion,
+    ends_with_response,
     has_completion,
     has_pair,
     has_ranking,
     is_labelled,
-    is_response,
     labelled,
     pair,
     ranking,
 )
 from dpo_dist.data.read.messages import (
     CONVERSATIONS,
+    IMAGES,
+    MEDIA,
+    TOOLS,
     Reader,
-    nested_conversation,
+    is_messages,
+    parse_messages,
     read_hh,
     read_implicit,
     read_messages,
     read_text,
     select_reader,
     spelled_messages,
+    unread_error,
 )
 from dpo_dist.data.read.sources import local_files, pin_source, raw_records
-from dpo_dist.data.read.values import from_json, has_value, to_number
+from dpo_dist.data.read.values import from_json, has_value, may_be_json, to_number, with_value, without_nulls
 from dpo_dist.data.records import (
     IMAGE,
     MAX_RECORD_BYTES,
     MAX_SHOWN_KEYS,
     BadRecord,
+    Dialogue,
     Message,
     Origin,
     PreferenceRecord,
+    Prompt,
     Record,
     UnusableRecordError,
     bad_record_error,
@@ -61,6 +70,35 @@ from dpo_dist.data.records import (
 )
 from dpo_dist.foundation.remote import is_url
 from dpo_dist.foundation.types import Fields
+
+# Fields that may be the whole prompt.
+_PROMPTS = ("prompt", *QUESTIONS)
+# Parts of the question in some datasets, which the prompt must contain. No format adds `context` to it.
+_QUESTION_FIELDS = ("instruction", *QUESTIONS, "context")
+_SYSTEMS = ("system", "system_prompt")
+_ARGUMENTS = "chat_template_kwargs"
+_SCHEMAS = ("input_schema", "inputSchema")  # of Anthropic and of MCP
+# Tools of one side: both sides are rendered with the record's own tools.
+_TOOLS_OF_SIDES = ("chosen_tools", "rejected_tools")
+_IMAGES_OF_SIDES = tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in IMAGES)
+_MEDIA_OF_SIDES = tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA)
+# Fields that a chat template or a model uses, but no format reads: dropping them would change the prompt.
+_UNREAD = ("documents", *MEDIA, *_MEDIA_OF_SIDES)
+# Perhaps a record's weight in the loss: a value other than 1 would be ignored.
+_UNREAD_WEIGHTS = ("weight", "sample_weight")
+# Each value of these fields is read, or drops its record; `provenance` says how `pairs` made the record.
+_READ = {"prompt", *_QUESTION_FIELDS, *CONVERSATIONS, "conversation", *_SYSTEMS, "history", _ARGUMENTS}
+_READ |= {"enable_thinking", *TOOLS, *_TOOLS_OF_SIDES, *_UNREAD, *_UNREAD_WEIGHTS, *NUMBERS, *VOTES}
+_READ |= {"provenance", *IMAGES, *_IMAGES_OF_SIDES}
+
+# How a text is read: as JSON; as JSON with the nulls that a table writes for fields of other records' tools;
+# as a text that may be messages in JSON.
+_JSON = frozenset((*CONVERSATIONS, "history", "metadata", "scores"))
+_WITH_NULLS = frozenset((*TOOLS, *_TOOLS_OF_SIDES, _ARGUMENTS))
+_TEXTS = frozenset((*_PROMPTS, "context", "completion", *SIDE_NAMES, "response"))
+# Fields that say, also without a value, what a record is: an empty response is not an absent one.
+_KEPT = _TEXTS - {"context"} | {"instruction", *CONVERSATIONS, *LISTS, *LABEL_FIELDS, *NUMBERS, *VOTES}
+_KEPT |= {"scores", *PAIR_SCORE_FIELDS[:-1], *_UNREAD_WEIGHTS, "enable_thinking", OTHERS}
 
 # A record with one of these faults may still have a usable prompt.
 _RESPONSE_FAULTS = {
@@ -87,7 +125,7 @@ def parse_record(record: Fields, name: DataFormat, origin: Origin) -> Record:
     Details of a bad record never quote its texts, which may be offensive or personal.
     """
     try:
-        return _parse(_with_values(record, name), name, origin)
+        return _parse(record, name, origin)
     except UnusableRecordError as fault:
         return fault.as_bad_record(origin)
     except RecursionError:
@@ -158,30 +196,32 @@ def check_source(source: SourceConfig, config: DataConfig | None = None) -> None
         check_counts(counts, source.path, config)
 
 
-def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
+def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
+    has_texts = FORMATS[name].read in _READS_TEXT
+    record = _plain(given, has_texts=has_texts, is_ranking=name is DataFormat.ranked)
+    # The prompt and the responses.
     row: Format | None = FORMATS[name]
     if name is DataFormat.auto:
         row = next((row for row in FORMATS.values() if row.matches and row.matches(record)), None)
     if row is None:
-        raise _unknown_format(record)
-    if row.read not in _READS_TEXT:
-        record = _with_prompt_outside(record)
+        raise _unknown_format(given)
     content = row.content(record)
     if name is DataFormat.auto:
-        _check_no_other(record, content)
+        check_no_other(record, content)
     read = row.read or select_reader(content.prompt, content.responses)
-    if read is None and _BESIDE_SIDES.issuperset(field for field in record if record[field] is not None):
+    if read is None and _BESIDE_SIDES.issuperset(field for field in given if given[field] is not None):
         read = read_implicit  # the prompt can only be inside the sides
     if read is None:
         fields = ("prompt", "instruction", *QUESTIONS, *CONVERSATIONS)
         is_empty = content.prompt is None and any(record.get(field) is not None for field in fields)
-        raise UnusableRecordError("empty_prompt") if is_empty else _unknown_format(record)
+        raise UnusableRecordError("empty_prompt") if is_empty else _unknown_format(given)
     prompt, responses = read(content.prompt, content.responses)
+    # What stands beside them.
     is_plain = row.read in (read_text, read_implicit)
-    prompt, tools, arguments = with_context(prompt, record, content.responses, is_plain=is_plain)
+    prompt, tools, arguments = _with_context(prompt, record, content.responses, is_plain=is_plain)
     prompt, images = place_images(prompt, responses, record, origin.folders, is_plain=is_plain)
     numbers = _numbers(record, len(responses))
-    unread = unread_fields(record, content)
+    unread = _unread_fields(record, content)
     result = PreferenceRecord(
         prompt, tuple(responses), origin, content.scores, tools, arguments, numbers, False, unread, images
     )
@@ -189,19 +229,35 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
     return _exchanged(result) if numbers.get("soft_label", 1.0) < 0.5 else result
 
 
-class Format(NamedTuple):
-    """One format: `content` returns a record's content, or raises UnusableRecordError.
+def _plain(given: Fields, *, has_texts: bool, is_ranking: bool) -> Fields:
+    """Return a record with the values that its texts hold as JSON, and without other fields that are empty.
 
-    `read` parses the prompt and the responses; None: chosen by their types. `matches`: whether a record has
-    this format; None: never detected, only configured by its name.
+    `has_texts`: by its configured format prompt and responses are texts, whatever they look like.
+    `is_ranking`: by this format `output` has a list of responses; else it may be a text that is JSON, too.
     """
-
-    content: Callable[[Fields], Content]
-    read: Reader | None = None
-    matches: Callable[[Fields], bool] | None = None
-
-
-_READS_TEXT = (read_text, read_implicit, read_hh)
+    record: dict[str, Any] = {}
+    columns: dict[str, str] = {}
+    for name, as_given in (given if has_texts else _with_prompt_outside(given)).items():
+        if name not in _KEPT and not has_value(as_given):
+            continue
+        value = as_given
+        if name in _WITH_NULLS:
+            value = from_json(without_nulls(as_given))
+            value = list(map(from_json, value)) if isinstance(value, list) else value
+        elif name in _JSON:
+            value = from_json(as_given)
+        elif name in LISTS and (is_ranking or name != "output") and may_be_json(as_given):
+            listed = from_json(as_given)
+            value = listed if isinstance(listed, list) else as_given
+        elif name in _TEXTS and not has_texts:
+            value = spelled_messages(as_given) if may_be_json(as_given) else as_given
+            is_object = value[:1] == "{" if isinstance(value, str) else isinstance(value, Mapping)
+            if is_object and name not in _PROMPTS:
+                columns |= _nested_conversation(name, value)
+        record[name] = value
+    if columns:
+        raise UnusableRecordError("unknown_format", "objects with messages inside", columns=columns)
+    return record
 
 
 def _with_prompt_outside(record: Fields) -> Fields:
@@ -209,32 +265,139 @@ def _with_prompt_outside(record: Fields) -> Fields:
 
     So OpenAI writes preferences: {input: {messages, tools}, preferred_output, non_preferred_output}.
     """
-    for field in ("prompt", *QUESTIONS):
-        paths = nested_conversation(field, record.get(field))
+    for field in _PROMPTS:
+        paths = _nested_conversation(field, record.get(field))
         if not paths:
             continue
         inner, outer = from_json(record[field]), {name: record[name] for name in record if name != field}
-        messages = paths.pop(field).rpartition(".")[2]
+        messages = paths[field].rpartition(".")[2]
         inner = {"prompt" if name == messages else name: inner[name] for name in inner}
-        if twice := [name for name in inner if has_value(outer.get(name)) and has_value(inner[name])]:
+        inner = {name: inner[name] for name in with_value(inner, inner)}
+        if twice := with_value(outer, inner):
             raise UnusableRecordError(
                 "ambiguous_format", f"also in {field}: {', '.join(map(shown_key, twice))}"
             )
-        return outer | {name: value for name, value in inner.items() if has_value(value)}
+        return outer | inner
     return record
 
 
-def _check_no_other(record: Fields, content: Content) -> None:
-    """Check that a record has no further responses, except copies of those that are read."""
-    used = {content.field} if content.field else set(content.responses)
-    values = [record.get(name) for name in used]
-    others = [
-        name
-        for name in (*SIDE_NAMES, "completion", *LISTS, *CONVERSATIONS)
-        if name not in used and is_response(record, name) and record[name] not in values
-    ]
-    if others:
-        raise UnusableRecordError("ambiguous_format", f"other responses in {', '.join(others)}")
+def _nested_conversation(field: str, value: Any) -> dict[str, str]:
+    """Return the paths of messages and tools inside a field, if it holds an object, perhaps as JSON."""
+    whole = from_json(value)
+    if not isinstance(whole, Mapping):
+        return {}
+    given = [name for name in CONVERSATIONS if (turns := from_json(whole.get(name))) and is_messages(turns)]
+    columns = {field: f"{field}.{given[0]}"} if given else {}
+    return columns | {name: f"{field}.{name}" for name in (with_value(whole, TOOLS) if given else ())}
+
+
+def _with_context(
+    prompt: Prompt, record: Fields, responses: Collection[str], *, is_plain: bool
+) -> tuple[Prompt, tuple[Fields, ...], Fields]:
+    """Return the prompt after the record's system text and `history`, its tools and template arguments.
+
+    A text prompt becomes a user's turn if the record has such context, unless the prompt `is_plain` by the
+    configured format. `responses` are the names of the fields that were read. Raises UnusableRecordError:
+    `unread_content` with the names of fields that would be lost, `image_in_response`, or `invalid_tools`.
+    """
+    if of_sides := tuple(name for name in _IMAGES_OF_SIDES if name in record):
+        raise UnusableRecordError("image_in_response", f"fields: {', '.join(of_sides)}", of_sides)
+    unread = [name for name in _UNREAD if name in record]
+    # Even a false `enable_thinking`: outside of the template's arguments it would be ignored.
+    unread += ["enable_thinking"] if record.get("enable_thinking") not in (None, "") else []
+    weights = [w for w in _UNREAD_WEIGHTS if record.get(w) not in (None, "") and to_number(record[w]) != 1]
+    given = [name for name in (*TOOLS, _ARGUMENTS) if name in record]
+    is_dialogue, messages = isinstance(prompt, Dialogue), turns_of(prompt, "user")
+    before: list[Message] = []
+    if is_plain or is_dialogue:
+        unread += [*given, *(name for name in (*_SYSTEMS, "history") if name in record)]
+    else:
+        unread += TOOLS[1:] if set(TOOLS) <= set(given) else ()
+        for name in _SYSTEMS:
+            text, first = record.get(name), [*before, *messages][:1]
+            if isinstance(text, str) and (not first or first[0].role != "system"):
+                before.append(Message("system", text))
+            elif name in record and (not isinstance(text, str) or first[0].content.strip() != text.strip()):
+                unread.append(name)
+        history = record.get("history")
+        if has_value(history):
+            turns = _history(history)
+            before += turns or ()
+            if turns is None or [turn.role for turn in messages] != ["user"]:
+                unread.append("history")
+    # A dialogue is read from the responses alone; a conversation may repeat the prompt or a response.
+    conversations = (*CONVERSATIONS, "conversation")
+    for name in (*_QUESTION_FIELDS, *(["prompt"] if is_dialogue else []), *conversations):
+        is_response = name in conversations and (name in responses or ends_with_response(record.get(name)))
+        if name in record and not is_response and _is_outside(record[name], prompt):
+            unread.append(name)
+    if unread or weights:
+        remedy = f"; of the loss: columns: {{loss_weight: {weights[0]}}}" if weights else ""
+        unread = [*unread, *weights]
+        raise unread_error(f"fields: {', '.join(unread)}{remedy}", unread)
+    sides = [name for name in _TOOLS_OF_SIDES if name in record]
+    if not before and not given and not sides:
+        return prompt, (), {}
+    tools = next((_tools(record[name]) for name in TOOLS if name in given), ())
+    if differing := [name for name in sides if _tools(record[name]) != tools]:
+        raise unread_error(f"fields: {', '.join(differing)}, other than tools", differing)
+    arguments = record.get(_ARGUMENTS, {})
+    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+        raise UnusableRecordError("unread_content", f"{_ARGUMENTS} is not an object", (_ARGUMENTS,))
+    return (*before, *messages), tools, arguments
+
+
+def _history(history: Any) -> list[Message] | None:
+    """Return the turns before a question: pairs of a question and its answer, or messages; None: neither."""
+    if isinstance(history, list) and all(
+        isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in history
+    ):
+        roles = itertools.cycle(("user", "assistant"))
+        return [Message(role, text) for role, text in zip(roles, itertools.chain(*history), strict=False)]
+    return list(parse_messages(history, role="user")) if is_messages(history) else None
+
+
+def _tools(value: Any) -> tuple[Fields, ...]:
+    """Return definitions of tools, each as `{type: function, function: {name, ...}}` if it has a name."""
+    read: list[Fields] = []
+    for tool in value if isinstance(value, list) else [value]:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name", ""), str):
+            raise UnusableRecordError("invalid_tools", "a tool or its name is no JSON of that kind")
+        # The schema of the arguments is in `parameters`.
+        schemas = with_value(function, _SCHEMAS)
+        if schemas and not with_value(function, ("parameters",)):
+            names = {name: "parameters" if name == schemas[0] else name for name in function}
+            function = {names[name]: function[name] for name in function if name != "parameters"}
+        if "function" in tool:
+            read.append({**tool, "function": function})
+        else:
+            read.append({"type": "function", "function": function} if "name" in tool else tool)
+    return tuple(read)
+
+
+def _is_outside(value: Any, prompt: Prompt) -> bool:
+    """Return whether a field has a value that is not part of the prompt."""
+    if not has_value(value):
+        return False
+    whole = [turn.content for turn in turns_of(prompt, "user")]
+    whole += [prompt.text] if isinstance(prompt, Dialogue) else []
+    texts = [turn.content for turn in parse_messages(value, role="user")] if is_messages(value) else [value]
+    return not all(isinstance(text, str) and any(text.strip() in part for part in whole) for text in texts)
+
+
+def _unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
+    """Return the names of fields with a value that nothing reads."""
+    scores: tuple[str, ...] = ()
+    if content.scores is not None and content.field:
+        scores = ("scores",)
+    elif content.scores is not None:
+        scores = PAIR_SCORE_FIELDS if len(content.responses) == 2 else LABEL_FIELDS
+    read = _READ.union(content.responses, [content.field], scores)
+    names = tuple(with_value(record, [name for name in record if name not in read]))
+    if not isinstance(left_out := record.get(OTHERS), tuple):  # else a column of this name
+        return names
+    return (*(name for name in names if name != OTHERS), *left_out)
 
 
 def _unknown_format(record: Fields) -> UnusableRecordError:
@@ -312,33 +475,19 @@ def _json(values: Any) -> str:
     return json.dumps(values, ensure_ascii=False, sort_keys=True, default=str)
 
 
-# Text in these fields may be messages in JSON.
-_SPELLED = ("prompt", *QUESTIONS, "context", "completion", *SIDE_NAMES, "response")
-# Not `output`: it can be a text that happens to be JSON.
-_SPELLED_LISTS = ("responses", "completions")
+class Format(NamedTuple):
+    """One format: `content` returns a record's content, or raises UnusableRecordError.
+
+    `read` parses the prompt and the responses; None: chosen by their types. `matches`: whether a record has
+    this format; None: never detected, only configured by its name.
+    """
+
+    content: Callable[[Fields], Content]
+    read: Reader | None = None
+    matches: Callable[[Fields], bool] | None = None
 
 
-def _with_values(record: Fields, name: DataFormat) -> Fields:
-    """Return a record with the messages and lists that its texts hold as JSON, as a table's cells do."""
-    is_text = FORMATS[name].read in _READS_TEXT
-    lists = LISTS if name is DataFormat.ranked else _SPELLED_LISTS
-    read = dict(record)
-    nested: dict[str, str] = {}
-    for field, value in record.items():
-        if field in CONVERSATIONS:
-            read[field] = from_json(value)
-        elif field in lists and isinstance(listed := from_json(value), list):
-            read[field] = listed
-        elif field in _SPELLED and not is_text:
-            read[field] = spelled = spelled_messages(value)
-            if field in ("prompt", *QUESTIONS):
-                continue  # see `_with_prompt_outside`
-            if spelled[:1] == "{" if isinstance(spelled, str) else isinstance(spelled, Mapping):
-                nested |= nested_conversation(field, spelled)
-    if nested:
-        raise UnusableRecordError("unknown_format", "objects with messages inside", columns=nested)
-    return read
-
+_READS_TEXT = (read_text, read_implicit, read_hh)
 
 # A record is read by the first row that matches.
 FORMATS: dict[DataFormat, Format] = {

@@ -348,10 +348,6 @@ def parts_of(content: str) -> list[Fields]:
     return parts
 
 
-def _content(content: str) -> str | list[Fields]:
-    return parts_of(content) if IMAGE in content else content
-
-
 def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
     """Return a prompt and responses as values for JSON; a dialogue is None: the responses contain it.
 
@@ -363,7 +359,11 @@ def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
         return [prompt, *map(str, responses)]
     return [
         [
-            {"role": turn.role, "content": _content(turn.content), **turn.fields}
+            {
+                "role": turn.role,
+                "content": parts_of(turn.content) if IMAGE in turn.content else turn.content,
+                **turn.fields,
+            }
             | ({} if turn.is_trained is None else {"loss_weight": int(turn.is_trained)})
             for turn in turns
         ]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import astuple, dataclass, replace
@@ -29,7 +30,6 @@ from dpo_dist.data.encoded.store import (
     is_whole,
     join_parts,
     remove_parts,
-    with_relative_files,
     write_source,
 )
 from dpo_dist.data.encoded.workers import CHUNK_RECORDS, in_chunks, in_order
@@ -45,6 +45,7 @@ from dpo_dist.data.read.sources import (
     local_files,
     pin_source,
     raw_records,
+    root_of,
     source_identity,
 )
 from dpo_dist.data.records import (
@@ -140,7 +141,11 @@ class Preparation:
         remove_abandoned(cache)
         planned = []
         for source, label in zip([*map(pin_source, self.sources)], source_labels(self.sources), strict=True):
-            folders = "" if processor is None else _folders_digest(source)
+            folders = ""
+            if processor is not None:  # in other folders equal records may name other images
+                of_records = sorted({file.parent for file in local_files(source) or ()})
+                resolved = [str(folder.resolve()) for folder in (*image_folders(source), *of_records)]
+                folders = text_digest("\n".join(resolved))
             fingerprint = _fingerprint(source, config, digest, self.part)
             wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label, folders)
             is_encoded = is_whole(wanted)
@@ -153,7 +158,16 @@ class Preparation:
 
         Raises DataError; PeerLostError if a process that encodes has died.
         """
-        return [0 if each.is_encoded else self._encode_unless_joined(each, share) for each in planned]
+        parts = []
+        for each in planned:
+            try:
+                parts.append(0 if each.is_encoded else self._encode(each, share))
+            except DpoDistError:
+                # Perhaps another job has joined the source, and removed the copies.
+                if not is_whole(each.wanted):
+                    raise
+                parts.append(0)
+        return parts
 
     def join(
         self, planned: Sequence[PlannedSource], parts: Sequence[int], share: Share = EVERY_PART
@@ -177,14 +191,6 @@ class Preparation:
             remove_parts(each.wanted)
             ensure_order(each.wanted, None if self.processor is None else self.processor.placeholder_id)
         return tuple(each.wanted for each in planned)
-
-    def _encode_unless_joined(self, planned: PlannedSource, share: Share) -> int:
-        try:
-            return self._encode(planned, share)
-        except DpoDistError:  # perhaps another job has joined the source, and removed the copies
-            if not is_whole(planned.wanted):
-                raise
-            return 0
 
     def _encode(self, planned: PlannedSource, share: Share) -> int:
         source, wanted, _, contents = planned
@@ -276,7 +282,11 @@ def _encode_chunk(
         record if isinstance(record, BadRecord) else parse_record(record, source.format, origin)
         for record, origin in records
     ]
-    encoded = with_relative_files(encode_records(parsed, images=images, **options), source.path)
+    encoded = encode_records(parsed, images=images, **options)
+    # Names of files are relative to the path of the source, which may be moved.
+    root, names = root_of(source.path).expanduser(), encoded["file"].dictionary_encode()
+    files = [os.path.relpath(Path(name).expanduser(), root) for name in names.dictionary.to_pylist()]
+    encoded = encoded.set_column(0, "file", pa.array(files, pa.string()).take(names.indices))
     rows = [{name: getattr(image, name) for name in IMAGE_SCHEMA.names} for image in images.values()]
     return part, (encoded, pa.RecordBatch.from_pylist(rows, schema=IMAGE_SCHEMA))
 
@@ -389,12 +399,6 @@ def _identities(source: SourceConfig) -> list[str]:
 def _contents(identities: Sequence[str]) -> list[list[str]]:
     """Return size and sampled blocks in each `file_identity`, which are equal on all nodes."""
     return [identity.rsplit("|", 6)[2::4] for identity in identities]
-
-
-def _folders_digest(source: SourceConfig) -> str:
-    """Return a digest of the folders for images: in other folders equal records may name other images."""
-    folders = [*image_folders(source), *sorted({file.parent for file in local_files(source) or ()})]
-    return text_digest("\n".join(str(folder.resolve()) for folder in folders))
 
 
 def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Part) -> str:

@@ -1,7 +1,6 @@
 """Columns of an encoded dataset, computed once and then mapped (`foundation.tables`)."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from dpo_dist.batching.example import Keys
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.losses import NUMBERS
 from dpo_dist.data.encoded.store import EncodedSource
-from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_digest
 
 _VERSION = 2  # increased when equal records get other columns
@@ -29,7 +27,6 @@ DATASET_COLUMNS = (*_UNCHANGED, "piece_starts", "first_pieces", "mask_starts", "
 """Columns that are fields of `PreferenceDataset`."""
 PREFIX_COLUMNS = ("places", "rows", "shared")
 """Columns that are fields of `Prefixes`."""
-_OF_RESPONSES = ("keys", "key_order", "scores", "trained_tokens", "mask_starts", "truncated", "begins")
 
 
 def made_from(sources: Sequence[EncodedSource]) -> TableFacts:
@@ -83,33 +80,6 @@ def append_records(columns: Columns, tables: Sequence[pa.Table]) -> TableFacts:
     return {"files": [*files], "largest_id": largest, "duplicates": duplicates}
 
 
-def check_columns(
-    file: Path,
-    columns: Mapping[str, Array],
-    examples: int,
-    records: int = 0,
-    needed: Iterable[str] = DATASET_COLUMNS,
-) -> None:
-    """Check that columns are as long as so many examples of so many records need. Raises DataError."""
-    ends = columns.get("first_pieces", np.empty(0))
-    pieces = int(ends[-1]) if len(ends) else 0
-    lengths = {
-        **dict.fromkeys(_OF_RESPONSES, pieces - examples),
-        **dict.fromkeys(("piece_starts", "piece_tokens"), pieces),
-        "first_pieces": examples + 1,
-        "shared": records + 1,
-    }  # of the others: a value for each example
-    found = {name: len(columns.get(name, ())) for name in (*needed, *columns)}
-    if damaged := [name for name in found if found[name] != lengths.get(name, examples)]:
-        raise DataError(
-            "the columns of the encoded data are damaged",
-            where=f"data.cache: {file}",
-            got=", ".join(f"{name}: {found[name]} values" for name in damaged),
-            expected=", ".join(f"{name}: {lengths.get(name, examples)}" for name in damaged),
-            remedy="delete this file and start again: it is computed again",
-        )
-
-
 def key_order(keys: Keys) -> Indices:
     """Return the responses' indices in ascending order of their keys, by both words; int64."""
     return np.lexsort((keys[:, 1], keys[:, 0]))
@@ -127,7 +97,7 @@ def example_digests(keys: Keys, counts: Indices) -> npt.NDArray[np.uint64]:
 
 
 def first_rows(starts: Array, tokens: Array, prompts: Indices, pieces: Indices, counts: Indices) -> Indices:
-    """Return how many leading tokens each example shares with its record's first row: `Prefixes.rows`.
+    """Return how many leading tokens each example shares with its record's first row, for `Prefixes.rows`.
 
     `starts` and `tokens`: offset and length of each piece; `prompts` and `pieces`: the pieces that are the
     examples' prompts and responses; `counts`: responses of each example. Without the record's first response,
@@ -167,6 +137,11 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
     is_known = np.maximum.reduceat(numbers, starts) < responses_of
     keys, files = flat("keys").reshape(-1, 2)[response], table["file"].combine_chunks().dictionary_encode()
     origins = np.stack([files.indices.to_numpy(), table["line"].to_numpy()], axis=1)
+    # Those of the `NUMBERS` that have an effect.
+    values = np.tile(np.array([*NUMBERS.values()]), (len(table), 1))
+    values[_lengths(table["numbers"]) > 0] = flat("numbers").reshape(-1, len(NUMBERS))
+    by_name = zip(NUMBERS.items(), values[record].T, strict=True)
+    given = {name: column.copy() for (name, neutral), column in by_name if (column != neutral).any()}
     return {
         "source_paths": tuple(files.dictionary.to_pylist()),
         "largest_id": pc.max(table["largest_id"]).as_py(),
@@ -177,7 +152,7 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
         "keys": keys,
         "digests": example_digests(keys, responses_of),
         "scores": flat("scores")[response],
-        "numbers": _numbers(table["numbers"], record),
+        "numbers": given,
         "trained": pc.list_flatten(table["trained"]),
         "mask_starts": (np.cumsum(masked, dtype=np.int64) - masked)[response],
         "trained_tokens": trained_tokens[response],
@@ -186,17 +161,6 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
         "prompt_hashes": table["prompt"].to_numpy()[record],
         "origins": origins[record],
     }
-
-
-def _numbers(lists: pa.ChunkedArray, record: Array) -> dict[str, Array]:
-    """Return each example's values by name, for the `NUMBERS` that have an effect."""
-    given = pc.list_flatten(lists).to_numpy().reshape(-1, len(NUMBERS))
-    if not len(given):
-        return {}
-    values = np.tile(np.array([*NUMBERS.values()]), (len(lists), 1))
-    values[_lengths(lists) > 0] = given
-    columns = zip(NUMBERS.items(), values[record].T, strict=True)
-    return {name: column.copy() for (name, neutral), column in columns if (column != neutral).any()}
 
 
 def _lengths(lists: pa.ChunkedArray) -> npt.NDArray[np.int64]:

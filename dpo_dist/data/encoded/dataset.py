@@ -3,6 +3,7 @@
 Token ids and masks are in the files of the sources, the other columns in a file of the dataset.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -29,14 +30,13 @@ from dpo_dist.data.encoded.columns import (
     NUMBER,
     PREFIX_COLUMNS,
     append_records,
-    check_columns,
     first_rows,
     made_from,
 )
-from dpo_dist.data.encoded.images import PromptImages, prompt_images
 from dpo_dist.data.encoded.store import (
     EncodedSource,
     cache_errors,
+    has_images,
     read_counts,
     read_lengths,
     read_source,
@@ -53,6 +53,41 @@ from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_columns
 
 _MAX_THREADS = 8
+
+
+@dataclass(frozen=True)
+class PromptImages:
+    """The images in the prompts of a dataset, each distinct one once; their files stay on disk."""
+
+    distinct: tuple[ImageInput, ...]  # without inputs
+    places: Mapping[bytes, int]  # by digest, the index of each distinct image in `contents`
+    contents: pa.ChunkedArray  # the files
+    numbers: Array  # int64, the distinct images of all records, record after record
+    starts: Array  # int64 [examples], offset of each example's images in `numbers`
+    counts: Array  # int64 [examples]
+    prompt_tokens: Array  # int64 [examples], placeholders of images in the prompt
+    processor: ImageProcessor
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the images of all records in their order."""
+        digest = hashlib.blake2b(b"".join(image.digest for image in self.distinct), digest_size=16)
+        digest.update(self.numbers.tobytes())
+        return digest.hexdigest()
+
+    def of(self, index: int) -> tuple[ImageInput, ...]:
+        """Return the images of an example, without inputs."""
+        start = int(self.starts[index])
+        return tuple(self.distinct[n] for n in self.numbers[start : start + int(self.counts[index])])
+
+    def with_inputs(self, image: ImageInput) -> ImageInput:
+        """Return an image with the tensors that the model's tower reads."""
+        return replace(image, inputs=self.processor.inputs(self.content(image)))
+
+    def content(self, image: ImageInput) -> bytes:
+        """Return the file of an image."""
+        content: bytes = self.contents[self.places[image.digest]].as_py()
+        return content
 
 
 @dataclass(frozen=True)
@@ -136,7 +171,9 @@ class PreferenceDataset:
         if self.images is None:
             return [*examples]
         distinct = {image.digest: image for example in examples for image in example.images}
-        with ThreadPoolExecutor(_threads()) as pool:  # one thread would keep a GPU waiting
+        # The ranks of a node divide its cores; one thread would keep a GPU waiting.
+        cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        with ThreadPoolExecutor(max(1, min(_MAX_THREADS, cores))) as pool:
             found = dict(zip(distinct, pool.map(self.images.with_inputs, distinct.values()), strict=True))
         return [
             replace(example, images=tuple(found[image.digest] for image in example.images))
@@ -273,11 +310,6 @@ class PreferenceDataset:
         return int(self.first_pieces[index]), int(self.first_pieces[index + 1])
 
 
-def _threads() -> int:
-    """Return the number of threads of this rank that process images."""
-    return max(1, min(_MAX_THREADS, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
 def open_dataset(
     sources: Sequence[EncodedSource], config: DataConfig, processor: ImageProcessor | None = None
 ) -> PreferenceDataset:
@@ -287,7 +319,7 @@ def open_dataset(
     the one with which they were encoded.
     """
     tables = list(map(read_source, sources))
-    images = None if processor is None else prompt_images(sources, tables, processor)
+    images = None if processor is None else _prompt_images(sources, tables, processor)
     identity: list[Any] = [(source.fingerprint, source.limit) for source in sources]
     if images is not None:  # the content of their files is not in the fingerprint of a source
         identity.append(images.fingerprint)
@@ -303,7 +335,6 @@ def open_dataset(
         arrays, facts = stored_columns(file, made_from(sources), build)
     counts = _checked_counts(sources, facts["counts"], tables, config)
     every, pairs = pa.concat_tables(tables), [each["pairs"] for each in counts["sources"]]
-    check_columns(file, arrays, sum(pairs), len(every), (*DATASET_COLUMNS, *PREFIX_COLUMNS))
     return PreferenceDataset(
         fingerprint=fingerprint,
         counts=counts | {"duplicates": facts["duplicates"]},
@@ -318,6 +349,40 @@ def open_dataset(
         images=images,
         prefixes=Prefixes(*(arrays.pop(name) for name in PREFIX_COLUMNS)),
         **{name: arrays[name] for name in DATASET_COLUMNS},
+    )
+
+
+def _prompt_images(
+    sources: Sequence[EncodedSource], tables: Sequence[pa.Table], processor: ImageProcessor
+) -> PromptImages | None:
+    """Return the images in the `tables` of these sources, which `read_source` has verified, or None."""
+    pairs = zip(sources, tables, strict=True)
+    files = [source.images() for source, records in pairs if has_images(records)]
+    if not files:
+        return None
+    stored, table = pa.concat_tables(files), pa.concat_tables(tables)
+    counts = np.asarray(pc.list_value_length(table["images"]), dtype=np.int64)
+    digests, tokens = stored["digest"].to_pylist(), stored["tokens"].to_pylist()
+    places: dict[bytes, int] = {}
+    for place, digest in enumerate(digests):  # sources may have the same image
+        places.setdefault(digest, place)
+    number = {digest: index for index, digest in enumerate(places)}
+    distinct = tuple(
+        ImageInput(digest, tokens[place], processor.placeholder_id) for digest, place in places.items()
+    )
+    numbers = np.array([number[digest] for digest in pc.list_flatten(table["images"]).to_pylist()])
+    before = np.concatenate(([0], np.cumsum(np.array([image.tokens for image in distinct])[numbers])))
+    starts = np.cumsum(counts) - counts
+    examples = np.repeat(np.arange(len(table)), np.asarray(pc.list_value_length(table["examples"])))
+    return PromptImages(
+        distinct,
+        places,
+        stored["content"],
+        numbers,
+        starts[examples],
+        counts[examples],
+        (before[starts + counts] - before[starts])[examples],
+        processor,
     )
 
 

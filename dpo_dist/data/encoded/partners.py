@@ -4,7 +4,6 @@ The partner of a record is a function of the records of its source alone, so tha
 log-probs for all epochs and runs: neither seed nor order, batch or number of processes change it.
 """
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,7 @@ import numpy as np
 
 from dpo_dist.batching.example import Example, response_keys
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.encoded.columns import DATASET_COLUMNS, check_columns, key_order, made_from
+from dpo_dist.data.encoded.columns import key_order, made_from
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.data.encoded.store import cache_errors
 from dpo_dist.foundation.errors import DataError
@@ -40,66 +39,58 @@ def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceData
         file = Path(cache) / f"{fingerprint}-{max_length}-columns.arrow"
         with cache_errors(file):
             arrays, _ = stored_columns(file, content, partial(_write_partners, dataset, max_length))
-    check_columns(
-        file, {name: getattr(dataset, name) for name in DATASET_COLUMNS} | arrays, examples=len(dataset)
-    )
     return replace(dataset, fingerprint=fingerprint, **arrays)
 
 
 def _write_partners(dataset: PreferenceDataset, max_length: int, columns: Columns) -> TableFacts:
     """Append the columns that partners change, with the examples' own values and their partners'."""
     stops = np.cumsum(dataset.source_pairs)
-    partner = np.concatenate(
-        [
-            _partners(dataset, stop - pairs, stop)
-            for stop, pairs in zip(stops, dataset.source_pairs, strict=True)
-        ]
-    )
-    for start in range(0, len(dataset), _CHUNK_EXAMPLES):  # memory does not grow with the examples
-        own = np.arange(start, min(start + _CHUNK_EXAMPLES, len(dataset)), dtype=np.int64)
-        columns.append(**_extended(dataset, own, partner[own], max_length))
-    columns.append(first_pieces=np.array([3 * len(dataset)], dtype=np.int64))
-    columns.append(key_order=key_order(columns["keys"]))
-    return {}
-
-
-def _extended(
-    dataset: PreferenceDataset, own: Indices, partner: Indices, max_length: int
-) -> dict[str, Array]:
-    """Return the columns of the examples `own` with these partners."""
+    sources = zip(stops, dataset.source_pairs, strict=True)
+    partners = np.concatenate([_partners(dataset, stop - pairs, stop) for stop, pairs in sources])
     starts, tokens = (part.reshape(-1, 2) for part in (dataset.piece_starts, dataset.piece_tokens))
-    prompts, responses, partner_starts = tokens[own, 0], tokens[partner, 1], starts[partner, 1]
-    kept = np.minimum(responses, np.maximum(max_length - prompts, 1)).astype(tokens.dtype)
-    is_cut = kept < responses
-    trained = np.where(is_cut, kept, dataset.trained_tokens[partner])
-    for place in np.flatnonzero(is_cut & (dataset.trained_tokens[partner] < responses)):
-        start = int(dataset.mask_starts[partner[place]])
-        trained[place] = np.count_nonzero(dataset.trained[start : start + int(kept[place])])
+    ids, images = dataset.ids, dataset.images
 
     def beside(first: Array, second: Array) -> Array:
         """Return the values of each example's response, and then of its partner's."""
         both: Array = np.stack((first, second), axis=1).reshape(-1, *first.shape[1:])
         return both
 
-    def examples() -> Iterator[Example]:
-        """Yield each example with its partner's response alone."""
-        ids, images, prompt_starts = dataset.ids, dataset.images, starts[own, 0]
+    for first in range(0, len(dataset), _CHUNK_EXAMPLES):  # memory does not grow with the examples
+        own = np.arange(first, min(first + _CHUNK_EXAMPLES, len(dataset)), dtype=np.int64)
+        partner = partners[own]
+        # The partner's response, cut to the room that is left, and how many of its tokens the loss counts.
+        prompts, responses = tokens[own, 0], tokens[partner, 1]
+        kept = np.minimum(responses, np.maximum(max_length - prompts, 1)).astype(tokens.dtype)
+        is_cut = kept < responses
+        trained = np.where(is_cut, kept, dataset.trained_tokens[partner])
+        for place in np.flatnonzero(is_cut & (dataset.trained_tokens[partner] < responses)):
+            start = int(dataset.mask_starts[partner[place]])
+            trained[place] = np.count_nonzero(dataset.trained[start : start + int(kept[place])])
+        prompt_starts, partner_starts = starts[own, 0], starts[partner, 1]
         spans = (prompt_starts, prompt_starts + prompts, partner_starts, partner_starts + kept)
-        for index, start, stop, partner_start, partner_stop in np.column_stack((own, *spans)).tolist():
-            prompt, response = np.asarray(ids[start:stop]), np.asarray(ids[partner_start:partner_stop])
-            yield Example(prompt, (response,), images=() if images is None else images.of(index))
-
-    return {
-        "piece_starts": np.column_stack((starts[own], partner_starts)).ravel(),
-        "piece_tokens": np.column_stack((tokens[own], kept)).ravel(),
-        "first_pieces": own * 3,
-        "keys": beside(dataset.keys[own], response_keys(examples())),
-        "scores": beside(dataset.scores[own], np.full(len(own), np.nan)),
-        "mask_starts": beside(dataset.mask_starts[own], dataset.mask_starts[partner]),
-        "trained_tokens": beside(dataset.trained_tokens[own], trained.astype(dataset.trained_tokens.dtype)),
-        "truncated": beside(dataset.truncated[own], dataset.truncated[partner] | is_cut),
-        "begins": np.zeros(2 * len(own), dtype=np.int32),
-    }
+        with_partner_alone = (
+            Example(
+                np.asarray(ids[start:stop]),
+                (np.asarray(ids[partner_start:partner_stop]),),
+                images=() if images is None else images.of(index),
+            )
+            for index, start, stop, partner_start, partner_stop in np.column_stack((own, *spans)).tolist()
+        )
+        trained_tokens = trained.astype(dataset.trained_tokens.dtype)
+        columns.append(
+            piece_starts=np.column_stack((starts[own], partner_starts)).ravel(),
+            piece_tokens=np.column_stack((tokens[own], kept)).ravel(),
+            first_pieces=own * 3,
+            keys=beside(dataset.keys[own], response_keys(with_partner_alone)),
+            scores=beside(dataset.scores[own], np.full(len(own), np.nan)),
+            mask_starts=beside(dataset.mask_starts[own], dataset.mask_starts[partner]),
+            trained_tokens=beside(dataset.trained_tokens[own], trained_tokens),
+            truncated=beside(dataset.truncated[own], dataset.truncated[partner] | is_cut),
+            begins=np.zeros(2 * len(own), dtype=np.int32),
+        )
+    columns.append(first_pieces=np.array([3 * len(dataset)], dtype=np.int64))
+    columns.append(key_order=key_order(columns["keys"]))
+    return {}
 
 
 def _partners(dataset: PreferenceDataset, start: int, stop: int) -> Indices:

@@ -7,7 +7,6 @@ The columns of a dataset (`columns.py`) are in such a file too.
 import itertools
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpo_dist.batching.example import image_words
+from dpo_dist.batching.prefixes import Row, common_tokens
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
-from dpo_dist.data.encoded.order import ORDER_SCHEMA, order_by_ids
-from dpo_dist.data.read.sources import root_of
 from dpo_dist.data.records import BadRecord, ImageFile, Origin
 from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -71,6 +70,13 @@ ROW_SCHEMA = pa.schema(
     }
 )
 IMAGE_SCHEMA = pa.schema({"digest": pa.binary(), "tokens": pa.int64(), "content": pa.large_binary()})
+
+ORDER_SCHEMA = pa.schema(
+    {
+        "place": pa.int32(),  # of each record in the order
+        "shared": pa.int32(),  # of each place: leading tokens of its record that the one before it has
+    }
+)
 
 EncodedChunk: TypeAlias = tuple[pa.RecordBatch, pa.RecordBatch]
 """Encoded records, and their distinct images."""
@@ -137,7 +143,16 @@ def has_changed_images(table: pa.Table, memo: Path) -> bool:
 
     Files of which only the metadata changed are read once: `memo` is the folder with cached findings.
     """
-    doubtful = [(file, state) for file, state in _watched(table) if not file.is_surely(state)]
+    # Each file once; as columns, because millions of records would be gigabytes of objects.
+    watched = pa.Table.from_struct_array(pc.list_flatten(table["watched"]))
+    folders = pc.binary_join(watched["folders"], "\0")
+    watched = watched.set_column(watched.schema.get_field_index("folders"), "folders", folders)
+    doubtful = []
+    for batch in watched.group_by(watched.column_names).aggregate([]).to_batches(max_chunksize=10_000):
+        for each in batch.to_pylist():
+            file = ImageFile(None, each["name"], tuple(each["folders"].split("\0")))
+            if not file.is_surely(each["state"]):
+                doubtful.append((file, each["state"]))
     doubtful.sort(key=lambda each: (each[0].name, each[0].folders, each[1]))
     found = text_digest(json.dumps([[file.named, state] for file, state in doubtful]))
     if not doubtful or recall(memo, found) is not None:
@@ -148,22 +163,25 @@ def has_changed_images(table: pa.Table, memo: Path) -> bool:
     return True
 
 
-def _watched(table: pa.Table) -> Iterator[tuple[ImageFile, str]]:
-    """Yield the files of images that records name, each once, and their states."""
-    columns = pa.Table.from_struct_array(pc.list_flatten(table["watched"]))
-    folders = pc.binary_join(columns["folders"], "\0")
-    columns = columns.set_column(columns.schema.get_field_index("folders"), "folders", folders)
-    # As columns, because millions of records would be gigabytes of objects.
-    for batch in columns.group_by(columns.column_names).aggregate([]).to_batches(max_chunksize=10_000):
-        for each in batch.to_pylist():
-            yield ImageFile(None, each["name"], tuple(each["folders"].split("\0"))), each["state"]
-
-
 def write_source(source: EncodedSource, chunks: Iterable[EncodedChunk]) -> None:
-    """Write a source's records and images to its files, in constant memory."""
+    """Write a source's records, and each distinct image once, to its files, in constant memory."""
+    written, pending = set[bytes](), list[pa.RecordBatch]()
     with cache_errors(source.file), write_table(source.file, ROW_SCHEMA) as writer, ExitStack() as stack:
-        for batch in _large(_without_images(chunks, source.image_file, stack)):
-            writer.write_batch(batch)
+        image_writer = None
+        for records, images in chunks:
+            digests = images["digest"].to_pylist()
+            if new := [place for place, digest in enumerate(digests) if digest not in written]:
+                if image_writer is None:
+                    image_writer = stack.enter_context(write_table(source.image_file, IMAGE_SCHEMA))
+                image_writer.write_batch(images.take(pa.array(new)))
+                written.update(digests)
+            # Consecutive records are joined: reading many small batches is slow.
+            pending.append(records)
+            if sum(batch.nbytes for batch in pending) >= _BATCH_BYTES:
+                writer.write_batch(pa.concat_batches(pending))
+                pending.clear()
+        if pending:
+            writer.write_batch(pa.concat_batches(pending))
 
 
 def is_whole(source: EncodedSource) -> bool:
@@ -215,21 +233,41 @@ def _chunks(part: EncodedSource) -> Iterator[EncodedChunk]:
         yield batch, no_images
 
 
-def with_relative_files(batch: pa.RecordBatch, path: str) -> pa.RecordBatch:
-    """Return records with the names of their files relative to the `path` of the source."""
-    root = root_of(path).expanduser()
-    names = batch["file"].dictionary_encode()
-    files = [os.path.relpath(Path(name).expanduser(), root) for name in names.dictionary.to_pylist()]
-    return batch.set_column(0, "file", pa.array(files, pa.string()).take(names.indices))
-
-
 def ensure_order(source: EncodedSource, placeholder_id: int | None) -> None:
-    """Write the order of an encoded source's records, unless it is there; see `order_by_ids`."""
+    """Write the order of an encoded source's records by the bytes of their ids, unless it is there.
+
+    Ids are the prompt's and those of all responses, so that they begin with the record's first row. Those of
+    images, the `placeholder_id`, are words of the digests. Sorting takes about 40 bytes a record.
+    """
     records = source.table()
-    if records is not None and source.order(records) is None:
-        schema = ORDER_SCHEMA.with_metadata(records.schema.metadata)
-        with cache_errors(source.order_file), write_table(source.order_file, schema) as writer:
-            writer.write_batch(order_by_ids(records, source.images(), placeholder_id))
+    if records is None or source.order(records) is not None:
+        return
+    images = source.images() if has_images(records) else None
+    known = [] if images is None else images.select(["digest", "tokens"]).to_pylist()
+    tokens = {image["digest"]: image["tokens"] for image in known}
+    chunks = []
+    for batch in records.select(["ids", "images"]).to_batches():
+        ids, digests = batch["ids"], batch["images"].flatten().to_pylist()
+        values = ids.values.to_numpy()
+        if digests:  # else the ids are not copied
+            values = values.copy()
+            words = [image_words(digest, tokens[digest]) for digest in digests]
+            values[values == placeholder_id] = np.concatenate(words)
+        starts = ids.offsets.to_numpy().astype(np.int64) * values.itemsize
+        buffers = [None, pa.py_buffer(starts), pa.py_buffer(values)]
+        chunks.append(pa.Array.from_buffers(pa.large_binary(), len(ids), buffers))
+    texts = pa.chunked_array(chunks, pa.large_binary())
+    order = pc.sort_indices(texts).to_numpy()
+    places, shared = np.empty((2, len(order)), dtype=np.int32)
+    places[order] = np.arange(len(order))
+    before: Row = np.empty(0, dtype=np.int32)
+    for place, record in enumerate(order.tolist()):
+        row: Row = np.frombuffer(texts[record].as_buffer(), dtype=np.int32)
+        shared[place] = common_tokens(before, row)
+        before = row
+    schema = ORDER_SCHEMA.with_metadata(records.schema.metadata)
+    with cache_errors(source.order_file), write_table(source.order_file, schema) as writer:
+        writer.write_batch(pa.record_batch([places, shared], schema=ORDER_SCHEMA))
 
 
 @contextmanager
@@ -244,32 +282,6 @@ def cache_errors(final: Path) -> Iterator[None]:
             got=f"{final}: {error}",
             remedy="free disk space, or set data.cache to a folder on another disk",
         ) from error
-
-
-def _without_images(
-    chunks: Iterable[EncodedChunk], final: Path, stack: ExitStack
-) -> Iterator[pa.RecordBatch]:
-    """Yield the records of each chunk, and write each distinct image once; `stack` closes their file."""
-    writer, written = None, set[bytes]()
-    for records, images in chunks:
-        digests = images["digest"].to_pylist()
-        if new := [place for place, digest in enumerate(digests) if digest not in written]:
-            writer = writer or stack.enter_context(write_table(final, IMAGE_SCHEMA))
-            writer.write_batch(images.take(pa.array(new)))
-            written.update(digests)
-        yield records
-
-
-def _large(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Join consecutive batches: reading many small ones is slow."""
-    pending: list[pa.RecordBatch] = []
-    for batch in batches:
-        pending.append(batch)
-        if sum(batch.nbytes for batch in pending) >= _BATCH_BYTES:
-            yield pa.concat_batches(pending)
-            pending = []
-    if pending:
-        yield pa.concat_batches(pending)
 
 
 def read_source(source: EncodedSource) -> pa.Table:

@@ -46,7 +46,6 @@ _MAX_EXPANSION = 100
 _MAX_BATCH_BYTES = 2**28
 SUFFIXES = (*_KINDS, *_COMPRESSIONS)
 _EXTENSION = b"ARROW:extension:name"
-_LISTS = ("List", "LargeList", "Sequence")  # of `datasets`' features
 
 
 def file_kind(file: PurePath) -> str | None:
@@ -178,11 +177,14 @@ def dataset_rows(dataset: Any, *, reads_files: bool = False) -> Iterator[Any]:
 def _table_rows(tables: Iterable[Any]) -> Iterator[Any]:
     """Yield the rows of Arrow tables: JSON parsed, labels as words, tool arguments without added nulls."""
     for table in tables:
-        parsers, class_names = _json_parsers(table.schema), _class_names(table.schema)
+        try:
+            features = parse_json((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
+        except (KeyError, TypeError, ValueError):
+            features = None
+        parsers = _parsers(table.schema, features)
         for row in map(_with_given_arguments, table.to_pylist()):
             try:
-                parsed = _with_parsed_json(row, parsers) if parsers else row
-                yield class_names(parsed) if class_names else parsed
+                yield _parsed(row, parsers) if parsers else row
             except ValueError as fault:
                 yield ValueError(f"JSON in a column: {fault}")
 
@@ -389,70 +391,46 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
     if largest > MAX_RECORD_BYTES:
         raise ValueError(f"records of {largest:,} bytes: over {MAX_RECORD_BYTES:,}")
     records = min(_BATCH_RECORDS, max(1, _MAX_BATCH_BYTES // 4 // max(largest, 1)))
-    yield from _table_rows(map(_check_batch, table.iter_batches(records)))
+    for batch in table.iter_batches(records):
+        if batch.nbytes > max(_MAX_BATCH_BYTES, MAX_RECORD_BYTES * (len(batch) == 1)):
+            raise ValueError(f"{len(batch)} records expand to {batch.nbytes:,} bytes")
+        yield from _table_rows([batch])
 
 
-def _check_batch(batch: Any) -> Any:
-    """Return a batch of a few records. Raises ValueError: its values expand without end."""
-    if batch.nbytes > max(_MAX_BATCH_BYTES, MAX_RECORD_BYTES * (len(batch) == 1)):
-        raise ValueError(f"{len(batch)} records expand to {batch.nbytes:,} bytes")
-    return batch
+def _parsers(fields: Iterable[pyarrow.Field], features: Any) -> dict[str, Callable[[Any], Any]]:
+    """Return what reads the values of Arrow fields, by name, for those that store something else.
 
-
-def _json_parsers(fields: Iterable[pyarrow.Field]) -> dict[str, Callable[[Any], Any]]:
-    """Return parsers by name for the Arrow fields that store JSON as text, perhaps deep inside.
-
-    `datasets` stores values of mixed types in Arrow's own type for such texts.
+    `features`: what `datasets` says of the fields; strangers may have written anything there.
     """
-    return {field.name: parse for field in fields if (parse := _json_parser(field)) is not None}
+    known = features if isinstance(features, Mapping) else {}
+    pairs = ((field.name, _parser(field, known.get(field.name))) for field in fields)
+    return {name: parse for name, parse in pairs if parse is not None}
 
 
-def _json_parser(field: pyarrow.Field) -> Callable[[Any], Any] | None:
-    kind = field.type
-    # A type that pyarrow does not know is read as its storage type; the field names it.
+def _parser(field: pyarrow.Field, feature: Any) -> Callable[[Any], Any] | None:
+    kind, known = field.type, feature if isinstance(feature, Mapping) else {}
+    # JSON as text: so `datasets` stores values of mixed types. A type that pyarrow does not know is read as
+    # its storage type; the field names it: "arrow.json", "google:sqlType:json".
     name = getattr(kind, "extension_name", "") or (field.metadata or {}).get(_EXTENSION, b"").decode()
-    if name.endswith("json"):  # "arrow.json", "google:sqlType:json"
+    if name.endswith("json"):
         return lambda text: None if text is None else parse_json(text)
-    parsers = _json_parsers(map(kind.field, range(kind.num_fields)))
-    if not parsers or pyarrow.types.is_map(kind):
-        return None
+    # The number of a class says nothing: `class_encode_column` sorts names, so that "correct" is 0.
+    if known.get("_type") == "ClassLabel" and isinstance(known.get("names"), list):
+        names = dict(enumerate(known["names"]))
+        return lambda value: names.get(value) if isinstance(value, int) else value
     if pyarrow.types.is_struct(kind):
-        return partial(_with_parsed_json, parsers=parsers)
-    [parse] = parsers.values()
-    return lambda items: items and list(map(parse, items))
+        inside = _parsers(map(kind.field, range(kind.num_fields)), known)
+        return partial(_parsed, parsers=inside) if inside else None
+    if kind.num_fields == 1 and not pyarrow.types.is_map(kind):  # all kinds of lists
+        # Before version 4 `datasets` described a list by a list.
+        item = feature[0] if isinstance(feature, list) and feature else known.get("feature")
+        parse = _parser(kind.field(0), item)
+        return parse and (lambda items: items and list(map(parse, items)))
+    return None
 
 
-def _with_parsed_json(fields: Any, parsers: Mapping[str, Callable[[Any], Any]]) -> Any:
-    """Return an object, or None, with the values of `_json_parsers`. Raises ValueError: one is no JSON."""
+def _parsed(fields: Any, parsers: Mapping[str, Callable[[Any], Any]]) -> Any:
+    """Return an object, or None, with the values of its fields read. Raises ValueError: one is no JSON."""
     if not fields:
         return fields
     return {name: parsers[name](value) if name in parsers else value for name, value in fields.items()}
-
-
-def _class_names(schema: pyarrow.Schema) -> Callable[[Any], Any] | None:
-    """Return a function from a row of `datasets` to the same with names of classes in place of numbers.
-
-    The number of a class says nothing: `class_encode_column` sorts names, so that "correct" is 0. None: no
-    column has classes.
-    """
-    try:
-        return _class_parser(parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"])
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
-        return None  # a dataset's author may write anything there
-
-
-def _class_parser(feature: Any) -> Callable[[Any], Any] | None:
-    if isinstance(feature, list):  # as `datasets` wrote lists before version 4
-        feature = {"_type": "List", "feature": feature[0]}
-    kind, names, item = map(feature.get, ("_type", "names", "feature"))
-    if kind == "ClassLabel":
-        named = dict(enumerate(names))
-        return lambda value: named.get(value) if isinstance(value, int) else value
-    if kind in _LISTS:
-        parse = _class_parser(item)
-        return parse and (lambda items: list(map(parse, items)) if isinstance(items, list) else items)
-    inner = {name: value for name, value in feature.items() if isinstance(value, Mapping | list)}
-    parsers = {name: parse for name, value in inner.items() if (parse := _class_parser(value)) is not None}
-    if not parsers:
-        return None
-    return lambda fields: _with_parsed_json(fields, parsers) if isinstance(fields, Mapping) else fields

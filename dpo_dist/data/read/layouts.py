@@ -18,7 +18,7 @@ from dpo_dist.data.read.messages import (
     message_role,
     spelled_messages,
 )
-from dpo_dist.data.read.values import BAD, GOOD, finite_numbers, from_json, has_value, to_number
+from dpo_dist.data.read.values import finite_numbers, from_json, has_value, to_number, with_value
 from dpo_dist.data.records import FIRST_TURN, UnusableRecordError, shown_key
 from dpo_dist.foundation.types import Fields
 
@@ -50,8 +50,10 @@ def record_prompt(record: Fields, responses: Iterable[Any]) -> Any:
     if has_value(record.get("instruction")):
         parts = [record["instruction"], record.get("input")]
         return _asked("\n".join(part for part in parts if isinstance(part, str) and part))
-    question = next((record[name] for name in QUESTIONS if has_value(record.get(name))), None)
-    return question if question is None or is_messages(question) else [{"role": "user", "content": question}]
+    questions = [record[name] for name in with_value(record, QUESTIONS)]
+    if not questions or is_messages(questions[0]):
+        return questions[0] if questions else None
+    return [{"role": "user", "content": questions[0]}]
 
 
 def _asked(turns: Any) -> Any:
@@ -131,9 +133,10 @@ def pair(record: Fields) -> Content:
 
 
 def _pair_scores(record: Fields) -> tuple[float, ...] | None:
-    metadata = from_json(record.get("metadata"))
-    places = [record, metadata] if isinstance(metadata, Mapping) else [record]
-    for fields, names in itertools.product(places, _PAIR_SCORES):
+    metadata = record.get("metadata")
+    for fields, names in itertools.product((record, metadata), _PAIR_SCORES):
+        if not isinstance(fields, Mapping):
+            continue
         scores = [None if fields.get(name) == "" else fields.get(name) for name in names]
         if None not in scores or (names == _PAIR_SCORES[0] and scores != [None, None]):
             return finite_numbers(scores)
@@ -194,7 +197,23 @@ def ranking(record: Fields) -> Content:
     check_no_media(objects := [item for item in items if isinstance(item, Mapping)])
     if any(map(given_images, objects)):
         raise UnusableRecordError("image_in_response", f"a response in {name} has an image")
-    responses, scores = _sorted(items, from_json(record.get("scores")))
+    # Best first by the scores inside of the responses, else as given.
+    responses, scores, beside = items, None, record.get("scores")
+    inside = [_own_score(item) if isinstance(item, Mapping) else None for item in items]
+    if any(score is not None for score in inside):
+        numbers = finite_numbers(inside)
+        if beside is not None and finite_numbers(beside) != numbers:
+            raise UnusableRecordError("invalid_scores", "a response has two different scores")
+        best_first = sorted(zip(numbers, items, strict=True), key=lambda scored: -scored[0])
+        scores, responses = tuple(number for number, _ in best_first), []
+        for _, item in best_first:
+            text = _first(item, _TEXTS)
+            # The whole message if it has tool calls or thoughts.
+            responses.append({"role": "assistant", **item, "content": text} if has_more(item) else text)
+    elif beside is not None:
+        scores = finite_numbers(beside)
+        if len(scores) != len(items) or any(low < high for low, high in itertools.pairwise(scores)):
+            raise UnusableRecordError("invalid_scores", "scores must be one for each response, best first")
     if any(response is None for response in responses):
         raise UnusableRecordError("missing_field", f"a response in {name}")
     if scores is not None and scores[0] == scores[-1]:
@@ -204,29 +223,6 @@ def ranking(record: Fields) -> Content:
         raise UnusableRecordError("unread_content", detail, tuple(unread))
     by_rank = {f"rank {rank}": spelled_messages(text) for rank, text in enumerate(responses, start=1)}
     return Content(record_prompt(record, by_rank.values()), by_rank, scores, name)
-
-
-def _sorted(items: list[Any], scores: Any) -> tuple[list[Any], tuple[float, ...] | None]:
-    """Return the responses, best first, and their scores: those inside the responses, or `scores`."""
-    inside = [_own_score(item) if isinstance(item, Mapping) else None for item in items]
-    if any(score is not None for score in inside):
-        numbers = finite_numbers(inside)
-        if scores is not None and finite_numbers(scores) != numbers:
-            raise UnusableRecordError("invalid_scores", "a response has two different scores")
-        best_first = sorted(zip(numbers, items, strict=True), key=lambda scored: -scored[0])
-        texts = [
-            # The whole message if it has tool calls or thoughts.
-            {"role": "assistant", **item, "content": text} if has_more(item) else text
-            for _, item in best_first
-            for text in [_first(item, _TEXTS)]
-        ]
-        return texts, tuple(number for number, _ in best_first)
-    if scores is None:
-        return items, None
-    numbers = finite_numbers(scores)
-    if len(numbers) != len(items) or any(low < high for low, high in itertools.pairwise(numbers)):
-        raise UnusableRecordError("invalid_scores", "scores must be one for each response, best first")
-    return items, numbers
 
 
 def _unread_orders(record: Fields, name: str, items: list[Any]) -> list[str]:
@@ -313,6 +309,15 @@ def _first(fields: Fields, names: Iterable[str]) -> Any:
 
 
 LABEL_FIELDS = ("label", "kto_tag")
+# Labels of single responses, in lower case, each with its opposite.
+_LABELS = """1/0 1.0/0.0 1/-1 1.0/-1.0 true/false yes/no good/bad chosen/rejected desirable/undesirable
+accept/reject accepted/rejected approve/disapprove approved/disapproved correct/incorrect right/wrong
+helpful/unhelpful like/dislike liked/disliked pass/fail passed/failed pos/neg positive/negative
+preferred/dispreferred safe/unsafe satisfactory/unsatisfactory acceptable/unacceptable thumbs_up/thumbs_down
+up/down upvote/downvote upvoted/downvoted valid/invalid"""
+_GOOD, _BAD = (
+    tuple(dict.fromkeys(words)) for words in zip(*(p.split("/") for p in _LABELS.split()), strict=True)
+)
 
 
 def is_labelled(record: Fields) -> bool:
@@ -321,20 +326,20 @@ def is_labelled(record: Fields) -> bool:
     A label that is neither good nor bad counts only beside a response: many tables have a column `label`.
     """
     words = _label_words(record)
-    is_label = has_completion(record) if words.isdisjoint(GOOD + BAD) else True
+    is_label = has_completion(record) if words.isdisjoint(_GOOD + _BAD) else True
     return bool(words) and is_label and not has_pair(record) and not has_ranking(record)
 
 
 def _label_words(record: Fields) -> set[str]:
-    """Return the labels of a record, as `GOOD` and `BAD` are written."""
+    """Return the labels of a record, as `_GOOD` and `_BAD` are written."""
     given = (str(record[name]).strip().lower() for name in LABEL_FIELDS if record.get(name) is not None)
     return {"_".join(word.replace("-", " ").split()) if word[:1].isalpha() else word for word in given} - {""}
 
 
 def _labels_of(record: Fields) -> set[float]:
     """Return the different labels of a record: 1 for good, 0 for bad, -1 for a bad one that is written so."""
-    known = _label_words(record).intersection(GOOD + BAD)
-    return {1.0 if word in GOOD else -1.0 if word.startswith("-") else 0.0 for word in known}
+    known = _label_words(record).intersection(_GOOD + _BAD)
+    return {1.0 if word in _GOOD else -1.0 if word.startswith("-") else 0.0 for word in known}
 
 
 def is_response(record: Fields, name: str) -> bool:
@@ -345,6 +350,19 @@ def is_response(record: Fields, name: str) -> bool:
     if name == "output" and isinstance(value, str):
         return record.get("instruction") is not None
     return isinstance(value, list) if name in LISTS else value is not None
+
+
+def check_no_other(record: Fields, content: Content) -> None:
+    """Check that a record has no further responses, except copies of those that are read."""
+    used = {content.field} if content.field else set(content.responses)
+    values = [record.get(name) for name in used]
+    others = [
+        name
+        for name in (*SIDE_NAMES, "completion", *LISTS, *CONVERSATIONS)
+        if name not in used and is_response(record, name) and record[name] not in values
+    ]
+    if others:
+        raise UnusableRecordError("ambiguous_format", f"other responses in {', '.join(others)}")
 
 
 def has_completion(record: Fields) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from dpo_dist.data.read.values import ARGUMENTS, from_json, has_value, without_nulls
+from dpo_dist.data.read.values import ARGUMENTS, from_json, has_value, with_value, without_nulls
 from dpo_dist.data.records import (
     FIRST_TURN,
     IMAGE,
@@ -97,16 +97,6 @@ def spelled_messages(value: Any) -> Any:
     return messages if all(role in _ALL_ROLES for role in roles) else value
 
 
-def nested_conversation(field: str, value: Any) -> dict[str, str]:
-    """Return the paths of messages and tools inside a field, if it holds an object, perhaps as JSON."""
-    whole = from_json(value)
-    if not isinstance(whole, Mapping):
-        return {}
-    given = [name for name in CONVERSATIONS if (turns := from_json(whole.get(name))) and is_messages(turns)]
-    columns = {field: f"{field}.{given[0]}"} if given else {}
-    return columns | {name: f"{field}.{name}" for name in TOOLS if given and has_value(whole.get(name))}
-
-
 def parse_messages(value: Any, role: str) -> Messages:
     """Return messages from a list, one message, or a text, which gets the role `role`."""
     if isinstance(value, str):
@@ -119,7 +109,7 @@ def parse_messages(value: Any, role: str) -> Messages:
 
 def has_more(fields: Fields) -> bool:
     """Return whether a message has tool calls or thoughts beside its content."""
-    return any(has_value(fields.get(name)) for name in ("tool_calls", "function_call", *_THOUGHTS))
+    return bool(with_value(fields, (*_CALL_FIELDS, *_THOUGHTS)))
 
 
 def unread_error(detail: str, unread: Sequence[str]) -> UnusableRecordError:
@@ -131,7 +121,7 @@ def unread_error(detail: str, unread: Sequence[str]) -> UnusableRecordError:
 def check_no_media(messages: Sequence[Fields]) -> None:
     """Check that no message has audio, video, or a thought that is not text."""
     for message in messages:
-        given = [name for name in (*MEDIA, *_THOUGHTS) if has_value(message.get(name))]
+        given = with_value(message, (*MEDIA, *_THOUGHTS))
         # A flag is no thought, nor is a number that a table wrote for an empty cell.
         unread = tuple(name for name in given if name in MEDIA or isinstance(message[name], list | Mapping))
         if unread:
@@ -144,7 +134,7 @@ def _read_message(fields: Fields) -> Message:
         return Message(ROLES.get(role, role), content)  # fast path: most messages
     check_no_media([fields])
     inner = from_json(fields.get("additional_kwargs"))
-    if isinstance(inner, Mapping) and not any(has_value(fields.get(name)) for name in _CALL_FIELDS):
+    if isinstance(inner, Mapping) and not with_value(fields, _CALL_FIELDS):
         fields = {**fields, **{name: inner[name] for name in _CALL_FIELDS if name in inner}}
     if not isinstance(role, str) or ("role" not in fields and role not in _ALL_ROLES):
         raise UnusableRecordError("unread_content", "a message has a role that is not read", ("role",))
@@ -156,14 +146,26 @@ def _read_message(fields: Fields) -> Message:
         role, content, calls = "assistant", "", _tool_calls(content)
     if content is None and has_more(fields):
         content = ""
-    for name in _CALL_FIELDS:
-        if has_value(fields.get(name)):
-            calls += _tool_calls(fields[name])
-    parts = [*(("image", image) for image in given_images(fields)), *_parts(content)]
-    calls += itertools.chain.from_iterable(_tool_calls(call) for kind, call in parts if kind == "tool_call")
-    text, extra = _joined(parts)
+    for name in with_value(fields, _CALL_FIELDS):
+        calls += _tool_calls(fields[name])
+    # The content has an `IMAGE` where it has an image.
+    images, thoughts = given_images(fields), list[str]()
+    text = IMAGE * len(images)
+    for kind, value in _parts(content):
+        if kind == "image":
+            text += IMAGE
+            images.append(value)
+        elif kind == "tool_call":
+            calls += _tool_calls(value)
+        elif kind == "text":
+            text += value
+        else:
+            thoughts.append(value)
+    extra: dict[str, Any] = {PLACED: images} if images else {}
+    if thoughts:
+        extra["reasoning_content"] = "".join(thoughts)
     extra |= {kept: fields[name] for name, kept in _THOUGHTS.items() if isinstance(fields.get(name), str)}
-    extra |= {name: fields[name] for name in ("tool_call_id", "name") if has_value(fields.get(name))}
+    extra |= {name: fields[name] for name in with_value(fields, ("tool_call_id", "name"))}
     if calls:
         extra["tool_calls"] = calls
     return Message(ROLES.get(role, role), text, extra, _is_trained(fields))
@@ -178,22 +180,16 @@ def _check_no_calls(fields: Fields, known: Sequence[str]) -> None:
         raise UnusableRecordError("unread_content", f"a message has {', '.join(names)}", names)
 
 
-def _joined(parts: Sequence[tuple[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """Return the text of parts, with an `IMAGE` for each image, and the fields of thoughts and images."""
-    text = "".join(IMAGE if kind == "image" else value for kind, value in parts if kind in ("text", "image"))
-    images = [image for kind, image in parts if kind == "image"]
-    thoughts = [thought for kind, thought in parts if kind in ("reasoning", "thinking")]
-    extra: dict[str, Any] = {PLACED: images} if images else {}
-    return text, extra | ({"reasoning_content": "".join(thoughts)} if thoughts else {})
-
-
 def _parts(content: Any) -> Iterator[tuple[str, Any]]:
     """Yield the kind and the value of the parts of a content: text, a thought, a tool call or an image."""
     for part in content if isinstance(content, list) and content else [{"text": content}]:
         fields = part if isinstance(part, Mapping) else {"text": part}
         kind = fields.get("type", "text")
         if kind in _IMAGE_PARTS:
-            yield "image", _part_image(fields)
+            # Without a value of its own it is the place of an image in the record's list.
+            source = next((name for name in _SOURCES if _is_given(fields.get(name))), "")
+            prefix = "data:;base64," if source == "base64" else ""
+            yield "image", f"{prefix}{fields[source]}" if prefix else fields.get(source)
             continue
         names = (kind, "text", "value") if kind in _PARTS else ()
         value = next((fields[name] for name in names if fields.get(name) is not None), None)
@@ -221,12 +217,6 @@ def _is_given(image: Any) -> bool:
     return has_value(without_nulls(image))
 
 
-def _part_image(part: Fields) -> Any:
-    """Return the value of the image of a part; None if it is in the record's own list."""
-    name = next((name for name in _SOURCES if _is_given(part.get(name))), "")
-    return f"data:;base64,{part[name]}" if name == "base64" else part.get(name)
-
-
 def _tool_calls(value: Any) -> list[Fields]:
     """Return a call or a list of calls, perhaps in JSON, as chat templates read them."""
     spelled = from_json(value)
@@ -239,7 +229,7 @@ def _tool_calls(value: Any) -> list[Fields]:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise UnusableRecordError("invalid_tool_call", "a tool call does not name a function")
         arguments = _arguments({**call, **function})
-        kept = {"id": call["id"]} if has_value(call.get("id")) else {}
+        kept = {name: call[name] for name in with_value(call, ("id",))}
         called = {"name": function["name"], "arguments": arguments}
         read.append({**kept, "type": "function", "function": called})
     return read
@@ -247,10 +237,10 @@ def _tool_calls(value: Any) -> list[Fields]:
 
 def _arguments(call: Fields) -> Fields:
     """Return the arguments of a call; of one without arguments an empty object."""
-    given = [from_json(call[name]) for name in ARGUMENTS if has_value(call.get(name))]
+    given = [from_json(call[name]) for name in with_value(call, ARGUMENTS)]
     if not all(isinstance(arguments, Mapping) and arguments == given[0] for arguments in given):
         raise UnusableRecordError("invalid_tool_call", "the arguments of a call are not one JSON object")
-    unread = [name for name in call if name not in (*ARGUMENTS, *_BESIDE_ARGUMENTS) and has_value(call[name])]
+    unread = with_value(call, [name for name in call if name not in (*ARGUMENTS, *_BESIDE_ARGUMENTS)])
     if unread and all(call.get(name) is None for name in ARGUMENTS):
         detail = f"a call has no arguments, but {', '.join(map(shown_key, unread))}"
         raise UnusableRecordError("invalid_tool_call", detail)
@@ -358,7 +348,11 @@ def read_messages(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Resp
     if any(side[start].role != "assistant" for side in whole):
         raise UnusableRecordError("history_differs", "the responses follow different messages")
     shared = tuple(replace(message, is_trained=None) for message in whole[0][:start])
-    return shared, [_response(side[start:]) for side in whole]
+    after = [side[start:] for side in whole]
+    if any(all(turn.is_trained is False for turn in turns if turn.role == "assistant") for turns in after):
+        raise UnusableRecordError("untrained_response", "the loss counts no turn of a response")
+    # One assistant turn with nothing beside its content is a text.
+    return shared, [turns[0].content if len(turns) == 1 and not turns[0].fields else turns for turns in after]
 
 
 def _with_prompt(given: Any, sides: list[Messages]) -> tuple[list[Messages], int]:
@@ -392,10 +386,3 @@ def _shared_turns(sides: list[Messages]) -> int:
     turns = enumerate(zip(*sides, strict=False))
     different = (at for at, same in turns if any(turn != same[0] for turn in same))
     return min(next(different, limit), limit)
-
-
-def _response(turns: Messages) -> Response:
-    """Return the turns after a prompt; for one assistant turn with nothing else, its content."""
-    if all(turn.is_trained is False for turn in turns if turn.role == "assistant"):
-        raise UnusableRecordError("untrained_response", "the loss counts no turn of a response")
-    return turns[0].content if len(turns) == 1 and not turns[0].fields else turns

@@ -61,7 +61,15 @@ def raw_records(source: SourceConfig, copies: Path | None = None) -> Iterator[Ra
     names: Iterable[str] = map(str, files or ())
     folders = image_folders(source)
     if files is None and not is_url(source.path):
-        folder = _download(source)
+        from huggingface_hub import snapshot_download  # noqa: PLC0415  # slow to import
+
+        wanted = ["*.md", "*.yaml", f"{source.data_dir}/**"] if source.data_dir else None
+        with _as_data_error(source):  # files that the Hub's cache has are not downloaded
+            folder = Path(
+                snapshot_download(
+                    source.path, repo_type="dataset", revision=source.revision, allow_patterns=wanted
+                )
+            )
         files = _data_files(folder, source)
         names = [f"{source.path}/{file.relative_to(folder)}" for file in files]
         folders += [folder, folder.parents[1]]  # files of the folder are links to others of the Hub's cache
@@ -122,7 +130,12 @@ def local_files(source: SourceConfig) -> list[Path] | None:
         open_file_system(path)
         return None
     local = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or _is_like_a_file(local)
+    # A name ends like a data file, or like any file (`table.xlsx`) in an existing folder.
+    is_data_file = local.suffix in SUFFIXES or _DATA_NAME.search(local.name)
+    is_like_a_file = is_data_file or (
+        re.fullmatch(r"\.[A-Za-z]{2,7}", local.suffix) and local.parent.is_dir()
+    )
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or is_like_a_file
     if not (local.exists() or _GLOB.search(path) or looks_local):
         return None
     unused = {"revision"} if local.is_dir() else {"name", "data_dir", "revision", "split"}
@@ -169,13 +182,6 @@ def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
     root = root_of(source.path).expanduser()
     names = [os.path.relpath(file, root) for file in files]
     return text_digest("\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True)))
-
-
-def _is_like_a_file(path: Path) -> bool:
-    """Return whether a name ends like a data file, or like any file (`table.xlsx`) in an existing folder."""
-    if path.suffix in SUFFIXES or _DATA_NAME.search(path.name):
-        return True
-    return re.fullmatch(r"\.[A-Za-z]{2,7}", path.suffix) is not None and path.parent.is_dir()
 
 
 def _missing(file: Path) -> DataError:
@@ -335,19 +341,6 @@ def pin_source(source: SourceConfig) -> SourceConfig:
     return replace(source, revision=commit.resolved)
 
 
-def _download(source: SourceConfig) -> Path:
-    """Return the folder of a Hub dataset; files missing in the Hub's cache are downloaded."""
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  # slow to import
-
-    wanted = ["*.md", "*.yaml", f"{source.data_dir}/**"] if source.data_dir else None
-    with _as_data_error(source):
-        return Path(
-            snapshot_download(
-                source.path, repo_type="dataset", revision=source.revision, allow_patterns=wanted
-            )
-        )
-
-
 @contextlib.contextmanager
 def _as_data_error(source: SourceConfig) -> Iterator[None]:
     """Raise DataError for all errors of the Hub's libraries, which share no base class."""
@@ -412,23 +405,21 @@ def remote_files(source: SourceConfig) -> list[RemoteFile]:
             _check_unused(source, ("name", "data_dir", "split"))
         if not files:
             raise DataError("no file matches the pattern", where=source.path, remedy="check the pattern")
-        return [_remote_file(system, name, found[name], source.path) for name in files]
-
-
-def _remote_file(system: Any, name: str, info: Mapping[str, Any], url: str) -> RemoteFile:
-    shown = name if is_url(name) else f"{url.partition('://')[0]}://{name.lstrip('/')}"
-    check_kind(PurePath(name), shown)
-    if not any(map(info.get, _STATES)):
-        info = system.info(name)
-    state = next((f"{key} {info[key]}" for key in _STATES if info.get(key)), None)
-    if state is None:
-        raise DataError(
-            "a change of the file would not be noticed",
-            where=shown,
-            expected="a server that says a checksum, an ETag or the time of the last change",
-            remedy="download the file, and set its path",
-        )
-    return RemoteFile(shown, name, f"{info.get('size')} {state}")
+        listed = []
+        for name in files:
+            url = name if is_url(name) else f"{source.path.partition('://')[0]}://{name.lstrip('/')}"
+            check_kind(PurePath(name), url)
+            info = found[name] if any(map(found[name].get, _STATES)) else system.info(name)
+            state = next((f"{key} {info[key]}" for key in _STATES if info.get(key)), None)
+            if state is None:
+                raise DataError(
+                    "a change of the file would not be noticed",
+                    where=url,
+                    expected="a server that says a checksum, an ETag or the time of the last change",
+                    remedy="download the file, and set its path",
+                )
+            listed.append(RemoteFile(url, name, f"{info.get('size')} {state}"))
+        return listed
 
 
 def _remote_folder(system: Any, path: str, found: Sequence[str], source: SourceConfig) -> list[str]:

@@ -9,15 +9,6 @@ from typing import Any
 from dpo_dist.data.records import UnusableRecordError
 
 _EMPTY_TEXTS = ("", "[]", "{}", "null")
-# Labels of single responses, in lower case, each with its opposite.
-_LABELS = """1/0 1.0/0.0 1/-1 1.0/-1.0 true/false yes/no good/bad chosen/rejected desirable/undesirable
-accept/reject accepted/rejected approve/disapprove approved/disapproved correct/incorrect right/wrong
-helpful/unhelpful like/dislike liked/disliked pass/fail passed/failed pos/neg positive/negative
-preferred/dispreferred safe/unsafe satisfactory/unsatisfactory acceptable/unacceptable thumbs_up/thumbs_down
-up/down upvote/downvote upvoted/downvoted valid/invalid"""
-GOOD, BAD = (
-    tuple(dict.fromkeys(words)) for words in zip(*(p.split("/") for p in _LABELS.split()), strict=True)
-)
 ARGUMENTS = ("arguments", "parameters", "args", "input", "action_input", "tool_input", "kwargs", "params")
 """Keys with the arguments of a tool call: of OpenAI, Llama, LangChain and Gemini, Anthropic, agents."""
 NOT_UTF8 = "not UTF-8"
@@ -48,7 +39,7 @@ def from_json(value: Any, *, of_texts: bool = False) -> Any:
 
     A list of texts as Python prints it is read as a list only if the field has lists `of_texts`.
     """
-    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+    if not may_be_json(value):
         return value
     try:
         return _JSON.decode(value)
@@ -68,6 +59,11 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
+def may_be_json(value: Any) -> bool:
+    """Return whether a value is a text that may hold a list or an object."""
+    return isinstance(value, str) and value.lstrip().startswith(("[", "{"))
+
+
 def has_value(value: Any) -> bool:
     """Return whether a field has content: not an empty text, list or object, also in JSON, and not false."""
     if value is None or value is False:
@@ -75,6 +71,11 @@ def has_value(value: Any) -> bool:
     if isinstance(value, str):
         return value.strip() not in _EMPTY_TEXTS
     return len(value) > 0 if isinstance(value, list | tuple | Mapping) else True
+
+
+def with_value(fields: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return the names of those fields that have content."""
+    return [name for name in names if name in fields and has_value(fields[name])]
 
 
 def finite_numbers(values: Iterable[Any]) -> tuple[float, ...]:

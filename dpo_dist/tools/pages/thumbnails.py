@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from dpo_dist.batching.example import Example, ImageInput, Mask, TokenIds
-from dpo_dist.data.encoded.images import PromptImages
+from dpo_dist.data.encoded.dataset import PromptImages
 from dpo_dist.data.images import decode_image
 from dpo_dist.data.records import IMAGE, ImageFile, UnusableRecordError
 

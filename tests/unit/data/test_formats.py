@@ -183,6 +183,12 @@ def test_the_configured_format_decides() -> None:
     assert good(spelled, DataFormat.ranked).responses == ("good", "bad")
     fields: dict[str, Any] = {"prompt": "q", "chosen": H + " a", "rejected": H + " b"}
     assert read(fields, DataFormat.text)[0] == "q"
+    as_json = json.dumps([user("q")])
+    assert read(PAIR | {"prompt": as_json}, DataFormat.text)[0] == as_json
+    assert (
+        read({"prompt": as_json, "completion": as_json, "label": 1}, DataFormat.labelled_text)[0] == as_json
+    )
+    assert read(PAIR | {"prompt": as_json})[0] == [Q]
     assert good(fields, DataFormat.hh).prompt == Dialogue(H)
     assert read(fields, DataFormat.messages)[0] == [Q]
     both = TEXT | {"responses": ["x", "y"], "score_chosen": 2, "score_rejected": 1}

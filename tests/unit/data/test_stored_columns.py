@@ -251,41 +251,6 @@ def test_columns_are_right_or_an_error_if_the_disk_is_full_for_a_moment(tmp_path
     assert {*failed} == {"data.cache"}
 
 
-@pytest.mark.parametrize("of_partners", [False, True])
-def test_columns_of_another_length_are_one_error_that_names_the_cache(
-    of_partners: bool, tmp_path: Path
-) -> None:
-    path, append, names = labelled(tmp_path, True, False, True, False), Columns.append, dict[str, None]()
-
-    def start() -> None:
-        data = opened(tmp_path, path)
-        if of_partners:
-            with_partners(data, 30)
-
-    def noted(self: Columns, **chunks: Any) -> None:
-        names.update(dict.fromkeys(chunks))
-        append(self, **chunks)
-
-    if of_partners:
-        opened(tmp_path, path)
-    with mock.patch.object(Columns, "append", noted):
-        start()
-    assert len(names) > 9
-    for lost in names:
-
-        def losing(self: Columns, lost: str = lost, **chunks: Any) -> None:
-            append(self, **{name: values[name == lost :] for name, values in chunks.items()})
-
-        newest = max((tmp_path / "cache").glob("*-columns.arrow"), key=lambda file: file.stat().st_mtime_ns)
-        newest.unlink()
-        with mock.patch.object(Columns, "append", losing):
-            for _ in range(2):  # the second start finds the file, whose digest is right
-                with pytest.raises(DataError, match="columns of the encoded data are damaged") as raised:
-                    start()
-                assert raised.value.where == f"data.cache: {newest}"
-                assert lost in raised.value.got
-
-
 def test_complete_data_on_a_read_only_disk_are_read(tmp_path: Path) -> None:
     path = labelled(tmp_path, True, False, True, False)
     whole = with_partners(opened(tmp_path, path), 30)
