@@ -1,5 +1,6 @@
 """Words compose to one typed, frozen run: defaults, experiments, YAML files, presets, the command line."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import hydra
 import pytest
 from hydra.core.config_store import ConfigStore
 
+from dpo_dist.config import compose, keys
 from dpo_dist.config.keys import config_dir
 from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.loss_options import SimpoOptions
@@ -350,3 +352,15 @@ def test_a_mistake_in_a_file_is_one_block(content: str, text: str) -> None:
         Path(file).write_text(f"{content}\n")
     for typed in ("mine.yaml", "--config-dir conf +experiment=mine"):
         assert text in error_of(typed).block()
+
+
+def test_a_preset_that_is_edited_counts_in_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands of one process share what Hydra has ranked."""
+    shutil.copytree(config_dir(), folder := tmp_path / "edited")
+    for module in (keys, compose):
+        monkeypatch.setattr(module, "config_dir", lambda: folder)
+    assert [configured("loss=ipo").loss.beta, configured("loss=ipo").loss.beta] == [0.1, 0.1]
+    (folder / "loss/ipo.yaml").write_text("kind: ipo\nbeta: 0.3\n")
+    assert configured("loss=ipo").loss.beta == 0.3
