@@ -1322,3 +1322,14 @@ def test_datasets_are_written_as_they_are_given(folder: Path, tmp_path: Path) ->
     assert list(map(json.loads, Path(train["path"]).read_text().splitlines())) == PAIRS
     lines = {source["label"]: len(Path(source["path"]).read_text().splitlines()) for source in tests}
     assert lines == {"easy": 2, "hard": 3}
+
+
+@pytest.mark.parametrize(
+    ("given", "epochs"), [({"num_train_epochs": 2.5}, 3), ({"max_steps": 9}, 3), ({"max_steps": 8}, 2)]
+)
+def test_a_run_begins_as_many_epochs_as_transformers_says(
+    tmp_path: Path, given: dict[str, Any], epochs: int
+) -> None:
+    """`state.num_train_epochs` of callbacks."""
+    args = DPOConfig(str(tmp_path), per_device_train_batch_size=2, use_cpu=True, **given)
+    assert args.epochs(7) == epochs
