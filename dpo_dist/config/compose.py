@@ -232,7 +232,10 @@ class Command:
         if known not in cache:
             cache[known] = self._rank(parts, presets)
         defaults = _Layer("", {}, plain_values(RunConfig()))
-        return [defaults, *(cast(_Layer, parts[part]) if isinstance(part, int) else part for part in cache[known])]
+        return [
+            defaults,
+            *(cast(_Layer, parts[part]) if isinstance(part, int) else part for part in cache[known]),
+        ]
 
     def _rank(self, parts: Sequence[str | _Layer], presets: Mapping[str, Any]) -> list[int | _Layer]:
         """Return the layers of `parts` by their numbers, among those of the files that these name."""
