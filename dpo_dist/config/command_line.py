@@ -26,16 +26,16 @@ from dpo_dist.config.keys import (
     strip_indices,
     verb_keys,
 )
-from dpo_dist.config.load import load_run_config, to_yaml
+from dpo_dist.config.load import load_run_config, read_saved, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
-from dpo_dist.config.mistakes import SCHEMA, likely, raise_all, to_assign, unknown_key
+from dpo_dist.config.mistakes import likely, to_assign, unknown_key
 from dpo_dist.config.other_trainers import is_foreign
 from dpo_dist.config.run_folder import RunFolder, existing_run
-from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
-from dpo_dist.config.user_code import check_code_allowed, code_warnings, read_saved
+from dpo_dist.config.schema import SCHEMA, ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
+from dpo_dist.config.user_code import check_code_allowed, code_warnings
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.console import console_on, warnings_off
-from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after
+from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after, raise_all
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.installed import with_pages
 from dpo_dist.foundation.process import check_launch, this_rank

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_dist.config.identity import plain
+from dpo_dist.config.fields import plain
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import DataConfig, RunConfig
 from dpo_dist.config.verb_sections import DropOrKeep, PairsConfig, PairSelection, PairsMethod

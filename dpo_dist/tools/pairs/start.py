@@ -3,8 +3,7 @@
 import os
 from pathlib import Path
 
-from dpo_dist.config.rule import Rule, check_rules, unused
-from dpo_dist.config.rules import SAMPLING_KEYS, check_needs
+from dpo_dist.config.rules import SAMPLING_KEYS, Rule, check_needs, check_rules, unused
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig, SourceConfig
 from dpo_dist.config.verb_sections import PairsConfig, PairsMethod

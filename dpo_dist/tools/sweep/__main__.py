@@ -17,10 +17,9 @@ import os
 from pathlib import Path
 
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.console import open_console
-from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, raise_all
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.types import CheckReport

@@ -15,13 +15,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from dpo_dist.batching.costs import Arrangement
-from dpo_dist.config.optim import OptimConfig, OptimizerKind
 from dpo_dist.config.run_folder import checkpoint_folders
 from dpo_dist.config.schema import (
     ZERO_STAGES,
     AttentionBackend,
     Dtype,
     Offload,
+    OptimConfig,
+    OptimizerKind,
     Quantization,
     ReferenceMode,
     RunConfig,

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_dist.config.identity import plain
-from dpo_dist.config.keys import as_written
+from dpo_dist.config.fields import as_written, plain
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.run_folder import (

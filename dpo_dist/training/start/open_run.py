@@ -17,9 +17,8 @@ import torch
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.batching.step_batch import RankBatch, shard_batch
-from dpo_dist.config.optim import OptimizerKind
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Dtype, Offload, RunConfig
+from dpo_dist.config.schema import Dtype, Offload, OptimizerKind, RunConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.processes.world import Stops, World, with_sequence_groups

@@ -9,11 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dpo_dist.config.losses import LossKind
-from dpo_dist.config.optim import OptimizerKind
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import (
     AttentionBackend,
     FusedLayers,
+    OptimizerKind,
     ParallelismKind,
     ReferenceMode,
     Resume,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.identity import differing_keys, plain, settings, title
+from dpo_dist.config.fields import plain
+from dpo_dist.config.identity import differing_keys, settings, title
 from tests.unit.config.support import configured
 
 DEFINING = """

@@ -12,8 +12,7 @@ from hydra.core.config_store import ConfigStore
 from dpo_dist.config import compose, keys
 from dpo_dist.config.keys import config_dir
 from dpo_dist.config.load import from_yaml, to_yaml
-from dpo_dist.config.loss_options import SimpoOptions
-from dpo_dist.config.losses import LossKind, LossTermConfig, SyncReferenceConfig
+from dpo_dist.config.losses import LossKind, LossTermConfig, SimpoOptions, SyncReferenceConfig
 from dpo_dist.config.schema import (
     NO_MODEL,
     AdapterConfig,
