@@ -123,8 +123,3 @@ def title(config: Any, run_dir: Path) -> str:
     if config.trainer.seed:
         parts.append(f"seed={config.trainer.seed}")
     return " ".join([*parts, digest] if is_default else parts)
-
-
-def differing_keys(old: RunIdentity, new: RunIdentity) -> dict[str, tuple[Any, Any]]:
-    """Return the keys whose values give `old` and `new` different digests: `{"loss.beta": (0.1, 0.2)}`."""
-    return {key: (value, new.values[key]) for key, value in old.values.items() if value != new.values[key]}

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
 from dpo_dist.config.compose import FAILURES, Command, keys_given, plain_values
-from dpo_dist.config.identity import RunIdentity, differing_keys
+from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.keys import group_folders
 from dpo_dist.config.mistakes import composition_error, wrong_values
 from dpo_dist.config.rules import check_rules, reset_unused, resolve_reference, rules_of, value_at
@@ -80,20 +80,20 @@ def complete_config(config: RunConfig, given: Collection[str] = (), verb: str = 
         for source in filter(lambda source: is_url(source.path), sources):
             check_url(source.path, key)
         named += [(key, source.path) for source in sources]
-    raise_all([_hub_page(key, path, name) for key, path in named if (name := name_in_address(path or ""))])
+    pages = [
+        ConfigError(
+            "this is the address of a page for browsers",
+            where=key,
+            got=path,
+            expected="the name on the hub, ORG/NAME",
+            remedy=Remedy.to_rename(path, name),
+        )
+        for key, path in named
+        if (name := name_in_address(path or ""))
+    ]
+    raise_all(pages)
     folder = config.identity.default_dir if config.run.dir is None else Path(config.run.dir)
     return replace(config, run=replace(config.run, dir=str(folder)))
-
-
-def _hub_page(key: str, path: str, name: str) -> ConfigError:
-    message = "this is the address of a page for browsers"
-    return ConfigError(
-        message,
-        where=key,
-        got=path,
-        expected="the name on the hub, ORG/NAME",
-        remedy=Remedy.to_rename(path, name),
-    )
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -167,6 +167,11 @@ def _saved(values: dict[str, Any], where: str | Path) -> RunConfig:
     except ValidationError as error:
         raise_all(wrong_values(error, values, lambda key: f"{key} in {where}"))
         raise
+
+
+def differing_keys(old: RunIdentity, new: RunIdentity) -> dict[str, tuple[Any, Any]]:
+    """Return the keys whose values give `old` and `new` different digests: `{"loss.beta": (0.1, 0.2)}`."""
+    return {key: (value, new.values[key]) for key, value in old.values.items() if value != new.values[key]}
 
 
 def changed_keys(file: Path, identity: RunIdentity) -> dict[str, tuple[Any, Any]]:

@@ -17,7 +17,13 @@ from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import ACCURACIES, CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import did_you_mean, likely
 from dpo_dist.config.schema import NO_MODEL, SCHEMA, DataFormat, Direction, ReferenceMode, RunConfig
-from dpo_dist.config.verb_sections import ExportConfig, PairsMethod, SamplingConfig
+from dpo_dist.config.verb_sections import (
+    CompareConfig,
+    ExportConfig,
+    PairsConfig,
+    PairsMethod,
+    SamplingConfig,
+)
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, raise_all
 from dpo_dist.foundation.remedies import Remedy
@@ -135,13 +141,13 @@ def _unused_by_loss(option: str) -> Rule:
     """Refuse an option that no preference loss of the sum uses; all must use `divergence` and `weighting`."""
     has_effect = all if option in ("divergence", "weighting") else any
 
-    def is_used(config: RunConfig) -> bool:
-        terms = [facts for facts in config.loss.facts if facts.fewest_responses > 1 or facts.is_unpaired]
+    def is_used(loss: LossConfig) -> bool:
+        terms = [facts for facts in loss.facts if facts.fewest_responses > 1 or facts.is_unpaired]
         return bool(terms) and has_effect(option in facts.uses for facts in terms)
 
     users = ", ".join(sorted(kinds_using(option)))
     remedy = f"choose a loss that uses it: {users}; loss=NAME replaces all options of the loss"
-    return unused(f"loss.{option}", LOSS, remedy, is_used)
+    return unused(f"loss.{option}", LOSS, remedy, lambda c: is_used(c.loss))
 
 
 def _unused_by_reference(key: str, resets: str = "") -> tuple[Rule, Rule]:
@@ -519,9 +525,9 @@ RULES = (
 """The rules of every verb, in the order of the checks."""
 
 
-def _is_for_others(config: RunConfig) -> bool:
+def _is_for_others(pairs: PairsConfig, compare: CompareConfig) -> bool:
     """Return whether `sampling` is for `pairs` or `compare`: one file may have keys of several verbs."""
-    return config.pairs.method in (PairsMethod.samples, PairsMethod.delta) or bool(config.compare.models)
+    return pairs.method in (PairsMethod.samples, PairsMethod.delta) or bool(compare.models)
 
 
 SAMPLING_KEYS = [f"sampling.{name}" for name in schema_fields(SamplingConfig) if name != "endpoint"]
@@ -534,9 +540,11 @@ _SAMPLES_ONLY = tuple(
             key,
             "data.eval!=[]",
             _HOLD_OUT,
-            lambda c: c.data.eval_share > 0 or _is_for_others(c),
+            lambda c: c.data.eval_share > 0 or _is_for_others(c.pairs, c.compare),
         ),
-        unused(key, "samples.prompts!=0", "set samples.prompts=16", _is_for_others),
+        unused(
+            key, "samples.prompts!=0", "set samples.prompts=16", lambda c: _is_for_others(c.pairs, c.compare)
+        ),
     )
 )
 """Rules of verbs that take a training run, in which models respond only to the prompts of evaluations."""
@@ -567,13 +575,8 @@ def rules_of(verb: str) -> list[Rule]:
 
 
 def needs_of(verb: str) -> list[Rule]:
-    """Return the rules about the keys that a verb needs: a configuration without one breaks a rule."""
+    """Return the rules about the keys that a verb needs, for a configuration that is made in Python, too."""
     return [_NEEDED[key] for key in VERBS[verb].needs] if verb else []
-
-
-def check_needs(config: RunConfig, verb: str) -> None:
-    """Raise ConfigError if a configuration made in Python lacks a key that the verb needs."""
-    check_rules(config, needs_of(verb))
 
 
 def resolve_reference(config: RunConfig) -> RunConfig:

@@ -10,6 +10,7 @@ from copy import copy
 from dataclasses import replace
 from enum import StrEnum
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, TypeAdapter
@@ -59,6 +60,11 @@ class FolderConfig:
     """`auto`: resume if there is a checkpoint; `must`: error without one; `never`: error with results."""
     mirror: NonEmpty | None = key(None, verbs="train")
     """Folder or URL to which checkpoints and results are copied, and from which a lost run resumes."""
+
+    @property
+    def path(self) -> Path:
+        """The run directory: loading a configuration sets `dir`."""
+        return Path(str(self.dir))
 
 
 ConsoleStyle = StrEnum("ConsoleStyle", ["auto", "plain", "json"])

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from dpo_dist.config.rules import SAMPLING_KEYS, Rule, check_needs, check_rules, unused
+from dpo_dist.config.rules import SAMPLING_KEYS, Rule, check_rules, needs_of, unused
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig, SourceConfig
 from dpo_dist.config.verb_sections import PairsConfig, PairsMethod
@@ -108,7 +108,7 @@ _RULES = (
 
 def check_pairs(config: RunConfig) -> None:
     """Check everything that needs no torch, network or other processes; raises DpoDistError."""
-    check_needs(config, "pairs")
+    check_rules(config, needs_of("pairs"))
     check_rules(config, _RULES)
     if config.pairs.method in (PairsMethod.samples, PairsMethod.delta):
         key = "pairs.models" if config.pairs.models else "model.path"

@@ -7,9 +7,9 @@ from pydantic import ValidationError
 
 from dpo_dist.config.command_line import explain
 from dpo_dist.config.fields import schema_fields
-from dpo_dist.config.identity import differing_keys, settings
+from dpo_dist.config.identity import settings
 from dpo_dist.config.keys import all_keys, group_folders
-from dpo_dist.config.load import from_yaml, to_yaml
+from dpo_dist.config.load import differing_keys, from_yaml, to_yaml
 from dpo_dist.config.losses import (
     KINDS,
     BcoPairOptions,
