@@ -274,11 +274,15 @@ def _run(
     options = split_words(sys.argv[1:])
     text = _option_text(options, verb, sys.modules[main.__module__].__doc__ or "")
     if text is None:
+        words, folder, mistakes = options.words, options.config_dir, options.mistakes
         points: _Points
-        if load_points is None:
-            points = {(): _configuration(options, verb)}
+        if load_points is not None:
+            points = load_points(words, folder, mistakes=mistakes)
         else:
-            points = load_points(options.words, options.config_dir, mistakes=options.mistakes)
+            if verb == "train":
+                _check_more_than_run(options)
+            saved = saved_values(options, verb) if VERBS[verb].reuses_config else None
+            points = {(): load_run_config(words, folder, verb=verb, saved=saved, mistakes=mistakes)}
         config = next(iter(points.values()))
         text = "---\n".join(map(to_yaml, points.values())) if options.cfg else None
     if text is not None:
@@ -305,14 +309,6 @@ def _run(
             console = console_on(sys.stdout, config.console.style)
             console.result("check", report.as_dict(), str(report).splitlines())
     return ExitCode.completed
-
-
-def _configuration(options: argparse.Namespace, verb: str) -> RunConfig:
-    if verb == "train":
-        _check_more_than_run(options)
-    saved = saved_values(options, verb) if VERBS[verb].reuses_config else None
-    words, folder, mistakes = options.words, options.config_dir, options.mistakes
-    return load_run_config(words, folder, verb=verb, saved=saved, mistakes=mistakes)
 
 
 def _repeated(

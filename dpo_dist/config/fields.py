@@ -3,9 +3,10 @@
 Pydantic checks types and bounds; `Facts` are for help and digest.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from enum import Enum
 from functools import reduce
 from operator import or_
@@ -183,3 +184,9 @@ def plain(value: Any, *, with_defaults: bool = False) -> Any:
             if with_defaults or option != "options" or shown:  # {}: the defaults of the kind of loss
                 content[option] = shown
     return content
+
+
+def plain_values(section: Any) -> dict[str, Any]:
+    """Return the values of a section, or of a whole configuration, without enums."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(section)))
+    return values

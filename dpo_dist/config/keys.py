@@ -11,7 +11,7 @@ from typing import Any, get_origin, get_type_hints
 from pydantic_core import PydanticUndefined
 
 from dpo_dist.config.fields import LARGEST_INTEGER, describe_type, key_facts, schema_fields, schemas_in
-from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.config.schema import UNSET, RunConfig
 from dpo_dist.config.verbs import EVERY_VERB, VERBS
 
 _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
@@ -21,7 +21,7 @@ _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 class Key:
     """One key, as the schema declares it: `loss.beta`, or `data.train[].path` in the entries of a list.
 
-    `default` is NO_MODEL for a key that must be set; `accepts`: the values in words, if the type lacks them.
+    `default` is UNSET for a key that must be set; `accepts`: the values in words, if the type lacks them.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Key:
     @property
     def default_words(self) -> str:
         """The default as it is written on a command line; empty for a key that must be set."""
-        if self.default == NO_MODEL:
+        if self.default == UNSET:
             return ""
         return self.default if isinstance(self.default, str) else json.dumps(self.default)
 
@@ -64,7 +64,7 @@ def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]
         row = Key(
             prefix + option,
             hint,
-            NO_MODEL if default is PydanticUndefined else default,
+            UNSET if default is PydanticUndefined else default,
             " ".join((field.description or "").split()),
             " and ".join(bounds),
             defining,

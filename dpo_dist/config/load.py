@@ -12,7 +12,8 @@ import yaml
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
-from dpo_dist.config.compose import FAILURES, Command, keys_given, plain_values
+from dpo_dist.config.compose import FAILURES, Command, keys_given
+from dpo_dist.config.fields import plain_values
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.keys import group_folders
 from dpo_dist.config.mistakes import composition_error, wrong_values

@@ -16,7 +16,7 @@ from dpo_dist.config.keys import all_keys
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import ACCURACIES, CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import did_you_mean, likely
-from dpo_dist.config.schema import NO_MODEL, SCHEMA, DataFormat, Direction, ReferenceMode, RunConfig
+from dpo_dist.config.schema import SCHEMA, UNSET, DataFormat, Direction, ReferenceMode, RunConfig
 from dpo_dist.config.verb_sections import (
     CompareConfig,
     ExportConfig,
@@ -67,7 +67,8 @@ class Rule:
 
 def _holds(config: RunConfig, part: str) -> bool:
     key, equals, values = part.partition("=")
-    is_listed = as_written(value_at(config, key.rstrip("!"))) in values.split("|") if equals else True
+    value = value_at(config, key.rstrip("!"))
+    is_listed = as_written(value) in values.split("|") if equals else True
     return is_listed is not key.endswith("!")
 
 
@@ -551,7 +552,7 @@ _SAMPLES_ONLY = tuple(
 
 _NEEDED = {
     "model.path": Rule(
-        f"model.path={NO_MODEL}",
+        f"model.path={UNSET}",
         "model.path is not set",
         "set model.path to a folder or hub name, or choose a preset: model=NAME",
     ),

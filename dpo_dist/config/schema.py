@@ -166,7 +166,7 @@ ZERO_STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKi
 Direction = StrEnum("Direction", ["highest", "lowest"])
 
 Every = Annotated[int, Field(strict=True, ge=2)]
-NO_MODEL = "-"
+UNSET = "-"
 """The default of a key that must be set; a verb that can work without a model gets it as `model.path`."""
 
 
@@ -174,7 +174,7 @@ NO_MODEL = "-"
 class ModelConfig:
     """The policy."""
 
-    path: NonEmpty = key(NO_MODEL)
+    path: NonEmpty = key(UNSET)
     """Folder or hub name of the model to train."""
     revision: str | None = key(None)
     """Branch, tag or commit of a hub model."""

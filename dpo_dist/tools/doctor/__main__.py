@@ -13,7 +13,7 @@ import sys
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_rules, needs_of
 from dpo_dist.config.run_folder import RunFolder, check_writable
-from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.config.schema import UNSET, RunConfig
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.console import console_on
@@ -32,7 +32,7 @@ def main(config: RunConfig) -> int:
 
         benchmark = read_benchmarks(config.doctor.benchmarks)
     check_template_file(config.data.chat_template)
-    if config.model.path != NO_MODEL:
+    if config.model.path != UNSET:
         policy = local_model_folder(config.model.path, config.model.revision, needs_weights=False)
         starts_as_base = config.model.adapter is None or config.model.adapter.path is None
         if policy is not None and starts_as_base:  # an adapter may have its own tokenizer

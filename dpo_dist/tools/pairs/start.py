@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dpo_dist.config.rules import SAMPLING_KEYS, Rule, check_rules, needs_of, unused
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, RunConfig, SourceConfig
+from dpo_dist.config.schema import UNSET, RunConfig, SourceConfig
 from dpo_dist.config.verb_sections import PairsConfig, PairsMethod
 from dpo_dist.data.formats import check_source
 from dpo_dist.foundation.remedies import Remedy
@@ -66,7 +66,7 @@ _RULES = (
         f"pairs.models {_RESPONDS}",
         "no model responds to the prompts",
         "set pairs.models=[MODEL], or model.path",
-        lambda c: NO_MODEL in responding_models(c.pairs, c.model.path),
+        lambda c: UNSET in responding_models(c.pairs, c.model.path),
     ),
     Rule(
         f"model.revision!=null {_RESPONDS}",

@@ -14,7 +14,7 @@ from dpo_dist.config.keys import config_dir
 from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.losses import LossKind, LossTermConfig, SimpoOptions, SyncReferenceConfig
 from dpo_dist.config.schema import (
-    NO_MODEL,
+    UNSET,
     AdapterConfig,
     Offload,
     SourceConfig,
@@ -168,7 +168,7 @@ def test_the_reference_follows_loss_and_model(typed: str, mode: str) -> None:
 
 
 def test_a_verb_can_work_without_a_model() -> None:
-    assert alone("data.train=[a.jsonl]", verb="doctor").model.path == NO_MODEL
+    assert alone("data.train=[a.jsonl]", verb="doctor").model.path == UNSET
     assert "model=NAME" in error_of("data.train=[a.jsonl]", verb="train", run=[]).remedy
 
 
