@@ -13,7 +13,7 @@ if __name__ == "__main__":
     end_at_signals()  # the imports take seconds, on a network file system more
 
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.rules import check_needs
+from dpo_dist.config.rules import check_rules, needs_of
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.training.start.preflight import check_start, checked_start
@@ -29,7 +29,7 @@ def main(
 
     `on_row`, `on_moment`: see `api.train`; an exception that they raise ends the run at once.
     """
-    check_needs(config, "train")
+    check_rules(config, needs_of("train"))
     stop = stop or StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     with stop.listening(), checked_start(config, trains=True) as console:
         # Slow, and the log must have what these imports print.

@@ -26,16 +26,16 @@ from dpo_dist.config.keys import (
     strip_indices,
     verb_keys,
 )
-from dpo_dist.config.load import load_run_config, to_yaml
+from dpo_dist.config.load import load_run_config, read_saved, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
-from dpo_dist.config.mistakes import SCHEMA, likely, raise_all, to_assign, unknown_key
+from dpo_dist.config.mistakes import likely, to_assign, unknown_key
 from dpo_dist.config.other_trainers import is_foreign
 from dpo_dist.config.run_folder import RunFolder, existing_run
-from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
-from dpo_dist.config.user_code import check_code_allowed, code_warnings, read_saved
+from dpo_dist.config.schema import SCHEMA, ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
+from dpo_dist.config.user_code import check_code_allowed, code_warnings
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.console import console_on, warnings_off
-from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after
+from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after, raise_all
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.installed import with_pages
 from dpo_dist.foundation.process import check_launch, this_rank
@@ -274,11 +274,15 @@ def _run(
     options = split_words(sys.argv[1:])
     text = _option_text(options, verb, sys.modules[main.__module__].__doc__ or "")
     if text is None:
+        words, folder, mistakes = options.words, options.config_dir, options.mistakes
         points: _Points
-        if load_points is None:
-            points = {(): _configuration(options, verb)}
+        if load_points is not None:
+            points = load_points(words, folder, mistakes=mistakes)
         else:
-            points = load_points(options.words, options.config_dir, mistakes=options.mistakes)
+            if verb == "train":
+                _check_more_than_run(options)
+            saved = saved_values(options, verb) if VERBS[verb].reuses_config else None
+            points = {(): load_run_config(words, folder, verb=verb, saved=saved, mistakes=mistakes)}
         config = next(iter(points.values()))
         text = "---\n".join(map(to_yaml, points.values())) if options.cfg else None
     if text is not None:
@@ -305,14 +309,6 @@ def _run(
             console = console_on(sys.stdout, config.console.style)
             console.result("check", report.as_dict(), str(report).splitlines())
     return ExitCode.completed
-
-
-def _configuration(options: argparse.Namespace, verb: str) -> RunConfig:
-    if verb == "train":
-        _check_more_than_run(options)
-    saved = saved_values(options, verb) if VERBS[verb].reuses_config else None
-    words, folder, mistakes = options.words, options.config_dir, options.mistakes
-    return load_run_config(words, folder, verb=verb, saved=saved, mistakes=mistakes)
 
 
 def _repeated(

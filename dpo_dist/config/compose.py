@@ -2,11 +2,9 @@
 
 import contextlib
 import copy
-import json
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from functools import reduce
 from itertools import pairwise
 from operator import getitem
@@ -24,6 +22,7 @@ from hydra.types import RunMode
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_dist.config.fields import plain_values
 from dpo_dist.config.keys import (
     config_dir,
     is_within,
@@ -379,9 +378,3 @@ def _remedy_for_several(override: Override) -> Remedy:
             is_decimal = "." in meant[0].partition("=")[2]
             remedy = Remedy.to_write(meant[0]) + ": a decimal point, no comma" * is_decimal
     return remedy + "; the verb sweep runs each of several values" if override.is_discrete_sweep() else remedy
-
-
-def plain_values(section: Any) -> dict[str, Any]:
-    """Return the values of a section, or of a whole configuration, without enums."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(section)))
-    return values

@@ -1,13 +1,20 @@
-"""Declare configuration keys: pydantic checks types and bounds, `Facts` are for help and digest."""
+"""Declare configuration keys, and write their types and values for people.
 
+Pydantic checks types and bounds; `Facts` are for help and digest.
+"""
+
+import json
 from collections.abc import Callable, Mapping
 from copy import copy
+from dataclasses import asdict, is_dataclass
+from enum import Enum
 from functools import reduce
 from operator import or_
 from types import UnionType
 from typing import (
     Annotated,
     Any,
+    Literal,
     NamedTuple,
     TypeVar,
     Union,
@@ -104,3 +111,82 @@ def key_facts(field: FieldInfo) -> Facts:
 
 NonEmpty = Annotated[str, Field(pattern=r"\S")]
 """Text that is not empty: a path, a name."""
+
+
+def nested(hint: Any) -> type | None:
+    """Return the only schema in a type, also in a list or beside null; None if there is none or several."""
+    schemas = schemas_in(hint)
+    return schemas[0] if len(schemas) == 1 else None
+
+
+def schemas_in(hint: Any) -> list[type]:
+    """Return the schemas in a type: of the entries of a list, of a mapping or null, of each alternative."""
+    if isinstance(hint, type) and is_dataclass(hint):
+        return [hint]
+    return [schema for part in get_args(hint) for schema in schemas_in(part)]
+
+
+def describe_type(hint: Any) -> str:
+    """Return a declared type in a user's words."""
+    if get_origin(hint) in (UnionType, Union):
+        return " or ".join(map(describe_type, get_args(hint)))
+    if get_origin(hint) is list:
+        return "a list in brackets: [a,b]"
+    if get_origin(hint) is dict:
+        return "a mapping"
+    if names := choices(hint):
+        return "one of " + ", ".join(names)
+    if inner := nested(hint):
+        return "a mapping with " + ", ".join(schema_fields(inner))
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
+    return words.get(hint, "any value")
+
+
+def choices(hint: Any) -> list[str]:
+    """Return the names that a type enumerates; empty for other types."""
+    if get_origin(hint) is Literal:
+        return [str(name) for name in get_args(hint)]
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return [member.value for member in hint]
+    if get_origin(hint) in (UnionType, Union):
+        return [name for part in get_args(hint) for name in choices(part)]
+    return []
+
+
+def as_written(value: Any) -> str:
+    """Return a value as a user writes it: `null`, `true`, `0.1`, `[{path: a, limit: 3}]`."""
+    value = plain(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {as_written(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(as_written(item) for item in value) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value) or "''"
+
+
+def plain(value: Any, *, with_defaults: bool = False) -> Any:
+    """Return `value` without dataclasses and enums; a dataclass becomes its keys that define the result.
+
+    Keys at their default are left out unless `with_defaults`; a null becomes the value that it means.
+    """
+    if isinstance(value, list):
+        return [plain(item, with_defaults=with_defaults) for item in value]
+    if not is_dataclass(value):
+        return str(value) if isinstance(value, str) else value
+    content = {}
+    for option, field in schema_fields(value).items():
+        item, facts = getattr(value, option), key_facts(field)
+        if not facts.free and (
+            with_defaults or item not in (field.get_default(call_default_factory=True), facts.null_means)
+        ):
+            shown = plain(facts.null_means if item is None else item, with_defaults=with_defaults)
+            if with_defaults or option != "options" or shown:  # {}: the defaults of the kind of loss
+                content[option] = shown
+    return content
+
+
+def plain_values(section: Any) -> dict[str, Any]:
+    """Return the values of a section, or of a whole configuration, without enums."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(section)))
+    return values

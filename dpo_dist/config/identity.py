@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.fields import key_facts, schema_fields
+from dpo_dist.config.fields import key_facts, plain, schema_fields
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.user_code import find_function
 
@@ -34,6 +34,11 @@ class RunIdentity:
         """The digest without the keys of the length: the same for longer and shorter runs."""
         trainer = {key: value for key, value in self._defining["trainer"].items() if key not in _LENGTH}
         return _digest(self._defining | {"trainer": trainer})
+
+    @property
+    def default_dir(self) -> Path:
+        """The run directory for `run.dir=null`: the same on all ranks and at every start."""
+        return Path(self.config.run.root) / f"{self.config.run.name}-{self.digest}"
 
     @property
     def length(self) -> str:
@@ -74,11 +79,6 @@ class RunIdentity:
 def _digest(defining: Mapping[str, Any]) -> str:
     canonical = json.dumps(defining, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
-
-
-def default_dir(root: str, name: str, digest: str) -> Path:
-    """Return the run directory for `run.dir=null`: the same on all ranks and at every start."""
-    return Path(root) / f"{name}-{digest}"
 
 
 def settings(config: Any) -> dict[str, Any]:
@@ -123,29 +123,3 @@ def title(config: Any, run_dir: Path) -> str:
     if config.trainer.seed:
         parts.append(f"seed={config.trainer.seed}")
     return " ".join([*parts, digest] if is_default else parts)
-
-
-def differing_keys(old: RunIdentity, new: RunIdentity) -> dict[str, tuple[Any, Any]]:
-    """Return the keys whose values give `old` and `new` different digests: `{"loss.beta": (0.1, 0.2)}`."""
-    return {key: (value, new.values[key]) for key, value in old.values.items() if value != new.values[key]}
-
-
-def plain(value: Any, *, with_defaults: bool = False) -> Any:
-    """Return `value` without dataclasses and enums; a dataclass becomes its keys that define the result.
-
-    Keys at their default are left out unless `with_defaults`; a null becomes the value that it means.
-    """
-    if isinstance(value, list):
-        return [plain(item, with_defaults=with_defaults) for item in value]
-    if not is_dataclass(value):
-        return str(value) if isinstance(value, str) else value
-    content = {}
-    for option, field in schema_fields(value).items():
-        item, facts = getattr(value, option), key_facts(field)
-        if not facts.free and (
-            with_defaults or item not in (field.get_default(call_default_factory=True), facts.null_means)
-        ):
-            shown = plain(facts.null_means if item is None else item, with_defaults=with_defaults)
-            if with_defaults or option != "options" or shown:  # {}: the defaults of the kind of loss
-                content[option] = shown
-    return content

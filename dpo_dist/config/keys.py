@@ -2,19 +2,16 @@
 
 import json
 import re
-import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
-from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from pydantic_core import PydanticUndefined
 
-from dpo_dist.config.fields import LARGEST_INTEGER, key_facts, schema_fields
-from dpo_dist.config.identity import plain
-from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.config.fields import LARGEST_INTEGER, describe_type, key_facts, schema_fields, schemas_in
+from dpo_dist.config.schema import UNSET, RunConfig
 from dpo_dist.config.verbs import EVERY_VERB, VERBS
 
 _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
@@ -24,7 +21,7 @@ _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 class Key:
     """One key, as the schema declares it: `loss.beta`, or `data.train[].path` in the entries of a list.
 
-    `default` is NO_MODEL for a key that must be set; `accepts`: the values in words, if the type lacks them.
+    `default` is UNSET for a key that must be set; `accepts`: the values in words, if the type lacks them.
     """
 
     name: str
@@ -46,21 +43,9 @@ class Key:
     @property
     def default_words(self) -> str:
         """The default as it is written on a command line; empty for a key that must be set."""
-        if self.default == NO_MODEL:
+        if self.default == UNSET:
             return ""
         return self.default if isinstance(self.default, str) else json.dumps(self.default)
-
-
-def nested(hint: Any) -> type | None:
-    """Return the only schema in a type, also in a list or beside null; None if there is none or several."""
-    schemas = _schemas_in(hint)
-    return schemas[0] if len(schemas) == 1 else None
-
-
-def _schemas_in(hint: Any) -> list[type]:
-    if isinstance(hint, type) and is_dataclass(hint):
-        return [hint]
-    return [schema for part in get_args(hint) for schema in _schemas_in(part)]
 
 
 @cache
@@ -79,7 +64,7 @@ def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]
         row = Key(
             prefix + option,
             hint,
-            NO_MODEL if default is PydanticUndefined else default,
+            UNSET if default is PydanticUndefined else default,
             " ".join((field.description or "").split()),
             " and ".join(bounds),
             defining,
@@ -89,7 +74,7 @@ def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]
         )
         yield row
         below = f"{row.name}[]." if get_origin(hint) is list else f"{row.name}."
-        for inner in _schemas_in(hint):
+        for inner in schemas_in(hint):
             yield from _rows_of(inner, below, defining, used_by)
 
 
@@ -150,45 +135,6 @@ def verb_keys(verb: str, *, trains: bool = False) -> list[str]:
     """Return the keys that a verb reads, and their sections; `trains`: also the keys of a training run."""
     verbs = {verb, "train"} if trains or VERBS[verb].takes_training else {verb}
     return [name for name in run_keys() if not verbs.isdisjoint(readers(name))]
-
-
-def describe_type(hint: Any) -> str:
-    """Return a declared type in a user's words."""
-    if get_origin(hint) in (types.UnionType, Union):
-        return " or ".join(map(describe_type, get_args(hint)))
-    if get_origin(hint) is list:
-        return "a list in brackets: [a,b]"
-    if get_origin(hint) is dict:
-        return "a mapping"
-    if names := choices(hint):
-        return "one of " + ", ".join(names)
-    if inner := nested(hint):
-        return "a mapping with " + ", ".join(schema_fields(inner))
-    words = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
-    return words.get(hint, "any value")
-
-
-def choices(hint: Any) -> list[str]:
-    """Return the names that a type enumerates; empty for other types."""
-    if get_origin(hint) is Literal:
-        return [str(name) for name in get_args(hint)]
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return [member.value for member in hint]
-    if get_origin(hint) in (types.UnionType, Union):
-        return [name for part in get_args(hint) for name in choices(part)]
-    return []
-
-
-def as_written(value: Any) -> str:
-    """Return a value as a user writes it: `null`, `true`, `0.1`, `[{path: a, limit: 3}]`."""
-    value = plain(value)
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {as_written(item)}" for name, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(as_written(item) for item in value) + "]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value) or "''"
 
 
 def strip_indices(where: str) -> str:

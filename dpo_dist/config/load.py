@@ -8,26 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from dpo_dist.config.compose import FAILURES, Command, keys_given, plain_values
-from dpo_dist.config.identity import RunIdentity, default_dir, differing_keys
+from dpo_dist.config.compose import FAILURES, Command, keys_given
+from dpo_dist.config.fields import plain_values
+from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.keys import group_folders
-from dpo_dist.config.mistakes import (
-    SCHEMA,
-    composition_error,
-    raise_all,
-    wrong_values,
-)
-from dpo_dist.config.rule import check_rules, reset_unused, value_at
-from dpo_dist.config.rules import resolve_reference, rules_of
-from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.config.user_code import find_function, read_saved, read_saved_yaml
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.config.mistakes import composition_error, wrong_values
+from dpo_dist.config.rules import check_rules, reset_unused, resolve_reference, rules_of, value_at
+from dpo_dist.config.schema import SCHEMA, ReferenceMode, RunConfig
+from dpo_dist.config.user_code import find_function
+from dpo_dist.foundation.errors import ConfigError, first_fault, first_line, raise_all
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.remote import check_url, is_url, name_in_address
 from dpo_dist.foundation.text import without_secrets
+
+_CODE_OF_HYDRA = ("defaults", "hydra")
+_DEEPEST = 50
 
 
 def load_run_config(
@@ -82,30 +81,75 @@ def complete_config(config: RunConfig, given: Collection[str] = (), verb: str = 
         for source in filter(lambda source: is_url(source.path), sources):
             check_url(source.path, key)
         named += [(key, source.path) for source in sources]
-    raise_all([_hub_page(key, path, name) for key, path in named if (name := name_in_address(path or ""))])
-    given_dir = config.run.dir
-    folder = (
-        default_dir(config.run.root, config.run.name, config.identity.digest)
-        if given_dir is None
-        else Path(given_dir)
-    )
+    pages = [
+        ConfigError(
+            "this is the address of a page for browsers",
+            where=key,
+            got=path,
+            expected="the name on the hub, ORG/NAME",
+            remedy=Remedy.to_rename(path, name),
+        )
+        for key, path in named
+        if (name := name_in_address(path or ""))
+    ]
+    raise_all(pages)
+    folder = config.identity.default_dir if config.run.dir is None else Path(config.run.dir)
     return replace(config, run=replace(config.run, dir=str(folder)))
-
-
-def _hub_page(key: str, path: str, name: str) -> ConfigError:
-    message = "this is the address of a page for browsers"
-    return ConfigError(
-        message,
-        where=key,
-        got=path,
-        expected="the name on the hub, ORG/NAME",
-        remedy=Remedy.to_rename(path, name),
-    )
 
 
 def to_yaml(config: RunConfig) -> str:
     """Return `config` as YAML without secrets, which `from_yaml` reads; also the text of an experiment."""
     return OmegaConf.to_yaml(OmegaConf.create(without_secrets(plain_values(config))))
+
+
+def read_saved(file: Path, form: Any = dict) -> dict[str, Any]:
+    """Return the values of a run's config.yaml, perhaps a stranger's, by `read_saved_yaml`.
+
+    `form`: a type for pydantic.
+    """
+    try:
+        if file.exists() and not file.is_file():  # a pipe is read for ever
+            raise ValueError("no file, but a folder, a pipe or a device")
+        values = read_saved_yaml(file.read_bytes(), str(file))
+        TypeAdapter(form).validate_python(values, strict=True)
+    except ValidationError as error:
+        raise _unreadable(str(file), first_fault(error)) from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(str(file), first_line(error)) from None
+    return values
+
+
+def read_saved_yaml(text: str | bytes, where: str = "config.yaml") -> dict[str, Any]:
+    """Return the values of a run's config.yaml; nothing in the file is evaluated.
+
+    Raises:
+        ConfigError: the file has no keys, or has an alias, an interpolation or a key of Hydra's.
+    """
+    try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it has an alias (*), which no run writes")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:  # PyYAML takes minutes for thousands of open brackets
+                raise ValueError(f"it has values in more than {_DEEPEST} others, which no run writes")
+        content = yaml.safe_load(text)
+        if not isinstance(content, dict):
+            raise ValueError("it has no keys")
+        if "${" in str(content) or not content.keys().isdisjoint(_CODE_OF_HYDRA):
+            raise ValueError("it has an interpolation (${...}), defaults or hydra, which no run writes")
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise _unreadable(where, first_line(error)) from error
+    return content
+
+
+def _unreadable(where: str, fault: str) -> ConfigError:
+    return ConfigError(
+        "the configuration of this run cannot be read",
+        where=where,
+        got=fault,
+        remedy="restore the file, or write the run's whole command: model.path=... and its other keys",
+    )
 
 
 def from_yaml(text: str | bytes, where: str | Path = "config.yaml") -> RunConfig:
@@ -124,6 +168,11 @@ def _saved(values: dict[str, Any], where: str | Path) -> RunConfig:
     except ValidationError as error:
         raise_all(wrong_values(error, values, lambda key: f"{key} in {where}"))
         raise
+
+
+def differing_keys(old: RunIdentity, new: RunIdentity) -> dict[str, tuple[Any, Any]]:
+    """Return the keys whose values give `old` and `new` different digests: `{"loss.beta": (0.1, 0.2)}`."""
+    return {key: (value, new.values[key]) for key, value in old.values.items() if value != new.values[key]}
 
 
 def changed_keys(file: Path, identity: RunIdentity) -> dict[str, tuple[Any, Any]]:

@@ -1,4 +1,4 @@
-"""The keys of `loss`, and the facts of each kind."""
+"""The keys of `loss`, with the options and facts of each kind."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, is_dataclass
@@ -9,19 +9,6 @@ from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from dpo_dist.config.fields import as_entry, key, schema, schema_fields, section
-from dpo_dist.config.loss_options import (
-    BcoDelta,
-    BcoPairOptions,
-    BetaDpoOptions,
-    CpoOptions,
-    DiscopopOptions,
-    DpopOptions,
-    IpoOptions,
-    OdpoOptions,
-    OrpoOptions,
-    RewardAwareOptions,
-    SimpoOptions,
-)
 
 T = TypeVar("T")
 
@@ -52,6 +39,94 @@ Divergence = StrEnum("Divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
 """f-divergence from the reference model (arXiv 2309.16240)."""
 Weighting = StrEnum("Weighting", ["none", "wpo"])
 """Weight of each pair's loss."""
+
+
+# The options of each kind of loss: `loss.options`.
+BcoDelta = StrEnum("BcoDelta", ["zero", "running_mean"])
+"""Reward shift of `bco_pair`."""
+
+
+@schema
+class IpoOptions:
+    """Options of `ipo`."""
+
+    length_average: bool = key(True)
+    """`ipo`: divide log-ratios by the response's tokens."""
+
+
+@schema
+class BcoPairOptions:
+    """Options of `bco_pair`."""
+
+    delta: BcoDelta = key(BcoDelta.zero)
+    """`bco_pair`: reward shift."""
+
+
+@schema
+class DiscopopOptions:
+    """Options of `discopop`."""
+
+    # Above 1 the loss of a pair that is ranked wrongly grows like exp(-b h).
+    tau: float = key(0.05, gt=0, le=1)
+    """`discopop`: temperature of the blend of its two losses."""
+
+
+@schema
+class DpopOptions:
+    """Options of `dpop`."""
+
+    penalty_weight: float = key(50.0, ge=0)
+    """`dpop`: weight of the penalty for a chosen response that is less likely than under the reference."""
+
+
+@schema
+class OdpoOptions:
+    """Options of `odpo`."""
+
+    alpha: float = key(1.0, ge=0)
+    """`odpo`: weight of the score gap's logarithm."""
+
+
+@schema
+class RewardAwareOptions:
+    """Options of `reward_aware`."""
+
+    scale: float = key(1.0, gt=0)
+    """`reward_aware`: factor of the score gap; the sigmoid of the product is the target probability."""
+
+
+@schema
+class SimpoOptions:
+    """Options of `simpo`."""
+
+    gamma: float = key(0.5, ge=0)
+    """`simpo`: target margin."""
+
+
+@schema
+class OrpoOptions:
+    """Options of `orpo`."""
+
+    odds_weight: float = key(0.1, ge=0)
+    """`orpo`: weight of the odds-ratio term, lambda of the paper."""
+
+
+@schema
+class CpoOptions:
+    """Options of `cpo`."""
+
+    nll_weight: float = key(1.0, ge=0)
+    """`cpo`: weight of the chosen response's mean negative log-prob."""
+
+
+@schema
+class BetaDpoOptions:
+    """Options of `beta_dpo`."""
+
+    alpha: float = key(0.6, ge=0)
+    """`beta_dpo`: how much beta follows the batch's margin."""
+    momentum: float = key(0.9, ge=0, lt=1)
+    """`beta_dpo`: momentum of the moving average of margins."""
 
 
 NUMBERS = {"loss_weight": 1.0, "soft_label": 1.0, "margin": 0.0}

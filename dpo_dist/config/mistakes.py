@@ -17,31 +17,19 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from dpo_dist.config.fields import schema_fields
-from dpo_dist.config.identity import plain
-from dpo_dist.config.keys import (
-    all_keys,
-    as_written,
-    choices,
-    describe_type,
-    group_folders,
-    nested,
-    preset_names,
-    run_keys,
-    strip_indices,
-)
+from dpo_dist.config.fields import as_written, choices, describe_type, nested, plain, schema_fields
+from dpo_dist.config.keys import all_keys, group_folders, preset_names, run_keys, strip_indices
 from dpo_dist.config.losses import NO_OPTION, kinds_using
 from dpo_dist.config.other_trainers import OFF, advice_on, as_sources, equivalents, find_advice
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import SCHEMA
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.foundation.errors import ConfigError, DpoDistError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import similar_path
-from dpo_dist.foundation.remedies import COMMAND_LINE, Remedy, Typed
+from dpo_dist.foundation.remedies import Remedy, Typed
 
-SCHEMA = TypeAdapter(RunConfig)
 _PRESET_PATHS = {
     "model": ("model.path", "evaluation.model"),
     "data": ("data.train", "evaluation.data"),
@@ -115,25 +103,6 @@ def unreadable(words: Sequence[str], verb: str = "") -> ConfigError:
         expected="KEY=VALUE, for example loss.beta=0.2",
         remedy=remedy,
     )
-
-
-def raise_all(mistakes: Sequence[DpoDistError]) -> None:
-    """Raise the mistake, or one error with a line for each; do nothing if there are none."""
-    every = [part for mistake in mistakes for part in mistake.parts or (mistake,)]
-    if len(different := {mistake.block(): mistake for mistake in every}) == 1:
-        raise every[0]
-    lines = []
-    for mistake in different.values():
-        where = mistake.where.removeprefix(COMMAND_LINE).removeprefix(": ")
-        got = f" ({mistake.got})" if where and mistake.got and "=" not in where else ""
-        advice = mistake.advice
-        is_said = mistake.expected in advice.text or advice.write or advice.rename
-        expected = "" if is_said else f", expected {mistake.expected}"
-        lines.append(f"{where or mistake.got}{got}: {mistake.message}{expected}; {mistake.remedy}")
-    if lines := list(dict.fromkeys(lines)):
-        whole = ConfigError(f"this command has {len(lines)} mistakes", remedy=f"\n{' ' * 12}".join(lines))
-        whole.parts = list(different.values())
-        raise whole
 
 
 def assignment(key: str, value: str) -> str | None:

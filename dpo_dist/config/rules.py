@@ -4,17 +4,118 @@ Also the keys that each verb needs and reads, and the choice for `reference.mode
 bounds of single values.
 """
 
-from dataclasses import replace
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from operator import getitem
+from typing import Any
 
-from dpo_dist.config.fields import schema_fields
+from dpo_dist.config.fields import as_written, schema_fields
+from dpo_dist.config.keys import all_keys
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import ACCURACIES, CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import did_you_mean, likely
-from dpo_dist.config.rule import LOSS, Rule, check_rules, unused, value_at
-from dpo_dist.config.schema import NO_MODEL, DataFormat, Direction, ReferenceMode, RunConfig
-from dpo_dist.config.verb_sections import ExportConfig, PairsMethod, SamplingConfig
+from dpo_dist.config.schema import SCHEMA, UNSET, DataFormat, Direction, ReferenceMode, RunConfig
+from dpo_dist.config.verb_sections import (
+    CompareConfig,
+    ExportConfig,
+    PairsConfig,
+    PairsMethod,
+    SamplingConfig,
+)
 from dpo_dist.config.verbs import VERBS
+from dpo_dist.foundation.errors import ConfigError, raise_all
 from dpo_dist.foundation.remedies import Remedy
+
+Condition = Callable[[RunConfig], bool]
+LOSS = "loss"
+"""A rule's key for the loss: it means `loss.kind`, or `loss.terms` if the loss has terms."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule between values: a configuration breaks it if all parts of `when`, and `also`, are true.
+
+    A part is `KEY=VALUE`, `KEY=VALUE|VALUE`, `KEY!=VALUE` or a bare KEY; the keys give an error's `where` and
+    `got`. In `why` `{model.attention}` stands for the value of that key. If the command sets the
+    key `resets` but not the first key of `when`, the first key goes back to its default.
+    """
+
+    when: str
+    why: str
+    remedy: str | Remedy | Callable[[RunConfig], Remedy]
+    also: Condition = lambda _: True
+    resets: str = ""
+
+    def is_broken(self, config: RunConfig) -> bool:
+        """Return whether a configuration breaks the rule."""
+        return all(_holds(config, part) for part in self.when.split()) and self.also(config)
+
+    def error(self, config: RunConfig) -> ConfigError:
+        """Return the error of a configuration that breaks the rule."""
+        loss_key = "loss.terms" if config.loss.terms else "loss.kind"
+        keys = re.findall(r"(?:^| )([\w.]+)", self.when)
+        names = [loss_key if key == LOSS else key for key in keys]
+        values = [
+            "+".join(config.loss.kinds) if key == LOSS else as_written(value_at(config, key)) for key in keys
+        ]
+        remedy = self.remedy(config) if callable(self.remedy) else self.remedy
+        why = self.why.format(**vars(config))
+        return ConfigError(why, where=", ".join(names), got=", ".join(values), remedy=remedy)
+
+
+def _holds(config: RunConfig, part: str) -> bool:
+    key, equals, values = part.partition("=")
+    value = value_at(config, key.rstrip("!"))
+    is_listed = as_written(value) in values.split("|") if equals else True
+    return is_listed is not key.endswith("!")
+
+
+def unused(key: str, unless: str, remedy: str | Remedy = "", works: Condition = lambda _: False) -> Rule:
+    """Return the rule that refuses a key without effect: the key is set, and `unless` and `works` are false.
+
+    An `unless` without a value, such as LOSS, is only named in the error.
+    """
+    default, other = all_keys()[key].default, unless.partition("=")[0].rstrip("!")
+    return Rule(
+        f"{key} {other}",
+        f"{key} has no effect with this {other}",
+        Remedy.to_remove(key)
+        + f", or {remedy or 'set ' + unless.replace('|', ' or ').replace('!=null', '=...')}",
+        lambda c: (
+            value_at(c, key, default) != default
+            and not (other != unless and _holds(c, unless))
+            and not works(c)
+        ),
+        resets="" if other == LOSS else other,  # loss=NAME gives all options of the loss
+    )
+
+
+def reset_unused(config: RunConfig, given: Collection[str], rules: Iterable[Rule]) -> RunConfig:
+    """Reset a preset's options if a key of the command (`given`) takes their effect away."""
+    for rule in rules:
+        key = rule.when.partition(" ")[0]
+        if rule.resets in given and key not in given and rule.is_broken(config):
+            *sections, name = key.split(".")
+            reduce(getitem, sections, values := asdict(config))[name] = all_keys()[key].default
+            config, given = SCHEMA.validate_python(values), {*given, key}
+    return config
+
+
+def check_rules(config: RunConfig, rules: Iterable[Rule]) -> None:
+    """Raise one error with every rule that a configuration breaks."""
+    broken = [rule for rule in rules if rule.is_broken(config)]
+    raise_all([rule.error(config) for rule in broken])
+
+
+def value_at(config: RunConfig, key: str, absent: Any = None) -> Any:
+    """Return the value of a key; `absent` for a key of a section that is null, such as `model.adapter`."""
+    if key == LOSS:
+        return None
+    *sections, name = key.split(".")
+    section = reduce(getattr, sections, config)
+    return absent if section is None else getattr(section, name)
 
 
 def _given_once(key: str) -> Rule:
@@ -41,13 +142,13 @@ def _unused_by_loss(option: str) -> Rule:
     """Refuse an option that no preference loss of the sum uses; all must use `divergence` and `weighting`."""
     has_effect = all if option in ("divergence", "weighting") else any
 
-    def is_used(config: RunConfig) -> bool:
-        terms = [facts for facts in config.loss.facts if facts.fewest_responses > 1 or facts.is_unpaired]
+    def is_used(loss: LossConfig) -> bool:
+        terms = [facts for facts in loss.facts if facts.fewest_responses > 1 or facts.is_unpaired]
         return bool(terms) and has_effect(option in facts.uses for facts in terms)
 
     users = ", ".join(sorted(kinds_using(option)))
     remedy = f"choose a loss that uses it: {users}; loss=NAME replaces all options of the loss"
-    return unused(f"loss.{option}", LOSS, remedy, is_used)
+    return unused(f"loss.{option}", LOSS, remedy, lambda c: is_used(c.loss))
 
 
 def _unused_by_reference(key: str, resets: str = "") -> tuple[Rule, Rule]:
@@ -425,9 +526,9 @@ RULES = (
 """The rules of every verb, in the order of the checks."""
 
 
-def _is_for_others(config: RunConfig) -> bool:
+def _is_for_others(pairs: PairsConfig, compare: CompareConfig) -> bool:
     """Return whether `sampling` is for `pairs` or `compare`: one file may have keys of several verbs."""
-    return config.pairs.method in (PairsMethod.samples, PairsMethod.delta) or bool(config.compare.models)
+    return pairs.method in (PairsMethod.samples, PairsMethod.delta) or bool(compare.models)
 
 
 SAMPLING_KEYS = [f"sampling.{name}" for name in schema_fields(SamplingConfig) if name != "endpoint"]
@@ -440,16 +541,18 @@ _SAMPLES_ONLY = tuple(
             key,
             "data.eval!=[]",
             _HOLD_OUT,
-            lambda c: c.data.eval_share > 0 or _is_for_others(c),
+            lambda c: c.data.eval_share > 0 or _is_for_others(c.pairs, c.compare),
         ),
-        unused(key, "samples.prompts!=0", "set samples.prompts=16", _is_for_others),
+        unused(
+            key, "samples.prompts!=0", "set samples.prompts=16", lambda c: _is_for_others(c.pairs, c.compare)
+        ),
     )
 )
 """Rules of verbs that take a training run, in which models respond only to the prompts of evaluations."""
 
 _NEEDED = {
     "model.path": Rule(
-        f"model.path={NO_MODEL}",
+        f"model.path={UNSET}",
         "model.path is not set",
         "set model.path to a folder or hub name, or choose a preset: model=NAME",
     ),
@@ -473,13 +576,8 @@ def rules_of(verb: str) -> list[Rule]:
 
 
 def needs_of(verb: str) -> list[Rule]:
-    """Return the rules about the keys that a verb needs: a configuration without one breaks a rule."""
+    """Return the rules about the keys that a verb needs, for a configuration that is made in Python, too."""
     return [_NEEDED[key] for key in VERBS[verb].needs] if verb else []
-
-
-def check_needs(config: RunConfig, verb: str) -> None:
-    """Raise ConfigError if a configuration made in Python lacks a key that the verb needs."""
-    check_rules(config, needs_of(verb))
 
 
 def resolve_reference(config: RunConfig) -> RunConfig:

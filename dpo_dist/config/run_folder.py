@@ -8,7 +8,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import size
 
@@ -90,11 +89,6 @@ class RunFolder:
     """The run directory at `path`; its properties are paths that may or may not exist."""
 
     path: Path
-
-    @classmethod
-    def from_config(cls, config: RunConfig) -> "RunFolder":
-        """Return the run directory of `config`: `run.dir`."""
-        return cls(Path(str(config.run.dir)))
 
     def __str__(self) -> str:
         return str(self.path)

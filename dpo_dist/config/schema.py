@@ -1,7 +1,7 @@
 """Every key of a run: type, default, bounds, meaning. A key is declared once, and nowhere else.
 
-Keys of `loss` are in `losses`, those of `optim` in `optim`, keys of other verbs than `train` in
-`verb_sections`, rules between keys in `rules`. A key declared `free` does not define the run's result
+Keys of `loss` are in `losses`, keys of other verbs than `train` in `verb_sections`, rules between keys in
+`rules`. A key declared `free` does not define the run's result
 (hardware, placement, how often something is written): it is not part of the digest that names the run
 directory.
 """
@@ -10,9 +10,10 @@ from copy import copy
 from dataclasses import replace
 from enum import StrEnum
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, TypeAdapter
 
 from dpo_dist.config.fields import (
     LARGEST_INTEGER,
@@ -26,7 +27,6 @@ from dpo_dist.config.fields import (
 )
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.optim import OptimConfig
 from dpo_dist.config.verb_sections import (
     CompareConfig,
     DoctorConfig,
@@ -60,6 +60,11 @@ class FolderConfig:
     """`auto`: resume if there is a checkpoint; `must`: error without one; `never`: error with results."""
     mirror: NonEmpty | None = key(None, verbs="train")
     """Folder or URL to which checkpoints and results are copied, and from which a lost run resumes."""
+
+    @property
+    def path(self) -> Path:
+        """The run directory: loading a configuration sets `dir`."""
+        return Path(str(self.dir))
 
 
 ConsoleStyle = StrEnum("ConsoleStyle", ["auto", "plain", "json"])
@@ -161,7 +166,7 @@ ZERO_STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKi
 Direction = StrEnum("Direction", ["highest", "lowest"])
 
 Every = Annotated[int, Field(strict=True, ge=2)]
-NO_MODEL = "-"
+UNSET = "-"
 """The default of a key that must be set; a verb that can work without a model gets it as `model.path`."""
 
 
@@ -169,7 +174,7 @@ NO_MODEL = "-"
 class ModelConfig:
     """The policy."""
 
-    path: NonEmpty = key(NO_MODEL)
+    path: NonEmpty = key(UNSET)
     """Folder or hub name of the model to train."""
     revision: str | None = key(None)
     """Branch, tag or commit of a hub model."""
@@ -353,6 +358,47 @@ class ParallelismConfig:
     """Seconds that a process waits for another one before the run ends."""
 
 
+LearningRateSchedule = StrEnum(
+    "LearningRateSchedule", ["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
+)
+OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_8bit", "muon"])
+
+
+@schema
+class OptimConfig:
+    """AdamW or Muon, and the learning-rate schedule, a pure function of the step."""
+
+    kind: OptimizerKind = key(OptimizerKind.adamw)
+    """`adamw`; `adamw_8bit`: its states take 2 bytes for each weight in place of 8 (bitsandbytes, the
+    `quantization` extra); `muon`: Muon for matrices, AdamW for embeddings, output layer, stacked experts,
+    biases and norms, with the same `lr` and `weight_decay` (arXiv 2502.16982). Master weights are float32."""
+    lr: float = key(1e-6, gt=0)
+    """Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained."""
+    schedule: LearningRateSchedule = key(LearningRateSchedule.cosine)
+    """Course of the learning rate after warm-up. `inverse_sqrt` falls as sqrt(w / step) after w steps of
+    warm-up, without warm-up as sqrt(10,000 / (10,000 + step)), as in transformers. `wsd` (warm-up, stable,
+    decay) is constant until its decay, which is linear."""
+    warmup_ratio: float = key(0.1, ge=0, le=1)
+    """Share of all steps that warm up the learning rate; the first of w such steps has lr / w."""
+    warmup_steps: int | None = key(None, ge=0)
+    """Steps of warm-up, in place of `warmup_ratio`; null: by the ratio."""
+    warmup_from_zero: bool = key(False)
+    """Warm up as transformers does, one step later: the first step has rate 0 and changes no weight, the step
+    after the w of the warm-up has `lr`, which a shorter run never reaches."""
+    min_lr_ratio: float = key(0.0, ge=0, lt=1)
+    """Last learning rate of `linear`, `cosine`, `wsd`, as a share of `lr`; 0: one step more would have 0."""
+    decay_ratio: float = key(0.2, gt=0, le=1)
+    """Share of all steps in the decay of `wsd`."""
+    weight_decay: float = key(0.0, ge=0)
+    """Decoupled weight decay; biases and norms have none."""
+    betas: list[Annotated[float, Field(strict=True, ge=0, lt=1)]] = key(
+        [0.9, 0.999], accepts="two numbers, >= 0 and < 1: [0.9,0.999]", min_length=2, max_length=2
+    )
+    """Decay rates of the first and second moments of AdamW; the momentum of `muon` is always 0.95."""
+    max_grad_norm: float | None = key(1.0, gt=0)
+    """Largest norm of the gradient; a larger gradient is clipped to this norm. null: none is clipped."""
+
+
 FinalModel = StrEnum("FinalModel", ["last", "best"])
 
 
@@ -473,3 +519,6 @@ class RunConfig:
     def identity(self) -> RunIdentity:
         """What defines the run's result."""
         return RunIdentity(self)
+
+
+SCHEMA = TypeAdapter(RunConfig)

@@ -11,10 +11,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import TypeAdapter, ValidationError
-
-from dpo_dist.foundation.errors import ConfigError, first_fault, first_line
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 
 LOSS_FUNCTION, METRICS_FUNCTION = "loss.function", "metrics.function"
@@ -106,7 +103,6 @@ FOREIGN_CODE = {
     **dict.fromkeys(("data.train", "data.eval", "evaluation.data"), "Python code of a reader of data is run"),
 }
 """The keys that run other people's code, with the text of a warning; docs/reliability.md lists them."""
-_CODE_OF_HYDRA = ("defaults", "hydra")
 
 
 def _code_options(values: Mapping[str, Any]) -> dict[str, str]:
@@ -127,59 +123,6 @@ def _code_options(values: Mapping[str, Any]) -> dict[str, str]:
 def code_warnings(values: Mapping[str, Any]) -> list[str]:
     """Return a warning for each option, in a configuration's plain values, that runs other people's code."""
     return [f"warning: {key}={value}: {FOREIGN_CODE[key]}" for key, value in _code_options(values).items()]
-
-
-_DEEPEST = 50
-
-
-def read_saved(file: Path, form: Any = dict) -> dict[str, Any]:
-    """Return the values of a run's config.yaml, perhaps a stranger's, by `read_saved_yaml`.
-
-    `form`: a type for pydantic.
-    """
-    try:
-        if file.exists() and not file.is_file():  # a pipe is read for ever
-            raise ValueError("no file, but a folder, a pipe or a device")
-        values = read_saved_yaml(file.read_bytes(), str(file))
-        TypeAdapter(form).validate_python(values, strict=True)
-    except ValidationError as error:
-        raise _unreadable(str(file), first_fault(error)) from None
-    except (OSError, ValueError) as error:
-        raise _unreadable(str(file), first_line(error)) from None
-    return values
-
-
-def read_saved_yaml(text: str | bytes, where: str = "config.yaml") -> dict[str, Any]:
-    """Return the values of a run's config.yaml; nothing in the file is evaluated.
-
-    Raises:
-        ConfigError: the file has no keys, or has an alias, an interpolation or a key of Hydra's.
-    """
-    try:
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError("it has an alias (*), which no run writes")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST:  # PyYAML takes minutes for thousands of open brackets
-                raise ValueError(f"it has values in more than {_DEEPEST} others, which no run writes")
-        content = yaml.safe_load(text)
-        if not isinstance(content, dict):
-            raise ValueError("it has no keys")
-        if "${" in str(content) or not content.keys().isdisjoint(_CODE_OF_HYDRA):
-            raise ValueError("it has an interpolation (${...}), defaults or hydra, which no run writes")
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise _unreadable(where, first_line(error)) from error
-    return content
-
-
-def _unreadable(where: str, fault: str) -> ConfigError:
-    return ConfigError(
-        "the configuration of this run cannot be read",
-        where=where,
-        got=fault,
-        remedy="restore the file, or write the run's whole command: model.path=... and its other keys",
-    )
 
 
 def check_code_allowed(content: Mapping[str, Any], given: Collection[str], file: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from dpo_dist.batching.sampler import BatchSampler
-from dpo_dist.config.keys import as_written
+from dpo_dist.config.fields import as_written
 from dpo_dist.config.schema import DataConfig, SourceConfig, TextTemplate
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord, Record, shown_key
 from dpo_dist.data.text.lengths import SourceLengths, fitting_limits

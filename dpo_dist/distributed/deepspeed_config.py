@@ -6,8 +6,14 @@ from typing import Any
 
 import torch
 
-from dpo_dist.config.optim import OptimConfig
-from dpo_dist.config.schema import ZERO_STAGES, Dtype, Offload, ParallelismConfig, ParallelismKind
+from dpo_dist.config.schema import (
+    ZERO_STAGES,
+    Dtype,
+    Offload,
+    OptimConfig,
+    ParallelismConfig,
+    ParallelismKind,
+)
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.model.library_internals import sharded_by
 

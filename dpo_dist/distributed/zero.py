@@ -15,7 +15,7 @@ from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.config.optim import OptimConfig, OptimizerKind
+from dpo_dist.config.schema import OptimConfig, OptimizerKind
 from dpo_dist.distributed.checkpoint.saver import SavedSlices
 from dpo_dist.distributed.checkpoint.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
 from dpo_dist.distributed.deepspeed_config import START, communication

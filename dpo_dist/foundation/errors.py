@@ -178,6 +178,25 @@ class PeerLostError(DpoDistError):
     title = "process lost"
 
 
+def raise_all(mistakes: Sequence[DpoDistError]) -> None:
+    """Raise the mistake, or one error with a line for each; do nothing if there are none."""
+    every = [part for mistake in mistakes for part in mistake.parts or (mistake,)]
+    if len(different := {mistake.block(): mistake for mistake in every}) == 1:
+        raise every[0]
+    lines = []
+    for mistake in different.values():
+        where = mistake.where.removeprefix(COMMAND_LINE).removeprefix(": ")
+        got = f" ({mistake.got})" if where and mistake.got and "=" not in where else ""
+        advice = mistake.advice
+        is_said = mistake.expected in advice.text or advice.write or advice.rename
+        expected = "" if is_said else f", expected {mistake.expected}"
+        lines.append(f"{where or mistake.got}{got}: {mistake.message}{expected}; {mistake.remedy}")
+    if lines := list(dict.fromkeys(lines)):
+        whole = ConfigError(f"this command has {len(lines)} mistakes", remedy=f"\n{' ' * 12}".join(lines))
+        whole.parts = list(different.values())
+        raise whole
+
+
 def disk_error(error: BaseException) -> ConfigError | None:
     """Return a `ConfigError` if a full disk, a path or its permissions caused `error`, else None."""
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # raised by Path.expanduser

@@ -14,18 +14,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from dpo_dist.config.loss_options import (
+from dpo_dist.config.losses import (
+    KINDS,
     BetaDpoOptions,
     CpoOptions,
     DiscopopOptions,
+    Divergence,
     DpopOptions,
     IpoOptions,
+    LossConfig,
+    LossKind,
+    LossTermConfig,
     OdpoOptions,
     OrpoOptions,
     RewardAwareOptions,
     SimpoOptions,
 )
-from dpo_dist.config.losses import KINDS, Divergence, LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.user_code import accepts_facts, find_function, user_function
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps

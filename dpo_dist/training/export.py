@@ -14,8 +14,8 @@ from dpo_dist.config.identity import settings
 from dpo_dist.config.load import saved_config
 from dpo_dist.config.run_files import CheckpointState, Environment
 from dpo_dist.config.run_folder import RunFolder, checkpoint_step, existing_run
-from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
-from dpo_dist.config.verb_sections import ExportedWeights
+from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig
+from dpo_dist.config.verb_sections import ExportConfig, ExportedWeights
 from dpo_dist.data.text.template import with_chosen_template
 from dpo_dist.distributed.checkpoint.saver import (
     MANIFEST,
@@ -221,12 +221,12 @@ def export_model(
     """Check a checkpoint and write it to `output`, all of it or nothing, with the card of `run_card`."""
     console.say(f"reading {checkpoint}")
     state = checkpoint_state(checkpoint, CheckpointState)
-    versions = read_fields(RunFolder.from_config(config).environment, Environment)["packages"]
+    versions = read_fields(RunFolder(config.run.path).environment, Environment)["packages"]
     if config.model.adapter is not None and config.export.merge:  # the base is part of the result
         check_base(config.model, Path(config.reference.store), state.get("model"))
 
     def card(loader: str) -> str:
-        folder, step = RunFolder.from_config(config), checkpoint_step(checkpoint.name)
+        folder, step = RunFolder(config.run.path), checkpoint_step(checkpoint.name)
         is_end = step == state["steps"]
         summary = {
             "exit": (RunOutcome.completed if is_end else RunOutcome.preempted).value,
@@ -246,16 +246,18 @@ def export_model(
     export_checkpoint(checkpoint, output, config, card, replaces=False)
 
 
-def export_average(config: RunConfig, members: Sequence[Path], output: Path) -> None:
+def export_average(
+    members: Sequence[Path], output: Path, export: ExportConfig, model: ModelConfig, data: DataConfig
+) -> None:
     """Write the weighted mean of models to `output`, all of it or nothing."""
-    weights = [member.weight for member in config.export.average]
+    weights = [member.weight for member in export.average]
     shares = [(weight / sum(weights), member) for weight, member in zip(weights, members, strict=True)]
-    dtype = None if config.export.dtype is None else TORCH_DTYPES[Dtype(config.export.dtype)]
+    dtype = None if export.dtype is None else TORCH_DTYPES[Dtype(export.dtype)]
     with writing_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with staged_folder(output, replaces=False) as temporary:
             write_mean(temporary, shares, dtype)
             stops = [stop for member in members for stop in folder_stops(member)]
             if has_tokenizer(temporary):
-                stops += trained_stops(load_tokenizer(temporary, config.model), config.data)
+                stops += trained_stops(load_tokenizer(temporary, model), data)
             write_stops(temporary, members[0], stops)

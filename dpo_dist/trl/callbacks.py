@@ -8,10 +8,9 @@ import torch
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerCallback
 
 from dpo_dist.api import Moment, When, Wish
-from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.run_folder import best_checkpoint, checkpoint_name
 from dpo_dist.distributed.deepspeed_internals import is_sharded
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, raise_all
 from dpo_dist.foundation.process import this_rank
 from dpo_dist.model.lora import adapted_layers
 from dpo_dist.tools.convert.arguments import refused

@@ -5,9 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.schema import Dtype, Offload
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, raise_all
 from dpo_dist.tools.convert.arguments import ScriptError, TrainerArguments
 
 _KINDS = {3: "zero3", 2: "zero2"}

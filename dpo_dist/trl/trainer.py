@@ -26,12 +26,18 @@ from transformers.trainer_utils import TrainOutput
 from dpo_dist import api
 from dpo_dist.config.load import from_yaml, load_run_config
 from dpo_dist.config.metrics import results_name
-from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.rules import best_direction
 from dpo_dist.config.run_folder import RunFolder, best_checkpoint, checkpoint_folders
 from dpo_dist.config.schema import DataConfig, Direction, FinalModel, SourceConfig
 from dpo_dist.distributed.checkpoint.saver import SavedSlices
-from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, RunOutcome, StoppedError
+from dpo_dist.foundation.errors import (
+    ConfigError,
+    DpoDistError,
+    ExitCode,
+    RunOutcome,
+    StoppedError,
+    raise_all,
+)
 from dpo_dist.foundation.files import locked, write_text
 from dpo_dist.foundation.process import this_rank
 from dpo_dist.foundation.signals import BY_CALLBACK

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.rules import check_needs
+from dpo_dist.config.rules import check_rules, needs_of
 from dpo_dist.config.schema import RunConfig, SourceConfig
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.records import Part, eval_part, train_part
@@ -35,7 +35,7 @@ def _share(part: str) -> tuple[int, int]:
 
 def main(config: RunConfig) -> int:
     """Encode the data of `config`, or a part of them; return the exit code."""
-    check_needs(config, "encode")
+    check_rules(config, needs_of("encode"))
     data, share = config.data, _share(config.encode.part)
     for source in [*data.train, *data.eval]:
         check_source(source, data)

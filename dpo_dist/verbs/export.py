@@ -29,7 +29,7 @@ def main(config: RunConfig) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     console, tool = console_on(sys.stderr, config.console.style), config.export.tool
     if tool is ExportTool.alpaca_eval:
-        _print_commands(console, tool, write_alpaca_answers(RunFolder.from_config(config)))
+        _print_commands(console, tool, write_alpaca_answers(RunFolder(config.run.path)))
         return ExitCode.completed
     sources, output = find_export_paths(config)
     with warnings_off():
@@ -40,7 +40,7 @@ def main(config: RunConfig) -> int:
         if is_there := output.exists():
             pass
         elif config.export.average:
-            export_average(config, sources, output)
+            export_average(sources, output, config.export, config.model, config.data)
         else:
             export_model(config, sources[0], output, console, run_card)
     written = {"checkpoint": ", ".join(map(str, sources)), "output": str(output)}

@@ -9,7 +9,7 @@ if __name__ == "__main__":
     end_at_signals()  # the imports take seconds, on a network file system more
 
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.rules import check_needs
+from dpo_dist.config.rules import check_rules, needs_of
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.training.start.preflight import check_start, checked_start
@@ -17,7 +17,7 @@ from dpo_dist.training.start.preflight import check_start, checked_start
 
 def main(config: RunConfig) -> int:
     """Store the reference log-probs that a run with this configuration needs; return the exit code."""
-    check_needs(config, "precompute")
+    check_rules(config, needs_of("precompute"))
     stop = StopRequest(max_seconds=config.trainer.max_seconds)
     with stop.listening(), checked_start(config) as console:
         from dpo_dist.training.reference import precompute  # noqa: PLC0415  (slow)

@@ -13,8 +13,15 @@ from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.optim import OptimConfig, OptimizerKind
-from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, ReferenceConfig, RunConfig
+from dpo_dist.config.schema import (
+    DataConfig,
+    Dtype,
+    ModelConfig,
+    OptimConfig,
+    OptimizerKind,
+    ReferenceConfig,
+    RunConfig,
+)
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.distributed.processes.world import World

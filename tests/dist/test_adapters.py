@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.step_batch import shard_batch
-from dpo_dist.config.optim import OptimConfig
 from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
     Dtype,
     FusedLayers,
     ModelConfig,
+    OptimConfig,
     ParallelismKind,
     Quantization,
 )

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpo_dist.config.loss_options import BcoDelta, BcoPairOptions
-from dpo_dist.config.losses import LossConfig, LossKind, SyncReferenceConfig
-from dpo_dist.config.optim import OptimConfig, OptimizerKind
+from dpo_dist.config.losses import BcoDelta, BcoPairOptions, LossConfig, LossKind, SyncReferenceConfig
 from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
     Dtype,
     Offload,
+    OptimConfig,
+    OptimizerKind,
     ParallelismConfig,
     ParallelismKind,
     Quantization,

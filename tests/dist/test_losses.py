@@ -12,8 +12,15 @@ import numpy as np
 import pytest
 
 from dpo_dist.batching.step_batch import shard_batch
-from dpo_dist.config.loss_options import BcoDelta, BcoPairOptions
-from dpo_dist.config.losses import Divergence, LossConfig, LossKind, LossTermConfig, Weighting
+from dpo_dist.config.losses import (
+    BcoDelta,
+    BcoPairOptions,
+    Divergence,
+    LossConfig,
+    LossKind,
+    LossTermConfig,
+    Weighting,
+)
 from dpo_dist.config.schema import DataConfig, ParallelismConfig, ParallelismKind, RunConfig, SourceConfig
 from dpo_dist.data.encoded.build import prepare_dataset
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.optim import OptimizerKind
-from dpo_dist.config.schema import Dtype, ParallelismConfig, ParallelismKind
+from dpo_dist.config.schema import Dtype, OptimizerKind, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.deepspeed_internals import flat_masters
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.model.files.load import TORCH_DTYPES

@@ -212,8 +212,8 @@ def test_three_runs_by_their_verb(overrides: Overrides, assets: Path, tmp_path: 
 
 def test_texts_of_the_doctor_are_hidden_until_they_are_asked_for(tmp_path: Path, browser: Any) -> None:
     config = RunConfig(run=FolderConfig(str(tmp_path)))
-    write_doctor_page(RunFolder.from_config(config), diagnosis(HOSTILE), config.data, config.doctor)
-    file = RunFolder.from_config(config).doctor_page
+    write_doctor_page(RunFolder(config.run.path), diagnosis(HOSTILE), config.data, config.doctor)
+    file = RunFolder(config.run.path).doctor_page
     watched = opened(browser, file, 390, color_scheme="dark")
     page = watched.page
     hidden = page.locator(".texts", has_text="javascript:alert(3)")

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.config.loss_options import BcoDelta, BcoPairOptions, IpoOptions
-from dpo_dist.config.losses import KINDS, LossConfig, LossKind
+from dpo_dist.config.losses import KINDS, BcoDelta, BcoPairOptions, IpoOptions, LossConfig, LossKind
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.objective.losses import BatchFacts, RunningMeans

@@ -46,7 +46,7 @@ def test_the_recorded_trajectory_is_reached(way: str, tmp_path: Path) -> None:
 
 JOINED = """
 import torch
-from dpo_dist.config.optim import OptimConfig
+from dpo_dist.config.schema import OptimConfig
 from dpo_dist.config.schema import Dtype, ParallelismConfig
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.processes.failures import Reports

@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.batching.costs import Arrangement
-from dpo_dist.config.optim import OptimConfig
 from dpo_dist.config.schema import (
     AdapterConfig,
     AttentionBackend,
     Dtype,
     ModelConfig,
+    OptimConfig,
     ParallelismConfig,
     ParallelismKind,
     RunConfig,

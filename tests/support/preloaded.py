@@ -1,7 +1,7 @@
 """Imported last by the warm parent: what is slow happens once, and its heap is frozen.
 
-Its processes draw no curves and measure no peak of matrix products, which cold runs do, do not wait for the
-disk, as the machine does not fail, and compose equal configurations once. All this is half of a short run.
+Its processes draw no curves and measure no peak of matrix products, which cold runs do, and do not wait
+for the disk, as the machine does not fail. All this is half of a short run.
 """
 
 import gc
@@ -19,7 +19,6 @@ from dpo_dist.config.verbs import VERBS
 from dpo_dist.tools.pages.render import TEMPLATES
 from dpo_dist.tools.text_facts import language_identifier
 from dpo_dist.training.start.environment import package_versions
-from tests.support.composed import compose_once
 
 LATE = (
     "PIL.PngImagePlugin",
@@ -49,7 +48,6 @@ LATE = (
 for name in LATE:
     importlib.import_module(name)
 get_checkpoint_conversion_mapping("qwen2")
-mock.patch("hydra.compose", compose_once).start()
 for choices in ((), ("parallelism=ddp",), ("parallelism=zero2",), ("parallelism=ddp", "tracking=off")):
     load_run_config(["model.path=model", "data.train=[train.jsonl]", "tracking=off", *choices])
 for template in ("base.jinja", "macros.jinja", "run.jinja", "svg.jinja"):

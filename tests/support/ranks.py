@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.optim import OptimConfig
-from dpo_dist.config.schema import Dtype, ParallelismConfig, ParallelismKind
+from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed import zero
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.processes.failures import Reports, watch_world

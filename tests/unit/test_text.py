@@ -129,7 +129,7 @@ def test_rounds_write_no_secret(secret: str, tmp_path: Path) -> None:
     given = ["model.path=m", "data.train=[t]", "pairs.method=samples", "pairs.function=m:f", "pairs.rounds=1"]
     given += [f"run.dir={tmp_path}/run", f"pairs.launcher='env A={secret} python'"]
     config = load_run_config([*given, f"tracking.project={secret}"])
-    folder = RunFolder.from_config(config)
+    folder = RunFolder(config.run.path)
     check_settings(config, folder)
     write_command("pairs", config, folder.path / "stage", "python")
     folder.round(1).round_result.parent.mkdir(parents=True)

@@ -12,7 +12,7 @@ from transformers import TextStreamer
 
 from dpo_dist.config.load import saved_config
 from dpo_dist.config.run_folder import RunFolder, check_files, is_checkpoint
-from dpo_dist.config.schema import NO_MODEL, DataConfig, Dtype, ImagesConfig, ModelConfig, RunConfig
+from dpo_dist.config.schema import UNSET, DataConfig, Dtype, ImagesConfig, ModelConfig, RunConfig
 from dpo_dist.data.records import IMAGE, ImageFile, Message, Origin, PreferenceRecord, UnusableRecordError
 from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.foundation.errors import ConfigError
@@ -146,7 +146,7 @@ def open_speakers(
         return [first] if beside is None else [first, _open(beside, "--beside", say, trusts_code)]
     if first.responder.source.adapter is not None:
         return [first, replace(first, name=BASE, without_adapter=True, messages=[], images=[])]
-    if first.model.path == NO_MODEL:
+    if first.model.path == UNSET:
         raise ConfigError(
             "the base of this model is not known",
             where="--beside base",

@@ -260,7 +260,7 @@ def compare_models(
     config: RunConfig, models: Sequence[NamedModel], console: Console
 ) -> dict[str, Any] | None:
     """Write the responses of all models and the results; return the results on rank 0."""
-    folder = RunFolder.from_config(config)
+    folder = RunFolder(config.run.path)
     # Without a lock two starts would write the same parts.
     lock = files.locked(folder.comparison / folder.lock.name, "compares models in this run directory")
     with joined_run(config, console, lock) as run:
@@ -443,7 +443,7 @@ def _write(
 
 def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> CheckReport:
     """Check models without loading weights, the judge, and each source's first records; return the report."""
-    check_writable(RunFolder.from_config(config).path)
+    check_writable(RunFolder(config.run.path).path)
     lines: list[str] = []
     records = first_records(config.data.eval_sources, read_prompts, config.data, lines.append)
     sampling = sampling_for("compare", config.sampling)

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_dist.config.keys import as_written
-from dpo_dist.config.rule import Rule, check_rules
+from dpo_dist.config.fields import as_written
+from dpo_dist.config.rules import Rule, check_rules
 from dpo_dist.config.run_folder import is_checkpoint
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.formats import check_source

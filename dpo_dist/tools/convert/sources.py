@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_dist.config.keys import as_written
+from dpo_dist.config.fields import as_written
 from dpo_dist.config.other_trainers import as_sources
 from dpo_dist.tools.convert.translation import EMPTY, Translation, as_list, finite_number
 

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
-from dpo_dist.config.keys import as_written
+from dpo_dist.config.fields import as_written
 from dpo_dist.config.losses import LossKind, kinds_using
-from dpo_dist.config.mistakes import SCHEMA, as_tree, fits
-from dpo_dist.config.optim import OptimConfig
+from dpo_dist.config.mistakes import as_tree, fits
 from dpo_dist.config.other_trainers import equivalents, find_advice
 from dpo_dist.config.rules import resolve_reference, rules_of
-from dpo_dist.config.schema import TrackerName
+from dpo_dist.config.schema import SCHEMA, OptimConfig, TrackerName
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.sources import set_sources

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from dpo_dist.config.compose import parse_overrides
-from dpo_dist.config.keys import as_written, run_keys, verb_keys
+from dpo_dist.config.fields import as_written
+from dpo_dist.config.keys import run_keys, verb_keys
 from dpo_dist.config.mistakes import as_tree, fits
 from dpo_dist.config.other_trainers import advice_on, equivalents, find_advice, is_switch
 from dpo_dist.foundation.text import without_secrets

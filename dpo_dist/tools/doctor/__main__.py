@@ -11,9 +11,9 @@ import os
 import sys
 
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.rules import check_needs
+from dpo_dist.config.rules import check_rules, needs_of
 from dpo_dist.config.run_folder import RunFolder, check_writable
-from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.config.schema import UNSET, RunConfig
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.console import console_on
@@ -23,7 +23,7 @@ from dpo_dist.model.files.folder import check_tokenizer_files, local_model_folde
 
 def main(config: RunConfig) -> int:
     """Examine the data of `config`, write and print the report; return the exit code."""
-    check_needs(config, "doctor")
+    check_rules(config, needs_of("doctor"))
     for source in [*config.data.train, *config.data.eval]:
         check_source(source)
     benchmark = None
@@ -32,7 +32,7 @@ def main(config: RunConfig) -> int:
 
         benchmark = read_benchmarks(config.doctor.benchmarks)
     check_template_file(config.data.chat_template)
-    if config.model.path != NO_MODEL:
+    if config.model.path != UNSET:
         policy = local_model_folder(config.model.path, config.model.revision, needs_weights=False)
         starts_as_base = config.model.adapter is None or config.model.adapter.path is None
         if policy is not None and starts_as_base:  # an adapter may have its own tokenizer
@@ -43,7 +43,7 @@ def main(config: RunConfig) -> int:
     from dpo_dist.tools.doctor import page as pages  # noqa: PLC0415
     from dpo_dist.tools.doctor.examine import diagnose  # noqa: PLC0415
 
-    folder = RunFolder.from_config(config)
+    folder = RunFolder(config.run.path)
     check_writable(folder.path)
     diagnosis = diagnose(config, console_on(sys.stderr, config.console.style).progress, benchmark)
     exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed

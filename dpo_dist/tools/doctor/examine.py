@@ -12,7 +12,7 @@ import numpy as np
 
 from dpo_dist.config.losses import LossConfig, balancing_weight
 from dpo_dist.config.schema import (
-    NO_MODEL,
+    UNSET,
     DataConfig,
     ModelConfig,
     OnBadRecord,
@@ -84,7 +84,7 @@ class Diagnosis:
 def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | None = None) -> Diagnosis:
     """Encode and examine the data of a run; nothing is trained, and no weights are loaded."""
     data = config.data
-    prepared = None if config.model.path == NO_MODEL else prepare(data, config.model, config.loss, progress)
+    prepared = None if config.model.path == UNSET else prepare(data, config.model, config.loss, progress)
     tokenizer = None if prepared is None else prepared.tokenizer
     processor = None if prepared is None else prepared.processor
 

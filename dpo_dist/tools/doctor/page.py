@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import dpo_dist
-from dpo_dist.config.identity import plain
+from dpo_dist.config.fields import plain
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.config.verb_sections import DoctorConfig

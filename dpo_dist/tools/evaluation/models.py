@@ -5,11 +5,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.metrics import ALL
 from dpo_dist.config.run_files import CheckpointState
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.distributed.checkpoint.saver import (
     checkpoint_state,
     load_checkpoint_weights,
@@ -45,7 +46,7 @@ def evaluate_models(config: RunConfig, models: Sequence[EvaluatedModel], console
     with open_run(config, console) as run:
         inputs = load_evaluation_inputs(run)
         for entry in models:  # before the reference is computed, which may take hours
-            run.world.on_main(partial(check_origin, entry, run.config, inputs))
+            run.world.on_main(partial(check_origin, entry, config.model, config.identity, inputs))
         custom = run.world.together(
             lambda: custom_metrics(config.metrics.function, config.loss, run.world.device)
         )
@@ -57,19 +58,21 @@ def evaluate_models(config: RunConfig, models: Sequence[EvaluatedModel], console
     return ExitCode.completed
 
 
-def check_origin(entry: EvaluatedModel, config: RunConfig, inputs: EvaluationInputs) -> None:
-    """Check that a checkpoint's run started from the model and adapter of `config`."""
+def check_origin(
+    entry: EvaluatedModel, model: ModelConfig, identity: RunIdentity, inputs: EvaluationInputs
+) -> None:
+    """Check that a checkpoint's run started from `model` with its adapter."""
     if not entry.is_checkpoint:
         return
     folder, digest = Path(entry.path), inputs.policy_files.digest
-    model_digest, adapter = checkpoint_state(folder, CheckpointState)["model"], config.model.adapter
-    changed = changed_keys(RunFolder(folder.resolve().parent.parent).config, config.identity)
+    model_digest, adapter = checkpoint_state(folder, CheckpointState)["model"], model.adapter
+    changed = changed_keys(RunFolder(folder.resolve().parent.parent).config, identity)
     if model_digest != digest or "model.adapter" in changed:
         before, _ = changed.get("model.adapter", (adapter, adapter))
         raise CheckpointError(
             "the checkpoint is of a run with another model or adapter",
             where=str(folder),
-            got=f"{config.model.path}, digest {digest}, adapter {adapter}",
+            got=f"{model.path}, digest {digest}, adapter {adapter}",
             expected=f"digest {model_digest}, adapter {before}",
             remedy="set model.path and model.adapter as in the config.yaml of its run",
         )

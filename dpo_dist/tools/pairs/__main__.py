@@ -25,7 +25,7 @@ def main(config: RunConfig) -> int:
         return run_rounds(config, console_on(sys.stderr, config.console.style).say)
     is_alone = config.pairs.method in (PairsMethod.scores, PairsMethod.people)  # without a model
     if not is_alone or os.environ.get("RANK", "0") == "0":
-        with open_console(RunFolder.from_config(config).rank_log, config.console.style) as console:
+        with open_console(RunFolder(config.run.path).rank_log, config.console.style) as console:
             from dpo_dist.tools.pairs.make_pairs import make_pairs  # noqa: PLC0415  (slow, prints)
 
             make_pairs(config, console)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import dpo_dist
-from dpo_dist.config.keys import as_written
+from dpo_dist.config.fields import as_written
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import count_lines
 from dpo_dist.data.read.files import store_image

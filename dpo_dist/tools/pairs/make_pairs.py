@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_dist.config.identity import plain
+from dpo_dist.config.fields import plain
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import DataConfig, RunConfig
 from dpo_dist.config.verb_sections import DropOrKeep, PairsConfig, PairSelection, PairsMethod
@@ -329,7 +329,7 @@ def pairs_from_scores(
 
 def dry_run_pairs(config: RunConfig) -> CheckReport:
     """Check models without loading weights, the judge, and each source's first records; return the report."""
-    pairs, folder = config.pairs, RunFolder.from_config(config)
+    pairs, folder = config.pairs, RunFolder(config.run.path)
     check_writable(folder.path)
     file = (folder.round(1) if pairs.rounds else folder).pairs_file
     lines = [f"{pairs.method}: {file}{' (exists)' if file.exists() else ''}"]
@@ -351,7 +351,7 @@ def dry_run_pairs(config: RunConfig) -> CheckReport:
 
 def make_pairs(config: RunConfig, console: Console) -> None:
     """Write the preference records of `config.pairs`, and all responses with their scores."""
-    folder, pairs, seed = RunFolder.from_config(config), config.pairs, config.trainer.seed
+    folder, pairs, seed = RunFolder(config.run.path), config.pairs, config.trainer.seed
     # Without a lock two starts would write the same parts.
     lock = locked(folder.pairs / folder.lock.name, "makes pairs in this run directory")
     match pairs.method:

@@ -21,7 +21,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import jinja2
 
-from dpo_dist.config.identity import plain
+from dpo_dist.config.fields import plain
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.config.verb_sections import PairsMethod

@@ -14,11 +14,9 @@ from types import FrameType
 from typing import Any, TypeAlias
 
 from dpo_dist.config.command_line import write_command
-from dpo_dist.config.fields import schema_fields
-from dpo_dist.config.identity import differing_keys, plain
-from dpo_dist.config.load import from_yaml, to_yaml
-from dpo_dist.config.rule import value_at
-from dpo_dist.config.rules import SAMPLING_KEYS
+from dpo_dist.config.fields import plain, schema_fields
+from dpo_dist.config.load import differing_keys, from_yaml, to_yaml
+from dpo_dist.config.rules import SAMPLING_KEYS, value_at
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DataConfig, ModelConfig, ReferenceMode, RunConfig, SourceConfig
 from dpo_dist.config.verb_sections import PairsConfig, RoundReference, SamplingConfig, ServerConfig
@@ -282,7 +280,7 @@ class _Rounds:
 
 def run_rounds(config: RunConfig, say: _Say, run: RunCommand = run_command) -> int:
     """Do `config.pairs.rounds` rounds, and score the last policy; return the exit code."""
-    return _Rounds(config, RunFolder.from_config(config), say, run).do()
+    return _Rounds(config, RunFolder(config.run.path), say, run).do()
 
 
 def _stage_error(stage: str, code: int, folder: RunFolder) -> DpoDistError:

@@ -3,10 +3,9 @@
 import os
 from pathlib import Path
 
-from dpo_dist.config.rule import Rule, check_rules, unused
-from dpo_dist.config.rules import SAMPLING_KEYS, check_needs
+from dpo_dist.config.rules import SAMPLING_KEYS, Rule, check_rules, needs_of, unused
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, RunConfig, SourceConfig
+from dpo_dist.config.schema import UNSET, RunConfig, SourceConfig
 from dpo_dist.config.verb_sections import PairsConfig, PairsMethod
 from dpo_dist.data.formats import check_source
 from dpo_dist.foundation.remedies import Remedy
@@ -67,7 +66,7 @@ _RULES = (
         f"pairs.models {_RESPONDS}",
         "no model responds to the prompts",
         "set pairs.models=[MODEL], or model.path",
-        lambda c: NO_MODEL in responding_models(c.pairs, c.model.path),
+        lambda c: UNSET in responding_models(c.pairs, c.model.path),
     ),
     Rule(
         f"model.revision!=null {_RESPONDS}",
@@ -109,7 +108,7 @@ _RULES = (
 
 def check_pairs(config: RunConfig) -> None:
     """Check everything that needs no torch, network or other processes; raises DpoDistError."""
-    check_needs(config, "pairs")
+    check_rules(config, needs_of("pairs"))
     check_rules(config, _RULES)
     if config.pairs.method in (PairsMethod.samples, PairsMethod.delta):
         key = "pairs.models" if config.pairs.models else "model.path"

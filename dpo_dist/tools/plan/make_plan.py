@@ -75,7 +75,7 @@ def make_plan(config: RunConfig, progress: _Progress) -> Plan:
         f"{config.model.path}: {found.weights / 1e9:.3g}e9 weights, {found.trained / 1e9:.3g}e9 "
         f"trained, on {pluralize(machine.gpus, 'GPU')} ({machine.gpu}), {config.parallelism.kind}",
         *(f"  {line}" for line in aligned([[name, size(part)] for name, part in rows if part], numbers=(1,))),
-        *quantization_notes(config, causal_lm),
+        *quantization_notes(config.model, config.reference, causal_lm),
         _verdict(found),
         f"host memory of a node: {size(found.host)}; disk: "
         f"{', '.join(f'{size(taken)} {name}' for name, taken in found.disk.items())}",

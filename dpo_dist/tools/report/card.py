@@ -182,7 +182,7 @@ def run_card(
     `rows`: of log_history.json, up to the model's step. `summary`: with `exit`, without `verdict`. `loader`:
     the model's auto class. `is_evaluated`: whether the last evaluation of training scored this model.
     """
-    folder, evaluation, card = RunFolder.from_config(config), {}, ""
+    folder, evaluation, card = RunFolder(config.run.path), {}, ""
     with warn_on_bug("the model card", say):
         run_verdict = verdict(rows, summary, data_findings(folder))
         results = folder.named_evaluation(LAST_EVALUATION).results

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.config.load import read_saved
 from dpo_dist.config.metrics import ALL, METRICS, results_name
 from dpo_dist.config.run_files import (
     DoctorReport,
@@ -15,7 +16,6 @@ from dpo_dist.config.run_files import (
     Summary,
 )
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.config.user_code import read_saved
 from dpo_dist.data.counts import in_words
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN
 from dpo_dist.foundation import files

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from dpo_dist.config.rule import Rule, unused
+from dpo_dist.config.rules import Rule, unused
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.config.verb_sections import PairsConfig

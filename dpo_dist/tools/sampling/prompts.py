@@ -229,7 +229,7 @@ def joined_run(config: RunConfig, console: Console, lock: AbstractContextManager
     """Join the processes, each of which loads whole models; rank 0 holds the lock."""
     whole = ParallelismConfig(ParallelismKind.ddp, timeout_seconds=config.parallelism.timeout_seconds)
     deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
-    joins = join(deepspeed_config, whole.timeout_seconds, RunFolder.from_config(config), console)
+    joins = join(deepspeed_config, whole.timeout_seconds, RunFolder(config.run.path), console)
     with ExitStack() as locks, joins as world:
         world.on_main(lambda: locks.enter_context(lock))
         yield Run(config, world, console)

@@ -17,10 +17,9 @@ import os
 from pathlib import Path
 
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.console import open_console
-from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, raise_all
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.types import CheckReport
@@ -117,7 +116,7 @@ def check(points: Points) -> CheckReport:
         key = repr(loads)
         if key not in loaded:
             loaded[key] = dry_run(config, plan=plan_in_brief)
-        run, common = RunFolder.from_config(config), next(iter(loaded.values()))
+        run, common = RunFolder(config.run.path), next(iter(loaded.values()))
         facts.append((" ".join(words), f"{run} ({expected_start(config.identity, config.run.resume, run)})"))
         facts += (fact for fact in loaded[key].facts if fact not in common.facts and fact[0] != "run.dir")
     return common._replace(facts=[*facts, *common.facts])

@@ -14,14 +14,13 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from dpo_dist.config.compose import FAILURES, Command, names_chosen, parse_overrides
-from dpo_dist.config.identity import default_dir
 from dpo_dist.config.keys import group_folders, preset_names, run_keys
 from dpo_dist.config.load import load_command
 from dpo_dist.config.metrics import ACCURACIES, LOSS_METRICS, PREFIX
-from dpo_dist.config.mistakes import fits, raise_all
+from dpo_dist.config.mistakes import fits
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import find_function
-from dpo_dist.foundation.errors import ConfigError, DpoDistError
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, raise_all
 from dpo_dist.foundation.remedies import COMMAND_LINE, Place, Remedy, Typed
 from dpo_dist.foundation.text import first_few
 
@@ -82,7 +81,7 @@ def load_points(
             refused[swept_words] = error
             continue
         if (same := names.setdefault(config.run.dir, swept_words)) != swept_words or swept_words in points:
-            if config.run.dir != str(default_dir(config.run.root, config.run.name, config.identity.digest)):
+            if config.run.dir != str(config.identity.default_dir):
                 remedy = Remedy.to_write("run.dir=null", verb="add")
                 remedy += ": each point has a folder of its own below run.root"
                 message = "run.dir is given, so all points would be one run"

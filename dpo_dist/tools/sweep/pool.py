@@ -39,7 +39,7 @@ ELSEWHERE = "trained by another process"
 
 def is_finished(config: RunConfig) -> bool:
     """Return whether a point's run is completed with these settings."""
-    state = read_state(RunFolder.from_config(config))
+    state = read_state(RunFolder(config.run.path))
     if state is None or state.outcome is not RunOutcome.completed:
         return False
     return state.identity.get("run_digest") == config.identity.digest
@@ -183,7 +183,7 @@ class Pool:
         words = ended.words
         ended.process.join()
         self._free.append(ended.gpus)
-        run = RunFolder.from_config(self.points[words])
+        run = RunFolder(self.points[words].run.path)
         self.codes[words], self.ends[words] = point_end(run, ended.process.exitcode, ended.printed())
         self.ended(words)
         spent = duration(time.monotonic() - ended.began)
@@ -191,7 +191,7 @@ class Pool:
 
     def _start(self, words: Words) -> None:
         config, gpus = replace(self.points[words], sweep=SweepConfig()), self._free.pop(0)
-        screen = self._folder.point_screen(RunFolder.from_config(config))
+        screen = self._folder.point_screen(RunFolder(config.run.path))
         work: Callable[[], int] = partial(_train_point, config)
         if self._launcher is not None:
             work = partial(

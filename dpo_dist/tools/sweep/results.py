@@ -27,7 +27,7 @@ def sweep_results(
 ) -> dict[str, Any]:
     """Write sweep.json, and return its content; `ends` has the points that this start has run."""
     rows = [
-        _point(words, RunFolder.from_config(points[words]), ends.get(words, ("", "")), folder)
+        _point(words, RunFolder(points[words].run.path), ends.get(words, ("", "")), folder)
         for words in points
     ]
     results = {"points": rows, **({"search": search} if search else {})}
@@ -55,7 +55,7 @@ def _point(words: tuple[str, ...], run: RunFolder, end: End, folder: RunFolder) 
 def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str]:
     """Write the page about the points that have started; return its table, and lines about the others."""
     search = results.get("search")
-    begun = [run for run in map(RunFolder.from_config, points.values()) if run.state.is_file()]
+    begun = [run for run in (RunFolder(config.run.path) for config in points.values()) if run.state.is_file()]
     charts = [_search_chart(search)] if search else []
     lines = ["", *compare_runs(begun, page, charts), ""] if len(begun) > 1 else []
     for row in results["points"]:

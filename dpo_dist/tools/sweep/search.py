@@ -125,7 +125,7 @@ class Search(Pool):
 
     def _report(self, words: Words) -> dict[int, float]:
         """Report new evaluations of a point; return all values of the metric by step, from step 1 on."""
-        rows = stored_rows(RunFolder.from_config(self.points[words]))
+        rows = stored_rows(RunFolder(self.points[words].run.path))
         known = {int(row["step"]): finite(row, self._by) for row in rows if row["step"] > 0}
         values = {step: value for step, value in known.items() if value is not None}
         trial = self._open[words][0]
@@ -154,7 +154,7 @@ class Search(Pool):
                     "the evaluations of these runs do not have this metric",
                     where="sweep.by",
                     got=self._by,
-                    remedy=f"set it to a metric of {RunFolder.from_config(self.points[words]).metrics_table}",
+                    remedy=f"set it to a metric of {RunFolder(self.points[words].run.path).metrics_table}",
                 )
         elif self.codes.get(words) == ExitCode.diverged:
             outcome = RunOutcome.diverged

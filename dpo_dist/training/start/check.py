@@ -90,7 +90,7 @@ def dry_run(
         trains: whether the run starts from the content of its directory.
         plan: returns whether the run fits and how long it takes, for a mean number of tokens per pair.
     """
-    run = RunFolder.from_config(config)
+    run = RunFolder(config.run.path)
     start_in_words = (
         f" ({expected_start(config.identity, config.run.resume, run)})" if trains and not models else ""
     )
@@ -110,7 +110,7 @@ def dry_run(
 
         Mirror(config.run.mirror, run, config.trainer.keep_last, Console(None))
         lines.append(("run.mirror", f"{config.run.mirror}, which can be written"))
-    lines += (("experts", note) for note in quantization_notes(config, causal_lm))
+    lines += (("experts", note) for note in quantization_notes(config.model, config.reference, causal_lm))
     if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_fp16_products()):
         lines.append(("model.dtype", "fp16 needs a GPU: this CPU cannot compute in fp16"))
     for evaluated in models:
@@ -123,12 +123,16 @@ def dry_run(
         lines.append(("evaluation", evaluated.path))
     if not models:
         lines.append(("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)))
-        lines += [("optim.lr", f"warning: {warning}")] if (warning := rate_warning(config)) else []
+        lines += (
+            [("optim.lr", f"warning: {warning}")]
+            if (warning := rate_warning(config.model.adapter, config.optim))
+            else []
+        )
         lines += (("end", note) for note in stop_notes(tokenizer, config.data, folder))
     if config.metrics.function is not None:
         lines.append(("metrics", ", ".join(custom_metrics(config.metrics.function, config.loss).names)))
     lines.append(("reference", _reference(config.reference, config.model, tokenizer, processor)))
-    found, looked_at = _data(config, tokenizer, processor)
+    found, looked_at = _data(config.data, config.loss, tokenizer, processor)
     lines += found
     faults = _faults(
         looked_at["data.train"], looked_at["data.eval"], config.data, trains=trains and not models
@@ -200,15 +204,15 @@ def _reference(
 
 
 def _data(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, processor: ImageProcessor | None
+    data: DataConfig, loss: LossConfig, tokenizer: PreTrainedTokenizerBase, processor: ImageProcessor | None
 ) -> tuple[list[tuple[str, str]], dict[str, list[_FirstRecords]]]:
     """Check the first records of each source; return lines about them, and what they are by `data` key."""
     lines, looked_at = list[tuple[str, str]](), dict[str, list[_FirstRecords]]()
-    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+    for key, sources in (("data.train", data.train), ("data.eval", data.eval)):
         looked_at[key] = []
         for index, source in enumerate(sources):
             name = f"{key}[{index}]"
-            found = _first_records(source, name, config.data, config.loss, tokenizer, processor)
+            found = _first_records(source, name, data, loss, tokenizer, processor)
             lines += [(name, found.text), *found.notes]
             looked_at[key].append(found)
         if processor is not None and sources and not any(found.has_images for found in looked_at[key]):

@@ -15,14 +15,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from dpo_dist.batching.costs import Arrangement
-from dpo_dist.config.optim import OptimConfig, OptimizerKind
 from dpo_dist.config.run_folder import checkpoint_folders
 from dpo_dist.config.schema import (
     ZERO_STAGES,
     AttentionBackend,
     Dtype,
+    ModelConfig,
     Offload,
+    OptimConfig,
+    OptimizerKind,
     Quantization,
+    ReferenceConfig,
     ReferenceMode,
     RunConfig,
     TrainerConfig,
@@ -173,14 +176,14 @@ def _weight_bytes(quantization: Quantization | None, number: int, causal_lm: Any
     return number * _count_weights(causal_lm) - less * quantized_weights(causal_lm)
 
 
-def quantization_notes(config: RunConfig, causal_lm: Any) -> list[str]:
+def quantization_notes(model: ModelConfig, reference: ReferenceConfig, causal_lm: Any) -> list[str]:
     """Return a line for each key that quantizes the model but leaves the experts of a mixture as they are."""
-    number, experts = TORCH_DTYPES[config.model.dtype].itemsize, stacked_experts(causal_lm)
-    kinds = {"model.quantization": config.model.quantization}
-    if config.reference.path is None:
-        kinds["reference.quantization"] = config.reference.quantization
+    number, experts = TORCH_DTYPES[model.dtype].itemsize, stacked_experts(causal_lm)
+    kinds = {"model.quantization": model.quantization}
+    if reference.path is None:
+        kinds["reference.quantization"] = reference.quantization
     return [
-        f"warning: {key}={kind} leaves the experts in {config.model.dtype}, "
+        f"warning: {key}={kind} leaves the experts in {model.dtype}, "
         f"{size(number * sum(map(torch.numel, experts)))}: bitsandbytes quantizes linear layers only, here "
         f"{size(BYTES_PER_QUANTIZED_WEIGHT[kind] * quantized_weights(causal_lm))}"
         for key, kind in kinds.items()

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_dist.config.identity import plain
-from dpo_dist.config.keys import as_written
+from dpo_dist.config.fields import as_written, plain
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.run_folder import (
@@ -108,7 +107,7 @@ def find_evaluation_models(config: RunConfig) -> tuple[RunConfig, list[Evaluated
     data = replace(data, train=[]) if data.eval else data
     config = replace(config, data=data, reference=reference)
     check_has_evaluation_data(config.data, "evaluate models on")
-    run = RunFolder.from_config(config)
+    run = RunFolder(config.run.path)
     if None in config.evaluation.models and not run.model.is_dir():
         pairs = "its name depends on data.eval: to evaluate on other pairs, set evaluation.data"
         raise no_model_error(run, EVALUATION_MODEL_KEY, f"set run.dir to a complete run ({pairs})")
@@ -125,7 +124,7 @@ def find_export_paths(config: RunConfig) -> tuple[list[Path], Path]:
     Does not check their files. With `export.push_to` or `export.tool` the folder to write may exist; with
     `export.tool` alone it is the run's `model/`, if that is there.
     """
-    run = existing_run(RunFolder.from_config(config).path)
+    run = existing_run(RunFolder(config.run.path).path)
     if changed := changed_keys(run.config, config.identity):
         raise ConfigError(
             "an export cannot change the run's configuration",

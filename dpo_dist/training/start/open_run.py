@@ -17,9 +17,16 @@ import torch
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.batching.step_batch import RankBatch, shard_batch
-from dpo_dist.config.optim import OptimizerKind
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Dtype, Offload, RunConfig
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    Dtype,
+    ModelConfig,
+    Offload,
+    OptimConfig,
+    OptimizerKind,
+    RunConfig,
+)
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.processes.world import Stops, World, with_sequence_groups
@@ -59,7 +66,7 @@ class Run:
         tokens = config.trainer.micro_batch_tokens
         usual = _ON_CPU if world.device.type == "cpu" else DEFAULT_TOKENS
         self.micro_batch_tokens = usual if tokens == "auto" else tokens
-        self.folder = RunFolder.from_config(config)
+        self.folder = RunFolder(config.run.path)
         self.stops = Stops(stop or StopRequest(), world)
         self.mirror: Mirror | None = None
         self.clock = WorkClock(world.size, time.monotonic() if began is None else began)
@@ -110,7 +117,7 @@ def open_run(
     if not trains:
         parallelism = replace(parallelism, offload_optimizer=Offload.none, hpz=1)
     deepspeed_config = policy_config(parallelism, config.optim, config.model.dtype)
-    joins = join(deepspeed_config, parallelism.timeout_seconds, RunFolder.from_config(config), console)
+    joins = join(deepspeed_config, parallelism.timeout_seconds, RunFolder(config.run.path), console)
     with deterministic_kernels(config.trainer.deterministic), joins as world:
         # Not transformers' `set_seed`: its module imports peft, which most models do not need.
         seed = config.trainer.seed % 2**32
@@ -154,10 +161,11 @@ def say_header(run: Run) -> None:
     evaluation = first_few([source.path for source in config.data.eval])
     run.say(f"run directory: {run.folder}")
     run.say(f"model: {config.model.path}, {config.model.dtype}, {config.parallelism.kind}")
-    for hint in hints_on_cpu(config) if world.device.type == "cpu" and not has_bf16_products() else ():
-        run.say(f"hint: this CPU has no instructions for bf16{hint}")
+    if world.device.type == "cpu" and not has_bf16_products():
+        for hint in hints_on_cpu(config.model, config.optim):
+            run.say(f"hint: this CPU has no instructions for bf16{hint}")
     run.say(f"data: {train}; evaluation: {evaluation or share}")
-    if warning := rate_warning(config):
+    if warning := rate_warning(config.model.adapter, config.optim):
         run.say(f"warning: {warning}")
     groups = (
         "" if world.sequence is None else f", in groups of {world.sequence.ranks} for sequence parallelism"
@@ -165,12 +173,12 @@ def say_header(run: Run) -> None:
     run.say(f"world: {processes} on {pluralize(hosts, 'host')}, {world.device.type}{groups}")
 
 
-def rate_warning(config: RunConfig) -> str:
+def rate_warning(adapter: AdapterConfig | None, optim: OptimConfig) -> str:
     """Return a warning, in words, if an adapter has a learning rate for all weights; else ""."""
-    if config.model.adapter is None or config.optim.lr >= _LEAST_ADAPTER_RATE:
+    if adapter is None or optim.lr >= _LEAST_ADAPTER_RATE:
         return ""
     return (
-        f"optim.lr={config.optim.lr:g} is a rate for training all weights: an adapter hardly learns by it; "
+        f"optim.lr={optim.lr:g} is a rate for training all weights: an adapter hardly learns by it; "
         "1e-4 to 3e-4 is usual for an adapter (optim.lr=1e-4)"
     )
 
@@ -178,11 +186,11 @@ def rate_warning(config: RunConfig) -> str:
 _LEAST_ADAPTER_RATE = 5e-6  # of public recipes for adapters
 
 
-def hints_on_cpu(config: RunConfig) -> Iterator[str]:
+def hints_on_cpu(model: ModelConfig, optim: OptimConfig) -> Iterator[str]:
     """Yield what is slow on a CPU without instructions for bf16."""
-    if config.model.dtype is Dtype.bf16:
+    if model.dtype is Dtype.bf16:
         yield ": model.dtype=fp32 is several times faster"
-    if config.optim.kind is OptimizerKind.muon and config.model.adapter is None:
+    if optim.kind is OptimizerKind.muon and model.adapter is None:
         yield ", in which Muon multiplies: a step of 135M weights takes minutes"
 
 

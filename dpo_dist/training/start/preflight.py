@@ -9,12 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dpo_dist.config.losses import LossKind
-from dpo_dist.config.optim import OptimizerKind
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import (
     AttentionBackend,
     FusedLayers,
+    ModelConfig,
+    OptimizerKind,
+    ParallelismConfig,
     ParallelismKind,
+    ReferenceConfig,
     ReferenceMode,
     Resume,
     RunConfig,
@@ -48,7 +51,7 @@ _FLASH_ATTN = {
 @contextlib.contextmanager
 def checked_start(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
     """Check a start and yield its console; if it fails before training, delete its new run directory."""
-    folder = RunFolder.from_config(config)
+    folder = RunFolder(config.run.path)
     is_new = not folder.path.exists()
     check_start(config, trains=trains, starts=True)
     try:
@@ -70,60 +73,13 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
     """
     if os.environ.get("RANK", "0") != os.environ.get("LOCAL_RANK", "0"):
         return
-    run = RunFolder.from_config(config)
+    # The run, if it has a checkpoint, and the user's own loss.
+    run = RunFolder(config.run.path)
     if trains and config.run.resume is not Resume.never:
         check_newest_checkpoint(config.identity, run)
     if LossKind.custom in config.loss.kinds:
         find_function(config.loss.function)
-    _check_packages(config, trains=trains)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    for key in ("sequence_parallel", *["hpz"] * trains) if starts or "WORLD_SIZE" in os.environ else ():
-        ranks = getattr(config.parallelism, key)
-        if processes % ranks:
-            raise ConfigError(
-                "the processes cannot be divided into groups of this size",
-                where=f"parallelism.{key}",
-                got=f"{ranks}, with {pluralize(processes, 'process', 'processes')}",
-                expected=f"a divisor of {processes}",
-                remedy=f"set parallelism.{key} to such a divisor, or start a multiple of {ranks} processes",
-            )
-    # Models in local folders; those on the hub are checked when they are loaded.
-    model, start = config.model, None
-    if model.adapter is not None and model.adapter.path is not None:
-        named = local_model_folder(model.adapter.path, None, "model.adapter.path", accepts_adapter=True)
-        start = None if named is None else start_folder(model)
-    if (policy := local_model_folder(model.path, model.revision)) is not None:
-        check_weights(weight_files(policy), "model.path")
-        check_tokenizer_files(tokenizer_folder(policy, start))
-    if config.reference.path is not None:
-        reference = local_model_folder(config.reference.path, None, "reference.path")
-        if reference is not None:
-            check_weights(weight_files(reference), "reference.path")
-    for source in [*config.data.train, *config.data.eval]:
-        check_source(source, config.data)
-    check_template_file(config.data.chat_template)
-    is_begun = run.lock.exists() or run.state.exists()
-    foreign = [run.path / CONFIG_FILE, *([] if is_begun else [run.config])]  # files of a model, or of a user
-    if trains and (there := [str(file) for file in foreign if file.is_file()]):
-        raise ConfigError(
-            "run.dir has files that no run has written",
-            where="run.dir",
-            got=", ".join(there),
-            expected="an empty folder, or one that only this run uses",
-            remedy="set run.dir to a new folder",
-        )
-    folders = {"run.dir": run.path}
-    cache, store = Path(config.data.cache), Path(config.reference.store)
-    if not any(cache.glob("*.arrow")):
-        folders["data.cache"] = cache  # not one that is in use: it may be read-only if it has all data
-    if config.reference.mode is ReferenceMode.cached and not store.is_dir():
-        folders["reference.store"] = store  # the same
-    for key, folder in folders.items():
-        check_writable(folder, key)
-
-
-def _check_packages(config: RunConfig, *, trains: bool) -> None:
-    trackers = config.tracking.to if trains else []
+    # Packages.
     model, is_8bit = config.model, trains and config.optim.kind is OptimizerKind.adamw_8bit
     needed = [
         # package, key, value that needs it, value that does not
@@ -147,6 +103,7 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
                 got=value,
                 remedy=f"{install}, or set {key}={instead}",
             )
+    trackers = config.tracking.to if trains else []
     if absent := [tracker for tracker in trackers if not _is_installed(tracker)]:
         others = ",".join(tracker for tracker in trackers if tracker not in absent)
         raise ConfigError(
@@ -164,6 +121,62 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
             got=f"compile with parallelism=zero3 and torch {torch_version}",
             remedy="update torch, or set parallelism=zero2 or model.fused=none",
         )
+    if starts or "WORLD_SIZE" in os.environ:
+        _check_groups(config.parallelism, trains=trains)
+    _check_local_models(model, config.reference)
+    # Data.
+    for source in [*config.data.train, *config.data.eval]:
+        check_source(source, config.data)
+    check_template_file(config.data.chat_template)
+    # Folders to write.
+    is_begun = run.lock.exists() or run.state.exists()
+    foreign = [run.path / CONFIG_FILE, *([] if is_begun else [run.config])]  # files of a model, or of a user
+    if trains and (there := [str(file) for file in foreign if file.is_file()]):
+        raise ConfigError(
+            "run.dir has files that no run has written",
+            where="run.dir",
+            got=", ".join(there),
+            expected="an empty folder, or one that only this run uses",
+            remedy="set run.dir to a new folder",
+        )
+    folders = {"run.dir": run.path}
+    cache, store = Path(config.data.cache), Path(config.reference.store)
+    if not any(cache.glob("*.arrow")):
+        folders["data.cache"] = cache  # not one that is in use: it may be read-only if it has all data
+    if config.reference.mode is ReferenceMode.cached and not store.is_dir():
+        folders["reference.store"] = store  # the same
+    for key, folder in folders.items():
+        check_writable(folder, key)
+
+
+def _check_groups(parallelism: ParallelismConfig, *, trains: bool) -> None:
+    """Check that the processes of this launch can be divided into groups."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    for key in ("sequence_parallel", *["hpz"] * trains):
+        ranks = getattr(parallelism, key)
+        if processes % ranks:
+            raise ConfigError(
+                "the processes cannot be divided into groups of this size",
+                where=f"parallelism.{key}",
+                got=f"{ranks}, with {pluralize(processes, 'process', 'processes')}",
+                expected=f"a divisor of {processes}",
+                remedy=f"set parallelism.{key} to such a divisor, or start a multiple of {ranks} processes",
+            )
+
+
+def _check_local_models(model: ModelConfig, reference: ReferenceConfig) -> None:
+    """Check models in local folders; those on the hub are checked when they are loaded."""
+    start = None
+    if model.adapter is not None and model.adapter.path is not None:
+        named = local_model_folder(model.adapter.path, None, "model.adapter.path", accepts_adapter=True)
+        start = None if named is None else start_folder(model)
+    if (policy := local_model_folder(model.path, model.revision)) is not None:
+        check_weights(weight_files(policy), "model.path")
+        check_tokenizer_files(tokenizer_folder(policy, start))
+    if reference.path is not None:
+        other = local_model_folder(reference.path, None, "reference.path")
+        if other is not None:
+            check_weights(weight_files(other), "reference.path")
 
 
 def _is_installed(package: str) -> bool:

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
+from dpo_dist.config.fields import as_written
 from dpo_dist.config.identity import RunIdentity
-from dpo_dist.config.keys import as_written
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Resume, TrainerConfig

@@ -2,7 +2,7 @@
 
 import math
 
-from dpo_dist.config.optim import LearningRateSchedule, OptimConfig
+from dpo_dist.config.schema import LearningRateSchedule, OptimConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.remedies import Remedy
 

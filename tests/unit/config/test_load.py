@@ -12,10 +12,9 @@ from hydra.core.config_store import ConfigStore
 from dpo_dist.config import compose, keys
 from dpo_dist.config.keys import config_dir
 from dpo_dist.config.load import from_yaml, to_yaml
-from dpo_dist.config.loss_options import SimpoOptions
-from dpo_dist.config.losses import LossKind, LossTermConfig, SyncReferenceConfig
+from dpo_dist.config.losses import LossKind, LossTermConfig, SimpoOptions, SyncReferenceConfig
 from dpo_dist.config.schema import (
-    NO_MODEL,
+    UNSET,
     AdapterConfig,
     Offload,
     SourceConfig,
@@ -169,7 +168,7 @@ def test_the_reference_follows_loss_and_model(typed: str, mode: str) -> None:
 
 
 def test_a_verb_can_work_without_a_model() -> None:
-    assert alone("data.train=[a.jsonl]", verb="doctor").model.path == NO_MODEL
+    assert alone("data.train=[a.jsonl]", verb="doctor").model.path == UNSET
     assert "model=NAME" in error_of("data.train=[a.jsonl]", verb="train", run=[]).remedy
 
 

@@ -7,17 +7,22 @@ from pydantic import ValidationError
 
 from dpo_dist.config.command_line import explain
 from dpo_dist.config.fields import schema_fields
-from dpo_dist.config.identity import differing_keys, settings
+from dpo_dist.config.identity import settings
 from dpo_dist.config.keys import all_keys, group_folders
-from dpo_dist.config.load import from_yaml, to_yaml
-from dpo_dist.config.loss_options import (
+from dpo_dist.config.load import differing_keys, from_yaml, to_yaml
+from dpo_dist.config.losses import (
+    KINDS,
     BcoPairOptions,
     BetaDpoOptions,
     DpopOptions,
+    LossConfig,
+    LossKind,
+    LossTermConfig,
     OdpoOptions,
     SimpoOptions,
+    kinds_using,
+    option_names,
 )
-from dpo_dist.config.losses import KINDS, LossConfig, LossKind, LossTermConfig, kinds_using, option_names
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.sweep.points import load_points
 from tests.unit.config.support import RUN, configured, error_of

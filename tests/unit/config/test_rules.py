@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config import load
-from dpo_dist.config.keys import as_written
+from dpo_dist.config.fields import as_written
 from dpo_dist.config.losses import LossKind
-from dpo_dist.config.rule import unused
-from dpo_dist.config.rules import best_direction, rules_of
+from dpo_dist.config.rules import best_direction, rules_of, unused
 from dpo_dist.config.schema import AdapterConfig, SourceConfig
 from dpo_dist.foundation.errors import ConfigError
 from tests.unit.config.support import RUN, configured, error_of

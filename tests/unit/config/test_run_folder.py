@@ -15,10 +15,10 @@ from dpo_dist.config.run_folder import (
     is_checkpoint,
     strip_key,
 )
-from dpo_dist.config.schema import FolderConfig, RunConfig
+from dpo_dist.config.schema import FolderConfig
 from dpo_dist.foundation.errors import ConfigError
 
-FOLDER = RunFolder.from_config(RunConfig(run=FolderConfig("output/run")))
+FOLDER = RunFolder(FolderConfig("output/run").path)
 
 
 def test_the_paths_of_a_run_directory_are_those_of_the_contract() -> None:

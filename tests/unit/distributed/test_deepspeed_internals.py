@@ -19,8 +19,7 @@ from torch.nn.functional import linear
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from dpo_dist.batching.costs import Arrangement
-from dpo_dist.config.optim import OptimConfig
-from dpo_dist.config.schema import AttentionBackend, Dtype, ParallelismConfig, ParallelismKind
+from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.deepspeed_internals import (
     drop_gradients,

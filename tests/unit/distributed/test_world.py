@@ -18,8 +18,7 @@ from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.ops.op_builder.builder import OpBuilder
 from torch.distributed import distributed_c10d
 
-from dpo_dist.config.optim import OptimConfig
-from dpo_dist.config.schema import AttentionBackend, Dtype, ParallelismConfig
+from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.processes import join as joined_module
 from dpo_dist.distributed.processes.failures import Reports, watch_world

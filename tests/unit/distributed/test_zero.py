@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 
-from dpo_dist.config.optim import OptimConfig
-from dpo_dist.config.schema import AttentionBackend, Dtype, ParallelismConfig, ParallelismKind
+from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed import zero
 from dpo_dist.distributed.deepspeed_config import START, policy_config
 from dpo_dist.distributed.processes.failures import Reports

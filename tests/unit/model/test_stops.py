@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from dpo_dist.config.schema import DataConfig, ModelConfig, RunConfig
+from dpo_dist.config.schema import DataConfig, ModelConfig
 from dpo_dist.config.verb_sections import ExportConfig, MemberConfig
 from dpo_dist.model.files.stops import find_stop_ids, stop_notes, trained_stops, write_stops
 from dpo_dist.training.export import export_average
@@ -76,6 +76,6 @@ def test_a_mean_stops_where_its_members_do(tmp_path: Path) -> None:
     members = [write_model(tmp_path / name, QWEN_BASE) for name in ("one", "other")]
     (members[1] / "generation_config.json").write_text(json.dumps(SAMPLING | {"eos_token_id": [7]}))
     average = [MemberConfig(str(member)) for member in members]
-    config = RunConfig(model=ModelConfig(str(members[0])), export=ExportConfig(average=average))
-    export_average(config, members, tmp_path / "out")
+    model, export = ModelConfig(str(members[0])), ExportConfig(average=average)
+    export_average(members, tmp_path / "out", export, model, DataConfig())
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [0, 7, 2]

@@ -13,19 +13,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.loss_options import (
+from dpo_dist.config.losses import (
+    KINDS,
     BcoDelta,
     BcoPairOptions,
     BetaDpoOptions,
     CpoOptions,
+    Divergence,
     DpopOptions,
     IpoOptions,
+    LossConfig,
+    LossKind,
+    LossTermConfig,
     OdpoOptions,
     OrpoOptions,
     RewardAwareOptions,
     SimpoOptions,
+    option_names,
 )
-from dpo_dist.config.losses import KINDS, Divergence, LossConfig, LossKind, LossTermConfig, option_names
 from dpo_dist.config.user_code import find_function
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps

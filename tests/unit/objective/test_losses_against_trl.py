@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from trl import DPOTrainer
 
-from dpo_dist.config.loss_options import DiscopopOptions
-from dpo_dist.config.losses import Divergence, LossConfig, LossKind, Weighting
+from dpo_dist.config.losses import DiscopopOptions, Divergence, LossConfig, LossKind, Weighting
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, wpo_weights
 from dpo_dist.objective.losses import BatchFacts, preference_loss
 

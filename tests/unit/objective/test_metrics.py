@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.loss_options import BcoDelta, BcoPairOptions
-from dpo_dist.config.losses import LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.losses import BcoDelta, BcoPairOptions, LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps

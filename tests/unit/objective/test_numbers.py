@@ -12,8 +12,7 @@ from torch import Tensor
 
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.loss_options import BcoDelta, BcoPairOptions
-from dpo_dist.config.losses import KINDS, LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.losses import KINDS, BcoDelta, BcoPairOptions, LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.metrics import EXCESS
 from dpo_dist.config.schema import Ranked
 from dpo_dist.data.encoded.dataset import check_fits_loss

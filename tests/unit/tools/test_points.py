@@ -7,7 +7,6 @@ import pytest
 
 from dpo_dist.config import compose
 from dpo_dist.config.command_line import split_words
-from dpo_dist.config.identity import default_dir
 from dpo_dist.config.load import load_run_config
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.sweep.points import SearchSpace, load_points
@@ -114,7 +113,7 @@ def test_an_interval_has_no_points_and_other_verbs_name_the_sweep() -> None:
 
 def test_a_swept_key_names_the_run_directory_of_the_point() -> None:
     for config in load_points([*RUN, "loss.beta=0.1,0.2"]).values():
-        assert config.run.dir == str(default_dir(config.run.root, config.run.name, config.identity.digest))
+        assert config.run.dir == str(config.identity.default_dir)
 
 
 TRIALS = ["sweep.trials=5", "sweep.by=eval_rewards/accuracies", "data.eval_share=0.1"]

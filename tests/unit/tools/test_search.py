@@ -51,14 +51,14 @@ def study_in(folder: Path) -> "optuna.Study":
 
 def evaluate(config: RunConfig, *values: float, metric: str = BY) -> None:
     """Write the evaluations of a run, before its first step and every two steps."""
-    run = RunFolder.from_config(config)
+    run = RunFolder(config.run.path)
     run.metrics.mkdir(parents=True, exist_ok=True)
     rows = [{"step": 2 * number, "epoch": 0.1, metric: value} for number, value in enumerate((0.0, *values))]
     run.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def end(config: RunConfig, outcome: RunOutcome) -> RunOutcome:
-    write_state(RunFolder.from_config(config), RunState(outcome, 4, {"run_digest": config.identity.digest}))
+    write_state(RunFolder(config.run.path), RunState(outcome, 4, {"run_digest": config.identity.digest}))
     return outcome
 
 

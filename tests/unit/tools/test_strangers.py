@@ -39,7 +39,7 @@ def evaluate(run: Path) -> None:
     config = load_run_config(["model.path=org/model", "data.train=[a.jsonl]"])
     inputs: Any = SimpleNamespace(policy_files=SimpleNamespace(digest="m"))
     location = locate_model(str(run / NAME), "evaluation.model")
-    check_origin(EvaluatedModel(location, is_checkpoint=True), config, inputs)
+    check_origin(EvaluatedModel(location, is_checkpoint=True), config.model, config.identity, inputs)
 
 
 def compare(run: Path) -> None:

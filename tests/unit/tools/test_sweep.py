@@ -27,7 +27,7 @@ def test_results_have_the_metrics_of_finished_points_with_intervals(tmp_path: Pa
     done, failed, _ = points
     made = made_run(tmp_path / "made")
     change(made.state, "outcome", value="completed")
-    made.path.rename(RunFolder.from_config(points[done]).path)
+    made.path.rename(RunFolder(points[done].run.path).path)
     folder = RunFolder(tmp_path / "sweep")
     results = sweep_results(points, {failed: ("diverged", "not finite")}, folder, {})
     assert json.loads(folder.sweep.read_text()) == results
@@ -80,7 +80,7 @@ def test_a_point_whose_run_another_process_has_is_trained_by_that(tmp_path: Path
 
 def test_a_point_is_finished_if_its_run_is_complete_with_its_settings(tmp_path: Path) -> None:
     config, other = points_in(tmp_path, "loss.beta=0.1,0.2").values()
-    run = RunFolder.from_config(config)
+    run = RunFolder(config.run.path)
     run.path.mkdir()
     assert not is_finished(config)
     same = {"run_digest": config.identity.digest}

@@ -38,7 +38,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head
 
 from dpo_dist.config.load import load_run_config, to_yaml
-from dpo_dist.config.rule import value_at
+from dpo_dist.config.rules import value_at
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.training.start.named_models import find_export_paths
 from dpo_dist.training.steps.schedule import check_schedule, learning_rate

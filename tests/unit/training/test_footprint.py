@@ -105,7 +105,7 @@ def test_the_experts_that_stay_in_16_bits_are_said_and_counted(
     causal_lm = without_weights(described, config.model)
     kept = size(sum(weight.nbytes for weight in experts))
     assert f"nf4 leaves the experts in bf16, {kept}" in caplog.text
-    [note] = quantization_notes(config, causal_lm)
+    [note] = quantization_notes(config.model, config.reference, causal_lm)
     assert note.startswith(f"warning: model.quantization=nf4 leaves the experts in bf16, {kept}:")
     whole = sum(weight.nbytes for weight in weights.values())
     adapter = 2 * sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
@@ -115,12 +115,17 @@ def test_the_experts_that_stay_in_16_bits_are_said_and_counted(
 def test_nothing_is_said_where_all_layers_are_linear_or_nothing_is_quantized() -> None:
     config = load_run_config(ON_4_BITS)
     for family in ("qwen3", "zamba", "recurrent_gemma"):  # the last two have states of three dimensions
-        assert not quantization_notes(config, without_weights(tiny_config(family), ModelConfig()))
+        assert not quantization_notes(
+            config.model, config.reference, without_weights(tiny_config(family), ModelConfig())
+        )
     plain = load_run_config(["model.path=m"])
     mixtral = without_weights(tiny_config("mixtral"), ModelConfig())
-    assert not quantization_notes(plain, mixtral)
+    assert not quantization_notes(plain.model, plain.reference, mixtral)
     reference = load_run_config(["model.path=m", "reference=cached", "reference.quantization=int8"])
-    assert "reference.quantization=int8 leaves" in quantization_notes(reference, mixtral)[0]
+    assert (
+        "reference.quantization=int8 leaves"
+        in quantization_notes(reference.model, reference.reference, mixtral)[0]
+    )
 
 
 @pytest.mark.parametrize(("bits", "share"), [("null", 1 / 4), ("int8", 1 / 2)])

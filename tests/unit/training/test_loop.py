@@ -19,9 +19,8 @@ from transformers.optimization import (
 )
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.optim import LearningRateSchedule, OptimConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import TrainerConfig
+from dpo_dist.config.schema import LearningRateSchedule, OptimConfig, TrainerConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.training.steps.health import best_after, check_keep_best, count_step, divergence_error

@@ -190,9 +190,10 @@ def test_a_checkpoint_of_another_run_is_refused_before_it_is_loaded(
     config = configured(tmp_path, *([f"model.adapter={adapter}"] if adapter else []))
     inputs: Any = SimpleNamespace(policy_files=SimpleNamespace(digest=base))
     with pytest.raises(CheckpointError, match="of a run with another model or adapter"):
-        check_origin(EvaluatedModel(str(folder), is_checkpoint=True), config, inputs)
+        check_origin(EvaluatedModel(str(folder), is_checkpoint=True), config.model, config.identity, inputs)
     inputs.policy_files.digest = "m"
-    check_origin(EvaluatedModel(str(folder), is_checkpoint=True), configured(tmp_path), inputs)
+    same = configured(tmp_path)
+    check_origin(EvaluatedModel(str(folder), is_checkpoint=True), same.model, same.identity, inputs)
     (folder / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="is damaged"):
-        check_origin(EvaluatedModel(str(folder), is_checkpoint=True), config, inputs)
+        check_origin(EvaluatedModel(str(folder), is_checkpoint=True), config.model, config.identity, inputs)

@@ -132,7 +132,7 @@ def test_a_users_error_removes_a_run_directory_that_has_not_trained(
 ) -> None:
     """Not after other errors and earlier starts, nor that of another job, nor on another rank."""
     config = run_of(assets, tmp_path)
-    folder = RunFolder.from_config(config)
+    folder = RunFolder(config.run.path)
     fail_late(config, DataError("too many bad records"))
     assert not folder.path.exists()
     refused(run_of(assets, tmp_path, "data.eval=[/nowhere/a.jsonl]"))
@@ -145,15 +145,15 @@ def test_a_users_error_removes_a_run_directory_that_has_not_trained(
     fail_late(config, ConfigError("of a second start"))
     assert folder.rank_log(0).is_file()
     with pytest.raises(DataError), checked_start(other := run_of(assets, tmp_path / "late")):  # noqa: PT012
-        MetricsLog.open(RunFolder.from_config(other), None)
+        MetricsLog.open(RunFolder(other.run.path), None)
         raise DataError("found at a later step, before the first row and the first checkpoint")
-    assert RunFolder.from_config(other).rows.is_file()
+    assert RunFolder(other.run.path).rows.is_file()
     fail_late(other := run_of(assets, tmp_path / "bug"), RuntimeError("a fault of the program"))
-    assert RunFolder.from_config(other).rank_log(0).is_file()
+    assert RunFolder(other.run.path).rank_log(0).is_file()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     fail_late(other := run_of(assets, tmp_path / "rank"), ConfigError("on all ranks, of which 0 removes"))
-    assert RunFolder.from_config(other).path.is_dir()
+    assert RunFolder(other.run.path).path.is_dir()
 
 
 @pytest.mark.parametrize(("trains", "ranks"), [(False, 1), (True, 8)])
@@ -280,7 +280,7 @@ def test_a_check_names_what_is_not_read_and_counts_numbers_of_the_loss(assets: P
 
 
 def leave_run(config: RunConfig, outcome: RunOutcome, left: tuple[str, ...]) -> None:
-    folder = RunFolder.from_config(config)
+    folder = RunFolder(config.run.path)
     folder.path.mkdir(parents=True)
     write_state(folder, RunState(outcome, 8, dict(config.identity.recorded)))
     for name in left:

@@ -335,7 +335,7 @@ def config_of(folder: Path, *options: str) -> RunConfig:
 
 def complete(config: RunConfig, *, has_checkpoint: bool = True) -> None:
     """A complete run of 8 steps."""
-    folder = RunFolder.from_config(config)
+    folder = RunFolder(config.run.path)
     identity: dict[str, Any] = dict(config.identity.recorded)
     folder.model.mkdir(parents=True)
     save_file({"weight": torch.ones(2)}, folder.model / "model.safetensors")
@@ -356,9 +356,9 @@ def test_a_complete_run_continues_to_another_length(former: list[str], new: str,
     assert isinstance(start_of(config), RunState)
     assert step_of(start_of(longer)) == 8
     # The config.yaml and the state of a start that was killed before its first checkpoint.
-    RunFolder.from_config(longer).config.write_text(to_yaml(longer))
+    RunFolder(longer.run.path).config.write_text(to_yaml(longer))
     write_state(
-        RunFolder.from_config(longer), RunState(RunOutcome.started, 8, {"run_digest": longer.identity.digest})
+        RunFolder(longer.run.path), RunState(RunOutcome.started, 8, {"run_digest": longer.identity.digest})
     )
     assert step_of(start_of(longer)) == 8
 
@@ -371,7 +371,7 @@ def test_another_key_is_refused_beside_a_greater_length(tmp_path: Path) -> None:
             start_of(other)
         assert "optim.lr=0.5, optim.max_grad_norm=null" in error.value.got
         assert "optim.lr=1e-06" in error.value.expected
-        RunFolder.from_config(other).state.unlink(missing_ok=True)
+        RunFolder(other.run.path).state.unlink(missing_ok=True)
 
 
 # Room on the disk: checkpoints of 12 GiB, and a model of 2 GiB, of 2^30 weights in bf16.
@@ -441,7 +441,8 @@ def test_layers_that_torch_stops_compiling_are_named_once() -> None:
 def test_what_is_slow_on_a_cpu_without_bf16_is_said_before_it_is_slow(
     words: list[str], hints: list[str]
 ) -> None:
-    said = list(hints_on_cpu(load_run_config(["model.path=m", "data.train=[a.jsonl]", *words])))
+    config = load_run_config(["model.path=m", "data.train=[a.jsonl]", *words])
+    said = list(hints_on_cpu(config.model, config.optim))
     assert [hint in line for line, hint in zip(said, hints, strict=True)] == [True] * len(hints)
 
 

@@ -18,8 +18,8 @@ def written(folder: Path, found: Diagnosis) -> str:
     config = RunConfig(
         run=FolderConfig(str(folder / "run")), data=DataConfig(train=[SourceConfig(HOSTILE, name=HOSTILE)])
     )
-    write_doctor_page(RunFolder.from_config(config), found, config.data, config.doctor)
-    return RunFolder.from_config(config).doctor_page.read_text(encoding="utf-8")
+    write_doctor_page(RunFolder(config.run.path), found, config.data, config.doctor)
+    return RunFolder(config.run.path).doctor_page.read_text(encoding="utf-8")
 
 
 def test_hostile_text_adds_no_element_and_no_control_character(tmp_path: Path) -> None:
