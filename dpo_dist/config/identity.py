@@ -130,22 +130,23 @@ def differing_keys(old: RunIdentity, new: RunIdentity) -> dict[str, tuple[Any, A
     return {key: (value, new.values[key]) for key, value in old.values.items() if value != new.values[key]}
 
 
-def plain(value: Any, *, with_defaults: bool = False) -> Any:
+def plain(value: Any, *, with_defaults: bool = False, with_free: bool = False) -> Any:
     """Return `value` without dataclasses and enums; a dataclass becomes its keys that define the result.
 
     Keys at their default are left out unless `with_defaults`; a null becomes the value that it means.
+    `with_free`: with the keys that do not define the result.
     """
     if isinstance(value, list):
-        return [plain(item, with_defaults=with_defaults) for item in value]
+        return [plain(item, with_defaults=with_defaults, with_free=with_free) for item in value]
     if not is_dataclass(value):
         return str(value) if isinstance(value, str) else value
     content = {}
     for option, field in schema_fields(value).items():
         item, facts = getattr(value, option), key_facts(field)
-        if not facts.free and (
-            with_defaults or item not in (field.get_default(call_default_factory=True), facts.null_means)
-        ):
-            shown = plain(facts.null_means if item is None else item, with_defaults=with_defaults)
+        usual = (field.get_default(call_default_factory=True), facts.null_means)
+        if (with_free or not facts.free) and (with_defaults or item not in usual):
+            meant = facts.null_means if item is None else item
+            shown = plain(meant, with_defaults=with_defaults, with_free=with_free)
             if with_defaults or option != "options" or shown:  # {}: the defaults of the kind of loss
                 content[option] = shown
     return content

@@ -179,16 +179,26 @@ def choices(hint: Any) -> list[str]:
     return []
 
 
+_BARE = re.compile(r"(?!(null|true|false)$|.*: )[A-Za-z_./][\w ./:@+*%?-]*", re.ASCII | re.IGNORECASE)
+"""A text inside of brackets that Hydra and YAML read as a text without quotes."""
+
+
 def as_written(value: Any) -> str:
     """Return a value as a user writes it: `null`, `true`, `0.1`, `[{path: a, limit: 3}]`."""
-    value = plain(value)
+    value = plain(value, with_free=True)
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {as_written(item)}" for name, item in value.items()) + "}"
+        return "{" + ", ".join(f"{name}: {_in_brackets(item)}" for name, item in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(as_written(item) for item in value) + "]"
+        return "[" + ", ".join(_in_brackets(item) for item in value) + "]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value) or "''"
+
+
+def _in_brackets(value: Any) -> str:
+    text = as_written(value)
+    needs_quotes = isinstance(value, str) and value and not _BARE.fullmatch(value)
+    return '"' + text.replace('"', '\\"') + '"' if needs_quotes else text
 
 
 def strip_indices(where: str) -> str:

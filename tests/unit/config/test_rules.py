@@ -55,6 +55,8 @@ REFUSED = [
     ("data.eval_share=0.1 data.drop_eval_prompts=true", "data.drop_eval_prompts"),
     ("data.images=pictures", "data.images"),
     ("data.train=[{path:a,images:pictures}]", "data.train"),
+    ("data.eval=[{path:a,images:pictures}]", "data.eval"),
+    ("evaluation.data=[{path:a,images:pictures}]", "evaluation.data"),
     ("data.train=[{path:a,format:text}] data.ranked=all_pairs", "data.ranked"),
     ("data.max_prompt_length=64 data.max_length=64", "data.max_prompt_length"),
     ("data.trained_roles=[assistant,gpt]", "data.trained_roles[1]"),
@@ -232,8 +234,19 @@ def test_a_file_with_sampling_for_pairs_or_a_comparison_serves_other_verbs_too(
 
 
 def test_values_are_shown_as_a_user_writes_them() -> None:
-    values = [None, True, 0.10, LossKind.ipo, "", SourceConfig("a", limit=3), AdapterConfig(r=8)]
-    assert as_written(values) == "[null, true, 0.1, ipo, '', {path: a, limit: 3}, {r: 8}]"
+    source = SourceConfig("a", limit=3, images="p", label="x")  # the last two do not define the result
+    values = [None, True, 0.10, LossKind.ipo, "", source, AdapterConfig(r=8)]
+    written = "[null, true, 0.1, ipo, '', {path: a, limit: 3, images: p, label: x}, {r: 8}]"
+    assert as_written(values) == written
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a.jsonl", "my file.json", "~/é", "train[:9%]", "a,b", "x: y", "null", "True", "1e5", "12", '"q"', "#"],
+)
+def test_texts_are_shown_so_that_a_command_reads_them(text: str) -> None:
+    config = load.load_run_config(["model.path=m", f"data.train={as_written([SourceConfig(text)])}"])
+    assert [source.path for source in config.data.train] == [text]
 
 
 @pytest.mark.parametrize(
