@@ -339,12 +339,10 @@ RULES = (
     ),
     Rule(
         "metrics.bands!=[]",
-        "a band has low above high, or a metric that this run does not log",
+        "a band has low above high, or a metric of evaluations, which this run does not have",
         "correct the band, or set metrics.bands=[]; eval_loss and the like need data.eval or data.eval_share",
         lambda c: any(
-            band.low > band.high
-            or band.metric.removeprefix(PREFIX) not in METRICS
-            or (band.metric.startswith(PREFIX) and not c.data.eval_sources)
+            band.low > band.high or (band.metric.startswith(PREFIX) and not c.data.eval_sources)
             for band in c.metrics.bands
         ),
     ),
