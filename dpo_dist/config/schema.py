@@ -153,6 +153,11 @@ FusedLayers = StrEnum("FusedLayers", ["auto", "none", "liger", "compile"])
 AttentionBackend = StrEnum(
     "AttentionBackend", ["auto", "flash_attention_2", "flash_attention_3", "varlen", "sdpa"]
 )
+FLASH_ATTN = {
+    AttentionBackend.flash_attention_2: "flash-attn",
+    AttentionBackend.flash_attention_3: "flash-attn-3",
+}
+"""The package of each FlashAttention kernel."""
 Quantization = StrEnum("Quantization", ["int8", "nf4"])
 ReferenceMode = StrEnum("ReferenceMode", ["auto", "cached", "live", "adapter", "none"])
 Offload = StrEnum("Offload", ["none", "cpu"])

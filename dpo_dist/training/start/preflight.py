@@ -12,7 +12,7 @@ from dpo_dist.config.losses import LossKind
 from dpo_dist.config.optim import OptimizerKind
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import (
-    AttentionBackend,
+    FLASH_ATTN,
     FusedLayers,
     ParallelismKind,
     ReferenceMode,
@@ -25,7 +25,7 @@ from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
 from dpo_dist.foundation.files import locked
-from dpo_dist.foundation.installed import install_extra
+from dpo_dist.foundation.installed import install_extra, is_installed
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.files.folder import (
     CONFIG_FILE,
@@ -39,10 +39,6 @@ from dpo_dist.model.files.folder import (
 from dpo_dist.training.start.resume import check_newest_checkpoint
 
 _EXTRAS = {"bitsandbytes": "quantization", "liger-kernel": "liger", "flash-attn": "flash-attn"}
-_FLASH_ATTN = {
-    "flash-attn": AttentionBackend.flash_attention_2,
-    "flash-attn-3": AttentionBackend.flash_attention_3,
-}
 
 
 @contextlib.contextmanager
@@ -133,11 +129,11 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
         ("liger-kernel", "model.fused", model.fused if model.fused is FusedLayers.liger else None, "none"),
         *(
             (package, "model.attention", model.attention if model.attention is backend else None, "auto")
-            for package, backend in _FLASH_ATTN.items()
+            for backend, package in FLASH_ATTN.items()
         ),
     ]
     for package, key, value, instead in needed:
-        if value is not None and not _is_installed(package):
+        if value is not None and not is_installed(package):
             install = "build it, the folder hopper of FlashAttention's repository"
             if package in _EXTRAS:
                 install = install_extra(_EXTRAS[package])
@@ -147,7 +143,8 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
                 got=value,
                 remedy=f"{install}, or set {key}={instead}",
             )
-    if absent := [tracker for tracker in trackers if not _is_installed(tracker)]:
+    # By their modules, which several packages may have: mlflow and mlflow-skinny.
+    if absent := [tracker for tracker in trackers if importlib.util.find_spec(tracker) is None]:
         others = ",".join(tracker for tracker in trackers if tracker not in absent)
         raise ConfigError(
             f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed",
@@ -164,7 +161,3 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
             got=f"compile with parallelism=zero3 and torch {torch_version}",
             remedy="update torch, or set parallelism=zero2 or model.fused=none",
         )
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package.replace("-", "_")) is not None
