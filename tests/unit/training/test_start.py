@@ -24,6 +24,7 @@ from dpo_dist.config.schema import (
     DataConfig,
     FinalModel,
     FolderConfig,
+    MetricsConfig,
     ModelConfig,
     ReferenceConfig,
     Resume,
@@ -53,6 +54,7 @@ from dpo_dist.training.steps.state import BestCheckpoint, Position
 from tests.support.alone import ALONE
 from tests.support.one_weight import Run as Saves
 from tests.support.own_loss import OWN
+from tests.support.own_metrics import OWN as OWN_METRICS
 
 CONFIG = RunConfig(
     model=ModelConfig("somewhere"),
@@ -306,10 +308,21 @@ def test_ranks_with_different_sources_of_a_loss_function_are_refused(
 ) -> None:
     run = run_in(folder.path)
     run.config = replace(CONFIG, loss=LossConfig(LossKind.custom, function=OWN))
-    assert describe_run(run)["loss_function"].startswith(f"custom loss {OWN}")
+    environment, _ = describe_run(run)
+    assert environment["loss_function"].startswith(f"custom loss {OWN}")
     monkeypatch.setattr(type(ALONE), "gather", lambda _, digest: [digest, "0" * 8])
     with pytest.raises(ConfigError, match="different sources"):
         describe_run(run)
+
+
+def test_own_metrics_are_tried_once_where_all_ranks_hear_of_an_error(folder: RunFolder) -> None:
+    """The start hands the tried metrics on: another call of the function could raise on one rank only."""
+    run = run_in(folder.path)
+    run.config = replace(CONFIG, metrics=MetricsConfig(OWN_METRICS))
+    environment, custom = describe_run(run)
+    assert environment["metrics_function"].startswith(f"{', '.join(custom.names)} by ")
+    assert custom.names == ("custom/margin", "custom/likelier")
+    assert not hasattr(ending, "custom_metrics")
 
 
 def test_a_lock_holds_until_the_start_ends_and_files_of_a_killed_one_are_removed(folder: RunFolder) -> None:
