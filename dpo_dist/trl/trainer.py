@@ -430,7 +430,10 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         return False
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of TRL's trainer that is an argument; else raise an error with what to use."""
+        """Return an attribute that TRL's trainer copies from its arguments.
+
+        For others an error says what to use.
+        """
         if name in _OF_ARGUMENTS and "args" in self.__dict__:
             return getattr(self.args, _OF_ARGUMENTS[name])
         if name.startswith("__") or "args" not in self.__dict__:

@@ -392,7 +392,7 @@ def _checked_counts(
     tables: Sequence[pa.Table],
     config: DataConfig,
 ) -> dict[str, Any]:
-    """Return the counts of the sources' records, of each too under `sources`. Raises DataError: too few."""
+    """Return the total counts, and each source's under `sources`. DataError: too few records were kept."""
     counted = [DataCounts.total([counts]) for counts in found]
     by_source = []
     for source, counts in zip(sources, counted, strict=True):

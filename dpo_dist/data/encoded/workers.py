@@ -26,7 +26,7 @@ _CHUNKS_AHEAD = 2
 
 
 def processes_for(chunks: int) -> int:
-    """Return the number of processes of one rank for at least this many chunks: one for few of them.
+    """Return how many processes a rank starts for at least this many chunks; one if there are few.
 
     Ranks divide the cores of their node.
     """

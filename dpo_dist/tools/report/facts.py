@@ -147,7 +147,10 @@ class RunFacts:
         return self._accuracy(value, share * self.evaluated_pairs, "eval")
 
     def _accuracy(self, value: float | None, pairs: float, name: str) -> Accuracy | None:
-        """Return an accuracy, or an AUC, whose variance by chance is (n + 1) / (12 good bad), not 1 / 4n."""
+        """Return an accuracy; of labelled records an AUC.
+
+        An AUC's variance by chance is (n + 1) / (12 good bad), not 1 / 4n.
+        """
         good = self.label_share(name)
         weight = 3 * good * (1 - good) if self.unit == "record" else 1.0
         return None if value is None else Accuracy(value, round(pairs), weight)

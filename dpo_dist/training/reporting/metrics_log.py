@@ -67,7 +67,7 @@ def csv_columns(plan: "MetricPlan | None" = None) -> tuple[str, ...]:
 
 
 class _Evenly:
-    """At most `most` rows of those that are added: the first ones, the newest, and evenly chosen ones."""
+    """Keeps at most `most` rows: the first, the newest, and an even choice between."""
 
     def __init__(self, most: int) -> None:
         self.rows: list[MetricsRow] = []
