@@ -181,8 +181,8 @@ def compute_costs(
     kept, copied = _KEPT_NUMBERS * flops.hidden_numbers, float(flops.key_numbers)
     is_masked = backend is AttentionBackend.sdpa
     # On CUDA masked SDPA repeats keys and values for each query head. This counts as memory only: in float32
-    # a row that shares nothing repeats them, too, and in 16 bits it takes a share of about 11 / hidden size of
-    # a token's time.
+    # a row that shares nothing repeats them, too, and in 16 bits it takes about 11 / hidden size of a token
+    # in the matrices.
     if is_masked and device is not None and device.type == "cuda":
         copied = max(copied, flops.per_attended / _FORWARD_AND_BACKWARD)
     return ComputeCosts(
