@@ -25,7 +25,7 @@ from transformers.trainer_utils import TrainOutput
 
 from dpo_dist import api
 from dpo_dist.config.load import from_yaml, load_run_config
-from dpo_dist.config.metrics import results_name
+from dpo_dist.config.metrics import is_evaluation, results_name
 from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.rules import best_direction
 from dpo_dist.config.run_folder import RunFolder, best_checkpoint, checkpoint_folders
@@ -505,7 +505,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         shown = self._shown(row, is_asked=self.control.should_log)
         for logs in shown:
             self.log(logs)
-            if "eval_loss" in row:
+            if is_evaluation(row):
                 self._follower.call("on_evaluate", metrics=logs)
         for logs in shown:
             self._note_best(logs)

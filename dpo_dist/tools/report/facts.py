@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dpo_dist.config.identity import kinds_in
 from dpo_dist.config.losses import KINDS, LossKind, loss_unit
-from dpo_dist.config.metrics import ACCURACIES, METRICS
+from dpo_dist.config.metrics import ACCURACIES, METRICS, PREFIX, is_evaluation
 from dpo_dist.foundation import text
 from dpo_dist.foundation.types import Fields
 from dpo_dist.training.reporting.metrics_log import MetricsRow, finite
@@ -184,7 +184,7 @@ class RunFacts:
 def evaluation_rows(rows: Iterable[MetricsRow]) -> list[MetricsRow]:
     """Return the rows of evaluations, including the one before the first step, with keys without `eval_`."""
     return [
-        {key.removeprefix("eval_"): value for key, value in row.items()} for row in rows if "eval_loss" in row
+        {key.removeprefix(PREFIX): value for key, value in row.items()} for row in rows if is_evaluation(row)
     ]
 
 

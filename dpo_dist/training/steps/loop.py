@@ -17,7 +17,7 @@ import torch
 
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.sampler import BatchSampler
-from dpo_dist.config.metrics import ACCURACIES, MAIN, METRICS, PREFIX
+from dpo_dist.config.metrics import ACCURACIES, MAIN, METRICS, PREFIX, is_evaluation
 from dpo_dist.distributed.checkpoint.saver import CheckpointSaver
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.processes.world import Interrupted
@@ -446,7 +446,7 @@ def show_step(
 
 def show_row(console: Console, row: Mapping[str, float], steps: int, unit: str = "pair") -> None:
     """Show a metrics row of a run of `steps`; people see rows of evaluations only, programs all rows."""
-    if not any(name.startswith(PREFIX) for name in row):
+    if not is_evaluation(row):
         console.result("step", row, [])
         return
     measured = (name for name in (*MAIN, "pairs_per_second") if PREFIX + name in row)
