@@ -25,7 +25,10 @@ class Arrangement(StrEnum):
     single = "single"
 
     def computed_tokens(self, packed: int, rows: Sequence[int]) -> int:
-        """Return the tokens that forwards compute of rows of these lengths, `packed` without copies."""
+        """Return how many tokens the forwards compute for rows of these lengths.
+
+        `packed`: with each shared token once.
+        """
         if self is Arrangement.packed:
             return packed
         return len(rows) * max(rows) if self is Arrangement.padded else sum(rows)

@@ -170,6 +170,7 @@ def pack(
         for segment, path in zip(segments, paths(segments), strict=True)
     }
     rows = [indices[number] for number in range(len(segments))]
+    # Not `Example.rows`, which has words of images' digests in the place of the placeholders.
     ids = [np.concatenate((e.prompt_ids, ids[:-1])) for e in examples for ids in e.responses]
     positions = [np.arange(shared, shared + own) for _, shared, own in segments]
     responses = [response for example in examples for response in example.responses]

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeAlias, cast
 
 import dpo_dist
 from dpo_dist.config.compose import parse_overrides
+from dpo_dist.config.fields import as_written
 from dpo_dist.config.keys import (
     Key,
     group_folders,
@@ -31,8 +32,16 @@ from dpo_dist.config.losses import KINDS, kinds_using
 from dpo_dist.config.mistakes import likely, to_assign, unknown_key
 from dpo_dist.config.other_trainers import is_foreign
 from dpo_dist.config.run_folder import RunFolder, existing_run
-from dpo_dist.config.schema import SCHEMA, ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
-from dpo_dist.config.user_code import check_code_allowed, code_warnings
+from dpo_dist.config.schema import (
+    SCHEMA,
+    ZERO_STAGES,
+    ConsoleStyle,
+    Dtype,
+    ParallelismConfig,
+    RunConfig,
+    SourceConfig,
+)
+from dpo_dist.config.user_code import FOREIGN_CODE, code_options, code_warnings
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.console import console_on, warnings_off
 from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after, raise_all
@@ -156,8 +165,36 @@ def saved_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[st
     if not file.is_file():
         return None
     values = read_saved(file)
-    check_code_allowed(values, given, file)
+    _check_code_allowed(values, given, file)
     return values
+
+
+def _check_code_allowed(values: Mapping[str, Any], given: Collection[str], file: Path) -> None:
+    """Raise ConfigError if a config.yaml runs code by keys that the command itself (`given`) lacks."""
+    options = {key: option for key, option in code_options(values).items() if key not in given}
+    if options:
+        words = [f"{key}={as_written(_brief(reduce(getitem, key.split('.'), values)))}" for key in options]
+        raise ConfigError(
+            "the configuration of this run asks to run code: "
+            + ", ".join(dict.fromkeys(FOREIGN_CODE[key] for key in options)),
+            where=str(file),
+            got="; ".join(options.values()),
+            expected="a run directory without code, or the option on the command line",
+            remedy=Remedy.to_write(*words, verb="if you trust this code, add"),
+        )
+
+
+def _brief(value: Any) -> Any:
+    """Return the value of a config.yaml's key; entries of data lack what is at its default."""
+    if not isinstance(value, list):
+        return value
+    usual = asdict(SourceConfig(path="-"))
+    return [
+        {name: item for name, item in entry.items() if name not in usual or item != usual[name]}
+        if isinstance(entry, dict)
+        else entry
+        for entry in value
+    ]
 
 
 def _check_more_than_run(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ Pydantic checks types and bounds; `Facts` are for help and digest.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import asdict, is_dataclass
@@ -153,34 +154,45 @@ def choices(hint: Any) -> list[str]:
     return []
 
 
+_BARE = re.compile(r"(?!(null|true|false)$|.*: )[A-Za-z_./][\w ./:@+*%?-]*", re.ASCII | re.IGNORECASE)
+"""A text inside of brackets that Hydra and YAML read as a text without quotes."""
+
+
 def as_written(value: Any) -> str:
     """Return a value as a user writes it: `null`, `true`, `0.1`, `[{path: a, limit: 3}]`."""
-    value = plain(value)
+    value = plain(value, with_free=True)
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {as_written(item)}" for name, item in value.items()) + "}"
+        return "{" + ", ".join(f"{name}: {_in_brackets(item)}" for name, item in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(as_written(item) for item in value) + "]"
+        return "[" + ", ".join(_in_brackets(item) for item in value) + "]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value) or "''"
 
 
-def plain(value: Any, *, with_defaults: bool = False) -> Any:
+def _in_brackets(value: Any) -> str:
+    text = as_written(value)
+    needs_quotes = isinstance(value, str) and value and not _BARE.fullmatch(value)
+    return '"' + text.replace('"', '\\"') + '"' if needs_quotes else text
+
+
+def plain(value: Any, *, with_defaults: bool = False, with_free: bool = False) -> Any:
     """Return `value` without dataclasses and enums; a dataclass becomes its keys that define the result.
 
     Keys at their default are left out unless `with_defaults`; a null becomes the value that it means.
+    `with_free`: with the keys that do not define the result.
     """
     if isinstance(value, list):
-        return [plain(item, with_defaults=with_defaults) for item in value]
+        return [plain(item, with_defaults=with_defaults, with_free=with_free) for item in value]
     if not is_dataclass(value):
         return str(value) if isinstance(value, str) else value
     content = {}
     for option, field in schema_fields(value).items():
         item, facts = getattr(value, option), key_facts(field)
-        if not facts.free and (
-            with_defaults or item not in (field.get_default(call_default_factory=True), facts.null_means)
-        ):
-            shown = plain(facts.null_means if item is None else item, with_defaults=with_defaults)
+        usual = (field.get_default(call_default_factory=True), facts.null_means)
+        if (with_free or not facts.free) and (with_defaults or item not in usual):
+            meant = facts.null_means if item is None else item
+            shown = plain(meant, with_defaults=with_defaults, with_free=with_free)
             if with_defaults or option != "options" or shown:  # {}: the defaults of the kind of loss
                 content[option] = shown
     return content

@@ -55,7 +55,7 @@ def load_command(command: Command, verb: str) -> RunConfig:
     try:
         values = command.compose()
         if verb:
-            trains = bool((values.get("pairs") or {}).get("rounds"))
+            trains = verb == "pairs" and bool((values.get("pairs") or {}).get("rounds"))
             command.mistakes += command.unread_keys(verb, trains=trains)
         config = SCHEMA.validate_python(values)
     except ValidationError as error:

@@ -4,7 +4,7 @@ The log, the terminal, trackers, charts, pages and the model card read this tabl
 computes the means over pairs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,3 +125,8 @@ ALL = "all"
 def results_name(label: str) -> str:
     """Return the key of a source's results: its label, changed if it equals `ALL`."""
     return f"{ALL} (source)" if label == ALL else label
+
+
+def is_evaluation(row: Iterable[str]) -> bool:
+    """Return whether a row with these names is of an evaluation, not of a step."""
+    return any(name.startswith(PREFIX) for name in row)

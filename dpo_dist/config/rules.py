@@ -138,6 +138,15 @@ def _unweighted(key: str) -> Rule:
     )
 
 
+def _without_images(key: str) -> Rule:
+    return Rule(
+        f"{key} model.images=null",
+        "the folder of a source's images has no effect with this model.images",
+        "remove the field images of the source, or set model.images.train=none to read images",
+        lambda c: c.data.images is None and any(source.images for source in value_at(c, key)),
+    )
+
+
 def _unused_by_loss(option: str) -> Rule:
     """Refuse an option that no preference loss of the sum uses; all must use `divergence` and `weighting`."""
     has_effect = all if option in ("divergence", "weighting") else any
@@ -260,15 +269,7 @@ RULES = (
     ),
     unused("data.drop_eval_prompts", "data.eval!=[]", "set data.eval; data.eval_share never shares a prompt"),
     unused("data.images", "model.images!=null", "set model.images.train=none to read images"),
-    Rule(
-        "data.train model.images=null",
-        "the folder of a source's images has no effect with this model.images",
-        "remove the field images of the source, or set model.images.train=none to read images",
-        lambda c: (
-            c.data.images is None
-            and any(source.images for source in [*c.data.train, *c.data.eval, *c.evaluation.data])
-        ),
-    ),
+    *map(_without_images, ("data.train", "data.eval", "evaluation.data")),
     unused(
         "data.ranked",
         "data.train",
@@ -439,12 +440,10 @@ RULES = (
     ),
     Rule(
         "metrics.bands!=[]",
-        "a band has low above high, or a metric that this run does not log",
+        "a band has low above high, or a metric of evaluations, which this run does not have",
         "correct the band, or set metrics.bands=[]; eval_loss and the like need data.eval or data.eval_share",
         lambda c: any(
-            band.low > band.high
-            or band.metric.removeprefix(PREFIX) not in METRICS
-            or (band.metric.startswith(PREFIX) and not c.data.eval_sources)
+            band.low > band.high or (band.metric.startswith(PREFIX) and not c.data.eval_sources)
             for band in c.metrics.bands
         ),
     ),

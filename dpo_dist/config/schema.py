@@ -95,7 +95,8 @@ class TrackingConfig:
     wandb: WandbMode = key(WandbMode.auto)
     """W&B: `auto` is online if there is an API key, else offline."""
     project: str | None = key(None)
-    """Project of the run; null: the tracker's variable, such as WANDB_PROJECT, else `dpo_dist`."""
+    """Project of the run; null: `dpo_dist`, for W&B the variable WANDB_PROJECT if it is set. The variables
+    MLFLOW_EXPERIMENT_NAME and CLEARML_PROJECT win over this key; TensorBoard and DVCLive have no projects."""
     samples: int = key(8, ge=0, le=1000)
     """Rows in W&B's table of samples at each evaluation, if `samples.prompts` is set. Otherwise, or with 0,
     no text of data or responses is sent."""
@@ -158,6 +159,11 @@ FusedLayers = StrEnum("FusedLayers", ["auto", "none", "liger", "compile"])
 AttentionBackend = StrEnum(
     "AttentionBackend", ["auto", "flash_attention_2", "flash_attention_3", "varlen", "sdpa"]
 )
+FLASH_ATTN = {
+    AttentionBackend.flash_attention_2: "flash-attn",
+    AttentionBackend.flash_attention_3: "flash-attn-3",
+}
+"""The package of each FlashAttention kernel."""
 Quantization = StrEnum("Quantization", ["int8", "nf4"])
 ReferenceMode = StrEnum("ReferenceMode", ["auto", "cached", "live", "adapter", "none"])
 Offload = StrEnum("Offload", ["none", "cpu"])
@@ -221,7 +227,7 @@ Untrained = Annotated[str, Field(pattern=rf"^({'|'.join(UNTRAINED_PARTS)}|(?s:.*
 
 @schema
 class SourceConfig:
-    """One entry of `data.train` or `data.eval`; a bare string is its `path`."""
+    """One entry of `data.train`, `data.eval` or `evaluation.data`; a bare string is its `path`."""
 
     path: NonEmpty = key(...)
     """File, pattern or folder, also at a URL such as s3://bucket/data/*.jsonl; hub name."""

@@ -3,7 +3,7 @@
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -105,8 +105,8 @@ FOREIGN_CODE = {
 """The keys that run other people's code, with the text of a warning; docs/reliability.md lists them."""
 
 
-def _code_options(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the options in a configuration's plain values that run other people's code."""
+def code_options(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the options in a configuration's plain values that run other people's code, as text by key."""
     options = {}
     for key in FOREIGN_CODE:
         section, _, name = key.partition(".")
@@ -114,25 +114,13 @@ def _code_options(values: Mapping[str, Any]) -> dict[str, str]:
         value = inner.get(name) if isinstance(inner, dict) else None
         if isinstance(value, list):
             readers = [entry.get("reader") for entry in value if isinstance(entry, dict)]
-            value = next(filter(None, readers), "")
-        if value:
-            options[key] = "true" if value is True else str(value)
+            if readers := list(dict.fromkeys(filter(None, readers))):
+                options[key] = f"{key} with reader {', '.join(map(str, readers))}"
+        elif value:
+            options[key] = f"{key}={'true' if value is True else value}"
     return options
 
 
 def code_warnings(values: Mapping[str, Any]) -> list[str]:
     """Return a warning for each option, in a configuration's plain values, that runs other people's code."""
-    return [f"warning: {key}={value}: {FOREIGN_CODE[key]}" for key, value in _code_options(values).items()]
-
-
-def check_code_allowed(content: Mapping[str, Any], given: Collection[str], file: Path) -> None:
-    """Raise ConfigError if a config.yaml runs code by a key that the command itself (`given`) lacks."""
-    for key, value in _code_options(content).items():
-        if key not in given:
-            raise ConfigError(
-                f"the configuration of this run asks to run code: {FOREIGN_CODE[key]}",
-                where=str(file),
-                got=f"{key}={value}",
-                expected="a run directory without code, or the option on the command line",
-                remedy=f"add {key}={value} to the command if you trust this code",
-            )
+    return [f"warning: {option}: {FOREIGN_CODE[key]}" for key, option in code_options(values).items()]

@@ -1,4 +1,4 @@
-"""Every key of the verbs `compare`, `doctor`, `export`, `pairs`, `plan` and `sweep`, and of samples."""
+"""Keys of `compare`, `doctor`, `encode`, `export`, `pairs`, `plan` and `sweep`, of samples and sampling."""
 
 from enum import StrEnum
 from typing import Annotated, Any, Literal

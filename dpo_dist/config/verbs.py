@@ -15,7 +15,7 @@ class Verb(NamedTuple):
     needs: tuple[str, ...] = ()
     """The keys that must be set."""
     is_configured: bool = True
-    """Whether the verb takes a configuration, by `run_verb`."""
+    """Whether the verb takes KEY=VALUE words."""
     reads_data: bool = True
     takes_training: bool = True
     """Whether the verb takes the command line of a training run; `pairs` with rounds does, too."""

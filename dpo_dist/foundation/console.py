@@ -357,9 +357,8 @@ def open_console(rank_log: Callable[[str], Path], style: str = "auto") -> Iterat
     # Line buffering: else the lines of several processes would mix.
     streams = (os.fdopen(os.dup(number), "w", buffering=1) for number in (output_descriptor(), 2))
     objects, messages = map(SafeStream, streams)
-    with log_file.open(
-        "ab", buffering=0
-    ) as log:  # on a full disk a buffer would raise again when it is closed
+    # Without a buffer, which would raise again on a full disk when it is closed.
+    with log_file.open("ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         faulthandler.enable(2)  # a crash in native code, or at a truncated mapped file, logs its stack

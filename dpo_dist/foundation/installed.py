@@ -31,6 +31,18 @@ def with_pages(text: str) -> str:
     )
 
 
+def is_installed(package: str) -> bool:
+    """Return whether a package of an index is installed.
+
+    Its modules do not say: flash-attn-4 has one with the name of flash-attn's.
+    """
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def install_extra(extra: str) -> str:
     """Return the command that installs the packages of an extra of pyproject.toml.
 

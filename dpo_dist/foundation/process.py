@@ -92,6 +92,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cores_of_rank() -> int:
+    """Return how many cores this process may use if the ranks of a node divide them; at least one."""
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 @contextlib.contextmanager
 def limited_memory(further: int) -> Iterator[None]:
     """Inside the block, an allocation fails if the process would have this many bytes more than at its start.

@@ -120,9 +120,8 @@ class StopRequest:
             return
         if not is_limit:
             self._first_signal = now
-            _follow_launcher(
-                0
-            )  # each thread of a dying launcher sends a signal: the second would end the save
+            # Each thread of a dying launcher sends a signal: the second would end the save.
+            _follow_launcher(0)
         name = BY_SECONDS if is_limit else signal.Signals(number).name
         self.ask(name)
         if not self._is_deferred:
@@ -230,7 +229,7 @@ def _follow_launcher(number: int = signal.SIGTERM) -> None:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
     launcher = os.environ.get(LAUNCHER_VARIABLE, "")
     if number and launcher.isdecimal() and os.getppid() == 1 and not psutil.pid_exists(int(launcher)):
-        os.kill(os.getpid(), number)  # it died before, during this process's imports
+        os.kill(os.getpid(), number)  # the launcher died earlier, while this process was importing
 
 
 def raise_terminated(number: int, _frame: FrameType | None) -> None:

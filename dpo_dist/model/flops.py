@@ -180,9 +180,10 @@ def compute_costs(
     """
     kept, copied = _KEPT_NUMBERS * flops.hidden_numbers, float(flops.key_numbers)
     is_masked = backend is AttentionBackend.sdpa
-    if (
-        is_masked and device is not None and device.type == "cuda"
-    ):  # SDPA repeats keys and values for each query head
+    # On CUDA masked SDPA repeats keys and values for each query head. This counts as memory only: in float32
+    # a row that shares nothing repeats them, too, and in 16 bits it takes about 11 / hidden size of a token
+    # in the matrices.
+    if is_masked and device is not None and device.type == "cuda":
         copied = max(copied, flops.per_attended / _FORWARD_AND_BACKWARD)
     return ComputeCosts(
         key=_ATTENTION_SLOWNESS * flops.per_attended / flops.per_token,
@@ -201,9 +202,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     This takes hundredths of a second on a large GPU, tenths on a CPU. The matrices are random, because a GPU
     multiplies constant matrices faster than those of training. The global random state does not change.
     """
-    side, trials = (
-        (8192, 5) if device.type == "cuda" else (512, 20)
-    )  # on a busy CPU, one of many short trials runs uninterrupted
+    # On a busy CPU, one of many short trials runs uninterrupted.
+    side, trials = (8192, 5) if device.type == "cuda" else (512, 20)
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(side, side, dtype=dtype, device=device, generator=generator) for _ in range(2))
     product = torch.empty_like(left)

@@ -239,7 +239,7 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
 
 
 def _first_of_text(names: Iterable[str], ending: str, for_images: Container[str]) -> list[str]:
-    """Return the names with an ending: those of the text model, or if there are none, of parts for images."""
+    """Return the names that end with `ending`: the text model's, else those of image parts."""
     found = [name for name in names if _matches(name, ending)]
     return [name for name in found if name not in for_images] or found
 

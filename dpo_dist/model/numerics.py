@@ -11,15 +11,9 @@ from collections.abc import Iterator
 import torch
 import transformers
 
-from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig
+from dpo_dist.config.schema import FLASH_ATTN, AttentionBackend, Dtype, FusedLayers, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.remedies import Remedy
-
-FLASH_ATTN = {
-    AttentionBackend.flash_attention_2: "flash-attn",
-    AttentionBackend.flash_attention_3: "flash-attn-3",
-}
-"""The package of each FlashAttention kernel."""
 
 
 def numerics_profile(

@@ -356,6 +356,7 @@ def implicit_rewards(policy: PairLogps, reference: PairLogps | None, config: Los
     that average.
     """
     ratios = log_ratios(policy, reference, config)
+    # A pair has one reward: of a sum's losses the first, to which others (sft) are added, decides.
     if ratios is policy and KINDS[config.kinds[0]].length_averaged:
         return Rewards(config.beta * policy.mean_chosen, config.beta * policy.mean_rejected)
     return Rewards(config.beta * ratios.chosen, config.beta * ratios.rejected)

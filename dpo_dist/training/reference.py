@@ -161,6 +161,8 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
     engines: list[Engine] = []
 
     def load_scorer() -> Scorer:
+        # `filler` and `prefixes` are defined below: `fill` calls this only if the store lacks log-probs. The
+        # costs, which balance the ranks, depend on the kernel and arrangement of the loaded model.
         if not engines:
             engines.append(load())
             model = engines[0].model

@@ -49,7 +49,7 @@ from dpo_dist.model.attention.kernels import computed_by_segment
 from dpo_dist.model.files.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.flops import REACHED_SHARES, compute_costs, matmul_peak, recomputed_share
 from dpo_dist.model.lora import add_adapter
-from dpo_dist.objective.metrics import MetricPlan, custom_metrics
+from dpo_dist.objective.metrics import CustomMetrics, MetricPlan
 from dpo_dist.reference.engine import ReferenceProvider, run_start_check
 from dpo_dist.training.export import check_base, export_checkpoint
 from dpo_dist.training.mirror import Mirror
@@ -97,10 +97,10 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
         start = find_start(run)
         if isinstance(start, RunState):
             return _finish_complete_run(run, start, reporting)
-        inputs, state = _begin(run, start, reporting)
+        inputs, state, custom = _begin(run, start, reporting)
         with stop.deferred(), contextlib.ExitStack() as engines:
             try:
-                loop, position = _set_up(run, start, inputs, state, engines, reporting)
+                loop, position = _set_up(run, start, inputs, state, custom, engines, reporting)
             except StoppedError:
                 stopped = replace(state, outcome=RunOutcome.preempted, stopped_by=run.stops.agreed_reasons)
                 if run.world.is_main:
@@ -147,17 +147,21 @@ def find_start(run: Run) -> Checkpoint | RunState | None:
     return checkpoint
 
 
-def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tuple[Inputs, RunState]:
-    """Load and check the inputs, then write the files of this start; return inputs and state. Collective."""
+def _begin(
+    run: Run, checkpoint: Checkpoint | None, reporting: Reporting
+) -> tuple[Inputs, RunState, CustomMetrics]:
+    """Load and check the inputs, then write the files of this start; return inputs, state and own metrics.
+
+    Collective.
+    """
     config, world = run.config, run.world
-    environment = describe_run(run)
+    environment, custom = describe_run(run)
     for name in ("loss", "metrics"):
         if f"{name}_function" in environment:
             run.say(f"{name}: {environment[f'{name}_function']}")
     inputs = load_inputs(run, trains=True)
     done, steps = 0, inputs.sampler.steps
     if inputs.eval_set is not None and config.trainer.keep_best is not None:
-        custom = custom_metrics(config.metrics.function, config.loss, world.device)
         plan = MetricPlan(config.loss, inputs.eval_set.labels, is_evaluation=True, custom=custom)
         check_keep_best(config.trainer.keep_best, plan)
     identity = identify(config.identity, inputs)
@@ -173,7 +177,7 @@ def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tup
     left = f", {done:,} of them done" if done else ""
     pairs = pluralize(inputs.sampler.global_batch_pairs, config.loss.unit)
     run.say(f"training: {pluralize(steps, 'step')} of {pairs}{left}")
-    return inputs, state
+    return inputs, state, custom
 
 
 def record_start(
@@ -204,6 +208,7 @@ def _set_up(
     checkpoint: Checkpoint | None,
     inputs: Inputs,
     state: RunState,
+    custom: CustomMetrics,
     engines: contextlib.ExitStack,
     reporting: Reporting,
 ) -> tuple[Loop, Position]:
@@ -235,7 +240,6 @@ def _set_up(
     if saved := describe_prefixes(planned):
         run.say(saved)
     run.stops.check()
-    custom = custom_metrics(config.metrics.function, config.loss, world.device)
     objective = Objective(config.loss, reference.provider, inputs.router, custom)
     # What a checkpoint holds, and what happens when one is committed.
     sharded: list[SlicedWeights] = [policy]
@@ -401,7 +405,7 @@ def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Record
 def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> int:
     """Check the inputs of a run that has its model, and write a missing report; collective."""
     world, folder = run.world, run.folder
-    environment, written = describe_run(run), folder.environment
+    (environment, _), written = describe_run(run), folder.environment
     identity = identify(run.config.identity, load_inputs(run))
     world.on_main(partial(check_identity, finished.identity, identity, folder.state))
     if finished.outcome is RunOutcome.exported:

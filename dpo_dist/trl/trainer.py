@@ -25,7 +25,7 @@ from transformers.trainer_utils import TrainOutput
 
 from dpo_dist import api
 from dpo_dist.config.load import from_yaml, load_run_config
-from dpo_dist.config.metrics import results_name
+from dpo_dist.config.metrics import is_evaluation, results_name
 from dpo_dist.config.rules import best_direction
 from dpo_dist.config.run_folder import RunFolder, best_checkpoint, checkpoint_folders
 from dpo_dist.config.schema import DataConfig, Direction, FinalModel, SourceConfig
@@ -436,7 +436,10 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         return False
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of TRL's trainer that is an argument; else raise an error with what to use."""
+        """Return an attribute that TRL's trainer copies from its arguments.
+
+        For others an error says what to use.
+        """
         if name in _OF_ARGUMENTS and "args" in self.__dict__:
             return getattr(self.args, _OF_ARGUMENTS[name])
         if name.startswith("__") or "args" not in self.__dict__:
@@ -508,7 +511,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         shown = self._shown(row, is_asked=self.control.should_log)
         for logs in shown:
             self.log(logs)
-            if "eval_loss" in row:
+            if is_evaluation(row):
                 self._follower.call("on_evaluate", metrics=logs)
         for logs in shown:
             self._note_best(logs)

@@ -76,4 +76,4 @@ def test_a_band_of_a_recipe_that_is_missed_is_in_the_verdict(
     loss = history(tmp_path / "run")[-1]["eval_loss"]
     assert missed["rule"] == "outside_band"
     assert missed["text"].startswith(f"eval_loss at step 2 is {loss:.3g}, not in the band 0 to 0.1. Try: ")
-    assert summary(tmp_path / "run")["verdict"]["sentence"].startswith("outside of a band of the recipe: ")
+    assert summary(tmp_path / "run")["verdict"]["sentence"].startswith("not in a band of the recipe: ")

@@ -100,6 +100,14 @@ def test_pages_write_a_verb_in_one_way() -> None:
     assert re.findall(r"-m dpo_dist\.(?!train\b)\w+|python -m dpo_dist\.train", pages) == []
 
 
+def test_every_file_of_the_trainer_is_on_the_page_about_the_architecture() -> None:
+    named = " ".join(re.findall(r"`([^`]+)`", (ROOT / "docs/architecture.md").read_text()))
+    words = set(re.findall(r"\w+", named))
+    files = [file for file in (ROOT / "dpo_dist").rglob("*.py") if not file.stem.startswith("__")]
+    missing = {file for file in files if file.stem not in words and "tools" not in file.parts}
+    assert missing == set()
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 1200
 

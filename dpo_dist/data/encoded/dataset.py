@@ -6,7 +6,6 @@ Token ids and masks are in the files of the sources, the other columns in a file
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -48,7 +47,7 @@ from dpo_dist.data.records import Origin, Tokenizer
 from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import text_digest
-from dpo_dist.foundation.process import usable_cores
+from dpo_dist.foundation.process import cores_of_rank
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_columns
 
@@ -171,9 +170,8 @@ class PreferenceDataset:
         if self.images is None:
             return [*examples]
         distinct = {image.digest: image for example in examples for image in example.images}
-        # The ranks of a node divide its cores; one thread would keep a GPU waiting.
-        cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        with ThreadPoolExecutor(max(1, min(_MAX_THREADS, cores))) as pool:
+        # One thread would keep a GPU waiting.
+        with ThreadPoolExecutor(min(_MAX_THREADS, cores_of_rank())) as pool:
             found = dict(zip(distinct, pool.map(self.images.with_inputs, distinct.values()), strict=True))
         return [
             replace(example, images=tuple(found[image.digest] for image in example.images))
@@ -392,7 +390,7 @@ def _checked_counts(
     tables: Sequence[pa.Table],
     config: DataConfig,
 ) -> dict[str, Any]:
-    """Return the counts of the sources' records, of each too under `sources`. Raises DataError: too few."""
+    """Return the total counts, and each source's under `sources`. DataError: too few records were kept."""
     counted = [DataCounts.total([counts]) for counts in found]
     by_source = []
     for source, counts in zip(sources, counted, strict=True):

@@ -33,6 +33,7 @@ def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceData
     half of a source's records have the same prompt.
     """
     fingerprint = text_digest(f"{dataset.fingerprint} partners {_VERSION}")
+    # The dataset's fingerprint has the `max_length` of its own encoding; this one is what the caller gives.
     content = {"dataset": dataset.fingerprint, "max_length": max_length, **made_from(dataset.encoded)}
     # Examples that were never in a file have no cache.
     with nullcontext(dataset.encoded[0].cache) if dataset.encoded else TemporaryDirectory() as cache:

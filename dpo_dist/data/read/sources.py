@@ -205,7 +205,7 @@ def root_of(path: str) -> Path:
 
 
 def name_of(path: str, relative: str) -> str:
-    """Return the name of a source's file from that relative to `root_of(path)`."""
+    """Return a file's full name, given its name relative to `root_of(path)`."""
     if relative == ".":
         return path
     name = str(root_of(path) / relative)

@@ -16,6 +16,7 @@ from dpo_dist.data.records import Tokenizer, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError
 
 THOUGHT_TAGS = ("<think>", "</think>")
+THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 # A Unicode noncharacter, never part of interchanged text: it delimits marks.
 RESERVED_CHARACTER = "\ufdd0"

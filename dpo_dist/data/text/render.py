@@ -19,7 +19,7 @@ from dpo_dist.data.records import (
     PreferenceRecord,
     UnusableRecordError,
 )
-from dpo_dist.data.text.escape import THOUGHT_TAGS
+from dpo_dist.data.text.escape import THOUGHT_FIELDS, THOUGHT_TAGS
 from dpo_dist.data.text.template import (
     PROBE_CALL,
     PROBE_TOOL,
@@ -34,7 +34,6 @@ from dpo_dist.data.text.tokenizer import TokenizerFacts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.types import Fields
 
-THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 CALLS = "tool_calls"
 _OPEN, _CLOSE = THOUGHT_TAGS
 _EMPTY_THOUGHT = re.compile(rf"\A{_OPEN}\s*{_CLOSE}\s*")
@@ -523,4 +522,4 @@ def _with_spelled_thought(message: Message) -> Message:
     if thought is None or _CLOSE in message.content:
         return message
     fields = {name: part for name, part in message.fields.items() if name not in THOUGHT_FIELDS}
-    return replace(message, content=f"<think>\n{thought}\n</think>\n\n{message.content}", fields=fields)
+    return replace(message, content=f"{_OPEN}\n{thought}\n{_CLOSE}\n\n{message.content}", fields=fields)

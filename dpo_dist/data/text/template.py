@@ -16,7 +16,7 @@ from jinja2.meta import find_undeclared_variables
 
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.records import IMAGE, Message, Messages, Tokenizer, UnusableRecordError, parts_of
-from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_TAGS, Marks, any_of
+from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_FIELDS, THOUGHT_TAGS, Marks, any_of
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.types import Fields
 
@@ -244,7 +244,7 @@ Forms: TypeAlias = tuple[Fields, Fields]
 """A value for the template: plain, and with a mark beside each control token."""
 Turns: TypeAlias = tuple[Forms, ...]
 NO_CONTEXT: Forms = ({}, {})
-_TEXTS = frozenset({"content", "reasoning_content", "thinking", "reasoning"})
+_TEXTS = frozenset({"content", *THOUGHT_FIELDS})
 
 
 class ChatRenderer:

@@ -1,6 +1,5 @@
 """Packed attention: choose the run's kernel, check it on the device, and register it with transformers."""
 
-import importlib.metadata
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
@@ -18,8 +17,9 @@ from transformers.masking_utils import AttentionMaskInterface, sliding_window_ca
 from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.pack import copy_to_device
 from dpo_dist.batching.prefix_tree import Segment, first_tokens, paths
-from dpo_dist.config.schema import AttentionBackend, Dtype
+from dpo_dist.config.schema import FLASH_ATTN, AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.installed import is_installed
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.architectures import ImageMask, recorded_arrangement
 from dpo_dist.model.attention.sdpa import (
@@ -32,7 +32,6 @@ from dpo_dist.model.attention.sdpa import (
 )
 from dpo_dist.model.layers import layer_configs, layer_values
 from dpo_dist.model.library_internals import flash_attention
-from dpo_dist.model.numerics import FLASH_ATTN
 
 # The variable-length kernels accept multiples of 8 as head dimension (others are padded), up to 256.
 LARGEST_HEAD = 256
@@ -341,7 +340,9 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
             return AttentionBackend.sdpa
         is_hopper = torch.cuda.get_device_capability(device)[0] == 9
         fastest = [AttentionBackend.flash_attention_3] * is_hopper + [AttentionBackend.flash_attention_2]
-        return next(filter(_is_installed, fastest), AttentionBackend.varlen)
+        return next(
+            (kernel for kernel in fastest if is_installed(FLASH_ATTN[kernel])), AttentionBackend.varlen
+        )
     if wanted is AttentionBackend.sdpa:
         return wanted
     if not has_kernels:
@@ -352,7 +353,7 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
             expected="auto or sdpa",
             remedy=Remedy.to_set("model.attention=auto"),
         )
-    if wanted in FLASH_ATTN and not _is_installed(wanted):
+    if wanted in FLASH_ATTN and not is_installed(FLASH_ATTN[wanted]):
         name = FLASH_ATTN[wanted]
         raise ConfigError(
             f"{name} is not installed",
@@ -362,15 +363,6 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
             + f", or install {name}, built against the installed torch (pip install --no-build-isolation)",
         )
     return wanted
-
-
-def _is_installed(backend: AttentionBackend) -> bool:
-    """Return whether the package of a FlashAttention kernel is installed."""
-    try:  # not an import: flash-attn-4 has a module of the same name
-        importlib.metadata.version(FLASH_ATTN[backend])
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def check_kernel(

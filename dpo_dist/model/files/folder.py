@@ -17,7 +17,8 @@ CONFIG_FILE = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _FOREIGN_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
-_TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model")
+VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.model.v*", "*.tiktoken", "tekken*.json")
+"""Files of which a tokenizer has one: with any of them transformers makes a tokenizer."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 PEFT_PREFIX = "base_model.model."
 """The prefix of every weight's name in an adapter folder."""
@@ -127,7 +128,7 @@ def _not_found(path: str, key: str, reason: str) -> ConfigError:
 
 def has_tokenizer(folder: Path) -> bool:
     """Return whether a model folder contains the files of a tokenizer."""
-    return any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
+    return any(file for pattern in VOCABULARY_FILES for file in folder.glob(pattern))
 
 
 def check_tokenizer_files(folder: Path) -> None:
@@ -137,7 +138,7 @@ def check_tokenizer_files(folder: Path) -> None:
             "the model folder has no tokenizer",
             where="model.path",
             got=str(folder),
-            expected="tokenizer.json, tokenizer.model or vocab.json beside config.json",
+            expected="tokenizer.json, tokenizer.model, vocab.json or tekken.json beside config.json",
             remedy="put the tokenizer's files beside config.json",
         )
 

@@ -23,6 +23,7 @@ from dpo_dist.model.files.folder import (
     ADAPTER_WEIGHTS,
     CONFIG_FILE,
     PEFT_PREFIX,
+    VOCABULARY_FILES,
     check_weights,
     local_model_folder,
     read_model_json,
@@ -35,15 +36,11 @@ _KEY = "export.average"
 # The files that describe how a model reads images and sounds.
 _PROCESSORS = "*processor_config.json"
 _TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
     "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.*",
     "merges.txt",
-    "*.model",
-    "*.model.v*",
-    "*.tiktoken",
-    "tekken*.json",
     "chat_template*.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dpo_dist.config.identity import kinds_in
 from dpo_dist.config.losses import KINDS, LossKind, loss_unit
-from dpo_dist.config.metrics import ACCURACIES, METRICS
+from dpo_dist.config.metrics import ACCURACIES, METRICS, PREFIX, is_evaluation
 from dpo_dist.foundation import text
 from dpo_dist.foundation.types import Fields
 from dpo_dist.training.reporting.metrics_log import MetricsRow, finite
@@ -147,7 +147,10 @@ class RunFacts:
         return self._accuracy(value, share * self.evaluated_pairs, "eval")
 
     def _accuracy(self, value: float | None, pairs: float, name: str) -> Accuracy | None:
-        """Return an accuracy, or an AUC, whose variance by chance is (n + 1) / (12 good bad), not 1 / 4n."""
+        """Return an accuracy; of labelled records an AUC.
+
+        An AUC's variance by chance is (n + 1) / (12 good bad), not 1 / 4n.
+        """
         good = self.label_share(name)
         weight = 3 * good * (1 - good) if self.unit == "record" else 1.0
         return None if value is None else Accuracy(value, round(pairs), weight)
@@ -181,7 +184,7 @@ class RunFacts:
 def evaluation_rows(rows: Iterable[MetricsRow]) -> list[MetricsRow]:
     """Return the rows of evaluations, including the one before the first step, with keys without `eval_`."""
     return [
-        {key.removeprefix("eval_"): value for key, value in row.items()} for row in rows if "eval_loss" in row
+        {key.removeprefix(PREFIX): value for key, value in row.items()} for row in rows if is_evaluation(row)
     ]
 
 

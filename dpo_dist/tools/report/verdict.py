@@ -257,7 +257,10 @@ def _outside_band(facts: RunFacts) -> Iterator[str]:
     for band in facts.summary.get("bands") or ():
         metric, at, low, high = (band[name] for name in ("metric", "step", "low", "high"))
         at = facts.total_steps if at is None and is_whole else at
-        for step, value in values(facts.rows, metric):
+        logged = values(facts.rows, metric)
+        if is_whole and not logged:  # its name may be mistyped, or another loss has it
+            yield f"no row has {metric}, whose band is not checked"
+        for step, value in logged:
             if step == at and not low <= value <= high:
                 yield f"{metric} at step {step:.0f} is {digits(value)}, not in the band {low:g} to {high:g}"
 

@@ -25,8 +25,8 @@ from dpo_dist.data.records import (
     Response,
     prompt_key,
 )
+from dpo_dist.data.text.escape import THOUGHT_FIELDS
 from dpo_dist.data.text.lengths import without_limits
-from dpo_dist.data.text.render import THOUGHT_FIELDS
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import content_digest, text_digest
 from dpo_dist.model.architectures import context_length

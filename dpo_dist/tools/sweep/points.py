@@ -215,7 +215,7 @@ def _dimension(override: Override) -> tuple[float, Dimension]:
 
 
 def _is_in_brackets(override: Override, folders: Sequence[Path]) -> bool:
-    """Return whether a list is written for a key that takes none."""
+    """Return whether a list is given to a key that takes one value."""
     key, values, known = override.key_or_group, override.value(), preset_names(override.key_or_group, folders)
     if key not in run_keys() or not isinstance(values, list) or not values or fits(key, values):
         return False

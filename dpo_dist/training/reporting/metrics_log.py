@@ -22,6 +22,7 @@ from dpo_dist.config.metrics import (
     PAIR_METRICS,
     PREFIX,
     TERMS,
+    is_evaluation,
 )
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
@@ -67,7 +68,7 @@ def csv_columns(plan: "MetricPlan | None" = None) -> tuple[str, ...]:
 
 
 class _Evenly:
-    """At most `most` rows of those that are added: the first ones, the newest, and evenly chosen ones."""
+    """Keeps at most `most` rows: the first, the newest, and an even choice between."""
 
     def __init__(self, most: int) -> None:
         self.rows: list[MetricsRow] = []
@@ -104,7 +105,7 @@ class RowSample:
 
     def add(self, row: MetricsRow) -> None:
         """Add the next row."""
-        (self._evaluations if "eval_loss" in row else self._steps).add(row)
+        (self._evaluations if is_evaluation(row) else self._steps).add(row)
         if row["step"] in self._keep:
             self._kept.append(row)
         if not all(map(math.isfinite, row.values())):
@@ -188,7 +189,7 @@ class MetricsLog:
 
 def log_position(row: Mapping[str, float]) -> float:
     """Return a row's position in the log: its step, or half a step later for an evaluation."""
-    return row["step"] + _AFTER_STEP * any(key.startswith(PREFIX) for key in row)
+    return row["step"] + _AFTER_STEP * is_evaluation(row)
 
 
 def _line(row: Mapping[str, float]) -> bytes:

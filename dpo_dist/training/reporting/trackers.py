@@ -84,9 +84,12 @@ class AccelerateRun:
         self._name, self._note = name, tracked.folder.trackers / f"{name}.json"
         known = json.loads(self._note.read_bytes()) if self._note.exists() else {}
         self._id, self._received = known.get("id"), known.get("sent", -1.0)
-        first, options = self._options(tracked)
+        project, title = without_secrets([tracked.tracking.project or DEFAULT_PROJECT, tracked.title])
+        first, options = self._options(tracked.folder, project, title)
         self._tracker = LOGGER_TYPE_TO_CLASS[name](first, **options)
         self._tracker.start()
+        if name is TrackerName.comet_ml:  # whose class has no argument for the title
+            self._tracker.tracker.set_name(title)
         if name in _RUN_IDS:
             self._id = str(attrgetter(_RUN_IDS[name][0])(self._tracker.tracker))
         # TensorBoard would show settings as a second run, MLflow refuses to change them.
@@ -119,11 +122,9 @@ class AccelerateRun:
     def _write_note(self) -> None:
         files.write_text(self._note, json.dumps({"id": self._id, "sent": self._received}))
 
-    def _options(self, tracked: TrackedRun) -> tuple[str, dict[str, Any]]:
+    def _options(self, folder: RunFolder, project: str, title: str) -> tuple[str, dict[str, Any]]:
         """Return the first argument of accelerate's class, for most the project, and its options."""
-        folder, place = tracked.folder, tracked.folder.trackers / self._name
-        project, title = without_secrets([tracked.tracking.project or DEFAULT_PROJECT, tracked.title])
-        first, options = project, dict[str, Any]()
+        place, first, options = folder.trackers / self._name, project, dict[str, Any]()
         match self._name:
             case TrackerName.tensorboard:
                 first, place = folder.tensorboard.name, folder.tensorboard.parent

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
 from dpo_dist.config.schema import (
     DataConfig,
     Dtype,
@@ -180,7 +180,7 @@ def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> 
     if resume is not Resume.never:
         if find_finished(identity, folder):
             return "complete: nothing is left to train"
-        if any(folder.checkpoints.glob("step-*")):
+        if checkpoint_folders(folder.checkpoints):
             return "has checkpoints: the run resumes"
     check_fresh_start(resume, folder)
     return "new"

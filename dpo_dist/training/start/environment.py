@@ -16,7 +16,7 @@ from dpo_dist.config.user_code import LOSS_FUNCTION, METRICS_FUNCTION, find_func
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.objective.losses import check_custom_loss
-from dpo_dist.objective.metrics import custom_metrics
+from dpo_dist.objective.metrics import CustomMetrics, custom_metrics
 from dpo_dist.training.start.open_run import Run
 
 PACKAGES = (
@@ -27,11 +27,14 @@ PACKAGES = (
 _PACKAGE_FOLDER = Path(__file__).resolve().parents[2]
 
 
-def describe_run(run: Run) -> dict[str, Any]:
-    """Return the content of environment.json; collective."""
+def describe_run(run: Run) -> tuple[dict[str, Any], CustomMetrics]:
+    """Return the content of environment.json, and the metrics of the user's function; collective.
+
+    The user's functions are tried here: if one raises an error on some ranks only, all ranks stop.
+    """
     config, world = run.config, run.world
     custom_loss = world.together(lambda: check_custom_loss(config.loss, world.device))
-    names = world.together(lambda: custom_metrics(config.metrics.function, config.loss, world.device)).names
+    custom = world.together(lambda: custom_metrics(config.metrics.function, config.loss, world.device))
     environment = world.on_main(lambda: describe_environment(world.size))
     for key, written in ((LOSS_FUNCTION, config.loss.function), (METRICS_FUNCTION, config.metrics.function)):
         if written is None:
@@ -45,9 +48,9 @@ def describe_run(run: Run) -> dict[str, Any]:
                 got=", ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests)),
                 remedy="copy the same module to every node",
             )
-        described = custom_loss if key == LOSS_FUNCTION else f"{', '.join(names)} by {function}"
+        described = custom_loss if key == LOSS_FUNCTION else f"{', '.join(custom.names)} by {function}"
         environment[key.replace(".", "_")] = described
-    return environment
+    return environment, custom
 
 
 def describe_environment(world_size: int) -> dict[str, Any]:

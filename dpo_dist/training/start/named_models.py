@@ -26,7 +26,7 @@ from dpo_dist.data.read.sources import check_has_evaluation_data
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import first_few
-from dpo_dist.model.files.folder import local_model_folder
+from dpo_dist.model.files.folder import CONFIG_FILE, local_model_folder
 
 if TYPE_CHECKING:
     from dpo_dist.training.start.inputs import EvaluationInputs
@@ -40,7 +40,7 @@ def locate_model(path: str, key: str) -> str:
     """Return the folder or hub name of the model at `path`; for a run directory, its trained model."""
     folder = Path(path).expanduser()
     run = RunFolder(folder)
-    if run.config.is_file() and not (folder / "config.json").is_file():
+    if run.config.is_file() and not (folder / CONFIG_FILE).is_file():
         check_files(folder)
         if not run.model.is_dir():
             raise no_model_error(run, key, "let the run complete")

@@ -143,6 +143,7 @@ def warn_of_recompiles(say: Callable[[str], None]) -> Iterator[None]:
             dynamo.removeHandler(handler)
         return False
 
+    # A filter sees every record; as it lets none through, the handler prints nothing and needs no class.
     handler.addFilter(look)
     dynamo.addHandler(handler)
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import (
-    AttentionBackend,
+    FLASH_ATTN,
     FusedLayers,
     ModelConfig,
     OptimizerKind,
@@ -28,7 +28,7 @@ from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
 from dpo_dist.foundation.files import locked
-from dpo_dist.foundation.installed import install_extra
+from dpo_dist.foundation.installed import install_extra, is_installed
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.files.folder import (
     CONFIG_FILE,
@@ -42,10 +42,6 @@ from dpo_dist.model.files.folder import (
 from dpo_dist.training.start.resume import check_newest_checkpoint
 
 _EXTRAS = {"bitsandbytes": "quantization", "liger-kernel": "liger", "flash-attn": "flash-attn"}
-_FLASH_ATTN = {
-    "flash-attn": AttentionBackend.flash_attention_2,
-    "flash-attn-3": AttentionBackend.flash_attention_3,
-}
 
 
 @contextlib.contextmanager
@@ -89,11 +85,11 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
         ("liger-kernel", "model.fused", model.fused if model.fused is FusedLayers.liger else None, "none"),
         *(
             (package, "model.attention", model.attention if model.attention is backend else None, "auto")
-            for package, backend in _FLASH_ATTN.items()
+            for backend, package in FLASH_ATTN.items()
         ),
     ]
     for package, key, value, instead in needed:
-        if value is not None and not _is_installed(package):
+        if value is not None and not is_installed(package):
             install = "build it, the folder hopper of FlashAttention's repository"
             if package in _EXTRAS:
                 install = install_extra(_EXTRAS[package])
@@ -104,7 +100,8 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
                 remedy=f"{install}, or set {key}={instead}",
             )
     trackers = config.tracking.to if trains else []
-    if absent := [tracker for tracker in trackers if not _is_installed(tracker)]:
+    # By their modules, which several packages may have: mlflow and mlflow-skinny.
+    if absent := [tracker for tracker in trackers if importlib.util.find_spec(tracker) is None]:
         others = ",".join(tracker for tracker in trackers if tracker not in absent)
         raise ConfigError(
             f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed",
@@ -177,7 +174,3 @@ def _check_local_models(model: ModelConfig, reference: ReferenceConfig) -> None:
         other = local_model_folder(reference.path, None, "reference.path")
         if other is not None:
             check_weights(weight_files(other), "reference.path")
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package.replace("-", "_")) is not None

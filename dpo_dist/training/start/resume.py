@@ -18,7 +18,7 @@ from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Resume, TrainerConfig
 from dpo_dist.foundation.errors import CheckpointError, RunOutcome, dead_link, first_line
-from dpo_dist.foundation.files import write_text
+from dpo_dist.foundation.files import write_json
 from dpo_dist.foundation.remedies import Remedy
 
 Identity = dict[str, str | None]
@@ -69,7 +69,7 @@ def read_state(folder: RunFolder) -> RunState | None:
 
 def write_state(folder: RunFolder, state: RunState) -> None:
     """Write the state file, all of it or nothing."""
-    write_text(folder.state, json.dumps(asdict(state), indent=1) + "\n")
+    write_json(folder.state, asdict(state))
 
 
 def check_identity(recorded: Mapping[str, Any], identity: Identity, where: Path) -> None:

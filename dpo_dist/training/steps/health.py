@@ -1,7 +1,6 @@
 """Check a run's health: steps that are not finite or have no gradient, loss spikes, the best checkpoint."""
 
 import difflib
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from dpo_dist.data.records import Origin
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.errors import ConfigError, DivergedError
-from dpo_dist.foundation.files import write_text
+from dpo_dist.foundation.files import write_json
 from dpo_dist.foundation.text import first_few
 from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.metrics import MetricPlan
@@ -110,7 +109,7 @@ def write_bad_step(
     ]
     figures = {"loss": totals.means["loss"], "grad_norm": totals.grad_norm}
     content = {"step": step, **{name: _json_number(value) for name, value in figures.items()}, "pairs": pairs}
-    write_text(file, json.dumps(content, indent=1) + "\n")
+    write_json(file, content)
     named = [f"{pair['source']}:{pair['line']}" for pair in pairs if isinstance(pair["loss"], str)]
     return first_few(named) or "each pair alone has a finite loss"
 

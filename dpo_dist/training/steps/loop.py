@@ -17,7 +17,7 @@ import torch
 
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.sampler import BatchSampler
-from dpo_dist.config.metrics import ACCURACIES, MAIN, METRICS, PREFIX
+from dpo_dist.config.metrics import ACCURACIES, MAIN, METRICS, PREFIX, is_evaluation
 from dpo_dist.distributed.checkpoint.saver import CheckpointSaver
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.processes.world import Interrupted
@@ -81,7 +81,7 @@ class Watch:
         return () if self.on_moment is None else self.run.world.on_main(lambda: self.at(when, step))
 
     def ends_epoch(self, step: int) -> bool:
-        """Return whether the step before `step` ended an epoch, or the run."""
+        """Return whether step number `step`, from 1, ends an epoch, or the run."""
         before, after = (self.sampler.epoch(number - 1) for number in (step - 1, step))
         return int(before) < int(after) or step == self.sampler.steps
 
@@ -95,9 +95,8 @@ class Loop:
     costs: ComputeCosts  # balance micro-batches
     policy: PolicyEngine
     objective: Objective
-    starts_as_reference: (
-        bool  # the policy starts as the reference: the first evaluation needs no policy forward
-    )
+    # The policy starts as the reference: the first evaluation needs no policy forward.
+    starts_as_reference: bool
     peak: float  # FLOP/s of all devices
     recorder: Recorder | None  # on rank 0
     samples: Samples | None  # written at evaluations
@@ -394,7 +393,7 @@ def _is_due(step: int, every: int) -> bool:
 
 
 class Progress:
-    """Shows the steps of one start of a run of `steps`, at least the first and the last one."""
+    """Shows progress; the first and the last step of a start are always shown."""
 
     def __init__(self, console: Console, steps: int, peak: float, device: torch.device, unit: str):
         self._console, self._steps, self._peak, self._device = console, steps, peak, device
@@ -447,7 +446,7 @@ def show_step(
 
 def show_row(console: Console, row: Mapping[str, float], steps: int, unit: str = "pair") -> None:
     """Show a metrics row of a run of `steps`; people see rows of evaluations only, programs all rows."""
-    if not any(name.startswith(PREFIX) for name in row):
+    if not is_evaluation(row):
         console.result("step", row, [])
         return
     measured = (name for name in (*MAIN, "pairs_per_second") if PREFIX + name in row)

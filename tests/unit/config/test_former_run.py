@@ -124,7 +124,25 @@ def test_a_config_of_a_run_opens_no_door(key: str, value: str, tmp_path: Path) -
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError, match="asks to run code") as raised:
         evaluated(f"run.dir={tmp_path}")
-    assert f"add {key}=" in raised.value.remedy
+    [word] = raised.value.advice.write
+    assert word.startswith(f"{key}=")
+
+
+def test_data_with_readers_are_trusted_by_the_whole_list_and_stay_as_they_are(tmp_path: Path) -> None:
+    """The words of the remedy give the run's own data; every reader is named before it runs."""
+    sources = (
+        "{path: a.jsonl, reader: one:f}, {path: 'b é.jsonl', split: 'train[:9%]', columns: {prompt: q}, "
+        "reader: two:g, label: '1e5', weight: 2}, {path: c.jsonl, reader: one:f}"
+    )
+    words = (f"data.train=[{sources}]", "data.eval=[{path: x y.jsonl, reader: three:h}]")
+    config = write_run(tmp_path / "run", *words)
+    with pytest.raises(ConfigError, match="asks to run code") as raised:
+        evaluated(f"run.dir={tmp_path}/run")
+    assert evaluated(f"run.dir={tmp_path}/run", *raised.value.advice.write) == config
+    lines = "".join(code_warnings(asdict(config)))
+    for shown in (raised.value.got, lines):
+        assert "data.train with reader one:f, two:g" in shown
+        assert "data.eval with reader three:h" in shown
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "export", "doctor", "precompute"])

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -48,7 +49,10 @@ MISTYPED = [
     ("'data.train=[{path: a, format: sharegpt}]'", "did you mean 'data.train=[{path: a, format: auto}]'?"),
     ("tracking.to=[wandb,mlflo]", "did you mean 'tracking.to=[wandb, mlflow]'?"),
     ("'loss.terms=[{kind: sigmoid}, {kind: sfft, weight: 2}]'", "{kind: sft, weight: 2}]'?"),
-    ("'data.train=[{path: \"a, b\", format: sharegpt}]'", "did you mean auto?"),
+    (
+        "'data.train=[{path: \"a, b\", format: sharegpt}]'",
+        "did you mean 'data.train=[{path: \"a, b\", format: auto}]'?",
+    ),
     ("sweep.method=optuna", "write sweep.trials=20 sweep.by=eval_rewards/accuracies"),
     ("export.method=x", "the keys of export are checkpoint, "),
     ("export.method=delta", "did you mean pairs.method?"),
@@ -271,6 +275,13 @@ def test_all_rules_that_a_command_breaks_are_one_error() -> None:
 def test_a_key_that_the_verb_does_not_read_is_refused(verb: str, typed: str, text: str) -> None:
     run = [] if verb == "compare" else RUN
     assert text in error_of(typed, verb=verb, run=run).block()
+
+
+def test_rounds_in_a_file_add_the_keys_of_training_for_pairs_only(tmp_path: Path) -> None:
+    (file := tmp_path / "rounds.yaml").write_text("pairs: {method: samples, rounds: 2}\n")
+    run = [str(file), "compare.models=[a,b]", "data.eval=[b.jsonl]"]
+    assert "compare does not read optim.lr" in error_of("optim.lr=1e-3", verb="compare", run=run).block()
+    configured("optim.lr=1e-3", verb="pairs", run=[*RUN, str(file)])
 
 
 def test_every_answer_names_keys_that_exist() -> None:

@@ -12,6 +12,8 @@ from dpo_dist.data.encoded.build import tokenizer_digest
 from dpo_dist.distributed.processes.world import Peer, World
 from dpo_dist.foundation import files as digest_module
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
+from dpo_dist.model.files.folder import check_tokenizer_files
+from dpo_dist.model.files.save import copy_tokenizer
 from dpo_dist.reference.digest import (
     Profile,
     check_same_numerics,
@@ -110,8 +112,23 @@ def test_a_hub_snapshot_is_labelled_with_its_commit(tmp_path: Path) -> None:
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json chat_template.jinja additional_chat_templates/tool_use.jinja "
-    "vocab.json tokenization_own.py vocabulary.tiktoken tekken.json"
+    "vocab.json tokenization_own.py"
 )
+VOCABULARIES = "tokenizer.json vocab.txt spiece.model tokenizer.model.v3 qwen.tiktoken tekken.json"
+
+
+@pytest.mark.parametrize("name", VOCABULARIES.split())
+def test_every_form_of_a_vocabulary_is_found_copied_and_in_the_digest(name: str, tmp_path: Path) -> None:
+    (folder := tmp_path / "model").mkdir()
+    (copy := tmp_path / "copy").mkdir()
+    before = tokenizer_digest(folder)
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        check_tokenizer_files(folder)
+    (folder / name).write_bytes(b"a vocabulary")
+    check_tokenizer_files(folder)
+    assert tokenizer_digest(folder) != before
+    copy_tokenizer(folder, copy)
+    assert (copy / name).is_file()
 
 
 def test_a_tokenizers_digest_is_of_the_files_that_decide_token_ids(model: Path) -> None:

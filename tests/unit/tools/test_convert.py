@@ -299,7 +299,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     (
         "{wandb_api_key: q1, env: {HF_TOKEN: q2, A: B_KEY=q5}, swanlab_lark_secret: [q3], pad_token: q4}",
         {},
-        "{HF_TOKEN: ***, A: B_KEY=***} — no counterpart is known\n# swanlab_lark_secret: *** — "
+        '{HF_TOKEN: "***", A: "B_KEY=***"} — no counterpart is known\n# swanlab_lark_secret: *** — '
         "no counterpart is known\n# pad_token: q4",
     ),
     *[

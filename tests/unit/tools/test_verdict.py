@@ -103,6 +103,7 @@ BANDS = {
         {"metric": "eval_rewards/margins", "step": None, "low": 0.9, "high": 1.1},
     ]
 }
+UNKNOWN_BAND = {"metric": "loss/tpo", "step": None, "low": 0.1, "high": 0.2}
 DOUBLED = {"rule": "doubled_bos", "level": "error"}
 
 
@@ -267,6 +268,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("data_faults", rows(), CUT, "80 of 400 training records (20 %)"),
     ("data_faults", rows(), {"findings": [DISAGREES | {"share": 0.1}, DOUBLED]}, "errors: doubled_bos"),
     ("data_faults", rows(), {"findings": [DISAGREES]}, "by far in 40 % of a"),
+    ("outside_band", rows(), {"bands": [UNKNOWN_BAND]}, "no row has loss/tpo, whose band is not checked"),
     ("outside_band", rows(), BANDS, "eval_loss at step 10 is 0.57, not in the band 0.6 to 0.7; eval_rewards"),
     ("displacement", rows(late=FALLEN), {}, "-1.00 -> -1.40 nats per token, and in 60 % of the pairs"),
     ("diverged", rows(late=LOST, since=1), {}, "the model gives no finite log-probs from the start"),
@@ -375,7 +377,7 @@ def test_a_long_run_is_judged_by_a_sample_of_its_rows_as_by_all(
         (rows(every=AT_CHANCE), {}, ["learnt_nothing"]),
         (rows(every=AT_CHANCE), {"exit": "preempted"}, []),
         # The end of a run that has not come to it.
-        (rows(), {"bands": BANDS["bands"][1:], "exit": "preempted"}, []),
+        (rows(), {"bands": [*BANDS["bands"][1:], UNKNOWN_BAND], "exit": "preempted"}, []),
         # Skipped steps do not explain other faults.
         (rows(late={"loss": 1.2}, since=4), {"bad_steps": 2}, ["diverged", "learning_rate_too_high"]),
         # A loss that a decaying learning rate has healed.

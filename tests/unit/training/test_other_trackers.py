@@ -55,6 +55,7 @@ class Fake(GeneralTracker):
     first: str
     options: dict[str, Any]
     rows: list[tuple[int, Mapping[str, float]]]
+    title = ""
     settings: list[Mapping[str, Any]]
 
     def __init__(self, first: str, **options: Any) -> None:
@@ -70,6 +71,9 @@ class Fake(GeneralTracker):
 
     def start(self) -> None:
         self._called("start")
+
+    def set_name(self, title: str) -> None:
+        Fake.title = title
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         Fake.settings.append(values)
@@ -102,7 +106,7 @@ def test_a_resumed_run_goes_on_in_the_run_of_the_tracker(
             trackers.log(row)
         trackers.finish("preempted", {})
     assert options == [{}, {"experiment_key": "theirs"}]
-    assert fake.first == "dpo_dist"
+    assert (fake.first, fake.title) == ("dpo_dist", f"{tmp_path.name} sigmoid beta=0.1 lr=1e-06")
     assert [step for step, _ in fake.rows] == [int(row["step"]) for row in ROWS]
     assert fake.rows[1][1] == {"train/loss": 0.65, "train/rewards/margins.a _b_": 0.2}
     assert fake.calls == ["start", *["log"] * 4, "finish", "start", "log", "finish"]

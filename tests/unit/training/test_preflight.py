@@ -57,9 +57,9 @@ def refused(config: RunConfig) -> DpoDistError:
 @pytest.mark.parametrize(
     ("package", "overrides"),
     [
-        ("liger_kernel", "model.fused=liger"),
-        ("flash_attn", "model.attention=flash_attention_2"),
-        ("flash_attn_3", "model.attention=flash_attention_3"),
+        ("liger-kernel", "model.fused=liger"),
+        ("flash-attn", "model.attention=flash_attention_2"),
+        ("flash-attn-3", "model.attention=flash_attention_3"),
         ("bitsandbytes", "model.adapter.r=8 model.quantization=nf4 parallelism=ddp"),
         ("bitsandbytes", "reference.quantization=int8"),
         ("bitsandbytes", "optim=adamw_8bit"),
@@ -69,12 +69,20 @@ def refused(config: RunConfig) -> DpoDistError:
 def test_a_missing_package_is_an_error_before_anything_is_read(
     package: str, overrides: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else name)
+    """Every module is there: flash-attn-4 has one with the name of flash-attn's."""
+
+    def version(name: str) -> str:
+        if name == package:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "9.0"
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlflow" else name)
     error = refused(run_of(assets, tmp_path, "data.train=[/nowhere/a.jsonl]", *overrides.split()))
     assert isinstance(error, ConfigError)
     assert "is not installed" in error.message
-    if package not in ("mlflow", "flash_attn_3"):
-        assert error.remedy.startswith(f"pip install '{package.replace('_', '-')}>=")
+    if package not in ("mlflow", "flash-attn-3"):
+        assert error.remedy.startswith(f"pip install '{package}>=")
     if package == "mlflow":
         assert error.remedy == "pip install mlflow, or set tracking.to=[wandb,aim]"
 

@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.losses import LossConfig, LossKind
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import RunFolder, checkpoint_name
 from dpo_dist.config.schema import (
     AdapterConfig,
     DataConfig,
     FinalModel,
     FolderConfig,
+    MetricsConfig,
     ModelConfig,
     ReferenceConfig,
     Resume,
@@ -39,6 +40,7 @@ from dpo_dist.tools.report.run import write_page
 from dpo_dist.training import run as ending
 from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.run import find_start, finish, lock_directory, record_start, run_to_its_end
+from dpo_dist.training.start.check import expected_start
 from dpo_dist.training.start.environment import describe_run
 from dpo_dist.training.start.footprint import check_disk_room
 from dpo_dist.training.start.open_run import Run, hints_on_cpu, say_header, warn_of_recompiles
@@ -52,6 +54,7 @@ from dpo_dist.training.steps.state import BestCheckpoint, Position
 from tests.support.alone import ALONE
 from tests.support.one_weight import Run as Saves
 from tests.support.own_loss import OWN
+from tests.support.own_metrics import OWN as OWN_METRICS
 
 pytestmark = pytest.mark.slow
 
@@ -145,6 +148,14 @@ def test_a_complete_run_without_its_model_resumes_from_a_checkpoint_or_is_an_err
         find_start(run_in(folder.path))
     save_checkpoint(folder, 4)
     assert step_of(find_start(run_in(folder.path))) == 4
+
+
+def test_a_dry_run_counts_checkpoints_as_a_start_does(folder: RunFolder) -> None:
+    checkpoint = folder.checkpoints / checkpoint_name(10)
+    temporary_name(checkpoint).mkdir(parents=True)  # of a save that was killed
+    assert expected_start(CONFIG.identity, Resume.auto, folder) == "new"
+    checkpoint.mkdir()
+    assert "resumes" in expected_start(CONFIG.identity, Resume.auto, folder)
 
 
 def test_checkpoints_on_a_disk_that_is_not_mounted_are_an_error(folder: RunFolder, tmp_path: Path) -> None:
@@ -299,10 +310,21 @@ def test_ranks_with_different_sources_of_a_loss_function_are_refused(
 ) -> None:
     run = run_in(folder.path)
     run.config = replace(CONFIG, loss=LossConfig(LossKind.custom, function=OWN))
-    assert describe_run(run)["loss_function"].startswith(f"custom loss {OWN}")
+    environment, _ = describe_run(run)
+    assert environment["loss_function"].startswith(f"custom loss {OWN}")
     monkeypatch.setattr(type(ALONE), "gather", lambda _, digest: [digest, "0" * 8])
     with pytest.raises(ConfigError, match="different sources"):
         describe_run(run)
+
+
+def test_own_metrics_are_tried_once_where_all_ranks_hear_of_an_error(folder: RunFolder) -> None:
+    """The start hands the tried metrics on: another call of the function could raise on one rank only."""
+    run = run_in(folder.path)
+    run.config = replace(CONFIG, metrics=MetricsConfig(OWN_METRICS))
+    environment, custom = describe_run(run)
+    assert environment["metrics_function"].startswith(f"{', '.join(custom.names)} by ")
+    assert custom.names == ("custom/margin", "custom/likelier")
+    assert not hasattr(ending, "custom_metrics")
 
 
 def test_a_lock_holds_until_the_start_ends_and_files_of_a_killed_one_are_removed(folder: RunFolder) -> None:

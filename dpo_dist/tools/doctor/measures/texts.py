@@ -20,6 +20,7 @@ from datasketch import MinHash
 
 from dpo_dist.data.read.values import from_json
 from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, Response, turns_of
+from dpo_dist.data.text.escape import THOUGHT_FIELDS
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.types import Fields
 from dpo_dist.tools.pages.thumbnails import with_marks
@@ -34,7 +35,6 @@ _WORD_ONLY = re.compile(r"[^\W\d_\u3040-\u30ff\u3400-\u9fff]+|\d+|[\u3040-\u30ff
 _WORD = re.compile(rf"{_WORD_ONLY.pattern}|[^\w\s]|_")
 _SHORT_CHARACTERS = 3
 _NEARLY_EQUAL = 0.1
-_THOUGHTS = ("reasoning_content", "thinking")
 # The tag with which a thought starts or ends; in the middle of a line it may be what a text is about.
 _THOUGHT_TAG = re.compile(
     r"^[ \t]{0,8}[<\[](?:\w+:)?(?:think|thinking|thought|reasoning)[>\]]"
@@ -102,7 +102,7 @@ def plain_texts(record: PreferenceRecord) -> Texts:
 
 
 def _turn_text(message: Message) -> str:
-    parts = [str(message.fields[name]) for name in _THOUGHTS if message.fields.get(name)]
+    parts = [str(message.fields[name]) for name in THOUGHT_FIELDS if message.fields.get(name)]
     parts += [with_marks(message.content)] if message.content else []
     if message.fields.get("tool_calls"):
         parts.append(
