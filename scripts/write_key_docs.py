@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_dist.config.fields import schema_fields
 from dpo_dist.config.keys import key_rows, section_meanings
-from dpo_dist.config.losses import KINDS, LossConfig
+from dpo_dist.config.losses import KINDS, KindFacts, LossConfig
 from dpo_dist.config.verbs import EVERY_VERB
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,19 +46,19 @@ def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _loss_table() -> str:
-    """Return a row for each kind; in the formula, each option has its default after it."""
-    shared = {f"loss.{name}": field.default for name, field in schema_fields(LossConfig).items()}
-    rows = []
-    for kind, facts in KINDS.items():
-        own = {} if facts.options is None else schema_fields(facts.options)
-        defaults = shared | {f"loss.options.{name}": field.default for name, field in own.items()}
-        formula = re.sub(
-            r"`(loss[\w.]+)`", lambda found, of=defaults: f"{found[0]} ({of[found[1]]:g})", facts.formula
-        )
-        names = [*sorted(facts.uses - MODIFIERS), *(f"options.{name}" for name in own)]
-        options = ", ".join(f"`{name}`" for name in names) or "-"
-        rows.append((f"`{kind}`", formula, options, "yes" if facts.needs_reference else "-", facts.source))
-    return _table(("kind", "loss of a pair", "options", "reference", "source"), rows)
+    heading = ("kind", "loss of a pair", "options", "reference", "source")
+    return _table(heading, (_loss_row(kind, facts) for kind, facts in KINDS.items()))
+
+
+def _loss_row(kind: str, facts: KindFacts) -> tuple[str, ...]:
+    """Return a kind's row; in the formula, each option has its default after it."""
+    defaults = {f"loss.{name}": field.default for name, field in schema_fields(LossConfig).items()}
+    own = {} if facts.options is None else schema_fields(facts.options)
+    defaults |= {f"loss.options.{name}": field.default for name, field in own.items()}
+    formula = re.sub(r"`(loss[\w.]+)`", lambda found: f"{found[0]} ({defaults[found[1]]:g})", facts.formula)
+    names = [*sorted(facts.uses - MODIFIERS), *(f"options.{name}" for name in own)]
+    options = ", ".join(f"`{name}`" for name in names)
+    return f"`{kind}`", formula, options or "-", "yes" if facts.needs_reference else "-", facts.source
 
 
 def machine_table(lines: str) -> str:
