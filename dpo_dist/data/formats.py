@@ -14,14 +14,25 @@ from typing import Any, NamedTuple
 from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, SourceConfig
 from dpo_dist.data.counts import DataCounts, check_counts
-from dpo_dist.data.read.columns import FIRST_RECORDS, OTHERS, VOTES, resolve_source, with_columns
+from dpo_dist.data.read.columns import FIRST_RECORDS, resolve_source, with_columns
+from dpo_dist.data.read.fields import (
+    CONVERSATIONS,
+    IMAGES_OF_SIDES,
+    LABELS,
+    LISTS,
+    OTHERS,
+    PAIR_SCORES,
+    QUESTIONS,
+    SIDE_FIELDS,
+    SYSTEMS,
+    TEMPLATE_ARGUMENTS,
+    TOOLS,
+    TOOLS_OF_SIDES,
+    VOTES,
+    fields_with,
+)
 from dpo_dist.data.read.images import place_images
 from dpo_dist.data.read.layouts import (
-    LABEL_FIELDS,
-    LISTS,
-    PAIR_SCORE_FIELDS,
-    QUESTIONS,
-    SIDE_NAMES,
     Content,
     check_no_other,
     completion,
@@ -35,10 +46,6 @@ from dpo_dist.data.read.layouts import (
     ranking,
 )
 from dpo_dist.data.read.messages import (
-    CONVERSATIONS,
-    IMAGES,
-    MEDIA,
-    TOOLS,
     Reader,
     is_messages,
     parse_messages,
@@ -71,34 +78,13 @@ from dpo_dist.data.records import (
 from dpo_dist.foundation.remote import is_url
 from dpo_dist.foundation.types import Fields
 
-# Fields that may be the whole prompt.
 _PROMPTS = ("prompt", *QUESTIONS)
-# Parts of the question in some datasets, which the prompt must contain. No format adds `context` to it.
-_QUESTION_FIELDS = ("instruction", *QUESTIONS, "context")
-_SYSTEMS = ("system", "system_prompt")
-_ARGUMENTS = "chat_template_kwargs"
+# A value other than 1 would be ignored.
+_WEIGHTS = ("weight", "sample_weight")
 _SCHEMAS = ("input_schema", "inputSchema")  # of Anthropic and of MCP
-# Tools of one side: both sides are rendered with the record's own tools.
-_TOOLS_OF_SIDES = ("chosen_tools", "rejected_tools")
-_IMAGES_OF_SIDES = tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in IMAGES)
-_MEDIA_OF_SIDES = tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA)
-# Fields that a chat template or a model uses, but no format reads: dropping them would change the prompt.
-_UNREAD = ("documents", *MEDIA, *_MEDIA_OF_SIDES)
-# Perhaps a record's weight in the loss: a value other than 1 would be ignored.
-_UNREAD_WEIGHTS = ("weight", "sample_weight")
-# Each value of these fields is read, or drops its record; `provenance` says how `pairs` made the record.
-_READ = {"prompt", *_QUESTION_FIELDS, *CONVERSATIONS, "conversation", *_SYSTEMS, "history", _ARGUMENTS}
-_READ |= {"enable_thinking", *TOOLS, *_TOOLS_OF_SIDES, *_UNREAD, *_UNREAD_WEIGHTS, *NUMBERS, *VOTES}
-_READ |= {"provenance", *IMAGES, *_IMAGES_OF_SIDES}
-
-# How a text is read: as JSON; as JSON with the nulls that a table writes for fields of other records' tools;
-# as a text that may be messages in JSON.
-_JSON = frozenset((*CONVERSATIONS, "history", "metadata", "scores"))
-_WITH_NULLS = frozenset((*TOOLS, *_TOOLS_OF_SIDES, _ARGUMENTS))
-_TEXTS = frozenset((*_PROMPTS, "context", "completion", *SIDE_NAMES, "response"))
-# Fields that say, also without a value, what a record is: an empty response is not an absent one.
-_KEPT = _TEXTS - {"context"} | {"instruction", *CONVERSATIONS, *LISTS, *LABEL_FIELDS, *NUMBERS, *VOTES}
-_KEPT |= {"scores", *PAIR_SCORE_FIELDS[:-1], *_UNREAD_WEIGHTS, "enable_thinking", OTHERS}
+_READ, _KEPT = frozenset(fields_with("read")), frozenset(fields_with("kept"))
+_JSON, _WITH_NULLS, _TEXTS = (frozenset(fields_with(word)) for word in ("json", "nulls", "text"))
+_UNREAD = fields_with("unread")
 
 # A record with one of these faults may still have a usable prompt.
 _RESPONSE_FAULTS = {
@@ -116,7 +102,8 @@ _RESPONSE_FAULTS = {
     "invalid_numbers",
 }
 # A record with only these fields has its prompt inside the sides.
-_BESIDE_SIDES = frozenset((*SIDE_NAMES, *PAIR_SCORE_FIELDS, OTHERS))
+_SCORES = (*itertools.chain(*PAIR_SCORES), "metadata")
+_BESIDE_SIDES = frozenset((*SIDE_FIELDS, *_SCORES, OTHERS))
 
 
 def parse_record(record: Fields, name: DataFormat, origin: Origin) -> Record:
@@ -300,20 +287,20 @@ def _with_context(
     configured format. `responses` are the names of the fields that were read. Raises UnusableRecordError:
     `unread_content` with the names of fields that would be lost, `image_in_response`, or `invalid_tools`.
     """
-    if of_sides := tuple(name for name in _IMAGES_OF_SIDES if name in record):
+    if of_sides := tuple(name for name in IMAGES_OF_SIDES if name in record):
         raise UnusableRecordError("image_in_response", f"fields: {', '.join(of_sides)}", of_sides)
     unread = [name for name in _UNREAD if name in record]
     # Even a false `enable_thinking`: outside of the template's arguments it would be ignored.
     unread += ["enable_thinking"] if record.get("enable_thinking") not in (None, "") else []
-    weights = [w for w in _UNREAD_WEIGHTS if record.get(w) not in (None, "") and to_number(record[w]) != 1]
-    given = [name for name in (*TOOLS, _ARGUMENTS) if name in record]
+    weights = [w for w in _WEIGHTS if record.get(w) not in (None, "") and to_number(record[w]) != 1]
+    given = [name for name in (*TOOLS, TEMPLATE_ARGUMENTS) if name in record]
     is_dialogue, messages = isinstance(prompt, Dialogue), turns_of(prompt, "user")
     before: list[Message] = []
     if is_plain or is_dialogue:
-        unread += [*given, *(name for name in (*_SYSTEMS, "history") if name in record)]
+        unread += [*given, *(name for name in (*SYSTEMS, "history") if name in record)]
     else:
         unread += TOOLS[1:] if set(TOOLS) <= set(given) else ()
-        for name in _SYSTEMS:
+        for name in SYSTEMS:
             text, first = record.get(name), [*before, *messages][:1]
             if isinstance(text, str) and (not first or first[0].role != "system"):
                 before.append(Message("system", text))
@@ -327,7 +314,7 @@ def _with_context(
                 unread.append("history")
     # A dialogue is read from the responses alone; a conversation may repeat the prompt or a response.
     conversations = (*CONVERSATIONS, "conversation")
-    for name in (*_QUESTION_FIELDS, *(["prompt"] if is_dialogue else []), *conversations):
+    for name in ("instruction", *QUESTIONS, "context", *(["prompt"] if is_dialogue else []), *conversations):
         is_response = name in conversations and (name in responses or ends_with_response(record.get(name)))
         if name in record and not is_response and _is_outside(record[name], prompt):
             unread.append(name)
@@ -335,15 +322,17 @@ def _with_context(
         remedy = f"; of the loss: columns: {{loss_weight: {weights[0]}}}" if weights else ""
         unread = [*unread, *weights]
         raise unread_error(f"fields: {', '.join(unread)}{remedy}", unread)
-    sides = [name for name in _TOOLS_OF_SIDES if name in record]
+    sides = [name for name in TOOLS_OF_SIDES if name in record]
     if not before and not given and not sides:
         return prompt, (), {}
     tools = next((_tools(record[name]) for name in TOOLS if name in given), ())
     if differing := [name for name in sides if _tools(record[name]) != tools]:
         raise unread_error(f"fields: {', '.join(differing)}, other than tools", differing)
-    arguments = record.get(_ARGUMENTS, {})
+    arguments = record.get(TEMPLATE_ARGUMENTS, {})
     if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
-        raise UnusableRecordError("unread_content", f"{_ARGUMENTS} is not an object", (_ARGUMENTS,))
+        raise UnusableRecordError(
+            "unread_content", f"{TEMPLATE_ARGUMENTS} is not an object", (TEMPLATE_ARGUMENTS,)
+        )
     return (*before, *messages), tools, arguments
 
 
@@ -392,7 +381,7 @@ def _unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
     if content.scores is not None and content.field:
         scores = ("scores",)
     elif content.scores is not None:
-        scores = PAIR_SCORE_FIELDS if len(content.responses) == 2 else LABEL_FIELDS
+        scores = _SCORES if len(content.responses) == 2 else LABELS
     read = _READ.union(content.responses, [content.field], scores)
     names = tuple(with_value(record, [name for name in record if name not in read]))
     if not isinstance(left_out := record.get(OTHERS), tuple):  # else a column of this name

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+from dpo_dist.data.read.fields import IMAGES, MEDIA
 from dpo_dist.data.read.values import ARGUMENTS, from_json, has_value, with_value, without_nulls
 from dpo_dist.data.records import (
     FIRST_TURN,
@@ -22,8 +23,6 @@ from dpo_dist.data.records import (
 )
 from dpo_dist.foundation.types import Fields
 
-CONVERSATIONS = ("conversations", "messages")
-TOOLS = ("tools", "functions")
 # Roles of other programs, and the role that chat templates know.
 ROLES = {
     **dict.fromkeys(("human", "User", "Human"), "user"),
@@ -57,8 +56,6 @@ _PARTS = ("text", "reasoning", "thinking", "tool_call")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 # The fields of such a part that can have its image.
 _SOURCES = ("image", "image_url", "url", "path", "base64")
-IMAGES = ("images", "image")
-MEDIA = ("audio", "audios", "video", "videos")
 PLACED = "images"
 """A field of messages until `place_images` reads it: the values of the content's images, None for one that
 is in the record's own list."""

@@ -20,7 +20,7 @@ from dpo_dist.config.schema import DataConfig, DataFormat, SourceConfig, TextTem
 from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.formats import check_source, parse_prompt, parse_record, read_records
 from dpo_dist.data.read import values
-from dpo_dist.data.read.columns import FIELDS
+from dpo_dist.data.read.fields import FIELDS
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
