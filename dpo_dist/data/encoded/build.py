@@ -66,7 +66,6 @@ from dpo_dist.data.text.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import DataError, DpoDistError
 from dpo_dist.foundation.files import (
     MEMO_FOLDER,
-    content_digest,
     file_identity,
     remove_abandoned,
     text_digest,
@@ -83,10 +82,6 @@ _ENCODING_KEYS = (
     "unpair",
     "on_bad_record",
 )
-_VOCABULARY_FILES = ("tokenizer*", "*.model", "*.tiktoken", "tekken*", "*.py", "vocab*", "merges*")
-_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-_SPECIAL_FILES = ("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*")
-
 EncodingProgress = Callable[[str], AbstractContextManager[Callable[..., None]]]
 """Called with the path of a source that is encoded. The entered function is called with the number of encoded
 records, and perhaps with about how many records this process encodes in all."""
@@ -119,8 +114,8 @@ class Preparation:
     """Encodes each source into its own file in `config.cache`, unless it is encoded already.
 
     A file is named by its content: a source is not encoded again if it moved, is in another list, or has
-    another weight. `digest` is the `tokenizer_digest`. The `processor` reads images, whose files are watched:
-    if one changed, its source is encoded again. `progress` shows one process's work.
+    another weight. `digest` is that of the tokenizer's files. The `processor` reads images, whose files are
+    watched: if one changed, its source is encoded again. `progress` shows one process's work.
     """
 
     sources: Sequence[SourceConfig]
@@ -377,18 +372,6 @@ def _columns(record: EncodedRecord) -> dict[str, Any]:
         "images": [image.digest for image in example.images],
         "lengths": example.lengths,
     }
-
-
-def tokenizer_digest(folder: Path, *, with_images: bool = False) -> str:
-    """Return a digest of the files of a model folder that decide how text, or images, become token ids."""
-    names = _VOCABULARY_FILES + _SPECIAL_FILES + (_IMAGE_FILES if with_images else ())
-    files = sorted({file for name in names for file in folder.glob(name) if file.is_file()})
-    parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
-    config_file = folder / "config.json"  # an adapter's folder with a tokenizer has no config.json
-    config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
-    # transformers chooses the tokenizer's class by these keys.
-    parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]
-    return text_digest(json.dumps(parts))
 
 
 def _identities(source: SourceConfig) -> list[str]:
