@@ -67,12 +67,12 @@ def prepare(folder: Path, model: Path, kind: str, records: int, filled: Path | N
     records are added; None: there is no store yet.
     """
     from dpo_dist.config.load import load_run_config
-    from dpo_dist.data.encoded.build import prepare_dataset, tokenizer_digest
+    from dpo_dist.data.encoded.build import prepare_dataset
     from dpo_dist.data.encoded.dataset import open_dataset
     from dpo_dist.data.encoded.partners import with_partners
     from dpo_dist.data.encoded.store import IMAGE_SCHEMA, ensure_order, write_source
     from dpo_dist.data.records import eval_part, train_part
-    from dpo_dist.model.files.load import load_tokenizer
+    from dpo_dist.model.files.load import load_tokenizer, tokenizer_digest
     from dpo_dist.reference.fill import ENTRIES_PER_SHARD
     from dpo_dist.reference.store import FINGERPRINT_FILE, LogpStore, read_fingerprints
 

@@ -42,18 +42,20 @@ from dpo_dist.tools.compare.results import compares, comparison, judge_texts
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks
-from dpo_dist.tools.sampling.dry_run import check_model
 from dpo_dist.tools.sampling.generate import Request, Sample, generate
 from dpo_dist.tools.sampling.judges import Judge, open_judge
 from dpo_dist.tools.sampling.prompts import (
     Parts,
     Prompts,
+    as_user_message,
+    check_model,
     find_model_together,
+    first_records,
+    good_records,
     in_parts,
     joined_run,
     open_judge_together,
 )
-from dpo_dist.tools.sampling.records import as_user_message, first_records, good_records
 from dpo_dist.tools.sampling.respond import (
     Completions,
     ModelSource,

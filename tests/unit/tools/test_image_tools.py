@@ -36,7 +36,7 @@ from dpo_dist.tools.pairs.people import Labelling, draw_items
 from dpo_dist.tools.report.samples import choose_prompts
 from dpo_dist.tools.sampling import judges
 from dpo_dist.tools.sampling.judges import EndpointJudge, FunctionJudge, Question, RewardModel
-from dpo_dist.tools.sampling.records import good_records
+from dpo_dist.tools.sampling.prompts import good_records
 from dpo_dist.tools.sampling.respond import find_model, open_generator, open_responder, respond
 from dpo_dist.tools.sampling.settings import Sampling
 from tests.support.image_model import image_pair, write_image_model, write_pictures
