@@ -149,15 +149,17 @@ class Observer:
 
     def observe(self, records: Sequence[PreferenceRecord | BadRecord]) -> list[RecordFacts]:
         """Return the facts about each record. Raises ConfigError as encoding does."""
-        return list(map(self._observed, records))
-
-    def _observed(self, record: PreferenceRecord | BadRecord) -> RecordFacts:
-        if isinstance(record, PreferenceRecord):
+        found = []
+        for record in records:
             try:
-                return self._facts(record)
+                if isinstance(record, PreferenceRecord):
+                    found.append(self._facts(record))
+                    continue
+                bad = record
             except UnusableRecordError as fault:  # of an image
-                record = fault.as_bad_record(record.origin)
-        return RecordFacts(record.origin, record.reason, record.detail)
+                bad = fault.as_bad_record(record.origin)
+            found.append(RecordFacts(bad.origin, bad.reason, bad.detail))
+        return found
 
     def _images(self, record: PreferenceRecord) -> Sequence[ImageFile]:
         return record.images if self._reads_images else ()

@@ -341,23 +341,6 @@ class ExaminedSource:
         """Languages of the prompt and of both responses, for sampled pairs."""
         return [tuple(map(detect_language, pair.heads)) for pair in self._pairs[:_SAMPLED_LANGUAGES]]
 
-    def _image_report(self) -> dict[str, Any] | None:
-        """Return the numbers and sizes of images; None without any."""
-        if not self._images_of_records:
-            return None
-        keys, pixels, tokens = (np.array(column) for column in self._images.values())
-        order = np.lexsort((tokens > 0, keys))  # an image of a dropped record has no tokens
-        last = order[np.append(keys[order[1:]] != keys[order[:-1]], True)]
-        encoded = last[tokens[last] > 0]
-        return {
-            "records": self._images_of_records.total(),
-            "images": sum(count * records for count, records in self._images_of_records.items()),
-            "different": len(last),
-            "in_a_record": _spread(self._images_of_records),
-            "pixels": _spread(Counter(pixels[last].tolist())),
-            "tokens": _spread(Counter((tokens[encoded] - np.uint64(1)).tolist())),
-        }
-
     def report(self) -> dict[str, Any]:
         """Return the entry of doctor.json; docs/doctor.md describes its fields."""
         sums, sides = self._sums, dict[str, dict[str, Any]]()
@@ -372,6 +355,20 @@ class ExaminedSource:
             unique = sums["unique_tokens"]
             prefix = {"tokens": tokens, "unique_tokens": unique}
             prefix |= {"share": 1 - unique / tokens, "expected_gain": tokens / unique}
+        images: dict[str, Any] | None = None
+        if self._images_of_records:
+            keys, pixels, placeholders = (np.array(column) for column in self._images.values())
+            order = np.lexsort((placeholders > 0, keys))  # an image of a dropped record has no tokens
+            last = order[np.append(keys[order[1:]] != keys[order[:-1]], True)]
+            encoded = last[placeholders[last] > 0]
+            images = {
+                "records": self._images_of_records.total(),
+                "images": sum(count * records for count, records in self._images_of_records.items()),
+                "different": len(last),
+                "in_a_record": _spread(self._images_of_records),
+                "pixels": _spread(Counter(pixels[last].tolist())),
+                "tokens": _spread(Counter((placeholders[encoded] - np.uint64(1)).tolist())),
+            }
         languages = Counter(prompt for prompt, *_ in self._languages if prompt is not None)
         shown = {name for name in self._names if name not in DOCTOR_RULES and name not in RULE_BY_KIND}
         return {
@@ -389,7 +386,7 @@ class ExaminedSource:
             "changed": dict(sorted(self._changed.items())),
             "sides": sides,
             "prefix": prefix,
-            "images": self._image_report(),
+            "images": images,
             "shares": {
                 **({"trained_tokens": sums["trained_tokens"] / sums["response_tokens"]} if tokens else {}),
                 **{name: self._names[name].count / self._readable for name in sorted(shown)},
@@ -401,7 +398,20 @@ class ExaminedSource:
 
     def findings(self) -> Iterator[Finding]:
         """Yield the findings about this source; those that compare records are in `duplicates`."""
-        yield from self._reading_findings()
+        read, dropped = self.read, sum(found.count for found in self._reasons.values())
+        if not self._kept:
+            remedy = reason_remedy(self._dropped[0][0]) if self._dropped else EMPTY_REMEDY
+            findings = DOCTOR_RULES["no_records"].value(1, read, self.label, f"{read} were read")
+            yield from (replace(finding, remedy=remedy) for finding in findings)
+        elif dropped > self._config.max_bad_share * read:
+            detail = f"{dropped} of {read} records"
+            yield from DOCTOR_RULES["too_many_dropped"].value(dropped / read, dropped, self.label, detail)
+        for reason, found in self._dropped:
+            detail = f"{reason} ({found.detail})" if found.detail else reason
+            for finding in DOCTOR_RULES["dropped"].count(
+                found.count, read, self.label, found.origins, detail
+            ):
+                yield replace(finding, remedy=reason_remedy(reason))
         for name in DOCTOR_RULES:
             found, kinds = self._names.get(name, _Found()), KINDS_BY_RULE.get(name, ())
             detail = ", ".join(
@@ -432,19 +442,3 @@ class ExaminedSource:
             yield from DOCTOR_RULES["prompt_language_differs"].count(
                 len(elsewhere), len(clear), self.label, elsewhere, records="sampled records"
             )
-
-    def _reading_findings(self) -> Iterator[Finding]:
-        read, dropped = self.read, sum(found.count for found in self._reasons.values())
-        if not self._kept:
-            remedy = reason_remedy(self._dropped[0][0]) if self._dropped else EMPTY_REMEDY
-            findings = DOCTOR_RULES["no_records"].value(1, read, self.label, f"{read} were read")
-            yield from (replace(finding, remedy=remedy) for finding in findings)
-        elif dropped > self._config.max_bad_share * read:
-            detail = f"{dropped} of {read} records"
-            yield from DOCTOR_RULES["too_many_dropped"].value(dropped / read, dropped, self.label, detail)
-        for reason, found in self._dropped:
-            detail = f"{reason} ({found.detail})" if found.detail else reason
-            for finding in DOCTOR_RULES["dropped"].count(
-                found.count, read, self.label, found.origins, detail
-            ):
-                yield replace(finding, remedy=reason_remedy(reason))
