@@ -278,7 +278,27 @@ def compare_models(
             source = find_model_together(whole_model(model, folder.comparison_models, run), run, MODELS_KEY)
             source = replace(source, name=model.name)
             speakers.append(ComparedModel(model.path, source, prompts))
-        _ask_and_score(speakers, console)
+        # A model that reads more gets no more room than the others: a longer response is not a better model.
+        rooms = dict[str, int]()
+        for record in itertools.chain(*parts):
+            found = [room for speaker in speakers if (room := speaker.room(record)) is not None]
+            if len({*found}) > 1:
+                rooms[prompt_key(record)] = min(found)
+        # One model at a time is in memory; the base, which scores all, comes last.
+        base, *others = speakers
+        for speaker in (*others, base):
+            speaker.respond(rooms)
+            speaker.logps = speaker.score(speaker)
+            if speaker is not base:
+                speaker.free()
+        base.base_logps = base.logps
+        base_vocabulary = base.responder.tokenizer.get_vocab().items()
+        for speaker in others:
+            if speaker.responder.tokenizer.get_vocab().items() <= base_vocabulary:  # the same tokens
+                speaker.base_logps = base.score(speaker)
+            else:
+                console.say(f"{speaker.name}: no KL to {base.name}, which has other token ids")
+        base.free()
         judgement_parts: Parts | None = None
         if judge is not None:
 
@@ -309,38 +329,6 @@ def whole_model(model: NamedModel, folder: Path, run: Run) -> str:
     )
     with run.console.heartbeat(f"writing the weights of {model.name}"):
         return str(run.world.on_main(written))
-
-
-def _ask_and_score(speakers: Sequence[ComparedModel], console: Console) -> None:
-    """Generate and score responses, one model at a time in memory; the base, which scores all, comes last."""
-    base, *others = speakers
-    rooms = _shared_rooms(speakers)
-    for speaker in (*others, base):
-        speaker.respond(rooms)
-        speaker.logps = speaker.score(speaker)
-        if speaker is not base:
-            speaker.free()
-    base.base_logps = base.logps
-    base_vocabulary = base.responder.tokenizer.get_vocab().items()
-    for speaker in others:
-        if speaker.responder.tokenizer.get_vocab().items() <= base_vocabulary:  # the same tokens
-            speaker.base_logps = base.score(speaker)
-        else:
-            console.say(f"{speaker.name}: no KL to {base.name}, which has other token ids")
-    base.free()
-
-
-def _shared_rooms(speakers: Sequence[ComparedModel]) -> dict[str, int]:
-    """Return the most tokens of a response by `prompt_key`, where the models' contexts leave different room.
-
-    A model that reads more gets no more room than the others: a longer response is not a better model.
-    """
-    rooms = dict[str, int]()
-    for record in itertools.chain(*speakers[0].prompts.parts):
-        found = [room for speaker in speakers if (room := speaker.room(record)) is not None]
-        if len({*found}) > 1:
-            rooms[prompt_key(record)] = min(found)
-    return rooms
 
 
 def _rows(
