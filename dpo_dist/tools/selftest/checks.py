@@ -118,7 +118,12 @@ def train_rows(
     run, program = RunFolder(folder / "run"), ["-m", "dpo_dist.train"]
     if name.endswith(WITHOUT_OVERLAP):
         program = ["-m", "dpo_dist.tools.selftest", "--without-overlap"]
-    error = run_python(name, [*program, *_usual_words(folder, run), *words], gpus, code)
+    usual = [f"run.dir={quoted(run.path)}", f"data.train=[{quoted(folder / 'pairs.jsonl')}]"]
+    usual += [f"data.cache={quoted(folder / 'encoded')}", f"reference.store={quoted(folder / 'store')}"]
+    usual += ["data.max_length=1024", "tracking=off", f"parallelism.timeout_seconds={HANGS_SECONDS}"]
+    usual += ["trainer.log_every=1", "trainer.save_every=0", "optim.lr=1e-4", "optim.warmup_ratio=0"]
+    usual += ["trainer.global_batch_pairs=16"]
+    error = run_python(name, [*program, *usual, *words], gpus, code)
     rows: RunRows = [] if error else read_latest_rows(run)
     rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in COMPARED_METRICS)]
     shutil.rmtree(run.metrics if code and not error else run.path, ignore_errors=True)
@@ -138,15 +143,6 @@ def train_without_overlap(words: Sequence[str]) -> int:
         from dpo_dist.training.run import train  # noqa: PLC0415  (slow)
 
         return train(config, console, stop, reporting())
-
-
-def _usual_words(folder: Path, run: RunFolder) -> list[str]:
-    """Return the overrides that all training runs share."""
-    words = [f"run.dir={quoted(run.path)}", f"data.train=[{quoted(folder / 'pairs.jsonl')}]"]
-    words += [f"data.cache={quoted(folder / 'encoded')}", f"reference.store={quoted(folder / 'store')}"]
-    words += ["data.max_length=1024", "tracking=off", f"parallelism.timeout_seconds={HANGS_SECONDS}"]
-    words += ["trainer.log_every=1", "trainer.save_every=0", "optim.lr=1e-4", "optim.warmup_ratio=0"]
-    return [*words, "trainer.global_batch_pairs=16"]
 
 
 def run_python(name: str, words: Sequence[str], gpus: int, code: int = 0) -> str:
@@ -170,15 +166,14 @@ def run_python(name: str, words: Sequence[str], gpus: int, code: int = 0) -> str
             raise
     if process.returncode < 0:  # without a launcher nothing has printed the signal
         screen += f"\nit was ended by {signal.Signals(-process.returncode).name}"
-    return "" if process.returncode == code else f"exit code {process.returncode}: {_cause(screen)}"
-
-
-def _cause(screen: str) -> str:
-    """Return the line that says why a process failed: a signal, an error, or else the last line."""
+    if process.returncode == code:
+        return ""
+    # The line that says why: a signal, an error, or else the last line.
     lines = [line.strip() for line in screen.splitlines() if line.strip()] or ["no output"]
     titles = ("error: ", *(f"{kind.title}: " for kind in DpoDistError.__subclasses__()))
     by_signal = [line for line in lines if " was ended by SIG" in line]
-    return (by_signal or [line for line in lines if line.startswith(titles)] or lines[-1:])[0]
+    causes = by_signal or [line for line in lines if line.startswith(titles)] or lines[-1:]
+    return f"exit code {process.returncode}: {causes[0]}"
 
 
 _GATHERED = (1, 33, 512)  # MB of a message; 33 is a 4096 x 4096 matrix of a 7B model

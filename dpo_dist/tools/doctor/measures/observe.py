@@ -170,7 +170,10 @@ class Observer:
     def _facts(self, record: PreferenceRecord) -> RecordFacts:
         read = self._images(record)
         number, digests = prompt_hash(record.prompt, read), [image.digest.hex() for image in read]
-        images, texts = tuple(map(_image_facts, read)), plain_texts(record)
+        texts, images = plain_texts(record), list[ImageFacts]()
+        for file in read:
+            width, height = decode_image(file.read()).size
+            images.append(ImageFacts(int.from_bytes(file.digest[:8], "little"), width * height))
         prompt, responses, same = texts.prompt, texts.responses, _same_prompt(texts, digests)
         side, pair = record.labelled_side, None
         key, whole = text_key(same), text_key(same, *map(str.strip, responses), *filter(None, [side]))
@@ -190,7 +193,7 @@ class Observer:
             characters=(len(prompt), *_ends(responses, side)),
             pair=pair,
             unread=record.unread,
-            images=images,
+            images=tuple(images),
             prompt=key,
             record=whole,
             numbers=text_key(*_NUMBER.findall(prompt)),
@@ -274,12 +277,6 @@ def _same_prompt(texts: Texts, images: Sequence[str]) -> str:
     """Return a text that is the same for prompts which differ only in case or white space."""
     turns = (f"{role}: {' '.join(turn.casefold().split())}" for role, turn in texts.turns)
     return "\n".join([*turns, *images])
-
-
-def _image_facts(file: ImageFile) -> ImageFacts:
-    """Raises UnusableRecordError: the image cannot be read."""
-    width, height = decode_image(file.read()).size
-    return ImageFacts(int.from_bytes(file.digest[:8], "little"), width * height)
 
 
 def text_key(*texts: str) -> int:
