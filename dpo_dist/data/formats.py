@@ -6,7 +6,6 @@ To add a format: add its name to `DataFormat`, a function that returns a record'
 
 import itertools
 import json
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -19,7 +18,6 @@ from dpo_dist.data.read.fields import (
     CONVERSATIONS,
     IMAGES_OF_SIDES,
     LABELS,
-    LISTS,
     OTHERS,
     PAIR_SCORES,
     QUESTIONS,
@@ -28,7 +26,6 @@ from dpo_dist.data.read.fields import (
     TEMPLATE_ARGUMENTS,
     TOOLS,
     TOOLS_OF_SIDES,
-    VOTES,
     fields_with,
 )
 from dpo_dist.data.read.images import place_images
@@ -47,22 +44,28 @@ from dpo_dist.data.read.layouts import (
 )
 from dpo_dist.data.read.messages import (
     Reader,
-    is_messages,
-    parse_messages,
+    is_outside,
     read_hh,
+    read_history,
     read_implicit,
     read_messages,
     read_text,
+    read_tools,
     select_reader,
-    spelled_messages,
     unread_error,
 )
 from dpo_dist.data.read.sources import local_files, pin_source, raw_records
-from dpo_dist.data.read.values import from_json, has_value, may_be_json, to_number, with_value, without_nulls
+from dpo_dist.data.read.values import (
+    has_value,
+    plain_record,
+    record_numbers,
+    to_number,
+    unknown_format,
+    with_value,
+)
 from dpo_dist.data.records import (
     IMAGE,
     MAX_RECORD_BYTES,
-    MAX_SHOWN_KEYS,
     BadRecord,
     Dialogue,
     Message,
@@ -72,18 +75,14 @@ from dpo_dist.data.records import (
     Record,
     UnusableRecordError,
     bad_record_error,
-    shown_key,
     turns_of,
 )
 from dpo_dist.foundation.remote import is_url
 from dpo_dist.foundation.types import Fields
 
-_PROMPTS = ("prompt", *QUESTIONS)
 # A value other than 1 would be ignored.
 _WEIGHTS = ("weight", "sample_weight")
-_SCHEMAS = ("input_schema", "inputSchema")  # of Anthropic and of MCP
-_READ, _KEPT = frozenset(fields_with("read")), frozenset(fields_with("kept"))
-_JSON, _WITH_NULLS, _TEXTS = (frozenset(fields_with(word)) for word in ("json", "nulls", "text"))
+_READ = frozenset(fields_with("read"))
 _UNREAD = fields_with("unread")
 
 # A record with one of these faults may still have a usable prompt.
@@ -185,13 +184,13 @@ def check_source(source: SourceConfig, config: DataConfig | None = None) -> None
 
 def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
     has_texts = FORMATS[name].read in _READS_TEXT
-    record = _plain(given, has_texts=has_texts, is_ranking=name is DataFormat.ranked)
+    record = plain_record(given, has_texts=has_texts, is_ranking=name is DataFormat.ranked)
     # The prompt and the responses.
     row: Format | None = FORMATS[name]
     if name is DataFormat.auto:
         row = next((row for row in FORMATS.values() if row.matches and row.matches(record)), None)
     if row is None:
-        raise _unknown_format(given)
+        raise unknown_format(given)
     content = row.content(record)
     if name is DataFormat.auto:
         check_no_other(record, content)
@@ -201,81 +200,19 @@ def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
     if read is None:
         fields = ("prompt", "instruction", *QUESTIONS, *CONVERSATIONS)
         is_empty = content.prompt is None and any(record.get(field) is not None for field in fields)
-        raise UnusableRecordError("empty_prompt") if is_empty else _unknown_format(given)
+        raise UnusableRecordError("empty_prompt") if is_empty else unknown_format(given)
     prompt, responses = read(content.prompt, content.responses)
     # What stands beside them.
     is_plain = row.read in (read_text, read_implicit)
     prompt, tools, arguments = _with_context(prompt, record, content.responses, is_plain=is_plain)
     prompt, images = place_images(prompt, responses, record, origin.folders, is_plain=is_plain)
-    numbers = _numbers(record, len(responses))
+    numbers = record_numbers(record, len(responses))
     unread = _unread_fields(record, content)
     result = PreferenceRecord(
         prompt, tuple(responses), origin, content.scores, tools, arguments, numbers, False, unread, images
     )
     check_content(result)
     return _exchanged(result) if numbers.get("soft_label", 1.0) < 0.5 else result
-
-
-def _plain(given: Fields, *, has_texts: bool, is_ranking: bool) -> Fields:
-    """Return a record with the values that its texts hold as JSON, and without other fields that are empty.
-
-    `has_texts`: by its configured format prompt and responses are texts, whatever they look like.
-    `is_ranking`: by this format `output` has a list of responses; else it may be a text that is JSON, too.
-    """
-    record: dict[str, Any] = {}
-    columns: dict[str, str] = {}
-    for name, as_given in (given if has_texts else _with_prompt_outside(given)).items():
-        if name not in _KEPT and not has_value(as_given):
-            continue
-        value = as_given
-        if name in _WITH_NULLS:
-            value = from_json(without_nulls(as_given))
-            value = list(map(from_json, value)) if isinstance(value, list) else value
-        elif name in _JSON:
-            value = from_json(as_given)
-        elif name in LISTS and (is_ranking or name != "output") and may_be_json(as_given):
-            listed = from_json(as_given)
-            value = listed if isinstance(listed, list) else as_given
-        elif name in _TEXTS and not has_texts:
-            value = spelled_messages(as_given) if may_be_json(as_given) else as_given
-            is_object = value[:1] == "{" if isinstance(value, str) else isinstance(value, Mapping)
-            if is_object and name not in _PROMPTS:
-                columns |= _nested_conversation(name, value)
-        record[name] = value
-    if columns:
-        raise UnusableRecordError("unknown_format", "objects with messages inside", columns=columns)
-    return record
-
-
-def _with_prompt_outside(record: Fields) -> Fields:
-    """Return a record with the fields of a prompt that is an object of messages, tools and others.
-
-    So OpenAI writes preferences: {input: {messages, tools}, preferred_output, non_preferred_output}.
-    """
-    for field in _PROMPTS:
-        paths = _nested_conversation(field, record.get(field))
-        if not paths:
-            continue
-        inner, outer = from_json(record[field]), {name: record[name] for name in record if name != field}
-        messages = paths[field].rpartition(".")[2]
-        inner = {"prompt" if name == messages else name: inner[name] for name in inner}
-        inner = {name: inner[name] for name in with_value(inner, inner)}
-        if twice := with_value(outer, inner):
-            raise UnusableRecordError(
-                "ambiguous_format", f"also in {field}: {', '.join(map(shown_key, twice))}"
-            )
-        return outer | inner
-    return record
-
-
-def _nested_conversation(field: str, value: Any) -> dict[str, str]:
-    """Return the paths of messages and tools inside a field, if it holds an object, perhaps as JSON."""
-    whole = from_json(value)
-    if not isinstance(whole, Mapping):
-        return {}
-    given = [name for name in CONVERSATIONS if (turns := from_json(whole.get(name))) and is_messages(turns)]
-    columns = {field: f"{field}.{given[0]}"} if given else {}
-    return columns | {name: f"{field}.{name}" for name in (with_value(whole, TOOLS) if given else ())}
 
 
 def _with_context(
@@ -308,15 +245,16 @@ def _with_context(
                 unread.append(name)
         history = record.get("history")
         if has_value(history):
-            turns = _history(history)
+            turns = read_history(history)
             before += turns or ()
             if turns is None or [turn.role for turn in messages] != ["user"]:
                 unread.append("history")
     # A dialogue is read from the responses alone; a conversation may repeat the prompt or a response.
     conversations = (*CONVERSATIONS, "conversation")
-    for name in ("instruction", *QUESTIONS, "context", *(["prompt"] if is_dialogue else []), *conversations):
+    asked = ("instruction", *QUESTIONS, "context", *(["prompt"] if is_dialogue else []), *conversations)
+    for name in with_value(record, asked):
         is_response = name in conversations and (name in responses or ends_with_response(record.get(name)))
-        if name in record and not is_response and _is_outside(record[name], prompt):
+        if not is_response and is_outside(record[name], prompt):
             unread.append(name)
     if unread or weights:
         remedy = f"; of the loss: columns: {{loss_weight: {weights[0]}}}" if weights else ""
@@ -325,8 +263,8 @@ def _with_context(
     sides = [name for name in TOOLS_OF_SIDES if name in record]
     if not before and not given and not sides:
         return prompt, (), {}
-    tools = next((_tools(record[name]) for name in TOOLS if name in given), ())
-    if differing := [name for name in sides if _tools(record[name]) != tools]:
+    tools = next((read_tools(record[name]) for name in TOOLS if name in given), ())
+    if differing := [name for name in sides if read_tools(record[name]) != tools]:
         raise unread_error(f"fields: {', '.join(differing)}, other than tools", differing)
     arguments = record.get(TEMPLATE_ARGUMENTS, {})
     if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
@@ -334,45 +272,6 @@ def _with_context(
             "unread_content", f"{TEMPLATE_ARGUMENTS} is not an object", (TEMPLATE_ARGUMENTS,)
         )
     return (*before, *messages), tools, arguments
-
-
-def _history(history: Any) -> list[Message] | None:
-    """Return the turns before a question: pairs of a question and its answer, or messages; None: neither."""
-    if isinstance(history, list) and all(
-        isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in history
-    ):
-        roles = itertools.cycle(("user", "assistant"))
-        return [Message(role, text) for role, text in zip(roles, itertools.chain(*history), strict=False)]
-    return list(parse_messages(history, role="user")) if is_messages(history) else None
-
-
-def _tools(value: Any) -> tuple[Fields, ...]:
-    """Return definitions of tools, each as `{type: function, function: {name, ...}}` if it has a name."""
-    read: list[Fields] = []
-    for tool in value if isinstance(value, list) else [value]:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name", ""), str):
-            raise UnusableRecordError("invalid_tools", "a tool or its name is no JSON of that kind")
-        # The schema of the arguments is in `parameters`.
-        schemas = with_value(function, _SCHEMAS)
-        if schemas and not with_value(function, ("parameters",)):
-            names = {name: "parameters" if name == schemas[0] else name for name in function}
-            function = {names[name]: function[name] for name in function if name != "parameters"}
-        if "function" in tool:
-            read.append({**tool, "function": function})
-        else:
-            read.append({"type": "function", "function": function} if "name" in tool else tool)
-    return tuple(read)
-
-
-def _is_outside(value: Any, prompt: Prompt) -> bool:
-    """Return whether a field has a value that is not part of the prompt."""
-    if not has_value(value):
-        return False
-    whole = [turn.content for turn in turns_of(prompt, "user")]
-    whole += [prompt.text] if isinstance(prompt, Dialogue) else []
-    texts = [turn.content for turn in parse_messages(value, role="user")] if is_messages(value) else [value]
-    return not all(isinstance(text, str) and any(text.strip() in part for part in whole) for text in texts)
 
 
 def _unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
@@ -387,38 +286,6 @@ def _unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
     if not isinstance(left_out := record.get(OTHERS), tuple):  # else a column of this name
         return names
     return (*(name for name in names if name != OTHERS), *left_out)
-
-
-def _unknown_format(record: Fields) -> UnusableRecordError:
-    fields = [shown_key(key) for key, value in record.items() if value is not None and key != OTHERS]
-    columns = dict[str, str]()
-    for name, value in record.items():
-        if isinstance(value, Mapping) and {"chosen", "rejected"} <= value.keys():
-            columns.setdefault("record", shown_key(name))
-    fields = fields[: MAX_SHOWN_KEYS + 1]  # one more, so that it is known that there are more
-    return UnusableRecordError(
-        "unknown_format", "" if fields else "no fields", fields=fields, columns=columns
-    )
-
-
-def _numbers(record: Fields, responses: int) -> dict[str, float]:
-    """Return a record's `NUMBERS` that have an effect; votes become a soft label."""
-    given = {name: record[name] for name in (*NUMBERS, *VOTES) if record.get(name) not in (None, "")}
-    read = {name: math.nan if isinstance(given[name], bool) else to_number(given[name]) for name in given}
-    if votes := [read.pop(name) for name in VOTES if name in read]:
-        total = sum(votes)
-        if len(votes) < 2 or "soft_label" in read or not 0 <= min(votes) < total < math.inf:
-            detail = f"{' and '.join(VOTES)} must be two numbers, not both 0, and replace soft_label"
-            raise UnusableRecordError("invalid_numbers", detail)
-        read["soft_label"] = votes[0] / total
-    for name, value in read.items():
-        least, most = (-math.inf if name == "margin" else 0.0), (1.0 if name == "soft_label" else math.inf)
-        if not (math.isfinite(value) and least <= value <= most):
-            raise UnusableRecordError("invalid_numbers", f"{name} is not a number from {least:g} to {most:g}")
-    numbers = {name: value for name, value in read.items() if value != NUMBERS[name]}
-    if responses != 2 and (of_pairs := numbers.keys() - {"loss_weight"}):
-        raise UnusableRecordError("invalid_numbers", f"{min(of_pairs)} of a record that is no pair")
-    return numbers
 
 
 def _exchanged(record: PreferenceRecord) -> PreferenceRecord:

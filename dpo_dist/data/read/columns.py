@@ -8,8 +8,7 @@ from typing import Any
 from dpo_dist.config.schema import DataFormat, SourceConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.data.read.fields import FIELDS, OTHERS, PAIRS, WHOLE, fields_with
-from dpo_dist.data.read.messages import CALLING, ROLES
-from dpo_dist.data.read.values import from_json, has_value, parse_json
+from dpo_dist.data.read.values import CALLING, ROLES, from_json, has_value, parse_json
 from dpo_dist.data.records import BadRecord, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.types import Fields

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dpo_dist.data.read.messages import PLACED, given_images
+from dpo_dist.data.read.messages import PLACED
+from dpo_dist.data.read.values import given_images
 from dpo_dist.data.records import (
     IMAGE,
     Dialogue,

@@ -20,13 +20,19 @@ from dpo_dist.data.read.fields import (
 from dpo_dist.data.read.messages import (
     WEIGHTS,
     check_no_media,
-    given_images,
     has_more,
+)
+from dpo_dist.data.read.values import (
+    finite_numbers,
+    from_json,
+    given_images,
+    has_value,
     is_messages,
     message_role,
     spelled_messages,
+    to_number,
+    with_value,
 )
-from dpo_dist.data.read.values import finite_numbers, from_json, has_value, to_number, with_value
 from dpo_dist.data.records import FIRST_TURN, UnusableRecordError, shown_key
 from dpo_dist.foundation.types import Fields
 
