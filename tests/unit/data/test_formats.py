@@ -168,6 +168,7 @@ def test_fields_without_effect_are_accepted(fields: dict[str, Any], nothing: Any
         (COMPLETION | {"label": True}, ""),
         (COMPLETION | {"topic": "physics", "score_chosen": 1}, "topic score_chosen"),
         (CHAT | {"tools": [{"name": "f"}], "rejected_tools": '[{"name": "f"}]', "system": "be kind"}, ""),
+        (PAIR | {"question": "q", "history": [["a", "b"]], "system_prompt": "be kind"}, ""),
         (HH | {"prompt": "q", "idx": 3}, "idx"),
         *((TEXT | {"*": value, "vector": np.zeros(2)}, "* vector") for value in (3, "ab", [{}])),
         (TEXT | {"*": None}, ""),
