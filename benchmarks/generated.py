@@ -67,7 +67,7 @@ def prepare(folder: Path, model: Path, kind: str, records: int, filled: Path | N
     records are added; None: there is no store yet.
     """
     from dpo_dist.config.load import load_run_config
-    from dpo_dist.data.encoded.build import prepare_dataset
+    from dpo_dist.data.encoded.build import Preparation
     from dpo_dist.data.encoded.dataset import open_dataset
     from dpo_dist.data.encoded.partners import with_partners
     from dpo_dist.data.encoded.store import IMAGE_SCHEMA, ensure_order, write_source
@@ -81,10 +81,10 @@ def prepare(folder: Path, model: Path, kind: str, records: int, filled: Path | N
         _write_texts(folder / f"{name}.jsonl", kind, seed)
     config = load_run_config(overrides(folder, model, kind))
     data, tokenizer, digest = config.data, load_tokenizer(model, config.model), tokenizer_digest(model)
-    evaluated = prepare_dataset(data.eval, data, tokenizer, digest, part=eval_part(data))
+    evaluated = Preparation(data.eval, data, tokenizer, digest, part=eval_part(data)).whole()
     part = train_part(data, open_dataset(evaluated, data).prompt_hashes[:])
     short = dataclasses.replace(data, cache=str(folder / "short"))
-    [source] = prepare_dataset(data.train, short, tokenizer, digest, part=part)
+    [source] = Preparation(data.train, short, tokenizer, digest, part=part).whole()
     table = source.table()
     assert table is not None, "it was written just now"
     names = pa.array([source.path] * len(table))

@@ -35,7 +35,6 @@ from dpo_dist.data.encoded.store import (
 from dpo_dist.data.encoded.workers import CHUNK_RECORDS, in_chunks, in_order
 from dpo_dist.data.formats import parse_record
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
-from dpo_dist.data.labels import source_labels
 from dpo_dist.data.read.columns import READER
 from dpo_dist.data.read.files import file_kind
 from dpo_dist.data.read.sources import (
@@ -47,6 +46,7 @@ from dpo_dist.data.read.sources import (
     raw_records,
     root_of,
     source_identity,
+    source_labels,
 )
 from dpo_dist.data.records import (
     ALL_RECORDS,
@@ -187,6 +187,13 @@ class Preparation:
             ensure_order(each.wanted, None if self.processor is None else self.processor.placeholder_id)
         return tuple(each.wanted for each in planned)
 
+    def whole(self) -> tuple[EncodedSource, ...]:
+        """Return the encoded sources, all by this process and those that it starts."""
+        planned = self.plan()
+        encoded = self.join(planned, self.encode(planned))
+        assert encoded is not None, "of every part"
+        return encoded
+
     def _encode(self, planned: PlannedSource, share: Share) -> int:
         source, wanted, _, contents = planned
         state = _identities(source)
@@ -248,23 +255,6 @@ class Preparation:
             for part, of_part in itertools.groupby(chunks, itemgetter(0)):
                 write_source(replace(wanted, part=part), checked(of_part))
         return -(-read // part_records)
-
-
-def prepare_dataset(
-    sources: Sequence[SourceConfig],
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    digest: str,
-    progress: EncodingProgress = no_progress,
-    part: Part = ALL_RECORDS,
-    processor: ImageProcessor | None = None,
-) -> tuple[EncodedSource, ...]:
-    """Return the encoded sources of a `Preparation`, all by this process and those that it starts."""
-    preparation = Preparation(sources, config, tokenizer, digest, progress, part, processor)
-    planned = preparation.plan()
-    encoded = preparation.join(planned, preparation.encode(planned))
-    assert encoded is not None, "of every part"
-    return encoded
 
 
 def _encode_chunk(

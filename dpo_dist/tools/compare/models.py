@@ -18,8 +18,7 @@ from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import DataConfig, RunConfig
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
 from dpo_dist.data.formats import read_prompts
-from dpo_dist.data.labels import source_labels
-from dpo_dist.data.read.sources import pin_source
+from dpo_dist.data.read.sources import pin_source, source_labels
 from dpo_dist.data.records import (
     Dialogue,
     PreferenceRecord,

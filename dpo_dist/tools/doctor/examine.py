@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from dpo_dist.batching.costs import ComputeCosts
+from dpo_dist.batching.plan import shares_in_bins
 from dpo_dist.config.losses import LossConfig, balancing_weight
 from dpo_dist.config.schema import (
     NO_MODEL,
@@ -23,8 +25,8 @@ from dpo_dist.config.schema import (
 from dpo_dist.config.verb_sections import FailOn
 from dpo_dist.data.encoded.build import (
     EncodingProgress,
+    Preparation,
     no_progress,
-    prepare_dataset,
 )
 from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
@@ -36,8 +38,7 @@ from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.data.encoded.workers import in_chunks, in_order
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.labels import source_labels
-from dpo_dist.data.read.sources import expected_number, pin_source
+from dpo_dist.data.read.sources import expected_number, pin_source, source_labels
 from dpo_dist.data.records import Part, Record, Tokenizer, eval_part, train_part
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.model.files.folder import description_folder, start_folder
@@ -46,7 +47,6 @@ from dpo_dist.tools.doctor.measures.margins import compare_with_store
 from dpo_dist.tools.doctor.measures.observe import Observer
 from dpo_dist.tools.doctor.measures.sources import ExaminedSource
 from dpo_dist.tools.doctor.measures.texts import Benchmark
-from dpo_dist.tools.doctor.prefix_trees import saved_by_tree
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.doctor.shown_pairs import ShownPair, show_pairs
 from dpo_dist.tools.findings import Finding, Level, most_serious_first
@@ -197,6 +197,29 @@ def _with_labels(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]
             yield source, label if seen[label] == 1 else f"{label} ({seen[label]})", is_eval
 
 
+_BINS_AT_ONCE = 1024
+_TOKENS_ONLY = ComputeCosts(key=0.0, target=0.0, prefixes=True)
+
+
+def saved_by_tree(dataset: PreferenceDataset, examples: int, *, in_order: bool = False) -> float:
+    """Return the share of the tokens with shared prompts that trees over so many examples save.
+
+    These are random ones, or, with `in_order`, neighbours in the order in which the reference scores.
+    """
+    order = np.random.default_rng(0).permutation(len(dataset))
+    if in_order and dataset.prefixes is not None:
+        order = np.argsort(dataset.prefixes.places, kind="stable")
+    computed = tokens = 0
+    for start in range(0, len(order), examples * _BINS_AT_ONCE):
+        block = order[start : start + examples * _BINS_AT_ONCE]
+        responses, counts = dataset.response_indices(block), dataset.response_counts(block)
+        sizes = dataset.sizes(block, responses, counts, _TOKENS_ONLY)
+        shared = shares_in_bins(sizes, _TOKENS_ONLY, np.arange(len(block)) // examples).tokens
+        computed += int((sizes.tokens - shared).sum())
+        tokens += int(sizes.prompt_shared_tokens.sum())
+    return 1 - computed / tokens if tokens else 0.0
+
+
 class PreparedData(NamedTuple):
     """The data of a run, encoded as training does."""
 
@@ -222,7 +245,7 @@ def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Pr
             def show(path: str) -> AbstractContextManager[Callable[..., None]]:
                 return progress(f"encoding {path}" + (f" ({side} part)" if data.eval_share else ""), "record")
 
-            return prepare_dataset(sources, used, tokenizer, digest, show, part, processor)
+            return Preparation(sources, used, tokenizer, digest, show, part, processor).whole()
 
         try:
             if encoded := encode(data):

@@ -183,8 +183,7 @@ def planned_data(
         pairs = plan.pairs or round(whole * (1 - data.eval_share))
         how = f"{basis}; set plan.pairs and plan.tokens_per_pair"
         return Data(pairs, plan.tokens_per_pair or tokens / whole, how)
-    from dpo_dist.tools.doctor.examine import prepare  # noqa: PLC0415  (slow)
-    from dpo_dist.tools.doctor.prefix_trees import saved_by_tree  # noqa: PLC0415
+    from dpo_dist.tools.doctor.examine import prepare, saved_by_tree  # noqa: PLC0415  (slow)
 
     of_sources = zip(
         prepare(data, model, loss, progress).datasets, sources, strict=False

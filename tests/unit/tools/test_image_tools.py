@@ -18,7 +18,7 @@ from transformers import AutoModelForMultimodalLM
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DataConfig, Dtype, ImagesConfig, ModelConfig, SourceConfig
 from dpo_dist.config.verb_sections import DoctorConfig, EndpointConfig, PairsConfig, PairsMethod
-from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ImageProcessor
@@ -76,7 +76,7 @@ def colours(*files: bytes) -> list[Any]:
 def encoded(folder: Path) -> PreferenceDataset:
     config, source = DataConfig(cache=str(folder / "encoded")), SourceConfig(str(folder / "pictures.jsonl"))
     processor = ImageProcessor(folder / "model", TOKENIZER, ImagesConfig())
-    sources = prepare_dataset([source], config, TOKENIZER, "toy", processor=processor)
+    sources = Preparation([source], config, TOKENIZER, "toy", processor=processor).whole()
     return open_dataset(sources, config, processor)
 
 
