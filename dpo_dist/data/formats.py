@@ -1,14 +1,15 @@
 """Formats of input records: a table with a row for each, and the way of a record through it.
 
 To add a format: add its name to `DataFormat`, a function that returns a record's `Content`, and a row to
-`FORMATS`. `read/layouts` has these functions, `read/messages` reads the texts and messages that they return.
+`FORMATS`. `read/layouts` has these functions, `read/messages` reads the messages that they return.
 """
 
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, SourceConfig
@@ -43,20 +44,16 @@ from dpo_dist.data.read.layouts import (
     ranking,
 )
 from dpo_dist.data.read.messages import (
-    Reader,
     is_outside,
-    read_hh,
     read_history,
-    read_implicit,
     read_messages,
-    read_text,
     read_tools,
-    select_reader,
     unread_error,
 )
 from dpo_dist.data.read.sources import local_files, pin_source, raw_records
 from dpo_dist.data.read.values import (
     has_value,
+    is_messages,
     plain_record,
     record_numbers,
     to_number,
@@ -64,7 +61,9 @@ from dpo_dist.data.read.values import (
     with_value,
 )
 from dpo_dist.data.records import (
+    FIRST_TURN,
     IMAGE,
+    LAST_TURN,
     MAX_RECORD_BYTES,
     BadRecord,
     Dialogue,
@@ -73,6 +72,7 @@ from dpo_dist.data.records import (
     PreferenceRecord,
     Prompt,
     Record,
+    Response,
     UnusableRecordError,
     bad_record_error,
     turns_of,
@@ -194,16 +194,16 @@ def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
     content = row.content(record)
     if name is DataFormat.auto:
         check_no_other(record, content)
-    read = row.read or select_reader(content.prompt, content.responses)
+    read = row.read or _select_reader(content.prompt, content.responses)
     if read is None and _BESIDE_SIDES.issuperset(field for field in given if given[field] is not None):
-        read = read_implicit  # the prompt can only be inside the sides
+        read = _read_implicit  # the prompt can only be inside the sides
     if read is None:
         fields = ("prompt", "instruction", *QUESTIONS, *CONVERSATIONS)
         is_empty = content.prompt is None and any(record.get(field) is not None for field in fields)
         raise UnusableRecordError("empty_prompt") if is_empty else unknown_format(given)
     prompt, responses = read(content.prompt, content.responses)
     # What stands beside them.
-    is_plain = row.read in (read_text, read_implicit)
+    is_plain = row.read in (_read_text, _read_implicit)
     prompt, tools, arguments = _with_context(prompt, record, content.responses, is_plain=is_plain)
     prompt, images = place_images(prompt, responses, record, origin.folders, is_plain=is_plain)
     numbers = record_numbers(record, len(responses))
@@ -213,6 +213,79 @@ def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
     )
     check_content(result)
     return _exchanged(result) if numbers.get("soft_label", 1.0) < 0.5 else result
+
+
+Reader: TypeAlias = Callable[[Any, Fields], tuple[Prompt, Sequence[Response]]]
+"""Reads a prompt (None: the responses contain it) and responses by name. May raise UnusableRecordError."""
+
+
+def _select_reader(prompt: Any, responses: Fields) -> Reader | None:
+    """Return the reader for the types of the prompt and the responses; None if no reader fits."""
+    sides = list(responses.values())
+    if all(map(is_messages, sides)) or is_messages(prompt):
+        return read_messages
+    if not all(isinstance(side, str) for side in sides):
+        return None
+    dialogues = [_dialogue(side, prompt).startswith(FIRST_TURN) for side in sides]
+    if all(dialogues) or (prompt is None and any(dialogues)) or _is_open(prompt):
+        return _read_hh
+    return _read_text if isinstance(prompt, str) else None
+
+
+def _read_text(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
+    """Return prompt and responses that are plain text."""
+    if prompt is None:
+        raise UnusableRecordError("missing_field", "prompt")
+    texts = [prompt, *responses.values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise UnusableRecordError("unknown_format", f"prompt, {', '.join(responses)} must be text")
+    return texts[0], texts[1:]
+
+
+def _read_implicit(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
+    """Split texts at their first difference: the prompt is the start that they share, as in TRL."""
+    texts = list(responses.values())
+    if prompt is not None or not all(isinstance(text, str) for text in texts):
+        raise UnusableRecordError("unknown_format", f"{', '.join(responses)} alone must be text")
+    # A response is at least a space and one character.
+    shared = os.path.commonprefix(texts)  # noqa: RUF071  (of characters)
+    end = min(len(shared), min(map(len, texts)) - 1)
+    end = max(end - (texts[0][max(end - 1, 0) : end] == " "), 0)
+    return texts[0][:end], [text[end:] for text in texts]
+
+
+def _read_hh(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
+    """Split dialogues before their last response; the prompt is the part they share (arXiv:2204.05862)."""
+    start = prompt if _is_open(prompt) else ""
+    histories, texts = [], []
+    for name, side in responses.items():
+        dialogue = _dialogue(side, prompt) if isinstance(side, str) else ""
+        if start and isinstance(side, str) and not dialogue.startswith(FIRST_TURN):
+            dialogue = start + side
+        if not dialogue.startswith(FIRST_TURN):
+            raise UnusableRecordError("unknown_format", f"{name} does not start with a Human turn")
+        history, turn, text = dialogue.rpartition(LAST_TURN)
+        if not turn or FIRST_TURN in text:
+            raise UnusableRecordError("not_one_answer", f"{name} does not end with an Assistant turn")
+        histories.append(history + turn)
+        texts.append(text)
+    if len(set(histories)) > 1:
+        raise UnusableRecordError("history_differs", "the dialogues differ before their last response")
+    return Dialogue(histories[0]), texts
+
+
+def _dialogue(text: str, prompt: Any) -> str:
+    """Return a text; a dialogue without a blank line before its first turn gets one."""
+    start = prompt.strip() if _is_open(prompt) else FIRST_TURN.strip()
+    may_be = prompt is None or _is_open(prompt)  # else it may be a text about a dialogue
+    if may_be and LAST_TURN in text and text.lstrip().startswith(start):
+        return "\n\n" + text.lstrip()
+    return text
+
+
+def _is_open(prompt: Any) -> bool:
+    """Return whether a prompt is a dialogue that a response completes."""
+    return isinstance(prompt, str) and prompt.startswith(FIRST_TURN) and prompt.rstrip().endswith(LAST_TURN)
 
 
 def _with_context(
@@ -343,19 +416,19 @@ class Format(NamedTuple):
     matches: Callable[[Fields], bool] | None = None
 
 
-_READS_TEXT = (read_text, read_implicit, read_hh)
+_READS_TEXT = (_read_text, _read_implicit, _read_hh)
 
 # A record is read by the first row that matches.
 FORMATS: dict[DataFormat, Format] = {
-    DataFormat.text: Format(pair, read=read_text),
+    DataFormat.text: Format(pair, read=_read_text),
     DataFormat.messages: Format(pair, read=read_messages),
-    DataFormat.hh: Format(pair, read=read_hh),
-    DataFormat.implicit_prompt: Format(pair, read=read_implicit),
+    DataFormat.hh: Format(pair, read=_read_hh),
+    DataFormat.implicit_prompt: Format(pair, read=_read_implicit),
     # A pair in any of the formats above.
     DataFormat.auto: Format(pair, matches=has_pair),
     DataFormat.ranked: Format(ranking, matches=has_ranking),
     DataFormat.labelled: Format(labelled, matches=is_labelled),
     # As TRL reads texts: also those that look like a dialogue, or like messages in JSON.
-    DataFormat.labelled_text: Format(labelled, read=read_text),
+    DataFormat.labelled_text: Format(labelled, read=_read_text),
     DataFormat.completion: Format(completion, matches=has_completion),
 }

@@ -1,11 +1,10 @@
-"""Read prompts and responses as text or messages: roles, tool calls, thoughts, ShareGPT's and HH's turns."""
+"""Read prompts and responses as messages: roles, tool calls, thoughts, ShareGPT's turns."""
 
 import itertools
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 from dpo_dist.data.read.fields import MEDIA
 from dpo_dist.data.read.values import (
@@ -23,9 +22,7 @@ from dpo_dist.data.read.values import (
     without_nulls,
 )
 from dpo_dist.data.records import (
-    FIRST_TURN,
     IMAGE,
-    LAST_TURN,
     Dialogue,
     Message,
     Messages,
@@ -245,79 +242,6 @@ def is_outside(value: Any, prompt: Prompt) -> bool:
     whole += [prompt.text] if isinstance(prompt, Dialogue) else []
     texts = [turn.content for turn in parse_messages(value, role="user")] if is_messages(value) else [value]
     return not all(isinstance(text, str) and any(text.strip() in part for part in whole) for text in texts)
-
-
-Reader: TypeAlias = Callable[[Any, Fields], tuple[Prompt, Sequence[Response]]]
-"""Reads a prompt (None: the responses contain it) and responses by name. May raise UnusableRecordError."""
-
-
-def select_reader(prompt: Any, responses: Fields) -> Reader | None:
-    """Return the reader for the types of the prompt and the responses; None if no reader fits."""
-    sides = list(responses.values())
-    if all(map(is_messages, sides)) or is_messages(prompt):
-        return read_messages
-    if not all(isinstance(side, str) for side in sides):
-        return None
-    dialogues = [_dialogue(side, prompt).startswith(FIRST_TURN) for side in sides]
-    if all(dialogues) or (prompt is None and any(dialogues)) or _is_open(prompt):
-        return read_hh
-    return read_text if isinstance(prompt, str) else None
-
-
-def read_text(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
-    """Return prompt and responses that are plain text."""
-    if prompt is None:
-        raise UnusableRecordError("missing_field", "prompt")
-    texts = [prompt, *responses.values()]
-    if not all(isinstance(text, str) for text in texts):
-        raise UnusableRecordError("unknown_format", f"prompt, {', '.join(responses)} must be text")
-    return texts[0], texts[1:]
-
-
-def read_implicit(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
-    """Split texts at their first difference: the prompt is the start that they share, as in TRL."""
-    texts = list(responses.values())
-    if prompt is not None or not all(isinstance(text, str) for text in texts):
-        raise UnusableRecordError("unknown_format", f"{', '.join(responses)} alone must be text")
-    # A response is at least a space and one character.
-    shared = os.path.commonprefix(texts)  # noqa: RUF071  (of characters)
-    end = min(len(shared), min(map(len, texts)) - 1)
-    end = max(end - (texts[0][max(end - 1, 0) : end] == " "), 0)
-    return texts[0][:end], [text[end:] for text in texts]
-
-
-def read_hh(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
-    """Split dialogues before their last response; the prompt is the part they share (arXiv:2204.05862)."""
-    start = prompt if _is_open(prompt) else ""
-    histories, texts = [], []
-    for name, side in responses.items():
-        dialogue = _dialogue(side, prompt) if isinstance(side, str) else ""
-        if start and isinstance(side, str) and not dialogue.startswith(FIRST_TURN):
-            dialogue = start + side
-        if not dialogue.startswith(FIRST_TURN):
-            raise UnusableRecordError("unknown_format", f"{name} does not start with a Human turn")
-        history, turn, text = dialogue.rpartition(LAST_TURN)
-        if not turn or FIRST_TURN in text:
-            raise UnusableRecordError("not_one_answer", f"{name} does not end with an Assistant turn")
-        histories.append(history + turn)
-        texts.append(text)
-    if len(set(histories)) > 1:
-        raise UnusableRecordError("history_differs", "the dialogues differ before their last response")
-    return Dialogue(histories[0]), texts
-
-
-def _dialogue(text: str, prompt: Any) -> str:
-    """Return a text; a dialogue without a blank line before its first turn gets one."""
-    start = prompt.strip() if _is_open(prompt) else FIRST_TURN.strip()
-    may_be = prompt is None or _is_open(prompt)  # else it may be a text about a dialogue
-    if may_be and LAST_TURN in text and text.lstrip().startswith(start):
-        return "\n\n" + text.lstrip()
-    return text
-
-
-def _is_open(prompt: Any) -> bool:
-    """Return whether a prompt is a dialogue that a response completes."""
-    return isinstance(prompt, str) and prompt.startswith(FIRST_TURN) and prompt.rstrip().endswith(LAST_TURN)
 
 
 def read_messages(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
