@@ -29,7 +29,7 @@ from benchmarks.setting import (
 )
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.encoded import workers
-from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import open_dataset
 
 CHATML = (
@@ -92,7 +92,7 @@ def _measure(file: Path, records: int, processes: int, tokenizer: Any, cache: Pa
     config = _config(cache)
     started, main_before, all_before = time.perf_counter(), time.process_time(), _cpu_seconds()
     with mock.patch.object(workers, "processes_for", return_value=processes):
-        encoded = prepare_dataset([SourceConfig(str(file))], config, tokenizer, "trained")
+        encoded = Preparation([SourceConfig(str(file))], config, tokenizer, "trained").whole()
     seconds = time.perf_counter() - started
     main_seconds, all_seconds = time.process_time() - main_before, _cpu_seconds() - all_before
     digest = hashlib.blake2b(encoded[0].file.read_bytes())

@@ -67,12 +67,12 @@ def prepare(folder: Path, model: Path, kind: str, records: int, filled: Path | N
     records are added; None: there is no store yet.
     """
     from dpo_dist.config.load import load_run_config
-    from dpo_dist.data.encoded.build import prepare_dataset, tokenizer_digest
+    from dpo_dist.data.encoded.build import Preparation
     from dpo_dist.data.encoded.dataset import open_dataset
     from dpo_dist.data.encoded.partners import with_partners
     from dpo_dist.data.encoded.store import IMAGE_SCHEMA, ensure_order, write_source
     from dpo_dist.data.records import eval_part, train_part
-    from dpo_dist.model.files.load import load_tokenizer
+    from dpo_dist.model.files.load import load_tokenizer, tokenizer_digest
     from dpo_dist.reference.fill import ENTRIES_PER_SHARD
     from dpo_dist.reference.store import FINGERPRINT_FILE, LogpStore, read_fingerprints
 
@@ -81,10 +81,10 @@ def prepare(folder: Path, model: Path, kind: str, records: int, filled: Path | N
         _write_texts(folder / f"{name}.jsonl", kind, seed)
     config = load_run_config(overrides(folder, model, kind))
     data, tokenizer, digest = config.data, load_tokenizer(model, config.model), tokenizer_digest(model)
-    evaluated = prepare_dataset(data.eval, data, tokenizer, digest, part=eval_part(data))
+    evaluated = Preparation(data.eval, data, tokenizer, digest, part=eval_part(data)).whole()
     part = train_part(data, open_dataset(evaluated, data).prompt_hashes[:])
     short = dataclasses.replace(data, cache=str(folder / "short"))
-    [source] = prepare_dataset(data.train, short, tokenizer, digest, part=part)
+    [source] = Preparation(data.train, short, tokenizer, digest, part=part).whole()
     table = source.table()
     assert table is not None, "it was written just now"
     names = pa.array([source.path] * len(table))

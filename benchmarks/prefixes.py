@@ -107,9 +107,9 @@ def _prepare(setting: Setting, files: list[Path], base: Path | None, folder: Pat
     from dpo_dist.batching.sampler import make_sampler
     from dpo_dist.batching.step_batch import shard_batch
     from dpo_dist.config.load import load_run_config
-    from dpo_dist.data.encoded.build import prepare_dataset, tokenizer_digest
+    from dpo_dist.data.encoded.build import Preparation
     from dpo_dist.data.encoded.dataset import open_dataset
-    from dpo_dist.model.files.load import load_config, load_tokenizer, without_weights
+    from dpo_dist.model.files.load import load_config, load_tokenizer, tokenizer_digest, without_weights
     from dpo_dist.model.flops import compute_costs, step_flops
 
     setting.write(folder)
@@ -122,7 +122,7 @@ def _prepare(setting: Setting, files: list[Path], base: Path | None, folder: Pat
         chosen = [*overrides(setting, folder, folder / "unused", folder / "unused"), f"data.train=[{file}]"]
         config = load_run_config(chosen)
         tokenizer = load_tokenizer(model, config.model)
-        encoded = prepare_dataset(config.data.train, config.data, tokenizer, tokenizer_digest(model))
+        encoded = Preparation(config.data.train, config.data, tokenizer, tokenizer_digest(model)).whole()
         dataset = open_dataset(encoded, config.data)
         sampler = make_sampler(dataset.spans([1.0]), config.trainer)
         flops = step_flops(without_weights(load_config(model, config.model), config.model))

@@ -211,14 +211,14 @@ def save_random_model(shape: Shape, folder: Path, seed: int, **token_ids: int) -
 def _ordered_pairs(setting: Setting, folder: Path) -> dict[str, Any]:
     from dpo_dist.batching.sampler import make_sampler
     from dpo_dist.config.load import load_run_config
-    from dpo_dist.data.encoded.build import prepare_dataset, tokenizer_digest
+    from dpo_dist.data.encoded.build import Preparation
     from dpo_dist.data.encoded.dataset import open_dataset
-    from dpo_dist.model.files.load import load_tokenizer
+    from dpo_dist.model.files.load import load_tokenizer, tokenizer_digest
 
     config = load_run_config(overrides(setting, folder, folder / "unused", folder / "unused"))
     model = Path(config.model.path)
     tokenizer = load_tokenizer(model, config.model)
-    encoded = prepare_dataset(config.data.train, config.data, tokenizer, tokenizer_digest(model))
+    encoded = Preparation(config.data.train, config.data, tokenizer, tokenizer_digest(model)).whole()
     dataset = open_dataset(encoded, config.data)
     sampler = make_sampler(dataset.spans([1.0]), config.trainer)
     indices = [int(index) for step in range(sampler.steps) for index in sampler.indices(step)]

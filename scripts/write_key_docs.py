@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_dist.config.fields import schema_fields
-from dpo_dist.config.keys import Key, key_rows, section_meanings
+from dpo_dist.config.keys import key_rows, section_meanings
 from dpo_dist.config.losses import KINDS, KindFacts, LossConfig
 from dpo_dist.config.verbs import EVERY_VERB
 
@@ -22,37 +22,27 @@ CELL = 160
 """Most characters of a cell, a phrase; the rest of a longer text is a sentence below the table."""
 MODIFIERS = {"ld_alpha", "weighting", "reference_free"}
 """Options of nearly all kinds: docs/losses.md has them below the table, not in each row."""
+OTHER_TYPES = {"loss.kind": "one of the [kinds](losses.md)", "loss.terms[].kind": "as `loss.kind`"}
 
 
 def pages() -> dict[Path, str]:
-    """Return the whole text of every page with a table."""
-    docs, machines = ROOT / "docs", ROOT / "benchmarks" / "machines.jsonl"
+    """Return the whole text of every page with a table, which is between its markers."""
+    machines = (ROOT / "benchmarks" / "machines.jsonl").read_text()
+    tables = {"losses": _loss_table(), "configuration": _key_tables(), "scaling": machine_table(machines)}
     return {
-        docs / "losses.md": _with_table(docs / "losses.md", _loss_table()),
-        docs / "configuration.md": _configuration(),
-        docs / "scaling.md": _with_table(docs / "scaling.md", machine_table(machines.read_text())),
+        page: _with_table(page, tables[page.stem]) for page in (ROOT / "docs" / f"{n}.md" for n in tables)
     }
 
 
 def _with_table(page: Path, table: str) -> str:
-    """Return the text of `page` with `table` between its markers."""
-    text, replaced = re.subn(
-        r"(<!-- table: [^\n]*-->\n\n).*?(\n<!-- end of table -->)",
-        lambda found: f"{found[1]}{table}{found[2]}",
-        page.read_text(),
-        flags=re.DOTALL,
-    )
-    assert replaced == 1, f"{page} must have one pair of markers"
-    return text
+    before, marker, after = re.split(r"(<!-- table: [^\n]*-->\n\n)", page.read_text())
+    _, end, rest = after.rpartition("\n<!-- end of table -->")
+    return f"{before}{marker}{table}{end}{rest}"
 
 
 def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heading, ["---"] * len(heading), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _code(text: str) -> str:
-    return f"`{text}`" if text else "-"
 
 
 def _loss_table() -> str:
@@ -89,36 +79,9 @@ def machine_table(lines: str) -> str:
     return _table(heading, rows) if rows else "No line yet.\n"
 
 
-def _configuration() -> str:
-    parts = [
-        "# Configuration\n",
-        "<!-- written by scripts/write_key_docs.py from dpo_dist/config; edit the declarations there -->\n",
-        "    dpo-dist train my.yaml loss.beta=0.2\n",
-        "trains with the keys of a YAML file of your own and of the command line:\n",
-        "    # my.yaml\n    model: {path: Qwen/Qwen2.5-0.5B}\n"
-        "    data: {train: [pairs.jsonl], eval_share: 0.05}\n"
-        "    loss: simpo          # a preset of conf/loss; or keys, {kind: simpo, beta: 2}\n"
-        "    optim.lr: 1e-6\n",
-        "Every key of this page can be set in both. `--help KEY` explains a key, `--cfg job` prints the "
-        "values of a run,\n`--cfg schema` the JSON schema of such files. Editors with the YAML language "
-        "server (VS Code, Neovim) complete and\ncheck keys after `dpo-dist train --cfg schema > "
-        "schema.json`, if the file's first line is\n`# yaml-language-server: $schema=schema.json`. "
-        "All mistakes of a command are one error.\n",
-        "Later values win, in this order: defaults, experiments (`+experiment=NAME`), files from left to "
-        "right, the command line.\nIn each of them keys win over presets (`loss=ipo`). `loss=NAME` and "
-        "presets without keys replace the whole section. If a\nkey of the command line leaves an earlier "
-        "option without effect (`samples.prompts=0`), that option is at its default again.\n",
-        "Hydra composes `conf/`: `config.yaml` lists the groups, and a file of a group is a preset "
-        "with the bare keys of\nits section. An experiment is written like a file of your own. Both may have "
-        "a list of `defaults`, which names presets\n(`loss: ipo` or Hydra's `override /loss: ipo`) and "
-        "experiments that come before. `--config-dir DIR` adds groups, presets and\nexperiments of your own, "
-        "which come before ours of the same name (`config.yaml` too); the `defaults` and packages of\n"
-        "presets are [Hydra's](https://hydra.cc/docs/advanced/defaults_list/).\n",
-        "A key in the digest defines the run's result: another value names another run directory. "
-        "On the command line\na key that the verb does not read is an error; files may serve several verbs. "
-        "`precompute`, `evaluate`,\n`doctor`, `export` and `pairs` with rounds take the command line "
-        "of `train`. The column of verbs has those that differ\nfrom the section's.\n",
-    ]
+def _key_tables() -> str:
+    """Return a table for each section of the configuration."""
+    parts = list[str]()
     # Repetitions: these have the keys of data.train[] and of loss.options.
     left_out = ("data.eval[]", "evaluation.data[]", "loss.terms[].options.")
     keys = [key for key in key_rows() if not key.name.startswith(left_out)]
@@ -126,7 +89,21 @@ def _configuration() -> str:
     for section, meaning in sections.items():
         rows = [key for key in keys if key.name.startswith(f"{section}.")]
         verbs = Counter(key.verbs for key in rows).most_common(1)[0][0]
-        parts += [f"## `{section}`\n", f"{meaning} Read by {_verbs(verbs)}.\n", _full_table(rows, verbs)]
+        table = _table(
+            ("key", "type and bounds", "default", "meaning", "verbs", "digest"),
+            (
+                (
+                    f"`{key.name}`",
+                    OTHER_TYPES.get(key.name, key.type_words),
+                    f"`{key.default_words}`" if key.default_words else "-",
+                    _phrase(key.meaning)[0],
+                    "" if key.verbs == verbs else _verbs(key.verbs),
+                    "yes" if key.defines_result else "-",
+                )
+                for key in rows
+            ),
+        )
+        parts += [f"## `{section}`\n", f"{meaning} Read by {_verbs(verbs)}.\n", table]
         if notes := [f"- `{key.name}`: {rest}" for key in rows if (rest := _phrase(key.meaning)[1])]:
             parts.append("\n".join([*notes, ""]))
     return "\n".join(parts)
@@ -134,11 +111,6 @@ def _configuration() -> str:
 
 def _verbs(verbs: Sequence[str]) -> str:
     return "all verbs" if list(verbs) == EVERY_VERB.split() else ", ".join(verbs)
-
-
-def _type(key: Key) -> str:
-    kinds = {"loss.kind": "one of the [kinds](losses.md)", "loss.terms[].kind": "as `loss.kind`"}
-    return kinds.get(key.name, key.type_words)
 
 
 def _phrase(meaning: str) -> tuple[str, str]:
@@ -151,22 +123,6 @@ def _phrase(meaning: str) -> tuple[str, str]:
             rest = meaning[len(beginning) + len(mark) :]
             return beginning + ("." if mark == ". " else " ..."), rest
     raise AssertionError(f"the first sentence of this meaning is too long for a cell: {meaning}")
-
-
-def _full_table(keys: Iterable[Key], usual_verbs: Sequence[str]) -> str:
-    heading = ("key", "type and bounds", "default", "meaning", "verbs", "digest")
-    rows = (
-        (
-            _code(key.name),
-            _type(key),
-            _code(key.default_words),
-            _phrase(key.meaning)[0],
-            "" if key.verbs == usual_verbs else _verbs(key.verbs),
-            "yes" if key.defines_result else "-",
-        )
-        for key in keys
-    )
-    return _table(heading, rows)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,36 @@
 """Formats of input records: a table with a row for each, and the way of a record through it.
 
 To add a format: add its name to `DataFormat`, a function that returns a record's `Content`, and a row to
-`FORMATS`. `read/layouts` has these functions, `read/messages` reads the texts and messages that they return.
+`FORMATS`. `read/layouts` has these functions, `read/messages` reads the messages that they return.
 """
 
 import itertools
 import json
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, SourceConfig
 from dpo_dist.data.counts import DataCounts, check_counts
-from dpo_dist.data.read.columns import FIRST_RECORDS, OTHERS, VOTES, resolve_source, with_columns
+from dpo_dist.data.read.columns import FIRST_RECORDS, resolve_source, with_columns
+from dpo_dist.data.read.fields import (
+    CONVERSATIONS,
+    IMAGES_OF_SIDES,
+    LABELS,
+    OTHERS,
+    PAIR_SCORES,
+    QUESTIONS,
+    SIDE_FIELDS,
+    SYSTEMS,
+    TEMPLATE_ARGUMENTS,
+    TOOLS,
+    TOOLS_OF_SIDES,
+    fields_with,
+)
 from dpo_dist.data.read.images import place_images
 from dpo_dist.data.read.layouts import (
-    LABEL_FIELDS,
-    LISTS,
-    PAIR_SCORE_FIELDS,
-    QUESTIONS,
-    SIDE_NAMES,
     Content,
     check_no_other,
     completion,
@@ -35,27 +44,27 @@ from dpo_dist.data.read.layouts import (
     ranking,
 )
 from dpo_dist.data.read.messages import (
-    CONVERSATIONS,
-    IMAGES,
-    MEDIA,
-    TOOLS,
-    Reader,
-    is_messages,
-    parse_messages,
-    read_hh,
-    read_implicit,
+    is_outside,
+    read_history,
     read_messages,
-    read_text,
-    select_reader,
-    spelled_messages,
+    read_tools,
     unread_error,
 )
 from dpo_dist.data.read.sources import local_files, pin_source, raw_records
-from dpo_dist.data.read.values import from_json, has_value, may_be_json, to_number, with_value, without_nulls
+from dpo_dist.data.read.values import (
+    has_value,
+    is_messages,
+    plain_record,
+    record_numbers,
+    to_number,
+    unknown_format,
+    with_value,
+)
 from dpo_dist.data.records import (
+    FIRST_TURN,
     IMAGE,
+    LAST_TURN,
     MAX_RECORD_BYTES,
-    MAX_SHOWN_KEYS,
     BadRecord,
     Dialogue,
     Message,
@@ -63,42 +72,18 @@ from dpo_dist.data.records import (
     PreferenceRecord,
     Prompt,
     Record,
+    Response,
     UnusableRecordError,
     bad_record_error,
-    shown_key,
     turns_of,
 )
 from dpo_dist.foundation.remote import is_url
 from dpo_dist.foundation.types import Fields
 
-# Fields that may be the whole prompt.
-_PROMPTS = ("prompt", *QUESTIONS)
-# Parts of the question in some datasets, which the prompt must contain. No format adds `context` to it.
-_QUESTION_FIELDS = ("instruction", *QUESTIONS, "context")
-_SYSTEMS = ("system", "system_prompt")
-_ARGUMENTS = "chat_template_kwargs"
-_SCHEMAS = ("input_schema", "inputSchema")  # of Anthropic and of MCP
-# Tools of one side: both sides are rendered with the record's own tools.
-_TOOLS_OF_SIDES = ("chosen_tools", "rejected_tools")
-_IMAGES_OF_SIDES = tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in IMAGES)
-_MEDIA_OF_SIDES = tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA)
-# Fields that a chat template or a model uses, but no format reads: dropping them would change the prompt.
-_UNREAD = ("documents", *MEDIA, *_MEDIA_OF_SIDES)
-# Perhaps a record's weight in the loss: a value other than 1 would be ignored.
-_UNREAD_WEIGHTS = ("weight", "sample_weight")
-# Each value of these fields is read, or drops its record; `provenance` says how `pairs` made the record.
-_READ = {"prompt", *_QUESTION_FIELDS, *CONVERSATIONS, "conversation", *_SYSTEMS, "history", _ARGUMENTS}
-_READ |= {"enable_thinking", *TOOLS, *_TOOLS_OF_SIDES, *_UNREAD, *_UNREAD_WEIGHTS, *NUMBERS, *VOTES}
-_READ |= {"provenance", *IMAGES, *_IMAGES_OF_SIDES}
-
-# How a text is read: as JSON; as JSON with the nulls that a table writes for fields of other records' tools;
-# as a text that may be messages in JSON.
-_JSON = frozenset((*CONVERSATIONS, "history", "metadata", "scores"))
-_WITH_NULLS = frozenset((*TOOLS, *_TOOLS_OF_SIDES, _ARGUMENTS))
-_TEXTS = frozenset((*_PROMPTS, "context", "completion", *SIDE_NAMES, "response"))
-# Fields that say, also without a value, what a record is: an empty response is not an absent one.
-_KEPT = _TEXTS - {"context"} | {"instruction", *CONVERSATIONS, *LISTS, *LABEL_FIELDS, *NUMBERS, *VOTES}
-_KEPT |= {"scores", *PAIR_SCORE_FIELDS[:-1], *_UNREAD_WEIGHTS, "enable_thinking", OTHERS}
+# A value other than 1 would be ignored.
+_WEIGHTS = ("weight", "sample_weight")
+_READ = frozenset(fields_with("read"))
+_UNREAD = fields_with("unread")
 
 # A record with one of these faults may still have a usable prompt.
 _RESPONSE_FAULTS = {
@@ -116,7 +101,8 @@ _RESPONSE_FAULTS = {
     "invalid_numbers",
 }
 # A record with only these fields has its prompt inside the sides.
-_BESIDE_SIDES = frozenset((*SIDE_NAMES, *PAIR_SCORE_FIELDS, OTHERS))
+_SCORES = (*itertools.chain(*PAIR_SCORES), "metadata")
+_BESIDE_SIDES = frozenset((*SIDE_FIELDS, *_SCORES, OTHERS))
 
 
 def parse_record(record: Fields, name: DataFormat, origin: Origin) -> Record:
@@ -198,29 +184,29 @@ def check_source(source: SourceConfig, config: DataConfig | None = None) -> None
 
 def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
     has_texts = FORMATS[name].read in _READS_TEXT
-    record = _plain(given, has_texts=has_texts, is_ranking=name is DataFormat.ranked)
+    record = plain_record(given, has_texts=has_texts, is_ranking=name is DataFormat.ranked)
     # The prompt and the responses.
     row: Format | None = FORMATS[name]
     if name is DataFormat.auto:
         row = next((row for row in FORMATS.values() if row.matches and row.matches(record)), None)
     if row is None:
-        raise _unknown_format(given)
+        raise unknown_format(given)
     content = row.content(record)
     if name is DataFormat.auto:
         check_no_other(record, content)
-    read = row.read or select_reader(content.prompt, content.responses)
+    read = row.read or _select_reader(content.prompt, content.responses)
     if read is None and _BESIDE_SIDES.issuperset(field for field in given if given[field] is not None):
-        read = read_implicit  # the prompt can only be inside the sides
+        read = _read_implicit  # the prompt can only be inside the sides
     if read is None:
         fields = ("prompt", "instruction", *QUESTIONS, *CONVERSATIONS)
         is_empty = content.prompt is None and any(record.get(field) is not None for field in fields)
-        raise UnusableRecordError("empty_prompt") if is_empty else _unknown_format(given)
+        raise UnusableRecordError("empty_prompt") if is_empty else unknown_format(given)
     prompt, responses = read(content.prompt, content.responses)
     # What stands beside them.
-    is_plain = row.read in (read_text, read_implicit)
+    is_plain = row.read in (_read_text, _read_implicit)
     prompt, tools, arguments = _with_context(prompt, record, content.responses, is_plain=is_plain)
     prompt, images = place_images(prompt, responses, record, origin.folders, is_plain=is_plain)
-    numbers = _numbers(record, len(responses))
+    numbers = record_numbers(record, len(responses))
     unread = _unread_fields(record, content)
     result = PreferenceRecord(
         prompt, tuple(responses), origin, content.scores, tools, arguments, numbers, False, unread, images
@@ -229,66 +215,77 @@ def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
     return _exchanged(result) if numbers.get("soft_label", 1.0) < 0.5 else result
 
 
-def _plain(given: Fields, *, has_texts: bool, is_ranking: bool) -> Fields:
-    """Return a record with the values that its texts hold as JSON, and without other fields that are empty.
-
-    `has_texts`: by its configured format prompt and responses are texts, whatever they look like.
-    `is_ranking`: by this format `output` has a list of responses; else it may be a text that is JSON, too.
-    """
-    record: dict[str, Any] = {}
-    columns: dict[str, str] = {}
-    for name, as_given in (given if has_texts else _with_prompt_outside(given)).items():
-        if name not in _KEPT and not has_value(as_given):
-            continue
-        value = as_given
-        if name in _WITH_NULLS:
-            value = from_json(without_nulls(as_given))
-            value = list(map(from_json, value)) if isinstance(value, list) else value
-        elif name in _JSON:
-            value = from_json(as_given)
-        elif name in LISTS and (is_ranking or name != "output") and may_be_json(as_given):
-            listed = from_json(as_given)
-            value = listed if isinstance(listed, list) else as_given
-        elif name in _TEXTS and not has_texts:
-            value = spelled_messages(as_given) if may_be_json(as_given) else as_given
-            is_object = value[:1] == "{" if isinstance(value, str) else isinstance(value, Mapping)
-            if is_object and name not in _PROMPTS:
-                columns |= _nested_conversation(name, value)
-        record[name] = value
-    if columns:
-        raise UnusableRecordError("unknown_format", "objects with messages inside", columns=columns)
-    return record
+Reader: TypeAlias = Callable[[Any, Fields], tuple[Prompt, Sequence[Response]]]
+"""Reads a prompt (None: the responses contain it) and responses by name. May raise UnusableRecordError."""
 
 
-def _with_prompt_outside(record: Fields) -> Fields:
-    """Return a record with the fields of a prompt that is an object of messages, tools and others.
-
-    So OpenAI writes preferences: {input: {messages, tools}, preferred_output, non_preferred_output}.
-    """
-    for field in _PROMPTS:
-        paths = _nested_conversation(field, record.get(field))
-        if not paths:
-            continue
-        inner, outer = from_json(record[field]), {name: record[name] for name in record if name != field}
-        messages = paths[field].rpartition(".")[2]
-        inner = {"prompt" if name == messages else name: inner[name] for name in inner}
-        inner = {name: inner[name] for name in with_value(inner, inner)}
-        if twice := with_value(outer, inner):
-            raise UnusableRecordError(
-                "ambiguous_format", f"also in {field}: {', '.join(map(shown_key, twice))}"
-            )
-        return outer | inner
-    return record
+def _select_reader(prompt: Any, responses: Fields) -> Reader | None:
+    """Return the reader for the types of the prompt and the responses; None if no reader fits."""
+    sides = list(responses.values())
+    if all(map(is_messages, sides)) or is_messages(prompt):
+        return read_messages
+    if not all(isinstance(side, str) for side in sides):
+        return None
+    dialogues = [_dialogue(side, prompt).startswith(FIRST_TURN) for side in sides]
+    if all(dialogues) or (prompt is None and any(dialogues)) or _is_open(prompt):
+        return _read_hh
+    return _read_text if isinstance(prompt, str) else None
 
 
-def _nested_conversation(field: str, value: Any) -> dict[str, str]:
-    """Return the paths of messages and tools inside a field, if it holds an object, perhaps as JSON."""
-    whole = from_json(value)
-    if not isinstance(whole, Mapping):
-        return {}
-    given = [name for name in CONVERSATIONS if (turns := from_json(whole.get(name))) and is_messages(turns)]
-    columns = {field: f"{field}.{given[0]}"} if given else {}
-    return columns | {name: f"{field}.{name}" for name in (with_value(whole, TOOLS) if given else ())}
+def _read_text(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
+    """Return prompt and responses that are plain text."""
+    if prompt is None:
+        raise UnusableRecordError("missing_field", "prompt")
+    texts = [prompt, *responses.values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise UnusableRecordError("unknown_format", f"prompt, {', '.join(responses)} must be text")
+    return texts[0], texts[1:]
+
+
+def _read_implicit(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
+    """Split texts at their first difference: the prompt is the start that they share, as in TRL."""
+    texts = list(responses.values())
+    if prompt is not None or not all(isinstance(text, str) for text in texts):
+        raise UnusableRecordError("unknown_format", f"{', '.join(responses)} alone must be text")
+    # A response is at least a space and one character.
+    shared = os.path.commonprefix(texts)  # noqa: RUF071  (of characters)
+    end = min(len(shared), min(map(len, texts)) - 1)
+    end = max(end - (texts[0][max(end - 1, 0) : end] == " "), 0)
+    return texts[0][:end], [text[end:] for text in texts]
+
+
+def _read_hh(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
+    """Split dialogues before their last response; the prompt is the part they share (arXiv:2204.05862)."""
+    start = prompt if _is_open(prompt) else ""
+    histories, texts = [], []
+    for name, side in responses.items():
+        dialogue = _dialogue(side, prompt) if isinstance(side, str) else ""
+        if start and isinstance(side, str) and not dialogue.startswith(FIRST_TURN):
+            dialogue = start + side
+        if not dialogue.startswith(FIRST_TURN):
+            raise UnusableRecordError("unknown_format", f"{name} does not start with a Human turn")
+        history, turn, text = dialogue.rpartition(LAST_TURN)
+        if not turn or FIRST_TURN in text:
+            raise UnusableRecordError("not_one_answer", f"{name} does not end with an Assistant turn")
+        histories.append(history + turn)
+        texts.append(text)
+    if len(set(histories)) > 1:
+        raise UnusableRecordError("history_differs", "the dialogues differ before their last response")
+    return Dialogue(histories[0]), texts
+
+
+def _dialogue(text: str, prompt: Any) -> str:
+    """Return a text; a dialogue without a blank line before its first turn gets one."""
+    start = prompt.strip() if _is_open(prompt) else FIRST_TURN.strip()
+    may_be = prompt is None or _is_open(prompt)  # else it may be a text about a dialogue
+    if may_be and LAST_TURN in text and text.lstrip().startswith(start):
+        return "\n\n" + text.lstrip()
+    return text
+
+
+def _is_open(prompt: Any) -> bool:
+    """Return whether a prompt is a dialogue that a response completes."""
+    return isinstance(prompt, str) and prompt.startswith(FIRST_TURN) and prompt.rstrip().endswith(LAST_TURN)
 
 
 def _with_context(
@@ -300,20 +297,20 @@ def _with_context(
     configured format. `responses` are the names of the fields that were read. Raises UnusableRecordError:
     `unread_content` with the names of fields that would be lost, `image_in_response`, or `invalid_tools`.
     """
-    if of_sides := tuple(name for name in _IMAGES_OF_SIDES if name in record):
+    if of_sides := tuple(name for name in IMAGES_OF_SIDES if name in record):
         raise UnusableRecordError("image_in_response", f"fields: {', '.join(of_sides)}", of_sides)
     unread = [name for name in _UNREAD if name in record]
     # Even a false `enable_thinking`: outside of the template's arguments it would be ignored.
     unread += ["enable_thinking"] if record.get("enable_thinking") not in (None, "") else []
-    weights = [w for w in _UNREAD_WEIGHTS if record.get(w) not in (None, "") and to_number(record[w]) != 1]
-    given = [name for name in (*TOOLS, _ARGUMENTS) if name in record]
+    weights = [w for w in _WEIGHTS if record.get(w) not in (None, "") and to_number(record[w]) != 1]
+    given = [name for name in (*TOOLS, TEMPLATE_ARGUMENTS) if name in record]
     is_dialogue, messages = isinstance(prompt, Dialogue), turns_of(prompt, "user")
     before: list[Message] = []
     if is_plain or is_dialogue:
-        unread += [*given, *(name for name in (*_SYSTEMS, "history") if name in record)]
+        unread += [*given, *(name for name in (*SYSTEMS, "history") if name in record)]
     else:
         unread += TOOLS[1:] if set(TOOLS) <= set(given) else ()
-        for name in _SYSTEMS:
+        for name in SYSTEMS:
             text, first = record.get(name), [*before, *messages][:1]
             if isinstance(text, str) and (not first or first[0].role != "system"):
                 before.append(Message("system", text))
@@ -321,69 +318,33 @@ def _with_context(
                 unread.append(name)
         history = record.get("history")
         if has_value(history):
-            turns = _history(history)
+            turns = read_history(history)
             before += turns or ()
             if turns is None or [turn.role for turn in messages] != ["user"]:
                 unread.append("history")
     # A dialogue is read from the responses alone; a conversation may repeat the prompt or a response.
     conversations = (*CONVERSATIONS, "conversation")
-    for name in (*_QUESTION_FIELDS, *(["prompt"] if is_dialogue else []), *conversations):
+    asked = ("instruction", *QUESTIONS, "context", *(["prompt"] if is_dialogue else []), *conversations)
+    for name in with_value(record, asked):
         is_response = name in conversations and (name in responses or ends_with_response(record.get(name)))
-        if name in record and not is_response and _is_outside(record[name], prompt):
+        if not is_response and is_outside(record[name], prompt):
             unread.append(name)
     if unread or weights:
         remedy = f"; of the loss: columns: {{loss_weight: {weights[0]}}}" if weights else ""
         unread = [*unread, *weights]
         raise unread_error(f"fields: {', '.join(unread)}{remedy}", unread)
-    sides = [name for name in _TOOLS_OF_SIDES if name in record]
+    sides = [name for name in TOOLS_OF_SIDES if name in record]
     if not before and not given and not sides:
         return prompt, (), {}
-    tools = next((_tools(record[name]) for name in TOOLS if name in given), ())
-    if differing := [name for name in sides if _tools(record[name]) != tools]:
+    tools = next((read_tools(record[name]) for name in TOOLS if name in given), ())
+    if differing := [name for name in sides if read_tools(record[name]) != tools]:
         raise unread_error(f"fields: {', '.join(differing)}, other than tools", differing)
-    arguments = record.get(_ARGUMENTS, {})
+    arguments = record.get(TEMPLATE_ARGUMENTS, {})
     if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
-        raise UnusableRecordError("unread_content", f"{_ARGUMENTS} is not an object", (_ARGUMENTS,))
+        raise UnusableRecordError(
+            "unread_content", f"{TEMPLATE_ARGUMENTS} is not an object", (TEMPLATE_ARGUMENTS,)
+        )
     return (*before, *messages), tools, arguments
-
-
-def _history(history: Any) -> list[Message] | None:
-    """Return the turns before a question: pairs of a question and its answer, or messages; None: neither."""
-    if isinstance(history, list) and all(
-        isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in history
-    ):
-        roles = itertools.cycle(("user", "assistant"))
-        return [Message(role, text) for role, text in zip(roles, itertools.chain(*history), strict=False)]
-    return list(parse_messages(history, role="user")) if is_messages(history) else None
-
-
-def _tools(value: Any) -> tuple[Fields, ...]:
-    """Return definitions of tools, each as `{type: function, function: {name, ...}}` if it has a name."""
-    read: list[Fields] = []
-    for tool in value if isinstance(value, list) else [value]:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name", ""), str):
-            raise UnusableRecordError("invalid_tools", "a tool or its name is no JSON of that kind")
-        # The schema of the arguments is in `parameters`.
-        schemas = with_value(function, _SCHEMAS)
-        if schemas and not with_value(function, ("parameters",)):
-            names = {name: "parameters" if name == schemas[0] else name for name in function}
-            function = {names[name]: function[name] for name in function if name != "parameters"}
-        if "function" in tool:
-            read.append({**tool, "function": function})
-        else:
-            read.append({"type": "function", "function": function} if "name" in tool else tool)
-    return tuple(read)
-
-
-def _is_outside(value: Any, prompt: Prompt) -> bool:
-    """Return whether a field has a value that is not part of the prompt."""
-    if not has_value(value):
-        return False
-    whole = [turn.content for turn in turns_of(prompt, "user")]
-    whole += [prompt.text] if isinstance(prompt, Dialogue) else []
-    texts = [turn.content for turn in parse_messages(value, role="user")] if is_messages(value) else [value]
-    return not all(isinstance(text, str) and any(text.strip() in part for part in whole) for text in texts)
 
 
 def _unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
@@ -392,44 +353,12 @@ def _unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
     if content.scores is not None and content.field:
         scores = ("scores",)
     elif content.scores is not None:
-        scores = PAIR_SCORE_FIELDS if len(content.responses) == 2 else LABEL_FIELDS
+        scores = _SCORES if len(content.responses) == 2 else LABELS
     read = _READ.union(content.responses, [content.field], scores)
     names = tuple(with_value(record, [name for name in record if name not in read]))
     if not isinstance(left_out := record.get(OTHERS), tuple):  # else a column of this name
         return names
     return (*(name for name in names if name != OTHERS), *left_out)
-
-
-def _unknown_format(record: Fields) -> UnusableRecordError:
-    fields = [shown_key(key) for key, value in record.items() if value is not None and key != OTHERS]
-    columns = dict[str, str]()
-    for name, value in record.items():
-        if isinstance(value, Mapping) and {"chosen", "rejected"} <= value.keys():
-            columns.setdefault("record", shown_key(name))
-    fields = fields[: MAX_SHOWN_KEYS + 1]  # one more, so that it is known that there are more
-    return UnusableRecordError(
-        "unknown_format", "" if fields else "no fields", fields=fields, columns=columns
-    )
-
-
-def _numbers(record: Fields, responses: int) -> dict[str, float]:
-    """Return a record's `NUMBERS` that have an effect; votes become a soft label."""
-    given = {name: record[name] for name in (*NUMBERS, *VOTES) if record.get(name) not in (None, "")}
-    read = {name: math.nan if isinstance(given[name], bool) else to_number(given[name]) for name in given}
-    if votes := [read.pop(name) for name in VOTES if name in read]:
-        total = sum(votes)
-        if len(votes) < 2 or "soft_label" in read or not 0 <= min(votes) < total < math.inf:
-            detail = f"{' and '.join(VOTES)} must be two numbers, not both 0, and replace soft_label"
-            raise UnusableRecordError("invalid_numbers", detail)
-        read["soft_label"] = votes[0] / total
-    for name, value in read.items():
-        least, most = (-math.inf if name == "margin" else 0.0), (1.0 if name == "soft_label" else math.inf)
-        if not (math.isfinite(value) and least <= value <= most):
-            raise UnusableRecordError("invalid_numbers", f"{name} is not a number from {least:g} to {most:g}")
-    numbers = {name: value for name, value in read.items() if value != NUMBERS[name]}
-    if responses != 2 and (of_pairs := numbers.keys() - {"loss_weight"}):
-        raise UnusableRecordError("invalid_numbers", f"{min(of_pairs)} of a record that is no pair")
-    return numbers
 
 
 def _exchanged(record: PreferenceRecord) -> PreferenceRecord:
@@ -487,19 +416,19 @@ class Format(NamedTuple):
     matches: Callable[[Fields], bool] | None = None
 
 
-_READS_TEXT = (read_text, read_implicit, read_hh)
+_READS_TEXT = (_read_text, _read_implicit, _read_hh)
 
 # A record is read by the first row that matches.
 FORMATS: dict[DataFormat, Format] = {
-    DataFormat.text: Format(pair, read=read_text),
+    DataFormat.text: Format(pair, read=_read_text),
     DataFormat.messages: Format(pair, read=read_messages),
-    DataFormat.hh: Format(pair, read=read_hh),
-    DataFormat.implicit_prompt: Format(pair, read=read_implicit),
+    DataFormat.hh: Format(pair, read=_read_hh),
+    DataFormat.implicit_prompt: Format(pair, read=_read_implicit),
     # A pair in any of the formats above.
     DataFormat.auto: Format(pair, matches=has_pair),
     DataFormat.ranked: Format(ranking, matches=has_ranking),
     DataFormat.labelled: Format(labelled, matches=is_labelled),
     # As TRL reads texts: also those that look like a dialogue, or like messages in JSON.
-    DataFormat.labelled_text: Format(labelled, read=read_text),
+    DataFormat.labelled_text: Format(labelled, read=_read_text),
     DataFormat.completion: Format(completion, matches=has_completion),
 }

@@ -56,9 +56,22 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
     outcome, saved = RunOutcome(summary["exit"]), summary.get("best_checkpoint")
     kept = folder.checkpoints / checkpoint_name(saved["step"]) if saved else ""
     step_note = f" (step {summary['model_step']:,})" if "model_step" in summary else ""
+    spent = list[str]()
+    if "train_seconds" in summary:
+        spent.append(f"{duration(summary['train_seconds'])} of training")
+        if "pairs_per_second" in summary:
+            unit = loss_unit(kinds_in(summary.get("settings") or {}))
+            spent.append(pluralize(summary.get("pairs_seen", 0), unit))
+            spent.append(f"{summary['pairs_per_second']:,.1f} {unit}s/s")
+        if shares := [row["mfu"] for row in rows if math.isfinite(row.get("mfu", math.nan))]:
+            spent.append(f"MFU {percent(fmean(shares))}")
+        if "peak_memory_bytes" in summary:
+            spent.append(f"peak memory {size(summary['peak_memory_bytes'])}")
+            processes = summary.get("world_size", 1)
+            spent += [pluralize(processes, "process", "processes")] if processes > 1 else []
     facts = {
         "run": _OUTCOMES[outcome].format(pluralize(summary["steps"], "step")),
-        "time": _time(rows, summary),
+        "time": ", ".join(spent),
         "best": f"{kept} ({saved['metric']} {saved['value']:.4f})" if saved else "",
         "data": ", ".join(
             f"{name}: {counts['kept']:,} of {pluralize(counts['read'], 'record')} kept"
@@ -73,23 +86,6 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
     }
     table = ["", *aligned(lines, numbers=(1, 2)), ""] if len(lines) > 1 else [""]
     return [*table, *(f"{name:<11}{text}" for name, text in facts.items() if text)]
-
-
-def _time(rows: Sequence[Fields], summary: Fields) -> str:
-    if "train_seconds" not in summary:
-        return ""
-    parts = [f"{duration(summary['train_seconds'])} of training"]
-    if "pairs_per_second" in summary:
-        unit = loss_unit(kinds_in(summary.get("settings") or {}))
-        parts.append(pluralize(summary.get("pairs_seen", 0), unit))
-        parts.append(f"{summary['pairs_per_second']:,.1f} {unit}s/s")
-    if measured := [row["mfu"] for row in rows if math.isfinite(row.get("mfu", math.nan))]:
-        parts.append(f"MFU {percent(fmean(measured))}")
-    if "peak_memory_bytes" in summary:
-        parts.append(f"peak memory {size(summary['peak_memory_bytes'])}")
-        processes = summary.get("world_size", 1)
-        parts += [pluralize(processes, "process", "processes")] if processes > 1 else []
-    return ", ".join(parts)
 
 
 def describe_reference(report: Fields) -> str:

@@ -54,8 +54,7 @@ from dpo_dist.tools.convert.arguments import (
     refused,
 )
 from dpo_dist.tools.convert.reading import ForeignRun
-from dpo_dist.tools.convert.translate import translate_run
-from dpo_dist.tools.convert.translation import Translation
+from dpo_dist.tools.convert.translate import Translation, translate_run
 from dpo_dist.training.start.resume import has_other_length, read_state
 from dpo_dist.trl.callbacks import NOT_HERE, AbsentError, Follower
 from dpo_dist.trl.data import examples, longest_tokens, sources, with_token_ids

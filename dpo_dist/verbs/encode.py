@@ -41,17 +41,15 @@ def main(config: RunConfig) -> int:
         check_source(source, data)
     check_template_file(data.chat_template)
     # Imported late, so that the errors above appear at once.
-    from dpo_dist.data.encoded.build import EVERY_PART, Preparation, tokenizer_digest  # noqa: PLC0415
+    from dpo_dist.data.encoded.build import EVERY_PART, Preparation  # noqa: PLC0415
     from dpo_dist.data.encoded.dataset import open_dataset  # noqa: PLC0415
-    from dpo_dist.data.images import image_processor  # noqa: PLC0415
-    from dpo_dist.model.files.folder import description_folder, start_folder, tokenizer_folder  # noqa: PLC0415
-    from dpo_dist.model.files.load import load_tokenizer  # noqa: PLC0415
+    from dpo_dist.model.files.folder import description_folder, start_folder  # noqa: PLC0415
+    from dpo_dist.model.files.load import load_encoder  # noqa: PLC0415
 
     model, console = config.model, console_on(sys.stderr, config.console.style)
     folder = description_folder(model.path, model.revision, needs_weights=False)
-    files = tokenizer_folder(folder, start_folder(model))
-    tokenizer, digest = load_tokenizer(files, model), tokenizer_digest(files)
-    processor = image_processor(folder, tokenizer, model.images)
+    encoder = load_encoder(folder, start_folder(model), model)
+    tokenizer, processor = encoder.tokenizer, encoder.processor
 
     def encode(
         name: str, sources: Sequence[SourceConfig], part: Part, share: tuple[int, int]
@@ -61,7 +59,7 @@ def main(config: RunConfig) -> int:
         def progress(source: str) -> AbstractContextManager[Callable[..., None]]:
             return console.progress(f"encoding the {name} data: {source}", "record")
 
-        preparation = Preparation(sources, data, tokenizer, digest, progress, part, processor)
+        preparation = Preparation(sources, data, tokenizer, encoder.digest, progress, part, processor)
         planned = preparation.plan()
         return partial(preparation.join, planned, preparation.encode(planned, share), share)
 

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.build import Preparation
 from tests.dist.scenario import PAIRS, Assets, entries_of
 from tests.support import tiny
 from tests.support.invented import write_pairs
@@ -22,7 +22,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
         policy=write_model(folder / "policy", seed=1),
         untied_policy=write_model(folder / "untied", seed=3, tied=False),
         reference=write_model(folder / "reference", seed=2),
-        encoded=prepare_dataset([SourceConfig(str(pairs))], config, tiny.qwen(), "qwen"),
+        encoded=Preparation([SourceConfig(str(pairs))], config, tiny.qwen(), "qwen").whole(),
     )
 
 

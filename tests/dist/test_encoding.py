@@ -10,7 +10,7 @@ import pytest
 from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data import encode as encode_module
 from dpo_dist.data.encoded import build
-from dpo_dist.data.encoded.build import Preparation, prepare_dataset
+from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.training.start.inputs import encode_together
@@ -61,7 +61,7 @@ def test_each_part_is_encoded_by_one_rank(ranks: int, tmp_path: Path) -> None:
         assert of_rank["files"] == found[0]["files"]
     assert not [name for name in encoded_folders(tmp_path) if "-part-" in name]
     config = DataConfig(cache=str(tmp_path / "alone"), on_bad_record=OnBadRecord.error)
-    alone = prepare_dataset(sources, config, tiny.qwen(), "qwen")
+    alone = Preparation(sources, config, tiny.qwen(), "qwen").whole()
     for source, name in zip(alone, found[0]["files"], strict=True):
         assert source.file.read_bytes() == (tmp_path / "cache" / name).read_bytes()
 

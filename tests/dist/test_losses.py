@@ -22,7 +22,7 @@ from dpo_dist.config.losses import (
     Weighting,
 )
 from dpo_dist.config.schema import DataConfig, ParallelismConfig, ParallelismKind, RunConfig, SourceConfig
-from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.data.encoded.store import EncodedSource
@@ -135,7 +135,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
         return [SourceConfig(str(file)) for file in files]
 
     def encoded(sources: list[SourceConfig], cache: str) -> tuple[EncodedSource, ...]:
-        return prepare_dataset(sources, DataConfig(cache=str(folder / cache)), tiny.qwen(), "qwen")
+        return Preparation(sources, DataConfig(cache=str(folder / cache)), tiny.qwen(), "qwen").whole()
 
     pairs = written("pairs", [2] * RECORDS)
     labelled = written("labelled", [1] * RECORDS)

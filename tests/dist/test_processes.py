@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig
 from dpo_dist.data.encoded import build, workers
-from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.workers import CHUNK_RECORDS
 from dpo_dist.data.records import Origin, RawRecord
 from dpo_dist.foundation.errors import DataError, PeerLostError
@@ -45,10 +45,10 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     **data: Any,
 ) -> dict[str, bytes]:
-    """The files that `prepare_dataset` writes on this number of processes."""
+    """The files that a `Preparation` writes on this number of processes."""
     config = DataConfig(cache=str(folder / f"cache {processes}"), **data)
     with mock.patch.object(workers, "processes_for", return_value=processes):
-        encoded = prepare_dataset(sources, config, tokenizer, "tokenizer")
+        encoded = Preparation(sources, config, tokenizer, "tokenizer").whole()
     return {f"{place} {one.file.name}": one.file.read_bytes() for place, one in enumerate(encoded)}
 
 

@@ -36,9 +36,10 @@ for verb, options in json.loads(sys.argv[2]):
             results.append(pin_source(source).revision)
         else:
             from dpo_dist.data.encoded.dataset import open_dataset
-            from dpo_dist.data.encoded.build import prepare_dataset
+            from dpo_dist.data.encoded.build import Preparation
             from tests.support import tiny
-            results.append(len(open_dataset(prepare_dataset([source], config, tiny.qwen(), "qwen"), config)))
+            encoded = Preparation([source], config, tiny.qwen(), "qwen").whole()
+            results.append(len(open_dataset(encoded, config)))
     except DataError as error:
         results.append([error.where, error.got])
 print(json.dumps(results))

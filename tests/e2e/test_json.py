@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.tools.selftest.runs import Check
+from dpo_dist.tools.selftest.checks import Check
 from tests.support.launch import ROOT, TWO_PROCESSES, constants, environment
 from tests.support.parent import context, start_parent
 from tests.support.warm import ENVIRONMENT, launcher_variables, run_warm, run_warm_apart, start_module, wait
@@ -89,7 +89,7 @@ def one_way(*_: object) -> list[Check]:
     return [Check("steps of ddp", "passed", "equal")]
 
 
-ONE_WAY = constants(**{"dpo_dist.tools.selftest.training.compare_ways": one_way})
+ONE_WAY = constants(**{"dpo_dist.tools.selftest.checks.compare_ways": one_way})
 
 
 def document(words: list[str], folder: Path, size: int = 1) -> tuple[int, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.foundation.files import MEMO_FOLDER
@@ -15,7 +15,7 @@ def prepare_all(
 ) -> tuple[EncodedSource, ...]:
     config = DataConfig(cache=str(folder / "cache"), **data)
     configs = [SourceConfig(source) if isinstance(source, str) else source for source in sources]
-    return prepare_dataset(configs, config, tiny.qwen(), tokenizer_digest)
+    return Preparation(configs, config, tiny.qwen(), tokenizer_digest).whole()
 
 
 def prepare(folder: Path, source: str | SourceConfig, **data: object) -> Path:

@@ -21,7 +21,7 @@ from dpo_dist.batching.example import Example
 from dpo_dist.config.schema import Ranked, Truncation
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.data.encode import EncodedExample
-from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import open_dataset
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.tools.compare import __main__ as compare
@@ -184,7 +184,7 @@ def test_pairs_are_those_of_training(ranked: Ranked, truncation: Truncation, tmp
         max_length=48, truncation=truncation, ranked=ranked, cache=str(tmp_path / "cache"), max_bad_share=1.0
     )
     pairs, bad = api.read_pairs(source, tiny.qwen(), config)
-    dataset = open_dataset(prepare_dataset([source], config, tiny.qwen(), "qwen"), config)
+    dataset = open_dataset(Preparation([source], config, tiny.qwen(), "qwen").whole(), config)
     assert api.response_keys(pairs).tolist() == dataset.keys[:].tolist()
     assert len(bad) == dataset.counts["read"] - dataset.counts["kept"]
 

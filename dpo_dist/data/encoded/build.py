@@ -35,7 +35,6 @@ from dpo_dist.data.encoded.store import (
 from dpo_dist.data.encoded.workers import CHUNK_RECORDS, in_chunks, in_order
 from dpo_dist.data.formats import parse_record
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
-from dpo_dist.data.labels import source_labels
 from dpo_dist.data.read.columns import READER
 from dpo_dist.data.read.files import file_kind
 from dpo_dist.data.read.sources import (
@@ -47,6 +46,7 @@ from dpo_dist.data.read.sources import (
     raw_records,
     root_of,
     source_identity,
+    source_labels,
 )
 from dpo_dist.data.records import (
     ALL_RECORDS,
@@ -66,7 +66,6 @@ from dpo_dist.data.text.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import DataError, DpoDistError
 from dpo_dist.foundation.files import (
     MEMO_FOLDER,
-    content_digest,
     file_identity,
     remove_abandoned,
     text_digest,
@@ -83,10 +82,6 @@ _ENCODING_KEYS = (
     "unpair",
     "on_bad_record",
 )
-_VOCABULARY_FILES = ("tokenizer*", "*.model", "*.tiktoken", "tekken*", "*.py", "vocab*", "merges*")
-_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-_SPECIAL_FILES = ("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*")
-
 EncodingProgress = Callable[[str], AbstractContextManager[Callable[..., None]]]
 """Called with the path of a source that is encoded. The entered function is called with the number of encoded
 records, and perhaps with about how many records this process encodes in all."""
@@ -119,8 +114,8 @@ class Preparation:
     """Encodes each source into its own file in `config.cache`, unless it is encoded already.
 
     A file is named by its content: a source is not encoded again if it moved, is in another list, or has
-    another weight. `digest` is the `tokenizer_digest`. The `processor` reads images, whose files are watched:
-    if one changed, its source is encoded again. `progress` shows one process's work.
+    another weight. `digest` is that of the tokenizer's files. The `processor` reads images, whose files are
+    watched: if one changed, its source is encoded again. `progress` shows one process's work.
     """
 
     sources: Sequence[SourceConfig]
@@ -192,6 +187,13 @@ class Preparation:
             ensure_order(each.wanted, None if self.processor is None else self.processor.placeholder_id)
         return tuple(each.wanted for each in planned)
 
+    def whole(self) -> tuple[EncodedSource, ...]:
+        """Return the encoded sources, all by this process and those that it starts."""
+        planned = self.plan()
+        encoded = self.join(planned, self.encode(planned))
+        assert encoded is not None, "of every part"
+        return encoded
+
     def _encode(self, planned: PlannedSource, share: Share) -> int:
         source, wanted, _, contents = planned
         state = _identities(source)
@@ -253,23 +255,6 @@ class Preparation:
             for part, of_part in itertools.groupby(chunks, itemgetter(0)):
                 write_source(replace(wanted, part=part), checked(of_part))
         return -(-read // part_records)
-
-
-def prepare_dataset(
-    sources: Sequence[SourceConfig],
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    digest: str,
-    progress: EncodingProgress = no_progress,
-    part: Part = ALL_RECORDS,
-    processor: ImageProcessor | None = None,
-) -> tuple[EncodedSource, ...]:
-    """Return the encoded sources of a `Preparation`, all by this process and those that it starts."""
-    preparation = Preparation(sources, config, tokenizer, digest, progress, part, processor)
-    planned = preparation.plan()
-    encoded = preparation.join(planned, preparation.encode(planned))
-    assert encoded is not None, "of every part"
-    return encoded
 
 
 def _encode_chunk(
@@ -377,18 +362,6 @@ def _columns(record: EncodedRecord) -> dict[str, Any]:
         "images": [image.digest for image in example.images],
         "lengths": example.lengths,
     }
-
-
-def tokenizer_digest(folder: Path, *, with_images: bool = False) -> str:
-    """Return a digest of the files of a model folder that decide how text, or images, become token ids."""
-    names = _VOCABULARY_FILES + _SPECIAL_FILES + (_IMAGE_FILES if with_images else ())
-    files = sorted({file for name in names for file in folder.glob(name) if file.is_file()})
-    parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
-    config_file = folder / "config.json"  # an adapter's folder with a tokenizer has no config.json
-    config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
-    # transformers chooses the tokenizer's class by these keys.
-    parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]
-    return text_digest(json.dumps(parts))
 
 
 def _identities(source: SourceConfig) -> list[str]:

@@ -41,7 +41,7 @@ from dpo_dist.data.encoded.store import (
     read_source,
 )
 from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.read.columns import VOTES
+from dpo_dist.data.read.fields import VOTES
 from dpo_dist.data.read.sources import name_of
 from dpo_dist.data.records import Origin, Tokenizer
 from dpo_dist.data.text.lengths import SourceLengths

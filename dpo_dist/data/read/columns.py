@@ -5,30 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataFormat, SourceConfig
 from dpo_dist.config.user_code import user_function
-from dpo_dist.data.read.messages import CALLING, ROLES
-from dpo_dist.data.read.values import from_json, has_value, parse_json
+from dpo_dist.data.read.fields import FIELDS, OTHERS, PAIRS, WHOLE, fields_with
+from dpo_dist.data.read.values import CALLING, ROLES, from_json, has_value, parse_json
 from dpo_dist.data.records import BadRecord, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.types import Fields
 
 READER = "reader"
-_SIDES = ("chosen", "rejected")
-_MEDIA = ("images", "videos", "audios")
-_SCORES = ("score_chosen", "score_rejected", "scores")
-VOTES = ("votes_chosen", "votes_rejected")
-_CONTEXT = ("system", "history", "input", "tools", "chat_template_kwargs", "documents")
-_OPTIONAL = (*_CONTEXT, *_MEDIA, *_SCORES, *NUMBERS, *VOTES, "label")
-_PROMPTS = ("prompt", "instruction", "question", "query", "messages", "conversations")
-_OTHER_SIDES = ("chosen_messages", "rejected_messages", "rejected_response")
-_RESPONSES = ("completion", "responses", "output")
-_WHOLE = "record"
-# The fields that formats read; `record` is an object with all of them.
-FIELDS = (*_PROMPTS, *_SIDES, *_OTHER_SIDES, *_RESPONSES, *_OPTIONAL, _WHOLE)
-OTHERS = "*"
-"""In `columns`, with null: read only the named columns. In a record: the names that were left out."""
+_RARE = set(fields_with("rare"))
 _MAX_SHOWN = 20
 _MISSING = object()
 FIRST_RECORDS = 20
@@ -87,17 +73,17 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
         if unseen:
             unseen = {field: path for field, path in unseen.items() if field not in values}
             seen |= dict.fromkeys(map(shown_key, record))
-        if number >= FIRST_RECORDS and seen and not unseen.keys() <= set(_OPTIONAL):
+        if number >= FIRST_RECORDS and seen and not unseen.keys() <= _RARE:
             what = f"none of the first {number} records has"
             break
         rest = {} if has_others else {name: record[name] for name in record if name not in hidden}
-        whole = from_json(values.pop(_WHOLE, None if _WHOLE in paths else {}))
+        whole = from_json(values.pop(WHOLE, None if WHOLE in paths else {}))
         if isinstance(whole, Mapping):
             left_out = (name for name in record if name not in known and (has_others or name in paths))
             names = tuple(name for name in left_out if has_value(record[name]))
             yield {**rest, **whole, **values, **({OTHERS: names} if names else {})}, origin
         else:
-            yield BadRecord("missing_field", origin, f"{paths[_WHOLE]} is not an object"), origin
+            yield BadRecord("missing_field", origin, f"{paths[WHOLE]} is not an object"), origin
     if unseen and seen:
         raise DataError(
             f"{what} a column of the source",
@@ -134,7 +120,9 @@ _LOCATIONS = ("file_name", "hf_hub_url")
 _SELECTIONS = ("split", "subset", "folder", "revision", "num_samples")
 _WITHOUT_EFFECT = ("ms_hub_url", "om_hub_url", "file_sha1")
 _KEYS = ("formatting", "ranking", "columns", "tags", *_LOCATIONS, *_SELECTIONS, *_WITHOUT_EFFECT)
-_SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", *_MEDIA)} | {"kto_tag": "label"}
+_SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", "images", "videos", "audios")} | {
+    "kto_tag": "label"
+}
 # The columns of each formatting, and the fields that they name.
 _FORMATTINGS = {
     "alpaca": _SHARED
@@ -202,7 +190,7 @@ def _read_entry(source: SourceConfig, folder: Path, entry: Fields) -> SourceConf
         for tag, name in tags.items()
         if name not in _TAGS and ROLES.get(name, name) != _ROLE_TAGS.get(tag, "system")
     ]
-    faults += [] if entry.get("ranking") else [f'{s} without "ranking": true' for s in _SIDES if s in named]
+    faults += [] if entry.get("ranking") else [f'{s} without "ranking": true' for s in PAIRS[0] if s in named]
     faults += [] if any(map(entry.get, _LOCATIONS)) else ["no file_name or hf_hub_url"]
     if faults:
         raise ValueError(", ".join(faults))
@@ -210,7 +198,7 @@ def _read_entry(source: SourceConfig, folder: Path, entry: Fields) -> SourceConf
     if named:  # as in LLaMA-Factory, no other column is read
         columns = {**{field_of[name]: column for name, column in named.items()}, OTHERS: None}
     elif entry.get("ranking") is False:
-        columns = dict.fromkeys(_SIDES)
+        columns = dict.fromkeys(PAIRS[0])
     limits = [limit for limit in (source.limit, entry.get("num_samples")) if limit is not None]
     described = replace(
         source, name=None, columns=columns, limit=min(limits, default=None), split=entry.get("split")

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dpo_dist.data.read.messages import PLACED, given_images
+from dpo_dist.data.read.messages import PLACED
+from dpo_dist.data.read.values import given_images
 from dpo_dist.data.records import (
     IMAGE,
     Dialogue,
@@ -58,7 +59,8 @@ def place_images(
     tags = [tag for content in contents if _may_have_tags(content) for tag in pattern.finditer(content)]
     has_places = not is_plain and not isinstance(prompt, Dialogue)
     if not given and not placed and has_places:
-        given = _named_files(tags)
+        files = [tag.groupdict().get("file") for tag in tags]
+        given = [name for name in files if name] if all(files) else []
     if not given and not placed:
         return prompt, ()
     if places := sum(image is None for image in placed):
@@ -102,12 +104,6 @@ def has_tag(text: str, tokens: Collection[str]) -> bool:
 
 def _may_have_tags(text: str) -> bool:
     return any(word in text for word in _WORDS_OF_TAGS)
-
-
-def _named_files(tags: Sequence[re.Match[str]]) -> list[str]:
-    """Return the names of the files in tags; none unless each tag names one."""
-    names = [tag.groupdict().get("file") for tag in tags]
-    return [name for name in names if name] if all(names) else []
 
 
 def _in_order(images: list[Any], tags: Sequence[re.Match[str]]) -> list[Any]:

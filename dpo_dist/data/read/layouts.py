@@ -6,19 +6,33 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from dpo_dist.data.read.messages import (
+from dpo_dist.data.read.fields import (
     CONVERSATIONS,
-    IMAGES,
-    TOOLS,
+    LABELS,
+    LISTS,
+    PAIR_SCORES,
+    PAIRS,
+    QUESTIONS,
+    SHARED_SIDES,
+    SIDE_FIELDS,
+    fields_with,
+)
+from dpo_dist.data.read.messages import (
     WEIGHTS,
     check_no_media,
-    given_images,
     has_more,
+)
+from dpo_dist.data.read.values import (
+    finite_numbers,
+    from_json,
+    given_images,
+    has_value,
     is_messages,
     message_role,
     spelled_messages,
+    to_number,
+    with_value,
 )
-from dpo_dist.data.read.values import finite_numbers, from_json, has_value, to_number, with_value
 from dpo_dist.data.records import FIRST_TURN, UnusableRecordError, shown_key
 from dpo_dist.foundation.types import Fields
 
@@ -34,10 +48,6 @@ class Content(NamedTuple):
     responses: Fields
     scores: tuple[float, ...] | None = None
     field: str | None = None
-
-
-# A question in these fields is a user's turn.
-QUESTIONS = ("question", "query", "input")
 
 
 def record_prompt(record: Fields, responses: Iterable[Any]) -> Any:
@@ -73,38 +83,13 @@ def ends_with_response(turns: Any) -> bool:
     return isinstance(turns, list) and bool(turns) and message_role(turns[-1]) == "assistant"
 
 
-# Pairs: the names of the chosen and the rejected side.
-_PAIRS = (
-    ("chosen", "rejected"),
-    ("chosen_messages", "rejected_messages"),
-    ("response_chosen", "response_rejected"),
-    ("chosen_response", "rejected_response"),
-    ("preferred_output", "non_preferred_output"),
-    ("response", "rejected_response"),
-    ("messages", "rejected_messages"),
-    ("messages", "rejected_response"),
-)
-# Other kinds of records have these fields too: alone they are no pair.
-_SHARED_NAMES = ("messages", "response")
-SIDE_NAMES = tuple(dict.fromkeys(name for names in _PAIRS for name in names if name not in _SHARED_NAMES))
-_PAIR_SCORES = (
-    ("score_chosen", "score_rejected"),
-    # Read only if both sides have a score: some datasets score the chosen side only.
-    ("chosen_score", "rejected_score"),
-    ("rating_chosen", "rating_rejected"),
-    ("chosen_rating", "rejected_rating"),
-    ("chosen-rating", "rejected-rating"),
-)
-PAIR_SCORE_FIELDS = (*itertools.chain(*_PAIR_SCORES), "metadata")
-
-
 def _sides(record: Fields) -> tuple[str, str] | None:
     """Return the names of a record's first complete pair, else of the first pair with one side."""
     given = [
         (chosen, rejected)
-        for chosen, rejected in _PAIRS
+        for chosen, rejected in PAIRS
         if record.get(rejected) is not None
-        or (record.get(chosen) is not None and (chosen not in _SHARED_NAMES or rejected in record))
+        or (record.get(chosen) is not None and (chosen not in SHARED_SIDES or rejected in record))
     ]
     complete = [names for names in given if None not in map(record.get, names)]
     return next(iter([*complete, *given]), None)
@@ -117,7 +102,7 @@ def has_pair(record: Fields) -> bool:
 
 def pair(record: Fields) -> Content:
     """Return the two sides of a pair, and their scores from the record or its metadata."""
-    chosen, rejected = names = _sides(record) or _PAIRS[0]
+    chosen, rejected = names = _sides(record) or PAIRS[0]
     for name in names:
         if record.get(name) is None:
             raise UnusableRecordError("missing_field", name)
@@ -134,17 +119,16 @@ def pair(record: Fields) -> Content:
 
 def _pair_scores(record: Fields) -> tuple[float, ...] | None:
     metadata = record.get("metadata")
-    for fields, names in itertools.product((record, metadata), _PAIR_SCORES):
+    for fields, names in itertools.product((record, metadata), PAIR_SCORES):
         if not isinstance(fields, Mapping):
             continue
         scores = [None if fields.get(name) == "" else fields.get(name) for name in names]
-        if None not in scores or (names == _PAIR_SCORES[0] and scores != [None, None]):
+        if None not in scores or (names == PAIR_SCORES[0] and scores != [None, None]):
             return finite_numbers(scores)
     return None
 
 
 # Rankings.
-LISTS = ("responses", "completions", "output")
 _TEXTS = ("content", "text", "response", "answer")
 _SCORES = ("score", "fine-grained_score", "overall_score", "rating", "reward")
 # Fields with an order of the responses that no format reads, whatever their values.
@@ -168,9 +152,7 @@ _NO_ORDER_WORD = re.compile(
     "temperature|latency|duration|second|cost|price|count|position|step|epoch|page|uuid|logp|logprob|"
     "perplexity)s?|top|len|num"
 )
-# Fields of the prompt, and of a pair, which the source's format ignores.
-_OTHER_FIELDS = {"prompt", "instruction", "system", "system_prompt", "history", *QUESTIONS, *CONVERSATIONS}
-_OTHER_FIELDS |= {*TOOLS, *IMAGES, *SIDE_NAMES, *PAIR_SCORE_FIELDS[:-1]}  # `metadata` may have an order
+_ASKED = {*fields_with("asked")}
 _MESSAGE_FIELDS = ("role", "from", "value", "name")
 # A text that names one of several responses: "B", "2", "response_b", "Assistant 1".
 _POINTER = re.compile(
@@ -231,7 +213,7 @@ def _unread_orders(record: Fields, name: str, items: list[Any]) -> list[str]:
     texts = [_first(end, _TEXTS) if isinstance(end, Mapping) else end for end in ends]
     found = _orders_inside(ends)
     for field, value in record.items():
-        if field not in _OTHER_FIELDS | {name} and has_value(value):
+        if field not in _ASKED | {name} and has_value(value):
             found += [field] if field in _ORDERS or _has_order(field, from_json(value), texts) else []
     return list(map(shown_key, found))
 
@@ -308,7 +290,6 @@ def _first(fields: Fields, names: Iterable[str]) -> Any:
     return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
-LABEL_FIELDS = ("label", "kto_tag")
 # Labels of single responses, in lower case, each with its opposite.
 _LABELS = """1/0 1.0/0.0 1/-1 1.0/-1.0 true/false yes/no good/bad chosen/rejected desirable/undesirable
 accept/reject accepted/rejected approve/disapprove approved/disapproved correct/incorrect right/wrong
@@ -332,7 +313,7 @@ def is_labelled(record: Fields) -> bool:
 
 def _label_words(record: Fields) -> set[str]:
     """Return the labels of a record, as `_GOOD` and `_BAD` are written."""
-    given = (str(record[name]).strip().lower() for name in LABEL_FIELDS if record.get(name) is not None)
+    given = (str(record[name]).strip().lower() for name in LABELS if record.get(name) is not None)
     return {"_".join(word.replace("-", " ").split()) if word[:1].isalpha() else word for word in given} - {""}
 
 
@@ -358,7 +339,7 @@ def check_no_other(record: Fields, content: Content) -> None:
     values = [record.get(name) for name in used]
     others = [
         name
-        for name in (*SIDE_NAMES, "completion", *LISTS, *CONVERSATIONS)
+        for name in (*SIDE_FIELDS, "completion", *LISTS, *CONVERSATIONS)
         if name not in used and is_response(record, name) and record[name] not in values
     ]
     if others:
@@ -392,6 +373,6 @@ def labelled(record: Fields) -> Content:
     """Return the one response of a record, with its label as score."""
     content = completion(record)
     if not _labels_of(record):
-        words = [shown_key(record[name]) for name in LABEL_FIELDS if record.get(name) is not None]
-        raise UnusableRecordError("unknown_label", " and ".join(words) or f"no {' or '.join(LABEL_FIELDS)}")
+        words = [shown_key(record[name]) for name in LABELS if record.get(name) is not None]
+        raise UnusableRecordError("unknown_label", " and ".join(words) or f"no {' or '.join(LABELS)}")
     return content

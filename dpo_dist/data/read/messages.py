@@ -1,17 +1,28 @@
-"""Read prompts and responses as text or messages: roles, tool calls, thoughts, ShareGPT's and HH's turns."""
+"""Read prompts and responses as messages: roles, tool calls, thoughts, ShareGPT's turns."""
 
 import itertools
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
-from dpo_dist.data.read.values import ARGUMENTS, from_json, has_value, with_value, without_nulls
+from dpo_dist.data.read.fields import MEDIA
+from dpo_dist.data.read.values import (
+    ALL_ROLES,
+    ARGUMENTS,
+    CALLING,
+    PLAIN_ROLES,
+    ROLES,
+    from_json,
+    given_images,
+    has_value,
+    is_given,
+    is_messages,
+    with_value,
+    without_nulls,
+)
 from dpo_dist.data.records import (
-    FIRST_TURN,
     IMAGE,
-    LAST_TURN,
     Dialogue,
     Message,
     Messages,
@@ -19,34 +30,22 @@ from dpo_dist.data.records import (
     Response,
     UnusableRecordError,
     shown_key,
+    turns_of,
 )
 from dpo_dist.foundation.types import Fields
 
-CONVERSATIONS = ("conversations", "messages")
-TOOLS = ("tools", "functions")
-# Roles of other programs, and the role that chat templates know.
-ROLES = {
-    **dict.fromkeys(("human", "User", "Human"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "bot", "Assistant"), "assistant"),
-    **dict.fromkeys(("observation", "tool_response", "function"), "tool"),
-}
 # Fields with the calls of a message; LangChain's may stand only in `additional_kwargs`.
 _CALL_FIELDS = ("tool_calls", "function_call")
-# In turns with these roles the content is a tool call, as JSON.
-CALLING = ("function_call", "tool_call")
+_SCHEMAS = ("input_schema", "inputSchema")  # of Anthropic and of MCP
 # Keys of a call that are none of its arguments.
 _BESIDE_ARGUMENTS = ("name", "function", "id", "call_id", "tool_call_id", "type", "index", "status")
 # Other keys of a message or a part with a list or an object of calls, such as `functionCall`.
 _CALLS = re.compile("call|tool_?use", re.IGNORECASE)
-_PLAIN_ROLES = (*ROLES, "system", "developer", "user", "assistant", "tool")
-_ALL_ROLES = (*_PLAIN_ROLES, *CALLING)
 _THOUGHTS = {
     "reasoning_content": "reasoning_content",
     "reasoning": "reasoning_content",
     "thinking": "thinking",
 }
-# A text that is one message in JSON has these fields only; a response may be an object with more.
-_BARE_MESSAGES = ({"role", "content"}, {"from", "value"})
 WEIGHTS = ("loss_weight", "loss", "weight", "loss_scale", "train", "training")
 # Weights of parts of a turn, or with an unclear meaning.
 _UNREAD_WEIGHTS = ("mask", "train_detail", "training_detail")
@@ -57,44 +56,9 @@ _PARTS = ("text", "reasoning", "thinking", "tool_call")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 # The fields of such a part that can have its image.
 _SOURCES = ("image", "image_url", "url", "path", "base64")
-IMAGES = ("images", "image")
-MEDIA = ("audio", "audios", "video", "videos")
 PLACED = "images"
 """A field of messages until `place_images` reads it: the values of the content's images, None for one that
 is in the record's own list."""
-
-
-def is_message(value: Any) -> bool:
-    """Return whether a value is an object with a role and a content, also as `from` and `value`."""
-    return isinstance(value, Mapping) and (
-        ("role" in value and bool({"content", "tool_calls", "function_call"} & value.keys()))
-        or {"from", "value"} <= value.keys()
-    )
-
-
-def message_role(value: Any) -> str | None:
-    """Return the role of a message; None for another value."""
-    role = value.get("role", value.get("from")) if is_message(value) else None
-    if not isinstance(role, str):
-        return None
-    return "assistant" if role in CALLING else ROLES.get(role, role)
-
-
-def is_messages(value: Any) -> bool:
-    """Return whether a value is one message or a list of messages, perhaps an empty one."""
-    return is_message(value) or (isinstance(value, list) and all(map(is_message, value)))
-
-
-def spelled_messages(value: Any) -> Any:
-    """Return the messages that a text holds as JSON; else `value`."""
-    spelled = from_json(value)
-    if not isinstance(value, str) or spelled is value:
-        return value
-    # An object with more fields may be a response in JSON that happens to have a role.
-    messages = [spelled] if isinstance(spelled, Mapping) and set(spelled) in _BARE_MESSAGES else spelled
-    is_conversation = isinstance(messages, list) and bool(messages) and is_messages(messages)
-    roles = [message.get("role", message.get("from")) for message in messages] if is_conversation else [None]
-    return messages if all(role in _ALL_ROLES for role in roles) else value
 
 
 def parse_messages(value: Any, role: str) -> Messages:
@@ -130,13 +94,13 @@ def check_no_media(messages: Sequence[Fields]) -> None:
 
 def _read_message(fields: Fields) -> Message:
     role, content = map(fields.get, ("role", "content") if "role" in fields else ("from", "value"))
-    if isinstance(role, str) and role in _PLAIN_ROLES and isinstance(content, str) and len(fields) == 2:
+    if isinstance(role, str) and role in PLAIN_ROLES and isinstance(content, str) and len(fields) == 2:
         return Message(ROLES.get(role, role), content)  # fast path: most messages
     check_no_media([fields])
     inner = from_json(fields.get("additional_kwargs"))
     if isinstance(inner, Mapping) and not with_value(fields, _CALL_FIELDS):
         fields = {**fields, **{name: inner[name] for name in _CALL_FIELDS if name in inner}}
-    if not isinstance(role, str) or ("role" not in fields and role not in _ALL_ROLES):
+    if not isinstance(role, str) or ("role" not in fields and role not in ALL_ROLES):
         raise UnusableRecordError("unread_content", "a message has a role that is not read", ("role",))
     if fields.get("channel") in _UNREAD_CHANNELS:
         raise UnusableRecordError("unread_content", "a message has another channel than final", ("channel",))
@@ -187,7 +151,7 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
         kind = fields.get("type", "text")
         if kind in _IMAGE_PARTS:
             # Without a value of its own it is the place of an image in the record's list.
-            source = next((name for name in _SOURCES if _is_given(fields.get(name))), "")
+            source = next((name for name in _SOURCES if is_given(fields.get(name))), "")
             prefix = "data:;base64," if source == "base64" else ""
             yield "image", f"{prefix}{fields[source]}" if prefix else fields.get(source)
             continue
@@ -199,22 +163,6 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
             detail = f"a message has content of type {str(kind)!r} that is not text"
             raise unread_error(detail, media or ["content"])
         yield kind, value
-
-
-def given_images(fields: Fields) -> list[Any]:
-    """Return the values of a record's or a message's own images, without nulls."""
-    given = [from_json(fields[name], of_texts=True) for name in IMAGES if fields.get(name) is not None]
-    lists = [
-        list(filter(_is_given, value))
-        for value in (value if isinstance(value, list | tuple) else [value] for value in given)
-    ]
-    if len(lists) > 1 and all(lists):
-        raise UnusableRecordError("image_count", f"images in {' and in '.join(IMAGES)}")
-    return list(itertools.chain(*lists))
-
-
-def _is_given(image: Any) -> bool:
-    return has_value(without_nulls(image))
 
 
 def _tool_calls(value: Any) -> list[Fields]:
@@ -259,77 +207,41 @@ def _is_trained(fields: Fields) -> bool | None:
     return bool(next(iter(given.values()))) if given else None
 
 
-Reader: TypeAlias = Callable[[Any, Fields], tuple[Prompt, Sequence[Response]]]
-"""Reads a prompt (None: the responses contain it) and responses by name. May raise UnusableRecordError."""
+def read_history(history: Any) -> list[Message] | None:
+    """Return the turns before a question: pairs of a question and its answer, or messages; None: neither."""
+    if isinstance(history, list) and all(
+        isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in history
+    ):
+        roles = itertools.cycle(("user", "assistant"))
+        return [Message(role, text) for role, text in zip(roles, itertools.chain(*history), strict=False)]
+    return list(parse_messages(history, role="user")) if is_messages(history) else None
 
 
-def select_reader(prompt: Any, responses: Fields) -> Reader | None:
-    """Return the reader for the types of the prompt and the responses; None if no reader fits."""
-    sides = list(responses.values())
-    if all(map(is_messages, sides)) or is_messages(prompt):
-        return read_messages
-    if not all(isinstance(side, str) for side in sides):
-        return None
-    dialogues = [_dialogue(side, prompt).startswith(FIRST_TURN) for side in sides]
-    if all(dialogues) or (prompt is None and any(dialogues)) or _is_open(prompt):
-        return read_hh
-    return read_text if isinstance(prompt, str) else None
+def read_tools(value: Any) -> tuple[Fields, ...]:
+    """Return definitions of tools, each as `{type: function, function: {name, ...}}` if it has a name."""
+    read: list[Fields] = []
+    for tool in value if isinstance(value, list) else [value]:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name", ""), str):
+            raise UnusableRecordError("invalid_tools", "a tool or its name is no JSON of that kind")
+        # The schema of the arguments is in `parameters`.
+        schemas = with_value(function, _SCHEMAS)
+        if schemas and not with_value(function, ("parameters",)):
+            names = {name: "parameters" if name == schemas[0] else name for name in function}
+            function = {names[name]: function[name] for name in function if name != "parameters"}
+        if "function" in tool:
+            read.append({**tool, "function": function})
+        else:
+            read.append({"type": "function", "function": function} if "name" in tool else tool)
+    return tuple(read)
 
 
-def read_text(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
-    """Return prompt and responses that are plain text."""
-    if prompt is None:
-        raise UnusableRecordError("missing_field", "prompt")
-    texts = [prompt, *responses.values()]
-    if not all(isinstance(text, str) for text in texts):
-        raise UnusableRecordError("unknown_format", f"prompt, {', '.join(responses)} must be text")
-    return texts[0], texts[1:]
-
-
-def read_implicit(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
-    """Split texts at their first difference: the prompt is the start that they share, as in TRL."""
-    texts = list(responses.values())
-    if prompt is not None or not all(isinstance(text, str) for text in texts):
-        raise UnusableRecordError("unknown_format", f"{', '.join(responses)} alone must be text")
-    # A response is at least a space and one character.
-    shared = os.path.commonprefix(texts)  # noqa: RUF071  (of characters)
-    end = min(len(shared), min(map(len, texts)) - 1)
-    end = max(end - (texts[0][max(end - 1, 0) : end] == " "), 0)
-    return texts[0][:end], [text[end:] for text in texts]
-
-
-def read_hh(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
-    """Split dialogues before their last response; the prompt is the part they share (arXiv:2204.05862)."""
-    start = prompt if _is_open(prompt) else ""
-    histories, texts = [], []
-    for name, side in responses.items():
-        dialogue = _dialogue(side, prompt) if isinstance(side, str) else ""
-        if start and isinstance(side, str) and not dialogue.startswith(FIRST_TURN):
-            dialogue = start + side
-        if not dialogue.startswith(FIRST_TURN):
-            raise UnusableRecordError("unknown_format", f"{name} does not start with a Human turn")
-        history, turn, text = dialogue.rpartition(LAST_TURN)
-        if not turn or FIRST_TURN in text:
-            raise UnusableRecordError("not_one_answer", f"{name} does not end with an Assistant turn")
-        histories.append(history + turn)
-        texts.append(text)
-    if len(set(histories)) > 1:
-        raise UnusableRecordError("history_differs", "the dialogues differ before their last response")
-    return Dialogue(histories[0]), texts
-
-
-def _dialogue(text: str, prompt: Any) -> str:
-    """Return a text; a dialogue without a blank line before its first turn gets one."""
-    start = prompt.strip() if _is_open(prompt) else FIRST_TURN.strip()
-    may_be = prompt is None or _is_open(prompt)  # else it may be a text about a dialogue
-    if may_be and LAST_TURN in text and text.lstrip().startswith(start):
-        return "\n\n" + text.lstrip()
-    return text
-
-
-def _is_open(prompt: Any) -> bool:
-    """Return whether a prompt is a dialogue that a response completes."""
-    return isinstance(prompt, str) and prompt.startswith(FIRST_TURN) and prompt.rstrip().endswith(LAST_TURN)
+def is_outside(value: Any, prompt: Prompt) -> bool:
+    """Return whether a value is not part of the prompt."""
+    whole = [turn.content for turn in turns_of(prompt, "user")]
+    whole += [prompt.text] if isinstance(prompt, Dialogue) else []
+    texts = [turn.content for turn in parse_messages(value, role="user")] if is_messages(value) else [value]
+    return not all(isinstance(text, str) and any(text.strip() in part for part in whole) for text in texts)
 
 
 def read_messages(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:

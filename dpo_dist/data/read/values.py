@@ -1,14 +1,42 @@
-"""Values of fields: JSON, also inside texts, without the nulls of tables; numbers; empty values."""
+"""Values of fields, made plain: JSON, also inside texts, without the nulls of tables; numbers; messages."""
 
 import ast
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dpo_dist.data.records import UnusableRecordError
+from dpo_dist.config.losses import NUMBERS
+from dpo_dist.data.read.fields import (
+    CONVERSATIONS,
+    IMAGES,
+    LISTS,
+    OTHERS,
+    QUESTIONS,
+    TOOLS,
+    VOTES,
+    fields_with,
+)
+from dpo_dist.data.records import MAX_SHOWN_KEYS, UnusableRecordError, shown_key
+from dpo_dist.foundation.types import Fields
 
 _EMPTY_TEXTS = ("", "[]", "{}", "null")
+# Roles of other programs, and the role that chat templates know.
+ROLES = {
+    **dict.fromkeys(("human", "User", "Human"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "Assistant"), "assistant"),
+    **dict.fromkeys(("observation", "tool_response", "function"), "tool"),
+}
+# In turns with these roles the content is a tool call, as JSON.
+CALLING = ("function_call", "tool_call")
+PLAIN_ROLES = (*ROLES, "system", "developer", "user", "assistant", "tool")
+ALL_ROLES = (*PLAIN_ROLES, *CALLING)
+# A text that is one message in JSON has these fields only; a response may be an object with more.
+_BARE_MESSAGES = ({"role", "content"}, {"from", "value"})
+_PROMPTS = ("prompt", *QUESTIONS)
+_KEPT = frozenset(fields_with("kept"))
+_JSON_FIELDS, _WITH_NULLS, _TEXTS = (frozenset(fields_with(word)) for word in ("json", "nulls", "text"))
 ARGUMENTS = ("arguments", "parameters", "args", "input", "action_input", "tool_input", "kwargs", "params")
 """Keys with the arguments of a tool call: of OpenAI, Llama, LangChain and Gemini, Anthropic, agents."""
 NOT_UTF8 = "not UTF-8"
@@ -93,3 +121,148 @@ def to_number(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
+
+
+def given_images(fields: Fields) -> list[Any]:
+    """Return the values of a record's or a message's own images, without nulls."""
+    given = [from_json(fields[name], of_texts=True) for name in IMAGES if fields.get(name) is not None]
+    lists = [
+        list(filter(is_given, value))
+        for value in (value if isinstance(value, list | tuple) else [value] for value in given)
+    ]
+    if len(lists) > 1 and all(lists):
+        raise UnusableRecordError("image_count", f"images in {' and in '.join(IMAGES)}")
+    return list(itertools.chain(*lists))
+
+
+def is_given(image: Any) -> bool:
+    """Return whether a value has content, not only the nulls of a table."""
+    return has_value(without_nulls(image))
+
+
+def is_message(value: Any) -> bool:
+    """Return whether a value is an object with a role and a content, also as `from` and `value`."""
+    return isinstance(value, Mapping) and (
+        ("role" in value and bool({"content", "tool_calls", "function_call"} & value.keys()))
+        or {"from", "value"} <= value.keys()
+    )
+
+
+def message_role(value: Any) -> str | None:
+    """Return the role of a message; None for another value."""
+    role = value.get("role", value.get("from")) if is_message(value) else None
+    if not isinstance(role, str):
+        return None
+    return "assistant" if role in CALLING else ROLES.get(role, role)
+
+
+def is_messages(value: Any) -> bool:
+    """Return whether a value is one message or a list of messages, perhaps an empty one."""
+    return is_message(value) or (isinstance(value, list) and all(map(is_message, value)))
+
+
+def spelled_messages(value: Any) -> Any:
+    """Return the messages that a text holds as JSON; else `value`."""
+    spelled = from_json(value)
+    if not isinstance(value, str) or spelled is value:
+        return value
+    # An object with more fields may be a response in JSON that happens to have a role.
+    messages = [spelled] if isinstance(spelled, Mapping) and set(spelled) in _BARE_MESSAGES else spelled
+    is_conversation = isinstance(messages, list) and bool(messages) and is_messages(messages)
+    roles = [message.get("role", message.get("from")) for message in messages] if is_conversation else [None]
+    return messages if all(role in ALL_ROLES for role in roles) else value
+
+
+def plain_record(given: Fields, *, has_texts: bool, is_ranking: bool) -> Fields:
+    """Return a record with the values that its texts hold as JSON, and without other fields that are empty.
+
+    `has_texts`: by its configured format prompt and responses are texts, whatever they look like.
+    `is_ranking`: by this format `output` has a list of responses; else it may be a text that is JSON, too.
+    """
+    record: dict[str, Any] = {}
+    columns: dict[str, str] = {}
+    for name, as_given in (given if has_texts else _with_prompt_outside(given)).items():
+        if name not in _KEPT and not has_value(as_given):
+            continue
+        value = as_given
+        if name in _WITH_NULLS:
+            value = from_json(without_nulls(as_given))
+            value = list(map(from_json, value)) if isinstance(value, list) else value
+        elif name in _JSON_FIELDS:
+            value = from_json(as_given)
+        elif name in LISTS and (is_ranking or name != "output") and may_be_json(as_given):
+            listed = from_json(as_given)
+            value = listed if isinstance(listed, list) else as_given
+        elif name in _TEXTS and not has_texts:
+            value = spelled_messages(as_given) if may_be_json(as_given) else as_given
+            is_object = value[:1] == "{" if isinstance(value, str) else isinstance(value, Mapping)
+            if is_object and name not in _PROMPTS:
+                columns |= _nested_conversation(name, value)
+        record[name] = value
+    if columns:
+        raise UnusableRecordError("unknown_format", "objects with messages inside", columns=columns)
+    return record
+
+
+def _with_prompt_outside(record: Fields) -> Fields:
+    """Return a record with the fields of a prompt that is an object of messages, tools and others.
+
+    So OpenAI writes preferences: {input: {messages, tools}, preferred_output, non_preferred_output}.
+    """
+    for field in _PROMPTS:
+        paths = _nested_conversation(field, record.get(field))
+        if not paths:
+            continue
+        inner, outer = from_json(record[field]), {name: record[name] for name in record if name != field}
+        messages = paths[field].rpartition(".")[2]
+        inner = {"prompt" if name == messages else name: inner[name] for name in inner}
+        inner = {name: inner[name] for name in with_value(inner, inner)}
+        if twice := with_value(outer, inner):
+            raise UnusableRecordError(
+                "ambiguous_format", f"also in {field}: {', '.join(map(shown_key, twice))}"
+            )
+        return outer | inner
+    return record
+
+
+def _nested_conversation(field: str, value: Any) -> dict[str, str]:
+    """Return the paths of messages and tools inside a field, if it holds an object, perhaps as JSON."""
+    whole = from_json(value)
+    if not isinstance(whole, Mapping):
+        return {}
+    given = [name for name in CONVERSATIONS if (turns := from_json(whole.get(name))) and is_messages(turns)]
+    columns = {field: f"{field}.{given[0]}"} if given else {}
+    return columns | {name: f"{field}.{name}" for name in (with_value(whole, TOOLS) if given else ())}
+
+
+def unknown_format(record: Fields) -> UnusableRecordError:
+    """Return the error for a record whose fields fit no format."""
+    fields = [shown_key(key) for key, value in record.items() if value is not None and key != OTHERS]
+    columns = dict[str, str]()
+    for name, value in record.items():
+        if isinstance(value, Mapping) and {"chosen", "rejected"} <= value.keys():
+            columns.setdefault("record", shown_key(name))
+    fields = fields[: MAX_SHOWN_KEYS + 1]  # one more, so that it is known that there are more
+    return UnusableRecordError(
+        "unknown_format", "" if fields else "no fields", fields=fields, columns=columns
+    )
+
+
+def record_numbers(record: Fields, responses: int) -> dict[str, float]:
+    """Return a record's `NUMBERS` that have an effect; votes become a soft label."""
+    given = {name: record[name] for name in (*NUMBERS, *VOTES) if record.get(name) not in (None, "")}
+    read = {name: math.nan if isinstance(given[name], bool) else to_number(given[name]) for name in given}
+    if votes := [read.pop(name) for name in VOTES if name in read]:
+        total = sum(votes)
+        if len(votes) < 2 or "soft_label" in read or not 0 <= min(votes) < total < math.inf:
+            detail = f"{' and '.join(VOTES)} must be two numbers, not both 0, and replace soft_label"
+            raise UnusableRecordError("invalid_numbers", detail)
+        read["soft_label"] = votes[0] / total
+    for name, value in read.items():
+        least, most = (-math.inf if name == "margin" else 0.0), (1.0 if name == "soft_label" else math.inf)
+        if not (math.isfinite(value) and least <= value <= most):
+            raise UnusableRecordError("invalid_numbers", f"{name} is not a number from {least:g} to {most:g}")
+    numbers = {name: value for name, value in read.items() if value != NUMBERS[name]}
+    if responses != 2 and (of_pairs := numbers.keys() - {"loss_weight"}):
+        raise UnusableRecordError("invalid_numbers", f"{min(of_pairs)} of a record that is no pair")
+    return numbers

@@ -251,7 +251,10 @@ class _Conversation:
                 changes.add("prompt_not_prefix")
             if prompt.rstrip().endswith(_CLOSE) and any(_CLOSE in text for text in texts):
                 changes.add("ended_thought_reopened")
-                if self._ends_thoughts_by_itself():
+                # Does the template end a thought in the prompt even if no argument asks for that?
+                tools = {name: value for name, value in self.context[0].items() if name == "tools"}
+                usual = self.chat.render(self.prompt, self.chat.data(tools), generation=True)
+                if usual.rstrip().endswith(_CLOSE):
                     prompt = _ENDED.sub("", prompt)
                     texts, _ = self._after(messages, prompt)
         counted = tuple(
@@ -272,12 +275,6 @@ class _Conversation:
             raise UnusableRecordError("turn_not_rendered", "the chat template leaves out a call or a thought")
         return is_counted
 
-    def _ends_thoughts_by_itself(self) -> bool:
-        """Return whether the template ends a thought in the prompt even if no argument asks for that."""
-        tools = {name: value for name, value in self.context[0].items() if name == "tools"}
-        prompt = self.chat.render(self.prompt, self.chat.data(tools), generation=True)
-        return prompt.rstrip().endswith(_CLOSE)
-
     def _following(self, messages: Sequence[Message], prompt: str) -> list[str | None]:
         """Return the text of each response after the rendered `prompt`, up to its end of turn.
 
@@ -293,15 +290,16 @@ class _Conversation:
 
     def _after(self, messages: Sequence[Message], prompt: str) -> tuple[list[str], bool]:
         """Return the text of each response, and whether the prompt is unchanged before all of them."""
-        texts = self._following(messages, prompt)
-        pairs = zip(texts, messages, strict=True)
-        return [self._alone(message) if text is None else text for text, message in pairs], None not in texts
-
-    def _alone(self, message: Message) -> str:
-        """Return a response as the template writes its turn after a prompt that it renders differently."""
-        text, start, _ = self._whole_conversation((message,))
-        # The record's prompt opens no thought: a thought opened before the turn belongs to the response.
-        return text[text.rindex(_OPEN, 0, start) if _opens_thought(text[:start]) else start :]
+        following, texts = self._following(messages, prompt), list[str]()
+        for text, message in zip(following, messages, strict=True):
+            if text is not None:
+                texts.append(text)
+                continue
+            # As the template writes the turn after a prompt that it renders differently. The record's prompt
+            # opens no thought: a thought opened before the turn belongs to the response.
+            whole, start, _ = self._whole_conversation((message,))
+            texts.append(whole[whole.rindex(_OPEN, 0, start) if _opens_thought(whole[:start]) else start :])
+        return texts, None not in following
 
     def _header_length(self, message: Message, turn: str, before: Turns, role: str) -> int:
         """Return the length of a rendered message's header: what a generation prompt writes after `before`.

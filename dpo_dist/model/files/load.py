@@ -1,9 +1,11 @@
 """Load a model folder as a packed model, and its tokenizer."""
 
 import contextlib
+import json
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig, Quantization
 from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.foundation.errors import ConfigError, disk_error, first_line
+from dpo_dist.foundation.files import content_digest, text_digest
 from dpo_dist.foundation.text import pluralize, size
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
@@ -40,6 +43,7 @@ from dpo_dist.model.files.folder import (
     check_tokenizer_files,
     has_tokenizer,
     read_model_json,
+    tokenizer_folder,
     weight_files,
 )
 from dpo_dist.model.flops import stacked_experts
@@ -61,6 +65,9 @@ from dpo_dist.model.packed import PackedCausalLM
 log = logging.getLogger(__name__)
 
 TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16, Dtype.fp32: torch.float32}
+_VOCABULARY_FILES = ("tokenizer*", "*.model", "*.tiktoken", "tekken*", "*.py", "vocab*", "merges*")
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+_SPECIAL_FILES = ("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*")
 # A kernel on the Hub (its name has a slash), for the whole model or for parts of it.
 _KERNEL = re.compile(r'"\w*_implementation"\s*:\s*("[^"]*/[^"]*"|\{[^}]*/[^}]*\})')
 # Patterns of tensor names, and of names for which transformers (5.23) finds the right weight under ZeRO-3: it
@@ -133,6 +140,39 @@ def load_tokenizer(folder: Path, config: ModelConfig, key: str = "model.path") -
             remedy="put the tokenizer's files beside config.json, and correct these files",
         ) from error
     return tokenizer
+
+
+def tokenizer_digest(folder: Path, *, with_images: bool = False) -> str:
+    """Return a digest of the files of a model folder that decide how text, or images, become token ids."""
+    names = _VOCABULARY_FILES + _SPECIAL_FILES + (_IMAGE_FILES if with_images else ())
+    files = sorted({file for name in names for file in folder.glob(name) if file.is_file()})
+    parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
+    config_file = folder / "config.json"  # an adapter's folder with a tokenizer has no config.json
+    config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
+    # transformers chooses the tokenizer's class by these keys.
+    parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]
+    return text_digest(json.dumps(parts))
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What makes token ids of records; `processor` is None if images are not read."""
+
+    folder: Path  # the tokenizer's
+    tokenizer: PreTrainedTokenizerBase
+    processor: ImageProcessor | None
+
+    @property
+    def digest(self) -> str:
+        """The digest of the tokenizer's files."""
+        return tokenizer_digest(self.folder)
+
+
+def load_encoder(folder: Path, adapter: Path | None, config: ModelConfig) -> Encoder:
+    """Return the encoder of a model folder, with the adapter's tokenizer if it has one."""
+    files = tokenizer_folder(folder, adapter)
+    tokenizer = load_tokenizer(files, config)
+    return Encoder(files, tokenizer, image_processor(folder, tokenizer, config.images))
 
 
 def check_same_vocabulary(

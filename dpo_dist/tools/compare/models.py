@@ -18,8 +18,7 @@ from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import DataConfig, RunConfig
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
 from dpo_dist.data.formats import read_prompts
-from dpo_dist.data.labels import source_labels
-from dpo_dist.data.read.sources import pin_source
+from dpo_dist.data.read.sources import pin_source, source_labels
 from dpo_dist.data.records import (
     Dialogue,
     PreferenceRecord,
@@ -42,18 +41,20 @@ from dpo_dist.tools.compare.results import compares, comparison, judge_texts
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks
-from dpo_dist.tools.sampling.dry_run import check_model
 from dpo_dist.tools.sampling.generate import Request, Sample, generate
 from dpo_dist.tools.sampling.judges import Judge, open_judge
 from dpo_dist.tools.sampling.prompts import (
     Parts,
     Prompts,
+    as_user_message,
+    check_model,
     find_model_together,
+    first_records,
+    good_records,
     in_parts,
     joined_run,
     open_judge_together,
 )
-from dpo_dist.tools.sampling.records import as_user_message, first_records, good_records
 from dpo_dist.tools.sampling.respond import (
     Completions,
     ModelSource,
@@ -276,7 +277,27 @@ def compare_models(
             source = find_model_together(whole_model(model, folder.comparison_models, run), run, MODELS_KEY)
             source = replace(source, name=model.name)
             speakers.append(ComparedModel(model.path, source, prompts))
-        _ask_and_score(speakers, console)
+        # A model that reads more gets no more room than the others: a longer response is not a better model.
+        rooms = dict[str, int]()
+        for record in itertools.chain(*parts):
+            found = [room for speaker in speakers if (room := speaker.room(record)) is not None]
+            if len({*found}) > 1:
+                rooms[prompt_key(record)] = min(found)
+        # One model at a time is in memory; the base, which scores all, comes last.
+        base, *others = speakers
+        for speaker in (*others, base):
+            speaker.respond(rooms)
+            speaker.logps = speaker.score(speaker)
+            if speaker is not base:
+                speaker.free()
+        base.base_logps = base.logps
+        base_vocabulary = base.responder.tokenizer.get_vocab().items()
+        for speaker in others:
+            if speaker.responder.tokenizer.get_vocab().items() <= base_vocabulary:  # the same tokens
+                speaker.base_logps = base.score(speaker)
+            else:
+                console.say(f"{speaker.name}: no KL to {base.name}, which has other token ids")
+        base.free()
         judgement_parts: Parts | None = None
         if judge is not None:
 
@@ -307,38 +328,6 @@ def whole_model(model: NamedModel, folder: Path, run: Run) -> str:
     )
     with run.console.heartbeat(f"writing the weights of {model.name}"):
         return str(run.world.on_main(written))
-
-
-def _ask_and_score(speakers: Sequence[ComparedModel], console: Console) -> None:
-    """Generate and score responses, one model at a time in memory; the base, which scores all, comes last."""
-    base, *others = speakers
-    rooms = _shared_rooms(speakers)
-    for speaker in (*others, base):
-        speaker.respond(rooms)
-        speaker.logps = speaker.score(speaker)
-        if speaker is not base:
-            speaker.free()
-    base.base_logps = base.logps
-    base_vocabulary = base.responder.tokenizer.get_vocab().items()
-    for speaker in others:
-        if speaker.responder.tokenizer.get_vocab().items() <= base_vocabulary:  # the same tokens
-            speaker.base_logps = base.score(speaker)
-        else:
-            console.say(f"{speaker.name}: no KL to {base.name}, which has other token ids")
-    base.free()
-
-
-def _shared_rooms(speakers: Sequence[ComparedModel]) -> dict[str, int]:
-    """Return the most tokens of a response by `prompt_key`, where the models' contexts leave different room.
-
-    A model that reads more gets no more room than the others: a longer response is not a better model.
-    """
-    rooms = dict[str, int]()
-    for record in itertools.chain(*speakers[0].prompts.parts):
-        found = [room for speaker in speakers if (room := speaker.room(record)) is not None]
-        if len({*found}) > 1:
-            rooms[prompt_key(record)] = min(found)
-    return rooms
 
 
 def _rows(

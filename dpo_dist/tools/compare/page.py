@@ -55,14 +55,36 @@ def write_comparison_page(folder: RunFolder, results: _Row) -> None:
         style, ends = model["style"], model["style_intervals"]
         cells = [number_above_interval(style.get(each), ends.get(each), _scale(each)) for each in _STYLE]
         styles.append([model["name"], *cells])
+    # The table of models with KL, score and win rate over the base, without empty columns.
+    base = results["base"]
+    head = ["model", "KL estimate, nats per response", "score", f"win rate over {base}"]
+    rows: list[list[object]] = [
+        [
+            part("macros.jinja", "named", model["name"], model["path"]),
+            number_above_interval(model["kl"], model["kl_interval"]),
+            number_above_interval(model["score"], model["score_interval"]),
+            "base" if model["name"] == base else _rate(rates.get((model["name"], base))),
+        ]
+        for model in results["models"]
+    ]
+    # The base's own row does not count: it always has a KL of 0.
+    kept = [0, *(at for at in range(1, len(head)) if any(row[at] for row in rows[1:]))]
+    # A plot of quality against KL; the base, whose KL is 0, is a horizontal line.
+    measure, qualities = _qualities(results)
+    points = [
+        Point(model["name"], model["kl"], quality[0], model["kl_interval"], quality[1])
+        for model in results["models"][1:]
+        if (model["kl"] or 0) > 0 and (quality := qualities.get(model["name"]))
+    ]
+    line = (qualities[base][0], base) if base in qualities else None
     html = page(
         "compare.jinja",
         "Comparison of models",
         ["compare.js"],
         results=results,
         headline=headline(results),
-        overview=_overview(results, rates),
-        picture=_picture(results),
+        overview=([head[at] for at in kept], [[row[at] for at in kept] for row in rows]),
+        picture=scatter(points, f"KL to {base}, nats per response", measure, line),
         differences=_differences(results, rates),
         style_of_responses=(["model", *map(_title, _STYLE)], styles),
         items=items,
@@ -166,24 +188,6 @@ def _qualities(results: _Row) -> tuple[str, dict[str, tuple[float, Interval]]]:
     return f"win rate over {base}", {base: (_HALF, None), **rates} if rates else {}
 
 
-def _overview(results: _Row, rates: Rates) -> _Table:
-    """Return the table of models with KL, score and win rate over the base, without empty columns."""
-    base = results["base"]
-    head = ["model", "KL estimate, nats per response", "score", f"win rate over {base}"]
-    rows: list[list[object]] = [
-        [
-            part("macros.jinja", "named", model["name"], model["path"]),
-            number_above_interval(model["kl"], model["kl_interval"]),
-            number_above_interval(model["score"], model["score_interval"]),
-            "base" if model["name"] == base else _rate(rates.get((model["name"], base))),
-        ]
-        for model in results["models"]
-    ]
-    # The base's own row does not count: it always has a KL of 0.
-    kept = [0, *(at for at in range(1, len(head)) if any(row[at] for row in rows[1:]))]
-    return [head[at] for at in kept], [[row[at] for at in kept] for row in rows]
-
-
 def _rate(rate: tuple[float, Interval] | None) -> Markup:
     return number_above_interval(rate[0], rate[1], 100) if rate else Markup("")
 
@@ -216,19 +220,6 @@ def _differences(results: _Row, rates: Rates) -> _Table:
         rows.append([part("macros.jinja", "named", second, f"minus {first}"), *cells])
     titles = [*(["win rate"] if rates else []), *map(_title, metrics)]
     return ["models", *titles], rows if titles else []
-
-
-def _picture(results: _Row) -> Markup:
-    """Return a plot of quality against KL; the base, whose KL is 0, is a horizontal line."""
-    measure, qualities = _qualities(results)
-    points = [
-        Point(model["name"], model["kl"], quality[0], model["kl_interval"], quality[1])
-        for model in results["models"][1:]
-        if (model["kl"] or 0) > 0 and (quality := qualities.get(model["name"]))
-    ]
-    base = results["base"]
-    line = (qualities[base][0], base) if base in qualities else None
-    return scatter(points, f"KL to {base}, nats per response", measure, line)
 
 
 def _prompt(row: _Row, results: _Row) -> ShownPrompt:

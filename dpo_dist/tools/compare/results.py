@@ -104,7 +104,14 @@ def comparison(rows: Iterable[_Row], models: Sequence[str]) -> dict[str, Any]:
             outcomes[pair][_OUTCOMES[credit]] += 1
             values[*pair, _RATE].append((0.0, 0.0) if credit is None else (credit, 1.0))
     columns = {key: np.array(measured, dtype=np.float64).T for key, measured in values.items()}
-    lowest = _with_empty_scores(columns, models)
+    # Empty responses, which the judge does not see, get the lowest score of all.
+    scores = [columns[model, "score"] for model in models if (model, "score") in columns]
+    lowest = min((float(value[count > 0].min()) for value, count in scores if count.any()), default=None)
+    if lowest is not None:
+        for model in models:
+            model_scores, has_score = columns[model, "score"]
+            is_empty = (columns[model, "empty"][0] > 0) & (has_score == 0)
+            model_scores[is_empty], has_score[is_empty] = lowest, 1.0
     pairs = list(itertools.combinations(models, 2))
     means = _means(columns, pairs, prompts)
     return {
@@ -139,18 +146,6 @@ def _measure_response(response: _Row) -> dict[str, tuple[float, float]]:
     del single["language"]
     terms = {name: (0.0, 0.0) if value is None else (float(value), 1.0) for name, value in single.items()}
     return terms | {"kl_per_token": (0.0, 0.0) if ratio is None else (ratio, float(response["logp_tokens"]))}
-
-
-def _with_empty_scores(columns: dict[_Key, Column], models: Sequence[str]) -> float | None:
-    """Give empty responses, which the judge does not see, the lowest score of all; return that score."""
-    scores = [columns[model, "score"] for model in models if (model, "score") in columns]
-    lowest = min((float(value[count > 0].min()) for value, count in scores if count.any()), default=None)
-    if lowest is not None:
-        for model in models:
-            model_scores, counts = columns[model, "score"]
-            is_empty = (columns[model, "empty"][0] > 0) & (counts == 0)
-            model_scores[is_empty], counts[is_empty] = lowest, 1.0
-    return lowest
 
 
 def _means(columns: Mapping[_Key, Column], pairs: Iterable[tuple[str, str]], prompts: int) -> Means:

@@ -1,21 +1,271 @@
-"""Translate another trainer's keys into keys of `train`, and name each key that is left out."""
+"""Translate another trainer's keys into keys of `train`, and name each key that is left out.
+
+In names and comments "theirs" is the other trainer's, "ours" is dpo_dist's.
+"""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
+import yaml
+
+from dpo_dist.config.compose import parse_overrides
 from dpo_dist.config.fields import as_written
+from dpo_dist.config.keys import run_keys, verb_keys
 from dpo_dist.config.losses import LossKind, kinds_using
 from dpo_dist.config.mistakes import as_tree, fits
-from dpo_dist.config.other_trainers import equivalents, find_advice
+from dpo_dist.config.other_trainers import advice_on, as_sources, equivalents, find_advice, is_switch
 from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.config.schema import SCHEMA, OptimConfig, TrackerName
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.text import without_secrets
 from dpo_dist.tools.convert.reading import ForeignRun
-from dpo_dist.tools.convert.sources import set_sources
-from dpo_dist.tools.convert.translation import EMPTY, Translation, as_list, finite_number
+
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+_KEYS = {"loss": "loss.kind", "parallelism": "parallelism.kind", "reference": "reference.mode"}
+_KEYS |= {"optim": "optim.kind", "tracking": "tracking.to"}
+"""The key that the name of a preset sets; presets of losses set other keys too, as in their papers."""
+_LONGEST = 60
+_TRAINERS: dict[str, Any] = yaml.safe_load(
+    Path(__file__).with_name("trainers.yaml").read_text(encoding="utf-8")
+)
+
+
+class Translation:
+    """A translation: their keys that are `left`, the `values` of our keys, `comments` on keys left out.
+
+    `about`: lines about the whole run; `reasons`: why a key of theirs is left out, by its name; `unused`: the
+    reasons of options that have no effect there, but would have one here.
+    """
+
+    def __init__(self, foreign: ForeignRun) -> None:
+        self.trainer, keys, self.name = foreign
+        self.facts = _TRAINERS[self.trainer]
+        self.left, self.values, self.comments = dict(keys), dict[str, Any](), list[str]()
+        self.about, self.reasons, self.unused = list[str](), dict[str, str](), dict[str, str]()
+        self.unneeded: set[str] = set()
+        """Their keys that are left out without a change of the run."""
+        self.origins: dict[str, tuple[str, Any]] = {}
+        """For each of our keys: the key of theirs from which it comes, with its value there."""
+        self.not_default: set[str] = set()
+        """Our keys that must not get the other trainer's default."""
+        if isinstance(keys.get("model"), str):
+            self.left["model_name_or_path"] = self.left.pop("model")
+        for name in (
+            "lr_scheduler_kwargs",
+            "model_init_kwargs",
+            "trl",
+        ):  # the keys in these mappings have other names than all keys outside them
+            if isinstance(inner := keys.get(name), dict):
+                self.left |= inner
+                del self.left[name]
+        self.computed = {
+            key
+            for key, value in self.left.items()
+            if re.search(r"\$[\w({]|^`", as_written(value)) and "template" not in key
+        }
+        """Their keys whose values only a shell can compute."""
+        for key in sorted(self.computed):
+            self.comment(key, self.left.pop(key), "the shell computes it: write the value")
+
+    def take(self, *keys: str, default: Any = None) -> Any:
+        """Remove and return the value of the first of these keys that has one of the default's type."""
+        kind: Any = object if default is None else type(default)
+        kind = (int, float) if kind in (int, float) else kind
+        keys_with_value = [
+            key for key in keys if self.left.get(key) not in EMPTY and isinstance(self.left[key], kind)
+        ]
+        value = self.left.pop(keys_with_value[0]) if keys_with_value else default
+        for key in keys_with_value[1:]:
+            if (other := self.left.pop(key)) != value:
+                self.comment(key, other, f"{keys_with_value[0]} overrides it")
+        return value
+
+    def comment(self, key: str, value: Any, reason: str, *, is_needed: bool = True) -> None:
+        """Add a comment that says why a key of theirs is left out; `is_needed`: it has an effect there."""
+        text = " ".join(as_written(value).split())
+        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+        self.comments.append(f"{key}: {text} — {reason}")
+        self.reasons[key] = reason
+        if not is_needed:
+            self.unneeded.add(key)
+
+    def set(self, target: str, value: Any, key: str, written: Any) -> None:
+        """Set a key of ours from a key of theirs, if the value fits and ours is not set yet."""
+        if not fits(target, value):
+            self.comment(key, written, f"{target} cannot have this value")
+        elif target not in self.values:
+            self.values[target], self.origins[target] = value, (key, written)
+        elif self.values[target] != value:
+            self.comment(key, written, f"{target} is already {as_written(self.values[target])}")
+
+    def translate(self, key: str, value: Any) -> None:
+        """Set our keys for a key of theirs, or comment why it is left out."""
+        text, name = as_written(value), "optimizer" if key == "optim" else key
+        exact, general = find_advice(name, text), advice_on(name, text)
+        known = [] if general else [ours for ours in verb_keys("train") if "." in ours]
+        unsectioned = [ours for ours in known if name in (ours, ours.rpartition(".")[2])]
+        targets = [_KEYS.get(target, target) for target in equivalents(name, "keys") or unsectioned]
+        words = [
+            text.lower(),
+            *equivalents(text, "values"),
+            [word.strip() for word in text.split(",")],
+            [value],
+        ]
+        words = [] if isinstance(value, dict) else value[:1] if isinstance(value, list) else words
+        fitting = [(to, form) for to in targets for form in (value, *words) if fits(to, form)]
+        advice = next(iter((*exact, *general)), None)
+        has_value = general != advice_on(name, "")  # the words have the user's value
+        if fitting and not exact:
+            self.set(*fitting[0], key, value)
+        elif advice and (exact or value is True or has_value) and (written := _keys_of(advice.write)):
+            for to, kept in written.items():
+                self.set(to, kept, key, value)
+        elif advice and advice.drops:
+            self.comment(key, value, advice.text, is_needed=False)
+        elif advice and value is False and is_switch(name):
+            self.comment(key, value, "not needed: it is off", is_needed=False)
+        elif advice:
+            self.comment(key, value, advice.text)
+        else:
+            unfit = f"{targets[0]} cannot have this value" if targets else "no counterpart is known"
+            self.comment(key, value, unfit)
+
+    def as_file(self) -> str:
+        """Return the content of a file for `train`, without secrets; comments name what is not translated."""
+        lines = [*self.about, *(["Not translated:"] if self.comments else []), *self.comments]
+        comments = "".join(f"# {' '.join(line.split())}\n" for line in lines)
+        comments = "".join(letter for letter in comments if letter.isprintable() or letter == "\n")
+        order = list(run_keys())
+        keys = as_tree({key: self.values[key] for key in sorted(self.values, key=order.index)})
+        return str(without_secrets(comments + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)))
+
+
+def _keys_of(words: Sequence[str]) -> dict[str, Any]:
+    """Return the keys that words set; none if one is unknown or does not fit."""
+    overrides, unread = parse_overrides(words)
+    given = ((override.key_or_group, override.value()) for override in overrides)
+    written = {_KEYS.get(key, key): value for key, value in given}
+    is_whole = not unread and all(key in run_keys() and fits(key, value) for key, value in written.items())
+    return written if is_whole else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return a list as it is, the values of a mapping, or the names in a text with commas."""
+    if isinstance(value, str):
+        return [name.strip() for name in value.split(",") if name.strip()]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return [entry for entry in values if entry is not None]
+
+
+def finite_number(value: Any) -> float | None:
+    """Return a finite number, also if it is written as text; None for anything else."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+_SOURCE_KEYS = (
+    *("path", "id", "name", "config", "split", "revision", "data_dir", "data_files", "weight"),
+    *("limit", "type", "ds_type"),
+)
+_FORMATS = ("prompt_format", "chosen_format", "rejected_format", "completion_format")
+
+
+def set_sources(run: Translation) -> None:
+    """Set `data.train` and `data.eval`."""
+    for target, entries in zip(("data.train", "data.eval"), _entries(run), strict=True):
+        parts = (_source(run, f"{target}[{at}]", entry) for at, entry in enumerate(entries))
+        if sources := [source for part in parts for source in part]:
+            run.set(target, sources, target, entries)
+        if run.trainer in ("ms-swift", "open-instruct") and "limit:" in as_written(sources):
+            run.comments.append(
+                "limit: takes the first records; there they are drawn, and repeated if too few"
+            )
+
+
+def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
+    """Return the datasets for training and for evaluation, in the form of TRL and axolotl."""
+    if run.trainer in ("LLaMA-Factory", "ms-swift"):
+        given = as_list(run.take("dataset")), as_list(run.take("eval_dataset", "val_dataset"))
+        if run.trainer == "ms-swift":
+            run.comments.append(
+                "dataset, model: there from ModelScope unless use_hf is set; here from the hub"
+            )
+            train, tests = ([source for name in names for source in _swift_sources(name)] for names in given)
+            return train, tests
+        folder, limit = run.take("dataset_dir", default="data"), run.take("max_samples")
+        train, tests = ([{"path": folder, "name": name, "limit": limit} for name in names] for names in given)
+        return train, tests
+    train, tests = run.take("datasets", default=[]), run.take("test_datasets", default=[])
+    if isinstance(mixture := run.take("dataset_mixture"), dict):
+        train = as_list(mixture.get("datasets"))
+        run.left |= {key: value for key, value in mixture.items() if key not in ("datasets", "seed")}
+    splits = run.take("dataset_splits", "mixer_list_splits", "dataset_mixer_list_splits")
+    splits = [str(split) for split in as_list(splits)] or ["train"]
+    for name, parts in _mixture(run):
+        train += [{"path": name, "split": split} | parts for split in splits if "test" not in split]
+        tests += [{"path": name, "split": split} for split in splits if "test" in split]
+    if name := run.take("dataset_name"):
+        source = {"path": name, "name": run.take("dataset_config", "dataset_config_name")}
+        train = [source | {"split": run.take("dataset_train_split", default="train")}]
+        split = run.take("dataset_test_split", default="test")
+        strategies = [run.left.get(key) for key in ("eval_strategy", "evaluation_strategy", "do_eval")]
+        tests = [source | {"split": split} for when in strategies if when not in (None, False, "no")][:1]
+    return train, tests
+
+
+def _mixture(run: Translation) -> list[tuple[str, dict[str, Any]]]:
+    """Return the sources of a mixture, and the limit or weight of each."""
+    shares = run.take("dataset_mixer", default={})
+    flat, sources = as_list(run.take("mixer_list", "dataset_mixer_list")), []
+    for name, written in (*shares.items(), *zip(flat[::2], flat[1::2], strict=False)):
+        amount = finite_number(written) or 0
+        # A number counts records if it is above 1 (in a mapping), or has no decimal point (in a list).
+        is_share = amount <= 1 if shares else "." in str(written)
+        if amount > 0:
+            sources.append((str(name), {"weight": amount} if is_share else {"limit": math.ceil(amount)}))
+        else:
+            run.comment(f"dataset_mixer.{name}", written, "neither a share nor a number of records")
+    return sources
+
+
+def _source(run: Translation, place: str, entry: Any) -> list[Any]:
+    """Return an entry of `datasets` as sources, one per file."""
+    entry = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
+    entry = {"path": entry.get("id"), "name": entry.get("config")} | entry
+    kind = entry.get("type") or {}
+    if str(kind).startswith("passthrough"):
+        run.values["data.template"] = "applied"
+    elif isinstance(kind, str) and not kind.startswith("user_defined"):
+        run.values["data.text_as_messages"] = True
+    for option, value in (entry | (kind if isinstance(kind, dict) else {})).items():
+        if option in _FORMATS and value not in (f"{{{option.removesuffix('_format')}}}", None, ""):
+            run.comment(
+                f"{place}.{option}",
+                value,
+                "texts are read without it: write reader: module:function at the source, or "
+                "data.text_as_messages=true data.chat_template=FILE (docs/data.md)",
+            )
+        elif not (option in (*_SOURCE_KEYS, *_FORMATS) or option.startswith("field_") or value in EMPTY):
+            run.comment(f"{place}.{option}", value, "formats are detected; for others docs/data.md")
+    files = as_list(entry.get("data_files")) or [None]
+    return [source for file in files for source in as_sources([entry | {"data_files": file}])]
+
+
+def _swift_sources(entry: Any) -> list[dict[str, Any]]:
+    """Return the sources of an ms-swift dataset such as `HF::ORG/NAME:SUBSET/SUBSET#1000`."""
+    parts = re.fullmatch(r"(?:(?:HF|MS)::)?([^:#]+)(?::([^#]+))?(?:#(\d+))?", str(entry))
+    if parts is None:
+        return [{"path": str(entry)}]
+    limit = int(parts[3]) if parts[3] else None
+    return [{"path": parts[1], "name": name, "limit": limit} for name in (parts[2] or "").split("/")]
+
 
 _METHODS = ("dpo", "ipo", "kto", "orpo", "cpo", "simpo", "sft")
 _KINDS = {"3": "zero3", "2": "zero2", "1": "ddp", "0": "ddp"}

@@ -6,10 +6,12 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from dpo_dist.batching.costs import ComputeCosts
+from dpo_dist.batching.plan import shares_in_bins
 from dpo_dist.config.losses import LossConfig, balancing_weight
 from dpo_dist.config.schema import (
     UNSET,
@@ -23,9 +25,8 @@ from dpo_dist.config.schema import (
 from dpo_dist.config.verb_sections import FailOn
 from dpo_dist.data.encoded.build import (
     EncodingProgress,
+    Preparation,
     no_progress,
-    prepare_dataset,
-    tokenizer_digest,
 )
 from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
@@ -36,22 +37,22 @@ from dpo_dist.data.encoded.dataset import (
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.data.encoded.workers import in_chunks, in_order
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.images import ImageProcessor, image_processor
-from dpo_dist.data.labels import source_labels
-from dpo_dist.data.read.sources import expected_number, pin_source
+from dpo_dist.data.images import ImageProcessor
+from dpo_dist.data.read.sources import expected_number, pin_source, source_labels
 from dpo_dist.data.records import Part, Record, Tokenizer, eval_part, train_part
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
-from dpo_dist.model.files.folder import description_folder, start_folder, tokenizer_folder
-from dpo_dist.tools.doctor.measures.duplicates import Comparison
+from dpo_dist.model.files.folder import description_folder, start_folder
+from dpo_dist.tools.doctor.measures.duplicates import Comparison, EvaluationPrompts
 from dpo_dist.tools.doctor.measures.margins import compare_with_store
 from dpo_dist.tools.doctor.measures.observe import Observer
-from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts
 from dpo_dist.tools.doctor.measures.sources import ExaminedSource
 from dpo_dist.tools.doctor.measures.texts import Benchmark
-from dpo_dist.tools.doctor.prefix_trees import saved_by_tree
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.doctor.shown_pairs import ShownPair, show_pairs
 from dpo_dist.tools.findings import Finding, Level, most_serious_first
+
+if TYPE_CHECKING:
+    from dpo_dist.model.files.load import Encoder
 
 _Result = TypeVar("_Result")
 ProgressOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
@@ -85,8 +86,8 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
     """Encode and examine the data of a run; nothing is trained, and no weights are loaded."""
     data = config.data
     prepared = None if config.model.path == UNSET else prepare(data, config.model, config.loss, progress)
-    tokenizer = None if prepared is None else prepared.tokenizer
-    processor = None if prepared is None else prepared.processor
+    encoder = None if prepared is None else prepared.encoder
+    tokenizer, processor = (None, None) if encoder is None else (encoder.tokenizer, encoder.processor)
 
     def show(source: str) -> AbstractContextManager[Callable[..., None]]:
         return progress(f"examining {source}", "record")
@@ -109,7 +110,7 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
                 where = tuple(error.where.split("; "))
                 refused = Finding("training_refuses", Level.error, text, examples=where, remedy=error.remedy)
                 findings.append(refused)
-        diagnosis = replace(diagnosis, model=prepared.files, store=store)
+        diagnosis = replace(diagnosis, model=prepared.encoder.folder, store=store)
     diagnosis = replace(diagnosis, findings=most_serious_first(findings))
     if config.doctor.texts:
         shown = show_pairs(data, tokenizer, diagnosis.findings, SHOWN_PAIRS, processor)
@@ -196,12 +197,33 @@ def _with_labels(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]
             yield source, label if seen[label] == 1 else f"{label} ({seen[label]})", is_eval
 
 
+_BINS_AT_ONCE = 1024
+_TOKENS_ONLY = ComputeCosts(key=0.0, target=0.0, prefixes=True)
+
+
+def saved_by_tree(dataset: PreferenceDataset, examples: int, *, in_order: bool = False) -> float:
+    """Return the share of the tokens with shared prompts that trees over so many examples save.
+
+    These are random ones, or, with `in_order`, neighbours in the order in which the reference scores.
+    """
+    order = np.random.default_rng(0).permutation(len(dataset))
+    if in_order and dataset.prefixes is not None:
+        order = np.argsort(dataset.prefixes.places, kind="stable")
+    computed = tokens = 0
+    for start in range(0, len(order), examples * _BINS_AT_ONCE):
+        block = order[start : start + examples * _BINS_AT_ONCE]
+        responses, counts = dataset.response_indices(block), dataset.response_counts(block)
+        sizes = dataset.sizes(block, responses, counts, _TOKENS_ONLY)
+        shared = shares_in_bins(sizes, _TOKENS_ONLY, np.arange(len(block)) // examples).tokens
+        computed += int((sizes.tokens - shared).sum())
+        tokens += int(sizes.prompt_shared_tokens.sum())
+    return 1 - computed / tokens if tokens else 0.0
+
+
 class PreparedData(NamedTuple):
     """The data of a run, encoded as training does."""
 
-    files: Path  # the tokenizer's folder
-    tokenizer: Tokenizer
-    processor: ImageProcessor | None
+    encoder: "Encoder"
     # A list for each source, those of `data.train` first: empty if no record can be used, two datasets if
     # evaluation data are split off.
     datasets: list[list[PreferenceDataset]]
@@ -210,12 +232,11 @@ class PreparedData(NamedTuple):
 
 def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: ProgressOf) -> PreparedData:
     """Encode the data of a run with its model's tokenizer."""
-    from dpo_dist.model.files.load import load_config, load_tokenizer  # noqa: PLC0415  (slow)
+    from dpo_dist.model.files.load import load_config, load_encoder  # noqa: PLC0415  (slow)
 
     folder = description_folder(model.path, model.revision, needs_weights=False)
-    files = tokenizer_folder(folder, start_folder(model))
-    tokenizer, digest = load_tokenizer(files, model), tokenizer_digest(files)
-    processor = image_processor(folder, tokenizer, model.images)
+    encoder = load_encoder(folder, start_folder(model), model)
+    tokenizer, processor, digest = encoder.tokenizer, encoder.processor, encoder.digest
     vocab_size = load_config(folder, model).get_text_config().vocab_size
     refusals: list[DpoDistError] = []
 
@@ -224,7 +245,7 @@ def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Pr
             def show(path: str) -> AbstractContextManager[Callable[..., None]]:
                 return progress(f"encoding {path}" + (f" ({side} part)" if data.eval_share else ""), "record")
 
-            return prepare_dataset(sources, used, tokenizer, digest, show, part, processor)
+            return Preparation(sources, used, tokenizer, digest, show, part, processor).whole()
 
         try:
             if encoded := encode(data):
@@ -247,7 +268,7 @@ def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Pr
     prompts = [dataset.prompt_hashes[:] for datasets in evals for dataset in datasets]
     trains = prepared(data.train, train_part(data, np.concatenate(prompts) if prompts else None), "train")
     if data.eval:
-        return PreparedData(files, tokenizer, processor, [*trains, *evals], refusals)
+        return PreparedData(encoder, [*trains, *evals], refusals)
     parts = zip(trains, evals or [[]] * len(trains), strict=True)
     datasets = [[*train, *held_out] for train, held_out in parts]
-    return PreparedData(files, tokenizer, processor, datasets, refusals)
+    return PreparedData(encoder, datasets, refusals)

@@ -223,22 +223,18 @@ def samples_side_by_side(runs: Mapping[str, RunFolder]) -> list[Markup]:
 
 def worst_pairs(file: Path) -> list[Markup]:
     """Return the pairs in an evaluation's file of worst pairs, as HTML."""
-    return prompt_items(map(_worst, read_lines(file, WorstRow)), _SECTION_BYTES)[0]
-
-
-def _worst(row: _Row) -> ShownPrompt:
-    """Return a pair, or a labelled response."""
-    sides, margin = [side for side in ("chosen", "rejected") if side in row], row["margin"]
-    names, measured = sides, f"margin {number(margin, 3)}"
-    if len(sides) == 1:
-        is_good = sides == ["chosen"]
-        names, measured = (
-            ["good" if is_good else "bad"],
-            f"reward {number(margin if is_good else -margin, 3)}",
-        )
-    responses = [ShownResponse(name, row[side]) for name, side in zip(names, sides, strict=True)]
-    why, images = f"{row['origin']}: {measured}", row.get("images", ())
-    return ShownPrompt(row["prompt"], responses, "chosen", why, images=images)
+    shown = []
+    for row in read_lines(file, WorstRow):
+        sides, margin = [side for side in ("chosen", "rejected") if side in row], row["margin"]
+        names, measured = list[str](sides), f"margin {number(margin, 3)}"
+        if len(sides) == 1:  # a labelled response
+            is_good = sides == ["chosen"]
+            names = ["good" if is_good else "bad"]
+            measured = f"reward {number(margin if is_good else -margin, 3)}"
+        responses = [ShownResponse(name, row[side]) for name, side in zip(names, sides, strict=True)]
+        why, images = f"{row['origin']}: {measured}", row.get("images", ())
+        shown.append(ShownPrompt(row["prompt"], responses, "chosen", why, images=images))
+    return prompt_items(shown, _SECTION_BYTES)[0]
 
 
 def _responses(last: _Row, rows: Mapping[int, _Row | None]) -> Iterator[ShownResponse]:

@@ -16,7 +16,7 @@ from dpo_dist.data.records import PreferenceRecord, Response, as_fields, context
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import staged_file, write_json, write_lines
 from dpo_dist.foundation.text import pluralize
-from dpo_dist.tools.sampling.records import Read, good_records
+from dpo_dist.tools.sampling.prompts import Read, good_records
 
 
 def training_records(

@@ -32,18 +32,19 @@ from dpo_dist.tools.pairs.files import (
 )
 from dpo_dist.tools.pairs.people import label_pairs
 from dpo_dist.tools.pairs.start import responding_models
-from dpo_dist.tools.sampling.dry_run import check_model
 from dpo_dist.tools.sampling.judges import Judge, Judgement, Question, open_judge
 from dpo_dist.tools.sampling.prompts import (
     Parts,
     Prompts,
+    as_user_message,
+    check_model,
     find_model_together,
+    first_records,
     generation_settings,
     in_parts,
     joined_run,
     open_judge_together,
 )
-from dpo_dist.tools.sampling.records import as_user_message, first_records
 from dpo_dist.tools.sampling.respond import (
     Completion,
     Completions,

@@ -25,17 +25,17 @@ from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, 
 from dpo_dist.tools.sampling.settings import sampling_for
 from dpo_dist.training.start.footprint import (
     BYTES_PER_QUANTIZED_WEIGHT,
+    GPUS_PER_NODE,
     Footprint,
+    disk_bytes,
     footprint,
+    host_bytes,
     quantized_weights,
     state_bytes,
 )
 from dpo_dist.training.start.open_run import DEFAULT_TOKENS
 
-GPUS_PER_NODE = 8
 PROMPT_SHARE = 0.3
-PROCESS_BYTES = 1e9
-"""Host memory of a process without its model: Python and libraries, 0.84e9 in a run without a GPU."""
 _GPUS = {
     # GiB that programs can use; then by the datasheet: operations a second of dense products in 16 bits and
     # in float32 (without TF32), and bytes a second of the memory.
@@ -138,22 +138,13 @@ class Estimate:
 
     @property
     def host(self) -> float:
-        """Bytes of host memory on rank 0's node, where the model is read and checkpoints are written."""
-        parallelism, states = self.config.parallelism, self.states
-        if parallelism.offload_optimizer is not Offload.none:
-            states += 4  # gradients
-        policy = 0.0 if parallelism.offload_parameters is Offload.none else self.whole
-        processes = min(self.machine.gpus, GPUS_PER_NODE) * PROCESS_BYTES
-        return processes + self.whole + self._node_share * (states * self.trained + policy)
+        """Bytes of host memory on rank 0's node."""
+        return host_bytes(self.config, self.weights, self.trained, self.states, self.machine.gpus)
 
     @property
     def disk(self) -> dict[str, float]:
-        """Bytes that a run writes, by kind; of an adapter run, the adapter's weights only."""
-        model = self.whole if self.config.model.adapter is None else float(self.number * self.trained)
-        taken = {
-            "a checkpoint": self.states * self.trained,
-            "the model": model,
-        }
+        """Bytes that a run writes, by kind."""
+        taken = disk_bytes(self.config, self.weights, self.trained, self.states)
         if self.config.reference.mode is ReferenceMode.cached:
             taken["the log-probs"] = 4.0 * self.data.targets * self.data.pairs
         return taken
@@ -182,7 +173,7 @@ class Estimate:
         if parallelism.offload_optimizer is not Offload.none:  # gradients go out, updated weights come in
             seconds += (4 + self.number) * self.trained / gpus / _PCIE
             moved = 2 * self.states + 4 + self.number  # bytes that CPU Adam reads and writes
-            seconds += moved * self.trained * self._node_share / _HOST_MEMORY
+            seconds += moved * self.trained * min(1.0, GPUS_PER_NODE / gpus) / _HOST_MEMORY
         return self.steps * seconds
 
     @property
@@ -232,11 +223,6 @@ class Estimate:
         """Bytes a second between GPUs."""
         gpus = self.machine.gpus
         return math.inf if gpus == 1 else _NVLINK if gpus <= GPUS_PER_NODE else _NETWORK
-
-    @property
-    def _node_share(self) -> float:
-        """Share of the GPUs that one node has."""
-        return min(1.0, GPUS_PER_NODE / self.machine.gpus)
 
 
 def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) -> Estimate:

@@ -25,7 +25,6 @@ from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.model.files.load import load_config, without_weights
 from dpo_dist.tools.plan.estimate import (
-    GPUS_PER_NODE,
     MFU_RANGE,
     PROMPT_SHARE,
     Data,
@@ -34,7 +33,7 @@ from dpo_dist.tools.plan.estimate import (
     estimate,
 )
 from dpo_dist.tools.tables import aligned
-from dpo_dist.training.start.footprint import quantization_notes
+from dpo_dist.training.start.footprint import GPUS_PER_NODE, quantization_notes
 
 _Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 
@@ -184,8 +183,7 @@ def planned_data(
         pairs = plan.pairs or round(whole * (1 - data.eval_share))
         how = f"{basis}; set plan.pairs and plan.tokens_per_pair"
         return Data(pairs, plan.tokens_per_pair or tokens / whole, how)
-    from dpo_dist.tools.doctor.examine import prepare  # noqa: PLC0415  (slow)
-    from dpo_dist.tools.doctor.prefix_trees import saved_by_tree  # noqa: PLC0415
+    from dpo_dist.tools.doctor.examine import prepare, saved_by_tree  # noqa: PLC0415  (slow)
 
     of_sources = zip(
         prepare(data, model, loss, progress).datasets, sources, strict=False

@@ -14,7 +14,7 @@ from dpo_dist.config.losses import KINDS, LossConfig, LossKind
 from dpo_dist.config.metrics import ACCURACIES, MAIN, PREFIX, TERMS
 from dpo_dist.config.run_files import DoctorReport, EvaluationFile
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.config.schema import DataConfig, ModelConfig, ReferenceConfig, RunConfig, SourceConfig
+from dpo_dist.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.config.verb_sections import ExportedWeights
 from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.files import read_fields
@@ -73,6 +73,14 @@ def model_card(
     unit = config.loss.unit
     repeated = f"{pluralize(pairs, unit)} ({seen:,} with repetitions)"
     head, *rows = evaluation_cells(evaluation, (*MAIN, *TERMS.values()))
+    # The settings of the run; paths are shortened to their last part.
+    values = {key: value for key, value in settings(config).items() if key not in _PATHS}
+    if config.reference.path is not None:
+        values["reference.path"] = _model_name(config.reference.path)
+    if config.data.chat_template is not None:
+        values["data.chat_template"] = Path(config.data.chat_template).name
+    if adapter is not None and adapter.path is not None:
+        values["model.adapter"] = {**values["model.adapter"], "path": _model_name(adapter.path)}
     is_averaged = config.export.weights is not ExportedWeights.last
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         metadata=Markup("METADATA"),
@@ -94,7 +102,7 @@ def model_card(
         evaluation=evaluation and (head, [[code(label), *map(Markup, cells)] for label, *cells in rows]),
         has_rewards=any(PREFIX + name in row for row in evaluation.values() for name in ACCURACIES),
         data=_data(config.data, summary),
-        training=_training(settings(config), config.data, config.model, config.reference),
+        training=[(code(key), code(as_yaml(value))) for key, value in values.items()],
         versions=[(code(name), code(version)) for name, version in versions.items()],
     )
     metadata = _metadata(config.model, config.data, config.loss).to_yaml()
@@ -151,20 +159,6 @@ def _data(data: DataConfig, summary: _Row) -> Iterator[list[object]]:
             label = code(counts["label"]) if hub is None else link
             numbers = [f"{counts[key]:,}" for key in ("read", "kept")]
             yield [part, label, *numbers, dropped, f"{counts['pairs']:,}"]
-
-
-def _training(
-    shown: Mapping[str, Any], data: DataConfig, model: ModelConfig, reference: ReferenceConfig
-) -> list[tuple[Markup, Markup]]:
-    """Return the settings of a run as table cells; paths are shortened to their last part."""
-    values = {key: value for key, value in shown.items() if key not in _PATHS}
-    if reference.path is not None:
-        values["reference.path"] = _model_name(reference.path)
-    if data.chat_template is not None:
-        values["data.chat_template"] = Path(data.chat_template).name
-    if (adapter := model.adapter) is not None and adapter.path is not None:
-        values["model.adapter"] = {**values["model.adapter"], "path": _model_name(adapter.path)}
-    return [(code(key), code(as_yaml(value))) for key, value in values.items()]
 
 
 def run_card(

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -38,9 +38,6 @@ from dpo_dist.tools.report.run import PageFacts, verdict_for_page
 from dpo_dist.tools.tables import EVALUATION_METRICS, aligned
 from dpo_dist.training.reporting.metrics_log import MetricsRow, finite
 
-Runs = Mapping[str, PageFacts]
-"""The runs by their labels."""
-
 _KEYS_WITHOUT_RESULT = ("run.", "console.", "tracking.")
 _NOT_POLICY_METRICS = ("samples/reference_", "samples/prompts", "samples/alarms")
 _REFERENCE_METRICS = ("loss", "rewards/", "distance/")
@@ -64,7 +61,30 @@ def compare_runs(folders: Sequence[RunFolder], page: Path, charts: Sequence[Mark
     if _SEED not in settings or len(set(groups)) == len(groups):
         groups = labels
 
-    warnings, last = dict(_warnings(runs)), _last_rows(runs)
+    # Each ended run's last evaluation, or the last steps if no run has any.
+    has_evaluation = any(each.run.evaluations for each in facts)
+    rows = (each.run.evaluations if has_evaluation else each.run.steps for each in facts)
+    last = [
+        found[-1] if "exit" in each.summary and found else {} for each, found in zip(facts, rows, strict=True)
+    ]
+    # Why some metrics cannot be compared, with the prefixes of their names.
+    warnings = dict[str, tuple[str, ...]]()
+    if not has_evaluation:
+        warnings["No run has an evaluation, so metrics are from the last logged steps."] = ()
+    identities = [each.state.get("identity") or {} for each in facts]
+    eval_data, references = ([each.get(name) for each in identities] for name in ("eval_data", "reference"))
+    losses = [each.config.get("loss") for each in facts]
+    for values, sentence, metrics in (
+        (eval_data, "Their evaluation data differ: metrics are not comparable.", ("",)),
+        (
+            references,
+            "Their reference models differ: rewards are relative to other models.",
+            _REFERENCE_METRICS,
+        ),
+        (losses, "Their losses differ: compare accuracies, not losses, rewards and margins.", LOSS_METRICS),
+    ):
+        if len({str(value) for value in values if value is not None}) > 1:
+            warnings[sentence] = metrics
     results = _Results(groups, last, [_intervals(each) for each in facts], sum(warnings.values(), ()))
     outcomes = [each.summary.get("exit", "not ended") for each in facts]
     shown = {METRICS[key].title: results.cells(key) for key in _result_metrics(last)}
@@ -74,7 +94,15 @@ def compare_runs(folders: Sequence[RunFolder], page: Path, charts: Sequence[Mark
     over_seeds = results.over_seeds(_result_metrics(last), completed) if results.has_seeds else []
     units = {each.run.unit for each in facts}
     unit = units.pop() if len(units) == 1 else "example"
-    curves = [Curves(*each) for each in zip(groups, kinds, map(_over_pairs, facts), strict=True)]
+    curves = []
+    for group, kind, each in zip(groups, kinds, facts, strict=True):
+        # Over pairs seen in place of steps, because batch sizes may differ.
+        batch, most = (
+            each.setting("trainer.global_batch_pairs") or 1,
+            each.summary.get("pairs_seen", math.inf),
+        )
+        seen = [{**row, "step": min(row["step"] * batch, most)} for row in each.run.rows]
+        curves.append(Curves(group, kind, seen))
     apart = LOSS_METRICS if len(set(kinds)) > 1 else ()
     colors = list(dict.fromkeys(groups))
     html = render.page(
@@ -232,36 +260,6 @@ def differing_settings(configs: Sequence[Mapping[str, object]]) -> dict[str, lis
     return {key: values for key, values in texts.items() if len(set(values)) > 1}
 
 
-def _warnings(runs: Runs) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield why some metrics cannot be compared, with the prefixes of their names."""
-    identities = [facts.state.get("identity") or {} for facts in runs.values()]
-    eval_data, references = ([each.get(name) for each in identities] for name in ("eval_data", "reference"))
-    losses = [facts.config.get("loss") for facts in runs.values()]
-    if not any(facts.run.evaluations for facts in runs.values()):
-        yield "No run has an evaluation, so metrics are from the last logged steps.", ()
-    for values, sentence, metrics in (
-        (eval_data, "Their evaluation data differ: metrics are not comparable.", ("",)),
-        (
-            references,
-            "Their reference models differ: rewards are relative to other models.",
-            _REFERENCE_METRICS,
-        ),
-        (losses, "Their losses differ: compare accuracies, not losses, rewards and margins.", LOSS_METRICS),
-    ):
-        if len({str(value) for value in values if value is not None}) > 1:
-            yield sentence, metrics
-
-
-def _last_rows(runs: Runs) -> list[MetricsRow]:
-    """Return each ended run's last evaluation (the last steps if no run has any); {} for other runs."""
-    has_any = any(facts.run.evaluations for facts in runs.values())
-    rows = (facts.run.evaluations if has_any else facts.run.steps for facts in runs.values())
-    ended = ("exit" in facts.summary for facts in runs.values())
-    return [
-        run_rows[-1] if is_over and run_rows else {} for run_rows, is_over in zip(rows, ended, strict=True)
-    ]
-
-
 def _keys(last: Sequence[MetricsRow]) -> list[str]:
     """Return the names of the metrics in the last rows; those of single sources come last."""
     known = dict.fromkeys(key for row in last for key in row)
@@ -283,9 +281,3 @@ def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:
         found = facts.intervals(results_name(label))
         intervals |= {f"{key.removeprefix('eval_')}/{label}": ends for key, ends in found.items()}
     return intervals
-
-
-def _over_pairs(facts: PageFacts) -> list[MetricsRow]:
-    """Return the rows of a run with pairs seen in place of steps, because batch sizes may differ."""
-    batch, most = facts.setting("trainer.global_batch_pairs") or 1, facts.summary.get("pairs_seen", math.inf)
-    return [{**row, "step": min(row["step"] * batch, most)} for row in facts.run.rows]

@@ -147,7 +147,15 @@ class RunSamples:
             )
             self.reference = first
             if first is not None and is_bounded:
-                self._bound(time.monotonic() - started)
+                # Keep as many prompts as fit into `_MOST_SECONDS`, at least one.
+                seconds = time.monotonic() - started
+                most = self.run.world.on_main(lambda: max(1, int(_MOST_SECONDS / seconds)))
+                if most < (count := len(self.prompts)):
+                    self.run.say(
+                        f"samples: {most} of {pluralize(count, 'prompt')}, since a response takes "
+                        f"{duration(seconds)} here; samples.prompts={count} asks all of them"
+                    )
+                    self.prompts = self.prompts[:most]
                 others = self._ask(model, self.prompts[1:], without_adapter=without_adapter)
                 self.reference = None if others is None else first + others
         except Interrupted:
@@ -166,16 +174,6 @@ class RunSamples:
                 f"{duration(time.monotonic() - started)}, and take about as long {again}; "
                 "samples.prompts=0 turns them off"
             )
-
-    def _bound(self, seconds: float) -> None:
-        """Keep as many prompts as fit into `_MOST_SECONDS`, at least one; `seconds`: what one takes."""
-        most = self.run.world.on_main(lambda: max(1, int(_MOST_SECONDS / seconds)))
-        if most < len(self.prompts):
-            self.run.say(
-                f"samples: {most} of {pluralize(len(self.prompts), 'prompt')}, since a response takes "
-                f"{duration(seconds)} here; samples.prompts={len(self.prompts)} asks all of them"
-            )
-            self.prompts = self.prompts[:most]
 
     def read_reference(self) -> list[_Row] | None:
         """Return the reference's responses from their file; None if prompts or settings have changed."""

@@ -20,7 +20,6 @@ from transformers import AutoModelForSequenceClassification
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.config.user_code import find_function, user_function
 from dpo_dist.config.verb_sections import EndpointConfig, PairsConfig, Verdicts
-from dpo_dist.data.encoded.build import tokenizer_digest
 from dpo_dist.data.records import (
     Dialogue,
     Message,
@@ -38,7 +37,7 @@ from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.architectures import context_length
 from dpo_dist.model.files.folder import description_folder, model_folder
-from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
+from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights, tokenizer_digest
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.tools.pages.thumbnails import jpeg_uri
 from dpo_dist.tools.sampling.client import ChatReply, Client, RefusedError

@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import (
@@ -17,21 +19,31 @@ from dpo_dist.config.schema import (
     ParallelismConfig,
     ParallelismKind,
     RunConfig,
+    SourceConfig,
 )
-from dpo_dist.data.records import PreferenceRecord, prompt_key
+from dpo_dist.data.counts import DataCounts, check_counts, counts_in_one_line, describe_dropped
+from dpo_dist.data.read.sources import pin_source
+from dpo_dist.data.records import BadRecord, PreferenceRecord, prompt_key, readable, turns_of
 from dpo_dist.distributed.deepspeed_config import policy_config, unsharded_loading
 from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.remedies import Remedy
+from dpo_dist.foundation.text import pluralize
+from dpo_dist.model.files.folder import description_folder
+from dpo_dist.model.files.load import check_contents_at_hand
 from dpo_dist.tools.sampling.client import Client
 from dpo_dist.tools.sampling.judges import Judge, open_judge
 from dpo_dist.tools.sampling.respond import (
     Generate,
     ModelSource,
     Responder,
+    find_files,
     find_model,
     open_responder,
     respond,
+    usable_prompt,
 )
 from dpo_dist.tools.sampling.served import Server, check_served, open_server, reload_server
 from dpo_dist.tools.sampling.settings import Sampling
@@ -233,3 +245,100 @@ def joined_run(config: RunConfig, console: Console, lock: AbstractContextManager
     with ExitStack() as locks, joins as world:
         world.on_main(lambda: locks.enter_context(lock))
         yield Run(config, world, console)
+
+
+Read: TypeAlias = Callable[[SourceConfig], Iterator[PreferenceRecord | BadRecord]]
+"""`read_records` or `read_prompts`."""
+_FIRST_RECORDS = 1024
+
+
+def good_records(
+    records: Iterator[PreferenceRecord | BadRecord],
+    source: SourceConfig,
+    data: DataConfig,
+    say: Callable[[str], None],
+    enough: Callable[[], bool] = lambda: False,
+    *,
+    of_first: bool = False,
+) -> Iterator[PreferenceRecord]:
+    """Yield the usable records of a source until `enough` returns true; then print the counts.
+
+    `of_first`: `records` are only the first ones of the source.
+    """
+    counts = DataCounts()
+    while not enough() and (record := next(records, None)) is not None:
+        record = readable(record)
+        counts.add(record)
+        if isinstance(record, PreferenceRecord):
+            yield record
+    check_counts(counts, source.path, data, of_first=of_first)
+    say(f"{source.path}: {counts.kept:,} of {pluralize(counts.read, 'record')} kept")
+    for line in describe_dropped(counts.dropped):
+        say(line)
+
+
+def first_records(
+    sources: Sequence[SourceConfig], read: Read, data: DataConfig, say: Callable[[str], None]
+) -> list[PreferenceRecord]:
+    """Return the usable ones of each source's first records; print the counts with `say`."""
+    usable: list[PreferenceRecord] = []
+    for source in sources:
+        records = read(pin_source(source))
+        first = list(islice(records, _FIRST_RECORDS))
+        is_more = next(records, None) is not None
+        usable += good_records(iter(first), source, data, say, of_first=is_more)
+    return usable
+
+
+def as_user_message(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
+    """Return the record with the prompt that models get: under `data.text_as_messages` a user's message."""
+    return replace(record, prompt=turns_of(record.prompt, "user")) if data.text_as_messages else record
+
+
+def check_model(
+    path: str,
+    config: RunConfig,
+    sampling: Sampling,
+    records: Sequence[PreferenceRecord],
+    say: Callable[[str], None],
+    key: str,
+    name: str = "",
+) -> None:
+    """Check a model without its weights, and that some record can be its prompt; print the result.
+
+    A server that should generate by it, under `name` (default: the path), gets a harmless request, unless
+    the model is served only later, by `sampling.endpoint.reload`.
+    """
+    model, data, endpoint = config.model, config.data, config.sampling.endpoint
+    source = find_files(path, model, key, description_folder)
+    responder = open_responder(replace(source, name=name or path), model, data)
+    if endpoint.url is not None and endpoint.reload is None:
+        server = open_server(endpoint, responder)
+        responder = server.responder
+        say(f"served as {server}")
+    ends = responder.tokenizer.convert_ids_to_tokens(sorted(responder.stop_ids))
+    check_contents_at_hand(responder.source.folder, model, key)
+    folder = responder.source.adapter or responder.source.folder
+    say(f"{folder}, vocabulary of {len(responder.tokenizer):,}, a response ends with {' or '.join(ends)}")
+    asked = [as_user_message(record, data) for record in records]
+    prompts = [usable_prompt(record, responder, sampling) for record in asked]
+    dropped = Counter(prompt for prompt in prompts if isinstance(prompt, str))
+    if dropped.total() == len(prompts):
+        remedy = Remedy("correct the records, or the keys of data; docs/data.md explains the reasons")
+        if "too_long_for_the_model" in dropped and responder.longest is not None:
+            # Tokens that the model can write after each record that it can be asked.
+            least = [
+                usable_prompt(as_user_message(record, data), responder, Sampling(1)) for record in records
+            ]
+            tokens = [len(prompt.prompt_ids) for prompt in least if not isinstance(prompt, str)]
+            if room := responder.longest - max(tokens, default=responder.longest):
+                remedy = Remedy.to_set(f"sampling.max_new_tokens={room}")
+                remedy += f": the model has {responder.longest} tokens in all"
+        raise DataError(
+            "none of the first records can be used",
+            where=key,
+            got=f"{path}: {counts_in_one_line(dropped)}",
+            remedy=remedy,
+        )
+    if dropped:
+        say(f"  first records that cannot be put to the model: {counts_in_one_line(dropped)}")

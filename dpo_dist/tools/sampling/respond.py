@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.batching.example import ImageInput, TokenIds
 from dpo_dist.config.schema import DataConfig, FusedLayers, ModelConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
-from dpo_dist.data.encoded.build import tokenizer_digest
-from dpo_dist.data.images import ImageProcessor, image_processor
+from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.records import (
     DIALOGUE_TURN,
     BadRecord,
@@ -38,7 +37,7 @@ from dpo_dist.model.files.folder import (
     read_model_json,
     tokenizer_folder,
 )
-from dpo_dist.model.files.load import load_config, load_packed, load_tokenizer, load_weights
+from dpo_dist.model.files.load import load_config, load_encoder, load_packed, load_weights, tokenizer_digest
 from dpo_dist.model.files.stops import find_stop_ids, folder_stops
 from dpo_dist.model.lora import TRAINED, add_saved, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
@@ -132,8 +131,8 @@ def open_responder(source: ModelSource, model: ModelConfig, data: DataConfig) ->
 
     Raises ConfigError, also if `model.images` is set and the model reads none.
     """
-    tokenizer = load_tokenizer(source.tokenizer_folder, model)
-    processor = image_processor(source.folder, tokenizer, model.images)
+    encoder = load_encoder(source.folder, source.adapter, model)
+    tokenizer, processor = encoder.tokenizer, encoder.processor
     stop_ids = find_stop_ids(tokenizer, data, source.folder, source.key)
     model_config = load_config(source.folder, model)
     longest, vocabulary = (

@@ -104,22 +104,18 @@ class Server:
         if len(reply.choices) != count:
             raise RefusedError(f"{len(reply.choices)} of {pluralize(count, 'response')}")
         read = reply.usage.prompt_tokens if reply.usage else None
+        # Reported tokens are tokens of the model, as many as their log-probs and not too many.
+        most, end = sampling.max_new_tokens, self.responder.vocabulary
         for choice in reply.choices:
-            self._check_ids(choice, sampling.max_new_tokens)
+            ids = choice.token_ids or []
+            logps = (choice.logprobs and choice.logprobs.token_logprobs) or []
+            if end is not None and max(ids, default=0) >= end:
+                raise self.client.unusable(f"the token {max(ids)} of a model with {end:,} tokens")
+            if len(ids) > most:
+                raise self.client.unusable(f"{pluralize(len(ids), 'token')}, though it was asked for {most}")
+            if ids and logps and len(logps) != len(ids):
+                raise self.client.unusable(f"{len(logps)} log-probs of {pluralize(len(ids), 'token')}")
         return [self._completed(prompt_ids, choice, read) for choice in reply.choices]
-
-    def _check_ids(self, choice: Choice, most: int) -> None:
-        """Check that reported tokens are tokens of the model, as many as their log-probs and not too many."""
-        ids, end = choice.token_ids, self.responder.vocabulary
-        if ids is None:
-            return
-        logps = (choice.logprobs and choice.logprobs.token_logprobs) or []
-        if end is not None and max(ids, default=0) >= end:
-            raise self.client.unusable(f"the token {max(ids)} of a model with {end:,} tokens")
-        if len(ids) > most:
-            raise self.client.unusable(f"{pluralize(len(ids), 'token')}, though it was asked for {most}")
-        if ids and logps and len(logps) != len(ids):
-            raise self.client.unusable(f"{len(logps)} log-probs of {pluralize(len(ids), 'token')}")
 
     def _completed(self, prompt_ids: TokenIds, choice: Choice, read: int | None) -> _Completed:
         stop_ids, ids = self.responder.stop_ids, choice.token_ids

@@ -35,15 +35,20 @@ from dpo_dist.foundation.streams import (
     print_line,
     reserve_output,
 )
-from dpo_dist.tools.selftest.devices import (
+from dpo_dist.tools.selftest.checks import (
+    SHAPES,
+    Check,
     check_attention,
     check_collective_calls,
+    compare_ways,
     describe_gpus,
     exchange,
+    failed_check,
     list_versions,
+    measure_speeds,
+    shared_facts,
+    train_without_overlap,
 )
-from dpo_dist.tools.selftest.runs import Check, failed_check, shared_facts, train_without_overlap
-from dpo_dist.tools.selftest.training import SHAPES, compare_ways, measure_speeds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

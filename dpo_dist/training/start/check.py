@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import LossConfig
@@ -18,8 +17,6 @@ from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
 from dpo_dist.config.schema import (
     DataConfig,
     Dtype,
-    ModelConfig,
-    ReferenceConfig,
     ReferenceMode,
     Resume,
     RunConfig,
@@ -41,15 +38,14 @@ from dpo_dist.data.encoded.columns import dataset_columns, key_order
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
 from dpo_dist.data.encoded.store import has_images, read_counts, read_lengths
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.text.template import check_template_keys
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.model.architectures import router_loss
-from dpo_dist.model.files.folder import description_folder, is_adapter, start_folder, tokenizer_folder
-from dpo_dist.model.files.load import check_contents_at_hand, check_same_vocabulary, load_tokenizer
+from dpo_dist.model.files.folder import description_folder, is_adapter, start_folder
+from dpo_dist.model.files.load import Encoder, check_contents_at_hand, check_same_vocabulary, load_encoder
 from dpo_dist.model.files.stops import stop_notes
 from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.objective.losses import check_custom_loss
@@ -96,13 +92,13 @@ def dry_run(
     )
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     start = start_folder(config.model)
-    tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
+    encoder = load_encoder(folder, start, config.model)
+    tokenizer = encoder.tokenizer
     model_config, causal_lm = checked_model(
         config.model, folder, start, config.data.max_length, config.parallelism.sequence_parallel
     )
     router_loss(config.loss.router, causal_lm)
     check_template_keys(config.data, tokenizer)
-    processor = image_processor(folder, tokenizer, config.model.images)
     described = f"{folder}, {model_config.model_type}, vocabulary of {len(tokenizer):,}"
     lines = [("run.dir", f"{run}{start_in_words}"), ("model.path", described)]
     if config.run.mirror is not None and trains and not models:
@@ -118,7 +114,7 @@ def dry_run(
             revision = config.model.revision if evaluated.path == config.model.path else None
             model = description_folder(evaluated.path, revision, EVALUATION_MODEL_KEY)
             if not is_adapter(model):
-                check_same_vocabulary(model, tokenizer, config.model, processor, EVALUATION_MODEL_KEY)
+                check_same_vocabulary(model, tokenizer, config.model, encoder.processor, EVALUATION_MODEL_KEY)
                 check_contents_at_hand(model, config.model, EVALUATION_MODEL_KEY)
         lines.append(("evaluation", evaluated.path))
     if not models:
@@ -131,9 +127,27 @@ def dry_run(
         lines += (("end", note) for note in stop_notes(tokenizer, config.data, folder))
     if config.metrics.function is not None:
         lines.append(("metrics", ", ".join(custom_metrics(config.metrics.function, config.loss).names)))
-    lines.append(("reference", _reference(config.reference, config.model, tokenizer, processor)))
-    found, looked_at = _data(config.data, config.loss, tokenizer, processor)
-    lines += found
+    # The reference.
+    reference, parts = config.reference, [config.reference.mode.value]
+    if reference.path is not None:
+        other = description_folder(reference.path, None, "reference.path")
+        check_same_vocabulary(other, tokenizer, config.model, encoder.processor)
+        check_contents_at_hand(other, config.model, "reference.path")
+        parts.append(f"model {other}")
+    parts += [f"store {reference.store}"] if reference.mode is ReferenceMode.cached else []
+    lines.append(("reference", ", ".join(parts)))
+    # The first records of each source.
+    looked_at = dict[str, list[_FirstRecords]]()
+    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        looked_at[key] = []
+        for index, source in enumerate(sources):
+            name = f"{key}[{index}]"
+            first = _first_records(source, name, config.data, config.loss, encoder)
+            lines += [(name, first.text), *first.notes]
+            looked_at[key].append(first)
+        has_images = any(first.has_images for first in looked_at[key])
+        if encoder.processor is not None and sources and not has_images:
+            lines.append(("  warning", f"none of these records has an image: {NO_IMAGE}"))
     faults = _faults(
         looked_at["data.train"], looked_at["data.eval"], config.data, trains=trains and not models
     )
@@ -186,52 +200,17 @@ def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> 
     return "new"
 
 
-def _reference(
-    reference: ReferenceConfig,
-    model: ModelConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    processor: ImageProcessor | None,
-) -> str:
-    parts = [reference.mode.value]
-    if reference.path is not None:
-        folder = description_folder(reference.path, None, "reference.path")
-        check_same_vocabulary(folder, tokenizer, model, processor)
-        check_contents_at_hand(folder, model, "reference.path")
-        parts.append(f"model {folder}")
-    if reference.mode is ReferenceMode.cached:
-        parts.append(f"store {reference.store}")
-    return ", ".join(parts)
-
-
-def _data(
-    data: DataConfig, loss: LossConfig, tokenizer: PreTrainedTokenizerBase, processor: ImageProcessor | None
-) -> tuple[list[tuple[str, str]], dict[str, list[_FirstRecords]]]:
-    """Check the first records of each source; return lines about them, and what they are by `data` key."""
-    lines, looked_at = list[tuple[str, str]](), dict[str, list[_FirstRecords]]()
-    for key, sources in (("data.train", data.train), ("data.eval", data.eval)):
-        looked_at[key] = []
-        for index, source in enumerate(sources):
-            name = f"{key}[{index}]"
-            found = _first_records(source, name, data, loss, tokenizer, processor)
-            lines += [(name, found.text), *found.notes]
-            looked_at[key].append(found)
-        if processor is not None and sources and not any(found.has_images for found in looked_at[key]):
-            lines.append(("  warning", f"none of these records has an image: {NO_IMAGE}"))
-    return lines, looked_at
-
-
 def _first_records(
     source: SourceConfig,
     key: str,
     data: DataConfig,
     loss: LossConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    processor: ImageProcessor | None,
+    encoder: Encoder,
 ) -> _FirstRecords:
     """Read, encode and check the first records of a source."""
     source = pin_source(source)
     records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
-    encoded = encode_records(records[:_FIRST_RECORDS], data, tokenizer, processor=processor)
+    encoded = encode_records(records[:_FIRST_RECORDS], data, encoder.tokenizer, processor=encoder.processor)
     table = pa.Table.from_batches([encoded])
     counts, has_more = read_counts(table), len(records) > _FIRST_RECORDS
     where = f"{key}: {source.path}"

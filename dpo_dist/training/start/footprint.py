@@ -45,6 +45,9 @@ KEYS_PER_TOKEN = 1.6
 _KEPT_FREE = 0.1
 _MOST_TOKENS = 32_768  # more are not faster, and the reference scores several times as many at once
 _TOKENS_MULTIPLE = 256  # tokens; micro-batches are a multiple, so that the number is easy to read
+GPUS_PER_NODE = 8
+PROCESS_BYTES = 1e9
+"""Host memory of a process without its model: Python and libraries, 0.84e9 in a run without a GPU."""
 _CONTEXT_BYTES = 2e9  # bytes of CUDA and NCCL
 _GATHERED_WEIGHTS = 1e9  # weights that ZeRO-3 gathers at once, or the largest layer if that has more
 # Size of an optimizer's states for a master weight, relative to the master weight.
@@ -133,6 +136,25 @@ def state_bytes(optim: OptimConfig, trainer: TrainerConfig, causal_lm: Any = Non
         by_muon = sum(weight.numel() for weight in matrices_of(causal_lm)) / trained
         states += 1 - by_muon  # the other weights have AdamW's second state
     return 4.0 * (1 + states + (trainer.ema_decay is not None))
+
+
+def host_bytes(config: RunConfig, weights: int, trained: int, states: float, gpus: int) -> float:
+    """Return the bytes of host memory on rank 0's node, where the model is read and checkpoints are written.
+
+    `states`: of `state_bytes`.
+    """
+    whole, on_node = float(TORCH_DTYPES[config.model.dtype].itemsize * weights), min(gpus, GPUS_PER_NODE)
+    if config.parallelism.offload_optimizer is not Offload.none:
+        states += 4  # gradients
+    policy = 0.0 if config.parallelism.offload_parameters is Offload.none else whole
+    return on_node * PROCESS_BYTES + whole + on_node / gpus * (states * trained + policy)
+
+
+def disk_bytes(config: RunConfig, weights: int, trained: int, states: float) -> dict[str, float]:
+    """Return the bytes of a checkpoint, and of the model or the adapter that a run ends with."""
+    written = weights if config.model.adapter is None else trained
+    number = TORCH_DTYPES[config.model.dtype].itemsize
+    return {"a checkpoint": states * trained, "the model": float(number * written)}
 
 
 def fit_micro_batches(run: Run, causal_lm: Any) -> None:
@@ -276,10 +298,8 @@ def check_disk_room(run: Run, weights: int, done: int, steps: int) -> None:
     disk = shutil.disk_usage(folder.path)
     if config.model.adapter is not None or not disk.total:
         return
-    checkpoint, model = (
-        int(state_bytes(config.optim, trainer) * weights),
-        TORCH_DTYPES[config.model.dtype].itemsize * weights,
-    )
+    states = state_bytes(config.optim, trainer)
+    checkpoint, model = map(int, disk_bytes(config, weights, weights, states).values())
     # A new checkpoint is complete before an older one is deleted; the model, which is smaller, comes last.
     existing = len(checkpoint_folders(folder.checkpoints))
     spare = max(1, trainer.keep_last) + bool(trainer.keep_best) - existing

@@ -16,7 +16,7 @@ from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.config.schema import ModelConfig, ParallelismKind, ReferenceMode, SourceConfig
 from dpo_dist.data.counts import describe_counts, describe_short_run
-from dpo_dist.data.encoded.build import Preparation, tokenizer_digest
+from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
     check_fits_loss,
@@ -27,7 +27,7 @@ from dpo_dist.data.encoded.dataset import (
 )
 from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.data.encoded.store import EncodedSource
-from dpo_dist.data.images import ImageProcessor, image_processor
+from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.processes.world import World
@@ -39,8 +39,8 @@ from dpo_dist.model.architectures import (
     training_notes,
 )
 from dpo_dist.model.attention.ulysses import check_shared_tokens
-from dpo_dist.model.files.folder import base_notes, model_folder, start_folder, tokenizer_folder
-from dpo_dist.model.files.load import check_contents_at_hand, load_config, load_tokenizer, without_weights
+from dpo_dist.model.files.folder import base_notes, model_folder, start_folder
+from dpo_dist.model.files.load import check_contents_at_hand, load_config, load_encoder, without_weights
 from dpo_dist.model.files.stops import stop_notes
 from dpo_dist.model.flops import StepFlops, step_flops
 from dpo_dist.model.layers import check_device, text_notes
@@ -183,8 +183,8 @@ def _load(
     longest, ranks = config.data.max_length, config.parallelism.sequence_parallel
     folder = shared_model_folder(run, config.model.path, config.model.revision, "model.path")
     start = _on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
-    tokenizer_files = tokenizer_folder(folder, start)
-    tokenizer, digest = load_tokenizer(tokenizer_files, config.model), tokenizer_digest(tokenizer_files)
+    encoder = load_encoder(folder, start, config.model)
+    tokenizer, processor, digest = encoder.tokenizer, encoder.processor, encoder.digest
     with unsharded_loading(world):  # the shapes of sharded weights are empty
         model_config, causal_lm = checked_model(config.model, folder, start, longest, ranks)
     flops, weights = step_flops(causal_lm), sum(map(torch.numel, causal_lm.parameters()))
@@ -203,7 +203,6 @@ def _load(
             fit_micro_batches(run, causal_lm)
     # After all that needs no weights: the first start reads every byte of them.
     vocabulary = model_config.get_text_config().vocab_size
-    processor = image_processor(folder, tokenizer, config.model.images)
     with run.console.heartbeat("reading the model's files to identify them"):
         files = _digest_models(run, folder, start)
 

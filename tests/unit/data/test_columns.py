@@ -13,9 +13,8 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import DataConfig, DataFormat, SourceConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.formats import check_source, read_records
-from dpo_dist.data.labels import source_labels
 from dpo_dist.data.read.columns import resolve_source
-from dpo_dist.data.read.sources import local_files, pin_source
+from dpo_dist.data.read.sources import local_files, pin_source, source_labels
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.cache import prepare

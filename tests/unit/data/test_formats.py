@@ -20,7 +20,7 @@ from dpo_dist.config.schema import DataConfig, DataFormat, SourceConfig, TextTem
 from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.formats import check_source, parse_prompt, parse_record, read_records
 from dpo_dist.data.read import values
-from dpo_dist.data.read.columns import FIELDS
+from dpo_dist.data.read.fields import FIELDS
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
@@ -168,6 +168,7 @@ def test_fields_without_effect_are_accepted(fields: dict[str, Any], nothing: Any
         (COMPLETION | {"label": True}, ""),
         (COMPLETION | {"topic": "physics", "score_chosen": 1}, "topic score_chosen"),
         (CHAT | {"tools": [{"name": "f"}], "rejected_tools": '[{"name": "f"}]', "system": "be kind"}, ""),
+        (PAIR | {"question": "q", "history": [["a", "b"]], "system_prompt": "be kind"}, ""),
         (HH | {"prompt": "q", "idx": 3}, "idx"),
         *((TEXT | {"*": value, "vector": np.zeros(2)}, "* vector") for value in (3, "ab", [{}])),
         (TEXT | {"*": None}, ""),

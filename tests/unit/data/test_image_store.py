@@ -21,7 +21,7 @@ from dpo_dist.batching.pack import PackedImages
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.schema import DataConfig, Ranked, SourceConfig
 from dpo_dist.data.encoded import build
-from dpo_dist.data.encoded.build import Preparation, prepare_dataset
+from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import PreferenceDataset, count_shared, open_dataset
 from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.data.encoded.store import EncodedSource
@@ -76,7 +76,7 @@ def encode(
     part = data.pop("part", Part())
     config = DataConfig(cache=str(folder / "cache"), **data)
     sources = [SourceConfig(path) for path in paths]
-    return prepare_dataset(sources, config, image_tokenizer(KIND), KIND, part=part, processor=processor)
+    return Preparation(sources, config, image_tokenizer(KIND), KIND, part=part, processor=processor).whole()
 
 
 def opened(folder: Path, processor: ImageProcessor, *paths: str, **data: Any) -> PreferenceDataset:
@@ -275,7 +275,7 @@ def watched(tmp_path: Path, processor: ImageProcessor) -> Callable[[str], Prefer
     def opened_from(cache: str) -> PreferenceDataset:
         config = DataConfig(cache=str(tmp_path / cache), max_bad_share=1.0)
         source = SourceConfig(path, images=str(images))
-        encoded = prepare_dataset([source], config, image_tokenizer(KIND), KIND, processor=processor)
+        encoded = Preparation([source], config, image_tokenizer(KIND), KIND, processor=processor).whole()
         return open_dataset(encoded, config, processor)
 
     return opened_from
@@ -411,7 +411,7 @@ def test_equal_records_in_another_folder_have_the_images_of_that_folder(
         link.symlink_to(tmp_path / name)
         chosen = SourceConfig(one, images=str(link))
         config = DataConfig(cache=str(tmp_path / "cache"))
-        sources = prepare_dataset([chosen], config, image_tokenizer(KIND), KIND, processor=processor)
+        sources = Preparation([chosen], config, image_tokenizer(KIND), KIND, processor=processor).whole()
         data = open_dataset(sources, config, processor)
         np.testing.assert_array_equal(data.keys, {"one": first, "two": second}[name].keys)
 

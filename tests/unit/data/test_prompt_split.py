@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import PreferenceDataset, count_shared_prompts, open_dataset
 from dpo_dist.data.records import Dialogue, Message, Part, Prompt, eval_part, prompt_hash, train_part
 from dpo_dist.foundation.errors import DataError
@@ -28,7 +28,7 @@ def write(folder: Path, name: str, records: list[Any]) -> SourceConfig:
 
 
 def part_of(sources: Sequence[SourceConfig], part: Part, config: DataConfig) -> PreferenceDataset:
-    return open_dataset(prepare_dataset(sources, config, tiny.qwen(), "qwen", part=part), config)
+    return open_dataset(Preparation(sources, config, tiny.qwen(), "qwen", part=part).whole(), config)
 
 
 def split(folder: Path, *sources: SourceConfig, **data: Any) -> tuple[PreferenceDataset, PreferenceDataset]:

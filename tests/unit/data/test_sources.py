@@ -16,9 +16,8 @@ import yaml
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.formats import check_source, read_records
-from dpo_dist.data.labels import source_labels
 from dpo_dist.data.read.files import write_records
-from dpo_dist.data.read.sources import source_identity
+from dpo_dist.data.read.sources import source_identity, source_labels
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.records import TEXT, assistant, jsonl, outcomes

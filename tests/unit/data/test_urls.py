@@ -27,9 +27,8 @@ from dpo_dist.data.encoded import build
 from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import open_dataset
 from dpo_dist.data.formats import check_source, read_records
-from dpo_dist.data.labels import source_labels
 from dpo_dist.data.read import sources
-from dpo_dist.data.read.sources import pin_source, raw_records
+from dpo_dist.data.read.sources import pin_source, raw_records, source_labels
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import locked

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_dist.data.encoded.build import tokenizer_digest
 from dpo_dist.distributed.processes.world import Peer, World
 from dpo_dist.foundation import files as digest_module
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.model.files.folder import check_tokenizer_files
+from dpo_dist.model.files.load import tokenizer_digest
 from dpo_dist.model.files.save import copy_tokenizer
 from dpo_dist.reference.digest import (
     Profile,

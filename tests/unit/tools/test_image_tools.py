@@ -18,7 +18,7 @@ from transformers import AutoModelForMultimodalLM
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DataConfig, Dtype, ImagesConfig, ModelConfig, SourceConfig
 from dpo_dist.config.verb_sections import DoctorConfig, EndpointConfig, PairsConfig, PairsMethod
-from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ImageProcessor
@@ -36,7 +36,7 @@ from dpo_dist.tools.pairs.people import Labelling, draw_items
 from dpo_dist.tools.report.samples import choose_prompts
 from dpo_dist.tools.sampling import judges
 from dpo_dist.tools.sampling.judges import EndpointJudge, FunctionJudge, Question, RewardModel
-from dpo_dist.tools.sampling.records import good_records
+from dpo_dist.tools.sampling.prompts import good_records
 from dpo_dist.tools.sampling.respond import find_model, open_generator, open_responder, respond
 from dpo_dist.tools.sampling.settings import Sampling
 from tests.support.image_model import image_pair, write_image_model, write_pictures
@@ -78,7 +78,7 @@ def colours(*files: bytes) -> list[Any]:
 def encoded(folder: Path) -> PreferenceDataset:
     config, source = DataConfig(cache=str(folder / "encoded")), SourceConfig(str(folder / "pictures.jsonl"))
     processor = ImageProcessor(folder / "model", TOKENIZER, ImagesConfig())
-    sources = prepare_dataset([source], config, TOKENIZER, "toy", processor=processor)
+    sources = Preparation([source], config, TOKENIZER, "toy", processor=processor).whole()
     return open_dataset(sources, config, processor)
 
 

@@ -398,7 +398,7 @@ def test_models_prompts_and_the_endpoint_are_checked(in_folder: Path) -> None:
     assert f"judge: judge at {server.url}: each two" in report
     assert "model, vocabulary of 431, a response ends with <|im_end|>" in report
     assert "records.jsonl: 4 of 5 records kept\n    1 dropped (unknown_format): " in report
-    assert "first records that the model cannot be asked: 1 prompt_fills_max_length (" in report
+    assert "first records that cannot be put to the model: 1 prompt_fills_max_length (" in report
     with judge_server(lambda *_: (400, "{}")) as server:
         keys[1] = f"pairs.endpoint.url={server.url}"
         with pytest.raises(ConfigError, match="harmless request"):

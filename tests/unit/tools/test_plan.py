@@ -18,8 +18,9 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.model.files.load import without_weights
 from dpo_dist.model.flops import step_flops
 from dpo_dist.tools.plan import __main__ as plan
-from dpo_dist.tools.plan.estimate import PROCESS_BYTES, Data, Estimate, choose_machine, estimate
+from dpo_dist.tools.plan.estimate import Data, Estimate, choose_machine, estimate
 from dpo_dist.tools.plan.make_plan import make_plan, plan_in_brief, planned_data
+from dpo_dist.training.start.footprint import PROCESS_BYTES
 from tests.support import tiny
 from tests.support.doctor_data import agent_records, clean_pairs, write
 from tests.support.families import tiny_config

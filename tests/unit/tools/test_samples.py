@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_dist.config.schema import DataConfig, FolderConfig, ModelConfig, RunConfig, SourceConfig
-from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.distributed.zero import FrozenEngine
 from dpo_dist.foundation import background, console
@@ -38,7 +38,7 @@ def dataset(folder: Path, rows: list[dict[str, str]]) -> PreferenceDataset:
     folder.mkdir()
     source = SourceConfig(str(jsonl(folder, *rows)), label="held_out")
     config = DataConfig(cache=str(folder / "encoded"))
-    return open_dataset(prepare_dataset([source], config, TOKENIZER, "tiny"), config)
+    return open_dataset(Preparation([source], config, TOKENIZER, "tiny").whole(), config)
 
 
 def chosen(data: PreferenceDataset, count: int, seed: int = 0) -> list[str]:

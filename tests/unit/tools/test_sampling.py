@@ -40,7 +40,6 @@ from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.tools.pairs.files import pair_fields, write_results
 from dpo_dist.tools.pairs.rounds import merge_adapter
-from dpo_dist.tools.sampling.dry_run import check_model
 from dpo_dist.tools.sampling.generate import (
     NotFiniteError,
     Request,
@@ -51,6 +50,7 @@ from dpo_dist.tools.sampling.generate import (
     generate_together,
     random_numbers,
 )
+from dpo_dist.tools.sampling.prompts import check_model
 from dpo_dist.tools.sampling.respond import Completion, Responder, find_model, open_generator, respond
 from dpo_dist.tools.sampling.settings import Sampling, sampling_for
 from tests.support import tiny

@@ -15,7 +15,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.types import CheckReport
-from dpo_dist.tools.selftest.runs import failed_check
+from dpo_dist.tools.selftest.checks import failed_check
 from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.run import find_start
 from dpo_dist.training.start.check import dry_run

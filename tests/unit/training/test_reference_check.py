@@ -14,7 +14,7 @@ from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.step_batch import collate
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
-from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.console import Console
@@ -68,7 +68,7 @@ def world() -> Iterator[World]:
 def data(tmp_path_factory: pytest.TempPathFactory) -> PreferenceDataset:
     folder = tmp_path_factory.mktemp("data")
     config = DataConfig(cache=str(folder / "cache"))
-    written = prepare_dataset([SourceConfig(jsonl(folder, *ROWS))], config, tiny.qwen(), "qwen")
+    written = Preparation([SourceConfig(jsonl(folder, *ROWS))], config, tiny.qwen(), "qwen").whole()
     return open_dataset(written, config)
 
 

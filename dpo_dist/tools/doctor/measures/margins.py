@@ -44,8 +44,13 @@ def compare_with_store(
     pairs = 0
     for dataset in itertools.chain(*datasets):
         pairs += int((dataset.response_counts(np.arange(len(dataset))) > 1).sum())
+    # The overrides that `precompute` needs to store this reference's log-probs.
+    mode, words = reference.mode, [] if loss.needs_reference else ["loss=sigmoid"]
+    words += [] if mode is ReferenceMode.cached else ["reference=cached"]
+    if mode is ReferenceMode.adapter and model.quantization is not None:
+        words.append(f"reference.quantization={model.quantization}")
     use: dict[str, Any] = {"folder": str(Path(reference.store)), "pairs": pairs, "stored": 0}
-    use |= {"numerics": [], "margins": {}, "filled_with": _words_for_precompute(model, reference, loss)}
+    use |= {"numerics": [], "margins": {}, "filled_with": " ".join(words)}
     stores = find_stored(model, reference)
     findings: list[Finding] = []
     if not stores:
@@ -64,16 +69,6 @@ def compare_with_store(
             use["margins"][source["label"]] = distribution(margins, np.linspace(low, high, _BINS + 1))
             use["stored"] += len(places)
     return use, findings
-
-
-def _words_for_precompute(model: ModelConfig, reference: ReferenceConfig, loss: LossConfig) -> str:
-    """Return the overrides that `precompute` needs to store this reference's log-probs."""
-    mode, quantization = reference.mode, model.quantization
-    words = [] if loss.needs_reference else ["loss=sigmoid"]
-    words += [] if mode is ReferenceMode.cached else ["reference=cached"]
-    if mode is ReferenceMode.adapter and quantization is not None:
-        words.append(f"reference.quantization={quantization}")
-    return " ".join(words)
 
 
 def find_stored(policy: ModelConfig, reference: ReferenceConfig) -> list[LogpStore]:

@@ -149,15 +149,17 @@ class Observer:
 
     def observe(self, records: Sequence[PreferenceRecord | BadRecord]) -> list[RecordFacts]:
         """Return the facts about each record. Raises ConfigError as encoding does."""
-        return list(map(self._observed, records))
-
-    def _observed(self, record: PreferenceRecord | BadRecord) -> RecordFacts:
-        if isinstance(record, PreferenceRecord):
+        found = []
+        for record in records:
             try:
-                return self._facts(record)
+                if isinstance(record, PreferenceRecord):
+                    found.append(self._facts(record))
+                    continue
+                bad = record
             except UnusableRecordError as fault:  # of an image
-                record = fault.as_bad_record(record.origin)
-        return RecordFacts(record.origin, record.reason, record.detail)
+                bad = fault.as_bad_record(record.origin)
+            found.append(RecordFacts(bad.origin, bad.reason, bad.detail))
+        return found
 
     def _images(self, record: PreferenceRecord) -> Sequence[ImageFile]:
         return record.images if self._reads_images else ()
@@ -168,7 +170,10 @@ class Observer:
     def _facts(self, record: PreferenceRecord) -> RecordFacts:
         read = self._images(record)
         number, digests = prompt_hash(record.prompt, read), [image.digest.hex() for image in read]
-        images, texts = tuple(map(_image_facts, read)), plain_texts(record)
+        texts, images = plain_texts(record), list[ImageFacts]()
+        for file in read:
+            width, height = decode_image(file.read()).size
+            images.append(ImageFacts(int.from_bytes(file.digest[:8], "little"), width * height))
         prompt, responses, same = texts.prompt, texts.responses, _same_prompt(texts, digests)
         side, pair = record.labelled_side, None
         key, whole = text_key(same), text_key(same, *map(str.strip, responses), *filter(None, [side]))
@@ -188,7 +193,7 @@ class Observer:
             characters=(len(prompt), *_ends(responses, side)),
             pair=pair,
             unread=record.unread,
-            images=images,
+            images=tuple(images),
             prompt=key,
             record=whole,
             numbers=text_key(*_NUMBER.findall(prompt)),
@@ -272,12 +277,6 @@ def _same_prompt(texts: Texts, images: Sequence[str]) -> str:
     """Return a text that is the same for prompts which differ only in case or white space."""
     turns = (f"{role}: {' '.join(turn.casefold().split())}" for role, turn in texts.turns)
     return "\n".join([*turns, *images])
-
-
-def _image_facts(file: ImageFile) -> ImageFacts:
-    """Raises UnusableRecordError: the image cannot be read."""
-    width, height = decode_image(file.read()).size
-    return ImageFacts(int.from_bytes(file.digest[:8], "little"), width * height)
 
 
 def text_key(*texts: str) -> int:

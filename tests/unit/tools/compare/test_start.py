@@ -93,7 +93,7 @@ def test_a_check_reads_no_weights_but_their_names_and_writes_nothing(tmp_path: P
     report = rehearsed("pairs.function=tests.support.own_judge:letter_shares")
     assert f"{tmp_path}/base, vocabulary of 431, a response ends with <|im_end|>" in report
     assert "function tests.support.own_judge:letter_shares" in report
-    assert report.count("first records that the model cannot be asked: 1 prompt_fills_max_length") == 2
+    assert report.count("first records that cannot be put to the model: 1 prompt_fills_max_length") == 2
     assert "judge: none, so no scores and win rates" in rehearsed()
     with pytest.raises(DataError, match="none of the first records"):
         rehearsed("sampling.max_new_tokens=4000")

@@ -11,9 +11,14 @@ from hypothesis import strategies as st
 
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.records import Origin
-from dpo_dist.tools.doctor.measures.duplicates import Comparison, contradictions, equal_records
+from dpo_dist.tools.doctor.measures.duplicates import (
+    Comparison,
+    EvaluationPrompts,
+    NearCopies,
+    contradictions,
+    equal_records,
+)
 from dpo_dist.tools.doctor.measures.observe import RecordFacts
-from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts, NearCopies
 from dpo_dist.tools.doctor.measures.texts import Signature
 
 pytestmark = pytest.mark.slow

@@ -9,9 +9,8 @@ import pytest
 
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.records import Origin
-from dpo_dist.tools.doctor.measures.label_leaks import LeakTest, leak_findings, leak_tests
 from dpo_dist.tools.doctor.measures.observe import PairFacts, RecordFacts
-from dpo_dist.tools.doctor.measures.sources import ExaminedSource
+from dpo_dist.tools.doctor.measures.sources import ExaminedSource, LeakTest, leak_findings, leak_tests
 from dpo_dist.tools.findings import Level
 from dpo_dist.tools.intervals import wilson_interval
 from tests.support import tiny

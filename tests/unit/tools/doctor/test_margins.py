@@ -15,7 +15,7 @@ from dpo_dist.config.schema import (
     ReferenceConfig,
     SourceConfig,
 )
-from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(tmp_path: Path) -> PreferenceDataset:
     pairs = write_pairs(tmp_path / "pairs.jsonl", 9)
     data = DataConfig(cache=str(tmp_path / "encoded"))
-    return open_dataset(prepare_dataset([SourceConfig(str(pairs))], data, tiny.qwen(), "qwen"), data)
+    return open_dataset(Preparation([SourceConfig(str(pairs))], data, tiny.qwen(), "qwen").whole(), data)
 
 
 def stored(folder: Path, model: Path, **reference: Any) -> list[LogpStore]:

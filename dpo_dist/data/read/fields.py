@@ -1,0 +1,101 @@
+"""The fields of records by name: one table of how each is read."""
+
+import itertools
+
+from dpo_dist.config.losses import NUMBERS
+
+CONVERSATIONS = ("conversations", "messages")
+QUESTIONS = ("question", "query", "input")
+"""A question in these fields is a user's turn."""
+SYSTEMS = ("system", "system_prompt")
+TOOLS = ("tools", "functions")
+TOOLS_OF_SIDES = ("chosen_tools", "rejected_tools")
+"""Both sides are rendered with the record's own tools."""
+TEMPLATE_ARGUMENTS = "chat_template_kwargs"
+LISTS = ("responses", "completions", "output")
+IMAGES = ("images", "image")
+MEDIA = ("audio", "audios", "video", "videos")
+IMAGES_OF_SIDES = tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in IMAGES)
+LABELS = ("label", "kto_tag")
+VOTES = ("votes_chosen", "votes_rejected")
+PAIRS = (
+    ("chosen", "rejected"),
+    ("chosen_messages", "rejected_messages"),
+    ("response_chosen", "response_rejected"),
+    ("chosen_response", "rejected_response"),
+    ("preferred_output", "non_preferred_output"),
+    ("response", "rejected_response"),
+    ("messages", "rejected_messages"),
+    ("messages", "rejected_response"),
+)
+"""Names of the chosen and the rejected side."""
+SHARED_SIDES = ("messages", "response")
+"""Other kinds of records have these fields too: alone they are no pair."""
+SIDE_FIELDS = tuple(dict.fromkeys(name for name in itertools.chain(*PAIRS) if name not in SHARED_SIDES))
+PAIR_SCORES = (
+    ("score_chosen", "score_rejected"),
+    # Read only if both sides have a score: some datasets score the chosen side only.
+    ("chosen_score", "rejected_score"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+WHOLE = "record"
+"""In `columns`: an object with the other fields."""
+OTHERS = "*"
+"""In `columns`, with null: read only the named columns. In a record: the names that were left out."""
+
+# Names, and words for them:
+# - columns: users may give the name in `columns`; rare: not each of the first records must have the field;
+# - text, json, nulls: a text in it may be messages in JSON; is JSON; is JSON with the nulls that a table
+#   writes for fields of other records' tools;
+# - read: each of its values is read, or drops the record;
+# - kept: it says, also without a value, what a record is: an empty response is not an absent one;
+# - asked: it is part of the prompt or of a pair, and no order of a ranking, which ignores it;
+# - unread: a template or a model uses it, but no format does: the prompt would change.
+_TABLE = (
+    (("prompt",), "columns text read kept asked"),
+    (("instruction",), "columns read kept asked"),
+    (QUESTIONS, "columns text read kept asked"),
+    (CONVERSATIONS, "columns json read kept asked"),
+    (SIDE_FIELDS, "text kept asked"),
+    ((*PAIRS[0], *PAIRS[1], "rejected_response"), "columns"),
+    (("response",), "text kept"),
+    (("completion",), "columns text kept"),
+    (LISTS, "kept"),
+    (("responses", "output"), "columns"),
+    (SYSTEMS, "read asked"),
+    (("history",), "json read asked"),
+    (TOOLS, "nulls read asked"),
+    ((*TOOLS_OF_SIDES, TEMPLATE_ARGUMENTS), "nulls read"),
+    (("system", "history", "input", "tools", TEMPLATE_ARGUMENTS, "documents"), "columns rare"),
+    (("context",), "text read"),  # of a question: no format adds it to the prompt, which must contain it
+    (("conversation",), "read"),
+    (("enable_thinking",), "read kept"),
+    (IMAGES, "read asked"),
+    (("images", "videos", "audios"), "columns rare"),
+    (("documents", *MEDIA), "read unread"),
+    (tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA), "read unread"),
+    (IMAGES_OF_SIDES, "read"),
+    (tuple(itertools.chain(*PAIR_SCORES)), "kept asked"),
+    ((*PAIR_SCORES[0], "scores"), "columns rare"),
+    (("scores",), "json kept"),
+    (("metadata",), "json"),  # with the scores of a pair, or an order
+    (NUMBERS, "columns rare read kept"),
+    (VOTES, "columns rare read kept"),
+    (("label",), "columns rare"),
+    (LABELS, "kept"),
+    (("weight", "sample_weight"), "read kept"),
+    (("provenance",), "read"),  # how `pairs` made the record
+    ((WHOLE,), "columns"),
+    ((OTHERS,), "kept"),
+)
+
+
+def fields_with(word: str) -> tuple[str, ...]:
+    """Return the names of the fields that have a word in the table."""
+    return tuple(dict.fromkeys(name for names, words in _TABLE if word in words.split() for name in names))
+
+
+FIELDS = fields_with("columns")
+"""The names that users may give in `columns`."""
