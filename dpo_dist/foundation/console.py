@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, TextColumn
@@ -36,17 +36,17 @@ from dpo_dist.foundation.streams import (
 from dpo_dist.foundation.text import duration, percent, pluralize, without_secrets
 from dpo_dist.foundation.types import Fields
 
-WARNING = "warning: "
 LINE_SECONDS = 30.0  # between two progress lines
 _REFRESH_SECONDS = 0.5
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
 _BAR_WIDTH, _LEAST_BAR = 20, 16
-_STYLES = {"error": "bold red", "warning": "yellow"}  # of a line on a terminal, by its first word
+_STYLES = {"error": "bold red", "warning": "yellow"}  # of a line on a terminal, by its level
 # In a scheduler's log file lines of these kinds begin with date and time; results do not.
 _KINDS_WITH_TIME = ("message", "progress", "evaluation", "error")
 _EVENTS = (*_KINDS_WITH_TIME, "step")
 TRAINING = "training"  # the last progress line of this work stays on a terminal
+Level = Literal["info", "warning"]
 
 
 class LineScreen:
@@ -95,7 +95,7 @@ class LiveScreen(LineScreen):
     """Prints messages above one live progress line on a terminal."""
 
     def __init__(self, terminal: RichConsole):
-        super().__init__(self._print_line, _REFRESH_SECONDS)
+        super().__init__(terminal.print, _REFRESH_SECONDS)
         self._terminal = terminal
         self._text = Column(no_wrap=True, overflow="crop")
         self._live: RichProgress | None = None
@@ -111,7 +111,11 @@ class LiveScreen(LineScreen):
             return
         if kind == "error":  # else the live line would move below the error
             self.end_progress()
-        super().print(kind, content, lines)
+        level = {"message": content.get("level"), "error": "error"}.get(kind)
+        for line in lines:
+            # Lines of a result that begin with a level have its colour: the doctor's findings.
+            style = _STYLES.get(level or line.partition(" ")[0].rstrip(":"), "")
+            self._terminal.print(Text(printable_lines(line), style), soft_wrap=True)
 
     def _update(self, content: Fields, line: str) -> None:
         """Replace the live line; a narrow terminal cuts the end of its text."""
@@ -139,10 +143,6 @@ class LiveScreen(LineScreen):
         live, self._live = self._live, None
         if live is not None:
             live.stop()
-
-    def _print_line(self, line: str) -> None:
-        style = _STYLES.get(line.partition(" ")[0].rstrip(":"), "")
-        self._terminal.print(Text(line, style), soft_wrap=True)
 
 
 class NotebookScreen(LineScreen):
@@ -219,11 +219,6 @@ def _print(stream: SafeStream, line: str) -> None:
     stream.flush()
 
 
-def _message(text: str) -> tuple[str, Fields, list[str]]:
-    level = "warning" if text.startswith(WARNING) else "info"
-    return "message", {"level": level, "text": text.removeprefix(WARNING)}, [text]
-
-
 class Console:
     """Prints messages and progress to the screen and the log; ranks other than 0 print only errors.
 
@@ -237,15 +232,20 @@ class Console:
         self._screens = [log] if screen is None else [log, screen]
         self._last_shown = -math.inf
 
-    def say(self, text: str) -> None:
-        """Print one line and log it; a warning starts with "warning: "."""
+    def say(self, text: str, level: Level = "info") -> None:
+        """Print one line and log it."""
+        line = f"warning: {text}" if level == "warning" else text
         for screen in self._screens:
-            screen.print(*_message(text))
+            screen.print("message", {"level": level, "text": text}, [line])
+
+    def warn(self, text: str) -> None:
+        """Print and log a warning."""
+        self.say(text, "warning")
 
     def show(self, text: str) -> None:
         """Print one line without logging it: a log file may be readable by others."""
         if self._screen is not None:
-            self._screen.print(*_message(text))
+            self._screen.print("message", {"level": "info", "text": text}, [text])
 
     def alarm(self, text: str) -> None:
         """Print and log an error, on any rank and from any thread."""

@@ -400,7 +400,7 @@ def test_a_run_whose_model_reads_images_warns_of_data_without_any(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(Run, "say", lambda _, text: said.append(text))
+    monkeypatch.setattr(Run, "warn", lambda _, text: said.append(text))
     options = f"model.path={write_image_model(tmp_path / 'model')}", "model.images.train=none"
     for data, is_said in ((assets / "train.jsonl", True), (write_pictures(tmp_path), False)):
         config = run_of(assets, tmp_path, *options, "model.dtype=fp32", f"data.train=[{data}]")
