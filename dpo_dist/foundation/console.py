@@ -1,4 +1,8 @@
-"""A verb's console: rank 0 prints progress and results; output of libraries goes to logs/rank-N.log."""
+"""A verb's console: rank 0 prints progress and results; output of libraries goes to logs/rank-N.log.
+
+The log is written by `logging`, the screen is not: `logging.disable` and `dictConfig` of libraries and
+scripts would silence it, and a reader that has gone would be a traceback for each line.
+"""
 
 import contextlib
 import faulthandler
@@ -12,7 +16,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -46,7 +49,6 @@ _STYLES = {"error": "bold red", "warning": "yellow"}  # of a line on a terminal,
 _KINDS_WITH_TIME = ("message", "progress", "evaluation", "error")
 _EVENTS = (*_KINDS_WITH_TIME, "step")
 TRAINING = "training"  # the last progress line of this work stays on a terminal
-Level = Literal["info", "warning"]
 
 
 class LineScreen:
@@ -195,16 +197,16 @@ class Terminal(RichConsole):
 def open_screen(messages: SafeStream, objects: SafeStream, style: str) -> LineScreen:
     """Return the screen for a `console.style`: text goes to `messages`, JSON goes to `objects`."""
     if kept_document() is not None:
-        return DocumentScreen(partial(_print, messages), has_times=True)
+        return DocumentScreen(messages.write_line, has_times=True)
     if style == "json":
-        return JsonScreen(partial(_print, objects))
+        return JsonScreen(objects.write_line)
     if style == "auto" and is_notebook():
         return NotebookScreen()
     if style == "auto" and messages.isatty():
         terminal = Terminal(file=messages, highlight=False)  # type: ignore[arg-type]  # has the methods that rich calls
         if terminal.is_terminal and not terminal.is_dumb_terminal:
             return LiveScreen(terminal)
-    return LineScreen(partial(_print, messages), has_times=True)
+    return LineScreen(messages.write_line, has_times=True)
 
 
 def is_notebook() -> bool:
@@ -212,11 +214,6 @@ def is_notebook() -> bool:
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     session = getattr(getattr(shell, "kernel", None), "session", None)
     return getattr(session, "pid", None) == os.getpid()
-
-
-def _print(stream: SafeStream, line: str) -> None:
-    stream.write(f"{line}\n")  # one write: two would mix the lines of two threads
-    stream.flush()
 
 
 class Console:
@@ -232,7 +229,7 @@ class Console:
         self._screens = [log] if screen is None else [log, screen]
         self._last_shown = -math.inf
 
-    def say(self, text: str, level: Level = "info") -> None:
+    def say(self, text: str, level: Literal["info", "warning"] = "info") -> None:
         """Print one line and log it."""
         line = f"warning: {text}" if level == "warning" else text
         for screen in self._screens:
@@ -357,9 +354,7 @@ def open_console(rank_log: Callable[[str], Path], style: str = "auto") -> Iterat
     # Line buffering: else the lines of several processes would mix.
     streams = (os.fdopen(os.dup(number), "w", buffering=1) for number in (output_descriptor(), 2))
     objects, messages = map(SafeStream, streams)
-    with log_file.open(
-        "ab", buffering=0
-    ) as log:  # on a full disk a buffer would raise again when it is closed
+    with log_file.open("ab", buffering=0) as log:  # a buffer would raise again when a full disk's file closes
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         faulthandler.enable(2)  # a crash in native code, or at a truncated mapped file, logs its stack

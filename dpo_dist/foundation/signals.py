@@ -120,9 +120,8 @@ class StopRequest:
             return
         if not is_limit:
             self._first_signal = now
-            _follow_launcher(
-                0
-            )  # each thread of a dying launcher sends a signal: the second would end the save
+            # Each thread of a dying launcher sends a signal: the second would end the save.
+            _follow_launcher(0)
         name = BY_SECONDS if is_limit else signal.Signals(number).name
         self.ask(name)
         if not self._is_deferred:

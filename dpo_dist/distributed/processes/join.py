@@ -62,9 +62,7 @@ def _load_cpu_adam(say: Callable[[str], None]) -> None:
         say(f"waiting for a process that compiles {builder.name}; if that build was killed, delete {lock}")
     try:
         builder.load(verbose=False)
-    except (
-        Exception
-    ) as error:  # without nvcc, or with another version than PyTorch's, builders raise anything
+    except Exception as error:  # without nvcc, or with another one than PyTorch's, builders raise anything
         raise ConfigError(
             f"DeepSpeed's kernel {builder.name} cannot be compiled",
             where=key,

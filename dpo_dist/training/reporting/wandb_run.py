@@ -28,7 +28,6 @@ from dpo_dist.training.reporting.metrics_log import MetricsRow, log_position, no
 if TYPE_CHECKING:
     import wandb
 
-Stop = Callable[[], None]
 Mode = Literal["online", "offline"]
 
 STEP_AXIS = "train/global_step"
@@ -70,13 +69,15 @@ class TrackedRun:
     title: str
     settings: Fields  # the whole configuration, and the environment
     max_samples: int  # rows of the table of samples
-    stop: Stop  # called, from another thread, when someone stops the run on its W&B page
+    stop: Callable[[], None]  # called, from another thread, when someone stops the run on its W&B page
 
 
 class WandbRun:
     """The wandb run of a run directory, online or offline; methods raise wandb's errors.
 
-    Sends those rows of earlier starts, up to the position `end`, that wandb does not have.
+    Sends those rows of earlier starts, up to the position `end`, that wandb does not have. Not accelerate's
+    class, which has one way to start: it neither goes on offline, resumes a run whose service died, nor sends
+    histograms and tables with their rows.
     """
 
     run: "wandb.Run"
