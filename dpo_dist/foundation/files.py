@@ -30,9 +30,8 @@ _CREATED_SECONDS = 1
 _SAMPLE_BYTES = 4096
 _SAMPLES = 16
 _ESCAPED = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
-_UMASK = os.umask(
-    0o022
-)  # Python can only read the umask by setting it: done at import, before a thread writes files
+# Python can only read the umask by setting it: done at import, before a thread writes files.
+_UMASK = os.umask(0o022)
 os.umask(_UMASK)
 
 log = logging.getLogger(__name__)

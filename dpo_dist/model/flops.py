@@ -180,9 +180,8 @@ def compute_costs(
     """
     kept, copied = _KEPT_NUMBERS * flops.hidden_numbers, float(flops.key_numbers)
     is_masked = backend is AttentionBackend.sdpa
-    if (
-        is_masked and device is not None and device.type == "cuda"
-    ):  # SDPA repeats keys and values for each query head
+    if is_masked and device is not None and device.type == "cuda":
+        # SDPA repeats keys and values for each query head.
         copied = max(copied, flops.per_attended / _FORWARD_AND_BACKWARD)
     return ComputeCosts(
         key=_ATTENTION_SLOWNESS * flops.per_attended / flops.per_token,
