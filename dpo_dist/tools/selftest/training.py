@@ -108,7 +108,7 @@ def measure_speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
             check, way = f"speed of {shape}, {name}", [*words, *changed]
             rows, error = train_rows(folder, check, way, gpus, range(1, 7))
             if error:
-                yield failed_check(check, error)
+                yield failed_check(check, error, is_large=True)
                 continue
             # The first steps, in which kernels are chosen and compiled, do not count.
             values = {key: float(statistics.median(row[key] for row in rows[2:])) for key in _MEASURED}
