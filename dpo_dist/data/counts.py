@@ -219,18 +219,18 @@ def _kept(counts: Mapping[str, Any]) -> str:
     return kept if pairs == counts["kept"] else f"{kept}, {pluralize(pairs, 'example')} made of them"
 
 
-def describe_short_run(sampler: BatchSampler, unit: str = "pair") -> list[str]:
-    """Return a line for the log if the dataset is small for the batch size, else none."""
+def short_run_warnings(sampler: BatchSampler, unit: str = "pair") -> list[str]:
+    """Return a warning if the dataset is small for the batch size, else none."""
     pairs, batch = sampler.pairs_per_epoch, sampler.global_batch_pairs
     times = -(-min(batch, sampler.total_pairs) // pairs)
     if times > 1:
         return [
-            f"warning: an epoch has {pluralize(pairs, unit)} and trainer.global_batch_pairs is {batch:,}: "
+            f"an epoch has {pluralize(pairs, unit)} and trainer.global_batch_pairs is {batch:,}: "
             f"each {unit} occurs up to {times:,} times in one step"
         ]
     if sampler.steps == 1:
         return [
-            f"warning: the whole run is 1 step: {pluralize(sampler.total_pairs, unit)} with "
+            f"the whole run is 1 step: {pluralize(sampler.total_pairs, unit)} with "
             f"trainer.global_batch_pairs={batch}; lower it or raise trainer.epochs"
         ]
     return []

@@ -1,4 +1,8 @@
-"""A verb's console: rank 0 prints progress and results; output of libraries goes to logs/rank-N.log."""
+"""A verb's console: rank 0 prints progress and results; output of libraries goes to logs/rank-N.log.
+
+The log is written by `logging`, the screen is not: `logging.disable` and `dictConfig` of libraries and
+scripts would silence it, and a reader that has gone would be a traceback for each line.
+"""
 
 import contextlib
 import faulthandler
@@ -12,9 +16,8 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, TextColumn
@@ -36,13 +39,12 @@ from dpo_dist.foundation.streams import (
 from dpo_dist.foundation.text import duration, percent, pluralize, without_secrets
 from dpo_dist.foundation.types import Fields
 
-WARNING = "warning: "
 LINE_SECONDS = 30.0  # between two progress lines
 _REFRESH_SECONDS = 0.5
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
 _BAR_WIDTH, _LEAST_BAR = 20, 16
-_STYLES = {"error": "bold red", "warning": "yellow"}  # of a line on a terminal, by its first word
+_STYLES = {"error": "bold red", "warning": "yellow"}  # of a line on a terminal, by its level
 # In a scheduler's log file lines of these kinds begin with date and time; results do not.
 _KINDS_WITH_TIME = ("message", "progress", "evaluation", "error")
 _EVENTS = (*_KINDS_WITH_TIME, "step")
@@ -95,7 +97,7 @@ class LiveScreen(LineScreen):
     """Prints messages above one live progress line on a terminal."""
 
     def __init__(self, terminal: RichConsole):
-        super().__init__(self._print_line, _REFRESH_SECONDS)
+        super().__init__(terminal.print, _REFRESH_SECONDS)
         self._terminal = terminal
         self._text = Column(no_wrap=True, overflow="crop")
         self._live: RichProgress | None = None
@@ -111,7 +113,11 @@ class LiveScreen(LineScreen):
             return
         if kind == "error":  # else the live line would move below the error
             self.end_progress()
-        super().print(kind, content, lines)
+        level = {"message": content.get("level"), "error": "error"}.get(kind)
+        for line in lines:
+            # Lines of a result that begin with a level have its colour: the doctor's findings.
+            style = _STYLES.get(level or line.partition(" ")[0].rstrip(":"), "")
+            self._terminal.print(Text(printable_lines(line), style), soft_wrap=True)
 
     def _update(self, content: Fields, line: str) -> None:
         """Replace the live line; a narrow terminal cuts the end of its text."""
@@ -139,10 +145,6 @@ class LiveScreen(LineScreen):
         live, self._live = self._live, None
         if live is not None:
             live.stop()
-
-    def _print_line(self, line: str) -> None:
-        style = _STYLES.get(line.partition(" ")[0].rstrip(":"), "")
-        self._terminal.print(Text(line, style), soft_wrap=True)
 
 
 class NotebookScreen(LineScreen):
@@ -195,16 +197,16 @@ class Terminal(RichConsole):
 def open_screen(messages: SafeStream, objects: SafeStream, style: str) -> LineScreen:
     """Return the screen for a `console.style`: text goes to `messages`, JSON goes to `objects`."""
     if kept_document() is not None:
-        return DocumentScreen(partial(_print, messages), has_times=True)
+        return DocumentScreen(messages.write_line, has_times=True)
     if style == "json":
-        return JsonScreen(partial(_print, objects))
+        return JsonScreen(objects.write_line)
     if style == "auto" and is_notebook():
         return NotebookScreen()
     if style == "auto" and messages.isatty():
         terminal = Terminal(file=messages, highlight=False)  # type: ignore[arg-type]  # has the methods that rich calls
         if terminal.is_terminal and not terminal.is_dumb_terminal:
             return LiveScreen(terminal)
-    return LineScreen(partial(_print, messages), has_times=True)
+    return LineScreen(messages.write_line, has_times=True)
 
 
 def is_notebook() -> bool:
@@ -212,16 +214,6 @@ def is_notebook() -> bool:
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     session = getattr(getattr(shell, "kernel", None), "session", None)
     return getattr(session, "pid", None) == os.getpid()
-
-
-def _print(stream: SafeStream, line: str) -> None:
-    stream.write(f"{line}\n")  # one write: two would mix the lines of two threads
-    stream.flush()
-
-
-def _message(text: str) -> tuple[str, Fields, list[str]]:
-    level = "warning" if text.startswith(WARNING) else "info"
-    return "message", {"level": level, "text": text.removeprefix(WARNING)}, [text]
 
 
 class Console:
@@ -237,15 +229,20 @@ class Console:
         self._screens = [log] if screen is None else [log, screen]
         self._last_shown = -math.inf
 
-    def say(self, text: str) -> None:
-        """Print one line and log it; a warning starts with "warning: "."""
+    def say(self, text: str, level: Literal["info", "warning"] = "info") -> None:
+        """Print one line and log it."""
+        line = f"warning: {text}" if level == "warning" else text
         for screen in self._screens:
-            screen.print(*_message(text))
+            screen.print("message", {"level": level, "text": text}, [line])
+
+    def warn(self, text: str) -> None:
+        """Print and log a warning."""
+        self.say(text, "warning")
 
     def show(self, text: str) -> None:
         """Print one line without logging it: a log file may be readable by others."""
         if self._screen is not None:
-            self._screen.print(*_message(text))
+            self._screen.print("message", {"level": "info", "text": text}, [text])
 
     def alarm(self, text: str) -> None:
         """Print and log an error, on any rank and from any thread."""

@@ -255,7 +255,7 @@ def in_one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def warn_on_bug(what: str, say: Callable[[str], None]) -> Iterator[None]:
+def warn_on_bug(what: str, warn: Callable[[str], None]) -> Iterator[None]:
     """Turn a bug in the block into a warning that `what` is missing: a bug in a report must not end the run.
 
     Errors of files and of the user are raised: the same command continues once they are corrected.
@@ -266,7 +266,7 @@ def warn_on_bug(what: str, say: Callable[[str], None]) -> Iterator[None]:
         raise
     except Exception as bug:
         logging.getLogger(__name__).exception("%s is missing", what)
-        say(f"warning: {what} is missing because of a bug, see logs/rank-0.log: {first_line(bug)}")
+        warn(f"{what} is missing because of a bug, see logs/rank-0.log: {first_line(bug)}")
 
 
 class Arguments(argparse.ArgumentParser):

@@ -25,6 +25,11 @@ class SafeStream:
         self._try(lambda: _write(self._stream, text))
         return len(text)
 
+    def write_line(self, line: str) -> None:
+        """Write a line and flush it."""
+        self.write(f"{line}\n")  # one write: two would mix the lines of two threads
+        self.flush()
+
     def flush(self) -> None:
         """Flush the stream if that is possible."""
         self._try(self._stream.flush)
@@ -67,8 +72,7 @@ def print_line(text: str, to: TextIO | None = None) -> None:
     """Print a line without control characters to a standard stream; a full or closed one is no error."""
     to = to or sys.stdout
     stream = SafeStream(to)
-    stream.write(printable_lines(text) + "\n")
-    stream.flush()
+    stream.write_line(printable_lines(text))
     if not stream.is_open:
         _discard(to)
 

@@ -132,13 +132,13 @@ def check_positions(causal_lm: Any, max_length: int, key: str = "model.path") ->
         )
 
 
-def training_notes(model_config: Any, max_length: int) -> list[str]:
+def length_warnings(model_config: Any, max_length: int) -> list[str]:
     """Return a warning if `max_length` exceeds the model's positions."""
     positions = context_length(model_config)
     if positions is None or max_length - 1 <= positions:
         return []
     return [
-        f"warning: data.max_length={max_length:,} is more than the model's {positions:,} positions "
+        f"data.max_length={max_length:,} is more than the model's {positions:,} positions "
         "(max_position_embeddings): log-probs of longer sequences may be meaningless"
     ]
 

@@ -241,7 +241,7 @@ def export_model(
         rows = read_latest_rows(folder, state["step"], keep)
         is_evaluated = is_end and config.export.weights is ExportedWeights.last
         merged = replace(config, model=replace(config.model, adapter=None)) if config.export.merge else config
-        return run_card(merged, rows, summary, console.say, versions, loader, is_evaluated=is_evaluated)
+        return run_card(merged, rows, summary, console.warn, versions, loader, is_evaluated=is_evaluated)
 
     export_checkpoint(checkpoint, output, config, card, replaces=False)
 

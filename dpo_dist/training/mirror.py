@@ -121,7 +121,7 @@ class Mirror:
         for step in whole:
             if not (faults := self._download_checkpoint(step, names)):
                 break
-            self._console.say(f"warning: the mirror's {checkpoint_name(step)} is damaged and not used")
+            self._console.warn(f"the mirror's {checkpoint_name(step)} is damaged and not used")
         if faults:
             raise damaged_checkpoint(Path(f"{self._url}/{self._root}"), faults)
         self._get(ends, run.path)  # a killed download of a complete run must not look complete
@@ -180,7 +180,7 @@ class Mirror:
             except Exception as error:
                 if not self._failure:
                     later = "the next checkpoint tries again"
-                    self._console.say(f"warning: the mirror {self._url} fails, {later}: {shown_fault(error)}")
+                    self._console.warn(f"the mirror {self._url} fails, {later}: {shown_fault(error)}")
                 self._failure = shown_fault(error)
             else:
                 if self._failure:
@@ -260,7 +260,7 @@ class Mirror:
             return
         why = self._failure or f"{self._done:,} of {pluralize(self._files, 'file')} are there"
         again = "the same command uploads the others, or goes on from the run directory"
-        self._console.say(f"warning: the mirror {self._url} is behind the run: {why}; {again}")
+        self._console.warn(f"the mirror {self._url} is behind the run: {why}; {again}")
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self._folder.path).as_posix()

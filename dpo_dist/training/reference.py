@@ -183,7 +183,7 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
     if filler.costs.shares_prefixes and (saved := describe_saving(filler.computed_tokens, filler.tokens)):
         run.say(f"reference: {saved}")
     for name in sorted(filled.damaged):
-        run.say(f"warning: the reference store has a damaged file, which is ignored: {store}/{name}")
+        run.warn(f"the reference store has a damaged file, which is ignored: {store}/{name}")
     report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}
     provider = ReferenceProvider(store=filler.open_filled())
     # While the model is there a sample is scored again, unless the check before step 0 does it.

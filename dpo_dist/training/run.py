@@ -197,7 +197,7 @@ def record_start(
             shutil.rmtree(folder.samples, ignore_errors=True)
         if folder.summary.exists():
             folder.summary.unlink()
-            with warn_on_bug(folder.report.name, run.say):
+            with warn_on_bug(folder.report.name, run.warn):
                 write_page(folder)
 
     run.write(work)
@@ -276,7 +276,7 @@ def _set_up(
         run.clock.resume(checkpoint.state["work"])
         run.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
         for name in checkpoint.damaged:
-            run.say(f"warning: checkpoint {name} is damaged and not used")
+            run.warn(f"checkpoint {name} is damaged and not used")
         scale, report = checkpoint.state["loss_scale"], checkpoint.state["reference_report"]
         policy.set_loss_scale(None if scale is None else LossScale(**scale))
         checkpoints.resume(checkpoint.folder, position.best_step)
@@ -398,7 +398,7 @@ def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Record
     owes = position.evaluation_is_due
     resumed, plan = position.step or None, MetricPlan(run.config.loss)
     keep = [band.step for band in run.config.metrics.bands]
-    metrics = MetricsLog.open(run.folder, resumed, run.say, plan, evaluation_is_due=owes, keep=keep)
+    metrics = MetricsLog.open(run.folder, resumed, run.warn, plan, evaluation_is_due=owes, keep=keep)
     return reporting.open_recorder(run, metrics)
 
 
@@ -460,9 +460,7 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
         metric = run.config.trainer.keep_best if best is None else best.metric
         run.say(f"the weights of step {step} of {position.step} are the model, by {metric}")
         if best is None:
-            run.say(
-                "warning: no evaluation had a finite value of this metric: the model is that of the last step"
-            )
+            run.warn("no evaluation had a finite value of this metric: the model is that of the last step")
     with run.clock.measure("saving"):
         _write_model(loop, step, summary, run_card)
     summary["work"] = run.clock.read()
@@ -515,7 +513,7 @@ def _write_model(loop: Loop, step: int, summary: dict[str, Any], run_card: Calla
         ended = {**summary, "exit": RunOutcome.completed.value, "steps": step}
         ended["pairs_seen"] = checkpoint_state(checkpoint)["pairs_seen"]
         is_evaluated, versions = loop.inputs.eval_set is not None and is_last, package_versions()
-        return run_card(run.config, rows, ended, run.say, versions, loader, is_evaluated=is_evaluated)
+        return run_card(run.config, rows, ended, run.warn, versions, loader, is_evaluated=is_evaluated)
 
     def write() -> None:
         check_base(run.config.model, Path(run.config.reference.store), loop.identity["model"])

@@ -75,5 +75,5 @@ def test_a_band_of_a_recipe_that_is_missed_is_in_the_verdict(
     [missed] = summary(tmp_path / "run")["verdict"]["findings"]
     loss = history(tmp_path / "run")[-1]["eval_loss"]
     assert missed["rule"] == "outside_band"
-    assert missed["text"].startswith(f"eval_loss at step 2 is {loss:.3g}, not in the band 0 to 0.1. Try: ")
+    assert missed["text"] == f"eval_loss at step 2 is {loss:.3g}, not in the band 0 to 0.1"
     assert summary(tmp_path / "run")["verdict"]["sentence"].startswith("not in a band of the recipe: ")

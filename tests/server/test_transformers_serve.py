@@ -15,6 +15,7 @@ from transformers.utils.import_utils import is_serve_available
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig
 from dpo_dist.config.verb_sections import ServerConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
+from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.tools.sampling import served
 from dpo_dist.tools.sampling.respond import find_files, open_responder, respond
 from dpo_dist.tools.sampling.served import check_served, open_server
@@ -55,7 +56,9 @@ def test_transformers_serve_responds(serving: tuple[str, str], monkeypatch: pyte
     config = ModelConfig(path=folder, dtype=Dtype.fp32)
     responder = open_responder(find_files(folder, config, "model.path"), config, DataConfig())
     server = open_server(ServerConfig(url=url), responder)
-    assert "unchecked" in check_served(server, RECORDS, config, torch.device("cpu"))
+    said: list[str] = []
+    check_served(server, RECORDS, config, torch.device("cpu"), Console(LineScreen(said.append)))
+    assert "unchecked" in said[0]
     rows = respond(RECORDS, responder, server.generate, Sampling(6), range(2))
     assert [len(row.completions) for row in rows] == [2, 2]
     assert all(completion.content for row in rows for completion in row.completions)

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig
 from dpo_dist.config.verb_sections import ServerConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
+from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.sampling.generate import Request
 from dpo_dist.tools.sampling.respond import Responder, find_files, open_responder, usable_prompt
@@ -90,7 +91,9 @@ def opened(url: str, folder: str, **data: Any) -> Server:
 
 
 def check(url: str, folder: str) -> str:
-    return check_served(opened(url, folder), RECORDS, config(folder), CPU)
+    said: list[str] = []
+    check_served(opened(url, folder), RECORDS, config(folder), CPU, Console(LineScreen(said.append)))
+    return "\n".join(said)
 
 
 def written(folder: Path, change: Any) -> str:
@@ -141,7 +144,7 @@ def test_another_prompt_is_named(url: str, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Server, "complete", without_system)
     with pytest.raises(ConfigError, match="other prompts") as caught:
-        check_served(server, RECORDS, config(MODEL), CPU)
+        check_served(server, RECORDS, config(MODEL), CPU, Console(None))
     print(caught.value.got)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import logging
 import os
 import pty
@@ -25,6 +26,7 @@ import torch
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.console import (
     Console,
+    JsonScreen,
     LineScreen,
     LiveScreen,
     is_notebook,
@@ -174,6 +176,43 @@ def test_plain_lines_have_no_control_characters_and_those_that_a_stream_lacks_ar
     assert binary.getvalue() == b"na\\xefve\n"
 
 
+def shown_on(master: int) -> str:
+    """What a terminal has received."""
+    shown = ""
+    while select.select([master], [], [], 0.05)[0]:
+        shown += os.read(master, 100_000).decode()
+    return shown
+
+
+@pytest.mark.parametrize("text", ["x", "warning: x", "error: x"])
+def test_the_level_of_a_message_is_that_of_the_call_whatever_its_text(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs read it, and a terminal shows it as a colour."""
+    printed: list[str] = []
+    objects, plain = Console(JsonScreen(printed.append)), Console(LineScreen(printed.append))
+    for console in (objects, plain):
+        console.say(text)
+        console.warn(text)
+        console.show(text)
+    levels = ["info", "warning", "info"]
+    found = [json.loads(line) for line in printed[:3]]
+    assert [(each["kind"], each["level"], each["text"]) for each in found] == [
+        ("message", level, text) for level in levels
+    ]
+    assert printed[3:] == [text, f"warning: {text}", text]
+    monkeypatch.setenv("TERM", "xterm-256color")
+    master, _, screen = on_terminal()
+    live = Console(screen)
+    live.say(text)
+    live.warn(text)
+    live.alarm(text)
+    assert (
+        shown_on(master).replace("\r\n", "\n")
+        == f"{text}\n\x1b[33mwarning: {text}\x1b[0m\n\x1b[1;31m{text}\x1b[0m\n"
+    )
+
+
 def on_terminal() -> tuple[int, int, LineScreen]:
     """The ends of a new terminal, and the screen on it."""
     master, slave = pty.openpty()
@@ -187,10 +226,7 @@ def test_the_live_line_fits_the_terminal_with_its_bar(width: int, monkeypatch: p
     master, slave, screen = on_terminal()
     ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     show_step(Console(screen), *STATUS)
-    shown = ""
-    while select.select([master], [], [], 0.05)[0]:
-        shown += os.read(master, 100_000).decode()
-    line = re.sub(r"\x1b\[[\d;?]*\w", "", shown).rsplit("\r")[-1]
+    line = re.sub(r"\x1b\[[\d;?]*\w", "", shown_on(master)).rsplit("\r")[-1]
     assert "\n" not in line
     assert len(line) <= width
     assert line.startswith(LINE[: max(width - 22, 0)])

@@ -303,7 +303,7 @@ class _Pending:
 class CheckpointSaver:
     """Save the checkpoints of one run below `root` and keep the newest `keep_last`, at least one.
 
-    `say` is called with a warning on every rank, `committed` on rank 0 with the step of each committed
+    `say` is called with a message on every rank, `committed` on rank 0 with the step of each committed
     checkpoint, and `in_use` before others are deleted: it returns those that must stay for now.
     """
 

@@ -2,7 +2,8 @@
 
 A process that is blocked in a collective call cannot take part in another collective call, and while it waits
 for a CUDA kernel it runs no signal handler. Failures are therefore recorded in the rendezvous's key-value
-store, which a thread of each process reads.
+store, which a thread of each process reads. torchelastic's agent ends the processes of its own node only, and
+its error files (`record`) are of processes that can still write one: of a stopped process they blame another.
 """
 
 import contextlib
@@ -39,12 +40,12 @@ from dpo_dist.foundation.streams import keep_document
 
 T = TypeVar("T")
 
-FAREWELL_SECONDS = 5.0
-GRACE_SECONDS = 8.0
-PATIENCE_SECONDS = 10.0
+FAREWELL_SECONDS = 5.0  # for the reports of all ranks
+GRACE_SECONDS = 8.0  # in which the main thread may notice a failure: its error says more than the watcher's
+PATIENCE_SECONDS = 10.0  # after a failed collective call, until its cause is seen
 STORE_SECONDS = 10.0
-_PATIENCE_AFTER_SIGTERM_SECONDS = 1.0
-_NAMING_SECONDS = 10.0
+_PATIENCE_AFTER_SIGTERM_SECONDS = 1.0  # its cause came before it
+_NAMING_SECONDS = 10.0  # in which living ranks reach the last barrier
 _POLL_SECONDS = 1.0
 _EXIT_CODE, _FAILURES = "exit_code", "failures"
 # Errors that the end of another process can cause: in a collective call, or by the launcher's SIGTERM.
@@ -277,6 +278,7 @@ class Watcher(threading.Thread):
         seconds = min(_NAMING_SECONDS, self._world.timeout_seconds / 2)
         missing: list[int] = []
         try:
+            # In the group on the CPU: a kernel that hangs does not block it.
             timeout = timedelta(seconds=seconds)
             dist.monitored_barrier(self._world.control, timeout, wait_all_ranks=True)
         except RuntimeError as error:

@@ -326,7 +326,7 @@ def _unsupported(folder: Path, got: str, *, is_merged: bool = True) -> ConfigErr
     )
 
 
-def base_notes(config: ModelConfig, adapter: Path | None) -> list[str]:
+def base_warnings(config: ModelConfig, adapter: Path | None) -> list[str]:
     """Return a warning if an adapter names another base than `model.path`, by the last part of the paths."""
     content = {} if adapter is None else read_model_json(adapter / ADAPTER_CONFIG)
     named = str(content.get("base_model_name_or_path") or "")
@@ -334,6 +334,6 @@ def base_notes(config: ModelConfig, adapter: Path | None) -> list[str]:
     if not named or base == current:
         return []
     return [
-        f"warning: the adapter {adapter} was trained on {named}, but model.path is {config.path}: on another "
+        f"the adapter {adapter} was trained on {named}, but model.path is {config.path}: on another "
         "base's weights an adapter is noise"
     ]

@@ -412,7 +412,7 @@ def _write(
     prompts = [
         prompt_hash(record.prompt, record.images) for part in speakers[0].prompts.parts for record in part
     ]
-    trained = {each.name: count_trained(each.path, prompts, "prompt", console.say) for each in speakers}
+    trained = {each.name: count_trained(each.path, prompts, "prompt", console) for each in speakers}
     results = {
         "base": names[0],
         "judge": None if judge is None else str(judge),

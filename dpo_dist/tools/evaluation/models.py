@@ -19,7 +19,7 @@ from dpo_dist.distributed.checkpoint.saver import (
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ExitCode
-from dpo_dist.model.files.folder import base_notes, hub_commit, is_adapter
+from dpo_dist.model.files.folder import base_warnings, hub_commit, is_adapter
 from dpo_dist.model.files.load import check_same_vocabulary
 from dpo_dist.model.flops import compute_costs
 from dpo_dist.model.lora import add_adapter, load_adapter
@@ -92,7 +92,7 @@ def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objecti
         folder = run.folder
         name = entry.name(inputs, config.model, config.loss, config.metrics.function)
         hashes = map(int, dataset.prompt_hashes[:])
-        trained = {"prompts_also_in_train": count_trained(entry.path, hashes, config.loss.unit, run.say)}
+        trained = {"prompts_also_in_train": count_trained(entry.path, hashes, config.loss.unit, console)}
         dataset_with_count = replace(dataset, counts=dataset.counts | trained)
         reference, seed = config.reference.path or config.model.path, config.trainer.seed
         results = write_evaluation(
@@ -144,8 +144,8 @@ def load_evaluated(
         named = shared_model_folder(run, entry.path, revision, EVALUATION_MODEL_KEY, accepts_adapter=True)
         commit = hub_commit(named)
         if is_adapter(named):
-            for note in base_notes(config.model, named):
-                run.say(note)
+            for warning in base_warnings(config.model, named):
+                run.warn(warning)
             finish = partial(load_adapter, folder=named)
         else:
             folder, key, bits = (

@@ -1,6 +1,6 @@
 """Count evaluation prompts on which a model was trained, from the data of its run."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -12,12 +12,11 @@ from dpo_dist.config.schema import SourceConfig
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord, prompt_hash, readable, train_part
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DpoDistError, first_line
 
 
-def count_trained(
-    model: str, prompts: Iterable[int], unit: str, say: Callable[[str], None] = print
-) -> int | None:
+def count_trained(model: str, prompts: Iterable[int], unit: str, console: Console) -> int | None:
     """Return on how many of these prompts (by `prompt_hash`) a model was trained; print a warning if any.
 
     None if no run trained the model, or, with a note, if its run's data cannot be read. `unit`: pair or
@@ -31,13 +30,15 @@ def count_trained(
     try:
         trained = _training_prompts(run.config)
     except (OSError, ValueError, DpoDistError) as error:
-        say(f"note: it is not known whether {model} was trained on these {unit}s: {first_line(error)}")
+        console.say(
+            f"note: it is not known whether {model} was trained on these {unit}s: {first_line(error)}"
+        )
         return None
     hashes = list(prompts)
     count = sum(prompt in trained for prompt in hashes)
     if count:
-        say(
-            f"warning: {count:,} of {len(hashes):,} {unit}s are not held out: {model} was trained on their "
+        console.warn(
+            f"{count:,} of {len(hashes):,} {unit}s are not held out: {model} was trained on their "
             "prompts, so the results say little about new prompts"
         )
     return count

@@ -157,9 +157,8 @@ class Estimate:
             is_wide = self.machine.gpus > GPUS_PER_NODE
         gradients = float((4 if is_wide else self.number) * self.trained)
         sent = self.number * self.trained + gradients  # bytes of a step
-        if (
-            self._is_sharded
-        ):  # gathers weights twice a micro-batch, or twice a step if nodes keep copies (hpz)
+        if self._is_sharded:
+            # Weights are gathered twice a micro-batch, or twice a step if nodes keep copies (hpz).
             gathers = 2 * self.times if parallelism.hpz == 1 else 2
             sent = self.times * gradients + gathers * self.whole
         return self.steps * sent / self._link

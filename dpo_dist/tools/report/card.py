@@ -165,7 +165,7 @@ def run_card(
     config: RunConfig,
     rows: Sequence[MetricsRow],
     summary: dict[str, Any],
-    say: Callable[[str], None],
+    warn: Callable[[str], None],
     versions: Mapping[str, str],
     loader: str,
     *,
@@ -177,7 +177,7 @@ def run_card(
     the model's auto class. `is_evaluated`: whether the last evaluation of training scored this model.
     """
     folder, evaluation, card = RunFolder(config.run.path), {}, ""
-    with warn_on_bug("the model card", say):
+    with warn_on_bug("the model card", warn):
         run_verdict = verdict(rows, summary, data_findings(folder))
         results = folder.named_evaluation(LAST_EVALUATION).results
         if is_evaluated and results.is_file():

@@ -43,7 +43,7 @@ class RunRecorder:
         """Write a metrics row and send it to the trackers; warn if its samples look wrong."""
         alarm, is_new = None, False
         if "eval_samples/prompts" in row:
-            with warn_on_bug("the comparison of samples with earlier ones", self.run.say):
+            with warn_on_bug("the comparison of samples with earlier ones", self.run.warn):
                 before = self.metrics.sample.evaluations
                 alarm, is_new = sample_alarm([*before, row]), sample_alarm(before) is None
             row = {**row, "eval_samples/alarms": float(alarm is not None)}
@@ -51,13 +51,13 @@ class RunRecorder:
         self.trackers.log(row, margins)
         if alarm is not None and is_new:
             headline = RUN_RULES[alarm.rule].text
-            self.run.say(f"warning: {headline} after step {row['step']:,.0f}: {alarm.with_remedy}")
+            self.run.warn(f"{headline} after step {row['step']:,.0f}: {alarm.with_remedy}")
         if self.on_row is not None and self.on_row(dict(row)):
             self.run.stops.request.ask("on_row")
 
     def evaluation(self, means: dict[str, float], values: PairValues, inputs: Inputs) -> None:
         """Write the files of the evaluation after the last step."""
-        with warn_on_bug("the last evaluation's folder", self.run.say):
+        with warn_on_bug("the last evaluation's folder", self.run.warn):
             model, dataset = str(self.run.folder.model), inputs.eval_set
             assert dataset is not None, "evaluations have data"
             config, folder, loss = self.run.config, self.run.folder, self.run.config.loss
@@ -82,17 +82,17 @@ class RunRecorder:
         run, rows, folder = self.run, self.metrics.rows, self.run.folder
         final_summary = {**summary, "exit": outcome.value}
         lines: list[str] = []
-        with warn_on_bug("the verdict", run.say):
+        with warn_on_bug("the verdict", run.warn):
             run_verdict = verdict(rows, final_summary, data_findings(folder))
             final_summary["verdict"] = run_verdict.as_dict()
             lines = run_verdict.lines()
         self.metrics.close(final_summary)
-        with warn_on_bug(folder.curves.name, run.say):
+        with warn_on_bug(folder.curves.name, run.warn):
             draw_curves(rows, folder.curves, folder.path.name)
-        with warn_on_bug(folder.report.name, run.say):
+        with warn_on_bug(folder.report.name, run.warn):
             write_page(folder, rows=rows)
         self.trackers.finish(outcome.value, final_summary)
-        with warn_on_bug("the closing table", run.say):
+        with warn_on_bug("the closing table", run.warn):
             lines = [*closing_table(folder, rows, final_summary), *lines]
         run.console.result("summary", {"run_dir": str(folder.path), **final_summary}, lines)
 
@@ -106,7 +106,7 @@ def open_recorder(run: Run, metrics: MetricsLog, on_row: OnRow | None = None) ->
     ask = partial(run.stops.request.ask, BY_TRACKER)
     environment = json.loads(run.folder.environment.read_bytes())
     end = max(map(log_position, metrics.rows), default=-1.0)
-    trackers = open_trackers(tracked_run(run, environment, ask), end, run.say)
+    trackers = open_trackers(tracked_run(run, environment, ask), end, run.console)
     return RunRecorder(run, metrics, trackers, on_row)
 
 

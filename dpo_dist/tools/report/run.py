@@ -174,11 +174,11 @@ def verdict_for_page(facts: PageFacts) -> Mapping[str, Any]:
         return {}
     findings = []
     for finding in stored["findings"]:
-        fact, _, advice = finding["text"].partition(". Try: ")
         # The verdict's sentence already has the facts of the worst finding.
-        fact = "" if fact in stored["sentence"] else fact
+        fact = "" if finding["text"] in stored["sentence"] else finding["text"]
         rule = RUN_RULES.get(finding["rule"])  # None: of another version
-        findings.append({"headline": rule.text if rule else finding["rule"], "fact": fact, "advice": advice})
+        headline, advice = rule.text if rule else finding["rule"], finding["remedy"]
+        findings.append({"headline": headline, "fact": fact, "advice": advice})
     rules = [RUN_RULES.get(finding["rule"]) for finding in stored["findings"]]
     level = "good" if all(rule and rule.level is Level.note for rule in rules) else "warning"
     if facts.summary.get("exit") == RunOutcome.diverged:

@@ -103,7 +103,7 @@ class RunSamples:
                 for prompt, response, other in zip(self.prompts, asked, others, strict=True)
             ]
             write_text(self.run.folder.samples_file(step), "".join(map(json_line, rows)))
-            with warn_on_bug("the row of metrics of samples", self.run.say):
+            with warn_on_bug("the row of metrics of samples", self.run.warn):
                 metrics |= {"samples/prompts": float(len(asked)), **self._metrics("samples/", asked)}
                 if self.reference is not None:
                     metrics |= self._metrics("samples/reference_", self.reference)
@@ -201,7 +201,7 @@ class RunSamples:
                     model, requests, self.sampling, *limits, without_adapter=without_adapter
                 )
         except NotFiniteError:
-            self.run.say("warning: no samples: the model's logits are not finite")
+            self.run.warn("no samples: the model's logits are not finite")
             return None
         self.seconds = time.monotonic() - started
         return [

@@ -576,7 +576,8 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the section `verdict` of summary.json."""
-        findings = [{"rule": finding.rule, "text": finding.with_remedy} for finding in self.findings]
+        fields = ("rule", "text", "remedy")  # of those in doctor.json
+        findings = [{name: getattr(finding, name) for name in fields} for finding in self.findings]
         return {"sentence": self.sentence, "findings": findings}
 
     def lines(self) -> list[str]:

@@ -188,7 +188,7 @@ class Prompts:
         def ready() -> None:
             if endpoint.reload is not None:
                 reload_server(endpoint, source)
-            console.say(check_served(open_server(endpoint, responder), records, model, world.device))
+            check_served(open_server(endpoint, responder), records, model, world.device, console)
 
         with console.heartbeat(f"checking that the server serves {source.name}"), unsharded_loading(world):
             world.on_main(ready)

@@ -24,6 +24,7 @@ from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.config.verb_sections import ServerConfig
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.distributed.memory import return_memory
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import pluralize, without_secrets
 from dpo_dist.model.packed import packed_logps
@@ -192,9 +193,13 @@ def reload_server(endpoint: ServerConfig, source: ModelSource) -> None:
 
 
 def check_served(
-    server: Server, records: Sequence[PreferenceRecord], model: ModelConfig, device: torch.device
-) -> str:
-    """Return how log-probs of the server's responses differ from ours; raise ConfigError if by too much."""
+    server: Server,
+    records: Sequence[PreferenceRecord],
+    model: ModelConfig,
+    device: torch.device,
+    console: Console,
+) -> None:
+    """Print how log-probs of the server's responses differ from ours; raise ConfigError if by too much."""
     short = Sampling(CHECK_TOKENS, is_default=True)
     asked = [usable_prompt(record, server.responder, short) for record in records[:CHECKED]]
     usable = [prompt.prompt_ids for prompt in asked if not isinstance(prompt, str)]
@@ -215,7 +220,8 @@ def check_served(
             examples.append(Example(ids, (np.array(tokens, dtype=np.int32),)))
             theirs += reply.logps
     if not theirs:
-        return f"warning: {server}: unchecked, because there are no log-probs to compare"
+        console.warn(f"{server}: unchecked, because there are no log-probs to compare")
+        return
     # The server has the folder's weights, also where training quantises them.
     whole = replace(model, quantization=None)
     exact, of_rounded_weights = _logps(
@@ -233,7 +239,8 @@ def check_served(
         f"(mean difference {mean:+.4f}); bf16 rounding makes {rounding:.4f}"
     )
     if size <= most:
-        return f"{server}: {said}"
+        console.say(f"{server}: {said}")
+        return
     # 8 bits make 2.4 times what bf16 makes.
     few = "a quantised copy, or weights of a few steps before"
     cause = few if size < 5 * rounding else "other weights, such as an earlier round's, or other prompts"

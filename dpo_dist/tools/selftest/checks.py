@@ -55,16 +55,19 @@ class Check(NamedTuple):
 def shared_facts(date: str, checks: Sequence[Check]) -> dict[str, Any]:
     """Return what one machine tells others: devices, versions, speeds, outcomes; no name, path or error."""
     values = {check.name: check.values for check in checks}
-    gpus = Counter(facts["name"] for name, facts in values.items() if name.startswith("GPU "))
+    gpus = Counter(facts["name"] for facts in values.values() if "name" in facts)
     device = ", ".join(f"{number} x {name}" for name, number in gpus.items()) or "CPU"
-    speeds = {name: facts for name, facts in values.items() if name.startswith("speed of ") and facts}
+    speeds = {name: facts for name, facts in values.items() if "pairs_per_second" in facts}
     facts = {"date": date, "device": device, "versions": values.get("versions", {}), "speeds": speeds}
     return {**facts, "checks": {check.name: check.outcome for check in checks}}
 
 
-def failed_check(name: str, error: str) -> Check:
-    """Return a check that ended with an error, `skipped` for want of a package, a newer torch or room."""
-    lacks = _NOT_INSTALLED + _NO_ROOM * name.startswith("speed")
+def failed_check(name: str, error: str, *, is_large: bool = False) -> Check:
+    """Return a check that ended with an error, `skipped` for want of a package or a newer torch.
+
+    One that `is_large` may also lack room.
+    """
+    lacks = _NOT_INSTALLED + _NO_ROOM * is_large
     return Check(name, "skipped" if any(lack in error for lack in lacks) else "failed", error)
 
 
@@ -368,7 +371,7 @@ def measure_speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
             check, way = f"speed of {shape}, {name}", [*words, *changed]
             rows, error = train_rows(folder, check, way, gpus, range(1, 7))
             if error:
-                yield failed_check(check, error)
+                yield failed_check(check, error, is_large=True)
                 continue
             # The first steps, in which kernels are chosen and compiled, do not count.
             values = {key: float(statistics.median(row[key] for row in rows[2:])) for key in _MEASURED}

@@ -137,7 +137,7 @@ class MetricsLog:
         cls,
         folder: RunFolder,
         resume_step: int | None,
-        say: Callable[[str], None] = print,
+        warn: Callable[[str], None] = print,
         plan: "MetricPlan | None" = None,
         *,
         evaluation_is_due: bool = False,
@@ -146,8 +146,8 @@ class MetricsLog:
         """Start a log, or continue the one in `folder`.
 
         Rows after `resume_step` (None for a new run) are dropped, because training computes them again; with
-        `evaluation_is_due`, also the evaluation at this step. `say` gets a warning if existing rows are
-        missing or replaced. `keep`: steps whose rows stay in memory.
+        `evaluation_is_due`, also the evaluation at this step. `warn` is called if existing rows are missing
+        or replaced. `keep`: steps whose rows stay in memory.
         """
         end = -1.0 if resume_step is None else resume_step + (0.0 if evaluation_is_due else _AFTER_STEP)
         sample, is_replaced = RowSample(keep=keep), False
@@ -159,9 +159,9 @@ class MetricsLog:
                     sample.add(row)
                 is_replaced = resume_step is None
         if is_replaced:
-            say("warning: training starts again: an earlier start left no checkpoint; its rows are replaced")
+            warn("training starts again: an earlier start left no checkpoint; its rows are replaced")
         elif resume_step is not None and not (has_file or sample.rows):
-            say(f"warning: metrics up to step {resume_step} are lost: {folder.rows} is missing")
+            warn(f"metrics up to step {resume_step} are lost: {folder.rows} is missing")
         # Tables of an earlier end would lack the rows of this start; `write_tables` reads the header.
         folder.log_history.unlink(missing_ok=True)
         files.write_text(folder.metrics_table, ",".join(csv_columns(plan)) + "\n")

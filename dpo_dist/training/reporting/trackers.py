@@ -21,13 +21,13 @@ from dpo_dist.config.metrics import METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DEFAULT_PROJECT, TrackerName
 from dpo_dist.foundation import files
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import RunOutcome, StoppedError, first_line
 from dpo_dist.foundation.text import pluralize, without_secrets
 from dpo_dist.foundation.types import Fields
 from dpo_dist.objective.metrics import PairColumn
 from dpo_dist.training.reporting.metrics_log import MetricsRow, csv_columns, log_position, stored_rows
 from dpo_dist.training.reporting.wandb_run import (
-    Say,
     TrackedRun,
     WandbRun,
     end_service,
@@ -35,7 +35,6 @@ from dpo_dist.training.reporting.wandb_run import (
     upload_command,
     wandb_name,
     wanted_mode,
-    warn,
 )
 
 _OPEN_SECONDS, _FINISH_SECONDS, _FINISH_ON_ERROR_SECONDS, _KILL_SECONDS = 10.0, 30.0, 4.0, 2.0
@@ -159,8 +158,8 @@ class InBackground:
     `start` opens the run. A row that cannot be sent is tried again before the next one, and at the end.
     """
 
-    def __init__(self, name: str, start: Callable[[], OpenRun | None], say: Say, folder: RunFolder):
-        self._name, self._say, self._folder = name, say, folder
+    def __init__(self, name: str, start: Callable[[], OpenRun | None], console: Console, folder: RunFolder):
+        self._name, self._console, self._folder = name, console, folder
         self._run: OpenRun | None = None
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._end: Call  # of `finish`
@@ -190,10 +189,10 @@ class InBackground:
                     self._run.is_over = True
                 end_service(kills=True)
                 self._thread.join(_KILL_SECONDS)
-            warn(f"{self._name} has not finished in time and is stopped{advice}", self._say)
+            self._console.warn(f"{self._name} has not finished in time and is stopped{advice}")
         if lost := self._logged - self._sent:
             rows = f"{lost:,} of the {pluralize(self._logged, 'row')} of this start"
-            warn(f"{rows} were not sent to {self._name}; {self._folder.log_history} has all", self._say)
+            self._console.warn(f"{rows} were not sent to {self._name}; {self._folder.log_history} has all")
 
     def _work(self, start: Callable[[], OpenRun | None]) -> None:
         with self._warns("cannot start, training continues without it"):
@@ -224,7 +223,7 @@ class InBackground:
             yield
         except (Exception, SystemExit) as error:  # some packages exit
             if failure and not self._is_late:
-                warn(f"{self._name} {failure}: {first_line(error)}", self._say)
+                self._console.warn(f"{self._name} {failure}: {first_line(error)}")
 
 
 class Trackers:
@@ -257,11 +256,11 @@ class Trackers:
             raise
 
 
-def open_trackers(tracked: TrackedRun, end: float, say: Say) -> Trackers:
+def open_trackers(tracked: TrackedRun, end: float, console: Console) -> Trackers:
     """Start or resume a run's trackers at the same time, without waiting for a slow server.
 
     `end`: the position of the last row before the checkpoint from which training resumes; -1 for a new run.
-    Other threads also call `say`.
+    Other threads also print to `console`.
     """
     trackers: list[InBackground] = []
     for name in dict.fromkeys(tracked.tracking.to):
@@ -269,8 +268,8 @@ def open_trackers(tracked: TrackedRun, end: float, say: Say) -> Trackers:
         if name is TrackerName.wandb:
             if wanted_mode(tracked.tracking.wandb) is None:
                 continue
-            start = partial(open_wandb, tracked, end, say)
-        trackers.append(InBackground(name, start, say, tracked.folder))
+            start = partial(open_wandb, tracked, end, console)
+        trackers.append(InBackground(name, start, console, tracked.folder))
     until = time.monotonic() + _OPEN_SECONDS
     for tracker in trackers:  # so that the messages of a fast start come in order
         tracker.is_open.wait(max(until - time.monotonic(), 0.0))

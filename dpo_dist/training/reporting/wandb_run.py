@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import os
 import shlex
 import sys
@@ -19,6 +18,7 @@ from dpo_dist.config.metrics import PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DEFAULT_PROJECT, TrackingConfig, WandbMode
 from dpo_dist.foundation import files
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, first_line
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.foundation.types import Fields
@@ -28,8 +28,6 @@ from dpo_dist.training.reporting.metrics_log import MetricsRow, log_position, no
 if TYPE_CHECKING:
     import wandb
 
-Say = Callable[[str], None]
-Stop = Callable[[], None]
 Mode = Literal["online", "offline"]
 
 STEP_AXIS = "train/global_step"
@@ -48,8 +46,6 @@ _MODES = {
 _CELL_CHARACTERS = 4000
 _BINS = 64
 _HEADER_BYTES = 7
-
-_log = logging.getLogger(__name__)
 
 
 def wandb_name(key: str) -> str:
@@ -73,13 +69,15 @@ class TrackedRun:
     title: str
     settings: Fields  # the whole configuration, and the environment
     max_samples: int  # rows of the table of samples
-    stop: Stop  # called, from another thread, when someone stops the run on its W&B page
+    stop: Callable[[], None]  # called, from another thread, when someone stops the run on its W&B page
 
 
 class WandbRun:
     """The wandb run of a run directory, online or offline; methods raise wandb's errors.
 
-    Sends those rows of earlier starts, up to the position `end`, that wandb does not have.
+    Sends those rows of earlier starts, up to the position `end`, that wandb does not have. Not accelerate's
+    class, which has one way to start: it neither goes on offline, resumes a run whose service died, nor sends
+    histograms and tables with their rows.
     """
 
     run: "wandb.Run"
@@ -199,23 +197,23 @@ class WandbRun:
             action()
 
 
-def open_wandb(tracked: TrackedRun, end: float, say: Say) -> WandbRun | None:
+def open_wandb(tracked: TrackedRun, end: float, console: Console) -> WandbRun | None:
     """Start or resume the wandb run of a run directory; return None if it cannot start.
 
-    Never raises or prompts. A run that cannot go online is stored in the directory for a later upload; `say`
-    gets the reason and the run's address.
+    Never raises or prompts. A run that cannot go online is stored in the directory for a later upload; the
+    reason and the run's address are printed.
     """
     # Without this variable wandb writes the files of tables into the home directory.
     os.environ.setdefault("WANDB_DATA_DIR", str(tracked.folder.wandb_id.with_name("staging").absolute()))
-    for mode in _modes_to_try(wanted_mode(tracked.tracking.wandb), say):
+    for mode in _modes_to_try(wanted_mode(tracked.tracking.wandb), console):
         try:
             tracker = WandbRun(tracked, mode, end)
         except Exception as error:
-            warn(f"wandb cannot start {mode}: {first_line(error)}", say)
+            console.warn(f"wandb cannot start {mode}: {first_line(error)}")
             end_service()
             continue
         is_offline = f"offline; upload with: {upload_command(tracked.folder)}"
-        say(f"wandb: {is_offline if mode == 'offline' else tracker.run.url}")
+        console.say(f"wandb: {is_offline if mode == 'offline' else tracker.run.url}")
         return tracker
     return None
 
@@ -225,16 +223,18 @@ def wanted_mode(wanted: WandbMode) -> WandbMode | None:
     return _MODES.get(_environment_variable("WANDB_MODE"), wanted) if wanted is WandbMode.auto else wanted
 
 
-def _modes_to_try(wanted: WandbMode | None, say: Say) -> list[Mode]:
+def _modes_to_try(wanted: WandbMode | None, console: Console) -> list[Mode]:
     if wanted in (None, WandbMode.offline):
         return ["offline"] if wanted else []
     try:
         has_key = _set_up("online").login(prompt=False, verify=False)
     except Exception as error:
-        warn(f"wandb cannot log in: {first_line(error)}", say)
+        console.warn(f"wandb cannot log in: {first_line(error)}")
         has_key = False
     if not has_key and wanted is WandbMode.online:
-        warn("wandb has no usable key, and the run is tracked offline; run `wandb login` to store a key", say)
+        console.warn(
+            "wandb has no usable key, and the run is tracked offline; run `wandb login` to store a key"
+        )
     return ["online", "offline"] if has_key else ["offline"]
 
 
@@ -248,12 +248,6 @@ def _set_up(mode: Mode) -> Any:
 
     wandb.setup(wandb.Settings(silent=True, mode=mode))
     return wandb
-
-
-def warn(text: str, say: Say) -> None:
-    """Print a warning, and write it to the log file."""
-    _log.warning(text)
-    say(f"warning: {text}")
 
 
 def upload_command(folder: RunFolder) -> str:

@@ -15,7 +15,7 @@ from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.config.schema import ModelConfig, ParallelismKind, ReferenceMode, SourceConfig
-from dpo_dist.data.counts import describe_counts, describe_short_run
+from dpo_dist.data.counts import describe_counts, short_run_warnings
 from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
@@ -34,12 +34,12 @@ from dpo_dist.distributed.processes.world import World
 from dpo_dist.model.architectures import (
     check_causal,
     check_positions,
+    length_warnings,
     router_loss,
     router_notes,
-    training_notes,
 )
 from dpo_dist.model.attention.ulysses import check_shared_tokens
-from dpo_dist.model.files.folder import base_notes, model_folder, start_folder
+from dpo_dist.model.files.folder import base_warnings, model_folder, start_folder
 from dpo_dist.model.files.load import check_contents_at_hand, load_config, load_encoder, without_weights
 from dpo_dist.model.files.stops import stop_notes
 from dpo_dist.model.flops import StepFlops, step_flops
@@ -55,7 +55,7 @@ T = TypeVar("T")
 _Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
 
 _NO_END = (
-    "warning: the tokenizer has no end token (eos_token): a response ends only with the chat template's end "
+    "the tokenizer has no end token (eos_token): a response ends only with the chat template's end "
     "of a turn, and the trained model stops nowhere else; set eos_token in tokenizer_config.json"
 )
 
@@ -143,8 +143,8 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
             run.say(line)
         if labels := dataset.counts.get("labels"):
             run.say(f"  {labels['good']:,} good and {labels['bad']:,} bad responses")
-    for line in describe_short_run(sampler, config.loss.unit):
-        run.say(line)
+    for warning in short_run_warnings(sampler, config.loss.unit):
+        run.warn(warning)
     return inputs
 
 
@@ -191,12 +191,15 @@ def _load(
     if trains:
         world.together(lambda: check_device(config.model, model_config.get_text_config(), world.device))
     router = router_loss(routers, causal_lm)
-    notes = training_notes(model_config, longest)
+    for note in [*text_notes(causal_lm), *router_notes(routers, causal_lm)]:
+        run.say(note)
+    for warning in length_warnings(model_config, longest):
+        run.warn(warning)
     if not tokenizer.eos_token:
-        notes.append(_NO_END)
-    notes += base_notes(config.model, start)
-    notes += stop_notes(tokenizer, config.data, folder) if trains else []
-    for note in [*text_notes(causal_lm), *router_notes(routers, causal_lm), *notes]:
+        run.warn(_NO_END)
+    for warning in base_warnings(config.model, start):
+        run.warn(warning)
+    for note in stop_notes(tokenizer, config.data, folder) if trains else ():
         run.say(note)
     if trains:
         with unsharded_loading(world):
@@ -216,7 +219,7 @@ def _load(
         opened = partial(open_dataset, encoded, config.data, processor)
         dataset = _on_every_rank(run, opened, f"verifying the {name} data")
         if processor is not None and dataset.images is None:
-            run.say(f"warning: no usable record of the {name} data has an image: {NO_IMAGE}")
+            run.warn(f"no usable record of the {name} data has an image: {NO_IMAGE}")
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_fits_loss(dataset, config.loss))
         return dataset

@@ -75,6 +75,10 @@ class Run:
         """Print a line; on rank 0 only."""
         self.console.say(text)
 
+    def warn(self, text: str) -> None:
+        """Print a warning; on rank 0 only."""
+        self.console.warn(text)
+
     def shard(self, dataset: PreferenceDataset, indices: Indices, costs: ComputeCosts) -> RankBatch:
         """Return this rank's micro-batches of a global batch."""
         place, loss = (self.world.replica, self.world.replicas), self.config.loss
@@ -125,19 +129,19 @@ def open_run(
         np.random.seed(seed)
         torch.manual_seed(seed)
         grouped = with_sequence_groups(world, config.parallelism.sequence_parallel)
-        with warn_of_recompiles(console.say):
+        with warn_of_recompiles(console.warn):
             yield Run(config, grouped, console, stop, began)
 
 
 @contextlib.contextmanager
-def warn_of_recompiles(say: Callable[[str], None]) -> Iterator[None]:
+def warn_of_recompiles(warn: Callable[[str], None]) -> Iterator[None]:
     """Print a warning, once, if torch stops compiling layers inside the block."""
     dynamo, handler = logging.getLogger("torch._dynamo"), logging.Handler(logging.WARNING)
 
     def look(record: logging.LogRecord) -> bool:
         if "recompile_limit" in record.getMessage():
-            say(
-                "warning: layers get more kinds of inputs than torch compiles, and are slow for the others: "
+            warn(
+                "layers get more kinds of inputs than torch compiles, and are slow for the others: "
                 "set model.fused=auto"
             )
             dynamo.removeHandler(handler)
@@ -167,7 +171,7 @@ def say_header(run: Run) -> None:
             run.say(f"hint: this CPU has no instructions for bf16{hint}")
     run.say(f"data: {train}; evaluation: {evaluation or share}")
     if warning := rate_warning(config.model.adapter, config.optim):
-        run.say(f"warning: {warning}")
+        run.warn(warning)
     groups = (
         "" if world.sequence is None else f", in groups of {world.sequence.ranks} for sequence parallelism"
     )

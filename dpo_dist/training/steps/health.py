@@ -24,16 +24,15 @@ from dpo_dist.training.steps.state import BestCheckpoint, Health, Position
 from dpo_dist.training.steps.step import Objective, ReadyStep, StepTotals, gather_pairs, in_batch_order
 
 
-def count_spike(row: MetricsRow, rows: Sequence[MetricsRow], say: Callable[[str], None]) -> None:
+def count_spike(row: MetricsRow, rows: Sequence[MetricsRow], warn: Callable[[str], None]) -> None:
     """Add `loss_spikes`, the number of spikes so far, to the row that follows `rows`; warn of a new spike."""
     last: MetricsRow = next((before for before in reversed(rows) if "loss" in before), {})
     row["loss_spikes"] = last.get("loss_spikes", 0)
     typical = loss_before_spike(rows, row)
     if typical is not None:
         row["loss_spikes"] += 1
-        say(
-            f"warning: the loss jumped to {row['loss']:.4g} at step {row['step']:.0f}, "
-            f"from a median of {typical:.4g}"
+        warn(
+            f"the loss jumped to {row['loss']:.4g} at step {row['step']:.0f}, from a median of {typical:.4g}"
         )
 
 

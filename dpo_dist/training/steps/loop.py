@@ -286,8 +286,8 @@ class Loop:
             return write_bad_step(file, step, totals, map(self.inputs.train_set.origin, indices), losses)
 
         causes = self.run.write(write)
-        self.run.say(
-            f"warning: step {step} was skipped: loss {totals.means['loss']:.4g}, gradient norm "
+        self.run.warn(
+            f"step {step} was skipped: loss {totals.means['loss']:.4g}, gradient norm "
             f"{totals.grad_norm:.4g}; {causes}; all pairs of the step: {file}"
         )
 
@@ -378,7 +378,7 @@ class Loop:
             return
         row = {"step": position.step, "epoch": self.inputs.sampler.epoch(position.step - 1), **values}
         if "loss" in row:
-            count_spike(row, self.recorder.metrics.sample.steps, self.run.say)
+            count_spike(row, self.recorder.metrics.sample.steps, self.run.warn)
         self.recorder.row(row, margins)
         show_row(self.run.console, row, self.inputs.sampler.steps, self.run.config.loss.unit)
 

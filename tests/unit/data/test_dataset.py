@@ -15,7 +15,7 @@ from dpo_dist.batching.sampler import SourceSpan, make_sampler
 from dpo_dist.batching.step_batch import collate, shard_batch
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import OnBadRecord, Ranked, SourceConfig, TrainerConfig
-from dpo_dist.data.counts import describe_counts, describe_short_run
+from dpo_dist.data.counts import describe_counts, short_run_warnings
 from dpo_dist.data.encoded import build as build_dataset_module
 from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
@@ -306,6 +306,6 @@ def test_duplicates_are_counted(tmp_path: Path) -> None:
     ],
 )
 def test_a_very_short_run_is_announced(pairs: int, trainer: dict[str, Any], expected: str | None) -> None:
-    lines = describe_short_run(make_sampler([SourceSpan(0, pairs, 1.0)], TrainerConfig(**trainer)))
+    lines = short_run_warnings(make_sampler([SourceSpan(0, pairs, 1.0)], TrainerConfig(**trainer)))
     assert len(lines) == (expected is not None)
     assert expected is None or expected in lines[0]

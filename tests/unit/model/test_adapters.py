@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.files.folder import base_notes, start_folder, tokenizer_folder
+from dpo_dist.model.files.folder import base_warnings, start_folder, tokenizer_folder
 from dpo_dist.model.files.load import load_packed, without_weights
 from dpo_dist.model.lora import adapted_layers, adapter_off, add_adapter
 from dpo_dist.model.packed import LogpHead, PackedCausalLM
@@ -259,13 +259,13 @@ def test_dora_has_no_8_bit_base(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("named", ["org/Other-7B", "/gone/other/"])
 def test_another_base_than_the_adapters_own_is_said(named: str, base: Path, sft: Path) -> None:
     config = config_of(base, sft)
-    assert base_notes(config, sft) == []
+    assert base_warnings(config, sft) == []
     (sft.parent / "link").symlink_to(base)
     for same in (f"org/{base.name.upper()}", f"{sft.parent}/link", "", None):
-        assert base_notes(config, changed(sft, base_model_name_or_path=same)) == []
-    (note,) = base_notes(config, changed(sft, base_model_name_or_path=named))
+        assert base_warnings(config, changed(sft, base_model_name_or_path=same)) == []
+    (note,) = base_warnings(config, changed(sft, base_model_name_or_path=named))
     assert f"was trained on {named}, but model.path is {base}" in note
-    assert base_notes(ModelConfig(path=str(base)), None) == []
+    assert base_warnings(ModelConfig(path=str(base)), None) == []
 
 
 def test_an_adapter_and_its_base_are_the_digest_and_its_tokenizer_the_policys(

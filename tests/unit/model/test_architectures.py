@@ -22,9 +22,9 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
     check_causal,
+    length_warnings,
     recorded_arrangement,
     switch_off_noise,
-    training_notes,
 )
 from dpo_dist.model.attention.kernels import PACKED
 from dpo_dist.model.attention.ulysses import check_shared_tokens
@@ -222,9 +222,9 @@ def test_rope_of_older_config_files_is_read(model_type: str, scaling: dict[str, 
 
 def test_more_tokens_than_the_model_has_positions_are_a_warning() -> None:
     config = tiny_config("qwen3", max_position_embeddings=64)
-    assert training_notes(config, 65) == []
-    (note,) = training_notes(config, 66)
-    assert note.startswith("warning: data.max_length=66 is more than the model's 64 positions")
+    assert length_warnings(config, 65) == []
+    (warning,) = length_warnings(config, 66)
+    assert warning.startswith("data.max_length=66 is more than the model's 64 positions")
 
 
 # Rotary frequencies are those of each response alone with its prompt, in a model that has seen no other.

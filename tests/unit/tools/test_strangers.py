@@ -10,7 +10,7 @@ import pytest
 
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.distributed.checkpoint.saver import find_faults
-from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.tools.chat.speakers import open_speakers
 from dpo_dist.tools.evaluation.models import check_origin
@@ -114,6 +114,6 @@ def test_what_a_run_was_trained_on_is_not_known_without_its_configuration(run: P
             os.mkfifo(run / "config.yaml")
         else:
             (run / "config.yaml").write_text(text)
-        assert count_trained(str(run), [1], "pair", said.append) is None
+        assert count_trained(str(run), [1], "pair", Console(LineScreen(said.append))) is None
     assert len(said) == 3
     assert all("config.yaml" in line or "configuration" in line for line in said)

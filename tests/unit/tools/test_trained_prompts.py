@@ -7,6 +7,7 @@ import pytest
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.data.records import prompt_hash
+from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from tests.support.records import good, jsonl
 
@@ -34,23 +35,23 @@ def test_prompts_of_training_are_counted_by_the_data_of_the_run(
     checkpoint = run.checkpoints / "step-000001"
     checkpoint.mkdir(parents=True)
     for place in (run.path, run.model, checkpoint):
-        assert count_trained(str(place), HASHES, "pair", said.append) == 16
+        assert count_trained(str(place), HASHES, "pair", Console(LineScreen(said.append))) == 16
     assert said[0] == (
         f"warning: 16 of 20 pairs are not held out: {run} was trained on their prompts, so the results say "
         "little about new prompts"
     )
-    assert count_trained(str(run.model), HASHES[16:], "pair", said.append) == 0
+    assert count_trained(str(run.model), HASHES[16:], "pair", Console(LineScreen(said.append))) == 0
     monkeypatch.chdir(run.path)
-    assert count_trained("org/model", HASHES, "pair", said.append) is None
+    assert count_trained("org/model", HASHES, "pair", Console(LineScreen(said.append))) is None
     assert len(said) == 3
 
 
 def test_prompts_that_a_run_holds_out_are_not_counted(tmp_path: Path) -> None:
     split = run_of(tmp_path / "split", "data.eval_share=0.5")
-    assert 0 < (count_trained(str(split), HASHES, "pair") or 0) < 16
+    assert 0 < (count_trained(str(split), HASHES, "pair", Console(None)) or 0) < 16
     held = jsonl(tmp_path, pair(PROMPTS[0]))
     dropped = run_of(tmp_path / "dropped", f"data.eval=[{held}]", "data.drop_eval_prompts=true")
-    assert count_trained(str(dropped), HASHES, "pair") == 15
+    assert count_trained(str(dropped), HASHES, "pair", Console(None)) == 15
 
 
 def test_a_prompt_with_another_image_was_not_trained(tmp_path: Path) -> None:
@@ -61,11 +62,11 @@ def test_a_prompt_with_another_image_was_not_trained(tmp_path: Path) -> None:
     jsonl(tmp_path, *records[:1], records[2])
     asked = [good({**record, "image": (tmp_path / record["image"]).read_bytes()}) for record in records[:2]]
     hashes = [prompt_hash(record.prompt, record.images) for record in asked]
-    assert count_trained(str(run.path), hashes, "pair") == 1
+    assert count_trained(str(run.path), hashes, "pair", Console(None)) == 1
 
 
 def test_data_that_are_gone_are_said(tmp_path: Path) -> None:
     run, said = run_of(tmp_path), list[str]()
     (tmp_path / "records.jsonl").unlink()
-    assert count_trained(str(run.path), HASHES, "prompt", said.append) is None
+    assert count_trained(str(run.path), HASHES, "prompt", Console(LineScreen(said.append))) is None
     assert said[0].startswith(f"note: it is not known whether {run} was trained on these prompts: ")

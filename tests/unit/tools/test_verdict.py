@@ -314,8 +314,8 @@ def test_a_rule_finds_its_fault_alone(
     [finding] = judged.findings
     assert finding.rule == rule
     assert words in finding.text
-    written = f"{finding.text}. Try: {finding.remedy}"
-    assert judged.as_dict()["findings"] == [{"rule": rule, "text": written}]
+    written = {"rule": rule, "text": finding.text, "remedy": RUN_RULES[rule].remedy}
+    assert judged.as_dict()["findings"] == [written]
     is_remark = rule == "displacement"
     assert judged.sentence.startswith("no fault found: " if is_remark else RUN_RULES[rule].text)
     assert finding.remedy in "".join(judged.lines())

@@ -14,7 +14,7 @@ from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Resume, RunConfig
 from dpo_dist.distributed.checkpoint.saver import CheckpointSaver, drop_checkpoints, latest_checkpoint
-from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import write_text
 from dpo_dist.training import mirror as module
@@ -76,8 +76,7 @@ class Run:
         for each in (path, self.folder.metrics, self.folder.logs, self.folder.wandb_id.parent):
             each.mkdir(parents=True, exist_ok=True)
         self.folder.rank_log(0).write_text("the log of this start")
-        console = Console(None)
-        console.say = self.lines.append  # type: ignore[method-assign]
+        console = Console(LineScreen(self.lines.append))
         self.mirror = Mirror(url, self.folder, keep_last, console)
         self.config = config
 

@@ -13,6 +13,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.schema import TrackerName
+from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.training.reporting.metrics_log import MetricsRow, csv_columns
 from dpo_dist.training.reporting.trackers import Trackers, open_trackers, plain_name
 from tests.unit.training.test_trackers import ROWS, config_of, stored, tracked
@@ -32,7 +33,9 @@ def accelerate_state() -> Iterator[None]:
 def opened(folder: Path, name: str, known: int = 0, say: Callable[[str], None] = pytest.fail) -> Trackers:
     """The trackers of a start that has so many rows of earlier starts."""
     config = config_of(to=[TrackerName(name)])
-    return open_trackers(tracked(folder, config, {"HF_TOKEN": SECRET}), stored(folder, ROWS[:known]), say)
+    return open_trackers(
+        tracked(folder, config, {"HF_TOKEN": SECRET}), stored(folder, ROWS[:known]), Console(LineScreen(say))
+    )
 
 
 def values_of(rows: list[MetricsRow]) -> Values:

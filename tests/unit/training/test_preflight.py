@@ -381,6 +381,20 @@ def test_options_that_no_module_of_the_model_has_are_refused_before_files_are_re
         assert caught.value.where.startswith(option.partition("=")[0])
 
 
+def test_a_model_with_fewer_positions_than_tokens_is_a_warning_at_start(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(Run, "warn", lambda _, text: warned.append(text))
+    start_without_digests(monkeypatch)
+    folder = write_model(tmp_path / "model", longest=1000)
+    for longest, are_more in ((1001, False), (1002, True)):
+        config = run_of(assets, tmp_path, f"model.path={folder}", f"data.max_length={longest}")
+        with pytest.raises(TypeError):  # where digests would be made
+            load_inputs(Run(config, ALONE, Console(None)), trains=True)
+        assert ["1,000 positions" in text for text in warned] == [True] * are_more
+
+
 def test_a_base_that_does_not_stop_where_training_ends_turns_is_said_at_start(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,7 +424,7 @@ def test_a_run_whose_model_reads_images_warns_of_data_without_any(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(Run, "say", lambda _, text: said.append(text))
+    monkeypatch.setattr(Run, "warn", lambda _, text: said.append(text))
     options = f"model.path={write_image_model(tmp_path / 'model')}", "model.images.train=none"
     for data, is_said in ((assets / "train.jsonl", True), (write_pictures(tmp_path), False)):
         config = run_of(assets, tmp_path, *options, "model.dtype=fp32", f"data.train=[{data}]")

@@ -80,8 +80,8 @@ class Screen(Console):
         super().__init__(None)
         self.lines: list[str] = []
 
-    def say(self, text: str) -> None:
-        self.lines.append(text)
+    def say(self, text: str, level: str = "info") -> None:
+        self.lines.append(f"{level}: {text}")
 
     def result(self, _kind: str, _content: Any, lines: Sequence[str]) -> None:
         self.lines += lines

@@ -25,7 +25,7 @@ from dpo_dist.config.schema import (
     WandbMode,
 )
 from dpo_dist.config.verb_sections import SamplesConfig
-from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.files import write_text
 from dpo_dist.tools.report.recorder import tracked_run
 from dpo_dist.training.reporting.metrics_log import MetricsLog, log_position
@@ -97,7 +97,7 @@ def open_in(
     **options: Any,
 ) -> WandbRun:
     run_dir.mkdir(exist_ok=True)
-    tracker = open_wandb(tracked(run_dir, config, **options), stored(run_dir, rows), say)
+    tracker = open_wandb(tracked(run_dir, config, **options), stored(run_dir, rows), Console(LineScreen(say)))
     assert tracker is not None
     return tracker
 
@@ -140,7 +140,7 @@ class Stuck:
 
 
 def background(run: Any, folder: Path, say: Callable[[str], None] = print) -> InBackground:
-    return InBackground("wandb", lambda: run, say, RunFolder(folder))
+    return InBackground("wandb", lambda: run, Console(LineScreen(say)), RunFolder(folder))
 
 
 def test_rows_wait_for_a_dead_network_and_the_caller_does_not(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
     row = {"prompt": "a prompt", "reference": f"by hf_{SECRET}", "policy": "p" * 5000, "policy_tokens": 3}
     write_samples(tmp_path, 2, [row | {"images": ["data:image/jpeg;base64,AA"]}, row, row])
     config = replace(config_of(samples=2), samples=SamplesConfig(prompts=3))
-    tracker = open_trackers(tracked(tmp_path, config), -1.0, print)
+    tracker = open_trackers(tracked(tmp_path, config), -1.0, Console(LineScreen(print)))
     assert os.environ["WANDB_DATA_DIR"].startswith(str(tmp_path))
     tracker.log({"step": 1, "loss": 0.7})
     margins = np.array([0.0, 1.0, 1.0, np.nan, np.inf], dtype=np.float32)
@@ -387,7 +387,7 @@ def test_rows_logged_while_wandb_opens_are_sent_once_in_their_turn(tmp_path: Pat
     """They are in the file already, without their histograms."""
     before = stored(tmp_path, ROWS[:1])
     stored(tmp_path, ROWS[:3])
-    tracker = open_wandb(tracked(tmp_path), before, print)
+    tracker = open_wandb(tracked(tmp_path), before, Console(LineScreen(print)))
     assert tracker is not None
     assert tracker.run.step == 1
     tracker.log(ROWS[1])
@@ -413,18 +413,17 @@ def test_a_killed_service_loses_no_later_row(tmp_path: Path, caplog: pytest.LogC
     assert [record for record in caplog.records if record.name.startswith("dpo_dist")] == []
 
 
-def test_tracking_may_be_off_or_fail(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tracking_may_be_off_or_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
     for config in (config_of(to=[]), config_of(WandbMode.auto)):
         monkeypatch.setenv("WANDB_MODE", "disabled")
-        trackers = open_trackers(tracked(tmp_path, config), -1.0, pytest.fail)
+        trackers = open_trackers(tracked(tmp_path, config), -1.0, Console(LineScreen(pytest.fail)))
         trackers.log(ROWS[0])
         trackers.finish("completed", {})
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "wandb").write_text("a file in the way")
-    assert open_wandb(tracked(tmp_path), -1.0, print) is None
-    assert "cannot start offline" in caplog.text
+    assert open_wandb(tracked(tmp_path), -1.0, Console(LineScreen(said.append))) is None
+    assert "cannot start offline" in said[0]
 
 
 @pytest.mark.parametrize(
