@@ -12,6 +12,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import Transpose, WeightRenaming, rename_source_key
@@ -186,6 +187,8 @@ def fork_states(causal_lm: nn.Module) -> bool:
 
 
 def _forked(original: Callable[..., Any], method: str) -> Callable[..., Any]:
+    # Every batch has another tree: torch.compile would compile the function again for each.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @functools.wraps(original)
     def function(*arguments: Any, packed_states: Any = None, **options: Any) -> Any:
         if packed_states is None:
