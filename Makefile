@@ -15,11 +15,11 @@ format: env ## format the code and apply ruff's safe fixes
 lint: ## check format, lint rules, types, spelling and links
 	@./scripts/lint.sh
 
-check: env ## lint and the unit tests, side by side
+check: env ## lint and the fast unit tests, side by side
 	@$(MAKE) --no-print-directory --jobs 2 lint unit
 
-unit: ## run the unit tests, one process per core
-	@./scripts/test.sh tests/unit --numprocesses $$(nproc)
+unit: ## run the fast unit tests, one process per core
+	@./scripts/test.sh tests/unit -m "not slow" --numprocesses $$(nproc)
 
 test: ## run all tests
 	./scripts/test.sh

@@ -223,13 +223,22 @@ class Command:
             parts.append(layer)
         presets = {group: name for layer in self._experiments for group, name in layer.presets.items()}
         presets |= dict.fromkeys(chosen)
-        known, cache = repr((parts, presets)), self._cache
+        # Their order depends on names alone: layers of the command are numbers in it.
+        names = [part if isinstance(part, str) else number for number, part in enumerate(parts)]
+        known, cache = repr((names, presets)), self._cache
         if self.folders == [config_dir()]:  # few files, so that a look at all of them costs nothing
             stamps = sorted((str(file), file.stat().st_mtime_ns) for file in config_dir().rglob("*.yaml"))
             known, cache = f"{known} {stamps}", _RANKED
-        if known in cache:
-            return cast(list[_Layer], cache[known])
+        if known not in cache:
+            cache[known] = self._rank(parts, presets)
+        defaults = _Layer("", {}, plain_values(RunConfig()))
+        return [
+            defaults,
+            *(cast(_Layer, parts[part]) if isinstance(part, int) else part for part in cache[known]),
+        ]
 
+    def _rank(self, parts: Sequence[str | _Layer], presets: Mapping[str, Any]) -> list[int | _Layer]:
+        """Return the layers of `parts` by their numbers, among those of the files that these name."""
         # Layers of a command are parts without a file: Hydra ranks them by an empty stand-in in its store.
         stored = {f"{_ROOT}/{number}": part for number, part in enumerate(parts)}
         entries = {part if isinstance(part, str) else name: part for name, part in stored.items()}
@@ -252,11 +261,11 @@ class Command:
                 GlobalHydra.instance().hydra = callers
 
         # What Hydra's own configuration has is for programs that it starts.
-        ranked = [_Layer("", {}, plain_values(RunConfig()))]
+        ranked = list[int | _Layer]()
         for entry in defaults:
             path = str(entry.config_path)
-            if isinstance(own := entries.get(path), _Layer):
-                ranked.append(own)
+            if isinstance(entries.get(path), _Layer):
+                ranked.append(int(path.rpartition("/")[2]))
             elif path != COMMAND_LINE and not path.startswith("hydra/"):
                 if not (file := self._file(path)).is_file():  # another program's, in Hydra's store
                     group, _, name = path.rpartition("/")
@@ -265,7 +274,6 @@ class Command:
                 for package in reversed(entry.package.split(".") if entry.package else []):
                     values = {package: values}
                 ranked.append(_Layer(f"{path}.yaml", {}, values))
-        cache[known] = ranked
         return ranked
 
     def compose(self) -> dict[str, Any]:

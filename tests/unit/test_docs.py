@@ -146,6 +146,7 @@ trainer: {ema_decay: 0.999}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
 def test_a_command_of_a_page_is_one_that_the_program_takes(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -22,6 +22,8 @@ from torch import nn
 
 from dpo_dist.config.verbs import VERBS
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(__file__).parents[2] / "dpo_dist"
 
 

@@ -20,6 +20,8 @@ from dpo_dist.foundation import signals
 from dpo_dist.foundation.errors import ExitCode, StoppedError, exit_after
 from dpo_dist.foundation.signals import StopRequest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def short_echoes(monkeypatch: pytest.MonkeyPatch) -> None:

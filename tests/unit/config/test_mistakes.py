@@ -12,6 +12,8 @@ from dpo_dist.config.other_trainers import other_trainers
 from dpo_dist.foundation.errors import ConfigError
 from tests.unit.config.support import RUN, configured, error_of
 
+pytestmark = pytest.mark.slow
+
 SECTIONS = "|".join(name for name in run_keys() if "." not in name)
 
 # A command line as typed, and a part of the error.

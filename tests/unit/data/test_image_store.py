@@ -32,6 +32,8 @@ from dpo_dist.foundation.files import MEMO_FOLDER
 from tests.support.image_processors import file_of, image_tokenizer, picture, processor_of
 from tests.support.prefixes import check_claims, some_of
 
+pytestmark = pytest.mark.slow
+
 KIND = "qwen2_5_vl"
 COSTS = ComputeCosts(key=0.0, target=0.0)
 

@@ -25,6 +25,8 @@ from tests.support.packing import SHARING, dataset_of
 from tests.support.prefixes import check_claims, sizes_of, some_of
 from tests.support.records import BAD, GOOD, assistant, jsonl, user
 
+pytestmark = pytest.mark.slow
+
 texts = st.text("ab", max_size=6)
 prompts = texts.map("prompt".__add__)
 pairs = st.tuples(prompts, texts, st.integers(0, 6))

@@ -176,6 +176,7 @@ def test_records_without_end_are_an_error_at_a_bound(
     refused(packed, "expands to more than 131,072 bytes" if name == "a.json" else "over 131,072 bytes")
 
 
+@pytest.mark.slow
 def test_what_expands_without_end_is_an_error_at_a_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

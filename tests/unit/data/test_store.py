@@ -24,6 +24,8 @@ from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
 from tests.support.records import GOOD, jsonl
 
+pytestmark = pytest.mark.slow
+
 FIELDS = ("prompt", "chosen", "rejected")
 
 

@@ -32,6 +32,8 @@ from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.foundation.files import is_temporary
 from tests.support.one_weight import WEIGHTS, Run, Weights
 
+pytestmark = pytest.mark.slow
+
 _CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 

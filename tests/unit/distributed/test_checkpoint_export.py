@@ -53,6 +53,8 @@ from tests.support.precision import DTYPES
 from tests.support.tiny_model import write_model
 from tests.unit.tools.test_card import summary
 
+pytestmark = pytest.mark.slow
+
 RANKS = 3
 # Dropout, values of another release, options of generation where old ones had them, a name of the authors.
 AUTHORS = {"attention_dropout": 0.1, "transformers_version": "4.41.0", "use_cache": False, "temperature": 0.7}

@@ -56,6 +56,8 @@ from tests.support.families import tiny_family
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.precision import NEEDS_FP16
 
+pytestmark = pytest.mark.slow
+
 BATCH = pack_unkeyed(random_pairs([(7, 5, 9)]))
 
 

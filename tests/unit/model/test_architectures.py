@@ -35,6 +35,8 @@ from dpo_dist.model.packed import PackedCausalLM, rope_limit
 from tests.support.families import FAMILIES, tiny_causal_lm, tiny_config, with_rope
 from tests.support.packing import branching, pack_unkeyed, plain_logps, random_pairs
 
+pytestmark = pytest.mark.slow
+
 MULTIPLIERS = {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "embedding_multiplier": 3.0}
 # Windows of all layers or of some, beside layers of full attention. `FAMILIES` has others, of 8 tokens.
 WINDOWED: dict[str, dict[str, Any]] = {

@@ -40,6 +40,8 @@ from tests.support.kernels import (
     varlen_of_torch_2_13,
 )
 
+pytestmark = pytest.mark.slow
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GROUPED = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 40, "hidden_size": 240}
 LOW_RANK = {"num_attention_heads": 4, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}

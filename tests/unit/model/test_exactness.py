@@ -27,6 +27,8 @@ from tests.support.precision import DTYPES
 from tests.support.tiny_model import write_model
 from tests.unit.model.test_architectures import SHAPES, assert_same, gradients
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 PACKED, PADDED, SINGLE = Arrangement
 

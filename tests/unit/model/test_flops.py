@@ -58,6 +58,7 @@ def products(counter: FlopCounterMode) -> int:
     return sum(count for kind, count in counts.items() if str(kind) in ("aten.mm", "aten.addmm"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "own"), [*((name, {}) for name in COUNTED), ("gemma4_text", GEMMA_4_EXPERTS)]
 )

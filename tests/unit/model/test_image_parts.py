@@ -38,6 +38,8 @@ from tests.support.multimodal import IMAGE_MODELS, write_multimodal
 from tests.support.packing import VOCABULARY
 from tests.support.tiny_model import write_model
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 FP32 = ModelConfig(dtype=Dtype.fp32)
 NONE, PROJECTOR, TOWER = TrainedImageParts

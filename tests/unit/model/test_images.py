@@ -25,6 +25,8 @@ from tests.support.invented_images import READERS, image_examples, image_reader,
 from tests.support.packing import pack_unkeyed
 from tests.support.padded import gradients_of
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 PACKED, PADDED, SINGLE = Arrangement
 REFUSED = "paligemma"  # text before a response sees later text

@@ -34,6 +34,8 @@ from tests.support.multimodal import IMAGE_MODELS, write_multimodal
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 from tests.unit.model.test_architectures import gradients, packed, trained
 
+pytestmark = pytest.mark.slow
+
 PAIRS = random_pairs([(7, 5, 9), (1, 1, 4)])
 BATCH = pack_unkeyed(PAIRS)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

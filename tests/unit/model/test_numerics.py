@@ -78,6 +78,7 @@ def test_a_precision_that_the_device_lacks_is_an_error_with_another_one(
         check_precision(Dtype.fp16, CPU)
 
 
+@pytest.mark.slow
 def test_pytorch_cublas_and_flash_attn_use_deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

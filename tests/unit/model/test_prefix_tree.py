@@ -22,6 +22,8 @@ from tests.support.packing import (
 )
 from tests.unit.model.test_architectures import assert_same, gradients, packed, shapes, windowed
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("qwen2", "gemma2", "gpt_oss", "mixtral", "llama4_text")
 forests = st.builds(
     lambda lengths, seed: branching(random_pairs(lengths, seed), seed), shapes, st.integers(0, 99)

@@ -37,6 +37,8 @@ from tests.unit.reference.test_store import (
     write,
 )
 
+pytestmark = pytest.mark.slow
+
 MORE = {2: [-9.0], 10: [-0.75, -4.0]}
 ALL = ENTRIES | MORE
 OTHER = ReferenceFingerprint("other weights", {"dtype": "fp32"})

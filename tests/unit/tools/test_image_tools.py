@@ -46,6 +46,8 @@ from tests.support.judge_server import judge_server
 from tests.support.records import jsonl
 from tests.support.tiny_model import write_model
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 GREEDY = Sampling(6, temperature=0)
 TOKENIZER = image_tokenizer("qwen2_5_vl")

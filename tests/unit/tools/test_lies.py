@@ -22,6 +22,8 @@ from dpo_dist.tools.sampling.respond import find_files, open_responder
 from dpo_dist.tools.sampling.served import open_server
 from tests.support.tiny_model import write_model
 
+pytestmark = pytest.mark.slow
+
 JSON = "Content-Type: application/json"
 _BOMB = gzip.compress(bytes(1 << 20))
 

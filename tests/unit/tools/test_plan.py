@@ -26,6 +26,8 @@ from tests.support.families import tiny_config
 from tests.support.launch import ROOT
 from tests.support.tiny_model import write_model
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {
     **{"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 4, "vocab_size": 32000},
     **{"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},

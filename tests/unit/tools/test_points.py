@@ -12,6 +12,8 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.sweep.points import SearchSpace, load_points
 
+pytestmark = pytest.mark.slow
+
 RUN = ["model.path=m", "data.train=[a.jsonl]"]
 
 

@@ -59,6 +59,8 @@ from tests.support.chat_tokenizers import tokenizer_of
 from tests.support.pairs import WIDE
 from tests.support.tiny_model import write_model
 
+pytestmark = pytest.mark.slow
+
 STOPS = [2, 7, 30]
 RARE = 99  # never drawn here
 LENGTHS = [3, 11, 1, 6, 6, 40, 90]

@@ -11,6 +11,8 @@ from dpo_dist.tools.sampling.generate import Request, Sample, generate
 from dpo_dist.tools.sampling.settings import Sampling
 from tests.support.invented_images import READERS, image_examples, image_reader, invented_images, own_inputs
 
+pytestmark = pytest.mark.slow
+
 STOPS = [2, 30]
 GREEDY = Sampling(10, temperature=0)
 

@@ -23,6 +23,8 @@ from optuna.trial import TrialState  # noqa: E402
 
 from dpo_dist.tools.sweep.search import Search  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 BY = "eval_rewards/accuracies"
 SPACE = ("optim.lr=tag(log, interval(1e-6,1e-3))", "optim.warmup_steps=interval(0,9)", "loss=sigmoid,ipo")
 Train = Callable[[RunConfig], RunOutcome]

@@ -33,6 +33,8 @@ from tests.support.completions_server import CompletionsServer, completions_serv
 from tests.support.http_server import http_server
 from tests.support.tiny_model import write_model
 
+pytestmark = pytest.mark.slow
+
 SYSTEM, CPU = Message("system", "speak like a captain of the old days"), torch.device("cpu")
 RECORDS = [
     PreferenceRecord((SYSTEM, Message("user", f"question number {n}")), (), Origin("a.jsonl", n))

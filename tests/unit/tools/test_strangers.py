@@ -21,6 +21,8 @@ from dpo_dist.training.export import checkpoint_as_model, export_model
 from dpo_dist.training.start.named_models import EvaluatedModel, find_export_paths, locate_model
 from tests.support.loop_state import write_loop_state
 
+pytestmark = pytest.mark.slow
+
 NAME = "checkpoints/step-000001"
 STATE, MANIFEST = f"{NAME}/state.json", f"{NAME}/manifest.json"
 DEEP = "[" * 100_000

@@ -49,6 +49,8 @@ from dpo_dist.trl.unseen import frozen_weights, hooks
 from tests.support.families import tiny_config
 from tests.support.tiny_model import write_model
 
+pytestmark = pytest.mark.slow
+
 PAIRS = [{"prompt": f"q{number}", "chosen": f" yes {number}", "rejected": " no"} for number in range(20)]
 
 

@@ -21,6 +21,8 @@ from tests.support.pages import in_process
 from tests.support.tiny_model import write_model
 from tests.support.warm import ENVIRONMENT
 
+pytestmark = pytest.mark.slow
+
 PAIRS = [{"prompt": f"q{number}", "chosen": f" yes {number}", "rejected": " no"} for number in range(4)]
 
 

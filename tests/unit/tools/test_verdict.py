@@ -319,6 +319,7 @@ def test_a_rule_finds_its_fault_alone(
     assert finding.remedy in "".join(judged.lines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "history", "ended", "words"), FAULTS)
 def test_a_long_run_is_judged_by_a_sample_of_its_rows_as_by_all(
     rule: str, history: list[Row], ended: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch

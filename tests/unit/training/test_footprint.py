@@ -41,6 +41,7 @@ def test_what_is_not_known_is_not_guessed(kind: str, options: dict[str, Any]) ->
     assert bytes_of(kind, **options) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_bytes_of_a_token_or_none(family: str) -> None:
     found = activation_bytes(without_weights(tiny_config(family), ModelConfig()), "none")

@@ -36,6 +36,8 @@ from tests.support.packing import COSTS, dataset_of, random_pairs
 from tests.support.padded import assert_same_gradients, gradients_of
 from tests.support.tiny_model import write_model
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 FINGERPRINT = ReferenceFingerprint("tiny", {"dtype": "fp32"})
 PAIRS = [

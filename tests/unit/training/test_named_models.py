@@ -21,6 +21,8 @@ from tests.support.alone import ALONE
 from tests.support.loop_state import write_loop_state
 from tests.support.tiny_model import write_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:

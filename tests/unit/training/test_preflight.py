@@ -32,6 +32,8 @@ from tests.support.records import jsonl, user
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:

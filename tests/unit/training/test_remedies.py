@@ -21,6 +21,8 @@ from dpo_dist.training.start.preflight import check_start
 from tests.support.invented import write_pairs
 from tests.support.tiny_model import write_model
 
+pytestmark = pytest.mark.slow
+
 USUAL = {"model.path": "model", "data.train": "[train.jsonl]", "parallelism": "ddp"}
 ROUNDS = 3  # a remedy may lead to a rule that was not broken before
 

@@ -53,6 +53,8 @@ from tests.support.alone import ALONE
 from tests.support.one_weight import Run as Saves
 from tests.support.own_loss import OWN
 
+pytestmark = pytest.mark.slow
+
 CONFIG = RunConfig(
     model=ModelConfig("somewhere"),
     data=DataConfig(cache="encoded"),

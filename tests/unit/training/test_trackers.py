@@ -43,6 +43,8 @@ from tests.support.alone import ALONE
 from tests.support.sample_files import write_samples
 from tests.support.wandb_file import all_rows, history_rows, media_rows, numbers_of, records_of
 
+pytestmark = pytest.mark.slow
+
 SECRET = "0123456789abcdef" * 2 + "01234567"
 OFFLINE = WandbMode.offline
 ROWS = [

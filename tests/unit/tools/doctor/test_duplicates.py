@@ -16,6 +16,8 @@ from dpo_dist.tools.doctor.measures.observe import RecordFacts
 from dpo_dist.tools.doctor.measures.similar import EvaluationPrompts, NearCopies
 from dpo_dist.tools.doctor.measures.texts import Signature
 
+pytestmark = pytest.mark.slow
+
 Record = tuple[int, Signature]
 """The key of a record, and the signatures of its prompt and its responses."""
 

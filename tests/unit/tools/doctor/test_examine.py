@@ -42,6 +42,8 @@ from tests.support.sft_adapter import write_sft_adapter
 from tests.support.shared_data import shared_data_dir
 from tests.support.tiny_model import write_model
 
+pytestmark = pytest.mark.slow
+
 SHARED = shared_data_dir()
 Plant = Callable[[Pair], object]
 QUESTION = "one two three four five six seven eight nine"

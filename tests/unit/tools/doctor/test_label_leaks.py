@@ -17,6 +17,8 @@ from dpo_dist.tools.intervals import wilson_interval
 from tests.support import tiny
 from tests.support.doctor_data import Pair, clean_pairs, examined, of_rule
 
+pytestmark = pytest.mark.slow
+
 Change = Callable[[Pair], None]
 HEADS = ("", "", "")
 
