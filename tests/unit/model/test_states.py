@@ -20,7 +20,7 @@ from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.layers import checkpoint_layers
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.states import ForkedStates
-from tests.support.families import tiny_config, tiny_family
+from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps
 from tests.unit.batching.test_state_tree import ODD
 from tests.unit.model.test_architectures import assert_same, gradients, packed
@@ -28,6 +28,15 @@ from tests.unit.model.test_architectures import assert_same, gradients, packed
 pytestmark = pytest.mark.slow
 # One of each kind of layer, and one whose least time step is above 0.
 KINDS = ("qwen3_5_text", "kimi_linear", "granitemoehybrid", "nemotron_h", "lfm2")
+
+
+def remembering(kind: str, **own: Any) -> Any:
+    """A model whose states last for hundreds of tokens, as in trained ones."""
+    causal_lm = tiny_causal_lm(tiny_config(kind, **own))
+    for name, parameter in causal_lm.named_parameters():
+        if name.endswith("A_log"):
+            torch.nn.init.uniform_(parameter, -5, -2)
+    return causal_lm
 
 
 def agents() -> list[Example]:
@@ -48,31 +57,31 @@ def agents() -> list[Example]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_long_rows_in_many_levels_and_odd_ones_are_exact(kind: str) -> None:
+@pytest.mark.parametrize(("examples", "tokens"), [(agents(), 695), (ODD, 7)])
+def test_long_rows_in_many_levels_and_odd_ones_are_exact(
+    kind: str, examples: list[Example], tokens: int
+) -> None:
     """Their log-probs, and the gradient of all weights, which flows back through the states."""
-    causal_lm = tiny_family(kind)
-    for examples, tokens in ((agents(), 607), (ODD, None)):
-        batch = pack_unkeyed(examples)
-        assert tokens in (None, len(batch.input_ids)), len(batch.input_ids)
-        expected = plain_logps(causal_lm, examples)
-        expected_gradients = gradients(causal_lm, expected)
-        model = packed(causal_lm)
-        logps = model(batch)
-        assert (logps - expected).abs().max() < 2e-5
-        assert_same(gradients(causal_lm, logps), expected_gradients, 2e-5)
+    causal_lm, batch = remembering(kind), pack_unkeyed(examples)
+    assert len(batch.input_ids) == tokens
+    expected = plain_logps(causal_lm, examples)
+    expected_gradients = gradients(causal_lm, expected)
+    logps = packed(causal_lm)(batch)
+    assert (logps - expected).abs().max() < 2e-5
+    assert_same(gradients(causal_lm, logps), expected_gradients, 2e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_recomputed_layers_start_in_the_same_states(kind: str) -> None:
-    causal_lm = tiny_family(kind)
+    causal_lm = remembering(kind)
     model = packed(causal_lm)
     expected = gradients(causal_lm, model(pack_unkeyed(agents())))
     checkpoint_layers(causal_lm, "full")
     assert_same(gradients(causal_lm, model.train()(pack_unkeyed(agents()))), expected)
 
 
-def settled(kind: str) -> Arrangement:
-    model = PackedCausalLM(tiny_family(kind), AttentionBackend.sdpa, arrangement=Arrangement.padded)
+def settled(kind: str, **own: Any) -> Arrangement:
+    model = PackedCausalLM(remembering(kind, **own), AttentionBackend.sdpa, arrangement=Arrangement.padded)
     StartCheck(model, model, torch.device("cpu"), 256).choose_arrangement()
     return model.arrangement
 
@@ -135,6 +144,7 @@ def test_the_check_at_start_refuses_other_contexts(
 
 def test_the_check_at_start_refuses_padding_that_changes_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nemotron-H raises each time step to a least one, so that a naive padding decays the state."""
+    assert settled("nemotron_h", time_step_min=0.2) is Arrangement.packed
 
     def naive(self: ForkedStates, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
         limits, bias = options.pop("dt_limit"), options.pop("dt_bias")
@@ -149,7 +159,7 @@ def test_the_check_at_start_refuses_padding_that_changes_a_state(monkeypatch: py
 
     scan = ForkedStates.scan
     monkeypatch.setattr(ForkedStates, "scan", naive)
-    assert settled("nemotron_h") is not Arrangement.packed
+    assert settled("nemotron_h", time_step_min=0.2) is not Arrangement.packed
 
 
 @pytest.mark.parametrize("kind", sorted(WITH_STATES))
