@@ -7,6 +7,7 @@ together, after those of the level before.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ class StateNode(NamedTuple):
 
 def state_nodes(segments: Sequence[Segment]) -> list[StateNode]:
     """Return the nodes of the segments, in the order of the packed sequence."""
-    # A segment continues its row behind the last token that it shares with the segment before.
+    # Where the segments leave: behind the last token that each shares with the segment before.
     branches, path = list[int](), list[tuple[int, int]]()
     for segment, following in zip(segments, paths(segments), strict=True):
         shared = first_tokens(path, segment.shared)
@@ -38,7 +39,7 @@ def state_nodes(segments: Sequence[Segment]) -> list[StateNode]:
     for segment, branch in zip(segments, branches, strict=True):
         parent, stop = by_end.get(branch, -1), start + segment.own
         edges = sorted({start, stop, *(place for place in branches if start < place < stop)})
-        for first, end in zip(edges, edges[1:], strict=False):
+        for first, end in pairwise(edges):
             level = nodes[parent].level + 1 if parent >= 0 else 0
             nodes.append(StateNode(first, end, parent, level))
             parent = by_end[end] = len(nodes) - 1

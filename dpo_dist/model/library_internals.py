@@ -195,8 +195,9 @@ def _forked(original: Callable[..., Any], method: str) -> Callable[..., Any]:
             return original(*arguments, **options)
         return getattr(packed_states, method)(original, *arguments, **options)
 
-    function.is_forked = True  # type: ignore[attr-defined]
-    return function
+    function.is_forked = True
+    forked: Callable[..., Any] = function
+    return forked
 
 
 # ---- peft ----

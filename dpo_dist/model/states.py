@@ -1,4 +1,4 @@
-"""Recurrent layers on a packed sequence: each node of the tree of states starts in its parent's last state."""
+"""Recurrent layers on a packed sequence: each node of the tree of states starts in its parent's state."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -33,9 +33,8 @@ class _Group:
             tokens[row, : self.lengths[row]] = np.arange(nodes[member].start, nodes[member].stop)
         self.shape = tokens.shape
         self.is_token = tokens.ravel() >= 0
-        # The row behind the last token is 0.
-        rows = np.where(tokens < 0, nodes[-1].stop, tokens).ravel()
-        self.rows = copy_to_device(device, rows)
+        padding = nodes[-1].stop  # the index behind the last token, where inputs are 0
+        self.rows = copy_to_device(device, np.where(tokens < 0, padding, tokens).ravel())
 
 
 class ForkedStates:
@@ -55,7 +54,7 @@ class ForkedStates:
 
     @cached_property
     def _groups(self) -> list[_Group]:
-        """Return the groups, a level's after those of the level before; padding less than doubles a node."""
+        """Return the groups, a level's after those of the level before; padding at most doubles a node."""
 
         def size(number: int) -> tuple[int, int]:
             node = self._nodes[number]
@@ -69,19 +68,35 @@ class ForkedStates:
     def _places(self) -> Tensor:
         """Return where each token is in the concatenated outputs of the groups, int64 [tokens]."""
         is_token = np.concatenate([group.is_token for group in self._groups])
-        order = np.concatenate([np.arange(n.start, n.stop) for g in self._groups for n in map(self._nodes.__getitem__, g.members)])
+        order = np.concatenate(
+            [
+                np.arange(n.start, n.stop)
+                for g in self._groups
+                for n in map(self._nodes.__getitem__, g.members)
+            ]
+        )
         return copy_to_device(self._device, np.flatnonzero(is_token)[np.argsort(order)])
 
-    def convolve(self, function: Callable[..., Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-        """Return the causal convolution of `hidden` [1, channels, tokens], whose left context follows rows."""
-        context = weight.shape[-1] - 1
-        if context not in self._contexts:
-            tokens, places = with_contexts(self._segments, context)
+    def convolve(
+        self,
+        function: Callable[..., Tensor],
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Return the causal convolution of `hidden` [1, channels, tokens]; rows give its left context."""
+        width = weight.shape[-1] - 1
+        if width not in self._contexts:
+            tokens, places = with_contexts(self._segments, width)
             tokens = np.where(tokens < 0, hidden.shape[-1], tokens)
-            self._contexts[context] = copy_to_device(self._device, tokens), copy_to_device(self._device, places)
-        tokens, places = self._contexts[context]
-        convolved = function(pad(hidden, (0, 1)).index_select(-1, tokens), weight, bias, **options)
-        return convolved.index_select(-1, places)
+            on_device = (copy_to_device(self._device, indices) for indices in (tokens, places))
+            self._contexts[width] = next(on_device), next(on_device)
+        selected, own = self._contexts[width]
+        # By tokens, which are contiguous: several times faster than by the last dimension.
+        rows = pad(hidden[0].t(), (0, 0, 0, 1)).index_select(0, selected)
+        convolved = function(rows.t()[None], weight, bias, **options)
+        return convolved[0].t().index_select(0, own).t()[None]
 
     def _walk(self, inputs: Sequence[Tensor], step: Step) -> Tensor:
         """Return the outputs [1, tokens, ...] of `step` on `inputs` [1, tokens, ...], level by level."""
@@ -89,8 +104,12 @@ class ForkedStates:
         has_children = {node.parent for node in self._nodes}
         outputs, states = list[Tensor](), dict[int, Tensor]()
         for group in self._groups:
-            rows = [tensor.index_select(0, group.rows).view(*group.shape, *tensor.shape[1:]) for tensor in padded]
-            initial = torch.stack([states[parent] for parent in group.parents]) if group.parents[0] >= 0 else None
+            rows = [
+                tensor.index_select(0, group.rows).view(*group.shape, *tensor.shape[1:]) for tensor in padded
+            ]
+            initial = (
+                torch.stack([states[parent] for parent in group.parents]) if group.parents[0] >= 0 else None
+            )
             output, last = step(rows, initial, not has_children.isdisjoint(group.members))
             outputs.append(output.flatten(0, 1))
             if last is not None:
@@ -98,7 +117,15 @@ class ForkedStates:
         return torch.cat(outputs).index_select(0, self._places)[None]
 
     def delta_rule(
-        self, function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **options: Any
+        self,
+        function: Callable[..., Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        g: Tensor,
+        beta: Tensor,
+        **options: Any,
     ) -> tuple[Tensor, None]:
         """Return the (gated) delta rule's outputs (arXiv:2412.06464); Kimi's has a decay for each channel.
 
@@ -115,7 +142,7 @@ class ForkedStates:
         return self._walk([query, key, value, g, beta], step), None
 
     def no_fused_kernel(self, *_: Any, **__: Any) -> None:
-        """Make Mamba-2's layers call the convolution and the scan, which one kernel would compute together."""
+        """Make layers call the convolution and the scan, which one kernel would compute together."""
 
     def scan(
         self,

@@ -70,7 +70,7 @@ def check_shared_tokens(model_config: Any, ranks: int) -> None:
 
 
 def sharing_error(model_type: str, ranks: int, fault: str = "") -> ConfigError:
-    """Return the error for a model whose tokens ranks cannot share, because of `fault` or its architecture."""
+    """Return the error for a model whose tokens ranks cannot share, by `fault` or its architecture."""
     why = fault or "which computes each response in a row of its own"
     return ConfigError(
         "sequence parallelism needs layers that mix tokens in packed attention only",

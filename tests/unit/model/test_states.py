@@ -1,4 +1,4 @@
-"""Branches of recurrent layers start in the state of their prefix; the check at start refuses any that do not."""
+"""Branches of recurrent layers start in the state of their prefix, which the check at start checks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -126,7 +126,9 @@ def test_the_check_at_start_refuses_other_states(
     kind: str, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert settled(kind) is Arrangement.packed
-    monkeypatch.setattr(states, "state_nodes", lambda segments: NODES[fault](state_tree.state_nodes(segments)))
+    monkeypatch.setattr(
+        states, "state_nodes", lambda segments: NODES[fault](state_tree.state_nodes(segments))
+    )
     assert settled(kind) is not Arrangement.packed
 
 
