@@ -34,10 +34,17 @@ EXACT_WITH_LIGER = dict.fromkeys(_SWIGLU.split(), "silu") | dict.fromkeys(_GEGLU
 # packing would give wrong log-probs. The check at start tries all other architectures packed first.
 # tests/unit/model/test_architectures.py has a model of each.
 _UNPACKABLE = """
-bamba bloom codegen falcon falcon_h1 falcon_mamba gpt_neo gptj granitemoehybrid jamba mamba mamba2
-minimax mpt nemotron_h olmo_hybrid qwen3_5_text qwen3_next recurrent_gemma rwkv xglm xlstm
+bloom codegen falcon falcon_mamba gpt_neo gptj jamba mamba minimax mpt recurrent_gemma rwkv xglm xlstm zamba
 """
 UNPACKABLE = frozenset(_UNPACKABLE.split())
+
+# Architectures with layers that read a row's tokens in order. They can be packed, as each branch starts in
+# the state of its prefix (model/states.py), but ranks cannot share the tokens of a row.
+_WITH_STATES = """
+bailing_hybrid bamba falcon_h1 granitemoehybrid kimi_linear lfm2 lfm2_moe lfm3 mamba2 nemotron_h olmo_hybrid
+qwen3_5_moe_text qwen3_5_text qwen3_next zamba2
+"""
+WITH_STATES = frozenset(_WITH_STATES.split())
 
 # Tables of learned positions may have a few rows more than positions, as in OPT.
 _SPARE_POSITIONS = 8

@@ -396,7 +396,8 @@ def _candidates(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrang
     """
     is_alone = model.exceeds_rope_limit(max_length)
     if model.sequence is not None:
-        if model.has_chunked_head and model.can_pack(own_logits=False) and not is_alone:
+        can_share = model.has_chunked_head and not model.forks_states
+        if can_share and model.can_pack(own_logits=False) and not is_alone:
             yield Arrangement.packed, False
         return
     recorded = recorded_arrangement(model.causal_lm.config.get_text_config().model_type)

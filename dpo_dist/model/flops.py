@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.config.schema import AttentionBackend, ModelConfig
 from dpo_dist.model.attention.kernels import layer_heads
-from dpo_dist.model.layers import image_weights, layer_values, other_weights, projector_weights, text_part
+from dpo_dist.model.layers import (
+    attention_layers,
+    image_weights,
+    layer_values,
+    other_weights,
+    projector_weights,
+    text_part,
+)
 
 # FLOPs per weight and token: forward, input gradient and weight gradient are one multiply-add each.
 _FORWARD = 2
@@ -75,8 +82,8 @@ def step_flops(causal_lm: Any) -> StepFlops:
 
     Each token is multiplied by all weights of two or more dimensions, except embeddings, which are looked up.
     Of stacked experts (three dimensions, experts first) it visits as many as config.json says. Frozen weights
-    have no gradient; modules that an adapter trains in full replace the original ones. Norms, rotations and
-    softmax are not counted.
+    have no gradient; modules that an adapter trains in full replace the original ones. Norms, rotations,
+    softmax and the states of recurrent layers are not counted.
     """
     text, output = causal_lm.config.get_text_config(), causal_lm.get_output_embeddings().weight
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
@@ -92,9 +99,10 @@ def step_flops(causal_lm: Any) -> StepFlops:
         share = min(1.0, visited / len(weight)) if id(weight) in experts else 1.0
         per_token += _per_weight(weight) * share * weight.numel()
         forward += _FORWARD * share * weight.numel()
-    layers, every = text.num_hidden_layers, layer_heads(text)
+    every = layer_heads(text)
+    layers, attending = text.num_hidden_layers, attention_layers(text)
     widths = [heads.query * (heads.dim + heads.value_dim) for heads in every]
-    attention = layers * fmean(widths) if widths else 0.0
+    attention = attending * fmean(widths) if widths else 0.0
     keys = [heads.key * (heads.dim + heads.value_dim) for heads in every]
     return StepFlops(
         per_token,
@@ -103,7 +111,7 @@ def step_flops(causal_lm: Any) -> StepFlops:
         forward,
         _FORWARD * output.numel(),
         *_per_image_token(causal_lm),
-        key_numbers=round(layers * fmean(keys)) if keys else 0,
+        key_numbers=round(attending * fmean(keys)) if keys else 0,
         hidden_numbers=layers * causal_lm.get_output_embeddings().weight.shape[-1],
     )
 

@@ -53,6 +53,16 @@ def layer_values(text: Any, option: str) -> list[Any]:
     return list(dict.fromkeys(itertools.chain.from_iterable(lists)))
 
 
+def attention_layers(text: Any) -> int:
+    """Return how many layers of a text model have attention, whose cost grows with the tokens of a row."""
+    kinds = getattr(text, "layer_types", None)
+    if not kinds:
+        return int(text.num_hidden_layers)
+    return sum(
+        kind == "hybrid" or (kind.endswith("attention") and kind != "linear_attention") for kind in kinds
+    )
+
+
 def text_part(causal_lm: Any) -> Any:
     """Return a transformers model's text decoder; the model itself if it reads only text."""
     config = causal_lm.config

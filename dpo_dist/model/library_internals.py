@@ -5,11 +5,14 @@ version changes one of these parts.
 """
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import Transpose, WeightRenaming, rename_source_key
@@ -149,6 +152,52 @@ def flash_attention(
 def wrap_checkpointing(layer: Any, wrapper: Callable[..., Any]) -> None:
     """Make a checkpointed layer call `wrapper(checkpoint, *arguments)` where it calls `checkpoint`."""
     layer._gradient_checkpointing_func = partial(wrapper, layer._gradient_checkpointing_func)
+
+
+# ---- transformers: recurrent layers ----
+
+# Functions of modeling files that recurrent layers call with all keywords of the model's forward, by the
+# method of `packed_states` that computes them on a tree.
+_RECURRENT = {
+    "causal_conv1d_fn": "convolve",
+    "torch_chunk_gated_delta_rule": "delta_rule",
+    "chunk_kimi_delta_attention": "delta_rule",
+    "mamba2_chunk_scan": "scan",
+    "mamba2_split_conv1d_scan_combined": "no_fused_kernel",
+}
+# A function of Mamba-1's layers, which takes no initial state.
+_WITHOUT_STATE = "mamba_selective_scan"
+
+
+def fork_states(causal_lm: nn.Module) -> bool:
+    """Make recurrent layers of these model files compute by the keyword `packed_states`, where it is given.
+
+    Returns whether the model has such layers, and none that cannot start in a given state.
+    """
+    files = {sys.modules[type(module).__module__] for module in causal_lm.modules()}
+    files = {file for file in files if file.__name__.startswith("transformers.models.")}
+    recurrent = [file for file in files if hasattr(file, "causal_conv1d_fn")]
+    if not recurrent or any(hasattr(file, _WITHOUT_STATE) for file in recurrent):
+        return False
+    for file in recurrent:
+        for name in _RECURRENT.keys() & vars(file).keys():
+            if not hasattr(getattr(file, name), "is_forked"):
+                setattr(file, name, _forked(getattr(file, name), _RECURRENT[name]))
+    return True
+
+
+def _forked(original: Callable[..., Any], method: str) -> Callable[..., Any]:
+    # Every batch has another tree: torch.compile would compile the function again for each.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @functools.wraps(original)
+    def function(*arguments: Any, packed_states: Any = None, **options: Any) -> Any:
+        if packed_states is None:
+            return original(*arguments, **options)
+        return getattr(packed_states, method)(original, *arguments, **options)
+
+    function.is_forked = True
+    forked: Callable[..., Any] = function
+    return forked
 
 
 # ---- peft ----

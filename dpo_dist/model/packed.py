@@ -23,9 +23,11 @@ from dpo_dist.model.layers import decoder_layers, text_part
 from dpo_dist.model.library_internals import (
     attention_name,
     can_choose_attention,
+    fork_states,
     plain_attention,
     text_attention,
 )
+from dpo_dist.model.states import ForkedStates
 from dpo_dist.objective.router import routing_sums
 from dpo_dist.objective.token_logps import (
     UNCHANGED,
@@ -118,6 +120,7 @@ class PackedCausalLM(nn.Module):
         self._rope_limit = rope_limit(causal_lm.config.get_text_config())
         self.arrangement = arrangement
         self.is_generating = False
+        self.forks_states = fork_states(causal_lm)
         head = causal_lm.get_output_embeddings()
         # An output layer with its own forward may compute more than the product with its weight.
         if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
@@ -235,7 +238,9 @@ class PackedCausalLM(nn.Module):
             attention = ExchangedAttention(attention, self.sequence, len(ids))
             ids, positions = ids[share.tokens], positions[share.tokens]
             predictors, targets = share.predictors, targets[share.targets]
-        inputs = {"position_ids": positions[None]}
+        inputs: dict[str, Any] = {"position_ids": positions[None]}
+        if self.forks_states:
+            inputs["packed_states"] = ForkedStates(batch.segments, device)
         if encoded is not None:
             inputs |= encoded.packed_inputs(device)
         outputs = self._call(

@@ -64,7 +64,7 @@ UNSHARDED = "deepseek_v4 mixtral rwkv xlstm"
 OWN_CODE = {"own_rows": "rows", "own_refusing": "refusing"}
 # Of models that are no family of the table.
 ARRANGEMENTS = dict.fromkeys(IMAGE_MODELS, PACKED) | {
-    "qwen3_5": PADDED,
+    "qwen3_5": PACKED,
     "longrope": SINGLE,
     "own_rows": SINGLE,
     "own_refusing": PADDED,

@@ -71,7 +71,8 @@ biogpt ernie4_5 gpt2 gpt_bigcode granite llama mistral olmo olmo2 phi phi3 qwen2
 """
 # Options of the others, and the arrangement that the log-probs of each are exact in.
 FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = dict.fromkeys(PLAIN.split(), ({}, PACKED)) | {
-    "bamba": (MAMBA2 | {"attn_layer_indices": [1]}, PADDED),
+    "bamba": (MAMBA2 | {"attn_layer_indices": [1]}, PACKED),
+    "bailing_hybrid": ({"num_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}, PACKED),
     "bloom": ({}, PADDED),
     "codegen": ({"rotary_dim": 4}, PADDED),
     "cohere": ({"logit_scale": 0.25}, PACKED),
@@ -89,7 +90,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = dict.fromkeys(PLAIN.sp
     ),
     "exaone4": ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}, PACKED),
     "falcon": ({"new_decoder_architecture": False, "alibi": True}, PADDED),
-    "falcon_h1": (MAMBA2 | {"mamba_d_ssm": 64, **HEADS}, PADDED),
+    "falcon_h1": (MAMBA2 | {"mamba_d_ssm": 64, **HEADS}, PACKED),
     "falcon_mamba": ({"state_size": 4}, PADDED),
     "gemma": (HEADS | {"num_key_value_heads": 1}, PACKED),
     "gemma2": ({"sliding_window": 8, "final_logit_softcapping": 2.0, **HEADS}, PACKED),
@@ -115,7 +116,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = dict.fromkeys(PLAIN.sp
         MAMBA2
         | MIXTURE
         | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 16, "logits_scaling": 2.0},
-        PADDED,
+        PACKED,
     ),
     "hyperclovax": ({"logits_scaling": 0.5}, PACKED),
     "jamba": (
@@ -123,7 +124,16 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = dict.fromkeys(PLAIN.sp
         | {"num_experts": 4, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False},
         PADDED,
     ),
-    "lfm2": ({"layer_types": ["conv", "full_attention"]}, PADDED),
+    "kimi_linear": (
+        LOW_RANK
+        | ROUTED
+        | {"layer_types": ["linear_attention", "full_attention"], "linear_num_heads": 2, "linear_head_dim": 8}
+        | {"q_lora_rank": None},
+        PACKED,
+    ),
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, PACKED),
+    "lfm2_moe": (EXPERTS | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}, PACKED),
+    "lfm3": ({"layer_types": ["conv", "full_attention"]}, PACKED),
     "llama4_text": (
         HEADS
         | {"num_local_experts": 2, "moe_layers": [1], "intermediate_size_mlp": 48}
@@ -131,7 +141,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = dict.fromkeys(PLAIN.sp
         PACKED,
     ),
     "mamba": ({"state_size": 4}, PADDED),
-    "mamba2": ({"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 16}, PADDED),
+    "mamba2": ({"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 16}, PACKED),
     "minimax": ({"num_local_experts": 4, "block_size": 16, **HEADS}, PADDED),
     "minicpm3": (LOW_RANK | {"dim_model_base": 16}, PACKED),
     "ministral": (HEADS | {"sliding_window": 8}, PACKED),
@@ -142,18 +152,19 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = dict.fromkeys(PLAIN.sp
     "nemotron_h": (
         {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 8}
         | {"n_groups": 1, "ssm_state_size": 8, "chunk_size": 16, **HEADS},
-        PADDED,
+        PACKED,
     ),
     "olmo3": ({"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, PACKED),
-    "olmo_hybrid": (DELTA, PADDED),
+    "olmo_hybrid": (DELTA, PACKED),
     "olmoe": ({"num_experts": 4, "num_experts_per_tok": 2}, PACKED),
     "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, PACKED),
     "phimoe": (MIXTURE, PACKED),
     "qwen2_moe": (LISTED | {"shared_expert_intermediate_size": 16}, PACKED),
     "qwen3": (HEADS, PACKED),
-    "qwen3_5_text": (DELTA, PADDED),
+    "qwen3_5_moe_text": (DELTA | EXPERTS | {"shared_expert_intermediate_size": 16}, PACKED),
+    "qwen3_5_text": (DELTA, PACKED),
     "qwen3_moe": (LISTED | {"mlp_only_layers": [0]}, PACKED),
-    "qwen3_next": (DELTA | EXPERTS | {"shared_expert_intermediate_size": 16}, PADDED),
+    "qwen3_next": (DELTA | EXPERTS | {"shared_expert_intermediate_size": 16}, PACKED),
     "recurrent_gemma": ({"attention_window_size": 8, "lru_width": 32, **HEADS}, PADDED),
     "rwkv": ({"attention_hidden_size": 32, "context_length": 512}, PADDED),
     "seed_oss": (HEADS, PACKED),
@@ -165,6 +176,12 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = dict.fromkeys(PLAIN.sp
         | {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 2, "mamba_d_state": 4}
         | {"mamba_dt_rank": 4},
         PADDED,
+    ),
+    "zamba2": (
+        {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "num_key_value_heads": 4}
+        | {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 4, "mamba_headdim": 16}
+        | {"mamba_d_state": 8, "mamba_ngroups": 1, "chunk_size": 16, "adapter_rank": 4, "num_mem_blocks": 1},
+        PACKED,
     ),
 }
 

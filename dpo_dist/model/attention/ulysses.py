@@ -19,7 +19,7 @@ from torch import Tensor
 from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.pack import copy_to_device
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.architectures import recorded_arrangement
+from dpo_dist.model.architectures import WITH_STATES, recorded_arrangement
 from dpo_dist.model.attention.kernels import PackedAttention, layer_heads
 from dpo_dist.model.attention.sdpa import Scores
 
@@ -65,13 +65,15 @@ def check_shared_tokens(model_config: Any, ranks: int) -> None:
             )
     if ranks > 1 and recorded_arrangement(text.model_type) is not Arrangement.packed:
         raise sharing_error(text.model_type, ranks)
+    if ranks > 1 and text.model_type in WITH_STATES:
+        raise sharing_error(text.model_type, ranks, "whose layers hand a state from token to token")
 
 
 def sharing_error(model_type: str, ranks: int, fault: str = "") -> ConfigError:
-    """Return the error for a model that cannot be packed, because of `fault` or of its architecture."""
+    """Return the error for a model whose tokens ranks cannot share, by `fault` or its architecture."""
     why = fault or "which computes each response in a row of its own"
     return ConfigError(
-        "sequence parallelism needs packed attention, and this model cannot be packed",
+        "sequence parallelism needs layers that mix tokens in packed attention only",
         where=f"{KEY}, model.path",
         got=f"{ranks}, {model_type}, {why}",
         expected=f"{KEY}=1, or a model whose layers mix tokens in attention only",

@@ -37,7 +37,13 @@ from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, layer_heads
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import stacked_experts, visited_experts
-from dpo_dist.model.layers import decoder_layers, image_parts, image_weights, layer_values
+from dpo_dist.model.layers import (
+    attention_layers,
+    decoder_layers,
+    image_parts,
+    image_weights,
+    layer_values,
+)
 from dpo_dist.training.start.open_run import Run
 
 KEYS_PER_TOKEN = 1.6
@@ -235,7 +241,8 @@ def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
         number * (heads.query * heads.dim + KEYS_PER_TOKEN * heads.key * (heads.dim + heads.value_dim))
         + 4 * heads.query
         for heads in shapes
-    ) / len(shapes)
+    ) / max(1, len(shapes))
+    attention *= attention_layers(text) / len(layers)
     outside = 3.5 * number * hidden  # bytes of the last norm
     layer = (kept - outside) / len(layers) + attention
     experts = visited_experts(text)

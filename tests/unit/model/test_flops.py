@@ -14,6 +14,7 @@ from dpo_dist.config.schema import (
     ModelConfig,
     TrainedImageParts,
 )
+from dpo_dist.model.architectures import WITH_STATES
 from dpo_dist.model.attention.kernels import Heads, layer_heads
 from dpo_dist.model.exactness import trial_examples
 from dpo_dist.model.files.load import without_weights
@@ -25,11 +26,12 @@ from tests.support.invented_images import image_reader, invented_images
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import SHAPES, packed
 
-# Those of Gemma 3n and Llama 4 have products that are not counted: of every expert, and of no weights.
+# Those of Gemma 3n and Llama 4 have products that are not counted: of every expert, and of no weights. The
+# counter knows the weights of a convolution as no product.
 COUNTED = [
     name
     for name, (_, kind) in FAMILIES.items()
-    if kind is PACKED and name not in ("gemma3n_text", "llama4_text")
+    if kind is PACKED and name not in {"gemma3n_text", "llama4_text", *WITH_STATES}
 ]
 BATCH = pack_unkeyed(random_pairs(SHAPES))
 SIZES: dict[str, Any] = COMMON | {"vocab_size": 97, "head_dim": 8}
@@ -98,6 +100,8 @@ def test_a_step_by_hand() -> None:
     # Scores and values: 2 operations each for each of 32 numbers in two layers, and twice that backward.
     assert flops.per_attended == 3 * 2 * (2 * 32 + 2 * 32)
     assert flops.step(10, 4, 30) == 10 * flops.per_token + 4 * flops.per_target + 30 * flops.per_attended
+    # A hybrid has attention in the second layer only.
+    assert flops_of("qwen3_5_text").per_attended == 3 * 2 * (32 + 32)
     # Four heads in two layers: scores over 4 + 4 dimensions, values of 6.
     assert flops_of("deepseek_v3").per_attended == 3 * 2 * 2 * 4 * (4 + 4 + 6)
 

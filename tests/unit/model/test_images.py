@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 PACKED, PADDED, SINGLE = Arrangement
 REFUSED = "paligemma"  # text before a response sees later text
-ARRANGED = dict.fromkeys(READERS.keys() - {REFUSED}, PACKED) | {"qwen3_5": PADDED}
+ARRANGED = dict.fromkeys(READERS.keys() - {REFUSED}, PACKED)
 # The whole class does not scale logits, as its text class does.
 OWN_LOGITS = {"aya_vision", "cohere2_vision"}
 IN_ROWS = ["gemma3", "gemma4 vision", "llava", "qwen3_vl"]
