@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dpo_dist.batching.prefix_tree import Segment, first_tokens, paths
 
-Indices = npt.NDArray[np.int64]
+_Tokens = npt.NDArray[np.int64]
 
 
 class StateNode(NamedTuple):
@@ -47,13 +47,13 @@ def state_nodes(segments: Sequence[Segment]) -> list[StateNode]:
     return nodes
 
 
-def with_contexts(segments: Sequence[Segment], width: int) -> tuple[Indices, Indices]:
+def with_contexts(segments: Sequence[Segment], width: int) -> tuple[_Tokens, _Tokens]:
     """Return the segments' tokens, each behind the `width` tokens before it in its row, and their places.
 
     Tokens are indices in the packed sequence, or -1 before a row begins; places are those of the segments'
     own tokens in this list.
     """
-    tokens, places, path, start, length = list[Indices](), list[Indices](), list[tuple[int, int]](), 0, 0
+    tokens, places, path, start, length = list[_Tokens](), list[_Tokens](), list[tuple[int, int]](), 0, 0
     for segment, following in zip(segments, paths(segments), strict=True):
         before = [np.arange(*part) for part in first_tokens(path, segment.shared)]
         context = np.concatenate([np.full(width, -1), *before])[-width:] if width else np.zeros(0, np.int64)

@@ -13,6 +13,7 @@ from transformers.core_model_loading import Transpose
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from dpo_dist.model.architectures import WITH_STATES
 from dpo_dist.model.layers import decoder_layers
 from dpo_dist.model.library_internals import (
     adapter_state,
@@ -21,6 +22,7 @@ from dpo_dist.model.library_internals import (
     can_choose_attention,
     fill_conversions,
     flash_attention,
+    fork_states,
     ignored_patterns,
     mark_as_adapted,
     name_in_model,
@@ -161,6 +163,37 @@ def test_an_adapter_is_switched_without_a_change_of_what_is_trained() -> None:
         set_adapter_state(layer, (["own"], False))
     assert torch.equal(logits(), adapted)
     assert [weight.requires_grad for weight in model.parameters()] == trained
+
+
+RECURRENT = {"convolve", "delta_rule", "no_fused_kernel", "scan"}
+
+
+@pytest.mark.parametrize("kind", sorted(WITH_STATES))
+def test_recurrent_layers_hand_the_keyword_to_functions_of_their_file(kind: str) -> None:
+    """Under any name that the layers of this version call, with what the tree of states relies on."""
+    causal_lm, called = tiny_family(kind), set[str]()
+
+    class Tree:
+        def __getattr__(self, name: str) -> Any:
+            def call(function: Any, *inputs: Any, **options: Any) -> Any:
+                called.add(name)
+                return function(*inputs, **options)
+
+            return call
+
+    with torch.no_grad():
+        assert fork_states(causal_lm)
+        body = causal_lm.base_model
+        plain = body(IDS, use_cache=False).last_hidden_state
+        assert called == set()
+        assert torch.equal(body(IDS, use_cache=False, packed_states=Tree()).last_hidden_state, plain)
+    assert "convolve" in called <= RECURRENT
+    assert kind.startswith("lfm") or not called.isdisjoint({"delta_rule", "scan"})
+
+
+@pytest.mark.parametrize("kind", ["jamba", "mamba", "qwen3", "recurrent_gemma", "zamba"])
+def test_other_models_have_no_states_that_can_be_given(kind: str) -> None:
+    assert not fork_states(tiny_family(kind))
 
 
 def test_liger_replaces_the_layers_that_are_not_denied() -> None:
