@@ -156,8 +156,7 @@ def test_a_model_that_reads_images_is_trained_by_its_text(model_type: str, tmp_p
     folder = write_multimodal(tmp_path, model_type, VOCABULARY)
     model = load(folder)
     StartCheck(model, model, CPU, 64).choose_arrangement()
-    is_packed = model_type not in ("lfm2_vl", "qwen3_5", "qwen3_5_moe")
-    assert model.arrangement is (Arrangement.packed if is_packed else Arrangement.padded)
+    assert model.arrangement is Arrangement.packed
     assert model.has_chunked_head
     logps = model.train()(BATCH)
     logps.sum().backward()
