@@ -20,7 +20,6 @@ from dpo_dist.data.encoded import build, workers
 from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.workers import CHUNK_RECORDS
 from dpo_dist.data.records import Origin, RawRecord
-from dpo_dist.foundation import process
 from dpo_dist.foundation.errors import DataError, PeerLostError
 from tests.support import tiny
 from tests.support.cache import encoded_folders
@@ -60,7 +59,7 @@ def test_ranks_divide_the_cores_of_their_node(
     cores: int, ranks: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    monkeypatch.setattr(process, "usable_cores", lambda: cores)
+    monkeypatch.setattr("dpo_dist.foundation.process.usable_cores", lambda: cores)
     assert (workers.processes_for(10**6), workers.processes_for(1)) == (expected, 1)
 
 
