@@ -27,10 +27,10 @@ class _Group:
     def __init__(self, members: Sequence[int], nodes: Sequence[StateNode], device: torch.device):
         self.members = members
         self.parents = [nodes[member].parent for member in members]
-        self.lengths = [nodes[member].stop - nodes[member].start for member in members]
-        tokens = np.full((len(members), max(self.lengths)), -1)
-        for row, member in enumerate(members):
-            tokens[row, : self.lengths[row]] = np.arange(nodes[member].start, nodes[member].stop)
+        spans = [np.arange(nodes[member].start, nodes[member].stop) for member in members]
+        tokens = np.full((len(members), max(map(len, spans))), -1)
+        for row, span in zip(tokens, spans, strict=True):
+            row[: len(span)] = span
         self.shape = tokens.shape
         self.is_token = tokens.ravel() >= 0
         padding = nodes[-1].stop  # the index behind the last token, where inputs are 0
@@ -68,13 +68,8 @@ class ForkedStates:
     def _places(self) -> Tensor:
         """Return where each token is in the concatenated outputs of the groups, int64 [tokens]."""
         is_token = np.concatenate([group.is_token for group in self._groups])
-        order = np.concatenate(
-            [
-                np.arange(n.start, n.stop)
-                for g in self._groups
-                for n in map(self._nodes.__getitem__, g.members)
-            ]
-        )
+        nodes = [self._nodes[member] for group in self._groups for member in group.members]
+        order = np.concatenate([np.arange(node.start, node.stop) for node in nodes])
         return copy_to_device(self._device, np.flatnonzero(is_token)[np.argsort(order)])
 
     def convolve(
@@ -107,9 +102,9 @@ class ForkedStates:
             rows = [
                 tensor.index_select(0, group.rows).view(*group.shape, *tensor.shape[1:]) for tensor in padded
             ]
-            initial = (
-                torch.stack([states[parent] for parent in group.parents]) if group.parents[0] >= 0 else None
-            )
+            # All nodes of level 0 start without a state, and no others do.
+            parents = [states[parent] for parent in group.parents if parent >= 0]
+            initial = torch.stack(parents) if parents else None
             output, last = step(rows, initial, not has_children.isdisjoint(group.members))
             outputs.append(output.flatten(0, 1))
             if last is not None:
