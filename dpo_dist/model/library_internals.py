@@ -174,8 +174,8 @@ def fork_states(causal_lm: nn.Module) -> bool:
 
     Returns whether the model has such layers, and none that cannot start in a given state.
     """
-    files = {sys.modules[type(module).__module__] for module in causal_lm.modules()}
-    files = {file for file in files if file.__name__.startswith("transformers.models.")}
+    names = {type(module).__module__ for module in causal_lm.modules()}
+    files = [sys.modules[name] for name in names if name.startswith("transformers.models.")]
     recurrent = [file for file in files if hasattr(file, "causal_conv1d_fn")]
     if not recurrent or any(hasattr(file, _WITHOUT_STATE) for file in recurrent):
         return False

@@ -126,7 +126,6 @@ class ForkedStates:
 
         Padding has a `beta` and a log decay `g` of 0, so that it does not change the state.
         """
-        options |= {"initial_state": None, "output_final_state": False}
 
         def step(rows: list[Tensor], initial: Tensor | None, keeps: bool) -> tuple[Tensor, Tensor | None]:
             q, k, v, decay, rate = rows
@@ -160,7 +159,6 @@ class ForkedStates:
         """
         dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
         dt = (softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
-        options |= {"initial_states": None, "return_final_states": False}
 
         def step(rows: list[Tensor], initial: Tensor | None, keeps: bool) -> tuple[Tensor, Tensor | None]:
             x, steps, b, c = rows
