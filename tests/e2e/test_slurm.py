@@ -294,17 +294,20 @@ def test_a_script_on_a_lost_node_leaves_the_next_start_alone(
     noted.write_text(f"echo $$ >>{scripts}\n")
     variables = {"CODES": f"until{code} wait", "UNTIL": str(ended), "PATH": path, "DPO_DIST_ENV": str(noted)}
     job = submit(cluster, tmp_path, ["--nodes=1", "--gres=none"], [], **variables)
+    job.wait_for_text("started")
+    first = int(scripts.read_text())
+    node = cluster.run("squeue", "--noheader", "--format=%N", f"--jobs={job.number}").strip()
     try:
-        job.wait_for_text("started")
-        first = int(scripts.read_text())
-        cluster.end_daemon("node1")
+        # Drained: an answer to the launch that is read late makes SLURM take the node back.
+        cluster.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=lost")
+        cluster.end_daemon(node)
         if order == "the script queues it":
             ended.touch()
             job.wait_for_text("is queued again")
 
         def is_started_elsewhere() -> bool:
-            # Each time: an answer to the launch that is read late makes SLURM take the node back.
-            cluster.run("scontrol", "update", "nodename=node1", "state=down", "reason=lost")
+            # Each time, as SLURM would wait for the end of the job on a node that it has taken back.
+            cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
             return job.text().count("started") == 2
 
         job.wait_for(is_started_elsewhere)
@@ -318,7 +321,8 @@ def test_a_script_on_a_lost_node_leaves_the_next_start_alone(
         assert "SLURM has queued" in job.text()
     finally:
         cluster.run("scancel", job.number)
-        cluster.run("slurmd", "-N", "node1")
+        cluster.run("slurmd", "-N", node)
+        cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
         cluster.wait_for_idle()
 
 
