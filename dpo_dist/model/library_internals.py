@@ -6,6 +6,7 @@ version changes one of these parts.
 
 import contextlib
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -156,12 +157,13 @@ def wrap_checkpointing(layer: Any, wrapper: Callable[..., Any]) -> None:
 
 # ---- transformers: recurrent layers ----
 
+KIMI_RULE = "chunk_kimi_delta_attention"
 # Functions of modeling files that recurrent layers call with all keywords of the model's forward, by the
 # method of `packed_states` that computes them on a tree.
 _RECURRENT = {
     "causal_conv1d_fn": "convolve",
     "torch_chunk_gated_delta_rule": "delta_rule",
-    "chunk_kimi_delta_attention": "delta_rule",
+    KIMI_RULE: "delta_rule",
     "mamba2_chunk_scan": "scan",
     "mamba2_split_conv1d_scan_combined": "no_fused_kernel",
 }
@@ -174,16 +176,36 @@ def fork_states(causal_lm: nn.Module) -> bool:
 
     Returns whether the model has such layers, and none that cannot start in a given state.
     """
-    names = {type(module).__module__ for module in causal_lm.modules()}
-    files = [sys.modules[name] for name in names if name.startswith("transformers.models.")]
-    recurrent = [file for file in files if hasattr(file, "causal_conv1d_fn")]
+    recurrent = [file for file in _model_files(causal_lm) if hasattr(file, "causal_conv1d_fn")]
     if not recurrent or any(hasattr(file, _WITHOUT_STATE) for file in recurrent):
         return False
     for file in recurrent:
         for name in _RECURRENT.keys() & vars(file).keys():
-            if not hasattr(getattr(file, name), "is_forked"):
+            if not hasattr(getattr(file, name), "original"):
                 setattr(file, name, _forked(getattr(file, name), _RECURRENT[name]))
     return True
+
+
+def delta_rules(causal_lm: nn.Module) -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
+    """Return torch's own delta rule and the function called in its place, for each file of a forked model."""
+    names = [name for name, method in _RECURRENT.items() if method == "delta_rule"]
+    called = [
+        vars(file)[name].original for file in _model_files(causal_lm) for name in names if name in vars(file)
+    ]
+    return [(inspect.unwrap(function), function) for function in called]
+
+
+def is_kernel(rule: Callable[..., Any]) -> bool:
+    """Return whether a function that is called for the delta rule is one of flash-linear-attention.
+
+    transformers tries to import the package when it loads a modeling file.
+    """
+    return hasattr(rule, "__wrapped__") and "fla" in sys.modules
+
+
+def _model_files(causal_lm: nn.Module) -> list[Any]:
+    names = {type(module).__module__ for module in causal_lm.modules()}
+    return [sys.modules[name] for name in names if name.startswith("transformers.models.")]
 
 
 def _forked(original: Callable[..., Any], method: str) -> Callable[..., Any]:
@@ -195,7 +217,7 @@ def _forked(original: Callable[..., Any], method: str) -> Callable[..., Any]:
             return original(*arguments, **options)
         return getattr(packed_states, method)(original, *arguments, **options)
 
-    function.is_forked = True
+    function.original = original
     forked: Callable[..., Any] = function
     return forked
 

@@ -1,8 +1,9 @@
 """Recurrent layers on a packed sequence: each node of the tree of states starts in its parent's state."""
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -13,28 +14,64 @@ from torch.nn.functional import pad, softplus
 from dpo_dist.batching.pack import copy_to_device
 from dpo_dist.batching.prefix_tree import Segment
 from dpo_dist.batching.state_tree import StateNode, state_nodes, with_contexts
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.installed import install_extra
+from dpo_dist.model.kernel_check import TRIAL, TRIAL_TOKENS, kernel_fault
+from dpo_dist.model.library_internals import KIMI_RULE, delta_rules, is_kernel
+
+log = logging.getLogger(__name__)
 
 # torch's rules compute chunks of at least this many tokens: up to it, padding costs nothing.
 _CHUNK = 64
 
-Step = Callable[[list[Tensor], Tensor | None, bool], tuple[Tensor, Tensor | None]]
-"""Map inputs [nodes, tokens, ...] and states [nodes, ...] to outputs and, if asked for, the last states."""
+Step = Callable[["_Group", list[Tensor], Tensor | None], tuple[Tensor, Tensor | None]]
+"""Map a group's inputs [rows, tokens, ...] and states [nodes, ...] to outputs and, if kept, last states."""
 
 
 class _Group:
-    """Nodes of one level that are computed by one call, padded to the longest."""
+    """Nodes of one level that one call computes: rows padded to the longest, or joined in one row."""
 
-    def __init__(self, members: Sequence[int], nodes: Sequence[StateNode], device: torch.device):
+    def __init__(
+        self, members: Sequence[int], nodes: Sequence[StateNode], device: torch.device, joined: bool
+    ):
         self.members = members
         self.parents = [nodes[member].parent for member in members]
+        self.keeps = not {node.parent for node in nodes}.isdisjoint(members)
+        self.lengths: dict[str, Tensor] = {}
         spans = [np.arange(nodes[member].start, nodes[member].stop) for member in members]
-        tokens = np.full((len(members), max(map(len, spans))), -1)
-        for row, span in zip(tokens, spans, strict=True):
-            row[: len(span)] = span
+        if joined:
+            tokens = np.concatenate(spans)[None]
+            ends = np.cumsum([0, *map(len, spans)])
+            # Given on the host, too, so that the kernel does not wait for the device.
+            self.lengths = {
+                "cu_seqlens": copy_to_device(device, ends),
+                "cu_seqlens_cpu": torch.from_numpy(ends),
+            }
+        else:
+            tokens = np.full((len(members), max(map(len, spans))), -1)
+            for row, span in zip(tokens, spans, strict=True):
+                row[: len(span)] = span
         self.shape = tokens.shape
         self.is_token = tokens.ravel() >= 0
         padding = nodes[-1].stop  # the index behind the last token, where inputs are 0
         self.rows = copy_to_device(device, np.where(tokens < 0, padding, tokens).ravel())
+
+
+class _Levels:
+    """The nodes in groups, a level's after those of the level before. Padding at most doubles a node."""
+
+    def __init__(self, nodes: Sequence[StateNode], device: torch.device, joined: bool):
+        def kind(number: int) -> tuple[int, int]:
+            node = nodes[number]
+            return node.level, 0 if joined else ((node.stop - node.start - 1) // _CHUNK).bit_length()
+
+        numbers = sorted(range(len(nodes)), key=kind)
+        groups = (list(members) for _, members in itertools.groupby(numbers, kind))
+        self.groups = [_Group(members, nodes, device, joined) for members in groups]
+        # Where each token is in the concatenated outputs of the groups, int64 [tokens].
+        is_token = np.concatenate([group.is_token for group in self.groups])
+        order = np.concatenate([np.arange(nodes[number].start, nodes[number].stop) for number in numbers])
+        self.places = copy_to_device(device, np.flatnonzero(is_token)[np.argsort(order)])
 
 
 class ForkedStates:
@@ -53,24 +90,12 @@ class ForkedStates:
         return state_nodes(self._segments)
 
     @cached_property
-    def _groups(self) -> list[_Group]:
-        """Return the groups, a level's after those of the level before; padding at most doubles a node."""
-
-        def size(number: int) -> tuple[int, int]:
-            node = self._nodes[number]
-            return node.level, ((node.stop - node.start - 1) // _CHUNK).bit_length()
-
-        numbers = sorted(range(len(self._nodes)), key=size)
-        groups = (list(members) for _, members in itertools.groupby(numbers, size))
-        return [_Group(members, self._nodes, self._device) for members in groups]
+    def _padded(self) -> _Levels:
+        return _Levels(self._nodes, self._device, joined=False)
 
     @cached_property
-    def _places(self) -> Tensor:
-        """Return where each token is in the concatenated outputs of the groups, int64 [tokens]."""
-        is_token = np.concatenate([group.is_token for group in self._groups])
-        nodes = [self._nodes[member] for group in self._groups for member in group.members]
-        order = np.concatenate([np.arange(node.start, node.stop) for node in nodes])
-        return copy_to_device(self._device, np.flatnonzero(is_token)[np.argsort(order)])
+    def _joined(self) -> _Levels:
+        return _Levels(self._nodes, self._device, joined=True)
 
     def convolve(
         self,
@@ -93,23 +118,21 @@ class ForkedStates:
         convolved = function(rows.t()[None], weight, bias, **options)
         return convolved[0].t().index_select(0, own).t()[None]
 
-    def _walk(self, inputs: Sequence[Tensor], step: Step) -> Tensor:
+    def _walk(self, levels: _Levels, inputs: Sequence[Tensor], step: Step) -> Tensor:
         """Return the outputs [1, tokens, ...] of `step` on `inputs` [1, tokens, ...], level by level."""
         padded = [pad(tensor[0].flatten(1), (0, 0, 0, 1)).view(-1, *tensor.shape[2:]) for tensor in inputs]
-        has_children = {node.parent for node in self._nodes}
         outputs, states = list[Tensor](), dict[int, Tensor]()
-        for group in self._groups:
+        for group in levels.groups:
             rows = [
                 tensor.index_select(0, group.rows).view(*group.shape, *tensor.shape[1:]) for tensor in padded
             ]
             # All nodes of level 0 start without a state, and no others do.
             parents = [states[parent] for parent in group.parents if parent >= 0]
-            initial = torch.stack(parents) if parents else None
-            output, last = step(rows, initial, not has_children.isdisjoint(group.members))
+            output, last = step(group, rows, torch.stack(parents) if parents else None)
             outputs.append(output.flatten(0, 1))
             if last is not None:
                 states |= zip(group.members, last.unbind(), strict=True)
-        return torch.cat(outputs).index_select(0, self._places)[None]
+        return torch.cat(outputs).index_select(0, levels.places)[None]
 
     def delta_rule(
         self,
@@ -124,16 +147,18 @@ class ForkedStates:
     ) -> tuple[Tensor, None]:
         """Return the (gated) delta rule's outputs (arXiv:2412.06464); Kimi's has a decay for each channel.
 
-        Padding has a `beta` and a log decay `g` of 0, so that it does not change the state.
+        Padding has a `beta` and a log decay `g` of 0, so that it does not change the state. A kernel takes
+        the nodes of a level without padding.
         """
 
-        def step(rows: list[Tensor], initial: Tensor | None, keeps: bool) -> tuple[Tensor, Tensor | None]:
+        def step(group: _Group, rows: list[Tensor], initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
             q, k, v, decay, rate = rows
-            given = options | {"initial_state": initial, "output_final_state": keeps}
-            output, last = function(q, k, v, g=decay, beta=rate, **given)
-            return output, last if keeps else None
+            states = {"initial_state": initial, "output_final_state": group.keeps}
+            output, last = function(q, k, v, g=decay, beta=rate, **(options | states | group.lengths))
+            return output, last if group.keeps else None
 
-        return self._walk([query, key, value, g, beta], step), None
+        levels = self._joined if is_kernel(function) else self._padded
+        return self._walk(levels, [query, key, value, g, beta], step), None
 
     def no_fused_kernel(self, *_: Any, **__: Any) -> None:
         """Make layers call the convolution and the scan, which one kernel would compute together."""
@@ -160,10 +185,62 @@ class ForkedStates:
         dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
         dt = (softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
 
-        def step(rows: list[Tensor], initial: Tensor | None, keeps: bool) -> tuple[Tensor, Tensor | None]:
+        def step(group: _Group, rows: list[Tensor], initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
             x, steps, b, c = rows
-            given = options | {"initial_states": initial, "return_final_states": keeps}
-            result = function(x, steps, A, b, c, **given)
-            return result if keeps else (result, None)
+            states = {"initial_states": initial, "return_final_states": group.keeps}
+            result = function(x, steps, A, b, c, **(options | states))
+            return result if group.keeps else (result, None)
 
-        return self._walk([hidden, dt, B, C], step)
+        return self._walk(self._padded, [hidden, dt, B, C], step)
+
+
+def check_delta_rule(causal_lm: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Check the outputs and gradients of the kernel that computes a model's delta rule, if it has one.
+
+    Without flash-linear-attention, say so on a GPU.
+    """
+    text = causal_lm.config.get_text_config()
+
+    def head_dim(part: str) -> int:
+        names = (f"linear_{part}_head_dim", "linear_head_dim", "head_dim")
+        return next(int(found) for name in names if (found := getattr(text, name, None)))
+
+    for plain, rule in delta_rules(causal_lm):
+        if not is_kernel(rule):
+            if device.type == "cuda":
+                log.warning(
+                    "flash-linear-attention is not installed: plain PyTorch computes the delta rule, which "
+                    "takes longer (docs/scaling.md); %s",
+                    install_extra("hybrid"),
+                )
+            continue
+        # Kimi's rule has a decay for each channel, the others have one for each head, and may share keys.
+        by_channel = plain.__name__ == KIMI_RULE
+        key, value = (2, head_dim("key")), (2 if by_channel else 4, head_dim("value"))
+        decay = key if by_channel else value[:1]
+        shapes = {"query": key, "key": key, "value": value, "g": decay, "beta": value[:1]}
+        generator = torch.Generator().manual_seed(0)
+        inputs = {
+            name: torch.randn(TRIAL_TOKENS, *shape, generator=generator) for name, shape in shapes.items()
+        }
+        inputs |= {"g": -0.1 * inputs["g"].abs(), "beta": inputs["beta"].sigmoid()}
+
+        def compute(
+            function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor
+        ) -> Tensor:
+            states, rows = ForkedStates(TRIAL, device), (query[None], key[None], value[None])
+            # As models call it: decays are float32 in any dtype.
+            decays, rates = g[None].float(), beta[None]
+            return states.delta_rule(function, *rows, g=decays, beta=rates, use_qk_l2norm_in_kernel=True)[0][
+                0
+            ]
+
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        if fault := kernel_fault(partial(compute, plain), partial(compute, rule), inputs, dtype):
+            raise ConfigError(
+                "this kernel of flash-linear-attention fails or gives wrong results on this device",
+                where="model.path",
+                got=f"{text.model_type}, {fault}",
+                remedy="install another version of flash-linear-attention, or remove it: plain PyTorch then "
+                "computes the delta rule",
+            )

@@ -16,7 +16,8 @@ from dpo_dist.model.architectures import EXACT_WITH_LIGER
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.layers import use_liger
-from tests.support.families import tiny_causal_lm, tiny_config
+from dpo_dist.model.states import check_delta_rule
+from tests.support.families import tiny_causal_lm, tiny_config, tiny_family
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
 from tests.unit.model.test_architectures import gradients, packed
@@ -36,6 +37,9 @@ KERNELS = [
         ),
     ),
 ]
+
+DELTA_RULES = ("qwen3_5_text", "olmo_hybrid", "kimi_linear")
+HAS_DELTA_KERNELS = importlib.util.find_spec("fla") is not None
 
 OF_THEIR_OWN: dict[str, dict[str, Any]] = {
     "llama4_text": {"num_hidden_layers": 4},  # the last one without positions
@@ -143,6 +147,27 @@ def test_layers_with_code_of_their_own_are_those_of_the_cpu(model_type: str) -> 
     expected, got = results
     for name, values in expected.items():
         assert (got[name].cpu() - values).norm() <= 1e-4 * max(values.norm(), 1.0), name
+
+
+@pytest.mark.parametrize("kind", [*DELTA_RULES, "granitemoehybrid", "nemotron_h", "lfm2"])
+def test_recurrent_layers_are_those_of_the_cpu(kind: str) -> None:
+    if HAS_DELTA_KERNELS and kind in DELTA_RULES:
+        pytest.skip("the kernels of flash-linear-attention do not run on CPUs")
+    model, batch = packed(tiny_family(kind)), pack_unkeyed(random_pairs(LENGTHS))
+    with torch.no_grad():
+        expected = model(batch)
+        on_gpu = model.to(CUDA)(batch.to(CUDA)).cpu()
+    torch.testing.assert_close(on_gpu, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not HAS_DELTA_KERNELS, reason="needs flash-linear-attention")
+@pytest.mark.parametrize("kind", DELTA_RULES)
+@pytest.mark.parametrize("head_dim", [16, 128])
+def test_the_delta_kernels_pass_the_check_of_a_runs_start(kind: str, head_dim: int) -> None:
+    causal_lm = packed(tiny_family(kind)).causal_lm
+    for name in ("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"):
+        setattr(causal_lm.config, name, head_dim)
+    check_delta_rule(causal_lm, CUDA, torch.bfloat16)
 
 
 def test_the_measured_peak_is_higher_in_bf16() -> None:

@@ -20,10 +20,12 @@ from dpo_dist.model.library_internals import (
     apply_liger,
     attention_name,
     can_choose_attention,
+    delta_rules,
     fill_conversions,
     flash_attention,
     fork_states,
     ignored_patterns,
+    is_kernel,
     mark_as_adapted,
     name_in_model,
     plain_attention,
@@ -36,6 +38,7 @@ from dpo_dist.model.library_internals import (
     wrap_checkpointing,
 )
 from tests.support.families import tiny_family
+from tests.support.flash_linear_attention import put_delta_kernels
 from tests.support.invented_images import image_reader
 from tests.support.kernels import put_kernels
 
@@ -189,6 +192,23 @@ def test_recurrent_layers_hand_the_keyword_to_functions_of_their_file(kind: str)
         assert torch.equal(body(IDS, use_cache=False, packed_states=Tree()).last_hidden_state, plain)
     assert "convolve" in called <= RECURRENT
     assert kind.startswith("lfm") or not called.isdisjoint({"delta_rule", "scan"})
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "kimi_linear"])
+def test_the_library_that_computes_the_delta_rule_is_known(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    causal_lm = tiny_family(kind)
+    assert fork_states(causal_lm)
+    ((plain, called),) = delta_rules(causal_lm)
+    assert plain.__module__ == called.__module__ == type(causal_lm).__module__
+    assert not is_kernel(called)
+    put_delta_kernels(monkeypatch, causal_lm)
+    assert fork_states(causal_lm)
+    ((rule, called),) = delta_rules(causal_lm)
+    assert rule is plain
+    assert is_kernel(called)
+    assert not is_kernel(rule)
 
 
 @pytest.mark.parametrize("kind", ["jamba", "mamba", "qwen3", "recurrent_gemma", "zamba"])

@@ -1,0 +1,106 @@
+"""One call of flash-linear-attention computes a level of the tree of states, and is checked first."""
+
+from functools import wraps
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.model.states import check_delta_rule
+from tests.support.flash_linear_attention import chunk_delta_rule, put_delta_kernels
+from tests.support.packing import pack_unkeyed, plain_logps
+from tests.unit.batching.test_state_tree import ODD
+from tests.unit.model.test_architectures import assert_same, gradients, packed
+from tests.unit.model.test_states import agents, remembering
+
+pytestmark = pytest.mark.slow
+KINDS = ("qwen3_5_text", "olmo_hybrid", "kimi_linear")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("examples", "levels"), [(agents(), 5), (ODD, 3)])
+def test_one_call_computes_a_level(
+    kind: str, examples: Any, levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probs and the gradient of all weights are those of one response per forward by torch's own rule."""
+    causal_lm, rows = remembering(kind), []
+
+    @wraps(chunk_delta_rule)
+    def kernel(q: Tensor, *inputs: Any, **options: Any) -> Any:
+        rows.append((q.shape[1], options["cu_seqlens"]))
+        return chunk_delta_rule(q, *inputs, **options)
+
+    expected = plain_logps(causal_lm, examples)
+    expected_gradients = gradients(causal_lm, expected)
+    put_delta_kernels(monkeypatch, causal_lm, kernel)
+    batch = pack_unkeyed(examples)
+    logps = packed(causal_lm)(batch)
+    layers = causal_lm.config.layer_types.count("linear_attention")
+    assert len(rows) == levels * layers
+    assert sum(tokens for tokens, _ in rows) == layers * len(batch.input_ids)
+    assert len({id(lengths) for _, lengths in rows}) == levels, "layers share the lengths"
+    assert (logps - expected).abs().max() < 2e-5
+    assert_same(gradients(causal_lm, logps), expected_gradients, 2e-5)
+
+
+def check(kind: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    causal_lm = PackedCausalLM(remembering(kind), AttentionBackend.sdpa).causal_lm
+    check_delta_rule(causal_lm, CPU, dtype)
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, state: Tensor) -> Tensor:
+        return state.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return torch.zeros_like(gradient)
+
+
+def without_first_states(*inputs: Any, initial_state: Any = None, **options: Any) -> Any:
+    return chunk_delta_rule(*inputs, **options)
+
+
+def without_their_gradient(*inputs: Any, initial_state: Any = None, **options: Any) -> Any:
+    cut = None if initial_state is None else NoGradient.apply(initial_state)  # type: ignore[no-untyped-call]
+    return chunk_delta_rule(*inputs, **options | {"initial_state": cut})
+
+
+def without_lengths(*inputs: Any, cu_seqlens: Any, initial_state: Any = None, **options: Any) -> Any:
+    output, last = chunk_delta_rule(*inputs, **options | {"cu_seqlens_cpu": None})
+    return output, None if last is None else last.expand(len(cu_seqlens) - 1, *last.shape[1:])
+
+
+def that_fails(*inputs: Any, **options: Any) -> Any:
+    raise RuntimeError("no kernel image for this device")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_right_kernel_passes_the_check(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_delta_kernels(monkeypatch, remembering(kind))
+    check(kind, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (without_first_states, "its output differs"),
+        (without_their_gradient, "its gradient of the"),
+        (without_lengths, "its output differs"),
+        (that_fails, "no kernel image for this device"),
+    ],
+)
+def test_a_wrong_kernel_is_refused(kind: str, fault: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_delta_kernels(monkeypatch, remembering(kind), wraps(chunk_delta_rule)(fault))
+    with pytest.raises(ConfigError, match=f"(?s)flash-linear-attention fails or gives wrong results.*{said}"):
+        check(kind)
