@@ -13,15 +13,25 @@ import transformers
 
 from dpo_dist.config.schema import FLASH_ATTN, AttentionBackend, Dtype, FusedLayers, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.installed import is_installed
 from dpo_dist.foundation.remedies import Remedy
+
+# Packages whose kernels transformers takes for recurrent layers, where they are installed.
+_OF_RECURRENT_LAYERS = ("flash-linear-attention", "mamba-ssm", "causal-conv1d")
 
 
 def numerics_profile(
-    config: ModelConfig, backend: AttentionBackend, fused: FusedLayers, device: torch.device
+    config: ModelConfig,
+    backend: AttentionBackend,
+    fused: FusedLayers,
+    device: torch.device,
+    *,
+    recurrent: bool = False,
 ) -> dict[str, str]:
     """Return the numerics profile of a model scored on `device`: its fields and their values.
 
-    `backend` and `fused` are the chosen ones, never `auto`.
+    `backend` and `fused` are the chosen ones, never `auto`. `recurrent`: whether the model may have recurrent
+    layers.
     """
     profile = {
         "dtype": config.dtype.value,
@@ -33,6 +43,9 @@ def numerics_profile(
     }
     if backend in FLASH_ATTN:
         profile["flash_attn"] = _minor(importlib.metadata.version(FLASH_ATTN[backend]))
+    if recurrent:
+        installed = filter(is_installed, _OF_RECURRENT_LAYERS)
+        profile |= {name: _minor(importlib.metadata.version(name)) for name in installed}
     if torch.are_deterministic_algorithms_enabled():
         profile["deterministic"] = "true"
     if config.quantization is not None:

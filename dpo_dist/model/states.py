@@ -51,10 +51,7 @@ class _Group:
             tokens = np.full((len(members), max(map(len, spans))), -1)
             for row, span in zip(tokens, spans, strict=True):
                 row[: len(span)] = span
-        self.shape = tokens.shape
-        self.is_token = tokens.ravel() >= 0
-        padding = nodes[-1].stop  # the index behind the last token, where inputs are 0
-        self.rows = copy_to_device(device, np.where(tokens < 0, padding, tokens).ravel())
+        self.tokens = tokens  # indices in the packed sequence; -1: padding
 
 
 class _Levels:
@@ -68,10 +65,12 @@ class _Levels:
         numbers = sorted(range(len(nodes)), key=kind)
         groups = (list(members) for _, members in itertools.groupby(numbers, kind))
         self.groups = [_Group(members, nodes, device, joined) for members in groups]
-        # Where each token is in the concatenated outputs of the groups, int64 [tokens].
-        is_token = np.concatenate([group.is_token for group in self.groups])
-        order = np.concatenate([np.arange(nodes[number].start, nodes[number].stop) for number in numbers])
-        self.places = copy_to_device(device, np.flatnonzero(is_token)[np.argsort(order)])
+        tokens = np.concatenate([group.tokens.ravel() for group in self.groups])
+        # Which token each place of the groups has, the index behind the last where it is padding; the places
+        # of the tokens in their order. Both int64, on the device.
+        self.selected = copy_to_device(device, np.where(tokens < 0, nodes[-1].stop, tokens))
+        places = np.flatnonzero(tokens >= 0)
+        self.places = copy_to_device(device, places[np.argsort(tokens[places])])
 
 
 class ForkedStates:
@@ -120,11 +119,17 @@ class ForkedStates:
 
     def _walk(self, levels: _Levels, inputs: Sequence[Tensor], step: Step) -> Tensor:
         """Return the outputs [1, tokens, ...] of `step` on `inputs` [1, tokens, ...], level by level."""
-        padded = [pad(tensor[0].flatten(1), (0, 0, 0, 1)).view(-1, *tensor.shape[2:]) for tensor in inputs]
+        # Inputs are 0 behind the last token. Selected at once: the gradient of a selection has all tokens.
+        sizes = [group.tokens.size for group in levels.groups]
+        selected = [
+            torch.split(pad(tensor[0].flatten(1), (0, 0, 0, 1)).index_select(0, levels.selected), sizes)
+            for tensor in inputs
+        ]
         outputs, states = list[Tensor](), dict[int, Tensor]()
-        for group in levels.groups:
+        for group, *parts in zip(levels.groups, *selected, strict=True):
             rows = [
-                tensor.index_select(0, group.rows).view(*group.shape, *tensor.shape[1:]) for tensor in padded
+                part.view(*group.tokens.shape, *tensor.shape[2:])
+                for part, tensor in zip(parts, inputs, strict=True)
             ]
             # All nodes of level 0 start without a state, and no others do.
             parents = [states[parent] for parent in group.parents if parent >= 0]

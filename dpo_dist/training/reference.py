@@ -19,6 +19,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import duration, percent, pluralize
+from dpo_dist.model.architectures import UNPACKABLE, WITH_STATES
 from dpo_dist.model.attention.kernels import choose_backend
 from dpo_dist.model.files.load import check_same_vocabulary, load_config
 from dpo_dist.model.flops import compute_costs
@@ -151,9 +152,9 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
     text = load_config(files.folder, config.model).get_text_config()
     fused = choose_fused(config.model, text, world.device)
-    profile = numerics_profile(
-        scoring_config(config.model, config.reference.quantization), backend, fused, world.device
-    )
+    scoring = scoring_config(config.model, config.reference.quantization)
+    recurrent = text.model_type in WITH_STATES | UNPACKABLE
+    profile = numerics_profile(scoring, backend, fused, world.device, recurrent=recurrent)
     check_same_numerics(profile, world)
     label = model_label(config.reference.path or config.model.path, files.folder)
     empty = LogpStore(store, ReferenceFingerprint(files.digest, profile, label), [])

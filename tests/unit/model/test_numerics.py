@@ -62,6 +62,17 @@ def test_a_profile_names_every_kernel_and_precision(monkeypatch: pytest.MonkeyPa
     assert found.keys() == {*precisions.split(), *kernels.split()}
 
 
+def test_the_kernels_of_recurrent_layers_are_named_for_models_that_may_have_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = FP32, AttentionBackend.sdpa, FusedLayers.none, CPU
+    without = numerics_profile(*plain)
+    assert numerics_profile(*plain, recurrent=True) == without, "none is installed: entries stay"
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.6.1")
+    kernels = numerics_profile(*plain, recurrent=True).keys() - numerics_profile(*plain).keys()
+    assert kernels == {"flash-linear-attention", "mamba-ssm", "causal-conv1d"}
+
+
 def test_a_precision_that_the_device_lacks_is_an_error_with_another_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
