@@ -34,9 +34,6 @@ class Arrangement(StrEnum):
         return len(rows) * max(rows) if self is Arrangement.padded else sum(rows)
 
 
-# A segment that shares tokens costs this many more than their copies: fewer are not worth it. One core of an
-# AMD EPYC joins a segment's keys in 0.04 to 0.1 ms a layer, and computes a token of SmolLM2-135M in 0.27 ms.
-_SEGMENT = 4
 # SDPA on a CPU computes causal attention in blocks of this many keys: a mask costs no more in shorter rows.
 _BLOCK = 512
 
@@ -54,6 +51,10 @@ class ComputeCosts:
     gather: float = 0.0  # time to copy the key and value of a shared token for one more row, in all layers
     gather_memory: float = 0.0  # memory of these copies, in units of what a token takes
     is_masked: bool = False  # whether a row that shares tokens needs a mask, whose hidden pairs are computed
+    # A segment that shares tokens costs this many more than their copies: fewer are not worth it. One core of
+    # an AMD EPYC joins a segment's keys in 0.04 to 0.1 ms a layer, and computes a token of SmolLM2-135M in
+    # 0.27 ms.
+    segment: float = 4.0
 
     @property
     def shares_prefixes(self) -> bool:
@@ -75,7 +76,7 @@ class ComputeCosts:
             # A whole row is computed in blocks up to the diagonal, own queries behind a mask with all keys.
             pairs = np.minimum(pairs, causal_pairs(row) + row * _BLOCK // 2 - own * row)
         saved = shared * (1 - self.gather) + self.key * pairs
-        return np.where(shared > 0, saved - _SEGMENT, 0.0)
+        return np.where(shared > 0, saved - self.segment, 0.0)
 
     def worth_sharing(self, common: Counts, tokens: Counts) -> Counts:
         """Return how many leading tokens `common` with another row are shared: none if it costs more."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -168,3 +169,11 @@ def test_sdpa_on_cuda_keeps_the_keys_of_shared_tokens_for_each_query_head() -> N
     assert memory.pop((AttentionBackend.sdpa, "cuda")) == pytest.approx(groups * min(memory.values()))
     assert groups > 1
     assert len({*memory.values()}) == 1
+
+
+@pytest.mark.parametrize(("kind", "least"), [("qwen2", 10), ("qwen3_5_text", 40), ("granitemoehybrid", 40)])
+def test_recurrent_layers_share_prefixes_that_are_longer_than_the_padding(kind: str, least: int) -> None:
+    """Rows of 400 tokens: half a chunk of a recurrent layer is the price of a node."""
+    costs = compute_costs(flops_of(kind), prefixes=True)
+    common = np.array([least - 10, least])
+    assert costs.worth_sharing(common, np.array([400, 400])).tolist() == [0, least]
