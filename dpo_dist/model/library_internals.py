@@ -198,9 +198,9 @@ def delta_rules(causal_lm: nn.Module) -> list[tuple[Callable[..., Any], Callable
 def is_kernel(rule: Callable[..., Any]) -> bool:
     """Return whether a function that is called for the delta rule is one of flash-linear-attention.
 
-    transformers tries to import the package when it loads a modeling file.
+    transformers' dispatcher decides that when it loads a modeling file: by whether its import succeeds.
     """
-    return hasattr(rule, "__wrapped__") and "fla" in sys.modules
+    return bool(inspect.getclosurevars(rule).nonlocals.get("is_new_implementation"))
 
 
 def _model_files(causal_lm: nn.Module) -> list[Any]:

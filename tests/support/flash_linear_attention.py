@@ -67,9 +67,12 @@ def chunk_delta_rule(
 
 
 def put_delta_kernels(
-    monkeypatch: pytest.MonkeyPatch, causal_lm: Any, kernel: Callable[..., Any] = chunk_delta_rule
+    monkeypatch: pytest.MonkeyPatch, causal_lm: Any, kernel: Callable[..., Any] | None = chunk_delta_rule
 ) -> None:
-    """Load the rules of a model's file as transformers does where the library is installed."""
+    """Load the rules of a model's file as transformers does where the library is installed.
+
+    `kernel` None: where its kernels cannot be imported, as without Triton.
+    """
     rules = SimpleNamespace(**dict.fromkeys(NAMES, kernel))
     monkeypatch.setitem(
         sys.modules, "fla", SimpleNamespace(ops=SimpleNamespace(gated_delta_rule=rules, kda=rules))

@@ -209,6 +209,10 @@ def test_the_library_that_computes_the_delta_rule_is_known(
     assert rule is plain
     assert is_kernel(called)
     assert not is_kernel(rule)
+    put_delta_kernels(monkeypatch, causal_lm, None)
+    assert fork_states(causal_lm)
+    ((_, called),) = delta_rules(causal_lm)
+    assert not is_kernel(called), "a package whose kernels cannot be imported"
 
 
 @pytest.mark.parametrize("kind", ["jamba", "mamba", "qwen3", "recurrent_gemma", "zamba"])
