@@ -71,6 +71,40 @@ def test_long_rows_in_many_levels_and_odd_ones_are_exact(
     assert_same(gradients(causal_lm, logps), expected_gradients, 2e-5)
 
 
+def at_chunks() -> list[Example]:
+    """Rows that branch at the ends of chunks, one of them twice; the loss counts every third token."""
+    generator = np.random.default_rng(6)
+
+    def ids(length: int) -> np.ndarray:
+        return generator.integers(3, VOCABULARY, length).astype(np.int32)
+
+    def counted(*responses: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(np.arange(len(each)) % 3 == 0 for each in responses)
+
+    row = ids(192)
+    pairs = [
+        (row[:64], row[64:], ids(65)),
+        (row[:64], row[64:128], ids(1)),
+        (row[:128], ids(66), ids(2)),
+    ]
+    return [
+        Example(prompt, tuple(responses), counted(*responses)) for prompt, *responses in [*pairs, pairs[0]]
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_branches_at_the_ends_of_chunks_are_exact_where_the_loss_counts(kind: str) -> None:
+    causal_lm, examples = remembering(kind), at_chunks()
+    counts = torch.from_numpy(np.concatenate([mask for example in examples for mask in example.trained]))
+    batch = pack_unkeyed(examples)
+    assert len(batch.input_ids) == 191 + 64 + 65 + 1
+    expected = plain_logps(causal_lm, examples)[counts]
+    expected_gradients = gradients(causal_lm, expected)
+    logps = packed(causal_lm)(batch)
+    assert (logps - expected).abs().max() < 2e-5
+    assert_same(gradients(causal_lm, logps), expected_gradients, 2e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_recomputed_layers_start_in_the_same_states(kind: str) -> None:
     causal_lm = remembering(kind)
