@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import Overrides
 from tests.support import tiny
 from tests.support.doctor_data import agent_records, write
@@ -48,11 +50,18 @@ def test_a_run_of_one_response_per_forward_is_the_same_on_one_and_two_processes(
     assert summary(tmp_path / "run")["reference"]["computed"] > 0
 
 
-def test_a_model_in_padded_rows_is_trained_and_sampled(
-    overrides: Overrides, assets: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("jamba", f"{TOLD}: one response per row, padded to the longest of the micro-batch"),
+        ("qwen3_5_text", "packed: recurrent layers compute a shared prompt once"),
+    ],
+)
+def test_a_model_with_recurrent_layers_is_trained_and_sampled(
+    overrides: Overrides, assets: Path, tmp_path: Path, kind: str, told: str
 ) -> None:
     model, tokenizer = tmp_path / "model", tiny.qwen()
-    causal_lm = tiny_family("jamba", len(tokenizer))
+    causal_lm = tiny_family(kind, len(tokenizer))
     causal_lm.config.update({"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
     causal_lm.save_pretrained(model)
     tokenizer.save_pretrained(model)
@@ -66,5 +75,5 @@ def test_a_model_in_padded_rows_is_trained_and_sampled(
         "sampling.temperature=0",
     )
     output = train(command, processes=1).output
-    assert f"{TOLD}: one response per row, padded to the longest of the micro-batch" in output
+    assert told in output
     assert (tmp_path / "run/samples/step-000001.jsonl").read_text().count("\n") == 2
