@@ -17,11 +17,16 @@ from dpo_dist.foundation.remedies import Remedy
 
 
 def numerics_profile(
-    config: ModelConfig, backend: AttentionBackend, fused: FusedLayers, device: torch.device
+    config: ModelConfig,
+    backend: AttentionBackend,
+    fused: FusedLayers,
+    device: torch.device,
+    *,
+    has_experts: bool,
 ) -> dict[str, str]:
     """Return the numerics profile of a model scored on `device`: its fields and their values.
 
-    `backend` and `fused` are the chosen ones, never `auto`.
+    `backend` and `fused` are the chosen ones, never `auto`. `has_experts`: the model is a mixture of experts.
     """
     profile = {
         "dtype": config.dtype.value,
@@ -37,7 +42,8 @@ def numerics_profile(
         profile["deterministic"] = "true"
     if config.quantization is not None:
         version = _minor(importlib.metadata.version("bitsandbytes"))
-        profile["quantization"] = f"{config.quantization} by bitsandbytes {version}"
+        parts = ", with the experts" if has_experts else ""
+        profile["quantization"] = f"{config.quantization} by bitsandbytes {version}{parts}"
     if fused is FusedLayers.compile:
         profile["compile"] = "inductor"
     if fused is FusedLayers.liger:
