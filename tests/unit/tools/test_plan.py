@@ -330,6 +330,25 @@ def test_muon_keeps_one_number_for_a_weight_of_a_matrix_and_two_for_others(
     assert content["bytes"]["optimizer states"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_experts_in_4_bits_take_what_users_expect(tmp_path: Path) -> None:
+    """The shape of Qwen3-30B-A3B, as on docs/scaling.md."""
+    AutoConfig.for_model(
+        "qwen3_moe",
+        **{"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768},
+        **{"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128},
+        **{"num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151_936},
+        max_position_embeddings=40_960,
+    ).save_pretrained(tmp_path)
+    words = [f"model.path={tmp_path}", "plan.gpus=1", "parallelism=ddp", "model.adapter={r: 64, alpha: 128}"]
+    _, whole = planned(*words)
+    assert whole["bytes"]["weights"] / 2**30 == pytest.approx(57.0, abs=0.05)
+    assert "experts of a layer" not in whole["bytes"]
+    text, packed = planned(*words, "model.quantization=nf4")
+    assert packed["bytes"]["weights"] / 2**30 == pytest.approx(15.6, abs=0.05)
+    assert packed["bytes"]["experts of a layer"] == 2 * 128 * 3 * 768 * 2048
+    assert "warning" not in text
+
+
 def test_hours_are_told_of_what_fits_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     text, content = planned("+experiment=qwen7b", "plan.gpus=1", "plan.price=2")

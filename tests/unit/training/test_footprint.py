@@ -87,7 +87,7 @@ ON_4_BITS = [
     "model.quantization=nf4",
     "parallelism=ddp",
 ]
-WIDE = {"hidden_size": 128, "intermediate_size": 256}
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128}
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v2", "granitemoe", "llama4_text"])
@@ -106,7 +106,7 @@ def test_experts_take_the_bytes_that_the_plan_says(
     sizes = {name: _bytes(weight) for name, weight in loaded.named_parameters()}
     whole = {name: weight.nbytes for name, weight in plain.named_parameters() if ".experts." in name}
     share = sum(sizes[name] for name in whole) / sum(whole.values())
-    assert share < {Quantization.nf4: 0.30, Quantization.int8: 0.56}[kind]
+    assert share < {Quantization.nf4: 0.30, Quantization.int8: 0.53}[kind]
     parts, needs = footprint(config, causal_lm, 4).parts, sum(sizes.values())
     adapter = 2 * sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
     assert parts["weights"] - adapter == pytest.approx(needs, rel=0.03)
