@@ -93,7 +93,7 @@ def step_flops(causal_lm: Any) -> StepFlops:
     text, output = causal_lm.config.get_text_config(), causal_lm.get_output_embeddings().weight
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
     outside |= {id(output), *map(id, other_weights(causal_lm))}
-    experts, visited = set(map(id, stacked_experts(causal_lm))), visited_experts(text)
+    experts, visited = set(map(id, stacked_experts(causal_lm).values())), visited_experts(text)
     per_token, forward = 0.0, 0.0
     for name, weight in causal_lm.named_parameters():
         # A continued adapter also has a frozen copy.
@@ -166,13 +166,18 @@ def visited_experts(text: Any) -> int:
     return max(filter(None, counts), default=0)
 
 
-def stacked_experts(causal_lm: Any) -> list[nn.Parameter]:
-    """Return the weights of experts that a tensor of three dimensions joins, and their biases."""
+def stacked_experts(causal_lm: Any) -> dict[str, nn.Parameter]:
+    """Return the matrices of experts that transformers joins to weights of three dimensions, by name."""
     if not visited_experts(causal_lm.config.get_text_config()):
-        return []
-    modules = [module for module in text_part(causal_lm).modules() if not isinstance(module, nn.Conv1d)]
-    own = [list(module.parameters(recurse=False)) for module in modules]
-    return [weight for weights in own if any(one.dim() > 2 for one in weights) for weight in weights]
+        return {}
+    of_text = set(text_part(causal_lm).modules())
+    return {
+        f"{name}.{own}": weight
+        for name, module in causal_lm.named_modules()
+        if module in of_text and not isinstance(module, nn.Conv1d)
+        for own, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3
+    }
 
 
 def _per_weight(weight: Tensor) -> int:

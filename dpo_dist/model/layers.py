@@ -353,10 +353,10 @@ def join_gradients(block: nn.Module) -> None:
     ZeRO-1 and ZeRO-2 reduce gradients in the order in which they become ready: ranks that use different parts
     would add up gradients of different weights.
     """
-    block.forward = partial(_joined, _Block(block, block.forward))
+    block.forward = partial(_joined, Block(block, block.forward))
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """A module that only calls its child, a block."""
 
     def __init__(self, block: nn.Module, compute: Callable[..., Any]):
@@ -364,10 +364,11 @@ class _Block(nn.Module):
         self.block, self._compute = block, compute
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the block's own forward returns."""
         return self._compute(*args, **kwargs)
 
 
-def _joined(block: _Block, *args: Any, **kwargs: Any) -> Any:
+def _joined(block: Block, *args: Any, **kwargs: Any) -> Any:
     trained = {name: weight for name, weight in block.named_parameters() if weight.requires_grad}
     if not trained or not torch.is_grad_enabled():
         return block(*args, **kwargs)

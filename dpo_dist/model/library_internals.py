@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import Transpose, WeightRenaming, rename_source_key
+from transformers.core_model_loading import ConversionOps, Transpose, WeightRenaming, rename_source_key
 from transformers.integrations import deepspeed
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 # ---- transformers: loading ----
 
@@ -73,6 +74,41 @@ def transposed_by(shapes: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         Transpose.convert = convert
+
+
+@contextlib.contextmanager
+def packed_by(pack: Mapping[str, Callable[[Tensor], nn.Parameter]]) -> Iterator[None]:
+    """Inside the block, make transformers' quantizers for bitsandbytes also replace other weights, by name.
+
+    Each is replaced as soon as it is read, so that it never is whole on the device together with the others.
+    """
+    originals = {name: AUTO_QUANTIZER_MAPPING[name] for name in ("bitsandbytes_4bit", "bitsandbytes_8bit")}
+    AUTO_QUANTIZER_MAPPING.update({name: _packing(kind, pack) for name, kind in originals.items()})
+    try:
+        yield
+    finally:
+        AUTO_QUANTIZER_MAPPING.update(originals)
+
+
+def _packing(quantizer: Any, pack: Mapping[str, Callable[[Tensor], nn.Parameter]]) -> Any:
+    class Operation(ConversionOps):  # type: ignore[misc]
+        def __init__(self, own: ConversionOps):
+            self._own = own
+
+        def convert(self, input_dict: dict[str, Any], **options: Any) -> dict[str, Any]:
+            if not input_dict.keys() <= pack.keys():
+                return dict(self._own.convert(input_dict, **options))
+            tensors = {name: read[0] if isinstance(read, list) else read for name, read in input_dict.items()}
+            return {name: pack[name](tensor) for name, tensor in tensors.items()}
+
+    class Quantizer(quantizer):  # type: ignore[misc]
+        def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
+            return param_name in pack or super().param_needs_quantization(model, param_name, **options)
+
+        def get_quantize_ops(self) -> ConversionOps:
+            return Operation(super().get_quantize_ops())
+
+    return Quantizer
 
 
 def name_in_model(causal_lm: Any) -> Callable[[str], str]:

@@ -27,11 +27,12 @@ def numerics_profile(
     device: torch.device,
     *,
     recurrent: bool = False,
+    has_experts: bool = False,
 ) -> dict[str, str]:
     """Return the numerics profile of a model scored on `device`: its fields and their values.
 
-    `backend` and `fused` are the chosen ones, never `auto`. `recurrent`: whether the model may have recurrent
-    layers.
+    `backend` and `fused` are the chosen ones, never `auto`. `recurrent`: the model may have recurrent layers;
+    `has_experts`: it is a mixture of experts.
     """
     profile = {
         "dtype": config.dtype.value,
@@ -50,7 +51,8 @@ def numerics_profile(
         profile["deterministic"] = "true"
     if config.quantization is not None:
         version = _minor(importlib.metadata.version("bitsandbytes"))
-        profile["quantization"] = f"{config.quantization} by bitsandbytes {version}"
+        parts = ", with the experts" if has_experts else ""
+        profile["quantization"] = f"{config.quantization} by bitsandbytes {version}{parts}"
     if fused is FusedLayers.compile:
         profile["compile"] = "inductor"
     if fused is FusedLayers.liger:

@@ -22,7 +22,7 @@ from dpo_dist.foundation.text import duration, percent, pluralize
 from dpo_dist.model.architectures import UNPACKABLE, WITH_STATES
 from dpo_dist.model.attention.kernels import choose_backend
 from dpo_dist.model.files.load import check_same_vocabulary, load_config
-from dpo_dist.model.flops import compute_costs
+from dpo_dist.model.flops import compute_costs, visited_experts
 from dpo_dist.model.layers import choose_fused
 from dpo_dist.model.numerics import numerics_profile
 from dpo_dist.reference.digest import check_same_numerics, model_label
@@ -152,9 +152,14 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
     text = load_config(files.folder, config.model).get_text_config()
     fused = choose_fused(config.model, text, world.device)
-    scoring = scoring_config(config.model, config.reference.quantization)
-    recurrent = text.model_type in WITH_STATES | UNPACKABLE
-    profile = numerics_profile(scoring, backend, fused, world.device, recurrent=recurrent)
+    profile = numerics_profile(
+        scoring_config(config.model, config.reference.quantization),
+        backend,
+        fused,
+        world.device,
+        recurrent=text.model_type in WITH_STATES | UNPACKABLE,
+        has_experts=visited_experts(text) > 0,
+    )
     check_same_numerics(profile, world)
     label = model_label(config.reference.path or config.model.path, files.folder)
     empty = LogpStore(store, ReferenceFingerprint(files.digest, profile, label), [])

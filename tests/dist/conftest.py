@@ -9,6 +9,7 @@ from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.encoded.build import Preparation
 from tests.dist.scenario import PAIRS, Assets, entries_of
 from tests.support import tiny
+from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.invented import write_pairs
 from tests.support.tiny_model import write_model
 
@@ -17,11 +18,17 @@ from tests.support.tiny_model import write_model
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
     folder = tmp_path_factory.mktemp("assets")
     pairs = write_pairs(folder / "pairs.jsonl", PAIRS, seed=1, goes_on=True)
+    # Widths are multiples of a 4-bit block: else bitsandbytes (0.50) computes linear layers wrongly on CPUs.
+    wide = {"hidden_size": 64, "moe_intermediate_size": 64, "head_dim": 16, "mlp_only_layers": []}
+    mixture = tiny_causal_lm(tiny_config("qwen3_moe", len(tiny.qwen()), **wide))
+    mixture.save_pretrained(folder / "mixture")
+    tiny.qwen().save_pretrained(folder / "mixture")
     config = DataConfig(cache=str(folder / "encoded"))
     return Assets(
         policy=write_model(folder / "policy", seed=1),
         untied_policy=write_model(folder / "untied", seed=3, tied=False),
         reference=write_model(folder / "reference", seed=2),
+        mixture=folder / "mixture",
         encoded=Preparation([SourceConfig(str(pairs))], config, tiny.qwen(), "qwen").whole(),
     )
 

@@ -57,6 +57,7 @@ class Assets:
     policy: Path
     untied_policy: Path
     reference: Path
+    mixture: Path
     encoded: tuple[EncodedSource, ...]
 
     def dataset(self) -> PreferenceDataset:

@@ -43,6 +43,7 @@ STEPS: tuple[tuple[tuple[int, ...], int], ...] = tuple(
 SCORED = (1, 4, 7)
 SEED = 5
 LORA = AdapterConfig(r=4, alpha=8)
+ATTENTION = AdapterConfig(r=4, alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
 RSLORA = AdapterConfig(r=4, alpha=8, variant=AdapterVariant.rslora, target_modules=["q_proj", "mlp.up_proj"])
 WHOLE = AdapterConfig(
     r=4, alpha=8, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head", "norm"]
@@ -119,30 +120,33 @@ def scored_plainly(model: Any, assets: Assets) -> Tensor:
 
 ZERO3, ZERO2, DDP = ParallelismKind
 WAYS = [
-    pytest.param(2, ZERO3, DORA, "full", True, None, id="2 ranks, zero3, dora, checkpointing"),
-    pytest.param(3, ZERO3, RSLORA, "none", True, None, id="3 ranks, zero3, rslora"),
-    pytest.param(2, ZERO3, WHOLE, "full", True, None, id="2 ranks, zero3, whole modules"),
-    pytest.param(3, ZERO2, WHOLE, "none", False, None, id="3 ranks, zero2, whole modules, untied"),
-    pytest.param(2, DDP, LORA, "full", True, None, id="2 ranks, ddp, lora, checkpointing"),
-    pytest.param(2, DDP, DORA, "none", True, Quantization.nf4, id="2 ranks, ddp, dora on nf4"),
-    pytest.param(2, DDP, LORA, "none", True, Quantization.int8, id="2 ranks, ddp, lora on int8"),
+    pytest.param(2, ZERO3, DORA, "full", "policy", None, id="2 ranks, zero3, dora, checkpointing"),
+    pytest.param(3, ZERO3, RSLORA, "none", "policy", None, id="3 ranks, zero3, rslora"),
+    pytest.param(2, ZERO3, WHOLE, "full", "policy", None, id="2 ranks, zero3, whole modules"),
+    pytest.param(3, ZERO2, WHOLE, "none", "untied_policy", None, id="3 ranks, zero2, whole modules, untied"),
+    pytest.param(2, DDP, LORA, "full", "policy", None, id="2 ranks, ddp, lora, checkpointing"),
+    pytest.param(2, DDP, DORA, "none", "policy", Quantization.nf4, id="2 ranks, ddp, dora on nf4"),
+    pytest.param(2, DDP, LORA, "none", "policy", Quantization.int8, id="2 ranks, ddp, lora on int8"),
+    pytest.param(
+        2, DDP, ATTENTION, "none", "mixture", Quantization.nf4, id="2 ranks, ddp, lora on packed experts"
+    ),
 ]
 
 
-@pytest.mark.parametrize(("size", "kind", "adapter", "checkpointing", "tied", "quantization"), WAYS)
+@pytest.mark.parametrize(("size", "kind", "adapter", "checkpointing", "base", "quantization"), WAYS)
 def test_steps_and_the_exported_adapter_equal_plain_peft(
     size: int,
     kind: ParallelismKind,
     adapter: AdapterConfig,
     checkpointing: str,
-    tied: bool,
+    base: str,
     quantization: Quantization | None,
     assets: Assets,
     tmp_path: Path,
 ) -> None:
     if quantization is not None:
         pytest.importorskip("bitsandbytes")
-    path, ranks = assets.policy if tied else assets.untied_policy, tmp_path / "ranks"
+    path, ranks = getattr(assets, base), tmp_path / "ranks"
     model = ModelConfig(str(path), dtype=Dtype.fp32, adapter=adapter, quantization=quantization)
     model = replace(model, gradient_checkpointing=checkpointing)
     results = run_ranks(partial(steps, model, assets), size, ranks, kind)
@@ -154,11 +158,11 @@ def test_steps_and_the_exported_adapter_equal_plain_peft(
     # On a CPU, bitsandbytes rounds the inputs of int8 weights in evaluation mode only.
     is_int8 = quantization is Quantization.int8
     norms = plain_steps(oracle.train(is_int8), assets)
-    base = torch.tensor(results[0]["before"]["base"])
+    start = torch.tensor(results[0]["before"]["base"])
     plain = scored_plainly(plain_base(path, quantization), assets)
-    torch.testing.assert_close(base, plain, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(start, plain, atol=tolerance, rtol=tolerance)
     if quantization is not None:
-        assert (scored_plainly(plain_base(path), assets) - base).abs().max() > 1e-3
+        assert (scored_plainly(plain_base(path), assets) - start).abs().max() > 1e-3
     for of_rank in results:
         assert of_rank["norms"] == pytest.approx(norms, rel=1e-4)
         assert of_rank["before"]["policy"] == of_rank["before"]["base"] == of_rank["after"]["base"]
@@ -168,7 +172,7 @@ def test_steps_and_the_exported_adapter_equal_plain_peft(
     assert not [name for name in files if name.startswith("model")]
     reloaded = PeftModel.from_pretrained(plain_base(path, quantization), ranks / "model")
     seen = torch.tensor(results[0]["after"]["policy"])
-    assert (seen - base).abs().max() > 0.01
+    assert (seen - start).abs().max() > 0.01
     torch.testing.assert_close(scored_plainly(reloaded, assets), seen, atol=tolerance, rtol=tolerance)
     # Without those roundings, of which the last bit of an input decides one by 0.005 nats.
     trained_alike, exported = (scored_plainly(model.train(is_int8), assets) for model in (oracle, reloaded))

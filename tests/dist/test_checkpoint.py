@@ -352,6 +352,16 @@ def test_another_world_reads_the_same_weights_and_states(case: str, assets: Asse
         assert found[1:] == pytest.approx(norms[0][1:], rel=10 * tolerance)
 
 
+def test_an_adapter_on_packed_experts_resumes_exactly(assets: Assets, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    root = tmp_path / "checkpoints"
+    scenario = partial(go_on, replace(assets, policy=assets.mixture), root, NF4_LORA, FP32)
+    whole = run_ranks(scenario, 2, tmp_path / "whole", DDP)
+    assert run_ranks(scenario, 2, tmp_path / "resumed", DDP) == whole
+    saved = (SavedSlices.find(root / f"step-00000{number}", SHARDS) for number in (2, 3))
+    demand_equal(*saved, {"weight", "exp_avg", "exp_avg_sq"}, 2)
+
+
 def demand_equal(first: SavedSlices, second: SavedSlices, parts: set[str], step: int) -> None:
     """Two checkpoints have the same tensors of a model, of these parts, after this number of updates."""
     assert (first.step, first.shapes, {*first.parts}) == (step, second.shapes, parts)

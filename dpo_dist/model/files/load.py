@@ -38,6 +38,7 @@ from dpo_dist.model.architectures import (
 )
 from dpo_dist.model.attention.kernels import check_kernel, choose_backend
 from dpo_dist.model.attention.ulysses import TokenExchange, check_shared_tokens
+from dpo_dist.model.experts import Packing, compute_packed, packings, unpackable
 from dpo_dist.model.files.folder import (
     CONFIG_FILE,
     check_tokenizer_files,
@@ -46,7 +47,6 @@ from dpo_dist.model.files.folder import (
     tokenizer_folder,
     weight_files,
 )
-from dpo_dist.model.flops import stacked_experts
 from dpo_dist.model.layers import (
     check_device,
     check_reads_images,
@@ -57,7 +57,13 @@ from dpo_dist.model.layers import (
     offload_inputs,
     use_liger,
 )
-from dpo_dist.model.library_internals import name_in_model, shards_loading, transposed_by, unsharded
+from dpo_dist.model.library_internals import (
+    name_in_model,
+    packed_by,
+    shards_loading,
+    transposed_by,
+    unsharded,
+)
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.packed import PackedCausalLM
@@ -309,20 +315,25 @@ def load_weights(
     if `config` has `images`; `kind` is another class.
     """
     check_precision(config.dtype, device)
-    shapes = check_contents(folder, model_config, config, key=key, kind=kind)
+    described = check_contents(folder, model_config, config, key=key, kind=kind)
+    shapes = {name: weight.shape for name, weight in described.named_parameters(remove_duplicate=False)}
     is_sharded = shards_loading() and config.quantization is None
-    options = placement(config, device)
-    if config.quantization is not None and config.images is not None:
-        options["quantization_config"].llm_int8_skip_modules = _never_quantized(model_config, config)
-    with _loading_errors(folder, key), transposed_by(shapes):
+    options, packed = placement(config, device), dict[str, Packing]()
+    if config.quantization is not None:
+        packed = packings(described, config.quantization, TORCH_DTYPES[config.dtype])
+        if config.images is not None:
+            options["quantization_config"].llm_int8_skip_modules = _never_quantized(model_config, config)
+    pack = {name: packing.pack for name, packing in packed.items()}
+    with _loading_errors(folder, key), transposed_by(shapes), packed_by(pack):
         causal_lm, report = _load(folder, model_config, config, kind, **options)
     # Under ZeRO-3, transformers maps names in files in another way, which may miss weights.
     _check_missing(report, folder, key, "; or set parallelism.kind=zero2 or ddp" if is_sharded else "")
     if not is_sharded and config.quantization is None:
         _freeze_as_defined(causal_lm)
-    if config.quantization is not None and (experts := stacked_experts(causal_lm)):
-        kept = size(sum(weight.nbytes for weight in experts))
-        log.warning("%s: %s leaves the experts in %s, %s", folder, config.quantization, config.dtype, kept)
+    if config.quantization is not None and (whole := unpackable(described)):
+        kept = size(TORCH_DTYPES[config.dtype].itemsize * sum(map(torch.numel, whole)))
+        log.warning("%s: %s leaves experts in %s, %s", folder, config.quantization, config.dtype, kept)
+    compute_packed(causal_lm, packed)
     if kind is None:
         if config.images is not None:
             check_reads_images(causal_lm, key)
@@ -343,8 +354,8 @@ def load_weights(
 
 def check_contents(
     folder: Path, model_config: Any, config: ModelConfig, *, key: str = "model.path", kind: Any = None
-) -> dict[str, torch.Size]:
-    """Check that a folder has the weights that its config.json describes, and return their shapes by name.
+) -> Any:
+    """Check that a folder has the weights that its config.json describes; return its model without weights.
 
     Only tensors that config.json ties are read: if two tied tensors differ, ZeRO-3 and peft would load
     another model than other programs.
@@ -381,7 +392,7 @@ def check_contents(
             remedy=f"set tie_word_embeddings to false in config.json{part}, so that both are used; or remove "
             f"{one} from the weight files",
         )
-    return {name: weight.shape for name, weight in causal_lm.named_parameters(remove_duplicate=False)}
+    return causal_lm
 
 
 def _check_missing(report: dict[str, Any], folder: Path, key: str, also: str = "") -> None:

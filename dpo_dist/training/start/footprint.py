@@ -35,8 +35,9 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import size
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, layer_heads
+from dpo_dist.model.experts import packable, unpackable
 from dpo_dist.model.files.load import TORCH_DTYPES
-from dpo_dist.model.flops import stacked_experts, visited_experts
+from dpo_dist.model.flops import visited_experts
 from dpo_dist.model.layers import (
     attention_layers,
     decoder_layers,
@@ -58,7 +59,8 @@ _CONTEXT_BYTES = 2e9  # bytes of CUDA and NCCL
 _GATHERED_WEIGHTS = 1e9  # weights that ZeRO-3 gathers at once, or the largest layer if that has more
 # Size of an optimizer's states for a master weight, relative to the master weight.
 _STATES_PER_MASTER = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5, OptimizerKind.muon: 1.0}
-BYTES_PER_QUANTIZED_WEIGHT = {Quantization.int8: 1.0, Quantization.nf4: 0.53}
+# In 4 bits, 64 weights share a scale of 8 bits, and 256 scales one of 32 bits.
+BYTES_PER_QUANTIZED_WEIGHT = {Quantization.int8: 1.0, Quantization.nf4: 0.5 + (1 + 4 / 256) / 64}
 _TRACED_TOKENS = 64, 128  # tokens
 _TRACED_ATTENTION = "dpo_dist_trace"
 
@@ -110,6 +112,7 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
     parts = {
         "copy of the weights": held / hpz if hpz > 1 else 0.0,
         "weights": resident * held / (processes if stage == 3 else 1),
+        "experts of a layer": _unpacked_bytes(config, number, causal_lm),
         "gradients": gradients / (1 if stage == 1 else processes),
         "optimizer states": master * trained / processes,
         "gathered weights": number * gathered if stage == 3 and processes > 1 else 0.0,
@@ -188,14 +191,24 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
 
 
 def quantized_weights(causal_lm: Any) -> int:
-    """Return the number of weights that bitsandbytes quantizes: linear layers of text, no adapter's."""
+    """Return the number of weights that are quantized: experts and linear layers of text, no adapter's."""
     linear = {
         module.weight
         for name, module in causal_lm.named_modules()
         if isinstance(module, nn.Linear) and not any(part in name for part in (".lora_", ".modules_to_save."))
     }
     of_images = {weight for part in image_parts(causal_lm).values() for weight in part.parameters()}
-    return sum(map(torch.numel, linear - of_images - {causal_lm.get_output_embeddings().weight}))
+    quantized = linear - of_images - {causal_lm.get_output_embeddings().weight}
+    return sum(map(torch.numel, quantized | {*packable(causal_lm).values()}))
+
+
+def _unpacked_bytes(config: RunConfig, number: int, causal_lm: Any) -> float:
+    """Return the bytes of a layer's packed experts while it computes with them, of `number` bytes each."""
+    kinds = {config.model.quantization, config.reference.quantization} - {None}
+    packed = {*packable(causal_lm).values()} if kinds else set()
+    layers = [[w.numel() for w in layer.parameters() if w in packed] for layer in decoder_layers(causal_lm)]
+    in_float32 = 4 * (Quantization.int8 in kinds)  # bytes a weight, one tensor at a time
+    return max((number * sum(sizes) + in_float32 * max(sizes) for sizes in layers if sizes), default=0)
 
 
 def _weight_bytes(quantization: Quantization | None, number: int, causal_lm: Any) -> float:
@@ -205,15 +218,15 @@ def _weight_bytes(quantization: Quantization | None, number: int, causal_lm: Any
 
 
 def quantization_notes(model: ModelConfig, reference: ReferenceConfig, causal_lm: Any) -> list[str]:
-    """Return a line for each key that quantizes the model but leaves the experts of a mixture as they are."""
-    number, experts = TORCH_DTYPES[model.dtype].itemsize, stacked_experts(causal_lm)
+    """Return a line for each key that quantizes the model but leaves experts of a mixture as they are."""
+    number, experts = TORCH_DTYPES[model.dtype].itemsize, unpackable(causal_lm)
+    kept = size(number * sum(map(torch.numel, experts)))
     kinds = {"model.quantization": model.quantization}
     if reference.path is None:
         kinds["reference.quantization"] = reference.quantization
     return [
-        f"warning: {key}={kind} leaves the experts in {model.dtype}, "
-        f"{size(number * sum(map(torch.numel, experts)))}: bitsandbytes quantizes linear layers only, here "
-        f"{size(BYTES_PER_QUANTIZED_WEIGHT[kind] * quantized_weights(causal_lm))}"
+        f"warning: {key}={kind} leaves experts in {model.dtype}, {kept}: they are neither linear layers nor "
+        "tensors of three dimensions with less than 2^31 numbers"
         for key, kind in kinds.items()
         if kind is not None and experts
     ]

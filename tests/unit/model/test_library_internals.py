@@ -8,10 +8,11 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, conversion_mapping
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, conversion_mapping
 from transformers.core_model_loading import Transpose
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from dpo_dist.model.architectures import WITH_STATES
 from dpo_dist.model.layers import decoder_layers
@@ -28,6 +29,7 @@ from dpo_dist.model.library_internals import (
     is_kernel,
     mark_as_adapted,
     name_in_model,
+    packed_by,
     plain_attention,
     set_adapter_state,
     sharded_by,
@@ -86,6 +88,21 @@ def test_transformers_transposes_by_the_shape_of_a_whole_weight() -> None:
         Transpose(check_dims=True).convert(files, *names, model=model, full_layer_name="weight").values()
     )
     assert turned.shape == (2, 3), "transformers knows whole shapes by itself: remove transposed_by"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantizers_replace_other_weights_too_inside_the_block_only(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny_family("mixtral").save_pretrained(tmp_path)
+    name, kinds = "model.layers.1.mlp.experts.down_proj", dict(AUTO_QUANTIZER_MAPPING)
+    pack = {name: lambda weight: nn.Parameter(weight.flatten().to(torch.int8), requires_grad=False)}
+    options = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    with packed_by(pack):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=options)
+    assert kinds == AUTO_QUANTIZER_MAPPING
+    assert (loaded.get_parameter(name).dtype, loaded.get_parameter(name).dim()) == (torch.int8, 1)
+    assert loaded.get_parameter(name.replace("1", "0")).is_floating_point()
+    assert not loaded.model.layers[0].self_attn.q_proj.weight.is_floating_point()
 
 
 def test_names_in_files_become_names_in_the_model(tmp_path: Path) -> None:

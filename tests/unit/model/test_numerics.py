@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,19 +26,30 @@ from tests.support.precision import HAS_FP16
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FP32 = ModelConfig(dtype=Dtype.fp32)
+profile_of = functools.partial(numerics_profile, has_experts=False)
 
 
 def test_a_profile_differs_where_log_probs_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    fp32 = numerics_profile(FP32, AttentionBackend.sdpa, FusedLayers.none, CPU)
+    fp32 = profile_of(FP32, AttentionBackend.sdpa, FusedLayers.none, CPU)
     assert fp32["cpu"] == torch.backends.cpu.get_cpu_capability()
-    assert numerics_profile(ModelConfig(), AttentionBackend.sdpa, FusedLayers.none, CPU) != fp32
-    assert numerics_profile(FP32, AttentionBackend.varlen, FusedLayers.none, CPU) != fp32
-    assert numerics_profile(FP32, AttentionBackend.sdpa, FusedLayers.compile, CPU) != fp32
+    assert profile_of(ModelConfig(), AttentionBackend.sdpa, FusedLayers.none, CPU) != fp32
+    assert profile_of(FP32, AttentionBackend.varlen, FusedLayers.none, CPU) != fp32
+    assert profile_of(FP32, AttentionBackend.sdpa, FusedLayers.compile, CPU) != fp32
     checkpointed = ModelConfig(dtype=Dtype.fp32, gradient_checkpointing="full")
-    assert numerics_profile(checkpointed, AttentionBackend.sdpa, FusedLayers.none, CPU) == fp32
+    assert profile_of(checkpointed, AttentionBackend.sdpa, FusedLayers.none, CPU) == fp32
     for package in (torch, transformers):  # a patch release changes nothing
         monkeypatch.setattr(package, "__version__", f"{'.'.join(package.__version__.split('.')[:2])}.99")
-    assert numerics_profile(FP32, AttentionBackend.sdpa, FusedLayers.none, CPU) == fp32
+    assert profile_of(FP32, AttentionBackend.sdpa, FusedLayers.none, CPU) == fp32
+
+
+def test_experts_that_are_quantized_with_the_base_make_it_another_reference() -> None:
+    quantized = replace(FP32, quantization=Quantization.nf4)
+    for config in (FP32, quantized):
+        dense, mixture = (
+            numerics_profile(config, AttentionBackend.sdpa, FusedLayers.none, CPU, has_experts=has_experts)
+            for has_experts in (False, True)
+        )
+        assert (dense != mixture) is (config is quantized)
 
 
 def test_a_profile_names_every_kernel_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +62,7 @@ def test_a_profile_names_every_kernel_and_precision(monkeypatch: pytest.MonkeyPa
             name: value
             for device in (CPU, CUDA)
             for fused in (FusedLayers.liger, FusedLayers.compile)
-            for name, value in numerics_profile(
+            for name, value in profile_of(
                 everything, AttentionBackend.flash_attention_2, fused, device
             ).items()
         }
@@ -104,7 +116,7 @@ def test_pytorch_cublas_and_flash_attn_use_deterministic_kernels(monkeypatch: py
     with deterministic_kernels(True):
         check_kernel(AttentionBackend.flash_attention_2, CPU, LlamaConfig(), torch.float32)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        assert numerics_profile(FP32, AttentionBackend.sdpa, FusedLayers.none, CPU)["deterministic"] == "true"
+        assert profile_of(FP32, AttentionBackend.sdpa, FusedLayers.none, CPU)["deterministic"] == "true"
     assert (asked[0], asked[-1]) == (False, True)
 
 

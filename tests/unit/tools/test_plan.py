@@ -137,7 +137,7 @@ def test_training_is_three_forwards_and_what_is_computed_again() -> None:
         assert more == pytest.approx(less + useful / 3, rel=1e-4), "its partners"
 
 
-@pytest.mark.parametrize(("kind", "of_weight"), [("nf4", 2.53), ("int8", 3.0)])
+@pytest.mark.parametrize(("kind", "of_weight"), [("nf4", 2 + 0.5 + 1 / 64 + 4 / 64 / 256), ("int8", 3.0)])
 def test_quantized_weights_are_read_and_written_at_half_the_speed_of_the_memory(
     kind: str, of_weight: float
 ) -> None:
@@ -281,7 +281,8 @@ def test_an_adapter_writes_itself_and_a_quantized_base_keeps_what_is_not_linear(
     assert found.disk == pytest.approx({"a checkpoint": 12 * found.trained, "the model": 2 * found.trained})
     assert found.weights - found.trained == P
     quantized = estimated(*ADAPTER, "model.quantization=nf4")
-    expected = 0.53 * (P - EMBEDDINGS - NORMS) + 2 * (EMBEDDINGS + NORMS) + 2 * found.trained
+    nf4 = 0.5 + 1 / 64 + 4 / 64 / 256
+    expected = nf4 * (P - EMBEDDINGS - NORMS) + 2 * (EMBEDDINGS + NORMS) + 2 * found.trained
     assert quantized.needs.parts["weights"] == pytest.approx(expected)
 
 
@@ -327,6 +328,25 @@ def test_muon_keeps_one_number_for_a_weight_of_a_matrix_and_two_for_others(
     embeddings, weights = 151_936 * 1024, 0.596e9
     expected = 8 * (weights - embeddings) + 12 * embeddings  # with the float32 master weights
     assert content["bytes"]["optimizer states"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_experts_in_4_bits_take_what_users_expect(tmp_path: Path) -> None:
+    """The shape of Qwen3-30B-A3B, as on docs/scaling.md."""
+    AutoConfig.for_model(
+        "qwen3_moe",
+        **{"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768},
+        **{"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128},
+        **{"num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151_936},
+        max_position_embeddings=40_960,
+    ).save_pretrained(tmp_path)
+    words = [f"model.path={tmp_path}", "plan.gpus=1", "parallelism=ddp", "model.adapter={r: 64, alpha: 128}"]
+    _, whole = planned(*words)
+    assert whole["bytes"]["weights"] / 2**30 == pytest.approx(57.0, abs=0.05)
+    assert "experts of a layer" not in whole["bytes"]
+    text, packed = planned(*words, "model.quantization=nf4")
+    assert packed["bytes"]["weights"] / 2**30 == pytest.approx(15.6, abs=0.05)
+    assert packed["bytes"]["experts of a layer"] == 2 * 128 * 3 * 768 * 2048
+    assert "warning" not in text
 
 
 def test_hours_are_told_of_what_fits_only(monkeypatch: pytest.MonkeyPatch) -> None:
