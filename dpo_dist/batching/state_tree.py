@@ -6,6 +6,7 @@ sequence with shared prefixes needs to know where each token's row came from. A 
 together, after those of the level before.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -35,10 +36,11 @@ def state_nodes(segments: Sequence[Segment]) -> list[StateNode]:
         shared = first_tokens(path, segment.shared)
         branches.append(shared[-1][1] if shared else -1)
         path = following
-    nodes, by_end, start = list[StateNode](), dict[int, int](), 0
+    nodes, by_end, start, places = list[StateNode](), dict[int, int](), 0, sorted(branches)
     for segment, branch in zip(segments, branches, strict=True):
         parent, stop = by_end.get(branch, -1), start + segment.own
-        edges = sorted({start, stop, *(place for place in branches if start < place < stop)})
+        inside = places[bisect_right(places, start) : bisect_left(places, stop)]
+        edges = sorted({start, stop, *inside})
         for first, end in pairwise(edges):
             level = nodes[parent].level + 1 if parent >= 0 else 0
             nodes.append(StateNode(first, end, parent, level))

@@ -232,11 +232,19 @@ def delta_rules(causal_lm: nn.Module) -> list[tuple[Callable[..., Any], Callable
 
 
 def is_kernel(rule: Callable[..., Any]) -> bool:
-    """Return whether a function that is called for the delta rule is one of flash-linear-attention.
+    """Return whether a function of a modeling file calls a kernel of another package.
 
-    transformers' dispatcher decides that when it loads a modeling file: by whether its import succeeds.
+    transformers' dispatcher decides that when it loads the file: by whether its import succeeds.
     """
     return bool(inspect.getclosurevars(rule).nonlocals.get("is_new_implementation"))
+
+
+def takes_kernel(query: Tensor) -> bool:
+    """Return whether flash-linear-attention computes the delta rule of these inputs.
+
+    Its kernels run on GPUs, and compute float32 in TF32.
+    """
+    return query.is_cuda and query.dtype is not torch.float32
 
 
 def _model_files(causal_lm: nn.Module) -> list[Any]:
@@ -245,13 +253,16 @@ def _model_files(causal_lm: nn.Module) -> list[Any]:
 
 
 def _forked(original: Callable[..., Any], method: str) -> Callable[..., Any]:
+    plain = inspect.unwrap(original)
+
     # Every batch has another tree: torch.compile would compile the function again for each.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @functools.wraps(original)
     def function(*arguments: Any, packed_states: Any = None, **options: Any) -> Any:
+        called = plain if method == "delta_rule" and not takes_kernel(arguments[0]) else original
         if packed_states is None:
-            return original(*arguments, **options)
-        return getattr(packed_states, method)(original, *arguments, **options)
+            return called(*arguments, **options)
+        return getattr(packed_states, method)(called, *arguments, **options)
 
     function.original = original
     forked: Callable[..., Any] = function

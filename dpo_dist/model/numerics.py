@@ -17,7 +17,7 @@ from dpo_dist.foundation.installed import is_installed
 from dpo_dist.foundation.remedies import Remedy
 
 # Packages whose kernels transformers takes for recurrent layers, where they are installed.
-_OF_RECURRENT_LAYERS = ("flash-linear-attention", "mamba-ssm", "causal-conv1d")
+_OF_RECURRENT_LAYERS = ("fla-core", "mamba-ssm", "causal-conv1d")
 
 
 def numerics_profile(
@@ -44,7 +44,7 @@ def numerics_profile(
     }
     if backend in FLASH_ATTN:
         profile["flash_attn"] = _minor(importlib.metadata.version(FLASH_ATTN[backend]))
-    if recurrent:
+    if recurrent and device.type == "cuda":
         installed = filter(is_installed, _OF_RECURRENT_LAYERS)
         profile |= {name: _minor(importlib.metadata.version(name)) for name in installed}
     if torch.are_deterministic_algorithms_enabled():

@@ -17,11 +17,11 @@ from dpo_dist.batching.state_tree import StateNode, state_nodes, with_contexts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.model.kernel_check import TRIAL, TRIAL_TOKENS, kernel_fault
-from dpo_dist.model.library_internals import KIMI_RULE, delta_rules, is_kernel
+from dpo_dist.model.library_internals import KIMI_RULE, delta_rules, is_kernel, takes_kernel
 
 log = logging.getLogger(__name__)
 
-# torch's rules compute chunks of at least this many tokens: up to it, padding costs nothing.
+# Recurrent layers compute chunks of this many tokens.
 _CHUNK = 64
 
 Step = Callable[["_Group", list[Tensor], Tensor | None], tuple[Tensor, Tensor | None]]
@@ -32,30 +32,41 @@ class _Group:
     """Nodes of one level that one call computes: rows padded to the longest, or joined in one row."""
 
     def __init__(
-        self, members: Sequence[int], nodes: Sequence[StateNode], device: torch.device, joined: bool
+        self,
+        members: Sequence[int],
+        nodes: Sequence[StateNode],
+        device: torch.device,
+        *,
+        joined: bool,
+        keeps: bool,
     ):
         self.members = members
         self.parents = [nodes[member].parent for member in members]
-        self.keeps = not {node.parent for node in nodes}.isdisjoint(members)
+        self.keeps = keeps
         self.lengths: dict[str, Tensor] = {}
         spans = [np.arange(nodes[member].start, nodes[member].stop) for member in members]
+        lengths = np.array([len(span) for span in spans])
         if joined:
             tokens = np.concatenate(spans)[None]
-            ends = np.cumsum([0, *map(len, spans)])
-            # Given on the host, too, so that the kernel does not wait for the device.
+            ends, counts = np.append(0, lengths.cumsum()), -(-lengths // _CHUNK)
+            chunks = np.stack(
+                [np.arange(len(spans)).repeat(counts), np.concatenate([*map(np.arange, counts)])], 1
+            )
+            # The chunks, too: each layer would compute them again, and wait for the device.
             self.lengths = {
                 "cu_seqlens": copy_to_device(device, ends),
                 "cu_seqlens_cpu": torch.from_numpy(ends),
+                "chunk_indices": copy_to_device(device, chunks),
             }
         else:
-            tokens = np.full((len(members), max(map(len, spans))), -1)
+            tokens = np.full((len(members), lengths.max()), -1)
             for row, span in zip(tokens, spans, strict=True):
                 row[: len(span)] = span
         self.tokens = tokens  # indices in the packed sequence; -1: padding
 
 
 class _Levels:
-    """The nodes in groups, a level's after those of the level before. Padding at most doubles a node."""
+    """The nodes in groups, a level's after those of the level before; padding at most doubles chunks."""
 
     def __init__(self, nodes: Sequence[StateNode], device: torch.device, joined: bool):
         def kind(number: int) -> tuple[int, int]:
@@ -63,8 +74,11 @@ class _Levels:
             return node.level, 0 if joined else ((node.stop - node.start - 1) // _CHUNK).bit_length()
 
         numbers = sorted(range(len(nodes)), key=kind)
-        groups = (list(members) for _, members in itertools.groupby(numbers, kind))
-        self.groups = [_Group(members, nodes, device, joined) for members in groups]
+        parents = {node.parent for node in nodes}
+        self.groups = [
+            _Group(members, nodes, device, joined=joined, keeps=not parents.isdisjoint(members))
+            for members in (list(same) for _, same in itertools.groupby(numbers, kind))
+        ]
         tokens = np.concatenate([group.tokens.ravel() for group in self.groups])
         # Which token each place of the groups has, the index behind the last where it is padding; the places
         # of the tokens in their order. Both int64, on the device.
@@ -109,8 +123,7 @@ class ForkedStates:
         if width not in self._contexts:
             tokens, places = with_contexts(self._segments, width)
             tokens = np.where(tokens < 0, hidden.shape[-1], tokens)
-            on_device = (copy_to_device(self._device, indices) for indices in (tokens, places))
-            self._contexts[width] = next(on_device), next(on_device)
+            self._contexts[width] = copy_to_device(self._device, tokens), copy_to_device(self._device, places)
         selected, own = self._contexts[width]
         # By tokens, which are contiguous: several times faster than by the last dimension.
         rows = pad(hidden[0].t(), (0, 0, 0, 1)).index_select(0, selected)
@@ -187,6 +200,9 @@ class ForkedStates:
         The time steps are computed here: padding has one of 0, which does not change the state, and the scan
         would raise it to the least step that the model allows.
         """
+        if not is_kernel(function):
+            # Any chunk gives the same result. PyTorch pads each node to a whole one, in Granite 4 256 tokens.
+            options["chunk_size"] = min(options["chunk_size"], _CHUNK)
         dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
         dt = (softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
 
@@ -207,8 +223,7 @@ def check_delta_rule(causal_lm: Any, device: torch.device, dtype: torch.dtype) -
     text = causal_lm.config.get_text_config()
 
     def head_dim(part: str) -> int:
-        names = (f"linear_{part}_head_dim", "linear_head_dim", "head_dim")
-        return next(int(found) for name in names if (found := getattr(text, name, None)))
+        return int(getattr(text, f"linear_{part}_head_dim", None) or text.linear_head_dim)
 
     for plain, rule in delta_rules(causal_lm):
         if not is_kernel(rule):
@@ -218,6 +233,8 @@ def check_delta_rule(causal_lm: Any, device: torch.device, dtype: torch.dtype) -
                     "takes longer (docs/scaling.md); %s",
                     install_extra("hybrid"),
                 )
+            continue
+        if not takes_kernel(torch.empty(0, dtype=dtype, device=device)):
             continue
         # Kimi's rule has a decay for each channel, the others have one for each head, and may share keys.
         by_channel = plain.__name__ == KIMI_RULE

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 
+from dpo_dist.model import library_internals, states
+
 # The library's name of a rule, and that of torch's in a modeling file.
 NAMES = {"chunk_gated_delta_rule": "torch_chunk_gated_delta_rule", "chunk_kda": "chunk_kimi_delta_attention"}
 
@@ -27,6 +29,7 @@ def chunk_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_gated_delta_rule` and `chunk_kda` of flash-linear-attention 0.6.
 
@@ -41,6 +44,11 @@ def chunk_delta_rule(
         assert cu_seqlens.dtype == torch.int64
         assert cu_seqlens_cpu is None or torch.equal(cu_seqlens.cpu(), cu_seqlens_cpu)
         ends = cu_seqlens.tolist()
+        if chunk_indices is not None:
+            counts = [range(-(-(stop - start) // 64)) for start, stop in pairwise(ends)]
+            assert chunk_indices.tolist() == [
+                [n, chunk] for n, chunks in enumerate(counts) for chunk in chunks
+            ]
         assert ends[0] == 0
         assert ends[-1] == tokens
     if initial_state is not None:
@@ -73,6 +81,8 @@ def put_delta_kernels(
 
     `kernel` None: where its kernels cannot be imported, as without Triton.
     """
+    monkeypatch.setattr(library_internals, "takes_kernel", lambda _: True)
+    monkeypatch.setattr(states, "takes_kernel", lambda _: True)
     rules = SimpleNamespace(**dict.fromkeys(NAMES, kernel))
     monkeypatch.setitem(
         sys.modules, "fla", SimpleNamespace(ops=SimpleNamespace(gated_delta_rule=rules, kda=rules))

@@ -1,14 +1,19 @@
 """One call of flash-linear-attention computes a level of the tree of states, and is checked first."""
 
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.batching.costs import Arrangement
+from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model import library_internals
+from dpo_dist.model.files.load import load_packed
+from dpo_dist.model.library_internals import takes_kernel
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.states import check_delta_rule
 from tests.support.flash_linear_attention import chunk_delta_rule, put_delta_kernels
@@ -104,3 +109,25 @@ def test_a_wrong_kernel_is_refused(kind: str, fault: Any, said: str, monkeypatch
     put_delta_kernels(monkeypatch, remembering(kind), wraps(chunk_delta_rule)(fault))
     with pytest.raises(ConfigError, match=f"(?s)flash-linear-attention fails or gives wrong results.*{said}"):
         check(kind)
+
+
+def test_a_kernel_is_checked_when_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    causal_lm = remembering("qwen3_5_text")
+    causal_lm.save_pretrained(tmp_path)
+    put_delta_kernels(monkeypatch, causal_lm, wraps(chunk_delta_rule)(without_first_states))
+    with pytest.raises(ConfigError, match="flash-linear-attention fails or gives wrong results"):
+        load_packed(tmp_path, ModelConfig(dtype=Dtype.bf16), 64, CPU)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_compute_neither_float32_nor_on_cpus(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs they would compute float32 in TF32; plain PyTorch's rule is taken, also for single rows."""
+    assert not takes_kernel(torch.empty(0, dtype=torch.bfloat16))
+    causal_lm = remembering(kind)
+    expected = plain_logps(causal_lm, agents())
+    put_delta_kernels(monkeypatch, causal_lm, wraps(chunk_delta_rule)(that_fails))
+    monkeypatch.setattr(library_internals, "takes_kernel", takes_kernel)
+    model = packed(causal_lm)
+    assert (model(pack_unkeyed(agents())) - expected).abs().max() < 2e-5
+    model.arrange(Arrangement.single, own_logits=False)
+    assert (model(pack_unkeyed(agents())) - expected).abs().max() < 2e-5

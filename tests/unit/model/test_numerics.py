@@ -77,12 +77,15 @@ def test_a_profile_names_every_kernel_and_precision(monkeypatch: pytest.MonkeyPa
 def test_the_kernels_of_recurrent_layers_are_named_for_models_that_may_have_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plain = FP32, AttentionBackend.sdpa, FusedLayers.none, CPU
-    without = numerics_profile(*plain)
-    assert numerics_profile(*plain, recurrent=True) == without, "none is installed: entries stay"
+    plain = FP32, AttentionBackend.sdpa, FusedLayers.none
+    h200 = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h200)
+    without = [numerics_profile(*plain, device) for device in (CPU, CUDA)]
+    assert [numerics_profile(*plain, device, recurrent=True) for device in (CPU, CUDA)] == without
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.6.1")
-    kernels = numerics_profile(*plain, recurrent=True).keys() - numerics_profile(*plain).keys()
-    assert kernels == {"flash-linear-attention", "mamba-ssm", "causal-conv1d"}
+    on_cpu, on_gpu = (numerics_profile(*plain, device, recurrent=True).keys() for device in (CPU, CUDA))
+    assert on_cpu == without[0].keys()
+    assert on_gpu - without[1].keys() == {"fla-core", "mamba-ssm", "causal-conv1d"}
 
 
 def test_a_precision_that_the_device_lacks_is_an_error_with_another_one(
