@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import softplus
 
 from dpo_dist.batching import state_tree
-from dpo_dist.batching.costs import Arrangement
+from dpo_dist.batching.costs import Arrangement, ComputeCosts
 from dpo_dist.batching.example import Example
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.foundation.errors import ConfigError
@@ -21,7 +21,7 @@ from dpo_dist.model.layers import checkpoint_layers
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.states import ForkedStates
 from tests.support.families import tiny_causal_lm, tiny_config
-from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps
+from tests.support.packing import SHARING, VOCABULARY, pack_unkeyed, plain_logps
 from tests.unit.batching.test_state_tree import ODD
 from tests.unit.model.test_architectures import assert_same, gradients, packed
 
@@ -57,12 +57,18 @@ def agents() -> list[Example]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("examples", "tokens"), [(agents(), 695), (ODD, 7)])
+@pytest.mark.parametrize(
+    ("examples", "costs", "tokens"),
+    [(agents(), SHARING, 695), (ODD, SHARING, 7), (ODD, None, 18)],
+)
 def test_long_rows_in_many_levels_and_odd_ones_are_exact(
-    kind: str, examples: list[Example], tokens: int
+    kind: str, examples: list[Example], costs: ComputeCosts | None, tokens: int
 ) -> None:
-    """Their log-probs, and the gradient of all weights, which flows back through the states."""
-    causal_lm, batch = remembering(kind), pack_unkeyed(examples)
+    """Their log-probs, and the gradient of all weights, which flows back through the states.
+
+    Without costs only prompts are shared: a node with children may be padded.
+    """
+    causal_lm, batch = remembering(kind), pack_unkeyed(examples, costs)
     assert len(batch.input_ids) == tokens
     expected = plain_logps(causal_lm, examples)
     expected_gradients = gradients(causal_lm, expected)
