@@ -1,7 +1,8 @@
 """The parts of transformers, peft and Liger that they do not document do here what this package relies on."""
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from dpo_dist.model.library_internals import (
     set_adapter_state,
     sharded_by,
     shards_loading,
+    takes_kernel,
     text_attention,
     transposed_by,
     unsharded,
@@ -230,6 +232,15 @@ def test_the_library_that_computes_the_delta_rule_is_known(
     assert fork_states(causal_lm)
     ((_, called),) = delta_rules(causal_lm)
     assert not is_kernel(called), "a package whose kernels cannot be imported"
+
+
+def test_the_library_computes_in_16_bits_on_gpus_only() -> None:
+    inputs = [
+        SimpleNamespace(is_cuda=on_gpu, dtype=dtype)
+        for on_gpu in (True, False)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ]
+    assert [takes_kernel(cast(Tensor, query)) for query in inputs] == [True, True, False, False, False, False]
 
 
 @pytest.mark.parametrize("kind", ["jamba", "mamba", "qwen3", "recurrent_gemma", "zamba"])
