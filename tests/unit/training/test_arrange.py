@@ -36,7 +36,9 @@ def live(arrangement: Arrangement) -> ReferenceProvider:
 def test_a_live_reference_in_padded_rows_stays_in_the_budget(reference: ReferenceProvider) -> None:
     facts: dict[str, Any] = dict.fromkeys(Inputs.__dataclass_fields__) | {"flops": StepFlops(1.0, 1.0, 1.0)}
     policy: Any = SimpleNamespace(
-        model=SimpleNamespace(arrangement=Arrangement.packed, backend=AttentionBackend.sdpa)
+        model=SimpleNamespace(
+            arrangement=Arrangement.packed, backend=AttentionBackend.sdpa, forks_states=False
+        )
     )
     provided: Any = SimpleNamespace(provider=reference)
     run: Any = SimpleNamespace(
