@@ -85,7 +85,7 @@ def plain_steps(
     ("model_type", "size", "kind", "loss", "checkpointing"),
     [
         pytest.param("qwen3_moe", 3, ZERO3, COUPLED, "full", id="3 ranks, zero3, coupled, checkpointing"),
-        pytest.param("mixtral", 2, ZERO2, LOSS, "none", id="mixtral, 2 ranks, zero2"),
+        pytest.param("qwen3_next", 2, ZERO2, LOSS, "none", id="forked states, 2 ranks, zero2"),
         pytest.param("mixtral", 4, SHARED, LOSS, "full", id="mixtral, 2 times 2 ranks share tokens"),
     ],
 )
