@@ -1,10 +1,11 @@
-"""Experts of a mixture in 4 or 8 bits: packed when they are loaded, and computed a layer at a time.
+"""Experts of a mixture: which kernel multiplies them; in 4 or 8 bits, packed when they are loaded.
 
 transformers joins the matrices of a layer's experts to weights of three dimensions, which the layers of
-bitsandbytes do not know. These parameters keep their names but hold packed numbers, and their module's own
-forward runs with the weights that they stand for.
+bitsandbytes do not know. Packed, these parameters keep their names but hold packed numbers, and their
+module's own forward runs with the weights that they stand for, a layer at a time.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +18,55 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo_dist.config.schema import Quantization
 from dpo_dist.model.flops import stacked_experts
+from dpo_dist.model.kernel_check import kernel_fault
 from dpo_dist.model.layers import Block, decoder_layers
 
+log = logging.getLogger(__name__)
+
+GROUPED = "grouped_mm"  # one product of all experts of a layer; `eager` is a loop over them
+
 _MOST_WEIGHTS = 2**31 - 1  # bitsandbytes' kernels count in 32 bits
+
+# Tokens of each expert in the check of a kernel: none, few, and several blocks with a rest.
+_TRIAL_GROUPS = [0, 1, 7, 0, 200]
+_TRIAL_WIDTH = 1024
+
+
+def experts_kernel(causal_lm: Any) -> str | None:
+    """Return transformers' name for how stacked experts are multiplied; None without such experts."""
+    if not any(hasattr(module, "is_transposed") for module in causal_lm.modules()):
+        return None
+    return GROUPED if GROUPED in causal_lm.get_experts_implementation().values() else "eager"
+
+
+def choose_products(causal_lm: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Make experts that transformers multiplies at once do it in a loop, if the kernel is wrong here."""
+    if experts_kernel(causal_lm) != GROUPED:
+        return
+    layouts = {module.is_transposed for module in causal_lm.modules() if hasattr(module, "is_transposed")}
+    width = min(_TRIAL_WIDTH, causal_lm.config.get_text_config().hidden_size)
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden": torch.randn(sum(_TRIAL_GROUPS), width, generator=generator).to(device),
+        "weight": torch.randn(len(_TRIAL_GROUPS), width, width, generator=generator).to(device),
+    }
+    ends = torch.tensor(_TRIAL_GROUPS, device=device).cumsum(0, dtype=torch.int32)
+    for has_inputs_first in layouts:
+
+        def in_loop(hidden: Tensor, weight: Tensor, has_inputs_first: bool = has_inputs_first) -> Tensor:
+            parts = zip(torch.split(hidden, _TRIAL_GROUPS), weight, strict=True)
+            return torch.cat([part @ (own if has_inputs_first else own.mT) for part, own in parts])
+
+        def at_once(hidden: Tensor, weight: Tensor, has_inputs_first: bool = has_inputs_first) -> Tensor:
+            weight = weight if has_inputs_first else weight.mT
+            return torch.nn.functional.grouped_mm(hidden, weight, offs=ends)
+
+        if fault := kernel_fault(in_loop, at_once, inputs, dtype):
+            log.warning(
+                "experts are computed in a loop: PyTorch's grouped_mm fails on this device: %s", fault
+            )
+            causal_lm.set_experts_implementation("eager")
+            return
 
 
 @dataclass(frozen=True)

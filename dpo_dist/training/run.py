@@ -46,6 +46,7 @@ from dpo_dist.foundation.files import for_json, locked, recover_folder, remove_a
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import duration, percent, pluralize
 from dpo_dist.model.attention.kernels import computed_by_segment
+from dpo_dist.model.experts import experts_kernel
 from dpo_dist.model.files.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.flops import REACHED_SHARES, compute_costs, matmul_peak, recomputed_share
 from dpo_dist.model.lora import add_adapter
@@ -354,7 +355,8 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
             attention = "the model itself"
         elif slow := computed_by_segment(model.causal_lm, model.backend, longest):
             attention += f", but {AttentionBackend.sdpa}, several times slower, for layers with {slow}"
-        run.say(f"kernels: attention by {attention}; fused layers: {model.fused}")
+        experts = f"; experts by {kernel}" if (kernel := experts_kernel(model.causal_lm)) else ""
+        run.say(f"kernels: attention by {attention}; fused layers: {model.fused}{experts}")
     return policy
 
 

@@ -38,7 +38,7 @@ from dpo_dist.model.architectures import (
 )
 from dpo_dist.model.attention.kernels import check_kernel, choose_backend
 from dpo_dist.model.attention.ulysses import TokenExchange, check_shared_tokens
-from dpo_dist.model.experts import Packing, compute_packed, packings, unpackable
+from dpo_dist.model.experts import Packing, choose_products, compute_packed, packings, unpackable
 from dpo_dist.model.files.folder import (
     CONFIG_FILE,
     check_tokenizer_files,
@@ -246,6 +246,7 @@ def load_packed(
     check_kernel(backend, device, text, TORCH_DTYPES[config.dtype], mask)
     check_device(config, text, device)
     causal_lm = load_weights(folder, model_config, config, device, key=key)
+    choose_products(causal_lm, device, TORCH_DTYPES[config.dtype])
     fused = choose_fused(config, text, device)
     if fused is FusedLayers.liger:
         use_liger(causal_lm)
