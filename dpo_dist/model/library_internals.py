@@ -203,6 +203,8 @@ _RECURRENT = {
     "mamba2_chunk_scan": "scan",
     "mamba2_split_conv1d_scan_combined": "no_fused_kernel",
 }
+# The function that looks for padding in a mask, for which the host would wait for the device.
+_PADDING = "create_recurrent_attention_mask"
 # A function of Mamba-1's layers, which takes no initial state.
 _WITHOUT_STATE = "mamba_selective_scan"
 
@@ -219,7 +221,27 @@ def fork_states(causal_lm: nn.Module) -> bool:
         for name in _RECURRENT.keys() & vars(file).keys():
             if not hasattr(getattr(file, name), "original"):
                 setattr(file, name, _forked(getattr(file, name), _RECURRENT[name]))
+        if _PADDING in vars(file) and not hasattr(getattr(file, _PADDING), "original"):
+            setattr(file, _PADDING, _none_if_whole(getattr(file, _PADDING)))
     return True
+
+
+def whole_mask(input_ids: Tensor) -> Tensor:
+    """Return the mask of rows without padding, in which no recurrent layer of a forked model looks for it."""
+    mask = torch.ones_like(input_ids)
+    mask.is_whole = True  # type: ignore[attr-defined]
+    return mask
+
+
+def _none_if_whole(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def function(*arguments: Any, attention_mask: Any, **options: Any) -> Any:
+        is_whole = hasattr(attention_mask, "is_whole")
+        return None if is_whole else original(*arguments, attention_mask=attention_mask, **options)
+
+    marked: Any = function
+    marked.original = original
+    return function
 
 
 def delta_rules(causal_lm: nn.Module) -> list[tuple[Callable[..., Any], Callable[..., Any]]]:

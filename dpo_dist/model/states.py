@@ -1,7 +1,6 @@
 """Recurrent layers on a packed sequence: each node of the tree of states starts in its parent's state."""
 
 import itertools
-import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -15,11 +14,8 @@ from dpo_dist.batching.pack import copy_to_device
 from dpo_dist.batching.prefix_tree import Segment
 from dpo_dist.batching.state_tree import StateNode, state_nodes, with_contexts
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.installed import install_extra
 from dpo_dist.model.kernel_check import TRIAL, TRIAL_TOKENS, kernel_fault
 from dpo_dist.model.library_internals import KIMI_RULE, delta_rules, is_kernel, takes_kernel
-
-log = logging.getLogger(__name__)
 
 # Recurrent layers compute chunks of this many tokens.
 _CHUNK = 64
@@ -215,31 +211,24 @@ class ForkedStates:
         return self._walk(self._padded, [hidden, dt, B, C], step)
 
 
+def lacks_delta_kernels(causal_lm: Any) -> bool:
+    """Return whether plain PyTorch computes a delta rule of this model in any precision."""
+    return not all(is_kernel(rule) for _, rule in delta_rules(causal_lm))
+
+
 def check_delta_rule(causal_lm: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Check the outputs and gradients of the kernel that computes a model's delta rule, if it has one.
-
-    Without flash-linear-attention, say so on a GPU.
-    """
+    """Check the outputs and gradients of the kernel that computes a model's delta rule, if it has one."""
     text = causal_lm.config.get_text_config()
-
-    def head_dim(part: str) -> int:
-        return int(getattr(text, f"linear_{part}_head_dim", None) or text.linear_head_dim)
-
     for plain, rule in delta_rules(causal_lm):
-        if not is_kernel(rule):
-            if device.type == "cuda":
-                log.warning(
-                    "flash-linear-attention is not installed: plain PyTorch computes the delta rule, which "
-                    "takes longer (docs/scaling.md); %s",
-                    install_extra("hybrid"),
-                )
+        if not (is_kernel(rule) and takes_kernel(torch.empty(0, dtype=dtype, device=device))):
             continue
-        if not takes_kernel(torch.empty(0, dtype=dtype, device=device)):
-            continue
-        # Kimi's rule has a decay for each channel, the others have one for each head, and may share keys.
-        by_channel = plain.__name__ == KIMI_RULE
-        key, value = (2, head_dim("key")), (2 if by_channel else 4, head_dim("value"))
-        decay = key if by_channel else value[:1]
+        if plain.__name__ == KIMI_RULE:  # a decay for each channel; the others have one for each head
+            key = value = decay = (2, text.linear_head_dim)
+        else:
+            # With so many values a key as in the model: kernels compute shared keys by other code.
+            values = text.linear_num_value_heads // text.linear_num_key_heads
+            key, value = (2, text.linear_key_head_dim), (2 * values, text.linear_value_head_dim)
+            decay = value[:1]
         shapes = {"query": key, "key": key, "value": value, "g": decay, "beta": value[:1]}
         generator = torch.Generator().manual_seed(0)
         inputs = {

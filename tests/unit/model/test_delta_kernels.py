@@ -111,6 +111,22 @@ def test_a_wrong_kernel_is_refused(kind: str, fault: Any, said: str, monkeypatch
         check(kind)
 
 
+@pytest.mark.parametrize(("kind", "values"), [("qwen3_5_text", 1), ("qwen3_next", 3), ("olmo_hybrid", 2)])
+def test_a_kernel_is_checked_with_as_many_values_a_key_as_the_model_has(
+    kind: str, values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    causal_lm = remembering(kind, linear_num_value_heads=2 * values)
+
+    @wraps(chunk_delta_rule)
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *inputs: Any, **options: Any) -> Any:
+        output, last = chunk_delta_rule(q, k, v, *inputs, **options)
+        return output * (v.shape[2] != values * k.shape[2]), last
+
+    put_delta_kernels(monkeypatch, causal_lm, kernel)
+    with pytest.raises(ConfigError, match="its output differs"):
+        check_delta_rule(packed(causal_lm).causal_lm, CPU, torch.bfloat16)
+
+
 def test_a_kernel_is_checked_when_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     causal_lm = remembering("qwen3_5_text")
     causal_lm.save_pretrained(tmp_path)

@@ -1,11 +1,14 @@
 """The parts of transformers, peft and Liger that they do not document do here what this package relies on."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -15,7 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enab
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from dpo_dist.model.architectures import WITH_STATES
+from dpo_dist.model.architectures import UNPACKABLE, WITH_STATES
 from dpo_dist.model.layers import decoder_layers
 from dpo_dist.model.library_internals import (
     adapter_state,
@@ -39,6 +42,7 @@ from dpo_dist.model.library_internals import (
     text_attention,
     transposed_by,
     unsharded,
+    whole_mask,
     wrap_checkpointing,
 )
 from tests.support.families import tiny_family
@@ -208,9 +212,26 @@ def test_recurrent_layers_hand_the_keyword_to_functions_of_their_file(kind: str)
         body = causal_lm.base_model
         plain = body(IDS, use_cache=False).last_hidden_state
         assert called == set()
-        assert torch.equal(body(IDS, use_cache=False, packed_states=Tree()).last_hidden_state, plain)
+        inputs = {"attention_mask": whole_mask(IDS), "packed_states": Tree(), "use_cache": False}
+        with mock.patch("torch.all", side_effect=AssertionError("a GPU would be waited for")):
+            assert torch.equal(body(IDS, **inputs).last_hidden_state, plain)
     assert "convolve" in called <= RECURRENT
     assert kind.startswith("lfm") or not called.isdisjoint({"delta_rule", "scan"})
+
+
+OF_RECURRENT_LAYERS = re.compile(
+    "causal_conv1d_fn|chunk_gated_delta_rule|mamba2_chunk_scan|chunk_kimi_delta_attention|selective_scan"
+)
+FILES = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+FOLDERS = sorted(file.parent for file in FILES if OF_RECURRENT_LAYERS.search(file.read_text()))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_family_with_recurrent_layers_is_known(folder: Path) -> None:
+    """A new one is tried first: packed, it belongs to those with states, else to those that cannot be."""
+    texts = [file.read_text() for file in folder.glob("configuration_*.py")]
+    kinds = {kind for text in texts for kind in re.findall(r'^    model_type = "(\w+)"', text, re.MULTILINE)}
+    assert len(kinds & (WITH_STATES | UNPACKABLE)) == 1, kinds
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "kimi_linear"])
