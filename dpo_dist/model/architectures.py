@@ -34,8 +34,8 @@ EXACT_WITH_LIGER = dict.fromkeys(_SWIGLU.split(), "silu") | dict.fromkeys(_GEGLU
 # or weigh keys by their places in the sequence: packing would give wrong log-probs. The check at start tries
 # all other architectures packed first. tests/unit/model/test_architectures.py has a model of each.
 _UNPACKABLE = """
-bloom codegen falcon falcon_mamba glm5_next_text gpt_neo gptj inkling2_text inkling_text jamba mamba minimax mpt
-qwen4_exp_text recurrent_gemma rwkv xglm xlstm zamba
+bloom codegen falcon falcon_mamba glm5_next_text gpt_neo gptj inkling2_text inkling_text jamba mamba minimax
+mpt qwen4_exp_text recurrent_gemma rwkv xglm xlstm zamba
 """
 UNPACKABLE = frozenset(_UNPACKABLE.split())
 

@@ -222,13 +222,14 @@ def check_delta_rule(causal_lm: Any, device: torch.device, dtype: torch.dtype) -
     for plain, rule in delta_rules(causal_lm):
         if not (is_kernel(rule) and takes_kernel(torch.empty(0, dtype=dtype, device=device))):
             continue
-        if plain.__name__ == KIMI_RULE:  # a decay for each channel; the others have one for each head
-            key = value = decay = (2, text.linear_head_dim)
+        by_channel = plain.__name__ == KIMI_RULE
+        if by_channel:
+            key = value = (2, text.linear_head_dim)
         else:
             # With so many values a key as in the model: kernels compute shared keys by other code.
             values = text.linear_num_value_heads // text.linear_num_key_heads
             key, value = (2, text.linear_key_head_dim), (2 * values, text.linear_value_head_dim)
-            decay = value[:1]
+        decay = key if by_channel else value[:1]  # for each channel, or for each head
         shapes = {"query": key, "key": key, "value": value, "g": decay, "beta": value[:1]}
         generator = torch.Generator().manual_seed(0)
         inputs = {
