@@ -244,21 +244,28 @@ def _none_if_whole(original: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def delta_rules(causal_lm: nn.Module) -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
-    """Return torch's own delta rule and the function called in its place, for each file of a forked model."""
-    names = [name for name, method in _RECURRENT.items() if method == "delta_rule"]
+def recurrent_functions(
+    causal_lm: nn.Module,
+) -> list[tuple[str, Callable[..., Any], Callable[..., Any]]]:
+    """Return torch's own function and the one called in its place, for each one of a forked model's files.
+
+    Before them, the method of `packed_states` that computes them on a tree.
+    """
     called = [
-        vars(file)[name].original for file in _model_files(causal_lm) for name in names if name in vars(file)
+        (method, vars(file)[name].original)
+        for file in _model_files(causal_lm)
+        for name, method in _RECURRENT.items()
+        if name in vars(file)
     ]
-    return [(inspect.unwrap(function), function) for function in called]
+    return [(method, inspect.unwrap(function), function) for method, function in called]
 
 
-def is_kernel(rule: Callable[..., Any]) -> bool:
+def is_kernel(function: Callable[..., Any]) -> bool:
     """Return whether a function of a modeling file calls a kernel of another package.
 
     transformers' dispatcher decides that when it loads the file: by whether its import succeeds.
     """
-    return bool(inspect.getclosurevars(rule).nonlocals.get("is_new_implementation"))
+    return bool(inspect.getclosurevars(function).nonlocals.get("is_new_implementation"))
 
 
 def takes_kernel(query: Tensor) -> bool:

@@ -25,7 +25,6 @@ from dpo_dist.model.library_internals import (
     apply_liger,
     attention_name,
     can_choose_attention,
-    delta_rules,
     fill_conversions,
     flash_attention,
     fork_states,
@@ -35,6 +34,7 @@ from dpo_dist.model.library_internals import (
     name_in_model,
     packed_by,
     plain_attention,
+    recurrent_functions,
     set_adapter_state,
     sharded_by,
     shards_loading,
@@ -234,24 +234,28 @@ def test_every_family_with_recurrent_layers_is_known(folder: Path) -> None:
     assert len(kinds & (WITH_STATES | UNPACKABLE)) == 1, kinds
 
 
+def rules(causal_lm: Any) -> list[tuple[Any, Any]]:
+    return [functions for method, *functions in recurrent_functions(causal_lm) if method == "delta_rule"]
+
+
 @pytest.mark.parametrize("kind", ["qwen3_next", "kimi_linear"])
 def test_the_library_that_computes_the_delta_rule_is_known(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     causal_lm = tiny_family(kind)
     assert fork_states(causal_lm)
-    ((plain, called),) = delta_rules(causal_lm)
+    ((plain, called),) = rules(causal_lm)
     assert plain.__module__ == called.__module__ == type(causal_lm).__module__
     assert not is_kernel(called)
     put_delta_kernels(monkeypatch, causal_lm)
     assert fork_states(causal_lm)
-    ((rule, called),) = delta_rules(causal_lm)
+    ((rule, called),) = rules(causal_lm)
     assert rule is plain
     assert is_kernel(called)
     assert not is_kernel(rule)
     put_delta_kernels(monkeypatch, causal_lm, None)
     assert fork_states(causal_lm)
-    ((_, called),) = delta_rules(causal_lm)
+    ((_, called),) = rules(causal_lm)
     assert not is_kernel(called), "a package whose kernels cannot be imported"
 
 
