@@ -30,11 +30,12 @@ qwen3 qwen3_5_text qwen3_moe smollm3
 _GEGLU = "gemma gemma2 gemma3_text"
 EXACT_WITH_LIGER = dict.fromkeys(_SWIGLU.split(), "silu") | dict.fromkeys(_GEGLU.split(), "gelu_pytorch_tanh")
 
-# Architectures that mix tokens outside of attention, or do not call the registered attention function:
-# packing would give wrong log-probs. The check at start tries all other architectures packed first.
-# tests/unit/model/test_architectures.py has a model of each.
+# Architectures that mix tokens outside of attention, do not call the registered attention function, or choose
+# or weigh keys by their places in the sequence: packing would give wrong log-probs. The check at start tries
+# all other architectures packed first. tests/unit/model/test_architectures.py has a model of each.
 _UNPACKABLE = """
-bloom codegen falcon falcon_mamba gpt_neo gptj jamba mamba minimax mpt recurrent_gemma rwkv xglm xlstm zamba
+bloom codegen falcon falcon_mamba glm5_next_text gpt_neo gptj inkling2_text inkling_text jamba mamba minimax
+mpt qwen4_exp_text recurrent_gemma rwkv xglm xlstm zamba
 """
 UNPACKABLE = frozenset(_UNPACKABLE.split())
 

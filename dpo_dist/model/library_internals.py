@@ -203,6 +203,8 @@ _RECURRENT = {
     "mamba2_chunk_scan": "scan",
     "mamba2_split_conv1d_scan_combined": "no_fused_kernel",
 }
+# The function that looks for padding in a mask, for which the host would wait for the device.
+_PADDING = "create_recurrent_attention_mask"
 # A function of Mamba-1's layers, which takes no initial state.
 _WITHOUT_STATE = "mamba_selective_scan"
 
@@ -219,24 +221,51 @@ def fork_states(causal_lm: nn.Module) -> bool:
         for name in _RECURRENT.keys() & vars(file).keys():
             if not hasattr(getattr(file, name), "original"):
                 setattr(file, name, _forked(getattr(file, name), _RECURRENT[name]))
+        if _PADDING in vars(file) and not hasattr(getattr(file, _PADDING), "original"):
+            setattr(file, _PADDING, _none_if_whole(getattr(file, _PADDING)))
     return True
 
 
-def delta_rules(causal_lm: nn.Module) -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
-    """Return torch's own delta rule and the function called in its place, for each file of a forked model."""
-    names = [name for name, method in _RECURRENT.items() if method == "delta_rule"]
+def whole_mask(input_ids: Tensor) -> Tensor:
+    """Return the mask of rows without padding, in which no recurrent layer of a forked model looks for it."""
+    mask = torch.ones_like(input_ids)
+    mask.is_whole = True  # type: ignore[attr-defined]
+    return mask
+
+
+def _none_if_whole(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def function(*arguments: Any, attention_mask: Any, **options: Any) -> Any:
+        is_whole = hasattr(attention_mask, "is_whole")
+        return None if is_whole else original(*arguments, attention_mask=attention_mask, **options)
+
+    marked: Any = function
+    marked.original = original
+    return function
+
+
+def recurrent_functions(
+    causal_lm: nn.Module,
+) -> list[tuple[str, Callable[..., Any], Callable[..., Any]]]:
+    """Return torch's own function and the one called in its place, for each one of a forked model's files.
+
+    Before them, the method of `packed_states` that computes them on a tree.
+    """
     called = [
-        vars(file)[name].original for file in _model_files(causal_lm) for name in names if name in vars(file)
+        (method, vars(file)[name].original)
+        for file in _model_files(causal_lm)
+        for name, method in _RECURRENT.items()
+        if name in vars(file)
     ]
-    return [(inspect.unwrap(function), function) for function in called]
+    return [(method, inspect.unwrap(function), function) for method, function in called]
 
 
-def is_kernel(rule: Callable[..., Any]) -> bool:
+def is_kernel(function: Callable[..., Any]) -> bool:
     """Return whether a function of a modeling file calls a kernel of another package.
 
     transformers' dispatcher decides that when it loads the file: by whether its import succeeds.
     """
-    return bool(inspect.getclosurevars(rule).nonlocals.get("is_new_implementation"))
+    return bool(inspect.getclosurevars(function).nonlocals.get("is_new_implementation"))
 
 
 def takes_kernel(query: Tensor) -> bool:

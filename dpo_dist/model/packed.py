@@ -26,6 +26,7 @@ from dpo_dist.model.library_internals import (
     fork_states,
     plain_attention,
     text_attention,
+    whole_mask,
 )
 from dpo_dist.model.states import ForkedStates
 from dpo_dist.objective.router import routing_sums
@@ -247,7 +248,7 @@ class PackedCausalLM(nn.Module):
             with_routing,
             input_ids=ids[None],
             # All ones: without a mask, transformers itself would look for packed sequences by positions.
-            attention_mask=torch.ones_like(ids[None]),
+            attention_mask=whole_mask(ids[None]),
             packed=attention,
             packed_positions=positions,
             **inputs,

@@ -1,7 +1,6 @@
 """Recurrent layers on a packed sequence: each node of the tree of states starts in its parent's state."""
 
 import itertools
-import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -15,11 +14,8 @@ from dpo_dist.batching.pack import copy_to_device
 from dpo_dist.batching.prefix_tree import Segment
 from dpo_dist.batching.state_tree import StateNode, state_nodes, with_contexts
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.installed import install_extra
 from dpo_dist.model.kernel_check import TRIAL, TRIAL_TOKENS, kernel_fault
-from dpo_dist.model.library_internals import KIMI_RULE, delta_rules, is_kernel, takes_kernel
-
-log = logging.getLogger(__name__)
+from dpo_dist.model.library_internals import KIMI_RULE, is_kernel, recurrent_functions, takes_kernel
 
 # Recurrent layers compute chunks of this many tokens.
 _CHUNK = 64
@@ -215,54 +211,94 @@ class ForkedStates:
         return self._walk(self._padded, [hidden, dt, B, C], step)
 
 
-def check_delta_rule(causal_lm: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Check the outputs and gradients of the kernel that computes a model's delta rule, if it has one.
+def lacks_delta_kernels(causal_lm: Any) -> bool:
+    """Return whether plain PyTorch computes a delta rule of this model in any precision."""
+    called = [called for method, _, called in recurrent_functions(causal_lm) if method == "delta_rule"]
+    return not all(map(is_kernel, called))
 
-    Without flash-linear-attention, say so on a GPU.
-    """
-    text = causal_lm.config.get_text_config()
 
-    def head_dim(part: str) -> int:
-        return int(getattr(text, f"linear_{part}_head_dim", None) or text.linear_head_dim)
+Draw = Callable[..., Tensor]
+"""Return normal numbers of a shape."""
+Trial = tuple[Callable[..., Tensor], dict[str, Tensor]]
+"""A function of states, a function of a modeling file and inputs by name, and these inputs."""
 
-    for plain, rule in delta_rules(causal_lm):
-        if not is_kernel(rule):
-            if device.type == "cuda":
-                log.warning(
-                    "flash-linear-attention is not installed: plain PyTorch computes the delta rule, which "
-                    "takes longer (docs/scaling.md); %s",
-                    install_extra("hybrid"),
-                )
+
+def _convolution(_text: Any, _plain: Callable[..., Any], draw: Draw) -> Trial:
+    def compute(states: ForkedStates, function: Callable[..., Any], hidden: Tensor, weight: Tensor) -> Tensor:
+        return states.convolve(function, hidden.t()[None], weight, activation="silu")[0].t()
+
+    return compute, {"hidden": draw(TRIAL_TOKENS, 16), "weight": draw(16, 4)}
+
+
+def _delta_rule(text: Any, plain: Callable[..., Any], draw: Draw) -> Trial:
+    if plain.__name__ == KIMI_RULE:  # a decay for each channel; the others have one for each head
+        key = value = decay = [2, text.linear_head_dim]
+    else:
+        # With so many values a key as in the model: kernels compute shared keys by other code.
+        values = 2 * text.linear_num_value_heads // text.linear_num_key_heads
+        key, value, decay = [2, text.linear_key_head_dim], [values, text.linear_value_head_dim], [values]
+
+    def compute(
+        states: ForkedStates,
+        function: Callable[..., Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+    ) -> Tensor:
+        rows = query[None], key[None], value[None]
+        # As models call it: decays are float32 in any dtype.
+        decays, rates = g[None].float(), beta[None]
+        return states.delta_rule(function, *rows, g=decays, beta=rates, use_qk_l2norm_in_kernel=True)[0][0]
+
+    shapes = {"query": key, "key": key, "value": value, "g": decay, "beta": value[:1]}
+    inputs = {name: draw(TRIAL_TOKENS, *shape) for name, shape in shapes.items()}
+    return compute, inputs | {"g": -0.1 * inputs["g"].abs(), "beta": inputs["beta"].sigmoid()}
+
+
+def _scan(_text: Any, _plain: Callable[..., Any], draw: Draw) -> Trial:
+    def compute(
+        states: ForkedStates,
+        function: Callable[..., Any],
+        hidden: Tensor,
+        dt: Tensor,
+        keys: Tensor,
+        queries: Tensor,
+    ) -> Tensor:
+        rates = torch.arange(1.0, 5.0, device=hidden.device)
+        inputs = hidden[None], dt[None], -rates, keys[None], queries[None]
+        return states.scan(function, *inputs, D=rates, chunk_size=_CHUNK)[0]
+
+    inputs = {"hidden": draw(TRIAL_TOKENS, 4, 64), "dt": 0.1 * draw(TRIAL_TOKENS, 4).sigmoid()}
+    return compute, inputs | {"keys": draw(TRIAL_TOKENS, 2, 64), "queries": draw(TRIAL_TOKENS, 2, 64)}
+
+
+_TRIALS = {
+    "convolve": ("causal-conv1d", _convolution),
+    "delta_rule": ("flash-linear-attention", _delta_rule),
+    "scan": ("mamba-ssm", _scan),
+}
+
+
+def check_recurrent_kernels(causal_lm: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Check the outputs and gradients of the kernels that compute a model's recurrent layers, if any do."""
+    text, generator = causal_lm.config.get_text_config(), torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    takes_rule = takes_kernel(torch.empty(0, dtype=dtype, device=device))
+    for method, plain, called in recurrent_functions(causal_lm):
+        if method not in _TRIALS or not is_kernel(called) or (method == "delta_rule" and not takes_rule):
             continue
-        if not takes_kernel(torch.empty(0, dtype=dtype, device=device)):
-            continue
-        # Kimi's rule has a decay for each channel, the others have one for each head, and may share keys.
-        by_channel = plain.__name__ == KIMI_RULE
-        key, value = (2, head_dim("key")), (2 if by_channel else 4, head_dim("value"))
-        decay = key if by_channel else value[:1]
-        shapes = {"query": key, "key": key, "value": value, "g": decay, "beta": value[:1]}
-        generator = torch.Generator().manual_seed(0)
-        inputs = {
-            name: torch.randn(TRIAL_TOKENS, *shape, generator=generator) for name, shape in shapes.items()
-        }
-        inputs |= {"g": -0.1 * inputs["g"].abs(), "beta": inputs["beta"].sigmoid()}
-
-        def compute(
-            function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor
-        ) -> Tensor:
-            states, rows = ForkedStates(TRIAL, device), (query[None], key[None], value[None])
-            # As models call it: decays are float32 in any dtype.
-            decays, rates = g[None].float(), beta[None]
-            return states.delta_rule(function, *rows, g=decays, beta=rates, use_qk_l2norm_in_kernel=True)[0][
-                0
-            ]
-
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        if fault := kernel_fault(partial(compute, plain), partial(compute, rule), inputs, dtype):
+        library, trial = _TRIALS[method]
+        compute, inputs = trial(text, plain, draw)
+        compute = partial(compute, ForkedStates(TRIAL, device))
+        if fault := kernel_fault(partial(compute, plain), partial(compute, called), inputs, dtype):
             raise ConfigError(
-                "this kernel of flash-linear-attention fails or gives wrong results on this device",
+                f"this kernel of {library} fails or gives wrong results on this device",
                 where="model.path",
                 got=f"{text.model_type}, {fault}",
-                remedy="install another version of flash-linear-attention, or remove it: plain PyTorch then "
-                "computes the delta rule",
+                remedy=f"install another version of {library}, or remove it: plain PyTorch computes the rest",
             )

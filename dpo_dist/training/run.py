@@ -43,6 +43,7 @@ from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEng
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DivergedError, ExitCode, RunOutcome, StoppedError, warn_on_bug
 from dpo_dist.foundation.files import for_json, locked, recover_folder, remove_abandoned, write_text
+from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import duration, percent, pluralize
 from dpo_dist.model.attention.kernels import computed_by_segment
@@ -50,6 +51,7 @@ from dpo_dist.model.experts import experts_kernel
 from dpo_dist.model.files.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.flops import REACHED_SHARES, compute_costs, matmul_peak, recomputed_share
 from dpo_dist.model.lora import add_adapter
+from dpo_dist.model.states import lacks_delta_kernels
 from dpo_dist.objective.metrics import CustomMetrics, MetricPlan
 from dpo_dist.reference.engine import ReferenceProvider, run_start_check
 from dpo_dist.training.export import check_base, export_checkpoint
@@ -357,6 +359,11 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
             attention += f", but {AttentionBackend.sdpa}, several times slower, for layers with {slow}"
         experts = f"; experts by {kernel}" if (kernel := experts_kernel(model.causal_lm)) else ""
         run.say(f"kernels: attention by {attention}; fused layers: {model.fused}{experts}")
+        if model.forks_states and lacks_delta_kernels(model.causal_lm):
+            run.warn(
+                "flash-linear-attention is not installed: plain PyTorch computes the delta rule, which takes "
+                f"longer (docs/scaling.md); {install_extra('hybrid')}"
+            )
     return policy
 
 

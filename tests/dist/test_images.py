@@ -163,7 +163,7 @@ CASES = {
         Case("qwen3_vl", NONE, LORA, "full"),
         replace(LLAVA, train=NONE, adapter=ON_TOWER),
     ],
-    (ZERO3, 3): [Case("qwen3_vl", checkpointing="full")],
+    (ZERO3, 3): [Case("qwen3_vl", checkpointing="full"), Case("qwen3_5", checkpointing="full")],
     (ZERO2, 2): [QWEN, Case("gemma3", NONE), LLAVA],
     (DDP, 3): [QWEN, Case("gemma3", PROJECTOR)],
 }

@@ -16,7 +16,7 @@ from dpo_dist.model.architectures import EXACT_WITH_LIGER
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.layers import use_liger
-from dpo_dist.model.states import check_delta_rule
+from dpo_dist.model.states import check_recurrent_kernels
 from tests.support.families import tiny_causal_lm, tiny_config, tiny_family
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
@@ -167,7 +167,7 @@ def test_the_delta_kernels_pass_the_check_of_a_runs_start(kind: str, head_dim: i
     causal_lm = packed(tiny_family(kind)).causal_lm
     for name in ("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"):
         setattr(causal_lm.config, name, head_dim)
-    check_delta_rule(causal_lm, CUDA, torch.bfloat16)
+    check_recurrent_kernels(causal_lm, CUDA, torch.bfloat16)
 
 
 def test_the_measured_peak_is_higher_in_bf16() -> None:

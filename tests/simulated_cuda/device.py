@@ -167,7 +167,7 @@ def _init() -> None:
         torch.ops.simulated_cuda.set_default_generator(generator)
     torch.cuda._get_device_properties = _properties
     if _now["kernels"] is None:
-        _now["kernels"] = _flash_attention(torch)
+        _now["kernels"] = _flash_attention(torch), _convolutions(torch)
 
 
 def _use_anew() -> None:
@@ -324,4 +324,24 @@ def _flash_attention(torch: Any) -> Any:
     library = torch.library.Library("aten", "IMPL")
     library.impl("_flash_attention_forward", forward, "CUDA")
     library.impl("_flash_attention_backward", backward, "CUDA")
+    return library
+
+
+def _convolutions(torch: Any) -> Any:
+    """Those of the host, in place of cuDNN's."""
+    host, device, aten = torch.ops.simulated_cuda.on_host, torch.ops.simulated_cuda.on_device, torch.ops.aten
+
+    def on_host(*given: Any) -> list[Any]:
+        return [host(value) if isinstance(value, torch.Tensor) else value for value in given]
+
+    def forward(*given: Any) -> Any:
+        return device(aten.convolution(*on_host(*given)))
+
+    def backward(*given: Any) -> tuple[Any, ...]:
+        gradients = aten.convolution_backward(*on_host(*given))
+        return tuple(gradient if gradient is None else device(gradient) for gradient in gradients)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("convolution", forward, "CUDA")
+    library.impl("convolution_backward", backward, "CUDA")
     return library

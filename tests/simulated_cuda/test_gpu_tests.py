@@ -22,7 +22,6 @@ NOT_HERE = {
     "liger": "Triton's kernels",
     "flash": "the kernels of flash-attn",
     "delta_kernels": "the kernels of flash-linear-attention",
-    "recurrent": "convolutions",
     "baselines": "speeds of a real GPU",
     "expandable": "segments of CUDA's allocator",
     "higher_in_bf16": "a CPU is not faster in bf16",

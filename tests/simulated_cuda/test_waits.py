@@ -33,6 +33,7 @@ WAYS = {
     "ddp, a live reference": (1, "experts", f"parallelism.kind=ddp reference.mode=live {ROUTERS}"),
     "zero2, an adapter, a coupled loss": (1, "dense", f"parallelism.kind=zero2 loss.kind=aot {ADAPTER}"),
     "zero3, two ranks share sequences": (2, "experts", f"parallelism.sequence_parallel=2 {ROUTERS} {MASKED}"),
+    "zero3, two ranks, a hybrid": (2, "hybrid", "reference.mode=live"),
 }
 """Processes, model and other keys."""
 PLANNED = {
@@ -49,7 +50,9 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("waits")
     write_model(folder / "dense", seed=1)
     tiny_family("qwen3_moe", len(tiny.qwen())).save_pretrained(folder / "experts")
-    tiny.qwen().save_pretrained(folder / "experts")
+    tiny_family("qwen3_5_text", len(tiny.qwen())).save_pretrained(folder / "hybrid")
+    for name in ("experts", "hybrid"):
+        tiny.qwen().save_pretrained(folder / name)
     write_pairs(folder / "train.jsonl", 12, seed=3, goes_on=True)
     return folder
 
@@ -99,6 +102,7 @@ def test_the_host_waits_for_the_device_once_a_step(way: str, assets: Path, tmp_p
     ]
     ended = run_train(overrides, processes=processes, prepare=count_by_phase, report=reports)
     assert ended.code == 0, ended.output
+    assert ended.output.count("flash-linear-attention is not installed") == (model == "hybrid")
     files = [*reports.iterdir()]
     assert len(files) == processes
     for file in files:

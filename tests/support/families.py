@@ -65,6 +65,20 @@ SHARED_KEYS = {
 }
 # Sparse attention chooses keys by sums of ReLUs: with few heads many sums are 0, and rounding chooses.
 CHOICES = {"index_n_heads": 16, "index_head_dim": 8, "index_topk": 8}
+# Keys are weighed by their distance in the sequence.
+INKLING = {
+    "layer_types": ["hybrid_sliding", "hybrid"],
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "sliding_window_size": 8,
+    "d_rel": 4,
+    "rel_extent": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    **HEADS,
+}
 # Families that need no options of their own to be small, and can be packed.
 PLAIN = """
 biogpt ernie4_5 gpt2 gpt_bigcode granite llama mistral olmo olmo2 phi phi3 qwen2 smollm3 starcoder2
@@ -119,6 +133,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = dict.fromkeys(PLAIN.sp
         PACKED,
     ),
     "hyperclovax": ({"logits_scaling": 0.5}, PACKED),
+    "inkling2_text": (INKLING | {"n_layers_per_attn_res_block": 1}, PADDED),
+    "inkling_text": (INKLING | {"mlp_layer_types": ["dense", "sparse"], "n_shared_experts": 1}, PADDED),
     "jamba": (
         {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
         | {"num_experts": 4, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False},
@@ -165,6 +181,13 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = dict.fromkeys(PLAIN.sp
     "qwen3_5_text": (DELTA, PACKED),
     "qwen3_moe": (LISTED | {"mlp_only_layers": [0]}, PACKED),
     "qwen3_next": (DELTA | EXPERTS | {"shared_expert_intermediate_size": 16}, PACKED),
+    "qwen4_exp_text": (
+        DELTA
+        | EXPERTS
+        | {"shared_expert_intermediate_size": 16, "hc_count": 2, "hc_lowrank": 4, "indexer_n_heads": 16}
+        | {"indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2},
+        PADDED,
+    ),
     "recurrent_gemma": ({"attention_window_size": 8, "lru_width": 32, **HEADS}, PADDED),
     "rwkv": ({"attention_hidden_size": 32, "context_length": 512}, PADDED),
     "seed_oss": (HEADS, PACKED),

@@ -1,5 +1,6 @@
 """A stand-in for kernels of flash-linear-attention, which need a GPU: token by token, as documented."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -84,14 +85,20 @@ def put_delta_kernels(
     monkeypatch.setattr(library_internals, "takes_kernel", lambda _: True)
     monkeypatch.setattr(states, "takes_kernel", lambda _: True)
     rules = SimpleNamespace(**dict.fromkeys(NAMES, kernel))
-    monkeypatch.setitem(
-        sys.modules, "fla", SimpleNamespace(ops=SimpleNamespace(gated_delta_rule=rules, kda=rules))
-    )
-    file = sys.modules[type(causal_lm).__module__]
+    package = SimpleNamespace(ops=SimpleNamespace(gated_delta_rule=rules, kda=rules))
     for name, in_file in NAMES.items():
-        if hasattr(file, in_file):
-            rule = getattr(file, in_file)
-            while hasattr(rule, "__wrapped__"):
-                rule = rule.__wrapped__
-            dispatched = use_kernel_func_from_hub_with_fallback(name, "fla")(rule)
-            monkeypatch.setattr(file, in_file, dispatched)
+        put_kernel(monkeypatch, causal_lm, in_file, package, ("fla", name))
+
+
+def put_kernel(
+    monkeypatch: pytest.MonkeyPatch, causal_lm: Any, in_file: str, package: Any, named: tuple[str, str]
+) -> None:
+    """Load a function of a model's file, if it has it, as transformers does where a package is installed.
+
+    `named` are the names of the package, and of the function in it.
+    """
+    monkeypatch.setitem(sys.modules, named[0], package)
+    file = sys.modules[type(causal_lm).__module__]
+    if hasattr(file, in_file):
+        plain = inspect.unwrap(getattr(file, in_file))
+        monkeypatch.setattr(file, in_file, use_kernel_func_from_hub_with_fallback(named[1], named[0])(plain))

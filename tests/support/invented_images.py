@@ -140,6 +140,9 @@ READERS = {
     ),
     "qwen2_5_vl": Reader(TEXT | ROPE, GRID | {"fullatt_block_indexes": [0], "window_size": 56}, PLACES),
     "qwen3_5": Reader(TEXT | DELTA | ROPE, GRID, PLACES),
+    "qwen3_5_moe": Reader(
+        TEXT | DELTA | ROPE | EXPERTS | {"shared_expert_intermediate_size": 16}, GRID, PLACES
+    ),
     "qwen3_vl": Reader(TEXT | ROPE, STACKED, PLACES),
     "qwen3_vl_moe": Reader(TEXT | ROPE | EXPERTS, STACKED, PLACES),
     "aya_vision": Reader(COHERE, SQUARE, PLACES | {"downsample_factor": 2}, tiles),

@@ -67,7 +67,7 @@ from dpo_dist.model.library_internals import (
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.model.states import check_delta_rule
+from dpo_dist.model.states import check_recurrent_kernels
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ def load_packed(
         offload_inputs(causal_lm)
     model = PackedCausalLM(causal_lm, backend, fused, sequence, Arrangement.padded, reads_images=reads)
     if model.forks_states:
-        check_delta_rule(causal_lm, device, TORCH_DTYPES[config.dtype])
+        check_recurrent_kernels(causal_lm, device, TORCH_DTYPES[config.dtype])
     model.arrange_as_recorded(recorded_arrangement(text.model_type), max_length)
     return model
 

@@ -1,11 +1,14 @@
 """The parts of transformers, peft and Liger that they do not document do here what this package relies on."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -15,14 +18,13 @@ from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enab
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from dpo_dist.model.architectures import WITH_STATES
+from dpo_dist.model.architectures import UNPACKABLE, WITH_STATES
 from dpo_dist.model.layers import decoder_layers
 from dpo_dist.model.library_internals import (
     adapter_state,
     apply_liger,
     attention_name,
     can_choose_attention,
-    delta_rules,
     fill_conversions,
     flash_attention,
     fork_states,
@@ -32,6 +34,7 @@ from dpo_dist.model.library_internals import (
     name_in_model,
     packed_by,
     plain_attention,
+    recurrent_functions,
     set_adapter_state,
     sharded_by,
     shards_loading,
@@ -39,6 +42,7 @@ from dpo_dist.model.library_internals import (
     text_attention,
     transposed_by,
     unsharded,
+    whole_mask,
     wrap_checkpointing,
 )
 from tests.support.families import tiny_family
@@ -208,9 +212,30 @@ def test_recurrent_layers_hand_the_keyword_to_functions_of_their_file(kind: str)
         body = causal_lm.base_model
         plain = body(IDS, use_cache=False).last_hidden_state
         assert called == set()
-        assert torch.equal(body(IDS, use_cache=False, packed_states=Tree()).last_hidden_state, plain)
+        inputs = {"attention_mask": whole_mask(IDS), "packed_states": Tree(), "use_cache": False}
+        with mock.patch("torch.all", side_effect=AssertionError("a GPU would be waited for")):
+            assert torch.equal(body(IDS, **inputs).last_hidden_state, plain)
     assert "convolve" in called <= RECURRENT
     assert kind.startswith("lfm") or not called.isdisjoint({"delta_rule", "scan"})
+
+
+OF_RECURRENT_LAYERS = re.compile(
+    "causal_conv1d_fn|chunk_gated_delta_rule|mamba2_chunk_scan|chunk_kimi_delta_attention|selective_scan"
+)
+FILES = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+FOLDERS = sorted(file.parent for file in FILES if OF_RECURRENT_LAYERS.search(file.read_text()))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_family_with_recurrent_layers_is_known(folder: Path) -> None:
+    """A new one is tried first: packed, it belongs to those with states, else to those that cannot be."""
+    texts = [file.read_text() for file in folder.glob("configuration_*.py")]
+    kinds = {kind for text in texts for kind in re.findall(r'^    model_type = "(\w+)"', text, re.MULTILINE)}
+    assert len(kinds & (WITH_STATES | UNPACKABLE)) == 1, kinds
+
+
+def rules(causal_lm: Any) -> list[tuple[Any, Any]]:
+    return [functions for method, *functions in recurrent_functions(causal_lm) if method == "delta_rule"]
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "kimi_linear"])
@@ -219,18 +244,18 @@ def test_the_library_that_computes_the_delta_rule_is_known(
 ) -> None:
     causal_lm = tiny_family(kind)
     assert fork_states(causal_lm)
-    ((plain, called),) = delta_rules(causal_lm)
+    ((plain, called),) = rules(causal_lm)
     assert plain.__module__ == called.__module__ == type(causal_lm).__module__
     assert not is_kernel(called)
     put_delta_kernels(monkeypatch, causal_lm)
     assert fork_states(causal_lm)
-    ((rule, called),) = delta_rules(causal_lm)
+    ((rule, called),) = rules(causal_lm)
     assert rule is plain
     assert is_kernel(called)
     assert not is_kernel(rule)
     put_delta_kernels(monkeypatch, causal_lm, None)
     assert fork_states(causal_lm)
-    ((_, called),) = delta_rules(causal_lm)
+    ((_, called),) = rules(causal_lm)
     assert not is_kernel(called), "a package whose kernels cannot be imported"
 
 

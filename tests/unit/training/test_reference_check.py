@@ -1,7 +1,10 @@
 """Step-0 check: a run starts only if its policy scores like its reference."""
 
+import importlib.metadata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,10 +24,12 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
-from dpo_dist.training.reference import check_drift
+from dpo_dist.training import reference as reference_module
+from dpo_dist.training.reference import check_drift, prepare_reference
 from dpo_dist.training.start.open_run import Run
 from dpo_dist.training.steps.step import Objective
 from tests.support import tiny
+from tests.support.families import tiny_config
 from tests.support.packing import COSTS
 from tests.support.records import jsonl
 
@@ -122,3 +127,34 @@ def test_an_example_that_drifts_beyond_the_precision_is_named(
     with pytest.raises(ReferenceModelError, match="1 of 12 sampled") as raised:
         check(Policy(4, rejected_drift=drift), dtype)
     assert str(data.origin(4)) + " response 1" in raised.value.where
+
+
+@pytest.mark.parametrize(("kind", "names"), [("qwen3_5_text", 2), ("jamba", 2), ("qwen3", 1)])
+def test_a_store_of_recurrent_layers_is_not_that_of_other_kernels(
+    kind: str, names: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, where transformers takes these kernels; other models keep their store."""
+    tiny_config(kind).save_pretrained(tmp_path)
+    h200 = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h200)
+    found = list[str]()
+
+    def keep(store: Path, fingerprint: ReferenceFingerprint, _: Any) -> None:
+        found.append(fingerprint.name)
+        raise InterruptedError
+
+    monkeypatch.setattr(reference_module, "LogpStore", keep)
+    on_gpu = replace(world, device=torch.device("cuda"))
+    run = Run(RunConfig(model=ModelConfig(str(tmp_path), dtype=Dtype.fp32)), on_gpu, Console(None))
+    files: Any = SimpleNamespace(folder=tmp_path, digest="files")
+    inputs: Any = SimpleNamespace(reference_files=files, policy_files=files, processor=None)
+    version = importlib.metadata.version
+    for fla in ("0.6.0", "0.7.0"):
+        monkeypatch.setattr(
+            importlib.metadata,
+            "version",
+            lambda name, fla=fla: fla if name == "fla-core" else version(name),
+        )
+        with pytest.raises(InterruptedError):
+            prepare_reference(run, inputs)
+    assert len({*found}) == names
