@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -347,10 +348,33 @@ def load_weights(
         # Otherwise bitsandbytes repacks 4-bit weights for CPUs in evaluation: these pass no gradient.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+            _check_nf4(module.weight, folder, key)
     _keep_evaluating(causal_lm)
     if causal_lm.config.model_type != model_config.model_type:
         log.warning("%s: only its text model is loaded (%s)", folder, type(causal_lm).__name__)
     return causal_lm
+
+
+def _check_nf4(weight: Any, folder: Path, key: str) -> None:
+    """Check that a linear layer's weight in 4 bits is unpacked block by block.
+
+    On CPUs bitsandbytes (0.50) unpacks some rows wrongly that are no multiple of a block, such as 96 numbers.
+    """
+    from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415  (optional extra)
+
+    flat = copy(weight.quant_state)
+    if weight.device.type != "cpu" or flat.shape[-1] % flat.blocksize == 0:
+        return
+    flat.shape = torch.Size([flat.shape.numel()])
+    rows, numbers = (dequantize_4bit(weight.data, state) for state in (weight.quant_state, flat))
+    if not torch.equal(rows.flatten(), numbers.flatten()):
+        raise ConfigError(
+            "bitsandbytes reads this model's weights in 4 bits wrongly on a CPU",
+            where=key,
+            got=f"{folder}: a layer of {rows.shape[-1]} inputs",
+            expected=f"a multiple of {flat.blocksize} inputs, or a GPU",
+            remedy="train on a GPU, or set model.quantization=int8 or null",
+        )
 
 
 def check_contents(
@@ -363,7 +387,7 @@ def check_contents(
     """
     with _loading_errors(folder, key):
         with unsharded(), _no_progress():  # under ZeRO-3 the report misses mistakes
-            shapes = {"device_map": "meta", "ignore_mismatched_sizes": True}
+            shapes: dict[str, Any] = {"device_map": "meta", "ignore_mismatched_sizes": True}
             causal_lm, report = _load(folder, model_config, config, kind, **shapes)
         differing = _differing_ties(causal_lm, folder, TORCH_DTYPES[config.dtype])
     if mismatched := sorted(report["mismatched_keys"]):

@@ -93,7 +93,7 @@ class _Reader:
         if sizes := (stored_quantization(folder) or {}).get("weight_block_size", (128, 128)):
             self._blocks = sizes[0], sizes[1]
         self._places = _places(folder)
-        self._files = {file: safe_open(file, "pt") for file in {*self._places.values()}}
+        self._files: dict[Path, Any] = {file: safe_open(file, "pt") for file in {*self._places.values()}}
 
     def open(self, file: str | Path) -> "_PlainFile":
         file = Path(file)
@@ -141,7 +141,8 @@ class _Reader:
         return _Slice(read, shape, dtype)
 
     def _scaled(self, name: str) -> Tensor:
-        weight, scale = self._slice(name)[...].float(), self._slice(name + _SCALE)[...].float()
+        weight: Tensor = self._slice(name)[...].float()
+        scale: Tensor = self._slice(name + _SCALE)[...].float()
         if self._blocks is not None and scale.numel() > 1:
             # The last block of a side may be cut, as in DeepSeek-V3's 576 rows: blocks are not equal parts.
             sides = [*zip(weight.shape[-2:], self._blocks, strict=True)]
