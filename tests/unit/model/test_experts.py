@@ -19,22 +19,24 @@ functional = pytest.importorskip("bitsandbytes.functional")
 
 # Widths are multiples of a block: bitsandbytes (0.50) computes other linear layers wrongly on CPUs.
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
+HEADS = {"head_dim": 16}
+STATES = {"linear_value_head_dim": 32}
 NARROW = {**WIDE, "moe_intermediate_size": 64}
 INPUTS_FIRST = ("gpt_oss", "llama4_text")
 OPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_v3": NARROW | {"first_k_dense_replace": 1},
-    "glm4_moe": NARROW,
-    "gpt_oss": WIDE,
+    "glm4_moe": NARROW | HEADS,
+    "gpt_oss": WIDE | HEADS,
     "granitemoe": WIDE,
     "granitemoehybrid": WIDE | {"mamba_d_head": 32, "shared_intermediate_size": 64},
     "jetmoe": WIDE | {"num_experts_per_tok": 2, "num_local_experts": 4, "kv_channels": 16},
-    "llama4_text": WIDE | {"intermediate_size_mlp": 64},
-    "mixtral": WIDE,
+    "llama4_text": WIDE | HEADS | {"intermediate_size_mlp": 64},
+    "mixtral": WIDE | HEADS,
     "olmoe": WIDE,
-    "qwen2_moe": NARROW | {"shared_expert_intermediate_size": 64},
-    "qwen3_5_moe_text": NARROW | {"shared_expert_intermediate_size": 64},
-    "qwen3_moe": NARROW,
-    "qwen3_next": NARROW | {"shared_expert_intermediate_size": 64},
+    "qwen2_moe": NARROW | HEADS | {"shared_expert_intermediate_size": 64},
+    "qwen3_5_moe_text": NARROW | HEADS | STATES | {"shared_expert_intermediate_size": 64},
+    "qwen3_moe": NARROW | HEADS,
+    "qwen3_next": NARROW | HEADS | STATES | {"shared_expert_intermediate_size": 64},
 }
 IDS = torch.tensor([[3, 9, 4, 17, 5, 22, 11, 6, 8, 13]])
 

@@ -87,7 +87,8 @@ ON_4_BITS = [
     "model.quantization=nf4",
     "parallelism=ddp",
 ]
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128}
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "head_dim": 32}
+WIDE |= {"intermediate_size_mlp": 128}  # of Llama 4
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v2", "granitemoe", "llama4_text"])
