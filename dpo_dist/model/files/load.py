@@ -106,12 +106,17 @@ def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> A
         )
     method = getattr(model_config, "stored_as", None)
     if method not in (None, *_READ):
+        remedy = "use the original model; model.quantization=nf4 quantizes it while it is loaded"
+        if method == "compressed-tensors":
+            remedy = (
+                f"write it once in bf16 by the lines of docs/scaling.md (bases in 8 or 4 bits), or {remedy}"
+            )
         raise ConfigError(
             "the weight files of the model are quantized in a way that is not read",
             where=key,
             got=f"{folder}, quantized by {method}",
             expected="weights in bf16, fp16, fp32, FP8 or MXFP4",
-            remedy="use the original model; model.quantization=nf4 quantizes it while it is loaded",
+            remedy=remedy,
         )
     switch_off_noise(model_config)
     return model_config

@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.load import load_config, load_weights
 from dpo_dist.model.layers import checkpoint_layers
 from tests.support.families import tiny_causal_lm, tiny_config
@@ -217,3 +218,15 @@ def test_widths_that_no_block_divides_are_packed_as_exactly(tmp_path: Path) -> N
     packed, weight = quantized.get_parameter(name), plain.get_parameter(name)
     numbers = functional.dequantize_4bit(packed.data, packed.quant_state)
     assert_near(numbers, weight.detach(), 64, 0.152)
+
+
+def test_linear_layers_that_bitsandbytes_unpacks_wrongly_on_cpus_are_refused(tmp_path: Path) -> None:
+    """Where it unpacks them rightly, as 20 inputs, they are loaded."""
+    for name, width in (("wrong", 48), ("right", 20)):
+        options = {"hidden_size": 64, "head_dim": 16, "intermediate_size": width}
+        tiny_causal_lm(tiny_config("qwen3", **options)).save_pretrained(tmp_path / name)
+    with pytest.raises(ConfigError, match="wrongly on a CPU") as caught:
+        loaded(tmp_path / "wrong", Quantization.nf4)
+    assert "a layer of 48 inputs" in caught.value.got
+    loaded(tmp_path / "wrong", Quantization.int8)
+    loaded(tmp_path / "right", Quantization.nf4)

@@ -107,7 +107,7 @@ def test_a_scale_of_the_whole_weight_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_nf4_keeps_experts_in_the_4_bits_of_the_files_exactly(tmp_path: Path, checkpointing: str) -> None:
     pytest.importorskip("bitsandbytes")
-    written(tmp_path, "gpt_oss")
+    written(tmp_path, "gpt_oss", intermediate_size=64, head_dim=16)
     plain, packed = loaded(tmp_path), loaded(tmp_path, kind=Quantization.nf4)
     experts = [name for name, _ in plain.named_parameters() if re.search(r"experts\.\w+_proj$", name)]
     stored = sum(packed.get_parameter(name).nbytes for name in experts)
@@ -162,7 +162,8 @@ def test_a_quantized_folder_is_not_averaged(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"weight_block_size": [32, 32]}, "weight_scale_inv has"),
-        ({"quant_method": "awq"}, "quantized by awq"),
+        ({"quant_method": "awq"}, "use the original model"),
+        ({"quant_method": "compressed-tensors"}, "by the lines of docs/scaling.md (bases in 8 or 4 bits)"),
     ],
 )
 def test_what_is_not_understood_is_named(change: dict[str, Any], words: str, tmp_path: Path) -> None:
