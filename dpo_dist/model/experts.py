@@ -6,7 +6,7 @@ module's own forward runs with the weights that they stand for, a layer at a tim
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from dpo_dist.config.schema import Quantization
 from dpo_dist.model.flops import stacked_experts
 from dpo_dist.model.kernel_check import kernel_fault
 from dpo_dist.model.layers import Block, decoder_layers
+from dpo_dist.model.library_internals import unpack_mxfp4
 
 log = logging.getLogger(__name__)
 
@@ -110,10 +111,33 @@ class Packing:
         return rows.view(experts, outputs, inputs).mT
 
 
-def packings(causal_lm: Any, kind: Quantization, dtype: torch.dtype) -> dict[str, Packing]:
-    """Return how the stacked weights of a model, which is not loaded yet, are packed; by name."""
-    found, stacks = dict[str, Packing](), packable(causal_lm)
+@dataclass(frozen=True)
+class Mxfp4:
+    """A stacked weight that stays in the MXFP4 of its file: exactly, 17 bytes for 32 numbers."""
+
+    dtype: torch.dtype
+
+    def pack(self, read: Tensor) -> nn.Parameter:
+        """Return the frozen parameter of the bytes of `join_mxfp4`, which transformers cast to a float."""
+        return nn.Parameter(read.to(torch.uint8), requires_grad=False)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Return the weight [experts, inputs, outputs] that a parameter of `pack` stands for."""
+        return unpack_mxfp4(packed[..., :16], packed[..., 16], self.dtype)
+
+
+def packings(
+    causal_lm: Any, kind: Quantization, dtype: torch.dtype, mxfp4: Collection[str]
+) -> dict[str, Packing | Mxfp4]:
+    """Return how the stacked weights of a model, which is not loaded yet, are packed; by name.
+
+    In 4 bits, those of the names in `mxfp4` stay as they are in their files: NF4 has other numbers.
+    """
+    found, stacks = dict[str, Packing | Mxfp4](), packable(causal_lm)
     for name, weight in stacks.items():
+        if name in mxfp4 and kind is Quantization.nf4:
+            found[name] = Mxfp4(dtype)
+            continue
         module = name.rpartition(".")[0]
         has_inputs_first = getattr(causal_lm.get_submodule(module), "is_transposed", None)
         if has_inputs_first is None:  # Llama 4: what the first weight reads, the last one writes
@@ -142,7 +166,7 @@ def unpackable(causal_lm: Any) -> list[nn.Parameter]:
     ]
 
 
-def compute_packed(causal_lm: Any, packed: Mapping[str, Packing]) -> None:
+def compute_packed(causal_lm: Any, packed: Mapping[str, Packing | Mxfp4]) -> None:
     """Make modules whose weights are packed compute with the weights that these stand for."""
     layers = {module: layer for layer in decoder_layers(causal_lm) for module in layer.modules()}
     for name, module in list(causal_lm.named_modules()):
@@ -155,7 +179,9 @@ def compute_packed(causal_lm: Any, packed: Mapping[str, Packing]) -> None:
             module.forward = partial(_forward, Block(module, module.forward), own, layers.get(module))
 
 
-def _forward(block: Block, packed: Mapping[str, Packing], layer: Any, *args: Any, **kwargs: Any) -> Any:
+def _forward(
+    block: Block, packed: Mapping[str, Packing | Mxfp4], layer: Any, *args: Any, **kwargs: Any
+) -> Any:
     def compute(*args: Any, **kwargs: Any) -> Any:
         weights = {
             f"block.{name}": packing.unpack(getattr(block.block, name)) for name, packing in packed.items()

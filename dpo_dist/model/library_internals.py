@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import modeling_utils
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, Transpose, WeightRenaming, rename_source_key
 from transformers.integrations import deepspeed
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -109,6 +111,27 @@ def _packing(quantizer: Any, pack: Mapping[str, Callable[[Tensor], nn.Parameter]
             return Operation(super().get_quantize_ops())
 
     return Quantizer
+
+
+@contextlib.contextmanager
+def opening_files_by(open_file: Callable[[str], Any]) -> Iterator[None]:
+    """Inside the block, make transformers open weight files by `open_file` in place of `safe_open`."""
+    original = modeling_utils.safe_open
+    modeling_utils.safe_open = lambda file, *_, **__: open_file(file)
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = original
+
+
+def unpack_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight [experts, inputs, outputs] of MXFP4 blocks [experts, outputs, inputs / 32, 16].
+
+    Exact: two numbers of 4 bits in a byte, times a power of two for each block. By default transformers takes
+    so many numbers at once that their indices are larger than the weight.
+    """
+    unpacked: Tensor = convert_moe_packed_tensors(blocks, scales, dtype=dtype, rows_per_chunk=2**20)
+    return unpacked
 
 
 def name_in_model(causal_lm: Any) -> Callable[[str], str]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig
 
 from dpo_dist.config.identity import settings
 from dpo_dist.config.load import saved_config
@@ -63,6 +62,7 @@ from dpo_dist.model.files.save import (
     writing_errors,
 )
 from dpo_dist.model.files.stops import folder_stops, trained_stops, write_stops
+from dpo_dist.model.files.stored import plain_config, plain_weights
 from dpo_dist.model.layers import other_weights
 from dpo_dist.model.library_internals import ignored_patterns
 from dpo_dist.reference.digest import digest_model
@@ -197,8 +197,11 @@ def _untrained_tensors(causal_lm: Any, model: ModelConfig, dtype: torch.dtype) -
 
 
 def _load_model(folder: Path, *, trusts_code: bool) -> Any:
-    kind = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code), trusts_code)
-    return kind.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=trusts_code)
+    described = plain_config(folder, trust_remote_code=trusts_code)
+    with plain_weights(folder, described.dtype or torch.float32):
+        return auto_class(described, trusts_code).from_pretrained(
+            folder, config=described, dtype="auto", use_safetensors=True, trust_remote_code=trusts_code
+        )
 
 
 def check_base(model: ModelConfig, store: Path, recorded: str | None) -> None:

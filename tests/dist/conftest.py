@@ -29,6 +29,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
         untied_policy=write_model(folder / "untied", seed=3, tied=False),
         reference=write_model(folder / "reference", seed=2),
         mixture=folder / "mixture",
+        wide=write_model(folder / "wide", seed=1, hidden_size=64),
         encoded=Preparation([SourceConfig(str(pairs))], config, tiny.qwen(), "qwen").whole(),
     )
 

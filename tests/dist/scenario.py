@@ -58,6 +58,7 @@ class Assets:
     untied_policy: Path
     reference: Path
     mixture: Path
+    wide: Path  # in 4 bits bitsandbytes (0.50) computes narrower layers wrongly on CPUs
     encoded: tuple[EncodedSource, ...]
 
     def dataset(self) -> PreferenceDataset:

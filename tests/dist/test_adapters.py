@@ -125,7 +125,7 @@ WAYS = [
     pytest.param(2, ZERO3, WHOLE, "full", "policy", None, id="2 ranks, zero3, whole modules"),
     pytest.param(3, ZERO2, WHOLE, "none", "untied_policy", None, id="3 ranks, zero2, whole modules, untied"),
     pytest.param(2, DDP, LORA, "full", "policy", None, id="2 ranks, ddp, lora, checkpointing"),
-    pytest.param(2, DDP, DORA, "none", "policy", Quantization.nf4, id="2 ranks, ddp, dora on nf4"),
+    pytest.param(2, DDP, DORA, "none", "wide", Quantization.nf4, id="2 ranks, ddp, dora on nf4"),
     pytest.param(2, DDP, LORA, "none", "policy", Quantization.int8, id="2 ranks, ddp, lora on int8"),
     pytest.param(
         2, DDP, ATTENTION, "none", "mixture", Quantization.nf4, id="2 ranks, ddp, lora on packed experts"

@@ -335,6 +335,7 @@ def test_another_world_reads_the_same_weights_and_states(case: str, assets: Asse
     policy, dtype, ranks, kind, other_ranks, other_kind = WORLDS[case]
     if policy.quantization is not None:
         pytest.importorskip("bitsandbytes")
+        assets = replace(assets, policy=assets.wide)
     root = tmp_path / "checkpoints"
     scenario = partial(go_on, assets, root, policy, dtype)
     norms = run_ranks(scenario, ranks, tmp_path / "ranks", kind, dtype)

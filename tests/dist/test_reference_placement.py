@@ -68,11 +68,11 @@ def test_an_offloaded_reference_scores_and_leaves_nothing_behind(assets: Assets,
 def quantize(assets: Assets, world: World, _folder: Path) -> list[float]:
     """Drifts of quantized references from the unquantized one."""
     [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
-    in_full = load_reference(assets.policy, assets.config(assets.policy), world).token_logps(batch)
+    in_full = load_reference(assets.wide, assets.config(assets.wide), world).token_logps(batch)
     drifts = []
     for quantization in Quantization:
-        config = assets.config(assets.policy, ReferenceConfig(quantization=quantization))
-        engine = load_reference(assets.policy, config, world)
+        config = assets.config(assets.wide, ReferenceConfig(quantization=quantization))
+        engine = load_reference(assets.wide, config, world)
         assert not isinstance(engine, FrozenEngine), "whole on every rank"
         drifts.append(float((engine.token_logps(batch) - in_full).abs().mean()))
     return drifts

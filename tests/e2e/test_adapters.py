@@ -16,6 +16,7 @@ from tests.e2e.conftest import Overrides, assert_last_log_probs, last_evaluation
 from tests.e2e.test_evaluate import assert_equals_the_run, evaluate
 from tests.support.launch import assert_same_history, history, run_verb, summary, train
 from tests.support.sft_adapter import write_sft_adapter
+from tests.support.tiny_model import write_model
 
 STEPS = ("trainer.max_steps=4", "trainer.save_every=2", "trainer.keep_last=2", "optim.lr=1e-2")
 
@@ -106,12 +107,18 @@ def test_an_adapter_of_a_run_is_continued_by_the_next(
     assert_starts_at_its_reference(tmp_path / "run")
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of layers that bitsandbytes (0.50) computes rightly in 4 bits on CPUs."""
+    return write_model(tmp_path_factory.mktemp("wide") / "base", hidden_size=64)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_an_adapter_on_a_quantized_base_is_its_own_reference_switched_off_and_stored(
-    assets: Path, sft: Path, tmp_path: Path
+    assets: Path, wide: Path, tmp_path: Path
 ) -> None:
-    options = ("model.quantization=nf4", "parallelism=ddp", "trainer.max_steps=3")
-    quantized = run_of(assets, tmp_path, sft, *options)
+    options = (f"model.path={wide}", "model.quantization=nf4", "parallelism=ddp", "trainer.max_steps=3")
+    quantized = run_of(assets, tmp_path, write_sft_adapter(wide, tmp_path / "sft"), *options)
     train([*quantized, f"run.dir={tmp_path}/off"])
     stored = train([*quantized, "reference.mode=cached", "reference.quantization=nf4"])
     assert "step-0 check passed" in stored.output
@@ -122,10 +129,15 @@ def test_an_adapter_on_a_quantized_base_is_its_own_reference_switched_off_and_st
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_a_quantized_reference_has_entries_of_its_own_and_is_not_the_policys_start(
-    overrides: Overrides, tmp_path: Path
+    overrides: Overrides, wide: Path, tmp_path: Path
 ) -> None:
     for kind in ("nf4", "null"):
-        options = ("trainer.max_steps=1", f"reference.quantization={kind}", f"run.dir={tmp_path}/{kind}")
+        options = (
+            f"model.path={wide}",
+            "trainer.max_steps=1",
+            f"reference.quantization={kind}",
+            f"run.dir={tmp_path}/{kind}",
+        )
         assert ("step-0 check passed" in train(overrides(*options)).output) is (kind == "null")
         assert summary(tmp_path / kind)["reference"]["computed"] == 12
 

@@ -62,10 +62,10 @@ _PARTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 IMAGE_MODELS = tuple(_PARTS)
 
 
-def image_model(model_type: str, vocab_size: int) -> Any:
+def image_model(model_type: str, vocab_size: int, **of_text: Any) -> Any:
     """A whole model in float32 with random weights that are large enough to see."""
     text, vision, options = _PARTS[model_type]
-    sizes = {"vocab_size": vocab_size, "vocab_size_per_layer_input": vocab_size}
+    sizes = {"vocab_size": vocab_size, "vocab_size_per_layer_input": vocab_size} | of_text
     parts = {"text_config": text | sizes, "vision_config": vision}
     return whole_model(AutoConfig.for_model(model_type, **parts | options), std=0.1)
 
@@ -80,7 +80,7 @@ def whole_model(config: Any, seed: int = 1, std: float = 0.15) -> Any:
     return model
 
 
-def write_multimodal(folder: Path, model_type: str, vocab_size: int) -> Path:
+def write_multimodal(folder: Path, model_type: str, vocab_size: int, **of_text: Any) -> Path:
     """Write an `image_model`."""
-    image_model(model_type, vocab_size).save_pretrained(folder)
+    image_model(model_type, vocab_size, **of_text).save_pretrained(folder)
     return folder

@@ -158,6 +158,13 @@ def weight_files(folder: Path) -> list[Path]:
     return [file, *(folder / name for name in sorted(set(weight_map.values())))]
 
 
+def stored_quantization(folder: Path) -> dict[str, Any] | None:
+    """Return what config.json says about how a folder's weight files are quantized; None if they are not."""
+    content: Any = read_model_json(folder / CONFIG_FILE)
+    parts = (content, *(part for part in content.values() if isinstance(part, dict)))
+    return next((found for part in parts if (found := part.get("quantization_config"))), None)
+
+
 def read_model_json(file: Path) -> dict[str, object]:
     """Return the object in a JSON file of a model folder."""
     got = "JSON that is not an object"

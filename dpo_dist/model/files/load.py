@@ -4,16 +4,17 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -38,7 +39,7 @@ from dpo_dist.model.architectures import (
 )
 from dpo_dist.model.attention.kernels import check_kernel, choose_backend
 from dpo_dist.model.attention.ulysses import TokenExchange, check_shared_tokens
-from dpo_dist.model.experts import Packing, choose_products, compute_packed, packings, unpackable
+from dpo_dist.model.experts import Mxfp4, Packing, choose_products, compute_packed, packings, unpackable
 from dpo_dist.model.files.folder import (
     CONFIG_FILE,
     check_tokenizer_files,
@@ -47,6 +48,7 @@ from dpo_dist.model.files.folder import (
     tokenizer_folder,
     weight_files,
 )
+from dpo_dist.model.files.stored import mxfp4_names, plain_config, plain_weights
 from dpo_dist.model.layers import (
     check_device,
     check_reads_images,
@@ -80,13 +82,13 @@ _KERNEL = re.compile(r'"\w*_implementation"\s*:\s*("[^"]*/[^"]*"|\{[^}]*/[^}]*\}
 # Patterns of tensor names, and of names for which transformers (5.23) finds the right weight under ZeRO-3: it
 # would load DeepSeek-V4's final norm as the norm of compressed keys.
 _RENAMED = {"deepseek_v4": {r"^model\.norm\.": r"^norm\."}}
+_READ = ("fp8", "mxfp4")
 
 
 def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> Any:
     """Return the transformers configuration of a model folder, with all dropout and noise switched off."""
     try:
-        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        model_config.get_text_config()
+        model_config = plain_config(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a configuration's validation can raise anything
         raise _own_code_error(folder, config, key, CONFIG_FILE) or ConfigError(
             "the model's config.json cannot be read",
@@ -102,14 +104,19 @@ def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> A
             expected="an implementation of transformers",
             remedy="remove it from config.json: model.attention selects the kernel",
         )
-    quantized = getattr(model_config, "quantization_config", None)
-    if quantized is not None:  # such weights have no gradient: only norms would be trained
+    method = getattr(model_config, "stored_as", None)
+    if method not in (None, *_READ):
+        remedy = "use the original model; model.quantization=nf4 quantizes it while it is loaded"
+        if method == "compressed-tensors":
+            remedy = (
+                f"write it once in bf16 by the lines of docs/scaling.md (bases in 8 or 4 bits), or {remedy}"
+            )
         raise ConfigError(
-            "the weight files of the model are quantized",
+            "the weight files of the model are quantized in a way that is not read",
             where=key,
-            got=f"{folder}, quantized by {dict(quantized).get('quant_method')}",
-            expected="weights in bf16, fp16 or fp32",
-            remedy="use the original model; model.quantization=nf4 quantizes it while it is loaded",
+            got=f"{folder}, quantized by {method}",
+            expected="weights in bf16, fp16, fp32, FP8 or MXFP4",
+            remedy=remedy,
         )
     switch_off_noise(model_config)
     return model_config
@@ -319,14 +326,14 @@ def load_weights(
     described = check_contents(folder, model_config, config, key=key, kind=kind)
     shapes = {name: weight.shape for name, weight in described.named_parameters(remove_duplicate=False)}
     is_sharded = shards_loading() and config.quantization is None
-    options, packed = placement(config, device), dict[str, Packing]()
+    options, packed = placement(config, device), dict[str, Packing | Mxfp4]()
     if config.quantization is not None:
-        packed = packings(described, config.quantization, TORCH_DTYPES[config.dtype])
+        packed = packings(described, config.quantization, TORCH_DTYPES[config.dtype], mxfp4_names(folder))
         if config.images is not None:
             options["quantization_config"].llm_int8_skip_modules = _never_quantized(model_config, config)
     pack = {name: packing.pack for name, packing in packed.items()}
     with _loading_errors(folder, key), transposed_by(shapes), packed_by(pack):
-        causal_lm, report = _load(folder, model_config, config, kind, **options)
+        causal_lm, report = _load(folder, model_config, config, kind, packed, **options)
     # Under ZeRO-3, transformers maps names in files in another way, which may miss weights.
     _check_missing(report, folder, key, "; or set parallelism.kind=zero2 or ddp" if is_sharded else "")
     if not is_sharded and config.quantization is None:
@@ -347,10 +354,33 @@ def load_weights(
         # Otherwise bitsandbytes repacks 4-bit weights for CPUs in evaluation: these pass no gradient.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+            _check_nf4(module.weight, folder, key)
     _keep_evaluating(causal_lm)
     if causal_lm.config.model_type != model_config.model_type:
         log.warning("%s: only its text model is loaded (%s)", folder, type(causal_lm).__name__)
     return causal_lm
+
+
+def _check_nf4(weight: Any, folder: Path, key: str) -> None:
+    """Check that a linear layer's weight in 4 bits is unpacked block by block.
+
+    On CPUs bitsandbytes (0.50) unpacks some rows wrongly that are no multiple of a block, such as 96 numbers.
+    """
+    from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415  (optional extra)
+
+    flat = copy(weight.quant_state)
+    if weight.device.type != "cpu" or flat.shape[-1] % flat.blocksize == 0:
+        return
+    flat.shape = torch.Size([flat.shape.numel()])
+    rows, numbers = (dequantize_4bit(weight.data, state) for state in (weight.quant_state, flat))
+    if not torch.equal(rows.flatten(), numbers.flatten()):
+        raise ConfigError(
+            "bitsandbytes reads this model's weights in 4 bits wrongly on a CPU",
+            where=key,
+            got=f"{folder}: a layer of {rows.shape[-1]} inputs",
+            expected=f"a multiple of {flat.blocksize} inputs, or a GPU",
+            remedy="train on a GPU, or set model.quantization=int8 or null",
+        )
 
 
 def check_contents(
@@ -363,7 +393,7 @@ def check_contents(
     """
     with _loading_errors(folder, key):
         with unsharded(), _no_progress():  # under ZeRO-3 the report misses mistakes
-            shapes = {"device_map": "meta", "ignore_mismatched_sizes": True}
+            shapes: dict[str, Any] = {"device_map": "meta", "ignore_mismatched_sizes": True}
             causal_lm, report = _load(folder, model_config, config, kind, **shapes)
         differing = _differing_ties(causal_lm, folder, TORCH_DTYPES[config.dtype])
     if mismatched := sorted(report["mismatched_keys"]):
@@ -413,18 +443,28 @@ def check_contents_at_hand(folder: Path, config: ModelConfig, key: str = "model.
         check_contents(folder, load_config(folder, config, key), config, key=key)
 
 
-def _load(folder: Path, model_config: Any, config: ModelConfig, kind: Any, **options: Any) -> Any:
+def _load(
+    folder: Path,
+    model_config: Any,
+    config: ModelConfig,
+    kind: Any,
+    packed: Mapping[str, Packing | Mxfp4] = MappingProxyType({}),
+    **options: Any,
+) -> Any:
     """Return the model that `from_pretrained` loads, and its loading report."""
-    return (kind or auto_class(model_config, config.trust_remote_code)).from_pretrained(
-        folder,
-        config=model_config,
-        dtype=TORCH_DTYPES[config.dtype],
-        trust_remote_code=config.trust_remote_code,
-        output_loading_info=True,
-        use_safetensors=True,
-        key_mapping=_RENAMED.get(model_config.model_type),
-        **options,
-    )
+    kept = [name for name, packing in packed.items() if isinstance(packing, Mxfp4)]
+    dtype, is_read = TORCH_DTYPES[config.dtype], options.get("device_map") != "meta"
+    with plain_weights(folder, dtype, kept, is_read=is_read):
+        return (kind or auto_class(model_config, config.trust_remote_code)).from_pretrained(
+            folder,
+            config=model_config,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            use_safetensors=True,
+            key_mapping=_RENAMED.get(model_config.model_type),
+            **options,
+        )
 
 
 @contextlib.contextmanager

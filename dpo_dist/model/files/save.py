@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
@@ -27,8 +26,10 @@ from dpo_dist.model.files.folder import (
     check_weights,
     local_model_folder,
     read_model_json,
+    stored_quantization,
     weight_files,
 )
+from dpo_dist.model.files.stored import open_plain, plain_config, plain_weights
 from dpo_dist.model.library_internals import ignored_patterns
 from dpo_dist.model.lora import TRAINED, saved_modules
 
@@ -94,6 +95,8 @@ def write_description(file: Path, content: dict[str, Any], dtype: torch.dtype) -
     content.pop("transformers_weights", None)  # names a file of the base
     name = str(dtype).removeprefix("torch.")
     for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        for of_files in ("quantization_config", "stored_as"):  # the written weights are plain
+            part.pop(of_files, None)
         former = part.pop("torch_dtype", None)
         if part is content or former is not None or "dtype" in part:
             part["dtype"] = name
@@ -168,10 +171,15 @@ def write_merged(
     """
     from peft import PeftModel  # noqa: PLC0415  (slow, see model/lora.py)
 
-    described = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    causal_lm = auto_class(described, trust_remote_code).from_pretrained(
-        base, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
-    )
+    described = plain_config(base, trust_remote_code=trust_remote_code)
+    with plain_weights(base, torch.float32):
+        causal_lm = auto_class(described, trust_remote_code).from_pretrained(
+            base,
+            config=described,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
     was_tied = _is_tied(causal_lm)
     merged = PeftModel.from_pretrained(causal_lm, adapter).merge_and_unload()
     inner, outer = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
@@ -203,9 +211,10 @@ def ignored_tensors(causal_lm: Any, base: Path, dtype: torch.dtype) -> dict[str,
         layer = re.match(r".*?\.\d+(?=\.)", name.removeprefix(prefix))
         return any(re.search(each, name) for each in patterns) and not (layer and layer[0] in modules)
 
+    open_file = open_plain(base, dtype)
     for file in weight_files(base):
         if file.suffix != ".json":
-            with safe_open(file, "pt") as tensors:
+            with open_file(file) as tensors:
                 unread |= {name: tensors.get_tensor(name) for name in filter(is_ignored, tensors.keys())}
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in unread.items()}
 
@@ -225,6 +234,13 @@ def write_mean(folder: Path, members: Sequence[tuple[float, Path]], dtype: torch
     for member in (path for _, path in members):
         local_model_folder(str(member), None, _KEY)
         check_weights(weight_files(member), _KEY)
+        if stored_quantization(member) is not None:
+            raise ConfigError(
+                "the weight files of a model to average are quantized",
+                where=_KEY,
+                got=str(member),
+                remedy="name models that were trained: their folders have plain weights",
+            )
     kind = _kind(first)
     base = _tensors(first)
     mean = {name: weight.float() for name, weight in base.items()}

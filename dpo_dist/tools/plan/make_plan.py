@@ -33,7 +33,7 @@ from dpo_dist.tools.plan.estimate import (
     estimate,
 )
 from dpo_dist.tools.tables import aligned
-from dpo_dist.training.start.footprint import GPUS_PER_NODE, quantization_notes
+from dpo_dist.training.start.footprint import GPUS_PER_NODE, quantization_notes, stored_notes
 
 _Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 
@@ -74,6 +74,7 @@ def make_plan(config: RunConfig, progress: _Progress) -> Plan:
         f"{config.model.path}: {found.weights / 1e9:.3g}e9 weights, {found.trained / 1e9:.3g}e9 "
         f"trained, on {pluralize(machine.gpus, 'GPU')} ({machine.gpu}), {config.parallelism.kind}",
         *(f"  {line}" for line in aligned([[name, size(part)] for name, part in rows if part], numbers=(1,))),
+        *stored_notes(config.model, causal_lm),
         *quantization_notes(config.model, config.reference, causal_lm),
         _verdict(found),
         f"host memory of a node: {size(found.host)}; disk: "

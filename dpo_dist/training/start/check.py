@@ -50,7 +50,7 @@ from dpo_dist.model.files.stops import stop_notes
 from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
-from dpo_dist.training.start.footprint import quantization_notes
+from dpo_dist.training.start.footprint import quantization_notes, stored_notes
 from dpo_dist.training.start.inputs import NO_IMAGE, checked_model
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
 from dpo_dist.training.start.open_run import rate_warning
@@ -106,6 +106,7 @@ def dry_run(
 
         Mirror(config.run.mirror, run, config.trainer.keep_last, Console(None))
         lines.append(("run.mirror", f"{config.run.mirror}, which can be written"))
+    lines += (("model.path", note) for note in stored_notes(config.model, causal_lm))
     lines += (("experts", note) for note in quantization_notes(config.model, config.reference, causal_lm))
     if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_fp16_products()):
         lines.append(("model.dtype", "fp16 needs a GPU: this CPU cannot compute in fp16"))

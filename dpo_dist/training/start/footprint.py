@@ -61,6 +61,7 @@ _GATHERED_WEIGHTS = 1e9  # weights that ZeRO-3 gathers at once, or the largest l
 _STATES_PER_MASTER = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5, OptimizerKind.muon: 1.0}
 # In 4 bits, 64 weights share a scale of 8 bits, and 256 scales one of 32 bits.
 BYTES_PER_QUANTIZED_WEIGHT = {Quantization.int8: 1.0, Quantization.nf4: 0.5 + (1 + 4 / 256) / 64}
+_BYTES_IN_MXFP4 = 17 / 32
 _TRACED_TOKENS = 64, 128  # tokens
 _TRACED_ATTENTION = "dpo_dist_trace"
 
@@ -207,14 +208,45 @@ def _unpacked_bytes(config: RunConfig, number: int, causal_lm: Any) -> float:
     kinds = {config.model.quantization, config.reference.quantization} - {None}
     packed = {*packable(causal_lm).values()} if kinds else set()
     layers = [[w.numel() for w in layer.parameters() if w in packed] for layer in decoder_layers(causal_lm)]
-    in_float32 = 4 * (Quantization.int8 in kinds)  # bytes a weight, one tensor at a time
-    return max((number * sum(sizes) + in_float32 * max(sizes) for sizes in layers if sizes), default=0)
+    # One tensor at a time: in float32, or in the order of the file.
+    beside = 4 if Quantization.int8 in kinds else number * _is_mxfp4(causal_lm)
+    return max((number * sum(sizes) + beside * max(sizes) for sizes in layers if sizes), default=0)
 
 
 def _weight_bytes(quantization: Quantization | None, number: int, causal_lm: Any) -> float:
     """Return the bytes of all weights, of `number` bytes each where they are not quantized."""
     less = 0.0 if quantization is None else number - BYTES_PER_QUANTIZED_WEIGHT[quantization]
-    return number * _count_weights(causal_lm) - less * quantized_weights(causal_lm)
+    whole = number * _count_weights(causal_lm) - less * quantized_weights(causal_lm)
+    if quantization is not Quantization.nf4 or not _is_mxfp4(causal_lm):
+        return whole
+    return whole + (_BYTES_IN_MXFP4 - BYTES_PER_QUANTIZED_WEIGHT[quantization]) * _packed_weights(causal_lm)
+
+
+def _is_mxfp4(causal_lm: Any) -> bool:
+    return getattr(causal_lm.config, "stored_as", None) == "mxfp4"
+
+
+def _packed_weights(causal_lm: Any) -> int:
+    return sum(map(torch.numel, packable(causal_lm).values()))
+
+
+def stored_notes(model: ModelConfig, causal_lm: Any) -> list[str]:
+    """Return a line about the bytes of a model whose weight files are quantized."""
+    stored = getattr(causal_lm.config, "stored_as", None)
+    if stored is None:
+        return []
+    number = TORCH_DTYPES[model.dtype].itemsize
+    if model.quantization is Quantization.nf4 and _is_mxfp4(causal_lm):
+        kept = size(_BYTES_IN_MXFP4 * _packed_weights(causal_lm))
+        return [f"the experts stay in the MXFP4 of the weight files, exactly: {kept}"]
+    bits, taken = (
+        model.quantization or model.dtype,
+        size(_weight_bytes(model.quantization, number, causal_lm)),
+    )
+    note = f"the weight files are in {stored.upper()}, and the weights {bits} here: {taken}"
+    if _is_mxfp4(causal_lm) and model.adapter is not None:
+        note += "; model.quantization=nf4 keeps the experts in the 4 bits of the files"
+    return [note]
 
 
 def quantization_notes(model: ModelConfig, reference: ReferenceConfig, causal_lm: Any) -> list[str]:

@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.load import load_config, load_weights
 from dpo_dist.model.layers import checkpoint_layers
 from tests.support.families import tiny_causal_lm, tiny_config
@@ -19,22 +20,24 @@ functional = pytest.importorskip("bitsandbytes.functional")
 
 # Widths are multiples of a block: bitsandbytes (0.50) computes other linear layers wrongly on CPUs.
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
+HEADS = {"head_dim": 16}
+STATES = {"linear_value_head_dim": 32}
 NARROW = {**WIDE, "moe_intermediate_size": 64}
 INPUTS_FIRST = ("gpt_oss", "llama4_text")
 OPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_v3": NARROW | {"first_k_dense_replace": 1},
-    "glm4_moe": NARROW,
-    "gpt_oss": WIDE,
+    "glm4_moe": NARROW | HEADS,
+    "gpt_oss": WIDE | HEADS,
     "granitemoe": WIDE,
     "granitemoehybrid": WIDE | {"mamba_d_head": 32, "shared_intermediate_size": 64},
     "jetmoe": WIDE | {"num_experts_per_tok": 2, "num_local_experts": 4, "kv_channels": 16},
-    "llama4_text": WIDE | {"intermediate_size_mlp": 64},
-    "mixtral": WIDE,
+    "llama4_text": WIDE | HEADS | {"intermediate_size_mlp": 64},
+    "mixtral": WIDE | HEADS,
     "olmoe": WIDE,
-    "qwen2_moe": NARROW | {"shared_expert_intermediate_size": 64},
-    "qwen3_5_moe_text": NARROW | {"shared_expert_intermediate_size": 64},
-    "qwen3_moe": NARROW,
-    "qwen3_next": NARROW | {"shared_expert_intermediate_size": 64},
+    "qwen2_moe": NARROW | HEADS | {"shared_expert_intermediate_size": 64},
+    "qwen3_5_moe_text": NARROW | HEADS | STATES | {"shared_expert_intermediate_size": 64},
+    "qwen3_moe": NARROW | HEADS,
+    "qwen3_next": NARROW | HEADS | STATES | {"shared_expert_intermediate_size": 64},
 }
 IDS = torch.tensor([[3, 9, 4, 17, 5, 22, 11, 6, 8, 13]])
 
@@ -215,3 +218,15 @@ def test_widths_that_no_block_divides_are_packed_as_exactly(tmp_path: Path) -> N
     packed, weight = quantized.get_parameter(name), plain.get_parameter(name)
     numbers = functional.dequantize_4bit(packed.data, packed.quant_state)
     assert_near(numbers, weight.detach(), 64, 0.152)
+
+
+def test_linear_layers_that_bitsandbytes_unpacks_wrongly_on_cpus_are_refused(tmp_path: Path) -> None:
+    """Where it unpacks them rightly, as 20 inputs, they are loaded."""
+    for name, width in (("wrong", 48), ("right", 20)):
+        options = {"hidden_size": 64, "head_dim": 16, "intermediate_size": width}
+        tiny_causal_lm(tiny_config("qwen3", **options)).save_pretrained(tmp_path / name)
+    with pytest.raises(ConfigError, match="wrongly on a CPU") as caught:
+        loaded(tmp_path / "wrong", Quantization.nf4)
+    assert "a layer of 48 inputs" in caught.value.got
+    loaded(tmp_path / "wrong", Quantization.int8)
+    loaded(tmp_path / "right", Quantization.nf4)

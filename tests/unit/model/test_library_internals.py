@@ -11,6 +11,7 @@ import torch
 import transformers
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, conversion_mapping
 from transformers.core_model_loading import Transpose
@@ -32,6 +33,7 @@ from dpo_dist.model.library_internals import (
     is_kernel,
     mark_as_adapted,
     name_in_model,
+    opening_files_by,
     packed_by,
     plain_attention,
     recurrent_functions,
@@ -41,6 +43,7 @@ from dpo_dist.model.library_internals import (
     takes_kernel,
     text_attention,
     transposed_by,
+    unpack_mxfp4,
     unsharded,
     whole_mask,
     wrap_checkpointing,
@@ -109,6 +112,29 @@ def test_quantizers_replace_other_weights_too_inside_the_block_only(bits: int, t
     assert (loaded.get_parameter(name).dtype, loaded.get_parameter(name).dim()) == (torch.int8, 1)
     assert loaded.get_parameter(name.replace("1", "0")).is_floating_point()
     assert not loaded.model.layers[0].self_attn.q_proj.weight.is_floating_point()
+
+
+def test_transformers_opens_files_by_another_function_inside_the_block_only(tmp_path: Path) -> None:
+    tiny_family("llama").save_pretrained(tmp_path)
+    opened = list[str]()
+
+    def open_file(file: str) -> Any:
+        opened.append(Path(file).name)
+        return safe_open(file, "pt")
+
+    with opening_files_by(open_file):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert opened == ["model.safetensors"]
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert opened == ["model.safetensors"]
+
+
+def test_mxfp4_is_unpacked_to_inputs_before_outputs() -> None:
+    blocks, scales = torch.zeros(1, 2, 1, 16, dtype=torch.uint8), torch.tensor([[[127], [128]]])
+    blocks[0, :, 0, 0] = 0x72  # 1 in the lower bits, 6 in the upper ones
+    unpacked = unpack_mxfp4(blocks, scales.byte(), torch.bfloat16)
+    assert unpacked.shape == (1, 32, 2)
+    assert unpacked[0, :3].tolist() == [[1, 2], [6, 12], [0, 0]]
 
 
 def test_names_in_files_become_names_in_the_model(tmp_path: Path) -> None:

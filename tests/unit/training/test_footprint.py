@@ -12,11 +12,13 @@ from transformers import AutoConfig
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import ModelConfig, Quantization
 from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.text import size
 from dpo_dist.model.files.load import load_config, load_weights, without_weights
-from dpo_dist.training.start.footprint import activation_bytes, footprint, quantization_notes
+from dpo_dist.training.start.footprint import activation_bytes, footprint, quantization_notes, stored_notes
 from dpo_dist.training.start.open_run import Run
 from tests.support.alone import ALONE
 from tests.support.families import FAMILIES, tiny_causal_lm, tiny_config
+from tests.support.stored import quantize_mxfp4
 
 SHAPE = {
     **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "vocab_size": 128},
@@ -87,7 +89,8 @@ ON_4_BITS = [
     "model.quantization=nf4",
     "parallelism=ddp",
 ]
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128}
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "head_dim": 32}
+WIDE |= {"intermediate_size_mlp": 128}  # of Llama 4
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v2", "granitemoe", "llama4_text"])
@@ -113,6 +116,27 @@ def test_experts_take_the_bytes_that_the_plan_says(
     of_layer = sum(size for name, size in whole.items() if ".1." in name and "bias" not in name)
     assert parts["experts of a layer"] >= of_layer
     assert "experts of a layer" not in footprint(load_run_config(["model.path=m"]), causal_lm, 4).parts
+
+
+@pytest.mark.parametrize("kind", [None, *Quantization])
+def test_a_base_in_mxfp4_takes_the_bytes_that_the_start_says(
+    kind: Quantization | None, tmp_path: Path
+) -> None:
+    tiny_causal_lm(tiny_config("gpt_oss", **WIDE)).save_pretrained(tmp_path)
+    quantize_mxfp4(tmp_path)
+    config = load_run_config([*ON_4_BITS, f"model.quantization={kind or 'null'}"])
+    described = load_config(tmp_path, config.model)
+    loaded = load_weights(tmp_path, described, config.model, torch.device("cpu"))
+    causal_lm = without_weights(described, config.model)
+    parts, sizes = footprint(config, causal_lm, 1).parts, {n: _bytes(w) for n, w in loaded.named_parameters()}
+    adapter = 2 * sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
+    allowed = 0.03 if kind is Quantization.int8 else 0.01
+    assert parts["weights"] - adapter == pytest.approx(sum(sizes.values()), rel=allowed)
+    experts = sum(each for name, each in sizes.items() if ".experts." in name and "bias" not in name)
+    [note] = stored_notes(config.model, causal_lm)
+    taken = experts if kind is Quantization.nf4 else parts["weights"]
+    assert note.partition("; ")[0].endswith(f": {size(taken)}")
+    assert ("experts of a layer" in parts) is (kind is not None)
 
 
 def _bytes(weight: Any) -> int:
