@@ -473,7 +473,9 @@ RULES = (
     # An experiment may set these, while the command chooses a loss or mode without a reference.
     *_unused_by_reference("reference.offload", resets="reference.mode"),
     Rule(
-        "reference.quantization model.quantization!=null reference.path=null reference.mode=cached|live",
+        # Without an adapter the rule above it says what is wrong.
+        "reference.quantization model.quantization!=null model.adapter!=null reference.path=null "
+        "reference.mode=cached|live",
         "the reference model would not have the quantization with which the policy starts",
         lambda c: (
             Remedy.to_write("reference=adapter", verb="choose")

@@ -41,6 +41,8 @@ MERGE = (
 """The remedy for an adapter that peft can merge."""
 # Keys of an adapter's kind and size: a continued adapter has them in its own files, so none may be set.
 _FORM = ("r", "alpha", "variant", "target_modules", "modules_to_save")
+_WHOLE = "a transformers model: config.json, weights in safetensors (no GGUF), tokenizer"
+_NAME_FOLDER = "name the folder that save_pretrained wrote or that was downloaded from the hub"
 _COMMITS: dict[tuple[str, str | None], str] = {}
 """Commits of the snapshots that this process read: a branch that moves must not change a run's model."""
 
@@ -86,7 +88,11 @@ def local_model_folder(
             )
         _check_files(folder, key, needs_weights=needs_weights, accepts_adapter=accepts_adapter)
         return folder
-    if folder.is_file() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+    if folder.is_file():
+        raise ConfigError(
+            "the model is a file, not a folder", where=key, got=path, expected=_WHOLE, remedy=_NAME_FOLDER
+        )
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise _not_found(path, key, "there is no such folder")
     return None
 
@@ -204,14 +210,14 @@ def _check_files(
         )
     elif not (folder / CONFIG_FILE).is_file():
         inner = folder / "model"  # `folder` may be a run directory
-        remedy = "name the folder that save_pretrained wrote or that was downloaded from the hub"
+        remedy = _NAME_FOLDER
         if (inner / CONFIG_FILE).is_file() or is_adapter(inner):
             remedy = f"write {inner}"
         raise ConfigError(
             "the model folder has no config.json",
             where=key,
             got=str(folder),
-            expected="a transformers model: config.json, weights, tokenizer",
+            expected=_WHOLE,
             remedy=remedy,
         )
     else:

@@ -99,6 +99,8 @@ NORM = "model.norm.weight"
 CASES = [
     Case("missing model", "model.path=./nowhere", "neither a local folder", "model.path", "./nowhere",
          to_do="check the path"),
+    Case("file as model", f"{BROKEN}/model.gguf", "a file, not a folder", "model.path", "model.gguf",
+         before=changed(lambda model: (model / "model.gguf").touch()), to_do="name the folder"),
     Case("invalid hub name", "model.path=org--name",
          "the model is neither a local folder nor found", "model.path", "org--name",
          to_do="check the path or the hub name", joins=True),

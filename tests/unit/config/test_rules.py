@@ -150,6 +150,10 @@ def test_refused(typed: str, key: str) -> None:
     assert where.replace("=", ",").split(",")[0] == key
 
 
+def test_quantization_without_an_adapter_is_one_mistake() -> None:
+    assert "mistakes" not in str(error_of("model.quantization=nf4 parallelism.kind=ddp"))
+
+
 def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the rules about an option that a loss lacks, one for each option, one case is enough."""
     monkeypatch.setattr(load, "check_rules", lambda *_: None)
