@@ -1,14 +1,15 @@
-"""Experts of a mixture in 4 or 8 bits: packed when they are loaded, and computed a layer at a time.
+"""Experts of a mixture in 4 or 8 bits, or with an adapter: their weights are computed a layer at a time.
 
 transformers joins the matrices of a layer's experts to weights of three dimensions, which the layers of
 bitsandbytes do not know. These parameters keep their names but hold packed numbers, and their module's own
-forward runs with the weights that they stand for.
+forward runs with the weights that they stand for, to which it adds those of an adapter.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from dpo_dist.config.schema import Quantization
 from dpo_dist.model.flops import stacked_experts
 from dpo_dist.model.layers import Block, decoder_layers
+from dpo_dist.model.library_internals import describe_whole, whole_shape
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import ParamWrapper
 
 _MOST_WEIGHTS = 2**31 - 1  # bitsandbytes' kernels count in 32 bits
 
@@ -105,14 +110,61 @@ def compute_packed(causal_lm: Any, packed: Mapping[str, Packing]) -> None:
             if (full := f"{name}.{weight}") in packed
         }
         if own:
-            module.forward = partial(_forward, Block(module, module.forward), own, layers.get(module))
+            for weight, packing in own.items():
+                describe_whole(getattr(module, weight), packing.shape)
+            module.packings = own
+            unpack = partial(_unpacked, module)
+            module.forward = partial(_forward, Block(module, module.forward), unpack, layers.get(module))
 
 
-def _forward(block: Block, packed: Mapping[str, Packing], layer: Any, *args: Any, **kwargs: Any) -> Any:
+def compute_adapted(causal_lm: Any) -> None:
+    """Make modules whose stacked weights have adapters compute with the sums of both.
+
+    peft's own forward makes every sum twice, keeps those of all layers for backward, and cannot add to packed
+    numbers.
+    """
+    from peft.tuners.lora import ParamWrapper  # noqa: PLC0415  (slow, see lora.py)
+
+    layers = {module: layer for layer in decoder_layers(causal_lm) for module in layer.modules()}
+    inside = set[nn.Module]()
+    for module in causal_lm.modules():
+        if not isinstance(module, ParamWrapper) or module in inside:
+            continue
+        # A wrapper has one weight; those of further weights are around it.
+        wrappers = [part for part in module.modules() if isinstance(part, ParamWrapper)]
+        inside |= {*wrappers}
+        experts = module.get_base_layer()
+        if len(whole_shape(module.get_param())) != 3:  # a router's, which `add_saved` refuses
+            continue
+        block = Block(experts, MethodType(type(experts).forward, experts))
+        module.forward = partial(_forward, block, partial(_summed, wrappers), layers.get(module))
+
+
+def _unpacked(experts: Any) -> dict[str, Tensor]:
+    packings: Mapping[str, Packing] = getattr(experts, "packings", {})
+    return {name: packing.unpack(getattr(experts, name)) for name, packing in packings.items()}
+
+
+def _summed(wrappers: "Sequence[ParamWrapper]") -> dict[str, Tensor]:
+    """Return the weights of experts that are packed or have an active adapter."""
+    experts: Any = wrappers[0].get_base_layer()
+    weights = _unpacked(experts)
+    for wrapper in wrappers:
+        name = wrapper.parameter_name
+        active = [] if wrapper.disable_adapters else wrapper.active_adapters
+        for adapter in filter(wrapper.lora_A.__contains__, active):
+            weight = weights.get(name, getattr(experts, name))
+            weights[name] = weight + wrapper.get_delta_weight(adapter).to(weight.dtype)
+    return weights
+
+
+def _forward(
+    block: Block, find: Callable[[], dict[str, Tensor]], layer: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Return what a module computes with the weights that `find` returns."""
+
     def compute(*args: Any, **kwargs: Any) -> Any:
-        weights = {
-            f"block.{name}": packing.unpack(getattr(block.block, name)) for name, packing in packed.items()
-        }
+        weights = {f"block.{name}": weight for name, weight in find().items()}
         return functional_call(block, weights, args, kwargs)
 
     is_checkpointed = layer is not None and layer.gradient_checkpointing and layer.training

@@ -203,12 +203,14 @@ def quantized_weights(causal_lm: Any) -> int:
 
 
 def _unpacked_bytes(config: RunConfig, number: int, causal_lm: Any) -> float:
-    """Return the bytes of a layer's packed experts while it computes with them, of `number` bytes each."""
+    """Return the bytes of a layer's packed or adapted experts while it computes, of `number` bytes each."""
     kinds = {config.model.quantization, config.reference.quantization} - {None}
-    packed = {*packable(causal_lm).values()} if kinds else set()
+    is_adapted = any(".experts" in name and ".lora_" in name for name, _ in causal_lm.named_parameters())
+    packed = {*packable(causal_lm).values()} if kinds or is_adapted else set()
     layers = [[w.numel() for w in layer.parameters() if w in packed] for layer in decoder_layers(causal_lm)]
-    in_float32 = 4 * (Quantization.int8 in kinds)  # bytes a weight, one tensor at a time
-    return max((number * sum(sizes) + in_float32 * max(sizes) for sizes in layers if sizes), default=0)
+    one_at_a_time = 4 * (Quantization.int8 in kinds)  # bytes a weight in float32
+    one_at_a_time += 2 * number * is_adapted  # its update and its gradient
+    return max((number * sum(sizes) + one_at_a_time * max(sizes) for sizes in layers if sizes), default=0)
 
 
 def _weight_bytes(quantization: Quantization | None, number: int, causal_lm: Any) -> float:
