@@ -46,11 +46,6 @@ def shard_of(weight: Any) -> Tensor | None:
     return shard
 
 
-def whole_shape(weight: Any) -> tuple[int, ...]:
-    """Return the whole shape of a weight, sharded by ZeRO-3 or not."""
-    return tuple(getattr(weight, "ds_shape", weight.shape))
-
-
 def whole_numel(weight: Any) -> int:
     """Return the number of elements of a whole weight, sharded by ZeRO-3 or not."""
     return int(getattr(weight, "ds_numel", weight.numel()))

@@ -13,10 +13,11 @@ import torch
 from dpo_dist.config.losses import SyncReferenceConfig
 from dpo_dist.distributed.checkpoint.saver import SavedSlices
 from dpo_dist.distributed.checkpoint.slices import WEIGHT, ModelSlices, Slice, weight_slices
-from dpo_dist.distributed.deepspeed_internals import release_gathered, shard_of, whole_shape
+from dpo_dist.distributed.deepspeed_internals import release_gathered, shard_of
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.library_internals import whole_shape
 
 _CHUNK_ELEMENTS = 2**24
 _SHARDS = "reference"

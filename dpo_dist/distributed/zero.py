@@ -32,7 +32,6 @@ from dpo_dist.distributed.deepspeed_internals import (
     set_loss_scale,
     shard_of,
     whole_numel,
-    whole_shape,
     write_masters_to_model,
 )
 from dpo_dist.distributed.memory import (
@@ -48,7 +47,7 @@ from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.layers import decoder_layers, join_gradients, partly_used_blocks, without_gradient
-from dpo_dist.model.library_internals import shards_loading
+from dpo_dist.model.library_internals import shards_loading, whole_shape
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic

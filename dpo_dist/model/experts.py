@@ -1,15 +1,16 @@
-"""Experts of a mixture: which kernel multiplies them; in 4 or 8 bits, packed when they are loaded.
+"""Experts of a mixture: which kernel multiplies them; in 4 or 8 bits, or with an adapter, a layer at a time.
 
 transformers joins the matrices of a layer's experts to weights of three dimensions, which the layers of
 bitsandbytes do not know. Packed, these parameters keep their names but hold packed numbers, and their
-module's own forward runs with the weights that they stand for, a layer at a time.
+module's own forward runs with the weights that they stand for, to which it adds those of an adapter.
 """
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,10 @@ from dpo_dist.config.schema import Quantization
 from dpo_dist.model.flops import stacked_experts
 from dpo_dist.model.kernel_check import kernel_fault
 from dpo_dist.model.layers import Block, decoder_layers
-from dpo_dist.model.library_internals import unpack_mxfp4
+from dpo_dist.model.library_internals import describe_whole, unpack_mxfp4, whole_shape
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import ParamWrapper
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +120,7 @@ class Mxfp4:
     """A stacked weight that stays in the MXFP4 of its file: exactly, 17 bytes for 32 numbers."""
 
     dtype: torch.dtype
+    shape: torch.Size
 
     def pack(self, read: Tensor) -> nn.Parameter:
         """Return the frozen parameter of the bytes of `join_mxfp4`, which transformers cast to a float."""
@@ -136,7 +141,7 @@ def packings(
     found, stacks = dict[str, Packing | Mxfp4](), packable(causal_lm)
     for name, weight in stacks.items():
         if name in mxfp4 and kind is Quantization.nf4:
-            found[name] = Mxfp4(dtype)
+            found[name] = Mxfp4(dtype, weight.shape)
             continue
         module = name.rpartition(".")[0]
         has_inputs_first = getattr(causal_lm.get_submodule(module), "is_transposed", None)
@@ -176,16 +181,61 @@ def compute_packed(causal_lm: Any, packed: Mapping[str, Packing | Mxfp4]) -> Non
             if (full := f"{name}.{weight}") in packed
         }
         if own:
-            module.forward = partial(_forward, Block(module, module.forward), own, layers.get(module))
+            for weight, packing in own.items():
+                describe_whole(getattr(module, weight), packing.shape)
+            module.packings = own
+            unpack = partial(_unpacked, module)
+            module.forward = partial(_forward, Block(module, module.forward), unpack, layers.get(module))
+
+
+def compute_adapted(causal_lm: Any) -> None:
+    """Make modules whose stacked weights have adapters compute with the sums of both.
+
+    peft's own forward makes every sum twice, keeps those of all layers for backward, and cannot add to packed
+    numbers.
+    """
+    from peft.tuners.lora import ParamWrapper  # noqa: PLC0415  (slow, see lora.py)
+
+    layers = {module: layer for layer in decoder_layers(causal_lm) for module in layer.modules()}
+    inside = set[nn.Module]()
+    for module in causal_lm.modules():
+        if not isinstance(module, ParamWrapper) or module in inside:
+            continue
+        # A wrapper has one weight; those of further weights are around it.
+        wrappers = [part for part in module.modules() if isinstance(part, ParamWrapper)]
+        inside |= {*wrappers}
+        experts = module.get_base_layer()
+        if len(whole_shape(module.get_param())) != 3:  # a router's, which `add_saved` refuses
+            continue
+        block = Block(experts, MethodType(type(experts).forward, experts))
+        module.forward = partial(_forward, block, partial(_summed, wrappers), layers.get(module))
+
+
+def _unpacked(experts: Any) -> dict[str, Tensor]:
+    packings: Mapping[str, Packing | Mxfp4] = getattr(experts, "packings", {})
+    return {name: packing.unpack(getattr(experts, name)) for name, packing in packings.items()}
+
+
+def _summed(wrappers: "Sequence[ParamWrapper]") -> dict[str, Tensor]:
+    """Return the weights of experts that are packed or have an active adapter."""
+    experts: Any = wrappers[0].get_base_layer()
+    weights = _unpacked(experts)
+    for wrapper in wrappers:
+        name = wrapper.parameter_name
+        active = [] if wrapper.disable_adapters else wrapper.active_adapters
+        for adapter in filter(wrapper.lora_A.__contains__, active):
+            weight = weights.get(name, getattr(experts, name))
+            weights[name] = weight + wrapper.get_delta_weight(adapter).to(weight.dtype)
+    return weights
 
 
 def _forward(
-    block: Block, packed: Mapping[str, Packing | Mxfp4], layer: Any, *args: Any, **kwargs: Any
+    block: Block, find: Callable[[], dict[str, Tensor]], layer: Any, *args: Any, **kwargs: Any
 ) -> Any:
+    """Return what a module computes with the weights that `find` returns."""
+
     def compute(*args: Any, **kwargs: Any) -> Any:
-        weights = {
-            f"block.{name}": packing.unpack(getattr(block.block, name)) for name, packing in packed.items()
-        }
+        weights = {f"block.{name}": weight for name, weight in find().items()}
         return functional_call(block, weights, args, kwargs)
 
     is_checkpointed = layer is not None and layer.gradient_checkpointing and layer.training

@@ -20,6 +20,7 @@ from dpo_dist.model.layers import (
     projector_weights,
     text_part,
 )
+from dpo_dist.model.library_internals import whole_shape
 
 # FLOPs per weight and token: forward, input gradient and weight gradient are one multiply-add each.
 _FORWARD = 2
@@ -93,7 +94,7 @@ def step_flops(causal_lm: Any) -> StepFlops:
     text, output = causal_lm.config.get_text_config(), causal_lm.get_output_embeddings().weight
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
     outside |= {id(output), *map(id, other_weights(causal_lm))}
-    experts, visited = set(map(id, stacked_experts(causal_lm).values())), visited_experts(text)
+    experts, visited = _numbers_of_experts(causal_lm), visited_experts(text)
     per_token, forward = 0.0, 0.0
     for name, weight in causal_lm.named_parameters():
         # A continued adapter also has a frozen copy.
@@ -101,7 +102,7 @@ def step_flops(causal_lm: Any) -> StepFlops:
         is_bias = weight.dim() < 2 or name.endswith("bias")  # biases of stacked experts
         if id(weight) in outside or is_unused or is_bias:
             continue
-        share = min(1.0, visited / len(weight)) if id(weight) in experts else 1.0
+        share = min(1.0, visited / experts[id(weight)]) if id(weight) in experts else 1.0
         per_token += _per_weight(weight) * share * weight.numel()
         forward += _FORWARD * share * weight.numel()
     every = layer_heads(text)
@@ -176,8 +177,18 @@ def stacked_experts(causal_lm: Any) -> dict[str, nn.Parameter]:
         for name, module in causal_lm.named_modules()
         if module in of_text and not isinstance(module, nn.Conv1d)
         for own, weight in module.named_parameters(recurse=False)
-        if weight.dim() == 3
+        if len(whole_shape(weight)) == 3
     }
+
+
+def _numbers_of_experts(causal_lm: Any) -> dict[int, int]:
+    """Return of how many experts each weight is, also of an adapter's matrices on stacks, by its id."""
+    found = {id(weight): len(weight) for weight in stacked_experts(causal_lm).values()}
+    for module in causal_lm.modules():
+        if hasattr(module, "parameter_name"):  # peft's wrapper of a stack
+            matrices = (*module.lora_A.parameters(), *module.lora_B.parameters())
+            found |= {id(matrix): module.num_experts for matrix in matrices}
+    return found
 
 
 def _per_weight(weight: Tensor) -> int:

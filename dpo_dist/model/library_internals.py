@@ -324,6 +324,16 @@ def _forked(original: Callable[..., Any], method: str) -> Callable[..., Any]:
 # ---- peft ----
 
 
+def describe_whole(weight: Any, shape: torch.Size) -> None:
+    """Say what shape the weight has that a packed one stands for, where peft looks for it under ZeRO-3."""
+    weight.ds_shape = shape
+
+
+def whole_shape(weight: Any) -> tuple[int, ...]:
+    """Return the whole shape of a weight, also of one that is packed or that ZeRO-3 shards."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
 def mark_as_adapted(causal_lm: Any) -> None:
     """Tell a transformers model that it has an adapter, as its own `add_adapter` does."""
     causal_lm._hf_peft_config_loaded = True

@@ -1,4 +1,4 @@
-"""LoRA adapters on the linear layers of a loaded model (arXiv:2106.09685), by peft.
+"""LoRA adapters on linear layers and stacked experts of a loaded model (arXiv:2106.09685), by peft.
 
 peft is imported inside of functions: it imports bitsandbytes, which takes as long as torch, and most models
 have no adapter.
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.remedies import Remedy
+from dpo_dist.model.experts import compute_adapted
 from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -27,6 +28,7 @@ from dpo_dist.model.files.folder import (
     is_repeated,
     modules_on_disk,
 )
+from dpo_dist.model.flops import stacked_experts
 from dpo_dist.model.layers import (
     image_modules,
     image_weights,
@@ -34,7 +36,13 @@ from dpo_dist.model.layers import (
     text_part,
     without_gradient,
 )
-from dpo_dist.model.library_internals import adapter_state, mark_as_adapted, set_adapter_state, shards_loading
+from dpo_dist.model.library_internals import (
+    adapter_state,
+    mark_as_adapted,
+    set_adapter_state,
+    shards_loading,
+    whole_shape,
+)
 from dpo_dist.model.packed import PackedCausalLM
 
 if TYPE_CHECKING:
@@ -81,6 +89,7 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
     lora.revision = config.revision
     if not isinstance(lora.target_modules, str):  # a string is a pattern
         lora.target_modules = sorted(lora.target_modules)  # a set: its order would differ between starts
+    lora.target_parameters = sorted(lora.target_parameters or []) or None
 
 
 def load_adapter(model: PackedCausalLM, folder: Path, key: str = "evaluation.model") -> None:
@@ -91,13 +100,21 @@ def load_adapter(model: PackedCausalLM, folder: Path, key: str = "evaluation.mod
 def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> "LoraConfig":
     from peft import LoraConfig  # noqa: PLC0415
 
-    targets = target_layers(causal_lm, adapter)
+    targets, experts = target_layers(causal_lm, adapter), target_experts(causal_lm, adapter)
+    if experts and adapter.variant is AdapterVariant.dora:
+        raise ConfigError(
+            "peft has no DoRA for stacked experts",
+            where="model.adapter.variant",
+            got=f"dora, with {', '.join(_last_parts(experts))} in model.adapter.target_modules",
+            remedy=Remedy.to_set("model.adapter.variant=lora") + ", or name no experts",
+        )
     lora = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
         use_rslora=adapter.variant is AdapterVariant.rslora,
         use_dora=adapter.variant is AdapterVariant.dora,
         target_modules=targets,
+        target_parameters=experts or None,
         modules_to_save=find_modules(causal_lm, adapter.modules_to_save or []) or None,
         init_lora_weights=True,
         task_type="CAUSAL_LM",
@@ -109,9 +126,9 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> "LoraConfig":
             _inject(causal_lm, lora, TRAINED)
         except ValueError as error:  # `out_proj` in state-space models: their kernels would skip an adapter
             fault = first_line(error)
-    adapted = _adapted_names(causal_lm)
+    adapted = {name.removesuffix(".base_layer") for name in _adapted_names(causal_lm)}
     # If experts were linear layers before transformers 5, peft reads `gate_proj` as a name of fused experts.
-    differing = adapted ^ set(targets)
+    differing = adapted ^ {*targets, *(name.rpartition(".")[0] for name in experts)}
     if fault or differing:
         refused = {*_last_parts(differing), *_EXPERT_PROJECTIONS, "out_proj"}
         kept = [name for name in _last_parts(targets) if name not in refused]
@@ -158,6 +175,9 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> "LoraConfig"
     except Exception as error:  # peft can raise anything
         reason = " ".join(str(error).split())[:200]  # torch's first line only announces the others
         raise _foreign_adapter(causal_lm, folder, f"{type(error).__name__}: {reason}", key) from error
+    if matrices := [layer for layer in adapted_layers(causal_lm) if _adapts_router(layer)]:
+        got = f"matrices on the {matrices[0].parameter_name} of {type(matrices[0].get_base_layer()).__name__}"
+        raise _foreign_adapter(causal_lm, folder, got, key, MERGE)
     if causal_lm.get_output_embeddings() in adapted_layers(causal_lm):
         raise _foreign_adapter(causal_lm, folder, "matrices on the output layer", key, MERGE)
     unset = [
@@ -168,6 +188,16 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> "LoraConfig"
     if unread := [*loaded.unexpected_keys, *unset]:
         raise _foreign_adapter(causal_lm, folder, f"{', '.join(unread[:3])} ({len(unread)} in all)", key)
     return lora
+
+
+def _adapts_router(layer: Any) -> bool:
+    """Return whether a layer adapts a weight that is no linear layer's and no stack: a router's.
+
+    peft's own `all-linear` adapts these, too.
+    """
+    from peft.tuners.lora import ParamWrapper  # noqa: PLC0415
+
+    return isinstance(layer, ParamWrapper) and len(whole_shape(layer.get_param())) != 3
 
 
 def _foreign_adapter(causal_lm: Any, folder: Path, got: str, key: str, merge: str = "") -> ConfigError:
@@ -201,6 +231,25 @@ def _inject(causal_lm: Any, lora: "LoraConfig", name: str) -> None:
         inject_adapter_in_model(lora, causal_lm, name)
     for layer in adapted_layers(causal_lm):
         layer.set_adapter(name)
+    compute_adapted(causal_lm)
+
+
+def _short_name(weight: str) -> str:
+    """Return the name of a weight of experts by which a target means no linear layer: `experts.down_proj`."""
+    return ".".join(weight.split(".")[-2:])
+
+
+def experts_note(causal_lm: Any, adapter: AdapterConfig | None) -> list[str]:
+    """Return a line that says how experts get an adapter, if they could have one but have none."""
+    from peft.tuners.lora import ParamWrapper  # noqa: PLC0415
+
+    experts = dict.fromkeys(map(_short_name, stacked_experts(causal_lm)))
+    if adapter is None or not experts or any(isinstance(one, ParamWrapper) for one in causal_lm.modules()):
+        return []
+    return [
+        "experts of the mixture are frozen and have no adapter; to train one on them, too, add "
+        f"{','.join(experts)} to a list in model.adapter.target_modules"
+    ]
 
 
 def _last_parts(names: Iterable[str]) -> list[str]:
@@ -224,18 +273,34 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
     ]
     if not isinstance(adapter.target_modules, list):
         return [name for name in layers if name not in for_images]
-    targets = adapter.target_modules
+    targets, experts = adapter.target_modules, stacked_experts(causal_lm)
     for target in targets:
-        if not any(_matches(name, target) for name in layers):
+        if not any(_matches(name, target) for name in (*layers, *experts)):
+            known = [*_last_parts(layers), *dict.fromkeys(map(_short_name, experts))]
             raise ConfigError(
-                "an adapter's target is not a linear layer of this model",
+                "an adapter's target is not a linear layer of this model, nor stacked experts",
                 where="model.adapter.target_modules",
                 got=target,
-                expected=f"all-linear, or a list of {', '.join(_last_parts(layers))}",
+                expected=f"all-linear, or a list of {', '.join(known)}",
                 remedy="name existing layers; modules_to_save trains embeddings and output layer in full",
             )
     selected = {name for target in targets for name in _first_of_text(layers, target, for_images)}
     return [name for name in layers if name in selected]
+
+
+def target_experts(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
+    """Return the names of the stacked experts' weights that get `adapter`: none by default.
+
+    A target such as `down_proj` means linear layers, and experts if there are no such layers; more parts of a
+    name, as in `experts.down_proj`, tell them apart.
+    """
+    if not isinstance(adapter.target_modules, list):
+        return []
+    linear = [name for name, module in causal_lm.named_modules() if _is_linear(module)]
+    targets = [
+        target for target in adapter.target_modules if not any(_matches(name, target) for name in linear)
+    ]
+    return [name for name in stacked_experts(causal_lm) if any(_matches(name, each) for each in targets)]
 
 
 def _first_of_text(names: Iterable[str], ending: str, for_images: Container[str]) -> list[str]:

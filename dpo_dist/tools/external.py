@@ -49,11 +49,14 @@ def _vllm_adapter(folder: Path) -> list[str]:
     facts: dict[str, Any] = {**read_model_json(folder / ADAPTER_CONFIG)}
     rank = max(facts["r"], 1, *(facts.get("rank_pattern") or {}).values())
     saved = facts.get("modules_to_save")
-    if facts.get("use_dora") or saved or rank > _VLLM_RANKS[-1]:
+    # Of an adapter on stacked experts, releases of vLLM before 0.32 serve the base without a word.
+    experts = bool(facts.get("target_parameters"))
+    if facts.get("use_dora") or saved or experts or rank > _VLLM_RANKS[-1]:
         raise ConfigError(
-            f"vLLM does not serve DoRA, modules_to_save or a rank above {_VLLM_RANKS[-1]}",
+            f"vLLM does not serve DoRA, modules_to_save, stacked experts or a rank above {_VLLM_RANKS[-1]}",
             where="export.tool",
-            got=f"{folder} with use_dora={facts.get('use_dora')}, modules_to_save={saved}, rank {rank}",
+            got=f"{folder} with use_dora={facts.get('use_dora')}, modules_to_save={saved}, rank {rank}"
+            + ", target_parameters" * experts,
             remedy=Remedy.to_set("export.merge=true"),
         )
     words = ["--tokenizer", str(folder), "--generation-config", str(folder), "--enable-lora"]

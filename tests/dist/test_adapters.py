@@ -48,6 +48,7 @@ RSLORA = AdapterConfig(r=4, alpha=8, variant=AdapterVariant.rslora, target_modul
 WHOLE = AdapterConfig(
     r=4, alpha=8, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head", "norm"]
 )
+EXPERTS = AdapterConfig(r=4, alpha=8, target_modules=["q_proj", "experts.gate_up_proj", "experts.down_proj"])
 DORA = AdapterConfig(r=4, alpha=8, variant=AdapterVariant.dora)
 
 
@@ -88,10 +89,13 @@ def plain_steps(model: Any, assets: Assets) -> list[float]:
 
 
 def plain_adapter(base: Any, adapter: AdapterConfig) -> Any:
+    targets: Any = adapter.target_modules
+    experts = [name for name in targets if "experts" in name] if isinstance(targets, list) else []
     config = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
-        target_modules=adapter.target_modules,
+        target_modules=[name for name in targets if "experts" not in name] if experts else targets,
+        target_parameters=experts or None,
         use_rslora=adapter.variant is AdapterVariant.rslora,
         use_dora=adapter.variant is AdapterVariant.dora,
         modules_to_save=[f"model.{name}" if name == "norm" else name for name in adapter.modules_to_save],
@@ -127,6 +131,8 @@ WAYS = [
     pytest.param(2, DDP, LORA, "full", "policy", None, id="2 ranks, ddp, lora, checkpointing"),
     pytest.param(2, DDP, DORA, "none", "wide", Quantization.nf4, id="2 ranks, ddp, dora on nf4"),
     pytest.param(2, DDP, LORA, "none", "policy", Quantization.int8, id="2 ranks, ddp, lora on int8"),
+    pytest.param(2, ZERO3, EXPERTS, "none", "mixture", None, id="2 ranks, zero3, lora on experts"),
+    pytest.param(2, DDP, EXPERTS, "full", "mixture", None, id="2 ranks, ddp, lora on experts, checkpointing"),
     pytest.param(
         2, DDP, ATTENTION, "none", "mixture", Quantization.nf4, id="2 ranks, ddp, lora on packed experts"
     ),

@@ -24,11 +24,14 @@ from dpo_dist.config.verb_sections import ServerConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.files.save import write_merged
 from dpo_dist.tools.sampling.generate import Request
 from dpo_dist.tools.sampling.respond import Responder, find_files, open_responder, usable_prompt
 from dpo_dist.tools.sampling.served import Server, check_served, open_server, reload_server
 from dpo_dist.tools.sampling.settings import Sampling
+from tests.support import tiny
 from tests.support.completions_server import to_int8
+from tests.support.families import tiny_causal_lm, tiny_config
 
 VLLM, MODEL = (os.environ.get(name, "") for name in ("DPO_DIST_VLLM", "DPO_DIST_MODEL"))
 pytestmark = [
@@ -53,17 +56,17 @@ RELOAD = (
 )
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a vLLM in bf16."""
+@contextlib.contextmanager
+def serving(model: str | Path, file: Path, *options: str) -> Iterator[str]:
+    """The address of a vLLM, whose log is `file`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     words = f"--served-model-name policy --host 127.0.0.1 --port {port} --max-model-len 2048"
     words += " --max-num-seqs 32 --enforce-eager --no-enable-prefix-caching"
-    command = [VLLM, "serve", MODEL, *words.split()]
+    command = [VLLM, "serve", str(model), *words.split(), *options]
     variables = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
-    with (tmp_path_factory.mktemp("vllm") / "log.txt").open("w") as log:
+    with file.open("w") as log:
         process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
         address = f"http://127.0.0.1:{port}/v1"
         try:
@@ -71,12 +74,20 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 with contextlib.suppress(OSError):
                     urllib.request.urlopen(f"{address}/models")
                     break
-                assert process.poll() is None, Path(log.name).read_text()[-2000:]
+                assert process.poll() is None, file.read_text()
                 time.sleep(1)
             yield address
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a vLLM in bf16."""
+    with serving(MODEL, tmp_path_factory.mktemp("vllm") / "log.txt") as address:
+        yield address
 
 
 def config(folder: str) -> ModelConfig:
@@ -171,3 +182,34 @@ def test_names(url: str) -> None:
     assert responder.longest == 2048
     with pytest.raises(ConfigError, match=r"status 404.*it lists policy"):
         open_server(ServerConfig(url=url, model="absent"), responder)
+
+
+def test_an_adapter_on_experts_is_refused_and_its_merged_model_is_exact(tmp_path: Path) -> None:
+    tokenizer = tiny.qwen()
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "mlp_only_layers": []}
+    base = tiny_causal_lm(tiny_config("qwen3_moe", len(tokenizer), **sizes))
+    base.save_pretrained(tmp_path / "base")
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    lora = LoraConfig(r=8, target_modules=[], target_parameters=experts, init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    write_merged(tmp_path / "merged", tmp_path / "base", tmp_path / "adapter", None, trust_remote_code=False)
+    for name in ("base", "merged"):
+        tokenizer.save_pretrained(tmp_path / name)
+    words = ["--dtype", "float32", "--enable-lora", "--lora-modules", f"own={tmp_path / 'adapter'}"]
+    with (
+        pytest.raises(AssertionError, match="fused 3D MoE weights"),
+        serving(tmp_path / "base", tmp_path / "refused.txt", *words),
+    ):
+        pass
+    ids = [3, 9, 4, 17, 5, 22, 11, 6]
+    with serving(tmp_path / "merged", tmp_path / "merged.txt", "--dtype", "float32") as address:
+        body = {"model": "policy", "prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 0}
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{address}/completions", json.dumps(body).encode(), headers)
+        answer = json.load(urllib.request.urlopen(request))
+    served = answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(ids)]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    with torch.no_grad():
+        scores = merged(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    wanted = scores.gather(-1, torch.tensor(ids[1:])[:, None]).flatten()
+    torch.testing.assert_close(torch.tensor(served), wanted, atol=2e-5, rtol=1e-5)

@@ -51,7 +51,7 @@ from dpo_dist.distributed.checkpoint.slices import (
     SlicedWeights,
     write_slices,
 )
-from dpo_dist.distributed.deepspeed_internals import is_sharded, whole_shape
+from dpo_dist.distributed.deepspeed_internals import is_sharded
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, first_line
 from dpo_dist.foundation.files import (
@@ -67,6 +67,7 @@ from dpo_dist.foundation.files import (
 )
 from dpo_dist.foundation.process import note_progress
 from dpo_dist.foundation.text import size
+from dpo_dist.model.library_internals import whole_shape
 
 log = logging.getLogger(__name__)
 

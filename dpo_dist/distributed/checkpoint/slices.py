@@ -26,12 +26,12 @@ from dpo_dist.distributed.deepspeed_internals import (
     restore_powers,
     shard_of,
     shard_range,
-    whole_shape,
     zero_kind,
 )
 from dpo_dist.distributed.memory import available_memory, return_host_memory
 from dpo_dist.distributed.muon import MOMENTUM, MuonAndAdamW
 from dpo_dist.distributed.processes.world import World
+from dpo_dist.model.library_internals import whole_shape
 
 SHARDS = "engine"  # the folder of the policy's slices in a checkpoint
 WEIGHT = "weight"  # the part that is the weight itself, for a trained one its float32 master weight

@@ -28,7 +28,7 @@ LORA_WEIGHTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 # Initializations that move a part of the base's weights into the adapter: it does not fit the original base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Options of peft that make an adapter more than low-rank matrices on linear layers.
-_OTHER_FORMS = ("alora_invocation_tokens", "layer_replication", "target_parameters", "use_qalora")
+_OTHER_FORMS = ("alora_invocation_tokens", "layer_replication", "use_qalora")
 # Options and kinds of adapters that peft cannot merge into a base.
 _UNMERGED_FORMS = ("alora_invocation_tokens", "layer_replication", "use_qalora")
 _UNMERGED_TYPES = (

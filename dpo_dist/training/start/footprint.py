@@ -204,12 +204,14 @@ def quantized_weights(causal_lm: Any) -> int:
 
 
 def _unpacked_bytes(config: RunConfig, number: int, causal_lm: Any) -> float:
-    """Return the bytes of a layer's packed experts while it computes with them, of `number` bytes each."""
+    """Return the bytes of a layer's packed or adapted experts while it computes, of `number` bytes each."""
     kinds = {config.model.quantization, config.reference.quantization} - {None}
-    packed = {*packable(causal_lm).values()} if kinds else set()
+    is_adapted = any(".experts" in name and ".lora_" in name for name, _ in causal_lm.named_parameters())
+    packed = {*packable(causal_lm).values()} if kinds or is_adapted else set()
     layers = [[w.numel() for w in layer.parameters() if w in packed] for layer in decoder_layers(causal_lm)]
-    # One tensor at a time: in float32, or in the order of the file.
+    # One tensor at a time: in float32, or in the order of the file; an adapter's update and its gradient.
     beside = 4 if Quantization.int8 in kinds else number * _is_mxfp4(causal_lm)
+    beside += 2 * number * is_adapted
     return max((number * sum(sizes) + beside * max(sizes) for sizes in layers if sizes), default=0)
 
 

@@ -44,6 +44,7 @@ from dpo_dist.model.files.load import check_contents_at_hand, load_config, load_
 from dpo_dist.model.files.stops import stop_notes
 from dpo_dist.model.flops import StepFlops, step_flops
 from dpo_dist.model.layers import check_device, text_notes
+from dpo_dist.model.lora import experts_note
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.training.start.footprint import fit_micro_batches, stored_notes
@@ -191,8 +192,12 @@ def _load(
     if trains:
         world.together(lambda: check_device(config.model, model_config.get_text_config(), world.device))
     router = router_loss(routers, causal_lm)
-    of_files = stored_notes(config.model, causal_lm)
-    for note in [*of_files, *text_notes(causal_lm), *router_notes(routers, causal_lm)]:
+    notes = [
+        *stored_notes(config.model, causal_lm),
+        *text_notes(causal_lm),
+        *router_notes(routers, causal_lm),
+    ]
+    for note in [*notes, *experts_note(causal_lm, config.model.adapter)]:
         run.say(note)
     for warning in length_warnings(model_config, longest):
         run.warn(warning)

@@ -42,13 +42,13 @@ from dpo_dist.distributed.deepspeed_internals import (
     timeout_of,
     use_gloo_all_reduce,
     whole_numel,
-    whole_shape,
     write_masters_to_model,
     zero_kind,
 )
 from dpo_dist.distributed.processes.failures import Reports
 from dpo_dist.distributed.processes.join import join_world, leave_world, start_world
 from dpo_dist.model.files.load import TORCH_DTYPES
+from dpo_dist.model.library_internals import whole_shape
 from dpo_dist.model.packed import PackedCausalLM
 from tests.support.cpu_adam import CPUAdamInPyTorch
 from tests.support.families import tiny_family

@@ -167,7 +167,6 @@ def test_keys_of_an_adapter_that_is_continued_are_refused(base: Path, sft: Path)
         ({"peft_type": "IA3"}, "IA3", "merge the adapter"),
         ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING", "peft cannot merge"),
         ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens", "peft cannot merge"),
-        ({"target_parameters": ["experts.down_proj"]}, "target_parameters", "merge the adapter"),
         (
             {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
             "ensure_weight_tying",

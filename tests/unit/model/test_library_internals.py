@@ -26,6 +26,7 @@ from dpo_dist.model.library_internals import (
     apply_liger,
     attention_name,
     can_choose_attention,
+    describe_whole,
     fill_conversions,
     flash_attention,
     fork_states,
@@ -46,6 +47,7 @@ from dpo_dist.model.library_internals import (
     unpack_mxfp4,
     unsharded,
     whole_mask,
+    whole_shape,
     wrap_checkpointing,
 )
 from tests.support.families import tiny_family
@@ -215,6 +217,20 @@ def test_an_adapter_is_switched_without_a_change_of_what_is_trained() -> None:
         set_adapter_state(layer, (["own"], False))
     assert torch.equal(logits(), adapted)
     assert [weight.requires_grad for weight in model.parameters()] == trained
+
+
+def test_peft_reads_the_shape_that_a_packed_weight_stands_for() -> None:
+    model = tiny_family("mixtral")
+    name = "model.layers.0.mlp.experts.down_proj"
+    weight = model.get_parameter(name)
+    shape = weight.shape
+    assert whole_shape(weight) == shape
+    weight.data = torch.zeros(7, 1)
+    describe_whole(weight, shape)
+    assert whole_shape(weight) == shape
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=[], target_parameters=[name]), model, "own")
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    assert experts.get_delta_weight("own").shape == shape
 
 
 RECURRENT = {"convolve", "delta_rule", "no_fused_kernel", "scan"}

@@ -105,6 +105,7 @@ def test_vllm_has_room_for_the_largest_matrix(facts: dict[str, Any], size: str, 
         ({"use_dora": True}, "use_dora=True"),
         ({"modules_to_save": ["norm"]}, "modules_to_save=['norm']"),
         ({"r": 513}, "rank 513"),
+        ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
     ],
 )
 def test_an_adapter_that_vllm_refuses_is_refused_with_what_to_set(
