@@ -32,6 +32,7 @@ RANK, ALPHA = 2, 6.0
 FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {},
     "deepseek_v3": {"first_k_dense_replace": 1},
+    "deepseek_v4": {},
     "glm4_moe": {},
     "gpt_oss": {},
     "granitemoe": {},
