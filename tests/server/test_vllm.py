@@ -186,7 +186,8 @@ def test_names(url: str) -> None:
 
 def test_an_adapter_on_experts_is_refused_and_its_merged_model_is_exact(tmp_path: Path) -> None:
     tokenizer = tiny.qwen()
-    sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "mlp_only_layers": []}
+    heads = {"num_attention_heads": 2, "head_dim": 32}
+    sizes = heads | {"hidden_size": 64, "mlp_only_layers": [], "max_position_embeddings": 2048}
     base = tiny_causal_lm(tiny_config("qwen3_moe", len(tokenizer), **sizes))
     base.save_pretrained(tmp_path / "base")
     experts = ["experts.gate_up_proj", "experts.down_proj"]
