@@ -197,7 +197,13 @@ def _adapts_router(layer: Any) -> bool:
     """
     from peft.tuners.lora import ParamWrapper  # noqa: PLC0415
 
-    return isinstance(layer, ParamWrapper) and len(whole_shape(layer.get_param())) != 3
+    return isinstance(layer, ParamWrapper) and not _adapts_stack(layer)
+
+
+def _adapts_stack(layer: Any) -> bool:
+    from peft.tuners.lora import ParamWrapper  # noqa: PLC0415
+
+    return isinstance(layer, ParamWrapper) and len(whole_shape(layer.get_param())) == 3
 
 
 def _foreign_adapter(causal_lm: Any, folder: Path, got: str, key: str, merge: str = "") -> ConfigError:
@@ -241,10 +247,8 @@ def _short_name(weight: str) -> str:
 
 def experts_note(causal_lm: Any, adapter: AdapterConfig | None) -> list[str]:
     """Return a line that says how experts get an adapter, if they could have one but have none."""
-    from peft.tuners.lora import ParamWrapper  # noqa: PLC0415
-
     experts = dict.fromkeys(map(_short_name, stacked_experts(causal_lm)))
-    if adapter is None or not experts or any(isinstance(one, ParamWrapper) for one in causal_lm.modules()):
+    if adapter is None or not experts or any(map(_adapts_stack, causal_lm.modules())):
         return []
     return [
         "experts of the mixture are frozen and have no adapter; to train one on them, too, add "

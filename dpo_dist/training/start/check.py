@@ -47,6 +47,7 @@ from dpo_dist.model.architectures import router_loss
 from dpo_dist.model.files.folder import description_folder, is_adapter, start_folder
 from dpo_dist.model.files.load import Encoder, check_contents_at_hand, check_same_vocabulary, load_encoder
 from dpo_dist.model.files.stops import stop_notes
+from dpo_dist.model.lora import experts_note
 from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
@@ -107,7 +108,8 @@ def dry_run(
         Mirror(config.run.mirror, run, config.trainer.keep_last, Console(None))
         lines.append(("run.mirror", f"{config.run.mirror}, which can be written"))
     lines += (("model.path", note) for note in stored_notes(config.model, causal_lm))
-    lines += (("experts", note) for note in quantization_notes(config.model, config.reference, causal_lm))
+    notes = quantization_notes(config.model, config.reference, causal_lm)
+    lines += (("experts", note) for note in [*notes, *experts_note(causal_lm, config.model.adapter)])
     if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_fp16_products()):
         lines.append(("model.dtype", "fp16 needs a GPU: this CPU cannot compute in fp16"))
     for evaluated in models:
