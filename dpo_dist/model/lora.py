@@ -126,7 +126,7 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> "LoraConfig":
             _inject(causal_lm, lora, TRAINED)
         except ValueError as error:  # `out_proj` in state-space models: their kernels would skip an adapter
             fault = first_line(error)
-    adapted = {name.removesuffix(".base_layer") for name in _adapted_names(causal_lm)}
+    adapted = set(map(_unwrapped, _adapted_names(causal_lm)))
     # If experts were linear layers before transformers 5, peft reads `gate_proj` as a name of fused experts.
     differing = adapted ^ {*targets, *(name.rpartition(".")[0] for name in experts)}
     if fault or differing:
@@ -144,6 +144,11 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> "LoraConfig":
     return lora
 
 
+def _unwrapped(name: str) -> str:
+    """Return the name without the wrappers that peft puts around a module, one for each adapted weight."""
+    return name.replace(".base_layer", "")
+
+
 def _adapted_names(causal_lm: Any) -> set[str]:
     adapted = set(adapted_layers(causal_lm))
     return {name for name, module in causal_lm.named_modules() if module in adapted}
@@ -153,18 +158,27 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> "LoraConfig"
     """Add the adapter in a folder to the model as `name`, and return its peft configuration."""
     from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict  # noqa: PLC0415
 
-    try:
+    with _any_fault_as_foreign(causal_lm, folder, key):
         lora = LoraConfig.from_pretrained(folder)
         lora.inference_mode, lora.lora_dropout, lora.init_lora_weights = True, 0.0, True
+        on_disk, whole = modules_on_disk(folder)
         if not saved_modules(causal_lm):  # else the first adapter from this folder was checked
-            find_modules(causal_lm, modules_on_disk(folder)[1])
+            find_modules(causal_lm, whole)
         if image_modules(causal_lm):  # a pattern for the text model's layers may also match a tower's
-            lora.target_modules = set(modules_on_disk(folder)[0])
+            stacks = {_unwrapped(weight.rpartition(".")[0]) for weight in stacked_experts(causal_lm)}
+            lora.target_modules = {layer for layer in on_disk if _unwrapped(layer) not in stacks}
         _inject(causal_lm, lora, name)
-        if next(causal_lm.parameters()).is_meta:  # only its shapes are used
-            if unknown := sorted(set(modules_on_disk(folder)[0]) - _adapted_names(causal_lm)):
-                raise LookupError(f"no linear layers {', '.join(unknown[:3])} ({len(unknown)} in all)")
-            return lora
+    if matrices := [layer for layer in adapted_layers(causal_lm) if _adapts_router(layer)]:
+        got = f"matrices on the {matrices[0].parameter_name} of {type(matrices[0].get_base_layer()).__name__}"
+        raise _foreign_adapter(causal_lm, folder, got, key, MERGE)
+    if causal_lm.get_output_embeddings() in adapted_layers(causal_lm):
+        raise _foreign_adapter(causal_lm, folder, "matrices on the output layer", key, MERGE)
+    if next(causal_lm.parameters()).is_meta:  # only its shapes are used
+        if unknown := sorted(set(on_disk) - _adapted_names(causal_lm)):
+            got = f"no linear layers {', '.join(unknown[:3])} ({len(unknown)} in all)"
+            raise _foreign_adapter(causal_lm, folder, got, key)
+        return lora
+    with _any_fault_as_foreign(causal_lm, folder, key):
         # For modules trained in full, peft expects the names that they had before it wrapped them.
         weights = {
             entry if ".lora_" in entry else entry.removeprefix(PEFT_PREFIX): weight
@@ -172,14 +186,6 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> "LoraConfig"
             if not is_repeated(entry)
         }
         loaded = set_peft_model_state_dict(causal_lm, weights, adapter_name=name)
-    except Exception as error:  # peft can raise anything
-        reason = " ".join(str(error).split())[:200]  # torch's first line only announces the others
-        raise _foreign_adapter(causal_lm, folder, f"{type(error).__name__}: {reason}", key) from error
-    if matrices := [layer for layer in adapted_layers(causal_lm) if _adapts_router(layer)]:
-        got = f"matrices on the {matrices[0].parameter_name} of {type(matrices[0].get_base_layer()).__name__}"
-        raise _foreign_adapter(causal_lm, folder, got, key, MERGE)
-    if causal_lm.get_output_embeddings() in adapted_layers(causal_lm):
-        raise _foreign_adapter(causal_lm, folder, "matrices on the output layer", key, MERGE)
     unset = [
         missing
         for missing in loaded.missing_keys
@@ -188,6 +194,15 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> "LoraConfig"
     if unread := [*loaded.unexpected_keys, *unset]:
         raise _foreign_adapter(causal_lm, folder, f"{', '.join(unread[:3])} ({len(unread)} in all)", key)
     return lora
+
+
+@contextmanager
+def _any_fault_as_foreign(causal_lm: Any, folder: Path, key: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # peft can raise anything
+        reason = " ".join(str(error).split())[:200]  # torch's first line only announces the others
+        raise _foreign_adapter(causal_lm, folder, f"{type(error).__name__}: {reason}", key) from error
 
 
 def _adapts_router(layer: Any) -> bool:

@@ -1,5 +1,6 @@
 """Adapters on stacked experts: peft, the merged model and the gradient of whole weights are the oracles."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,13 +268,18 @@ def test_what_cannot_be_adapted_is_refused_before_weights_are_read(
 
 
 def test_an_adapter_of_a_router_is_not_continued(tmp_path: Path) -> None:
-    """As peft's own `all-linear` makes it."""
+    """As peft's own `all-linear` makes it; the start's first checks have no weights."""
     base = write_base(tmp_path / "base", "qwen3_moe", mlp_only_layers=[])
     lora = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(plain(base), lora).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ConfigError, match="matrices on the weight of Qwen3MoeTopKRouter") as refused:
-        adapted(base, tmp_path / "adapter")
-    assert refused.value.remedy.startswith("merge the adapter")
+    model = ModelConfig(str(base), adapter=AdapterConfig(path=str(tmp_path / "adapter")))
+    for start in (
+        partial(adapted, base, tmp_path / "adapter"),
+        partial(without_weights, load_config(base, model), model, tmp_path / "adapter"),
+    ):
+        with pytest.raises(ConfigError, match="matrices on the weight of Qwen3MoeTopKRouter") as refused:
+            start()
+        assert refused.value.remedy.startswith("merge the adapter")
 
 
 def test_a_token_is_multiplied_with_the_matrices_of_the_experts_that_it_visits() -> None:

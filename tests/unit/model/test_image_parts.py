@@ -28,6 +28,7 @@ from dpo_dist.model.files.load import (
     load_packed,
     without_weights,
 )
+from dpo_dist.model.files.save import write_adapter
 from dpo_dist.model.layers import decoder_layers, image_weights, keep_text, text_notes
 from dpo_dist.model.lora import adapted_layers, add_adapter
 from dpo_dist.training.start.footprint import footprint, quantized_weights
@@ -170,6 +171,22 @@ def test_an_adapter_of_others_on_language_layers_adds_none_to_a_tower(tmp_path: 
     model = load_packed(folder, config_of(folder), 64, CPU)
     add_adapter(model, config_of(folder, adapter=AdapterConfig(path="-")), 0, tmp_path / "sft")
     assert layers_of(model.causal_lm) == layers_of(adapted(folder, target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_an_adapter_on_experts_is_continued(model_type: str, tmp_path: Path) -> None:
+    folder = write_multimodal(tmp_path / "base", model_type, VOCABULARY)
+    targets = ["q_proj", "experts.gate_up_proj", "experts.down_proj"]
+    first = adapted(folder, target_modules=targets)
+    trained = {name: weight for name, weight in first.named_parameters() if weight.requires_grad}
+    for weight in trained.values():
+        nn.init.normal_(weight)
+    write_adapter(tmp_path / "sft", first, trained, torch.float32)
+    model = load_packed(folder, config_of(folder), 64, CPU)
+    add_adapter(model, config_of(folder, adapter=AdapterConfig(path="-")), 0, tmp_path / "sft")
+    continued = dict(model.causal_lm.named_parameters())
+    assert names_of(model.causal_lm, trained=True) == trained.keys()
+    assert all(torch.equal(weight, continued[name]) for name, weight in trained.items())
 
 
 @pytest.mark.parametrize(
