@@ -120,8 +120,8 @@ class AdapterConfig:
     target_modules: Literal["all-linear"] | Names | None = key(
         None, accepts="all-linear, a list in brackets: [q_proj,v_proj], or null", null_means="all-linear"
     )
-    """`all-linear` (all but the output layer), or a list of names; null: `all-linear`, or as in the continued
-    adapter."""
+    """`all-linear` (all but the output layer), or a list of names, also with `all-linear` in it; null:
+    `all-linear`, or as in the continued adapter."""
     variant: AdapterVariant | None = key(None, null_means=AdapterVariant.lora)
     """`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353); null: `lora`, or as in the
     continued adapter."""

@@ -55,6 +55,7 @@ TRAINED = "default"
 _START = "start"
 _KEY = "model.adapter.path"
 _SAVED_KEY = "model.adapter.modules_to_save"
+_ALL_LINEAR = "all-linear"
 _EXPERT_PROJECTIONS = ("down_proj", "gate_proj", "up_proj")
 
 
@@ -132,6 +133,7 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> "LoraConfig":
     if fault or differing:
         refused = {*_last_parts(differing), *_EXPERT_PROJECTIONS, "out_proj"}
         kept = [name for name in _last_parts(targets) if name not in refused]
+        kept += [target for target in _targets(adapter) if any(_matches(name, target) for name in experts)]
         raise ConfigError(
             "for this architecture, peft would adapt other layers than the named ones",
             where="model.adapter.target_modules",
@@ -265,14 +267,19 @@ def experts_note(causal_lm: Any, adapter: AdapterConfig | None) -> list[str]:
     experts = dict.fromkeys(map(_short_name, stacked_experts(causal_lm)))
     if adapter is None or not experts or any(map(_adapts_stack, causal_lm.modules())):
         return []
+    targets = ",".join([*_targets(adapter), *experts])
     return [
-        "experts of the mixture are frozen and have no adapter; to train one on them, too, add "
-        f"{','.join(experts)} to a list in model.adapter.target_modules"
+        "experts of the mixture are frozen and have no adapter; they get one by "
+        f"model.adapter.target_modules=[{targets}]"
     ]
 
 
 def _last_parts(names: Iterable[str]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in names})
+
+
+def _targets(adapter: AdapterConfig) -> list[str]:
+    return adapter.target_modules if isinstance(adapter.target_modules, list) else [_ALL_LINEAR]
 
 
 def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
@@ -290,20 +297,20 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
         if _is_linear(module) and module is not head
         if module.weight not in unmoved and not any(f"{name}.".startswith(f"{whole}.") for whole in saved)
     ]
-    if not isinstance(adapter.target_modules, list):
-        return [name for name in layers if name not in for_images]
-    targets, experts = adapter.target_modules, stacked_experts(causal_lm)
+    targets, experts = _targets(adapter), stacked_experts(causal_lm)
     for target in targets:
-        if not any(_matches(name, target) for name in (*layers, *experts)):
-            known = [*_last_parts(layers), *dict.fromkeys(map(_short_name, experts))]
+        if target != _ALL_LINEAR and not any(_matches(name, target) for name in (*layers, *experts)):
+            known = [_ALL_LINEAR, *_last_parts(layers), *dict.fromkeys(map(_short_name, experts))]
             raise ConfigError(
                 "an adapter's target is not a linear layer of this model, nor stacked experts",
                 where="model.adapter.target_modules",
                 got=target,
-                expected=f"all-linear, or a list of {', '.join(known)}",
+                expected=f"a list of {', '.join(known)}",
                 remedy="name existing layers; modules_to_save trains embeddings and output layer in full",
             )
     selected = {name for target in targets for name in _first_of_text(layers, target, for_images)}
+    if _ALL_LINEAR in targets:
+        selected |= {name for name in layers if name not in for_images}
     return [name for name in layers if name in selected]
 
 
@@ -313,12 +320,8 @@ def target_experts(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
     A target such as `down_proj` means linear layers, and experts if there are no such layers; more parts of a
     name, as in `experts.down_proj`, tell them apart.
     """
-    if not isinstance(adapter.target_modules, list):
-        return []
     linear = [name for name, module in causal_lm.named_modules() if _is_linear(module)]
-    targets = [
-        target for target in adapter.target_modules if not any(_matches(name, target) for name in linear)
-    ]
+    targets = [target for target in _targets(adapter) if not any(_matches(name, target) for name in linear)]
     return [name for name in stacked_experts(causal_lm) if any(_matches(name, each) for each in targets)]
 
 

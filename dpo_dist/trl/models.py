@@ -32,10 +32,6 @@ def unseen(model: Any, ref_model: Any, *, has_adapter: bool) -> list[ConfigError
     # Below an adapter all weights are frozen, and quantized ones always.
     if isinstance(model, PeftModel) or not (has_adapter or hasattr(model, "quantization_method")):
         found += frozen_weights(model, "model")
-    configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
-    if any(getattr(config, "target_parameters", None) for config in configs):
-        remedy = "adapt linear layers by target_modules: here no weight of fused experts has an adapter"
-        found.append(refused("model", "a PeftModel with target_parameters", remedy))
     if model is ref_model and not isinstance(model, str):
         remedy = "leave ref_model out: the reference is a copy of model"
         found.append(refused("ref_model", "`model` and `ref_model` cannot be the same object", remedy))

@@ -256,6 +256,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [*map(_plain, value)]
+    if isinstance(value, set):  # peft's own, in a LoraConfig that it has used
+        return sorted(value)
     return getattr(value, "value", value)
 
 
@@ -331,8 +333,9 @@ def adapter_keys(peft_config: Any, model_type: str) -> dict[str, Any]:
         raise refused("peft_config", str(peft_config.peft_type), "pass a LoraConfig")
     usual = type(peft_config)().to_dict()
     given = {name: _plain(value) for name, value in peft_config.to_dict().items() if value != usual[name]}
-    targets = given.pop("target_modules", None) or USUAL_TARGETS.get(model_type)
-    targets = targets if isinstance(targets, str) else sorted(targets or ())
+    usual_targets = () if given.get("target_parameters") else USUAL_TARGETS.get(model_type, ())
+    targets = given.pop("target_modules", None) or usual_targets
+    targets = targets if isinstance(targets, str) else sorted(targets)
     names = {"bias": "lora_bias", "modules_to_save": "lora_modules_to_save"}
     keys = {names.get(name, name): value for name, value in given.items() if name not in _NO_ADAPTER_KEYS}
     keys |= {"use_peft": True, "lora_r": _plain(peft_config.r), "lora_alpha": _plain(peft_config.lora_alpha)}

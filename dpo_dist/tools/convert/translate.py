@@ -308,7 +308,7 @@ def translate_run(foreign: ForeignRun, own: Mapping[str, Any] | None = None) -> 
     set_sources(run)
     run.about += _batch(run)
     has_adapter = _trains_adapter(run)
-    for part in (_machine, _images, _numbers, _watching):
+    for part in (_targets, _machine, _images, _numbers, _watching):
         part(run)
     # The first value of a key wins: `save_strategy: no` over `save_steps`, the loss over the method.
     for key in sorted(run.left, key=lambda name: (name == "rl", not name.endswith("strategy"))):
@@ -453,6 +453,15 @@ def _trains_adapter(run: Translation) -> bool:
             remedy="merge the named adapter into its base there, and convert a file that names the result",
         )
     return kind in ("lora", "qlora", "true")
+
+
+def _targets(run: Translation) -> None:
+    """Name an adapter's linear layers and stacked experts in one list."""
+    if experts := as_list(run.take("lora_target_parameters", "target_parameters")):
+        layers = as_list(run.take("lora_target_modules", "target_modules", default=None))
+        if run.take("lora_target_linear", default=False):
+            layers = ["all-linear"]
+        run.set("model.adapter.target_modules", [*layers, *experts], "lora_target_parameters", experts)
 
 
 def _set_adapter(run: Translation, is_trained: bool) -> None:

@@ -53,6 +53,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": {},
 }
 INPUTS_FIRST = ("gpt_oss",)  # peft takes Llama 4's inputs for outputs, which changes no product
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj"}
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 IDS = torch.tensor([[3, 9, 4, 17, 5, 22, 11, 6, 8, 13]])
 
@@ -225,7 +226,8 @@ def test_a_continued_adapter_starts_as_the_reference_and_keeps_its_form(tmp_path
         (["mlp.experts.gate_up_proj"], {"experts.gate_up_proj"}),
         (["model.layers.1.mlp.experts.down_proj"], {"experts.down_proj"}),
         (["q_proj", "down_proj"], {"q_proj", "experts.down_proj"}),
-        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("all-linear", LINEAR),
+        (["all-linear", "1.mlp.experts.down_proj"], LINEAR | {"experts.down_proj"}),
     ],
 )
 def test_names_that_reach_experts(targets: Any, found: set[str], tmp_path: Path) -> None:

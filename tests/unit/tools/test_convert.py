@@ -433,6 +433,18 @@ COMMANDS: list[tuple[str, dict[str, Any], str]] = [
         "From the command, read as a run of TRL that trains by dpo",
     ),
     (
+        "trl dpo --model_name_or_path m --use_peft --lora_target_modules all-linear"
+        " --lora_target_parameters 7.mlp.experts.gate_up_proj 7.mlp.experts.down_proj",
+        {
+            "model.adapter.target_modules": [
+                "all-linear",
+                "7.mlp.experts.gate_up_proj",
+                "7.mlp.experts.down_proj",
+            ]
+        },
+        "trains by dpo",
+    ),
+    (
         "accelerate launch --config_file z3.yaml --num_processes 4 -m trl.scripts.kto --config FILE --beta 1",
         {"parallelism.kind": "zero3", "trainer.global_batch_pairs": 32, "loss.kind": "kto", "loss.beta": 1},
         "8 pairs x 1 x 4 processes",

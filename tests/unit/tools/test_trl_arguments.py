@@ -242,6 +242,15 @@ TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ),
     ({"peft_config": LoraConfig(use_rslora=True)}, {"model.adapter.variant": "rslora"}),
     (
+        {"peft_config": LoraConfig(target_modules="all-linear", target_parameters=["experts.down_proj"])},
+        {"model.adapter.target_modules": ["all-linear", "experts.down_proj"]},
+    ),
+    # peft makes a set of the names in a configuration that it uses.
+    (
+        {"peft_config": LoraConfig(target_parameters={"experts.down_proj", "experts.gate_up_proj"})},
+        {"model.adapter.target_modules": ["experts.down_proj", "experts.gate_up_proj"]},
+    ),
+    (
         {"peft_config": LoraConfig(target_modules="all-linear")}
         | {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")},
         {"model.quantization": "nf4", "model.adapter.target_modules": "all-linear"},
