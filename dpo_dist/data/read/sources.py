@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
@@ -409,8 +410,7 @@ def remote_files(source: SourceConfig) -> list[RemoteFile]:
         for name in files:
             url = name if is_url(name) else f"{source.path.partition('://')[0]}://{name.lstrip('/')}"
             check_kind(PurePath(name), url)
-            info = found[name] if any(map(found[name].get, _STATES)) else system.info(name)
-            state = next((f"{key} {info[key]}" for key in _STATES if info.get(key)), None)
+            state = _state(found[name]) or _state(system.info(name))
             if state is None:
                 raise DataError(
                     "a change of the file would not be noticed",
@@ -418,8 +418,18 @@ def remote_files(source: SourceConfig) -> list[RemoteFile]:
                     expected="a server that says a checksum, an ETag or the time of the last change",
                     remedy="download the file, and set its path",
                 )
-            listed.append(RemoteFile(url, name, f"{info.get('size')} {state}"))
+            listed.append(RemoteFile(url, name, state))
         return listed
+
+
+def _state(info: Mapping[str, Any]) -> str | None:
+    """Return a text that changes with a file's content, of what a file system says of it."""
+    for key in _STATES:
+        if value := info.get(key):
+            # A list and a single file may differ in how they give a time.
+            seconds = value.timestamp() if isinstance(value, datetime) else value
+            return f"{info.get('size')} {key} {seconds}"
+    return None
 
 
 def _remote_folder(system: Any, path: str, found: Sequence[str], source: SourceConfig) -> list[str]:
@@ -459,7 +469,11 @@ def _remote_records(
                 if not copy.exists():
                     with remote_errors(file.name, DataError), staged_file(copy) as staged:
                         system.get_file(file.path, str(staged))
-                        if remote_files(source) != files:
+                        system.invalidate_cache()
+                        # Not by a list of all files for each one: a source can have thousands. A list decides
+                        # where it and the file itself are described differently.
+                        is_same = _state(system.info(file.path)) == file.state
+                        if not is_same and remote_files(source) != files:
                             raise changed_error(source)
             yield from read_file(copy, file.name, folders)
             if is_own:

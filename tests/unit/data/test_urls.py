@@ -258,6 +258,17 @@ def test_the_files_are_listed_as_often_for_many_parts(
     assert counts[0] == counts[1]
 
 
+def test_the_files_are_listed_as_often_for_many_files(memory: MemoryFileSystem) -> None:
+    listed, counts = sources.remote_files, list[int]()
+    for number in (1, 9):
+        for name in range(number):
+            memory.pipe(f"/several/{number}/{name}.jsonl", lines(str(name)))
+        with mock.patch.object(sources, "remote_files", side_effect=listed) as spy:
+            assert len(list(read_records(SourceConfig(f"memory://several/{number}")))) == number
+        counts.append(spy.call_count)
+    assert counts[0] == counts[1]
+
+
 def test_a_job_ends_well_when_another_has_joined_the_source_meanwhile(
     memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
