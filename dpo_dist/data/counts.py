@@ -313,6 +313,7 @@ def _remedy(
     return fitting or remedy + f" (data.max_length is {config.max_length})"
 
 
+_KEY_BEFORE_PATH = re.compile(r"^data\.\w+(\[\d+\])?: ")  # as `--check` names a source
 _TOO_LONG = (
     *("too_long", "prompt_fills_max_length", "response_fills_max_length"),
     *("identical_after_truncation", "image_does_not_fit"),
@@ -354,7 +355,7 @@ def _with_columns(path: str, config: DataConfig, counts: DataCounts) -> Remedy:
 
 def _source_with(columns: Mapping[str, str], path: str, config: DataConfig) -> Remedy:
     """Return advice to write a source with these columns beside what it has."""
-    path, usual = path.rpartition(": ")[2], asdict(SourceConfig(path="-"))
+    path, usual = _KEY_BEFORE_PATH.sub("", path), asdict(SourceConfig(path="-"))
     for key, sources in (("data.train", config.train), ("data.eval", config.eval)):
         if [each.path for each in sources] == [path]:
             given = {name: value for name, value in asdict(sources[0]).items() if value != usual[name]}

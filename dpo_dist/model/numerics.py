@@ -16,8 +16,8 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.installed import is_installed
 from dpo_dist.foundation.remedies import Remedy
 
-# Packages whose kernels transformers takes for recurrent layers, where they are installed.
-_OF_RECURRENT_LAYERS = ("fla-core", "mamba-ssm", "causal-conv1d")
+RECURRENT_KERNELS = ("fla-core", "mamba-ssm", "causal-conv1d")
+"""Packages whose kernels transformers takes for recurrent layers, where they are installed."""
 
 
 def numerics_profile(
@@ -45,7 +45,7 @@ def numerics_profile(
     if backend in FLASH_ATTN:
         profile["flash_attn"] = _minor(importlib.metadata.version(FLASH_ATTN[backend]))
     if recurrent and device.type == "cuda":
-        installed = filter(is_installed, _OF_RECURRENT_LAYERS)
+        installed = filter(is_installed, RECURRENT_KERNELS)
         profile |= {name: _minor(importlib.metadata.version(name)) for name in installed}
     if torch.are_deterministic_algorithms_enabled():
         profile["deterministic"] = "true"

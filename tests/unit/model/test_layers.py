@@ -131,6 +131,13 @@ def test_options_that_cannot_run_are_refused(
     assert raised.value.where == "model.fused"
 
 
+def test_all_options_that_cannot_run_are_named() -> None:
+    config = ModelConfig(fused=FusedLayers.liger, activation_offload=True)
+    with pytest.raises(ConfigError) as raised:
+        check_device(config, AutoConfig.for_model("llama"), CPU)
+    assert [fault.where for fault in raised.value.parts] == ["model.fused", "model.activation_offload"]
+
+
 def test_auto_takes_liger_where_it_is_installed_and_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(model_type: str, device: torch.device = CUDA, **options: Any) -> str:
         trusting = ModelConfig(trust_remote_code=True)
