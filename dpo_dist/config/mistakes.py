@@ -70,7 +70,7 @@ _DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet)(\.gz|\.zst)?$")
 def unreadable(words: Sequence[str], verb: str = "") -> ConfigError:
     """Return the error for words of a verb's command line that are not overrides."""
     whole, [first, *rest] = " ".join(words), words
-    text = "write no spaces around =, and quotes around a value with spaces or commas: 'KEY=\"a, b\"'"
+    text = "put no spaces around =, and a value with spaces or commas in quotes: 'KEY=\"a, b\"'"
     remedy = Remedy(text)
     if any(whole.count(opened) != whole.count(closed) for opened, closed in ("()", "[]", "{}")):
         remedy = Remedy("close each bracket, and put the word between quotes: 'KEY=range(1,4)'")

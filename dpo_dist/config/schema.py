@@ -431,7 +431,7 @@ class TrainerConfig:
     """Checkpoints to keep; 0: one while the run trains, none once it is complete."""
     keep_best: NonEmpty | None = key(None, free=True)
     """Evaluation metric, such as `eval_rewards/accuracies`: a checkpoint is also saved at each new best
-    value, and the best are kept beside `keep_last`; null: none."""
+    value, and the best one is kept beside `keep_last`; null: none."""
     patience: int | None = key(None, ge=1, free=True)
     """End the run, as a complete one, after this many evaluations in a row without a new best value of
     `keep_best`; null: end at the last step."""

@@ -177,7 +177,7 @@ def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
         shown = f"{source['path']}: {pluralize(source['kept'], 'record')}"
         if len(counts["sources"]) > 1:
             dropped = "".join(f", {number:,} {name}" for name, number in sorted(source["dropped"].items()))
-            shown = f"of {source['label']} ({source['path']}): {_kept(source)}{dropped}"
+            shown = f"source {source['label']} ({source['path']}): {_kept(source)}{dropped}"
         lines.append(f"  {shown}: {read_in_words(source['read_as'])}")
         lines += [f"  warning: {warning}" for warning in two_forms(source)]
     return lines
@@ -302,7 +302,10 @@ def _remedy(
 ) -> Remedy:
     """Return what to do about the most frequent reason, with the words for this source."""
     if reason == "unknown_format":
-        return _with_columns(path, config, counts) + "; correct its format, if one is set (docs/data.md)"
+        return (
+            _with_columns(path, config, counts)
+            + "; correct the source's format, if one is set (docs/data.md)"
+        )
     unread = [name.removeprefix("unread_") for name in counts.changed if name.startswith("unread_")]
     if reason == "image_count" and (images := _column("images", unread)):
         return _source_with({"images": images}, path, config)

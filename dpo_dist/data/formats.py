@@ -330,7 +330,7 @@ def _with_context(
         if not is_response and is_outside(record[name], prompt):
             unread.append(name)
     if unread or weights:
-        remedy = f"; of the loss: columns: {{loss_weight: {weights[0]}}}" if weights else ""
+        remedy = f"; to weigh the loss, set columns: {{loss_weight: {weights[0]}}}" if weights else ""
         unread = [*unread, *weights]
         raise unread_error(f"fields: {', '.join(unread)}{remedy}", unread)
     sides = [name for name in TOOLS_OF_SIDES if name in record]

@@ -142,7 +142,7 @@ class StartCheck:
         self._refuse(
             self._change_by_training,
             "this model computes other log-probs in training mode",
-            "remove dropout, noise and anything else that differs in training from the model's own code",
+            "remove from the model's own code what differs in training, such as dropout and noise",
         )
 
     def check_use(self) -> None:

@@ -216,7 +216,7 @@ def reference_without_store(run: Run, provider: ReferenceProvider, *, is_start: 
 def describe_saving(computed: int, tokens: int) -> str | None:
     """Return how many tokens fewer shared prefixes let a model compute; None if it is little."""
     saved = 1 - computed / tokens if tokens else 0.0
-    return f"{percent(saved)} fewer tokens than with shared prompts" if saved >= _LEAST_SAVED else None
+    return f"{percent(saved)} fewer tokens than by sharing prompts only" if saved >= _LEAST_SAVED else None
 
 
 def precompute(config: RunConfig, console: Console, stop: StopRequest) -> int:

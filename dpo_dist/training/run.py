@@ -460,10 +460,10 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
     if position.step < loop.inputs.sampler.steps:
         summary["stopped_by"] = "trainer.patience"
         assert best is not None
-        which = "" if takes_best else ", whose weights are the model"
+        stale = pluralize(position.stale_evaluations, "evaluation")
         run.say(
-            f"ending after step {position.step}{which}: {best.metric} was best at step "
-            f"{best.step} ({best.value:.4g}), {pluralize(position.stale_evaluations, 'evaluation')} before"
+            f"ending after step {position.step}: {best.metric} was best at step {best.step} "
+            f"({best.value:.4g}), {stale} ago; the model has the weights of step {step}"
         )
     if takes_best:
         summary["model_step"] = step

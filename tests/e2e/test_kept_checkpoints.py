@@ -132,7 +132,8 @@ def test_a_run_ends_by_patience_also_if_it_was_stopped_before(
     ended = train(words, processes=2)
     folder = tmp_path / "run"
     assert [row["step"] for row in history(folder)] == [0, 1, 2, 3, 3]
-    assert f"ending after step 3, whose weights are the model: {METRIC} was best at step 1" in ended.output
+    assert f"ending after step 3: {METRIC} was best at step 1 " in ended.output
+    assert "the model has the weights of step 3" in " ".join(ended.output.split())
     facts = summary(folder)
     assert [facts[key] for key in ("exit", "stopped_by", "steps")] == ["completed", "trainer.patience", 3]
     assert (folder / "checkpoints/best").read_text() == "step-000001\n"

@@ -154,10 +154,10 @@ def test_a_run_says_what_shared_prefixes_save(overrides: Overrides, tmp_path: Pa
         own = [f"trainer.prefix_tree={name}", f"run.dir={run}", f"reference.store={run}/store"]
         screens.append(train([*words, *own], processes=2).output)
         tokens.append(sum(row["tokens"] for row in history(run) if "tokens" in row))
-    [share] = re.findall(r"prefixes: (\d+) % fewer tokens than with shared prompts\n", screens[0])
+    [share] = re.findall(r"prefixes: (\d+) % fewer tokens than by sharing prompts only\n", screens[0])
     assert int(share) > 30
     assert tokens[0] == tokens[1]
-    [scored] = re.findall(r"reference: (\d+) % fewer tokens than with shared prompts\n", screens[0])
+    [scored] = re.findall(r"reference: (\d+) % fewer tokens than by sharing prompts only\n", screens[0])
     assert int(share) < int(scored) < 90, "its micro-batches are larger"
     assert "fewer tokens" not in screens[1]
 

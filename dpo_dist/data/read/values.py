@@ -219,7 +219,7 @@ def _with_prompt_outside(record: Fields) -> Fields:
         inner = {name: inner[name] for name in with_value(inner, inner)}
         if twice := with_value(outer, inner):
             raise UnusableRecordError(
-                "ambiguous_format", f"also in {field}: {', '.join(map(shown_key, twice))}"
+                "ambiguous_format", f"beside {field} and inside it: {', '.join(map(shown_key, twice))}"
             )
         return outer | inner
     return record

@@ -366,7 +366,7 @@ class ChatRenderer:
         turn = {"role": "user", "content": IMAGE}
         if token not in self._marks.tokens or self._probed(turn, generation=True).count(token) != 1:
             raise ConfigError(
-                "the chat template does not write images",
+                "the chat template has no place for images",
                 where="data.chat_template (null: the tokenizer's own)",
                 got="no place for the image of a user's turn",
                 expected=f"one {token!r} for a part {{type: image}} of a content, as a special token",

@@ -106,8 +106,8 @@ def damaged_checkpoint(folder: Path, faults: Sequence[str]) -> CheckpointError:
         "the checkpoint is damaged, was removed, or belongs to another model",
         where=str(folder),
         got="; ".join(faults[:5]),
-        remedy="restore its files, or name another checkpoint: a run that trains keeps its last ones "
-        "(trainer.keep_last)",
+        remedy="restore its files, or name another checkpoint: a run in training keeps the last "
+        "trainer.keep_last",
     )
 
 

@@ -160,7 +160,7 @@ class Client:
                     try:
                         return pool.apply_async(self._whole, (request, seconds)).get(seconds)
                     except Late:
-                        raise openai.OpenAIError(f"no end within {duration(seconds)}") from None
+                        raise openai.OpenAIError(f"a reply did not end in {duration(seconds)}") from None
 
             def _whole(self, request: httpx2.Request, seconds: float) -> httpx2.Response:
                 end = time.monotonic() + seconds
@@ -173,7 +173,7 @@ class Client:
                         if len(content) > _MOST_BYTES:
                             raise openai.OpenAIError(f"more than {size(_MOST_BYTES)} in one reply")
                         if time.monotonic() > end:  # nobody waits any more: this thread must not stay
-                            raise openai.OpenAIError(f"no end within {duration(seconds)}")
+                            raise openai.OpenAIError(f"a reply did not end in {duration(seconds)}")
                 return httpx2.Response(reply.status_code, headers=reply.headers, content=bytes(content))
 
         # The client has neither the environment's proxies nor its own limits with another transport.

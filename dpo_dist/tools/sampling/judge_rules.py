@@ -27,8 +27,8 @@ def endpoint_rules(count: Callable[[RunConfig], int]) -> tuple[Rule, ...]:
             f"sampling.endpoint.model!=null sampling.endpoint.reload=null {_SERVED}",
             "several models cannot be served under one name",
             Remedy.to_remove("sampling.endpoint.model")
-            + ": each is asked under its own name; or set sampling.endpoint.reload to a command that changes "
-            "the weights",
+            + ": the server is then asked for each model by the model's own name; or set "
+            "sampling.endpoint.reload to a command that changes the weights",
             lambda c: count(c) > 1,
         ),
         Rule(

@@ -71,7 +71,7 @@ class Server:
 
     def __str__(self) -> str:
         form = "token ids" if self.takes_ids else "texts, one response at a time, no log-probs"
-        return f"{self.client.name} at {self.client.url}: prompts as {form}"
+        return f"{self.client.name} at {self.client.url} gets prompts as {form}"
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample | None]:
         """Return a sample for each request, in order; None where the server refuses the prompt."""

@@ -158,9 +158,11 @@ def dry_run(
     if plan is not None:
         lines += plan(config, fmean(found.tokens for found in looked_at["data.train"]))
     doctor = "dpo-dist doctor with the same arguments without --check examines all records"
-    order = f", but {' and '.join(fault for fault, _ in faults)} (below)" if faults else ""
     report = CheckReport(lines, hint="" if models else doctor)
-    return report._replace(verdict=report.verdict + order)
+    if not faults:
+        return report
+    found = " and ".join(fault for fault, _ in faults)
+    return report._replace(verdict=f"check passed: the run can start, but {found} (below)")
 
 
 def _faults(
@@ -170,7 +172,7 @@ def _faults(
     faults, every = [], [*train, *evaluation]
     numbers = DataCounts.total(vars(found.counts) for found in every).numbers()
     if without_tools := numbers["tools_not_rendered"]:
-        text = f"of {without_tools:,} of {numbers['kept']:,} records"
+        text = f"in {without_tools:,} of {numbers['kept']:,} records"
         text += "; set data.chat_template to one that writes them"
         faults.append(("the chat template omits tools", text))
     if trains and are_mostly_plain(numbers):
@@ -186,7 +188,7 @@ def _faults(
         text = f"all {len(trained):,} training examples have a prompt of the evaluation data; {own}"
         faults.append(("the evaluation data are the training data", text))
     elif trains and not data.drop_eval_prompts and shared > 0.01 * len(evaluated):
-        text = f"those of {shared:,} of {len(evaluated):,} evaluation examples, which measure memory; "
+        text = f"{shared:,} of {len(evaluated):,} evaluation examples have one, and measure memory; "
         text += f"data.drop_eval_prompts=true removes them from the training data, or {own}"
         faults.append(("evaluation prompts are in the training data", text))
     return faults
@@ -230,9 +232,11 @@ def _first_records(
     check_fits_loss(dataset, loss)
     name = f" ({source.name})" if source.name else ""
     tokens = float(dataset.piece_tokens.sum()) / len(dataset)
-    rest = " (the others were not looked at)" if has_more else ""
+    of_records = f"of {counts.read} records"
+    if has_more:
+        of_records = f"of the first {counts.read} records (the others were not looked at)"
     parts = [
-        f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept{rest}",
+        f"{source.path}{name}, {counts.kept} {of_records} kept",
         f"dropped: {dropped}" if (dropped := counts_in_one_line(counts.dropped)) else "",
         read_in_words(counts.read_as),
         f"changed or unusual: {changed}" if (changed := counts_in_one_line(counts.changed)) else "",

@@ -137,7 +137,7 @@ def divergence_error(
             where=f"the pairs of this step: {folder.bad_step(step)}",
             got=f"loss {totals.means['loss']}, gradient norm {totals.grad_norm}; bad steps in a row: "
             f"{health.bad_in_a_row}, of this run: {health.bad_steps}",
-            expected=f"at most {allowed} in a row here ({_BAD_AT_THE_END} at the end)",
+            expected=f"at most {allowed} bad steps in a row, and {_BAD_AT_THE_END} at the end of a run",
             remedy="lower optim.lr or raise optim.warmup_ratio, and look at these pairs",
         )
     # A run without a gradient in any step has written its start as its result, whatever the loss.

@@ -107,7 +107,7 @@ MISTYPED = [
     ("data.train.weight=2", "write this key inside an entry: 'data.train=[{path: ..., weight: 2}]'"),
     # Quotes and spaces: one hint.
     ("'data.train=[a.jsonl,' 'b.jsonl]'", "write 'data.train=[a.jsonl, b.jsonl]'"),
-    ("'nonsense=[a.jsonl,' 'b.jsonl]'", "quotes around a value"),
+    ("'nonsense=[a.jsonl,' 'b.jsonl]'", "in quotes"),
     ("loss.beta = 0.2", "write loss.beta=0.2"),
     ("loss.beta: 0.2", "write loss.beta=0.2"),
     ("loss.beta = x", "write loss.beta=..."),

@@ -211,7 +211,7 @@ def test_templates_must_write_each_image_once(tmp_path: Path) -> None:
     record = image_record("Look # here", images=[FIRST])
     for template in (ONLY_TEXT, TEMPLATE.replace("PLACE", ""), TEMPLATE.replace("PLACE", "<image>")):
         tokenizer = with_template(image_tokenizer("qwen2_vl"), template)
-        with pytest.raises(ConfigError, match="the chat template does not write images"):
+        with pytest.raises(ConfigError, match="the chat template has no place for images"):
             encode_pair(record, tokenizer, WIDE, processor)
     tokenizer = with_template(image_tokenizer("qwen2_vl"), TWICE)
     assert encode_pair(record, tokenizer, WIDE, processor).reason == "image_count"

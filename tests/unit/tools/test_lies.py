@@ -89,8 +89,8 @@ WHOLE: dict[str, tuple[Callable[[], Iterable[bytes]], str]] = {
         lambda: endless(b"5\r\naaaaa\r\n" * 99, 0, "Transfer-Encoding: chunked"),
         "more than 9.8 KiB in",
     ),
-    "a slow body": (lambda: endless(b" ", 0.1, "Content-Length: 999999"), "no end within 1 s"),
-    "slow headers": (lambda: endless(b"X", 0.1), "no end within 1 s"),
+    "a slow body": (lambda: endless(b" ", 0.1, "Content-Length: 999999"), "did not end in 1 s"),
+    "slow headers": (lambda: endless(b"X", 0.1), "did not end in 1 s"),
     "a loop": (lambda: reply("", "Location: /v1/x", status="307 Go"), "TooManyRedirects"),
     "no HTTP": (lambda: [b"SSH-2.0-OpenSSH\r\n"], "RemoteProtocolError"),
     "a deep error": (lambda: reply("[" * 5_000, status="404 No"), "status 404"),
@@ -115,7 +115,7 @@ def completion(openai: Any) -> Any:
 def test_a_reply_that_is_no_reply_is_one_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces, said = WHOLE[name]
     # A busy machine may need a second for any reply.
-    seconds, started = 0.5 if "no end within" in said else 20, time.monotonic()
+    seconds, started = 0.5 if "did not end in" in said else 20, time.monotonic()
     monkeypatch.setattr(clients, "_LISTING_SECONDS", seconds)
     with raw_server(lambda _: pieces()) as url:
         client = Client(url, "sampling.endpoint.url", "m", seconds, 1)
@@ -160,7 +160,7 @@ def test_replies_without_an_end_leave_no_thread() -> None:
     with raw_server(lambda _: WHOLE["a slow body"][0]()) as url:
         client = Client(url, "sampling.endpoint.url", "m", 0.2, 4)
         for _ in range(4):
-            with pytest.raises(ConfigError, match="no end within"):
+            with pytest.raises(ConfigError, match="did not end in"):
                 client.send(completion, clients.Models)
         deadline = time.monotonic() + 20
         while left := {one for one in threading.enumerate() if "(worker)" in one.name} - before:

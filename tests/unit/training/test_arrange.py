@@ -93,7 +93,7 @@ def test_the_header_says_how_many_tokens_less_the_planned_steps_have(
     dataset, run = dataset_of(alike(*shares)), cast(Any, SimpleNamespace())
     run.shard = lambda dataset, indices, costs: shard_batch(dataset, indices, 0, 1, budget, costs, loss)
     sampler = make_sampler([SourceSpan(0, 8, 1.0)], TrainerConfig(global_batch_pairs=4, epochs=3))
-    words = f"prefixes: {said} % fewer tokens than with shared prompts" if said else None
+    words = f"prefixes: {said} % fewer tokens than by sharing prompts only" if said else None
     assert describe_prefixes(planned_steps(run, dataset, sampler, SHARING)) == words
     for none in ({"prefixes": False}, {"arrangement": Arrangement.padded}):
         assert describe_prefixes(planned_steps(run, dataset, sampler, replace(SHARING, **none))) is None

@@ -215,9 +215,9 @@ def test_a_check_prints_its_findings_and_leaves_no_files(assets: Path, tmp_path:
     assert "check passed" in text
     assert " (new)\n" in text
     assert "without --check examines all" in text
-    assert "12 of the first 12 records kept" in text
+    assert "12 of 12 records kept" in text
     assert "data.eval[0]:  " in text
-    assert "5 of the first 5 records kept" in text
+    assert "5 of 5 records kept" in text
     assert "cached, store" in text
     assert not list(tmp_path.iterdir())
 
@@ -250,11 +250,13 @@ def test_a_check_says_what_is_wrong_with_the_data(
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     data = [f"data.train=[{path}]", f"data.eval=[{{path: {path}, limit: {limit or 'null'}}}]"]
     config = run_of(assets, tmp_path, *data, "data.text_as_messages=true", *overrides.split())
-    report, passed = dry_run(config), CheckReport(()).verdict
-    assert report.verdict == passed + (f", but {' and '.join(faults)} (below)" if faults else "")
+    report = dry_run(config)
+    passed = CheckReport(()).verdict
+    found = f"check passed: the run can start, but {' and '.join(faults)} (below)"
+    assert report.verdict == (found if faults else passed)
     lines = [text for label, text in report.facts if label.strip() == "look at"]
     assert [text.partition(":")[0] for text in lines] == faults
-    assert ("those of 5 of 5 evaluation examples" in "".join(lines)) == (SHARED_PROMPTS in faults)
+    assert ("5 of 5 evaluation examples have one" in "".join(lines)) == (SHARED_PROMPTS in faults)
     assert ("17 of 17 records are plain text" in "".join(lines)) == (len(faults) == 2)
     assert dry_run(config, trains=False).verdict == passed
 
@@ -469,7 +471,7 @@ def test_records_with_tags_and_no_images_are_refused_with_the_column_to_name(
         dry_run(config)
     assert f"write '{remedy}'" in caught.value.remedy
     found = str(dry_run(run_of(assets, tmp_path, *options, remedy, "data.max_bad_share=0.4")))
-    assert "2 of the first 3 records kept" in found
+    assert "2 of 3 records kept" in found
     few = run_of(assets, tmp_path, *options, f"data.train=[{file}]", "data.max_bad_share=0.7")
     assert "dropped: 2 image_count" in str(dry_run(few))
 
