@@ -22,7 +22,7 @@ from dpo_dist.model.files.save import write_merged
 from dpo_dist.model.lora import adapted_layers, adapter_off, add_adapter
 from dpo_dist.model.packed import LogpHead, PackedCausalLM
 from dpo_dist.reference.digest import digest_model
-from tests.support.families import tiny_causal_lm, tiny_config
+from tests.support.families import tiny_family
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
@@ -255,8 +255,7 @@ def test_an_adapter_on_layers_that_share_a_weight_is_not_merged(
     target: str, is_refused: bool, tmp_path: Path
 ) -> None:
     """Each layer of Zamba2 with attention has matrices of its own on the same weights."""
-    blocks = ["mamba", "hybrid", "hybrid"]
-    tiny_causal_lm(tiny_config("zamba2", layers_block_type=blocks)).save_pretrained(tmp_path / "base")
+    tiny_family("zamba2").save_pretrained(tmp_path / "base")
     sft = write_sft_adapter(tmp_path / "base", tmp_path / "sft", target_modules=[target])
     by_peft = of_peft(tmp_path / "base", sft)
     refused = pytest.raises(ConfigError, match=r"layers\.1\..*q_proj and .*layers\.2\.")
