@@ -353,7 +353,7 @@ MISFITS = [
         "falcon_h1",
         "model.adapter={r: 2}",
         "'out_proj' is incompatible",
-        "set 'model.adapter.target_modules=[down_proj,gate_proj,in_proj,k_proj,o_proj,q_proj,up_proj,v_proj]'",
+        "target_modules=[down_proj,gate_proj,in_proj,k_proj,o_proj,q_proj,up_proj,v_proj]'",
     ),
     (
         "qwen3_next",
