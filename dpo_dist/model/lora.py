@@ -131,7 +131,9 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> "LoraConfig":
     # If experts were linear layers before transformers 5, peft reads `gate_proj` as a name of fused experts.
     differing = adapted ^ {*targets, *(name.rpartition(".")[0] for name in experts)}
     if fault or differing:
-        refused = {*_last_parts(differing), *_EXPERT_PROJECTIONS, "out_proj"}
+        refused = _last_parts(differing)
+        if fault:  # peft stopped at the first layer, so that those behind it differ, too
+            refused = ["out_proj"] if "out_proj" in fault else list(_EXPERT_PROJECTIONS)
         kept = [name for name in _last_parts(targets) if name not in refused]
         kept += [target for target in _targets(adapter) if any(_matches(name, target) for name in experts)]
         raise ConfigError(

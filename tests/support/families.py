@@ -86,7 +86,13 @@ biogpt ernie4_5 gpt2 gpt_bigcode granite llama mistral olmo olmo2 phi phi3 qwen2
 # Options of the others, and the arrangement that the log-probs of each are exact in.
 FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = dict.fromkeys(PLAIN.split(), ({}, PACKED)) | {
     "bamba": (MAMBA2 | {"attn_layer_indices": [1]}, PACKED),
-    "bailing_hybrid": ({"num_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}, PACKED),
+    "bailing_hybrid": (
+        LOW_RANK
+        | {"num_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+        | {"layer_types": ["linear_attention", "full_attention"], "linear_num_heads": 2, "linear_head_dim": 8}
+        | {"moe_intermediate_size": 16, **HEADS},
+        PACKED,
+    ),
     "bloom": ({}, PADDED),
     "codegen": ({"rotary_dim": 4}, PADDED),
     "cohere": ({"logit_scale": 0.25}, PACKED),
@@ -201,7 +207,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = dict.fromkeys(PLAIN.sp
         PADDED,
     ),
     "zamba2": (
-        {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "num_key_value_heads": 4}
+        # The last two layers share weights.
+        {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"], "num_key_value_heads": 4}
         | {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 4, "mamba_headdim": 16}
         | {"mamba_d_state": 8, "mamba_ngroups": 1, "chunk_size": 16, "adapter_rank": 4, "num_mem_blocks": 1},
         PACKED,

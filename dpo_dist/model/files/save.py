@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.architectures import auto_class, is_noise
 from dpo_dist.model.files.folder import (
     ADAPTER_WEIGHTS,
@@ -25,6 +26,7 @@ from dpo_dist.model.files.folder import (
     VOCABULARY_FILES,
     check_weights,
     local_model_folder,
+    modules_on_disk,
     read_model_json,
     stored_quantization,
     weight_files,
@@ -180,6 +182,7 @@ def write_merged(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
         )
+    _check_unshared(causal_lm, modules_on_disk(adapter)[0])
     was_tied = _is_tied(causal_lm)
     merged = PeftModel.from_pretrained(causal_lm, adapter).merge_and_unload()
     inner, outer = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
@@ -191,6 +194,21 @@ def write_merged(
         weight.data = weight.data.to(written)
     changes = {"tie_word_embeddings": False} if was_tied and not _is_tied(merged) else {}
     write_weights(folder, merged, merged.state_dict() | ignored_tensors(merged, base, written), base, changes)
+
+
+def _check_unshared(causal_lm: Any, adapted: Sequence[str]) -> None:
+    """Check that no adapted layer shares its weight with another, as in Zamba2: it would get both updates."""
+    owners: dict[Tensor, list[str]] = {}
+    for name, weight in causal_lm.named_parameters(remove_duplicate=False):
+        owners.setdefault(weight, []).append(name.rpartition(".")[0])
+    shared = [names for names in owners.values() if len(names) > 1 and not set(adapted).isdisjoint(names)]
+    if shared:
+        raise ConfigError(
+            "layers share a weight in this model, and the adapter changes it for each layer in another way",
+            where="export.merge",
+            got=f"{causal_lm.config.model_type}, {' and '.join(shared[0][:2])} ({len(shared)} in all)",
+            remedy=Remedy.to_remove("export.merge") + ": the adapter can be used without merging",
+        )
 
 
 def _is_tied(causal_lm: Any) -> bool:  # config.json does not always say it

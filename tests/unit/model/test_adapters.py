@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelCo
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.folder import base_warnings, start_folder, tokenizer_folder
 from dpo_dist.model.files.load import load_packed, without_weights
+from dpo_dist.model.files.save import write_merged
 from dpo_dist.model.lora import adapted_layers, adapter_off, add_adapter
 from dpo_dist.model.packed import LogpHead, PackedCausalLM
 from dpo_dist.reference.digest import digest_model
+from tests.support.families import tiny_family
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
@@ -245,6 +248,21 @@ def test_the_lines_that_merge_an_adapter_make_the_same_model(
     exec(lines, {})  # as a reader does
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "MERGED", dtype=torch.float32)
     torch.testing.assert_close(merged(ids).logits.log_softmax(-1), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("target", "is_refused"), [("q_proj", True), ("in_proj", False)])
+def test_an_adapter_on_layers_that_share_a_weight_is_not_merged(
+    target: str, is_refused: bool, tmp_path: Path
+) -> None:
+    """Each layer of Zamba2 with attention has matrices of its own on the same weights."""
+    tiny_family("zamba2").save_pretrained(tmp_path / "base")
+    sft = write_sft_adapter(tmp_path / "base", tmp_path / "sft", target_modules=[target])
+    by_peft = of_peft(tmp_path / "base", sft)
+    refused = pytest.raises(ConfigError, match=r"layers\.1\..*q_proj and .*layers\.2\.")
+    with refused if is_refused else nullcontext():
+        write_merged(tmp_path / "merged", tmp_path / "base", sft, None, trust_remote_code=False)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+        torch.testing.assert_close(plain_logps(merged.eval(), PAIRS), by_peft, atol=1e-5, rtol=1e-5)
 
 
 def test_dora_has_no_8_bit_base(base: Path, tmp_path: Path) -> None:

@@ -351,6 +351,18 @@ MISFITS = [
         "peft would adapt other layers",
         "set 'model.adapter.target_modules=[",
     ),
+    (
+        "falcon_h1",
+        "model.adapter={r: 2}",
+        "'out_proj' is incompatible",
+        "target_modules=[down_proj,gate_proj,in_proj,k_proj,o_proj,q_proj,up_proj,v_proj]'",
+    ),
+    (
+        "qwen3_next",
+        "model.adapter={r: 2}",
+        "peft would adapt other layers",
+        "[in_proj_ba,in_proj_qkvz,k_proj,o_proj,out_proj,q_proj,shared_expert_gate,v_proj]'",
+    ),
 ]
 
 
