@@ -1,4 +1,7 @@
-"""Compose a command by Hydra: first layers of files and experiments, then overrides; collect mistakes."""
+"""Compose a command: Hydra orders its files by their lists of `defaults`, then all layers are merged.
+
+Mistakes are collected, so that all of a command's are said at once.
+"""
 
 import contextlib
 import copy

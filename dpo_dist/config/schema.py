@@ -1,6 +1,6 @@
 """Every key of a run: type, default, bounds, meaning. A key is declared once, and nowhere else.
 
-Keys of `loss` are in `losses`, keys of other verbs than `train` in `verb_sections`, rules between keys in
+Keys of `loss` are in `losses`, those of samples and of the tools in `verb_sections`, rules between keys in
 `rules`. A key declared `free` does not define the run's result
 (hardware, placement, how often something is written): it is not part of the digest that names the run
 directory.

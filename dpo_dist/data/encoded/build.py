@@ -66,6 +66,7 @@ from dpo_dist.data.text.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import DataError, DpoDistError
 from dpo_dist.foundation.files import (
     MEMO_FOLDER,
+    content_in,
     file_identity,
     remove_abandoned,
     text_digest,
@@ -100,7 +101,7 @@ EVERY_PART: Share = (0, 1)
 class PlannedSource(NamedTuple):
     """A pinned source, the file of its encoded records, and whether the file is there.
 
-    `contents`: those of the source's files when the fingerprint was computed, `_contents`.
+    `contents`: those of the source's files when the fingerprint was computed, by `content_in`.
     """
 
     source: SourceConfig
@@ -144,7 +145,7 @@ class Preparation:
             fingerprint = _fingerprint(source, config, digest, self.part)
             wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label, folders)
             is_encoded = is_whole(wanted)
-            contents = [] if is_encoded else _contents(_identities(source))
+            contents = [] if is_encoded else [*map(content_in, _identities(source))]
             planned.append(PlannedSource(source, wanted, is_encoded, contents))
         return tuple(planned)
 
@@ -197,7 +198,7 @@ class Preparation:
     def _encode(self, planned: PlannedSource, share: Share) -> int:
         source, wanted, _, contents = planned
         state = _identities(source)
-        if _contents(state) != contents:
+        if [*map(content_in, state)] != contents:
             raise DataError(
                 "the data have changed since the start, or are others on this node",
                 where=source.path,
@@ -367,11 +368,6 @@ def _columns(record: EncodedRecord) -> dict[str, Any]:
 def _identities(source: SourceConfig) -> list[str]:
     """Return the identities of local files; others are copies of what the pinned source names."""
     return [file_identity(file) for file in local_files(source) or ()]
-
-
-def _contents(identities: Sequence[str]) -> list[list[str]]:
-    """Return size and sampled blocks in each `file_identity`, which are equal on all nodes."""
-    return [identity.rsplit("|", 6)[2::4] for identity in identities]
 
 
 def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Part) -> str:

@@ -27,10 +27,9 @@ LORA_WEIGHTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 """Suffixes of an adapter's low-rank weights; its other weights belong to `modules_to_save`."""
 # Initializations that move a part of the base's weights into the adapter: it does not fit the original base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Options of peft that make an adapter more than low-rank matrices on linear layers.
+# Options of peft that make an adapter more than low-rank matrices; it cannot merge them into a base.
 _OTHER_FORMS = ("alora_invocation_tokens", "layer_replication", "use_qalora")
-# Options and kinds of adapters that peft cannot merge into a base.
-_UNMERGED_FORMS = ("alora_invocation_tokens", "layer_replication", "use_qalora")
+# Kinds of adapters that peft cannot merge, either.
 _UNMERGED_TYPES = (
     "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING PREFIX_TUNING PROMPT_TUNING P_TUNING XLORA"
 )
@@ -323,7 +322,7 @@ def _check_form(folder: Path, config: ModelConfig) -> None:
         other.append(f"init_lora_weights: {init}, which changed the base's weights")
     if other:
         is_merged = adapter.get("peft_type") not in _UNMERGED_TYPES.split() and not any(
-            map(adapter.get, _UNMERGED_FORMS)
+            map(adapter.get, _OTHER_FORMS)
         )
         raise _unsupported(folder, ", ".join(other), is_merged=is_merged)
 

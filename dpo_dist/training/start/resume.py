@@ -152,9 +152,10 @@ def find_finished(identity: RunIdentity, folder: RunFolder) -> RunState | None:
 
 def check_newest_checkpoint(identity: RunIdentity, folder: RunFolder) -> None:
     """Check that the newest checkpoint, if it can be read, belongs to this run."""
+    if not (newest := checkpoint_folders(folder.checkpoints)[:1]):
+        return
     try:
-        newest, *_ = checkpoint_folders(folder.checkpoints)
-        state = json.loads((newest / STATE).read_bytes())
+        state = json.loads((newest[0] / STATE).read_bytes())
     except (OSError, ValueError):
         return
     if "run_digest" in state:
