@@ -126,7 +126,7 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> "LoraConfig":
             _inject(causal_lm, lora, TRAINED)
         except ValueError as error:  # `out_proj` in state-space models: their kernels would skip an adapter
             fault = first_line(error)
-    adapted = {name.removesuffix(".base_layer") for name in _adapted_names(causal_lm)}
+    adapted = {name.partition(".base_layer")[0] for name in _adapted_names(causal_lm)}
     # If experts were linear layers before transformers 5, peft reads `gate_proj` as a name of fused experts.
     differing = adapted ^ {*targets, *(name.rpartition(".")[0] for name in experts)}
     if fault or differing:

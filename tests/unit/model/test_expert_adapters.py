@@ -249,6 +249,14 @@ def test_a_name_of_linear_layers_does_not_reach_experts() -> None:
     assert not experts_note(without_weights(tiny_config("llama"), ModelConfig("m", adapter=adapter)), adapter)
 
 
+def test_three_weights_of_one_module_are_adapted() -> None:
+    """peft's wrappers are around each other."""
+    targets = [f"shared_experts.{name}_proj" for name in ("gate", "up", "down")]
+    adapter = AdapterConfig(r=RANK, alpha=ALPHA, target_modules=targets)
+    causal_lm = without_weights(tiny_config("inkling_text"), ModelConfig("m", adapter=adapter))
+    assert len([name for name, _ in causal_lm.named_parameters() if ".lora_A" in name]) == 3
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
