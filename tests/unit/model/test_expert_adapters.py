@@ -199,6 +199,20 @@ def test_an_adapter_on_packed_experts_is_one_on_the_weights_that_they_stand_for(
         assert not torch.equal(weight, plain(base).get_parameter(name))
 
 
+def test_no_sum_of_experts_and_their_updates_is_kept_for_backward(tmp_path: Path) -> None:
+    model = adapted(write_base(tmp_path / "base", "qwen3_moe", mlp_only_layers=[]))
+    kept = list[int]()
+
+    def keep(saved: Tensor) -> Tensor:
+        kept.append(saved.numel())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        logps(model.causal_lm.train())
+    assert kept
+    assert not {weight.numel() for weight in stacked_experts(model.causal_lm).values()} & {*kept}
+
+
 def test_a_continued_adapter_starts_as_the_reference_and_keeps_its_form(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "qwen3_moe", mlp_only_layers=[])
     first = adapted(base, target_modules=["q_proj", *EXPERTS])
