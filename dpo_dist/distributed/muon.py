@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dpo_dist.model.flops import numbers_of_experts
+
 if TYPE_CHECKING:  # a plan without a device needs no DeepSpeed
     from dpo_dist.distributed.deepspeed_internals import Range
 
@@ -17,14 +19,18 @@ MATRICES = "is_of_matrices"
 
 
 def matrices_of(causal_lm: Any) -> set[nn.Parameter]:
-    """Return the trained matrices, without embeddings and the output layer; stacked experts are none."""
+    """Return the trained matrices, without embeddings and the output layer.
+
+    Stacked experts are none, nor are an adapter's matrices on them, which are those of all experts in one.
+    """
     tables = {module.weight for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
     if (output := causal_lm.get_output_embeddings()) is not None:
         tables |= set(output.parameters())
+    of_experts = numbers_of_experts(causal_lm)
     return {
         weight
         for weight in causal_lm.parameters()
-        if weight.requires_grad and weight.ndim == 2 and weight not in tables
+        if weight.requires_grad and weight.ndim == 2 and weight not in tables and id(weight) not in of_experts
     }
 
 

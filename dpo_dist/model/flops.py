@@ -94,7 +94,7 @@ def step_flops(causal_lm: Any) -> StepFlops:
     text, output = causal_lm.config.get_text_config(), causal_lm.get_output_embeddings().weight
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
     outside |= {id(output), *map(id, other_weights(causal_lm))}
-    experts, visited = _numbers_of_experts(causal_lm), visited_experts(text)
+    experts, visited = numbers_of_experts(causal_lm), visited_experts(text)
     per_token, forward = 0.0, 0.0
     for name, weight in causal_lm.named_parameters():
         # A continued adapter also has a frozen copy.
@@ -181,7 +181,7 @@ def stacked_experts(causal_lm: Any) -> dict[str, nn.Parameter]:
     }
 
 
-def _numbers_of_experts(causal_lm: Any) -> dict[int, int]:
+def numbers_of_experts(causal_lm: Any) -> dict[int, int]:
     """Return of how many experts each weight is, also of an adapter's matrices on stacks, by its id."""
     found = {id(weight): len(weight) for weight in stacked_experts(causal_lm).values()}
     for module in causal_lm.modules():

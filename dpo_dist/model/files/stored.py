@@ -123,11 +123,12 @@ class _Reader:
                 )
             shape = [experts, 32 * groups, outputs]
             return self._lazy(lambda: unpack_mxfp4(stored[...], self._slice(scales)[...], self._dtype), shape)
-        if name + _SCALE in self._places:
-            return self._lazy(lambda: self._scaled(name), stored.get_shape())
-        if stored.get_dtype().startswith(("F8", "F4")):
+        # transformers leaves weights that no block divides as they are, beside a scale that it never sets.
+        if not stored.get_dtype().startswith(("F8", "F4")):
+            return stored
+        if name + _SCALE not in self._places:
             raise ValueError(f"{name} is quantized ({stored.get_dtype()}) without {name}{_SCALE}")
-        return stored
+        return self._lazy(lambda: self._scaled(name), stored.get_shape())
 
     def _slice(self, name: str) -> Any:
         return self._files[self._places[name]].get_slice(name)

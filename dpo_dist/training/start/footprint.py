@@ -210,7 +210,7 @@ def _unpacked_bytes(config: RunConfig, number: int, causal_lm: Any) -> float:
     packed = {*packable(causal_lm).values()} if kinds or is_adapted else set()
     layers = [[w.numel() for w in layer.parameters() if w in packed] for layer in decoder_layers(causal_lm)]
     # One tensor at a time: in float32, or in the order of the file; an adapter's update and its gradient.
-    beside = 4 if Quantization.int8 in kinds else number * _is_mxfp4(causal_lm)
+    beside = 4 if Quantization.int8 in kinds else number * (bool(kinds) and _is_mxfp4(causal_lm))
     beside += 2 * number * is_adapted
     return max((number * sum(sizes) + beside * max(sizes) for sizes in layers if sizes), default=0)
 

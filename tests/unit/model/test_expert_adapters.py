@@ -20,6 +20,7 @@ from dpo_dist.config.schema import (
     ModelConfig,
     Quantization,
 )
+from dpo_dist.distributed.muon import matrices_of
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.load import load_config, load_weights, without_weights
 from dpo_dist.model.files.save import write_adapter, write_merged
@@ -200,6 +201,20 @@ def test_an_adapter_on_packed_experts_is_one_on_the_weights_that_they_stand_for(
         assert not torch.equal(weight, plain(base).get_parameter(name))
 
 
+def test_no_sum_of_experts_and_their_updates_is_kept_for_backward(tmp_path: Path) -> None:
+    model = adapted(write_base(tmp_path / "base", "qwen3_moe", mlp_only_layers=[]))
+    kept = list[int]()
+
+    def keep(saved: Tensor) -> Tensor:
+        kept.append(saved.numel())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        logps(model.causal_lm.train())
+    assert kept
+    assert not {weight.numel() for weight in stacked_experts(model.causal_lm).values()} & {*kept}
+
+
 def test_a_continued_adapter_starts_as_the_reference_and_keeps_its_form(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "qwen3_moe", mlp_only_layers=[])
     first = adapted(base, target_modules=["q_proj", *EXPERTS])
@@ -251,6 +266,14 @@ def test_a_name_of_linear_layers_does_not_reach_experts() -> None:
     assert not experts_note(without_weights(tiny_config("llama"), ModelConfig("m", adapter=adapter)), adapter)
 
 
+def test_three_weights_of_one_module_are_adapted() -> None:
+    """peft's wrappers are around each other."""
+    targets = [f"shared_experts.{name}_proj" for name in ("gate", "up", "down")]
+    adapter = AdapterConfig(r=RANK, alpha=ALPHA, target_modules=targets)
+    causal_lm = without_weights(tiny_config("inkling_text"), ModelConfig("m", adapter=adapter))
+    assert len([name for name, _ in causal_lm.named_parameters() if ".lora_A" in name]) == 3
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -282,6 +305,15 @@ def test_an_adapter_of_a_router_is_not_continued(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="matrices on the weight of Qwen3MoeTopKRouter") as refused:
             start()
         assert refused.value.remedy.startswith("merge the adapter")
+
+
+def test_matrices_that_are_those_of_all_experts_in_one_are_none_of_muon() -> None:
+    adapter = AdapterConfig(r=4, alpha=4.0, target_modules=["q_proj", *EXPERTS])
+    config = tiny_config("qwen3_moe", mlp_only_layers=[])
+    causal_lm = without_weights(config, ModelConfig("m", adapter=adapter))
+    names = {name for name, weight in causal_lm.named_parameters() if weight in matrices_of(causal_lm)}
+    assert names
+    assert all(".q_proj.lora_" in name for name in names)
 
 
 def test_a_token_is_multiplied_with_the_matrices_of_the_experts_that_it_visits() -> None:

@@ -104,6 +104,18 @@ def test_a_scale_of_the_whole_weight_is_read(tmp_path: Path) -> None:
     assert torch.equal(logps(loaded(tmp_path)), logps(theirs))
 
 
+def test_a_weight_that_was_left_in_bf16_has_no_scale(tmp_path: Path) -> None:
+    """transformers (5.23) leaves sides that no block divides, and writes a scale that it never set."""
+    source = tiny_causal_lm(tiny_config("qwen3"))
+    source.save_pretrained(tmp_path)
+    quantize_fp8(tmp_path)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    (file,) = (file for file in weight_files(tmp_path)[1:] if name in load_file(file))
+    left = source.get_parameter(name).detach().bfloat16()
+    save_file(load_file(file) | {name: left}, file, {"format": "pt"})
+    assert torch.equal(loaded(tmp_path).get_parameter(name), left.float())
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_nf4_keeps_experts_in_the_4_bits_of_the_files_exactly(tmp_path: Path, checkpointing: str) -> None:
     pytest.importorskip("bitsandbytes")

@@ -139,6 +139,22 @@ def test_a_base_in_mxfp4_takes_the_bytes_that_the_start_says(
     assert ("experts of a layer" in parts) is (kind is not None)
 
 
+@pytest.mark.parametrize("kind", [None, Quantization.nf4])
+@pytest.mark.parametrize("is_mxfp4", [False, True])
+def test_adapted_experts_take_the_bytes_of_their_sums_and_of_an_update_with_its_gradient(
+    kind: Quantization | None, is_mxfp4: bool, tmp_path: Path
+) -> None:
+    tiny_causal_lm(tiny_config("gpt_oss", **WIDE)).save_pretrained(tmp_path)
+    if is_mxfp4:
+        quantize_mxfp4(tmp_path)
+    targets = "model.adapter.target_modules=[experts.gate_up_proj,experts.down_proj]"
+    config = load_run_config([*ON_4_BITS, targets, f"model.quantization={kind or 'null'}"])
+    causal_lm = without_weights(load_config(tmp_path, config.model), config.model)
+    layer = [4 * 128 * 512, 4 * 256 * 128]
+    numbers = sum(layer) + (2 + (is_mxfp4 and kind is not None)) * max(layer)  # unpacked in the file's order
+    assert footprint(config, causal_lm, 1).parts["experts of a layer"] == 2 * numbers
+
+
 def _bytes(weight: Any) -> int:
     """Of a weight with its scales."""
     state = getattr(weight, "quant_state", None)
