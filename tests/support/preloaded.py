@@ -22,6 +22,7 @@ from dpo_dist.training.start.environment import package_versions
 
 LATE = (
     "PIL.PngImagePlugin",
+    "datasets",
     "deepspeed.comm.mori",
     "deepspeed.moe.ep_experts",
     "deepspeed.module_inject.auto_ep_layer",
@@ -30,20 +31,27 @@ LATE = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.utils.pin_memory",
     "dpo_dist.config.command_line",
+    "dpo_dist.tools.compare.models",
+    "dpo_dist.tools.doctor.page",
+    "dpo_dist.tools.pairs.make_pairs",
     "dpo_dist.training.start.named_models",
     "dpo_dist.training.start.preflight",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "matplotlib.ticker",
     "pandas",  # which pyarrow imports
     "peft.tuners.lora.bnb",
     "peft.utils.transformers_weight_conversion",
+    "pyarrow.acero",
     "pyarrow.pandas_compat",
     "pyarrow.vendored.version",
+    "pytest",  # which the modules of tests import whose functions run there
     "torch._subclasses.schema_check_mode",
     "torch.profiler._cupti_monitor",
     "transformers.models.audioflamingo3",
     "transformers.models.qwen2.tokenization_qwen2",
 )
-"""Modules that a run imports when it first needs them."""
+"""Modules that verbs import when they first need them."""
 
 for name in LATE:
     importlib.import_module(name)
