@@ -230,7 +230,7 @@ class ImageFile:
         return hashlib.blake2b(self.read(), digest_size=16).digest()
 
     @property
-    def watched(self) -> dict[str, Any] | None:
+    def recorded_state(self) -> dict[str, Any] | None:
         """The name, the folders, and the file's state as it is read; None if the record has the content."""
         if self.content is not None or self.name.startswith("data:"):
             return None
@@ -238,18 +238,18 @@ class ImageFile:
         return {"name": self.name, "folders": list(map(os.path.abspath, self.folders)), "state": state}
 
     @property
-    def named(self) -> list[str]:
+    def metadata_in_folders(self) -> list[str]:
         """The metadata of the file of this name in each folder, also of one that a look-up refuses."""
         return [_metadata(os.path.join(folder, self._path)) for folder in self.folders]  # noqa: PTH118
 
-    def is_surely(self, state: str) -> bool:
+    def is_unchanged_by_metadata(self, state: str) -> bool:
         """Return whether the file is that of a `state`, without a look-up that resolves all links.
 
         Also if there is no file: its copy is stored.
         """
-        return next(filter(None, self.named), "") in ("", state.partition(" ")[0])
+        return next(filter(None, self.metadata_in_folders), "") in ("", state.partition(" ")[0])
 
-    def is_still(self, state: str) -> bool:
+    def is_unchanged(self, state: str) -> bool:
         """Return whether the file has the content of a `state`, or there is none."""
         metadata, _, digest = state.partition(" ")
         return self._found() in ("", metadata) or self._content_digest() == digest
@@ -283,7 +283,7 @@ class ImageFile:
 
 
 def _metadata(file: str | Path) -> str:
-    """Return a text that changes if a file is changed or replaced, and sometimes if not; "" if it is absent.
+    """Return a text that changes with a file's content, and may change without; "" if the file is absent.
 
     The change time is included because a copy can keep the modification time and the size.
     """

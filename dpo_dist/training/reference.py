@@ -120,7 +120,8 @@ class Reference:
     """A run's reference: where its log-probs come from, and the report about them."""
 
     provider: ReferenceProvider
-    is_start_of_policy: bool  # same model, same precision: before step 0, both give the same log-probs
+    policy_starts_as_reference: bool
+    """Same model, same precision: before step 0, both give the same log-probs."""
     report: dict[str, Any]  # the section `reference` of summary.json
 
 
@@ -134,19 +135,21 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
     config, world = run.config, run.world
     mode, files = config.reference.mode, inputs.reference_files
     if mode is ReferenceMode.none:
-        return reference_without_store(run, ReferenceProvider(), is_start=False)
+        return reference_without_store(run, ReferenceProvider(), policy_starts_as_reference=False)
     assert files is not None, "every other mode has a reference model"
     if config.reference.path:
         world.on_main(
             lambda: check_same_vocabulary(files.folder, inputs.tokenizer, config.model, inputs.processor)
         )
     same_precision = config.reference.quantization is config.model.quantization
-    is_start = same_precision and files.digest == inputs.policy_files.digest
+    policy_starts_as_reference = same_precision and files.digest == inputs.policy_files.digest
     load = partial(
         load_reference, files, config.model, config.reference, config.data.max_length, world, inputs.processor
     )
     if mode is ReferenceMode.live:
-        return reference_without_store(run, ReferenceProvider(engine=load()), is_start=is_start)
+        return reference_without_store(
+            run, ReferenceProvider(engine=load()), policy_starts_as_reference=policy_starts_as_reference
+        )
     # The entries of the store that these files give under these numerics (law L3).
     store = Path(config.reference.store)
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
@@ -193,7 +196,7 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
     report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}
     provider = ReferenceProvider(store=filler.open_filled())
     # While the model is there a sample is scored again, unless the check before step 0 does it.
-    if engines and not (is_start and step0_follows):
+    if engines and not (policy_starts_as_reference and step0_follows):
         objective, score = Objective(config.loss, provider), load_scorer()
         report["drift"] = check_drift(run, score, objective, *inputs.datasets_to_score[0], filler.costs)
         drift = describe_drift(report["drift"])
@@ -204,13 +207,15 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
         report["peak_memory_bytes"] = max(world.gather(peak_memory_bytes(world.device)))
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-    return Reference(provider, is_start, report)
+    return Reference(provider, policy_starts_as_reference, report)
 
 
-def reference_without_store(run: Run, provider: ReferenceProvider, *, is_start: bool) -> Reference:
+def reference_without_store(
+    run: Run, provider: ReferenceProvider, *, policy_starts_as_reference: bool
+) -> Reference:
     """Return a reference that computes log-probs with each micro-batch, or that has none."""
     report = {"mode": run.config.reference.mode.value, **FillReport().as_dict()}
-    return Reference(provider, is_start, report)
+    return Reference(provider, policy_starts_as_reference, report)
 
 
 def describe_saving(computed: int, tokens: int) -> str | None:

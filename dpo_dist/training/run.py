@@ -236,7 +236,9 @@ def _set_up(
     policy = load_policy(run, inputs)
     engines.push(partial(_free, policy, world))
     if reference is None:  # the policy, with its adapter off, is the reference, too
-        reference = reference_without_store(run, ReferenceProvider(policy=policy), is_start=True)
+        reference = reference_without_store(
+            run, ReferenceProvider(policy=policy), policy_starts_as_reference=True
+        )
     # How the ranks share the work of a step; after loading, which proves whether the model can be packed.
     costs = balance_costs(run, inputs, policy, reference)
     planned = planned_steps(run, inputs.train_set, inputs.sampler, costs)
@@ -256,7 +258,7 @@ def _set_up(
 
     def committed(step: int) -> None:
         write_state(run.folder, replace(state, step=step))
-        watch.at(When.saved, step)
+        watch.call(When.saved, step)
         if run.mirror is not None:
             run.mirror.upload()
 
@@ -285,7 +287,7 @@ def _set_up(
         checkpoints.resume(checkpoint.folder, position.best_step)
     else:
         position, report = Position(), reference.report
-        if reference.is_start_of_policy:
+        if reference.policy_starts_as_reference:
             policy.train(False)
             with run.console.heartbeat("comparing the log-probs of policy and reference"):
                 drift = check_drift(run, policy.token_logps, objective, *inputs.datasets_to_score[0], costs)
@@ -316,7 +318,8 @@ def _set_up(
         costs=costs,
         policy=policy,
         objective=objective,
-        starts_as_reference=reference.is_start_of_policy and config.loss.weighting is not Weighting.wpo,
+        policy_starts_as_reference=reference.policy_starts_as_reference
+        and config.loss.weighting is not Weighting.wpo,
         peak=peak,
         recorder=_open_recorder(run, position, reporting),
         samples=samples,

@@ -293,7 +293,7 @@ def encode_records(
     for given in records:
         origin: dict[str, Any] = {"file": given.origin.source, "line": given.origin.line}
         if processor is not None and isinstance(given, PreferenceRecord):
-            origin["watched"] = list(filter(None, (image.watched for image in given.images)))
+            origin["watched"] = list(filter(None, (image.recorded_state for image in given.images)))
         record = given if processor is None else readable(given)
         prompt, values = 0, dict[str, Any]()
         encoded: EncodedRecord | BadRecord | None = None  # the record belongs to another part

@@ -151,13 +151,13 @@ def has_changed_images(table: pa.Table, memo: Path) -> bool:
     for batch in watched.group_by(watched.column_names).aggregate([]).to_batches(max_chunksize=10_000):
         for each in batch.to_pylist():
             file = ImageFile(None, each["name"], tuple(each["folders"].split("\0")))
-            if not file.is_surely(each["state"]):
+            if not file.is_unchanged_by_metadata(each["state"]):
                 doubtful.append((file, each["state"]))
     doubtful.sort(key=lambda each: (each[0].name, each[0].folders, each[1]))
-    found = text_digest(json.dumps([[file.named, state] for file, state in doubtful]))
+    found = text_digest(json.dumps([[file.metadata_in_folders, state] for file, state in doubtful]))
     if not doubtful or recall(memo, found) is not None:
         return False
-    if all(file.is_still(state) for file, state in doubtful):
+    if all(file.is_unchanged(state) for file, state in doubtful):
         remember(memo, found, "equal images")
         return False
     return True

@@ -321,20 +321,20 @@ def _check_form(folder: Path, config: ModelConfig) -> None:
     if (init := str(adapter.get("init_lora_weights", True)).lower()).startswith(_CHANGES_BASE):
         other.append(f"init_lora_weights: {init}, which changed the base's weights")
     if other:
-        is_merged = adapter.get("peft_type") not in _UNMERGED_TYPES.split() and not any(
+        can_be_merged = adapter.get("peft_type") not in _UNMERGED_TYPES.split() and not any(
             map(adapter.get, _OTHER_FORMS)
         )
-        raise _unsupported(folder, ", ".join(other), is_merged=is_merged)
+        raise _unsupported(folder, ", ".join(other), can_be_merged=can_be_merged)
 
 
-def _unsupported(folder: Path, got: str, *, is_merged: bool = True) -> ConfigError:
+def _unsupported(folder: Path, got: str, *, can_be_merged: bool = True) -> ConfigError:
     """Return the error for an adapter that training cannot start from."""
     return ConfigError(
         "training cannot start from this kind of adapter",
         where=_ADAPTER_KEY,
         got=f"{folder}: {got}",
         expected="LoRA, rsLoRA or DoRA on linear layers, without biases; modules_to_save",
-        remedy=MERGE if is_merged else "name another adapter: peft cannot merge this kind into its base",
+        remedy=MERGE if can_be_merged else "name another adapter: peft cannot merge this kind into its base",
     )
 
 

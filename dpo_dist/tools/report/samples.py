@@ -59,7 +59,7 @@ class RunSamples:
     Attributes:
         stop_ids: tokens that end a response.
         at_every_evaluation: whether the policy responds at evaluations between the first and the last one.
-        starts_as_reference: whether the policy equals the reference before the first step.
+        policy_starts_as_reference: whether the policy equals the reference before the first step.
         reference: the reference's response to each prompt; None if not known.
         seconds: what the latest responses took on this rank.
         has_skipped: whether an evaluation had no time for responses.
@@ -71,7 +71,7 @@ class RunSamples:
     stop_ids: frozenset[int]
     tokenizer: PreTrainedTokenizerBase
     at_every_evaluation: bool = True
-    starts_as_reference: bool = False
+    policy_starts_as_reference: bool = False
     reference: list[_Row] | None = None
     seconds: float = 0.0
     has_skipped: bool = False
@@ -85,7 +85,7 @@ class RunSamples:
         is_between = step != 0 and not is_last
         if is_between and not (self.at_every_evaluation and self._has_time(step)):
             return {}
-        known = self.reference if step == 0 and self.starts_as_reference else None
+        known = self.reference if step == 0 and self.policy_starts_as_reference else None
         asked = known or self._ask(policy, self.prompts)
         if asked is None:
             return {}
@@ -134,7 +134,7 @@ class RunSamples:
 
     def open(self, policy: Engine) -> None:
         """Get the reference's responses, if missing, from the policy at its start or with its adapter off."""
-        if self.reference is None and self.starts_as_reference:
+        if self.reference is None and self.policy_starts_as_reference:
             self.ask_reference(policy, without_adapter=self.run.config.model.adapter is not None)
 
     def ask_reference(self, model: Engine, *, without_adapter: bool = False) -> None:
@@ -272,7 +272,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
     samples = RunSamples(run, sampling, prompts, stop_ids, tokenizer, settings.prompts is not None)
     files = inputs.reference_files or inputs.policy_files
     same_precision = config.reference.quantization is config.model.quantization
-    samples.starts_as_reference = (
+    samples.policy_starts_as_reference = (
         inputs.reference_files is None
         or config.reference.mode is ReferenceMode.adapter
         or (files.digest == inputs.policy_files.digest and same_precision)
@@ -280,7 +280,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
     samples.reference = run.world.on_main(samples.read_reference)
     if samples.reference is not None:
         samples.prompts = samples.prompts[: len(samples.reference)]
-    policy_responds = samples.starts_as_reference and (step == 0 or config.model.adapter is not None)
+    policy_responds = samples.policy_starts_as_reference and (step == 0 or config.model.adapter is not None)
     if samples.reference is None and not policy_responds:
         run.say("samples: loading the reference to generate its responses")
         engine = load_reference(

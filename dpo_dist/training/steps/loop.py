@@ -66,7 +66,7 @@ class Watch:
     sampler: BatchSampler
     policy: Engine
 
-    def at(self, when: When, step: int) -> Collection[Wish]:
+    def call(self, when: When, step: int) -> Collection[Wish]:
         """Call the function after `step` steps, on rank 0, and return what it asks for; not collective."""
         if self.on_moment is None or not self.run.world.is_main:
             return ()
@@ -76,9 +76,9 @@ class Watch:
             self.run.stops.request.ask_after_step(BY_CALLBACK)
         return wishes
 
-    def agreed(self, when: When, step: int) -> Collection[Wish]:
-        """Call the function as `at` does, and return what it asks for on all ranks; collective."""
-        return () if self.on_moment is None else self.run.world.on_main(lambda: self.at(when, step))
+    def call_together(self, when: When, step: int) -> Collection[Wish]:
+        """Call the function as `call` does, and return what it asks for on all ranks; collective."""
+        return () if self.on_moment is None else self.run.world.on_main(lambda: self.call(when, step))
 
     def ends_epoch(self, step: int) -> bool:
         """Return whether step number `step`, from 1, ends an epoch, or the run."""
@@ -96,7 +96,7 @@ class Loop:
     policy: PolicyEngine
     objective: Objective
     # The policy starts as the reference: the first evaluation needs no policy forward.
-    starts_as_reference: bool
+    policy_starts_as_reference: bool
     peak: float  # FLOP/s of all devices
     recorder: Recorder | None  # on rank 0
     samples: Samples | None  # written at evaluations
@@ -126,7 +126,7 @@ class Loop:
             self.run.console.until_end(),
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
-            self.watch.at(When.start, position.step)
+            self.watch.call(When.start, position.step)
             if self._evaluate(position):
                 self.save_rows()  # this step was saved without the new row
                 if position.best_step == position.step:
@@ -144,7 +144,7 @@ class Loop:
                     wishes.add(Wish.save)
                 self._report(position, wishes)
                 if self.watch.ends_epoch(done):
-                    asked = {*self.watch.agreed(When.epoch_end, done)} - wishes
+                    asked = {*self.watch.call_together(When.epoch_end, done)} - wishes
                     self._report(position, asked)
                     wishes |= asked
                 must_stop |= Wish.stop in wishes
@@ -169,11 +169,11 @@ class Loop:
         """Record a row of steps and evaluate, as `wishes` say; add what is wished for at these rows."""
         if Wish.log in wishes:
             self.record_steps(position)
-            wishes |= {*self.watch.agreed(When.recorded, position.step)}
+            wishes |= {*self.watch.call_together(When.recorded, position.step)}
         if Wish.evaluate in wishes and self.inputs.eval_set is not None:
             position.evaluation_is_due = True
             if self._evaluate(position):
-                wishes |= {*self.watch.agreed(When.recorded, position.step)}
+                wishes |= {*self.watch.call_together(When.recorded, position.step)}
 
     def _evaluate(self, position: Position) -> bool:
         """Evaluate if an evaluation is due, unless a rank asks to stop; return whether it was done."""
@@ -203,7 +203,7 @@ class Loop:
         Only DeepSpeed's update and `reduce_step` make the host wait for the device.
         """
         # The step: next batch, forward and backward, update, and one sum of metrics and votes over the ranks.
-        before = self.watch.at(When.before_step, position.step)
+        before = self.watch.call(When.before_step, position.step)
         world, clock = self.run.world, StepClock(self.run.world.device)
         clock.enter("data")
         ready = next(ready_steps)
@@ -213,11 +213,11 @@ class Loop:
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
         if self.reference_sync is not None:
             self.reference_sync.after_step(position.step + 1)
-        wishes = {*before, *self.watch.at(When.after_step, position.step + 1)}
+        wishes = {*before, *self.watch.call(When.after_step, position.step + 1)}
         votes = [self.run.stops.request.vote(), self.checkpoints.is_written]
         votes += [wish in wishes for wish in self._votes]
         totals = reduce_step(sums, votes, norm, world)
-        if self.starts_as_reference and position.step == 0:
+        if self.policy_starts_as_reference and position.step == 0:
             totals = without_comparisons(totals)
         stop_votes, written, *wanted = totals.votes
         # Committing is collective, so it waits for the step at which every rank's files are written.
@@ -312,7 +312,7 @@ class Loop:
         dataset = self.inputs.eval_set
         assert dataset is not None, "evaluations have data"
         rank_batch = self.run.shard(dataset, np.arange(len(dataset)), self.costs)
-        policy = None if self.starts_as_reference and position.step == 0 else self.policy
+        policy = None if self.policy_starts_as_reference and position.step == 0 else self.policy
         self.policy.train(False)
         metrics, values = evaluate(
             policy, self.objective, rank_batch, world, position.running, self.run.stops.raise_if_stopping

@@ -105,7 +105,7 @@ def test_refusals_count_where_the_chosen_response_is_none_and_only_at_the_evalua
         for chosen in ("Paris, of course.", "I cannot help with that.")
     ]
     usual = RunSamples(run, Sampling(4), tuple(prompts), STOPS, TOKENIZER, at_every_evaluation=False)
-    usual = replace(usual, starts_as_reference=True, reference=[refusal, refusal])
+    usual = replace(usual, policy_starts_as_reference=True, reference=[refusal, refusal])
     policy = FrozenEngine.__new__(FrozenEngine)  # the reference's responses are those of step 0
     metrics = usual.write_responses(0, policy, is_last=False)
     assert (metrics["samples/refusals"], metrics["samples/prompts"]) == (0.5, 2.0)
