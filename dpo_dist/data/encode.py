@@ -15,6 +15,7 @@ from dpo_dist.data.read.images import has_tag
 from dpo_dist.data.records import (
     IMAGE,
     BadRecord,
+    Lengths,
     PreferenceRecord,
     Tokenizer,
     UnusableRecordError,
@@ -37,9 +38,7 @@ class EncodedExample(Example):
     changes: frozenset[str] = frozenset()  # names in counts.yaml
     truncated: tuple[bool, ...] = ()  # for each response, whether its end and its end-of-turn token were cut
     read_as: str = ""
-    # Tokens before any cut: prompt, longest response, BOS, `needed_tokens`, and what must stay of the prompt:
-    # BOS, and all from the first image.
-    lengths: tuple[int, ...] = ()
+    lengths: Lengths | None = None
 
 
 def encode_pair(
@@ -55,7 +54,7 @@ def encode_pair(
     `processor` reads, are `ExpandedImage`.
     """
     facts = tokenizer_facts(tokenizer, data_config, with_tools=bool(record.tools))
-    lengths = tuple[int, ...]()
+    lengths: Lengths | None = None
     try:
         if has_reserved((record.prompt, record.responses, record.tools, record.template_arguments)):
             raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0")
@@ -72,8 +71,13 @@ def encode_pair(
             )
         is_distinct = len(set(map(tuple, responses))) == len(responses)
         if len(prompt) > prefix_length and is_distinct and all(mask.any() for mask in trained):
-            longest, needed = max(map(len, responses)), needed_tokens(responses, trained)
-            lengths = (len(prompt), longest, prefix_length, needed, min(least, len(prompt)))
+            lengths = Lengths(
+                len(prompt),
+                longest=max(map(len, responses)),
+                bos=prefix_length,
+                needed=needed_tokens(responses, trained),
+                least_prompt=min(least, len(prompt)),
+            )
         kept_prompt, kept = _truncated(prompt, responses, prefix_length, least, data_config)
         truncated = tuple(len(ids) < len(whole) for ids, whole in zip(kept, responses, strict=True))
         if len(set(map(tuple, kept))) < len(kept):

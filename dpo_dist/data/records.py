@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +93,19 @@ class Dialogue(tuple[Message, ...]):
 Prompt: TypeAlias = str | Messages
 
 
+class Lengths(NamedTuple):
+    """Numbers of a record's tokens before any cut."""
+
+    prompt: int
+    longest: int
+    """Of its longest response."""
+    bos: int
+    needed: int
+    """Of each response, so that all stay distinct and the loss counts one of each."""
+    least_prompt: int
+    """What must stay of the prompt: BOS, and all from the first image."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """Position of a record: its source as configured, and the 1-based line or number of the record in it.
@@ -143,16 +156,16 @@ class BadRecord:
     """A record that cannot be used, with a reason from counts.yaml.
 
     The `detail` has no text of the record. `unread` are fields that no format reads, counted by their names.
-    `lengths` as those of an `EncodedExample`, if the record could be used with other limits. Of a record of
-    an unknown format also the names of its `fields`, and the `columns` with which it could be read: pairs of
-    a format's field and its place in the record.
+    `lengths` are known if the record could be used with other limits. Of a record of an unknown format also
+    the names of its `fields`, and the `columns` with which it could be read: pairs of a format's field and
+    its place in the record.
     """
 
     reason: str
     origin: Origin
     detail: str = ""
     unread: tuple[str, ...] = ()
-    lengths: tuple[int, ...] = ()
+    lengths: Lengths | None = None
     fields: tuple[str, ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
 

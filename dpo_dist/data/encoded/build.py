@@ -305,7 +305,7 @@ def encode_records(
             if config.on_bad_record is OnBadRecord.error:
                 raise bad_record_error(encoded)
             outcome = Outcome(encoded.reason, changed=tuple((f"unread_{name}", 1) for name in encoded.unread))
-            values = {name: getattr(encoded, name) for name in ("detail", "lengths", "fields")}
+            values = {"detail": encoded.detail, "lengths": encoded.lengths or (), "fields": encoded.fields}
             values["columns"] = [*itertools.chain(*encoded.columns)]
         elif encoded is None:
             outcome = Outcome(changed=((LEFT_IN_TRAIN if part.is_eval else HELD_OUT, 1),))
@@ -361,7 +361,7 @@ def _columns(record: EncodedRecord) -> dict[str, Any]:
         "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in example.trained if not m.all())]),
         "examples": record.ranks,
         "images": [image.digest for image in example.images],
-        "lengths": example.lengths,
+        "lengths": example.lengths or (),
     }
 
 

@@ -57,16 +57,15 @@ def needed_tokens(responses: Sequence[list[int]], trained: Sequence[npt.NDArray[
 class SourceLengths:
     """The lengths of a source's records before they were cut, and the numbers of records."""
 
-    # [records that fit or would with other limits, 5]: prompt, longest response, BOS, needed, least of prompt
-    lengths: Tokens
+    lengths: Tokens  # of `Lengths`, [records that fit or would with other limits, 5]
     unusable: int  # records that stay unusable with any limits
     max_dropped: float  # most records that may be dropped
 
     def kept(self, limits: DataConfig) -> int:
         """Return how many records these limits keep."""
-        prompt, longest, prefix, needed, least = self.lengths.T
-        kept_prompt, kept = kept_tokens(prompt, longest, prefix, limits)
-        return int(((kept >= needed) & ((kept_prompt >= least) | (least == prefix))).sum())
+        prompt, longest, bos, needed, least_prompt = self.lengths.T
+        kept_prompt, kept = kept_tokens(prompt, longest, bos, limits)
+        return int(((kept >= needed) & ((kept_prompt >= least_prompt) | (least_prompt == bos))).sum())
 
     def accepts(self, limits: DataConfig) -> bool:
         """Return whether these limits drop no more records than allowed, and not all."""

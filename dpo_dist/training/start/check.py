@@ -232,11 +232,9 @@ def _first_records(
     check_fits_loss(dataset, loss)
     name = f" ({source.name})" if source.name else ""
     tokens = float(dataset.piece_tokens.sum()) / len(dataset)
-    of_records = f"of {counts.read} records"
-    if has_more:
-        of_records = f"of the first {counts.read} records (the others were not looked at)"
+    first, rest = ("the first ", " (the others were not looked at)") if has_more else ("", "")
     parts = [
-        f"{source.path}{name}, {counts.kept} {of_records} kept",
+        f"{source.path}{name}, {counts.kept} of {first}{counts.read} records kept{rest}",
         f"dropped: {dropped}" if (dropped := counts_in_one_line(counts.dropped)) else "",
         read_in_words(counts.read_as),
         f"changed or unusual: {changed}" if (changed := counts_in_one_line(counts.changed)) else "",
