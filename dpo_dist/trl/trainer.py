@@ -166,9 +166,12 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         self.callback_handler = self._follower.handler
         self.state.is_world_process_zero = self.is_world_process_zero()
         self.state.is_local_process_zero = self.is_local_process_zero()
+        # The run's command comes from TRL's arguments, and from keys of ours for what is no argument there:
+        # both become a file and words.
         self._keys = self.args.keys(_weights(model))
         self._own: dict[str, Any] = {"run.dir": str(self.run), "run.root": str(self.folder)}
         self._words, self._has_trained, self._is_complete = list[str](), False, False
+        # What the script passed, for the attributes that it may read: a model in memory is trained in place.
         self._given: Any = None if isinstance(model, str) or peft_config is not None else model
         self._given_data, self._given_reference = (train_dataset, eval_dataset), ref_model
         for callback in callbacks or ():
@@ -187,12 +190,14 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         if self.args.max_length is None:
             self._own["data.max_length"] = self._longest()
         self._check()
+        # Models in memory are written once nothing is left to refuse.
         for place, key, unsaved, tokenizer in self._unsaved:
             place[key] = saved(unsaved, tokenizer, self.folder / "models")
         self._start = self._keys.get("adapter_name_or_path", self._own["model.path"])
         self._translate()
         self.state.max_steps = self.args.max_steps
         raise_all(_named_as_ours([name for name in before if vars(self)[name] is not before[name]]))
+        # A run reads files: what a script changes after this would have no effect: it is refused.
         self.arguments = copy.deepcopy(dict(vars(self.args)))
         fixed = ("processing_class", "folder", "run", "_start", "_own", "_keys", "_eval", "_facts")
         self._given_once = {name: vars(self)[name] for name in fixed}

@@ -306,7 +306,7 @@ class _Conversation:
 
         `role` is the role of the last turn of `before`.
         """
-        if role not in self.generation:
+        if role not in self.generation:  # templates write it by the role of the last turn alone
             trace = self.chat.trace(before, self.context, generation=True)
             end = trace.end
             if not before or trace.spans[-1] is None or end == len(trace.text):

@@ -25,6 +25,7 @@ class TokenizerFacts:
         whole: list[int] = tokenizer("a")["input_ids"]
         starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
         self.prefix_ids = whole[: next(starts, 0)]  # BOS, or none
+        # By token: whether it is special. Spaces and words among them are ordinary text.
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
         tags = {token for token in added if not token.isspace() and not token.isalnum()}
         self._turn_tokens = tags & turn_tokens(tokenizer, chat_template)
@@ -32,9 +33,11 @@ class TokenizerFacts:
         special = {token for token, is_special in added.items() if is_special}
         special |= self._turn_tokens | set(tokenizer.all_special_tokens)
         named = {token for token in tags if token in (chat_template or "")}  # of tool calls, for example
+        # Those which a content must not become: spelled there, they are encoded as text.
         self.marks = Marks(special, named | set(THOUGHT_TAGS).intersection(added))
         self._special = self.marks.in_text
         self._markup = any_of({*special, *THOUGHT_TAGS})
+        # Inside these no text is cut, also where a tag of thoughts is several tokens.
         unbroken = {token for token in {*added, *special, *THOUGHT_TAGS} if not token.isspace()}
         self._whole, self._longest = any_of(unbroken), max(map(len, unbroken))
         self.encoder = EscapedEncoder(tokenizer, self.marks, any_of({*added, *special}))
