@@ -238,9 +238,10 @@ class StartCheck:
         if not self._is_float32 and arrangement is not Arrangement.single:
             neighbours = self._effect_of_neighbours()
         fault = self._difference(self._tried) or neighbours
-        if not fault and arrangement is Arrangement.packed:
-            fault = self._difference(self._scores(self._tree)[: len(self._plain)])
-            return f"with shared prefixes {fault}" if fault else ""
+        if arrangement is Arrangement.packed:
+            # Also after a fault: a forward is collective, and ranks may round to both sides of a limit.
+            shared = self._difference(self._scores(self._tree)[: len(self._plain)])
+            fault = fault or (shared and f"with shared prefixes {shared}")
         return fault
 
     def _difference(self, tried: Tensor) -> str:

@@ -38,7 +38,7 @@ _GATHER_FLOPS = 400
 # What a layer keeps of a token for backward, in multiples of its hidden state (arXiv:2205.05198, section 4.1:
 # 34 bytes in 16 bits).
 _KEPT_NUMBERS = 17
-# Recurrent layers compute chunks of 64 tokens, of which a segment leaves half a one empty, and wait for the
+# Recurrent layers compute chunks of 64 tokens, of which a segment leaves half of one empty, and wait for the
 # level before. 12 HH pairs in Qwen3.5's layers take 2 % less time on a CPU core than with a cost of 4.
 _RECURRENT_SEGMENT = 32.0
 REACHED_SHARES = 0.5, 0.35
@@ -106,7 +106,7 @@ def step_flops(causal_lm: Any) -> StepFlops:
         per_token += _per_weight(weight) * share * weight.numel()
         forward += _FORWARD * share * weight.numel()
     every = layer_heads(text)
-    layers, attending = text.num_hidden_layers, attention_layers(text)
+    attending = attention_layers(text)
     widths = [heads.query * (heads.dim + heads.value_dim) for heads in every]
     attention = attending * fmean(widths) if widths else 0.0
     keys = [heads.key * (heads.dim + heads.value_dim) for heads in every]
@@ -118,7 +118,7 @@ def step_flops(causal_lm: Any) -> StepFlops:
         _FORWARD * output.numel(),
         *_per_image_token(causal_lm),
         key_numbers=round(attending * fmean(keys)) if keys else 0,
-        hidden_numbers=layers * causal_lm.get_output_embeddings().weight.shape[-1],
+        hidden_numbers=text.num_hidden_layers * output.shape[-1],
         is_recurrent=text.model_type in WITH_STATES,
     )
 
@@ -183,7 +183,7 @@ def stacked_experts(causal_lm: Any) -> dict[str, nn.Parameter]:
 
 def numbers_of_experts(causal_lm: Any) -> dict[int, int]:
     """Return of how many experts each weight is, also of an adapter's matrices on stacks, by its id."""
-    found = {id(weight): len(weight) for weight in stacked_experts(causal_lm).values()}
+    found = {id(weight): whole_shape(weight)[0] for weight in stacked_experts(causal_lm).values()}
     for module in causal_lm.modules():
         if hasattr(module, "parameter_name"):  # peft's wrapper of a stack
             matrices = (*module.lora_A.parameters(), *module.lora_B.parameters())

@@ -32,8 +32,6 @@ _NON_TEXT_CLASSES = {
 # Names of modules between a vision tower and the text model, such as Qwen3-VL's mergers of several layers.
 _PROJECTORS = {"multi_modal_projector", "merger", "deepstack_merger_list", "embed_vision", "connector"}
 _PROJECTORS |= {"visual_embeddings_table"}
-# The name of modules that choose which keys a query attends to (DeepSeek-V3.2, arXiv 2512.02556).
-_INDEXER = "indexer"
 
 
 def layer_configs(text: Any) -> Sequence[Any]:
@@ -204,18 +202,15 @@ def text_notes(causal_lm: Any) -> list[str]:
     return notes
 
 
-def indexers(causal_lm: Any) -> list[nn.Module]:
-    """Return the modules that choose keys of sparse attention: the choice has no gradient."""
-    return [module for name, module in causal_lm.named_modules() if name.rpartition(".")[2] == _INDEXER]
-
-
 def without_gradient(causal_lm: Any) -> set[nn.Parameter]:
     """Return the weights that get no gradient: those of indexers, and of parts for images that are frozen.
 
     Weights for images that an adapter trains count as frozen, too.
     """
     trained = {weight for weight in image_weights(causal_lm) if weight.requires_grad}
-    unmoved = {weight for module in indexers(causal_lm) for weight in module.parameters()}
+    # These choose which keys a query attends to (DeepSeek-V3.2, arXiv 2512.02556).
+    indexers = [module for name, module in causal_lm.named_modules() if name.rpartition(".")[2] == "indexer"]
+    unmoved = {weight for module in indexers for weight in module.parameters()}
     return unmoved | (other_weights(causal_lm) - trained)
 
 

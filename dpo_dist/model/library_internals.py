@@ -241,11 +241,12 @@ def fork_states(causal_lm: nn.Module) -> bool:
     if not recurrent or any(hasattr(file, _WITHOUT_STATE) for file in recurrent):
         return False
     for file in recurrent:
-        for name in _RECURRENT.keys() & vars(file).keys():
-            if not hasattr(getattr(file, name), "original"):
-                setattr(file, name, _forked(getattr(file, name), _RECURRENT[name]))
-        if _PADDING in vars(file) and not hasattr(getattr(file, _PADDING), "original"):
-            setattr(file, _PADDING, _none_if_whole(getattr(file, _PADDING)))
+        for name in {*_RECURRENT, _PADDING} & vars(file).keys():
+            own = getattr(file, name)
+            if not hasattr(own, "original"):
+                forked = _none_if_whole(own) if name == _PADDING else _forked(own, _RECURRENT[name])
+                forked.original = own
+                setattr(file, name, forked)
     return True
 
 
@@ -256,14 +257,12 @@ def whole_mask(input_ids: Tensor) -> Tensor:
     return mask
 
 
-def _none_if_whole(original: Callable[..., Any]) -> Callable[..., Any]:
+def _none_if_whole(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def function(*arguments: Any, attention_mask: Any, **options: Any) -> Any:
         is_whole = hasattr(attention_mask, "is_whole")
         return None if is_whole else original(*arguments, attention_mask=attention_mask, **options)
 
-    marked: Any = function
-    marked.original = original
     return function
 
 
@@ -304,7 +303,7 @@ def _model_files(causal_lm: nn.Module) -> list[Any]:
     return [sys.modules[name] for name in names if name.startswith("transformers.models.")]
 
 
-def _forked(original: Callable[..., Any], method: str) -> Callable[..., Any]:
+def _forked(original: Callable[..., Any], method: str) -> Any:
     plain = inspect.unwrap(original)
 
     # Every batch has another tree: torch.compile would compile the function again for each.
@@ -316,9 +315,7 @@ def _forked(original: Callable[..., Any], method: str) -> Callable[..., Any]:
             return called(*arguments, **options)
         return getattr(packed_states, method)(called, *arguments, **options)
 
-    function.original = original
-    forked: Callable[..., Any] = function
-    return forked
+    return function
 
 
 # ---- peft ----

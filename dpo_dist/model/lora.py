@@ -74,8 +74,6 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
         add_saved(causal_lm, start, _START, _KEY)
         lora = add_saved(causal_lm, start, TRAINED, _KEY)
     lora.inference_mode = False
-    for layer in adapted_layers(causal_lm):
-        layer.set_adapter(TRAINED)
     _prepare_copies(causal_lm, start)
     _activate(model, TRAINED)
     if shards_loading() or partly_used_blocks(causal_lm):
@@ -172,7 +170,9 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> "LoraConfig"
             stacks = {_unwrapped(weight.rpartition(".")[0]) for weight in stacked_experts(causal_lm)}
             lora.target_modules = {layer for layer in on_disk if _unwrapped(layer) not in stacks}
         _inject(causal_lm, lora, name)
-    if matrices := [layer for layer in adapted_layers(causal_lm) if _adapts_router(layer)]:
+    # Neither linear layers nor stacks: a router's weights, which peft's own `all-linear` adapts, too.
+    on_weights = [layer for layer in adapted_layers(causal_lm) if hasattr(layer, "parameter_name")]
+    if matrices := [layer for layer in on_weights if not _adapts_stack(layer)]:
         got = f"matrices on the {matrices[0].parameter_name} of {type(matrices[0].get_base_layer()).__name__}"
         raise _foreign_adapter(causal_lm, folder, got, key, MERGE)
     if causal_lm.get_output_embeddings() in adapted_layers(causal_lm):
@@ -209,20 +209,8 @@ def _any_fault_as_foreign(causal_lm: Any, folder: Path, key: str) -> Iterator[No
         raise _foreign_adapter(causal_lm, folder, f"{type(error).__name__}: {reason}", key) from error
 
 
-def _adapts_router(layer: Any) -> bool:
-    """Return whether a layer adapts a weight that is no linear layer's and no stack: a router's.
-
-    peft's own `all-linear` adapts these, too.
-    """
-    from peft.tuners.lora import ParamWrapper  # noqa: PLC0415
-
-    return isinstance(layer, ParamWrapper) and not _adapts_stack(layer)
-
-
 def _adapts_stack(layer: Any) -> bool:
-    from peft.tuners.lora import ParamWrapper  # noqa: PLC0415
-
-    return isinstance(layer, ParamWrapper) and len(whole_shape(layer.get_param())) == 3
+    return hasattr(layer, "parameter_name") and len(whole_shape(layer.get_param())) == 3
 
 
 def _foreign_adapter(causal_lm: Any, folder: Path, got: str, key: str, merge: str = "") -> ConfigError:
@@ -267,7 +255,7 @@ def _short_name(weight: str) -> str:
 def experts_note(causal_lm: Any, adapter: AdapterConfig | None) -> list[str]:
     """Return a line that says how experts get an adapter, if they could have one but have none."""
     experts = dict.fromkeys(map(_short_name, stacked_experts(causal_lm)))
-    if adapter is None or not experts or any(map(_adapts_stack, causal_lm.modules())):
+    if adapter is None or not experts or any(map(_adapts_stack, adapted_layers(causal_lm))):
         return []
     targets = ",".join([*_targets(adapter), *experts])
     return [

@@ -31,7 +31,6 @@ from dpo_dist.model.library_internals import (
 from dpo_dist.model.states import ForkedStates
 from dpo_dist.objective.router import routing_sums
 from dpo_dist.objective.token_logps import (
-    UNCHANGED,
     LogitChange,
     Statistic,
     float32_logits,
@@ -69,7 +68,7 @@ class LogpHead(nn.Linear):
     change: LogitChange
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, change: LogitChange = UNCHANGED) -> "LogpHead":
+    def from_linear(cls, linear: nn.Linear, change: LogitChange) -> "LogpHead":
         """Return a head that shares the parameters of the output layer `linear`, sharded or not."""
         has_bias = linear.bias is not None
         head = cls(linear.in_features, linear.out_features, bias=has_bias, device="meta")

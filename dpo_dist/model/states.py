@@ -212,7 +212,7 @@ class ForkedStates:
 
 
 def lacks_delta_kernels(causal_lm: Any) -> bool:
-    """Return whether plain PyTorch computes a delta rule of this model in any precision."""
+    """Return whether plain PyTorch computes a delta rule of this model, whatever the precision."""
     called = [called for method, _, called in recurrent_functions(causal_lm) if method == "delta_rule"]
     return not all(map(is_kernel, called))
 
@@ -220,7 +220,7 @@ def lacks_delta_kernels(causal_lm: Any) -> bool:
 Draw = Callable[..., Tensor]
 """Return normal numbers of a shape."""
 Trial = tuple[Callable[..., Tensor], dict[str, Tensor]]
-"""A function of states, a function of a modeling file and inputs by name, and these inputs."""
+"""What calls a method of `ForkedStates` with a modeling file's function and inputs by name; these inputs."""
 
 
 def _convolution(_text: Any, _plain: Callable[..., Any], draw: Draw) -> Trial:

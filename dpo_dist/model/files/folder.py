@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dpo_dist.config.schema import AdapterConfig, ModelConfig, Quantization
+from dpo_dist.config.schema import ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError, first_line, in_one_line
 from dpo_dist.foundation.files import similar_path
 from dpo_dist.foundation.remedies import Remedy
@@ -253,7 +253,7 @@ def check_weights(files: Iterable[Path], key: str) -> None:
 
 def start_folder(config: ModelConfig) -> Path | None:
     """Return the local folder of `model.adapter.path`, downloaded if needed; None if there is none."""
-    adapter: AdapterConfig | None = config.adapter
+    adapter = config.adapter
     if adapter is None or adapter.path is None:
         return None
     folder = model_folder(adapter.path, None, _ADAPTER_KEY, accepts_adapter=True)

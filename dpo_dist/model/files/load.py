@@ -4,11 +4,10 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ from dpo_dist.model.files.folder import (
     tokenizer_folder,
     weight_files,
 )
-from dpo_dist.model.files.stored import mxfp4_names, plain_config, plain_weights
+from dpo_dist.model.files.stored import mxfp4_names, places, plain_config, plain_weights
 from dpo_dist.model.layers import (
     check_device,
     check_reads_images,
@@ -161,7 +160,7 @@ def tokenizer_digest(folder: Path, *, with_images: bool = False) -> str:
     names = _VOCABULARY_FILES + _SPECIAL_FILES + (_IMAGE_FILES if with_images else ())
     files = sorted({file for name in names for file in folder.glob(name) if file.is_file()})
     parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
-    config_file = folder / "config.json"  # an adapter's folder with a tokenizer has no config.json
+    config_file = folder / CONFIG_FILE  # an adapter's folder with a tokenizer has no config.json
     config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
     # transformers chooses the tokenizer's class by these keys.
     parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]
@@ -329,18 +328,21 @@ def load_weights(
     options, packed = placement(config, device), dict[str, Packing | Mxfp4]()
     if config.quantization is not None:
         packed = packings(described, config.quantization, TORCH_DTYPES[config.dtype], mxfp4_names(folder))
-        if config.images is not None:
-            options["quantization_config"].llm_int8_skip_modules = _never_quantized(model_config, config)
+        if config.images is not None:  # parts for images and the output layer keep their precision
+            head = described.get_output_embeddings()
+            whole = [*image_parts(described), *(n for n, one in described.named_modules() if one is head)]
+            options["quantization_config"].llm_int8_skip_modules = whole
     pack = {name: packing.pack for name, packing in packed.items()}
+    kept = [name for name, packing in packed.items() if isinstance(packing, Mxfp4)]
     with _loading_errors(folder, key), transposed_by(shapes), packed_by(pack):
-        causal_lm, report = _load(folder, model_config, config, kind, packed, **options)
+        causal_lm, report = _load(folder, model_config, config, kind, kept, **options)
     # Under ZeRO-3, transformers maps names in files in another way, which may miss weights.
     _check_missing(report, folder, key, "; or set parallelism.kind=zero2 or ddp" if is_sharded else "")
     if not is_sharded and config.quantization is None:
         _freeze_as_defined(causal_lm)
-    if config.quantization is not None and (whole := unpackable(described)):
-        kept = size(TORCH_DTYPES[config.dtype].itemsize * sum(map(torch.numel, whole)))
-        log.warning("%s: %s leaves experts in %s, %s", folder, config.quantization, config.dtype, kept)
+    if config.quantization is not None and (unpacked := unpackable(described)):
+        memory = size(TORCH_DTYPES[config.dtype].itemsize * sum(map(torch.numel, unpacked)))
+        log.warning("%s: %s leaves experts in %s, %s", folder, config.quantization, config.dtype, memory)
     compute_packed(causal_lm, packed)
     if kind is None:
         if config.images is not None:
@@ -448,11 +450,10 @@ def _load(
     model_config: Any,
     config: ModelConfig,
     kind: Any,
-    packed: Mapping[str, Packing | Mxfp4] = MappingProxyType({}),
+    kept: Collection[str] = (),
     **options: Any,
 ) -> Any:
-    """Return the model that `from_pretrained` loads, and its loading report."""
-    kept = [name for name, packing in packed.items() if isinstance(packing, Mxfp4)]
+    """Return the model that `from_pretrained` loads, and its loading report; `kept` as in `plain_weights`."""
     dtype, is_read = TORCH_DTYPES[config.dtype], options.get("device_map") != "meta"
     with plain_weights(folder, dtype, kept, is_read=is_read):
         return (kind or auto_class(model_config, config.trust_remote_code)).from_pretrained(
@@ -503,12 +504,7 @@ def _differing_ties(causal_lm: Any, folder: Path, dtype: torch.dtype) -> tuple[s
     if not apart:
         return None
     renamed = name_in_model(causal_lm)
-    found: dict[str, tuple[Path, str]] = {}
-    for file in weight_files(folder):
-        if file.suffix != ".json":
-            with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    found[renamed(name)] = file, name
+    found = {renamed(name): (file, name) for name, file in places(folder).items()}
 
     def value(name: str) -> torch.Tensor:
         file, stored = found[name]
@@ -534,14 +530,6 @@ def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
         return {"quantization_config": quantized, "device_map": {"": device}}
     on_host = device.type == "cpu" or shards_loading()  # ZeRO-3 moves its shards itself
     return {} if on_host else {"device_map": {"": device}}
-
-
-def _never_quantized(model_config: Any, config: ModelConfig) -> list[str]:
-    """Return the names of the output layer and of the parts for images, which keep their precision."""
-    with torch.device("meta"), unsharded():
-        causal_lm = auto_class(model_config, config.trust_remote_code).from_config(model_config)
-    head = causal_lm.get_output_embeddings()
-    return [*image_parts(causal_lm), *(name for name, module in causal_lm.named_modules() if module is head)]
 
 
 def _keep_evaluating(causal_lm: Any) -> None:

@@ -143,13 +143,12 @@ def write_adapter(folder: Path, causal_lm: Any, weights: Mapping[str, Tensor], d
     config = copy(causal_lm.peft_config[TRAINED])
     config.inference_mode, config.modules_to_save = True, saved or None
     config.save_pretrained(folder)
-    prefixed = {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
-    save_file(prefixed, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
 
 
 def _name_in_file(name: str) -> str:
     """Return a weight's name in peft's files, which lacks the adapter's name."""
-    short = _ADAPTER_NAME.sub("", name)
+    short = PEFT_PREFIX + _ADAPTER_NAME.sub("", name)
     return short.removesuffix(".weight") if ".lora_magnitude_vector" in short else short
 
 

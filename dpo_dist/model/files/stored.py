@@ -64,7 +64,7 @@ def mxfp4_names(folder: Path) -> set[str]:
     """Return the names of the weights that a folder has in MXFP4."""
     if stored_quantization(folder) is None:
         return set()
-    return {name.removesuffix(_BLOCKS) for name in _places(folder) if name.endswith(_BLOCKS)}
+    return {name.removesuffix(_BLOCKS) for name in places(folder) if name.endswith(_BLOCKS)}
 
 
 def join_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def join_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     return torch.cat([blocks, scales[..., None]], -1)
 
 
-def _places(folder: Path) -> dict[str, Path]:
+def places(folder: Path) -> dict[str, Path]:
     """Return the file of each tensor: a weight may lie in another file than its scales."""
     places = dict[str, Path]()
     for file in weight_files(folder):
@@ -89,10 +89,8 @@ class _Reader:
         self, folder: Path, dtype: torch.dtype, kept: Collection[str] = (), *, is_read: bool = True
     ) -> None:
         self._dtype, self._kept, self._is_read = dtype, kept, is_read
-        self._blocks: tuple[int, int] | None = None
-        if sizes := (stored_quantization(folder) or {}).get("weight_block_size", (128, 128)):
-            self._blocks = sizes[0], sizes[1]
-        self._places = _places(folder)
+        self._blocks = (stored_quantization(folder) or {}).get("weight_block_size", (128, 128))
+        self._places = places(folder)
         self._files: dict[Path, Any] = {file: safe_open(file, "pt") for file in {*self._places.values()}}
 
     def open(self, file: str | Path) -> "_PlainFile":
@@ -144,7 +142,7 @@ class _Reader:
     def _scaled(self, name: str) -> Tensor:
         weight: Tensor = self._slice(name)[...].float()
         scale: Tensor = self._slice(name + _SCALE)[...].float()
-        if self._blocks is not None and scale.numel() > 1:
+        if self._blocks and scale.numel() > 1:
             # The last block of a side may be cut, as in DeepSeek-V3's 576 rows: blocks are not equal parts.
             sides = [*zip(weight.shape[-2:], self._blocks, strict=True)]
             expected = [-(-side // block) for side, block in sides]

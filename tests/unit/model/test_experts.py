@@ -130,16 +130,15 @@ def test_a_number_is_rounded_by_the_largest_of_its_own_block(
 ) -> None:
     """In 4 bits by 0.152 of it, half the largest step between two numbers; a block is 64 inputs."""
     plain, seen = written(tmp_path, family), dict[str, Tensor]()
-    quantized = loaded(tmp_path, kind)
     name = "model.layers.1.mlp.experts"
-    experts = quantized.get_submodule(name)
-    own = type(experts).forward
+    experts = type(plain.get_submodule(name))
+    own = experts.forward
 
     def look(self: Any, *args: Any, **options: Any) -> Any:
         seen.update({weight: getattr(self, weight).clone() for weight in ("gate_up_proj", "down_proj")})
         return own(self, *args, **options)
 
-    monkeypatch.setattr(type(experts), "forward", look)
+    monkeypatch.setattr(experts, "forward", look)
     quantized = loaded(tmp_path, kind)
     with torch.no_grad():
         quantized(input_ids=IDS)
