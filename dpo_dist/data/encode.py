@@ -15,8 +15,8 @@ from dpo_dist.data.read.images import has_tag
 from dpo_dist.data.records import (
     IMAGE,
     BadRecord,
-    Lengths,
     PreferenceRecord,
+    RecordLengths,
     Tokenizer,
     UnusableRecordError,
     training_examples,
@@ -38,7 +38,7 @@ class EncodedExample(Example):
     changes: frozenset[str] = frozenset()  # names in counts.yaml
     truncated: tuple[bool, ...] = ()  # for each response, whether its end and its end-of-turn token were cut
     read_as: str = ""
-    lengths: Lengths | None = None
+    lengths: RecordLengths | None = None
 
 
 def encode_pair(
@@ -54,7 +54,7 @@ def encode_pair(
     `processor` reads, are `ExpandedImage`.
     """
     facts = tokenizer_facts(tokenizer, data_config, with_tools=bool(record.tools))
-    lengths: Lengths | None = None
+    lengths: RecordLengths | None = None
     try:
         if has_reserved((record.prompt, record.responses, record.tools, record.template_arguments)):
             raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0")
@@ -71,7 +71,7 @@ def encode_pair(
             )
         is_distinct = len(set(map(tuple, responses))) == len(responses)
         if len(prompt) > prefix_length and is_distinct and all(mask.any() for mask in trained):
-            lengths = Lengths(
+            lengths = RecordLengths(
                 len(prompt),
                 longest=max(map(len, responses)),
                 bos=prefix_length,

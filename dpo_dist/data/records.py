@@ -93,7 +93,7 @@ class Dialogue(tuple[Message, ...]):
 Prompt: TypeAlias = str | Messages
 
 
-class Lengths(NamedTuple):
+class RecordLengths(NamedTuple):
     """Numbers of a record's tokens before any cut."""
 
     prompt: int
@@ -165,7 +165,7 @@ class BadRecord:
     origin: Origin
     detail: str = ""
     unread: tuple[str, ...] = ()
-    lengths: Lengths | None = None
+    lengths: RecordLengths | None = None
     fields: tuple[str, ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
 

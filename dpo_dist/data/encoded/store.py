@@ -60,7 +60,7 @@ ROW_SCHEMA = pa.schema(
         "trained": pa.list_(pa.bool_()),
         # The indices of the responses of each example, best first.
         "examples": pa.list_(pa.list_(pa.int32())),
-        # `Lengths`, also of records that are dropped for their length.
+        # `RecordLengths`, also of records that are dropped for their length.
         "lengths": pa.list_(pa.int64()),
         # The digests of the prompt's images; their files, if the record only names them, as they were read.
         "images": pa.list_(pa.binary()),

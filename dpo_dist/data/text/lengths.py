@@ -57,7 +57,7 @@ def needed_tokens(responses: Sequence[list[int]], trained: Sequence[npt.NDArray[
 class SourceLengths:
     """The lengths of a source's records before they were cut, and the numbers of records."""
 
-    lengths: Tokens  # of `Lengths`, [records that fit or would with other limits, 5]
+    lengths: Tokens  # of `RecordLengths`, [records that fit or would with other limits, 5]
     unusable: int  # records that stay unusable with any limits
     max_dropped: float  # most records that may be dropped
 
