@@ -768,10 +768,15 @@ def test_names_of_a_script_that_the_trainer_uses_itself_are_refused(folder: Path
             self.mine = 1
             super().__init__(**given)
 
+    class Run(DPOTrainer):
+        def run(self) -> None:  # type: ignore[override]
+            """An attribute of the trainer would hide it."""
+
     given: Any = {"model": str(folder), "args": DPOConfig(output_dir=str(tmp_path)), "train_dataset": PAIRS}
-    for kind, name in ((Early, "config"), (Own, "own_model"), (Folder, "folder")):
+    for kind, name in ((Early, "config"), (Own, "own_model"), (Folder, "folder"), (Run, "run")):
         with pytest.raises(ConfigError, match=rf"trainer\.{name}"):
             kind(**given)
+    assert not list(tmp_path.iterdir()), "before anything is written"
     trainer = DPOTrainer(**given)
     trainer.folder = Path("elsewhere")
     with pytest.raises(ConfigError, match=r"trainer\.folder"):
@@ -962,8 +967,10 @@ def test_of_two_equal_evaluations_the_earlier_is_the_best(
     args = DPOConfig(output_dir=str(tmp_path), eval_strategy="epoch", metric_for_best_model="loss")
     trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=PAIRS[:4])
     rows = [{"step": step, "epoch": 1.0, "eval_loss": loss} for step, loss in ((1, 0.7), (2, 0.5), (3, 0.5))]
+    ended = {"exit": "preempted", "stopped_by": "a callback", "steps": 3, "train_seconds": 0.0}
+    monkeypatch.setattr("dpo_dist.api.train", lambda *_, **__: ended)
     monkeypatch.setattr("dpo_dist.api.read_metrics", lambda _: rows)
-    trainer.take_rows()
+    trainer.train()
     assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.5, 2)
 
 
