@@ -26,9 +26,9 @@ _NEVER = ("on_pre_optimizer_step", "on_optimizer_step", "on_substep_end", "on_pr
 _COUNTED = ("max_steps", "logging_steps", "eval_steps", "save_steps", "num_train_epochs")
 """What the loop of transformers reads of `state` at each step."""
 _EDITS = (
-    "change the model before the trainer is made: the optimizer keeps its own copy of the weights, and the "
+    "change the model before the trainer is made: "
+    "the optimizer keeps its own copy of the weights, and its next step overwrites the change"
 )
-_EDITS += "next step overwrites the change"
 NOT_HERE = {
     **dict.fromkeys(
         ("optimizer", "lr_scheduler"),

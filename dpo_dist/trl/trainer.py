@@ -92,8 +92,8 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         others |= {"data_collator": data_collator, "compute_metrics": compute_metrics}
         raise_all(not_offered(self.config, args, others | {"optimizers": optimizers}))
         model, ref_model = uncompiled(model), uncompiled(ref_model)
-        changed = unseen(model, ref_model, has_adapter=peft_config is not None)
-        raise_all(uncalled_overrides(self, args or self.config(), _OFFERED, _AS_DEFINED) + changed)
+        found = uncalled_overrides(self, args or self.config(), _OFFERED, _AS_DEFINED)
+        raise_all(found + unseen(model, ref_model, has_adapter=peft_config is not None))
 
         # The command and what follows its run; callbacks add to both.
         name = Path(model if isinstance(model, str) else model.config.name_or_path).name
@@ -102,20 +102,21 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         self.folder, self.run = command.folder, command.run
         self.accelerator, self._follower = Processes(self.args), Follower(self, command)
         self.callback_handler = self._follower.handler
-        self.state, self.control = TrainerState(), TrainerControl()
         self.hub_model_id = self.args.hub_model_id
+        self.state, self.control = TrainerState(), TrainerControl()
         self.state.is_world_process_zero = self.is_world_process_zero()
         self.state.is_local_process_zero = self.is_local_process_zero()
         for callback in callbacks or ():
             self.add_callback(callback)
 
-        # Records are written first: what is refused below depends on their number and their columns.
+        # Records are written now: their columns and their number decide about the rest. A file of records is
+        # named by its content, so that one of a script that is refused below does no harm.
         has_adapter = peft_config is not None or hasattr(model, "peft_config")
         self._given_data = train_dataset, eval_dataset
         command.add_records(train_dataset, eval_dataset, has_adapter=has_adapter)
 
-        # Models get their keys, but those in memory are not written before nothing is left to refuse. A
-        # quantized base is not sharded, so that its keys come before the launcher's.
+        # Models get their keys; the weights of those in memory are written when nothing is left to refuse.
+        # Whether a base is quantized comes first: if so, it is not sharded.
         is_quantized = command.add_quantization(quantization_config, model)
         raise_all(own_tokenizer(processing_class, "processing_class"))
         for line in command.add_sharding():
@@ -125,7 +126,8 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         )
         self.processing_class = models.tokenizer
 
-        # The whole command is checked. `max_length=None` needs the tokenizer, intervals the number of pairs.
+        # The whole command is checked, as `train` would. Intervals by epoch need the number of pairs, and
+        # that needs the tokenizer where records can be too long.
         if self.args.max_length is None:
             command.set_longest(self.processing_class)
         raise_all(command.faults())
@@ -204,7 +206,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         if summary["exit"] == RunOutcome.preempted and BY_CALLBACK not in summary["stopped_by"].split(", "):
             raise SystemExit(ExitCode.preempted)  # the script would take these weights for the trained model
 
-        # The run has ended: `state`, the model in memory, and the row at the end are brought up to date.
+        # The run has ended: `state`, the model in memory and the row at the end become what TRL's are.
         models.summary = summary
         steps, seconds = summary["steps"], summary["train_seconds"]
         self.state.global_step, self.state.max_steps = steps, max(steps, self.state.max_steps)
