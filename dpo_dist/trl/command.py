@@ -35,12 +35,12 @@ class Command:
     """What a script asks a run to do. A trainer collects it when it is made, writes it, and trains by it."""
 
     def __init__(
-        self, args: TrainerArguments, config: type[TrainerArguments], dtype: torch.dtype | None
+        self, args: TrainerArguments, kind: type[TrainerArguments], dtype: torch.dtype | None
     ) -> None:
-        """Take the arguments; `dtype`: the type of the weights of a model in memory, else None."""
-        self.args, self.config = args, config
+        """Take the arguments of a `kind` of trainer; `dtype`: that of a model in memory, else None."""
+        self.args, self.kind = args, kind
         self.arguments = copy.deepcopy(dict(vars(args)))
-        """The values of `args` by which the command is made: a script may change `args` later."""
+        """The values of `args` by which the command is made: `args` stays in the script's hands."""
         self.folder = Path(args.output_dir)
         self.run = RunFolder(self.folder / "run")
         self.theirs = args.keys(dtype)
@@ -78,7 +78,7 @@ class Command:
         if self.args.eval_strategy != "no":
             self.ours["data.eval"] = self.evaluation
         columns = train[0].get("columns", {})
-        self.ours["data.unpair"] = self.config is KTOConfig and "chosen" in columns
+        self.ours["data.unpair"] = self.kind is KTOConfig and "chosen" in columns
         if "images" in columns:
             trained = "none" if has_adapter else "tower"  # as TRL does
             self.ours |= {"model.images.train": trained, "data.images": str(Path.cwd())}
@@ -99,7 +99,7 @@ class Command:
         if isinstance(given, Mapping) or (given and Path(given).is_file()):
             del self.theirs["deepspeed"]  # what it says is read below
         elif given or self.args.fsdp:
-            return []  # an argument wins over the launcher; the translation names what it has no key for
+            return []  # the argument wins over the launcher, and the translation reads it
         is_quantized = any(key.startswith(_BITS) for key in self.theirs | self.theirs["model_init_kwargs"])
         is_half = bool(self.theirs.get("bf16", True) or self.args.fp16)
         keys, said = launcher_keys(os.environ, self.args, is_quantized=is_quantized, is_half=is_half)
@@ -165,7 +165,7 @@ class Command:
 
     def _translation(self) -> Translation:
         """Translate the keys; raise if one with an effect in TRL has no translation."""
-        name = self.config.__name__
+        name = self.kind.__name__
         translation = translate_run(ForeignRun("TRL", self.theirs, name), self.ours)
         inner = self.theirs["model_init_kwargs"] | self.theirs.get("lr_scheduler_kwargs", {})
         given = self.theirs | inner
@@ -246,7 +246,7 @@ class Command:
             text = error.advice.text.replace("run.dir", "output_dir").replace("model.adapter", "peft_config")
             error.where = error.where.replace("model.adapter", "peft_config")
             if words := error.advice.write:
-                text += f"; a script passes it as {self.config.__name__}(words={[*words]})"
+                text += f"; a script passes it as {self.kind.__name__}(words={[*words]})"
             error.advice = replace(error.advice, text=text)
             raise
 

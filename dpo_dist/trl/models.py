@@ -60,6 +60,8 @@ class Models:
         """Models in memory by their key, each with the tokenizer that is written beside it."""
         self._sums = dict[str, dict[str, int]]()
         """For each model in memory the sum of each weight, as `save` or a run left it."""
+        self._tokenization: tuple[Any, Any] = (None, None)
+        """The tokens and the chat template as `save` left them."""
         ours, theirs, args = command.ours, command.theirs, command.args
         options = theirs["model_init_kwargs"]
         named = {"revision": options.get("revision"), "trust_remote_code": args.trust_remote_code}
@@ -74,7 +76,7 @@ class Models:
         elif is_quantized and not isinstance(model, str):
             model = model.config.name_or_path  # from which it is quantized again
 
-        # The tokenizer: a run reads the one beside the weights.
+        # The tokenizer: a run reads the one beside the weights, so that another one needs a copy of them.
         source = model if isinstance(model, str) else model.config.name_or_path
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(source, **named)
@@ -84,7 +86,7 @@ class Models:
                 kind = auto_class(AutoConfig.from_pretrained(source, **named), args.trust_remote_code)
                 model = kind.from_pretrained(source, use_safetensors=True, **options | named)
             elif tokenizer.chat_template and tokenizer.chat_template != kept.chat_template:
-                # A template alone is a key, which saves a copy of the weights.
+                # But another template is only a key.
                 ours["data.chat_template"] = str(command.folder / "chat_template.jinja")
                 write_text(command.folder / "chat_template.jinja", tokenizer.chat_template)
         self.tokenizer = tokenizer
