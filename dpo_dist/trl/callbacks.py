@@ -18,7 +18,7 @@ from dpo_dist.foundation.process import this_rank
 from dpo_dist.model.lora import adapted_layers
 from dpo_dist.objective.router import AUX_LOSS
 from dpo_dist.tools.convert.arguments import refused
-from dpo_dist.trl.command import Command
+from dpo_dist.trl.command import ScriptCommand
 from dpo_dist.trl.unseen import bit_sum, changed_arguments
 
 _NEVER = ("on_pre_optimizer_step", "on_optimizer_step", "on_substep_end", "on_prediction_step")
@@ -82,7 +82,7 @@ class Flow(DefaultFlowCallback):  # type: ignore[misc]
 class Follower:
     """Follows a run on rank 0: keeps the trainer's `state`, calls its callbacks, obeys its `control`."""
 
-    def __init__(self, trainer: Any, command: Command) -> None:
+    def __init__(self, trainer: Any, command: ScriptCommand) -> None:
         self.trainer, self.command = trainer, command
         self.policy: Any = None
         """The model that trains; None outside of training."""

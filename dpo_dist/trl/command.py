@@ -31,7 +31,7 @@ _BITS = ("load_in_", "bnb_4bit_quant_type")
 """How the keys begin that say how a base is quantized."""
 
 
-class Command:
+class ScriptCommand:
     """What a script asks a run to do. A trainer collects it when it is made, writes it, and trains by it."""
 
     def __init__(

@@ -26,17 +26,17 @@ from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.files.folder import is_adapter, model_folder, weight_files
 from dpo_dist.model.lora import find_modules, tied_pair
 from dpo_dist.tools.convert.arguments import adapter_keys, refused
-from dpo_dist.trl.command import Command
+from dpo_dist.trl.command import ScriptCommand
 from dpo_dist.trl.unseen import changed_weights, frozen_weights, hooks, own_tokenizer, weight_sums
 from dpo_dist.verbs import export
 
 
-class Models:
+class ScriptModels:
     """The policy, the reference and the tokenizer of a trainer: in memory, and as what a run reads."""
 
     def __init__(
         self,
-        command: Command,
+        command: ScriptCommand,
         model: Any,
         ref_model: Any,
         peft_config: Any,

@@ -15,7 +15,7 @@ _INHERITED = {
     *("log_metrics", "metrics_format", "save_metrics", "save_state"),
 }
 """The methods of transformers' `Trainer` that are used as they are; its others are not here."""
-ARGUMENTS = {
+ARGUMENT_OF = {
     **{name: name for name in ("beta", "loss_type", "loss_weights", "ld_alpha", "label_smoothing")},
     **{name: name for name in ("f_divergence_type", "f_alpha_divergence_coef", "use_weighting")},
     **{name: name for name in ("desirable_weight", "undesirable_weight", "padding_free")},

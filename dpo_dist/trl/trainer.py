@@ -28,12 +28,12 @@ from dpo_dist.foundation.process import this_rank
 from dpo_dist.foundation.signals import BY_CALLBACK
 from dpo_dist.tools.convert.arguments import DPOConfig, KTOConfig, TrainerArguments, not_offered, refused
 from dpo_dist.trl.callbacks import AbsentError, Follower
-from dpo_dist.trl.command import Command, dtype_in_memory
+from dpo_dist.trl.command import ScriptCommand, dtype_in_memory
 from dpo_dist.trl.data import with_token_ids
-from dpo_dist.trl.models import Models, uncompiled, unseen
+from dpo_dist.trl.models import ScriptModels, uncompiled, unseen
 from dpo_dist.trl.processes import Processes
 from dpo_dist.trl.surface import (
-    ARGUMENTS,
+    ARGUMENT_OF,
     INSTEAD,
     NO_IGNORED_KEYS,
     fixed,
@@ -58,9 +58,9 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
     """`output_dir`."""
     run: RunFolder
     """The folder of the run, below `folder`."""
-    _command: Command
+    _command: ScriptCommand
     """What the run is asked to do: the arguments as keys, their file, and the words of `api.train`."""
-    _models: Models
+    _models: ScriptModels
     """The policy and the reference, and whether this trainer has trained."""
     _follower: Follower
     """Keeps `state` and calls the callbacks while a run trains."""
@@ -98,7 +98,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         # The command and what follows its run; callbacks add to both.
         name = Path(model if isinstance(model, str) else model.config.name_or_path).name
         self.args = args or self.config(output_dir=f"{name}-{self.config.__name__[:3]}")
-        command = self._command = Command(self.args, self.config, dtype_in_memory(model))
+        command = self._command = ScriptCommand(self.args, self.config, dtype_in_memory(model))
         self.folder, self.run = command.folder, command.run
         self.accelerator, self._follower = Processes(self.args), Follower(self, command)
         self.callback_handler = self._follower.handler
@@ -121,7 +121,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         raise_all(own_tokenizer(processing_class, "processing_class"))
         for line in command.add_sharding():
             self.accelerator.print(line)
-        models = self._models = Models(
+        models = self._models = ScriptModels(
             command, model, ref_model, peft_config, processing_class, is_quantized=is_quantized
         )
         self.processing_class = models.tokenizer
@@ -373,8 +373,8 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
 
         For others an error says what to use.
         """
-        if name in ARGUMENTS and "args" in self.__dict__:
-            return getattr(self.args, ARGUMENTS[name])
+        if name in ARGUMENT_OF and "args" in self.__dict__:
+            return getattr(self.args, ARGUMENT_OF[name])
         if name.startswith("__") or "args" not in self.__dict__:
             raise AttributeError(name)
         public = ", ".join(sorted(entry for entry in _OFFERED if entry[0] != "_"))
