@@ -65,16 +65,11 @@ class ScriptCommand:
         """The metric that chooses the best checkpoint, as TRL names it; empty: none."""
         return (self.args.metric_for_best_model or "").removeprefix("eval_")
 
-    def sources(self, records: Any, name: str) -> list[dict[str, Any]]:
-        """Write records in memory below the folder; return them as sources. `name`: of the argument."""
-        folder, is_stored = self.folder / "encoded" / "records", self.args.precompute_ref_log_probs
-        return sources(records, name, folder, is_stored=is_stored)
-
     def add_records(self, train_dataset: Any, eval_dataset: Any, *, has_adapter: bool) -> None:
         """Write the records, and set their keys."""
-        train = self.ours["data.train"] = self.sources(train_dataset, "train_dataset")
+        train = self.ours["data.train"] = sources(train_dataset, "train_dataset", self.args)
         if eval_dataset is not None:
-            self.evaluation = self.sources(eval_dataset, "eval_dataset")
+            self.evaluation = sources(eval_dataset, "eval_dataset", self.args)
         if self.args.eval_strategy != "no":
             self.ours["data.eval"] = self.evaluation
         columns = train[0].get("columns", {})

@@ -29,7 +29,7 @@ from dpo_dist.foundation.signals import BY_CALLBACK
 from dpo_dist.tools.convert.arguments import DPOConfig, KTOConfig, TrainerArguments, not_offered, refused
 from dpo_dist.trl.callbacks import AbsentError, Follower
 from dpo_dist.trl.command import ScriptCommand, dtype_in_memory
-from dpo_dist.trl.data import with_token_ids
+from dpo_dist.trl.data import sources, with_token_ids
 from dpo_dist.trl.models import ScriptModels, uncompiled, unseen
 from dpo_dist.trl.processes import Processes
 from dpo_dist.trl.surface import (
@@ -242,7 +242,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         elif eval_dataset is None:
             given = self._command.evaluation
         else:
-            given = self._command.sources(eval_dataset, "eval_dataset")
+            given = sources(eval_dataset, "eval_dataset", self.args)
         if not given:
             raise refused("evaluate", "no eval_dataset", "pass one to evaluate, or to the trainer")
         config, model = self._command.configuration(), self._models.trained() or self._models.start

@@ -534,9 +534,12 @@ def test_what_has_no_effect_in_trl_either_is_accepted(
 def test_an_option_that_trl_does_not_use_with_the_loss_changes_nothing_and_is_said(
     given: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.warns(UserWarning, match=f"{[*given][-1]}: TRL does not use it with"):
-        found = translated(folder, tmp_path, **given)
-    assert {key for key in found if key.startswith("loss.")} <= {"loss.kind"}
+    args, said = DPOConfig(output_dir=str(tmp_path), **given), f"{[*given][-1]}: TRL does not use it with"
+    with pytest.warns(UserWarning, match=said) as noted:
+        trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS)
+    assert {key for key in keys_of(trainer) if key.startswith("loss.")} <= {"loss.kind"}
+    places = {note.filename for note in noted if str(note.message).startswith(said)}
+    assert places == {__file__}, "the line of the script that makes the trainer"
 
 
 @pytest.mark.parametrize(
