@@ -964,17 +964,21 @@ def test_a_record_without_a_response_does_not_change_how_others_are_read(
     assert source["columns"] == without[0]["columns"]
 
 
+@pytest.mark.parametrize(
+    ("held_out", "metric"), [(PAIRS[:4], "eval_loss"), ({"easy": PAIRS[:4]}, "eval_easy_loss")]
+)
 def test_of_two_equal_evaluations_the_earlier_is_the_best(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    held_out: Any, metric: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = DPOConfig(output_dir=str(tmp_path), eval_strategy="epoch", metric_for_best_model="loss")
-    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=PAIRS[:4])
+    args = DPOConfig(output_dir=str(tmp_path), eval_strategy="epoch", metric_for_best_model=metric)
+    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=held_out)
     rows = [{"step": step, "epoch": 1.0, "eval_loss": loss} for step, loss in ((1, 0.7), (2, 0.5), (3, 0.5))]
     ended = {"exit": "preempted", "stopped_by": "a callback", "steps": 3, "train_seconds": 0.0}
     monkeypatch.setattr("dpo_dist.api.train", lambda *_, **__: ended)
     monkeypatch.setattr("dpo_dist.api.read_metrics", lambda _: rows)
     trainer.train()
     assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.5, 2)
+    assert [row[metric] for row in trainer.state.log_history if metric in row] == [0.7, 0.5, 0.5]
 
 
 def test_weights_that_the_class_of_a_model_freezes_are_not_those_of_the_script(tmp_path: Path) -> None:
