@@ -15,12 +15,12 @@ _INHERITED = {
     *("log_metrics", "metrics_format", "save_metrics", "save_state"),
 }
 """The methods of transformers' `Trainer` that are used as they are; its others are not here."""
-ARGUMENT_OF = {
-    **{name: name for name in ("beta", "loss_type", "loss_weights", "ld_alpha", "label_smoothing")},
-    **{name: name for name in ("f_divergence_type", "f_alpha_divergence_coef", "use_weighting")},
-    **{name: name for name in ("desirable_weight", "undesirable_weight", "padding_free")},
-    **{"loss_types": "loss_type", "precompute_ref_logps": "precompute_ref_log_probs"},
-}
+_SAME_NAME = (
+    *("beta", "loss_type", "loss_weights", "ld_alpha", "label_smoothing", "padding_free", "use_weighting"),
+    *("f_divergence_type", "f_alpha_divergence_coef", "desirable_weight", "undesirable_weight"),
+)
+ARGUMENT_OF = {name: name for name in _SAME_NAME}
+ARGUMENT_OF |= {"loss_types": "loss_type", "precompute_ref_logps": "precompute_ref_log_probs"}
 """Attributes that TRL's trainers copy from their arguments, with the argument's name."""
 NO_IGNORED_KEYS = (
     "leave it out: an evaluation here keeps no outputs of the model, so there are none to ignore"
