@@ -1,29 +1,38 @@
-"""Calls the callbacks of a script at the moments of a run, with what transformers gives them."""
+"""Follows a run for a script: logs its rows as TRL does, and calls callbacks with what transformers gives."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerCallback
 
+from dpo_dist import api
 from dpo_dist.api import Moment, When, Wish
+from dpo_dist.config.metrics import is_evaluation
 from dpo_dist.config.run_folder import best_checkpoint, checkpoint_name
 from dpo_dist.distributed.deepspeed_internals import is_sharded
 from dpo_dist.foundation.errors import ConfigError, raise_all
 from dpo_dist.foundation.process import this_rank
 from dpo_dist.model.lora import adapted_layers
+from dpo_dist.objective.router import AUX_LOSS
 from dpo_dist.tools.convert.arguments import refused
+from dpo_dist.trl.command import ScriptCommand
 from dpo_dist.trl.unseen import bit_sum, changed_arguments
 
 _NEVER = ("on_pre_optimizer_step", "on_optimizer_step", "on_substep_end", "on_prediction_step")
 """Events inside a step or an evaluation, which here are one piece."""
 _COUNTED = ("max_steps", "logging_steps", "eval_steps", "save_steps", "num_train_epochs")
 """What the loop of transformers reads of `state` at each step."""
-_EDITS = "change the model before the trainer is made: the optimizer has weights of its own, and replaces it"
+_EDITS = (
+    "change the model before the trainer is made: "
+    "the optimizer keeps its own copy of the weights, and its next step overwrites the change"
+)
 NOT_HERE = {
     **dict.fromkeys(
-        ("optimizer", "lr_scheduler"), "the arguments set it; state.log_history has learning_rate"
+        ("optimizer", "lr_scheduler"),
+        "set it by the arguments; the learning rate is in the rows of state.log_history",
     ),
     "train_dataloader": "iterate over the trainer's train_dataset",
     "eval_dataloader": "iterate over the trainer's eval_dataset",
@@ -35,7 +44,7 @@ class AbsentError(ConfigError, AttributeError):
 
 
 class Absent:
-    """Stands for an object that callbacks get from TRL's trainer, and not here: an error if it is used."""
+    """Stands for an object that callbacks get from TRL's trainer, but not here: its use is an error."""
 
     def __init__(self, name: str, remedy: str) -> None:
         self._name, self._remedy = name, remedy
@@ -44,14 +53,17 @@ class Absent:
         """Raise an error that says what to use."""
         if name.startswith("__"):
             raise AttributeError(name)
-        raise AbsentError("this is not here", where=f"{self._name}.{name}", remedy=self._remedy)
+        raise self._error(f"{self._name}.{name}")
 
     def __bool__(self) -> bool:
         """Return true, as the object that this stands for."""
         return True
 
+    def _error(self, where: str) -> AbsentError:
+        return AbsentError("callbacks do not get this object here", where=where, remedy=self._remedy)
+
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise AbsentError("this is not here", where=self._name, remedy=self._remedy)
+        raise self._error(self._name)
 
     __call__ = __iter__ = __len__ = __getitem__ = _refuse
 
@@ -70,10 +82,13 @@ class Flow(DefaultFlowCallback):  # type: ignore[misc]
 class Follower:
     """Follows a run on rank 0: keeps the trainer's `state`, calls its callbacks, obeys its `control`."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer, self.has_begun, self._begins_epoch = trainer, False, True
-        self.policy: Any = None  # while it trains
-        self.epochs = 0  # that a run begins
+    def __init__(self, trainer: Any, command: ScriptCommand) -> None:
+        self.trainer, self.command = trainer, command
+        self.policy: Any = None
+        """The model that trains; None outside of training."""
+        self.has_begun = False
+        """Whether the callbacks know that training has begun: a complete run has no moments to follow."""
+        self._begins_epoch = True
         handler = CallbackHandler([Flow()], None, None, None, None)
         for name, remedy in NOT_HERE.items():
             setattr(handler, name, Absent(name, remedy))
@@ -121,7 +136,7 @@ class Follower:
                     raise refused("callbacks", f"{', '.join(theirs)}.{event} {changed}", _EDITS)
         finally:
             handler.model = None
-        faults = changed_arguments(trainer.args, trainer.arguments) if trainer.arguments else []
+        faults = changed_arguments(trainer.args, self.command.arguments)
         for name, value in counted.items():
             if (now := getattr(trainer.state, name)) != value:
                 remedy = "set control.should_training_stop, should_log, should_evaluate or should_save"
@@ -129,7 +144,7 @@ class Follower:
         raise_all(faults)
         if trainer.control.should_epoch_stop:
             trainer.control.should_epoch_stop = False
-            remedy = "set should_training_stop: here the rest of an epoch is not skipped"
+            remedy = "set control.should_training_stop: a run here does not skip the rest of an epoch"
             raise refused("callbacks", "control.should_epoch_stop", remedy)
 
     @contextlib.contextmanager
@@ -142,7 +157,7 @@ class Follower:
         if self.policy is None:
             yield self.trainer.own_model()
         elif event == "on_save":
-            folder = self.trainer.run.checkpoints / checkpoint_name(self.trainer.state.global_step)
+            folder = self.command.run.checkpoints / checkpoint_name(self.trainer.state.global_step)
             yield Absent("model", f"{folder} is the checkpoint; on_step_end has the model of each step")
         elif any(map(is_sharded, self.policy.causal_lm.parameters())):
             yield Absent(
@@ -168,8 +183,8 @@ class Follower:
         state.global_step, state.epoch = moment.step, moment.epoch
         match moment.when:
             case When.start:
-                state.num_train_epochs = self.epochs
-                trainer.take_rows(up_to=moment.step)
+                state.num_train_epochs = trainer.args.epochs(self.command.records)
+                self.take_rows(up_to=moment.step)
                 self.has_begun = self._begins_epoch = True
                 self.call("on_train_begin")
             case When.before_step:
@@ -183,7 +198,7 @@ class Follower:
                 self._begins_epoch = True
                 self.call("on_epoch_end")
             case When.saved:
-                if best := best_checkpoint(root := trainer.run.checkpoints):
+                if best := best_checkpoint(root := self.command.run.checkpoints):
                     state.best_model_checkpoint = str(root / best)
                 self.call("on_save")
                 state.global_step, state.epoch = now
@@ -191,13 +206,78 @@ class Follower:
 
     def _wishes(self) -> set[Wish]:
         control = self.trainer.control
-        if control.should_evaluate and not self.trainer.evaluates:
+        if control.should_evaluate and self.trainer.args.eval_strategy == "no":
             control.should_evaluate = False
             remedy = "pass an eval_dataset, and set eval_strategy='steps' and eval_steps"
             raise refused("callbacks", "control.should_evaluate without evaluations", remedy)
         asked = {Wish.log: control.should_log, Wish.evaluate: control.should_evaluate}
         asked |= {Wish.save: control.should_save, Wish.stop: control.should_training_stop}
         return {wish for wish, is_asked in asked.items() if is_asked}
+
+    def on_row(self, row: dict[str, float]) -> None:
+        """Log a row, on rank 0, as TRL's trainer does, and note the best evaluation."""
+        state, trainer = self.trainer.state, self.trainer
+        state.global_step, state.epoch = int(row["step"]), row.get("epoch")
+        shown = self._as_logged(row, is_asked=trainer.control.should_log)
+        for logs in shown:
+            trainer.log(logs)
+            if is_evaluation(row):
+                self.call("on_evaluate", metrics=logs)
+        # transformers compares once the callbacks have seen all sets.
+        for logs in shown:
+            self._note_best(logs)
+
+    def take_rows(self, up_to: float = math.inf) -> None:
+        """Set `state` by the rows of the run in `output_dir`, of steps until `up_to`."""
+        every = api.read_metrics(self.command.run.path)
+        rows = [logs for row in every if row["step"] <= up_to for logs in self._as_logged(row)]
+        self.trainer.state.log_history = rows
+        for row in rows:
+            self._note_best(row)
+
+    def last_metrics(self, losses: list[dict[str, float]]) -> dict[str, float]:
+        """Return the metrics of the steps after the last due row, which TRL logs in the row at the end."""
+        if not losses or self._as_logged(losses[-1]):
+            return {}
+        own = ("loss", "grad_norm", "learning_rate", "step")
+        return {key: value for key, value in _with_aux_loss(losses[-1]).items() if key not in own}
+
+    def _as_logged(self, row: dict[str, float], *, is_asked: bool = False) -> list[dict[str, float]]:
+        """Return a row as those of TRL: one for each evaluation set, none for what TRL does not log.
+
+        `is_asked`: a callback asked for it.
+        """
+        args, labels = self.trainer.args, self.command.labels
+        if row["step"] == 0 and not args.eval_on_start:
+            return []
+        if "loss" in row:
+            is_due = is_asked or (args.logging_first_step and row["step"] == 1)
+            is_due |= args.logging_strategy == "epoch"
+            if args.logging_strategy == "steps":
+                is_due |= row["step"] % self.command.theirs["logging_steps"] == 0
+            is_last = row["step"] == self.trainer.state.max_steps
+            return [_with_aux_loss(row)] if is_due or not is_last else []
+        if not labels:
+            return [row]
+        shown = list[dict[str, float]]()
+        for label in labels:
+            end = f"/{label}" if len(labels) > 1 else ""  # the only set has no name in a row
+            own = [key for key in row if key.startswith("eval_") and key.endswith(end)]
+            named = {f"eval_{label}_{key.removeprefix('eval_').removesuffix(end)}": row[key] for key in own}
+            shown.append({**{key: row[key] for key in ("step", "epoch") if key in row}, **named})
+        return shown
+
+    def _note_best(self, row: dict[str, float]) -> None:
+        """Keep the value and the step of a row of an evaluation, if it is the best so far."""
+        state, value = self.trainer.state, row.get(f"eval_{self.command.best_metric}")
+        best, sign = state.best_metric, 1 if self.trainer.args.greater_is_better else -1
+        if value is not None and (best is None or sign * value > sign * best):
+            state.best_metric, state.best_global_step = value, int(row["step"])
+
+
+def _with_aux_loss(row: dict[str, float]) -> dict[str, float]:
+    """Return a row that has the loss of routers also by TRL's name."""
+    return {**row, "aux_loss": row[AUX_LOSS]} if AUX_LOSS in row else row
 
 
 def _overrides(callback: Any, event: str) -> bool:

@@ -12,7 +12,7 @@ from dpo_dist.data.encode import EncodedExample, encode_record
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.files import write_records
 from dpo_dist.data.records import BadRecord
-from dpo_dist.tools.convert.arguments import ScriptError
+from dpo_dist.tools.convert.arguments import ScriptError, TrainerArguments
 
 _COLUMNS = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "completion": "completion"}
 _COLUMNS |= {"label": "label", "images": "images", "image": "images"}
@@ -21,18 +21,17 @@ _COLUMNS |= {"tools": "tools", "chat_template_kwargs": "chat_template_kwargs"}
 _OF_MESSAGES = ("tools", "chat_template_kwargs")
 
 
-def sources(given: Any, name: str, folder: Path, *, is_stored: bool = False) -> list[dict[str, Any]]:
-    """Write records in memory, or a mapping of several sets, to files in `folder`; return them as sources.
-
-    `is_stored`: TRL stores the reference's log-probs by their place, which a stream does not have.
-    """
+def sources(given: Any, name: str, args: TrainerArguments) -> list[dict[str, Any]]:
+    """Write records in memory, or a mapping of several sets, below `output_dir`; return them as sources."""
     sets = given if isinstance(given, Mapping) else {"": given}
     if given is None or not sets:
         raise ScriptError(f"`{name}` is required", where=name, remedy="pass a datasets.Dataset")
-    if is_stored and any(isinstance(one, IterableDataset) for one in sets.values()):
+    if args.precompute_ref_log_probs and any(isinstance(one, IterableDataset) for one in sets.values()):
+        # TRL stores the reference's log-probs by the places of records, which a stream does not have.
         message = "`precompute_ref_log_probs=True` is not supported with IterableDataset"
         remedy = "leave it out: here the reference's log-probs are always computed once"
         raise ScriptError(message, where=name, remedy=remedy)
+    folder = Path(args.output_dir) / "encoded" / "records"
     files = {label: write_records(one, folder, name) for label, one in sets.items()}
     labels = {label: {"label": label} if label else {} for label in files}
     return [{"path": str(file), **labels[label], **_as_trl_reads(file)} for label, file in files.items()]

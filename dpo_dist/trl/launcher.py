@@ -166,8 +166,9 @@ def _other(where: str, value: Any, remedy: str) -> ConfigError:
 def _offload(where: str, what: str, device: str) -> dict[str, str]:
     key = f"parallelism.offload_{what}"
     if device not in set(Offload):
-        remedy = "set it to cpu or none there"
-        raise ConfigError("it cannot lie there", where=f"{where}: {key}", got=device, remedy=remedy)
+        remedy = "write cpu or none there"
+        message = "a run here can offload to the memory of the CPU only"
+        raise ConfigError(message, where=f"{where}: {key}", got=device, remedy=remedy)
     return {} if device == Offload.none else {key: device}
 
 

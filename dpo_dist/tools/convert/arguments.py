@@ -19,7 +19,10 @@ from dpo_dist.foundation.errors import ConfigError
 _ALWAYS = ("gradient_checkpointing", "loss_type", "seed")
 """Arguments that are keys also with their default, because ours is another."""
 _NO_KEYS = (
-    *("output_dir", "resume_from_checkpoint", "hub_token", "words"),
+    *("output_dir", "resume_from_checkpoint", "words"),
+    # The trainer itself pushes a model.
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+    "hub_token",
     *("logging_steps", "eval_steps", "save_steps"),  # those of `intervals`
     "local_rank",  # the launcher says it
     *("activation_checkpointing", "activation_checkpointing_kwargs"),  # other names of gradient_checkpointing
@@ -177,7 +180,8 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         here = math.ceil(self.num_train_epochs * records / pairs)
         if self.max_steps <= 0 and not self._ends_within_epoch and here != theirs:
             found.append(
-                f"num_train_epochs: {here} steps, {theirs} in TRL: here one goes on over the end of an epoch"
+                f"num_train_epochs: {here} steps, where TRL has {theirs}: TRL ends each epoch with a smaller "
+                "step, and here a step takes pairs of the next epoch, too"
             )
         if self.max_length is not None and getattr(self, "truncation_mode", None) == "keep_end":
             found.append("truncation_mode: of a pair that is too long both responses keep the same prompt")
@@ -207,6 +211,9 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
         if self.dataloader_drop_last and records % (self.per_device_train_batch_size * self.world_size):
             remedy = "leave it out: here a step goes on over the end of an epoch, and no pair is left out"
             found.append(refused("dataloader_drop_last", "True", remedy))
+        if "checkpoint" in str(_plain(self.hub_strategy)):
+            remedy = "leave it out: the model is pushed at the end, and by save_model"
+            found.append(refused("hub_strategy", str(self.hub_strategy), remedy))
         config = _plain(self.accelerator_config)
         config = config if isinstance(config, Mapping) else vars(config or SimpleNamespace())
         if config.get("split_batches"):

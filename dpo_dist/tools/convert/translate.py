@@ -458,7 +458,7 @@ def _trains_adapter(run: Translation) -> bool:
 def _targets(run: Translation) -> None:
     """Name an adapter's linear layers and stacked experts in one list."""
     if experts := as_list(run.take("lora_target_parameters", "target_parameters")):
-        layers = as_list(run.take("lora_target_modules", "target_modules", default=None))
+        layers = as_list(run.take("lora_target_modules", "target_modules"))
         if run.take("lora_target_linear", default=False):
             layers = ["all-linear"]
         run.set("model.adapter.target_modules", [*layers, *experts], "lora_target_parameters", experts)

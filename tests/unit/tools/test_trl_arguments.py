@@ -534,9 +534,12 @@ def test_what_has_no_effect_in_trl_either_is_accepted(
 def test_an_option_that_trl_does_not_use_with_the_loss_changes_nothing_and_is_said(
     given: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.warns(UserWarning, match=f"{[*given][-1]}: TRL does not use it with"):
-        found = translated(folder, tmp_path, **given)
-    assert {key for key in found if key.startswith("loss.")} <= {"loss.kind"}
+    args, said = DPOConfig(output_dir=str(tmp_path), **given), f"{[*given][-1]}: TRL does not use it with"
+    with pytest.warns(UserWarning, match=said) as noted:
+        trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS)
+    assert {key for key in keys_of(trainer) if key.startswith("loss.")} <= {"loss.kind"}
+    places = {note.filename for note in noted if str(note.message).startswith(said)}
+    assert places == {__file__}, "the line of the script that makes the trainer"
 
 
 @pytest.mark.parametrize(
@@ -768,10 +771,15 @@ def test_names_of_a_script_that_the_trainer_uses_itself_are_refused(folder: Path
             self.mine = 1
             super().__init__(**given)
 
+    class Run(DPOTrainer):
+        def run(self) -> None:  # type: ignore[override]
+            """An attribute of the trainer would hide it."""
+
     given: Any = {"model": str(folder), "args": DPOConfig(output_dir=str(tmp_path)), "train_dataset": PAIRS}
-    for kind, name in ((Early, "config"), (Own, "own_model"), (Folder, "folder")):
+    for kind, name in ((Early, "config"), (Own, "own_model"), (Folder, "folder"), (Run, "run")):
         with pytest.raises(ConfigError, match=rf"trainer\.{name}"):
             kind(**given)
+    assert not list(tmp_path.iterdir()), "before anything is written"
     trainer = DPOTrainer(**given)
     trainer.folder = Path("elsewhere")
     with pytest.raises(ConfigError, match=r"trainer\.folder"):
@@ -956,15 +964,21 @@ def test_a_record_without_a_response_does_not_change_how_others_are_read(
     assert source["columns"] == without[0]["columns"]
 
 
+@pytest.mark.parametrize(
+    ("held_out", "metric"), [(PAIRS[:4], "eval_loss"), ({"easy": PAIRS[:4]}, "eval_easy_loss")]
+)
 def test_of_two_equal_evaluations_the_earlier_is_the_best(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    held_out: Any, metric: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = DPOConfig(output_dir=str(tmp_path), eval_strategy="epoch", metric_for_best_model="loss")
-    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=PAIRS[:4])
+    args = DPOConfig(output_dir=str(tmp_path), eval_strategy="epoch", metric_for_best_model=metric)
+    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=held_out)
     rows = [{"step": step, "epoch": 1.0, "eval_loss": loss} for step, loss in ((1, 0.7), (2, 0.5), (3, 0.5))]
+    ended = {"exit": "preempted", "stopped_by": "a callback", "steps": 3, "train_seconds": 0.0}
+    monkeypatch.setattr("dpo_dist.api.train", lambda *_, **__: ended)
     monkeypatch.setattr("dpo_dist.api.read_metrics", lambda _: rows)
-    trainer.take_rows()
+    trainer.train()
     assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.5, 2)
+    assert [row[metric] for row in trainer.state.log_history if metric in row] == [0.7, 0.5, 0.5]
 
 
 def test_weights_that_the_class_of_a_model_freezes_are_not_those_of_the_script(tmp_path: Path) -> None:
