@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from dpo_dist.config.schema import DataConfig, TextTemplate
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
@@ -25,12 +24,12 @@ from dpo_dist.data.text.template import (
     PROBE_TOOL,
     ChatRenderer,
     Forms,
-    Span,
     Turns,
     argument_names,
     check_template_keys,
 )
 from dpo_dist.data.text.tokenizer import TokenizerFacts
+from dpo_dist.data.text.turns import Span, TurnFinder, message_thought
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.types import Fields
 
@@ -215,12 +214,6 @@ def _tool_names(tools: Iterable[Fields]) -> list[str]:
     return [tool["function"]["name"] for tool in tools if "name" in tool.get("function", ())]
 
 
-def message_thought(message: Message) -> str | None:
-    """Return the thought that a field of a message has."""
-    thoughts = (message.fields.get(name) for name in THOUGHT_FIELDS)
-    return next((thought for thought in thoughts if thought and isinstance(thought, str)), None)
-
-
 @dataclass
 class _Conversation:
     """The prompt of one record, with the tools and arguments of the template for it."""
@@ -233,8 +226,7 @@ class _Conversation:
 
     def __post_init__(self) -> None:
         self.prompt: Turns = tuple(map(self.chat.turn, self.messages))
-        self.role = self.messages[-1].role if self.messages else ""
-        self.generation: dict[str, str] = {}
+        self.finder = TurnFinder(self.prompt, self.context, self.facts, self.chat)
 
     def render(self, responses: Sequence[Messages]) -> RenderedRecord:
         """Render the prompt and its responses."""
@@ -284,7 +276,7 @@ class _Conversation:
         turns = map(self.chat.turn, messages)
         wholes = [self.chat.render((*self.prompt, turn), self.context) for turn in turns]
         return [
-            self.facts.until_end(whole[len(prompt) :]) if whole.startswith(prompt) else None
+            self.facts.up_to_end(whole[len(prompt) :]) if whole.startswith(prompt) else None
             for whole in wholes
         ]
 
@@ -300,39 +292,6 @@ class _Conversation:
             whole, start, _ = self._whole_conversation((message,))
             texts.append(whole[whole.rindex(_OPEN, 0, start) if _opens_thought(whole[:start]) else start :])
         return texts, None not in following
-
-    def _header_length(self, message: Message, turn: str, before: Turns, role: str) -> int:
-        """Return the length of a rendered message's header: what a generation prompt writes after `before`.
-
-        `role` is the role of the last turn of `before`.
-        """
-        if role not in self.generation:  # templates write it by the role of the last turn alone
-            trace = self.chat.trace(before, self.context, generation=True)
-            end = trace.end
-            if not before or trace.spans[-1] is None or end == len(trace.text):
-                # Llama 3.1 writes tools and the first question before its loop over messages; Zephyr and
-                # OLMo 2 write the generation prompt in that loop.
-                alone = self.facts.without_prompt(self.chat.render(before, self.context))
-                end = self.facts.common_length(trace.text, alone)
-            self.generation[role] = trace.text[end:]
-        generation = self.generation[role]
-        length, space = self.facts.common_length(turn, generation), len(turn) - len(turn.lstrip())
-        rest = generation[length:]
-        # The space before the header may be another one, or belong to the former turn (Alpaca).
-        if shared := self.facts.common_length(turn[space:], generation.lstrip()):
-            length, rest = space + shared, generation.lstrip()[shared:]
-        if not rest:
-            return length
-        # The prompt may say more before the header (Command R+ with tools).
-        if tail := self.facts.tail_of(generation, turn[space:]):
-            return space + tail
-        # A content may begin like the generation prompt, where the turn itself does not (Apriel).
-        for part in filter(None, (message_thought(message), message.content.strip())):
-            text = self.facts.marks.escape(part, self.facts.marks.in_response)
-            start = turn.find(text, max(length - len(text) + 1, 0))
-            length = min(length, start) if start >= 0 else length
-        # The thought of the turn is the model's if the generation prompt ends one (<channel|> of Gemma 4).
-        return self.facts.before_opened(turn, length, rest)
 
     def _after_opened_thought(
         self, messages: Sequence[Message], prompt: str
@@ -432,57 +391,12 @@ class _Conversation:
         )
 
     def _whole_conversation(self, response: Messages) -> tuple[str, int, list[Span]]:
-        """Return a whole conversation up to the end of its last turn, and in it the start of its response
-        and the spans that the loss counts.
-        """
-        turns = (*self.prompt, *map(self.chat.turn, response))
-        trace = self.chat.trace(turns, self.context)
-        role, first, turn = self.role, 0, ""
-        starts: list[int] = []
-        spans: list[Span] = []
-        written = [span for span in trace.spans[len(self.prompt) :] if span]
-        is_apart = all(one[1] <= other[0] for one, other in pairwise(written))
-        if len(written) < len(response) or not is_apart:
-            written = self._added(turns, trace.text)
-        for index, message in enumerate(response, start=len(self.prompt)):
-            first, end = written[index - len(self.prompt)]
-            turn = trace.text[first:end]
-            is_assistant = message.role == "assistant"
-            header = self._header_length(message, turn, turns[:index], role) if is_assistant else 0
-            if index == len(turns) - 1:
-                turn = turn[:header] + self.facts.until_end(turn[header:])
-            starts.append(first + header)
-            content = header if is_assistant else max(turn.find(message.content.strip()), 0)
-            length = self.facts.end_of_rendered(turn, trace.text[end:])
-            if self._is_counted(message, turn[content:length]):
-                spans.append((first + content, first + length))
-            role = message.role
-        return trace.text[:first] + turn, starts[0], spans
-
-    def _added(self, turns: Turns, whole: str) -> list[Span]:
-        """Return the span of each turn of a response: what it adds to the conversation before it.
-
-        Some templates write turns after their loop (Nemotron), or tools' results with the call (Gemma 4) or
-        with each other (Command R7B): such a result may have an empty span.
-        """
-        first, end, spans, ending = len(self.prompt), 0, list[Span](), self.facts.end_of_turn
-        for count in range(first, len(turns) + 1):
-            start, around = end, [form["role"] for form, _ in turns[:count][-1:] + turns[count : count + 1]]
-            if "assistant" in around or count in (first, len(turns)):
-                alone = self.facts.without_prompt(self.chat.render(turns[:count], self.context))
-                end = self.facts.common_length(alone, whole)
-                if not self.facts.is_blank(alone[end:]):  # more than an end of turn
-                    # The last answer of a conversation may have another form (Nemotron).
-                    found = whole.find(ending, start) if around[0] == "assistant" else -1
-                    end = found + len(ending) if found >= 0 else -1
-                if end < start:
-                    raise UnusableRecordError(
-                        "turns_not_found", "no turns are found in the template's output"
-                    )
-                if count > first and not whole[start:end].strip():
-                    raise UnusableRecordError("turn_not_rendered", "the chat template leaves out a turn")
-            spans.append((start, end))
-        return spans[1:]
+        turns, spans = [], []
+        for message, turn in zip(response, self.finder.find(response), strict=True):
+            turns.append(turn)
+            if self._is_counted(message, turn.counted_text):
+                spans.append(turn.counted)
+        return turns[-1].before + turns[-1].text, turns[0].start, spans
 
 
 def _opens_thought(prompt: str) -> bool:

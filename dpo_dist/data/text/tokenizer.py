@@ -39,7 +39,7 @@ class TokenizerFacts:
         self._markup = any_of({*special, *THOUGHT_TAGS})
         # Inside these no text is cut, also where a tag of thoughts is several tokens.
         unbroken = {token for token in {*added, *special, *THOUGHT_TAGS} if not token.isspace()}
-        self._whole, self._longest = any_of(unbroken), max(map(len, unbroken))
+        self.unbroken, self._longest = any_of(unbroken), max(map(len, unbroken))
         self.encoder = EscapedEncoder(tokenizer, self.marks, any_of({*added, *special}))
         self.chat = None
         if chat_template is not None:
@@ -78,7 +78,7 @@ class TokenizerFacts:
     @cached_property
     def within_turns(self) -> set[str]:
         """The special tokens that the template writes within turns, as gpt-oss does between channels."""
-        turns = [] if self.chat is None else map(self.without_prompt, self.chat.turns_of_parts)
+        turns = [] if self.chat is None else map(self.without_tail, self.chat.turns_of_parts)
         within = (token for turn in turns for token in self._special.findall(turn)[:-1])
         return set(within) - {self.tokenizer.eos_token}
 
@@ -103,30 +103,13 @@ class TokenizerFacts:
         """Return the length of the common start of two escaped texts, which ends in no added token or tag."""
         length = len(os.path.commonprefix([one, other]))  # noqa: RUF071  (of characters)
         starts = range(max(length - self._longest, 0), length)
-        matches = (self._whole.match(text, start) for start in starts for text in (one, other))
+        matches = (self.unbroken.match(text, start) for start in starts for text in (one, other))
         return next((match.start() for match in matches if match and match.end() > length), length)
-
-    def tail_of(self, generation: str, turn: str) -> int:
-        """Return the length of the longest part, from a token to the end of a prompt, that starts a turn."""
-        tails = (generation[token.start() :] for token in self._special.finditer(generation))
-        return next((len(tail) for tail in tails if turn.startswith(tail)), 0)
-
-    def before_opened(self, turn: str, length: int, rest: str) -> int:
-        """Return `length`, or the position of the token before it that opens what both texts then end.
-
-        The texts are a turn and a generation prompt; from `length` on they differ, `rest` in the latter.
-        """
-        closing = self._whole.search(rest)
-        if closing is None or closing.group() not in turn[length:]:
-            return length
-        first, *others = [*self._whole.finditer(turn[:length]), None]  # the first token starts the turn
-        tokens = [first, *others] if first and first.group() == THOUGHT_TAGS[0] else others
-        return max((token.start() for token in tokens if token), default=length)
 
     @cached_property
     def stops(self) -> set[str]:
         """The tokens that end a generated response: the last ones of a text, a turn and a call."""
-        ends = [self.end_of_turn, self.until_end(self.chat.after_call if self.chat is not None else "")]
+        ends = [self.end_of_turn, self.up_to_end(self.chat.after_call if self.chat is not None else "")]
         return {*map(self.last_special, ends), *filter(None, [self.tokenizer.eos_token])}
 
     @cached_property
@@ -166,19 +149,19 @@ class TokenizerFacts:
             response = bare.removesuffix(end)
         return response, end
 
-    def until_end(self, rendered: str) -> str:
+    def up_to_end(self, rendered: str) -> str:
         """Return a rendered assistant turn up to its end of turn, which is added if it is missing."""
         ending = self.end_of_turn
-        turn = self.without_prompt(rendered)
+        turn = self.without_tail(rendered)
         # Some turns end with another token, such as calls of tools.
-        if last := self._final_special(turn):
+        if last := self.after_final_special(turn):
             is_bare = turn[:last].endswith(self._ending[0])
             return turn[:last] + self._closing * is_bare
         end = turn.rfind(ending)
         after = "" if self.chat is None else self.chat.after_response
         return turn[: end + len(ending)] if end >= 0 else turn.removesuffix(after) + ending
 
-    def without_prompt(self, rendered: str) -> str:
+    def without_tail(self, rendered: str) -> str:
         """Return a rendered conversation without what the template writes after each, such as a prompt."""
         return rendered.removesuffix(self._ending[1])
 
@@ -188,15 +171,7 @@ class TokenizerFacts:
         text, blank = ("".join(self._markup.sub("", part).split()) for part in (turn, self.chat.empty_turn))
         return text in ("", blank)
 
-    def end_of_rendered(self, turn: str, after: str) -> int:
-        """Return the position after the special token that ends a rendered turn.
-
-        In some templates (GLM) the token that starts the following text, `after`, ends the turn.
-        """
-        following = self._special.match(after, len(after) - len(after.lstrip()))
-        return self._final_special(turn) or len(turn) + (following.end() if following else 0)
-
-    def _final_special(self, escaped: str) -> int:
+    def after_final_special(self, escaped: str) -> int:
         """Return the position after the last special token if only spaces follow it, else 0."""
         last = self.after_last_special(escaped)
         return 0 if escaped[last:].strip() else last
@@ -207,7 +182,7 @@ class TokenizerFacts:
 
     def ending_token(self, turn: str) -> str:
         """Return the special token that ends a rendered turn, "" if none does."""
-        return self.last_special(turn) if self._final_special(turn) else ""
+        return self.last_special(turn) if self.after_final_special(turn) else ""
 
     def last_special(self, escaped: str) -> str:
         """Return the last special token or token around turns, "" if there is none."""
