@@ -86,7 +86,7 @@ class TurnFinder:
             yield ResponseTurn(output[:start], text, header, counted)
 
     def _end(self, turn: str, following: str) -> int:
-        r"""Return the position after the token that ends a turn; it may be the first one of the `following` text.
+        r"""Return the position after the token that ends a turn, perhaps the first one of the text after it.
 
         <|im_start|>assistant\nHello.<|im_end|>\n       ChatML
         <|assistant|>\n<think></think>\nHello.          GLM 4.5, before <|user|>\nWhy?
@@ -166,8 +166,8 @@ class TurnFinder:
     def _added_spans(self, turns: Turns, output: str) -> list[Span]:
         r"""Return the span of each turn of a response: what it adds to the output for those before it.
 
-        For templates that write turns after their loop (Nemotron), or tools' results with the call (Gemma 4) or
-        with each other (Command R7B): such a result may have an empty span.
+        For templates that write turns after their loop (Nemotron), or tools' results with the call (Gemma 4)
+        or with each other (Command R7B): such a result may have an empty span.
 
             question          <|turn|>user\nRain?<|end|>\n
             question, answer  <|turn|>user\nRain?<|end|>\n<|turn|>assistant\nYes.<|end|>\n
