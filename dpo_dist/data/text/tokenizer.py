@@ -34,7 +34,7 @@ class TokenizerFacts:
         whole: list[int] = tokenizer("a")["input_ids"]
         starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
         self.prefix_ids = whole[: next(starts, 0)]
-        # Its added tokens: special ones, tokens around turns (special or not), and tags of tool calls and thoughts.
+        # Its added tokens: special ones, tokens around turns (special or not), tags of calls and thoughts.
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
         tags = {token for token in added if not token.isspace() and not token.isalnum()}  # no ordinary text
         self._turn_tokens = tags & turn_tokens(tokenizer, chat_template)
@@ -96,8 +96,8 @@ class TokenizerFacts:
             return _AfterAnswer("", "")
         shared = after[: self.common_length(after, self.chat.after_earlier_response)]
         if shared != after:
-            # They may share the start of the next turn: the third template, as that of Command A, always writes
-            # a generation prompt.
+            # They may share the start of the next turn: the third template, as that of Command A, always
+            # writes a generation prompt.
             bos = self.tokenizer.bos_token
             starts = (token for token in self._special.findall(self.chat.before_question) if token != bos)
             shared = shared.partition(next(starts, RESERVED_CHARACTER))[0]
