@@ -220,7 +220,7 @@ def _tool_names(tools: Iterable[Fields]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Whole:
+class _WholeConversation:
     """A conversation as the template writes it, up to the end of its last turn, and the response in it."""
 
     text: str
@@ -242,8 +242,8 @@ class _Whole:
         """The spans that the loss counts, in the text of the response."""
         return tuple((max(start - self.start, 0), end - self.start) for start, end in self.counted)
 
-    def starting_with_thought(self, start: int) -> "_Whole":
-        """Return the same with a response from `start` on: a thought, which its first turn now begins with."""
+    def starting_with_thought(self, start: int) -> "_WholeConversation":
+        """Return the same with a response from `start` on: its first turn then begins with a thought."""
         counted = ((start if first == self.start else first, end) for first, end in self.counted)
         return replace(self, start=start, counted=tuple(counted))
 
@@ -272,7 +272,7 @@ class _Conversation:
         if _opens_thought(prompt):
             prompt, texts, changes = self._after_opened_thought(prompt, messages)
         else:
-            prompt, texts, changes = self._after_other_prompt(prompt, messages)
+            prompt, texts, changes = self._after_closed_prompt(prompt, messages)
         counted = tuple(
             ((0, len(text)),) if self._is_counted(turn, text) else ()
             for turn, text in zip(messages, texts, strict=True)
@@ -293,11 +293,11 @@ class _Conversation:
 
     # One turn: what the template writes after the prompt of a generation.
 
-    def _after_other_prompt(
+    def _after_closed_prompt(
         self, prompt: str, messages: Sequence[Message]
     ) -> tuple[str, list[str], set[str]]:
         """Return a prompt that opens no thought, the texts of the responses, and changes."""
-        texts, is_prefix = self._texts(prompt, messages)
+        texts, is_prefix = self._response_texts(prompt, messages)
         changes = set() if is_prefix else {"prompt_not_prefix"}
         # The prompt ends a thought that a response then has: Qwen3 without thinking writes
         # <|im_start|>assistant\n<think>\n\n</think>\n\n.
@@ -308,7 +308,7 @@ class _Conversation:
             usual = self.chat.render(self.messages, self.chat.data(tools), generation=True)
             if usual.rstrip().endswith(_CLOSE):
                 prompt = _ENDED_THOUGHT.sub("", prompt)
-                texts, _ = self._texts(prompt, messages)
+                texts, _ = self._response_texts(prompt, messages)
         return prompt, texts, changes
 
     def _after_opened_thought(
@@ -334,7 +334,7 @@ class _Conversation:
             pairs = zip(spelled, within, strict=True)
             return prompt, [self._as_given(message, text, closed) for message, text in pairs], changes
         # A response has no thought: the prompt opens none, and the model opens those of the others.
-        rendered, is_prefix = self._texts(closed, messages)
+        rendered, is_prefix = self._response_texts(closed, messages)
         texts = [
             self._as_given(message, message.content, closed)
             if _CLOSE in message.content
@@ -344,7 +344,7 @@ class _Conversation:
         ]
         return closed, texts, {"opened_thought_removed", *([] if is_prefix else ["prompt_not_prefix"])}
 
-    def _texts(self, prompt: str, messages: Sequence[Message]) -> tuple[list[str], bool]:
+    def _response_texts(self, prompt: str, messages: Sequence[Message]) -> tuple[list[str], bool]:
         """Return the text of each response, and whether the prompt is unchanged before all of them."""
         continuations, texts = self._continuations(prompt, messages), list[str]()
         for text, message in zip(continuations, messages, strict=True):
@@ -353,7 +353,7 @@ class _Conversation:
                 continue
             # As the template writes the turn after a prompt that it renders differently. The record's prompt
             # opens no thought: a thought opened before the turn belongs to the response.
-            whole = self._whole((message,))
+            whole = self._whole_conversation((message,))
             start = whole.text.rindex(_OPEN, 0, whole.start) if _opens_thought(whole.prompt) else whole.start
             texts.append(whole.text[start:])
         return texts, None not in continuations
@@ -385,7 +385,7 @@ class _Conversation:
             return marks.escape(content, marks.in_response) + self.facts.end_of_turn
         thought, rest = _split_thought(content)
         separator = rest[: len(rest) - len(rest.lstrip())]
-        [rendered], _ = self._texts(prompt, [replace(message, content=rest.lstrip())])
+        [rendered], _ = self._response_texts(prompt, [replace(message, content=rest.lstrip())])
         # The thought stands before what the template writes, perhaps after an empty thought of its own.
         written = _EMPTY_THOUGHT.sub("", rendered.lstrip())
         return marks.escape(thought, marks.in_response) + separator + written
@@ -394,28 +394,28 @@ class _Conversation:
 
     def _several_turns(self, responses: Sequence[Messages]) -> RenderedRecord:
         """Render responses of several turns, after a prompt that all share."""
-        wholes, changes = list(map(self._whole, responses)), set[str]()
+        wholes, changes = list(map(self._whole_conversation, responses)), set[str]()
         prompts = {whole.prompt for whole in wholes}
-        # The prompt as the template writes it alone; before an answer, as for a generation.
+        # The prompt as the template writes it alone; before answers, as for a generation.
         are_answers = all(turns[0].role == "assistant" for turns in responses)
         alone = ""
         if self.messages:
             alone = self.chat.render(self.messages, self.context, generation=are_answers)
             if prompts != {alone}:
                 changes.add("prompt_not_prefix")
-        # It cannot be used if it opens a thought, or ends one that a response has. Of the first turn:
-        # templates write empty thoughts before later ones (Qwen3). DeepSeek V3.2 ends a thought at the start
-        # of each turn, and in the generation prompt, too.
+        # Does it open a thought, or end one that a response then has? Only the first turn says: before later
+        # ones templates write empty thoughts (Qwen3). DeepSeek V3.2 ends a thought at the start of each turn,
+        # and in the generation prompt, too.
         has_thought = any(
             _CLOSE in turns[0].content
             or message_thought(turns[0])
             or whole.response.lstrip().startswith(_CLOSE)
             for turns, whole in zip(responses, wholes, strict=True)
         )
-        is_other = _opens_thought(alone) or (has_thought and _ENDED_THOUGHT.search(alone))
+        has_other_thought = _opens_thought(alone) or (has_thought and _ENDED_THOUGHT.search(alone))
         # Turns before the response may depend on it: then only what all sides share is the prompt.
         is_same = len(prompts) == 1 or all(map(alone.startswith, prompts))
-        if alone and are_answers and is_same and not is_other:
+        if alone and are_answers and is_same and not has_other_thought:
             prompt = alone  # as for one turn: it may end a thought that the turn does not have (Gemma 4)
         elif len(prompts) > 1:
             changes.add("prompt_not_prefix")
@@ -432,24 +432,24 @@ class _Conversation:
         counted = tuple(whole.counted_in_response for whole in wholes)
         return RenderedRecord(prompt, following, counted, frozenset(changes))
 
-    def _whole(self, response: Messages) -> _Whole:
+    def _whole_conversation(self, response: Messages) -> _WholeConversation:
         """Return the conversation with a response of several turns, or of one."""
         turns, counted = list[ResponseTurn](), list[Span]()
         for message, turn in zip(response, self.finder.find(response), strict=True):
             turns.append(turn)
             if self._is_counted(message, turn.counted_text):
                 counted.append(turn.counted)
-        return _Whole(turns[-1].before + turns[-1].text, turns[0].start, tuple(counted))
+        return _WholeConversation(turns[-1].before + turns[-1].text, turns[0].start, tuple(counted))
 
-    def _shared_prompt(self, wholes: Sequence[_Whole]) -> tuple[str, list[_Whole]]:
+    def _shared_prompt(self, wholes: Sequence[_WholeConversation]) -> tuple[str, list[_WholeConversation]]:
         """Return what the different prompts of conversations share, and the conversations after it."""
         first, *others = [whole.prompt for whole in wholes]
         shared = first[: min(self.facts.common_length(first, other) for other in others)]
         prompt = _without_opened_thought(shared)
         if all(_ONLY_THOUGHT.match(whole.prompt, len(prompt)) for whole in wholes):
-            # Only the thoughts of their headers differ: the model writes them, as after one turn.
-            #   <|im_start|>assistant\n                                   Nemotron 3, whose turn has a thought
-            #   <|im_start|>assistant\n<think></think>                    and another that has none
+            # Only the thoughts in their headers differ: the model writes them, as after one turn. Qwen3.6:
+            #   <|im_start|>assistant\n             before an answer that is not the last one
+            #   <|im_start|>assistant\n<think>\n    before the last one
             return prompt, [whole.starting_with_thought(len(prompt)) for whole in wholes]
         prompt = shared[: self.facts.after_last_special(shared)]
         return prompt, [replace(whole, start=len(prompt)) for whole in wholes]

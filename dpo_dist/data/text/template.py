@@ -352,8 +352,13 @@ class ChatRenderer:
                 self._probed(_PROBES[0]),
             )
         )
+        # After the question, from ChatML:
+        #   answered  <|im_end|>\n<|im_start|>assistant\nprobe answer<|im_end|>\n
+        #   prompt    <|im_end|>\n<|im_start|>assistant\n
+        #   alone     <|im_end|>\n
         header = prompt[self._common_length(prompt, alone) :]
         # A prompt can have more than a conversation between question and header, such as a hint to think.
+        #   prompt     /think<|im_end|>\n<|im_start|>assistant\n
         start = self._marks.in_text.search(header)
         if not answered.startswith(prompt) and start and start.group() in answered:
             answered = answered[answered.index(start.group()) :]

@@ -42,9 +42,7 @@ class ResponseTurn:
     before: str
     text: str  # with its header; the end of the last turn is added if the template writes none
     header: int  # length of the header; 0 in another role's turn: no prompt ends with that one
-    counted: (
-        Span  # in the output: the content and the end of the turn, perhaps the first token of the next one
-    )
+    counted: Span  # in the output: its content, to the end of the turn, perhaps in the next one (GLM)
 
     @property
     def start(self) -> int:
@@ -71,9 +69,9 @@ class TurnFinder:
         first = len(self._prompt)
         turns = (*self._prompt, *map(self._chat.turn, response))
         output = self._chat.render(turns, self._context)
-        spans = [
-            span for span in _looped_turns(self._chat, turns, self._context, output).spans[first:] if span
-        ]
+        # Each turn is what a pass of the template's loop writes, unless one is written in no pass or in another's.
+        passes = _loop_passes(self._chat, turns, self._context, output)
+        spans = [span for span in passes.spans[first:] if span]
         if len(spans) < len(response) or any(one[1] > other[0] for one, other in pairwise(spans)):
             spans = self._added_spans(turns, output)
         for index, (message, (start, stop)) in enumerate(zip(response, spans, strict=True), start=first):
@@ -81,18 +79,16 @@ class TurnFinder:
             header = self._header_length(message, text, turns[:index]) if is_assistant else 0
             if index == len(turns) - 1:
                 text = text[:header] + self._facts.up_to_end(text[header:])
+            # Of a question, what stands before its content does not count.
             content = header if is_assistant else max(text.find(message.content.strip()), 0)
             counted = start + content, start + self._end(text, output[stop:])
             yield ResponseTurn(output[:start], text, header, counted)
 
     def _end(self, turn: str, following: str) -> int:
-        r"""Return the position after the token that ends a turn, perhaps the first one of the text after it.
-
-        <|im_start|>assistant\nHello.<|im_end|>\n       ChatML
-        <|assistant|>\n<think></think>\nHello.          GLM 4.5, before <|user|>\nWhy?
-        """
+        """Return the position after the token that ends a turn, perhaps the first one of the text after it."""
         if end := self._facts.after_final_special(turn):
             return end
+        # <|assistant|>\n<think></think>\nHello. of GLM 4.5, before <|user|>\nWhy?
         space = len(following) - len(following.lstrip())
         next_token = self._facts.marks.in_text.match(following, space)
         return len(turn) + (next_token.end() if next_token else 0)
@@ -151,9 +147,9 @@ class TurnFinder:
         role = before[-1][0]["role"] if before else ""
         if role not in self._generation_prompts:  # templates write it by the role of the last turn alone
             output = self._chat.render(before, self._context, generation=True)
-            looped = _looped_turns(self._chat, before, self._context, output, generation=True)
-            end = looped.end
-            if not before or looped.spans[-1] is None or end == len(output):
+            passes = _loop_passes(self._chat, before, self._context, output, generation=True)
+            end = passes.end
+            if not before or passes.spans[-1] is None or end == len(output):
                 # Llama 3.1 writes tools and the first question before its loop over messages; Zephyr and
                 # OLMo 2 write the generation prompt in that loop.
                 alone = self._facts.without_tail(self._chat.render(before, self._context))
@@ -208,16 +204,16 @@ _COMMENT_OR_LOOP = re.compile(
 
 
 @dataclass(frozen=True)
-class _LoopedTurns:
+class _LoopPasses:
     """The span of each turn that one pass of a loop writes, else None; and the end of the last pass."""
 
     spans: Sequence[Span | None]
     end: int
 
 
-def _looped_turns(
+def _loop_passes(
     chat: ChatRenderer, turns: Turns, context: Forms, output: str, *, generation: bool = False
-) -> _LoopedTurns:
+) -> _LoopPasses:
     """Return where a template's `output` for these turns has each of them."""
     fields = ({_START: _mark("start", index), _END: _mark("end", index)} for index in range(len(turns)))
     marked = tuple(
@@ -227,7 +223,7 @@ def _looped_turns(
     template = _with_marks(chat.template)
     found = _read_marks(chat.render(marked, context, generation=generation, template=template), len(turns))
     if found is None or found[0] != output:  # such as a template that writes all fields of a message
-        return _LoopedTurns([None] * len(turns), len(output))
+        return _LoopPasses([None] * len(turns), len(output))
     return found[1]
 
 
@@ -260,7 +256,7 @@ def _print(name: str | None, key: str) -> str:
     return f"print ({name} is mapping and {name}['{key}']) or ''"
 
 
-def _read_marks(rendered: str, turns: int) -> tuple[str, _LoopedTurns] | None:
+def _read_marks(rendered: str, turns: int) -> tuple[str, _LoopPasses] | None:
     """Return a text without its marks, and the turns in it; None: a turn is written twice or not ended."""
     text, *marks = _MARK.split(rendered)
     spans: list[Span | None] = [None] * turns
@@ -277,4 +273,4 @@ def _read_marks(rendered: str, turns: int) -> tuple[str, _LoopedTurns] | None:
                     return None
                 spans[index] = (start, end)
         text += following
-    return None if opened else (text, _LoopedTurns(spans, end))
+    return None if opened else (text, _LoopPasses(spans, end))
