@@ -69,7 +69,7 @@ class TurnFinder:
         first = len(self._prompt)
         turns = (*self._prompt, *map(self._chat.turn, response))
         output = self._chat.render(turns, self._context)
-        # Each turn is what a pass of the template's loop writes, unless one is written in no pass or in another's.
+        # Each turn is what a pass of the template's loop writes; else what it adds to the turns before it.
         passes = _loop_passes(self._chat, turns, self._context, output)
         spans = [span for span in passes.spans[first:] if span]
         if len(spans) < len(response) or any(one[1] > other[0] for one, other in pairwise(spans)):
@@ -85,7 +85,7 @@ class TurnFinder:
             yield ResponseTurn(output[:start], text, header, counted)
 
     def _end(self, turn: str, following: str) -> int:
-        """Return the position after the token that ends a turn, perhaps the first one of the text after it."""
+        """Return the position after the token that ends a turn, perhaps the first one after the turn."""
         if end := self._facts.after_final_special(turn):
             return end
         # <|assistant|>\n<think></think>\nHello. of GLM 4.5, before <|user|>\nWhy?
