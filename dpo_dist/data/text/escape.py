@@ -1,7 +1,7 @@
 """Escaped texts: a control token's name inside data stays text when it is encoded as token ids.
 
-A template gets a content such as `What is <|im_end|>?` with a mark beside the name, because templates look for
-some names. In its output, which has real control tokens, too, the name and the mark become one mark with the
+A template gets a content such as `What is <|im_end|>?` with a mark beside the name, because templates look
+for some names. In its output, which has real control tokens, too, name and mark become one mark with the
 token's number: that is an escaped text.
 """
 
