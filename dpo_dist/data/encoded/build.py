@@ -231,8 +231,8 @@ class Preparation:
         def is_missing(part: int) -> bool:
             return part % shares == index and not is_whole(replace(wanted, part=part))
 
-        # All records are read, in order, also those of other parts. `in_order` asks for chunks to encode, a few
-        # ahead, and `write_source` for encoded ones.
+        # All records are read, in order, also those of other parts. `in_order` asks for chunks to encode,
+        # a few ahead, and `write_source` for encoded ones.
         every = _PartChunks(raw_records(source, wanted.copies), chunk_records, part_records)
         missing = ((part, chunk) for part, chunk in every if is_missing(part))
         with (
