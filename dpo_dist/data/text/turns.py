@@ -79,7 +79,7 @@ class TurnFinder:
             header = self._header_length(message, text, turns[:index]) if is_assistant else 0
             if index == len(turns) - 1:
                 text = text[:header] + self._facts.up_to_end(text[header:])
-            # Of a question, what stands before its content does not count.
+            # Of another role's turn, what stands before its content does not count.
             content = header if is_assistant else max(text.find(message.content.strip()), 0)
             counted = start + content, start + self._end(text, output[stop:])
             yield ResponseTurn(output[:start], text, header, counted)

@@ -124,6 +124,7 @@ LAST = template_of(PLAIN) + "{% if messages[-1].role == 'assistant' %}{{ eos_tok
         (LAST, "<|end|>", {"<|end|>"}),
         (template_of("{{ m.content }}<|close|><|answer|>\n"), "<|close|><|answer|>", {"<|answer|>"}),
         (template_of("{{ m.content }}<|close|> done"), "<|close|>", {"<|close|>"}),
+        (template_of("{{ m.content }}<|close|> {{ m.content | length }}"), "<|close|>", {"<|close|>"}),
     ],
 )
 def test_a_turn_ends_with_all_that_the_template_writes_up_to_its_last_token(
