@@ -441,6 +441,15 @@ def test_an_opened_thought_is_removed_before_several_turns_if_a_first_one_has_no
             assert trained_text(tokenizer, found, index) == trained
 
 
+def test_a_part_of_a_first_turn_after_an_empty_thought_can_be_left_out() -> None:
+    template = template_of(PLAIN.replace(ASSISTANT, ASSISTANT + "<think></think>"), OPENED)
+    noted = Message("assistant", "It <note>surely</note> rains.")
+    config = DataConfig(untrained=["empty_thoughts", "<note>...</note>"])
+    found = encode(pair((noted, DOUBT, ANSWER), NO), tokenizer := tokenizer_with(template), config)
+    assert texts(found, tokenizer)[0].endswith("<think></think>")
+    assert trained_text(tokenizer, found) == "It  rains.<|end|>It rains.<|end|>"
+
+
 @pytest.mark.parametrize("generation", ["<think>", "<think></think>", "</think>", ""])
 @pytest.mark.parametrize("response", ["It rains.", TURNS["turns"][0]])
 def test_the_end_of_a_thought_that_the_template_writes_before_each_answer_is_not_trained(
