@@ -110,8 +110,8 @@ class PackedBatch:
 
         A token counts once for each row that has it, a dummy token not at all.
         """
-        counts = np.bincount(np.concatenate(self.rows), minlength=len(self.input_ids))
-        repeated = counts.astype(np.float32) * bool(len(self.keys))
+        counts = np.bincount(np.concatenate(self.rows), minlength=len(self.input_ids)).astype(np.float32)
+        repeated = counts if len(self.keys) else np.zeros_like(counts)
         return copy_to_device(self.input_ids.device, repeated)
 
     def with_one_target(self) -> "PackedBatch":

@@ -364,7 +364,7 @@ def _source_with(columns: Mapping[str, str], path: str, config: DataConfig) -> R
             given = {name: value for name, value in asdict(sources[0]).items() if value != usual[name]}
             source = as_written({**given, "columns": {**(given.get("columns") or {}), **columns}})
             is_known = "COLUMN" not in columns.values() and _PLAIN_WORDS.fullmatch(source)
-            return Remedy(f"write '{key}=[{source}]'", (f"{key}=[{source}]",) * bool(is_known))
+            return Remedy(f"write '{key}=[{source}]'", (f"{key}=[{source}]",) if is_known else ())
     return Remedy(f"write the source as {as_written({'path': path, 'columns': dict(columns)})}")
 
 

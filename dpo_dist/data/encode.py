@@ -25,8 +25,8 @@ from dpo_dist.data.records import (
 from dpo_dist.data.text.escape import THOUGHT_TAGS, has_reserved
 from dpo_dist.data.text.lengths import kept_tokens, needed_tokens
 from dpo_dist.data.text.render import RenderedRecord, render_record, with_images
-from dpo_dist.data.text.template import Span
 from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
+from dpo_dist.data.text.turns import Span
 from dpo_dist.foundation.errors import ConfigError
 
 
@@ -104,10 +104,10 @@ def encode_pair(
         tuple(np.array(ids, dtype=np.int32) for ids in kept),
         tuple(trained),
         images,
-        rendered.changes.union(record.numbers, (name for name, is_so in changes.items() if is_so)),
-        truncated,
-        rendered.read_as,
-        lengths,
+        changes=rendered.changes.union(record.numbers, (name for name, is_so in changes.items() if is_so)),
+        truncated=truncated,
+        read_as=rendered.read_as,
+        lengths=lengths,
     )
 
 
@@ -314,7 +314,7 @@ class EncodedRecord:
         if others:
             changed |= {"chosen_truncated": int(best), "rejected_truncated": int(any(others))}
         counted = tuple(sorted((name, times) for name, times in changed.items() if times))
-        return Outcome(None, len(self.ranks), counted, self.example.read_as)
+        return Outcome(None, len(self.ranks), changed=counted, read_as=self.example.read_as)
 
 
 def encode_record(
@@ -333,4 +333,6 @@ def encode_record(
     scores = record.scores or (np.nan,) * len(record.responses)
     new_ranks = [[used.index(index) for index in example] for example in ranks]
     numbers = list({**NUMBERS, **record.numbers}.values()) if record.numbers else []
-    return EncodedRecord(encoded, new_ranks, [scores[index] for index in used], ties, numbers)
+    return EncodedRecord(
+        encoded, ranks=new_ranks, scores=[scores[index] for index in used], ties=ties, numbers=numbers
+    )

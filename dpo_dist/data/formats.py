@@ -209,7 +209,15 @@ def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
     numbers = record_numbers(record, len(responses))
     unread = _unread_fields(record, content)
     result = PreferenceRecord(
-        prompt, tuple(responses), origin, content.scores, tools, arguments, numbers, False, unread, images
+        prompt,
+        tuple(responses),
+        origin,
+        scores=content.scores,
+        tools=tools,
+        template_arguments=arguments,
+        numbers=numbers,
+        unread=unread,
+        images=images,
     )
     check_content(result)
     return _exchanged(result) if numbers.get("soft_label", 1.0) < 0.5 else result

@@ -172,8 +172,8 @@ class BadRecord:
     def __str__(self) -> str:
         shown = [self.detail] if self.detail else []
         if self.fields:
-            more = ("...",) * (len(self.fields) > MAX_SHOWN_KEYS)
-            shown.append(f"fields: {', '.join(self.fields[:MAX_SHOWN_KEYS] + more)}")
+            more = ", ..." if len(self.fields) > MAX_SHOWN_KEYS else ""
+            shown.append(f"fields: {', '.join(self.fields[:MAX_SHOWN_KEYS])}{more}")
         if self.columns:
             shown.append(f"set columns: {{{', '.join(map(': '.join, self.columns))}}}")
         return f"{self.origin} {self.reason}" + (f" ({'; '.join(shown)})" if shown else "")

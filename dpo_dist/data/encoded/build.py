@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import astuple, dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -44,7 +44,7 @@ from dpo_dist.data.read.sources import (
     local_files,
     pin_source,
     raw_records,
-    root_of,
+    root_folder,
     source_identity,
     source_labels,
 )
@@ -196,6 +196,7 @@ class Preparation:
         return encoded
 
     def _encode(self, planned: PlannedSource, share: Share) -> int:
+        """Write the missing parts of this share of a source; return the number of all its parts."""
         source, wanted, _, contents = planned
         state = _identities(source)
         if [*map(content_in, state)] != contents:
@@ -210,6 +211,13 @@ class Preparation:
         chunk_records, part_records = (
             (CHUNK_RECORDS, PART_RECORDS) if self.processor is None else _WITH_IMAGES
         )
+        # About how many records this share has to encode.
+        expected = expected_number(source)
+        total = sum(
+            min(part_records, expected - first)
+            for part, first in enumerate(range(0, expected, part_records))
+            if part % shares == index and not replace(wanted, part=part).file.exists()
+        )
         work = partial(
             _encode_chunk,
             source=source,
@@ -218,44 +226,60 @@ class Preparation:
             part=self.part,
             processor=self.processor,
         )
-        expected = expected_number(source)
-        total = sum(
-            min(part_records, expected - first)
-            for part, first in enumerate(range(0, expected, part_records))
-            if part % shares == index and not replace(wanted, part=part).file.exists()
-        )
-        read = encoded = 0
 
-        def missing_chunks() -> Iterator[tuple[int, list[RawRecord]]]:
-            """Read all records; yield the chunks of this share's missing parts, with the part's number."""
-            nonlocal read
-            is_missing = False
-            for chunk in in_chunks(raw_records(source, wanted.copies), chunk_records):
-                part, place = divmod(read, part_records)
-                if place == 0:
-                    is_missing = part % shares == index and not is_whole(replace(wanted, part=part))
-                if is_missing:
-                    yield part, chunk
-                read += len(chunk)
+        @cache  # asked when the part's first chunk is read: another job may have written it by then
+        def is_missing(part: int) -> bool:
+            return part % shares == index and not is_whole(replace(wanted, part=part))
 
-        def checked(chunks: Iterable[tuple[int, EncodedChunk]]) -> Iterator[EncodedChunk]:
-            nonlocal encoded
-            for _, chunk in chunks:
-                yield chunk
-                encoded += len(chunk[0])
-                show(encoded, total if encoded <= total else None)
-            # If a file changed meanwhile, the fingerprint would name other records.
-            if _identities(source) != state:
-                raise changed_error(source)
-
+        # All records are read, in order, also those of other parts. `in_order` asks for chunks to encode,
+        # a few ahead, and `write_source` for encoded ones.
+        every = _PartChunks(raw_records(source, wanted.copies), chunk_records, part_records)
+        missing = ((part, chunk) for part, chunk in every if is_missing(part))
         with (
             cache_errors(wanted.file),  # of a copy of a URL's file
             self.progress(source.path) as show,
-            closing(in_order(missing_chunks(), work)) as chunks,
+            closing(in_order(missing, work)) as encoded,
         ):
-            for part, of_part in itertools.groupby(chunks, itemgetter(0)):
-                write_source(replace(wanted, part=part), checked(of_part))
-        return -(-read // part_records)
+            shown = _with_progress(encoded, show, total)
+            for part, numbered_chunks in itertools.groupby(shown, itemgetter(0)):
+                chunks = (chunk for _, chunk in numbered_chunks)
+                write_source(replace(wanted, part=part), _unless_changed(chunks, source, state))
+        return every.parts
+
+
+class _PartChunks:
+    """The chunks of a source's records, each with the number of its part; `parts`: how many were begun."""
+
+    def __init__(self, records: Iterable[RawRecord], chunk_records: int, part_records: int):
+        self._chunks, self.parts = in_chunks(records, chunk_records), 0
+        self._chunk_records, self._part_records = chunk_records, part_records
+
+    def __iter__(self) -> Iterator[tuple[int, list[RawRecord]]]:
+        for number, chunk in enumerate(self._chunks):
+            part = number * self._chunk_records // self._part_records
+            self.parts = part + 1
+            yield part, chunk
+
+
+def _with_progress(
+    chunks: Iterable[tuple[int, EncodedChunk]], show: Callable[..., None], total: int
+) -> Iterator[tuple[int, EncodedChunk]]:
+    """Yield the chunks, and show after each how many records have been encoded."""
+    encoded = 0
+    for part, chunk in chunks:
+        yield part, chunk
+        encoded += len(chunk[0])
+        show(encoded, total if encoded <= total else None)
+
+
+def _unless_changed(
+    chunks: Iterable[EncodedChunk], source: SourceConfig, state: list[str]
+) -> Iterator[EncodedChunk]:
+    """Yield the chunks of a part, which is not committed if a file of the source has changed meanwhile."""
+    yield from chunks
+    # The fingerprint would name other records.
+    if _identities(source) != state:
+        raise changed_error(source)
 
 
 def _encode_chunk(
@@ -270,7 +294,7 @@ def _encode_chunk(
     ]
     encoded = encode_records(parsed, images=images, **options)
     # Names of files are relative to the path of the source, which may be moved.
-    root, names = root_of(source.path).expanduser(), encoded["file"].dictionary_encode()
+    root, names = root_folder(source.path).expanduser(), encoded["file"].dictionary_encode()
     files = [os.path.relpath(Path(name).expanduser(), root) for name in names.dictionary.to_pylist()]
     encoded = encoded.set_column(0, "file", pa.array(files, pa.string()).take(names.indices))
     rows = [{name: getattr(image, name) for name in IMAGE_SCHEMA.names} for image in images.values()]

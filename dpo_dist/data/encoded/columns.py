@@ -45,8 +45,8 @@ def append_records(columns: Columns, tables: Sequence[pa.Table]) -> TableFacts:
         for batch in table.to_batches():
             columns.append(shared=batch["shared"].to_numpy())
             part = pa.Table.from_batches([batch])
-            examples_of = _lengths(part["examples"])
-            if not examples_of.any():
+            example_counts = _lengths(part["examples"])
+            if not example_counts.any():
                 continue
             chunk = dataset_columns(part)
             names = [(source, name) for name in chunk["source_paths"]]
@@ -65,7 +65,7 @@ def append_records(columns: Columns, tables: Sequence[pa.Table]) -> TableFacts:
                 first_pieces=prompts[:-1] + pieces,
                 mask_starts=chunk["mask_starts"] + masked,
                 origins=np.column_stack((numbers[chunk["origins"][:, 0]], chunk["origins"][:, 1])),
-                places=np.repeat(batch["place"].to_numpy().astype(np.int64) + records, examples_of),
+                places=np.repeat(batch["place"].to_numpy().astype(np.int64) + records, example_counts),
                 rows=first_rows(
                     starts, sizes, prompts[:-1], np.delete(np.arange(len(sizes)), prompts[:-1]), counts
                 ),
@@ -117,24 +117,24 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
         return values
 
     tokens, trained_tokens = flat("piece_tokens"), flat("trained_tokens")
-    pieces_of, examples_of = _lengths(table["piece_tokens"]), _lengths(table["examples"])
+    piece_counts, example_counts = _lengths(table["piece_tokens"]), _lengths(table["examples"])
     examples = pc.list_flatten(table["examples"])
-    responses_of = _lengths(examples)
-    record = np.repeat(np.arange(len(table)), examples_of)
+    response_counts = _lengths(examples)
+    record = np.repeat(np.arange(len(table)), example_counts)
     # The index of each response of an example among all pieces, and among all responses.
-    first_piece = np.cumsum(pieces_of) - pieces_of
+    first_piece = np.cumsum(piece_counts) - piece_counts
     numbers = pc.list_flatten(examples).to_numpy()
-    piece = np.repeat(first_piece[record], responses_of) + 1 + numbers
+    piece = np.repeat(first_piece[record], response_counts) + 1 + numbers
     is_response = np.ones(len(tokens), dtype=np.bool_)
-    is_response[first_piece[pieces_of > 0]] = False
+    is_response[first_piece[piece_counts > 0]] = False
     response = (np.cumsum(is_response) - 1)[piece]
     response_tokens = tokens[is_response]
     masked = np.where(trained_tokens < response_tokens, response_tokens, 0)
     # The prompt of an example is before its first response.
-    starts = np.cumsum(responses_of) - responses_of
+    starts = np.cumsum(response_counts) - response_counts
     pieces = np.insert(piece, starts, first_piece[record])
     # An example that lacks one of the record's responses may lack the one that begins like another.
-    is_known = np.maximum.reduceat(numbers, starts) < responses_of
+    is_known = np.maximum.reduceat(numbers, starts) < response_counts
     keys, files = flat("keys").reshape(-1, 2)[response], table["file"].combine_chunks().dictionary_encode()
     origins = np.stack([files.indices.to_numpy(), table["line"].to_numpy()], axis=1)
     # Those of the `NUMBERS` that have an effect.
@@ -148,16 +148,16 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
         "ids": pc.list_flatten(table["ids"]),
         "piece_starts": (np.cumsum(tokens, dtype=np.int64) - tokens)[pieces],
         "piece_tokens": tokens[pieces],
-        "first_pieces": np.insert(np.cumsum(responses_of + 1), 0, 0),
+        "first_pieces": np.insert(np.cumsum(response_counts + 1), 0, 0),
         "keys": keys,
-        "digests": example_digests(keys, responses_of),
+        "digests": example_digests(keys, response_counts),
         "scores": flat("scores")[response],
         "numbers": given,
         "trained": pc.list_flatten(table["trained"]),
         "mask_starts": (np.cumsum(masked, dtype=np.int64) - masked)[response],
         "trained_tokens": trained_tokens[response],
         "truncated": flat("truncated")[response],
-        "begins": np.where(np.repeat(is_known, responses_of), flat("begins")[response], np.int32(0)),
+        "begins": np.where(np.repeat(is_known, response_counts), flat("begins")[response], np.int32(0)),
         "prompt_hashes": table["prompt"].to_numpy()[record],
         "origins": origins[record],
     }

@@ -42,7 +42,7 @@ from dpo_dist.data.encoded.store import (
 )
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.read.fields import VOTES
-from dpo_dist.data.read.sources import name_of
+from dpo_dist.data.read.sources import full_name
 from dpo_dist.data.records import Origin, Tokenizer
 from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -74,8 +74,8 @@ class PromptImages:
         digest.update(self.numbers.tobytes())
         return digest.hexdigest()
 
-    def of(self, index: int) -> tuple[ImageInput, ...]:
-        """Return the images of an example, without inputs."""
+    def in_prompt(self, index: int) -> tuple[ImageInput, ...]:
+        """Return the images in the prompt of an example, without inputs."""
         start = int(self.starts[index])
         return tuple(self.distinct[n] for n in self.numbers[start : start + int(self.counts[index])])
 
@@ -161,7 +161,7 @@ class PreferenceDataset:
         prompt, *responses = (np.asarray(self.ids[start : start + tokens]) for start, tokens in pieces)
         masks = self.masks(index) if masked else ()
         which = range(len(responses)) if which is None else which
-        images = () if self.images is None else self.images.of(index)
+        images = () if self.images is None else self.images.in_prompt(index)
         kept = tuple(responses[i] for i in which)
         return Example(prompt, kept, tuple(masks[i] for i in which if masks), images)
 
@@ -336,7 +336,7 @@ def open_dataset(
     return PreferenceDataset(
         fingerprint=fingerprint,
         counts=counts | {"duplicates": facts["duplicates"]},
-        source_paths=tuple(name_of(sources[source].path, name) for source, name in facts["files"]),
+        source_paths=tuple(full_name(sources[source].path, name) for source, name in facts["files"]),
         source_pairs=tuple(pairs),
         source_labels=tuple(source.label for source in sources),
         largest_id=facts["largest_id"],
@@ -375,12 +375,12 @@ def _prompt_images(
     return PromptImages(
         distinct,
         places,
-        stored["content"],
-        numbers,
-        starts[examples],
-        counts[examples],
-        (before[starts + counts] - before[starts])[examples],
-        processor,
+        contents=stored["content"],
+        numbers=numbers,
+        starts=starts[examples],
+        counts=counts[examples],
+        prompt_tokens=(before[starts + counts] - before[starts])[examples],
+        processor=processor,
     )
 
 
@@ -395,7 +395,7 @@ def _checked_counts(
     by_source = []
     for source, counts in zip(sources, counted, strict=True):
         split = [example.partition(":") for example in counts.examples]  # names are as in the column `file`
-        counts.examples = [f"{name_of(source.path, file)}:{rest}" for file, _, rest in split]
+        counts.examples = [f"{full_name(source.path, file)}:{rest}" for file, _, rest in split]
 
     def lengths() -> list[SourceLengths]:
         pairs = zip(tables, counted, strict=True)
@@ -475,9 +475,10 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
         taken_apart += " to take pairs apart, or give each response a label: true or false, 1 or 0"
         check(~is_labelled, "no single response with a label", taken_apart)
         # Read alone, 0 is bad; beside -1 it is perhaps neutral.
-        of = np.repeat(np.arange(len(dataset.source_pairs)), dataset.source_pairs)
+        sources = np.repeat(np.arange(len(dataset.source_pairs)), dataset.source_pairs)
         remedy = "let a reader of the source return true, false, or None for a record to drop (docs/data.md)"
-        check((best == 0) & np.isin(of, of[best == -1]), "labels of 0 and of -1 in one source", remedy)
+        is_mixed = np.isin(sources, sources[best == -1])
+        check((best == 0) & is_mixed, "labels of 0 and of -1 in one source", remedy)
         return
     ignored = "; if the label does not judge the response, ignore it: columns: {label: null}"
     check(is_labelled, "one response with a label, good or bad", Remedy.to_set("loss=kto") + ignored)

@@ -73,7 +73,7 @@ def _write_partners(dataset: PreferenceDataset, max_length: int, columns: Column
             Example(
                 np.asarray(ids[start:stop]),
                 (np.asarray(ids[partner_start:partner_stop]),),
-                images=() if images is None else images.of(index),
+                images=() if images is None else images.in_prompt(index),
             )
             for index, start, stop, partner_start, partner_stop in np.column_stack((own, *spans)).tolist()
         )

@@ -392,7 +392,7 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
         raise ValueError(f"records of {largest:,} bytes: over {MAX_RECORD_BYTES:,}")
     records = min(_BATCH_RECORDS, max(1, _MAX_BATCH_BYTES // 4 // max(largest, 1)))
     for batch in table.iter_batches(records):
-        if batch.nbytes > max(_MAX_BATCH_BYTES, MAX_RECORD_BYTES * (len(batch) == 1)):
+        if batch.nbytes > max(_MAX_BATCH_BYTES, MAX_RECORD_BYTES if len(batch) == 1 else 0):
             raise ValueError(f"{len(batch)} records expand to {batch.nbytes:,} bytes")
         yield from _table_rows([batch])
 

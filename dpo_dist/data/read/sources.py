@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path, PurePath
@@ -93,8 +93,8 @@ def expected_number(source: SourceConfig) -> int:
 
 def image_folders(source: SourceConfig) -> list[Path]:
     """Return the folders of a source for image files. Raises DataError: the one that it names is missing."""
-    root = root_of(source.path).expanduser()
-    folders = [root] * root.is_dir()
+    root = root_folder(source.path).expanduser()
+    folders = [root] if root.is_dir() else []
     if source.images is None:
         return folders
     folder = Path(source.images).expanduser()
@@ -162,25 +162,25 @@ def _check_unused(source: SourceConfig, unused: Iterable[str]) -> None:
                 where=f"{key} of {source.path}",
                 got=value,
                 expected="null",
-                remedy=f"remove {key}: it is for Hub datasets" + (" and folders" * (key != "revision")),
+                remedy=f"remove {key}: it is for Hub datasets{'' if key == 'revision' else ' and folders'}",
             )
 
 
 def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
-    """Return a digest of a source's content: of its files, or the `revision` of a pinned source.
+    """Return a digest of a pinned source's content: of its files, of a URL's listing, or of the Hub's commit.
 
     The folder `memo` caches digests of files. Raises DataError: the source does not exist.
     """
     files = local_files(source)
-    if is_url(source.path):
-        return str(source.revision)
+    if isinstance(source, ListedSource):
+        return source.listing
     if files is None:
         return f"hub commit {source.revision}, name {source.name}, data_dir {source.data_dir}"
     digests = [remembered_digest(file, memo) for file in files]
     if Path(source.path).expanduser().is_file():
         return digests[0]
     # Names decide format, split and origins; the folder may be moved.
-    root = root_of(source.path).expanduser()
+    root = root_folder(source.path).expanduser()
     names = [os.path.relpath(file, root) for file in files]
     return text_digest("\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True)))
 
@@ -200,16 +200,16 @@ def _missing(file: Path) -> DataError:
 # Patterns and folders.
 
 
-def root_of(path: str) -> Path:
+def root_folder(path: str) -> Path:
     """Return the folder to which a source's file names are relative: for a pattern, the part before it."""
     return Path(*itertools.takewhile(lambda part: not _GLOB.search(part), Path(path).parts))
 
 
-def name_of(path: str, relative: str) -> str:
-    """Return a file's full name, given its name relative to `root_of(path)`."""
+def full_name(path: str, relative: str) -> str:
+    """Return a file's full name, given its name relative to `root_folder(path)`."""
     if relative == ".":
         return path
-    name = str(root_of(path) / relative)
+    name = str(root_folder(path) / relative)
     return name.replace(":/", "://", 1) if is_url(path) else name  # a path has no empty parts
 
 
@@ -323,18 +323,25 @@ def _saved_records(folder: Path, source: SourceConfig, folders: Sequence[Path]) 
 # The Hugging Face Hub.
 
 
+@dataclass(frozen=True)
+class ListedSource(SourceConfig):
+    """A source at a URL, and a digest of what its file system said of its files (`_listing`)."""
+
+    listing: str = ""
+
+
 def pin_source(source: SourceConfig) -> SourceConfig:
     """Return the source that an entry of a dataset_info.json describes, or the source itself.
 
     A Hub dataset gets its commit as `revision` (null: main), from the Hub's cache if the Hub cannot be
-    reached; a source at a URL a digest of what its file system says of its files. Raises DataError: the
-    source or the commit is not found.
+    reached; a source at a URL becomes a `ListedSource`. Raises DataError: the source or the commit is not
+    found.
     """
     from huggingface_hub import HfApi  # noqa: PLC0415  # slow to import
 
     source = resolve_source(source)
     if is_url(source.path):
-        return replace(source, revision=_listed(remote_files(source)))
+        return ListedSource(**vars(source) | {"listing": _listing(remote_files(source))})
     if local_files(source) is not None:
         return source
     with _as_data_error(source):
@@ -365,7 +372,6 @@ _STATES = (
     *("ETag", "etag", "md5Hash", "crc32c", "blob_id", "content_md5", "Content-MD5", "Digest"),
     *("LastModified", "last_modified", "Last-Modified", "modified", "mtime", "created"),
 )
-_LISTED = "listed "
 
 
 class RemoteFile(NamedTuple):
@@ -376,9 +382,9 @@ class RemoteFile(NamedTuple):
     state: str
 
 
-def _listed(files: Sequence[RemoteFile]) -> str:
+def _listing(files: Sequence[RemoteFile]) -> str:
     """Return a digest of the names and states of files."""
-    return _LISTED + text_digest("\n".join(f"{file.name} {file.state}" for file in files))
+    return "listed " + text_digest("\n".join(f"{file.name} {file.state}" for file in files))
 
 
 def remote_files(source: SourceConfig) -> list[RemoteFile]:
@@ -387,8 +393,7 @@ def remote_files(source: SourceConfig) -> list[RemoteFile]:
     Raises DataError: none is found, or one cannot be read; ConfigError: a key has no effect.
     """
     system, path = open_file_system(source.path)
-    if not (source.revision or _LISTED).startswith(_LISTED):
-        _check_unused(source, {"revision"})
+    _check_unused(source, {"revision"})
     with remote_errors(source.path, DataError):
         info = None if _GLOB.search(path) else system.info(path)
         is_folder = info is not None and info["type"] == "directory"
@@ -456,7 +461,7 @@ def _remote_records(
     """Yield the records of a source at a URL; each file is downloaded before it is read."""
     system, _ = open_file_system(source.path)
     files = remote_files(source)
-    if source.revision not in (None, _listed(files)):
+    if isinstance(source, ListedSource) and source.listing != _listing(files):
         raise changed_error(source)
     with contextlib.ExitStack() as stack:
         if is_own := copies is None:

@@ -73,7 +73,7 @@ def from_json(value: Any, *, of_texts: bool = False) -> Any:
         return _JSON.decode(value)
     except (ValueError, RecursionError):
         pass
-    is_printed = value.lstrip().startswith(("[{'", "{'", *["['"] * of_texts))
+    is_printed = value.lstrip().startswith(("[{'", "{'", "['") if of_texts else ("[{'", "{'"))
     try:
         return ast.literal_eval(value.strip()) if is_printed else value
     except (ValueError, SyntaxError, RecursionError, MemoryError):

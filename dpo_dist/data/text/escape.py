@@ -1,4 +1,9 @@
-"""Escaped texts: a control token's name inside data stays text when it is encoded as token ids."""
+"""Escaped texts: a control token's name inside data stays text when it is encoded as token ids.
+
+A template gets a content such as `What is <|im_end|>?` with a mark beside the name, because templates look
+for some names. In its output, which has real control tokens, too, name and mark become one mark with the
+token's number: that is an escaped text.
+"""
 
 import copy
 import json
@@ -7,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import tokenizers
 
@@ -32,8 +37,12 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))) or r"(?!)")
 
 
-_Piece: TypeAlias = tuple[int, int, bool]
-"""A piece's start in the changed and in the original text; whether it is the same in both."""
+class _Piece(NamedTuple):
+    """A part of a changed text: a replaced token, or text that is the same in the original."""
+
+    start: int  # in the changed text
+    origin: int  # its start in the original text
+    is_same: bool
 
 
 class Marks:
@@ -93,10 +102,12 @@ class Marks:
         for match in self._literal_or_token.finditer(escaped):
             before = escaped[done : match.start()]
             replaced = self.tokens[int(match[1])] if match[1] else token_alias(match[0])
-            pieces += [(length, done, True), (length + len(before), match.start(), False)]
+            pieces.append(_Piece(length, done, is_same=True))
+            pieces.append(_Piece(length + len(before), match.start(), is_same=False))
             parts += [before, replaced]
             length, done = length + len(before) + len(replaced), match.end()
-        return "".join([*parts, escaped[done:]]), [*pieces, (length, done, True)]
+        pieces.append(_Piece(length, done, is_same=True))
+        return "".join([*parts, escaped[done:]]), pieces
 
 
 def token_alias(token: str) -> str:
@@ -168,8 +179,8 @@ def _without_first_space(part: dict[str, Any]) -> dict[str, Any] | None:
 
 def _origin(position: int, pieces: Sequence[_Piece]) -> int:
     """Translate a position in the changed text of these pieces to the original text."""
-    start, origin, is_same = pieces[bisect_right(pieces, position, key=lambda piece: piece[0]) - 1]
-    return origin + (position - start) * is_same
+    piece = pieces[bisect_right(pieces, position, key=lambda piece: piece.start) - 1]
+    return piece.origin + (position - piece.start if piece.is_same else 0)
 
 
 _ANCHOR = f"{RESERVED_CHARACTER}anchor{RESERVED_CHARACTER}"

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from dpo_dist.config.schema import DataConfig, TextTemplate
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
@@ -18,6 +17,7 @@ from dpo_dist.data.records import (
     Origin,
     PreferenceRecord,
     UnusableRecordError,
+    turns_of,
 )
 from dpo_dist.data.text.escape import THOUGHT_FIELDS, THOUGHT_TAGS
 from dpo_dist.data.text.template import (
@@ -25,22 +25,24 @@ from dpo_dist.data.text.template import (
     PROBE_TOOL,
     ChatRenderer,
     Forms,
-    Span,
     Turns,
     argument_names,
     check_template_keys,
 )
 from dpo_dist.data.text.tokenizer import TokenizerFacts
+from dpo_dist.data.text.turns import ResponseTurn, Span, TurnFinder, message_thought
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.types import Fields
 
 CALLS = "tool_calls"
 _OPEN, _CLOSE = THOUGHT_TAGS
+# Of a response: it starts with an empty thought; it ends an opened one at once; it has none, or an empty one.
 _EMPTY_THOUGHT = re.compile(rf"\A{_OPEN}\s*{_CLOSE}\s*")
 _EMPTY_END = re.compile(rf"\s*{_CLOSE}\s*")
 _NO_THOUGHT = re.compile(rf"\s*(?:{_OPEN}\s*)?{_CLOSE}|(?!.*{_CLOSE})", re.DOTALL)
-_TO_THOUGHT = re.compile(rf"\s*(?:{_OPEN}|{_CLOSE}|\Z)")
-_ENDED = re.compile(rf"(?:{_OPEN}\s*)?{_CLOSE}\s*\Z")
+# Of a prompt: it ends a thought; from a position on it has only a tag of thoughts, or nothing.
+_ENDED_THOUGHT = re.compile(rf"(?:{_OPEN}\s*)?{_CLOSE}\s*\Z")
+_ONLY_THOUGHT = re.compile(rf"\s*(?:{_OPEN}|{_CLOSE}|\Z)")
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,19 @@ def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataC
     as_messages = replace(record, prompt=(Message("user", prompt),))
     if not is_text:
         return _by_template(as_messages, facts, config, "text")
+    # A text, to which somebody may have applied a template already: to its prompt, or to its responses alone.
     is_templated, read_as = facts.is_templated(prompt), "text, without the chat template"
-    changes = {"templated_text"} if is_templated or any(map(facts.is_ended, texts)) else set()
+    changes = {"templated_text"} if is_templated or any(map(facts.is_ended, texts)) else set[str]()
     is_applied = bool(changes) and config.template is TextTemplate.applied
     if is_applied:
-        read_as, ends = "text, with the template that is in it", [facts.split_end(text) for text in texts]
-        texts = tuple(bare for bare, _ in ends)
+        read_as = "text, with the template that is in it"
+        bare_and_end = [facts.split_end(text) for text in texts]
         if is_templated:
-            return _all_counted(prompt, [bare + end for bare, end in ends], read_as, changes)
+            return _all_counted(prompt, [bare + end for bare, end in bare_and_end], read_as, changes)
+        texts = tuple(bare for bare, _ in bare_and_end)
     if config.text_as_messages:
         rendered = _by_template(replace(as_messages, responses=texts), facts, config, "text")
-        return replace(rendered, changes=rendered.changes - {"templated_content"} | changes)
+        return replace(rendered, changes=(rendered.changes - {"templated_content"}) | changes)
     if facts.tokenizer.chat_template and not is_applied:
         changes.add("chat_template_not_applied")
     return _as_text(prompt, texts, facts, read_as, changes)
@@ -160,24 +164,24 @@ def _by_template(
             remedy="use the tokenizer of an instruction-tuned model, set data.chat_template, or "
             + ("data.text_as_messages=false" if config.text_as_messages else "convert them to plain text"),
         )
-    responses = tuple(
-        (Message("assistant", turns),) if isinstance(turns, str) else turns for turns in record.responses
-    )
-    arguments = record.template_arguments
+    responses = tuple(map(turns_of, record.responses))
+    # The tools, and the arguments of the run and of the record.
     names = argument_names(chat.template)
-    known = {name: value for name, value in arguments.items() if name in names}
+    known = {name: value for name, value in record.template_arguments.items() if name in names}
     if not names.issuperset(config.template_arguments or ()):
         check_template_keys(config, facts.tokenizer)
     tools = {"tools": list(record.tools)} if record.tools else {}
     context = chat.data({**(config.template_arguments or {}), **known, **tools})
     rendered = _Conversation(messages, context, facts, chat, config).render(responses)
+    # What the template left out.
     changes = set(rendered.changes)
-    if len(known) < len(arguments):
+    if len(known) < len(record.template_arguments):
         changes.add("unknown_template_argument")
     texts = list(map(facts.marks.spell, rendered.responses))
     spelled = [facts.marks.spell(rendered.prompt) + text for text in texts]
     # A part of a response may also stand in the prompt: a tool's name, or a short answer.
-    given = [*_contents(messages), *_tool_names(record.tools)]
+    tool_names = _tool_names(record.tools)
+    given = [*_contents(messages), *tool_names]
     if not all(
         _is_written(whole, given)
         and _is_written(text, [*_contents(turns), message_thought(turns[-1]) or ""])
@@ -187,9 +191,9 @@ def _by_template(
         changes.add("content_not_rendered")
     # A template that does not read `tools` may still write their names, in calls.
     is_read = re.search(r"\btools\b", chat.template) is not None
-    written = _tool_names(record.tools)
-    if record.tools and not (is_read and all(name in text for name in written for text in spelled)):
+    if record.tools and not (is_read and all(name in text for name in tool_names for text in spelled)):
         changes.add("tools_not_rendered")
+    # Where a model would stop, or a content looks like turns.
     if any(facts.has_turns(turn.content) for turns in (messages, *responses) for turn in turns):
         changes.add("templated_content")
     spans = zip(rendered.responses, rendered.counted, strict=True)
@@ -215,48 +219,60 @@ def _tool_names(tools: Iterable[Fields]) -> list[str]:
     return [tool["function"]["name"] for tool in tools if "name" in tool.get("function", ())]
 
 
-def message_thought(message: Message) -> str | None:
-    """Return the thought that a field of a message has."""
-    thoughts = (message.fields.get(name) for name in THOUGHT_FIELDS)
-    return next((thought for thought in thoughts if thought and isinstance(thought, str)), None)
+@dataclass(frozen=True)
+class _WholeConversation:
+    """A conversation as the template writes it, up to the end of its last turn, and the response in it."""
+
+    text: str
+    start: int  # of the response: after the header of its first turn
+    counted: tuple[Span, ...]  # in `text`, of the turns that the loss counts
+
+    @property
+    def prompt(self) -> str:
+        """The text before the response."""
+        return self.text[: self.start]
+
+    @property
+    def response(self) -> str:
+        """The text of the response."""
+        return self.text[self.start :]
+
+    @property
+    def counted_in_response(self) -> tuple[Span, ...]:
+        """The spans that the loss counts, in the text of the response."""
+        return tuple((max(start - self.start, 0), end - self.start) for start, end in self.counted)
+
+    def starting_with_thought(self, start: int) -> "_WholeConversation":
+        """Return the same with a response from `start` on: its first turn then begins with a thought."""
+        counted = ((start if first == self.start else first, end) for first, end in self.counted)
+        return replace(self, start=start, counted=tuple(counted))
 
 
-@dataclass
 class _Conversation:
-    """The prompt of one record, with the tools and arguments of the template for it."""
+    """The prompt of one record, with the tools and arguments of the template: renders its responses."""
 
-    messages: Messages
-    context: Forms
-    facts: TokenizerFacts
-    chat: ChatRenderer
-    config: DataConfig
-
-    def __post_init__(self) -> None:
-        self.prompt: Turns = tuple(map(self.chat.turn, self.messages))
-        self.role = self.messages[-1].role if self.messages else ""
-        self.generation: dict[str, str] = {}
+    def __init__(
+        self,
+        messages: Messages,
+        context: Forms,
+        facts: TokenizerFacts,
+        chat: ChatRenderer,
+        config: DataConfig,
+    ):
+        self.messages: Turns = tuple(map(chat.turn, messages))
+        self.context, self.facts, self.chat, self.config = context, facts, chat, config
+        self.finder = TurnFinder(self.messages, context, facts, chat)
 
     def render(self, responses: Sequence[Messages]) -> RenderedRecord:
         """Render the prompt and its responses."""
         if any(len(turns) != 1 or turns[0].role != "assistant" for turns in responses):
-            return self._render_turns(responses)
+            return self._several_turns(responses)
         messages = [turns[0] for turns in responses]
-        prompt = self.chat.render(self.prompt, self.context, generation=True)
-        changes = set[str]()
+        prompt = self.chat.render(self.messages, self.context, generation=True)
         if _opens_thought(prompt):
-            prompt, texts, changes = self._after_opened_thought(messages, prompt)
+            prompt, texts, changes = self._after_opened_thought(prompt, messages)
         else:
-            texts, is_prefix = self._after(messages, prompt)
-            if not is_prefix:
-                changes.add("prompt_not_prefix")
-            if prompt.rstrip().endswith(_CLOSE) and any(_CLOSE in text for text in texts):
-                changes.add("ended_thought_reopened")
-                # Does the template end a thought in the prompt even if no argument asks for that?
-                tools = {name: value for name, value in self.context[0].items() if name == "tools"}
-                usual = self.chat.render(self.prompt, self.chat.data(tools), generation=True)
-                if usual.rstrip().endswith(_CLOSE):
-                    prompt = _ENDED.sub("", prompt)
-                    texts, _ = self._after(messages, prompt)
+            prompt, texts, changes = self._after_closed_prompt(prompt, messages)
         counted = tuple(
             ((0, len(text)),) if self._is_counted(turn, text) else ()
             for turn, text in zip(messages, texts, strict=True)
@@ -275,93 +291,85 @@ class _Conversation:
             raise UnusableRecordError("turn_not_rendered", "the chat template leaves out a call or a thought")
         return is_counted
 
-    def _following(self, messages: Sequence[Message], prompt: str) -> list[str | None]:
-        """Return the text of each response after the rendered `prompt`, up to its end of turn.
+    # One turn: what the template writes after the prompt of a generation.
 
-        The text includes what the template adds (a leading space, an empty thought). None if the
-        template renders the prompt differently when a response follows.
-        """
-        turns = map(self.chat.turn, messages)
-        wholes = [self.chat.render((*self.prompt, turn), self.context) for turn in turns]
-        return [
-            self.facts.until_end(whole[len(prompt) :]) if whole.startswith(prompt) else None
-            for whole in wholes
-        ]
-
-    def _after(self, messages: Sequence[Message], prompt: str) -> tuple[list[str], bool]:
-        """Return the text of each response, and whether the prompt is unchanged before all of them."""
-        following, texts = self._following(messages, prompt), list[str]()
-        for text, message in zip(following, messages, strict=True):
-            if text is not None:
-                texts.append(text)
-                continue
-            # As the template writes the turn after a prompt that it renders differently. The record's prompt
-            # opens no thought: a thought opened before the turn belongs to the response.
-            whole, start, _ = self._whole_conversation((message,))
-            texts.append(whole[whole.rindex(_OPEN, 0, start) if _opens_thought(whole[:start]) else start :])
-        return texts, None not in following
-
-    def _header_length(self, message: Message, turn: str, before: Turns, role: str) -> int:
-        """Return the length of a rendered message's header: what a generation prompt writes after `before`.
-
-        `role` is the role of the last turn of `before`.
-        """
-        if role not in self.generation:  # templates write it by the role of the last turn alone
-            trace = self.chat.trace(before, self.context, generation=True)
-            end = trace.end
-            if not before or trace.spans[-1] is None or end == len(trace.text):
-                # Llama 3.1 writes tools and the first question before its loop over messages; Zephyr and
-                # OLMo 2 write the generation prompt in that loop.
-                alone = self.facts.without_prompt(self.chat.render(before, self.context))
-                end = self.facts.common_length(trace.text, alone)
-            self.generation[role] = trace.text[end:]
-        generation = self.generation[role]
-        length, space = self.facts.common_length(turn, generation), len(turn) - len(turn.lstrip())
-        rest = generation[length:]
-        # The space before the header may be another one, or belong to the former turn (Alpaca).
-        if shared := self.facts.common_length(turn[space:], generation.lstrip()):
-            length, rest = space + shared, generation.lstrip()[shared:]
-        if not rest:
-            return length
-        # The prompt may say more before the header (Command R+ with tools).
-        if tail := self.facts.tail_of(generation, turn[space:]):
-            return space + tail
-        # A content may begin like the generation prompt, where the turn itself does not (Apriel).
-        for part in filter(None, (message_thought(message), message.content.strip())):
-            text = self.facts.marks.escape(part, self.facts.marks.in_response)
-            start = turn.find(text, max(length - len(text) + 1, 0))
-            length = min(length, start) if start >= 0 else length
-        # The thought of the turn is the model's if the generation prompt ends one (<channel|> of Gemma 4).
-        return self.facts.before_opened(turn, length, rest)
+    def _after_closed_prompt(
+        self, prompt: str, messages: Sequence[Message]
+    ) -> tuple[str, list[str], set[str]]:
+        """Return a prompt that opens no thought, the texts of the responses, and changes."""
+        texts, is_prefix = self._response_texts(prompt, messages)
+        changes = set() if is_prefix else {"prompt_not_prefix"}
+        # The prompt ends a thought that a response then has: Qwen3 without thinking writes
+        # <|im_start|>assistant\n<think>\n\n</think>\n\n.
+        if prompt.rstrip().endswith(_CLOSE) and any(_CLOSE in text for text in texts):
+            changes.add("ended_thought_reopened")
+            # Does the template end a thought in the prompt even if no argument asks for that?
+            tools = {name: value for name, value in self.context[0].items() if name == "tools"}
+            usual = self.chat.render(self.messages, self.chat.data(tools), generation=True)
+            if usual.rstrip().endswith(_CLOSE):
+                prompt = _ENDED_THOUGHT.sub("", prompt)
+                texts, _ = self._response_texts(prompt, messages)
+        return prompt, texts, changes
 
     def _after_opened_thought(
-        self, messages: Sequence[Message], prompt: str
+        self, prompt: str, messages: Sequence[Message]
     ) -> tuple[str, list[str], set[str]]:
-        """Return a prompt that opens a thought, its responses and changes.
+        r"""Return a prompt that opens a thought, the texts of the responses, and changes.
 
-        Each response then ends the thought and none opens it again; else the returned prompt opens none.
+        The prompt of Qwen3.6 ends with <|im_start|>assistant\n<think>\n. Each response then ends the thought
+        and none opens it again; else the returned prompt opens none.
         """
-        texts = [text or "" for text in self._following(messages, prompt)]
+        # The template continues the thought in all responses: Look.\n</think>\n\nHello.<|im_end|>
+        texts = [text or "" for text in self._continuations(prompt, messages)]
         if all(_CLOSE in text and not text.lstrip().startswith(_OPEN) for text in texts):
             scaffold = self._common_scaffold(texts)
             changes = {"opened_thought_removed"} if any(map(_NO_THOUGHT.match, texts)) else set[str]()
             return prompt + scaffold, [text.removeprefix(scaffold) for text in texts], changes
+        # The template leaves out the thoughts (DeepSeek R1), but each response has one: as it is given.
         spelled = list(map(_with_spelled_thought, messages))
         closed = _without_opened_thought(prompt)
         if all(_CLOSE in message.content for message in spelled):
             within = [_within_thought(message.content, prompt) for message in spelled]
             changes = set() if within == [turn.content for turn in spelled] else {"opened_thought_joined"}
             pairs = zip(spelled, within, strict=True)
-            return prompt, [self._ended(message, text, closed) for message, text in pairs], changes
-        rendered, is_prefix = self._after(messages, closed)
-        ended = [
-            self._ended(message, message.content, closed)
+            return prompt, [self._as_given(message, text, closed) for message, text in pairs], changes
+        # A response has no thought: the prompt opens none, and the model opens those of the others.
+        rendered, is_prefix = self._response_texts(closed, messages)
+        texts = [
+            self._as_given(message, message.content, closed)
             if _CLOSE in message.content
-            and not _has_only_thought(self.facts.marks.spell(whole), message.content)
-            else whole
-            for message, whole in zip(spelled, rendered, strict=True)
+            and not _has_only_thought(self.facts.marks.spell(text), message.content)
+            else text
+            for message, text in zip(spelled, rendered, strict=True)
         ]
-        return closed, ended, {"opened_thought_removed", *([] if is_prefix else ["prompt_not_prefix"])}
+        return closed, texts, {"opened_thought_removed", *([] if is_prefix else ["prompt_not_prefix"])}
+
+    def _response_texts(self, prompt: str, messages: Sequence[Message]) -> tuple[list[str], bool]:
+        """Return the text of each response, and whether the prompt is unchanged before all of them."""
+        continuations, texts = self._continuations(prompt, messages), list[str]()
+        for text, message in zip(continuations, messages, strict=True):
+            if text is not None:
+                texts.append(text)
+                continue
+            # As the template writes the turn after a prompt that it renders differently. The record's prompt
+            # opens no thought: a thought opened before the turn belongs to the response.
+            whole = self._whole_conversation((message,))
+            start = whole.text.rindex(_OPEN, 0, whole.start) if _opens_thought(whole.prompt) else whole.start
+            texts.append(whole.text[start:])
+        return texts, None not in continuations
+
+    def _continuations(self, prompt: str, messages: Sequence[Message]) -> list[str | None]:
+        """Return the text of each response after the rendered `prompt`, up to its end of turn.
+
+        The text includes what the template adds (a leading space, an empty thought). None if the
+        template renders the prompt differently when a response follows.
+        """
+        turns = map(self.chat.turn, messages)
+        wholes = [self.chat.render((*self.messages, turn), self.context) for turn in turns]
+        return [
+            self.facts.up_to_end(whole[len(prompt) :]) if whole.startswith(prompt) else None
+            for whole in wholes
+        ]
 
     def _common_scaffold(self, responses: Iterable[str]) -> str:
         """Return the end of an empty thought with which all responses start: a part of the prompt."""
@@ -370,119 +378,84 @@ class _Conversation:
         starts = {match.group() if (match := _EMPTY_END.match(text)) else "" for text in responses}
         return starts.pop() if len(starts) == 1 else ""
 
-    def _ended(self, message: Message, content: str, prompt: str) -> str:
-        """Return a content with its thought and end of turn; the template writes the tool calls."""
+    def _as_given(self, message: Message, content: str, prompt: str) -> str:
+        """Return a content with its thought and end of turn; the template writes only the tool calls."""
         marks = self.facts.marks
         if not message.fields.get(CALLS):
             return marks.escape(content, marks.in_response) + self.facts.end_of_turn
         thought, rest = _split_thought(content)
         separator = rest[: len(rest) - len(rest.lstrip())]
-        [rendered], _ = self._after([replace(message, content=rest.lstrip())], prompt)
+        [rendered], _ = self._response_texts(prompt, [replace(message, content=rest.lstrip())])
         # The thought stands before what the template writes, perhaps after an empty thought of its own.
         written = _EMPTY_THOUGHT.sub("", rendered.lstrip())
         return marks.escape(thought, marks.in_response) + separator + written
 
-    def _render_turns(self, responses: Sequence[Messages]) -> RenderedRecord:
-        """Render responses of several turns, each as a part of the whole conversation."""
-        parts = [self._whole_conversation(response) for response in responses]
-        texts, starts = [text for text, _, _ in parts], [start for _, start, _ in parts]
-        prompts, changes = [text[:start] for text, start, _ in parts], set[str]()
-        prompt, generation = prompts[0], all(turns[0].role == "assistant" for turns in responses)
-        alone = self.chat.render(self.prompt, self.context, generation=generation) if self.prompt else ""
-        if self.prompt and {alone} != {*prompts}:
-            changes.add("prompt_not_prefix")
-        # Of the first turn: templates write empty thoughts before later ones (Qwen3).
-        thinks = any(_CLOSE in turns[0].content or bool(message_thought(turns[0])) for turns in responses)
-        # DeepSeek V3.2 ends a thought at the start of each turn, and in the generation prompt, too.
-        thinks |= any(text[start:].lstrip().startswith(_CLOSE) for text, start, _ in parts)
-        is_other = _opens_thought(alone) or (thinks and _ENDED.search(alone))
-        # Turns before the response may depend on it: then only what all sides share is the prompt.
-        is_same = len(set(prompts)) == 1 or all(map(alone.startswith, prompts))
-        if alone and generation and is_same and not is_other:
-            prompt = alone  # as for one turn: it may end a thought that the turn does not have (Gemma 4)
-        elif len(set(prompts)) > 1:
-            changes.add("prompt_not_prefix")
-            shared = prompt[: min(self.facts.common_length(prompt, other) for other in prompts[1:])]
-            prompt = _without_opened_thought(shared)
-            if all(_TO_THOUGHT.match(other, len(prompt)) for other in prompts):
-                # Only the thoughts of their headers differ: the model writes them, as after one turn.
-                parts = [
-                    (text, start, [(len(prompt) if first == start else first, end) for first, end in spans])
-                    for text, start, spans in parts
-                ]
-            else:
-                prompt = shared[: self.facts.after_last_special(shared)]
-            starts = [len(prompt)] * len(parts)
-        elif _opens_thought(alone):
-            following = [text[start:] for text, start in zip(texts, starts, strict=True)]
-            scaffold = following[0][: len(self._common_scaffold(following))]
-            starts, prompt = [start + len(scaffold) for start in starts], prompt + scaffold
-        following = [text[start:] for text, start in zip(texts, starts, strict=True)]
-        is_removed = not _opens_thought(prompt) or any(map(_NO_THOUGHT.match, following))
-        if _opens_thought(alone) and is_removed:
-            changes.add("opened_thought_removed")
-        return RenderedRecord(
-            prompt,
-            tuple(following),
-            tuple(
-                tuple((max(first - start, 0), end - start) for first, end in spans)
-                for (_, _, spans), start in zip(parts, starts, strict=True)
-            ),
-            frozenset(changes),
+    # Several turns: a response is a part of the whole conversation.
+
+    def _several_turns(self, responses: Sequence[Messages]) -> RenderedRecord:
+        """Render responses of several turns, after a prompt that all share."""
+        wholes, changes = list(map(self._whole_conversation, responses)), set[str]()
+        prompts = {whole.prompt for whole in wholes}
+        # The prompt as the template writes it alone; before answers, as for a generation.
+        are_answers = all(turns[0].role == "assistant" for turns in responses)
+        alone = ""
+        if self.messages:
+            alone = self.chat.render(self.messages, self.context, generation=are_answers)
+            if prompts != {alone}:
+                changes.add("prompt_not_prefix")
+        # Does it open a thought, or end one that a response then has? Only the first turn says: before later
+        # ones templates write empty thoughts (Qwen3). DeepSeek V3.2 ends a thought at the start of each turn,
+        # and in the generation prompt, too.
+        has_thought = any(
+            _CLOSE in turns[0].content
+            or message_thought(turns[0])
+            or whole.response.lstrip().startswith(_CLOSE)
+            for turns, whole in zip(responses, wholes, strict=True)
         )
+        has_other_thought = _opens_thought(alone) or (has_thought and _ENDED_THOUGHT.search(alone))
+        # Turns before the response may depend on it: then only what all sides share is the prompt.
+        is_same = len(prompts) == 1 or all(map(alone.startswith, prompts))
+        if alone and are_answers and is_same and not has_other_thought:
+            prompt = alone  # as for one turn: it may end a thought that the turn does not have (Gemma 4)
+        elif len(prompts) > 1:
+            changes.add("prompt_not_prefix")
+            prompt, wholes = self._shared_prompt(wholes)
+        else:
+            prompt = wholes[0].prompt
+            if _opens_thought(alone):
+                scaffold = self._common_scaffold(whole.response for whole in wholes)
+                prompt += scaffold
+                wholes = [replace(whole, start=whole.start + len(scaffold)) for whole in wholes]
+        following = tuple(whole.response for whole in wholes)
+        if _opens_thought(alone) and (not _opens_thought(prompt) or any(map(_NO_THOUGHT.match, following))):
+            changes.add("opened_thought_removed")
+        counted = tuple(whole.counted_in_response for whole in wholes)
+        return RenderedRecord(prompt, following, counted, frozenset(changes))
 
-    def _whole_conversation(self, response: Messages) -> tuple[str, int, list[Span]]:
-        """Return a whole conversation up to the end of its last turn, and in it the start of its response
-        and the spans that the loss counts.
-        """
-        turns = (*self.prompt, *map(self.chat.turn, response))
-        trace = self.chat.trace(turns, self.context)
-        role, first, turn = self.role, 0, ""
-        starts: list[int] = []
-        spans: list[Span] = []
-        written = [span for span in trace.spans[len(self.prompt) :] if span]
-        is_apart = all(one[1] <= other[0] for one, other in pairwise(written))
-        if len(written) < len(response) or not is_apart:
-            written = self._added(turns, trace.text)
-        for index, message in enumerate(response, start=len(self.prompt)):
-            first, end = written[index - len(self.prompt)]
-            turn = trace.text[first:end]
-            is_assistant = message.role == "assistant"
-            header = self._header_length(message, turn, turns[:index], role) if is_assistant else 0
-            if index == len(turns) - 1:
-                turn = turn[:header] + self.facts.until_end(turn[header:])
-            starts.append(first + header)
-            content = header if is_assistant else max(turn.find(message.content.strip()), 0)
-            length = self.facts.end_of_rendered(turn, trace.text[end:])
-            if self._is_counted(message, turn[content:length]):
-                spans.append((first + content, first + length))
-            role = message.role
-        return trace.text[:first] + turn, starts[0], spans
+    def _whole_conversation(self, response: Messages) -> _WholeConversation:
+        """Return the conversation with a response of several turns, or of one."""
+        turns, counted = list[ResponseTurn](), list[Span]()
+        for message, turn in zip(response, self.finder.find(response), strict=True):
+            turns.append(turn)
+            if self._is_counted(message, turn.counted_text):
+                counted.append(turn.counted)
+        return _WholeConversation(turns[-1].before + turns[-1].text, turns[0].start, tuple(counted))
 
-    def _added(self, turns: Turns, whole: str) -> list[Span]:
-        """Return the span of each turn of a response: what it adds to the conversation before it.
+    def _shared_prompt(self, wholes: Sequence[_WholeConversation]) -> tuple[str, list[_WholeConversation]]:
+        """Return what the different prompts of conversations share, and the conversations after it."""
+        first, *others = [whole.prompt for whole in wholes]
+        shared = first[: min(self.facts.common_length(first, other) for other in others)]
+        prompt = _without_opened_thought(shared)
+        if all(_ONLY_THOUGHT.match(whole.prompt, len(prompt)) for whole in wholes):
+            # Only the thoughts in their headers differ: the model writes them, as after one turn. Qwen3.6:
+            #   <|im_start|>assistant\n             before an answer that is not the last one
+            #   <|im_start|>assistant\n<think>\n    before the last one
+            return prompt, [whole.starting_with_thought(len(prompt)) for whole in wholes]
+        prompt = shared[: self.facts.after_last_special(shared)]
+        return prompt, [replace(whole, start=len(prompt)) for whole in wholes]
 
-        Some templates write turns after their loop (Nemotron), or tools' results with the call (Gemma 4) or
-        with each other (Command R7B): such a result may have an empty span.
-        """
-        first, end, spans, ending = len(self.prompt), 0, list[Span](), self.facts.end_of_turn
-        for count in range(first, len(turns) + 1):
-            start, around = end, [form["role"] for form, _ in turns[:count][-1:] + turns[count : count + 1]]
-            if "assistant" in around or count in (first, len(turns)):
-                alone = self.facts.without_prompt(self.chat.render(turns[:count], self.context))
-                end = self.facts.common_length(alone, whole)
-                if not self.facts.is_blank(alone[end:]):  # more than an end of turn
-                    # The last answer of a conversation may have another form (Nemotron).
-                    found = whole.find(ending, start) if around[0] == "assistant" else -1
-                    end = found + len(ending) if found >= 0 else -1
-                if end < start:
-                    raise UnusableRecordError(
-                        "turns_not_found", "no turns are found in the template's output"
-                    )
-                if count > first and not whole[start:end].strip():
-                    raise UnusableRecordError("turn_not_rendered", "the chat template leaves out a turn")
-            spans.append((start, end))
-        return spans[1:]
+
+# Thoughts in a prompt and in the content of a message.
 
 
 def _opens_thought(prompt: str) -> bool:

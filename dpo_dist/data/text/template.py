@@ -1,11 +1,10 @@
-"""Chat templates: choose one, fix its date, render conversations, and find each turn in the output."""
+"""Chat templates: choose one, fix its date, and render conversations."""
 
 import contextlib
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
 from copy import copy
-from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -169,77 +168,6 @@ def in_form(turn: Fields, roles: Collection[str]) -> dict[str, Any]:
     return {**turn, "content": parts_of(turn["content"])}
 
 
-Span = tuple[int, int]
-"""Start and end of a part of a text, in characters."""
-
-_START, _END = "dpo_dist_turn_start", "dpo_dist_turn_end"
-_MARK = re.compile(f"{RESERVED_CHARACTER}(start|end)(\\d+){RESERVED_CHARACTER}")
-_COMMENT_OR_LOOP = re.compile(
-    r"(?s)\{#.*?#\}"
-    r"|\{%(?P<open>[-+]?)\s*(?P<body>(?:for(?:\s+(?P<target>\w+)\s+in)?|endfor)\b.*?)(?P<close>[-+]?)%\}"
-)
-
-
-@dataclass(frozen=True)
-class Trace:
-    """The output of a template with the span of each turn (None: not written in a loop over messages).
-
-    The generation prompt follows the last turn, at `end`.
-    """
-
-    text: str
-    spans: list[Span | None]
-    end: int
-
-
-def _mark(kind: str, index: int) -> str:
-    return f"{RESERVED_CHARACTER}{kind}{index}{RESERVED_CHARACTER}"
-
-
-def _with_marks(template: str) -> str:
-    """Return the template with marks around the body of each loop over one variable."""
-    targets: list[str | None] = []
-
-    def marked(match: re.Match[str]) -> str:
-        tag, body, name = match.group(), match["body"], match["target"]
-        if body is None:
-            return tag
-        # `print` is a statement: the whitespace around it is trimmed as around the tag of the loop.
-        if body.startswith("for"):
-            targets.append(name)
-            start = f"{body} %}}{{% {_print(name, _START)}"
-            return f"{{%{match['open']} {start} {match['close']}%}}" if name else tag
-        name = targets.pop() if targets else None
-        end = f"{_print(name, _END)} %}}{{% {body}"
-        return f"{{%{match['open']} {end} {match['close']}%}}" if name else tag
-
-    return _COMMENT_OR_LOOP.sub(marked, template)
-
-
-def _print(name: str | None, key: str) -> str:
-    return f"print ({name} is mapping and {name}['{key}']) or ''"
-
-
-def _read_trace(rendered: str, turns: int) -> Trace | None:
-    """Return the turns in the output of a template with marks; None: a turn is written twice or not ended."""
-    text, *marks = _MARK.split(rendered)
-    spans: list[Span | None] = [None] * turns
-    opened, end = dict[int, int](), 0
-    for kind, number, following in zip(*[iter(marks)] * 3, strict=True):
-        index = int(number)
-        if kind == "start":
-            opened[index] = len(text)
-        else:
-            start, end = opened.pop(index, len(text)), len(text)
-            # A loop that writes nothing only computes: the turn is not written in it.
-            if text[start:].strip():
-                if spans[index] is not None:
-                    return None
-                spans[index] = (start, end)
-        text += following
-    return None if opened else Trace(text, spans, end)
-
-
 Forms: TypeAlias = tuple[Fields, Fields]
 """A value for the template: plain, and with a mark beside each control token."""
 Turns: TypeAlias = tuple[Forms, ...]
@@ -255,8 +183,7 @@ class ChatRenderer:
     ):
         """Args: `common_length` of two texts, which ends inside of no added token or tag."""
         self._tokenizer, self._common_length = tokenizer, common_length
-        self.template, self._traced = template, _with_marks(template)
-        self._marks, self._in_parts = marks, roles_in_parts(tokenizer, template)
+        self.template, self._marks, self._in_parts = template, marks, roles_in_parts(tokenizer, template)
 
     def _plain(self, message: Message) -> dict[str, Any]:
         plain = {"role": message.role, "content": message.content, **message.fields}
@@ -279,21 +206,46 @@ class ChatRenderer:
         """Return tools or arguments in the template's form."""
         return values, self._marks.mark_tokens(values, self._marks.anywhere)
 
-    def render(self, turns: Turns, context: Forms = NO_CONTEXT, *, generation: bool = False) -> str:
+    def render(
+        self,
+        turns: Turns,
+        context: Forms = NO_CONTEXT,
+        *,
+        generation: bool = False,
+        template: str | None = None,
+    ) -> str:
         """Render a conversation, escaped; `context` are tools and arguments of the template, of `data`.
 
-        Raises UnusableRecordError: the template rejects the turns, or marks would change its output.
+        `template`: another one than the renderer's. Raises UnusableRecordError: the template rejects the
+        turns, or marks would change its output.
         """
-        return self._render(self.template, turns, context, generation)
+        plain, marked = zip(context, *turns, strict=True)
 
-    def trace(self, turns: Turns, context: Forms = NO_CONTEXT, *, generation: bool = False) -> Trace:
-        """Render a conversation like `render`, with the position of each turn that a loop writes once."""
-        text = self.render(turns, context, generation=generation)
-        marks = ({_START: _mark("start", index), _END: _mark("end", index)} for index in range(len(turns)))
-        numbered = [[{**form, **both} for form in turn] for turn, both in zip(turns, marks, strict=True)]
-        trace = _read_trace(self._render(self._traced, numbered, context, generation), len(turns))
-        is_found = trace is not None and trace.text == text
-        return trace if trace and is_found else Trace(text, [None] * len(turns), len(text))
+        def applied(form: tuple[Any, ...]) -> str:
+            arguments, *messages = form
+            try:
+                return str(
+                    self._tokenizer.apply_chat_template(
+                        messages,
+                        chat_template=template or self.template,
+                        tokenize=False,
+                        add_generation_prompt=generation,
+                        **arguments,
+                    )
+                )
+            except TemplateError as fault:
+                raise UnusableRecordError("template_rejected", str(fault)) from fault
+            except Exception as fault:  # its operators, methods and nesting can raise anything
+                raise UnusableRecordError("template_rejected", f"{type(fault).__name__} in it") from fault
+
+        text = applied(plain)
+        if plain == marked:
+            return text
+        escaped = self._marks.replace_marked(applied(marked))
+        if self._marks.spell(escaped) != text:
+            detail = "the chat template changes a text with a special token in it"
+            raise UnusableRecordError("special_token_in_text", detail)
+        return escaped
 
     def writes_calls(self, messages: Messages, context: Forms = NO_CONTEXT) -> bool:
         """Return whether the output of the template has each call of a tool."""
@@ -302,7 +254,7 @@ class ChatRenderer:
         marks = list[str]()
 
         def marked(call: Fields) -> Fields:
-            marks.append(_mark("call", len(marks)))
+            marks.append(f"{RESERVED_CHARACTER}call{len(marks)}{RESERVED_CHARACTER}")
             return {**call, "function": {**call["function"], "name": call["function"]["name"] + marks[-1]}}
 
         named = [
@@ -310,7 +262,7 @@ class ChatRenderer:
             for turn in map(self._plain, messages)
         ]
         try:
-            rendered = self._render(self.template, [(turn, turn) for turn in named], (context[0],) * 2, False)
+            rendered = self.render(tuple((turn, turn) for turn in named), (context[0], context[0]))
         except UnusableRecordError:
             return False
         rendered = self._marks.replace_marked(rendered)
@@ -400,8 +352,13 @@ class ChatRenderer:
                 self._probed(_PROBES[0]),
             )
         )
+        # After the question, from ChatML:
+        #   answered  <|im_end|>\n<|im_start|>assistant\nprobe answer<|im_end|>\n
+        #   prompt    <|im_end|>\n<|im_start|>assistant\n
+        #   alone     <|im_end|>\n
         header = prompt[self._common_length(prompt, alone) :]
         # A prompt can have more than a conversation between question and header, such as a hint to think.
+        #   prompt     /think<|im_end|>\n<|im_start|>assistant\n
         start = self._marks.in_text.search(header)
         if not answered.startswith(prompt) and start and start.group() in answered:
             answered = answered[answered.index(start.group()) :]
@@ -410,34 +367,6 @@ class ChatRenderer:
 
     def _probed(self, *turns: Fields, generation: bool = False) -> str:
         return _probed(self._tokenizer, self.template, turns, self._in_parts, generation=generation)
-
-    def _render(
-        self, template: str, turns: Sequence[Sequence[Fields]], context: Forms, generation: bool
-    ) -> str:
-        def applied(form: int) -> str:
-            try:
-                return str(
-                    self._tokenizer.apply_chat_template(
-                        [turn[form] for turn in turns],
-                        chat_template=template,
-                        tokenize=False,
-                        add_generation_prompt=generation,
-                        **context[form],
-                    )
-                )
-            except TemplateError as fault:
-                raise UnusableRecordError("template_rejected", str(fault)) from fault
-            except Exception as fault:  # its operators, methods and nesting can raise anything
-                raise UnusableRecordError("template_rejected", f"{type(fault).__name__} in it") from fault
-
-        plain = applied(0)
-        if all(part[0] == part[1] for part in (context, *turns)):
-            return plain
-        marked = self._marks.replace_marked(applied(1))
-        if self._marks.spell(marked) != plain:
-            detail = "the chat template changes a text with a special token in it"
-            raise UnusableRecordError("special_token_in_text", detail)
-        return marked
 
 
 def _with_text_arguments(call: Fields) -> Fields:

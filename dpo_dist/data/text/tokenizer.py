@@ -3,6 +3,7 @@
 import os
 import re
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig
 from dpo_dist.data.records import Tokenizer
@@ -16,40 +17,44 @@ _FOREIGN_STARTS = ("<|im_start|>", "<|start_header_id|>", "<|user|>", "<|assista
 _FOREIGN_MARKS = (*_FOREIGN_STARTS, "[INST]", "<|im_end|>", "<|eot_id|>")
 
 
+class _AfterAnswer(NamedTuple):
+    """What a template writes after the last answer of a conversation."""
+
+    end: str  # the end of the answer's turn, up to a special token; "" if there is none (GLM)
+    tail: str  # what only the end of a conversation has
+
+
 class TokenizerFacts:
     """A tokenizer with its probed properties; `chat` is None if it has no chat template."""
 
     def __init__(self, tokenizer: Tokenizer, template: str | None):
         self.tokenizer, chat_template = tokenizer, template and pin_clock(template, TEMPLATE_DATE)
+        # What the tokenizer puts before every text: BOS, or nothing.
         bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
         whole: list[int] = tokenizer("a")["input_ids"]
         starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
-        self.prefix_ids = whole[: next(starts, 0)]  # BOS, or none
-        # By token: whether it is special. Spaces and words among them are ordinary text.
+        self.prefix_ids = whole[: next(starts, 0)]
+        # Its added tokens: special ones, tokens around turns (special or not), tags of calls and thoughts.
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
-        tags = {token for token in added if not token.isspace() and not token.isalnum()}
+        tags = {token for token in added if not token.isspace() and not token.isalnum()}  # no ordinary text
         self._turn_tokens = tags & turn_tokens(tokenizer, chat_template)
-        self._turns = any_of({*self._turn_tokens, *_FOREIGN_MARKS})
         special = {token for token, is_special in added.items() if is_special}
         special |= self._turn_tokens | set(tokenizer.all_special_tokens)
-        named = {token for token in tags if token in (chat_template or "")}  # of tool calls, for example
-        # Those which a content must not become: spelled there, they are encoded as text.
-        self.marks = Marks(special, named | set(THOUGHT_TAGS).intersection(added))
+        written = {token for token in tags if token in (chat_template or "")}
+        # A content must not become one of these: spelled there, they are encoded as text.
+        self.marks = Marks(special, written | set(THOUGHT_TAGS).intersection(added))
         self._special = self.marks.in_text
+        self._turns = any_of({*self._turn_tokens, *_FOREIGN_MARKS})
         self._markup = any_of({*special, *THOUGHT_TAGS})
         # Inside these no text is cut, also where a tag of thoughts is several tokens.
         unbroken = {token for token in {*added, *special, *THOUGHT_TAGS} if not token.isspace()}
-        self._whole, self._longest = any_of(unbroken), max(map(len, unbroken))
+        self.unbroken, self._longest = any_of(unbroken), max(map(len, unbroken))
         self.encoder = EscapedEncoder(tokenizer, self.marks, any_of({*added, *special}))
         self.chat = None
         if chat_template is not None:
             self.chat = ChatRenderer(tokenizer, chat_template, self.marks, self.common_length)
 
-    @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Ids of special tokens, and of those that the template writes around turns."""
-        tokens = [token for token in self.marks.tokens if self._special.fullmatch(token)]
-        return frozenset(self.tokenizer.convert_tokens_to_ids(tokens))
+    # What the template writes around turns, and the tokens that end a response.
 
     @cached_property
     def end_of_text(self) -> str:
@@ -69,79 +74,55 @@ class TokenizerFacts:
         Usually one token; some templates (Kimi K3) write several, with text between them. EOS follows a token
         that also stands within turns (GigaChat 3), where no response may stop.
         """
-        return self._ending[0] + self._closing or self.end_of_text
+        return self._after_answer.end + self._added_eos or self.end_of_text
 
     @cached_property
-    def _closing(self) -> str:
-        return self.end_of_text if self.last_special(self._ending[0]) in self.within_turns else ""
+    def _added_eos(self) -> str:
+        last = self.last_special(self._after_answer.end)
+        return self.end_of_text if last in self.within_turns else ""
+
+    @cached_property
+    def _after_answer(self) -> _AfterAnswer:
+        """What the template writes after the last answer of a conversation, in two parts."""
+        # By comparison with what it writes after an earlier answer:
+        #   the last answer              an earlier answer          end         tail
+        #   <|im_end|>\n                 <|im_end|>\n<|im_start|>   <|im_end|>                         ChatML
+        #   <|end|>\n<|endoftext|>       <|end|>\n<|user|>          <|end|>     <|endoftext|>          Phi 3
+        #   <|end|><|start|><|chatbot|>  <|end|><|start|><|user|>   <|end|>     <|start|><|chatbot|>
+        if self.chat is None:
+            return _AfterAnswer("", "")
+        after = self.chat.after_response
+        if not (first := self._special.search(after)):
+            return _AfterAnswer("", "")
+        shared = after[: self.common_length(after, self.chat.after_earlier_response)]
+        if shared != after:
+            # They may share the start of the next turn: the third template, as that of Command A, always
+            # writes a generation prompt.
+            bos = self.tokenizer.bos_token
+            starts = (token for token in self._special.findall(self.chat.before_question) if token != bos)
+            shared = shared.partition(next(starts, RESERVED_CHARACTER))[0]
+        end = self.after_last_special(shared) or first.end()
+        return _AfterAnswer(after[:end].lstrip(), after[end:].lstrip())
 
     @cached_property
     def within_turns(self) -> set[str]:
         """The special tokens that the template writes within turns, as gpt-oss does between channels."""
-        turns = [] if self.chat is None else map(self.without_prompt, self.chat.turns_of_parts)
+        turns = [] if self.chat is None else map(self.without_tail, self.chat.turns_of_parts)
         within = (token for turn in turns for token in self._special.findall(turn)[:-1])
         return set(within) - {self.tokenizer.eos_token}
 
     @cached_property
-    def _ending(self) -> tuple[str, str]:
-        """The end of a turn, and what the template writes after it at the end of a conversation."""
-        if self.chat is None:
-            return "", ""
-        after, bos = self.chat.after_response, self.tokenizer.bos_token
-        if not (first := self._special.search(after)):
-            return "", ""
-        # What only the last response has belongs to the conversation (Phi-3's end of text). A token that
-        # starts turns begins a generation prompt that the template always writes (Command A).
-        shared = after[: self.common_length(after, self.chat.after_earlier_response)]
-        if shared != after:
-            starts = (token for token in self._special.findall(self.chat.before_question) if token != bos)
-            shared = shared.partition(next(starts, RESERVED_CHARACTER))[0]
-        end = self.after_last_special(shared) or first.end()
-        return after[:end].lstrip(), after[end:].lstrip()
-
-    def common_length(self, one: str, other: str) -> int:
-        """Return the length of the common start of two escaped texts, which ends in no added token or tag."""
-        length = len(os.path.commonprefix([one, other]))  # noqa: RUF071  (of characters)
-        starts = range(max(length - self._longest, 0), length)
-        matches = (self._whole.match(text, start) for start in starts for text in (one, other))
-        return next((match.start() for match in matches if match and match.end() > length), length)
-
-    def tail_of(self, generation: str, turn: str) -> int:
-        """Return the length of the longest part, from a token to the end of a prompt, that starts a turn."""
-        tails = (generation[token.start() :] for token in self._special.finditer(generation))
-        return next((len(tail) for tail in tails if turn.startswith(tail)), 0)
-
-    def before_opened(self, turn: str, length: int, rest: str) -> int:
-        """Return `length`, or the position of the token before it that opens what both texts then end.
-
-        The texts are a turn and a generation prompt; from `length` on they differ, `rest` in the latter.
-        """
-        closing = self._whole.search(rest)
-        if closing is None or closing.group() not in turn[length:]:
-            return length
-        first, *others = [*self._whole.finditer(turn[:length]), None]  # the first token starts the turn
-        tokens = [first, *others] if first and first.group() == THOUGHT_TAGS[0] else others
-        return max((token.start() for token in tokens if token), default=length)
-
-    @cached_property
     def stops(self) -> set[str]:
         """The tokens that end a generated response: the last ones of a text, a turn and a call."""
-        ends = [self.end_of_turn, self.until_end(self.chat.after_call if self.chat is not None else "")]
+        ends = [self.end_of_turn, self.up_to_end(self.chat.after_call if self.chat is not None else "")]
         return {*map(self.last_special, ends), *filter(None, [self.tokenizer.eos_token])}
-
-    @cached_property
-    def _stop(self) -> re.Pattern[str]:
-        return any_of(self.stops)
-
-    def stops_within(self, turn: str) -> bool:
-        """Return whether a rendered turn has a token that ends responses before a part of it."""
-        stop = self._stop.search(turn)
-        return stop is not None and not self.is_blank(turn[stop.end() :])
 
     @cached_property
     def around_turns(self) -> re.Pattern[str]:
         """Pattern of the tokens that the template writes around turns, and of those that end a response."""
         return any_of({*self._turn_tokens, self.end_of_turn, self.end_of_text})
+
+    # Texts to which a template seems to be applied.
 
     def has_turns(self, content: str) -> bool:
         """Return whether a content has tokens that chat templates write, of this or another model family."""
@@ -166,21 +147,29 @@ class TokenizerFacts:
             response = bare.removesuffix(end)
         return response, end
 
-    def until_end(self, rendered: str) -> str:
-        """Return a rendered assistant turn up to its end of turn, which is added if it is missing."""
-        ending = self.end_of_turn
-        turn = self.without_prompt(rendered)
-        # Some turns end with another token, such as calls of tools.
-        if last := self._final_special(turn):
-            is_bare = turn[:last].endswith(self._ending[0])
-            return turn[:last] + self._closing * is_bare
-        end = turn.rfind(ending)
-        after = "" if self.chat is None else self.chat.after_response
-        return turn[: end + len(ending)] if end >= 0 else turn.removesuffix(after) + ending
+    # Parts of the output of the template.
 
-    def without_prompt(self, rendered: str) -> str:
-        """Return a rendered conversation without what the template writes after each, such as a prompt."""
-        return rendered.removesuffix(self._ending[1])
+    def up_to_end(self, rendered: str) -> str:
+        """Return the last turn of a conversation up to its end of turn, which is added if it is missing."""
+        turn = self.without_tail(rendered)
+        # Hello.<|im_end|>\n of ChatML, or another end: a call of gpt-oss ends with <|call|>.
+        if end := self.after_final_special(turn):
+            is_usual = turn[:end].endswith(self._after_answer.end)
+            return turn[:end] + (self._added_eos if is_usual else "")
+        # Text after the end: Hello.<|im_end|>--
+        before, ending, _ = turn.rpartition(self.end_of_turn)
+        if ending:
+            return before + ending
+        # No end: \n<think></think>\nHello. of GLM 4.5 gets <|endoftext|>.
+        after = "" if self.chat is None else self.chat.after_response
+        return turn.removesuffix(after) + self.end_of_turn
+
+    def without_tail(self, rendered: str) -> str:
+        """Return a rendered conversation without what the template writes at the end of each.
+
+        Such as an end of text (Phi 3), or a generation prompt that is always written (Command A).
+        """
+        return rendered.removesuffix(self._after_answer.tail)
 
     def is_blank(self, turn: str) -> bool:
         """Return whether a rendered turn has only the text that the template writes around a content."""
@@ -188,15 +177,32 @@ class TokenizerFacts:
         text, blank = ("".join(self._markup.sub("", part).split()) for part in (turn, self.chat.empty_turn))
         return text in ("", blank)
 
-    def end_of_rendered(self, turn: str, after: str) -> int:
-        """Return the position after the special token that ends a rendered turn.
+    def stops_within(self, turn: str) -> bool:
+        """Return whether a rendered turn has a token that ends responses before a part of it."""
+        stop = self._stop.search(turn)
+        return stop is not None and not self.is_blank(turn[stop.end() :])
 
-        In some templates (GLM) the token that starts the following text, `after`, ends the turn.
+    @cached_property
+    def _stop(self) -> re.Pattern[str]:
+        return any_of(self.stops)
+
+    def ending_token(self, turn: str) -> str:
+        """Return the special token that ends a rendered turn, "" if none does."""
+        return self.last_special(turn) if self.after_final_special(turn) else ""
+
+    # Positions of tokens in a text.
+
+    def common_length(self, one: str, other: str) -> int:
+        r"""Return the length of the common start of two escaped texts, which ends in no added token or tag.
+
+        Of `<|end|>\n<|user|>` and `<|end|>\n<|endoftext|>` it is `<|end|>\n`, not `<|end|>\n<|`.
         """
-        following = self._special.match(after, len(after) - len(after.lstrip()))
-        return self._final_special(turn) or len(turn) + (following.end() if following else 0)
+        length = len(os.path.commonprefix([one, other]))  # noqa: RUF071  (of characters)
+        starts = range(max(length - self._longest, 0), length)
+        matches = (self.unbroken.match(text, start) for start in starts for text in (one, other))
+        return next((match.start() for match in matches if match and match.end() > length), length)
 
-    def _final_special(self, escaped: str) -> int:
+    def after_final_special(self, escaped: str) -> int:
         """Return the position after the last special token if only spaces follow it, else 0."""
         last = self.after_last_special(escaped)
         return 0 if escaped[last:].strip() else last
@@ -205,13 +211,17 @@ class TokenizerFacts:
         """Return the position after the last special token or token around turns, 0 if there is none."""
         return max((match.end() for match in self._special.finditer(escaped)), default=0)
 
-    def ending_token(self, turn: str) -> str:
-        """Return the special token that ends a rendered turn, "" if none does."""
-        return self.last_special(turn) if self._final_special(turn) else ""
-
     def last_special(self, escaped: str) -> str:
         """Return the last special token or token around turns, "" if there is none."""
         return next(reversed(self._special.findall(escaped)), "")
+
+    # Token ids.
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of special tokens, and of those that the template writes around turns."""
+        tokens = [token for token in self.marks.tokens if self._special.fullmatch(token)]
+        return frozenset(self.tokenizer.convert_tokens_to_ids(tokens))
 
     def with_prefix(self, ids: list[int]) -> tuple[list[int], int]:
         """Return `ids` with the tokenizer's prefix exactly once, and how many of them truncation keeps."""

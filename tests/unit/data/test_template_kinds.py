@@ -124,6 +124,7 @@ LAST = template_of(PLAIN) + "{% if messages[-1].role == 'assistant' %}{{ eos_tok
         (LAST, "<|end|>", {"<|end|>"}),
         (template_of("{{ m.content }}<|close|><|answer|>\n"), "<|close|><|answer|>", {"<|answer|>"}),
         (template_of("{{ m.content }}<|close|> done"), "<|close|>", {"<|close|>"}),
+        (template_of("{{ m.content }}<|close|> {{ m.content | length }}"), "<|close|>", {"<|close|>"}),
     ],
 )
 def test_a_turn_ends_with_all_that_the_template_writes_up_to_its_last_token(
@@ -438,6 +439,15 @@ def test_an_opened_thought_is_removed_before_several_turns_if_a_first_one_has_no
                 trained += f"{opening}Look.\n</think>\n\n" if message.fields else ""
                 trained += f"{message.content}<|end|>"
             assert trained_text(tokenizer, found, index) == trained
+
+
+def test_a_part_of_a_first_turn_after_an_empty_thought_can_be_left_out() -> None:
+    template = template_of(PLAIN.replace(ASSISTANT, ASSISTANT + "<think></think>"), OPENED)
+    noted = Message("assistant", "It <note>surely</note> rains.")
+    config = DataConfig(untrained=["empty_thoughts", "<note>...</note>"])
+    found = encode(pair((noted, DOUBT, ANSWER), NO), tokenizer := tokenizer_with(template), config)
+    assert texts(found, tokenizer)[0].endswith("<think></think>")
+    assert trained_text(tokenizer, found) == "It  rains.<|end|>It rains.<|end|>"
 
 
 @pytest.mark.parametrize("generation", ["<think>", "<think></think>", "</think>", ""])
