@@ -169,14 +169,19 @@ class BadRecord:
     fields: tuple[str, ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
 
-    def __str__(self) -> str:
+    @property
+    def why(self) -> str:
+        """The reason with its details, which have no text of the record."""
         shown = [self.detail] if self.detail else []
         if self.fields:
             more = ("...",) * (len(self.fields) > MAX_SHOWN_KEYS)
             shown.append(f"fields: {', '.join(self.fields[:MAX_SHOWN_KEYS] + more)}")
         if self.columns:
             shown.append(f"set columns: {{{', '.join(map(': '.join, self.columns))}}}")
-        return f"{self.origin} {self.reason}" + (f" ({'; '.join(shown)})" if shown else "")
+        return self.reason + (f" ({'; '.join(shown)})" if shown else "")
+
+    def __str__(self) -> str:
+        return f"{self.origin} {self.why}"
 
 
 class UnusableRecordError(Exception):

@@ -394,8 +394,9 @@ def _checked_counts(
     counted = [DataCounts.total([counts]) for counts in found]
     by_source = []
     for source, counts in zip(sources, counted, strict=True):
-        split = [example.partition(":") for example in counts.examples]  # names are as in the column `file`
-        counts.examples = [f"{name_of(source.path, file)}:{rest}" for file, _, rest in split]
+        counts.examples = [
+            example._replace(file=name_of(source.path, example.file)) for example in counts.examples
+        ]
 
     def lengths() -> list[SourceLengths]:
         pairs = zip(tables, counted, strict=True)
