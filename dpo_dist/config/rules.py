@@ -142,7 +142,9 @@ def _without_images(key: str) -> Rule:
     return Rule(
         f"{key} model.images=null",
         "the folder of a source's images has no effect with this model.images",
-        "remove the field images of the source, or set model.images.train=none to read images",
+        "remove the field images of the source, or "
+        + Remedy.to_set("model.images.train=none")
+        + " to read images",
         lambda c: c.data.images is None and any(source.images for source in value_at(c, key)),
     )
 

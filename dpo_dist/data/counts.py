@@ -392,14 +392,17 @@ def _words(name: str) -> set[str]:
     return {name.lower(), *re.split(r"[^a-z]+", name.lower())}
 
 
-def check_split(counts: DataCounts) -> None:
+def check_split(counts: DataCounts, config: DataConfig) -> None:
     """Check that this part of a split has usable records. Raises DataError."""
     if counts.kept:
         return
     left = counts.changed[LEFT_IN_TRAIN]
+    remedy: str | Remedy = "raise data.eval_share" if left else "lower data.eval_share"
+    if config.drop_eval_prompts:  # evaluation data are sources of their own, not a share
+        remedy = Remedy.to_set("data.drop_eval_prompts=false") + ", or name other sources in data.eval"
     raise DataError(
         "the split has no evaluation data" if left else "no training data are left",
         where="data.eval_share" if left else "data.train",
         got=f"{counts.read} records, none usable, and {left or counts.changed[HELD_OUT]} in the other part",
-        remedy="change data.eval_share, or set data.drop_eval_prompts=false or 'data.eval=[held_out.jsonl]'",
+        remedy=remedy,
     )

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from dpo_dist.config.schema import DataConfig, Ranked
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import text_digest
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.types import Fields
 
 if TYPE_CHECKING:
@@ -329,7 +330,7 @@ def bad_record_error(bad: BadRecord) -> DataError:
         f"a record cannot be used: {bad.reason}",
         where=str(bad.origin),
         got=bad.detail,
-        remedy="correct the record, or set data.on_bad_record=drop",
+        remedy="correct the record, or " + Remedy.to_set("data.on_bad_record=drop"),
     )
 
 

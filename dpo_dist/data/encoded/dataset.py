@@ -406,7 +406,7 @@ def _checked_counts(
         check_counts(counts, source.path, config, lengths=lengths)
         by_source.append({"label": source.label, "path": source.path, **counts.numbers()})
     total = DataCounts.total(map(vars, counted))
-    check_split(total)
+    check_split(total, config)
     return total.as_dict() | {"sources": by_source}
 
 
