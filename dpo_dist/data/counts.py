@@ -15,7 +15,7 @@ from dpo_dist.config.schema import DataConfig, SourceConfig, TextTemplate
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord, Record, shown_key
 from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.foundation.remedies import Remedy
+from dpo_dist.foundation.remedies import AtRecords, Remedy
 from dpo_dist.foundation.text import pluralize
 
 SHOWN_EXAMPLES = 20
@@ -301,7 +301,7 @@ def check_counts(
         different.setdefault(example.why, example)
     raise DataError(
         f"{dropped} of {first}{counts.read} records cannot be used",
-        where="; ".join(list(map(str, different.values()))[:_NAMED_EXAMPLES]) or where,
+        where=AtRecords(*map(str, [*different.values()][:_NAMED_EXAMPLES])) or where,
         got=f"{counts.read} records{rest}; dropped: {reasons}",
         expected=f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
         remedy=remedy,

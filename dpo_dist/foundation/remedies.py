@@ -33,6 +33,18 @@ class InFile(Place):
         return super().__new__(cls, f"{key} in {file}")
 
 
+class AtRecords(Place):
+    """The places of records: `pairs.jsonl:3; pairs.jsonl:7`."""
+
+    records: tuple[str, ...]
+
+    def __new__(cls, *records: str) -> Self:
+        """Return the place of records, each as `FILE:LINE`, which its reason may follow."""
+        place = super().__new__(cls, "; ".join(records))
+        place.records = records
+        return place
+
+
 @dataclass(frozen=True)
 class Remedy:
     """What to do, as a sentence; beside it the words to write into the command and to remove from it.

@@ -48,7 +48,7 @@ from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.process import cores_of_rank
-from dpo_dist.foundation.remedies import Remedy
+from dpo_dist.foundation.remedies import AtRecords, Remedy
 from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_columns
 
 _MAX_THREADS = 8
@@ -454,7 +454,7 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
         if misfits.any():
             raise DataError(
                 f"{', '.join(loss.kinds)} cannot use {misfits.sum()} of {len(misfits)} examples",
-                where="; ".join(str(dataset.origin(int(index))) for index in np.flatnonzero(misfits)[:5]),
+                where=AtRecords(*(str(dataset.origin(int(index))) for index in np.flatnonzero(misfits)[:5])),
                 got=got,
                 remedy=remedy,
             )

@@ -573,6 +573,7 @@ class Verdict:
 
     sentence: str
     findings: tuple[Finding, ...] = ()
+    worst: Finding | None = None  # the one that the sentence states
 
     def as_dict(self) -> dict[str, Any]:
         """Return the section `verdict` of summary.json."""
@@ -585,7 +586,7 @@ class Verdict:
         return [
             f"verdict: {self.sentence}",
             *(
-                f"  try: {fault.remedy}" if self.sentence.endswith(fault.text) else f"  - {fault.with_remedy}"
+                f"  try: {fault.remedy}" if fault is self.worst else f"  - {fault.with_remedy}"
                 for fault in self.findings
             ),
         ]
@@ -608,7 +609,7 @@ def verdict(
     sentence = f"{RUN_RULES[worst.rule].text}: {worst.text}" if worst else _success(facts)
     if summary.get("exit") == RunOutcome.preempted:
         sentence = f"stopped after step {facts.total_steps:,}; so far: {sentence}"
-    return Verdict(sentence, tuple(findings[:_MOST_FINDINGS]))
+    return Verdict(sentence, tuple(findings[:_MOST_FINDINGS]), worst)
 
 
 def sample_alarm(rows: Sequence[MetricsRow]) -> Finding | None:

@@ -21,6 +21,7 @@ from dpo_dist.data.read.files import write_records
 from dpo_dist.data.read.sources import source_identity, source_labels
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.remedies import AtRecords
 from tests.support.records import TEXT, assistant, jsonl, outcomes
 
 LINE = json.dumps(TEXT).encode()
@@ -470,11 +471,12 @@ def counts_of(file: Path) -> DataCounts:
 def test_of_records_dropped_for_one_reason_one_is_named_whatever_their_file_is_called(
     tmp_path: Path,
 ) -> None:
-    name = "2026:12 pairs.jsonl"
+    name = "2026:12 ; pairs.jsonl"
     file = write(tmp_path, {name: b"{\n" * 2 + lines("q") + NO_SIDE}) / name
     with pytest.raises(DataError, match="3 of 4 records cannot be used") as caught:
         check_counts(counts_of(file), str(file), DataConfig())
-    first, last = caught.value.where.split("; ")
+    assert isinstance(caught.value.where, AtRecords)
+    first, last = caught.value.where.records
     assert first.startswith(f"{file}:1 unparsable")
     assert last.startswith(f"{file}:4 ")
 

@@ -318,7 +318,8 @@ def test_a_rule_finds_its_fault_alone(
     assert judged.as_dict()["findings"] == [written]
     is_remark = rule == "displacement"
     assert judged.sentence.startswith("no fault found: " if is_remark else RUN_RULES[rule].text)
-    assert finding.remedy in "".join(judged.lines())
+    assert judged.lines()[1].startswith("  - " if is_remark else "  try: ")
+    assert judged.lines()[1].endswith(finding.remedy)
 
 
 @pytest.mark.slow
