@@ -63,7 +63,7 @@ _FUTURE_IN_INT8 = 0.1
 
 
 # With these, every prefix that is not very short is shared.
-_SHARING = ComputeCosts(key=0.0, target=0.0, prefixes=True)
+_SHARING = ComputeCosts(key=0.0, target=0.0, beyond_prompts=True)
 
 
 class StartCheck:

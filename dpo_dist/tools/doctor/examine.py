@@ -199,7 +199,7 @@ def _with_labels(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]
 
 
 _BINS_AT_ONCE = 1024
-_TOKENS_ONLY = ComputeCosts(key=0.0, target=0.0, prefixes=True)
+_TOKENS_ONLY = ComputeCosts(key=0.0, target=0.0, beyond_prompts=True)
 
 
 def saved_by_tree(dataset: PreferenceDataset, examples: int, *, in_order: bool = False) -> float:
