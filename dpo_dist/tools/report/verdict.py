@@ -294,9 +294,10 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
         below = [part for part in quarters if source and part is not None and part.is_below_half]
         if below:
             yield (
-                f"training {name} of {source[1:]} is {min(below).value:.3f} on the {min(below).pairs:,} "
-                f"{facts.unit}s of a quarter of the steps, clearly below one half, while that of all is "
-                f"{digits(training.value if training else None)} at the end: its labels look swapped"
+                f"in a quarter of the steps training {name} of source {source[1:]} is "
+                f"{min(below).value:.3f} on {min(below).pairs:,} {facts.unit}s, clearly below one half, while "
+                f"that of all sources is {digits(training.value if training else None)} at the end: the "
+                "labels of this source look swapped"
             )
             return
 

@@ -239,7 +239,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
         "labels_swapped",
         steps(every=SWAPPED_IN_TRAINING),
         {},
-        "training accuracy of a is 0.100 on the 160 pairs of a quarter of the steps",
+        "in a quarter of the steps training accuracy of source a is 0.100 on 160 pairs",
     ),
     ("labels_swapped", rows(every=OPPOSITE), {}, "training accuracy is 0.200 on 320"),
     ("evaluation_leak", rows(), SEEN, "100 of 400 evaluation pairs (25 %)"),
