@@ -295,9 +295,9 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
         if below:
             yield (
                 f"in a quarter of the steps training {name} of source {source[1:]} is "
-                f"{min(below).value:.3f} on {min(below).pairs:,} {facts.unit}s, clearly below one half, while "
-                f"that of all sources is {digits(training.value if training else None)} at the end: the "
-                "labels of this source look swapped"
+                f"{min(below).value:.3f} on {min(below).pairs:,} {facts.unit}s, clearly below one half, "
+                f"while that of all sources is {digits(training.value if training else None)} at the end: "
+                "the labels of this source look swapped"
             )
             return
 

@@ -10,7 +10,7 @@ import heapq
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -71,6 +71,11 @@ class LeakTest:
     def detail(self) -> str:
         """The direction in words; empty for a group."""
         return _CHOSEN_HAS[self.direction]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the test for doctor.json, with its direction in words."""
+        fields = {name: value for name, value in vars(self).items() if name != "direction"}
+        return fields | {"detail": self.detail}
 
     def exceeds(self, threshold: float) -> bool:
         """Return whether the accuracy is above the threshold, and its interval above chance."""
@@ -397,7 +402,7 @@ class ExaminedSource:
             },
             "languages": {name: count / languages.total() for name, count in languages.most_common()},
             "margins": {},
-            "leaks": list(map(asdict, self.leaks)),
+            "leaks": [test.as_dict() for test in self.leaks],
         }
 
     def findings(self) -> Iterator[Finding]:
