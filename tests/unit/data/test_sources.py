@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
-from dpo_dist.data.counts import DataCounts, check_counts
+from dpo_dist.data.counts import DataCounts, check_counts, check_split
 from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.read.files import write_records
 from dpo_dist.data.read.sources import source_identity, source_labels
@@ -498,6 +499,34 @@ def test_the_source_is_written_whole_if_its_columns_are_known(
     written = f"data.train=[{{path: {file}, columns: {{prompt: question, chosen: good, rejected: bad}}}}]"
     assert caught.value.as_dict()["remedy"]["write"] == [written] * is_known
     assert is_known or "prompt: COLUMN" in caught.value.remedy
+
+
+def test_an_error_about_a_whole_source_names_its_key_too() -> None:
+    with pytest.raises(DataError, match="no records") as caught:
+        check_counts(DataCounts(), "a.jsonl", DataConfig(), key="data.train[0]")
+    assert caught.value.where == "data.train[0]: a.jsonl"
+
+
+SPLITS = [
+    ({"left_in_train": 9}, DataConfig(eval_share=0.01), "raise data.eval_share", []),
+    ({"held_out_for_eval": 9}, DataConfig(eval_share=0.99), "lower data.eval_share", []),
+    (
+        {"held_out_for_eval": 9},
+        DataConfig(eval=[SourceConfig("a.jsonl")], drop_eval_prompts=True),
+        "set data.drop_eval_prompts=false",
+        ["data.drop_eval_prompts=false"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "config", "to_do", "write"), SPLITS)
+def test_a_split_without_records_on_one_side_says_what_to_change(
+    changed: dict[str, int], config: DataConfig, to_do: str, write: list[str]
+) -> None:
+    with pytest.raises(DataError) as caught:
+        check_split(DataCounts(changed=Counter(changed)), config)
+    assert caught.value.remedy.startswith(to_do)
+    assert caught.value.as_dict()["remedy"]["write"] == write
 
 
 @pytest.mark.parametrize("escape", ["../outside.jsonl", "{}/outside.jsonl", "file://{}/outside.jsonl"])
