@@ -478,6 +478,7 @@ def test_of_records_dropped_for_one_reason_one_is_named_whatever_their_file_is_c
         check_counts(counts_of(file), str(file), DataConfig())
     assert isinstance(caught.value.where, AtRecords)
     first, last = caught.value.where.records
+    assert caught.value.where == f"{first}; {last}"
     assert first.startswith(f"{file}:1 unparsable")
     assert last.startswith(f"{file}:4 ")
 
