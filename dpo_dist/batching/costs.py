@@ -45,26 +45,26 @@ class ComputeCosts:
     key: float  # time of one query-key pair, in all layers
     target: float  # time of one target in the output layer
     arrangement: Arrangement = Arrangement.packed  # of the responses in a forward
-    pads: bool = False  # whether a live reference computes padded rows, whatever the arrangement is
+    reference_pads: bool = False  # whether a live reference computes padded rows, whatever the arrangement is
     image: float = 0.0  # time that the tower takes for one placeholder's share of an image
-    prefixes: bool = False  # whether more than prompts is shared
-    gather: float = 0.0  # time to copy the key and value of a shared token for one more row, in all layers
-    gather_memory: float = 0.0  # memory of these copies, in units of what a token takes
+    beyond_prompts: bool = False  # whether more than prompts is shared: what examples begin with
+    copy: float = 0.0  # time to copy the key and value of a shared token for one more row, in all layers
+    copy_memory: float = 0.0  # memory of these copies, in units of what a token takes
     is_masked: bool = False  # whether a row that shares tokens needs a mask, whose hidden pairs are computed
     # A segment that shares tokens costs this many more than their copies: fewer are not worth it. One core of
     # an AMD EPYC joins a segment's keys in 0.04 to 0.1 ms a layer, and computes a token of SmolLM2-135M in
     # 0.27 ms.
-    segment: float = 4.0
+    per_segment: float = 4.0
 
     @property
     def shares_prefixes(self) -> bool:
         """Whether a forward computes tokens once with which several responses begin."""
-        return self.prefixes and self.arrangement is Arrangement.packed
+        return self.beyond_prompts and self.arrangement is Arrangement.packed
 
     @property
     def pads_rows(self) -> bool:
         """Whether a forward computes rows with padding."""
-        return self.pads or self.arrangement is Arrangement.padded
+        return self.reference_pads or self.arrangement is Arrangement.padded
 
     def saved_by_sharing(self, shared: Counts, own: Counts) -> Costs:
         """Return the time that rows with `own` other tokens save by not computing `shared` ones again.
@@ -75,8 +75,8 @@ class ComputeCosts:
         if self.is_masked:
             # A whole row is computed in blocks up to the diagonal, own queries behind a mask with all keys.
             pairs = np.minimum(pairs, causal_pairs(row) + row * _BLOCK // 2 - own * row)
-        saved = shared * (1 - self.gather) + self.key * pairs
-        return np.where(shared > 0, saved - self.segment, 0.0)
+        saved = shared * (1 - self.copy) + self.key * pairs
+        return np.where(shared > 0, saved - self.per_segment, 0.0)
 
     def worth_sharing(self, common: Counts, tokens: Counts) -> Counts:
         """Return how many leading tokens `common` with another row are shared: none if it costs more."""

@@ -85,7 +85,7 @@ def shares_in_bins(sizes: ExampleSizes, costs: ComputeCosts, bins: Bins) -> Shar
     is_first = np.diff(bins[order], prepend=-1) != 0
     # The longest row: any of the example's rows may be the one that comes first in the packed sequence.
     shared[order] = costs.worth_sharing(np.where(is_first, 0, common), sizes.longest[order])
-    copies = np.ceil(costs.gather_memory * shared * sizes.responses).astype(np.int64)
+    copies = np.ceil(costs.copy_memory * shared * sizes.responses).astype(np.int64)
     return Shares(shared, costs.saved_by_sharing(shared, sizes.longest - shared), shared - copies)
 
 
@@ -113,23 +113,28 @@ def _fill_together(
     time in as few micro-batches. Tried are consecutive examples in the order of their token ids, and bundles
     of those that share more than every example does.
     """
-    together = np.zeros_like(sizes.tokens)
-    shares = shares_in_bins(sizes, costs, together)
+    one_bin = np.zeros_like(sizes.tokens)
+    shares = shares_in_bins(sizes, costs, one_bin)
     if sizes.prefixes is None or not shares.tokens.any():
         return plain
-    order = _order_by_ids(sizes.prefixes, together)
-    ordered = _Chain(sizes, shares, order, budget)
+    order = _order_by_ids(sizes.prefixes, one_bin)
+    ordered = _Ordered(sizes, shares, order, budget)
 
-    def spread(starts: Sequence[int], bins: Bins) -> Bins:
+    def bins_of_examples(starts: Sequence[int], bins: Bins) -> Bins:
+        """Return the bin of each example; `starts`, `bins`: where each bundle starts in `order`, its bin."""
         return np.repeat(bins, np.diff([*starts, len(order)]))[np.argsort(order)]
 
-    even, bundles = ordered.cut_evenly(world_size), ordered.cut(in_runs=True)
-    filled, number = _fill_fewest(*ordered.bundle_sizes(bundles), world_size, budget - ordered.common)
-    found = [plain, (spread(even, np.arange(len(even))), -(-len(even) // world_size))]
-    found.append((spread(bundles, filled), number))
+    # A bin for each even bundle, or the bundles of those that share most as if each were one example.
+    even, alike = ordered.cut_evenly(world_size), ordered.cut(in_runs=True)
+    filled, number = _fill_fewest(*ordered.bundle_sizes(alike), world_size, budget - ordered.common)
+    candidates = [
+        plain,
+        (bins_of_examples(even, np.arange(len(even))), -(-len(even) // world_size)),
+        (bins_of_examples(alike, filled), number),
+    ]
 
-    def time(assigned: tuple[Bins, int]) -> float:
-        bins, number = assigned
+    def step_time(candidate: tuple[Bins, int]) -> float:
+        bins, number = candidate
         shares = shares_in_bins(sizes, costs, bins)
         is_above = np.bincount(bins, sizes.tokens - shares.memory) > budget
         # One more micro-batch gathers all weights once more under ZeRO-3, which `costs` do not know.
@@ -140,14 +145,18 @@ def _fill_together(
         loads = np.bincount(bins, sizes.costs - shares.time, world_size * number)
         return float(np.sort(loads)[::-1][::world_size].sum())
 
-    return min(found, key=time)
+    return min(candidates, key=step_time)
 
 
-class _Chain:
-    """Examples in the order of their token ids, and bundles of consecutive ones."""
+class _Ordered:
+    """Examples in the order of their token ids, and how to cut them into bundles of consecutive ones.
+
+    Sizes are float64 [2, examples]: tokens, which the budget limits, and compute time. A bundle has the own
+    sizes of its examples, and what its first example shares with the one before, which is in another bundle.
+    """
 
     def __init__(self, sizes: ExampleSizes, shares: Shares, order: Counts, budget: int):
-        tokens, saved = shares.tokens[order], np.stack((shares.memory, shares.time))[:, order]
+        shared_tokens, saved = shares.tokens[order], np.stack((shares.memory, shares.time))[:, order]
         # Every bin computes the prefix that all examples share, so it is left out of all sizes and, by the
         # callers, of the budget; the first example shares it, too, although no example is before it.
         if 0 < (least := saved[:, 1:].min(axis=1))[0] < budget:
@@ -155,7 +164,10 @@ class _Chain:
         self._budget, self.common, self._saved = budget, int(saved[0, 0]), saved
         self._own = np.stack((sizes.tokens, sizes.costs))[:, order] - saved
         self._ends = np.insert(np.cumsum(self._own, axis=1), 0, 0, axis=1).tolist()
-        runs = np.append(np.flatnonzero(tokens <= _MIN_EXTRA_SHARING * tokens[1:].min()), len(order))
+        # A run goes on while an example shares clearly more with the one before than all examples share.
+        least_tokens = shared_tokens[1:].min()
+        run_starts = np.flatnonzero(shared_tokens <= _MIN_EXTRA_SHARING * least_tokens)
+        runs = np.append(run_starts, len(order))
         self._run_ends = np.repeat(runs[1:], np.diff(runs)).tolist()
 
     def bundle_sizes(self, starts: Sequence[int]) -> tuple[Counts, Costs]:
@@ -164,7 +176,7 @@ class _Chain:
         return bundles[0].astype(np.int64), bundles[1]
 
     def cut(self, cap: float = math.inf, *, in_runs: bool = False) -> list[int]:
-        """Return where bundles begin that are as large as the budget and `cap`, a cost, allow.
+        """Return where bundles begin that are as large as the budget and `cap`, a time, allow.
 
         With `in_runs`, only examples that share clearly more than all do are in one bundle.
         """

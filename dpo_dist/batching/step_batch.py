@@ -131,12 +131,14 @@ def shard_batch(
     """
     is_good, partners = None, None
     if loss is not None and not loss.compares_pairs:
-        which, shares = 0, (rank, world_size, micro_batch_tokens, costs)
+        which = 0
         is_good = dataset.labels_good(indices) if loss.is_unpaired else None
-        partners = shard_batch(dataset, indices, *shares, which=1) if loss.needs_partners else None
+        if loss.needs_partners:  # the second response of each example, planned apart
+            plan_options = rank, world_size, micro_batch_tokens, costs
+            partners = shard_batch(dataset, indices, *plan_options, which=1)
     counts = dataset.response_counts(indices)
     responses = dataset.response_indices(indices)
-    chosen = responses[np.cumsum(counts) - counts]
+    chosen = responses[np.cumsum(counts) - counts]  # the first response of each example
     if which is not None:
         responses, counts = chosen + which, np.ones_like(counts)
     weights = dataset.numbers["loss_weight"][indices] if "loss_weight" in dataset.numbers else None

@@ -52,17 +52,23 @@ class Rule:
         """Return whether a configuration breaks the rule."""
         return all(_holds(config, part) for part in self.when.split()) and self.also(config)
 
+    def keys(self, config: RunConfig) -> list[str]:
+        """Return the keys of `when`."""
+        loss_key = "loss.terms" if config.loss.terms else "loss.kind"
+        return [loss_key if key == LOSS else key for key in self._named()]
+
+    def _named(self) -> list[str]:
+        return re.findall(r"(?:^| )([\w.]+)", self.when)
+
     def error(self, config: RunConfig) -> ConfigError:
         """Return the error of a configuration that breaks the rule."""
-        loss_key = "loss.terms" if config.loss.terms else "loss.kind"
-        keys = re.findall(r"(?:^| )([\w.]+)", self.when)
-        names = [loss_key if key == LOSS else key for key in keys]
         values = [
-            "+".join(config.loss.kinds) if key == LOSS else as_written(value_at(config, key)) for key in keys
+            "+".join(config.loss.kinds) if key == LOSS else as_written(value_at(config, key))
+            for key in self._named()
         ]
         remedy = self.remedy(config) if callable(self.remedy) else self.remedy
         why = self.why.format(**vars(config))
-        return ConfigError(why, where=", ".join(names), got=", ".join(values), remedy=remedy)
+        return ConfigError(why, where=", ".join(self.keys(config)), got=", ".join(values), remedy=remedy)
 
 
 def _holds(config: RunConfig, part: str) -> bool:
@@ -142,7 +148,9 @@ def _without_images(key: str) -> Rule:
     return Rule(
         f"{key} model.images=null",
         "the folder of a source's images has no effect with this model.images",
-        "remove the field images of the source, or set model.images.train=none to read images",
+        "remove the field images of the source, or "
+        + Remedy.to_set("model.images.train=none")
+        + " to read images",
         lambda c: c.data.images is None and any(source.images for source in value_at(c, key)),
     )
 

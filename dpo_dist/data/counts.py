@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -15,13 +15,12 @@ from dpo_dist.config.schema import DataConfig, SourceConfig, TextTemplate
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord, Record, shown_key
 from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.foundation.remedies import Remedy
+from dpo_dist.foundation.remedies import AtRecords, Remedy
 from dpo_dist.foundation.text import pluralize
 
 SHOWN_EXAMPLES = 20
 _NAMED_EXAMPLES = 3
 _NAMED_FIELDS = 12
-_LINE = re.compile(r":\d+ ")
 _PLAIN_WORDS = re.compile(r"[\w./:@~+\-{}\[\], ]+")  # which a shell and Hydra read as they stand
 DROPPED_PROMPT_PREFIX = "prompts_dropped_"
 """Prefix of the counts of prompts that are left out; the reason follows."""
@@ -62,6 +61,17 @@ class Outcome:
     read_as: str = ""
 
 
+class DroppedRecord(NamedTuple):
+    """A dropped record as it is shown, without its texts: its place, and the reason with details."""
+
+    file: str
+    line: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} {self.why}"
+
+
 @dataclass
 class DataCounts:
     """Counts of the records of one or several sources: `read` = `kept` + sum of `dropped`.
@@ -73,7 +83,7 @@ class DataCounts:
         dropped: dropped records by reason.
         changed: changes and omitted ties of kept records, by kind; unread fields of dropped records.
         read_as: kept records by `Outcome.read_as`.
-        examples: dropped records as ``file:line reason (detail)``, without their texts.
+        examples: the first dropped records.
         fields: names of the fields of the first record of an unknown format.
         columns: of the first such record that could be read with other columns, these.
     """
@@ -84,7 +94,7 @@ class DataCounts:
     dropped: Counter[str] = field(default_factory=Counter)
     read_as: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(_TABLE["changed"], 0)))
-    examples: list[str] = field(default_factory=list)
+    examples: list[DroppedRecord] = field(default_factory=list)
     fields: list[str] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
 
@@ -117,13 +127,15 @@ class DataCounts:
             total.pairs += part["pairs"]
             for name in ("dropped", "read_as", "changed"):
                 getattr(total, name).update(part[name])
-            total.examples += part["examples"][: SHOWN_EXAMPLES - len(total.examples)]
+            room = SHOWN_EXAMPLES - len(total.examples)
+            total.examples += [DroppedRecord(*example) for example in part["examples"][:room]]
             total.fields = total.fields or part["fields"]
             total.columns = total.columns or part["columns"]
         return total
 
     def _show(self, record: BadRecord) -> None:
-        self.examples += [str(record)][: SHOWN_EXAMPLES - len(self.examples)]
+        if len(self.examples) < SHOWN_EXAMPLES:
+            self.examples.append(DroppedRecord(record.origin.source, record.origin.line, record.why))
         self.fields = self.fields or [*record.fields]
         self.columns = self.columns or dict(record.columns)
 
@@ -144,7 +156,7 @@ class DataCounts:
 
     def as_dict(self) -> dict[str, Any]:
         """Return counts and examples for JSON."""
-        return self.numbers() | {"examples": self.examples}
+        return self.numbers() | {"examples": list(map(str, self.examples))}
 
 
 def counts_in_one_line(counts: Mapping[str, int]) -> str:
@@ -241,12 +253,14 @@ def check_counts(
     path: str,
     config: DataConfig,
     *,
+    key: str = "",
     of_first: bool = False,
     lengths: Callable[[], Sequence[SourceLengths]] | None = None,
 ) -> None:
     """Check that enough of a source's records were kept; `of_first`: only its first records were read.
 
-    `lengths` returns the record lengths of all sources, to suggest limits.
+    An error names the source by its `path`, after its `key` if there is one. `lengths` returns the record
+    lengths of all sources, to suggest limits.
 
     Raises:
         DataError: no record was kept, more were dropped than `data.max_bad_share` allows, or a chat template
@@ -256,13 +270,14 @@ def check_counts(
         # The evaluation part of a split is too small for shares: the training part is checked. In a training
         # part whose records are all held out there is nothing to check.
         return
+    where = f"{key}: {path}" if key else path
     templated = counts.changed["templated_text"]
     # A share among the first records is no estimate; all of them is a clear sign.
     is_templated = templated == counts.kept > 0 if of_first else templated > counts.kept / 2
     if is_templated and config.template is TextTemplate.auto:
         raise DataError(
             f"a chat template has already been applied to {templated} of {counts.kept} texts",
-            where=path,
+            where=where,
             got="prompts with turns of a chat template or BOS, or responses with an end-of-turn token",
             expected="prompts and responses as plain text or messages",
             remedy=Remedy.to_set("data.template=applied")
@@ -271,7 +286,7 @@ def check_counts(
         )
     if not counts.read:
         got = "an empty file, or only a header"
-        raise DataError("the source has no records", where=path, got=got, remedy=EMPTY_REMEDY)
+        raise DataError("the source has no records", where=where, got=got, remedy=EMPTY_REMEDY)
     dropped = counts.dropped.total()
     if counts.kept and dropped <= config.max_bad_share * counts.read:
         return
@@ -281,12 +296,12 @@ def check_counts(
     if counts.kept:
         remedy += "; or raise data.max_bad_share if dropping these records is intended"
     first, rest = ("the first ", " (the others were not looked at)") if of_first else ("", "")
-    different: dict[str, str] = {}  # the first record of each reason and detail
+    different: dict[str, DroppedRecord] = {}  # the first record of each reason and detail
     for example in counts.examples:
-        different.setdefault(_LINE.split(example, maxsplit=1)[-1], example)
+        different.setdefault(example.why, example)
     raise DataError(
         f"{dropped} of {first}{counts.read} records cannot be used",
-        where="; ".join([*different.values()][:_NAMED_EXAMPLES]) or path,
+        where=AtRecords(*map(str, [*different.values()][:_NAMED_EXAMPLES])) or where,
         got=f"{counts.read} records{rest}; dropped: {reasons}",
         expected=f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
         remedy=remedy,
@@ -316,7 +331,6 @@ def _remedy(
     return fitting or remedy + f" (data.max_length is {config.max_length})"
 
 
-_KEY_BEFORE_PATH = re.compile(r"^data\.\w+(\[\d+\])?: ")  # as `--check` names a source
 _TOO_LONG = (
     *("too_long", "prompt_fills_max_length", "response_fills_max_length"),
     *("identical_after_truncation", "image_does_not_fit"),
@@ -351,21 +365,21 @@ def _with_columns(path: str, config: DataConfig, counts: DataCounts) -> Remedy:
     # "non_preferred" has a word for the chosen side, too.
     chosen = _column(best, [name for name in given if name != rejected])
     guessed = {"prompt": _column("prompt", given), best: chosen, other: rejected}
-    columns = {field: name or "COLUMN" for field, name in guessed.items()}
     images = _column("images", given)
-    return _source_with(columns | ({"images": images} if images else {}), path, config)
+    return _source_with(guessed | ({"images": images} if images else {}), path, config)
 
 
-def _source_with(columns: Mapping[str, str], path: str, config: DataConfig) -> Remedy:
-    """Return advice to write a source with these columns beside what it has."""
-    path, usual = _KEY_BEFORE_PATH.sub("", path), asdict(SourceConfig(path="-"))
+def _source_with(columns: Mapping[str, str | None], path: str, config: DataConfig) -> Remedy:
+    """Return advice to write a source with these columns beside what it has; None: only the user knows."""
+    usual = asdict(SourceConfig(path="-"))
+    shown = {field: name or "COLUMN" for field, name in columns.items()}
     for key, sources in (("data.train", config.train), ("data.eval", config.eval)):
         if [each.path for each in sources] == [path]:
             given = {name: value for name, value in asdict(sources[0]).items() if value != usual[name]}
-            source = as_written({**given, "columns": {**(given.get("columns") or {}), **columns}})
-            is_known = "COLUMN" not in columns.values() and _PLAIN_WORDS.fullmatch(source)
+            source = as_written({**given, "columns": {**(given.get("columns") or {}), **shown}})
+            is_known = all(columns.values()) and _PLAIN_WORDS.fullmatch(source)
             return Remedy(f"write '{key}=[{source}]'", (f"{key}=[{source}]",) if is_known else ())
-    return Remedy(f"write the source as {as_written({'path': path, 'columns': dict(columns)})}")
+    return Remedy(f"write the source as {as_written({'path': path, 'columns': shown})}")
 
 
 def _column(field: str, given: Iterable[str]) -> str | None:
@@ -378,14 +392,17 @@ def _words(name: str) -> set[str]:
     return {name.lower(), *re.split(r"[^a-z]+", name.lower())}
 
 
-def check_split(counts: DataCounts) -> None:
+def check_split(counts: DataCounts, config: DataConfig) -> None:
     """Check that this part of a split has usable records. Raises DataError."""
     if counts.kept:
         return
     left = counts.changed[LEFT_IN_TRAIN]
+    remedy: str | Remedy = "raise data.eval_share" if left else "lower data.eval_share"
+    if config.drop_eval_prompts:  # evaluation data are sources of their own, not a share
+        remedy = Remedy.to_set("data.drop_eval_prompts=false") + ", or name other sources in data.eval"
     raise DataError(
         "the split has no evaluation data" if left else "no training data are left",
         where="data.eval_share" if left else "data.train",
         got=f"{counts.read} records, none usable, and {left or counts.changed[HELD_OUT]} in the other part",
-        remedy="change data.eval_share, or set data.drop_eval_prompts=false or 'data.eval=[held_out.jsonl]'",
+        remedy=remedy,
     )

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from dpo_dist.config.schema import DataConfig, Ranked
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import text_digest
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.types import Fields
 
 if TYPE_CHECKING:
@@ -169,14 +170,19 @@ class BadRecord:
     fields: tuple[str, ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
 
-    def __str__(self) -> str:
+    @property
+    def why(self) -> str:
+        """The reason with its details, which have no text of the record."""
         shown = [self.detail] if self.detail else []
         if self.fields:
             more = ", ..." if len(self.fields) > MAX_SHOWN_KEYS else ""
             shown.append(f"fields: {', '.join(self.fields[:MAX_SHOWN_KEYS])}{more}")
         if self.columns:
             shown.append(f"set columns: {{{', '.join(map(': '.join, self.columns))}}}")
-        return f"{self.origin} {self.reason}" + (f" ({'; '.join(shown)})" if shown else "")
+        return self.reason + (f" ({'; '.join(shown)})" if shown else "")
+
+    def __str__(self) -> str:
+        return f"{self.origin} {self.why}"
 
 
 class UnusableRecordError(Exception):
@@ -324,7 +330,7 @@ def bad_record_error(bad: BadRecord) -> DataError:
         f"a record cannot be used: {bad.reason}",
         where=str(bad.origin),
         got=bad.detail,
-        remedy="correct the record, or set data.on_bad_record=drop",
+        remedy="correct the record, or " + Remedy.to_set("data.on_bad_record=drop"),
     )
 
 

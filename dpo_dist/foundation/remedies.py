@@ -33,14 +33,26 @@ class InFile(Place):
         return super().__new__(cls, f"{key} in {file}")
 
 
+class AtRecords(Place):
+    """The places of records: `pairs.jsonl:3; pairs.jsonl:7`."""
+
+    records: tuple[str, ...]
+
+    def __new__(cls, *records: str) -> Self:
+        """Return the place of records, each as `FILE:LINE`, which its reason may follow."""
+        place = super().__new__(cls, "; ".join(records))
+        place.records = records
+        return place
+
+
 @dataclass(frozen=True)
 class Remedy:
     """What to do, as a sentence; beside it the words to write into the command and to remove from it.
 
     `write`: words, each of which takes the place of the word with its key, or of what is removed. `remove`:
     words, an option with its value as one, or keys. `drops`: the words that the error is about are removed.
-    `rename`: a wrong name in a word, and the right one. Of alternatives in the sentence the first counts;
-    what only the user knows is no word.
+    `rename`: a wrong name in a word, and the right one. Of alternatives in the sentence the first that
+    consists of words counts; what only the user knows is no word.
     """
 
     text: str
@@ -80,6 +92,10 @@ class Remedy:
     def __add__(self, more: str) -> Self:
         """Return the remedy with more text, such as an alternative."""
         return replace(self, text=self.text + more)
+
+    def __radd__(self, before: str) -> Self:
+        """Return the remedy with text before it, such as an alternative that only the user can carry out."""
+        return replace(self, text=before + self.text)
 
     def words(self, where: str, typed: Sequence[str]) -> dict[str, list[str]]:
         """Return the words to `write` into a command and the words or keys to `remove` from it.

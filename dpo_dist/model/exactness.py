@@ -63,7 +63,7 @@ _FUTURE_IN_INT8 = 0.1
 
 
 # With these, every prefix that is not very short is shared.
-_SHARING = ComputeCosts(key=0.0, target=0.0, prefixes=True)
+_SHARING = ComputeCosts(key=0.0, target=0.0, beyond_prompts=True)
 
 
 class StartCheck:
@@ -102,19 +102,19 @@ class StartCheck:
     def choose_arrangement(self) -> None:
         """Set the cheapest arrangement that computes the log-probs of the model's own forward."""
         check_positions(self._model.causal_lm, self._max_length, self._key)
-        self._refuse(
+        self._refuse_fault(
             self._score_plainly,
             "the model's own forward cannot score a sequence of tokens",
             "choose a causal language model; if it is one, check the weights, or set model.dtype=fp32",
         )
-        self._refuse(
+        self._refuse_fault(
             self._effect_of_later_tokens,
             "this model is not causal, or its forward is random",
             "choose a causal language model, or remove dropout and noise from the model's own code",
         )
         model, failures = self._model, []
         for arrangement, own_logits in _candidates(model, self._max_length):
-            fault = self._fault(partial(self._fault_of, arrangement, own_logits))
+            fault = self._agreed_fault(partial(self._why_inexact, arrangement, own_logits))
             if not fault:
                 break
             head = "its own logits" if own_logits else "the log-prob head"
@@ -139,7 +139,7 @@ class StartCheck:
         The model's own code may have dropout that no option switches off.
         """
         self._model.train()
-        self._refuse(
+        self._refuse_fault(
             self._change_by_training,
             "this model computes other log-probs in training mode",
             "remove from the model's own code what differs in training, such as dropout and noise",
@@ -151,18 +151,18 @@ class StartCheck:
         Ranks reduce gradients weight by weight: if one rank's sequences do not use a weight, the other ranks
         would wait for its gradient.
         """
-        self._refuse(
+        self._refuse_fault(
             self._sometimes_used,
             "some sequences do not use all weights of this model, so several processes cannot train it",
             "train on one process, or add 0 times these weights to the output of their module",
         )
 
-    def _refuse(self, work: Callable[[], str], message: str, remedy: str) -> None:
+    def _refuse_fault(self, work: Callable[[], str], message: str, remedy: str) -> None:
         """Raise a `ConfigError` if `work` returns a fault or fails on some rank; collective."""
-        if fault := self._fault(work):
+        if fault := self._agreed_fault(work):
             raise ConfigError(message, where=self._key, got=f"{self._kind}, {fault}", remedy=remedy)
 
-    def _fault(self, work: Callable[[], str]) -> str:
+    def _agreed_fault(self, work: Callable[[], str]) -> str:
         """Return the fault of `work`, or the first line of its error, agreed by all ranks. Collective.
 
         A model can raise anything if it is called in an unusual way. Out-of-memory errors are raised.
@@ -231,7 +231,7 @@ class StartCheck:
             is_rounding = mean <= (_FUTURE_IN_INT8 if self._is_int8 else _FUTURE) * self._spread
         return "" if is_rounding else f"a log-prob changes by {largest:.2g} nats with the tokens after it"
 
-    def _fault_of(self, arrangement: Arrangement, own_logits: bool) -> str:
+    def _why_inexact(self, arrangement: Arrangement, own_logits: bool) -> str:
         """Return why this arrangement is not exact; empty if it is exact. Collective."""
         self._tried = self._scores_as(arrangement, own_logits)
         neighbours = ""

@@ -219,11 +219,11 @@ def compute_costs(
         key=_ATTENTION_SLOWNESS * flops.per_attended / flops.per_token,
         target=_HEAD_SLOWNESS * (4 / 3) * flops.per_target / flops.per_token,
         image=flops.per_image_token / flops.per_token,
-        prefixes=prefixes,
-        gather=_GATHER_FLOPS * flops.key_numbers / flops.per_token,
-        gather_memory=copied / kept if kept else 0.0,
+        beyond_prompts=prefixes,
+        copy=_GATHER_FLOPS * flops.key_numbers / flops.per_token,
+        copy_memory=copied / kept if kept else 0.0,
         is_masked=is_masked,
-        segment=_RECURRENT_SEGMENT if flops.is_recurrent else ComputeCosts.segment,
+        per_segment=_RECURRENT_SEGMENT if flops.is_recurrent else ComputeCosts.per_segment,
     )
 
 

@@ -95,6 +95,14 @@ def check_reads_images(causal_lm: Any, key: str) -> None:
     )
 
 
+# What a model has for images, by these functions:
+#   image_parts        whole towers and projectors, which `keep_text` keeps or drops
+#   image_modules      these and all modules inside them
+#   image_weights      the weights on which features depend: fewer than those of the modules, and a few beside
+#   projector_weights  those of `image_weights` that are in no tower
+# `other_weights` are all that text does not use, such as those for sounds, too.
+
+
 def image_parts(causal_lm: Any) -> dict[str, nn.Module]:
     """Return the vision towers and projectors that a model has in memory, by name."""
     if text_part(causal_lm) is causal_lm:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,12 +117,7 @@ class StoreFiller:
         `progress` is called at the start and after each micro-batch.
         """
 
-        def survey() -> tuple[Indices, FillReport, frozenset[str]]:
-            store = LogpStore.open(self.store.root, self.store.fingerprint)
-            missing, hits = missing_responses(store, dataset, indices)
-            report = FillReport(hits, damaged=frozenset(store.damaged))
-            return missing, report, self.shards.union(store.shards)
-
+        survey = partial(self._survey, dataset, indices)
         missing, report, self.shards = self.world.on_main(survey)
         if not len(missing):
             return report
@@ -131,6 +127,15 @@ class StoreFiller:
                 missing, report, self.shards = self.world.on_main(survey)
             self.world.on_main(lambda: remove_abandoned(self.store.folder))
             return report + self._compute(dataset, missing, progress) if len(missing) else report
+
+    def _survey(
+        self, dataset: PreferenceDataset, indices: Indices
+    ) -> tuple[Indices, FillReport, frozenset[str]]:
+        """Return the missing responses, what the store has, and the names of its shards; not collective."""
+        store = LogpStore.open(self.store.root, self.store.fingerprint)
+        missing, hits = missing_responses(store, dataset, indices)
+        report = FillReport(hits, damaged=frozenset(store.damaged))
+        return missing, report, self.shards.union(store.shards)
 
     def open_filled(self) -> LogpStore:
         """Return the store with the same shards on every rank: those found and those written."""
@@ -173,41 +178,16 @@ class StoreFiller:
         firsts = np.flatnonzero(np.diff(owners, prepend=-1))
         rounds = map(np.sort, np.split(missing, firsts[pairs_per_round::pairs_per_round]))
         progress(0, len(firsts))
-
-        def plan(responses: Indices) -> tuple[int, list[list[_Part]]]:
-            """Return a round's number of pairs, and this rank's micro-batches; not collective."""
-            owners, which = dataset.locate_responses(responses)
-            pairs, firsts, counts = np.unique(owners, return_index=True, return_counts=True)
-            sizes = dataset.sizes(pairs, responses, counts, self.costs)
-            # Each rank plans only its own share: the shares of thousands of pairs are nearly equal.
-            mine = deal_out(sizes, self.costs, self.world.replicas)[self.world.replica]
-
-            def part(number: int) -> _Part:
-                own = slice(firsts[number], firsts[number] + counts[number])
-                return _Part(int(pairs[number]), responses[own], which[own])
-
-            bins = plan_micro_batches(sizes.select(mine), 1, self.micro_batch_tokens, self.costs)
-            return len(pairs), [[part(number) for number in mine[numbers]] for (numbers,) in bins]
-
-        def write(keys: Keys, entries: list[StoredLogps]) -> set[str]:
-            if not entries:
-                return set()
-            name = self.store.write(keys, entries)
-            note_progress(name)
-            return {name}
-
-        with prefetch(map(plan, rounds), 1) as planned, ThreadPoolExecutor(1, "shards") as pool:
+        plans = map(partial(self._plan_round, dataset), rounds)
+        with prefetch(plans, 1) as planned, ThreadPoolExecutor(1, "shards") as pool:
             writing: Future[set[str]] = pool.submit(set)
             for round_pairs, micro_batches in planned:
-
-                def within(share: float, before: int = done, size: int = round_pairs) -> None:
-                    progress(before + int(share * size), len(firsts))
-
+                within = partial(_report_round, progress, done, round_pairs, len(firsts))
                 keys, entries, is_stopped = self._score(dataset, micro_batches, score, within)
                 # Written behind the scoring, and raised on all ranks: a full disk is an error of one rank,
                 # for which the others would wait in the next forward (law L2).
                 written |= self.world.together(writing.result)
-                writing = pool.submit(write, keys, entries)
+                writing = pool.submit(self._write_shard, keys, entries)
                 stored, done = stored + len(keys), done + round_pairs
                 if is_stopped:
                     break
@@ -222,6 +202,26 @@ class StoreFiller:
             )
             raise stopped_by(self.stops.reasons(), when)
         return FillReport(computed=len(missing), seconds=time.monotonic() - started)
+
+    def _plan_round(self, dataset: PreferenceDataset, responses: Indices) -> tuple[int, list[list[_Part]]]:
+        """Return a round's number of pairs, and this rank's micro-batches; not collective."""
+        owners, which = dataset.locate_responses(responses)
+        pairs, firsts, counts = np.unique(owners, return_index=True, return_counts=True)
+        sizes = dataset.sizes(pairs, responses, counts, self.costs)
+        # Each rank plans only its own share: the shares of thousands of pairs are nearly equal.
+        mine = deal_out(sizes, self.costs, self.world.replicas)[self.world.replica]
+        slices = zip(pairs[mine], firsts[mine], firsts[mine] + counts[mine], strict=True)
+        parts = [_Part(int(pair), responses[at:end], which[at:end]) for pair, at, end in slices]
+        bins = plan_micro_batches(sizes.select(mine), 1, self.micro_batch_tokens, self.costs)
+        return len(pairs), [[parts[number] for number in numbers] for (numbers,) in bins]
+
+    def _write_shard(self, keys: Keys, entries: list[StoredLogps]) -> set[str]:
+        """Write a shard of these entries; return its name, none without entries. Not collective."""
+        if not entries:
+            return set()
+        name = self.store.write(keys, entries)
+        note_progress(name)
+        return {name}
 
     def _score(
         self,
@@ -246,31 +246,13 @@ class StoreFiller:
             own.append(_Needs(max(DUMMY_RESPONSES, responses), bool(dataset.with_images(pairs).any())))
         by_number = itertools.zip_longest(*world.gather(own), fillvalue=_Needs())
         needs = [_Needs(*map(max, zip(*every, strict=True))) for every in by_number]
-        damaged: list[int] = []
-
-        def packed() -> Iterator[PackedBatch]:
-            """Yield a packed micro-batch for each of `needs`, dummies after this rank's last one."""
-            dummies: list[list[_Part]] = [[]] * (len(needs) - len(micro_batches))
-            for parts, (forwards, images) in zip([*micro_batches, *dummies], needs, strict=True):
-                examples = [dataset.example(part.pair, part.which.tolist()) for part in parts]
-                numbers = np.concatenate([np.empty(0, np.int64), *(part.responses for part in parts)])
-                known, dummy_image = dataset.keys[numbers], dataset.dummy_image() if images else None
-                is_whole = np.array_equal(response_keys(examples), known)
-                if parts and is_whole:
-                    inputs = dataset.with_inputs(examples)
-                    batch = pack(inputs, known, dummy_image=dummy_image, costs=self.costs)
-                else:
-                    batch = dummy_batch(dummy_image)
-                if not is_whole:  # the error waits until all ranks have scored the round
-                    damaged.extend(part.pair for part in parts)
-                batch = replace(batch, forwards=forwards)
-                yield batch.pinned() if world.device.type == "cuda" else batch
-
         keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
         entries: list[StoredLogps] = []
+        damaged: list[int] = []  # the error waits until all ranks have scored the round
         is_stopped = False
-        with prefetch(packed(), _BATCHES_AHEAD) as batches:
-            for number, batch in enumerate(batches, start=1):
+        with prefetch(self._packed(dataset, micro_batches, needs), _BATCHES_AHEAD) as batches:
+            for number, (batch, with_other_ids) in enumerate(batches, start=1):
+                damaged += with_other_ids
                 logps = score(batch.to(world.device))
                 self.computed_tokens += batch.tokens
                 self.tokens += sum(map(sum, batch.layout)) if batch.tokens else 0
@@ -281,12 +263,30 @@ class StoreFiller:
                 if is_stopped := self.stops.must_stop():
                     break
 
-        def check() -> None:
-            if damaged:
-                raise dataset.damaged_ids(damaged)
-
-        world.together(check)
+        world.together(partial(_check_ids, dataset, damaged))
         return np.concatenate(keys), entries, is_stopped
+
+    def _packed(
+        self, dataset: PreferenceDataset, micro_batches: Sequence[Sequence[_Part]], needs: Sequence["_Needs"]
+    ) -> Iterator[tuple[PackedBatch, list[int]]]:
+        """Yield a packed micro-batch for each of `needs`, dummies after this rank's last one.
+
+        Beside it the pairs whose token ids do not have the keys that were stored: then it is a dummy, too.
+        """
+        dummies: list[list[_Part]] = [[]] * (len(needs) - len(micro_batches))
+        for parts, (forwards, images) in zip([*micro_batches, *dummies], needs, strict=True):
+            examples = [dataset.example(part.pair, part.which.tolist()) for part in parts]
+            numbers = np.concatenate([np.empty(0, np.int64), *(part.responses for part in parts)])
+            known, dummy_image = dataset.keys[numbers], dataset.dummy_image() if images else None
+            is_whole = np.array_equal(response_keys(examples), known)
+            if parts and is_whole:
+                inputs = dataset.with_inputs(examples)
+                batch = pack(inputs, known, dummy_image=dummy_image, costs=self.costs)
+            else:
+                batch = dummy_batch(dummy_image)
+            batch = replace(batch, forwards=forwards)
+            batch = batch.pinned() if self.world.device.type == "cuda" else batch
+            yield batch, [] if is_whole else [part.pair for part in parts]
 
 
 class _Needs(NamedTuple):
@@ -294,6 +294,17 @@ class _Needs(NamedTuple):
 
     forwards: int = DUMMY_RESPONSES
     images: bool = False  # the model's tower encodes an image
+
+
+def _report_round(progress: FillProgress, before: int, pairs: int, total: int, share: float) -> None:
+    """Report the pairs before a round, and the done share of the round's `pairs`."""
+    progress(before + int(share * pairs), total)
+
+
+def _check_ids(dataset: PreferenceDataset, damaged: Sequence[int]) -> None:
+    """Raise DataError if there are damaged pairs."""
+    if damaged:
+        raise dataset.damaged_ids(damaged)
 
 
 def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Indices) -> tuple[Indices, int]:

@@ -34,6 +34,7 @@ from dpo_dist.foundation.files import (
     staged_folder,
     temporary_folder,
 )
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.files.folder import (
     ADAPTER_WEIGHTS,
@@ -106,7 +107,7 @@ def export_checkpoint(
             "only checkpoints of runs with trainer.ema_decay have a moving average of the weights",
             where="export.weights",
             got=f"ema, {checkpoint}",
-            remedy="name such a checkpoint, or set export.weights=last",
+            remedy="name such a checkpoint, or " + Remedy.to_set("export.weights=last"),
         )
     named = None if config.export.dtype is None else TORCH_DTYPES[Dtype(config.export.dtype)]
     dtype = named or TORCH_DTYPES[config.model.dtype]

@@ -50,36 +50,39 @@ class Mirror:
     """The mirror at `url` of the run in `folder`; on rank 0.
 
     `upload` never raises: a failure is a warning, and the next commit tries again.
+
+    Names of files there are relative to the mirror, as in the run directory; `_lock` guards what the thread
+    of an upload shares with the saver: the thread itself, whether another upload is due, and its checkpoints.
     """
 
     def __init__(self, url: str, folder: RunFolder, keep_last: int, console: Console):
         self._url, self._folder, self._keep_last, self._console = url, folder, keep_last, console
-        self._place, self._root = f"run.mirror={url}", folder.checkpoints.name
+        self._where, self._checkpoints = f"run.mirror={url}", folder.checkpoints.name
         # Written after the checkpoints that they name, the state as the last file.
-        self._ends = (folder.checkpoints / LATEST, folder.checkpoints / BEST_FILE, folder.state)
+        self._written_last = (folder.checkpoints / LATEST, folder.checkpoints / BEST_FILE, folder.state)
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._is_due = False
-        self._in_use: list[Path] = []
-        self._uploaded: dict[str, int] = {}  # times of files in nanoseconds
+        self._uploading: list[Path] = []
+        self._uploaded_times: dict[str, int] = {}  # by names there, the files' times in nanoseconds
         self._failure = ""
-        self._done, self._files = 0, 0  # files of this upload
+        self._files_done, self._files_total = 0, 0  # files of this upload
         system, path = open_file_system(url, "run.mirror")
         # Other storage than folders, such as a bucket, shows whole files only.
-        self._has_folders, self._there = not system.async_impl, DirFileSystem(path, system)
-        with remote_errors(self._place, CheckpointError):
+        self._has_folders, self._remote = not system.async_impl, DirFileSystem(path, system)
+        with remote_errors(self._where, CheckpointError):
             if self._has_folders:
-                self._there.makedirs("", exist_ok=True)
-            self._there.pipe_file(_PART, b"may be deleted")
-            self._there.rm_file(_PART)
+                self._remote.makedirs("", exist_ok=True)
+            self._remote.pipe_file(_PART, b"may be deleted")
+            self._remote.rm_file(_PART)
 
     def restore(self, identity: RunIdentity, resume: Resume) -> None:
         """Download the run if the mirror is further than the run directory; an error if it has another."""
-        with remote_errors(self._place, CheckpointError), tempfile.TemporaryDirectory() as scratch:
+        with remote_errors(self._where, CheckpointError), tempfile.TemporaryDirectory() as scratch:
             names, former = self._names(), RunFolder(Path(scratch))
             for file in (former.state, former.config):
                 if file.name in names:
-                    self._there.get_file(file.name, str(file))
+                    self._remote.get_file(file.name, str(file))
             if (state := read_state(former)) is None:
                 if names and self._folder.environment.name not in names:
                     raise self._error("the mirror has files that no run has written", names[0])
@@ -101,21 +104,22 @@ class Mirror:
                 self._download(names, whole)
 
     def _names(self) -> list[str]:
-        self._there.invalidate_cache()  # of lists
-        return [name for name in self._there.find("") if not name.endswith(_PART)]
+        self._remote.invalidate_cache()  # of lists
+        return [name for name in self._remote.find("") if not name.endswith(_PART)]
 
     def _error(self, fault: str, got: str = "", expected: str = "") -> CheckpointError:
         remedy = "set run.mirror to an empty folder, or leave it out"
-        return CheckpointError(fault, where=self._place, got=got, expected=expected, remedy=remedy)
+        return CheckpointError(fault, where=self._where, got=got, expected=expected, remedy=remedy)
 
     def _download(self, names: Sequence[str], whole: Sequence[int]) -> None:
         """Download the files of the run, the best checkpoint, the newest intact one, and last the state."""
-        run, ends = self._folder, [name for name in names if self._folder.path / name in self._ends]
-        later = (f"{self._root}/", run.state.name, f"{run.logs.name}/")  # this start has opened its own logs
-        self._get([name for name in names if not name.startswith(later)], run.path)
-        best, faults = f"{self._root}/{BEST_FILE}", list[str]()
+        run, ends = self._folder, [name for name in names if self._folder.path / name in self._written_last]
+        # This start has opened its own logs.
+        later = (f"{self._checkpoints}/", run.state.name, f"{run.logs.name}/")
+        self._download_files([name for name in names if not name.startswith(later)], run.path)
+        best, faults = f"{self._checkpoints}/{BEST_FILE}", list[str]()
         if best in names:
-            best_step = checkpoint_step(self._there.cat_file(best).decode().strip())
+            best_step = checkpoint_step(self._remote.cat_file(best).decode().strip())
             if best_step is not None and best_step in whole[1:]:
                 self._download_checkpoint(best_step, names)
         for step in whole:
@@ -123,28 +127,28 @@ class Mirror:
                 break
             self._console.warn(f"the mirror's {checkpoint_name(step)} is damaged and not used")
         if faults:
-            raise damaged_checkpoint(Path(f"{self._url}/{self._root}"), faults)
-        self._get(ends, run.path)  # a killed download of a complete run must not look complete
+            raise damaged_checkpoint(Path(f"{self._url}/{self._checkpoints}"), faults)
+        self._download_files(ends, run.path)  # a killed download of a complete run must not look complete
 
     def _download_checkpoint(self, step: int, names: Sequence[str]) -> list[str]:
         """Download and commit a checkpoint; return its faults, with which it is not committed."""
         folder = self._folder.checkpoints / checkpoint_name(step)
         folder.parent.mkdir(exist_ok=True)
-        start = f"{self._root}/{folder.name}/"
+        prefix = f"{self._checkpoints}/{folder.name}/"
         with temporary_folder(folder) as temporary:
-            self._get([name for name in names if name.startswith(start)], temporary, start)
+            self._download_files([name for name in names if name.startswith(prefix)], temporary, prefix)
             if not (faults := find_faults(temporary, 0, 1)):
                 commit_folder(temporary, folder)
         return faults
 
-    def _get(self, names: Sequence[str], folder: Path, start: str = "") -> None:
-        """Download files to `folder`, under their names after `start`."""
-        files = [folder / name.removeprefix(start) for name in names]
+    def _download_files(self, names: Sequence[str], folder: Path, prefix: str = "") -> None:
+        """Download files to `folder`, under their names without the `prefix`."""
+        files = [folder / name.removeprefix(prefix) for name in names]
         for file in files:
             file.parent.mkdir(parents=True, exist_ok=True)
-        self._there.get([*names], [*map(str, files)])
+        self._remote.get([*names], [*map(str, files)])
 
-    def _parts(self) -> tuple[Path, ...]:
+    def _run_parts(self) -> tuple[Path, ...]:
         """Return files and folders of the run, without checkpoints, what other verbs write, and the state."""
         run = self._folder
         small = (run.environment, run.config, run.metrics, run.samples, run.logs, run.wandb_id, run.report)
@@ -153,7 +157,7 @@ class Mirror:
     def in_use(self) -> Collection[Path]:
         """Return the checkpoints that are being uploaded."""
         with self._lock:
-            return tuple(self._in_use)
+            return tuple(self._uploading)
 
     def upload(self) -> None:
         """Upload in the background what is new; if an upload is running, after it."""
@@ -167,14 +171,14 @@ class Mirror:
         root = self._folder.checkpoints
         while True:
             with self._lock:  # the saver asks for those in use after it has committed or named others
-                self._in_use = []
+                self._uploading = []
                 if not self._is_due:
                     self._thread = None
                     return
                 self._is_due = False
                 folders = list(filter(is_checkpoint, checkpoint_folders(root)))
                 best = best_checkpoint(root)
-                self._in_use = [folder for folder in folders if folder in (folders[0], root / str(best))]
+                self._uploading = [folder for folder in folders if folder in (folders[0], root / str(best))]
             try:
                 self._upload()
             except Exception as error:
@@ -189,43 +193,43 @@ class Mirror:
 
     def _upload(self) -> None:
         """Upload changed files of the run, checkpoints that are not there yet, and last the state."""
-        run, wanted = self._folder, self._in_use
+        run, wanted = self._folder, self._uploading
         state, names = read_state(run), self._names()
         is_finished = state is not None and state.is_finished
-        files = _files(self._parts() if is_finished else self._parts()[:-1])
+        files = _files(self._run_parts() if is_finished else self._run_parts()[:-1])
         for folder in wanted:
             manifest = folder / MANIFEST
-            if (name := self._name(manifest)) in names:
-                if self._there.cat_file(name) == manifest.read_bytes():
+            if (name := self._remote_name(manifest)) in names:
+                if self._remote.cat_file(name) == manifest.read_bytes():
                     continue
-                self._there.rm_file(name)
+                self._remote.rm_file(name)
             files += [*(file for file in _files([folder]) if file != manifest), manifest]
-        files += self._ends
-        self._done, self._files = 0, len(files)
+        files += self._written_last
+        self._files_done, self._files_total = 0, len(files)
         with tempfile.TemporaryDirectory() as scratch:
             for file in files:
-                self._put(file, Path(scratch) / "file")
-                self._done += 1
+                self._upload_file(file, Path(scratch) / "file")
+                self._files_done += 1
         if wanted or (is_finished and not self._keep_last):
             newest = checkpoint_folders(run.checkpoints)[: self._keep_last]
             self._delete_all_but({folder.name for folder in (*newest, *wanted)})
 
-    def _put(self, file: Path, scratch: Path) -> None:
+    def _upload_file(self, file: Path, scratch: Path) -> None:
         """Upload a file if it has changed; one that may change meanwhile is first copied to `scratch`."""
-        name, source = self._name(file), file
+        name, source = self._remote_name(file), file
         try:
             version = file.stat().st_mtime_ns
-            if self._uploaded.get(name) == version:
+            if self._uploaded_times.get(name) == version:
                 return
             if file.suffix != ".safetensors":
                 source = Path(shutil.copyfile(file, scratch))
             if self._has_folders:  # where a reader would see a part of a file
-                self._there.makedirs(str(Path(name).parent), exist_ok=True)
-                self._there.put_file(str(source), name + _PART)
-                self._there.mv(name + _PART, name)
+                self._remote.makedirs(str(Path(name).parent), exist_ok=True)
+                self._remote.put_file(str(source), name + _PART)
+                self._remote.mv(name + _PART, name)
             else:
-                self._there.put_file(str(source), name)
-            self._uploaded[name] = version
+                self._remote.put_file(str(source), name)
+            self._uploaded_times[name] = version
         except FileNotFoundError:  # deleted since it was listed, or there is no best checkpoint
             if file.exists():
                 raise
@@ -233,17 +237,17 @@ class Mirror:
     def _delete_all_but(self, kept: Collection[str]) -> None:
         """Delete all other checkpoints there."""
         names = self._names()
-        there = {name.split("/")[1] for name in names if name.startswith(f"{self._root}/")}
+        there = {name.split("/")[1] for name in names if name.startswith(f"{self._checkpoints}/")}
         for name in there.difference(kept):
             if checkpoint_step(name) is None:
                 continue
-            folder, manifest = f"{self._root}/{name}", f"{self._root}/{name}/{MANIFEST}"
+            folder, manifest = f"{self._checkpoints}/{name}", f"{self._checkpoints}/{name}/{MANIFEST}"
             with contextlib.suppress(FileNotFoundError):  # first: what is left is no checkpoint
-                self._there.rm_file(manifest)
+                self._remote.rm_file(manifest)
             # Some buckets answer with an error to the deletion of a folder, which is no object there.
             files = [each for each in names if each.startswith(f"{folder}/") and each != manifest]
             if files or self._has_folders:
-                self._there.rm(folder if self._has_folders else files, recursive=self._has_folders)
+                self._remote.rm(folder if self._has_folders else files, recursive=self._has_folders)
 
     def finish(self, is_stopping: Callable[[], bool]) -> None:
         """Upload the last files and wait for them, not long if the run is to stop; print what is missing."""
@@ -254,15 +258,15 @@ class Mirror:
                 thread.join(_POLL_SECONDS)
                 if is_stopping():
                     end = min(end, time.monotonic() + _STOP_SECONDS)
-                show(self._done, self._files)
+                show(self._files_done, self._files_total)
         if self._thread is None and not self._failure:
             self._console.say(f"the mirror {self._url} has the whole run")
             return
-        why = self._failure or f"{self._done:,} of {pluralize(self._files, 'file')} are there"
+        why = self._failure or f"{self._files_done:,} of {pluralize(self._files_total, 'file')} are there"
         again = "the same command uploads the others, or goes on from the run directory"
         self._console.warn(f"the mirror {self._url} is behind the run: {why}; {again}")
 
-    def _name(self, file: Path) -> str:
+    def _remote_name(self, file: Path) -> str:
         return file.relative_to(self._folder.path).as_posix()
 
 

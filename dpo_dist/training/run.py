@@ -383,10 +383,10 @@ def balance_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Ref
         run.say(f"unpacked: responses of this model cannot share a prompt in one forward: {how}")
     elif policy.model.forks_states:
         run.say("packed: recurrent layers compute a shared prompt once; each response starts in its state")
-    pads = engine is not None and engine.model.arrangement is Arrangement.padded
+    reference_pads = engine is not None and engine.model.arrangement is Arrangement.padded
     prefixes, backend = run.config.trainer.prefix_tree, policy.model.backend
     costs = compute_costs(inputs.flops, prefixes=prefixes, backend=backend, device=run.world.device)
-    return replace(costs, arrangement=arrangement, pads=pads)
+    return replace(costs, arrangement=arrangement, reference_pads=reference_pads)
 
 
 def planned_steps(

@@ -110,7 +110,7 @@ def fill_in_order(assets: Assets, store: Path, shares: bool, world: World, _fold
 
         return score
 
-    costs = replace(COSTS, prefixes=shares)
+    costs = replace(COSTS, beyond_prompts=shares)
     filler = StoreFiller(
         LogpStore(store, FINGERPRINT, []), load_scorer, world, 512, costs, 4096, Stops(StopRequest(), world)
     )

@@ -18,10 +18,10 @@ from dpo_dist.data.encoded.dataset import PreferenceDataset
 
 VOCABULARY = 97
 # Of a usual model.
-COSTS = ComputeCosts(key=1 / 8192, target=0.1, prefixes=True)
+COSTS = ComputeCosts(key=1 / 8192, target=0.1, beyond_prompts=True)
 
 # With these a prefix is shared if it has five tokens.
-SHARING = ComputeCosts(key=0, target=0, prefixes=True)
+SHARING = ComputeCosts(key=0, target=0, beyond_prompts=True)
 
 # Of pairs: prompt, then one to three responses.
 pair_shapes = st.lists(

@@ -1,11 +1,16 @@
 """The words that an error gives to a program beside its sentence."""
 
+import ast
+import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import dpo_dist
+from dpo_dist.config.keys import all_keys
 from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.remedies import InFile, Remedy, Typed, joined
 from tests.unit.config.support import error_of
@@ -189,3 +194,49 @@ def test_the_words_that_are_written(
     assert found["write"] == write
     assert "my.yaml" not in found["remove"]
     assert not any(word.startswith("model.path") for word in found["remove"])
+
+
+# Words that stand in a sentence only, and why no program may write them.
+FOR_PEOPLE = {
+    "model.images=null": "the records with images would be dropped",
+    "data.untrained=[]": "repairs responses of one turn only",
+    "model.trust_remote_code=true": "the code is read first",
+    "model.dtype=fp32": "repairs no broken weights",
+    "model.quantization=nf4": "for the original model, whose path is not known",
+    "model.gradient_checkpointing=full": "may not save enough memory",
+    "parallelism=zero3_offload": "may not save enough memory",
+    "reference.offload=cpu": "may not save enough memory",
+    "metrics.bands=[]": "the other bands would be lost",
+    "export.check=false": "the weights stay as they are",
+    "optim.kind=adamw": "the checkpoint stays as it is",
+    "pairs.method=samples": "a verb that makes other pairs, before this one",
+    "pairs.method=delta": "an aside",
+    "sweep.parallel=1": "an aside",
+}
+
+
+def sentences() -> Iterator[str]:
+    """The remedies of the package that are strings, with {} for each value in them: they have no words."""
+    for file in Path(dpo_dist.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            found: list[ast.expr] = []
+            if isinstance(node, ast.Call):
+                found += [given.value for given in node.keywords if given.arg == "remedy"]
+                found += node.args[2:3] if ast.unparse(node.func) == "Rule" else []
+            elif isinstance(node, ast.Assign) and "remedy" in ast.unparse(node.targets[0]).lower():
+                found.append(node.value)
+            for text in found:
+                parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+                yield "".join(
+                    str(part.value) if isinstance(part, ast.Constant) else "{}"
+                    for part in parts
+                    if isinstance(part, ast.Constant | ast.FormattedValue)
+                )
+
+
+def test_a_remedy_with_a_key_and_its_value_gives_them_as_words_too() -> None:
+    """Other values are placeholders, such as FILE and [MODEL]. The `words` of a script are no command's."""
+    keys = [*all_keys(), *{key.partition(".")[0] for key in all_keys()}, "{}"]
+    key = "|".join(map(re.escape, keys))
+    word = re.compile(rf"(?<![\w.])(?<!words=\[')(?:{key})=(?:[a-z0-9_]+|\[\])(?=[\s;,']|$)")
+    assert {found for text in sentences() for found in word.findall(text)} == FOR_PEOPLE.keys()

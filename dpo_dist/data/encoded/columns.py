@@ -14,7 +14,7 @@ from dpo_dist.config.losses import NUMBERS
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_digest
 
-_VERSION = 2  # increased when equal records get other columns
+_VERSION = 3  # increased when equal records get other columns or counts
 NUMBER = "number_"
 """Begins the name of a column of one of `NUMBERS`."""
 

@@ -48,7 +48,7 @@ from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.process import cores_of_rank
-from dpo_dist.foundation.remedies import Remedy
+from dpo_dist.foundation.remedies import AtRecords, Remedy
 from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_columns
 
 _MAX_THREADS = 8
@@ -394,8 +394,9 @@ def _checked_counts(
     counted = [DataCounts.total([counts]) for counts in found]
     by_source = []
     for source, counts in zip(sources, counted, strict=True):
-        split = [example.partition(":") for example in counts.examples]  # names are as in the column `file`
-        counts.examples = [f"{full_name(source.path, file)}:{rest}" for file, _, rest in split]
+        counts.examples = [
+            example._replace(file=full_name(source.path, example.file)) for example in counts.examples
+        ]
 
     def lengths() -> list[SourceLengths]:
         pairs = zip(tables, counted, strict=True)
@@ -405,7 +406,7 @@ def _checked_counts(
         check_counts(counts, source.path, config, lengths=lengths)
         by_source.append({"label": source.label, "path": source.path, **counts.numbers()})
     total = DataCounts.total(map(vars, counted))
-    check_split(total)
+    check_split(total, config)
     return total.as_dict() | {"sources": by_source}
 
 
@@ -453,7 +454,7 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
         if misfits.any():
             raise DataError(
                 f"{', '.join(loss.kinds)} cannot use {misfits.sum()} of {len(misfits)} examples",
-                where="; ".join(str(dataset.origin(int(index))) for index in np.flatnonzero(misfits)[:5]),
+                where=AtRecords(*(str(dataset.origin(int(index))) for index in np.flatnonzero(misfits)[:5])),
                 got=got,
                 remedy=remedy,
             )

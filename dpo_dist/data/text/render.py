@@ -32,6 +32,7 @@ from dpo_dist.data.text.template import (
 from dpo_dist.data.text.tokenizer import TokenizerFacts
 from dpo_dist.data.text.turns import ResponseTurn, Span, TurnFinder, message_thought
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.types import Fields
 
 CALLS = "tool_calls"
@@ -162,7 +163,11 @@ def _by_template(
             got="messages",
             expected="plain prompt, chosen and rejected texts, or a tokenizer with a chat template",
             remedy="use the tokenizer of an instruction-tuned model, set data.chat_template, or "
-            + ("data.text_as_messages=false" if config.text_as_messages else "convert them to plain text"),
+            + (
+                Remedy.to_set("data.text_as_messages=false")
+                if config.text_as_messages
+                else "convert them to plain text"
+            ),
         )
     responses = tuple(map(turns_of, record.responses))
     # The tools, and the arguments of the run and of the record.

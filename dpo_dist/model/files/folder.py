@@ -265,8 +265,8 @@ def start_folder(config: ModelConfig) -> Path | None:
             "a continued adapter keeps its kind and size",
             where=", ".join(given),
             got=str(folder),
-            remedy=f"set {' '.join(f'{key}=null' for key in given)}; to train a new adapter, merge this one "
-            "into its base and remove model.adapter.path",
+            remedy=Remedy.to_set(*(f"{key}=null" for key in given))
+            + "; to train a new adapter, merge this one into its base and remove model.adapter.path",
         )
     return folder
 

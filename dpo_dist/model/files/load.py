@@ -26,6 +26,7 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelCo
 from dpo_dist.data.images import ImageProcessor, image_processor
 from dpo_dist.foundation.errors import ConfigError, disk_error, first_line
 from dpo_dist.foundation.files import content_digest, text_digest
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import pluralize, size
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
@@ -337,7 +338,8 @@ def load_weights(
     with _loading_errors(folder, key), transposed_by(shapes), packed_by(pack):
         causal_lm, report = _load(folder, model_config, config, kind, kept, **options)
     # Under ZeRO-3, transformers maps names in files in another way, which may miss weights.
-    _check_missing(report, folder, key, "; or set parallelism.kind=zero2 or ddp" if is_sharded else "")
+    unsharded_instead = "; or " + Remedy.to_set("parallelism.kind=zero2") + " or ddp"
+    _check_missing(report, folder, key, unsharded_instead if is_sharded else "")
     if not is_sharded and config.quantization is None:
         _freeze_as_defined(causal_lm)
     if config.quantization is not None and (unpacked := unpackable(described)):
@@ -376,12 +378,13 @@ def _check_nf4(weight: Any, folder: Path, key: str) -> None:
     flat.shape = torch.Size([flat.shape.numel()])
     rows, numbers = (dequantize_4bit(weight.data, state) for state in (weight.quant_state, flat))
     if not torch.equal(rows.flatten(), numbers.flatten()):
+        setting = "reference.quantization" if key == "reference.path" else "model.quantization"
         raise ConfigError(
             "bitsandbytes reads this model's weights in 4 bits wrongly on a CPU",
             where=key,
             got=f"{folder}: a layer of {rows.shape[-1]} inputs",
             expected=f"a multiple of {flat.blocksize} inputs, or a GPU",
-            remedy="train on a GPU, or set model.quantization=int8 or null",
+            remedy="train on a GPU, or " + Remedy.to_set(f"{setting}=int8") + " or null",
         )
 
 
@@ -428,13 +431,13 @@ def check_contents(
     return causal_lm
 
 
-def _check_missing(report: dict[str, Any], folder: Path, key: str, also: str = "") -> None:
+def _check_missing(report: dict[str, Any], folder: Path, key: str, also: str | Remedy = "") -> None:
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
             "the model folder lacks weights, which would be initialized to random values",
             where=key,
             got=f"{folder} without {', '.join(missing[:5])} ({len(missing)} in all)",
-            remedy=f"set {key} to a complete model folder{also}",
+            remedy=f"set {key} to a complete model folder" + also,
         )
 
 

@@ -649,8 +649,8 @@ def _obey_rules(run: Translation, defaults: list[str]) -> None:
     """Leave out keys whose combination a rule of `train` refuses; a comment gives the rule's reason."""
     while True:
         config = resolve_reference(SCHEMA.validate_python(as_tree(run.values)))
-        errors = [rule.error(config) for rule in rules_of("train") if rule.is_broken(config)]
-        refused = {key: error.message for error in errors for key in error.where.split(", ")}
+        broken = [rule for rule in rules_of("train") if rule.is_broken(config)]
+        refused = {key: rule.error(config).message for rule in broken for key in rule.keys(config)}
         ours = [key for key in (*run.origins, *defaults) if key in run.values]
         if not (wrong := [key for key in refused if key in ours]):
             return

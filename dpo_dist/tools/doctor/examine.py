@@ -41,6 +41,7 @@ from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.read.sources import expected_number, pin_source, source_labels
 from dpo_dist.data.records import Part, Record, Tokenizer, eval_part, train_part
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
+from dpo_dist.foundation.remedies import AtRecords
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.tools.doctor.measures.duplicates import Comparison, EvaluationPrompts
 from dpo_dist.tools.doctor.measures.margins import compare_with_store
@@ -107,7 +108,7 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
         if _REFUSING_RULES.isdisjoint(finding.rule for finding in findings):
             for error in prepared.refusals:
                 text = f"training would stop: {error.message}" + (f" ({error.got})" if error.got else "")
-                where = tuple(error.where.split("; "))
+                where = error.where.records if isinstance(error.where, AtRecords) else (error.where,)
                 refused = Finding("training_refuses", Level.error, text, examples=where, remedy=error.remedy)
                 findings.append(refused)
         diagnosis = replace(diagnosis, model=prepared.encoder.folder, store=store)
@@ -198,7 +199,7 @@ def _with_labels(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]
 
 
 _BINS_AT_ONCE = 1024
-_TOKENS_ONLY = ComputeCosts(key=0.0, target=0.0, prefixes=True)
+_TOKENS_ONLY = ComputeCosts(key=0.0, target=0.0, beyond_prompts=True)
 
 
 def saved_by_tree(dataset: PreferenceDataset, examples: int, *, in_order: bool = False) -> float:

@@ -59,7 +59,7 @@ _RULES = (
     Rule(
         f"sampling.temperature=0 pairs.samples {_SAMPLES}",
         "without a temperature every sample of a model is the same",
-        "raise sampling.temperature, or set pairs.samples=1",
+        "raise sampling.temperature, or " + Remedy.to_set("pairs.samples=1"),
         lambda c: c.pairs.samples > 1,
     ),
     Rule(

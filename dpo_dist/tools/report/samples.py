@@ -126,8 +126,8 @@ class RunSamples:
         if not has_time and not self.has_skipped:
             self.has_skipped = True
             self.run.say(
-                f"samples: none after step {step}, since they take {duration(self.seconds)}: until the last "
-                "step all samples get a minute and a tenth of the training time; "
+                f"samples: none after step {step}, since they take {duration(self.seconds)}: before the last "
+                "step all samples together may take a minute and a tenth of the training time; "
                 "a larger trainer.eval_every or a smaller samples.prompts leaves time for them"
             )
         return has_time

@@ -294,9 +294,10 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
         below = [part for part in quarters if source and part is not None and part.is_below_half]
         if below:
             yield (
-                f"training {name} of {source[1:]} is {min(below).value:.3f} on the {min(below).pairs:,} "
-                f"{facts.unit}s of a quarter of the steps, clearly below one half, while that of all is "
-                f"{digits(training.value if training else None)} at the end: its labels look swapped"
+                f"in a quarter of the steps training {name} of source {source[1:]} is "
+                f"{min(below).value:.3f} on {min(below).pairs:,} {facts.unit}s, clearly below one half, "
+                f"while that of all sources is {digits(training.value if training else None)} at the end: "
+                "the labels of this source look swapped"
             )
             return
 
@@ -573,6 +574,7 @@ class Verdict:
 
     sentence: str
     findings: tuple[Finding, ...] = ()
+    worst: Finding | None = None  # the one that the sentence states
 
     def as_dict(self) -> dict[str, Any]:
         """Return the section `verdict` of summary.json."""
@@ -585,7 +587,7 @@ class Verdict:
         return [
             f"verdict: {self.sentence}",
             *(
-                f"  try: {fault.remedy}" if self.sentence.endswith(fault.text) else f"  - {fault.with_remedy}"
+                f"  try: {fault.remedy}" if fault is self.worst else f"  - {fault.with_remedy}"
                 for fault in self.findings
             ),
         ]
@@ -608,7 +610,7 @@ def verdict(
     sentence = f"{RUN_RULES[worst.rule].text}: {worst.text}" if worst else _success(facts)
     if summary.get("exit") == RunOutcome.preempted:
         sentence = f"stopped after step {facts.total_steps:,}; so far: {sentence}"
-    return Verdict(sentence, tuple(findings[:_MOST_FINDINGS]))
+    return Verdict(sentence, tuple(findings[:_MOST_FINDINGS]), worst)
 
 
 def sample_alarm(rows: Sequence[MetricsRow]) -> Finding | None:

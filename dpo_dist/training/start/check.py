@@ -218,8 +218,14 @@ def _first_records(
     encoded = encode_records(records[:_FIRST_RECORDS], data, encoder.tokenizer, processor=encoder.processor)
     table = pa.Table.from_batches([encoded])
     counts, has_more = read_counts(table), len(records) > _FIRST_RECORDS
-    where = f"{key}: {source.path}"
-    check_counts(counts, where, data, of_first=has_more, lengths=lambda: [read_lengths(table, counts, data)])
+    check_counts(
+        counts,
+        source.path,
+        data,
+        key=key,
+        of_first=has_more,
+        lengths=lambda: [read_lengths(table, counts, data)],
+    )
     columns = dataset_columns(table)
     dataset = PreferenceDataset(
         fingerprint="",

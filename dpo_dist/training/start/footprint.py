@@ -290,12 +290,17 @@ def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
         for heads in shapes
     ) / max(1, len(shapes))
     attention *= attention_layers(text) / len(layers)
-    outside = 3.5 * number * hidden  # bytes of the last norm
+    # The trace of all layers less so many times that of one, in bf16: the last norm's input, which is kept in
+    # float32, and its result are 3; the rotary angles are the rest, in a shape whose heads are small.
+    outside = 3.5 * number * hidden
     layer = (kept - outside) / len(layers) + attention
     experts = visited_experts(text)
     names = ("moe_intermediate_size", "intermediate_size")[0 if experts else 1 :]
     widths = (max(filter(None, layer_values(text, name)), default=0) for name in names)
     width = next(filter(None, widths), 4 * hidden)
+    # Gradients at the peak, in the backward of a layer's MLP. 4 and 2.5 are how the peak of a Llama in bf16
+    # grows with the two widths, on a simulated device; with experts each token is computed by several. In
+    # benchmarks/log.md: "Activations traced on the meta device".
     backward = number * (4.0 * width * max(1, experts) + (2.5 + 4 * experts) * hidden)
     if checkpointing == "none":
         return len(layers) * layer + backward

@@ -29,6 +29,7 @@ from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.installed import install_extra, is_installed
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.files.folder import (
     CONFIG_FILE,
@@ -97,7 +98,7 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
                 f"{package} is not installed",
                 where=key,
                 got=value,
-                remedy=f"{install}, or set {key}={instead}",
+                remedy=f"{install}, or " + Remedy.to_set(f"{key}={instead}"),
             )
     trackers = config.tracking.to if trains else []
     # By their modules, which several packages may have: mlflow and mlflow-skinny.
@@ -107,7 +108,7 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
             f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed",
             where="tracking.to",
             got=", ".join(absent),
-            remedy=f"pip install {' '.join(absent)}, or set tracking.to=[{others}]",
+            remedy=f"pip install {' '.join(absent)}, or " + Remedy.to_set(f"tracking.to=[{others}]"),
         )
     torch_version, is_sharded = version("torch"), config.parallelism.kind is ParallelismKind.zero3
     is_old = tuple(map(int, torch_version.split(".")[:2])) < (2, 12)
@@ -116,7 +117,7 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
             "compiled layers lose gradients of sharded weights in torch before 2.12",
             where="model.fused",
             got=f"compile with parallelism=zero3 and torch {torch_version}",
-            remedy="update torch, or set parallelism=zero2 or model.fused=none",
+            remedy="update torch, or " + Remedy.to_set("model.fused=none") + " or parallelism=zero2",
         )
     if starts or "WORLD_SIZE" in os.environ:
         _check_groups(config.parallelism, trains=trains)

@@ -142,11 +142,10 @@ class Loop:
                 wishes |= {wish for wish, each in every.items() if is_at_end or _is_due(done, each)}
                 if _is_due(done, trainer.save_every):
                     wishes.add(Wish.save)
-                self._report(position, wishes)
+                wishes = self._report(position, wishes)
                 if self.watch.ends_epoch(done):
                     asked = {*self.watch.call_together(When.epoch_end, done)} - wishes
-                    self._report(position, asked)
-                    wishes |= asked
+                    wishes |= self._report(position, asked)
                 must_stop |= Wish.stop in wishes
                 is_over = self.is_over(position)
                 if position.evaluation_is_due or (must_stop and not is_over):
@@ -165,15 +164,17 @@ class Loop:
             return False
         return is_done
 
-    def _report(self, position: Position, wishes: set[Wish]) -> None:
-        """Record a row of steps and evaluate, as `wishes` say; add what is wished for at these rows."""
-        if Wish.log in wishes:
+    def _report(self, position: Position, wishes: Collection[Wish]) -> set[Wish]:
+        """Record a row of steps and evaluate, as `wishes` say; return them with those that the rows bring."""
+        every = {*wishes}
+        if Wish.log in every:
             self.record_steps(position)
-            wishes |= {*self.watch.call_together(When.recorded, position.step)}
-        if Wish.evaluate in wishes and self.inputs.eval_set is not None:
+            every |= {*self.watch.call_together(When.recorded, position.step)}
+        if Wish.evaluate in every and self.inputs.eval_set is not None:
             position.evaluation_is_due = True
             if self._evaluate(position):
-                wishes |= {*self.watch.call_together(When.recorded, position.step)}
+                every |= {*self.watch.call_together(When.recorded, position.step)}
+        return every
 
     def _evaluate(self, position: Position) -> bool:
         """Evaluate if an evaluation is due, unless a rank asks to stop; return whether it was done."""

@@ -74,10 +74,12 @@ shapes = st.lists(
     st.sampled_from([0.0, 0.1]),
 )
 def test_any_tree_is_planned_whole_within_the_budget_and_never_slower(
-    pairs: list[Example], ranks: int, budget: int, gather_memory: float
+    pairs: list[Example], ranks: int, budget: int, copy_memory: float
 ) -> None:
-    costs = replace(SHARING, gather_memory=gather_memory)
-    shares, plain = (shares_of(pairs, ranks, budget, own) for own in (costs, replace(costs, prefixes=False)))
+    costs = replace(SHARING, copy_memory=copy_memory)
+    shares, plain = (
+        shares_of(pairs, ranks, budget, own) for own in (costs, replace(costs, beyond_prompts=False))
+    )
     every = [index for share in shares for index in chain.from_iterable(share.micro_batches)]
     assert sorted(every) == list(range(len(pairs)))
     assert len({len(share.micro_batches) for share in shares}) == 1
@@ -138,7 +140,7 @@ def test_no_more_micro_batches_than_without_prefixes(seed: int) -> None:
     generator = np.random.default_rng(seed)
     shapes = [tuple(map(int, generator.integers([6, 1, 1], [65, 30, 30]))) for _ in range(12)]
     known, unknown = (
-        len(shares_of(tree_of(shapes, seed), 1, 150, replace(SHARING, prefixes=on))[0].micro_batches)
+        len(shares_of(tree_of(shapes, seed), 1, 150, replace(SHARING, beyond_prompts=on))[0].micro_batches)
         for on in (True, False)
     )
     assert known <= unknown
@@ -188,10 +190,10 @@ def test_ranks_are_dealt_examples_that_begin_alike_of_equal_cost(tools: int, ran
     assert sum(len({*(own % tools)}) for own in dealt) < tools + ranks
 
 
-@pytest.mark.parametrize(("gather_memory", "most"), [(0.0, 10), (0.1, 4)])
-def test_copies_of_shared_keys_take_memory(gather_memory: float, most: int) -> None:
+@pytest.mark.parametrize(("copy_memory", "most"), [(0.0, 10), (0.1, 4)])
+def test_copies_of_shared_keys_take_memory(copy_memory: float, most: int) -> None:
     """Both responses of a pair have copies: of 1,000 tokens they take as much as 200 tokens."""
-    (share,) = shares_of(agents(1, 40, 1000), 1, 2020, replace(SHARING, gather_memory=gather_memory))
+    (share,) = shares_of(agents(1, 40, 1000), 1, 2020, replace(SHARING, copy_memory=copy_memory))
     assert max(map(len, share.micro_batches)) == most
 
 
@@ -199,7 +201,7 @@ def test_copies_of_shared_keys_take_memory(gather_memory: float, most: int) -> N
 def test_pairs_that_share_nothing_are_planned_as_without_prefixes(ranks: int) -> None:
     pairs = random_pairs([(5 + 7 * n % 90, 3 + n % 11, 30 - n % 17) for n in range(100)])
     shares, plain = (
-        [share.positions for share in shares_of(pairs, ranks, 500, replace(SHARING, prefixes=known))]
+        [share.positions for share in shares_of(pairs, ranks, 500, replace(SHARING, beyond_prompts=known))]
         for known in (True, False)
     )
     assert shares == plain

@@ -117,8 +117,8 @@ def test_what_begins_a_response_is_counted_once_where_a_forward_shares_it() -> N
     assert shared.attended.tolist() == [sum(seen)]
     for costs, tokens in (
         (ComputeCosts(0, 0), unshared - 2 * prompt),
-        (ComputeCosts(0, 0, prefixes=True, gather=2), unshared - 2 * prompt),
-        (ComputeCosts(0, 0, Arrangement.single, prefixes=True), unshared),
+        (ComputeCosts(0, 0, beyond_prompts=True, copy=2), unshared - 2 * prompt),
+        (ComputeCosts(0, 0, Arrangement.single, beyond_prompts=True), unshared),
     ):
         plain = sizes_of(data, every, costs=costs)
         assert plain.tokens.tolist() == [tokens]

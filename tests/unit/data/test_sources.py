@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import pytest
 import yaml
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
+from dpo_dist.data.counts import DataCounts, check_counts, check_split
 from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.read.files import write_records
 from dpo_dist.data.read.sources import source_identity, source_labels
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.remedies import AtRecords
 from tests.support.records import TEXT, assistant, jsonl, outcomes
 
 LINE = json.dumps(TEXT).encode()
@@ -457,6 +460,74 @@ def test_a_source_without_a_record_that_can_be_used_is_refused(
         return
     with pytest.raises(DataError, match=match):
         check_source(source, config)
+
+
+def counts_of(file: Path) -> DataCounts:
+    counts = DataCounts()
+    for record in read_records(SourceConfig(str(file))):
+        counts.add(record)
+    return counts
+
+
+def test_of_records_dropped_for_one_reason_one_is_named_whatever_their_file_is_called(
+    tmp_path: Path,
+) -> None:
+    name = "2026:12 ; pairs.jsonl"
+    file = write(tmp_path, {name: b"{\n" * 2 + lines("q") + NO_SIDE}) / name
+    with pytest.raises(DataError, match="3 of 4 records cannot be used") as caught:
+        check_counts(counts_of(file), str(file), DataConfig())
+    assert isinstance(caught.value.where, AtRecords)
+    first, last = caught.value.where.records
+    assert caught.value.where == f"{first}; {last}"
+    assert first.startswith(f"{file}:1 unparsable")
+    assert last.startswith(f"{file}:4 ")
+
+
+# Names of columns that are guessed, and a name that nobody can guess.
+NAMED = [({"question": "a", "good": "b", "bad": "c"}, True), ({"frage": "a", "good": "b", "bad": "c"}, False)]
+
+
+@pytest.mark.parametrize(("fields", "is_known"), NAMED)
+@pytest.mark.parametrize("key", ["", "data.train[0]"])
+def test_the_source_is_written_whole_if_its_columns_are_known(
+    fields: dict[str, str], is_known: bool, key: str, tmp_path: Path
+) -> None:
+    file = write(tmp_path, {"a.jsonl": json.dumps(fields).encode()}) / "a.jsonl"
+    config = DataConfig(train=[SourceConfig(str(file))])
+    with pytest.raises(DataError) as caught:
+        check_counts(counts_of(file), str(file), config, key=key)
+    assert caught.value.where.startswith(f"{file}:1 ")
+    written = f"data.train=[{{path: {file}, columns: {{prompt: question, chosen: good, rejected: bad}}}}]"
+    assert caught.value.as_dict()["remedy"]["write"] == [written] * is_known
+    assert is_known or "prompt: COLUMN" in caught.value.remedy
+
+
+def test_an_error_about_a_whole_source_names_its_key_too() -> None:
+    with pytest.raises(DataError, match="no records") as caught:
+        check_counts(DataCounts(), "a.jsonl", DataConfig(), key="data.train[0]")
+    assert caught.value.where == "data.train[0]: a.jsonl"
+
+
+SPLITS = [
+    ({"left_in_train": 9}, DataConfig(eval_share=0.01), "raise data.eval_share", []),
+    ({"held_out_for_eval": 9}, DataConfig(eval_share=0.99), "lower data.eval_share", []),
+    (
+        {"held_out_for_eval": 9},
+        DataConfig(eval=[SourceConfig("a.jsonl")], drop_eval_prompts=True),
+        "set data.drop_eval_prompts=false",
+        ["data.drop_eval_prompts=false"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "config", "to_do", "write"), SPLITS)
+def test_a_split_without_records_on_one_side_says_what_to_change(
+    changed: dict[str, int], config: DataConfig, to_do: str, write: list[str]
+) -> None:
+    with pytest.raises(DataError) as caught:
+        check_split(DataCounts(changed=Counter(changed)), config)
+    assert caught.value.remedy.startswith(to_do)
+    assert caught.value.as_dict()["remedy"]["write"] == write
 
 
 @pytest.mark.parametrize("escape", ["../outside.jsonl", "{}/outside.jsonl", "file://{}/outside.jsonl"])

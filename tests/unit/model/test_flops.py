@@ -161,7 +161,7 @@ def test_sdpa_on_cuda_keeps_the_keys_of_shared_tokens_for_each_query_head() -> N
     memory = {
         (backend, device): compute_costs(
             flops, prefixes=True, backend=backend, device=torch.device(device)
-        ).gather_memory
+        ).copy_memory
         for backend in (AttentionBackend.sdpa, AttentionBackend.varlen)
         for device in ("cpu", "cuda")
     }

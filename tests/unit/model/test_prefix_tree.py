@@ -84,14 +84,14 @@ def test_each_shared_token_is_computed_once() -> None:
 
 @given(forests, st.sampled_from([0.0, 0.5, 2.0]), st.sampled_from([0.0, 0.1, 100.0]), st.booleans())
 def test_no_more_is_computed_than_with_shared_prompts(
-    pairs: list[Example], gather: float, key: float, is_masked: bool
+    pairs: list[Example], copy: float, key: float, is_masked: bool
 ) -> None:
-    costs = ComputeCosts(key=key, target=0, prefixes=True, gather=gather, is_masked=is_masked)
+    costs = ComputeCosts(key=key, target=0, beyond_prompts=True, copy=copy, is_masked=is_masked)
     plain, tree = pack_unkeyed(pairs, None), pack_unkeyed(pairs, costs)
     assert len(tree.input_ids) <= len(plain.input_ids)
     if len(tree.input_ids) == len(plain.input_ids):
         assert tree.segments == plain.segments
-    off = pack_unkeyed(pairs, replace(costs, prefixes=False))
+    off = pack_unkeyed(pairs, replace(costs, beyond_prompts=False))
     assert off.segments == plain.segments
     assert len(plain.input_ids) == sum(
         packed_tokens(len(p.prompt_ids), list(map(len, p.responses))) for p in pairs
@@ -102,11 +102,11 @@ def test_what_costs_more_than_it_saves_is_not_shared() -> None:
     def shared(prefix: int, own: int, **costs: Any) -> bool:
         same, *others = (pair.prompt_ids for pair in random_pairs([(prefix, 1), (own, 1), (own, 1)]))
         pairs = [Example(np.concatenate((same, other)), (other,)) for other in others]
-        batch = pack_unkeyed(pairs, ComputeCosts(**{"key": 0, "target": 0, "prefixes": True} | costs))
+        batch = pack_unkeyed(pairs, ComputeCosts(**{"key": 0, "target": 0, "beyond_prompts": True} | costs))
         return len(batch.input_ids) < len(pack_unkeyed(pairs, None).input_ids)
 
     assert [prefix for prefix in (1, 4, 5, 90) if shared(prefix, 9)] == [5, 90]
-    assert [gather for gather in (0.5, 0.9, 1.0) if shared(20, 9, gather=gather)] == [0.5]
+    assert [copy for copy in (0.5, 0.9, 1.0) if shared(20, 9, copy=copy)] == [0.5]
     # With a mask, all pairs of a query and a key of a segment are computed, else half of them, in blocks.
     assert [own for own in (200, 400) if shared(40, own, key=0.01, is_masked=True)] == [200]
     assert [prefix for prefix in (40, 400) if shared(prefix, 400, key=0.01, is_masked=True)] == [400]
@@ -119,14 +119,14 @@ def test_a_prompt_shared_at_a_cost_keeps_no_other_rows_apart() -> None:
     long, short = np.full(900, 255, dtype=np.int32), np.full(5, 256, dtype=np.int32)
     pairs = [Example(prompt, (long, short))]
     pairs += [Example(np.concatenate((same, end)), (short, long[:5])) for end in (one, other)]
-    costs = ComputeCosts(key=0.01, target=0, prefixes=True, is_masked=True)
+    costs = ComputeCosts(key=0.01, target=0, beyond_prompts=True, is_masked=True)
     assert len(pack_unkeyed(pairs, costs).input_ids) == len(pack_unkeyed(pairs, None).input_ids) - 50
 
 
 @given(st.integers(1, 3000), st.booleans())
 def test_longer_rows_save_no_more(shared: int, is_masked: bool) -> None:
     """A plan knows the longest row only, and must not expect that the others share less."""
-    costs = ComputeCosts(key=0.01, target=0, prefixes=True, gather=0.1, is_masked=is_masked)
+    costs = ComputeCosts(key=0.01, target=0, beyond_prompts=True, copy=0.1, is_masked=is_masked)
     saved = costs.saved_by_sharing(np.full(4000, shared), np.arange(4000))
     assert (np.diff(saved) <= 0).all()
 

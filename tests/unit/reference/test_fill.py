@@ -128,7 +128,7 @@ def test_pairs_that_begin_alike_anywhere_in_the_data_are_scored_together(
     chosen = 2 * np.arange(chosen_stored)
     stored = [logps_of(torch.from_numpy(pair.responses[0])).numpy() for pair in pairs[:chosen_stored]]
     LogpStore.open(tmp_path, FINGERPRINT).write(data.keys[chosen], stored)
-    costs = dataclasses.replace(COSTS, prefixes=prefixes)
+    costs = dataclasses.replace(COSTS, beyond_prompts=prefixes)
     report = fill(tmp_path, data, range(40), entries_per_shard=20, scorer=scorer, tokens=300, costs=costs)
     assert (report.hits, report.computed) == (chosen_stored, 80 - chosen_stored)
     own = 40 * (5 + 5 + 6) - chosen_stored * 5

@@ -239,7 +239,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
         "labels_swapped",
         steps(every=SWAPPED_IN_TRAINING),
         {},
-        "training accuracy of a is 0.100 on the 160 pairs of a quarter of the steps",
+        "in a quarter of the steps training accuracy of source a is 0.100 on 160 pairs",
     ),
     ("labels_swapped", rows(every=OPPOSITE), {}, "training accuracy is 0.200 on 320"),
     ("evaluation_leak", rows(), SEEN, "100 of 400 evaluation pairs (25 %)"),
@@ -318,7 +318,8 @@ def test_a_rule_finds_its_fault_alone(
     assert judged.as_dict()["findings"] == [written]
     is_remark = rule == "displacement"
     assert judged.sentence.startswith("no fault found: " if is_remark else RUN_RULES[rule].text)
-    assert finding.remedy in "".join(judged.lines())
+    assert judged.lines()[1].startswith("  - " if is_remark else "  try: ")
+    assert judged.lines()[1].endswith(finding.remedy)
 
 
 @pytest.mark.slow

@@ -95,5 +95,5 @@ def test_the_header_says_how_many_tokens_less_the_planned_steps_have(
     sampler = make_sampler([SourceSpan(0, 8, 1.0)], TrainerConfig(global_batch_pairs=4, epochs=3))
     words = f"prefixes: {said} % fewer tokens than by sharing prompts only" if said else None
     assert describe_prefixes(planned_steps(run, dataset, sampler, SHARING)) == words
-    for none in ({"prefixes": False}, {"arrangement": Arrangement.padded}):
+    for none in ({"beyond_prompts": False}, {"arrangement": Arrangement.padded}):
         assert describe_prefixes(planned_steps(run, dataset, sampler, replace(SHARING, **none))) is None

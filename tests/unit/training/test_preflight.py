@@ -55,19 +55,23 @@ def refused(config: RunConfig) -> DpoDistError:
 
 
 @pytest.mark.parametrize(
-    ("package", "overrides"),
+    ("package", "overrides", "without"),
     [
-        ("liger-kernel", "model.fused=liger"),
-        ("flash-attn", "model.attention=flash_attention_2"),
-        ("flash-attn-3", "model.attention=flash_attention_3"),
-        ("bitsandbytes", "model.adapter.r=8 model.quantization=nf4 parallelism=ddp"),
-        ("bitsandbytes", "reference.quantization=int8"),
-        ("bitsandbytes", "optim=adamw_8bit"),
-        ("mlflow", "tracking.to=[wandb,mlflow,aim]"),
+        ("liger-kernel", "model.fused=liger", "model.fused=none"),
+        ("flash-attn", "model.attention=flash_attention_2", "model.attention=auto"),
+        ("flash-attn-3", "model.attention=flash_attention_3", "model.attention=auto"),
+        (
+            "bitsandbytes",
+            "model.adapter.r=8 model.quantization=nf4 parallelism=ddp",
+            "model.quantization=null",
+        ),
+        ("bitsandbytes", "reference.quantization=int8", "reference.quantization=null"),
+        ("bitsandbytes", "optim=adamw_8bit", "optim.kind=adamw"),
+        ("mlflow", "tracking.to=[wandb,mlflow,aim]", "tracking.to=[wandb,aim]"),
     ],
 )
 def test_a_missing_package_is_an_error_before_anything_is_read(
-    package: str, overrides: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: str, overrides: str, without: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every module is there: flash-attn-4 has one with the name of flash-attn's."""
 
@@ -84,7 +88,8 @@ def test_a_missing_package_is_an_error_before_anything_is_read(
     if package not in ("mlflow", "flash-attn-3"):
         assert error.remedy.startswith(f"pip install '{package}>=")
     if package == "mlflow":
-        assert error.remedy == "pip install mlflow, or set tracking.to=[wandb,aim]"
+        assert error.remedy == "pip install mlflow, or set 'tracking.to=[wandb,aim]'"
+    assert error.as_dict()["remedy"]["write"] == [without]
 
 
 def test_all_missing_trackers_are_one_error(
@@ -93,7 +98,7 @@ def test_all_missing_trackers_are_one_error(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("mlflow", "aim") else name)
     error = refused(run_of(assets, tmp_path, "tracking.to=[wandb,mlflow,aim]"))
     assert error.message == "mlflow and aim are not installed"
-    assert error.remedy == "pip install mlflow aim, or set tracking.to=[wandb]"
+    assert error.remedy == "pip install mlflow aim, or set 'tracking.to=[wandb]'"
 
 
 def test_a_model_without_a_tokenizer_is_an_error(assets: Path, tmp_path: Path) -> None:
@@ -120,8 +125,10 @@ def test_compiled_sharded_layers_need_torch_2_12(
 ) -> None:
     monkeypatch.setattr("dpo_dist.training.start.preflight.version", lambda _package: "2.11.0+cu130")
     compiled = run_of(assets, tmp_path, "model.fused=compile")
-    message = refused(compiled).message
+    error = refused(compiled)
+    message = error.message
     assert "lose gradients" in message
+    assert error.as_dict()["remedy"]["write"] == ["model.fused=none"]
     assert failed_check("steps of fused layers: compile", message).outcome == "skipped", "by the selftest"
     check_start(compiled)  # nothing is trained
     check_start(run_of(assets, tmp_path, "model.fused=compile", "parallelism=zero2"), trains=True)

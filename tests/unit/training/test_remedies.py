@@ -84,6 +84,7 @@ parallelism.offload_parameters=cpu
 trainer.ema_decay=0.99 trainer.keep_last=0
 model.activation_offload=true
 run.resume=yes
+data.train=[one_bad.jsonl] data.on_bad_record=error
 """
 
 
@@ -98,6 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "other.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerows([["question", "good_answer", "bad_answer"], *(pair.values() for pair in pairs)])
+    (folder / "one_bad.jsonl").write_text((folder / "train.jsonl").read_text() * 2 + '{"prompt": "a"}\n')
     nested = pa.Table.from_pylist([{"id": number, "pair": pair} for number, pair in enumerate(pairs)])
     pq.write_table(nested, folder / "nested.parquet")
     (folder / "object.json").write_text(json.dumps({"version": 1, "data": pairs}))

@@ -10,7 +10,7 @@ import heapq
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -46,7 +46,7 @@ _MIN_WORD_PAIRS = 5
 _SHOWN_FORMS = 3
 _ADDS = 0.03
 """A group must be this much more accurate than the length; else its features may only follow the length."""
-_MORE, _LESS = "the chosen side has more", "the chosen side has less"
+_CHOSEN_HAS = {1: "the chosen side has more", -1: "the chosen side has less", 0: ""}
 _WORDS = ("first words", "last words")
 _STYLE = ("punctuation", "markdown", "language", "refusal")
 _INTENDED = ("length", "refusal")
@@ -65,7 +65,17 @@ class LeakTest:
     pairs: int
     differs: float  # share of the pairs whose sides differ in the feature
     differing_prompts: int
-    detail: str = ""  # the direction; empty for a group
+    direction: int = 0  # 1: the chosen side has more of the feature, -1: less; 0: neither, or a group
+
+    @property
+    def detail(self) -> str:
+        """The direction in words; empty for a group."""
+        return _CHOSEN_HAS[self.direction]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the test for doctor.json, with its direction in words."""
+        fields = {name: value for name, value in vars(self).items() if name != "direction"}
+        return fields | {"detail": self.detail}
 
     def exceeds(self, threshold: float) -> bool:
         """Return whether the accuracy is above the threshold, and its interval above chance."""
@@ -125,11 +135,10 @@ def _test(block: Matrix, prompts: _Keys, name: str, group: str) -> LeakTest:
     Each pair is learnt in both orders. Pairs of the same prompt are not independent, so the interval counts
     prompts.
     """
-    block, detail = sparse.csr_matrix(block), ""
+    block, direction = sparse.csr_matrix(block), 0
     if block.shape[1] == 1:
         block = block.sign()
-        if difference := block.sum():
-            detail = _MORE if difference > 0 else _LESS
+        direction = int(np.sign(block.sum()))
     elif group not in _WORDS:
         block = StandardScaler(with_mean=False).fit(sparse.vstack([block, -block])).transform(block)
     pairs = block.shape[0]
@@ -148,7 +157,7 @@ def _test(block: Matrix, prompts: _Keys, name: str, group: str) -> LeakTest:
     low, high = _interval(accuracy * different, different)
     differs = block.getnnz(axis=1) > 0
     differing = len(np.unique(prompts[differs]))
-    return LeakTest(name, group, accuracy, low, high, pairs, float(differs.mean()), differing, detail)
+    return LeakTest(name, group, accuracy, low, high, pairs, float(differs.mean()), differing, direction)
 
 
 def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
@@ -164,7 +173,7 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
     for length in groups.pop("length", ()):
         if length.exceeds(DOCTOR_RULES["length_bias"].threshold):
             explained = length.accuracy + _ADDS
-            side = "fewer" if length.detail == _LESS else "more"
+            side = "fewer" if length.direction < 0 else "more"
             detail = (
                 f"the one with {side} {length.feature} is chosen in {percent(length.accuracy)} of the pairs"
             )
@@ -172,11 +181,11 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
     for group, members in groups.items():
         rule, test = DOCTOR_RULES["style_bias" if group in _STYLE else "label_leak"], members[0]
         if test.exceeds(rule.threshold) and test.accuracy > explained:
-            single = next((member for member in members if member.detail), None)
+            single = next((member for member in members if member.direction), None)
             hint = f" ({single.feature}, {single.detail}, {percent(single.accuracy)})" if single else ""
             detail = (
-                f"by {group}, {percent(test.accuracy)} [{percent(test.low)}, {percent(test.high)}] of "
-                f"held-out pairs are guessed{hint}"
+                f"from {group} alone, the chosen response is guessed in {percent(test.accuracy)} "
+                f"[{percent(test.low)}, {percent(test.high)}] of held-out pairs{hint}"
             )
             yield from rule.value(test.accuracy, test.pairs, source, detail)
     yield from _one_sided_forms(tests, source)
@@ -188,7 +197,7 @@ def _one_sided_forms(tests: Sequence[LeakTest], source: str) -> Iterator[Finding
     forms = [
         test
         for test in tests
-        if test.detail
+        if test.direction
         and test.group not in _INTENDED
         and not test.exceeds(leak)
         and test.one_sided_share > rule.threshold
@@ -393,7 +402,7 @@ class ExaminedSource:
             },
             "languages": {name: count / languages.total() for name, count in languages.most_common()},
             "margins": {},
-            "leaks": list(map(asdict, self.leaks)),
+            "leaks": [test.as_dict() for test in self.leaks],
         }
 
     def findings(self) -> Iterator[Finding]:

@@ -153,7 +153,8 @@ def test_a_large_source_is_judged_by_the_pairs_with_the_smallest_keys() -> None:
 
 def test_words_that_reveal_the_chosen_response_only_together_are_found() -> None:
     [finding] = leak_findings([LeakTest("first words", "first words", 0.9, 0.8, 0.95, 100, 1.0, 100)], "a")
-    assert "by first words, 90 % [80 %, 95 %] of held-out pairs are guessed" in finding.text
+    guessed = "from first words alone, the chosen response is guessed in 90 % [80 %, 95 %] of held-out pairs"
+    assert guessed in finding.text
 
 
 def test_a_leak_due_to_length_is_said_as_length(tmp_path: Path) -> None:
