@@ -29,7 +29,7 @@ from dpo_dist.config.keys import (
 )
 from dpo_dist.config.load import load_run_config, read_saved, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
-from dpo_dist.config.mistakes import likely, to_assign, unknown_key
+from dpo_dist.config.mistakes import likely_name, to_assign, unknown_key
 from dpo_dist.config.other_trainers import is_foreign
 from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import (
@@ -133,11 +133,10 @@ def _unknown_option(typed: str, values: Sequence[str]) -> ConfigError:
         remedy = to_assign(key, value or "true")
     else:
         options = re.findall(r"--[\w-]+", _parser().format_help())
-        same = f"-{name}"  # `-check`
-        guesses = [same] if same in options else [] if is_theirs else likely(name, options)
-        remedy = unknown_key(key, value or "true").advice
-        if guesses:
-            remedy = Remedy.to_rename(name, guesses[0])
+        guess = None if is_theirs else likely_name(name, options)
+        if f"-{name}" in options:  # `-check`
+            guess = f"-{name}"
+        remedy = Remedy.to_rename(name, guess) if guess else unknown_key(key, value or "true").advice
     return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
 
 

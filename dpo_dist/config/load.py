@@ -21,7 +21,7 @@ from dpo_dist.config.rules import check_rules, reset_unused, resolve_reference, 
 from dpo_dist.config.schema import SCHEMA, ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.foundation.errors import ConfigError, first_fault, first_line, raise_all
-from dpo_dist.foundation.remedies import Remedy
+from dpo_dist.foundation.remedies import InFile, Remedy
 from dpo_dist.foundation.remote import check_url, is_url, name_in_address
 from dpo_dist.foundation.text import without_secrets
 
@@ -166,7 +166,7 @@ def _saved(values: dict[str, Any], where: str | Path) -> RunConfig:
     try:
         return complete_config(SCHEMA.validate_python(values))
     except ValidationError as error:
-        raise_all(wrong_values(error, values, lambda key: f"{key} in {where}"))
+        raise_all(wrong_values(error, values, lambda key: InFile(key, where)))
         raise
 
 

@@ -15,7 +15,7 @@ from dpo_dist.config.fields import as_written, schema_fields
 from dpo_dist.config.keys import all_keys
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import ACCURACIES, CUSTOM, METRICS, PREFIX
-from dpo_dist.config.mistakes import did_you_mean, likely
+from dpo_dist.config.mistakes import likely_name
 from dpo_dist.config.schema import SCHEMA, UNSET, DataFormat, Direction, ReferenceMode, RunConfig
 from dpo_dist.config.verb_sections import (
     CompareConfig,
@@ -178,6 +178,15 @@ def best_direction(metric: str) -> Direction | None:
         if f"{metric}/".startswith((f"{PREFIX}{name}/", f"{PREFIX}{name}_by_length/"))
     ]
     return METRICS[max(named, key=len)].best if named else None
+
+
+_JUDGED = [PREFIX + name for name in METRICS if METRICS[name].best]
+
+
+def _instead_of_metric(name: str) -> Remedy:
+    listed = "choose eval_loss, eval_rewards/accuracies, eval_rewards/margins or eval_custom/NAME"
+    guess = likely_name(name, _JUDGED)
+    return Remedy.to_rename(name, guess) + f" {listed}" if guess else Remedy(listed)
 
 
 _ADAPTER = Remedy.to_set("model.adapter={r: 64, alpha: 128}")
@@ -412,10 +421,7 @@ RULES = (
     Rule(
         "trainer.keep_best!=null",
         "this is no evaluation metric with a known best direction, highest or lowest",
-        lambda c: (
-            did_you_mean(c.trainer.keep_best or "", [PREFIX + name for name in METRICS if METRICS[name].best])
-            + "choose eval_loss, eval_rewards/accuracies, eval_rewards/margins or eval_custom/NAME"
-        ),
+        lambda c: _instead_of_metric(c.trainer.keep_best or ""),
         lambda c: best_direction(c.trainer.keep_best or "") is None,
     ),
     # A search.
@@ -424,11 +430,7 @@ RULES = (
         "sweep.trials!=null sweep.by",
         "a search needs an evaluation metric with a known best direction, highest or lowest",
         lambda c: Remedy.to_set(
-            "sweep.by="
-            + [
-                *likely(c.sweep.by or "", [PREFIX + name for name in METRICS if METRICS[name].best]),
-                PREFIX + ACCURACIES[c.loss.is_unpaired],
-            ][0]
+            "sweep.by=" + (likely_name(c.sweep.by or "", _JUDGED) or PREFIX + ACCURACIES[c.loss.is_unpaired])
         ),
         lambda c: best_direction(c.sweep.by or "") is None,
     ),
