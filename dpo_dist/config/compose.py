@@ -1,5 +1,19 @@
-"""Compose a command: Hydra orders its files by their lists of `defaults`, then all layers are merged.
+"""Compose a command: read its layers, let Hydra put presets in order, and merge.
 
+`dpo-dist train +experiment=qwen7b my.yaml loss=ipo loss.beta=0.2`, with `model: qwen2_5_0_5b` in my.yaml, has
+these layers, the lowest first:
+
+    the defaults of the schema
+    the presets in config.yaml, such as optim/adamw.yaml, or those that the experiment has in their place;
+        config.yaml
+    experiment/qwen7b.yaml
+    model/qwen2_5_0_5b.yaml, my.yaml
+    the defaults of the loss, loss/ipo.yaml
+    loss.beta=0.2
+
+Hydra resolves the lists of `defaults` of config.yaml and presets. Two things are not Hydra's: files and
+experiments are written like a command, `loss: ipo` and `loss.beta: 0.2`; and a preset that a file or the
+command chooses replaces everything before it, while Hydra puts presets below every experiment.
 Mistakes are collected, so that all of a command's are said at once.
 """
 

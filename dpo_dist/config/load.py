@@ -16,7 +16,7 @@ from dpo_dist.config.compose import FAILURES, Command, keys_given
 from dpo_dist.config.fields import plain_values
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.keys import group_folders
-from dpo_dist.config.mistakes import composition_error, wrong_values
+from dpo_dist.config.mistakes import composition_error, keep_terms, wrong_values
 from dpo_dist.config.rules import check_rules, reset_unused, resolve_reference, rules_of, value_at
 from dpo_dist.config.schema import SCHEMA, ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function
@@ -59,11 +59,14 @@ def load_command(command: Command, verb: str) -> RunConfig:
             command.mistakes += command.unread_keys(verb, trains=trains)
         config = SCHEMA.validate_python(values)
     except ValidationError as error:
-        raise_all([*command.mistakes, *wrong_values(error, values, command.origin)])
+        command.mistakes += wrong_values(error, values, command.origin)
+        keep_terms(command.mistakes, values)
+        raise_all(command.mistakes)
         raise
     except FAILURES as error:
         raise_all([*command.mistakes, composition_error(error, command.folders)])
         raise
+    keep_terms(command.mistakes, values)
     raise_all(command.mistakes)
     given = [key for override in command.overrides for key in keys_given(override)]
     return complete_config(config, given, verb)

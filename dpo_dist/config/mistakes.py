@@ -5,7 +5,7 @@ Remedies translate the keys of other trainers and correct mistyped names.
 
 import copy
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import reduce
@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from dpo_dist.config.fields import as_written, choices, describe_type, nested, plain, schema_fields
+from dpo_dist.config.fields import as_entry, as_written, choices, describe_type, nested, plain, schema_fields
 from dpo_dist.config.keys import all_keys, group_folders, preset_names, run_keys, strip_indices
 from dpo_dist.config.losses import NO_OPTION, kinds_using
 from dpo_dist.config.other_trainers import OFF, advice_on, as_sources, equivalents, find_advice
@@ -27,7 +27,7 @@ from dpo_dist.config.schema import SCHEMA
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import similar_path
-from dpo_dist.foundation.remedies import InFile, Remedy, Typed
+from dpo_dist.foundation.remedies import InFile, Remedy, Typed, key_of
 
 _PRESET_PATHS = {
     "model": ("model.path", "evaluation.model"),
@@ -346,8 +346,7 @@ def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> 
     kind, known, got = detail["ctx"]["kind"], detail["ctx"]["known"], as_written(detail["input"][name])
     users, kind_key = kinds_using(f"options.{name}"), f"{place.removesuffix('options')}kind"
     if not kind:
-        entry = f"{{kind: {users[0] if users else '...'}, options: {{{name}: {got}}}}}"
-        remedy = Remedy(f"write the entry {entry}; loss.options=null removes the options of a preset")
+        remedy = _in_a_term(name, got) + "; loss.options=null removes the options of a preset"
         return ConfigError(
             "each entry of loss.terms has its own options", where=f"{key}, loss.terms", got=got, remedy=remedy
         )
@@ -365,6 +364,25 @@ def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> 
         remedy = Remedy.to_rename(key, f"{place}.{guess}")
     message = f"{kind} has no option {name!r}"
     return ConfigError(message, where=origin(key), got=got, expected=expected, remedy=remedy)
+
+
+def _in_a_term(option: str, value: str, terms: Iterable[Any] = ()) -> Remedy:
+    """Return the remedy that gives an option of one loss to its entry of `loss.terms`."""
+    users, kinds = kinds_using(f"options.{option}"), [as_entry("kind")(term).get("kind") for term in terms]
+    kind = next((kind for kind in users if kind in kinds), users[0] if users else "...")
+    return Remedy(f"write the entry {{kind: {kind}, options: {{{option}: {value}}}}}")
+
+
+def keep_terms(mistakes: Iterable[ConfigError], values: Mapping[str, Any]) -> None:
+    """Correct remedies that choose the loss of an option, and so would remove the terms in these values."""
+    loss = values.get("loss")
+    terms = loss.get("terms") if isinstance(loss, dict) else None
+    for mistake in mistakes if terms else ():
+        written = {key_of(word): word.partition("=")[2] for word in mistake.advice.write}
+        option = next((key for key in written if key.startswith("loss.options.")), None)
+        if option and "loss" in written:
+            remedy = _in_a_term(option.removeprefix("loss.options."), written[option], terms)
+            mistake.advice = remedy + " in loss.terms"
 
 
 def _wrong_value(key: str, error: ErrorDetails, where: str, values: Mapping[str, Any]) -> ConfigError:
@@ -432,7 +450,12 @@ def _with_choice(key: str, choice: str, got: str, values: Mapping[str, Any]) -> 
 
 
 def _likely_values(value: Any) -> list[str]:
-    """Return what a value may mean: 1e3 -> 1000, yes -> true, 20% -> 0.2, localhost:8000 -> http://.../v1."""
+    """Return what a value may mean: 1e3 -> 1000, yes -> true, 20% -> 0.2, localhost:8000 -> http://.../v1.
+
+    A true that is refused may be a text: true -> "true".
+    """
+    if isinstance(value, bool):
+        return [f'"{as_written(value)}"']
     if isinstance(value, float) and value.is_integer():
         return [str(int(value))]
     if (switch := str(value).lower()) in OFF or switch in ("yes", "on", "1"):

@@ -73,21 +73,20 @@ def _holds(config: RunConfig, part: str) -> bool:
 
 
 def unused(key: str, unless: str, remedy: str | Remedy = "", works: Condition = lambda _: False) -> Rule:
-    """Return the rule that refuses a key without effect: the key is set, and `unless` and `works` are false.
+    """Return the rule that refuses a key without effect: it needs the part `unless` of a rule, or `works`."""
+    other = unless.partition("=")[0].rstrip("!")
+    remedy = remedy or "set " + unless.replace("|", " or ").replace("!=null", "=...")
+    return unused_beside(key, other, remedy, lambda c: _holds(c, unless) or works(c))
 
-    An `unless` without a value, such as LOSS, is only named in the error.
-    """
-    default, other = all_keys()[key].default, unless.partition("=")[0].rstrip("!")
+
+def unused_beside(key: str, other: str, remedy: str | Remedy, works: Condition) -> Rule:
+    """Return the rule that refuses a key that is set and by the value of the key `other` does not work."""
+    default = all_keys()[key].default
     return Rule(
         f"{key} {other}",
         f"{key} has no effect with this {other}",
-        Remedy.to_remove(key)
-        + f", or {remedy or 'set ' + unless.replace('|', ' or ').replace('!=null', '=...')}",
-        lambda c: (
-            value_at(c, key, default) != default
-            and not (other != unless and _holds(c, unless))
-            and not works(c)
-        ),
+        Remedy.to_remove(key) + f", or {remedy}",
+        lambda c: value_at(c, key, default) != default and not works(c),
         resets="" if other == LOSS else other,  # loss=NAME gives all options of the loss
     )
 
@@ -157,13 +156,13 @@ def _unused_by_loss(option: str) -> Rule:
 
     users = ", ".join(sorted(kinds_using(option)))
     remedy = f"choose a loss that uses it: {users}; loss=NAME replaces all options of the loss"
-    return unused(f"loss.{option}", LOSS, remedy, lambda c: is_used(c.loss))
+    return unused_beside(f"loss.{option}", LOSS, remedy, lambda c: is_used(c.loss))
 
 
 def _unused_by_reference(key: str, resets: str = "") -> tuple[Rule, Rule]:
     """Refuse an option of `reference` in modes that load no model, and with a loss that needs none."""
     by_mode = unused(key, "reference.mode=cached|live", works=lambda c: not c.loss.needs_reference)
-    by_loss = unused(key, LOSS, "choose a loss with a reference", lambda c: c.loss.needs_reference)
+    by_loss = unused_beside(key, LOSS, "choose a loss with a reference", lambda c: c.loss.needs_reference)
     return replace(by_mode, resets=resets), replace(by_loss, resets=resets)
 
 
@@ -279,7 +278,7 @@ RULES = (
     unused("data.drop_eval_prompts", "data.eval!=[]", "set data.eval; data.eval_share never shares a prompt"),
     unused("data.images", "model.images!=null", "set model.images.train=none to read images"),
     *map(_without_images, ("data.train", "data.eval", "evaluation.data")),
-    unused(
+    unused_beside(
         "data.ranked",
         "data.train",
         "name a source of format ranked or auto",
@@ -321,7 +320,7 @@ RULES = (
         "give one of them a weight",
         lambda c: bool(c.loss.terms) and not any(term.weight for term in c.loss.terms),
     ),
-    unused(
+    unused_beside(
         "loss.kind",
         "loss.terms",
         "add it to loss.terms, which is the whole loss",
