@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from dpo_dist.config.fields import as_entry, as_written, choices, describe_type, nested, plain, schema_fields
+from dpo_dist.config.fields import as_written, choices, describe_type, nested, plain, schema_fields
 from dpo_dist.config.keys import all_keys, group_folders, preset_names, run_keys, strip_indices
 from dpo_dist.config.losses import NO_OPTION, kinds_using
 from dpo_dist.config.other_trainers import OFF, advice_on, as_sources, equivalents, find_advice
@@ -56,6 +56,21 @@ def likely_name(word: str, known: Collection[str]) -> str | None:
     if not section or not of_section:  # in a known section the common beginning makes all names similar
         guesses += get_close_matches(word, known, 1, _SIMILAR)
     return next(iter(guesses), None)
+
+
+def _likely_values(value: Any) -> list[str]:
+    """Return what a value may mean: 1e3 -> 1000, yes -> true, 20% -> 0.2, localhost:8000 -> http://.../v1.
+
+    A true that is refused may be a text: true -> "true".
+    """
+    if isinstance(value, bool):
+        return [f'"{as_written(value)}"']
+    if isinstance(value, float) and value.is_integer():
+        return [str(int(value))]
+    if (switch := str(value).lower()) in OFF or switch in ("yes", "on", "1"):
+        return ["false" if switch in OFF else "true"]
+    share = re.fullmatch(r"([\d.]+) ?%", str(value))
+    return [f"{float(share[1]) / 100:g}"] if share else [f"http://{value}/v1", f"{value}/v1"]
 
 
 def _did_you_mean(word: str) -> Remedy:
@@ -135,7 +150,10 @@ def assignment(key: str, value: str) -> str | None:
 
 
 def to_assign(key: str, value: str) -> Remedy:
-    """Return the remedy that writes `key=value`, or `key=...` if the key does not accept the value."""
+    """Return the remedy that writes `key=value`, or `key=...` if the key does not accept the value.
+
+    `loss.beta`, `0.2` -> write loss.beta=0.2; `loss.beta`, `x` -> write loss.beta=...
+    """
     word = assignment(key, value)
     return Remedy.to_write(word) if word else Remedy(f"write {key}=...")
 
@@ -368,7 +386,8 @@ def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> 
 
 def _in_a_term(option: str, value: str, terms: Iterable[Any] = ()) -> Remedy:
     """Return the remedy that gives an option of one loss to its entry of `loss.terms`."""
-    users, kinds = kinds_using(f"options.{option}"), [as_entry("kind")(term).get("kind") for term in terms]
+    users = kinds_using(f"options.{option}")
+    kinds = [term.get("kind") if isinstance(term, dict) else term for term in terms]
     kind = next((kind for kind in users if kind in kinds), users[0] if users else "...")
     return Remedy(f"write the entry {{kind: {kind}, options: {{{option}: {value}}}}}")
 
@@ -377,7 +396,7 @@ def keep_terms(mistakes: Iterable[ConfigError], values: Mapping[str, Any]) -> No
     """Correct remedies that choose the loss of an option, and so would remove the terms in these values."""
     loss = values.get("loss")
     terms = loss.get("terms") if isinstance(loss, dict) else None
-    for mistake in mistakes if terms else ():
+    for mistake in mistakes if terms and isinstance(terms, list) else ():
         written = {key_of(word): word.partition("=")[2] for word in mistake.advice.write}
         option = next((key for key in written if key.startswith("loss.options.")), None)
         if option and "loss" in written:
@@ -447,18 +466,3 @@ def _with_choice(key: str, choice: str, got: str, values: Mapping[str, Any]) -> 
     reduce(lambda at, place: at[place], places, changed)[last] = choice
     text = as_written(changed)
     return _did_you_mean(f"{whole}={text}") if _is_accepted(whole, text) else Remedy.to_rename(got, choice)
-
-
-def _likely_values(value: Any) -> list[str]:
-    """Return what a value may mean: 1e3 -> 1000, yes -> true, 20% -> 0.2, localhost:8000 -> http://.../v1.
-
-    A true that is refused may be a text: true -> "true".
-    """
-    if isinstance(value, bool):
-        return [f'"{as_written(value)}"']
-    if isinstance(value, float) and value.is_integer():
-        return [str(int(value))]
-    if (switch := str(value).lower()) in OFF or switch in ("yes", "on", "1"):
-        return ["false" if switch in OFF else "true"]
-    share = re.fullmatch(r"([\d.]+) ?%", str(value))
-    return [f"{float(share[1]) / 100:g}"] if share else [f"http://{value}/v1", f"{value}/v1"]
