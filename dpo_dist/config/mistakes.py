@@ -396,7 +396,9 @@ def keep_terms(mistakes: Iterable[ConfigError], values: Mapping[str, Any]) -> No
     """Correct remedies that choose the loss of an option, and so would remove the terms in these values."""
     loss = values.get("loss")
     terms = loss.get("terms") if isinstance(loss, dict) else None
-    for mistake in mistakes if terms and isinstance(terms, list) else ():
+    if not terms or not isinstance(terms, list):
+        return
+    for mistake in mistakes:
         written = {key_of(word): word.partition("=")[2] for word in mistake.advice.write}
         option = next((key for key in written if key.startswith("loss.options.")), None)
         if option and "loss" in written:

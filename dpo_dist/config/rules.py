@@ -180,6 +180,7 @@ def best_direction(metric: str) -> Direction | None:
 
 
 _JUDGED = [PREFIX + name for name in METRICS if METRICS[name].best]
+"""Metrics of evaluations with a known best direction."""
 
 
 def _instead_of_metric(name: str) -> Remedy:
