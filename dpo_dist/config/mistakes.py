@@ -69,7 +69,9 @@ def _likely_values(value: Any) -> list[str]:
         return [str(int(value))]
     if (switch := str(value).lower()) in OFF or switch in ("yes", "on", "1"):
         return ["false" if switch in OFF else "true"]
-    share = re.fullmatch(r"([\d.]+) ?%", str(value))
+    if not isinstance(value, str):
+        return []
+    share = re.fullmatch(r"([\d.]+) ?%", value)
     return [f"{float(share[1]) / 100:g}"] if share else [f"http://{value}/v1", f"{value}/v1"]
 
 
@@ -211,18 +213,16 @@ def _instead_of_key(typed: str, value: str) -> Remedy:
         value = "" if is_entry else value  # the word would take the place of all entries
         word = f"{list_key}=[{{{before}{name}: {value or '...'}}}]"
         return Remedy(f"write this key inside an entry: '{word}'", (word,) * bool(value and not before))
-    same: tuple[str, ...] = ()
-    advice: list[Remedy] = []
     if is_entry:
         if options := [option for option in equivalents(name, "sources") if f"{mapping}.{option}" in known]:
             return Remedy(f"write {options[0]}: {value or '...'}")
+        return _instead_of_mistyped(typed, key, known, value)
 
     # Another trainer's name, or a key without its section: `learning_rate=1`, `max_steps=3`.
-    else:
-        same, advice = equivalents(key, "keys"), advice_on(key, value)
-        if not same and not advice:
-            inside = [option for option in known if option.startswith(mapping)]
-            same = tuple(option for option in inside if option.rpartition(".")[2] == name)
+    same, advice = equivalents(key, "keys"), advice_on(key, value)
+    if not same and not advice:
+        inside = [option for option in known if option.startswith(mapping)]
+        same = tuple(option for option in inside if option.rpartition(".")[2] == name)
     if written := [fitting for other in same if (fitting := assignment(other, value))]:
         options = [other.removeprefix("loss.") for other in same if other.startswith("loss.options.")]
         losses = [f"loss={kind}" for option in options for kind in kinds_using(option)]

@@ -88,6 +88,7 @@ MISTYPED = [
     ("loss.router=0.01", "write loss.router.aux_coefficient=..."),
     ("loss.aux_coefficient=0.01", "write loss.router.aux_coefficient=0.01"),
     ("export.checkpoint=3", "such as step-000100"),
+    ("run.root=null", "set run.root to text; remove it for the default, output"),
     ("run.name=true", "write 'run.name=\"true\"'"),
     # `loss=simpo` would remove the terms.
     *(
