@@ -29,7 +29,7 @@ from dpo_dist.config.keys import (
 )
 from dpo_dist.config.load import load_run_config, read_saved, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
-from dpo_dist.config.mistakes import likely, to_assign, unknown_key
+from dpo_dist.config.mistakes import likely_name, to_assign, unknown_key
 from dpo_dist.config.other_trainers import is_foreign
 from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import (
@@ -133,11 +133,10 @@ def _unknown_option(typed: str, values: Sequence[str]) -> ConfigError:
         remedy = to_assign(key, value or "true")
     else:
         options = re.findall(r"--[\w-]+", _parser().format_help())
-        same = f"-{name}"  # `-check`
-        guesses = [same] if same in options else [] if is_theirs else likely(name, options)
-        remedy = unknown_key(key, value or "true").advice
-        if guesses:
-            remedy = Remedy.to_rename(name, guesses[0])
+        guess = None if is_theirs else likely_name(name, options)
+        if f"-{name}" in options:  # `-check`
+            guess = f"-{name}"
+        remedy = Remedy.to_rename(name, guess) if guess else unknown_key(key, value or "true").advice
     return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
 
 
@@ -147,11 +146,8 @@ def saved_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[st
     None if the command sets `model.path` (for the doctor: `data.train`), has a model preset, an experiment, a
     file or `--config-dir`, or if the run has no config.yaml.
     """
-    overrides, _ = parse_overrides(word for word in options.words if "=" in word)
-    given = {override.key_or_group: override.value() for override in overrides}
-    needed = VERBS[verb].needs[0]
-    is_whole = not {"experiment", "model", needed}.isdisjoint(given) or options.config_dir is not None
-    if is_whole or any("=" not in word for word in options.words):
+    given, needed = _given(options), VERBS[verb].needs[0]
+    if _is_whole(options, given, {"model", needed}):
         return None
     if "run.dir" not in given:
         raise_all([unknown_key(key, str(given[key])) for key in given if key not in run_keys()])
@@ -169,11 +165,26 @@ def saved_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[st
     return values
 
 
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of a command's overrides by their keys."""
+    overrides, _ = parse_overrides(word for word in options.words if "=" in word)
+    return {override.key_or_group: override.value() for override in overrides}
+
+
+def _is_whole(options: argparse.Namespace, given: Collection[str], needed: Collection[str]) -> bool:
+    """Return whether a command says more than the name of a run: a file, an experiment, one of some keys."""
+    has_file = options.config_dir is not None or any("=" not in word for word in options.words)
+    return has_file or not {"experiment", *needed}.isdisjoint(given)
+
+
 def _check_code_allowed(values: Mapping[str, Any], given: Collection[str], file: Path) -> None:
     """Raise ConfigError if a config.yaml runs code by keys that the command itself (`given`) lacks."""
     options = {key: option for key, option in code_options(values).items() if key not in given}
     if options:
-        words = [f"{key}={as_written(_brief(reduce(getitem, key.split('.'), values)))}" for key in options]
+        words = [
+            f"{key}={as_written(_without_defaults(reduce(getitem, key.split('.'), values)))}"
+            for key in options
+        ]
         raise ConfigError(
             "the configuration of this run asks to run code: "
             + ", ".join(dict.fromkeys(FOREIGN_CODE[key] for key in options)),
@@ -184,8 +195,8 @@ def _check_code_allowed(values: Mapping[str, Any], given: Collection[str], file:
         )
 
 
-def _brief(value: Any) -> Any:
-    """Return the value of a config.yaml's key; entries of data lack what is at its default."""
+def _without_defaults(value: Any) -> Any:
+    """Return the value of a config.yaml's key as `plain` returns one: entries of data lack their defaults."""
     if not isinstance(value, list):
         return value
     usual = asdict(SourceConfig(path="-"))
@@ -199,10 +210,8 @@ def _brief(value: Any) -> Any:
 
 def _check_more_than_run(options: argparse.Namespace) -> None:
     """Raise ConfigError for a command that names an existing run in place of what it trains."""
-    overrides, _ = parse_overrides(word for word in options.words if "=" in word)
-    given = {override.key_or_group: override.value() for override in overrides}
-    is_whole = not {"experiment", "model", "model.path", "data", "data.train"}.isdisjoint(given)
-    if is_whole or options.config_dir or "run.dir" not in given or any("=" not in w for w in options.words):
+    given = _given(options)
+    if "run.dir" not in given or _is_whole(options, given, {"model", "model.path", "data", "data.train"}):
         return
     words, file = shlex.join(options.words), RunFolder(Path(str(given["run.dir"])).expanduser()).config
     if file.is_file():

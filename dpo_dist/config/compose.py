@@ -1,18 +1,31 @@
-"""Compose a command: Hydra orders its files by their lists of `defaults`, then all layers are merged.
+"""Compose a command: read its layers, let Hydra put presets in order, and merge.
 
+`dpo-dist train +experiment=qwen7b my.yaml loss=ipo loss.beta=0.2`, with `model: qwen2_5_0_5b` in my.yaml, has
+these layers, the lowest first:
+
+    the defaults of the schema
+    the presets in config.yaml, such as optim/adamw.yaml, or those that the experiment has in their place;
+        config.yaml
+    experiment/qwen7b.yaml
+    model/qwen2_5_0_5b.yaml, my.yaml
+    the defaults of the loss, loss/ipo.yaml
+    loss.beta=0.2
+
+Hydra resolves the lists of `defaults` of config.yaml and presets. Two things are not Hydra's: files and
+experiments are written like a command, `loss: ipo` and `loss.beta: 0.2`; and a preset that a file or the
+command chooses replaces everything before it, while Hydra puts presets below every experiment.
 Mistakes are collected, so that all of a command's are said at once.
 """
 
 import contextlib
-import copy
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, reduce
 from itertools import pairwise
 from operator import getitem
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args, get_origin
+from typing import Any, NamedTuple, TypeAlias, cast, get_args, get_origin
 
 import hydra
 import yaml
@@ -37,7 +50,7 @@ from dpo_dist.config.keys import (
 from dpo_dist.config.mistakes import (
     assignment,
     composition_error,
-    likely,
+    likely_name,
     to_assign,
     unknown_key,
     unknown_preset,
@@ -53,9 +66,9 @@ FAILURES = (
     *(yaml.YAMLError, ValueError, RecursionError, OSError),
 )
 """Exceptions that composing a command can raise."""
-_ROOT = "dpo_dist"
-"""The group that holds the command's layers in Hydra's store."""
-_RANKED: dict[str, Any] = {}  # the ranked layers of commands: Hydra takes a tenth of a second for each
+_OWN = "a layer of the command"
+"""The name of an empty file in Hydra's store, which keeps the place of a layer that Hydra does not read."""
+_ORDERED: dict[Any, Any] = {}  # what `_by_hydra` returned, for commands of this process: it takes 0.1 s
 _ONE_HYDRA = threading.Lock()  # Hydra has one store and one search path in a process
 
 
@@ -104,11 +117,15 @@ def names_chosen(override: Override) -> list[str]:
 
 
 class _Layer(NamedTuple):
-    """Keys of a file or experiment, which win over the presets that the file chooses."""
+    """Keys of a file or of the command, which win over the presets that it chooses."""
 
     name: str
     presets: dict[str, str | None]
     values: dict[str, Any]
+
+
+_Read: TypeAlias = tuple[list[_Layer], list[ConfigError]]
+"""The layers of a file, the lowest first, and its mistakes."""
 
 
 def read_keys(file: Path) -> dict[str, Any]:
@@ -122,13 +139,67 @@ def read_keys(file: Path) -> dict[str, Any]:
     return cast(dict[str, Any], content)
 
 
-class Command:
-    """A command: its layers, which Hydra ranks, its overrides, and the mistakes in both.
+def _named_in(defaults: Any, group: str) -> Iterator[tuple[str, Any]]:
+    """Yield group and name of each file in the list `defaults` of a file of `group`; no group for _self_."""
+    for entry in defaults if isinstance(defaults, list) else [defaults]:
+        if entry == "_self_":
+            yield "", entry
+            continue
+        place, _, file = str(entry).rpartition("/")
+        for written, names in entry.items() if isinstance(entry, dict) else [(place or group, file)]:
+            for name in names if isinstance(names, list) else [names]:
+                yield str(written).split()[-1].lstrip("/"), name  # `override /loss: ipo`
 
-    Layers add two things that Hydra lacks: files and experiments are written like a command, `loss: ipo` and
-    `loss.beta: 0.2`; and `loss=ipo` in a file or command replaces everything before it, while Hydra puts
-    presets below every experiment.
+
+def _by_hydra(
+    names: Sequence[str], chosen: Mapping[str, str | None], folders: Sequence[Path]
+) -> list[_Layer | None]:
+    """Return the layers of the named files and of those in their lists of defaults, in Hydra's order.
+
+    `_OWN` among the names keeps a place, at which the result has None. `chosen`: by group, the preset in
+    place of the one in the lists.
     """
+    overrides = [{f"override {group}": name} for group, name in chosen.items()]
+    search = {"searchpath": [f"file://{folder}" for folder in folders[1:]]}
+    # Hydra's words about a config.yaml that is no mapping are about something else.
+    read_keys(_file_of("config", folders))
+    with _ONE_HYDRA:
+        store, callers = ConfigStore.instance(), GlobalHydra.instance().hydra
+        store.store(_OWN, {})
+        store.store(COMMAND_LINE, {"defaults": [*names, "_self_", *overrides], "hydra": search})
+        GlobalHydra.instance().clear()
+        try:
+            with hydra.initialize_config_dir(version_base="1.3", config_dir=str(folders[0])):
+                loader = GlobalHydra.instance().config_loader()
+                defaults = loader.compute_defaults_list(COMMAND_LINE, [], RunMode.RUN).defaults
+        finally:
+            GlobalHydra.instance().hydra = callers
+
+    layers = list[_Layer | None]()
+    for entry in defaults:
+        path = str(entry.config_path)
+        if path == _OWN:
+            layers.append(None)
+        # What Hydra's own configuration has is for programs that it starts.
+        elif path != COMMAND_LINE and not path.startswith("hydra/"):
+            if not (file := _file_of(path, folders)).is_file():  # another program's, in Hydra's store
+                group, _, name = path.rpartition("/")
+                raise unknown_preset(group, name, folders)
+            values = {name: value for name, value in read_keys(file).items() if name != "defaults"}
+            for package in reversed(entry.package.split(".") if entry.package else []):
+                values = {package: values}
+            layers.append(_Layer(f"{path}.yaml", {}, values))
+    return layers
+
+
+def _file_of(name: str, folders: Sequence[Path]) -> Path:
+    """Return the file of a preset or experiment: `loss/simpo`."""
+    files = [folder / f"{name}.yaml" for folder in folders]
+    return next(filter(Path.is_file, files), files[-1])
+
+
+class Command:
+    """A command: its layers, its overrides, which win over all layers, and the mistakes in both."""
 
     def __init__(
         self,
@@ -136,10 +207,10 @@ class Command:
         folders: Sequence[Path],
         saved: Mapping[str, Any] | None,
         mistakes: Iterable[ConfigError],
-        cache: dict[str, Any] | None = None,
+        cache: dict[Any, Any] | None = None,
         verb: str = "",
     ) -> None:
-        # A cache for a sweep's points: the ranked layers by their names; the keys of each file.
+        # The points of a sweep share a cache: the keys of each file, and what `_by_hydra` returned.
         self._cache = {} if cache is None else cache
         files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
         words = [word for word in words if word not in files]
@@ -150,137 +221,102 @@ class Command:
         parsed, unread = parse_overrides(word for word in words if not any(word in pair for pair in pairs))
         self.folders, self.overrides = folders, list[Override]()
         self.mistakes = [*mistakes, *(unreadable(some, verb) for some in (*pairs, unread) if some)]
-        self._experiments, typed = list[_Layer](), dict[str, str | None]()
+        self._experiments, self._files, typed = list[_Layer](), list[_Layer](), dict[str, str | None]()
         for override in parsed:
             if (mistake := self._mistake(override)) is not None:
                 self.mistakes.append(mistake)
-            elif self._is_choice(override):
-                self._experiments += self._choose(override.key_or_group, names_chosen(override), typed)
-            if mistake is None:
-                self.overrides.append(override)
-        self._files = [layer for file in files for layer in self._read(Path(file), file)]
+                continue
+            self.overrides.append(override)
+            if self._is_choice(override):
+                choice = {override.key_or_group: names_chosen(override)}
+                (*named, own), wrong = self._layers_of({"defaults": [choice]}, COMMAND_LINE)
+                self._experiments += named
+                self.mistakes += wrong
+                typed |= own.presets
+        for file in files:
+            layers, wrong = self._read(Path(file), file)
+            self._files += layers
+            self.mistakes += wrong
         self._files += [] if saved is None else [_Layer("config.yaml", {}, dict(saved))]
         self._files.append(_Layer(COMMAND_LINE, typed, {}))
 
-    def _choose(self, group: str, names: Iterable[Any], presets: dict[str, str | None]) -> list[_Layer]:
-        """Return the layers of the named experiments; put the preset named for a section into `presets`."""
-        layers, known = list[_Layer](), preset_names(group, self.folders)
-        for name in names:
-            # YAML reads a bare `off` as false.
-            given = likely("false", known)[0] if name is False and likely("false", known) else name
-            if given is not None and str(given) not in known:
-                self.mistakes.append(unknown_preset(group, str(given), self.folders))
-            elif group in run_keys():
-                presets[group] = given
-            elif given is not None:
-                layers += self._read(self._file(f"{group}/{given}"), f"{group}/{given}.yaml", group)
-        return layers
-
-    def _read(self, file: Path, name: str, group: str = "experiment") -> list[_Layer]:
-        """Return the layers of a group's file; note a mistake if it cannot be read."""
+    def _read(self, file: Path, name: str, group: str = "experiment") -> _Read:
+        """Return the layers of a group's file; a file that cannot be read is a mistake."""
         try:
-            if (known := f"keys of {file}") not in self._cache:
-                self._cache[known] = read_keys(file)
-            content = copy.deepcopy(self._cache[known])
+            content = self._keys_in(file)
             if error := foreign_file(content, file):
                 raise error
-            return self._layers(content, name, group)
+            return self._layers_of(content, name, group)
         except FAILURES as error:
-            self.mistakes.append(composition_error(error, self.folders, name))
-            return []
+            return [], [composition_error(error, self.folders, name)]
 
-    def _layers(self, content: dict[str, Any], name: str, group: str) -> list[_Layer]:
-        """Return a layer for each file in the list `defaults` of a file, and one for its own keys."""
-        entries, values = content.pop("defaults", []), OmegaConf.create()
-        layers, presets = list[_Layer](), dict[str, str | None]()
+    def _layers_of(self, content: Mapping[str, Any], name: str, group: str = "experiment") -> _Read:
+        """Return a layer of a file's own keys, and those of the files in its list of `defaults`."""
+        choices, values = list[tuple[str, Any]](), OmegaConf.create()
         for key, value in content.items():
             if isinstance(value, (str, bool)) and key in run_keys() and preset_names(key, self.folders):
-                self._choose(key, [value], presets)
+                choices.append((key, value))
+            elif key == "defaults":
+                continue
             elif value not in (None, "", [], {}) or "." in str(key) or key in run_keys():
                 # Another trainer's file may have empty keys: ignore them.
                 OmegaConf.update(values, str(key), value, force_add=True)
-        layer = _Layer(name, presets, cast(dict[str, Any], OmegaConf.to_container(values)))
-        for entry in entries if isinstance(entries, list) else [entries]:
-            if entry == "_self_":
-                layers.append(layer)
+        own = _Layer(name, {}, cast(dict[str, Any], OmegaConf.to_container(values)))
+        layers, mistakes = list[_Layer](), list[ConfigError]()
+        choices += _named_in(content.get("defaults", []), group)
+        for place, choice in choices:
+            if not place:
+                layers.append(own)
                 continue
-            place, _, file = str(entry).rpartition("/")
-            for written, names in entry.items() if isinstance(entry, dict) else [(place or group, file)]:
-                chosen = names if isinstance(names, list) else [names]
-                layers += self._choose(str(written).split()[-1].lstrip("/"), chosen, presets)
-        return layers if layer in layers else [*layers, layer]
+            known = preset_names(place, self.folders)
+            # YAML reads a bare `off` as false.
+            given: Any = (likely_name("false", known) or choice) if choice is False else choice
+            if given is not None and str(given) not in known:
+                mistakes.append(unknown_preset(place, str(given), self.folders))
+            elif place in run_keys():
+                own.presets[place] = given
+            elif given is not None:
+                file = _file_of(f"{place}/{given}", self.folders)
+                below, wrong = self._read(file, f"{place}/{given}.yaml", place)
+                layers += below
+                mistakes += wrong
+        return layers if ("", "_self_") in choices else [*layers, own], mistakes
 
-    def _ranked(self) -> list[_Layer]:
-        """Return everything below the overrides, the lowest first: Hydra resolves the list of defaults."""
-        # config.yaml, experiments, and files, each above the presets that it chooses.
+    def _keys_in(self, file: Path) -> dict[str, Any]:
+        if file not in self._cache:
+            self._cache[file] = read_keys(file)
+        return cast(dict[str, Any], self._cache[file])
+
+    @cached_property
+    def _layers(self) -> list[_Layer]:
+        """All layers, the lowest first: config.yaml, experiments, and files, each above its presets."""
         parts: list[str | _Layer] = ["config", *self._experiments]
-        chosen = {group: layer for layer in self._files for group in layer.presets}
+        last = {group: layer for layer in self._files for group in layer.presets}
         for layer in self._files:
             for group, name in layer.presets.items():
-                if name is not None and chosen[group] is layer:
-                    if not read_keys(self._file(f"{group}/{name}")) or group == "loss":
+                if name is not None and last[group] is layer:
+                    preset = f"{group}/{name}"
+                    if not self._keys_in(_file_of(preset, self.folders)) or group == "loss":
                         # The preset resets its whole group: the group's defaults come first.
                         parts.append(_Layer("", {}, {group: plain_values(getattr(RunConfig(), group))}))
-                    parts.append(f"{group}/{name}")
+                    parts.append(preset)
             parts.append(layer)
-        presets = {group: name for layer in self._experiments for group, name in layer.presets.items()}
-        presets |= dict.fromkeys(chosen)
-        # Their order depends on names alone: layers of the command are numbers in it.
-        names = [part if isinstance(part, str) else number for number, part in enumerate(parts)]
-        known, cache = repr((names, presets)), self._cache
+        chosen = {group: name for layer in self._experiments for group, name in layer.presets.items()}
+        chosen |= dict.fromkeys(last)  # a preset of a file or of the command is above experiments
+        names = [part if isinstance(part, str) else _OWN for part in parts]
+        known, cache = repr((names, chosen)), self._cache
         if self.folders == [config_dir()]:  # few files, so that a look at all of them costs nothing
             stamps = sorted((str(file), file.stat().st_mtime_ns) for file in config_dir().rglob("*.yaml"))
-            known, cache = f"{known} {stamps}", _RANKED
+            known, cache = f"{known} {stamps}", _ORDERED
         if known not in cache:
-            cache[known] = self._rank(parts, presets)
+            cache[known] = _by_hydra(names, chosen, self.folders)
+        own = (part for part in parts if isinstance(part, _Layer))
         defaults = _Layer("", {}, plain_values(RunConfig()))
-        return [
-            defaults,
-            *(cast(_Layer, parts[part]) if isinstance(part, int) else part for part in cache[known]),
-        ]
-
-    def _rank(self, parts: Sequence[str | _Layer], presets: Mapping[str, Any]) -> list[int | _Layer]:
-        """Return the layers of `parts` by their numbers, among those of the files that these name."""
-        # Layers of a command are parts without a file: Hydra ranks them by an empty stand-in in its store.
-        stored = {f"{_ROOT}/{number}": part for number, part in enumerate(parts)}
-        entries = {part if isinstance(part, str) else name: part for name, part in stored.items()}
-        # Each name once: Hydra changes a file that it merges twice.
-        overridden = [{f"override {group}": name} for group, name in presets.items()]
-        search = {"searchpath": [f"file://{folder}" for folder in self.folders[1:]]}
-        read_keys(self._file("config"))  # Hydra's words about one that is no mapping are about something else
-        with _ONE_HYDRA:
-            store, callers = ConfigStore.instance(), GlobalHydra.instance().hydra
-            for name, part in entries.items():
-                if not isinstance(part, str):
-                    store.store(name.rpartition("/")[2], {}, _ROOT, "_global_")
-            store.store(COMMAND_LINE, {"defaults": [*entries, "_self_", *overridden], "hydra": search})
-            GlobalHydra.instance().clear()
-            try:
-                with hydra.initialize_config_dir(version_base="1.3", config_dir=str(self.folders[0])):
-                    loader = GlobalHydra.instance().config_loader()
-                    defaults = loader.compute_defaults_list(COMMAND_LINE, [], RunMode.RUN).defaults
-            finally:
-                GlobalHydra.instance().hydra = callers
-
-        # What Hydra's own configuration has is for programs that it starts.
-        ranked = list[int | _Layer]()
-        for entry in defaults:
-            path = str(entry.config_path)
-            if isinstance(entries.get(path), _Layer):
-                ranked.append(int(path.rpartition("/")[2]))
-            elif path != COMMAND_LINE and not path.startswith("hydra/"):
-                if not (file := self._file(path)).is_file():  # another program's, in Hydra's store
-                    group, _, name = path.rpartition("/")
-                    raise unknown_preset(group, name, self.folders)
-                values = {name: value for name, value in read_keys(file).items() if name != "defaults"}
-                for package in reversed(entry.package.split(".") if entry.package else []):
-                    values = {package: values}
-                ranked.append(_Layer(f"{path}.yaml", {}, values))
-        return ranked
+        return [defaults, *(next(own) if layer is None else layer for layer in cache[known])]
 
     def compose(self) -> dict[str, Any]:
         """Return the values of the command, leaving out overrides and files with mistakes."""
-        config = OmegaConf.create(reduce(_merged, [layer.values for layer in self._ranked()]))
+        config = OmegaConf.create(reduce(_merged, [layer.values for layer in self._layers]))
         for override in self.overrides:
             if not self._is_choice(override):
                 key, value = override.key_or_group, override.value()
@@ -295,16 +331,11 @@ class Command:
             given = override.key_or_group
             if not self._is_choice(override) and (is_within(key, given) or is_within(given, key)):
                 return key if len(key) > len(given) else Typed(str(override.input_line))
-        for layer in reversed(self._ranked()):
+        for layer in reversed(self._layers):
             with contextlib.suppress(KeyError, TypeError):
                 reduce(getitem, key.partition("[")[0].split("."), layer.values)
                 return InFile(key, layer.name) if layer.name else key
         return key
-
-    def _file(self, name: str) -> Path:
-        """Return the file of a preset or experiment: `loss/simpo`."""
-        files = [folder / f"{name}.yaml" for folder in self.folders]
-        return next(filter(Path.is_file, files), files[-1])
 
     def _is_choice(self, override: Override) -> bool:
         is_group = any((folder / override.key_or_group).is_dir() for folder in self.folders)

@@ -16,12 +16,12 @@ from dpo_dist.config.compose import FAILURES, Command, keys_given
 from dpo_dist.config.fields import plain_values
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.keys import group_folders
-from dpo_dist.config.mistakes import composition_error, wrong_values
+from dpo_dist.config.mistakes import composition_error, keep_terms, wrong_values
 from dpo_dist.config.rules import check_rules, reset_unused, resolve_reference, rules_of, value_at
 from dpo_dist.config.schema import SCHEMA, ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.foundation.errors import ConfigError, first_fault, first_line, raise_all
-from dpo_dist.foundation.remedies import Remedy
+from dpo_dist.foundation.remedies import InFile, Remedy
 from dpo_dist.foundation.remote import check_url, is_url, name_in_address
 from dpo_dist.foundation.text import without_secrets
 
@@ -59,11 +59,14 @@ def load_command(command: Command, verb: str) -> RunConfig:
             command.mistakes += command.unread_keys(verb, trains=trains)
         config = SCHEMA.validate_python(values)
     except ValidationError as error:
-        raise_all([*command.mistakes, *wrong_values(error, values, command.origin)])
+        command.mistakes += wrong_values(error, values, command.origin)
+        keep_terms(command.mistakes, values)
+        raise_all(command.mistakes)
         raise
     except FAILURES as error:
         raise_all([*command.mistakes, composition_error(error, command.folders)])
         raise
+    keep_terms(command.mistakes, values)
     raise_all(command.mistakes)
     given = [key for override in command.overrides for key in keys_given(override)]
     return complete_config(config, given, verb)
@@ -166,7 +169,7 @@ def _saved(values: dict[str, Any], where: str | Path) -> RunConfig:
     try:
         return complete_config(SCHEMA.validate_python(values))
     except ValidationError as error:
-        raise_all(wrong_values(error, values, lambda key: f"{key} in {where}"))
+        raise_all(wrong_values(error, values, lambda key: InFile(key, where)))
         raise
 
 

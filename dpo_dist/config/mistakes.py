@@ -5,8 +5,7 @@ Remedies translate the keys of other trainers and correct mistyped names.
 
 import copy
 import re
-import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import reduce
@@ -28,7 +27,7 @@ from dpo_dist.config.schema import SCHEMA
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import similar_path
-from dpo_dist.foundation.remedies import Remedy, Typed
+from dpo_dist.foundation.remedies import InFile, Remedy, Typed, key_of
 
 _PRESET_PATHS = {
     "model": ("model.path", "evaluation.model"),
@@ -42,12 +41,13 @@ _SIMILAR = 0.75
 """Least similarity of a guess: a less similar one misleads more often than it helps."""
 
 
-def likely(word: str, known: Collection[str]) -> list[str]:
-    """Return the name in `known` that the user probably meant, if any."""
-    if same := [name for name in (word.lower(), *equivalents(word, "values")) if name in known]:
-        return same[:1]
+def likely_name(word: str, known: Collection[str]) -> str | None:
+    """Return the name in `known` that the user probably meant: `ipo` for `ipoo`; None if no name is near."""
+    same: list[str] = [name for name in (word.lower(), *equivalents(word, "values")) if name in known]
+    if same:
+        return same[0]
     if longer := [name for name in known if f"{word.lower()}-" in name]:  # h100: h100-80g, 4090: rtx4090-24g
-        return longer[:1]
+        return longer[0]
     section, _, last = word.rpartition(".")
     of_section = [name for name in known if section in ("", name.rpartition(".")[0])]
     last_parts = {name.rpartition(".")[2]: name for name in reversed(of_section)}
@@ -55,13 +55,28 @@ def likely(word: str, known: Collection[str]) -> list[str]:
     guesses += [name for name in known if name.endswith(f".{last}")]  # in another section
     if not section or not of_section:  # in a known section the common beginning makes all names similar
         guesses += get_close_matches(word, known, 1, _SIMILAR)
-    return guesses[:1]
+    return next(iter(guesses), None)
 
 
-def did_you_mean(word: str, known: Collection[str]) -> Remedy:
-    """Return "did you mean NAME? " for the likely name in `known`; an empty remedy if there is none."""
-    guesses = likely(word, known)
-    return Remedy.to_rename(word, guesses[0]) + " " if guesses else Remedy("")
+def _likely_values(value: Any) -> list[str]:
+    """Return what a value may mean: 1e3 -> 1000, yes -> true, 20% -> 0.2, localhost:8000 -> http://.../v1.
+
+    A true that is refused may be a text: true -> "true".
+    """
+    if isinstance(value, bool):
+        return [f'"{as_written(value)}"']
+    if isinstance(value, float) and value.is_integer():
+        return [str(int(value))]
+    if (switch := str(value).lower()) in OFF or switch in ("yes", "on", "1"):
+        return ["false" if switch in OFF else "true"]
+    if not isinstance(value, str):
+        return []
+    share = re.fullmatch(r"([\d.]+) ?%", value)
+    return [f"{float(share[1]) / 100:g}"] if share else [f"http://{value}/v1", f"{value}/v1"]
+
+
+def _did_you_mean(word: str) -> Remedy:
+    return Remedy.to_write(word, verb="did you mean") + "?"
 
 
 _DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet)(\.gz|\.zst)?$")
@@ -69,48 +84,62 @@ _DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet)(\.gz|\.zst)?$")
 
 def unreadable(words: Sequence[str], verb: str = "") -> ConfigError:
     """Return the error for words of a verb's command line that are not overrides."""
-    whole, [first, *rest] = " ".join(words), words
-    text = "put no spaces around =, and a value with spaces or commas in quotes: 'KEY=\"a, b\"'"
-    remedy = Remedy(text)
-    if any(whole.count(opened) != whole.count(closed) for opened, closed in ("()", "[]", "{}")):
-        remedy = Remedy("close each bracket, and put the word between quotes: 'KEY=range(1,4)'")
-    if "@" in whole.partition("=")[0]:
-        remedy = Remedy("remove @ and the word after it: write loss=ipo")
-    called = re.fullmatch(r"([\w.]+)=(\w+)\(\s*([^(),]+),\s*([^(),]+)\)", whole)  # lr=loguniform(1e-7,1e-5)
-    if called and called[1] in run_keys() and re.search("log|uniform", called[2]):
-        interval = f"interval({called[3].strip()},{called[4].strip()})"
-        drawn = f"tag(log, {interval})" if "log" in called[2] else interval
-        remedy = Remedy.to_write(f"{called[1]}={drawn}")
+    return ConfigError(
+        "the command has words that are not KEY=VALUE",
+        where=Typed(*words),
+        expected="KEY=VALUE, for example loss.beta=0.2",
+        remedy=_instead_of_words(words, verb),
+    )
+
+
+def _instead_of_words(words: Sequence[str], verb: str) -> Remedy:
+    """Return what to write in place of words that are not overrides; the first case that fits counts."""
+    whole, first = " ".join(words), words[0]
+    # A key without =: `loss.beta 0.2` -> loss.beta=0.2; `export.merge` -> export.merge=true.
     if first in run_keys() and "=" not in whole:
-        remedy = to_assign(first, rest[0] if rest else "true")
-    elif (typed := re.fullmatch(r"([\w.]+)(?: *[:=] *)\(?([^()]*)\)?", whole)) and typed[1] in run_keys():
+        return to_assign(first, words[1] if len(words) > 1 else "true")
+    # Spaces, a colon or round brackets: `loss.beta: 0.2`, `optim.betas=(0.9,0.95)`.
+    typed = re.fullmatch(r"([\w.]+)(?: *[:=] *)\(?([^()]*)\)?", whole)
+    if typed and typed[1] in run_keys():
         remedy = to_assign(typed[1], typed[2].strip(" ,;"))
-        if verb == "sweep" and not remedy.write:
-            remedy = Remedy.to_write(f"{typed[1]}={typed[2]}")
-    elif all(re.fullmatch(r"[\w./~+-]+", word) for word in words):
+        is_several = verb == "sweep" and not remedy.write
+        return Remedy.to_write(f"{typed[1]}={typed[2]}") if is_several else remedy
+    # A value without its key: `a.jsonl` -> 'data.train=[a.jsonl]'.
+    if all(re.fullmatch(r"[\w./~+-]+", word) for word in words):
         keys = VERBS[verb].takes_words if verb else ("run.dir", *VERBS["train"].takes_words)
         lists = {key for key in keys if get_origin(run_keys()[key]) is list}
         if lists and all(_DATA_FILE.search(word) for word in words):
             keys = tuple(key for key in keys if key in lists)
         forms = (assignment(key, f"[{','.join(words)}]" if key in lists else first) for key in keys)
-        lead, accepted = "write the key too:", [word for word in forms if word]
-        remedy = Remedy(f"{lead} {' or '.join(f'{key}=...' for key in keys)}")
-        if accepted:
-            remedy = Remedy.to_write_one_of(accepted, lead=lead)
-    return ConfigError(
-        "the command has words that are not KEY=VALUE",
-        where=Typed(*words),
-        expected="KEY=VALUE, for example loss.beta=0.2",
-        remedy=remedy,
-    )
+        lead = "write the key too:"
+        if accepted := [word for word in forms if word]:
+            return Remedy.to_write_one_of(accepted, lead=lead)
+        return Remedy(f"{lead} {' or '.join(f'{key}=...' for key in keys)}")
+    # Another program's distribution: `optim.lr=loguniform(1e-7,1e-5)` -> 'optim.lr=tag(log, interval(...))'.
+    called = re.fullmatch(r"([\w.]+)=(\w+)\(\s*([^(),]+),\s*([^(),]+)\)", whole)
+    if called and called[1] in run_keys() and re.search("log|uniform", called[2]):
+        interval = f"interval({called[3].strip()},{called[4].strip()})"
+        drawn = f"tag(log, {interval})" if "log" in called[2] else interval
+        return Remedy.to_write(f"{called[1]}={drawn}")
+    # A package of Hydra: `loss@x=ipo`.
+    if "@" in whole.partition("=")[0]:
+        return Remedy("remove @ and the word after it: write loss=ipo")
+    if any(whole.count(opened) != whole.count(closed) for opened, closed in ("()", "[]", "{}")):
+        return Remedy("close each bracket, and put the word between quotes: 'KEY=range(1,4)'")
+    return Remedy("put no spaces around =, and a value with spaces or commas in quotes: 'KEY=\"a, b\"'")
 
 
 def assignment(key: str, value: str) -> str | None:
-    """Return the word `key=value`, in a form that the key accepts; None if it accepts none."""
+    """Return the word `key=value` with the value in a form that the key accepts; None if it accepts none.
+
+    `data.train`, `a.jsonl` -> `data.train=[a.jsonl]`; `model.adapter`, `{r=8` -> `model.adapter={r: 8}`;
+    `loss`, `[dpo,sft]` -> `loss.terms=[{kind: sigmoid}, {kind: sft}]`.
+    """
     if key == "loss" and value.startswith("["):
         kinds = [kind.strip("[] '\"") for kind in value.split(",")]
-        named = (likely(kind, choices(run_keys()["loss.kind"])) or [kind] for kind in kinds)
-        return assignment("loss.terms", f"[{', '.join(f'{{kind: {kind}}}' for [kind] in named)}]")
+        known = choices(run_keys()["loss.kind"])
+        terms = ", ".join(f"{{kind: {likely_name(kind, known) or kind}}}" for kind in kinds)
+        return assignment("loss.terms", f"[{terms}]")
     meanings = (word for word in equivalents(value, "values") if word in choices(run_keys().get(key)))
     opened = re.sub(r"[^\[\]{}]", "", value)
     while (left := opened.replace("[]", "").replace("{}", "")) != opened:
@@ -123,7 +152,10 @@ def assignment(key: str, value: str) -> str | None:
 
 
 def to_assign(key: str, value: str) -> Remedy:
-    """Return the remedy that writes `key=value`, or `key=...` if the key does not accept the value."""
+    """Return the remedy that writes `key=value`, or `key=...` if the key does not accept the value.
+
+    `loss.beta`, `0.2` -> write loss.beta=0.2; `loss.beta`, `x` -> write loss.beta=...
+    """
     word = assignment(key, value)
     return Remedy.to_write(word) if word else Remedy(f"write {key}=...")
 
@@ -162,33 +194,35 @@ def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
 
     `value`: as the user wrote it, "" if unknown; `where`: the file or override with the key.
     """
-    remedy = (find_advice(key, value) or [_remedy_for_unknown(key, value)])[0]
+    remedy = (find_advice(key, value) or [_instead_of_key(key, value)])[0]
     return ConfigError(f"there is no key {key!r}", where=where or key, remedy=remedy)
 
 
-def _remedy_for_unknown(key: str, value: str) -> Remedy:
-    typed = key
-    key = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key)  # `data.train.0.path`, as OmegaConf writes it
+def _instead_of_key(typed: str, value: str) -> Remedy:
+    """Return what to write in place of a key that does not exist, with this value."""
+    key = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", typed)  # `data.train.0.path`, as OmegaConf writes it
     mapping, _, name = key.rpartition(".")
-    above = all_keys().get(strip_indices(mapping).removesuffix("[]"))
+    is_entry, list_key = mapping.endswith("]"), strip_indices(mapping).removesuffix("[]")
+    above = all_keys().get(list_key)
     inner = nested(above.type) if above else None
     known = [f"{mapping}.{option}" for option in schema_fields(inner)] if inner else list(run_keys())
+
+    # A key of a list's entries: `data.train.path=a` -> 'data.train=[{path: a}]'; `{file: a}` -> path: a.
     if mapping and key in known:
         before = "" if key == known[0] else f"{known[0].rpartition('.')[2]}: ..., "
-        value = "" if mapping.endswith("]") else value  # the word would take the place of all entries
-        entry = f"{{{before}{name}: {value or '...'}}}"
-        word = f"{strip_indices(mapping).removesuffix('[]')}=[{entry}]"
+        value = "" if is_entry else value  # the word would take the place of all entries
+        word = f"{list_key}=[{{{before}{name}: {value or '...'}}}]"
         return Remedy(f"write this key inside an entry: '{word}'", (word,) * bool(value and not before))
-    same: tuple[str, ...] = ()
-    advice: list[Remedy] = []
-    if mapping.endswith("]"):
+    if is_entry:
         if options := [option for option in equivalents(name, "sources") if f"{mapping}.{option}" in known]:
             return Remedy(f"write {options[0]}: {value or '...'}")
-    else:
-        same, advice = equivalents(key, "keys"), advice_on(key, value)
-        if not same and not advice:  # a key without its section
-            inside = [option for option in known if option.startswith(mapping)]
-            same = tuple(option for option in inside if option.rpartition(".")[2] == name)
+        return _instead_of_mistyped(typed, key, known, value)
+
+    # Another trainer's name, or a key without its section: `learning_rate=1`, `max_steps=3`.
+    same, advice = equivalents(key, "keys"), advice_on(key, value)
+    if not same and not advice:
+        inside = [option for option in known if option.startswith(mapping)]
+        same = tuple(option for option in inside if option.rpartition(".")[2] == name)
     if written := [fitting for other in same if (fitting := assignment(other, value))]:
         options = [other.removeprefix("loss.") for other in same if other.startswith("loss.options.")]
         losses = [f"loss={kind}" for option in options for kind in kinds_using(option)]
@@ -197,37 +231,29 @@ def _remedy_for_unknown(key: str, value: str) -> Remedy:
         return replace(remedy, text=remedy.text + needed, write=(*remedy.write, *losses[:1]))
     if advice:  # before `same`, or `template: llama3` of LLaMA-Factory would get the key data.template
         return advice[0]
-    if same:
-        return _with_a_value(same[0], value)
-    guesses = likely(key, known)
-    if guesses and (mapping == guesses[0].rpartition(".")[0] or not value or _is_accepted(guesses[0], value)):
-        return _meant(typed, guesses[0], value)
+    if same:  # it does not accept the value: `loss_type=sigmod` -> loss=sigmoid
+        row = all_keys().get(same[0])
+        if choice := likely_name(value, choices(run_keys()["loss.kind" if same[0] == "loss" else same[0]])):
+            return _did_you_mean(f"{same[0]}={choice}")
+        words = row.type_words if row else "a preset; a sum of losses is loss.terms"
+        return Remedy(f"write {same[0]}=..., {words}")
+    return _instead_of_mistyped(typed, key, known, value)
+
+
+def _instead_of_mistyped(typed: str, key: str, known: Collection[str], value: str) -> Remedy:
+    """Return the remedy that writes the nearest key, `loss.betta` -> loss.beta, or lists those there are."""
+    mapping = key.rpartition(".")[0]
+    guess = likely_name(key, known)
+    if guess and (mapping == guess.rpartition(".")[0] or not value or _is_accepted(guess, value)):
+        if not value:
+            return Remedy.to_rename(typed, guess)
+        word = assignment(guess, value)
+        return Remedy(f"did you mean {guess}?", (word,) if word else ())
     beside = [option.rpartition(".")[2] for option in known if option.rpartition(".")[0] == mapping]
     if mapping and beside:
         return Remedy(f"the keys of {mapping} are {', '.join(beside)}")
     sections = [option for option in known if "." not in option]
     return Remedy(f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}")
-
-
-def _meant(typed: str, key: str, value: str) -> Remedy:
-    """Return the remedy that puts a key in the place of what was typed, if the key accepts the value."""
-    if not value:
-        return Remedy.to_rename(typed, key)
-    word = assignment(key, value)
-    return Remedy(f"did you mean {key}?", (word,) if word else ())
-
-
-def _instead_of(word: str) -> Remedy:
-    return Remedy(f"did you mean {word}?", write=(word,))
-
-
-def _with_a_value(key: str, value: str) -> Remedy:
-    """Return what to write for a value that the key does not accept."""
-    row = all_keys().get(key)
-    if guesses := likely(value, choices(run_keys()["loss.kind" if key == "loss" else key])):
-        return _instead_of(f"{key}={guesses[0]}")
-    words = row.type_words if row else "a preset; a sum of losses is loss.terms"
-    return Remedy(f"write {key}=..., {words}")
 
 
 def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigError:
@@ -238,8 +264,8 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigEr
         remedy = Remedy.to_write(f"{plus}{group}={known[0]}")
     if advice := find_advice(group, choice):
         remedy = advice[0]
-    elif guesses := likely(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known):
-        remedy = _instead_of(f"{plus}{group}={guesses[0]}")
+    elif guess := likely_name(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known):
+        remedy = _did_you_mean(f"{plus}{group}={guess}")
     elif group in _PRESET_PATHS:
         accepted = [word for key in _PRESET_PATHS[group] if (word := assignment(key, choice))]
         remedy = Remedy.to_write_one_of(accepted, lead="a path is no preset: write")
@@ -338,8 +364,7 @@ def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> 
     kind, known, got = detail["ctx"]["kind"], detail["ctx"]["known"], as_written(detail["input"][name])
     users, kind_key = kinds_using(f"options.{name}"), f"{place.removesuffix('options')}kind"
     if not kind:
-        entry = f"{{kind: {users[0] if users else '...'}, options: {{{name}: {got}}}}}"
-        remedy = Remedy(f"write the entry {entry}; loss.options=null removes the options of a preset")
+        remedy = _in_a_term(name, got) + "; loss.options=null removes the options of a preset"
         return ConfigError(
             "each entry of loss.terms has its own options", where=f"{key}, loss.terms", got=got, remedy=remedy
         )
@@ -349,48 +374,36 @@ def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> 
         remedy += "; loss=NAME replaces all options of the loss" if place == "loss.options" else ""
         message, where = f"{key} has no effect with this {kind_key}", f"{key}, {kind_key}"
         return ConfigError(message, where=where, got=f"{got}, {kind}", expected=expected, remedy=remedy)
-    same = [option for option in known if f"loss.options.{option}" in equivalents(name, "keys")]
     remedy = Remedy("remove it", drops=True)
     if known:
         remedy = Remedy(f"write {' or '.join(f'{place}.{option}' for option in known)}")
-    if guesses := [*same, *likely(name, known)]:
-        remedy = Remedy.to_rename(key, f"{place}.{guesses[0]}")
+    same = [option for option in known if f"loss.options.{option}" in equivalents(name, "keys")]
+    if guess := next(iter(same), likely_name(name, known)):
+        remedy = Remedy.to_rename(key, f"{place}.{guess}")
     message = f"{kind} has no option {name!r}"
     return ConfigError(message, where=origin(key), got=got, expected=expected, remedy=remedy)
 
 
-def _as_list(key: str, text: str) -> Remedy:
-    """Return the remedy that assigns a text to a key that takes a list."""
-    for share in (text, *_readings(text)) if key == "data.eval" else ():
-        if _is_accepted("data.eval_share", share):
-            return Remedy.to_write(f"data.eval_share={share}")
-    word = assignment(key, text)
-    return Remedy.to_write(word) if word else Remedy(f"write '{key}=[...]'")
+def _in_a_term(option: str, value: str, terms: Iterable[Any] = ()) -> Remedy:
+    """Return the remedy that gives an option of one loss to its entry of `loss.terms`."""
+    users = kinds_using(f"options.{option}")
+    kinds = [term.get("kind") if isinstance(term, dict) else term for term in terms]
+    kind = next((kind for kind in users if kind in kinds), users[0] if users else "...")
+    return Remedy(f"write the entry {{kind: {kind}, options: {{{option}: {value}}}}}")
 
 
-def _instead(key: str, choice: str, got: str, values: Mapping[str, Any]) -> Remedy:
-    """Return the remedy that sets a key to `choice` in place of `got`: for an entry, the whole list."""
-    if "[" not in key:
-        return _instead_of(f"{key}={choice}")
-    whole, _, inside = key.partition("[")  # data.train[0].format
-    changed = copy.deepcopy(plain(reduce(lambda at, name: at[name], whole.split("."), values)))
-    *places, last = (int(part) if part.isdecimal() else part for part in re.findall(r"\w+", inside))
-    reduce(lambda at, place: at[place], places, changed)[last] = choice
-    text = as_written(changed)
-    if not _is_accepted(whole, text):
-        return Remedy.to_rename(got, choice)
-    word = f"{whole}={text}"
-    return Remedy(f"did you mean {shlex.quote(word)}?", write=(word,))
-
-
-def _readings(value: Any) -> list[str]:
-    """Return what a value may mean: 1e3 a whole number, 20% a share, localhost:8000 a server."""
-    if isinstance(value, float) and value.is_integer():
-        return [str(int(value))]
-    if (switch := str(value).lower()) in OFF or switch in ("yes", "on", "1"):
-        return ["false" if switch in OFF else "true"]
-    share = re.fullmatch(r"([\d.]+) ?%", str(value))
-    return [f"{float(share[1]) / 100:g}"] if share else [f"http://{value}/v1", f"{value}/v1"]
+def keep_terms(mistakes: Iterable[ConfigError], values: Mapping[str, Any]) -> None:
+    """Correct remedies that choose the loss of an option, and so would remove the terms in these values."""
+    loss = values.get("loss")
+    terms = loss.get("terms") if isinstance(loss, dict) else None
+    if not terms or not isinstance(terms, list):
+        return
+    for mistake in mistakes:
+        written = {key_of(word): word.partition("=")[2] for word in mistake.advice.write}
+        option = next((key for key in written if key.startswith("loss.options.")), None)
+        if option and "loss" in written:
+            remedy = _in_a_term(option.removeprefix("loss.options."), written[option], terms)
+            mistake.advice = remedy + " in loss.terms"
 
 
 def _wrong_value(key: str, error: ErrorDetails, where: str, values: Mapping[str, Any]) -> ConfigError:
@@ -398,35 +411,60 @@ def _wrong_value(key: str, error: ErrorDetails, where: str, values: Mapping[str,
     hint, expected = (row.type, row.type_words) if row else (run_keys().get(key), "")
     if key.endswith("]"):  # an entry of a list
         hint, expected = nested(hint) or get_args(hint)[0], row.accepts if row else ""
-    value, inner, got = error["input"], nested(hint), as_written(error["input"])
+    value, got = error["input"], as_written(error["input"])
     expected = expected or describe_type(hint)
     if error["type"] == "less_than_equal" and "<=" not in expected:
         expected += f", <= {error['ctx']['le']:,}"
-    default = f"; remove it for the default, {row.default_words}" if row and row.default_words else ""
-    remedy = Remedy(f"set {key} to {expected}{default}", drops=bool(default))
     if error["type"] == "string_pattern_mismatch" and not got.strip("' "):
         expected, remedy = "text that is not empty", Remedy("remove the key, or write a value")
-    elif isinstance(value, bool) and " in " in where and choices(hint):
-        remedy = Remedy("in YAML a bare on, off, yes or no is true or false: put the word in quotes")
-    elif advice := [
-        *find_advice(key, got),
-        *(
-            [Remedy.to_write(f"{key}=null")]
-            if got.lower() in ("none", "nil") and _is_accepted(key, "null")
-            else []
-        ),
-        *(_instead(key, choice, got, values) for choice in likely(got, choices(hint))),
-    ]:
-        remedy = advice[0]
-    elif get_origin(hint) is list:
-        remedy = _as_list(key, got)
-    elif key == "model.adapter" and "/" in got:
-        remedy = Remedy.to_write(f"{key}.path={got}")
-    elif inner is not None:
-        first = next(iter(schema_fields(inner)))
-        remedy = Remedy(f"write a mapping with {first}" if key.endswith("]") else f"write {key}.{first}=...")
-    elif meant := [text for text in _readings(value) if _is_accepted(key, text)]:
-        remedy = Remedy.to_write(f"{key}={meant[0]}")
+    elif meant := _instead_of_value(key, hint, value, where, values):
+        remedy = meant
+    else:
+        default = f"; remove it for the default, {row.default_words}" if row and row.default_words else ""
+        remedy = Remedy(f"set {key} to {expected}{default}", drops=bool(default))
     return ConfigError(
         f"{key} cannot have this value", where=where, got=got, expected=expected, remedy=remedy
     )
+
+
+def _instead_of_value(
+    key: str, hint: Any, value: Any, where: str, values: Mapping[str, Any]
+) -> Remedy | None:
+    """Return what to write in place of a value that a key of this type does not accept; None: unknown."""
+    got = as_written(value)
+    if isinstance(value, bool) and isinstance(where, InFile) and choices(hint):
+        return Remedy("in YAML a bare on, off, yes or no is true or false: put the word in quotes")
+    if advice := find_advice(key, got):
+        return advice[0]
+    if got.lower() in ("none", "nil") and _is_accepted(key, "null"):
+        return Remedy.to_write(f"{key}=null")
+    if choice := likely_name(got, choices(hint)):
+        return _with_choice(key, choice, got, values)
+    if get_origin(hint) is list:  # `data.eval=5%` -> data.eval_share=0.05; `data.train=a` -> 'data.train=[a]'
+        shares = (got, *_likely_values(got)) if key == "data.eval" else ()
+        share = next((text for text in shares if _is_accepted("data.eval_share", text)), None)
+        word = f"data.eval_share={share}" if share else assignment(key, got)
+        return Remedy.to_write(word) if word else Remedy(f"write '{key}=[...]'")
+    if key == "model.adapter" and "/" in got:
+        return Remedy.to_write(f"{key}.path={got}")
+    if inner := nested(hint):
+        first = next(iter(schema_fields(inner)))
+        return Remedy(f"write a mapping with {first}" if key.endswith("]") else f"write {key}.{first}=...")
+    meant = next((text for text in _likely_values(value) if _is_accepted(key, text)), None)
+    return Remedy.to_write(f"{key}={meant}") if meant else None
+
+
+def _with_choice(key: str, choice: str, got: str, values: Mapping[str, Any]) -> Remedy:
+    """Return the remedy that sets a key to `choice` in place of `got`: for an entry, the whole list.
+
+    `optim.kind`, `muon` -> optim.kind=muon; `data.train[0].format`, `auto` ->
+    'data.train=[{path: a, format: auto}]'.
+    """
+    if "[" not in key:
+        return _did_you_mean(f"{key}={choice}")
+    whole, _, inside = key.partition("[")
+    changed = copy.deepcopy(plain(reduce(lambda at, name: at[name], whole.split("."), values)))
+    *places, last = (int(part) if part.isdecimal() else part for part in re.findall(r"\w+", inside))
+    reduce(lambda at, place: at[place], places, changed)[last] = choice
+    text = as_written(changed)
+    return _did_you_mean(f"{whole}={text}") if _is_accepted(whole, text) else Remedy.to_rename(got, choice)

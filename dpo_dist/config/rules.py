@@ -15,7 +15,7 @@ from dpo_dist.config.fields import as_written, schema_fields
 from dpo_dist.config.keys import all_keys
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import ACCURACIES, CUSTOM, METRICS, PREFIX
-from dpo_dist.config.mistakes import did_you_mean, likely
+from dpo_dist.config.mistakes import likely_name
 from dpo_dist.config.schema import SCHEMA, UNSET, DataFormat, Direction, ReferenceMode, RunConfig
 from dpo_dist.config.verb_sections import (
     CompareConfig,
@@ -79,21 +79,20 @@ def _holds(config: RunConfig, part: str) -> bool:
 
 
 def unused(key: str, unless: str, remedy: str | Remedy = "", works: Condition = lambda _: False) -> Rule:
-    """Return the rule that refuses a key without effect: the key is set, and `unless` and `works` are false.
+    """Return the rule that refuses a key without effect: it needs the part `unless` of a rule, or `works`."""
+    other = unless.partition("=")[0].rstrip("!")
+    remedy = remedy or "set " + unless.replace("|", " or ").replace("!=null", "=...")
+    return unused_beside(key, other, remedy, lambda c: _holds(c, unless) or works(c))
 
-    An `unless` without a value, such as LOSS, is only named in the error.
-    """
-    default, other = all_keys()[key].default, unless.partition("=")[0].rstrip("!")
+
+def unused_beside(key: str, other: str, remedy: str | Remedy, works: Condition) -> Rule:
+    """Return the rule that refuses a key that is set and by the value of the key `other` does not work."""
+    default = all_keys()[key].default
     return Rule(
         f"{key} {other}",
         f"{key} has no effect with this {other}",
-        Remedy.to_remove(key)
-        + f", or {remedy or 'set ' + unless.replace('|', ' or ').replace('!=null', '=...')}",
-        lambda c: (
-            value_at(c, key, default) != default
-            and not (other != unless and _holds(c, unless))
-            and not works(c)
-        ),
+        Remedy.to_remove(key) + f", or {remedy}",
+        lambda c: value_at(c, key, default) != default and not works(c),
         resets="" if other == LOSS else other,  # loss=NAME gives all options of the loss
     )
 
@@ -165,13 +164,13 @@ def _unused_by_loss(option: str) -> Rule:
 
     users = ", ".join(sorted(kinds_using(option)))
     remedy = f"choose a loss that uses it: {users}; loss=NAME replaces all options of the loss"
-    return unused(f"loss.{option}", LOSS, remedy, lambda c: is_used(c.loss))
+    return unused_beside(f"loss.{option}", LOSS, remedy, lambda c: is_used(c.loss))
 
 
 def _unused_by_reference(key: str, resets: str = "") -> tuple[Rule, Rule]:
     """Refuse an option of `reference` in modes that load no model, and with a loss that needs none."""
     by_mode = unused(key, "reference.mode=cached|live", works=lambda c: not c.loss.needs_reference)
-    by_loss = unused(key, LOSS, "choose a loss with a reference", lambda c: c.loss.needs_reference)
+    by_loss = unused_beside(key, LOSS, "choose a loss with a reference", lambda c: c.loss.needs_reference)
     return replace(by_mode, resets=resets), replace(by_loss, resets=resets)
 
 
@@ -186,6 +185,16 @@ def best_direction(metric: str) -> Direction | None:
         if f"{metric}/".startswith((f"{PREFIX}{name}/", f"{PREFIX}{name}_by_length/"))
     ]
     return METRICS[max(named, key=len)].best if named else None
+
+
+_JUDGED = [PREFIX + name for name in METRICS if METRICS[name].best]
+"""Metrics of evaluations with a known best direction."""
+
+
+def _instead_of_metric(name: str) -> Remedy:
+    listed = "choose eval_loss, eval_rewards/accuracies, eval_rewards/margins or eval_custom/NAME"
+    guess = likely_name(name, _JUDGED)
+    return Remedy.to_rename(name, guess) + f" {listed}" if guess else Remedy(listed)
 
 
 _ADAPTER = Remedy.to_set("model.adapter={r: 64, alpha: 128}")
@@ -278,7 +287,7 @@ RULES = (
     unused("data.drop_eval_prompts", "data.eval!=[]", "set data.eval; data.eval_share never shares a prompt"),
     unused("data.images", "model.images!=null", "set model.images.train=none to read images"),
     *map(_without_images, ("data.train", "data.eval", "evaluation.data")),
-    unused(
+    unused_beside(
         "data.ranked",
         "data.train",
         "name a source of format ranked or auto",
@@ -320,7 +329,7 @@ RULES = (
         "give one of them a weight",
         lambda c: bool(c.loss.terms) and not any(term.weight for term in c.loss.terms),
     ),
-    unused(
+    unused_beside(
         "loss.kind",
         "loss.terms",
         "add it to loss.terms, which is the whole loss",
@@ -420,10 +429,7 @@ RULES = (
     Rule(
         "trainer.keep_best!=null",
         "this is no evaluation metric with a known best direction, highest or lowest",
-        lambda c: (
-            did_you_mean(c.trainer.keep_best or "", [PREFIX + name for name in METRICS if METRICS[name].best])
-            + "choose eval_loss, eval_rewards/accuracies, eval_rewards/margins or eval_custom/NAME"
-        ),
+        lambda c: _instead_of_metric(c.trainer.keep_best or ""),
         lambda c: best_direction(c.trainer.keep_best or "") is None,
     ),
     # A search.
@@ -432,11 +438,7 @@ RULES = (
         "sweep.trials!=null sweep.by",
         "a search needs an evaluation metric with a known best direction, highest or lowest",
         lambda c: Remedy.to_set(
-            "sweep.by="
-            + [
-                *likely(c.sweep.by or "", [PREFIX + name for name in METRICS if METRICS[name].best]),
-                PREFIX + ACCURACIES[c.loss.is_unpaired],
-            ][0]
+            "sweep.by=" + (likely_name(c.sweep.by or "", _JUDGED) or PREFIX + ACCURACIES[c.loss.is_unpaired])
         ),
         lambda c: best_direction(c.sweep.by or "") is None,
     ),

@@ -50,9 +50,7 @@ class FolderConfig:
 
     dir: NonEmpty | None = key(None)
     """Run directory; null: `<run.root>/<run.name>-<digest>`."""
-    name: str = key(
-        "run", accepts="the name of one folder; run.root is the folder above it", pattern=r"^[^/]*[^/.][^/]*$"
-    )
+    name: str = key("run", accepts="the name of one folder below run.root", pattern=r"^[^/]*[^/.][^/]*$")
     """Name of the run, for its directory and for reports."""
     root: NonEmpty = key("output")
     """Folder of run directories, encoded data and the reference store."""
@@ -134,6 +132,7 @@ class AdapterConfig:
     adapter."""
 
     def __post_init__(self) -> None:
+        # The usual values are no defaults: with `path`, null is the value of the continued adapter.
         if self.path is not None:
             return
         for name, field in schema_fields(self).items():
@@ -172,8 +171,10 @@ ZERO_STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKi
 Direction = StrEnum("Direction", ["highest", "lowest"])
 
 Every = Annotated[int, Field(strict=True, ge=2)]
+"""Every n-th of something. Strict by itself: `schema` makes only integers without an annotation strict."""
 UNSET = "-"
-"""The default of a key that must be set; a verb that can work without a model gets it as `model.path`."""
+"""The default of a key that must be set; a verb that can work without a model gets it as `model.path`. It is
+a text, so that code that needs the path does not have to ask whether it is null."""
 
 
 @schema
@@ -315,6 +316,7 @@ class DataConfig:
     """Folder of encoded data, shared by runs."""
 
     def __post_init__(self) -> None:
+        # Whatever reads a source looks for the folder in the source alone.
         if self.images is not None:
             for name in ("train", "eval"):
                 sources = [replace(source, images=self.images) for source in getattr(self, name)]

@@ -46,8 +46,8 @@ class SamplingConfig:
     """How models respond: at evaluations (`samples`), in `compare` and in `pairs`."""
 
     max_new_tokens: int | None = key(None, ge=1)
-    """Largest number of tokens in a response; null: 512 in `pairs`, else 256, and less where the model's
-    context ends before."""
+    """Largest number of tokens in a response; null: 512 in `pairs`, else 256, or, if that is less, what the
+    prompt leaves of the model's context."""
     temperature: float | None = key(None, ge=0)
     """Sampling temperature; 0: greedy; null: 0.7 at evaluations, else 1. `compare` estimates the KL without
     bias only at 1."""
@@ -225,7 +225,7 @@ class PlanConfig:
     tokens_per_pair: float | None = key(None, gt=1)
     """Tokens of a pair, its prompt counted once; null: found as `pairs` is."""
     suggest: bool = key(False, verbs="plan")
-    """Also print the settings that fit with the shortest epoch."""
+    """Also search settings that fit into memory, and print those with the shortest epoch."""
 
 
 @schema

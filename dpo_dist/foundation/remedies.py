@@ -105,7 +105,9 @@ class Remedy:
         if isinstance(where, InFile):
             return {"write": [], "remove": []}
         about = where.words if isinstance(where, Place) else ()
+        # `optim.lr=0` with `drops`: this word is removed.
         write, remove = [*self.write], [*self.remove, *(about if self.drops else ())]
+        # `loss.betta=1` becomes loss.beta=1; a name at the key `model.path` changes in this key's word only.
         if self.rename is not None:
             of_key = [word for word in typed if key_of(word) == where]
             changed = {
@@ -113,18 +115,21 @@ class Remedy:
             }
             if about:
                 write = [changed.get(word, word) for word in about]
-            else:  # the word is not known: the first that has the name
+            else:  # `./modle` alone, in no known word: the first word that has the name
                 write, remove = [*changed.values()][:1], [*changed][:1]
+        # optim.lr=1e-4 is written for `--lr 1e-4`: both words are removed. A word of this key is replaced.
         keys = {key_of(word) for word in write if "=" in word}
         if write:
             remove += [word for word in about if "=" not in word or key_of(word) not in keys]
-        # A value that another option has, too, is removed with its own option only.
+        # `--seed 512`, beside `--config-dir 512`: the value is removed with its own option, as one word.
         if {*about} <= {*remove} and any(typed.count(word) > 1 for word in about[1:]):
             remove = [*(word for word in remove if word not in about), " ".join(about)]
-        typed_keys = [key_of(word) for word in typed]  # the last word of a key wins: only the new one is kept
+        # `model.dtype=fp32 model.dtype=x`: the last word of a key wins, so that only the new one is kept.
+        typed_keys = [key_of(word) for word in typed]
         remove += [word for word in typed if key_of(word) in keys and typed_keys.count(key_of(word)) > 1]
+        # loss=kto is written: `loss.kind` would win over it.
         remove += [key for group in _CHOSEN_BY for key in _CHOSEN_BY[group] if group in keys]
-        # A word that is shown with quotes or without its secret is not the one that was typed.
+        # `loss.beta="=0.2"`, typed without quotes, or a word without its secret: removed by its key.
         remove = [
             word if word in typed or key_of(word) not in typed_keys else key_of(word) for word in remove
         ]
@@ -144,8 +149,11 @@ def joined(parts: Sequence[Mapping[str, list[str]]]) -> dict[str, list[str]]:
     """Return the words of several remedies as those of one.
 
     Of two that write one value differently the one with fewer words knows it: the other gives a usual value
-    beside its own. Of two alike neither is known, and what they are about stays as it is.
+    beside its own. `--eval_steps 50` writes trainer.eval_every=50, `--early_stopping_patience 3` writes 100
+    beside trainer.patience=3: 50 is kept. Of two alike neither is known, and what they are about stays as it
+    is: `--rpo_alpha 1 --loss_type ipo` writes nothing, as one word sets loss.terms and one the loss.
     """
+    # By what is set, the words that set it, each with the number of words of its remedy.
     least: dict[str, set[tuple[int, str]]] = {}
     for part in parts:
         for word in part["write"]:
@@ -163,7 +171,7 @@ def joined(parts: Sequence[Mapping[str, list[str]]]) -> dict[str, list[str]]:
 
 
 def _chosen(word: str) -> str:
-    """Return what a word sets: its key, or the preset that sets the key."""
+    """Return what a word sets: its key, or the preset that sets the key, `loss` for `loss.kind=ipo`."""
     key = key_of(word)
     return next((group for group, keys in _CHOSEN_BY.items() if key in keys), key)
 

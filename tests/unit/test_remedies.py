@@ -167,6 +167,8 @@ WRITTEN = [
     ("--loss.betta 0.2", ["loss.beta=0.2"]),
     ("data.trian=a.jsonl", ["data.train=[a.jsonl]"]),
     ("loss=[dpo,sft]", ["loss=sigmoid"]),
+    ("loss.gamma=1", ["loss.options.gamma=1", "loss=simpo"]),
+    ("loss=sigmoid_sft loss.gamma=1", []),
     ("model.adapter={r=8}", ["model.adapter={r: 8}"]),
     ("data.eval=[{path=a.jsonl,split=test}]", ["data.eval=[{path: a.jsonl,split: test}]"]),
     ("data.eval=[a.jsonl", ["data.eval=[a.jsonl]"]),

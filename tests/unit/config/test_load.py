@@ -193,6 +193,9 @@ def test_files_are_merged_left_to_right_and_the_command_line_wins() -> None:
     assert (config.loss.kind, config.loss.beta, config.loss.options) == ("simpo", 2.0, SimpoOptions(1.0))
     Path("off.yaml").write_text("defaults: [tracking: off]\n")
     assert alone("mine.yaml off.yaml").tracking.to == []
+    Path("pairs.yaml").write_text("data: hh_rlhf\n")
+    config = alone("mine.yaml pairs.yaml data=ultrafeedback data.eval=[]")
+    assert config.data.truncation == "keep_start", "not that of the preset before it"
     Path("preset.yaml").write_text("loss: hinge\ntracking: off\ntrainer: {seed: 4}\ndoctor: {texts: false}\n")
     config = alone("+experiment=qwen7b_sft preset.yaml seed.yml", verb="train")
     assert (config.model.path, config.loss.kind, config.loss.beta) == ("Qwen/Qwen2.5-7B", "hinge", 0.4)
@@ -230,6 +233,7 @@ def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> Non
         experiment__mine="# @package _global_\ndefaults: [base, override /loss: softer]\ntrainer: {seed: 2}",
         experiment__plain="defaults: [base, _self_]\nloss: softer\ntrainer.seed: 4\n",
         experiment__above="defaults: [plain]\ntrainer: {seed: 6}\n",
+        experiment__below="defaults: [_self_, base]\ntrainer: {seed: 7, max_steps: 8}\n",
         cluster__a="# @package _global_\nparallelism: {kind: zero2}\n",
         cluster__b="# @package _global_\nreference.offload: cpu\ndefaults: [{override /tracking: 'off'}]\n",
         samples__many="prompts: 64\n",
@@ -247,6 +251,8 @@ def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> Non
     ]
     assert (above.loss.beta, above.trainer.seed, above.trainer.epochs) == (0.05, 6, 3), "files in files"
     assert (seed.trainer.seed, seed.trainer.epochs, seed.loss.beta) == (4, 3, 0.05)
+    below = configured("--config-dir conf +experiment=below").trainer
+    assert (below.seed, below.max_steps) == (1, 8), "a file that comes after _self_ wins"
     assert (loss.loss.kind, loss.loss.beta) == ("simpo", 2.0)
     config = configured("--config-dir conf loss=slow")
     assert (config.loss.kind, config.optim.lr) == ("hinge", 1e-8)

@@ -88,6 +88,17 @@ MISTYPED = [
     ("loss.router=0.01", "write loss.router.aux_coefficient=..."),
     ("loss.aux_coefficient=0.01", "write loss.router.aux_coefficient=0.01"),
     ("export.checkpoint=3", "such as step-000100"),
+    ("run.root=null", "set run.root to text; remove it for the default, output"),
+    ("run.name=true", "write 'run.name=\"true\"'"),
+    # `loss=simpo` would remove the terms.
+    *(
+        (f"{terms} {option}", f"write the entry {{kind: {kind}, options: {{{name}: 1}}}} in loss.terms")
+        for terms, option, kind, name in (
+            ("loss=sigmoid_sft", "loss.gamma=1", "simpo", "gamma"),
+            ("'loss.terms=[sft, simpo]'", "--simpo_gamma 1", "simpo", "gamma"),
+            ("'loss.terms=[{kind: sft}, {kind: beta_dpo}]'", "loss.alpha=1", "beta_dpo", "alpha"),
+        )
+    ),
     ("--config-dir nowhere", "nowhere is not a folder"),
     ("--confg-dir x", "did you mean --config-dir?"),
     # Values of other trainers are kept.
