@@ -262,7 +262,9 @@ class Follower:
         shown = list[dict[str, float]]()
         for label in labels:
             end = f"/{label}" if len(labels) > 1 else ""  # the only set has no name in a row
+            # A set may be called like the end of a metric, `chosen`: its own are there without it, too.
             own = [key for key in row if key.startswith("eval_") and key.endswith(end)]
+            own = [key for key in own if key.removesuffix(end) in row]
             named = {f"eval_{label}_{key.removeprefix('eval_').removesuffix(end)}": row[key] for key in own}
             shown.append({**{key: row[key] for key in ("step", "epoch") if key in row}, **named})
         return shown

@@ -89,7 +89,8 @@ def _encoded(source: dict[str, Any], tokenizer: Any, limits: DataConfig) -> Data
         names = ("chosen_ids", "rejected_ids") if len(example.responses) > 1 else ("completion_ids",)
         ids = dict(zip(names, (one.tolist() for one in example.responses), strict=False))
         rows.append({**given[line - 1], "prompt_ids": example.prompt_ids.tolist(), **ids})
-    return Dataset.from_list(rows)
+    columns = dict.fromkeys(name for row in rows for name in row)  # `from_list` takes those of the first row
+    return Dataset.from_list([{name: row.get(name) for name in columns} for row in rows])
 
 
 def _examples(

@@ -53,7 +53,7 @@ def launcher_keys(
         if config.get("gradient_clipping") is None and args.max_grad_norm:
             said.append(f"{where}: gradients are clipped by max_grad_norm; DeepSpeed needs gradient_clipping")
         zero = config.get("zero_optimization") or {}
-        if (given := str(zero.get("stage") or 0)) not in "0123":
+        if (given := str(zero.get("stage") or 0)) not in ("0", "1", "2", "3"):
             raise _other(f"{where}: zero_optimization.stage", given, "write 2 or 3")
         stage = int(given)
         optimizer, weights = (

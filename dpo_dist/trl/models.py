@@ -299,6 +299,11 @@ def saved(model: Any, tokenizer: Any, root: Path) -> str:
     digest = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=8)
     if tokenizer is not None:
         digest.update(repr((tokenization(tokenizer), tokenizer.chat_template)).encode())
+    for name, adapter in getattr(model, "peft_config", {}).items():
+        options = {
+            key: sorted(value) if isinstance(value, set) else value for key, value in vars(adapter).items()
+        }
+        digest.update(repr((name, sorted(options.items()))).encode())
     if any(map(is_sharded, model.parameters())):
         remedy = "pass its name or folder: under this launcher transformers loads only a part in a process"
         raise refused("model", f"a {type(model).__name__} whose weights ZeRO-3 shards", remedy)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -57,18 +58,23 @@ class Processes:
         """Return the model, which nothing has wrapped."""
         return model
 
-    @contextlib.contextmanager
-    def main_process_first(self) -> Iterator[None]:
+    def main_process_first(self) -> AbstractContextManager[None]:
         """Run the block on the main process before the others, if the script has joined them."""
-        if not self.is_main_process:
+        return self._goes_first(self.is_main_process)
+
+    def local_main_process_first(self) -> AbstractContextManager[None]:
+        """Run the block on the first process of each node before the others."""
+        return self._goes_first(self.is_local_main_process)
+
+    @contextlib.contextmanager
+    def _goes_first(self, is_first: bool) -> Iterator[None]:
+        if not is_first:
             self.wait_for_everyone()
         try:
             yield
         finally:
-            if self.is_main_process:
+            if is_first:
                 self.wait_for_everyone()
-
-    local_main_process_first = main_process_first
 
     def __getattr__(self, name: str) -> Any:
         """Raise an error that lists what there is."""

@@ -253,8 +253,8 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         results, metrics = json.loads(self.run.evaluation.results.read_text()), dict[str, float]()
         for label in [source["label"] for source in given if "label" in source] or [""]:
             found = results[results_name(label) if label else "all"]
-            names = {key: f"{metric_key_prefix}_{label}_".replace("__", "_") for key in found}
-            row = {names[key] + key.removeprefix("eval_"): found[key] for key in found if key != "intervals"}
+            start = f"{metric_key_prefix}_{label}_" if label else f"{metric_key_prefix}_"
+            row = {start + key.removeprefix("eval_"): found[key] for key in found if key != "intervals"}
             metrics |= row
             self.log({**row, "step": self.state.global_step})
             self._follower.call("on_evaluate", metrics=row)

@@ -278,23 +278,22 @@ class _Conversation:
             prompt, texts, changes = self._after_opened_thought(prompt, messages)
         else:
             prompt, texts, changes = self._after_closed_prompt(prompt, messages)
-        counted = tuple(
-            ((0, len(text)),) if self._is_counted(turn, text) else ()
-            for turn, text in zip(messages, texts, strict=True)
-        )
-        return RenderedRecord(prompt, tuple(texts), counted, frozenset(changes))
+        counted = list[tuple[Span, ...]]()
+        for turn, text in zip(messages, texts, strict=True):
+            self._check_rendered(turn, text)
+            counted.append(((0, len(text)),) if self._is_trained(turn) else ())
+        return RenderedRecord(prompt, tuple(texts), tuple(counted), frozenset(changes))
 
-    def _is_counted(self, turn: Message, text: str) -> bool:
-        """Return whether the loss counts a turn, rendered as `text`.
+    def _is_trained(self, turn: Message) -> bool:
+        """Return whether the loss counts a turn."""
+        return turn.role in self.config.trained_roles if turn.is_trained is None else turn.is_trained
 
-        Raises UnusableRecordError: the loss counts the turn, but the template leaves out its call or thought.
-        """
-        is_counted = turn.role in self.config.trained_roles if turn.is_trained is None else turn.is_trained
+    def _check_rendered(self, turn: Message, text: str) -> None:
+        """Raise if a trained turn is a call or a thought that the template leaves out of its `text`."""
         has_more = turn.role == "assistant" and (turn.fields or _CLOSE in turn.content)
         is_all = has_more and not turn.content.rpartition(_CLOSE)[2].strip()
-        if is_counted and is_all and self.facts.is_blank(text):
+        if is_all and self._is_trained(turn) and self.facts.is_blank(text):
             raise UnusableRecordError("turn_not_rendered", "the chat template leaves out a call or a thought")
-        return is_counted
 
     # One turn: what the template writes after the prompt of a generation.
 
@@ -440,9 +439,10 @@ class _Conversation:
     def _whole_conversation(self, response: Messages) -> _WholeConversation:
         """Return the conversation with a response of several turns, or of one."""
         turns, counted = list[ResponseTurn](), list[Span]()
-        for message, turn in zip(response, self.finder.find(response), strict=True):
+        for message, turn in zip(response, self.finder.find(response, self._is_trained), strict=True):
             turns.append(turn)
-            if self._is_counted(message, turn.counted_text):
+            self._check_rendered(message, turn.counted_text)
+            if self._is_trained(message):
                 counted.append(turn.counted)
         return _WholeConversation(turns[-1].before + turns[-1].text, turns[0].start, tuple(counted))
 

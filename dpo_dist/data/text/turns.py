@@ -15,8 +15,8 @@ GLM ends no turn: a model stops with the token that starts the next one. Positio
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -27,6 +27,8 @@ from dpo_dist.data.text.tokenizer import TokenizerFacts
 
 Span = tuple[int, int]
 """Start and end of a part of a text."""
+_PROBE = "dpo_dist probe"
+"""A content that no header has."""
 
 
 def message_thought(message: Message) -> str | None:
@@ -64,8 +66,11 @@ class TurnFinder:
         self._prompt, self._context, self._facts, self._chat = prompt, context, facts, chat
         self._generation_prompts: dict[str, str] = {}
 
-    def find(self, response: Messages) -> Iterator[ResponseTurn]:
-        """Yield the turns of a response. Raises UnusableRecordError: a turn is not found."""
+    def find(self, response: Messages, is_trained: Callable[[Message], bool]) -> Iterator[ResponseTurn]:
+        """Yield the turns of a response; `counted` of those that are trained is without their header.
+
+        Raises UnusableRecordError: a turn is not found.
+        """
         first = len(self._prompt)
         turns = (*self._prompt, *map(self._chat.turn, response))
         output = self._chat.render(turns, self._context)
@@ -79,8 +84,9 @@ class TurnFinder:
             header = self._header_length(message, text, turns[:index]) if is_assistant else 0
             if index == len(turns) - 1:
                 text = text[:header] + self._facts.up_to_end(text[header:])
-            # Of another role's turn, what stands before its content does not count.
-            content = header if is_assistant else max(text.find(message.content.strip()), 0)
+            content = header
+            if text and not is_assistant and is_trained(message):
+                content = self._content_start(message, turns, index, output[: start + len(text)], start)
             counted = start + content, start + self._end(text, output[stop:])
             yield ResponseTurn(output[:start], text, header, counted)
 
@@ -94,6 +100,22 @@ class TurnFinder:
         return len(turn) + (next_token.end() if next_token else 0)
 
     # The header of a turn.
+
+    def _content_start(self, message: Message, turns: Turns, index: int, output: str, start: int) -> int:
+        r"""Return the length of what a turn of another role, which ends `output`, has before its content.
+
+        The template says it with another content, as the turn's own may be empty, or the name of its role:
+
+            <|im_start|>user\nuser<|im_end|>\n
+            <|im_start|>user\nprobe<|im_end|>\n
+        """
+        probed = self._chat.turn(replace(message, content=_PROBE))
+        other = self._chat.render((*turns[:index], probed, *turns[index + 1 :]), self._context)
+        end = other.find(_PROBE, start)
+        if end < 0 or other[:end] != output[:end]:
+            detail = f"no content of the turn of {message.role} is found in the template's output"
+            raise UnusableRecordError("turns_not_found", detail)
+        return end - start
 
     def _header_length(self, message: Message, turn: str, before: Turns) -> int:
         r"""Return the length of the header of an assistant's `turn`, which follows the turns `before`.

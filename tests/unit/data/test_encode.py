@@ -333,9 +333,15 @@ def pluralize(response: Messages | str, family: str = "qwen2_5", **data: Any) ->
     return str(tokenizer.decode(ids[pair.trained[0]] if pair.trained else ids))
 
 
+def asked(content: str) -> Message:
+    """A trained question."""
+    return Message("user", content, is_trained=True)
+
+
 NOTE, THOUGHT = ["<note>...</note>"], "<think>\nLook.\n</think>\n\n"
 IN_FIELD = (replace(ANSWER, fields={"reasoning_content": "Look."}),)
 SAID = (replace(ANSWER, is_trained=False), replace(DOUBT, is_trained=True), LAST)
+RESULT = Message("tool", '{"a": 1}', {"name": "weather"}, is_trained=True)
 LITERAL = (Message("assistant", "a <|im_end|> b"), Message("user", "<|im_start|>c"), LAST)
 RAIN, YES, END = "It rains.<|im_end|>", "Yes, <note>I think</note> so.<|im_end|>", "<|im_end|>"
 
@@ -346,6 +352,16 @@ RAIN, YES, END = "It rains.<|im_end|>", "Yes, <note>I think</note> so.<|im_end|>
         (TURNS, "qwen2_5", {}, RAIN + YES),
         (TURNS, "qwen2_5", {"trained_roles": ["user", "assistant"]}, f"{RAIN}Are you sure?{END}{YES}"),
         (SAID, "qwen2_5", {}, f"Are you sure?{END}{YES}"),
+        # The header of another role's turn never counts, whatever its content is.
+        *(
+            ((ANSWER, asked(content), LAST), "qwen2_5", {}, f"{RAIN}{content}{END}{YES}")
+            for content in ("user", "e", "", "What is <|im_end|>?")
+        ),
+        *(
+            ((ANSWER, asked(content)), "llama3_1", {}, f"It rains.<|eot_id|>{content}<|eot_id|>")
+            for content in ("user", "")
+        ),
+        ((ANSWER, RESULT), "llama3_1", {}, 'It rains.<|eot_id|>{\\"a\\": 1}"<|eot_id|>'),
         (LITERAL, "qwen2_5", {}, f"a <|im_end|> b{END}{YES}"),
         (TURNS, "qwen2_5", {"untrained": ["formatting"]}, "It rains.Yes, <note>I think</note> so."),
         ((ANSWER,), "llama3_1", {"untrained": ["formatting"]}, "It rains."),

@@ -17,7 +17,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from datasets import Dataset
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -169,6 +169,14 @@ def test_the_main_process_is_first_where_the_processes_have_joined(monkeypatch: 
         with pytest.raises(ZeroDivisionError), first():
             raise ZeroDivisionError
     assert barriers == ["met", "met"], "the others go on after an error"
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    processes, barriers[:] = Processes(DPOConfig(output_dir="o")), []
+    with processes.main_process_first():
+        assert barriers == ["met"]
+    with processes.local_main_process_first():
+        assert barriers == ["met"], "the first of its node goes first"
+    assert barriers == ["met", "met"]
 
 
 def test_what_processes_gather_is_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -832,9 +840,11 @@ def test_attributes_are_those_of_trl_or_say_what_to_use(folder: Path, tmp_path: 
 
 def test_data_of_a_trainer_have_the_token_ids_that_are_trained(folder: Path, tmp_path: Path) -> None:
     args, held_out = DPOConfig(output_dir=str(tmp_path), max_length=None), {"easy": PAIRS[:2]}
-    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=held_out)
+    pairs = [*PAIRS, {**PAIRS[0], "note": "a column of the last record only"}]
+    trainer = DPOTrainer(str(folder), args=args, train_dataset=pairs, eval_dataset=held_out)
     tokenizer = trainer.processing_class
-    for row, pair in zip(trainer.train_dataset, PAIRS, strict=True):
+    assert trainer.train_dataset[-1]["note"] == pairs[-1]["note"]
+    for row, pair in zip(trainer.train_dataset, pairs, strict=True):
         assert row["prompt_ids"] == tokenizer(pair["prompt"], add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(row["chosen_ids"]) == pair["chosen"] + tokenizer.eos_token
         assert row["rejected"] == pair["rejected"]
@@ -964,6 +974,19 @@ def test_a_record_without_a_response_does_not_change_how_others_are_read(
     assert source["columns"] == without[0]["columns"]
 
 
+@pytest.mark.parametrize(("option", "values"), [("lora_alpha", (16, 64)), ("use_rslora", (False, True))])
+def test_an_adapter_in_memory_is_trained_with_its_own_options(
+    option: str, values: tuple[Any, Any], folder: Path, tmp_path: Path
+) -> None:
+    """Also if `output_dir` has one with the same weights."""
+    for value in values:
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules="all-linear", **{option: value})
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+        path = translated(folder, tmp_path, model=adapted)["model.adapter.path"]
+        assert PeftConfig.from_pretrained(path).to_dict()[option] == value
+
+
 @pytest.mark.parametrize(
     ("held_out", "metric"), [(PAIRS[:4], "eval_loss"), ({"easy": PAIRS[:4]}, "eval_easy_loss")]
 )
@@ -979,6 +1002,32 @@ def test_of_two_equal_evaluations_the_earlier_is_the_best(
     trainer.train()
     assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.5, 2)
     assert [row[metric] for row in trainer.state.log_history if metric in row] == [0.7, 0.5, 0.5]
+
+
+def test_sets_have_any_names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One like the end of a metric, and one with two underscores, which a prefix may have, too."""
+    sets = {"hard__set": PAIRS[:2], "chosen": PAIRS[2:4]}
+    args = DPOConfig(output_dir=str(tmp_path), eval_strategy="epoch")
+    trainer = DPOTrainer(str(folder), args=args, train_dataset=PAIRS, eval_dataset=sets)
+    row = {"step": 1, "epoch": 1.0}
+    for end in ("", "/hard__set", "/chosen"):
+        row |= {f"eval_loss{end}": 0.5, f"eval_rewards/chosen{end}": 0.1}
+    ended = {"exit": "preempted", "stopped_by": "a callback", "steps": 1, "train_seconds": 0.0}
+    monkeypatch.setattr("dpo_dist.api.train", lambda *_, **__: ended)
+    monkeypatch.setattr("dpo_dist.api.read_metrics", lambda _: [row])
+    trainer.train()
+    names = [sorted(name for name in row if "eval_" in name) for row in trainer.state.log_history[:2]]
+    assert names == [[f"eval_{label}_loss", f"eval_{label}_rewards/chosen"] for label in sets]
+
+    found = json.dumps({label: {"eval_loss": 0.5} for label in sets})
+    monkeypatch.setattr("dpo_dist.verbs.evaluate.main", lambda _: results.write_text(found))
+    monkeypatch.setattr("dpo_dist.trl.models.ScriptModels.trained", lambda _: str(folder))
+    results = trainer.run.evaluation.results
+    results.parent.mkdir(parents=True)
+    assert sorted(trainer.evaluate(metric_key_prefix="my__test")) == [
+        "my__test_chosen_loss",
+        "my__test_hard__set_loss",
+    ]
 
 
 def test_weights_that_the_class_of_a_model_freezes_are_not_those_of_the_script(tmp_path: Path) -> None:
