@@ -8,7 +8,7 @@ from typing import Any
 from dpo_dist.config.schema import DataFormat, SourceConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.data.read.fields import FIELDS, OTHERS, PAIRS, WHOLE, fields_with
-from dpo_dist.data.read.values import CALLING, ROLES, from_json, has_value, parse_json
+from dpo_dist.data.read.values import CALLING, ROLES, from_json, has_value, parse_json, with_value
 from dpo_dist.data.records import BadRecord, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.types import Fields
@@ -78,12 +78,17 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
             break
         rest = {} if has_others else {name: record[name] for name in record if name not in hidden}
         whole = from_json(values.pop(WHOLE, None if WHOLE in paths else {}))
-        if isinstance(whole, Mapping):
+        if not isinstance(whole, Mapping):
+            yield BadRecord("missing_field", origin, f"{paths[WHOLE]} is not an object"), origin
+        elif twice := [
+            name for name in with_value(rest, FIELDS) if whole.get(name, rest[name]) != rest[name]
+        ]:
+            detail = f"beside {paths[WHOLE]} and inside it: {', '.join(twice)}"
+            yield BadRecord("ambiguous_format", origin, detail), origin
+        else:
             left_out = (name for name in record if name not in known and (has_others or name in paths))
             names = tuple(name for name in left_out if has_value(record[name]))
             yield {**rest, **whole, **values, **({OTHERS: names} if names else {})}, origin
-        else:
-            yield BadRecord("missing_field", origin, f"{paths[WHOLE]} is not an object"), origin
     if unseen and seen:
         raise DataError(
             f"{what} a column of the source",

@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo_dist.data.read.fields import (
@@ -181,7 +181,7 @@ def ranking(record: Fields) -> Content:
         raise UnusableRecordError("image_in_response", f"a response in {name} has an image")
     # Best first by the scores inside of the responses, else as given.
     responses, scores, beside = items, None, record.get("scores")
-    inside = [_own_score(item) if isinstance(item, Mapping) else None for item in items]
+    inside = _own_scores([item if isinstance(item, Mapping) else {} for item in items])
     if any(score is not None for score in inside):
         numbers = finite_numbers(inside)
         if beside is not None and finite_numbers(beside) != numbers:
@@ -280,10 +280,19 @@ def _words(name: str) -> list[str]:
     return [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)]
 
 
-def _own_score(response: Fields) -> Any:
-    """Return the score inside a response, or the negative of its rank (1 is the best)."""
-    score, rank = _first(response, _SCORES), response.get("rank")
-    return -finite_numbers([rank])[0] if score is None and rank is not None else score
+def _own_scores(responses: Sequence[Fields]) -> Sequence[Any]:
+    """Return the scores inside responses, of one field, or the negatives of their ranks (1 is the best)."""
+    columns = {name: [response.get(name) for response in responses] for name in (*_SCORES, "rank")}
+    given = [values for values in columns.values() if any(value is not None for value in values)]
+    ranks = columns["rank"]
+    if ranks not in given:
+        return given[0] if given else ranks
+    places = [-rank for rank in finite_numbers(ranks)]
+    scores = places if given[0] is ranks else finite_numbers(given[0])
+    for (score, place), (other, below) in itertools.combinations(zip(scores, places, strict=True), 2):
+        if (score - other) * (place - below) < 0:
+            raise UnusableRecordError("invalid_scores", "the scores and ranks of the responses differ")
+    return scores
 
 
 def _first(fields: Fields, names: Iterable[str]) -> Any:

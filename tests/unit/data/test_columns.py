@@ -133,6 +133,18 @@ def test_a_column_with_the_whole_record_must_be_an_object(tmp_path: Path) -> Non
     assert isinstance(second, PreferenceRecord)
 
 
+def test_a_field_outside_of_the_whole_record_is_not_silently_another_one(tmp_path: Path) -> None:
+    inner = {"prompt": "q", "chosen": "yes", "rejected": "never", "id": 1}
+    rows = [
+        {"inner": inner, **outer}
+        for outer in ({"system": "be kind"}, {"prompt": "q", "id": 2}, {"prompt": "x"})
+    ]
+    *read_ones, twice = read(jsonl(tmp_path, *rows), columns=WHOLE)
+    assert all(isinstance(one, PreferenceRecord) for one in read_ones)
+    assert isinstance(twice, BadRecord)
+    assert (twice.reason, twice.detail) == ("ambiguous_format", "beside inner and inside it: prompt")
+
+
 def test_scores_beside_a_column_inside_of_the_metadata_are_read(tmp_path: Path) -> None:
     metadata = {"task": "q", "score_chosen": 4, "score_rejected": 1}
     path = jsonl(tmp_path, {"metadata": metadata, "chosen": "yes", "rejected": "no"})
