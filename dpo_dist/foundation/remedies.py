@@ -115,7 +115,7 @@ class Remedy:
             }
             if about:
                 write = [changed.get(word, word) for word in about]
-            else:  # `./modle` alone, in no known word: the first word that has the name
+            else:  # `./model-a` alone, in no known word: the first word that has the name
                 write, remove = [*changed.values()][:1], [*changed][:1]
         # optim.lr=1e-4 is written for `--lr 1e-4`: both words are removed. A word of this key is replaced.
         keys = {key_of(word) for word in write if "=" in word}

@@ -256,6 +256,7 @@ class Follower:
             if args.logging_strategy == "steps":
                 is_due |= row["step"] % self.command.theirs["logging_steps"] == 0
             is_last = row["step"] == self.trainer.state.max_steps
+            # A run has a row for each due step, and one for its last, which TRL logs only if it is due.
             return [_with_aux_loss(row)] if is_due or not is_last else []
         if not labels:
             return [row]

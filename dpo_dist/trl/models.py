@@ -128,7 +128,7 @@ class ScriptModels:
     def changes(self) -> list[ConfigError]:
         """Return errors for what a script has changed in models or the tokenizer since `save`."""
         model = self.start if self.policy is None else self.policy
-        found = unseen(model, self._given_reference, has_adapter=self.has_adapter)
+        found = changed_models(model, self._given_reference, has_adapter=self.has_adapter)
         tokens, template = self._tokenization
         has_other_tokens = tokenization(self.tokenizer) != tokens
         if has_other_tokens or self.tokenizer.chat_template != template:
@@ -247,7 +247,7 @@ def uncompiled(model: Any) -> Any:
     return parts.get("_orig_mod", model)
 
 
-def unseen(model: Any, ref_model: Any, *, has_adapter: bool) -> list[ConfigError]:
+def changed_models(model: Any, ref_model: Any, *, has_adapter: bool) -> list[ConfigError]:
     """Return errors for what a script has changed in models in memory, which are saved and loaded again."""
     found = hooks(model, "model") + hooks(ref_model, "ref_model")
     # Below an adapter all weights are frozen, and quantized ones always.

@@ -30,7 +30,7 @@ from dpo_dist.tools.convert.arguments import DPOConfig, KTOConfig, TrainerArgume
 from dpo_dist.trl.callbacks import AbsentError, Follower
 from dpo_dist.trl.command import ScriptCommand, dtype_in_memory
 from dpo_dist.trl.data import sources, with_token_ids
-from dpo_dist.trl.models import ScriptModels, uncompiled, unseen
+from dpo_dist.trl.models import ScriptModels, changed_models, uncompiled
 from dpo_dist.trl.processes import Processes
 from dpo_dist.trl.surface import (
     ARGUMENT_OF,
@@ -93,7 +93,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         raise_all(not_offered(self.config, args, others | {"optimizers": optimizers}))
         model, ref_model = uncompiled(model), uncompiled(ref_model)
         found = uncalled_overrides(self, args or self.config(), _OFFERED, _AS_DEFINED)
-        raise_all(found + unseen(model, ref_model, has_adapter=peft_config is not None))
+        raise_all(found + changed_models(model, ref_model, has_adapter=peft_config is not None))
 
         # The command and what follows its run; callbacks add to both.
         name = Path(model if isinstance(model, str) else model.config.name_or_path).name
@@ -135,6 +135,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             warnings.warn(note, stacklevel=2)
         command.check(self.processing_class)
         self.state.max_steps = self.args.max_steps
+        # `taken_names` knew the names of this class. These are TRL's, which the stages above have set, too.
         raise_all(named_as_ours(name for name in of_script if vars(self)[name] is not of_script[name]))
 
         # Nothing is left to refuse: the hub, the models, and the file that names them.
