@@ -259,7 +259,7 @@ def check_files(run: Path) -> None:
                 where=str(file),
                 got=got,
                 expected=f"a file, at most {size(_MOST_BYTES)} of one that is read whole",
-                remedy="delete it, and ask where this folder comes from",
+                remedy="delete it; if the folder is not your own, ask its owner",
             )
 
 

@@ -248,7 +248,7 @@ class PolicyEngine(Engine):
         longest = max(map(torch.numel, masters), default=0)
         if is_eight_bit(inner_optimizer(engine)) and longest >= 2**31:
             raise ConfigError(
-                "the kernels of adamw_8bit index a process's weights by 31 bits",
+                "the kernels of adamw_8bit cannot address a tensor of 2^31 weights or more",
                 where="optim.kind",
                 got=f"{longest:,} weights in one tensor of a process",
                 remedy=Remedy.to_set("parallelism=zero3")

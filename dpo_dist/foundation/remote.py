@@ -78,7 +78,10 @@ def open_file_system(url: str, where: str = "") -> tuple[Any, str]:
         ) from fault
     except ValueError as fault:
         raise ConfigError(
-            "the URL is not understood", where=where or url, got=in_one_line(fault), remedy="correct the URL"
+            "the URL is not understood",
+            where=where or url,
+            got=in_one_line(fault),
+            remedy="write PROTOCOL://BUCKET_OR_HOST/PATH",
         ) from fault
     file_system.invalidate_cache()
     return file_system, path

@@ -44,8 +44,8 @@ def launcher_keys(
                 "groups of processes of the launcher are not offered",
                 where="accelerate launch",
                 got=f"parallelism_config_{kind.lower()}_size: {ranks}",
-                remedy="remove parallelism_config from its file; processes share long sequences by "
-                f"words=['parallelism.sequence_parallel={ranks}']",
+                remedy="remove parallelism_config from its file; so that processes share long sequences, "
+                f"write DPOConfig(words=['parallelism.sequence_parallel={ranks}'])",
             )
     if args.deepspeed or _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
         where, config = _deepspeed(environ, args.deepspeed)

@@ -418,7 +418,7 @@ def remote_files(source: SourceConfig) -> list[RemoteFile]:
             state = _state(found[name]) or _state(system.info(name))
             if state is None:
                 raise DataError(
-                    "a change of the file would not be noticed",
+                    "this server says nothing by which a changed file is noticed",
                     where=url,
                     expected="a server that says a checksum, an ETag or the time of the last change",
                     remedy="download the file, and set its path",

@@ -165,8 +165,8 @@ class SavedSlices:
                             "a checkpoint's 8-bit optimizer states can only be loaded as they were saved",
                             where=str(self.folder),
                             got=f"no {key}",
-                            remedy="use the number of processes and the parallelism that wrote it; "
-                            "with optim.kind=adamw a run can change them",
+                            remedy="resume with the number of processes and the parallelism that wrote "
+                            "it: other processes can only load states of optim.kind=adamw",
                         )
                     for start, stop, file in self._ranges[key]:
                         first, last = max(piece.start, start), min(piece.start + target.numel(), stop)

@@ -298,9 +298,8 @@ class Watcher(threading.Thread):
             f"rank {', '.join(str(peer.rank) for peer in lost)} of {self._world.size} {what}",
             where="; ".join(map(str, lost)),
             got=got[:300],
-            remedy="see this rank's logs/rank-N.log (without an error at its end, the process was killed, "
-            "often for lack of host memory) and logs/rank-N.stacks.txt; end a process that hangs; run the "
-            "same command again to resume from the last checkpoint",
+            remedy="see logs/rank-N.log and logs/rank-N.stacks.txt of this rank (a log without an error at "
+            "its end: it was killed, often for want of host memory); then run the same command again to resume",
         )
 
 

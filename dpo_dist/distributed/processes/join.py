@@ -157,9 +157,8 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
             got=first_line(failure),
             expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
-            remedy="see the messages of all processes (the screen of each node, logs/rank-N.log), and "
-            "whether every node reaches this address and its port is free (MASTER_PORT, --main_process_port: "
-            "choose another); then run the same command again",
+            remedy="see logs/rank-N.log and the screen of every node; check that each node reaches this "
+            "address, and that its port is free (MASTER_PORT, --main_process_port); then run the same command again",
         ) from failure
     return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
 

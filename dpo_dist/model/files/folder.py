@@ -83,7 +83,7 @@ def local_model_folder(
                 "a revision has no effect on a local folder",
                 where=key.replace("path", "revision"),
                 got=f"{revision} with {path}",
-                remedy="remove it, or name the model on the hub",
+                remedy=Remedy.to_remove(key.replace("path", "revision")) + ", or name the model on the hub",
             )
         _check_files(folder, key, needs_weights=needs_weights, accepts_adapter=accepts_adapter)
         return folder

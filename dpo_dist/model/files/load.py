@@ -300,7 +300,7 @@ def without_weights(
 
 def _no_text_model(model_config: Any, reason: str) -> ConfigError:
     return ConfigError(
-        "this model cannot continue text from text alone, or its config.json is wrong",
+        "this is no model that continues text, or its config.json is wrong",
         where="model.path",
         got=f"{model_config.model_type}: {reason}",
         expected="a causal language model, or a model of images and text with one text decoder",

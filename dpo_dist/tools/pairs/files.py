@@ -96,10 +96,8 @@ def write_results(
                     "no pair can be made",
                     where=str(file),
                     got="no prompt has two usable responses with different scores",
-                    remedy="see the counts: scores can be missing, equal, or closer than pairs.margin, and "
-                    "responses can be cut at sampling.max_new_tokens, or have no room for it in the model; "
-                    "for data without scores "
-                    "pairs.method=samples makes responses and scores them",
+                    remedy="see the counts above; for data without scores pairs.method=samples makes "
+                    "responses and scores them",
                 )
             summary = {
                 "pairs": number,

@@ -70,7 +70,7 @@ def check_points(points: Points) -> None:
             "a sweep starts the processes of its points itself",
             where="accelerate launch",
             got=f"{os.environ['WORLD_SIZE']} processes",
-            remedy="start one: dpo-dist sweep; with sweep.parallel=1 each point has all GPUs",
+            remedy="start one process: dpo-dist sweep ...; with sweep.parallel=1 each point has all GPUs",
         )
     if isinstance(points, SearchSpace):
         import optuna  # noqa: F401, PLC0415  (an extra: said before anything is loaded)

@@ -411,7 +411,7 @@ def test_a_web_server(web: str) -> None:
     assert read(f"{web}/a.jsonl") == {"0": f"{web}/a.jsonl:1", "1": f"{web}/a.jsonl:2"}
     faults = {
         "none.jsonl": "nothing is at the URL",
-        "untimed.jsonl": "would not be noticed",
+        "untimed.jsonl": "a changed file is noticed",
         "cut.jsonl": "not read to its end",
     }
     for name, words in faults.items():
