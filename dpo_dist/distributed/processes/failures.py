@@ -299,7 +299,7 @@ class Watcher(threading.Thread):
             where="; ".join(map(str, lost)),
             got=got[:300],
             remedy="see logs/rank-N.log and logs/rank-N.stacks.txt of this rank (a log without an error at "
-            "its end: it was killed, often for want of host memory); to resume run the same command again",
+            "its end: it was killed, often for want of host memory); run the command again to resume",
         )
 
 
