@@ -158,7 +158,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
             got=first_line(failure),
             expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
             remedy="see logs/rank-N.log and the screen of every node; check that each node reaches this "
-            "address, and that its port is free (MASTER_PORT, --main_process_port); then run the command again",
+            "address, and its port is free (MASTER_PORT, --main_process_port); then run the command again",
         ) from failure
     return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
 
