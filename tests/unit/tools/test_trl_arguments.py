@@ -47,6 +47,7 @@ from dpo_dist.trl.callbacks import Absent
 from dpo_dist.trl.processes import Processes
 from dpo_dist.trl.unseen import frozen_weights, hooks
 from tests.support.families import tiny_config
+from tests.support.tiny import CHATML
 from tests.support.tiny_model import write_model
 
 pytestmark = pytest.mark.slow
@@ -985,6 +986,14 @@ def test_an_adapter_in_memory_is_trained_with_its_own_options(
         adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
         path = translated(folder, tmp_path, model=adapted)["model.adapter.path"]
         assert PeftConfig.from_pretrained(path).to_dict()[option] == value
+
+
+def test_a_model_in_memory_is_trained_with_the_tokenizer_given(folder: Path, tmp_path: Path) -> None:
+    for template in (CHATML, CHATML + "{# another #}"):
+        model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+        tokenizer.chat_template = template
+        path = translated(folder, tmp_path, model=model, processing_class=tokenizer)["model.path"]
+        assert AutoTokenizer.from_pretrained(path).chat_template == template
 
 
 @pytest.mark.parametrize(
