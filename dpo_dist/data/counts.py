@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from dpo_dist.batching.sampler import BatchSampler
 from dpo_dist.config.fields import as_written
 from dpo_dist.config.schema import DataConfig, SourceConfig, TextTemplate
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord, Record, shown_key
 from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
 from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remedies import AtRecords, Remedy
 from dpo_dist.foundation.text import pluralize
 
@@ -26,9 +25,7 @@ DROPPED_PROMPT_PREFIX = "prompts_dropped_"
 """Prefix of the counts of prompts that are left out; the reason follows."""
 _PLAIN = "chat_template_not_applied"
 EMPTY_REMEDY = "check the path, or remove the source"
-_TABLE: dict[str, dict[str, list[str]]] = yaml.safe_load(
-    Path(__file__).with_name("counts.yaml").read_text(encoding="utf-8")
-)
+_TABLE: dict[str, dict[str, list[str]]] = own_table(Path(__file__).with_suffix(".yaml"))
 _ROWS = {name: row for rows in _TABLE.values() for name, row in rows.items()}
 
 

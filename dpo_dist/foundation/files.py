@@ -18,6 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from dpo_dist.foundation.errors import ConfigError, first_fault, first_line
@@ -80,6 +81,12 @@ def read_fields(path: Path, form: Any = dict) -> dict[str, Any]:
     except OSError as error:
         raise _unreadable(str(path), first_line(error)) from None
     return _object(content, form, str(path))
+
+
+def own_table(file: Path) -> dict[str, Any]:
+    """Return the content of a YAML file of this package."""
+    table: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return table
 
 
 def _object(text: bytes, form: Any, where: str) -> dict[str, Any]:

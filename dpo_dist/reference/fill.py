@@ -263,7 +263,11 @@ class StoreFiller:
                 if is_stopped := self.stops.must_stop():
                     break
 
-        world.together(partial(_check_ids, dataset, damaged))
+        def check_ids() -> None:
+            if damaged:
+                raise dataset.damaged_ids(damaged)
+
+        world.together(check_ids)
         return np.concatenate(keys), entries, is_stopped
 
     def _packed(
@@ -299,12 +303,6 @@ class _Needs(NamedTuple):
 def _report_round(progress: FillProgress, before: int, pairs: int, total: int, share: float) -> None:
     """Report the pairs before a round, and the done share of the round's `pairs`."""
     progress(before + int(share * pairs), total)
-
-
-def _check_ids(dataset: PreferenceDataset, damaged: Sequence[int]) -> None:
-    """Raise DataError if there are damaged pairs."""
-    if damaged:
-        raise dataset.damaged_ids(damaged)
 
 
 def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Indices) -> tuple[Indices, int]:

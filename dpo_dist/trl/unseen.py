@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import Trainer
 
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.text import first_few
 from dpo_dist.tools.convert.arguments import TrainerArguments, refused
 from dpo_dist.trl.structure import difference, is_library
 
@@ -121,7 +122,7 @@ def frozen_weights(model: Any, name: str) -> list[ConfigError]:
         adapter = {key for key in weights if any(part in key for part in _ADAPTER_PARTS)}
         if extra := [key for key in weights if key not in adapter and weights[key].requires_grad]:
             remedy = "name these modules in modules_to_save of the LoraConfig"
-            return [refused(name, f"a PeftModel that also trains {_shown(extra)}", remedy)]
+            return [refused(name, f"a PeftModel that also trains {first_few(extra)}", remedy)]
         frozen = [key for key in frozen if key in adapter and ".default" in key]
         remedy = "load the adapter with is_trainable=True: here all its parts are trained"
     elif frozen:
@@ -129,7 +130,7 @@ def frozen_weights(model: Any, name: str) -> list[ConfigError]:
         with torch.device("meta"):
             by_class = dict(type(model)(copy.deepcopy(model.config)).named_parameters())
         frozen = [key for key in frozen if key not in by_class or by_class[key].requires_grad]
-    return [refused(name, f"a model with frozen weights: {_shown(frozen)}", remedy)] if frozen else []
+    return [refused(name, f"a model with frozen weights: {first_few(frozen)}", remedy)] if frozen else []
 
 
 def hooks(model: Any, name: str) -> list[ConfigError]:
@@ -175,7 +176,7 @@ def changed_weights(name: str, model: Any, before: Mapping[str, int]) -> list[Co
     now = weight_sums(model)
     changed = [key for key in before if now.get(key, before[key]) != before[key]]
     remedy = "change them before the trainer is made, or make a new trainer with this model"
-    return [refused(f"trainer.{name}", f"other weights: {_shown(changed)}", remedy)] if changed else []
+    return [refused(f"trainer.{name}", f"other weights: {first_few(changed)}", remedy)] if changed else []
 
 
 def own_tokenizer(tokenizer: Any, name: str) -> list[ConfigError]:
@@ -211,7 +212,3 @@ def changed_attributes(trainer: Any, given: Mapping[str, Any]) -> list[ConfigErr
         if found.get(name) is not None and found[name] != getattr(trainer.args, name, None)
     ]
     return [refused(f"trainer.{name}", type(found[name]).__name__, remedy) for name in changed]
-
-
-def _shown(names: list[str]) -> str:
-    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]

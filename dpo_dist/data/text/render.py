@@ -33,7 +33,6 @@ from dpo_dist.data.text.tokenizer import TokenizerFacts
 from dpo_dist.data.text.turns import ResponseTurn, Span, TurnFinder, message_thought
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.remedies import Remedy
-from dpo_dist.foundation.types import Fields
 
 CALLS = "tool_calls"
 _OPEN, _CLOSE = THOUGHT_TAGS
@@ -185,7 +184,7 @@ def _by_template(
     texts = list(map(facts.marks.spell, rendered.responses))
     spelled = [facts.marks.spell(rendered.prompt) + text for text in texts]
     # A part of a response may also stand in the prompt: a tool's name, or a short answer.
-    tool_names = _tool_names(record.tools)
+    tool_names = [tool["function"]["name"] for tool in record.tools if "name" in tool.get("function", ())]
     given = [*_contents(messages), *tool_names]
     if not all(
         _is_written(whole, given)
@@ -218,10 +217,6 @@ def _is_written(text: str, parts: Iterable[str]) -> bool:
     return all(
         part.strip() in text or json.dumps(part.strip(), ensure_ascii=False)[1:-1] in text for part in parts
     )
-
-
-def _tool_names(tools: Iterable[Fields]) -> list[str]:
-    return [tool["function"]["name"] for tool in tools if "name" in tool.get("function", ())]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dpo_dist.batching.example import Example, ImageInput
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import DataConfig, RunConfig
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
+from dpo_dist.data.encoded.workers import in_chunks
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.read.sources import pin_source, source_labels
 from dpo_dist.data.records import (
@@ -51,7 +52,6 @@ from dpo_dist.tools.sampling.prompts import (
     find_model_together,
     first_records,
     good_records,
-    in_parts,
     joined_run,
     open_judge_together,
 )
@@ -269,7 +269,7 @@ def compare_models(
         wanted = config.compare.prompts
         with console.heartbeat("reading prompts"):
             records, labels = world.on_main(lambda: held_out(config.data, wanted, console.say))
-        parts = in_parts(records, PROMPTS_AT_ONCE)
+        parts = list(in_chunks(records, PROMPTS_AT_ONCE))
         prompts = Prompts(run, folder.comparison_parts, parts)
         judge, judge_facts = open_judge_together(run)
         speakers = []

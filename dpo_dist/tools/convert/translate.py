@@ -21,6 +21,7 @@ from dpo_dist.config.other_trainers import advice_on, as_sources, equivalents, f
 from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.config.schema import SCHEMA, OptimConfig, TrackerName
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.tools.convert.reading import ForeignRun
 
@@ -29,9 +30,7 @@ _KEYS = {"loss": "loss.kind", "parallelism": "parallelism.kind", "reference": "r
 _KEYS |= {"optim": "optim.kind", "tracking": "tracking.to"}
 """The key that the name of a preset sets; presets of losses set other keys too, as in their papers."""
 _LONGEST = 60
-_TRAINERS: dict[str, Any] = yaml.safe_load(
-    Path(__file__).with_name("trainers.yaml").read_text(encoding="utf-8")
-)
+_TRAINERS = own_table(Path(__file__).with_name("trainers.yaml"))
 
 
 class Translation:

@@ -3,10 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.text import percent
 from dpo_dist.tools.findings import Finding, FindingRule, Level
 
@@ -45,7 +43,7 @@ class DataRule(FindingRule):
             yield Finding(self.name, self.level, text, source, count, value, (), self.remedy)
 
 
-_TABLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("rules.yaml").read_text(encoding="utf-8"))
+_TABLE = own_table(Path(__file__).with_suffix(".yaml"))
 KINDS_BY_RULE: Mapping[str, list[str]] = _TABLE.pop("kinds")
 RULE_BY_KIND = {kind: rule for rule, kinds in KINDS_BY_RULE.items() for kind in kinds}
 DOCTOR_RULES = {

@@ -16,6 +16,7 @@ from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import DataConfig, RunConfig
 from dpo_dist.config.verb_sections import DropOrKeep, PairsConfig, PairSelection, PairsMethod
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX
+from dpo_dist.data.encoded.workers import in_chunks
 from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, context_fields, prompt_key
 from dpo_dist.distributed.memory import return_memory
@@ -41,7 +42,6 @@ from dpo_dist.tools.sampling.prompts import (
     find_model_together,
     first_records,
     generation_settings,
-    in_parts,
     joined_run,
     open_judge_together,
 )
@@ -253,7 +253,7 @@ def pairs_from_models(run: Run) -> None:
     config, world, console, folder, pairs = run.config, run.world, run.console, run.folder, run.config.pairs
     with console.heartbeat("reading prompts"):
         records = world.on_main(lambda: different_prompts(config.data, pairs, console.say))
-    prompts = Prompts(run, folder.pairs_parts, in_parts(records, PART_PROMPTS))
+    prompts = Prompts(run, folder.pairs_parts, list(in_chunks(records, PART_PROMPTS)))
     models = [find_model_together(name, run, _MODELS) for name in responding_models(pairs, config.model.path)]
     judge, judge_facts = open_judge_together(run)
     sampling = sampling_for("pairs", config.sampling, config.trainer.seed)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from dpo_dist.config.schema import DataConfig, DataFormat, ModelConfig, RunConfi
 from dpo_dist.config.verb_sections import PlanConfig
 from dpo_dist.data.read.sources import local_files
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remote import is_url
 from dpo_dist.foundation.text import duration, percent, pluralize, size
 from dpo_dist.model.architectures import recorded_arrangement
@@ -207,22 +208,15 @@ def planned_data(
 def _by_its_card(source: SourceConfig) -> tuple[float, float] | None:
     """Return how many pairs an epoch takes from a hub dataset, and their mean tokens; None if not known."""
     name = "/".join(filter(None, (source.path, source.name, source.split or "train")))
-    pairs, tokens = _read("data_sizes.yaml").get(name, (0, 0.0))
+    pairs, tokens = own_table(Path(__file__).with_name("data_sizes.yaml")).get(name, (0, 0.0))
     if source.format is DataFormat.completion:  # a prompt with one response
         tokens *= (1 + PROMPT_SHARE) / 2
     return (min(pairs, source.limit or pairs) * source.weight, tokens) if pairs else None
 
 
-def _read(name: str) -> dict[str, Any]:
-    """Return the content of a YAML file beside this module."""
-    text = files("dpo_dist.tools.plan").joinpath(name).read_text(encoding="utf-8")
-    found: dict[str, Any] = yaml.safe_load(text)
-    return found
-
-
 def _without_weights(model: ModelConfig) -> Any:
     """Return the model without weights; models of shipped presets need no network."""
-    if (shape := _read("shapes.yaml").get(model.path)) is not None:
+    if (shape := own_table(Path(__file__).with_name("shapes.yaml")).get(model.path)) is not None:
         model_config = AutoConfig.for_model(**shape)
     else:
         folder = description_folder(model.path, model.revision, needs_weights=False)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -229,7 +229,3 @@ def mean(rows: Iterable[MetricsRow], key: str) -> float | None:
 def digits(value: float | None) -> str:
     """Return a number with three digits; "unknown" for None."""
     return "unknown" if value is None else text.number(value, 3)
-
-
-Find = Callable[[RunFacts], Iterator[str]]
-"""A rule of the verdict: yields a clause for each sign of its fault in a run's facts."""

@@ -11,12 +11,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import yaml
-
 from dpo_dist.config.losses import balancing_weight
 from dpo_dist.config.metrics import EXCESS, MISMATCH
 from dpo_dist.data.counts import are_mostly_plain, plain_text_count
 from dpo_dist.foundation.errors import RunOutcome
+from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.text import percent, pluralize
 from dpo_dist.tools.findings import Finding, FindingRule, Level
 from dpo_dist.tools.report.facts import (
@@ -560,7 +559,7 @@ _FIND: dict[str, Callable[[RunFacts], Iterator[str]]] = {
     "one_label": _one_label,
     "displacement": _displacement,
 }
-_TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TABLE = own_table(Path(__file__).with_suffix(".yaml"))
 RUN_RULES = {
     name: RunRule(Level(level), text, remedy, _FIND[name], tuple(explained))
     for name, (level, text, remedy, *explained) in _TABLE.items()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -47,6 +47,7 @@ from dpo_dist.tools.sampling.respond import (
 )
 from dpo_dist.tools.sampling.served import Server, check_served, open_server, reload_server
 from dpo_dist.tools.sampling.settings import Sampling
+from dpo_dist.training.start.inputs import on_every_rank
 from dpo_dist.training.start.open_run import Run, join
 
 _FAILED = "failed"
@@ -195,11 +196,6 @@ class Prompts:
         return world.together(lambda: open_server(endpoint, responder))
 
 
-def in_parts(records: Sequence[PreferenceRecord], size: int) -> list[Sequence[PreferenceRecord]]:
-    """Split records into parts of `size`."""
-    return [records[start : start + size] for start in range(0, len(records), size)]
-
-
 def generation_settings(data: DataConfig, model: ModelConfig, sampling: Sampling) -> dict[str, Any]:
     """Return the settings on which responses depend; a chat template in a file counts by its content."""
     chat_template = data.chat_template
@@ -230,10 +226,8 @@ def open_judge_together(run: Run) -> tuple[Judge | None, dict[str, Any] | None]:
 
 def find_model_together(name: str, run: Run, key: str) -> ModelSource:
     """Return the files of a model on every rank; rank 0 downloads first. Collective."""
-    model, store = run.config.model, Path(run.config.reference.store)
-    with run.console.heartbeat(f"reading the files of {name} to identify it"):
-        run.world.on_main(lambda: find_model(name, model, store, key))
-        return run.world.together(lambda: find_model(name, model, store, key))
+    find = partial(find_model, name, run.config.model, Path(run.config.reference.store), key)
+    return on_every_rank(run, find, f"reading the files of {name} to identify it")
 
 
 @contextmanager

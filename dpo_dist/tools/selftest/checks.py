@@ -15,18 +15,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from datetime import timedelta
-from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import psutil
-import yaml
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import DpoDistError, ExitCode, first_line
+from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.foundation.text import size
@@ -69,11 +68,6 @@ def failed_check(name: str, error: str, *, is_large: bool = False) -> Check:
     """
     lacks = _NOT_INSTALLED + _NO_ROOM * is_large
     return Check(name, "skipped" if any(lack in error for lack in lacks) else "failed", error)
-
-
-def check_without_faults(name: str, faults: Sequence[str], seen: str) -> Check:
-    """Return a check that failed with these faults, or, without any, passed with the result `seen`."""
-    return Check(name, "failed" if faults else "passed", "; ".join(faults) or seen, {"faults": len(faults)})
 
 
 def write_pairs(file: Path) -> None:
@@ -285,7 +279,8 @@ def check_attention(device: Any) -> Iterator[Check]:
             except Exception as error:  # a kernel can raise anything
                 faults.append(error.got if isinstance(error, DpoDistError) else first_line(error))
         seen = "outputs and gradients equal those in float32, for heads of 64, 128 and 256"
-        yield check_without_faults(name, faults, seen)
+        outcome = "failed" if faults else "passed"
+        yield Check(name, outcome, "; ".join(faults) or seen, {"faults": len(faults)})
 
 
 _EQUAL, _ROUNDED = 1e-3, 0.05  # relative, of losses and gradient norms in float32 and in bf16
@@ -358,7 +353,7 @@ def compare_ways(folder: Path, gpus: int) -> Iterator[Check]:
 
 def measure_speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
     """Measure steps of a model of this shape in bf16, with each kind of fused layers."""
-    shapes = yaml.safe_load(files("dpo_dist.tools.plan").joinpath("shapes.yaml").read_text(encoding="utf-8"))
+    shapes = own_table(Path(__file__).parents[1] / "plan" / "shapes.yaml")
     model_name, layers = SHAPES[shape]
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         model = write_model(Path(temporary), {**shapes[model_name], "num_hidden_layers": layers})

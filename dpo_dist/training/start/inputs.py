@@ -170,7 +170,7 @@ def _with_labels_and_partners(run: Run, dataset: PreferenceDataset) -> Preferenc
     if not run.config.loss.needs_partners:
         return dataset
     partnered = partial(with_partners, dataset, run.config.data.max_length)
-    return _on_every_rank(run, partnered, "preparing the partners of records")
+    return on_every_rank(run, partnered, "preparing the partners of records")
 
 
 def _load(
@@ -183,7 +183,7 @@ def _load(
     config, world = run.config, run.world
     longest, ranks = config.data.max_length, config.parallelism.sequence_parallel
     folder = shared_model_folder(run, config.model.path, config.model.revision, "model.path")
-    start = _on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
+    start = on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
     encoder = load_encoder(folder, start, config.model)
     tokenizer, processor, digest = encoder.tokenizer, encoder.processor, encoder.digest
     with unsharded_loading(world):  # the shapes of sharded weights are empty
@@ -223,7 +223,7 @@ def _load(
         with run.console.heartbeat(f"preparing the {name} data"):
             encoded = encode_together(world, preparation)
         opened = partial(open_dataset, encoded, config.data, processor)
-        dataset = _on_every_rank(run, opened, f"verifying the {name} data")
+        dataset = on_every_rank(run, opened, f"verifying the {name} data")
         if processor is not None and dataset.images is None:
             run.warn(f"no usable record of the {name} data has an image: {NO_IMAGE}")
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
@@ -284,7 +284,7 @@ def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[M
     return policy_files, digest_on_every_node(folder, store, remote_code, whole, run.world)
 
 
-def _on_every_rank(run: Run, find: Callable[[], T], doing: str) -> T:
+def on_every_rank(run: Run, find: Callable[[], T], doing: str) -> T:
     """Return `find()` on every rank; rank 0 goes first, so that others with its disk find what it made."""
 
     def on_main() -> None:
@@ -301,4 +301,4 @@ def shared_model_folder(
 ) -> Path:
     """Return the folder of `model_folder` on every rank; collective."""
     find = partial(model_folder, path, revision, key, accepts_adapter=accepts_adapter)
-    return _on_every_rank(run, find, f"downloading {path}")
+    return on_every_rank(run, find, f"downloading {path}")
