@@ -267,7 +267,22 @@ def _swift_sources(entry: Any) -> list[dict[str, Any]]:
     return [{"path": parts[1], "name": name, "limit": limit} for name in (parts[2] or "").split("/")]
 
 
-_METHODS = ("dpo", "ipo", "kto", "orpo", "cpo", "simpo", "sft")
+# For each method the losses that it can have; none: any. The first loss of a sum is the method's.
+_METHODS: dict[str, tuple[str, ...]] = {
+    "dpo": (),
+    "ipo": ("ipo",),
+    "kto": ("kto", "apo_zero_unpaired"),
+    "orpo": ("orpo",),
+    "cpo": ("cpo", "simpo"),
+    "simpo": ("simpo",),
+    "sft": ("sft",),
+}
+# Options that change the loss, by the beginnings of their names, and the only methods that read them.
+_READ_BY = {
+    ("kto_",): ("kto",),
+    ("dpo_loss", "dpo_norm_loss", "pref_loss", "rpo_alpha"): ("dpo", "ipo"),
+    ("pref_ftx",): ("dpo", "kto"),
+}
 _KINDS = {"3": "zero3", "2": "zero2", "1": "ddp", "0": "ddp"}
 _STAGES = {"shard grad op": "stage2", "full shard|fsdp": "stage3", "(multi|single) gpu|ddp": "stage0"}
 _DEVICE_BATCH_KEYS = ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
@@ -302,7 +317,8 @@ def translate_run(foreign: ForeignRun, own: Mapping[str, Any] | None = None) -> 
     """Return the translation of a run; `own`: values of our keys that stand beside the other trainer's."""
     run = Translation(foreign)
     run.values |= own or {}
-    run.about = [f"From {run.name}, read as a run of {run.trainer} that trains by {_method(run)}."]
+    method = _method(run)
+    run.about = [f"From {run.name}, read as a run of {run.trainer} that trains by {method}."]
     if run.trainer == "TRL":
         _loss_options_of_trl(run)
     set_sources(run)
@@ -321,6 +337,7 @@ def translate_run(foreign: ForeignRun, own: Mapping[str, Any] | None = None) -> 
     defaults = _add_defaults(run, "max_length" in empty)
     _give_options(run)
     _obey_rules(run, defaults)
+    _check_loss(run, method)
     if defaults:
         run.about.append(f"Not in it, so its defaults: {', '.join(defaults)}.")
     return run
@@ -338,9 +355,17 @@ def _method(run: Translation) -> str:
             f"this run of {run.trainer} trains by a method that dpo-dist does not have",
             got=method,
             expected=", ".join(_METHODS),
-            remedy=f"train it with {run.trainer}: dpo-dist learns from preference data only",
+            remedy=f"train it with {run.trainer}: dpo-dist has no reward models, pretraining or online RL",
         )
+    for names, readers in _READ_BY.items():
+        for key in [key for key in run.left if key.startswith(names) and method not in readers]:
+            if (value := run.left[key]) not in EMPTY:
+                why = f"not needed: there, it is read only with {' or '.join(readers)}"
+                run.comment(key, value, why, is_needed=False)
+                del run.left[key]
     kinds = run.take("loss_type", "dpo_loss_type", "pref_loss")
+    if method == "cpo" and kinds == "sigmoid":  # there the name of CPO's own loss
+        kinds = None
     kinds, weights = as_list(kinds), as_list(run.take("loss_weights", "dpo_loss_weights"))
     words = [(kind, *equivalents(str(kind), "values")) for kind in kinds]
     known = [next((word for word in forms if fits("loss.kind", word)), None) for forms in words]
@@ -654,8 +679,23 @@ def _obey_rules(run: Translation, defaults: list[str]) -> None:
         ours = [key for key in (*run.origins, *defaults) if key in run.values]
         if not (wrong := [key for key in refused if key in ours]):
             return
-        del run.values[key := wrong[0]]
+        value = run.values.pop(key := wrong[0])
+        if key == "loss.terms":  # without the sum its first loss is left, which is the run's own
+            run.values["loss.kind"] = value[0]["kind"]
         if key in run.origins:
             run.comment(*run.origins[key], refused[key])
         else:
             defaults.remove(key)
+
+
+def _check_loss(run: Translation, method: str) -> None:
+    """Raise if the loss is not one of the method's: keys of the run contradict each other."""
+    terms = run.values.get("loss.terms") or [{"kind": run.values.get("loss.kind", LossKind.sigmoid)}]
+    expected, kind = _METHODS[method], str(terms[0]["kind"])
+    if expected and kind not in expected:
+        raise ConfigError(
+            f"this run of {run.trainer} trains by {method}, and its keys name another loss",
+            got=kind,
+            expected=" or ".join(expected),
+            remedy=f"leave one of both out; where {run.trainer} has this loss for {method}, train it there",
+        )

@@ -74,6 +74,25 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         "",
     ),
     ("{stage: dpo, pref_loss: ipo, pref_ftx: 0.5}", {"loss.terms": terms(ipo=1.0, sft=0.5)}, ""),
+    # The method's own loss stays when a term or an option beside it is left out.
+    (
+        "{stage: kto, pref_beta: 0.2, pref_ftx: 0.1}",
+        {"loss.kind": "kto", "loss.terms": [], "loss.beta": 0.2},
+        "pref_ftx: 0.1 — a loss of labelled records cannot be summed",
+    ),
+    ("{rlhf_type: kto, rpo_alpha: 0.1}", {"loss.kind": "kto"}, "rpo_alpha: 0.1 — not needed"),
+    ("{rlhf_type: orpo, rpo_alpha: 0.1}", {"loss.kind": "orpo", "loss.terms": []}, "0.1 — not needed"),
+    ("{stage: sft, pref_ftx: 0.1}", {"loss.kind": "sft"}, "pref_ftx: 0.1 — not needed"),
+    ("{stage: kto, pref_loss: sigmoid}", {"loss.kind": "kto"}, "pref_loss: sigmoid — not needed"),
+    ("{base_model: m, rl: kto, dpo_norm_loss: true}", {"loss.kind": "kto"}, "true — not needed"),
+    ("{rl: cpo, loss_type: sigmoid}", {"loss.kind": "cpo"}, "trains by cpo"),
+    ("{loss_type: [ipo, ipo]}", {"loss.kind": "ipo", "loss.terms": []}, "a kind of loss appears twice"),
+    (
+        "{stage: dpo, kto_chosen_weight: 1.0}",
+        {"loss.kind": "sigmoid", "loss.desirable_weight": 1.0},
+        "kto_chosen_weight: 1 — not needed: there, it is read only with kto",
+    ),
+    ("{base_model: m, rl: dpo, kto_undesirable_weight: 0.2}", {"loss.kind": "sigmoid"}, "0.2 — not needed"),
     ("{total_batch_size: 64, micro_batch_size: 2}", {"trainer.global_batch_pairs": 64}, "_size — not"),
     ("{loss_type: simpo}", {"loss.terms": terms(simpo=1.0, sft=1.0)}, ""),
     (
@@ -524,6 +543,8 @@ REFUSED = [
         "{stage: rm, model_name_or_path: m, dataset: a}",
         "trains by a method that dpo-dist does not have",
     ),
+    ("cpo.sh", "trl cpo --model_name_or_path m --loss_type hinge", "trains by cpo, and its keys name another"),
+    ("online.yaml", "{stage: ppo, model_name_or_path: m, dataset: a}", "no reward models, pretraining or"),
     ("broken.yaml", "{stage: dpo", "cannot be composed"),
 ]
 
