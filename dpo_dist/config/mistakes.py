@@ -296,7 +296,7 @@ def composition_error(error: Exception, folders: Sequence[Path], typed: str = ""
         similar = similar_path(Path(path))
         is_meant = similar is not None and similar.suffix in (".yaml", ".yml")
         return ConfigError(
-            "this YAML file cannot be read",
+            "this file cannot be read",
             where=path,
             got=error.strerror,
             remedy=Remedy.to_rename(path, str(similar))
