@@ -52,16 +52,17 @@ class Translation:
         """For each of our keys: the key of theirs from which it comes, with its value there."""
         self.not_default: set[str] = set()
         """Our keys that must not get the other trainer's default."""
-        if isinstance(keys.get("model"), str):
-            self.left["model_name_or_path"] = self.left.pop("model")
+        if isinstance(keys.get("model"), str) and keys["model"]:
+            names = ("model_name_or_path", "model")
+            self.left[names[0]] = self.take(*names[:: -1 if self.trainer == "ms-swift" else 1])
         for name in (
             "lr_scheduler_kwargs",
             "model_init_kwargs",
             "trl",
         ):  # the keys in these mappings have other names than all keys outside them
             if isinstance(inner := keys.get(name), dict):
-                self.left |= inner
                 del self.left[name]
+                self.unfold(name, inner)
         self.computed = {
             key
             for key, value in self.left.items()
@@ -83,6 +84,13 @@ class Translation:
             if (other := self.left.pop(key)) != value:
                 self.comment(key, other, f"{keys_with_value[0]} overrides it")
         return value
+
+    def unfold(self, name: str, inner: Mapping[str, Any]) -> None:
+        """Put the keys of their mapping `name` beside the others, and name those that they override."""
+        for key, value in inner.items():
+            if (outer := self.left.get(key)) not in EMPTY and outer != value:
+                self.comment(key, outer, f"{name}.{key} overrides it")
+        self.left |= inner
 
     def comment(self, key: str, value: Any, reason: str, *, is_needed: bool = True) -> None:
         """Add a comment that says why a key of theirs is left out; `is_needed`: it has an effect there."""
@@ -204,14 +212,20 @@ def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
         return train, tests
     train, tests = run.take("datasets", default=[]), run.take("test_datasets", default=[])
     if isinstance(mixture := run.take("dataset_mixture"), dict):
+        if train:
+            run.comment("datasets", train, "dataset_mixture overrides it")
         train = as_list(mixture.get("datasets"))
-        run.left |= {key: value for key, value in mixture.items() if key not in ("datasets", "seed")}
+        inner = {key: value for key, value in mixture.items() if key not in ("datasets", "seed")}
+        run.unfold("dataset_mixture", inner)
     splits = run.take("dataset_splits", "mixer_list_splits", "dataset_mixer_list_splits")
     splits = [str(split) for split in as_list(splits)] or ["train"]
     for name, parts in _mixture(run):
         train += [{"path": name, "split": split} | parts for split in splits if "test" not in split]
         tests += [{"path": name, "split": split} for split in splits if "test" in split]
-    if name := run.take("dataset_name"):
+    name = run.take("dataset_name")
+    if name and train:
+        run.comment("dataset_name", name, "the list of datasets overrides it")
+    elif name:
         source = {"path": name, "name": run.take("dataset_config", "dataset_config_name")}
         train = [source | {"split": run.take("dataset_train_split", default="train")}]
         split = run.take("dataset_test_split", default="test")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dpo_dist.config.load import complete_config
 from dpo_dist.config.losses import DiscopopOptions, LossKind, LossTermConfig, SimpoOptions
 from dpo_dist.config.other_trainers import other_trainers
-from dpo_dist.config.schema import SCHEMA, ImagesConfig, RunConfig, TrainedImageParts
+from dpo_dist.config.schema import SCHEMA, ImagesConfig, RunConfig, SourceConfig, TrainedImageParts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.convert import __main__ as convert
 from dpo_dist.tools.convert.reading import ForeignRun, read
@@ -259,6 +259,24 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
             "data.truncation": "drop",
         },
         "max_length: null",
+    ),
+    # Of two keys that say the same, one is named that has no effect.
+    ("{rlhf_type: kto, model: n}", {"model.path": "n"}, "model_name_or_path: m — model overrides it"),
+    ("{stage: dpo, model: n}", {"model.path": "m"}, "model: n — model_name_or_path overrides it"),
+    (
+        "{datasets: [{path: b.jsonl}], eval_strategy: steps}",
+        {"data.train": [SourceConfig("b.jsonl")]},
+        "dataset_name: a.jsonl — the list of datasets overrides it",
+    ),
+    (
+        "{datasets: [{path: b.jsonl}], dataset_mixture: {datasets: [{path: c.jsonl}]}}",
+        {"data.train": [SourceConfig("c.jsonl")]},
+        "datasets: [{path: b.jsonl}] — dataset_mixture overrides it",
+    ),
+    (
+        "{min_lr_rate: 0.2, lr_scheduler_kwargs: {min_lr_rate: 0.1}}",
+        {"optim.min_lr_ratio": 0.1},
+        "min_lr_rate: 0.2 — lr_scheduler_kwargs.min_lr_rate overrides it",
     ),
     ("{rlhf_type: dpo, train_type: full, model: n}", {"model.adapter": None, "optim.lr": 1e-5}, "model"),
     (
@@ -528,7 +546,7 @@ REFUSED = [
     ("train.py", "from trl import DPOConfig\nDPOConfig(beta=0.1)", "as keys into a YAML file"),
     ("b.sh", "trl dpo --beta 1\ntrl kto --beta 1", "this script starts 2 runs"),
     ("c.sh", "trl grpo --beta 1", "trains by a method that dpo-dist does not have"),
-    ("d.sh", 'open_instruct/dpo_tune_cache.py "$CONFIG"', "this YAML file cannot be read"),
+    ("d.sh", 'open_instruct/dpo_tune_cache.py "$CONFIG"', "this file cannot be read"),
     (
         "new.yaml",
         "{stage: dpo, model_name_or_path: m, adapter_name_or_path: x, create_new_adapter: true}",
@@ -598,9 +616,14 @@ def test_a_file_that_exists_or_cannot_be_read_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (file := tmp_path / "foreign.yaml").write_text("{model_name_or_path: m, loss_type: ipo, beta: 0.3}")
-    for words, text in (([file, file], "this file exists"), ([tmp_path / "gone.yaml"], "cannot be read")):
-        with pytest.raises(ConfigError, match=text):
+    for words, text, where in (
+        ([file, file], "this file exists", file),
+        ([tmp_path / "gone.sh"], "this file cannot be read", tmp_path / "gone.sh"),
+        ([file, file / "ours.yaml"], "this file cannot be written", file / "ours.yaml"),
+    ):
+        with pytest.raises(ConfigError, match=text) as raised:
             convert.main([str(word) for word in words])
+        assert raised.value.where == str(where)
     assert convert.main([str(file)]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["loss"] == {"kind": "ipo", "beta": 0.3}
 
