@@ -93,6 +93,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         "kto_chosen_weight: 1 — not needed: there, it is read only with kto",
     ),
     ("{base_model: m, rl: dpo, kto_undesirable_weight: 0.2}", {"loss.kind": "sigmoid"}, "0.2 — not needed"),
+    ("{stage: dpo, pref_ftx: 0.12345678}", {"loss.terms": terms(sigmoid=1.0, sft=0.12345678)}, ""),
     ("{total_batch_size: 64, micro_batch_size: 2}", {"trainer.global_batch_pairs": 64}, "_size — not"),
     ("{loss_type: simpo}", {"loss.terms": terms(simpo=1.0, sft=1.0)}, ""),
     (
@@ -561,7 +562,7 @@ REFUSED = [
         "{stage: rm, model_name_or_path: m, dataset: a}",
         "trains by a method that dpo-dist does not have",
     ),
-    ("cpo.sh", "trl cpo --model_name_or_path m --loss_type hinge", "trains by cpo, and its keys name another"),
+    ("cpo.sh", "trl cpo --model_name_or_path m --loss_type hinge", "trains by cpo, and its keys"),
     ("online.yaml", "{stage: ppo, model_name_or_path: m, dataset: a}", "no reward models, pretraining or"),
     ("broken.yaml", "{stage: dpo", "cannot be composed"),
 ]
