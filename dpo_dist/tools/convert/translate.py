@@ -1,6 +1,8 @@
 """Translate another trainer's keys into keys of `train`, and name each key that is left out.
 
-In names and comments "theirs" is the other trainer's, "ours" is dpo_dist's.
+In names and comments "theirs" is the other trainer's, "ours" is dpo_dist's. Names of other trainers are in
+config/other_trainers.yaml (what a key or value means), trainers.yaml (defaults), and here, where keys depend
+on each other.
 """
 
 import math
@@ -331,26 +333,39 @@ def translate_run(foreign: ForeignRun, own: Mapping[str, Any] | None = None) -> 
     """Return the translation of a run; `own`: values of our keys that stand beside the other trainer's."""
     run = Translation(foreign)
     run.values |= own or {}
+    # Takes the keys of method and loss, and SimPO's. Leaves `rl` and one `loss_type` to `translate`.
     method = _method(run)
     run.about = [f"From {run.name}, read as a run of {run.trainer} that trains by {method}."]
     if run.trainer == "TRL":
+        # Takes options without an effect on the run's losses, which `_method` has left or set.
         _loss_options_of_trl(run)
+    # Takes all keys of datasets; puts those inside of a mixture among the others.
     set_sources(run)
+    # Takes the keys of batches and the number of processes.
     run.about += _batch(run)
+    # Takes the keys of the kind of tuning; leaves those of an adapter.
     has_adapter = _trains_adapter(run)
+    # Each takes keys of its own that mean something together; none reads what another one sets.
     for part in (_targets, _machine, _images, _numbers, _watching):
         part(run)
     # The first value of a key wins: `save_strategy: no` over `save_steps`, the loss over the method.
     for key in sorted(run.left, key=lambda name: (name == "rl", not name.endswith("strategy"))):
         if run.left[key] not in EMPTY:
             run.translate(key, run.left[key])
+    # From here on the keys are translated, and steps read `values`. Removes what an adapter does not need,
+    # and sets its rank: the defaults depend on whether there is an adapter.
     _set_adapter(run, has_adapter)
+    # Puts the loss into a sum of losses, and needs both: an option belongs to a term, a default to no sum.
     _combine(run)
     if empty := [key for key, value in run.left.items() if value in EMPTY]:
         run.comments.append(f"{', '.join(empty)}: empty")
+    # Sets what the run does not: needs all that it does.
     defaults = _add_defaults(run, "max_length" in empty)
+    # Takes loss options: needs the loss, which may be a default.
     _give_options(run)
+    # Removes values that contradict each other: needs all of them in their place.
     _obey_rules(run, defaults)
+    # Reads the loss that is left.
     _check_loss(run, method)
     if defaults:
         run.about.append(f"Not in it, so its defaults: {', '.join(defaults)}.")
