@@ -711,6 +711,8 @@ def _obey_rules(run: Translation, defaults: list[str]) -> None:
         value = run.values.pop(key := wrong[0])
         if key == "loss.terms":  # without the sum its first loss is left, which is the run's own
             run.values["loss.kind"] = value[0]["kind"]
+            options = value[0].get("options", {})
+            run.values |= {f"loss.options.{name}": chosen for name, chosen in options.items()}
         if key in run.origins:
             run.comment(*run.origins[key], refused[key])
         else:

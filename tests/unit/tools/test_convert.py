@@ -86,7 +86,11 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ("{stage: kto, pref_loss: sigmoid}", {"loss.kind": "kto"}, "pref_loss: sigmoid — not needed"),
     ("{base_model: m, rl: kto, dpo_norm_loss: true}", {"loss.kind": "kto"}, "true — not needed"),
     ("{rl: cpo, loss_type: sigmoid}", {"loss.kind": "cpo"}, "trains by cpo"),
-    ("{loss_type: [ipo, ipo]}", {"loss.kind": "ipo", "loss.terms": []}, "a kind of loss appears twice"),
+    (
+        "{loss_type: [discopop, discopop], discopop_tau: 0.2}",
+        {"loss.kind": "discopop", "loss.terms": [], "loss.options.tau": 0.2},
+        "a kind of loss appears twice",
+    ),
     (
         "{stage: dpo, kto_chosen_weight: 1.0}",
         {"loss.kind": "sigmoid", "loss.desirable_weight": 1.0},
