@@ -167,7 +167,9 @@ def as_written(value: Any) -> str:
         return "[" + ", ".join(_in_brackets(item) for item in value) + "]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value) or "''"
+    if isinstance(value, float):
+        return short if float(short := f"{value:g}") == value else repr(value)
+    return str(value) or "''"
 
 
 def _in_brackets(value: Any) -> str:

@@ -296,7 +296,7 @@ def composition_error(error: Exception, folders: Sequence[Path], typed: str = ""
         similar = similar_path(Path(path))
         is_meant = similar is not None and similar.suffix in (".yaml", ".yml")
         return ConfigError(
-            "this YAML file cannot be read",
+            "this file cannot be read",
             where=path,
             got=error.strerror,
             remedy=Remedy.to_rename(path, str(similar))
@@ -411,7 +411,8 @@ def _wrong_value(key: str, error: ErrorDetails, where: str, values: Mapping[str,
     hint, expected = (row.type, row.type_words) if row else (run_keys().get(key), "")
     if key.endswith("]"):  # an entry of a list
         hint, expected = nested(hint) or get_args(hint)[0], row.accepts if row else ""
-    value, got = error["input"], as_written(error["input"])
+    value = error["input"]
+    got = repr(value) if isinstance(value, float) else as_written(value)  # 1000.0 is no whole number
     expected = expected or describe_type(hint)
     if error["type"] == "less_than_equal" and "<=" not in expected:
         expected += f", <= {error['ctx']['le']:,}"

@@ -26,21 +26,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        text = translate_run(read(options.run)).as_file()
-        if options.output is None:
-            print_result(text)
-            return ExitCode.completed
-        if options.output.exists():
-            raise ConfigError(
-                "this file exists", where=str(options.output), remedy="remove it, or name another"
-            )
-        write_text(options.output, text)
-        print_line(
-            f"written: {options.output}; next: dpo-dist train {shlex.quote(str(options.output))} --check"
-        )
-        return ExitCode.completed
+        foreign = read(options.run)
     except FAILURES as error:
         raise composition_error(error, []) from error
+    text, output = translate_run(foreign).as_file(), options.output
+    if output is None:
+        print_result(text)
+        return ExitCode.completed
+    if output.exists():
+        raise ConfigError("this file exists", where=str(output), remedy="remove it, or name another")
+    try:
+        write_text(output, text)
+    except OSError as error:
+        raise ConfigError(
+            "this file cannot be written", where=str(output), got=str(error.strerror), remedy="name another"
+        ) from error
+    print_line(f"written: {output}; next: dpo-dist train {shlex.quote(str(output))} --check")
+    return ExitCode.completed
 
 
 if __name__ == "__main__":

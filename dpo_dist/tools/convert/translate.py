@@ -1,6 +1,8 @@
 """Translate another trainer's keys into keys of `train`, and name each key that is left out.
 
-In names and comments "theirs" is the other trainer's, "ours" is dpo_dist's.
+In names and comments "theirs" is the other trainer's, "ours" is dpo_dist's. Names of other trainers are in
+config/other_trainers.yaml (what a key or value means), trainers.yaml (defaults), and here, where keys depend
+on each other.
 """
 
 import math
@@ -51,16 +53,17 @@ class Translation:
         """For each of our keys: the key of theirs from which it comes, with its value there."""
         self.not_default: set[str] = set()
         """Our keys that must not get the other trainer's default."""
-        if isinstance(keys.get("model"), str):
-            self.left["model_name_or_path"] = self.left.pop("model")
+        if isinstance(keys.get("model"), str) and keys["model"]:
+            names = ("model_name_or_path", "model")
+            self.left[names[0]] = self.take(*names[:: -1 if self.trainer == "ms-swift" else 1])
         for name in (
             "lr_scheduler_kwargs",
             "model_init_kwargs",
             "trl",
         ):  # the keys in these mappings have other names than all keys outside them
             if isinstance(inner := keys.get(name), dict):
-                self.left |= inner
                 del self.left[name]
+                self.unfold(name, inner)
         self.computed = {
             key
             for key, value in self.left.items()
@@ -82,6 +85,13 @@ class Translation:
             if (other := self.left.pop(key)) != value:
                 self.comment(key, other, f"{keys_with_value[0]} overrides it")
         return value
+
+    def unfold(self, name: str, inner: Mapping[str, Any]) -> None:
+        """Put the keys of their mapping `name` beside the others, and name those that they override."""
+        for key, value in inner.items():
+            if (outer := self.left.get(key)) not in EMPTY and outer != value:
+                self.comment(key, outer, f"{name}.{key} overrides it")
+        self.left |= inner
 
     def comment(self, key: str, value: Any, reason: str, *, is_needed: bool = True) -> None:
         """Add a comment that says why a key of theirs is left out; `is_needed`: it has an effect there."""
@@ -203,14 +213,20 @@ def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
         return train, tests
     train, tests = run.take("datasets", default=[]), run.take("test_datasets", default=[])
     if isinstance(mixture := run.take("dataset_mixture"), dict):
+        if train:
+            run.comment("datasets", train, "dataset_mixture overrides it")
         train = as_list(mixture.get("datasets"))
-        run.left |= {key: value for key, value in mixture.items() if key not in ("datasets", "seed")}
+        inner = {key: value for key, value in mixture.items() if key not in ("datasets", "seed")}
+        run.unfold("dataset_mixture", inner)
     splits = run.take("dataset_splits", "mixer_list_splits", "dataset_mixer_list_splits")
     splits = [str(split) for split in as_list(splits)] or ["train"]
     for name, parts in _mixture(run):
         train += [{"path": name, "split": split} | parts for split in splits if "test" not in split]
         tests += [{"path": name, "split": split} for split in splits if "test" in split]
-    if name := run.take("dataset_name"):
+    name = run.take("dataset_name")
+    if name and train:
+        run.comment("dataset_name", name, "the list of datasets overrides it")
+    elif name:
         source = {"path": name, "name": run.take("dataset_config", "dataset_config_name")}
         train = [source | {"split": run.take("dataset_train_split", default="train")}]
         split = run.take("dataset_test_split", default="test")
@@ -266,7 +282,22 @@ def _swift_sources(entry: Any) -> list[dict[str, Any]]:
     return [{"path": parts[1], "name": name, "limit": limit} for name in (parts[2] or "").split("/")]
 
 
-_METHODS = ("dpo", "ipo", "kto", "orpo", "cpo", "simpo", "sft")
+# For each method the losses that it can have; none: any. The first loss of a sum is the method's.
+_METHODS: dict[str, tuple[str, ...]] = {
+    "dpo": (),
+    "ipo": ("ipo",),
+    "kto": ("kto", "apo_zero_unpaired"),
+    "orpo": ("orpo",),
+    "cpo": ("cpo", "simpo"),
+    "simpo": ("simpo",),
+    "sft": ("sft",),
+}
+# Options that change the loss, by the beginnings of their names, and the only methods that read them.
+_READ_BY = {
+    ("kto_",): ("kto",),
+    ("dpo_loss", "dpo_norm_loss", "pref_loss", "rpo_alpha"): ("dpo", "ipo"),
+    ("pref_ftx",): ("dpo", "kto"),
+}
 _KINDS = {"3": "zero3", "2": "zero2", "1": "ddp", "0": "ddp"}
 _STAGES = {"shard grad op": "stage2", "full shard|fsdp": "stage3", "(multi|single) gpu|ddp": "stage0"}
 _DEVICE_BATCH_KEYS = ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
@@ -301,25 +332,40 @@ def translate_run(foreign: ForeignRun, own: Mapping[str, Any] | None = None) -> 
     """Return the translation of a run; `own`: values of our keys that stand beside the other trainer's."""
     run = Translation(foreign)
     run.values |= own or {}
-    run.about = [f"From {run.name}, read as a run of {run.trainer} that trains by {_method(run)}."]
+    # Takes the keys of method and loss, and SimPO's. Leaves `rl` and one `loss_type` to `translate`.
+    method = _method(run)
+    run.about = [f"From {run.name}, read as a run of {run.trainer} that trains by {method}."]
     if run.trainer == "TRL":
+        # Takes options without an effect on the run's losses, which `_method` has left or set.
         _loss_options_of_trl(run)
+    # Takes all keys of datasets; puts those inside of a mixture among the others.
     set_sources(run)
+    # Takes the keys of batches and the number of processes.
     run.about += _batch(run)
+    # Takes the keys of the kind of tuning; leaves those of an adapter.
     has_adapter = _trains_adapter(run)
+    # Each takes keys of its own that mean something together; none reads what another one sets.
     for part in (_targets, _machine, _images, _numbers, _watching):
         part(run)
     # The first value of a key wins: `save_strategy: no` over `save_steps`, the loss over the method.
     for key in sorted(run.left, key=lambda name: (name == "rl", not name.endswith("strategy"))):
         if run.left[key] not in EMPTY:
             run.translate(key, run.left[key])
+    # From here on the keys are translated, and steps read `values`. Removes what an adapter does not need,
+    # and sets its rank: the defaults depend on whether there is an adapter.
     _set_adapter(run, has_adapter)
+    # Puts the loss into a sum of losses, and needs both: an option belongs to a term, a default to no sum.
     _combine(run)
     if empty := [key for key, value in run.left.items() if value in EMPTY]:
         run.comments.append(f"{', '.join(empty)}: empty")
+    # Sets what the run does not: needs all that it does.
     defaults = _add_defaults(run, "max_length" in empty)
+    # Takes loss options: needs the loss, which may be a default.
     _give_options(run)
+    # Removes values that contradict each other: needs all of them in their place.
     _obey_rules(run, defaults)
+    # Reads the loss that is left.
+    _check_loss(run, method)
     if defaults:
         run.about.append(f"Not in it, so its defaults: {', '.join(defaults)}.")
     return run
@@ -337,9 +383,17 @@ def _method(run: Translation) -> str:
             f"this run of {run.trainer} trains by a method that dpo-dist does not have",
             got=method,
             expected=", ".join(_METHODS),
-            remedy=f"train it with {run.trainer}: dpo-dist learns from preference data only",
+            remedy=f"train it with {run.trainer}: dpo-dist has no reward models, pretraining or online RL",
         )
+    for names, readers in _READ_BY.items():
+        for key in [key for key in run.left if key.startswith(names) and method not in readers]:
+            if (value := run.left[key]) not in EMPTY:
+                why = f"not needed: there, it is read only with {' or '.join(readers)}"
+                run.comment(key, value, why, is_needed=False)
+                del run.left[key]
     kinds = run.take("loss_type", "dpo_loss_type", "pref_loss")
+    if method == "cpo" and kinds == "sigmoid":  # there the name of CPO's own loss
+        kinds = None
     kinds, weights = as_list(kinds), as_list(run.take("loss_weights", "dpo_loss_weights"))
     words = [(kind, *equivalents(str(kind), "values")) for kind in kinds]
     known = [next((word for word in forms if fits("loss.kind", word)), None) for forms in words]
@@ -653,8 +707,25 @@ def _obey_rules(run: Translation, defaults: list[str]) -> None:
         ours = [key for key in (*run.origins, *defaults) if key in run.values]
         if not (wrong := [key for key in refused if key in ours]):
             return
-        del run.values[key := wrong[0]]
+        value = run.values.pop(key := wrong[0])
+        if key == "loss.terms":  # without the sum its first loss is left, which is the run's own
+            run.values["loss.kind"] = value[0]["kind"]
+            options = value[0].get("options", {})
+            run.values |= {f"loss.options.{name}": chosen for name, chosen in options.items()}
         if key in run.origins:
             run.comment(*run.origins[key], refused[key])
         else:
             defaults.remove(key)
+
+
+def _check_loss(run: Translation, method: str) -> None:
+    """Raise if the loss is not one of the method's: keys of the run contradict each other."""
+    terms = run.values.get("loss.terms") or [{"kind": run.values.get("loss.kind", LossKind.sigmoid)}]
+    expected, kind = _METHODS[method], str(terms[0]["kind"])
+    if expected and kind not in expected:
+        raise ConfigError(
+            f"this run of {run.trainer} trains by {method}, and its keys name another loss",
+            got=kind,
+            expected=" or ".join(expected),
+            remedy=f"leave one of both out; where {run.trainer} has this loss for {method}, train it there",
+        )

@@ -335,7 +335,7 @@ def test_every_mistake_in_files_is_named_with_its_file() -> None:
         "loss.betta in bad.yaml: there is no key 'loss.betta'; did you mean loss.beta?",
         "lora_rank in bad.yaml: there is no key 'lora_rank'; write model.adapter.r=8",
         "trainer.seed in bad.yaml (x): trainer.seed cannot have this value",
-        "gone.yaml (No such file or directory): this YAML file cannot be read",
+        "gone.yaml (No such file or directory): this file cannot be read",
         "epochs=2: there is no key 'epochs'; write trainer.epochs=2",
     ):
         assert line in text

@@ -77,6 +77,7 @@ MISTYPED = [
     ("tracking.samples=2000", "a whole number, >= 0 and <= 1000"),
     ("optim.lr=[1e-5]", "set optim.lr to a number"),
     ("trainer.max_steps=1e3", "write trainer.max_steps=1000"),
+    ("trainer.max_steps=1e3", " 1000.0\n"),
     ("reference=off", "did you mean reference=none?"),
     ("--lora_target_modules q_proj v_proj", "write 'model.adapter.target_modules=[q_proj,v_proj]'"),
     ("--loss_type sigmoid sft", "write 'loss.terms=[{kind: sigmoid}, {kind: sft}]'"),

@@ -250,6 +250,7 @@ def test_values_are_shown_as_a_user_writes_them() -> None:
     values = [None, True, 0.10, LossKind.ipo, "", source, AdapterConfig(r=8)]
     written = "[null, true, 0.1, ipo, '', {path: a, limit: 3, images: p, label: x}, {r: 8}]"
     assert as_written(values) == written
+    assert as_written([1e-6, 2.0, 0.12345678, 0.9999999]) == "[1e-06, 2, 0.12345678, 0.9999999]"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dpo_dist.config.load import complete_config
 from dpo_dist.config.losses import DiscopopOptions, LossKind, LossTermConfig, SimpoOptions
 from dpo_dist.config.other_trainers import other_trainers
-from dpo_dist.config.schema import SCHEMA, ImagesConfig, RunConfig, TrainedImageParts
+from dpo_dist.config.schema import SCHEMA, ImagesConfig, RunConfig, SourceConfig, TrainedImageParts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.convert import __main__ as convert
 from dpo_dist.tools.convert.reading import ForeignRun, read
@@ -74,6 +74,30 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         "",
     ),
     ("{stage: dpo, pref_loss: ipo, pref_ftx: 0.5}", {"loss.terms": terms(ipo=1.0, sft=0.5)}, ""),
+    # The method's own loss stays when a term or an option beside it is left out.
+    (
+        "{stage: kto, pref_beta: 0.2, pref_ftx: 0.1}",
+        {"loss.kind": "kto", "loss.terms": [], "loss.beta": 0.2},
+        "pref_ftx: 0.1 — a loss of labelled records cannot be summed",
+    ),
+    ("{rlhf_type: kto, rpo_alpha: 0.1}", {"loss.kind": "kto"}, "rpo_alpha: 0.1 — not needed"),
+    ("{rlhf_type: orpo, rpo_alpha: 0.1}", {"loss.kind": "orpo", "loss.terms": []}, "0.1 — not needed"),
+    ("{stage: sft, pref_ftx: 0.1}", {"loss.kind": "sft"}, "pref_ftx: 0.1 — not needed"),
+    ("{stage: kto, pref_loss: sigmoid}", {"loss.kind": "kto"}, "pref_loss: sigmoid — not needed"),
+    ("{base_model: m, rl: kto, dpo_norm_loss: true}", {"loss.kind": "kto"}, "true — not needed"),
+    ("{rl: cpo, loss_type: sigmoid}", {"loss.kind": "cpo"}, "trains by cpo"),
+    (
+        "{loss_type: [discopop, discopop], discopop_tau: 0.2}",
+        {"loss.kind": "discopop", "loss.terms": [], "loss.options.tau": 0.2},
+        "a kind of loss appears twice",
+    ),
+    (
+        "{stage: dpo, kto_chosen_weight: 1.0}",
+        {"loss.kind": "sigmoid", "loss.desirable_weight": 1.0},
+        "kto_chosen_weight: 1 — not needed: there, it is read only with kto",
+    ),
+    ("{base_model: m, rl: dpo, kto_undesirable_weight: 0.2}", {"loss.kind": "sigmoid"}, "0.2 — not needed"),
+    ("{stage: dpo, pref_ftx: 0.12345678}", {"loss.terms": terms(sigmoid=1.0, sft=0.12345678)}, ""),
     ("{total_batch_size: 64, micro_batch_size: 2}", {"trainer.global_batch_pairs": 64}, "_size — not"),
     ("{loss_type: simpo}", {"loss.terms": terms(simpo=1.0, sft=1.0)}, ""),
     (
@@ -240,6 +264,24 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
             "data.truncation": "drop",
         },
         "max_length: null",
+    ),
+    # Of two keys that say the same, one is named that has no effect.
+    ("{rlhf_type: kto, model: n}", {"model.path": "n"}, "model_name_or_path: m — model overrides it"),
+    ("{stage: dpo, model: n}", {"model.path": "m"}, "model: n — model_name_or_path overrides it"),
+    (
+        "{datasets: [{path: b.jsonl}], eval_strategy: steps}",
+        {"data.train": [SourceConfig("b.jsonl")]},
+        "dataset_name: a.jsonl — the list of datasets overrides it",
+    ),
+    (
+        "{datasets: [{path: b.jsonl}], dataset_mixture: {datasets: [{path: c.jsonl}]}}",
+        {"data.train": [SourceConfig("c.jsonl")]},
+        "datasets: [{path: b.jsonl}] — dataset_mixture overrides it",
+    ),
+    (
+        "{min_lr_rate: 0.2, lr_scheduler_kwargs: {min_lr_rate: 0.1}}",
+        {"optim.min_lr_ratio": 0.1},
+        "min_lr_rate: 0.2 — lr_scheduler_kwargs.min_lr_rate overrides it",
     ),
     ("{rlhf_type: dpo, train_type: full, model: n}", {"model.adapter": None, "optim.lr": 1e-5}, "model"),
     (
@@ -509,7 +551,7 @@ REFUSED = [
     ("train.py", "from trl import DPOConfig\nDPOConfig(beta=0.1)", "as keys into a YAML file"),
     ("b.sh", "trl dpo --beta 1\ntrl kto --beta 1", "this script starts 2 runs"),
     ("c.sh", "trl grpo --beta 1", "trains by a method that dpo-dist does not have"),
-    ("d.sh", 'open_instruct/dpo_tune_cache.py "$CONFIG"', "this YAML file cannot be read"),
+    ("d.sh", 'open_instruct/dpo_tune_cache.py "$CONFIG"', "this file cannot be read"),
     (
         "new.yaml",
         "{stage: dpo, model_name_or_path: m, adapter_name_or_path: x, create_new_adapter: true}",
@@ -524,6 +566,8 @@ REFUSED = [
         "{stage: rm, model_name_or_path: m, dataset: a}",
         "trains by a method that dpo-dist does not have",
     ),
+    ("cpo.sh", "trl cpo --model_name_or_path m --loss_type hinge", "trains by cpo, and its keys"),
+    ("online.yaml", "{stage: ppo, model_name_or_path: m, dataset: a}", "no reward models, pretraining or"),
     ("broken.yaml", "{stage: dpo", "cannot be composed"),
 ]
 
@@ -577,9 +621,14 @@ def test_a_file_that_exists_or_cannot_be_read_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (file := tmp_path / "foreign.yaml").write_text("{model_name_or_path: m, loss_type: ipo, beta: 0.3}")
-    for words, text in (([file, file], "this file exists"), ([tmp_path / "gone.yaml"], "cannot be read")):
-        with pytest.raises(ConfigError, match=text):
+    for words, text, where in (
+        ([file, file], "this file exists", file),
+        ([tmp_path / "gone.sh"], "this file cannot be read", tmp_path / "gone.sh"),
+        ([file, file / "ours.yaml"], "this file cannot be written", file / "ours.yaml"),
+    ):
+        with pytest.raises(ConfigError, match=text) as raised:
             convert.main([str(word) for word in words])
+        assert raised.value.where == str(where)
     assert convert.main([str(file)]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["loss"] == {"kind": "ipo", "beta": 0.3}
 
