@@ -287,6 +287,13 @@ class Command:
             self._cache[file] = read_keys(file)
         return cast(dict[str, Any], self._cache[file])
 
+    @property
+    def of_presets(self) -> list[str]:
+        """The keys that the presets of the command set: `reference.mode` for `reference=live`."""
+        chosen = {group: name for group, name in self._files[-1].presets.items() if name is not None}
+        files = {group: _file_of(f"{group}/{name}", self.folders) for group, name in chosen.items()}
+        return [f"{group}.{key}" for group, file in files.items() for key in self._keys_in(file)]
+
     @cached_property
     def _layers(self) -> list[_Layer]:
         """All layers, the lowest first: config.yaml, experiments, and files, each above its presets."""

@@ -86,6 +86,16 @@ class Remedy:
         """Return the remedy `did you mean RIGHT?`, which stands in the place of WRONG."""
         return cls(f"did you mean {right}?", rename=(wrong, right))
 
+    def with_default(self, key: str, default: str) -> Self:
+        """Return the remedy that sets a key to its default in place of removing it."""
+        word = f"{key}={default}"
+        return replace(
+            self,
+            text=self.text.replace(f"remove {key}", f"set {shlex.quote(word)}", 1),
+            write=(*self.write, word),
+            remove=tuple(removed for removed in self.remove if removed != key),
+        )
+
     def __str__(self) -> str:
         return self.text
 
