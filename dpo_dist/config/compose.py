@@ -12,15 +12,16 @@ these layers, the lowest first:
     loss.beta=0.2
 
 Hydra resolves the lists of `defaults` of config.yaml and presets. Two things are not Hydra's: files and
-experiments are written like a command, `loss: ipo` and `loss.beta: 0.2`; and a preset that a file or the
-command chooses replaces everything before it, while Hydra puts presets below every experiment.
-Mistakes are collected, so that all of a command's are said at once.
+experiments are written like a command, `loss: ipo` and `loss.beta: 0.2`; and the keys of a preset that a file
+or the command chooses win over everything before it, while Hydra puts presets below every experiment.
+Mistakes in keys, presets and values are collected, and said at once.
 """
 
 import contextlib
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import cached_property, reduce
 from itertools import pairwise
 from operator import getitem
@@ -256,8 +257,8 @@ class Command:
         for key, value in content.items():
             if isinstance(value, (str, bool)) and key in run_keys() and preset_names(key, self.folders):
                 choices.append((key, value))
-            elif key == "defaults":
-                continue
+            elif key == "defaults" or (value is None and is_dataclass(run_keys().get(str(key)))):
+                continue  # an empty section has no keys
             elif value not in (None, "", [], {}) or "." in str(key) or key in run_keys():
                 # Another trainer's file may have empty keys: ignore them.
                 OmegaConf.update(values, str(key), value, force_add=True)
