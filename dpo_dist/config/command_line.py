@@ -72,7 +72,7 @@ def _parser(**texts: Any) -> Arguments:
     one_of.add_argument(
         "--check",
         action="store_true",
-        help="check values, model, tokenizer, data and folders, without a GPU, and exit (not doctor, export)",
+        help="check values, model, tokenizer, data, folders without a GPU (not doctor, encode, export, plan)",
     )
     one_of.add_argument(
         "-c",

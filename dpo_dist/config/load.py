@@ -44,7 +44,7 @@ def load_run_config(
     `saved` are the values of a run's config.yaml, which the command changes; `mistakes` were found before.
 
     Raises:
-        ConfigError: all mistakes: keys, values or presets that do not exist; contradictions between values.
+        ConfigError: all mistakes in keys, presets and values; without any, all contradictions between values.
     """
     find_function.cache_clear()
     return load_command(Command(words, group_folders(own_folder), saved, mistakes, verb=verb), verb)

@@ -1,4 +1,4 @@
-"""Errors for mistakes in a command or a YAML file, with remedies; all mistakes of a command are one error.
+"""Errors for mistakes in a command or a YAML file, with remedies.
 
 Remedies translate the keys of other trainers and correct mistyped names.
 """

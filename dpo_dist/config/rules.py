@@ -61,15 +61,13 @@ class Rule:
         return re.findall(r"(?:^| )([\w.]+)", self.when)
 
     def error(self, config: RunConfig, typed: Collection[str] | None = None) -> ConfigError:
-        """Return the error of a configuration that breaks the rule; `typed`: the keys of the command's words."""
+        """Return the error of a configuration that breaks it; `typed`: the keys of the command's words."""
         values = [
             "+".join(config.loss.kinds) if key == LOSS else as_written(value_at(config, key))
             for key in self._named()
         ]
         remedy = self.remedy(config) if callable(self.remedy) else self.remedy
-        if (
-            isinstance(remedy, Remedy) and typed is not None
-        ):  # what a file sets, no word of the command removes
+        if isinstance(remedy, Remedy) and typed is not None:  # no word to remove for the key of a file
             for key in set(remedy.remove).intersection(all_keys()).difference(typed):
                 remedy = remedy.with_default(key, as_written(all_keys()[key].default))
         why = self.why.format(**vars(config))
