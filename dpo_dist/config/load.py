@@ -95,14 +95,26 @@ def complete_config(
             where=key,
             got=path,
             expected="the name on the hub, ORG/NAME",
-            remedy=Remedy.to_rename(path, name),
+            remedy=_instead_of_page(key, path, name, branch),
         )
         for key, path in named
-        if (name := name_in_address(path or ""))
+        for name, branch in [name_in_address(path or "")]
+        if path and name
     ]
     raise_all(pages)
     folder = config.identity.default_dir if config.run.dir is None else Path(config.run.dir)
     return replace(config, run=replace(config.run, dir=str(folder)))
+
+
+def _instead_of_page(key: str, path: str, name: str, branch: str) -> Remedy:
+    """Return the remedy that writes name and branch of a model or dataset in place of its page's address."""
+    if branch in ("", "main"):
+        return Remedy.to_rename(path, name)
+    if key == "model.path":
+        return Remedy.to_write(f"{key}={name}", f"model.revision={branch}", verb="did you mean") + "?"
+    if key.startswith("data."):
+        return Remedy(f"write the entry {{path: {name}, revision: {branch}}}")
+    return Remedy(f"download the branch {branch} of {name}, and name its folder")
 
 
 def to_yaml(config: RunConfig) -> str:
