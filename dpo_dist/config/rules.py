@@ -84,7 +84,7 @@ def _holds(config: RunConfig, part: str) -> bool:
 def unused(key: str, unless: str, remedy: str | Remedy = "", or_if: Condition = lambda _: False) -> Rule:
     """Return the rule that refuses a key without effect: it needs the part `unless` of a rule, or `or_if`."""
     other = unless.partition("=")[0].rstrip("!")
-    remedy = remedy or "set " + unless.replace("|", " or ").replace("!=null", "=...")
+    remedy = remedy or "set " + re.sub("!=.*", "=...", unless.replace("|", " or "))
     return unused_beside(key, other, remedy, lambda c: _holds(c, unless) or or_if(c))
 
 
@@ -329,7 +329,7 @@ RULES = (
         lambda c: c.loss.is_unpaired and len(c.loss.kinds) > 1,
     ),
     Rule(
-        "data.unpair=true loss.kind",
+        f"data.unpair=true {LOSS}",
         "pairs that are taken apart have no second response to compare with",
         Remedy.to_set("loss=kto") + " or loss=apo_zero_unpaired, or remove data.unpair",
         lambda c: not c.loss.is_unpaired,
@@ -354,7 +354,7 @@ RULES = (
     ),
     *(_unused_by_loss(option) for option in schema_fields(LossConfig) if kinds_using(option)),
     Rule(
-        "loss.function=null loss.kind",
+        f"loss.function=null {LOSS}",
         "a custom loss needs a function",
         "set loss.function=my_losses:my_loss for the function my_loss in my_losses.py",
         lambda c: LossKind.custom in c.loss.kinds,
@@ -508,18 +508,20 @@ RULES = (
         "remove one of them",
     ),
     unused("loss.sync_reference.mixup", "loss.sync_reference.every!=null", "set loss.sync_reference.every"),
-    *(
-        Rule(
-            f"loss.sync_reference.every!=null {other}",
-            "only a live reference, whole in memory, can follow the policy, and only if all weights train",
-            Remedy.to_write("reference=live", verb="choose")
-            + " without this setting, or remove loss.sync_reference",
-        )
-        for other in (
-            "reference.mode!=live",
-            "model.adapter!=null",
-            "reference.quantization!=null",
-        )
+    Rule(
+        "loss.sync_reference.every!=null reference.mode!=live",
+        "only a live reference can follow the policy",
+        Remedy.to_write("reference=live", verb="choose") + ", or remove loss.sync_reference.every",
+    ),
+    Rule(
+        "loss.sync_reference.every!=null model.adapter!=null",
+        "a reference can follow the policy only if all weights train",
+        Remedy.to_remove("loss.sync_reference.every") + ", or model.adapter",
+    ),
+    Rule(
+        "loss.sync_reference.every!=null reference.quantization!=null",
+        "a quantized reference cannot take the policy's weights",
+        Remedy.to_set("reference.quantization=null") + ", or remove loss.sync_reference.every",
     ),
     # Exported models.
     unused("export.merge", "model.adapter!=null", "train an adapter"),
