@@ -368,8 +368,8 @@ class Command:
             if names:
                 meant = next(name for name in (names[0], *equivalents(names[0], "values")) if name in known)
                 remedy = Remedy.to_write(f"{key}={meant}", verb="choose")
-                if key == "loss":
-                    remedy += f" or {to_assign(key, line.partition('=')[2])}"
+                if key == "loss" and (summed := to_assign(key, line.partition("=")[2])).write:
+                    remedy = summed + f" for their sum, or choose {key}={meant}"
         elif not is_choice and "." not in key and not isinstance(override.value(), dict):
             message = f"{key} is a section"
             remedy = Remedy(f"write {key}.KEY=VALUE; --help {key} lists its keys")

@@ -195,6 +195,10 @@ def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
     `value`: as the user wrote it, "" if unknown; `where`: the file or override with the key.
     """
     remedy = (find_advice(key, value) or [_instead_of_key(key, value)])[0]
+    beside = [word for word in map(key_of, remedy.write) if word.rpartition(".")[0] == key.rpartition(".")[0]]
+    if where == key and beside and len(remedy.write) == 1:  # `model.adapter={rank: 8}`: the others stay
+        renamed = (key.rpartition(".")[2], beside[0].rpartition(".")[2])
+        remedy = replace(remedy, write=(), rename=renamed)
     return ConfigError(f"there is no key {key!r}", where=where or key, remedy=remedy)
 
 
@@ -264,6 +268,8 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigEr
         remedy = Remedy.to_write(f"{plus}{group}={known[0]}")
     if advice := find_advice(group, choice):
         remedy = advice[0]
+        if remedy.write and group not in map(key_of, remedy.write):
+            remedy = replace(remedy, remove=(*remedy.remove, group))
     elif guess := likely_name(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known):
         remedy = _did_you_mean(f"{plus}{group}={guess}")
     elif group in _PRESET_PATHS:
@@ -410,7 +416,10 @@ def _wrong_value(key: str, error: ErrorDetails, where: str, values: Mapping[str,
     row = all_keys().get(strip_indices(key)) or all_keys().get(strip_indices(key).removesuffix("[]"))
     hint, expected = (row.type, row.type_words) if row else (run_keys().get(key), "")
     if key.endswith("]"):  # an entry of a list
-        hint, expected = nested(hint) or get_args(hint)[0], row.accepts if row else ""
+        hint, expected = (
+            nested(hint) or get_args(hint)[0],
+            row.accepts.removeprefix("a list of ") if row else "",
+        )
     value, got = error["input"], as_written(error["input"])
     expected = expected or describe_type(hint)
     if error["type"] == "less_than_equal" and "<=" not in expected:
