@@ -376,7 +376,10 @@ def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> 
         )
     expected = f"an option of {kind}: {', '.join(known)}" if known else f"none, as {kind} has no options"
     if users:
-        remedy = Remedy.to_remove(key) + f", or choose a loss that uses it: {', '.join(sorted(users))}"
+        remedy = Remedy.to_remove(key)
+        if place == "loss.options" and isinstance(origin(key), InFile):
+            remedy = Remedy.to_set("loss.options=null")
+        remedy += f", or choose a loss that uses it: {', '.join(sorted(users))}"
         remedy += "; loss=NAME replaces all options of the loss" if place == "loss.options" else ""
         message, where = f"{key} has no effect with this {kind_key}", f"{key}, {kind_key}"
         return ConfigError(message, where=where, got=f"{got}, {kind}", expected=expected, remedy=remedy)

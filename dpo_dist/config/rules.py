@@ -132,7 +132,7 @@ def check_rules(config: RunConfig, rules: Iterable[Rule], typed: Collection[str]
 
 def value_at(config: RunConfig, key: str, absent: Any = None) -> Any:
     """Return the value of a key; `absent` for a key of a section that is null, such as `model.adapter`."""
-    if key == LOSS:
+    if key == LOSS:  # named for the error only: `also` says which losses break the rule
         return None
     *sections, name = key.split(".")
     section = reduce(getattr, sections, config)
@@ -459,12 +459,15 @@ RULES = (
     ),
     Rule(
         "metrics.bands!=[]",
-        "a band has low above high, or a metric of evaluations, which this run does not have",
-        "correct the band, or set metrics.bands=[]; eval_loss and the like need data.eval or data.eval_share",
-        lambda c: any(
-            band.low > band.high or (band.metric.startswith(PREFIX) and not c.data.eval_sources)
-            for band in c.metrics.bands
-        ),
+        "a band has low above high",
+        "correct the band, or set metrics.bands=[]",
+        lambda c: any(band.low > band.high for band in c.metrics.bands),
+    ),
+    Rule(
+        "metrics.bands!=[] data.eval=[]",
+        "a band is for a metric of evaluations, which this run does not have",
+        _HOLD_OUT + ", or remove the band",
+        lambda c: not c.data.eval_sources and any(band.metric.startswith(PREFIX) for band in c.metrics.bands),
     ),
     # The reference.
     Rule(

@@ -259,6 +259,14 @@ def test_a_key_of_a_file_is_set_to_its_default_in_place_of_removed(tmp_path: Pat
     configured("data.eval=[b] loss.divergence=reverse_kl", run=run)
 
 
+def test_an_option_of_a_file_that_the_loss_of_the_command_lacks_can_be_taken_away(tmp_path: Path) -> None:
+    (file := tmp_path / "my.yaml").write_text("loss: {kind: simpo, options: {gamma: 1}}")
+    run = [*RUN, str(file)]
+    remedy = error_of("loss.kind=ipo", run=run).as_dict(["loss.kind=ipo"])["remedy"]
+    assert (remedy["write"], remedy["remove"]) == (["loss.options=null"], [])
+    assert configured("loss.kind=ipo loss.options=null", run=run) == configured("loss.kind=ipo")
+
+
 @pytest.mark.parametrize("setting", ["max_new_tokens=9", "temperature=0", "top_p=0.5", "top_k=5"])
 def test_sampling_needs_a_verb_that_samples_or_samples_at_evaluations(setting: str) -> None:
     typed, key = f"sampling.{setting}", f"sampling.{setting.partition('=')[0]}"
