@@ -41,7 +41,7 @@ from dpo_dist.config.schema import (
     RunConfig,
     SourceConfig,
 )
-from dpo_dist.config.user_code import FOREIGN_CODE, code_options, code_warnings
+from dpo_dist.config.user_code import NAMED_CODE, code_options, code_warnings
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.console import console_on, warnings_off
 from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after, raise_all
@@ -72,7 +72,7 @@ def _parser(**texts: Any) -> Arguments:
     one_of.add_argument(
         "--check",
         action="store_true",
-        help="check values, model, tokenizer, data and folders, without a GPU, and exit (not doctor, export)",
+        help="check values, model, tokenizer, data, folders without a GPU (not doctor, encode, export, plan)",
     )
     one_of.add_argument(
         "-c",
@@ -187,7 +187,7 @@ def _check_code_allowed(values: Mapping[str, Any], given: Collection[str], file:
         ]
         raise ConfigError(
             "the configuration of this run asks to run code: "
-            + ", ".join(dict.fromkeys(FOREIGN_CODE[key] for key in options)),
+            + ", ".join(dict.fromkeys(NAMED_CODE[key] for key in options)),
             where=str(file),
             got="; ".join(options.values()),
             expected="a run directory without code, or the option on the command line",

@@ -12,15 +12,16 @@ these layers, the lowest first:
     loss.beta=0.2
 
 Hydra resolves the lists of `defaults` of config.yaml and presets. Two things are not Hydra's: files and
-experiments are written like a command, `loss: ipo` and `loss.beta: 0.2`; and a preset that a file or the
-command chooses replaces everything before it, while Hydra puts presets below every experiment.
-Mistakes are collected, so that all of a command's are said at once.
+experiments are written like a command, `loss: ipo` and `loss.beta: 0.2`; and the keys of a preset that a file
+or the command chooses win over everything before it, while Hydra puts presets below every experiment.
+Mistakes in keys, presets and values are collected, and said at once.
 """
 
 import contextlib
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import cached_property, reduce
 from itertools import pairwise
 from operator import getitem
@@ -256,8 +257,8 @@ class Command:
         for key, value in content.items():
             if isinstance(value, (str, bool)) and key in run_keys() and preset_names(key, self.folders):
                 choices.append((key, value))
-            elif key == "defaults":
-                continue
+            elif key == "defaults" or (value is None and is_dataclass(run_keys().get(str(key)))):
+                continue  # an empty section has no keys
             elif value not in (None, "", [], {}) or "." in str(key) or key in run_keys():
                 # Another trainer's file may have empty keys: ignore them.
                 OmegaConf.update(values, str(key), value, force_add=True)
@@ -286,6 +287,13 @@ class Command:
         if file not in self._cache:
             self._cache[file] = read_keys(file)
         return cast(dict[str, Any], self._cache[file])
+
+    @property
+    def of_presets(self) -> list[str]:
+        """The keys that the presets of the command set: `reference.mode` for `reference=live`."""
+        chosen = {group: name for group, name in self._files[-1].presets.items() if name is not None}
+        files = {group: _file_of(f"{group}/{name}", self.folders) for group, name in chosen.items()}
+        return [f"{group}.{key}" for group, file in files.items() for key in self._keys_in(file)]
 
     @cached_property
     def _layers(self) -> list[_Layer]:
@@ -360,8 +368,8 @@ class Command:
             if names:
                 meant = next(name for name in (names[0], *equivalents(names[0], "values")) if name in known)
                 remedy = Remedy.to_write(f"{key}={meant}", verb="choose")
-                if key == "loss":
-                    remedy += f" or {to_assign(key, line.partition('=')[2])}"
+                if key == "loss" and (summed := to_assign(key, line.partition("=")[2])).write:
+                    remedy = summed + f" for their sum, or choose {key}={meant}"
         elif not is_choice and "." not in key and not isinstance(override.value(), dict):
             message = f"{key} is a section"
             remedy = Remedy(f"write {key}.KEY=VALUE; --help {key} lists its keys")

@@ -94,9 +94,9 @@ def settings(config: Any) -> dict[str, Any]:
     if config.loss.terms:
         shown.pop("loss.kind", None)
     if (adapter := config.model.adapter) is not None and adapter.path is None:
-        shown["model.adapter"] |= {"r": adapter.r, "alpha": adapter.alpha}
+        shown["model.adapter"] = shown["model.adapter"] | {"r": adapter.r, "alpha": adapter.alpha}
     if config.model.images is not None:
-        shown["model.images"] |= {"train": str(config.model.images.train)}
+        shown["model.images"] = shown["model.images"] | {"train": str(config.model.images.train)}
     return shown
 
 

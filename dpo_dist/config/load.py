@@ -44,7 +44,7 @@ def load_run_config(
     `saved` are the values of a run's config.yaml, which the command changes; `mistakes` were found before.
 
     Raises:
-        ConfigError: all mistakes: keys, values or presets that do not exist; contradictions between values.
+        ConfigError: all mistakes in keys, presets and values; without any, all contradictions between values.
     """
     find_function.cache_clear()
     return load_command(Command(words, group_folders(own_folder), saved, mistakes, verb=verb), verb)
@@ -69,16 +69,21 @@ def load_command(command: Command, verb: str) -> RunConfig:
     keep_terms(command.mistakes, values)
     raise_all(command.mistakes)
     given = [key for override in command.overrides for key in keys_given(override)]
-    return complete_config(config, given, verb)
+    return complete_config(config, given, verb, command.of_presets)
 
 
-def complete_config(config: RunConfig, given: Collection[str] = (), verb: str = "") -> RunConfig:
-    """Check all rules, and fill in `reference.mode` and `run.dir`; `given`: the keys of the command."""
+def complete_config(
+    config: RunConfig, given: Collection[str] = (), verb: str = "", of_presets: Iterable[str] = ()
+) -> RunConfig:
+    """Check all rules, and fill in `reference.mode` and `run.dir`.
+
+    `given`: the keys of the command; `of_presets`: those that its presets set.
+    """
     if config.reference.mode is ReferenceMode.auto:  # resets what the mode does not use
-        given = {*given, "reference.mode"}
+        of_presets = (*of_presets, "reference.mode")
     rules = rules_of(verb)
-    config = reset_unused(resolve_reference(config), given, rules)
-    check_rules(config, rules)
+    config = reset_unused(resolve_reference(config), given, of_presets, rules)
+    check_rules(config, rules, given)
     named = [(key, value_at(config, key)) for key in ("model.path", "model.adapter.path", "reference.path")]
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for source in filter(lambda source: is_url(source.path), sources):
@@ -90,14 +95,26 @@ def complete_config(config: RunConfig, given: Collection[str] = (), verb: str = 
             where=key,
             got=path,
             expected="the name on the hub, ORG/NAME",
-            remedy=Remedy.to_rename(path, name),
+            remedy=_instead_of_page(key, path, name, branch),
         )
         for key, path in named
-        if (name := name_in_address(path or ""))
+        for name, branch in [name_in_address(path or "")]
+        if path and name
     ]
     raise_all(pages)
     folder = config.identity.default_dir if config.run.dir is None else Path(config.run.dir)
     return replace(config, run=replace(config.run, dir=str(folder)))
+
+
+def _instead_of_page(key: str, path: str, name: str, branch: str) -> Remedy:
+    """Return the remedy that writes name and branch of a model or dataset in place of its page's address."""
+    if branch in ("", "main"):
+        return Remedy.to_rename(path, name)
+    if key == "model.path":
+        return Remedy.to_write(f"{key}={name}", f"model.revision={branch}", verb="did you mean") + "?"
+    if key.startswith("data."):
+        return Remedy(f"write the entry {{path: {name}, revision: {branch}}}")
+    return Remedy(f"download the branch {branch} of {name}, and name its folder")
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -1,4 +1,4 @@
-"""Errors for mistakes in a command or a YAML file, with remedies; all mistakes of a command are one error.
+"""Errors for mistakes in a command or a YAML file, with remedies.
 
 Remedies translate the keys of other trainers and correct mistyped names.
 """
@@ -195,6 +195,10 @@ def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
     `value`: as the user wrote it, "" if unknown; `where`: the file or override with the key.
     """
     remedy = (find_advice(key, value) or [_instead_of_key(key, value)])[0]
+    beside = [word for word in map(key_of, remedy.write) if word.rpartition(".")[0] == key.rpartition(".")[0]]
+    if where == key and beside and len(remedy.write) == 1:  # `model.adapter={rank: 8}`: the others stay
+        renamed = (key.rpartition(".")[2], beside[0].rpartition(".")[2])
+        remedy = replace(remedy, write=(), rename=renamed)
     return ConfigError(f"there is no key {key!r}", where=where or key, remedy=remedy)
 
 
@@ -264,6 +268,8 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigEr
         remedy = Remedy.to_write(f"{plus}{group}={known[0]}")
     if advice := find_advice(group, choice):
         remedy = advice[0]
+        if remedy.write and group not in map(key_of, remedy.write):
+            remedy = replace(remedy, remove=(*remedy.remove, group))
     elif guess := likely_name(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known):
         remedy = _did_you_mean(f"{plus}{group}={guess}")
     elif group in _PRESET_PATHS:
@@ -370,7 +376,10 @@ def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> 
         )
     expected = f"an option of {kind}: {', '.join(known)}" if known else f"none, as {kind} has no options"
     if users:
-        remedy = Remedy.to_remove(key) + f", or choose a loss that uses it: {', '.join(sorted(users))}"
+        remedy = Remedy.to_remove(key)
+        if place == "loss.options" and isinstance(origin(key), InFile):
+            remedy = Remedy.to_set("loss.options=null")
+        remedy += f", or choose a loss that uses it: {', '.join(sorted(users))}"
         remedy += "; loss=NAME replaces all options of the loss" if place == "loss.options" else ""
         message, where = f"{key} has no effect with this {kind_key}", f"{key}, {kind_key}"
         return ConfigError(message, where=where, got=f"{got}, {kind}", expected=expected, remedy=remedy)
@@ -410,7 +419,8 @@ def _wrong_value(key: str, error: ErrorDetails, where: str, values: Mapping[str,
     row = all_keys().get(strip_indices(key)) or all_keys().get(strip_indices(key).removesuffix("[]"))
     hint, expected = (row.type, row.type_words) if row else (run_keys().get(key), "")
     if key.endswith("]"):  # an entry of a list
-        hint, expected = nested(hint) or get_args(hint)[0], row.accepts if row else ""
+        hint = nested(hint) or get_args(hint)[0]
+        expected = row.accepts.removeprefix("a list of ") if row else ""
     value = error["input"]
     got = repr(value) if isinstance(value, float) else as_written(value)  # 1000.0 is no whole number
     expected = expected or describe_type(hint)

@@ -38,15 +38,15 @@ class Rule:
     """A rule between values: a configuration breaks it if all parts of `when`, and `also`, are true.
 
     A part is `KEY=VALUE`, `KEY=VALUE|VALUE`, `KEY!=VALUE` or a bare KEY; the keys give an error's `where` and
-    `got`. In `why` `{model.attention}` stands for the value of that key. If the command sets the
-    key `resets` but not the first key of `when`, the first key goes back to its default.
+    `got`. In `why` `{model.attention}` stands for the value of that key. If the command sets one of the
+    keys `yields_to` but not the first key of `when`, the first key goes back to its default.
     """
 
     when: str
     why: str
     remedy: str | Remedy | Callable[[RunConfig], Remedy]
     also: Condition = lambda _: True
-    resets: str = ""
+    yields_to: tuple[str, ...] = ()
 
     def is_broken(self, config: RunConfig) -> bool:
         """Return whether a configuration breaks the rule."""
@@ -60,13 +60,16 @@ class Rule:
     def _named(self) -> list[str]:
         return re.findall(r"(?:^| )([\w.]+)", self.when)
 
-    def error(self, config: RunConfig) -> ConfigError:
-        """Return the error of a configuration that breaks the rule."""
+    def error(self, config: RunConfig, typed: Collection[str] | None = None) -> ConfigError:
+        """Return the error of a configuration that breaks it; `typed`: the keys of the command's words."""
         values = [
             "+".join(config.loss.kinds) if key == LOSS else as_written(value_at(config, key))
             for key in self._named()
         ]
         remedy = self.remedy(config) if callable(self.remedy) else self.remedy
+        if isinstance(remedy, Remedy) and typed is not None:  # no word to remove for the key of a file
+            for key in set(remedy.remove).intersection(all_keys()).difference(typed):
+                remedy = remedy.with_default(key, as_written(all_keys()[key].default))
         why = self.why.format(**vars(config))
         return ConfigError(why, where=", ".join(self.keys(config)), got=", ".join(values), remedy=remedy)
 
@@ -78,45 +81,58 @@ def _holds(config: RunConfig, part: str) -> bool:
     return is_listed is not key.endswith("!")
 
 
-def unused(key: str, unless: str, remedy: str | Remedy = "", works: Condition = lambda _: False) -> Rule:
-    """Return the rule that refuses a key without effect: it needs the part `unless` of a rule, or `works`."""
+def unused(key: str, unless: str, remedy: str | Remedy = "", or_if: Condition = lambda _: False) -> Rule:
+    """Return the rule that refuses a key without effect: it needs the part `unless` of a rule, or `or_if`."""
     other = unless.partition("=")[0].rstrip("!")
-    remedy = remedy or "set " + unless.replace("|", " or ").replace("!=null", "=...")
-    return unused_beside(key, other, remedy, lambda c: _holds(c, unless) or works(c))
+    remedy = remedy or "set " + re.sub("!=.*", "=...", unless.replace("|", " or "))
+    return unused_beside(key, other, remedy, lambda c: _holds(c, unless) or or_if(c))
 
 
-def unused_beside(key: str, other: str, remedy: str | Remedy, works: Condition) -> Rule:
-    """Return the rule that refuses a key that is set and by the value of the key `other` does not work."""
+def unused_beside(key: str, other: str, remedy: str | Remedy, has_effect: Condition) -> Rule:
+    """Return the rule that refuses a key that is set and by the value of the key `other` has no effect."""
     default = all_keys()[key].default
     return Rule(
         f"{key} {other}",
         f"{key} has no effect with this {other}",
         Remedy.to_remove(key) + f", or {remedy}",
-        lambda c: value_at(c, key, default) != default and not works(c),
-        resets="" if other == LOSS else other,  # loss=NAME gives all options of the loss
+        lambda c: value_at(c, key, default) != default and not has_effect(c),
+        yields_to=() if other == LOSS else (other,),  # loss=NAME gives all options of the loss
     )
 
 
-def reset_unused(config: RunConfig, given: Collection[str], rules: Iterable[Rule]) -> RunConfig:
-    """Reset a preset's options if a key of the command (`given`) takes their effect away."""
+def _without_evaluations(key: str, or_if: Condition = lambda _: False) -> Rule:
+    """Refuse a key of evaluations in a run that has no data for them."""
+    rule = unused_beside(key, "data.eval", _HOLD_OUT, lambda c: bool(c.data.eval_sources) or or_if(c))
+    why = f"{key} has no effect without evaluation data"
+    return replace(rule, why=why, yields_to=("data.eval", "data.eval_share"))
+
+
+def reset_unused(
+    config: RunConfig, given: Collection[str], of_presets: Iterable[str], rules: Iterable[Rule]
+) -> RunConfig:
+    """Reset an earlier option if a key of the command takes its effect away.
+
+    `given`: keys of the command, which are never reset; `of_presets`: keys that its presets set.
+    """
     for rule in rules:
-        key = rule.when.partition(" ")[0]
-        if rule.resets in given and key not in given and rule.is_broken(config):
+        key = re.split("[ !=]", rule.when)[0]
+        yields = not {*given, *of_presets}.isdisjoint(rule.yields_to)
+        if yields and key not in given and rule.is_broken(config):
             *sections, name = key.split(".")
             reduce(getitem, sections, values := asdict(config))[name] = all_keys()[key].default
             config, given = SCHEMA.validate_python(values), {*given, key}
     return config
 
 
-def check_rules(config: RunConfig, rules: Iterable[Rule]) -> None:
-    """Raise one error with every rule that a configuration breaks."""
+def check_rules(config: RunConfig, rules: Iterable[Rule], typed: Collection[str] | None = None) -> None:
+    """Raise one error with every rule that a configuration breaks; `typed`: as for `Rule.error`."""
     broken = [rule for rule in rules if rule.is_broken(config)]
-    raise_all([rule.error(config) for rule in broken])
+    raise_all([rule.error(config, typed) for rule in broken])
 
 
 def value_at(config: RunConfig, key: str, absent: Any = None) -> Any:
     """Return the value of a key; `absent` for a key of a section that is null, such as `model.adapter`."""
-    if key == LOSS:
+    if key == LOSS:  # named for the error only: `also` says which losses break the rule
         return None
     *sections, name = key.split(".")
     section = reduce(getattr, sections, config)
@@ -167,11 +183,11 @@ def _unused_by_loss(option: str) -> Rule:
     return unused_beside(f"loss.{option}", LOSS, remedy, lambda c: is_used(c.loss))
 
 
-def _unused_by_reference(key: str, resets: str = "") -> tuple[Rule, Rule]:
+def _unused_by_reference(key: str, yields_to: tuple[str, ...] = ()) -> tuple[Rule, Rule]:
     """Refuse an option of `reference` in modes that load no model, and with a loss that needs none."""
-    by_mode = unused(key, "reference.mode=cached|live", works=lambda c: not c.loss.needs_reference)
+    by_mode = unused(key, "reference.mode=cached|live", or_if=lambda c: not c.loss.needs_reference)
     by_loss = unused_beside(key, LOSS, "choose a loss with a reference", lambda c: c.loss.needs_reference)
-    return replace(by_mode, resets=resets), replace(by_loss, resets=resets)
+    return replace(by_mode, yields_to=yields_to), replace(by_loss, yields_to=yields_to)
 
 
 def best_direction(metric: str) -> Direction | None:
@@ -279,10 +295,11 @@ RULES = (
     *map(_given_once, ("data.train", "data.eval", "evaluation.data")),
     *map(_unweighted, ("data.eval", "evaluation.data")),
     Rule(
-        "data.eval!=[] data.eval_share!=0",
+        "data.eval_share!=0 data.eval!=[]",
         "evaluation data are given twice: by their sources and as a share of the training data",
         Remedy.to_remove("data.eval_share")
         + "; data.drop_eval_prompts=true keeps prompts of data.eval out of training",
+        yields_to=("data.eval",),
     ),
     unused("data.drop_eval_prompts", "data.eval!=[]", "set data.eval; data.eval_share never shares a prompt"),
     unused("data.images", "model.images!=null", "set model.images.train=none to read images"),
@@ -312,7 +329,7 @@ RULES = (
         lambda c: c.loss.is_unpaired and len(c.loss.kinds) > 1,
     ),
     Rule(
-        "data.unpair=true loss.kind",
+        f"data.unpair=true {LOSS}",
         "pairs that are taken apart have no second response to compare with",
         Remedy.to_set("loss=kto") + " or loss=apo_zero_unpaired, or remove data.unpair",
         lambda c: not c.loss.is_unpaired,
@@ -337,7 +354,7 @@ RULES = (
     ),
     *(_unused_by_loss(option) for option in schema_fields(LossConfig) if kinds_using(option)),
     Rule(
-        "loss.function=null loss.kind",
+        f"loss.function=null {LOSS}",
         "a custom loss needs a function",
         "set loss.function=my_losses:my_loss for the function my_loss in my_losses.py",
         lambda c: LossKind.custom in c.loss.kinds,
@@ -400,16 +417,8 @@ RULES = (
         Remedy.to_set("trainer.keep_last=1") + ", or remove trainer.ema_decay",
     ),
     # Training and evaluations.
-    *(
-        unused(key, "data.eval!=[]", _HOLD_OUT, lambda c: c.data.eval_share > 0)
-        for key in ("trainer.eval_every", "trainer.keep_best")
-    ),
-    unused(
-        "samples.prompts",
-        "data.eval!=[]",
-        _HOLD_OUT,
-        lambda c: c.data.eval_share > 0 or c.samples.prompts == 0,
-    ),
+    *map(_without_evaluations, ("trainer.eval_every", "trainer.keep_best")),
+    _without_evaluations("samples.prompts", lambda c: c.samples.prompts == 0),
     *(unused(key, "sampling.temperature!=0") for key in ("sampling.top_p", "sampling.top_k")),
     unused("parallelism.offload_parameters", "parallelism.kind=zero3"),
     unused("parallelism.reduce_in_float32", "model.dtype=bf16|fp16"),
@@ -450,12 +459,15 @@ RULES = (
     ),
     Rule(
         "metrics.bands!=[]",
-        "a band has low above high, or a metric of evaluations, which this run does not have",
-        "correct the band, or set metrics.bands=[]; eval_loss and the like need data.eval or data.eval_share",
-        lambda c: any(
-            band.low > band.high or (band.metric.startswith(PREFIX) and not c.data.eval_sources)
-            for band in c.metrics.bands
-        ),
+        "a band has low above high",
+        "correct the band, or set metrics.bands=[]",
+        lambda c: any(band.low > band.high for band in c.metrics.bands),
+    ),
+    Rule(
+        "metrics.bands!=[] data.eval=[]",
+        "a band is for a metric of evaluations, which this run does not have",
+        _HOLD_OUT + ", or remove the band",
+        lambda c: not c.data.eval_sources and any(band.metric.startswith(PREFIX) for band in c.metrics.bands),
     ),
     # The reference.
     Rule(
@@ -481,7 +493,7 @@ RULES = (
     *_unused_by_reference("reference.path"),
     *_unused_by_reference("reference.quantization"),
     # An experiment may set these, while the command chooses a loss or mode without a reference.
-    *_unused_by_reference("reference.offload", resets="reference.mode"),
+    *_unused_by_reference("reference.offload", yields_to=("reference.mode",)),
     Rule(
         # Without an adapter the rule above it says what is wrong.
         "reference.quantization model.quantization!=null model.adapter!=null reference.path=null "
@@ -499,18 +511,20 @@ RULES = (
         "remove one of them",
     ),
     unused("loss.sync_reference.mixup", "loss.sync_reference.every!=null", "set loss.sync_reference.every"),
-    *(
-        Rule(
-            f"loss.sync_reference.every!=null {other}",
-            "only a live reference, whole in memory, can follow the policy, and only if all weights train",
-            Remedy.to_write("reference=live", verb="choose")
-            + " without this setting, or remove loss.sync_reference",
-        )
-        for other in (
-            "reference.mode!=live",
-            "model.adapter!=null",
-            "reference.quantization!=null",
-        )
+    Rule(
+        "loss.sync_reference.every!=null reference.mode!=live",
+        "only a live reference can follow the policy",
+        Remedy.to_write("reference=live", verb="choose") + ", or remove loss.sync_reference.every",
+    ),
+    Rule(
+        "loss.sync_reference.every!=null model.adapter!=null",
+        "a reference can follow the policy only if all weights train",
+        Remedy.to_remove("loss.sync_reference.every") + ", or model.adapter",
+    ),
+    Rule(
+        "loss.sync_reference.every!=null reference.quantization!=null",
+        "a quantized reference cannot take the policy's weights",
+        Remedy.to_set("reference.quantization=null") + ", or remove loss.sync_reference.every",
     ),
     # Exported models.
     unused("export.merge", "model.adapter!=null", "train an adapter"),
@@ -548,12 +562,7 @@ _SAMPLES_ONLY = tuple(
     rule
     for key in SAMPLING_KEYS
     for rule in (
-        unused(
-            key,
-            "data.eval!=[]",
-            _HOLD_OUT,
-            lambda c: c.data.eval_share > 0 or _is_for_others(c.pairs, c.compare),
-        ),
+        _without_evaluations(key, lambda c: _is_for_others(c.pairs, c.compare)),
         unused(
             key, "samples.prompts!=0", "set samples.prompts=16", lambda c: _is_for_others(c.pairs, c.compare)
         ),

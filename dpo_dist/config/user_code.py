@@ -95,20 +95,20 @@ def _load(source: UserFunction) -> Callable[..., Any]:
     return function
 
 
-FOREIGN_CODE = {
+NAMED_CODE = {
     "model.trust_remote_code": "Python code of model folders is run",
     LOSS_FUNCTION: "Python code of the loss is run",
     METRICS_FUNCTION: "Python code of metrics is run",
     "pairs.function": "Python code of the judge is run",
     **dict.fromkeys(("data.train", "data.eval", "evaluation.data"), "Python code of a reader of data is run"),
 }
-"""The keys that run other people's code, with the text of a warning; docs/reliability.md lists them."""
+"""The keys that name Python code to run, with the text of a warning; docs/reliability.md lists them."""
 
 
 def code_options(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the options in a configuration's plain values that run other people's code, as text by key."""
+    """Return the options in a configuration's plain values that run Python code, as text by key."""
     options = {}
-    for key in FOREIGN_CODE:
+    for key in NAMED_CODE:
         section, _, name = key.partition(".")
         inner = values.get(section)
         value = inner.get(name) if isinstance(inner, dict) else None
@@ -122,5 +122,5 @@ def code_options(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def code_warnings(values: Mapping[str, Any]) -> list[str]:
-    """Return a warning for each option, in a configuration's plain values, that runs other people's code."""
-    return [f"warning: {option}: {FOREIGN_CODE[key]}" for key, option in code_options(values).items()]
+    """Return a warning for each option, in a configuration's plain values, that runs Python code."""
+    return [f"warning: {option}: {NAMED_CODE[key]}" for key, option in code_options(values).items()]

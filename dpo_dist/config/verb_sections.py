@@ -118,7 +118,7 @@ class ExportConfig:
     """Write the mean of whole models in place of a checkpoint: their folders, such as `export` writes."""
     merge: bool = key(False)
     """Merge an adapter into its base, and write one model."""
-    dtype: str | None = key(None, accepts="bf16, fp16 or fp32", pattern=r"^(bf16|fp16|fp32)$")
+    dtype: Literal["bf16", "fp16", "fp32"] | None = key(None)
     """Precision of the written weights; null: `model.dtype`, but weights of a merged base keep the precision
     of its files."""
     check: bool = key(True)

@@ -188,7 +188,7 @@ def raise_all(mistakes: Sequence[DpoDistError]) -> None:
         where = mistake.where.removeprefix(COMMAND_LINE).removeprefix(": ")
         got = f" ({mistake.got})" if where and mistake.got and "=" not in where else ""
         advice = mistake.advice
-        is_said = mistake.expected in advice.text or advice.write or advice.rename
+        is_said = not mistake.expected or mistake.expected in advice.text or advice.write or advice.rename
         expected = "" if is_said else f", expected {mistake.expected}"
         lines.append(f"{where or mistake.got}{got}: {mistake.message}{expected}; {mistake.remedy}")
     if lines := list(dict.fromkeys(lines)):

@@ -40,7 +40,7 @@ def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, s
     """
     for name, (key, value) in repeated.items():
         given = environ.get(name, "").lower()
-        if given not in _OFF and not (value and given in ("auto", value)):
+        if given not in _OFF and not (value and (given == "auto" or _as_number(given) == _as_number(value))):
             raise ConfigError(
                 "an option of the launcher would have no effect",
                 where="environment: accelerate launch",
@@ -58,6 +58,12 @@ def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, s
         )
         error.is_printed_here = True  # by each rank: rank 0 may not have this error
         raise error
+
+
+def _as_number(text: str) -> float | str:
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return text
 
 
 def _is_one_process(environ: Mapping[str, str]) -> bool:

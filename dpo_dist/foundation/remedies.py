@@ -86,6 +86,16 @@ class Remedy:
         """Return the remedy `did you mean RIGHT?`, which stands in the place of WRONG."""
         return cls(f"did you mean {right}?", rename=(wrong, right))
 
+    def with_default(self, key: str, default: str) -> Self:
+        """Return the remedy that sets a key to its default in place of removing it."""
+        word = f"{key}={default}"
+        return replace(
+            self,
+            text=self.text.replace(f"remove {key}", f"set {shlex.quote(word)}", 1),
+            write=(*self.write, word),
+            remove=tuple(removed for removed in self.remove if removed != key),
+        )
+
     def __str__(self) -> str:
         return self.text
 
@@ -109,7 +119,8 @@ class Remedy:
         write, remove = [*self.write], [*self.remove, *(about if self.drops else ())]
         # `loss.betta=1` becomes loss.beta=1; a name at the key `model.path` changes in this key's word only.
         if self.rename is not None:
-            of_key = [word for word in typed if key_of(word) == where]
+            # The key of a mapping, `model.adapter.rank`, is in the word of the mapping.
+            of_key = [word for word in typed if "=" in word and f"{where}.".startswith(f"{key_of(word)}.")]
             changed = {
                 word: renamed for word in about or of_key or typed if (renamed := self._renamed(word)) != word
             }
@@ -127,8 +138,9 @@ class Remedy:
         # `model.dtype=fp32 model.dtype=x`: the last word of a key wins, so that only the new one is kept.
         typed_keys = [key_of(word) for word in typed]
         remove += [word for word in typed if key_of(word) in keys and typed_keys.count(key_of(word)) > 1]
-        # loss=kto is written: `loss.kind` would win over it.
-        remove += [key for group in _CHOSEN_BY for key in _CHOSEN_BY[group] if group in keys]
+        # loss=kto is written: `loss.kind` would win over it; loss={beta: 1} is no preset.
+        presets = {key_of(word) for word in write if "={" not in word}
+        remove += [key for group in _CHOSEN_BY for key in _CHOSEN_BY[group] if group in presets]
         # `loss.beta="=0.2"`, typed without quotes, or a word without its secret: removed by its key.
         remove = [
             word if word in typed or key_of(word) not in typed_keys else key_of(word) for word in remove

@@ -17,7 +17,7 @@ _CONNECT_SECONDS, _SILENT_SECONDS = 10, 60
 _QUERY = re.compile(r"(?<=://)([^\s?#]*)[?#][^\s'\")]+")
 _PASSWORD, _WEB_USER = re.compile("[^/@]*:[^@]*@"), re.compile("[^/@]*(:[^@]*)?@")
 _HUB_PAGE = re.compile(
-    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)(?:/(?:tree|blob)/.*)?/?"
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)(?:/(?:tree|blob)/([^/]*).*)?/?"
 )
 _DENIED = re.compile(r"(?i)credential|forbidden|unauthorized|access.?denied|invalid.?access|signature|40[13]")
 
@@ -46,10 +46,10 @@ def check_url(url: str, where: str) -> None:
         )
 
 
-def name_in_address(address: str) -> str:
-    """Return the name of the model or dataset whose page on the hub has this address; "" for any other."""
+def name_in_address(address: str) -> tuple[str, str]:
+    """Return model or dataset, and branch, of the page on the hub with this address; "" for what it lacks."""
     found = _HUB_PAGE.fullmatch(address)
-    return found[1] if found else ""
+    return (found[1], found[2] or "") if found else ("", "")
 
 
 def open_file_system(url: str, where: str = "") -> tuple[Any, str]:

@@ -13,7 +13,7 @@ from dpo_dist.config.keys import run_keys
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.metrics import ENTROPIES, PAIR_METRICS
-from dpo_dist.config.user_code import FOREIGN_CODE
+from dpo_dist.config.user_code import NAMED_CODE
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import Arguments, ExitCode
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
@@ -83,7 +83,7 @@ def test_named_keys_modules_and_tests_exist(page: Path) -> None:
 
 def test_every_key_that_runs_code_is_on_the_page_about_security() -> None:
     listed = (ROOT / "docs" / "reliability.md").read_text().partition("### Code runs only if")[2]
-    assert [key for key in FOREIGN_CODE if f"`{key}" not in listed.partition("\n### ")[0]] == []
+    assert [key for key in NAMED_CODE if f"`{key}" not in listed.partition("\n### ")[0]] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -166,7 +166,11 @@ WRITTEN = [
     ("optim.lr= 1e-6", ["optim.lr=1e-6"]),
     ("--loss.betta 0.2", ["loss.beta=0.2"]),
     ("data.trian=a.jsonl", ["data.train=[a.jsonl]"]),
-    ("loss=[dpo,sft]", ["loss=sigmoid"]),
+    ("loss=[dpo,sft]", ["loss.terms=[{kind: sigmoid}, {kind: sft}]"]),
+    ("'loss={betta: 1}' loss.kind=ipo", ["loss={beta: 1}"]),
+    ("'model.adapter={rank: 8, alpha: 16}'", ["model.adapter={r: 8, alpha: 16}"]),
+    ("export.dtype=bfloat16", ["export.dtype=bf16"]),
+    ("reference=live 'model.adapter={r: 8}' loss.sync_reference.every=5", []),
     ("loss.gamma=1", ["loss.options.gamma=1", "loss=simpo"]),
     ("loss=sigmoid_sft loss.gamma=1", []),
     ("model.adapter={r=8}", ["model.adapter={r: 8}"]),
@@ -196,6 +200,25 @@ def test_the_words_that_are_written(
     assert found["write"] == write
     assert "my.yaml" not in found["remove"]
     assert not any(word.startswith("model.path") for word in found["remove"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "remove"),
+    [
+        ("tracking=tensorboard", ["tracking"]),
+        ("'loss={betta: 1}' loss.kind=ipo", ["loss={betta: 1}"]),
+        ("reference=live 'model.adapter={r: 8}' loss.sync_reference.every=5", ["loss.sync_reference.every"]),
+    ],
+)
+def test_the_words_that_are_removed(typed: str, remove: list[str]) -> None:
+    assert words_of(f"{RUN} data.train=[train.jsonl] {typed}")["remove"] == remove
+
+
+def test_the_branch_of_a_page_is_kept() -> None:
+    page = "https://huggingface.co/org/name/tree/dev"
+    found = words_of(f"model.path={page} data.train=[train.jsonl]")
+    assert found["write"] == ["model.path=org/name", "model.revision=dev"]
+    assert "revision: dev" in words_of(f"{RUN} data.train=[{page}]")["text"]
 
 
 # Words that stand in a sentence only, and why no program may write them.

@@ -156,7 +156,10 @@ def dry_run(
     )
     lines += [("  look at", f"{fault}: {text}") for fault, text in faults]
     if plan is not None:
-        lines += plan(config, fmean(found.tokens for found in looked_at["data.train"]))
+        train = looked_at["data.train"]
+        lines += plan(
+            config, fmean((found.tokens for found in train), [found.counts.pairs for found in train])
+        )
     doctor = "dpo-dist doctor with the same arguments without --check examines all records"
     report = CheckReport(lines, hint="" if models else doctor)
     if not faults:

@@ -270,6 +270,11 @@ def test_options_of_a_launcher_are_refused(option: str, verb: Verb, monkeypatch:
     assert f"ACCELERATE_{option}" in ended.err
 
 
+def test_an_option_of_a_launcher_that_agrees_is_accepted(verb: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_CLIPPING", "1")
+    assert verb(*RUN).err == ""
+
+
 def test_a_verb_without_check_refuses_the_option(verb: Verb) -> None:
     ended = verb("--check", *RUN)
     assert ended.code == 2

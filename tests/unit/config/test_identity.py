@@ -1,5 +1,6 @@
 """Digest, run directory, settings and title of a run, and its difference from another run."""
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -64,6 +65,13 @@ def test_settings_are_the_usual_keys_and_those_not_at_their_default() -> None:
     assert found["loss.terms"] == [{"kind": "sigmoid"}, {"kind": "sft", "weight": 0.1}]
     assert found["model.adapter"] == {"r": 8, "alpha": 32.0}
     assert not {"loss.kind", "trainer.save_every"} & set(found)
+
+
+def test_settings_leave_the_identity_as_it_is() -> None:
+    config = configured("model.adapter.r=8 model.images.train=none")
+    before = copy.deepcopy(config.identity.values)
+    settings(config)
+    assert config.identity.values == before
 
 
 @pytest.mark.parametrize(

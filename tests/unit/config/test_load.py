@@ -369,3 +369,8 @@ def test_a_preset_that_is_edited_counts_in_the_next_command(
     assert [configured("loss=ipo").loss.beta, configured("loss=ipo").loss.beta] == [0.1, 0.1]
     (folder / "loss/ipo.yaml").write_text("kind: ipo\nbeta: 0.3\n")
     assert configured("loss=ipo").loss.beta == 0.3
+
+
+def test_an_empty_section_has_no_keys(tmp_path: Path) -> None:
+    (file := tmp_path / "my.yaml").write_text("samples:\noptim:\nloss.sync_reference:\ntrainer: {seed: 3}")
+    assert configured(run=[*RUN, str(file)]) == configured("trainer.seed=3")

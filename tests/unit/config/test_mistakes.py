@@ -19,7 +19,10 @@ SECTIONS = "|".join(name for name in run_keys() if "." not in name)
 
 # A command line as typed, and a part of the error.
 MISTYPED = [
-    ("loss=[sigmoid,sft]", "choose loss=sigmoid or write 'loss.terms=[{kind: sigmoid}, {kind: sft}]'"),
+    (
+        "loss=[sigmoid,sft]",
+        "write 'loss.terms=[{kind: sigmoid}, {kind: sft}]' for their sum, or choose loss=sigmoid",
+    ),
     ("model=Qwen/Qwen2.5-7B", "write model.path=Qwen/Qwen2.5-7B"),
     ("data=hard.jsonl", "write 'data.train=[hard.jsonl]' or 'evaluation.data=[hard.jsonl]'"),
     ("optim.kind=paged_adamw_8bit", "did you mean optim.kind=adamw_8bit?"),
@@ -167,6 +170,9 @@ MISTYPED = [
     ("--report_to mlflow", "write 'tracking.to=[mlflow]'"),
     ("tracking.to=trackio", "write 'tracking.to=[trackio]'"),
     ("tracking=none", "did you mean tracking=off?"),
+    ("sampling.temperature=0 sampling.top_p=0.9", "remove sampling.top_p, or set sampling.temperature=..."),
+    ("data.untrained=[foo]", "set data.untrained[0] to empty_thoughts, thoughts"),
+    ("'loss.terms=[{kind: custom}]'", "got:      null, custom"),
     ("optim.max_grad_norm=none", "write optim.max_grad_norm=null"),
     ("trainer.max_steps=None", "write trainer.max_steps=null"),
     *((f"loss={name}", "there is no online RL") for name in ("grpo", "reinforce++", "[grpo,sft]")),

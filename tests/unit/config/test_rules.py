@@ -8,6 +8,7 @@ import pytest
 
 from dpo_dist.config import load
 from dpo_dist.config.fields import as_written
+from dpo_dist.config.keys import group_folders, preset_names
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.rules import best_direction, rules_of, unused
 from dpo_dist.config.schema import AdapterConfig, SourceConfig
@@ -50,7 +51,7 @@ REFUSED = [
     ("data.eval=[{path:b,weight:2}]", "data.eval"),
     ("evaluation.data=[b,b]", "evaluation.data"),
     ("evaluation.data=[{path:b,weight:2}]", "evaluation.data"),
-    ("data.eval=[b] data.eval_share=0.1", "data.eval"),
+    ("data.eval=[b] data.eval_share=0.1", "data.eval_share"),
     ("data.eval_share=0.1 data.drop_eval_prompts=true", "data.drop_eval_prompts"),
     ("data.images=pictures", "data.images"),
     ("data.train=[{path:a,images:pictures}]", "data.train"),
@@ -221,6 +222,49 @@ def test_options_of_a_file_are_reset_by_the_key_of_the_command_that_they_need(tm
     assert "sampling.max_new_tokens" in refused("samples.prompts=0 sampling.max_new_tokens=9").where
     file.write_text("sampling: {max_new_tokens: 9}")
     assert "sampling.max_new_tokens" in refused("").where
+
+
+@pytest.mark.parametrize("preset", preset_names("data", group_folders()))
+def test_a_preset_of_data_takes_the_place_of_the_data_of_every_experiment(preset: str) -> None:
+    for experiment in preset_names("experiment", group_folders()):
+        config = configured(f"+experiment={experiment} data={preset}", verb="train", run=["model.path=m"])
+        assert config.data.eval
+        assert config.data.eval_share == 0
+
+
+def test_evaluations_of_a_file_end_with_their_data(tmp_path: Path) -> None:
+    (file := tmp_path / "my.yaml").write_text(
+        "data.eval_share: 0.1\nsamples.prompts: 4\n"
+        "trainer: {eval_every: 5, keep_best: eval_loss, patience: 2, final: best}"
+    )
+    without = configured("data.eval_share=0", verb="train", run=[*RUN, str(file)])
+    assert without == configured("samples.prompts=null", verb="train")
+
+
+def test_a_preset_resets_the_same_options_as_its_keys(tmp_path: Path) -> None:
+    (file := tmp_path / "my.yaml").write_text("parallelism: {offload_parameters: cpu}")
+    by_key, by_preset = (
+        configured(f"{word}=ddp", run=[*RUN, str(file)]) for word in ("parallelism.kind", "parallelism")
+    )
+    assert by_preset == by_key
+
+
+def test_a_key_of_a_file_is_set_to_its_default_in_place_of_removed(tmp_path: Path) -> None:
+    (file := tmp_path / "my.yaml").write_text("loss: sft\nloss.divergence: js\ndata.eval_share: 0.1")
+    run = [*RUN, str(file)]
+    remedy = error_of("data.eval=[b] loss.ld_alpha=0.5", run=run).as_dict(["loss.ld_alpha=0.5"])["remedy"]
+    assert remedy["write"] == ["loss.divergence=reverse_kl"]
+    assert remedy["remove"] == ["loss.ld_alpha"]
+    assert "set loss.divergence=reverse_kl" in remedy["text"]
+    configured("data.eval=[b] loss.divergence=reverse_kl", run=run)
+
+
+def test_an_option_of_a_file_that_the_loss_of_the_command_lacks_can_be_taken_away(tmp_path: Path) -> None:
+    (file := tmp_path / "my.yaml").write_text("loss: {kind: simpo, options: {gamma: 1}}")
+    run = [*RUN, str(file)]
+    remedy = error_of("loss.kind=ipo", run=run).as_dict(["loss.kind=ipo"])["remedy"]
+    assert (remedy["write"], remedy["remove"]) == (["loss.options=null"], [])
+    assert configured("loss.kind=ipo loss.options=null", run=run) == configured("loss.kind=ipo")
 
 
 @pytest.mark.parametrize("setting", ["max_new_tokens=9", "temperature=0", "top_p=0.5", "top_k=5"])

@@ -229,6 +229,24 @@ def test_a_check_prints_its_findings_and_leaves_no_files(assets: Path, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_plan_of_a_check_has_the_mean_length_of_all_pairs(assets: Path, tmp_path: Path) -> None:
+    means = list[float]()
+
+    def plan(_: RunConfig, tokens: float) -> list[tuple[str, str]]:
+        means.append(tokens)
+        return []
+
+    long = {"prompt": "q", "chosen": "good " * 50, "rejected": "bad " * 50}
+    (tmp_path / "long.jsonl").write_text(json.dumps(long))
+    (tmp_path / "short.jsonl").write_text(
+        (json.dumps(long | {"chosen": "good", "rejected": "bad"}) + "\n") * 9
+    )
+    names = ("long", "short", "long,short")
+    for sources in (",".join(f"{tmp_path}/{name}.jsonl" for name in both.split(",")) for both in names):
+        dry_run(run_of(assets, tmp_path, f"data.train=[{sources}]"), plan=plan)
+    assert means[2] == pytest.approx((means[0] + 9 * means[1]) / 10)
+
+
 def test_a_check_warns_of_an_adapter_at_a_rate_for_all_weights(assets: Path, tmp_path: Path) -> None:
     for rate, warned in (("1e-6", True), ("2e-4", False)):
         text = str(dry_run(run_of(assets, tmp_path, "model.adapter={r: 4}", f"optim.lr={rate}")))
