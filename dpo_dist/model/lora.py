@@ -86,8 +86,9 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
     local = Path(config.path).expanduser()
     lora.base_model_name_or_path = str(local.resolve()) if local.is_dir() else config.path
     lora.revision = config.revision
-    if not isinstance(lora.target_modules, str):  # a string is a pattern
-        lora.target_modules = sorted(lora.target_modules)  # a set: its order would differ between starts
+    # Sets, whose order would differ between starts; a string is a pattern; for experts alone there are none.
+    if lora.target_modules is not None and not isinstance(lora.target_modules, str):
+        lora.target_modules = sorted(lora.target_modules)
     lora.target_parameters = sorted(lora.target_parameters or []) or None
 
 

@@ -234,6 +234,16 @@ def test_a_continued_adapter_starts_as_the_reference_and_keeps_its_form(tmp_path
     torch.testing.assert_close(logps(by_peft), logps(model.causal_lm), atol=2e-6, rtol=1e-6)
 
 
+def test_an_adapter_of_peft_on_experts_alone_is_continued(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "gpt_oss")
+    given = get_peft_model(plain(base), LoraConfig(r=RANK, target_parameters=["mlp.experts.down_proj"]))
+    given.save_pretrained(tmp_path / "given")
+    model = adapted(base, tmp_path / "given")
+    torch.testing.assert_close(logps(model.causal_lm), logps(given), atol=2e-6, rtol=1e-6)
+    again = PeftModel.from_pretrained(plain(base), write(tmp_path / "again", model))
+    torch.testing.assert_close(logps(again), logps(given), atol=2e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("targets", "found"),
     [
