@@ -95,8 +95,7 @@ class TurnFinder:
         if end := self._facts.after_final_special(turn):
             return end
         # <|assistant|>\n<think></think>\nHello. of GLM 4.5, before <|user|>\nWhy?
-        space = len(following) - len(following.lstrip())
-        next_token = self._facts.marks.in_text.match(following, space)
+        next_token = self._facts.marks.in_text.match(following, _leading_space(following))
         return len(turn) + (next_token.end() if next_token else 0)
 
     # The header of a turn.
@@ -124,45 +123,74 @@ class TurnFinder:
 
             turn               <|im_start|>assistant\nHello.<|im_end|>\n
             generation prompt  <|im_start|>assistant\n
+
+        If the prompt has a rest that the turn does not share, the rest stands before the header, or after it:
+        then the shared part may reach into what the model writes, and is cut.
         """
-        facts, marks = self._facts, self._facts.marks
         generation = self._generation_prompt(before)
-        length = facts.common_length(turn, generation)
-        rest = generation[length:]
-        # The space before the header may be another one, or belong to the former turn (Alpaca):
-        #   turn               ### Response:\nHello.</s>
-        #   generation prompt  \n\n### Response:\n
-        space = len(turn) - len(turn.lstrip())
-        if shared := facts.common_length(turn[space:], generation.lstrip()):
-            length, rest = space + shared, generation.lstrip()[shared:]
+        length, rest = self._shared_header(turn, generation)
         if not rest:
             return length
-        # The prompt may say more before the header (Command R+ with tools):
-        #   turn               <|turn|>assistant\nHello.<|end|>
-        #   generation prompt  <|turn|>system\nUse tools.<|end|>\n<|turn|>assistant\n
-        for token in marks.in_text.finditer(generation):
-            header = generation[token.start() :]
-            if turn.startswith(header, space):
-                return space + len(header)
-        # The prompt may end with words that the turn does not have, but its content starts like (Apriel):
-        #   turn               <|assistant|>\nHere it rains.
-        #   generation prompt  <|assistant|>\nHere are my steps:\n
+        later = self._later_header(turn, generation)
+        if later is not None:
+            return later
+        length = self._cut_at_content(message, turn, length)
+        thought = self._start_of_ended_thought(turn, length, rest)
+        return length if thought is None else thought
+
+    def _shared_header(self, turn: str, generation: str) -> tuple[int, str]:
+        r"""Return the length of what a turn shares with the prompt, and the rest of the prompt.
+
+        The space before the header may be another one, or belong to the former turn (Alpaca):
+
+            turn               ### Response:\nHello.</s>
+            generation prompt  \n\n### Response:\n
+        """
+        space, header = _leading_space(turn), generation.lstrip()
+        if shared := self._facts.common_length(turn[space:], header):
+            return space + shared, header[shared:]
+        length = self._facts.common_length(turn, generation)
+        return length, generation[length:]
+
+    def _later_header(self, turn: str, generation: str) -> int | None:
+        r"""Return the length of a header before which the prompt says more (Command R+, tools), else None.
+
+        turn               <|turn|>assistant\nHello.<|end|>
+        generation prompt  <|turn|>system\nUse tools.<|end|>\n<|turn|>assistant\n
+        """
+        space = _leading_space(turn)
+        headers = (generation[token.start() :] for token in self._facts.marks.in_text.finditer(generation))
+        return next((space + len(header) for header in headers if turn.startswith(header, space)), None)
+
+    def _cut_at_content(self, message: Message, turn: str, length: int) -> int:
+        r"""Return the length of a header without words of the prompt that the content starts like (Apriel).
+
+        turn               <|assistant|>\nHere it rains.
+        generation prompt  <|assistant|>\nHere are my steps:\n
+        """
+        marks = self._facts.marks
         for part in filter(None, (message_thought(message), message.content.strip())):
             text = marks.escape(part, marks.in_response)
             start = turn.find(text, max(length - len(text) + 1, 0))
             if 0 <= start < length:
                 length = start
-        # A thought that the prompt ends at once, and the turn later, is the model's as a whole (Gemma 4):
-        #   turn               <|turn>model\n<|channel>thought\nLook.<channel|>Hello.<turn|>\n
-        #   generation prompt  <|turn>model\n<|channel>thought\n<channel|>
-        closing = facts.unbroken.search(rest)
-        if closing and closing.group() in turn[length:]:
-            opening = list(facts.unbroken.finditer(turn[:length]))
-            if opening and opening[0].group() != THOUGHT_TAGS[0]:
-                del opening[0]  # the token that starts the turn
-            if opening:
-                return opening[-1].start()
         return length
+
+    def _start_of_ended_thought(self, turn: str, length: int, rest: str) -> int | None:
+        r"""Return where a thought opens in the header that the `rest` of the prompt ends at once, else None.
+
+        The turn ends it later: it is the model's as a whole (Gemma 4).
+
+            turn               <|turn>model\n<|channel>thought\nLook.<channel|>Hello.<turn|>\n
+            generation prompt  <|turn>model\n<|channel>thought\n<channel|>
+        """
+        closing = self._facts.unbroken.search(rest)
+        if not closing or closing.group() not in turn[length:]:
+            return None
+        opening = list(self._facts.unbroken.finditer(turn[:length]))
+        if opening and opening[0].group() != THOUGHT_TAGS[0]:
+            del opening[0]  # the token that starts the turn
+        return opening[-1].start() if opening else None
 
     def _generation_prompt(self, before: Turns) -> str:
         """Return what the template writes after the turns `before` for a generation."""
@@ -211,6 +239,10 @@ class TurnFinder:
                 raise UnusableRecordError("turn_not_rendered", "the chat template leaves out a turn")
             ends.append(end)
         return list(pairwise(ends))
+
+
+def _leading_space(text: str) -> int:
+    return len(text) - len(text.lstrip())
 
 
 # The passes of a template's loop over messages. A copy of the template writes a mark at both ends of each:
