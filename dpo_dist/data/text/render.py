@@ -303,7 +303,7 @@ class _Conversation:
         if prompt.rstrip().endswith(_CLOSE) and any(_CLOSE in text for text in texts):
             changes.add("ended_thought_reopened")
             # Does the template end a thought in the prompt even if no argument asks for that?
-            tools = {name: value for name, value in self.context[0].items() if name == "tools"}
+            tools = {name: value for name, value in self.context.plain.items() if name == "tools"}
             usual = self.chat.render(self.messages, self.chat.data(tools), generation=True)
             if usual.rstrip().endswith(_CLOSE):
                 prompt = _ENDED_THOUGHT.sub("", prompt)

@@ -8,7 +8,7 @@ from copy import copy
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
@@ -168,10 +168,15 @@ def in_form(turn: Fields, roles: Collection[str]) -> dict[str, Any]:
     return {**turn, "content": parts_of(turn["content"])}
 
 
-Forms: TypeAlias = tuple[Fields, Fields]
-"""A value for the template: plain, and with a mark beside each control token."""
+class Forms(NamedTuple):
+    """A turn, or the tools and arguments of the template, in two forms."""
+
+    plain: Fields
+    marked: Fields  # with a mark beside each control token
+
+
 Turns: TypeAlias = tuple[Forms, ...]
-NO_CONTEXT: Forms = ({}, {})
+NO_CONTEXT = Forms({}, {})
 _TEXTS = frozenset({"content", *THOUGHT_FIELDS})
 
 
@@ -200,11 +205,12 @@ class ChatRenderer:
         # The model does not write the tags around calls and names as text: the template does.
         marks = self._marks
         patterns = ((name, marks.in_response if name in _TEXTS else marks.anywhere) for name in fields)
-        return fields, {name: marks.mark_tokens(fields[name], pattern) for name, pattern in patterns}
+        marked = {name: marks.mark_tokens(fields[name], pattern) for name, pattern in patterns}
+        return Forms(fields, marked)
 
     def data(self, values: Fields) -> Forms:
         """Return tools or arguments in the template's form."""
-        return values, self._marks.mark_tokens(values, self._marks.anywhere)
+        return Forms(values, self._marks.mark_tokens(values, self._marks.anywhere))
 
     def render(
         self,
@@ -219,10 +225,8 @@ class ChatRenderer:
         `template`: another one than the renderer's. Raises UnusableRecordError: the template rejects the
         turns, or marks would change its output.
         """
-        plain, marked = zip(context, *turns, strict=True)
 
-        def applied(form: tuple[Any, ...]) -> str:
-            arguments, *messages = form
+        def applied(arguments: Fields, messages: list[Fields]) -> str:
             try:
                 return str(
                     self._tokenizer.apply_chat_template(
@@ -238,10 +242,11 @@ class ChatRenderer:
             except Exception as fault:  # its operators, methods and nesting can raise anything
                 raise UnusableRecordError("template_rejected", f"{type(fault).__name__} in it") from fault
 
-        text = applied(plain)
-        if plain == marked:
+        text = applied(context.plain, [turn.plain for turn in turns])
+        if all(form.plain == form.marked for form in (context, *turns)):
             return text
-        escaped = self._marks.replace_marked(applied(marked))
+        marked = applied(context.marked, [turn.marked for turn in turns])
+        escaped = self._marks.replace_marked(marked)
         if self._marks.spell(escaped) != text:
             detail = "the chat template changes a text with a special token in it"
             raise UnusableRecordError("special_token_in_text", detail)
@@ -262,7 +267,8 @@ class ChatRenderer:
             for turn in map(self._plain, messages)
         ]
         try:
-            rendered = self.render(tuple((turn, turn) for turn in named), (context[0], context[0]))
+            turns = tuple(Forms(turn, turn) for turn in named)
+            rendered = self.render(turns, Forms(context.plain, context.plain))
         except UnusableRecordError:
             return False
         rendered = self._marks.replace_marked(rendered)

@@ -194,7 +194,7 @@ class TurnFinder:
 
     def _generation_prompt(self, before: Turns) -> str:
         """Return what the template writes after the turns `before` for a generation."""
-        role = before[-1][0]["role"] if before else ""
+        role = before[-1].plain["role"] if before else ""
         if role not in self._generation_prompts:  # templates write it by the role of the last turn alone
             output = self._chat.render(before, self._context, generation=True)
             passes = _loop_passes(self._chat, before, self._context, output, generation=True)
@@ -218,7 +218,7 @@ class TurnFinder:
             question          <|turn|>user\nRain?<|end|>\n
             question, answer  <|turn|>user\nRain?<|end|>\n<|turn|>assistant\nYes.<|end|>\n
         """
-        first, roles = len(self._prompt), [plain["role"] for plain, _ in turns]
+        first, roles = len(self._prompt), [turn.plain["role"] for turn in turns]
         ends: list[int] = []  # of the prompt, and of each turn
         for count in range(first, len(turns) + 1):
             start = ends[-1] if ends else 0
@@ -271,8 +271,8 @@ def _loop_passes(
     """Return where a template's `output` for these turns has each of them."""
     fields = ({_START: _mark("start", index), _END: _mark("end", index)} for index in range(len(turns)))
     marked = tuple(
-        ({**plain, **marks}, {**escaped, **marks})
-        for (plain, escaped), marks in zip(turns, fields, strict=True)
+        Forms({**turn.plain, **marks}, {**turn.marked, **marks})
+        for turn, marks in zip(turns, fields, strict=True)
     )
     template = _with_marks(chat.template)
     found = _read_marks(chat.render(marked, context, generation=generation, template=template), len(turns))
