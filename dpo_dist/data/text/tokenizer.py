@@ -71,8 +71,9 @@ class TokenizerFacts:
     def end_of_turn(self) -> str:
         """What the template writes after a response, up to its last special token; else the end of text.
 
-        Usually one token; some templates (Kimi K3) write several, with text between them. EOS follows a token
-        that also stands within turns (GigaChat 3), where no response may stop.
+        Usually one token, as `<|im_end|>` of ChatML; some templates (Kimi K3) write several, with text
+        between them. EOS follows a token that also stands within turns (GigaChat 3), where no response may
+        stop.
         """
         return self._after_answer.end + self._added_eos or self.end_of_text
 
@@ -150,10 +151,14 @@ class TokenizerFacts:
     # Parts of the output of the template.
 
     def up_to_end(self, rendered: str) -> str:
-        """Return the last turn of a conversation up to its end of turn, which is added if it is missing."""
+        r"""Return the last turn of a conversation up to its end of turn, which is added if it is missing.
+
+        From ChatML, for each of `Hello.<|im_end|>\n`, `Hello.<|im_end|>Bye.` and `Hello.`:
+        `Hello.<|im_end|>`.
+        """
         turn = self.without_tail(rendered)
         # Hello.<|im_end|>\n of ChatML, or another end: a call of gpt-oss ends with <|call|>.
-        if end := self.after_final_special(turn):
+        if end := self.after_ending_token(turn):
             is_usual = turn[:end].endswith(self._after_answer.end)
             return turn[:end] + (self._added_eos if is_usual else "")
         # Text after the end: Hello.<|im_end|>--
@@ -187,8 +192,11 @@ class TokenizerFacts:
         return any_of(self.stops)
 
     def ending_token(self, turn: str) -> str:
-        """Return the special token that ends a rendered turn, "" if none does."""
-        return self.last_special(turn) if self.after_final_special(turn) else ""
+        r"""Return the special token that ends a rendered turn, "" if none does.
+
+        For `Hello.<|im_end|>\n` it is `<|im_end|>`; for `Hello.<|im_end|>Bye.` it is "".
+        """
+        return self.last_special(turn) if self.after_ending_token(turn) else ""
 
     # Positions of tokens in a text.
 
@@ -202,17 +210,26 @@ class TokenizerFacts:
         matches = (self.unbroken.match(text, start) for start in starts for text in (one, other))
         return next((match.start() for match in matches if match and match.end() > length), length)
 
-    def after_final_special(self, escaped: str) -> int:
-        """Return the position after the last special token if only spaces follow it, else 0."""
+    def after_ending_token(self, escaped: str) -> int:
+        r"""Return the position after the special token that ends a turn, 0 if none does.
+
+        For `Hello.<|im_end|>\n` it is that of `\n`; for `Hello.<|im_end|>Bye.` it is 0, as text follows.
+        """
         last = self.after_last_special(escaped)
         return 0 if escaped[last:].strip() else last
 
     def after_last_special(self, escaped: str) -> int:
-        """Return the position after the last special token or token around turns, 0 if there is none."""
+        r"""Return the position after the last special token or token around turns, 0 if there is none.
+
+        For `Hello.<|im_end|>\n` it is that of `\n`; for `Hello.<|im_end|>Bye.` it is that of `Bye.`.
+        """
         return max((match.end() for match in self._special.finditer(escaped)), default=0)
 
     def last_special(self, escaped: str) -> str:
-        """Return the last special token or token around turns, "" if there is none."""
+        """Return the last special token or token around turns, "" if there is none.
+
+        For `Hello.<|im_end|>Bye.` it is `<|im_end|>`, though that ends no turn: see `ending_token`.
+        """
         return next(reversed(self._special.findall(escaped)), "")
 
     # Token ids.

@@ -92,7 +92,7 @@ class TurnFinder:
 
     def _end(self, turn: str, following: str) -> int:
         """Return the position after the token that ends a turn, perhaps the first one after the turn."""
-        if end := self._facts.after_final_special(turn):
+        if end := self._facts.after_ending_token(turn):
             return end
         # <|assistant|>\n<think></think>\nHello. of GLM 4.5, before <|user|>\nWhy?
         next_token = self._facts.marks.in_text.match(following, _leading_space(following))
