@@ -55,12 +55,16 @@ def _by_reader(records: Iterator[RawRecord], read: Callable[..., Any]) -> Iterat
 
 def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[RawRecord]:
     columns = source.columns or {}
+    # The sets of names, for columns: {chosen: answers.good, rejected: answers.bad, label: null}.
     paths = {field: path for field, path in columns.items() if path is not None}
-    # `metadata` stays, as it may also hold the scores of a pair.
-    outer = {path.split(".")[0] for path in paths.values()} - {"metadata"}
-    known, has_others = {*paths.values(), *outer}, OTHERS in columns
-    hidden = {*columns, *known}
-    known |= columns.keys() - paths.keys()
+    ignored, has_others = columns.keys() - paths.keys(), OTHERS in columns  # label
+    # Columns that fields are read from: answers, and answers.good, which may be a column's name. `metadata`
+    # stays, as it may also hold the scores of a pair.
+    sources = {*paths.values(), *({path.split(".")[0] for path in paths.values()} - {"metadata"})}
+    # What a record does not keep: its own chosen, rejected and label, too. Only the first two are left out
+    # without a word of the user, and reported if they have a value.
+    hidden, settled = {*columns, *sources}, sources | ignored
+    # Fields that no record has had so far, and the names that the records have had.
     unseen, seen = dict(paths), dict[str, None]()
     what = "no record has"
     for number, (record, origin) in enumerate(records, start=1):
@@ -76,6 +80,7 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
         if number >= FIRST_RECORDS and seen and not unseen.keys() <= _RARE:
             what = f"none of the first {number} records has"
             break
+        # The fields that keep their names, and those inside of a column for `record`.
         rest = {} if has_others else {name: record[name] for name in record if name not in hidden}
         whole = from_json(values.pop(WHOLE, None if WHOLE in paths else {}))
         if not isinstance(whole, Mapping):
@@ -86,9 +91,9 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
             detail = f"beside {paths[WHOLE]} and inside it: {', '.join(twice)}"
             yield BadRecord("ambiguous_format", origin, detail), origin
         else:
-            left_out = (name for name in record if name not in known and (has_others or name in paths))
-            names = tuple(name for name in left_out if has_value(record[name]))
-            yield {**rest, **whole, **values, **({OTHERS: names} if names else {})}, origin
+            unsettled = (name for name in record if name not in settled and (has_others or name in paths))
+            left_out = tuple(name for name in unsettled if has_value(record[name]))
+            yield {**rest, **whole, **values, **({OTHERS: left_out} if left_out else {})}, origin
     if unseen and seen:
         raise DataError(
             f"{what} a column of the source",
