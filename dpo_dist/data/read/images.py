@@ -63,20 +63,22 @@ def place_images(
         given = [name for name in files if name] if all(files) else []
     if not given and not placed:
         return prompt, ()
-    if places := sum(image is None for image in placed):
-        what = f"{pluralize(places, 'image part')} without an image"
+    # The number of places for the given images, and what to call them if there are more images, or fewer.
+    empty_parts = sum(image is None for image in placed)
+    first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
+    if empty_parts:
+        places, what = empty_parts, f"{pluralize(empty_parts, 'image part')} without an image"
     elif placed or not has_places:
-        what = "and no place for images"
-    elif places := len(tags):
-        what = f"{pluralize(places, 'tag')} of images"
+        places, what = 0, "and no place for images"
+    elif tags:
+        places, what = len(tags), f"{pluralize(len(tags), 'tag')} of images"
         contents = [pattern.sub(IMAGE, content) for content in contents]
         given = _in_order(given, tags)
+    elif first is None:
+        places, what = 0, "and no turn of a user"
     else:
-        what = "and no turn of a user"
-        first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
-        if first is not None:
-            places = len(given)
-            contents[first] = IMAGE * places + contents[first]
+        places, what = len(given), ""  # as many as images
+        contents[first] = IMAGE * places + contents[first]
     # LLaMA-Factory and ms-swift count the tags of a response too.
     in_response = [
         len(tags) + sum(len(_TAG.findall(turn.content)) for turn in turns_of(each)) for each in responses
