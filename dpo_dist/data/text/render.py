@@ -290,7 +290,19 @@ class _Conversation:
         if is_all and self._is_trained(turn) and self.facts.is_blank(text):
             raise UnusableRecordError("turn_not_rendered", "the chat template leaves out a call or a thought")
 
-    # One turn: what the template writes after the prompt of a generation.
+    # One turn: what the template writes after the prompt of a generation. The cases of thoughts, by the end
+    # of the prompt and by the responses that have one (off: an argument of the template asks for none):
+    #
+    #   prompt            responses   what is rendered                                   such as
+    #   _after_closed_prompt
+    #   no thought        any         what the template writes                           Qwen3
+    #   ends one          none        what the template writes                           Qwen3, off
+    #   ends one if off   all, some   the thoughts, after the ended one                  Qwen3, off
+    #   always ends one   all, some   the thoughts, after a prompt that ends none        Qwen3.5, small
+    #   _after_opened_thought, the first that fits
+    #   opens one         any         what the template writes, if all texts end it      Qwen3.6
+    #   opens one         all         the thoughts as given                              DeepSeek R1
+    #   opens one         some, none  the texts, after a prompt that opens none          Nemotron 3
 
     def _after_closed_prompt(
         self, prompt: str, messages: Sequence[Message]
