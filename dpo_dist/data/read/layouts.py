@@ -207,6 +207,18 @@ def ranking(record: Fields) -> Content:
     return Content(record_prompt(record, by_rank.values()), by_rank, scores, name)
 
 
+# Does a field that no format reads tell which of several responses is better? Then they may not be best
+# first. For `responses` [X, Y] each of these may:
+#   winner: Y                          _has_order: a text that is a later response, or names one ("B");
+#   verdict: fine, and best: 1         or any text, or a place, if the name alone says so (`_judges`)
+#   helpfulness: [3, 4]                _is_order: one value for each response: numbers that differ, by nearly
+#                                      any name, or others that differ, if the name says so (`_judges`)
+#   ranking: [2, 1, 3]                 _are_pointers: more or fewer numbers or names, if the name says so
+#   judge: {stars: [3, 4]}             _has_order, again, of each value inside, by both names
+#   details: [{stars: 3}, {stars: 4}]  _orders_inside: of each field of the objects `_is_order` again; the
+#                                      responses may be such objects themselves
+
+
 def _unread_orders(record: Fields, name: str, items: list[Any]) -> list[str]:
     """Return the fields of a record, or of its responses in `name`, that may tell which is better."""
     ends = [item[-1] if isinstance(item, list) and item else item for item in items]
