@@ -332,15 +332,15 @@ def encode_records(
                 raise bad_record_error(encoded)
             outcome = Outcome(encoded.reason, changed=tuple((f"unread_{name}", 1) for name in encoded.unread))
             values = {"detail": encoded.detail, "lengths": encoded.lengths or (), "fields": encoded.fields}
-            values["columns"] = [*itertools.chain(*encoded.columns)]
+            values["columns"] = [*itertools.chain(*encoded.source_columns)]
         elif encoded is None:
             outcome = Outcome(changed=((LEFT_IN_TRAIN if part.is_eval else HELD_OUT, 1),))
         else:
-            outcome, values = encoded.outcome, _columns(encoded) | {"prompt": prompt}
+            outcome, values = encoded.outcome, _row_values(encoded) | {"prompt": prompt}
             if images is not None:
                 images.update((image.digest, image) for image in encoded.example.images)
         rows.append({**_EMPTY_ROW, **origin, "outcome": _as_json(outcome), **values})
-    return pa.RecordBatch.from_arrays([_column(rows, field) for field in ROW_SCHEMA], schema=ROW_SCHEMA)
+    return pa.RecordBatch.from_arrays([_arrow_array(rows, field) for field in ROW_SCHEMA], schema=ROW_SCHEMA)
 
 
 @lru_cache(maxsize=1024)
@@ -348,8 +348,8 @@ def _as_json(outcome: Outcome) -> str:
     return json.dumps(astuple(outcome))
 
 
-def _column(rows: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:
-    """Return a column; lists of numbers, which are most bytes, are joined without a Python value for each."""
+def _arrow_array(rows: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:
+    """Return a field's values; lists of numbers, most bytes, are joined without a Python value for each."""
     values = [row[field.name] for row in rows]
     kind = field.type
     if not values or not pa.types.is_list(kind) or not pa.types.is_primitive(kind.value_type):
@@ -367,7 +367,7 @@ _EMPTY_ROW = {
 }
 
 
-def _columns(record: EncodedRecord) -> dict[str, Any]:
+def _row_values(record: EncodedRecord) -> dict[str, Any]:
     example = record.example
     pieces = (example.prompt_ids, *example.responses)
     ids = np.concatenate(pieces)

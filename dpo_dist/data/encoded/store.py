@@ -1,7 +1,7 @@
 """Encoded sources on disk: an Arrow file with a row per record, and a digest; written once, then mapped.
 
 The distinct images of a source are in a second such file, the order of its records by token ids in a third.
-The columns of a dataset (`columns.py`) are in such a file too.
+The columns of a dataset (`dataset_columns.py`) are in such a file too.
 """
 
 import itertools
@@ -40,7 +40,7 @@ ROW_SCHEMA = pa.schema(
         # `Outcome` in JSON; the detail of a dropped record's reason.
         "outcome": pa.string(),
         "detail": pa.string(),
-        # `BadRecord.fields`, and its `columns` as field, place, field, place, ...
+        # `BadRecord.fields`, and its `source_columns` as field, place, field, place, ...
         "fields": pa.list_(pa.string()),
         "columns": pa.list_(pa.string()),
         # Kept records. Pieces are the prompt and the responses; examples share them.
@@ -321,7 +321,7 @@ def read_counts(table: pa.Table) -> DataCounts:
             Origin(row["file"], row["line"]),
             row["detail"],
             fields=tuple(row["fields"]),
-            columns=tuple(zip(row["columns"][::2], row["columns"][1::2], strict=True)),
+            source_columns=tuple(zip(row["columns"][::2], row["columns"][1::2], strict=True)),
         )
         for code, row in zip(codes[shown], places, strict=True)
     ]

@@ -34,8 +34,8 @@ from dpo_dist.data.counts import (
     two_forms,
 )
 from dpo_dist.data.encoded.build import encode_records
-from dpo_dist.data.encoded.columns import dataset_columns, key_order
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
+from dpo_dist.data.encoded.dataset_columns import dataset_columns, key_order
 from dpo_dist.data.encoded.store import has_images, read_counts, read_lengths
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import pin_source
