@@ -23,7 +23,7 @@ from dpo_dist.foundation.process import this_rank
 from dpo_dist.tools.convert.arguments import KTOConfig, TrainerArguments, refused
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.translate import Translation, translate_run
-from dpo_dist.training.start.resume import has_other_length, read_state
+from dpo_dist.training.start.run_state import has_other_length, read_state
 from dpo_dist.trl.data import examples, longest_tokens, sources
 from dpo_dist.trl.launcher import launcher_keys
 

@@ -55,7 +55,7 @@ from dpo_dist.training.start.footprint import quantization_notes, stored_notes
 from dpo_dist.training.start.inputs import NO_IMAGE, checked_model
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
 from dpo_dist.training.start.open_run import rate_warning
-from dpo_dist.training.start.resume import check_fresh_start, find_finished
+from dpo_dist.training.start.run_state import check_fresh_start, find_finished
 
 _FIRST_RECORDS = 1024
 
