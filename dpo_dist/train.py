@@ -16,7 +16,7 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_rules, needs_of
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.types import CheckReport
-from dpo_dist.training.start.preflight import check_start, checked_start
+from dpo_dist.training.start.preflight import check_start, checked_console
 
 
 def main(
@@ -31,7 +31,7 @@ def main(
     """
     check_rules(config, needs_of("train"))
     stop = stop or StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
-    with stop.listening(), checked_start(config, trains=True) as console:
+    with stop.listening(), checked_console(config, trains=True) as console:
         # Slow, and the log must have what these imports print.
         from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415
         from dpo_dist.training.run import train  # noqa: PLC0415
@@ -43,7 +43,7 @@ def check(config: RunConfig) -> CheckReport:
     """Check everything that training needs before it uses a GPU."""
     check_start(config, trains=True)
     from dpo_dist.tools.plan.make_plan import plan_in_brief  # noqa: PLC0415  (slow)
-    from dpo_dist.training.start.check import dry_run  # noqa: PLC0415  (slow)
+    from dpo_dist.training.start.dry_run import dry_run  # noqa: PLC0415  (slow)
 
     return dry_run(config, plan=plan_in_brief)
 

@@ -12,6 +12,15 @@ import numpy.typing as npt
 from dpo_dist.batching.costs import Arrangement, ComputeCosts, Costs, ExampleSizes
 from dpo_dist.batching.prefixes import Counts, Prefixes
 
+Bins = npt.NDArray[np.int64]
+"""The bin of each example; a bin is one rank's share of a micro-batch."""
+
+_CUT_TRIALS = 8  # halvings of the logarithm's range: of the largest of 1,000 sizes, 3 % are left open
+_MIN_EXTRA_SHARING = 1.25  # examples of a bundle share more than this many times what all share
+_ROW_TRIALS = 12  # halvings of the range of a capacity in tokens
+_LESS_PADDING = 0.9  # smaller micro-batches have to compute at most this share of the larger ones' tokens
+_ENOUGH_TOKENS = 2048  # of a micro-batch that keeps a device busy
+
 
 def consecutive_batches(
     layout: Sequence[Sequence[int]], budget: int, arrangement: Arrangement
@@ -31,15 +40,6 @@ def consecutive_batches(
         else:
             batches.append(range(stop - 1, stop))
     return batches
-
-
-Bins = npt.NDArray[np.int64]
-
-_CUT_TRIALS = 8  # halvings of the logarithm's range: of the largest of 1,000 sizes, 3 % are left open
-_MIN_EXTRA_SHARING = 1.25  # examples of a bundle share more than this many times what all share
-_ROW_TRIALS = 12  # halvings of the range of a capacity in tokens
-_LESS_PADDING = 0.9  # smaller micro-batches have to compute at most this share of the larger ones' tokens
-_ENOUGH_TOKENS = 2048  # of a micro-batch that keeps a device busy
 
 
 def plan_micro_batches(
@@ -157,8 +157,10 @@ class _Ordered:
 
     def __init__(self, sizes: ExampleSizes, shares: Shares, order: Counts, budget: int):
         shared_tokens, saved = shares.tokens[order], np.stack((shares.memory, shares.time))[:, order]
-        # Every bin computes the prefix that all examples share, so it is left out of all sizes and, by the
-        # callers, of the budget; the first example shares it, too, although no example is before it.
+        # Every bin computes the prefix that all examples share: `bundle_sizes` and its caller's budget leave
+        # it out. The first example shares it, too, although no example is before it.
+        # Three rows of 150 tokens, of which the second shares 100 with the first, the third 130 with the
+        # second: saved [100, 100, 130], common 100, own [50, 50, 20], ends [0, 50, 100, 120].
         if 0 < (least := saved[:, 1:].min(axis=1))[0] < budget:
             saved[:, 0] = least
         self._budget, self.common, self._saved = budget, int(saved[0, 0]), saved
@@ -183,6 +185,8 @@ class _Ordered:
         starts, start, last = list[int](), 0, len(self._run_ends)
         while start < last:
             starts.append(start)
+            # A bundle has `ends[stop] - ends[start] + saved[start]`. With the rows of `__init__` and a budget
+            # of 200, the first ends before the largest end up to 0 - 100 + 200, which is that of two rows.
             limits = zip(self._ends, self._saved[:, start], (self._budget, cap), strict=True)
             fitting = (
                 min(bisect_right(ends, ends[start] - saved + limit) for ends, saved, limit in limits) - 1

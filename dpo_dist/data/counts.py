@@ -134,7 +134,7 @@ class DataCounts:
         if len(self.examples) < SHOWN_EXAMPLES:
             self.examples.append(DroppedRecord(record.origin.source, record.origin.line, record.why))
         self.fields = self.fields or [*record.fields]
-        self.columns = self.columns or dict(record.columns)
+        self.columns = self.columns or dict(record.source_columns)
 
     def add(self, record: Record) -> None:
         """Count a record without encoding it."""

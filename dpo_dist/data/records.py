@@ -158,8 +158,8 @@ class BadRecord:
 
     The `detail` has no text of the record. `unread` are fields that no format reads, counted by their names.
     `lengths` are known if the record could be used with other limits. Of a record of an unknown format also
-    the names of its `fields`, and the `columns` with which it could be read: pairs of a format's field and
-    its place in the record.
+    the names of its `fields`, and the `columns` of its source with which it could be read: pairs of a
+    format's field and its place in the record.
     """
 
     reason: str
@@ -168,7 +168,7 @@ class BadRecord:
     unread: tuple[str, ...] = ()
     lengths: RecordLengths | None = None
     fields: tuple[str, ...] = ()
-    columns: tuple[tuple[str, str], ...] = ()
+    source_columns: tuple[tuple[str, str], ...] = ()
 
     @property
     def why(self) -> str:
@@ -177,8 +177,8 @@ class BadRecord:
         if self.fields:
             more = ", ..." if len(self.fields) > MAX_SHOWN_KEYS else ""
             shown.append(f"fields: {', '.join(self.fields[:MAX_SHOWN_KEYS])}{more}")
-        if self.columns:
-            shown.append(f"set columns: {{{', '.join(map(': '.join, self.columns))}}}")
+        if self.source_columns:
+            shown.append(f"set columns: {{{', '.join(map(': '.join, self.source_columns))}}}")
         return self.reason + (f" ({'; '.join(shown)})" if shown else "")
 
     def __str__(self) -> str:
@@ -203,7 +203,7 @@ class UnusableRecordError(Exception):
     def as_bad_record(self, origin: Origin) -> BadRecord:
         """Return a `BadRecord` with this reason and the record's position."""
         return BadRecord(
-            self.reason, origin, self.detail, self.unread, fields=self.fields, columns=self.columns
+            self.reason, origin, self.detail, self.unread, fields=self.fields, source_columns=self.columns
         )
 
 

@@ -1,4 +1,7 @@
-"""Fill the store on all ranks: find the responses without log-probs, score them in rounds, write shards."""
+"""Fill the store on all ranks: find the responses without log-probs, score them in rounds, write shards.
+
+A pair is any example here, whatever the number of its responses.
+"""
 
 import contextlib
 import itertools
@@ -41,7 +44,7 @@ _RETRY_SECONDS = 1.0
 RESPONSES_AT_ONCE = 1 << 20
 """Of which `missing_responses` has the keys in memory."""
 ENTRIES_PER_SHARD = 4096
-"""Larger shards would lose more work: a killed fill loses at most two shards of each rank."""
+"""Larger shards would lose more work (`StoreFiller.fill`)."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,8 @@ class StoreFiller:
         if dataset.prefixes is not None and self.costs.shares_prefixes:
             order = np.lexsort((missing, dataset.prefixes.places[owners]))
             missing, owners = missing[order], owners[order]
+        # By 2 ranks and 4 entries per shard, a round has 4 pairs: with owners [0 0 1 2 2 3 4 4], the pairs of
+        # the responses, firsts is [0 2 3 5 6], where each pair begins, and the second round begins at 6.
         firsts = np.flatnonzero(np.diff(owners, prepend=-1))
         rounds = map(np.sort, np.split(missing, firsts[pairs_per_round::pairs_per_round]))
         progress(0, len(firsts))

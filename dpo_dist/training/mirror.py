@@ -39,7 +39,7 @@ from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.foundation.files import commit_folder, is_temporary, temporary_folder
 from dpo_dist.foundation.remote import open_file_system, remote_errors, shown_fault
 from dpo_dist.foundation.text import pluralize
-from dpo_dist.training.start.resume import check_configuration, find_finished, read_state
+from dpo_dist.training.start.run_state import check_configuration, find_finished, read_state
 
 _STOP_SECONDS = 30.0  # in which a run that was asked to stop waits for its last upload
 _POLL_SECONDS = 0.2

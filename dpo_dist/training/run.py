@@ -70,7 +70,7 @@ from dpo_dist.training.start.environment import describe_run, package_versions
 from dpo_dist.training.start.footprint import check_disk_room
 from dpo_dist.training.start.inputs import Inputs, identify, load_inputs
 from dpo_dist.training.start.open_run import Run, open_run, say_header
-from dpo_dist.training.start.resume import (
+from dpo_dist.training.start.run_state import (
     RunState,
     check_configuration,
     check_fresh_start,

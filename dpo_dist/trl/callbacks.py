@@ -183,7 +183,7 @@ class Follower:
         state.global_step, state.epoch = moment.step, moment.epoch
         match moment.when:
             case When.start:
-                state.num_train_epochs = trainer.args.epochs(self.command.records)
+                state.num_train_epochs = trainer.args.epochs(self.command.epoch_examples)
                 self.take_rows(up_to=moment.step)
                 self.has_begun = self._begins_epoch = True
                 self.call("on_train_begin")

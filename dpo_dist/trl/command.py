@@ -23,7 +23,7 @@ from dpo_dist.foundation.process import this_rank
 from dpo_dist.tools.convert.arguments import KTOConfig, TrainerArguments, refused
 from dpo_dist.tools.convert.reading import ForeignRun
 from dpo_dist.tools.convert.translate import Translation, translate_run
-from dpo_dist.training.start.resume import has_other_length, read_state
+from dpo_dist.training.start.run_state import has_other_length, read_state
 from dpo_dist.trl.data import examples, longest_tokens, sources
 from dpo_dist.trl.launcher import launcher_keys
 
@@ -50,8 +50,8 @@ class ScriptCommand:
         self.ours["samples.prompts"] = 0
         self.evaluation: list[dict[str, Any]] = []
         """The sources of `eval_dataset`: for `evaluate` also if the run itself does not evaluate."""
-        self.records = 0
-        """The pairs, or labelled responses, of an epoch."""
+        self.epoch_examples = 0
+        """The pairs, or labelled responses, of an epoch; until `check`, by the lines of the files."""
         self.words: list[str] = []
         """The words of `train`: the file, and `args.words`. Empty until the file is written."""
 
@@ -114,13 +114,13 @@ class ScriptCommand:
     def faults(self) -> list[ConfigError]:
         """Count the records, and set what depends on them; return errors of arguments that do not fit."""
         lines = sum(len(Path(source["path"]).read_bytes().splitlines()) for source in self.ours["data.train"])
-        self._set_records(lines * (2 if self.ours["data.unpair"] else 1))
+        self._set_epoch_examples(lines * (2 if self.ours["data.unpair"] else 1))
         stops_early, has_evaluation = "early_stopping_patience" in self.theirs, bool(self.evaluation)
-        faults = self.args.faults(self.records, has_evaluation=has_evaluation, stops_early=stops_early)
+        faults = self.args.faults(self.epoch_examples, has_evaluation=has_evaluation, stops_early=stops_early)
         return faults + self._name_best()
 
-    def _set_records(self, count: int) -> None:
-        self.records = count
+    def _set_epoch_examples(self, count: int) -> None:
+        self.epoch_examples = count
         self.theirs |= self.args.intervals(count)
 
     def _name_best(self) -> list[ConfigError]:
@@ -149,7 +149,7 @@ class ScriptCommand:
         if self.args.counts_records and "data.images" not in self.ours:
             # `faults` has counted lines. A record that cannot be used is no part of an epoch, and it takes
             # the words to know which these are.
-            self._set_records(examples(self.ours["data.train"], tokenizer, limits))
+            self._set_epoch_examples(examples(self.ours["data.train"], tokenizer, limits))
 
     def write(self) -> Translation:
         """Write the file of the run, and set the words; return the translation."""

@@ -109,7 +109,8 @@ class ScriptModels:
         if given and of_model is None:
             remedy = f"leave it out: {self._config.model_type} is no mixture of experts"
             raise refused("router_aux_loss_coef", str(given), remedy)
-        theirs["router_aux_loss_coef"] = (of_model and "model" if given is None else given) or None
+        chosen = "model" if given is None and of_model else given
+        theirs["router_aux_loss_coef"] = chosen or None
 
     def _place(self, key: str, model: Any, tokenizer: Any) -> None:
         """Set a key to the name of a model; to any folder for one in memory, until `save` knows its own."""

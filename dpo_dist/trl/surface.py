@@ -77,12 +77,12 @@ def taken_names(trainer: type, kind: type, attributes: Iterable[str]) -> list[Co
     These are what `trainer` defines or, for attributes that `__init__` sets, annotates. `kind`: the script's
     class; `attributes`: what it has set before it calls `__init__`.
     """
-    ours = {*vars(trainer), *trainer.__annotations__} - {*dir(Trainer)} - _MAY_BE_SET
+    used = {*vars(trainer), *trainer.__annotations__} - {*dir(Trainer)} - _MAY_BE_SET
     places = [*map(vars, _of_script(kind)), attributes]
-    return named_as_ours(name for place in places for name in place if name in ours)
+    return names_in_use(name for place in places for name in place if name in used)
 
 
-def named_as_ours(names: Iterable[str]) -> list[ConfigError]:
+def names_in_use(names: Iterable[str]) -> list[ConfigError]:
     """Return an error for each of these names."""
     remedy = "give it another name: dpo_dist's trainer uses this one"
     return [refused(f"trainer.{name}", "a name of the script's own", remedy) for name in names]

@@ -37,7 +37,7 @@ from dpo_dist.trl.surface import (
     INSTEAD,
     NO_IGNORED_KEYS,
     fixed,
-    named_as_ours,
+    names_in_use,
     offer_only_own,
     taken_names,
     uncalled_overrides,
@@ -131,12 +131,12 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         if self.args.max_length is None:
             command.set_longest(self.processing_class)
         raise_all(command.faults())
-        for note in self.args.notes(command.records):
+        for note in self.args.notes(command.epoch_examples):
             warnings.warn(note, stacklevel=2)
         command.check(self.processing_class)
         self.state.max_steps = self.args.max_steps
         # `taken_names` knew the names of this class. These are TRL's, which the stages above have set, too.
-        raise_all(named_as_ours(name for name in of_script if vars(self)[name] is not of_script[name]))
+        raise_all(names_in_use(name for name in of_script if vars(self)[name] is not of_script[name]))
 
         # Nothing is left to refuse: the hub, the models, and the file that names them.
         if self.args.push_to_hub:
@@ -146,8 +146,8 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
             warnings.warn(f"{key}: {why}", stacklevel=2)
 
         # The run reads files: what a script changes after this would have no effect, and is refused.
-        ours = ("processing_class", *DPOTrainer.__annotations__)
-        self._as_made = {name: value for name, value in vars(self).items() if name in ours}
+        watched = ("processing_class", *DPOTrainer.__annotations__)
+        self._as_made = {name: value for name, value in vars(self).items() if name in watched}
         self._follower.call("on_init_end")
 
     def add_callback(self, callback: Any) -> None:

@@ -55,17 +55,17 @@ _LIVE = (
 )
 
 
-_OURS = TrainerArguments.__module__
+_ARGUMENTS = TrainerArguments.__module__
 
 
-def overrides(places: Iterable[tuple[str, Iterable[str]]], ours: Iterable[str]) -> list[ConfigError]:
+def overrides(places: Iterable[tuple[str, Iterable[str]]], called: Iterable[str]) -> list[ConfigError]:
     """Return an error for each method that a trainer's class, or the script, replaces and nothing calls.
 
-    `places`: names that each class, or the trainer itself, sets. `ours`: the methods that dpo_dist has, which
-    stay as they are where the script calls them.
+    `places`: names that each class, or the trainer itself, sets. `called`: the methods that dpo_dist has,
+    which stay as they are where the script calls them.
     """
-    theirs = {name for name in dir(Trainer) if not name.startswith("__")} | REMEDIES.keys()
-    unseen = theirs - set(ours)
+    of_trainers = {name for name in dir(Trainer) if not name.startswith("__")} | REMEDIES.keys()
+    unseen = of_trainers - set(called)
     return [
         refused(f"{place}.{name}", "an override that would never be called", REMEDIES.get(name, _ELSEWHERE))
         for place, found in places
@@ -94,7 +94,7 @@ def patches() -> set[str]:
 
 def changed_methods(args: TrainerArguments) -> list[ConfigError]:
     """Return an error for each method or property of the arguments that a script overrides."""
-    kinds = [kind for kind in type(args).__mro__ if not is_library(kind) and kind.__module__ != _OURS]
+    kinds = [kind for kind in type(args).__mro__ if not is_library(kind) and kind.__module__ != _ARGUMENTS]
     names = {entry.name for entry in fields(args)}
     places = [(kind.__name__, set(vars(kind))) for kind in kinds] + [("args", set(vars(args)))]
     return [
@@ -112,24 +112,25 @@ def changed_methods(args: TrainerArguments) -> list[ConfigError]:
 def frozen_weights(model: Any, name: str) -> list[ConfigError]:
     """Return errors for weights of a model in memory that are frozen, or trained, other than here."""
     weights = {} if isinstance(model, str) else dict(model.named_parameters())
-    frozen = [name for name, weight in weights.items() if not weight.requires_grad]
-    remedy = (
-        "unfreeze them (words=['model.images.train=none'] leaves an image tower and its projector out), or "
-    )
-    remedy += "train an adapter by peft_config: here all weights are trained"
+    frozen = [key for key, weight in weights.items() if not weight.requires_grad]
     if isinstance(model, PeftModel):
         # Here all parts of an adapter are trained, and none of its base.
         adapter = {key for key in weights if any(part in key for part in _ADAPTER_PARTS)}
         if extra := [key for key in weights if key not in adapter and weights[key].requires_grad]:
-            remedy = "name these modules in modules_to_save of the LoraConfig"
-            return [refused(name, f"a PeftModel that also trains {first_few(extra)}", remedy)]
+            wanted = "name these modules in modules_to_save of the LoraConfig"
+            return [refused(name, f"a PeftModel that also trains {first_few(extra)}", wanted)]
         frozen = [key for key in frozen if key in adapter and ".default" in key]
         remedy = "load the adapter with is_trainable=True: here all its parts are trained"
-    elif frozen:
-        # Some classes freeze weights of their own, as the bias of a router that no gradient reaches.
-        with torch.device("meta"):
-            by_class = dict(type(model)(copy.deepcopy(model.config)).named_parameters())
-        frozen = [key for key in frozen if key not in by_class or by_class[key].requires_grad]
+    else:
+        if frozen:
+            # Some classes freeze weights of their own, as the bias of a router that no gradient reaches.
+            with torch.device("meta"):
+                by_class = dict(type(model)(copy.deepcopy(model.config)).named_parameters())
+            frozen = [key for key in frozen if key not in by_class or by_class[key].requires_grad]
+        remedy = (
+            "unfreeze them (words=['model.images.train=none'] leaves an image tower and its projector out), "
+            "or train an adapter by peft_config: here all weights are trained"
+        )
     return [refused(name, f"a model with frozen weights: {first_few(frozen)}", remedy)] if frozen else []
 
 

@@ -9,13 +9,13 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.training.start.named_models import find_evaluation_models
-from dpo_dist.training.start.preflight import check_start, checked_start
+from dpo_dist.training.start.preflight import check_start, checked_console
 
 
 def main(config: RunConfig) -> int:
     """Write metrics with confidence intervals, and the scores of every pair; return the exit code."""
     config, models = find_evaluation_models(config)
-    with checked_start(config) as console:
+    with checked_console(config) as console:
         from dpo_dist.tools.evaluation.models import evaluate_models  # noqa: PLC0415  (slow, prints into the log)
 
         return evaluate_models(config, models, console)
@@ -25,7 +25,7 @@ def check(config: RunConfig) -> CheckReport:
     """Check everything that `main` needs before it uses a GPU."""
     config, models = find_evaluation_models(config)
     check_start(config)
-    from dpo_dist.training.start.check import dry_run  # noqa: PLC0415  (slow)
+    from dpo_dist.training.start.dry_run import dry_run  # noqa: PLC0415  (slow)
 
     return dry_run(config, models)
 

@@ -12,14 +12,14 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_rules, needs_of
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.types import CheckReport
-from dpo_dist.training.start.preflight import check_start, checked_start
+from dpo_dist.training.start.preflight import check_start, checked_console
 
 
 def main(config: RunConfig) -> int:
     """Store the reference log-probs that a run with this configuration needs; return the exit code."""
     check_rules(config, needs_of("precompute"))
     stop = StopRequest(max_seconds=config.trainer.max_seconds)
-    with stop.listening(), checked_start(config) as console:
+    with stop.listening(), checked_console(config) as console:
         from dpo_dist.training.reference import precompute  # noqa: PLC0415  (slow)
 
         return precompute(config, console, stop)
@@ -28,7 +28,7 @@ def main(config: RunConfig) -> int:
 def check(config: RunConfig) -> CheckReport:
     """Check everything that `main` needs before it uses a GPU."""
     check_start(config)
-    from dpo_dist.training.start.check import dry_run  # noqa: PLC0415  (slow)
+    from dpo_dist.training.start.dry_run import dry_run  # noqa: PLC0415  (slow)
 
     return dry_run(config, trains=False)
 

@@ -13,8 +13,8 @@ from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.example import Example, TokenIds, response_keys
 from dpo_dist.batching.pack import PackedBatch, pack
 from dpo_dist.batching.prefixes import Prefixes, common_tokens
-from dpo_dist.data.encoded.columns import key_order
 from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.data.encoded.dataset_columns import key_order
 
 VOCABULARY = 97
 # Of a usual model.

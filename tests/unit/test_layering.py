@@ -320,7 +320,7 @@ def test_a_verb_imports_torch_after_its_arguments_are_checked(verb: str) -> None
 
 def test_a_dry_run_imports_no_deepspeed() -> None:
     """DeepSpeed takes a second to import, and `--check` starts no process."""
-    seen, to_read = set(), {"dpo_dist.training.start.check", "dpo_dist.tools.plan.make_plan"}
+    seen, to_read = set(), {"dpo_dist.training.start.dry_run", "dpo_dist.tools.plan.make_plan"}
     while to_read:
         seen.add(module := to_read.pop())
         names = imported(run_at_import(modules()[module]))
@@ -331,7 +331,7 @@ def test_a_dry_run_imports_no_deepspeed() -> None:
 
 def test_a_model_without_adapter_needs_no_peft() -> None:
     """peft imports bitsandbytes, which takes as long as torch."""
-    parts = ("training.run", "training.start.check", "tools.plan.make_plan")
+    parts = ("training.run", "training.start.dry_run", "tools.plan.make_plan")
     program = (
         f"import sys, {', '.join(f'dpo_dist.{part}' for part in parts)}\nsys.exit('peft' in sys.modules)"
     )

@@ -116,7 +116,9 @@ class Preparation:
 
     A file is named by its content: a source is not encoded again if it moved, is in another list, or has
     another weight. `digest` is that of the tokenizer's files. The `processor` reads images, whose files are
-    watched: if one changed, its source is encoded again. `progress` shows one process's work.
+    watched: if one changed, its source is encoded again. `progress` shows one process's work. `part`: the
+    records to encode, those of the training or of the evaluation data; a source's parts with a number are
+    consecutive records, each part in a file of its own until they are joined.
     """
 
     sources: Sequence[SourceConfig]
@@ -215,8 +217,8 @@ class Preparation:
         expected = expected_number(source)
         total = sum(
             min(part_records, expected - first)
-            for part, first in enumerate(range(0, expected, part_records))
-            if part % shares == index and not replace(wanted, part=part).file.exists()
+            for part_number, first in enumerate(range(0, expected, part_records))
+            if part_number % shares == index and not replace(wanted, part_number=part_number).file.exists()
         )
         work = partial(
             _encode_chunk,
@@ -228,22 +230,22 @@ class Preparation:
         )
 
         @cache  # asked when the part's first chunk is read: another job may have written it by then
-        def is_missing(part: int) -> bool:
-            return part % shares == index and not is_whole(replace(wanted, part=part))
+        def is_missing(part_number: int) -> bool:
+            return part_number % shares == index and not is_whole(replace(wanted, part_number=part_number))
 
         # All records are read, in order, also those of other parts. `in_order` asks for chunks to encode,
         # a few ahead, and `write_source` for encoded ones.
         every = _PartChunks(raw_records(source, wanted.copies), chunk_records, part_records)
-        missing = ((part, chunk) for part, chunk in every if is_missing(part))
+        missing = ((number, chunk) for number, chunk in every if is_missing(number))
         with (
             cache_errors(wanted.file),  # of a copy of a URL's file
             self.progress(source.path) as show,
             closing(in_order(missing, work)) as encoded,
         ):
             shown = _with_progress(encoded, show, total)
-            for part, numbered_chunks in itertools.groupby(shown, itemgetter(0)):
+            for part_number, numbered_chunks in itertools.groupby(shown, itemgetter(0)):
                 chunks = (chunk for _, chunk in numbered_chunks)
-                write_source(replace(wanted, part=part), _unless_changed(chunks, source, state))
+                write_source(replace(wanted, part_number=part_number), _unless_changed(chunks, source, state))
         return every.parts
 
 
@@ -255,10 +257,10 @@ class _PartChunks:
         self._chunk_records, self._part_records = chunk_records, part_records
 
     def __iter__(self) -> Iterator[tuple[int, list[RawRecord]]]:
-        for number, chunk in enumerate(self._chunks):
-            part = number * self._chunk_records // self._part_records
-            self.parts = part + 1
-            yield part, chunk
+        for chunk_number, chunk in enumerate(self._chunks):
+            part_number = chunk_number * self._chunk_records // self._part_records
+            self.parts = part_number + 1
+            yield part_number, chunk
 
 
 def _with_progress(
@@ -266,8 +268,8 @@ def _with_progress(
 ) -> Iterator[tuple[int, EncodedChunk]]:
     """Yield the chunks, and show after each how many records have been encoded."""
     encoded = 0
-    for part, chunk in chunks:
-        yield part, chunk
+    for part_number, chunk in chunks:
+        yield part_number, chunk
         encoded += len(chunk[0])
         show(encoded, total if encoded <= total else None)
 
@@ -286,7 +288,7 @@ def _encode_chunk(
     chunk: tuple[int, Sequence[RawRecord]], source: SourceConfig, **options: Any
 ) -> tuple[int, EncodedChunk]:
     """Encode the records of a part's chunk; return them with the part's number."""
-    part, records = chunk
+    part_number, records = chunk
     images: dict[bytes, ExpandedImage] = {}
     parsed = [
         record if isinstance(record, BadRecord) else parse_record(record, source.format, origin)
@@ -298,7 +300,7 @@ def _encode_chunk(
     files = [os.path.relpath(Path(name).expanduser(), root) for name in names.dictionary.to_pylist()]
     encoded = encoded.set_column(0, "file", pa.array(files, pa.string()).take(names.indices))
     rows = [{name: getattr(image, name) for name in IMAGE_SCHEMA.names} for image in images.values()]
-    return part, (encoded, pa.RecordBatch.from_pylist(rows, schema=IMAGE_SCHEMA))
+    return part_number, (encoded, pa.RecordBatch.from_pylist(rows, schema=IMAGE_SCHEMA))
 
 
 def encode_records(
@@ -330,15 +332,15 @@ def encode_records(
                 raise bad_record_error(encoded)
             outcome = Outcome(encoded.reason, changed=tuple((f"unread_{name}", 1) for name in encoded.unread))
             values = {"detail": encoded.detail, "lengths": encoded.lengths or (), "fields": encoded.fields}
-            values["columns"] = [*itertools.chain(*encoded.columns)]
+            values["columns"] = [*itertools.chain(*encoded.source_columns)]
         elif encoded is None:
             outcome = Outcome(changed=((LEFT_IN_TRAIN if part.is_eval else HELD_OUT, 1),))
         else:
-            outcome, values = encoded.outcome, _columns(encoded) | {"prompt": prompt}
+            outcome, values = encoded.outcome, _row_values(encoded) | {"prompt": prompt}
             if images is not None:
                 images.update((image.digest, image) for image in encoded.example.images)
         rows.append({**_EMPTY_ROW, **origin, "outcome": _as_json(outcome), **values})
-    return pa.RecordBatch.from_arrays([_column(rows, field) for field in ROW_SCHEMA], schema=ROW_SCHEMA)
+    return pa.RecordBatch.from_arrays([_arrow_array(rows, field) for field in ROW_SCHEMA], schema=ROW_SCHEMA)
 
 
 @lru_cache(maxsize=1024)
@@ -346,8 +348,8 @@ def _as_json(outcome: Outcome) -> str:
     return json.dumps(astuple(outcome))
 
 
-def _column(rows: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:
-    """Return a column; lists of numbers, which are most bytes, are joined without a Python value for each."""
+def _arrow_array(rows: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:
+    """Return a field's values; lists of numbers, most bytes, are joined without a Python value for each."""
     values = [row[field.name] for row in rows]
     kind = field.type
     if not values or not pa.types.is_list(kind) or not pa.types.is_primitive(kind.value_type):
@@ -365,7 +367,7 @@ _EMPTY_ROW = {
 }
 
 
-def _columns(record: EncodedRecord) -> dict[str, Any]:
+def _row_values(record: EncodedRecord) -> dict[str, Any]:
     example = record.example
     pieces = (example.prompt_ids, *example.responses)
     ids = np.concatenate(pieces)
@@ -383,7 +385,7 @@ def _columns(record: EncodedRecord) -> dict[str, Any]:
         ],
         "trained_tokens": [int(mask.sum()) for mask in example.trained] or list(map(len, example.responses)),
         "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in example.trained if not m.all())]),
-        "examples": record.ranks,
+        "examples": record.ranks,  # an example is a ranking of the record's responses, which are stored once
         "images": [image.digest for image in example.images],
         "lengths": example.lengths or (),
     }

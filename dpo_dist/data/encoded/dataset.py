@@ -24,7 +24,7 @@ from dpo_dist.config.losses import KINDS, NUMBERS, LossConfig, LossKind
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.config.user_code import accepts_facts
 from dpo_dist.data.counts import DataCounts, check_counts, check_split
-from dpo_dist.data.encoded.columns import (
+from dpo_dist.data.encoded.dataset_columns import (
     DATASET_COLUMNS,
     NUMBER,
     PREFIX_COLUMNS,

@@ -14,8 +14,8 @@ import numpy as np
 
 from dpo_dist.batching.example import Example, response_keys
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.encoded.columns import key_order, made_from
 from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.data.encoded.dataset_columns import key_order, made_from
 from dpo_dist.data.encoded.store import cache_errors
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import text_digest

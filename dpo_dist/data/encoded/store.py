@@ -1,7 +1,7 @@
 """Encoded sources on disk: an Arrow file with a row per record, and a digest; written once, then mapped.
 
 The distinct images of a source are in a second such file, the order of its records by token ids in a third.
-The columns of a dataset (`columns.py`) are in such a file too.
+The columns of a dataset (`dataset_columns.py`) are in such a file too.
 """
 
 import itertools
@@ -40,7 +40,7 @@ ROW_SCHEMA = pa.schema(
         # `Outcome` in JSON; the detail of a dropped record's reason.
         "outcome": pa.string(),
         "detail": pa.string(),
-        # `BadRecord.fields`, and its `columns` as field, place, field, place, ...
+        # `BadRecord.fields`, and its `source_columns` as field, place, field, place, ...
         "fields": pa.list_(pa.string()),
         "columns": pa.list_(pa.string()),
         # Kept records. Pieces are the prompt and the responses; examples share them.
@@ -92,14 +92,14 @@ class EncodedSource:
     limit: int | None = None
     label: str = ""
     folders: str = ""  # digest of the folders in which images are looked up; empty: images are not read
-    part: int | None = None  # number of a part that is not joined yet; None: all records
+    part_number: int | None = None  # of a part that is not joined yet; None: all records
 
     @property
     def file(self) -> Path:
         """The file with the records."""
         folders = f"-{self.folders}" if self.folders else ""
         first = "" if self.limit is None else f"-first-{self.limit}"
-        part = "" if self.part is None else f"-part-{self.part:06}"
+        part = "" if self.part_number is None else f"-part-{self.part_number:06}"
         return self.cache / f"{self.fingerprint}{folders}{first}{part}.arrow"
 
     @property
@@ -197,7 +197,8 @@ def is_whole(source: EncodedSource) -> bool:
 
 def join_parts(source: EncodedSource, parts: int) -> bool:
     """Write a source from its parts; return False while a part is missing or damaged."""
-    lock, every = source.file.with_suffix(".lock"), [replace(source, part=each) for each in range(parts)]
+    lock = source.file.with_suffix(".lock")
+    every = [replace(source, part_number=number) for number in range(parts)]
     with locked(lock, "joins the parts of a source", waits=True):
         is_joined = is_whole(source)  # by another process
         if not is_joined:
@@ -320,7 +321,7 @@ def read_counts(table: pa.Table) -> DataCounts:
             Origin(row["file"], row["line"]),
             row["detail"],
             fields=tuple(row["fields"]),
-            columns=tuple(zip(row["columns"][::2], row["columns"][1::2], strict=True)),
+            source_columns=tuple(zip(row["columns"][::2], row["columns"][1::2], strict=True)),
         )
         for code, row in zip(codes[shown], places, strict=True)
     ]

@@ -30,7 +30,7 @@ from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.foundation.text import size
 from dpo_dist.training.reporting.metrics_log import read_latest_rows
-from dpo_dist.training.start.preflight import checked_start
+from dpo_dist.training.start.preflight import checked_console
 
 HANGS_SECONDS, _RUN_SECONDS = 120, 900  # for a process that waits for another one, for a whole run
 WITHOUT_OVERLAP = "without overlap"
@@ -135,7 +135,7 @@ def train_without_overlap(words: Sequence[str]) -> int:
 
     deepspeed_config.OVERLAPS = False
     config, stop = load_run_config(words, verb="train"), StopRequest()
-    with stop.listening(), checked_start(config, trains=True) as console:
+    with stop.listening(), checked_console(config, trains=True) as console:
         from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415  (slow)
         from dpo_dist.training.run import train  # noqa: PLC0415  (slow)
 

@@ -108,7 +108,7 @@ def check(points: Points) -> CheckReport:
     """
     check_points(points)
     from dpo_dist.tools.plan.make_plan import plan_in_brief  # noqa: PLC0415  (slow)
-    from dpo_dist.training.start.check import dry_run, expected_start  # noqa: PLC0415  (slow)
+    from dpo_dist.training.start.dry_run import dry_run, expected_start  # noqa: PLC0415  (slow)
 
     loaded, facts = dict[str, CheckReport](), list[tuple[str, str]]()
     for words, config in points.items():

@@ -28,8 +28,8 @@ from dpo_dist.foundation.signals import SWEEP_VARIABLE, StopRequest, end_at_sign
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import duration, pluralize
 from dpo_dist.tools.sweep.points import Points
-from dpo_dist.training.start.preflight import checked_start
-from dpo_dist.training.start.resume import read_state
+from dpo_dist.training.start.preflight import checked_console
+from dpo_dist.training.start.run_state import read_state
 
 Words = tuple[str, ...]
 _PROGRESS_SECONDS, _WATCH_SECONDS = 60.0, 2.0
@@ -237,7 +237,7 @@ def _run_point(work: Callable[[], int], errors: ErrorPrinter, screen: Path, gpus
 def _train_point(config: RunConfig) -> int:
     """Train as the verb `train` does, in this process; return the exit code."""
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
-    with stop.listening(), checked_start(config, trains=True) as console:
+    with stop.listening(), checked_console(config, trains=True) as console:
         from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415  (slow)
         from dpo_dist.training.run import train  # noqa: PLC0415  (slow)
 

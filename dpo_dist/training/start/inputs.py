@@ -49,7 +49,7 @@ from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.training.start.footprint import fit_micro_batches, stored_notes
 from dpo_dist.training.start.open_run import Run
-from dpo_dist.training.start.resume import Identity
+from dpo_dist.training.start.run_state import Identity
 
 T = TypeVar("T")
 

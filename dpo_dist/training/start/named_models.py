@@ -124,7 +124,7 @@ def find_export_paths(config: RunConfig) -> tuple[list[Path], Path]:
     Does not check their files. With `export.push_to` or `export.tool` the folder to write may exist; with
     `export.tool` alone it is the run's `model/`, if that is there.
     """
-    run = existing_run(RunFolder(config.run.path).path)
+    run = existing_run(config.run.path)
     if changed := changed_keys(run.config, config.identity):
         raise ConfigError(
             "an export cannot change the run's configuration",

@@ -1,4 +1,4 @@
-"""Check packages, files and folders of a run, before torch is imported and processes join."""
+"""The checks at a start: packages, files and folders, before torch is imported and processes join."""
 
 import contextlib
 import importlib.util
@@ -40,13 +40,13 @@ from dpo_dist.model.files.folder import (
     tokenizer_folder,
     weight_files,
 )
-from dpo_dist.training.start.resume import check_newest_checkpoint
+from dpo_dist.training.start.run_state import check_newest_checkpoint
 
 _EXTRAS = {"bitsandbytes": "quantization", "liger-kernel": "liger", "flash-attn": "flash-attn"}
 
 
 @contextlib.contextmanager
-def checked_start(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
+def checked_console(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
     """Check a start and yield its console; if it fails before training, delete its new run directory."""
     folder = RunFolder(config.run.path)
     is_new = not folder.path.exists()

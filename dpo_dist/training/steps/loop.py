@@ -32,7 +32,7 @@ from dpo_dist.training.clock import StepClock
 from dpo_dist.training.reporting.protocols import Moment, OnMoment, Recorder, Samples, When, Wish
 from dpo_dist.training.start.inputs import Inputs
 from dpo_dist.training.start.open_run import Run
-from dpo_dist.training.start.resume import Identity
+from dpo_dist.training.start.run_state import Identity
 from dpo_dist.training.steps.health import (
     best_after,
     count_spike,

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_dist.batching.example import Example
-from dpo_dist.data.encoded.columns import key_order
+from dpo_dist.data.encoded.dataset_columns import key_order
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.foundation.files import file_identity, remember
 from dpo_dist.reference import fill, store

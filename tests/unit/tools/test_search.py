@@ -15,7 +15,7 @@ from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome
 from dpo_dist.tools.sweep.points import Points, SearchSpace, load_points
 from dpo_dist.tools.sweep.pool import Pool, Words, is_finished
 from dpo_dist.tools.sweep.results import sweep_lines, sweep_results
-from dpo_dist.training.start.resume import RunState, write_state
+from dpo_dist.training.start.run_state import RunState, write_state
 
 optuna = pytest.importorskip("optuna")
 from optuna.storages.journal import JournalFileBackend  # noqa: E402

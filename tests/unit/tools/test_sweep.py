@@ -14,7 +14,7 @@ from dpo_dist.tools.sweep import __main__ as sweep
 from dpo_dist.tools.sweep.points import Points, load_points
 from dpo_dist.tools.sweep.pool import is_finished, point_end, screen_since
 from dpo_dist.tools.sweep.results import sweep_lines, sweep_results
-from dpo_dist.training.start.resume import RunState, write_state
+from dpo_dist.training.start.run_state import RunState, write_state
 from tests.unit.tools.pages.made_run import change, made_run
 
 
@@ -107,7 +107,7 @@ def test_a_check_has_a_line_for_each_point_and_loads_what_is_equal_once(
         loaded.append(config)
         return CheckReport([("run.dir", str(config.run.dir)), ("loss", str(config.loss.kind))])
 
-    monkeypatch.setattr("dpo_dist.training.start.check.dry_run", check)
+    monkeypatch.setattr("dpo_dist.training.start.dry_run.dry_run", check)
     monkeypatch.setattr(sweep, "check_points", lambda points: None)
     points = points_in(tmp_path, "loss.kind=sigmoid,ipo", "trainer.seed=range(3)")
     facts = sweep.check(points).facts

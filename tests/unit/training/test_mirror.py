@@ -19,7 +19,7 @@ from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import write_text
 from dpo_dist.training import mirror as module
 from dpo_dist.training.mirror import Mirror
-from dpo_dist.training.start.resume import RunState, write_state
+from dpo_dist.training.start.run_state import RunState, write_state
 from tests.support.alone import ALONE
 from tests.support.one_weight import Weights
 

@@ -18,11 +18,11 @@ from dpo_dist.foundation.types import CheckReport
 from dpo_dist.tools.selftest.checks import failed_check
 from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.run import find_start
-from dpo_dist.training.start.check import dry_run
+from dpo_dist.training.start.dry_run import dry_run
 from dpo_dist.training.start.inputs import load_inputs
 from dpo_dist.training.start.open_run import Run, open_run
-from dpo_dist.training.start.preflight import check_start, checked_start
-from dpo_dist.training.start.resume import RunState, write_state
+from dpo_dist.training.start.preflight import check_start, checked_console
+from dpo_dist.training.start.run_state import RunState, write_state
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.families import tiny_family
@@ -138,7 +138,7 @@ def test_compiled_sharded_layers_need_torch_2_12(
 
 
 def fail_late(config: RunConfig, error: Exception) -> None:
-    with pytest.raises(type(error)), checked_start(config):
+    with pytest.raises(type(error)), checked_console(config):
         raise error
 
 
@@ -153,13 +153,13 @@ def test_a_users_error_removes_a_run_directory_that_has_not_trained(
     refused(run_of(assets, tmp_path, "data.eval=[/nowhere/a.jsonl]"))
     assert not folder.path.exists()
     with contextlib.ExitStack() as other_job:
-        with pytest.raises(ConfigError), checked_start(config):  # noqa: PT012
+        with pytest.raises(ConfigError), checked_console(config):  # noqa: PT012
             other_job.enter_context(locked(folder.lock, "trains", "wait"))
             raise ConfigError("another process trains", remedy="wait")
         assert folder.lock.exists()
     fail_late(config, ConfigError("of a second start"))
     assert folder.rank_log(0).is_file()
-    with pytest.raises(DataError), checked_start(other := run_of(assets, tmp_path / "late")):  # noqa: PT012
+    with pytest.raises(DataError), checked_console(other := run_of(assets, tmp_path / "late")):  # noqa: PT012
         MetricsLog.open(RunFolder(other.run.path), None)
         raise DataError("found at a later step, before the first row and the first checkpoint")
     assert RunFolder(other.run.path).rows.is_file()
@@ -204,7 +204,7 @@ def test_processes_that_do_not_divide_into_groups_are_an_error(
     check_start(config, trains=True)  # `--check` before the launch
     with (
         pytest.raises(ConfigError, match="cannot be divided into groups"),
-        checked_start(config, trains=True),
+        checked_console(config, trains=True),
     ):
         raise AssertionError  # one process
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -16,7 +16,7 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.remedies import key_of
 from dpo_dist.foundation.types import CheckReport
-from dpo_dist.training.start.check import dry_run
+from dpo_dist.training.start.dry_run import dry_run
 from dpo_dist.training.start.preflight import check_start
 from tests.support.invented import write_pairs
 from tests.support.tiny_model import write_model

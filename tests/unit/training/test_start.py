@@ -40,11 +40,11 @@ from dpo_dist.tools.report.run import write_page
 from dpo_dist.training import run as ending
 from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.run import find_start, finish, lock_directory, record_start, run_to_its_end
-from dpo_dist.training.start.check import expected_start
+from dpo_dist.training.start.dry_run import expected_start
 from dpo_dist.training.start.environment import describe_run
 from dpo_dist.training.start.footprint import check_disk_room
 from dpo_dist.training.start.open_run import Run, hints_on_cpu, say_header, warn_of_recompiles
-from dpo_dist.training.start.resume import (
+from dpo_dist.training.start.run_state import (
     RunState,
     check_identity,
     read_state,

@@ -1,7 +1,8 @@
 """Read and write a run's state, and check whether a configuration continues the run. Imports no torch.
 
 A run's identity has the digests of its configuration and inputs. Every checkpoint has it, and so does
-`run_state.json`, which also has the number of steps done. A run may only be continued unchanged or longer.
+`run_state.json`, which also has the number of steps done. A run may only be continued unchanged or longer:
+`training.run.find_start` returns the checkpoint from which it is resumed.
 """
 
 import json

@@ -34,8 +34,8 @@ from dpo_dist.data.counts import (
     two_forms,
 )
 from dpo_dist.data.encoded.build import encode_records
-from dpo_dist.data.encoded.columns import dataset_columns, key_order
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
+from dpo_dist.data.encoded.dataset_columns import dataset_columns, key_order
 from dpo_dist.data.encoded.store import has_images, read_counts, read_lengths
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import pin_source
@@ -55,7 +55,7 @@ from dpo_dist.training.start.footprint import quantization_notes, stored_notes
 from dpo_dist.training.start.inputs import NO_IMAGE, checked_model
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
 from dpo_dist.training.start.open_run import rate_warning
-from dpo_dist.training.start.resume import check_fresh_start, find_finished
+from dpo_dist.training.start.run_state import check_fresh_start, find_finished
 
 _FIRST_RECORDS = 1024
 
