@@ -440,6 +440,9 @@ def _accept_computed(value: dict[str, Any]) -> None:
 
 
 def write_command(verb: str, config: RunConfig, folder: Path, launcher: str) -> str:
-    """Write `config`, without secrets, below `folder`; return the command that runs the verb with it."""
+    """Write `config`, without secrets, below `folder`; return the command that runs the verb with it.
+
+    The file is experiment/round.yaml, for a point of a sweep as for a round of `pairs`.
+    """
     write_text(folder / "experiment" / "round.yaml", to_yaml(config))
     return f"{launcher} -m dpo_dist {verb} --config-dir {shlex.quote(str(folder))} +experiment=round"

@@ -255,7 +255,9 @@ class Command:
         """Return a layer of a file's own keys, and those of the files in its list of `defaults`."""
         choices, values = list[tuple[str, Any]](), OmegaConf.create()
         for key, value in content.items():
-            if isinstance(value, (str, bool)) and key in run_keys() and preset_names(key, self.folders):
+            is_text = isinstance(value, (str, bool))  # YAML reads a bare `off` as false
+            names_preset = is_text and key in run_keys() and preset_names(key, self.folders)
+            if names_preset:  # `loss: ipo`, not `sampling: x`, as there are no presets of sampling
                 choices.append((key, value))
             elif key == "defaults" or (value is None and is_dataclass(run_keys().get(str(key)))):
                 continue  # an empty section has no keys
@@ -298,6 +300,15 @@ class Command:
     @cached_property
     def _layers(self) -> list[_Layer]:
         """All layers, the lowest first: config.yaml, experiments, and files, each above its presets."""
+        # For the example at the top of this module, `parts` has names of files for Hydra, and <layers>:
+        #     config, <qwen7b>, model/qwen2_5_0_5b, <my.yaml>, <defaults of loss>, loss/ipo, <command line>;
+        # `names`, for Hydra, has _OWN in place of each layer:
+        #     config, _OWN, model/qwen2_5_0_5b, _OWN, _OWN, loss/ipo, _OWN;
+        # `chosen` has what takes the place of presets in config.yaml, None where one is in `parts`:
+        #     {model: None, data: ultrafeedback, loss: None};
+        # Hydra puts the presets of config.yaml before it, and returns None for each _OWN:
+        #     data/ultrafeedback, ..., config, None, model/qwen2_5_0_5b, None, None, loss/ipo, None;
+        # and the layers take the places of None.
         parts: list[str | _Layer] = ["config", *self._experiments]
         last = {group: layer for layer in self._files for group in layer.presets}
         for layer in self._files:

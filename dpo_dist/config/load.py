@@ -133,9 +133,9 @@ def read_saved(file: Path, form: Any = dict) -> dict[str, Any]:
         values = read_saved_yaml(file.read_bytes(), str(file))
         TypeAdapter(form).validate_python(values, strict=True)
     except ValidationError as error:
-        raise _unreadable(str(file), first_fault(error)) from None
+        raise _unreadable_config(str(file), first_fault(error)) from None
     except (OSError, ValueError) as error:
-        raise _unreadable(str(file), first_line(error)) from None
+        raise _unreadable_config(str(file), first_line(error)) from None
     return values
 
 
@@ -159,11 +159,11 @@ def read_saved_yaml(text: str | bytes, where: str = "config.yaml") -> dict[str, 
         if "${" in str(content) or not content.keys().isdisjoint(_CODE_OF_HYDRA):
             raise ValueError("it has an interpolation (${...}), defaults or hydra, which no run writes")
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise _unreadable(where, first_line(error)) from error
+        raise _unreadable_config(where, first_line(error)) from error
     return content
 
 
-def _unreadable(where: str, fault: str) -> ConfigError:
+def _unreadable_config(where: str, fault: str) -> ConfigError:
     return ConfigError(
         "the configuration of this run cannot be read",
         where=where,

@@ -17,7 +17,7 @@ from dpo_dist.foundation.text import first_few
 
 @cache
 def other_trainers() -> dict[str, Any]:
-    """Return the sections of the table; `advice` has a row for each answer."""
+    """Return the tables of other_trainers.yaml, whose head says which sections become rows of `advice`."""
     content = Path(__file__).with_name("other_trainers.yaml").read_text(encoding="utf-8")
     tables = cast(dict[str, Any], yaml.safe_load(content))
     rows = tables.pop("both")

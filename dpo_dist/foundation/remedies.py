@@ -115,6 +115,7 @@ class Remedy:
         if isinstance(where, InFile):
             return {"write": [], "remove": []}
         about = where.words if isinstance(where, Place) else ()
+        # 1. What the remedy itself says.
         # `optim.lr=0` with `drops`: this word is removed.
         write, remove = [*self.write], [*self.remove, *(about if self.drops else ())]
         # `loss.betta=1` becomes loss.beta=1; a name at the key `model.path` changes in this key's word only.
@@ -128,19 +129,22 @@ class Remedy:
                 write = [changed.get(word, word) for word in about]
             else:  # `./model-a` alone, in no known word: the first word that has the name
                 write, remove = [*changed.values()][:1], [*changed][:1]
-        # optim.lr=1e-4 is written for `--lr 1e-4`: both words are removed. A word of this key is replaced.
+        # 2. The words that the error is about go, where a written word does not replace them by its key.
+        # optim.lr=1e-4 is written for `--lr 1e-4`: both words are removed.
         keys = {key_of(word) for word in write if "=" in word}
         if write:
             remove += [word for word in about if "=" not in word or key_of(word) not in keys]
         # `--seed 512`, beside `--config-dir 512`: the value is removed with its own option, as one word.
         if {*about} <= {*remove} and any(typed.count(word) > 1 for word in about[1:]):
             remove = [*(word for word in remove if word not in about), " ".join(about)]
+        # 3. Other words that would win over the written ones go, too.
         # `model.dtype=fp32 model.dtype=x`: the last word of a key wins, so that only the new one is kept.
         typed_keys = [key_of(word) for word in typed]
         remove += [word for word in typed if key_of(word) in keys and typed_keys.count(key_of(word)) > 1]
         # loss=kto is written: `loss.kind` would win over it; loss={beta: 1} is no preset.
         presets = {key_of(word) for word in write if "={" not in word}
         remove += [key for group in _CHOSEN_BY for key in _CHOSEN_BY[group] if group in presets]
+        # 4. What goes is named by words that the command has, or by keys.
         # `loss.beta="=0.2"`, typed without quotes, or a word without its secret: removed by its key.
         remove = [
             word if word in typed or key_of(word) not in typed_keys else key_of(word) for word in remove

@@ -10,7 +10,9 @@ from typing import TextIO
 from dpo_dist.foundation.text import without_secrets
 
 _reserved: TextIO | None = None
+"""Standard output, once `reserve_output` keeps it for JSON; None: it is not kept, or not yet."""
 _document: str | None = None
+"""The JSON document for the end of the program; "": there is none yet; None: this process prints none."""
 
 
 class SafeStream:
@@ -129,8 +131,10 @@ def kept_document() -> str | None:
 
 
 def awaits_document() -> bool:
-    """Return whether this program, if it prints a JSON document, has not printed it yet."""
-    return _document is not None or _reserved is None
+    """Return whether a program with `--json` has still to print a JSON document."""
+    will_print, has_begun = _document is not None, _reserved is not None
+    # `exit_after` begins by reserving output; later on, another process may be the one that prints.
+    return will_print or not has_begun
 
 
 def output_descriptor() -> int:

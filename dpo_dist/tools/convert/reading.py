@@ -155,8 +155,8 @@ def _flags(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         if not values and name.startswith("no_"):
             keys[name.removeprefix("no_")] = False
         else:
-            read = [_value(value) for value in values]
-            keys[name] = read[0] if len(read) == 1 else read or True
+            parsed = [_value(value) for value in values]
+            keys[name] = parsed[0] if len(parsed) == 1 else parsed or True
     return keys, files
 
 

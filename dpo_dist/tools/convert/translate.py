@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -24,6 +24,7 @@ from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.config.schema import SCHEMA, OptimConfig, TrackerName
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import own_table
+from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.tools.convert.reading import ForeignRun
 
@@ -113,33 +114,20 @@ class Translation:
 
     def translate(self, key: str, value: Any) -> None:
         """Set our keys for a key of theirs, or comment why it is left out."""
-        text, name = as_written(value), "optimizer" if key == "optim" else key
-        exact, general = find_advice(name, text), advice_on(name, text)
-        known = [] if general else [ours for ours in verb_keys("train") if "." in ours]
-        unsectioned = [ours for ours in known if name in (ours, ours.rpartition(".")[2])]
-        targets = [_KEYS.get(target, target) for target in equivalents(name, "keys") or unsectioned]
-        words = [
-            text.lower(),
-            *equivalents(text, "values"),
-            [word.strip() for word in text.split(",")],
-            [value],
-        ]
-        words = [] if isinstance(value, dict) else value[:1] if isinstance(value, list) else words
-        fitting = [(to, form) for to in targets for form in (value, *words) if fits(to, form)]
-        advice = next(iter((*exact, *general)), None)
-        has_value = general != advice_on(name, "")  # the words have the user's value
-        if fitting and not exact:
-            self.set(*fitting[0], key, value)
-        elif advice and (exact or value is True or has_value) and (written := _keys_of(advice.write)):
-            for to, kept in written.items():
+        meaning = _meaning_of("optimizer" if key == "optim" else key, value)
+        advice, targets = meaning.advice, meaning.targets
+        if meaning.fitting:  # learning_rate: 1e-6
+            self.set(*meaning.fitting[0], key, value)
+        elif meaning.written:  # use_dora: true, for which the advice writes model.adapter.variant=dora
+            for to, kept in meaning.written.items():
                 self.set(to, kept, key, value)
-        elif advice and advice.drops:
+        elif advice and advice.drops:  # lora_dropout: 0.05
             self.comment(key, value, advice.text, is_needed=False)
-        elif advice and value is False and is_switch(name):
+        elif advice and value is False and meaning.is_switch:  # load_in_8bit: false
             self.comment(key, value, "not needed: it is off", is_needed=False)
-        elif advice:
+        elif advice:  # neftune_noise_alpha: 5
             self.comment(key, value, advice.text)
-        else:
+        else:  # learning_rate: fast; or a name that nobody knows
             unfit = f"{targets[0]} cannot have this value" if targets else "no counterpart is known"
             self.comment(key, value, unfit)
 
@@ -151,6 +139,41 @@ class Translation:
         order = list(run_keys())
         keys = as_tree({key: self.values[key] for key in sorted(self.values, key=order.index)})
         return str(without_secrets(comments + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)))
+
+
+class _Meaning(NamedTuple):
+    """What a key of theirs with its value may mean.
+
+    For `torch_dtype: bfloat16`, `targets`, our keys of the same meaning, are `model.dtype`, and `fitting`,
+    those that can have the value, with it in our words, `(model.dtype, bf16)`. `advice`: what else is said on
+    the name. `written`: our keys that it sets for this value. `is_switch`: nothing is to be done if false.
+    """
+
+    targets: list[str]
+    fitting: list[tuple[str, Any]]
+    advice: Remedy | None
+    written: dict[str, Any]
+    is_switch: bool
+
+
+def _meaning_of(name: str, value: Any) -> _Meaning:
+    """Find what a name of theirs with this value may mean."""
+    text = as_written(value)
+    on_value, on_name = find_advice(name, text), advice_on(name, text)
+    sectioned = [] if on_name else [ours for ours in verb_keys("train") if "." in ours]
+    same_name = [ours for ours in sectioned if name in (ours, ours.rpartition(".")[2])]  # `beta`: loss.beta
+    targets = [_KEYS.get(target, target) for target in equivalents(name, "keys") or same_name]
+    forms = [value, text.lower(), *equivalents(text, "values")]
+    forms += [[word.strip() for word in text.split(",")], [value]]
+    if isinstance(value, (dict, list)):
+        forms = [value, *(value[:1] if isinstance(value, list) else [])]
+    # Advice on this very value, `loss_type: bco_unpaired`, goes before a key that fits.
+    fitting = [] if on_value else [(to, form) for to in targets for form in forms if fits(to, form)]
+    advice = next(iter((*on_value, *on_name)), None)
+    has_value = on_name != advice_on(name, "")  # the advice's words have the user's value
+    is_certain = bool(on_value) or value is True or has_value
+    written = _keys_of(advice.write) if advice and is_certain and not fitting else {}
+    return _Meaning(targets, fitting, advice, written, is_switch(name))
 
 
 def _keys_of(words: Sequence[str]) -> dict[str, Any]:
