@@ -50,7 +50,7 @@ def test_a_taken_port_gets_one_block(check: Check) -> None:
             "have joined",
             port,
             used,
-            to_do="--main_process_port: choose",
+            to_do="--main_process_port",
             code=69,
             joins=True,
         )

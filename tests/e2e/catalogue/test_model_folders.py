@@ -145,7 +145,7 @@ CASES = [
          "records cannot be used", "", "", before=set_template("{{ raise_exception('no') }}"),
          joins=True, to_do="write the turns as the chat template"),
     Case("revision of a folder", "model.revision=main", "no effect", "model.revision", "main",
-         to_do="remove it"),
+         to_do="remove model.revision"),
     Case("reference of another vocabulary", "reference.path=broken",
          "other sizes than config.json", "reference.path", "700 x 32 by config.json",
          before=edited("config.json", vocab_size=700), joins=True, to_do="correct config.json (vocab_size)"),

@@ -560,7 +560,7 @@ def test_with_a_template_of_the_run_the_written_model_has_no_other(
 
 @pytest.mark.parametrize("model_type", ["florence2", "siglip"])
 def test_a_model_that_writes_no_text_alone_is_refused_as_such(model_type: str) -> None:
-    with pytest.raises(ConfigError, match="cannot continue text"):
+    with pytest.raises(ConfigError, match="no model that continues text"):
         without_weights(AutoConfig.for_model(model_type), ModelConfig("m"))
 
 
