@@ -114,7 +114,7 @@ def test_check_and_plan_say_the_bytes(base: Path, family: str, assets: Path, tmp
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
-@pytest.mark.parametrize("family", ["gpt_oss"], scope="module")
+@pytest.mark.parametrize("family", ["gpt_oss"], indirect=True, scope="module")
 def test_an_adapter_on_nf4_with_experts_in_mxfp4(
     base: Path, family: str, assets: Path, tmp_path: Path
 ) -> None:
