@@ -452,7 +452,7 @@ class LossConfig:
     ld_alpha: float | None = key(None, ge=0, le=1)
     """Weight of tokens beyond the length of the pair's shorter response (arXiv 2409.06411); null: 1."""
     weighting: Weighting = key(Weighting.none)
-    """Weight of each pair's loss; `wpo` (arXiv 2406.11827): by its probability."""
+    """Weight of each pair's loss; `wpo` (arXiv 2406.11827): by the probability of both responses."""
     reference_free: bool = key(False, verbs="train precompute evaluate")
     """Take the reference's log-probs as 0."""
     terms: list[Term] = key([], verbs="train precompute evaluate doctor")
