@@ -5,12 +5,11 @@ import shlex
 from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
-
-import yaml
+from typing import Any
 
 from dpo_dist.config.keys import run_keys, strip_indices
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import first_few
 
@@ -18,8 +17,7 @@ from dpo_dist.foundation.text import first_few
 @cache
 def other_trainers() -> dict[str, Any]:
     """Return the tables of other_trainers.yaml, whose head says which sections become rows of `advice`."""
-    content = Path(__file__).with_name("other_trainers.yaml").read_text(encoding="utf-8")
-    tables = cast(dict[str, Any], yaml.safe_load(content))
+    tables = own_table(Path(__file__).with_suffix(".yaml"))
     rows = tables.pop("both")
     rows += [{"write": words, "names": names} for words, names in tables.pop("words").items()]
     for kind, facts in {"advice": {}, "switches": {"is_switch": True}, "unneeded": {"drops": True}}.items():

@@ -367,7 +367,7 @@ def _with_columns(path: str, config: DataConfig, counts: DataCounts) -> Remedy:
 
 
 def _source_with(columns: Mapping[str, str | None], path: str, config: DataConfig) -> Remedy:
-    """Return advice to write a source with these columns beside what it has; None: only the user knows."""
+    """Return advice to write a source with these columns, too; the user has to name one that is None."""
     usual = asdict(SourceConfig(path="-"))
     shown = {field: name or "COLUMN" for field, name in columns.items()}
     for key, sources in (("data.train", config.train), ("data.eval", config.eval)):

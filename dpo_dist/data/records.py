@@ -158,8 +158,8 @@ class BadRecord:
 
     The `detail` has no text of the record. `unread` are fields that no format reads, counted by their names.
     `lengths` are known if the record could be used with other limits. Of a record of an unknown format also
-    the names of its `fields`, and the `columns` of its source with which it could be read: pairs of a
-    format's field and its place in the record.
+    the names of its `fields`, and the `source_columns` with which it could be read: pairs of a format's
+    field and its place in the record.
     """
 
     reason: str
