@@ -76,11 +76,21 @@ class RunOutcome(StrEnum):
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class Lack(StrEnum):
+    """What a machine lacks for something that works on others."""
+
+    package = "package"
+    """A package, or a newer one."""
+    room = "room"
+    """GPU memory, or space on a disk."""
+
+
 class DpoDistError(Exception):
     """An error that the user can fix: one sentence, the key or ``file:line``, values, what to do next."""
 
     exit_code: int = ExitCode.invalid
     title: ClassVar[str] = "error"
+    lacks: Lack | None = None
 
     def __init__(
         self,
@@ -90,8 +100,10 @@ class DpoDistError(Exception):
         got: str = "",
         expected: str = "",
         remedy: str | Remedy = "",
+        lacks: Lack | None = None,
     ) -> None:
         super().__init__(message)
+        self.lacks = lacks or self.lacks
         self.message, self.where, self.got, self.expected = message, where, got, with_pages(expected)
         self.advice = Remedy(remedy) if isinstance(remedy, str) else remedy
         self.is_printed_here: bool | None = None  # by this process; None: the processes have not joined yet
@@ -118,6 +130,8 @@ class DpoDistError(Exception):
         texts = {name: getattr(self, name) for name in ("title", "message", "where", "got", "expected")}
         words = self.advice.words(self.where, typed)
         content = {"code": int(self.exit_code), **texts, "remedy": {"text": self.remedy, **words}}
+        if (lack := lack_behind(self)) is not None:
+            content["lacks"] = lack.value
         if self.parts:
             content["mistakes"] = mistakes = [part.as_dict(typed) for part in self.parts]
             content["remedy"] |= joined([mistake["remedy"] for mistake in mistakes])
@@ -169,6 +183,7 @@ class DeviceMemoryError(DpoDistError):
     """A GPU is out of memory."""
 
     title = "out of memory"
+    lacks = Lack.room
 
 
 class PeerLostError(DpoDistError):
@@ -176,6 +191,15 @@ class PeerLostError(DpoDistError):
 
     exit_code: int = ExitCode.lost
     title = "process lost"
+
+
+def lack_behind(error: BaseException | None) -> Lack | None:
+    """Return what the machine lacks for what ended with `error`; None: nothing that is known."""
+    if error is None:
+        return None
+    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+        return Lack.room
+    return getattr(error, "lacks", None) or lack_behind(error.__cause__)
 
 
 def raise_all(mistakes: Sequence[DpoDistError]) -> None:
@@ -212,6 +236,7 @@ def disk_error(error: BaseException) -> ConfigError | None:
         got=dead_link(Path(str(error.filename or ""))) or str(error.strerror),
         remedy="make room, or correct the path or its permissions; then run the same command again, which "
         "keeps the work that is complete",
+        lacks=lack_behind(error),
     )
 
 
@@ -229,6 +254,7 @@ def package_error(error: BaseException) -> ConfigError | None:
         where="the environment",
         got=f"{package} is not installed",
         remedy=install_extra(_EXTRAS[package]),
+        lacks=Lack.package,
     )
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_dist.foundation.errors import DISK_IS_FULL, ConfigError, DpoDistError, in_one_line
+from dpo_dist.foundation.errors import DISK_IS_FULL, ConfigError, DpoDistError, Lack, in_one_line
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import without_secrets
 
@@ -75,6 +75,7 @@ def open_file_system(url: str, where: str = "") -> tuple[Any, str]:
             where=where or url,
             got=in_one_line(fault),
             remedy=install_extra("cloud") if protocol in _CLOUD else "install the package",
+            lacks=Lack.package,
         ) from fault
     except ValueError as fault:
         raise ConfigError(

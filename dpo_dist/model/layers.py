@@ -17,7 +17,7 @@ from torch.func import functional_call
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_dist.config.schema import FusedLayers, ImagesConfig, ModelConfig, TrainedImageParts
-from dpo_dist.foundation.errors import ConfigError, raise_all
+from dpo_dist.foundation.errors import ConfigError, Lack, raise_all
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.architectures import EXACT_WITH_LIGER
 from dpo_dist.model.library_internals import apply_liger, wrap_checkpointing
@@ -263,17 +263,17 @@ def _suits_liger(config: ModelConfig, text: Any, device: torch.device) -> bool:
 def check_device(config: ModelConfig, text: Any, device: torch.device) -> None:
     """Check that the model's options can run on `device`; `text` is the configuration of its text part."""
     check_precision(config.dtype, device)
-    on_cuda, faults = device.type == "cuda", list[tuple[str, str, str]]()
+    on_cuda, faults = device.type == "cuda", list[tuple[str, str, str, Lack | None]]()
     if config.fused is FusedLayers.liger and not _suits_liger(config, text, device):
         known = ", ".join(sorted(EXACT_WITH_LIGER))
         where = f"for transformers' own {known}, with their usual activation"
-        faults.append(("fused", "none", f"Liger's kernels are exact only on CUDA, {where}"))
+        faults.append(("fused", "none", f"Liger's kernels are exact only on CUDA, {where}", None))
     compiler = find_spec("triton") if on_cuda else shutil.which(os.environ.get("CXX", "g++"))
     if config.fused is FusedLayers.compile and compiler is None:
         needed = "Triton" if on_cuda else "a C++ compiler"
-        faults.append(("fused", "none", f"torch.compile needs {needed}"))
+        faults.append(("fused", "none", f"torch.compile needs {needed}", Lack.package))
     if config.activation_offload and not on_cuda:
-        faults.append(("activation_offload", "false", "activations are already in host memory"))
+        faults.append(("activation_offload", "false", "activations are already in host memory", None))
     raise_all(
         [
             ConfigError(
@@ -281,8 +281,9 @@ def check_device(config: ModelConfig, text: Any, device: torch.device) -> None:
                 where=f"model.{key}",
                 got=f"{getattr(config, key)} for {text.model_type} on {device.type}",
                 remedy=Remedy.to_set(f"model.{key}={value}"),
+                lacks=lacks,
             )
-            for key, value, message in faults
+            for key, value, message, lacks in faults
         ]
     )
 

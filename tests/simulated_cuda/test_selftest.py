@@ -1,6 +1,7 @@
 """`dpo-dist selftest` on the simulated device: its runs without speeds, and runs that are only answers."""
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -18,6 +19,14 @@ import psutil
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.foundation.errors import (
+    CheckpointError,
+    DeviceMemoryError,
+    DivergedError,
+    DpoDistError,
+    Lack,
+    PeerLostError,
+)
 from scripts.write_key_docs import machine_table
 from tests.simulated_cuda import runs
 from tests.support.launch import Finished
@@ -133,19 +142,27 @@ def test_a_sound_device_passes_every_check(tmp_path: Path) -> None:
     assert "running: steps of ddp" in ended.output
 
 
+def _refused(error: DpoDistError) -> tuple[int, str]:
+    """End as a run that prints errors for programs."""
+    line = json.dumps({"kind": "error", "time": "2026-01-01T00:00:00", **error.as_dict()})
+    return error.exit_code, f"not installed, No space left on device\n{line}\nbye\n"
+
+
 def _with_faults(keys: dict[str, str], environment: dict[str, str]) -> tuple[int, str]:  # noqa: PLR0911
     assert not environment.keys() & {"RANK", "WORLD_SIZE", "PET_NNODES"}
     assert int(keys["parallelism.timeout_seconds"]) <= 120
     visible, all_steps = environment["CUDA_VISIBLE_DEVICES"], [1, 2, 3, 4]
-    is_half, noise = visible == "4,5", "  an error of no importance\n"
+    is_half = visible == "4,5"
     if keys["trainer.max_steps"] == "6":
         if keys["model.fused"] == "liger":
-            return 2, f"{noise}out of memory: GPU memory is exhausted\n  where: here\nbye\n"
+            return _refused(DeviceMemoryError("GPU memory is exhausted", where="here"))
         if keys["model.fused"] == "compile":
             return -11, ""
         described = json.loads(Path(keys["model.path"].strip('"'), "config.json").read_text())
         if described["num_hidden_layers"] == 4:
-            return 2, "configuration error: the disk has no room for the checkpoints\n"
+            full = CheckpointError("a checkpoint cannot be written")
+            full.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+            return _refused(full)
         return _train(keys, [*range(1, 7)])
     if is_half or "trainer.stop_after_steps" in keys:  # it begins again
         return _train(keys, all_steps if is_half else [1, 2])
@@ -161,8 +178,8 @@ def _with_faults(keys: dict[str, str], environment: dict[str, str]) -> tuple[int
     if "model.gradient_checkpointing" in keys:
         return _train(keys, all_steps, grad_norm=None)
     if "trainer.micro_batch_tokens" in keys:
-        return 139, f"{noise}process lost: another one\nrank 1 was ended by SIGSEGV\nthe end\n"
-    return _train(keys, all_steps) if visible == "4" else (3, f"{noise}diverged: loss or gradient\nbye\n")
+        return 139, f"{_refused(PeerLostError('another one'))[1]}rank 1 was ended by SIGSEGV\nthe end\n"
+    return _train(keys, all_steps) if visible == "4" else _refused(DivergedError("loss or gradient"))
 
 
 def _with_faults_on_four_gpus() -> None:
@@ -186,9 +203,9 @@ def test_faults_are_failed_checks_that_say_what_they_are(tmp_path: Path) -> None
         "all-gather of bf16": ("measured", "1 MB: 2.5 GB/s"),
         "sums over GPUs in float32": ("passed", "float64"),
         "speed of 0.5B, fused layers: none": ("measured", "500 ms a step"),
-        "speed of 7B, 4 layers, fused layers: none": ("skipped", "the disk has no room"),
+        "speed of 7B, 4 layers, fused layers: none": ("skipped", "a checkpoint cannot be written"),
         "speed of 7B, 4 layers, fused layers: liger": ("skipped", "exit code 2: out of memory: GPU memory"),
-        "speed of 7B, 4 layers, fused layers: compile": ("failed", "exit code -11: it was ended by SIGSEGV"),
+        "speed of 7B, 4 layers, fused layers: compile": ("failed", "exit code -11: ended by SIGSEGV"),
         "GPU 3": ("measured", "4 TFLOP/s in bf16 matrix products"),
         "attention by varlen": ("failed", "RuntimeError: a bug"),
         "steps of zero2 without overlap": ("passed", "of zero2"),
@@ -242,7 +259,7 @@ def test_a_signal_ends_processes_and_keeps_what_was_measured(tmp_path: Path) -> 
 
 def _without_checkpoint(keys: dict[str, str], _environment: dict[str, str]) -> tuple[int, str]:
     if "trainer.stop_after_steps" in keys:
-        return 2, "checkpoint error: it cannot be written\n"
+        return _refused(CheckpointError("it cannot be written", lacks=Lack.room))  # of a run of a few KB
     return _train(keys, [1, 2, 3, 4])
 
 

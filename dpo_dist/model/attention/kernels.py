@@ -18,7 +18,7 @@ from dpo_dist.batching.costs import Arrangement
 from dpo_dist.batching.pack import copy_to_device
 from dpo_dist.batching.prefix_tree import Segment, first_tokens, paths
 from dpo_dist.config.schema import FLASH_ATTN, AttentionBackend, Dtype
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, Lack
 from dpo_dist.foundation.installed import is_installed
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.architectures import ImageMask, recorded_arrangement
@@ -356,6 +356,7 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
             got=wanted,
             remedy=Remedy.to_set("model.attention=auto")
             + f", or install {name}, built against the installed torch (pip install --no-build-isolation)",
+            lacks=Lack.package,
         )
     return wanted
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.foundation.console import console_on
-from dpo_dist.foundation.errors import Arguments, ExitCode, exit_after, first_line
+from dpo_dist.foundation.errors import Arguments, ExitCode, exit_after
 from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.process import LAUNCHER_PREFIXES, WORLD_VARIABLES
 from dpo_dist.foundation.streams import (
@@ -38,16 +38,15 @@ from dpo_dist.foundation.streams import (
 from dpo_dist.tools.selftest.checks import (
     SHAPES,
     Check,
+    Fault,
     check_attention,
     check_collective_calls,
     compare_ways,
     describe_gpus,
     exchange,
-    failed_check,
     list_versions,
     measure_speeds,
     shared_facts,
-    train_without_overlap,
 )
 
 
@@ -58,14 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="skip the speeds, which need disk and memory")
     parser.add_argument("--share", action="store_true", help="end with a line of JSON to show to others")
     parser.add_argument("--exchange", type=Path, help=argparse.SUPPRESS)  # a process of a check
-    parser.add_argument("--without-overlap", nargs="+", help=argparse.SUPPRESS)  # a process of a run
     options = parser.parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     if options.exchange is not None:
         return exchange(options.exchange)
-    if options.without_overlap is not None:
-        return train_without_overlap(options.without_overlap)
     output: Path = options.output.absolute()
     is_writable = all(os.access(path, os.W_OK) for path in (output.parent, output) if path.exists())
     if output.is_dir() or not output.parent.is_dir() or not is_writable:
@@ -131,7 +127,7 @@ def _checks(folder: Path, is_quick: bool) -> Iterator[Check]:
         try:
             yield from checks
         except Exception as error:  # a broken check must not hide the others
-            yield failed_check(name, first_line(error), is_large=name in large)
+            yield Fault.of(error).check(name, is_large=name in large)
 
 
 if __name__ == "__main__":

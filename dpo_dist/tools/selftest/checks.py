@@ -17,29 +17,23 @@ from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import psutil
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AttentionBackend, Dtype
-from dpo_dist.foundation.errors import DpoDistError, ExitCode, first_line
+from dpo_dist.foundation.errors import DpoDistError, ExitCode, Lack, first_line, lack_behind
 from dpo_dist.foundation.files import own_table
-from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.foundation.text import size
 from dpo_dist.training.reporting.metrics_log import read_latest_rows
-from dpo_dist.training.start.preflight import checked_console
 
 HANGS_SECONDS, _RUN_SECONDS = 120, 900  # for a process that waits for another one, for a whole run
 WITHOUT_OVERLAP = "without overlap"
 STEPS, COMPARED_METRICS = 4, ("loss", "grad_norm")  # for runs that are compared
 RunRows = list[dict[str, Any]]
-
-
-_NOT_INSTALLED = ("not installed", "needs Triton", "in torch before")
-_NO_ROOM = ("memory is exhausted", "has no room", "cannot be written", "No space left")
 
 
 class Check(NamedTuple):
@@ -61,13 +55,21 @@ def shared_facts(date: str, checks: Sequence[Check]) -> dict[str, Any]:
     return {**facts, "checks": {check.name: check.outcome for check in checks}}
 
 
-def failed_check(name: str, error: str, *, is_large: bool = False) -> Check:
-    """Return a check that ended with an error, `skipped` for want of a package or a newer torch.
+class Fault(NamedTuple):
+    """Why a process failed, and what the machine lacks for it, if that is the reason."""
 
-    One that `is_large` may also lack room.
-    """
-    lacks = _NOT_INSTALLED + _NO_ROOM * is_large
-    return Check(name, "skipped" if any(lack in error for lack in lacks) else "failed", error)
+    seen: str
+    lacks: Lack | None = None
+
+    @classmethod
+    def of(cls, error: BaseException) -> Self:
+        """Return the fault of a check that raised an error."""
+        return cls(first_line(error), lack_behind(error))
+
+    def check(self, name: str, *, is_large: bool = False) -> Check:
+        """Return its check, `skipped` for want of a package, or of room for one that `is_large`."""
+        is_excused = self.lacks is Lack.package or (is_large and self.lacks is Lack.room)
+        return Check(name, "skipped" if is_excused else "failed", self.seen)
 
 
 def write_pairs(file: Path) -> None:
@@ -107,43 +109,32 @@ def quoted(path: Path) -> str:
 
 def train_rows(
     folder: Path, name: str, words: Sequence[str], gpus: int, steps: range, code: int = 0
-) -> tuple[RunRows, str]:
-    """Train, and return metrics rows and the error, "" without one; `code`: the exit code that is expected.
+) -> tuple[RunRows, Fault | None]:
+    """Train, and return metrics rows and the fault, if any; `code`: the exit code that is expected.
 
     The run directory is deleted; a preempted run keeps it without the metrics, for the run that resumes it.
     """
     run, program = RunFolder(folder / "run"), ["-m", "dpo_dist.train"]
     if name.endswith(WITHOUT_OVERLAP):
-        program = ["-m", "dpo_dist.tools.selftest", "--without-overlap"]
+        program = ["-m", "dpo_dist.tools.selftest.without_overlap"]
     usual = [f"run.dir={quoted(run.path)}", f"data.train=[{quoted(folder / 'pairs.jsonl')}]"]
     usual += [f"data.cache={quoted(folder / 'encoded')}", f"reference.store={quoted(folder / 'store')}"]
     usual += ["data.max_length=1024", "tracking=off", f"parallelism.timeout_seconds={HANGS_SECONDS}"]
     usual += ["trainer.log_every=1", "trainer.save_every=0", "optim.lr=1e-4", "optim.warmup_ratio=0"]
-    usual += ["trainer.global_batch_pairs=16"]
-    error = run_python(name, [*program, *usual, *words], gpus, code)
-    rows: RunRows = [] if error else read_latest_rows(run)
+    usual += ["trainer.global_batch_pairs=16", "console.style=json"]  # so that errors can be read
+    fault = run_python(name, [*program, *usual, *words], gpus, code)
+    rows: RunRows = [] if fault else read_latest_rows(run)
     rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in COMPARED_METRICS)]
-    shutil.rmtree(run.metrics if code and not error else run.path, ignore_errors=True)
-    if not error and (done := [row["step"] for row in rows]) != [*steps]:
-        error = f"rows of steps {done}, not {[*steps]}: a metric is not finite, or the run was not resumed"
-    return rows, error
+    shutil.rmtree(run.metrics if code and not fault else run.path, ignore_errors=True)
+    if not fault and (done := [row["step"] for row in rows]) != [*steps]:
+        fault = Fault(
+            f"rows of steps {done}, not {[*steps]}: a metric is not finite, or the run was not resumed"
+        )
+    return rows, fault
 
 
-def train_without_overlap(words: Sequence[str]) -> int:
-    """Train in this process without overlapping communication with computing; return the exit code."""
-    from dpo_dist.distributed import deepspeed_config  # noqa: PLC0415  (slow)
-
-    deepspeed_config.OVERLAPS = False
-    config, stop = load_run_config(words, verb="train"), StopRequest()
-    with stop.listening(), checked_console(config, trains=True) as console:
-        from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415  (slow)
-        from dpo_dist.training.run import train  # noqa: PLC0415  (slow)
-
-        return train(config, console, stop, reporting())
-
-
-def run_python(name: str, words: Sequence[str], gpus: int, code: int = 0) -> str:
-    """Run Python with these arguments, on several GPUs by the launcher; return its error, if any."""
+def run_python(name: str, words: Sequence[str], gpus: int, code: int = 0) -> Fault | None:
+    """Run Python with these arguments, on several GPUs by the launcher; return its fault, if any."""
     print_line(f"running: {name}", sys.stderr)
     launcher = ["-m", "dpo_dist", "launch", "--num_processes", str(gpus)] if gpus > 1 else []
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -159,18 +150,30 @@ def run_python(name: str, words: Sequence[str], gpus: int, code: int = 0) -> str
                 with suppress(psutil.NoSuchProcess):
                     child.kill()
             if isinstance(ended, subprocess.TimeoutExpired):
-                return f"it did not end in {_RUN_SECONDS} s"
+                return Fault(f"it did not end in {_RUN_SECONDS} s")
             raise
-    if process.returncode < 0:  # without a launcher nothing has printed the signal
-        screen += f"\nit was ended by {signal.Signals(-process.returncode).name}"
     if process.returncode == code:
-        return ""
-    # The line that says why: a signal, an error, or else the last line.
-    lines = [line.strip() for line in screen.splitlines() if line.strip()] or ["no output"]
-    titles = ("error: ", *(f"{kind.title}: " for kind in DpoDistError.__subclasses__()))
-    by_signal = [line for line in lines if " was ended by SIG" in line]
-    causes = by_signal or [line for line in lines if line.startswith(titles)] or lines[-1:]
-    return f"exit code {process.returncode}: {causes[0]}"
+        return None
+    lines, lacks = [line.strip() for line in screen.splitlines() if line.strip()], None
+    # Why it ended: a signal, which the launcher gives as 128 + its number; an error; or else the last line.
+    numbers = (-process.returncode, process.returncode - 128)
+    if ended_by := [each.name for each in signal.Signals if each in numbers]:
+        cause = next((line for line in lines if ended_by[0] in line), f"ended by {ended_by[0]}")
+    elif error := next(filter(None, map(_error_in, lines)), None):
+        cause = ": ".join(filter(None, (error.get("title"), error["message"], error.get("got"))))
+        lacks = Lack(error["lacks"]) if "lacks" in error else None
+    else:
+        cause = lines[-1] if lines else "no output"
+    return Fault(f"exit code {process.returncode}: {cause}", lacks)
+
+
+def _error_in(line: str) -> dict[str, Any] | None:
+    """Return the error that a line of a run's screen describes for programs."""
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and content.get("kind") == "error" else None
 
 
 _GATHERED = (1, 33, 512)  # MB of a message; 33 is a 4096 x 4096 matrix of a 7B model
@@ -214,10 +217,9 @@ def describe_gpus(gpus: int, is_quick: bool) -> Iterator[Check]:
 def check_collective_calls(folder: Path, gpus: int) -> Iterator[Check]:
     """Measure all-gathers over all GPUs, and the error of an all-reduce against float64."""
     out = folder / "exchanged.json"
-    if error := run_python(
-        "collective calls", ["-m", "dpo_dist.tools.selftest", "--exchange", str(out)], gpus
-    ):
-        yield failed_check("collective calls", error)
+    program = ["-m", "dpo_dist.tools.selftest", "--exchange", str(out)]
+    if fault := run_python("collective calls", program, gpus):
+        yield fault.check("collective calls")
         return
     gathered, error_of_sum = json.loads(out.read_text())
     speeds = ", ".join(f"{size} MB: {speed:.3g} GB/s" for size, speed in gathered.items())
@@ -324,15 +326,15 @@ def compare_ways(folder: Path, gpus: int) -> Iterator[Check]:
         keys |= dict(key.split("=") for key in changed.split())
         words, name = [*usual, *map("=".join, keys.items())], f"steps of {way}"
         number = {_ON_ONE: 1, _ON_HALF: gpus // 2}.get(way, gpus)
-        rows, error = RunRows(), ""
+        rows, fault = RunRows(), None
         if way == _ON_HALF:
             stopped = [*words, "trainer.stop_after_steps=2"]
-            rows, error = train_rows(folder, name, stopped, gpus, range(1, 3), ExitCode.preempted)
-        if not error:
-            others, error = train_rows(folder, name, words, number, range(len(rows) + 1, STEPS + 1))
+            rows, fault = train_rows(folder, name, stopped, gpus, range(1, 3), ExitCode.preempted)
+        if not fault:
+            others, fault = train_rows(folder, name, words, number, range(len(rows) + 1, STEPS + 1))
             rows += others
-        if error:
-            yield failed_check(name, error)
+        if fault:
+            yield fault.check(name)
             continue
         first, is_first = first or (way, rows), first is None
         allowed = _ROUNDED if "bf16" in (way, first[0]) else _EQUAL
@@ -364,9 +366,9 @@ def measure_speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
             ways[WITHOUT_OVERLAP] = ["model.fused=none"]
         for name, changed in ways.items():
             check, way = f"speed of {shape}, {name}", [*words, *changed]
-            rows, error = train_rows(folder, check, way, gpus, range(1, 7))
-            if error:
-                yield failed_check(check, error, is_large=True)
+            rows, fault = train_rows(folder, check, way, gpus, range(1, 7))
+            if fault:
+                yield fault.check(check, is_large=True)
                 continue
             # The first steps, in which kernels are chosen and compiled, do not count.
             values = {key: float(statistics.median(row[key] for row in rows[2:])) for key in _MEASURED}

@@ -31,7 +31,7 @@ from dpo_dist.config.schema import (
     TrainerConfig,
 )
 from dpo_dist.distributed.muon import matrices_of
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, Lack
 from dpo_dist.foundation.text import size
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, layer_heads
@@ -375,4 +375,5 @@ def check_disk_room(run: Run, weights: int, done: int, steps: int) -> None:
             expected=f"{size(needed)}: up to {at_once} more checkpoints of {size(checkpoint)}, a model of "
             f"{size(model)}",
             remedy="make room, set run.dir to another disk, or lower trainer.keep_last",
+            lacks=Lack.room,
         )

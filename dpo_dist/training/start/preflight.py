@@ -26,7 +26,7 @@ from dpo_dist.config.user_code import find_function
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.console import Console, open_console
-from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
+from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, Lack, ReferenceModelError
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.installed import install_extra, is_installed
 from dpo_dist.foundation.remedies import Remedy
@@ -99,6 +99,7 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
                 where=key,
                 got=value,
                 remedy=f"{install}, or " + Remedy.to_set(f"{key}={instead}"),
+                lacks=Lack.package,
             )
     trackers = config.tracking.to if trains else []
     # By their modules, which several packages may have: mlflow and mlflow-skinny.
@@ -109,6 +110,7 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
             where="tracking.to",
             got=", ".join(absent),
             remedy=f"pip install {' '.join(absent)}, or " + Remedy.to_set(f"tracking.to=[{others}]"),
+            lacks=Lack.package,
         )
     torch_version, is_sharded = version("torch"), config.parallelism.kind is ParallelismKind.zero3
     is_old = tuple(map(int, torch_version.split(".")[:2])) < (2, 12)
@@ -118,6 +120,7 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
             where="model.fused",
             got=f"compile with parallelism=zero3 and torch {torch_version}",
             remedy="update torch, or " + Remedy.to_set("model.fused=none") + " or parallelism=zero2",
+            lacks=Lack.package,
         )
     if starts or "WORLD_SIZE" in os.environ:
         _check_groups(config.parallelism, trains=trains)
