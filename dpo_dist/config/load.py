@@ -83,7 +83,7 @@ def complete_config(
         of_presets = (*of_presets, "reference.mode")
     rules = rules_of(verb)
     config = reset_unused(resolve_reference(config), given, of_presets, rules)
-    check_rules(config, rules, given)
+    check_rules(config, rules)
     named = [(key, value_at(config, key)) for key in ("model.path", "model.adapter.path", "reference.path")]
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for source in filter(lambda source: is_url(source.path), sources):

@@ -60,16 +60,13 @@ class Rule:
     def _named(self) -> list[str]:
         return re.findall(r"(?:^| )([\w.]+)", self.when)
 
-    def error(self, config: RunConfig, typed: Collection[str] | None = None) -> ConfigError:
-        """Return the error of a configuration that breaks it; `typed`: the keys of the command's words."""
+    def error(self, config: RunConfig) -> ConfigError:
+        """Return the error of a configuration that breaks it."""
         values = [
             "+".join(config.loss.kinds) if key == LOSS else as_written(value_at(config, key))
             for key in self._named()
         ]
         remedy = self.remedy(config) if callable(self.remedy) else self.remedy
-        if isinstance(remedy, Remedy) and typed is not None:  # no word to remove for the key of a file
-            for key in set(remedy.remove).intersection(all_keys()).difference(typed):
-                remedy = remedy.with_default(key, as_written(all_keys()[key].default))
         why = self.why.format(**vars(config))
         return ConfigError(why, where=", ".join(self.keys(config)), got=", ".join(values), remedy=remedy)
 
@@ -79,6 +76,11 @@ def _holds(config: RunConfig, part: str) -> bool:
     value = value_at(config, key.rstrip("!"))
     is_listed = as_written(value) in values.split("|") if equals else True
     return is_listed is not key.endswith("!")
+
+
+def to_unset(key: str) -> Remedy:
+    """Return the remedy that takes a key's value away."""
+    return Remedy.to_unset(f"{key}={as_written(all_keys()[key].default)}")
 
 
 def unused(key: str, unless: str, remedy: str | Remedy = "", or_if: Condition = lambda _: False) -> Rule:
@@ -94,7 +96,7 @@ def unused_beside(key: str, other: str, remedy: str | Remedy, has_effect: Condit
     return Rule(
         f"{key} {other}",
         f"{key} has no effect with this {other}",
-        Remedy.to_remove(key) + f", or {remedy}",
+        to_unset(key) + f", or {remedy}",
         lambda c: value_at(c, key, default) != default and not has_effect(c),
         yields_to=() if other == LOSS else (other,),  # loss=NAME gives all options of the loss
     )
@@ -124,10 +126,9 @@ def reset_unused(
     return config
 
 
-def check_rules(config: RunConfig, rules: Iterable[Rule], typed: Collection[str] | None = None) -> None:
-    """Raise one error with every rule that a configuration breaks; `typed`: as for `Rule.error`."""
-    broken = [rule for rule in rules if rule.is_broken(config)]
-    raise_all([rule.error(config, typed) for rule in broken])
+def check_rules(config: RunConfig, rules: Iterable[Rule]) -> None:
+    """Raise one error with every rule that a configuration breaks."""
+    raise_all([rule.error(config) for rule in rules if rule.is_broken(config)])
 
 
 def value_at(config: RunConfig, key: str, absent: Any = None) -> Any:
@@ -297,7 +298,7 @@ RULES = (
     Rule(
         "data.eval_share!=0 data.eval!=[]",
         "evaluation data are given twice: by their sources and as a share of the training data",
-        Remedy.to_remove("data.eval_share")
+        to_unset("data.eval_share")
         + "; data.drop_eval_prompts=true keeps prompts of data.eval out of training",
         yields_to=("data.eval",),
     ),
@@ -363,7 +364,7 @@ RULES = (
     Rule(
         f"loss.label_smoothing=0 {LOSS}",
         "this loss takes the logarithm of loss.label_smoothing",
-        Remedy.to_remove("loss.label_smoothing") + ", or choose a value > 0 and < 0.5",
+        to_unset("loss.label_smoothing") + ", or choose a value > 0 and < 0.5",
         lambda c: any(facts.smoothing_above_0 for facts in c.loss.facts),
     ),
     # The optimizer.
@@ -519,7 +520,7 @@ RULES = (
     Rule(
         "loss.sync_reference.every!=null model.adapter!=null",
         "a reference can follow the policy only if all weights train",
-        Remedy.to_remove("loss.sync_reference.every") + ", or model.adapter",
+        to_unset("loss.sync_reference.every") + ", or model.adapter",
     ),
     Rule(
         "loss.sync_reference.every!=null reference.quantization!=null",

@@ -50,14 +50,16 @@ class Remedy:
     """What to do, as a sentence; beside it the words to write into the command and to remove from it.
 
     `write`: words, each of which takes the place of the word with its key, or of what is removed. `remove`:
-    words, an option with its value as one, or keys. `drops`: the words that the error is about are removed.
-    `rename`: a wrong name in a word, and the right one. Of alternatives in the sentence the first that
-    consists of words counts; what only the user knows is no word.
+    words, an option with its value as one, or keys. `unset`: words `KEY=DEFAULT` of keys whose value goes:
+    the command's word is removed, or this one is written over a file's. `drops`: the words that the error is
+    about are removed. `rename`: a wrong name in a word, and the right one. Of alternatives in the sentence
+    the first that consists of words counts; what only the user knows is no word.
     """
 
     text: str
     write: tuple[str, ...] = ()
     remove: tuple[str, ...] = ()
+    unset: tuple[str, ...] = ()
     drops: bool = False
     rename: tuple[str, str] | None = None
 
@@ -82,19 +84,14 @@ class Remedy:
         return cls(f"remove {' '.join(words)}", remove=words)
 
     @classmethod
+    def to_unset(cls, word: str) -> Self:
+        """Return the remedy `remove KEY`; `word`: the key with its default, for a key that a file sets."""
+        return cls(f"remove {key_of(word)} (if a file sets it, write {shlex.quote(word)})", unset=(word,))
+
+    @classmethod
     def to_rename(cls, wrong: str, right: str) -> Self:
         """Return the remedy `did you mean RIGHT?`, which stands in the place of WRONG."""
         return cls(f"did you mean {right}?", rename=(wrong, right))
-
-    def with_default(self, key: str, default: str) -> Self:
-        """Return the remedy that sets a key to its default in place of removing it."""
-        word = f"{key}={default}"
-        return replace(
-            self,
-            text=self.text.replace(f"remove {key}", f"set {shlex.quote(word)}", 1),
-            write=(*self.write, word),
-            remove=tuple(removed for removed in self.remove if removed != key),
-        )
 
     def __str__(self) -> str:
         return self.text
@@ -118,6 +115,12 @@ class Remedy:
         # 1. What the remedy itself says.
         # `optim.lr=0` with `drops`: this word is removed.
         write, remove = [*self.write], [*self.remove, *(about if self.drops else ())]
+        typed_keys = [key_of(word) for word in typed]
+        for word in self.unset:
+            if (key := key_of(word)) in typed_keys:
+                remove.append(key)
+            else:
+                write.append(word)
         # `loss.betta=1` becomes loss.beta=1; a name at the key `model.path` changes in this key's word only.
         if self.rename is not None:
             # The key of a mapping, `model.adapter.rank`, is in the word of the mapping.
@@ -139,7 +142,6 @@ class Remedy:
             remove = [*(word for word in remove if word not in about), " ".join(about)]
         # 3. Other words that would win over the written ones go, too.
         # `model.dtype=fp32 model.dtype=x`: the last word of a key wins, so that only the new one is kept.
-        typed_keys = [key_of(word) for word in typed]
         remove += [word for word in typed if key_of(word) in keys and typed_keys.count(key_of(word)) > 1]
         # loss=kto is written: `loss.kind` would win over it; loss={beta: 1} is no preset.
         presets = {key_of(word) for word in write if "={" not in word}

@@ -91,7 +91,7 @@ def check_reads_images(causal_lm: Any, key: str) -> None:
         where=f"{key}, model.images",
         got=f"{causal_lm.config.model_type} ({type(causal_lm).__name__}): {reason}",
         expected="a model such as Qwen2.5-VL, Qwen3-VL, Gemma 3, InternVL, LLaVA or Mistral 3",
-        remedy=Remedy.to_remove("model.images") + " to train the model on text, or choose such a model",
+        remedy=Remedy.to_unset("model.images=null") + " to train the model on text, or choose such a model",
     )
 
 

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.foundation import streams
 from dpo_dist.foundation.errors import (
     CheckpointError,
     DeviceMemoryError,
@@ -67,7 +68,8 @@ def _in_forks() -> None:
     os.environ.update(_GIVEN | {"CUDA_VISIBLE_DEVICES": "0"})
 
     def forked(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-        ended = run_fork(command, environment)
+        with mock.patch.object(streams, "_reserved", None):  # a process of its own has standard output
+            ended = run_fork(command, environment)
         return ended.returncode, ended.stdout
 
     _replace_python(forked)

@@ -79,11 +79,12 @@ def local_model_folder(
     folder = Path(path).expanduser()
     if folder.is_dir():
         if revision is not None:
+            of_revision = key.replace("path", "revision")
             raise ConfigError(
                 "a revision has no effect on a local folder",
-                where=key.replace("path", "revision"),
+                where=of_revision,
                 got=f"{revision} with {path}",
-                remedy=Remedy.to_remove(key.replace("path", "revision")) + ", or name the model on the hub",
+                remedy=Remedy.to_unset(f"{of_revision}=null") + ", or name the model on the hub",
             )
         _check_files(folder, key, needs_weights=needs_weights, accepts_adapter=accepts_adapter)
         return folder

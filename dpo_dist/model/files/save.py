@@ -206,7 +206,7 @@ def _check_unshared(causal_lm: Any, adapted: Sequence[str]) -> None:
             "layers share a weight in this model, and the adapter changes it for each layer in another way",
             where="export.merge",
             got=f"{causal_lm.config.model_type}, {' and '.join(shared[0][:2])} ({len(shared)} in all)",
-            remedy=Remedy.to_remove("export.merge") + ": the adapter can be used without merging",
+            remedy=Remedy.to_unset("export.merge=false") + ": the adapter can be used without merging",
         )
 
 

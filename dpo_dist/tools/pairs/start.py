@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from dpo_dist.config.rules import SAMPLING_KEYS, Rule, check_rules, needs_of, unused
+from dpo_dist.config.rules import SAMPLING_KEYS, Rule, check_rules, needs_of, to_unset, unused
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import UNSET, RunConfig, SourceConfig
 from dpo_dist.config.verb_sections import PairsConfig, PairsMethod
@@ -37,12 +37,12 @@ _RULES = (
     Rule(
         "run.resume!=auto",
         "run.resume has no effect on pairs: finished parts are always used again",
-        Remedy.to_remove("run.resume"),
+        to_unset("run.resume"),
     ),
     Rule(
         "run.mirror!=null",
         "run.mirror has no effect on pairs: a mirror is for one training run",
-        Remedy.to_remove("run.mirror"),
+        to_unset("run.mirror"),
     ),
     Rule(
         "data.train",
@@ -71,7 +71,7 @@ _RULES = (
     Rule(
         f"model.revision!=null {_RESPONDS}",
         "model.revision has no effect if model.path is not among pairs.models",
-        Remedy.to_remove("model.revision"),
+        to_unset("model.revision"),
         lambda c: c.model.path not in responding_models(c.pairs, c.model.path),
     ),
     Rule(

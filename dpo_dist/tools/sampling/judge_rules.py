@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 
-from dpo_dist.config.rules import Rule, unused
+from dpo_dist.config.rules import Rule, to_unset, unused
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.config.verb_sections import PairsConfig
-from dpo_dist.foundation.remedies import Remedy
 
 JUDGES = "pairs.reward_model pairs.function pairs.endpoint.url"
 _HAS_ENDPOINT = "pairs.endpoint.url!=null"
@@ -26,7 +25,7 @@ def endpoint_rules(count: Callable[[RunConfig], int]) -> tuple[Rule, ...]:
         Rule(
             f"sampling.endpoint.model!=null sampling.endpoint.reload=null {_SERVED}",
             "several models cannot be served under one name",
-            Remedy.to_remove("sampling.endpoint.model")
+            to_unset("sampling.endpoint.model")
             + ": the server is then asked for each model by the model's own name; or set "
             "sampling.endpoint.reload to a command that changes the weights",
             lambda c: count(c) > 1,
@@ -34,7 +33,7 @@ def endpoint_rules(count: Callable[[RunConfig], int]) -> tuple[Rule, ...]:
         Rule(
             f"model.images!=null {_SERVED}",
             "a server gets prompts as tokens, without images",
-            Remedy.to_remove("sampling.endpoint.url") + ", or set model.images=null",
+            to_unset("sampling.endpoint.url") + ", or set model.images=null",
         ),
     )
 

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.foundation.console import console_on
-from dpo_dist.foundation.errors import Arguments, ExitCode, exit_after
+from dpo_dist.foundation.errors import Arguments, ErrorPrinter, ExitCode, exit_after
 from dpo_dist.foundation.files import for_json
-from dpo_dist.foundation.process import LAUNCHER_PREFIXES, WORLD_VARIABLES
+from dpo_dist.foundation.process import LAUNCHER_PREFIXES, WORLD_VARIABLES, this_rank
 from dpo_dist.foundation.streams import (
     json_stream,
     kept_document,
@@ -47,6 +47,7 @@ from dpo_dist.tools.selftest.checks import (
     list_versions,
     measure_speeds,
     shared_facts,
+    train_without_overlap,
 )
 
 
@@ -57,11 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="skip the speeds, which need disk and memory")
     parser.add_argument("--share", action="store_true", help="end with a line of JSON to show to others")
     parser.add_argument("--exchange", type=Path, help=argparse.SUPPRESS)  # a process of a check
+    parser.add_argument("--without-overlap", nargs="+", help=argparse.SUPPRESS)  # a process of a run
     options = parser.parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     if options.exchange is not None:
         return exchange(options.exchange)
+    if options.without_overlap is not None:  # its errors are read, as those of `console.style=json`
+        errors = ErrorPrinter(is_json=True, rank=this_rank())
+        exit_after(lambda: train_without_overlap(options.without_overlap), errors)
     output: Path = options.output.absolute()
     is_writable = all(os.access(path, os.W_OK) for path in (output.parent, output) if path.exists())
     if output.is_dir() or not output.parent.is_dir() or not is_writable:

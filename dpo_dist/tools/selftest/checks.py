@@ -26,9 +26,11 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import DpoDistError, ExitCode, Lack, first_line, lack_behind
 from dpo_dist.foundation.files import own_table
+from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.foundation.text import size
 from dpo_dist.training.reporting.metrics_log import read_latest_rows
+from dpo_dist.training.start.preflight import checked_console
 
 HANGS_SECONDS, _RUN_SECONDS = 120, 900  # for a process that waits for another one, for a whole run
 WITHOUT_OVERLAP = "without overlap"
@@ -116,7 +118,7 @@ def train_rows(
     """
     run, program = RunFolder(folder / "run"), ["-m", "dpo_dist.train"]
     if name.endswith(WITHOUT_OVERLAP):
-        program = ["-m", "dpo_dist.tools.selftest.without_overlap"]
+        program = ["-m", "dpo_dist.tools.selftest", "--without-overlap"]
     usual = [f"run.dir={quoted(run.path)}", f"data.train=[{quoted(folder / 'pairs.jsonl')}]"]
     usual += [f"data.cache={quoted(folder / 'encoded')}", f"reference.store={quoted(folder / 'store')}"]
     usual += ["data.max_length=1024", "tracking=off", f"parallelism.timeout_seconds={HANGS_SECONDS}"]
@@ -131,6 +133,19 @@ def train_rows(
             f"rows of steps {done}, not {[*steps]}: a metric is not finite, or the run was not resumed"
         )
     return rows, fault
+
+
+def train_without_overlap(words: Sequence[str]) -> int:
+    """Train in this process without overlapping communication with computing; return the exit code."""
+    from dpo_dist.distributed import deepspeed_config  # noqa: PLC0415  (slow)
+
+    deepspeed_config.OVERLAPS = False
+    config, stop = load_run_config(words, verb="train"), StopRequest()
+    with stop.listening(), checked_console(config, trains=True) as console:
+        from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415  (slow)
+        from dpo_dist.training.run import train  # noqa: PLC0415  (slow)
+
+        return train(config, console, stop, reporting())
 
 
 def run_python(name: str, words: Sequence[str], gpus: int, code: int = 0) -> Fault | None:

@@ -77,7 +77,7 @@ def check_points(points: Points) -> None:
     mistakes = list[DpoDistError]()
     if any(config.run.mirror is not None for config in points.values()):
         what = "a mirror is for one run, not for the points of a sweep"
-        remedy = Remedy.to_remove("run.mirror")
+        remedy = Remedy.to_unset("run.mirror=null")
         mistakes.append(ConfigError(what, where="run.mirror", remedy=remedy))
     for config in points.values():
         try:

@@ -109,8 +109,8 @@ def check_configuration(recorded: Mapping[str, Any], identity: RunIdentity, fold
             or f"digest {identity.digest}{source}",
             expected=", ".join(f"{key}={_shown(old)}" for key, (old, _) in changed.items())
             or f"digest {recorded.get('run_digest')}",
-            remedy=Remedy.to_remove("run.dir")
-            + ", without which each configuration has its own folder, or set another run.dir",
+            remedy=Remedy.to_unset("run.dir=null")
+            + ", so that each configuration has its own folder, or set another run.dir",
         )
 
 

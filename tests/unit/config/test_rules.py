@@ -1,6 +1,7 @@
 """Values out of bounds, and values that contradict each other, are an error with a remedy (law L5)."""
 
 import contextlib
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -249,14 +250,18 @@ def test_a_preset_resets_the_same_options_as_its_keys(tmp_path: Path) -> None:
     assert by_preset == by_key
 
 
-def test_a_key_of_a_file_is_set_to_its_default_in_place_of_removed(tmp_path: Path) -> None:
+def test_a_key_that_no_word_sets_is_written_with_its_default_in_place_of_removed(tmp_path: Path) -> None:
     (file := tmp_path / "my.yaml").write_text("loss: sft\nloss.divergence: js\ndata.eval_share: 0.1")
     run = [*RUN, str(file)]
     remedy = error_of("data.eval=[b] loss.ld_alpha=0.5", run=run).as_dict(["loss.ld_alpha=0.5"])["remedy"]
     assert remedy["write"] == ["loss.divergence=reverse_kl"]
     assert remedy["remove"] == ["loss.ld_alpha"]
-    assert "set loss.divergence=reverse_kl" in remedy["text"]
+    assert "remove loss.divergence (if a file sets it, write loss.divergence=reverse_kl)" in remedy["text"]
     configured("data.eval=[b] loss.divergence=reverse_kl", run=run)
+    words = ["loss=simpo", "reference={offload: cpu}"]
+    remedy = error_of(shlex.join(words)).as_dict(words)["remedy"]
+    assert (remedy["write"], remedy["remove"]) == (["reference.offload=none"], [])
+    configured(shlex.join([*words, *remedy["write"]]))
 
 
 def test_an_option_of_a_file_that_the_loss_of_the_command_lacks_can_be_taken_away(tmp_path: Path) -> None:
@@ -323,4 +328,5 @@ def test_the_best_checkpoint_has_the_values_that_are_best_of_its_metric(
 
 def test_the_remedy_for_a_key_that_must_have_a_value_can_be_typed() -> None:
     rule = unused("sampling.endpoint.model", unless="sampling.endpoint.url!=null")
-    assert str(rule.remedy) == "remove sampling.endpoint.model, or set sampling.endpoint.url=..."
+    assert "remove sampling.endpoint.model" in str(rule.remedy)
+    assert "or set sampling.endpoint.url=..." in str(rule.remedy)
