@@ -89,7 +89,7 @@ def test_no_file_no_screen_and_no_argument_of_a_process_has_a_secret(assets: Pat
             verb("train", noted, f"loss.beta={SECRETS['MY_SECRET']}"),
             verb("train", noted, "--cfg", "job"),
             verb("pairs", *judged, f"pairs.endpoint.url={server.url}", f"run.dir={tmp_path}/pairs"),
-            verb("train", "optim.lr=1e30", f"run.dir={tmp_path}/failed", "tracking.wandb=offline", *longer),
+            verb("train", "optim.weight_decay=1e38", f"run.dir={tmp_path}/failed", "tracking.wandb=offline", *longer),
         ]
     assert codes == [0, 0, 0, 0, 0, 0, 2, 2, 0, 2, 3], screens
     assert server.headers, screens[-2]
