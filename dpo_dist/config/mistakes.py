@@ -71,8 +71,8 @@ def _likely_values(value: Any) -> list[str]:
         return ["false" if switch in OFF else "true"]
     if not isinstance(value, str):
         return []
-    share = re.fullmatch(r"([\d.]+) ?%", value)
-    return [f"{float(share[1]) / 100:g}"] if share else [f"http://{value}/v1", f"{value}/v1"]
+    share = re.fullmatch(r"(\d*\.?\d+) ?%", value)
+    return [as_written(float(f"{share[1]}e-2"))] if share else [f"http://{value}/v1", f"{value}/v1"]
 
 
 def _did_you_mean(word: str) -> Remedy:
@@ -360,7 +360,9 @@ def wrong_values(
         elif detail["type"] != "missing":
             mistakes.setdefault(key, _wrong_value(key, detail, origin(key), values))
         elif all(other.rpartition(".")[0] != above for other in mistakes):
-            mistakes[key] = ConfigError(f"{key} is not set", where=key, remedy=f"write {name}: ...")
+            remedy = f"write {name} with its value into the entry {above}: {{{name}: ..., ...}}"
+            expected = all_keys()[strip_indices(key)].type_words
+            mistakes[key] = ConfigError(f"{key} is not set", where=key, expected=expected, remedy=remedy)
     return list(mistakes.values())
 
 

@@ -142,7 +142,8 @@ class ScriptModels:
 
     def changed_weights(self) -> list[ConfigError]:
         """Return errors for weights that a script has changed since `save`, or since it trained them."""
-        models = {"model": self.policy, "ref_model": self._given_reference}
+        loaded, given = self._loaded_reference, self._given_reference
+        models = {"model": self.policy, "ref_model": given if loaded is None else loaded}
         return [
             error for name, sums in self._sums.items() for error in changed_weights(name, models[name], sums)
         ]
@@ -210,6 +211,7 @@ class ScriptModels:
                 written = SavedSlices.find(folders[0], "reference")
                 for name, weight in reference.named_parameters():
                     weight.data.copy_(written.whole(name))
+            self._sums["ref_model"] = weight_sums(reference)
         return self._loaded_reference
 
     @property

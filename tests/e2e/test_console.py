@@ -56,7 +56,8 @@ def test_a_run_prints_json_objects_only(overrides: Overrides, assets: Path, tmp_
     [error] = objects(refused.output)
     shown = [error[name] for name in ("kind", "where", "code")]
     assert shown == ["error", "command line: loss.beta=0", refused.code]
-    diverged = run_verb("train", overrides(*evaluated, "optim.lr=1e30", f"run.dir={tmp_path}/other"))
+    diverging = ("optim.weight_decay=1e38", f"run.dir={tmp_path}/other")
+    diverged = run_verb("train", overrides(*evaluated, *diverging))
     assert [each["kind"] for each in objects(diverged.output)][-2:] == ["summary", "error"]
 
 

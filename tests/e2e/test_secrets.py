@@ -76,7 +76,7 @@ def test_no_file_no_screen_and_no_argument_of_a_process_has_a_secret(assets: Pat
         "pairs.limit=2",
         "pairs.unfinished=keep",
     ]
-    longer = evaluated, "trainer.max_steps=3"
+    diverging = evaluated, "trainer.max_steps=3", "optim.weight_decay=1e38"
     with arguments_of_processes() as arguments, judge_server(refuse) as server:
         codes = [
             verb("precompute", noted),
@@ -89,7 +89,7 @@ def test_no_file_no_screen_and_no_argument_of_a_process_has_a_secret(assets: Pat
             verb("train", noted, f"loss.beta={SECRETS['MY_SECRET']}"),
             verb("train", noted, "--cfg", "job"),
             verb("pairs", *judged, f"pairs.endpoint.url={server.url}", f"run.dir={tmp_path}/pairs"),
-            verb("train", "optim.lr=1e30", f"run.dir={tmp_path}/failed", "tracking.wandb=offline", *longer),
+            verb("train", f"run.dir={tmp_path}/failed", "tracking.wandb=offline", *diverging),
         ]
     assert codes == [0, 0, 0, 0, 0, 0, 2, 2, 0, 2, 3], screens
     assert server.headers, screens[-2]

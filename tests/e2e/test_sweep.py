@@ -14,7 +14,7 @@ from dpo_dist.tools.sweep.points import load_points
 from tests.e2e.conftest import small_run
 from tests.support.launch import history, run_state, run_verb, running, summary, train, wait_until
 
-GRID = ["loss.kind=sigmoid,ipo", "optim.lr=1e-4,1e30"]
+GRID = ["loss.kind=sigmoid,ipo", "optim.weight_decay=0,1e38"]
 
 
 def test_a_grid_is_finished_across_stops_and_equals_runs_by_themselves(assets: Path, tmp_path: Path) -> None:
@@ -49,8 +49,8 @@ def test_a_grid_is_finished_across_stops_and_equals_runs_by_themselves(assets: P
     with locked(RunFolder(elsewhere).lock, "trains"):
         ended = run_verb("sweep", command)
     assert ended.code == 3, ended.output
-    assert "optim.lr=1e+30: trained by another process\n" in ended.output
-    assert "optim.lr=1e+30: point 4 of 4" in ended.output, "the number that it had before"
+    assert "optim.weight_decay=1e+38: trained by another process\n" in ended.output
+    assert "optim.weight_decay=1e+38: point 4 of 4" in ended.output, "the number that it had before"
     assert (first / "run_state.json").stat().st_mtime_ns == finished, "it was run again"
     results = json.loads((root / "sweep-run/sweep.json").read_text())
     assert (root / "sweep-run/report.html").is_file()

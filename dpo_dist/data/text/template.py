@@ -348,6 +348,7 @@ class ChatRenderer:
         """Return the output of the template for a turn after the question, without the turn's header.
 
         The output before the end of the question is not compared: it may be another in a generation prompt.
+        `TurnFinder` finds the header of any turn, but by `TokenizerFacts`, which are made from these probes.
         """
         question = _PROBES[0]["content"]
         answered, prompt, alone = (

@@ -165,7 +165,8 @@ class TokenizerFacts:
         before, ending, _ = turn.rpartition(self.end_of_turn)
         if ending:
             return before + ending
-        # No end: \n<think></think>\nHello. of GLM 4.5 gets <|endoftext|>.
+        # No end: \n<think></think>\nHello. of GLM 4.5 gets <|endoftext|>; an earlier turn ends with the token
+        # that starts the next one (`TurnFinder._end`).
         after = "" if self.chat is None else self.chat.after_response
         return turn.removesuffix(after) + self.end_of_turn
 

@@ -94,8 +94,9 @@ class TurnFinder:
         """Return the position after the token that ends a turn, perhaps the first one after the turn."""
         if end := self._facts.after_ending_token(turn):
             return end
-        # <|assistant|>\n<think></think>\nHello. of GLM 4.5, before <|user|>\nWhy?
-        next_token = self._facts.marks.in_text.match(following, _leading_space(following))
+        # <|assistant|>\n<think></think>\nHello. of GLM 4.5, before <|user|>\nWhy? To the last turn, which has
+        # no next token, `TokenizerFacts.up_to_end` adds an end.
+        next_token = self._facts.marks.in_text.match(following)
         return len(turn) + (next_token.end() if next_token else 0)
 
     # The header of a turn.
@@ -125,7 +126,8 @@ class TurnFinder:
             generation prompt  <|im_start|>assistant\n
 
         If the prompt has a rest that the turn does not share, the rest stands before the header, or after it:
-        then the shared part may reach into what the model writes, and is cut.
+        then the shared part may reach into what the model writes, and is cut. `ChatRenderer._answered` does
+        less for a probe, whose content is known: the facts that are used here come from it.
         """
         generation = self._generation_prompt(before)
         length, rest = self._shared_header(turn, generation)

@@ -8,7 +8,6 @@ on each other.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -417,7 +416,8 @@ def _method(run: Translation) -> str:
     kinds = run.take("loss_type", "dpo_loss_type", "pref_loss")
     if method == "cpo" and kinds == "sigmoid":  # there the name of CPO's own loss
         kinds = None
-    kinds, weights = as_list(kinds), as_list(run.take("loss_weights", "dpo_loss_weights"))
+    weights = as_list(run.take("loss_weights", "dpo_loss_weights"))
+    kinds = as_list(kinds) or ["sigmoid"] * bool(weights)  # the default of each trainer that has weights
     words = [(kind, *equivalents(str(kind), "values")) for kind in kinds]
     known = [next((word for word in forms if fits("loss.kind", word)), None) for forms in words]
     answers = find_advice("loss_type", as_written(kinds[0])) if len(kinds) == 1 else []
@@ -426,8 +426,16 @@ def _method(run: Translation) -> str:
         got = as_written(kinds[known.index(None)])
         raise ConfigError("dpo-dist does not have this loss", got=got, remedy=next(iter(answers), remedy))
     if len(kinds) > 1 or weights:
-        parts = zip_longest(known, weights or [1.0] * len(kinds))
-        terms = [{"kind": kind, "weight": weight} for kind, weight in parts]
+        weights = weights or [1.0] * len(kinds)
+        if method != "dpo" or len(weights) != len(kinds):  # these trainers refuse it, too
+            raise ConfigError(
+                f"this run of {run.trainer} names a sum of losses that it cannot train",
+                where="loss_type, loss_weights",
+                got=f"{as_written(kinds)}, {as_written(weights)}, by {method}",
+                expected="a weight for each loss, and the method dpo",
+                remedy="write the loss that was trained, and convert again",
+            )
+        terms = [{"kind": kind, "weight": weight} for kind, weight in zip(known, weights, strict=True)]
         run.set("loss.terms", terms, "loss_type", kinds)
     elif kinds:
         run.left["loss_type"] = kinds[0]

@@ -105,17 +105,13 @@ def check_configuration(recorded: Mapping[str, Any], identity: RunIdentity, fold
         raise CheckpointError(
             "the run directory belongs to another configuration",
             where=str(folder.config if changed else folder),
-            got=", ".join(f"{key}={_shown(new)}" for key, (_, new) in changed.items())
+            got=", ".join(f"{key}={as_written(new)}" for key, (_, new) in changed.items())
             or f"digest {identity.digest}{source}",
-            expected=", ".join(f"{key}={_shown(old)}" for key, (old, _) in changed.items())
+            expected=", ".join(f"{key}={as_written(old)}" for key, (old, _) in changed.items())
             or f"digest {recorded.get('run_digest')}",
             remedy=Remedy.to_unset("run.dir=null")
             + ", so that each configuration has its own folder, or set another run.dir",
         )
-
-
-def _shown(value: Any) -> str:
-    return str(value) if isinstance(value, float) else as_written(value)  # with all of its digits
 
 
 def describe_change(state: Mapping[str, Any], trainer: TrainerConfig, steps: int) -> str:

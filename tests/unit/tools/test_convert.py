@@ -73,6 +73,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         {"loss.terms": terms(sigmoid=0.8, bco_pair=0.2)},
         "",
     ),
+    ("{loss_weights: [0.5]}", {"loss.terms": terms(sigmoid=0.5)}, ""),
     ("{stage: dpo, pref_loss: ipo, pref_ftx: 0.5}", {"loss.terms": terms(ipo=1.0, sft=0.5)}, ""),
     # The method's own loss stays when a term or an option beside it is left out.
     (
@@ -567,6 +568,10 @@ REFUSED = [
         "trains by a method that dpo-dist does not have",
     ),
     ("cpo.sh", "trl cpo --model_name_or_path m --loss_type hinge", "trains by cpo, and its keys"),
+    # The other trainers refuse these sums of losses, too.
+    ("kto.sh", "swift rlhf --rlhf_type kto --model m --loss_type kto sft", "a sum of losses that it cannot"),
+    ("ipo.yaml", "{rl: ipo, base_model: m, dpo_loss_type: [sigmoid, sft], lr: 1}", "a sum of losses that it"),
+    ("sum.sh", "trl dpo --model_name_or_path m --loss_weights 1 2", "a sum of losses that it cannot train"),
     ("online.yaml", "{stage: ppo, model_name_or_path: m, dataset: a}", "no reward models, pretraining or"),
     ("broken.yaml", "{stage: dpo", "cannot be composed"),
 ]

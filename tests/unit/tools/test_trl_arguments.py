@@ -1202,15 +1202,16 @@ def test_modules_of_one_weight_are_saved_as_one_if_peft_ties_them(folder: Path, 
         assert {*found["model.adapter.modules_to_save"]} == {"embed_tokens", "lm_head"}
 
 
-@pytest.mark.parametrize("changed", ["model", "ref_model", "named"])
+@pytest.mark.parametrize("changed", ["model", "ref_model", "named", "loaded"])
 def test_weights_that_change_after_the_trainer_is_made_are_refused(
     changed: str, folder: Path, tmp_path: Path
 ) -> None:
     args = DPOConfig(output_dir=str(tmp_path))
     model, reference = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     given: dict[str, Any] = {"args": args, "train_dataset": PAIRS, "eval_dataset": PAIRS[:4]}
-    trainer = DPOTrainer(*((str(folder),) if changed == "named" else (model, reference)), **given)
-    weights = reference if changed == "ref_model" else trainer.model
+    trainer = DPOTrainer(*((str(folder),) if changed in ("named", "loaded") else (model, reference)), **given)
+    chosen = {"ref_model": lambda: reference, "loaded": lambda: trainer.ref_model}
+    weights = chosen.get(changed, lambda: trainer.model)()
     with torch.no_grad():
         weights.model.norm.weight[0] = 3
     for call in (trainer.train, trainer.evaluate, trainer.save_model):

@@ -34,14 +34,14 @@ def of_transformers(
     schedule: LearningRateSchedule, floor: float, warmup: int, decay: int, steps: int
 ) -> list[float]:
     """Return the rates of the first `steps` + 1 steps by the schedule of transformers."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=8.0)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
     match schedule:
         case LearningRateSchedule.constant:
             made = get_constant_schedule_with_warmup(optimizer, warmup)
         case LearningRateSchedule.inverse_sqrt:
             made = get_inverse_sqrt_schedule(optimizer, warmup)
         case LearningRateSchedule.linear:
-            made = get_polynomial_decay_schedule_with_warmup(optimizer, warmup, steps, lr_end=8.0 * floor)
+            made = get_polynomial_decay_schedule_with_warmup(optimizer, warmup, steps, lr_end=0.5 * floor)
         case LearningRateSchedule.cosine:
             made = get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, steps, min_lr_rate=floor)
         case LearningRateSchedule.wsd:
@@ -68,7 +68,7 @@ def of_transformers(
 def test_schedules_are_those_of_transformers_whose_warmup_is_from_zero(
     schedule: LearningRateSchedule, floor: float, steps: int, ratio: float | None, data: st.DataObject
 ) -> None:
-    optim = OptimConfig(lr=8.0, schedule=schedule, min_lr_ratio=floor)
+    optim = OptimConfig(lr=0.5, schedule=schedule, min_lr_ratio=floor)
     if ratio is None:
         warmup = data.draw(st.integers(0, steps - 1))
         optim = replace(optim, warmup_steps=warmup)
