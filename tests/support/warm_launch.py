@@ -18,7 +18,7 @@ from tests.support.warm import be_random_anew
 
 
 def fork_python() -> None:
-    """From now on the processes of torch's launcher are forks of this one, and an exec of Python goes on in it."""
+    """Fork this process where a launcher of torch starts Python; go on in it where Python is executed."""
     mock.patch.object(subprocess_handler, "Popen", _Fork).start()
     mock.patch.object(os, "execvp", lambda _file, words: _be_python(words, dict(os.environ))).start()
 
