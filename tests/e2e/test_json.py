@@ -16,6 +16,7 @@ from dpo_dist.tools.selftest.checks import Check
 from tests.support.launch import ROOT, TWO_PROCESSES, constants, environment
 from tests.support.parent import context, start_parent
 from tests.support.warm import ENVIRONMENT, launcher_variables, run_warm, run_warm_apart, start_module, wait
+from tests.support.warm_launch import fork_python
 from tests.unit.tools.pages.made_run import made_run
 
 RUN = "model.path=model model.dtype=fp32 data.train=[train.jsonl] tracking=off"
@@ -96,9 +97,9 @@ def document(words: list[str], folder: Path, size: int = 1) -> tuple[int, dict[s
     """Run a command with `--json`; return its exit code and the document on its standard output."""
     verb, arguments = words[0], [*words[1:], "--json"]
     variables = environment() | ENVIRONMENT
-    if verb in VERBS and verb != "launch":
+    if verb in VERBS:
         variables |= launcher_variables(TWO_PROCESSES) if size > 1 else {}
-        prepare = ONE_WAY if verb == "selftest" else None
+        prepare = {"launch": fork_python, "selftest": ONE_WAY}.get(verb)
         module = VERBS[verb].module
         code, output, errors = run_warm_apart(module, arguments, variables, folder, 240, prepare, size)
     else:

@@ -7,13 +7,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +21,8 @@ from tests.support import launch
 from tests.support.invented import write_pairs
 from tests.support.launch import constants, history, run_state, run_verb, summary, train
 from tests.support.tiny_model import write_model
-from tests.support.warm import launcher_variables, start_verb
+from tests.support.warm import context, launcher_variables, start_module, start_parent, start_verb, wait
+from tests.support.warm_launch import fork_python
 
 
 def signalled(
@@ -89,17 +88,19 @@ def test_signals_save_and_the_same_command_resumes_exactly(overrides: Overrides,
 
 
 def test_a_sigterm_to_accelerate_launch_saves(overrides: Overrides, tmp_path: Path) -> None:
-    """From a cold start; the launcher has a traceback and an exit code of its own."""
+    """The launcher has a traceback and an exit code of its own."""
     run, screen = tmp_path / "run", tmp_path / "screen"
     latest, long = run / "checkpoints/latest", overrides("trainer.epochs=1000", "trainer.save_every=4")
-    with screen.open("w") as output:
-        cold, where = launch.command("train", long, 2), {"cwd": launch.ROOT, "env": launch.environment()}
-        launcher = subprocess.Popen(cold, stdout=output, stderr=output, **where)
+    _, _, module, *words = launch.command("train", long, 2)
+    screen.touch()
+    start_parent()
+    where = launch.environment(), 1, launch.ROOT, screen
+    (launcher,) = start_module(context, module, words, *where, fork_python)
+    launcher.screen = screen
     try:
-        process = SimpleNamespace(is_alive=lambda: launcher.poll() is None, screen=screen)
-        launch.wait_until(latest.is_file, process)
+        launch.wait_until(latest.is_file, launcher)
         launcher.terminate()
-        assert launcher.wait(240) == 1, screen.read_text()
+        assert wait([launcher], 240) == 1, screen.read_text()
     finally:
         launcher.kill()
     state = run_state(run)

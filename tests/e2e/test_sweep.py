@@ -13,6 +13,7 @@ from dpo_dist.foundation.files import locked
 from dpo_dist.tools.sweep.points import load_points
 from tests.e2e.conftest import small_run
 from tests.support.launch import history, run_state, run_verb, running, summary, train, wait_until
+from tests.support.warm_launch import fork_python
 
 GRID = ["loss.kind=sigmoid,ipo", "optim.weight_decay=0,1e38"]
 
@@ -93,7 +94,7 @@ def test_points_have_processes_of_a_launcher_and_jobs_of_an_array(
     array = {"ID": "6", "MIN": "4", "MAX": "8", "STEP": "2", "COUNT": "3"}  # --array=4-8:2
     for name, value in array.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
-    ended = run_verb("sweep", command)
+    ended = run_verb("sweep", command, prepare=fork_python)
     assert ended.code == 0, ended.output
     results = json.loads((root / "sweep-run/sweep.json").read_text())["points"]
     assert [row["outcome"] for row in results] == ["not trained", "completed", "not trained"]

@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import warnings
@@ -23,7 +22,8 @@ from tests.support.launch import environment
 from tests.support.pages import in_process
 from tests.support.parent import ROOT
 from tests.support.tiny_model import write_model
-from tests.support.warm import ENVIRONMENT, context, reserve_port, start_parent
+from tests.support.warm import ENVIRONMENT, context, reserve_port, run_warm_apart, start_parent
+from tests.support.warm_launch import fork_python
 
 PAIRS = [
     {
@@ -300,20 +300,13 @@ def test_accelerate_launches_a_script_and_ends_it_when_one_process_fails(tmp_pat
     write_model(tmp_path / "model")
     (tmp_path / "zero3.yaml").write_text(ZERO3)
     (tmp_path / "script.py").write_text(SCRIPT)
-    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port"]
-    words += [str(reserve_port()), "--config_file", str(tmp_path / "zero3.yaml")]
-    ended = subprocess.run(
-        [*words, str(tmp_path / "script.py"), str(tmp_path)],
-        cwd=ROOT,
-        env={**environment(), **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert "fp32, zero3" in ended.stdout + ended.stderr, ended.stderr[-3000:]
+    words = ["launch", "--main_process_port", str(reserve_port())]
+    words += ["--config_file", str(tmp_path / "zero3.yaml"), str(tmp_path / "script.py"), str(tmp_path)]
+    module, variables = "accelerate.commands.accelerate_cli", {**environment(), **ENVIRONMENT}
+    code, output, errors = run_warm_apart(module, words, variables, ROOT, 400, fork_python)
+    assert "fp32, zero3" in output + errors, errors[-3000:]
     assert json.loads((tmp_path / "losses.json").read_text())[0] == pytest.approx(0.6931, abs=1e-4)
-    assert ended.returncode == 1
-    assert "ZeroDivisionError" in ended.stderr
+    assert code == 1
+    assert "ZeroDivisionError" in errors
     assert "the script failed on rank 0" in (tmp_path / "told.txt").read_text()
     assert "ZeroDivisionError" in (tmp_path / "told.txt").read_text()

@@ -13,6 +13,7 @@ from unittest import mock
 
 from accelerate.commands.launch import launch_command_parser
 
+from dpo_dist.config.verbs import VERBS
 from tests.support.launch import environment
 from tests.support.parent import ROOT
 from tests.support.warm import launcher_variables, run_warm_apart, start_module, wait
@@ -57,6 +58,8 @@ def _parsed(arguments: list[str]) -> tuple[int, dict[str, str], str, list[str]]:
     if arguments[:3] != _ACCELERATE:
         option, module, *own = arguments
         assert option == "-m"
+        if module == "dpo_dist" and own[:1] and own[0] in VERBS:  # whose program would start Python anew
+            module, own = VERBS[own[0]].module, own[1:]
         return 1, {}, module, own
     launch = launch_command_parser().parse_args(arguments[3:])
     assert launch.module
