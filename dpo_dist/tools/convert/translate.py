@@ -505,12 +505,14 @@ def _batch(run: Translation) -> list[str]:
     )
     if run.computed.union(run.left) & set(_DEVICE_BATCH_KEYS):  # the value of one of them is not known
         return []
-    if not steps:
+    if derives_steps := not steps:
         steps = math.ceil(16 / pairs / world) if fits(_BATCH, pairs * world) else 1
     total = pairs * steps * world
     run.set(_BATCH, total, "batch", [pairs, steps])
     gpus = f" x {world} processes"
-    if not processes:
+    if not processes and derives_steps and steps > 1:
+        gpus = f": {total}, or a little more, on any number of GPUs up to {16 // pairs}"
+    elif not processes:
         gpus = f"; multiply it by the number of GPUs there, which is not given: {8 * total} for 8 GPUs"
     return [f"{_BATCH}: {pairs} pairs x {steps}{gpus}."] if _BATCH in run.values else []
 

@@ -264,8 +264,9 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
             "trainer.global_batch_pairs": 16,
             "data.truncation": "drop",
         },
-        "max_length: null",
+        "trainer.global_batch_pairs: 1 pairs x 16: 16, or a little more, on any number of GPUs up to 16",
     ),
+    ("{rlhf_type: dpo, per_device_train_batch_size: 16}", {}, "16 pairs x 1; multiply it by the number"),
     # Of two keys that say the same, one is named that has no effect.
     ("{rlhf_type: kto, model: n}", {"model.path": "n"}, "model_name_or_path: m — model overrides it"),
     ("{stage: dpo, model: n}", {"model.path": "m"}, "model: n — model_name_or_path overrides it"),
