@@ -113,6 +113,9 @@ class Translation:
 
     def translate(self, key: str, value: Any) -> None:
         """Set our keys for a key of theirs, or comment why it is left out."""
+        if reason := self.facts.get("own", {}).get(key):
+            self.comment(key, value, reason)
+            return
         meaning = _meaning_of("optimizer" if key == "optim" else key, value)
         advice, targets = meaning.advice, meaning.targets
         if meaning.fitting:  # learning_rate: 1e-6
@@ -511,7 +514,7 @@ def _batch(run: Translation) -> list[str]:
     run.set(_BATCH, total, "batch", [pairs, steps])
     gpus = f" x {world} processes"
     if not processes and derives_steps and steps > 1:
-        gpus = f": {total}, or a little more, on any number of GPUs up to {16 // pairs}"
+        gpus = f": {total}, or a little more, on any number of GPUs up to {steps}"
     elif not processes:
         gpus = f"; multiply it by the number of GPUs there, which is not given: {8 * total} for 8 GPUs"
     return [f"{_BATCH}: {pairs} pairs x {steps}{gpus}."] if _BATCH in run.values else []

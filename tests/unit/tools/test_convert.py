@@ -267,6 +267,10 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         "trainer.global_batch_pairs: 1 pairs x 16: 16, or a little more, on any number of GPUs up to 16",
     ),
     ("{rlhf_type: dpo, per_device_train_batch_size: 16}", {}, "16 pairs x 1; multiply it by the number"),
+    # Names that mean something else in another trainer.
+    ("{rlhf_type: dpo, model: n, model_name: [Bob]}", {"model.path": "n"}, "[Bob] — write the name into"),
+    ("{rlhf_type: dpo, loss_scale: last_round}", {"model.dtype": "bf16"}, "not needed: the loss counts"),
+    ("{rlhf_type: dpo, loss_scale: default}", {"model.dtype": "bf16"}, "default — not offered: the loss"),
     # Of two keys that say the same, one is named that has no effect.
     ("{rlhf_type: kto, model: n}", {"model.path": "n"}, "model_name_or_path: m — model overrides it"),
     ("{stage: dpo, model: n}", {"model.path": "m"}, "model: n — model_name_or_path overrides it"),
