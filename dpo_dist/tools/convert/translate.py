@@ -243,8 +243,16 @@ def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
         train = as_list(mixture.get("datasets"))
         inner = {key: value for key, value in mixture.items() if key not in ("datasets", "seed")}
         run.unfold("dataset_mixture", inner)
-    splits = run.take("dataset_splits", "mixer_list_splits", "dataset_mixer_list_splits")
-    splits = [str(split) for split in as_list(splits)] or ["train"]
+    # A mapping's splits are for every dataset; a list's have one for each entry, and are the same in practice.
+    listed = as_list(run.take("mixer_list_splits", "dataset_mixer_list_splits"))
+    if len(set(map(str, listed))) > 1:
+        raise ConfigError(
+            f"this run of {run.trainer} takes other splits of some datasets",
+            where="mixer_list_splits",
+            got=as_written(listed),
+            remedy="leave them out there, convert again, and write each source's split into data.train",
+        )
+    splits = [str(split) for split in as_list(run.take("dataset_splits")) or listed[:1]] or ["train"]
     for name, parts in _mixture(run):
         train += [{"path": name, "split": split} | parts for split in splits if "test" not in split]
         tests += [{"path": name, "split": split} for split in splits if "test" in split]

@@ -440,6 +440,11 @@ DATA: list[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = [
         [],
     ),
     (
+        "{mixer_list: [a/b, '1.0', c/d, '1.0'], mixer_list_splits: [all, all, all, all]}",
+        [{"path": "a/b", "split": "all"}, {"path": "c/d", "split": "all"}],
+        [],
+    ),
+    (
         "{rlhf_type: dpo, dataset: ['a/b:x/y#50', HF::c/d, e.jsonl], val_dataset: f#7}",
         [
             {"path": "a/b", "name": "x", "limit": 50},
@@ -578,6 +583,11 @@ REFUSED = [
     ("ipo.yaml", "{rl: ipo, base_model: m, dpo_loss_type: [sigmoid, sft], lr: 1}", "a sum of losses that it"),
     ("sum.sh", "trl dpo --model_name_or_path m --loss_weights 1 2", "a sum of losses that it cannot train"),
     ("online.yaml", "{stage: ppo, model_name_or_path: m, dataset: a}", "no reward models, pretraining or"),
+    (
+        "splits.sh",
+        "open_instruct/dpo_tune_cache.py --model_name_or_path m --mixer_list a/b 1.0 --mixer_list_splits x y",
+        "takes other splits of some datasets",
+    ),
     ("broken.yaml", "{stage: dpo", "cannot be composed"),
 ]
 
