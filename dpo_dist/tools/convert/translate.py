@@ -549,7 +549,14 @@ def _trains_adapter(run: Translation) -> bool:
             where="create_new_adapter",
             remedy="merge the named adapter into its base there, and convert a file that names the result",
         )
-    return kind in ("lora", "qlora", "true")
+    has_adapter = kind in ("lora", "qlora", "true")
+    if has_adapter and run.left.get("sync_ref_model") is True:
+        raise ConfigError(
+            f"{run.trainer} refuses this run: with an adapter there is no reference that follows the policy",
+            where="sync_ref_model",
+            remedy="leave out sync_ref_model there, or the adapter, and convert again",
+        )
+    return has_adapter
 
 
 def _targets(run: Translation) -> None:

@@ -588,6 +588,11 @@ REFUSED = [
         "open_instruct/dpo_tune_cache.py --model_name_or_path m --mixer_list a/b 1.0 --mixer_list_splits x y",
         "takes other splits of some datasets",
     ),
+    (
+        "sync.yaml",
+        "{model_name_or_path: m, use_peft: true, load_in_4bit: true, sync_ref_model: true, beta: 0.1}",
+        "with an adapter there is no reference that follows the policy",
+    ),
     ("broken.yaml", "{stage: dpo", "cannot be composed"),
 ]
 
