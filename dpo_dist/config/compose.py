@@ -20,6 +20,7 @@ Mistakes in keys, presets and values are collected, and said at once.
 import contextlib
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cached_property, reduce
@@ -138,6 +139,15 @@ def read_keys(file: Path) -> dict[str, Any]:
     if "hydra" in content:
         raise unknown_key("hydra", where=f"hydra in {file}")
     return cast(dict[str, Any], content)
+
+
+def _leaves(key: str, value: Any) -> Iterator[str]:
+    """Yield the keys that a value sets: `loss.beta` for `loss`, `{beta: 1}`."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _leaves(f"{key}.{name}", inner)
+    else:
+        yield str(key)
 
 
 def _named_in(defaults: Any, group: str) -> Iterator[tuple[str, Any]]:
@@ -265,7 +275,12 @@ class Command:
                 # Another trainer's file may have empty keys: ignore them.
                 OmegaConf.update(values, str(key), value, force_add=True)
         own = _Layer(name, {}, cast(dict[str, Any], OmegaConf.to_container(values)))
-        layers, mistakes = list[_Layer](), list[ConfigError]()
+        layers, given = list[_Layer](), Counter(key for entry in content.items() for key in _leaves(*entry))
+        mistakes = [  # `loss.beta: 1` and `loss: {beta: 2}`; YAML itself refuses `loss.beta` twice
+            ConfigError(f"{key} is given twice", where=InFile(key, name), remedy="remove one of them")
+            for key, count in given.items()
+            if count > 1
+        ]
         choices += _named_in(content.get("defaults", []), group)
         for place, choice in choices:
             if not place:

@@ -444,6 +444,10 @@ def _wrong_value(key: str, error: ErrorDetails, where: str, values: Mapping[str,
     )
 
 
+_UNQUOTED = re.compile(r"true|false|-?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
+"""What YAML reads as a number or a switch, if it has no quotes."""
+
+
 def _instead_of_value(
     key: str, hint: Any, value: Any, where: str, values: Mapping[str, Any]
 ) -> Remedy | None:
@@ -457,6 +461,11 @@ def _instead_of_value(
         return Remedy.to_write(f"{key}=null")
     if choice := likely_name(got, choices(hint)):
         return _with_choice(key, choice, got, values)
+    # A file's `lr: '1e-6'` is a text, and so is each entry of `betas: ['0.9', '0.95']`.
+    if isinstance(value, str) and _is_accepted(key, value):
+        return Remedy.to_write(f"{key}={value}") + ", without quotes"
+    if isinstance(value, str) and "[" in key and _UNQUOTED.fullmatch(value):
+        return Remedy(f"write {value} without quotes")
     if get_origin(hint) is list:  # `data.eval=5%` -> data.eval_share=0.05; `data.train=a` -> 'data.train=[a]'
         shares = (got, *_likely_values(got)) if key == "data.eval" else ()
         share = next((text for text in shares if _is_accepted("data.eval_share", text)), None)
