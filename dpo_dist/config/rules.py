@@ -429,7 +429,7 @@ RULES = (
     unused(
         "trainer.keep_best",
         "trainer.eval_every!=0",
-        "set trainer.eval_every=100: the last evaluation is the only one",
+        "set trainer.eval_every=100, else there is only the last evaluation",
         lambda c: not c.data.eval_sources,
     ),
     *(
@@ -467,7 +467,7 @@ RULES = (
     Rule(
         "metrics.bands!=[] data.eval=[]",
         "a band is for a metric of evaluations, which this run does not have",
-        _HOLD_OUT + ", or remove the band",
+        _HOLD_OUT + ", or set metrics.bands=[]",
         lambda c: not c.data.eval_sources and any(band.metric.startswith(PREFIX) for band in c.metrics.bands),
     ),
     # The reference.
