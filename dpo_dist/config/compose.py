@@ -275,10 +275,10 @@ class Command:
                 # Another trainer's file may have empty keys: ignore them.
                 OmegaConf.update(values, str(key), value, force_add=True)
         own = _Layer(name, {}, cast(dict[str, Any], OmegaConf.to_container(values)))
-        layers, given = list[_Layer](), Counter(key for entry in content.items() for key in _leaves(*entry))
+        layers, keys = list[_Layer](), Counter(key for entry in content.items() for key in _leaves(*entry))
         mistakes = [  # `loss.beta: 1` and `loss: {beta: 2}`; YAML itself refuses `loss.beta` twice
             ConfigError(f"{key} is given twice", where=InFile(key, name), remedy="remove one of them")
-            for key, count in given.items()
+            for key, count in keys.items()
             if count > 1
         ]
         choices += _named_in(content.get("defaults", []), group)

@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails
 from dpo_dist.config.fields import as_written, choices, describe_type, nested, plain, schema_fields
 from dpo_dist.config.keys import all_keys, group_folders, preset_names, run_keys, strip_indices
 from dpo_dist.config.losses import NO_OPTION, kinds_using
-from dpo_dist.config.other_trainers import OFF, advice_on, as_sources, equivalents, find_advice
+from dpo_dist.config.other_trainers import OFF, ON, advice_on, as_sources, equivalents, find_advice
 from dpo_dist.config.schema import SCHEMA
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError
@@ -67,8 +67,8 @@ def _likely_values(value: Any) -> list[str]:
         return [f'"{as_written(value)}"']
     if isinstance(value, float) and value.is_integer():
         return [str(int(value))]
-    if (switch := str(value).lower()) in OFF or switch in ("yes", "on", "1"):
-        return ["false" if switch in OFF else "true"]
+    if (switch := str(value).lower()) in (*ON, *OFF):
+        return ["true" if switch in ON else "false"]
     if not isinstance(value, str):
         return []
     share = re.fullmatch(r"(\d*\.?\d+) ?%", value)
@@ -434,7 +434,7 @@ def _wrong_value(key: str, error: ErrorDetails, where: str, values: Mapping[str,
         expected += f", <= {error['ctx']['le']:,}"
     if error["type"] == "string_pattern_mismatch" and not got.strip("' "):
         expected, remedy = "text that is not empty", Remedy("remove the key, or write a value")
-    elif meant := _instead_of_value(key, hint, value, where, values):
+    elif meant := _without_quotes(key, value) or _instead_of_value(key, hint, value, where, values):
         remedy = meant
     else:
         default = f"; remove it for the default, {row.default_words}" if row and row.default_words else ""
@@ -446,6 +446,15 @@ def _wrong_value(key: str, error: ErrorDetails, where: str, values: Mapping[str,
 
 _UNQUOTED = re.compile(r"true|false|-?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
 """What YAML reads as a number or a switch, if it has no quotes."""
+
+
+def _without_quotes(key: str, value: Any) -> Remedy | None:
+    """Return the remedy for a text in a file that would fit without its quotes: `lr: '1e-6'`."""
+    if isinstance(value, str) and _is_accepted(key, value):
+        return Remedy.to_write(f"{key}={value}") + ", without quotes"
+    is_in_list = "[" in key  # `betas: ['0.9', '0.95']`: no word of a command has only one of them
+    is_number = is_in_list and isinstance(value, str) and _UNQUOTED.fullmatch(value)
+    return Remedy(f"write {value} without quotes") if is_number else None
 
 
 def _instead_of_value(
@@ -461,11 +470,6 @@ def _instead_of_value(
         return Remedy.to_write(f"{key}=null")
     if choice := likely_name(got, choices(hint)):
         return _with_choice(key, choice, got, values)
-    # A file's `lr: '1e-6'` is a text, and so is each entry of `betas: ['0.9', '0.95']`.
-    if isinstance(value, str) and _is_accepted(key, value):
-        return Remedy.to_write(f"{key}={value}") + ", without quotes"
-    if isinstance(value, str) and "[" in key and _UNQUOTED.fullmatch(value):
-        return Remedy(f"write {value} without quotes")
     if get_origin(hint) is list:  # `data.eval=5%` -> data.eval_share=0.05; `data.train=a` -> 'data.train=[a]'
         shares = (got, *_likely_values(got)) if key == "data.eval" else ()
         share = next((text for text in shares if _is_accepted("data.eval_share", text)), None)
