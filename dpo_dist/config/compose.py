@@ -240,6 +240,8 @@ class Command:
             self.overrides.append(override)
             if self._is_choice(override):
                 choice = {override.key_or_group: names_chosen(override)}
+                # A typed `loss=ipo` is read as a file whose only line is `defaults: [{loss: ipo}]`: unknown
+                # names, bare `off` and experiments mean the same in both.
                 (*named, own), wrong = self._layers_of({"defaults": [choice]}, COMMAND_LINE)
                 self._experiments += named
                 self.mistakes += wrong
@@ -306,7 +308,7 @@ class Command:
         return cast(dict[str, Any], self._cache[file])
 
     @property
-    def of_presets(self) -> list[str]:
+    def set_by_presets(self) -> list[str]:
         """The keys that the presets of the command set: `reference.mode` for `reference=live`."""
         chosen = {group: name for group, name in self._files[-1].presets.items() if name is not None}
         files = {group: _file_of(f"{group}/{name}", self.folders) for group, name in chosen.items()}
@@ -364,6 +366,8 @@ class Command:
         for override in reversed(self.overrides):
             given = override.key_or_group
             if not self._is_choice(override) and (is_within(key, given) or is_within(given, key)):
+                # For a key inside of a typed mapping, `model.adapter.r` of `model.adapter={r: x}`, the key is
+                # the place: a remedy changes it there, and keeps the mapping's other keys.
                 return key if len(key) > len(given) else Typed(str(override.input_line))
         for layer in reversed(self._layers):
             with contextlib.suppress(KeyError, TypeError):

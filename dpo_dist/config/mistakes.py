@@ -27,7 +27,7 @@ from dpo_dist.config.schema import SCHEMA
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import similar_path
-from dpo_dist.foundation.remedies import InFile, Remedy, Typed, key_of
+from dpo_dist.foundation.remedies import InFile, Place, Remedy, Typed, key_of
 
 _PRESET_PATHS = {
     "model": ("model.path", "evaluation.model"),
@@ -189,14 +189,17 @@ def fits(key: str, value: Any) -> bool:
     return True
 
 
-def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
+def unknown_key(key: str, value: str = "", *, where: str | Place = "") -> ConfigError:
     """Return the error for a key that does not exist; its remedy says what to write instead.
 
     `value`: as the user wrote it, "" if unknown; `where`: the file or override with the key.
     """
     remedy = (find_advice(key, value) or [_instead_of_key(key, value)])[0]
     beside = [word for word in map(key_of, remedy.write) if word.rpartition(".")[0] == key.rpartition(".")[0]]
-    if where == key and beside and len(remedy.write) == 1:  # `model.adapter={rank: 8}`: the others stay
+    # `where` is the key itself for a key inside of a typed mapping: `model.adapter={rank: 8, alpha: 16}`, where
+    # the remedy would write model.adapter.r=8 in place of the whole word. Only the name changes, rank to r, so
+    # that the word becomes model.adapter={r: 8, alpha: 16}.
+    if where == key and beside and len(remedy.write) == 1:
         renamed = (key.rpartition(".")[2], beside[0].rpartition(".")[2])
         remedy = replace(remedy, write=(), rename=renamed)
     return ConfigError(f"there is no key {key!r}", where=where or key, remedy=remedy)
@@ -421,7 +424,7 @@ def keep_terms(mistakes: Iterable[ConfigError], values: Mapping[str, Any]) -> No
             mistake.advice = remedy + " in loss.terms"
 
 
-def _wrong_value(key: str, error: ErrorDetails, where: str, values: Mapping[str, Any]) -> ConfigError:
+def _wrong_value(key: str, error: ErrorDetails, where: str | Place, values: Mapping[str, Any]) -> ConfigError:
     row = all_keys().get(strip_indices(key)) or all_keys().get(strip_indices(key).removesuffix("[]"))
     hint, expected = (row.type, row.type_words) if row else (run_keys().get(key), "")
     if key.endswith("]"):  # an entry of a list
@@ -458,7 +461,7 @@ def _without_quotes(key: str, value: Any) -> Remedy | None:
 
 
 def _instead_of_value(
-    key: str, hint: Any, value: Any, where: str, values: Mapping[str, Any]
+    key: str, hint: Any, value: Any, where: str | Place, values: Mapping[str, Any]
 ) -> Remedy | None:
     """Return what to write in place of a value that a key of this type does not accept; None: unknown."""
     got = as_written(value)
