@@ -20,6 +20,7 @@ Mistakes in keys, presets and values are collected, and said at once.
 import contextlib
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cached_property, reduce
@@ -140,6 +141,15 @@ def read_keys(file: Path) -> dict[str, Any]:
     return cast(dict[str, Any], content)
 
 
+def _leaves(key: str, value: Any) -> Iterator[str]:
+    """Yield the keys that a value sets: `loss.beta` for `loss`, `{beta: 1}`."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _leaves(f"{key}.{name}", inner)
+    else:
+        yield str(key)
+
+
 def _named_in(defaults: Any, group: str) -> Iterator[tuple[str, Any]]:
     """Yield group and name of each file in the list `defaults` of a file of `group`; no group for _self_."""
     for entry in defaults if isinstance(defaults, list) else [defaults]:
@@ -230,6 +240,8 @@ class Command:
             self.overrides.append(override)
             if self._is_choice(override):
                 choice = {override.key_or_group: names_chosen(override)}
+                # A typed `loss=ipo` is read as a file whose only line is `defaults: [{loss: ipo}]`: unknown
+                # names, bare `off` and experiments mean the same in both.
                 (*named, own), wrong = self._layers_of({"defaults": [choice]}, COMMAND_LINE)
                 self._experiments += named
                 self.mistakes += wrong
@@ -265,7 +277,12 @@ class Command:
                 # Another trainer's file may have empty keys: ignore them.
                 OmegaConf.update(values, str(key), value, force_add=True)
         own = _Layer(name, {}, cast(dict[str, Any], OmegaConf.to_container(values)))
-        layers, mistakes = list[_Layer](), list[ConfigError]()
+        layers, keys = list[_Layer](), Counter(key for entry in content.items() for key in _leaves(*entry))
+        mistakes = [  # `loss.beta: 1` and `loss: {beta: 2}`; YAML itself refuses `loss.beta` twice
+            ConfigError(f"{key} is given twice", where=InFile(key, name), remedy="remove one of them")
+            for key, count in keys.items()
+            if count > 1
+        ]
         choices += _named_in(content.get("defaults", []), group)
         for place, choice in choices:
             if not place:
@@ -291,7 +308,7 @@ class Command:
         return cast(dict[str, Any], self._cache[file])
 
     @property
-    def of_presets(self) -> list[str]:
+    def set_by_presets(self) -> list[str]:
         """The keys that the presets of the command set: `reference.mode` for `reference=live`."""
         chosen = {group: name for group, name in self._files[-1].presets.items() if name is not None}
         files = {group: _file_of(f"{group}/{name}", self.folders) for group, name in chosen.items()}
@@ -349,6 +366,8 @@ class Command:
         for override in reversed(self.overrides):
             given = override.key_or_group
             if not self._is_choice(override) and (is_within(key, given) or is_within(given, key)):
+                # For a key inside of a typed mapping, `model.adapter.r` of `model.adapter={r: x}`, the key is
+                # the place: a remedy changes it there, and keeps the mapping's other keys.
                 return key if len(key) > len(given) else Typed(str(override.input_line))
         for layer in reversed(self._layers):
             with contextlib.suppress(KeyError, TypeError):

@@ -69,20 +69,20 @@ def load_command(command: Command, verb: str) -> RunConfig:
     keep_terms(command.mistakes, values)
     raise_all(command.mistakes)
     given = [key for override in command.overrides for key in keys_given(override)]
-    return complete_config(config, given, verb, command.of_presets)
+    return complete_config(config, given, verb, command.set_by_presets)
 
 
 def complete_config(
-    config: RunConfig, given: Collection[str] = (), verb: str = "", of_presets: Iterable[str] = ()
+    config: RunConfig, given: Collection[str] = (), verb: str = "", set_by_presets: Iterable[str] = ()
 ) -> RunConfig:
     """Check all rules, and fill in `reference.mode` and `run.dir`.
 
-    `given`: the keys of the command; `of_presets`: those that its presets set.
+    `given`: the keys of the command; `set_by_presets`: those that its presets set.
     """
     if config.reference.mode is ReferenceMode.auto:  # resets what the mode does not use
-        of_presets = (*of_presets, "reference.mode")
+        set_by_presets = (*set_by_presets, "reference.mode")
     rules = rules_of(verb)
-    config = reset_unused(resolve_reference(config), given, of_presets, rules)
+    config = reset_unused(resolve_reference(config), given, set_by_presets, rules)
     check_rules(config, rules)
     named = [(key, value_at(config, key)) for key in ("model.path", "model.adapter.path", "reference.path")]
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):

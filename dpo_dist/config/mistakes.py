@@ -22,12 +22,12 @@ from pydantic_core import ErrorDetails
 from dpo_dist.config.fields import as_written, choices, describe_type, nested, plain, schema_fields
 from dpo_dist.config.keys import all_keys, group_folders, preset_names, run_keys, strip_indices
 from dpo_dist.config.losses import NO_OPTION, kinds_using
-from dpo_dist.config.other_trainers import OFF, advice_on, as_sources, equivalents, find_advice
+from dpo_dist.config.other_trainers import OFF, ON, advice_on, as_sources, equivalents, find_advice
 from dpo_dist.config.schema import SCHEMA
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import similar_path
-from dpo_dist.foundation.remedies import InFile, Remedy, Typed, key_of
+from dpo_dist.foundation.remedies import InFile, Place, Remedy, Typed, key_of
 
 _PRESET_PATHS = {
     "model": ("model.path", "evaluation.model"),
@@ -67,8 +67,8 @@ def _likely_values(value: Any) -> list[str]:
         return [f'"{as_written(value)}"']
     if isinstance(value, float) and value.is_integer():
         return [str(int(value))]
-    if (switch := str(value).lower()) in OFF or switch in ("yes", "on", "1"):
-        return ["false" if switch in OFF else "true"]
+    if (switch := str(value).lower()) in (*ON, *OFF):
+        return ["true" if switch in ON else "false"]
     if not isinstance(value, str):
         return []
     share = re.fullmatch(r"(\d*\.?\d+) ?%", value)
@@ -189,14 +189,17 @@ def fits(key: str, value: Any) -> bool:
     return True
 
 
-def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
+def unknown_key(key: str, value: str = "", *, where: str | Place = "") -> ConfigError:
     """Return the error for a key that does not exist; its remedy says what to write instead.
 
     `value`: as the user wrote it, "" if unknown; `where`: the file or override with the key.
     """
     remedy = (find_advice(key, value) or [_instead_of_key(key, value)])[0]
     beside = [word for word in map(key_of, remedy.write) if word.rpartition(".")[0] == key.rpartition(".")[0]]
-    if where == key and beside and len(remedy.write) == 1:  # `model.adapter={rank: 8}`: the others stay
+    # `where` is the key itself for a key inside of a typed mapping: `model.adapter={rank: 8, alpha: 16}`, where
+    # the remedy would write model.adapter.r=8 in place of the whole word. Only the name changes, rank to r, so
+    # that the word becomes model.adapter={r: 8, alpha: 16}.
+    if where == key and beside and len(remedy.write) == 1:
         renamed = (key.rpartition(".")[2], beside[0].rpartition(".")[2])
         remedy = replace(remedy, write=(), rename=renamed)
     return ConfigError(f"there is no key {key!r}", where=where or key, remedy=remedy)
@@ -389,8 +392,12 @@ def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> 
     if known:
         remedy = Remedy(f"write {' or '.join(f'{place}.{option}' for option in known)}")
     same = [option for option in known if f"loss.options.{option}" in equivalents(name, "keys")]
+    others = [option.rpartition(".")[2] for option in run_keys() if option.startswith("loss.options.")]
     if guess := next(iter(same), likely_name(name, known)):
         remedy = Remedy.to_rename(key, f"{place}.{guess}")
+    elif guess := likely_name(name, others):
+        remedy = Remedy.to_rename(key, f"{place}.{guess}")
+        remedy += f" It is an option of {', '.join(kinds_using(f'options.{guess}'))}"
     message = f"{kind} has no option {name!r}"
     return ConfigError(message, where=origin(key), got=got, expected=expected, remedy=remedy)
 
@@ -417,7 +424,7 @@ def keep_terms(mistakes: Iterable[ConfigError], values: Mapping[str, Any]) -> No
             mistake.advice = remedy + " in loss.terms"
 
 
-def _wrong_value(key: str, error: ErrorDetails, where: str, values: Mapping[str, Any]) -> ConfigError:
+def _wrong_value(key: str, error: ErrorDetails, where: str | Place, values: Mapping[str, Any]) -> ConfigError:
     row = all_keys().get(strip_indices(key)) or all_keys().get(strip_indices(key).removesuffix("[]"))
     hint, expected = (row.type, row.type_words) if row else (run_keys().get(key), "")
     if key.endswith("]"):  # an entry of a list
@@ -430,7 +437,7 @@ def _wrong_value(key: str, error: ErrorDetails, where: str, values: Mapping[str,
         expected += f", <= {error['ctx']['le']:,}"
     if error["type"] == "string_pattern_mismatch" and not got.strip("' "):
         expected, remedy = "text that is not empty", Remedy("remove the key, or write a value")
-    elif meant := _instead_of_value(key, hint, value, where, values):
+    elif meant := _without_quotes(key, value) or _instead_of_value(key, hint, value, where, values):
         remedy = meant
     else:
         default = f"; remove it for the default, {row.default_words}" if row and row.default_words else ""
@@ -440,8 +447,21 @@ def _wrong_value(key: str, error: ErrorDetails, where: str, values: Mapping[str,
     )
 
 
+_UNQUOTED = re.compile(r"true|false|-?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
+"""What YAML reads as a number or a switch, if it has no quotes."""
+
+
+def _without_quotes(key: str, value: Any) -> Remedy | None:
+    """Return the remedy for a text in a file that would fit without its quotes: `lr: '1e-6'`."""
+    if isinstance(value, str) and _is_accepted(key, value):
+        return Remedy.to_write(f"{key}={value}") + ", without quotes"
+    is_in_list = "[" in key  # `betas: ['0.9', '0.95']`: no word of a command has only one of them
+    is_number = is_in_list and isinstance(value, str) and _UNQUOTED.fullmatch(value)
+    return Remedy(f"write {value} without quotes") if is_number else None
+
+
 def _instead_of_value(
-    key: str, hint: Any, value: Any, where: str, values: Mapping[str, Any]
+    key: str, hint: Any, value: Any, where: str | Place, values: Mapping[str, Any]
 ) -> Remedy | None:
     """Return what to write in place of a value that a key of this type does not accept; None: unknown."""
     got = as_written(value)

@@ -46,7 +46,14 @@ def equivalents(name: str, table: str) -> tuple[Any, ...]:
     return _table(table).get(plain) or _table(table).get(key.rpartition(".")[2] + equals + value, ())
 
 
-OFF = ("false", "no", "off", "0")
+def names_of(key: str) -> list[str]:
+    """Return what other trainers call a key of ours."""
+    names: str = other_trainers()["keys"][key]
+    return names.split()
+
+
+ON, OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+"""Words for a switch."""
 
 
 def advice_on(name: str, value: str) -> list[Remedy]:

@@ -37,8 +37,8 @@ LOSS = "loss"
 class Rule:
     """A rule between values: a configuration breaks it if all parts of `when`, and `also`, are true.
 
-    A part is `KEY=VALUE`, `KEY=VALUE|VALUE`, `KEY!=VALUE` or a bare KEY; the keys give an error's `where` and
-    `got`. In `why` `{model.attention}` stands for the value of that key. If the command sets one of the
+    A part is `KEY=VALUE`, `KEY=VALUE|VALUE`, `KEY!=VALUE`, or a bare KEY, which is always true and only
+    named in the error, as `also` reads it. The keys of all parts give an error's `where` and `got`. In `why` `{model.attention}` stands for the value of that key. If the command sets one of the
     keys `yields_to` but not the first key of `when`, the first key goes back to its default.
     """
 
@@ -110,15 +110,15 @@ def _without_evaluations(key: str, or_if: Condition = lambda _: False) -> Rule:
 
 
 def reset_unused(
-    config: RunConfig, given: Collection[str], of_presets: Iterable[str], rules: Iterable[Rule]
+    config: RunConfig, given: Collection[str], set_by_presets: Iterable[str], rules: Iterable[Rule]
 ) -> RunConfig:
     """Reset an earlier option if a key of the command takes its effect away.
 
-    `given`: keys of the command, which are never reset; `of_presets`: keys that its presets set.
+    `given`: keys of the command, which are never reset; `set_by_presets`: keys that its presets set.
     """
     for rule in rules:
         key = re.split("[ !=]", rule.when)[0]
-        yields = not {*given, *of_presets}.isdisjoint(rule.yields_to)
+        yields = not {*given, *set_by_presets}.isdisjoint(rule.yields_to)
         if yields and key not in given and rule.is_broken(config):
             *sections, name = key.split(".")
             reduce(getitem, sections, values := asdict(config))[name] = all_keys()[key].default
@@ -429,7 +429,7 @@ RULES = (
     unused(
         "trainer.keep_best",
         "trainer.eval_every!=0",
-        "set trainer.eval_every=100: the last evaluation is the only one",
+        "set trainer.eval_every=100, else there is only the last evaluation",
         lambda c: not c.data.eval_sources,
     ),
     *(
@@ -467,19 +467,19 @@ RULES = (
     Rule(
         "metrics.bands!=[] data.eval=[]",
         "a band is for a metric of evaluations, which this run does not have",
-        _HOLD_OUT + ", or remove the band",
+        _HOLD_OUT + ", or set metrics.bands=[]",
         lambda c: not c.data.eval_sources and any(band.metric.startswith(PREFIX) for band in c.metrics.bands),
     ),
     # The reference.
     Rule(
-        "reference.mode=none loss",
+        f"reference.mode=none {LOSS}",
         "this loss needs a reference model",
         Remedy.to_write("reference=auto", verb="choose")
         + ", or set loss.reference_free=true to take its log-probs as 0",
         lambda c: c.loss.needs_reference,
     ),
     Rule(
-        "reference.mode!=none loss loss.reference_free",
+        f"reference.mode!=none {LOSS} loss.reference_free",
         "this loss does not use a reference model",
         Remedy.to_write("reference=none", verb="choose")
         + ", or remove reference.mode: auto follows the loss",
@@ -583,7 +583,7 @@ _NEEDED = {
         "set 'data.train=[pairs.jsonl]', or choose a preset with data=...",
     ),
     "reference.mode": Rule(
-        "reference.mode!=cached loss",
+        f"reference.mode!=cached {LOSS}",
         "only a stored reference can be precomputed",
         Remedy.to_set("reference=cached") + ", with a loss that uses a reference model",
     ),

@@ -168,6 +168,8 @@ ReferenceMode = StrEnum("ReferenceMode", ["auto", "cached", "live", "adapter", "
 Offload = StrEnum("Offload", ["none", "cpu"])
 ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
 ZERO_STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKind.ddp: 1}
+KIND_OF_STAGE = {stage: kind for kind, stage in ZERO_STAGES.items()} | {0: ParallelismKind.ddp}
+"""The kind for a stage of another trainer; here replicated weights are ZeRO-1, which computes what 0 does."""
 Direction = StrEnum("Direction", ["highest", "lowest"])
 
 Every = Annotated[int, Field(strict=True, ge=2)]
@@ -272,7 +274,7 @@ class DataConfig:
     train: list[Source] = key([], verbs=VERBS_WITH_DATA)
     """Training data: files, patterns, folders, URLs, hub datasets."""
     eval: list[Source] = key([], verbs=_EVALUATED)
-    """Evaluation data, in the same form."""
+    """Evaluation data: files, patterns, folders, URLs, hub datasets."""
     images: NonEmpty | None = key(None, free=True, verbs=VERBS_WITH_DATA)
     """Folder of the image files of all sources, in place of their own `images`."""
     eval_share: float = key(0.0, ge=0, lt=1, verbs=_EVALUATED)
@@ -426,7 +428,7 @@ class TrainerConfig:
     max_steps: int | None = key(None, verbs="train precompute", ge=1)
     """Length of the run in steps; null: by `epochs`."""
     eval_every: int = key(0, ge=0, free=True)
-    """Steps between evaluations; 0: at the end only."""
+    """Steps between evaluations; 0: before the first step and at the end only."""
     save_every: int = key(100, ge=0, free=True)
     """Steps between checkpoints; 0: at the end only."""
     keep_last: int = key(2, ge=0, free=True)

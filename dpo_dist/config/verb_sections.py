@@ -151,7 +151,7 @@ class EndpointConfig:
     url: str | None = key(None, **_URL)
     """Address up to the version: `http://localhost:8000/v1`; null: no such judge."""
     model: NonEmpty | None = key(None)
-    """Name of the model, as the endpoint lists it."""
+    """Name of the model, as the endpoint lists it; needed with `url`."""
     verdicts: Verdicts = key(Verdicts.compare)
     """`compare`: two responses at a time, in both orders; `grade`: each response alone, from 1 to 10."""
     criterion: NonEmpty = key(

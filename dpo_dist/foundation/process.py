@@ -25,6 +25,11 @@ def this_rank() -> int:
     return int(text) if text.isdecimal() else 0
 
 
+def is_on(environ: Mapping[str, str], name: str) -> bool:
+    """Return whether a launcher's variable is a switch that is on."""
+    return environ.get(name, "").lower() in ("1", "true", "yes")
+
+
 WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that a launcher sets: a process's ranks, the sizes of world and node, rank 0's address."""
 LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "PET_")

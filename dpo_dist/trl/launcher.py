@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.schema import Dtype, Offload
+from dpo_dist.config.schema import KIND_OF_STAGE, Dtype, Offload
 from dpo_dist.foundation.errors import ConfigError, raise_all
+from dpo_dist.foundation.process import is_on
 from dpo_dist.tools.convert.arguments import ScriptError, TrainerArguments
 
-_KINDS = {3: "zero3", 2: "zero2"}
 _HALF = (Dtype.bf16, Dtype.fp16)
 _ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused")
 _SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
@@ -47,7 +47,7 @@ def launcher_keys(
                 remedy="remove parallelism_config from its file; so that processes share long sequences, "
                 f"write DPOConfig(words=['parallelism.sequence_parallel={ranks}'])",
             )
-    if args.deepspeed or _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
+    if args.deepspeed or is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
         where, config = _deepspeed(environ, args.deepspeed)
         raise_all([*_faults(where, config, args)])
         if config.get("gradient_clipping") is None and args.max_grad_norm:
@@ -59,11 +59,11 @@ def launcher_keys(
         optimizer, weights = (
             (zero.get(f"offload_{part}") or {}).get("device", "none") for part in ("optimizer", "param")
         )
-        keys["parallelism.kind"] = _KINDS.get(stage, "ddp")  # which is ZeRO-1
+        keys["parallelism.kind"] = KIND_OF_STAGE[stage].value
         keys |= _offload(where, "optimizer", optimizer if stage > 1 else "none")
         keys |= _offload(where, "parameters", weights if stage > 2 else "none")
-    elif _is_on(environ, "ACCELERATE_USE_FSDP"):
-        device = "cpu" if _is_on(environ, "FSDP_OFFLOAD_PARAMS") else "none"
+    elif is_on(environ, "ACCELERATE_USE_FSDP"):
+        device = "cpu" if is_on(environ, "FSDP_OFFLOAD_PARAMS") else "none"
         keys = {
             "parallelism.kind": "zero3",
             **_offload(_LAUNCHER, "optimizer", device),
@@ -170,7 +170,3 @@ def _offload(where: str, what: str, device: str) -> dict[str, str]:
         message = "a run here can offload to the memory of the CPU only"
         raise ConfigError(message, where=f"{where}: {key}", got=device, remedy=remedy)
     return {} if device == Offload.none else {key: device}
-
-
-def _is_on(environ: Mapping[str, str], name: str) -> bool:
-    return environ.get(name, "").lower() in ("1", "true", "yes")

@@ -35,7 +35,7 @@ from dpo_dist.distributed.deepspeed_internals import (
 from dpo_dist.distributed.processes.failures import Reports, is_communication_error, watch_world
 from dpo_dist.distributed.processes.world import Peer, World
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
-from dpo_dist.foundation.process import kept_environment
+from dpo_dist.foundation.process import is_on, kept_environment
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.signals import exit_on_signal
 from dpo_dist.foundation.text import pluralize
@@ -184,7 +184,7 @@ def _kept_timeouts() -> Iterator[None]:
 
 
 def _check_devices() -> None:
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") and torch.cuda.is_available():
+    if is_on(os.environ, "ACCELERATE_USE_CPU") and torch.cuda.is_available():
         raise ConfigError(
             "accelerate launch --cpu does not hide the GPUs",
             where="accelerate launch",

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from dpo_dist.config.other_trainers import advice_on
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.process import is_on
 
 _ALWAYS = ("gradient_checkpointing", "loss_type", "seed")
 """Arguments that are keys also with their default, because ours is another."""
@@ -93,7 +94,7 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
     @property
     def n_gpu(self) -> int:
         """The GPUs of this process: a run uses one."""
-        is_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        is_cpu = self.use_cpu or is_on(os.environ, "ACCELERATE_USE_CPU")
         return int(torch.cuda.is_available() and not is_cpu)
 
     def main_process_first(self, local: bool = True, desc: str = "work") -> Any:

@@ -18,9 +18,16 @@ from dpo_dist.config.fields import as_written
 from dpo_dist.config.keys import run_keys, verb_keys
 from dpo_dist.config.losses import LossKind, kinds_using
 from dpo_dist.config.mistakes import as_tree, fits
-from dpo_dist.config.other_trainers import advice_on, as_sources, equivalents, find_advice, is_switch
+from dpo_dist.config.other_trainers import (
+    advice_on,
+    as_sources,
+    equivalents,
+    find_advice,
+    is_switch,
+    names_of,
+)
 from dpo_dist.config.rules import resolve_reference, rules_of
-from dpo_dist.config.schema import SCHEMA, OptimConfig, TrackerName
+from dpo_dist.config.schema import KIND_OF_STAGE, SCHEMA, OptimConfig, TrackerName
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remedies import Remedy
@@ -113,6 +120,9 @@ class Translation:
 
     def translate(self, key: str, value: Any) -> None:
         """Set our keys for a key of theirs, or comment why it is left out."""
+        if reason := self.facts.get("own", {}).get(key):
+            self.comment(key, value, reason)
+            return
         meaning = _meaning_of("optimizer" if key == "optim" else key, value)
         advice, targets = meaning.advice, meaning.targets
         if meaning.fitting:  # learning_rate: 1e-6
@@ -240,8 +250,16 @@ def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
         train = as_list(mixture.get("datasets"))
         inner = {key: value for key, value in mixture.items() if key not in ("datasets", "seed")}
         run.unfold("dataset_mixture", inner)
-    splits = run.take("dataset_splits", "mixer_list_splits", "dataset_mixer_list_splits")
-    splits = [str(split) for split in as_list(splits)] or ["train"]
+    # A mapping's splits are for every dataset; a list's are one for each entry, equal ones in practice.
+    listed = as_list(run.take("mixer_list_splits", "dataset_mixer_list_splits"))
+    if len(set(map(str, listed))) > 1:
+        raise ConfigError(
+            f"this run of {run.trainer} takes other splits of some datasets",
+            where="mixer_list_splits",
+            got=as_written(listed),
+            remedy="leave them out there, convert again, and write each source's split into data.train",
+        )
+    splits = [str(split) for split in as_list(run.take("dataset_splits")) or listed[:1]] or ["train"]
     for name, parts in _mixture(run):
         train += [{"path": name, "split": split} | parts for split in splits if "test" not in split]
         tests += [{"path": name, "split": split} for split in splits if "test" in split]
@@ -320,7 +338,6 @@ _READ_BY = {
     ("dpo_loss", "dpo_norm_loss", "pref_loss", "rpo_alpha"): ("dpo", "ipo"),
     ("pref_ftx",): ("dpo", "kto"),
 }
-_KINDS = {"3": "zero3", "2": "zero2", "1": "ddp", "0": "ddp"}
 _STAGES = {"shard grad op": "stage2", "full shard|fsdp": "stage3", "(multi|single) gpu|ddp": "stage0"}
 _DEVICE_BATCH_KEYS = ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
 _SHARDING = ("deepspeed", "zero_stage", "accelerate_config", "fsdp", "fsdp_config", "fsdp_shard_degree")
@@ -413,7 +430,7 @@ def _method(run: Translation) -> str:
                 why = f"not needed: there, it is read only with {' or '.join(readers)}"
                 run.comment(key, value, why, is_needed=False)
                 del run.left[key]
-    kinds = run.take("loss_type", "dpo_loss_type", "pref_loss")
+    kinds = run.take(*names_of("loss"))
     if method == "cpo" and kinds == "sigmoid":  # there the name of CPO's own loss
         kinds = None
     weights = as_list(run.take("loss_weights", "dpo_loss_weights"))
@@ -477,7 +494,7 @@ def _loss_options_of_trl(run: Translation) -> None:
 
 def _simpo(run: Translation) -> None:
     beta, gamma, likelihood = run.facts["simpo"]
-    beta = run.take("beta", "pref_beta", "rl_beta", "dpo_beta", default=beta)
+    beta = run.take("beta", *names_of("loss.beta"), default=beta)
     ratio = run.take("gamma_beta_ratio", "dpo_gamma_beta_ratio", default=0.3 if gamma is None else -1.0)
     gamma = ratio * beta if ratio >= 0 else run.take("simpo_gamma", "gamma", default=gamma)
     run.set("loss.beta", beta, "beta", beta)
@@ -505,12 +522,14 @@ def _batch(run: Translation) -> list[str]:
     )
     if run.computed.union(run.left) & set(_DEVICE_BATCH_KEYS):  # the value of one of them is not known
         return []
-    if not steps:
+    if derives_steps := not steps:
         steps = math.ceil(16 / pairs / world) if fits(_BATCH, pairs * world) else 1
     total = pairs * steps * world
     run.set(_BATCH, total, "batch", [pairs, steps])
     gpus = f" x {world} processes"
-    if not processes:
+    if not processes and derives_steps and steps > 1:
+        gpus = f": {total}, or a little more, on any number of GPUs up to {steps}"
+    elif not processes:
         gpus = f"; multiply it by the number of GPUs there, which is not given: {8 * total} for 8 GPUs"
     return [f"{_BATCH}: {pairs} pairs x {steps}{gpus}."] if _BATCH in run.values else []
 
@@ -536,7 +555,14 @@ def _trains_adapter(run: Translation) -> bool:
             where="create_new_adapter",
             remedy="merge the named adapter into its base there, and convert a file that names the result",
         )
-    return kind in ("lora", "qlora", "true")
+    has_adapter = kind in ("lora", "qlora", "true")
+    if has_adapter and run.left.get("sync_ref_model") is True:
+        raise ConfigError(
+            f"{run.trainer} refuses this run: with an adapter there is no reference that follows the policy",
+            where="sync_ref_model",
+            remedy="leave out sync_ref_model there, or the adapter, and convert again",
+        )
+    return has_adapter
 
 
 def _targets(run: Translation) -> None:
@@ -588,7 +614,7 @@ def _machine(run: Translation) -> None:
         for words, stage in _STAGES.items():
             text = re.sub(words, stage, text)
         if found := re.search(r"(?:\bz|zero|stage)\W{0,4}([0-3])", text):
-            run.set("parallelism.kind", _KINDS[found[1]], key, run.left.pop(key))
+            run.set("parallelism.kind", KIND_OF_STAGE[int(found[1])].value, key, run.left.pop(key))
             if "offload" in text and found[1] in "23":
                 run.set("parallelism.offload_optimizer", "cpu", key, value)
             if "offload" in text and found[1] == "3":

@@ -346,6 +346,11 @@ def test_every_mistake_in_files_is_named_with_its_file() -> None:
     [
         ("tracking: {wandb: off}", "put the word in quotes"),
         ("loss: {beta: [1", 'mine.yaml", line 2'),
+        ("loss.beta: 1\nloss: {beta: 2}", "loss.beta is given twice\n  where:    loss.beta in "),
+        ("optim: {lr: '1e-6'}", "write optim.lr=1e-6, without quotes"),
+        ("model: {trust_remote_code: 'false'}", "write model.trust_remote_code=false, without quotes"),
+        ("optim: {betas: ['0.9', 0.95]}", "write 0.9 without quotes"),
+        ("trainer: {max_steps: '0'}", "set trainer.max_steps to a whole number"),
         ("- a", "this file has no keys"),
         ("loss: ipoo", "did you mean loss=ipo?"),
         ("experiment: qwen7b", "+experiment=NAME"),

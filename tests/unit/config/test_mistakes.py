@@ -116,6 +116,8 @@ MISTYPED = [
     ("optim.eps=1e-6", "not offered: the epsilon of AdamW is always 1e-8"),
     ("loss.bco_delta=running_mean", "write loss.options.delta=running_mean"),
     ("loss=dpop loss.options.lambda=3", "did you mean loss.options.penalty_weight?"),
+    ("loss.options.gammma=0.5", "did you mean loss.options.gamma? It is an option of simpo"),
+    ("loss=dpop loss.options.gama=0.5", "did you mean loss.options.gamma? It is an option of simpo"),
     ("lambda=3", "write loss.options.penalty_weight=3 or loss.options.odds_weight=3"),
     ("loss.gamma_beta_ratio=0.5", "loss.options.gamma=..., which is this ratio times loss.beta"),
     ("kto_chosen_weight=2", "write loss=kto loss.desirable_weight=2"),

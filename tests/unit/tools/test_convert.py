@@ -264,8 +264,13 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
             "trainer.global_batch_pairs": 16,
             "data.truncation": "drop",
         },
-        "max_length: null",
+        "trainer.global_batch_pairs: 1 pairs x 16: 16, or a little more, on any number of GPUs up to 16",
     ),
+    ("{rlhf_type: dpo, per_device_train_batch_size: 16}", {}, "16 pairs x 1; multiply it by the number"),
+    # Names that mean something else in another trainer.
+    ("{rlhf_type: dpo, model: n, model_name: [Bob]}", {"model.path": "n"}, "[Bob] — write the name into"),
+    ("{rlhf_type: dpo, loss_scale: last_round}", {"model.dtype": "bf16"}, "not needed: the loss counts"),
+    ("{rlhf_type: dpo, loss_scale: default}", {"model.dtype": "bf16"}, "default — not offered: the loss"),
     # Of two keys that say the same, one is named that has no effect.
     ("{rlhf_type: kto, model: n}", {"model.path": "n"}, "model_name_or_path: m — model overrides it"),
     ("{stage: dpo, model: n}", {"model.path": "m"}, "model: n — model_name_or_path overrides it"),
@@ -435,6 +440,11 @@ DATA: list[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = [
         [],
     ),
     (
+        "{mixer_list: [a/b, '1.0', c/d, '1.0'], mixer_list_splits: [all, all, all, all]}",
+        [{"path": "a/b", "split": "all"}, {"path": "c/d", "split": "all"}],
+        [],
+    ),
+    (
         "{rlhf_type: dpo, dataset: ['a/b:x/y#50', HF::c/d, e.jsonl], val_dataset: f#7}",
         [
             {"path": "a/b", "name": "x", "limit": 50},
@@ -573,6 +583,16 @@ REFUSED = [
     ("ipo.yaml", "{rl: ipo, base_model: m, dpo_loss_type: [sigmoid, sft], lr: 1}", "a sum of losses that it"),
     ("sum.sh", "trl dpo --model_name_or_path m --loss_weights 1 2", "a sum of losses that it cannot train"),
     ("online.yaml", "{stage: ppo, model_name_or_path: m, dataset: a}", "no reward models, pretraining or"),
+    (
+        "splits.sh",
+        "open_instruct/dpo_tune_cache.py --model_name_or_path m --mixer_list a/b 1.0 --mixer_list_splits x y",
+        "takes other splits of some datasets",
+    ),
+    (
+        "sync.yaml",
+        "{model_name_or_path: m, use_peft: true, load_in_4bit: true, sync_ref_model: true, beta: 0.1}",
+        "with an adapter there is no reference that follows the policy",
+    ),
     ("broken.yaml", "{stage: dpo", "cannot be composed"),
 ]
 
