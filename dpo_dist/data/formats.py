@@ -97,6 +97,7 @@ _RESPONSE_FAULTS = {
     "unknown_label",
     "no_ranking",
     "all_tied",
+    "no_scores",
     "invalid_scores",
     "invalid_numbers",
 }
@@ -194,6 +195,9 @@ def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
     content = row.content(record)
     if name is DataFormat.auto:
         check_no_other(record, content)
+        if content.field and content.scores is None:
+            # Only the user knows what the order of a list means.
+            raise UnusableRecordError("no_scores", content.field)
     read = row.read or _select_reader(content.prompt, content.responses)
     if read is None and _BESIDE_SIDES.issuperset(field for field in given if given[field] is not None):
         read = _read_implicit  # the prompt can only be inside the sides
