@@ -155,7 +155,8 @@ def ranking(record: Fields) -> Content:
         for _, item in best_first:
             text = _first(item, _TEXTS)
             # The whole message if it has tool calls or thoughts.
-            responses.append({"role": "assistant", **item, "content": text} if has_more(item) else text)
+            rest = {key: item[key] for key in item if key not in (*_TEXTS, *_SCORES, "rank")}
+            responses.append({"role": "assistant", **rest, "content": text} if has_more(item) else text)
     elif beside is not None:
         scores = finite_numbers(beside)
         if len(scores) != len(items) or any(low < high for low, high in itertools.pairwise(scores)):

@@ -170,6 +170,25 @@ def test_fields_without_effect_are_accepted(fields: dict[str, Any], nothing: Any
         (CHAT | {"tools": [{"name": "f"}], "rejected_tools": '[{"name": "f"}]', "system": "be kind"}, ""),
         (PAIR | {"question": "q", "history": [["a", "b"]], "system_prompt": "be kind"}, ""),
         (HH | {"prompt": "q", "idx": 3}, "idx"),
+        (
+            CHAT
+            | {
+                "prompt": [user("q") | {"id": 3}],
+                "chosen": [assistant("good") | {"tool_plan": "look it up", "refusal": None, "weight": 1}],
+                "history": [user("p") | {"spans": [{"a": None}], "empty": []}, assistant("a") | {"id": 4}],
+            },
+            "messages[].id messages[].tool_plan messages[].spans",
+        ),
+        (
+            {
+                "prompt": [user("q")],
+                "responses": [
+                    {"text": "good", "thinking": "hm", "score": 2, "rank": 1, "plan": "look it up"},
+                    {"text": "bad", "score": 1, "rank": 2},
+                ],
+            },
+            "messages[].plan",
+        ),
         *((TEXT | {"*": value, "vector": np.zeros(2)}, "* vector") for value in (3, "ab", [{}])),
         (TEXT | {"*": None}, ""),
     ],
@@ -325,6 +344,11 @@ def test_calls_only_in_additional_kwargs_are_read_once() -> None:
             record = good({"prompt": [user("q")], "chosen": [turn], "rejected": [assistant("no")]})
             [read_call] = record.responses[0][0].fields["tool_calls"]  # type: ignore[union-attr]
             assert read_call["function"] == {"name": "weather", "arguments": ARGUMENTS}
+            assert not record.unread
+    turn = assistant("yes") | {"additional_kwargs": {"reasoning_content": "hm"}}
+    assert good({"prompt": [user("q")], "chosen": [turn], "rejected": "no"}).unread == (
+        "messages[].additional_kwargs",
+    )
 
 
 @pytest.mark.parametrize("where", ["beside", "within"])
