@@ -1,6 +1,7 @@
 """Encoded datasets: examples, rankings, scores and masks by index; what a loss can use; counts."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -136,7 +137,9 @@ def test_examples_of_no_use_to_the_loss_are_listed() -> None:
     assert raised.value.got.startswith("no scores")
 
 
-def test_a_label_of_0_beside_minus_1_is_no_bad_response(tmp_path: Path) -> None:
+def test_a_label_of_0_beside_minus_1_is_no_bad_response(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def labelled(name: str, *labels: int) -> str:
         rows = ({"prompt": f"{name} {label}", "completion": "a", "label": label} for label in labels)
         return file_of(tmp_path, name, *rows)
@@ -146,6 +149,19 @@ def test_a_label_of_0_beside_minus_1_is_no_bad_response(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="kto cannot use 1 of 5 examples") as raised:
         check_fits_loss(opened(tmp_path, one, three), kto)
     assert raised.value.where == f"{three}:2"
+    # The readers that the remedy writes: 0 is bad, or it is neutral.
+    remedy = raised.value.remedy
+    monkeypatch.syspath_prepend(tmp_path)
+    [share] = re.findall(r"data.max_bad_share=([\d.]+)", remedy)
+    for module, (code, pairs) in {
+        "bad_labels": (re.findall("`(.+?)`", remedy)[0], 5),
+        "neutral_labels": (re.findall("`(.+?)`", remedy)[1], 4),
+    }.items():
+        (tmp_path / f"{module}.py").write_text(code)
+        read = SourceConfig(three, reader=f"{module}:read")
+        data = opened(tmp_path, one, read, max_bad_share=float(share))
+        check_fits_loss(data, kto)
+        assert len(data) == pairs
 
 
 SCORED = {"low": 1, "mid": 4, "tie": 1, "top": 7}
