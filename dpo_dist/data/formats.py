@@ -49,6 +49,7 @@ from dpo_dist.data.read.messages import (
     read_messages,
     read_tools,
     unread_error,
+    unread_keys,
 )
 from dpo_dist.data.read.sources import local_files, pin_source, raw_records
 from dpo_dist.data.read.values import (
@@ -97,6 +98,7 @@ _RESPONSE_FAULTS = {
     "unknown_label",
     "no_ranking",
     "all_tied",
+    "no_scores",
     "invalid_scores",
     "invalid_numbers",
 }
@@ -194,6 +196,9 @@ def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
     content = row.content(record)
     if name is DataFormat.auto:
         check_no_other(record, content)
+        if content.field and content.scores is None:
+            # Only the user knows what the order of a list means.
+            raise UnusableRecordError("no_scores", content.field)
     read = row.read or _select_reader(content.prompt, content.responses)
     if read is None and _BESIDE_SIDES.issuperset(field for field in given if given[field] is not None):
         read = _read_implicit  # the prompt can only be inside the sides
@@ -356,17 +361,17 @@ def _with_context(
 
 
 def _unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
-    """Return the names of fields with a value that nothing reads."""
+    """Return the names of fields with a value that nothing reads, and the keys of messages."""
     scores: tuple[str, ...] = ()
     if content.scores is not None and content.field:
         scores = ("scores",)
     elif content.scores is not None:
         scores = _SCORES if len(content.responses) == 2 else LABELS
     read = _READ.union(content.responses, [content.field], scores)
-    names = tuple(with_value(record, [name for name in record if name not in read]))
-    if not isinstance(left_out := record.get(OTHERS), tuple):  # else a column of this name
-        return names
-    return (*(name for name in names if name != OTHERS), *left_out)
+    names = with_value(record, [name for name in record if name not in read])
+    if isinstance(left_out := record.get(OTHERS), tuple):  # else a column of this name
+        names = [*(name for name in names if name != OTHERS), *left_out]
+    return (*names, *unread_keys([content.prompt, *content.responses.values(), record.get("history")]))
 
 
 def _exchanged(record: PreferenceRecord) -> PreferenceRecord:

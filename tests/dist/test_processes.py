@@ -15,7 +15,7 @@ import psutil
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig
+from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig
 from dpo_dist.data.encoded import build, workers
 from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.workers import CHUNK_RECORDS
@@ -63,7 +63,7 @@ def test_ranks_divide_the_cores_of_their_node(
     assert (workers.processes_for(10**6), workers.processes_for(1)) == (expected, 1)
 
 
-REAL = ("bad_records.jsonl", "ranked_oasst_history_zh.json")
+REAL = {"bad_records.jsonl": DataFormat.auto, "ranked_oasst_history_zh.json": DataFormat.ranked}
 
 
 def test_any_number_of_records_is_encoded_equally(tmp_path: Path) -> None:
@@ -73,7 +73,9 @@ def test_any_number_of_records_is_encoded_equally(tmp_path: Path) -> None:
         (tmp_path / str(count)).mkdir()
         sources.append(source(tmp_path / str(count), BAD, *map(record, range(count)), "no object"))
     if (shared := shared_data_dir()) is not None:
-        sources += [SourceConfig(str(shared / name), limit=200) for name in REAL]
+        sources += [
+            SourceConfig(str(shared / name), format=format_, limit=200) for name, format_ in REAL.items()
+        ]
     options = {"max_length": 200, "ranked": Ranked.all_pairs}
     one = prepare(tmp_path, sources, 1, tiny.mistral(), **options)
     start_parent()

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from dpo_dist.training.reporting.metrics_log import read_latest_rows
 from tests.e2e.conftest import Overrides
 from tests.support.launch import history, run_verb, summary, train
 
-RANKINGS = [
+RANKINGS: list[dict[str, Any]] = [
     {"prompt": f"question {n}", "responses": [f"answer {n} {rank}" * (rank + 1) for rank in range(2 + n % 3)]}
     for n in range(9)
 ]
@@ -76,7 +77,12 @@ def test_labelled_responses_train_the_same_on_two_processes_and_are_scored_once(
 @pytest.mark.parametrize(
     ("rows", "loss", "said"),
     [
-        (RANKINGS, "sigmoid", "set loss.kind=plackett_luce"),
+        (
+            [row | {"scores": [4, 3, 2, 1][-len(row["responses"]) :]} for row in RANKINGS],
+            "sigmoid",
+            "set loss.kind=plackett_luce",
+        ),
+        (RANKINGS, "plackett_luce", "format: ranked"),
         (COMPLETIONS, "sigmoid", "set loss=sft"),
         (COMPLETIONS, "kto", "a label: true or false"),
         (SCORED, "kto", "data.unpair=true to take pairs apart"),

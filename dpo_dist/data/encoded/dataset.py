@@ -6,6 +6,7 @@ Token ids and masks are in the files of the sources, the other columns in a file
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -477,9 +478,10 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
         check(~is_labelled, "no single response with a label", taken_apart)
         # Read alone, 0 is bad; beside -1 it is perhaps neutral.
         sources = np.repeat(np.arange(len(dataset.source_pairs)), dataset.source_pairs)
-        remedy = "let a reader of the source return true, false, or None for a record to drop (docs/data.md)"
-        is_mixed = np.isin(sources, sources[best == -1])
-        check((best == 0) & is_mixed, "labels of 0 and of -1 in one source", remedy)
+        is_unclear = (best == 0) & np.isin(sources, sources[best == -1])
+        if is_unclear.any():
+            remedy = _without_neutral(sources[is_unclear], dataset.source_pairs)
+            check(is_unclear, "labels of 0 and of -1 in one source", remedy)
         return
     ignored = "; if the label does not judge the response, ignore it: columns: {label: null}"
     check(is_labelled, "one response with a label, good or bad", Remedy.to_set("loss=kto") + ignored)
@@ -491,3 +493,17 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
     if loss.needs_scores:
         got = "no scores, or a chosen response that is not scored above the rejected one"
         check(~(dataset.score_gaps(every) > 0), got, "remove these records, or set another loss.kind")
+
+
+def _without_neutral(sources: Indices, pairs: Sequence[int]) -> str:
+    """Return advice for labels of 0 that may be neutral: their sources, and the examples of each source."""
+    # Beside them the usual share of other records may be bad.
+    share = max(np.count_nonzero(sources == source) / pairs[source] for source in np.unique(sources))
+    share = min(math.ceil(100 * share) / 100 + DataConfig().max_bad_share, 1)
+    value = "float(record['label'])"
+    read = f"def read(record): return {{**record, 'label': {value} > 0}}"
+    return (
+        f"if 0 is bad, let a reader of the source say so: reader: labels:read, with labels.py: `{read}`; "
+        f"if it is neutral, let it drop these records: `{read} if {value} else None`, and set "
+        f"data.max_bad_share={share:g}"
+    )

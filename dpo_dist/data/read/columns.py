@@ -190,8 +190,10 @@ def _read_entry(source: SourceConfig, folder: Path, entry: Fields) -> SourceConf
         {name: value for name, value in dict(entry.get(key, {})).items() if value}
         for key in ("columns", "tags")
     )
-    keys = ("format", "columns", "split", "data_dir", "revision")
-    faults = [f"{key} of the source" for key in keys if getattr(source, key) not in (None, DataFormat.auto)]
+    keys = ("columns", "split", "data_dir", "revision")
+    # An entry has no word for a list that is best first; all other formats are said by its columns.
+    faults = [] if source.format in (DataFormat.auto, DataFormat.ranked) else ["format of the source"]
+    faults += [f"{key} of the source" for key in keys if getattr(source, key) is not None]
     faults += [] if field_of else [f"formatting {formatting}"]
     faults += [key for key in entry if key not in _KEYS]
     faults += [f"column {name}" for name in named if name not in field_of]

@@ -51,36 +51,35 @@ OTHERS = "*"
 #   writes for fields of other records' tools;
 # - read: each of its values is read, or drops the record;
 # - kept: it says, also without a value, what a record is: an empty response is not an absent one;
-# - asked: it is part of the prompt or of a pair, and no order of a ranking, which ignores it;
 # - unread: a template or a model uses it, but no format does: the prompt would change.
 _TABLE = (
-    (("prompt",), "columns text read kept asked"),
-    (("instruction",), "columns read kept asked"),
-    (QUESTIONS, "columns text read kept asked"),
-    (CONVERSATIONS, "columns json read kept asked"),
-    (SIDE_FIELDS, "text kept asked"),
+    (("prompt",), "columns text read kept"),
+    (("instruction",), "columns read kept"),
+    (QUESTIONS, "columns text read kept"),
+    (CONVERSATIONS, "columns json read kept"),
+    (SIDE_FIELDS, "text kept"),
     ((*PAIRS[0], *PAIRS[1], "rejected_response"), "columns"),
     (("response",), "text kept"),
     (("completion",), "columns text kept"),
     (LISTS, "kept"),
     (("responses", "output"), "columns"),
-    (SYSTEMS, "read asked"),
-    (("history",), "json read asked"),
-    (TOOLS, "nulls read asked"),
+    (SYSTEMS, "read"),
+    (("history",), "json read"),
+    (TOOLS, "nulls read"),
     ((*TOOLS_OF_SIDES, TEMPLATE_ARGUMENTS), "nulls read"),
     (("system", "history", "input", "tools", TEMPLATE_ARGUMENTS, "documents"), "columns rare"),
     (("context",), "text read"),  # of a question: no format adds it to the prompt, which must contain it
     (("conversation",), "read"),
     (("enable_thinking",), "read kept"),
-    (IMAGES, "read asked"),
+    (IMAGES, "read"),
     (("images", "videos", "audios"), "columns rare"),
     (("documents", *MEDIA), "read unread"),
     (tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA), "read unread"),
     (IMAGES_OF_SIDES, "read"),
-    (tuple(itertools.chain(*PAIR_SCORES)), "kept asked"),
+    (tuple(itertools.chain(*PAIR_SCORES)), "kept"),
     ((*PAIR_SCORES[0], "scores"), "columns rare"),
     (("scores",), "json kept"),
-    (("metadata",), "json"),  # with the scores of a pair, or an order
+    (("metadata",), "json"),  # with the scores of a pair
     (NUMBERS, "columns rare read kept"),
     (VOTES, "columns rare read kept"),
     (("label",), "columns rare"),

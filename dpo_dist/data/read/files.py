@@ -105,7 +105,7 @@ def read_file(file: Path, path: str, folders: Sequence[Path] = ()) -> Iterator[R
             case ".csv" | ".tsv" as kind:
                 values = _table_lines(_opened(file, path), path, _SEPARATORS[kind])
             case _:
-                values = enumerate(_parquet_rows(file), start=1)
+                values = enumerate(_parquet_rows(file, path), start=1)
         yield from numbered_records(values, path, (*folders, file.parent))
     except (OSError, ValueError, pyarrow.ArrowException, csv.Error) as fault:
         raise DataError(
@@ -328,9 +328,18 @@ def _table_lines(stream: BinaryIO, path: str, separator: str) -> Iterator[tuple[
     csv.field_size_limit(MAX_RECORD_BYTES)
     rows = csv.reader(lines(), delimiter=separator, strict=True)
     header = next(filter(None, rows), [])
-    _check_columns(header)
+    _check_columns(list(filter(str.strip, header)), path)
+    # Excel writes columns without a name for cells that look empty; pandas has its index in the first one.
+    nameless = [column for column, name in enumerate(header) if column and not name.strip()]
     line = rows.line_num + 1
     for cells in rows:
+        if filled := [column for column in nameless if "".join(cells[column : column + 1]).strip()]:
+            raise DataError(
+                "a column of the table has values, but no name",
+                where=f"{path}:{line}",
+                got=f"column {filled[0] + 1} of {len(header)}",
+                remedy="name the column in the first line of the table, or remove it",
+            )
         if len(cells) > len(header):
             yield line, ValueError(f"{len(cells)} cells for {len(header)} columns")
         elif not _is_utf8("".join(cells)):
@@ -377,15 +386,21 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _check_columns(names: list[str]) -> None:
-    if len(set(names)) < len(names):
-        raise ValueError(f"two columns have the same name: {', '.join(map(shown_key, names))}")
+def _check_columns(names: Sequence[str], path: str) -> None:
+    """Check that no two columns have one name. Raises DataError."""
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise DataError(
+            "two columns have the same name",
+            where=path,
+            got=", ".join(map(shown_key, repeated)),
+            remedy="rename or remove one of them",
+        )
 
 
-def _parquet_rows(file: Path) -> Iterator[Any]:
+def _parquet_rows(file: Path, path: str) -> Iterator[Any]:
     # Without a buffer a whole column of a row group would be loaded at once.
     table = pyarrow.parquet.ParquetFile(file, buffer_size=_BLOCK_BYTES, pre_buffer=False)
-    _check_columns(table.schema_arrow.names)
+    _check_columns(table.schema_arrow.names, path)
     groups = map(table.metadata.row_group, range(table.num_row_groups))
     largest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
     if largest > MAX_RECORD_BYTES:

@@ -1,8 +1,6 @@
 """Layouts of records: where a pair, a ranking or a single response has its prompt and responses."""
 
 import itertools
-import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,22 +13,15 @@ from dpo_dist.data.read.fields import (
     QUESTIONS,
     SHARED_SIDES,
     SIDE_FIELDS,
-    fields_with,
 )
-from dpo_dist.data.read.messages import (
-    WEIGHTS,
-    check_no_media,
-    has_more,
-)
+from dpo_dist.data.read.messages import check_no_media, has_more
 from dpo_dist.data.read.values import (
     finite_numbers,
-    from_json,
     given_images,
     has_value,
     is_messages,
     message_role,
     spelled_messages,
-    to_number,
     with_value,
 )
 from dpo_dist.data.records import FIRST_TURN, UnusableRecordError, shown_key
@@ -131,33 +122,6 @@ def _pair_scores(record: Fields) -> tuple[float, ...] | None:
 # Rankings.
 _TEXTS = ("content", "text", "response", "answer")
 _SCORES = ("score", "fine-grained_score", "overall_score", "rating", "reward")
-# Fields with an order of the responses that no format reads, whatever their values.
-_ORDERS = ("rank", "ranks", "reward", "rewards", "rating", "ratings", "label", "labels", "choice")
-# Words in names of fields that say which response is better. A list of numbers, one for each response, needs
-# no such word: it is nearly always an order.
-_ORDER_WORD = re.compile(
-    "(rank|order|best|better|worse|worst|prefer|pref|cho[so]|choice|select|pick|(up|down)?vote|scor|rating|reward|"
-    r"(in)?correct|wrong|label|grad|judg|verdict|decision|elo|quality|accept|reject|gold)\w{0,5}|"
-    "win(s|ner|ners|ning)?|(dis)?like[sd]?"
-)
-# What names with such words may tell instead: who or what has judged, or a question's answer.
-_NO_JUDGEMENT = re.compile(
-    r"\b(rank|scor|rating|reward|grader|judg|preference)\w* "
-    r"(model|source|dataset|method|prompt|template|version)\b"
-    r"|\bgrade level\b|\b(gold|correct) (answer|solution)s?\b|\bchoices$|\bbest of\b"
-)
-# Words in names of numbers that are no judgement.
-_NO_ORDER_WORD = re.compile(
-    "(id|index|idx|seed|time|timestamp|date|year|version|created|length|token|char|word|byte|size|turn|"
-    "temperature|latency|duration|second|cost|price|count|position|step|epoch|page|uuid|logp|logprob|"
-    "perplexity)s?|top|len|num"
-)
-_ASKED = {*fields_with("asked")}
-_MESSAGE_FIELDS = ("role", "from", "value", "name")
-# A text that names one of several responses: "B", "2", "response_b", "Assistant 1".
-_POINTER = re.compile(
-    r"((response|answer|completion|output|assistant|model|candidate|option)[ _-]?)?([a-z]|\d+)"
-)
 
 
 def has_ranking(record: Fields) -> bool:
@@ -166,7 +130,7 @@ def has_ranking(record: Fields) -> bool:
 
 
 def ranking(record: Fields) -> Content:
-    """Return a list of responses: best first as given, or sorted by the scores inside them."""
+    """Return a list of responses: sorted by the scores inside them, else best first as given."""
     lists = [name for name in LISTS if record.get(name) is not None]
     if not lists:
         raise UnusableRecordError("missing_field", "responses")
@@ -191,7 +155,8 @@ def ranking(record: Fields) -> Content:
         for _, item in best_first:
             text = _first(item, _TEXTS)
             # The whole message if it has tool calls or thoughts.
-            responses.append({"role": "assistant", **item, "content": text} if has_more(item) else text)
+            rest = {key: item[key] for key in item if key not in (*_TEXTS, *_SCORES, "rank")}
+            responses.append({"role": "assistant", **rest, "content": text} if has_more(item) else text)
     elif beside is not None:
         scores = finite_numbers(beside)
         if len(scores) != len(items) or any(low < high for low, high in itertools.pairwise(scores)):
@@ -200,96 +165,8 @@ def ranking(record: Fields) -> Content:
         raise UnusableRecordError("missing_field", f"a response in {name}")
     if scores is not None and scores[0] == scores[-1]:
         raise UnusableRecordError("all_tied", f"all scores are {scores[0]:g}")
-    if scores is None and (unread := _unread_orders(record, name, items)):
-        detail = f"an order of the responses in {', '.join(unread)}; write `scores`: higher is better"
-        raise UnusableRecordError("unread_content", detail, tuple(unread))
     by_rank = {f"rank {rank}": spelled_messages(text) for rank, text in enumerate(responses, start=1)}
     return Content(record_prompt(record, by_rank.values()), by_rank, scores, name)
-
-
-# Does a field that no format reads tell which of several responses is better? Then they may not be best
-# first. For `responses` [X, Y] each of these may:
-#   winner: Y                          _has_order: a text that is a later response, or names one ("B");
-#   verdict: fine, and best: 1         or any text, or a place, if the name alone says so (`_judges`)
-#   helpfulness: [3, 4]                _is_order: one value for each response: numbers that differ, by nearly
-#                                      any name, or others that differ, if the name says so (`_judges`)
-#   ranking: [2, 1, 3]                 _are_pointers: more or fewer numbers or names, if the name says so
-#   judge: {stars: [3, 4]}             _has_order, again, of each value inside, by both names
-#   details: [{stars: 3}, {stars: 4}]  _orders_inside: of each field of the objects `_is_order` again; the
-#                                      responses may be such objects themselves
-
-
-def _unread_orders(record: Fields, name: str, items: list[Any]) -> list[str]:
-    """Return the fields of a record, or of its responses in `name`, that may tell which is better."""
-    ends = [item[-1] if isinstance(item, list) and item else item for item in items]
-    texts = [_first(end, _TEXTS) if isinstance(end, Mapping) else end for end in ends]
-    found = _orders_inside(ends)
-    for field, value in record.items():
-        if field not in _ASKED | {name} and has_value(value):
-            found += [field] if field in _ORDERS or _has_order(field, from_json(value), texts) else []
-    return list(map(shown_key, found))
-
-
-def _has_order(name: str, value: Any, texts: list[Any]) -> bool:
-    """Return whether a field beside a list of responses with these texts may tell their order."""
-    is_named, judges = _has_word(name, _ORDER_WORD), _judges(name)
-    if isinstance(value, Mapping):
-        return any(_has_order(f"{name} {key}", inner, texts) for key, inner in value.items())
-    if isinstance(value, list):
-        if len(value) != len(texts):
-            return is_named and _are_pointers(value)
-        return _is_order(name, value)
-    if isinstance(value, str):
-        pointer = _POINTER.fullmatch(value.strip().lower())
-        is_pointer = pointer is not None and (pointer[1] is not None or is_named)
-        return is_pointer or judges or value in texts[1:]
-    is_place = value in range(len(texts) + 1) and not isinstance(value, bool)
-    return judges and is_place
-
-
-def _orders_inside(items: list[Any]) -> list[str]:
-    """Return the fields of objects, one for each response, whose values may tell their order."""
-    objects = [item if isinstance(item, Mapping) else {} for item in items]
-    names = set(itertools.chain(*objects)) - {*_TEXTS, *WEIGHTS, *_MESSAGE_FIELDS}
-    return sorted(
-        name for name in map(str, names) if _is_order(name, [fields.get(name) for fields in objects])
-    )
-
-
-def _is_order(name: str, values: list[Any]) -> bool:
-    """Return whether values, one for each response, may be an order: judgements, or numbers that differ."""
-    if all(value == values[0] for value in values):
-        return False
-    are_numbers = not any(isinstance(value, list) for value in values) and _are_pointers(values)
-    may_be_order = _has_word(name, _ORDER_WORD) or not _has_word(name, _NO_ORDER_WORD)
-    return _judges(name) or (are_numbers and may_be_order) or bool(_orders_inside(values))
-
-
-def _are_pointers(values: list[Any]) -> bool:
-    """Return whether all values are numbers, flags, or names of responses, perhaps in lists."""
-    return all(
-        _are_pointers(value)
-        if isinstance(value, list)
-        else _POINTER.fullmatch(value.strip().lower()) is not None or math.isfinite(to_number(value))
-        if isinstance(value, str)
-        else value is None or isinstance(value, bool | int | float)
-        for value in values
-    )
-
-
-def _has_word(name: str, pattern: re.Pattern[str]) -> bool:
-    """Return whether a word in a field's name fits a pattern."""
-    return any(map(pattern.fullmatch, _words(name)))
-
-
-def _judges(name: str) -> bool:
-    """Return whether a field of this name tells which response is better, whatever its values."""
-    return _has_word(name, _ORDER_WORD) and _NO_JUDGEMENT.search(" ".join(_words(name))) is None
-
-
-def _words(name: str) -> list[str]:
-    """Return the words of a field's name, also in camel case."""
-    return [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)]
 
 
 def _own_scores(responses: Sequence[Fields]) -> Sequence[Any]:

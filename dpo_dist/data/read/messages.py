@@ -2,11 +2,11 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dpo_dist.data.read.fields import MEDIA
+from dpo_dist.data.read.fields import IMAGES, MEDIA
 from dpo_dist.data.read.values import (
     ALL_ROLES,
     ARGUMENTS,
@@ -56,6 +56,20 @@ _PARTS = ("text", "reasoning", "thinking", "tool_call")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 # The fields of such a part that can have its image.
 _SOURCES = ("image", "image_url", "url", "path", "base64")
+# The keys of a message that are read, or that drop its record, beside its role and its content.
+_READ = frozenset(
+    (
+        *_CALL_FIELDS,
+        *_THOUGHTS,
+        *WEIGHTS,
+        *_UNREAD_WEIGHTS,
+        *IMAGES,
+        *MEDIA,
+        "channel",
+        "name",
+        "tool_call_id",
+    )
+)
 PLACED = "images"
 """A field of messages until `place_images` reads it: the values of the content's images, None for one that
 is in the record's own list."""
@@ -92,8 +106,29 @@ def check_no_media(messages: Sequence[Fields]) -> None:
             raise unread_error(f"a message has {', '.join(unread)}", unread)
 
 
+def unread_keys(values: Iterable[Any]) -> tuple[str, ...]:
+    """Return the keys of messages in these values that have a value and that nothing reads."""
+    found = dict[str, None]()
+    for value in values:
+        for fields in value if isinstance(value, list) else [value]:
+            if not isinstance(fields, Mapping) or len(fields) == 2:  # fast path: most messages
+                continue
+            read = _READ.union(_said_by(fields))
+            given = {name: fields[name] for name in fields if name not in read}
+            inner = from_json(given.get("additional_kwargs"))
+            if isinstance(inner, Mapping):  # calls in it are read
+                given["additional_kwargs"] = {name: inner[name] for name in inner if name not in _CALL_FIELDS}
+            found |= dict.fromkeys(with_value(without_nulls(given), given))
+    return tuple(f"messages[].{shown_key(name)}" for name in found)
+
+
+def _said_by(fields: Fields) -> tuple[str, str]:
+    """Return the keys of a message's role and content."""
+    return ("role", "content") if "role" in fields else ("from", "value")
+
+
 def _read_message(fields: Fields) -> Message:
-    role, content = map(fields.get, ("role", "content") if "role" in fields else ("from", "value"))
+    role, content = map(fields.get, _said_by(fields))
     if isinstance(role, str) and role in PLAIN_ROLES and isinstance(content, str) and len(fields) == 2:
         return Message(ROLES.get(role, role), content)  # fast path: most messages
     check_no_media([fields])

@@ -188,7 +188,7 @@ def _by_template(
     given = [*_contents(messages), *tool_names]
     if not all(
         _is_written(whole, given)
-        and _is_written(text, [*_contents(turns), message_thought(turns[-1]) or ""])
+        and _is_written(text, [*_contents(turns), _thought(turns[-1])])
         and chat.writes_calls((*messages, *turns), context)
         for whole, text, turns in zip(spelled, texts, responses, strict=True)
     ):
@@ -484,6 +484,16 @@ def _split_thought(content: str) -> tuple[str, str]:
     return content[:end], content[end:]
 
 
+def _spelled_thought(content: str) -> str:
+    """Return the thought in a content, without its tags."""
+    return _split_thought(content)[0].removesuffix(_CLOSE).rpartition(_OPEN)[2].strip()
+
+
+def _thought(message: Message) -> str:
+    """Return the thought of a message, from its content or a field; "" if it has none."""
+    return _spelled_thought(message.content) if _CLOSE in message.content else message_thought(message) or ""
+
+
 def _within_thought(content: str, prompt: str) -> str:
     """Return a content without its opening tag of a thought, which the prompt already has."""
     start = content.lstrip()
@@ -495,8 +505,7 @@ def _within_thought(content: str, prompt: str) -> str:
 
 def _has_only_thought(rendered: str, content: str) -> bool:
     """Return whether a rendered response has the thought of a content, and no other."""
-    thought = _split_thought(content)[0].removesuffix(_CLOSE).rpartition(_OPEN)[2].strip()
-    return rendered.count(_CLOSE) == 1 and thought in rendered
+    return rendered.count(_CLOSE) == 1 and _spelled_thought(content) in rendered
 
 
 def _with_spelled_thought(message: Message) -> Message:

@@ -1,6 +1,7 @@
 """Encoded datasets: examples, rankings, scores and masks by index; what a loss can use; counts."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -136,7 +137,9 @@ def test_examples_of_no_use_to_the_loss_are_listed() -> None:
     assert raised.value.got.startswith("no scores")
 
 
-def test_a_label_of_0_beside_minus_1_is_no_bad_response(tmp_path: Path) -> None:
+def test_a_label_of_0_beside_minus_1_is_no_bad_response(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def labelled(name: str, *labels: int) -> str:
         rows = ({"prompt": f"{name} {label}", "completion": "a", "label": label} for label in labels)
         return file_of(tmp_path, name, *rows)
@@ -146,16 +149,29 @@ def test_a_label_of_0_beside_minus_1_is_no_bad_response(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="kto cannot use 1 of 5 examples") as raised:
         check_fits_loss(opened(tmp_path, one, three), kto)
     assert raised.value.where == f"{three}:2"
+    # The readers that the remedy writes: 0 is bad, or it is neutral.
+    remedy = raised.value.remedy
+    monkeypatch.syspath_prepend(tmp_path)
+    [share] = re.findall(r"data.max_bad_share=([\d.]+)", remedy)
+    for module, (code, pairs) in {
+        "bad_labels": (re.findall("`(.+?)`", remedy)[0], 5),
+        "neutral_labels": (re.findall("`(.+?)`", remedy)[1], 4),
+    }.items():
+        (tmp_path / f"{module}.py").write_text(code)
+        read = SourceConfig(three, reader=f"{module}:read")
+        data = opened(tmp_path, one, read, max_bad_share=float(share))
+        check_fits_loss(data, kto)
+        assert len(data) == pairs
 
 
 SCORED = {"low": 1, "mid": 4, "tie": 1, "top": 7}
 ROWS = [
-    {"prompt": "one", "responses": ["best", "middle", "worst"]},
+    {"prompt": "one", "responses": ["best", "middle", "worst"], "scores": [3, 2, 1]},
     {"prompt": "two", "responses": [{"text": text, "score": score} for text, score in SCORED.items()]},
     TEXT | {"score_chosen": 2, "score_rejected": 5},
     {"prompt": "three", "completion": "learnt"},
 ]
-GIVEN: dict[str, float] = SCORED | {"good": 2, "bad": 5}
+GIVEN: dict[str, float] = SCORED | {"best": 3, "middle": 2, "worst": 1, "good": 2, "bad": 5}
 
 
 @pytest.mark.parametrize(
@@ -200,7 +216,8 @@ def masks_of(dataset: PreferenceDataset, index: int) -> list[list[bool]]:
 def sources(tmp_path: Path) -> list[str]:
     def row(number: int) -> dict[str, Any]:
         responses = [f"answer {n} " * (n + number) for n in range(1, 3 + number % 3)]
-        return {"prompt": f"question {number}", "responses": responses}
+        scores = [*range(len(responses), 0, -1)]
+        return {"prompt": f"question {number}", "responses": responses, "scores": scores}
 
     return [file_of(tmp_path, str(start), *map(row, range(start, start + 5))) for start in (0, 5, 10)]
 
@@ -283,8 +300,8 @@ def test_a_source_in_two_forms_is_a_warning(tmp_path: Path) -> None:
 
 def test_duplicates_are_counted(tmp_path: Path) -> None:
     swapped = GOOD[0] | {"chosen": GOOD[0]["rejected"], "rejected": GOOD[0]["chosen"]}
-    ranking = {"prompt": "q", "responses": ["a", "b", "c"]}
-    other_order = {"prompt": "q", "responses": ["a", "c", "b"]}
+    ranking = {"prompt": "q", "responses": ["a", "b", "c"], "scores": [3, 2, 1]}
+    other_order = ranking | {"responses": ["a", "c", "b"]}
     once = opened(tmp_path, file_of(tmp_path, "once", *GOOD, swapped, ranking, other_order))
     assert once.counts["duplicates"] == 0
     twice = opened(

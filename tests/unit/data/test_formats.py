@@ -35,7 +35,7 @@ PAIR = {"chosen": "good", "rejected": "bad"}
 CHAT = PAIR | {"prompt": [user("q")]}
 WHOLE = {"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]}
 HH = {"chosen": H + " good", "rejected": H + " bad"}
-RANKED = {"prompt": "q", "responses": ["good", "bad", "worse"]}
+RANKED = {"prompt": "q", "responses": ["good", "bad", "worse"], "scores": [3, 2, 1]}
 COMPLETION = {"prompt": "q", "completion": "good"}
 DONE = [user("q"), assistant("good")]
 
@@ -164,12 +164,31 @@ def test_fields_without_effect_are_accepted(fields: dict[str, Any], nothing: Any
         (TEXT | {"loss_weight": 2, "votes_chosen": 3, "votes_rejected": 1, "context": "q"}, ""),
         (TEXT | {"chosen_score": 3, "metadata": {"a": 1}, "label": 1}, "chosen_score metadata label"),
         (TEXT | {"chosen_score": 3, "rejected_score": 2, "metadata": {"a": 1}, "scores": [1]}, "scores"),
-        (RANKED | {"scores": [3, 2, 1], "label": "x", "output": "y"}, "label output"),
+        (RANKED | {"label": "x", "output": "y"}, "label output"),
         (COMPLETION | {"label": True}, ""),
         (COMPLETION | {"topic": "physics", "score_chosen": 1}, "topic score_chosen"),
         (CHAT | {"tools": [{"name": "f"}], "rejected_tools": '[{"name": "f"}]', "system": "be kind"}, ""),
         (PAIR | {"question": "q", "history": [["a", "b"]], "system_prompt": "be kind"}, ""),
         (HH | {"prompt": "q", "idx": 3}, "idx"),
+        (
+            CHAT
+            | {
+                "prompt": [user("q") | {"id": 3}],
+                "chosen": [assistant("good") | {"tool_plan": "look it up", "refusal": None, "weight": 1}],
+                "history": [user("p") | {"spans": [{"a": None}], "empty": []}, assistant("a") | {"id": 4}],
+            },
+            "messages[].id messages[].tool_plan messages[].spans",
+        ),
+        (
+            {
+                "prompt": [user("q")],
+                "responses": [
+                    {"text": "good", "thinking": "hm", "score": 2, "rank": 1, "plan": "look it up"},
+                    {"text": "bad", "score": 1, "rank": 2},
+                ],
+            },
+            "messages[].plan",
+        ),
         *((TEXT | {"*": value, "vector": np.zeros(2)}, "* vector") for value in (3, "ab", [{}])),
         (TEXT | {"*": None}, ""),
     ],
@@ -210,7 +229,7 @@ def test_the_configured_format_decides() -> None:
         (TEXT, "q"),
         ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 1]}, "q"),
         (HH, [Q]),
-        ({"prompt": "q", "responses": ["a", "b"], "winner": "b"}, "q"),
+        ({"prompt": "q", "responses": ["a", "b"]}, "q"),
         ({"prompt": "q", "input": "p", "completion": "a"}, "unread_content"),
         (
             {
@@ -325,6 +344,11 @@ def test_calls_only_in_additional_kwargs_are_read_once() -> None:
             record = good({"prompt": [user("q")], "chosen": [turn], "rejected": [assistant("no")]})
             [read_call] = record.responses[0][0].fields["tool_calls"]  # type: ignore[union-attr]
             assert read_call["function"] == {"name": "weather", "arguments": ARGUMENTS}
+            assert not record.unread
+    turn = assistant("yes") | {"additional_kwargs": {"reasoning_content": "hm"}}
+    assert good({"prompt": [user("q")], "chosen": [turn], "rejected": "no"}).unread == (
+        "messages[].additional_kwargs",
+    )
 
 
 @pytest.mark.parametrize("where", ["beside", "within"])
@@ -469,8 +493,7 @@ def test_a_conversation_is_the_same_in_each_format_and_kind_of_file(tmp_path: Pa
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([fields]), tmp_path / "table.parquet")
     jsonl(tmp_path, fields)
     for path in tmp_path.iterdir():
-        # In a cell the list could also be one text.
-        format_ = DataFormat.ranked if "output" in fields and path.suffix == ".csv" else DataFormat.auto
+        format_ = DataFormat.ranked if "output" in fields else DataFormat.auto
         [record] = read_records(SourceConfig(str(path), format=format_))
         assert isinstance(record, PreferenceRecord), record
         assert seen(record.prompt) == [[turn["role"], turn["content"]] for turn in BEFORE], path.name
@@ -479,7 +502,7 @@ def test_a_conversation_is_the_same_in_each_format_and_kind_of_file(tmp_path: Pa
 
 SHARED = shared_data_dir()
 RANKED_FAULTS = {"identical_responses": 6}
-BAD_FAULTS = {"history_differs": 5, "empty_response": 7, "identical_responses": 11}
+BAD_FAULTS = {"history_differs": 5, "empty_response": 7, "identical_responses": 5, "no_scores": 6}
 # Kept and dropped records of each file, and of each entry of dataset_info.json.
 FILES: list[tuple[str, dict[str, Any], int, dict[str, int]]] = [
     ("hh_rlhf_sample.jsonl", {}, 1491, {"empty_response": 4, "history_differs": 5}),
@@ -489,7 +512,7 @@ FILES: list[tuple[str, dict[str, Any], int, dict[str, int]]] = [
     ("llama_factory_kto_en.json", {}, 60, {}),
     ("llama_factory_kto_en.json", {"format": DataFormat.labelled}, 60, {}),
     ("ultrafeedback_plain_scored.jsonl", {}, 293, {"identical_responses": 5, "empty_response": 2}),
-    ("ranked_oasst_history_zh.json", {}, 244, RANKED_FAULTS),
+    ("ranked_oasst_history_zh.json", {"format": DataFormat.ranked}, 244, RANKED_FAULTS),
     ("system_history_question_zh.jsonl", {}, 150, {}),
     ("sharegpt_string_answers_zh.jsonl", {}, 80, {}),
     ("toolcall_pairs_zh.jsonl", {}, 11, {}),
@@ -503,7 +526,7 @@ FILES: list[tuple[str, dict[str, Any], int, dict[str, int]]] = [
     ("", {"name": "dpo_zh_demo"}, 300, {}),
     ("dataset_info.json", {"name": "ultrafeedback"}, 100, {}),
     ("", {"name": "orca_pairs"}, 60, {}),
-    ("", {"name": "oaast_rm_zh"}, 244, RANKED_FAULTS),
+    ("", {"name": "oaast_rm_zh", "format": DataFormat.ranked}, 244, RANKED_FAULTS),
     ("", {"name": "kto_en_demo"}, 60, {}),
 ]
 

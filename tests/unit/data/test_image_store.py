@@ -376,6 +376,7 @@ def test_the_planner_counts_images(tmp_path: Path, processor: ImageProcessor) ->
     ranking = {
         "prompt": [{"role": "user", "content": "What is it?"}],
         "responses": ["A dog.", "A cat.", "No."],
+        "scores": [3, 2, 1],
         "images": ["a.png"],
     }
     (tmp_path / "ranking.jsonl").write_text(json.dumps(ranking))

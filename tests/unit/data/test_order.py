@@ -32,7 +32,7 @@ prompts = texts.map("prompt".__add__)
 pairs = st.tuples(prompts, texts, st.integers(0, 6))
 rankings = st.fixed_dictionaries(
     {"prompt": prompts, "responses": st.lists(texts.map("a".__add__), min_size=2, max_size=4, unique=True)}
-)
+).map(lambda row: row | {"scores": [*range(len(row["responses"]), 0, -1)]})
 
 
 def rows_of_pairs(drawn: Sequence[tuple[str, str, int]]) -> list[dict[str, str]]:
@@ -85,6 +85,7 @@ def test_no_more_is_claimed_than_rankings_of_several_sources_share(
                 texts = [one["text"] if isinstance(one, dict) else one for one in row["responses"]]
                 scored = zip(texts, scores, strict=True)
                 row["responses"] = [{"text": text, "score": score} for text, score in scored]
+                del row["scores"]
     data = data_of(*sources, limit=limit, ranked=how, unpair=unpair)
     for which in (None, 0, None, None):
         check_claims(data, some_of(data, draw), which)
@@ -104,7 +105,7 @@ def test_a_partner_shares_the_prompt_only(drawn: Any, draw: random.Random) -> No
 
 
 def test_what_begins_a_response_is_counted_once_where_a_forward_shares_it() -> None:
-    data = data_of([{"prompt": "prompt", "responses": ["aaab", "aab", "aabb"]}])
+    data = data_of([{"prompt": "prompt", "responses": ["aaab", "aab", "aabb"], "scores": [3, 2, 1]}])
     [prompt, *responses] = data.lengths(0)
     every, unshared = np.arange(1), sum(prompt + tokens - 1 for tokens in responses)
     shared = sizes_of(data, every)

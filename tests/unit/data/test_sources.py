@@ -97,6 +97,7 @@ DAMAGED = {
         ("a.json", b"[ ]", ""),
         ("a.csv", BOM + CSV, "2, 5 unparsable, 6 missing_field, 7, 8 unparsable, 9"),
         ("a.csv", BOM + b"\n\r\n" + CSV[:40], "4"),
+        ("a.csv", b",prompt,chosen,rejected,,\n0,q,a,b,,\n1,q,a,b, \n", "2, 3"),
         ("a.parquet", parquet("q", "p"), "1, 2"),
     ],
     ids=lambda value: str(value)[:40],
@@ -117,7 +118,8 @@ def test_bad_records_lose_no_neighbour(tmp_path: Path, name: str, content: bytes
         ("a.parquet", parquet("q")[:-10], "to its end"),
         ("a.parquet", b"PAR1" + bytes(36) + parquet("q")[40:], "to its end"),
         ("a.csv", b'prompt,chosen,rejected\nq,"never closed,b\nq,a,b\n', "to its end"),
-        ("a.csv", b"prompt,chosen,chosen\nq,a,b\n", "same name"),
+        ("a.csv", b"prompt,chosen,chosen\nq,a,b\n", "same name(.|\n)*got: +chosen\n"),
+        ("a.csv", b"prompt,chosen,rejected,,\nq,a,b,,\nq,a,b,,note\n", ":3\n(.|\n)*got: +column 5 of 5\n"),
         (
             "a.csv",
             BOM + b'"prompt";"chosen"\nq;a,b\n',

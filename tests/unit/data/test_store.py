@@ -198,7 +198,8 @@ def test_each_response_that_was_cut_is_marked_and_counted_by_side(tmp_path: Path
     short, long = "a", "b" * 400
     pairs = [(short, "c"), (long, short), (short, long)]
     rows = [{"prompt": "q", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
-    rows += [{"prompt": "q", "responses": [short, "c", long]}, {"prompt": "q", "completion": long}]
+    rows += [{"prompt": "q", "responses": [short, "c", long], "scores": [3, 2, 1]}]
+    rows += [{"prompt": "q", "completion": long}]
     path = jsonl(tmp_path, *rows)
     data = opened(tmp_path, path, max_length=64, ranked=Ranked.all_pairs)
     marks = [data.truncated[data.response_indices(np.array([index]))].tolist() for index in range(len(data))]

@@ -39,7 +39,11 @@ PAIRS = st.builds(
     st.sampled_from([{}, {}, {"loss_weight": 2.0}, {"margin": 0.5}]),
 )
 RANKINGS = st.builds(
-    lambda prompt, texts: {"prompt": f"q{prompt}", "responses": texts},
+    lambda prompt, texts: {
+        "prompt": f"q{prompt}",
+        "responses": texts,
+        "scores": [*range(len(texts), 0, -1)],
+    },
     TEXTS,
     st.lists(TEXTS.map("a".__add__), min_size=2, max_size=4, unique=True),
 )

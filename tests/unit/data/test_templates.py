@@ -215,6 +215,15 @@ def test_a_thought_of_one_side_is_encoded_alike_on_both(family: str, thinking: R
     assert "hm" in first or "<think>" in first or "content_not_rendered" in one.changes
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("thinking", [Message("assistant", SPELLED), *IN_FIELD], ids=["spelled", "field"])
+def test_the_thought_of_a_last_turn_is_written_or_counted(family: str, thinking: Message) -> None:
+    tokenizer = tokenizer_of(family)
+    found = encode(pair((ANSWER, DOUBT, thinking), OTHER), tokenizer, WIDE)
+    _, first, _ = texts(found, tokenizer)
+    assert ("hm" in first) is ("content_not_rendered" not in found.changes)
+
+
 @pytest.mark.parametrize("family", ["qwen3_5_think", "qwen3_6", "nemotron_3_nano"])
 @pytest.mark.parametrize(
     ("sides", "is_counted"),

@@ -137,7 +137,7 @@ def test_numbers_without_effect_leave_no_trace_and_those_of_a_ranking_are_of_its
     assert not data.numbers
     [batch] = shard_batch(data, np.array([0, 1]), 0, 1, 1024, COSTS).batches()
     assert (batch.loss_weight, batch.soft_label, batch.margin) == (None, None, None)
-    ranking = {"prompt": "q", "responses": ["good", "bad", "worse"], "loss_weight": 3}
+    ranking = {"prompt": "q", "responses": ["good", "bad", "worse"], "scores": [3, 2, 1], "loss_weight": 3}
     (tmp_path / "ranked").mkdir()
     taken_apart = opened(tmp_path / "ranked", jsonl(tmp_path, ranking, TEXT), ranked=Ranked.all_pairs)
     assert taken_apart.numbers["loss_weight"].tolist() == [3, 3, 3, 1]
@@ -155,7 +155,13 @@ def test_numbers_without_effect_leave_no_trace_and_those_of_a_ranking_are_of_its
         {"votes_chosen": 2},
         {"votes_chosen": 2, "votes_rejected": -1},
         VOTES | {"soft_label": 0.25},
-        {"chosen": None, "rejected": None, "responses": ["a", "b", "c"], "soft_label": 0.9},
+        {
+            "chosen": None,
+            "rejected": None,
+            "responses": ["a", "b", "c"],
+            "scores": [3, 2, 1],
+            "soft_label": 0.9,
+        },
         {"chosen": None, "rejected": None, "completion": "a", "margin": 1},
     ],
 )

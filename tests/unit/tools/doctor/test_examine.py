@@ -15,7 +15,7 @@ import pytest
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossConfig, LossKind
-from dpo_dist.config.schema import DataConfig, OnBadRecord, RunConfig, SourceConfig
+from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, RunConfig, SourceConfig
 from dpo_dist.data.encoded import workers
 from dpo_dist.data.records import eval_part, prompt_hash
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -452,7 +452,8 @@ FINDINGS: dict[str, tuple[str, str]] = {
 def test_the_findings_about_real_data_are_the_known_ones_and_quote_no_text(name: str) -> None:
     assert SHARED is not None
     file, counts = SHARED / name, Counter[str]()
-    report = examine(DataConfig(train=[SourceConfig(path=str(file))]), None)
+    format_ = DataFormat.ranked if name.startswith("ranked_") else DataFormat.auto
+    report = examine(DataConfig(train=[SourceConfig(path=str(file), format=format_)]), None)
     for finding in report.findings:
         counts[finding.rule] += finding.count
     alarms = {finding.rule for finding in report.findings if finding.level is not Level.note}
