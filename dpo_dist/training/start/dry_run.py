@@ -11,14 +11,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import (
     DataConfig,
     Dtype,
     ReferenceMode,
-    Resume,
     RunConfig,
     SourceConfig,
 )
@@ -55,7 +53,7 @@ from dpo_dist.training.start.footprint import quantization_notes, stored_notes
 from dpo_dist.training.start.inputs import NO_IMAGE, checked_model
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
 from dpo_dist.training.start.open_run import rate_warning
-from dpo_dist.training.start.run_state import check_fresh_start, find_finished
+from dpo_dist.training.start.run_state import RunState, expected_start
 
 _FIRST_RECORDS = 1024
 
@@ -88,9 +86,8 @@ def dry_run(
         plan: returns whether the run fits and how long it takes, for a mean number of tokens per pair.
     """
     run = RunFolder(config.run.path)
-    start_in_words = (
-        f" ({expected_start(config.identity, config.run.resume, run)})" if trains and not models else ""
-    )
+    is_training = trains and not models
+    place = f"{run} ({start_in_words(config)})" if is_training else str(run)
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     start = start_folder(config.model)
     encoder = load_encoder(folder, start, config.model)
@@ -101,11 +98,8 @@ def dry_run(
     router_loss(config.loss.router, causal_lm)
     check_template_keys(config.data, tokenizer)
     described = f"{folder}, {model_config.model_type}, vocabulary of {len(tokenizer):,}"
-    lines = [("run.dir", f"{run}{start_in_words}"), ("model.path", described)]
-    if config.run.mirror is not None and trains and not models:
-        from dpo_dist.training.mirror import Mirror  # noqa: PLC0415  (slow: DeepSpeed)
-
-        Mirror(config.run.mirror, run, config.trainer.keep_last, Console(None))
+    lines = [("run.dir", place), ("model.path", described)]
+    if config.run.mirror is not None and is_training:
         lines.append(("run.mirror", f"{config.run.mirror}, which can be written"))
     lines += (("model.path", note) for note in stored_notes(config.model, causal_lm))
     notes = quantization_notes(config.model, config.reference, causal_lm)
@@ -151,9 +145,7 @@ def dry_run(
         has_images = any(first.has_images for first in looked_at[key])
         if encoder.processor is not None and sources and not has_images:
             lines.append(("  warning", f"none of these records has an image: {NO_IMAGE}"))
-    faults = _faults(
-        looked_at["data.train"], looked_at["data.eval"], config.data, trains=trains and not models
-    )
+    faults = _faults(looked_at["data.train"], looked_at["data.eval"], config.data, trains=is_training)
     lines += [("  look at", f"{fault}: {text}") for fault, text in faults]
     if plan is not None:
         train = looked_at["data.train"]
@@ -197,15 +189,25 @@ def _faults(
     return faults
 
 
-def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> str:
-    """Return in words whether a start is new, resumes or has nothing to do; opens no checkpoint."""
-    if resume is not Resume.never:
-        if find_finished(identity, folder):
+def start_in_words(config: RunConfig) -> str:
+    """Return in words whether a start is new, resumes or has nothing to do; reads no checkpoint.
+
+    Raises an error if `run.mirror` cannot be written.
+    """
+    folder, identity, resume = RunFolder(config.run.path), config.identity, config.run.resume
+    if (url := config.run.mirror) is not None:
+        from dpo_dist.training.mirror import Mirror  # noqa: PLC0415  (slow: DeepSpeed)
+
+        mirror = Mirror(url, folder, config.trainer.keep_last, Console(None))
+        if (step := mirror.newer_step(identity, resume)) is not None:
+            return f"step {step:,} is restored from run.mirror"
+    match expected_start(identity, resume, folder):
+        case RunState():
             return "complete: nothing is left to train"
-        if checkpoint_folders(folder.checkpoints):
+        case None:
+            return "new"
+        case _:
             return "has checkpoints: the run resumes"
-    check_fresh_start(resume, folder)
-    return "new"
 
 
 def _first_records(
