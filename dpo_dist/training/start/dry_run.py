@@ -36,7 +36,7 @@ from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
 from dpo_dist.data.encoded.dataset_columns import dataset_columns, key_order
 from dpo_dist.data.encoded.store import has_images, read_counts, read_lengths
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.read.sources import pin_source
+from dpo_dist.data.read.sources import expected_number, pin_source
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.text.template import check_template_keys
 from dpo_dist.foundation.console import Console
@@ -65,6 +65,7 @@ class _FirstRecords(NamedTuple):
     notes: list[tuple[str, str]]  # lines about fields that no format reads, and about two forms
     tokens: float  # of an example, on average
     counts: DataCounts
+    pairs: float  # of the whole source, about
     prompts: npt.NDArray[np.uint64]  # the `prompt_hash` of each example
     has_images: bool  # whether a usable record has an image
 
@@ -148,10 +149,10 @@ def dry_run(
     faults = _faults(looked_at["data.train"], looked_at["data.eval"], config.data, trains=is_training)
     lines += [("  look at", f"{fault}: {text}") for fault, text in faults]
     if plan is not None:
-        train = looked_at["data.train"]
-        lines += plan(
-            config, fmean((found.tokens for found in train), [found.counts.pairs for found in train])
-        )
+        # As an epoch has them.
+        train = zip(looked_at["data.train"], config.data.train, strict=True)
+        drawn = [(first.tokens, first.pairs * source.weight) for first, source in train]
+        lines += plan(config, fmean(*zip(*drawn, strict=True)))
     doctor = "dpo-dist doctor with the same arguments without --check examines all records"
     report = CheckReport(lines, hint="" if models else doctor)
     if not faults:
@@ -256,4 +257,7 @@ def _first_records(
     notes = [("  not read", unread)] if unread else []
     notes += [("  warning", warning) for warning in two_forms(counts.numbers())]
     text, prompts = "; ".join(filter(None, parts)), np.asarray(dataset.prompt_hashes[:], np.uint64)
-    return _FirstRecords(text, notes, tokens, counts, prompts, has_images(table))
+    pairs = float(counts.pairs)
+    if has_more:  # as many of each record as here; the number of records may be unknown
+        pairs *= max(1.0, expected_number(source) / counts.read)
+    return _FirstRecords(text, notes, tokens, counts, pairs, prompts, has_images(table))

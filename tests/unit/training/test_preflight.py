@@ -235,14 +235,17 @@ def test_the_plan_of_a_check_has_the_mean_length_of_all_pairs(assets: Path, tmp_
         return []
 
     long = {"prompt": "q", "chosen": "good " * 50, "rejected": "bad " * 50}
-    (tmp_path / "long.jsonl").write_text(json.dumps(long))
-    (tmp_path / "short.jsonl").write_text(
-        (json.dumps(long | {"chosen": "good", "rejected": "bad"}) + "\n") * 9
-    )
-    names = ("long", "short", "long,short")
-    for sources in (",".join(f"{tmp_path}/{name}.jsonl" for name in both.split(",")) for both in names):
+    short = long | {"chosen": "good", "rejected": "bad"}
+    files = [tmp_path / f"{name}.jsonl" for name in ("long", "short", "many")]
+    for file, record, times in zip(files, (long, short, short), (1, 9, 1200), strict=True):
+        file.write_text((json.dumps(record) + "\n") * times)
+    a, b, c = files
+    # More records than a check reads are counted, too, and a source as often as it is drawn.
+    for sources in (f"{a}", f"{b}", f"{a},{b}", f"{a},{c}", f"{{path: {a}, weight: 3}},{b}"):
         dry_run(run_of(assets, tmp_path, f"data.train=[{sources}]"), plan=plan)
-    assert means[2] == pytest.approx((means[0] + 9 * means[1]) / 10)
+    long_tokens, short_tokens = means[:2]
+    for mean, times, others in zip(means[2:], (1, 1, 3), (9, 1200, 9), strict=True):
+        assert mean == pytest.approx((times * long_tokens + others * short_tokens) / (times + others))
 
 
 def test_a_check_warns_of_an_adapter_at_a_rate_for_all_weights(assets: Path, tmp_path: Path) -> None:
