@@ -68,7 +68,7 @@ from dpo_dist.training.reporting.metrics_log import MetricsLog, final_and_best, 
 from dpo_dist.training.reporting.protocols import Recorder, Reporting, When
 from dpo_dist.training.start.environment import describe_run, package_versions
 from dpo_dist.training.start.footprint import check_disk_room
-from dpo_dist.training.start.inputs import Inputs, identify, load_inputs
+from dpo_dist.training.start.inputs import Inputs, check_keep_best, identify, load_inputs
 from dpo_dist.training.start.open_run import Run, open_run, say_header
 from dpo_dist.training.start.run_state import (
     RunState,
@@ -79,7 +79,6 @@ from dpo_dist.training.start.run_state import (
     read_state,
     write_state,
 )
-from dpo_dist.training.steps.health import check_keep_best
 from dpo_dist.training.steps.loop import Loop, Watch
 from dpo_dist.training.steps.schedule import check_schedule
 from dpo_dist.training.steps.state import Position

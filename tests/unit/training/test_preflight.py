@@ -3,11 +3,13 @@
 import contextlib
 import importlib.util
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dpo_dist import train
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -263,7 +265,6 @@ SHARED_PROMPTS = "evaluation prompts are in the training data"
         ("data.text_as_messages=false", 5, ["the chat template is not applied", SHARED_PROMPTS]),
         ("", 5, [SHARED_PROMPTS]),
         ("", None, ["the evaluation data are the training data"]),
-        ("data.drop_eval_prompts=true", None, ["the evaluation data are the training data"]),
         ("data.drop_eval_prompts=true", 5, []),
         ("data.eval=[]", 5, []),
     ],
@@ -285,6 +286,32 @@ def test_a_check_says_what_is_wrong_with_the_data(
     assert ("5 of 5 evaluation examples have one" in "".join(lines)) == (SHARED_PROMPTS in faults)
     assert ("17 of 17 records are plain text" in "".join(lines)) == (len(faults) == 2)
     assert dry_run(config, trains=False).verdict == passed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (
+            "loss=sft data.eval_share=0.5 trainer.eval_every=1 trainer.keep_best=eval_rewards/accuracies",
+            "not have this metric",
+        ),
+        ("data.eval_share=0.5 trainer.eval_every=1 trainer.keep_best=eval_loss/easy", "not have this metric"),
+        ("data.eval_share=0.001 trainer.eval_every=1", "the split has no evaluation data"),
+        ("data.eval_share=0.999 trainer.eval_every=1", "no training data are left"),
+        ("data.eval=[{0}/train.jsonl] data.drop_eval_prompts=true", "no training data are left"),
+        ("'data.train=[{{path: {0}/train.jsonl, weight: 0.01}}]'", "no pair of a source would be drawn"),
+        ("optim.warmup_ratio=0 optim.warmup_steps=9", "the warm-up is longer than the run"),
+    ],
+)
+def test_a_check_and_a_start_refuse_options_that_do_not_fit_the_data(
+    overrides: str, text: str, assets: Path, tmp_path: Path
+) -> None:
+    folders = f"data.cache={tmp_path}/cache", f"reference.store={tmp_path}/store"
+    words = [*shlex.split(overrides.format(assets)), *folders]
+    config = run_of(assets, tmp_path, "model.dtype=fp32", *words)
+    for work in (dry_run, train.main):
+        with pytest.raises((ConfigError, DataError), match=text):
+            work(config)
 
 
 def test_a_check_warns_of_a_source_in_two_forms(assets: Path, tmp_path: Path) -> None:
