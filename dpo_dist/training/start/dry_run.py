@@ -36,6 +36,7 @@ from dpo_dist.data.counts import (
 from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary
 from dpo_dist.data.encoded.dataset_columns import dataset_columns, key_order
+from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.data.encoded.store import has_images, read_counts, read_lengths
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import expected_number, metric_labels, pin_source, source_labels
@@ -180,6 +181,9 @@ def _check_steps(
     if keep_best is not None:
         labels = metric_labels(source_labels(data.eval_sources))
         check_keep_best(keep_best, MetricPlan(config.loss, labels, is_evaluation=True, custom=custom))
+    for found in (*train, *evaluation):
+        if config.loss.needs_partners and found.is_whole:
+            with_partners(found.dataset, data.max_length)
     are_whole = all(found.is_whole for found in train)
     part = train_part(data, _prompts(evaluation) if evaluation else None)
     trained = [sum(map(part.has, map(int, _prompts([found])))) for found in train]

@@ -41,6 +41,8 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("assets")
     write_model(folder / "model")
     write_pairs(folder / "train.jsonl", 12, seed=1)
+    labelled = [{"prompt": "q", "completion": f"a {number}", "label": number > 1} for number in range(4)]
+    (folder / "one_prompt.jsonl").write_text("".join(json.dumps(record) + "\n" for record in labelled))
     return folder
 
 
@@ -301,6 +303,7 @@ def test_a_check_says_what_is_wrong_with_the_data(
         ("data.eval=[{0}/train.jsonl] data.drop_eval_prompts=true", "no training data are left"),
         ("'data.train=[{{path: {0}/train.jsonl, weight: 0.01}}]'", "no pair of a source would be drawn"),
         ("optim.warmup_ratio=0 optim.warmup_steps=9", "the warm-up is longer than the run"),
+        ("loss=kto 'data.train=[{0}/one_prompt.jsonl]'", "have the same prompt"),
     ],
 )
 def test_a_check_and_a_start_refuse_options_that_do_not_fit_the_data(
