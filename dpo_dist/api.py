@@ -151,7 +151,10 @@ def pair_logps(
     *,
     ld_alpha: float | None = None,
 ) -> PairLogps:
-    """Return `token_logps` of at least one pair, summed per response over the tokens that the loss counts."""
+    """Return for each pair the sums of its responses' log-probs, over the tokens that the loss counts.
+
+    There is at least one pair.
+    """
     return _sum_pairs(pairs, token_logps(model, pairs, micro_batch_tokens), ld_alpha)
 
 

@@ -4,7 +4,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -140,10 +140,9 @@ def _fill_together(
         # One more micro-batch gathers all weights once more under ZeRO-3, which `costs` do not know.
         if number > plain[1] or (is_above & (np.bincount(bins) > 1)).any():
             return math.inf
-        # The ranks of a micro-batch wait for the costliest, and bins of similar cost are one micro-batch
-        # (`_assign_to_ranks`): of the sorted loads, each first of `world_size` is a micro-batch's time.
+        # The ranks of a micro-batch wait for the costliest.
         loads = np.bincount(bins, sizes.costs - shares.time, world_size * number)
-        return float(np.sort(loads)[::-1][::world_size].sum())
+        return float(loads[_bins_of_similar_cost(loads, world_size)[:, 0]].sum())
 
     return min(candidates, key=step_time)
 
@@ -318,15 +317,22 @@ def _cut_rows(rows: Counts, longest: Counts, capacity: int) -> Bins:
     return bins
 
 
+def _bins_of_similar_cost(loads: npt.NDArray[Any], world_size: int) -> Bins:
+    """Return the bins of each micro-batch, costliest first, int64 [micro-batches, ranks].
+
+    Ranks wait for each other in each micro-batch, where ZeRO-3 gathers weights, and again at the end of the
+    step: so costs are alike in a micro-batch first, and then in the sum of all.
+    """
+    return np.argsort(-loads, kind="stable").reshape(-1, world_size)
+
+
 def _assign_to_ranks(bins: Bins, costs: Costs, world_size: int, micro_batches: int) -> list[list[list[int]]]:
     """Put bins of similar cost into one micro-batch; the rank with the least work gets the costliest."""
-    # Ranks wait for each other in each micro-batch, where ZeRO-3 gathers weights, and again at the end of the
-    # step: so costs are alike in a micro-batch first, and then in the sum of all.
     number = world_size * micro_batches
     loads = np.bincount(bins, costs, number)
     slots = np.empty(number, dtype=np.int64)
     done = np.zeros(world_size)
-    for micro_batch, costliest in enumerate(np.argsort(-loads, kind="stable").reshape(-1, world_size)):
+    for micro_batch, costliest in enumerate(_bins_of_similar_cost(loads, world_size)):
         idle_first = np.argsort(done, kind="stable")
         done[idle_first] += loads[costliest]
         slots[costliest] = micro_batch * world_size + idle_first

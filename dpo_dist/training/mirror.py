@@ -78,6 +78,14 @@ class Mirror:
 
     def restore(self, identity: RunIdentity, resume: Resume) -> None:
         """Download the run if the mirror is further than the run directory; an error if it has another."""
+        if (step := self.newer_step(identity, resume)) is not None:
+            self._console.say(f"restoring step {step:,} of the run from {self._url}")
+            with remote_errors(self._where, CheckpointError):
+                names = self._names()
+                self._download(names, _steps(names))
+
+    def newer_step(self, identity: RunIdentity, resume: Resume) -> int | None:
+        """Return the step of a mirror that is further than the run directory; an error for another run."""
         with remote_errors(self._where, CheckpointError), tempfile.TemporaryDirectory() as scratch:
             names, former = self._names(), RunFolder(Path(scratch))
             for file in (former.state, former.config):
@@ -86,7 +94,7 @@ class Mirror:
             if (state := read_state(former)) is None:
                 if names and self._folder.environment.name not in names:
                     raise self._error("the mirror has files that no run has written", names[0])
-                return
+                return None
             if resume is Resume.never:
                 raise self._error("the mirror has a run, and run.resume=never")
             try:
@@ -97,11 +105,8 @@ class Mirror:
             here = [checkpoint_step(folder.name) or 0 for folder in folders]
             if finished := find_finished(identity, self._folder):
                 here.append(finished.step)
-            whole = _steps(names)
-            there = max([*whole, state.step if state.is_finished else -1])
-            if there > max(here, default=-1):
-                self._console.say(f"restoring step {there:,} of the run from {self._url}")
-                self._download(names, whole)
+            there = max([*_steps(names), state.step if state.is_finished else -1])
+            return there if there > max(here, default=-1) else None
 
     def _names(self) -> list[str]:
         self._remote.invalidate_cache()  # of lists

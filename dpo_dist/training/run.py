@@ -68,19 +68,17 @@ from dpo_dist.training.reporting.metrics_log import MetricsLog, final_and_best, 
 from dpo_dist.training.reporting.protocols import Recorder, Reporting, When
 from dpo_dist.training.start.environment import describe_run, package_versions
 from dpo_dist.training.start.footprint import check_disk_room
-from dpo_dist.training.start.inputs import Inputs, identify, load_inputs
+from dpo_dist.training.start.inputs import Inputs, check_keep_best, identify, load_inputs
 from dpo_dist.training.start.open_run import Run, open_run, say_header
 from dpo_dist.training.start.run_state import (
     RunState,
     check_configuration,
-    check_fresh_start,
     check_identity,
     describe_change,
-    find_finished,
+    expected_start,
     read_state,
     write_state,
 )
-from dpo_dist.training.steps.health import check_keep_best
 from dpo_dist.training.steps.loop import Loop, Watch
 from dpo_dist.training.steps.schedule import check_schedule
 from dpo_dist.training.steps.state import Position
@@ -137,16 +135,14 @@ def find_start(run: Run) -> Checkpoint | RunState | None:
                 run.mirror.restore(identity, resume)
 
         world.on_main(restore)
-    checkpoint = None
     if resume is not Resume.never:
         world.on_main(partial(recover_folder, folder.model))
-        if finished := world.on_main(partial(find_finished, identity, folder)):
-            return finished
-        checkpoint = latest_checkpoint(folder.checkpoints, world)
-    if checkpoint is None:
-        world.on_main(partial(check_fresh_start, resume, folder))
-    else:
-        world.on_main(partial(check_configuration, checkpoint.state, identity, folder))
+    expected = world.on_main(partial(expected_start, identity, resume, folder))
+    if not isinstance(expected, Path):
+        return expected
+    checkpoint = latest_checkpoint(folder.checkpoints, world)
+    assert checkpoint is not None, "the expected one, or an older one"
+    world.on_main(partial(check_configuration, checkpoint.state, identity, folder))
     return checkpoint
 
 

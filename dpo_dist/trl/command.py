@@ -111,34 +111,40 @@ class ScriptCommand:
         limits = DataConfig(chat_template=template, unpair=self.ours["data.unpair"], max_length=2**30)
         self.ours["data.max_length"] = longest_tokens(every, tokenizer, limits)
 
-    def faults(self) -> list[ConfigError]:
-        """Count the records, and set what depends on them; return errors of arguments that do not fit."""
+    def set_intervals(self) -> None:
+        """Set the intervals in steps, by the lines of the files: each is a record."""
         lines = sum(len(Path(source["path"]).read_bytes().splitlines()) for source in self.ours["data.train"])
         self._set_epoch_examples(lines * (2 if self.ours["data.unpair"] else 1))
-        stops_early, has_evaluation = "early_stopping_patience" in self.theirs, bool(self.evaluation)
-        faults = self.args.faults(self.epoch_examples, has_evaluation=has_evaluation, stops_early=stops_early)
-        return faults + self._name_best()
 
     def _set_epoch_examples(self, count: int) -> None:
         self.epoch_examples = count
         self.theirs |= self.args.intervals(count)
 
-    def _name_best(self) -> list[ConfigError]:
-        """Name the metric of one evaluation set as here: `eval_easy_loss` is `loss/easy`; return faults."""
-        name = metric = self.best_metric
-        label = max((label for label in self.labels if name.startswith(f"{label}_")), key=len, default=None)
-        if label is not None:
-            metric = name.removeprefix(f"{label}_")
-            # A run with one set writes its metrics without a name.
+    def set_best_metric(self) -> None:
+        """Name the metric of one evaluation set as here: `eval_easy_loss` is `loss/easy`."""
+        metric, label = self._best_of_set()
+        if label:  # a run with one set writes its metrics without a name
             self.theirs["metric_for_best_model"] = f"{metric}/{label}" if len(self.labels) > 1 else metric
-        elif name and len(self.labels) > 1:
-            remedy = f"name the set: eval_{self.labels[0]}_{name}"
-            return [refused("metric_for_best_model", f"{name}, of several sets", remedy)]
+
+    def _best_of_set(self) -> tuple[str, str]:
+        """Return `best_metric` without the evaluation set that it names, and the name of this set."""
+        named = (label for label in self.labels if self.best_metric.startswith(f"{label}_"))
+        label = max(named, key=len, default="")
+        return self.best_metric.removeprefix(f"{label}_" if label else ""), label
+
+    def faults(self) -> list[ConfigError]:
+        """Return errors of arguments that do not fit the records."""
+        stops_early, has_evaluation = "early_stopping_patience" in self.theirs, bool(self.evaluation)
+        faults = self.args.faults(self.epoch_examples, has_evaluation=has_evaluation, stops_early=stops_early)
+        metric, label = self._best_of_set()
         best, is_highest = best_direction(f"eval_{metric}"), bool(self.args.greater_is_better)
-        if best is None or is_highest == (best is Direction.highest):
-            return []
-        remedy = f"set it to {best is Direction.highest}: here the {best} value of {metric} is the best"
-        return [refused("greater_is_better", str(is_highest), remedy)]
+        if metric and not label and len(self.labels) > 1:
+            remedy = f"name the set: eval_{self.labels[0]}_{metric}"
+            faults.append(refused("metric_for_best_model", f"{metric}, of several sets", remedy))
+        elif best is not None and is_highest != (best is Direction.highest):
+            remedy = f"set it to {best is Direction.highest}: here the {best} value of {metric} is the best"
+            faults.append(refused("greater_is_better", str(is_highest), remedy))
+        return faults
 
     def check(self, tokenizer: Any) -> None:
         """Raise the errors of the translation and of the script's `words`, before a model is written."""
@@ -147,8 +153,8 @@ class ScriptCommand:
             write_text(file, self._translation().as_file())
             limits = load_run_config([str(file), *self.args.words]).data
         if self.args.counts_records and "data.images" not in self.ours:
-            # `faults` has counted lines. A record that cannot be used is no part of an epoch, and it takes
-            # the words to know which these are.
+            # `set_intervals` has counted lines. A record that cannot be used is no part of an epoch, and it
+            # takes the words to know which these are.
             self._set_epoch_examples(examples(self.ours["data.train"], tokenizer, limits))
 
     def write(self) -> Translation:

@@ -42,17 +42,19 @@ class ScriptModels:
         peft_config: Any,
         tokenizer: Any,
         *,
+        has_adapter: bool,
         is_quantized: bool,
     ) -> None:
-        """Set the keys of the models, and raise for what would be trained in another way.
+        """Collect the keys of the models, and raise for what would be trained in another way.
 
         No weights are written before `save`. `tokenizer`: None for the model's own.
         """
-        self._command, self._peft_config = command, peft_config
+        self._command, self._peft_config, self._has_adapter = command, peft_config, has_adapter
+        self.theirs, self.ours = dict[str, Any](), dict[str, Any]()
+        """Keys of the command, of TRL and of dpo_dist; `save` changes those of models in memory."""
         self.policy: Any = None if isinstance(model, str) or peft_config is not None else model
         """The model that a script reads and that gets the trained weights: the one that it passed, or one
         that is loaded when it is first read. With `peft_config` that is another object, as in TRL."""
-        self.has_adapter = peft_config is not None or hasattr(model, "peft_config")
         self._given_reference, self._loaded_reference = ref_model, None
         self.summary: dict[str, Any] | None = None
         """What `api.train` has returned; None before this trainer trains."""
@@ -62,15 +64,14 @@ class ScriptModels:
         """For each model in memory the sum of each weight, as `save` or a run left it."""
         self._tokenization: tuple[Any, Any] = (None, None)
         """The tokens and the chat template as `save` left them."""
-        ours, theirs, args = command.ours, command.theirs, command.args
-        options = theirs["model_init_kwargs"]
+        args, options = command.args, command.theirs["model_init_kwargs"]
         named = {"revision": options.get("revision"), "trust_remote_code": args.trust_remote_code}
 
         # The policy: a PeftModel is an adapter to continue on the base that it names.
         if hasattr(model, "peft_config"):
             if peft_config is not None:
                 raise refused("peft_config", "with a PeftModel", "merge_and_unload its adapter first")
-            theirs["use_peft"] = True
+            self.theirs["use_peft"] = True
             self._place("model.adapter.path", model, None)
             model = base_of(model, options.get("revision"))
         elif is_quantized and not isinstance(model, str):
@@ -87,7 +88,7 @@ class ScriptModels:
                 model = kind.from_pretrained(source, use_safetensors=True, **options | named)
             elif tokenizer.chat_template and tokenizer.chat_template != kept.chat_template:
                 # But another template is only a key.
-                ours["data.chat_template"] = str(command.folder / "chat_template.jinja")
+                self.ours["data.chat_template"] = str(command.folder / "chat_template.jinja")
                 write_text(command.folder / "chat_template.jinja", tokenizer.chat_template)
         self.tokenizer = tokenizer
         self._place("model.path", model, tokenizer)
@@ -97,7 +98,7 @@ class ScriptModels:
         # What the model's config decides: a new adapter's layers, and the loss of routers.
         self._config = AutoConfig.from_pretrained(model, **named) if isinstance(model, str) else model.config
         if peft_config is not None:
-            theirs |= adapter_keys(peft_config, self._config.model_type)
+            self.theirs |= adapter_keys(peft_config, self._config.model_type)
             with torch.device("meta"):
                 config = copy.deepcopy(self._config)
                 whole = self._kind.from_config(config) if isinstance(model, str) else model
@@ -110,18 +111,18 @@ class ScriptModels:
             remedy = f"leave it out: {self._config.model_type} is no mixture of experts"
             raise refused("router_aux_loss_coef", str(given), remedy)
         chosen = "model" if given is None and of_model else given
-        theirs["router_aux_loss_coef"] = chosen or None
+        self.theirs["router_aux_loss_coef"] = chosen or None
 
     def _place(self, key: str, model: Any, tokenizer: Any) -> None:
         """Set a key to the name of a model; to any folder for one in memory, until `save` knows its own."""
-        self._command.ours[key] = model if isinstance(model, str) else f"{self._command.folder}/models/{key}"
+        self.ours[key] = model if isinstance(model, str) else f"{self._command.folder}/models/{key}"
         if not isinstance(model, str):
             self._unsaved[key] = model, tokenizer
 
     def save(self) -> None:
         """Write the models in memory, and keep what tells later whether a script has changed them."""
         for key, (model, tokenizer) in self._unsaved.items():
-            self._command.ours[key] = saved(model, tokenizer, self._command.folder / "models")
+            self.ours[key] = saved(model, tokenizer, self._command.folder / "models")
         self._unsaved.clear()
         self._sums = {"model": weight_sums(self.policy), "ref_model": weight_sums(self._given_reference)}
         self._tokenization = tokenization(self.tokenizer), copy.copy(self.tokenizer.chat_template)
@@ -129,7 +130,7 @@ class ScriptModels:
     def changes(self) -> list[ConfigError]:
         """Return errors for what a script has changed in models or the tokenizer since `save`."""
         model = self.start if self.policy is None else self.policy
-        found = changed_models(model, self._given_reference, has_adapter=self.has_adapter)
+        found = changed_models(model, self._given_reference, has_adapter=self._has_adapter)
         tokens, template = self._tokenization
         has_other_tokens = tokenization(self.tokenizer) != tokens
         if has_other_tokens or self.tokenizer.chat_template != template:
@@ -151,7 +152,7 @@ class ScriptModels:
     @property
     def start(self) -> str:
         """The folder or name of the weights from which training starts."""
-        return str(self._command.ours.get("model.adapter.path", self._command.ours["model.path"]))
+        return str(self.ours.get("model.adapter.path", self.ours["model.path"]))
 
     def trained(self) -> str | None:
         """Return the folder of the trained model, None before training.
@@ -200,11 +201,11 @@ class ScriptModels:
         """Return the reference that was given, or load it, as it is after training; None as in TRL."""
         if self._given_reference is not None and not isinstance(self._given_reference, str):
             return self._given_reference
-        args, ours = self._command.args, self._command.ours
-        if self._given_reference is None and (self.has_adapter or args.precompute_ref_log_probs):
+        args = self._command.args
+        if self._given_reference is None and (self._has_adapter or args.precompute_ref_log_probs):
             return None
         if self._loaded_reference is None:
-            source = ours.get("reference.path", ours["model.path"])
+            source = self.ours.get("reference.path", self.ours["model.path"])
             reference = self._loaded_reference = self._from_files(source).requires_grad_(False)
             folders = checkpoint_folders(self._command.run.checkpoints) if self.summary is not None else []
             if args.sync_ref_model and folders:
@@ -227,7 +228,7 @@ class ScriptModels:
         """Load the trained model, else the one that was named; with an adapter as a `PeftModel`."""
         trained = self.trained()
         adapter = trained if trained and is_adapter(Path(trained)) else None
-        model = self._from_files(self._command.ours["model.path"] if adapter or not trained else trained)
+        model = self._from_files(self.ours["model.path"] if adapter or not trained else trained)
         if adapter:
             return PeftModel.from_pretrained(model, adapter, is_trainable=True)
         return model if trained or self._peft_config is None else get_peft_model(model, self._peft_config)

@@ -122,14 +122,24 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         for line in command.add_sharding():
             self.accelerator.print(line)
         models = self._models = ScriptModels(
-            command, model, ref_model, peft_config, processing_class, is_quantized=is_quantized
+            command,
+            model,
+            ref_model,
+            peft_config,
+            processing_class,
+            has_adapter=has_adapter,
+            is_quantized=is_quantized,
         )
+        command.theirs |= models.theirs
+        command.ours |= models.ours
         self.processing_class = models.tokenizer
 
         # The whole command is checked, as `train` would. Intervals by epoch need the number of pairs, and
         # that needs the tokenizer where records can be too long.
         if self.args.max_length is None:
             command.set_longest(self.processing_class)
+        command.set_intervals()
+        command.set_best_metric()
         raise_all(command.faults())
         for note in self.args.notes(command.epoch_examples):
             warnings.warn(note, stacklevel=2)
@@ -142,6 +152,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
         if self.args.push_to_hub:
             self.init_hf_repo()
         models.save()
+        command.ours |= models.ours
         for key, why in command.write().unused.items():
             warnings.warn(f"{key}: {why}", stacklevel=2)
 
@@ -234,7 +245,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate the trained model, before training the one that was given; return the metrics."""
+        """Evaluate the trained model; before `train`, the one that was given. Return the metrics."""
         self._check_outside("evaluate", "set control.should_evaluate: the metrics come to on_evaluate")
         if ignore_keys is not None:
             raise refused("evaluate", f"ignore_keys={ignore_keys!r}", NO_IGNORED_KEYS)
@@ -339,7 +350,10 @@ class DPOTrainer(Trainer):  # type: ignore[misc]
 
     @fixed
     def ref_model(self) -> Any:
-        """The reference that was given, or a copy of the model before training; None with an adapter."""
+        """The reference that was given, or a copy of the model before training.
+
+        As in TRL, there is no copy with an adapter or with `precompute_ref_log_probs`: None.
+        """
         return self._models.reference()
 
     @fixed

@@ -43,7 +43,7 @@ from dpo_dist.data.encoded.store import (
 )
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.read.fields import VOTES
-from dpo_dist.data.read.sources import full_name
+from dpo_dist.data.read.sources import full_name, metric_labels
 from dpo_dist.data.records import Origin, Tokenizer
 from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -138,8 +138,7 @@ class PreferenceDataset:
     @property
     def labels(self) -> tuple[str, ...]:
         """The distinct labels of the sources, by which metrics are divided; none if there is only one."""
-        distinct = tuple(dict.fromkeys(self.source_labels))
-        return distinct if len(distinct) > 1 else ()
+        return metric_labels(self.source_labels)
 
     def label_numbers(self, indices: Indices | Sequence[int]) -> Indices:
         """Return the index in `labels` of each example's label, int64; the dataset has several labels."""

@@ -514,6 +514,12 @@ def source_labels(sources: Sequence[SourceConfig]) -> list[str]:
     return labels
 
 
+def metric_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Return the distinct labels of sources, by which metrics are divided; none if there is only one."""
+    distinct = tuple(dict.fromkeys(labels))
+    return distinct if len(distinct) > 1 else ()
+
+
 def _label(source: SourceConfig) -> str:
     """Return the name of a source's file, with subset, folder and split."""
     if source.name is not None and resolve_source(source) is not source:

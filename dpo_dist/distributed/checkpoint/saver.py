@@ -53,7 +53,7 @@ from dpo_dist.distributed.checkpoint.slices import (
 )
 from dpo_dist.distributed.deepspeed_internals import is_sharded
 from dpo_dist.distributed.processes.world import World
-from dpo_dist.foundation.errors import CheckpointError, ConfigError, first_line
+from dpo_dist.foundation.errors import DISK_IS_FULL, CheckpointError, ConfigError, first_line
 from dpo_dist.foundation.files import (
     commit_folder,
     content_digest,
@@ -470,11 +470,13 @@ def disk_errors(folder: Path, needed: int = 0) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        is_full = error.errno in DISK_IS_FULL
+        cure = "free disk space" if is_full else "make sure that this folder can be written"
         raise CheckpointError(
             "a checkpoint cannot be written",
             where=str(folder),
             got=str(error) + (f"; a checkpoint needs {size(needed)}" if needed else ""),
-            remedy="free disk space and run the same command again: it resumes from the last checkpoint",
+            remedy=f"{cure}, and run the same command again: it resumes from the last checkpoint",
         ) from error
 
 

@@ -406,7 +406,8 @@ def _data_faults(facts: RunFacts) -> Iterator[str]:
         if kept and count > 0.05 * kept:
             yield (
                 f"{count:,} of {kept:,} {noun} records ({percent(count / kept)}) have a response whose end "
-                "data.max_length cuts, and the policy does not learn to end: raise it"
+                "data.max_length cuts, and the policy does not learn to end: raise it, or set "
+                "data.truncation=keep_end or drop"
             )
             break
     errors = [str(each.get("rule")) for each in facts.data_findings if each.get("level") == Level.error]

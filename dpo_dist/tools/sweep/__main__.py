@@ -108,7 +108,7 @@ def check(points: Points) -> CheckReport:
     """
     check_points(points)
     from dpo_dist.tools.plan.make_plan import plan_in_brief  # noqa: PLC0415  (slow)
-    from dpo_dist.training.start.dry_run import dry_run, expected_start  # noqa: PLC0415  (slow)
+    from dpo_dist.training.start.dry_run import dry_run, start_in_words  # noqa: PLC0415  (slow)
 
     loaded, facts = dict[str, CheckReport](), list[tuple[str, str]]()
     for words, config in points.items():
@@ -117,7 +117,7 @@ def check(points: Points) -> CheckReport:
         if key not in loaded:
             loaded[key] = dry_run(config, plan=plan_in_brief)
         run, common = RunFolder(config.run.path), next(iter(loaded.values()))
-        facts.append((" ".join(words), f"{run} ({expected_start(config.identity, config.run.resume, run)})"))
+        facts.append((" ".join(words), f"{run} ({start_in_words(config)})"))
         facts += (fact for fact in loaded[key].facts if fact not in common.facts and fact[0] != "run.dir")
     return common._replace(facts=[*facts, *common.facts])
 

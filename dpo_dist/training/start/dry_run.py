@@ -1,24 +1,23 @@
 """The dry run of `--check`: in one process, load all inputs except weights, and the first records."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from dpo_dist.config.identity import RunIdentity
+from dpo_dist.batching.sampler import SourceSpan, make_sampler
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import (
     DataConfig,
     Dtype,
     ReferenceMode,
-    Resume,
     RunConfig,
     SourceConfig,
 )
@@ -26,6 +25,7 @@ from dpo_dist.data.counts import (
     DataCounts,
     are_mostly_plain,
     check_counts,
+    check_split,
     counts_in_one_line,
     named_in_one_line,
     plain_text_count,
@@ -34,12 +34,13 @@ from dpo_dist.data.counts import (
     two_forms,
 )
 from dpo_dist.data.encoded.build import encode_records
-from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
+from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary
 from dpo_dist.data.encoded.dataset_columns import dataset_columns, key_order
+from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.data.encoded.store import has_images, read_counts, read_lengths
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.read.sources import pin_source
-from dpo_dist.data.records import PreferenceRecord
+from dpo_dist.data.read.sources import expected_number, metric_labels, pin_source, source_labels
+from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, PreferenceRecord, PromptHashes, train_part
 from dpo_dist.data.text.template import check_template_keys
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.types import CheckReport
@@ -50,12 +51,13 @@ from dpo_dist.model.files.stops import stop_notes
 from dpo_dist.model.lora import experts_note
 from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.objective.losses import check_custom_loss
-from dpo_dist.objective.metrics import custom_metrics
+from dpo_dist.objective.metrics import CustomMetrics, MetricPlan, custom_metrics
 from dpo_dist.training.start.footprint import quantization_notes, stored_notes
-from dpo_dist.training.start.inputs import NO_IMAGE, checked_model
+from dpo_dist.training.start.inputs import NO_IMAGE, check_keep_best, checked_model
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
 from dpo_dist.training.start.open_run import rate_warning
-from dpo_dist.training.start.run_state import check_fresh_start, find_finished
+from dpo_dist.training.start.run_state import RunState, expected_start
+from dpo_dist.training.steps.schedule import check_schedule
 
 _FIRST_RECORDS = 1024
 
@@ -67,7 +69,9 @@ class _FirstRecords(NamedTuple):
     notes: list[tuple[str, str]]  # lines about fields that no format reads, and about two forms
     tokens: float  # of an example, on average
     counts: DataCounts
-    prompts: npt.NDArray[np.uint64]  # the `prompt_hash` of each example
+    is_whole: bool  # whether the source has no more
+    pairs: float  # of the whole source, about
+    dataset: PreferenceDataset
     has_images: bool  # whether a usable record has an image
 
 
@@ -88,9 +92,8 @@ def dry_run(
         plan: returns whether the run fits and how long it takes, for a mean number of tokens per pair.
     """
     run = RunFolder(config.run.path)
-    start_in_words = (
-        f" ({expected_start(config.identity, config.run.resume, run)})" if trains and not models else ""
-    )
+    is_training = trains and not models
+    place = f"{run} ({start_in_words(config)})" if is_training else str(run)
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     start = start_folder(config.model)
     encoder = load_encoder(folder, start, config.model)
@@ -101,11 +104,8 @@ def dry_run(
     router_loss(config.loss.router, causal_lm)
     check_template_keys(config.data, tokenizer)
     described = f"{folder}, {model_config.model_type}, vocabulary of {len(tokenizer):,}"
-    lines = [("run.dir", f"{run}{start_in_words}"), ("model.path", described)]
-    if config.run.mirror is not None and trains and not models:
-        from dpo_dist.training.mirror import Mirror  # noqa: PLC0415  (slow: DeepSpeed)
-
-        Mirror(config.run.mirror, run, config.trainer.keep_last, Console(None))
+    lines = [("run.dir", place), ("model.path", described)]
+    if config.run.mirror is not None and is_training:
         lines.append(("run.mirror", f"{config.run.mirror}, which can be written"))
     lines += (("model.path", note) for note in stored_notes(config.model, causal_lm))
     notes = quantization_notes(config.model, config.reference, causal_lm)
@@ -128,8 +128,9 @@ def dry_run(
             else []
         )
         lines += (("end", note) for note in stop_notes(tokenizer, config.data, folder))
-    if config.metrics.function is not None:
-        lines.append(("metrics", ", ".join(custom_metrics(config.metrics.function, config.loss).names)))
+    custom = custom_metrics(config.metrics.function, config.loss)
+    if custom.names:
+        lines.append(("metrics", ", ".join(custom.names)))
     # The reference.
     reference, parts = config.reference, [config.reference.mode.value]
     if reference.path is not None:
@@ -146,26 +147,62 @@ def dry_run(
         for index, source in enumerate(sources):
             name = f"{key}[{index}]"
             first = _first_records(source, name, config.data, config.loss, encoder)
+            check_ids_in_vocabulary(first.dataset, tokenizer, model_config.get_text_config().vocab_size)
             lines += [(name, first.text), *first.notes]
             looked_at[key].append(first)
         has_images = any(first.has_images for first in looked_at[key])
         if encoder.processor is not None and sources and not has_images:
             lines.append(("  warning", f"none of these records has an image: {NO_IMAGE}"))
-    faults = _faults(
-        looked_at["data.train"], looked_at["data.eval"], config.data, trains=trains and not models
-    )
+    if is_training:
+        _check_steps(config, custom, looked_at["data.train"], looked_at["data.eval"])
+    faults = _faults(looked_at["data.train"], looked_at["data.eval"], config.data, trains=is_training)
     lines += [("  look at", f"{fault}: {text}") for fault, text in faults]
     if plan is not None:
-        train = looked_at["data.train"]
-        lines += plan(
-            config, fmean((found.tokens for found in train), [found.counts.pairs for found in train])
-        )
+        # As an epoch has them.
+        train = zip(looked_at["data.train"], config.data.train, strict=True)
+        drawn = [(first.tokens, first.pairs * source.weight) for first, source in train]
+        lines += plan(config, fmean(*zip(*drawn, strict=True)))
     doctor = "dpo-dist doctor with the same arguments without --check examines all records"
     report = CheckReport(lines, hint="" if models else doctor)
     if not faults:
         return report
     found = " and ".join(fault for fault, _ in faults)
     return report._replace(verdict=f"check passed: the run can start, but {found} (below)")
+
+
+def _check_steps(
+    config: RunConfig,
+    custom: CustomMetrics,
+    train: Sequence[_FirstRecords],
+    evaluation: Sequence[_FirstRecords],
+) -> None:
+    """Check metric, split, weights and schedule as a start does; numbers of pairs only of whole sources."""
+    data, keep_best = config.data, config.trainer.keep_best
+    if keep_best is not None:
+        labels = metric_labels(source_labels(data.eval_sources))
+        check_keep_best(keep_best, MetricPlan(config.loss, labels, is_evaluation=True, custom=custom))
+    for found in (*train, *evaluation):
+        if config.loss.needs_partners and found.is_whole:
+            with_partners(found.dataset, data.max_length)
+    are_whole = all(found.is_whole for found in train)
+    part = train_part(data, _prompts(evaluation) if evaluation else None)
+    trained = [sum(map(part.has, map(int, _prompts([found])))) for found in train]
+    every = sum(len(found.dataset) for found in train)
+    if are_whole and not sum(trained):
+        check_split(DataCounts(changed=Counter({HELD_OUT: every})), data)
+    if are_whole and data.eval_share and sum(trained) == every:
+        check_split(DataCounts(changed=Counter({LEFT_IN_TRAIN: every})), data)
+    # Of a source that goes on, at least one pair is drawn.
+    numbers = [pairs if found.is_whole else 0 for pairs, found in zip(trained, train, strict=True)]
+    spans = [SourceSpan(0, pairs, source.weight) for pairs, source in zip(numbers, data.train, strict=True)]
+    sampler = make_sampler(spans, config.trainer)
+    if are_whole or config.trainer.max_steps is not None:
+        check_schedule(config.optim, sampler.steps)
+
+
+def _prompts(sources: Sequence[_FirstRecords]) -> PromptHashes:
+    """Return the `prompt_hash` of each example."""
+    return np.concatenate([np.empty(0, np.uint64), *(found.dataset.prompt_hashes for found in sources)])
 
 
 def _faults(
@@ -181,10 +218,7 @@ def _faults(
     if trains and are_mostly_plain(numbers):
         text = f"{plain_text_count(numbers)}; {reason_remedy('chat_template_not_applied')}"
         faults.append(("the chat template is not applied", text))
-    trained, evaluated = (
-        np.concatenate([np.empty(0, np.uint64), *(found.prompts for found in part)])
-        for part in (train, evaluation)
-    )
+    trained, evaluated = map(_prompts, (train, evaluation))
     shared, are_all = int(np.isin(evaluated, trained).sum()), bool(np.isin(trained, evaluated).all())
     own = "data.eval=[] data.eval_share=0.1 reserves a part of the training data"
     if trains and len(evaluated) and are_all:
@@ -197,15 +231,25 @@ def _faults(
     return faults
 
 
-def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> str:
-    """Return in words whether a start is new, resumes or has nothing to do; opens no checkpoint."""
-    if resume is not Resume.never:
-        if find_finished(identity, folder):
+def start_in_words(config: RunConfig) -> str:
+    """Return in words whether a start is new, resumes or has nothing to do; reads no checkpoint.
+
+    Raises an error if `run.mirror` cannot be written.
+    """
+    folder, identity, resume = RunFolder(config.run.path), config.identity, config.run.resume
+    if (url := config.run.mirror) is not None:
+        from dpo_dist.training.mirror import Mirror  # noqa: PLC0415  (slow: DeepSpeed)
+
+        mirror = Mirror(url, folder, config.trainer.keep_last, Console(None))
+        if (step := mirror.newer_step(identity, resume)) is not None:
+            return f"step {step:,} is restored from run.mirror"
+    match expected_start(identity, resume, folder):
+        case RunState():
             return "complete: nothing is left to train"
-        if checkpoint_folders(folder.checkpoints):
+        case None:
+            return "new"
+        case _:
             return "has checkpoints: the run resumes"
-    check_fresh_start(resume, folder)
-    return "new"
 
 
 def _first_records(
@@ -253,5 +297,8 @@ def _first_records(
     unread = named_in_one_line(itertools.chain.from_iterable(record.unread for record in read))
     notes = [("  not read", unread)] if unread else []
     notes += [("  warning", warning) for warning in two_forms(counts.numbers())]
-    text, prompts = "; ".join(filter(None, parts)), np.asarray(dataset.prompt_hashes[:], np.uint64)
-    return _FirstRecords(text, notes, tokens, counts, prompts, has_images(table))
+    pairs = float(counts.pairs)
+    if has_more:  # as many of each record as here; the number of records may be unknown
+        pairs *= max(1.0, expected_number(source) / counts.read)
+    text = "; ".join(filter(None, parts))
+    return _FirstRecords(text, notes, tokens, counts, not has_more, pairs, dataset, has_images(table))

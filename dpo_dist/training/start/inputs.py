@@ -1,5 +1,6 @@
 """Load a run's inputs except weights: digests of models, tokenizer, encoded data, sampler."""
 
+import difflib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import RouterConfig
+from dpo_dist.config.metrics import AUC, MARGIN_PERCENTILES, PREFIX
 from dpo_dist.config.schema import ModelConfig, ParallelismKind, ReferenceMode, SourceConfig
 from dpo_dist.data.counts import describe_counts, short_run_warnings
 from dpo_dist.data.encoded.build import Preparation
@@ -31,6 +33,7 @@ from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.processes.world import World
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import (
     check_causal,
     check_positions,
@@ -45,6 +48,7 @@ from dpo_dist.model.files.stops import stop_notes
 from dpo_dist.model.flops import StepFlops, step_flops
 from dpo_dist.model.layers import check_device, text_notes
 from dpo_dist.model.lora import experts_note
+from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.training.start.footprint import fit_micro_batches, stored_notes
@@ -147,6 +151,25 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
     for warning in short_run_warnings(sampler, config.loss.unit):
         run.warn(warning)
     return inputs
+
+
+def check_keep_best(metric: str, plan: MetricPlan) -> None:
+    """Check that evaluations have the metric of `trainer.keep_best`."""
+    loss, labels = plan.loss, plan.labels
+    more = MARGIN_PERCENTILES if loss.compares_pairs else ()
+    if loss.is_unpaired:
+        more = tuple(f"{AUC}/{label}" for label in labels)
+    names = [PREFIX + name for name in (*plan.rows, *more)]
+    if metric not in names:
+        near = difflib.get_close_matches(metric, names, n=3) or names[:3]
+        raise ConfigError(
+            "the evaluations of this run do not have this metric",
+            where="trainer.keep_best",
+            got=metric,
+            expected=f"a metric of docs/watching.md, such as {', '.join(near)}",
+            remedy="set trainer.keep_best to such a metric; the metric of one source is "
+            f"eval_rewards/{'auc' if loss.is_unpaired else 'accuracies'}/LABEL",
+        )
 
 
 def load_evaluation_inputs(run: Run) -> EvaluationInputs:

@@ -1,8 +1,9 @@
 """Read and write a run's state, and check whether a configuration continues the run. Imports no torch.
 
 A run's identity has the digests of its configuration and inputs. Every checkpoint has it, and so does
-`run_state.json`, which also has the number of steps done. A run may only be continued unchanged or longer:
-`training.run.find_start` returns the checkpoint from which it is resumed.
+`run_state.json`, which also has the number of steps done. A run may only be continued unchanged or longer.
+`expected_start` decides whether a start is new, resumes or has nothing to do: for `training.run.find_start`,
+which opens the checkpoint, and for a dry run.
 """
 
 import json
@@ -147,6 +148,20 @@ def find_finished(identity: RunIdentity, folder: RunFolder) -> RunState | None:
     return state
 
 
+def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> RunState | Path | None:
+    """Return the state of a run that is complete, or the newest checkpoint, unopened; None for a new run.
+
+    Raises an error for a start that is refused.
+    """
+    if resume is not Resume.never:
+        if finished := find_finished(identity, folder):
+            return finished
+        if checkpoints := checkpoint_folders(folder.checkpoints):
+            return checkpoints[0]
+    _check_fresh_start(resume, folder)
+    return None
+
+
 def check_newest_checkpoint(identity: RunIdentity, folder: RunFolder) -> None:
     """Check that the newest checkpoint, if it can be read, belongs to this run."""
     if not (newest := checkpoint_folders(folder.checkpoints)[:1]):
@@ -159,7 +174,7 @@ def check_newest_checkpoint(identity: RunIdentity, folder: RunFolder) -> None:
         check_configuration(state, identity, folder)
 
 
-def check_fresh_start(resume: Resume, folder: RunFolder) -> None:
+def _check_fresh_start(resume: Resume, folder: RunFolder) -> None:
     """Raise an error if a start at step 0 needs a checkpoint, or would replace results."""
     state, has_model = read_state(folder), folder.model.is_dir()
     remedy: str | Remedy

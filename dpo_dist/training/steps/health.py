@@ -1,25 +1,22 @@
 """Check a run's health: steps that are not finite or have no gradient, loss spikes, the best checkpoint."""
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from dpo_dist.config.metrics import AUC, MARGIN_PERCENTILES, PREFIX
 from dpo_dist.config.rules import best_direction
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction, TrainerConfig
 from dpo_dist.data.records import Origin
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import PolicyEngine
-from dpo_dist.foundation.errors import ConfigError, DivergedError
+from dpo_dist.foundation.errors import DivergedError
 from dpo_dist.foundation.files import write_json
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import first_few
 from dpo_dist.objective.losses import RunningMeans, preference_loss
-from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.training.reporting.metrics_log import MetricsRow, is_collapsed, logps_by_side, loss_before_spike
 from dpo_dist.training.steps.state import BestCheckpoint, Health, Position
 from dpo_dist.training.steps.step import Objective, ReadyStep, StepTotals, gather_pairs, in_batch_order
@@ -34,25 +31,6 @@ def count_spike(row: MetricsRow, rows: Sequence[MetricsRow], warn: Callable[[str
         row["loss_spikes"] += 1
         warn(
             f"the loss jumped to {row['loss']:.4g} at step {row['step']:.0f}, from a median of {typical:.4g}"
-        )
-
-
-def check_keep_best(metric: str, plan: MetricPlan) -> None:
-    """Check that evaluations have the metric of `trainer.keep_best`."""
-    loss, labels = plan.loss, plan.labels
-    more = MARGIN_PERCENTILES if loss.compares_pairs else ()
-    if loss.is_unpaired:
-        more = tuple(f"{AUC}/{label}" for label in labels)
-    names = [PREFIX + name for name in (*plan.rows, *more)]
-    if metric not in names:
-        near = difflib.get_close_matches(metric, names, n=3) or names[:3]
-        raise ConfigError(
-            "the evaluations of this run do not have this metric",
-            where="trainer.keep_best",
-            got=metric,
-            expected=f"a metric of docs/watching.md, such as {', '.join(near)}",
-            remedy="set trainer.keep_best to such a metric; the metric of one source is "
-            f"eval_rewards/{'auc' if loss.is_unpaired else 'accuracies'}/LABEL",
         )
 
 

@@ -179,6 +179,17 @@ def test_a_full_disk_is_one_error_at_the_next_step_and_leaves_nothing(
     assert run.start() == 1
 
 
+def test_a_checkpoint_folder_that_cannot_be_written_is_no_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path)
+    run.start()
+    monkeypatch.setattr(checkpoint, "write_slices", Mock(side_effect=PermissionError(errno.EACCES, "denied")))
+    with pytest.raises(CheckpointError, match="make sure that this folder can be written, and run") as raised:
+        run.save(1)
+    assert "disk space" not in str(raised.value)
+
+
 def test_weights_are_written_without_a_copy_of_them_and_read_in_every_type(tmp_path: Path) -> None:
     types = {torch.uint8: 3, torch.bfloat16: 5, torch.float32: 2**20, torch.float16: 1, torch.int8: 7}
     wanted = [

@@ -487,6 +487,11 @@ def test_the_evidence_of_a_leak_quotes_no_data() -> None:
     assert "quoted" not in leak.text
 
 
+def test_only_cut_responses_get_advice_on_cutting() -> None:
+    for faults, is_cut in ((PLAIN, False), (CUT, True)):
+        assert ("data.truncation" in "".join(judge(rows(), **faults).lines())) is is_cut
+
+
 def test_at_most_five_findings_the_worst_first() -> None:
     late = {"eval_samples/length": 300.0, "loss": 1e-4, "eval_rewards/accuracies": 0.95}
     data = {"train": counts(response_truncated=200), "eval": counts(prompts_also_in_train=50)}

@@ -23,7 +23,8 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import LearningRateSchedule, OptimConfig, TrainerConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.metrics import MetricPlan
-from dpo_dist.training.steps.health import best_after, check_keep_best, count_step, divergence_error
+from dpo_dist.training.start.inputs import check_keep_best
+from dpo_dist.training.steps.health import best_after, count_step, divergence_error
 from dpo_dist.training.steps.loop import Loop
 from dpo_dist.training.steps.schedule import check_schedule, learning_rate
 from dpo_dist.training.steps.state import BestCheckpoint, Health, Position

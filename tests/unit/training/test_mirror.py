@@ -19,6 +19,7 @@ from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import write_text
 from dpo_dist.training import mirror as module
 from dpo_dist.training.mirror import Mirror
+from dpo_dist.training.start.dry_run import start_in_words
 from dpo_dist.training.start.run_state import RunState, write_state
 from tests.support.alone import ALONE
 from tests.support.one_weight import Weights
@@ -322,6 +323,21 @@ def test_the_run_directory_counts_if_it_is_not_behind(tmp_path: Path) -> None:
     other.start()
     other.save(4)
     assert Run(tmp_path / "a").start() == 4
+
+
+@pytest.mark.parametrize("resume", ["auto", "must"])
+def test_a_dry_run_says_what_a_start_restores_and_downloads_nothing(resume: str, tmp_path: Path) -> None:
+    place = [f"run.dir={tmp_path}/b", f"run.resume={resume}", "run.mirror=bucket://b/run"]
+    run, config = Run(tmp_path / "a"), load_run_config([*WORDS, *place])
+    run.start()
+    if resume == "auto":
+        assert start_in_words(config) == "new"
+    run.save(4)
+    assert start_in_words(config) == "step 4 is restored from run.mirror"
+    assert not (tmp_path / "b").exists()
+    other = load_run_config([*WORDS, *place, "loss.beta=0.7"])
+    with pytest.raises(CheckpointError, match="the mirror has another run"):
+        start_in_words(other)
 
 
 def test_another_run_and_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 import contextlib
 import importlib.util
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dpo_dist import train
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -39,6 +41,8 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("assets")
     write_model(folder / "model")
     write_pairs(folder / "train.jsonl", 12, seed=1)
+    labelled = [{"prompt": "q", "completion": f"a {number}", "label": number > 1} for number in range(4)]
+    (folder / "one_prompt.jsonl").write_text("".join(json.dumps(record) + "\n" for record in labelled))
     return folder
 
 
@@ -235,14 +239,17 @@ def test_the_plan_of_a_check_has_the_mean_length_of_all_pairs(assets: Path, tmp_
         return []
 
     long = {"prompt": "q", "chosen": "good " * 50, "rejected": "bad " * 50}
-    (tmp_path / "long.jsonl").write_text(json.dumps(long))
-    (tmp_path / "short.jsonl").write_text(
-        (json.dumps(long | {"chosen": "good", "rejected": "bad"}) + "\n") * 9
-    )
-    names = ("long", "short", "long,short")
-    for sources in (",".join(f"{tmp_path}/{name}.jsonl" for name in both.split(",")) for both in names):
+    short = long | {"chosen": "good", "rejected": "bad"}
+    files = [tmp_path / f"{name}.jsonl" for name in ("long", "short", "many")]
+    for file, record, times in zip(files, (long, short, short), (1, 9, 1200), strict=True):
+        file.write_text((json.dumps(record) + "\n") * times)
+    a, b, c = files
+    # More records than a check reads are counted, too, and a source as often as it is drawn.
+    for sources in (f"{a}", f"{b}", f"{a},{b}", f"{a},{c}", f"{{path: {a}, weight: 3}},{b}"):
         dry_run(run_of(assets, tmp_path, f"data.train=[{sources}]"), plan=plan)
-    assert means[2] == pytest.approx((means[0] + 9 * means[1]) / 10)
+    long_tokens, short_tokens = means[:2]
+    for mean, times, others in zip(means[2:], (1, 1, 3), (9, 1200, 9), strict=True):
+        assert mean == pytest.approx((times * long_tokens + others * short_tokens) / (times + others))
 
 
 def test_a_check_warns_of_an_adapter_at_a_rate_for_all_weights(assets: Path, tmp_path: Path) -> None:
@@ -260,7 +267,6 @@ SHARED_PROMPTS = "evaluation prompts are in the training data"
         ("data.text_as_messages=false", 5, ["the chat template is not applied", SHARED_PROMPTS]),
         ("", 5, [SHARED_PROMPTS]),
         ("", None, ["the evaluation data are the training data"]),
-        ("data.drop_eval_prompts=true", None, ["the evaluation data are the training data"]),
         ("data.drop_eval_prompts=true", 5, []),
         ("data.eval=[]", 5, []),
     ],
@@ -282,6 +288,33 @@ def test_a_check_says_what_is_wrong_with_the_data(
     assert ("5 of 5 evaluation examples have one" in "".join(lines)) == (SHARED_PROMPTS in faults)
     assert ("17 of 17 records are plain text" in "".join(lines)) == (len(faults) == 2)
     assert dry_run(config, trains=False).verdict == passed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (
+            "loss=sft data.eval_share=0.5 trainer.eval_every=1 trainer.keep_best=eval_rewards/accuracies",
+            "not have this metric",
+        ),
+        ("data.eval_share=0.5 trainer.eval_every=1 trainer.keep_best=eval_loss/easy", "not have this metric"),
+        ("data.eval_share=0.001 trainer.eval_every=1", "the split has no evaluation data"),
+        ("data.eval_share=0.999 trainer.eval_every=1", "no training data are left"),
+        ("data.eval=[{0}/train.jsonl] data.drop_eval_prompts=true", "no training data are left"),
+        ("'data.train=[{{path: {0}/train.jsonl, weight: 0.01}}]'", "no pair of a source would be drawn"),
+        ("optim.warmup_ratio=0 optim.warmup_steps=9", "the warm-up is longer than the run"),
+        ("loss=kto 'data.train=[{0}/one_prompt.jsonl]'", "have the same prompt"),
+    ],
+)
+def test_a_check_and_a_start_refuse_options_that_do_not_fit_the_data(
+    overrides: str, text: str, assets: Path, tmp_path: Path
+) -> None:
+    folders = f"data.cache={tmp_path}/cache", f"reference.store={tmp_path}/store"
+    words = [*shlex.split(overrides.format(assets)), *folders]
+    config = run_of(assets, tmp_path, "model.dtype=fp32", *words)
+    for work in (dry_run, train.main):
+        with pytest.raises((ConfigError, DataError), match=text):
+            work(config)
 
 
 def test_a_check_warns_of_a_source_in_two_forms(assets: Path, tmp_path: Path) -> None:

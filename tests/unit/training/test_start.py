@@ -40,7 +40,7 @@ from dpo_dist.tools.report.run import write_page
 from dpo_dist.training import run as ending
 from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.run import find_start, finish, lock_directory, record_start, run_to_its_end
-from dpo_dist.training.start.dry_run import expected_start
+from dpo_dist.training.start.dry_run import start_in_words
 from dpo_dist.training.start.environment import describe_run
 from dpo_dist.training.start.footprint import check_disk_room
 from dpo_dist.training.start.open_run import Run, hints_on_cpu, say_header, warn_of_recompiles
@@ -153,9 +153,10 @@ def test_a_complete_run_without_its_model_resumes_from_a_checkpoint_or_is_an_err
 def test_a_dry_run_counts_checkpoints_as_a_start_does(folder: RunFolder) -> None:
     checkpoint = folder.checkpoints / checkpoint_name(10)
     temporary_name(checkpoint).mkdir(parents=True)  # of a save that was killed
-    assert expected_start(CONFIG.identity, Resume.auto, folder) == "new"
+    config = run_in(folder.path).config
+    assert start_in_words(config) == "new"
     checkpoint.mkdir()
-    assert "resumes" in expected_start(CONFIG.identity, Resume.auto, folder)
+    assert "resumes" in start_in_words(config)
 
 
 def test_checkpoints_on_a_disk_that_is_not_mounted_are_an_error(folder: RunFolder, tmp_path: Path) -> None:
