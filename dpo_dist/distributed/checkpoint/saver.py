@@ -85,6 +85,7 @@ def read_manifest(folder: Path) -> Entries:
             "this manifest is not of a checkpoint",
             where=str(folder / MANIFEST),
             got="no file, or a name of no file of a checkpoint",
+            remedy="restore the file",
         )
     return entries
 
