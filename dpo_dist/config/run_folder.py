@@ -2,23 +2,18 @@
 
 import os
 import re
-import stat
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.text import size
 
 STATE = "state.json"
 """The file of a checkpoint with the state of the training loop."""
 BEST_FILE = "best"
 """The file beside the checkpoints with the name of the best one by `trainer.keep_best`."""
 _NAME = re.compile(r"step-(\d{1,18})")
-_MOST_BYTES = 256 << 20
-"""Of a file that is read whole, in a run directory that may be a stranger's."""
-_SUFFIXES = (".json", ".yaml")
 
 
 def checkpoint_name(step: int) -> str:
@@ -220,7 +215,6 @@ def existing_run(path: Path) -> RunFolder:
     """Return the run directory at `path`, of a run that may still be training; ConfigError for others."""
     folder = RunFolder(path)
     if any(file.is_file() for file in (folder.config, folder.rows)):
-        check_files(path)
         return folder
     beside = sorted((path if path.is_dir() else path.parent).glob("*/config.yaml"))
     nearest = get_close_matches(str(path), [str(file.parent) for file in beside], 3, cutoff=0)
@@ -233,34 +227,6 @@ def existing_run(path: Path) -> RunFolder:
         expected="a folder with config.yaml, which a run writes before its first step",
         remedy=f"name one run, such as {' or '.join(nearest)}" if nearest else "name the run.dir of a run",
     )
-
-
-def check_files(run: Path) -> None:
-    """Raise ConfigError if a run directory, perhaps a stranger's, has a file that no run writes.
-
-    Reading a named pipe or a device never ends, and a file that is read whole must fit in memory.
-    `rows.jsonl` is read by lines, and its copy log_history.json is not read beside it.
-    """
-    for folder, _, names in os.walk(run):
-        for file in (Path(folder, name) for name in names):
-            try:
-                found = file.stat()
-            except OSError:  # a link that leads nowhere, or a file that the run has just replaced
-                continue
-            is_whole = file.suffix in _SUFFIXES and file.name != "log_history.json"
-            if not stat.S_ISREG(found.st_mode):
-                got = "a pipe, a device or a socket"
-            elif is_whole and found.st_size > _MOST_BYTES:
-                got = size(found.st_size)
-            else:
-                continue
-            raise ConfigError(
-                "this run directory has a file that no run writes",
-                where=str(file),
-                got=got,
-                expected=f"a file, at most {size(_MOST_BYTES)} of one that is read whole",
-                remedy="delete it; if the folder is not your own, ask its owner",
-            )
 
 
 def no_model_error(run: RunFolder, key: str, remedy: str) -> ConfigError:

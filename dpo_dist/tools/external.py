@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.run_files import AnswerRow
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.config.verb_sections import ExportTool
@@ -67,7 +66,7 @@ def _vllm_adapter(folder: Path) -> list[str]:
 def write_alpaca_answers(run: RunFolder) -> list[list[str]]:
     """Write each model's answers of a comparison for AlpacaEval; return the commands that read them."""
     outputs: dict[str, list[dict[str, str]]] = {}
-    for row in read_lines(run.comparison_answers, AnswerRow):
+    for row in read_lines(run.comparison_answers):
         for name, response in row["responses"].items():
             answer = {"instruction": row["prompt"], "output": response["text"], "generator": name}
             outputs.setdefault(name, []).append(answer)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dpo_dist.config.identity import settings
 from dpo_dist.config.load import saved_config
-from dpo_dist.config.run_files import CheckpointState, Environment
 from dpo_dist.config.run_folder import RunFolder, checkpoint_step, existing_run
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig
 from dpo_dist.config.verb_sections import ExportConfig, ExportedWeights
@@ -167,12 +166,11 @@ def checkpoint_as_model(
     """Return a model folder below `below` with a checkpoint's weights; it is written only once."""
     checkpoint = checkpoint.resolve()
     trained = checkpoint.parents[1]
-    file = existing_run(trained).config  # first of all: it checks the run's files
     digest = content_digest([checkpoint / MANIFEST])[:16]
     written = below / f"{trained.name}-{checkpoint.name}-{digest}"
     if not written.is_dir():
         say(f"writing the weights of {checkpoint} as a model folder")
-        config = saved_config(file)
+        config = saved_config(existing_run(trained).config)
         # Not that run's own setting: its configuration could run code that the caller does not trust.
         export_checkpoint(
             checkpoint, written, replace(config, model=replace(config.model, trust_remote_code=trusts_code))
@@ -224,8 +222,8 @@ def export_model(
 ) -> None:
     """Check a checkpoint and write it to `output`, all of it or nothing, with the card of `run_card`."""
     console.say(f"reading {checkpoint}")
-    state = checkpoint_state(checkpoint, CheckpointState)
-    versions = read_fields(RunFolder(config.run.path).environment, Environment)["packages"]
+    state = checkpoint_state(checkpoint)
+    versions = read_fields(RunFolder(config.run.path).environment)["packages"]
     if config.model.adapter is not None and config.export.merge:  # the base is part of the result
         check_base(config.model, Path(config.reference.store), state.get("model"))
 

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import (
     content_digest,
+    read_fields,
+    read_lines,
     recover_folder,
     remembered_digest,
     remove_abandoned,
@@ -46,6 +49,22 @@ def test_a_file_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
         assert path.read_bytes() == b"na\xc3\xafve"
     assert path.read_bytes() == b"new"
     assert names(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1]", "null", "\xff"])
+def test_a_file_that_is_missing_or_no_object_is_named(content: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "file.json"
+    if content is not None:
+        file.write_bytes(b'{"whole": 1}\n' + content.encode("latin-1") + b"\n")
+        rows = read_lines(file)
+        assert next(rows) == {"whole": 1}
+        with pytest.raises(ConfigError, match="cannot be read") as raised:
+            next(rows)
+        assert raised.value.where == f"{file}:2"
+        file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError, match="cannot be read") as raised:
+        read_fields(file)
+    assert raised.value.where == str(file)
 
 
 def test_a_folder_appears_with_all_its_files_or_not_and_replaces_all_of_an_older_one(tmp_path: Path) -> None:

@@ -19,17 +19,17 @@ import contextlib
 import functools
 import json
 import logging
+import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import deepspeed
 import torch
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -73,14 +73,20 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 # Files of the checkpoint alone: in a stranger's, any other name could be a device, which is read for ever.
-_Name = Annotated[str, Field(pattern=r"^(\w[\w.-]*/)?\w[\w.-]*$")]
-_Manifest = Annotated[dict[_Name, str], Field(min_length=1)]
+_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 LATEST = "latest"
 
 
 def read_manifest(folder: Path) -> Entries:
     """Return the entries in the manifest of `folder`; ConfigError for a file that is none."""
-    entries: Entries = read_fields(folder / MANIFEST, _Manifest)
+    entries: Entries = read_fields(folder / MANIFEST)
+    if not entries or not all(map(_NAME.fullmatch, entries)):
+        raise ConfigError(
+            "this manifest is not of a checkpoint",
+            where=str(folder / MANIFEST),
+            got="no file, or a name of no file of a checkpoint",
+            remedy="restore the file",
+        )
     return entries
 
 
@@ -235,13 +241,10 @@ def _find_all_faults(folder: Path, world: World) -> list[str]:
     return [fault for part in world.gather(find_faults(folder, world.rank, world.size)) for fault in part]
 
 
-def checkpoint_state(folder: Path, form: Any = dict) -> dict[str, Any]:
-    """Return the loop's state in a checkpoint, without checking its other files; not collective.
-
-    `form`: of a run that may be a stranger's, as in `read_fields`.
-    """
+def checkpoint_state(folder: Path) -> dict[str, Any]:
+    """Return the loop's state in a checkpoint, without checking its other files; not collective."""
     try:
-        return read_fields(folder / STATE, form)
+        return read_fields(folder / STATE)
     except ConfigError as error:
         raise damaged_checkpoint(folder, [f"{STATE}: {error.got}"]) from error
 

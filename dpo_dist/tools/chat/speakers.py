@@ -11,7 +11,7 @@ import torch
 from transformers import TextStreamer
 
 from dpo_dist.config.load import saved_config
-from dpo_dist.config.run_folder import RunFolder, check_files, is_checkpoint
+from dpo_dist.config.run_folder import RunFolder, is_checkpoint
 from dpo_dist.config.schema import UNSET, DataConfig, Dtype, ImagesConfig, ModelConfig, RunConfig
 from dpo_dist.data.records import IMAGE, ImageFile, Message, Origin, PreferenceRecord, UnusableRecordError
 from dpo_dist.data.text.lengths import without_limits
@@ -164,8 +164,6 @@ def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool
     folder = Path(location).expanduser()
     above = map(RunFolder, folder.absolute().parents[:2])
     run = next((run for run in above if folder.is_dir() and run.state.is_file()), None)
-    if run is not None:
-        check_files(run.path)
     config = RunConfig() if run is None else saved_config(run.config)
     products = {Dtype.bf16: has_bf16_products, Dtype.fp16: has_fp16_products}
     emulated = _device().type == "cpu" and not products.get(config.model.dtype, lambda: True)()

@@ -8,7 +8,6 @@ from pathlib import Path
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.metrics import ALL
-from dpo_dist.config.run_files import CheckpointState
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.distributed.checkpoint.saver import (
@@ -65,7 +64,7 @@ def check_origin(
     if not entry.is_checkpoint:
         return
     folder, digest = Path(entry.path), inputs.policy_files.digest
-    model_digest, adapter = checkpoint_state(folder, CheckpointState)["model"], model.adapter
+    model_digest, adapter = checkpoint_state(folder)["model"], model.adapter
     changed = changed_keys(RunFolder(folder.resolve().parent.parent).config, identity)
     if model_digest != digest or "model.adapter" in changed:
         before, _ = changed.get("model.adapter", (adapter, adapter))

@@ -11,7 +11,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dpo_dist.config.run_files import SampleRow, WorstRow
 from dpo_dist.config.run_folder import RunFolder, checkpoint_step
 from dpo_dist.foundation.files import read_lines
 from dpo_dist.foundation.text import number, percent, pluralize
@@ -167,10 +166,7 @@ def samples_section(folder: RunFolder) -> Mapping[str, Any]:
     """
     files = _files(folder)
     steps = list(files)
-    read = {
-        step: list(islice(read_lines(files[step], SampleRow), _MOST_ROWS))
-        for step in {*steps[:2], *steps[-1:]}
-    }
+    read = {step: list(islice(read_lines(files[step]), _MOST_ROWS)) for step in {*steps[:2], *steps[-1:]}}
     if not steps or not read[steps[0]]:
         return {}
     by_prompt = {step: {row["prompt_id"]: row for row in rows} for step, rows in read.items()}
@@ -202,7 +198,7 @@ def samples_side_by_side(runs: Mapping[str, RunFolder]) -> list[Markup]:
     last: dict[str, _Row] = {}
     for label, folder in runs.items():
         for file in islice(_files(folder).values(), 1):
-            for row in islice(read_lines(file, SampleRow), _MOST_ROWS):
+            for row in islice(read_lines(file), _MOST_ROWS):
                 notes = end_notes(row["policy_tokens"], row["policy_finished"])
                 response = ShownResponse(label, row["policy"], f"step {row['step']:,}, {notes}")
                 by_prompt.setdefault(row["prompt_id"], []).append(response)
@@ -224,7 +220,7 @@ def samples_side_by_side(runs: Mapping[str, RunFolder]) -> list[Markup]:
 def worst_pairs(file: Path) -> list[Markup]:
     """Return the pairs in an evaluation's file of worst pairs, as HTML."""
     shown = []
-    for row in read_lines(file, WorstRow):
+    for row in read_lines(file):
         sides, margin = [side for side in ("chosen", "rejected") if side in row], row["margin"]
         names, measured = list[str](sides), f"margin {number(margin, 3)}"
         if len(sides) == 1:  # a labelled response

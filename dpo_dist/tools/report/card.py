@@ -12,7 +12,6 @@ from markupsafe import Markup
 from dpo_dist.config.identity import settings
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind
 from dpo_dist.config.metrics import ACCURACIES, MAIN, PREFIX, TERMS
-from dpo_dist.config.run_files import DoctorReport, EvaluationFile
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.config.verb_sections import ExportedWeights
@@ -181,7 +180,7 @@ def run_card(
         run_verdict = verdict(rows, summary, data_findings(folder))
         results = folder.named_evaluation(LAST_EVALUATION).results
         if is_evaluated and results.is_file():
-            evaluation = read_fields(results, EvaluationFile)
+            evaluation = read_fields(results)
         summary_with_verdict = {**summary, "verdict": run_verdict.as_dict()}
         card += model_card(config, summary_with_verdict, evaluation, versions, loader)
     return card
@@ -191,5 +190,5 @@ def data_findings(folder: RunFolder) -> list[dict[str, Any]]:
     """Return the doctor's findings about the data of this run; empty if the doctor did not run."""
     if not folder.doctor_report.is_file():
         return []
-    findings: list[dict[str, Any]] = read_fields(folder.doctor_report, DoctorReport)["findings"]
+    findings: list[dict[str, Any]] = read_fields(folder.doctor_report)["findings"]
     return findings

@@ -7,14 +7,6 @@ from typing import Any
 
 from dpo_dist.config.load import read_saved
 from dpo_dist.config.metrics import ALL, METRICS, results_name
-from dpo_dist.config.run_files import (
-    DoctorReport,
-    Environment,
-    EvaluationFile,
-    RunRecord,
-    SavedConfig,
-    Summary,
-)
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.data.counts import in_words
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN
@@ -68,16 +60,16 @@ class PageFacts:
 
     def __init__(self, folder: RunFolder, rows: Sequence[MetricsRow] | None = None):
         # Also a configuration of another version.
-        config = read_saved(folder.config, SavedConfig) if folder.config.exists() else {}
+        config = read_saved(folder.config) if folder.config.exists() else {}
         self.config: Fields = without_secrets(config)
-        self.doctor = _fields(folder.doctor_report, DoctorReport)
-        self.environment = _fields(folder.environment, Environment)
-        self.state, summary = _fields(folder.state, RunRecord), _fields(folder.summary, Summary)
+        self.doctor = _fields(folder.doctor_report)
+        self.environment = _fields(folder.environment)
+        self.state, summary = _fields(folder.state), _fields(folder.summary)
         rows = read_latest_rows(folder) if rows is None else rows
         self.summary = {**final_and_best(rows), **summary}
         self.run = RunFacts(rows, self.summary, self.doctor.get("findings") or [])
         self.by_source = metrics_by_source(rows)
-        evaluation = _fields(folder.named_evaluation(LAST_EVALUATION).results, EvaluationFile)
+        evaluation = _fields(folder.named_evaluation(LAST_EVALUATION).results)
         # If a resumed run stopped early, the file has an earlier evaluation than the rows, and is not used.
         last = self.run.evaluations[-1] if self.run.evaluations else {}
         loss = (evaluation.get("all") or {}).get("eval_loss")
@@ -98,9 +90,9 @@ class PageFacts:
         return (self.evaluation.get(name) or {}).get("intervals") or {}
 
 
-def _fields(path: Path, form: Any) -> Fields:
+def _fields(path: Path) -> Fields:
     """Return a file's fields without secrets, because pages are shared; empty if there is no file."""
-    fields: Fields = without_secrets(files.read_fields(path, form)) if path.exists() else {}
+    fields: Fields = without_secrets(files.read_fields(path)) if path.exists() else {}
     return fields
 
 

@@ -221,10 +221,6 @@ def read_latest_rows(
     return RowSample(stored_rows(folder, step + _AFTER_STEP), keep).rows
 
 
-# Of a line that is no JSON, or no row of numbers.
-_NO_ROW = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
-
-
 def _stored_lines(folder: RunFolder) -> Iterator[tuple[bytes, MetricsRow]]:
     """Yield the whole lines of a run's file, with their rows; the last line may be unfinished."""
     if not folder.rows.exists():
@@ -234,8 +230,7 @@ def _stored_lines(folder: RunFolder) -> Iterator[tuple[bytes, MetricsRow]]:
             if line.endswith(b"\n"):
                 try:
                     row = _known(json.loads(line))
-                    log_position(row)
-                except _NO_ROW as error:
+                except ValueError as error:
                     raise ConfigError(
                         "the metrics of this run cannot be read",
                         where=f"{folder.rows}:{number}",

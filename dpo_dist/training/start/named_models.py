@@ -12,7 +12,6 @@ from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.run_folder import (
     RunFolder,
     best_checkpoint,
-    check_files,
     checkpoint_folders,
     checkpoint_step,
     existing_run,
@@ -41,12 +40,10 @@ def locate_model(path: str, key: str) -> str:
     folder = Path(path).expanduser()
     run = RunFolder(folder)
     if run.config.is_file() and not (folder / CONFIG_FILE).is_file():
-        check_files(folder)
         if not run.model.is_dir():
             raise no_model_error(run, key, "let the run complete")
         folder = run.model
     elif is_checkpoint(folder):
-        check_files(folder)
         return str(folder)
     location = str(folder) if folder.is_dir() else path
     local_model_folder(location, None, key, accepts_adapter=True)

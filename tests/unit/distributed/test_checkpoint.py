@@ -29,7 +29,7 @@ from dpo_dist.distributed.checkpoint.saver import (
 )
 from dpo_dist.distributed.checkpoint.slices import ModelSlices, Slice, write_slices
 from dpo_dist.foundation.errors import CheckpointError
-from dpo_dist.foundation.files import is_temporary
+from dpo_dist.foundation.files import content_digest, is_temporary
 from tests.support.one_weight import WEIGHTS, Run, Weights
 
 pytestmark = pytest.mark.slow
@@ -88,6 +88,17 @@ def test_a_damaged_checkpoint_is_neither_resumed_nor_ignored(damage: str, run: R
         DAMAGE[damage](folder)
     with pytest.raises(CheckpointError, match="every checkpoint of this run is damaged"):
         run.start()
+
+
+@pytest.mark.parametrize("name", ["../file", "engine/../../file", "/dev/null", "..", ""])
+def test_a_manifest_names_files_of_its_own_checkpoint_only(name: str, tmp_path: Path) -> None:
+    """In a stranger's checkpoint a device elsewhere would be read for ever."""
+    folder, outside = tmp_path / "step-000001", tmp_path / "file"
+    (folder / "engine").mkdir(parents=True)
+    outside.touch()
+    (folder / MANIFEST).write_text(json.dumps({name: content_digest([outside])}))
+    (fault,) = find_faults(folder, 0, 1)
+    assert fault.startswith(MANIFEST)
 
 
 def test_folders_with_other_names_are_not_checkpoints(run: Run, tmp_path: Path) -> None:

@@ -65,8 +65,11 @@ def test_a_prompt_with_another_image_was_not_trained(tmp_path: Path) -> None:
     assert count_trained(str(run.path), hashes, "pair", Console(None)) == 1
 
 
-def test_data_that_are_gone_are_said(tmp_path: Path) -> None:
+def test_data_or_a_configuration_that_cannot_be_read_are_said(tmp_path: Path) -> None:
     run, said = run_of(tmp_path), list[str]()
     (tmp_path / "records.jsonl").unlink()
     assert count_trained(str(run.path), HASHES, "prompt", Console(LineScreen(said.append))) is None
-    assert said[0].startswith(f"note: it is not known whether {run} was trained on these prompts: ")
+    run.config.write_text("model: 5")
+    assert count_trained(str(run.path), HASHES, "prompt", Console(LineScreen(said.append))) is None
+    for line in said:
+        assert line.startswith(f"note: it is not known whether {run} was trained on these prompts: ")

@@ -1,5 +1,6 @@
 """The verb `export`: models of all forms, from the files that training started from."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from dpo_dist.tools.report.card import run_card
 from dpo_dist.training.export import export_checkpoint, export_model
 from tests.support import tiny
 from tests.support.families import COMMON, LOW_RANK, ROUTED
-from tests.support.loop_state import write_loop_state
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 from tests.unit.distributed.test_checkpoint_export import checkpoint_of, weights_of
@@ -37,7 +37,7 @@ def test_a_changed_adapter_is_refused_where_it_becomes_part_of_the_result(tmp_pa
     (run / "environment.json").write_text('{"packages": {}}')
     checkpoint = checkpoint_of(weights_of(config, sft), run / "checkpoints" / "step-000001")
     found = digest_model(base, tmp_path / "store", adapter=start_folder(config.model)).digest
-    write_loop_state(checkpoint, model=found)
+    (checkpoint / "state.json").write_text(json.dumps({"model": found}))
     write_sft_adapter(base, sft, seed=4)
     with pytest.raises(ConfigError, match="started from has changed") as refused:
         export_model(config, checkpoint, tmp_path / "out", Console(None), run_card)

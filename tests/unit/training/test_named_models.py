@@ -18,7 +18,6 @@ from dpo_dist.training.start.named_models import EvaluatedModel, find_evaluation
 from dpo_dist.training.start.open_run import Run
 from tests.support import tiny
 from tests.support.alone import ALONE
-from tests.support.loop_state import write_loop_state
 from tests.support.tiny_model import write_model
 
 pytestmark = pytest.mark.slow
@@ -185,7 +184,7 @@ def test_a_checkpoint_of_another_run_is_refused_before_it_is_loaded(
     """The log-probs of the reference, computed in between, would take hours."""
     folder = tmp_path / "run" / "checkpoints" / "step-000003"
     folder.mkdir(parents=True)
-    write_loop_state(folder, model="m")
+    (folder / "state.json").write_text('{"model": "m"}')
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(configured(tmp_path)))
     config = configured(tmp_path, *([f"model.adapter={adapter}"] if adapter else []))
     inputs: Any = SimpleNamespace(policy_files=SimpleNamespace(digest=base))
