@@ -21,7 +21,6 @@ from dpo_dist.config.schema import ImagesConfig
 from dpo_dist.data.library_internals import make_processor, processor_class
 from dpo_dist.data.records import Tokenizer, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.foundation.process import limited_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,8 +31,6 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MOST_PIXELS = 80_000_000  # more than any camera's; Pillow itself warns above 89 million
 _MOST_TIMES_LONGER = 200  # than the shorter side: processors would scale the shorter side up
 _CACHED_FILES, _CACHED_INPUTS = 64, 16  # inputs of a large image take 20 MB
-# Of the first image, which is small: a processor's configuration can ask for any size.
-_MOST_BYTES = 4 * 2**30
 _INVENTED_SIZES = (112, 84), (56, 140)
 # Outputs of processors that belong to the text, not to the image.
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"}
@@ -67,13 +64,9 @@ class ImageProcessor:
             self.tokens = {self.token, str(tokenizer.convert_ids_to_tokens(self.placeholder_id))}
             # LLaVA-OneVision cuts an image into tiles only if it is the only one of its prompt.
             self.reads_several = "batch_num_images" not in self._processor.image_processor.model_input_names
-            with limited_memory(_MOST_BYTES):
-                self.invented = tuple(self._invent())
+            self.invented = tuple(self._invent())
         except ConfigError:
             raise
-        except MemoryError as error:
-            cause = f"it needs over {_MOST_BYTES >> 30} GiB for a small image: correct its sizes"
-            raise _refused(folder, cause) from error
         except Exception as error:  # files that others wrote can raise anything
             raise _refused(folder, f"no image processor can be made: {first_line(error)}") from error
         versions = [_pillow().__version__, version("transformers")]  # their code decides pixels

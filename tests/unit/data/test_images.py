@@ -534,11 +534,9 @@ def test_folders_without_a_usable_processor_are_refused(tmp_path: Path) -> None:
     assert "no image processor" in refusal("qwen2_vl", config='{"model_type": "none"}')
     own_code = {"auto_map": {"AutoImageProcessor": "own.Processor"}}
     assert "custom code" in refusal("llama", preprocessor_config=json.dumps(own_code))
-    for sides in (10**5, 10**12):
-        size = {"height": sides, "width": sides}
-        own_size = {"image_processor_type": "Gemma3ImageProcessor", "size": size}
-        cause = refusal("gemma3", "gemma3", preprocessor_config=json.dumps(own_size))
-        assert cause.endswith("a small image: correct its sizes") or "OverflowError" in cause
+    size = {"height": 10**12, "width": 10**12}
+    own_size = {"image_processor_type": "Gemma3ImageProcessor", "size": size}
+    assert "no image processor" in refusal("gemma3", "gemma3", preprocessor_config=json.dumps(own_size))
     assert "'[IMG]'" in refusal("mistral3", processor_config='{"image_token": "[PICTURE]"}').replace(
         "PICTURE", "IMG"
     )
