@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import math
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from dpo_dist.config.schema import ImagesConfig
 from dpo_dist.data.library_internals import make_processor, processor_class
 from dpo_dist.data.records import Tokenizer, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.foundation.process import limited_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,13 +31,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MOST_PIXELS = 80_000_000  # more than any camera's; Pillow itself warns above 89 million
 _MOST_TIMES_LONGER = 200  # than the shorter side: processors would scale the shorter side up
 _CACHED_FILES, _CACHED_INPUTS = 64, 16  # inputs of a large image take 20 MB
-_MOST_SCANS = 100  # each is as much work as the whole JPEG; encoders write about ten
-# Of the first image, which is small: a processor's configuration can ask for any size.
-_MOST_BYTES = 4 * 2**30
 _INVENTED_SIZES = (112, 84), (56, 140)
-# In a JPEG's entropy-coded data, which have no length, FF is followed by 00 or by a restart.
-_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)
-_SCAN, _END, _WITHOUT_LENGTH = b"\xda", b"\xd9", b"\x01\xd8"
 # Outputs of processors that belong to the text, not to the image.
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"}
 
@@ -72,13 +64,9 @@ class ImageProcessor:
             self.tokens = {self.token, str(tokenizer.convert_ids_to_tokens(self.placeholder_id))}
             # LLaVA-OneVision cuts an image into tiles only if it is the only one of its prompt.
             self.reads_several = "batch_num_images" not in self._processor.image_processor.model_input_names
-            with limited_memory(_MOST_BYTES):
-                self.invented = tuple(self._invent())
+            self.invented = tuple(self._invent())
         except ConfigError:
             raise
-        except MemoryError as error:
-            cause = f"it needs over {_MOST_BYTES >> 30} GiB for a small image: correct its sizes"
-            raise _refused(folder, cause) from error
         except Exception as error:  # files that others wrote can raise anything
             raise _refused(folder, f"no image processor can be made: {first_line(error)}") from error
         versions = [_pillow().__version__, version("transformers")]  # their code decides pixels
@@ -214,8 +202,6 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Image":
         if longer > _MOST_TIMES_LONGER * shorter:
             detail = f"{size}: a side over {_MOST_TIMES_LONGER} times the other"
             raise UnusableRecordError("image_too_large", detail)
-        if image.format in ("JPEG", "MPO") and _has_many_scans(content):
-            raise UnusableRecordError("image_unreadable", f"a JPEG of {size} in over {_MOST_SCANS} scans")
         bits = content[24] if image.format == "PNG" else 8
         image.load()
         image = ImageOps.exif_transpose(image)
@@ -235,15 +221,6 @@ def decode_image(content: bytes, max_pixels: int | None = None) -> "Image":
     scale = math.sqrt(max_pixels / pixels)
     width, height = (min(max(int(side * scale), 1), max_pixels) for side in image.size)
     return image.resize((width, height), pillow.Resampling.BICUBIC)
-
-
-def _has_many_scans(jpeg: bytes) -> bool:
-    position = scans = 0
-    while (marker := _JPEG_MARKER.search(jpeg, position)) and marker[1] != _END and scans <= _MOST_SCANS:
-        position, scans = marker.end(), scans + (marker[1] == _SCAN)
-        if marker[1] not in _WITHOUT_LENGTH:
-            position += int.from_bytes(jpeg[position : position + 2])
-    return scans > _MOST_SCANS
 
 
 def _on_white(image: "Image", bits: int) -> "Image":

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -106,23 +105,3 @@ def usable_cores() -> int:
 def cores_of_rank() -> int:
     """Return how many cores this process may use if the ranks of a node divide them; at least one."""
     return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-@contextlib.contextmanager
-def limited_memory(further: int) -> Iterator[None]:
-    """Inside the block, an allocation fails if the process would have this many bytes more than at its start.
-
-    Without /proc, as on macOS, there is no limit.
-    """
-    pages = Path("/proc/self/statm")
-    if not pages.exists():
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limits = [int(pages.read_text().split()[0]) * resource.getpagesize() + further, soft, hard]
-    least = min(limit for limit in limits if limit != resource.RLIM_INFINITY)
-    resource.setrlimit(resource.RLIMIT_AS, (least, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -6,21 +6,18 @@ The API key comes from the environment. Errors contain neither the key nor a tex
 import contextlib
 import json
 import os
-import time
+import re
 from collections.abc import Callable, Collection, Iterator
-from ipaddress import ip_address
-from multiprocessing import TimeoutError as Late
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from pydantic import BaseModel, Field, ValidationError
 
 from dpo_dist.foundation.errors import ConfigError, first_fault
 from dpo_dist.foundation.installed import install_extra
-from dpo_dist.foundation.text import duration, first_few, size, without_secrets
+from dpo_dist.foundation.text import first_few
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 RETRIES = 6
@@ -30,10 +27,8 @@ _LISTING_SECONDS = 45.0  # a server that computes everything else slowly answers
 _ABSENT = (502, 503, 504)  # while it loads a model, or of a proxy before it
 # Statuses that refuse a single request for its texts; others mean that the server cannot be used.
 _REFUSES_TEXTS = (400, 413, 422)
-_MOST_BYTES = 128 << 20
-"""Of a reply. Ids and log-probs of a token take about 110; the longest requests ask for half a million."""
-_SILENCES = 2
-"""A whole reply may take as many times the longest silence, after which a request is sent again."""
+# Hosts that a proxy would look for on its own machine; vLLM prints the last one as its address.
+_ON_THIS_MACHINE = re.compile(r"(.+\.)?localhost|127(\.\d+){3}|::1|0\.0\.0\.0")
 _WORD = 60  # characters of a server's code in an error
 R = TypeVar("R")
 Form = TypeVar("Form", bound=BaseModel)
@@ -113,19 +108,6 @@ class ChatReply(BaseModel):
     choices: list[ChatChoice]
 
 
-def _proxy_of(url: str) -> str | None:
-    """Return the environment's proxy for a server, none for one on this machine."""
-    place, proxies = urlsplit(url), getproxies()
-    host = place.hostname or ""
-    with contextlib.suppress(ValueError):
-        if ip_address(host).is_loopback:
-            return None
-    if host == "localhost" or host.endswith(".localhost") or proxy_bypass(place.netloc):
-        return None
-    proxy = proxies.get(place.scheme, proxies.get("all"))
-    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
-
-
 class RefusedError(Exception):
     """One request is refused; the message has the server's status and code, not its words."""
 
@@ -140,7 +122,6 @@ class Client:
 
     def __init__(self, url: str, url_key: str, name: str, seconds: float, parallel: int):
         try:
-            import httpx2  # noqa: PLC0415  (openai's)
             import openai  # noqa: PLC0415  (optional)
         except ImportError:
             raise ConfigError(
@@ -149,52 +130,24 @@ class Client:
         self._openai, self.url, self._url_key, self.name = openai, url, url_key, name
         key = os.environ.get(KEY_VARIABLE, "").strip() or "none"
         timeout = openai.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS))
-
-        class Bounded(httpx2.HTTPTransport):
-            """Reads each reply whole. An error of openai's is passed on: the client tries others again."""
-
-            def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-                seconds = _SILENCES * request.extensions["timeout"]["read"]
-                # In a thread: a server can also send its headers byte by byte.
-                with ThreadPool(1) as pool:
-                    try:
-                        return pool.apply_async(self._whole, (request, seconds)).get(seconds)
-                    except Late:
-                        raise openai.OpenAIError(f"a reply did not end in {duration(seconds)}") from None
-
-            def _whole(self, request: httpx2.Request, seconds: float) -> httpx2.Response:
-                end = time.monotonic() + seconds
-                reply, content = super().handle_request(request), bytearray()
-                with contextlib.closing(reply):
-                    if reply.headers.get("Content-Encoding", "identity") != "identity":
-                        raise openai.OpenAIError("a compressed reply, which was not asked for")
-                    for chunk in reply.iter_raw():
-                        content += chunk
-                        if len(content) > _MOST_BYTES:
-                            raise openai.OpenAIError(f"more than {size(_MOST_BYTES)} in one reply")
-                        if time.monotonic() > end:  # nobody waits any more: this thread must not stay
-                            raise openai.OpenAIError(f"a reply did not end in {duration(seconds)}")
-                return httpx2.Response(reply.status_code, headers=reply.headers, content=bytes(content))
-
-        # The client has neither the environment's proxies nor its own limits with another transport.
-        proxy = _proxy_of(url)
+        asks_proxies = _ON_THIS_MACHINE.fullmatch(urlsplit(url).hostname or "") is None
         try:
-            transport = Bounded(limits=openai.DEFAULT_CONNECTION_LIMITS, proxy=proxy)
-        except (ValueError, ImportError) as fault:  # not a URL; a scheme that needs another package
+            connections = openai.DefaultHttpxClient(trust_env=asks_proxies)
+        except Exception as fault:  # not an address, a scheme that needs another package, no file
+            # Its words may quote a password of the proxy.
             raise ConfigError(
-                "the proxy of the environment cannot be used",
-                where="http_proxy, https_proxy or all_proxy",
-                got=without_secrets(str(fault)),
-                expected="http://HOST:PORT",
-                remedy=f"correct or remove the variable, or set no_proxy={urlsplit(url).hostname}",
+                "a proxy or certificate of the environment cannot be used",
+                where="http_proxy, https_proxy, all_proxy, SSL_CERT_FILE or SSL_CERT_DIR",
+                got=type(fault).__name__,
+                expected="http://HOST:PORT of a proxy; a file or folder of certificates",
+                remedy="correct or remove the variable; a SOCKS proxy needs the package socksio",
             ) from None
         self._openai_client = openai.OpenAI(
             base_url=url,
             api_key=key,
             timeout=timeout,
             max_retries=RETRIES,
-            default_headers={"Accept-Encoding": "identity"},
-            http_client=openai.DefaultHttpxClient(transport=transport),
+            http_client=connections,
         )
         self._parallel, self._names = parallel, ""
         self._file: Path | None = None
@@ -226,8 +179,7 @@ class Client:
 
     def _fault(self, error: Exception) -> str:
         """Return what is wrong with a connection or a reply as a whole."""
-        is_ours = type(error) is self._openai.OpenAIError
-        return str(error) if is_ours else type(error.__cause__ or error).__name__
+        return type(error.__cause__ or error).__name__
 
     def listed(self) -> dict[str, int | None]:
         """Return the models that the server lists and the length of each, if known; none without a list."""

@@ -5,7 +5,6 @@ import json
 import pickle
 import struct
 import sys
-import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -481,28 +480,6 @@ def test_a_transparent_colour_is_that_of_the_file_at_each_depth(
     assert found[0].tolist() == [[value] * 3 for value in expected]
 
 
-def test_a_jpeg_is_decoded_only_if_it_has_few_scans() -> None:
-    jpeg = file_of(SMALL, "JPEG", progressive=True, exif=file_of(SMALL, "JPEG", progressive=True))
-    start = jpeg.rindex(b"\xff\xda")
-    comment = b"\xff\xfe\x00\x06" + b"\xff\xd9" * 2  # an end of image that is none
-    most = 100 - jpeg.count(b"\xff\xda") // 2  # its thumbnail has as many
-    for between in (b"", comment, b"\xff\x01"):
-        few, many = (
-            jpeg[:-2] + (between + jpeg[start:-2]) * number + jpeg[-2:] for number in (most, most + 1)
-        )
-        # Phones write a video after the picture.
-        assert decode_image(few + jpeg[start:] * 200).size == SMALL.size
-        with pytest.raises(UnusableRecordError) as fault:
-            decode_image(many)
-        assert fault.value.detail == "a JPEG of 40 x 30 pixels in over 100 scans"
-
-
-def test_fill_bytes_of_a_hostile_jpeg_are_read_in_linear_time() -> None:
-    jpeg, started = file_of(SMALL, "JPEG"), time.process_time()
-    assert decode_image(jpeg[:-2] + b"\xff" * 100_000 + b"\x00" + jpeg[-2:]).size == SMALL.size
-    assert time.process_time() - started < 5
-
-
 def test_16_bits_are_scaled() -> None:
     values = np.linspace(0, 65535, 81).astype(np.uint16).reshape(9, 9)
     for kind in ("PNG", "TIFF"):
@@ -557,11 +534,9 @@ def test_folders_without_a_usable_processor_are_refused(tmp_path: Path) -> None:
     assert "no image processor" in refusal("qwen2_vl", config='{"model_type": "none"}')
     own_code = {"auto_map": {"AutoImageProcessor": "own.Processor"}}
     assert "custom code" in refusal("llama", preprocessor_config=json.dumps(own_code))
-    for sides in (10**5, 10**12):
-        size = {"height": sides, "width": sides}
-        own_size = {"image_processor_type": "Gemma3ImageProcessor", "size": size}
-        cause = refusal("gemma3", "gemma3", preprocessor_config=json.dumps(own_size))
-        assert cause.endswith("a small image: correct its sizes") or "OverflowError" in cause
+    size = {"height": 10**12, "width": 10**12}
+    own_size = {"image_processor_type": "Gemma3ImageProcessor", "size": size}
+    assert "no image processor" in refusal("gemma3", "gemma3", preprocessor_config=json.dumps(own_size))
     assert "'[IMG]'" in refusal("mistral3", processor_config='{"image_token": "[PICTURE]"}').replace(
         "PICTURE", "IMG"
     )
