@@ -393,11 +393,12 @@ def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> 
         remedy = Remedy(f"write {' or '.join(f'{place}.{option}' for option in known)}")
     same = [option for option in known if f"loss.options.{option}" in equivalents(name, "keys")]
     others = [option.rpartition(".")[2] for option in run_keys() if option.startswith("loss.options.")]
-    if guess := next(iter(same), likely_name(name, known)):
+    if guess := next(iter(same), likely_name(name, known) or likely_name(name, others)):
         remedy = Remedy.to_rename(key, f"{place}.{guess}")
-    elif guess := likely_name(name, others):
-        remedy = Remedy.to_rename(key, f"{place}.{guess}")
-        remedy += f" It is an option of {', '.join(kinds_using(f'options.{guess}'))}"
+        if origin(key) == key:  # inside of a typed mapping: `loss.options={gammma: 1}`
+            remedy = replace(remedy, rename=(name, guess))
+        if guess not in known:
+            remedy += f" It is an option of {', '.join(kinds_using(f'options.{guess}'))}"
     message = f"{kind} has no option {name!r}"
     return ConfigError(message, where=origin(key), got=got, expected=expected, remedy=remedy)
 
