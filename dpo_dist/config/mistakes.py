@@ -196,9 +196,9 @@ def unknown_key(key: str, value: str = "", *, where: str | Place = "") -> Config
     """
     remedy = (find_advice(key, value) or [_instead_of_key(key, value)])[0]
     beside = [word for word in map(key_of, remedy.write) if word.rpartition(".")[0] == key.rpartition(".")[0]]
-    # `where` is the key itself for a key inside of a typed mapping: `model.adapter={rank: 8, alpha: 16}`, where
-    # the remedy would write model.adapter.r=8 in place of the whole word. Only the name changes, rank to r, so
-    # that the word becomes model.adapter={r: 8, alpha: 16}.
+    # For a key inside of a typed mapping `where` is the key itself: in `model.adapter={rank: 8, alpha: 16}`
+    # the word model.adapter.r=8 would take the place of the whole mapping. So only the name changes, rank to
+    # r, and the word becomes model.adapter={r: 8, alpha: 16}.
     if where == key and beside and len(remedy.write) == 1:
         renamed = (key.rpartition(".")[2], beside[0].rpartition(".")[2])
         remedy = replace(remedy, write=(), rename=renamed)
@@ -393,11 +393,12 @@ def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> 
         remedy = Remedy(f"write {' or '.join(f'{place}.{option}' for option in known)}")
     same = [option for option in known if f"loss.options.{option}" in equivalents(name, "keys")]
     others = [option.rpartition(".")[2] for option in run_keys() if option.startswith("loss.options.")]
-    if guess := next(iter(same), likely_name(name, known)):
+    if guess := next(iter(same), likely_name(name, known) or likely_name(name, others)):
         remedy = Remedy.to_rename(key, f"{place}.{guess}")
-    elif guess := likely_name(name, others):
-        remedy = Remedy.to_rename(key, f"{place}.{guess}")
-        remedy += f" It is an option of {', '.join(kinds_using(f'options.{guess}'))}"
+        if origin(key) == key:  # inside of a typed mapping: `loss.options={gammma: 1}`
+            remedy = replace(remedy, rename=(name, guess))
+        if guess not in known:
+            remedy += f" It is an option of {', '.join(kinds_using(f'options.{guess}'))}"
     message = f"{kind} has no option {name!r}"
     return ConfigError(message, where=origin(key), got=got, expected=expected, remedy=remedy)
 

@@ -38,8 +38,9 @@ class Rule:
     """A rule between values: a configuration breaks it if all parts of `when`, and `also`, are true.
 
     A part is `KEY=VALUE`, `KEY=VALUE|VALUE`, `KEY!=VALUE`, or a bare KEY, which is always true and only
-    named in the error, as `also` reads it. The keys of all parts give an error's `where` and `got`. In `why` `{model.attention}` stands for the value of that key. If the command sets one of the
-    keys `yields_to` but not the first key of `when`, the first key goes back to its default.
+    named in the error, as `also` reads it. The keys of all parts give an error's `where` and `got`. In `why`
+    `{model.attention}` stands for the value of that key. If the command sets one of the keys `yields_to` but
+    not the first key of `when`, the first key goes back to its default.
     """
 
     when: str

@@ -3,6 +3,19 @@
 In names and comments "theirs" is the other trainer's, "ours" is dpo_dist's. Names of other trainers are in
 config/other_trainers.yaml (what a key or value means), trainers.yaml (defaults), and here, where keys depend
 on each other.
+
+The steps of `translate_run`, in their order, for `trl dpo --model_name_or_path m --dataset_name a.jsonl
+--loss_type sigmoid sft --beta 0.2 --packing`; steps that find nothing to do are left out:
+
+    step            takes from `left`          adds to `values`
+    _method         rl, loss_type              loss.terms=[{kind: sigmoid, ...}, {kind: sft, ...}]
+    set_sources     dataset_name               data.train=[{path: a.jsonl}]
+    _batch          -                          trainer.global_batch_pairs=8: 8 pairs x 1 are the default there
+    translate       model_name_or_path, beta   model.path=m, loss.beta=0.2
+                    packing                    nothing; to `comments`: "packing: true, not needed: ..."
+    _add_defaults   -                          trainer.epochs=3, optim.schedule=linear, ...
+    _obey_rules     -                          removes a value that a rule refuses; `origins`, {loss.beta:
+                                               (beta, 0.2), ...}, has their key for the comment
 """
 
 import math
@@ -38,36 +51,41 @@ EMPTY: tuple[Any, ...] = (None, "", [], {})
 _KEYS = {"loss": "loss.kind", "parallelism": "parallelism.kind", "reference": "reference.mode"}
 _KEYS |= {"optim": "optim.kind", "tracking": "tracking.to"}
 """The key that the name of a preset sets; presets of losses set other keys too, as in their papers."""
+_UNFOLDED = ("lr_scheduler_kwargs", "model_init_kwargs", "trl")
+"""Their mappings whose keys have other names than all keys outside them."""
 _LONGEST = 60
 _TRAINERS = own_table(Path(__file__).with_name("trainers.yaml"))
 
 
 class Translation:
-    """A translation: their keys that are `left`, the `values` of our keys, `comments` on keys left out.
-
-    `about`: lines about the whole run; `reasons`: why a key of theirs is left out, by its name; `unused`: the
-    reasons of options that have no effect there, but would have one here.
-    """
+    """A translation, which the steps of `translate_run` make: each takes keys and adds values."""
 
     def __init__(self, foreign: ForeignRun) -> None:
         self.trainer, keys, self.name = foreign
         self.facts = _TRAINERS[self.trainer]
-        self.left, self.values, self.comments = dict(keys), dict[str, Any](), list[str]()
-        self.about, self.reasons, self.unused = list[str](), dict[str, str](), dict[str, str]()
+        self.left: dict[str, Any] = dict(keys)
+        """Their keys that no step has taken."""
+        self.values: dict[str, Any] = {}
+        """The values of our keys."""
+        self.comments: list[str] = []
+        """Lines on keys that are left out."""
+        self.about: list[str] = []
+        """Lines on the whole run."""
+        self.reasons: dict[str, str] = {}
+        """Why a key of theirs is left out, by its name."""
         self.unneeded: set[str] = set()
         """Their keys that are left out without a change of the run."""
+        self.unused: dict[str, str] = {}
+        """The reasons of their options that have no effect there, but would have one here."""
         self.origins: dict[str, tuple[str, Any]] = {}
         """For each of our keys: the key of theirs from which it comes, with its value there."""
         self.not_default: set[str] = set()
         """Our keys that must not get the other trainer's default."""
         if isinstance(keys.get("model"), str) and keys["model"]:
-            names = ("model_name_or_path", "model")
-            self.left[names[0]] = self.take(*names[:: -1 if self.trainer == "ms-swift" else 1])
-        for name in (
-            "lr_scheduler_kwargs",
-            "model_init_kwargs",
-            "trl",
-        ):  # the keys in these mappings have other names than all keys outside them
+            is_main = self.trainer == "ms-swift"
+            names = ("model", "model_name_or_path") if is_main else ("model_name_or_path", "model")
+            self.left["model_name_or_path"] = self.take(*names)
+        for name in _UNFOLDED:
             if isinstance(inner := keys.get(name), dict):
                 del self.left[name]
                 self.unfold(name, inner)

@@ -1,5 +1,6 @@
 """`loss.options`: each kind of loss has its own, typed, and refuses those of other kinds."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,9 @@ def test_help_of_an_option_has_its_kind_and_paper_twice_if_two_kinds_have_the_na
             assert meaning is not None
             assert f"`{kind}`" in meaning
             assert meaning in listed
+
+
+@pytest.mark.parametrize("word", ["loss.options={gammma: 1}", "loss.options.gammma=1"])
+def test_a_mistyped_option_is_corrected_in_its_word(word: str) -> None:
+    words = error_of(shlex.quote(word)).as_dict([word])["remedy"]
+    assert (words["write"], words["remove"]) == ([word.replace("gammma", "gamma")], [word])
