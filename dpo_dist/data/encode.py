@@ -129,7 +129,9 @@ def _images(
     if processor is None:
         return (), False
     if not processor.reads_several and len(record.images) > 1:
-        raise UnusableRecordError("several_images", f"{len(record.images)} images")
+        raise UnusableRecordError(
+            "several_images", f"{len(record.images)} images; this model reads one in a prompt"
+        )
     images = tuple(processor.expanded(image.read()) for image in record.images)
     has_tag_in = [any(has_tag(text, processor.tokens) for text in texts) for texts in (prompt, *responses)]
     if has_tag_in[0] and not images:

@@ -50,9 +50,11 @@ def append_records(columns: Columns, tables: Sequence[pa.Table]) -> TableFacts:
                 continue
             chunk = dataset_columns(part)
             names = [(source, name) for name in chunk["source_paths"]]
-            numbers = np.array([files.setdefault(name, len(files)) for name in names])
+            file_numbers = np.array([files.setdefault(name, len(files)) for name in names])
             starts, sizes, prompts = chunk["piece_starts"], chunk["piece_tokens"], chunk["first_pieces"]
             counts = np.diff(prompts) - 1
+            # A chunk has only the numbers with an effect. Once one has a number, each example needs a value:
+            # those before it, and those of later chunks without the number, get the one without effect.
             for name, neutral in NUMBERS.items():
                 column, given = NUMBER + name, chunk["numbers"].get(name)
                 if given is not None or column in columns:
@@ -64,7 +66,7 @@ def append_records(columns: Columns, tables: Sequence[pa.Table]) -> TableFacts:
                 piece_starts=starts + tokens,
                 first_pieces=prompts[:-1] + pieces,
                 mask_starts=chunk["mask_starts"] + masked,
-                origins=np.column_stack((numbers[chunk["origins"][:, 0]], chunk["origins"][:, 1])),
+                origins=np.column_stack((file_numbers[chunk["origins"][:, 0]], chunk["origins"][:, 1])),
                 places=np.repeat(batch["place"].to_numpy().astype(np.int64) + records, example_counts),
                 rows=first_rows(
                     starts, sizes, prompts[:-1], np.delete(np.arange(len(sizes)), prompts[:-1]), counts
@@ -120,46 +122,53 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
     piece_counts, example_counts = _lengths(table["piece_tokens"]), _lengths(table["examples"])
     examples = pc.list_flatten(table["examples"])
     response_counts = _lengths(examples)
-    record = np.repeat(np.arange(len(table)), example_counts)
-    # The index of each response of an example among all pieces, and among all responses.
-    first_piece = np.cumsum(piece_counts) - piece_counts
-    numbers = pc.list_flatten(examples).to_numpy()
-    piece = np.repeat(first_piece[record], response_counts) + 1 + numbers
+    # The table stores each piece (a prompt or a response) once; several examples may use it. Of two records,
+    # with the prompt P and the responses a, b, c, and with Q and d, and the examples (a, b), (a, c) and (d):
+    #   stored pieces    P a b c Q d        indices 0 to 5; those of the responses a b c d: 0 to 3
+    #   record_of        0     0     1      the record of each example
+    #   ranks              0 1   0 2   0    each response of an example, among those of its record
+    #   response_piece     1 2   1 3   5    the same, among all stored pieces
+    #   response_row       0 1   0 2   3    the same, among all stored responses
+    #   piece            0 1 2 0 1 3 4 5    the examples' prompts and responses, among all stored pieces
+    record_of = np.repeat(np.arange(len(table)), example_counts)
+    ranks = pc.list_flatten(examples).to_numpy()
+    prompt_pieces = np.cumsum(piece_counts) - piece_counts  # of each record; a dropped one has no pieces
+    response_piece = np.repeat(prompt_pieces[record_of], response_counts) + 1 + ranks
     is_response = np.ones(len(tokens), dtype=np.bool_)
-    is_response[first_piece[piece_counts > 0]] = False
-    response = (np.cumsum(is_response) - 1)[piece]
+    is_response[prompt_pieces[piece_counts > 0]] = False
+    response_row = (np.cumsum(is_response) - 1)[response_piece]
+    starts = np.cumsum(response_counts) - response_counts  # of each example, in the arrays of responses
+    piece = np.insert(response_piece, starts, prompt_pieces[record_of])
     response_tokens = tokens[is_response]
     masked = np.where(trained_tokens < response_tokens, response_tokens, 0)
-    # The prompt of an example is before its first response.
-    starts = np.cumsum(response_counts) - response_counts
-    pieces = np.insert(piece, starts, first_piece[record])
     # An example that lacks one of the record's responses may lack the one that begins like another.
-    is_known = np.maximum.reduceat(numbers, starts) < response_counts
-    keys, files = flat("keys").reshape(-1, 2)[response], table["file"].combine_chunks().dictionary_encode()
+    is_known = np.maximum.reduceat(ranks, starts) < response_counts
+    keys = flat("keys").reshape(-1, 2)[response_row]
+    files = table["file"].combine_chunks().dictionary_encode()
     origins = np.stack([files.indices.to_numpy(), table["line"].to_numpy()], axis=1)
     # Those of the `NUMBERS` that have an effect.
     values = np.tile(np.array([*NUMBERS.values()]), (len(table), 1))
     values[_lengths(table["numbers"]) > 0] = flat("numbers").reshape(-1, len(NUMBERS))
-    by_name = zip(NUMBERS.items(), values[record].T, strict=True)
+    by_name = zip(NUMBERS.items(), values[record_of].T, strict=True)
     given = {name: column.copy() for (name, neutral), column in by_name if (column != neutral).any()}
     return {
         "source_paths": tuple(files.dictionary.to_pylist()),
         "largest_id": pc.max(table["largest_id"]).as_py(),
         "ids": pc.list_flatten(table["ids"]),
-        "piece_starts": (np.cumsum(tokens, dtype=np.int64) - tokens)[pieces],
-        "piece_tokens": tokens[pieces],
+        "piece_starts": (np.cumsum(tokens, dtype=np.int64) - tokens)[piece],
+        "piece_tokens": tokens[piece],
         "first_pieces": np.insert(np.cumsum(response_counts + 1), 0, 0),
         "keys": keys,
         "digests": example_digests(keys, response_counts),
-        "scores": flat("scores")[response],
+        "scores": flat("scores")[response_row],
         "numbers": given,
         "trained": pc.list_flatten(table["trained"]),
-        "mask_starts": (np.cumsum(masked, dtype=np.int64) - masked)[response],
-        "trained_tokens": trained_tokens[response],
-        "truncated": flat("truncated")[response],
-        "begins": np.where(np.repeat(is_known, response_counts), flat("begins")[response], np.int32(0)),
-        "prompt_hashes": table["prompt"].to_numpy()[record],
-        "origins": origins[record],
+        "mask_starts": (np.cumsum(masked, dtype=np.int64) - masked)[response_row],
+        "trained_tokens": trained_tokens[response_row],
+        "truncated": flat("truncated")[response_row],
+        "begins": np.where(np.repeat(is_known, response_counts), flat("begins")[response_row], np.int32(0)),
+        "prompt_hashes": table["prompt"].to_numpy()[record_of],
+        "origins": origins[record_of],
     }
 
 

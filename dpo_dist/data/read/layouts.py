@@ -103,7 +103,11 @@ def pair(record: Fields) -> Content:
         # The other side answers the same question as the last message of `messages`.
         turns = record[chosen]
         if not ends_with_response(turns):
-            raise UnusableRecordError("not_one_answer", "messages does not end with an assistant message")
+            last = message_role(turns[-1]) if isinstance(turns, list) and turns else None
+            found = f"a message of {shown_key(last)}" if last else "no message"
+            raise UnusableRecordError(
+                "not_one_answer", f"the field messages ends with {found}, not with one of the assistant"
+            )
         return Content(turns[:-1], sides | {chosen: turns[-1]}, scores)
     return Content(record_prompt(record, sides.values()), sides, scores)
 

@@ -248,7 +248,7 @@ def test_prompts_with_several_images_are_dropped_if_the_model_cuts_only_a_single
     processor = ImageProcessor(tmp_path, tokenizer, ImagesConfig())
     encoded(image_record("#", images=[FIRST]), "llava", processor)
     several = encode_pair(image_record("# #", images=[FIRST, FIRST]), tokenizer, WIDE, processor)
-    assert several.reason == "several_images"
+    assert several.why == "several_images (2 images; this model reads one in a prompt)"
 
 
 @pytest.mark.parametrize("truncation", ["drop", "keep_start", "keep_end", "both"])
