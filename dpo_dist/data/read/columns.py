@@ -55,7 +55,10 @@ def _by_reader(records: Iterator[RawRecord], read: Callable[..., Any]) -> Iterat
 
 def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[RawRecord]:
     columns = source.columns or {}
-    # The sets of names, for columns: {chosen: answers.good, rejected: answers.bad, label: null}.
+    # The sets of names, for columns: {chosen: answers.good, rejected: answers.bad, label: null},
+    # which make of
+    #   {prompt: q, answers: {good: a, bad: b}, label: 1, chosen: c}
+    #   {prompt: q, chosen: a, rejected: b}; its own chosen, c, is reported as left out, and label is not.
     paths = {field: path for field, path in columns.items() if path is not None}
     ignored, has_others = columns.keys() - paths.keys(), OTHERS in columns  # label
     # Columns that fields are read from: answers, and answers.good, which may be a column's name. `metadata`

@@ -401,7 +401,19 @@ class _Conversation:
         written = _EMPTY_THOUGHT.sub("", rendered.lstrip())
         return marks.escape(thought, marks.in_response) + separator + written
 
-    # Several turns: a response is a part of the whole conversation.
+    # Several turns: a response is a part of the whole conversation. The prompt is the first that fits, by
+    # what the template writes for it `alone` (before answers as for a generation) and in each conversation:
+    #
+    #   alone                               in conversations     the prompt of the record
+    #   goes on as the responses do         equal, or as alone   alone
+    #                                       begins
+    #   any                                 different            what they share
+    #   opens a thought                     equal                the same, and an empty thought's end, if the
+    #                                                            responses share it
+    #   else                                equal                the same
+    #
+    # `alone` does not go on as the responses do if it is not before answers, opens a thought, or ends one
+    # that a response has.
 
     def _several_turns(self, responses: Sequence[Messages]) -> RenderedRecord:
         """Render responses of several turns, after a prompt that all share."""
@@ -424,19 +436,18 @@ class _Conversation:
             for turns, whole in zip(responses, wholes, strict=True)
         )
         has_other_thought = _opens_thought(alone) or (has_thought and _ENDED_THOUGHT.search(alone))
-        # Turns before the response may depend on it: then only what all sides share is the prompt.
-        is_same = len(prompts) == 1 or all(map(alone.startswith, prompts))
-        if alone and are_answers and is_same and not has_other_thought:
+        goes_on = bool(alone) and are_answers and not has_other_thought
+        if goes_on and (len(prompts) == 1 or all(map(alone.startswith, prompts))):
             prompt = alone  # as for one turn: it may end a thought that the turn does not have (Gemma 4)
-        elif len(prompts) > 1:
+        elif len(prompts) > 1:  # turns before the response depend on it
             changes.add("prompt_not_prefix")
             prompt, wholes = self._shared_prompt(wholes)
+        elif _opens_thought(alone):
+            scaffold = self._common_scaffold(whole.response for whole in wholes)
+            prompt = wholes[0].prompt + scaffold
+            wholes = [replace(whole, start=whole.start + len(scaffold)) for whole in wholes]
         else:
             prompt = wholes[0].prompt
-            if _opens_thought(alone):
-                scaffold = self._common_scaffold(whole.response for whole in wholes)
-                prompt += scaffold
-                wholes = [replace(whole, start=whole.start + len(scaffold)) for whole in wholes]
         following = tuple(whole.response for whole in wholes)
         if _opens_thought(alone) and (not _opens_thought(prompt) or any(map(_NO_THOUGHT.match, following))):
             changes.add("opened_thought_removed")

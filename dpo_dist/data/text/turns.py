@@ -67,7 +67,12 @@ class TurnFinder:
         self._generation_prompts: dict[str, str] = {}
 
     def find(self, response: Messages, is_trained: Callable[[Message], bool]) -> Iterator[ResponseTurn]:
-        """Yield the turns of a response; `counted` of those that are trained is without their header.
+        r"""Yield the turns of a response; `counted` of those that are trained is without their header.
+
+        The parts of an answer in the output of ChatML; `content` is the length of the first, its `header`:
+
+            <|im_start|>assistant\n    Hello.<|im_end|>     \n
+            from `start`               `counted`            after it, to `stop`
 
         Raises UnusableRecordError: a turn is not found.
         """
