@@ -130,8 +130,8 @@ class DpoDistError(Exception):
         texts = {name: getattr(self, name) for name in ("title", "message", "where", "got", "expected")}
         words = self.advice.words(self.where, typed)
         content = {"code": int(self.exit_code), **texts, "remedy": {"text": self.remedy, **words}}
-        if (lack := lack_behind(self)) is not None:
-            content["lacks"] = lack.value
+        if self.lacks is not None:
+            content["lacks"] = self.lacks.value
         if self.parts:
             content["mistakes"] = mistakes = [part.as_dict(typed) for part in self.parts]
             content["remedy"] |= joined([mistake["remedy"] for mistake in mistakes])
@@ -193,13 +193,10 @@ class PeerLostError(DpoDistError):
     title = "process lost"
 
 
-def lack_behind(error: BaseException | None) -> Lack | None:
+def lack_behind(error: BaseException) -> Lack | None:
     """Return what the machine lacks for what ended with `error`; None: nothing that is known."""
-    if error is None:
-        return None
-    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-        return Lack.room
-    return getattr(error, "lacks", None) or lack_behind(error.__cause__)
+    is_full = isinstance(error, OSError) and error.errno in DISK_IS_FULL
+    return Lack.room if is_full else getattr(error, "lacks", None)
 
 
 def raise_all(mistakes: Sequence[DpoDistError]) -> None:
@@ -218,6 +215,8 @@ def raise_all(mistakes: Sequence[DpoDistError]) -> None:
     if lines := list(dict.fromkeys(lines)):
         whole = ConfigError(f"this command has {len(lines)} mistakes", remedy=f"\n{' ' * 12}".join(lines))
         whole.parts = list(different.values())
+        lacks = {part.lacks for part in whole.parts}
+        whole.lacks = lacks.pop() if len(lacks) == 1 else None
         raise whole
 
 

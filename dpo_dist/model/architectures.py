@@ -196,7 +196,7 @@ def router_loss(config: RouterConfig | None, causal_lm: Any) -> RouterLoss | Non
             where="loss.router",
             got=causal_lm.config.model_type,
             expected="a mixture of experts for which transformers defines one, such as mixtral or qwen3_moe",
-            remedy=Remedy.to_unset("loss.router=null"),
+            remedy=Remedy.to_set("loss.router.aux_coefficient=null", "loss.router.z_coefficient=null"),
         )
     if config.aux_coefficient != MODEL_COEFFICIENT:
         aux = None if config.aux_coefficient is None else float(config.aux_coefficient)

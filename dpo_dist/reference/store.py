@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dpo_dist.batching.example import Keys
-from dpo_dist.foundation.errors import ReferenceModelError
+from dpo_dist.foundation.errors import ReferenceModelError, lack_behind
 from dpo_dist.foundation.files import staged_file, text_digest, write_text
 from dpo_dist.reference.index import file_state, forget_whole, open_index, recall_whole, remember_whole
 
@@ -381,6 +381,7 @@ class LogpStore:
                 where="reference.store",
                 got=f"{self.folder}: {error}",
                 remedy="free disk space or set another reference.store; finished shards are kept",
+                lacks=lack_behind(error),
             ) from error
         return f"{self.folder.name}/{name}"
 

@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import psutil
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.distributed.checkpoint.saver import disk_errors
 from dpo_dist.foundation import streams
 from dpo_dist.foundation.errors import (
     CheckpointError,
@@ -162,9 +164,9 @@ def _with_faults(keys: dict[str, str], environment: dict[str, str]) -> tuple[int
             return -11, ""
         described = json.loads(Path(keys["model.path"].strip('"'), "config.json").read_text())
         if described["num_hidden_layers"] == 4:
-            full = CheckpointError("a checkpoint cannot be written")
-            full.__cause__ = OSError(errno.ENOSPC, "No space left on device")
-            return _refused(full)
+            with pytest.raises(CheckpointError) as full, disk_errors(Path("here")):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return _refused(pickle.loads(pickle.dumps(full.value)))
         return _train(keys, [*range(1, 7)])
     if is_half or "trainer.stop_after_steps" in keys:  # it begins again
         return _train(keys, all_steps if is_half else [1, 2])

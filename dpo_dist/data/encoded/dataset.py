@@ -502,7 +502,8 @@ def _without_neutral(sources: Indices, pairs: Sequence[int]) -> str:
     value = "float(record['label'])"
     read = f"def read(record): return {{**record, 'label': {value} > 0}}"
     return (
-        f"if 0 is bad, let a reader of the source say so: reader: labels:read, with labels.py: `{read}`; "
+        "if 0 is bad, let a reader of the source say so (with the name that the field has in the file): "
+        f"reader: labels:read, with labels.py: `{read}`; "
         f"if it is neutral, let it drop these records: `{read} if {value} else None`, and set "
         f"data.max_bad_share={share:g}"
     )

@@ -24,7 +24,7 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
 from dpo_dist.data.records import BadRecord, ImageFile, Origin
 from dpo_dist.data.text.lengths import SourceLengths
-from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import ConfigError, DataError, lack_behind
 from dpo_dist.foundation.files import MEMO_FOLDER, locked, recall, remember, text_digest
 from dpo_dist.foundation.tables import map_table, write_table
 
@@ -282,6 +282,7 @@ def cache_errors(final: Path) -> Iterator[None]:
             where="data.cache",
             got=f"{final}: {error}",
             remedy="free disk space, or set data.cache to a folder on another disk",
+            lacks=lack_behind(error),
         ) from error
 
 

@@ -148,19 +148,19 @@ def ranking(record: Fields) -> Content:
     if any(map(given_images, objects)):
         raise UnusableRecordError("image_in_response", f"a response in {name} has an image")
     # Best first by the scores inside of the responses, else as given.
-    responses, scores, beside = items, None, record.get("scores")
+    responses = [
+        _response(item) if isinstance(item, Mapping) and message_role(item) is None else item
+        for item in items
+    ]
+    scores, beside = None, record.get("scores")
     inside = _own_scores([item if isinstance(item, Mapping) else {} for item in items])
     if any(score is not None for score in inside):
         numbers = finite_numbers(inside)
         if beside is not None and finite_numbers(beside) != numbers:
             raise UnusableRecordError("invalid_scores", "a response has two different scores")
         best_first = sorted(zip(numbers, items, strict=True), key=lambda scored: -scored[0])
-        scores, responses = tuple(number for number, _ in best_first), []
-        for _, item in best_first:
-            text = _first(item, _TEXTS)
-            # The whole message if it has tool calls or thoughts.
-            rest = {key: item[key] for key in item if key not in (*_TEXTS, *_SCORES, "rank")}
-            responses.append({"role": "assistant", **rest, "content": text} if has_more(item) else text)
+        scores = tuple(number for number, _ in best_first)
+        responses = [_response(item) for _, item in best_first]
     elif beside is not None:
         scores = finite_numbers(beside)
         if len(scores) != len(items) or any(low < high for low, high in itertools.pairwise(scores)):
@@ -186,6 +186,13 @@ def _own_scores(responses: Sequence[Fields]) -> Sequence[Any]:
         if (score - other) * (place - below) < 0:
             raise UnusableRecordError("invalid_scores", "the scores and ranks of the responses differ")
     return scores
+
+
+def _response(item: Fields) -> Any:
+    """Return the text of an object of a list, or the whole message if it has tool calls or thoughts."""
+    text = _first(item, _TEXTS)
+    rest = {key: item[key] for key in item if key not in (*_TEXTS, *_SCORES, "rank")}
+    return {"role": "assistant", **rest, "content": text} if has_more(item) else text
 
 
 def _first(fields: Fields, names: Iterable[str]) -> Any:

@@ -101,7 +101,8 @@ class TurnFinder:
             return end
         # <|assistant|>\n<think></think>\nHello. of GLM 4.5, before <|user|>\nWhy? To the last turn, which has
         # no next token, `TokenizerFacts.up_to_end` adds an end.
-        next_token = self._facts.marks.in_text.match(following)
+        # Nemotron's next one, \n<extra_id_1>, comes after a line end.
+        next_token = self._facts.marks.in_text.match(following, _leading_space(following))
         return len(turn) + (next_token.end() if next_token else 0)
 
     # The header of a turn.

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from dpo_dist.foundation.errors import CheckpointError, ConfigError
+from dpo_dist.foundation.errors import CheckpointError, ConfigError, lack_behind
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.architectures import auto_class, is_noise
 from dpo_dist.model.files.folder import (
@@ -159,7 +159,11 @@ def writing_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            "the trained model cannot be written", where=str(folder), got=str(error), remedy=_REMEDY
+            "the trained model cannot be written",
+            where=str(folder),
+            got=str(error),
+            remedy=_REMEDY,
+            lacks=lack_behind(error),
         ) from error
 
 

@@ -181,12 +181,15 @@ def _check_steps(
     if keep_best is not None:
         labels = metric_labels(source_labels(data.eval_sources))
         check_keep_best(keep_best, MetricPlan(config.loss, labels, is_evaluation=True, custom=custom))
-    for found in (*train, *evaluation):
-        if config.loss.needs_partners and found.is_whole:
-            with_partners(found.dataset, data.max_length)
     are_whole = all(found.is_whole for found in train)
     part = train_part(data, _prompts(evaluation) if evaluation else None)
     trained = [sum(map(part.has, map(int, _prompts([found])))) for found in train]
+    if config.loss.needs_partners:
+        # A start looks for partners among the examples that are left, which are not known here.
+        whole = [each for each, left in zip(train, trained, strict=True) if left == len(each.dataset)]
+        for found in [*whole, *evaluation]:
+            if found.is_whole:
+                with_partners(found.dataset, data.max_length)
     every = sum(len(found.dataset) for found in train)
     if are_whole and not sum(trained):
         check_split(DataCounts(changed=Counter({HELD_OUT: every})), data)

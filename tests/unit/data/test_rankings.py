@@ -20,6 +20,10 @@ LISTS: list[dict[str, Any]] = [
     {"instruction": "Name a fruit.", "output": FRUITS["responses"]},
     {"prompt": [user("Name a fruit.")], "completions": TURNS},
     {"responses": [[user("Name a fruit."), turn | {"votes": 3}] for turn in TURNS]},
+    *(
+        FRUITS | {"responses": [{key: text, "quality": 1} for text in FRUITS["responses"]]}
+        for key in ("content", "text")
+    ),
 ]
 
 

@@ -318,6 +318,18 @@ def test_a_response_ends_as_an_earlier_turn_does() -> None:
         assert texts(encode(record(CHAT), tokenizer), tokenizer)[1] == "It is Paris.<|im_end|>"
 
 
+def test_a_turn_ends_with_the_start_of_the_next_one_where_nothing_else_ends_it() -> None:
+    """In Nemotron's form a line end stands before that token."""
+    form = "{% for m in messages %}{% if m.role == 'user' %}{{ '\\n<extra_id_1>User\\n' + m.content + "
+    form += "'\\n<extra_id_1>Assistant\\n' }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    tokenizer = tiny.with_template(tiny.qwen(), form)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra_id_1>"]})
+    found = encode(RECORDS["turns"], tokenizer)
+    ids, mask = found.responses[0], found.masks[0]
+    first = tokenizer.decode(ids[: np.flatnonzero(np.diff(mask))[0] + 1])
+    assert first.endswith("\n<extra_id_1>")
+
+
 def test_a_header_that_is_written_in_the_loop_is_not_trained() -> None:
     """As those of Zephyr, Tulu and OLMo 2."""
     loop, prompt = tiny.CHATML.split("{% endfor %}")

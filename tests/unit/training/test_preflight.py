@@ -314,6 +314,16 @@ def test_a_check_refuses_options_that_do_not_fit_the_data(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_check_looks_for_partners_only_where_all_examples_are_trained(assets: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{max(n, 5)}", "completion": f"a{n}", "label": bool(n % 2)} for n in range(10)]
+    for name, chosen in (("train", rows), ("eval", rows[4:8])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    words = [f"data.train=[{tmp_path}/train.jsonl]", f"data.eval=[{tmp_path}/eval.jsonl]", "loss=kto"]
+    with pytest.raises(DataError, match="have the same prompt"):
+        dry_run(run_of(assets, tmp_path, *words))
+    dry_run(run_of(assets, tmp_path, *words, "data.drop_eval_prompts=true"))
+
+
 def test_a_check_warns_of_a_source_in_two_forms(assets: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"q {n}", "chosen": "good", "rejected": "bad", "system": "kind" * n} for n in range(2)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -394,6 +404,7 @@ def test_a_check_refuses_records_that_the_loss_cannot_use(assets: Path, tmp_path
 MISFITS = [
     ("cohere2", "parallelism.sequence_parallel=3", "heads of this model cannot be divided", ""),
     ("cohere2", "loss.router={aux_coefficient: 0.1}", "no load-balancing loss", ""),
+    ("cohere2", "loss.router={z_coefficient: 0.1}", "no load-balancing loss", "z_coefficient=null"),
     ("nemotron_h", "parallelism.sequence_parallel=2", "needs layers that mix tokens", "nemotron_h"),
     ("mpt", "data.max_length=9000", "too few positions", "or less"),
     ("gpt_oss", "model.gradient_checkpointing=9", "no layer would be checkpointed", "every 9 layers"),
