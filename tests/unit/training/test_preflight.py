@@ -314,6 +314,13 @@ def test_a_check_refuses_options_that_do_not_fit_the_data(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_check_refuses_tokens_without_an_embedding(assets: Path, tmp_path: Path) -> None:
+    tiny_family("llama", len(tiny.qwen()) // 2).save_pretrained(tmp_path / "model")
+    tiny.qwen().save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="a token without an embedding"):
+        dry_run(run_of(assets, tmp_path, f"model.path={tmp_path}/model", "model.dtype=fp32"))
+
+
 def test_a_check_looks_for_partners_only_where_all_examples_are_trained(assets: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"q{max(n, 5)}", "completion": f"a{n}", "label": bool(n % 2)} for n in range(10)]
     for name, chosen in (("train", rows), ("eval", rows[4:8])):
