@@ -382,7 +382,7 @@ class OptimConfig:
     """`adamw`; `adamw_8bit`: its states take 2 bytes for each weight in place of 8 (bitsandbytes, the
     `quantization` extra); `muon`: Muon for matrices, AdamW for embeddings, output layer, stacked experts,
     biases and norms, with the same `lr` and `weight_decay` (arXiv 2502.16982). Master weights are float32."""
-    lr: float = key(1e-6, gt=0, lt=1)
+    lr: float = key(1e-6, gt=0, le=1)
     """Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained."""
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine)
     """Course of the learning rate after warm-up. `inverse_sqrt` falls as sqrt(w / step) after w steps of

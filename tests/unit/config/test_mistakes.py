@@ -67,7 +67,7 @@ MISTYPED = [
     ("data.eval_share=20%", "write data.eval_share=0.2"),
     ("data.eval_share=12.3456789%", "write data.eval_share=0.123456789"),
     ("data.eval_share=200%", "set data.eval_share to a number"),
-    ("optim.lr=5e6", "a number, > 0 and < 1"),
+    ("optim.lr=5e6", "a number, > 0 and <= 1"),
     ("'metrics.bands=[{metric: loss, high: 2}]'", "into the entry metrics.bands[0]: {low: ..., ...}"),
     ("sampling.endpoint.url=localhost:8000", "write sampling.endpoint.url=http://localhost:8000/v1"),
     ("model.path=https://huggingface.co/Qwen/Qwen3-0.6B", "did you mean Qwen/Qwen3-0.6B?"),
@@ -264,7 +264,7 @@ def test_all_mistakes_of_a_command_are_one_error() -> None:
         "trainer.max_steps=x: trainer.max_steps cannot have this value; "
         "set trainer.max_steps to a whole number or null, >= 1; remove it for the default, null",
         "optim.lr=0: optim.lr cannot have this value; "
-        "set optim.lr to a number, > 0 and < 1; remove it for the default, 1e-06",
+        "set optim.lr to a number, > 0 and <= 1; remove it for the default, 1e-06",
         "loss (ipoo): there is no loss named 'ipoo'; did you mean loss=ipo?",
         "pairs.limit=3: train does not read pairs.limit; remove pairs.limit, a key of pairs",
     ):

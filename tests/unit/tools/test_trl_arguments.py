@@ -286,6 +286,7 @@ TRANSLATED: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"model.adapter.r": 4, "model.adapter.alpha": 8}
         | {"loss.terms": [{"kind": "sigmoid", "weight": 0.5}, {"kind": "sft", "weight": 1.0}]},
     ),
+    ({"learning_rate": 1.0}, {"optim.lr": 1.0}),  # as tests of TRL have it
     ({"learning_rate": np.float64(5e-6), "beta": np.float32(0.5)}, {"optim.lr": 5e-6, "loss.beta": 0.5}),
     (
         {"weight_decay": 0.2, "adam_beta1": 0.8, "adam_beta2": 0.95, "max_grad_norm": 0.3},
