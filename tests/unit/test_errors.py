@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 import dpo_dist
-from dpo_dist.foundation.errors import DpoDistError, disk_error
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, Lack, disk_error, raise_all
 
 
 def test_a_pickled_error_keeps_every_part() -> None:
     for kind in DpoDistError.__subclasses__():
-        error = kind("what", where="where", got="got", expected="expected", remedy="remedy")
+        error = kind("what", where="where", got="got", expected="expected", remedy="r", lacks=Lack.room)
         copy = pickle.loads(pickle.dumps(error))
-        assert (type(copy), copy.block(), copy.exit_code) == (kind, error.block(), error.exit_code)
+        assert (type(copy), copy.as_dict(), copy.exit_code) == (kind, error.as_dict(), error.exit_code)
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,11 @@ def test_every_error_says_what_to_do() -> None:
         and not {None, "remedy"} & {keyword.arg for keyword in node.keywords}
     ]
     assert without == []
+
+
+def test_several_mistakes_lack_what_each_of_them_lacks() -> None:
+    for others, lacks in ((Lack.package, "package"), (Lack.room, None), (None, None)):
+        mistakes = [ConfigError("one", lacks=Lack.package), ConfigError("two", lacks=others)]
+        with pytest.raises(ConfigError) as raised:
+            raise_all(mistakes)
+        assert raised.value.as_dict().get("lacks") == lacks
