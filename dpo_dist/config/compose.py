@@ -62,6 +62,7 @@ from dpo_dist.config.other_trainers import equivalents, foreign_file
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.remedies import COMMAND_LINE, InFile, Remedy, Typed
+from dpo_dist.foundation.types import leaves
 
 FAILURES = (
     *(ConfigError, HydraException, OmegaConfBaseException),
@@ -139,15 +140,6 @@ def read_keys(file: Path) -> dict[str, Any]:
     if "hydra" in content:
         raise unknown_key("hydra", where=f"hydra in {file}")
     return cast(dict[str, Any], content)
-
-
-def _leaves(key: str, value: Any) -> Iterator[str]:
-    """Yield the keys that a value sets: `loss.beta` for `loss`, `{beta: 1}`."""
-    if isinstance(value, dict) and value:
-        for name, inner in value.items():
-            yield from _leaves(f"{key}.{name}", inner)
-    else:
-        yield str(key)
 
 
 def _named_in(defaults: Any, group: str) -> Iterator[tuple[str, Any]]:
@@ -277,7 +269,7 @@ class Command:
                 # Another trainer's file may have empty keys: ignore them.
                 OmegaConf.update(values, str(key), value, force_add=True)
         own = _Layer(name, {}, cast(dict[str, Any], OmegaConf.to_container(values)))
-        layers, keys = list[_Layer](), Counter(key for entry in content.items() for key in _leaves(*entry))
+        layers, keys = list[_Layer](), Counter(key for key, _ in leaves(content))
         mistakes = [  # `loss.beta: 1` and `loss: {beta: 2}`; YAML itself refuses `loss.beta` twice
             ConfigError(f"{key} is given twice", where=InFile(key, name), remedy="remove one of them")
             for key, count in keys.items()

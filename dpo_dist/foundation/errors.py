@@ -21,8 +21,6 @@ from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from pydantic import ValidationError
-
 from dpo_dist.foundation.installed import install_extra, with_pages
 from dpo_dist.foundation.remedies import COMMAND_LINE, Remedy, joined
 from dpo_dist.foundation.streams import (
@@ -266,12 +264,6 @@ def dead_link(path: Path) -> str:
 def first_line(error: BaseException) -> str:
     """Return an error's type and the first line of its text, cut at 200 characters."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-
-
-def first_fault(error: ValidationError) -> str:
-    """Return the place and the text of the first fault that pydantic found, without the value there."""
-    fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    return ": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"])))
 
 
 def in_one_line(error: BaseException) -> str:

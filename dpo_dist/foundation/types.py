@@ -1,6 +1,6 @@
-"""Names of types that modules of several rooms use."""
+"""Names of types that modules of several rooms use, and the values of nested fields."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 Fields: TypeAlias = Mapping[str, Any]
@@ -22,3 +22,12 @@ class CheckReport(NamedTuple):
     def __str__(self) -> str:
         lines = (f"{label + ':':<14} {text}" if label else text for label, text in self.facts)
         return "\n".join([self.verdict, *(f"  {line}" for line in [*lines, self.hint] if line)]) + "\n"
+
+
+def leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of mappings inside of mappings, with their keys joined by dots."""
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

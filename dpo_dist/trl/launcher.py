@@ -8,6 +8,7 @@ from typing import Any
 from dpo_dist.config.schema import KIND_OF_STAGE, Dtype, Offload
 from dpo_dist.foundation.errors import ConfigError, raise_all
 from dpo_dist.foundation.process import is_on
+from dpo_dist.foundation.types import leaves
 from dpo_dist.tools.convert.arguments import ScriptError, TrainerArguments
 
 _HALF = (Dtype.bf16, Dtype.fp16)
@@ -132,7 +133,7 @@ def _faults(where: str, config: Mapping[str, Any], args: TrainerArguments) -> It
         "optimizer.params.weight_decay": ("weight_decay", args.weight_decay),
         "optimizer.params.adam_w_mode": ("optim", True),
     }
-    for key, value in _leaves(config):
+    for key, value in leaves(config):
         top, name = key.split(".")[0], key.rpartition(".")[2]
         if key in same:
             argument, wanted = same[key]
@@ -147,15 +148,6 @@ def _faults(where: str, config: Mapping[str, Any], args: TrainerArguments) -> It
             yield _other(f"{where}: {key}", value, _OTHER_ZERO[name])
         elif value and not _UNREAD & {key, top}:
             yield _other(f"{where}: {key}", value, "remove it: a run here does not read it")
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield all values of a mapping in mappings, with their keys, joined by dots."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _other(where: str, value: Any, remedy: str) -> ConfigError:

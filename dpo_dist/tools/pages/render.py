@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, duration, number, percent, pluralize, size
+from dpo_dist.foundation.types import leaves
 
 _FOLDER = Path(__file__).parent / "templates"
 _PLAIN = "\n\t "
@@ -63,16 +64,13 @@ def number_above_interval(
     return Markup(f"{shown} <small>[{low}, {high}]</small>")  # noqa: S704
 
 
-def flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Yield nested fields as dotted keys, with values as YAML text; entries of lists without what is null."""
-    for key, value in fields.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            shown: object = value
-            if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
-                shown = [{name: item for name, item in each.items() if item is not None} for each in value]
-            yield f"{prefix}{key}", as_yaml(shown)
+    for key, value in leaves(fields):
+        shown: object = value
+        if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
+            shown = [{name: item for name, item in each.items() if item is not None} for each in value]
+        yield key, as_yaml(shown)
 
 
 TEMPLATES = Environment(

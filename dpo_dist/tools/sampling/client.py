@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError
 
-from dpo_dist.foundation.errors import ConfigError, first_fault
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.text import first_few
 
@@ -175,7 +175,10 @@ class Client:
             return form.model_validate_json(content, strict=True)
         except ValidationError as error:
             page = "no JSON, but a page: " if content.lstrip()[:1] == b"<" else ""
-            raise self.unusable(page + first_fault(error)) from None
+            # The first fault, without the value there.
+            fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            words = ": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"])))
+            raise self.unusable(page + words) from None
 
     def _fault(self, error: Exception) -> str:
         """Return what is wrong with a connection or a reply as a whole."""
