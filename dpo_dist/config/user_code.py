@@ -121,6 +121,17 @@ def code_options(values: Mapping[str, Any]) -> dict[str, str]:
     return options
 
 
+def named_functions(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the functions, `module:function`, in a configuration's plain values, each with its key."""
+    functions: dict[str, str] = {}
+    for key in NAMED_CODE:
+        section, _, name = key.partition(".")
+        value = values[section][name]
+        entries = [entry["reader"] for entry in value] if isinstance(value, list) else [value]
+        functions |= {written: key for written in entries if isinstance(written, str)}
+    return functions
+
+
 def code_warnings(values: Mapping[str, Any]) -> list[str]:
     """Return a warning for each option, in a configuration's plain values, that runs Python code."""
     return [f"warning: {option}: {NAMED_CODE[key]}" for key, option in code_options(values).items()]

@@ -13,6 +13,7 @@ from pathlib import Path
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.foundation.files import MEMO_FOLDER, remembered_digest, text_digest
+from dpo_dist.foundation.text import first_few
 from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -93,17 +94,13 @@ def digest_on_every_node(
     place = world.peers[world.rank].place
     reads = not any(peer.place == place for peer in world.peers[: world.rank]) and not world.is_main
     mine = world.together(lambda: digest(with_weights=loads_whole) if reads else main)
-    wanted = main.code | main.weights
-    differing = []
-    for rank, here in enumerate(world.gather(mine.code | (mine.weights if loads_whole else main.weights))):
-        if names := sorted({name for name, _ in wanted.items() ^ here.items()}):
-            differing.append(f"{world.peers[rank].host} (rank {rank}): {', '.join(names[:5])}")
-    if differing:
+    differences = world.differences(mine.code | (mine.weights if loads_whole else main.weights))
+    if differences:
         raise ReferenceModelError(
             "nodes have different files of the same model",
             where=str(folder),
-            got="; ".join(differing),
-            expected=f"the files of {world.peers[0].host} (rank 0)",
+            got=first_few([f"{name}: {by_rank}" for name, by_rank in differences.items()], "other file"),
+            expected="the same files on every node",
             remedy="copy the same model to every node, or put it on a file system that all nodes share",
         )
     return main
@@ -133,15 +130,11 @@ def _code_classes(folder: Path, remote_code: bool) -> str:
 
 def check_same_numerics(profile: Profile, world: World) -> None:
     """Check that all ranks compute log-probs under one numerics profile; collective."""
-    profiles = world.gather(profile)
-    names = sorted({name for each in profiles for name in each})
-    fields = {name: sorted({each.get(name, "-") for each in profiles}) for name in names}
-    differing = [name for name, values in fields.items() if len(values) > 1]
-    if differing:
-        others = {world.peers[rank].host for rank, each in enumerate(profiles) if each != profiles[0]}
+    differences = world.differences(profile)
+    if differences:
         raise ReferenceModelError(
             "the processes of this run compute log-probs with different numerics",
-            where=f"{', '.join(sorted(others))}, compared with {world.peers[0].host} (rank 0)",
-            got="; ".join(f"{name}: {' or '.join(fields[name])}" for name in differing),
+            where=", ".join(differences),
+            got=first_few([f"{name}: {by_rank}" for name, by_rank in differences.items()], "other"),
             remedy="run on nodes with the same devices and the same installed packages",
         )

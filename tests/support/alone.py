@@ -1,6 +1,6 @@
 """A world of one process, for what needs no other rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -36,6 +36,9 @@ class _Alone:
 
     def gather(self, value: T) -> list[T]:
         return [value]
+
+    def differences(self, facts: Mapping[str, str]) -> dict[str, str]:
+        return {}
 
     def on_main(self, work: Callable[[], T]) -> T:
         return work()

@@ -1,10 +1,11 @@
 """The processes of a run: communication, agreement on errors and stops, and sequence parallelism."""
 
 import contextlib
+import json
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,8 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_dist.foundation.errors import DpoDistError
+from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.process import note_progress
 from dpo_dist.foundation.signals import BY_STEPS, BY_TRACKER, StopRequest, stopped_by
+from dpo_dist.foundation.text import pluralize
 from dpo_dist.model.attention.ulysses import TokenExchange
 
 T = TypeVar("T")
@@ -117,6 +120,28 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def differences(self, facts: Mapping[str, str]) -> dict[str, str]:
+        """Return the facts that are not the same on all ranks, each with its values and their ranks."""
+        digest = text_digest(json.dumps(facts, sort_keys=True))
+        if len(set(self.gather(digest))) == 1:
+            return {}
+        by_rank = self.gather(dict(facts))
+        differences = {}
+        for name in sorted(set().union(*by_rank)):
+            ranks: dict[str, list[int]] = {}
+            for rank, facts_there in enumerate(by_rank):
+                ranks.setdefault(facts_there.get(name, "-"), []).append(rank)
+            if len(ranks) > 1:
+                differences[name] = "; ".join(
+                    f"{value} on {self._describe(those)}" for value, those in ranks.items()
+                )
+        return differences
+
+    def _describe(self, ranks: Sequence[int]) -> str:
+        first = f"rank {ranks[0]} ({self.peers[ranks[0]].host})"
+        others = pluralize(len(ranks) - 1, "other rank")
+        return first if len(ranks) == 1 else f"{first} and {others}"
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 and return its result on all ranks; all raise its `DpoDistError` (law L2)."""

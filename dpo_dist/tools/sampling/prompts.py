@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import (
     TEMPLATE_DATE,
     DataConfig,
@@ -233,10 +232,9 @@ def find_model_together(name: str, run: Run, key: str) -> ModelSource:
 @contextmanager
 def joined_run(config: RunConfig, console: Console, lock: AbstractContextManager[Any]) -> Iterator[Run]:
     """Join the processes, each of which loads whole models; rank 0 holds the lock."""
-    whole = ParallelismConfig(ParallelismKind.ddp, timeout_seconds=config.parallelism.timeout_seconds)
+    whole = ParallelismConfig(ParallelismKind.ddp)
     deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
-    joins = join(deepspeed_config, whole.timeout_seconds, RunFolder(config.run.path), console)
-    with ExitStack() as locks, joins as world:
+    with ExitStack() as locks, join(config, deepspeed_config, console) as world:
         world.on_main(lambda: locks.enter_context(lock))
         yield Run(config, world, console)
 

@@ -1,4 +1,4 @@
-"""The content of environment.json: command, versions, git commit, hardware, and the user's own functions."""
+"""What a start runs with: the content of environment.json, and what all ranks must have alike."""
 
 import contextlib
 import importlib.metadata
@@ -7,18 +7,25 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
-from dpo_dist.config.user_code import LOSS_FUNCTION, METRICS_FUNCTION, find_function
+from dpo_dist.config.fields import as_written, plain_values
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.user_code import METRICS_FUNCTION, find_function, named_functions
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.text import without_secrets
+from dpo_dist.foundation.files import content_digest
+from dpo_dist.foundation.text import first_few, without_secrets
+from dpo_dist.foundation.types import leaves
 from dpo_dist.model.numerics import RECURRENT_KERNELS
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import CustomMetrics, custom_metrics
-from dpo_dist.training.start.open_run import Run
+
+if TYPE_CHECKING:
+    from dpo_dist.training.start.open_run import Run
 
 PACKAGES = (
     *("dpo-dist", "torch", "accelerate", "deepspeed", "transformers", "peft", "datasets", "wandb"),
@@ -29,7 +36,40 @@ PACKAGES = (
 _PACKAGE_FOLDER = Path(__file__).resolve().parents[2]
 
 
-def describe_run(run: Run) -> tuple[dict[str, Any], CustomMetrics]:
+def check_same_start(config: RunConfig, world: World) -> None:
+    """Check that all ranks have one configuration, the same packages, and the same code; collective.
+
+    Ranks that differ would train on without an error, or wait for each other in different calls.
+    """
+    facts = world.together(lambda: _shared_facts(config))
+    differences = world.differences(facts)
+    if differences:
+        values = [f"{name}: {by_rank}" for name, by_rank in differences.items()]
+        raise ConfigError(
+            "the processes of this run were started with different settings or software",
+            where=first_few(list(differences), "other"),
+            got=first_few(values, "other"),
+            expected="the same on every rank",
+            remedy="give every node the same command, configuration files, environment variables, checkout "
+            "and packages, and start again",
+        )
+
+
+def _shared_facts(config: RunConfig) -> dict[str, str]:
+    """Return what all ranks of a run must have alike, by the names that an error shows."""
+    values = plain_values(config)
+    facts = {key: as_written(value) for key, value in leaves(values)}
+    facts |= {f"version of {name}": version for name, version in package_versions().items()}
+    facts.pop("version of wandb", None)  # only rank 0 uses it
+    facts["version of python"] = f"{sys.version_info.major}.{sys.version_info.minor}"
+    # A checkout may be at another commit of the same version.
+    facts["source of dpo_dist"] = content_digest(sorted(_PACKAGE_FOLDER.rglob("*.py")))[:8]
+    for function, key in named_functions(values).items():
+        facts[f"source of {function}"] = find_function(function, key).digest[:8]
+    return facts
+
+
+def describe_run(run: "Run") -> tuple[dict[str, Any], CustomMetrics]:
     """Return the content of environment.json, and the metrics of the user's function; collective.
 
     The user's functions are tried here: if one raises an error on some ranks only, all ranks stop.
@@ -38,20 +78,11 @@ def describe_run(run: Run) -> tuple[dict[str, Any], CustomMetrics]:
     custom_loss = world.together(lambda: check_custom_loss(config.loss, world.device))
     custom = world.together(lambda: custom_metrics(config.metrics.function, config.loss, world.device))
     environment = world.on_main(lambda: describe_environment(world.size))
-    for key, written in ((LOSS_FUNCTION, config.loss.function), (METRICS_FUNCTION, config.metrics.function)):
-        if written is None:
-            continue
-        function = find_function(written, key)
-        digests = world.gather(function.digest[:8])
-        if len(set(digests)) > 1:
-            raise ConfigError(
-                f"ranks have different sources of {key}",
-                where=key,
-                got=", ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests)),
-                remedy="copy the same module to every node",
-            )
-        described = custom_loss if key == LOSS_FUNCTION else f"{', '.join(custom.names)} by {function}"
-        environment[key.replace(".", "_")] = described
+    if config.loss.function is not None:
+        environment["loss_function"] = custom_loss
+    if config.metrics.function is not None:
+        function = find_function(config.metrics.function, METRICS_FUNCTION)
+        environment["metrics_function"] = f"{', '.join(custom.names)} by {function}"
     return environment, custom
 
 

@@ -7,7 +7,6 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +34,7 @@ from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import first_few, pluralize
 from dpo_dist.model.numerics import deterministic_kernels
 from dpo_dist.training.clock import WorkClock
+from dpo_dist.training.start.environment import check_same_start
 
 if TYPE_CHECKING:
     from dpo_dist.training.mirror import Mirror
@@ -96,16 +96,21 @@ class Run:
         return self.world.on_main(work_in_folder)
 
 
-def join(
-    deepspeed_config: dict[str, Any], timeout_seconds: int, folder: RunFolder, console: Console
-) -> AbstractContextManager[World]:
-    """Return the context of this launch's processes; console and `folder` get reports of their failures."""
+@contextlib.contextmanager
+def join(config: RunConfig, deepspeed_config: dict[str, Any], console: Console) -> Iterator[World]:
+    """Yield this launch's processes, which have one configuration and the same software; collective.
+
+    Console and run directory get reports of their failures.
+    """
     # Imports DeepSpeed, which `--check` does without.
     from dpo_dist.distributed.processes.failures import Reports  # noqa: PLC0415
     from dpo_dist.distributed.processes.join import join_world  # noqa: PLC0415
 
-    reports = Reports(console.alarm, console.say, folder.rank_stacks(os.environ.get("RANK", "0")))
-    return join_world(deepspeed_config, timeout_seconds, reports)
+    stacks = RunFolder(config.run.path).rank_stacks(os.environ.get("RANK", "0"))
+    reports = Reports(console.alarm, console.say, stacks)
+    with join_world(deepspeed_config, config.parallelism.timeout_seconds, reports) as world:
+        check_same_start(config, world)
+        yield world
 
 
 @contextlib.contextmanager
@@ -121,7 +126,7 @@ def open_run(
     if not trains:
         parallelism = replace(parallelism, offload_optimizer=Offload.none, hpz=1)
     deepspeed_config = policy_config(parallelism, config.optim, config.model.dtype)
-    joins = join(deepspeed_config, parallelism.timeout_seconds, RunFolder(config.run.path), console)
+    joins = join(config, deepspeed_config, console)
     with deterministic_kernels(config.trainer.deterministic), joins as world:
         # Not transformers' `set_seed`: its module imports peft, which most models do not need.
         seed = config.trainer.seed % 2**32
