@@ -5,14 +5,16 @@ that each file is read once.
 """
 
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from dpo_dist.config.schema import ModelConfig
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
-from dpo_dist.foundation.files import MEMO_FOLDER, remembered_digest, text_digest
+from dpo_dist.foundation.files import MEMO_FOLDER, content_digest, remembered_digest, text_digest
 from dpo_dist.foundation.text import first_few
 from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
@@ -20,8 +22,11 @@ from dpo_dist.model.files.folder import (
     CONFIG_FILE,
     hub_commit,
     read_model_json,
+    tokenizer_folder,
     weight_files,
 )
+from dpo_dist.model.files.load import tokenizer_digest
+from dpo_dist.model.files.manifest import check_base, check_undamaged
 
 Profile = dict[str, str]
 
@@ -44,6 +49,12 @@ class ModelFiles:
         parts = [sorted(self.code.items()), sorted(self.weights.items())]
         return text_digest(json.dumps(parts))
 
+    @property
+    def base(self) -> str:
+        """The digest of config.json and weights alone, whatever the adapter, and whether code is trusted."""
+        parts = [(CONFIG_FILE, self.code[CONFIG_FILE]), *sorted(self.weights.items())]
+        return text_digest(json.dumps(parts))
+
 
 def digest_model(
     folder: Path,
@@ -56,9 +67,12 @@ def digest_model(
     """Return digests of config.json, code, and the weight files that transformers loads.
 
     `store` remembers digests, so that each file is read once. With `remote_code` (`model.trust_remote_code`)
-    the folder's own classes replace those of transformers.
+    the folder's own classes replace those of transformers. Raises CheckpointError for a folder that this
+    program wrote and that has changed since, and for an adapter of another base.
     """
     memo = store / MEMO_FOLDER if store is not None else None
+    for written in (folder, *([] if adapter is None else [adapter])):
+        check_undamaged(written, memo, with_weights=with_weights)
     own_code = folder.rglob("*.py") if remote_code else folder.glob("*.py")
     code = [folder / CONFIG_FILE, *sorted(own_code)]
     weights = weight_files(folder) if with_weights else []
@@ -67,13 +81,41 @@ def digest_model(
     names |= {file: f"adapter/{file.name}" for file in added}
     with ThreadPoolExecutor(max_workers=8) as pool:
         digests = dict(zip(names, pool.map(lambda file: remembered_digest(file, memo), names), strict=True))
-    return ModelFiles(
+    files = ModelFiles(
         folder,
         {names[file]: digests[file] for file in [*code, *added]}
         | {"classes": _code_classes(folder, remote_code)},
         {names[file]: digests[file] for file in weights},
         adapter,
     )
+
+    if adapter is not None and with_weights:
+        check_base(adapter, folder, lambda: files.base)
+    return files
+
+
+def description_digest(model: ModelConfig, folder: Path, adapter: Path | None) -> str:
+    """Return the digest of all files of a policy's start but the base's weights: results copy them."""
+    return text_digest(json.dumps(sorted(_describe(model, folder, adapter).items())))
+
+
+def description_on_every_node(model: ModelConfig, folder: Path, adapter: Path | None, world: World) -> str:
+    """Return `description_digest`, and check that every node has the same files. Collective."""
+    _check_same_files(world.together(lambda: _describe(model, folder, adapter)), folder, world)
+    return description_digest(model, folder, adapter)
+
+
+def _describe(model: ModelConfig, folder: Path, adapter: Path | None) -> dict[str, str]:
+    """Return digests of config.json, tokenizer with chat template, adapter, and image processor."""
+    files = {
+        CONFIG_FILE: content_digest([folder / CONFIG_FILE]),
+        "tokenizer": tokenizer_digest(tokenizer_folder(folder, adapter)),
+    }
+    if adapter is not None:
+        files["adapter"] = content_digest([adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS])
+    if model.images is not None:
+        files["image processor"] = tokenizer_digest(folder, with_images=True)
+    return files
 
 
 def digest_on_every_node(
@@ -94,7 +136,12 @@ def digest_on_every_node(
     place = world.peers[world.rank].place
     reads = not any(peer.place == place for peer in world.peers[: world.rank]) and not world.is_main
     mine = world.together(lambda: digest(with_weights=loads_whole) if reads else main)
-    differences = world.differences(mine.code | (mine.weights if loads_whole else main.weights))
+    _check_same_files(mine.code | (mine.weights if loads_whole else main.weights), folder, world)
+    return main
+
+
+def _check_same_files(digests: Mapping[str, str], folder: Path, world: World) -> None:
+    differences = world.differences(digests)
     if differences:
         raise ReferenceModelError(
             "nodes have different files of the same model",
@@ -103,7 +150,6 @@ def digest_on_every_node(
             expected="the same files on every node",
             remedy="copy the same model to every node, or put it on a file system that all nodes share",
         )
-    return main
 
 
 def model_label(path: str, folder: Path) -> str:

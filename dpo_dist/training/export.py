@@ -1,6 +1,6 @@
 """Write a checkpoint, or the mean of models, as a model folder: at the end of a run, and by `export`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from dpo_dist.model.files.load import (
     load_tokenizer,
     without_weights,
 )
+from dpo_dist.model.files.manifest import check_undamaged, write_manifest
 from dpo_dist.model.files.save import (
     copy_tokenizer,
     ignored_tensors,
@@ -65,7 +66,7 @@ from dpo_dist.model.files.stops import folder_stops, trained_stops, write_stops
 from dpo_dist.model.files.stored import plain_config, plain_weights
 from dpo_dist.model.layers import other_weights
 from dpo_dist.model.library_internals import ignored_patterns
-from dpo_dist.reference.digest import digest_model
+from dpo_dist.reference.digest import description_digest, digest_model
 from dpo_dist.training.reporting.metrics_log import read_latest_rows
 
 _PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
@@ -91,6 +92,8 @@ def export_checkpoint(
         is_new: whether this process has just written the checkpoint; then no file is checked.
         replaces: whether a folder of this name is replaced, also if another process has just made it.
     """
+    state = checkpoint_state(checkpoint)
+    _check_description(config, state)
     base = description_folder(config.model.path, config.model.revision, needs_weights=False)
     start, code = start_folder(config.model), config.model.trust_remote_code
     model_config, is_whole = load_config(base, config.model), config.model.adapter is None
@@ -108,6 +111,9 @@ def export_checkpoint(
             got=f"ema, {checkpoint}",
             remedy="name such a checkpoint, or " + Remedy.to_set("export.weights=last"),
         )
+    copies_weights = is_whole and bool(_untrained_names(causal_lm) or ignored_patterns(causal_lm))
+    if config.export.merge or copies_weights:
+        _check_base_weights(config, state)
     named = None if config.export.dtype is None else TORCH_DTYPES[Dtype(config.export.dtype)]
     dtype = named or TORCH_DTYPES[config.model.dtype]
 
@@ -140,6 +146,7 @@ def export_checkpoint(
         write_stops(temporary, base, trained_stops(tokenizer, config.data))
         if card is not None and (text := card(auto_class(model_config, code).__name__)):
             (temporary / "README.md").write_text(text, encoding="utf-8")
+        write_manifest(temporary, state["base"])
         # Load the folder as users do: weights are finite, and those of a whole model equal the trained ones.
         if config.export.check and not is_new:
             if is_adapter(temporary):
@@ -178,20 +185,27 @@ def checkpoint_as_model(
     return written
 
 
+def _untrained_names(causal_lm: Any) -> set[str]:
+    """Return the names of the base's stored buffers, and of its weights that are not trained."""
+    frozen = {name for name, weight in causal_lm.named_parameters() if not weight.requires_grad}
+    buffers = {name for name, _ in causal_lm.named_buffers()}
+    return frozen | (buffers & set(causal_lm.state_dict()))
+
+
 def _untrained_tensors(causal_lm: Any, model: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the base's buffers, its weights that are not trained, and its ignored tensors.
+    """Return the base's tensors of `_untrained_names`, and its ignored tensors.
 
     Weights that text does not use are cast to `dtype`; others keep their dtype, because routers compute in
     float32.
     """
-    others = other_weights(causal_lm)
-    frozen = {name: w in others for name, w in causal_lm.named_parameters() if not w.requires_grad}
-    wanted = frozen.keys() | (dict(causal_lm.named_buffers()).keys() & causal_lm.state_dict().keys())
-    if not wanted and not ignored_patterns(causal_lm):
+    names = _untrained_names(causal_lm)
+    if not names and not ignored_patterns(causal_lm):
         return {}
+    others = other_weights(causal_lm)
+    unused = {name for name, weight in causal_lm.named_parameters() if weight in others}
     folder = model_folder(model.path, model.revision)
-    loaded = _load_model(folder, trusts_code=model.trust_remote_code).state_dict() if wanted else {}
-    kept = {name: loaded[name].to(dtype) if frozen.get(name) else loaded[name] for name in wanted}
+    loaded = _load_model(folder, trusts_code=model.trust_remote_code).state_dict() if names else {}
+    kept = {name: loaded[name].to(dtype) if name in unused else loaded[name] for name in names}
     return kept | ignored_tensors(causal_lm, folder, dtype)
 
 
@@ -203,18 +217,34 @@ def _load_model(folder: Path, *, trusts_code: bool) -> Any:
         )
 
 
-def check_base(model: ModelConfig, store: Path, recorded: str | None) -> None:
-    """Check that the base model's files, a part of the result, have not changed since training started."""
-    base, start = model_folder(model.path, model.revision), start_folder(model)
-    digest = digest_model(base, store, remote_code=model.trust_remote_code, adapter=start).digest
-    if recorded != digest:
-        raise ConfigError(
-            "the model that this run started from has changed",
-            where="model.path" if start is None else "model.path, model.adapter.path",
-            got=f"digest {digest}",
-            expected=f"digest {recorded}",
-            remedy="restore its files",
-        )
+def _check_description(config: RunConfig, recorded: Mapping[str, Any]) -> None:
+    """Check that the files from which a run started, but the base's weights, have not changed since."""
+    model = config.model
+    base, start = description_folder(model.path, model.revision, needs_weights=False), start_folder(model)
+    current = description_digest(model, base, start)
+    if current != recorded["description"]:
+        what = "tokenizer, chat template, config.json or adapter of the model"
+        raise _changed(config, what, current, recorded["description"])
+
+
+def _check_base_weights(config: RunConfig, recorded: Mapping[str, Any]) -> None:
+    """Check that the base's weights, which become a part of the result, have not changed since the start."""
+    folder = model_folder(config.model.path, config.model.revision)
+    current = digest_model(folder, Path(config.reference.store)).base
+    if current != recorded["base"]:
+        raise _changed(config, "model", current, recorded["base"])
+
+
+def _changed(config: RunConfig, what: str, current: str, recorded: str) -> ConfigError:
+    adapter = config.model.adapter
+    continues = adapter is not None and adapter.path is not None
+    return ConfigError(
+        f"the {what} that this run started from has changed",
+        where="model.path, model.adapter.path" if continues else "model.path",
+        got=f"digest {current}",
+        expected=f"digest {recorded}",
+        remedy="restore its files",
+    )
 
 
 def export_model(
@@ -224,8 +254,6 @@ def export_model(
     console.say(f"reading {checkpoint}")
     state = checkpoint_state(checkpoint)
     versions = read_fields(RunFolder(config.run.path).environment)["packages"]
-    if config.model.adapter is not None and config.export.merge:  # the base is part of the result
-        check_base(config.model, Path(config.reference.store), state.get("model"))
 
     def card(loader: str) -> str:
         folder, step = RunFolder(config.run.path), checkpoint_step(checkpoint.name)
@@ -257,9 +285,12 @@ def export_average(
     dtype = None if export.dtype is None else TORCH_DTYPES[Dtype(export.dtype)]
     with writing_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
+        for member in members:
+            check_undamaged(member, None)
         with staged_folder(output, replaces=False) as temporary:
             write_mean(temporary, shares, dtype)
             stops = [stop for member in members for stop in folder_stops(member)]
             if has_tokenizer(temporary):
                 stops += trained_stops(load_tokenizer(temporary, model), data)
             write_stops(temporary, members[0], stops)
+            write_manifest(temporary, None)

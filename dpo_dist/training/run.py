@@ -45,7 +45,7 @@ from dpo_dist.foundation.errors import DivergedError, ExitCode, RunOutcome, Stop
 from dpo_dist.foundation.files import for_json, locked, recover_folder, remove_abandoned, write_text
 from dpo_dist.foundation.installed import install_extra
 from dpo_dist.foundation.signals import StopRequest
-from dpo_dist.foundation.text import duration, percent, pluralize
+from dpo_dist.foundation.text import duration, first_few, percent, pluralize
 from dpo_dist.model.attention.kernels import computed_by_segment
 from dpo_dist.model.experts import experts_kernel
 from dpo_dist.model.files.load import TORCH_DTYPES, load_packed
@@ -54,7 +54,7 @@ from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.states import lacks_delta_kernels
 from dpo_dist.objective.metrics import CustomMetrics, MetricPlan
 from dpo_dist.reference.engine import ReferenceProvider, run_start_check
-from dpo_dist.training.export import check_base, export_checkpoint
+from dpo_dist.training.export import export_checkpoint
 from dpo_dist.training.mirror import Mirror
 from dpo_dist.training.reference import (
     Reference,
@@ -76,6 +76,7 @@ from dpo_dist.training.start.run_state import (
     check_identity,
     describe_change,
     expected_start,
+    model_damage,
     read_state,
     write_state,
 )
@@ -142,6 +143,8 @@ def find_start(run: Run) -> Checkpoint | RunState | None:
         return expected
     checkpoint = latest_checkpoint(folder.checkpoints, world)
     assert checkpoint is not None, "the expected one, or an older one"
+    if damage := world.on_main(lambda: model_damage(identity, folder) if folder.model.is_dir() else []):
+        run.warn(f"{folder.model} is damaged and written again: {first_few(damage, 'other file')}")
     world.on_main(partial(check_configuration, checkpoint.state, identity, folder))
     return checkpoint
 
@@ -154,7 +157,7 @@ def _begin(
     Collective.
     """
     config, world = run.config, run.world
-    environment, custom = describe_run(run)
+    environment, custom = describe_run(config, world)
     for name in ("loss", "metrics"):
         if f"{name}_function" in environment:
             run.say(f"{name}: {environment[f'{name}_function']}")
@@ -415,7 +418,7 @@ def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Record
 def _finish_complete_run(run: Run, finished: RunState, reporting: Reporting) -> int:
     """Check the inputs of a run that has its model, and write a missing report; collective."""
     world, folder = run.world, run.folder
-    (environment, _), written = describe_run(run), folder.environment
+    (environment, _), written = describe_run(run.config, world), folder.environment
     identity = identify(run.config.identity, load_inputs(run))
     world.on_main(partial(check_identity, finished.identity, identity, folder.state))
     if finished.outcome is RunOutcome.exported:
@@ -526,7 +529,6 @@ def _write_model(loop: Loop, step: int, summary: dict[str, Any], run_card: Calla
         return run_card(run.config, rows, ended, run.warn, versions, loader, is_evaluated=is_evaluated)
 
     def write() -> None:
-        check_base(run.config.model, Path(run.config.reference.store), loop.identity["model"])
         with unsharded_loading(run.world):
             export_checkpoint(checkpoint, run.folder.model, run.config, card, is_new=is_last)
 

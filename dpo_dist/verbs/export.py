@@ -19,7 +19,9 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verb_sections import ExportTool
 from dpo_dist.foundation.console import Console, console_on, warnings_off
 from dpo_dist.foundation.errors import ConfigError, ExitCode, in_one_line
+from dpo_dist.foundation.files import MEMO_FOLDER
 from dpo_dist.foundation.text import size
+from dpo_dist.model.files.manifest import check_undamaged
 from dpo_dist.tools.external import model_command, write_alpaca_answers
 from dpo_dist.training.start.named_models import find_export_paths
 
@@ -38,7 +40,7 @@ def main(config: RunConfig) -> int:
         from dpo_dist.training.export import export_average, export_model  # noqa: PLC0415
 
         if is_there := output.exists():
-            pass
+            check_undamaged(output, Path(config.reference.store) / MEMO_FOLDER)
         elif config.export.average:
             export_average(sources, output, config.export, config.model, config.data)
         else:

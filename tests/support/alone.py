@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from dpo_dist.distributed.processes.world import World
+from dpo_dist.distributed.processes.world import Peer, World
 
 T = TypeVar("T")
 
@@ -21,6 +21,7 @@ class _Alone:
     replica: int = 0
     leads: bool = True
     host: str = "this host"
+    peers: tuple[Peer, ...] = (Peer(0, "this host", 0, "this host"),)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def barrier(self) -> None: ...

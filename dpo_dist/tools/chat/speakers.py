@@ -18,12 +18,15 @@ from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import print_result, printable_lines
 from dpo_dist.foundation.text import pluralize
+from dpo_dist.model.files.manifest import check_base
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.numerics import has_fp16_products
+from dpo_dist.reference.digest import digest_model
 from dpo_dist.tools.sampling.generate import image_inputs
 from dpo_dist.tools.sampling.respond import (
     ModelSource,
     Responder,
+    check_model_files,
     find_files,
     load_source,
     open_responder,
@@ -51,6 +54,7 @@ class Speaker:
     responder: Responder
     causal_lm: Any
     model: ModelConfig
+    store: Path | None = None  # with cached digests of files
     without_adapter: bool = False
     messages: list[Message] = field(default_factory=list)
     images: list[ImageFile] = field(default_factory=list)  # of all messages
@@ -155,7 +159,11 @@ def open_speakers(
             remedy="name the base: --beside PATH",
         )
     # The base gets the run's tokenizer and template, as its reference did.
-    base = load_source(find_files(first.model.path, first.model, "model.path"), first.model, _device())
+    source = find_files(first.model.path, first.model, "model.path")
+    check_base(
+        first.responder.source.folder, source.folder, lambda: digest_model(source.folder, first.store).base
+    )
+    base = load_source(source, first.model, _device())
     return [first, replace(first, name=BASE, causal_lm=base, messages=[], images=[])]
 
 
@@ -174,7 +182,9 @@ def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool
     name = short_name(location)
     if is_checkpoint(folder) and run is not None:
         location = str(checkpoint_as_model(folder, run.comparison_models, say, trusts_code))
-    return _loaded(name, find_files(location, model, key), model, data, say)
+    source, store = find_files(location, model, key), None if run is None else Path(config.reference.store)
+    check_model_files(source, store)
+    return replace(_loaded(name, source, model, data, say), store=store)
 
 
 def _loaded(

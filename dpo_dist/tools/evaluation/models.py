@@ -9,7 +9,7 @@ from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.metrics import ALL
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ModelConfig, RunConfig
+from dpo_dist.config.schema import ModelConfig, ParallelismKind, RunConfig
 from dpo_dist.distributed.checkpoint.saver import (
     checkpoint_state,
     load_checkpoint_weights,
@@ -18,13 +18,14 @@ from dpo_dist.distributed.checkpoint.saver import (
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ExitCode
-from dpo_dist.model.files.folder import base_warnings, hub_commit, is_adapter
+from dpo_dist.model.files.folder import base_warnings, has_tokenizer, hub_commit, is_adapter
 from dpo_dist.model.files.load import check_same_vocabulary
 from dpo_dist.model.flops import compute_costs
 from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import custom_metrics
+from dpo_dist.reference.digest import digest_on_every_node
 from dpo_dist.reference.engine import load_for_scoring, scoring_config
 from dpo_dist.tools.evaluation.results import Results, write_evaluation
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
@@ -37,13 +38,17 @@ from dpo_dist.training.start.inputs import (
 )
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
 from dpo_dist.training.start.open_run import Run, open_run
+from dpo_dist.training.start.run_state import Identity, check_identity, read_state
 from dpo_dist.training.steps.step import Objective, evaluate
+
+_MODELS = {"model.path", "model.revision", "model.adapter", "reference.path"}
 
 
 def evaluate_models(config: RunConfig, models: Sequence[EvaluatedModel], console: Console) -> int:
     """Evaluate models and write their results; return the exit code."""
     with open_run(config, console) as run:
         inputs = load_evaluation_inputs(run)
+        run.world.on_main(partial(check_models_of_run, run.folder, config.identity, inputs))
         for entry in models:  # before the reference is computed, which may take hours
             run.world.on_main(partial(check_origin, entry, config.model, config.identity, inputs))
         custom = run.world.together(
@@ -55,6 +60,19 @@ def evaluate_models(config: RunConfig, models: Sequence[EvaluatedModel], console
             by_model = {path: results[ALL] for path, results in evaluations.items()}
             console.result("comparison", by_model, evaluation_table(by_model))
     return ExitCode.completed
+
+
+def check_models_of_run(folder: RunFolder, identity: RunIdentity, inputs: EvaluationInputs) -> None:
+    """Check that the models of a run that was trained are those of its training."""
+    state = read_state(folder)
+    if state is None or _MODELS & changed_keys(folder.config, identity).keys():
+        return  # no run, or other models on purpose
+    models: Identity = {"model": inputs.policy_files.digest}
+    if inputs.reference_files is not None:
+        models["reference"] = inputs.reference_files.digest
+    if not has_tokenizer(folder.model):
+        models["description"] = inputs.description
+    check_identity(state.identity, models, folder.state)
 
 
 def check_origin(
@@ -116,6 +134,24 @@ def _evaluate(run: Run, entry: EvaluatedModel, inputs: EvaluationInputs, objecti
     return results
 
 
+def _identify(run: Run, base: Path, named: Path) -> None:
+    """Check a model's files on every node, and for an adapter those of its base; collective."""
+    config = run.config
+    folder, adapter = (base, named) if is_adapter(named) else (named, None)
+    loads_whole = (
+        config.parallelism.kind is not ParallelismKind.zero3 or config.model.quantization is not None
+    )
+    with run.console.heartbeat(f"reading the files of {named} to identify them"):
+        digest_on_every_node(
+            folder,
+            Path(config.reference.store),
+            config.model.trust_remote_code,
+            loads_whole,
+            run.world,
+            adapter,
+        )
+
+
 def load_evaluated(
     run: Run, entry: EvaluatedModel, inputs: EvaluationInputs
 ) -> tuple[Engine, RunningMeans, str | None]:
@@ -142,6 +178,7 @@ def load_evaluated(
         revision = config.model.revision if entry.path == config.model.path else None
         named = shared_model_folder(run, entry.path, revision, EVALUATION_MODEL_KEY, accepts_adapter=True)
         commit = hub_commit(named)
+        _identify(run, base, named)
         if is_adapter(named):
             for warning in base_warnings(config.model, named):
                 run.warn(warning)

@@ -110,6 +110,7 @@ def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataCon
     files.remove_abandoned(folder.parent)  # a start that was killed may have left a whole model
     # Slow to import.
     from dpo_dist.model.files.load import TORCH_DTYPES, load_tokenizer  # noqa: PLC0415
+    from dpo_dist.model.files.manifest import write_manifest  # noqa: PLC0415
     from dpo_dist.model.files.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
     from dpo_dist.model.files.stops import trained_stops, write_stops  # noqa: PLC0415
     from dpo_dist.tools.sampling.respond import find_model  # noqa: PLC0415
@@ -121,6 +122,7 @@ def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataCon
         copy_tokenizer(source.tokenizer_folder, temporary)
         stops = trained_stops(load_tokenizer(temporary, model), data)
         write_stops(temporary, source.folder, stops)
+        write_manifest(temporary, None)
 
 
 def read_samples(policy: str, file: Path) -> dict[str, Any]:

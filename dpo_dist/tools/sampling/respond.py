@@ -27,7 +27,7 @@ from dpo_dist.data.records import (
 from dpo_dist.data.text.escape import THOUGHT_FIELDS
 from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.files import content_digest, text_digest
+from dpo_dist.foundation.files import MEMO_FOLDER, text_digest
 from dpo_dist.model.architectures import context_length
 from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.files.folder import (
@@ -38,6 +38,7 @@ from dpo_dist.model.files.folder import (
     tokenizer_folder,
 )
 from dpo_dist.model.files.load import load_config, load_encoder, load_packed, load_weights, tokenizer_digest
+from dpo_dist.model.files.manifest import check_base, check_undamaged
 from dpo_dist.model.files.stops import find_stop_ids, folder_stops
 from dpo_dist.model.lora import TRAINED, add_saved, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
@@ -86,13 +87,24 @@ def find_files(
     return ModelSource(name, key, folder, adapter, revision, "")
 
 
+def check_model_files(source: ModelSource, store: Path | None) -> None:
+    """Check files that this program wrote, and the base of an adapter; `store` caches digests.
+
+    Reads no weights of other people's models.
+    """
+    memo = None if store is None else store / MEMO_FOLDER
+    check_undamaged(source.folder, memo)
+    if source.adapter is not None:
+        check_undamaged(source.adapter, memo)
+        check_base(source.adapter, source.folder, lambda: digest_model(source.folder, store).base)
+
+
 def find_model(name: str, model: ModelConfig, store: Path, key: str) -> ModelSource:
     """Return the same as `find_files`, with the digest of the files, which `store` caches."""
     source = find_files(name, model, key)
     folder, adapter = source.folder, source.adapter
-    files = digest_model(folder, store, remote_code=model.trust_remote_code)
-    added = [] if adapter is None else sorted(adapter.glob("adapter_*"))
-    parts = [files.digest, content_digest(added), tokenizer_digest(source.tokenizer_folder)]
+    files = digest_model(folder, store, remote_code=model.trust_remote_code, adapter=adapter)
+    parts = [files.digest, tokenizer_digest(source.tokenizer_folder)]
     parts += [] if model.images is None else [tokenizer_digest(folder, with_images=True)]
     parts += [f"ends with {token}" for token in sorted(folder_stops(folder))]
     return replace(source, digest=text_digest(" ".join(parts)))

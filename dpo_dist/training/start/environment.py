@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -23,9 +23,6 @@ from dpo_dist.foundation.types import leaves
 from dpo_dist.model.numerics import RECURRENT_KERNELS
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import CustomMetrics, custom_metrics
-
-if TYPE_CHECKING:
-    from dpo_dist.training.start.open_run import Run
 
 PACKAGES = (
     *("dpo-dist", "torch", "accelerate", "deepspeed", "transformers", "peft", "datasets", "wandb"),
@@ -69,12 +66,11 @@ def _shared_facts(config: RunConfig) -> dict[str, str]:
     return facts
 
 
-def describe_run(run: "Run") -> tuple[dict[str, Any], CustomMetrics]:
+def describe_run(config: RunConfig, world: World) -> tuple[dict[str, Any], CustomMetrics]:
     """Return the content of environment.json, and the metrics of the user's function; collective.
 
     The user's functions are tried here: if one raises an error on some ranks only, all ranks stop.
     """
-    config, world = run.config, run.world
     custom_loss = world.together(lambda: check_custom_loss(config.loss, world.device))
     custom = world.together(lambda: custom_metrics(config.metrics.function, config.loss, world.device))
     environment = world.on_main(lambda: describe_environment(world.size))

@@ -42,7 +42,7 @@ from dpo_dist.model.architectures import (
     router_notes,
 )
 from dpo_dist.model.attention.ulysses import check_shared_tokens
-from dpo_dist.model.files.folder import base_warnings, model_folder, start_folder
+from dpo_dist.model.files.folder import base_warnings, has_tokenizer, model_folder, start_folder
 from dpo_dist.model.files.load import check_contents_at_hand, load_config, load_encoder, without_weights
 from dpo_dist.model.files.stops import stop_notes
 from dpo_dist.model.flops import StepFlops, step_flops
@@ -50,7 +50,7 @@ from dpo_dist.model.layers import check_device, text_notes
 from dpo_dist.model.lora import experts_note
 from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.objective.router import RouterLoss
-from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
+from dpo_dist.reference.digest import ModelFiles, description_on_every_node, digest_on_every_node
 from dpo_dist.training.start.footprint import fit_micro_batches, stored_notes
 from dpo_dist.training.start.open_run import Run
 from dpo_dist.training.start.run_state import Identity
@@ -72,6 +72,7 @@ class EvaluationInputs:
     """Facts of a run's models without weights, and its evaluation data; the same on every rank."""
 
     policy_files: ModelFiles
+    description: str  # digest of the files that results copy from the policy's folder
     reference_files: ModelFiles | None  # None if the loss uses no reference
     tokenizer: PreTrainedTokenizerBase
     processor: ImageProcessor | None  # None if images are not read
@@ -118,6 +119,8 @@ def identify(run: RunIdentity, inputs: Inputs) -> Identity:
         "data": inputs.train_set.fingerprint,
         "eval_data": inputs.eval_set.fingerprint if inputs.eval_set is not None else None,
         "model": inputs.policy_files.digest,
+        "base": inputs.policy_files.base,
+        "description": inputs.description,
         "reference": inputs.reference_files.digest if inputs.reference_files is not None else None,
     }
 
@@ -173,8 +176,12 @@ def check_keep_best(metric: str, plan: MetricPlan) -> None:
 
 
 def load_evaluation_inputs(run: Run) -> EvaluationInputs:
-    """Return the inputs of the verb `evaluate`; collective."""
-    inputs, _ = _load(run)
+    """Return the inputs of the verb `evaluate`; collective.
+
+    The tokenizer is that of the run's own model, if it has one: the base's files may have been replaced.
+    """
+    trained = run.folder.model
+    inputs, _ = _load(run, encoder_folder=trained if has_tokenizer(trained) else None)
     assert inputs.eval_set is not None, "evaluations have data"
     for line in describe_counts("eval", inputs.eval_set.counts):
         run.say(line)
@@ -197,17 +204,18 @@ def _with_labels_and_partners(run: Run, dataset: PreferenceDataset) -> Preferenc
 
 
 def _load(
-    run: Run, routers: RouterConfig | None = None, *, trains: bool = False
+    run: Run, routers: RouterConfig | None = None, *, trains: bool = False, encoder_folder: Path | None = None
 ) -> tuple[EvaluationInputs, _Encode]:
     """Return models with evaluation data, and a function that encodes further data; collective.
 
-    `routers`: options of losses for the policy's routers.
+    `routers`: options of losses for the policy's routers. `encoder_folder`: has the tokenizer,
+    if not the policy's.
     """
     config, world = run.config, run.world
     longest, ranks = config.data.max_length, config.parallelism.sequence_parallel
     folder = shared_model_folder(run, config.model.path, config.model.revision, "model.path")
     start = on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
-    encoder = load_encoder(folder, start, config.model)
+    encoder = load_encoder(folder, encoder_folder or start, config.model)
     tokenizer, processor, digest = encoder.tokenizer, encoder.processor, encoder.digest
     with unsharded_loading(world):  # the shapes of sharded weights are empty
         model_config, causal_lm = checked_model(config.model, folder, start, longest, ranks)
@@ -235,6 +243,7 @@ def _load(
             fit_micro_batches(run, causal_lm)
     # After all that needs no weights: the first start reads every byte of them.
     vocabulary = model_config.get_text_config().vocab_size
+    description = description_on_every_node(config.model, folder, start, world)
     with run.console.heartbeat("reading the model's files to identify them"):
         files = _digest_models(run, folder, start)
 
@@ -256,7 +265,19 @@ def _load(
     sources, eval_set = config.data.eval_sources, None
     if sources:
         eval_set = encode("eval", sources, eval_part(config.data))
-    return EvaluationInputs(*files, tokenizer, processor, flops, weights, router, eval_set), encode
+    policy_files, reference_files = files
+    inputs = EvaluationInputs(
+        policy_files,
+        description,
+        reference_files,
+        tokenizer,
+        processor,
+        flops,
+        weights,
+        router,
+        eval_set,
+    )
+    return inputs, encode
 
 
 def encode_together(world: World, preparation: Preparation) -> tuple[EncodedSource, ...]:

@@ -20,14 +20,17 @@ from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Resume, TrainerConfig
 from dpo_dist.foundation.errors import CheckpointError, RunOutcome, dead_link, first_line
-from dpo_dist.foundation.files import write_json
+from dpo_dist.foundation.files import MEMO_FOLDER, write_json
 from dpo_dist.foundation.remedies import Remedy
+from dpo_dist.foundation.text import first_few
+from dpo_dist.model.files.manifest import find_damage
 
 Identity = dict[str, str | None]
 _DIGESTS = {
+    "description": "tokenizer, chat template, config.json or adapter from which the policy starts",
+    "model": "model from which the policy starts",
     "data": "training data",
     "eval_data": "evaluation data",
-    "model": "model that the policy starts from",
     "reference": "reference model",
 }
 
@@ -75,9 +78,9 @@ def write_state(folder: RunFolder, state: RunState) -> None:
 
 
 def check_identity(recorded: Mapping[str, Any], identity: Identity, where: Path) -> None:
-    """Check that the identity's data and models are those of `recorded`."""
+    """Check that the data and models in `identity`, which may be some of them, are those of `recorded`."""
     for name, title in _DIGESTS.items():
-        if recorded.get(name) != identity[name]:
+        if name in identity and recorded.get(name) != identity[name]:
             raise CheckpointError(
                 f"the {title} of this run has changed since the run was saved",
                 where=str(where),
@@ -134,15 +137,22 @@ def describe_change(state: Mapping[str, Any], trainer: TrainerConfig, steps: int
     return f"training longer: {steps:,} steps in place of {former:,}; {rate}{partial}"
 
 
+def model_damage(identity: RunIdentity, folder: RunFolder) -> list[str]:
+    """Return what is missing of the model of a run, or is not as it was written; [] if nothing is."""
+    if not any(folder.model.glob("*.safetensors")):
+        return ["it has no weights"]
+    return find_damage(folder.model, Path(identity.config.reference.store) / MEMO_FOLDER)
+
+
 def find_finished(identity: RunIdentity, folder: RunFolder) -> RunState | None:
-    """Return the state of a run that is complete at this length and has its model, else None.
+    """Return the state of a run that is complete at this length and has its model, undamaged; else None.
 
     Raises an error if the directory belongs to another run.
     """
     state = read_state(folder)
     if state is None or not state.is_finished or has_other_length(state.identity, identity):
         return None
-    if not any(folder.model.glob("*.safetensors")):
+    if model_damage(identity, folder):
         return None
     check_configuration(state.identity, identity, folder)
     return state
@@ -158,7 +168,7 @@ def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> 
             return finished
         if checkpoints := checkpoint_folders(folder.checkpoints):
             return checkpoints[0]
-    _check_fresh_start(resume, folder)
+    _check_fresh_start(identity, resume, folder)
     return None
 
 
@@ -174,9 +184,10 @@ def check_newest_checkpoint(identity: RunIdentity, folder: RunFolder) -> None:
         check_configuration(state, identity, folder)
 
 
-def _check_fresh_start(resume: Resume, folder: RunFolder) -> None:
+def _check_fresh_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> None:
     """Raise an error if a start at step 0 needs a checkpoint, or would replace results."""
     state, has_model = read_state(folder), folder.model.is_dir()
+    damage: list[str] = []
     remedy: str | Remedy
     used = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
     if resume is Resume.never:
@@ -186,6 +197,7 @@ def _check_fresh_start(resume: Resume, folder: RunFolder) -> None:
         remedy = Remedy.to_set("run.resume=auto") + " to resume, or another run.dir"
     elif has_model or (state is not None and (state.is_finished or state.step)):
         fault = "the run directory has a model or a run that has started, and its checkpoints are missing"
+        damage = model_damage(identity, folder) if has_model else []
         remedy = (
             "restore the checkpoints, or mount their disk, and set the former length; to train from the "
             f"beginning, delete {folder.state.name} and {folder.model.name}/, or set another run.dir"
@@ -198,4 +210,5 @@ def _check_fresh_start(resume: Resume, folder: RunFolder) -> None:
         remedy = Remedy.to_set("run.resume=auto") + " to start a new run"
     else:
         return
-    raise CheckpointError(fault, where=str(folder.path), remedy=remedy)
+    got = f"{folder.model}: {first_few(damage, 'other file')}" if damage else ""
+    raise CheckpointError(fault, where=str(folder.path), got=got, remedy=remedy)

@@ -23,6 +23,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from dpo_dist.config.run_folder import STATE
 from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
@@ -43,6 +44,7 @@ from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.files.load import TORCH_DTYPES, load_config, load_packed, without_weights
 from dpo_dist.model.files.save import write_description, write_mean, write_weights
 from dpo_dist.model.lora import add_adapter
+from dpo_dist.reference.digest import description_digest, digest_model
 from dpo_dist.tools.report.card import model_card
 from dpo_dist.training import export as checkpoint_export
 from dpo_dist.training.export import export_checkpoint
@@ -81,8 +83,14 @@ def cut(weights: dict[str, Tensor], rank: int) -> Iterator[Slice]:
             yield Slice(name, tuple(weight.shape), rank * size, {"weight": part, "exp_avg": -part})
 
 
-def checkpoint_of(weights: dict[str, Tensor], folder: Path) -> Path:
+def checkpoint_of(
+    weights: dict[str, Tensor], folder: Path, config: RunConfig, start: Path | None = None
+) -> Path:
+    """A checkpoint of a run that started from the files of `config` as they are now."""
     folder.mkdir()
+    base = Path(config.model.path)
+    state = {"description": description_digest(config.model, base, start), "base": digest_model(base).base}
+    (folder / STATE).write_text(json.dumps(state))
     entries: Entries = {}
     for rank in range(RANKS):
         entries |= write_slices(ModelSlices("engine", list(cut(weights, rank))), folder, rank)
@@ -94,7 +102,7 @@ def exported(config: RunConfig, out: Path, start: Path | None = None, **options:
     """Export new weights of a run to `out`; return them."""
     weights = weights_of(config, start)
     checkpoint = out.with_name(f"{out.name} of step-000001")
-    export_checkpoint(checkpoint_of(weights, checkpoint), out, config, **options)
+    export_checkpoint(checkpoint_of(weights, checkpoint, config, start), out, config, **options)
     return weights
 
 
@@ -141,7 +149,7 @@ def test_a_part_that_names_a_precision_gets_that_of_the_weights(tmp_path: Path) 
 def test_an_adapter_needs_no_weights_of_its_base(base: Path, tmp_path: Path) -> None:
     config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2, alpha=4))
     weights = weights_of(config)
-    checkpoint = checkpoint_of(weights, tmp_path / "step-000001")
+    checkpoint = checkpoint_of(weights, tmp_path / "step-000001", config)
     whole = base / "model.safetensors"
     whole.rename(tmp_path / "elsewhere")
     try:
@@ -159,7 +167,9 @@ def test_a_folder_with_other_weights_than_the_trained_ones_is_refused(base: Path
     weights = weights_of(adapted)
     next(iter(weights.values()))[0, 0] = torch.nan
     with pytest.raises(CheckpointError, match="not finite"):
-        export_checkpoint(checkpoint_of(weights, tmp_path / "step-000001"), tmp_path / "adapter", adapted)
+        export_checkpoint(
+            checkpoint_of(weights, tmp_path / "step-000001", adapted), tmp_path / "adapter", adapted
+        )
 
     def change(folder: Path, causal_lm: Any, weights: dict[str, Tensor], base: Path) -> None:
         write_weights(folder, causal_lm, {name: weight + 1 for name, weight in weights.items()}, base)
@@ -174,7 +184,7 @@ def test_a_folder_with_other_weights_than_the_trained_ones_is_refused(base: Path
 
 def test_a_damaged_or_foreign_checkpoint_writes_nothing(base: Path, tmp_path: Path) -> None:
     config = run_of(base)
-    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
+    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001", config)
     other = replace(config, model=replace(config.model, adapter=AdapterConfig(r=2)))
     with pytest.raises(CheckpointError, match="are not the ones that this configuration trains"):
         export_checkpoint(checkpoint, tmp_path / "out", other)
@@ -191,7 +201,7 @@ def test_other_weights_than_the_trained_ones_or_a_full_disk_leave_nothing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_of(base)
-    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
+    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001", config)
 
     def write_other(folder: Path, causal_lm: Any, weights: dict[str, Tensor], *rest: Any) -> None:
         weights["lm_head.weight"][0] += 1
@@ -222,7 +232,7 @@ def assert_merged_as_by_peft(
 ) -> None:
     """A merged export is peft's merge of the exported adapter, in files with the names of the base."""
     config = run_of(base, dtype=Dtype.fp32, adapter=adapter, images=images)
-    checkpoint = checkpoint_of(weights_of(config), folder / "step-000001")
+    checkpoint = checkpoint_of(weights_of(config), folder / "step-000001", config)
     export_checkpoint(checkpoint, folder / "adapter", config)
     export_checkpoint(checkpoint, folder / "merged", replace(config, export=ExportConfig(merge=True)))
     kind = auto_class(AutoConfig.from_pretrained(base), False)
@@ -292,7 +302,7 @@ def test_a_merged_model_has_the_precision_of_its_base_or_the_one_that_is_named(
     base: Path, tmp_path: Path
 ) -> None:
     config = run_of(base, dtype=Dtype.bf16, adapter=AdapterConfig(r=2, alpha=3))
-    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
+    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001", config)
     for name, wanted in ((None, torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         written = replace(config, export=ExportConfig(merge=True, dtype=name))
         export_checkpoint(checkpoint, tmp_path / str(name), written)

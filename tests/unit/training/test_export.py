@@ -1,6 +1,5 @@
 """The verb `export`: models of all forms, from the files that training started from."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from dpo_dist.config.schema import AdapterConfig, Dtype, FolderConfig, ModelConf
 from dpo_dist.config.verb_sections import ExportConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.files.folder import start_folder
-from dpo_dist.reference.digest import digest_model
 from dpo_dist.tools.report.card import run_card
 from dpo_dist.training.export import export_checkpoint, export_model
 from tests.support import tiny
@@ -35,9 +32,7 @@ def test_a_changed_adapter_is_refused_where_it_becomes_part_of_the_result(tmp_pa
     )
     (run / "checkpoints").mkdir(parents=True)
     (run / "environment.json").write_text('{"packages": {}}')
-    checkpoint = checkpoint_of(weights_of(config, sft), run / "checkpoints" / "step-000001")
-    found = digest_model(base, tmp_path / "store", adapter=start_folder(config.model)).digest
-    (checkpoint / "state.json").write_text(json.dumps({"model": found}))
+    checkpoint = checkpoint_of(weights_of(config, sft), run / "checkpoints" / "step-000001", config, sft)
     write_sft_adapter(base, sft, seed=4)
     with pytest.raises(ConfigError, match="started from has changed") as refused:
         export_model(config, checkpoint, tmp_path / "out", Console(None), run_card)
@@ -72,7 +67,7 @@ def test_models_of_other_forms_have_their_trained_and_their_other_tensors(
     model = ModelConfig(path=str(base), dtype=Dtype.fp32)
     config = RunConfig(model=model, export=ExportConfig(dtype="bf16"))
     weights = weights_of(config)
-    export_checkpoint(checkpoint_of(weights, tmp_path / "step-000001"), tmp_path / "out", config)
+    export_checkpoint(checkpoint_of(weights, tmp_path / "step-000001", config), tmp_path / "out", config)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
     for name, tensor in [*causal_lm.named_parameters(), *causal_lm.named_buffers()]:
         if name not in found:  # a buffer that no file has

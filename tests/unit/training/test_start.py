@@ -246,7 +246,6 @@ def loop_of(run: Run) -> Any:
 @pytest.fixture
 def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model of a run has its card only."""
-    monkeypatch.setattr(ending, "check_base", lambda *_: None)
     monkeypatch.setattr(ending, "unsharded_loading", nullcontext)
     monkeypatch.setattr(ending, "export_checkpoint", lambda *given, **_is_new: given[3]("loader"))
 
@@ -309,7 +308,7 @@ def test_the_verdict_reads_the_findings_of_the_doctor(folder: RunFolder) -> None
 def test_the_source_of_a_loss_function_is_recorded(folder: RunFolder) -> None:
     run = run_in(folder.path)
     run.config = replace(CONFIG, loss=LossConfig(LossKind.custom, function=OWN))
-    environment, _ = describe_run(run)
+    environment, _ = describe_run(run.config, run.world)
     assert environment["loss_function"].startswith(f"custom loss {OWN}")
 
 
@@ -317,7 +316,7 @@ def test_own_metrics_are_tried_once_where_all_ranks_hear_of_an_error(folder: Run
     """The start hands the tried metrics on: another call of the function could raise on one rank only."""
     run = run_in(folder.path)
     run.config = replace(CONFIG, metrics=MetricsConfig(OWN_METRICS))
-    environment, custom = describe_run(run)
+    environment, custom = describe_run(run.config, run.world)
     assert environment["metrics_function"].startswith(f"{', '.join(custom.names)} by ")
     assert custom.names == ("custom/margin", "custom/likelier")
     assert not hasattr(ending, "custom_metrics")

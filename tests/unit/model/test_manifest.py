@@ -1,0 +1,99 @@
+"""A model folder that this program wrote is found damaged, or on another base, before it is used."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.config.schema import ModelConfig
+from dpo_dist.foundation.errors import CheckpointError, DpoDistError
+from dpo_dist.model.files.manifest import MODEL_MANIFEST, check_undamaged, find_damage, write_manifest
+from dpo_dist.reference.digest import digest_model
+from dpo_dist.tools.chat.speakers import open_speakers
+from dpo_dist.tools.sampling.respond import find_model
+from tests.support.sft_adapter import write_sft_adapter
+from tests.support.tiny_model import write_model
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
+    ("model.safetensors", flip, "model.safetensors has another content"),
+    ("model.safetensors", cut, "model.safetensors has another content"),
+    ("model.safetensors", empty, "model.safetensors has another content"),
+    ("model.safetensors", Path.unlink, "model.safetensors is missing"),
+    ("config.json", cut, "config.json has another content"),
+    ("tokenizer.json", flip, "tokenizer.json has another content"),
+    ("chat_template.jinja", empty, "chat_template.jinja has another content"),
+]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A model folder of this program."""
+    folder = write_model(tmp_path / "written")
+    (folder / "README.md").write_text("a card")
+    write_manifest(folder, None)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "damage", "expected"), DAMAGE)
+def test_damage_is_named_and_the_model_is_not_read(
+    name: str, damage: Callable[[Path], object], expected: str, written: Path, tmp_path: Path
+) -> None:
+    memo = tmp_path / "memo"
+    assert find_damage(written, memo) == []
+    damage(written / name)
+    assert find_damage(written, memo) == [expected]
+    with pytest.raises(CheckpointError, match="not as it was written"):
+        digest_model(written, tmp_path)
+    with pytest.raises(DpoDistError):
+        open_speakers(str(written), None, print)
+
+
+def test_files_that_people_edit_and_folders_of_others_pass(written: Path, tmp_path: Path) -> None:
+    for name in ("README.md", "generation_config.json", "notes.txt"):
+        (written / name).write_text("{}")
+    check_undamaged(written, None)
+    cut(written / "model.safetensors")
+    (written / MODEL_MANIFEST).unlink()
+    check_undamaged(written, None)
+    check_undamaged(write_model(tmp_path / "of others"), None)
+
+
+def test_without_weights_only_the_other_files_are_read(written: Path) -> None:
+    flip(written / "model.safetensors")
+    assert find_damage(written, None, with_weights=False) == []
+    (written / "model.safetensors").unlink()
+    assert find_damage(written, None, with_weights=False) == ["model.safetensors is missing"]
+
+
+def test_an_adapter_on_another_base_is_refused_and_on_a_copy_it_is_not(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    adapter = write_sft_adapter(base, tmp_path / "adapter")
+    write_manifest(adapter, digest_model(base).base)
+    config, store = ModelConfig(path=str(base)), tmp_path / "store"
+    of_same = find_model(str(adapter), config, store, "compare.models").digest
+    shutil.copytree(base, tmp_path / "copy")
+    shutil.rmtree(base)
+    (tmp_path / "copy").rename(base)
+    assert find_model(str(adapter), config, store, "compare.models").digest == of_same
+    write_model(base, seed=1)
+    with pytest.raises(CheckpointError, match="base of this model is not the one") as refused:
+        find_model(str(adapter), config, store, "compare.models")
+    assert (str(base), str(adapter)) == tuple(refused.value.where.split(", as the base of "))
+    with pytest.raises(CheckpointError, match="base of this model is not the one"):
+        open_speakers(str(adapter), None, print)
