@@ -11,7 +11,7 @@ from tests.e2e.conftest import Overrides
 from tests.support.launch import run_state, run_verb, train
 from tests.support.tiny_model import write_model
 
-BASE_CHANGED = "model from which the policy starts of this run has changed"
+BASE_CHANGED = "the model that the policy starts from of this run has changed"
 
 
 def refused(verb: str, command: list[str]) -> str:
@@ -88,3 +88,18 @@ def test_a_damaged_model_is_written_again_from_the_checkpoint(
     refusal = refused("train", command)
     assert "model.safetensors has another content" in refusal
     assert "its checkpoints are missing" in refusal
+
+
+def test_a_model_that_is_damaged_in_the_mirror_is_written_again_here_and_there(
+    run: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    command = run(f"run.mirror={tmp_path}/mirror")
+    here, there = (tmp_path / place / "model/model.safetensors" for place in ("run", "mirror"))
+    written = here.read_bytes()
+    assert there.read_bytes() == written
+    there.write_bytes(written[: len(written) // 2])
+    shutil.rmtree(tmp_path / "run")
+    again = run_verb("train", command)
+    assert again.code == 0, again.output
+    assert "is damaged and written again: model.safetensors has another content" in again.output
+    assert here.read_bytes() == there.read_bytes() == written

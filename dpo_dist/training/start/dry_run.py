@@ -53,7 +53,7 @@ from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import CustomMetrics, MetricPlan, custom_metrics
 from dpo_dist.training.start.footprint import quantization_notes, stored_notes
-from dpo_dist.training.start.inputs import NO_IMAGE, check_keep_best, checked_model
+from dpo_dist.training.start.inputs import NO_IMAGE, check_keep_best, checked_model, folder_of_own_tokenizer
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
 from dpo_dist.training.start.open_run import rate_warning
 from dpo_dist.training.start.run_state import RunState, expected_start
@@ -96,7 +96,8 @@ def dry_run(
     place = f"{run} ({start_in_words(config)})" if is_training else str(run)
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     start = start_folder(config.model)
-    encoder = load_encoder(folder, start, config.model)
+    own_tokenizer = folder_of_own_tokenizer(run) if models else None
+    encoder = load_encoder(folder, own_tokenizer or start, config.model)
     tokenizer = encoder.tokenizer
     model_config, causal_lm = checked_model(
         config.model, folder, start, config.data.max_length, config.parallelism.sequence_parallel

@@ -16,6 +16,7 @@ from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.config.metrics import AUC, MARGIN_PERCENTILES, PREFIX
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, ParallelismKind, ReferenceMode, SourceConfig
 from dpo_dist.data.counts import describe_counts, short_run_warnings
 from dpo_dist.data.encoded.build import Preparation
@@ -175,13 +176,14 @@ def check_keep_best(metric: str, plan: MetricPlan) -> None:
         )
 
 
-def load_evaluation_inputs(run: Run) -> EvaluationInputs:
-    """Return the inputs of the verb `evaluate`; collective.
+def folder_of_own_tokenizer(run: RunFolder) -> Path | None:
+    """Return the run's own model if it has a tokenizer; that of its base may have been replaced since."""
+    return run.model if has_tokenizer(run.model) else None
 
-    The tokenizer is that of the run's own model, if it has one: the base's files may have been replaced.
-    """
-    trained = run.folder.model
-    inputs, _ = _load(run, encoder_folder=trained if has_tokenizer(trained) else None)
+
+def load_evaluation_inputs(run: Run) -> EvaluationInputs:
+    """Return the inputs of the verb `evaluate`; collective."""
+    inputs, _ = _load(run, encoder_folder=folder_of_own_tokenizer(run.folder))
     assert inputs.eval_set is not None, "evaluations have data"
     for line in describe_counts("eval", inputs.eval_set.counts):
         run.say(line)

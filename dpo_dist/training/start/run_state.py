@@ -27,8 +27,8 @@ from dpo_dist.model.files.manifest import find_damage
 
 Identity = dict[str, str | None]
 _DIGESTS = {
-    "description": "tokenizer, chat template, config.json or adapter from which the policy starts",
-    "model": "model from which the policy starts",
+    "description": "tokenizer, chat template, config.json or adapter that the policy starts from",
+    "model": "model that the policy starts from",
     "data": "training data",
     "eval_data": "evaluation data",
     "reference": "reference model",
