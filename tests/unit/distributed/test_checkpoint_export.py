@@ -31,6 +31,7 @@ from dpo_dist.config.schema import (
     Dtype,
     ImagesConfig,
     ModelConfig,
+    ReferenceConfig,
     RunConfig,
     SourceConfig,
     TrainedImageParts,
@@ -107,7 +108,10 @@ def exported(config: RunConfig, out: Path, start: Path | None = None, **options:
 
 
 def run_of(folder: Path, *, export: ExportConfig | None = None, **model: Any) -> RunConfig:
-    return RunConfig(model=ModelConfig(path=str(folder), **model), export=export or ExportConfig())
+    reference = ReferenceConfig(store=f"{folder} store")
+    return RunConfig(
+        model=ModelConfig(path=str(folder), **model), reference=reference, export=export or ExportConfig()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +344,13 @@ def test_the_mean_of_whole_models(base: Path, tmp_path: Path) -> None:
     write_mean(tmp_path / "same", [(0.3, base), (0.5, base), (0.2, base)], None)
     same, own = (load_file(folder / "model.safetensors") for folder in (tmp_path / "same", base))
     assert all(torch.equal(same[name], weight) for name, weight in own.items())
+    third = write_model(tmp_path / "third", tied=False, seed=2)
+    write_mean(tmp_path / "three", [(0.2, base), (0.3, other), (0.5, third)], None)
+    three = load_file(tmp_path / "three" / "model.safetensors")
+    members = [load_file(folder / "model.safetensors") for folder in (base, other, third)]
+    for name, weight in three.items():
+        parts = (share * member[name] for share, member in zip((0.2, 0.3, 0.5), members, strict=True))
+        torch.testing.assert_close(weight, sum(parts, torch.zeros_like(weight)))
     write_mean(tmp_path / "rounded", [(0.5, base), (0.5, other)], torch.bfloat16)
     rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "rounded", dtype="auto")
     assert rounded.dtype is torch.bfloat16

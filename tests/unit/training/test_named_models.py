@@ -156,7 +156,7 @@ def test_only_the_base_of_a_quantized_run_is_quantized(
     (tmp_path / "lora" / "adapter_model.safetensors").touch()
     (tmp_path / "link").symlink_to(tmp_path / "base")
     qlora = ("model.adapter={r: 4}", "model.quantization=nf4", "reference.mode=adapter", "parallelism=ddp")
-    config = configured(tmp_path, *qlora)
+    config = configured(tmp_path, *qlora, f"reference.store={tmp_path}/store")
     inputs: Any = SimpleNamespace(
         policy_files=SimpleNamespace(folder=tmp_path / "base"), tokenizer=tiny.qwen(), processor=None
     )
