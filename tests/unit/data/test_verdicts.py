@@ -30,8 +30,8 @@ def named(first: str, second: str) -> dict[str, str]:
 NAMES = (
     "best better choice chosen decision favorite favourite judgement judgment label labels outcome picked "
     "prefer preference preferred result safer selected selection status verdict vote winner winning "
-    "human_preference gold_label winner_label better_response_id preferred_answer best_completion chosen_idx winner_model "
-    "preferred_option best_output better_side selectedResponse"
+    "human_preference gold_label winner_label better_response_id preferred_answer best_completion chosen_idx "
+    "winner_model preferred_option best_output better_side selectedResponse"
 )
 ANSWERS = (
     "answer assistant candidate chat completion continuation conversation dialogue generation message "
