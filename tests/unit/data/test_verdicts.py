@@ -37,6 +37,13 @@ ANSWERS = (
     "answer assistant candidate chat completion continuation conversation dialogue generation message "
     "messages output ref reply response result solution story summary text"
 )
+# What is known from the names, and what was asked.
+DECIDED = (
+    "accepted/other bad/other best/other better/other correct/other dispreferred/other good/other "
+    "incorrect/other loser/other negative/other non/other positive/other preferred/other right/other "
+    "winner/other worse/other worst/other wrong/other context/other input/other instruction/other "
+    "prompt/other query/other system/other user/other"
+)
 TIES = (
     "tie",
     "Tie",
@@ -137,7 +144,7 @@ def test_a_tie_is_no_pair(word: str) -> None:
         *((ONE_TWO, value) for value in (0, 3, -1, 1.5, "0", True)),
         *((ZERO_ONE, value) for value in (2, -1, True)),
         *((named("answer_human", "answer_ai"), value) for value in (1, "1", "A", "first")),
-        (AB | {"score_a": 1, "score_b": 0}, 1),
+        (AB | {"score_a": "1", "score_b": "0"}, "1"),
     ],
 )
 @pytest.mark.parametrize("name", ["winner", "preference", "label"])
@@ -197,6 +204,12 @@ def test_a_record_that_nobody_has_judged_is_a_bad_record() -> None:
 )
 def test_other_fields_are_no_two_answers(record: dict[str, Any]) -> None:
     assert bad(record).reason == "unknown_format"
+
+
+@pytest.mark.parametrize(("one", "other"), [pair.split("/") for pair in DECIDED.split()])
+def test_names_that_say_which_answer_is_better_need_no_verdict(one: str, other: str) -> None:
+    record = named(f"{one}_response", f"{other}_response") | {"label": one}
+    assert bad(record).reason in ("unknown_format", "missing_field")
 
 
 def test_names_in_chosen_and_rejected_are_verdicts() -> None:
@@ -430,7 +443,11 @@ def test_one_verdict_that_is_not_read_is_an_error_of_the_source(tmp_path: Path) 
     ("names", "columns"),
     [
         ("prompt response accepted", "{prompt: prompt, completion: response, label: accepted}"),
-        ("question answer correct", "{prompt: question, completion: answer, label: correct}"),
+        *(
+            (f"prompt answer is_{word}", f"{{prompt: prompt, completion: answer, label: is_{word}}}")
+            for word in ("acceptable", "approved", "correct", "good", "helpful", "preferred")
+        ),
+        ("prompt answer_1 answer_2 answer_3 target", "{prompt: prompt, chosen: COLUMN, rejected: COLUMN}"),
         ("prompt winner other", "{prompt: prompt, chosen: COLUMN, rejected: COLUMN}"),
         (
             "prompt response_1 response_2 response_3 best",
