@@ -93,8 +93,8 @@ def test_the_examples_pass_their_tests_and_train_together(tmp_path: Path) -> Non
         "sigmoid_margin or by_hand or revision or arcee",
         *(f"tests/unit/{name}.py" for name in names),
     ]
-    run = "train model.path=model model.dtype=fp32 data.train=[revisions.jsonl] loss=sigmoid_margin tracking=off "
-    run += "loss.options.target=0.5 run.dir=run trainer.max_steps=1 trainer.global_batch_pairs=8"
+    run = "train model.path=model model.dtype=fp32 data.train=[revisions.jsonl] loss=sigmoid_margin "
+    run += "tracking=off loss.options.target=0.5 run.dir=run trainer.max_steps=1 trainer.global_batch_pairs=8"
     commands = ("train --help loss.options.target", "count data.train=[revisions.jsonl]", run)
     ended = subprocess.run(
         [sys.executable, "-c", TOGETHER, json.dumps([tests, *map(str.split, commands)])],

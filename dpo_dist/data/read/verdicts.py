@@ -1,5 +1,6 @@
 """Verdicts: fields that say which of two responses is better, beside two answers or beside a pair."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,13 +23,13 @@ _ANSWERS = _set(
 )
 _NO_ANSWERS = _set("context input instruction prompt query question system user")
 # Words of names that say themselves which answer is better.
-_DECIDED = _set(
+_BETTER_OR_WORSE = _set(
     "accepted bad best better chosen correct dispreferred good incorrect loser negative non positive "
     "preferred rejected right winner worse worst wrong"
 )
 # Words of the first and of the second answer, in names and in verdicts.
-_ORDERED = (("a", "b"), ("0", "1"), ("1", "2"), ("one", "two"), ("first", "second"), ("left", "right"))
-_PLACES = {word: place for pair in _ORDERED for place, word in enumerate(pair) if not word.isdigit()}
+_ORDERS = (("a", "b"), ("0", "1"), ("1", "2"), ("one", "two"), ("first", "second"), ("left", "right"))
+_PLACES = {word: place for pair in _ORDERS for place, word in enumerate(pair) if not word.isdigit()}
 # The last word of a verdict's name, but for those of `_ENDS`. A name of `_LOOSE` is also that of other
 # columns: beside a pair it is a verdict only if its value says chosen, rejected or a tie. A name of
 # `_INVERSE` says which response is worse.
@@ -75,7 +76,7 @@ class TwoAnswers(NamedTuple):
     @property
     def is_ordered(self) -> bool:
         """Whether the words say which answer is the first."""
-        return self.words in _ORDERED
+        return self.words in _ORDERS
 
 
 class Judged(NamedTuple):
@@ -128,22 +129,19 @@ def two_answers(names: Iterable[str]) -> TwoAnswers | None:
 def _two_answers(names: tuple[str, ...]) -> TwoAnswers | None:
     # `response_0_source` is about an answer: the shortest names are the answers.
     answers = [name for name in names if is_answer(name)]
-    twins = [
-        TwoAnswers((one, other), different)
-        for at, one in enumerate(answers)
-        for other in answers[at + 1 :]
-        if (different := _difference(_words(one), _words(other))) is not None
-    ]
+    twins = []
+    for one, other in itertools.combinations(answers, 2):
+        words = _difference(_words(one), _words(other))
+        if words is not None:
+            backwards = TwoAnswers((other, one), words[::-1])
+            twins.append(backwards if backwards.is_ordered else TwoAnswers((one, other), words))
     length = min((len(_words(two.names[0])) for two in twins), default=0)
     twins = [two for two in twins if len(_words(two.names[0])) == length]
-    twins = [
-        back if (back := TwoAnswers(two.names[::-1], two.words[::-1])).is_ordered else two for two in twins
-    ]
     ordered = [two for two in twins if two.is_ordered]
-    words = {word for two in twins for word in two.words}
     # `response_model` beside `response_a` and `response_b` is no third answer, but `response_c` is one.
-    numbered = {word for word in words if word.isdigit() or len(word) == 1}
-    if len(ordered) == 1 and numbered <= {*ordered[0].words}:
+    marks = {word for two in twins for word in two.words}
+    marks = {word for word in marks if word.isdigit() or len(word) == 1}
+    if len(ordered) == 1 and marks <= {*ordered[0].words}:
         return ordered[0]
     return twins[0] if len(twins) == 1 else None
 
@@ -162,8 +160,8 @@ def _difference(one: tuple[str, ...], other: tuple[str, ...]) -> tuple[str, str]
     if len(different) != 1 or shared.isdisjoint(_ANSWERS):
         return None
     [pair] = different
-    is_ordered = pair in _ORDERED or pair[::-1] in _ORDERED
-    return pair if is_ordered or (_NO_ANSWERS | _DECIDED).isdisjoint((*one, *other)) else None
+    is_ordered = pair in _ORDERS or pair[::-1] in _ORDERS
+    return pair if is_ordered or (_NO_ANSWERS | _BETTER_OR_WORSE).isdisjoint((*one, *other)) else None
 
 
 def judge(record: Fields) -> Judged | None:
@@ -175,26 +173,30 @@ def judge(record: Fields) -> Judged | None:
     two = _given_answers(record)
     if two is None:
         return None
-    votes = {name: vote for name in record if (vote := _vote(record, name, two)) is not None}
-    chosen = set(votes.values())
-    if chosen == {_TIE}:
+    votes = dict[str, int]()
+    for name in record:
+        vote = _vote(record, name, two)
+        if vote is not None:
+            votes[name] = vote
+    places = set(votes.values())
+    if places == {_TIE}:
         raise UnusableRecordError("all_tied", f"a tie by {', '.join(map(shown_key, votes))}")
-    if len(chosen) == 1:
-        place = chosen.pop()
+    if len(places) == 1:
+        place = places.pop()
         verdicts = tuple(name for name in record if name in votes or _is_flag(name))
         return Judged(two.names[place], two.names[1 - place], verdicts)
     if votes:
         first, *others = votes
         detail = f"{', '.join(map(shown_key, votes))} contradict each other"
         raise unread_verdict(record, two, detail, first, dict.fromkeys(others, "null"))
-    named = [name for name in record if is_verdict(name)]
-    given = next((name for name in named if _is_given(record[name])), None)
-    if named and given is None:
-        raise UnusableRecordError("missing_field", shown_key(named[0]))
-    if given is None:
+    verdicts = tuple(name for name in record if is_verdict(name))
+    full = next((name for name in verdicts if _is_given(record[name])), None)
+    if verdicts and full is None:
+        raise UnusableRecordError("missing_field", shown_key(verdicts[0]))
+    if full is None:
         detail = f"{' and '.join(map(shown_key, two.names))}, and no verdict"
         raise unread_verdict(record, two, detail, "COLUMN")
-    raise unread_verdict(record, two, f"{shown_key(given)}: {shown_key(record[given])}", given)
+    raise unread_verdict(record, two, f"{shown_key(full)}: {shown_key(record[full])}", full)
 
 
 def has_verdict(record: Fields) -> bool:
