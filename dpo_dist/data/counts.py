@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from dpo_dist.batching.sampler import BatchSampler
 from dpo_dist.config.fields import as_written
 from dpo_dist.config.schema import DataConfig, SourceConfig, TextTemplate
+from dpo_dist.data.read.fields import CONVERSATIONS, QUESTIONS
+from dpo_dist.data.read.verdicts import are_judged, are_twins, is_verdict, reader_of
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord, Record, shown_key
 from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
 from dpo_dist.foundation.errors import DataError
@@ -21,6 +23,7 @@ SHOWN_EXAMPLES = 20
 _NAMED_EXAMPLES = 3
 _NAMED_FIELDS = 12
 _PLAIN_WORDS = re.compile(r"[\w./:@~+\-{}\[\], ]+")  # which a shell and Hydra read as they stand
+_UNREAD_VERDICT = "unread_verdict"
 DROPPED_PROMPT_PREFIX = "prompts_dropped_"
 """Prefix of the counts of prompts that are left out; the reason follows."""
 _PLAIN = "chat_template_not_applied"
@@ -81,8 +84,8 @@ class DataCounts:
         changed: changes and omitted ties of kept records, by kind; unread fields of dropped records.
         read_as: kept records by `Outcome.read_as`.
         examples: the first dropped records.
-        fields: names of the fields of the first record of an unknown format.
-        columns: of the first such record that could be read with other columns, these.
+        fields: `BadRecord.fields` of the first dropped record that has them, by its reason.
+        columns: the same for `BadRecord.source_columns`.
     """
 
     read: int = 0
@@ -92,8 +95,8 @@ class DataCounts:
     read_as: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(_TABLE["changed"], 0)))
     examples: list[DroppedRecord] = field(default_factory=list)
-    fields: list[str] = field(default_factory=list)
-    columns: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, list[str]] = field(default_factory=dict)
+    columns: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
     def from_outcomes(cls, outcomes: Mapping[Outcome, int], bad: Iterable[BadRecord]) -> "DataCounts":
@@ -126,15 +129,17 @@ class DataCounts:
                 getattr(total, name).update(part[name])
             room = SHOWN_EXAMPLES - len(total.examples)
             total.examples += [DroppedRecord(*example) for example in part["examples"][:room]]
-            total.fields = total.fields or part["fields"]
-            total.columns = total.columns or part["columns"]
+            total.fields = part["fields"] | total.fields
+            total.columns = part["columns"] | total.columns
         return total
 
     def _show(self, record: BadRecord) -> None:
         if len(self.examples) < SHOWN_EXAMPLES:
             self.examples.append(DroppedRecord(record.origin.source, record.origin.line, record.why))
-        self.fields = self.fields or [*record.fields]
-        self.columns = self.columns or dict(record.source_columns)
+        if record.fields:
+            self.fields.setdefault(record.reason, [*record.fields])
+        if record.source_columns:
+            self.columns.setdefault(record.reason, dict(record.source_columns))
 
     def add(self, record: Record) -> None:
         """Count a record without encoding it."""
@@ -285,12 +290,14 @@ def check_counts(
         got = "an empty file, or only a header"
         raise DataError("the source has no records", where=where, got=got, remedy=EMPTY_REMEDY)
     dropped = counts.dropped.total()
-    if counts.kept and dropped <= config.max_bad_share * counts.read:
+    # A verdict that is not read in one record may be misread in the others.
+    is_unread = counts.dropped[_UNREAD_VERDICT] > 0
+    if counts.kept and dropped <= config.max_bad_share * counts.read and not is_unread:
         return
-    reason = max(counts.dropped, key=lambda name: counts.dropped[name])
+    reason = _UNREAD_VERDICT if is_unread else max(counts.dropped, key=lambda name: counts.dropped[name])
     reasons = ", ".join(f"{name} {number}" for name, number in sorted(counts.dropped.items()))
     remedy = _remedy(reason, counts, path, config, lengths)
-    if counts.kept:
+    if counts.kept and not is_unread:
         remedy += "; or raise data.max_bad_share if dropping these records is intended"
     first, rest = ("the first ", " (the others were not looked at)") if of_first else ("", "")
     different: dict[str, DroppedRecord] = {}  # the first record of each reason and detail
@@ -300,7 +307,9 @@ def check_counts(
         f"{dropped} of {first}{counts.read} records cannot be used",
         where=AtRecords(*map(str, [*different.values()][:_NAMED_EXAMPLES])) or where,
         got=f"{counts.read} records{rest}; dropped: {reasons}",
-        expected=f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
+        expected="a verdict that is read in each record"
+        if is_unread
+        else f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
         remedy=remedy,
     )
 
@@ -318,6 +327,16 @@ def _remedy(
             _with_columns(path, config, counts)
             + "; correct the source's format, if one is set (docs/data.md)"
         )
+    if reason == _UNREAD_VERDICT and reason in counts.columns:
+        return Remedy(f"ignore all verdicts but one: {_source_with(counts.columns[reason], path, config)}")
+    if reason == _UNREAD_VERDICT:
+        return _with_reader(path, config, counts.fields.get(reason, ["COLUMN"] * 3))
+    if reason in ("unread_content", "ambiguous_format") and reason in counts.columns:
+        ignored = _source_with(counts.columns[reason], path, config)
+        words = (
+            "only if they say nothing about which response is better, and the prompt is whole without them"
+        )
+        return Remedy(f"{reason_remedy(reason)}; or ignore these fields, {words}: {ignored}")
     unread = [name.removeprefix("unread_") for name in counts.changed if name.startswith("unread_")]
     if reason == "image_count" and (images := _column("images", unread)):
         return _source_with({"images": images}, path, config)
@@ -328,13 +347,14 @@ def _remedy(
     return fitting or remedy + f" (data.max_length is {config.max_length})"
 
 
+_QUESTIONS = {"prompt", "instruction", *QUESTIONS, *CONVERSATIONS}
 _TOO_LONG = (
     *("too_long", "prompt_fills_max_length", "response_fills_max_length"),
     *("identical_after_truncation", "image_does_not_fit"),
 )
 """Reasons for which another limit helps."""
 _NAMES = {
-    "prompt": "prompt question query instruction input problem user post request",
+    "prompt": "prompt question query instruction input problem user post request context",
     "chosen": "chosen good better best accepted preferred positive winner correct answer response",
     "rejected": "rejected bad worse worst dispreferred negative loser incorrect wrong non not",
     "completion": "completion answer response output reply text",
@@ -352,36 +372,77 @@ def _with_columns(path: str, config: DataConfig, counts: DataCounts) -> Remedy:
 
     Other names of columns do not help a record with a score and no second response: it gets other advice.
     """
-    if counts.columns:
-        return _source_with(counts.columns, path, config)
-    given = counts.fields
-    best, other = ("completion", "label") if _column("label", given) else ("chosen", "rejected")
-    rejected = _column(other, given)
+    known = counts.columns.get("unknown_format", {})
+    if known and "label" not in known:
+        return _source_with(known, path, config)
+    given = counts.fields.get("unknown_format", [])
+    if are_judged(given):
+        return _source_with({"prompt": _column("prompt", given)}, path, config)
+    label = known.get("label") or _column("label", given)
+    best, other = ("completion", "label") if label else ("chosen", "rejected")
+    rejected = label or _column(other, given)
     if rejected is None and any(_SCORES & _words(name) for name in given):
         return Remedy(reason_remedy("no_ranking"))
     # "non_preferred" has a word for the chosen side, too.
     chosen = _column(best, [name for name in given if name != rejected])
+    if other == "rejected" and rejected is None and chosen and is_verdict(chosen):
+        chosen = None  # a winner without a loser is a verdict
     guessed = {"prompt": _column("prompt", given), best: chosen, other: rejected}
+    if all(field == name for field, name in guessed.items()):
+        return Remedy(
+            f"the fields {', '.join(guessed)} have the right names, but their values are neither texts nor "
+            "messages (role and content): let a reader of the source return them"
+        )
     images = _column("images", given)
     return _source_with(guessed | ({"images": images} if images else {}), path, config)
 
 
-def _source_with(columns: Mapping[str, str | None], path: str, config: DataConfig) -> Remedy:
-    """Return advice to write a source with these columns, too; the user has to name one that is None."""
+def _with_reader(path: str, config: DataConfig, fields: Sequence[str]) -> Remedy:
+    """Return advice to read two answers and a verdict by a function, whose two values the user writes."""
+    verdict, first, second, *others = fields
+    code = reader_of(verdict, first, second)
+    prompt = {} if _QUESTIONS.intersection(others) else {"prompt": _column("prompt", others)}
+    source = _source_with(prompt, path, config, reader="verdicts:read", without=("chosen", "rejected"))
+    return Remedy(
+        f"save this as verdicts.py, with an entry for each value of {verdict} that says that {first} "
+        f"(VALUE_1) or {second} (VALUE_2) is better:\n{code}\nand {source.text}"
+    )
+
+
+def _source_with(
+    columns: Mapping[str, str | None],
+    path: str,
+    config: DataConfig,
+    *,
+    reader: str | None = None,
+    without: Sequence[str] = (),
+) -> Remedy:
+    """Return advice to write a source with these columns, too; the user has to name one that is None.
+
+    With a `reader`, and `without` some of the columns that the source has.
+    """
     usual = asdict(SourceConfig(path="-"))
-    shown = {field: name or "COLUMN" for field, name in columns.items()}
+    shown = {field: None if name == "null" else name or "COLUMN" for field, name in columns.items()}
+    added = {"reader": reader} if reader else {}
     for key, sources in (("data.train", config.train), ("data.eval", config.eval)):
         if [each.path for each in sources] == [path]:
             given = {name: value for name, value in asdict(sources[0]).items() if value != usual[name]}
-            source = as_written({**given, "columns": {**(given.get("columns") or {}), **shown}})
-            is_known = all(columns.values()) and _PLAIN_WORDS.fullmatch(source)
+            own = given.pop("columns", None) or {}
+            kept = {name: place for name, place in own.items() if name not in without}
+            source = as_written(given | added | ({"columns": kept | shown} if kept or shown else {}))
+            is_known = all(columns.values()) and not reader and _PLAIN_WORDS.fullmatch(source)
             return Remedy(f"write '{key}=[{source}]'", (f"{key}=[{source}]",) if is_known else ())
-    return Remedy(f"write the source as {as_written({'path': path, 'columns': shown})}")
+    source = as_written({"path": path, **added, **({"columns": shown} if shown else {})})
+    return Remedy(f"write the source as {source}")
 
 
 def _column(field: str, given: Iterable[str]) -> str | None:
-    """Return the first column whose name is, or contains, a word for the field and none of something else."""
+    """Return the first column whose name is, or contains, a word for the field and none of something else.
+
+    Of columns whose names differ in one word, such as answer_1 and answer_2, none is the better one.
+    """
     names = [name for name in given if not (_SCORES | _ABOUT) & _words(name)]
+    names = [name for name in names if not any(are_twins(name, other) for other in names)]
     return next((name for word in _NAMES[field].split() for name in names if word in _words(name)), None)
 
 

@@ -7,7 +7,7 @@ To add a format: add its name to `DataFormat`, a function that returns a record'
 import itertools
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -29,7 +29,7 @@ from dpo_dist.data.read.fields import (
     TOOLS_OF_SIDES,
     fields_with,
 )
-from dpo_dist.data.read.images import place_images
+from dpo_dist.data.read.images import check_objects, place_images
 from dpo_dist.data.read.layouts import (
     Content,
     check_no_other,
@@ -39,9 +39,11 @@ from dpo_dist.data.read.layouts import (
     has_pair,
     has_ranking,
     is_labelled,
+    label_column,
     labelled,
     pair,
     ranking,
+    repeats,
 )
 from dpo_dist.data.read.messages import (
     is_outside,
@@ -54,6 +56,7 @@ from dpo_dist.data.read.messages import (
 from dpo_dist.data.read.sources import local_files, pin_source, raw_records
 from dpo_dist.data.read.values import (
     has_value,
+    ignoring,
     is_messages,
     plain_record,
     record_numbers,
@@ -61,6 +64,7 @@ from dpo_dist.data.read.values import (
     unknown_format,
     with_value,
 )
+from dpo_dist.data.read.verdicts import contradicting
 from dpo_dist.data.records import (
     FIRST_TURN,
     IMAGE,
@@ -69,6 +73,7 @@ from dpo_dist.data.records import (
     BadRecord,
     Dialogue,
     Message,
+    Messages,
     Origin,
     PreferenceRecord,
     Prompt,
@@ -85,6 +90,8 @@ from dpo_dist.foundation.types import Fields
 _WEIGHTS = ("weight", "sample_weight")
 _READ = frozenset(fields_with("read"))
 _UNREAD = fields_with("unread")
+# What a prompt that stays text, or a dialogue, cannot have.
+_CONTEXT = (*TOOLS, TEMPLATE_ARGUMENTS, *SYSTEMS, "history")
 
 # A record with one of these faults may still have a usable prompt.
 _RESPONSE_FAULTS = {
@@ -94,6 +101,7 @@ _RESPONSE_FAULTS = {
     "empty_response",
     "identical_responses",
     "unread_content",
+    "unread_verdict",
     "invalid_tool_call",
     "unknown_label",
     "no_ranking",
@@ -192,7 +200,7 @@ def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
     if name is DataFormat.auto:
         row = next((row for row in FORMATS.values() if row.matches and row.matches(record)), None)
     if row is None:
-        raise unknown_format(given)
+        raise unknown_format(given, label_column(record))
     content = row.content(record)
     if name is DataFormat.auto:
         check_no_other(record, content)
@@ -205,12 +213,13 @@ def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
     if read is None:
         fields = ("prompt", "instruction", *QUESTIONS, *CONVERSATIONS)
         is_empty = content.prompt is None and any(record.get(field) is not None for field in fields)
-        raise UnusableRecordError("empty_prompt") if is_empty else unknown_format(given)
+        raise UnusableRecordError("empty_prompt") if is_empty else unknown_format(given, {})
     prompt, responses = read(content.prompt, content.responses)
     # What stands beside them.
     is_plain = row.read in (_read_text, _read_implicit)
-    prompt, tools, arguments = _with_context(prompt, record, content.responses, is_plain=is_plain)
+    prompt, tools, arguments = _with_context(prompt, record, content, is_plain=is_plain)
     prompt, images = place_images(prompt, responses, record, origin.folders, is_plain=is_plain)
+    check_objects(record, prompt, responses, has_images=bool(images))
     numbers = record_numbers(record, len(responses))
     unread = _unread_fields(record, content)
     result = PreferenceRecord(
@@ -302,62 +311,99 @@ def _is_open(prompt: Any) -> bool:
 
 
 def _with_context(
-    prompt: Prompt, record: Fields, responses: Collection[str], *, is_plain: bool
+    prompt: Prompt, record: Fields, content: Content, *, is_plain: bool
 ) -> tuple[Prompt, tuple[Fields, ...], Fields]:
     """Return the prompt after the record's system text and `history`, its tools and template arguments.
 
     A text prompt becomes a user's turn if the record has such context, unless the prompt `is_plain` by the
-    configured format. `responses` are the names of the fields that were read. Raises UnusableRecordError:
-    `unread_content` with the names of fields that would be lost, `image_in_response`, or `invalid_tools`.
+    configured format. Raises UnusableRecordError: `unread_content` with the names of fields that would be
+    lost, `image_in_response`, or `invalid_tools`.
     """
     if of_sides := tuple(name for name in IMAGES_OF_SIDES if name in record):
         raise UnusableRecordError("image_in_response", f"fields: {', '.join(of_sides)}", of_sides)
-    unread = [name for name in _UNREAD if name in record]
-    # Even a false `enable_thinking`: outside of the template's arguments it would be ignored.
-    unread += ["enable_thinking"] if record.get("enable_thinking") not in (None, "") else []
-    weights = [w for w in _WEIGHTS if record.get(w) not in (None, "") and to_number(record[w]) != 1]
-    given = [name for name in (*TOOLS, TEMPLATE_ARGUMENTS) if name in record]
-    is_dialogue, messages = isinstance(prompt, Dialogue), turns_of(prompt, "user")
     before: list[Message] = []
-    if is_plain or is_dialogue:
-        unread += [*given, *(name for name in (*SYSTEMS, "history") if name in record)]
+    if is_plain or isinstance(prompt, Dialogue):
+        lost = [name for name in _CONTEXT if name in record]
     else:
-        unread += TOOLS[1:] if set(TOOLS) <= set(given) else ()
-        for name in SYSTEMS:
-            text, first = record.get(name), [*before, *messages][:1]
-            if isinstance(text, str) and (not first or first[0].role != "system"):
-                before.append(Message("system", text))
-            elif name in record and (not isinstance(text, str) or first[0].content.strip() != text.strip()):
-                unread.append(name)
-        history = record.get("history")
-        if has_value(history):
-            turns = read_history(history)
-            before += turns or ()
-            if turns is None or [turn.role for turn in messages] != ["user"]:
-                unread.append("history")
-    # A dialogue is read from the responses alone; a conversation may repeat the prompt or a response.
-    conversations = (*CONVERSATIONS, "conversation")
-    asked = ("instruction", *QUESTIONS, "context", *(["prompt"] if is_dialogue else []), *conversations)
-    for name in with_value(record, asked):
-        is_response = name in conversations and (name in responses or ends_with_response(record.get(name)))
-        if not is_response and is_outside(record[name], prompt):
-            unread.append(name)
-    if unread or weights:
-        remedy = f"; to weigh the loss, set columns: {{loss_weight: {weights[0]}}}" if weights else ""
-        unread = [*unread, *weights]
-        raise unread_error(f"fields: {', '.join(unread)}{remedy}", unread)
-    sides = [name for name in TOOLS_OF_SIDES if name in record]
-    if not before and not given and not sides:
-        return prompt, (), {}
-    tools = next((read_tools(record[name]) for name in TOOLS if name in given), ())
-    if differing := [name for name in sides if read_tools(record[name]) != tools]:
-        raise unread_error(f"fields: {', '.join(differing)}, other than tools", differing)
-    arguments = record.get(TEMPLATE_ARGUMENTS, {})
+        before, lost = _turns_before(record, turns_of(prompt, "user"))
+    weights = [
+        name for name in _WEIGHTS if record.get(name) not in (None, "") and to_number(record[name]) != 1
+    ]
+    against = _against(record, content)
+    lost = [*_never_read(record), *lost, *_outside(prompt, record, content), *against, *weights]
+    if lost:
+        detail = f"fields: {', '.join(lost)}"
+        detail += "; no verdict for the chosen side" if against else ""
+        detail += f"; to weigh the loss, set columns: {{loss_weight: {weights[0]}}}" if weights else ""
+        raise unread_error(detail, lost, ignoring(lost))
+    tools, arguments = _tools(record), record.get(TEMPLATE_ARGUMENTS, {})
     if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
         raise UnusableRecordError(
             "unread_content", f"{TEMPLATE_ARGUMENTS} is not an object", (TEMPLATE_ARGUMENTS,)
         )
-    return (*before, *messages), tools, arguments
+    is_chat = before or any(name in record for name in (*TOOLS, *TOOLS_OF_SIDES, TEMPLATE_ARGUMENTS))
+    return (*before, *turns_of(prompt, "user")) if is_chat else prompt, tools, arguments
+
+
+def _turns_before(record: Fields, messages: Messages) -> tuple[list[Message], list[str]]:
+    """Return the turns before a prompt's own, and the fields with such turns that do not fit to it."""
+    before: list[Message] = []
+    lost = [*TOOLS[1:]] if set(TOOLS) <= record.keys() else []
+    for name in SYSTEMS:
+        text, first = record.get(name), [*before, *messages][:1]
+        if isinstance(text, str) and (not first or first[0].role != "system"):
+            before.append(Message("system", text))
+        elif name in record and (not isinstance(text, str) or first[0].content.strip() != text.strip()):
+            lost.append(name)
+    if has_value(record.get("history")):
+        turns = read_history(record["history"])
+        before += turns or ()
+        if turns is None or [turn.role for turn in messages] != ["user"]:
+            lost.append("history")
+    return before, lost
+
+
+def _never_read(record: Fields) -> list[str]:
+    """Return the fields that a template or a model uses, and that no format reads."""
+    lost = [name for name in _UNREAD if name in record]
+    # Even a false `enable_thinking`: outside of the template's arguments it would be ignored.
+    return lost + (["enable_thinking"] if record.get("enable_thinking") not in (None, "") else [])
+
+
+def _against(record: Fields, content: Content) -> list[str]:
+    """Return the fields beside a pair that do not say that its chosen side is the better one."""
+    if len(content.responses) != 2 or content.field or content.verdicts:
+        return []
+    others = [name for name in record if name not in _READ and name not in content.responses]
+    return contradicting(record, others, [*content.responses])
+
+
+def _outside(prompt: Prompt, record: Fields, content: Content) -> list[str]:
+    """Return the fields with questions or conversations that are not part of the prompt."""
+    # A dialogue is read from the responses alone; a conversation may repeat the prompt or a response.
+    conversations = (*CONVERSATIONS, "conversation")
+    questions = ("instruction", *QUESTIONS, "context", *(["prompt"] if isinstance(prompt, Dialogue) else []))
+    best = next(iter(content.responses.values()))
+    lost = []
+    for name in with_value(record, (*questions, *conversations)):
+        value = record[name]
+        if name in conversations and repeats(value, best):
+            value = value[:-1]
+        elif name in conversations and (name in content.responses or ends_with_response(value)):
+            continue
+        if is_outside(value, prompt):
+            lost.append(name)
+    return lost
+
+
+def _tools(record: Fields) -> tuple[Fields, ...]:
+    """Return a record's definitions of tools, which both sides share."""
+    tools = next((read_tools(record[name]) for name in TOOLS if name in record), ())
+    differing = [name for name in TOOLS_OF_SIDES if name in record and read_tools(record[name]) != tools]
+    if differing:
+        detail = f"fields: {', '.join(differing)}, other than tools"
+        raise unread_error(detail, differing, ignoring(differing))
+    return tools
 
 
 def _unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
@@ -367,7 +413,7 @@ def _unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
         scores = ("scores",)
     elif content.scores is not None:
         scores = _SCORES if len(content.responses) == 2 else LABELS
-    read = _READ.union(content.responses, [content.field], scores)
+    read = _READ.union(content.responses, [content.field], scores, content.verdicts)
     names = with_value(record, [name for name in record if name not in read])
     if isinstance(left_out := record.get(OTHERS), tuple):  # else a column of this name
         names = [*(name for name in names if name != OTHERS), *left_out]

@@ -158,8 +158,9 @@ class BadRecord:
 
     The `detail` has no text of the record. `unread` are fields that no format reads, counted by their names.
     `lengths` are known if the record could be used with other limits. Of a record of an unknown format also
-    the names of its `fields`, and the `source_columns` with which it could be read: pairs of a format's
-    field and its place in the record.
+    the names of its `fields`; of an unread verdict first its name and those of the two answers. The
+    `source_columns` with which the record could be read: pairs of a format's field and its place in the
+    record, or of a field and null, which ignores it.
     """
 
     reason: str
@@ -177,8 +178,9 @@ class BadRecord:
         if self.fields:
             more = ", ..." if len(self.fields) > MAX_SHOWN_KEYS else ""
             shown.append(f"fields: {', '.join(self.fields[:MAX_SHOWN_KEYS])}{more}")
-        if self.source_columns:
-            shown.append(f"set columns: {{{', '.join(map(': '.join, self.source_columns))}}}")
+        places = [column for column in self.source_columns if column[1] != "null"]
+        if places:
+            shown.append(f"set columns: {{{', '.join(map(': '.join, places))}}}")
         return self.reason + (f" ({'; '.join(shown)})" if shown else "")
 
     def __str__(self) -> str:

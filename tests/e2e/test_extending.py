@@ -79,11 +79,8 @@ def test_the_examples_pass_their_tests_and_train_together(tmp_path: Path) -> Non
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    records = [
-        {"question": f"{n}?", "answer_a": f"yes {n}", "answer_b": "no, never", "winner": "ab"[n % 2]}
-        for n in range(8)
-    ]
-    (tmp_path / "duels.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    records = [{"question": f"{n}?", "revision": f"yes {n}", "draft": "no, never"} for n in range(8)]
+    (tmp_path / "revisions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
     names = (
         "objective/test_losses",
@@ -91,10 +88,14 @@ def test_the_examples_pass_their_tests_and_train_together(tmp_path: Path) -> Non
         "data/test_formats",
         "model/test_architectures",
     )
-    tests = ["-k", "sigmoid_margin or by_hand or duel or arcee", *(f"tests/unit/{name}.py" for name in names)]
-    run = "train model.path=model model.dtype=fp32 data.train=[duels.jsonl] loss=sigmoid_margin tracking=off "
-    run += "loss.options.target=0.5 run.dir=run trainer.max_steps=1 trainer.global_batch_pairs=8"
-    commands = ("train --help loss.options.target", "count data.train=[duels.jsonl]", run)
+    tests = [
+        "-k",
+        "sigmoid_margin or by_hand or revision or arcee",
+        *(f"tests/unit/{name}.py" for name in names),
+    ]
+    run = "train model.path=model model.dtype=fp32 data.train=[revisions.jsonl] loss=sigmoid_margin "
+    run += "tracking=off loss.options.target=0.5 run.dir=run trainer.max_steps=1 trainer.global_batch_pairs=8"
+    commands = ("train --help loss.options.target", "count data.train=[revisions.jsonl]", run)
     ended = subprocess.run(
         [sys.executable, "-c", TOGETHER, json.dumps([tests, *map(str.split, commands)])],
         cwd=tmp_path,
@@ -107,7 +108,7 @@ def test_the_examples_pass_their_tests_and_train_together(tmp_path: Path) -> Non
     )
     assert ended.returncode == 0, ended.stdout
     assert "margin between the rewards" in ended.stdout
-    assert "duels.jsonl: 8 records" in ended.stdout
+    assert "revisions.jsonl: 8 records" in ended.stdout
     (row,) = json.loads((tmp_path / "run/dpo_metrics/log_history.json").read_text())
     assert row["loss"] == pytest.approx(0.974077, abs=1e-5), "softplus(0.5) at no margin"
     assert row["logps/margins"] == pytest.approx(row["logps/chosen"] - row["logps/rejected"])

@@ -9,7 +9,8 @@ from dpo_dist.config.schema import DataFormat, SourceConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.data.read.fields import FIELDS, OTHERS, PAIRS, WHOLE, fields_with
 from dpo_dist.data.read.values import CALLING, ROLES, from_json, has_value, parse_json, with_value
-from dpo_dist.data.records import BadRecord, RawRecord, shown_key
+from dpo_dist.data.read.verdicts import are_verdicts, check_columns
+from dpo_dist.data.records import BadRecord, RawRecord, UnusableRecordError, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.types import Fields
 
@@ -70,6 +71,8 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
     # Fields that no record has had so far, and the names that the records have had.
     unseen, seen = dict(paths), dict[str, None]()
     what = "no record has"
+    # The first values of both sides: a column of verdicts is none of responses.
+    sides: dict[str, list[Any]] = {side: [] for side in PAIRS[0]}
     for number, (record, origin) in enumerate(records, start=1):
         if isinstance(record, BadRecord):
             yield record, origin
@@ -83,6 +86,16 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
         if number >= FIRST_RECORDS and seen and not unseen.keys() <= _RARE:
             what = f"none of the first {number} records has"
             break
+        for side, firsts in sides.items():
+            if number <= FIRST_RECORDS and side in values:
+                firsts.append(values[side])
+        if number == FIRST_RECORDS:
+            _check_sides(sides, source)
+        try:
+            check_columns(record, columns)
+        except UnusableRecordError as fault:
+            yield fault.as_bad_record(origin), origin
+            continue
         # The fields that keep their names, and those inside of a column for `record`.
         rest = {} if has_others else {name: record[name] for name in record if name not in hidden}
         whole = from_json(values.pop(WHOLE, None if WHOLE in paths else {}))
@@ -97,6 +110,7 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
             unsettled = (name for name in record if name not in settled and (has_others or name in paths))
             left_out = tuple(name for name in unsettled if has_value(record[name]))
             yield {**rest, **whole, **values, **({OTHERS: left_out} if left_out else {})}, origin
+    _check_sides(sides, source)
     if unseen and seen:
         raise DataError(
             f"{what} a column of the source",
@@ -105,6 +119,19 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
             expected=", ".join([*seen][:_MAX_SHOWN]) + (", ..." if len(seen) > _MAX_SHOWN else ""),
             remedy="correct or remove these columns",
         )
+
+
+def _check_sides(sides: Mapping[str, list[Any]], source: SourceConfig) -> None:
+    """Check that no side of a pair is a column of verdicts. Raises DataError."""
+    for side, other in (PAIRS[0], PAIRS[0][::-1]):
+        if side in (source.columns or {}) and are_verdicts(sides[side], sides[other]):
+            raise DataError(
+                f"the column for {side} has a few short values that repeat: verdicts, not responses",
+                where=f"columns.{side} of {source.path}",
+                got=f"{(source.columns or {})[side]}, beside longer texts for {other}",
+                remedy="remove chosen and rejected from columns: the verdict is read, or an error shows a "
+                "reader for it; if these are the responses, let a reader of the source return them",
+            )
 
 
 def _value_at(record: Any, path: str) -> Any:

@@ -15,18 +15,23 @@ TEMPLATE_ARGUMENTS = "chat_template_kwargs"
 LISTS = ("responses", "completions", "output")
 IMAGES = ("images", "image")
 MEDIA = ("audio", "audios", "video", "videos")
+OBJECTS = ("objects", "bbox", "bboxes", "boxes")
+"""Places in images, which the tags of ms-swift stand for."""
 IMAGES_OF_SIDES = tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in IMAGES)
 LABELS = ("label", "kto_tag")
 VOTES = ("votes_chosen", "votes_rejected")
 PAIRS = (
     ("chosen", "rejected"),
     ("chosen_messages", "rejected_messages"),
+    ("chosen_message", "rejected_message"),
+    ("chosen_conversations", "rejected_conversations"),
     ("response_chosen", "response_rejected"),
     ("chosen_response", "rejected_response"),
     ("preferred_output", "non_preferred_output"),
     ("response", "rejected_response"),
     ("messages", "rejected_messages"),
     ("messages", "rejected_response"),
+    ("messages", "rejected_message"),
 )
 """Names of the chosen and the rejected side."""
 SHARED_SIDES = ("messages", "response")

@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from dpo_dist.data.read.fields import OBJECTS
 from dpo_dist.data.read.messages import PLACED
-from dpo_dist.data.read.values import given_images
+from dpo_dist.data.read.values import given_images, ignoring, with_value
 from dpo_dist.data.records import (
     IMAGE,
     Dialogue,
@@ -36,6 +37,7 @@ _OTHER_TAG = re.compile(
     r"|<\|?image[ _]?(?P<number>\d{1,2})\|?>"
     r"|<img>(?P<file>[^<>\n]+\.(?i:png|jpe?g|webp|gif|bmp|tiff?))</img>"
 )
+_OBJECT_TAGS = ("<bbox>", "<ref-object>")
 _WORDS_OF_TAGS = ("image", "img", "IMG", "media_pad")  # found in no time: most texts have none
 _PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
@@ -96,6 +98,23 @@ def place_images(
         ),
         tuple(_image_file(image, folders) for image in images),
     )
+
+
+def check_objects(record: Fields, prompt: Prompt, responses: Sequence[Response], *, has_images: bool) -> None:
+    """Check that a record has no places in its images, nor tags for such places: every model writes its own.
+
+    Raises UnusableRecordError: `unread_content`.
+    """
+    objects = with_value(record, OBJECTS)
+    if not objects and not has_images:
+        return
+    texts = [turn.content for each in (prompt, *responses) for turn in turns_of(each)]
+    tags = [tag for tag in _OBJECT_TAGS if any(tag in text and f"</{tag[1:]}" not in text for text in texts)]
+    if objects and (has_images or tags):
+        detail = f"fields: {', '.join(objects)}"
+        raise UnusableRecordError("unread_content", detail, tuple(objects), columns=ignoring(objects))
+    if tags:
+        raise UnusableRecordError("unread_content", f"a text has a tag {tags[0]}", ("objects",))
 
 
 def has_tag(text: str, tokens: Collection[str]) -> bool:

@@ -17,13 +17,16 @@ from dpo_dist.data.read.fields import (
 from dpo_dist.data.read.messages import check_no_media, has_more
 from dpo_dist.data.read.values import (
     finite_numbers,
+    from_json,
     given_images,
     has_value,
+    ignoring,
     is_messages,
     message_role,
     spelled_messages,
     with_value,
 )
+from dpo_dist.data.read.verdicts import has_two_answers, has_verdict, is_answer, judge, two_answers
 from dpo_dist.data.records import FIRST_TURN, UnusableRecordError, shown_key
 from dpo_dist.foundation.types import Fields
 
@@ -32,29 +35,36 @@ class Content(NamedTuple):
     """The prompt and the responses of a record, with values as in the source.
 
     `prompt` is None if the responses contain it. `responses`: text or messages, best first, by names for
-    errors. `scores` are finite. `field`: the name of the field if it holds a list of responses.
+    errors. `scores` are finite. `field`: the name of the field if it holds a list of responses. `verdicts`:
+    the names of the fields that say which of two answers is better.
     """
 
     prompt: Any
     responses: Fields
     scores: tuple[float, ...] | None = None
     field: str | None = None
+    verdicts: tuple[str, ...] = ()
 
 
 def record_prompt(record: Fields, responses: Iterable[Any]) -> Any:
     """Return a record's prompt, text or messages; None if it has none, or responses contain it."""
+    responses = list(responses)
     if record.get("prompt") is not None or any(map(is_conversation, responses)):
         return record.get("prompt")
     for turns in map(record.get, CONVERSATIONS):
         if turns is not None and not ends_with_response(turns):
             return _asked(turns)
+        if turns is not None and repeats(turns, responses[0]):
+            return turns[:-1]
     if has_value(record.get("instruction")):
         parts = [record["instruction"], record.get("input")]
         return _asked("\n".join(part for part in parts if isinstance(part, str) and part))
     questions = [record[name] for name in with_value(record, QUESTIONS)]
-    if not questions or is_messages(questions[0]):
-        return questions[0] if questions else None
-    return [{"role": "user", "content": questions[0]}]
+    if questions:
+        return questions[0] if is_messages(questions[0]) else _asked(questions[0])
+    # A text in `context` is not all that was asked, but messages are (HelpSteer3, NeMo RL).
+    turns = record.get("context")
+    return turns if isinstance(turns, list) and turns and is_messages(turns) else None
 
 
 def _asked(turns: Any) -> Any:
@@ -67,6 +77,21 @@ def is_conversation(response: Any) -> bool:
         return response.startswith(FIRST_TURN)
     is_list = isinstance(response, list) and bool(response) and is_messages(response)
     return is_list and not ends_with_response(response[:1])
+
+
+def repeats(turns: Any, response: Any) -> bool:
+    """Return whether a conversation ends with a response that is also given as a text or as a message."""
+    if not ends_with_response(turns):
+        return False
+    [message] = response if isinstance(response, list) and len(response) == 1 else [response]
+    return bool(_content(message) == _content(turns[-1]))
+
+
+def _content(message: Any) -> Any:
+    """Return the content of an assistant's message that is nothing but text; any other value as it is."""
+    if message_role(message) != "assistant" or has_more(message):
+        return message
+    return message.get("content", message.get("value"))
 
 
 def ends_with_response(turns: Any) -> bool:
@@ -87,18 +112,37 @@ def _sides(record: Fields) -> tuple[str, str] | None:
 
 
 def has_pair(record: Fields) -> bool:
-    """Return whether a record has a side of a pair, or the field of a rejected side beside a chosen one."""
-    return _sides(record) is not None
+    """Return whether a record has a side of a pair, the field of a rejected side, or two answers to judge."""
+    return _sides(record) is not None or _is_judged(record)
+
+
+def _is_judged(record: Fields) -> bool:
+    """Return whether the sides of a pair are two answers, of which another field says which is better."""
+    names, two = _sides(record), two_answers(record)
+    if names is None:
+        others = has_completion(record) or has_ranking(record)
+        return has_verdict(record) or (has_two_answers(record) and not others)
+    if two is None or not {*names, *two.names} <= record.keys():
+        return has_verdict(record)
+    # Both sides may be names of the answers.
+    return has_verdict({name: record[name] for name in (*names, *two.names)})
 
 
 def pair(record: Fields) -> Content:
     """Return the two sides of a pair, and their scores from the record or its metadata."""
+    judged = judge(record) if _is_judged(record) else None
+    if judged is not None:
+        prompt, better, worse = _single_turns(record, judged.better, judged.worse)
+        return Content(prompt, {judged.better: better, judged.worse: worse}, None, None, judged.verdicts)
     chosen, rejected = names = _sides(record) or PAIRS[0]
     for name in names:
         if record.get(name) is None:
             raise UnusableRecordError("missing_field", name)
     scores = _pair_scores(record)
-    sides = {name: record[name] for name in names}
+    sides = {name: _text_alone(record[name]) for name in names}
+    if all(map(_is_scored, sides.values())):
+        scores = scores or finite_numbers(_own_scores(list(sides.values())))
+        sides = {name: _response(side) for name, side in sides.items()}
     if chosen == "messages" and not is_conversation(record[rejected]):
         # The other side answers the same question as the last message of `messages`.
         turns = record[chosen]
@@ -112,6 +156,20 @@ def pair(record: Fields) -> Content:
     return Content(record_prompt(record, sides.values()), sides, scores)
 
 
+def _single_turns(record: Fields, *names: str) -> list[Any]:
+    """Return the prompt and the answers of two models; lists with one text each, also in JSON, as the texts.
+
+    So the prompts of a chat and its answers are written in tables of Chatbot Arena.
+    """
+    sides = [_text_alone(record[name]) for name in names]
+    lists = [from_json(value, of_texts=True) for value in (record.get("prompt"), *map(record.get, names))]
+    if not all(isinstance(value, list) and value and isinstance(value[0], str) for value in lists):
+        return [record_prompt(record, sides), *sides]
+    if any(len(value) > 1 for value in lists):
+        raise UnusableRecordError("history_differs", "the answers are to several turns of one chat")
+    return [value[0] for value in lists]
+
+
 def _pair_scores(record: Fields) -> tuple[float, ...] | None:
     metadata = record.get("metadata")
     for fields, names in itertools.product((record, metadata), PAIR_SCORES):
@@ -123,18 +181,39 @@ def _pair_scores(record: Fields) -> tuple[float, ...] | None:
     return None
 
 
+def _text_alone(side: Any) -> Any:
+    """Return the text of a list with nothing else; any other value as it is."""
+    return side[0] if isinstance(side, list) and len(side) == 1 and isinstance(side[0], str) else side
+
+
+def _is_scored(side: Any) -> bool:
+    """Return whether a side is an object with its text and its score."""
+    if not isinstance(side, Mapping) or message_role(side) is not None:
+        return False
+    texts = [name for name in _TEXTS if side.get(name) is not None]
+    return len(texts) == 1 and any(side.get(name) is not None for name in _SCORES)
+
+
 # Rankings.
-_TEXTS = ("content", "text", "response", "answer")
+_TEXTS = ("content", "text", "response", "answer", "completion")
 _SCORES = ("score", "fine-grained_score", "overall_score", "rating", "reward")
 
 
 def has_ranking(record: Fields) -> bool:
     """Return whether a record has a list of responses."""
-    return any(isinstance(record.get(name), list) for name in LISTS)
+    return any(isinstance(record.get(name), list) for name in LISTS if not _is_output(record, name))
+
+
+def _is_output(record: Fields, name: str) -> bool:
+    """Return whether a field is an `output` that answers the messages of `input`: a text or one message."""
+    asked, output = record.get("input"), record.get("output")
+    if name != "output" or not isinstance(asked, list) or not asked or not is_messages(asked):
+        return False
+    return isinstance(output, str) or ends_with_response(output if isinstance(output, list) else [output])
 
 
 def ranking(record: Fields) -> Content:
-    """Return a list of responses: sorted by the scores inside them, else best first as given."""
+    """Return a list of responses: sorted by their scores, inside or beside them, else best first as given."""
     lists = [name for name in LISTS if record.get(name) is not None]
     if not lists:
         raise UnusableRecordError("missing_field", "responses")
@@ -147,24 +226,22 @@ def ranking(record: Fields) -> Content:
     check_no_media(objects := [item for item in items if isinstance(item, Mapping)])
     if any(map(given_images, objects)):
         raise UnusableRecordError("image_in_response", f"a response in {name} has an image")
-    # Best first by the scores inside of the responses, else as given.
-    responses = [
-        _response(item) if isinstance(item, Mapping) and message_role(item) is None else item
-        for item in items
-    ]
     scores, beside = None, record.get("scores")
     inside = _own_scores([item if isinstance(item, Mapping) else {} for item in items])
-    if any(score is not None for score in inside):
-        numbers = finite_numbers(inside)
-        if beside is not None and finite_numbers(beside) != numbers:
+    is_scored = any(score is not None for score in inside)
+    responses = [
+        _response(item) if isinstance(item, Mapping) and (is_scored or message_role(item) is None) else item
+        for item in items
+    ]
+    if is_scored or beside is not None:
+        scores = finite_numbers(inside) if is_scored else finite_numbers(beside or ())
+        if is_scored and beside is not None and finite_numbers(beside) != scores:
             raise UnusableRecordError("invalid_scores", "a response has two different scores")
-        best_first = sorted(zip(numbers, items, strict=True), key=lambda scored: -scored[0])
-        scores = tuple(number for number, _ in best_first)
-        responses = [_response(item) for _, item in best_first]
-    elif beside is not None:
-        scores = finite_numbers(beside)
-        if len(scores) != len(items) or any(low < high for low, high in itertools.pairwise(scores)):
-            raise UnusableRecordError("invalid_scores", "scores must be one for each response, best first")
+        if len(scores) != len(items):
+            raise UnusableRecordError("invalid_scores", f"{len(scores)} scores of {len(items)} responses")
+        best_first = sorted(zip(scores, responses, strict=True), key=lambda scored: -scored[0])
+        scores = tuple(score for score, _ in best_first)
+        responses = [response for _, response in best_first]
     if any(response is None for response in responses):
         raise UnusableRecordError("missing_field", f"a response in {name}")
     if scores is not None and scores[0] == scores[-1]:
@@ -191,6 +268,8 @@ def _own_scores(responses: Sequence[Fields]) -> Sequence[Any]:
 def _response(item: Fields) -> Any:
     """Return the text of an object of a list, or the whole message if it has tool calls or thoughts."""
     text = _first(item, _TEXTS)
+    if isinstance(text, list) and is_messages(text):
+        return text
     rest = {key: item[key] for key in item if key not in (*_TEXTS, *_SCORES, "rank")}
     return {"role": "assistant", **rest, "content": text} if has_more(item) else text
 
@@ -210,6 +289,10 @@ _GOOD, _BAD = (
 )
 
 
+# Words in names of columns that have labels, or responses.
+_LABEL_NAMES = {"acceptable", "accepted", "approved", "correct", "good", "helpful", "preferred"}
+
+
 def is_labelled(record: Fields) -> bool:
     """Return whether a record is a single response with a label, as for KTO.
 
@@ -220,9 +303,17 @@ def is_labelled(record: Fields) -> bool:
     return bool(words) and is_label and not has_pair(record) and not has_ranking(record)
 
 
-def _label_words(record: Fields) -> set[str]:
+def label_column(record: Fields) -> dict[str, str]:
+    """Return the column for `label`: it has one, is called as good ones are, and stands beside one answer."""
+    names = [name for name in map(str, record) if _LABEL_NAMES.intersection(name.lower().split("_"))]
+    labels = [name for name in names if _label_words(record, (name,)) & {*_GOOD, *_BAD}]
+    answers = [name for name in map(str, record) if is_answer(name)]
+    return {"label": labels[0]} if len(labels) == len(answers) == 1 else {}
+
+
+def _label_words(record: Fields, names: Sequence[str] = LABELS) -> set[str]:
     """Return the labels of a record, as `_GOOD` and `_BAD` are written."""
-    given = (str(record[name]).strip().lower() for name in LABELS if record.get(name) is not None)
+    given = (str(record[name]).strip().lower() for name in names if record.get(name) is not None)
     return {"_".join(word.replace("-", " ").split()) if word[:1].isalpha() else word for word in given} - {""}
 
 
@@ -237,6 +328,8 @@ def is_response(record: Fields, name: str) -> bool:
     value = record.get(name)
     if name in CONVERSATIONS:
         return ends_with_response(value)
+    if _is_output(record, name):
+        return True
     if name == "output" and isinstance(value, str):
         return record.get("instruction") is not None
     return isinstance(value, list) if name in LISTS else value is not None
@@ -244,15 +337,22 @@ def is_response(record: Fields, name: str) -> bool:
 
 def check_no_other(record: Fields, content: Content) -> None:
     """Check that a record has no further responses, except copies of those that are read."""
-    used = {content.field} if content.field else set(content.responses)
+    used = [content.field] if content.field else [*content.responses]
     values = [record.get(name) for name in used]
+    best = next(iter(content.responses.values()))
     others = [
         name
         for name in (*SIDE_FIELDS, "completion", *LISTS, *CONVERSATIONS)
         if name not in used and is_response(record, name) and record[name] not in values
     ]
+    others = [name for name in others if name not in content.verdicts]
+    others = [name for name in others if not (name in CONVERSATIONS and repeats(record[name], best))]
     if others:
-        raise UnusableRecordError("ambiguous_format", f"other responses in {', '.join(others)}")
+        detail = f"other responses in {', '.join(others)}"
+        # Without its conversation, a record may have no prompt.
+        has_prompt = content.prompt is not None or any(map(is_conversation, content.responses.values()))
+        columns = ignoring(others) if has_prompt else {}
+        raise UnusableRecordError("ambiguous_format", detail, columns=columns)
 
 
 def has_completion(record: Fields) -> bool:
@@ -271,7 +371,8 @@ def completion(record: Fields) -> Content:
         raise UnusableRecordError("invalid_scores", "a good and a bad label")
     for name in ("completion", *CONVERSATIONS, "output", "chosen"):
         value = record.get(name)
-        if is_response(record, name) and not (name == "output" and isinstance(value, list)):
+        is_list = name == "output" and isinstance(value, list) and not _is_output(record, name)
+        if is_response(record, name) and not is_list:
             return Content(record_prompt(record, [value]), {name: value}, tuple(labels) or None)
     if any(record.get(name) is not None for name in CONVERSATIONS):
         raise UnusableRecordError("not_one_answer", "the messages do not end with the assistant's")

@@ -1,9 +1,11 @@
 """Read prompts and responses as messages: roles, tool calls, thoughts, ShareGPT's turns."""
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from dpo_dist.data.read.fields import IMAGES, MEDIA
@@ -51,8 +53,11 @@ WEIGHTS = ("loss_weight", "loss", "weight", "loss_scale", "train", "training")
 _UNREAD_WEIGHTS = ("mask", "train_detail", "training_detail")
 # Thoughts and calls of gpt-oss; other channels do not split a turn.
 _UNREAD_CHANNELS = ("analysis", "commentary")
-# Kinds of the parts in a message's content.
-_PARTS = ("text", "reasoning", "thinking", "tool_call")
+# Kinds of the parts in a message's content, also those of OpenAI's Responses.
+_PARTS = {
+    **dict.fromkeys(("text", "input_text", "output_text"), "text"),
+    **{kind: kind for kind in ("reasoning", "thinking", "tool_call")},
+}
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 # The fields of such a part that can have its image.
 _SOURCES = ("image", "image_url", "url", "path", "base64")
@@ -90,10 +95,13 @@ def has_more(fields: Fields) -> bool:
     return bool(with_value(fields, (*_CALL_FIELDS, *_THOUGHTS)))
 
 
-def unread_error(detail: str, unread: Sequence[str]) -> UnusableRecordError:
+def unread_error(
+    detail: str, unread: Sequence[str], columns: Mapping[str, str] = MappingProxyType({})
+) -> UnusableRecordError:
     """Return the error for fields that no format reads; audio and video have their own reason."""
     is_media = any(name.rpartition("_")[2] in MEDIA for name in unread)
-    return UnusableRecordError("media_not_read" if is_media else "unread_content", detail, tuple(unread))
+    reason = "media_not_read" if is_media else "unread_content"
+    return UnusableRecordError(reason, detail, tuple(unread), columns=columns)
 
 
 def check_no_media(messages: Sequence[Fields]) -> None:
@@ -150,6 +158,8 @@ def _read_message(fields: Fields) -> Message:
     # The content has an `IMAGE` where it has an image.
     images, thoughts = given_images(fields), list[str]()
     text = IMAGE * len(images)
+    if ROLES.get(role, role) == "tool":
+        content = _result_text(content)
     for kind, value in _parts(content):
         if kind == "image":
             text += IMAGE
@@ -183,7 +193,7 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
     """Yield the kind and the value of the parts of a content: text, a thought, a tool call or an image."""
     for part in content if isinstance(content, list) and content else [{"text": content}]:
         fields = part if isinstance(part, Mapping) else {"text": part}
-        kind = fields.get("type", "text")
+        kind = str(fields.get("type", "text"))
         if kind in _IMAGE_PARTS:
             # Without a value of its own it is the place of an image in the record's list.
             source = next((name for name in _SOURCES if is_given(fields.get(name))), "")
@@ -192,12 +202,35 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
             continue
         names = (kind, "text", "value") if kind in _PARTS else ()
         value = next((fields[name] for name in names if fields.get(name) is not None), None)
+        if _PARTS.get(kind) in ("reasoning", "thinking") and isinstance(value, list):
+            value = "".join(_texts(value))  # Mistral's thoughts are parts, too
         _check_no_calls(fields, CALLING if kind == "tool_call" else ())
         if kind != "tool_call" and not isinstance(value, str):
-            media = [name for name in MEDIA if name in str(kind).split("_")]
-            detail = f"a message has content of type {str(kind)!r} that is not text"
+            media = [name for name in MEDIA if name in kind.split("_")]
+            detail = f"a message has content of type {kind!r} that is not text"
             raise unread_error(detail, media or ["content"])
-        yield kind, value
+        yield _PARTS[kind], value
+
+
+def _texts(parts: list[Any]) -> list[str]:
+    """Return the texts of parts that are all text."""
+    read = list(_parts(parts))
+    others = [kind for kind, _ in read if kind != "text"]
+    if others:
+        raise unread_error(f"a thought has content of type {others[0]!r} that is not text", ["content"])
+    return [value for _, value in read]
+
+
+def _result_text(content: Any) -> Any:
+    """Return what a tool returned as text, in JSON if it is neither text nor parts of a message."""
+    is_part = isinstance(content, Mapping) and "type" in content
+    is_parts = isinstance(content, list) and any(
+        isinstance(item, str) or (isinstance(item, Mapping) and not item.keys().isdisjoint(("type", "text")))
+        for item in content
+    )
+    if content is None or isinstance(content, str) or is_parts:
+        return content
+    return [content] if is_part else json.dumps(content, ensure_ascii=False, default=str)
 
 
 def _tool_calls(value: Any) -> list[Fields]:

@@ -18,6 +18,7 @@ from dpo_dist.data.read.fields import (
     VOTES,
     fields_with,
 )
+from dpo_dist.data.read.verdicts import is_verdict, two_answers
 from dpo_dist.data.records import MAX_SHOWN_KEYS, UnusableRecordError, shown_key
 from dpo_dist.foundation.types import Fields
 
@@ -25,7 +26,7 @@ _EMPTY_TEXTS = ("", "[]", "{}", "null")
 # Roles of other programs, and the role that chat templates know.
 ROLES = {
     **dict.fromkeys(("human", "User", "Human"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "bot", "Assistant"), "assistant"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "Assistant"), "assistant"),
     **dict.fromkeys(("observation", "tool_response", "function"), "tool"),
 }
 # In turns with these roles the content is a tool call, as JSON.
@@ -181,8 +182,10 @@ def plain_record(given: Fields, *, has_texts: bool, is_ranking: bool) -> Fields:
     """
     record: dict[str, Any] = {}
     columns: dict[str, str] = {}
+    answers = two_answers(given)
+    texts = _TEXTS.union(answers.names if answers else ())
     for name, as_given in (given if has_texts else _with_prompt_outside(given)).items():
-        if name not in _KEPT and not has_value(as_given):
+        if name not in _KEPT and not has_value(as_given) and not is_verdict(str(name)):
             continue
         value = as_given
         if name in _WITH_NULLS:
@@ -193,7 +196,7 @@ def plain_record(given: Fields, *, has_texts: bool, is_ranking: bool) -> Fields:
         elif name in LISTS and (is_ranking or name != "output") and may_be_json(as_given):
             listed = from_json(as_given)
             value = listed if isinstance(listed, list) else as_given
-        elif name in _TEXTS and not has_texts:
+        elif name in texts and not has_texts:
             value = spelled_messages(as_given) if may_be_json(as_given) else as_given
             is_object = value[:1] == "{" if isinstance(value, str) else isinstance(value, Mapping)
             if is_object and name not in _PROMPTS:
@@ -235,10 +238,10 @@ def _nested_conversation(field: str, value: Any) -> dict[str, str]:
     return columns | {name: f"{field}.{name}" for name in (with_value(whole, TOOLS) if given else ())}
 
 
-def unknown_format(record: Fields) -> UnusableRecordError:
-    """Return the error for a record whose fields fit no format."""
+def unknown_format(record: Fields, known: Mapping[str, str]) -> UnusableRecordError:
+    """Return the error for a record whose fields fit no format, with the columns that are known."""
     fields = [shown_key(key) for key, value in record.items() if value is not None and key != OTHERS]
-    columns = dict[str, str]()
+    columns = dict(known)
     for name, value in record.items():
         if isinstance(value, Mapping) and {"chosen", "rejected"} <= value.keys():
             columns.setdefault("record", shown_key(name))
@@ -246,6 +249,11 @@ def unknown_format(record: Fields) -> UnusableRecordError:
     return UnusableRecordError(
         "unknown_format", "" if fields else "no fields", fields=fields, columns=columns
     )
+
+
+def ignoring(fields: Iterable[str]) -> dict[str, str]:
+    """Return the `columns` of a source that ignore these fields."""
+    return {name: "null" for name in fields if shown_key(name) == name}
 
 
 def record_numbers(record: Fields, responses: int) -> dict[str, float]:
