@@ -3,7 +3,8 @@
 If a new version changes one of these parts, a test fails: tests/unit/distributed/test_deepspeed_internals.py
 calls the functions below on real engines with one rank, and these files of tests/dist with two ranks:
 `test_checkpoint.py` (master weights, states of CPU Adam), `test_averages.py` (a reference that follows the
-policy), `test_engine.py`, `test_generation.py` (orders of gathering), `test_leaves.py` (gradients of leaves).
+policy), `test_engine.py`, `test_generation.py` (orders of gathering), `test_families.py` (gradients of
+leaves; tests/unit/distributed/test_zero.py has those that would be lost).
 """
 
 import contextlib

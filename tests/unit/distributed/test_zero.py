@@ -74,6 +74,7 @@ def lost_by_two_micro_batches(
         model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=arrangement)
         policy = PolicyEngine(model, OptimConfig(), world)
         policy.train()
+        policy.token_logps(batch)  # without a backward, as in the check at start
         for is_last in (False, True):
             policy.backward(-policy.token_logps(batch).sum(), is_last=is_last)
         assert math.isfinite(policy.step(RATE))
