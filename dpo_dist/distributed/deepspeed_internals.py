@@ -3,13 +3,16 @@
 If a new version changes one of these parts, a test fails: tests/unit/distributed/test_deepspeed_internals.py
 calls the functions below on real engines with one rank, and these files of tests/dist with two ranks:
 `test_checkpoint.py` (master weights, states of CPU Adam), `test_averages.py` (a reference that follows the
-policy), `test_engine.py`, `test_generation.py` (orders of gathering).
+policy), `test_engine.py`, `test_generation.py` (orders of gathering), `test_families.py` (gradients of
+leaves; tests/unit/distributed/test_zero.py has those that would be lost).
 """
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -201,6 +204,53 @@ def record_gather_orders(engine: Any) -> None:
 
     for module in (engine.module, engine.module.causal_lm):  # before DeepSpeed's hooks, which read the record
         module.register_forward_pre_hook(select, prepend=True)
+
+
+class LeafGradients:
+    """Makes ZeRO-3 reduce the gradients of a leaf once per backward, and names those that it would lose.
+
+    DeepSpeed reduces the gradients of a leaf whenever the backward of the leaf ends, and zeros where there is
+    no gradient yet: a weight has one only after all of its uses. What comes later stays in `grad`, and
+    `zero_grad` throws it away; on a CPU that raises an error of torch. So a leaf that one forward calls
+    several times (a forward per response, or a model that repeats its layers) waits for its last use.
+    """
+
+    def __init__(self, engine: Any):
+        self._engine = engine
+        self._uses: Counter[nn.Module] = Counter()  # in this forward, less those that backward ended
+        self._late: set[nn.Parameter] = set()
+        engine.module.register_forward_pre_hook(lambda *_: self._uses.clear())
+        optimizer = engine.optimizer
+        leaves = zip(optimizer.leaf_parameters.items(), optimizer._leaf_module_hooks, strict=True)
+        for (leaf, weights), handle in leaves:
+            leaf.register_forward_pre_hook(self._count_use)
+            leaf._backward_hooks[handle.id] = partial(self._after_use, leaf._backward_hooks[handle.id])
+            for weight in weights:
+                weight.register_post_accumulate_grad_hook(partial(self._note_late, leaf))
+
+    def _count_use(self, leaf: nn.Module, _: Any) -> None:
+        # Gradient checkpointing computes a layer again in backward: no further use.
+        if torch.is_grad_enabled() and not self._engine._running_engine_backward:
+            self._uses[leaf] += 1
+
+    def _after_use(self, reduce: Callable[..., None], leaf: nn.Module, *gradients: Any) -> None:
+        self._uses[leaf] -= 1
+        if not self._uses[leaf]:
+            reduce(leaf, *gradients)
+
+    def _note_late(self, leaf: nn.Module, weight: nn.Parameter) -> None:
+        # DeepSpeed may not have sent the zeros yet, and send the gradient with them: by chance, on a GPU.
+        if not self._uses[leaf]:
+            self._late.add(weight)
+
+    def drop_lost(self) -> set[nn.Parameter]:
+        """Drop the gradients that ZeRO-3 did not reduce, or too early, and return their weights."""
+        weights = [weight for group in self._engine.optimizer.fp16_groups for weight in group]
+        lost = {weight for weight in weights if weight.grad is not None} | self._late
+        for weight in lost:
+            weight.grad = None
+        self._late.clear()
+        return lost
 
 
 @contextlib.contextmanager

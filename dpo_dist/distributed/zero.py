@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from dpo_dist.distributed.checkpoint.saver import SavedSlices
 from dpo_dist.distributed.checkpoint.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
 from dpo_dist.distributed.deepspeed_config import START, communication
 from dpo_dist.distributed.deepspeed_internals import (
+    LeafGradients,
     drop_gradients,
     flat_masters,
     gathered_once,
@@ -46,7 +46,14 @@ from dpo_dist.distributed.muon import MATRICES, MuonAndAdamW, matrices_of
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.remedies import Remedy
-from dpo_dist.model.layers import decoder_layers, join_gradients, partly_used_blocks, without_gradient
+from dpo_dist.foundation.text import first_few
+from dpo_dist.model.layers import (
+    decoder_layers,
+    join_gradients,
+    partly_used_blocks,
+    shared_weights,
+    without_gradient,
+)
 from dpo_dist.model.library_internals import shards_loading, whole_shape
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.packed import PackedCausalLM
@@ -58,14 +65,13 @@ def mark_zero3_leaves(model: PackedCausalLM) -> None:
 
     Decoder layers are marked because fewer and larger messages are faster, and compiled code has no hooks.
     Modules that may use only some of their weights are marked because a rank that skips a part would not
-    gather it, and the other ranks would wait. Layers that share weights (Zamba) are not marked: only the
-    first would reduce the shared gradients.
+    gather it, and the other ranks would wait. No module is marked that shares weights with another (Zamba):
+    ZeRO-3 would reduce the shared gradients after the backward of one of them.
     """
-    layers = decoder_layers(model.causal_lm)
-    uses = Counter(weight for layer in layers for weight in layer.parameters())
-    whole = [layer for layer in layers if all(uses[weight] == 1 for weight in layer.parameters())]
-    for module in (*partly_used_blocks(model.causal_lm), *whole):
-        set_z3_leaf_module(module, True)
+    shared = shared_weights(model.causal_lm)
+    for module in (*partly_used_blocks(model.causal_lm), *decoder_layers(model.causal_lm)):
+        if shared.isdisjoint(module.parameters()):
+            set_z3_leaf_module(module, True)
 
 
 class Engine:
@@ -238,8 +244,11 @@ class PolicyEngine(Engine):
         if isinstance(inner := inner_optimizer(engine), MuonAndAdamW):
             inner.ranges = dict(flat_masters(engine, world.rank))
         self._world, self._current = world, ""
+        self._leaf_gradients = None
         if self._shards_weights:
             record_gather_orders(engine)
+            self._leaf_gradients = LeafGradients(engine)
+        self._lost: set[nn.Parameter] = set()
         self.loss_scale = LossScale() if self._engine.fp16_enabled() else None
         self.has_overflowed = False
         self._averages: dict[Tensor, Tensor] = {}  # moving averages, by flat master tensor
@@ -303,6 +312,28 @@ class PolicyEngine(Engine):
         self._engine.set_gradient_accumulation_boundary(is_last)
         with explain_out_of_memory(self._current):
             self._engine.backward(loss * self._world.size)
+        if self._leaf_gradients is not None:
+            self._lost |= self._leaf_gradients.drop_lost()
+
+    @property
+    def has_lost_gradients(self) -> bool:
+        """Whether ZeRO-3 left gradients of this rank out of an update."""
+        return bool(self._lost)
+
+    def check_gradients(self) -> None:
+        """Raise an error if a rank `has_lost_gradients`."""
+        self._world.together(self._check_own_gradients)
+
+    def _check_own_gradients(self) -> None:
+        if not self._lost:
+            return
+        names = [name for name, weight in self.causal_lm.named_parameters() if weight in self._lost]
+        raise ConfigError(
+            "ZeRO-3 does not train all weights of this model: it reduces gradients before they are complete",
+            where="parallelism.kind",
+            got=f"zero3, and the gradients of {first_few(names)} came too late",
+            remedy=Remedy.to_set("parallelism=zero2") + " or ddp",
+        )
 
     def step(self, learning_rate: float) -> Tensor:
         """Clip gradients, update weights, and return the norm before clipping, a scalar on the device.

@@ -23,8 +23,8 @@ from dpo_dist.model.architectures import check_positions, recorded_arrangement
 from dpo_dist.model.attention.kernels import choose_backend
 from dpo_dist.model.attention.ulysses import sharing_error
 from dpo_dist.model.flops import visited_experts
-from dpo_dist.model.layers import layer_values, partly_used_blocks
-from dpo_dist.model.library_internals import attention_name
+from dpo_dist.model.layers import layer_values, partly_used_blocks, shared_weights
+from dpo_dist.model.library_internals import attention_name, shards_loading
 from dpo_dist.model.packed import PackedCausalLM, reset_rope
 
 log = logging.getLogger(__name__)
@@ -288,7 +288,10 @@ class StartCheck:
             if example.images:
                 dummy = _packed([short], example.images[0])
                 differing |= self._used(_packed([example])) ^ self._used(dummy)
-        differing -= {weight for block in partly_used_blocks(causal_lm) for weight in block.parameters()}
+        joined = {weight for block in partly_used_blocks(causal_lm) for weight in block.parameters()}
+        if shards_loading():  # ZeRO-3 cannot gather and reduce a block at once if others share its weights
+            joined -= shared_weights(causal_lm)
+        differing -= joined
         return first_few([name for name, weight in causal_lm.named_parameters() if weight in differing])
 
     def _used(self, batch: PackedBatch) -> set[nn.Parameter]:

@@ -4,6 +4,7 @@ import inspect
 import itertools
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -345,6 +346,12 @@ def partly_used_blocks(causal_lm: nn.Module) -> list[nn.Module]:
     ]
     outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
     return [causal_lm.get_submodule(name) for name in outer]
+
+
+def shared_weights(causal_lm: nn.Module) -> set[nn.Parameter]:
+    """Return the weights that several modules have, such as the blocks of Zamba2's layers."""
+    places = Counter(weight for _, weight in causal_lm.named_parameters(remove_duplicate=False))
+    return {weight for weight, number in places.items() if number > 1}
 
 
 def _is_list_of_equals(module: nn.Module) -> bool:

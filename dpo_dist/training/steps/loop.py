@@ -215,17 +215,19 @@ class Loop:
         if self.reference_sync is not None:
             self.reference_sync.after_step(position.step + 1)
         wishes = {*before, *self.watch.call(When.after_step, position.step + 1)}
-        votes = [self.run.stops.request.vote(), self.checkpoints.is_written]
+        votes = [self.run.stops.request.vote(), self.checkpoints.is_written, self.policy.has_lost_gradients]
         votes += [wish in wishes for wish in self._votes]
         totals = reduce_step(sums, votes, norm, world)
         if self.policy_starts_as_reference and position.step == 0:
             totals = without_comparisons(totals)
-        stop_votes, written, *wanted = totals.votes
+        stop_votes, written, lost, *wanted = totals.votes
         # Committing is collective, so it waits for the step at which every rank's files are written.
         if written == world.size:
             clock.enter("checkpoint")
             self.checkpoints.commit()
             clock.enter("other")
+        if lost:
+            self.policy.check_gradients()
         # What the step did: an update, a smaller loss scale, or a bad step whose pairs are written down.
         overflow = self.policy.has_overflowed and math.isfinite(totals.means["loss"])
         running = {} if totals.is_bad else position.add_running(self.run.config.loss, totals.means, pairs)

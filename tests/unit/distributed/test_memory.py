@@ -36,7 +36,7 @@ def failing(fails_in: str, calls: int, arrangement: Arrangement) -> tuple[Any, A
 def policy(fails_in: str, arrangement: Arrangement = Arrangement.packed, calls: int = 0) -> PolicyEngine:
     made: Any = object.__new__(PolicyEngine)
     made._engine, made.model = failing(fails_in, calls, arrangement)
-    made._world, made._current = ALONE, ""
+    made._world, made._current, made._leaf_gradients = ALONE, "", None
     return made
 
 

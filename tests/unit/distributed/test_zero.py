@@ -1,16 +1,22 @@
 """An update is that of PyTorch's AdamW, exactly; the loss scale of fp16."""
 
 import copy
+import itertools
+import math
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed import zero
 from dpo_dist.distributed.deepspeed_config import START, policy_config
 from dpo_dist.distributed.processes.failures import Reports
 from dpo_dist.distributed.processes.join import join_world
 from dpo_dist.distributed.zero import LossScale, PolicyEngine
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.packed import PackedCausalLM
 from tests.support.families import tiny_family
 from tests.support.packing import pack_unkeyed, random_pairs
@@ -57,6 +63,65 @@ def test_an_update_is_that_of_adamw(
     for name, weight in weights.items():
         update, expected = found[name] - before[name], weight.detach() - before[name]
         assert float((update - expected).norm() / expected.norm()) < 3e-6, name  # measured: 5e-7
+
+
+def lost_by_two_micro_batches(
+    causal_lm: Any, arrangement: Arrangement = Arrangement.packed
+) -> tuple[bool, str]:
+    """Whether ZeRO-3 loses gradients of a model, and the error about them."""
+    batch, error = pack_unkeyed(random_pairs([(7, 5, 9), (3, 4, 2)])), ""
+    config = policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32)
+    with join_world(config, 60, Reports()) as world:
+        model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=arrangement)
+        policy = PolicyEngine(model, OptimConfig(), world)
+        policy.train()
+        policy.token_logps(batch)  # without a backward, as in the check at start
+        for is_last in (False, True):
+            policy.backward(-policy.token_logps(batch).sum(), is_last=is_last)
+        assert math.isfinite(policy.step(RATE))
+        try:
+            policy.check_gradients()
+        except ConfigError as raised:
+            error = str(raised)
+        return policy.has_lost_gradients, error
+
+
+@pytest.mark.parametrize("is_marked", [False, True])
+def test_gradients_that_zero_3_loses_are_an_error_by_name(
+    is_marked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It loses those of weights that several leaves share."""
+    if is_marked:
+        monkeypatch.setattr(zero, "shared_weights", lambda _: set())
+    is_lost, error = lost_by_two_micro_batches(tiny_family("zamba2"))
+    assert is_lost is is_marked
+    if is_marked:
+        assert "model.layers.1.shared_transformer.self_attn.q_proj.weight" in error
+        assert "parallelism=zero2" in error
+    else:
+        assert not error
+
+
+def test_gradients_that_may_be_reduced_too_early_are_lost() -> None:
+    """Those of a leaf whose input has no gradient, as that of the first layer above frozen embeddings."""
+    causal_lm = tiny_family("llama").requires_grad_(False)
+    causal_lm.model.layers[0].self_attn.q_proj.requires_grad_(True)
+    is_lost, error = lost_by_two_micro_batches(causal_lm, Arrangement.single)
+    assert is_lost
+    assert "model.layers.0.self_attn.q_proj.weight" in error
+
+
+def test_gradients_of_a_leaf_that_waits_for_a_use_outside_of_the_loss_are_lost() -> None:
+    causal_lm, calls = tiny_family("llama"), itertools.count()
+
+    def call_twice(layer: nn.Module, arguments: Any, options: Any) -> None:
+        if next(calls) == 1:  # in the first micro-batch only
+            layer(*arguments, **options)
+
+    causal_lm.model.layers[1].register_forward_pre_hook(call_twice, with_kwargs=True)
+    is_lost, error = lost_by_two_micro_batches(causal_lm)
+    assert is_lost
+    assert "model.layers.1.self_attn.q_proj.weight" in error
 
 
 def test_an_overflow_halves_the_loss_scale_and_a_thousand_updates_double_it() -> None:

@@ -320,3 +320,31 @@ def test_several_processes_train_no_model_of_which_some_sequences_skip_a_layer(
         assert "layers.0" not in error.got
     else:
         check.check_use()
+
+
+class Either(nn.Module):
+    """One of two equal parts computes long sequences, the other one short ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.parts[hidden.shape[-2] > 8](hidden)
+        return out
+
+
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_layers_that_share_a_block_of_parts_are_not_sharded_if_sequences_skip_a_part(
+    is_sharded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo_dist.model.exactness.shards_loading", lambda: is_sharded)
+    causal_lm = tiny_family("olmo3")
+    for layer in causal_lm.model.layers:
+        layer.mlp = Either() if layer is causal_lm.model.layers[0] else causal_lm.model.layers[0].mlp
+    model = unsettled(causal_lm, PACKED).train()
+    check = StartCheck(model, model, CPU, 64)
+    if is_sharded:
+        assert "model.layers.0.mlp.parts.0.weight" in refused("several processes", check.check_use).got
+    else:
+        check.check_use()
