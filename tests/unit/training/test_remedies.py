@@ -140,6 +140,24 @@ def test_the_command_of_an_error_about_a_json_object_writes_its_records(
     assert "6 of 6 records kept" in str(checked([*words, f"data.train=[{rest}]"]))
 
 
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("model/tokenizer.json", "this is a file of a model"),
+        ("model", "this is a file of a model"),
+        ("splits.json", "write the records as one list"),
+    ],
+)
+def test_a_list_that_has_no_records_is_not_offered(
+    path: str, remedy: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    Path("splits.json").write_text('{"name": "pairs", "splits": ["train", "test"]}')
+    with pytest.raises(DpoDistError, match="one list of records") as caught:
+        checked(["model.path=model", f"data.train=[{path}]"])
+    assert caught.value.remedy.startswith(remedy)
+
+
 @pytest.mark.parametrize("typed", MISTAKES.strip().splitlines())
 def test_after_the_words_of_the_remedy_the_start_passes(
     typed: str, folder: Path, monkeypatch: pytest.MonkeyPatch
