@@ -138,8 +138,11 @@ def _instead_of_form(whole: str) -> Remedy | None:
     if entry := re.fullmatch(r"([\w.]+)\[\d*\]((?:\.\w+)*)=(.*)", whole):
         if entry[2]:
             return unknown_key(f"{entry[1]}[0]{entry[2]}", entry[3]).advice
-        key, value = entry[1], f"[{entry[3]}]"
-        return to_assign(key, value) if key in run_keys() else unknown_key(key, value).advice
+        return (
+            to_assign(*entry.group(1, 3))
+            if entry[1] in run_keys()
+            else unknown_key(*entry.group(1, 3)).advice
+        )
     # A distribution: `optim.lr=loguniform(1e-7,1e-5)` -> 'optim.lr=tag(log, interval(...))'.
     called = re.fullmatch(r"([\w.]+)=(\w+)\(\s*([^(),]+),\s*([^(),]+)\)", whole)
     if called and called[1] in run_keys() and re.search("log|uniform", called[2]):

@@ -306,7 +306,11 @@ def test_a_check_says_the_length_of_the_run_and_of_its_evaluation(
     [
         ("trainer.global_batch_pairs=1000", "trainer.global_batch_pairs", "set trainer.global_batch_pairs=1"),
         ("model.adapter.r=33", "model.adapter.r", "set model.adapter.r=16"),
-        ("'model.adapter={r: 17, target_modules: [k_proj]}'", "model.adapter.r", "set model.adapter.r=16"),
+        (
+            "'model.adapter={r: 17, target_modules: [q_proj, k_proj]}'",
+            "model.adapter.r",
+            "set model.adapter.r=16",
+        ),
     ],
 )
 def test_a_start_refuses_by_the_words_of_the_check(
