@@ -1,6 +1,7 @@
 """`dpo-dist VERB ...`, the same as `python -m dpo_dist VERB ...`; without a verb, the list of verbs."""
 
 import os
+import re
 import shlex
 import sys
 from difflib import get_close_matches
@@ -42,7 +43,8 @@ def main() -> int:
     for title, verbs in (("train, and what a run needs", runs), ("look at data, models and runs", tools)):
         lines += ["", f"{title}:", *(f"  {name:<12}{row.help}" for name, row in verbs.items())]
     lines += ["", f"pages: {pages()}"]
-    print_line("\n".join([*mistake, *lines]))
+    # Last, as the list fills a screen.
+    print_line("\n".join([*lines, *(f"\n{text}" for text in mistake)]))
     return ExitCode.completed if is_asked else ExitCode.invalid
 
 
@@ -65,12 +67,15 @@ def _suggest(verb: str) -> Remedy:
     if answers := equivalents(verb, "methods"):
         return Remedy(answers[0])
     if verb.startswith("-"):
+        own = {"-v": "--version"}.get(verb.lower(), verb)
+        if near := get_close_matches(own, ("--version", "--help"), 1, 0.8):
+            return Remedy.to_rename(verb, near[0])
         return Remedy(f"options come after the verb: dpo-dist train {verb}")
     if "=" in verb or verb.endswith((".yaml", ".yml")):
         return Remedy(f"write dpo-dist train {shlex.quote(verb)}", ("train", verb), remove=(verb,))
     losses = [f"train loss={verb}"] if verb in choices(run_keys()["loss.kind"]) else []
     if written := [*equivalents(verb, "verbs"), *losses]:
-        is_whole = "RUN" not in written[0]  # else only the user knows which run
+        is_whole = not re.search(r"\b[A-Z]+\b", written[0])  # else only the user knows which run
         return Remedy(f"write dpo-dist {written[0]}", tuple(written[0].split()) * is_whole)
     if guesses := get_close_matches(verb.removeprefix("dpo_dist."), VERBS, 1):
         return Remedy.to_rename(verb, guesses[0])

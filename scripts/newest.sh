@@ -2,8 +2,8 @@
 # Tries the newest versions that pyproject.toml allows, in build/newest: runs the tests of all families of models and of the
 # private parts of other packages, and prints the table of docs/getting_started.md.
 #
-#   ./scripts/newest.sh                        # torch as constraints.txt pins it; TORCH=2.14.1: another one
-#   ./scripts/newest.sh transformers==5.24.0   # and a version above its bound: may the bound be raised?
+#   ./scripts/newest.sh                        # torch as constraints.txt pins it; TORCH=2.11.0: another one in its bounds
+#   ./scripts/newest.sh transformers==5.24.0   # and a version above its bound, also of torch: may the bound be raised?
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 pinned() { sed -n "s/^$1==//p" constraints.txt; }

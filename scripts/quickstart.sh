@@ -25,3 +25,6 @@ echo "== 3/4 DPO"
 echo "== 4/4 answers before and after"
 python -m examples.demo.report --before output/demo-warmup/model --after output/demo-dpo/model \
     --pairs output/demo/pairs_eval.jsonl --run output/demo-dpo
+echo
+# The shell that started this has no dpo-dist: only this script's PATH has .venv.
+printf 'talk to it: %q chat %q\n' "$PWD/.venv/bin/dpo-dist" "$PWD/output/demo-dpo"

@@ -22,6 +22,7 @@ from dpo_dist.config.keys import (
     is_within,
     key_rows,
     preset_names,
+    presets_of,
     run_keys,
     section_meanings,
     strip_indices,
@@ -226,10 +227,7 @@ def _check_more_than_run(options: argparse.Namespace) -> None:
 def usage(command: str, about: str, keys: Collection[str], folders: Sequence[Path]) -> str:
     """Return a verb's `--help`: `about`, then the sections and presets of the keys that it reads."""
     sections = {name: text for name, text in section_meanings().items() if name in keys and "." not in name}
-    # A verb uses the presets of a group if it reads this key, by default the key with the group's name.
-    chosen = {"experiment": "run", "reference": "reference.mode"}
-    groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
-    presets = {group: preset_names(group, folders) for group in groups if chosen.get(group, group) in keys}
+    presets = presets_of(keys, folders)
     text = [
         about.strip(),
         "\nsections (--help SECTION lists its keys, --help KEY explains one, e.g. --help loss.beta):",

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -140,3 +140,10 @@ def verb_keys(verb: str, *, trains: bool = False) -> list[str]:
 def strip_indices(where: str) -> str:
     """Return a key without the numbers of entries: `data.train[].path` for `data.train[0].path`."""
     return re.sub(r"\[\d*\]", "[]", where)
+
+
+def presets_of(keys: Collection[str], folders: Sequence[Path]) -> dict[str, list[str]]:
+    """Return the presets that a verb with these keys uses, by their groups: it reads the group's key."""
+    chosen = {"experiment": "run", "reference": "reference.mode"}  # others have the group's name
+    groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
+    return {group: preset_names(group, folders) for group in groups if chosen.get(group, group) in keys}

@@ -22,7 +22,7 @@ from dpo_dist.config.schema import SCHEMA, ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.foundation.errors import ConfigError, first_line, raise_all
 from dpo_dist.foundation.remedies import InFile, Remedy
-from dpo_dist.foundation.remote import check_url, is_url, name_in_address
+from dpo_dist.foundation.remote import check_url, is_url, name_in_address, with_slashes
 from dpo_dist.foundation.text import without_secrets
 
 _CODE_OF_HYDRA = ("defaults", "hydra")
@@ -88,7 +88,12 @@ def complete_config(
         for source in filter(lambda source: is_url(source.path), sources):
             check_url(source.path, key)
         named += [(key, source.path) for source in sources]
-    pages = [
+    mistakes = []
+    for key, path in [*named, ("run.mirror", config.run.mirror)]:
+        if path and key != "model.path" and (url := with_slashes(path)):
+            remedy = Remedy.to_rename(path, url)
+            mistakes.append(ConfigError("a URL has two slashes", where=key, got=path, remedy=remedy))
+    mistakes += [
         ConfigError(
             "this is the address of a page for browsers",
             where=key,
@@ -100,7 +105,7 @@ def complete_config(
         for name, branch in [name_in_address(path or "")]
         if path and name
     ]
-    raise_all(pages)
+    raise_all(mistakes)
     folder = config.identity.default_dir if config.run.dir is None else Path(config.run.dir)
     return replace(config, run=replace(config.run, dir=str(folder)))
 

@@ -20,7 +20,15 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from dpo_dist.config.fields import as_written, choices, describe_type, nested, plain, schema_fields
-from dpo_dist.config.keys import all_keys, group_folders, preset_names, run_keys, strip_indices
+from dpo_dist.config.keys import (
+    all_keys,
+    group_folders,
+    preset_names,
+    presets_of,
+    run_keys,
+    strip_indices,
+    verb_keys,
+)
 from dpo_dist.config.losses import NO_OPTION, kinds_using
 from dpo_dist.config.other_trainers import OFF, ON, advice_on, as_sources, equivalents, find_advice
 from dpo_dist.config.schema import SCHEMA
@@ -46,7 +54,10 @@ def likely_name(word: str, known: Collection[str]) -> str | None:
     same: list[str] = [name for name in (word.lower(), *equivalents(word, "values")) if name in known]
     if same:
         return same[0]
-    if longer := [name for name in known if f"{word.lower()}-" in name]:  # h100: h100-80g, 4090: rtx4090-24g
+    # H100: h100-80g; 4090, rtx-4090 and 24GB: rtx4090-24g.
+    part = re.sub(r"(?<=\d)gb$", "g", re.sub(r"[\s_-]", "", word.lower()))
+    parts = {name: name.split("-") for name in known if part and not name.startswith("-")}
+    if longer := [name for name in parts if any(own.endswith(part) for own in parts[name]) and "-" in name]:
         return longer[0]
     section, _, last = word.rpartition(".")
     of_section = [name for name in known if section in ("", name.rpartition(".")[0])]
@@ -59,7 +70,7 @@ def likely_name(word: str, known: Collection[str]) -> str | None:
 
 
 def _likely_values(value: Any) -> list[str]:
-    """Return what a value may mean: 1e3 -> 1000, yes -> true, 20% -> 0.2, localhost:8000 -> http://.../v1.
+    """Return what a value may mean: 1e3 -> 1000, 2k -> 2000, yes -> true, 20% -> 0.2, host:1 -> http://host:1/v1.
 
     A true that is refused may be a text: true -> "true".
     """
@@ -71,6 +82,8 @@ def _likely_values(value: Any) -> list[str]:
         return ["true" if switch in ON else "false"]
     if not isinstance(value, str):
         return []
+    if counted := re.fullmatch(r"(\d*\.?\d+) ?([kKmM])", value):
+        return [f"{float(counted[1]) * {'k': 1e3, 'm': 1e6}[counted[2].lower()]:.0f}"]
     share = re.fullmatch(r"(\d*\.?\d+) ?%", value)
     return [as_written(float(f"{share[1]}e-2"))] if share else [f"http://{value}/v1", f"{value}/v1"]
 
@@ -98,35 +111,76 @@ def _instead_of_words(words: Sequence[str], verb: str) -> Remedy:
     # A key without =: `loss.beta 0.2` -> loss.beta=0.2; `export.merge` -> export.merge=true.
     if first in run_keys() and "=" not in whole:
         return to_assign(first, words[1] if len(words) > 1 else "true")
+    if remedy := _instead_of_form(whole):
+        return remedy
     # Spaces, a colon or round brackets: `loss.beta: 0.2`, `optim.betas=(0.9,0.95)`.
     typed = re.fullmatch(r"([\w.]+)(?: *[:=] *)\(?([^()]*)\)?", whole)
     if typed and typed[1] in run_keys():
         remedy = to_assign(typed[1], typed[2].strip(" ,;"))
         is_several = verb == "sweep" and not remedy.write
         return Remedy.to_write(f"{typed[1]}={typed[2]}") if is_several else remedy
-    # A value without its key: `a.jsonl` -> 'data.train=[a.jsonl]'.
     if all(re.fullmatch(r"[\w./~+-]+", word) for word in words):
-        keys = VERBS[verb].takes_words if verb else ("run.dir", *VERBS["train"].takes_words)
-        lists = {key for key in keys if get_origin(run_keys()[key]) is list}
-        if lists and all(_DATA_FILE.search(word) for word in words):
-            keys = tuple(key for key in keys if key in lists)
-        forms = (assignment(key, f"[{','.join(words)}]" if key in lists else first) for key in keys)
-        lead = "write the key too:"
-        if accepted := [word for word in forms if word]:
-            return Remedy.to_write_one_of(accepted, lead=lead)
-        return Remedy(f"{lead} {' or '.join(f'{key}=...' for key in keys)}")
-    # Another program's distribution: `optim.lr=loguniform(1e-7,1e-5)` -> 'optim.lr=tag(log, interval(...))'.
+        return _with_key(words, verb)
+    if any(whole.count(opened) != whole.count(closed) for opened, closed in ("()", "[]", "{}")):
+        return Remedy("close each bracket, and put the word between quotes: 'KEY=range(1,4)'")
+    if "=" not in whole:
+        return Remedy("write each as KEY=VALUE, such as loss.beta=0.2")
+    return Remedy("put no spaces around =, and a value with spaces or commas in quotes: 'KEY=\"a, b\"'")
+
+
+def _instead_of_form(whole: str) -> Remedy | None:
+    """Return what to write in place of a form of other programs; None for other words."""
+    # A slice of `datasets`: `data.train=[org/name:train[:10%]]`.
+    if re.search(r"\w\[\d*%?:\d*%?\]", whole):
+        part = "{path: NAME, split: train, limit: 1000}"
+        return Remedy(f"a part of a source is its first records: write {part}")
+    # An entry of a list by its place: `tracking.to[0]=mlflow` -> 'tracking.to=[mlflow]'.
+    if entry := re.fullmatch(r"([\w.]+)\[\d*\]((?:\.\w+)*)=(.*)", whole):
+        if entry[2]:
+            return unknown_key(f"{entry[1]}[0]{entry[2]}", entry[3]).advice
+        return (
+            to_assign(*entry.group(1, 3))
+            if entry[1] in run_keys()
+            else unknown_key(*entry.group(1, 3)).advice
+        )
+    # A distribution: `optim.lr=loguniform(1e-7,1e-5)` -> 'optim.lr=tag(log, interval(...))'.
     called = re.fullmatch(r"([\w.]+)=(\w+)\(\s*([^(),]+),\s*([^(),]+)\)", whole)
     if called and called[1] in run_keys() and re.search("log|uniform", called[2]):
         interval = f"interval({called[3].strip()},{called[4].strip()})"
         drawn = f"tag(log, {interval})" if "log" in called[2] else interval
         return Remedy.to_write(f"{called[1]}={drawn}")
     # A package of Hydra: `loss@x=ipo`.
-    if "@" in whole.partition("=")[0]:
-        return Remedy("remove @ and the word after it: write loss=ipo")
-    if any(whole.count(opened) != whole.count(closed) for opened, closed in ("()", "[]", "{}")):
-        return Remedy("close each bracket, and put the word between quotes: 'KEY=range(1,4)'")
-    return Remedy("put no spaces around =, and a value with spaces or commas in quotes: 'KEY=\"a, b\"'")
+    is_package = "@" in whole.partition("=")[0]
+    return Remedy("remove @ and the word after it: write loss=ipo") if is_package else None
+
+
+def _with_key(words: Sequence[str], verb: str) -> Remedy:
+    """Return the remedy that writes values with their key: `a.jsonl` -> 'data.train=[a.jsonl]'."""
+    first = words[0]
+    is_size = len(words) == 1 and re.fullmatch(r"[\d.]+[bB]", first) is not None
+    if len(words) == 1 and not Path(first).exists() and (chosen := _presets_named(first, verb, is_size)):
+        return Remedy.to_write_one_of(chosen)
+    if is_size:
+        return Remedy("a size is no model: write model.path=ORG/NAME")
+    keys = VERBS[verb].takes_words if verb else ("run.dir", *VERBS["train"].takes_words)
+    lists = {key for key in keys if get_origin(run_keys()[key]) is list}
+    if lists and all(_DATA_FILE.search(word) for word in words):
+        keys = tuple(key for key in keys if key in lists)
+    forms = (assignment(key, f"[{','.join(words)}]" if key in lists else first) for key in keys)
+    lead = "write the key too:"
+    if accepted := [word for word in forms if word]:
+        return Remedy.to_write_one_of(accepted, lead=lead)
+    return Remedy(f"{lead} {' or '.join(f'{key}=...' for key in keys)}")
+
+
+def _presets_named(name: str, verb: str, is_size: bool) -> list[str]:
+    """Return the words that choose the presets of this name, or the models of this size: `simpo`, `7B`."""
+    keys, chosen = verb_keys(verb or "train", trains=verb == "pairs"), []
+    for group, presets in presets_of(keys, group_folders()).items():
+        of_size = [preset for preset in presets if preset.endswith(f"_{name.lower().replace('.', '_')}")]
+        meant = of_size if is_size and group == "model" else [name] * (name in presets)
+        chosen += [f"{'+' if group == 'experiment' else ''}{group}={preset}" for preset in meant]
+    return chosen
 
 
 def assignment(key: str, value: str) -> str | None:
@@ -135,6 +189,8 @@ def assignment(key: str, value: str) -> str | None:
     `data.train`, `a.jsonl` -> `data.train=[a.jsonl]`; `model.adapter`, `{r=8` -> `model.adapter={r: 8}`;
     `loss`, `[dpo,sft]` -> `loss.terms=[{kind: sigmoid}, {kind: sft}]`.
     """
+    if value.startswith("(") and value.endswith(")"):
+        value = f"[{value[1:-1]}]"
     if key == "loss" and value.startswith("["):
         kinds = [kind.strip("[] '\"") for kind in value.split(",")]
         known = choices(run_keys()["loss.kind"])
@@ -152,17 +208,31 @@ def assignment(key: str, value: str) -> str | None:
 
 
 def to_assign(key: str, value: str) -> Remedy:
-    """Return the remedy that writes `key=value`, or `key=...` if the key does not accept the value.
+    """Return the remedy that writes `key=value`, or says what the key accepts if it is not this value.
 
-    `loss.beta`, `0.2` -> write loss.beta=0.2; `loss.beta`, `x` -> write loss.beta=...
+    `loss.beta`, `0.2` -> write loss.beta=0.2; `loss.beta`, `x` -> write loss.beta=..., a number;
+    `model`, `a/b` -> write model.path=a/b; `sampling.endpoint`, `http://a/v1` -> its url.
     """
-    word = assignment(key, value)
-    return Remedy.to_write(word) if word else Remedy(f"write {key}=...")
+    if word := assignment(key, value):
+        return Remedy.to_write(word)
+    if preset_names(key, group_folders()):
+        return unknown_preset(key, value, group_folders()).advice
+    hint = run_keys().get(key)
+    if get_origin(hint) is list:
+        return Remedy(f"write '{key}=[...]'")
+    if inner := nested(hint):
+        if "." not in key:
+            return Remedy(f"write {key}.KEY=VALUE; --help {key} lists its keys")
+        return to_assign(f"{key}.{next(iter(schema_fields(inner)))}", value)
+    row = all_keys().get(key)
+    return Remedy(f"write {key}=..., {row.type_words}" if row else f"write {key}=...")
 
 
 def _is_accepted(key: str, text: str) -> bool:
+    if text in preset_names(key, group_folders()):
+        return True
     if key == "loss":
-        return text in preset_names("loss", group_folders())
+        return False
     try:
         value = OverridesParser.create().parse_override(f"{key}={text}").value()
     except HydraException:
@@ -251,10 +321,13 @@ def _instead_of_mistyped(typed: str, key: str, known: Collection[str], value: st
     """Return the remedy that writes the nearest key, `loss.betta` -> loss.beta, or lists those there are."""
     mapping = key.rpartition(".")[0]
     guess = likely_name(key, known)
-    if guess and (mapping == guess.rpartition(".")[0] or not value or _is_accepted(guess, value)):
+    word = assignment(guess, value) if guess and value else None
+    row = all_keys().get(guess or "")
+    if guess and not word and value and row and mapping == guess.rpartition(".")[0]:
+        return Remedy(f"did you mean {guess}, {row.type_words}?")
+    if guess and (word or not value or "[" in guess):
         if not value:
             return Remedy.to_rename(typed, guess)
-        word = assignment(guess, value)
         return Remedy(f"did you mean {guess}?", (word,) if word else ())
     beside = [option.rpartition(".")[2] for option in known if option.rpartition(".")[0] == mapping]
     if mapping and beside:
@@ -483,9 +556,24 @@ def _instead_of_value(
         return Remedy.to_write(f"{key}.path={got}")
     if inner := nested(hint):
         first = next(iter(schema_fields(inner)))
-        return Remedy(f"write a mapping with {first}" if key.endswith("]") else f"write {key}.{first}=...")
+        return Remedy(f"write a mapping with {first}") if key.endswith("]") else to_assign(key, got)
     meant = next((text for text in _likely_values(value) if _is_accepted(key, text)), None)
-    return Remedy.to_write(f"{key}={meant}") if meant else None
+    return Remedy.to_write(f"{key}={meant}") if meant else _instead_of_phrase(key, got)
+
+
+def _instead_of_phrase(key: str, value: str) -> Remedy | None:
+    """Return what to write for a number with a name, or for a range: `8xH100`, `1..3`; None: neither."""
+    section = key.rpartition(".")[0]
+    counted = re.fullmatch(r"(?:(\d+) ?[x*] ?)?([A-Za-z][\w -]+)", value)
+    if counted and section == "plan" and (gpu := likely_name(counted[2], choices(run_keys()["plan.gpu"]))):
+        return Remedy.to_write(*[f"plan.gpus={counted[1]}"] * bool(counted[1]), f"plan.gpu={gpu}")
+    ends = re.fullmatch(r"([\d.]*\d(?:e-?\d+)?) ?(?:\.\.+|:|-|to) ?([\d.]*\d(?:e-?\d+)?)", value)
+    if ends is None or not all(_is_accepted(key, end) for end in ends.groups()):
+        return None
+    if all(map(str.isdecimal, ends.groups())):
+        return Remedy(f"the verb sweep takes '{key}=range({ends[1]},{int(ends[2]) + 1})', without its end")
+    searched = "sweep.trials=20 sweep.by=eval_rewards/accuracies"
+    return Remedy(f"the verb sweep searches '{key}=interval({ends[1]},{ends[2]})' with {searched}")
 
 
 def _with_choice(key: str, choice: str, got: str, values: Mapping[str, Any]) -> Remedy:

@@ -1,5 +1,6 @@
 """Code of the user: a function given as `module:function`, and the options that let foreign code run."""
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
+from dpo_dist.foundation.remedies import Remedy
 
 LOSS_FUNCTION, METRICS_FUNCTION = "loss.function", "metrics.function"
 
@@ -49,15 +51,31 @@ def find_function(written: str | None, key: str = LOSS_FUNCTION) -> UserFunction
         file = Path(spec.origin if spec and spec.origin else module).with_suffix(".py")
         text = importlib.util.decode_source(file.read_bytes())
     except (ImportError, OSError, SyntaxError, UnicodeDecodeError) as error:
+        remedy: Remedy | str = (
+            f"write the module with dots and without .py, {key}=my_module:my_function; start in its "
+            "folder, or add it to PYTHONPATH, on every node"
+        )
+        if meant := _meant_function(written or "", key):
+            remedy = Remedy.to_set(f"{key}={meant}")
         raise ConfigError(
             f"the function of {key} is not found",
             where=key,
             got=f"{written or 'null'}, searched for in {Path.cwd()} and on Python's path: {error}",
             expected="module:function, of a module with a source file",
-            remedy=f"write the module with dots and without .py, {key}=my_module:my_function; start in its "
-            "folder, or add it to PYTHONPATH, on every node",
+            remedy=remedy,
         ) from error
     return UserFunction(module, name, file, text_digest(text), text, key)
+
+
+def _meant_function(written: str, key: str) -> str:
+    """Return the function that a path or dots name, if it is there: `src/judge.py:score`, `judge.score`."""
+    path = written if ":" in written else ":".join(written.rsplit(".", 1))
+    module, _, name = path.partition(":")
+    dotted = module.removeprefix("./").removesuffix(".py").replace("/", ".")
+    meant = f"{dotted}:{name}"
+    with contextlib.suppress(ConfigError):
+        return "" if meant == written else f"{meant}" * bool(find_function(meant, key))
+    return ""
 
 
 def user_function(written: str | None, key: str = LOSS_FUNCTION) -> Callable[..., Any]:

@@ -74,6 +74,7 @@ VERBS = {
         "compute memory and hours of a run on GPUs that one does not have yet",
         ("model.path",),
         is_one_process=True,
+        takes_words=("model.path",),
     ),
     "pairs": Verb(
         "dpo_dist.tools.pairs",

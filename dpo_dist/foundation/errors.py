@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from difflib import get_close_matches
 from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -286,18 +288,41 @@ def warn_on_bug(what: str, warn: Callable[[str], None]) -> Iterator[None]:
         warn(f"{what} is missing because of a bug, see logs/rank-0.log: {first_line(bug)}")
 
 
+_SIMILAR_OPTION = 0.7
+"""Least similarity of an option that was meant."""
+_EXPLAINED = "--help explains the arguments"
+
+
 class Arguments(argparse.ArgumentParser):
     """An argument parser whose errors are printed like all errors of the user; all programs take `--json`."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, answers: Mapping[str, str] | None = None, **options: Any) -> None:
+        """`answers`: what to write in place of options that other programs have."""
         super().__init__(*args, **options)
+        self._answers = answers or {}
         text = "print the result or the error as one JSON document, and progress to standard error"
         self.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        """Return the options; raise ConfigError for words that are none, with the option that was meant."""
+        parsed: tuple[argparse.Namespace, list[str]] = self.parse_known_args(args, namespace)
+        options, unknown = parsed
+        if not unknown:
+            return options
+        typed = unknown[0].partition("=")[0]
+        near = get_close_matches(typed, re.findall(r"--[\w-]+", self.format_help()), 1, _SIMILAR_OPTION)
+        remedy: Remedy | str = self._answers.get(typed) or _EXPLAINED
+        if near and typed not in self._answers:
+            remedy = Remedy.to_rename(typed, near[0])
+        raise self._refused(f"unrecognized arguments: {' '.join(unknown)}", remedy)
+
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError with the usage of the command."""
+        raise self._refused(message, _EXPLAINED)
+
+    def _refused(self, message: str, remedy: Remedy | str) -> ConfigError:
         usage = " ".join(self.format_usage().removeprefix("usage:").split())
-        raise ConfigError(message, where=COMMAND_LINE, expected=usage, remedy="--help explains the arguments")
+        return ConfigError(message, where=COMMAND_LINE, expected=usage, remedy=remedy)
 
 
 @dataclass

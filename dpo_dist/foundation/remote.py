@@ -27,6 +27,15 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+_ONE_SLASH = re.compile(r"(https?|s3a?|gs|gcs|hf|file):/?(?=[^/])")
+
+
+def with_slashes(path: str) -> str:
+    """Return the URL that a path is without its two slashes, `s3:/bucket/a`; "" for any other path."""
+    protocol = _ONE_SLASH.match(path)
+    return f"{protocol[1]}://{path[protocol.end() :]}" if protocol else ""
+
+
 def check_url(url: str, where: str) -> None:
     """Check that a URL holds no secret, which would be stored with the configuration; `where`: the key.
 

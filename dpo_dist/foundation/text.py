@@ -63,6 +63,14 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
+_FEW = 10
+
+
+def percent_of(share: float, number: int) -> str:
+    """Return the share of a number of things in percent, of fewer than ten as their number: 1 of 1."""
+    return percent(share) if number >= _FEW else f"{round(share * number)} of {number}"
+
+
 def duration(seconds: float) -> str:
     """Return "0.4 s", "42 s", "5 min 03 s", "3 h 05 min" or "2 d 04 h"."""
     whole = max(0, round(seconds))

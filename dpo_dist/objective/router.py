@@ -10,6 +10,8 @@ The z-loss is the mean of logsumexp(router logits)^2 over the tokens of all laye
 equation 5).
 
 Tokens are those of the plain batch with one response per row: a prompt token counts once for each response.
+The last token of a response predicts nothing and is not computed, so it does not count; in transformers' own
+loss it does.
 """
 
 from collections.abc import Sequence

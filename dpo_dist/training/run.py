@@ -24,6 +24,7 @@ from dpo_dist.config.load import to_yaml
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name
 from dpo_dist.config.schema import AttentionBackend, FinalModel, ReferenceMode, Resume, RunConfig
+from dpo_dist.data.counts import steps_in_words
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint.saver import (
     Checkpoint,
@@ -177,8 +178,7 @@ def _begin(
     world.on_main(partial(check_disk_room, run, inputs.weights, done, steps))
     record_start(run, environment, state, reporting.write_page)
     left = f", {done:,} of them done" if done else ""
-    pairs = pluralize(inputs.sampler.global_batch_pairs, config.loss.unit)
-    run.say(f"training: {pluralize(steps, 'step')} of {pairs}{left}")
+    run.say(f"training: {steps_in_words(inputs.sampler, config.loss.unit)}{left}")
     return inputs, state, custom
 
 

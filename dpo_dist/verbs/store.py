@@ -32,12 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments(prog="dpo-dist store", description=__doc__)
     verbs = parser.add_subparsers(required=True)
-    for verb, run, text in (
-        ("info", _info, "list the references with their entries, sizes and dates of last use"),
-        ("verify", _verify, "read every entry; the exit code is 2 if a file is damaged"),
-        ("gc", _gc, "remove references by digest or age, and files that killed jobs have left"),
+    for (verb, *others), run, text in (
+        (["info", "list"], _info, "list the references with their entries, sizes and dates of last use"),
+        (["verify"], _verify, "read every entry; the exit code is 2 if a file is damaged"),
+        (["gc", "clean"], _gc, "remove references by digest or age, and files that killed jobs have left"),
     ):
-        own = verbs.add_parser(verb, help=text, description=text)
+        own = verbs.add_parser(verb, aliases=others, help=text, description=text)
         own.add_argument("folder", type=Path, nargs="?", default=Path("output/reference"))
         own.set_defaults(run=run)
     gc = verbs.choices["gc"]

@@ -51,6 +51,7 @@ class Starts:
                     f"model.path={self.model}",
                     f"data.train=[{folder / f'{name}-0.jsonl'}]",
                     "loss=kto",
+                    "trainer.global_batch_pairs=1",
                     f"run.root={folder}",
                 ]
             )

@@ -19,7 +19,7 @@ from tests.support.warm import ENVIRONMENT, launcher_variables, run_warm, run_wa
 from tests.support.warm_launch import fork_python
 from tests.unit.tools.pages.made_run import made_run
 
-RUN = "model.path=model model.dtype=fp32 data.train=[train.jsonl] tracking=off"
+RUN = "model.path=model model.dtype=fp32 data.train=[train.jsonl] tracking=off trainer.global_batch_pairs=6"
 MOST_ROUNDS = 4
 # fmt: off
 BROKEN = [

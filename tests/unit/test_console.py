@@ -160,9 +160,12 @@ def test_training_is_printed_now_and_then_and_always_on_demand_and_an_evaluation
     show_step(console, 1000, 1000, {"loss": 0.5}, always=True)
     show_row(console, {"step": 5, "loss": 0.5}, 1000)
     show_row(console, {"step": 5, "eval_loss": 0.25, "eval_rewards/accuracies": 0.75, "eval_pairs": 8}, 1000)
+    samples = {"eval_samples/length": 3.0, "eval_samples/finished": 1.0, "eval_samples/prompts": 1.0}
+    show_row(console, {"step": 6, "eval_loss": 0.25, **samples}, 1000)
     assert printed[4:] == [
         "step 1,000/1,000  loss 0.5000",
         "step 5/1,000  evaluation: loss 0.2500, accuracy 0.750",
+        "step 6/1,000  evaluation: loss 0.2500, samples of 3 tokens, 1 of 1 finished",
     ]
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,24 @@ def assert_arguments_are_taken(verb: str, words: list[str], monkeypatch: pytest.
     monkeypatch.setattr("sys.argv", [verb, *words])
     with pytest.raises(TakenError):
         verb_module(verb).main()
+
+
+def test_the_last_line_of_the_quickstart_runs_in_the_shell_that_sees_it(tmp_path: Path) -> None:
+    """The script with programs that do nothing in place of its own, started from another folder."""
+    folder = tmp_path / "a checkout"
+    for name in ("python", "accelerate", "dpo-dist"):
+        (program := folder / ".venv/bin" / name).parent.mkdir(parents=True, exist_ok=True)
+        program.write_text('#!/usr/bin/env bash\necho "$(basename "$0") $*"\n')
+        program.chmod(0o755)
+    scripts = folder / "scripts"
+    scripts.mkdir()
+    for name, text in (("quickstart.sh", (ROOT / "scripts/quickstart.sh").read_text()), ("setup_env.sh", "")):
+        (scripts / name).write_text(text)
+        (scripts / name).chmod(0o755)
+    (scripts / "setup_env.sh").write_text("#!/usr/bin/env bash\n")
+    screen = subprocess.run(
+        [scripts / "quickstart.sh"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    command = screen.stdout.splitlines()[-1].removeprefix("talk to it: ")
+    ended = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ended.stdout == f"dpo-dist chat {folder}/output/demo-dpo\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import dpo_dist
-from dpo_dist.foundation.errors import ConfigError, DpoDistError, Lack, disk_error, raise_all
+from dpo_dist.foundation.errors import Arguments, ConfigError, DpoDistError, Lack, disk_error, raise_all
 
 
 def test_a_pickled_error_keeps_every_part() -> None:
@@ -54,3 +54,20 @@ def test_several_mistakes_lack_what_each_of_them_lacks() -> None:
         with pytest.raises(ConfigError) as raised:
             raise_all(mistakes)
         assert raised.value.as_dict().get("lacks") == lacks
+
+
+@pytest.mark.parametrize(
+    ("typed", "remedy"),
+    [
+        ("--outptu page.html", "did you mean --output?"),
+        ("--outptu=page.html", "did you mean --output?"),
+        ("--question x", "ask by a pipe"),
+        ("--nonsense", "--help explains the arguments"),
+    ],
+)
+def test_an_unknown_option_of_a_tool_names_the_one_that_was_meant(typed: str, remedy: str) -> None:
+    parser = Arguments(prog="tool", answers={"--question": "ask by a pipe"})
+    parser.add_argument("--output")
+    with pytest.raises(ConfigError, match="unrecognized arguments: --") as caught:
+        parser.parse_args(typed.split())
+    assert caught.value.remedy == remedy

@@ -53,6 +53,7 @@ def test_info_lists_each_reference_with_its_counts(run: Run, shards: list[Path],
     assert numerics == "    dtype fp32"
     assert f"used {datetime.fromtimestamp(stamp.stat().st_mtime):%Y-%m-%d}" in second
     assert total.startswith("2 fingerprints, 5 entries")
+    assert run("list") == run("info"), "the help's own word"
     assert run("verify") == (0, "2 shards, 5 valid entries, 0 damaged files\n")
     LogpStore.open(tmp_path, SECOND)
     assert time.time() - stamp.stat().st_mtime < 60, "opening it is its last use"

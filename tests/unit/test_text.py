@@ -15,7 +15,16 @@ from dpo_dist.config.load import changed_keys, from_yaml, load_run_config, to_ya
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.streams import print_line, print_result
-from dpo_dist.foundation.text import duration, first_few, number, percent, pluralize, size, without_secrets
+from dpo_dist.foundation.text import (
+    duration,
+    first_few,
+    number,
+    percent,
+    percent_of,
+    pluralize,
+    size,
+    without_secrets,
+)
 from dpo_dist.tools.pairs.rounds import check_settings
 
 
@@ -161,3 +170,8 @@ def test_a_configuration_with_a_hidden_text_is_the_same_run_and_paths_are_read_b
     assert changed_keys(file, config.identity) == {}
     changed = changed_keys(file, load_run_config([*given, "loss.beta=0.3"]).identity)
     assert changed == {"loss.beta": (0.1, 0.3)}
+
+
+def test_a_share_of_few_things_is_their_number() -> None:
+    assert [percent_of(1.0, 1), percent_of(0.75, 4), percent_of(0.0, 9)] == ["1 of 1", "3 of 4", "0 of 9"]
+    assert [percent_of(1.0, 10), percent_of(0.996, 1000)] == ["100 %", "99.6 %"]

@@ -123,8 +123,11 @@ def _not_an_array(content: Any, path: str) -> DataError:
     """Return the error for a .json file that is one object; a list inside of it may be the records."""
     names = [*content] if isinstance(content, Mapping) else []
     lists = [name for name in names if isinstance(content[name], list)]
+    has_records = len(lists) == 1 and all(isinstance(entry, Mapping) for entry in content[lists[0]])
     remedy = "write the records as one list, or as a .jsonl with one object per line"
-    if len(lists) == 1:
+    if Path(path).name == "tokenizer.json" or Path(path).with_name("config.json").is_file():
+        remedy = "this is a file of a model, whose folder belongs to model.path: name a file of records"
+    elif has_records:
         new = Path(path).with_name(f"{Path(path).name.partition('.')[0]}_records.json")
         records = f"json.load(open({json.dumps(path)}))[{json.dumps(lists[0])}]"
         code = shlex.quote(f'import json; json.dump({records}, open({json.dumps(str(new))}, "w"))')

@@ -157,12 +157,14 @@ def _check_unused(source: SourceConfig, unused: Iterable[str]) -> None:
     """Raise ConfigError for a key that is set, but has no effect on this source."""
     for key in sorted(unused):
         if (value := getattr(source, key)) is not None:
+            instead = "; limit: 1000 reads the first 1,000 records" if "[" in value else ""
             raise ConfigError(
                 f"{key} has no effect on this source",
                 where=f"{key} of {source.path}",
                 got=value,
                 expected="null",
-                remedy=f"remove {key}: it is for Hub datasets{'' if key == 'revision' else ' and folders'}",
+                remedy=f"remove {key}: it is for Hub datasets{'' if key == 'revision' else ' and folders'}"
+                f"{instead}",
             )
 
 

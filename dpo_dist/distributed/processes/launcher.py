@@ -5,10 +5,13 @@ import contextlib
 import io
 import logging
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
 
@@ -19,8 +22,10 @@ from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
+from dpo_dist.config.other_trainers import equivalents
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, ExitCode, PeerLostError, first_line
+from dpo_dist.foundation.remedies import COMMAND_LINE, Remedy
 from dpo_dist.foundation.signals import LAUNCHER_VARIABLE, stop_signals
 
 
@@ -54,26 +59,30 @@ def launch(arguments: Sequence[str]) -> int:
         ) from error
     except (ValueError, OSError) as error:  # no such file; a port that is in use
         fault = " ".join(str(error).split())
-        raise _refused("accelerate cannot start processes with these options", fault) from error
+        raise _refused("accelerate cannot start processes with these options", fault, _OPTIONS) from error
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
-    usage = io.StringIO()
+    usage, parser = io.StringIO(), launch_command_parser()
     try:
         with contextlib.redirect_stderr(usage):
-            parsed: argparse.Namespace = launch_command_parser().parse_args(list(arguments))
+            parsed: argparse.Namespace = parser.parse_args(list(arguments))
     except SystemExit as ended:
         if not ended.code:  # --help
             raise
         fault = usage.getvalue().strip().rpartition("error: ")[2]
-        raise _refused("accelerate does not accept these arguments", fault) from None
-    is_file = parsed.no_python or Path(parsed.training_script).is_file()
+        remedy = _instead_of_options(arguments, re.findall(r"--[\w-]+", parser.format_help()))
+        raise _refused("accelerate does not accept these arguments", fault, remedy) from None
+    is_keys = parsed.training_script.endswith((".yaml", ".yml"))  # which a verb takes
+    is_file = parsed.no_python or (Path(parsed.training_script).is_file() and not is_keys)
     if not is_file and parsed.training_script in VERBS:
         parsed.training_script_args.insert(0, parsed.training_script)
         parsed.module, parsed.training_script = True, "dpo_dist"
     elif not is_file and not parsed.module:
         raise _refused(
-            "the program to start is neither a file nor a verb nor a module", parsed.training_script
+            "the program to start is neither a file nor a verb nor a module",
+            parsed.training_script,
+            _instead_of_program(parsed.training_script),
         )
     is_here = not parsed.config_file and (parsed.num_machines or 1) == 1
     if is_here and (parsed.num_processes or 1) > 1 and not torch.accelerator.is_available():
@@ -85,13 +94,41 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     return parsed
 
 
-def _refused(message: str, got: str) -> ConfigError:
+_OPTIONS = Remedy("use a file of launch/accelerate; dpo-dist launch --help explains the options")
+
+
+def _instead_of_options(arguments: Sequence[str], known: Sequence[str]) -> Remedy:
+    """Return what to write in place of the first option that accelerate does not have."""
+    if not arguments:
+        return Remedy("name the verb to start: dpo-dist launch train KEY=VALUE ...")
+    names = [word.partition("=")[0] for word in arguments]
+    wrong = next((name for name in names if name.startswith("-") and name not in (*known, "-m")), "")
+    if theirs := equivalents(wrong.lstrip("-"), "launcher"):
+        remedy = Remedy.to_rename(wrong, f"--{theirs[0]}")
+        return remedy + " It counts all nodes" if theirs[0] == "num_processes" else remedy
+    near = get_close_matches(wrong, known, 1, 0.8) if wrong else []
+    return Remedy.to_rename(wrong, near[0]) if near else _OPTIONS
+
+
+def _instead_of_program(typed: str) -> Remedy:
+    """Return what to write in place of a program that is not there."""
+    if typed.isdecimal():
+        return Remedy(f"did you mean --num_processes {typed}?")
+    if "=" in typed or typed.endswith((".yaml", ".yml")):
+        return Remedy(
+            f"write the verb before it: dpo-dist launch train {shlex.quote(typed)}", ("train", typed)
+        )
+    near = get_close_matches(typed, VERBS, 1)
+    return Remedy.to_rename(typed, near[0]) if near else _OPTIONS
+
+
+def _refused(message: str, got: str, remedy: Remedy) -> ConfigError:
     return ConfigError(
         message,
-        where="command line",
+        where=COMMAND_LINE,
         got=got,
         expected="dpo-dist launch [--config_file FILE] train OVERRIDES",
-        remedy="use a file of launch/accelerate; dpo-dist launch --help explains the options",
+        remedy=remedy,
     )
 
 

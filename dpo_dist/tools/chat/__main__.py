@@ -33,7 +33,10 @@ _HINT = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    parser = Arguments(prog="dpo-dist chat", description=__doc__)
+    asked = "a question is a line of standard input: echo QUESTION | dpo-dist chat RUN"
+    answers = dict.fromkeys(("--prompt", "--question", "--message", "--input", "-p"), asked)
+    answers |= dict.fromkeys(("--model", "--run", "-m"), "name the model alone: dpo-dist chat RUN")
+    parser = Arguments(prog="dpo-dist chat", description=__doc__, answers=answers)
     parser.add_argument("model", metavar="RUN", help="run directory, checkpoint, folder or hub name")
     second = "a second model that answers too; `base`: the base of the adapter or run"
     parser.add_argument("--beside", metavar="MODEL", help=second)

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation import files
-from dpo_dist.foundation.text import number, percent, pluralize, without_secrets
+from dpo_dist.foundation.text import number, percent_of, pluralize, without_secrets
 from dpo_dist.tools.compare.results import DIFFERENCES
 from dpo_dist.tools.pages.charts import Interval, Point, scatter
 from dpo_dist.tools.pages.render import number_above_interval, page, part
@@ -95,7 +95,10 @@ def write_comparison_page(folder: RunFolder, results: _Row) -> None:
 
 
 def comparison_table(results: _Row) -> list[str]:
-    """Return the table of models with 95 % intervals, as lines; all win rates are on the page only."""
+    """Return the table of models with 95 % intervals and the page's result, as lines.
+
+    All win rates are on the page only.
+    """
     base, rates = results["base"], _rates(results)
     has_scores = any(model["score"] is not None for model in results["models"])
     titles = ["model", "tokens", "finished", "refusals", f"KL to {base} (estimate)"]
@@ -104,14 +107,17 @@ def comparison_table(results: _Row) -> list[str]:
     rows = [titles]
     for model in results["models"]:
         style, rate = model["style"], rates.get((model["name"], base))
-        cells = [model["name"], f"{style['length']:.0f}", percent(style["finished"])]
-        cells += [percent(style["refusals"]), with_interval(model["kl"], model["kl_interval"], ".2f")]
+        cells = [model["name"], f"{style['length']:.0f}", percent_of(style["finished"], results["prompts"])]
+        cells += [
+            percent_of(style["refusals"], results["prompts"]),
+            with_interval(model["kl"], model["kl_interval"], ".2f"),
+        ]
         cells += [with_interval(model["score"], model["score_interval"], ".3f")] if has_scores else []
         cells += [with_interval(*rate, ".3f") if rate else ""] if rates else []
         rows.append(cells)
     judge = "" if results["judge"] is None else f", judged by {results['judge']}"
     lines = [f"comparison on {pluralize(results['prompts'], 'prompt')}{judge}", *aligned(rows)]
-    lines += [f"note: {sentence}" for sentence in _held_out_warning(results)]
+    lines += headline(results)
     if left := sum(results["not_judged"].values()):
         lines.append(f"note: not counted, because the judge gave no verdict: {pluralize(left, 'comparison')}")
     return lines

@@ -168,7 +168,7 @@ class _Rounds:
                     files.write_json(file, result)
                 has_pairs = result["samples"]["pairs"] is not None
                 if number <= count and has_pairs and result["training"] is None:
-                    code, result["training"] = self._train(number)
+                    code, result["training"] = self._train(number, result["samples"]["pairs"])
                     files.write_json(file, result)
                 results.append(result)
                 files.write_json(folder.rounds_summary, {"rounds": results})
@@ -227,14 +227,20 @@ class _Rounds:
         self.say(f"{stage_name}: {samples['responses']:,} responses, {pair_count or 0:,} pairs{score}")
         return samples | {"pairs": pair_count}
 
-    def _train(self, number: int) -> tuple[int, dict[str, Any] | None]:
+    def _train(self, number: int, pairs: int) -> tuple[int, dict[str, Any] | None]:
         """Train in round `number`; return the exit code and `training` for the result, None if preempted."""
-        folder = self.folder.round(number)
+        folder, trainer = self.folder.round(number), self.config.trainer
+        # A round may have few pairs, and a step more than the data is an error. Some may be dropped.
+        most = max(1, int(pairs * (1 - self.config.data.max_bad_share)))
+        if trainer.global_batch_pairs > most:
+            self.say(f"round {number}: steps of {most:,} of its {pairs:,} pairs")
+            trainer = replace(trainer, global_batch_pairs=most)
         has_samples = self.config.data.eval_sources and self.config.samples.prompts != 0
         stage = replace(
             self._with_policy(number),
             run=replace(self.config.run, dir=str(folder.training.path)),
             data=replace(self.config.data, train=[SourceConfig(path=str(folder.pairs_file))]),
+            trainer=trainer,
             # Evaluations sample from the weights in training, which no server has.
             sampling=replace(self.config.sampling, endpoint=ServerConfig())
             if has_samples

@@ -4,15 +4,38 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_dist.config.run_folder import existing_run, strip_key
+from dpo_dist.config.run_folder import RunFolder, existing_run, strip_key
 from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import Arguments, ConfigError, ExitCode, exit_after
 from dpo_dist.foundation.files import remove_abandoned
 from dpo_dist.foundation.streams import print_line
+from dpo_dist.foundation.text import first_few, pluralize
 from dpo_dist.tools.pages.charts import draw_curves
 from dpo_dist.tools.report.run import PageFacts, write_page
 from dpo_dist.tools.report.runs import compare_runs
 from dpo_dist.training.reporting.metrics_log import read_latest_rows, write_tables
+
+
+def _runs(paths: Sequence[str]) -> list[RunFolder]:
+    """Return the run directories; of several paths, as of `output/*`, say which are without a run."""
+    runs, others = list[RunFolder](), list[str]()
+    for path in paths:
+        try:
+            runs.append(existing_run(Path(path).expanduser()))
+        except ConfigError:
+            if len(paths) == 1 or not Path(path).expanduser().exists():
+                raise
+            others.append(path)
+    if not runs:
+        raise ConfigError(
+            "none of these is a run directory",
+            where=first_few(others),
+            expected="a folder with config.yaml, which a run writes before its first step",
+            remedy="name the run.dir of a run",
+        )
+    if others:
+        print_line(f"{pluralize(len(others), 'path')} without a run: {first_few(others)}", sys.stderr)
+    return runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help=output)
     options = parser.parse_args(arguments)
     try:
-        first, *others = runs = [existing_run(Path(text).expanduser()) for text in options.runs]
+        first, *others = runs = _runs(options.runs)
         path = options.output or (Path("runs.html") if others else first.report)
         if others:
             for line in compare_runs(runs, path):

@@ -53,7 +53,9 @@ from dpo_dist.tools.selftest.checks import (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    parser = Arguments(prog="dpo-dist selftest", description=__doc__)
+    parser = Arguments(
+        prog="dpo-dist selftest", description=__doc__, answers={"--fast": "did you mean --quick?"}
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", default=Path("selftest.json"))
     parser.add_argument("--quick", action="store_true", help="skip the speeds, which need disk and memory")
     parser.add_argument("--share", action="store_true", help="end with a line of JSON to show to others")

@@ -1,6 +1,7 @@
 """The dry run of `--check`: in one process, load all inputs except weights, and the first records."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from dpo_dist.batching.sampler import SourceSpan, make_sampler
@@ -17,6 +19,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import (
     DataConfig,
     Dtype,
+    ModelConfig,
     ReferenceMode,
     RunConfig,
     SourceConfig,
@@ -24,6 +27,7 @@ from dpo_dist.config.schema import (
 from dpo_dist.data.counts import (
     DataCounts,
     are_mostly_plain,
+    check_batch,
     check_counts,
     check_split,
     counts_in_one_line,
@@ -31,29 +35,37 @@ from dpo_dist.data.counts import (
     plain_text_count,
     read_in_words,
     reason_remedy,
+    short_run_warnings,
+    steps_in_words,
     two_forms,
 )
 from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary
 from dpo_dist.data.encoded.dataset_columns import dataset_columns, key_order
 from dpo_dist.data.encoded.partners import with_partners
-from dpo_dist.data.encoded.store import has_images, read_counts, read_lengths
+from dpo_dist.data.encoded.store import read_counts, read_lengths
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import expected_number, metric_labels, pin_source, source_labels
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, PreferenceRecord, PromptHashes, train_part
 from dpo_dist.data.text.template import check_template_keys
 from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.model.architectures import router_loss
 from dpo_dist.model.files.folder import description_folder, is_adapter, start_folder
 from dpo_dist.model.files.load import Encoder, check_contents_at_hand, check_same_vocabulary, load_encoder
-from dpo_dist.model.files.stops import stop_notes
-from dpo_dist.model.lora import experts_note
 from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import CustomMetrics, MetricPlan, custom_metrics
-from dpo_dist.training.start.footprint import quantization_notes, stored_notes
-from dpo_dist.training.start.inputs import NO_IMAGE, check_keep_best, checked_model, folder_of_own_tokenizer
+from dpo_dist.training.start.footprint import quantization_notes
+from dpo_dist.training.start.inputs import (
+    NO_IMAGE,
+    Policy,
+    check_keep_best,
+    checked_model,
+    folder_of_own_tokenizer,
+    model_notes,
+)
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
 from dpo_dist.training.start.open_run import rate_warning
 from dpo_dist.training.start.run_state import RunState, expected_start
@@ -70,9 +82,10 @@ class _FirstRecords(NamedTuple):
     tokens: float  # of an example, on average
     counts: DataCounts
     is_whole: bool  # whether the source has no more
-    pairs: float  # of the whole source, about
+    pairs: float  # of the whole source: about, or at least if their number is unknown
+    is_estimated: bool
     dataset: PreferenceDataset
-    has_images: bool  # whether a usable record has an image
+    images: int  # records with images
 
 
 def dry_run(
@@ -108,18 +121,16 @@ def dry_run(
     lines = [("run.dir", place), ("model.path", described)]
     if config.run.mirror is not None and is_training:
         lines.append(("run.mirror", f"{config.run.mirror}, which can be written"))
-    lines += (("model.path", note) for note in stored_notes(config.model, causal_lm))
+    policy = Policy(folder, start, tokenizer, model_config, causal_lm)
+    routers = None if models else config.loss.router
+    for note in model_notes(policy, config.model, routers, config.data, trains=not models):
+        lines.append((note.about, "warning: " * note.is_warning + note.text))
     notes = quantization_notes(config.model, config.reference, causal_lm)
-    lines += (("experts", note) for note in [*notes, *experts_note(causal_lm, config.model.adapter)])
+    lines += (("experts", note) for note in notes)
     if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_fp16_products()):
         lines.append(("model.dtype", "fp16 needs a GPU: this CPU cannot compute in fp16"))
     for evaluated in models:
-        if not (evaluated.is_checkpoint or is_adapter(Path(evaluated.path))):
-            revision = config.model.revision if evaluated.path == config.model.path else None
-            model = description_folder(evaluated.path, revision, EVALUATION_MODEL_KEY)
-            if not is_adapter(model):
-                check_same_vocabulary(model, tokenizer, config.model, encoder.processor, EVALUATION_MODEL_KEY)
-                check_contents_at_hand(model, config.model, EVALUATION_MODEL_KEY)
+        _check_evaluated(evaluated, config.model, encoder)
         lines.append(("evaluation", evaluated.path))
     if not models:
         lines.append(("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)))
@@ -128,7 +139,6 @@ def dry_run(
             if (warning := rate_warning(config.model.adapter, config.optim))
             else []
         )
-        lines += (("end", note) for note in stop_notes(tokenizer, config.data, folder))
     custom = custom_metrics(config.metrics.function, config.loss)
     if custom.names:
         lines.append(("metrics", ", ".join(custom.names)))
@@ -151,11 +161,10 @@ def dry_run(
             check_ids_in_vocabulary(first.dataset, tokenizer, model_config.get_text_config().vocab_size)
             lines += [(name, first.text), *first.notes]
             looked_at[key].append(first)
-        has_images = any(first.has_images for first in looked_at[key])
-        if encoder.processor is not None and sources and not has_images:
+        if encoder.processor is not None and sources and not any(first.images for first in looked_at[key]):
             lines.append(("  warning", f"none of these records has an image: {NO_IMAGE}"))
     if is_training:
-        _check_steps(config, custom, looked_at["data.train"], looked_at["data.eval"])
+        lines += _check_steps(config, custom, looked_at["data.train"], looked_at["data.eval"])
     faults = _faults(looked_at["data.train"], looked_at["data.eval"], config.data, trains=is_training)
     lines += [("  look at", f"{fault}: {text}") for fault, text in faults]
     if plan is not None:
@@ -171,13 +180,27 @@ def dry_run(
     return report._replace(verdict=f"check passed: the run can start, but {found} (below)")
 
 
+def _check_evaluated(evaluated: EvaluatedModel, model: ModelConfig, encoder: Encoder) -> None:
+    """Check tokenizer and files of a model to evaluate; a checkpoint or adapter has those of the policy."""
+    if evaluated.is_checkpoint or is_adapter(Path(evaluated.path)):
+        return
+    revision = model.revision if evaluated.path == model.path else None
+    folder = description_folder(evaluated.path, revision, EVALUATION_MODEL_KEY)
+    if not is_adapter(folder):
+        check_same_vocabulary(folder, encoder.tokenizer, model, encoder.processor, EVALUATION_MODEL_KEY)
+        check_contents_at_hand(folder, model, EVALUATION_MODEL_KEY)
+
+
 def _check_steps(
     config: RunConfig,
     custom: CustomMetrics,
     train: Sequence[_FirstRecords],
     evaluation: Sequence[_FirstRecords],
-) -> None:
-    """Check metric, split, weights and schedule as a start does; numbers of pairs only of whole sources."""
+) -> list[tuple[str, str]]:
+    """Check metric, split, batch and schedule as a start does; return lines about the run's length.
+
+    Only of whole sources the number of pairs is known.
+    """
     data, keep_best = config.data, config.trainer.keep_best
     if keep_best is not None:
         labels = metric_labels(source_labels(data.eval_sources))
@@ -196,12 +219,33 @@ def _check_steps(
         check_split(DataCounts(changed=Counter({HELD_OUT: every})), data)
     if are_whole and data.eval_share and sum(trained) == every:
         check_split(DataCounts(changed=Counter({LEFT_IN_TRAIN: every})), data)
-    # Of a source that goes on, at least one pair is drawn.
-    numbers = [pairs if found.is_whole else 0 for pairs, found in zip(trained, train, strict=True)]
-    spans = [SourceSpan(0, pairs, source.weight) for pairs, source in zip(numbers, data.train, strict=True)]
-    sampler = make_sampler(spans, config.trainer)
+    spans = []
+    for pairs, first, source in zip(trained, train, data.train, strict=True):
+        expected = pairs if first.is_whole else first.pairs * pairs / len(first.dataset)
+        # Of a source that goes on, at least one pair is drawn.
+        least = 0 if first.is_whole else math.ceil(1 / source.weight)
+        spans.append(SourceSpan(0, max(round(expected), least), source.weight))
+    sampler, unit = make_sampler(spans, config.trainer), config.loss.unit
     if are_whole or config.trainer.max_steps is not None:
         check_schedule(config.optim, sampler.steps)
+    is_exact = are_whole or config.trainer.max_steps is not None
+    lines = [("training", ("" if is_exact else _about(train)) + steps_in_words(sampler, unit))]
+    if are_whole:
+        check_batch(sampler, unit)
+        lines += [("  warning", warning) for warning in short_run_warnings(sampler, unit)]
+    held_out = sum(first.pairs for first in train) * (1 - sum(trained) / every)
+    number = sum(first.pairs for first in evaluation) if evaluation else held_out
+    if data.eval_sources:
+        lines.append(("evaluation", _about(evaluation or train) + pluralize(round(number), unit)))
+    return lines
+
+
+def _about(sources: Sequence[_FirstRecords]) -> str:
+    """Return how well the number of pairs in sources is known, as a word before it."""
+    going_on = [first for first in sources if not first.is_whole]
+    if not going_on:
+        return ""
+    return "about " if all(first.is_estimated for first in going_on) else "at least "
 
 
 def _prompts(sources: Sequence[_FirstRecords]) -> PromptHashes:
@@ -287,6 +331,7 @@ def _first_records(
         **columns,
     )
     check_fits_loss(dataset, loss)
+    images = pc.sum(pc.greater(pc.list_value_length(table["images"]), 0)).as_py() or 0
     name = f" ({source.name})" if source.name else ""
     tokens = float(dataset.piece_tokens.sum()) / len(dataset)
     first, rest = ("the first ", " (the others were not looked at)") if has_more else ("", "")
@@ -296,13 +341,16 @@ def _first_records(
         read_in_words(counts.read_as),
         f"changed or unusual: {changed}" if (changed := counts_in_one_line(counts.changed)) else "",
         f"{tokens:.0f} tokens per example",
+        f"{pluralize(images, 'record')} with images" if images else "",
     ]
     read = (record for record in records if isinstance(record, PreferenceRecord))
     unread = named_in_one_line(itertools.chain.from_iterable(record.unread for record in read))
     notes = [("  not read", unread)] if unread else []
     notes += [("  warning", warning) for warning in two_forms(counts.numbers())]
-    pairs = float(counts.pairs)
-    if has_more:  # as many of each record as here; the number of records may be unknown
-        pairs *= max(1.0, expected_number(source) / counts.read)
+    pairs, expected = float(counts.pairs), expected_number(source)
+    if has_more:  # as many of each record as here
+        pairs *= max(1.0, expected / counts.read)
     text = "; ".join(filter(None, parts))
-    return _FirstRecords(text, notes, tokens, counts, not has_more, pairs, dataset, has_images(table))
+    return _FirstRecords(
+        text, notes, tokens, counts, not has_more, pairs, has_more and expected > 0, dataset, images
+    )

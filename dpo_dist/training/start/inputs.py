@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.config.metrics import AUC, MARGIN_PERCENTILES, PREFIX
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ModelConfig, ParallelismKind, ReferenceMode, SourceConfig
-from dpo_dist.data.counts import describe_counts, short_run_warnings
+from dpo_dist.config.schema import DataConfig, ModelConfig, ParallelismKind, ReferenceMode, SourceConfig
+from dpo_dist.data.counts import check_batch, describe_counts, short_run_warnings
 from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
@@ -152,6 +152,7 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
             run.say(line)
         if labels := dataset.counts.get("labels"):
             run.say(f"  {labels['good']:,} good and {labels['bad']:,} bad responses")
+    check_batch(sampler, config.loss.unit)
     for warning in short_run_warnings(sampler, config.loss.unit):
         run.warn(warning)
     return inputs
@@ -225,21 +226,9 @@ def _load(
     if trains:
         world.together(lambda: check_device(config.model, model_config.get_text_config(), world.device))
     router = router_loss(routers, causal_lm)
-    notes = [
-        *stored_notes(config.model, causal_lm),
-        *text_notes(causal_lm),
-        *router_notes(routers, causal_lm),
-    ]
-    for note in [*notes, *experts_note(causal_lm, config.model.adapter)]:
-        run.say(note)
-    for warning in length_warnings(model_config, longest):
-        run.warn(warning)
-    if not tokenizer.eos_token:
-        run.warn(_NO_END)
-    for warning in base_warnings(config.model, start):
-        run.warn(warning)
-    for note in stop_notes(tokenizer, config.data, folder) if trains else ():
-        run.say(note)
+    policy = Policy(folder, start, tokenizer, model_config, causal_lm)
+    for note in model_notes(policy, config.model, routers, config.data, trains=trains):
+        (run.warn if note.is_warning else run.say)(note.text)
     if trains:
         with unsharded_loading(world):
             fit_micro_batches(run, causal_lm)
@@ -289,6 +278,41 @@ def encode_together(world: World, preparation: Preparation) -> tuple[EncodedSour
     encoded = world.on_main(lambda: preparation.join(planned, parts))
     assert encoded is not None, "of every part"
     return encoded
+
+
+class Policy(NamedTuple):
+    """The policy without its weights: its folder, that of the adapter to continue, and what they hold."""
+
+    folder: Path
+    start: Path | None
+    tokenizer: PreTrainedTokenizerBase
+    model_config: PreTrainedConfig
+    causal_lm: PreTrainedModel
+
+
+class Note(NamedTuple):
+    """What a start and `--check` say, and what it is about."""
+
+    about: str
+    text: str
+    is_warning: bool = False
+
+
+def model_notes(
+    policy: Policy, model: ModelConfig, routers: RouterConfig | None, data: DataConfig, *, trains: bool
+) -> list[Note]:
+    """Return what is said about a model before its weights are read; `trains`: also about its end tokens."""
+    causal_lm = policy.causal_lm
+    notes = [Note("model.path", text) for text in (*stored_notes(model, causal_lm), *text_notes(causal_lm))]
+    experts = [*router_notes(routers, causal_lm), *experts_note(causal_lm, model.adapter)]
+    notes += [Note("experts", text) for text in experts]
+    long = length_warnings(policy.model_config, data.max_length)
+    notes += [Note("data.max_length", text, is_warning=True) for text in long]
+    if not policy.tokenizer.eos_token:
+        notes.append(Note("end", _NO_END, is_warning=True))
+    notes += [Note("adapter", text, is_warning=True) for text in base_warnings(model, policy.start)]
+    ends = stop_notes(policy.tokenizer, data, policy.folder) if trains else []
+    return [*notes, *(Note("end", text) for text in ends)]
 
 
 def checked_model(

@@ -30,7 +30,7 @@ from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, 
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.installed import install_extra, is_installed
 from dpo_dist.foundation.remedies import Remedy
-from dpo_dist.foundation.text import pluralize
+from dpo_dist.foundation.text import first_few, pluralize
 from dpo_dist.model.files.folder import (
     CONFIG_FILE,
     check_tokenizer_files,
@@ -130,16 +130,8 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
         check_source(source, config.data)
     check_template_file(config.data.chat_template)
     # Folders to write.
-    is_begun = run.lock.exists() or run.state.exists()
-    foreign = [run.path / CONFIG_FILE, *([] if is_begun else [run.config])]  # files of a model, or of a user
-    if trains and (there := [str(file) for file in foreign if file.is_file()]):
-        raise ConfigError(
-            "run.dir has files that no run has written",
-            where="run.dir",
-            got=", ".join(there),
-            expected="an empty folder, or one that only this run uses",
-            remedy="set run.dir to a new folder",
-        )
+    if trains:
+        _check_run_folder(run)
     folders = {"run.dir": run.path}
     cache, store = Path(config.data.cache), Path(config.reference.store)
     if not any(cache.glob("*.arrow")):
@@ -148,6 +140,33 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
         folders["reference.store"] = store  # the same
     for key, folder in folders.items():
         check_writable(folder, key)
+
+
+def _check_run_folder(run: RunFolder) -> None:
+    """Raise ConfigError if a new run's directory holds other things: it is /, the home, or a folder of runs.
+
+    Not one with other files of the user's own: a launcher may have put its logs there.
+    """
+    is_begun = run.lock.exists() or run.state.exists()
+    foreign = [run.path / CONFIG_FILE, *([] if is_begun else [run.config])]  # files of a model, or of a user
+    there = [str(file) for file in foreign if file.is_file()]
+    home = Path(os.path.expanduser("~")).resolve()  # noqa: PTH111 (no error if a user has no home)
+    folder = run.path.expanduser().resolve()
+    is_above = not is_begun and (folder in Path.cwd().resolve().parents or folder in (home, *home.parents))
+    if is_above:
+        there = [str(run)]
+    elif not is_begun:
+        there += [str(state.parent) for state in sorted(run.path.glob(f"*/{run.state.name}"))]
+    if not there:
+        return
+    remedy = Remedy("remove run.dir, or name a new folder: run.dir=output/my_run", remove=("run.dir",))
+    raise ConfigError(
+        "run.dir is a folder of other things" if is_above else "run.dir has files that no run has written",
+        where="run.dir",
+        got=first_few(there),
+        expected="an empty folder, or one that only this run uses",
+        remedy=remedy if is_above else "set run.dir to a new folder",
+    )
 
 
 def _check_groups(parallelism: ParallelismConfig, *, trains: bool) -> None:

@@ -26,7 +26,7 @@ from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.foundation.console import TRAINING, Console
 from dpo_dist.foundation.signals import BY_CALLBACK
-from dpo_dist.foundation.text import duration, percent, size
+from dpo_dist.foundation.text import duration, percent_of, size
 from dpo_dist.objective.metrics import PairColumn
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.reporting.protocols import Moment, OnMoment, Recorder, Samples, When, Wish
@@ -457,7 +457,7 @@ def show_row(console: Console, row: Mapping[str, float], steps: int, unit: str =
     if (length := row.get("eval_samples/length")) is not None:
         parts.append(f"samples of {length:,.0f} tokens")
     if (finished := row.get("eval_samples/finished")) is not None:
-        parts.append(f"{percent(finished)} of them finished")
+        parts.append(f"{percent_of(finished, int(row['eval_samples/prompts']))} finished")
     line = f"step {int(row['step']):,}/{steps:,}  evaluation: {', '.join(parts)}"
     console.result("evaluation", row, [line])
 

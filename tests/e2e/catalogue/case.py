@@ -11,7 +11,7 @@ from dpo_dist.foundation.files import is_temporary
 from tests.support.launch import environment
 from tests.support.warm import ENVIRONMENT, reserve_port, run_warm_apart
 
-RUN = "model.path=model model.dtype=fp32 data.train=[train.jsonl] tracking=off"
+RUN = "model.path=model model.dtype=fp32 data.train=[train.jsonl] tracking=off trainer.global_batch_pairs=6"
 """A run that trains; a case adds its mistake."""
 
 _SECONDS = 240

@@ -295,6 +295,10 @@ def test_a_verb_without_check_refuses_the_option(verb: Verb) -> None:
         ("mine.yaml", "write dpo-dist train mine.yaml"),
         ("xyzzy", "there is no verb 'xyzzy'"),
         ("--check", "options come after the verb: dpo-dist train --check"),
+        ("--verison", "did you mean --version?"),
+        ("-V", "did you mean --version?"),
+        ("list", "write dpo-dist report output/*"),
+        ("init", "write dpo-dist train model.path=MODEL 'data.train=[FILE]' --cfg job > my.yaml"),
     ],
 )
 def test_a_verb_that_is_not_there_names_the_one_that_is(
@@ -302,7 +306,7 @@ def test_a_verb_that_is_not_there_names_the_one_that_is(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["dpo-dist", verb])
     assert dpo_dist.__main__.main() == 2
-    assert said in capsys.readouterr().out.splitlines()[0]
+    assert said in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

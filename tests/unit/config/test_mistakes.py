@@ -92,7 +92,7 @@ MISTYPED = [
     ("tracking.also=[tensorboard]", "write 'tracking.to=[tensorboard]'"),
     ("~loss.beta", "loss.beta takes one value"),
     ("'model.adapter={target_modules: all}'", "did you mean model.adapter.target_modules=all-linear?"),
-    ("loss.router=0.01", "write loss.router.aux_coefficient=..."),
+    ("loss.router=0.01", "write loss.router.aux_coefficient=0.01"),
     ("loss.aux_coefficient=0.01", "write loss.router.aux_coefficient=0.01"),
     ("export.checkpoint=3", "such as step-000100"),
     ("run.root=null", "set run.root to text; remove it for the default, output"),
@@ -192,6 +192,58 @@ MISTYPED = [
     ("'data.train={}'", "write 'data.train=[...]'"),
     ("optim=null", "no optim named 'null'"),
     ("model=7", "a path is no preset"),
+    # An entry of a list by its place.
+    ("tracking.to[0]=mlflow", "write 'tracking.to=[mlflow]'"),
+    ("report_to[0]=mlflow", "write 'tracking.to=[mlflow]'"),
+    ("data.train[0]=b.jsonl", "write 'data.train=[b.jsonl]'"),
+    ("data.train[1].path=b.jsonl", "write this key inside an entry: 'data.train=[{path: ...}]'"),
+    ("nonsense[0]=2", "the sections are run, model, "),
+    # A group of presets, or a mapping, in place of the key inside it.
+    ("--model tiny", "write model.path=tiny"),
+    ("--data std.csv", "write 'data.train=[std.csv]'"),
+    ("--reference ./base", "write reference.path=./base"),
+    ("--loss ipo", "write loss=ipo"),
+    ("--loss dpo", "did you mean loss=sigmoid?"),
+    ("--parallelism fsdp", "did you mean parallelism=zero3?"),
+    ("--tracking mlflow", "write 'tracking.to=[mlflow]'"),
+    ("--run x", "write run.KEY=VALUE; --help run lists its keys"),
+    ("sampling.endpoint=http://localhost:8000/v1", "write sampling.endpoint.url=http://localhost:8000/v1"),
+    ("model.adapter=16", "write model.adapter.r=16"),
+    ("model.images=true", "write model.images.train=..., one of none, projector, tower"),
+    # A near key that cannot have the value says what it takes.
+    ("reference.modle=tiny", "did you mean reference.mode, one of auto, cached"),
+    ("reference.model=tiny", "write reference.path=tiny"),
+    ("reference.kind=live", "write reference.mode=live"),
+    # A name of a preset, a size, a GPU, a number with a unit, a range, a slice.
+    ("zephyr7b", "write +experiment=zephyr7b"),
+    ("simpo", "write loss=simpo"),
+    ("7B", "write model=qwen2_5_7b"),
+    ("plan.gpus=8xH100", "write plan.gpus=8 plan.gpu=h100-80g"),
+    ("plan.gpu=2*a100", "write plan.gpus=2 plan.gpu=a100-80g"),
+    ("plan.gpus=h200", "write plan.gpu=h200-141g"),
+    ("plan.gpu=rtx-4090", "did you mean plan.gpu=rtx4090-24g?"),
+    ("plan.gpu=24GB", "did you mean plan.gpu=rtx4090-24g?"),
+    ("plan.gpu=T4", "set plan.gpu to one of"),
+    ("plan.nodes=2", "plan.gpus counts the GPUs of all nodes"),
+    ("data.max_length=2k", "write data.max_length=2000"),
+    ("model.images.max_pixels=1.5M", "write model.images.max_pixels=1500000"),
+    ("trainer.seed=1..3", "the verb sweep takes 'trainer.seed=range(1,4)'"),
+    ("loss.beta=0.01-0.5", "the verb sweep searches 'loss.beta=interval(0.01,0.5)' with sweep.trials=20"),
+    ("'data.eval=[org/name:test[:10%]]'", "its first records: write {path: NAME, split: train, limit: 1000}"),
+    ("data.eval=(b.csv)", "write 'data.eval=[b.csv]'"),
+    ("'{model.path: tiny}'", "each as KEY=VALUE, such as loss.beta=0.2"),
+    # Other trainers.
+    ("optim=lion", "not offered: write optim=adamw, adamw_8bit or muon"),
+    ("optim.kind=sgd", "not offered: write optim=adamw, adamw_8bit or muon"),
+    ("optim.decay=0.1", "write optim.decay_ratio=0.1 or optim.weight_decay=0.1"),
+    ("optim.clip=1.0", "write optim.max_grad_norm=1.0"),
+    ("pairs.iterations=3", "write pairs.rounds=3"),
+    ("--pretrain ./m", "write model.path=./m"),
+    ("--fix", "the doctor changes no file"),
+    # A URL with one slash, or none.
+    ("data.train=[gs:/bucket/pairs.jsonl]", "did you mean gs://bucket/pairs.jsonl?"),
+    ("data.eval=[https:host/pairs.jsonl]", "did you mean https://host/pairs.jsonl?"),
+    ("run.mirror=s3:/bucket/runs", "did you mean s3://bucket/runs?"),
 ]
 
 
@@ -229,6 +281,13 @@ def refused_proposals(remedy: str) -> list[str]:
 def test_what_an_error_proposes_is_accepted(typed: str) -> None:
     error = error_of(typed)
     assert [word for part in error.parts or (error,) for word in refused_proposals(part.remedy)] == []
+    words = error.as_dict(shlex.split(typed))["remedy"]["write"]
+    assert not words or not {*words} <= {*shlex.split(typed)}, "what stands there is no advice"
+
+
+def test_a_size_that_no_preset_has_is_no_name() -> None:
+    assert error_of("13B", verb="plan").remedy == "a size is no model: write model.path=ORG/NAME"
+    assert error_of("org/name", verb="plan").remedy == "write the key too: model.path=org/name"
 
 
 def test_what_the_answers_to_other_trainers_names_propose_is_accepted() -> None:

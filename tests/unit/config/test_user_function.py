@@ -73,3 +73,27 @@ def test_a_function_that_cannot_be_used_is_named(
         user_function(name)
     assert caught.value.where == "loss.function"
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("written", "remedy"),
+    [
+        ("own_place.py:mine", "set loss.function=own_place:mine"),
+        ("./own_place.py:mine", "set loss.function=own_place:mine"),
+        ("own_place.mine", "set loss.function=own_place:mine"),
+        ("src/own_place.py:mine", "set loss.function=src.own_place:mine"),
+        ("nowhere/own_place.py:mine", "write the module with dots and without .py"),
+        ("own_place", "write the module with dots and without .py"),
+    ],
+)
+def test_a_path_in_place_of_a_module_is_translated_if_it_is_there(
+    folder: Path, written: str, remedy: str
+) -> None:
+    (folder / "src").mkdir()
+    for place in (folder, folder / "src"):
+        (place / "own_place.py").write_text(SOURCE)
+    with pytest.raises(ConfigError, match="is not found") as caught:
+        user_function(written)
+    assert caught.value.remedy.startswith(remedy)
+    if remedy.startswith("set "):
+        assert callable(user_function(remedy.partition("=")[2]))

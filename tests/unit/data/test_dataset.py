@@ -12,11 +12,11 @@ import pytest
 
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.example import TokenIds, response_key
-from dpo_dist.batching.sampler import SourceSpan, make_sampler
+from dpo_dist.batching.sampler import BatchSampler, SourceSpan, make_sampler
 from dpo_dist.batching.step_batch import collate, shard_batch
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import OnBadRecord, Ranked, SourceConfig, TrainerConfig
-from dpo_dist.data.counts import describe_counts, short_run_warnings
+from dpo_dist.data.counts import check_batch, describe_counts, short_run_warnings
 from dpo_dist.data.encoded import build as build_dataset_module
 from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
@@ -315,9 +315,27 @@ def test_duplicates_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("weight", "batch", "remedy"),
+    [(1, 161, 16), (1, 1000, 16), (0.1, 17, 2), (2, 321, 32), (1, 160, None), (2, 320, None)],
+)
+def test_a_step_of_more_pairs_than_the_data_is_refused(weight: float, batch: int, remedy: int | None) -> None:
+    def sampler(batch: int) -> BatchSampler:
+        return make_sampler(
+            [SourceSpan(0, 160, weight)], TrainerConfig(global_batch_pairs=batch, max_steps=9)
+        )
+
+    if remedy is None:
+        check_batch(sampler(batch))
+        return
+    with pytest.raises(ConfigError, match="a step has more pairs than the training data") as caught:
+        check_batch(sampler(batch))
+    assert caught.value.remedy == f"set trainer.global_batch_pairs={remedy}"
+    check_batch(sampler(remedy))
+
+
+@pytest.mark.parametrize(
     ("pairs", "trainer", "expected"),
     [
-        (12, {"global_batch_pairs": 1000, "max_steps": 1}, "up to 84 times in one step"),
         (100, {"global_batch_pairs": 64, "max_steps": 1}, "the whole run is 1 step: 64 pairs"),
         (12, {"global_batch_pairs": 10, "epochs": 2.0}, None),
     ],

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -42,6 +43,39 @@ def test_options_and_addresses_that_cannot_be_used_are_one_block(
         launch(options.split())
     assert refused.value.exit_code == code
     assert got in refused.value.got
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("--num_processes=2 trian model.path=m", "did you mean train?"),
+        ("train.py model.path=m", "did you mean train?"),
+        ("--nproc_per_node 2 train", "did you mean --num_processes? It counts all nodes"),
+        ("--nproc-per-node=2 train", "did you mean --num_processes? It counts all nodes"),
+        ("--num_gpus 2 train", "did you mean --num_processes? It counts all nodes"),
+        ("--nnodes 2 train", "did you mean --num_machines?"),
+        ("--node_rank 1 train", "did you mean --machine_rank?"),
+        ("--master_addr a train", "did you mean --main_process_ip?"),
+        ("--num_proceses 2 train", "did you mean --num_processes?"),
+        ("2 train", "did you mean --num_processes 2?"),
+        ("model.path=m", "dpo-dist launch train model.path=m"),
+        ("mine.yaml loss.beta=1", "dpo-dist launch train mine.yaml"),
+        ("", "dpo-dist launch train KEY=VALUE ..."),
+        ("xyzzy", "dpo-dist launch --help"),
+    ],
+)
+def test_a_mistyped_launch_is_told_what_to_write(
+    typed: str,
+    said: str,
+    launch: Callable[[list[str]], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("loss: ipo\n")  # no program, although it is a file
+    with pytest.raises(DpoDistError) as refused:
+        launch(typed.split())
+    assert said in refused.value.remedy
 
 
 @pytest.mark.parametrize("program", ["train", "-m dpo_dist train"])

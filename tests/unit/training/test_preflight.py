@@ -3,7 +3,9 @@
 import contextlib
 import importlib.util
 import json
+import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.counts import steps_in_words
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
 from dpo_dist.foundation.files import locked
@@ -47,6 +50,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_of(assets: Path, root: Path, *overrides: str) -> RunConfig:
     usual = [f"model.path={assets}/model", f"data.train=[{assets}/train.jsonl]", f"run.root={root}/output"]
+    usual.append("trainer.global_batch_pairs=1")
     return load_run_config([*usual, *overrides])
 
 
@@ -251,6 +255,99 @@ def test_the_plan_of_a_check_has_the_mean_length_of_all_pairs(assets: Path, tmp_
         assert mean == pytest.approx((times * long_tokens + others * short_tokens) / (times + others))
 
 
+def lengths(report: CheckReport) -> list[str]:
+    """What a check says of the run's length and its evaluation."""
+    return [text for label, text in report.facts if label in ("training", "evaluation")]
+
+
+@pytest.mark.usefixtures("without_models")
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("trainer.global_batch_pairs=4", ["3 steps of 4 pairs"]),
+        ("trainer.global_batch_pairs=5 trainer.epochs=2", ["5 steps of 5 pairs"]),
+        ("'data.train=[{{path: {0}/train.jsonl, weight: 2}}]'", ["24 steps of 1 pair"]),
+        ("trainer.max_steps=7", ["7 steps of 1 pair"]),
+        ("'data.eval=[{{path: {0}/train.jsonl, limit: 5}}]'", ["12 steps of 1 pair", "5 pairs"]),
+        ("'data.eval=[{{path: {0}/train.jsonl, limit: 5}}]' data.drop_eval_prompts=true",
+         ["7 steps of 1 pair", "5 pairs"]),
+        ("data.eval_share=0.3", ["8 steps of 1 pair", "4 pairs"]),
+        ("'data.train=[{0}/many.jsonl]' trainer.global_batch_pairs=64", ["about 32 steps of 64 pairs"]),
+        ("'data.train=[{0}/many.jsonl]' trainer.max_steps=7", ["7 steps of 1 pair"]),
+        ("'data.train=[{0}/many.jsonl]' trainer.global_batch_pairs=64 data.eval_share=0.5",
+         ["about 17 steps of 64 pairs", "about 967 pairs"]),
+        ("'data.train=[{0}/many.csv]' trainer.global_batch_pairs=64", ["at least 16 steps of 64 pairs"]),
+    ],
+)  # fmt: skip
+def test_a_check_says_the_length_of_the_run_and_of_its_evaluation(
+    overrides: str, said: list[str], assets: Path, tmp_path: Path
+) -> None:
+    """Of 12 records all are read; of many the first 1,024, whose number is about known for JSON lines."""
+    lines = [f"q {number},good {number},bad {number}\n" for number in range(2000)]
+    folder = tmp_path / "data"
+    shutil.copytree(assets, folder)
+    (folder / "many.csv").write_text("".join(["prompt,chosen,rejected\n", *lines]))
+    names = ("prompt", "chosen", "rejected")
+    records = (dict(zip(names, line.strip().split(","), strict=True)) for line in lines)
+    (folder / "many.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = run_of(assets, tmp_path, "model.dtype=fp32", *shlex.split(overrides.format(folder)))
+    assert lengths(dry_run(config)) == said
+    assert lengths(dry_run(config, trains=False)) == []
+    if not re.match("about|at least", said[0]):
+        inputs = load_inputs(Run(config, ALONE, Console(None)), trains=True)
+        started = [steps_in_words(inputs.sampler)]
+        started += [] if inputs.eval_set is None else [f"{len(inputs.eval_set)} pairs"]
+        assert started == said
+
+
+@pytest.mark.usefixtures("without_models")
+@pytest.mark.parametrize(
+    ("overrides", "where", "remedy"),
+    [
+        ("trainer.global_batch_pairs=1000", "trainer.global_batch_pairs", "set trainer.global_batch_pairs=1"),
+        ("model.adapter.r=33", "model.adapter.r", "set model.adapter.r=16"),
+        (
+            "'model.adapter={r: 17, target_modules: [q_proj, k_proj]}'",
+            "model.adapter.r",
+            "set model.adapter.r=16",
+        ),
+    ],
+)
+def test_a_start_refuses_by_the_words_of_the_check(
+    overrides: str, where: str, remedy: str, assets: Path, tmp_path: Path
+) -> None:
+    config = run_of(assets, tmp_path, "model.dtype=fp32", *shlex.split(overrides))
+    errors = []
+    for work in (dry_run, lambda config: load_inputs(Run(config, ALONE, Console(None)), trains=True)):
+        with pytest.raises(ConfigError) as caught:
+            work(config)
+        errors.append(caught.value.block())
+    assert errors[0] == errors[1]
+    assert (caught.value.where, caught.value.remedy) == (where, remedy)
+    dry_run(run_of(assets, tmp_path, *shlex.split(overrides), *caught.value.advice.write))
+
+
+def test_a_small_layer_among_all_linear_ones_limits_no_rank(assets: Path, tmp_path: Path) -> None:
+    dry_run(run_of(assets, tmp_path, "model.adapter.r=17"))
+
+
+@pytest.mark.parametrize("place", ["/", "{0}", "{0}/work/..", "~", "{0}/runs"])
+def test_a_run_directory_of_other_things_is_refused(
+    place: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "home").mkdir()
+    leave_run(run_of(assets, tmp_path, f"run.dir={tmp_path}/runs/first"), RunOutcome.preempted, ())
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    error = refused(run_of(assets, tmp_path, f"run.dir={place.format(tmp_path)}"))
+    assert error.where == "run.dir"
+    assert "run.dir" in error.remedy
+    for other in ("run.dir=.", f"run.dir={tmp_path}/runs/first", f"run.dir={tmp_path}/runs/second"):
+        check_start(run_of(assets, tmp_path, other), trains=True)
+    check_start(run_of(assets, tmp_path, f"run.dir={tmp_path}"))  # nothing is trained there
+
+
 def test_a_check_warns_of_an_adapter_at_a_rate_for_all_weights(assets: Path, tmp_path: Path) -> None:
     for rate, warned in (("1e-6", True), ("2e-4", False)):
         text = str(dry_run(run_of(assets, tmp_path, "model.adapter={r: 4}", f"optim.lr={rate}")))
@@ -301,7 +398,10 @@ def test_a_check_says_what_is_wrong_with_the_data(
         ("data.eval_share=0.999 trainer.eval_every=1", "no training data are left"),
         ("data.eval=[{0}/train.jsonl] data.drop_eval_prompts=true", "no training data are left"),
         ("'data.train=[{{path: {0}/train.jsonl, weight: 0.01}}]'", "no pair of a source would be drawn"),
-        ("optim.warmup_ratio=0 optim.warmup_steps=9", "the warm-up is longer than the run"),
+        ("optim.warmup_ratio=0 optim.warmup_steps=13", "the warm-up is longer than the run"),
+        ("trainer.global_batch_pairs=13", "a step has more pairs than the training data"),
+        ("data.eval_share=0.5 trainer.global_batch_pairs=12", "a step has more pairs than the training data"),
+        ("model.adapter.r=100000", "rank is above the smaller side of a layer"),
         ("loss=kto 'data.train=[{0}/one_prompt.jsonl]'", "have the same prompt"),
     ],
 )
@@ -478,6 +578,7 @@ def test_a_model_with_fewer_positions_than_tokens_is_a_warning_at_start(
         with pytest.raises(TypeError):  # where digests would be made
             load_inputs(Run(config, ALONE, Console(None)), trains=True)
         assert ["1,000 positions" in text for text in warned] == [True] * are_more
+        assert ("warning: data.max_length=1,002 is more than" in str(dry_run(config))) is are_more
 
 
 def test_a_base_that_does_not_stop_where_training_ends_turns_is_said_at_start(
@@ -515,7 +616,9 @@ def test_a_run_whose_model_reads_images_warns_of_data_without_any(
         config = run_of(assets, tmp_path, *options, "model.dtype=fp32", f"data.train=[{data}]")
         load_inputs(Run(config, ALONE, Console(None)))
         assert ("no usable record of the train data has an image" in "\n".join(said)) is is_said
-        assert ("none of these records has an image: name the column" in str(dry_run(config))) is is_said
+        text = str(dry_run(config))
+        assert ("none of these records has an image: name the column" in text) is is_said
+        assert (" with images" in text) is not is_said
         said.clear()
 
 

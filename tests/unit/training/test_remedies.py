@@ -24,6 +24,7 @@ from tests.support.tiny_model import write_model
 pytestmark = pytest.mark.slow
 
 USUAL = {"model.path": "model", "data.train": "[train.jsonl]", "parallelism": "ddp"}
+USUAL["trainer.global_batch_pairs"] = "4"
 ROUNDS = 3  # a remedy may lead to a rule that was not broken before
 
 # The words beside the usual ones, which they replace.
@@ -130,7 +131,7 @@ def test_the_command_of_an_error_about_a_json_object_writes_its_records(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    words = ["model.path=model", "parallelism=ddp"]
+    words = ["model.path=model", "parallelism=ddp", "trainer.global_batch_pairs=4"]
     with pytest.raises(DpoDistError, match="one list of records") as caught:
         checked([*words, "data.train=[object.json]"])
     command, _, rest = caught.value.remedy.partition(" writes its list; then read ")
@@ -138,6 +139,24 @@ def test_the_command_of_an_error_about_a_json_object_writes_its_records(
     assert python == "python"
     subprocess.run([sys.executable, *arguments], check=True)
     assert "6 of 6 records kept" in str(checked([*words, f"data.train=[{rest}]"]))
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("model/tokenizer.json", "this is a file of a model"),
+        ("model", "this is a file of a model"),
+        ("splits.json", "write the records as one list"),
+    ],
+)
+def test_a_list_that_has_no_records_is_not_offered(
+    path: str, remedy: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    Path("splits.json").write_text('{"name": "pairs", "splits": ["train", "test"]}')
+    with pytest.raises(DpoDistError, match="one list of records") as caught:
+        checked(["model.path=model", f"data.train=[{path}]"])
+    assert caught.value.remedy.startswith(remedy)
 
 
 @pytest.mark.parametrize("typed", MISTAKES.strip().splitlines())

@@ -55,7 +55,11 @@ NO_SCORES = [model("base"), model("a")]  # a judge that compares gives none
 def test_the_headline(models: list[dict[str, Any]], rates: list[float], sentences: str) -> None:
     pairs = combinations([each["name"] for each in models], 2)
     wins = [win(*names, rate) for names, rate in zip(pairs, rates, strict=False)]
-    assert " ".join(headline(results(models, wins))) == sentences
+    content = results(models, wins, prompts=1, not_judged={})
+    assert " ".join(headline(content)) == sentences
+    console = comparison_table(content)
+    assert [*headline(content)] == console[-len(headline(content)) :], "the console ranks as the page does"
+    assert f" {round(models[0]['style']['finished'])} of 1 " in console[2], "no percent of a single prompt"
 
 
 def test_a_model_that_was_trained_on_the_prompts_is_named() -> None:
@@ -63,7 +67,7 @@ def test_a_model_that_was_trained_on_the_prompts_is_named() -> None:
     seen = results([BASE, ENDED], [], not_judged={}, prompts_also_in_train=trained)
     sentence = "Not all prompts are held out: b was trained on 12 of them."
     assert headline(seen)[-1] == sentence
-    assert f"note: {sentence}" in comparison_table(seen)
+    assert sentence in comparison_table(seen)
 
 
 def test_responses_are_side_by_side_with_their_facts_and_labels(tmp_path: Path) -> None:

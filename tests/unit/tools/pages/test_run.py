@@ -148,7 +148,7 @@ def test_a_page_that_cannot_be_written_is_a_plain_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="this file of a run cannot be read"):
         main([str(run)])
     with pytest.raises(ConfigError, match=re.escape(f"such as {run}")):
-        main([str(run), str(tmp_path)])
+        main([str(tmp_path)])
 
 
 @pytest.mark.parametrize(

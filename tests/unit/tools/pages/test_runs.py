@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.report.__main__ import main
 from dpo_dist.tools.report.runs import compare_runs, differing_settings
 from tests.support.sample_files import sample, write_samples
@@ -192,3 +193,24 @@ def test_runs_that_differ_in_their_seeds_have_a_mean_and_a_spread(runs: list[Run
     )
     change(runs[2].summary, "exit", value="diverged")
     assert compared(runs)[0][6].startswith("all 2 of 3 0.4100 \u00b1 0.0000 0.750 \u00b1 0.212")
+
+
+def test_a_pattern_of_folders_skips_and_counts_those_without_a_run(
+    runs: list[RunFolder], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `report output/*` names them, beside the caches of data and log-probs."""
+    above = runs[0].path.parent
+    monkeypatch.chdir(above)
+    (above / "encoded").mkdir()
+    (above / "runs.txt").touch()
+    given = [str(path) for path in sorted(above.iterdir()) if path.name.startswith(("run-", "enc", "runs.t"))]
+    assert main(given) == 0
+    printed = capsys.readouterr()
+    assert f"2 paths without a run: {above / 'encoded'}, {above / 'runs.txt'}" in printed.err
+    assert [name in printed.out for name in ("run-a", "run-b", "run-c", "encoded")] == [True] * 3 + [False]
+    assert main([str(above / "encoded"), str(runs[0].path)]) == 0, "one of several is a run"
+    for wrong in ([str(above / "encoded")], [str(above / "encoded"), str(above / "runs.txt")]):
+        with pytest.raises(ConfigError, match="run director"):
+            main(wrong)
+    with pytest.raises(ConfigError, match="no run directory"):
+        main([str(runs[0].path), str(above / "run-aa")])  # mistyped: nothing is there
