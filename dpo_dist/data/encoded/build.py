@@ -73,7 +73,7 @@ from dpo_dist.foundation.files import (
 )
 
 # Increase it when the same records get other token ids or files: else old files would be reused.
-_ENCODING_VERSION = 23
+_ENCODING_VERSION = 24
 _LENGTH_KEYS = ("max_length", "max_prompt_length", "truncation")
 _ENCODING_KEYS = (
     *_LENGTH_KEYS,

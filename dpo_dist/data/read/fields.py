@@ -15,6 +15,7 @@ TEMPLATE_ARGUMENTS = "chat_template_kwargs"
 LISTS = ("responses", "completions", "output")
 IMAGES = ("images", "image")
 MEDIA = ("audio", "audios", "video", "videos")
+THOUGHTS = ("reasoning", "reasoning_content", "thinking", "thought", "thoughts")
 IMAGES_OF_SIDES = tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in IMAGES)
 LABELS = ("label", "kto_tag")
 VOTES = ("votes_chosen", "votes_rejected")
@@ -75,6 +76,8 @@ _TABLE = (
     (("images", "videos", "audios"), "columns rare"),
     (("documents", *MEDIA), "read unread"),
     (tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA), "read unread"),
+    # The model's thoughts, or the reasons of a judge.
+    (tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in THOUGHTS), "read unread"),
     (IMAGES_OF_SIDES, "read"),
     (tuple(itertools.chain(*PAIR_SCORES)), "kept"),
     ((*PAIR_SCORES[0], "scores"), "columns rare"),

@@ -41,6 +41,7 @@ from dpo_dist.data.encoded.store import has_images, read_counts, read_lengths
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import expected_number, metric_labels, pin_source, source_labels
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, PreferenceRecord, PromptHashes, train_part
+from dpo_dist.data.text.render import unread_fields
 from dpo_dist.data.text.template import check_template_keys
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.types import CheckReport
@@ -297,7 +298,9 @@ def _first_records(
         f"{tokens:.0f} tokens per example",
     ]
     read = (record for record in records if isinstance(record, PreferenceRecord))
-    unread = named_in_one_line(itertools.chain.from_iterable(record.unread for record in read))
+    unread = named_in_one_line(
+        itertools.chain.from_iterable(unread_fields(record, encoder.tokenizer, data) for record in read)
+    )
     notes = [("  not read", unread)] if unread else []
     notes += [("  warning", warning) for warning in two_forms(counts.numbers())]
     pairs = float(counts.pairs)
