@@ -62,6 +62,7 @@ def _parsed(template: str) -> nodes.Template:
         ) from fault
 
 
+@lru_cache(maxsize=8)
 def argument_names(template: str) -> frozenset[str]:
     """Return the names that a template may read besides messages and tools. Raises ConfigError."""
     return frozenset(find_undeclared_variables(_parsed(template))) - _OWN_VARIABLES
