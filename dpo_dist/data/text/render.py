@@ -1,6 +1,7 @@
 """Render a record as texts to tokenise: a prompt, and its responses with their turns."""
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -183,8 +184,7 @@ def _by_template(
         check_template_keys(config, facts.tokenizer)
     tools = {"tools": list(record.tools)} if record.tools else {}
     context = chat.data({**(config.template_arguments or {}), **known, **tools})
-    for turns in (messages, *responses):
-        chat.check_keys(turns)
+    chat.check_keys([*messages, *itertools.chain(*responses)])
     rendered = _Conversation(messages, context, facts, chat, config).render(responses)
     # What the template left out.
     changes = set(rendered.changes)

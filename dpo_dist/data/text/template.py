@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from datetime import datetime
@@ -285,7 +285,7 @@ class ChatRenderer:
             raise UnusableRecordError("special_token_in_text", detail)
         return escaped
 
-    def check_keys(self, messages: Messages) -> None:
+    def check_keys(self, messages: Iterable[Message]) -> None:
         """Check that the template names the data's own keys of messages. Raises UnusableRecordError."""
         own = {name for message in messages for name in message.fields.keys() - _USUAL_FIELDS}
         if unread := sorted(map(shown_key, own - self.keys)):
