@@ -126,6 +126,13 @@ def test_calls_tools_and_thoughts_that_the_template_does_not_write_drop_the_reco
         assert (found.reason, found.unread) == ("unread_content", (name,))
 
 
+@pytest.mark.parametrize("keys", [{"function_calls": CALLED}, {"tool_call": {"number": 1}}])
+def test_a_turn_with_nothing_but_an_unread_call_drops_the_record(keys: dict[str, Any]) -> None:
+    found = of(record_with("", **keys) | {"prompt": [user("Rain?")]}, template_of(PLAIN))
+    assert isinstance(found, BadRecord)
+    assert (found.reason, found.unread) == ("unread_content", tuple(keys))
+
+
 @pytest.mark.parametrize(
     "keys", [{"reasoning_effort": "high"}, {"call_id": "a b"}, {"recall": "0.5 of all"}, {"thought": ""}]
 )
@@ -142,12 +149,14 @@ def test_settings_identifiers_and_numbers_are_no_content(keys: dict[str, Any]) -
 ONLY_TOOL = template_of(PLAIN).replace("{% else %}", "{% elif m.role in ('user', 'tool') %}")
 
 
-@pytest.mark.parametrize(("role", "is_written"), [("tool", True), ("environment", False), ("ipython", False)])
-def test_a_turn_is_known_to_be_written_by_its_place_not_by_its_words(role: str, is_written: bool) -> None:
+def test_a_turn_is_known_to_be_written_by_its_place_not_by_its_words() -> None:
     """The words of the result also stand in the question, and in both answers."""
-    asked = (Message("user", "Rain?"), CALL, Message(role, "Rain"))
-    found = encode(pair("Rain.", "No Rain.", prompt=asked, tools=(TOOL,)), tokenizer_with(ONLY_TOOL))
-    assert ("content_not_rendered" not in found.changes) is is_written
+    tokenizer = tokenizer_with(ONLY_TOOL)
+    for role, is_written in (("tool", True), ("environment", False), ("ipython", False), ("tool", True)):
+        for before in (CALL, ANSWER):
+            asked = (Message("user", "Rain?"), before, Message(role, "Rain"))
+            found = encode(pair("Rain.", "No Rain.", prompt=asked, tools=(TOOL,)), tokenizer)
+            assert ("content_not_rendered" not in found.changes) is is_written
 
 
 def test_a_turn_that_is_written_otherwise_than_in_words_is_not_counted() -> None:
@@ -267,6 +276,24 @@ def test_thoughts_between_the_marks_of_the_template_can_be_left_out(name: str) -
     assert "".join(
         trained_text(tokenizer, found).split()
     ) == f"<|calls|>weatherBern<|end|>{said}<|end|>".replace(" ", "")
+
+
+def test_a_token_that_opens_all_parts_of_a_turn_is_no_part_of_its_header() -> None:
+    """Nor of the end of a thought before an answer or a call: Kimi K3 names each part after such a token."""
+    written = (
+        "{% if m.reasoning_content %}<|open|>think<|turn|>{{ m.reasoning_content }}<|close|>think<|turn|>"
+    )
+    said = "{% endif %}<|open|>{% if m.tool_calls %}tools<|turn|>" + CALLS
+    said += "{% else %}say<|turn|>{{ m.content }}{% endif %}"
+    turn = ASSISTANT + written + said + "<|end|>\n"
+    tokenizer = tokenizer_with(template_of(turn, ASSISTANT + "<|open|>think<|turn|>"))
+    found = encode(pair(LOOKED, NO), tokenizer)
+    prompt, one, other = texts(found, tokenizer)
+    assert prompt.endswith(ASSISTANT)
+    assert one == "<|open|>think<|turn|>Look.<|close|>think<|turn|><|open|>say<|turn|>It rains.<|end|>"
+    assert other == f"<|open|>say<|turn|>{NO}<|end|>"
+    config = DataConfig(untrained=["thoughts"], max_length=9999)
+    assert trained_text(tokenizer, encode(pair(LOOKED, NO), tokenizer, config)).startswith("<|open|>say")
 
 
 ALWAYS = {
