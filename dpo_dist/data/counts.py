@@ -27,7 +27,7 @@ _PLAIN_WORDS = re.compile(r"[\w./:@~+\-{}\[\], ]+")  # which a shell and Hydra r
 _UNREAD_VERDICT = "unread_verdict"
 DROPPED_PROMPT_PREFIX = "prompts_dropped_"
 """Prefix of the counts of prompts that are left out; the reason follows."""
-_PLAIN = "chat_template_not_applied"
+_PLAIN, _OMITTED = "chat_template_not_applied", "content_not_rendered"
 EMPTY_REMEDY = "check the path, or remove the source"
 _TABLE: dict[str, dict[str, list[str]]] = own_table(Path(__file__).with_suffix(".yaml"))
 _ROWS = {name: row for rows in _TABLE.values() for name, row in rows.items()}
@@ -278,8 +278,9 @@ def check_counts(
     lengths of all sources, to suggest limits.
 
     Raises:
-        DataError: no record was kept, more were dropped than `data.max_bad_share` allows, or a chat template
-            was already applied to most texts and `data.template` is not set.
+        DataError: no record was kept, more were dropped than `data.max_bad_share` allows, the chat template
+            leaves out a part of most records, or was already applied to most texts and `data.template` is not
+            set.
     """
     if counts.changed[LEFT_IN_TRAIN] or (counts.changed[HELD_OUT] and not counts.read):
         # The evaluation part of a split is too small for shares: the training part is checked. In a training
@@ -306,6 +307,7 @@ def check_counts(
     # A verdict that is not read in one record may be misread in the others.
     is_unread = counts.dropped[_UNREAD_VERDICT] > 0
     if counts.kept and dropped <= config.max_bad_share * counts.read and not is_unread:
+        _check_rendered(counts, where, config, of_first=of_first)
         return
     reason = _UNREAD_VERDICT if is_unread else max(counts.dropped, key=lambda name: counts.dropped[name])
     reasons = ", ".join(f"{name} {number}" for name, number in sorted(counts.dropped.items()))
@@ -325,6 +327,23 @@ def check_counts(
         else f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
         remedy=remedy,
     )
+
+
+def _check_rendered(counts: DataCounts, where: str, config: DataConfig, *, of_first: bool) -> None:
+    """Check that the chat template writes the whole of most kept records. Raises DataError."""
+    omitted = counts.changed[_OMITTED]
+    # As for a template that was applied already: it does not fit a source, not some of its records.
+    is_most = omitted == counts.kept if of_first else omitted > counts.kept / 2
+    if is_most and omitted > config.max_bad_share * counts.read:
+        raise DataError(
+            f"{in_words(_OMITTED)} in {omitted} of {counts.kept} records",
+            where=where,
+            got="turns, calls or thoughts that would not be trained, or not be before what is trained",
+            expected="a chat template that writes the records whole",
+            remedy=reason_remedy(_OMITTED)
+            + "; or, if training without these parts is intended, "
+            + Remedy.to_set("data.max_bad_share=1"),
+        )
 
 
 def _remedy(

@@ -22,9 +22,10 @@ from dpo_dist.data.records import (
     training_examples,
     turns_of,
 )
-from dpo_dist.data.text.escape import THOUGHT_TAGS, has_reserved
+from dpo_dist.data.text.escape import has_reserved
 from dpo_dist.data.text.lengths import kept_tokens, needed_tokens
 from dpo_dist.data.text.render import RenderedRecord, render_record, with_images
+from dpo_dist.data.text.thoughts import DEFAULT_MARKS
 from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.data.text.turns import Span
 from dpo_dist.foundation.errors import ConfigError
@@ -187,14 +188,15 @@ def _encoded(
 
 def _untrained_parts(facts: TokenizerFacts, config: DataConfig) -> list[tuple[str, re.Pattern[str]]]:
     """Return patterns of the parts in `data.untrained`, each with the opening tag that may end a prompt."""
-    names, (begin, end) = config.untrained, map(re.escape, THOUGHT_TAGS)
+    names = config.untrained
     parts = [("", facts.around_turns)] if "formatting" in names else []
+    # The template's thoughts, and those of contents in which it looks for none.
+    thoughts = {marks.tags: marks for marks in (facts.thoughts, DEFAULT_MARKS)}
     if "empty_thoughts" in names:
-        # GLM 4.7 and DeepSeek V3.2 write only the end before an answer without a thought.
-        parts.append((THOUGHT_TAGS[0], re.compile(rf"\A\s*(?:{begin}\s*)?{end}\s*")))
+        parts += [(marks.tags[0], marks.empty_start) for marks in thoughts.values()]
     markers = [tuple(name.split(MARKER_GAP, 1)) for name in names if name not in UNTRAINED_PARTS]
-    for first, last in [*markers, *([THOUGHT_TAGS] if "thoughts" in names else [])]:
-        spaces = r"\s*" if (first, last) == THOUGHT_TAGS else ""
+    for first, last in [*markers, *(thoughts if "thoughts" in names else ())]:
+        spaces = r"\s*" if (first, last) in thoughts else ""
         parts.append((first, re.compile(rf"(?s){re.escape(first)}.*?(?:{re.escape(last)}{spaces}|\Z)")))
     return parts
 

@@ -50,14 +50,16 @@ class Message:
     """One turn of a conversation.
 
     `fields` are what a chat template renders besides the content: `tool_calls` (arguments as objects),
-    `tool_call_id`, `name`, `reasoning_content`, `thinking`. `is_trained`: whether the data say that the loss
-    counts this turn of a response; None: by its role.
+    `tool_call_id`, `name`, `reasoning_content`, `thinking`, and calls, tools and thoughts under other names,
+    without which the message must not be trained. A template that names one of the `others` gets it, too.
+    `is_trained`: whether the data say that the loss counts this turn of a response; None: by its role.
     """
 
     role: str
     content: str
     fields: Fields = field(default_factory=dict)
     is_trained: bool | None = field(default=None, compare=False)
+    others: Fields = field(default_factory=dict, compare=False)
 
 
 Messages: TypeAlias = tuple[Message, ...]
@@ -383,6 +385,7 @@ def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
             {
                 "role": turn.role,
                 "content": parts_of(turn.content) if IMAGE in turn.content else turn.content,
+                **turn.others,
                 **turn.fields,
             }
             | ({} if turn.is_trained is None else {"loss_weight": int(turn.is_trained)})

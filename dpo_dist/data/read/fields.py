@@ -17,6 +17,7 @@ IMAGES = ("images", "image")
 MEDIA = ("audio", "audios", "video", "videos")
 OBJECTS = ("objects", "bbox", "bboxes", "boxes")
 """Places in images, which the tags of ms-swift stand for."""
+THOUGHTS = ("reasoning", "reasoning_content", "thinking", "thought", "thoughts")
 IMAGES_OF_SIDES = tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in IMAGES)
 LABELS = ("label", "kto_tag")
 VOTES = ("votes_chosen", "votes_rejected")
@@ -80,6 +81,8 @@ _TABLE = (
     (("images", "videos", "audios"), "columns rare"),
     (("documents", *MEDIA), "read unread"),
     (tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA), "read unread"),
+    # The model's thoughts, or the reasons of a judge.
+    (tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in THOUGHTS), "read unread"),
     (IMAGES_OF_SIDES, "read"),
     (tuple(itertools.chain(*PAIR_SCORES)), "kept"),
     ((*PAIR_SCORES[0], "scores"), "columns rare"),

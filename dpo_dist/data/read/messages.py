@@ -41,8 +41,15 @@ _CALL_FIELDS = ("tool_calls", "function_call")
 _SCHEMAS = ("input_schema", "inputSchema")  # of Anthropic and of MCP
 # Keys of a call that are none of its arguments.
 _BESIDE_ARGUMENTS = ("name", "function", "id", "call_id", "tool_call_id", "type", "index", "status")
-# Other keys of a message or a part with a list or an object of calls, such as `functionCall`.
-_CALLS = re.compile("call|tool_?use", re.IGNORECASE)
+# Other keys of a message or a part with calls, such as `functionCall`, but no identifiers.
+_CALLS = re.compile(r"((?i:(?<![a-z])call|tool_?use|(?:tool|function)call)|Call)(?!.*(?:_id|Id)s?\Z)")
+# Keys of a message with definitions of tools (OLMo 3, Phi 4), and such as `thought` (Apriel).
+_TOOLS = ("functions", "tools")
+_OTHER_THOUGHTS = re.compile("reasoning|thinking|thought", re.IGNORECASE)
+_WORD = re.compile(r"[\w.-]*", re.ASCII)
+# Lists of thoughts, of OpenRouter and of LiteLLM, and where their items have the texts.
+_THOUGHT_LISTS = ("reasoning_details", "thinking_blocks")
+_THOUGHT_TEXTS = {"reasoning.text": "text", "thinking": "thinking"}
 _THOUGHTS = {
     "reasoning_content": "reasoning_content",
     "reasoning": "reasoning_content",
@@ -91,8 +98,8 @@ def parse_messages(value: Any, role: str) -> Messages:
 
 
 def has_more(fields: Fields) -> bool:
-    """Return whether a message has tool calls or thoughts beside its content."""
-    return bool(with_value(fields, (*_CALL_FIELDS, *_THOUGHTS)))
+    """Return whether a message has tool calls, tools or thoughts beside its content."""
+    return bool(with_value(fields, (*_CALL_FIELDS, *_THOUGHTS))) or bool(_own_keys(fields))
 
 
 def unread_error(
@@ -121,7 +128,7 @@ def unread_keys(values: Iterable[Any]) -> tuple[str, ...]:
         for fields in value if isinstance(value, list) else [value]:
             if not isinstance(fields, Mapping) or len(fields) == 2:  # fast path: most messages
                 continue
-            read = _READ.union(_said_by(fields))
+            read = _READ.union(_said_by(fields), _own_keys(fields))
             given = {name: fields[name] for name in fields if name not in read}
             inner = from_json(given.get("additional_kwargs"))
             if isinstance(inner, Mapping):  # calls in it are read
@@ -147,7 +154,6 @@ def _read_message(fields: Fields) -> Message:
         raise UnusableRecordError("unread_content", "a message has a role that is not read", ("role",))
     if fields.get("channel") in _UNREAD_CHANNELS:
         raise UnusableRecordError("unread_content", "a message has another channel than final", ("channel",))
-    _check_no_calls(fields, _CALL_FIELDS)
     calls: list[Fields] = []
     if role in CALLING:
         role, content, calls = "assistant", "", _tool_calls(content)
@@ -177,14 +183,56 @@ def _read_message(fields: Fields) -> Message:
     extra |= {name: fields[name] for name in with_value(fields, ("tool_call_id", "name"))}
     if calls:
         extra["tool_calls"] = calls
-    return Message(ROLES.get(role, role), text, extra, _is_trained(fields))
+    own = _listed_thoughts({name: without_nulls(fields[name]) for name in _own_keys(fields)}, extra)
+    read = {*_said_by(fields), *own, *_CALL_FIELDS, *_THOUGHTS, *_THOUGHT_LISTS, *WEIGHTS, *IMAGES}
+    others = {name: fields[name] for name in with_value(fields, fields) if name not in read}
+    return Message(ROLES.get(role, role), text, extra | own, _is_trained(fields), others)
 
 
-def _check_no_calls(fields: Fields, known: Sequence[str]) -> None:
-    """Check that a message or a part has no calls under other names than the `known` ones."""
-    others = [name for name in fields if name not in known and _CALLS.search(str(name))]
-    unread = [name for name in others if isinstance(from_json(without_nulls(fields[name])), list | Mapping)]
-    if unread := [name for name in unread if has_value(without_nulls(fields[name]))]:
+def _own_keys(fields: Fields) -> list[str]:
+    """Return the keys of a message with calls, tools or thoughts that only some templates read."""
+    given = [name for name in fields if isinstance(name, str) and name not in _READ]
+    return [name for name in given if _is_own(name, without_nulls(fields[name]))]
+
+
+def _is_own(name: str, value: Any) -> bool:
+    """Return whether a key has calls, tools or thoughts; a thought is no single word."""
+    if not isinstance(value, str | list | Mapping) or not has_value(value):
+        return False
+    if name in _TOOLS or _CALLS.search(name):
+        return True
+    is_word = isinstance(value, str) and _WORD.fullmatch(value.strip()) is not None
+    return _OTHER_THOUGHTS.search(name) is not None and not is_word
+
+
+def _listed_thoughts(own: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys without lists of thoughts; `extra` gets their text, if it has no other thought."""
+    kept = dict(own)
+    for name in set(_THOUGHT_LISTS).intersection(own):
+        items = own[name] if isinstance(own[name], list) else [own[name]]
+        texts = [_thought_text(item) for item in items]
+        if None in texts:  # such as an encrypted one
+            continue
+        thought = "".join(map(str, texts))
+        given = [extra[field] for field in ("reasoning_content", "thinking") if field in extra]
+        if not given:
+            extra["reasoning_content"] = thought
+        if not given or thought in given:
+            del kept[name]
+    return kept
+
+
+def _thought_text(item: Any) -> str | None:
+    kind = item.get("type") if isinstance(item, Mapping) else None
+    text = item.get(_THOUGHT_TEXTS[kind]) if kind in _THOUGHT_TEXTS else None
+    return text if isinstance(text, str) else None
+
+
+def _check_no_calls(part: Fields, known: Sequence[str]) -> None:
+    """Check that a part of a content has no calls under other names than the `known` ones."""
+    others = [name for name in part if name not in known and _CALLS.search(str(name))]
+    unread = [name for name in others if isinstance(from_json(without_nulls(part[name])), list | Mapping)]
+    if unread := [name for name in unread if has_value(without_nulls(part[name]))]:
         names = tuple(map(shown_key, unread))
         raise UnusableRecordError("unread_content", f"a message has {', '.join(names)}", names)
 
@@ -327,12 +375,26 @@ def read_messages(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Resp
     start = max(_shared_turns(whole), given)
     if any(side[start].role != "assistant" for side in whole):
         raise UnusableRecordError("history_differs", "the responses follow different messages")
-    shared = tuple(replace(message, is_trained=None) for message in whole[0][:start])
+    shared = tuple(
+        replace(turns[0], is_trained=None, others=_shared_keys(turns))
+        for turns in zip(*(side[:start] for side in whole), strict=True)
+    )
     after = [side[start:] for side in whole]
     if any(all(turn.is_trained is False for turn in turns if turn.role == "assistant") for turns in after):
         raise UnusableRecordError("untrained_response", "the loss counts no turn of a response")
     # One assistant turn with nothing beside its content is a text.
-    return shared, [turns[0].content if len(turns) == 1 and not turns[0].fields else turns for turns in after]
+    are_texts = [len(turns) == 1 and not turns[0].fields and not turns[0].others for turns in after]
+    return shared, [
+        turns[0].content if is_text else turns for turns, is_text in zip(after, are_texts, strict=True)
+    ]
+
+
+def _shared_keys(turns: Sequence[Message]) -> Fields:
+    """Return the other keys of a turn that are equal in all sides."""
+    first = turns[0].others
+    return {
+        name: first[name] for name in first if all(turn.others.get(name) == first[name] for turn in turns)
+    }
 
 
 def _with_prompt(given: Any, sides: list[Messages]) -> tuple[list[Messages], int]:

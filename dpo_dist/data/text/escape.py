@@ -48,13 +48,15 @@ class _Piece(NamedTuple):
 class Marks:
     """The control tokens of a tokenizer and its chat template, and the marks that stand for them."""
 
-    def __init__(self, special: Collection[str], written_by_template: Collection[str]):
-        """Args: special tokens and tokens around turns; other added tokens that the template writes."""
+    def __init__(
+        self, special: Collection[str], written_by_template: Collection[str], of_thoughts: Collection[str]
+    ):
+        """Args: special tokens and those around turns; others that the template writes; tags of thoughts."""
         self.tokens = sorted({*special, *written_by_template})  # the index of each is the number in its mark
         # `in_text` is marked in any text; `in_response` in an assistant turn, where the model itself writes
         # the tags of thoughts and of tool calls; `anywhere` in other turns, in tools and in arguments.
         self.in_text = any_of(special)
-        self.in_response = any_of(set(special) - set(THOUGHT_TAGS))
+        self.in_response = any_of(set(special) - set(of_thoughts))
         self.anywhere = any_of(self.tokens)
         token = self.anywhere.pattern
         numbers = enumerate(self.tokens)

@@ -1,8 +1,8 @@
 """Render a record as texts to tokenise: a prompt, and its responses with their turns."""
 
 import contextlib
+import itertools
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +16,15 @@ from dpo_dist.data.records import (
     Messages,
     Origin,
     PreferenceRecord,
+    Tokenizer,
     UnusableRecordError,
+    shown_key,
     turns_of,
 )
-from dpo_dist.data.text.escape import THOUGHT_FIELDS, THOUGHT_TAGS
+from dpo_dist.data.text.escape import THOUGHT_FIELDS
 from dpo_dist.data.text.template import (
+    CALLS,
+    CONTENT,
     PROBE_CALL,
     PROBE_TOOL,
     ChatRenderer,
@@ -29,20 +33,11 @@ from dpo_dist.data.text.template import (
     argument_names,
     check_template_keys,
 )
-from dpo_dist.data.text.tokenizer import TokenizerFacts
+from dpo_dist.data.text.thoughts import DEFAULT_MARKS, ThoughtMarks
+from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.data.text.turns import ResponseTurn, Span, TurnFinder, message_thought
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.remedies import Remedy
-
-CALLS = "tool_calls"
-_OPEN, _CLOSE = THOUGHT_TAGS
-# Of a response: it starts with an empty thought; it ends an opened one at once; it has none, or an empty one.
-_EMPTY_THOUGHT = re.compile(rf"\A{_OPEN}\s*{_CLOSE}\s*")
-_EMPTY_END = re.compile(rf"\s*{_CLOSE}\s*")
-_NO_THOUGHT = re.compile(rf"\s*(?:{_OPEN}\s*)?{_CLOSE}|(?!.*{_CLOSE})", re.DOTALL)
-# Of a prompt: it ends a thought; from a position on it has only a tag of thoughts, or nothing.
-_ENDED_THOUGHT = re.compile(rf"(?:{_OPEN}\s*)?{_CLOSE}\s*\Z")
-_ONLY_THOUGHT = re.compile(rf"\s*(?:{_OPEN}|{_CLOSE}|\Z)")
 
 
 @dataclass(frozen=True)
@@ -111,6 +106,19 @@ def trained_ends(facts: TokenizerFacts) -> set[str]:
     return {*facts.stops, *ends} - facts.within_turns - {""}
 
 
+def unread_fields(record: PreferenceRecord, tokenizer: Tokenizer, config: DataConfig) -> tuple[str, ...]:
+    """Return the fields of a record that nothing reads, also not the chat template, if there is one."""
+    if not record.unread:
+        return record.unread
+    facts = tokenizer_facts(tokenizer, config, with_tools=bool(record.tools))
+    if facts.chat is None:
+        return record.unread
+    all_turns = (turns_of(record.prompt), *map(turns_of, record.responses))
+    keys = {name for turns in all_turns for turn in turns for name in turn.others}
+    read = {f"messages[].{shown_key(name)}" for name in keys & facts.chat.keys}
+    return tuple(name for name in record.unread if name not in read)
+
+
 def with_images(
     rendered: RenderedRecord,
     images: Sequence[ExpandedImage],
@@ -176,6 +184,7 @@ def _by_template(
         check_template_keys(config, facts.tokenizer)
     tools = {"tools": list(record.tools)} if record.tools else {}
     context = chat.data({**(config.template_arguments or {}), **known, **tools})
+    chat.check_keys([*messages, *itertools.chain(*responses)])
     rendered = _Conversation(messages, context, facts, chat, config).render(responses)
     # What the template left out.
     changes = set(rendered.changes)
@@ -185,13 +194,18 @@ def _by_template(
     spelled = [facts.marks.spell(rendered.prompt) + text for text in texts]
     # A part of a response may also stand in the prompt: a tool's name, or a short answer.
     tool_names = [tool["function"]["name"] for tool in record.tools if "name" in tool.get("function", ())]
-    given = [*_contents(messages), *tool_names]
-    if not all(
+    given = [*_contents(messages, facts.thoughts), *tool_names]
+    are_words_written = all(
         _is_written(whole, given)
-        and _is_written(text, [*_contents(turns), _thought(turns[-1])])
-        and chat.writes_calls((*messages, *turns), context)
+        and _is_written(text, [*_contents(turns, facts.thoughts), _thought(turns[-1], facts.thoughts)])
         for whole, text, turns in zip(spelled, texts, responses, strict=True)
-    ):
+    )
+    omitted = [chat.omitted(messages, turns, context) for turns in responses]
+    if keys := sorted(set().union(*omitted) - {CONTENT, CALLS}):
+        raise UnusableRecordError(
+            "unread_content", f"the chat template does not write {', '.join(keys)} of a message", tuple(keys)
+        )
+    if not are_words_written or any(omitted):
         changes.add("content_not_rendered")
     # A template that does not read `tools` may still write their names, in calls.
     is_read = re.search(r"\btools\b", chat.template) is not None
@@ -206,16 +220,29 @@ def _by_template(
     return replace(rendered, changes=frozenset(changes), read_as=f"{form}, by the chat template")
 
 
-def _contents(turns: Messages) -> list[str]:
+def _contents(turns: Messages, thoughts: ThoughtMarks) -> list[str]:
     """Return the texts of contents that a template writes: it may leave out or change those with thoughts."""
-    contents = (turn.content for turn in turns if _CLOSE not in turn.content)
+    contents = [turn.content for turn in turns if not _has_thought(turn.content, thoughts)]
     return [part for content in contents for part in content.split(IMAGE)]
 
 
+def _has_thought(content: str, thoughts: ThoughtMarks) -> bool:
+    return thoughts.is_in(content) or DEFAULT_MARKS.is_in(content)
+
+
+def _thought(message: Message, thoughts: ThoughtMarks) -> str:
+    """Return the thought of a message, from its content or a field; "" if it has none."""
+    if _has_thought(message.content, thoughts):
+        return (thoughts if thoughts.is_in(message.content) else DEFAULT_MARKS).spelled(message.content)
+    return message_thought(message) or ""
+
+
 def _is_written(text: str, parts: Iterable[str]) -> bool:
-    """Return whether a rendered text has all parts."""
+    """Return whether a rendered text has all parts, perhaps as JSON."""
     return all(
-        part.strip() in text or json.dumps(part.strip(), ensure_ascii=False)[1:-1] in text for part in parts
+        part in text
+        or any(json.dumps(part, ensure_ascii=ascii_only)[1:-1] in text for ascii_only in (False, True))
+        for part in map(str.strip, parts)
     )
 
 
@@ -261,6 +288,7 @@ class _Conversation:
     ):
         self.messages: Turns = tuple(map(chat.turn, messages))
         self.context, self.facts, self.chat, self.config = context, facts, chat, config
+        self.thoughts = facts.thoughts
         self.finder = TurnFinder(self.messages, context, facts, chat)
 
     def render(self, responses: Sequence[Messages]) -> RenderedRecord:
@@ -269,7 +297,7 @@ class _Conversation:
             return self._several_turns(responses)
         messages = [turns[0] for turns in responses]
         prompt = self.chat.render(self.messages, self.context, generation=True)
-        if _opens_thought(prompt):
+        if self.thoughts.opens(prompt):
             prompt, texts, changes = self._after_opened_thought(prompt, messages)
         else:
             prompt, texts, changes = self._after_closed_prompt(prompt, messages)
@@ -285,8 +313,10 @@ class _Conversation:
 
     def _check_rendered(self, turn: Message, text: str) -> None:
         """Raise if a trained turn is a call or a thought that the template leaves out of its `text`."""
-        has_more = turn.role == "assistant" and (turn.fields or _CLOSE in turn.content)
-        is_all = has_more and not turn.content.rpartition(_CLOSE)[2].strip()
+        has_thought = self.thoughts.is_in(turn.content)
+        has_more = turn.role == "assistant" and (turn.fields or has_thought)
+        said = self.thoughts.split(turn.content)[1] if has_thought else turn.content
+        is_all = has_more and not said.strip()
         if is_all and self._is_trained(turn) and self.facts.is_blank(text):
             raise UnusableRecordError("turn_not_rendered", "the chat template leaves out a call or a thought")
 
@@ -312,13 +342,13 @@ class _Conversation:
         changes = set() if is_prefix else {"prompt_not_prefix"}
         # The prompt ends a thought that a response then has: Qwen3 without thinking writes
         # <|im_start|>assistant\n<think>\n\n</think>\n\n.
-        if prompt.rstrip().endswith(_CLOSE) and any(_CLOSE in text for text in texts):
+        if self.thoughts.ends(prompt) and any(map(self.thoughts.is_in, texts)):
             changes.add("ended_thought_reopened")
             # Does the template end a thought in the prompt even if no argument asks for that?
             tools = {name: value for name, value in self.context.plain.items() if name == "tools"}
             usual = self.chat.render(self.messages, self.chat.data(tools), generation=True)
-            if usual.rstrip().endswith(_CLOSE):
-                prompt = _ENDED_THOUGHT.sub("", prompt)
+            if self.thoughts.ends(usual):
+                prompt = self.thoughts.without_ended(prompt)
                 texts, _ = self._response_texts(prompt, messages)
         return prompt, texts, changes
 
@@ -332,15 +362,20 @@ class _Conversation:
         """
         # The template continues the thought in all responses: Look.\n</think>\n\nHello.<|im_end|>
         texts = [text or "" for text in self._continuations(prompt, messages)]
-        if all(_CLOSE in text and not text.lstrip().startswith(_OPEN) for text in texts):
+        opening = self.thoughts.tags[0]
+        if all(self.thoughts.is_in(text) and not text.lstrip().startswith(opening) for text in texts):
             scaffold = self._common_scaffold(texts)
-            changes = {"opened_thought_removed"} if any(map(_NO_THOUGHT.match, texts)) else set[str]()
+            changes = (
+                {"opened_thought_removed"}
+                if any(map(self.thoughts.none_or_empty.match, texts))
+                else set[str]()
+            )
             return prompt + scaffold, [text.removeprefix(scaffold) for text in texts], changes
         # The template leaves out the thoughts (DeepSeek R1), but each response has one: as it is given.
-        spelled = list(map(_with_spelled_thought, messages))
-        closed = _without_opened_thought(prompt)
-        if all(_CLOSE in message.content for message in spelled):
-            within = [_within_thought(message.content, prompt) for message in spelled]
+        spelled = list(map(self._with_spelled_thought, messages))
+        closed = self.thoughts.without_opened(prompt)
+        if all(self.thoughts.is_in(message.content) for message in spelled):
+            within = [self.thoughts.within(message.content, prompt) for message in spelled]
             changes = set() if within == [turn.content for turn in spelled] else {"opened_thought_joined"}
             pairs = zip(spelled, within, strict=True)
             return prompt, [self._as_given(message, text, closed) for message, text in pairs], changes
@@ -348,8 +383,8 @@ class _Conversation:
         rendered, is_prefix = self._response_texts(closed, messages)
         texts = [
             self._as_given(message, message.content, closed)
-            if _CLOSE in message.content
-            and not _has_only_thought(self.facts.marks.spell(text), message.content)
+            if self.thoughts.is_in(message.content)
+            and not self.thoughts.is_only_in(self.facts.marks.spell(text), message.content)
             else text
             for message, text in zip(spelled, rendered, strict=True)
         ]
@@ -365,8 +400,7 @@ class _Conversation:
             # As the template writes the turn after a prompt that it renders differently. The record's prompt
             # opens no thought: a thought opened before the turn belongs to the response.
             whole = self._whole_conversation((message,))
-            start = whole.text.rindex(_OPEN, 0, whole.start) if _opens_thought(whole.prompt) else whole.start
-            texts.append(whole.text[start:])
+            texts.append(whole.text[len(self.thoughts.without_opened(whole.prompt)) :])
         return texts, None not in continuations
 
     def _continuations(self, prompt: str, messages: Sequence[Message]) -> list[str | None]:
@@ -382,11 +416,22 @@ class _Conversation:
             for whole in wholes
         ]
 
+    def _with_spelled_thought(self, message: Message) -> Message:
+        """Return a message with its thought, if a field has one, spelled in its content."""
+        thought = message_thought(message)
+        if thought is None or self.thoughts.is_in(message.content):
+            return message
+        fields = {name: part for name, part in message.fields.items() if name not in THOUGHT_FIELDS}
+        content = f"{self.thoughts.opening}{thought}{self.thoughts.closing}{message.content}"
+        return replace(message, content=content, fields=fields)
+
     def _common_scaffold(self, responses: Iterable[str]) -> str:
         """Return the end of an empty thought with which all responses start: a part of the prompt."""
         if "empty_thoughts" not in self.config.untrained:
             return ""
-        starts = {match.group() if (match := _EMPTY_END.match(text)) else "" for text in responses}
+        starts = {
+            match.group() if (match := self.thoughts.empty_end.match(text)) else "" for text in responses
+        }
         return starts.pop() if len(starts) == 1 else ""
 
     def _as_given(self, message: Message, content: str, prompt: str) -> str:
@@ -394,11 +439,11 @@ class _Conversation:
         marks = self.facts.marks
         if not message.fields.get(CALLS):
             return marks.escape(content, marks.in_response) + self.facts.end_of_turn
-        thought, rest = _split_thought(content)
+        thought, rest = self.thoughts.split(content)
         separator = rest[: len(rest) - len(rest.lstrip())]
         [rendered], _ = self._response_texts(prompt, [replace(message, content=rest.lstrip())])
         # The thought stands before what the template writes, perhaps after an empty thought of its own.
-        written = _EMPTY_THOUGHT.sub("", rendered.lstrip())
+        written = self.thoughts.whole_empty_start.sub("", rendered.lstrip())
         return marks.escape(thought, marks.in_response) + separator + written
 
     # Several turns: a response is a part of the whole conversation. The prompt is the first that fits, by
@@ -430,26 +475,28 @@ class _Conversation:
         # ones templates write empty thoughts (Qwen3). DeepSeek V3.2 ends a thought at the start of each turn,
         # and in the generation prompt, too.
         has_thought = any(
-            _CLOSE in turns[0].content
+            self.thoughts.is_in(turns[0].content)
             or message_thought(turns[0])
-            or whole.response.lstrip().startswith(_CLOSE)
+            or whole.response.lstrip().startswith(self.thoughts.tags[1])
             for turns, whole in zip(responses, wholes, strict=True)
         )
-        has_other_thought = _opens_thought(alone) or (has_thought and _ENDED_THOUGHT.search(alone))
+        has_other_thought = self.thoughts.opens(alone) or (has_thought and self.thoughts.ends(alone))
         goes_on = bool(alone) and are_answers and not has_other_thought
         if goes_on and (len(prompts) == 1 or all(map(alone.startswith, prompts))):
             prompt = alone  # as for one turn: it may end a thought that the turn does not have (Gemma 4)
         elif len(prompts) > 1:  # turns before the response depend on it
             changes.add("prompt_not_prefix")
             prompt, wholes = self._shared_prompt(wholes)
-        elif _opens_thought(alone):
+        elif self.thoughts.opens(alone):
             scaffold = self._common_scaffold(whole.response for whole in wholes)
             prompt = wholes[0].prompt + scaffold
             wholes = [replace(whole, start=whole.start + len(scaffold)) for whole in wholes]
         else:
             prompt = wholes[0].prompt
         following = tuple(whole.response for whole in wholes)
-        if _opens_thought(alone) and (not _opens_thought(prompt) or any(map(_NO_THOUGHT.match, following))):
+        if self.thoughts.opens(alone) and (
+            not self.thoughts.opens(prompt) or any(map(self.thoughts.none_or_empty.match, following))
+        ):
             changes.add("opened_thought_removed")
         counted = tuple(whole.counted_in_response for whole in wholes)
         return RenderedRecord(prompt, following, counted, frozenset(changes))
@@ -468,61 +515,11 @@ class _Conversation:
         """Return what the different prompts of conversations share, and the conversations after it."""
         first, *others = [whole.prompt for whole in wholes]
         shared = first[: min(self.facts.common_length(first, other) for other in others)]
-        prompt = _without_opened_thought(shared)
-        if all(_ONLY_THOUGHT.match(whole.prompt, len(prompt)) for whole in wholes):
+        prompt = self.thoughts.without_opened(shared)
+        if all(self.thoughts.only_tags.match(whole.prompt, len(prompt)) for whole in wholes):
             # Only the thoughts in their headers differ: the model writes them, as after one turn. Qwen3.6:
             #   <|im_start|>assistant\n             before an answer that is not the last one
             #   <|im_start|>assistant\n<think>\n    before the last one
             return prompt, [whole.starting_with_thought(len(prompt)) for whole in wholes]
         prompt = shared[: self.facts.after_last_special(shared)]
         return prompt, [replace(whole, start=len(prompt)) for whole in wholes]
-
-
-# Thoughts in a prompt and in the content of a message.
-
-
-def _opens_thought(prompt: str) -> bool:
-    return prompt.rstrip().endswith(_OPEN)
-
-
-def _without_opened_thought(prompt: str) -> str:
-    return prompt.rstrip().removesuffix(_OPEN) if _opens_thought(prompt) else prompt
-
-
-def _split_thought(content: str) -> tuple[str, str]:
-    """Return a content up to the end of its thought, and the rest."""
-    end = content.rindex(_CLOSE) + len(_CLOSE)
-    return content[:end], content[end:]
-
-
-def _spelled_thought(content: str) -> str:
-    """Return the thought in a content, without its tags."""
-    return _split_thought(content)[0].removesuffix(_CLOSE).rpartition(_OPEN)[2].strip()
-
-
-def _thought(message: Message) -> str:
-    """Return the thought of a message, from its content or a field; "" if it has none."""
-    return _spelled_thought(message.content) if _CLOSE in message.content else message_thought(message) or ""
-
-
-def _within_thought(content: str, prompt: str) -> str:
-    """Return a content without its opening tag of a thought, which the prompt already has."""
-    start = content.lstrip()
-    if not start.startswith(_OPEN):
-        return content
-    content = start.removeprefix(_OPEN)
-    return content[len(os.path.commonprefix([content, prompt.rpartition(_OPEN)[2]])) :]  # noqa: RUF071
-
-
-def _has_only_thought(rendered: str, content: str) -> bool:
-    """Return whether a rendered response has the thought of a content, and no other."""
-    return rendered.count(_CLOSE) == 1 and _spelled_thought(content) in rendered
-
-
-def _with_spelled_thought(message: Message) -> Message:
-    """Return a message with its thought, if a field has one, spelled in its content."""
-    thought = message_thought(message)
-    if thought is None or _CLOSE in message.content:
-        return message
-    fields = {name: part for name, part in message.fields.items() if name not in THOUGHT_FIELDS}
-    return replace(message, content=f"{_OPEN}\n{thought}\n{_CLOSE}\n\n{message.content}", fields=fields)

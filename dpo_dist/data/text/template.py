@@ -3,19 +3,29 @@
 import contextlib
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
-from jinja2 import Environment, TemplateError
+from jinja2 import Environment, TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.records import IMAGE, Message, Messages, Tokenizer, UnusableRecordError, parts_of
-from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_FIELDS, THOUGHT_TAGS, Marks, any_of
+from dpo_dist.data.records import (
+    IMAGE,
+    Message,
+    Messages,
+    Tokenizer,
+    UnusableRecordError,
+    parts_of,
+    shown_key,
+)
+from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_FIELDS, Marks, any_of
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.types import Fields
 
@@ -39,11 +49,10 @@ def pin_clock(template: str, day: str) -> str:
 
 
 @lru_cache(maxsize=8)
-def argument_names(template: str) -> frozenset[str]:
-    """Return the names that a template may read besides messages and tools. Raises ConfigError."""
+def _parsed(template: str) -> nodes.Template:
     environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701
     try:
-        tree = environment.parse(_GENERATION.sub("", template))
+        return environment.parse(_GENERATION.sub("", template))
     except (TemplateError, RecursionError) as fault:
         raise ConfigError(
             "the chat template is not valid Jinja",
@@ -51,7 +60,24 @@ def argument_names(template: str) -> frozenset[str]:
             got=first_line(fault),
             remedy="correct the template, or name another one: data.chat_template=FILE",
         ) from fault
-    return frozenset(find_undeclared_variables(tree)) - _OWN_VARIABLES
+
+
+@lru_cache(maxsize=8)
+def argument_names(template: str) -> frozenset[str]:
+    """Return the names that a template may read besides messages and tools. Raises ConfigError."""
+    return frozenset(find_undeclared_variables(_parsed(template))) - _OWN_VARIABLES
+
+
+@lru_cache(maxsize=8)
+def key_names(template: str) -> frozenset[str]:
+    """Return all names that may be keys of a message in a template: its attributes, and its texts.
+
+    Whatever the variable is called, and however it reads them: `m.key`, `m['key']`, `m.get('key')`,
+    `'key' in m`, `messages | map(attribute='key')`, a macro's argument.
+    """
+    tree = _parsed(template)
+    texts = {text.value for text in tree.find_all(nodes.Const) if isinstance(text.value, str)}
+    return frozenset(texts | {attribute.attr for attribute in tree.find_all(nodes.Getattr)})
 
 
 def check_template_keys(config: DataConfig, tokenizer: Tokenizer) -> None:
@@ -114,17 +140,17 @@ def with_chosen_template(tokenizer: Tokenizer, choice: str) -> Tokenizer:
     return changed
 
 
-def turn_tokens(tokenizer: Tokenizer, chat_template: str | None) -> set[str]:
+def turn_tokens(tokenizer: Tokenizer, chat_template: str | None, of_thoughts: Collection[str]) -> set[str]:
     """Return the added tokens that a template writes around turns, special or not.
 
-    Without BOS, EOS and the tags of thoughts; empty if the template cannot render a conversation.
+    Without BOS, EOS and those `of_thoughts`; empty if the template cannot render a conversation.
     """
     if chat_template is None:
         return set()
     in_parts = roles_in_parts(tokenizer, chat_template)
-    rendered = _probed(tokenizer, chat_template, (*_PROBES, _PROBES[0]), in_parts)
+    rendered = probed(tokenizer, chat_template, (*_PROBES, _PROBES[0]), in_parts)
     added = any_of(map(str, tokenizer.added_tokens_decoder.values()))
-    return set(added.findall(rendered)) - {tokenizer.bos_token, tokenizer.eos_token, *THOUGHT_TAGS}
+    return set(added.findall(rendered)) - {tokenizer.bos_token, tokenizer.eos_token, *of_thoughts}
 
 
 def roles_in_parts(tokenizer: Tokenizer, chat_template: str) -> frozenset[str]:
@@ -133,23 +159,24 @@ def roles_in_parts(tokenizer: Tokenizer, chat_template: str) -> frozenset[str]:
     Templates of some image models do, and leave out a content that is a plain text.
     """
     for roles in ((), ("assistant",), ("user",), ("user", "assistant")):
-        rendered = _probed(tokenizer, chat_template, _PROBES, roles)
+        rendered = probed(tokenizer, chat_template, _PROBES, roles)
         if all(probe["content"] in rendered for probe in _PROBES):
             return frozenset(roles)
     return frozenset()
 
 
-def _probed(
+def probed(
     tokenizer: Tokenizer,
     template: str,
     probes: Sequence[Fields],
     in_parts: Collection[str],
     *,
     generation: bool = True,
+    arguments: Fields = MappingProxyType({}),
 ) -> str:
     """Return the output of a template for probes; "" if it rejects them."""
     turns = [in_form(probe, in_parts) for probe in probes]
-    options: Any = {"tokenize": False, "add_generation_prompt": generation}
+    options: Any = {"tokenize": False, "add_generation_prompt": generation, **arguments}
     for tools in (None, [PROBE_TOOL]):  # some templates for tools cannot do without (Hermes)
         # A template can raise anything; each record is rendered again, with its error.
         with contextlib.suppress(Exception):
@@ -177,7 +204,10 @@ class Forms(NamedTuple):
 
 Turns: TypeAlias = tuple[Forms, ...]
 NO_CONTEXT = Forms({}, {})
-_TEXTS = frozenset({"content", *THOUGHT_FIELDS})
+CONTENT, CALLS = "content", "tool_calls"
+_TEXTS = frozenset({CONTENT, *THOUGHT_FIELDS})
+# Further keys of `Message.fields` are the data's own: calls, tools or thoughts that only some templates read.
+_USUAL_FIELDS = frozenset({CALLS, "tool_call_id", "name", *THOUGHT_FIELDS})
 
 
 class ChatRenderer:
@@ -189,12 +219,15 @@ class ChatRenderer:
         """Args: `common_length` of two texts, which ends inside of no added token or tag."""
         self._tokenizer, self._common_length = tokenizer, common_length
         self.template, self._marks, self._in_parts = template, marks, roles_in_parts(tokenizer, template)
+        self.keys = key_names(template)
+        self._omitted: dict[str, frozenset[str]] = {}
 
     def _plain(self, message: Message) -> dict[str, Any]:
-        plain = {"role": message.role, "content": message.content, **message.fields}
+        others = {name: value for name, value in message.others.items() if name in self.keys}
+        plain = {"role": message.role, "content": message.content, **others, **message.fields}
         fields = in_form(plain, self._in_parts)
         if (calls := fields.get("tool_calls")) and not self._takes_objects:
-            fields["tool_calls"] = [_with_text_arguments(call) for call in calls]
+            fields["tool_calls"] = [with_text_arguments(call) for call in calls]
         return fields
 
     def turn(self, message: Message) -> Forms:
@@ -252,27 +285,63 @@ class ChatRenderer:
             raise UnusableRecordError("special_token_in_text", detail)
         return escaped
 
-    def writes_calls(self, messages: Messages, context: Forms = NO_CONTEXT) -> bool:
-        """Return whether the output of the template has each call of a tool."""
-        if not any(message.fields.get("tool_calls") for message in messages):
-            return True
-        marks = list[str]()
+    def check_keys(self, messages: Iterable[Message]) -> None:
+        """Check that the template names the data's own keys of messages. Raises UnusableRecordError."""
+        own = {name for message in messages for name in message.fields.keys() - _USUAL_FIELDS}
+        if unread := sorted(map(shown_key, own - self.keys)):
+            detail = f"a message has {', '.join(unread)}, which the chat template does not read"
+            raise UnusableRecordError("unread_content", detail, tuple(unread))
 
-        def marked(call: Fields) -> Fields:
-            marks.append(f"{RESERVED_CHARACTER}call{len(marks)}{RESERVED_CHARACTER}")
-            return {**call, "function": {**call["function"], "name": call["function"]["name"] + marks[-1]}}
+    def omitted(self, prompt: Messages, response: Messages, context: Forms = NO_CONTEXT) -> frozenset[str]:
+        """Return the keys of messages that the output of the template leaves out: contents, calls and others.
 
-        named = [
-            {**turn, "tool_calls": list(map(marked, turn["tool_calls"]))} if turn.get("tool_calls") else turn
-            for turn in map(self._plain, messages)
-        ]
-        try:
-            turns = tuple(Forms(turn, turn) for turn in named)
-            rendered = self.render(turns, Forms(context.plain, context.plain))
-        except UnusableRecordError:
-            return False
-        rendered = self._marks.replace_marked(rendered)
-        return all(mark in rendered for mark in marks)
+        A part of a message is written if a mark in it is: its words may also stand elsewhere.
+        """
+        messages = (*prompt, *response)
+        if any(message.fields.keys() - THOUGHT_FIELDS for message in messages):
+            return self._unmarked(messages, len(prompt), context)
+        # Whether a template writes a turn does not depend on the words of its content.
+        turns = [(turn.role, bool(turn.content.strip()), sorted(turn.fields)) for turn in messages]
+        arguments = {name: value for name, value in context.plain.items() if name != "tools"}
+        form = json.dumps([turns, len(prompt), arguments, "tools" in context.plain], default=str)
+        if form not in self._omitted:
+            self._omitted[form] = self._unmarked(messages, len(prompt), context)
+        return self._omitted[form]
+
+    def _unmarked(self, messages: Messages, of_prompt: int, context: Forms) -> frozenset[str]:
+        """Return the keys of messages whose marks are not in the output of the template."""
+        keys: list[str] = []  # of each mark
+
+        def marked(text: str, key: str) -> str:
+            keys.append(key)
+            return f"{text}{_mark(len(keys) - 1)}"
+
+        def turn_of(message: Message) -> Forms:
+            content = message.content
+            turn = self._plain(
+                replace(message, content=marked(content, CONTENT) if content.strip() else content)
+            )
+            if calls := turn.get(CALLS):
+                functions = [call["function"] for call in calls]
+                names = [marked(function["name"], CALLS) for function in functions]
+                turn[CALLS] = [
+                    {**call, "function": {**call["function"], "name": name}}
+                    for call, name in zip(calls, names, strict=True)
+                ]
+            for name in message.fields.keys() - _USUAL_FIELDS:
+                turn[name] = _with_last_text(turn[name], partial(marked, key=name))
+            return Forms(turn, turn)
+
+        turns = tuple(map(turn_of, messages))
+        # Some templates write a system's turn only into a question that is the last turn (Mistral).
+        missing = set(range(len(keys)))
+        for part, is_prompt in ((turns, False), (turns[:of_prompt], True)):
+            if missing and part:
+                with contextlib.suppress(UnusableRecordError):
+                    rendered = self.render(part, Forms(context.plain, context.plain), generation=is_prompt)
+                    rendered = self._marks.replace_marked(rendered)
+                    missing -= {number for number in missing if _mark(number) in rendered}
+        return frozenset(keys[number] for number in missing)
 
     @cached_property
     def after_response(self) -> str:
@@ -333,7 +402,7 @@ class ChatRenderer:
 
     @cached_property
     def _call(self) -> Fields:
-        return PROBE_CALL if self._takes_objects else _with_text_arguments(PROBE_CALL)
+        return PROBE_CALL if self._takes_objects else with_text_arguments(PROBE_CALL)
 
     @cached_property
     def _takes_objects(self) -> bool:
@@ -342,7 +411,7 @@ class ChatRenderer:
         def is_rendered(call: Fields) -> bool:
             return self._probed(_PROBES[0], _NOTHING | {"tool_calls": [call]}) != ""
 
-        return is_rendered(PROBE_CALL) or not is_rendered(_with_text_arguments(PROBE_CALL))
+        return is_rendered(PROBE_CALL) or not is_rendered(with_text_arguments(PROBE_CALL))
 
     def _answered(self, turn: Fields) -> str:
         """Return the output of the template for a turn after the question, without the turn's header.
@@ -373,10 +442,26 @@ class ChatRenderer:
         return answered[self._common_length(answered, prompt) :]
 
     def _probed(self, *turns: Fields, generation: bool = False) -> str:
-        return _probed(self._tokenizer, self.template, turns, self._in_parts, generation=generation)
+        return probed(self._tokenizer, self.template, turns, self._in_parts, generation=generation)
 
 
-def _with_text_arguments(call: Fields) -> Fields:
+def _mark(number: int) -> str:
+    return f"{RESERVED_CHARACTER}{number}{RESERVED_CHARACTER}"
+
+
+def _with_last_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a value with its last text changed: itself, or one in its lists and objects."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {**value, **{name: _with_last_text(value[name], change) for name in [*value][-1:]}}
+    if isinstance(value, list) and value:
+        return [*value[:-1], _with_last_text(value[-1], change)]
+    return value
+
+
+def with_text_arguments(call: Fields) -> Fields:
+    """Return a call of a tool with its arguments as JSON text."""
     function = call["function"]
     arguments = function["arguments"]
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

@@ -8,7 +8,14 @@ from typing import NamedTuple
 from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig
 from dpo_dist.data.records import Tokenizer
 from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_TAGS, EscapedEncoder, Marks, any_of
-from dpo_dist.data.text.template import ChatRenderer, chosen_template, pin_clock, turn_tokens
+from dpo_dist.data.text.template import (
+    ChatRenderer,
+    chosen_template,
+    pin_clock,
+    roles_in_parts,
+    turn_tokens,
+)
+from dpo_dist.data.text.thoughts import thought_marks
 from dpo_dist.foundation.errors import ConfigError
 
 # Tokens around turns of common model families: a text may come from another tokenizer's template.
@@ -37,17 +44,21 @@ class TokenizerFacts:
         # Its added tokens: special ones, tokens around turns (special or not), tags of calls and thoughts.
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
         tags = {token for token in added if not token.isspace() and not token.isalnum()}  # no ordinary text
-        self._turn_tokens = tags & turn_tokens(tokenizer, chat_template)
+        in_parts = frozenset[str]() if chat_template is None else roles_in_parts(tokenizer, chat_template)
+        self.thoughts = thought_marks(tokenizer, chat_template, in_parts)
+        # The end of a thought that is a turn of its own may also end other turns (gpt-oss).
+        thought_tags = {*THOUGHT_TAGS, *(() if self.thoughts.is_turn else self.thoughts.tags)}
+        self._turn_tokens = tags & turn_tokens(tokenizer, chat_template, thought_tags)
         special = {token for token, is_special in added.items() if is_special}
         special |= self._turn_tokens | set(tokenizer.all_special_tokens)
         written = {token for token in tags if token in (chat_template or "")}
         # A content must not become one of these: spelled there, they are encoded as text.
-        self.marks = Marks(special, written | set(THOUGHT_TAGS).intersection(added))
+        self.marks = Marks(special, written | thought_tags.intersection(added), thought_tags)
         self._special = self.marks.in_text
         self._turns = any_of({*self._turn_tokens, *_FOREIGN_MARKS})
-        self._markup = any_of({*special, *THOUGHT_TAGS})
+        self._markup = any_of({*special, *thought_tags})
         # Inside these no text is cut, also where a tag of thoughts is several tokens.
-        unbroken = {token for token in {*added, *special, *THOUGHT_TAGS} if not token.isspace()}
+        unbroken = {token for token in {*added, *special, *thought_tags} if not token.isspace()}
         self.unbroken, self._longest = any_of(unbroken), max(map(len, unbroken))
         self.encoder = EscapedEncoder(tokenizer, self.marks, any_of({*added, *special}))
         self.chat = None

@@ -21,7 +21,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from dpo_dist.data.records import Message, Messages, UnusableRecordError
-from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_FIELDS, THOUGHT_TAGS
+from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_FIELDS
 from dpo_dist.data.text.template import ChatRenderer, Forms, Turns
 from dpo_dist.data.text.tokenizer import TokenizerFacts
 
@@ -196,7 +196,7 @@ class TurnFinder:
         if not closing or closing.group() not in turn[length:]:
             return None
         opening = list(self._facts.unbroken.finditer(turn[:length]))
-        if opening and opening[0].group() != THOUGHT_TAGS[0]:
+        if opening and opening[0].group() != self._facts.thoughts.tags[0]:
             del opening[0]  # the token that starts the turn
         return opening[-1].start() if opening else None
 

@@ -26,6 +26,7 @@ from dpo_dist.data.records import (
 )
 from dpo_dist.data.text.escape import THOUGHT_FIELDS
 from dpo_dist.data.text.lengths import without_limits
+from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import MEMO_FOLDER, text_digest
 from dpo_dist.model.architectures import context_length
@@ -195,11 +196,8 @@ def load_packed_source(
     return packed
 
 
-# A prompt is rendered before a placeholder. The first one ends a thought: a thought that the template opens
-# in the prompt stays open, and the model continues it. The second one has no thought: a thought that the
-# template ends in the prompt stays ended.
-_PLACEHOLDERS = ("response\n</think>\n\nresponse", "response")
 _FIELD = THOUGHT_FIELDS[0]
+_PLACEHOLDER = "response"
 _THOUGHT, _CONTENT = "probe thought", "probe content"
 _PROBES = re.compile(f"{_THOUGHT}|{_CONTENT}")
 # A response is decoded together with this many last tokens of its prompt, because its first space or
@@ -300,7 +298,14 @@ def usable_prompt(
     `sampling` is None if no response is generated: then none needs room.
     The ids are the same as in training; if the template opens a thought, its start is among them.
     """
-    for placeholder in _PLACEHOLDERS:
+    # A prompt is rendered before a placeholder. The first one has a thought: one that the template opens in
+    # the prompt stays open, and the model continues it. The second one has none: a thought that the template
+    # ends in the prompt stays ended.
+    facts = tokenizer_facts(responder.tokenizer, responder.data, with_tools=bool(record.tools))
+    thinking: Response = (Message("assistant", _PLACEHOLDER, {_FIELD: _PLACEHOLDER}),)
+    if isinstance(record.prompt, str) or facts.chat is None:
+        thinking = f"{_PLACEHOLDER}{facts.thoughts.closing}{_PLACEHOLDER}"
+    for placeholder in (thinking, _PLACEHOLDER):
         encoded = responder.encode(record, placeholder)
         if isinstance(encoded, BadRecord):
             return encoded.reason

@@ -47,6 +47,7 @@ from dpo_dist.data.encoded.store import read_counts, read_lengths
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import expected_number, metric_labels, pin_source, source_labels
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, PreferenceRecord, PromptHashes, train_part
+from dpo_dist.data.text.render import unread_fields
 from dpo_dist.data.text.template import check_template_keys
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.text import pluralize
@@ -344,7 +345,9 @@ def _first_records(
         f"{pluralize(images, 'record')} with images" if images else "",
     ]
     read = (record for record in records if isinstance(record, PreferenceRecord))
-    unread = named_in_one_line(itertools.chain.from_iterable(record.unread for record in read))
+    unread = named_in_one_line(
+        itertools.chain.from_iterable(unread_fields(record, encoder.tokenizer, data) for record in read)
+    )
     notes = [("  not read", unread)] if unread else []
     notes += [("  warning", warning) for warning in two_forms(counts.numbers())]
     pairs, expected = float(counts.pairs), expected_number(source)

@@ -390,10 +390,6 @@ def test_the_arguments_of_a_call_are_read_or_the_record_is_bad(tmp_path: Path, n
 @pytest.mark.parametrize(
     "turn",
     [
-        assistant("I look.") | {"functionCall": CALL},
-        assistant("I look.") | {"function_calls": [CALL]},
-        assistant("I look.") | {"toolCalls": json.dumps([CALL])},
-        assistant("I look.") | {"tool_call": CALL},
         {"role": "assistant", "content": [{"type": "text", "text": "I look.", "functionCall": CALL}]},
         {"role": "assistant", "content": [{"functionCall": CALL}]},
         {"role": "assistant", "content": [{"type": "text", "text": "I"}, CALLS["Anthropic"]]},
@@ -403,6 +399,40 @@ def test_the_arguments_of_a_call_are_read_or_the_record_is_bad(tmp_path: Path, n
 def test_a_call_that_no_format_reads_is_not_dropped_from_its_turn(turn: dict[str, Any]) -> None:
     found = bad({"prompt": [user("q")], "chosen": [turn], "rejected": [assistant("no")]})
     assert (found.reason, len(found.unread)) == ("unread_content", 1)
+
+
+TEXTS_OF_DETAILS = [{"type": "reasoning.text", "text": "Look "}, {"type": "reasoning.text", "text": "up."}]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"reasoning_details": TEXTS_OF_DETAILS},
+        {"reasoning": "Look up.", "reasoning_details": TEXTS_OF_DETAILS},
+        {"thinking_blocks": [{"type": "thinking", "thinking": "Look up.", "signature": "x"}]},
+    ],
+)
+def test_a_list_of_thoughts_is_a_thought_of_the_message(keys: dict[str, Any]) -> None:
+    """As OpenRouter and LiteLLM write them, beside the text or alone."""
+    record = good({"prompt": [user("q")], "chosen": [assistant("yes") | keys], "rejected": "no"})
+    assert record.responses[0] == (Message("assistant", "yes", {"reasoning_content": "Look up."}),)
+    assert not record.unread
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "thinking", "thought"])
+def test_columns_that_may_have_the_thoughts_of_the_sides_are_not_left_out(name: str) -> None:
+    """They may also have the reasons of a judge."""
+    found = bad(TEXT | {f"chosen_{name}": "Look it up.", f"rejected_{name}": "A guess."})
+    assert (found.reason, found.unread) == ("unread_content", (f"chosen_{name}", f"rejected_{name}"))
+
+
+def test_other_keys_of_a_message_do_not_divide_a_conversation() -> None:
+    """A time or an identifier of the same turn may differ; such a key has no effect on what is shared."""
+    first, second = (user("q") | {"time": time, "mood": "calm"} for time in ("1", "2"))
+    record = good({"chosen": [first, assistant("yes")], "rejected": [second, assistant("no")]})
+    assert (record.prompt, record.responses) == ((Message("user", "q"),), ("yes", "no"))
+    assert record.prompt[0].others == {"mood": "calm"}  # type: ignore[union-attr]
+    assert record.unread == ("messages[].time", "messages[].mood")
 
 
 @pytest.mark.parametrize("name", ["input_schema", "inputSchema"])

@@ -58,6 +58,8 @@ from tests.support.alone import ALONE
 from tests.support.chat_tokenizers import tokenizer_of
 from tests.support.pairs import WIDE
 from tests.support.tiny_model import write_model
+from tests.unit.data.test_message_keys import MARKS, thinking
+from tests.unit.data.test_template_kinds import tokenizer_with
 
 pytestmark = pytest.mark.slow
 
@@ -303,6 +305,18 @@ def test_training_reads_the_generated_tokens(
     samples, ids = answered(record, tokenizer, chosen, rejected)
     assert [sample.same_ids for sample in samples] == [True, True]
     assert trained(tmp_path, record, tokenizer, samples[0].response, samples[1].response) == ids
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_a_thought_that_the_template_opens_in_marks_of_its_own_is_continued(name: str) -> None:
+    opening, closing, around = MARKS[name]
+    tokenizer = tokenizer_with(thinking(opening, closing, around))
+    texts = [
+        f"{thought}{closing}{around.replace('{{ m.content }}', answer)}"
+        for thought, answer in (("add", "four"), ("sum", "five"))
+    ]
+    samples, _ = answered(CHAT, tokenizer, *texts)
+    assert [sample.same_ids for sample in samples] == [True, True]
 
 
 @pytest.mark.parametrize("turn", ["Human: and you?", "Assistant: more"])

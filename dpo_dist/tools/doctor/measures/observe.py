@@ -25,6 +25,7 @@ from dpo_dist.data.records import (
 )
 from dpo_dist.data.text.escape import any_of
 from dpo_dist.data.text.lengths import without_limits
+from dpo_dist.data.text.render import unread_fields
 from dpo_dist.data.text.template import chosen_template
 from dpo_dist.tools.doctor.measures.texts import (
     Benchmark,
@@ -192,7 +193,9 @@ class Observer:
             is_held_out=self._is_held_out(number),
             characters=(len(prompt), *_ends(responses, side)),
             pair=pair,
-            unread=record.unread,
+            unread=record.unread
+            if self._tokenizer is None
+            else unread_fields(record, self._tokenizer, self._config),
             images=tuple(images),
             prompt=key,
             record=whole,
@@ -205,7 +208,7 @@ class Observer:
         names = {*text_names(record, texts), *record.numbers, *call_faults(record)}
         if pair is not None and pair.is_call:
             names.add("call_against_text")
-        if record.unread:
+        if facts.unread:
             names.add("columns_not_read")
         if any(map(self._special.search, (prompt, *responses))):
             names.add("special_token")
