@@ -25,7 +25,7 @@ from tests.unit.data.test_template_kinds import (
     template_of,
     tokenizer_with,
 )
-from tests.unit.data.test_templates import QUESTION, RESULT, TOOL, pair, trained_text
+from tests.unit.data.test_templates import ANSWER, QUESTION, RESULT, TOOL, pair, trained_text
 
 DEFINED = '[{"name": "weather"}]'
 CALLED = "weather(city='Bern')"
