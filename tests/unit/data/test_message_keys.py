@@ -25,7 +25,7 @@ from tests.unit.data.test_template_kinds import (
     template_of,
     tokenizer_with,
 )
-from tests.unit.data.test_templates import QUESTION, RESULT, TOOL, pair, trained_text
+from tests.unit.data.test_templates import ANSWER, QUESTION, RESULT, TOOL, pair, trained_text
 
 DEFINED = '[{"name": "weather"}]'
 CALLED = "weather(city='Bern')"
@@ -155,7 +155,8 @@ def test_a_turn_is_known_to_be_written_by_its_place_not_by_its_words() -> None:
     for role, is_written in (("tool", True), ("environment", False), ("ipython", False), ("tool", True)):
         for before in (CALL, ANSWER):
             asked = (Message("user", "Rain?"), before, Message(role, "Rain"))
-            found = encode(pair("Rain.", "No Rain.", prompt=asked, tools=(TOOL,)), tokenizer)
+            tools = (TOOL,) if before is CALL else ()
+            found = encode(pair("Rain.", "No Rain.", prompt=asked, tools=tools), tokenizer)
             assert ("content_not_rendered" not in found.changes) is is_written
 
 
