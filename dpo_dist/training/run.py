@@ -131,8 +131,8 @@ def find_start(run: Run) -> Checkpoint | RunState | None:
 
         def restore() -> None:
             with run.console.heartbeat(f"looking for the run in {url}"):
-                run.mirror = Mirror(url, folder, run.config.trainer.keep_last, run.console)
-                run.mirror.restore(identity, resume)
+                run.mirror = Mirror(url, folder, identity, run.config.trainer.keep_last, run.console)
+                run.mirror.restore(resume)
 
         world.on_main(restore)
     if resume is not Resume.never:
@@ -192,6 +192,8 @@ def record_start(
         write_text(folder.config, to_yaml(run.config))
         write_text(folder.environment, json.dumps(environment, indent=2) + "\n")
         write_state(folder, state)
+        if run.mirror is not None:
+            run.mirror.claim()
         if not state.step:
             shutil.rmtree(folder.samples, ignore_errors=True)
         if folder.summary.exists():
