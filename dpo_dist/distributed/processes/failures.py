@@ -54,6 +54,8 @@ _ERRORS_OF_OTHERS = (RuntimeError, OSError, SystemExit, StoppedError)
 _COMMUNICATION_ERRORS = (
     r"timed ?out|timeout|closed by peer|reset by peer|broken pipe|remote process exited"
     r"|connection was likely closed|connectFullMesh failed"
+    # As systems name what this side or its network did: ECONNABORTED, ENOTCONN, EHOSTUNREACH, ENETDOWN ...
+    r"|connection abort|not connected|no route to host|network is (?:unreachable|down)|host is down"
 )
 
 
