@@ -24,7 +24,7 @@ from dpo_dist.config.load import to_yaml
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name
 from dpo_dist.config.schema import AttentionBackend, FinalModel, ReferenceMode, Resume, RunConfig
-from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.data.encoded.dataset import PreferenceDataset, columns_errors
 from dpo_dist.distributed.checkpoint.saver import (
     Checkpoint,
     CheckpointSaver,
@@ -99,7 +99,8 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
         if isinstance(start, RunState):
             return _finish_complete_run(run, start, reporting)
         inputs, state, custom = _begin(run, start, reporting)
-        with stop.deferred(), contextlib.ExitStack() as engines:
+        unchanged = columns_errors(inputs.train_set, inputs.eval_set)
+        with unchanged, stop.deferred(), contextlib.ExitStack() as engines:
             try:
                 loop, position = _set_up(run, start, inputs, state, custom, engines, reporting)
             except StoppedError:
