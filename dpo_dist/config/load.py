@@ -83,6 +83,8 @@ def complete_config(
     rules = rules_of(verb)
     config = reset_unused(resolve_reference(config), given, set_by_presets, rules)
     check_rules(config, rules)
+    if config.run.mirror is not None and is_url(config.run.mirror):
+        check_url(config.run.mirror, "run.mirror")
     named = [(key, value_at(config, key)) for key in ("model.path", "model.adapter.path", "reference.path")]
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for source in filter(lambda source: is_url(source.path), sources):

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, first_line
 
 _TEMPORARY = ".tmp-"
 _REPLACED = "replaced-"
@@ -367,6 +367,21 @@ def locked(
         except OSError:
             pass
         yield file.fileno()
+
+
+def check_readable(path: Path, where: str, error: type[DpoDistError] = ConfigError) -> None:
+    """Raise `error` if this user may not read a file or a folder, or not enter a folder above it."""
+    whole = path.absolute()
+    for each in (*reversed(whole.parents), whole):
+        mode = os.X_OK if each.is_dir() else os.R_OK
+        mode |= os.R_OK if each == whole else 0
+        if each.exists() and not os.access(each, mode):
+            raise error(
+                f"this user may not read the {'folder' if each.is_dir() else 'file'}",
+                where=where,
+                got=f"{each}, as user {os.getuid()}",
+                remedy="let its owner allow it (chmod -R a+rX FOLDER), or copy the files",
+            )
 
 
 def similar_path(path: Path) -> Path | None:

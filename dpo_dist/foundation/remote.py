@@ -14,6 +14,7 @@ _WEB = ("http", "https")
 _CLOUD = (*_WEB, "s3", "s3a", "gs", "gcs")
 # Without these a server that accepts a connection and sends nothing would be waited for without an end.
 _CONNECT_SECONDS, _SILENT_SECONDS = 10, 60
+_TRIES = {"s3": 5, "s3a": 5, "gs": 6, "gcs": 6}  # of s3fs and gcsfs, for each request
 _QUERY = re.compile(r"(?<=://)([^\s?#]*)[?#][^\s'\")]+")
 _PASSWORD, _WEB_USER = re.compile("[^/@]*:[^@]*@"), re.compile("[^/@]*(:[^@]*)?@")
 _HUB_PAGE = re.compile(
@@ -39,9 +40,9 @@ def with_slashes(path: str) -> str:
 def check_url(url: str, where: str) -> None:
     """Check that a URL holds no secret, which would be stored with the configuration; `where`: the key.
 
-    Raises ConfigError, which does not repeat the URL.
+    Also that it names a bucket, a host or a folder. Raises ConfigError, which does not repeat a secret.
     """
-    protocol, _, rest = url.partition("://")
+    protocol, separator, rest = url.partition("://")
     is_web = protocol.lower() in _WEB
     fault = "a user or password" * bool((_WEB_USER if is_web else _PASSWORD).match(rest))
     fault = fault or "a query or fragment" * (is_web and bool(re.search("[?#]", rest)))
@@ -52,6 +53,15 @@ def check_url(url: str, where: str) -> None:
             expected="the location alone, for example s3://bucket/folder or https://host/file.jsonl",
             remedy="set credentials in the environment or the files where the file system looks for them "
             "(for https:// ~/.netrc); download what only a signed URL can reach",
+        )
+    lacks_place = not rest.strip("/") or (protocol.lower() in _CLOUD and rest.startswith("/"))
+    if separator and lacks_place:
+        raise ConfigError(
+            "the URL names no bucket, host or folder",
+            where=where,
+            got=url,
+            expected="for example s3://bucket/folder or https://host/file.jsonl",
+            remedy="write the whole URL",
         )
 
 
@@ -70,13 +80,10 @@ def open_file_system(url: str, where: str = "") -> tuple[Any, str]:
     import fsspec  # noqa: PLC0415  # slow to import
 
     check_url(url, where or "the URL")
-    protocol, options = url.partition("://")[0].lower(), dict[str, Any]()
+    protocol = url.partition("://")[0].lower()
     try:
-        if protocol in _WEB:
-            import aiohttp  # noqa: PLC0415
-
-            timeout = aiohttp.ClientTimeout(None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
-            options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+        own = fsspec.config.conf.get(protocol, {})  # of the user's files and environment
+        options = {name: values | own.get(name, {}) for name, values in _limits(protocol).items()}
         file_system, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as fault:
         raise ConfigError(
@@ -95,6 +102,35 @@ def open_file_system(url: str, where: str = "") -> tuple[Any, str]:
         ) from fault
     file_system.invalidate_cache()
     return file_system, path
+
+
+def _limits(protocol: str) -> dict[str, dict[str, Any]]:
+    """Return options of a file system by which a silent server is waited for as long as for `https://`."""
+    silent = _SILENT_SECONDS / _TRIES.get(protocol, 1)
+    match protocol:
+        case "s3" | "s3a":
+            from aiobotocore.httpsession import AIOHTTPSession  # noqa: PLC0415
+
+            class Session(AIOHTTPSession):  # type: ignore[misc]
+                """Sends a file without asking first: aiohttp waits for that answer without a limit."""
+
+                async def send(self, request: Any) -> Any:
+                    request.headers.pop("Expect", None)
+                    return await super().send(request)
+
+            limits: dict[str, Any] = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": silent}
+            # botocore would try each of the tries five times.
+            limits |= {"retries": {"total_max_attempts": 1}, "http_session_cls": Session}
+            return {"config_kwargs": limits}
+        case "http" | "https" | "gs" | "gcs":
+            import aiohttp  # noqa: PLC0415
+
+            timeout = aiohttp.ClientTimeout(None, sock_connect=_CONNECT_SECONDS, sock_read=silent)
+            if protocol in _WEB:
+                return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+            return {"session_kwargs": {"timeout": timeout}}
+        case _:
+            return {}
 
 
 @contextlib.contextmanager

@@ -98,15 +98,25 @@ _SECRET_VARIABLE = re.compile(
     r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|_PASS|_PAT)S?(_?\d+)?$"
 )
 _SECRET_LENGTH = 8
+_PREFIX = "(?:(?:hf|hub|auth|access|api|admin|bearer|session|refresh|client|private|my|wandb|openai)[-_])?"
 _SECRET_TEXTS = (
     re.compile(r"(?<=://)[^/\s]+(?=@)"),  # user:password in a URL
     re.compile(
         r"(?i)(?<=[?&])((?:[\w-]*[_-])?(?:api_?key|key|token|secret|password|sig|signature)=)[^&#\s\"\\]+"
     ),
-    # The word after a header's or an option's name: "Authorization: Bearer abc", "['--api-key', 'abc']".
+    # The word after the name of a header, an option or a variable of a command: "Authorization: Bearer abc",
+    # "['--api-key', 'abc']", "HF_TOKEN=abc"; not special tokens ("--eos_token x"), nor paths and variables.
     re.compile(
         r"(?i)(\b(?:authorization|(?:x-)?api[-_]?key)[\"']?\s*[:=]\s*[\"']?(?:(?:basic|bearer|token)\s+)?"
-        r"|--api[-_]?key[\"']?,?\s+[\"']?|(?-i:\bBearer)\s+)[^\s\"'\\,&#]+"
+        r"|(?-i:\bBearer)\s+"
+        rf"|(?<![\w-])--?{_PREFIX}(?:token|secret|password|passwd|passphrase|(?:secret|access|api)[-_]?key)"
+        r"[\"']?(?:=|,?\s+)[\"']?(?!\$)"
+        r"|(?<![\w-])(?:-u|--user|--proxy-user)[\"']?(?:=|,?\s+)[\"']?[^\s\"':]+:"
+        r"|\b(?:x-[\w-]+|private|auth|access|session)-(?:token|key|secret):\s*|\bcookie:\s*[\w-]+="
+        rf"|[\"']{_PREFIX}(?:password|secret|(?:access|auth|refresh)_token)[\"']:\s*[\"']"
+        r"|\b(?-i:[A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY))=[\"']?(?![/$<~])"
+        r"|(?<![\w-])(?:-d|-F|--data[\w-]*|--form)[\"']?,?\s+[\"']?(?:token|password|secret)=)"
+        r"[^\s\"'\\,&#]+"
     ),
     # At least as long as real tokens: names of files and models also begin with `hf_` and `sk-`.
     re.compile(

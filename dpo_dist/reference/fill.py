@@ -22,7 +22,7 @@ from dpo_dist.batching.pack import DUMMY_RESPONSES, PackedBatch, dummy_batch, pa
 from dpo_dist.batching.plan import deal_out, plan_micro_batches
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.encoded.dataset import PreferenceDataset
-from dpo_dist.distributed.processes.world import Stops, World
+from dpo_dist.distributed.processes.world import Stops, World, check_shared
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import locked, remove_abandoned
@@ -124,6 +124,7 @@ class StoreFiller:
         missing, report, self.shards = self.world.on_main(survey)
         if not len(missing):
             return report
+        check_shared(self.world, self.store.folder, "reference.store")
         self.world.together(self.store.check_writable)
         with self._lock_store() as has_waited:
             if has_waited:

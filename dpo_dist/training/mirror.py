@@ -3,7 +3,8 @@
     <run.mirror>/environment.json  config.yaml  dpo_metrics/ ...  run_state.json     as in the run directory
     <run.mirror>/checkpoints/step-000100/ ... manifest.json                          its manifest comes last
 
-A thread of rank 0 uploads them after each commit. A folder without a manifest is no checkpoint.
+A thread of rank 0 uploads them after each commit. A folder without a manifest is no checkpoint. The state is
+also the first file there: it says whose the mirror is.
 """
 
 import contextlib
@@ -15,9 +16,11 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
+from fsspec.callbacks import Callback
 from fsspec.implementations.dirfs import DirFileSystem
 
 from dpo_dist.config.identity import RunIdentity
+from dpo_dist.config.load import read_saved
 from dpo_dist.config.run_folder import (
     BEST_FILE,
     RunFolder,
@@ -35,19 +38,20 @@ from dpo_dist.distributed.checkpoint.saver import (
     find_faults,
 )
 from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.errors import CheckpointError
+from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.foundation.files import commit_folder, is_temporary, temporary_folder
 from dpo_dist.foundation.remote import open_file_system, remote_errors, shown_fault
 from dpo_dist.foundation.text import pluralize
-from dpo_dist.training.start.run_state import check_configuration, find_finished, read_state
+from dpo_dist.training.start.run_state import RunState, check_configuration, find_finished, read_state
 
 _STOP_SECONDS = 30.0  # in which a run that was asked to stop waits for its last upload
+_SILENT_SECONDS = 300.0  # without a byte more, after which the end of a run does not wait for an upload
 _POLL_SECONDS = 0.2
 _PART = ".part"
 
 
 class Mirror:
-    """The mirror at `url` of the run in `folder`; on rank 0.
+    """The mirror at `url` of the run in `folder` with this identity; on rank 0.
 
     `upload` never raises: a failure is a warning, and the next commit tries again.
 
@@ -55,8 +59,9 @@ class Mirror:
     of an upload shares with the saver: the thread itself, whether another upload is due, and its checkpoints.
     """
 
-    def __init__(self, url: str, folder: RunFolder, keep_last: int, console: Console):
+    def __init__(self, url: str, folder: RunFolder, identity: RunIdentity, keep_last: int, console: Console):
         self._url, self._folder, self._keep_last, self._console = url, folder, keep_last, console
+        self._identity = identity
         self._where, self._checkpoints = f"run.mirror={url}", folder.checkpoints.name
         # Written after the checkpoints that they name, the state as the last file.
         self._written_last = (folder.checkpoints / LATEST, folder.checkpoints / BEST_FILE, folder.state)
@@ -67,6 +72,7 @@ class Mirror:
         self._uploaded_times: dict[str, int] = {}  # by names there, the files' times in nanoseconds
         self._failure = ""
         self._files_done, self._files_total = 0, 0  # files of this upload
+        self._sent = Callback()  # its value counts bytes
         system, path = open_file_system(url, "run.mirror")
         # Other storage than folders, such as a bucket, shows whole files only.
         self._has_folders, self._remote = not system.async_impl, DirFileSystem(path, system)
@@ -74,39 +80,80 @@ class Mirror:
             if self._has_folders:
                 self._remote.makedirs("", exist_ok=True)
             self._remote.pipe_file(_PART, b"may be deleted")
-            self._remote.rm_file(_PART)
+            with contextlib.suppress(FileNotFoundError):  # another run that starts has deleted it
+                self._remote.rm_file(_PART)
 
-    def restore(self, identity: RunIdentity, resume: Resume) -> None:
+    def restore(self, resume: Resume) -> None:
         """Download the run if the mirror is further than the run directory; an error if it has another."""
-        if (step := self.newer_step(identity, resume)) is not None:
+        if (step := self.newer_step(resume)) is not None:
             self._console.say(f"restoring step {step:,} of the run from {self._url}")
             with remote_errors(self._where, CheckpointError):
                 names = self._names()
                 self._download(names, _steps(names))
 
-    def newer_step(self, identity: RunIdentity, resume: Resume) -> int | None:
+    def newer_step(self, resume: Resume) -> int | None:
         """Return the step of a mirror that is further than the run directory; an error for another run."""
-        with remote_errors(self._where, CheckpointError), tempfile.TemporaryDirectory() as scratch:
-            names, former = self._names(), RunFolder(Path(scratch))
-            for file in (former.state, former.config):
-                if file.name in names:
-                    self._remote.get_file(file.name, str(file))
-            if (state := read_state(former)) is None:
-                if names and self._folder.environment.name not in names:
+        with remote_errors(self._where, CheckpointError):
+            names = self._names()
+            if (state := self._state(names)) is None:
+                if names:
                     raise self._error("the mirror has files that no run has written", names[0])
                 return None
             if resume is Resume.never:
                 raise self._error("the mirror has a run, and run.resume=never")
-            try:
-                check_configuration(state.identity, identity, former)
-            except CheckpointError as error:
-                raise self._error("the mirror has another run", error.got, error.expected) from None
             folders = filter(is_checkpoint, checkpoint_folders(self._folder.checkpoints))
             here = [checkpoint_step(folder.name) or 0 for folder in folders]
-            if finished := find_finished(identity, self._folder):
+            if finished := find_finished(self._identity, self._folder):
                 here.append(finished.step)
             there = max([*_steps(names), state.step if state.is_finished else -1])
             return there if there > max(here, default=-1) else None
+
+    def claim(self) -> None:
+        """Write the run's state to a mirror without one: the first file there. An error for another run's.
+
+        Call it when the files of this start are written, before its first upload.
+        """
+        with remote_errors(self._where, CheckpointError):
+            if self._state(self._names()) is not None:
+                return
+            state, config = (file.read_bytes() for file in (self._folder.state, self._folder.config))
+            try:
+                self._remote.pipe_file(self._folder.state.name, state, mode="create")
+            except FileExistsError:  # another run has started at the same moment
+                self._state(self._names())
+                return
+            except Exception:  # storage that cannot refuse a second file of one name
+                self._remote.pipe_file(self._folder.state.name, state)
+            self._remote.pipe_file(self._folder.config.name, config)  # by which an error names this run
+
+    def _state(self, names: Collection[str]) -> RunState | None:
+        """Return the state of the run there, None without one; an error if it is that of another run."""
+        with tempfile.TemporaryDirectory() as scratch:
+            former = RunFolder(Path(scratch))
+            for file in (former.state, former.config):
+                if file.name in names:
+                    self._remote.get_file(file.name, str(file))
+            try:
+                state = read_state(former)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    error.message,
+                    where=f"{self._url}/{former.state.name}",
+                    got=error.got,
+                    remedy="restore this file; or copy the others but config.yaml to run.dir, and set "
+                    "run.mirror to an empty folder: the run resumes from its last checkpoint",
+                ) from None
+            if state is None:
+                return None
+            try:
+                check_configuration(state.identity, self._identity, former)
+            except CheckpointError as error:
+                name = ""
+                with contextlib.suppress(ConfigError, KeyError, TypeError):
+                    name = f", that of {read_saved(former.config)['run']['dir']}"
+                what = f"the mirror has another run{name}"
+                raise self._error(what, error.got, error.expected) from None
+            return state
 
     def _names(self) -> list[str]:
         self._remote.invalidate_cache()  # of lists
@@ -198,6 +245,7 @@ class Mirror:
 
     def _upload(self) -> None:
         """Upload changed files of the run, checkpoints that are not there yet, and last the state."""
+        self.claim()
         run, wanted = self._folder, self._uploading
         state, names = read_state(run), self._names()
         is_finished = state is not None and state.is_finished
@@ -230,10 +278,10 @@ class Mirror:
                 source = Path(shutil.copyfile(file, scratch))
             if self._has_folders:  # where a reader would see a part of a file
                 self._remote.makedirs(str(Path(name).parent), exist_ok=True)
-                self._remote.put_file(str(source), name + _PART)
+                self._remote.put_file(str(source), name + _PART, callback=self._sent)
                 self._remote.mv(name + _PART, name)
             else:
-                self._remote.put_file(str(source), name)
+                self._remote.put_file(str(source), name, callback=self._sent)
             self._uploaded_times[name] = version
         except FileNotFoundError:  # deleted since it was listed, or there is no best checkpoint
             if file.exists():
@@ -255,19 +303,28 @@ class Mirror:
                 self._remote.rm(folder if self._has_folders else files, recursive=self._has_folders)
 
     def finish(self, is_stopping: Callable[[], bool]) -> None:
-        """Upload the last files and wait for them, not long if the run is to stop; print what is missing."""
+        """Upload the last files and wait for them, not long if the run is to stop or nothing is sent.
+
+        Print what is missing.
+        """
         self.upload()
-        end = math.inf
+        end, seen, changed = math.inf, (-1, -1), time.monotonic()
         with self._console.progress(f"uploading to {self._url}", "file") as show:
-            while (thread := self._thread) is not None and time.monotonic() < end:
+            while (thread := self._thread) is not None:
                 thread.join(_POLL_SECONDS)
+                now, done = time.monotonic(), (self._files_done, self._sent.value)
+                if done != seen:
+                    seen, changed = done, now
                 if is_stopping():
-                    end = min(end, time.monotonic() + _STOP_SECONDS)
+                    end = min(end, now + _STOP_SECONDS)
+                if now > min(end, changed + _SILENT_SECONDS):
+                    break
                 show(self._files_done, self._files_total)
         if self._thread is None and not self._failure:
             self._console.say(f"the mirror {self._url} has the whole run")
             return
-        why = self._failure or f"{self._files_done:,} of {pluralize(self._files_total, 'file')} are there"
+        number = f"{self._files_done:,} of {pluralize(self._files_total, 'file')} are there"
+        why = f"{self._failure}, {number}" if self._failure else number
         again = "the same command uploads the others, or goes on from the run directory"
         self._console.warn(f"the mirror {self._url} is behind the run: {why}; {again}")
 

@@ -25,7 +25,7 @@ from dpo_dist.config.losses import Weighting
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name
 from dpo_dist.config.schema import AttentionBackend, FinalModel, ReferenceMode, Resume, RunConfig
 from dpo_dist.data.counts import steps_in_words
-from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.data.encoded.dataset import PreferenceDataset, columns_errors
 from dpo_dist.distributed.checkpoint.saver import (
     Checkpoint,
     CheckpointSaver,
@@ -101,7 +101,8 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
         if isinstance(start, RunState):
             return _finish_complete_run(run, start, reporting)
         inputs, state, custom = _begin(run, start, reporting)
-        with stop.deferred(), contextlib.ExitStack() as engines:
+        unchanged = columns_errors(inputs.train_set, inputs.eval_set)
+        with unchanged, stop.deferred(), contextlib.ExitStack() as engines:
             try:
                 loop, position = _set_up(run, start, inputs, state, custom, engines, reporting)
             except StoppedError:
@@ -133,8 +134,8 @@ def find_start(run: Run) -> Checkpoint | RunState | None:
 
         def restore() -> None:
             with run.console.heartbeat(f"looking for the run in {url}"):
-                run.mirror = Mirror(url, folder, run.config.trainer.keep_last, run.console)
-                run.mirror.restore(identity, resume)
+                run.mirror = Mirror(url, folder, identity, run.config.trainer.keep_last, run.console)
+                run.mirror.restore(resume)
 
         world.on_main(restore)
     if resume is not Resume.never:
@@ -195,6 +196,8 @@ def record_start(
         write_text(folder.config, to_yaml(run.config))
         write_text(folder.environment, json.dumps(environment, indent=2) + "\n")
         write_state(folder, state)
+        if run.mirror is not None:
+            run.mirror.claim()
         if not state.step:
             shutil.rmtree(folder.samples, ignore_errors=True)
         if folder.summary.exists():

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,11 +29,12 @@ from dpo_dist.config.schema import (
     RunConfig,
 )
 from dpo_dist.distributed.processes import failures
-from dpo_dist.distributed.processes.world import World
+from dpo_dist.distributed.processes import world as world_module
+from dpo_dist.distributed.processes.world import World, check_shared
 from dpo_dist.foundation import background
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
-from dpo_dist.foundation.signals import StopRequest
+from dpo_dist.foundation.signals import StopRequest, stopped_by
 from dpo_dist.model.files import load
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
@@ -45,6 +47,7 @@ from tests.support.ranks import Outcome, run_ranks, start_ranks
 from tests.support.tiny_model import write_model
 
 libc = ctypes.CDLL(None)
+_NEW_MOUNTS = 0x00020000  # CLONE_NEWNS
 
 
 def raised_by(work: Callable[[], Any]) -> list[str]:
@@ -285,6 +288,58 @@ def test_a_signal_to_a_rank_that_waits_for_work_ends_all(tmp_path: Path) -> None
     working, signalled = outcomes_of(signalled_while_rank_0_works, tmp_path)
     assert (signalled.error, signalled.is_printed_here) == ("StoppedError", True), signalled.log
     assert working.exit_code == 75, working.log
+
+
+def stopped_late(world: World, _folder: Path) -> None:
+    """Both ranks are stopped; rank 1 notices it when rank 0 has said so."""
+    time.sleep(world.rank)
+    raise stopped_by("SIGTERM")
+
+
+def waiting_for_a_stopped_rank(world: World, _folder: Path) -> None:
+    if world.is_main:
+        raise stopped_by("SIGTERM")
+    dist.barrier(group=world.control)
+
+
+@pytest.mark.parametrize("scenario", [stopped_late, waiting_for_a_stopped_rank])
+def test_every_rank_of_a_stopped_run_ends_as_stopped(scenario: Any, tmp_path: Path) -> None:
+    """A script that catches the stop must not end with a traceback on one of them."""
+    outcomes = outcomes_of(scenario, tmp_path)
+    assert [each.error for each in outcomes] == ["StoppedError"] * 2, [each.log for each in outcomes]
+    assert [each.is_printed_here for each in outcomes] == [True, False]
+
+
+def own_disk(folder: Path, rank: int) -> None:
+    """Give rank 1 an empty disk of its own at the folder, which it makes."""
+    if rank == 1:
+        assert libc.unshare(_NEW_MOUNTS) == 0
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "none", folder], check=True)
+
+
+def share_a_folder(world: World, folder: Path) -> list[str]:
+    world_module._SEEN_SECONDS = 0.5
+    return raised_by(lambda: check_shared(world, folder.parent / "cache", "data.cache"))
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_ranks_that_see_different_folders_are_named(is_shared: bool, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    if not is_shared and os.getuid():
+        pytest.skip("only root can give a rank a disk of its own")
+    enter = None if is_shared else partial(own_disk, cache)
+    outcomes = start_ranks(share_a_folder, 2, tmp_path / "ranks", enter=enter).finish()
+    results = [outcome.result for outcome in outcomes]
+    assert results[0] == results[1], outcomes
+    if is_shared:
+        assert results[0] == []
+    else:
+        kind, message, remedy = results[0]
+        assert (kind, message) == ("ConfigError", "the processes see different folders")
+        assert remedy.startswith("put data.cache on a file system that every node sees")
+    assert [*cache.iterdir()] == []
 
 
 def terminated_while_blocked(world: World, _folder: Path) -> None:

@@ -86,6 +86,21 @@ ENVIRONMENT = {"OPENAI_API_KEY": "of-my-endpoint", "HF_TOKEN": "short", "HOME": 
         ("data/hf_ultrafeedback_binarized_cleaned.jsonl", "data/hf_ultrafeedback_binarized_cleaned.jsonl"),
         ("sk-" + "proj-" + "Ab1_" * 3 + "a1B2" * 8, "***"),
         ("sk-" + "0f" * 16, "***"),
+        ("./reload --token abc {model}", "./reload --token *** {model}"),
+        (
+            "['reload', '--hf-token=abc', '--password', 'abc']",
+            "['reload', '--hf-token=***', '--password', '***']",
+        ),
+        ("sh -c 'HF_TOKEN=abc ./x'", "sh -c 'HF_TOKEN=*** ./x'"),
+        ("curl -u me:abc -H 'X-Auth-Token: abc' host", "curl -u me:*** -H 'X-Auth-Token: ***' host"),
+        ("curl -H 'Cookie: session=abc' -d token=abc", "curl -H 'Cookie: session=***' -d token=***"),
+        ('{"access_token": "abc", "token": "the"}', '{"access_token": "***", "token": "the"}'),
+        ("--eos_token '<|im_end|>' --tokenizer a", "--eos_token '<|im_end|>' --tokenizer a"),
+        ("HF_TOKEN=$HF_TOKEN SSH_KEY=/data/key ./x", "HF_TOKEN=$HF_TOKEN SSH_KEY=/data/key ./x"),
+        (
+            "MAX_TOKENS=4096 --max-tokens 5; the cookie: sweet",
+            "MAX_TOKENS=4096 --max-tokens 5; the cookie: sweet",
+        ),
     ],
 )
 def test_a_secret_in_a_text_is_hidden(text: str, shown: str) -> None:

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -298,6 +299,12 @@ def read_source(source: EncodedSource) -> pa.Table:
 
 
 def _damaged(source: EncodedSource) -> DataError:
+    if not source.file.exists():
+        return DataError(
+            "the encoded data that other processes have are missing here",
+            where=f"data.cache on {socket.gethostname()}: {source.file}",
+            remedy="put data.cache on a file system that every node sees; then start again",
+        )
     return DataError(
         "the encoded data are damaged",
         where=f"data.cache: {source.file}",

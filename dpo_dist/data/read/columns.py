@@ -12,6 +12,7 @@ from dpo_dist.data.read.values import CALLING, ROLES, from_json, has_value, pars
 from dpo_dist.data.read.verdicts import are_verdicts, check_columns
 from dpo_dist.data.records import BadRecord, RawRecord, UnusableRecordError, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.files import check_readable
 from dpo_dist.foundation.types import Fields
 
 READER = "reader"
@@ -179,10 +180,13 @@ def resolve_source(source: SourceConfig) -> SourceConfig:
     """Return the source that an entry of a `dataset_info.json` describes; any other source unchanged.
 
     `path` is the folder with a dataset_info.json, or this file, and `name` the entry. Raises ConfigError: the
-    file or the entry cannot be read, or asks for something that is not supported.
+    file or the entry cannot be read, or asks for something that is not supported; DataError: this user may
+    not read the source.
     """
     local = Path(source.path).expanduser()
     file = local if local.name == _FILE else local / _FILE
+    if "://" not in source.path:
+        check_readable(local, source.path, DataError)
     is_described = "://" not in source.path and file.is_file() and not is_saved(file.parent)
     if not is_described or (source.name is None and file != local):
         return source

@@ -29,6 +29,7 @@ from dpo_dist.data.read.values import parse_json
 from dpo_dist.data.records import RawRecord
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, in_one_line
 from dpo_dist.foundation.files import (
+    check_readable,
     locked,
     remembered_digest,
     remove_abandoned,
@@ -131,6 +132,7 @@ def local_files(source: SourceConfig) -> list[Path] | None:
         open_file_system(path)
         return None
     local = Path(path).expanduser()
+    check_readable(local, path, DataError)
     # A name ends like a data file, or like any file (`table.xlsx`) in an existing folder.
     is_data_file = local.suffix in SUFFIXES or _DATA_NAME.search(local.name)
     is_like_a_file = is_data_file or (
@@ -143,13 +145,17 @@ def local_files(source: SourceConfig) -> list[Path] | None:
     _check_unused(source, unused | ({"name", "data_dir"} if is_saved(local) else set()))
     if local.is_dir():
         if is_saved(local):
-            return sorted(below for below in local.rglob("*") if below.is_file())
+            saved = sorted(below for below in local.rglob("*") if below.is_file())
+            for file in saved:
+                check_readable(file, path, DataError)
+            return saved
         return _folder_files(local, source)
     if not local.is_file() and not _GLOB.search(path):
         raise _missing(local)
     files = [local] if local.is_file() else _globbed_files(str(local))
     for file in files:
         check_kind(file, path)
+        check_readable(file, path, DataError)
     return files
 
 
@@ -217,6 +223,10 @@ def full_name(path: str, relative: str) -> str:
 
 def _globbed_files(pattern: str) -> list[Path]:
     """Return the files that match, sorted by path; hidden ones only if the pattern names the dot."""
+    for above in Path(pattern).parents:  # folders that `glob` would pass over
+        if above.is_relative_to(root_folder(pattern)):
+            for name in glob.glob(str(above), recursive=True):  # noqa: PTH207
+                check_readable(Path(name), pattern, DataError)
     names = glob.glob(pattern, recursive=True)  # noqa: PTH207  (a pathlib pattern matches hidden files)
     # `**` may find a file several times through links to folders: read it once.
     ways = {file.parent.resolve() / file.name: file for file in sorted(map(Path, names), reverse=True)}
@@ -232,9 +242,14 @@ def _globbed_files(pattern: str) -> list[Path]:
 
 def _folder_files(folder: Path, source: SourceConfig) -> list[Path]:
     """Return the data files of a folder's split. Raises DataError: no file, one is missing or not read."""
-    below = (file for file in folder.rglob("*") if file.is_file() and _DATA_NAME.search(file.name))
+    every = [*folder.rglob("*")]
+    for inner in filter(Path.is_dir, every):  # which `rglob` would pass over
+        check_readable(inner, source.path, DataError)
+    below = (file for file in every if file.is_file() and _DATA_NAME.search(file.name))
     visible = (file for file in below if "/." not in f"/{file.relative_to(folder)}")
     files = _data_files(folder, source, [file for file in visible if file.name not in _DESCRIPTIONS])
+    for file in files:
+        check_readable(file, source.path, DataError)
     names = (str(file.relative_to(folder)) for file in files)
     shards = Counter(shard.groups() for name in names if (shard := _SHARD.match(name)))
     for (name, total), present in shards.items():

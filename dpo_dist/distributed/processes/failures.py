@@ -35,7 +35,13 @@ from dpo_dist.foundation.errors import (
     disk_error,
     first_line,
 )
-from dpo_dist.foundation.signals import end_with_launcher, exit_callbacks, exit_on_signal, raise_terminated
+from dpo_dist.foundation.signals import (
+    end_with_launcher,
+    exit_callbacks,
+    exit_on_signal,
+    raise_terminated,
+    stopped_by,
+)
 from dpo_dist.foundation.streams import keep_document
 
 T = TypeVar("T")
@@ -54,6 +60,8 @@ _ERRORS_OF_OTHERS = (RuntimeError, OSError, SystemExit, StoppedError)
 _COMMUNICATION_ERRORS = (
     r"timed ?out|timeout|closed by peer|reset by peer|broken pipe|remote process exited"
     r"|connection was likely closed|connectFullMesh failed"
+    # As systems name what this side or its network did: ECONNABORTED, ENOTCONN, EHOSTUNREACH, ENETDOWN ...
+    r"|connection abort|not connected|no route to host|network is (?:unreachable|down)|host is down"
 )
 
 
@@ -224,7 +232,9 @@ class Watcher(threading.Thread):
         error = failure if isinstance(failure, DpoDistError) else disk_error(failure)
         if isinstance(failure, torch.OutOfMemoryError):
             error = out_of_memory(failure)
-        if error is not None and not (isinstance(error, StoppedError) and self._has_failed_peers()):
+        # If the other processes were stopped, too, none of them caused the stop of this one.
+        is_stopped = isinstance(error, StoppedError) and self.record.exit_code != ExitCode.preempted
+        if error is not None and not (is_stopped and self._has_failed_peers()):
             return self._report(error)
         if self._world.size > 1 and isinstance(failure, _ERRORS_OF_OTHERS):
             lost = self._wait_for_cause(failure)
@@ -257,13 +267,15 @@ class Watcher(threading.Thread):
         exit_code = self.record.exit_code
         return self._report(error) if exit_code is None else self._follow_failure(exit_code)
 
-    def _follow_failure(self, exit_code: int) -> PeerLostError:
+    def _follow_failure(self, exit_code: int) -> DpoDistError:
         """Return the error of this process after another one failed; only that one prints an error."""
         self.record.report(exit_code)
-        error = PeerLostError(
+        error: DpoDistError = PeerLostError(
             "another process of the run failed",
             remedy="see the error on the screen or in the other logs/rank-N.log",
         )
+        if exit_code == ExitCode.preempted:  # scripts end at this error as at a stop of their own
+            error = stopped_by("the stop of another process")
         error.exit_code, error.is_printed_here = exit_code, False
         return error
 

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -17,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpo_dist.foundation.errors import DpoDistError
-from dpo_dist.foundation.files import text_digest
+from dpo_dist.foundation.errors import ConfigError, DpoDistError
+from dpo_dist.foundation.files import temporary_name, text_digest
 from dpo_dist.foundation.process import note_progress
 from dpo_dist.foundation.signals import BY_STEPS, BY_TRACKER, StopRequest, stopped_by
 from dpo_dist.foundation.text import pluralize
@@ -26,6 +27,7 @@ from dpo_dist.model.attention.ulysses import TokenExchange
 
 T = TypeVar("T")
 
+_SEEN_SECONDS = 10.0
 _PATIENCE = timedelta(days=1)  # for a wait outside of steps, if a host hangs and its connections stay
 
 
@@ -188,6 +190,47 @@ class World:
         tensor = torch.tensor(float(flag))
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
         return bool(tensor.item())
+
+
+def check_shared(world: World, folder: Path, key: str) -> None:
+    """Check that all ranks see one folder, which `key` names: a file that rank 0 writes there. Collective.
+
+    Nothing is checked in a folder that rank 0 cannot write.
+    """
+    if world.size == 1:
+        return
+
+    def write() -> Path | None:
+        file = temporary_name(folder / "seen")
+        try:
+            file.touch()
+        except OSError:
+            return None
+        return file
+
+    if (file := world.on_main(write)) is None:
+        return
+    seen = world.gather(_appears(file))
+    if world.is_main:
+        file.unlink(missing_ok=True)
+    if not all(seen):
+        blind = world.peers[seen.index(False)]
+        raise ConfigError(
+            "the processes see different folders",
+            where=key,
+            got=f"{folder}: what {world.peers[0]} writes is not there for {blind}",
+            remedy=f"put {key} on a file system that every node sees; then start again",
+        )
+
+
+def _appears(file: Path) -> bool:
+    """Return whether a file that another process has written is seen here, soon on a network file system."""
+    deadline = time.monotonic() + _SEEN_SECONDS
+    while not file.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 class Interrupted(Exception):  # noqa: N818  (no error)

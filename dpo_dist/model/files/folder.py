@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_dist.config.schema import ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError, first_line, in_one_line
-from dpo_dist.foundation.files import similar_path
+from dpo_dist.foundation.files import check_readable, similar_path
 from dpo_dist.foundation.remedies import Remedy
 
 CONFIG_FILE = "config.json"
@@ -77,6 +77,7 @@ def local_model_folder(
 ) -> Path | None:
     """Return the folder of a local path; None for a hub name, which is not looked up."""
     folder = Path(path).expanduser()
+    check_readable(folder, key)
     if folder.is_dir():
         if revision is not None:
             of_revision = key.replace("path", "revision")
@@ -139,6 +140,9 @@ def has_tokenizer(folder: Path) -> bool:
 
 def check_tokenizer_files(folder: Path) -> None:
     """Check that the policy's folder contains the files of a tokenizer."""
+    for pattern in VOCABULARY_FILES:
+        for file in folder.glob(pattern):
+            check_readable(file, "model.path")
     if not has_tokenizer(folder):
         raise ConfigError(
             "the model folder has no tokenizer",
@@ -177,6 +181,7 @@ def read_model_json(file: Path) -> dict[str, object]:
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
+        check_readable(file, str(file))
         content, got = None, first_line(error)
     if not isinstance(content, dict):
         raise ConfigError(
@@ -243,6 +248,7 @@ def check_weights(files: Iterable[Path], key: str) -> None:
             with safe_open(file, "np"):
                 pass
         except (OSError, SafetensorError) as error:
+            check_readable(file, key)
             raise ConfigError(
                 "a weight file of the model cannot be read",
                 where=key,

@@ -10,6 +10,7 @@ from dpo_dist.config.load import changed_keys
 from dpo_dist.config.metrics import ALL
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, ParallelismKind, RunConfig
+from dpo_dist.data.encoded.dataset import columns_errors
 from dpo_dist.distributed.checkpoint.saver import (
     checkpoint_state,
     load_checkpoint_weights,
@@ -54,8 +55,9 @@ def evaluate_models(config: RunConfig, models: Sequence[EvaluatedModel], console
         custom = run.world.together(
             lambda: custom_metrics(config.metrics.function, config.loss, run.world.device)
         )
-        objective = Objective(config.loss, prepare_reference(run, inputs).provider, custom=custom)
-        evaluations = {entry.path: _evaluate(run, entry, inputs, objective) for entry in models}
+        with columns_errors(inputs.eval_set):
+            objective = Objective(config.loss, prepare_reference(run, inputs).provider, custom=custom)
+            evaluations = {entry.path: _evaluate(run, entry, inputs, objective) for entry in models}
         if len(evaluations) > 1 and run.world.is_main:
             by_model = {path: results[ALL] for path, results in evaluations.items()}
             console.result("comparison", by_model, evaluation_table(by_model))

@@ -1,5 +1,6 @@
 """Let people label pairs: serve a page until Ctrl-C, then write the pairs and the annotators' agreement."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -48,7 +49,11 @@ _IMAGE_SIDE = 800  # pixels
 _OVERLAP = 0.2
 """Share of the comparisons that every annotator judges, to measure their agreement."""
 
+_MOST_BYTES = 2**16  # of a judgement
+
 TIE, SKIP = "tie", "skip"
+CHOICES = ("left", "right", TIE, SKIP)
+"""What an annotator says of the responses as they are shown."""
 _SIDES = ("first", "second")
 """The verdict that the response of this index is better."""
 
@@ -126,7 +131,7 @@ class Labelling:
         return sum(each.item not in self.items for each in lines)
 
     def judge(self, annotator: str, item: str, choice: str) -> None:
-        """Write a judgement to disk, then to `judgements`; `choice`: `left`, `right`, `tie` or `skip`."""
+        """Write a judgement to disk, then to `judgements`; `choice` is one of `CHOICES`."""
         left, now = self.left(annotator, item), datetime.now(UTC).isoformat(timespec="seconds")
         verdict = {"left": _SIDES[left], "right": _SIDES[1 - left]}.get(choice, choice)
         judgement = Annotation(item, annotator, verdict, left, now)
@@ -184,20 +189,48 @@ class LabelServer(ThreadingMixIn, WSGIServer):
         self.path = f"/{secrets.token_urlsafe(24)}/"
         page = resources.files("dpo_dist.tools.pairs").joinpath("label.html").read_text("utf-8")
         self._page = jinja2.Environment(autoescape=True).from_string(page)
+        self._connections = set[Any]()
         super().__init__((HOST, 0), _Request)  # a free port
         self.set_app(self._reply)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a connection in a thread of its own."""
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """End a connection."""
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        """Wait for the answers at hand, but for no client that is still sending."""
+        for connection in tuple(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
+        super().server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print nothing: a browser may close a connection at any time."""
 
     def _reply(self, environ: dict[str, Any], start: Callable[..., Any]) -> list[bytes]:
         """Store a verdict; send a comparison, the form for the name, or a redirect to the next comparison."""
-        sent = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)).decode()
-        fields = dict(parse_qsl(sent or environ["QUERY_STRING"], keep_blank_values=True))
-        annotator, item = fields.get("annotator", "").strip(), fields.get("item", "")
         if environ["PATH_INFO"] != self.path:
             start("404 Not Found", [])
             return []
+        try:
+            length = int(environ.get("CONTENT_LENGTH") or 0)
+            received = environ["wsgi.input"].read(min(length, _MOST_BYTES))
+            sent, is_whole = received.decode(), len(received) == length
+        except (OSError, ValueError):
+            sent, is_whole = "", False
+        fields = dict(parse_qsl(sent or environ["QUERY_STRING"], keep_blank_values=True))
+        annotator, item = fields.get("annotator", "").strip(), fields.get("item", "")
+        is_verdict = annotator and item in self._labelling.items and fields.get("choice") in CHOICES
+        if not is_whole or (sent and not is_verdict):
+            start("400 Bad Request", [("Content-Type", "text/plain; charset=utf-8")])
+            expected = f"a name, a comparison of this session and one of {', '.join(CHOICES)}"
+            return [f"Not saved: this is no judgement. Expected: {expected}.".encode()]
         with self._lock:
             try:
                 if sent:

@@ -289,8 +289,8 @@ def start_in_words(config: RunConfig) -> str:
     if (url := config.run.mirror) is not None:
         from dpo_dist.training.mirror import Mirror  # noqa: PLC0415  (slow: DeepSpeed)
 
-        mirror = Mirror(url, folder, config.trainer.keep_last, Console(None))
-        if (step := mirror.newer_step(identity, resume)) is not None:
+        mirror = Mirror(url, folder, identity, config.trainer.keep_last, Console(None))
+        if (step := mirror.newer_step(resume)) is not None:
             return f"step {step:,} is restored from run.mirror"
     match expected_start(identity, resume, folder):
         case RunState():

@@ -33,7 +33,7 @@ from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
-from dpo_dist.distributed.processes.world import World
+from dpo_dist.distributed.processes.world import World, check_shared
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import (
     check_causal,
@@ -274,6 +274,8 @@ def _load(
 def encode_together(world: World, preparation: Preparation) -> tuple[EncodedSource, ...]:
     """Return the encoded sources; each rank encodes its share of what is missing. Collective."""
     planned = world.on_main(preparation.plan)
+    if not all(each.is_encoded for each in planned):
+        check_shared(world, Path(preparation.config.cache), "data.cache")
     parts = world.together(lambda: preparation.encode(planned, (world.rank, world.size)))
     encoded = world.on_main(lambda: preparation.join(planned, parts))
     assert encoded is not None, "of every part"

@@ -23,6 +23,7 @@ from dpo_dist.data.read.sources import source_identity, source_labels
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.remedies import AtRecords
+from tests.support.other_user import error_for_other_user, shared_folder
 from tests.support.records import TEXT, assistant, jsonl, outcomes
 
 LINE = json.dumps(TEXT).encode()
@@ -571,3 +572,30 @@ of = SourceConfig
 )
 def test_labels_by_hand(sources: list[SourceConfig], labels: str) -> None:
     assert source_labels(sources) == labels.split()
+
+
+@pytest.mark.parametrize("closed", ["a/1.jsonl", "a", ""])
+@pytest.mark.parametrize("path", ["a/1.jsonl", "a", "*/*.jsonl", "a/*.jsonl", "a/none.jsonl"])
+def test_what_this_user_may_not_read_is_not_said_to_be_missing(path: str, closed: str) -> None:
+    with shared_folder() as folder:
+        (folder / "a").mkdir()
+        for name in ("a/1.jsonl", "b.jsonl"):
+            (folder / name).write_text(json.dumps(TEXT))
+        if not (folder / path).is_file() and "*" not in path and closed.endswith(".jsonl"):
+            return  # the file is not named
+        (folder / closed).chmod(0)
+        error = error_for_other_user(lambda: check_source(SourceConfig(f"{folder}/{path}".rstrip("/"))))
+        (folder / closed).chmod(0o755)
+    assert "this user may not read" in error
+    assert f"{folder}/{closed}".rstrip("/") + ", as user" in error
+
+
+@pytest.mark.parametrize("pattern", ["**/*.jsonl", "*/*.jsonl"])
+def test_a_folder_below_that_may_not_be_read_is_not_left_out(pattern: str) -> None:
+    with shared_folder() as folder:
+        (folder / "a").mkdir()
+        for name in ("a/1.jsonl", "b.jsonl"):
+            (folder / name).write_text(json.dumps(TEXT))
+        (folder / "a").chmod(0)
+        error = error_for_other_user(lambda: check_source(SourceConfig(f"{folder}/{pattern}")))
+    assert "this user may not read" in error

@@ -7,6 +7,7 @@ import http.server
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.read import sources
 from dpo_dist.data.read.sources import pin_source, raw_records, source_labels
 from dpo_dist.data.records import PreferenceRecord
+from dpo_dist.foundation import remote
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.remote import open_file_system, remote_errors
@@ -338,6 +340,15 @@ def test_a_url_with_a_secret_is_refused_before_it_is_stored(url: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "url", ["s3://", "s3:///x", "S3:///", "gs://", "https:///a.jsonl", "memory:///", "hf://"]
+)
+def test_a_url_without_a_bucket_or_host_is_refused(url: str) -> None:
+    for words in ([f"data.train=['{url}']"], ["data.train=[a]", f"run.mirror={url}"]):
+        with pytest.raises(ConfigError, match="names no bucket, host or folder"):
+            load_run_config(["model.path=m", *words])
+
+
+@pytest.mark.parametrize(
     "url", ["abfs://box@account.dfs.core.windows.net/a", "s3://b/part-?.jsonl", "hf://datasets/a/b@main/c"]
 )
 def test_urls_without_secrets_are_accepted(url: str) -> None:
@@ -369,6 +380,20 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
         check_source(SourceConfig(f"{protocol}://host/a.jsonl"))
     with pytest.raises(ConfigError, match="not understood"):
         open_file_system("nowhere://a")
+
+
+def test_a_bucket_is_asked_with_limits_and_with_the_own_settings_of_the_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In all a silent server gets the time that s3fs's five tries have."""
+
+    own = {"config_kwargs": {"s3": {"addressing_style": "path"}, "connect_timeout": 3}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", own)
+    with mock.patch.object(fsspec.core, "url_to_fs", return_value=(mock.Mock(), "")) as opened:
+        open_file_system("s3://bucket/a")
+    asked = opened.call_args.kwargs["config_kwargs"]
+    assert asked.pop("read_timeout") * 5 <= 60
+    assert asked == {**own["config_kwargs"], "retries": {"total_max_attempts": 1}}
 
 
 def test_labels_are_names_of_files() -> None:
@@ -419,6 +444,21 @@ def test_a_web_server(web: str) -> None:
             read(f"{web}/{name}")
     with pytest.raises(DataError, match="cannot be reached"):
         read("http://127.0.0.1:9/a.jsonl")
+
+
+def test_a_server_that_accepts_and_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    s3fs = pytest.importorskip("s3fs", reason="s3:// needs s3fs")
+    monkeypatch.setattr(remote, "_SILENT_SECONDS", 1)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "0123456789abcdef")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        s3fs.S3FileSystem.clear_instance_cache()
+        started = time.monotonic()
+        with pytest.raises(DataError, match="cannot be reached"):
+            read("s3://bucket/a.jsonl")
+        assert time.monotonic() - started < 15
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A world of one process: what it answers, how it ends, kernels it compiles, and faults told apart."""
 
 import contextlib
+import errno
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from torch.distributed import distributed_c10d
 from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.processes import join as joined_module
-from dpo_dist.distributed.processes.failures import Reports, watch_world
+from dpo_dist.distributed.processes.failures import Reports, is_communication_error, watch_world
 from dpo_dist.distributed.processes.failures import _origin as origin_of
 from dpo_dist.distributed.processes.join import join_world, leave_world
 from dpo_dist.distributed.processes.world import Interrupted, Peer, Stops, World
@@ -34,6 +35,14 @@ from dpo_dist.reference.engine import run_start_check
 from tests.support.families import tiny_family
 from tests.support.packing import VOCABULARY
 
+_NETWORK = (
+    errno.ECONNABORTED,
+    errno.ENOTCONN,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.ENETDOWN,
+    errno.EPIPE,
+)
 CONFIG = policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32)
 
 
@@ -233,3 +242,16 @@ def test_a_kernel_that_cannot_be_compiled_is_an_error_before_processes_join(
     assert found.value.where == "parallelism.offload_optimizer"
     assert "/bin/false" in found.value.expected
     assert not (tmp_path / "cpu_adam" / "lock").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[pair.cc:525] Connection closed by peer [10.77.0.2]:38000",
+        "[pair.cc:553] Read error [10.77.0.2]:38000: Software caused connection abort",
+        *(f"writev [10.77.0.2]:38000: {os.strerror(number)}" for number in _NETWORK),
+    ],
+)
+def test_what_a_system_says_of_a_connection_is_no_bug(text: str) -> None:
+    assert is_communication_error(f"RuntimeError: {text}")
+    assert not is_communication_error("RuntimeError: shapes cannot be multiplied")

@@ -1,18 +1,32 @@
 """A labelling session: items, order, several annotators, restarts from the log, agreement, the server."""
 
+import contextlib
 import resource
+import socket
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
 from dpo_dist.data.records import Origin, PreferenceRecord, Prompt, Response
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import locked
-from dpo_dist.tools.pairs.people import Annotation, Labelling, agreement, draw_items, outcome
+from dpo_dist.tools.pairs.people import (
+    HOST,
+    Annotation,
+    Labelling,
+    LabelServer,
+    agreement,
+    draw_items,
+    outcome,
+)
 
 
 def record(*responses: Response, prompt: Prompt = "Why?") -> PreferenceRecord:
@@ -146,3 +160,68 @@ def test_items_do_not_depend_on_the_order_of_records_and_responses_and_others_ar
     given = [record("a", "b"), record("b", "a"), record("a"), record("a", "b", "c", "d", prompt="Who?")]
     assert [len(one.responses) for one in draw_items(given, 1, 0, counts).values()] == [2]
     assert counts == {"duplicate": 1, "one_response": 1, "not_drawn": 1}
+
+
+# The server.
+
+
+@contextmanager
+def served(labelling: Labelling) -> Iterator[LabelServer]:
+    with LabelServer(labelling) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def post(server: LabelServer, body: bytes, path: str | None = None) -> int:
+    """Send a form; return the status of the reply."""
+    with contextlib.closing(HTTPConnection(HOST, server.server_port, timeout=20)) as connection:
+        connection.request("POST", path or server.path, body)
+        return connection.getresponse().status
+
+
+ITEM = next(iter(ITEMS))
+GOOD = {"annotator": "Ada", "item": ITEM, "choice": "left"}
+WRONG: list[dict[str, str]] = [
+    *(GOOD | {"choice": choice} for choice in ("anything", "", "first", "LEFT")),
+    *(GOOD | {"annotator": name} for name in ("", "  ")),
+    *(GOOD | {"item": item} for item in ("", "unknown")),
+    *({name: value for name, value in GOOD.items() if name != left_out} for left_out in GOOD),
+]
+
+
+def test_what_is_no_judgement_is_refused_and_not_recorded(tmp_path: Path) -> None:
+    with opened(tmp_path / "log") as labelling, served(labelling) as server:
+        assert [post(server, urlencode(fields).encode()) for fields in WRONG] == [400] * len(WRONG)
+        long = urlencode({**GOOD, "annotator": "a" * 10**6}).encode()
+        assert [post(server, body) for body in (b"\xff", long)] == [400, 400]
+        assert post(server, urlencode(GOOD).encode(), "/") == 404
+        assert (tmp_path / "log").read_bytes() == b""
+        assert post(server, urlencode(GOOD).encode()) == 303
+    assert [(one.annotator, one.item) for one in labelling.judgements.values()] == [("Ada", ITEM)]
+
+
+def test_a_client_that_sends_a_byte_now_and_then_does_not_hold_the_end(tmp_path: Path) -> None:
+    """Nor is the part that it has sent a judgement."""
+    is_over, body = threading.Event(), urlencode(GOOD).encode() + b"&more=" + b"x" * 1000
+    with opened(tmp_path / "log") as labelling, served(labelling) as server:
+        client = socket.create_connection((HOST, server.server_port))
+        head = f"POST {server.path} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+
+        def trickle() -> None:
+            client.sendall(head + body[:-1000])
+            while not is_over.wait(0.2):
+                with contextlib.suppress(OSError):
+                    client.sendall(b"x")
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        time.sleep(0.5)
+        started = time.monotonic()
+    assert time.monotonic() - started < 5
+    is_over.set()
+    thread.join()
+    client.close()
+    assert not labelling.judgements

@@ -1,5 +1,6 @@
 """The mirror of a run: what is uploaded, restored, refused, and what happens when uploads fail."""
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from fsspec.callbacks import Callback
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dpo_dist.config.load import load_run_config, to_yaml
@@ -26,6 +28,7 @@ from tests.support.one_weight import Weights
 
 WORDS = ["model.path=somewhere", "data.train=[pairs.jsonl]"]
 CONFIG = load_run_config(WORDS)
+OTHER = load_run_config([*WORDS, "loss.beta=0.7"])
 IDENTITY = {"data": "d", "eval_data": None, "model": "m", "reference": None, **CONFIG.identity.recorded}
 
 
@@ -78,15 +81,17 @@ class Run:
             each.mkdir(parents=True, exist_ok=True)
         self.folder.rank_log(0).write_text("the log of this start")
         console = Console(LineScreen(self.lines.append))
-        self.mirror = Mirror(url, self.folder, keep_last, console)
+        self.mirror = Mirror(url, self.folder, config.identity, keep_last, console)
         self.config = config
 
     def start(self, resume: Resume = Resume.auto) -> int:
         """Restore and resume; return the step."""
-        self.mirror.restore(self.config.identity, resume)
+        self.mirror.restore(resume)
         found = latest_checkpoint(self.folder.checkpoints, ALONE)
         write_text(self.folder.environment, "{}")
         write_text(self.folder.config, to_yaml(self.config))
+        self.state(RunOutcome.started, 0 if found is None else found.state["step"])
+        self.mirror.claim()
         self.weights = Weights()
         self.saver = CheckpointSaver(
             self.folder.checkpoints,
@@ -177,7 +182,7 @@ def test_a_complete_run_is_whole_there(url: str, keep_last: int, tmp_path: Path)
     run.end()
     assert "has the whole run" in run.lines[-1]
     again = Run(tmp_path / "b", url, keep_last)
-    again.mirror.restore(CONFIG.identity, Resume.auto)
+    again.mirror.restore(Resume.auto)
     assert files(again.folder) == files(run.folder)
     steps = ["step-000001"] if keep_last == 0 else ["step-000001", "step-000003"]
     assert sorted(path.name for path in again.folder.checkpoints.glob("step-*")) == steps
@@ -205,8 +210,8 @@ def test_a_download_of_a_complete_run_that_is_killed_is_begun_again(
     with monkeypatch.context() as patch:
         patch.setattr(Bucket, "get_file", die)
         with pytest.raises(KeyboardInterrupt):
-            again.mirror.restore(CONFIG.identity, Resume.auto)
-    again.mirror.restore(CONFIG.identity, Resume.auto)
+            again.mirror.restore(Resume.auto)
+    again.mirror.restore(Resume.auto)
     older = "checkpoints/step-000001/"
     assert files(again.folder) == {n: c for n, c in files(run.folder).items() if not n.startswith(older)}
 
@@ -279,18 +284,37 @@ def test_a_failed_upload_is_one_warning_without_secrets_and_is_made_good(tmp_pat
     assert there() == ["step-000003"]
 
 
-def test_an_upload_that_hangs_is_given_up_by_a_run_that_must_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("must_stop", "bound"), [(True, "_STOP_SECONDS"), (False, "_SILENT_SECONDS")])
+def test_an_upload_that_hangs_does_not_hold_the_end_of_a_run(
+    must_stop: bool, bound: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_STOP_SECONDS", 0.3)
+    monkeypatch.setattr(module, bound, 0.3)
     run = Run(tmp_path / "a")
     run.start()
     Bucket.gate.clear()
     run.save(1, waits=False)
     started = time.monotonic()
-    run.mirror.finish(lambda: True)
+    run.mirror.finish(lambda: must_stop)
     assert time.monotonic() - started < 5
-    assert "is behind the run" in run.lines[-1]
+    assert re.search(r"is behind the run: 0 of \d+ files are there", run.lines[-1])
+
+
+def test_an_upload_that_is_slow_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lasts four times as long as no byte may come, and each byte comes in time."""
+    monkeypatch.setattr(module, "_SILENT_SECONDS", 0.5)
+    run, put = Run(tmp_path / "a"), Bucket.put_file
+    run.start()
+
+    def slow(self: Bucket, local: str, remote: str, callback: Callback, **options: Any) -> None:
+        for _ in range(10 if remote.endswith("manifest.json") else 0):
+            time.sleep(0.2)
+            callback.relative_update(1)
+        put(self, local, remote, **options)
+
+    monkeypatch.setattr(Bucket, "put_file", slow)
+    run.save(1, waits=False)
+    run.mirror.finish(lambda: False)
+    assert "has the whole run" in run.lines[-1]
 
 
 def damage(name: str) -> None:
@@ -304,7 +328,7 @@ def test_a_damaged_checkpoint_is_not_restored_nor_ignored(tmp_path: Path) -> Non
     run.save(1, 2)
     damage("bucket://b/run/checkpoints/step-000002/engine/rank-00000-00000.safetensors")
     again = Run(tmp_path / "b")
-    again.mirror.restore(CONFIG.identity, Resume.auto)
+    again.mirror.restore(Resume.auto)
     assert [path.name for path in again.folder.checkpoints.glob("step-*")] == ["step-000001"]
     damage("bucket://b/run/checkpoints/step-000001/state.json")
     with pytest.raises(CheckpointError, match="damaged"):
@@ -344,9 +368,8 @@ def test_another_run_and_foreign_files_are_refused(tmp_path: Path) -> None:
     run = Run(tmp_path / "a")
     run.start()
     run.save(1)
-    config = load_run_config([*WORDS, "loss.beta=0.7"])
     with pytest.raises(CheckpointError, match=r"another run(.|\n)*loss.beta=0.7(.|\n)*loss.beta=0.1"):
-        Run(tmp_path / "b", config=config).start()
+        Run(tmp_path / "b", config=OTHER).start()
     with pytest.raises(CheckpointError, match=r"run\.resume=never"):
         Run(tmp_path / "c").start(Resume.never)
     fsspec.filesystem("bucket").pipe_file("bucket://b/base/config.json", b"{}")
@@ -357,3 +380,67 @@ def test_another_run_and_foreign_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError):
         Run(tmp_path / "g", f"{tmp_path}/file")
+
+
+class Plain(Bucket):
+    """A bucket that cannot refuse a second file of one name."""
+
+    def pipe_file(self, path: str, value: bytes, **options: Any) -> None:
+        if options:
+            raise NotImplementedError
+        super().pipe_file(path, value)
+
+
+@pytest.mark.parametrize("kind", [Bucket, Plain])
+def test_of_two_runs_that_start_with_one_mirror_the_second_stops(kind: type[Bucket], tmp_path: Path) -> None:
+    """Each finds the mirror empty, loads its data, and then writes its state there."""
+    fsspec.register_implementation("bucket", kind, clobber=True)
+    one, two = Run(tmp_path / "one"), Run(tmp_path / "two", config=OTHER)
+    same = Run(tmp_path / "same")
+    for run in (one, two, same):
+        run.mirror.restore(Resume.auto)
+        write_text(run.folder.environment, "{}")
+        write_text(run.folder.config, to_yaml(run.config))
+        run.state(RunOutcome.started, 0)
+    one.mirror.claim()
+    with pytest.raises(CheckpointError, match=r"another run, that of output/run-(.|\n)*0\.7(.|\n)*0\.1"):
+        two.mirror.claim()
+    same.mirror.claim()
+    two.mirror.upload()
+    two.mirror.finish(lambda: False)
+    assert "another run, that of output/run-" in two.lines[-1]
+    assert sorted(Bucket.store) == ["bucket://b/run/config.yaml", "bucket://b/run/run_state.json"]
+
+
+def test_of_two_runs_that_write_at_the_same_moment_one_gets_the_mirror(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = Run(tmp_path / "one"), Run(tmp_path / "two", config=OTHER)
+    pipe_file = Bucket.pipe_file
+
+    def after_the_other(self: Bucket, path: str, value: bytes, **options: Any) -> None:
+        if options:
+            monkeypatch.setattr(Bucket, "pipe_file", pipe_file)
+            one.start()
+        pipe_file(self, path, value, **options)
+
+    monkeypatch.setattr(Bucket, "pipe_file", after_the_other)
+    with pytest.raises(CheckpointError, match="another run, that of output/run-"):
+        two.start()
+    assert Run(tmp_path / "again").start() == 0
+
+
+def test_a_state_there_that_is_damaged_is_named_with_a_way_to_resume(tmp_path: Path) -> None:
+    run = Run(tmp_path / "a")
+    run.start()
+    run.save(1, 2)
+    damage("bucket://b/run/run_state.json")
+    with pytest.raises(CheckpointError, match="state of this run cannot be read") as raised:
+        Run(tmp_path / "b").start()
+    assert raised.value.where == "bucket://b/run/run_state.json"
+    assert "but config.yaml to run.dir, and set run.mirror to an empty folder" in raised.value.remedy
+    fsspec.filesystem("bucket").get("bucket://b/run", f"{tmp_path}/c", recursive=True)
+    for name in ("run_state.json", "config.yaml"):
+        (tmp_path / "c" / name).unlink()
+    again = Run(tmp_path / "c", "bucket://b/new")
+    assert again.start() == 2

@@ -31,6 +31,7 @@ from tests.support.alone import ALONE
 from tests.support.families import tiny_family
 from tests.support.image_model import image_pair, write_image_model, write_pictures
 from tests.support.invented import write_pairs
+from tests.support.other_user import error_for_other_user, shared_folder
 from tests.support.records import jsonl, user
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
@@ -119,6 +120,19 @@ def test_a_model_without_a_tokenizer_is_an_error(assets: Path, tmp_path: Path) -
     for file in (assets / "model").glob("*token*"):
         (start / file.name).write_bytes(file.read_bytes())
     check_start(run_of(assets, tmp_path / "out", f"model.path={folder}", f"model.adapter={{path: {start}}}"))
+
+
+@pytest.mark.parametrize("closed", ["model.safetensors", "config.json", "tokenizer.json", ""])
+def test_a_model_that_this_user_may_not_read_is_not_said_to_be_missing(closed: str, assets: Path) -> None:
+    with shared_folder() as folder:
+        shutil.copytree(assets / "model", folder / "model")
+        for file in (folder / "model").iterdir():
+            file.chmod(0o644)
+        config = run_of(folder, folder / "out", "data.train=[pairs.jsonl]", f"model.path={folder}/model")
+        (folder / "model" / closed).chmod(0)
+        error = error_for_other_user(lambda: check_start(config))
+    assert "this user may not read" in error
+    assert f"{folder / 'model' / closed}, as user" in error
 
 
 def test_a_template_file_that_is_missing_is_an_error(assets: Path, tmp_path: Path) -> None:
