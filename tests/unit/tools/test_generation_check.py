@@ -1,5 +1,6 @@
 """Models by which transformers generates wrongly, after padding or at all: rows of one length, or none."""
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,12 +175,9 @@ def test_a_token_that_the_model_excludes_is_no_difference(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
 def test_a_long_prompt_does_not_change_the_frequencies_of_others(rope: str) -> None:
-    limit = 24
-    model = tiny_causal_lm(with_rope(tiny_config("llama"), rope, limit))
-    asked = requests((40, 30, 30, 26, 6))
-    alone = [generate(model, [each], GREEDY, STOPS, 10**6)[0] for each in asked]
-    assert generate(model, asked, GREEDY, STOPS, 10**6) == alone
-    short = requests((12, 6))  # all within the limit
-    assert generate(model, short, GREEDY, STOPS, 10**6) == [
-        generate(model, [each], GREEDY, STOPS, 10**6)[0] for each in short
-    ]
+    model = tiny_causal_lm(with_rope(tiny_config("llama"), rope, 24))
+    asked, sampling = requests((40, 30, 30, 26, *range(6, 16))), Sampling(8)
+    # Each by a new model: frequencies of a long sequence may stay.
+    alone = [generate(copy.deepcopy(model), [each], sampling, STOPS, 10**6)[0] for each in asked]
+    assert generate(model, asked, sampling, STOPS, 10**6) == alone
+    assert generate(model, asked[::-1], sampling, STOPS, 10**6) == alone[::-1]
