@@ -62,6 +62,64 @@ _FUTURE = 0.02
 _FUTURE_IN_INT8 = 0.1
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How far rounding alone moves a model's log-probs, in nats.
+
+    `spread`: their standard deviation; `noise`: their mean change by one more rounding of the embeddings.
+    """
+
+    is_float32: bool
+    spread: float
+    noise: float = 0.0
+
+    @classmethod
+    def measured(cls, causal_lm: Any, score: Callable[[], Tensor]) -> "tuple[Tensor, Rounding]":
+        """Return the log-probs that `score` computes with the model, and how far rounding moves them."""
+        logps, noise, is_float32 = score(), 0.0, _is_float32(causal_lm)
+        if not is_float32:
+            draws = _DRAWS_OF_EXPERTS if visited_experts(causal_lm.config.get_text_config()) else 1
+            with _rounded_once_more(causal_lm):
+                again = [score() for _ in range(draws)]
+            noise = float(torch.stack([changes(each, logps).mean() for each in again]).mean())
+        known = logps[logps.isfinite()]
+        return logps, cls(is_float32, float(known.std()) if len(known) > 1 else 0.0, noise)
+
+    @property
+    def largest(self) -> float:
+        """Return the largest difference in float32."""
+        return _ROUNDING + _SHARE_OF_SPREAD * self.spread
+
+    @property
+    def mean(self) -> float:
+        """Return the largest mean difference in 16 bits."""
+        return _ROUNDING + max(_SHARE_IN_16_BITS * self.spread, _NOISE_FACTOR * self.noise)
+
+    def unexplained(self, differences: Tensor) -> str:
+        """Return how large these differences are; empty if rounding explains them."""
+        # In 16 bits, single tokens of an exact model move by a tenth of a nat with the shape of the batch, so
+        # that only their mean tells rounding from a fault.
+        largest, mean = float(differences.max()), float(differences.mean())
+        is_rounding = largest <= self.largest if self.is_float32 else mean <= self.mean
+        return (
+            "" if is_rounding else f"log-probs differ by up to {largest:.2g} nats, by {mean:.2g} in the mean"
+        )
+
+
+def changes(logps: Tensor, others: Tensor) -> Tensor:
+    """Return absolute differences; a token that the model excludes, whose log-prob is -inf twice, has 0."""
+    return torch.where(logps == others, 0.0, (logps - others).abs())
+
+
+def _is_int8(model: nn.Module) -> bool:
+    return any(weight.dtype == torch.int8 for weight in model.parameters())
+
+
+def _is_float32(model: nn.Module) -> bool:
+    # Products with int8 weights may round their inputs to int8.
+    return next(model.parameters()).dtype == torch.float32 and not _is_int8(model)
+
+
 # With these, every prefix that is not very short is shared.
 _SHARING = ComputeCosts(key=0.0, target=0.0, beyond_prompts=True)
 
@@ -75,7 +133,7 @@ class StartCheck:
 
     _plain: Tensor  # log-probs by the model's own forward of one row at a time
     _tried: Tensor  # log-probs by the last arrangement
-    _spread: float
+    _rounding: Rounding  # of the plain log-probs
 
     def __init__(
         self,
@@ -90,14 +148,11 @@ class StartCheck:
         self._model, self._score, self._device, self._max_length = model, score, device, max_length
         self._key, self._agree = key, agree
         self._kind = str(model.causal_lm.config.model_type)
-        # Products with int8 weights may round their inputs to int8.
-        self._is_int8 = any(weight.dtype == torch.int8 for weight in model.parameters())
-        self._is_float32 = next(model.parameters()).dtype == torch.float32 and not self._is_int8
+        self._is_int8 = _is_int8(model)
         self._examples = trial_examples(model.causal_lm, max_length, images)
         self._batch = _packed(self._examples)
         branches = _branches(self._examples)
         self._tree = _packed([*self._examples, *branches], costs=_SHARING)
-        self._noise = 0.0
 
     def choose_arrangement(self) -> None:
         """Set the cheapest arrangement that computes the log-probs of the model's own forward."""
@@ -196,25 +251,10 @@ class StartCheck:
 
     def _score_plainly(self) -> str:
         """Compute the plain log-probs and their change by rounding; return a fault if one is not finite."""
-        self._plain = self._tried = self._plain_scores()
-        self._spread = float(self._plain.std())
-        if not self._is_float32:
-            causal_lm = self._model.causal_lm
-            draws = _DRAWS_OF_EXPERTS if visited_experts(causal_lm.config.get_text_config()) else 1
-            with _rounded_once_more(causal_lm):
-                again = torch.stack([self._plain_scores() for _ in range(draws)])
-            self._noise = float((again - self._plain).abs().mean())
+        self._plain, self._rounding = Rounding.measured(self._model.causal_lm, self._plain_scores)
+        self._tried = self._plain
         lost = int((~self._plain.isfinite()).sum())
         return f"{lost} of {len(self._plain)} log-probs are not finite" if lost else ""
-
-    @property
-    def _rounding(self) -> float:
-        """Return the largest mean difference of tokens that rounding explains, in nats."""
-        return _ROUNDING + max(_SHARE_IN_16_BITS * self._spread, _NOISE_FACTOR * self._noise)
-
-    @property
-    def _exact(self) -> float:
-        return _ROUNDING + _SHARE_OF_SPREAD * self._spread
 
     def _effect_of_later_tokens(self) -> str:
         """Return how much later tokens change a log-prob; empty if rounding explains the change.
@@ -225,17 +265,17 @@ class StartCheck:
         first, second = self._plain[-2 * tokens :].view(2, -1)[:, : max(1, tokens // 2)]
         effect = (first - second).abs()
         mean, largest = float(effect.mean()), float(effect.max())
-        if self._is_float32:
-            is_rounding = largest <= self._exact
+        if self._rounding.is_float32:
+            is_rounding = largest <= self._rounding.largest
         else:
-            is_rounding = mean <= (_FUTURE_IN_INT8 if self._is_int8 else _FUTURE) * self._spread
+            is_rounding = mean <= (_FUTURE_IN_INT8 if self._is_int8 else _FUTURE) * self._rounding.spread
         return "" if is_rounding else f"a log-prob changes by {largest:.2g} nats with the tokens after it"
 
     def _why_inexact(self, arrangement: Arrangement, own_logits: bool) -> str:
         """Return why this arrangement is not exact; empty if it is exact. Collective."""
         self._tried = self._scores_as(arrangement, own_logits)
         neighbours = ""
-        if not self._is_float32 and arrangement is not Arrangement.single:
+        if not self._rounding.is_float32 and arrangement is not Arrangement.single:
             neighbours = self._effect_of_neighbours()
         fault = self._difference(self._tried) or neighbours
         if arrangement is Arrangement.packed:
@@ -246,14 +286,7 @@ class StartCheck:
 
     def _difference(self, tried: Tensor) -> str:
         """Return how much log-probs differ from the plain ones; empty if rounding explains it."""
-        differences = (tried - self._plain).abs()
-        # In 16 bits, single tokens of an exact model move by a tenth of a nat with the shape of the batch, so
-        # that only their mean tells rounding from a fault.
-        largest, mean = float(differences.max()), float(differences.mean())
-        is_rounding = largest <= self._exact if self._is_float32 else mean <= self._rounding
-        return (
-            "" if is_rounding else f"log-probs differ by up to {largest:.2g} nats, by {mean:.2g} in the mean"
-        )
+        return self._rounding.unexplained((tried - self._plain).abs())
 
     def _effect_of_neighbours(self) -> str:
         """Return how much the first response changes the tokens after it; empty if rounding explains it."""
@@ -267,16 +300,16 @@ class StartCheck:
             float((self._scores(batch) - self._tried)[near].abs().median())
             for batch in (_packed([other, *self._examples[1:]]), self._batch)
         )
-        allowed = max(_REPEAT_FACTOR * repeated, _NEIGHBOUR_FACTOR * self._noise)
+        allowed = max(_REPEAT_FACTOR * repeated, _NEIGHBOUR_FACTOR * self._rounding.noise)
         if self._is_int8:
-            allowed = max(allowed, _FUTURE_IN_INT8 * self._spread)
+            allowed = max(allowed, _FUTURE_IN_INT8 * self._rounding.spread)
         return "" if effect <= allowed else f"log-probs change by {effect:.2g} nats with other responses"
 
     def _change_by_training(self) -> str:
-        mean, limit = float((self._scores(self._batch) - self._tried).abs().mean()), self._rounding
+        mean, limit = float((self._scores(self._batch) - self._tried).abs().mean()), self._rounding.mean
         if self._is_int8 and self._device.type != "cuda":
             # On CPUs, bitsandbytes rounds the inputs of int8 weights in evaluation mode only.
-            limit = max(limit, _FUTURE_IN_INT8 * self._spread)
+            limit = max(limit, _FUTURE_IN_INT8 * self._rounding.spread)
         return "" if mean <= limit else f"log-probs change by {mean:.2g} nats in the mean"
 
     def _sometimes_used(self) -> str:

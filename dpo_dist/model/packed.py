@@ -162,7 +162,7 @@ class PackedCausalLM(nn.Module):
     def can_pack(self, *, own_logits: bool) -> bool:
         """Return whether the model calls attention by transformers' interface and accepts positions."""
         wanted = {"attention_mask", "position_ids", "packed", "packed_positions"}
-        accepted = _accepted(self.causal_lm if own_logits else self.body, wanted)
+        accepted = accepted_inputs(self.causal_lm if own_logits else self.body, wanted)
         return accepted == wanted and can_choose_attention(self.causal_lm)
 
     def exceeds_rope_limit(self, longest: int) -> bool:
@@ -309,7 +309,7 @@ class PackedCausalLM(nn.Module):
         model = self.causal_lm if self.own_logits else self.body
         if with_routing:
             inputs["output_router_logits"] = True
-        if _accepted(model, {"use_cache"}):
+        if accepted_inputs(model, {"use_cache"}):
             inputs["use_cache"] = False
         outputs = model(**inputs)
         predicting = outputs.logits if self.own_logits else outputs.last_hidden_state
@@ -371,7 +371,7 @@ class _Outputs:
         return _Outputs(self.predicting.index_select(0, predictors), self.router_logits)
 
 
-def _accepted(model: nn.Module, names: set[str]) -> set[str]:
+def accepted_inputs(model: nn.Module, names: set[str]) -> set[str]:
     """Return the `names` that the forward of `model` accepts as keywords."""
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

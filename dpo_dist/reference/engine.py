@@ -18,7 +18,7 @@ from dpo_dist.distributed.processes.failures import is_communication_error
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import Engine, FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.exactness import StartCheck
+from dpo_dist.model.exactness import Agree, StartCheck
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM
@@ -30,6 +30,26 @@ log = logging.getLogger(__name__)
 # How long a rank whose forward failed waits for the other ranks. They fail in the same forward or finish it
 # at about the same time; a rank that waits inside the forward for this rank would wait without end.
 FAULT_SECONDS = 60.0
+
+
+def fault_agreement(world: World, key: str = "model.path", *, are_forwards_collective: bool) -> Agree:
+    """Return the function by which ranks agree on a model's fault (see `Agree`). Its errors name `key`."""
+
+    def agree(fault: str) -> str:
+        if are_forwards_collective and is_communication_error(fault):
+            raise RuntimeError(fault)  # not the model's fault: the watcher names the rank that failed
+        try:
+            world.barrier(FAULT_SECONDS if fault and are_forwards_collective else None)
+        except TimeoutError:
+            raise ConfigError(
+                "the model's forward fails on one rank, and the others wait for it",
+                where=key,
+                got=f"{world.peers[world.rank]}: {fault}",
+                remedy="see the traceback in this rank's log; compare devices and packages of the hosts",
+            ) from None
+        return next(filter(None, world.gather(fault)), "")
+
+    return agree
 
 
 def run_start_check(
@@ -47,22 +67,8 @@ def run_start_check(
     sequences use the same weights. `max_length`: tokens of the longest prompt plus response. `processor`:
     that of a model that reads images. Errors name `key`.
     """
-    are_forwards_collective = engine.is_synchronised or world.sequence is not None
-
-    def agree(fault: str) -> str:
-        if are_forwards_collective and is_communication_error(fault):
-            raise RuntimeError(fault)  # not the model's fault: the watcher names the rank that failed
-        try:
-            world.barrier(FAULT_SECONDS if fault and are_forwards_collective else None)
-        except TimeoutError:
-            raise ConfigError(
-                "the model's forward fails on one rank, and the others wait for it",
-                where=key,
-                got=f"{world.peers[world.rank]}: {fault}",
-                remedy="see the traceback in this rank's log; compare devices and packages of the hosts",
-            ) from None
-        return next(filter(None, world.gather(fault)), "")
-
+    are_collective = engine.is_synchronised or world.sequence is not None
+    agree = fault_agreement(world, key, are_forwards_collective=are_collective)
     world.barrier()  # a rank that starts the check late would count as failed
     was_training = engine.model.training
     engine.model.eval()

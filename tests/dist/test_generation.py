@@ -19,10 +19,13 @@ from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sample, generate_together
+from dpo_dist.tools.sampling import check
+from dpo_dist.tools.sampling.check import NotFiniteError, WrongGenerationError
+from dpo_dist.tools.sampling.generate import Request, Sample, generate_together
 from dpo_dist.tools.sampling.settings import Sampling
 from dpo_dist.training.steps.step import Objective, evaluate
 from tests.dist.scenario import Assets, load_policy, one_step
+from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.packing import COSTS
 from tests.support.ranks import run_ranks
 from tests.support.written import write_model
@@ -183,3 +186,36 @@ def test_sharded_weights_are_gathered_once_for_all_tokens_where_every_rank_has_r
     for inside, after in run_ranks(partial(sizes_of_weights, assets, [*room]), 2, tmp_path / "ranks"):
         assert (min(inside) > 0) is all(room)
         assert max(after) == 0 or not all(room)
+
+
+def without_padding(folder: Path, spoiled: int | None, world: World, _folder: Path) -> Any:
+    """Generate with a model whose cache is wrong after padding; rank `spoiled` finds any batch wrong."""
+    policy, stops = (
+        load_policy(ModelConfig(str(folder), dtype=Dtype.fp32), world),
+        Stops(StopRequest(), world),
+    )
+    own = check.changes
+
+    def changes(logps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        is_spoiled = world.rank == spoiled and logps.dim() == 3  # of a batch
+        return own(logps, others) + float(is_spoiled)
+
+    with mock.patch.object(check, "changes", changes):
+        try:
+            samples = generate_together(policy, requests(), GREEDY, STOPS, 10**6, stops)
+        except WrongGenerationError as fault:
+            return str(fault)
+    return [[sample.ids, sample.is_finished] for sample in samples]
+
+
+def test_ranks_agree_whether_rows_are_padded_and_whether_there_are_samples(tmp_path: Path) -> None:
+    config = tiny_config("minimax", 256, layer_types=["linear_attention", "full_attention"])
+    model = tiny_causal_lm(config)
+    model.save_pretrained(tmp_path / "model")
+    for kind in (ParallelismKind.zero3, ParallelismKind.ddp):
+        work = partial(without_padding, tmp_path / "model", None)
+        first, second = run_ranks(work, 2, tmp_path / f"{kind}", kind, seconds=300)
+        assert first == second == plain(model)
+    faults = run_ranks(partial(without_padding, tmp_path / "model", 1), 2, tmp_path / "spoiled", seconds=90)
+    assert faults[0] == faults[1]
+    assert "minimax does not generate" in faults[0]

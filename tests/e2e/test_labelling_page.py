@@ -51,6 +51,9 @@ def labelling(folder: Path) -> Iterator[Any]:
 
 def start(watched: Watched, url: str) -> None:
     watched.page.goto(url)
+    first = watched.page.inner_text("body")
+    assert f"{ITEMS} comparisons" in first
+    assert all(key.upper() in first.upper() for key in ("1 or", "2 or", "0 or", "s skip"))
     watched.page.fill("[name=annotator]", "Ada")
     watched.page.keyboard.press("Enter")
     watched.page.wait_for_selector("#left")

@@ -72,7 +72,7 @@ def test_named_keys_modules_and_tests_exist(page: Path) -> None:
     text = page.read_text()
     prose = re.sub(r"```(python|diff).*?```", "", text, flags=re.DOTALL)
     named = re.findall(rf"(?<![\w.])(?:{SECTIONS})\.[a-z_]+(?=[`=\s,:;)])", prose)
-    files = (".py", ".html", ".png", ".yaml", ".json", ".jsonl", ".md", ".sbatch")
+    files = (".py", ".html", ".png", ".svg", ".yaml", ".json", ".jsonl", ".md", ".sbatch")
     assert [key for key in named if key not in KEYS and not key.endswith(files)] == []
     tests = re.findall(r"`(tests/[^`]+)`", text)
     assert [test for test in tests if not (ROOT / test).exists()] == []

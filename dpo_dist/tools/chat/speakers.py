@@ -22,7 +22,7 @@ from dpo_dist.model.files.manifest import check_base
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.reference.digest import digest_model
-from dpo_dist.tools.sampling.generate import image_inputs
+from dpo_dist.tools.sampling.check import WrongGenerationError, can_mix_lengths, image_inputs
 from dpo_dist.tools.sampling.respond import (
     ModelSource,
     Responder,
@@ -31,6 +31,7 @@ from dpo_dist.tools.sampling.respond import (
     load_source,
     open_responder,
     usable_prompt,
+    wrong_generation,
 )
 from dpo_dist.tools.sampling.settings import LEAST_ROOM, Sampling
 from dpo_dist.training.export import checkpoint_as_model
@@ -91,12 +92,16 @@ class Speaker:
             )
         tokens = len(prompt.prompt_ids)
         ids = torch.tensor([prompt.prompt_ids.tolist()], device=causal_lm.device)
-        stop_ids = sorted(responder.stop_ids)
+        stop_ids, shown = sorted(responder.stop_ids), responder.images(prompt)
+        try:
+            can_mix_lengths(causal_lm, causal_lm.device, stop_ids[0], shown)
+        except WrongGenerationError as fault:
+            raise wrong_generation(self.name, fault) from None
         with adapter_off(causal_lm) if self.without_adapter else contextlib.nullcontext():
             output = causal_lm.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                **image_inputs(causal_lm, ids, responder.images(prompt)),
+                **image_inputs(causal_lm, ids, shown),
                 streamer=_Printer(responder.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 max_new_tokens=limit.room(tokens, responder.longest),
                 eos_token_id=stop_ids,

@@ -45,6 +45,8 @@ _SMOOTHED_SHARE = 0.06
 _MOST_POINTS = 400
 _FEW_POINTS = 30
 _LARGEST = 1e100  # the ends of an axis and a sum of values must stay finite
+PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
+"""Those that a distribution has."""
 _WIDEST_BAR = 24.0  # else a few different values look like a solid box
 
 
@@ -455,8 +457,28 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, level: tuple[fl
     return part("svg.jinja", "scatter", points, across, up, x_title, y_title, level)
 
 
+def distribution(
+    values: NDArray[Any], edges: FloatArray, counts: NDArray[np.int64] | None = None
+) -> dict[str, Any]:
+    """Return the distribution of values; a value outside the edges counts in the first or last bin.
+
+    `counts`: how often there is each value, once by default.
+    """
+    shown, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges, weights=counts)
+    percentiles = np.percentile(values, PERCENTILES, weights=counts, method="inverted_cdf")
+    return {
+        "count": len(values) if counts is None else int(counts.sum()),
+        "mean": float(np.average(values, weights=counts)),
+        "smallest": float(np.min(values)),
+        "largest": float(np.max(values)),
+        "percentiles": dict(zip(PERCENTILES, percentiles.tolist(), strict=True)),
+        "edges": edges.tolist(),
+        "counts": shown.tolist(),
+    }
+
+
 def histogram(values: Mapping[str, Any], title: str, limit: float | None = None) -> Markup:
-    """Return a histogram of a distribution from doctor.json; numbers from 0 on have a logarithmic axis.
+    """Return a histogram of a `distribution`; numbers from 0 on have a logarithmic axis.
 
     The smallest and the largest value get a label, and percentiles where there is room. A line marks `limit`.
     """

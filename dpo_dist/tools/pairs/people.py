@@ -159,7 +159,8 @@ class Labelling:
     def shown(self, annotator: str, item: str) -> dict[str, Any]:
         """Return the page's content: an item, and the annotator's progress."""
         judged = sum(name == annotator for name, _ in self.judgements)
-        facts = {"annotator": annotator, "judged": judged, "remaining": len(self.remaining(annotator))}
+        facts: dict[str, Any] = {"annotator": annotator, "judged": judged, "items": len(self.items)}
+        facts["remaining"] = len(self.remaining(annotator))
         if (record := self.items.get(item)) is None:
             return facts
         prompt = tuple(record.prompt) if isinstance(record.prompt, Dialogue) else record.prompt

@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpo_dist.config.load import read_saved
-from dpo_dist.config.metrics import ALL, METRICS, results_name
+from dpo_dist.config.metrics import ALL, MARGIN_PERCENTILES, METRICS, results_name
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.data.counts import in_words
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN
@@ -15,7 +17,7 @@ from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import duration, number, percent, pluralize, size, without_secrets
 from dpo_dist.foundation.types import Fields
 from dpo_dist.tools.findings import Level
-from dpo_dist.tools.pages.charts import charts
+from dpo_dist.tools.pages.charts import charts, distribution, histogram
 from dpo_dist.tools.pages.render import flat, number_above_interval, page, part
 from dpo_dist.tools.pages.samples import samples_section, worst_pairs
 from dpo_dist.tools.report.facts import MARGIN, RunFacts, last
@@ -29,6 +31,7 @@ from dpo_dist.training.reporting.metrics_log import (
     read_latest_rows,
 )
 
+_BINS, _ROOM = 32, 0.02  # of the histogram of margins; the share of its width on both sides
 _Table = tuple[list[str], list[list[object]]]
 """Titles of the columns, and rows."""
 
@@ -114,6 +117,7 @@ def write_page(
         "samples": samples_section(folder),
         "curves": charts(run.rows, run.noise(run.steps)),
         "accuracy": _by_source(facts),
+        "margins": _margins(facts, folder),
         "worst": worst_pairs(folder.named_evaluation(LAST_EVALUATION).worst) if facts.evaluation else [],
         "data": [_records(parts[name], counts) for name, counts in facts.section("data").items() if counts],
         "doctor": facts.doctor.get("findings") or [],
@@ -241,6 +245,23 @@ def _by_source(facts: PageFacts) -> _Table | None:
         name = part("macros.jinja", "named", label, ", ".join(remarks))
         lines.append([name, *(number_above_interval(row.get(key), ends.get(key)) for key in keys)])
     return (["source", *(titles[key] for key in keys)], lines) if keys else None
+
+
+def _margins(facts: PageFacts, folder: RunFolder) -> Mapping[str, Any] | None:
+    """Return the distribution of the margin over the pairs of the last evaluation, with its picture."""
+    if f"eval_{MARGIN_PERCENTILES[0]}" not in (facts.evaluation.get(ALL) or {}):
+        return None  # labelled records have no margin of their own, and some losses none
+    rows = files.read_lines(folder.named_evaluation(LAST_EVALUATION).scores)
+    margins = np.array([row["margin"] for row in rows if row.get("margin") is not None])
+    if not len(margins):
+        return None
+    low, high = np.percentile(margins, (1, 99))
+    room = _ROOM * max(high - low, abs(high), abs(low)) or 1.0
+    # With 0 inside, so that the line of guessing is drawn, and the axis is linear.
+    edges = np.linspace(min(low, 0.0) - room, max(high, 0.0) + room, _BINS + 1)
+    facts_of_margins = distribution(margins, edges)
+    right = float((margins > 0).mean())
+    return {**facts_of_margins, "right": right, "picture": histogram(facts_of_margins, "margins", 0.0)}
 
 
 def _records(title: str, counts: Fields) -> Mapping[str, Any]:

@@ -45,20 +45,31 @@ _MOST_SETTINGS, _MOST_CHARACTERS = 4, 80  # in the table of results; of a label 
 _SEED = "trainer.seed"
 
 
-def compare_runs(folders: Sequence[RunFolder], page: Path, charts: Sequence[Markup] = ()) -> list[str]:
+def compare_runs(
+    folders: Sequence[RunFolder],
+    page: Path,
+    charts: Sequence[Markup] = (),
+    swept: Sequence[Markup] = (),
+    points: Sequence[Mapping[str, str]] = (),
+) -> list[str]:
     """Write the page about runs, which may still be training; return its tables of results as lines.
 
-    `charts` come before the runs' curves.
+    `charts` come before the runs' curves. Of a sweep, `swept` are charts of metrics over swept values, and
+    `points` has each run's swept values, which name it: what follows from them was not set.
     """
     facts, names = list(map(PageFacts, folders)), [folder.path.resolve().name for folder in folders]
     names = names if len(set(names)) == len(names) else list(map(str, folders))
     settings, others = _differing(facts)
-    descriptions, is_short = _describe_settings(settings, len(facts)), len(settings) <= _MOST_SETTINGS
+    naming = settings
+    if points:
+        keys = list(dict.fromkeys(key for point in points for key in point))
+        naming = {key: [point.get(key, "-") for point in points] for key in keys}
+    descriptions, is_short = _describe_settings(naming, len(facts)), len(naming) <= _MOST_SETTINGS
     is_name = len(set(descriptions)) == len(facts) and max(map(len, descriptions)) <= _MOST_CHARACTERS
     labels = descriptions if is_short and is_name else names
     runs, kinds = dict(zip(labels, facts, strict=True)), ["+".join(_kinds(each)) for each in facts]
-    groups = _describe_settings({key: texts for key, texts in settings.items() if key != _SEED}, len(facts))
-    if _SEED not in settings or len(set(groups)) == len(groups):
+    groups = _describe_settings({key: texts for key, texts in naming.items() if key != _SEED}, len(facts))
+    if _SEED not in naming or len(set(groups)) == len(groups):
         groups = labels
 
     # Each ended run's last evaluation, or the last steps if no run has any.
@@ -88,7 +99,7 @@ def compare_runs(folders: Sequence[RunFolder], page: Path, charts: Sequence[Mark
     results = _Results(groups, last, [_intervals(each) for each in facts], sum(warnings.values(), ()))
     outcomes = [each.summary.get("exit", "not ended") for each in facts]
     shown = {METRICS[key].title: results.cells(key) for key in _result_metrics(last)}
-    own = {key: _own_parts(texts) for key, texts in settings.items()} if is_short else {}
+    own = {key: _own_parts(texts) for key, texts in naming.items()} if is_short else {}
     columns = {"run": names, **own, "outcome": outcomes, **shown}
     completed = [outcome == RunOutcome.completed for outcome in outcomes]
     over_seeds = results.over_seeds(_result_metrics(last), completed) if results.has_seeds else []
@@ -110,6 +121,8 @@ def compare_runs(folders: Sequence[RunFolder], page: Path, charts: Sequence[Mark
         f"{len(runs)} runs",
         ["charts.js"],
         labels=labels,
+        swept=swept,
+        has_short_names=max(map(len, names)) <= _MOST_CHARACTERS / 4,
         results=_table(columns | {title: list(map(_on_two_lines, cells)) for title, cells in shown.items()}),
         over_seeds=over_seeds,
         verdicts=[(label, verdict_for_page(each).get("sentence", "-")) for label, each in runs.items()],
@@ -124,7 +137,7 @@ def compare_runs(folders: Sequence[RunFolder], page: Path, charts: Sequence[Mark
         samples=samples_side_by_side(dict(zip(labels, folders, strict=True))),
     )
     write_text(page, html)
-    hidden = [] if is_short else [f"{len(settings)} settings differ: see the page"]
+    hidden = [] if own.keys() == settings.keys() else [f"{len(settings)} settings differ: see the page"]
     seeds = ["", *aligned(over_seeds)] if over_seeds else []
     return list(map(printable, [*aligned(_table(columns)), *seeds, *hidden, *warnings]))
 

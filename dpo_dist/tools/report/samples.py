@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from dpo_dist.model.files.load import load_config
 from dpo_dist.model.files.stops import find_stop_ids
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.tools.pages.thumbnails import shown_prompt
-from dpo_dist.tools.sampling.generate import NotFiniteError, Request, generate_together
+from dpo_dist.tools.sampling.check import NotFiniteError, WrongGenerationError
+from dpo_dist.tools.sampling.generate import Request, generate_together
 from dpo_dist.tools.sampling.respond import texts_after
 from dpo_dist.tools.sampling.settings import Sampling, sampling_for
 from dpo_dist.tools.text_facts import (
@@ -63,6 +64,7 @@ class RunSamples:
         reference: the reference's response to each prompt; None if not known.
         seconds: what the latest responses took on this rank.
         has_skipped: whether an evaluation had no time for responses.
+        faults: why models cannot respond, each said once.
     """
 
     run: Run
@@ -75,6 +77,7 @@ class RunSamples:
     reference: list[_Row] | None = None
     seconds: float = 0.0
     has_skipped: bool = False
+    faults: set[str] = field(default_factory=set)
 
     def write_responses(self, step: int, policy: Engine, *, is_last: bool) -> dict[str, float]:
         """Write the policy's responses after `step`, and return their metrics `samples/...`.
@@ -188,7 +191,7 @@ class RunSamples:
     def _ask(
         self, model: Engine, prompts: Sequence[SamplePrompt], *, without_adapter: bool = False
     ) -> list[_Row] | None:
-        """Return a response to each prompt; warn and return None if the model's logits are not finite."""
+        """Return a response to each prompt; warn and return None if the model cannot respond."""
         requests = [prompt.request for prompt in prompts]
         if not requests:
             return []
@@ -202,6 +205,11 @@ class RunSamples:
                 )
         except NotFiniteError:
             self.run.warn("no samples: the model's logits are not finite")
+            return None
+        except WrongGenerationError as fault:
+            if str(fault) not in self.faults:
+                self.run.warn(f"no samples: {fault}; the training itself does not generate")
+            self.faults.add(str(fault))
             return None
         self.seconds = time.monotonic() - started
         return [

@@ -9,22 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from dpo_dist.batching.example import ImageInput, TokenIds
-from dpo_dist.batching.pack import joined_inputs
 from dpo_dist.distributed.processes.world import Stops
 from dpo_dist.distributed.zero import Engine
-from dpo_dist.model.images import ImageReader
+from dpo_dist.model.exactness import Agree
+from dpo_dist.model.packed import rope_limit
+from dpo_dist.reference.engine import fault_agreement
+from dpo_dist.tools.sampling.check import NotFiniteError, WrongGenerationError, can_mix_lengths, extend
 from dpo_dist.tools.sampling.settings import Sampling
 
 
@@ -63,10 +62,6 @@ class Sample:
         return self.end is not None
 
 
-class NotFiniteError(Exception):
-    """A model's logits for the next token are not finite."""
-
-
 def random_numbers(sampling: Sampling, request: Request) -> Tensor:
     """Return float64 [max_new_tokens] in [0, 1), which seed, prompt and sample number alone decide."""
     text = f"{sampling.seed} {request.number} {request.key}"
@@ -76,28 +71,60 @@ def random_numbers(sampling: Sampling, request: Request) -> Tensor:
 
 
 def batches(
-    requests: Sequence[Request], sampling: Sampling, budget: int, rank: int = 0, size: int = 1
+    requests: Sequence[Request],
+    sampling: Sampling,
+    budget: int,
+    rank: int = 0,
+    size: int = 1,
+    *,
+    mixes_lengths: bool = True,
 ) -> list[list[int]]:
     """Return a rank's batches as indices of requests, longest prompts first; ranks take turns in this order.
 
     Rows of a batch times tokens of its longest prompt with its response are at most `budget`; a single row
     may exceed it. All rows have the same room: else a row that has ended would pass the end of the model's
-    context while it waits for the others.
+    context while it waits for the others. Without `mixes_lengths` their prompts have one length, too.
     """
     order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))[rank::size]
+
+    def alike(index: int) -> tuple[int, int]:
+        length = len(requests[index].prompt_ids)
+        return requests[index].new_tokens(sampling), 0 if mixes_lengths else length
+
     batched = []
     while order:
-        rooms = itertools.groupby(order, lambda index: requests[index].new_tokens(sampling))
-        room, alike = next(rooms)
+        (room, _), same = next(itertools.groupby(order, alike))
         rows = max(1, budget // (len(requests[order[0]].prompt_ids) + room))
-        batched.append(list(itertools.islice(alike, rows)))
+        batched.append(list(itertools.islice(same, rows)))
         del order[: len(batched[-1])]
     return batched
 
 
-def image_inputs(causal_lm: Any, ids: Tensor, images: Sequence[ImageInput]) -> dict[str, Tensor]:
-    """Return what the model's forward needs for the images in `ids` [rows, tokens], in their order."""
-    return ImageReader(causal_lm).own_inputs(joined_inputs(images), ids) if images else {}
+def may_mix_lengths(
+    causal_lm: Any,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    device: torch.device,
+    agree: Agree = str,
+    *,
+    is_synchronised: bool = False,
+) -> bool:
+    """Return whether the prompts of a batch may have different lengths (see `can_mix_lengths`)."""
+    images = [image for request in requests for image in request.images]
+    can_mix = can_mix_lengths(
+        causal_lm, device, min(stop_ids), images, agree, is_synchronised=is_synchronised
+    )
+    if images and is_synchronised and not can_mix:
+        # A rank whose prompts have no images encodes one beside them, in a row of another length.
+        kind = causal_lm.config.model_type
+        raise WrongGenerationError(
+            f"{kind} generates rightly without padding only; on several ranks images need it"
+        )
+    # A sequence above the limit changes the frequencies of all rows beside it.
+    limit = rope_limit(causal_lm.config.get_text_config())
+    longest = max(len(request.prompt_ids) + request.new_tokens(sampling) for request in requests)
+    return can_mix and (limit is None or longest <= limit)
 
 
 @torch.inference_mode()
@@ -108,10 +135,13 @@ def generate(
 
     How requests are batched changes logits by rounding only: a response stays the same unless rounding
     decides between two tokens, which is rare in float32 and usual in bf16. Raises NotFiniteError if logits
-    are not finite. `budget`: most tokens of a batch.
+    are not finite, and WrongGenerationError. `budget`: most tokens of a batch.
     """
+    if not requests:
+        return []
     samples: dict[int, Sample] = {}
-    for indices in batches(requests, sampling, budget):
+    mixes_lengths = may_mix_lengths(causal_lm, requests, sampling, stop_ids, causal_lm.device)
+    for indices in batches(requests, sampling, budget, mixes_lengths=mixes_lengths):
         chosen = [requests[index] for index in indices]
         generated = generate_batch(causal_lm, chosen, sampling, stop_ids, causal_lm.device)
         samples |= zip(indices, generated, strict=True)
@@ -134,36 +164,22 @@ def generate_batch(
     `must_end` is called before each token; if it returns true, all responses of this rank end there.
     """
     longest = max(len(request.prompt_ids) for request in requests)
-    filler = min(stop_ids)
-    prompts = [torch.from_numpy(request.prompt_ids.astype(np.int64)) for request in requests]
-    ids = pad_sequence(prompts, True, filler, padding_side="left")
-    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, padding_side="left")
     next_token = _NextToken(requests, longest, sampling, stop_ids, device)
-
-    def end(ids: Tensor, *_: Any) -> Tensor:
-        return torch.full((len(ids),), must_end(), device=ids.device)
-
-    # Defaults of the model's folder, such as a repetition penalty, would change the distribution.
-    causal_lm.generation_config = GenerationConfig()
-    ids = ids.to(device)
-    images = [image for request in requests for image in request.images]
-    output = causal_lm.generate(
-        input_ids=ids,
-        attention_mask=mask.to(device),
-        **image_inputs(causal_lm, ids, images),
-        generation_config=GenerationConfig(
-            max_new_tokens=max(request.new_tokens(sampling) for request in requests),
-            do_sample=False,
-            eos_token_id=sorted(stop_ids),
-            pad_token_id=filler,
-        ),
-        logits_processor=LogitsProcessorList([next_token]),
-        stopping_criteria=StoppingCriteriaList([end]),
-        synced_gpus=is_synchronised,
+    rows = extend(
+        causal_lm,
+        [request.prompt_ids for request in requests],
+        [image for request in requests for image in request.images],
+        next_token,
+        max(request.new_tokens(sampling) for request in requests),
+        device,
+        min(stop_ids),
+        stop_ids=stop_ids,
+        is_synchronised=is_synchronised,
+        must_end=must_end,
     )
     if next_token.is_broken:
         raise NotFiniteError
-    return [Sample.from_tokens(tokens, stop_ids) for tokens in output[:, longest:].tolist()]
+    return [Sample.from_tokens(tokens, stop_ids) for tokens in rows]
 
 
 class _NextToken(LogitsProcessor):  # type: ignore[misc]
@@ -247,13 +263,28 @@ def generate_together(
     Every rank generates a share. Under ZeRO-3 each forward gathers weights from all ranks, so that all ranks
     generate the same number of batches with the same number of forwards, and encode images in the same
     batches. A rank that is asked to stop ends its responses at once, and all ranks raise Interrupted after
-    the batch. If logits are not finite, all ranks raise NotFiniteError.
+    the batch. If logits are not finite, all ranks raise NotFiniteError, and if the model does not generate
+    what its forward predicts, WrongGenerationError.
     """
-    world = stops.world
-    shares = [batches(requests, sampling, budget, rank, world.size) for rank in range(world.size)]
-    share, synchronised = shares[world.rank], engine.is_synchronised
+    if not requests:
+        return []
+    world, synchronised = stops.world, engine.is_synchronised
     samples, is_broken = dict[int, Sample](), False
     with engine.ready_to_generate(without_adapter=without_adapter) as causal_lm:
+        mixes_lengths = may_mix_lengths(
+            causal_lm,
+            requests,
+            sampling,
+            stop_ids,
+            world.device,
+            fault_agreement(world, are_forwards_collective=synchronised),
+            is_synchronised=synchronised,
+        )
+        shares = [
+            batches(requests, sampling, budget, rank, world.size, mixes_lengths=mixes_lengths)
+            for rank in range(world.size)
+        ]
+        share = shares[world.rank]
         for number in range(max(map(len, shares))):
             stops.raise_if_stopping()
             if number >= len(share) and not synchronised:

@@ -45,7 +45,8 @@ from dpo_dist.model.lora import TRAINED, add_saved, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.engine import scoring_config
-from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sample, generate
+from dpo_dist.tools.sampling.check import NotFiniteError, WrongGenerationError
+from dpo_dist.tools.sampling.generate import Request, Sample, generate
 from dpo_dist.tools.sampling.settings import Sampling
 
 
@@ -277,6 +278,8 @@ def respond(
             got="NaN or infinity",
             remedy="check the model's weights, or set model.dtype=fp32; finished parts are kept",
         ) from fault
+    except WrongGenerationError as fault:
+        raise wrong_generation(responder.source.name, fault) from None
     rows = []
     for record, prompt in zip(records, prompts, strict=True):
         if isinstance(prompt, str):
@@ -288,6 +291,16 @@ def respond(
             dropped = None if completions else "refused_by_the_server"
             rows.append(Completions(completions, dropped, prompt.prompt_ids.tolist()))
     return rows
+
+
+def wrong_generation(name: str, fault: WrongGenerationError) -> ConfigError:
+    """Return the error for a model, as configured, that cannot be asked for responses."""
+    return ConfigError(
+        "transformers does not generate rightly by this model",
+        where=name,
+        got=str(fault),
+        remedy="choose a model of another architecture, or make its responses with another program",
+    )
 
 
 def usable_prompt(

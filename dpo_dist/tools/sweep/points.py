@@ -14,10 +14,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from dpo_dist.config.compose import FAILURES, Command, names_chosen, parse_overrides
+from dpo_dist.config.fields import plain
 from dpo_dist.config.keys import group_folders, preset_names, run_keys
 from dpo_dist.config.load import load_command
 from dpo_dist.config.metrics import ACCURACIES, LOSS_METRICS, PREFIX
 from dpo_dist.config.mistakes import fits
+from dpo_dist.config.rules import value_at
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, raise_all
@@ -45,6 +47,17 @@ class SearchSpace(Points):
 
     dimensions: Sequence[Dimension]
     load: Callable[[Sequence[str]], RunConfig]
+
+
+def point_settings(words: Iterable[str], config: RunConfig) -> dict[str, Any]:
+    """Return a point's swept keys with their values, as text where a value is no number, word or null."""
+    settings = dict[str, Any]()
+    for word in words:
+        key, _, text = word.lstrip("+").partition("=")
+        is_group = not key.partition(".")[2]
+        value = text if is_group or key not in run_keys() else plain(value_at(config, key))
+        settings[key] = value if value is None or isinstance(value, bool | int | float | str) else text
+    return settings
 
 
 def load_points(

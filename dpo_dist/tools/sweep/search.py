@@ -17,7 +17,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome, first_line
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import number, pluralize
-from dpo_dist.tools.sweep.points import SearchSpace
+from dpo_dist.tools.sweep.points import SearchSpace, point_settings
 from dpo_dist.tools.sweep.pool import Pool, Words, is_finished
 from dpo_dist.training.reporting.metrics_log import finite, stored_rows
 
@@ -176,6 +176,7 @@ class Search(Pool):
         found |= {"trials": dict(sorted(outcomes.items())), "values": {}, "best": None}
         if done := self._trials(TrialState.COMPLETE):
             found["values"] = {trial.number + 1: trial.value for trial in done}
-            settings = dict(word.lstrip("+").split("=", 1) for word in self._words(self._study.best_trial))
+            words = self._words(self._study.best_trial)
+            settings = point_settings(words, self._space.load(words))
             found["best"] = {"settings": settings, "value": self._study.best_value}
         return found

@@ -40,8 +40,8 @@ from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.tools.pairs.files import pair_fields, write_results
 from dpo_dist.tools.pairs.rounds import merge_adapter
+from dpo_dist.tools.sampling.check import NotFiniteError
 from dpo_dist.tools.sampling.generate import (
-    NotFiniteError,
     Request,
     Sample,
     batches,
@@ -92,7 +92,9 @@ def opened(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return opened("qwen2")
+    made = opened("qwen2")
+    generate(made, requests()[:1], Sampling(1), STOPS, 1)  # the first call checks the model
+    return made
 
 
 def requests(numbers: tuple[int, ...] = (0,)) -> list[Request]:

@@ -108,7 +108,9 @@ def test_a_search_trains_what_optuna_samples_and_optuna_reads_it(tmp_path: Path)
     found = search.found()
     assert found["trials"] == {"completed": 15}
     best = max(trained, key=lambda words: score(search.points[words]))
-    assert found["best"]["settings"] == dict(word.split("=") for word in best)
+    settings = found["best"]["settings"]
+    assert [f"{key}={value}" for key, value in settings.items()] == list(best)
+    assert type(settings["optim.lr"]) is float
     assert found["best"]["value"] == study.best_value
     results = sweep_results(search.points, search.ends, RunFolder(tmp_path / "sweep"), found)
     assert results["search"] == found

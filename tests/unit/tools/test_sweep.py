@@ -32,7 +32,7 @@ def test_results_have_the_metrics_of_finished_points_with_intervals(tmp_path: Pa
     results = sweep_results(points, {failed: ("diverged", "not finite")}, folder, {})
     assert json.loads(folder.sweep.read_text()) == results
     first, second, third = results["points"]
-    assert first["settings"] == {"trainer.seed": "0"}
+    assert first["settings"] == {"trainer.seed": 0}
     assert first["outcome"] == "completed"
     assert first["metrics"]["eval_rewards/accuracies"] == 0.625
     assert first["intervals"]["eval_rewards/accuracies"] == [0.55, 0.7]

@@ -16,9 +16,9 @@ from dpo_dist.config.schema import ModelConfig, ReferenceConfig, ReferenceMode
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.reference.store import LogpStore, StoredLogps, read_fingerprints
-from dpo_dist.tools.doctor.measures.sources import distribution
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, MAX_EXAMPLES
 from dpo_dist.tools.findings import Finding
+from dpo_dist.tools.pages.charts import distribution
 
 # A margin is far from 0 if it is at least half a nat per token, and not by chance: log-probs of tokens vary
 # by 1 to 2 nats, so means of n and m tokens differ by about 1.5 sqrt(1/n + 1/m) by chance alone.

@@ -30,6 +30,7 @@ from dpo_dist.tools.doctor.measures.texts import GROUPS, speaks_differently, sub
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES, KINDS_BY_RULE, MAX_EXAMPLES, RULE_BY_KIND
 from dpo_dist.tools.findings import Finding
 from dpo_dist.tools.intervals import wilson_interval
+from dpo_dist.tools.pages.charts import distribution
 from dpo_dist.tools.text_facts import detect_language
 
 _Keys: TypeAlias = npt.NDArray[np.uint64]
@@ -214,31 +215,10 @@ def _one_sided_forms(tests: Sequence[LeakTest], source: str) -> Iterator[Finding
         yield from rule.value(largest, forms[0].pairs, source, "; ".join(details))
 
 
-PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 _SAMPLED_PAIRS, _SAMPLED_LANGUAGES = 20_000, 2_000
 _MIN_LANGUAGES = 20
 _MOST_FIELDS = 1000
 _SHOWN_BINS = 32
-
-
-def distribution(
-    values: npt.NDArray[Any], edges: npt.NDArray[np.float64], counts: npt.NDArray[np.int64] | None = None
-) -> dict[str, Any]:
-    """Return the distribution of values; a value outside the edges counts in the first or last bin.
-
-    `counts`: how often there is each value, once by default.
-    """
-    shown, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges, weights=counts)
-    percentiles = np.percentile(values, PERCENTILES, weights=counts, method="inverted_cdf")
-    return {
-        "count": len(values) if counts is None else int(counts.sum()),
-        "mean": float(np.average(values, weights=counts)),
-        "smallest": float(np.min(values)),
-        "largest": float(np.max(values)),
-        "percentiles": dict(zip(PERCENTILES, percentiles.tolist(), strict=True)),
-        "edges": edges.tolist(),
-        "counts": shown.tolist(),
-    }
 
 
 def _spread(lengths: Mapping[int, int]) -> dict[str, Any] | None:

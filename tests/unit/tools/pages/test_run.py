@@ -90,6 +90,23 @@ def test_a_badge_has_the_colour_of_the_worse_of_outcome_and_verdict(tmp_path: Pa
     assert '<span class="badge preempted">preempted</span>' in write_page(run).read_text()
 
 
+def test_the_margins_of_all_evaluation_pairs_are_a_histogram_with_zero_in_it(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    margins: list[float | None] = [0.5, 1.0, 1.5, 2.0, 900.0, *[0.25] * 200, None]
+    scores = "".join(json.dumps({"margin": margin}) + "\n" for margin in margins)
+    run.named_evaluation(LAST_EVALUATION).scores.write_text(scores)
+    assert "Margins of the evaluation pairs" not in page_of(run).text, "a loss without margins of pairs"
+    change(run.named_evaluation(LAST_EVALUATION).results, "all", "eval_rewards/margins/p05", value=0.25)
+    text = page_of(run).section("Accuracy and margin")
+    assert "Margins of the evaluation pairs" in text
+    assert "205 pairs, median 0.25; 100 % above 0, the dashed line" in text
+    html = run.report.read_text()
+    drawn = html[html.index("Margins of the evaluation pairs") :].split("</figure>")[0]
+    bars = [int(count) for count in re.findall(r"<title>[^<]*: (\d+)</title>", drawn)]
+    assert sum(bars) == 205, "the outlier, too"
+    assert 'class="limit"' in drawn
+
+
 def test_sections_without_a_file_are_omitted(tmp_path: Path) -> None:
     found = page_of(RunFolder(tmp_path))
     assert tmp_path.name in found.text

@@ -162,6 +162,25 @@ def test_losses_of_other_kinds_name_runs_and_share_no_axis(runs: list[RunFolder]
     assert len(legends) == 1
 
 
+def test_points_of_a_sweep_are_named_by_what_was_swept(runs: list[RunFolder]) -> None:
+    """The other settings follow from the kind."""
+    kinds, seeds = ("ipo", "ipo", "simpo"), ("0", "1", "0")
+    for run, kind, seed in zip(runs, kinds, seeds, strict=True):
+        options = {"length_average": True} if kind == "ipo" else {"gamma": 0.5}
+        change(run.config, "loss", value={"kind": kind, "beta": 0.1, "terms": [], "options": options})
+        change(run.config, "reference", value={"mode": "cached" if kind == "ipo" else "none"})
+        change(run.config, "trainer", "seed", value=int(seed))
+    points = [{"loss.kind": kind, "trainer.seed": seed} for kind, seed in zip(kinds, seeds, strict=True)]
+    file = runs[0].path.parent / "page.html"
+    lines = [" ".join(line.split()) for line in compare_runs(runs, file, points=points)]
+    assert lines[0].startswith("run loss.kind trainer.seed outcome")
+    assert [line.split(" 2 of 2")[0].split(" 1 of 1")[0] for line in lines[6:8]] == ["kind ipo", "kind simpo"]
+    page = Page(file.read_text(encoding="utf-8"))
+    assert "kind ipo (2 seeds) kind simpo Loss" in page.section("Curves")
+    assert "length_average" in page.section("Settings"), "it differs"
+    assert "length_average" not in page.text.split("Settings\n")[0]
+
+
 def test_a_run_without_a_kind_of_loss_is_compared(runs: list[RunFolder]) -> None:
     change(runs[0].config, "loss", value={"kind": None, "beta": 0.1, "terms": []})
     lines, _ = compared(runs)

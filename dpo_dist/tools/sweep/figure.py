@@ -1,0 +1,246 @@
+"""The figure of a sweep: metrics over the swept value, with the spread over seeds, as SVG and PNG."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import log10
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from markupsafe import Markup
+
+from dpo_dist.config.metrics import LOSS_METRICS, MAIN, PREFIX, find_metric
+from dpo_dist.foundation.files import staged_file, write_text
+from dpo_dist.foundation.streams import printable
+from dpo_dist.foundation.text import number
+from dpo_dist.tools.pages.charts import COLORS, Axis, color_classes
+from dpo_dist.tools.pages.render import part
+
+SEED = "trainer.seed"
+_WIDE = 10.0  # two values with a larger ratio are on a logarithmic axis
+_PANEL_WIDTH, _PANEL_HEIGHT, _LINE_HEIGHT = 380, 252, 16
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 364.0, 28.0, 204.0
+_BARS = 0.7  # the part of the space of a value that its bars take
+_APART = 5.0  # coordinates between the points of two lines at one value: else bars of the spread hide others
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of a metric over seeds at a swept value; `spread`: standard deviation, 0 of one seed."""
+
+    value: Any
+    mean: float
+    spread: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric over the values of the swept key `over`; a series for each combination of other settings."""
+
+    metric: str
+    over: str
+    series: Mapping[str, Sequence[Mean]]
+
+    @property
+    def values(self) -> list[Any]:
+        """The swept values, numbers in order."""
+        values = list(dict.fromkeys(each.value for means in self.series.values() for each in means))
+        return sorted(values) if self.has_numbers else values
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether the swept values are numbers: else they have bars."""
+        return all(_is_number(each.value) for means in self.series.values() for each in means)
+
+    @property
+    def is_log(self) -> bool:
+        """Whether the values are spread more evenly on a logarithmic axis."""
+        return self.has_numbers and _is_log(self.values)
+
+    @property
+    def title(self) -> str:
+        """The metric's title."""
+        part_title = "evaluation " if self.metric.startswith(PREFIX) else ""
+        return part_title + find_metric(self.metric.removeprefix(PREFIX)).title
+
+    @property
+    def ends(self) -> Iterator[float]:
+        """The ends of all bars of the spread; of columns also 0."""
+        for means in self.series.values():
+            for each in means:
+                yield from (each.mean - each.spread, each.mean + each.spread)
+        if not self.has_numbers:
+            yield 0.0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_log(values: Sequence[float]) -> bool:
+    if values[0] <= 0 or len(values) < 2:
+        return False
+    if len(values) == 2:
+        return values[1] >= _WIDE * values[0]
+
+    def evenness(places: Sequence[float]) -> float:
+        steps = [high - low for low, high in pairwise(places)]
+        return min(steps) / max(steps)
+
+    return evenness(list(map(log10, values))) > evenness(values)
+
+
+def figures(points: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """Return a figure for each main metric of the completed points; none without another key than the seed.
+
+    Of the swept keys the one with most values is the horizontal axis, numbers first. Losses, rewards and
+    margins have no figure if the losses of the points differ.
+    """
+    done = [point for point in points if point.get("metrics")]
+    keys = list(dict.fromkeys(key for point in done for key in point["settings"] if key != SEED))
+    values = {
+        key: {_text(point["settings"].get(key)): point["settings"].get(key) for point in done} for key in keys
+    }
+    several = [key for key in keys if len(values[key]) > 1]
+    if not several:
+        return []
+
+    def rank(key: str) -> tuple[bool, int]:
+        return all(map(_is_number, values[key].values())), len(values[key])
+
+    over = max(several, key=rank)
+    others = [key for key in several if key != over]
+    compared = [name for name in MAIN if not (_has_losses(several) and name.startswith(LOSS_METRICS))]
+    names = [prefix + name for name in compared for prefix in (PREFIX, "")]
+    return [
+        Figure(name, over, series)
+        for name in names
+        if any(name in point["metrics"] for point in done) and (series := _series(done, name, over, others))
+    ]
+
+
+def _has_losses(keys: Sequence[str]) -> bool:
+    return any(key.partition(".")[0] == "loss" for key in keys)
+
+
+def _text(value: object) -> str:
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _series(
+    points: Sequence[Mapping[str, Any]], metric: str, over: str, others: Sequence[str]
+) -> dict[str, list[Mean]]:
+    """Return the means over seeds by the label of the other settings, in the order of the points."""
+    measured = dict[str, dict[str, tuple[Any, list[float]]]]()
+    for point in points:
+        if (value := point["metrics"].get(metric)) is None:
+            continue
+        settings = point["settings"]
+        label = ", ".join(f"{key.rpartition('.')[2]} {_text(settings.get(key))}" for key in others)
+        swept = settings.get(over)
+        measured.setdefault(label, {}).setdefault(_text(swept), (swept, []))[1].append(value)
+    series = dict[str, list[Mean]]()
+    for label, by_value in measured.items():
+        means = [
+            Mean(swept, fmean(found), stdev(found) if len(found) > 1 else 0.0, len(found))
+            for swept, found in by_value.values()
+        ]
+        has_numbers = all(_is_number(each.value) for each in means)
+        series[label] = sorted(means, key=lambda each: each.value) if has_numbers else means
+    return series
+
+
+def _drawn(figure: Figure) -> dict[str, Any]:
+    """Return what the template draws of a figure, in tenths of its coordinates."""
+    values, up = figure.values, Axis.around(figure.ends, _BOTTOM, _TOP)
+    if not figure.has_numbers:
+        up = Axis(min(0.0, up.low if min(figure.ends) < 0 else 0.0), up.high, _BOTTOM, _TOP)
+        places = {each: _LEFT + (_RIGHT - _LEFT) * (at + 0.5) / len(values) for at, each in enumerate(values)}
+        marks = [(round(place, 1), _text(each)) for each, place in places.items()]
+        width = _BARS * (_RIGHT - _LEFT) / len(values) / len(figure.series)
+    else:
+        across = Axis.around(values, _LEFT, _RIGHT, is_log=figure.is_log)
+        places = {each: across.place(each) for each in values}
+        # The swept values themselves are the ticks where there is room for their texts.
+        distances = [places[high] - places[low] for low, high in pairwise(values)]
+        has_room = min(distances, default=_RIGHT) > 34
+        marks = [(places[each], _text(each)) for each in values] if has_room else across.marks()
+        width = 0.0
+    series = []
+    for at, (label, means) in enumerate(figure.series.items()):
+        shift = (at + 0.5 - len(figure.series) / 2) * (width or _APART)
+        points = [
+            {
+                "x": round(places[each.value] + shift, 1),
+                "y": up.place(each.mean),
+                "low": up.place(each.mean - each.spread),
+                "high": up.place(each.mean + each.spread),
+                "has_spread": each.seeds > 1,
+                "text": f"{figure.over} {_text(each.value)}{', ' * bool(label)}{label}: {number(each.mean)}"
+                + (f" ± {number(each.spread)}, {each.seeds} seeds" if each.seeds > 1 else ""),
+            }
+            for each in means
+        ]
+        color = color_classes(list(figure.series), label)
+        series.append(
+            {
+                "label": label,
+                "color": color,
+                "hex": COLORS[at % len(COLORS)],
+                "points": points,
+                "width": width,
+            }
+        )
+    return {
+        **{"title": figure.title, "unit": find_metric(figure.metric.removeprefix(PREFIX)).unit},
+        **{"over": figure.over, "up": up, "marks": marks, "series": series},
+        **{"left": _LEFT, "right": _RIGHT, "bottom": _BOTTOM, "zero": up.place(max(up.low, 0.0))},
+        "height": _PANEL_HEIGHT + _LINE_HEIGHT * len(figure.series) * (len(figure.series) > 1),
+    }
+
+
+def figure_charts(shown: Sequence[Figure]) -> list[Markup]:
+    """Return a chart for each figure, for a page."""
+    return [part("svg.jinja", "spread", [_drawn(figure)], _PANEL_WIDTH) for figure in shown]
+
+
+def write_figure(shown: Sequence[Figure], svg: Path, png: Path) -> None:
+    """Write the figures beside each other as SVG, and as PNG, each whole or not at all."""
+    write_text(svg, str(part("svg.jinja", "spread", list(map(_drawn, shown)), _PANEL_WIDTH)).strip() + "\n")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (slow)
+    from matplotlib.figure import Figure as Canvas  # noqa: PLC0415
+    from matplotlib.transforms import offset_copy  # noqa: PLC0415
+
+    canvas = Canvas(figsize=(5 * len(shown), 4), dpi=200, layout="constrained")
+    for axes, figure in zip(canvas.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
+        values, width = figure.values, _BARS / len(figure.series)
+        for at, (label, means) in enumerate(figure.series.items()):
+            color, spreads = COLORS[at % len(COLORS)], [each.spread for each in means]
+            heights, name = [each.mean for each in means], printable(label) or None
+            if figure.has_numbers:
+                line = "--" if at // len(COLORS) % 2 else "-"
+                places = [each.value for each in means]
+                shift = (at + 0.5 - len(figure.series) / 2) * _APART
+                moved = offset_copy(axes.transData, canvas, x=shift, units="points")
+                style = {"color": color, "marker": "o", "linestyle": line, "capsize": 3, "transform": moved}
+                axes.errorbar(places, heights, spreads, label=name, **style)
+            else:
+                shift = (at + 0.5) * width - _BARS / 2
+                places = [values.index(each.value) + shift for each in means]
+                axes.bar(places, heights, width, yerr=spreads, color=color, label=name, capsize=3)
+        if not figure.has_numbers:
+            axes.set_xticks(range(len(values)), [printable(_text(each)) for each in values])
+        else:  # lines that are moved aside do not set the ends of the axes
+            across, up = Axis.around(values, 0, 1, is_log=figure.is_log), Axis.around(figure.ends, 0, 1)
+            axes.set(xscale="log" if figure.is_log else "linear", xlim=(across.low, across.high))
+            axes.set_ylim(up.low, up.high)
+            axes.set_xticks(values, list(map(_text, values)))
+            axes.minorticks_off()
+        axes.set(xlabel=figure.over, ylabel=figure.title)
+        axes.grid(alpha=0.3)
+        if len(figure.series) > 1:
+            axes.legend(frameon=False)
+    with staged_file(png) as temporary:
+        FigureCanvasAgg(canvas).print_figure(temporary, format="png")
