@@ -38,7 +38,7 @@ from dpo_dist.distributed.checkpoint.saver import (
     find_faults,
 )
 from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.errors import CheckpointError, ConfigError
+from dpo_dist.foundation.errors import CheckpointError, ConfigError, DpoDistError
 from dpo_dist.foundation.files import commit_folder, is_temporary, temporary_folder
 from dpo_dist.foundation.remote import open_file_system, remote_errors, shown_fault
 from dpo_dist.foundation.text import pluralize
@@ -114,17 +114,20 @@ class Mirror:
         Call it when the files of this start are written, before its first upload.
         """
         with remote_errors(self._where, CheckpointError):
-            if self._state(self._names()) is not None:
-                return
-            state, config = (file.read_bytes() for file in (self._folder.state, self._folder.config))
-            try:
-                self._remote.pipe_file(self._folder.state.name, state, mode="create")
-            except FileExistsError:  # another run has started at the same moment
-                self._state(self._names())
-                return
-            except Exception:  # storage that cannot refuse a second file of one name
-                self._remote.pipe_file(self._folder.state.name, state)
-            self._remote.pipe_file(self._folder.config.name, config)  # by which an error names this run
+            self._claim()
+
+    def _claim(self) -> None:
+        if self._state(self._names()) is not None:
+            return
+        state, config = (file.read_bytes() for file in (self._folder.state, self._folder.config))
+        try:
+            self._remote.pipe_file(self._folder.state.name, state, mode="create")
+        except FileExistsError:  # another run has started at the same moment
+            self._state(self._names())
+            return
+        except Exception:  # storage that cannot refuse a second file of one name
+            self._remote.pipe_file(self._folder.state.name, state)
+        self._remote.pipe_file(self._folder.config.name, config)  # by which an error names this run
 
     def _state(self, names: Collection[str]) -> RunState | None:
         """Return the state of the run there, None without one; an error if it is that of another run."""
@@ -234,10 +237,11 @@ class Mirror:
             try:
                 self._upload()
             except Exception as error:
+                fault = error.message if isinstance(error, DpoDistError) else shown_fault(error)
                 if not self._failure:
                     later = "the next checkpoint tries again"
-                    self._console.warn(f"the mirror {self._url} fails, {later}: {shown_fault(error)}")
-                self._failure = shown_fault(error)
+                    self._console.warn(f"the mirror {self._url} fails, {later}: {fault}")
+                self._failure = fault
             else:
                 if self._failure:
                     self._console.say(f"the mirror {self._url} is complete again")
@@ -245,7 +249,8 @@ class Mirror:
 
     def _upload(self) -> None:
         """Upload changed files of the run, checkpoints that are not there yet, and last the state."""
-        self.claim()
+        self._files_done = self._files_total = 0
+        self._claim()
         run, wanted = self._folder, self._uploading
         state, names = read_state(run), self._names()
         is_finished = state is not None and state.is_finished
@@ -324,7 +329,7 @@ class Mirror:
             self._console.say(f"the mirror {self._url} has the whole run")
             return
         number = f"{self._files_done:,} of {pluralize(self._files_total, 'file')} are there"
-        why = f"{self._failure}, {number}" if self._failure else number
+        why = ", ".join(filter(None, [self._failure, number if self._files_total else "nothing is sent"]))
         again = "the same command uploads the others, or goes on from the run directory"
         self._console.warn(f"the mirror {self._url} is behind the run: {why}; {again}")
 

@@ -232,9 +232,7 @@ class Watcher(threading.Thread):
         error = failure if isinstance(failure, DpoDistError) else disk_error(failure)
         if isinstance(failure, torch.OutOfMemoryError):
             error = out_of_memory(failure)
-        # If the other processes were stopped, too, none of them caused the stop of this one.
-        is_stopped = isinstance(error, StoppedError) and self.record.exit_code != ExitCode.preempted
-        if error is not None and not (is_stopped and self._has_failed_peers()):
+        if error is not None and not (isinstance(error, StoppedError) and self._has_failed_peers()):
             return self._report(error)
         if self._world.size > 1 and isinstance(failure, _ERRORS_OF_OTHERS):
             lost = self._wait_for_cause(failure)

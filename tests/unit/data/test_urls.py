@@ -1,5 +1,6 @@
 """Sources at URLs: files, patterns and folders; changes, damage and secrets; a web server and a bucket."""
 
+import asyncio
 import errno
 import functools
 import gzip
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -385,14 +387,23 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
 def test_a_bucket_is_asked_with_limits_and_with_the_own_settings_of_the_user(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In all a silent server gets the time that s3fs's five tries have."""
+    """In all a silent server gets the time that s3fs's five tries have, also one that is asked to expect."""
 
+    class Session:
+        async def send(self, request: Any) -> Any:
+            return request.headers
+
+    sessions = SimpleNamespace(AIOHTTPSession=Session)
+    for name in ("aiobotocore", "aiobotocore.httpsession"):
+        monkeypatch.setitem(sys.modules, name, sessions)
     own = {"config_kwargs": {"s3": {"addressing_style": "path"}, "connect_timeout": 3}}
     monkeypatch.setitem(fsspec.config.conf, "s3", own)
     with mock.patch.object(fsspec.core, "url_to_fs", return_value=(mock.Mock(), "")) as opened:
         open_file_system("s3://bucket/a")
     asked = opened.call_args.kwargs["config_kwargs"]
     assert asked.pop("read_timeout") * 5 <= 60
+    request = SimpleNamespace(headers={"Expect": "100-continue", "Host": "h"})
+    assert asyncio.run(asked.pop("http_session_cls")().send(request)) == {"Host": "h"}
     assert asked == {**own["config_kwargs"], "retries": {"total_max_attempts": 1}}
 
 
@@ -457,7 +468,10 @@ def test_a_server_that_accepts_and_is_silent_is_not_waited_for(monkeypatch: pyte
         started = time.monotonic()
         with pytest.raises(DataError, match="cannot be reached"):
             read("s3://bucket/a.jsonl")
-        assert time.monotonic() - started < 15
+        system, _ = open_file_system("s3://bucket")
+        with pytest.raises(DataError, match="cannot be reached"), remote_errors("s3://bucket", DataError):
+            system.pipe_file("bucket/a", b"written")
+        assert time.monotonic() - started < 30
     s3fs.S3FileSystem.clear_instance_cache()
 
 

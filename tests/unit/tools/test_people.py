@@ -170,9 +170,11 @@ def served(labelling: Labelling) -> Iterator[LabelServer]:
     with LabelServer(labelling) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def post(server: LabelServer, body: bytes, path: str | None = None) -> int:
@@ -212,7 +214,9 @@ def test_a_client_that_sends_a_byte_now_and_then_does_not_hold_the_end(tmp_path:
 
         def trickle() -> None:
             client.sendall(head + body[:-1000])
-            while not is_over.wait(0.2):
+            for _ in range(50):
+                if is_over.wait(0.2):
+                    return
                 with contextlib.suppress(OSError):
                     client.sendall(b"x")
 
