@@ -175,7 +175,8 @@ def _with_key(words: Sequence[str], verb: str) -> Remedy:
 
 def _presets_named(name: str, verb: str, is_size: bool) -> list[str]:
     """Return the words that choose the presets of this name, or the models of this size: `simpo`, `7B`."""
-    keys, chosen = verb_keys(verb or "train", trains=verb == "pairs"), []
+    keys = verb_keys(verb or "train", trains=verb == "pairs")
+    chosen = []
     for group, presets in presets_of(keys, group_folders()).items():
         of_size = [preset for preset in presets if preset.endswith(f"_{name.lower().replace('.', '_')}")]
         meant = of_size if is_size and group == "model" else [name] * (name in presets)

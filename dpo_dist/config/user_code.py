@@ -73,8 +73,11 @@ def _meant_function(written: str, key: str) -> str:
     module, _, name = path.partition(":")
     dotted = module.removeprefix("./").removesuffix(".py").replace("/", ".")
     meant = f"{dotted}:{name}"
+    if meant == written:
+        return ""
     with contextlib.suppress(ConfigError):
-        return "" if meant == written else f"{meant}" * bool(find_function(meant, key))
+        find_function(meant, key)
+        return meant
     return ""
 
 

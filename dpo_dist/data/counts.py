@@ -27,7 +27,8 @@ _PLAIN_WORDS = re.compile(r"[\w./:@~+\-{}\[\], ]+")  # which a shell and Hydra r
 _UNREAD_VERDICT = "unread_verdict"
 DROPPED_PROMPT_PREFIX = "prompts_dropped_"
 """Prefix of the counts of prompts that are left out; the reason follows."""
-_PLAIN, _OMITTED = "chat_template_not_applied", "content_not_rendered"
+_PLAIN = "chat_template_not_applied"
+_OMITTED = "content_not_rendered"
 EMPTY_REMEDY = "check the path, or remove the source"
 _TABLE: dict[str, dict[str, list[str]]] = own_table(Path(__file__).with_suffix(".yaml"))
 _ROWS = {name: row for rows in _TABLE.values() for name, row in rows.items()}

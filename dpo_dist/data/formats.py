@@ -336,7 +336,8 @@ def _with_context(
         detail += "; no verdict for the chosen side" if against else ""
         detail += f"; to weigh the loss, set columns: {{loss_weight: {weights[0]}}}" if weights else ""
         raise unread_error(detail, lost, ignoring(lost))
-    tools, arguments = _tools(record), record.get(TEMPLATE_ARGUMENTS, {})
+    tools = _tools(record)
+    arguments = record.get(TEMPLATE_ARGUMENTS, {})
     if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
         raise UnusableRecordError(
             "unread_content", f"{TEMPLATE_ARGUMENTS} is not an object", (TEMPLATE_ARGUMENTS,)
@@ -350,7 +351,8 @@ def _turns_before(record: Fields, messages: Messages) -> tuple[list[Message], li
     before: list[Message] = []
     lost = [*TOOLS[1:]] if set(TOOLS) <= record.keys() else []
     for name in SYSTEMS:
-        text, first = record.get(name), [*before, *messages][:1]
+        text = record.get(name)
+        first = [*before, *messages][:1]
         if isinstance(text, str) and (not first or first[0].role != "system"):
             before.append(Message("system", text))
         elif name in record and (not isinstance(text, str) or first[0].content.strip() != text.strip()):

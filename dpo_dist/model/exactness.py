@@ -76,7 +76,9 @@ class Rounding:
     @classmethod
     def measured(cls, causal_lm: Any, score: Callable[[], Tensor]) -> "tuple[Tensor, Rounding]":
         """Return the log-probs that `score` computes with the model, and how far rounding moves them."""
-        logps, noise, is_float32 = score(), 0.0, _is_float32(causal_lm)
+        logps = score()
+        noise = 0.0
+        is_float32 = _is_float32(causal_lm)
         if not is_float32:
             draws = _DRAWS_OF_EXPERTS if visited_experts(causal_lm.config.get_text_config()) else 1
             with _rounded_once_more(causal_lm):
@@ -306,7 +308,8 @@ class StartCheck:
         return "" if effect <= allowed else f"log-probs change by {effect:.2g} nats with other responses"
 
     def _change_by_training(self) -> str:
-        mean, limit = float((self._scores(self._batch) - self._tried).abs().mean()), self._rounding.mean
+        mean = float((self._scores(self._batch) - self._tried).abs().mean())
+        limit = self._rounding.mean
         if self._is_int8 and self._device.type != "cuda":
             # On CPUs, bitsandbytes rounds the inputs of int8 weights in evaluation mode only.
             limit = max(limit, _FUTURE_IN_INT8 * self._rounding.spread)

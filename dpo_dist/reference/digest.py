@@ -88,7 +88,6 @@ def digest_model(
         {names[file]: digests[file] for file in weights},
         adapter,
     )
-
     if adapter is not None and with_weights:
         check_base(adapter, folder, lambda: files.base)
     return files
@@ -96,13 +95,18 @@ def digest_model(
 
 def description_digest(model: ModelConfig, folder: Path, adapter: Path | None) -> str:
     """Return the digest of all files of a policy's start but the base's weights: results copy them."""
-    return text_digest(json.dumps(sorted(_describe(model, folder, adapter).items())))
+    return _digest(_describe(model, folder, adapter))
 
 
 def description_on_every_node(model: ModelConfig, folder: Path, adapter: Path | None, world: World) -> str:
     """Return `description_digest`, and check that every node has the same files. Collective."""
-    _check_same_files(world.together(lambda: _describe(model, folder, adapter)), folder, world)
-    return description_digest(model, folder, adapter)
+    described = world.together(lambda: _describe(model, folder, adapter))
+    _check_same_files(described, folder, world)
+    return _digest(described)
+
+
+def _digest(described: Mapping[str, str]) -> str:
+    return text_digest(json.dumps(sorted(described.items())))
 
 
 def _describe(model: ModelConfig, folder: Path, adapter: Path | None) -> dict[str, str]:

@@ -220,8 +220,8 @@ def _load_model(folder: Path, *, trusts_code: bool) -> Any:
 def _check_description(config: RunConfig, recorded: Mapping[str, Any]) -> None:
     """Check that the files from which a run started, but the base's weights, have not changed since."""
     model = config.model
-    base, start = description_folder(model.path, model.revision, needs_weights=False), start_folder(model)
-    current = description_digest(model, base, start)
+    base = description_folder(model.path, model.revision, needs_weights=False)
+    current = description_digest(model, base, start_folder(model))
     if current != recorded["description"]:
         what = "tokenizer, chat template, config.json or adapter of the model"
         raise _changed(config, what, current, recorded["description"])

@@ -313,13 +313,17 @@ class Mirror:
         Print what is missing.
         """
         self.upload()
-        end, seen, changed = math.inf, (-1, -1), time.monotonic()
+        end = math.inf
+        seen = (-1, -1)
+        changed = time.monotonic()
         with self._console.progress(f"uploading to {self._url}", "file") as show:
             while (thread := self._thread) is not None:
                 thread.join(_POLL_SECONDS)
-                now, done = time.monotonic(), (self._files_done, self._sent.value)
+                now = time.monotonic()
+                done = (self._files_done, self._sent.value)
                 if done != seen:
-                    seen, changed = done, now
+                    seen = done
+                    changed = now
                 if is_stopping():
                     end = min(end, now + _STOP_SECONDS)
                 if now > min(end, changed + _SILENT_SECONDS):

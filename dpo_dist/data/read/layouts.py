@@ -118,7 +118,8 @@ def has_pair(record: Fields) -> bool:
 
 def _is_judged(record: Fields) -> bool:
     """Return whether the sides of a pair are two answers, of which another field says which is better."""
-    names, two = _sides(record), two_answers(record)
+    names = _sides(record)
+    two = two_answers(record)
     if names is None:
         others = has_completion(record) or has_ranking(record)
         return has_verdict(record) or (has_two_answers(record) and not others)
@@ -226,7 +227,8 @@ def ranking(record: Fields) -> Content:
     check_no_media(objects := [item for item in items if isinstance(item, Mapping)])
     if any(map(given_images, objects)):
         raise UnusableRecordError("image_in_response", f"a response in {name} has an image")
-    scores, beside = None, record.get("scores")
+    scores = None
+    beside = record.get("scores")
     inside = _own_scores([item if isinstance(item, Mapping) else {} for item in items])
     is_scored = any(score is not None for score in inside)
     responses = [

@@ -143,18 +143,17 @@ def local_files(source: SourceConfig) -> list[Path] | None:
         return None
     unused = {"revision"} if local.is_dir() else {"name", "data_dir", "revision", "split"}
     _check_unused(source, unused | ({"name", "data_dir"} if is_saved(local) else set()))
-    if local.is_dir():
-        if is_saved(local):
-            saved = sorted(below for below in local.rglob("*") if below.is_file())
-            for file in saved:
-                check_readable(file, path, DataError)
-            return saved
-        return _folder_files(local, source)
-    if not local.is_file() and not _GLOB.search(path):
+    if local.is_dir() and is_saved(local):
+        files = sorted(below for below in local.rglob("*") if below.is_file())
+    elif local.is_dir():
+        files = _folder_files(local, source)
+    elif local.is_file() or _GLOB.search(path):
+        files = [local] if local.is_file() else _globbed_files(str(local))
+        for file in files:
+            check_kind(file, path)
+    else:
         raise _missing(local)
-    files = [local] if local.is_file() else _globbed_files(str(local))
     for file in files:
-        check_kind(file, path)
         check_readable(file, path, DataError)
     return files
 
@@ -163,14 +162,14 @@ def _check_unused(source: SourceConfig, unused: Iterable[str]) -> None:
     """Raise ConfigError for a key that is set, but has no effect on this source."""
     for key in sorted(unused):
         if (value := getattr(source, key)) is not None:
+            folders = "" if key == "revision" else " and folders"
             instead = "; limit: 1000 reads the first 1,000 records" if "[" in value else ""
             raise ConfigError(
                 f"{key} has no effect on this source",
                 where=f"{key} of {source.path}",
                 got=value,
                 expected="null",
-                remedy=f"remove {key}: it is for Hub datasets{'' if key == 'revision' else ' and folders'}"
-                f"{instead}",
+                remedy=f"remove {key}: it is for Hub datasets{folders}{instead}",
             )
 
 
@@ -248,8 +247,6 @@ def _folder_files(folder: Path, source: SourceConfig) -> list[Path]:
     below = (file for file in every if file.is_file() and _DATA_NAME.search(file.name))
     visible = (file for file in below if "/." not in f"/{file.relative_to(folder)}")
     files = _data_files(folder, source, [file for file in visible if file.name not in _DESCRIPTIONS])
-    for file in files:
-        check_readable(file, source.path, DataError)
     names = (str(file.relative_to(folder)) for file in files)
     shards = Counter(shard.groups() for name in names if (shard := _SHARD.match(name)))
     for (name, total), present in shards.items():

@@ -125,8 +125,10 @@ def has_reserved(value: Any) -> bool:
     return RESERVED_CHARACTER in plain
 
 
-WINDOW, OVERLAP = 2**20, 2**14
-"""Characters of a text that are tokenized together, and those that two windows of a longer one share."""
+WINDOW = 2**20
+"""Characters of a text that are tokenized together."""
+OVERLAP = 2**14
+"""Characters that two windows of a longer text share."""
 
 Encoded: TypeAlias = tuple[list[int], list[int]]
 """The token ids of a text, and the position of the first character of each, or none."""
@@ -193,12 +195,14 @@ def _encoded_in_windows(backend: Any, text: str, with_starts: bool) -> Encoded:
         if with_starts:
             starts.extend(tokens[:, 0].tolist())
 
-    begin, tokens = 0, window(0)
+    begin = 0
+    tokens = window(begin)
     while begin + WINDOW < len(text):
         in_overlap = np.flatnonzero(tokens[:, 0] >= begin + WINDOW - OVERLAP)
         begin = int(tokens[in_overlap[0], 0]) if len(in_overlap) else len(text)
         following = window(begin)
-        first, last = begin + OVERLAP // 4, begin + 3 * OVERLAP // 4
+        first = begin + OVERLAP // 4
+        last = begin + 3 * OVERLAP // 4
         shared, again = (side[(first <= side[:, 0]) & (side[:, 0] < last)] for side in (tokens, following))
         if not len(shared) or not np.array_equal(shared, again) or (np.diff(shared[:, 0]) < 0).any():
             return _encoded_whole(backend, [text], with_starts)[0]

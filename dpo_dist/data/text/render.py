@@ -429,9 +429,8 @@ class _Conversation:
         """Return the end of an empty thought with which all responses start: a part of the prompt."""
         if "empty_thoughts" not in self.config.untrained:
             return ""
-        starts = {
-            match.group() if (match := self.thoughts.empty_end.match(text)) else "" for text in responses
-        }
+        matches = map(self.thoughts.empty_end.match, responses)
+        starts = {match.group() if match else "" for match in matches}
         return starts.pop() if len(starts) == 1 else ""
 
     def _as_given(self, message: Message, content: str, prompt: str) -> str:

@@ -187,7 +187,8 @@ class _Probe:
         if not written:
             return None
         # What stands before and after an answer, a call and a generation that have no thought.
-        bare_answer, bare_call = self._after_question(arguments, _SAID), self._of_call(arguments, {})
+        bare_answer = self._after_question(arguments, _SAID)
+        bare_call = self._of_call(arguments, {})
         before = written[0][0]
         # What follows the thought of an answer and that of a call alike; or what only a turn with one has.
         following = [after for _, _, after in written]
@@ -195,7 +196,8 @@ class _Probe:
             closing = self._common(*following)
         else:
             bare = bare_answer if _THOUGHT in answer else bare_call
-            closing = following[0][: len(following[0]) - _common_end(following[0], bare)]
+            shared = _common_length(following[0][::-1], bare[::-1])
+            closing = following[0][: len(following[0]) - shared]
         closing = closing.partition(_ANSWER)[0]
         tokens = len(self._token.findall(closing))
         start, end = self._header(before, [bare_answer, bare_call], arguments, tokens)
@@ -243,10 +245,6 @@ class _Probe:
 def _is_word(text: str) -> bool:
     """Return whether a text goes on with a word of the template."""
     return text[:1].isalnum() and not text.startswith((_ANSWER, _THOUGHT, _CALL_NAME))
-
-
-def _common_end(one: str, other: str) -> int:
-    return _common_length(one[::-1], other[::-1])
 
 
 def _common_length(one: str, other: str) -> int:

@@ -63,7 +63,8 @@ def launch(arguments: Sequence[str]) -> int:
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
-    usage, parser = io.StringIO(), launch_command_parser()
+    usage = io.StringIO()
+    parser = launch_command_parser()
     try:
         with contextlib.redirect_stderr(usage):
             parsed: argparse.Namespace = parser.parse_args(list(arguments))

@@ -92,7 +92,8 @@ class Speaker:
             )
         tokens = len(prompt.prompt_ids)
         ids = torch.tensor([prompt.prompt_ids.tolist()], device=causal_lm.device)
-        stop_ids, shown = sorted(responder.stop_ids), responder.images(prompt)
+        stop_ids = sorted(responder.stop_ids)
+        shown = responder.images(prompt)
         try:
             can_mix_lengths(causal_lm, causal_lm.device, stop_ids[0], shown)
         except WrongGenerationError as fault:
@@ -187,7 +188,8 @@ def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool
     name = short_name(location)
     if is_checkpoint(folder) and run is not None:
         location = str(checkpoint_as_model(folder, run.comparison_models, say, trusts_code))
-    source, store = find_files(location, model, key), None if run is None else Path(config.reference.store)
+    source = find_files(location, model, key)
+    store = None if run is None else Path(config.reference.store)
     check_model_files(source, store)
     return replace(_loaded(name, source, model, data, say), store=store)
 

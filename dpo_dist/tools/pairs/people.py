@@ -222,9 +222,12 @@ class LabelServer(ThreadingMixIn, WSGIServer):
         try:
             length = int(environ.get("CONTENT_LENGTH") or 0)
             received = environ["wsgi.input"].read(min(length, _MOST_BYTES))
-            sent, is_whole = received.decode(), len(received) == length
+            sent = received.decode()
         except (OSError, ValueError):
-            sent, is_whole = "", False
+            sent = ""
+            is_whole = False
+        else:
+            is_whole = len(received) == length
         fields = dict(parse_qsl(sent or environ["QUERY_STRING"], keep_blank_values=True))
         annotator, item = fields.get("annotator", "").strip(), fields.get("item", "")
         is_verdict = annotator and item in self._labelling.items and fields.get("choice") in CHOICES

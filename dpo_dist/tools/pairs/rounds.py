@@ -229,7 +229,8 @@ class _Rounds:
 
     def _train(self, number: int, pairs: int) -> tuple[int, dict[str, Any] | None]:
         """Train in round `number`; return the exit code and `training` for the result, None if preempted."""
-        folder, trainer = self.folder.round(number), self.config.trainer
+        folder = self.folder.round(number)
+        trainer = self.config.trainer
         # A round may have few pairs, and a step more than the data is an error. Some may be dropped.
         most = max(1, int(pairs * (1 - self.config.data.max_bad_share)))
         if trainer.global_batch_pairs > most:

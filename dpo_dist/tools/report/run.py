@@ -31,7 +31,8 @@ from dpo_dist.training.reporting.metrics_log import (
     read_latest_rows,
 )
 
-_BINS, _ROOM = 32, 0.02  # of the histogram of margins; the share of its width on both sides
+_BINS = 32  # of the histogram of margins
+_ROOM = 0.02  # the share of its width that is free on both sides
 _Table = tuple[list[str], list[list[object]]]
 """Titles of the columns, and rows."""
 

@@ -64,7 +64,8 @@ def compare_runs(
     if points:
         keys = list(dict.fromkeys(key for point in points for key in point))
         naming = {key: [point.get(key, "-") for point in points] for key in keys}
-    descriptions, is_short = _describe_settings(naming, len(facts)), len(naming) <= _MOST_SETTINGS
+    descriptions = _describe_settings(naming, len(facts))
+    is_short = len(naming) <= _MOST_SETTINGS
     is_name = len(set(descriptions)) == len(facts) and max(map(len, descriptions)) <= _MOST_CHARACTERS
     labels = descriptions if is_short and is_name else names
     runs, kinds = dict(zip(labels, facts, strict=True)), ["+".join(_kinds(each)) for each in facts]

@@ -110,7 +110,8 @@ def can_mix_lengths(
     Raises WrongGenerationError if the prompts of a batch may not even have one length, and NotFiniteError.
     """
     known = _FAULTS.setdefault(causal_lm, {})
-    has_images, kind = bool(images), str(causal_lm.config.model_type)
+    has_images = bool(images)
+    kind = str(causal_lm.config.model_type)
     if has_images not in known:
         middle = sorted(images, key=lambda image: image.tokens)[len(images) // 2 :][:1]
         check = _Check(causal_lm, device, filler, middle, agree, is_synchronised=is_synchronised)
@@ -139,7 +140,8 @@ class _Check:
         *,
         is_synchronised: bool,
     ):
-        self._causal_lm, self._device, self._filler, self._agree = causal_lm, device, filler, agree
+        self._causal_lm, self._device, self._filler = causal_lm, device, filler
+        self._agree = agree
         self._is_synchronised = is_synchronised
         *others, last = trial_examples(causal_lm, context_length(causal_lm.config) or LONGEST, images)
         short = replace(last, prompt_ids=last.prompt_ids[:_SHORTEST])
@@ -159,14 +161,16 @@ class _Check:
 
         A model can raise anything where transformers' cache does not fit it. All ranks make the same calls.
         """
+        fault = ""
+        is_finite = True
         try:
-            fault, is_finite = work(), True
+            fault = work()
         except NotFiniteError:
-            fault, is_finite = "", False
+            is_finite = False
         except (DeviceMemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            fault, is_finite = first_line(error), True
+            fault = first_line(error)
             log.info("%s, generating:", self._causal_lm.config.model_type, exc_info=True)
         if self._agree("" if is_finite else "not finite"):
             raise NotFiniteError

@@ -19,7 +19,8 @@ from dpo_dist.tools.pages.render import part
 
 SEED = "trainer.seed"
 _WIDE = 10.0  # two values with a larger ratio are on a logarithmic axis
-_PANEL_WIDTH, _PANEL_HEIGHT, _LINE_HEIGHT = 380, 252, 16
+_PANEL_WIDTH, _PANEL_HEIGHT = 380, 252
+_LINE_HEIGHT = 16  # of the legend
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 364.0, 28.0, 204.0
 _BARS = 0.7  # the part of the space of a value that its bars take
 _APART = 5.0  # coordinates between the points of two lines at one value: else bars of the spread hide others
@@ -112,17 +113,11 @@ def figures(points: Sequence[Mapping[str, Any]]) -> list[Figure]:
 
     over = max(several, key=rank)
     others = [key for key in several if key != over]
-    compared = [name for name in MAIN if not (_has_losses(several) and name.startswith(LOSS_METRICS))]
+    has_losses = any(key.partition(".")[0] == "loss" for key in several)
+    compared = [name for name in MAIN if not (has_losses and name.startswith(LOSS_METRICS))]
     names = [prefix + name for name in compared for prefix in (PREFIX, "")]
-    return [
-        Figure(name, over, series)
-        for name in names
-        if any(name in point["metrics"] for point in done) and (series := _series(done, name, over, others))
-    ]
-
-
-def _has_losses(keys: Sequence[str]) -> bool:
-    return any(key.partition(".")[0] == "loss" for key in keys)
+    drawn = [Figure(name, over, _series(done, name, over, others)) for name in names]
+    return [figure for figure in drawn if figure.series]
 
 
 def _text(value: object) -> str:
@@ -154,7 +149,8 @@ def _series(
 
 def _drawn(figure: Figure) -> dict[str, Any]:
     """Return what the template draws of a figure, in tenths of its coordinates."""
-    values, up = figure.values, Axis.around(figure.ends, _BOTTOM, _TOP)
+    values = figure.values
+    up = Axis.around(figure.ends, _BOTTOM, _TOP)
     if not figure.has_numbers:
         up = Axis(min(0.0, up.low if min(figure.ends) < 0 else 0.0), up.high, _BOTTOM, _TOP)
         places = {each: _LEFT + (_RIGHT - _LEFT) * (at + 0.5) / len(values) for at, each in enumerate(values)}
@@ -183,20 +179,26 @@ def _drawn(figure: Figure) -> dict[str, Any]:
             }
             for each in means
         ]
-        color = color_classes(list(figure.series), label)
         series.append(
             {
                 "label": label,
-                "color": color,
+                "color": color_classes(list(figure.series), label),
                 "hex": COLORS[at % len(COLORS)],
                 "points": points,
                 "width": width,
             }
         )
     return {
-        **{"title": figure.title, "unit": find_metric(figure.metric.removeprefix(PREFIX)).unit},
-        **{"over": figure.over, "up": up, "marks": marks, "series": series},
-        **{"left": _LEFT, "right": _RIGHT, "bottom": _BOTTOM, "zero": up.place(max(up.low, 0.0))},
+        "title": figure.title,
+        "unit": find_metric(figure.metric.removeprefix(PREFIX)).unit,
+        "over": figure.over,
+        "up": up,
+        "marks": marks,
+        "series": series,
+        "left": _LEFT,
+        "right": _RIGHT,
+        "bottom": _BOTTOM,
+        "zero": up.place(max(up.low, 0.0)),
         "height": _PANEL_HEIGHT + _LINE_HEIGHT * len(figure.series) * (len(figure.series) > 1),
     }
 
@@ -215,10 +217,13 @@ def write_figure(shown: Sequence[Figure], svg: Path, png: Path) -> None:
 
     canvas = Canvas(figsize=(5 * len(shown), 4), dpi=200, layout="constrained")
     for axes, figure in zip(canvas.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
-        values, width = figure.values, _BARS / len(figure.series)
+        values = figure.values
+        width = _BARS / len(figure.series)
         for at, (label, means) in enumerate(figure.series.items()):
-            color, spreads = COLORS[at % len(COLORS)], [each.spread for each in means]
-            heights, name = [each.mean for each in means], printable(label) or None
+            color = COLORS[at % len(COLORS)]
+            spreads = [each.spread for each in means]
+            heights = [each.mean for each in means]
+            name = printable(label) or None
             if figure.has_numbers:
                 line = "--" if at // len(COLORS) % 2 else "-"
                 places = [each.value for each in means]
@@ -233,7 +238,8 @@ def write_figure(shown: Sequence[Figure], svg: Path, png: Path) -> None:
         if not figure.has_numbers:
             axes.set_xticks(range(len(values)), [printable(_text(each)) for each in values])
         else:  # lines that are moved aside do not set the ends of the axes
-            across, up = Axis.around(values, 0, 1, is_log=figure.is_log), Axis.around(figure.ends, 0, 1)
+            across = Axis.around(values, 0, 1, is_log=figure.is_log)
+            up = Axis.around(figure.ends, 0, 1)
             axes.set(xscale="log" if figure.is_log else "linear", xlim=(across.low, across.high))
             axes.set_ylim(up.low, up.high)
             axes.set_xticks(values, list(map(_text, values)))

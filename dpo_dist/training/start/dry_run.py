@@ -226,7 +226,8 @@ def _check_steps(
         # Of a source that goes on, at least one pair is drawn.
         least = 0 if first.is_whole else math.ceil(1 / source.weight)
         spans.append(SourceSpan(0, max(round(expected), least), source.weight))
-    sampler, unit = make_sampler(spans, config.trainer), config.loss.unit
+    sampler = make_sampler(spans, config.trainer)
+    unit = config.loss.unit
     if are_whole or config.trainer.max_steps is not None:
         check_schedule(config.optim, sampler.steps)
     is_exact = are_whole or config.trainer.max_steps is not None
@@ -350,7 +351,8 @@ def _first_records(
     )
     notes = [("  not read", unread)] if unread else []
     notes += [("  warning", warning) for warning in two_forms(counts.numbers())]
-    pairs, expected = float(counts.pairs), expected_number(source)
+    pairs = float(counts.pairs)
+    expected = expected_number(source)
     if has_more:  # as many of each record as here
         pairs *= max(1.0, expected / counts.read)
     text = "; ".join(filter(None, parts))
