@@ -114,7 +114,7 @@ _SECRET_TEXTS = (
         r"|(?<![\w-])(?:-u|--user|--proxy-user)[\"']?(?:=|,?\s+)[\"']?[^\s\"':]+:"
         r"|\b(?:x-[\w-]+|private|auth|access|session)-(?:token|key|secret):\s*|\bcookie:\s*[\w-]+="
         rf"|[\"']{_PREFIX}(?:password|secret|(?:access|auth|refresh)_token)[\"']:\s*[\"']"
-        r"|\b(?-i:[A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY))=[\"']?(?![/$<~])"
+        r"|\b(?-i:[A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY))=[\"']?(?![/$<~]|VALUE\b)"
         r"|(?<![\w-])(?:-d|-F|--data[\w-]*|--form)[\"']?,?\s+[\"']?(?:token|password|secret)=)"
         r"[^\s\"'\\,&#]+"
     ),

@@ -108,6 +108,11 @@ def test_a_secret_in_a_text_is_hidden(text: str, shown: str) -> None:
     assert found == {"values": [shown, 1, None, True]}
 
 
+def test_the_words_of_an_error_about_a_key_are_no_secret() -> None:
+    for words in ("the command has words that are not KEY=VALUE", "write data.template_arguments.KEY=VALUE;"):
+        assert without_secrets(words) == words
+
+
 def test_json_without_its_secrets_is_json() -> None:
     value = {"text": 'x="https://host/a?token=abc"', "next": ["s3://data?key=abc", "b"]}
     for given in (value, without_secrets(value)):  # hidden twice, as in an error

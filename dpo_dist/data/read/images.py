@@ -105,7 +105,11 @@ def check_objects(record: Fields, prompt: Prompt, responses: Sequence[Response],
 
     Raises UnusableRecordError: `unread_content`.
     """
-    objects = with_value(record, OBJECTS)
+    objects = [
+        name
+        for name in with_value(record, OBJECTS)
+        if not isinstance(record[name], Mapping) or with_value(record[name], record[name])
+    ]
     if not objects and not has_images:
         return
     texts = [turn.content for each in (prompt, *responses) for turn in turns_of(each)]

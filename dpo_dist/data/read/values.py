@@ -37,6 +37,7 @@ ALL_ROLES = (*PLAIN_ROLES, *CALLING)
 _BARE_MESSAGES = ({"role", "content"}, {"from", "value"})
 _PROMPTS = ("prompt", *QUESTIONS)
 _KEPT = frozenset(fields_with("kept"))
+_READ = frozenset(fields_with("read"))
 _JSON_FIELDS, _WITH_NULLS, _TEXTS = (frozenset(fields_with(word)) for word in ("json", "nulls", "text"))
 ARGUMENTS = ("arguments", "parameters", "args", "input", "action_input", "tool_input", "kwargs", "params")
 """Keys with the arguments of a tool call: of OpenAI, Llama, LangChain and Gemini, Anthropic, agents."""
@@ -185,7 +186,9 @@ def plain_record(given: Fields, *, has_texts: bool, is_ranking: bool) -> Fields:
     answers = two_answers(given)
     texts = _TEXTS.union(answers.names if answers else ())
     for name, as_given in (given if has_texts else _with_prompt_outside(given)).items():
-        if name not in _KEPT and not has_value(as_given) and not is_verdict(str(name)):
+        # An empty verdict says that nobody judged; `chosen_audio` is none, whatever its name is like.
+        is_kept = name in _KEPT or (name not in _READ and is_verdict(str(name)))
+        if not is_kept and not has_value(as_given):
             continue
         value = as_given
         if name in _WITH_NULLS:

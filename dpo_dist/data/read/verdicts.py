@@ -40,6 +40,8 @@ _STRICT = _set(
 _LOOSE = _set("chosen label labels outcome result selected selection status")
 _INVERSE = _set("dispreferred loser losing rejected worse worst")
 _NAMES = _STRICT | _LOOSE | _INVERSE
+# Before the last word of a name they turn its meaning: `less_preferred`, `rejected_choice`, `second_best`.
+_TURNED = _INVERSE | _set("anti bad dis inverse least less lower no non not second un unsafe wrong")
 _ENDS = _set("answer completion id idx index label model option output response side")
 _COUNT_FROM_0 = frozenset(("idx", "index"))
 # In the name of a flag, which is true or false: `winner_model_a`, `response_1_is_better`, `is_tie`.
@@ -57,6 +59,9 @@ _FILLERS = (
     | _FLAGS
     | _set("chatbot clearly is model much option side significantly slightly strongly system the")
 )
+# In the names of who gave an answer. The values of other fields that differ as the answers do, such as
+# `safety_a` and `safety_b`, are no names of answers.
+_GIVERS = _set("agent assistant author bot chatbot generator id llm model name policy source system")
 _COMPARED = re.compile(r"\W*(\w+) ?(<+|>+|=+) ?(\w+)\W*")  # A>>B
 _LONGEST = 60  # characters of a verdict: anything longer is a text
 _TIE = 2
@@ -102,17 +107,27 @@ def _name(name: str) -> str:
         words.pop()
     if len(words) > 1 and words[-1] in _ENDS and words[-2] in _NAMES:  # `winner_label`, but `gold_label`
         words.pop()
-    return words[-1] if words and words[-1] in _NAMES else ""
+    is_turned = not _TURNED.isdisjoint(words[:-1])
+    return words[-1] if words and words[-1] in _NAMES and not is_turned else ""
 
 
 @lru_cache(maxsize=4096)
 def is_verdict(name: str) -> bool:
     """Return whether the name of a field is that of a verdict, of a flag, or of an amount of preference."""
-    return bool(_name(name)) or _is_flag(name) or name in _SIGNED or _words(name)[-1:] == ("strength",)
+    return bool(_name(name)) or _is_flag(name) or name in _SIGNED or _is_strength(name)
+
+
+def _is_strength(name: str) -> bool:
+    """Return whether a field says how much better the first of two answers is; others are of other things."""
+    return _words(name) in (("strength",), ("preference", "strength"))
 
 
 def _is_flag(name: str) -> bool:
-    return not (_FLAGS | _TIE_FLAGS).isdisjoint(_words(name))
+    return not _FLAGS.isdisjoint(_words(name)) or _is_tie_flag(name)
+
+
+def _is_tie_flag(name: str) -> bool:
+    return not _TIE_FLAGS.isdisjoint(_words(name)[-1:])  # but `tied_embeddings`
 
 
 def is_answer(name: str) -> bool:
@@ -178,6 +193,12 @@ def judge(record: Fields) -> Judged | None:
         vote = _vote(record, name, two)
         if vote is not None:
             votes[name] = vote
+    # Beside `raw_preference: 2` a `preference: 1.27` may say something else, which a text or a model's name
+    # does not.
+    for name in record.keys() - votes.keys() if votes else ():
+        value = record[name]
+        if _name(name) in _STRICT and isinstance(value, int | float) and not isinstance(value, bool):
+            raise unread_verdict(record, two, f"{shown_key(name)}: {shown_key(value)}", name)
     places = set(votes.values())
     if places == {_TIE}:
         raise UnusableRecordError("all_tied", f"a tie by {', '.join(map(shown_key, votes))}")
@@ -186,10 +207,15 @@ def judge(record: Fields) -> Judged | None:
         verdicts = tuple(name for name in record if name in votes or _is_flag(name))
         return Judged(two.names[place], two.names[1 - place], verdicts)
     if votes:
+        # The remedy keeps the sides of a pair that the user made, else the first verdict.
+        kept = [name for name in votes if _name(name) in ("chosen", "rejected")]
+        agree = len({votes[name] for name in kept}) == 1
         first, *others = votes
+        first, others = (kept[0], [name for name in votes if name not in kept]) if agree else (first, others)
         detail = f"{', '.join(map(shown_key, votes))} contradict each other"
         raise unread_verdict(record, two, detail, first, dict.fromkeys(others, "null"))
-    verdicts = tuple(name for name in record if is_verdict(name))
+    # `status: completed` of an export stands beside a verdict of a stricter name.
+    verdicts = tuple(sorted(filter(is_verdict, record), key=lambda name: _name(name) in _LOOSE))
     full = next((name for name in verdicts if _is_given(record[name])), None)
     if verdicts and full is None:
         raise UnusableRecordError("missing_field", shown_key(verdicts[0]))
@@ -256,10 +282,11 @@ def _vote(record: Fields, name: str, two: TwoAnswers) -> int | None:
     if not _is_given(value) or name in two.names:
         return None
     truth = _TRUTHS.get(str(value).strip().lower())
-    if truth is not None and not _TIE_FLAGS.isdisjoint(words):
+    if truth is not None and _is_tie_flag(name):
         return _TIE if truth else None
     places = [place for place in (0, 1) if two.words[place] in words]
-    if two.is_ordered and not _FLAGS.isdisjoint(words) and len(places) == 1:
+    is_turned = not _TURNED.isdisjoint(set(words) - set(two.words))
+    if two.is_ordered and not _FLAGS.isdisjoint(words) and len(places) == 1 and not is_turned:
         return places[0] if truth else None
     if name in _SIGNED:
         is_known = _SIGNED[name] in record and isinstance(value, int | float) and two.words == ("1", "2")
@@ -286,7 +313,9 @@ def _place(record: Fields, value: Any, two: TwoAnswers, *, counts_from_0: bool) 
         return None
     if compared := _COMPARED.fullmatch(text):
         left, sign, right = compared.groups()
-        text = {"<": right, ">": left, "=": "tie"}[sign[0]]
+        # `winner=A` is no tie: its left word names no answer.
+        tie = "tie" if left.lower() in (*two.words, *_PLACES, "0", "1", "2") else right
+        text = {"<": right, ">": left, "=": tie}[sign[0]]
     words = _words(text)
     if words and _AROUND_TIES.issuperset(words) and not _TIES.isdisjoint(words):
         return _TIE
@@ -303,13 +332,13 @@ def _place(record: Fields, value: Any, two: TwoAnswers, *, counts_from_0: bool) 
 
 @lru_cache(maxsize=256)
 def _alike(names: tuple[str, ...], two: TwoAnswers) -> list[tuple[str, str]]:
-    """Return the fields that differ in the same words as the two answers: `model_a`, `model_b`."""
+    """Return the answers, and the fields that name who gave them in the same words: `model_a`, `model_b`."""
     by_words = {_words(name): name for name in names}
     first, second = two.words
     pairs = [
         (name, by_words.get(tuple(second if word == first else word for word in words), ""))
         for words, name in by_words.items()
-        if words.count(first) == 1
+        if words.count(first) == 1 and (name in two.names or not _GIVERS.isdisjoint(words))
     ]
     return [pair for pair in pairs if pair[1]]
 
@@ -318,18 +347,36 @@ def contradicting(record: Fields, names: Iterable[str], sides: Sequence[str]) ->
     """Return those of the fields that do not say that the first of two sides is the better one."""
     chosen, rejected = sides
     two = TwoAnswers((chosen, rejected), ("chosen", "rejected"))
-    return [name for name in names if is_verdict(name) and _contradicts(record, name, two)]
+    others = {name: record[name] for name in names}
+    # Who makes a pair of two answers and a verdict may keep their columns.
+    kept = _given_answers(others)
+    texts = [_last_text(others[name]) for name in kept.names] if kept is not None else []
+    best, worst = (_last_text(record[name]) for name in sides)
+    place = texts.index(best) if best != worst and set(texts) == {best, worst} else None
+    against = []
+    for name in filter(is_verdict, others):
+        vote = _vote(others, name, kept) if kept is not None and place is not None else None
+        if _contradicts(record, name, two) if vote is None else vote != place:
+            against.append(name)
+    return against
+
+
+def _last_text(value: Any) -> str:
+    """Return a text, or that of the last of some messages."""
+    last = value[-1] if isinstance(value, list) and value else value
+    text = last.get("content", last.get("value")) if isinstance(last, Mapping) else last
+    return text if isinstance(text, str) else repr(text)
 
 
 def _contradicts(record: Fields, name: str, sides: TwoAnswers) -> bool:
     value, words = record[name], _words(name)
     truth = _TRUTHS.get(str(value).strip().lower())
-    if not _TIE_FLAGS.isdisjoint(words):
+    if _is_tie_flag(name):
         return truth is True
     named = set(sides.words) & set(words)
     if truth is not None and named and not (_FLAGS - named).isdisjoint(words):  # `chosen_is_better`
         return truth is (named == {"rejected"})
-    if name in _SIGNED or words[-1] == "strength":
+    if name in _SIGNED or _is_strength(name):
         return _number(value) <= 0
     word = _name(name)
     place = _place(record, value, sides, counts_from_0=False) if word else None

@@ -20,7 +20,7 @@ from dpo_dist.config.schema import DataConfig, DataFormat, SourceConfig, TextTem
 from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.formats import check_source, parse_prompt, parse_record, read_records
 from dpo_dist.data.read import values
-from dpo_dist.data.read.fields import FIELDS
+from dpo_dist.data.read.fields import FIELDS, IMAGES_OF_SIDES
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
@@ -577,3 +577,18 @@ def test_real_files_have_the_known_faults(
     )
     assert outcomes.pop("kept", 0) == kept
     assert outcomes == dropped
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], {}, False], ids=repr)
+@pytest.mark.parametrize("name", [*IMAGES_OF_SIDES, "chosen_audio", "chosen_tools", "chosen_thinking"])
+def test_an_empty_cell_of_a_side_says_nothing(name: str, nothing: Any) -> None:
+    record = good(TEXT | {name: nothing})
+    assert record == good(TEXT)
+
+
+@pytest.mark.parametrize("nothing", [{}, {"ref": [], "bbox": []}, {"ref": None, "bbox": None}], ids=repr)
+def test_places_in_images_without_a_place_are_none(nothing: Any) -> None:
+    answers = {"prompt": [user("<image>q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    record = answers | {"images": ["a.jpg"], "objects": nothing}
+    assert good(record).responses == ("a", "b")
+    assert bad(record | {"objects": {"ref": ["x"], "bbox": [[1, 2, 3, 4]]}}).unread == ("objects",)

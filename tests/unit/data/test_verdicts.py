@@ -72,8 +72,22 @@ def test_a_name_can_say_which_answer_is_worse(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        *("less_preferred", "least_preferred_response", "not_chosen", "second_best", "rejected_choice"),
+        *("worse_choice", "wrong_choice", "losing_vote", "non_preferred", "notBest", "a_is_not_better"),
+    ],
+)
+def test_a_name_that_turns_its_last_word_is_none_of_a_better_answer(name: str) -> None:
+    value = 1 if name.startswith("a_") else "A"
+    assert bad(AB | {name: value}).reason == "unread_verdict"
+    assert good(AB | {name: value, "winner": "B"}).responses == SECOND
+
+
+@pytest.mark.parametrize(
     ("record", "second"),
     [
+        *((AB, f"{word}B") for word in ("winner=", "better = ", "Answer=")),
         *((AB, word) for word in ("b", "response_b", "Response B", "model_b", "assistant b", "[[B]]", "B>A")),
         *(
             (AB, word)
@@ -145,6 +159,8 @@ def test_a_tie_is_no_pair(word: str) -> None:
         *((ZERO_ONE, value) for value in (2, -1, True)),
         *((named("answer_human", "answer_ai"), value) for value in (1, "1", "A", "first")),
         (AB | {"score_a": "1", "score_b": "0"}, "1"),
+        (AB | {"safety_a": "safe", "safety_b": "unsafe"}, "unsafe"),
+        (AB | {"language_a": "en", "language_b": "de"}, "de"),
     ],
 )
 @pytest.mark.parametrize("name", ["winner", "preference", "label"])
@@ -183,6 +199,27 @@ def test_verdicts_must_agree_and_one_can_be_ignored(tmp_path: Path) -> None:
     assert "columns: {safer_response_id: null}" in remedy
     found = read_records(SourceConfig(path, columns={"safer_response_id": None}))
     assert [one.responses for one in found if isinstance(one, PreferenceRecord)] == [SECOND, SECOND]
+
+
+def test_a_number_that_is_not_read_beside_a_verdict_is_no_agreement() -> None:
+    assert bad(ONE_TWO | {"preference": 1.27, "raw_preference": 2}).reason == "unread_verdict"
+    assert good(ONE_TWO | {"preference": "a text of a judge", "winner": 2}).responses == SECOND
+
+
+def test_a_strict_name_is_shown_before_a_loose_one() -> None:
+    exported = {"status": "completed", **ONE_TWO, "preference": "unsure"}
+    assert bad(exported).fields[0] == "preference"
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_remedy_keeps_the_sides_that_the_user_made(tmp_path: Path, *, is_first: bool) -> None:
+    verdicts = {"safer_response_id": 0, "better_response_id": 1}
+    pair = {"chosen": "another text", "rejected": "one text"}
+    record = verdicts | ZERO_ONE | pair if is_first else ZERO_ONE | pair | verdicts
+    assert (
+        "columns: {safer_response_id: null, better_response_id: null}"
+        in checked(SourceConfig(jsonl(tmp_path, record))).remedy
+    )
 
 
 def test_a_record_that_nobody_has_judged_is_a_bad_record() -> None:
@@ -302,6 +339,8 @@ def test_a_verdict_against_the_chosen_side_is_not_dropped(fields: dict[str, Any]
         *({name: "rejected"} for name in ("loser", "worse", "topic")),
         {"chosen_is_better": True},
         {"chosen_model": "a", "rejected_model": "b", "winner": "a"},
+        {"tied_embeddings": True, "tie_breaker": 1, "signal_strength": -60, "agreement_strength": 0},
+        {"less_preferred": "rejected"},
         {"chosen_votes": 0, "rejected_rank": 1, "preference": "strong", "is_better": "much"},
         {"verdict": "The chosen response has more facts than the rejected one, which is a tie breaker."},
     ],
@@ -313,6 +352,35 @@ def test_other_fields_beside_a_pair_are_named_only(fields: dict[str, Any]) -> No
     assert set(record.unread) == {
         name for name in fields if fields[name] not in ("", None) and fields[name] is not False
     }
+
+
+@pytest.mark.parametrize(
+    ("answers", "verdict"),
+    [
+        (AB, {"winner": "b"}),
+        (AB, {"winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0}),
+        (ZERO_ONE, {"better_response_id": 1, "safer_response_id": 1}),
+        (ONE_TWO, {"preference_strength": 2, "preference_statement": "x"}),
+        (
+            {
+                "conversation_a": [user("q"), assistant("one text")],
+                "conversation_b": [user("q"), assistant("another text")],
+            },
+            {"winner": "model_b"},
+        ),
+    ],
+    ids=str,
+)
+def test_two_answers_may_stay_beside_the_pair_that_was_made_of_them(
+    answers: dict[str, Any], verdict: dict[str, Any]
+) -> None:
+    sides = {
+        "chosen": [user("q"), assistant("another text")],
+        "rejected": [user("q"), assistant("one text")],
+    }
+    assert good(answers | verdict | sides).responses == SECOND
+    turned = dict(zip(sides, reversed(sides.values()), strict=True))
+    assert bad(answers | verdict | turned).reason in ("unread_content", "unread_verdict")
 
 
 # Sources.
