@@ -45,7 +45,10 @@ _BESIDE_ARGUMENTS = ("name", "function", "id", "call_id", "tool_call_id", "type"
 _CALLS = re.compile(r"((?i:(?<![a-z])call|tool_?use|(?:tool|function)call)|Call)(?!.*(?:_id|Id)s?\Z)")
 # Keys of a message with definitions of tools (OLMo 3, Phi 4), and such as `thought` (Apriel).
 _TOOLS = ("functions", "tools")
+# A text is a call under a name that ends with the word: `function_calls`, but no `call_to_action`.
+_CALLS_AS_TEXT = re.compile(r"(calls?|tool_?use)\Z", re.IGNORECASE)
 _OTHER_THOUGHTS = re.compile("reasoning|thinking|thought", re.IGNORECASE)
+_ABOUT_THOUGHTS = re.compile(r"_(budget|effort|level|mode|style|time|tokens|type)\Z", re.IGNORECASE)
 _WORD = re.compile(r"[\w.-]*", re.ASCII)
 # Lists of thoughts, of OpenRouter and of LiteLLM, and where their items have the texts.
 _THOUGHT_LISTS = ("reasoning_details", "thinking_blocks")
@@ -200,9 +203,10 @@ def _is_own(name: str, value: Any) -> bool:
     if not isinstance(value, str | list | Mapping) or not has_value(value):
         return False
     if name in _TOOLS or _CALLS.search(name):
-        return True
+        return not isinstance(value, str) or name in _TOOLS or _CALLS_AS_TEXT.search(name) is not None
     is_word = isinstance(value, str) and _WORD.fullmatch(value.strip()) is not None
-    return _OTHER_THOUGHTS.search(name) is not None and not is_word
+    is_thought = _OTHER_THOUGHTS.search(name) is not None and _ABOUT_THOUGHTS.search(name) is None
+    return is_thought and not is_word
 
 
 def _listed_thoughts(own: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -134,7 +134,16 @@ def test_a_turn_with_nothing_but_an_unread_call_drops_the_record(keys: dict[str,
 
 
 @pytest.mark.parametrize(
-    "keys", [{"reasoning_effort": "high"}, {"call_id": "a b"}, {"recall": "0.5 of all"}, {"thought": ""}]
+    "keys",
+    [
+        {"reasoning_effort": "high"},
+        {"reasoning_type": "chain of thought"},
+        {"call_id": "a b"},
+        {"call_to_action": "buy it now"},
+        {"called": "no one"},
+        {"recall": "0.5 of all"},
+        {"thought": ""},
+    ],
 )
 def test_settings_identifiers_and_numbers_are_no_content(keys: dict[str, Any]) -> None:
     turn = assistant("I look.") | keys
