@@ -309,6 +309,8 @@ class Mirror:
         """
         self.upload()
         end, seen, changed = math.inf, (-1, -1), time.monotonic()
+        # A mounted disk reports no byte of a file before its end.
+        silent = math.inf if self._has_folders else _SILENT_SECONDS
         with self._console.progress(f"uploading to {self._url}", "file") as show:
             while (thread := self._thread) is not None:
                 thread.join(_POLL_SECONDS)
@@ -317,7 +319,7 @@ class Mirror:
                     seen, changed = done, now
                 if is_stopping():
                     end = min(end, now + _STOP_SECONDS)
-                if now > min(end, changed + _SILENT_SECONDS):
+                if now > min(end, changed + silent):
                     break
                 show(self._files_done, self._files_total)
         if self._thread is None and not self._failure:
