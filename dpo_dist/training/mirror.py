@@ -316,6 +316,8 @@ class Mirror:
         end = math.inf
         seen = (-1, -1)
         changed = time.monotonic()
+        # A mounted disk reports no byte of a file before its end.
+        silent = math.inf if self._has_folders else _SILENT_SECONDS
         with self._console.progress(f"uploading to {self._url}", "file") as show:
             while (thread := self._thread) is not None:
                 thread.join(_POLL_SECONDS)
@@ -326,7 +328,7 @@ class Mirror:
                     changed = now
                 if is_stopping():
                     end = min(end, now + _STOP_SECONDS)
-                if now > min(end, changed + _SILENT_SECONDS):
+                if now > min(end, changed + silent):
                     break
                 show(self._files_done, self._files_total)
         if self._thread is None and not self._failure:

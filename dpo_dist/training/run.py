@@ -140,7 +140,8 @@ def find_start(run: Run) -> Checkpoint | RunState | None:
         world.on_main(restore)
     if resume is not Resume.never:
         world.on_main(partial(recover_folder, folder.model))
-    expected = world.on_main(partial(expected_start, identity, resume, folder))
+    with run.console.heartbeat("checking the files of the run"):
+        expected = world.on_main(partial(expected_start, identity, resume, folder))
     if not isinstance(expected, Path):
         return expected
     checkpoint = latest_checkpoint(folder.checkpoints, world)

@@ -66,8 +66,19 @@ def test_a_run_is_scored_by_the_tokenizer_of_its_training(
     assert after.code == 0, after.output
     assert json.loads((tmp_path / "run/evaluation/evaluation.json").read_text()) == json.loads(results)
     assert "tokenizer, chat template" in refused("export", [f"run.dir={tmp_path}/run"])
+    own = tmp_path / "run/model/chat_template.jinja"
+    own.write_text(own.read_text().replace("assistant", "model"))
+    of_base = [*command, f"evaluation.model={tmp_path}/base"]
+    for options in ([], ["--check"]):
+        assert "the model folder is not as it was written" in refused("evaluate", [*of_base, *options])
     shutil.rmtree(tmp_path / "run/model")
     assert "tokenizer, chat template" in refused("train", command)
+
+
+def test_a_run_without_a_reference_is_scored_by_a_loss_that_has_one(run: Callable[..., list[str]]) -> None:
+    command = run("loss=simpo")
+    ended = run_verb("evaluate", [*command, "loss=sigmoid"])
+    assert ended.code == 0, ended.output
 
 
 def test_a_damaged_model_is_written_again_from_the_checkpoint(

@@ -22,13 +22,14 @@ from dpo_dist.model.files.manifest import check_base
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.reference.digest import digest_model
-from dpo_dist.tools.sampling.check import WrongGenerationError, can_mix_lengths, image_inputs
+from dpo_dist.tools.sampling.check import NotFiniteError, WrongGenerationError, can_mix_lengths, image_inputs
 from dpo_dist.tools.sampling.respond import (
     ModelSource,
     Responder,
     check_model_files,
     find_files,
     load_source,
+    not_finite,
     open_responder,
     usable_prompt,
     wrong_generation,
@@ -98,6 +99,8 @@ class Speaker:
             can_mix_lengths(causal_lm, causal_lm.device, stop_ids[0], shown)
         except WrongGenerationError as fault:
             raise wrong_generation(self.name, fault) from None
+        except NotFiniteError:
+            raise not_finite(self.name) from None
         with adapter_off(causal_lm) if self.without_adapter else contextlib.nullcontext():
             output = causal_lm.generate(
                 input_ids=ids,

@@ -70,7 +70,8 @@ def check_models_of_run(folder: RunFolder, identity: RunIdentity, inputs: Evalua
     if state is None or _MODELS & changed_keys(folder.config, identity).keys():
         return  # no run, or other models on purpose
     models: Identity = {"model": inputs.policy_files.digest}
-    if inputs.reference_files is not None:
+    # A run whose loss has no reference may be scored by a loss that has one.
+    if inputs.reference_files is not None and state.identity.get("reference") is not None:
         models["reference"] = inputs.reference_files.digest
     if not has_tokenizer(folder.model):
         models["description"] = inputs.description

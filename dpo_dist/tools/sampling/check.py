@@ -69,22 +69,27 @@ def extend(
         return torch.full((len(ids),), must_end(), device=ids.device)
 
     reset_rope(causal_lm)  # frequencies of a longer batch before this one would stay
-    # Defaults of the model's folder, such as a repetition penalty, would change the distribution.
+    # Defaults of the model's folder, such as a repetition penalty, would change the distribution. They come
+    # back: chat generates by them after the check.
+    defaults = causal_lm.generation_config
     causal_lm.generation_config = GenerationConfig()
-    output = causal_lm.generate(
-        input_ids=ids,
-        attention_mask=mask.to(device),
-        **image_inputs(causal_lm, ids, images),
-        generation_config=GenerationConfig(
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            eos_token_id=sorted(stop_ids) or None,
-            pad_token_id=filler,
-        ),
-        logits_processor=LogitsProcessorList([next_token]),
-        stopping_criteria=StoppingCriteriaList([end]),
-        synced_gpus=is_synchronised,
-    )
+    try:
+        output = causal_lm.generate(
+            input_ids=ids,
+            attention_mask=mask.to(device),
+            **image_inputs(causal_lm, ids, images),
+            generation_config=GenerationConfig(
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                eos_token_id=sorted(stop_ids) or None,
+                pad_token_id=filler,
+            ),
+            logits_processor=LogitsProcessorList([next_token]),
+            stopping_criteria=StoppingCriteriaList([end]),
+            synced_gpus=is_synchronised,
+        )
+    finally:
+        causal_lm.generation_config = defaults
     extended: list[list[int]] = output[:, ids.shape[1] :].tolist()
     return extended
 

@@ -272,12 +272,8 @@ def respond(
     try:
         samples = iter(generate_samples(requests, sampling))
     except NotFiniteError as fault:
-        raise ConfigError(
-            "the model computes logits that are not finite",
-            where=f"{responder.source.name}, among the prompts from {records[0].origin} on",
-            got="NaN or infinity",
-            remedy="check the model's weights, or set model.dtype=fp32; finished parts are kept",
-        ) from fault
+        where = f"{responder.source.name}, among the prompts from {records[0].origin} on"
+        raise not_finite(where, ", or set model.dtype=fp32; finished parts are kept") from fault
     except WrongGenerationError as fault:
         raise wrong_generation(responder.source.name, fault) from None
     rows = []
@@ -291,6 +287,16 @@ def respond(
             dropped = None if completions else "refused_by_the_server"
             rows.append(Completions(completions, dropped, prompt.prompt_ids.tolist()))
     return rows
+
+
+def not_finite(where: str, other_remedy: str = "") -> ConfigError:
+    """Return the error for a model whose logits are no numbers."""
+    return ConfigError(
+        "the model computes logits that are not finite",
+        where=where,
+        got="NaN or infinity",
+        remedy=f"check the model's weights{other_remedy}",
+    )
 
 
 def wrong_generation(name: str, fault: WrongGenerationError) -> ConfigError:

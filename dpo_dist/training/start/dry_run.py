@@ -110,7 +110,7 @@ def dry_run(
     place = f"{run} ({start_in_words(config)})" if is_training else str(run)
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     start = start_folder(config.model)
-    own_tokenizer = folder_of_own_tokenizer(run) if models else None
+    own_tokenizer = folder_of_own_tokenizer(config) if models else None
     encoder = load_encoder(folder, own_tokenizer or start, config.model)
     tokenizer = encoder.tokenizer
     model_config, causal_lm = checked_model(

@@ -14,10 +14,18 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.config.identity import RunIdentity
+from dpo_dist.config.load import changed_keys
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.config.metrics import AUC, MARGIN_PERCENTILES, PREFIX
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import DataConfig, ModelConfig, ParallelismKind, ReferenceMode, SourceConfig
+from dpo_dist.config.schema import (
+    DataConfig,
+    ModelConfig,
+    ParallelismKind,
+    ReferenceMode,
+    RunConfig,
+    SourceConfig,
+)
 from dpo_dist.data.counts import check_batch, describe_counts, short_run_warnings
 from dpo_dist.data.encoded.build import Preparation
 from dpo_dist.data.encoded.dataset import (
@@ -35,6 +43,7 @@ from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.processes.world import World, check_shared
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.files import MEMO_FOLDER
 from dpo_dist.model.architectures import (
     check_causal,
     check_positions,
@@ -45,6 +54,7 @@ from dpo_dist.model.architectures import (
 from dpo_dist.model.attention.ulysses import check_shared_tokens
 from dpo_dist.model.files.folder import base_warnings, has_tokenizer, model_folder, start_folder
 from dpo_dist.model.files.load import check_contents_at_hand, load_config, load_encoder, without_weights
+from dpo_dist.model.files.manifest import check_undamaged
 from dpo_dist.model.files.stops import stop_notes
 from dpo_dist.model.flops import StepFlops, step_flops
 from dpo_dist.model.layers import check_device, text_notes
@@ -177,14 +187,23 @@ def check_keep_best(metric: str, plan: MetricPlan) -> None:
         )
 
 
-def folder_of_own_tokenizer(run: RunFolder) -> Path | None:
-    """Return the run's own model if it has a tokenizer; that of its base may have been replaced since."""
-    return run.model if has_tokenizer(run.model) else None
+def folder_of_own_tokenizer(config: RunConfig) -> Path | None:
+    """Return the run's own model if it has a tokenizer; that of its base may have been replaced since.
+
+    None if `model.path` is another one on purpose. Raises CheckpointError if the model was changed.
+    """
+    run = RunFolder(config.run.path)
+    changed = changed_keys(run.config, config.identity)
+    if not has_tokenizer(run.model) or {"model.path", "model.revision"} & changed.keys():
+        return None
+    check_undamaged(run.model, Path(config.reference.store) / MEMO_FOLDER, with_weights=False)
+    return run.model
 
 
 def load_evaluation_inputs(run: Run) -> EvaluationInputs:
     """Return the inputs of the verb `evaluate`; collective."""
-    inputs, _ = _load(run, encoder_folder=folder_of_own_tokenizer(run.folder))
+    own_tokenizer = run.world.together(lambda: folder_of_own_tokenizer(run.config))
+    inputs, _ = _load(run, encoder_folder=own_tokenizer)
     assert inputs.eval_set is not None, "evaluations have data"
     for line in describe_counts("eval", inputs.eval_set.counts):
         run.say(line)

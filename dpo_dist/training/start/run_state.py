@@ -152,10 +152,10 @@ def find_finished(identity: RunIdentity, folder: RunFolder) -> RunState | None:
     state = read_state(folder)
     if state is None or not state.is_finished or has_other_length(state.identity, identity):
         return None
-    if model_damage(identity, folder):
+    if not any(folder.model.glob("*.safetensors")):
         return None
-    check_configuration(state.identity, identity, folder)
-    return state
+    check_configuration(state.identity, identity, folder)  # first: the next reads the whole model once
+    return None if model_damage(identity, folder) else state
 
 
 def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> RunState | Path | None:

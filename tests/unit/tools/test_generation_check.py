@@ -181,3 +181,27 @@ def test_a_long_prompt_does_not_change_the_frequencies_of_others(rope: str) -> N
     alone = [generate(copy.deepcopy(model), [each], sampling, STOPS, 10**6)[0] for each in asked]
     assert generate(model, asked, sampling, STOPS, 10**6) == alone
     assert generate(model, asked[::-1], sampling, STOPS, 10**6) == alone[::-1]
+
+
+def speaker_of(model: Any) -> Speaker:
+    tokenizer, source = tiny.qwen(), SimpleNamespace(name="my_model")
+    responder = Responder(source, tokenizer, WIDE, frozenset([tokenizer.eos_token_id]), None)  # type: ignore[arg-type]
+    return Speaker("run", responder, model, ModelConfig("unused"))
+
+
+def test_a_conversation_keeps_the_sampling_settings_of_the_models_folder() -> None:
+    model = tiny_causal_lm(tiny_config("llama", len(tiny.qwen())))
+    settings = {"do_sample": True, "top_k": 7, "repetition_penalty": 1.3, "max_new_tokens": 3}
+    model.generation_config.update(**settings)
+    speaker = speaker_of(model)
+    for _ in range(2):
+        speaker.answer("What is 2+2?", (), None, {}, print)
+        assert model.generation_config.to_dict().items() >= settings.items()
+
+
+def test_a_conversation_names_a_model_whose_logits_are_no_numbers() -> None:
+    model = tiny_causal_lm(tiny_config("llama", len(tiny.qwen())))
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    with pytest.raises(ConfigError, match="not finite"):
+        speaker_of(model).answer("What is 2+2?", (), 4, {}, print)

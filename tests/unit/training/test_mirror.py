@@ -10,6 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 from fsspec.callbacks import Callback
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dpo_dist.config.load import load_run_config, to_yaml
@@ -312,6 +313,25 @@ def test_an_upload_that_is_slow_is_waited_for(tmp_path: Path, monkeypatch: pytes
         put(self, local, remote, **options)
 
     monkeypatch.setattr(Bucket, "put_file", slow)
+    run.save(1, waits=False)
+    run.mirror.finish(lambda: False)
+    assert "has the whole run" in run.lines[-1]
+
+
+def test_a_file_that_a_mounted_disk_takes_slowly_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system of folders says nothing while it copies a file."""
+    monkeypatch.setattr(module, "_SILENT_SECONDS", 0.3)
+    copy = LocalFileSystem.cp_file
+
+    def slow(self: LocalFileSystem, source: str, target: str, **options: Any) -> None:
+        time.sleep(1 if "manifest.json" in target else 0)
+        copy(self, source, target, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "cp_file", slow)
+    run = Run(tmp_path / "a", url=f"{tmp_path}/disk")
+    run.start()
     run.save(1, waits=False)
     run.mirror.finish(lambda: False)
     assert "has the whole run" in run.lines[-1]
