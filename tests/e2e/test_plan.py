@@ -54,6 +54,7 @@ def test_local_data_give_pairs_and_tokens(tmp_path: Path) -> None:
         f"data.train=[{{path: {pairs}, weight: 0.5}}]",
         f"run.root={tmp_path}",
         "model.dtype=fp32",
+        "trainer.global_batch_pairs=6",
     ]
     ended = run_verb("plan", [*words, "plan.gpus=1", "plan.price=2", "trainer.max_steps=7"])
     assert ended.code == 0, ended.output

@@ -1,10 +1,17 @@
 """A run folder of somebody else, whose model has Python code and whose config.yaml asks to run it."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from dpo_dist.config.run_folder import STATE
+from dpo_dist.config.schema import ModelConfig
+from dpo_dist.distributed.checkpoint.saver import MANIFEST
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.files import content_digest
+from dpo_dist.model.files.manifest import write_manifest
+from dpo_dist.reference.digest import description_digest
 from dpo_dist.tools.chat.speakers import open_speakers
 from tests.e2e.conftest import small_run
 from tests.support.launch import run_verb, train
@@ -49,7 +56,21 @@ def at(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in (base, at / "run/model"):
         own = folder / "own.py"
         own.write_text(f"{own.read_text()}\nopen({str(at / 'trace')!r}, 'a').close()\n")
+    fit_digests(at, base)
     return at
+
+
+def fit_digests(at: Path, base: Path) -> None:
+    """Write digests of the changed files, as a stranger would who wants them to be read."""
+    write_manifest(at / "run/model", None)
+    checkpoint = Path(CHECKPOINT.format(at=at))
+    state, manifest = checkpoint / STATE, checkpoint / MANIFEST
+    content = json.loads(state.read_text())
+    content["description"] = description_digest(ModelConfig(path=str(base)), base, None)
+    state.write_text(json.dumps(content))
+    digests = json.loads(manifest.read_text())
+    digests[STATE] = content_digest([state])
+    manifest.write_text(json.dumps(digests))
 
 
 @pytest.mark.parametrize(("verb", "arguments", "error"), COMMANDS)

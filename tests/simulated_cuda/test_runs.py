@@ -141,7 +141,10 @@ def test_every_way_of_computing_is_that_of_the_cpu(
     prepare = partial(on_device, overlaps="offload_optimizer" not in parallelism)
     assert_on_cuda(run_train(overrides, processes=processes, prepare=prepare))
     assert_as_on_cpu(run, wanted)
-    assert samples(run) == samples(wanted)
+    if base == "rows":  # the code of this model generates otherwise than its forward computes
+        assert not (run / "samples").exists()
+    else:
+        assert samples(run) == samples(wanted)
 
 
 def numbers(pair: dict[str, Any]) -> dict[str, float]:

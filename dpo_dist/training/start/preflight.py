@@ -151,7 +151,7 @@ def _check_run_folder(run: RunFolder) -> None:
     foreign = [run.path / CONFIG_FILE, *([] if is_begun else [run.config])]  # files of a model, or of a user
     there = [str(file) for file in foreign if file.is_file()]
     home = Path(os.path.expanduser("~")).resolve()  # noqa: PTH111 (no error if a user has no home)
-    folder = run.path.expanduser().resolve()
+    folder = Path(os.path.realpath(run.path.expanduser()))  # raises no error for a link to itself
     is_above = not is_begun and (folder in Path.cwd().resolve().parents or folder in (home, *home.parents))
     if is_above:
         there = [str(run)]
