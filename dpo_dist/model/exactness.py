@@ -201,7 +201,7 @@ class StartCheck:
         if not self._is_float32:
             causal_lm = self._model.causal_lm
             draws = _DRAWS_OF_EXPERTS if visited_experts(causal_lm.config.get_text_config()) else 1
-            with _rounded_once_more(causal_lm):
+            with rounded_once_more(causal_lm):
                 again = torch.stack([self._plain_scores() for _ in range(draws)])
             self._noise = float((again - self._plain).abs().mean())
         lost = int((~self._plain.isfinite()).sum())
@@ -210,11 +210,11 @@ class StartCheck:
     @property
     def _rounding(self) -> float:
         """Return the largest mean difference of tokens that rounding explains, in nats."""
-        return _ROUNDING + max(_SHARE_IN_16_BITS * self._spread, _NOISE_FACTOR * self._noise)
+        return _rounding_in_16_bits(self._spread, self._noise)
 
     @property
     def _exact(self) -> float:
-        return _ROUNDING + _SHARE_OF_SPREAD * self._spread
+        return _rounding_in_float32(self._spread)
 
     def _effect_of_later_tokens(self) -> str:
         """Return how much later tokens change a log-prob; empty if rounding explains the change.
@@ -246,14 +246,7 @@ class StartCheck:
 
     def _difference(self, tried: Tensor) -> str:
         """Return how much log-probs differ from the plain ones; empty if rounding explains it."""
-        differences = (tried - self._plain).abs()
-        # In 16 bits, single tokens of an exact model move by a tenth of a nat with the shape of the batch, so
-        # that only their mean tells rounding from a fault.
-        largest, mean = float(differences.max()), float(differences.mean())
-        is_rounding = largest <= self._exact if self._is_float32 else mean <= self._rounding
-        return (
-            "" if is_rounding else f"log-probs differ by up to {largest:.2g} nats, by {mean:.2g} in the mean"
-        )
+        return difference(tried, self._plain, None if self._is_float32 else self._noise)
 
     def _effect_of_neighbours(self) -> str:
         """Return how much the first response changes the tokens after it; empty if rounding explains it."""
@@ -307,15 +300,39 @@ class StartCheck:
         return used
 
 
+def _rounding_in_float32(spread: float) -> float:
+    return _ROUNDING + _SHARE_OF_SPREAD * spread
+
+
+def _rounding_in_16_bits(spread: float, noise: float) -> float:
+    return _ROUNDING + max(_SHARE_IN_16_BITS * spread, _NOISE_FACTOR * noise)
+
+
+def difference(tried: Tensor, plain: Tensor, noise: float | None) -> str:
+    """Return how much log-probs differ from plain ones, both [tokens]; empty if rounding explains it.
+
+    `noise`: in 16 bits the mean change by one more rounding; None in float32.
+    """
+    differences, spread = (tried - plain).abs(), float(plain.std(correction=0))
+    # In 16 bits, single tokens of an exact model move by a tenth of a nat with the shape of the batch, so
+    # that only their mean tells rounding from a fault.
+    largest, mean = float(differences.max()), float(differences.mean())
+    if noise is None:
+        is_rounding = largest <= _rounding_in_float32(spread)
+    else:
+        is_rounding = mean <= _rounding_in_16_bits(spread, noise)
+    return "" if is_rounding else f"log-probs differ by up to {largest:.2g} nats, by {mean:.2g} in the mean"
+
+
 @contextlib.contextmanager
-def _rounded_once_more(causal_lm: nn.Module) -> Iterator[None]:
-    """Inside the block, change embeddings at random by up to one rounding error of their dtype."""
+def rounded_once_more(causal_lm: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Inside the block, change embeddings at random by up to one rounding error of `dtype` or theirs."""
     # How much a model amplifies rounding is its own: another order of sums can change log-probs by what one
     # more rounding of its first values changes, so the limits are multiples of this.
     generator = torch.Generator().manual_seed(0)
 
     def change(_module: Any, _inputs: Any, embedded: Tensor) -> Tensor:
-        error = torch.finfo(embedded.dtype).eps / 2
+        error = torch.finfo(dtype or embedded.dtype).eps / 2
         factors = 1 + error * (2 * torch.rand(embedded.shape, generator=generator) - 1)
         return (embedded.float() * factors.to(embedded.device)).to(embedded.dtype)
 
