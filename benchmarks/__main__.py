@@ -11,6 +11,7 @@ from benchmarks.options import SHARED, Benchmark
 
 NAMES = {
     "vs_trl": "speed and memory beside TRL on the same pairs",
+    "trl_guest": "a script of TRL by our import, beside TRL and our own run",
     "images": "CPU seconds beside TRL on pairs with images",
     "prefixes": "tokens and CPU seconds with the prefix tree and without it",
     "memory": "memory of each reference mode",

@@ -29,8 +29,9 @@ class Run:
 
     Attributes:
         folder: folder that `setting.prepare` has written.
-        variant: `dpo_dist`, `trl_default` or `trl_best_N` (N pairs per micro-batch).
-        store: the reference store of dpo_dist.
+        variant: `dpo_dist`, `trl_default`, `trl_best_N` (N pairs per micro-batch), `guest` (TRL's defaults by
+            our import) or `guest_beta` (the same with another beta).
+        store: the reference store of dpo_dist and of the guest.
         overrides: further keys of dpo_dist.
         saves: whether dpo_dist writes checkpoint and model.
         weighs_reference: whether the memory of dpo_dist's reference is measured.

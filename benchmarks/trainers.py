@@ -74,7 +74,9 @@ class Measurements:
 
 def main() -> None:
     out, run = Path(sys.argv[1]), Run(**json.loads(sys.argv[2]))
-    measured = _train_with_trl(run, out) if run.variant.startswith("trl") else _train(run, out / "run")
+    measured = (
+        _train_with_trl(run, out) if run.variant.startswith(("trl", "guest")) else _train(run, out / "run")
+    )
     meters = ("training", "reference", "whole")
     result = vars(measured) | {name: vars(getattr(measured, name)) for name in meters}
     result |= {"peak_bytes": peak(), "reserved_bytes": peak_reserved()}
@@ -137,7 +139,9 @@ def _train_with_trl(run: Run, out: Path) -> Measurements:
     measured = Measurements()
     with measured.whole.measure():
         config = _trl_config(Setting.read(folder), out, best_micro_pairs)
-        trainer = _trl_trainer(folder, config, Dataset.from_dict(_columns(folder)), measured)
+        if run.variant == "guest_beta":
+            config.beta = 0.3
+        trainer = _trl_trainer(run, config, Dataset.from_dict(_columns(folder)), measured)
         trainer.train()
     return measured
 
@@ -147,14 +151,20 @@ def _columns(folder: Path) -> dict[str, Any]:
     return {name: pairs[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
 
 
-def _trl_trainer(folder: Path, config: Any, dataset: Any, measured: Measurements) -> Any:
-    """Return TRL's trainer, which takes token ids and measures its phases."""
+def _trl_trainer(run: Run, config: Any, dataset: Any, measured: Measurements) -> Any:
+    """Return TRL's trainer, or our guest, which takes token ids and measures its phases."""
     import torch
+    import trl
     from transformers import TrainerCallback
-    from trl.trainer.dpo_trainer import DPOTrainer
 
-    class Trainer(DPOTrainer):
-        """TRL's trainer, which measures its scoring."""
+    from dpo_dist import trl as guest
+
+    home: Any = guest if run.variant.startswith("guest") else trl
+
+    class Trainer(home.DPOTrainer):
+        """A trainer that measures its scoring."""
+
+        reference_store = run.store
 
         def _prepare_dataset(self, dataset: Any, *_arguments: Any) -> Any:
             return dataset
@@ -182,7 +192,8 @@ def _trl_trainer(folder: Path, config: Any, dataset: Any, measured: Measurements
             self.measured.__exit__(None, None, None)
             measured.rows += [row for row in state.log_history if "loss" in row]
 
-    return Trainer(model=str(folder / "model"), args=config, train_dataset=dataset, callbacks=[Steps()])
+    model = str(Path(run.folder) / "model")
+    return Trainer(model=model, args=config, train_dataset=dataset, callbacks=[Steps()])
 
 
 def _trl_config(setting: Setting, out: Path, best_micro_pairs: int | None) -> Any:

@@ -81,7 +81,7 @@ class Rounding:
         is_float32 = _is_float32(causal_lm)
         if not is_float32:
             draws = _DRAWS_OF_EXPERTS if visited_experts(causal_lm.config.get_text_config()) else 1
-            with _rounded_once_more(causal_lm):
+            with rounded_once_more(causal_lm):
                 again = [score() for _ in range(draws)]
             noise = float(torch.stack([changes(each, logps).mean() for each in again]).mean())
         known = logps[logps.isfinite()]
@@ -347,14 +347,14 @@ class StartCheck:
 
 
 @contextlib.contextmanager
-def _rounded_once_more(causal_lm: nn.Module) -> Iterator[None]:
-    """Inside the block, change embeddings at random by up to one rounding error of their dtype."""
+def rounded_once_more(causal_lm: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Inside the block, change embeddings at random by up to one rounding error of `dtype` or theirs."""
     # How much a model amplifies rounding is its own: another order of sums can change log-probs by what one
     # more rounding of its first values changes, so the limits are multiples of this.
     generator = torch.Generator().manual_seed(0)
 
     def change(_module: Any, _inputs: Any, embedded: Tensor) -> Tensor:
-        error = torch.finfo(embedded.dtype).eps / 2
+        error = torch.finfo(dtype or embedded.dtype).eps / 2
         factors = 1 + error * (2 * torch.rand(embedded.shape, generator=generator) - 1)
         return (embedded.float() * factors.to(embedded.device)).to(embedded.dtype)
 

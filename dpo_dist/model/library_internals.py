@@ -20,7 +20,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, Transpose, WeightRenaming, rename_source_key
 from transformers.integrations import deepspeed
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 # ---- transformers: loading ----
@@ -209,6 +211,33 @@ def flash_attention(
     return attended
 
 
+def compute_beside(name: str, other: str, is_other: Callable[[], bool]) -> None:
+    """Make the attention function `name` compute as `other` in layers that get the keyword `packed`.
+
+    Masks are those of `other` where `is_other`. The function decides by its arguments: gradient checkpointing
+    calls a layer again after other forwards of the model. Without that keyword it computes as before.
+    """
+    own = ALL_ATTENTION_FUNCTIONS.get(name)  # None for eager: each model file has its own
+    own_mask = ALL_MASK_ATTENTION_FUNCTIONS[name]
+    if hasattr(own_mask, "is_beside"):
+        return
+
+    def attention(module: Any, *arguments: Any, **options: Any) -> Any:
+        if options.get("packed") is not None:
+            return ALL_ATTENTION_FUNCTIONS[other](module, *arguments, **options)
+        if own is not None:
+            return own(module, *arguments, **options)
+        file = inspect.unwrap(type(module).forward).__globals__
+        return file["eager_attention_forward"](module, *arguments, **options)
+
+    def mask(*arguments: Any, **options: Any) -> Any:
+        return (ALL_MASK_ATTENTION_FUNCTIONS[other] if is_other() else own_mask)(*arguments, **options)
+
+    mask.is_beside = True  # type: ignore[attr-defined]
+    modeling_utils.AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+
+
 def wrap_checkpointing(layer: Any, wrapper: Callable[..., Any]) -> None:
     """Make a checkpointed layer call `wrapper(checkpoint, *arguments)` where it calls `checkpoint`."""
     layer._gradient_checkpointing_func = partial(wrapper, layer._gradient_checkpointing_func)
@@ -351,6 +380,15 @@ def set_adapter_state(layer: Any, state: AdapterState) -> None:
     peft's own switches also change requires_grad, which breaks DeepSpeed's hooks.
     """
     layer._active_adapter, layer._disable_adapters = state
+
+
+def adapters_in_use(causal_lm: nn.Module) -> frozenset[str] | None:
+    """Return the adapters by which a model computes, none if they are off; None: it has no adapter."""
+    for module in causal_lm.modules():
+        if hasattr(module, "_disable_adapters"):
+            names, is_off = adapter_state(module)
+            return frozenset() if is_off else frozenset([names] if isinstance(names, str) else names)
+    return None
 
 
 # ---- Liger ----

@@ -53,3 +53,9 @@ def test_starts_find_the_generated_records_and_their_log_probs() -> None:
     starts = figures("starts")["labelled"]["1"]
     assert list(starts) == ["first", "resume", "again"]
     assert all(rows["100"][figure] > 0 for rows in starts.values() for figure in rows["100"])
+
+
+def test_a_script_of_trl_by_our_import_has_its_first_loss() -> None:
+    measured = figures("trl_guest", with_trl=True)
+    assert measured["trainers_agree"]
+    assert measured["trl_per_variant"].keys() == {"guest", "guest_beta", "dpo_dist"}

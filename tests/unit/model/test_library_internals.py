@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -23,9 +23,11 @@ from dpo_dist.model.architectures import UNPACKABLE, WITH_STATES
 from dpo_dist.model.layers import decoder_layers
 from dpo_dist.model.library_internals import (
     adapter_state,
+    adapters_in_use,
     apply_liger,
     attention_name,
     can_choose_attention,
+    compute_beside,
     describe_whole,
     fill_conversions,
     flash_attention,
@@ -322,3 +324,34 @@ def test_liger_replaces_the_layers_that_are_not_denied() -> None:
     layer = model.model.layers[0]
     assert "liger" in layer.input_layernorm.forward.__module__
     assert "liger" not in layer.mlp.forward.__module__
+
+
+def test_an_attention_function_computes_as_another_where_a_layer_gets_it() -> None:
+    model = tiny_family("llama")
+    own = model(IDS).logits
+    is_other = False
+    compute_beside("sdpa", "eager_beside", lambda: is_other)
+    assert torch.equal(model(IDS).logits, own)
+    calls = list[Any]()
+
+    def other(_module: Any, query: Tensor, *_: Any, packed: Any, **__: Any) -> tuple[Tensor, None]:
+        calls.append(packed)
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("eager_beside", other)
+    assert model(IDS, packed="a layout").logits.shape == own.shape
+    assert calls == ["a layout"] * model.config.num_hidden_layers
+    compute_beside("sdpa", "never", lambda: True)  # once for a process
+    assert torch.equal(model(IDS).logits, own)
+
+
+def test_the_adapters_in_use_are_those_that_peft_has_switched_on() -> None:
+    model = tiny_family("llama")
+    assert adapters_in_use(model) is None
+    peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    peft_model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    assert adapters_in_use(model) == {"default"}
+    peft_model.set_adapter("other")
+    assert adapters_in_use(model) == {"other"}
+    with peft_model.disable_adapter():
+        assert adapters_in_use(model) == frozenset()

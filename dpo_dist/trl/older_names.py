@@ -1,0 +1,173 @@
+"""Arguments of older scripts of TRL, up from 0.7, in today's words: `DPOConfig`, `KTOConfig`, trainers.
+
+A name with the same meaning today is written anew, one without an effect is left out, both with a line. For
+those that are gone one error says what to write.
+"""
+
+import dataclasses
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import trl
+from transformers import TrainingArguments
+
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.process import this_rank
+
+log = logging.getLogger(__name__)
+
+_RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "no_cuda": "use_cpu",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+}
+_OFF = (None, False, "", 0)
+_REWRITTEN: dict[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
+    # Steps, where both are set, as it was.
+    "warmup_ratio": lambda value, given: {} if given.get("warmup_steps") else {"warmup_steps": value},
+    "rpo_alpha": lambda value, given: {
+        "loss_type": [*_as_list(given.get("loss_type", "sigmoid")), "sft"],
+        "loss_weights": [*(given.get("loss_weights") or [1.0]), value],
+    },
+    "group_by_length": lambda _, __: {"train_sampling_strategy": "group_by_length"},
+    "adafactor": lambda _, __: {"optim": "adafactor"},
+    "include_inputs_for_metrics": lambda _, __: {"include_for_metrics": ["inputs"]},
+    "split_batches": lambda value, _: {"accelerator_config": {"split_batches": value}},
+    "dispatch_batches": lambda value, _: {"accelerator_config": {"dispatch_batches": value}},
+}
+"""Arguments of today by the value that is not off, and the other arguments."""
+_WITHOUT_EFFECT = (
+    *("padding_value", "label_pad_token_id", "base_model_attribute_name", "overwrite_output_dir"),
+    *("use_mps_device", "force_use_ref_model", "use_logits_to_keep", "use_num_logits_to_keep"),
+    *("half_precision_backend", "fp16_backend", "fp16_opt_level", "save_safetensors", "tpu_metrics_debug"),
+    *("use_legacy_prediction_loop", "ray_scope", "xpu_backend", "mp_parameters", "past_index"),
+    *("include_tokens_per_second", "max_target_length", "use_ipex", "jit_mode_eval", "sharded_ddp"),
+)
+_CUT = "cut or filter the texts of the dataset before; max_length counts the tokens of prompt and response"
+_GONE = {
+    "max_prompt_length": _CUT,
+    "max_completion_length": _CUT,
+    "reference_free": "train without a reference by CPOTrainer of trl.experimental.cpo",
+    "generate_during_eval": "add trl.LogCompletionsCallback to the callbacks",
+    "is_encoder_decoder": "choose a causal language model",
+    "model_adapter_name": "call the adapter 'default'",
+    "ref_adapter_name": "pass the reference as ref_model; a continued adapter is copied by TRL",
+    "ref_model_init_kwargs": "load the reference, and pass it as ref_model",
+    "tools": "put them into a column `tools` of the dataset",
+    "logging_dir": "set the variable TENSORBOARD_LOGGING_DIR of the environment",
+    "push_to_hub_organization": "write hub_model_id='ORGANIZATION/NAME'",
+    "tpu_num_cores": "start with accelerate launch",
+    "torchdynamo": "write torch_compile=True",
+    "fsdp_min_num_params": "write fsdp_config={'min_num_params': ...}",
+    "fsdp_transformer_layer_cls_to_wrap": "write fsdp_config={'transformer_layer_cls_to_wrap': [...]}",
+}
+"""What to write where the value is not off."""
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [*value] if isinstance(value, list | tuple) else [value]
+
+
+def _todays(options: Mapping[str, Any], names: set[str], where: str) -> dict[str, Any]:
+    """Return options with the names of today, `names`; say what was changed."""
+    older = {name: value for name, value in options.items() if name not in names}
+    today = {name: value for name, value in options.items() if name in names}
+    lines, faults = list[str](), list[str]()
+    for name, value in older.items():
+        is_off = any(value is off or value == off for off in _OFF)
+        if name in _RENAMED:
+            written = {_RENAMED[name]: value}
+        elif name in _REWRITTEN and not is_off:
+            written = _REWRITTEN[name](value, today)
+        elif name in _WITHOUT_EFFECT or (is_off and (name in _REWRITTEN or name in _GONE)):
+            lines.append(f"{name} is left out: it has no effect")
+            continue
+        elif name in _GONE:
+            faults.append(f"{name}={value!r}: {_GONE[name]}")
+            continue
+        else:
+            today[name] = value  # Python's own error
+            continue
+        words = ", ".join(f"{key}={new!r}" for key, new in written.items() if "token" not in key)
+        lines.append(f"{name} is now {words or 'another name'}" if written else f"{name} is left out")
+        today |= written
+    if faults:
+        raise ConfigError(
+            f"this script has arguments that TRL {trl.__version__} does not have",
+            where=where,
+            got=", ".join(fault.partition("=")[0] for fault in faults),
+            remedy="; ".join(faults),
+        )
+    if this_rank() == 0:
+        for line in lines:
+            log.warning("dpo_dist: %s: %s", where, line)
+    return today
+
+
+def _fields(config: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config) if field.init}
+
+
+class _OlderNames:
+    """Takes older names, too; the fields are those of TRL's class."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        today = _todays(options, _fields(type(self)), type(self).__name__)
+        if today.get("bf16") and "use_cpu" not in today and not torch.accelerator.is_available():
+            today["use_cpu"] = True  # else transformers refuses bf16
+            _say(f"{type(self).__name__}: use_cpu is True, because there is no accelerator")
+        super().__init__(*arguments, **today)
+
+
+class DPOConfig(_OlderNames, trl.DPOConfig):  # type: ignore[misc]
+    """TRL's `DPOConfig`, which takes older names of its arguments, too."""
+
+    __init__ = functools.wraps(trl.DPOConfig.__init__)(_OlderNames.__init__)
+
+
+class KTOConfig(_OlderNames, trl.KTOConfig):  # type: ignore[misc]
+    """TRL's `KTOConfig`, which takes older names of its arguments, too."""
+
+    __init__ = functools.wraps(trl.KTOConfig.__init__)(_OlderNames.__init__)
+
+
+def trainer_arguments(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a trainer with today's names.
+
+    Those that are arguments of its configuration today are set there.
+    """
+    base = trl.KTOTrainer if issubclass(kind, trl.KTOTrainer) else trl.DPOTrainer
+    config = KTOConfig if base is trl.KTOTrainer else DPOConfig
+    own = set(inspect.signature(base.__init__).parameters)
+    today = {name: value for name, value in options.items() if name in own}
+    older = {name: value for name, value in options.items() if name not in own}
+    if "tokenizer" in older:
+        today["processing_class"] = older.pop("tokenizer")
+        _say(f"{kind.__name__}: tokenizer is now processing_class")
+    moved = _todays(older, _fields(config), kind.__name__)
+    if unknown := moved.keys() - _fields(config):
+        raise TypeError(f"{kind.__name__}.__init__() got an unexpected keyword argument {min(unknown)!r}")
+    args = today.get("args")
+    is_plain = isinstance(args, TrainingArguments) and not isinstance(args, trl.DPOConfig | trl.KTOConfig)
+    if is_plain or (moved and args is None):
+        given = {name: getattr(args, name) for name in _fields(TrainingArguments)} if is_plain else {}
+        today["args"] = config(**{**given, **moved})
+        _say(f"{kind.__name__}: its arguments are now a {config.__name__}")
+    else:
+        for name, value in moved.items():
+            is_list = isinstance(getattr(args, name), list)
+            setattr(args, name, _as_list(value) if is_list else value)
+            _say(f"{kind.__name__}: {name} is now an argument of {config.__name__}")
+    return today
+
+
+def _say(line: str) -> None:
+    if this_rank() == 0:
+        log.warning("dpo_dist: %s", line)

@@ -1,0 +1,105 @@
+"""TRL's trainers by our import on two processes: losses and weights are TRL's, also of sharded ones."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.launch import environment
+from tests.support.tiny_model import write_model
+from tests.support.warm import ENVIRONMENT, context, reserve_port, start_parent
+from tests.unit.trl.conftest import PAIRS
+
+FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]}
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp2": {"fsdp": "full_shard auto_wrap", "fsdp_config": FSDP},
+}
+
+
+def train(variables: dict[str, str], folder: Path, options: dict[str, Any]) -> None:
+    """Train by TRL, by our import, and again by our import with the store of the run before."""
+    log = os.open(folder / f"rank-{variables['RANK']}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    import trl
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from dpo_dist import trl as guest
+
+    results = []
+    for home in (trl, guest, guest):
+        args = guest.DPOConfig(
+            f"out-{len(results)}",
+            per_device_train_batch_size=2,
+            max_steps=2,
+            logging_steps=1,
+            learning_rate=0.05,
+            optim="sgd",
+            lr_scheduler_type="constant",
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            ddp_backend="gloo",
+            **options,
+        )
+        tokenizer = AutoTokenizer.from_pretrained("model")
+        trainer = home.DPOTrainer(
+            "model", args=args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer
+        )
+        forwards = 0
+
+        def count(*_: Any, **__: Any) -> None:
+            nonlocal forwards
+            forwards += 1
+
+        reference = trainer.accelerator.unwrap_model(trainer.ref_model)
+        reference.base_model.register_forward_pre_hook(count)
+        trainer.train()
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        sums = {name: float(weight.double().square().sum()) for name, weight in weights.items()}
+        names = ("loss", "grad_norm", "entropy", "logps/chosen")
+        rows = [{name: row[name] for name in names} for row in trainer.state.log_history if "loss" in row]
+        results.append({"rows": rows, "weights": sums, "forwards": forwards})
+    (folder / f"rank-{variables['RANK']}.json").write_text(json.dumps(results))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_losses_and_weights_are_those_of_trl(engine: str, tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    start_parent()
+    port, processes = reserve_port(), []
+    for rank in map(str, range(2)):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        if engine == "fsdp2":
+            place |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        variables = {**environment(), **ENVIRONMENT, **place}
+        arguments = (variables, tmp_path, ENGINES[engine])
+        processes.append(context.Process(target=train, args=arguments))
+        processes[-1].start()
+    for process in processes:
+        process.join(300)
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    said = [(tmp_path / f"rank-{rank}.log").read_text() for rank in range(2)]
+    assert [process.exitcode for process in processes] == [0, 0], said[0][-3000:]
+    assert said[0].count("rows are packed") == 2
+    assert "rows are packed" not in said[1]
+    assert "TRL's own forward" not in said[0] + said[1]
+    for rank in range(2):
+        theirs, *ours = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        for result in ours:
+            for row, wanted in zip(result["rows"], theirs["rows"], strict=True):
+                assert row == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+            assert result["weights"] == pytest.approx(theirs["weights"], rel=1e-5, abs=1e-6)
+        assert [result["forwards"] for result in ours] == [4, 0], "the second run asks no reference"

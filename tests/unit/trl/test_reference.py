@@ -1,0 +1,177 @@
+"""The reference's log-probs are asked once for a response, and never those of another reference."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from dpo_dist import api
+from dpo_dist import trl as guest
+from dpo_dist.model.library_internals import adapters_in_use
+from dpo_dist.reference.store import read_fingerprints
+from tests.unit.trl.test_trainers import assert_same, load, rows_of, trainer_of
+
+STORE = Path("output/reference")
+EPOCH = 3
+"""The forwards of an epoch: two batches, and the comparison of the first one with TRL's."""
+
+
+def asked(folder: Path, data: Any, **case: Any) -> tuple[Any, int]:
+    """A trainer of ours that has trained, and how many packed forwards its reference has computed."""
+    trainer = trainer_of(guest, folder, data, **case)
+    model = trainer.ref_model
+    forwards = 0
+
+    def count(_module: Any, _arguments: Any, options: Any) -> None:
+        nonlocal forwards
+        is_asked = model is not None or adapters_in_use(part) in (frozenset(), {"ref"})
+        forwards += is_asked and "packed" in options
+
+    part = getattr(trainer.model, "get_base_model", lambda: trainer.model)() if model is None else model
+    part.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    trainer.train()
+    return trainer, forwards
+
+
+def fingerprints() -> list[Any]:
+    return read_fingerprints(STORE)
+
+
+REUSES: dict[str, dict[str, Any]] = {
+    "the same run": {},
+    "another beta": {"beta": 0.5},
+    "another loss": {"loss_type": ["ipo"], "ld_alpha": 0.5},
+    "another order, other batches": {"seed": 5, "per_device_train_batch_size": 2, "max_steps": 4},
+    "precomputed": {"precompute_ref_log_probs": True},
+}
+
+
+@pytest.mark.parametrize("name", REUSES)
+def test_a_later_run_asks_no_reference(name: str, folder: Path, pairs: Any) -> None:
+    _, first = asked(folder, pairs, max_steps=2)
+    assert first == EPOCH
+    shards = sorted(STORE.rglob("*.safetensors"))
+    assert len(shards) == 1, "not a file for each batch"
+    ours, second = asked(folder, pairs, **REUSES[name])
+    assert second == 0
+    assert sorted(STORE.rglob("*.safetensors")) == shards
+    theirs = trainer_of(trl, folder, pairs, **REUSES[name])
+    theirs.train()
+    assert_same(ours, theirs)
+
+
+def edited(model: Any) -> Any:
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
+    return model
+
+
+def test_another_reference_or_precision_has_entries_of_its_own(folder: Path, pairs: Any) -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"ref_model": load(folder)},
+        {"ref_model": edited(load(folder / "reference"))},
+        {"ref_model": AutoModelForCausalLM.from_pretrained(folder / "reference", dtype=torch.bfloat16)},
+        {"bf16": True},
+    ]
+    for number, change in enumerate(changes, start=1):
+        _, forwards = asked(folder, pairs, max_steps=2, **change)
+        assert forwards == EPOCH, change
+        assert len(fingerprints()) == number, "each is another reference, or has other numerics"
+    # Other token ids of the same texts.
+    shouted = pairs.map(lambda row: {"chosen": [{**row["chosen"][0], "content": "IT IS 1."}]})
+    _, forwards = asked(folder, shouted, max_steps=2)
+    assert forwards == EPOCH
+    assert len(fingerprints()) == len(changes)
+
+
+def test_a_synced_reference_is_not_kept(folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture) -> None:
+    _, forwards = asked(folder, pairs, sync_ref_model=True, ref_model_sync_steps=1, max_steps=4)
+    assert forwards == EPOCH + 2
+    assert not STORE.exists()
+    assert "the reference's log-probs are computed in each step" in caplog.text
+
+
+def test_a_reference_that_is_edited_is_asked_from_then_on(folder: Path, pairs: Any) -> None:
+    class Edit(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 4:
+                # Not seen by the version that torch keeps of a tensor.
+                next(self.reference.parameters()).data.mul_(1.01)
+
+    trained = []
+    for home in (trl, guest):
+        edit = Edit()
+        trained.append(trainer_of(home, folder, pairs, max_steps=6, callbacks=[edit]))
+        edit.reference = trained[-1].ref_model
+        trained[-1].train()
+    assert_same(trained[1], trained[0])
+    rows = [row["logps/chosen"] for row in rows_of(trained[1])[:-1]]
+    assert len(rows) == 6
+    _, again = asked(folder, pairs, max_steps=2)
+    assert again == 0, "what was asked before is kept"
+
+
+def test_an_adapter_is_off_or_the_one_that_was_continued(folder: Path, pairs: Any) -> None:
+    first, forwards = asked(folder, pairs, adapter="new", max_steps=2)
+    assert forwards == EPOCH - 1, "the comparison is that of the policy"
+    assert rows_of(first)[0]["rewards/margins"] == 0, "a new adapter begins as its reference, exactly"
+    second, again = asked(folder, pairs, adapter="new", max_steps=4)
+    assert again == 0
+    _, continued = asked(folder, pairs, adapter="continued", max_steps=2)
+    assert continued == EPOCH - 1, "its reference is another one"
+    assert abs(rows_of(second)[1]["rewards/margins"]) > 0, "the adapter that trains is not off"
+    _, whole = asked(folder, pairs, ref_model=load(folder), max_steps=2)
+    assert whole == 0, "a base without its adapter is the reference of a run that trains all weights"
+
+
+def test_a_policy_before_training_is_the_reference(folder: Path, pairs: Any) -> None:
+    asked(folder, pairs, precompute_ref_log_probs=True, ref_model=None, max_steps=2)
+    assert len(api.open_stores(STORE)[0][1]) == 2 * len(pairs)
+    _, forwards = asked(folder, pairs, ref_model=load(folder), max_steps=2)
+    assert forwards == 0
+
+
+def test_entries_are_in_the_store_of_our_own_runs(folder: Path, pairs: Any) -> None:
+    asked(folder, pairs, max_steps=2)
+    (store,) = api.open_stores(STORE)
+    fingerprint, entries = store
+    assert len(entries) == 2 * len(pairs)
+    assert fingerprint.label == str(folder / "reference")
+    assert fingerprint.profile["head"] == f"trl {trl.__version__}", "whose digits are not those of our head"
+
+
+def test_a_store_that_cannot_be_written_does_not_end_a_run(
+    folder: Path, pairs: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    STORE.parent.mkdir()
+    STORE.write_text("")
+    trainer, forwards = asked(folder, pairs, max_steps=2)
+    assert forwards == EPOCH
+    assert "from now on, and not kept: ReferenceModelError" in caplog.text
+    theirs = trainer_of(trl, folder, pairs, max_steps=2)
+    theirs.train()
+    assert_same(trainer, theirs)
+
+
+def test_a_run_that_is_interrupted_keeps_what_it_asked(folder: Path, pairs: Any) -> None:
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            raise KeyboardInterrupt
+
+    trainer = trainer_of(guest, folder, pairs, callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert len(api.open_stores(STORE)[0][1]) == 8
+
+
+def test_a_script_chooses_the_store(folder: Path, pairs: Any, tmp_path: Path) -> None:
+    class Trainer(guest.DPOTrainer):  # type: ignore[misc]
+        reference_store = tmp_path / "shared"
+
+    trainer_of(guest, folder, pairs, trainer=Trainer, max_steps=1).train()
+    assert [*(tmp_path / "shared").rglob("*.safetensors")]
+    assert not STORE.exists()
