@@ -212,10 +212,10 @@ def flash_attention(
 
 
 def compute_beside(name: str, other: str, is_other: Callable[[], bool]) -> None:
-    """Make the attention function `name` compute as `other` in layers that get the keyword `packed`.
+    """Make the attention function `name` compute as `other` in layers whose keyword `packed` `is_beside`.
 
     Masks are those of `other` where `is_other`. The function decides by its arguments: gradient checkpointing
-    calls a layer again after other forwards of the model. Without that keyword it computes as before.
+    calls a layer again after other forwards of the model. Without that mark it computes as before.
     """
     own = ALL_ATTENTION_FUNCTIONS.get(name)  # None for eager: each model file has its own
     own_mask = ALL_MASK_ATTENTION_FUNCTIONS[name]
@@ -223,7 +223,7 @@ def compute_beside(name: str, other: str, is_other: Callable[[], bool]) -> None:
         return
 
     def attention(module: Any, *arguments: Any, **options: Any) -> Any:
-        if options.get("packed") is not None:
+        if hasattr(options.get("packed"), "is_beside"):
             return ALL_ATTENTION_FUNCTIONS[other](module, *arguments, **options)
         if own is not None:
             return own(module, *arguments, **options)

@@ -274,6 +274,8 @@ class PackedForward:
                 query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
             return attention(query, key, value, scores)
 
+        in_autocast.is_beside = True  # type: ignore[attr-defined]
+
         def select(_module: nn.Module, _inputs: Any, outputs: Any) -> Any:
             hidden = outputs.last_hidden_state
             outputs.last_hidden_state = hidden.index_select(1, predictors.to(hidden.device))

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from transformers.core_model_loading import Transpose
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from dpo_dist.model.architectures import UNPACKABLE, WITH_STATES
@@ -329,8 +331,11 @@ def test_liger_replaces_the_layers_that_are_not_denied() -> None:
 def test_an_attention_function_computes_as_another_where_a_layer_gets_it() -> None:
     model = tiny_family("llama")
     own = model(IDS).logits
-    is_other = False
-    compute_beside("sdpa", "eager_beside", lambda: is_other)
+    name = "attention_of_a_test"
+    transformers.AttentionInterface.register(name, sdpa_attention_forward)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)
+    compute_beside(name, "other_attention_of_a_test", lambda: False)
     assert torch.equal(model(IDS).logits, own)
     calls = list[Any]()
 
@@ -338,10 +343,12 @@ def test_an_attention_function_computes_as_another_where_a_layer_gets_it() -> No
         calls.append(packed)
         return torch.zeros_like(query).transpose(1, 2), None
 
-    transformers.AttentionInterface.register("eager_beside", other)
-    assert model(IDS, packed="a layout").logits.shape == own.shape
-    assert calls == ["a layout"] * model.config.num_hidden_layers
-    compute_beside("sdpa", "never", lambda: True)  # once for a process
+    transformers.AttentionInterface.register("other_attention_of_a_test", other)
+    layout = SimpleNamespace(is_beside=True)
+    assert model(IDS, packed=layout).logits.shape == own.shape
+    assert calls == [layout] * model.config.num_hidden_layers
+    assert torch.equal(model(IDS, packed="of another caller").logits, own)
+    compute_beside(name, "never", lambda: True)  # once for a process
     assert torch.equal(model(IDS).logits, own)
 
 
