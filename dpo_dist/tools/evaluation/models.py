@@ -9,7 +9,7 @@ from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.metrics import ALL
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ModelConfig, ParallelismKind, RunConfig
+from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.data.encoded.dataset import columns_errors
 from dpo_dist.distributed.checkpoint.saver import (
     checkpoint_state,
@@ -35,6 +35,7 @@ from dpo_dist.training.reference import prepare_reference
 from dpo_dist.training.start.inputs import (
     EvaluationInputs,
     load_evaluation_inputs,
+    loads_whole,
     shared_model_folder,
 )
 from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
@@ -141,15 +142,12 @@ def _identify(run: Run, base: Path, named: Path) -> None:
     """Check a model's files on every node, and for an adapter those of its base; collective."""
     config = run.config
     folder, adapter = (base, named) if is_adapter(named) else (named, None)
-    loads_whole = (
-        config.parallelism.kind is not ParallelismKind.zero3 or config.model.quantization is not None
-    )
     with run.console.heartbeat(f"reading the files of {named} to identify them"):
         digest_on_every_node(
             folder,
             Path(config.reference.store),
             config.model.trust_remote_code,
-            loads_whole,
+            loads_whole(config.model, config.parallelism),
             run.world,
             adapter,
         )

@@ -21,6 +21,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import (
     DataConfig,
     ModelConfig,
+    ParallelismConfig,
     ParallelismKind,
     ReferenceMode,
     RunConfig,
@@ -358,11 +359,15 @@ def _add_counts(run: Run, dataset: PreferenceDataset, **count: Callable[[], Any]
     return replace(dataset, counts=dataset.counts | counts)
 
 
+def loads_whole(model: ModelConfig, parallelism: ParallelismConfig) -> bool:
+    """Return whether every rank reads all weights; ZeRO-3 shards them while it loads them, on rank 0."""
+    return model.quantization is not None or parallelism.kind is not ParallelismKind.zero3
+
+
 def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[ModelFiles, ModelFiles | None]:
     config, reference = run.config, run.config.reference
     store, remote_code = Path(reference.store), config.model.trust_remote_code
-    # ZeRO-3 shards weights while it loads them: then only rank 0 reads the files.
-    whole = config.model.quantization is not None or config.parallelism.kind is not ParallelismKind.zero3
+    whole = loads_whole(config.model, config.parallelism)
     if reference.mode is not ReferenceMode.none and reference.path is None:
         whole = whole or reference.quantization is not None
     policy_files = digest_on_every_node(policy_folder, store, remote_code, whole, run.world, start)

@@ -9,6 +9,8 @@ from transformers import GenerationConfig
 
 from dpo_dist.config.schema import DataConfig, ModelConfig
 from dpo_dist.config.verb_sections import ExportConfig, MemberConfig
+from dpo_dist.foundation.errors import CheckpointError
+from dpo_dist.model.files.manifest import write_manifest
 from dpo_dist.model.files.stops import find_stop_ids, stop_notes, trained_stops, write_stops
 from dpo_dist.training.export import export_average
 from tests.support import tiny
@@ -79,3 +81,13 @@ def test_a_mean_stops_where_its_members_do(tmp_path: Path) -> None:
     model, export = ModelConfig(str(members[0])), ExportConfig(average=average)
     export_average(members, tmp_path / "out", export, model, DataConfig())
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [0, 7, 2]
+
+
+def test_a_mean_of_a_damaged_model_is_refused(tmp_path: Path) -> None:
+    members = [write_model(tmp_path / name, QWEN_BASE) for name in ("one", "other")]
+    write_manifest(members[1], None)
+    write_model(members[1], QWEN_BASE, seed=1)
+    average = [MemberConfig(str(member)) for member in members]
+    model, export = ModelConfig(str(members[0])), ExportConfig(average=average)
+    with pytest.raises(CheckpointError, match="not as it was written"):
+        export_average(members, tmp_path / "out", export, model, DataConfig())

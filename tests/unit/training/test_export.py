@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.config.schema import AdapterConfig, Dtype, FolderConfig, ModelConfig, ReferenceConfig, RunConfig
@@ -68,10 +69,15 @@ def test_models_of_other_forms_have_their_trained_and_their_other_tensors(
     reference = ReferenceConfig(store=f"{tmp_path}/store")
     config = RunConfig(model=model, reference=reference, export=ExportConfig(dtype="bf16"))
     weights = weights_of(config)
-    export_checkpoint(checkpoint_of(weights, tmp_path / "step-000001", config), tmp_path / "out", config)
+    checkpoint = checkpoint_of(weights, tmp_path / "step-000001", config)
+    export_checkpoint(checkpoint, tmp_path / "out", config)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
     for name, tensor in [*causal_lm.named_parameters(), *causal_lm.named_buffers()]:
         if name not in found:  # a buffer that no file has
             continue
         trained = weights[name].to(torch.bfloat16).float() if name in weights else tensor
         assert torch.equal(found[name], trained)
+    changed = {name: tensor + 1 for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(changed, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="the model that this run started from has changed"):
+        export_checkpoint(checkpoint, tmp_path / "again", config)

@@ -14,6 +14,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.tools.evaluation import models as loading
 from dpo_dist.tools.evaluation.models import check_origin, load_evaluated
+from dpo_dist.training.start.inputs import folder_of_own_tokenizer
 from dpo_dist.training.start.named_models import EvaluatedModel, find_evaluation_models, find_export_paths
 from dpo_dist.training.start.open_run import Run
 from tests.support import tiny
@@ -196,3 +197,12 @@ def test_a_checkpoint_of_another_run_is_refused_before_it_is_loaded(
     (folder / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="is damaged"):
         check_origin(EvaluatedModel(str(folder), is_checkpoint=True), config.model, config.identity, inputs)
+
+
+def test_another_model_in_a_runs_folder_keeps_its_own_tokenizer(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    assert folder_of_own_tokenizer(config) is None, "the run has no model yet"
+    write_model(tmp_path / "run/model")
+    (tmp_path / "run/config.yaml").write_text(to_yaml(config))
+    assert folder_of_own_tokenizer(configured(tmp_path, "loss.beta=0.2")) == tmp_path / "run/model"
+    assert folder_of_own_tokenizer(configured(tmp_path, f"model.path={tmp_path}/other")) is None
