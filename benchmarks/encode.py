@@ -27,10 +27,10 @@ from benchmarks.setting import (
     train_tokenizer,
     write_synthetic,
 )
-from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.encoded import workers
-from dpo_dist.data.encoded.build import Preparation
-from dpo_dist.data.encoded.dataset import open_dataset
+from dpo_dist.data.config import DataConfig, SourceConfig
+from dpo_dist.encoded import workers
+from dpo_dist.encoded.build import Preparation
+from dpo_dist.encoded.dataset import open_dataset
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.setting import SHAPES, Setting, save_random_model, train_tokenizer, write_synthetic
-from dpo_dist.batching.example import response_key
+from dpo_dist.batching.content_keys import response_key
 
 KINDS = ("pairs", "labelled")
 LOGP = -math.log(SHAPES["tiny"].vocabulary)
@@ -67,11 +67,11 @@ def prepare(folder: Path, model: Path, kind: str, records: int, filled: Path | N
     records are added; None: there is no store yet.
     """
     from dpo_dist.config.load import load_run_config
-    from dpo_dist.data.encoded.build import Preparation
-    from dpo_dist.data.encoded.dataset import open_dataset
-    from dpo_dist.data.encoded.partners import with_partners
-    from dpo_dist.data.encoded.store import IMAGE_SCHEMA, ensure_order, write_source
     from dpo_dist.data.records import eval_part, train_part
+    from dpo_dist.encoded.build import Preparation
+    from dpo_dist.encoded.dataset import open_dataset
+    from dpo_dist.encoded.partners import with_partners
+    from dpo_dist.encoded.store import IMAGE_SCHEMA, ensure_order, write_source
     from dpo_dist.model.files.load import load_tokenizer, tokenizer_digest
     from dpo_dist.reference.fill import ENTRIES_PER_SHARD
     from dpo_dist.reference.store import FINGERPRINT_FILE, LogpStore, read_fingerprints

@@ -127,13 +127,12 @@ def _train_with_trl(folder: Path, steps: int) -> None:
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    from dpo_dist.config.schema import ImagesConfig
     from dpo_dist.data.images import ImageProcessor
 
     setting = Setting.read(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / _MODEL)
     # AutoProcessor would need torchvision, which has other pixels.
-    processor: Any = ImageProcessor(folder / _MODEL, tokenizer, ImagesConfig())._processor
+    processor: Any = ImageProcessor(folder / _MODEL, tokenizer)._processor
     processor.chat_template, processor.tokenizer = tokenizer.chat_template, tokenizer
     records = [json.loads(line) for line in pairs_file(setting, folder).open()]
     for record in records:

@@ -107,8 +107,8 @@ def _prepare(setting: Setting, files: list[Path], base: Path | None, folder: Pat
     from dpo_dist.batching.sampler import make_sampler
     from dpo_dist.batching.step_batch import shard_batch
     from dpo_dist.config.load import load_run_config
-    from dpo_dist.data.encoded.build import Preparation
-    from dpo_dist.data.encoded.dataset import open_dataset
+    from dpo_dist.encoded.build import Preparation
+    from dpo_dist.encoded.dataset import open_dataset
     from dpo_dist.model.files.load import load_config, load_tokenizer, tokenizer_digest, without_weights
     from dpo_dist.model.flops import compute_costs, step_flops
 

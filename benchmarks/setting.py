@@ -211,8 +211,8 @@ def save_random_model(shape: Shape, folder: Path, seed: int, **token_ids: int) -
 def _ordered_pairs(setting: Setting, folder: Path) -> dict[str, Any]:
     from dpo_dist.batching.sampler import make_sampler
     from dpo_dist.config.load import load_run_config
-    from dpo_dist.data.encoded.build import Preparation
-    from dpo_dist.data.encoded.dataset import open_dataset
+    from dpo_dist.encoded.build import Preparation
+    from dpo_dist.encoded.dataset import open_dataset
     from dpo_dist.model.files.load import load_tokenizer, tokenizer_digest
 
     config = load_run_config(overrides(setting, folder, folder / "unused", folder / "unused"))

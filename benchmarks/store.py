@@ -17,9 +17,9 @@ import numpy as np
 import psutil
 
 from benchmarks.options import Benchmark, Json, markdown
-from dpo_dist.batching.example import Keys
-from dpo_dist.data.encoded.dataset import PreferenceDataset
-from dpo_dist.data.encoded.dataset_columns import key_order
+from dpo_dist.batching.content_keys import Keys
+from dpo_dist.encoded.dataset import PreferenceDataset
+from dpo_dist.encoded.dataset_columns import key_order
 from dpo_dist.reference.fill import ENTRIES_PER_SHARD, missing_responses
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 

@@ -60,9 +60,9 @@ def _refuse(verb: str) -> NoReturn:
 
 def _suggest(verb: str) -> Remedy:
     """Return what to write for a verb that does not exist."""
-    from dpo_dist.config.fields import choices  # noqa: PLC0415  (slow)
     from dpo_dist.config.keys import run_keys  # noqa: PLC0415  (slow)
     from dpo_dist.config.other_trainers import equivalents  # noqa: PLC0415  (slow)
+    from dpo_dist.foundation.fields import choices  # noqa: PLC0415  (slow)
 
     if answers := equivalents(verb, "methods"):
         return Remedy(answers[0])

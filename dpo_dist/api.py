@@ -20,13 +20,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as bars
 
-from dpo_dist.batching.example import Example, response_keys
+from dpo_dist.batching.content_keys import response_keys
 from dpo_dist.batching.pack import pack
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.encode import EncodedExample, encode_record
+from dpo_dist.data.example import Example
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.files import write_records
 from dpo_dist.data.records import BadRecord

@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dpo_dist.config.fields import schema_fields
 from dpo_dist.config.keys import key_rows, section_meanings
 from dpo_dist.config.losses import KINDS, KindFacts, LossConfig
 from dpo_dist.config.verbs import EVERY_VERB
+from dpo_dist.foundation.fields import schema_fields
 
 ROOT = Path(__file__).resolve().parents[1]
 CELL = 160

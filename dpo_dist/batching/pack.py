@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dpo_dist.batching.content_keys import Keys
 from dpo_dist.batching.costs import Arrangement, ComputeCosts
-from dpo_dist.batching.example import Example, ImageInput, Keys, Mask, TokenIds
 from dpo_dist.batching.prefix_tree import Segment, paths, prefix_tree
+from dpo_dist.data.example import Example, ImageInput, Mask, TokenIds
 
 DUMMY_RESPONSES = 2  # in a `dummy_batch`
 
@@ -170,7 +171,7 @@ def pack(
         for segment, path in zip(segments, paths(segments), strict=True)
     }
     rows = [indices[number] for number in range(len(segments))]
-    # Not `Example.rows`, which has words of images' digests in the place of the placeholders.
+    # Not `prefixes.input_rows`, which has words of images' digests in the place of the placeholders.
     ids = [np.concatenate((e.prompt_ids, ids[:-1])) for e in examples for ids in e.responses]
     positions = [np.arange(shared, shared + own) for _, shared, own in segments]
     responses = [response for example in examples for response in example.responses]

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo_dist.batching.costs import ComputeCosts
-from dpo_dist.batching.example import Example
-from dpo_dist.batching.prefixes import common_tokens
+from dpo_dist.batching.prefixes import common_tokens, input_rows
+from dpo_dist.data.example import Example
 
 
 class Segment(NamedTuple):
@@ -29,7 +29,7 @@ def prefix_tree(examples: Sequence[Example], costs: ComputeCosts | None) -> list
 
     A prompt is always shared, more than that only with `costs`, where it costs less than it saves.
     """
-    rows = [row for example in examples for row in example.rows]
+    rows = [row for example in examples for row in input_rows(example)]
     tokens = np.array([len(row) for row in rows])
     prompts = np.array([len(example.prompt_ids) for example in examples for _ in example.responses])
     is_first = [number == 0 for example in examples for number in range(len(example.responses))]

@@ -5,9 +5,29 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dpo_dist.data.example import Example
+
 Counts = npt.NDArray[np.int64]
 Row = npt.NDArray[np.int32]
 """Token ids of a prompt and a response; negative ones stand for the tokens of an image."""
+
+
+def image_words(digest: bytes, tokens: int) -> Row:
+    """Return the words of an image's digest, as negative ids for its placeholders."""
+    return np.resize(np.frombuffer(digest, dtype=np.int32), tokens) | np.int32(-(2**31))
+
+
+def input_rows(example: Example) -> list[Row]:
+    """Return the inputs for each response: the prompt, and the response without its last token.
+
+    Words of an image's digest, as negative ids, are in the place of its placeholders.
+    """
+    prompt = example.prompt_ids
+    if example.images:
+        words = [image_words(image.digest, image.tokens) for image in example.images]
+        prompt = prompt.copy()
+        prompt[prompt == example.images[0].placeholder_id] = np.concatenate(words)
+    return [np.concatenate((prompt, ids[:-1])) for ids in example.responses]
 
 
 def common_tokens(first: Row, second: Row) -> int:

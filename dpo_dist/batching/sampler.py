@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from dpo_dist.config.schema import TrainerConfig
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.remedies import Remedy
+from dpo_dist.foundation.text import pluralize
 
 Indices = npt.NDArray[np.int64]
 
@@ -115,3 +117,32 @@ def _epoch_order(spans: tuple[SourceSpan, ...], seed: int, epoch: int) -> npt.ND
     del parts
     generator.shuffle(order)
     return order
+
+
+def check_batch(sampler: BatchSampler, unit: str = "pair") -> None:
+    """Raise ConfigError if a step has more examples than the data."""
+    pairs, batch = sampler.pairs_per_epoch, sampler.global_batch_pairs
+    if batch > pairs:
+        meant = 2 ** int(math.log2(max(1, pairs // 8)))  # about ten steps an epoch, by a usual size
+        raise ConfigError(
+            f"a step has more {unit}s than the training data",
+            where="trainer.global_batch_pairs",
+            got=f"{batch:,}, and {pluralize(pairs, unit)} an epoch",
+            expected=f"at most {pairs:,}",
+            remedy=Remedy.to_set(f"trainer.global_batch_pairs={meant}"),
+        )
+
+
+def short_run_warnings(sampler: BatchSampler, unit: str = "pair") -> list[str]:
+    """Return a warning if the dataset is small for the batch size, else none."""
+    if sampler.steps > 1:
+        return []
+    return [
+        f"the whole run is 1 step: {pluralize(sampler.total_pairs, unit)} with "
+        f"trainer.global_batch_pairs={sampler.global_batch_pairs}; lower it or raise trainer.epochs"
+    ]
+
+
+def steps_in_words(sampler: BatchSampler, unit: str = "pair") -> str:
+    """Return the length of a run: `20 steps of 8 pairs`."""
+    return f"{pluralize(sampler.steps, 'step')} of {pluralize(sampler.global_batch_pairs, unit)}"

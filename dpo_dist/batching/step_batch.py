@@ -9,16 +9,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dpo_dist.batching.content_keys import Keys
 from dpo_dist.batching.costs import ComputeCosts, ExampleSizes, causal_pairs
-from dpo_dist.batching.example import Example, ImageInput, Keys
 from dpo_dist.batching.pack import DUMMY_RESPONSES, PackedBatch, dummy_batch, pack
 from dpo_dist.batching.plan import plan_micro_batches, shares_in_bins
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.losses import LossConfig
+from dpo_dist.data.example import Example, ImageInput
 
 
 class ExampleSource(Protocol):
-    """The examples that batches are made of, by index; `data.encoded.dataset.PreferenceDataset` is one.
+    """The examples that batches are made of, by index; `encoded.dataset.PreferenceDataset` is one.
 
     A response index counts the responses of all examples in their order.
     """

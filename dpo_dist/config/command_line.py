@@ -15,7 +15,6 @@ from typing import Any, NoReturn, TypeAlias, cast
 
 import dpo_dist
 from dpo_dist.config.compose import parse_overrides
-from dpo_dist.config.fields import as_written
 from dpo_dist.config.keys import (
     Key,
     group_folders,
@@ -31,21 +30,15 @@ from dpo_dist.config.keys import (
 from dpo_dist.config.load import load_run_config, read_saved, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
 from dpo_dist.config.mistakes import likely_name, to_assign, unknown_key
+from dpo_dist.config.named_code import NAMED_CODE, code_options, code_warnings
 from dpo_dist.config.other_trainers import is_foreign
 from dpo_dist.config.run_folder import RunFolder, existing_run
-from dpo_dist.config.schema import (
-    SCHEMA,
-    ZERO_STAGES,
-    ConsoleStyle,
-    Dtype,
-    ParallelismConfig,
-    RunConfig,
-    SourceConfig,
-)
-from dpo_dist.config.user_code import NAMED_CODE, code_options, code_warnings
+from dpo_dist.config.schema import SCHEMA, ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
 from dpo_dist.config.verbs import VERBS
+from dpo_dist.data.config import SourceConfig
 from dpo_dist.foundation.console import console_on, warnings_off
 from dpo_dist.foundation.errors import Arguments, ConfigError, ErrorPrinter, ExitCode, exit_after, raise_all
+from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.installed import with_pages
 from dpo_dist.foundation.process import check_launch, this_rank

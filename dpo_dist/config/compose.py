@@ -40,7 +40,6 @@ from hydra.types import RunMode
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_dist.config.fields import plain_values
 from dpo_dist.config.keys import (
     config_dir,
     is_within,
@@ -61,6 +60,7 @@ from dpo_dist.config.mistakes import (
 from dpo_dist.config.other_trainers import equivalents, foreign_file
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.fields import plain_values
 from dpo_dist.foundation.remedies import COMMAND_LINE, InFile, Remedy, Typed
 from dpo_dist.foundation.types import leaves
 

@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.fields import key_facts, plain, schema_fields
 from dpo_dist.config.losses import LossKind
-from dpo_dist.config.user_code import find_function
+from dpo_dist.config.named_code import LOSS_FUNCTION
+from dpo_dist.foundation.fields import key_facts, plain, schema_fields
+from dpo_dist.foundation.user_code import find_function
 
 # Reports show these settings of every run, and other keys only if they differ from their default.
 _OBJECTIVE = ("model.path", "data.train", "loss.kind", "loss.beta", "reference.mode")
@@ -72,7 +73,8 @@ class RunIdentity:
         if self.config.model.images is None:  # a run of text has the same digest as if images did not exist
             del defining["model"]["images"]
         if LossKind.custom in self.config.loss.kinds:
-            defining["loss"]["function_source"] = find_function(self.config.loss.function).digest
+            function = find_function(self.config.loss.function, LOSS_FUNCTION)
+            defining["loss"]["function_source"] = function.digest
         return defining
 
 

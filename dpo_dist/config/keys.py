@@ -10,9 +10,9 @@ from typing import Any, get_origin, get_type_hints
 
 from pydantic_core import PydanticUndefined
 
-from dpo_dist.config.fields import LARGEST_INTEGER, describe_type, key_facts, schema_fields, schemas_in
 from dpo_dist.config.schema import UNSET, RunConfig
 from dpo_dist.config.verbs import EVERY_VERB, VERBS
+from dpo_dist.foundation.fields import LARGEST_INTEGER, describe_type, key_facts, schema_fields, schemas_in
 
 _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 

@@ -13,17 +13,17 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from dpo_dist.config.compose import FAILURES, Command, keys_given
-from dpo_dist.config.fields import plain_values
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.keys import group_folders
 from dpo_dist.config.mistakes import composition_error, keep_terms, wrong_values
 from dpo_dist.config.rules import check_rules, reset_unused, resolve_reference, rules_of, value_at
 from dpo_dist.config.schema import SCHEMA, ReferenceMode, RunConfig
-from dpo_dist.config.user_code import find_function
 from dpo_dist.foundation.errors import ConfigError, first_line, raise_all
+from dpo_dist.foundation.fields import plain_values
 from dpo_dist.foundation.remedies import InFile, Remedy
 from dpo_dist.foundation.remote import check_url, is_url, name_in_address, with_slashes
 from dpo_dist.foundation.text import without_secrets
+from dpo_dist.foundation.user_code import find_function
 
 _CODE_OF_HYDRA = ("defaults", "hydra")
 

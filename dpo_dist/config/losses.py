@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from dpo_dist.config.fields import as_entry, key, schema, schema_fields, section
+from dpo_dist.data.read.fields import NUMBERS
+from dpo_dist.foundation.fields import as_entry, key, schema, schema_fields, section
 
 T = TypeVar("T")
 
@@ -127,11 +128,6 @@ class BetaDpoOptions:
     """`beta_dpo`: how much beta follows the batch's margin."""
     momentum: float = key(0.9, ge=0, lt=1)
     """`beta_dpo`: momentum of the moving average of margins."""
-
-
-NUMBERS = {"loss_weight": 1.0, "soft_label": 1.0, "margin": 0.0}
-"""Numbers with which a record may change its loss, and the value without effect: its weight in the mean, the
-probability that its chosen response is the better one, and a margin that is subtracted from `b h`."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from dpo_dist.config.fields import as_written, choices, describe_type, nested, plain, schema_fields
 from dpo_dist.config.keys import (
     all_keys,
     group_folders,
@@ -34,6 +33,7 @@ from dpo_dist.config.other_trainers import OFF, ON, advice_on, as_sources, equiv
 from dpo_dist.config.schema import SCHEMA
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.fields import as_written, choices, describe_type, nested, plain, schema_fields
 from dpo_dist.foundation.files import similar_path
 from dpo_dist.foundation.remedies import InFile, Place, Remedy, Typed, key_of
 

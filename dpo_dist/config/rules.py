@@ -11,12 +11,11 @@ from functools import reduce
 from operator import getitem
 from typing import Any
 
-from dpo_dist.config.fields import as_written, schema_fields
 from dpo_dist.config.keys import all_keys
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import ACCURACIES, CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import likely_name
-from dpo_dist.config.schema import SCHEMA, UNSET, DataFormat, Direction, ReferenceMode, RunConfig
+from dpo_dist.config.schema import SCHEMA, UNSET, Direction, ReferenceMode, RunConfig
 from dpo_dist.config.verb_sections import (
     CompareConfig,
     ExportConfig,
@@ -25,7 +24,9 @@ from dpo_dist.config.verb_sections import (
     SamplingConfig,
 )
 from dpo_dist.config.verbs import VERBS
+from dpo_dist.data.config import DataFormat
 from dpo_dist.foundation.errors import ConfigError, raise_all
+from dpo_dist.foundation.fields import as_written, schema_fields
 from dpo_dist.foundation.remedies import Remedy
 
 Condition = Callable[[RunConfig], bool]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from dpo_dist.config.fields import NonEmpty, as_entry, key, schema, section
+from dpo_dist.foundation.fields import NonEmpty, as_entry, key, schema, section
 
 RESPONDING = "compare pairs"
 """The verbs that use a judge, and whose models may be behind a server."""

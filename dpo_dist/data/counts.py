@@ -1,6 +1,5 @@
 """Counts of kept, dropped and changed records, and checks that enough of a source is left."""
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,14 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_dist.batching.sampler import BatchSampler
-from dpo_dist.config.fields import as_written
-from dpo_dist.config.schema import DataConfig, SourceConfig, TextTemplate
+from dpo_dist.data.config import DataConfig, SourceConfig, TextTemplate
 from dpo_dist.data.read.fields import CONVERSATIONS, QUESTIONS
 from dpo_dist.data.read.verdicts import are_judged, are_twins, is_verdict, reader_of
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord, Record, shown_key
 from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
-from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remedies import AtRecords, Remedy
 from dpo_dist.foundation.text import pluralize
@@ -233,35 +231,6 @@ def _kept(counts: Mapping[str, Any]) -> str:
     kept = f"{counts['kept']:,} of {pluralize(counts['read'], 'record')} kept"
     pairs = counts.get("pairs", counts["kept"])
     return kept if pairs == counts["kept"] else f"{kept}, {pluralize(pairs, 'example')} made of them"
-
-
-def check_batch(sampler: BatchSampler, unit: str = "pair") -> None:
-    """Raise ConfigError if a step has more examples than the data."""
-    pairs, batch = sampler.pairs_per_epoch, sampler.global_batch_pairs
-    if batch > pairs:
-        meant = 2 ** int(math.log2(max(1, pairs // 8)))  # about ten steps an epoch, by a usual size
-        raise ConfigError(
-            f"a step has more {unit}s than the training data",
-            where="trainer.global_batch_pairs",
-            got=f"{batch:,}, and {pluralize(pairs, unit)} an epoch",
-            expected=f"at most {pairs:,}",
-            remedy=Remedy.to_set(f"trainer.global_batch_pairs={meant}"),
-        )
-
-
-def short_run_warnings(sampler: BatchSampler, unit: str = "pair") -> list[str]:
-    """Return a warning if the dataset is small for the batch size, else none."""
-    if sampler.steps > 1:
-        return []
-    return [
-        f"the whole run is 1 step: {pluralize(sampler.total_pairs, unit)} with "
-        f"trainer.global_batch_pairs={sampler.global_batch_pairs}; lower it or raise trainer.epochs"
-    ]
-
-
-def steps_in_words(sampler: BatchSampler, unit: str = "pair") -> str:
-    """Return the length of a run: `20 steps of 8 pairs`."""
-    return f"{pluralize(sampler.steps, 'step')} of {pluralize(sampler.global_batch_pairs, unit)}"
 
 
 def check_counts(

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dpo_dist.batching.example import Example, Mask
-from dpo_dist.config.losses import NUMBERS
-from dpo_dist.config.schema import MARKER_GAP, UNTRAINED_PARTS, DataConfig, Truncation
+from dpo_dist.data.config import MARKER_GAP, UNTRAINED_PARTS, DataConfig, Truncation
 from dpo_dist.data.counts import Outcome
+from dpo_dist.data.example import Example, Mask
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
+from dpo_dist.data.read.fields import NUMBERS
 from dpo_dist.data.read.images import has_tag
 from dpo_dist.data.records import (
     IMAGE,

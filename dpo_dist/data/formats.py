@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
-from dpo_dist.config.losses import NUMBERS
-from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, SourceConfig
+from dpo_dist.data.config import DataConfig, DataFormat, OnBadRecord, SourceConfig
 from dpo_dist.data.counts import DataCounts, check_counts
 from dpo_dist.data.read.columns import FIRST_RECORDS, resolve_source, with_columns
 from dpo_dist.data.read.fields import (
     CONVERSATIONS,
     IMAGES_OF_SIDES,
     LABELS,
+    NUMBERS,
     OTHERS,
     PAIR_SCORES,
     QUESTIONS,

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpo_dist.batching.example import ImageInput
-from dpo_dist.config.schema import ImagesConfig
+from dpo_dist.data.example import ImageInput
 from dpo_dist.data.library_internals import make_processor, processor_class
 from dpo_dist.data.records import Tokenizer, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError, first_line
@@ -45,7 +44,7 @@ class ExpandedImage(ImageInput):
 
 
 class ImageProcessor:
-    """The image processor of a model folder, with the settings of `model.images`.
+    """The image processor of a model folder; images above `max_pixels` are made smaller.
 
     `token` is the text that a chat template writes for an image, `placeholder_id` the token that the model
     replaces by a feature of an image, `tokens` the texts of both; `settings` is a digest of everything that
@@ -54,10 +53,10 @@ class ImageProcessor:
     whatever other images are in its prompt.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, images: ImagesConfig):
+    def __init__(self, folder: Path, tokenizer: Tokenizer, max_pixels: int | None = None):
         """Raises ConfigError: the folder has no image processor, or none that needs no torchvision."""
-        self._arguments = (folder, tokenizer, images)
-        self._max_pixels = images.max_pixels
+        self._arguments = (folder, tokenizer, max_pixels)
+        self._max_pixels = max_pixels
         try:
             self._processor, self.placeholder_id = _with_pillow(folder, tokenizer)
             self.token = str(self._processor.image_token)
@@ -70,7 +69,7 @@ class ImageProcessor:
         except Exception as error:  # files that others wrote can raise anything
             raise _refused(folder, f"no image processor can be made: {first_line(error)}") from error
         versions = [_pillow().__version__, version("transformers")]  # their code decides pixels
-        settings = [self._processor.to_json_string(), images.max_pixels, DECODING_VERSION, *versions]
+        settings = [self._processor.to_json_string(), max_pixels, DECODING_VERSION, *versions]
         self.settings = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).digest()
         self.expanded = lru_cache(maxsize=_CACHED_FILES)(self._expanded)
         self.inputs = lru_cache(maxsize=_CACHED_INPUTS)(self._inputs)
@@ -130,11 +129,6 @@ class _OneAtATime:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         with self._lock:
             return self._tokenizer(*arguments, **options)
-
-
-def image_processor(folder: Path, tokenizer: Tokenizer, images: ImagesConfig | None) -> ImageProcessor | None:
-    """Return the processor of a model folder; None if `model.images` is null. Raises ConfigError."""
-    return None if images is None else ImageProcessor(folder, tokenizer, images)
 
 
 def _with_pillow(folder: Path, tokenizer: Tokenizer) -> tuple[Any, int]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config.schema import DataConfig, Ranked
+from dpo_dist.data.config import DataConfig, Ranked
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.remedies import Remedy

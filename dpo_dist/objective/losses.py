@@ -30,8 +30,9 @@ from dpo_dist.config.losses import (
     RewardAwareOptions,
     SimpoOptions,
 )
-from dpo_dist.config.user_code import accepts_facts, find_function, user_function
+from dpo_dist.config.named_code import LOSS_FUNCTION, accepts_facts
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.user_code import find_function, user_function
 from dpo_dist.objective.logps import PairLogps
 
 _Margin = TypeVar("_Margin", float, Tensor)
@@ -314,7 +315,7 @@ def _sorted_difference(first: Tensor, second: Tensor) -> Tensor:
 
 def _custom(policy: PairLogps, reference: PairLogps, config: LossConfig, facts: BatchFacts) -> Tensor:
     more = {"facts": facts} if accepts_facts(config.function) else {}
-    losses = user_function(config.function)(policy, reference, config, **more)
+    losses = user_function(config.function, LOSS_FUNCTION)(policy, reference, config, **more)
     if not isinstance(losses, Tensor) or losses.shape != policy.chosen.shape:
         raise ConfigError(
             "the loss function does not return one loss per pair",
@@ -373,7 +374,7 @@ def check_custom_loss(config: LossConfig, device: torch.device | None = None) ->
     """
     if LossKind.custom not in config.kinds:
         return None
-    user_function(config.function)
+    user_function(config.function, LOSS_FUNCTION)
     alone = replace(config, kind=LossKind.custom, terms=[], options=None)
     columns = torch.tensor(TRIAL_LOGPS, dtype=torch.float64, device=device)
     try:
@@ -393,7 +394,7 @@ def check_custom_loss(config: LossConfig, device: torch.device | None = None) ->
         raise _error(
             f"{losses[0].item():g} for the first pair among three, {first.item():g} for the pair alone"
         )
-    return f"custom loss {find_function(config.function)}"
+    return f"custom loss {find_function(config.function, LOSS_FUNCTION)}"
 
 
 def _try(columns: Tensor, config: LossConfig) -> tuple[Tensor, list[Tensor]]:

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from dpo_dist.batching.content_keys import Keys, response_keys
 from dpo_dist.batching.costs import ComputeCosts
-from dpo_dist.batching.example import Keys, response_keys
 from dpo_dist.batching.pack import DUMMY_RESPONSES, PackedBatch, dummy_batch, pack
 from dpo_dist.batching.plan import deal_out, plan_micro_batches
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.processes.world import Stops, World, check_shared
+from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import locked, remove_abandoned

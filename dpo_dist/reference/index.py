@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.batching.example import Keys
+from dpo_dist.batching.content_keys import Keys
 from dpo_dist.foundation.files import remove_abandoned, temporary_folder, text_digest, write_text
 
 if TYPE_CHECKING:

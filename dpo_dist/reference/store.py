@@ -31,7 +31,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dpo_dist.batching.example import Keys
+from dpo_dist.batching.content_keys import Keys
 from dpo_dist.foundation.errors import ReferenceModelError, lack_behind
 from dpo_dist.foundation.files import staged_file, text_digest, write_text
 from dpo_dist.reference.index import file_state, forget_whole, open_index, recall_whole, remember_whole
@@ -195,8 +195,8 @@ class LogpStore:
     """Log-probs of responses by key, of one fingerprint.
 
     An entry has one float32 value per completion token, including the end-of-turn token. Keys are uint64
-    [n, 2] (`batching.example.response_key`). Opening a store maps the index of its shards, which is written
-    if they have changed, and maps the values. A shard is read only if it is not known to be whole.
+    [n, 2] (`batching.content_keys`). Opening a store maps the index of its shards, which is written if they
+    have changed, and maps the values. A shard is read only if it is not known to be whole.
 
     Attributes:
         shards: names of the opened shards, relative to `root` (`reference.store`).

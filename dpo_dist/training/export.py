@@ -12,8 +12,9 @@ from torch import Tensor
 from dpo_dist.config.identity import settings
 from dpo_dist.config.load import saved_config
 from dpo_dist.config.run_folder import RunFolder, checkpoint_step, existing_run
-from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
 from dpo_dist.config.verb_sections import ExportConfig, ExportedWeights
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.text.template import with_chosen_template
 from dpo_dist.distributed.checkpoint.saver import (
     MANIFEST,

@@ -12,9 +12,9 @@ import torch
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.schema import Dtype, ReferenceMode, RunConfig
-from dpo_dist.data.encoded.dataset import PreferenceDataset, columns_errors
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import Engine
+from dpo_dist.encoded.dataset import PreferenceDataset, columns_errors
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.signals import StopRequest

@@ -17,15 +17,13 @@ from typing import Any
 import torch
 
 from dpo_dist.batching.costs import Arrangement, ComputeCosts
-from dpo_dist.batching.sampler import BatchSampler
+from dpo_dist.batching.sampler import BatchSampler, steps_in_words
 from dpo_dist.batching.step_batch import RankBatch
 from dpo_dist.config.identity import settings
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name
 from dpo_dist.config.schema import AttentionBackend, FinalModel, ReferenceMode, Resume, RunConfig
-from dpo_dist.data.counts import steps_in_words
-from dpo_dist.data.encoded.dataset import PreferenceDataset, columns_errors
 from dpo_dist.distributed.checkpoint.saver import (
     Checkpoint,
     CheckpointSaver,
@@ -41,6 +39,7 @@ from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine
+from dpo_dist.encoded.dataset import PreferenceDataset, columns_errors
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DivergedError, ExitCode, RunOutcome, StoppedError, warn_on_bug
 from dpo_dist.foundation.files import for_json, locked, recover_folder, remove_abandoned, write_text

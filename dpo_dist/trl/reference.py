@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from dpo_dist.batching.example import Keys
+from dpo_dist.batching.content_keys import Keys
 from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig
 from dpo_dist.distributed.deepspeed_internals import is_sharded, shard_of
 from dpo_dist.foundation.errors import ReferenceModelError, in_one_line

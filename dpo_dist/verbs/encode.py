@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_rules, needs_of
-from dpo_dist.config.schema import RunConfig, SourceConfig
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.config import SourceConfig
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.data.text.template import check_template_file
@@ -21,7 +22,7 @@ from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
-    from dpo_dist.data.encoded.store import EncodedSource
+    from dpo_dist.encoded.store import EncodedSource
 
 
 def _share(part: str) -> tuple[int, int]:
@@ -41,8 +42,8 @@ def main(config: RunConfig) -> int:
         check_source(source, data)
     check_template_file(data.chat_template)
     # Imported late, so that the errors above appear at once.
-    from dpo_dist.data.encoded.build import EVERY_PART, Preparation  # noqa: PLC0415
-    from dpo_dist.data.encoded.dataset import open_dataset  # noqa: PLC0415
+    from dpo_dist.encoded.build import EVERY_PART, Preparation  # noqa: PLC0415
+    from dpo_dist.encoded.dataset import open_dataset  # noqa: PLC0415
     from dpo_dist.model.files.folder import description_folder, start_folder  # noqa: PLC0415
     from dpo_dist.model.files.load import load_encoder  # noqa: PLC0415
 

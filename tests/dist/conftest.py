@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.encoded.build import Preparation
+from dpo_dist.data.config import DataConfig, SourceConfig
+from dpo_dist.encoded.build import Preparation
 from tests.dist.scenario import PAIRS, Assets, entries_of
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config

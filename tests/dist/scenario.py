@@ -13,19 +13,12 @@ from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.schema import (
-    DataConfig,
-    Dtype,
-    ModelConfig,
-    OptimConfig,
-    OptimizerKind,
-    ReferenceConfig,
-    RunConfig,
-)
-from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.encoded.store import EncodedSource
+from dpo_dist.config.schema import Dtype, ModelConfig, OptimConfig, OptimizerKind, ReferenceConfig, RunConfig
+from dpo_dist.data.config import DataConfig
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import Engine, PolicyEngine
+from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
+from dpo_dist.encoded.store import EncodedSource
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.logps import sum_by_response

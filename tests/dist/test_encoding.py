@@ -7,11 +7,11 @@ from unittest import mock
 
 import pytest
 
-from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data import encode as encode_module
-from dpo_dist.data.encoded import build
-from dpo_dist.data.encoded.build import Preparation
+from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.distributed.processes.world import World
+from dpo_dist.encoded import build
+from dpo_dist.encoded.build import Preparation
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.training.start.inputs import encode_together
 from tests.support import tiny

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, ParallelismKind
-from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import LossScale, PolicyEngine
+from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.steps.step import Objective

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dpo_dist.batching.costs import Arrangement
-from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import dummy_batch, pack
 from dpo_dist.config.schema import (
     AdapterConfig,
@@ -25,6 +24,7 @@ from dpo_dist.config.schema import (
     ParallelismKind,
     TrainedImageParts,
 )
+from dpo_dist.data.example import Example
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.distributed.checkpoint.saver import CheckpointSaver, latest_checkpoint
 from dpo_dist.distributed.processes.world import World

@@ -12,8 +12,8 @@ import pytest
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import ParallelismKind
-from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.processes.world import World
+from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.tables import write_table

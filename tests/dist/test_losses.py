@@ -21,12 +21,13 @@ from dpo_dist.config.losses import (
     LossTermConfig,
     Weighting,
 )
-from dpo_dist.config.schema import DataConfig, ParallelismConfig, ParallelismKind, RunConfig, SourceConfig
-from dpo_dist.data.encoded.build import Preparation
-from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.encoded.partners import with_partners
-from dpo_dist.data.encoded.store import EncodedSource
+from dpo_dist.config.schema import ParallelismConfig, ParallelismKind, RunConfig
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.distributed.processes.world import World
+from dpo_dist.encoded.build import Preparation
+from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
+from dpo_dist.encoded.partners import with_partners
+from dpo_dist.encoded.store import EncodedSource
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums, PairValues
 from dpo_dist.reference.engine import ReferenceProvider

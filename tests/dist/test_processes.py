@@ -15,11 +15,11 @@ import psutil
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig
-from dpo_dist.data.encoded import build, workers
-from dpo_dist.data.encoded.build import Preparation
-from dpo_dist.data.encoded.workers import CHUNK_RECORDS
+from dpo_dist.data.config import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig
 from dpo_dist.data.records import Origin, RawRecord
+from dpo_dist.encoded import build, workers
+from dpo_dist.encoded.build import Preparation
+from dpo_dist.encoded.workers import CHUNK_RECORDS
 from dpo_dist.foundation.errors import DataError, PeerLostError
 from tests.support import tiny
 from tests.support.cache import encoded_folders

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.losses import LossConfig, LossKind, RouterConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, ParallelismKind
-from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.processes.world import World
+from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import BatchFacts, preference_loss
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS, RouterLoss

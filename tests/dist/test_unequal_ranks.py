@@ -8,14 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from dpo_dist.config.losses import LossConfig, LossKind
-from dpo_dist.config.schema import (
-    DataConfig,
-    FolderConfig,
-    MetricsConfig,
-    OptimConfig,
-    RunConfig,
-    SourceConfig,
-)
+from dpo_dist.config.schema import FolderConfig, MetricsConfig, OptimConfig, RunConfig
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.training.start import environment

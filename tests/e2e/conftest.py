@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist.batching.example import Example
+from dpo_dist.data.example import Example
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import PreferenceRecord
 from tests.support import tiny

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.data.encoded.build import Preparation
+from dpo_dist.encoded.build import Preparation
 from tests.e2e.conftest import Overrides
 from tests.support.launch import constants, run_verb, summary
 
-SMALL = {"dpo_dist.data.encoded.build.PART_RECORDS": 4, "dpo_dist.data.encoded.build.CHUNK_RECORDS": 2}
-NOTHING = {"dpo_dist.data.encoded.build.encode_records": None}
+SMALL = {"dpo_dist.encoded.build.PART_RECORDS": 4, "dpo_dist.encoded.build.CHUNK_RECORDS": 2}
+NOTHING = {"dpo_dist.encoded.build.encode_records": None}
 
 
 HELD_OUT = {

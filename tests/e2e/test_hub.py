@@ -21,7 +21,7 @@ from tests.support.launch import Finished, constants, run_verb, train
 # Each step is a source to read or to encode; the hub's address is fixed when its library is imported.
 _STEPS = """
 import json, sys
-from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import pin_source
 from dpo_dist.foundation.errors import DataError
@@ -35,8 +35,8 @@ for verb, options in json.loads(sys.argv[2]):
         elif verb == "pin":
             results.append(pin_source(source).revision)
         else:
-            from dpo_dist.data.encoded.dataset import open_dataset
-            from dpo_dist.data.encoded.build import Preparation
+            from dpo_dist.encoded.dataset import open_dataset
+            from dpo_dist.encoded.build import Preparation
             from tests.support import tiny
             encoded = Preparation([source], config, tiny.qwen(), "qwen").whole()
             results.append(len(open_dataset(encoded, config)))

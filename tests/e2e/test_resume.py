@@ -158,7 +158,7 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
     samples = ["samples.prompts=2", "sampling.max_new_tokens=4", "sampling.temperature=0"]
     command = overrides(*usual, *samples, f"data.cache={cache}", "trainer.keep_best=eval_loss")
     places = [
-        ("dpo_dist.data.encoded.build", "in_order", "before the first step"),
+        ("dpo_dist.encoded.build", "in_order", "before the first step"),
         ("dpo_dist.tools.sampling.generate", "generate_batch", "stopped: by SIGTERM before the first"),
         ("dpo_dist.distributed.checkpoint.saver", "commit_folder", "stopping after step [1-3]"),
         ("dpo_dist.training.steps.loop", "evaluate", "stopping after step 4"),

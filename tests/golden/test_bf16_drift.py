@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.batching.example import Example
 from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.data.example import Example
 from dpo_dist.model.attention.kernels import PACKED
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective import token_logps as logps_module

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers.utils.import_utils import is_serve_available
 
-from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig
+from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.config.verb_sections import ServerConfig
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.tools.sampling import served

@@ -19,8 +19,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig
+from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.config.verb_sections import ServerConfig
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import ConfigError

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.encoded.build import Preparation
-from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.encoded.store import EncodedSource
+from dpo_dist.data.config import DataConfig, SourceConfig
+from dpo_dist.encoded.build import Preparation
+from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
+from dpo_dist.encoded.store import EncodedSource
 from dpo_dist.foundation.files import MEMO_FOLDER
 from tests.support import tiny
 

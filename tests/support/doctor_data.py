@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.tools.doctor.examine import Diagnosis, examine
 from dpo_dist.tools.doctor.shown_pairs import ShownPair, ShownPart
 from dpo_dist.tools.findings import Finding, Level

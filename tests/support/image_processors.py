@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from dpo_dist.config.schema import ImagesConfig
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.records import IMAGE, ImageFile, Message, Origin, PreferenceRecord
 from tests.support.tiny import _byte_level
@@ -123,7 +122,7 @@ def write_processor(folder: Path, kind: str, **parameters: Any) -> Path:
 def processor_of(folder: Path, kind: str, max_pixels: int | None = None, **parameters: Any) -> ImageProcessor:
     """The processor of a new folder."""
     write_processor(folder, kind, **parameters)
-    return ImageProcessor(folder, image_tokenizer(kind), ImagesConfig(max_pixels=max_pixels))
+    return ImageProcessor(folder, image_tokenizer(kind), max_pixels)
 
 
 def picture(seed: int, width: int = 60, height: int = 45) -> Image.Image:

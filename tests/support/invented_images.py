@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from dpo_dist.batching.example import Example, ImageInput, TokenIds
+from dpo_dist.data.example import Example, ImageInput, TokenIds
 from tests.support.families import DELTA, EXPERTS
 from tests.support.multimodal import PIXELS, PLACE, PLACES, QWEN, ROPE, SHARED_KEYS, TEXT, VISION, whole_model
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.batching.example import Example, Mask, TokenIds
 from dpo_dist.data import encode as encode_module
 from dpo_dist.data.encode import EncodedExample
+from dpo_dist.data.example import Example, Mask, TokenIds
 
 _UNMASKED_SHARE = 0.3
 

@@ -9,12 +9,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dpo_dist.batching.content_keys import response_keys
 from dpo_dist.batching.costs import ComputeCosts
-from dpo_dist.batching.example import Example, TokenIds, response_keys
 from dpo_dist.batching.pack import PackedBatch, pack
 from dpo_dist.batching.prefixes import Prefixes, common_tokens
-from dpo_dist.data.encoded.dataset import PreferenceDataset
-from dpo_dist.data.encoded.dataset_columns import key_order
+from dpo_dist.data.example import Example, TokenIds
+from dpo_dist.encoded.dataset import PreferenceDataset
+from dpo_dist.encoded.dataset_columns import key_order
 
 VOCABULARY = 97
 # Of a usual model.

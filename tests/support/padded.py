@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dpo_dist.batching.example import Example, TokenIds
+from dpo_dist.data.example import Example, TokenIds
 
 Rows = Sequence[tuple[TokenIds, TokenIds]]
 """A prompt and a response each."""

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages, Origin, PreferenceRecord
 

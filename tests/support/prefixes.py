@@ -6,11 +6,11 @@ from itertools import pairwise, product
 import numpy as np
 
 from dpo_dist.batching.costs import ComputeCosts, ExampleSizes
-from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import pack
-from dpo_dist.batching.prefixes import common_tokens
+from dpo_dist.batching.prefixes import common_tokens, input_rows
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.data.example import Example
+from dpo_dist.encoded.dataset import PreferenceDataset
 from tests.support.packing import SHARING
 
 
@@ -45,7 +45,7 @@ def check_claims(
     sources = np.searchsorted(np.cumsum(data.source_pairs), indices, side="right")
     records = data.origins[indices].tolist()
     firsts = {
-        tuple(place): data.example(index).rows[0]
+        tuple(place): input_rows(data.example(index))[0]
         for index, place in reversed([*enumerate(data.origins.tolist())])
     }
     assert claimed[0] == 0
@@ -54,7 +54,7 @@ def check_claims(
         if sources[one] != sources[two]:
             assert claimed[number] == 0
         elif all(
-            any(np.array_equal(row, own) for own in examples[at].rows)
+            any(np.array_equal(row, own) for own in input_rows(examples[at]))
             for at, row in zip((one, two), rows, strict=True)
         ):
             assert claimed[number] == common_tokens(*rows)

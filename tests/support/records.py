@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.schema import DataFormat
+from dpo_dist.data.config import DataFormat
 from dpo_dist.data.formats import parse_record
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
 

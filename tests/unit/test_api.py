@@ -17,12 +17,12 @@ import torch
 
 import dpo_dist
 from dpo_dist import api, train
-from dpo_dist.batching.example import Example
-from dpo_dist.config.schema import Ranked, Truncation
 from dpo_dist.config.verbs import VERBS
+from dpo_dist.data.config import Ranked, Truncation
 from dpo_dist.data.encode import EncodedExample
-from dpo_dist.data.encoded.build import Preparation
-from dpo_dist.data.encoded.dataset import open_dataset
+from dpo_dist.data.example import Example
+from dpo_dist.encoded.build import Preparation
+from dpo_dist.encoded.dataset import open_dataset
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.tools.compare import __main__ as compare
 from dpo_dist.tools.pairs import __main__ as pairs

@@ -14,7 +14,7 @@ from dpo_dist.config.keys import run_keys
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.metrics import ENTROPIES, PAIR_METRICS
-from dpo_dist.config.user_code import NAMED_CODE
+from dpo_dist.config.named_code import NAMED_CODE
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import Arguments, ExitCode
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS

@@ -36,8 +36,8 @@ def modules() -> dict[str, ast.Module]:
 
 
 LAYERS = (
-    *("foundation", "config", "objective", "batching", "data", "model", "distributed", "reference"),
-    *("training", "tools", "verbs"),
+    *("foundation", "data", "config", "objective", "batching", "encoded", "model", "distributed"),
+    *("reference", "training", "tools", "verbs"),
 )
 ROOMS = {
     "accelerate": r"distributed\.|training\.reporting\.trackers",

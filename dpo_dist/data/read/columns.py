@@ -5,8 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.schema import DataFormat, SourceConfig
-from dpo_dist.config.user_code import user_function
+from dpo_dist.data.config import DataFormat, SourceConfig
 from dpo_dist.data.read.fields import FIELDS, OTHERS, PAIRS, WHOLE, fields_with
 from dpo_dist.data.read.values import CALLING, ROLES, from_json, has_value, parse_json, with_value
 from dpo_dist.data.read.verdicts import are_verdicts, check_columns
@@ -14,6 +13,7 @@ from dpo_dist.data.records import BadRecord, RawRecord, UnusableRecordError, sho
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import check_readable
 from dpo_dist.foundation.types import Fields
+from dpo_dist.foundation.user_code import user_function
 
 READER = "reader"
 _RARE = set(fields_with("rare"))

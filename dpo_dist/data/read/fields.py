@@ -2,8 +2,9 @@
 
 import itertools
 
-from dpo_dist.config.losses import NUMBERS
-
+NUMBERS = {"loss_weight": 1.0, "soft_label": 1.0, "margin": 0.0}
+"""Numbers with which a record may change its loss, and the value without effect: its weight in the mean, the
+probability that its chosen response is the better one, and a margin that is subtracted from `b h`."""
 CONVERSATIONS = ("conversations", "messages")
 QUESTIONS = ("question", "query", "input")
 """A question in these fields is a user's turn."""

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
 
-from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.read.columns import is_saved, resolve_source, with_columns
 from dpo_dist.data.read.files import (
     SUFFIXES,

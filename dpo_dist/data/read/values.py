@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dpo_dist.config.losses import NUMBERS
 from dpo_dist.data.read.fields import (
     CONVERSATIONS,
     IMAGES,
     LISTS,
+    NUMBERS,
     OTHERS,
     QUESTIONS,
     TOOLS,

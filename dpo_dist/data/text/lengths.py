@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config.schema import DataConfig, Truncation
+from dpo_dist.data.config import DataConfig, Truncation
 from dpo_dist.foundation.remedies import Remedy
 
 Tokens: TypeAlias = npt.NDArray[np.int64]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from dpo_dist.config.schema import DataConfig, TextTemplate
+from dpo_dist.data.config import DataConfig, TextTemplate
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
 from dpo_dist.data.records import (
     IMAGE,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
 
-from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.records import (
     IMAGE,
     Message,

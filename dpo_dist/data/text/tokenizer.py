@@ -5,7 +5,7 @@ import re
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig
+from dpo_dist.data.config import TEMPLATE_DATE, DataConfig
 from dpo_dist.data.records import Tokenizer
 from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_TAGS, EscapedEncoder, Marks, any_of
 from dpo_dist.data.text.template import (

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig, Quantization
-from dpo_dist.data.images import ImageProcessor, image_processor
+from dpo_dist.data.images import ImageProcessor
 from dpo_dist.foundation.errors import ConfigError, disk_error, first_line
 from dpo_dist.foundation.files import content_digest, text_digest
 from dpo_dist.foundation.remedies import Remedy
@@ -186,7 +186,10 @@ def load_encoder(folder: Path, adapter: Path | None, config: ModelConfig) -> Enc
     """Return the encoder of a model folder, with the adapter's tokenizer if it has one."""
     files = tokenizer_folder(folder, adapter)
     tokenizer = load_tokenizer(files, config)
-    return Encoder(files, tokenizer, image_processor(folder, tokenizer, config.images))
+    processor = None
+    if config.images is not None:
+        processor = ImageProcessor(folder, tokenizer, config.images.max_pixels)
+    return Encoder(files, tokenizer, processor)
 
 
 def check_same_vocabulary(
@@ -213,10 +216,10 @@ def check_same_vocabulary(
             f"for example {', '.join(map(repr, sorted(differing)[:3]))}",
             remedy=f"set {key} to a model with the tokenizer of model.path",
         )
-    if processor is None or not any(folder.glob("*processor_config.json")):
+    if config.images is None or processor is None or not any(folder.glob("*processor_config.json")):
         return
-    own = image_processor(folder, tokenizer, config.images)
-    if own is not None and own.settings != processor.settings:
+    own = ImageProcessor(folder, tokenizer, config.images.max_pixels)
+    if own.settings != processor.settings:
         raise ConfigError(
             f"the model of {key} reads images in another way than that of model.path",
             where=f"{key}, model.images",

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.records import Tokenizer
 from dpo_dist.data.text.render import trained_ends
 from dpo_dist.data.text.tokenizer import tokenizer_facts

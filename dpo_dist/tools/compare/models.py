@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 import dpo_dist
-from dpo_dist.batching.example import Example, ImageInput
 from dpo_dist.config.run_folder import RunFolder, check_writable
-from dpo_dist.config.schema import DataConfig, RunConfig
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
-from dpo_dist.data.encoded.workers import in_chunks
+from dpo_dist.data.example import Example, ImageInput
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.read.sources import pin_source, source_labels
 from dpo_dist.data.records import (
@@ -31,6 +31,7 @@ from dpo_dist.data.records import (
 )
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.memory import return_memory
+from dpo_dist.encoded.workers import in_chunks
 from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError

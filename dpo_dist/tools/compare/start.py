@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_dist.config.fields import as_written
 from dpo_dist.config.rules import Rule, check_rules
 from dpo_dist.config.run_folder import is_checkpoint
 from dpo_dist.config.schema import RunConfig
@@ -12,6 +11,7 @@ from dpo_dist.data.formats import check_source
 from dpo_dist.data.read.sources import check_has_evaluation_data
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.tools.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
 from dpo_dist.training.start.named_models import locate_model, short_name

@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import yaml
 
 from dpo_dist.config.compose import parse_overrides
-from dpo_dist.config.fields import as_written
 from dpo_dist.config.keys import run_keys, verb_keys
 from dpo_dist.config.losses import LossKind, kinds_using
 from dpo_dist.config.mistakes import as_tree, fits
@@ -42,6 +41,7 @@ from dpo_dist.config.other_trainers import (
 from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.config.schema import KIND_OF_STAGE, SCHEMA, OptimConfig, TrackerName
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import without_secrets

@@ -13,33 +13,26 @@ import numpy as np
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.plan import shares_in_bins
 from dpo_dist.config.losses import LossConfig, balancing_weight
-from dpo_dist.config.schema import (
-    UNSET,
-    DataConfig,
-    ModelConfig,
-    OnBadRecord,
-    RunConfig,
-    SourceConfig,
-    TextTemplate,
-)
+from dpo_dist.config.schema import UNSET, ModelConfig, RunConfig
 from dpo_dist.config.verb_sections import FailOn
-from dpo_dist.data.encoded.build import (
+from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig, TextTemplate
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.images import ImageProcessor
+from dpo_dist.data.read.sources import expected_number, pin_source, source_labels
+from dpo_dist.data.records import Part, Record, Tokenizer, eval_part, train_part
+from dpo_dist.encoded.build import (
     EncodingProgress,
     Preparation,
     no_progress,
 )
-from dpo_dist.data.encoded.dataset import (
+from dpo_dist.encoded.dataset import (
     PreferenceDataset,
     check_fits_loss,
     check_ids_in_vocabulary,
     open_dataset,
 )
-from dpo_dist.data.encoded.store import EncodedSource
-from dpo_dist.data.encoded.workers import in_chunks, in_order
-from dpo_dist.data.formats import read_records
-from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.read.sources import expected_number, pin_source, source_labels
-from dpo_dist.data.records import Part, Record, Tokenizer, eval_part, train_part
+from dpo_dist.encoded.store import EncodedSource
+from dpo_dist.encoded.workers import in_chunks, in_order
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.foundation.remedies import AtRecords
 from dpo_dist.model.files.folder import description_folder, start_folder

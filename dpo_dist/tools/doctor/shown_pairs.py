@@ -9,9 +9,9 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from dpo_dist.batching.example import TokenIds
-from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.encode import encode_pair
+from dpo_dist.data.example import TokenIds
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.read.sources import pin_source

@@ -10,13 +10,13 @@ from dpo_dist.config.load import changed_keys
 from dpo_dist.config.metrics import ALL
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.data.encoded.dataset import columns_errors
 from dpo_dist.distributed.checkpoint.saver import (
     checkpoint_state,
     load_checkpoint_weights,
     open_checkpoint,
 )
 from dpo_dist.distributed.zero import Engine
+from dpo_dist.encoded.dataset import columns_errors
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ExitCode
 from dpo_dist.model.files.folder import base_warnings, has_tokenizer, hub_commit, is_adapter

@@ -8,7 +8,7 @@ import numpy as np
 
 from dpo_dist.config.load import saved_config
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import SourceConfig
+from dpo_dist.data.config import SourceConfig
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord, prompt_hash, readable, train_part

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dpo_dist.batching.example import Example, ImageInput, Mask, TokenIds
-from dpo_dist.data.encoded.dataset import PromptImages
+from dpo_dist.data.example import Example, ImageInput, Mask, TokenIds
 from dpo_dist.data.images import decode_image
 from dpo_dist.data.records import IMAGE, ImageFile, UnusableRecordError
+from dpo_dist.encoded.dataset import PromptImages
 
 Thumbnails = Sequence[str | None]
 """Data URIs of small JPEG files; None for an image that cannot be read, or has no room."""

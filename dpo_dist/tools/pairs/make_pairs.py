@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from dpo_dist.config.fields import plain
 from dpo_dist.config.run_folder import RunFolder, check_writable
-from dpo_dist.config.schema import DataConfig, RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verb_sections import DropOrKeep, PairsConfig, PairSelection, PairsMethod
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX
-from dpo_dist.data.encoded.workers import in_chunks
 from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, context_fields, prompt_key
 from dpo_dist.distributed.memory import return_memory
+from dpo_dist.encoded.workers import in_chunks
 from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.files import locked, remove_abandoned, staged_file, text_digest, write_lines
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.types import CheckReport

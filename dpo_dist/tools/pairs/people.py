@@ -22,16 +22,16 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import jinja2
 
-from dpo_dist.config.fields import plain
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import DataConfig
 from dpo_dist.config.verb_sections import PairsMethod
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.counts import counts_in_one_line
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.values import parse_json
 from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, turns_of
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError, first_line
+from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.files import locked, text_digest, write_json
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks

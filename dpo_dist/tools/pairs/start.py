@@ -5,8 +5,9 @@ from pathlib import Path
 
 from dpo_dist.config.rules import SAMPLING_KEYS, Rule, check_rules, needs_of, to_unset, unused
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import UNSET, RunConfig, SourceConfig
+from dpo_dist.config.schema import UNSET, RunConfig
 from dpo_dist.config.verb_sections import PairsConfig, PairsMethod
+from dpo_dist.data.config import SourceConfig
 from dpo_dist.data.formats import check_source
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.files.folder import local_model_folder

@@ -15,8 +15,9 @@ from transformers import AutoConfig
 from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.load import complete_config, load_run_config, to_yaml
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.schema import DataConfig, DataFormat, ModelConfig, RunConfig, SourceConfig
+from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.config.verb_sections import PlanConfig
+from dpo_dist.data.config import DataConfig, DataFormat, SourceConfig
 from dpo_dist.data.read.sources import local_files
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import own_table

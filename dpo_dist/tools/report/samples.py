@@ -9,9 +9,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import ReferenceMode
-from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.processes.world import Interrupted
 from dpo_dist.distributed.zero import Engine
+from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.errors import ConfigError, warn_on_bug
 from dpo_dist.foundation.files import json_line, read_lines, text_digest, write_text
 from dpo_dist.foundation.installed import install_extra

@@ -11,15 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dpo_dist.config.schema import (
-    TEMPLATE_DATE,
-    DataConfig,
-    ModelConfig,
-    ParallelismConfig,
-    ParallelismKind,
-    RunConfig,
-    SourceConfig,
-)
+from dpo_dist.config.schema import ModelConfig, ParallelismConfig, ParallelismKind, RunConfig
+from dpo_dist.data.config import TEMPLATE_DATE, DataConfig, SourceConfig
 from dpo_dist.data.counts import DataCounts, check_counts, counts_in_one_line, describe_dropped
 from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import BadRecord, PreferenceRecord, prompt_key, readable, turns_of

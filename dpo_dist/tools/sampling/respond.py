@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.batching.example import ImageInput, TokenIds
-from dpo_dist.config.schema import DataConfig, FusedLayers, ModelConfig
+from dpo_dist.config.schema import FusedLayers, ModelConfig
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
+from dpo_dist.data.example import ImageInput, TokenIds
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.records import (
     DIALOGUE_TURN,

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dpo_dist.batching.example import Example, TokenIds
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.config.verb_sections import ServerConfig
+from dpo_dist.data.example import Example, TokenIds
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.console import Console

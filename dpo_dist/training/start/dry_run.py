@@ -13,21 +13,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from dpo_dist.batching.sampler import SourceSpan, make_sampler
+from dpo_dist.batching.sampler import (
+    SourceSpan,
+    check_batch,
+    make_sampler,
+    short_run_warnings,
+    steps_in_words,
+)
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import (
-    DataConfig,
-    Dtype,
-    ModelConfig,
-    ReferenceMode,
-    RunConfig,
-    SourceConfig,
-)
+from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceMode, RunConfig
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.counts import (
     DataCounts,
     are_mostly_plain,
-    check_batch,
     check_counts,
     check_split,
     counts_in_one_line,
@@ -35,20 +34,18 @@ from dpo_dist.data.counts import (
     plain_text_count,
     read_in_words,
     reason_remedy,
-    short_run_warnings,
-    steps_in_words,
     two_forms,
 )
-from dpo_dist.data.encoded.build import encode_records
-from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary
-from dpo_dist.data.encoded.dataset_columns import dataset_columns, key_order
-from dpo_dist.data.encoded.partners import with_partners
-from dpo_dist.data.encoded.store import read_counts, read_lengths
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import expected_number, metric_labels, pin_source, source_labels
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, PreferenceRecord, PromptHashes, train_part
 from dpo_dist.data.text.render import unread_fields
 from dpo_dist.data.text.template import check_template_keys
+from dpo_dist.encoded.build import encode_records
+from dpo_dist.encoded.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary
+from dpo_dist.encoded.dataset_columns import dataset_columns, key_order
+from dpo_dist.encoded.partners import with_partners
+from dpo_dist.encoded.store import read_counts, read_lengths
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.text import pluralize
 from dpo_dist.foundation.types import CheckReport

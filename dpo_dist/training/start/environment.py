@@ -12,14 +12,15 @@ from typing import Any
 import psutil
 import torch
 
-from dpo_dist.config.fields import as_written, plain_values
+from dpo_dist.config.named_code import METRICS_FUNCTION, named_functions
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.user_code import METRICS_FUNCTION, find_function, named_functions
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.fields import as_written, plain_values
 from dpo_dist.foundation.files import content_digest
 from dpo_dist.foundation.text import first_few, without_secrets
 from dpo_dist.foundation.types import leaves
+from dpo_dist.foundation.user_code import find_function
 from dpo_dist.model.numerics import RECURRENT_KERNELS
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import CustomMetrics, custom_metrics

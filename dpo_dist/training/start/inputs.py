@@ -12,24 +12,21 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
+from dpo_dist.batching.sampler import BatchSampler, Indices, check_batch, make_sampler, short_run_warnings
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.config.metrics import AUC, MARGIN_PERCENTILES, PREFIX
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import (
-    DataConfig,
-    ModelConfig,
-    ParallelismConfig,
-    ParallelismKind,
-    ReferenceMode,
-    RunConfig,
-    SourceConfig,
-)
-from dpo_dist.data.counts import check_batch, describe_counts, short_run_warnings
-from dpo_dist.data.encoded.build import Preparation
-from dpo_dist.data.encoded.dataset import (
+from dpo_dist.config.schema import ModelConfig, ParallelismConfig, ParallelismKind, ReferenceMode, RunConfig
+from dpo_dist.data.config import DataConfig, SourceConfig
+from dpo_dist.data.counts import describe_counts
+from dpo_dist.data.images import ImageProcessor
+from dpo_dist.data.records import Part, eval_part, train_part
+from dpo_dist.distributed.deepspeed_config import unsharded_loading
+from dpo_dist.distributed.processes.world import World, check_shared
+from dpo_dist.encoded.build import Preparation
+from dpo_dist.encoded.dataset import (
     PreferenceDataset,
     check_fits_loss,
     check_ids_in_vocabulary,
@@ -37,12 +34,8 @@ from dpo_dist.data.encoded.dataset import (
     count_shared_prompts,
     open_dataset,
 )
-from dpo_dist.data.encoded.partners import with_partners
-from dpo_dist.data.encoded.store import EncodedSource
-from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.records import Part, eval_part, train_part
-from dpo_dist.distributed.deepspeed_config import unsharded_loading
-from dpo_dist.distributed.processes.world import World, check_shared
+from dpo_dist.encoded.partners import with_partners
+from dpo_dist.encoded.store import EncodedSource
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import MEMO_FOLDER
 from dpo_dist.model.architectures import (

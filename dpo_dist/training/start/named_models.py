@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_dist.config.fields import as_written, plain
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.named_code import METRICS_FUNCTION
 from dpo_dist.config.run_folder import (
     RunFolder,
     best_checkpoint,
@@ -19,12 +19,13 @@ from dpo_dist.config.run_folder import (
     no_model_error,
 )
 from dpo_dist.config.schema import FinalModel, ModelConfig, ReferenceMode, RunConfig
-from dpo_dist.config.user_code import METRICS_FUNCTION, find_function
 from dpo_dist.config.verb_sections import ExportConfig, ExportedWeights
 from dpo_dist.data.read.sources import check_has_evaluation_data
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.fields import as_written, plain
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import first_few
+from dpo_dist.foundation.user_code import find_function
 from dpo_dist.model.files.folder import CONFIG_FILE, local_model_folder
 
 if TYPE_CHECKING:

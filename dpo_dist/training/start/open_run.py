@@ -26,9 +26,9 @@ from dpo_dist.config.schema import (
     OptimizerKind,
     RunConfig,
 )
-from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.processes.world import Stops, World, with_sequence_groups
+from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import first_few, pluralize

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dpo_dist.config.losses import LossKind
+from dpo_dist.config.named_code import LOSS_FUNCTION
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import (
     FLASH_ATTN,
@@ -22,7 +23,6 @@ from dpo_dist.config.schema import (
     Resume,
     RunConfig,
 )
-from dpo_dist.config.user_code import find_function
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.console import Console, open_console
@@ -31,6 +31,7 @@ from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.installed import install_extra, is_installed
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import first_few, pluralize
+from dpo_dist.foundation.user_code import find_function
 from dpo_dist.model.files.folder import (
     CONFIG_FILE,
     check_tokenizer_files,
@@ -75,7 +76,7 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
     if trains and config.run.resume is not Resume.never:
         check_newest_checkpoint(config.identity, run)
     if LossKind.custom in config.loss.kinds:
-        find_function(config.loss.function)
+        find_function(config.loss.function, LOSS_FUNCTION)
     # Packages.
     model, is_8bit = config.model, trains and config.optim.kind is OptimizerKind.adamw_8bit
     needed = [

@@ -14,12 +14,12 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
-from dpo_dist.config.fields import as_written
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Resume, TrainerConfig
 from dpo_dist.foundation.errors import CheckpointError, RunOutcome, dead_link, first_line
+from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import MEMO_FOLDER, write_json
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import first_few

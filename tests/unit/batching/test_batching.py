@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_dist.batching.costs import Arrangement, ComputeCosts, ExampleSizes
-from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import dummy_batch, pack, padded_rows
 from dpo_dist.batching.plan import consecutive_batches, plan_micro_batches
 from dpo_dist.batching.sampler import BatchSampler, SourceSpan, make_sampler
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import TrainerConfig
+from dpo_dist.data.example import Example
 from dpo_dist.foundation.errors import ConfigError
 from tests.support.packing import dataset_of, pack_unkeyed, packed_tokens, pair_shapes, random_pairs
 

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_dist.batching.costs import ComputeCosts, causal_pairs
-from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.plan import deal_out
 from dpo_dist.batching.step_batch import RankBatch, shard_batch
+from dpo_dist.data.example import Example
 from tests.support.packing import SHARING, dataset_of, random_pairs
 
 Shapes = list[tuple[int, ...]]

@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_dist.batching.example import Example
 from dpo_dist.batching.prefix_tree import prefix_tree
 from dpo_dist.batching.state_tree import state_nodes, with_contexts
+from dpo_dist.data.example import Example
 from tests.support.packing import SHARING, branching, pack_unkeyed, pair_shapes, random_pairs
 
 

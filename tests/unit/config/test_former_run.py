@@ -8,8 +8,8 @@ import yaml
 
 from dpo_dist.config.command_line import saved_values, split_words
 from dpo_dist.config.load import from_yaml, load_run_config, to_yaml
+from dpo_dist.config.named_code import code_warnings
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.user_code import code_warnings
 from dpo_dist.foundation.errors import ConfigError
 
 RUN = ("model.path=m", "data.train=[{path: a.jsonl, limit: 3}]", "loss=ipo", "loss.beta=0.3", "optim.lr=1e-5")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.fields import plain
 from dpo_dist.config.identity import settings, title
 from dpo_dist.config.load import differing_keys
+from dpo_dist.foundation.fields import plain
 from tests.unit.config.support import configured
 
 DEFINING = """

@@ -13,13 +13,8 @@ from dpo_dist.config import compose, keys
 from dpo_dist.config.keys import config_dir
 from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.losses import LossKind, LossTermConfig, SimpoOptions, SyncReferenceConfig
-from dpo_dist.config.schema import (
-    UNSET,
-    AdapterConfig,
-    Offload,
-    SourceConfig,
-    TrainerConfig,
-)
+from dpo_dist.config.schema import UNSET, AdapterConfig, Offload, TrainerConfig
+from dpo_dist.data.config import SourceConfig
 from tests.support.own_loss import OWN
 from tests.unit.config.support import RUN, configured, error_of
 

@@ -7,7 +7,6 @@ import pytest
 from pydantic import ValidationError
 
 from dpo_dist.config.command_line import explain
-from dpo_dist.config.fields import schema_fields
 from dpo_dist.config.identity import settings
 from dpo_dist.config.keys import all_keys, group_folders
 from dpo_dist.config.load import differing_keys, from_yaml, to_yaml
@@ -25,6 +24,7 @@ from dpo_dist.config.losses import (
     option_names,
 )
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.fields import schema_fields
 from dpo_dist.tools.sweep.points import load_points
 from tests.unit.config.support import RUN, configured, error_of
 

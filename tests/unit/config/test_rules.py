@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config import load
-from dpo_dist.config.fields import as_written
 from dpo_dist.config.keys import group_folders, preset_names
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.rules import best_direction, rules_of, unused
-from dpo_dist.config.schema import AdapterConfig, SourceConfig
+from dpo_dist.config.schema import AdapterConfig
+from dpo_dist.data.config import SourceConfig
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.fields import as_written
 from tests.unit.config.support import RUN, configured, error_of
 
 LIVE = "reference.mode=live"

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.user_code import find_function, user_function
+from dpo_dist.config.named_code import LOSS_FUNCTION
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.user_code import find_function, user_function
 
 RUN = ["model.path=m", "data.train=[a.jsonl]", "loss=custom"]
 SOURCE = "def mine(policy, reference, config):\n    return config.beta * 1\n"
@@ -24,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def found() -> tuple[str, float]:
     """The digest of a run with the loss of `own_text`, and the value of that loss."""
     config = load_run_config([*RUN, "loss.function=own_text:mine", "loss.beta=3", "run.dir=here"])
-    return config.identity.digest, user_function(config.loss.function)(None, None, config.loss)
+    return config.identity.digest, user_function(config.loss.function, LOSS_FUNCTION)(None, None, config.loss)
 
 
 def test_the_digest_and_what_is_executed_follow_the_text_of_the_module(folder: Path) -> None:
@@ -50,7 +51,7 @@ def test_a_module_in_a_package_imports_its_neighbours(folder: Path) -> None:
     (package / "__init__.py").write_text("")
     (package / "numbers.py").write_text("TWO = 2\n")
     (package / "losses.py").write_text("from .numbers import TWO\n\n\ndef mine(*_):\n    return TWO\n")
-    assert user_function("own_package.losses:mine")() == 2
+    assert user_function("own_package.losses:mine", LOSS_FUNCTION)() == 2
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_a_function_that_cannot_be_used_is_named(
 ) -> None:
     (folder / "own_fault.py").write_text(source)
     with pytest.raises(ConfigError, match=said) as caught:
-        user_function(name)
+        user_function(name, LOSS_FUNCTION)
     assert caught.value.where == "loss.function"
     assert caught.value.remedy
 
@@ -93,7 +94,7 @@ def test_a_path_in_place_of_a_module_is_translated_if_it_is_there(
     for place in (folder, folder / "src"):
         (place / "own_place.py").write_text(SOURCE)
     with pytest.raises(ConfigError, match="is not found") as caught:
-        user_function(written)
+        user_function(written, LOSS_FUNCTION)
     assert caught.value.remedy.startswith(remedy)
     if remedy.startswith("set "):
-        assert callable(user_function(remedy.partition("=")[2]))
+        assert callable(user_function(remedy.partition("=")[2], LOSS_FUNCTION))

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.schema import DataConfig, DataFormat, SourceConfig
-from dpo_dist.config.user_code import find_function
+from dpo_dist.data.config import DataConfig, DataFormat, SourceConfig
 from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.read.columns import resolve_source
 from dpo_dist.data.read.sources import local_files, pin_source, source_labels
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.user_code import find_function
 from tests.support.cache import prepare
 from tests.support.pages import ROOT
 from tests.support.records import TEXT, assistant, jsonl, user

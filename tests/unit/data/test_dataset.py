@@ -10,21 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dpo_dist.batching.content_keys import response_key
 from dpo_dist.batching.costs import ComputeCosts
-from dpo_dist.batching.example import TokenIds, response_key
-from dpo_dist.batching.sampler import BatchSampler, SourceSpan, make_sampler
+from dpo_dist.batching.sampler import BatchSampler, SourceSpan, check_batch, make_sampler, short_run_warnings
 from dpo_dist.batching.step_batch import collate, shard_batch
 from dpo_dist.config.losses import LossConfig, LossKind
-from dpo_dist.config.schema import OnBadRecord, Ranked, SourceConfig, TrainerConfig
-from dpo_dist.data.counts import check_batch, describe_counts, short_run_warnings
-from dpo_dist.data.encoded import build as build_dataset_module
-from dpo_dist.data.encoded.dataset import (
+from dpo_dist.config.schema import TrainerConfig
+from dpo_dist.data.config import OnBadRecord, Ranked, SourceConfig
+from dpo_dist.data.counts import describe_counts
+from dpo_dist.data.example import TokenIds
+from dpo_dist.data.records import Origin, PreferenceRecord
+from dpo_dist.encoded import build as build_dataset_module
+from dpo_dist.encoded.dataset import (
     PreferenceDataset,
     check_fits_loss,
     check_ids_in_vocabulary,
     count_shared,
 )
-from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.cache import encoded_folders, opened

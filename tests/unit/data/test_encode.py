@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.config.schema import DataConfig, TextTemplate, Truncation
+from dpo_dist.data.config import DataConfig, TextTemplate, Truncation
 from dpo_dist.data.encode import EncodedRecord, encode_pair, encode_record
 from dpo_dist.data.records import Dialogue, Message, Messages, Origin, PreferenceRecord, Prompt
 from dpo_dist.data.text import escape

@@ -9,12 +9,12 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig, TextTemplate
-from dpo_dist.config.schema import Truncation as Cut
-from dpo_dist.data.encoded import build
-from dpo_dist.data.encoded.build import Preparation
+from dpo_dist.data.config import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig, TextTemplate
+from dpo_dist.data.config import Truncation as Cut
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.records import train_part
+from dpo_dist.encoded import build
+from dpo_dist.encoded.build import Preparation
 from tests.support import tiny
 from tests.support.records import GOOD, jsonl
 

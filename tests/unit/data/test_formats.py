@@ -16,12 +16,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dpo_dist.config.schema import DataConfig, DataFormat, SourceConfig, TextTemplate, Truncation
-from dpo_dist.data.encoded.build import encode_records
+from dpo_dist.data.config import DataConfig, DataFormat, SourceConfig, TextTemplate, Truncation
 from dpo_dist.data.formats import check_source, parse_prompt, parse_record, read_records
 from dpo_dist.data.read import values
 from dpo_dist.data.read.fields import FIELDS, IMAGES_OF_SIDES
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, PreferenceRecord
+from dpo_dist.encoded.build import encode_records
 from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
 from tests.support.pages import ROOT

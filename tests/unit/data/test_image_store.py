@@ -19,14 +19,14 @@ import torch
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.pack import PackedImages
 from dpo_dist.batching.step_batch import shard_batch
-from dpo_dist.config.schema import DataConfig, Ranked, SourceConfig
-from dpo_dist.data.encoded import build
-from dpo_dist.data.encoded.build import Preparation
-from dpo_dist.data.encoded.dataset import PreferenceDataset, count_shared, open_dataset
-from dpo_dist.data.encoded.partners import with_partners
-from dpo_dist.data.encoded.store import EncodedSource
+from dpo_dist.data.config import DataConfig, Ranked, SourceConfig
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.records import ImageFile, Part
+from dpo_dist.encoded import build
+from dpo_dist.encoded.build import Preparation
+from dpo_dist.encoded.dataset import PreferenceDataset, count_shared, open_dataset
+from dpo_dist.encoded.partners import with_partners
+from dpo_dist.encoded.store import EncodedSource
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import MEMO_FOLDER
 from tests.support.image_processors import file_of, image_tokenizer, picture, processor_of

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoImageProcessor, ProcessorMixin
 from transformers.image_utils import load_image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from dpo_dist.batching.example import response_keys
-from dpo_dist.config.schema import DataConfig, ImagesConfig, TextTemplate
+from dpo_dist.batching.content_keys import response_keys
+from dpo_dist.data.config import DataConfig, TextTemplate
 from dpo_dist.data.counts import reason_remedy
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.images import ImageProcessor, decode_image
@@ -245,7 +245,7 @@ def test_prompts_with_several_images_are_dropped_if_the_model_cuts_only_a_single
     own = {"image_processor_type": "LlavaOnevisionImageProcessor"} | sizes
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(own))
     (tmp_path / "processor_config.json").write_text('{"num_image_tokens": 4}')
-    processor = ImageProcessor(tmp_path, tokenizer, ImagesConfig())
+    processor = ImageProcessor(tmp_path, tokenizer)
     encoded(image_record("#", images=[FIRST]), "llava", processor)
     several = encode_pair(image_record("# #", images=[FIRST, FIRST]), tokenizer, WIDE, processor)
     assert several.why == "several_images (2 images; this model reads one in a prompt)"
@@ -518,7 +518,7 @@ def test_folders_without_a_usable_processor_are_refused(tmp_path: Path) -> None:
             file = folder / f"{name}.json"
             file.unlink() if text is None else file.write_text(text)
         with pytest.raises(ConfigError) as fault:
-            ImageProcessor(folder, image_tokenizer(tokenizer_of), ImagesConfig())
+            ImageProcessor(folder, image_tokenizer(tokenizer_of))
         assert fault.value.where == "model.images"
         return fault.value.got
 

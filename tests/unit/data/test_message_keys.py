@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.counts import DataCounts, check_counts
 from dpo_dist.data.encode import EncodedExample, encode_record
 from dpo_dist.data.records import BadRecord, Message

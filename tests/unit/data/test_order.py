@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_dist.batching.costs import Arrangement, ComputeCosts
-from dpo_dist.config.schema import DataConfig, Ranked, SourceConfig
-from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.encoded.partners import with_partners
+from dpo_dist.data.config import DataConfig, Ranked, SourceConfig
+from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
+from dpo_dist.encoded.partners import with_partners
 from dpo_dist.foundation.errors import DataError
 from tests.support.cache import opened, prepare_all
 from tests.support.packing import SHARING, dataset_of
@@ -176,7 +176,7 @@ def test_a_damaged_order_is_not_read_and_is_written_again_without_the_records(
 
 def test_writers_at_one_time_and_one_that_died_between_the_files_leave_whole_ones(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *GOOD)
-    killed = mock.patch("dpo_dist.data.encoded.build.ensure_order", side_effect=KeyboardInterrupt)
+    killed = mock.patch("dpo_dist.encoded.build.ensure_order", side_effect=KeyboardInterrupt)
     with killed, pytest.raises(KeyboardInterrupt):
         prepare_all(tmp_path, path)
     with ThreadPoolExecutor(4) as pool:

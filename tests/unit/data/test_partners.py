@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.batching.example import Example, response_keys
+from dpo_dist.batching.content_keys import response_keys
 from dpo_dist.batching.step_batch import collate
-from dpo_dist.data.encoded.dataset import PreferenceDataset
-from dpo_dist.data.encoded.partners import with_partners
+from dpo_dist.data.example import Example
+from dpo_dist.encoded.dataset import PreferenceDataset
+from dpo_dist.encoded.partners import with_partners
 from dpo_dist.foundation.errors import DataError
 from tests.support.packing import dataset_of
 

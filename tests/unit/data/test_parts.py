@@ -18,12 +18,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data import encode as encode_module
-from dpo_dist.data.encoded import build, store
-from dpo_dist.data.encoded.build import Preparation
-from dpo_dist.data.encoded.store import EncodedSource
+from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.read.files import expected_records
+from dpo_dist.encoded import build, store
+from dpo_dist.encoded.build import Preparation
+from dpo_dist.encoded.store import EncodedSource
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import locked
 from tests.support import tiny

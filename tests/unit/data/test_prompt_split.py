@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.encoded.build import Preparation
-from dpo_dist.data.encoded.dataset import PreferenceDataset, count_shared_prompts, open_dataset
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.records import Dialogue, Message, Part, Prompt, eval_part, prompt_hash, train_part
+from dpo_dist.encoded.build import Preparation
+from dpo_dist.encoded.dataset import PreferenceDataset, count_shared_prompts, open_dataset
 from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
 from tests.support.records import jsonl

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.schema import DataConfig, DataFormat, SourceConfig
+from dpo_dist.data.config import DataConfig, DataFormat, SourceConfig
 from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.records import PreferenceRecord, turns_of
 from dpo_dist.foundation.errors import DataError

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
+from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.counts import DataCounts, check_counts, check_split
 from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.read.files import write_records

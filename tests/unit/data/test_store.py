@@ -13,12 +13,12 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from dpo_dist.config.schema import DataConfig, Ranked, SourceConfig, Truncation
 from dpo_dist.data import encode as encode_module
-from dpo_dist.data.encoded import build as build_dataset_module
-from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
+from dpo_dist.data.config import DataConfig, Ranked, SourceConfig, Truncation
 from dpo_dist.data.records import Origin
 from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
+from dpo_dist.encoded import build as build_dataset_module
+from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.foundation import files as digests_module
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all

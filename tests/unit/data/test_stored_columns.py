@@ -14,17 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_dist.batching.example import response_keys
-from dpo_dist.config.schema import DataConfig, Ranked, SourceConfig
-from dpo_dist.data.encoded.dataset import (
+from dpo_dist.batching.content_keys import response_keys
+from dpo_dist.data.config import DataConfig, Ranked, SourceConfig
+from dpo_dist.encoded.dataset import (
     PreferenceDataset,
     columns_errors,
     count_shared,
     count_shared_prompts,
     open_dataset,
 )
-from dpo_dist.data.encoded.partners import with_partners
-from dpo_dist.data.encoded.store import EncodedSource, ensure_order
+from dpo_dist.encoded.partners import with_partners
+from dpo_dist.encoded.store import EncodedSource, ensure_order
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.tables import Columns, write_table
 from tests.support.cache import opened, prepare_all

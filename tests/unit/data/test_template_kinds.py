@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.records import Message, Response
 from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.model.files.stops import trained_stops

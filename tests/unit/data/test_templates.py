@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer
 
-from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig
+from dpo_dist.data.config import TEMPLATE_DATE, DataConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.records import BadRecord, Message, Origin, PreferenceRecord, Prompt, Response
 from dpo_dist.data.text.template import pin_clock

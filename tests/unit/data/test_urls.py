@@ -25,14 +25,14 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.encoded import build
-from dpo_dist.data.encoded.build import Preparation
-from dpo_dist.data.encoded.dataset import open_dataset
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.read import sources
 from dpo_dist.data.read.sources import pin_source, raw_records, source_labels
 from dpo_dist.data.records import PreferenceRecord
+from dpo_dist.encoded import build
+from dpo_dist.encoded.build import Preparation
+from dpo_dist.encoded.dataset import open_dataset
 from dpo_dist.foundation import remote
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import locked

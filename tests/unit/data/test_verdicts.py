@@ -9,12 +9,12 @@ from typing import Any
 import datasets
 import pytest
 
-from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.config.user_code import find_function
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.counts import DataCounts, check_counts
 from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.user_code import find_function
 from tests.support.records import TEXT, assistant, bad, good, jsonl, user
 
 AB = {"prompt": "q", "response_a": "one text", "response_b": "another text"}

@@ -27,16 +27,15 @@ from dpo_dist.config.run_folder import STATE
 from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
-    DataConfig,
     Dtype,
     ImagesConfig,
     ModelConfig,
     ReferenceConfig,
     RunConfig,
-    SourceConfig,
     TrainedImageParts,
 )
 from dpo_dist.config.verb_sections import ExportConfig, ExportedWeights
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.text.template import chosen_template
 from dpo_dist.distributed.checkpoint.saver import MANIFEST
 from dpo_dist.distributed.checkpoint.slices import Entries, ModelSlices, Slice, write_slices

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from dpo_dist.batching.costs import Arrangement
-from dpo_dist.batching.example import Example
 from dpo_dist.config.schema import AttentionBackend, FusedLayers, ModelConfig
+from dpo_dist.data.example import Example
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dpo_dist.batching.costs import Arrangement
-from dpo_dist.batching.example import Example, ImageInput
 from dpo_dist.batching.pack import PackedBatch, dummy_batch, pack
 from dpo_dist.config.schema import AttentionBackend, Dtype, ImagesConfig, ModelConfig
+from dpo_dist.data.example import Example, ImageInput
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model import packed as packed_module
 from dpo_dist.model.architectures import ImageMask

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_dist.batching.costs import ComputeCosts
-from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import padded_rows
 from dpo_dist.batching.prefixes import common_tokens
+from dpo_dist.data.example import Example
 from tests.support.packing import (
     branching,
     pack_unkeyed,

@@ -10,8 +10,8 @@ from torch.nn.functional import softplus
 
 from dpo_dist.batching import state_tree
 from dpo_dist.batching.costs import Arrangement, ComputeCosts
-from dpo_dist.batching.example import Example
 from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.data.example import Example
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model import states
 from dpo_dist.model.architectures import WITH_STATES

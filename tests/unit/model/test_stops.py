@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from dpo_dist.config.schema import DataConfig, ModelConfig
+from dpo_dist.config.schema import ModelConfig
 from dpo_dist.config.verb_sections import ExportConfig, MemberConfig
+from dpo_dist.data.config import DataConfig
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.model.files.manifest import write_manifest
 from dpo_dist.model.files.stops import find_stop_ids, stop_notes, trained_stops, write_stops

@@ -31,8 +31,8 @@ from dpo_dist.config.losses import (
     SimpoOptions,
     option_names,
 )
-from dpo_dist.config.user_code import find_function
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.user_code import find_function
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import (
     BatchFacts,

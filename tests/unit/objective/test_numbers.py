@@ -14,8 +14,8 @@ from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import KINDS, BcoDelta, BcoPairOptions, LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.metrics import EXCESS
-from dpo_dist.config.schema import Ranked
-from dpo_dist.data.encoded.dataset import check_fits_loss
+from dpo_dist.data.config import Ranked
+from dpo_dist.encoded.dataset import check_fits_loss
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, preference_loss

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dpo_dist.batching.costs import ComputeCosts
-from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.data.example import Example
 from dpo_dist.distributed.processes.world import Stops
+from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.errors import DataError, ReferenceModelError, StoppedError
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.signals import StopRequest

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_dist.batching.example import Example
-from dpo_dist.data.encoded.dataset_columns import key_order
+from dpo_dist.data.example import Example
+from dpo_dist.encoded.dataset_columns import key_order
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.foundation.files import file_identity, remember
 from dpo_dist.reference import fill, store

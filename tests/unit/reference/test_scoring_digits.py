@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import pack
 from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.data.example import Example
 from dpo_dist.model.attention.kernels import PACKED
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.token_logps import token_logps

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dpo_dist.batching.example import Keys
+from dpo_dist.batching.content_keys import Keys
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, StoredLogps
 from tests.support.full_disk import full_disk

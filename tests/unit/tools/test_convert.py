@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from dpo_dist.config.load import complete_config
 from dpo_dist.config.losses import DiscopopOptions, LossKind, LossTermConfig, SimpoOptions
 from dpo_dist.config.other_trainers import other_trainers
-from dpo_dist.config.schema import SCHEMA, ImagesConfig, RunConfig, SourceConfig, TrainedImageParts
+from dpo_dist.config.schema import SCHEMA, ImagesConfig, RunConfig, TrainedImageParts
+from dpo_dist.data.config import SourceConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.convert import __main__ as convert
 from dpo_dist.tools.convert.reading import ForeignRun, read

@@ -16,13 +16,14 @@ from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import DataConfig, Dtype, ImagesConfig, ModelConfig, SourceConfig
+from dpo_dist.config.schema import Dtype, ImagesConfig, ModelConfig
 from dpo_dist.config.verb_sections import DoctorConfig, EndpointConfig, PairsConfig, PairsMethod
-from dpo_dist.data.encoded.build import Preparation
-from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.records import PreferenceRecord
+from dpo_dist.encoded.build import Preparation
+from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.tools.chat.speakers import open_images, open_speakers
@@ -77,7 +78,7 @@ def colours(*files: bytes) -> list[Any]:
 
 def encoded(folder: Path) -> PreferenceDataset:
     config, source = DataConfig(cache=str(folder / "encoded")), SourceConfig(str(folder / "pictures.jsonl"))
-    processor = ImageProcessor(folder / "model", TOKENIZER, ImagesConfig())
+    processor = ImageProcessor(folder / "model", TOKENIZER)
     sources = Preparation([source], config, TOKENIZER, "toy", processor=processor).whole()
     return open_dataset(sources, config, processor)
 
@@ -207,7 +208,7 @@ def test_the_doctor_counts_images_and_tells_records_apart_by_them(
     (folder / "broken.png").write_bytes(b"<html>")
     (folder / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataConfig(train=[SourceConfig(str(folder / "many.jsonl"))])
-    processor = ImageProcessor(folder / "model", TOKENIZER, ImagesConfig()) if is_encoded else None
+    processor = ImageProcessor(folder / "model", TOKENIZER) if is_encoded else None
     tokenizer = TOKENIZER if is_encoded else None
     found = examine(data, tokenizer, processor=processor)
     report = found.sources[0]
@@ -244,7 +245,7 @@ def test_the_doctor_finds_tags_that_are_no_places(folder: Path) -> None:
     missing = {"prompt": [{"role": "user", "content": "<image>?"}], **sides}
     file = jsonl(folder, beside, missing)
     data = DataConfig(train=[SourceConfig(file)], max_bad_share=0.5)
-    processor = ImageProcessor(folder / "model", TOKENIZER, ImagesConfig())
+    processor = ImageProcessor(folder / "model", TOKENIZER)
     found = {finding.rule: finding.text for finding in examine(data, TOKENIZER, processor=processor).findings}
     assert "image tag in text in 1" in found["markup_in_text"]
     assert "image_count (a tag of images, and no image)" in found["dropped"]

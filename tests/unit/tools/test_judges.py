@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.config.user_code import find_function
 from dpo_dist.config.verb_sections import EndpointConfig, Verdicts
 from dpo_dist.data.records import Message, Origin, PreferenceRecord, Prompt
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.user_code import find_function
 from dpo_dist.tools.sampling import client, judges
 from dpo_dist.tools.sampling.judges import (
     EndpointJudge,

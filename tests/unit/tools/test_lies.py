@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.schema import DataConfig, ModelConfig
+from dpo_dist.config.schema import ModelConfig
 from dpo_dist.config.verb_sections import EndpointConfig, ServerConfig
+from dpo_dist.data.config import DataConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.sampling import client as clients
 from dpo_dist.tools.sampling.client import Client

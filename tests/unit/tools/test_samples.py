@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_dist.config.schema import DataConfig, FolderConfig, ModelConfig, RunConfig, SourceConfig
-from dpo_dist.data.encoded.build import Preparation
-from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
+from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.distributed.zero import FrozenEngine
+from dpo_dist.encoded.build import Preparation
+from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.foundation import background, console
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.files import json_line

@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, Quantization
+from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
 from dpo_dist.config.verb_sections import ServerConfig
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import ConfigError

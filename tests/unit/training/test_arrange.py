@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from dpo_dist.batching.costs import Arrangement
-from dpo_dist.batching.example import Example
 from dpo_dist.batching.sampler import SourceSpan, make_sampler
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import AttentionBackend, TrainerConfig
+from dpo_dist.data.example import Example
 from dpo_dist.model.flops import StepFlops
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.run import balance_costs, describe_prefixes, planned_steps

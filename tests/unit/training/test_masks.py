@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.step_batch import RankBatch, collate, shard_batch
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.data.example import Example
 from dpo_dist.distributed.processes.world import Stops, World
+from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from dpo_dist.batching.sampler import steps_in_words
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.counts import steps_in_words
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
 from dpo_dist.foundation.files import locked

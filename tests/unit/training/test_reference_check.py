@@ -16,10 +16,11 @@ from torch import Tensor
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.step_batch import collate
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
-from dpo_dist.data.encoded.build import Preparation
-from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
+from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.distributed.processes.world import World
+from dpo_dist.encoded.build import Preparation
+from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.reference.engine import ReferenceProvider

@@ -21,7 +21,6 @@ from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name
 from dpo_dist.config.schema import (
     AdapterConfig,
-    DataConfig,
     FinalModel,
     FolderConfig,
     MetricsConfig,
@@ -31,6 +30,7 @@ from dpo_dist.config.schema import (
     RunConfig,
     TrainerConfig,
 )
+from dpo_dist.data.config import DataConfig
 from dpo_dist.distributed.checkpoint.saver import Checkpoint, CheckpointSaver
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome

@@ -12,9 +12,9 @@ from torch import Tensor
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig, LossKind
-from dpo_dist.data.encoded.dataset import PreferenceDataset
-from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.encoded.dataset import PreferenceDataset
+from dpo_dist.encoded.partners import with_partners
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.token_logps import Statistic

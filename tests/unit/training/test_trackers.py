@@ -17,13 +17,7 @@ import pytest
 import wandb
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import (
-    FolderConfig,
-    ModelConfig,
-    RunConfig,
-    TrackingConfig,
-    WandbMode,
-)
+from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig, TrackingConfig, WandbMode
 from dpo_dist.config.verb_sections import SamplesConfig
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.files import write_text

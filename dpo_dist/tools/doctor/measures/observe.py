@@ -10,7 +10,7 @@ from itertools import combinations, islice
 
 import numpy as np
 
-from dpo_dist.config.schema import DataConfig, OnBadRecord
+from dpo_dist.data.config import DataConfig, OnBadRecord
 from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
 from dpo_dist.data.images import ImageProcessor, decode_image
 from dpo_dist.data.records import (

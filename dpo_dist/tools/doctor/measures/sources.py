@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
-from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.counts import EMPTY_REMEDY, named_in_one_line, reason_remedy
 from dpo_dist.foundation.text import percent
 from dpo_dist.tools.doctor.measures.observe import SIDES, PairFacts, RecordFacts

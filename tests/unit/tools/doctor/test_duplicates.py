@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.records import Origin
 from dpo_dist.tools.doctor.measures.duplicates import (
     Comparison,

@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
+from dpo_dist.batching.prefixes import input_rows
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossConfig, LossKind
-from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, RunConfig, SourceConfig
-from dpo_dist.data.encoded import workers
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.config import DataConfig, DataFormat, OnBadRecord, SourceConfig
 from dpo_dist.data.records import eval_part, prompt_hash
+from dpo_dist.encoded import workers
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.tools.doctor.__main__ import main
 from dpo_dist.tools.doctor.examine import Diagnosis, diagnose, examine, prepare
@@ -518,7 +520,7 @@ def test_a_source_says_what_a_prefix_tree_saves_of_its_tokens(tmp_path: Path, mo
     [dataset] = prepare(config.data, config.model, config.loss, progress).datasets[0]
 
     def least(indices: Sequence[int]) -> int:
-        rows = [row.tobytes() for index in indices for row in dataset.example(index).rows]
+        rows = [row.tobytes() for index in indices for row in input_rows(dataset.example(index))]
         return len({row[:stop] for row in rows for stop in range(4, len(row) + 1, 4)})
 
     plain = sum(sum(map(len, (e.prompt_ids, *e.responses))) - 2 for e in map(dataset.example, range(128)))

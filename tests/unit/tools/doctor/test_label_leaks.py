@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.records import Origin
 from dpo_dist.tools.doctor.measures.observe import PairFacts, RecordFacts
 from dpo_dist.tools.doctor.measures.sources import ExaminedSource, LeakTest, leak_findings, leak_tests

@@ -8,15 +8,10 @@ import numpy as np
 import pytest
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.schema import (
-    DataConfig,
-    ModelConfig,
-    Quantization,
-    ReferenceConfig,
-    SourceConfig,
-)
-from dpo_dist.data.encoded.build import Preparation
-from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
+from dpo_dist.config.schema import ModelConfig, Quantization, ReferenceConfig
+from dpo_dist.data.config import DataConfig, SourceConfig
+from dpo_dist.encoded.build import Preparation
+from dpo_dist.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from dpo_dist.tools.doctor.measures.margins import (

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import DataConfig, FolderConfig, RunConfig, SourceConfig
+from dpo_dist.config.schema import FolderConfig, RunConfig
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.tools.doctor.examine import Diagnosis
 from dpo_dist.tools.doctor.page import diagnosis_lines, write_doctor_page, write_doctor_report
 from tests.support.doctor_data import diagnosis

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.schema import DataConfig, SourceConfig, Truncation
+from dpo_dist.data.config import DataConfig, SourceConfig, Truncation
 from dpo_dist.tools.doctor.shown_pairs import ShownPair, ShownPart, show_pairs
 from dpo_dist.tools.findings import Finding, Level
 from tests.support import tiny

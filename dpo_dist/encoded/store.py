@@ -19,9 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo_dist.batching.example import image_words
-from dpo_dist.batching.prefixes import Row, common_tokens
-from dpo_dist.config.schema import DataConfig
+from dpo_dist.batching.prefixes import Row, common_tokens, image_words
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
 from dpo_dist.data.records import BadRecord, ImageFile, Origin
 from dpo_dist.data.text.lengths import SourceLengths

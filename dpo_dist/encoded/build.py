@@ -14,25 +14,11 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from dpo_dist.batching.example import response_keys
+from dpo_dist.batching.content_keys import response_keys
 from dpo_dist.batching.prefixes import common_tokens
-from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, OnBadRecord, SourceConfig, TextTemplate
-from dpo_dist.config.user_code import find_function
+from dpo_dist.data.config import TEMPLATE_DATE, DataConfig, OnBadRecord, SourceConfig, TextTemplate
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.encode import EncodedRecord, encode_record
-from dpo_dist.data.encoded.store import (
-    IMAGE_SCHEMA,
-    ROW_SCHEMA,
-    EncodedChunk,
-    EncodedSource,
-    cache_errors,
-    ensure_order,
-    is_whole,
-    join_parts,
-    remove_parts,
-    write_source,
-)
-from dpo_dist.data.encoded.workers import CHUNK_RECORDS, in_chunks, in_order
 from dpo_dist.data.formats import parse_record
 from dpo_dist.data.images import ExpandedImage, ImageProcessor
 from dpo_dist.data.read.columns import READER
@@ -63,6 +49,19 @@ from dpo_dist.data.records import (
     readable,
 )
 from dpo_dist.data.text.template import check_template_keys, chosen_template
+from dpo_dist.encoded.store import (
+    IMAGE_SCHEMA,
+    ROW_SCHEMA,
+    EncodedChunk,
+    EncodedSource,
+    cache_errors,
+    ensure_order,
+    is_whole,
+    join_parts,
+    remove_parts,
+    write_source,
+)
+from dpo_dist.encoded.workers import CHUNK_RECORDS, in_chunks, in_order
 from dpo_dist.foundation.errors import DataError, DpoDistError
 from dpo_dist.foundation.files import (
     MEMO_FOLDER,
@@ -71,6 +70,7 @@ from dpo_dist.foundation.files import (
     remove_abandoned,
     text_digest,
 )
+from dpo_dist.foundation.user_code import find_function
 
 # Increase it when the same records get other token ids or files: else old files would be reused.
 _ENCODING_VERSION = 24

@@ -12,11 +12,12 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from dpo_dist.batching.example import Example, response_keys
+from dpo_dist.batching.content_keys import response_keys
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.encoded.dataset import PreferenceDataset
-from dpo_dist.data.encoded.dataset_columns import key_order, made_from
-from dpo_dist.data.encoded.store import cache_errors
+from dpo_dist.data.example import Example
+from dpo_dist.encoded.dataset import PreferenceDataset
+from dpo_dist.encoded.dataset_columns import key_order, made_from
+from dpo_dist.encoded.store import cache_errors
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.remedies import Remedy

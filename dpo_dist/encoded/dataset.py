@@ -19,15 +19,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpo_dist.batching.content_keys import Keys, response_keys
 from dpo_dist.batching.costs import ComputeCosts, ExampleSizes, example_sizes
-from dpo_dist.batching.example import Example, ImageInput, Keys, Mask, response_keys
 from dpo_dist.batching.prefixes import Prefixes
 from dpo_dist.batching.sampler import Indices, SourceSpan
-from dpo_dist.config.losses import KINDS, NUMBERS, LossConfig, LossKind
-from dpo_dist.config.schema import DataConfig
-from dpo_dist.config.user_code import accepts_facts
+from dpo_dist.config.losses import KINDS, LossConfig, LossKind
+from dpo_dist.config.named_code import accepts_facts
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.counts import DataCounts, check_counts, check_split
-from dpo_dist.data.encoded.dataset_columns import (
+from dpo_dist.data.example import Example, ImageInput, Mask
+from dpo_dist.data.images import ImageProcessor
+from dpo_dist.data.read.fields import NUMBERS, VOTES
+from dpo_dist.data.read.sources import full_name, metric_labels
+from dpo_dist.data.records import Origin, Tokenizer
+from dpo_dist.data.text.lengths import SourceLengths
+from dpo_dist.encoded.dataset_columns import (
     DATASET_COLUMNS,
     NUMBER,
     PREFIX_COLUMNS,
@@ -35,7 +41,7 @@ from dpo_dist.data.encoded.dataset_columns import (
     first_rows,
     made_from,
 )
-from dpo_dist.data.encoded.store import (
+from dpo_dist.encoded.store import (
     EncodedSource,
     cache_errors,
     has_images,
@@ -43,11 +49,6 @@ from dpo_dist.data.encoded.store import (
     read_lengths,
     read_source,
 )
-from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.read.fields import VOTES
-from dpo_dist.data.read.sources import full_name, metric_labels
-from dpo_dist.data.records import Origin, Tokenizer
-from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError, first_line
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.process import cores_of_rank
@@ -112,7 +113,7 @@ class PreferenceDataset:
     piece_starts: Array  # int64 [pieces], offset of each piece in `ids`
     piece_tokens: Array  # int32 [pieces], length of each piece
     first_pieces: Array  # int64 [examples + 1], index of each example's prompt in the pieces; their number
-    keys: Array  # uint64 [responses, 2], `batching.example.response_key` of each response, in order
+    keys: Array  # uint64 [responses, 2], `batching.content_keys.response_key` of each response, in order
     key_order: Array  # int64 [responses], response indices in ascending order of `keys`, by both words
     scores: Array  # float64 [responses], nan if a record has no scores; 1 and 0 of good and bad responses
     trained: Array | pa.ChunkedArray  # bool [tokens of responses with a mask], whether the loss counts each

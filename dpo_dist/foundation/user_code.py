@@ -1,22 +1,19 @@
-"""Code of the user: a function given as `module:function`, and the options that let foreign code run."""
+"""Code of the user: a function given as `module:function`."""
 
 import contextlib
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.remedies import Remedy
-
-LOSS_FUNCTION, METRICS_FUNCTION = "loss.function", "metrics.function"
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class UserFunction:
 
 
 @cache
-def find_function(written: str | None, key: str = LOSS_FUNCTION) -> UserFunction:
+def find_function(written: str | None, key: str) -> UserFunction:
     """Return the source of a function, `module:function`, without executing it.
 
     `load_run_config` clears the cache, so that every configuration reads the file anew.
@@ -81,14 +78,9 @@ def _meant_function(written: str, key: str) -> str:
     return ""
 
 
-def user_function(written: str | None, key: str = LOSS_FUNCTION) -> Callable[..., Any]:
+def user_function(written: str | None, key: str) -> Callable[..., Any]:
     """Return the function `module:function`; its module is executed once for each version of its text."""
     return _load(find_function(written, key))
-
-
-def accepts_facts(written: str | None) -> bool:
-    """Return whether a loss function has an argument `facts`, which gets the `BatchFacts`."""
-    return "facts" in signature(user_function(written)).parameters
 
 
 @cache
@@ -114,45 +106,3 @@ def _load(source: UserFunction) -> Callable[..., Any]:
             remedy=f"correct the module until python -c 'from {source.module} import {source.name}' works",
         ) from error
     return function
-
-
-NAMED_CODE = {
-    "model.trust_remote_code": "Python code of model folders is run",
-    LOSS_FUNCTION: "Python code of the loss is run",
-    METRICS_FUNCTION: "Python code of metrics is run",
-    "pairs.function": "Python code of the judge is run",
-    **dict.fromkeys(("data.train", "data.eval", "evaluation.data"), "Python code of a reader of data is run"),
-}
-"""The keys that name Python code to run, with the text of a warning; docs/reliability.md lists them."""
-
-
-def code_options(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the options in a configuration's plain values that run Python code, as text by key."""
-    options = {}
-    for key in NAMED_CODE:
-        section, _, name = key.partition(".")
-        inner = values.get(section)
-        value = inner.get(name) if isinstance(inner, dict) else None
-        if isinstance(value, list):
-            readers = [entry.get("reader") for entry in value if isinstance(entry, dict)]
-            if readers := list(dict.fromkeys(filter(None, readers))):
-                options[key] = f"{key} with reader {', '.join(map(str, readers))}"
-        elif value:
-            options[key] = f"{key}={'true' if value is True else value}"
-    return options
-
-
-def named_functions(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the functions, `module:function`, in a configuration's plain values, each with its key."""
-    functions: dict[str, str] = {}
-    for key in NAMED_CODE:
-        section, _, name = key.partition(".")
-        value = values[section][name]
-        entries = [entry["reader"] for entry in value] if isinstance(value, list) else [value]
-        functions |= {written: key for written in entries if isinstance(written, str)}
-    return functions
-
-
-def code_warnings(values: Mapping[str, Any]) -> list[str]:
-    """Return a warning for each option, in a configuration's plain values, that runs Python code."""
-    return [f"warning: {option}: {NAMED_CODE[key]}" for key, option in code_options(values).items()]

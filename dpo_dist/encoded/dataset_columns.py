@@ -8,10 +8,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo_dist.batching.example import Keys
+from dpo_dist.batching.content_keys import Keys
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.config.losses import NUMBERS
-from dpo_dist.data.encoded.store import EncodedSource
+from dpo_dist.data.read.fields import NUMBERS
+from dpo_dist.encoded.store import EncodedSource
 from dpo_dist.foundation.tables import Array, Columns, TableFacts, stored_digest
 
 _VERSION = 3  # increased when equal records get other columns or counts

@@ -1,0 +1,54 @@
+"""The keys that name Python code to run."""
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any
+
+from dpo_dist.foundation.user_code import user_function
+
+LOSS_FUNCTION, METRICS_FUNCTION = "loss.function", "metrics.function"
+NAMED_CODE = {
+    "model.trust_remote_code": "Python code of model folders is run",
+    LOSS_FUNCTION: "Python code of the loss is run",
+    METRICS_FUNCTION: "Python code of metrics is run",
+    "pairs.function": "Python code of the judge is run",
+    **dict.fromkeys(("data.train", "data.eval", "evaluation.data"), "Python code of a reader of data is run"),
+}
+"""The keys that name Python code to run, with the text of a warning; docs/reliability.md lists them."""
+
+
+def code_options(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the options in a configuration's plain values that run Python code, as text by key."""
+    options = {}
+    for key in NAMED_CODE:
+        section, _, name = key.partition(".")
+        inner = values.get(section)
+        value = inner.get(name) if isinstance(inner, dict) else None
+        if isinstance(value, list):
+            readers = [entry.get("reader") for entry in value if isinstance(entry, dict)]
+            if readers := list(dict.fromkeys(filter(None, readers))):
+                options[key] = f"{key} with reader {', '.join(map(str, readers))}"
+        elif value:
+            options[key] = f"{key}={'true' if value is True else value}"
+    return options
+
+
+def named_functions(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the functions, `module:function`, in a configuration's plain values, each with its key."""
+    functions: dict[str, str] = {}
+    for key in NAMED_CODE:
+        section, _, name = key.partition(".")
+        value = values[section][name]
+        entries = [entry["reader"] for entry in value] if isinstance(value, list) else [value]
+        functions |= {written: key for written in entries if isinstance(written, str)}
+    return functions
+
+
+def code_warnings(values: Mapping[str, Any]) -> list[str]:
+    """Return a warning for each option, in a configuration's plain values, that runs Python code."""
+    return [f"warning: {option}: {NAMED_CODE[key]}" for key, option in code_options(values).items()]
+
+
+def accepts_facts(written: str | None) -> bool:
+    """Return whether a loss function has an argument `facts`, which gets the `BatchFacts`."""
+    return "facts" in signature(user_function(written, LOSS_FUNCTION)).parameters

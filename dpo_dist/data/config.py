@@ -1,0 +1,128 @@
+"""The keys of preference data: sources, and the limits within which their records are encoded."""
+
+from dataclasses import replace
+from enum import StrEnum
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field
+
+from dpo_dist.foundation.fields import NonEmpty, as_entry, key, schema
+
+_WITH_DATA = "train sweep precompute evaluate compare doctor encode plan pairs"
+DataFormat = StrEnum(
+    "DataFormat", "auto hh text implicit_prompt messages ranked completion labelled labelled_text"
+)
+Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
+TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
+Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "both", "drop"])
+OnBadRecord = StrEnum("OnBadRecord", ["drop", "error"])
+Role = Literal["assistant", "user", "tool", "system"]
+
+TEMPLATE_DATE = "2024-07-26"
+"""The date that chat templates get as today's."""
+UNTRAINED_PARTS = ("empty_thoughts", "thoughts", "formatting")
+MARKER_GAP = "..."
+"""Separates the begin marker from the end marker in an entry of `data.untrained`."""
+Untrained = Annotated[str, Field(pattern=rf"^({'|'.join(UNTRAINED_PARTS)}|(?s:.*\S.*)\.\.\.(?s:.*\S.*))$")]
+
+
+@schema
+class SourceConfig:
+    """One entry of `data.train`, `data.eval` or `evaluation.data`; a bare string is its `path`."""
+
+    path: NonEmpty = key(...)
+    """File, pattern or folder, also at a URL such as s3://bucket/data/*.jsonl; hub name."""
+    format: DataFormat = key(DataFormat.auto)
+    """Format of the records; `auto`: detected for each record."""
+    split: str | None = key(None)
+    """Split of a hub dataset or of a folder with several; null: `train`."""
+    name: str | None = key(None)
+    """Configuration (subset) of a hub dataset; for a folder, an entry of its dataset_info.json."""
+    data_dir: str | None = key(None)
+    """Folder inside a hub dataset."""
+    revision: str | None = key(None)
+    """Branch, tag or commit of a hub dataset."""
+    weight: float = key(1.0, gt=0, le=10**6, verbs="train precompute")
+    """How often an epoch draws each pair: 2: twice; 0.5: a seeded half of the pairs."""
+    limit: int | None = key(None, ge=1)
+    """Read only this many records, from the first; null: all."""
+    columns: dict[str, str | None] | None = key(
+        None, accepts="a mapping, {prompt: question, chosen: answers.good}"
+    )
+    """Fields whose column has another name, or is a path into nested objects; null: ignore the field."""
+    reader: str | None = key(None)
+    """Your own function, as `module:function`, which turns a record's fields into those of a format."""
+    images: NonEmpty | None = key(None, free=True)
+    """Folder of the source's image files, if `data.images` is null; null: the folder of the records."""
+    label: str | None = key(None, free=True, accepts="letters, digits and . _ + -", pattern=r"^[\w.+-]+$")
+    """Name of the source in metrics and counts; null: a name from its path, unique in the list."""
+
+
+Source = Annotated[
+    SourceConfig, BeforeValidator(as_entry("path"), json_schema_input_type=SourceConfig | NonEmpty)
+]
+
+_EVALUATED = "train precompute evaluate compare doctor encode"
+
+
+@schema
+class DataConfig:
+    """Preference data, and the limits within which they are encoded."""
+
+    train: list[Source] = key([], verbs=_WITH_DATA)
+    """Training data: files, patterns, folders, URLs, hub datasets."""
+    eval: list[Source] = key([], verbs=_EVALUATED)
+    """Evaluation data: files, patterns, folders, URLs, hub datasets."""
+    images: NonEmpty | None = key(None, free=True, verbs=_WITH_DATA)
+    """Folder of the image files of all sources, in place of their own `images`."""
+    eval_share: float = key(0.0, ge=0, lt=1, verbs=_EVALUATED)
+    """Share of the prompts of `train` reserved as evaluation data, by a hash of the prompt; 0: none."""
+    drop_eval_prompts: bool = key(False)
+    """Keep records whose prompt is in `eval` out of the training data."""
+    max_length: int = key(1024, ge=2, verbs=_WITH_DATA)
+    """Largest number of tokens of prompt and response together."""
+    max_prompt_length: int | None = key(None, ge=1, verbs=_WITH_DATA)
+    """Largest number of tokens of a prompt; the start of a longer one is cut; null: no limit."""
+    truncation: Truncation = key(Truncation.keep_start)
+    """For pairs above `max_length`: `keep_start` cuts responses, `keep_end` the prompt's start, `both` each
+    side in proportion to its length, `drop` drops the pair."""
+    on_bad_record: OnBadRecord = key(OnBadRecord.drop)
+    """What happens to a bad record: `drop` leaves it out, counts it and shows it; `error` ends the run."""
+    max_bad_share: float = key(0.05, ge=0, le=1, verbs=_WITH_DATA)
+    """Largest share of records that may be dropped; more is an error."""
+    text_as_messages: bool = key(False, verbs=_WITH_DATA)
+    """Render plain-text prompts by the chat template, as a user turn."""
+    template: TextTemplate = key(TextTemplate.auto, verbs=_WITH_DATA)
+    """Encode special tokens of the chat template that occur in texts as tokens (`applied`) or as text
+    (`literal`); `auto`: as text, with an error if most records have them."""
+    chat_template: NonEmpty | None = key(None, verbs=_WITH_DATA)
+    """Chat template: a file, or the name of one of the tokenizer's templates; null: the tokenizer's own."""
+    template_arguments: dict[str, Any] | None = key(None, accepts="a mapping", verbs=_WITH_DATA)
+    """Arguments of the chat template for all records, such as `{enable_thinking: false}`; null: none."""
+    trained_roles: list[Role] = key(
+        ["assistant"], min_length=1, accepts=f"a list of {', '.join(get_args(Role))}"
+    )
+    """Roles whose turns in a response count in the loss."""
+    untrained: list[Untrained] = key(
+        ["empty_thoughts"], accepts=f"a list of {', '.join(UNTRAINED_PARTS)} or BEGIN...END"
+    )
+    """Parts of trained turns to leave out of the loss: `empty_thoughts`, `thoughts`, `formatting` (tokens
+    around turns), or text between markers, `<note>...</note>`."""
+    ranked: Ranked = key(Ranked.whole)
+    """Use a ranking of more than two responses as one example, as its best and worst, or as all pairs."""
+    unpair: bool = key(False)
+    """Take pairs apart into a good and a bad response, for `loss=kto` and `apo_zero_unpaired`."""
+    cache: NonEmpty = key("${run.root}/encoded", free=True)
+    """Folder of encoded data, shared by runs."""
+
+    def __post_init__(self) -> None:
+        # Whatever reads a source looks for the folder in the source alone.
+        if self.images is not None:
+            for name in ("train", "eval"):
+                sources = [replace(source, images=self.images) for source in getattr(self, name)]
+                object.__setattr__(self, name, sources)
+
+    @property
+    def eval_sources(self) -> list[SourceConfig]:
+        """The sources of the evaluation data; empty if there are none."""
+        return list(self.eval) or (list(self.train) if self.eval_share else [])
