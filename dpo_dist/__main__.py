@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 import dpo_dist
+from dpo_dist.config.extensions import extensions
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, ErrorPrinter, ExitCode, exit_after
 from dpo_dist.foundation.installed import pages
@@ -37,7 +38,7 @@ def main() -> int:
     mistake = [f"there is no verb {verb!r}; {_suggest(verb)}".rstrip("; ")] if verb and not is_asked else []
     if mistake and ErrorPrinter().is_document:
         exit_after(lambda: _refuse(verb))
-    tools = {name: row for name, row in VERBS.items() if ".tools." in row.module}
+    tools = {name: row for extension in extensions() for name, row in extension.verbs.items()}
     runs = {name: row for name, row in VERBS.items() if name not in tools}
     lines = ["usage: dpo-dist VERB ...; dpo-dist VERB --help"]
     for title, verbs in (("train, and what a run needs", runs), ("look at data, models and runs", tools)):
@@ -60,11 +61,11 @@ def _refuse(verb: str) -> NoReturn:
 
 def _suggest(verb: str) -> Remedy:
     """Return what to write for a verb that does not exist."""
+    from dpo_dist.config.advice import advice  # noqa: PLC0415  (slow)
     from dpo_dist.config.keys import run_keys  # noqa: PLC0415  (slow)
-    from dpo_dist.config.other_trainers import equivalents  # noqa: PLC0415  (slow)
     from dpo_dist.foundation.fields import choices  # noqa: PLC0415  (slow)
 
-    if answers := equivalents(verb, "methods"):
+    if answers := advice().equivalents(verb, "methods"):
         return Remedy(answers[0])
     if verb.startswith("-"):
         own = {"-v": "--version"}.get(verb.lower(), verb)
@@ -74,7 +75,7 @@ def _suggest(verb: str) -> Remedy:
     if "=" in verb or verb.endswith((".yaml", ".yml")):
         return Remedy(f"write dpo-dist train {shlex.quote(verb)}", ("train", verb), remove=(verb,))
     losses = [f"train loss={verb}"] if verb in choices(run_keys()["loss.kind"]) else []
-    if written := [*equivalents(verb, "verbs"), *losses]:
+    if written := [*advice().equivalents(verb, "verbs"), *losses]:
         is_whole = not re.search(r"\b[A-Z]+\b", written[0])  # else only the user knows which run
         return Remedy(f"write dpo-dist {written[0]}", tuple(written[0].split()) * is_whole)
     if guesses := get_close_matches(verb.removeprefix("dpo_dist."), VERBS, 1):

@@ -13,6 +13,7 @@ if __name__ == "__main__":
     end_at_signals()  # the imports take seconds, on a network file system more
 
 from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.extensions import hook
 from dpo_dist.config.rules import check_rules, needs_of
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.types import CheckReport
@@ -33,19 +34,19 @@ def main(
     stop = stop or StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     with stop.listening(), checked_console(config, trains=True) as console:
         # Slow, and the log must have what these imports print.
-        from dpo_dist.tools.report.recorder import reporting  # noqa: PLC0415
+        from dpo_dist.training.reporting.recorder import plain_reporting  # noqa: PLC0415
         from dpo_dist.training.run import train  # noqa: PLC0415
 
+        reporting = hook("reporting") or plain_reporting
         return train(config, console, stop, reporting(on_row, on_moment))
 
 
 def check(config: RunConfig) -> CheckReport:
     """Check everything that training needs before it uses a GPU."""
     check_start(config, trains=True)
-    from dpo_dist.tools.plan.make_plan import plan_in_brief  # noqa: PLC0415  (slow)
     from dpo_dist.training.start.dry_run import dry_run  # noqa: PLC0415  (slow)
 
-    return dry_run(config, plan=plan_in_brief)
+    return dry_run(config, plan=hook("plan_in_brief"))
 
 
 if __name__ == "__main__":

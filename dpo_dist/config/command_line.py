@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, cast
 
 import dpo_dist
+from dpo_dist.config.advice import advice
 from dpo_dist.config.compose import parse_overrides
 from dpo_dist.config.keys import (
     Key,
@@ -31,7 +32,6 @@ from dpo_dist.config.load import load_run_config, read_saved, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
 from dpo_dist.config.mistakes import likely_name, to_assign, unknown_key
 from dpo_dist.config.named_code import NAMED_CODE, code_options, code_warnings
-from dpo_dist.config.other_trainers import is_foreign
 from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import SCHEMA, ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
 from dpo_dist.config.verbs import VERBS
@@ -122,7 +122,7 @@ def _unknown_option(typed: str, values: Sequence[str]) -> ConfigError:
     key, value = name.lstrip("-").replace("-", "_"), "".join(values[:1])
     if len(values) > 1:
         value = f"[{','.join(values)}]"
-    is_theirs = is_foreign(key) or len(key) == 1
+    is_theirs = advice().is_foreign(key) or len(key) == 1
     if key in run_keys() and ("." in key or not is_theirs):  # `--optim adamw_torch` is foreign
         remedy = to_assign(key, value or "true")
     else:

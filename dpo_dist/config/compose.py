@@ -40,6 +40,7 @@ from hydra.types import RunMode
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_dist.config.advice import advice
 from dpo_dist.config.keys import (
     config_dir,
     is_within,
@@ -57,7 +58,6 @@ from dpo_dist.config.mistakes import (
     unknown_preset,
     unreadable,
 )
-from dpo_dist.config.other_trainers import equivalents, foreign_file
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import plain_values
@@ -249,7 +249,7 @@ class Command:
         """Return the layers of a group's file; a file that cannot be read is a mistake."""
         try:
             content = self._keys_in(file)
-            if error := foreign_file(content, file):
+            if error := advice().foreign_file(content, file):
                 raise error
             return self._layers_of(content, name, group)
         except FAILURES as error:
@@ -384,11 +384,15 @@ class Command:
                 message = "an interval has no points to train"
         elif is_choice and key in run_keys() and isinstance(override.value(), list):
             names, known = names_chosen(override), preset_names(key, self.folders)
-            if unknown := [name for name in names if {name, *equivalents(name, "values")}.isdisjoint(known)]:
+            if unknown := [
+                name for name in names if {name, *advice().equivalents(name, "values")}.isdisjoint(known)
+            ]:
                 return unknown_preset(key, unknown[0], self.folders)
             message, remedy = f"{key} takes one preset", Remedy(f"write {key}=NAME: {', '.join(known)}")
             if names:
-                meant = next(name for name in (names[0], *equivalents(names[0], "values")) if name in known)
+                meant = next(
+                    name for name in (names[0], *advice().equivalents(names[0], "values")) if name in known
+                )
                 remedy = Remedy.to_write(f"{key}={meant}", verb="choose")
                 if key == "loss" and (summed := to_assign(key, line.partition("=")[2])).write:
                     remedy = summed + f" for their sum, or choose {key}={meant}"

@@ -11,7 +11,7 @@ from typing import Any, get_origin, get_type_hints
 from pydantic_core import PydanticUndefined
 
 from dpo_dist.config.schema import UNSET, RunConfig
-from dpo_dist.config.verbs import EVERY_VERB, VERBS
+from dpo_dist.config.verbs import DATA_KEYS, EVERY_VERB, VERBS
 from dpo_dist.foundation.fields import LARGEST_INTEGER, describe_type, key_facts, schema_fields, schemas_in
 
 _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
@@ -58,11 +58,12 @@ def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]
     hints = get_type_hints(kind)
     for option, field in schema_fields(kind).items():
         hint, facts, default = hints[option], key_facts(field), field.get_default(call_default_factory=True)
-        defining, used_by = defines and not facts.free, facts.verbs or verbs
+        name = prefix + option
+        defining, used_by = defines and not facts.free, _readers_of(name, facts.verbs or verbs)
         limits = [(sign, getattr(limit, name, None)) for limit in field.metadata for name, sign in _SIGNS]
         bounds = [f"{sign} {bound:g}" for sign, bound in limits if bound not in (None, LARGEST_INTEGER)]
         row = Key(
-            prefix + option,
+            name,
             hint,
             UNSET if default is PydanticUndefined else default,
             " ".join((field.description or "").split()),
@@ -76,6 +77,16 @@ def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]
         below = f"{row.name}[]." if get_origin(hint) is list else f"{row.name}."
         for inner in schemas_in(hint):
             yield from _rows_of(inner, below, defining, used_by)
+
+
+def _readers_of(name: str, verbs: str) -> str:
+    """Return the verbs that a key or section names, and those that name it."""
+    naming = [
+        verb
+        for verb, row in VERBS.items()
+        if name in row.reads or (row.reads_data and row.is_configured and name in DATA_KEYS)
+    ]
+    return " ".join(verb for verb in VERBS if verb in {*verbs.split(), *naming})
 
 
 @cache

@@ -430,7 +430,7 @@ class SyncReferenceConfig:
 class LossConfig:
     """The loss, its options and its sums."""
 
-    kind: LossKind = key(LossKind.sigmoid, verbs="train precompute evaluate doctor")
+    kind: LossKind = key(LossKind.sigmoid, verbs="train precompute")
     """Kind of loss; formulas: docs/losses.md."""
     beta: float = key(0.1, gt=0)
     """Strength of the pull toward the reference model."""
@@ -449,9 +449,9 @@ class LossConfig:
     """Weight of tokens beyond the length of the pair's shorter response (arXiv 2409.06411); null: 1."""
     weighting: Weighting = key(Weighting.none)
     """Weight of each pair's loss; `wpo` (arXiv 2406.11827): by the probability of both responses."""
-    reference_free: bool = key(False, verbs="train precompute evaluate")
+    reference_free: bool = key(False, verbs="train precompute")
     """Take the reference's log-probs as 0."""
-    terms: list[Term] = key([], verbs="train precompute evaluate doctor")
+    terms: list[Term] = key([], verbs="train precompute")
     """Weighted sum of kinds, in place of `kind`: `[{kind: sigmoid, weight: 1}, ...]`."""
     options: KindOptions = _options()
     """Options of `kind`: `{gamma: 1}`; null: their defaults."""

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from dpo_dist.config.advice import OFF, ON, advice
 from dpo_dist.config.keys import (
     all_keys,
     group_folders,
@@ -29,7 +30,6 @@ from dpo_dist.config.keys import (
     verb_keys,
 )
 from dpo_dist.config.losses import NO_OPTION, kinds_using
-from dpo_dist.config.other_trainers import OFF, ON, advice_on, as_sources, equivalents, find_advice
 from dpo_dist.config.schema import SCHEMA
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError
@@ -51,7 +51,9 @@ _SIMILAR = 0.75
 
 def likely_name(word: str, known: Collection[str]) -> str | None:
     """Return the name in `known` that the user probably meant: `ipo` for `ipoo`; None if no name is near."""
-    same: list[str] = [name for name in (word.lower(), *equivalents(word, "values")) if name in known]
+    same: list[str] = [
+        name for name in (word.lower(), *advice().equivalents(word, "values")) if name in known
+    ]
     if same:
         return same[0]
     # H100: h100-80g; 4090, rtx-4090 and 24GB: rtx4090-24g.
@@ -197,7 +199,9 @@ def assignment(key: str, value: str) -> str | None:
         known = choices(run_keys()["loss.kind"])
         terms = ", ".join(f"{{kind: {likely_name(kind, known) or kind}}}" for kind in kinds)
         return assignment("loss.terms", f"[{terms}]")
-    meanings = (word for word in equivalents(value, "values") if word in choices(run_keys().get(key)))
+    meanings = (
+        word for word in advice().equivalents(value, "values") if word in choices(run_keys().get(key))
+    )
     opened = re.sub(r"[^\[\]{}]", "", value)
     while (left := opened.replace("[]", "").replace("{}", "")) != opened:
         opened = left  # brackets that are not closed
@@ -265,7 +269,7 @@ def unknown_key(key: str, value: str = "", *, where: str | Place = "") -> Config
 
     `value`: as the user wrote it, "" if unknown; `where`: the file or override with the key.
     """
-    remedy = (find_advice(key, value) or [_instead_of_key(key, value)])[0]
+    remedy = (advice().find_advice(key, value) or [_instead_of_key(key, value)])[0]
     beside = [word for word in map(key_of, remedy.write) if word.rpartition(".")[0] == key.rpartition(".")[0]]
     # For a key inside of a typed mapping `where` is the key itself: in `model.adapter={rank: 8, alpha: 16}`
     # the word model.adapter.r=8 would take the place of the whole mapping. So only the name changes, rank to
@@ -292,13 +296,16 @@ def _instead_of_key(typed: str, value: str) -> Remedy:
         word = f"{list_key}=[{{{before}{name}: {value or '...'}}}]"
         return Remedy(f"write this key inside an entry: '{word}'", (word,) * bool(value and not before))
     if is_entry:
-        if options := [option for option in equivalents(name, "sources") if f"{mapping}.{option}" in known]:
+        if options := [
+            option for option in advice().equivalents(name, "sources") if f"{mapping}.{option}" in known
+        ]:
             return Remedy(f"write {options[0]}: {value or '...'}")
         return _instead_of_mistyped(typed, key, known, value)
 
     # Another trainer's name, or a key without its section: `learning_rate=1`, `max_steps=3`.
-    same, advice = equivalents(key, "keys"), advice_on(key, value)
-    if not same and not advice:
+    same = advice().equivalents(key, "keys")
+    remedies = advice().advice_on(key, value)
+    if not same and not remedies:
         inside = [option for option in known if option.startswith(mapping)]
         same = tuple(option for option in inside if option.rpartition(".")[2] == name)
     if written := [fitting for other in same if (fitting := assignment(other, value))]:
@@ -307,8 +314,8 @@ def _instead_of_key(typed: str, value: str) -> Remedy:
         remedy = Remedy.to_write_one_of(written)
         needed = f"; this option needs {' or '.join(losses)}" if losses else ""
         return replace(remedy, text=remedy.text + needed, write=(*remedy.write, *losses[:1]))
-    if advice:  # before `same`, or `template: llama3` of LLaMA-Factory would get the key data.template
-        return advice[0]
+    if remedies:  # before `same`, or `template: llama3` of LLaMA-Factory would get the key data.template
+        return remedies[0]
     if same:  # it does not accept the value: `loss_type=sigmod` -> loss=sigmoid
         row = all_keys().get(same[0])
         if choice := likely_name(value, choices(run_keys()["loss.kind" if same[0] == "loss" else same[0]])):
@@ -343,14 +350,16 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigEr
     remedy = Remedy(f"write {plus}{group}=NAME")
     if len(known) == 1:
         remedy = Remedy.to_write(f"{plus}{group}={known[0]}")
-    if advice := find_advice(group, choice):
-        remedy = advice[0]
+    if remedies := advice().find_advice(group, choice):
+        remedy = remedies[0]
         if remedy.write and group not in map(key_of, remedy.write):
             remedy = replace(remedy, remove=(*remedy.remove, group))
     elif guess := likely_name(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known):
         remedy = _did_you_mean(f"{plus}{group}={guess}")
     elif group in _PRESET_PATHS:
-        accepted = [word for key in _PRESET_PATHS[group] if (word := assignment(key, choice))]
+        accepted = [
+            word for key in _PRESET_PATHS[group] if key in run_keys() and (word := assignment(key, choice))
+        ]
         remedy = Remedy.to_write_one_of(accepted, lead="a path is no preset: write")
         remedy = replace(remedy, remove=(group,))
     elif group == "experiment":
@@ -432,7 +441,7 @@ def wrong_values(
             for option in detail["ctx"]["names"]:
                 mistakes[f"{key}.{option}"] = _no_option(f"{key}.{option}", detail, origin)
         elif is_unknown:
-            text = "" if isinstance(value, dict) else as_written(as_sources(value))
+            text = "" if isinstance(value, dict) else as_written(advice().as_sources(value))
             mistakes[key] = unknown_key(key, text, where=origin(key))
         elif detail["type"] != "missing":
             mistakes.setdefault(key, _wrong_value(key, detail, origin(key), values))
@@ -465,7 +474,7 @@ def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> 
     remedy = Remedy("remove it", drops=True)
     if known:
         remedy = Remedy(f"write {' or '.join(f'{place}.{option}' for option in known)}")
-    same = [option for option in known if f"loss.options.{option}" in equivalents(name, "keys")]
+    same = [option for option in known if f"loss.options.{option}" in advice().equivalents(name, "keys")]
     others = [option.rpartition(".")[2] for option in run_keys() if option.startswith("loss.options.")]
     if guess := next(iter(same), likely_name(name, known) or likely_name(name, others)):
         remedy = Remedy.to_rename(key, f"{place}.{guess}")
@@ -542,8 +551,8 @@ def _instead_of_value(
     got = as_written(value)
     if isinstance(value, bool) and isinstance(where, InFile) and choices(hint):
         return Remedy("in YAML a bare on, off, yes or no is true or false: put the word in quotes")
-    if advice := find_advice(key, got):
-        return advice[0]
+    if remedies := advice().find_advice(key, got):
+        return remedies[0]
     if got.lower() in ("none", "nil") and _is_accepted(key, "null"):
         return Remedy.to_write(f"{key}=null")
     if choice := likely_name(got, choices(hint)):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
+from dpo_dist.config.extensions import extensions
 from dpo_dist.foundation.user_code import user_function
 
 LOSS_FUNCTION, METRICS_FUNCTION = "loss.function", "metrics.function"
@@ -11,9 +12,10 @@ NAMED_CODE = {
     "model.trust_remote_code": "Python code of model folders is run",
     LOSS_FUNCTION: "Python code of the loss is run",
     METRICS_FUNCTION: "Python code of metrics is run",
-    "pairs.function": "Python code of the judge is run",
-    **dict.fromkeys(("data.train", "data.eval", "evaluation.data"), "Python code of a reader of data is run"),
+    **dict.fromkeys(("data.train", "data.eval"), "Python code of a reader of data is run"),
 }
+for _extension in extensions():
+    NAMED_CODE |= _extension.named_code
 """The keys that name Python code to run, with the text of a warning; docs/reliability.md lists them."""
 
 

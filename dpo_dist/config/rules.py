@@ -11,18 +11,12 @@ from functools import reduce
 from operator import getitem
 from typing import Any
 
+from dpo_dist.config.extensions import rule_modules
 from dpo_dist.config.keys import all_keys
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
-from dpo_dist.config.metrics import ACCURACIES, CUSTOM, METRICS, PREFIX
+from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import likely_name
-from dpo_dist.config.schema import SCHEMA, UNSET, Direction, ReferenceMode, RunConfig
-from dpo_dist.config.verb_sections import (
-    CompareConfig,
-    ExportConfig,
-    PairsConfig,
-    PairsMethod,
-    SamplingConfig,
-)
+from dpo_dist.config.schema import SCHEMA, UNSET, Direction, ExportConfig, ReferenceMode, RunConfig
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.data.config import DataFormat
 from dpo_dist.foundation.errors import ConfigError, raise_all
@@ -104,9 +98,9 @@ def unused_beside(key: str, other: str, remedy: str | Remedy, has_effect: Condit
     )
 
 
-def _without_evaluations(key: str, or_if: Condition = lambda _: False) -> Rule:
+def without_evaluations(key: str, or_if: Condition = lambda _: False) -> Rule:
     """Refuse a key of evaluations in a run that has no data for them."""
-    rule = unused_beside(key, "data.eval", _HOLD_OUT, lambda c: bool(c.data.eval_sources) or or_if(c))
+    rule = unused_beside(key, "data.eval", HOLD_OUT, lambda c: bool(c.data.eval_sources) or or_if(c))
     why = f"{key} has no effect without evaluation data"
     return replace(rule, why=why, yields_to=("data.eval", "data.eval_share"))
 
@@ -142,7 +136,8 @@ def value_at(config: RunConfig, key: str, absent: Any = None) -> Any:
     return absent if section is None else getattr(section, name)
 
 
-def _given_once(key: str) -> Rule:
+def once(key: str) -> Rule:
+    """Refuse a source that is listed twice."""
     return Rule(
         key,
         f"a source of {key} is given twice",
@@ -153,7 +148,8 @@ def _given_once(key: str) -> Rule:
     )
 
 
-def _unweighted(key: str) -> Rule:
+def unweighted(key: str) -> Rule:
+    """Refuse weights of sources that are not drawn from."""
     return Rule(
         key,
         "a weight has no effect on evaluation data: every pair counts once",
@@ -162,7 +158,8 @@ def _unweighted(key: str) -> Rule:
     )
 
 
-def _without_images(key: str) -> Rule:
+def without_images(key: str) -> Rule:
+    """Refuse folders of images that are not read."""
     return Rule(
         f"{key} model.images=null",
         "the folder of a source's images has no effect with this model.images",
@@ -206,18 +203,18 @@ def best_direction(metric: str) -> Direction | None:
     return METRICS[max(named, key=len)].best if named else None
 
 
-_JUDGED = [PREFIX + name for name in METRICS if METRICS[name].best]
+JUDGED_METRICS = [PREFIX + name for name in METRICS if METRICS[name].best]
 """Metrics of evaluations with a known best direction."""
 
 
 def _instead_of_metric(name: str) -> Remedy:
     listed = "choose eval_loss, eval_rewards/accuracies, eval_rewards/margins or eval_custom/NAME"
-    guess = likely_name(name, _JUDGED)
+    guess = likely_name(name, JUDGED_METRICS)
     return Remedy.to_rename(name, guess) + f" {listed}" if guess else Remedy(listed)
 
 
 _ADAPTER = Remedy.to_set("model.adapter={r: 64, alpha: 128}")
-_HOLD_OUT = Remedy.to_set("data.eval_share=0.05") + " or 'data.eval=[held_out.jsonl]'"
+HOLD_OUT = Remedy.to_set("data.eval_share=0.05") + " or 'data.eval=[held_out.jsonl]'"
 RULES = (
     # The model.
     Rule(
@@ -260,11 +257,6 @@ RULES = (
         ),
     ),
     Rule(
-        "model.adapter.path!=null pairs.rounds!=0",
-        "each round merges its adapter into the model, so that the next one has no adapter to continue",
-        "merge the adapter of model.adapter.path into its base, and set model.path to the result",
-    ),
-    Rule(
         "model.quantization!=null model.adapter=null",
         "quantized weights cannot be trained themselves",
         _ADAPTER + ", or model.quantization=null",
@@ -295,8 +287,9 @@ RULES = (
         "model.adapter.target_modules",
     ),
     # Data.
-    *map(_given_once, ("data.train", "data.eval", "evaluation.data")),
-    *map(_unweighted, ("data.eval", "evaluation.data")),
+    once("data.train"),
+    once("data.eval"),
+    unweighted("data.eval"),
     Rule(
         "data.eval_share!=0 data.eval!=[]",
         "evaluation data are given twice: by their sources and as a share of the training data",
@@ -306,7 +299,8 @@ RULES = (
     ),
     unused("data.drop_eval_prompts", "data.eval!=[]", "set data.eval; data.eval_share never shares a prompt"),
     unused("data.images", "model.images!=null", "set model.images.train=none to read images"),
-    *map(_without_images, ("data.train", "data.eval", "evaluation.data")),
+    without_images("data.train"),
+    without_images("data.eval"),
     unused_beside(
         "data.ranked",
         "data.train",
@@ -420,9 +414,7 @@ RULES = (
         Remedy.to_set("trainer.keep_last=1") + ", or remove trainer.ema_decay",
     ),
     # Training and evaluations.
-    *map(_without_evaluations, ("trainer.eval_every", "trainer.keep_best")),
-    _without_evaluations("samples.prompts", lambda c: c.samples.prompts == 0),
-    *(unused(key, "sampling.temperature!=0") for key in ("sampling.top_p", "sampling.top_k")),
+    *map(without_evaluations, ("trainer.eval_every", "trainer.keep_best")),
     unused("parallelism.offload_parameters", "parallelism.kind=zero3"),
     unused("parallelism.reduce_in_float32", "model.dtype=bf16|fp16"),
     unused("parallelism.hpz", "parallelism.kind=zero3"),
@@ -443,34 +435,6 @@ RULES = (
         "this is no evaluation metric with a known best direction, highest or lowest",
         lambda c: _instead_of_metric(c.trainer.keep_best or ""),
         lambda c: best_direction(c.trainer.keep_best or "") is None,
-    ),
-    # A search.
-    unused("sweep.by", "sweep.trials!=null", "set sweep.trials=20"),
-    Rule(
-        "sweep.trials!=null sweep.by",
-        "a search needs an evaluation metric with a known best direction, highest or lowest",
-        lambda c: Remedy.to_set(
-            "sweep.by=" + (likely_name(c.sweep.by or "", _JUDGED) or PREFIX + ACCURACIES[c.loss.is_unpaired])
-        ),
-        lambda c: best_direction(c.sweep.by or "") is None,
-    ),
-    Rule(
-        "sweep.trials!=null data.eval=[]",
-        "a search compares evaluations, and these runs have none",
-        _HOLD_OUT,
-        lambda c: c.data.eval_share == 0,
-    ),
-    Rule(
-        "metrics.bands!=[]",
-        "a band has low above high",
-        "correct the band, or set metrics.bands=[]",
-        lambda c: any(band.low > band.high for band in c.metrics.bands),
-    ),
-    Rule(
-        "metrics.bands!=[] data.eval=[]",
-        "a band is for a metric of evaluations, which this run does not have",
-        _HOLD_OUT + ", or set metrics.bands=[]",
-        lambda c: not c.data.eval_sources and any(band.metric.startswith(PREFIX) for band in c.metrics.bands),
     ),
     # The reference.
     Rule(
@@ -554,25 +518,6 @@ RULES = (
 """The rules of every verb, in the order of the checks."""
 
 
-def _is_for_others(pairs: PairsConfig, compare: CompareConfig) -> bool:
-    """Return whether `sampling` is for `pairs` or `compare`: one file may have keys of several verbs."""
-    return pairs.method in (PairsMethod.samples, PairsMethod.delta) or bool(compare.models)
-
-
-SAMPLING_KEYS = [f"sampling.{name}" for name in schema_fields(SamplingConfig) if name != "endpoint"]
-"""The keys of how responses are drawn, without those of a server."""
-_SAMPLES_ONLY = tuple(
-    rule
-    for key in SAMPLING_KEYS
-    for rule in (
-        _without_evaluations(key, lambda c: _is_for_others(c.pairs, c.compare)),
-        unused(
-            key, "samples.prompts!=0", "set samples.prompts=16", lambda c: _is_for_others(c.pairs, c.compare)
-        ),
-    )
-)
-"""Rules of verbs that take a training run, in which models respond only to the prompts of evaluations."""
-
 _NEEDED = {
     "model.path": Rule(
         f"model.path={UNSET}",
@@ -594,8 +539,10 @@ _NEEDED = {
 
 def rules_of(verb: str) -> list[Rule]:
     """Return all rules for a verb's configuration; without a verb, the rules for every verb."""
-    samples = _SAMPLES_ONLY if verb and VERBS[verb].takes_training else ()
-    return [*needs_of(verb), *RULES, *samples]
+    rules = [*needs_of(verb), *RULES]
+    for module in rule_modules():
+        rules += module.rules_of_verb(verb)
+    return rules
 
 
 def needs_of(verb: str) -> list[Rule]:

@@ -1,37 +1,29 @@
 """Every key of a run: type, default, bounds, meaning. A key is declared once, and nowhere else.
 
-Keys of `loss` are in `losses`, those of samples and of the tools in `verb_sections`, rules between keys in
-`rules`. A key declared `free` does not define the run's result
-(hardware, placement, how often something is written): it is not part of the digest that names the run
-directory.
+Keys of `loss` are in `losses`, those of data in `data/config.py`, those of a tool in its `extension`, rules
+between keys in `rules`. A key declared `free` does not define the run's result (hardware, placement, how
+often something is written): it is not part of the digest that names the run directory.
 """
 
 from copy import copy
+from dataclasses import replace
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter
 
+from dpo_dist.config.extensions import extensions
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.verb_sections import (
-    CompareConfig,
-    DoctorConfig,
-    EncodeConfig,
-    ExportConfig,
-    PairsConfig,
-    PlanConfig,
-    SamplesConfig,
-    SamplingConfig,
-    SweepConfig,
-)
 from dpo_dist.config.verbs import EVERY_VERB, VERBS_WITH_DATA
-from dpo_dist.data.config import DataConfig, Source
+from dpo_dist.data.config import DataConfig
 from dpo_dist.foundation.fields import (
     LARGEST_INTEGER,
+    Names,
     NonEmpty,
+    as_entry,
     key,
     key_facts,
     schema,
@@ -39,7 +31,7 @@ from dpo_dist.foundation.fields import (
     section,
 )
 
-Names = Annotated[list[NonEmpty], Field(min_length=1)]
+T = TypeVar("T")
 Resume = StrEnum("Resume", ["auto", "never", "must"])
 
 
@@ -188,9 +180,7 @@ class ModelConfig:
     """Branch, tag or commit of a hub model."""
     dtype: Dtype = key(Dtype.bf16)
     """`bf16`, `fp16` for GPUs without bf16 (both with float32 master weights), or `fp32`."""
-    attention: AttentionBackend = key(
-        AttentionBackend.auto, free=True, verbs="train precompute evaluate compare"
-    )
+    attention: AttentionBackend = key(AttentionBackend.auto, free=True, verbs="train precompute")
     """Attention kernel; `auto`: the fastest."""
     gradient_checkpointing: Literal["none", "full"] | Every = key(
         "none", free=True, verbs="train", accepts="none, full, or a whole number, >= 2"
@@ -198,13 +188,13 @@ class ModelConfig:
     """Layers that recompute their activations in backward: `none`, `full` (all), or n (every n-th)."""
     activation_offload: bool = key(False, free=True, verbs="train")
     """Offload the inputs of checkpointed layers to CPU memory until backward (CUDA)."""
-    fused: FusedLayers = key(FusedLayers.auto, free=True, verbs="train precompute evaluate")
+    fused: FusedLayers = key(FusedLayers.auto, free=True, verbs="train precompute")
     """Fused layers: Liger's kernels (CUDA, the `liger` extra) or torch.compile; `auto`: Liger's or none."""
     adapter: AdapterConfig | None = key(None, verbs=VERBS_WITH_DATA)
     """Train an adapter in place of all weights: `{r: 64, alpha: 128}`."""
     images: ImagesConfig | None = key(None, verbs=VERBS_WITH_DATA)
     """Read the images of the data: `{train: none}`; null: only text is read."""
-    quantization: Quantization | None = key(None, verbs="train precompute evaluate compare pairs")
+    quantization: Quantization | None = key(None, verbs="train precompute")
     """Load the adapter's base in 8 or 4 bits (bitsandbytes, the `quantization` extra)."""
     trust_remote_code: bool = key(False)
     """Run Python code from the model's repository."""
@@ -217,9 +207,9 @@ class ReferenceConfig:
     mode: ReferenceMode = key(ReferenceMode.auto)
     """`cached` (stored), `live` (computed beside the policy), `adapter` (the policy with its adapter off),
     `none`; `auto`: `none`, `adapter` or `cached`, by loss and model."""
-    path: NonEmpty | None = key(None, verbs="train precompute evaluate doctor")
+    path: NonEmpty | None = key(None, verbs="train precompute")
     """Folder or hub name of the reference model; null: `model.path`."""
-    quantization: Quantization | None = key(None, verbs="train precompute evaluate doctor")
+    quantization: Quantization | None = key(None, verbs="train precompute")
     """Load the reference in 8 or 4 bits (bitsandbytes), unsharded on every device; null: as stored."""
     offload: Offload = key(Offload.none, free=True)
     """Where the reference's weights are kept: on the device (`none`) or `cpu`."""
@@ -231,7 +221,7 @@ class ReferenceConfig:
 class ParallelismConfig:
     """Distribution of weights, gradients and optimizer states over processes."""
 
-    kind: ParallelismKind = key(ParallelismKind.zero3, verbs="train precompute evaluate compare pairs")
+    kind: ParallelismKind = key(ParallelismKind.zero3, verbs="train precompute")
     """ZeRO stage 3 or 2, or `ddp`: all weights on every process, optimizer states sharded (stage 1)."""
     offload_parameters: Offload = key(Offload.none)
     """Where the policy's weights are kept: on the device (`none`) or `cpu`."""
@@ -244,7 +234,7 @@ class ParallelismConfig:
     cross the network once a step, and otherwise stay in the group (ZeRO++, arXiv 2306.10209). 1: no copy."""
     sequence_parallel: int = key(1, ge=1)
     """Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses)."""
-    timeout_seconds: int = key(600, ge=1, le=10**7, verbs="train precompute evaluate compare pairs")
+    timeout_seconds: int = key(600, ge=1, le=10**7, verbs="train precompute")
     """Seconds that a process waits for another one before the run ends."""
 
 
@@ -299,7 +289,7 @@ class TrainerConfig:
     global_batch_pairs: int = key(64, verbs="train precompute", ge=1)
     """Pairs of an optimizer step, over all processes."""
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=LARGEST_INTEGER)] = key(
-        "auto", free=True, verbs="train precompute evaluate", accepts="auto, or a whole number, >= 1"
+        "auto", free=True, verbs="train precompute", accepts="auto, or a whole number, >= 1"
     )
     """Largest number of tokens in a micro-batch; gradient accumulation follows from it. `auto`: what fits on
     the GPUs of a training run, else 8192, on a CPU 2048."""
@@ -323,13 +313,13 @@ class TrainerConfig:
     """Checkpoint that becomes `model/`: `last`, or `best` (by `keep_best`)."""
     log_every: int = key(1, ge=0, free=True)
     """Steps per row of metrics, which are means over the pairs of these steps; 0: one row at the end."""
-    seed: int = key(0, ge=0, verbs="train precompute evaluate pairs")
+    seed: int = key(0, ge=0, verbs="train precompute")
     """Seed of the data order, of a new adapter's weights, and of sampling in `pairs`."""
-    deterministic: bool = key(False, free=True, verbs="train precompute evaluate")
+    deterministic: bool = key(False, free=True, verbs="train precompute")
     """Use deterministic kernels only; an operation without one is an error. Slower on GPUs."""
     ema_decay: float | None = key(None, gt=0, lt=1)
     """Decay of the moving average (EMA) of the trained weights, for `export.weights=ema`; null: none."""
-    prefix_tree: bool = key(True, free=True, verbs="train precompute evaluate")
+    prefix_tree: bool = key(True, free=True, verbs="train precompute")
     """Compute tokens with which several responses of a micro-batch begin once (docs/scaling.md); false: share
     only the prompt of each pair."""
     stop_after_steps: int | None = key(None, ge=1, free=True)
@@ -339,71 +329,111 @@ class TrainerConfig:
 
 
 @schema
-class BandConfig:
-    """One entry of `metrics.bands`."""
-
-    metric: NonEmpty = key(..., accepts="a name of log_history.json, such as loss or eval_rewards/accuracies")
-    """Metric, by its name in log_history.json: `eval_loss`, `loss`."""
-    step: int | None = key(None, ge=1)
-    """Step whose value is compared, if it has a row; null: the last step of a complete run."""
-    low: float = key(...)
-    """Lowest value of a good run."""
-    high: float = key(...)
-    """Highest value of a good run."""
-
-
-@schema
 class MetricsConfig:
-    """Your own metrics, beside those of docs/watching.md, and the values of metrics in a good run."""
+    """Your own metrics, beside those of docs/watching.md."""
 
     function: NonEmpty | None = key(None)
     """Your own function, as `module:function`, which computes named values of each pair from log-probs; their
     means are the metrics `custom/NAME`."""
-    bands: list[BandConfig] = key([], verbs="train")
-    """Values of a good run with these settings; the verdict names each band that a run misses."""
 
 
 @schema
-class EvaluationConfig:
-    """The models and pairs that `dpo-dist evaluate` scores."""
+class MemberConfig:
+    """One entry of `export.average`; a bare string is its `path`."""
 
-    model: NonEmpty | Names | None = key(None, accepts="a path, or a list of paths")
-    """Folder or hub name of a model or of an adapter on `model.path`, a checkpoint
-    (`<run.dir>/checkpoints/step-000100`), or a list; null: `<run.dir>/model`."""
-    data: list[Source] = key([])
-    """Pairs in place of `data.eval`, in the same form; the run directory stays that of the run."""
+    path: NonEmpty = key(...)
+    """Folder of a whole model, such as `export` writes."""
+    weight: float = key(1.0, gt=0)
+    """Weight in the mean; the weights are divided by their sum."""
 
-    @property
-    def models(self) -> list[str | None]:
-        """The models to evaluate, one after the other."""
-        return list(self.model) if isinstance(self.model, list) else [self.model]
+
+Member = Annotated[
+    MemberConfig, BeforeValidator(as_entry("path"), json_schema_input_type=MemberConfig | NonEmpty)
+]
+ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
+ExportTool = StrEnum("ExportTool", {"lm_eval": "lm-eval", "vllm": "vllm", "alpaca_eval": "alpaca-eval"})
 
 
 @schema
+class ExportConfig:
+    """The model folder that `dpo-dist export` writes from checkpoints of `run.dir`."""
+
+    checkpoint: str | None = key(
+        None,
+        accepts="latest, best, or the name of a folder in checkpoints/, such as step-000100",
+        pattern=r"^(latest|best|step-\d{1,18})$",
+    )
+    """`latest`, `best` (by `trainer.keep_best`), or a checkpoint's name: `step-000100`; null: the checkpoint
+    of `model/` (`trainer.final`)."""
+    weights: ExportedWeights = key(ExportedWeights.last)
+    """`last`: the weights of the checkpoint's step; `ema`: their moving average (`trainer.ema_decay`)."""
+    average: list[Member] = key([])
+    """Write the mean of whole models in place of a checkpoint: their folders, such as `export` writes."""
+    merge: bool = key(False)
+    """Merge an adapter into its base, and write one model."""
+    dtype: Literal["bf16", "fp16", "fp32"] | None = key(None)
+    """Precision of the written weights; null: `model.dtype`, but weights of a merged base keep the precision
+    of its files."""
+    check: bool = key(True)
+    """Before the folder gets its name, load it by transformers and compare its weights with the trained
+    ones."""
+    output: NonEmpty | None = key(None)
+    """Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, followed by `-ema` or
+    `-merged`; with `export.average`, `<run.dir>/exported/average`."""
+    tool: ExportTool | None = key(None)
+    """Print the command by which `lm-eval` or `vllm` reads `model/`, or a folder that other keys of `export`
+    name; `alpaca-eval`: write the answers of the comparison in `run.dir` in AlpacaEval's format."""
+    push_to: str | None = key(None, accepts="ORG/NAME", pattern=r"^[\w.-]+/[\w.-]+$")
+    """Hub repository for the folder, created as a private one if it is missing; a folder that exists is
+    uploaded as it is. The files are listed, and sent only with `export.confirm`."""
+    confirm: bool = key(False)
+    """Send the listed files to `export.push_to`."""
+
+
+@schema
+class EncodeConfig:
+    """The share of the data that one `dpo-dist encode` of several encodes."""
+
+    part: str = key("1/1", pattern=r"^[1-9]\d*/[1-9]\d*$", accepts="I/N, from 1/N to N/N")
+    """The part of the data to encode, in an array of N jobs; the job that finds all parts joins them."""
+
+
+def _with_extensions(cls: type[T]) -> type[T]:
+    """Add the sections of tools to the keys of a run."""
+    for extension in extensions():
+        for name, declared in extension.sections.items():
+            cls.__annotations__[name] = declared.default_factory
+            setattr(cls, name, declared)
+    return cls
+
+
+@schema
+@_with_extensions
 class RunConfig:
     """One run, resolved and frozen."""
 
     run: FolderConfig = section(FolderConfig, free=True, verbs=EVERY_VERB)
     model: ModelConfig = section(ModelConfig, verbs=EVERY_VERB)
-    data: DataConfig = section(DataConfig, verbs="train precompute evaluate doctor encode")
-    loss: LossConfig = section(LossConfig, verbs="train evaluate")
-    reference: ReferenceConfig = section(ReferenceConfig, verbs="train precompute evaluate")
+    data: DataConfig = section(DataConfig, verbs="train precompute encode")
+    loss: LossConfig = section(LossConfig, verbs="train")
+    reference: ReferenceConfig = section(ReferenceConfig, verbs="train precompute")
     optim: OptimConfig = section(OptimConfig, verbs="train")
     trainer: TrainerConfig = section(TrainerConfig, verbs="train")
-    samples: SamplesConfig = section(SamplesConfig, free=True, verbs="train")
-    sampling: SamplingConfig = section(SamplingConfig, free=True, verbs="train compare pairs")
-    metrics: MetricsConfig = section(MetricsConfig, free=True, verbs="train evaluate")
-    parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute evaluate")
+    metrics: MetricsConfig = section(MetricsConfig, free=True, verbs="train")
+    parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute")
     tracking: TrackingConfig = section(TrackingConfig, free=True, verbs="train")
-    evaluation: EvaluationConfig = section(EvaluationConfig, free=True, verbs="evaluate")
-    compare: CompareConfig = section(CompareConfig, free=True, verbs="compare")
     console: ConsoleConfig = section(ConsoleConfig, free=True, verbs=EVERY_VERB)
-    doctor: DoctorConfig = section(DoctorConfig, free=True, verbs="doctor")
     encode: EncodeConfig = section(EncodeConfig, free=True, verbs="encode")
-    pairs: PairsConfig = section(PairsConfig, free=True, verbs="pairs")
     export: ExportConfig = section(ExportConfig, free=True, verbs="export")
-    plan: PlanConfig = section(PlanConfig, free=True, verbs="train plan")
-    sweep: SweepConfig = section(SweepConfig, free=True, verbs="sweep")
+
+    def section_of(self, kind: type[T]) -> T:
+        """Return the section of this class of keys: a tool's own."""
+        return next(value for value in vars(self).values() if isinstance(value, kind))
+
+    def with_sections(self, *changed: Any) -> Self:
+        """Return the run with these sections of tools in place of its own."""
+        names = {type(value): name for name, value in vars(self).items()}
+        return replace(self, **{names[type(section)]: section for section in changed})
 
     @cached_property
     def identity(self) -> RunIdentity:

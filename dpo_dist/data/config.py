@@ -8,7 +8,6 @@ from pydantic import BeforeValidator, Field
 
 from dpo_dist.foundation.fields import NonEmpty, as_entry, key, schema
 
-_WITH_DATA = "train sweep precompute evaluate compare doctor encode plan pairs"
 DataFormat = StrEnum(
     "DataFormat", "auto hh text implicit_prompt messages ranked completion labelled labelled_text"
 )
@@ -62,42 +61,40 @@ Source = Annotated[
     SourceConfig, BeforeValidator(as_entry("path"), json_schema_input_type=SourceConfig | NonEmpty)
 ]
 
-_EVALUATED = "train precompute evaluate compare doctor encode"
-
 
 @schema
 class DataConfig:
     """Preference data, and the limits within which they are encoded."""
 
-    train: list[Source] = key([], verbs=_WITH_DATA)
+    train: list[Source] = key([])
     """Training data: files, patterns, folders, URLs, hub datasets."""
-    eval: list[Source] = key([], verbs=_EVALUATED)
+    eval: list[Source] = key([])
     """Evaluation data: files, patterns, folders, URLs, hub datasets."""
-    images: NonEmpty | None = key(None, free=True, verbs=_WITH_DATA)
+    images: NonEmpty | None = key(None, free=True)
     """Folder of the image files of all sources, in place of their own `images`."""
-    eval_share: float = key(0.0, ge=0, lt=1, verbs=_EVALUATED)
+    eval_share: float = key(0.0, ge=0, lt=1)
     """Share of the prompts of `train` reserved as evaluation data, by a hash of the prompt; 0: none."""
     drop_eval_prompts: bool = key(False)
     """Keep records whose prompt is in `eval` out of the training data."""
-    max_length: int = key(1024, ge=2, verbs=_WITH_DATA)
+    max_length: int = key(1024, ge=2)
     """Largest number of tokens of prompt and response together."""
-    max_prompt_length: int | None = key(None, ge=1, verbs=_WITH_DATA)
+    max_prompt_length: int | None = key(None, ge=1)
     """Largest number of tokens of a prompt; the start of a longer one is cut; null: no limit."""
     truncation: Truncation = key(Truncation.keep_start)
     """For pairs above `max_length`: `keep_start` cuts responses, `keep_end` the prompt's start, `both` each
     side in proportion to its length, `drop` drops the pair."""
     on_bad_record: OnBadRecord = key(OnBadRecord.drop)
     """What happens to a bad record: `drop` leaves it out, counts it and shows it; `error` ends the run."""
-    max_bad_share: float = key(0.05, ge=0, le=1, verbs=_WITH_DATA)
+    max_bad_share: float = key(0.05, ge=0, le=1)
     """Largest share of records that may be dropped; more is an error."""
-    text_as_messages: bool = key(False, verbs=_WITH_DATA)
+    text_as_messages: bool = key(False)
     """Render plain-text prompts by the chat template, as a user turn."""
-    template: TextTemplate = key(TextTemplate.auto, verbs=_WITH_DATA)
+    template: TextTemplate = key(TextTemplate.auto)
     """Encode special tokens of the chat template that occur in texts as tokens (`applied`) or as text
     (`literal`); `auto`: as text, with an error if most records have them."""
-    chat_template: NonEmpty | None = key(None, verbs=_WITH_DATA)
+    chat_template: NonEmpty | None = key(None)
     """Chat template: a file, or the name of one of the tokenizer's templates; null: the tokenizer's own."""
-    template_arguments: dict[str, Any] | None = key(None, accepts="a mapping", verbs=_WITH_DATA)
+    template_arguments: dict[str, Any] | None = key(None, accepts="a mapping")
     """Arguments of the chat template for all records, such as `{enable_thinking: false}`; null: none."""
     trained_roles: list[Role] = key(
         ["assistant"], min_length=1, accepts=f"a list of {', '.join(get_args(Role))}"

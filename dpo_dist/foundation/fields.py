@@ -112,6 +112,7 @@ def key_facts(field: FieldInfo) -> Facts:
 
 NonEmpty = Annotated[str, Field(pattern=r"\S")]
 """Text that is not empty: a path, a name."""
+Names = Annotated[list[NonEmpty], Field(min_length=1)]
 
 
 def nested(hint: Any) -> type | None:

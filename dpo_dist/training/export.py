@@ -1,7 +1,7 @@
 """Write a checkpoint, or the mean of models, as a model folder: at the end of a run, and by `export`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ from torch import Tensor
 from dpo_dist.config.identity import settings
 from dpo_dist.config.load import saved_config
 from dpo_dist.config.run_folder import RunFolder, checkpoint_step, existing_run
-from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
-from dpo_dist.config.verb_sections import ExportConfig, ExportedWeights
+from dpo_dist.config.schema import Dtype, ExportConfig, ExportedWeights, ModelConfig, RunConfig
 from dpo_dist.data.config import DataConfig
 from dpo_dist.data.text.template import with_chosen_template
 from dpo_dist.distributed.checkpoint.saver import (
@@ -265,11 +264,9 @@ def export_model(
             "pairs_seen": state["pairs_seen"],
             "reference": state["reference_report"],
             "settings": settings(config),
-            "bands": [asdict(band) for band in config.metrics.bands],
             "data": state["counts"],
         }
-        keep = [band.step for band in config.metrics.bands]
-        rows = read_latest_rows(folder, state["step"], keep)
+        rows = read_latest_rows(folder, state["step"])
         is_evaluated = is_end and config.export.weights is ExportedWeights.last
         merged = replace(config, model=replace(config.model, adapter=None)) if config.export.merge else config
         return run_card(merged, rows, summary, console.warn, versions, loader, is_evaluated=is_evaluated)

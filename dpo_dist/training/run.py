@@ -413,8 +413,7 @@ def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Record
         return None
     owes = position.evaluation_is_due
     resumed, plan = position.step or None, MetricPlan(run.config.loss)
-    keep = [band.step for band in run.config.metrics.bands]
-    metrics = MetricsLog.open(run.folder, resumed, run.warn, plan, evaluation_is_due=owes, keep=keep)
+    metrics = MetricsLog.open(run.folder, resumed, run.warn, plan, evaluation_is_due=owes)
     return reporting.open_recorder(run, metrics)
 
 
@@ -512,7 +511,6 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
         "world_size": world.size,
         "vocabulary": len(loop.inputs.tokenizer),
         "settings": settings(loop.run.config),
-        "bands": [asdict(band) for band in loop.run.config.metrics.bands],
         "data": loop.inputs.counts,
     }
 
@@ -524,8 +522,7 @@ def _write_model(loop: Loop, step: int, summary: dict[str, Any], run_card: Calla
 
     def card(loader: str) -> str:
         assert loop.recorder is not None
-        keep = [band.step for band in run.config.metrics.bands]
-        rows = loop.recorder.metrics.rows if is_last else read_latest_rows(run.folder, step, keep)
+        rows = loop.recorder.metrics.rows if is_last else read_latest_rows(run.folder, step)
         ended = {**summary, "exit": RunOutcome.completed.value, "steps": step}
         ended["pairs_seen"] = checkpoint_state(checkpoint)["pairs_seen"]
         is_evaluated, versions = loop.inputs.eval_set is not None and is_last, package_versions()

@@ -14,15 +14,15 @@ import sys
 from pathlib import Path
 
 from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.extensions import hook
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_sections import ExportTool
+from dpo_dist.config.schema import ExportTool, RunConfig
 from dpo_dist.foundation.console import Console, console_on, warnings_off
 from dpo_dist.foundation.errors import ConfigError, ExitCode, in_one_line
 from dpo_dist.foundation.files import MEMO_FOLDER
 from dpo_dist.foundation.text import size
+from dpo_dist.model.files.external import model_command, write_alpaca_answers
 from dpo_dist.model.files.manifest import check_undamaged
-from dpo_dist.tools.external import model_command, write_alpaca_answers
 from dpo_dist.training.start.named_models import find_export_paths
 
 
@@ -36,7 +36,6 @@ def main(config: RunConfig) -> int:
     sources, output = find_export_paths(config)
     with warnings_off():
         # Slow to import: errors above appear at once.
-        from dpo_dist.tools.report.card import run_card  # noqa: PLC0415
         from dpo_dist.training.export import export_average, export_model  # noqa: PLC0415
 
         if is_there := output.exists():
@@ -44,7 +43,7 @@ def main(config: RunConfig) -> int:
         elif config.export.average:
             export_average(sources, output, config.export, config.model, config.data)
         else:
-            export_model(config, sources[0], output, console, run_card)
+            export_model(config, sources[0], output, console, hook("run_card") or (lambda *_, **__: ""))
     written = {"checkpoint": ", ".join(map(str, sources)), "output": str(output)}
     console.result("exported", written, [f"{'already there' if is_there else 'written'}: {output}"])
     if tool is not None:

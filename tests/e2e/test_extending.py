@@ -35,6 +35,7 @@ def apply(diff: str, root: Path) -> None:
         text = file.read_text() if file.exists() else ""
         if old:
             assert text.count(old) == 1, f"{name} has these lines {text.count(old)} times:\n{old}"
+        file.parent.mkdir(exist_ok=True)
         file.write_text(text.replace(old, new) if old else new)
 
 

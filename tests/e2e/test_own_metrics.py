@@ -64,16 +64,3 @@ def test_a_metric_changes_no_run(overrides: Overrides, tmp_path: Path) -> None:
     for wrong in ("nomod:f", OWN.replace(":", "."), f"{OWN}_of_none"):
         assert run_verb("train", [*words, f"metrics.function={wrong}"]).code == 2
     assert list(tmp_path.glob("run-*")) == [run]
-
-
-def test_a_band_of_a_recipe_that_is_missed_is_in_the_verdict(
-    overrides: Overrides, assets: Path, tmp_path: Path
-) -> None:
-    bands = "{metric:eval_loss,step:2,low:0,high:0.1},{metric:eval_loss,step:2,low:0,high:1}"
-    words = overrides(f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "trainer.max_steps=2")
-    train([*words, f"metrics.bands=[{bands},{{metric:eval_rewards/accuracies,low:2,high:3}}]"])
-    [missed] = summary(tmp_path / "run")["verdict"]["findings"]
-    loss = history(tmp_path / "run")[-1]["eval_loss"]
-    assert missed["rule"] == "outside_band"
-    assert missed["text"] == f"eval_loss at step 2 is {loss:.3g}, not in the band 0 to 0.1"
-    assert summary(tmp_path / "run")["verdict"]["sentence"].startswith("not in a band of the recipe: ")

@@ -1,6 +1,7 @@
-"""Training needs no package of the extra `tools`; a verb that needs one says how to install it."""
+"""Training needs neither a package of the extra `tools` nor the rooms above it; a verb says what it needs."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -8,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.training.reporting.metrics_log import stored_rows
 from tests.e2e.conftest import small_run
 from tests.support.launch import ROOT, environment
 
@@ -81,3 +85,30 @@ def test_a_verb_without_its_packages_says_what_to_install(verb: str, ended: Ende
     assert ended.codes[verb] == ExitCode.invalid, screen
     assert "to do:    pip install 'datasketch>=" in screen
     assert "Traceback" not in screen
+
+
+def test_the_trainer_trains_without_the_rooms_above_it(assets: Path, tmp_path: Path) -> None:
+    package = tmp_path / "dpo_dist"
+    shutil.copytree(ROOT / "dpo_dist", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    for room in ("tools", "compat", "trl"):
+        shutil.rmtree(package / room)
+    usual = [word for word in small_run(assets, tmp_path) if not word.startswith("samples.")]  # a tool's key
+    words = [*usual, f"data.eval=[{assets}/eval.jsonl]", "trainer.max_steps=2"]
+    for arguments in ([*words, "--check"], words, ["loss.kind=dpo"]):
+        ended = subprocess.run(
+            [sys.executable, "-m", "dpo_dist", "train", *arguments],
+            cwd=tmp_path,
+            env=environment() | {"PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        expected = ExitCode.invalid if arguments == ["loss.kind=dpo"] else ExitCode.completed
+        assert ended.returncode == expected, ended.stderr[-3000:]
+    run = RunFolder(tmp_path / "run")
+    assert json.loads(run.summary.read_bytes())["exit"] == "completed"
+    assert [row["step"] for row in stored_rows(run) if "loss" in row] == [1, 2]
+    assert checkpoint_folders(run.checkpoints)
+    assert AutoModelForCausalLM.from_pretrained(run.model).num_parameters() > 0
+    assert not (package / "tools").exists()

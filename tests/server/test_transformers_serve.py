@@ -13,11 +13,11 @@ import torch
 from transformers.utils.import_utils import is_serve_available
 
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.config.verb_sections import ServerConfig
 from dpo_dist.data.config import DataConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.tools.sampling import served
+from dpo_dist.tools.sampling.keys import ServerConfig
 from dpo_dist.tools.sampling.respond import find_files, open_responder, respond
 from dpo_dist.tools.sampling.served import check_served, open_server
 from dpo_dist.tools.sampling.settings import Sampling

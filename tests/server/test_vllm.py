@@ -20,13 +20,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.config.verb_sections import ServerConfig
 from dpo_dist.data.config import DataConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.save import write_merged
 from dpo_dist.tools.sampling.generate import Request
+from dpo_dist.tools.sampling.keys import ServerConfig
 from dpo_dist.tools.sampling.respond import Responder, find_files, open_responder, usable_prompt
 from dpo_dist.tools.sampling.served import Server, check_served, open_server, reload_server
 from dpo_dist.tools.sampling.settings import Sampling

@@ -231,7 +231,6 @@ FOR_PEOPLE = {
     "model.gradient_checkpointing=full": "may not save enough memory",
     "parallelism=zero3_offload": "may not save enough memory",
     "reference.offload=cpu": "may not save enough memory",
-    "metrics.bands=[]": "the other bands would be lost",
     "export.check=false": "the weights stay as they are",
     "optim.kind=adamw": "the checkpoint stays as it is",
     "pairs.method=samples": "a verb that makes other pairs, before this one",

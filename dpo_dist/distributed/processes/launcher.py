@@ -22,7 +22,7 @@ from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from dpo_dist.config.other_trainers import equivalents
+from dpo_dist.config.advice import advice
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, ExitCode, PeerLostError, first_line
 from dpo_dist.foundation.remedies import COMMAND_LINE, Remedy
@@ -104,7 +104,7 @@ def _instead_of_options(arguments: Sequence[str], known: Sequence[str]) -> Remed
         return Remedy("name the verb to start: dpo-dist launch train KEY=VALUE ...")
     names = [word.partition("=")[0] for word in arguments]
     wrong = next((name for name in names if name.startswith("-") and name not in (*known, "-m")), "")
-    if theirs := equivalents(wrong.lstrip("-"), "launcher"):
+    if theirs := advice().equivalents(wrong.lstrip("-"), "launcher"):
         remedy = Remedy.to_rename(wrong, f"--{theirs[0]}")
         return remedy + " It counts all nodes" if theirs[0] == "num_processes" else remedy
     near = get_close_matches(wrong, known, 1, 0.8) if wrong else []

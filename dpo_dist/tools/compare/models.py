@@ -45,6 +45,7 @@ from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.pages.thumbnails import thumbnails, with_marks
 from dpo_dist.tools.sampling.generate import Request, Sample, generate
 from dpo_dist.tools.sampling.judges import Judge, open_judge
+from dpo_dist.tools.sampling.keys import CompareConfig, PairsConfig, SamplingConfig
 from dpo_dist.tools.sampling.prompts import (
     Parts,
     Prompts,
@@ -129,7 +130,7 @@ class ComparedModel:
 
     @property
     def _sampling(self) -> Sampling:
-        return sampling_for("compare", self.prompts.run.config.sampling)
+        return sampling_for("compare", self.prompts.run.config.section_of(SamplingConfig))
 
     @cached_property
     def responder(self) -> Responder:
@@ -267,7 +268,7 @@ def compare_models(
     lock = files.locked(folder.comparison / folder.lock.name, "compares models in this run directory")
     with joined_run(config, console, lock) as run:
         world = run.world
-        wanted = config.compare.prompts
+        wanted = config.section_of(CompareConfig).prompts
         with console.heartbeat("reading prompts"):
             records, labels = world.on_main(lambda: held_out(config.data, wanted, console.say))
         parts = list(in_chunks(records, PROMPTS_AT_ONCE))
@@ -310,7 +311,9 @@ def compare_models(
                 ]
                 # A prompt that a model cannot be asked is not judged.
                 asked = [each if len(each) == len(speakers) else [] for each in texts]
-                return judge_texts(prompts.parts[index], asked, judge, in_pairs=compares(config.pairs))
+                return judge_texts(
+                    prompts.parts[index], asked, judge, in_pairs=compares(config.section_of(PairsConfig))
+                )
 
             folders = [speaker.responses.folder.name for speaker in speakers]
             settings = {"responses": folders, "judge": judge_facts}
@@ -392,7 +395,7 @@ def _write(
 ) -> dict[str, Any]:
     run = speakers[0].prompts.run
     folder, console, counts = run.folder, run.console, Counter[str]()
-    sampling = asdict(sampling_for("compare", run.config.sampling))
+    sampling = asdict(sampling_for("compare", run.config.section_of(SamplingConfig)))
     names = [speaker.name for speaker in speakers]
     files.remove_abandoned(folder.comparison)
     with files.staged_file(folder.comparison_answers) as temporary:  # after an error earlier answers stay
@@ -417,7 +420,7 @@ def _write(
     results = {
         "base": names[0],
         "judge": None if judge is None else str(judge),
-        "judge_compares": judge is not None and compares(run.config.pairs),
+        "judge_compares": judge is not None and compares(run.config.section_of(PairsConfig)),
         **sections,
         "prompts_also_in_train": trained,
         "counts": dict(sorted(counts.items())),
@@ -436,13 +439,13 @@ def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> Check
     check_writable(RunFolder(config.run.path).path)
     lines: list[str] = []
     records = first_records(config.data.eval_sources, read_prompts, config.data, lines.append)
-    sampling = sampling_for("compare", config.sampling)
+    sampling = sampling_for("compare", config.section_of(SamplingConfig))
     for model in models:
         if model.is_checkpoint:
             lines.append(f"{model.location}, a checkpoint")
         else:
             check_model(model.location, config, sampling, records, lines.append, MODELS_KEY, model.name)
-    judge = open_judge(config.pairs, config.model, Path(config.reference.store))
+    judge = open_judge(config.section_of(PairsConfig), config.model, Path(config.reference.store))
     if judge is not None:
         judge.check()
     lines.append(f"judge: {judge or 'none, so no scores and win rates'}")

@@ -14,12 +14,16 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.tools.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
+from dpo_dist.tools.sampling.keys import CompareConfig, PairsConfig
 from dpo_dist.training.start.named_models import locate_model, short_name
 
 MODELS_KEY = "compare.models"
 _NAMED = re.compile(r"([\w.+ -]+)=(.+)", re.DOTALL)
 _ONE_JUDGE = Rule(
-    JUDGES, "a comparison has one judge", "set one of them only", lambda c: count_judges(c.pairs) > 1
+    JUDGES,
+    "a comparison has one judge",
+    "set one of them only",
+    lambda c: count_judges(c.section_of(PairsConfig)) > 1,
 )
 
 
@@ -42,7 +46,7 @@ class NamedModel:
 
 def check_comparison(config: RunConfig) -> list[NamedModel]:
     """Check everything that needs no torch, network or other processes; return the models."""
-    models = compared_models(config.compare.models)
+    models = compared_models(config.section_of(CompareConfig).models)
     check_has_evaluation_data(config.data, "compare models on", "with responses or without")
     for source in config.data.eval_sources:
         check_source(source)
@@ -57,7 +61,7 @@ def check_comparison(config: RunConfig) -> list[NamedModel]:
     )
     check_rules(config, [revision])
     check_rules(config, [*endpoint_rules(lambda _: len(models)), _ONE_JUDGE])
-    check_function(config.pairs)
+    check_function(config.section_of(PairsConfig))
     return models
 
 

@@ -19,6 +19,7 @@ from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.model.files.folder import check_tokenizer_files, local_model_folder
+from dpo_dist.tools.doctor.extension import DoctorConfig
 
 
 def main(config: RunConfig) -> int:
@@ -27,10 +28,10 @@ def main(config: RunConfig) -> int:
     for source in [*config.data.train, *config.data.eval]:
         check_source(source)
     benchmark = None
-    if config.doctor.benchmarks:
+    if config.section_of(DoctorConfig).benchmarks:
         from dpo_dist.tools.doctor.measures.texts import read_benchmarks  # noqa: PLC0415  (slow)
 
-        benchmark = read_benchmarks(config.doctor.benchmarks)
+        benchmark = read_benchmarks(config.section_of(DoctorConfig).benchmarks)
     check_template_file(config.data.chat_template)
     if config.model.path != UNSET:
         policy = local_model_folder(config.model.path, config.model.revision, needs_weights=False)
@@ -46,9 +47,11 @@ def main(config: RunConfig) -> int:
     folder = RunFolder(config.run.path)
     check_writable(folder.path)
     diagnosis = diagnose(config, console_on(sys.stderr, config.console.style).progress, benchmark)
-    exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed
+    exit_code = (
+        ExitCode.findings if diagnosis.fails(config.section_of(DoctorConfig).fail_on) else ExitCode.completed
+    )
     pages.write_doctor_report(folder, diagnosis, exit_code)
-    pages.write_doctor_page(folder, diagnosis, config.data, config.doctor)
+    pages.write_doctor_page(folder, diagnosis, config.data, config.section_of(DoctorConfig))
     content = json.loads(folder.doctor_report.read_text(encoding="utf-8"))
     lines = pages.diagnosis_lines(diagnosis, folder)
     console_on(sys.stdout, config.console.style).result("diagnosis", content, lines)

@@ -14,7 +14,6 @@ from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.plan import shares_in_bins
 from dpo_dist.config.losses import LossConfig, balancing_weight
 from dpo_dist.config.schema import UNSET, ModelConfig, RunConfig
-from dpo_dist.config.verb_sections import FailOn
 from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig, TextTemplate
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ImageProcessor
@@ -36,6 +35,7 @@ from dpo_dist.encoded.workers import in_chunks, in_order
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.foundation.remedies import AtRecords
 from dpo_dist.model.files.folder import description_folder, start_folder
+from dpo_dist.tools.doctor.extension import DoctorConfig, FailOn
 from dpo_dist.tools.doctor.measures.duplicates import Comparison, EvaluationPrompts
 from dpo_dist.tools.doctor.measures.margins import compare_with_store
 from dpo_dist.tools.doctor.measures.observe import Observer
@@ -106,7 +106,7 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
                 findings.append(refused)
         diagnosis = replace(diagnosis, model=prepared.encoder.folder, store=store)
     diagnosis = replace(diagnosis, findings=most_serious_first(findings))
-    if config.doctor.texts:
+    if config.section_of(DoctorConfig).texts:
         shown = show_pairs(data, tokenizer, diagnosis.findings, SHOWN_PAIRS, processor)
         diagnosis = replace(diagnosis, shown=shown)
     return diagnosis

@@ -7,13 +7,13 @@ from typing import Any
 
 import dpo_dist
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.verb_sections import DoctorConfig
 from dpo_dist.data.config import DataConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, number, percent, pluralize, without_secrets
 from dpo_dist.tools.doctor.examine import TREE_EXAMPLES, Diagnosis
+from dpo_dist.tools.doctor.extension import DoctorConfig
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.findings import Finding, Level
 from dpo_dist.tools.pages.charts import histogram

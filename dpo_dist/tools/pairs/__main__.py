@@ -10,20 +10,24 @@ import sys
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_sections import PairsMethod
 from dpo_dist.foundation.console import console_on, open_console
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.foundation.types import CheckReport
 from dpo_dist.tools.pairs.rounds import run_rounds
 from dpo_dist.tools.pairs.start import check_pairs
+from dpo_dist.tools.sampling.keys import PairsConfig, PairsMethod
 
 
 def main(config: RunConfig) -> int:
     """Write the preference records of `config.pairs`; return the exit code."""
     check_pairs(config)
-    if config.pairs.rounds:
+    pairs = config.section_of(PairsConfig)
+    if pairs.rounds:
         return run_rounds(config, console_on(sys.stderr, config.console.style).say)
-    is_alone = config.pairs.method in (PairsMethod.scores, PairsMethod.people)  # without a model
+    is_alone = pairs.method in (
+        PairsMethod.scores,
+        PairsMethod.people,
+    )  # without a model
     if not is_alone or os.environ.get("RANK", "0") == "0":
         with open_console(RunFolder(config.run.path).rank_log, config.console.style) as console:
             from dpo_dist.tools.pairs.make_pairs import make_pairs  # noqa: PLC0415  (slow, prints)

@@ -13,7 +13,6 @@ import numpy as np
 
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_sections import DropOrKeep, PairsConfig, PairSelection, PairsMethod
 from dpo_dist.data.config import DataConfig
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX
 from dpo_dist.data.formats import read_prompts, read_records
@@ -35,6 +34,7 @@ from dpo_dist.tools.pairs.files import (
 from dpo_dist.tools.pairs.people import label_pairs
 from dpo_dist.tools.pairs.start import responding_models
 from dpo_dist.tools.sampling.judges import Judge, Judgement, Question, open_judge
+from dpo_dist.tools.sampling.keys import DropOrKeep, PairsConfig, PairSelection, PairsMethod, SamplingConfig
 from dpo_dist.tools.sampling.prompts import (
     Parts,
     Prompts,
@@ -176,7 +176,7 @@ class PairResults:
     @property
     def pairs(self) -> PairsConfig:
         """The settings of the pairs."""
-        return self.prompts.run.config.pairs
+        return self.prompts.run.config.section_of(PairsConfig)
 
     def rows(self) -> Iterator[tuple[PreferenceRecord, Completions]]:
         """Yield each prompt with its completions."""
@@ -251,13 +251,19 @@ def scored_lists(results: PairResults) -> Iterator[dict[str, Any]]:
 
 def pairs_from_models(run: Run) -> None:
     """Ask `pairs.models` the prompts of `data.train`, and write pairs of their responses. Collective."""
-    config, world, console, folder, pairs = run.config, run.world, run.console, run.folder, run.config.pairs
+    config, world, console, folder, pairs = (
+        run.config,
+        run.world,
+        run.console,
+        run.folder,
+        run.config.section_of(PairsConfig),
+    )
     with console.heartbeat("reading prompts"):
         records = world.on_main(lambda: different_prompts(config.data, pairs, console.say))
     prompts = Prompts(run, folder.pairs_parts, list(in_chunks(records, PART_PROMPTS)))
     models = [find_model_together(name, run, _MODELS) for name in responding_models(pairs, config.model.path)]
     judge, judge_facts = open_judge_together(run)
-    sampling = sampling_for("pairs", config.sampling, config.trainer.seed)
+    sampling = sampling_for("pairs", config.section_of(SamplingConfig), config.trainer.seed)
     count = 1 if pairs.method is PairsMethod.delta else pairs.samples
     settings = {
         "method": str(pairs.method),
@@ -331,7 +337,7 @@ def pairs_from_scores(
 
 def dry_run_pairs(config: RunConfig) -> CheckReport:
     """Check models without loading weights, the judge, and each source's first records; return the report."""
-    pairs, folder = config.pairs, RunFolder(config.run.path)
+    pairs, folder = config.section_of(PairsConfig), RunFolder(config.run.path)
     check_writable(folder.path)
     file = (folder.round(1) if pairs.rounds else folder).pairs_file
     lines = [f"{pairs.method}: {file}{' (exists)' if file.exists() else ''}"]
@@ -339,7 +345,7 @@ def dry_run_pairs(config: RunConfig) -> CheckReport:
     read = read_prompts if responds else read_records
     records = first_records(config.data.train, read, config.data, lines.append)
     if responds:
-        sampling = sampling_for("pairs", config.sampling)
+        sampling = sampling_for("pairs", config.section_of(SamplingConfig))
         for name in responding_models(pairs, config.model.path):
             check_model(name, config, sampling, records, lines.append, _MODELS)
     if (
@@ -353,7 +359,7 @@ def dry_run_pairs(config: RunConfig) -> CheckReport:
 
 def make_pairs(config: RunConfig, console: Console) -> None:
     """Write the preference records of `config.pairs`, and all responses with their scores."""
-    folder, pairs, seed = RunFolder(config.run.path), config.pairs, config.trainer.seed
+    folder, pairs, seed = RunFolder(config.run.path), config.section_of(PairsConfig), config.trainer.seed
     # Without a lock two starts would write the same parts.
     lock = locked(folder.pairs / folder.lock.name, "makes pairs in this run directory")
     match pairs.method:

@@ -23,7 +23,6 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 import jinja2
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.verb_sections import PairsMethod
 from dpo_dist.data.config import DataConfig
 from dpo_dist.data.counts import counts_in_one_line
 from dpo_dist.data.formats import read_records
@@ -42,6 +41,7 @@ from dpo_dist.tools.pairs.files import (
     training_records,
     write_results,
 )
+from dpo_dist.tools.sampling.keys import PairsMethod
 
 HOST = "127.0.0.1"
 _MOST_ITEMS = 1000

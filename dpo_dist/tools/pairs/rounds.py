@@ -15,10 +15,9 @@ from typing import Any, TypeAlias
 
 from dpo_dist.config.command_line import write_command
 from dpo_dist.config.load import differing_keys, from_yaml, to_yaml
-from dpo_dist.config.rules import SAMPLING_KEYS, value_at
+from dpo_dist.config.rules import value_at
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, ReferenceMode, RunConfig
-from dpo_dist.config.verb_sections import PairsConfig, RoundReference, SamplingConfig, ServerConfig
 from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
@@ -26,6 +25,14 @@ from dpo_dist.foundation.fields import plain, schema_fields
 from dpo_dist.foundation.signals import stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.model.files.folder import model_folder
+from dpo_dist.tools.sampling.keys import (
+    PairsConfig,
+    RoundReference,
+    SamplesConfig,
+    SamplingConfig,
+    ServerConfig,
+)
+from dpo_dist.tools.sampling.rules import SAMPLING_KEYS
 from dpo_dist.tools.tables import aligned
 
 _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
@@ -156,7 +163,7 @@ class _Rounds:
         They end early if a training is preempted, or if samples give no pair.
         """
         config, folder, results = self.config, self.folder, list[RoundResult]()
-        count = config.pairs.rounds
+        count = config.section_of(PairsConfig).rounds
         with files.locked(folder.rounds / folder.lock.name, "does the rounds of this run directory"):
             check_settings(config, folder)
             os.environ.setdefault("WANDB_RUN_GROUP", config.run.name)  # groups the rounds' trainings
@@ -193,18 +200,19 @@ class _Rounds:
 
     def _sample(self, number: int) -> dict[str, Any]:
         """Sample, score and pair in round `number`; return `samples` for the round's result."""
-        folder, pairs = self.folder.round(number), self.config.pairs
+        folder, pairs = self.folder.round(number), self.config.section_of(PairsConfig)
         stage = replace(
             self._with_policy(number),
             run=replace(self.config.run, dir=str(folder.path)),
-            pairs=replace(
+            trainer=replace(self.config.trainer, seed=self.config.trainer.seed + number - 1),
+        ).with_sections(
+            replace(
                 pairs,
                 rounds=0,
                 launcher=None,
                 reference=PairsConfig.reference,
                 prompt_part=(pairs.prompt_part + number - 1) % pairs.prompt_parts,
-            ),
-            trainer=replace(self.config.trainer, seed=self.config.trainer.seed + number - 1),
+            )
         )
         stage_name = f"round {number}" if number <= pairs.rounds else f"after round {number - 1}"
         self.say(f"{stage_name}: samples of {stage.model.path}")
@@ -237,21 +245,21 @@ class _Rounds:
         if trainer.global_batch_pairs > most:
             self.say(f"round {number}: steps of {most:,} of its {pairs:,} pairs")
             trainer = replace(trainer, global_batch_pairs=most)
-        has_samples = self.config.data.eval_sources and self.config.samples.prompts != 0
+        sampling = SamplingConfig()
+        if self.config.data.eval_sources and self.config.section_of(SamplesConfig).prompts != 0:
+            # Evaluations sample from the weights in training, which no server has.
+            sampling = replace(self.config.section_of(SamplingConfig), endpoint=ServerConfig())
         stage = replace(
             self._with_policy(number),
             run=replace(self.config.run, dir=str(folder.training.path)),
             data=replace(self.config.data, train=[SourceConfig(path=str(folder.pairs_file))]),
             trainer=trainer,
-            # Evaluations sample from the weights in training, which no server has.
-            sampling=replace(self.config.sampling, endpoint=ServerConfig())
-            if has_samples
-            else SamplingConfig(),
-            pairs=PairsConfig(),
-        )
+        ).with_sections(sampling, PairsConfig())
         self.say(f"round {number}: training of {stage.model.path}")
         below = folder.path / "training"
-        code = self.run(write_command("train", stage, below, _launcher(self.config.pairs.launcher)))
+        code = self.run(
+            write_command("train", stage, below, _launcher(self.config.section_of(PairsConfig).launcher))
+        )
         if code == ExitCode.preempted:
             self.say(f"round {number}: the training stopped with a checkpoint; the same command continues")
             return code, None
@@ -276,7 +284,7 @@ class _Rounds:
             return self.config
         config = self.config
         first, reference, mode = config.model, config.reference, config.reference.mode
-        if config.pairs.reference is RoundReference.previous:
+        if config.section_of(PairsConfig).reference is RoundReference.previous:
             reference = replace(reference, path=None)
         elif reference.path is None and mode is not ReferenceMode.none:
             # A hub name without its revision might name another model than the first policy.

@@ -3,15 +3,16 @@
 import os
 from pathlib import Path
 
-from dpo_dist.config.rules import SAMPLING_KEYS, Rule, check_rules, needs_of, to_unset, unused
+from dpo_dist.config.rules import Rule, check_rules, needs_of, to_unset, unused
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import UNSET, RunConfig
-from dpo_dist.config.verb_sections import PairsConfig, PairsMethod
 from dpo_dist.data.config import SourceConfig
 from dpo_dist.data.formats import check_source
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.files.folder import local_model_folder
 from dpo_dist.tools.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
+from dpo_dist.tools.sampling.keys import PairsConfig, PairsMethod
+from dpo_dist.tools.sampling.rules import SAMPLING_KEYS
 from dpo_dist.training.start.named_models import locate_model
 
 
@@ -34,7 +35,7 @@ _NO_ROUNDS = "rounds cannot be done with this setting"
 _RULES = (
     *(unused(f"pairs.{name}", unless) for unless, names in _EFFECTS.items() for name in names.split()),
     *(unused(name, _RESPONDS) for name in (*SAMPLING_KEYS, "sampling.endpoint.url")),
-    *endpoint_rules(lambda c: len(responding_models(c.pairs, c.model.path))),
+    *endpoint_rules(lambda c: len(responding_models(c.section_of(PairsConfig), c.model.path))),
     Rule(
         "run.resume!=auto",
         "run.resume has no effect on pairs: finished parts are always used again",
@@ -55,46 +56,50 @@ _RULES = (
         "pairs.prompt_part pairs.prompt_parts",
         "the prompts have no part with this number: the first part is 0",
         "set pairs.prompt_part below pairs.prompt_parts",
-        lambda c: c.pairs.prompt_part >= c.pairs.prompt_parts,
+        lambda c: c.section_of(PairsConfig).prompt_part >= c.section_of(PairsConfig).prompt_parts,
     ),
     Rule(
         f"sampling.temperature=0 pairs.samples {_SAMPLES}",
         "without a temperature every sample of a model is the same",
         "raise sampling.temperature, or " + Remedy.to_set("pairs.samples=1"),
-        lambda c: c.pairs.samples > 1,
+        lambda c: c.section_of(PairsConfig).samples > 1,
     ),
     Rule(
         f"pairs.models {_RESPONDS}",
         "no model responds to the prompts",
         "set pairs.models=[MODEL], or model.path",
-        lambda c: UNSET in responding_models(c.pairs, c.model.path),
+        lambda c: UNSET in responding_models(c.section_of(PairsConfig), c.model.path),
     ),
     Rule(
         f"model.revision!=null {_RESPONDS}",
         "model.revision has no effect if model.path is not among pairs.models",
         to_unset("model.revision"),
-        lambda c: c.model.path not in responding_models(c.pairs, c.model.path),
+        lambda c: c.model.path not in responding_models(c.section_of(PairsConfig), c.model.path),
     ),
     Rule(
         "pairs.models pairs.method=delta",
         "delta pairs need two models",
         "set pairs.models=[STRONGER,WEAKER]",
         lambda c: (
-            len(c.pairs.models) != 2
-            or len({Path(name).expanduser().resolve() for name in c.pairs.models}) < 2
+            len(c.section_of(PairsConfig).models) != 2
+            or len({Path(name).expanduser().resolve() for name in c.section_of(PairsConfig).models}) < 2
         ),
     ),
     Rule(
         f"pairs.samples {_SAMPLES}",
         "a pair needs two responses",
         "raise pairs.samples, or name two pairs.models",
-        lambda c: len(responding_models(c.pairs, c.model.path)) * c.pairs.samples < 2,
+        lambda c: (
+            len(responding_models(c.section_of(PairsConfig), c.model.path))
+            * c.section_of(PairsConfig).samples
+            < 2
+        ),
     ),
     Rule(
         f"{JUDGES} {_SAMPLES}",
         "samples need one judge",
         "set one of them; pairs.method=delta needs no judge",
-        lambda c: count_judges(c.pairs) != 1,
+        lambda c: count_judges(c.section_of(PairsConfig)) != 1,
     ),
     Rule(f"pairs.method!=samples {_ROUNDS}", _NO_ROUNDS, Remedy.to_set("pairs.method=samples")),
     Rule(f"pairs.models!=[] {_ROUNDS}", _NO_ROUNDS, "name the first policy by model.path"),
@@ -111,10 +116,10 @@ def check_pairs(config: RunConfig) -> None:
     """Check everything that needs no torch, network or other processes; raises DpoDistError."""
     check_rules(config, needs_of("pairs"))
     check_rules(config, _RULES)
-    if config.pairs.method in (PairsMethod.samples, PairsMethod.delta):
-        key = "pairs.models" if config.pairs.models else "model.path"
-        for name in responding_models(config.pairs, config.model.path):
+    if config.section_of(PairsConfig).method in (PairsMethod.samples, PairsMethod.delta):
+        key = "pairs.models" if config.section_of(PairsConfig).models else "model.path"
+        for name in responding_models(config.section_of(PairsConfig), config.model.path):
             local_model_folder(name, None, key, accepts_adapter=True)
-    check_function(config.pairs)
+    check_function(config.section_of(PairsConfig))
     for source in config.data.train:
         check_source(source)

@@ -19,9 +19,10 @@ from dpo_dist.config.schema import (
     RunConfig,
     TrainerConfig,
 )
-from dpo_dist.config.verb_sections import PlanConfig
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
+from dpo_dist.tools.plan.extension import PlanConfig
+from dpo_dist.tools.sampling.keys import SamplesConfig, SamplingConfig
 from dpo_dist.tools.sampling.settings import sampling_for
 from dpo_dist.training.start.footprint import (
     BYTES_PER_QUANTIZED_WEIGHT,
@@ -178,8 +179,8 @@ class Estimate:
     @property
     def sampling(self) -> float:
         """Seconds to generate samples under ZeRO-3, which gathers all weights; counted as 0 otherwise."""
-        samples, every = self.config.samples, self.config.trainer.eval_every
-        tokens = sampling_for("train", self.config.sampling).max_new_tokens
+        samples, every = self.config.section_of(SamplesConfig), self.config.trainer.eval_every
+        tokens = sampling_for("train", self.config.section_of(SamplingConfig)).max_new_tokens
         if not self._is_sharded or samples.prompts == 0 or not self.config.data.eval_sources:
             return 0.0
         has_room = 2 * self.whole < self.machine.memory - self.needs.total_bytes(0)
@@ -206,7 +207,11 @@ class Estimate:
 
     def hours(self) -> dict[str, list[float]]:
         """Return the seconds of an epoch and of the run, and the run's price, each as [fast, slow]."""
-        trainer, price, epochs = self.config.trainer, self.config.plan.price, self.config.trainer.epochs
+        trainer, price, epochs = (
+            self.config.trainer,
+            self.config.section_of(PlanConfig).price,
+            self.config.trainer.epochs,
+        )
         if trainer.max_steps is not None:
             epochs = trainer.max_steps * trainer.global_batch_pairs / self.data.pairs
         once, runs = ([sum(self.seconds(end, n).values()) for end in MFU_RANGE] for n in (1.0, epochs))

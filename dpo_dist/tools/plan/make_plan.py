@@ -16,7 +16,6 @@ from dpo_dist.batching.costs import Arrangement
 from dpo_dist.config.load import complete_config, load_run_config, to_yaml
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.config.verb_sections import PlanConfig
 from dpo_dist.data.config import DataConfig, DataFormat, SourceConfig
 from dpo_dist.data.read.sources import local_files
 from dpo_dist.foundation.errors import ConfigError
@@ -34,6 +33,7 @@ from dpo_dist.tools.plan.estimate import (
     choose_machine,
     estimate,
 )
+from dpo_dist.tools.plan.extension import PlanConfig
 from dpo_dist.tools.tables import aligned
 from dpo_dist.training.start.footprint import GPUS_PER_NODE, quantization_notes, stored_notes
 
@@ -60,17 +60,22 @@ class Plan(NamedTuple):
 
 def make_plan(config: RunConfig, progress: _Progress) -> Plan:
     """Return the plan for training `config` on the GPUs of `config.plan`; hours only if it fits."""
-    machine, causal_lm = choose_machine(config.plan, config.model.dtype), _without_weights(config.model)
+    machine, causal_lm = (
+        choose_machine(config.section_of(PlanConfig), config.model.dtype),
+        _without_weights(config.model),
+    )
     is_packed = recorded_arrangement(causal_lm.config.get_text_config().model_type) is Arrangement.packed
     shares = config.trainer.prefix_tree and is_packed
     of_gpu = math.ceil(config.trainer.global_batch_pairs / machine.gpus) if shares else None
-    data = planned_data(config.plan, config.data, config.model, config.loss, progress, of_gpu)
+    data = planned_data(
+        config.section_of(PlanConfig), config.data, config.model, config.loss, progress, of_gpu
+    )
     found = estimate(config, data, machine, causal_lm)
     parts, used = found.needs.parts, found.needs.total_bytes(found.micro_batch)
     activations = used - sum(parts.values())
     rows = [*parts.items(), (f"{found.micro_batch:,} tokens", activations)]
     rows.append((f"in all, of {size(machine.memory)}, of which a tenth stays free", used))
-    is_elsewhere = config.plan.gpu is None and not torch.cuda.device_count()
+    is_elsewhere = config.section_of(PlanConfig).gpu is None and not torch.cuda.device_count()
     lines = [
         *(["this machine has no GPU: the plan is for a machine of plan.gpus and plan.gpu"] * is_elsewhere),
         f"{config.model.path}: {found.weights / 1e9:.3g}e9 weights, {found.trained / 1e9:.3g}e9 "
@@ -92,7 +97,7 @@ def make_plan(config: RunConfig, progress: _Progress) -> Plan:
         "saved_by_prefixes": data.saved,
         **(found.hours() if found.fits else {}),
     }
-    if config.plan.suggest:
+    if config.section_of(PlanConfig).suggest:
         content["suggested"] = suggested = _suggest(found, causal_lm)
         lines.append(f"suggested: {suggested}" if suggested else "nothing fits: take more GPUs or an adapter")
     return Plan(found.fits, lines, content)
@@ -103,7 +108,7 @@ def plan_in_brief(config: RunConfig, tokens: float) -> list[tuple[str, str]]:
 
     Empty if this machine has no GPU and `config.plan` names none.
     """
-    plan = config.plan
+    plan = config.section_of(PlanConfig)
     if plan.gpu is None and plan.gpus is None and not torch.cuda.device_count():
         return []
     machine = choose_machine(plan, config.model.dtype)
@@ -123,7 +128,7 @@ def _verdict(found: Estimate) -> str:
     if found.fits:
         return f"fits: {room}"
     hint = "; `dpo-dist plan plan.suggest=true` looks for settings that fit"
-    return f"does not fit: {room}{'' if found.config.plan.suggest else hint}"
+    return f"does not fit: {room}{'' if found.config.section_of(PlanConfig).suggest else hint}"
 
 
 def _hours(found: Estimate) -> list[str]:

@@ -13,8 +13,7 @@ from dpo_dist.config.identity import settings
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind
 from dpo_dist.config.metrics import ACCURACIES, MAIN, PREFIX, TERMS
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.config.verb_sections import ExportedWeights
+from dpo_dist.config.schema import ExportedWeights, ModelConfig, RunConfig
 from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.files import read_fields

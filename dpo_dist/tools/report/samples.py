@@ -23,6 +23,7 @@ from dpo_dist.reference.engine import load_reference
 from dpo_dist.tools.pages.thumbnails import shown_prompt
 from dpo_dist.tools.sampling.check import NotFiniteError, WrongGenerationError
 from dpo_dist.tools.sampling.generate import Request, generate_together
+from dpo_dist.tools.sampling.keys import SamplesConfig, SamplingConfig
 from dpo_dist.tools.sampling.respond import texts_after
 from dpo_dist.tools.sampling.settings import Sampling, sampling_for
 from dpo_dist.tools.text_facts import (
@@ -244,7 +245,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
     the policy cannot replace the reference, the reference is loaded and freed again: call this before
     the policy is loaded.
     """
-    config, settings, tokenizer = run.config, run.config.samples, inputs.tokenizer
+    config, settings, tokenizer = run.config, run.config.section_of(SamplesConfig), inputs.tokenizer
     if settings.prompts == 0 or inputs.eval_set is None:
         return None
     model_folder, seed = inputs.policy_files.folder, config.trainer.seed
@@ -255,7 +256,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
             raise
         run.say(f"no samples: {error.message}; {error.remedy}")
         return None
-    sampling = sampling_for("train", config.sampling, seed)
+    sampling = sampling_for("train", config.section_of(SamplingConfig), seed)
     longest = context_length(load_config(model_folder, config.model))
     wanted = _USUAL_PROMPTS if settings.prompts is None else settings.prompts
     prompts = choose_prompts(

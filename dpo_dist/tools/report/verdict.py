@@ -251,19 +251,6 @@ def _should_have_learnt(facts: RunFacts) -> bool:
     return not is_cut and not facts.summary.get("bad_steps") and facts.total_steps >= FEWEST_STEPS
 
 
-def _outside_band(facts: RunFacts) -> Iterator[str]:
-    is_whole = facts.summary.get("exit") == RunOutcome.completed and facts.total_steps >= FEWEST_STEPS
-    for band in facts.summary.get("bands") or ():
-        metric, at, low, high = (band[name] for name in ("metric", "step", "low", "high"))
-        at = facts.total_steps if at is None and is_whole else at
-        logged = values(facts.rows, metric)
-        if is_whole and not logged:  # its name may be mistyped, or another loss has it
-            yield f"no row has {metric}, whose band is not checked"
-        for step, value in logged:
-            if step == at and not low <= value <= high:
-                yield f"{metric} at step {step:.0f} is {digits(value)}, not in the band {low:g} to {high:g}"
-
-
 def _labels_swapped(facts: RunFacts) -> Iterator[str]:
     training, name = facts.training_accuracy(), facts.accuracy_title
     if training is not None and training.is_below_half:
@@ -556,7 +543,6 @@ _FIND: dict[str, Callable[[RunFacts], Iterator[str]]] = {
     "untrained_base": _untrained_base,
     "samples_loop": _samples_loop,
     "data_faults": _data_faults,
-    "outside_band": _outside_band,
     "one_label": _one_label,
     "displacement": _displacement,
 }

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from dpo_dist.config.rules import Rule, to_unset, unused
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_sections import PairsConfig
 from dpo_dist.foundation.user_code import user_function
+from dpo_dist.tools.sampling.keys import PairsConfig
 
 JUDGES = "pairs.reward_model pairs.function pairs.endpoint.url"
 _HAS_ENDPOINT = "pairs.endpoint.url!=null"

@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
 from dpo_dist.config.schema import ModelConfig
-from dpo_dist.config.verb_sections import EndpointConfig, PairsConfig, Verdicts
 from dpo_dist.data.records import (
     Dialogue,
     Message,
@@ -41,6 +40,7 @@ from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights,
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.tools.pages.thumbnails import jpeg_uri
 from dpo_dist.tools.sampling.client import ChatReply, Client, RefusedError
+from dpo_dist.tools.sampling.keys import EndpointConfig, PairsConfig, Verdicts
 
 log = logging.getLogger(__name__)
 

@@ -27,6 +27,7 @@ from dpo_dist.model.files.folder import description_folder
 from dpo_dist.model.files.load import check_contents_at_hand
 from dpo_dist.tools.sampling.client import Client
 from dpo_dist.tools.sampling.judges import Judge, open_judge
+from dpo_dist.tools.sampling.keys import PairsConfig, SamplingConfig
 from dpo_dist.tools.sampling.respond import (
     Generate,
     ModelSource,
@@ -159,7 +160,7 @@ class Prompts:
         settings = generation_settings(config.data, config.model, sampling)
         settings |= {"model": source.digest, "numbers": [numbers.start, len(numbers)]}
         settings |= {"rooms": rooms} if rooms else {}
-        is_served = config.sampling.endpoint.url is not None
+        is_served = config.section_of(SamplingConfig).endpoint.url is not None
         stage = self.stage("responses", settings | ({"server": True} if is_served else {}))
         unfinished = self.run.world.on_main(stage.unfinished) if is_served else []
         server = self._served(source, self.parts[unfinished[0]]) if unfinished else None
@@ -175,7 +176,7 @@ class Prompts:
     def _served(self, source: ModelSource, records: Sequence[PreferenceRecord]) -> Server:
         """Return the server on every rank, checked by some of the prompts that it is asked; collective."""
         config, world, console = self.run.config, self.run.world, self.run.console
-        endpoint, model = config.sampling.endpoint, config.model
+        endpoint, model = config.section_of(SamplingConfig).endpoint, config.model
         responder = open_responder(source, model, config.data)
 
         def ready() -> None:
@@ -210,7 +211,11 @@ def generation_settings(data: DataConfig, model: ModelConfig, sampling: Sampling
 
 def open_judge_together(run: Run) -> tuple[Judge | None, dict[str, Any] | None]:
     """Return the judge and its description on every rank, None twice without a judge; collective."""
-    pairs, model, store = run.config.pairs, run.config.model, Path(run.config.reference.store)
+    pairs, model, store = (
+        run.config.section_of(PairsConfig),
+        run.config.model,
+        Path(run.config.reference.store),
+    )
     judge = run.world.together(lambda: open_judge(pairs, model, store, run.world.device))
     with run.console.heartbeat("looking for the judge"):
         return judge, None if judge is None else run.world.on_main(judge.describe)
@@ -294,7 +299,7 @@ def check_model(
     A server that should generate by it, under `name` (default: the path), gets a harmless request, unless
     the model is served only later, by `sampling.endpoint.reload`.
     """
-    model, data, endpoint = config.model, config.data, config.sampling.endpoint
+    model, data, endpoint = config.model, config.data, config.section_of(SamplingConfig).endpoint
     source = find_files(path, model, key, description_folder)
     responder = open_responder(replace(source, name=name or path), model, data)
     if endpoint.url is not None and endpoint.reload is None:

@@ -20,7 +20,6 @@ import numpy.typing as npt
 import torch
 
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.config.verb_sections import ServerConfig
 from dpo_dist.data.example import Example, TokenIds
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.distributed.memory import return_memory
@@ -30,6 +29,7 @@ from dpo_dist.foundation.text import pluralize, without_secrets
 from dpo_dist.model.packed import packed_logps
 from dpo_dist.tools.sampling.client import Choice, Client, CompletionReply, RefusedError
 from dpo_dist.tools.sampling.generate import Request, Sample
+from dpo_dist.tools.sampling.keys import ServerConfig
 from dpo_dist.tools.sampling.respond import ModelSource, Responder, load_packed_source, usable_prompt
 from dpo_dist.tools.sampling.settings import Sampling
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from dpo_dist.config.verb_sections import SamplingConfig
+from dpo_dist.tools.sampling.keys import SamplingConfig
 
 _USUAL = {"train": (256, 0.7), "compare": (256, 1.0), "pairs": (512, 1.0)}
 

@@ -9,6 +9,7 @@ also between two numbers: optim.lr=tag(log, interval(1e-7,1e-5)).
 """
 
 from dpo_dist.foundation.signals import end_at_signals
+from dpo_dist.tools.sweep.extension import SweepConfig
 
 if __name__ == "__main__":
     end_at_signals()  # the imports take seconds
@@ -50,7 +51,7 @@ def main(points: Points) -> int:
             left = [words for words in mine if not is_finished(points[words])]
             share = "" if jobs == 1 else f", {len(mine):,} of them for this job of the array"
             console.say(f"sweep: {len(points):,} points{share}, {len(mine) - len(left):,} finished")
-            pool = Pool(points, folder, console, first.sweep)
+            pool = Pool(points, folder, console, first.section_of(SweepConfig))
             is_stopped, found = pool.run(iter(left)), {}
         results = sweep_results(pool.points, pool.ends, folder, found)
         lines = [*sweep_lines(results, pool.points, folder.report), f"sweep   {folder.sweep}"]

@@ -25,6 +25,7 @@ from dpo_dist.foundation.fields import plain
 from dpo_dist.foundation.remedies import COMMAND_LINE, Place, Remedy, Typed
 from dpo_dist.foundation.text import first_few
 from dpo_dist.foundation.user_code import find_function
+from dpo_dist.tools.sweep.extension import SweepConfig
 
 Points: TypeAlias = dict[tuple[str, ...], RunConfig]
 """The runs of a sweep by the overrides in which they differ: `("loss.beta=0.1", "loss.kind=ipo")`."""
@@ -136,7 +137,7 @@ def _swept_in_files(values: Any) -> Iterator[str]:
 
 def _mistakes_of_search(points: Points, dimensions: Iterable[Dimension]) -> Iterator[ConfigError]:
     """Yield an error if a search compares losses of different kinds or scales."""
-    by = next((str(config.sweep.by) for config in points.values()), "")
+    by = next((str(config.section_of(SweepConfig).by) for config in points.values()), "")
     keys = [found.key for found in dimensions if found.key.partition(".")[0] == "loss"]
     if keys and by.removeprefix(PREFIX).startswith(LOSS_METRICS):
         remedy = Remedy.to_set(f"sweep.by=eval_{ACCURACIES[0]}") + f", or give {', '.join(keys)} one value"

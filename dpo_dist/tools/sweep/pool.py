@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from multiprocessing.connection import wait
@@ -20,13 +19,13 @@ from typing import Any, NamedTuple
 from dpo_dist.config.command_line import write_command
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ConsoleStyle, RunConfig
-from dpo_dist.config.verb_sections import SweepConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, ErrorPrinter, ExitCode, RunOutcome, exit_after
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.signals import SWEEP_VARIABLE, StopRequest, end_at_signals, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import duration, pluralize
+from dpo_dist.tools.sweep.extension import SweepConfig
 from dpo_dist.tools.sweep.points import Points
 from dpo_dist.training.start.preflight import checked_console
 from dpo_dist.training.start.run_state import read_state
@@ -190,7 +189,8 @@ class Pool:
         self._console.say(f"{' '.join(words)}: {self.ends[words][0]} after {spent}")
 
     def _start(self, words: Words) -> None:
-        config, gpus = replace(self.points[words], sweep=SweepConfig()), self._free.pop(0)
+        config = self.points[words].with_sections(SweepConfig())
+        gpus = self._free.pop(0)
         screen = self._folder.point_screen(RunFolder(config.run.path))
         work: Callable[[], int] = partial(_train_point, config)
         if self._launcher is not None:

@@ -17,6 +17,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome, first_line
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import number, pluralize
+from dpo_dist.tools.sweep.extension import SweepConfig
 from dpo_dist.tools.sweep.points import SearchSpace, point_settings
 from dpo_dist.tools.sweep.pool import Pool, Words, is_finished
 from dpo_dist.training.reporting.metrics_log import finite, stored_rows
@@ -54,8 +55,8 @@ class Search(Pool):
 
     def __init__(self, space: SearchSpace, folder: RunFolder, console: Console) -> None:
         first = next(iter(space.values()))
-        super().__init__({}, folder, console, first.sweep)
-        self._space, self._by, self._seed = space, first.sweep.by or "", first.trainer.seed
+        super().__init__({}, folder, console, first.section_of(SweepConfig))
+        self._space, self._by, self._seed = space, first.section_of(SweepConfig).by or "", first.trainer.seed
         self._is_low = best_direction(self._by) is Direction.lowest
         journal, defining = folder.study.resolve(), (space.dimensions, self._by, first.identity.digest)
         # What a killed start may leave, and optuna cannot read: its lock, and a part of a line.

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -90,24 +90,21 @@ class RowSample:
     """The rows of a run, in bounded memory: an even choice of them if they are more than `MOST_STEPS`.
 
     The same holds for evaluations and `MOST_EVALUATIONS`. Always kept are the first and the newest 200 of
-    each, the best row of each metric, the last row that has it, the first row with a value that is not
-    finite, and the rows of the steps `keep`.
+    each, the best row of each metric, the last row that has it, and the first row with a value that is
+    not finite.
     `steps` and `evaluations` are the chosen rows of each kind alone.
     """
 
-    def __init__(self, rows: Iterable[MetricsRow] = (), keep: Collection[float | None] = ()) -> None:
+    def __init__(self, rows: Iterable[MetricsRow] = ()) -> None:
         self._steps, self._evaluations = _Evenly(MOST_STEPS), _Evenly(MOST_EVALUATIONS)
         self.steps, self.evaluations = self._steps.rows, self._evaluations.rows
         self._last, self._first = dict[str, MetricsRow](), dict[str, MetricsRow]()
-        self._keep, self._kept = keep, list[MetricsRow]()
         for row in rows:
             self.add(row)
 
     def add(self, row: MetricsRow) -> None:
         """Add the next row."""
         (self._evaluations if is_evaluation(row) else self._steps).add(row)
-        if row["step"] in self._keep:
-            self._kept.append(row)
         if not all(map(math.isfinite, row.values())):
             self._first.setdefault("not finite", row)
         self._last |= dict.fromkeys(row, row)
@@ -116,7 +113,7 @@ class RowSample:
     @property
     def rows(self) -> list[MetricsRow]:
         """All rows that are kept, in their order."""
-        asked = (*self._last.values(), *self._first.values(), *self._kept)
+        asked = (*self._last.values(), *self._first.values())
         rows = {id(row): row for row in (*self.steps, *self.evaluations, *asked)}
         return sorted(rows.values(), key=log_position)
 
@@ -141,16 +138,15 @@ class MetricsLog:
         plan: "MetricPlan | None" = None,
         *,
         evaluation_is_due: bool = False,
-        keep: Collection[float | None] = (),
     ) -> "MetricsLog":
         """Start a log, or continue the one in `folder`.
 
         Rows after `resume_step` (None for a new run) are dropped, because training computes them again; with
         `evaluation_is_due`, also the evaluation at this step. `warn` is called if existing rows are missing
-        or replaced. `keep`: steps whose rows stay in memory.
+        or replaced.
         """
         end = -1.0 if resume_step is None else resume_step + (0.0 if evaluation_is_due else _AFTER_STEP)
-        sample, is_replaced = RowSample(keep=keep), False
+        sample, is_replaced = RowSample(), False
         has_file = folder.rows.exists()
         with files.staged_file(folder.rows) as temporary, temporary.open("wb") as file:
             for line, row in _stored_lines(folder):
@@ -214,11 +210,9 @@ def stored_rows(folder: RunFolder, end: float = math.inf) -> Iterator[MetricsRow
         yield row
 
 
-def read_latest_rows(
-    folder: RunFolder, step: float = math.inf, keep: Collection[float | None] = ()
-) -> list[MetricsRow]:
-    """Return the rows of a run up to a step, of a long run a sample with those of `keep` (`RowSample`)."""
-    return RowSample(stored_rows(folder, step + _AFTER_STEP), keep).rows
+def read_latest_rows(folder: RunFolder, step: float = math.inf) -> list[MetricsRow]:
+    """Return the rows of a run up to a step, of a long run a sample (`RowSample`)."""
+    return RowSample(stored_rows(folder, step + _AFTER_STEP)).rows
 
 
 def _stored_lines(folder: RunFolder) -> Iterator[tuple[bytes, MetricsRow]]:

@@ -16,13 +16,13 @@ import pytest
 import yaml
 
 import dpo_dist.__main__
+from dpo_dist.compat.convert import __main__ as convert
 from dpo_dist.config.command_line import explain, run_verb, usage
 from dpo_dist.config.keys import all_keys, group_folders, section_meanings, verb_keys
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.verbs import EVERY_VERB, VERBS
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.chat import __main__ as chat
-from dpo_dist.tools.convert import __main__ as convert
 from dpo_dist.tools.report import __main__ as report
 from dpo_dist.verbs import store
 from tests.support import tiny_verb

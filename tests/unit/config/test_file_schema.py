@@ -9,11 +9,11 @@ import jsonschema
 import pytest
 import yaml
 
+from dpo_dist.compat.convert import __main__ as convert
 from dpo_dist.config.command_line import file_schema
 from dpo_dist.config.compose import read_keys
 from dpo_dist.config.keys import config_dir, group_folders, run_keys
 from dpo_dist.config.load import load_run_config, to_yaml
-from dpo_dist.tools.convert import __main__ as convert
 from tests.support.pages import ROOT
 
 SCHEMA = file_schema(group_folders())

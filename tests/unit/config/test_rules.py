@@ -91,8 +91,6 @@ REFUSED = [
     ("trainer.keep_best=eval_loss", "trainer.keep_best"),
     ("trainer.patience=3", "trainer.patience"),
     ("trainer.final=best", "trainer.final"),
-    ("metrics.bands=[{metric:loss,low:1,high:0}]", "metrics.bands"),
-    ("metrics.bands=[{metric:eval_loss,low:0,high:1}]", "metrics.bands"),
     ("trainer.keep_best=eval_loss data.eval_share=0.1", "trainer.keep_best"),
     (f"{EVALUATED} trainer.keep_best=loss", "trainer.keep_best"),
     (f"{EVALUATED} trainer.keep_best=eval_logps/chosen", "trainer.keep_best"),
@@ -172,16 +170,6 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     "typed",
     [
         "model.gradient_checkpointing=full model.fused=compile",
-        # Names of sources and of own metrics are known later: the verdict names a band that no row has.
-        *(
-            f"data.eval_share=0.1 metrics.bands=[{{metric:{metric},low:0,high:1}}]"
-            for metric in (
-                "eval_rewards/margins/p50",
-                "eval_custom/x",
-                "rewards/accuracies/own",
-                "step_seconds",
-            )
-        ),
         "model.gradient_checkpointing=2 model.fused=liger",
         "data.train=[{path:a,format:text},b] data.ranked=all_pairs",
         "loss=robust loss.label_smoothing=0.49",

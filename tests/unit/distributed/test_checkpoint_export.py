@@ -28,13 +28,14 @@ from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
     Dtype,
+    ExportConfig,
+    ExportedWeights,
     ImagesConfig,
     ModelConfig,
     ReferenceConfig,
     RunConfig,
     TrainedImageParts,
 )
-from dpo_dist.config.verb_sections import ExportConfig, ExportedWeights
 from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.text.template import chosen_template
 from dpo_dist.distributed.checkpoint.saver import MANIFEST

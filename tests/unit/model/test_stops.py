@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from dpo_dist.config.schema import ModelConfig
-from dpo_dist.config.verb_sections import ExportConfig, MemberConfig
+from dpo_dist.config.schema import ExportConfig, MemberConfig, ModelConfig
 from dpo_dist.data.config import DataConfig
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.model.files.manifest import write_manifest

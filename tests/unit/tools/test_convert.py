@@ -10,15 +10,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dpo_dist.compat.convert import __main__ as convert
+from dpo_dist.compat.convert.reading import ForeignRun, read
+from dpo_dist.compat.convert.translate import translate_run
+from dpo_dist.compat.other_trainers import other_trainers
 from dpo_dist.config.load import complete_config
 from dpo_dist.config.losses import DiscopopOptions, LossKind, LossTermConfig, SimpoOptions
-from dpo_dist.config.other_trainers import other_trainers
 from dpo_dist.config.schema import SCHEMA, ImagesConfig, RunConfig, TrainedImageParts
 from dpo_dist.data.config import SourceConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.tools.convert import __main__ as convert
-from dpo_dist.tools.convert.reading import ForeignRun, read
-from dpo_dist.tools.convert.translate import translate_run
 from tests.unit.config.support import configured, error_of
 
 FILES = Path(__file__).parents[2] / "assets" / "foreign"

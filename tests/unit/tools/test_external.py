@@ -11,10 +11,9 @@ import pytest
 from peft import LoraConfig
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.config.verb_sections import ExportTool
+from dpo_dist.config.schema import Dtype, ExportTool, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.tools.external import model_command, write_alpaca_answers
+from dpo_dist.model.files.external import model_command, write_alpaca_answers
 from tests.support import comparison_files as files
 from tests.support.tiny_model import write_model
 

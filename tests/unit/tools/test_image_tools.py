@@ -17,7 +17,6 @@ from transformers import AutoModelForMultimodalLM
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, ImagesConfig, ModelConfig
-from dpo_dist.config.verb_sections import DoctorConfig, EndpointConfig, PairsConfig, PairsMethod
 from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ImageProcessor
@@ -29,6 +28,7 @@ from dpo_dist.model.files.load import load_packed
 from dpo_dist.tools.chat.speakers import open_images, open_speakers
 from dpo_dist.tools.compare.models import response_logps
 from dpo_dist.tools.doctor.examine import examine
+from dpo_dist.tools.doctor.extension import DoctorConfig
 from dpo_dist.tools.doctor.measures.observe import Observer
 from dpo_dist.tools.doctor.page import write_doctor_page
 from dpo_dist.tools.doctor.shown_pairs import show_pairs
@@ -37,6 +37,7 @@ from dpo_dist.tools.pairs.people import Labelling, draw_items
 from dpo_dist.tools.report.samples import choose_prompts
 from dpo_dist.tools.sampling import judges
 from dpo_dist.tools.sampling.judges import EndpointJudge, FunctionJudge, Question, RewardModel
+from dpo_dist.tools.sampling.keys import EndpointConfig, PairsConfig, PairsMethod
 from dpo_dist.tools.sampling.prompts import good_records
 from dpo_dist.tools.sampling.respond import find_model, open_generator, open_responder, respond
 from dpo_dist.tools.sampling.settings import Sampling

@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.config.verb_sections import EndpointConfig, Verdicts
 from dpo_dist.data.records import Message, Origin, PreferenceRecord, Prompt
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.user_code import find_function
@@ -23,6 +22,7 @@ from dpo_dist.tools.sampling.judges import (
     Question,
     RewardModel,
 )
+from dpo_dist.tools.sampling.keys import EndpointConfig, Verdicts
 from tests.support import tiny
 from tests.support.judge_server import Answer, JudgeServer, judge_server
 from tests.support.tiny_model import write_model

@@ -14,7 +14,6 @@ from transformers import Qwen2Config
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_sections import DropOrKeep, PairsConfig, PairSelection, PairsMethod
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.foundation.console import Console, LineScreen
@@ -33,6 +32,7 @@ from dpo_dist.tools.pairs.make_pairs import (
 from dpo_dist.tools.pairs.start import check_pairs, responding_models
 from dpo_dist.tools.sampling.client import Client
 from dpo_dist.tools.sampling.judges import Judgement
+from dpo_dist.tools.sampling.keys import DropOrKeep, PairsConfig, PairSelection, PairsMethod
 from dpo_dist.tools.sampling.prompts import Parts, Prompts
 from dpo_dist.tools.sampling.respond import Completion, Completions, ModelSource
 from dpo_dist.training.start.open_run import Run

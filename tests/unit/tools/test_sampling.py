@@ -31,7 +31,6 @@ from transformers import (
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_sections import SamplingConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, Response
@@ -50,6 +49,7 @@ from dpo_dist.tools.sampling.generate import (
     generate_together,
     random_numbers,
 )
+from dpo_dist.tools.sampling.keys import SamplingConfig
 from dpo_dist.tools.sampling.prompts import check_model
 from dpo_dist.tools.sampling.respond import Completion, Responder, find_model, open_generator, respond
 from dpo_dist.tools.sampling.settings import Sampling, sampling_for

@@ -14,7 +14,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
-from dpo_dist.config.verb_sections import ServerConfig
 from dpo_dist.data.config import DataConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.console import Console, LineScreen
@@ -22,6 +21,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.sampling import client as clients
 from dpo_dist.tools.sampling import served
 from dpo_dist.tools.sampling.client import Client, RefusedError
+from dpo_dist.tools.sampling.keys import ServerConfig
 from dpo_dist.tools.sampling.respond import Responder, find_files, open_responder, respond
 from dpo_dist.tools.sampling.served import (
     Server,

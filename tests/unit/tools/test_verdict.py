@@ -95,15 +95,6 @@ HALF = {"rewards/accuracies": 0.51, "eval_rewards/accuracies": 0.52, "eval_rewar
 FALLEN = {"eval_rewards/both_fall": 0.6, "eval_logps/chosen_per_token": -1.4}
 WORSE = {"eval_samples/finished": 0.84, "eval_samples/refusals": 0.3}
 OPPOSITE = {"rewards/accuracies": 0.2, "eval_rewards/accuracies": 0.2}
-BANDS = {
-    "bands": [
-        {"metric": "eval_loss", "step": 10, "low": 0.6, "high": 0.7},
-        {"metric": "eval_loss", "step": 11, "low": 0.6, "high": 0.7},  # not evaluated
-        {"metric": "loss", "step": 10, "low": 0.5, "high": 0.6},
-        {"metric": "eval_rewards/margins", "step": None, "low": 0.9, "high": 1.1},
-    ]
-}
-UNKNOWN_BAND = {"metric": "loss/tpo", "step": None, "low": 0.1, "high": 0.2}
 DOUBLED = {"rule": "doubled_bos", "level": "error"}
 
 
@@ -268,8 +259,6 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("data_faults", rows(), CUT, "80 of 400 training records (20 %)"),
     ("data_faults", rows(), {"findings": [DISAGREES | {"share": 0.1}, DOUBLED]}, "errors: doubled_bos"),
     ("data_faults", rows(), {"findings": [DISAGREES]}, "by far in 40 % of a"),
-    ("outside_band", rows(), {"bands": [UNKNOWN_BAND]}, "no row has loss/tpo, whose band is not checked"),
-    ("outside_band", rows(), BANDS, "eval_loss at step 10 is 0.57, not in the band 0.6 to 0.7; eval_rewards"),
     ("displacement", rows(late=FALLEN), {}, "-1.00 -> -1.40 nats per token, and in 60 % of the pairs"),
     ("diverged", rows(late=LOST, since=1), {}, "the model gives no finite log-probs from the start"),
     ("diverged", rows(late=LOST, since=12), {}, "an update damaged the weights"),
@@ -334,9 +323,8 @@ def test_a_long_run_is_judged_by_a_sample_of_its_rows_as_by_all(
         for row in history
         for back in range(length - 1 if "loss" in row else 0, -1, -1)
     ]
-    bands = [band | {"step": band["step"] and band["step"] * length} for band in ended.get("bands", ())]
-    long = {**ended, "steps": STEPS * length, "bands": bands}
-    sample = RowSample(every, [band["step"] for band in bands]).rows
+    long = {**ended, "steps": STEPS * length}
+    sample = RowSample(every).rows
     assert len(sample) < len(every) / 2
     assert rules_of(sample, **long) == rules_of(every, **long)
 
@@ -377,8 +365,6 @@ def test_a_long_run_is_judged_by_a_sample_of_its_rows_as_by_all(
         (rows(every=FLAT | {"eval_rewards/margins": 1e-3}), {}, ["hardly_moved"]),
         (rows(every=AT_CHANCE), {}, ["learnt_nothing"]),
         (rows(every=AT_CHANCE), {"exit": "preempted"}, []),
-        # The end of a run that has not come to it.
-        (rows(), {"bands": [*BANDS["bands"][1:], UNKNOWN_BAND], "exit": "preempted"}, []),
         # Skipped steps do not explain other faults.
         (rows(late={"loss": 1.2}, since=4), {"bad_steps": 2}, ["diverged", "learning_rate_too_high"]),
         # A loss that a decaying learning rate has healed.

@@ -8,8 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_dist.config.schema import AdapterConfig, Dtype, FolderConfig, ModelConfig, ReferenceConfig, RunConfig
-from dpo_dist.config.verb_sections import ExportConfig
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    Dtype,
+    ExportConfig,
+    FolderConfig,
+    ModelConfig,
+    ReferenceConfig,
+    RunConfig,
+)
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.report.card import run_card

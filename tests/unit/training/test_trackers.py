@@ -18,11 +18,12 @@ import wandb
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig, TrackingConfig, WandbMode
-from dpo_dist.config.verb_sections import SamplesConfig
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.files import write_text
-from dpo_dist.tools.report.recorder import tracked_run
+from dpo_dist.tools.report.recorder import sent_samples
+from dpo_dist.tools.sampling.keys import SamplesConfig
 from dpo_dist.training.reporting.metrics_log import MetricsLog, log_position
+from dpo_dist.training.reporting.recorder import tracked_run
 from dpo_dist.training.reporting.trackers import InBackground, Trackers, open_trackers
 from dpo_dist.training.reporting.wandb_run import (
     TrackedRun,
@@ -72,7 +73,7 @@ def tracked(
     stop: Callable[[], None] = lambda: None,
 ) -> TrackedRun:
     config = replace(config or config_of(), run=FolderConfig(dir=str(run_dir)))
-    return tracked_run(Run(config, ALONE, Console(None)), environment or {}, stop)
+    return tracked_run(Run(config, ALONE, Console(None)), environment or {}, stop, sent_samples(config))
 
 
 def stored(run_dir: Path, rows: Sequence[Mapping[str, float]]) -> float:

@@ -1,11 +1,9 @@
-"""Keys of `compare`, `doctor`, `encode`, `export`, `pairs`, `plan` and `sweep`, of samples and sampling."""
+"""Keys of how models respond and are judged: at evaluations, in `compare` and in `pairs`."""
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BeforeValidator
-
-from dpo_dist.foundation.fields import NonEmpty, as_entry, key, schema, section
+from dpo_dist.foundation.fields import NonEmpty, key, schema, section
 
 RESPONDING = "compare pairs"
 """The verbs that use a judge, and whose models may be behind a server."""
@@ -69,74 +67,6 @@ class CompareConfig:
     """Number of different prompts, chosen by a hash of the prompt; all if there are fewer."""
 
 
-FailOn = StrEnum("FailOn", ["warning", "error", "never"])
-
-
-@schema
-class DoctorConfig:
-    """How `dpo-dist doctor` examines the data."""
-
-    fail_on: FailOn = key(FailOn.warning)
-    """Lowest level of a finding that makes the exit code 1."""
-    benchmarks: list[str] = key([])
-    """Files of benchmark prompts, .jsonl or .txt, that training data should not contain."""
-    texts: bool = key(True)
-    """Show texts of records on the page; they are hidden until clicked."""
-
-
-@schema
-class MemberConfig:
-    """One entry of `export.average`; a bare string is its `path`."""
-
-    path: NonEmpty = key(...)
-    """Folder of a whole model, such as `export` writes."""
-    weight: float = key(1.0, gt=0)
-    """Weight in the mean; the weights are divided by their sum."""
-
-
-Member = Annotated[
-    MemberConfig, BeforeValidator(as_entry("path"), json_schema_input_type=MemberConfig | NonEmpty)
-]
-ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
-ExportTool = StrEnum("ExportTool", {"lm_eval": "lm-eval", "vllm": "vllm", "alpaca_eval": "alpaca-eval"})
-
-
-@schema
-class ExportConfig:
-    """The model folder that `dpo-dist export` writes from checkpoints of `run.dir`."""
-
-    checkpoint: str | None = key(
-        None,
-        accepts="latest, best, or the name of a folder in checkpoints/, such as step-000100",
-        pattern=r"^(latest|best|step-\d{1,18})$",
-    )
-    """`latest`, `best` (by `trainer.keep_best`), or a checkpoint's name: `step-000100`; null: the checkpoint
-    of `model/` (`trainer.final`)."""
-    weights: ExportedWeights = key(ExportedWeights.last)
-    """`last`: the weights of the checkpoint's step; `ema`: their moving average (`trainer.ema_decay`)."""
-    average: list[Member] = key([])
-    """Write the mean of whole models in place of a checkpoint: their folders, such as `export` writes."""
-    merge: bool = key(False)
-    """Merge an adapter into its base, and write one model."""
-    dtype: Literal["bf16", "fp16", "fp32"] | None = key(None)
-    """Precision of the written weights; null: `model.dtype`, but weights of a merged base keep the precision
-    of its files."""
-    check: bool = key(True)
-    """Before the folder gets its name, load it by transformers and compare its weights with the trained
-    ones."""
-    output: NonEmpty | None = key(None)
-    """Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, followed by `-ema` or
-    `-merged`; with `export.average`, `<run.dir>/exported/average`."""
-    tool: ExportTool | None = key(None)
-    """Print the command by which `lm-eval` or `vllm` reads `model/`, or a folder that other keys of `export`
-    name; `alpaca-eval`: write the answers of the comparison in `run.dir` in AlpacaEval's format."""
-    push_to: str | None = key(None, accepts="ORG/NAME", pattern=r"^[\w.-]+/[\w.-]+$")
-    """Hub repository for the folder, created as a private one if it is missing; a folder that exists is
-    uploaded as it is. The files are listed, and sent only with `export.confirm`."""
-    confirm: bool = key(False)
-    """Send the listed files to `export.push_to`."""
-
-
 PairsMethod = StrEnum("PairsMethod", ["scores", "samples", "delta", "people"])
 PairSelection = StrEnum("PairSelection", ["best_worst", "best_random", "all_pairs"])
 DropOrKeep = StrEnum("DropOrKeep", ["drop", "keep"])
@@ -197,47 +127,3 @@ class PairsConfig:
     launcher: NonEmpty | None = key(None)
     """Command that starts the processes of a round, written before `-m dpo_dist VERB`; it must return their
     exit code; null: `dpo-dist launch` with several GPUs, else one process."""
-
-
-@schema
-class EncodeConfig:
-    """The share of the data that one `dpo-dist encode` of several encodes."""
-
-    part: str = key("1/1", pattern=r"^[1-9]\d*/[1-9]\d*$", accepts="I/N, from 1/N to N/N")
-    """The part of the data to encode, in an array of N jobs; the job that finds all parts joins them."""
-
-
-GpuKind = Literal["h100-80g", "h200-141g", "b200-180g", "a100-80g", "a100-40g", "l40s-48g", "rtx4090-24g"]
-
-
-@schema
-class PlanConfig:
-    """The machines that `plan`, and two lines of `train --check`, compute for."""
-
-    gpus: int | None = key(None, ge=1)
-    """Number of GPUs, 8 to a node; null: those of this machine, or else 8."""
-    gpu: GpuKind | None = key(None)
-    """Kind of the GPUs; null: this machine's, measured, or else h100-80g."""
-    price: float | None = key(None, gt=0, verbs="plan")
-    """Price of one GPU hour, in any currency."""
-    pairs: int | None = key(None, ge=1)
-    """Pairs in an epoch; null: counted in local `data.train`, or from the cards of the presets' datasets."""
-    tokens_per_pair: float | None = key(None, gt=1)
-    """Tokens of a pair, its prompt counted once; null: found as `pairs` is."""
-    suggest: bool = key(False, verbs="plan")
-    """Also search settings that fit into memory, and print those with the shortest epoch."""
-
-
-@schema
-class SweepConfig:
-    """How the points of a sweep are run."""
-
-    parallel: int | None = key(None, ge=1)
-    """Points that train at a time, each on an equal part of the GPUs; null: as many as GPUs, or 1 without."""
-    launcher: NonEmpty | None = key(None)
-    """Command before `-m dpo_dist train` that starts the processes of a point; null:
-    `dpo-dist launch` if a point has several GPUs, else one process that imports nothing again."""
-    trials: int | None = key(None, ge=1, le=1000)
-    """Points to train of a search, which samples the swept values by optuna; null: train all combinations."""
-    by: NonEmpty | None = key(None)
-    """Metric that a search improves, in the last evaluation of a run: `eval_rewards/accuracies`."""

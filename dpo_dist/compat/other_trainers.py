@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.config.advice import OFF, Advice
 from dpo_dist.config.keys import run_keys, strip_indices
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import own_table
@@ -50,10 +51,6 @@ def names_of(key: str) -> list[str]:
     """Return what other trainers call a key of ours."""
     names: str = other_trainers()["keys"][key]
     return names.split()
-
-
-ON, OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-"""Words for a switch."""
 
 
 def advice_on(name: str, value: str) -> list[Remedy]:
@@ -138,3 +135,14 @@ def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
         got=first_few(names),
         remedy=f"dpo-dist convert {shlex.quote(str(file))} {target} translates the file; then train {target}",
     )
+
+
+class OtherTrainers(Advice):
+    """What this room knows, for mistakes in a command or a file."""
+
+    equivalents = staticmethod(equivalents)
+    is_foreign = staticmethod(is_foreign)
+    foreign_file = staticmethod(foreign_file)
+    advice_on = staticmethod(advice_on)
+    find_advice = staticmethod(find_advice)
+    as_sources = staticmethod(as_sources)

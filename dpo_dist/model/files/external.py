@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.config.verb_sections import ExportTool
+from dpo_dist.config.schema import Dtype, ExportTool, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import read_lines, write_json
 from dpo_dist.foundation.remedies import Remedy

@@ -1,7 +1,7 @@
 """Translate another trainer's keys into keys of `train`, and name each key that is left out.
 
 In names and comments "theirs" is the other trainer's, "ours" is dpo_dist's. Names of other trainers are in
-config/other_trainers.yaml (what a key or value means), trainers.yaml (defaults), and here, where keys depend
+compat/other_trainers.yaml (what a key or value means), trainers.yaml (defaults), and here, where keys depend
 on each other.
 
 The steps of `translate_run`, in their order, for `trl dpo --model_name_or_path m --dataset_name a.jsonl
@@ -26,11 +26,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from dpo_dist.config.compose import parse_overrides
-from dpo_dist.config.keys import run_keys, verb_keys
-from dpo_dist.config.losses import LossKind, kinds_using
-from dpo_dist.config.mistakes import as_tree, fits
-from dpo_dist.config.other_trainers import (
+from dpo_dist.compat.convert.reading import ForeignRun
+from dpo_dist.compat.other_trainers import (
     advice_on,
     as_sources,
     equivalents,
@@ -38,6 +35,10 @@ from dpo_dist.config.other_trainers import (
     is_switch,
     names_of,
 )
+from dpo_dist.config.compose import parse_overrides
+from dpo_dist.config.keys import run_keys, verb_keys
+from dpo_dist.config.losses import LossKind, kinds_using
+from dpo_dist.config.mistakes import as_tree, fits
 from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.config.schema import KIND_OF_STAGE, SCHEMA, OptimConfig, TrackerName
 from dpo_dist.foundation.errors import ConfigError
@@ -45,7 +46,6 @@ from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.foundation.text import without_secrets
-from dpo_dist.tools.convert.reading import ForeignRun
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 _KEYS = {"loss": "loss.kind", "parallelism": "parallelism.kind", "reference": "reference.mode"}

@@ -8,7 +8,7 @@ computed and stored.
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.types import CheckReport
-from dpo_dist.training.start.named_models import find_evaluation_models
+from dpo_dist.tools.evaluation.start import find_evaluation_models
 from dpo_dist.training.start.preflight import check_start, checked_console
 
 

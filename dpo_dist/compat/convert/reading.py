@@ -9,9 +9,9 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
+from dpo_dist.compat.other_trainers import trainer_of
 from dpo_dist.config.compose import read_keys
 from dpo_dist.config.keys import run_keys
-from dpo_dist.config.other_trainers import trainer_of
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import HIDDEN
 

@@ -1,0 +1,1 @@
+"""Other trainers: what they call our keys, and the translation of their files."""

@@ -1,0 +1,16 @@
+"""The verb `convert`, and what is known of other trainers."""
+
+from dpo_dist.config.extensions import Extension, Verb
+
+EXTENSION = Extension(
+    verbs={
+        "convert": Verb(
+            "dpo_dist.compat.convert",
+            "translate a run of TRL, LLaMA-Factory, axolotl, ms-swift or open-instruct",
+            is_configured=False,
+            is_one_process=True,
+            reads_data=False,
+        ),
+    },
+    hooks={"advice": "dpo_dist.compat.other_trainers:OtherTrainers"},
+)

@@ -1,0 +1,80 @@
+"""What the rooms above the trainer add to it: verbs, sections of keys, rules, and what a run calls.
+
+The trainer works without these rooms. Each of their folders with a module `extension` adds its `EXTENSION`.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_ROOMS = ("tools", "compat")
+
+
+class Verb(NamedTuple):
+    """A program of the package, `dpo-dist NAME`."""
+
+    module: str
+    """The module that `python -m` runs."""
+    help: str
+    needs: tuple[str, ...] = ()
+    """The keys that must be set."""
+    reads: tuple[str, ...] = ()
+    """Keys and sections that the verb reads, beside those that name it."""
+    is_configured: bool = True
+    """Whether the verb takes KEY=VALUE words."""
+    reads_data: bool = True
+    takes_training: bool = True
+    """Whether the verb takes the command line of a training run; `pairs` with rounds does, too."""
+    reuses_config: bool = False
+    """Whether the verb reads config.yaml in `run.dir` for a command that only names this run."""
+    is_one_process: bool = False
+    """Whether rank 0 alone works if a launcher starts several processes."""
+    takes_words: tuple[str, ...] = ("model.path", "data.train")
+    """The keys to suggest for a word without a key."""
+
+
+class Extension(NamedTuple):
+    """What one tool adds."""
+
+    verbs: Mapping[str, Verb] = {}
+    sections: Mapping[str, Any] = {}
+    """Sections of the configuration, by name: what `section` returns."""
+    rules: str = ""
+    """The module whose `rules_of_verb` returns the rules between keys for a verb, or for "", any verb."""
+    named_code: Mapping[str, str] = {}
+    """The keys that name Python code, as in `named_code.NAMED_CODE`."""
+    hooks: Mapping[str, str] = {}
+    """Functions that the trainer calls if they are there, as `module:function`, by the names in `hook`."""
+
+
+@cache
+def extensions() -> tuple[Extension, ...]:
+    """Return the extensions of all rooms that are there."""
+    package = Path(__file__).parents[1]
+    declared = list[Extension]()
+    for room in _ROOMS:
+        for file in sorted((package / room).glob("*/extension.py")):
+            module = importlib.import_module(f"dpo_dist.{room}.{file.parent.name}.extension")
+            declared.append(module.EXTENSION)
+    return tuple(declared)
+
+
+def rule_modules() -> list[Any]:
+    """Return the modules with the rules of extensions."""
+    return [importlib.import_module(extension.rules) for extension in extensions() if extension.rules]
+
+
+def hook(name: str) -> Callable[..., Any] | None:
+    """Return the function of an extension; None without such a one.
+
+    `reporting`: returns the `Reporting` of a run. `plan_in_brief`: lines of `--check`. `run_card`: the text
+    of a model card. `advice`: what other programs call our keys, as `advice.Advice`.
+    """
+    for extension in extensions():
+        if name in extension.hooks:
+            module, _, function = extension.hooks[name].partition(":")
+            named: Callable[..., Any] = getattr(importlib.import_module(module), function)
+            return named
+    return None

@@ -1,0 +1,14 @@
+"""The verb `chat`."""
+
+from dpo_dist.config.extensions import Extension, Verb
+
+EXTENSION = Extension(
+    verbs={
+        "chat": Verb(
+            "dpo_dist.tools.chat",
+            "talk to a model in the terminal, also beside its base",
+            is_configured=False,
+            is_one_process=True,
+        ),
+    },
+)

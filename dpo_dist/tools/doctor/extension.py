@@ -1,0 +1,35 @@
+"""The verb `doctor`, and its keys."""
+
+from enum import StrEnum
+
+from dpo_dist.config.extensions import Extension, Verb
+from dpo_dist.foundation.fields import key, schema, section
+
+FailOn = StrEnum("FailOn", ["warning", "error", "never"])
+
+
+@schema
+class DoctorConfig:
+    """How `dpo-dist doctor` examines the data."""
+
+    fail_on: FailOn = key(FailOn.warning)
+    """Lowest level of a finding that makes the exit code 1."""
+    benchmarks: list[str] = key([])
+    """Files of benchmark prompts, .jsonl or .txt, that training data should not contain."""
+    texts: bool = key(True)
+    """Show texts of records on the page; they are hidden until clicked."""
+
+
+EXTENSION = Extension(
+    verbs={
+        "doctor": Verb(
+            "dpo_dist.tools.doctor",
+            "examine the data of a run, and encode them",
+            ("data.train",),
+            reuses_config=True,
+            is_one_process=True,
+            reads=("data", "loss.kind", "loss.terms", "reference.path", "reference.quantization"),
+        ),
+    },
+    sections={"doctor": section(DoctorConfig, free=True, verbs="doctor")},
+)

@@ -1,0 +1,16 @@
+"""Rules between the keys of `pairs` that hold for every verb; those of the verb itself are in `start`."""
+
+from dpo_dist.config.rules import Rule
+
+_RULES = [
+    Rule(
+        "model.adapter.path!=null pairs.rounds!=0",
+        "each round merges its adapter into the model, so that the next one has no adapter to continue",
+        "merge the adapter of model.adapter.path into its base, and set model.path to the result",
+    )
+]
+
+
+def rules_of_verb(_verb: str) -> list[Rule]:
+    """Return the rules, which are the same for every verb."""
+    return _RULES

@@ -1,0 +1,41 @@
+"""The verb `plan`, and its keys."""
+
+from typing import Literal
+
+from dpo_dist.config.extensions import Extension, Verb
+from dpo_dist.foundation.fields import key, schema, section
+
+GpuKind = Literal["h100-80g", "h200-141g", "b200-180g", "a100-80g", "a100-40g", "l40s-48g", "rtx4090-24g"]
+
+
+@schema
+class PlanConfig:
+    """The machines that `plan`, and two lines of `train --check`, compute for."""
+
+    gpus: int | None = key(None, ge=1)
+    """Number of GPUs, 8 to a node; null: those of this machine, or else 8."""
+    gpu: GpuKind | None = key(None)
+    """Kind of the GPUs; null: this machine's, measured, or else h100-80g."""
+    price: float | None = key(None, gt=0, verbs="plan")
+    """Price of one GPU hour, in any currency."""
+    pairs: int | None = key(None, ge=1)
+    """Pairs in an epoch; null: counted in local `data.train`, or from the cards of the presets' datasets."""
+    tokens_per_pair: float | None = key(None, gt=1)
+    """Tokens of a pair, its prompt counted once; null: found as `pairs` is."""
+    suggest: bool = key(False, verbs="plan")
+    """Also search settings that fit into memory, and print those with the shortest epoch."""
+
+
+EXTENSION = Extension(
+    verbs={
+        "plan": Verb(
+            "dpo_dist.tools.plan",
+            "compute memory and hours of a run on GPUs that one does not have yet",
+            ("model.path",),
+            is_one_process=True,
+            takes_words=("model.path",),
+        ),
+    },
+    sections={"plan": section(PlanConfig, free=True, verbs="train plan")},
+    hooks={"plan_in_brief": "dpo_dist.tools.plan.make_plan:plan_in_brief"},
+)

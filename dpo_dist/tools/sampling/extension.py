@@ -1,0 +1,13 @@
+"""What sampling adds: how responses are drawn, and those at evaluations."""
+
+from dpo_dist.config.extensions import Extension
+from dpo_dist.foundation.fields import section
+from dpo_dist.tools.sampling.keys import SamplesConfig, SamplingConfig
+
+EXTENSION = Extension(
+    sections={
+        "samples": section(SamplesConfig, free=True, verbs="train"),
+        "sampling": section(SamplingConfig, free=True, verbs="train compare pairs"),
+    },
+    rules="dpo_dist.tools.sampling.rules",
+)

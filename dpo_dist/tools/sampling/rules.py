@@ -1,0 +1,45 @@
+"""Rules between the keys of how models respond."""
+
+from dpo_dist.config.rules import Rule, unused, without_evaluations
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.verbs import VERBS
+from dpo_dist.foundation.fields import schema_fields
+from dpo_dist.tools.sampling.keys import (
+    CompareConfig,
+    PairsConfig,
+    PairsMethod,
+    SamplesConfig,
+    SamplingConfig,
+)
+
+SAMPLING_KEYS = [f"sampling.{name}" for name in schema_fields(SamplingConfig) if name != "endpoint"]
+"""The keys of how responses are drawn, without those of a server."""
+
+
+def _is_for_others(config: RunConfig) -> bool:
+    """Return whether `sampling` is for `pairs` or `compare`: one file may have keys of several verbs."""
+    method = config.section_of(PairsConfig).method
+    responds = method in (PairsMethod.samples, PairsMethod.delta)
+    return responds or bool(config.section_of(CompareConfig).models)
+
+
+def _asks_nothing(config: RunConfig) -> bool:
+    return config.section_of(SamplesConfig).prompts == 0
+
+
+_RULES = [
+    without_evaluations("samples.prompts", _asks_nothing),
+    unused("sampling.top_p", "sampling.temperature!=0"),
+    unused("sampling.top_k", "sampling.temperature!=0"),
+]
+# Where models respond only to the prompts of evaluations.
+_SAMPLES_ONLY = list[Rule]()
+for _key in SAMPLING_KEYS:
+    _SAMPLES_ONLY.append(without_evaluations(_key, _is_for_others))
+    _SAMPLES_ONLY.append(unused(_key, "samples.prompts!=0", "set samples.prompts=16", _is_for_others))
+
+
+def rules_of_verb(verb: str) -> list[Rule]:
+    """Return the rules of a verb; "": of any."""
+    takes_training = bool(verb) and VERBS[verb].takes_training
+    return [*_RULES, *_SAMPLES_ONLY] if takes_training else _RULES

@@ -1,0 +1,14 @@
+"""The verb `selftest`."""
+
+from dpo_dist.config.extensions import Extension, Verb
+
+EXTENSION = Extension(
+    verbs={
+        "selftest": Verb(
+            "dpo_dist.tools.selftest",
+            "test this machine: kernels, ways of training, speeds",
+            is_configured=False,
+            is_one_process=True,  # it starts the others itself
+        ),
+    },
+)
