@@ -17,7 +17,6 @@ from dpo_dist.data.records import (
     BadRecord,
     PreferenceRecord,
     RecordLengths,
-    Tokenizer,
     UnusableRecordError,
     training_examples,
     turns_of,
@@ -29,6 +28,7 @@ from dpo_dist.data.text.thoughts import DEFAULT_MARKS
 from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.data.text.turns import Span
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.types import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)

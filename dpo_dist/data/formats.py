@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
-from dpo_dist.data.config import DataConfig, DataFormat, OnBadRecord, SourceConfig
-from dpo_dist.data.counts import DataCounts, check_counts
+from dpo_dist.data.config import DataConfig, DataFormat, SourceConfig
+from dpo_dist.data.counts import DataCounts
 from dpo_dist.data.read.columns import FIRST_RECORDS, resolve_source, with_columns
 from dpo_dist.data.read.fields import (
     CONVERSATIONS,
@@ -80,7 +80,6 @@ from dpo_dist.data.records import (
     Record,
     Response,
     UnusableRecordError,
-    bad_record_error,
     turns_of,
 )
 from dpo_dist.foundation.remote import is_url
@@ -183,13 +182,13 @@ def check_source(source: SourceConfig, config: DataConfig | None = None) -> None
     counts = DataCounts()
     # Sorted data can begin with many records without a response.
     for record in read_records(source):
-        if isinstance(record, BadRecord) and config and config.on_bad_record is OnBadRecord.error:
-            raise bad_record_error(record)
+        if isinstance(record, BadRecord) and config is not None:
+            record.check_may_be_dropped(config)
         counts.add(record)
         if counts.read > FIRST_RECORDS and (config is None or counts.kept):
             return
     if config is not None and not counts.kept:
-        check_counts(counts, source.path, config)
+        counts.check(source.path, config)
 
 
 def _parse(given: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:

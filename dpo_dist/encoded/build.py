@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from dpo_dist.batching.content_keys import response_keys
 from dpo_dist.batching.prefixes import common_tokens
-from dpo_dist.data.config import TEMPLATE_DATE, DataConfig, OnBadRecord, SourceConfig, TextTemplate
+from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.encode import EncodedRecord, encode_record
 from dpo_dist.data.formats import parse_record
@@ -34,20 +34,7 @@ from dpo_dist.data.read.sources import (
     source_identity,
     source_labels,
 )
-from dpo_dist.data.records import (
-    ALL_RECORDS,
-    HELD_OUT,
-    LEFT_IN_TRAIN,
-    BadRecord,
-    Part,
-    PreferenceRecord,
-    RawRecord,
-    Record,
-    Tokenizer,
-    bad_record_error,
-    prompt_hash,
-    readable,
-)
+from dpo_dist.data.records import BadRecord, Part, PreferenceRecord, RawRecord, Record, prompt_hash
 from dpo_dist.data.text.template import check_template_keys, chosen_template
 from dpo_dist.encoded.store import (
     IMAGE_SCHEMA,
@@ -70,19 +57,12 @@ from dpo_dist.foundation.files import (
     remove_abandoned,
     text_digest,
 )
+from dpo_dist.foundation.types import Tokenizer
 from dpo_dist.foundation.user_code import find_function
 
 # Increase it when the same records get other token ids or files: else old files would be reused.
 _ENCODING_VERSION = 24
-_LENGTH_KEYS = ("max_length", "max_prompt_length", "truncation")
-_ENCODING_KEYS = (
-    *_LENGTH_KEYS,
-    "text_as_messages",
-    "template_arguments",
-    "ranked",
-    "unpair",
-    "on_bad_record",
-)
+_ALL_RECORDS = Part()
 EncodingProgress = Callable[[str], AbstractContextManager[Callable[..., None]]]
 """Called with the path of a source that is encoded. The entered function is called with the number of encoded
 records, and perhaps with about how many records this process encodes in all."""
@@ -126,7 +106,7 @@ class Preparation:
     tokenizer: Tokenizer
     digest: str
     progress: EncodingProgress = no_progress
-    part: Part = ALL_RECORDS
+    part: Part = _ALL_RECORDS
     processor: ImageProcessor | None = None
 
     def plan(self) -> tuple[PlannedSource, ...]:
@@ -307,7 +287,7 @@ def encode_records(
     records: Sequence[Record],
     config: DataConfig,
     tokenizer: Tokenizer,
-    part: Part = ALL_RECORDS,
+    part: Part = _ALL_RECORDS,
     processor: ImageProcessor | None = None,
     images: dict[bytes, ExpandedImage] | None = None,
 ) -> pa.RecordBatch:
@@ -320,7 +300,7 @@ def encode_records(
         origin: dict[str, Any] = {"file": given.origin.source, "line": given.origin.line}
         if processor is not None and isinstance(given, PreferenceRecord):
             origin["watched"] = list(filter(None, (image.recorded_state for image in given.images)))
-        record = given if processor is None else readable(given)
+        record = given if processor is None else given.readable()
         prompt, values = 0, dict[str, Any]()
         encoded: EncodedRecord | BadRecord | None = None  # the record belongs to another part
         if isinstance(record, BadRecord):
@@ -328,13 +308,12 @@ def encode_records(
         elif part.has(prompt := prompt_hash(record.prompt, () if processor is None else record.images)):
             encoded = encode_record(record, config, tokenizer, processor)
         if isinstance(encoded, BadRecord):
-            if config.on_bad_record is OnBadRecord.error:
-                raise bad_record_error(encoded)
+            encoded.check_may_be_dropped(config)
             outcome = Outcome(encoded.reason, changed=tuple((f"unread_{name}", 1) for name in encoded.unread))
             values = {"detail": encoded.detail, "lengths": encoded.lengths or (), "fields": encoded.fields}
             values["columns"] = [*itertools.chain(*encoded.source_columns)]
         elif encoded is None:
-            outcome = Outcome(changed=((LEFT_IN_TRAIN if part.is_eval else HELD_OUT, 1),))
+            outcome = Outcome(changed=((part.count_of_others, 1),))
         else:
             outcome, values = encoded.outcome, _row_values(encoded) | {"prompt": prompt}
             if images is not None:
@@ -401,11 +380,7 @@ def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Pa
     content = {
         "encoding": _ENCODING_VERSION,
         "tokenizer": digest,
-        **{name: getattr(config, name) for name in _ENCODING_KEYS},
-        "template_applied": config.template is TextTemplate.applied,
-        "template_date": TEMPLATE_DATE,
-        "trained_roles": sorted(set(config.trained_roles)),
-        "untrained": sorted(set(config.untrained)),
+        **config.encoding_identity,
         "content": source_identity(source, Path(config.cache) / MEMO_FOLDER),
         "kinds": [file_kind(file) for file in local_files(source) or []],
         **{name: getattr(source, name) for name in ("format", "split", "columns")},

@@ -26,12 +26,12 @@ from dpo_dist.batching.sampler import Indices, SourceSpan
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind
 from dpo_dist.config.named_code import accepts_facts
 from dpo_dist.data.config import DataConfig
-from dpo_dist.data.counts import DataCounts, check_counts, check_split
+from dpo_dist.data.counts import DataCounts
 from dpo_dist.data.example import Example, ImageInput, Mask
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.read.fields import NUMBERS, VOTES
 from dpo_dist.data.read.sources import full_name, metric_labels
-from dpo_dist.data.records import Origin, Tokenizer
+from dpo_dist.data.records import Origin
 from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.encoded.dataset_columns import (
     DATASET_COLUMNS,
@@ -54,6 +54,7 @@ from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.process import cores_of_rank
 from dpo_dist.foundation.remedies import AtRecords, Remedy
 from dpo_dist.foundation.tables import Array, Columns, TableFacts, is_changed, stored_columns
+from dpo_dist.foundation.types import Tokenizer
 
 _MAX_THREADS = 8
 
@@ -432,10 +433,10 @@ def _checked_counts(
         return [read_lengths(table, counts, config) for table, counts in pairs]
 
     for source, counts in zip(sources, counted, strict=True):
-        check_counts(counts, source.path, config, lengths=lengths)
+        counts.check(source.path, config, lengths=lengths)
         by_source.append({"label": source.label, "path": source.path, **counts.numbers()})
     total = DataCounts.total(map(vars, counted))
-    check_split(total, config)
+    total.check_split(config)
     return total.as_dict() | {"sources": by_source}
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
 
-from dpo_dist.data.config import DataConfig, SourceConfig
+from dpo_dist.data.config import SourceConfig
 from dpo_dist.data.read.columns import is_saved, resolve_source, with_columns
 from dpo_dist.data.read.files import (
     SUFFIXES,
@@ -107,18 +107,6 @@ def image_folders(source: SourceConfig) -> list[Path]:
             remedy="correct data.images, or the source's images",
         )
     return [folder, *folders]
-
-
-def check_has_evaluation_data(data: DataConfig, use: str, form: str = "with both responses") -> None:
-    """Raise ConfigError if no source has evaluation data; `use`: "compare models on", for its message."""
-    if not data.eval_sources:
-        raise ConfigError(
-            f"there is no evaluation data to {use}",
-            where="data.eval",
-            got="no source",
-            expected=f"held-out records, {form}",
-            remedy="set 'data.eval=[held_out.jsonl]', or data.train and data.eval_share as in training",
-        )
 
 
 def local_files(source: SourceConfig) -> list[Path] | None:

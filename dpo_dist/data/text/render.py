@@ -16,7 +16,6 @@ from dpo_dist.data.records import (
     Messages,
     Origin,
     PreferenceRecord,
-    Tokenizer,
     UnusableRecordError,
     shown_key,
     turns_of,
@@ -38,6 +37,7 @@ from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.data.text.turns import ResponseTurn, Span, TurnFinder, message_thought
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.remedies import Remedy
+from dpo_dist.foundation.types import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,10 @@ from jinja2 import Environment, TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
 
 from dpo_dist.data.config import DataConfig
-from dpo_dist.data.records import (
-    IMAGE,
-    Message,
-    Messages,
-    Tokenizer,
-    UnusableRecordError,
-    parts_of,
-    shown_key,
-)
+from dpo_dist.data.records import IMAGE, Message, Messages, UnusableRecordError, parts_of, shown_key
 from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_FIELDS, Marks, any_of
 from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.foundation.types import Fields
+from dpo_dist.foundation.types import Fields, Tokenizer
 
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 

@@ -6,7 +6,6 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from dpo_dist.data.config import TEMPLATE_DATE, DataConfig
-from dpo_dist.data.records import Tokenizer
 from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_TAGS, EscapedEncoder, Marks, any_of
 from dpo_dist.data.text.template import (
     ChatRenderer,
@@ -17,6 +16,7 @@ from dpo_dist.data.text.template import (
 )
 from dpo_dist.data.text.thoughts import thought_marks
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.types import Tokenizer
 
 # Tokens around turns of common model families: a text may come from another tokenizer's template.
 _FOREIGN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")

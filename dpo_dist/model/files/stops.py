@@ -10,10 +10,10 @@ from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.data.config import DataConfig
-from dpo_dist.data.records import Tokenizer
 from dpo_dist.data.text.render import trained_ends
 from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.types import Tokenizer
 from dpo_dist.model.files.folder import CONFIG_FILE, is_adapter, read_model_json
 
 _STOPS = "eos_token_id"

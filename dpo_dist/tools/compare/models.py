@@ -20,15 +20,7 @@ from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
 from dpo_dist.data.example import Example, ImageInput
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.read.sources import pin_source, source_labels
-from dpo_dist.data.records import (
-    Dialogue,
-    PreferenceRecord,
-    Prompt,
-    eval_part,
-    prompt_hash,
-    prompt_key,
-    turns_of,
-)
+from dpo_dist.data.records import Dialogue, Part, PreferenceRecord, Prompt, prompt_hash, turns_of
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.encoded.workers import in_chunks
@@ -82,14 +74,14 @@ def held_out(
 
     A hash of the prompt decides which are chosen. They keep the order of the data, and their first response.
     """
-    labels, sources, part = dict[str, str](), data.eval_sources, eval_part(data)
+    labels, sources, part = dict[str, str](), data.eval_sources, Part.to_evaluate(data)
 
     def ranked() -> Iterator[tuple[str, int, PreferenceRecord]]:
         for source, label in zip(sources, source_labels(sources), strict=True):
             for record in good_records(read_prompts(pin_source(source)), source, data, say):
                 scores = record.scores if record.labelled_side else None
                 asked = replace(as_user_message(record, data), responses=record.responses[:1], scores=scores)
-                key = prompt_key(asked)
+                key = asked.prompt_key()
                 if key not in labels and part.has(prompt_hash(record.prompt, record.images)):
                     labels[key] = label
                     yield files.text_digest(f"0 {key}"), len(labels), asked
@@ -283,7 +275,7 @@ def compare_models(
         for record in itertools.chain(*parts):
             found = [room for speaker in speakers if (room := speaker.room(record)) is not None]
             if len({*found}) > 1:
-                rooms[prompt_key(record)] = min(found)
+                rooms[record.prompt_key()] = min(found)
         # One model at a time is in memory; the base, which scores all, comes last.
         base, *others = speakers
         for speaker in (*others, base):
@@ -350,7 +342,7 @@ def _rows(
             if dropped := next(filter(None, (reason for reason, _ in row)), None):
                 counts[DROPPED_PROMPT_PREFIX + dropped] += 1
                 continue
-            scores, key = judgement.get("scores", [None] * len(speakers)), prompt_key(record)
+            scores, key = judgement.get("scores", [None] * len(speakers)), record.prompt_key()
             answer: _Row = {
                 "prompt_id": key[:16],
                 "prompt": prompt_text(record.prompt),

@@ -8,7 +8,6 @@ from dpo_dist.config.rules import Rule, check_rules
 from dpo_dist.config.run_folder import is_checkpoint
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.formats import check_source
-from dpo_dist.data.read.sources import check_has_evaluation_data
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written
@@ -43,7 +42,7 @@ class NamedModel:
 def check_comparison(config: RunConfig) -> list[NamedModel]:
     """Check everything that needs no torch, network or other processes; return the models."""
     models = compared_models(config.compare.models)
-    check_has_evaluation_data(config.data, "compare models on", "with responses or without")
+    config.data.check_has_evaluation_data("compare models on", "with responses or without")
     for source in config.data.eval_sources:
         check_source(source)
     check_template_file(config.data.chat_template)

@@ -19,7 +19,7 @@ from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig, TextTemp
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.read.sources import expected_number, pin_source, source_labels
-from dpo_dist.data.records import Part, Record, Tokenizer, eval_part, train_part
+from dpo_dist.data.records import Part, Record
 from dpo_dist.encoded.build import (
     EncodingProgress,
     Preparation,
@@ -35,6 +35,7 @@ from dpo_dist.encoded.store import EncodedSource
 from dpo_dist.encoded.workers import in_chunks, in_order
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.foundation.remedies import AtRecords
+from dpo_dist.foundation.types import Tokenizer
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.tools.doctor.measures.duplicates import Comparison, EvaluationPrompts
 from dpo_dist.tools.doctor.measures.margins import compare_with_store
@@ -258,9 +259,9 @@ def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Pr
                 found.append([])
         return found
 
-    evals = prepared(data.eval_sources, eval_part(data), "eval")
+    evals = prepared(data.eval_sources, Part.to_evaluate(data), "eval")
     prompts = [dataset.prompt_hashes[:] for datasets in evals for dataset in datasets]
-    trains = prepared(data.train, train_part(data, np.concatenate(prompts) if prompts else None), "train")
+    trains = prepared(data.train, Part.to_train(data, np.concatenate(prompts) if prompts else None), "train")
     if data.eval:
         return PreparedData(encoder, [*trains, *evals], refusals)
     parts = zip(trains, evals or [[]] * len(trains), strict=True)

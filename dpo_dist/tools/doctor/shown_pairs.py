@@ -15,8 +15,8 @@ from dpo_dist.data.example import TokenIds
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.read.sources import pin_source
-from dpo_dist.data.records import BadRecord, PreferenceRecord, Tokenizer
-from dpo_dist.data.text.lengths import without_limits
+from dpo_dist.data.records import BadRecord, PreferenceRecord
+from dpo_dist.foundation.types import Tokenizer
 from dpo_dist.tools.doctor.measures.texts import plain_texts
 from dpo_dist.tools.findings import Finding
 from dpo_dist.tools.pages.thumbnails import ThumbnailRoom, Thumbnails, shown_tokens, thumbnails
@@ -106,7 +106,7 @@ def _parts(
     """Return why a record is dropped, and its parts with all tokens, also those that are cut."""
     if tokenizer is None:
         return "", _plain_parts(record)
-    whole = encode_pair(record, tokenizer, without_limits(config), processor)
+    whole = encode_pair(record, tokenizer, config.without_limits(), processor)
     kept = encode_pair(record, tokenizer, config, processor)
     if isinstance(whole, BadRecord):
         return whole.reason, _plain_parts(record)

@@ -11,7 +11,7 @@ from dpo_dist.data.config import DataConfig
 from dpo_dist.data.counts import count_lines
 from dpo_dist.data.read.files import store_image
 from dpo_dist.data.read.sources import pin_source
-from dpo_dist.data.records import PreferenceRecord, Response, as_fields, context_fields
+from dpo_dist.data.records import PreferenceRecord, Response, as_fields
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import staged_file, write_json, write_lines
@@ -40,7 +40,7 @@ def pair_fields(
     """
     prompt, chosen, rejected = as_fields(record.prompt, responses)
     fields = {} if prompt is None else {"prompt": prompt}
-    fields |= {"chosen": chosen, "rejected": rejected, **context_fields(record)}
+    fields |= {"chosen": chosen, "rejected": rejected, **record.context_fields()}
     if scores is not None:
         fields |= {"score_chosen": scores[0], "score_rejected": scores[1]}
     return fields | {"provenance": dict(provenance)}

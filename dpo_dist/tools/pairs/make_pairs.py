@@ -17,7 +17,7 @@ from dpo_dist.config.verb_sections import DropOrKeep, PairsConfig, PairSelection
 from dpo_dist.data.config import DataConfig
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX
 from dpo_dist.data.formats import read_prompts, read_records
-from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, context_fields, prompt_key
+from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.encoded.workers import in_chunks
 from dpo_dist.foundation.console import Console
@@ -67,7 +67,7 @@ def different_prompts(
     prompts, counts = dict[str, PreferenceRecord](), Counter[str]()
     for record in training_records(data, read_prompts, say, lambda: len(prompts) == pairs.limit):
         asked = replace(as_user_message(record, data), responses=(), scores=None)
-        key = prompt_key(asked)
+        key = asked.prompt_key()
         if int(key[:16], 16) % pairs.prompt_parts != pairs.prompt_part:
             counts["in_other_parts"] += 1
         elif key in prompts:
@@ -201,7 +201,7 @@ def pairs_from_results(results: PairResults) -> Iterator[dict[str, Any]]:
         usable = [each for each in row.completions if each.unused is None]
         if pairs.method is PairsMethod.samples:
             scores = [each.score or 0.0 for each in usable]
-            for better, worse in select_pairs(scores, pairs, seed, prompt_key(record), counts):
+            for better, worse in select_pairs(scores, pairs, seed, record.prompt_key(), counts):
                 yield _pair(record, row, usable[better], usable[worse], results)
         elif len(usable) == len(results.models):  # one by the stronger, one by the weaker (arXiv 2507.06187)
             yield _pair(record, row, usable[0], usable[1], results)
@@ -246,7 +246,7 @@ def scored_lists(results: PairResults) -> Iterator[dict[str, Any]]:
             row["responses" if each.unused is None else "unused"].append(listed)
         provenance = {"source": str(record.origin), "dropped": completions.dropped, **results.facts}
         images = image_fields(record, results.prompts.run.folder.pairs)
-        yield row | context_fields(record) | {"provenance": provenance} | images
+        yield row | record.context_fields() | {"provenance": provenance} | images
 
 
 def pairs_from_models(run: Run) -> None:
@@ -316,7 +316,7 @@ def pairs_from_scores(
             if scores is None:
                 counts["without_scores"] += 1
                 continue
-            key = text_digest(f"{prompt_key(record)} {record.responses}")
+            key = text_digest(f"{record.prompt_key()} {record.responses}")
             for better, worse in select_pairs(scores, pairs, seed, key, counts):
                 counts["order_changed"] += better > worse
                 ranks = {"ranks": [better + 1, worse + 1], "responses": len(record.responses)}

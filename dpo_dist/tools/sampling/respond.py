@@ -23,10 +23,8 @@ from dpo_dist.data.records import (
     Message,
     PreferenceRecord,
     Response,
-    prompt_key,
 )
 from dpo_dist.data.text.escape import THOUGHT_FIELDS
-from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import MEMO_FOLDER, text_digest
@@ -130,7 +128,7 @@ class Responder:
 
     def encode(self, record: PreferenceRecord, response: Response) -> EncodedExample | BadRecord:
         """Return a prompt and a response as training encodes them, without the limits on their length."""
-        limits = replace(without_limits(self.data), max_prompt_length=self.data.max_prompt_length)
+        limits = replace(self.data.without_limits(), max_prompt_length=self.data.max_prompt_length)
         return encode_pair(replace(record, responses=(response,)), self.tokenizer, limits, self.processor)
 
     def images(self, prompt: EncodedExample) -> tuple[ImageInput, ...]:
@@ -266,7 +264,7 @@ def respond(
         )
         for record, prompt in zip(records, prompts, strict=True)
         if not isinstance(prompt, str)
-        for key, images in ((prompt_key(record), responder.images(prompt)),)
+        for key, images in ((record.prompt_key(), responder.images(prompt)),)
         for own in (sampling.room(len(prompt.prompt_ids), responder.longest),)
         for number in numbers
     ]

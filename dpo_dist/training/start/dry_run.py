@@ -24,21 +24,10 @@ from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceMode, RunConfig
 from dpo_dist.data.config import DataConfig, SourceConfig
-from dpo_dist.data.counts import (
-    DataCounts,
-    are_mostly_plain,
-    check_counts,
-    check_split,
-    counts_in_one_line,
-    named_in_one_line,
-    plain_text_count,
-    read_in_words,
-    reason_remedy,
-    two_forms,
-)
+from dpo_dist.data.counts import DataCounts, counts_in_one_line, named_in_one_line
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import expected_number, metric_labels, pin_source, source_labels
-from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, PreferenceRecord, PromptHashes, train_part
+from dpo_dist.data.records import Part, PreferenceRecord, PromptHashes
 from dpo_dist.data.text.render import unread_fields
 from dpo_dist.data.text.template import check_template_keys
 from dpo_dist.encoded.build import encode_records
@@ -204,7 +193,7 @@ def _check_steps(
         labels = metric_labels(source_labels(data.eval_sources))
         check_keep_best(keep_best, MetricPlan(config.loss, labels, is_evaluation=True, custom=custom))
     are_whole = all(found.is_whole for found in train)
-    part = train_part(data, _prompts(evaluation) if evaluation else None)
+    part = Part.to_train(data, _prompts(evaluation) if evaluation else None)
     trained = [sum(map(part.has, map(int, _prompts([found])))) for found in train]
     if config.loss.needs_partners:
         # A start looks for partners among the examples that are left, which are not known here.
@@ -214,9 +203,10 @@ def _check_steps(
                 with_partners(found.dataset, data.max_length)
     every = sum(len(found.dataset) for found in train)
     if are_whole and not sum(trained):
-        check_split(DataCounts(changed=Counter({HELD_OUT: every})), data)
+        DataCounts(changed=Counter({part.count_of_others: every})).check_split(data)
     if are_whole and data.eval_share and sum(trained) == every:
-        check_split(DataCounts(changed=Counter({LEFT_IN_TRAIN: every})), data)
+        evaluated = Part.to_evaluate(data)
+        DataCounts(changed=Counter({evaluated.count_of_others: every})).check_split(data)
     spans = []
     for pairs, first, source in zip(trained, train, data.train, strict=True):
         expected = pairs if first.is_whole else first.pairs * pairs / len(first.dataset)
@@ -257,14 +247,13 @@ def _faults(
 ) -> list[tuple[str, str]]:
     """Return each fault of the first records in a few words, with numbers and what to do."""
     faults, every = [], [*train, *evaluation]
-    numbers = DataCounts.total(vars(found.counts) for found in every).numbers()
-    if without_tools := numbers["tools_not_rendered"]:
-        text = f"in {without_tools:,} of {numbers['kept']:,} records"
+    counts = DataCounts.total(vars(first.counts) for first in every)
+    if without_tools := counts.changed["tools_not_rendered"]:
+        text = f"in {without_tools:,} of {counts.kept:,} records"
         text += "; set data.chat_template to one that writes them"
         faults.append(("the chat template omits tools", text))
-    if trains and are_mostly_plain(numbers):
-        text = f"{plain_text_count(numbers)}; {reason_remedy('chat_template_not_applied')}"
-        faults.append(("the chat template is not applied", text))
+    if trains and counts.is_mostly_plain:
+        faults.append(("the chat template is not applied", counts.plain_warning()))
     trained, evaluated = map(_prompts, (train, evaluation))
     shared, are_all = int(np.isin(evaluated, trained).sum()), bool(np.isin(trained, evaluated).all())
     own = "data.eval=[] data.eval_share=0.1 reserves a part of the training data"
@@ -312,8 +301,7 @@ def _first_records(
     encoded = encode_records(records[:_FIRST_RECORDS], data, encoder.tokenizer, processor=encoder.processor)
     table = pa.Table.from_batches([encoded])
     counts, has_more = read_counts(table), len(records) > _FIRST_RECORDS
-    check_counts(
-        counts,
+    counts.check(
         source.path,
         data,
         key=key,
@@ -337,7 +325,7 @@ def _first_records(
     parts = [
         f"{source.path}{name}, {counts.kept} of {first}{counts.read} records kept{rest}",
         f"dropped: {dropped}" if (dropped := counts_in_one_line(counts.dropped)) else "",
-        read_in_words(counts.read_as),
+        counts.forms_in_words,
         f"changed or unusual: {changed}" if (changed := counts_in_one_line(counts.changed)) else "",
         f"{tokens:.0f} tokens per example",
         f"{pluralize(images, 'record')} with images" if images else "",
@@ -347,7 +335,7 @@ def _first_records(
         itertools.chain.from_iterable(unread_fields(record, encoder.tokenizer, data) for record in read)
     )
     notes = [("  not read", unread)] if unread else []
-    notes += [("  warning", warning) for warning in two_forms(counts.numbers())]
+    notes += [("  warning", warning) for warning in counts.two_forms()]
     pairs = float(counts.pairs)
     expected = expected_number(source)
     if has_more:  # as many of each record as here

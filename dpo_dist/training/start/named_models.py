@@ -20,7 +20,6 @@ from dpo_dist.config.run_folder import (
 )
 from dpo_dist.config.schema import FinalModel, ModelConfig, ReferenceMode, RunConfig
 from dpo_dist.config.verb_sections import ExportConfig, ExportedWeights
-from dpo_dist.data.read.sources import check_has_evaluation_data
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written, plain
 from dpo_dist.foundation.files import text_digest
@@ -104,7 +103,7 @@ def find_evaluation_models(config: RunConfig) -> tuple[RunConfig, list[Evaluated
         reference = replace(reference, mode=ReferenceMode.cached, quantization=bits)
     data = replace(data, train=[]) if data.eval else data
     config = replace(config, data=data, reference=reference)
-    check_has_evaluation_data(config.data, "evaluate models on")
+    config.data.check_has_evaluation_data("evaluate models on")
     run = RunFolder(config.run.path)
     if None in config.evaluation.models and not run.model.is_dir():
         pairs = "its name depends on data.eval: to evaluate on other pairs, set evaluation.data"

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig
-from dpo_dist.data.counts import DataCounts, check_counts, check_split
+from dpo_dist.data.counts import DataCounts
 from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.read.files import write_records
 from dpo_dist.data.read.sources import source_identity, source_labels
@@ -478,7 +478,7 @@ def test_of_records_dropped_for_one_reason_one_is_named_whatever_their_file_is_c
     name = "2026:12 ; pairs.jsonl"
     file = write(tmp_path, {name: b"{\n" * 2 + lines("q") + NO_SIDE}) / name
     with pytest.raises(DataError, match="3 of 4 records cannot be used") as caught:
-        check_counts(counts_of(file), str(file), DataConfig())
+        counts_of(file).check(str(file), DataConfig())
     assert isinstance(caught.value.where, AtRecords)
     first, last = caught.value.where.records
     assert caught.value.where == f"{first}; {last}"
@@ -498,7 +498,7 @@ def test_the_source_is_written_whole_if_its_columns_are_known(
     file = write(tmp_path, {"a.jsonl": json.dumps(fields).encode()}) / "a.jsonl"
     config = DataConfig(train=[SourceConfig(str(file))])
     with pytest.raises(DataError) as caught:
-        check_counts(counts_of(file), str(file), config, key=key)
+        counts_of(file).check(str(file), config, key=key)
     assert caught.value.where.startswith(f"{file}:1 ")
     written = f"data.train=[{{path: {file}, columns: {{prompt: question, chosen: good, rejected: bad}}}}]"
     assert caught.value.as_dict()["remedy"]["write"] == [written] * is_known
@@ -507,7 +507,7 @@ def test_the_source_is_written_whole_if_its_columns_are_known(
 
 def test_an_error_about_a_whole_source_names_its_key_too() -> None:
     with pytest.raises(DataError, match="no records") as caught:
-        check_counts(DataCounts(), "a.jsonl", DataConfig(), key="data.train[0]")
+        DataCounts().check("a.jsonl", DataConfig(), key="data.train[0]")
     assert caught.value.where == "data.train[0]: a.jsonl"
 
 
@@ -528,7 +528,7 @@ def test_a_split_without_records_on_one_side_says_what_to_change(
     changed: dict[str, int], config: DataConfig, to_do: str, write: list[str]
 ) -> None:
     with pytest.raises(DataError) as caught:
-        check_split(DataCounts(changed=Counter(changed)), config)
+        DataCounts(changed=Counter(changed)).check_split(config)
     assert caught.value.remedy.startswith(to_do)
     assert caught.value.as_dict()["remedy"]["write"] == write
 

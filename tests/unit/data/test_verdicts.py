@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from dpo_dist.data.config import DataConfig, SourceConfig
-from dpo_dist.data.counts import DataCounts, check_counts
+from dpo_dist.data.counts import DataCounts
 from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.foundation.errors import DataError
@@ -404,7 +404,7 @@ def check(source: SourceConfig) -> None:
     counts = DataCounts()
     for record in read_records(source):
         counts.add(record)
-    check_counts(counts, source.path, DataConfig(train=[source], max_bad_share=0.99))
+    counts.check(source.path, DataConfig(train=[source], max_bad_share=0.99))
 
 
 def checked(source: SourceConfig) -> DataError:

@@ -17,16 +17,15 @@ from dpo_dist.data.records import (
     BadRecord,
     ImageFile,
     Origin,
+    Part,
     PreferenceRecord,
-    Tokenizer,
     UnusableRecordError,
-    eval_part,
     prompt_hash,
 )
 from dpo_dist.data.text.escape import any_of
-from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.data.text.render import unread_fields
 from dpo_dist.data.text.template import chosen_template
+from dpo_dist.foundation.types import Tokenizer
 from dpo_dist.tools.doctor.measures.texts import (
     Benchmark,
     Signature,
@@ -116,11 +115,11 @@ class Observer:
         processor: ImageProcessor | None = None,
     ):
         self._config = replace(config, on_bad_record=OnBadRecord.drop)
-        self._whole = without_limits(self._config)
+        self._whole = self._config.without_limits()
         self._tokenizer, self._benchmark, self._processor = tokenizer, benchmark, processor
         # Where a model reads only text, images do not distinguish prompts.
         self._reads_images = tokenizer is None or processor is not None
-        self._held_out = eval_part(config) if config.eval_share else None
+        self._held_out = Part.to_evaluate(config) if config.eval_share else None
         template = special = None
         if tokenizer is not None:
             template = chosen_template(tokenizer, config.chat_template, with_tools=True)
