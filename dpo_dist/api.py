@@ -29,8 +29,8 @@ from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
 from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.encode import EncodedExample, encode_record
 from dpo_dist.data.example import Example
-from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.files import write_records
+from dpo_dist.data.read.sources import read_records
 from dpo_dist.data.records import BadRecord
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, in_one_line
 from dpo_dist.foundation.process import kept_environment

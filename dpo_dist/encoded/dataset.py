@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from dpo_dist.data.counts import DataCounts
 from dpo_dist.data.example import Example, ImageInput, Mask
 from dpo_dist.data.images import ImageProcessor
 from dpo_dist.data.read.fields import NUMBERS, VOTES
-from dpo_dist.data.read.sources import full_name, metric_labels
+from dpo_dist.data.read.sources import full_name
 from dpo_dist.data.records import Origin
 from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.encoded.dataset_columns import (
@@ -311,6 +311,12 @@ class PreferenceDataset:
 
     def _pieces(self, index: int) -> tuple[int, int]:
         return int(self.first_pieces[index]), int(self.first_pieces[index + 1])
+
+
+def metric_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Return the distinct labels of sources, by which metrics are divided; none if there is only one."""
+    distinct = tuple(dict.fromkeys(labels))
+    return distinct if len(distinct) > 1 else ()
 
 
 @contextlib.contextmanager

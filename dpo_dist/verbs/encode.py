@@ -15,7 +15,7 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_rules, needs_of
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.config import SourceConfig
-from dpo_dist.data.formats import check_source
+from dpo_dist.data.read.sources import DataSource
 from dpo_dist.data.records import Part
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.console import console_on
@@ -39,7 +39,7 @@ def main(config: RunConfig) -> int:
     check_rules(config, needs_of("encode"))
     data, share = config.data, _share(config.encode.part)
     for source in [*data.train, *data.eval]:
-        check_source(source, data)
+        DataSource(source).check(data)
     check_template_file(data.chat_template)
     # Imported late, so that the errors above appear at once.
     from dpo_dist.encoded.build import EVERY_PART, Preparation  # noqa: PLC0415

@@ -18,8 +18,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.config import DataConfig
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
 from dpo_dist.data.example import Example, ImageInput
-from dpo_dist.data.formats import read_prompts
-from dpo_dist.data.read.sources import pin_source, source_labels
+from dpo_dist.data.read.sources import DataSource, source_labels
 from dpo_dist.data.records import Dialogue, Part, PreferenceRecord, Prompt, prompt_hash, turns_of
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.memory import return_memory
@@ -78,7 +77,7 @@ def held_out(
 
     def ranked() -> Iterator[tuple[str, int, PreferenceRecord]]:
         for source, label in zip(sources, source_labels(sources), strict=True):
-            for record in good_records(read_prompts(pin_source(source)), source, data, say):
+            for record in good_records(DataSource(source).pinned().prompts(), source, data, say):
                 scores = record.scores if record.labelled_side else None
                 asked = replace(as_user_message(record, data), responses=record.responses[:1], scores=scores)
                 key = asked.prompt_key()
@@ -427,7 +426,7 @@ def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> Check
     """Check models without loading weights, the judge, and each source's first records; return the report."""
     check_writable(RunFolder(config.run.path).path)
     lines: list[str] = []
-    records = first_records(config.data.eval_sources, read_prompts, config.data, lines.append)
+    records = first_records(config.data.eval_sources, DataSource.prompts, config.data, lines.append)
     sampling = sampling_for("compare", config.sampling)
     for model in models:
         if model.is_checkpoint:

@@ -7,7 +7,7 @@ from pathlib import Path
 from dpo_dist.config.rules import Rule, check_rules
 from dpo_dist.config.run_folder import is_checkpoint
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.formats import check_source
+from dpo_dist.data.read.sources import DataSource
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.fields import as_written
@@ -44,7 +44,7 @@ def check_comparison(config: RunConfig) -> list[NamedModel]:
     models = compared_models(config.compare.models)
     config.data.check_has_evaluation_data("compare models on", "with responses or without")
     for source in config.data.eval_sources:
-        check_source(source)
+        DataSource(source).check()
     check_template_file(config.data.chat_template)
     locations = [model.location for model in models]
     revision = Rule(

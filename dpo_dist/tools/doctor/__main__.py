@@ -14,7 +14,7 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_rules, needs_of
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import UNSET, RunConfig
-from dpo_dist.data.formats import check_source
+from dpo_dist.data.read.sources import DataSource
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import ExitCode
@@ -25,7 +25,7 @@ def main(config: RunConfig) -> int:
     """Examine the data of `config`, write and print the report; return the exit code."""
     check_rules(config, needs_of("doctor"))
     for source in [*config.data.train, *config.data.eval]:
-        check_source(source)
+        DataSource(source).check()
     benchmark = None
     if config.doctor.benchmarks:
         from dpo_dist.tools.doctor.measures.texts import read_benchmarks  # noqa: PLC0415  (slow)

@@ -16,9 +16,8 @@ from dpo_dist.config.losses import LossConfig, balancing_weight
 from dpo_dist.config.schema import UNSET, ModelConfig, RunConfig
 from dpo_dist.config.verb_sections import FailOn
 from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig, TextTemplate
-from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.read.sources import expected_number, pin_source, source_labels
+from dpo_dist.data.read.sources import DataSource, source_labels
 from dpo_dist.data.records import Part, Record
 from dpo_dist.encoded.build import (
     EncodingProgress,
@@ -150,8 +149,8 @@ def _for_each_chunk(
     progress: AbstractContextManager[Callable[..., None]],
 ) -> None:
     """Give the results of `work` for each chunk of a source's records to all `uses`, in order."""
-    entry, read = pin_source(entry), 0
-    records, total = read_records(entry), expected_number(entry)
+    source, read = DataSource(entry).pinned(), 0
+    records, total = source.records(), source.expected_number()
     with progress as show, closing(in_order(in_chunks(records), work)) as chunks:
         for results in chunks:
             for use in uses:

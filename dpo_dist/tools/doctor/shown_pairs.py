@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.example import TokenIds
-from dpo_dist.data.formats import read_records
 from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.read.sources import pin_source
+from dpo_dist.data.read.sources import DataSource
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.foundation.types import Tokenizer
 from dpo_dist.tools.doctor.measures.texts import plain_texts
@@ -70,7 +69,7 @@ def show_pairs(
             rules.setdefault(origin, []).append(finding.rule)
     shown, room = [], ThumbnailRoom()
     for source in [*config.train, *config.eval]:
-        for record in _choose(pin_source(source), rules, count):
+        for record in _choose(DataSource(source).pinned(), rules, count):
             origin = str(record.origin)
             names = tuple(dict.fromkeys(rules.get(origin, ())))
             note, parts = _parts(record, config, tokenizer, processor)
@@ -79,13 +78,13 @@ def show_pairs(
     return shown
 
 
-def _choose(source: SourceConfig, rules: Mapping[str, Sequence[str]], count: int) -> list[PreferenceRecord]:
+def _choose(source: DataSource, rules: Mapping[str, Sequence[str]], count: int) -> list[PreferenceRecord]:
     """Return the records at the origins of `rules`, and a sample of the first ones."""
     examples: list[PreferenceRecord] = []
     others: list[PreferenceRecord] = []
     folder = os.path.dirname(source.path.split("*", 1)[0])  # noqa: PTH120  (also of a URL)
     missing = {origin for origin in rules if folder in ("", ".") or origin.startswith(folder)}
-    for number, record in enumerate(read_records(source)):
+    for number, record in enumerate(source.records()):
         missing.discard(str(record.origin))
         if isinstance(record, PreferenceRecord):
             if str(record.origin) in rules:

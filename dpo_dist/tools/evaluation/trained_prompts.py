@@ -9,8 +9,7 @@ import numpy as np
 from dpo_dist.config.load import saved_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.data.config import SourceConfig
-from dpo_dist.data.formats import read_prompts
-from dpo_dist.data.read.sources import pin_source
+from dpo_dist.data.read.sources import DataSource
 from dpo_dist.data.records import Part, PreferenceRecord, prompt_hash
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DpoDistError, first_line
@@ -53,6 +52,6 @@ def _training_prompts(file: Path) -> frozenset[int]:
 
 
 def _prompts(sources: Iterable[SourceConfig]) -> set[int]:
-    records = (record.readable() for source in sources for record in read_prompts(pin_source(source)))
+    records = (record.readable() for source in sources for record in DataSource(source).pinned().prompts())
     kept = (record for record in records if isinstance(record, PreferenceRecord))
     return {prompt_hash(record.prompt, record.images) for record in kept}

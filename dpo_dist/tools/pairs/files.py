@@ -10,7 +10,7 @@ import dpo_dist
 from dpo_dist.data.config import DataConfig
 from dpo_dist.data.counts import count_lines
 from dpo_dist.data.read.files import store_image
-from dpo_dist.data.read.sources import pin_source
+from dpo_dist.data.read.sources import DataSource
 from dpo_dist.data.records import PreferenceRecord, Response, as_fields
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.fields import as_written
@@ -25,7 +25,7 @@ def training_records(
     """Yield the usable records of `data.train` until `enough` returns true; print each source's counts."""
     for source in data.train:
         if not enough():
-            yield from good_records(read(pin_source(source)), source, data, say, enough)
+            yield from good_records(read(DataSource(source).pinned()), source, data, say, enough)
 
 
 def pair_fields(

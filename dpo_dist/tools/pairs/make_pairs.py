@@ -16,7 +16,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verb_sections import DropOrKeep, PairsConfig, PairSelection, PairsMethod
 from dpo_dist.data.config import DataConfig
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX
-from dpo_dist.data.formats import read_prompts, read_records
+from dpo_dist.data.read.sources import DataSource
 from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.encoded.workers import in_chunks
@@ -65,7 +65,7 @@ def different_prompts(
 ) -> list[PreferenceRecord]:
     """Return the different prompts of `data.train`, as models get them, in order."""
     prompts, counts = dict[str, PreferenceRecord](), Counter[str]()
-    for record in training_records(data, read_prompts, say, lambda: len(prompts) == pairs.limit):
+    for record in training_records(data, DataSource.prompts, say, lambda: len(prompts) == pairs.limit):
         asked = replace(as_user_message(record, data), responses=(), scores=None)
         key = asked.prompt_key()
         if int(key[:16], 16) % pairs.prompt_parts != pairs.prompt_part:
@@ -310,7 +310,9 @@ def pairs_from_scores(
     settings = method | {"sources": plain(data.train), "limit": pairs.limit}
 
     def records() -> Iterator[dict[str, Any]]:
-        for record in training_records(data, read_records, say, lambda: counts["prompts"] == pairs.limit):
+        for record in training_records(
+            data, DataSource.records, say, lambda: counts["prompts"] == pairs.limit
+        ):
             counts["prompts"] += 1
             scores = record.scores
             if scores is None:
@@ -336,7 +338,7 @@ def dry_run_pairs(config: RunConfig) -> CheckReport:
     file = (folder.round(1) if pairs.rounds else folder).pairs_file
     lines = [f"{pairs.method}: {file}{' (exists)' if file.exists() else ''}"]
     responds = pairs.method in (PairsMethod.samples, PairsMethod.delta)
-    read = read_prompts if responds else read_records
+    read = DataSource.prompts if responds else DataSource.records
     records = first_records(config.data.train, read, config.data, lines.append)
     if responds:
         sampling = sampling_for("pairs", config.sampling)

@@ -8,7 +8,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import UNSET, RunConfig
 from dpo_dist.config.verb_sections import PairsConfig, PairsMethod
 from dpo_dist.data.config import SourceConfig
-from dpo_dist.data.formats import check_source
+from dpo_dist.data.read.sources import DataSource
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.files.folder import local_model_folder
 from dpo_dist.tools.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules
@@ -117,4 +117,4 @@ def check_pairs(config: RunConfig) -> None:
             local_model_folder(name, None, key, accepts_adapter=True)
     check_function(config.pairs)
     for source in config.data.train:
-        check_source(source)
+        DataSource(source).check()

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from dpo_dist.config.schema import ModelConfig, ParallelismConfig, ParallelismKind, RunConfig
 from dpo_dist.data.config import TEMPLATE_DATE, DataConfig, SourceConfig
 from dpo_dist.data.counts import DataCounts, counts_in_one_line
-from dpo_dist.data.read.sources import pin_source
+from dpo_dist.data.read.sources import DataSource
 from dpo_dist.data.records import BadRecord, PreferenceRecord, turns_of
 from dpo_dist.distributed.deepspeed_config import policy_config, unsharded_loading
 from dpo_dist.distributed.memory import explain_out_of_memory
@@ -234,8 +234,8 @@ def joined_run(config: RunConfig, console: Console, lock: AbstractContextManager
         yield Run(config, world, console)
 
 
-Read: TypeAlias = Callable[[SourceConfig], Iterator[PreferenceRecord | BadRecord]]
-"""`read_records` or `read_prompts`."""
+Read: TypeAlias = Callable[[DataSource], Iterator[PreferenceRecord | BadRecord]]
+"""`DataSource.records` or `DataSource.prompts`."""
 _FIRST_RECORDS = 1024
 
 
@@ -270,7 +270,7 @@ def first_records(
     """Return the usable ones of each source's first records; print the counts with `say`."""
     usable: list[PreferenceRecord] = []
     for source in sources:
-        records = read(pin_source(source))
+        records = read(DataSource(source).pinned())
         first = list(islice(records, _FIRST_RECORDS))
         is_more = next(records, None) is not None
         usable += good_records(iter(first), source, data, say, of_first=is_more)

@@ -23,15 +23,19 @@ from dpo_dist.batching.sampler import (
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceMode, RunConfig
-from dpo_dist.data.config import DataConfig, SourceConfig
+from dpo_dist.data.config import DataConfig
 from dpo_dist.data.counts import DataCounts, counts_in_one_line, named_in_one_line
-from dpo_dist.data.formats import read_records
-from dpo_dist.data.read.sources import expected_number, metric_labels, pin_source, source_labels
+from dpo_dist.data.read.sources import DataSource, source_labels
 from dpo_dist.data.records import Part, PreferenceRecord, PromptHashes
 from dpo_dist.data.text.render import unread_fields
 from dpo_dist.data.text.template import check_template_keys
 from dpo_dist.encoded.build import encode_records
-from dpo_dist.encoded.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary
+from dpo_dist.encoded.dataset import (
+    PreferenceDataset,
+    check_fits_loss,
+    check_ids_in_vocabulary,
+    metric_labels,
+)
 from dpo_dist.encoded.dataset_columns import dataset_columns, key_order
 from dpo_dist.encoded.partners import with_partners
 from dpo_dist.encoded.store import read_counts, read_lengths
@@ -144,7 +148,7 @@ def dry_run(
         looked_at[key] = []
         for index, source in enumerate(sources):
             name = f"{key}[{index}]"
-            first = _first_records(source, name, config.data, config.loss, encoder)
+            first = _first_records(DataSource(source).pinned(), name, config.data, config.loss, encoder)
             check_ids_in_vocabulary(first.dataset, tokenizer, model_config.get_text_config().vocab_size)
             lines += [(name, first.text), *first.notes]
             looked_at[key].append(first)
@@ -289,15 +293,14 @@ def start_in_words(config: RunConfig) -> str:
 
 
 def _first_records(
-    source: SourceConfig,
+    source: DataSource,
     key: str,
     data: DataConfig,
     loss: LossConfig,
     encoder: Encoder,
 ) -> _FirstRecords:
     """Read, encode and check the first records of a source."""
-    source = pin_source(source)
-    records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
+    records = list(itertools.islice(source.records(), _FIRST_RECORDS + 1))
     encoded = encode_records(records[:_FIRST_RECORDS], data, encoder.tokenizer, processor=encoder.processor)
     table = pa.Table.from_batches([encoded])
     counts, has_more = read_counts(table), len(records) > _FIRST_RECORDS
@@ -319,7 +322,7 @@ def _first_records(
     )
     check_fits_loss(dataset, loss)
     images = pc.sum(pc.greater(pc.list_value_length(table["images"]), 0)).as_py() or 0
-    name = f" ({source.name})" if source.name else ""
+    name = f" ({source.config.name})" if source.config.name else ""
     tokens = float(dataset.piece_tokens.sum()) / len(dataset)
     first, rest = ("the first ", " (the others were not looked at)") if has_more else ("", "")
     parts = [
@@ -337,7 +340,7 @@ def _first_records(
     notes = [("  not read", unread)] if unread else []
     notes += [("  warning", warning) for warning in counts.two_forms()]
     pairs = float(counts.pairs)
-    expected = expected_number(source)
+    expected = source.expected_number()
     if has_more:  # as many of each record as here
         pairs *= max(1.0, expected / counts.read)
     text = "; ".join(filter(None, parts))

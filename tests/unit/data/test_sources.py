@@ -17,9 +17,8 @@ import yaml
 
 from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.counts import DataCounts
-from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.read.files import write_records
-from dpo_dist.data.read.sources import source_identity, source_labels
+from dpo_dist.data.read.sources import DataSource, read_records, source_labels
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.remedies import AtRecords
@@ -350,7 +349,7 @@ def test_an_error_lists_labels_that_it_does_not_know_and_its_remedy_reads_them(
     table.class_encode_column("label").to_parquet(file := tmp_path / "a.parquet")
     source = SourceConfig(str(file))
     with pytest.raises(DataError) as raised:
-        check_source(source, DataConfig(train=[source]))
+        DataSource(source).check(DataConfig(train=[source]))
     assert "awful" in raised.value.where
     assert "splendid" in raised.value.where
     reader, code, ignored = re.findall(r"reader: (\w+:\w+).*`(.*)`.*columns: (\{.*?\})", raised.value.remedy)[
@@ -430,7 +429,7 @@ def test_the_identity_depends_on_content_not_on_path(tmp_path: Path) -> None:
     first, second = (write(tmp_path / name, {"a.jsonl": lines("one")}) for name in ("one", "two"))
 
     def identity(path: Path) -> str:
-        return source_identity(SourceConfig(str(path)))
+        return DataSource(SourceConfig(str(path))).content_identity()
 
     assert identity(first) == identity(second)
     pattern = identity(tmp_path / "*" / "a.jsonl")
@@ -459,10 +458,10 @@ def test_a_source_without_a_record_that_can_be_used_is_refused(
     source = SourceConfig(str(write(tmp_path, {"a.jsonl": content}) / "a.jsonl"))
     config = DataConfig(on_bad_record=OnBadRecord(on_bad_record))
     if match is None:
-        check_source(source, config)
+        DataSource(source).check(config)
         return
     with pytest.raises(DataError, match=match):
-        check_source(source, config)
+        DataSource(source).check(config)
 
 
 def counts_of(file: Path) -> DataCounts:
@@ -584,7 +583,7 @@ def test_what_this_user_may_not_read_is_not_said_to_be_missing(path: str, closed
         if not (folder / path).is_file() and "*" not in path and closed.endswith(".jsonl"):
             return  # the file is not named
         (folder / closed).chmod(0)
-        error = error_for_other_user(lambda: check_source(SourceConfig(f"{folder}/{path}".rstrip("/"))))
+        error = error_for_other_user(lambda: DataSource(SourceConfig(f"{folder}/{path}".rstrip("/"))).check())
         (folder / closed).chmod(0o755)
     assert "this user may not read" in error
     assert f"{folder}/{closed}".rstrip("/") + ", as user" in error
@@ -597,5 +596,5 @@ def test_a_folder_below_that_may_not_be_read_is_not_left_out(pattern: str) -> No
         for name in ("a/1.jsonl", "b.jsonl"):
             (folder / name).write_text(json.dumps(TEXT))
         (folder / "a").chmod(0)
-        error = error_for_other_user(lambda: check_source(SourceConfig(f"{folder}/{pattern}")))
+        error = error_for_other_user(lambda: DataSource(SourceConfig(f"{folder}/{pattern}")).check())
     assert "this user may not read" in error

@@ -11,7 +11,7 @@ import pytest
 
 from dpo_dist.data.config import DataConfig, SourceConfig
 from dpo_dist.data.counts import DataCounts
-from dpo_dist.data.formats import read_prompts, read_records
+from dpo_dist.data.read.sources import DataSource, read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.user_code import find_function
@@ -548,6 +548,6 @@ def test_remedies_for_what_is_not_read_lose_no_response(tmp_path: Path) -> None:
 
 
 def test_a_dropped_verdict_leaves_the_prompt(tmp_path: Path) -> None:
-    [found] = read_prompts(SourceConfig(jsonl(tmp_path, json.loads(json.dumps(AB | {"winner": 1})))))
+    [found] = DataSource(SourceConfig(jsonl(tmp_path, json.loads(json.dumps(AB | {"winner": 1}))))).prompts()
     assert isinstance(found, PreferenceRecord)
     assert found.prompt == "q"
