@@ -67,7 +67,7 @@ def prepare(folder: Path, model: Path, kind: str, records: int, filled: Path | N
     records are added; None: there is no store yet.
     """
     from dpo_dist.config.load import load_run_config
-    from dpo_dist.data.records import Part
+    from dpo_dist.data import Part
     from dpo_dist.encoded.build import Preparation
     from dpo_dist.encoded.dataset import open_dataset
     from dpo_dist.encoded.partners import with_partners

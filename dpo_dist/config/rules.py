@@ -24,7 +24,7 @@ from dpo_dist.config.verb_sections import (
     SamplingConfig,
 )
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.data.config import DataFormat
+from dpo_dist.data import DataFormat
 from dpo_dist.foundation.errors import ConfigError, raise_all
 from dpo_dist.foundation.fields import as_written, schema_fields
 from dpo_dist.foundation.remedies import Remedy

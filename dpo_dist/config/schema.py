@@ -28,7 +28,7 @@ from dpo_dist.config.verb_sections import (
     SweepConfig,
 )
 from dpo_dist.config.verbs import EVERY_VERB, VERBS_WITH_DATA
-from dpo_dist.data.config import DataConfig, Source
+from dpo_dist.data import DataConfig, Source
 from dpo_dist.foundation.fields import (
     LARGEST_INTEGER,
     NonEmpty,

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from dpo_dist.data.config import DataConfig, SourceConfig, TextTemplate
 from dpo_dist.data.read.fields import CONVERSATIONS, QUESTIONS
@@ -18,7 +18,6 @@ from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remedies import AtRecords, Remedy
 from dpo_dist.foundation.text import pluralize
 
-SHOWN_EXAMPLES = 20
 _NAMED_EXAMPLES = 3
 _NAMED_FIELDS = 12
 _PLAIN_WORDS = re.compile(r"[\w./:@~+\-{}\[\], ]+")  # which a shell and Hydra read as they stand
@@ -89,6 +88,8 @@ class DataCounts:
         columns: the same for `BadRecord.source_columns`.
     """
 
+    MAX_EXAMPLES: ClassVar[int] = 20
+
     read: int = 0
     kept: int = 0
     pairs: int = 0
@@ -128,14 +129,14 @@ class DataCounts:
             total.pairs += part["pairs"]
             for name in ("dropped", "read_as", "changed"):
                 getattr(total, name).update(part[name])
-            room = SHOWN_EXAMPLES - len(total.examples)
+            room = cls.MAX_EXAMPLES - len(total.examples)
             total.examples += [DroppedRecord(*example) for example in part["examples"][:room]]
             total.fields = part["fields"] | total.fields
             total.columns = part["columns"] | total.columns
         return total
 
     def _show(self, record: BadRecord) -> None:
-        if len(self.examples) < SHOWN_EXAMPLES:
+        if len(self.examples) < self.MAX_EXAMPLES:
             self.examples.append(DroppedRecord(record.origin.source, record.origin.line, record.why))
         if record.fields:
             self.fields.setdefault(record.reason, [*record.fields])
@@ -208,6 +209,16 @@ class DataCounts:
         if len(self.read_as) == 1:
             return next(iter(self.read_as))
         return "; ".join(f"{number:,} {form}" for form, number in sorted(self.read_as.items()))
+
+    @property
+    def dropped_in_words(self) -> str:
+        """The numbers of dropped records by reason, in one line; empty if there are none."""
+        return counts_in_one_line(self.dropped)
+
+    @property
+    def changed_in_words(self) -> str:
+        """The numbers of changes, in one line; empty if there are none."""
+        return counts_in_one_line(self.changed)
 
     def dropped_lines(self) -> list[str]:
         """Return lines about dropped records, by reason."""

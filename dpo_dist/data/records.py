@@ -86,6 +86,12 @@ class Dialogue(tuple[Message, ...]):
         dialogue.text = text
         return dialogue
 
+    @staticmethod
+    def start_of_turn(text: str) -> int | None:
+        """Return where a text begins another turn; None if it does not."""
+        turn = DIALOGUE_TURN.search(text)
+        return None if turn is None else turn.start()
+
     def __getnewargs__(self) -> tuple[str]:
         return (self.text,)
 

@@ -15,13 +15,24 @@ import pyarrow as pa
 
 from dpo_dist.batching.content_keys import response_keys
 from dpo_dist.batching.prefixes import common_tokens
-from dpo_dist.data.config import DataConfig, SourceConfig
-from dpo_dist.data.counts import Outcome
-from dpo_dist.data.encode import EncodedRecord, encode_record
-from dpo_dist.data.images import ExpandedImage, ImageProcessor
-from dpo_dist.data.read.sources import DataSource, source_labels
-from dpo_dist.data.records import BadRecord, Part, PreferenceRecord, RawRecord, Record, prompt_hash
-from dpo_dist.data.text.template import check_template_keys, chosen_template
+from dpo_dist.data import (
+    BadRecord,
+    ChatTemplate,
+    DataConfig,
+    DataSource,
+    EncodedRecord,
+    ExpandedImage,
+    ImageProcessor,
+    Outcome,
+    Part,
+    PreferenceRecord,
+    RawRecord,
+    Record,
+    SourceConfig,
+    encode_record,
+    prompt_hash,
+    source_labels,
+)
 from dpo_dist.encoded.store import (
     IMAGE_SCHEMA,
     ROW_SCHEMA,
@@ -97,9 +108,10 @@ class Preparation:
     def plan(self) -> tuple[PlannedSource, ...]:
         """Return which sources must be encoded. Raises DataError or ConfigError."""
         config, tokenizer, processor = self.config, self.tokenizer, self.processor
-        check_template_keys(config, tokenizer)
+        template = ChatTemplate(tokenizer, config.chat_template)
+        template.check_arguments(config.template_arguments or ())
         digest = self.digest + (processor.settings.hex() if processor is not None else "")
-        digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
+        digest = text_digest(digest + (template.text() or ""))
         cache = Path(config.cache)
         remove_abandoned(cache)
         planned = []

@@ -25,14 +25,19 @@ from dpo_dist.batching.prefixes import Prefixes
 from dpo_dist.batching.sampler import Indices, SourceSpan
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind
 from dpo_dist.config.named_code import accepts_facts
-from dpo_dist.data.config import DataConfig
-from dpo_dist.data.counts import DataCounts
-from dpo_dist.data.example import Example, ImageInput, Mask
-from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.read.fields import NUMBERS, VOTES
-from dpo_dist.data.read.sources import full_name
-from dpo_dist.data.records import Origin
-from dpo_dist.data.text.lengths import SourceLengths
+from dpo_dist.data import (
+    NUMBERS,
+    VOTES,
+    DataConfig,
+    DataCounts,
+    Example,
+    ImageInput,
+    ImageProcessor,
+    Mask,
+    Origin,
+    SourceLengths,
+    full_name,
+)
 from dpo_dist.encoded.dataset_columns import (
     DATASET_COLUMNS,
     NUMBER,

@@ -14,10 +14,7 @@ from typing import TYPE_CHECKING
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_rules, needs_of
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.config import SourceConfig
-from dpo_dist.data.read.sources import DataSource
-from dpo_dist.data.records import Part
-from dpo_dist.data.text.template import check_template_file
+from dpo_dist.data import ChatTemplate, DataSource, Part, SourceConfig
 from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import ConfigError, ExitCode
 
@@ -40,7 +37,7 @@ def main(config: RunConfig) -> int:
     data, share = config.data, _share(config.encode.part)
     for source in [*data.train, *data.eval]:
         DataSource(source).check(data)
-    check_template_file(data.chat_template)
+    ChatTemplate.check_file(data.chat_template)
     # Imported late, so that the errors above appear at once.
     from dpo_dist.encoded.build import EVERY_PART, Preparation  # noqa: PLC0415
     from dpo_dist.encoded.dataset import open_dataset  # noqa: PLC0415

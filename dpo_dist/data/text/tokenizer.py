@@ -9,7 +9,7 @@ from dpo_dist.data.config import TEMPLATE_DATE, DataConfig
 from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_TAGS, EscapedEncoder, Marks, any_of
 from dpo_dist.data.text.template import (
     ChatRenderer,
-    chosen_template,
+    ChatTemplate,
     pin_clock,
     roles_in_parts,
     turn_tokens,
@@ -272,4 +272,5 @@ def tokenizer_facts(
     Some tokenizers have a separate template for records `with_tools`. Raises ConfigError:
     `data.chat_template` is neither a file nor the name of a template.
     """
-    return _facts(tokenizer, chosen_template(tokenizer, config.chat_template, with_tools=with_tools))
+    template = ChatTemplate(tokenizer, config.chat_template)
+    return _facts(tokenizer, template.text(with_tools=with_tools))

@@ -13,8 +13,7 @@ from transformers import TextStreamer
 from dpo_dist.config.load import saved_config
 from dpo_dist.config.run_folder import RunFolder, is_checkpoint
 from dpo_dist.config.schema import UNSET, Dtype, ImagesConfig, ModelConfig, RunConfig
-from dpo_dist.data.config import DataConfig
-from dpo_dist.data.records import IMAGE, ImageFile, Message, Origin, PreferenceRecord, UnusableRecordError
+from dpo_dist.data import IMAGE, DataConfig, ImageFile, Message, Origin, PreferenceRecord, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import print_result, printable_lines
 from dpo_dist.foundation.text import pluralize

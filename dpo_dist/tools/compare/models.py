@@ -15,11 +15,20 @@ import torch
 import dpo_dist
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.config import DataConfig
+from dpo_dist.data import (
+    DataConfig,
+    DataSource,
+    Dialogue,
+    Example,
+    ImageInput,
+    Part,
+    PreferenceRecord,
+    Prompt,
+    prompt_hash,
+    source_labels,
+    turns_of,
+)
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
-from dpo_dist.data.example import Example, ImageInput
-from dpo_dist.data.read.sources import DataSource, source_labels
-from dpo_dist.data.records import Dialogue, Part, PreferenceRecord, Prompt, prompt_hash, turns_of
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.encoded.workers import in_chunks

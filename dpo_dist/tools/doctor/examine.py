@@ -15,10 +15,8 @@ from dpo_dist.batching.plan import shares_in_bins
 from dpo_dist.config.losses import LossConfig, balancing_weight
 from dpo_dist.config.schema import UNSET, ModelConfig, RunConfig
 from dpo_dist.config.verb_sections import FailOn
-from dpo_dist.data.config import DataConfig, OnBadRecord, SourceConfig, TextTemplate
-from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.read.sources import DataSource, source_labels
-from dpo_dist.data.records import Part, Record
+from dpo_dist.data import DataConfig, DataSource, ImageProcessor, Part, Record, SourceConfig, source_labels
+from dpo_dist.data.config import OnBadRecord, TextTemplate
 from dpo_dist.encoded.build import (
     EncodingProgress,
     Preparation,

@@ -9,12 +9,8 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from dpo_dist.data.config import DataConfig, SourceConfig
+from dpo_dist.data import BadRecord, DataConfig, DataSource, ImageProcessor, PreferenceRecord, TokenIds
 from dpo_dist.data.encode import encode_pair
-from dpo_dist.data.example import TokenIds
-from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.read.sources import DataSource
-from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.foundation.types import Tokenizer
 from dpo_dist.tools.doctor.measures.texts import plain_texts
 from dpo_dist.tools.findings import Finding

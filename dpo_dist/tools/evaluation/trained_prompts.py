@@ -8,9 +8,7 @@ import numpy as np
 
 from dpo_dist.config.load import saved_config
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.data.config import SourceConfig
-from dpo_dist.data.read.sources import DataSource
-from dpo_dist.data.records import Part, PreferenceRecord, prompt_hash
+from dpo_dist.data import DataSource, Part, PreferenceRecord, SourceConfig, prompt_hash
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DpoDistError, first_line
 

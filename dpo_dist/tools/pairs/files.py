@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import dpo_dist
-from dpo_dist.data.config import DataConfig
+from dpo_dist.data import DataConfig, DataSource, PreferenceRecord, Response
 from dpo_dist.data.counts import count_lines
 from dpo_dist.data.read.files import store_image
-from dpo_dist.data.read.sources import DataSource
-from dpo_dist.data.records import PreferenceRecord, Response, as_fields
+from dpo_dist.data.records import as_fields
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.fields import as_written
 from dpo_dist.foundation.files import staged_file, write_json, write_lines

@@ -14,10 +14,9 @@ import numpy as np
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verb_sections import DropOrKeep, PairsConfig, PairSelection, PairsMethod
-from dpo_dist.data.config import DataConfig
+from dpo_dist.data import DataConfig, DataSource, Dialogue, PreferenceRecord
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX
-from dpo_dist.data.read.sources import DataSource
-from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields
+from dpo_dist.data.records import as_fields
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.encoded.workers import in_chunks
 from dpo_dist.foundation.console import Console

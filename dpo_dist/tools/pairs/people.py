@@ -24,11 +24,10 @@ import jinja2
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.verb_sections import PairsMethod
-from dpo_dist.data.config import DataConfig
+from dpo_dist.data import DataConfig, DataSource, Dialogue, PreferenceRecord, turns_of
 from dpo_dist.data.counts import counts_in_one_line
-from dpo_dist.data.read.sources import DataSource
 from dpo_dist.data.read.values import parse_json
-from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, turns_of
+from dpo_dist.data.records import as_fields
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError, first_line
 from dpo_dist.foundation.fields import plain

@@ -7,8 +7,7 @@ from dpo_dist.config.rules import SAMPLING_KEYS, Rule, check_rules, needs_of, to
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import UNSET, RunConfig
 from dpo_dist.config.verb_sections import PairsConfig, PairsMethod
-from dpo_dist.data.config import SourceConfig
-from dpo_dist.data.read.sources import DataSource
+from dpo_dist.data import DataSource, SourceConfig
 from dpo_dist.foundation.remedies import Remedy
 from dpo_dist.model.files.folder import local_model_folder
 from dpo_dist.tools.sampling.judge_rules import JUDGES, check_function, count_judges, endpoint_rules

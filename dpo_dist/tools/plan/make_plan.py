@@ -17,8 +17,7 @@ from dpo_dist.config.load import complete_config, load_run_config, to_yaml
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.config.verb_sections import PlanConfig
-from dpo_dist.data.config import DataConfig, DataFormat, SourceConfig
-from dpo_dist.data.read.sources import DataSource
+from dpo_dist.data import DataConfig, DataFormat, DataSource, SourceConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.remote import is_url

@@ -13,7 +13,7 @@ from typing import Any
 
 from dpo_dist.config.losses import balancing_weight
 from dpo_dist.config.metrics import EXCESS, MISMATCH
-from dpo_dist.data.counts import DataCounts
+from dpo_dist.data import DataCounts
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import own_table
 from dpo_dist.foundation.text import percent, pluralize

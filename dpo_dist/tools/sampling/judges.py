@@ -19,15 +19,8 @@ from transformers import AutoModelForSequenceClassification
 
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.config.verb_sections import EndpointConfig, PairsConfig, Verdicts
-from dpo_dist.data.records import (
-    Dialogue,
-    Message,
-    Origin,
-    PreferenceRecord,
-    UnusableRecordError,
-    as_fields,
-    turns_of,
-)
+from dpo_dist.data import Dialogue, Message, Origin, PreferenceRecord, UnusableRecordError, turns_of
+from dpo_dist.data.records import as_fields
 from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest

@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from dpo_dist.config.schema import ModelConfig, ParallelismConfig, ParallelismKind, RunConfig
-from dpo_dist.data.config import TEMPLATE_DATE, DataConfig, SourceConfig
-from dpo_dist.data.counts import DataCounts, counts_in_one_line
-from dpo_dist.data.read.sources import DataSource
-from dpo_dist.data.records import BadRecord, PreferenceRecord, turns_of
+from dpo_dist.data import (
+    BadRecord,
+    DataConfig,
+    DataCounts,
+    DataSource,
+    PreferenceRecord,
+    SourceConfig,
+    turns_of,
+)
+from dpo_dist.data.config import TEMPLATE_DATE
+from dpo_dist.data.counts import counts_in_one_line
 from dpo_dist.distributed.deepspeed_config import policy_config, unsharded_loading
 from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.foundation import files

@@ -12,18 +12,19 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import FusedLayers, ModelConfig
-from dpo_dist.data.config import DataConfig
-from dpo_dist.data.encode import EncodedExample, encode_pair
-from dpo_dist.data.example import ImageInput, TokenIds
-from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.records import (
-    DIALOGUE_TURN,
+from dpo_dist.data import (
     BadRecord,
+    DataConfig,
     Dialogue,
+    EncodedExample,
+    ImageInput,
+    ImageProcessor,
     Message,
     PreferenceRecord,
     Response,
+    TokenIds,
 )
+from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.text.escape import THOUGHT_FIELDS
 from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
@@ -362,9 +363,11 @@ class _Decoder:
         ends = [] if sample.end is None else [sample.end]
         message, same = self._decoded(ids)
         text = message.content
-        if isinstance(self.record.prompt, Dialogue) and (turn := DIALOGUE_TURN.search(text)):
+        prompt = self.record.prompt
+        next_turn = prompt.start_of_turn(text) if isinstance(prompt, Dialogue) else None
+        if next_turn is not None:
             # The model speaks for the other side too: its response ends before that turn.
-            text, finished, ends = text[: turn.start()], True, []
+            text, finished, ends = text[:next_turn], True, []
             ids = self._encode(text) or []
             same = ids == sample.ids[: len(ids)]
         return Completion(number, text, len(ids), finished, same, dict(message.fields), ids + ends)

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -23,12 +24,17 @@ from dpo_dist.batching.sampler import (
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceMode, RunConfig
-from dpo_dist.data.config import DataConfig
-from dpo_dist.data.counts import DataCounts, counts_in_one_line, named_in_one_line
-from dpo_dist.data.read.sources import DataSource, source_labels
-from dpo_dist.data.records import Part, PreferenceRecord, PromptHashes
-from dpo_dist.data.text.render import unread_fields
-from dpo_dist.data.text.template import check_template_keys
+from dpo_dist.data import (
+    ChatTemplate,
+    DataConfig,
+    DataCounts,
+    DataSource,
+    Part,
+    PreferenceRecord,
+    named_in_one_line,
+    source_labels,
+    unread_fields,
+)
 from dpo_dist.encoded.build import encode_records
 from dpo_dist.encoded.dataset import (
     PreferenceDataset,
@@ -107,7 +113,8 @@ def dry_run(
         config.model, folder, start, config.data.max_length, config.parallelism.sequence_parallel
     )
     router_loss(config.loss.router, causal_lm)
-    check_template_keys(config.data, tokenizer)
+    template = ChatTemplate(tokenizer, config.data.chat_template)
+    template.check_arguments(config.data.template_arguments or ())
     described = f"{folder}, {model_config.model_type}, vocabulary of {len(tokenizer):,}"
     lines = [("run.dir", place), ("model.path", described)]
     if config.run.mirror is not None and is_training:
@@ -241,7 +248,7 @@ def _about(sources: Sequence[_FirstRecords]) -> str:
     return "about " if all(first.is_estimated for first in going_on) else "at least "
 
 
-def _prompts(sources: Sequence[_FirstRecords]) -> PromptHashes:
+def _prompts(sources: Sequence[_FirstRecords]) -> npt.NDArray[np.uint64]:
     """Return the `prompt_hash` of each example."""
     return np.concatenate([np.empty(0, np.uint64), *(found.dataset.prompt_hashes for found in sources)])
 
@@ -327,9 +334,9 @@ def _first_records(
     first, rest = ("the first ", " (the others were not looked at)") if has_more else ("", "")
     parts = [
         f"{source.path}{name}, {counts.kept} of {first}{counts.read} records kept{rest}",
-        f"dropped: {dropped}" if (dropped := counts_in_one_line(counts.dropped)) else "",
+        f"dropped: {counts.dropped_in_words}" if counts.dropped_in_words else "",
         counts.forms_in_words,
-        f"changed or unusual: {changed}" if (changed := counts_in_one_line(counts.changed)) else "",
+        f"changed or unusual: {counts.changed_in_words}" if counts.changed_in_words else "",
         f"{tokens:.0f} tokens per example",
         f"{pluralize(images, 'record')} with images" if images else "",
     ]

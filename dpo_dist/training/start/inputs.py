@@ -19,10 +19,7 @@ from dpo_dist.config.losses import RouterConfig
 from dpo_dist.config.metrics import AUC, MARGIN_PERCENTILES, PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, ParallelismConfig, ParallelismKind, ReferenceMode, RunConfig
-from dpo_dist.data.config import DataConfig, SourceConfig
-from dpo_dist.data.counts import describe_counts
-from dpo_dist.data.images import ImageProcessor
-from dpo_dist.data.records import Part
+from dpo_dist.data import DataConfig, ImageProcessor, Part, SourceConfig, describe_counts
 from dpo_dist.distributed.deepspeed_config import unsharded_loading
 from dpo_dist.distributed.processes.world import World, check_shared
 from dpo_dist.encoded.build import Preparation

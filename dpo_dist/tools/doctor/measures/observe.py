@@ -10,21 +10,24 @@ from itertools import combinations, islice
 
 import numpy as np
 
-from dpo_dist.data.config import DataConfig, OnBadRecord
-from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
-from dpo_dist.data.images import ImageProcessor, decode_image
-from dpo_dist.data.records import (
+from dpo_dist.data import (
     BadRecord,
+    ChatTemplate,
+    DataConfig,
+    EncodedExample,
     ImageFile,
+    ImageProcessor,
     Origin,
     Part,
     PreferenceRecord,
     UnusableRecordError,
+    encode_record,
     prompt_hash,
+    unread_fields,
 )
+from dpo_dist.data.config import OnBadRecord
+from dpo_dist.data.images import decode_image
 from dpo_dist.data.text.escape import any_of
-from dpo_dist.data.text.render import unread_fields
-from dpo_dist.data.text.template import chosen_template
 from dpo_dist.foundation.types import Tokenizer
 from dpo_dist.tools.doctor.measures.texts import (
     Benchmark,
@@ -122,7 +125,7 @@ class Observer:
         self._held_out = Part.to_evaluate(config) if config.eval_share else None
         template = special = None
         if tokenizer is not None:
-            template = chosen_template(tokenizer, config.chat_template, with_tools=True)
+            template = ChatTemplate(tokenizer, config.chat_template).text(with_tools=True)
             special = tokenizer.all_special_tokens
         self._omits_tools = template is not None and not re.search(r"\btools\b", template)
         self._special = any_of(
@@ -223,7 +226,7 @@ class Observer:
         whole = encoded = encode_record(record, self._config, tokenizer, self._processor)
         if isinstance(encoded, BadRecord) or not _CUT.isdisjoint(encoded.example.changes):
             whole = encode_record(record, self._whole, tokenizer, self._processor)
-        if isinstance(whole, EncodedRecord):
+        if not isinstance(whole, BadRecord):
             facts.tokens = _lengths(whole.example, record.labelled_side)
             pictures = zip(facts.images, whole.example.images, strict=True)
             facts.images = tuple(replace(image, tokens=each.tokens) for image, each in pictures)
@@ -237,7 +240,7 @@ class Observer:
         if isinstance(encoded, BadRecord):
             facts.dropped, facts.detail = encoded.reason, encoded.detail
             return set()
-        assert isinstance(whole, EncodedRecord)
+        assert not isinstance(whole, BadRecord)
         assert facts.tokens is not None
         example, prompt = encoded.example, len(encoded.example.prompt_ids)
         before, after = facts.tokens, _lengths(example, record.labelled_side)

@@ -22,8 +22,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
-from dpo_dist.data.config import DataConfig
-from dpo_dist.data.counts import named_in_one_line, reason_remedy
+from dpo_dist.data import DataConfig, named_in_one_line
+from dpo_dist.data.counts import reason_remedy
 from dpo_dist.foundation.text import percent
 from dpo_dist.tools.doctor.measures.observe import SIDES, PairFacts, RecordFacts
 from dpo_dist.tools.doctor.measures.texts import GROUPS, speaks_differently, subtract_features
