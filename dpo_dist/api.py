@@ -125,7 +125,7 @@ def read_pairs(
     pairs: list[EncodedExample] = []
     bad: list[BadRecord] = []
     for record in read_records(source):
-        encoded = record if isinstance(record, BadRecord) else encode_record(record, limits, tokenizer, None)
+        encoded = encode_record(record, limits, tokenizer)
         if isinstance(encoded, BadRecord):
             bad.append(encoded)
         else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dpo_dist.batching.content_keys import response_keys
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.pack import PackedBatch, pack
-from dpo_dist.batching.prefixes import Prefixes, common_tokens
+from dpo_dist.batching.prefixes import Prefixes, common_tokens, input_rows
 from dpo_dist.data.example import Example, TokenIds
 from dpo_dist.encoded.dataset import PreferenceDataset
 from dpo_dist.encoded.dataset_columns import key_order
@@ -58,7 +58,7 @@ def branching(pairs: Sequence[Example], seed: int = 0) -> list[Example]:
         first, *others = pair.responses
         responses = (first, *(begun(ids, first) for ids in others))
         found.append(Example(prompt, responses, pair.trained))
-        rows += found[-1].rows
+        rows += input_rows(found[-1])
     return found
 
 
@@ -108,7 +108,7 @@ def begins_of(pair: Example) -> list[int]:
 
 def prefixes_of(pairs: Sequence[Example]) -> Prefixes:
     """Return how these pairs begin, each a record of its own."""
-    rows = [pair.rows[0] for pair in pairs]
+    rows = [input_rows(pair)[0] for pair in pairs]
     order = sorted(range(len(rows)), key=lambda index: rows[index].tobytes())
     shared = [0, *(common_tokens(rows[a], rows[b]) for a, b in pairwise(order)), 0]
     return Prefixes(np.argsort(order), np.array(list(map(len, rows))), np.array(shared, dtype=np.int32))

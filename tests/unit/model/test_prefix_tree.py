@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dpo_dist.batching.costs import ComputeCosts
 from dpo_dist.batching.pack import padded_rows
-from dpo_dist.batching.prefixes import common_tokens
+from dpo_dist.batching.prefixes import common_tokens, input_rows
 from dpo_dist.data.example import Example
 from tests.support.packing import (
     branching,
@@ -51,7 +51,7 @@ def test_any_forest_has_the_log_probs_and_gradients_of_rows(pairs: list[Example]
 @given(forests)
 def test_rows_are_whole_wherever_their_tokens_are(pairs: list[Example]) -> None:
     batch, plain = pack_unkeyed(pairs), pack_unkeyed(pairs, None)
-    rows = [row for pair in pairs for row in pair.rows]
+    rows = [row for pair in pairs for row in input_rows(pair)]
     for row, places in zip(rows, batch.rows, strict=True):
         assert batch.input_ids[places].tolist() == row.tolist()
         assert batch.position_ids[places].tolist() == [*range(len(row))]
